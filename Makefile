@@ -1,0 +1,38 @@
+# fedtune: `make demo` and `make test` install everything themselves; only Python >= 3.11 is needed.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+
+.PHONY: help install demo test lint bench clean
+
+help: ## this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+install: $(READY) ## create .venv and install fedtune with its development tools
+
+demo: $(READY) ## three hospitals fine-tune a real language model under (epsilon, delta)
+	$(BIN)/fedtune demo
+
+test: $(READY) lint ## every check: style, types, import contracts, tests
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+lint: $(READY) ## style, types and import contracts alone
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+bench: $(READY) ## the measured tables of the README (needs the real data; takes long)
+	$(BIN)/python -m benchmarks.tables
+
+clean: ## remove the virtual environment and caches; runs stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist

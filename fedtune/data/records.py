@@ -1,0 +1,155 @@
+"""Records: what a row says, checked. A record that cannot be used is counted, never shown."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+from fedtune.config import Columns, DataFile, EvaluationTable, PublicTable
+from fedtune.data.files import Rejected, Row, rows, unclean
+from fedtune.errors import DataError
+
+Messages = tuple[tuple[str, str], ...]  # (role, content)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Record:
+    """One record; "" or () where the file has no such thing.
+
+    | columns          | fields                 |
+    |------------------|------------------------|
+    | messages         | messages               |
+    | prompt           | prompt                 |
+    | prompt + completion | prompt, completion  |
+    | text             | completion             |
+    | text + label     | prompt, label          |
+
+    Guarantee: repr shows neither content nor the unit's key."""
+
+    unit: str
+    prompt: str = ""
+    completion: str = ""
+    label: str = ""
+    messages: Messages = ()
+
+
+def table_of(file: DataFile) -> str:
+    """The table of study.toml or site.toml that describes the file, as errors name it."""
+    if isinstance(file, EvaluationTable):
+        return "evaluation"
+    return "public" if isinstance(file, PublicTable) else "data"
+
+
+def read_records(
+    file: DataFile,
+    *,
+    unit: Literal["record", "patient"] = "record",
+    labelled: bool = True,
+) -> tuple[list[Record], Counter[str]]:
+    """The usable records in file order, and how many were rejected for which reason.
+
+    labelled=False admits records without completion, label or assistant turn (public text).
+    Errors: DataError for a file that cannot be read as a whole or holds no record."""
+    table = table_of(file)
+    if unit == "patient" and not file.columns.patient:
+        raise DataError(
+            'the study protects patients (privacy.unit = "patient") and no patient column is named',
+            f"{table}.columns.patient",
+            "name the column that tells one patient from another",
+        )
+    named: dict[str, str | None] = file.columns.model_dump()
+    keys = {f"{table}.columns.{key}": column for key, column in named.items() if column}
+    records: list[Record] = []
+    rejected: Counter[str] = Counter()
+    for number, row in enumerate(rows(file.path, keys)):
+        try:
+            if isinstance(row, str):
+                raise Rejected(row)
+            key = _key(row.get(file.columns.patient or "")) if unit == "patient" else str(number)
+            records.append(_record(row, key, file.columns, labelled))
+        except Rejected as error:
+            rejected[error.reason] += 1
+    if not records and not rejected:
+        raise DataError(
+            f"{file.path}: the file has no records", "at least 2", f"check {table}.path"
+        )
+    return records, rejected
+
+
+def _record(row: Row, unit: str, columns: Columns, labelled: bool) -> Record:
+    if columns.messages:
+        return Record(unit, messages=_messages(row.get(columns.messages), labelled))
+    if columns.prompt:
+        prompt, rest = _text(row.get(columns.prompt)), row.get(columns.completion or "")
+        absent = rest is None or (isinstance(rest, str) and not rest.strip())
+        return Record(unit, prompt, "" if absent and not labelled else _text(rest))
+    text = _text(row.get(columns.text or ""))
+    if not columns.label:
+        return Record(unit, completion=text)
+    label = row.get(columns.label)
+    return Record(unit, text, label="" if label is None and not labelled else _key(label))
+
+
+def _text(value: object) -> str:
+    """The string as it stands, spaces included."""
+    text = _string(value)
+    if not text.strip():
+        raise Rejected("empty text")
+    return text
+
+
+def _string(value: object) -> str:
+    if value is None:
+        raise Rejected("missing value")
+    if not isinstance(value, str):
+        raise Rejected("wrong type")
+    if reason := unclean(value):
+        raise Rejected(reason)
+    return value
+
+
+def _key(value: object) -> str:
+    """A label or a patient's key: "7", " 7", 7 and 7.0 (a nullable integer column) are the same."""
+    if isinstance(value, float):
+        if value != value:
+            raise Rejected("missing value")
+        value = int(value) if value.is_integer() else value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    key = _string(value).strip()
+    if not key:
+        raise Rejected("missing value")
+    return key
+
+
+def _messages(value: object, labelled: bool) -> Messages:
+    """Roles: an optional system message, then user first; an assistant turn where labelled."""
+    if isinstance(value, str):  # a CSV cell, or a Parquet string column
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise Rejected("not JSON") from None
+    if value is None:
+        raise Rejected("missing value")
+    if not isinstance(value, list):
+        raise Rejected("wrong type")
+    if not value:
+        raise Rejected("empty text")
+    messages = tuple(_message(item) for item in value)
+    roles = [role for role, _ in messages]
+    spoken = roles[1:] if roles[0] == "system" else roles
+    if spoken[:1] != ["user"] or not set(spoken) <= {"user", "assistant"}:
+        raise Rejected("bad message roles")
+    if labelled and "assistant" not in spoken:
+        raise Rejected("bad message roles")
+    return messages
+
+
+def _message(item: object) -> tuple[str, str]:
+    if not isinstance(item, dict):
+        raise Rejected("wrong type")
+    role, content = _string(item.get("role")), item.get("content")
+    # An empty system message is the usual way to keep out a template's own.
+    return role, _string(content) if role == "system" else _text(content)

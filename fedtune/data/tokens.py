@@ -1,0 +1,300 @@
+"""Records to tokens and targets, the contribution of each unit capped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from fedtune.config import DataFile, ObjectiveTable, PrivacyTable, Study
+from fedtune.data.files import Rejected
+from fedtune.data.records import Messages, Record, read_records, table_of
+from fedtune.errors import DataError
+
+Ids = npt.NDArray[np.int32]
+Segment = tuple[str, bool]  # text, whether its tokens are targets
+Tokens = tuple[list[int], list[bool]]  # token ids, whether each is a target
+
+NO_TARGET = -100
+CHARS = 40  # characters per token of max_length beyond which a text is not even tokenised
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Example:
+    """input_ids (L,) int32; target_ids (L,) int32: the token that position t must predict, or -100
+    where there is no loss; label: index in objective.labels, or -100; unit in 0..n_units-1.
+
+    The last target is not an input: nothing is computed that no loss reads."""
+
+    input_ids: Ids
+    target_ids: Ids
+    label: int
+    unit: int
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Dataset:
+    """Examples in file order, and the rejected records counted by reason."""
+
+    examples: list[Example]
+    n_units: int
+    rejected: Counter[str]
+
+    @cached_property
+    def by_unit(self) -> list[list[int]]:
+        """The indices of each unit's examples."""
+        groups: list[list[int]] = [[] for _ in range(self.n_units)]
+        for index, example in enumerate(self.examples):
+            groups[example.unit].append(index)
+        return groups
+
+
+def load_dataset(
+    file: DataFile, study: Study, tokenizer: PreTrainedTokenizerBase, *, labelled: bool = True
+) -> Dataset:
+    """Read, tokenise and cap. labelled=False admits records that have nothing to predict.
+
+    [public] and [evaluation] files hold nobody's private records: their unit is the record.
+    Errors: DataError for a file, a shape or a set of records that cannot be used.
+    Guarantee: an example depends on its own record alone; which of a patient's records are kept
+    depends on that patient's records alone, not on their order."""
+    table = table_of(file)
+    _check_shape(file, table, study, tokenizer, labelled)
+    unit = study.unit if table == "data" else "record"
+    records, rejected = read_records(file, unit=unit, labelled=labelled)
+    rejected = rejected.copy()
+    found: list[tuple[Record, Tokens, int]] = []
+    for record in records:
+        try:
+            found.append((record, *_tokenise(record, study.objective, tokenizer, labelled)))
+        except Rejected as error:
+            rejected[error.reason] += 1
+    if not found:
+        raise _nothing_left(file.path, rejected, study.objective)
+    if isinstance(study.privacy, PrivacyTable) and unit == "patient":
+        kept = _capped([record for record, _, _ in found], study.privacy.max_records_per_unit)
+        found = [found[index] for index in kept]
+    numbers: dict[str, int] = {}
+    examples = [
+        _example(tokens, label, numbers.setdefault(record.unit, len(numbers)))
+        for record, tokens, label in found
+    ]
+    if labelled and table == "data" and len(numbers) < 2:
+        raise DataError(
+            f"{file.path}: all usable records are one {unit}'s, which can be neither protected "
+            "nor trained on",
+            f"at least 2 {unit}s",
+            f"add records, or check {table}.columns.patient",
+        )
+    return Dataset(examples, len(numbers), rejected)
+
+
+def _check_shape(
+    file: DataFile, table: str, study: Study, tokenizer: PreTrainedTokenizerBase, labelled: bool
+) -> None:
+    columns, objective, at = file.columns, study.objective, f"{table}.columns"
+    if objective.name == "classify":
+        if columns.messages or (labelled and not columns.label):
+            raise DataError(
+                "objective classify cannot use these columns", f"{at}.text and {at}.label"
+            )
+        if labelled and not objective.labels:
+            raise DataError("objective.labels is empty", "the public list of classes")
+        return
+    if objective.template is not None and "{text}" not in objective.template:
+        raise DataError("objective.template has no place for the prompt", "{text} in it")
+    if columns.messages and not tokenizer.chat_template:
+        raise DataError(
+            f"the base has no chat template and {at}.messages is given",
+            f"{at}.prompt and {at}.completion, or a chat base",
+        )
+    if labelled and columns.prompt and not columns.completion:
+        raise DataError(f"{at}.prompt is given without {at}.completion", "both")
+
+
+def _nothing_left(path: Path, rejected: Counter[str], objective: ObjectiveTable) -> DataError:
+    if set(rejected) == {"unknown label"}:
+        return DataError(
+            f"{path}: no record has a label that objective.labels lists",
+            f"one of {', '.join(objective.labels)}",
+            "compare the label column with objective.labels",
+        )
+    counts = ", ".join(f"{n} {reason}" for reason, n in rejected.most_common())
+    todo = ""
+    if rejected["too long"]:
+        todo = 'raise objective.max_length, or set objective.overflow = "truncate"'
+    return DataError(f"{path}: all records are rejected ({counts})", "at least 2 usable ones", todo)
+
+
+def _capped(records: list[Record], most: int) -> list[int]:
+    """Indices of at most `most` records of each unit, in order: those of smallest sha256."""
+    groups: defaultdict[str, list[tuple[str, int]]] = defaultdict(list)
+    for index, r in enumerate(records):
+        canonical = json.dumps([r.prompt, r.completion, r.label, r.messages])
+        groups[r.unit].append((hashlib.sha256(canonical.encode()).hexdigest(), index))
+    return sorted(index for group in groups.values() for _, index in sorted(group)[:most])
+
+
+def _example(tokens: Tokens, label: int, unit: int) -> Example:
+    ids, hits = (np.array(tokens[0], np.int32), np.array(tokens[1], bool))
+    if not hits.any():
+        return Example(ids, np.full_like(ids, NO_TARGET), label, unit)
+    return Example(ids[:-1], np.where(hits[1:], ids[1:], NO_TARGET).astype(np.int32), label, unit)
+
+
+# ----------------------------------------------------------------------------- one record's tokens
+
+
+def _tokenise(
+    record: Record, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase, labelled: bool
+) -> tuple[Tokens, int]:
+    """Token ids of at most max_length with their targets, and the label's index."""
+    texts = [record.prompt, record.completion, *(content for _, content in record.messages)]
+    huge = sum(map(len, texts)) > CHARS * objective.max_length
+    if huge and objective.overflow == "reject":
+        raise Rejected("too long")
+    if objective.name == "classify":
+        return _classify(record, objective, tokenizer, labelled)
+    if record.messages:
+        ids, hits = _chat(record.messages, objective.max_length, tokenizer)
+    else:
+        ids, hits = _prompted(record, objective, tokenizer, append_eos=not huge)
+    if not ids:
+        raise Rejected("empty text")
+    hits[0] = False  # nothing precedes the first token, so nothing predicts it
+    if any(hits):
+        last = len(hits) - hits[::-1].index(True)
+        ids, hits = ids[:last], hits[:last]
+    if len(ids) > objective.max_length:
+        if objective.overflow == "reject":
+            raise Rejected("too long")
+        ids, hits = ids[: objective.max_length], hits[: objective.max_length]
+    if labelled and not any(hits):
+        raise Rejected("no target within max_length")
+    return (ids, hits), NO_TARGET
+
+
+def _classify(
+    record: Record, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase, labelled: bool
+) -> tuple[Tokens, int]:
+    """The text with the tokenizer's own special tokens, which truncation leaves in place."""
+    if labelled and record.label not in objective.labels:
+        raise Rejected("unknown label")
+    text = (record.prompt or record.completion)[: CHARS * objective.max_length]
+    cut = objective.overflow == "truncate"
+    encoded = tokenizer(
+        text, truncation=cut, max_length=objective.max_length if cut else None, verbose=False
+    )
+    ids: list[int] = list(encoded["input_ids"])
+    if not ids:
+        raise Rejected("empty text")
+    if len(ids) > objective.max_length:
+        raise Rejected("too long")
+    label = objective.labels.index(record.label) if labelled else NO_TARGET
+    return (ids, [False] * len(ids)), label
+
+
+def _prompted(
+    record: Record,
+    objective: ObjectiveTable,
+    tokenizer: PreTrainedTokenizerBase,
+    append_eos: bool,
+) -> Tokens:
+    """Prompt, then completion, tokenised apart so that the boundary is the one met when generating.
+    The completion and its eos are targets; plain text is a completion without prompt."""
+    prompt, completion = record.prompt, record.completion or record.label
+    if prompt and objective.template is not None:
+        prompt = objective.template.replace("{text}", prompt)
+    bos = tokenizer.bos_token_id
+    start = [bos] if bos is not None and tokenizer.encode("")[:1] == [bos] else []
+    segments = [(text, hit) for text, hit in ((prompt, False), (completion, True)) if text]
+    ids, hits = _joined(segments, start, objective.max_length, tokenizer, continued=False)
+    eos = tokenizer.eos_token_id
+    if completion and append_eos and objective.append_eos and eos is not None:
+        ids, hits = [*ids, eos], [*hits, True]
+    return ids, hits
+
+
+def _chat(messages: Messages, max_length: int, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """The model's own template; the assistant turns, up to their eos, are targets."""
+    turns = [{"role": role, "content": content} for role, content in messages]
+    try:
+        if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
+            marked: Any = tokenizer.apply_chat_template(
+                turns,
+                return_assistant_tokens_mask=True,
+                truncation=True,
+                max_length=max_length + 1,
+                tokenizer_kwargs={"verbose": False},
+            )
+            return list(marked["input_ids"]), [bool(hit) for hit in marked["assistant_masks"]]
+        segments = _turns(turns, tokenizer)
+    except (TemplateError, ValueError, TypeError):
+        raise Rejected("bad message roles") from None
+    return _joined(segments, [], max_length, tokenizer, continued=True)
+
+
+def _turns(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+    """Split the rendered chat at the ends of the assistant turns. What the template puts in front
+    (a system prompt, role headers) and after an answer's eos, which nobody generates, is context.
+    """
+
+    def render(count: int, header: bool = False) -> str:
+        return str(
+            tokenizer.apply_chat_template(
+                turns[:count], tokenize=False, add_generation_prompt=header
+            )
+        )
+
+    full, eos, at = render(len(turns)), tokenizer.eos_token, 0
+    segments: list[Segment] = []
+    for index, turn in enumerate(turns):
+        if turn["role"] != "assistant":
+            continue
+        through = render(index + 1)
+        heads = [head for head in (render(index, True), render(index)) if through.startswith(head)]
+        if not heads or not full.startswith(through) or len(heads[0]) < at:
+            raise Rejected("turns altered by the chat template")
+        answer = through[len(heads[0]) :]
+        if eos and eos in answer:
+            answer = answer[: answer.rindex(eos) + len(eos)]
+        segments += [(full[at : len(heads[0])], False), (answer, True)]
+        at = len(heads[0]) + len(answer)
+    return segments or [(full, False)]
+
+
+def _joined(
+    segments: list[Segment],
+    start: list[int],
+    max_length: int,
+    tokenizer: PreTrainedTokenizerBase,
+    continued: bool,
+) -> Tokens:
+    """Segments tokenised one by one, until there are more than max_length tokens. continued: as
+    the text before them would have it, for tokenizers that put a space in front of a text."""
+    ids, hits, before = list(start), [False] * len(start), ""
+    for text, hit in segments:
+        if len(ids) > max_length:
+            break
+        text = text[: CHARS * max_length]
+        new: list[int] = tokenizer.encode(before + text, add_special_tokens=False, verbose=False)
+        if continued:
+            known = len(ids)
+            if new[:known] == ids:
+                new = new[known:]
+            else:
+                new = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+            before += text
+        ids += new
+        hits += [hit] * len(new)
+    return ids, hits

@@ -1,0 +1,24 @@
+"""Poisson sampling over units, from the operating system's generator."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+
+def poisson(n_units: int, sampling_rate: float) -> list[int]:
+    """Indices in 0..n_units-1, each included independently with probability `sampling_rate`.
+
+    Guarantee: who was sampled is as secret as the noise: there is no seed, nothing is logged.
+    | sampling_rate = 1 | every unit, always |
+    | no unit drawn     | an empty list: the caller takes a noise-only step |
+    Reference: Mironov, Talwar & Zhang 2019, section 3 (sampled Gaussian mechanism).
+    """
+    if not 0.0 < sampling_rate <= 1.0:
+        raise ValueError("sampling_rate must be in (0, 1]")
+    if sampling_rate == 1.0:
+        return list(range(n_units))
+    draws = np.frombuffer(os.urandom(8 * n_units), dtype=np.uint64) >> np.uint64(11)
+    # 53 random bits against q·2⁵³ as an integer: exact, no rounding of the draw itself.
+    return np.flatnonzero(draws < np.uint64(int(sampling_rate * 2.0**53))).tolist()

@@ -1,0 +1,66 @@
+"""Every error that fedtune raises on purpose, and the exit code each one maps to.
+
+    FedtuneError
+    ├── InputError            exit 2   something that a person wrote must change
+    │   ├── ConfigError                study.toml or site.toml
+    │   ├── DataError                  the site's records
+    │   └── ModelError                 the base model or the adapter
+    ├── Refused               exit 3   a rule said no, before data was read
+    │   ├── PolicyRefused              the site's policy
+    │   └── BudgetExceeded             the privacy budget
+    └── InfrastructureError   exit 4   network, disk, another process
+
+A message says what happened, what was expected and what to do. It never holds a record's content.
+"""
+
+from __future__ import annotations
+
+
+class FedtuneError(Exception):
+    """What happened; what was expected; what to do. Printed on one line."""
+
+    exit_code = 4
+
+    def __init__(self, happened: str, expected: str = "", todo: str = "") -> None:
+        self.happened, self.expected, self.todo = happened, expected, todo
+        super().__init__(happened, expected, todo)
+
+    def __str__(self) -> str:
+        parts = [self.happened]
+        if self.expected:
+            parts.append(f"expected {self.expected}")
+        if self.todo:
+            parts.append(f"to do: {self.todo}")
+        return "; ".join(part.rstrip(". ") for part in parts)
+
+
+class InputError(FedtuneError):
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """A wrong key, type or combination in study.toml or site.toml; names file and key."""
+
+
+class DataError(InputError):
+    """Records that cannot be used; counts and reasons, never content."""
+
+
+class ModelError(InputError):
+    """A base model or adapter that is missing, altered or of another architecture."""
+
+
+class Refused(FedtuneError):
+    exit_code = 3
+
+
+class PolicyRefused(Refused):
+    """A rule of the site's policy; the rule is named, no private value is."""
+
+
+class BudgetExceeded(Refused):
+    """The round would take the site's privacy budget past its ceiling."""
+
+
+class InfrastructureError(FedtuneError):
+    exit_code = 4

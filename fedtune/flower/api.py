@@ -1,0 +1,263 @@
+"""Every import of a private Flower module, in one place; flwr is pinned to 1.42 because of it.
+
+A Runtime API hands out tasks: the SuperLink's a ServerApp task per run, a SuperNode's a ClientApp
+task per message. Whoever claims one holds its token, keeps it alive with heartbeats, and says how
+it ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import httpx
+from flwr.app import Context, Error, Message
+from flwr.app.message import make_message
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode, SubStatus
+from flwr.common.serde import (
+    fab_to_proto,
+    message_from_proto,
+    message_to_proto,
+    recorddict_to_proto,
+    run_from_proto,
+)
+from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest
+from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    PullTaskInputRequest,
+    PushTaskOutputRequest,
+    SendTaskHeartbeatRequest,
+)
+from flwr.serverapp import Grid
+from flwr.supercore.constant import TaskType
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.fab import Fab
+from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.retry import RetryInvoker, exponential
+from flwr.supercore.run import Run
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
+
+__all__ = [
+    "AGENT_APP",
+    "CLIENT_APP",
+    "SERVER_APP",
+    "SUPERLINK_NODE_ID",
+    "SUPERNODE_JOINED",
+    "SUPERNODE_REFUSED",
+    "Claim",
+    "ClientTask",
+    "ErrorCode",
+    "ProtoMessage",
+    "Run",
+    "Runtime",
+    "error_reply",
+    "make_message",
+    "message_from_proto",
+    "message_to_proto",
+    "recorddict_to_proto",
+    "run_program",
+    "server_grid",
+    "start_run",
+]
+
+SERVER_APP, CLIENT_APP, AGENT_APP = TaskType.SERVER_APP, TaskType.CLIENT_APP, TaskType.AGENT_APP
+SUPERNODE_JOINED = "SuperNode ID: "  # what a SuperNode logs once the SuperLink has accepted it
+SUPERNODE_REFUSED = "Failed to initialize the connection to the SuperLink"
+OUTAGE_SECONDS = 600.0  # how long a SuperLink or a SuperNode may go without answering
+
+
+def run_program(name: Literal["superlink", "supernode"]) -> None:
+    """Be Flower's own SuperLink or SuperNode, with the options in sys.argv; does not return."""
+    # Both bring a web server along, which no other process of ours should have to load.
+    if name == "superlink":
+        from flwr.superlink.cli import flower_superlink
+
+        flower_superlink()
+    else:
+        from flwr.supernode.cli import flower_supernode
+
+        flower_supernode()
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claimed task: what kind of task it is, and the token that stands for it."""
+
+    kind: str
+    token: str
+
+
+class Runtime:
+    """A Runtime API as an executor sees it: it gives out tasks to whoever holds the secret.
+
+    ca: PEM that the server's certificate must chain to; None: plain HTTP, for loopback only."""
+
+    def __init__(self, address: str, secret: bytes, ca: bytes | None = None) -> None:
+        self._client = RuntimeHttpClient.from_server_address(
+            address,
+            ca is None,
+            ca,
+            [
+                RuntimeVersionHttpInterceptor("fedtune"),
+                SuperExecAuthHttpInterceptor(
+                    master_secret=secret,
+                    protected_methods=frozenset({"/flwr.proto.Runtime/AcquireTask"}),
+                ),
+            ],
+        )
+
+    def acquire(self, kinds: Sequence[str]) -> Claim | None:
+        """Claim the oldest pending task of these kinds. Errors: httpx.HTTPError."""
+        reply = self._client.AcquireTask(AcquireTaskRequest(supported_task_types=list(kinds)))
+        if not (reply.HasField("task") and reply.token):
+            return None
+        return Claim(reply.task.type, reply.token)
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def start_run(address: str, ca: bytes, nodes: dict[str, bytes], bundle: bytes, digest: str) -> None:
+    """Register the sites (name -> public key, PEM) at a new SuperLink and start one run there.
+
+    bundle: a Flower app bundle, `digest` its sha256 in hex. Errors: httpx.HTTPError."""
+    control = ControlHttpClient.from_server_address(
+        address, False, ca, [RuntimeVersionHttpInterceptor("fedtune")]
+    )
+    try:
+        for name, key in nodes.items():
+            control.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
+        control.StartRun(StartRunRequest(fab=fab_to_proto(Fab(digest, bundle, {}))))
+    finally:
+        control.close()
+
+
+@contextmanager
+def server_grid(
+    address: str, ca: bytes, claim: Claim, give_up: Callable[[], bool]
+) -> Iterator[Grid]:
+    """The Grid of a claimed ServerApp task; leaving the block ends the run.
+
+    An outage is waited out for OUTAGE_SECONDS, or until give_up() says that it will not end."""
+    from flwr.superlink.grid import HttpGrid  # brings the SuperLink's web server along
+
+    HttpGrid._deprecation_warning_logged = True  # create_message is what an in-process Grid offers
+    grid = HttpGrid(address, False, ca, token=claim.token)
+    grid._retry_invoker = _patience(give_up)
+    client = grid._runtime_client
+    reply = client.PullTaskInput(PullTaskInputRequest())
+    _identify(reply.task_id, reply.run.run_id, reply.context.node_id)
+    grid.set_run(run_from_proto(reply.run))
+    status = SubStatus.FAILED
+    try:
+        with _heartbeat(client):
+            yield grid
+        status = SubStatus.COMPLETED
+    finally:
+        grid._retry_invoker.max_tries = 1
+        _finish(client, status)
+        grid.close()
+
+
+class ClientTask:
+    """A claimed task at a site's own SuperNode; leaving the block ends it.
+
+    A failed request is repeated for OUTAGE_SECONDS, or until give_up(): an update that was paid for
+    should arrive. The app bundle comes along with the task's input and is dropped unopened."""
+
+    def __init__(self, address: str, claim: Claim, give_up: Callable[[], bool]) -> None:
+        self._patience = _patience(give_up)
+        self._client = RuntimeHttpClient.from_server_address(
+            address,
+            True,
+            None,
+            [RuntimeVersionHttpInterceptor("fedtune"), RuntimeTokenHttpInterceptor(claim.token)],
+            retry_invoker=self._patience,
+        )
+        self._alive = _heartbeat(self._client)
+        self._status = SubStatus.FAILED
+
+    def pull(self) -> tuple[Message, Context]:
+        """The message to answer, and the context to answer it in. Errors: httpx.HTTPError."""
+        message, self._context, _, _ = pull_task_input(self._client)
+        return message, self._context
+
+    def push(self, reply: Message) -> None:
+        """Hand the reply to the SuperNode. Errors: httpx.HTTPError."""
+        push_message(self._client, reply, self._context)
+        self._status = SubStatus.COMPLETED
+
+    def __enter__(self) -> ClientTask:
+        self._alive.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patience.max_tries = 1
+        self._alive.__exit__(None, None, None)
+        _finish(self._client, self._status)
+        self._client.close()
+
+
+def error_reply(message: Message, reason: str) -> Message:
+    """An answer that says only why there is none; `reason` is a fixed text."""
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+
+
+def _patience(give_up: Callable[[], bool]) -> RetryInvoker:
+    """Repeat what may pass. Flower's own never gives up, and sends SIGINT when a task is lost."""
+    return RetryInvoker(
+        lambda: exponential(max_delay=5),
+        httpx.HTTPError,
+        max_tries=None,
+        max_time=OUTAGE_SECONDS,
+        should_giveup=lambda error: give_up() or not _passing(error),
+    )
+
+
+def _identify(task_id: int, run_id: int, node_id: int) -> None:
+    """What Flower stamps on every message that this process creates."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = task_id, run_id, node_id
+
+
+@contextmanager
+def _heartbeat(client: RuntimeHttpClient) -> Iterator[None]:
+    """Keep the client's task alive while the block runs."""
+    sender = HeartbeatSender(partial(_beat, client))
+    sender.start()
+    try:
+        yield
+    finally:
+        if sender.is_running:
+            sender.stop()
+
+
+def _beat(client: RuntimeHttpClient) -> bool:
+    """Whether a heartbeat arrived; a task that is gone needs none (Flower would send SIGINT)."""
+    try:
+        client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+    except httpx.HTTPError as error:
+        return not _passing(error)
+    return True
+
+
+def _finish(client: RuntimeHttpClient, status: str) -> None:
+    with suppress(httpx.HTTPError):  # the API may be gone, and the task with it
+        client.PushTaskOutput(PushTaskOutputRequest(sub_status=status))
+
+
+def _passing(error: Exception) -> bool:
+    """Whether the same request may succeed later."""
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code in {502, 503, 504}
+    return isinstance(error, httpx.TransportError) and "certificate" not in str(error).lower()

@@ -1,0 +1,118 @@
+"""A Flower Grid in one process: the same apps, the same bytes, no server, no Ray."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from flwr.app import DEFAULT_TTL, Context, Error, Message, Metadata, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+from fedtune.errors import FedtuneError
+from fedtune.flower import api
+
+RUN_ID = 1
+
+
+class InProcessGrid(Grid):
+    """Each site file is a node; its ClientApp is called when its reply is pulled.
+
+    Messages in both directions go through Flower's wire format, so what passes here passes on the
+    network. `bytes_down` and `bytes_up` count them by node, metadata included.
+    Guarantee: at most one reply is held at a time; an exception in the ClientApp becomes an error
+    reply that names its class alone (and a FedtuneError's own words).
+    """
+
+    def __init__(self, sites: Sequence[Path], app: ClientApp | None = None) -> None:
+        if app is None:
+            from client.app import app as installed
+
+            app = installed
+        self._app = app
+        self._contexts = {
+            number: Context(RUN_ID, number, {"site": str(path)}, RecordDict(), {})
+            for number, path in enumerate(sites, api.SUPERLINK_NODE_ID + 1)
+        }
+        self._waiting: dict[str, bytes] = {}
+        self._numbers = itertools.count(1)
+        self._run = api.Run.create_empty(RUN_ID)
+        self.bytes_down: Counter[int] = Counter()
+        self.bytes_up: Counter[int] = Counter()
+
+    def set_run(self, run: api.Run) -> None:
+        self._run = run
+
+    @property
+    def run(self) -> api.Run:
+        return self._run
+
+    def get_node_ids(self) -> list[int]:
+        return list(self._contexts)
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        metadata = Metadata(
+            run_id=RUN_ID,
+            message_id="",
+            src_node_id=api.SUPERLINK_NODE_ID,
+            dst_node_id=dst_node_id,
+            reply_to_message_id="",
+            group_id=group_id,
+            created_at=time.time(),
+            ttl=DEFAULT_TTL if ttl is None else ttl,
+            message_type=message_type,
+        )
+        return api.make_message(metadata, content)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Keep the messages as bytes until they are pulled. Errors: KeyError on an unknown node."""
+        pushed = []
+        for message in messages:
+            node = message.metadata.dst_node_id
+            self._contexts[node]
+            identity = str(next(self._numbers))
+            proto = api.message_to_proto(message)
+            proto.metadata.message_id = identity
+            self._waiting[identity] = proto.SerializeToString()
+            self.bytes_down[node] += len(self._waiting[identity])
+            pushed.append(identity)
+        return pushed
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
+        """Run each message when its reply is taken from the iterator; each is delivered once."""
+        for identity in message_ids:
+            body = self._waiting.pop(identity, None)
+            if body is not None:
+                yield self._answer(body)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        return list(self.pull_messages(self.push_messages(messages)))
+
+    def _answer(self, body: bytes) -> Message:
+        message = _decode(body)
+        node = message.metadata.dst_node_id
+        try:
+            reply = self._app(message, self._contexts[node])
+        except Exception as error:
+            words = f": {error}" if isinstance(error, FedtuneError) else ""
+            code = api.ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+            reply = Message(Error(code, type(error).__name__ + words), reply_to=message)
+        sent = api.message_to_proto(reply).SerializeToString()
+        self.bytes_up[node] += len(sent)
+        return _decode(sent)
+
+
+def _decode(body: bytes) -> Message:
+    return api.message_from_proto(api.ProtoMessage.FromString(body))

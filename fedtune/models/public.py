@@ -1,0 +1,90 @@
+"""LoRA's frozen factor built from the activations of public text.
+
+A random A sees a random slice of each layer's input; under DP there is no budget to make up for
+that. Here A's rows are the directions in which public text of the same kind really varies at the
+positions where the loss is computed. Free of ε: neither text nor base saw the private data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import nn
+
+from fedtune.data.tokens import Dataset
+from fedtune.errors import ConfigError
+from fedtune.models.cache import Batch, Cached
+from fedtune.models.lora import Arrays
+from fedtune.models.network import Network
+
+_MAX_POSITIONS = 8192  # per layer; enough for principal components of a few thousand dimensions
+
+
+def public_factor(network: Network, dataset: Dataset, rank: int) -> Arrays:
+    """A (rank, inputs) by name: one row along the mean input (activation 0.5 on it), the others
+    whitened principal components orthogonal to it (activation of unit variance).
+
+    Positions: those with a target; of a record without one, its last token.
+    Errors: ConfigError when the public text has too few positions for this rank."""
+    data = Cached(network, dataset)
+    inputs: dict[str, list[torch.Tensor]] = {}
+    with torch.no_grad(), network.base_only(), _recording(network, inputs) as position:
+        for batch in data.batches(range(len(dataset.examples))):
+            position.batch = batch
+            network.hidden(batch.prefix, batch.mask)
+    named = network.frozen_factor()
+    return {name: _rows(torch.cat(inputs[name])[:_MAX_POSITIONS], rank) for name in named}
+
+
+class _Position:
+    batch: Batch
+
+
+@contextmanager
+def _recording(network: Network, inputs: dict[str, list[torch.Tensor]]) -> Iterator[_Position]:
+    position = _Position()
+    handles = []
+    for name, module in network.model.named_modules():
+        if isinstance(module, LoraLinear):
+            into = inputs.setdefault(f"{name}.lora_A.default.weight", [])
+
+            def record(
+                _: nn.Module, args: tuple[torch.Tensor, ...], into: list[torch.Tensor] = into
+            ) -> None:
+                into.append(args[0][_where(position.batch)].float())
+
+            handles.append(module.register_forward_pre_hook(record))
+    try:
+        yield position
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _where(batch: Batch) -> torch.Tensor:
+    """Boolean (B, L)."""
+    targets = batch.target_ids != -100
+    last = torch.zeros_like(targets)
+    last[torch.arange(len(last)), batch.mask.sum(dim=1) - 1] = True
+    return torch.where(targets.any(dim=1, keepdim=True), targets, last)
+
+
+def _rows(seen: torch.Tensor, rank: int) -> np.ndarray:
+    """(rank, inputs) fp32 from inputs (n, inputs)."""
+    if len(seen) <= rank:
+        raise ConfigError(
+            f"public: {len(seen)} positions for lora.rank = {rank}", f"more than {rank} records"
+        )
+    x = seen.double()
+    mean = x.mean(dim=0)
+    direction = mean / mean.norm()
+    centred = x - mean
+    centred = centred - (centred @ direction)[:, None] * direction
+    _, singular, components = torch.linalg.svd(centred, full_matrices=False)
+    scale = singular[: rank - 1] / (len(x) - 1) ** 0.5
+    whitened = components[: rank - 1] / scale.clamp_min(1e-6)[:, None]
+    rows = torch.cat([(0.5 * direction / mean.norm())[None], whitened])
+    return rows.float().numpy()

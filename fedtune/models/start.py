@@ -1,0 +1,48 @@
+"""What a study starts from, made once at the coordinator from public things alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedtune.config import Study
+from fedtune.data.tokens import load_dataset
+from fedtune.dp.budget import with_rounds
+from fedtune.models import lora
+from fedtune.models.lora import Arrays
+from fedtune.models.network import build
+from fedtune.models.public import public_factor
+
+
+@dataclass(frozen=True, repr=False)
+class Start:
+    """study: with base.digest, lora.a_digest and training.rounds filled in; its digest is what
+    every site binds to. adapter: the trainable arrays of round 0. frozen: A where it comes from
+    public text (decompositions differ between machines, so it is sent), else empty."""
+
+    study: Study
+    adapter: Arrays
+    frozen: Arrays
+
+
+def start(study: Study) -> Start:
+    """Resolve the base, build A, fix the number of rounds.
+
+    Errors: ModelError, ConfigError, DataError (public text)."""
+    network = build(study)
+    study = with_rounds(study)
+    base = study.base.model_copy(update={"digest": network.base.digest})
+    study = study.model_copy(update={"base": base})
+    factor: Arrays = {}
+    frozen: Arrays = {}
+    if study.lora:
+        if study.lora.a_init == "public":
+            assert study.public is not None  # Study: required with a_init = "public"
+            text = load_dataset(study.public, study, network.tokenizer, labelled=False)
+            factor = frozen = public_factor(network, text, study.lora.rank)
+        else:
+            factor = network.draw_factor(study.study.seed)
+        study = study.model_copy(
+            update={"lora": study.lora.model_copy(update={"a_digest": lora.digest(factor)})}
+        )
+        network.load_frozen(factor)
+    return Start(study, network.initial(factor), frozen)

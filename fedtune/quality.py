@@ -1,0 +1,274 @@
+"""How good the model is on public or released records: per round, and of a finished run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from fedtune.config import DataFile, EvaluationTable, Study
+from fedtune.data.tokens import NO_TARGET, Dataset, Example, load_dataset
+from fedtune.errors import ConfigError, DataError
+from fedtune.models.cache import Batch, Cached
+from fedtune.models.lora import Arrays
+from fedtune.models.network import Network, build
+
+CHOSEN = ("accuracy", "f1")  # need a choice per record
+ROWS = 512  # positions whose logits over the vocabulary are held at once
+RESAMPLES = 1000
+
+
+@dataclass
+class Scores:
+    """Per record: loss (n,) nats, mean over its targets; tokens (n,) targets; exact (n,) greedy
+    decoding gives the completion; chosen (n,) and gold (n,) class indices, -1 where not asked."""
+
+    loss: np.ndarray
+    tokens: np.ndarray
+    exact: np.ndarray
+    chosen: np.ndarray
+    gold: np.ndarray
+
+    def value(self, metric: str, rows: np.ndarray | slice = slice(None)) -> float:
+        """One figure over all records, or over `rows` (a bootstrap sample)."""
+        loss, tokens = self.loss[rows], self.tokens[rows]
+        if metric == "loss":
+            return float(loss.mean())
+        if metric == "perplexity":  # over tokens, not over records
+            return float(np.exp(min((loss * tokens).sum() / tokens.sum(), 700.0)))
+        if metric == "exact_match":
+            return float(self.exact[rows].mean())
+        chosen, gold = self.chosen[rows], self.gold[rows]
+        return float((chosen == gold).mean()) if metric == "accuracy" else _f1(chosen, gold)
+
+
+class Evaluator:
+    """The study's [evaluation] records, ready to be measured again and again.
+
+    What is frozen below the adapters is computed once, here. Errors: ConfigError where the metric
+    does not fit the objective, DataError for the file."""
+
+    def __init__(self, study: Study) -> None:
+        table = study.evaluation
+        if table is None:
+            raise ConfigError("the study has no [evaluation] table", "one, with path and columns")
+        self.metric, self.classify = table.metric, study.objective.name == "classify"
+        _check(table, self.classify)
+        self.network: Network = build(study)
+        data = load_dataset(table, study, self.network.tokenizer)
+        self.rejected = data.rejected
+        self._records = Cached(self.network, data)
+        self._gold = np.array([e.label if self.classify else -1 for e in data.examples])
+        self._single: torch.Tensor | None = None  # the token of each choice, where each has one
+        self._spelled: Cached | None = None  # else every record with every choice
+        self._choices = len(table.choices)
+        if self.metric in CHOSEN and not self.classify:
+            self._read_choices(data, table.choices)
+        for cached in (self._records, self._spelled):
+            if cached is not None:
+                cached.warm()
+
+    def __len__(self) -> int:
+        return len(self._gold)
+
+    def measure(self, adapter: Arrays | None) -> dict[str, float]:
+        """The study's metric and the loss (nats, mean over records) with `adapter`; None is the
+        untouched base (a trained head counts as untouched at its public start, zero)."""
+        scores = self.scores(adapter)
+        return {name: scores.value(name) for name in dict.fromkeys((self.metric, "loss"))}
+
+    @torch.no_grad()
+    def scores(self, adapter: Arrays | None) -> Scores:
+        """Every record's own figures. The network's arrays are put back afterwards."""
+        before = self.network.trainable()
+        zero = {name: np.zeros_like(value) for name, value in before.items()}
+        self.network.load_trainable(zero if adapter is None else adapter)
+        try:
+            n = len(self)
+            scores = Scores(np.zeros(n), np.ones(n), np.zeros(n, bool), np.full(n, -1), self._gold)
+            for batch in self._records.batches(range(n)):
+                (self._classes if self.classify else self._tokens)(batch, scores)
+            if self._spelled is not None:
+                scores.chosen = self._most_likely(self._spelled)
+            return scores
+        finally:
+            self.network.load_trainable(before)
+
+    # ------------------------------------------------------------------------------ one batch
+
+    def _classes(self, batch: Batch, scores: Scores) -> None:
+        hidden = self.network.hidden(batch.prefix, batch.mask)
+        logits = self.network.logits(self.network.pool(hidden, batch.mask))
+        index = batch.index.numpy()
+        loss = functional.cross_entropy(logits, batch.label, reduction="none")
+        scores.loss[index] = loss.double().numpy()
+        scores.chosen[index] = logits.argmax(dim=1).numpy()
+        scores.exact[index] = scores.chosen[index] == scores.gold[index]
+
+    def _tokens(self, batch: Batch, scores: Scores) -> None:
+        hidden = self.network.hidden(batch.prefix, batch.mask)
+        total, count, right = self._by_record(hidden, batch)
+        index = batch.index.numpy()
+        scores.loss[index], scores.tokens[index] = total / count, count
+        scores.exact[index] = right == count
+        if self._single is not None:
+            first = (batch.target_ids != NO_TARGET).int().argmax(dim=1)
+            rows = torch.arange(len(first))
+            logits = self.network.logits(hidden[rows, first], self._single)
+            scores.chosen[index] = logits.argmax(dim=1).numpy()
+
+    def _by_record(
+        self, hidden: torch.Tensor, batch: Batch
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(summed loss, targets, targets that are the most likely token), each (B,).
+
+        Greedy decoding gives the completion exactly where every target is the most likely token
+        after the targets before it, so one pass over the true text tells, without decoding."""
+        rows, at = torch.nonzero(batch.target_ids != NO_TARGET, as_tuple=True)
+        loss, hit = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.bool)
+        for i in range(0, len(rows), ROWS):
+            part = slice(i, i + ROWS)
+            target = batch.target_ids[rows[part], at[part]]
+            logits = self.network.logits(hidden[rows[part], at[part]])
+            loss[part] = functional.cross_entropy(logits, target, reduction="none")
+            hit[part] = logits.argmax(dim=1) == target
+        size, of = len(batch.index), rows.numpy()
+        total = np.bincount(of, loss.double().numpy(), size)
+        right = np.bincount(of, hit.double().numpy(), size)
+        return total, np.bincount(of, minlength=size), right
+
+    def _most_likely(self, spelled: Cached) -> np.ndarray:
+        """The choice of highest log-likelihood, summed over its tokens, (n,)."""
+        likelihood = np.zeros(len(self) * self._choices)
+        for batch in spelled.batches(range(len(likelihood))):
+            hidden = self.network.hidden(batch.prefix, batch.mask)
+            likelihood[batch.index.numpy()] = -self._by_record(hidden, batch)[0]
+        best: np.ndarray = likelihood.reshape(-1, self._choices).argmax(axis=1)
+        return best
+
+    # -------------------------------------------------------------------------------- choices
+
+    def _read_choices(self, data: Dataset, choices: Sequence[str]) -> None:
+        tokenizer = self.network.tokenizer
+        ids = [tokenizer.encode(choice, add_special_tokens=False) for choice in choices]
+        if len({tuple(i) for i in ids}) < len(ids) or not all(ids):
+            raise ConfigError("evaluation.choices: two are the same to this base, or one is empty")
+        end = [tokenizer.eos_token_id]
+        for row, example in enumerate(data.examples):
+            target = example.target_ids[example.target_ids != NO_TARGET].tolist()
+            self._gold[row] = next((k for k, i in enumerate(ids) if target in (i, i + end)), -1)
+        strange = int((self._gold < 0).sum())
+        if strange:
+            raise DataError(
+                f"evaluation: {strange} of {len(self)} completions are none of evaluation.choices",
+                "each completion exactly as one of the choices, spaces included",
+            )
+        if all(len(i) == 1 for i in ids):
+            self._single = torch.tensor([i[0] for i in ids])
+        else:
+            every = [_spell(example, i) for example in data.examples for i in ids]
+            self._spelled = Cached(self.network, Dataset(every, data.n_units, data.rejected))
+
+
+def _spell(example: Example, choice: list[int]) -> Example:
+    """The example's prompt, completed with `choice` in place of its own completion."""
+    prompt = example.input_ids[: int((example.target_ids != NO_TARGET).argmax()) + 1]
+    ids = np.concatenate([prompt, np.array(choice[:-1], np.int32)])
+    targets = np.full(len(ids), NO_TARGET, np.int32)
+    targets[len(prompt) - 1 :] = choice
+    return Example(ids, targets, example.label, example.unit)
+
+
+def _check(table: EvaluationTable, classify: bool) -> None:
+    if classify and table.metric in ("perplexity", "exact_match"):
+        raise ConfigError(
+            f'evaluation.metric = "{table.metric}" does not fit objective classify',
+            "loss, accuracy or f1",
+        )
+    if table.metric in CHOSEN and not classify and len(table.choices) < 2:
+        raise ConfigError(
+            f'evaluation.metric = "{table.metric}" needs evaluation.choices',
+            "the possible completions, at least two",
+        )
+
+
+def _f1(chosen: np.ndarray, gold: np.ndarray) -> float:
+    """Macro F1 over the classes that occur in `gold` or `chosen`."""
+    each = [
+        2 * ((chosen == k) & (gold == k)).sum() / ((chosen == k).sum() + (gold == k).sum())
+        for k in np.union1d(chosen, gold)
+    ]
+    return float(np.mean(each))
+
+
+# ----------------------------------------------------------------------------- a finished run
+
+
+def evaluate(
+    run: Path, data: DataFile, metric: str | None = None, choices: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Base and adapter of a finished run on the records of `data`.
+
+    `metric` and `choices` are the study's own where left out. Returns metric, records, rejected,
+    before and after (measures by name) and interval: 95 % intervals of before, after (Wilson for a
+    share of records, else bootstrap over records) and change (paired bootstrap).
+    Errors: ConfigError, DataError, ModelError."""
+    from fedtune.runs import load_adapter, load_plan
+
+    study = load_plan(run)
+    old = study.evaluation
+    table = EvaluationTable.model_validate(
+        {
+            "path": data.path,
+            "columns": data.columns,
+            "metric": metric or (old.metric if old else "loss"),
+            "choices": tuple(choices) or (old.choices if old else ()),
+        }
+    )
+    evaluator = Evaluator(study.model_copy(update={"evaluation": table}))
+    after = evaluator.scores(load_adapter(run / "adapter", evaluator.network))
+    before = evaluator.scores(None)
+    names = tuple(dict.fromkeys((table.metric, "loss")))
+    return {
+        "metric": table.metric,
+        "records": len(evaluator),
+        "rejected": dict(evaluator.rejected),
+        "before": {name: before.value(name) for name in names},
+        "after": {name: after.value(name) for name in names},
+        "interval": intervals(before, after, table.metric),
+    }
+
+
+def intervals(before: Scores, after: Scores, metric: str) -> dict[str, tuple[float, float]]:
+    """95 % intervals of both figures and of their difference on the same records."""
+    n = len(before.loss)
+    random = np.random.default_rng(0)
+    drawn = [random.integers(0, n, n) for _ in range(RESAMPLES)]
+    pairs = np.array([[s.value(metric, rows) for s in (before, after)] for rows in drawn])
+    low, high = np.quantile(pairs, (0.025, 0.975), axis=0)
+    change = np.quantile(pairs[:, 1] - pairs[:, 0], (0.025, 0.975))
+    found = {
+        "before": (float(low[0]), float(high[0])),
+        "after": (float(low[1]), float(high[1])),
+        "change": (float(change[0]), float(change[1])),
+    }
+    if metric in ("accuracy", "exact_match"):
+        for name, scores in (("before", before), ("after", after)):
+            found[name] = wilson(scores.value(metric), n)
+    return found
+
+
+def wilson(share: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share of n records (Wilson 1927)."""
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    middle = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return (middle - half) / scale, (middle + half) / scale

@@ -1,0 +1,88 @@
+"""What a guarantee means, in words and odds that need no statistics."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+from typing import Any
+
+
+def best_guess(privacy: dict[str, Any]) -> float:
+    """How often an attacker can be right about one unit's presence, at most, from a fair coin's 0.5.
+
+    The attacker knows every other record and sees all that left the sites. The smaller of two
+    bounds, over the worst site: (e^ε + δ) / (1 + e^ε) (Kairouz et al. 2015, region of an (ε, δ)
+    test), and, where every step takes every unit (q = 1), Φ(√steps / 2σ), exact for the Gaussian
+    mechanism (Dong et al. 2019, Corollary 3.3)."""
+    sites = list(privacy.get("sites", {}).values()) or [privacy]
+    return max(_one(site) for site in sites)
+
+
+def _one(site: dict[str, Any]) -> float:
+    epsilon, delta = number(site.get("epsilon")), number(site.get("delta"))
+    if epsilon is None or delta is None:
+        return 1.0
+    bound = 1 / (1 + math.exp(-epsilon)) + delta / (1 + math.exp(min(epsilon, 700.0)))
+    sigma, steps = number(site.get("noise_multiplier")), number(site.get("steps"))
+    if site.get("sampling_rate") == 1 and sigma and steps:
+        bound = min(bound, NormalDist().cdf(math.sqrt(steps) / (2 * sigma)))
+    return min(bound, 1.0)
+
+
+def percent(value: float) -> str:
+    """A probability as a percentage, rounded up (a bound must not be rounded down)."""
+    return f"{min(math.ceil(value * 1000) / 10, 100.0):g} %"
+
+
+def rounded_up(value: Any, digits: int = 3) -> str:
+    """ε for people: never smaller than it is."""
+    n = number(value)
+    if n is None or not math.isfinite(n):
+        return "none" if value is None else str(value)
+    scale = 10**digits
+    up = math.ceil(round(n * scale, 6)) / scale
+    return f"{up:.{digits}f}".rstrip("0").rstrip(".")
+
+
+def number(value: Any) -> float | None:
+    """The value where it is a number, else None."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def strength(epsilon: Any) -> str:
+    """Where ε stands in common practice (Ponomareva et al. 2023, "How to DP-fy ML", section 5.2)."""
+    n = number(epsilon)
+    if n is None:
+        return "not known"
+    if n <= 1:
+        return "strong (at most 1)"
+    return "reasonable, not strong (between 1 and 10)" if n <= 10 else "weak (above 10)"
+
+
+def protects(unit: str) -> str:
+    """What is protected, as a noun phrase."""
+    return "all records of one patient" if unit == "patient" else f"one {unit}"
+
+
+def limits(unit: str) -> list[str]:
+    """What the guarantee does not cover; said in every report."""
+    rest = [
+        "What is true of the population. If these records show that a drug helps, the model may "
+        "say so, and would have said so without any one of them.",
+        "The same records in other studies, or one patient at several hospitals: the ε of each "
+        "adds up. Each site's step log keeps its own count.",
+        "The base model, the public text and the held-out records used for evaluation. They are "
+        "taken to be public or released.",
+        "Choices that people made after looking at private records, such as tuning settings on "
+        "them outside this run.",
+        "A site whose own computer is under an attacker's control, and what the duration of a "
+        "round may reveal.",
+    ]
+    if unit == "record":
+        return [
+            "A patient with several records. The protected unit is one record; for a patient with "
+            "k records ε is up to k times as large. Use the patient unit where there is a patient "
+            "column.",
+            *rest,
+        ]
+    return rest

@@ -1,0 +1,206 @@
+"""report.md: the claim first, then the numbers behind it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from fedtune.report.claim import (
+    best_guess,
+    limits,
+    number,
+    percent,
+    protects,
+    rounded_up,
+    strength,
+)
+
+LOWER_IS_BETTER = ("loss", "perplexity")
+
+
+def markdown(body: dict[str, Any]) -> str:
+    """The whole report as Markdown. Text that came from a site is escaped and cut to one line."""
+    parts = [
+        f"# {cell(body.get('study', 'study'))}: report",
+        _claim(body) if body.get("private") else _banner(body),
+        _quality(body.get("quality") or {}),
+        _sites(body.get("privacy") or {}) if body.get("private") else "",
+        _rounds(body.get("rounds") or []),
+        _missing(body.get("rounds") or [], body.get("sites") or {}),
+        _base(body),
+        f"Written by fedtune {cell(body.get('fedtune', ''))}; plan `{cell(body.get('plan_digest'))}`. "
+        "The same numbers for machines: report.json.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def cell(value: Any) -> str:
+    """One value as inert Markdown on one line, at most 200 characters."""
+    if value is None:
+        return "–"
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    text = text if len(text) <= 200 else text[:199] + "…"
+    return re.sub(r"([\\`*\[\]<>|#!])", r"\\\1", text)
+
+
+def figure(value: Any) -> str:
+    """A number with four significant figures; text as it is."""
+    n = number(value)
+    if n is None or not math.isfinite(n):
+        return cell(value)
+    return f"{int(n):,}" if n == int(n) and abs(n) < 1e15 else f"{n:.4g}"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]], *, numbers: bool = True) -> str:
+    """A Markdown table; the first column left, the others right where they hold numbers."""
+    names = list(head)
+    rule = "---:" if numbers else "---"
+    lines = [names, ["---", *[rule] * (len(names) - 1)], *[list(row) for row in rows]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _claim(body: dict[str, Any]) -> str:
+    p = body["privacy"]
+    unit = str(p.get("unit", "record"))
+    epsilon, delta = rounded_up(p.get("epsilon")), figure(p.get("delta"))
+    who = f"{protects(unit)} at any one site"
+    guess = percent(best_guess(p))
+    not_covered = "\n".join(f"- {line}" for line in limits(unit))
+    return (
+        f"**This run is differentially private with ε = {epsilon} and δ = {delta} for {who} "
+        f"(neighbouring data sets: {cell(p.get('relation'))}).**\n\n"
+        "## What it means\n\n"
+        f"Somebody holds the updates that left the sites, the adapter, or text that it wrote, and "
+        f"asks whether {protects(unit)} was used. Even an attacker who knows every other record "
+        f"and the plan, and would otherwise toss a coin, is right **at most {guess}** of the time "
+        "(50 % is no knowledge, 100 % is certainty). This is a proven upper bound for the worst "
+        "case, not the result of an attack that was tried. As a level of protection, ε = "
+        f"{epsilon} is {strength(p.get('epsilon'))}.\n\n"
+        f"ε is counted by {cell(p.get('accountant'))} from the log that each site writes as it adds "
+        "the noise, not from the plan. δ is the probability set aside for outcomes that the bound "
+        "on ε does not describe.\n\n"
+        f"## What it does not cover\n\n{not_covered}"
+    )
+
+
+def _banner(body: dict[str, Any]) -> str:
+    warning = (body.get("privacy") or {}).get("warning")
+    return (
+        "> # ⚠ NOT PRIVATE\n>\n"
+        "> **Privacy was switched off for this run.** No noise was added. The updates and the "
+        "adapter may reveal the records they were trained on, word for word. "
+        "Do not give the adapter to anybody who may not read the records themselves."
+        + (f"\n>\n> {cell(warning)}" if warning else "")
+    )
+
+
+def _quality(quality: dict[str, Any]) -> str:
+    metric = quality.get("metric")
+    if not metric:
+        return "## Quality\n\nNot measured: the study has no [evaluation] table."
+    before, after = quality.get("before"), quality.get("after")
+    if not isinstance(before, dict):
+        before, after = {metric: before}, {metric: after}
+    after = after if isinstance(after, dict) else {metric: after}
+    names = [metric, *sorted((set(before) | set(after)) - {metric, "round"})]
+    rows = []
+    for name in names:
+        b, a = number(before.get(name)), number(after.get(name))
+        change = "–" if b is None or a is None else f"{a - b:+.4g}"
+        arrow = "lower is better" if name in LOWER_IS_BETTER else "higher is better"
+        rows.append(
+            [f"{cell(name)} ({arrow})", figure(before.get(name)), figure(after.get(name)), change]
+        )
+    return (
+        "## Quality\n\nOn the study's held-out records, at the coordinator.\n\n"
+        + table(["measure", "base alone", "with the adapter", "change"], rows)
+        + "\n\n![Quality and ε by round](progress.png)"
+    )
+
+
+def _sites(privacy: dict[str, Any]) -> str:
+    rows = [
+        [
+            cell(name),
+            rounded_up(site.get("epsilon")),
+            figure(site.get("delta", privacy.get("delta"))),
+            figure(site.get("noise_multiplier")),
+            figure(site.get("max_grad_norm")),
+            figure(site.get("sampling_rate")),
+            figure(site.get("steps")),
+        ]
+        for name, site in sorted((privacy.get("sites") or {}).items())
+    ]
+    if not rows:
+        return ""
+    head = ["site", "ε", "δ", "noise σ (× C)", "clipping C", "sampling q", "noised steps"]
+    return (
+        f"## Privacy by site\n\n{table(head, rows)}\n\n"
+        f"Clipping: {cell(privacy.get('clipping'))}. In every step each unit's gradient is cut to "
+        "length C, Gaussian noise of standard deviation σC is added to the sum, and a unit takes "
+        "part with probability q. The ε in the first line is the largest of this column."
+    )
+
+
+def _rounds(rounds: list[dict[str, Any]]) -> str:
+    if not rounds:
+        return "## Rounds\n\nNone was completed."
+    rows = [
+        [
+            figure(r.get("round")),
+            cell(", ".join(map(str, r.get("participants") or [])) or None),
+            cell(", ".join(sorted(r.get("missing") or {})) or None),
+            figure(_bytes(r.get("bytes_up"))),
+            figure(_bytes(r.get("bytes_down"))),
+            figure(round(number(r.get("seconds")) or 0.0, 1)),
+        ]
+        for r in rounds
+    ]
+    head = ["round", "trained", "missing", "bytes from sites", "bytes to sites", "seconds"]
+    return f"## Rounds\n\n{table(head, rows)}"
+
+
+def _bytes(by_site: Any) -> float:
+    return float(sum(by_site.values()) if isinstance(by_site, dict) else by_site or 0)
+
+
+def _missing(rounds: list[dict[str, Any]], sites: dict[str, Any]) -> str:
+    seen: dict[tuple[str, str], list[int]] = {}
+    for r in rounds:
+        for name, reason in (r.get("missing") or {}).items():
+            seen.setdefault((str(name), str(reason)), []).append(int(r.get("round") or 0))
+    named = {name for name, _ in seen}
+    rows = [
+        [cell(name), "all", cell(said)]
+        for name, said in sorted(sites.items())
+        if said != "admitted" and name not in named
+    ]
+    rows += [
+        [cell(name), cell(", ".join(map(str, at))), cell(reason)]
+        for (name, reason), at in sorted(seen.items())
+    ]
+    if not rows:
+        return "## Who was missing\n\nNobody: every site that was asked trained in every round."
+    return f"## Who was missing\n\n{table(['site', 'rounds', 'reason'], rows, numbers=False)}"
+
+
+def _base(body: dict[str, Any]) -> str:
+    base, parts = body.get("base") or {}, []
+    rows = [[cell(key), cell(base.get(key))] for key in ("name", "digest", "licence", "dtype")]
+    parts.append(f"## Base model\n\n{table(['', ''], rows, numbers=False)}")
+    known = {"privacy", "quality", "base", "rounds", "sites"}
+    for key, value in sorted(body.items()):
+        if key not in known and isinstance(value, dict) and value:
+            rows = [[cell(name), _setting(item)] for name, item in sorted(value.items())]
+            parts.append(
+                f"## {cell(key).capitalize()}\n\n{table(['setting', 'value'], rows, numbers=False)}"
+            )
+    return "\n\n".join(parts)
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, list):
+        return cell(", ".join(map(str, value)))
+    return figure(value) if isinstance(value, float) else cell(value)

@@ -1,0 +1,121 @@
+"""progress.png: quality and ε by round, side by side."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from fedtune.report.claim import number, rounded_up
+
+INK, FAINT, GOOD, COST, ALARM = "#222222", "#b8b8b8", "#1f6feb", "#b35900", "#c00000"
+
+
+def png(body: dict[str, Any]) -> bytes:
+    """The picture as PNG bytes, drawn without a display (Agg)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    _quality(left, body)
+    if body.get("private"):
+        _epsilon(right, body)
+    else:
+        _alarm(right)
+        figure.suptitle(
+            "NOT PRIVATE", color="white", backgroundcolor=ALARM, weight="bold", fontsize=16
+        )
+    figure.get_layout_engine().set(w_pad=0.15)  # type: ignore[union-attr,call-arg]
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _quality(axes: Any, body: dict[str, Any]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    quality = body.get("quality") or {}
+    metric = quality.get("metric")
+    points = [
+        (row["round"], value)
+        for row in quality.get("by_round") or []
+        if (value := number(row.get(metric))) is not None
+    ]
+    before = quality.get("before")
+    start = number(before.get(metric) if isinstance(before, dict) else before)
+    if start is not None and all(r > 0 for r, _ in points):
+        points.insert(0, (0, start))
+    if not points:
+        return _empty(axes, "Quality", "not measured")
+    rounds, values = zip(*points, strict=True)
+    axes.plot(rounds, values, color=GOOD, marker="o", markersize=4, clip_on=False, zorder=3)
+    if start is not None:
+        axes.axhline(start, color=FAINT, linestyle="--", linewidth=1, zorder=1)
+        axes.annotate(
+            "base alone", (1, start), xycoords=("axes fraction", "data"), xytext=(0, 3),
+            textcoords="offset points", ha="right", color="#777777", fontsize=8,
+        )  # fmt: skip
+    axes.annotate(
+        f"{values[-1]:.3g}", (rounds[-1], values[-1]), xytext=(0, 6), ha="right",
+        textcoords="offset points", color=GOOD, weight="bold",
+    )  # fmt: skip
+    lower = " (lower is better)" if metric in ("loss", "perplexity") else ""
+    axes.set_title(f"{str(metric).replace('_', ' ')}{lower}", loc="left", color=INK)
+    if metric in ("accuracy", "f1", "exact_match"):
+        axes.set_ylim(0, 1.02)
+    axes.margins(y=0.15)
+    axes.set_xlim(0, max(rounds[-1], 1))
+    axes.set_xlabel("round")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _epsilon(axes: Any, body: dict[str, Any]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    privacy = body.get("privacy") or {}
+    final = number(privacy.get("epsilon"))
+    by_site: dict[str, list[tuple[int, float]]] = {}
+    for row in body.get("rounds") or []:
+        spent = row.get("epsilon")
+        for name, value in spent.items() if isinstance(spent, dict) else [("", spent)]:
+            if (n := number(value)) is not None:
+                by_site.setdefault(name, [(0, 0.0)]).append((row["round"], n))
+    unit = privacy.get("unit", "record")
+    if final is None:
+        return _empty(axes, "ε", "not known")
+    if not by_site:  # the rounds did not carry it: draw the one figure that is known
+        last = max([1, *[int(row["round"]) for row in body.get("rounds") or []]])
+        by_site = {"": [(last, final)]}
+    for points in by_site.values():
+        rounds, values = zip(*points, strict=True)
+        axes.plot(rounds, values, color=COST, marker="o", markersize=4, clip_on=False,
+                  alpha=0.35 if len(by_site) > 1 else 1.0)  # fmt: skip
+    last = max(points[-1][0] for points in by_site.values())
+    axes.annotate(
+        f"ε = {rounded_up(final)}", (last, final), xytext=(0, 6), ha="right",
+        textcoords="offset points", color=COST, weight="bold",
+    )  # fmt: skip
+    sites = f", {len(by_site)} sites" if len(by_site) > 1 else ""
+    axes.set_title(f"ε spent per {unit}{sites} (δ = {privacy.get('delta'):g})", loc="left")
+    axes.set_xlim(0, max(last, 1))
+    axes.set_ylim(0, final * 1.2)
+    axes.set_xlabel("round")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _alarm(axes: Any) -> None:
+    axes.set_facecolor("#fdeaea")
+    axes.text(0.5, 0.5, "privacy was off:\nno noise, no ε", ha="center", va="center",
+              color=ALARM, fontsize=14, weight="bold", transform=axes.transAxes)  # fmt: skip
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _empty(axes: Any, title: str, says: str) -> None:
+    axes.set_title(title, loc="left", color=INK)
+    axes.text(0.5, 0.5, says, ha="center", va="center", color="#777777", transform=axes.transAxes)
+    axes.set_xticks([])
+    axes.set_yticks([])

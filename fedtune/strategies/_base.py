@@ -1,0 +1,81 @@
+"""What a strategy is: updates are added as they arrive, then applied once per round."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.config import Study
+from fedtune.errors import ConfigError
+
+Arrays = dict[str, npt.NDArray[np.float32]]
+State = dict[str, npt.NDArray[np.float64]]
+
+
+class Strategy(ABC):
+    """Turns a round's updates (fp32 differences from the adapter that was sent) into an adapter.
+
+    Subclasses are dataclasses whose fields are the options of study.strategy.options.
+    | no update was added      | `apply` returns the adapter as it was, and the state stays |
+    | updates in another order | the same result, to 1e-12 of the largest value             |
+    Guarantee: post-processing of what the sites sent; costs no ε.
+    """
+
+    averages: ClassVar[bool] = True  # n identical updates move the adapter by exactly that update
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, float]) -> Self:
+        """Errors: ConfigError naming the option."""
+        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for name in options:
+            if name not in known:
+                expected = "one of " + ", ".join(known) if known else "no options"
+                raise ConfigError(f"strategy.options.{name} is not known", expected)
+        return cls(**options)
+
+    def check(self, study: Study) -> None:  # noqa: B027 - a hook that most leave empty
+        """Errors: ConfigError where the rest of the study does not fit this strategy."""
+
+    @abstractmethod
+    def add(self, update: Arrays, weight: float) -> None:
+        """Take in one site's update; the caller has checked names, shapes and finiteness."""
+
+    @abstractmethod
+    def apply(self, adapter: Arrays) -> Arrays:
+        """The next adapter; forgets the round's updates."""
+
+    def state(self) -> State:
+        """What must survive a restart between rounds."""
+        return {}
+
+    def load_state(self, state: State) -> None:
+        """The inverse of `state`. Errors: ConfigError where it is another strategy's state."""
+        if state:
+            raise ConfigError("the checkpoint holds another strategy's state")
+
+
+def require(condition: bool, option: str, expected: str) -> None:
+    """Errors: ConfigError unless `condition`."""
+    if not condition:
+        raise ConfigError(f"strategy.options.{option} is out of range", expected)
+
+
+def moved(adapter: Arrays, step: State) -> Arrays:
+    """adapter + step, summed in fp64 and returned in fp32."""
+    return {n: (a.astype(np.float64) + step[n]).astype(np.float32) for n, a in adapter.items()}
+
+
+def unflatten(state: State, groups: tuple[str, ...]) -> dict[str, State]:
+    """{"m/name": a} to {"m": {"name": a}}. Errors: ConfigError on a key outside `groups`."""
+    found: dict[str, State] = {group: {} for group in groups}
+    for key, array in state.items():
+        group, _, name = key.partition("/")
+        if group not in found or not name:
+            raise ConfigError("the checkpoint holds another strategy's state")
+        found[group][name] = array
+    return found

@@ -1,0 +1,26 @@
+"""FedProx: sites stay near the adapter they were sent; the coordinator averages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedtune.config import Study
+from fedtune.errors import ConfigError
+from fedtune.strategies.fedavg import FedAvg
+
+
+@dataclass
+class FedProx(FedAvg):
+    """FedAvg at the coordinator; each site adds μ(w - w₀) to its step (training.proximal_mu).
+
+    The proximal term depends on the adapter alone, never on a record: no ε.
+    Reference: Li et al. 2020 (FedProx), Algorithm 2.
+    """
+
+    def check(self, study: Study) -> None:
+        if study.training.proximal_mu <= 0:
+            raise ConfigError(
+                'strategy.name = "fedprox" with training.proximal_mu = 0 is plain fedavg',
+                "training.proximal_mu above 0",
+                "set it, or name fedavg",
+            )

@@ -1,0 +1,51 @@
+"""Coordinate-wise trimmed mean: a few wild sites cannot drag the adapter."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedtune.config import Study
+from fedtune.errors import ConfigError
+from fedtune.strategies._base import Arrays, State, Strategy, moved, require
+
+
+@dataclass
+class TrimmedMean(Strategy):
+    """In each coordinate, drop the ⌈trim · n⌉ smallest and largest of n updates; average the rest.
+
+    | n ≤ 2               | nothing can be dropped: the plain mean   |
+    | ⌈trim · n⌉ ≥ n / 2  | as many as leave at least one value      |
+    Holds every update of the round in memory (fp32), as any order statistic must.
+    Reference: Yin et al. 2018, Definition 2.
+    """
+
+    trim: float = 0.1  # β: the share of sites at each end that may be arbitrary
+
+    def __post_init__(self) -> None:
+        require(0 <= self.trim < 0.5, "trim", "at least 0 and below 0.5")
+        self._updates: list[Arrays] = []
+
+    def check(self, study: Study) -> None:
+        if study.strategy.weights != "equal":
+            raise ConfigError(
+                f'trimmed_mean cannot use strategy.weights = "{study.strategy.weights}"',
+                '"equal" (a declared size would let one site outvote the trimming)',
+            )
+
+    def add(self, update: Arrays, weight: float) -> None:
+        self._updates.append(update)
+
+    def apply(self, adapter: Arrays) -> Arrays:
+        updates, self._updates = self._updates, []
+        n = len(updates)
+        if not n:
+            return adapter
+        k = min(math.ceil(self.trim * n - 1e-9), (n - 1) // 2)
+        step: State = {}
+        for name in adapter:
+            ordered = np.sort(np.stack([update[name] for update in updates]), axis=0)
+            step[name] = ordered[k : n - k].mean(axis=0, dtype=np.float64)
+        return moved(adapter, step)

@@ -1,0 +1,97 @@
+"""A site's local round: noised steps on its own adapter copy, and the difference they made."""
+
+from __future__ import annotations
+
+import torch
+
+from fedtune.config import Study
+from fedtune.dp.gradients import UnitGradientEngine
+from fedtune.dp.plan import StepPlan
+from fedtune.dp.steplog import StepLog
+from fedtune.errors import ModelError
+from fedtune.models.cache import Cached
+from fedtune.models.lora import Arrays
+from fedtune.models.network import Network
+from fedtune.models.probe import random_records
+from fedtune.objectives import find
+
+
+def local_round(
+    study: Study, data: Cached, plan: StepPlan, log: StepLog, round_: int, adapter: Arrays
+) -> Arrays:
+    """`local_steps` steps from `adapter`; returns trained minus given, fp32 by name.
+
+    Only the noised mean gradient reaches the optimiser, so momentum, decay and the proximal term
+    (Li et al. 2020) are post-processing. The optimiser starts afresh each round: nothing of a
+    round is left behind but its update."""
+    network = data.network
+    network.load_trainable(adapter)
+    engine = UnitGradientEngine(data, find(study.objective.name))
+    optimizer = _optimizer(study, engine.parameters)
+    start = [p.detach().clone() for p in engine.parameters]
+    for _ in range(study.training.local_steps):
+        noised = plan.step(data.dataset.n_units, engine.dimension, engine, log, round_)
+        pieces = noised.split([p.numel() for p in engine.parameters])
+        for parameter, piece, before in zip(engine.parameters, pieces, start, strict=True):
+            pull = study.training.proximal_mu * (parameter.detach() - before)
+            parameter.grad = piece.view_as(parameter) + pull
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = network.trainable()
+    network.load_trainable(adapter)
+    return {name: trained[name] - adapter[name] for name in trained}
+
+
+def _optimizer(study: Study, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    t = study.training
+    kind = torch.optim.SGD if t.optimizer == "sgd" else torch.optim.AdamW
+    return kind(parameters, lr=t.learning_rate, weight_decay=t.weight_decay)
+
+
+def check_trains(study: Study, network: Network) -> None:
+    """One σ = 0 step on generated records must move the adapter and lower their loss.
+
+    Under DP the noise moves every adapter, so movement in a real round proves nothing; a wiring
+    fault that spends ε and learns nothing shows here, before any is spent.
+    Errors: ModelError."""
+    data = Cached(network, random_records(network, study))
+    engine = UnitGradientEngine(data, find(study.objective.name))
+    before = network.trainable()
+    try:
+        loss = _mean_loss(data, study)
+        gradient = torch.cat(list(engine(list(range(data.dataset.n_units))))).mean(dim=0)
+        norm = float(gradient.norm())
+        # How far a step may go depends on the base; the direction must help at some length.
+        lowered = norm > 0 and any(
+            _loss_after(data, study, engine, gradient, length / norm) < loss
+            for length in (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
+        )
+    finally:
+        network.load_trainable(before)
+    if not lowered:
+        raise ModelError(
+            "a step without noise on generated records did not lower their loss",
+            "the adapter to learn",
+            "check lora.modules and base; no ε was spent",
+        )
+
+
+def _loss_after(
+    data: Cached, study: Study, engine: UnitGradientEngine, gradient: torch.Tensor, rate: float
+) -> float:
+    start = [p.detach().clone() for p in engine.parameters]
+    pieces = gradient.split([p.numel() for p in engine.parameters])
+    with torch.no_grad():
+        for parameter, piece in zip(engine.parameters, pieces, strict=True):
+            parameter -= rate * piece.view_as(parameter)
+        loss = _mean_loss(data, study)
+        for parameter, old in zip(engine.parameters, start, strict=True):
+            parameter.copy_(old)
+    return loss
+
+
+@torch.no_grad()
+def _mean_loss(data: Cached, study: Study) -> float:
+    objective = find(study.objective.name)
+    everything = range(len(data.dataset.examples))
+    return float(torch.cat([objective.losses(data.network, b) for b in data.batches(everything)]).mean())

@@ -1,0 +1,194 @@
+"""Who takes part, and what is accepted from them. Every field that a site sends is checked here."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.serverapp import Grid
+
+from fedtune.config import Study
+from fedtune.errors import FedtuneError, Refused
+from fedtune.flower.arrays import Arrays, WireError, from_record, to_record
+from server.exchange import Reply, ask, clean, size
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+Tell = Callable[[str, str, str], None]  # site, status, reason
+
+
+def plan_message(study: Study, frozen: Arrays) -> RecordDict:
+    """The plan as sites get it; of the coordinator's paths only the last part is left."""
+    changes = {}
+    for table in (study.public, study.evaluation):
+        if table is not None:
+            key = "public" if table is study.public else "evaluation"
+            changes[key] = table.model_copy(update={"path": Path(table.path.name)})
+    sent = study.model_copy(update=changes)
+    plan = ConfigRecord({"study": sent.model_dump_json(), "digest": study.digest})
+    return RecordDict({"plan": plan, "frozen": to_record(frozen)})
+
+
+@dataclass
+class Roster:
+    """Nodes and the sites behind them.
+
+    sizes: site -> declared size, fixed once heard; refused: site -> why, for the rest of the run;
+    absent: what failed or kept silent, asked again each round; down, up: bytes by site."""
+
+    grid: Grid
+    study: Study
+    plan: RecordDict
+    sizes: dict[str, int]
+    tell: Tell
+    nodes: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    down: Counter[str] = field(default_factory=Counter)
+    up: Counter[str] = field(default_factory=Counter)
+    _asked: set[int] = field(default_factory=set)  # nodes that gave a final answer
+
+    def willing(self) -> list[str]:
+        """Admitted sites that have not refused since, by name."""
+        return sorted(set(self.nodes) - set(self.refused))
+
+    def join(self) -> None:
+        """Ask every node that has not answered yet, so that a site may come late."""
+        here = set(self.grid.get_node_ids())
+        self.nodes = {name: node for name, node in self.nodes.items() if node in here}
+        self._asked &= here
+        self.absent = {}
+        self.prepare(here - self._asked)
+        for name in set(self.sizes) - set(self.nodes) - set(self.refused):
+            self.absent.setdefault(name, "the site is not connected")
+
+    def out(self) -> dict[str, str]:
+        """Who cannot be asked now, and why."""
+        found = {name: f"failed: {why}" for name, why in self.absent.items()}
+        found |= {name: f"refused: {why}" for name, why in self.refused.items()}
+        return dict(sorted(found.items()))
+
+    def unless_refused(self) -> None:
+        """Errors: Refused where refusals alone put strategy.min_sites out of reach."""
+        possible = len(self.willing()) + len(self.absent)
+        if self.refused and possible < self.study.strategy.min_sites:
+            raise self.too_few(Refused)
+
+    def too_few(self, kind: type[FedtuneError]) -> FedtuneError:
+        """The error that says who is missing, and why."""
+        out = self.out()
+        reasons = "; ".join(f"{name}: {why}" for name, why in out.items())
+        return kind(
+            f"{len(self.willing())} sites take part" + (f" ({reasons})" if out else ""),
+            f"at least strategy.min_sites = {self.study.strategy.min_sites}",
+            "settle it with these sites" if out else "start the sites, then run again",
+        )
+
+    def prepare(self, nodes: Iterable[int]) -> None:
+        """Send the plan to `nodes` and note who admits it."""
+        contents = dict.fromkeys(sorted(nodes), self.plan)
+        timeout = self.study.strategy.round_timeout
+        for reply in ask(self.grid, "query.prepare", contents, "prepare", timeout):
+            self._hear(reply)
+
+    def _hear(self, reply: Reply) -> None:
+        known = {node: name for name, node in self.nodes.items()}
+        name, declared, status, reason = _admission(reply, known.get(reply.node, ""))
+        taken = self.nodes.get(name, reply.node) != reply.node
+        if status == "admitted" and taken:
+            name, status, reason = f"node {reply.node}", "refused", f"{name} is another node's name"
+        elif status == "admitted" and self.sizes.setdefault(name, declared) != declared:
+            status, reason = "refused", "its declared_size changed during the study"
+        self.down[name] += size(self.plan)
+        self.up[name] += reply.size
+        if status == "failed":
+            self.absent[name] = reason
+        else:
+            self._asked.add(reply.node)
+        if status == "refused":
+            self.refused[name] = reason
+        elif status == "admitted":
+            self.nodes[name] = reply.node
+        if reply.node not in known or status != "admitted":
+            self.tell(name, status, reason)
+
+
+def _admission(reply: Reply, known: str) -> tuple[str, int, str, str]:
+    """Site name, declared size, status and reason of a reply to query.prepare."""
+    unnamed = known or f"node {reply.node}"
+    if reply.content is None:
+        return unnamed, 0, "failed", reply.reason
+    record = reply.content.get("admission")
+    if not isinstance(record, ConfigRecord):
+        return unnamed, 0, "failed", "its answer to the plan is malformed"
+    name, declared = record.get("name"), record.get("declared_size")
+    named = isinstance(name, str) and NAME.fullmatch(name) is not None
+    shown = str(name) if named else unnamed
+    if record.get("admitted") is not True:
+        status = "failed" if record.get("status") == "failed" else "refused"
+        return shown, 0, status, clean(record.get("reason") or "no reason given")
+    if not named or type(declared) is not int or declared < 1:
+        return unnamed, 0, "failed", "its answer to the plan is malformed"
+    return shown, declared, "admitted", ""
+
+
+@dataclass(frozen=True, repr=False)
+class Outcome:
+    """What one site made of a round. status: trained, refused, unprepared, failed or dropped."""
+
+    status: str
+    reason: str = ""
+    update: Arrays = field(default_factory=dict)
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+
+def outcome(reply: Reply, like: Arrays, private: bool, steps_before: int) -> Outcome:
+    """Judge a reply to train. An update is taken only if its names, shapes and type are those of
+    `like`, every value is finite, and the site's step log for it makes sense."""
+    if reply.content is None:
+        return Outcome("failed", reply.reason)
+    site, record = reply.content.get("site"), reply.content.get("update")
+    if not isinstance(site, ConfigRecord) or not isinstance(record, ArrayRecord):
+        return Outcome("failed", "its answer is malformed")
+    status = site.get("status")
+    if status != "trained":
+        known = status if status in ("refused", "unprepared") else "failed"
+        return Outcome(str(known), clean(site.get("reason") or "no reason given"))
+    if {n: tuple(a.shape) for n, a in record.items()} != {n: a.shape for n, a in like.items()}:
+        return Outcome("dropped", "its update has other names or shapes than the adapter")
+    try:
+        update = from_record(record)
+        events = _events(site.get("events")) if private else []
+    except WireError:
+        return Outcome("dropped", "its update is not the plain fp32 that it claims to be")
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return Outcome("dropped", "its step log is malformed")
+    if any(update[n].shape != like[n].shape for n in like):
+        return Outcome("dropped", "its update has other names or shapes than the adapter")
+    if not all(np.isfinite(array).all() for array in update.values()):
+        return Outcome("dropped", "its update has a value that is not finite")
+    if private and sum(event["steps"] for event in events) <= steps_before:
+        return Outcome("dropped", "its step log shows no new noised step for this update")
+    return Outcome("trained", "", update, events)
+
+
+def _events(text: Any) -> list[dict[str, Any]]:
+    """The site's step log summary. Errors: ValueError, TypeError, KeyError."""
+    if not isinstance(text, str) or len(text) > 100_000:
+        raise ValueError("events")
+    found = []
+    for raw in json.loads(text):
+        event = {key: float(raw[key]) for key in ("sigma", "q", "max_grad_norm")}
+        steps = raw["steps"]
+        finite = all(math.isfinite(value) and value > 0 for value in event.values())
+        if not finite or event["q"] > 1 or type(steps) is not int or not 0 < steps < 10**9:
+            raise ValueError("events")
+        found.append({**event, "steps": steps})
+    return found

@@ -1,0 +1,100 @@
+"""Messages out, replies in, one at a time, over any Flower Grid."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedtune.errors import FedtuneError, InfrastructureError
+from fedtune.flower import api
+
+BATCH = 4  # replies pulled at once: what bounds the coordinator's memory
+LONGEST_PAUSE = 1.0  # seconds between polls
+CLASS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,79}")
+TROUBLE = {
+    api.ErrorCode.LOAD_CLIENT_APP_EXCEPTION: "the site could not load its app",
+    api.ErrorCode.CLIENT_APP_RAISED_EXCEPTION: "the site's app raised an error",
+    api.ErrorCode.MESSAGE_UNAVAILABLE: "the message was lost on the way",
+    api.ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "the reply was lost on the way",
+    api.ErrorCode.NODE_UNAVAILABLE: "the site is not connected",
+    api.ErrorCode.CLIENT_APP_CRASHED: "the site's app crashed",
+}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One node's answer: content, or why there is none. size: bytes of the content on the wire."""
+
+    node: int
+    content: RecordDict | None
+    reason: str = ""
+    size: int = 0
+
+
+def ask(
+    grid: Grid, kind: str, contents: Mapping[int, RecordDict], group: str, timeout: float
+) -> Iterator[Reply]:
+    """Send each node its content and yield exactly one Reply per node, as they arrive.
+
+    A node is told apart by the message it answers, never by what the answer says.
+    Guarantee: at most BATCH replies are held. Errors: InfrastructureError when the grid fails.
+    """
+    try:
+        waiting: dict[str, int] = {}
+        for node, content in contents.items():
+            message = grid.create_message(content, kind, node, group, ttl=timeout)
+            waiting |= {str(i): node for i in grid.push_messages([message]) if i}
+        lost = set(contents) - set(waiting.values())
+        yield from (Reply(node, None, "the message could not be sent") for node in sorted(lost))
+        yield from _collect(grid, waiting, time.monotonic() + timeout)
+    except FedtuneError:
+        raise
+    except Exception as error:
+        raise InfrastructureError(
+            f"the connection to Flower failed ({type(error).__name__})",
+            todo="check that the SuperLink runs, then go on with --resume",
+        ) from error
+
+
+def _collect(grid: Grid, waiting: dict[str, int], deadline: float) -> Iterator[Reply]:
+    pause = 0.05
+    while waiting:
+        heard = len(waiting)
+        ids = list(waiting)
+        for start in range(0, len(ids), BATCH):
+            for message in grid.pull_messages(ids[start : start + BATCH]):
+                node = waiting.pop(message.metadata.reply_to_message_id, None)
+                if node is not None:
+                    yield _reply(node, message)
+        if len(waiting) < heard:
+            pause = 0.05
+        elif time.monotonic() < deadline:
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+        else:
+            yield from (Reply(node, None, "no answer in time") for node in waiting.values())
+            return
+
+
+def _reply(node: int, message: Message) -> Reply:
+    if message.has_error():
+        known = TROUBLE.get(message.error.code, "the site's app failed")
+        detail = message.error.reason or ""
+        return Reply(node, None, f"{known} ({detail})" if CLASS_NAME.fullmatch(detail) else known)
+    return Reply(node, message.content, size=size(message.content))
+
+
+def size(content: RecordDict) -> int:
+    """Bytes of a content in Flower's protobuf form; the same on every grid."""
+    return int(api.recorddict_to_proto(content).ByteSize())
+
+
+def clean(text: object, longest: int = 300) -> str:
+    """A site's words on one line: printable, and no longer than `longest`."""
+    printable = "".join(c if c.isprintable() else " " for c in str(text))
+    return " ".join(printable.split())[:longest]

@@ -1,0 +1,91 @@
+"""The parts of fedtune that the coordinator calls on, imported when first used; tests swap them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedtune.config import Study
+from fedtune.flower.arrays import Arrays
+
+Events = list[tuple[float, float, int]]  # (σ, q, steps)
+
+
+class Started(Protocol):
+    """fedtune.models.start.Start."""
+
+    @property
+    def study(self) -> Study: ...
+    @property
+    def adapter(self) -> Arrays: ...
+    @property
+    def frozen(self) -> Arrays: ...
+
+
+class Measures(Protocol):
+    """fedtune.quality.Evaluator."""
+
+    def measure(self, adapter: Arrays | None) -> dict[str, float]: ...
+
+
+def _start(study: Study) -> Started:
+    from fedtune.models.start import start
+
+    return start(study)
+
+
+def _evaluator(study: Study) -> Measures:
+    from fedtune.quality import Evaluator
+
+    return Evaluator(study)
+
+
+def _epsilon(events: Events, delta: float) -> float:
+    from fedtune.dp.accountant import Steps, epsilon
+
+    return epsilon([Steps(*event) for event in events], delta)
+
+
+def _accountant() -> str:
+    from fedtune.dp.accountant import ACCOUNTANT
+
+    return ACCOUNTANT
+
+
+def _licence(study: Study) -> str:
+    from fedtune.models.base import find_base
+
+    return find_base(study.base.model, study.base.digest).licence
+
+
+def _save(study: Study, adapter: Arrays, frozen: Arrays, folder: Path) -> None:
+    from fedtune.models.network import build
+
+    network = build(study)
+    network.load_frozen(frozen)
+    network.load_trainable(adapter)
+    network.save(folder)
+
+
+def _report(out: Path, body: dict[str, Any]) -> None:
+    from fedtune.report import write
+
+    write(out, body)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """patience: seconds to wait at the start until strategy.min_sites sites admit the plan;
+    pause: seconds before the first retry of a round (twice that before the second, and so on)."""
+
+    start: Callable[[Study], Started] = _start
+    evaluator: Callable[[Study], Measures] = _evaluator
+    epsilon: Callable[[Events, float], float] = _epsilon
+    accountant: Callable[[], str] = _accountant
+    licence: Callable[[Study], str] = _licence
+    save: Callable[[Study, Arrays, Arrays, Path], None] = _save
+    report: Callable[[Path, dict[str, Any]], None] = _report
+    patience: float = 120.0
+    pause: float = 10.0

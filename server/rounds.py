@@ -1,0 +1,254 @@
+"""A run, step by step: start -> admit -> (ask, aggregate, measure, keep) each round -> report.
+
+Guarantee: a round that fewer than strategy.min_sites delivered is never counted; a crash or Ctrl-C
+loses at most the round in progress, and `resume` goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import ConfigRecord, RecordDict
+from flwr.serverapp import Grid
+
+from fedtune import strategies
+from fedtune.config import Study
+from fedtune.errors import InfrastructureError
+from fedtune.flower.arrays import to_record
+from server import store, summary
+from server.admission import Roster, outcome, plan_message
+from server.exchange import Reply, ask, size
+from server.parts import Parts
+from server.store import Progress
+
+RETRIES = 3  # of a round that too few sites delivered
+POLL = 2.0  # seconds between looks for sites that have yet to connect
+OnEvent = Callable[[str, dict[str, Any]], None]
+
+
+def run(
+    grid: Grid,
+    study: Study,
+    out: Path,
+    *,
+    resume: bool = False,
+    on_event: OnEvent | None = None,
+    parts: Parts | None = None,
+) -> dict[str, Any]:
+    """Run `study` over the nodes of `grid`, write all to `out`; returns the report's body.
+
+    Errors: ConfigError, CheckpointError (exit 2); Refused, where the sites said no (exit 3);
+    InfrastructureError, where they did not answer (exit 4)."""
+    parts, on_event = parts or Parts(), on_event or (lambda kind, data: None)
+    strategy = strategies.build(study)
+    progress = store.open_folder(out, study, resume=resume)
+    fresh = progress is None
+    if progress is None:
+        started = parts.start(study)
+        progress = Progress(study.digest, started.study, started.adapter, started.frozen)
+    strategy.load_state(progress.strategy)
+    return _Run(grid, out, parts, on_event, strategy, progress).go(fresh)
+
+
+@dataclass
+class Tally:
+    """One round in the making. tries: how often each site was asked."""
+
+    number: int
+    participants: list[str] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
+    tries: Counter[str] = field(default_factory=Counter)
+    started: float = field(default_factory=time.monotonic)
+
+
+class _Run:
+    def __init__(
+        self,
+        grid: Grid,
+        out: Path,
+        parts: Parts,
+        on_event: OnEvent,
+        strategy: strategies.Strategy,
+        progress: Progress,
+    ) -> None:
+        self.grid, self.out, self.parts, self.on_event = grid, out, parts, on_event
+        self.strategy, self.progress, self.study = strategy, progress, progress.study
+        assert self.study.training.rounds is not None  # filled in by start
+        self.rounds = self.study.training.rounds
+        self.asks = self.study.strategy
+        plan = plan_message(self.study, progress.frozen)
+        self.roster = Roster(grid, self.study, plan, progress.sizes, self._tell)
+        self.evaluator = parts.evaluator(self.study) if self.study.evaluation else None
+
+    # ------------------------------------------------------------------------------ phases
+
+    def go(self, fresh: bool) -> dict[str, Any]:
+        done = self.progress.round
+        self._event("start", study=self.study.study.name, plan_digest=self.study.digest, done=done)
+        plan = self.study.model_dump_json(indent=2) + "\n"
+        store.replace(self.out / "plan.json", plan.encode())
+        if done < self.rounds:
+            self._admit()
+        if fresh:
+            if self.evaluator:
+                self.progress.before = self.evaluator.measure(None)
+            store.save(self.out, self.progress)
+        self._write_metrics()
+        while self.progress.round < self.rounds:
+            self._round(self.progress.round + 1)
+        return self._finish()
+
+    def _admit(self) -> None:
+        """Errors: Refused or InfrastructureError where fewer than min_sites admit the plan."""
+        deadline = time.monotonic() + self.parts.patience
+        while True:
+            self.roster.join()
+            if len(self.roster.willing()) >= self.asks.min_sites:
+                return
+            if time.monotonic() >= deadline:
+                self.roster.unless_refused()
+                raise self.roster.too_few(InfrastructureError)
+            time.sleep(min(POLL, self.parts.patience))
+
+    def _round(self, number: int) -> None:
+        tally = Tally(number)
+        least = self.asks.min_sites
+        for attempt in range(1 + RETRIES):
+            if attempt:
+                time.sleep(self.parts.pause * attempt)
+            self.roster.join()
+            self.roster.unless_refused()
+            if len({*self.roster.willing(), *tally.participants}) < least:
+                continue  # nobody spends budget on a round that cannot count
+            self._train(self._choose(tally), tally)
+            if len(tally.participants) >= least:
+                return self._keep(tally)
+        self.roster.unless_refused()
+        tally.missing = self.roster.out() | tally.missing
+        reasons = "; ".join(f"{name}: {why}" for name, why in sorted(tally.missing.items()))
+        raise InfrastructureError(
+            f"round {number}: {len(tally.participants)} sites delivered after {RETRIES} retries "
+            f"({reasons or 'nobody could be asked'})",
+            f"at least strategy.min_sites = {self.asks.min_sites}",
+            f"see to these sites, then --resume goes on after round {number - 1}",
+        )
+
+    def _choose(self, tally: Tally) -> list[str]:
+        """The sites to ask now: a share of the willing, drawn from the public seed; on a retry,
+        first those that did not fail. A public draw: it never counts as amplification."""
+        willing = self.roster.willing()
+        target = max(self.asks.min_sites, math.ceil(self.asks.fraction * len(willing) - 1e-9))
+        seed = f"{self.study.study.seed}:{tally.number}"
+        order = random.Random(seed).sample(willing, len(willing))
+        left = [name for name in order if name not in tally.participants]
+        left.sort(key=lambda name: tally.tries[name])
+        return left[: max(target - len(tally.participants), 0)]
+
+    # ------------------------------------------------------------------------------- a round
+
+    def _train(self, names: list[str], tally: Tally, again: bool = True) -> None:
+        """Ask `names` for an update and take each in as it arrives."""
+        order = ConfigRecord({"digest": self.study.digest, "round": tally.number})
+        content = RecordDict({"round": order, "adapter": to_record(self.progress.adapter)})
+        named = {self.roster.nodes[name]: name for name in names}
+        unprepared = []
+        group, timeout = str(tally.number), self.asks.round_timeout
+        for reply in ask(self.grid, "train", dict.fromkeys(named, content), group, timeout):
+            name = named[reply.node]
+            self.roster.down[name] += size(content)
+            self.roster.up[name] += reply.size
+            if self._take(name, reply, tally) == "unprepared":
+                unprepared.append(name)
+        if unprepared and again:
+            self.roster.prepare(self.roster.nodes[name] for name in unprepared)
+            ready = [name for name in unprepared if name in self.roster.willing()]
+            self._train(ready, tally, again=False)
+
+    def _take(self, name: str, reply: Reply, tally: Tally) -> str:
+        before = sum(event["steps"] for event in self.progress.events.get(name, []))
+        got = outcome(reply, self.progress.adapter, self.study.private, before)
+        if got.status == "trained":
+            weight = self.progress.sizes[name] if self.asks.weights == "declared" else 1
+            self.strategy.add(got.update, float(weight))
+            self.progress.events[name] = got.events
+            tally.participants.append(name)
+            tally.missing.pop(name, None)
+        else:
+            tally.tries[name] += got.status != "unprepared"
+            tally.missing[name] = f"{got.status}: {got.reason}"
+            if got.status == "refused":
+                self.roster.refused[name] = got.reason
+        self._tell(name, got.status, got.reason, tally.number)
+        return got.status
+
+    def _keep(self, tally: Tally) -> None:
+        """Apply the round, measure it, and make it last."""
+        progress, number = self.progress, tally.number
+        adapter = self.strategy.apply(progress.adapter)
+        if not all(np.isfinite(array).all() for array in adapter.values()):
+            raise InfrastructureError(f"round {number}: the aggregate is not finite")
+        progress.adapter, progress.round = adapter, number
+        progress.strategy = self.strategy.state()
+        entry: dict[str, Any] = {
+            "round": number,
+            "rounds": self.rounds,
+            "private": self.study.private,
+            "participants": sorted(tally.participants),
+            "missing": self.roster.out() | tally.missing,
+            "quality": self._measure(number),
+            "epsilon": summary.epsilons(progress, self.parts),
+            "bytes_up": dict(sorted(self.roster.up.items())),
+            "bytes_down": dict(sorted(self.roster.down.items())),
+            "seconds": round(time.monotonic() - tally.started, 3),
+        }
+        self.roster.up.clear()
+        self.roster.down.clear()
+        progress.history.append(entry)
+        store.save(self.out, progress)
+        self._write_metrics()
+        moved = sum(entry["bytes_up"].values()) + sum(entry["bytes_down"].values())
+        self._event("round", **{**entry, "bytes": moved})
+
+    def _measure(self, number: int) -> dict[str, float]:
+        table = self.study.evaluation
+        if not self.evaluator or not table or (number % table.every and number < self.rounds):
+            return {}
+        return self.evaluator.measure(self.progress.adapter)
+
+    # ------------------------------------------------------------------------------- results
+
+    def _finish(self) -> dict[str, Any]:
+        progress, folder, draft = self.progress, self.out / "adapter", self.out / "adapter.new"
+        shutil.rmtree(draft, ignore_errors=True)
+        self.parts.save(self.study, progress.adapter, progress.frozen, draft)
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.rename(folder)
+        body = summary.body(progress, self.parts)
+        self.parts.report(self.out, body)
+        self._event("done", out=str(self.out), privacy=body["privacy"], quality=body["quality"])
+        return body
+
+    def _write_metrics(self) -> None:
+        """metrics.jsonl, whole: after a crash it agrees with the checkpoint again."""
+        lines = [json.dumps(entry, sort_keys=True) + "\n" for entry in self.progress.history]
+        store.replace(self.out / "metrics.jsonl", "".join(lines).encode())
+
+    def _tell(self, name: str, status: str, reason: str, round_: int | None = None) -> None:
+        at = self.progress.round + 1 if round_ is None else round_
+        if round_ is None and status != "failed":
+            said = status if status == "admitted" else f"{status}: {reason}"
+            self.progress.admission[name] = said
+        self._event("site", name=name, status=status, reason=reason, round=at)
+
+    def _event(self, kind: str, **data: Any) -> None:
+        self.on_event(kind, {"private": self.study.private, "rounds": self.rounds, **data})

@@ -1,0 +1,96 @@
+"""The report's body, from what the run's progress holds; every ε from what the sites logged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fedtune
+from fedtune.config import PrivacyTable
+from server.parts import Parts
+from server.store import Progress
+
+RELATION = "add or remove one unit"
+WARNING = 'privacy = "off": nothing was clipped for a guarantee and no noise was added'
+
+
+def epsilons(progress: Progress, parts: Parts) -> dict[str, float]:
+    """ε of each site so far, at the study's δ; empty where privacy is off."""
+    privacy = progress.study.privacy
+    if isinstance(privacy, str):
+        return {}
+    return {
+        name: parts.epsilon([(e["sigma"], e["q"], e["steps"]) for e in events], privacy.delta)
+        for name, events in sorted(progress.events.items())
+    }
+
+
+def body(progress: Progress, parts: Parts) -> dict[str, Any]:
+    """The body of report.json."""
+    study, history = progress.study, progress.history
+    keys = ("round", "participants", "missing", "epsilon", "bytes_up", "bytes_down", "seconds")
+    private = isinstance(study.privacy, PrivacyTable)
+    return {
+        "fedtune": fedtune.__version__,
+        "study": study.study.name,
+        "plan_digest": study.digest,
+        "private": private,
+        "privacy": _privacy(progress, parts) if private else {"mode": "off", "warning": WARNING},
+        "quality": _quality(progress),
+        "base": {
+            "name": study.base.model,
+            "digest": study.base.digest,
+            "licence": parts.licence(study),
+            "dtype": study.base.dtype,
+        },
+        "adapter": _adapter(progress),
+        "sites": dict(sorted(progress.admission.items())),
+        "rounds": [{key: entry[key] for key in keys} for entry in history],
+    }
+
+
+def _privacy(progress: Progress, parts: Parts) -> dict[str, Any]:
+    study = progress.study
+    assert isinstance(study.privacy, PrivacyTable)
+    common = {
+        "delta": study.privacy.delta,
+        "unit": study.privacy.unit,
+        "relation": RELATION,
+        "accountant": parts.accountant(),
+        "clipping": study.clipping.mode if study.clipping else None,
+    }
+    sites = {}
+    for name, epsilon in epsilons(progress, parts).items():
+        events = progress.events[name]
+        sites[name] = common | {
+            "epsilon": epsilon,
+            "noise_multiplier": min(e["sigma"] for e in events),
+            "max_grad_norm": max(e["max_grad_norm"] for e in events),
+            "sampling_rate": max(e["q"] for e in events),
+            "steps": sum(e["steps"] for e in events),
+        }
+    worst = max(
+        sites.values(), key=lambda site: site["epsilon"], default={**common, "epsilon": 0.0}
+    )
+    return {**worst, "sites": sites}
+
+
+def _quality(progress: Progress) -> dict[str, Any]:
+    table = progress.study.evaluation
+    if table is None:
+        return {}
+    measured = [{"round": h["round"], **h["quality"]} for h in progress.history if h["quality"]]
+    return {
+        "metric": table.metric,
+        "before": progress.before,
+        "after": {k: v for k, v in measured[-1].items() if k != "round"} if measured else {},
+        "by_round": measured,
+    }
+
+
+def _adapter(progress: Progress) -> dict[str, Any]:
+    lora = progress.study.lora
+    found: dict[str, Any] = {
+        "folder": "adapter",
+        "parameters": int(sum(array.size for array in progress.adapter.values())),
+    }
+    return found | lora.model_dump(mode="json", exclude_none=True) if lora else found

@@ -1,0 +1,142 @@
+"""The coordinator and the sites of test_tls.py, each run as a process of its own.
+
+    tls_roles.py coordinator ROOT PORT NODES OUT BUNDLE | tls_roles.py site SITE.toml [once]
+
+A site's app is a fixed function of the site's name and the adapter; `average` is a small FedAvg.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedtune.config import Study, load_site
+from fedtune.errors import FedtuneError
+from fedtune.flower import api, coordinator
+from fedtune.flower.arrays import from_record, to_record
+from fedtune.flower.site_executor import join
+
+ROUNDS = 2
+
+
+def app(message: Message, context: Context) -> Message:
+    """Half way from the adapter to a point that only this site knows."""
+    name = load_site(Path(str(context.node_config["site"]))).site.name
+    about = ConfigRecord({"name": name, "run_config": json.dumps(dict(context.run_config))})
+    if message.metadata.message_type == "query.prepare":
+        return Message(RecordDict({"site": about}), reply_to=message)
+    if message.content.config_records["round"]["round"] == 99:
+        raise ValueError(f"{name} holds a secret")
+    adapter = from_record(message.content.array_records["adapter"])["a"]
+    goal = np.random.default_rng(list(name.encode())).normal(size=adapter.shape)
+    update = to_record({"a": (0.5 * (goal - adapter)).astype(np.float32)})
+    return Message(RecordDict({"update": update, "site": about}), reply_to=message)
+
+
+def average(grid: Grid, _study: Study, _out: Path, **_: Any) -> dict[str, Any]:
+    """Two rounds of FedAvg over every connected site."""
+    names = {
+        node: str(reply.content.config_records["site"]["name"])
+        for node, reply in ask(grid, "query.prepare", {"plan": ConfigRecord({"digest": "d"})})
+    }
+    adapter = np.zeros((4, 3), dtype=np.float32)
+    for number in range(1, ROUNDS + 1):
+        content = {
+            "round": ConfigRecord({"round": number}),
+            "adapter": to_record({"a": adapter}),
+        }
+        replies = dict(ask(grid, "train", content))
+        updates = [
+            from_record(replies[node].content.array_records["update"])["a"]
+            for node in sorted(replies, key=lambda node: names[node])
+        ]
+        adapter = adapter + np.mean(updates, axis=0, dtype=np.float32)
+    return {"sites": sorted(names.values()), "adapter": adapter.tolist()}
+
+
+def ask(grid: Grid, kind: str, content: dict[str, Any]) -> list[tuple[int, Message]]:
+    """Send every site the same content, and wait for every answer."""
+    return answers(grid, send(grid, kind, content))
+
+
+def send(grid: Grid, kind: str, content: dict[str, Any]) -> list[str]:
+    nodes = grid.get_node_ids()
+    return list(
+        grid.push_messages([grid.create_message(RecordDict(content), kind, n, "1") for n in nodes])
+    )
+
+
+def answers(grid: Grid, waiting: list[str]) -> list[tuple[int, Message]]:
+    replies: list[tuple[int, Message]] = []
+    while waiting:
+        for message in grid.pull_messages(waiting):
+            waiting.remove(message.metadata.reply_to_message_id)
+            replies.append((message.metadata.src_node_id, message))
+        time.sleep(0.05)
+    return replies
+
+
+def hostile(grid: Grid) -> dict[str, Any]:
+    """What the sites answer to a message of another kind, and to one on which their app fails."""
+    fatal = {"round": ConfigRecord({"round": 99})}
+    sent = {kind: send(grid, kind, fatal) for kind in ("evaluate", "train")}
+    return {
+        kind: [(m.has_error(), m.error.reason) for _, m in answers(grid, identities)]
+        for kind, identities in sent.items()
+    }
+
+
+def run_coordinator(root: Path, port: int, nodes: int, out: Path, bundle: Path) -> None:
+    content = bundle.read_bytes()
+    coordinator.bundle = lambda: content
+
+    def rounds(grid: Grid, study: Study, out: Path, **options: Any) -> dict[str, Any]:
+        while len(list(grid.get_node_ids())) < nodes:
+            time.sleep(0.1)
+        body = average(grid, study, out, **options)
+        return body | hostile(grid) | {"stranger": stranger(root, port)}
+
+    home = root / "coordinator"
+    body = coordinator.serve(root / "study.toml", out, port=port, home=home, run=rounds)
+    out.write_text(json.dumps(body))
+
+
+def stranger(root: Path, port: int) -> int:
+    """The HTTP status that someone without the executor's secret gets when asking for a task."""
+    ca = (root / "coordinator" / "ca.crt").read_bytes()
+    runtime = api.Runtime(f"127.0.0.1:{port}", b"a guess", ca)
+    try:
+        runtime.acquire([api.SERVER_APP])
+    except httpx.HTTPStatusError as error:
+        return error.response.status_code
+    finally:
+        runtime.close()
+    return 200
+
+
+def say(name: str, facts: dict[str, Any]) -> None:
+    print(name, json.dumps(facts), flush=True)
+
+
+def main(role: str, *rest: str) -> None:
+    try:
+        if role == "coordinator":
+            root, port, nodes, out, bundle = rest
+            run_coordinator(Path(root), int(port), int(nodes), Path(out), Path(bundle))
+        else:
+            join(Path(rest[0]), once="once" in rest, on_event=say, client_app=app, patience=1.0)
+    except FedtuneError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

