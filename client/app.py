@@ -91,7 +91,7 @@ def site_of(context: Context) -> SiteWorker:
         folder, number = context.run_config.get("sites"), context.node_config.get("partition-id")
         if folder is None or number is None:
             raise ConfigError("this node does not know its site file", 'node_config["site"]')
-        from fedtune.simulate import sites_in
+        from fedtune.sites import sites_in
 
         found = sites_in(Path(str(folder)))
         if not 0 <= int(number) < len(found):

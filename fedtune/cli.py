@@ -6,74 +6,30 @@ budget · 4 infrastructure, or a fault of fedtune's · 130 stopped by Ctrl-C."""
 from __future__ import annotations
 
 import functools
-import os
-import traceback
-from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from fedtune.errors import ConfigError, FedtuneError
+from fedtune.guard import command
+from fedtune.runs import data_file, folder_for
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from fedtune.config import DataFile
-
-P, R = ParamSpec("P"), TypeVar("R")
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Fine-tune a language model across hospitals without moving a record.\n\n"
-    "Start with [bold]fedtune demo[/bold]: three invented hospitals, one private adapter, a report.",
+    "Start with [bold]fedtune demo[/bold]: three invented hospitals, one adapter, a report.",
     epilog="A study of your own: fedtune init → plan → simulate → server and client.",
 )
-models_app = typer.Typer(
-    no_args_is_help=True, help="Base models: which, where, and are they whole."
-)
+models_app = typer.Typer(no_args_is_help=True, help="Base models: which, where, and whether whole.")
 keys_app = typer.Typer(no_args_is_help=True, help="Certificates and keys for server and client.")
 TRY, RUN, LOOK = "Try it here", "Between machines", "Use a run"
 app.add_typer(models_app, name="models", rich_help_panel=LOOK)
 app.add_typer(keys_app, name="keys", rich_help_panel=RUN)
-
-
-def command(
-    on: typer.Typer, name: str | None = None, *, panel: str | None = None, epilog: str | None = None
-) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Register a command whose errors become one line on stderr and an exit code."""
-
-    def register(function: Callable[P, R]) -> Callable[P, R]:
-        @functools.wraps(function)
-        def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
-            try:
-                return function(*args, **kwargs)
-            except KeyboardInterrupt:
-                code, line = 130, "stopped; continue with --resume"
-                if "resume" not in kwargs:
-                    line = "stopped"
-            except FedtuneError as error:
-                code, line = error.exit_code, str(error)
-            except (typer.Exit, typer.Abort):
-                raise
-            except Exception as error:  # a traceback may hold record content: off by default
-                if os.environ.get("FEDTUNE_DEBUG") == "1":
-                    traceback.print_exc()
-                code = 4
-                line = (
-                    f"internal error ({type(error).__name__}); to do: set FEDTUNE_DEBUG=1 for the "
-                    "traceback, and mind that a traceback may show records"
-                )
-            typer.echo(f"fedtune: {' '.join(line.split())}", err=True)
-            raise typer.Exit(code)
-
-        on.command(name, rich_help_panel=panel, epilog=epilog)(guarded)
-        return guarded
-
-    return register
 
 
 # ------------------------------------------------------------------------------ arguments
@@ -100,19 +56,6 @@ OUT = Annotated[
 RESUME = Annotated[
     bool, typer.Option("--resume", help="Continue the run in --out after its last whole round.")
 ]
-
-
-class Engine(StrEnum):
-    in_process = "in-process"
-    ray = "ray"
-
-
-class Metric(StrEnum):
-    loss = "loss"
-    perplexity = "perplexity"
-    exact_match = "exact_match"
-    accuracy = "accuracy"
-    f1 = "f1"
 
 
 def _version(wanted: bool) -> None:
@@ -148,7 +91,7 @@ def demo(out: OUT = None) -> None:
     the quality before and after, the ε that was spent, and a report to read."""
     from fedtune.console import Watch, closing
 
-    folder = out or _out("demo", resume=False)
+    folder = out or folder_for("demo", resume=False)
     with Watch(_console(), "preparing") as watch:
         from examples.hospitals import run_demo
 
@@ -198,7 +141,7 @@ def plan(
     loaded = load_study(study)
     if not loaded.private:
         return warn_not_private(_console())
-    named = [(f"a site of {size:,}", size) for size in sizes or []]
+    named = [("any", size) for size in sizes or []]
     if sites or not named:
         tables = [load_site(path).site for path in _sites(study, sites)]
         named += [(table.name, table.declared_size) for table in tables]
@@ -215,8 +158,9 @@ def simulate(
     out: OUT = None,
     resume: RESUME = False,
     engine: Annotated[
-        Engine, typer.Option(help="in-process: one process, no network. ray: Flower's own engine.")
-    ] = Engine.in_process,
+        Literal["in-process", "ray"],
+        typer.Option(help="in-process: one process, no network. ray: Flower's own engine."),
+    ] = "in-process",
 ) -> None:
     """Run a whole study on this machine: every site, every round, the same code as in the field.
 
@@ -225,14 +169,13 @@ def simulate(
     from fedtune.console import Watch, closing, warn_not_private
 
     loaded = load_study(study)
-    found, folder = _sites(study, sites), out or _out(loaded.study.name, resume)
+    found, folder = _sites(study, sites), out or folder_for(loaded.study.name, resume=resume)
     if not loaded.private:
         warn_not_private(_console())
-    options = {} if engine is Engine.in_process else {"engine": engine.value}
     with Watch(_console(), "preparing") as watch:
         from fedtune.simulate import simulate as run
 
-        body = run(study, found, folder, resume=resume, on_event=watch, **options)
+        body = run(study, found, folder, resume=resume, on_event=watch, engine=engine)
     closing(_console(), folder, body)
 
 
@@ -250,7 +193,7 @@ def server(
     ] = Path("coordinator"),
     host: Annotated[
         str,
-        typer.Option(metavar="ADDRESS", help="Where to listen; 127.0.0.1 is this machine alone."),
+        typer.Option(metavar="ADDRESS", help="Where to listen; 127.0.0.1: this machine alone."),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, metavar="N", help="The port.")] = 8000,
     out: OUT = None,
@@ -263,7 +206,7 @@ def server(
     from fedtune.console import Watch, closing, warn_not_private
 
     loaded = load_study(study)
-    folder = out or _out(loaded.study.name, resume)
+    folder = out or folder_for(loaded.study.name, resume=resume)
     if not loaded.private:
         warn_not_private(_console())
     with Watch(_console(), f"waiting for sites at {host}:{port}") as watch:
@@ -336,7 +279,8 @@ def evaluate(
     run: RUN_FOLDER,
     data: Annotated[Path, typer.Option(metavar="FILE", help="Records: .jsonl, .csv or .parquet.")],
     metric: Annotated[
-        Metric | None, typer.Option(help="Without it: the study's own.", show_default=False)
+        Literal["loss", "perplexity", "exact_match", "accuracy", "f1"] | None,
+        typer.Option(help="Without it: the study's own.", show_default=False),
     ] = None,
     choices: Annotated[
         list[str] | None,
@@ -359,8 +303,8 @@ def evaluate(
     with _console().status("measuring base and adapter"):
         from fedtune.quality import evaluate as measure
 
-        file = _data_file(run, data, columns or [])
-        found = measure(run, file, metric and metric.value, choices or [])
+        file = data_file(run, data, columns or [])
+        found = measure(run, file, metric, choices or [])
     _console().print(evaluation_table(found))
 
 
@@ -391,10 +335,10 @@ def generate(
 @command(models_app, "list")
 def list_models() -> None:
     """List the bases that need no model hub."""
-    from fedtune.console import models_table
+    from fedtune.console import models_lines
     from fedtune.models.base import list_known
 
-    _console().print(models_table(list_known()))
+    typer.echo(models_lines(list_known()))
 
 
 @command(models_app)
@@ -439,30 +383,3 @@ def _sites(study: Path, given: list[Path] | None) -> list[Path]:
     from fedtune.simulate import sites_in
 
     return sites_in(given or study.parent)
-
-
-def _out(name: str, resume: bool) -> Path:
-    """runs/NAME, or the first free runs/NAME-2, -3, …; with `resume` the last one there."""
-    last = fresh = Path("runs") / name
-    number = 1
-    while fresh.exists():
-        number += 1
-        last, fresh = fresh, Path("runs") / f"{name}-{number}"
-    return last if resume else fresh
-
-
-def _data_file(run: Path, data: Path, columns: list[str]) -> DataFile:
-    from fedtune.config import Columns, DataFile
-    from fedtune.runs import load_plan
-
-    named = dict(pair.partition("=")[::2] for pair in columns)
-    if unknown := set(named) - set(Columns.model_fields):
-        raise ConfigError(f"--column {min(unknown)}=…", f"one of {', '.join(Columns.model_fields)}")
-    table: Any = load_plan(run).evaluation
-    if not named and table is None:
-        raise ConfigError("the study names no columns", todo="name them: --column prompt=question")
-    try:
-        return DataFile(path=data, columns=Columns(**named) if named else table.columns)
-    except ValueError as error:
-        said = str(error).split("Value error, ")[-1].split(" [")[0]
-        raise ConfigError(f"--column: {said}") from None

@@ -55,7 +55,7 @@ class Columns(Table):
 
 
 class DataFile(Table):
-    """A file of records: .jsonl, .csv or .parquet (by suffix), or a folder's worth of one of them."""
+    """A file of records: .jsonl, .csv or .parquet (by suffix), or a folder of them."""
 
     path: Path
     columns: Columns
@@ -123,9 +123,7 @@ class PrivacyTable(Table):
     delta: Annotated[float, Field(gt=0, lt=1)]
     noise_multiplier: Positive | None = None  # σ, in multiples of C
     unit: Literal["record", "patient"] = "record"
-    max_records_per_unit: Count = (
-        16  # a patient's further records are left out, always the same ones
-    )
+    max_records_per_unit: Count = 16  # a patient's others are left out, always the same
 
 
 class StrategyTable(Table):
@@ -146,7 +144,7 @@ class EvaluationTable(DataFile):
 
 
 class Study(Table):
-    """The public plan of one federated run. Guarantee: nothing in it is derived from private data."""
+    """The public plan of one federated run. Guarantee: nothing in it comes from private data."""
 
     study: StudyTable
     base: BaseTable
@@ -274,9 +272,8 @@ def study_from_json(text: str) -> Study:
     try:
         return Study.model_validate_json(text)
     except ValidationError as error:
-        raise ConfigError(
-            f"the plan received: {_first(error, Study)}", todo="compare fedtune versions"
-        )
+        line = f"the plan received: {_first(error, Study)}"
+        raise ConfigError(line, todo="compare fedtune versions") from None
 
 
 def _load(kind: type[T], path: Path) -> T:
@@ -291,10 +288,10 @@ def _load(kind: type[T], path: Path) -> T:
     try:
         loaded = kind.model_validate_json(json.dumps(body, default=str))
     except ValidationError as error:
-        raise ConfigError(
-            f"{path}: {_first(error, kind)}", todo="see the comments of `fedtune init`"
-        )
-    return _anchor(loaded, path.resolve().parent)
+        line = f"{path}: {_first(error, kind)}"
+        raise ConfigError(line, todo="see the comments of `fedtune init`") from None
+    anchored: T = _anchor(loaded, path.resolve().parent)
+    return anchored
 
 
 def _anchor(table: Any, folder: Path) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
@@ -121,7 +122,8 @@ def closing(console: Console, out: Path, body: dict[str, Any]) -> None:
     if body.get("private"):
         p = body["privacy"]
         console.print(
-            f"private: ε = {rounded_up(p.get('epsilon'))}, δ = {p.get('delta')} per {p.get('unit')}",
+            f"private: ε = {rounded_up(p.get('epsilon'))}, δ = {p.get('delta')} "
+            f"per {p.get('unit')}",
             highlight=False,
         )
     else:
@@ -131,7 +133,7 @@ def closing(console: Console, out: Path, body: dict[str, Any]) -> None:
         f"run      {where}",
         f"report   {escape(str(out / 'report.md'))}",
         "",
-        f'next     fedtune generate {where} --prompt "…"     the base and the adapter, side by side',
+        f'next     fedtune generate {where} --prompt "…"     the base and adapter, side by side',
         f"         fedtune evaluate {where} --data FILE     on records of your own",
         "         fedtune init my-study                   a study of your own",
     ):
@@ -159,31 +161,24 @@ def plan_table(study: Study, plans: Sequence[tuple[str, int, DpPlan]]) -> Table:
     unit = study.unit
     table = Table(
         title=f"{escape(study.study.name)}: what it costs",
-        caption=f"ε and δ protect one {unit}. risk: how often an attacker who knows all other "
-        f"records is right, at most, about one {unit}'s presence (50 % is no knowledge).",
+        caption=f"ε protects one {unit}, at δ = {plans[0][2].delta:g}. risk: an attacker who knows "
+        f"every other record is right about one {unit}'s presence at most so often (50 %: knows "
+        "nothing).",
         title_justify="left",
         caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
     table.add_column("site")
-    heads = (f"{unit}s", "rounds", "steps", "q", "batch", "noise σ", "ε", "δ", "risk")
-    for head in heads:
-        table.add_column(head, justify="right")
+    for head in (f"{unit}s", "rounds", "steps", "q", "batch", "noise σ", "ε", "risk"):
+        table.add_column(head, justify="right", no_wrap=True)
     for name, size, plan in plans:
         spent = plan.epsilon
         facts = {"epsilon": spent, "delta": plan.delta, "sampling_rate": plan.sampling_rate}
         facts |= {"noise_multiplier": plan.noise_multiplier, "steps": plan.steps}
-        table.add_row(
-            escape(name),
-            f"{size:,}",
-            str(plan.rounds),
-            str(plan.steps),
-            f"{plan.sampling_rate:.3g}",
-            f"{plan.divisor:.4g}",
-            f"{plan.noise_multiplier:.4g}",
-            rounded_up(spent),
-            f"{plan.delta:.3g}",
-            percent(best_guess(facts)),
-        )
+        numbers = (f"{size:,}", str(plan.rounds), str(plan.steps), f"{plan.sampling_rate:.3g}")
+        costs = (f"{plan.divisor:.4g}", f"{plan.noise_multiplier:.4g}", rounded_up(spent))
+        table.add_row(escape(name), *numbers, *costs, percent(best_guess(facts)))
     return table
 
 
@@ -208,15 +203,10 @@ def side_by_side(before: str, after: str) -> Table:
     return table
 
 
-def models_table(rows: Sequence[Row]) -> Table:
-    table = Table("model", "kind", "parameters", "licence", "here", "digest")
-    for row in rows:
-        table.add_row(
-            row.name,
-            row.kind,
-            f"{row.parameters / 1e6:.0f} M",
-            row.licence,
-            "yes" if row.cached else "no",
-            Text(row.digest, overflow="fold"),
-        )
-    return table
+def models_lines(rows: Sequence[Row]) -> str:
+    """Each base on two lines, so that its digest can be copied whole."""
+    return "\n".join(
+        f"{row.name}  ({row.kind}, {row.parameters / 1e6:.0f} M parameters, {row.licence}; "
+        f"{'on this machine' if row.cached else 'not fetched yet'})\n    {row.digest}"
+        for row in rows
+    )

@@ -52,7 +52,7 @@ learning_rate = 0.5    # normalised clipping bounds a step; 5 to 10 with a_init 
 max_grad_norm = 1.0
 mode = "normalised"    # or "flat"
 
-[privacy]              # give two of epsilon, noise_multiplier and training.rounds; the third follows
+[privacy]              # give two of epsilon, noise_multiplier, training.rounds; the third follows
 epsilon = 8.0          # smaller protects more and learns less; try 3 and 1. See `fedtune plan`
 delta = 1e-4           # below 1 / (number of records at the smallest site)
 unit = "record"        # "patient": all of a patient's records together; needs a patient column

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fedtune.config import Study, study_from_json
 from fedtune.errors import ConfigError, InputError, ModelError
-from fedtune.models.lora import Arrays
-from fedtune.models.network import HEAD, Network
+
+if TYPE_CHECKING:
+    from fedtune.config import DataFile, Study
+    from fedtune.models.lora import Arrays
+    from fedtune.models.network import Network
 
 ADAPTER = "adapter_model.safetensors"  # PEFT's own name
 
 
+def folder_for(name: str, *, resume: bool) -> Path:
+    """runs/NAME, or the first free runs/NAME-2, -3, …; with `resume` the last one there."""
+    last = fresh = Path("runs") / name
+    number = 1
+    while fresh.exists():
+        number += 1
+        last, fresh = fresh, Path("runs") / f"{name}-{number}"
+    return last if resume else fresh
+
+
 def load_plan(run: Path) -> Study:
     """The study of a run. Errors: InputError, ConfigError."""
+    from fedtune.config import study_from_json
+
     try:
         return study_from_json((run / "plan.json").read_text(encoding="utf-8"))
     except OSError:
@@ -24,11 +39,37 @@ def load_plan(run: Path) -> Study:
         raise ConfigError(f"{run / 'plan.json'}: {error.happened}") from None
 
 
+def data_file(run: Path, data: Path, pairs: list[str]) -> DataFile:
+    """`data` with its columns named by KEY=NAME pairs, or as the run's study names its own.
+
+    Errors: ConfigError, InputError."""
+    from pydantic import ValidationError
+
+    from fedtune.config import Columns, DataFile
+
+    table = load_plan(run).evaluation
+    if not pairs:
+        if table is None:
+            raise ConfigError("the study names no columns", todo="--column prompt=NAME, and so on")
+        return DataFile(path=data, columns=table.columns)
+    named = dict(pair.partition("=")[::2] for pair in pairs)
+    if unknown := set(named) - set(Columns.model_fields):
+        known = ", ".join(Columns.model_fields)
+        raise ConfigError(f"--column {min(unknown)}: no such part of a record", f"one of {known}")
+    try:
+        return DataFile(path=data, columns=Columns(**named))
+    except ValidationError as error:
+        said = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"--column: {said}") from None
+
+
 def load_adapter(folder: Path, network: Network) -> Arrays:
     """The trainable arrays saved in `folder` (PEFT's format, head.safetensors or both); the frozen
     factor is put into `network`. Errors: ModelError."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
+
+    from fedtune.models.network import HEAD
 
     found: Arrays = {}
     try:

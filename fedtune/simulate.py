@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from fedtune.config import Study, load_site, load_study
 from fedtune.errors import ConfigError
+from fedtune.sites import sites_in
+
+__all__ = ["check", "simulate", "sites_in"]
 
 OnEvent = Callable[[str, dict[str, Any]], None]
 
@@ -56,30 +58,3 @@ def check(study: Study, sites: Sequence[Path]) -> None:
         raise ConfigError(
             f"{len(files)} sites given", f"at least strategy.min_sites = {study.strategy.min_sites}"
         )
-
-
-def sites_in(place: Path | Iterable[Path]) -> list[Path]:
-    """Site files: those named, and of a folder every *.toml in it and every site*.toml one level
-    down that has a [site] table, sorted. Errors: ConfigError where there is none, or one is broken.
-    """
-    if not isinstance(place, Path):
-        return [path for each in place for path in sites_in(each)]
-    if place.is_file():
-        return [place]
-    found = [
-        path
-        for path in sorted([*place.glob("*.toml"), *place.glob("*/site*.toml")])
-        if _is_site(path)
-    ]
-    if not found:
-        raise ConfigError(f"{place}: no site file", "site.toml files, or a folder of them")
-    return found
-
-
-def _is_site(path: Path) -> bool:
-    try:
-        return "site" in tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
-        if path.name.startswith("site"):
-            load_site(path)  # says what is wrong with it
-        return False

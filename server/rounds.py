@@ -62,12 +62,12 @@ def run(
 
 @dataclass
 class Tally:
-    """One round in the making. tries: how often each site was asked."""
+    """One round in the making. failures: how often each site was asked in vain."""
 
     number: int
     participants: list[str] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
-    tries: Counter[str] = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=Counter)
     started: float = field(default_factory=time.monotonic)
 
 
@@ -151,7 +151,7 @@ class _Run:
         seed = f"{self.study.study.seed}:{tally.number}"
         order = random.Random(seed).sample(willing, len(willing))
         left = [name for name in order if name not in tally.participants]
-        left.sort(key=lambda name: tally.tries[name])
+        left.sort(key=lambda name: tally.failures[name])
         return left[: max(target - len(tally.participants), 0)]
 
     # ------------------------------------------------------------------------------- a round
@@ -184,7 +184,7 @@ class _Run:
             tally.participants.append(name)
             tally.missing.pop(name, None)
         else:
-            tally.tries[name] += got.status != "unprepared"
+            tally.failures[name] += got.status != "unprepared"
             tally.missing[name] = f"{got.status}: {got.reason}"
             if got.status == "refused":
                 self.roster.refused[name] = got.reason

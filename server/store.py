@@ -56,7 +56,7 @@ ARRAY_FIELDS = ("adapter", "frozen", "strategy")
 
 
 def save(out: Path, progress: Progress) -> None:
-    """Replace the checkpoint. Guarantee: after a crash at any point the old or the new one is whole.
+    """Replace the checkpoint. Guarantee: whatever crashes, the old or the new one is whole.
 
     Errors: InfrastructureError when the disk refuses."""
     body = {name: getattr(progress, name) for name in JSON_FIELDS}
@@ -98,7 +98,7 @@ def open_folder(out: Path, study: Study, *, resume: bool) -> Progress | None:
     """Make `out`, or find the run that it holds.
 
     Errors: ConfigError where a run is there and `resume` was not asked for; CheckpointError."""
-    if not resume and any((out / name).exists() for name in (FILE, "plan.json", "report.json")):
+    if not resume and any((out / name).exists() for name in (FILE, "report.json")):
         raise ConfigError(
             f"{out}: a run is already there",
             "an empty folder",

@@ -88,7 +88,7 @@ WRONG_STUDY = [
     ("epsilon = 8", "epsilon = 0", "privacy.epsilon: must be greater than 0"),
     ("epsilon = 8", "epsilon = 8\nnoise_multiplier = 1.0", "exactly two of"),
     ("epsilon = 8", "", "exactly two of"),
-    ("delta = 1e-5", 'delta = 1e-5\nunit = "person"', "privacy.unit: must be 'record' or 'patient'"),
+    ("delta = 1e-5", 'delta = 1e-5\nunit = "person"', "privacy.unit: must be 'record' or"),
     (PRIVACY, "", "privacy: key is missing"),
     ("[study]", '[study]\nprivacy = "off"', "study.privacy: unknown key"),
     ("[clipping]\n", "", "a private study needs a [clipping] table"),

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
@@ -38,7 +37,8 @@ App = Callable[[Message, Context], Message]
 ANSWERED = ("query.prepare", "train")  # the kinds of message that a site answers
 REFUSAL = "this site answers query.prepare and train, no more"
 POLL_SECONDS = 0.2  # between two looks for a task, on loopback
-GONE_SECONDS = 6.0  # once: a coordinator that cannot be reached for so long has finished
+GONE_SECONDS = 6.0  # a coordinator that cannot be reached for so long is not there
+LONG_SECONDS = 30.0  # a SuperNode that lasted so long was waiting, not failing
 BACKOFF_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0)
 
 
@@ -55,23 +55,29 @@ def join(
     once: return when a coordinator that gave this site work has gone. client_app: in place of
     client.app:app. patience: seconds to go on being refused; after a crash Flower refuses a site
     for about 60 s, until the old session has expired. Events: "joined", "answered" {kind},
-    "refused" {kind}, "failed" {kind, error}, "waiting" {address}, "reconnecting" {seconds}.
+    "refused" {kind}, "failed" {kind, error}, "waiting" {address}, "reconnecting" {seconds}; some
+    have a text for people.
     Errors: ConfigError; InfrastructureError when the coordinator goes on refusing this site."""
     site = load_site(site_path)
     link = _coordinator(site, site_path)
-    executor = _Executor(site_path, client_app or _installed_app(), on_event or _ignore, once)
-    failing_since, attempt = time.monotonic(), 0
+    executor = _Executor(site_path.resolve(), client_app or _installed_app(), on_event or _ignore, once)
     bypass_proxy()
     try:
         with interruptible():
-            while (problem := executor.attend(site.site.state / "flower", link)) is not None:
-                if executor.joined:
-                    failing_since, attempt = time.monotonic(), 0
-                elif time.monotonic() - failing_since > patience:
+            failures: list[float] = []  # when, since the last success or long wait
+            while True:
+                began = time.monotonic()
+                problem = executor.attend(site.site.state / "flower", link)
+                if problem is None:
+                    return
+                ended = time.monotonic()
+                if executor.joined or ended - began > LONG_SECONDS:
+                    failures = []
+                failures.append(ended)
+                if not executor.joined and ended - failures[0] > patience:
                     raise problem
-                wait = BACKOFF_SECONDS[min(attempt, len(BACKOFF_SECONDS) - 1)]
-                attempt += 1
-                executor.tell("reconnecting", {"seconds": wait})
+                wait = BACKOFF_SECONDS[min(len(failures), len(BACKOFF_SECONDS)) - 1]
+                executor.tell("reconnecting", {"seconds": wait, "text": "connecting again"})
                 time.sleep(wait)
     except Stopped:
         return
@@ -97,15 +103,17 @@ class _Executor:
             "--isolation", "process", "--superexec-auth-secret-file", str(secret_file),
         ]
         # fmt: on
-        self.joined = False
+        self.joined, problem = False, None
         with Child("supernode", options, home=state, log=state / "supernode.log") as node:
             runtime = api.Runtime(f"127.0.0.1:{port}", secret)
             try:
                 node.wait_for_port("127.0.0.1", port)
                 if self._work(node, runtime, f"127.0.0.1:{port}", link.address):
                     return None
-            except (httpx.HTTPError, InfrastructureError):
-                pass  # the SuperNode ended in the middle of something
+            except InfrastructureError as error:
+                problem = error
+            except Exception as error:  # the SuperNode ended, or will not get an answer: start anew
+                self.tell("failed", {"kind": "connection", "error": type(error).__name__})
             finally:
                 runtime.close()
                 node.stop()
@@ -113,28 +121,24 @@ class _Executor:
                 if node.said("certificate verify failed"):
                     raise _distrust(link)
                 return _refusal(link)
-            return node.ended()
+            return problem or node.ended()
 
     def _work(self, node: Child, runtime: api.Runtime, address: str, coordinator: str) -> bool:
         """Answer task after task: False when the SuperNode ends, True when `once` is fulfilled."""
-        host, _, port = coordinator.rpartition(":")
-        waited, seen = False, time.monotonic()
+        absence, waiting = _Absence(coordinator), False
         while node.alive:
             if not self.joined and node.said(api.SUPERNODE_JOINED):
                 self.joined = True
-                self.tell("joined", {})
+                self.tell("joined", {"text": "connected; waiting for work"})
             if claim := runtime.acquire([api.CLIENT_APP, api.AGENT_APP]):
                 self._answer(node, address, claim)
-                seen = time.monotonic()
-                continue
-            if time.monotonic() - seen > GONE_SECONDS and not (self.joined and not self._once):
-                if reachable(host.strip("[]"), int(port)):
-                    seen = time.monotonic()
-                elif self._once and self._worked:
+            elif self._once and self._worked:
+                if absence.seconds() > GONE_SECONDS:
                     return True
-                elif not waited:
-                    waited = True
-                    self.tell("waiting", {"address": coordinator})
+            elif not (self.joined or waiting) and absence.seconds() > GONE_SECONDS:
+                waiting = True
+                text = f"waiting for the coordinator at {coordinator}"
+                self.tell("waiting", {"address": coordinator, "text": text})
             time.sleep(POLL_SECONDS)
         return False
 
@@ -157,8 +161,24 @@ class _Executor:
         except Exception as error:
             self.tell("failed", {"kind": kind, "error": type(error).__name__})
             return api.error_reply(message, type(error).__name__)
-        self.tell("answered", {"kind": kind})
+        self.tell("answered", {"kind": kind, "text": f"{kind}: done; waiting for work"})
         return reply
+
+
+class _Absence:
+    """For how long the coordinator's port has been closed, looked at once a second."""
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self._host, self._port = host.strip("[]"), int(port)
+        self._looked, self._since = 0.0, 0.0
+
+    def seconds(self) -> float:
+        now = time.monotonic()
+        if now - self._looked > 1:
+            self._looked = now
+            self._since = 0.0 if reachable(self._host, self._port) else self._since or now
+        return now - self._since if self._since else 0.0
 
 
 def _coordinator(site: Site, path: Path) -> CoordinatorTable:

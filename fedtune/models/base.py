@@ -69,7 +69,7 @@ def find_base(model: str, digest: str | None = None) -> Base:
     base = _find(model, fetch=True)
     if digest is not None and base.digest != digest:
         raise ModelError(
-            f"{model}: the base here is {base.digest}",
+            f"{model}: the digest of the base here is {base.digest}",
             digest,
             "use the copy that the study was made with, or start a new study with this one",
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -40,7 +41,9 @@ def attach(model: PreTrainedModel, lora: LoraTable, base_name: str) -> PeftModel
         task_type="CAUSAL_LM" if "CausalLM" in type(model).__name__ else None,
     )
     try:
-        adapted = get_peft_model(model, config)
+        with warnings.catch_warnings():  # PEFT asks transformers by an old name; not ours to mend
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            adapted = get_peft_model(model, config)
     except ValueError:
         linear = {
             name.rsplit(".", 1)[-1]

@@ -1,4 +1,4 @@
-"""The report of a run: report.json for machines, report.md for people, progress.png for a glance."""
+"""The report of a run: report.json for machines, report.md for people, progress.png at a glance."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def best_guess(privacy: dict[str, Any]) -> float:
-    """How often an attacker can be right about one unit's presence, at most, from a fair coin's 0.5.
+    """How often an attacker can be right about one unit's presence, at most (a coin: 0.5).
 
     The attacker knows every other record and sees all that left the sites. The smaller of two
     bounds, over the worst site: (e^ε + δ) / (1 + e^ε) (Kairouz et al. 2015, region of an (ε, δ)
@@ -50,7 +50,7 @@ def number(value: Any) -> float | None:
 
 
 def strength(epsilon: Any) -> str:
-    """Where ε stands in common practice (Ponomareva et al. 2023, "How to DP-fy ML", section 5.2)."""
+    """Where ε stands in common practice (Ponomareva et al. 2023, "How to DP-fy ML", 5.2)."""
     n = number(epsilon)
     if n is None:
         return "not known"

@@ -30,8 +30,8 @@ def markdown(body: dict[str, Any]) -> str:
         _rounds(body.get("rounds") or []),
         _missing(body.get("rounds") or [], body.get("sites") or {}),
         _base(body),
-        f"Written by fedtune {cell(body.get('fedtune', ''))}; plan `{cell(body.get('plan_digest'))}`. "
-        "The same numbers for machines: report.json.",
+        f"Written by fedtune {cell(body.get('fedtune', ''))}; plan "
+        f"`{cell(body.get('plan_digest'))}`. The same numbers for machines: report.json.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -78,9 +78,9 @@ def _claim(body: dict[str, Any]) -> str:
         "(50 % is no knowledge, 100 % is certainty). This is a proven upper bound for the worst "
         "case, not the result of an attack that was tried. As a level of protection, ε = "
         f"{epsilon} is {strength(p.get('epsilon'))}.\n\n"
-        f"ε is counted by {cell(p.get('accountant'))} from the log that each site writes as it adds "
-        "the noise, not from the plan. δ is the probability set aside for outcomes that the bound "
-        "on ε does not describe.\n\n"
+        f"ε is counted by {cell(p.get('accountant'))} from the log that each site writes as it "
+        "adds the noise, not from the plan. δ is the probability set aside for outcomes that the "
+        "bound on ε does not describe.\n\n"
         f"## What it does not cover\n\n{not_covered}"
     )
 
@@ -194,9 +194,8 @@ def _base(body: dict[str, Any]) -> str:
     for key, value in sorted(body.items()):
         if key not in known and isinstance(value, dict) and value:
             rows = [[cell(name), _setting(item)] for name, item in sorted(value.items())]
-            parts.append(
-                f"## {cell(key).capitalize()}\n\n{table(['setting', 'value'], rows, numbers=False)}"
-            )
+            settings = table(["setting", "value"], rows, numbers=False)
+            parts.append(f"## {cell(key).capitalize()}\n\n{settings}")
     return "\n\n".join(parts)
 
 

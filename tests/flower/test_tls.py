@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tls_roles
 from cryptography import x509
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
@@ -36,6 +35,7 @@ from fedtune.flower.certs import (
 )
 from fedtune.flower.grid import InProcessGrid
 from fedtune.flower.processes import free_port, reachable
+from tests.flower import tls_roles
 
 STUDY = """privacy = "off"
 [study]
@@ -101,10 +101,14 @@ def until(true: Callable[[], bool], seconds: float = 30.0) -> None:
 
 
 def hostile_bundle(path: Path, marker: Path) -> Path:
-    """An app bundle whose every module leaves a mark when it is imported."""
+    """An app bundle that brings settings, and modules that leave a mark when they are imported."""
     code = f"open({str(marker)!r}, 'w').close()\napp = None\n"
-    buffer = io.BytesIO(coordinator.bundle())
-    with zipfile.ZipFile(buffer, "a") as archive:
+    with zipfile.ZipFile(io.BytesIO(coordinator.bundle())) as archive:
+        assert archive.namelist() == ["pyproject.toml"]
+        project = archive.read("pyproject.toml").decode()
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("pyproject.toml", project + 'site = "/etc/passwd"\n')
         for name in ("client/__init__.py", "client/app.py", "server/__init__.py", "server/app.py"):
             archive.writestr(name, code)
     path.write_bytes(buffer.getvalue())
@@ -139,8 +143,9 @@ class World:
         self.files["unknown"] = write_site(unknown, "unknown", self.port, ca="../a/ca.crt")
         with ExitStack() as stack:
             names = {"a": (), "b": (), "c": ("once",), "unknown": ()}
-            sites = {n: stack.enter_context(self.site(n, *once)) for n, once in names.items()}
             with self.coordinator(nodes=3) as process:
+                until(lambda: reachable("127.0.0.1", self.port))
+                sites = {n: stack.enter_context(self.site(n, *once)) for n, once in names.items()}
                 assert process.wait(60) == 0, self.log("coordinator")
             self.body = json.loads((self.root / "body.json").read_text())
             self.come_back()
@@ -172,6 +177,7 @@ def test_processes_equal_one_process(world: World) -> None:
 
 
 def test_a_bundle_is_never_run_nor_unpacked(world: World) -> None:
+    assert world.body["settings"] == ["{}"]
     assert not world.marker.exists()
     assert not [p for p in world.root.rglob("*") if p.name == "apps" or p.suffix == ".py"]
 

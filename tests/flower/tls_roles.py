@@ -30,7 +30,7 @@ ROUNDS = 2
 def app(message: Message, context: Context) -> Message:
     """Half way from the adapter to a point that only this site knows."""
     name = load_site(Path(str(context.node_config["site"]))).site.name
-    about = ConfigRecord({"name": name, "run_config": json.dumps(dict(context.run_config))})
+    about = ConfigRecord({"name": name, "settings": json.dumps(dict(context.run_config))})
     if message.metadata.message_type == "query.prepare":
         return Message(RecordDict({"site": about}), reply_to=message)
     if message.content.config_records["round"]["round"] == 99:
@@ -43,10 +43,9 @@ def app(message: Message, context: Context) -> Message:
 
 def average(grid: Grid, _study: Study, _out: Path, **_: Any) -> dict[str, Any]:
     """Two rounds of FedAvg over every connected site."""
-    names = {
-        node: str(reply.content.config_records["site"]["name"])
-        for node, reply in ask(grid, "query.prepare", {"plan": ConfigRecord({"digest": "d"})})
-    }
+    prepared = ask(grid, "query.prepare", {"plan": ConfigRecord({"digest": "d"})})
+    about = {node: reply.content.config_records["site"] for node, reply in prepared}
+    names = {node: str(site["name"]) for node, site in about.items()}
     adapter = np.zeros((4, 3), dtype=np.float32)
     for number in range(1, ROUNDS + 1):
         content = {
@@ -59,7 +58,8 @@ def average(grid: Grid, _study: Study, _out: Path, **_: Any) -> dict[str, Any]:
             for node in sorted(replies, key=lambda node: names[node])
         ]
         adapter = adapter + np.mean(updates, axis=0, dtype=np.float32)
-    return {"sites": sorted(names.values()), "adapter": adapter.tolist()}
+    settings = sorted({str(site["settings"]) for site in about.values()})
+    return {"sites": sorted(names.values()), "settings": settings, "adapter": adapter.tolist()}
 
 
 def ask(grid: Grid, kind: str, content: dict[str, Any]) -> list[tuple[int, Message]]:

@@ -1,0 +1,169 @@
+"""Oracles (a) parity with a loop of one record, (b) row isolation, (c) neighbour sensitivity; each
+with a twin that breaks the guarantee and is caught."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from tests.dp.conftest import records
+
+from fedtune.dp import clip
+from fedtune.dp.gradients import UnitGradientEngine
+from fedtune.models.cache import Batch, Cached
+from fedtune.models.network import Network
+from fedtune.objectives import causal_lm
+
+
+class BatchMean:
+    """The twin: a language model's built-in loss, which averages over the batch's tokens."""
+
+    def losses(self, network: Network, batch: Batch) -> torch.Tensor:
+        each = causal_lm.losses(network, batch)
+        tokens = (batch.target_ids != -100).sum(dim=1)
+        return each * tokens / tokens.sum()
+
+
+def all_rows(engine: UnitGradientEngine, units: list[int] | None = None) -> torch.Tensor:
+    if units is None:
+        units = list(range(engine.data.dataset.n_units))
+    return torch.cat([chunk.clone() for chunk in engine(units)])
+
+
+def one_by_one(engine: UnitGradientEngine) -> torch.Tensor:
+    """Each unit's gradient by plain autograd, one record at a time."""
+    data, rows = engine.data, []
+    for members in data.dataset.by_unit:
+        total = torch.zeros(engine.dimension, dtype=torch.float64)
+        for index in members:
+            (batch,) = data.batches([index])
+            loss = engine.objective.losses(data.network, batch).sum()
+            grads = torch.autograd.grad(loss, engine.parameters)
+            total += torch.cat([g.double().flatten() for g in grads]) / len(members)
+        rows.append(total)
+    return torch.stack(rows)
+
+
+def test_parity_with_micro_batches_of_one(engine: UnitGradientEngine) -> None:
+    ours, plain = all_rows(engine).double(), one_by_one(engine)
+    assert float((ours - plain).norm(dim=1).max() / plain.norm(dim=1).max()) < 1e-5
+
+
+def test_parity_catches_a_loss_averaged_over_the_batch(network: Network) -> None:
+    broken = UnitGradientEngine(Cached(network, records([1, 3, 2, 1, 4, 2])), BatchMean())
+    ours, plain = all_rows(broken).double(), one_by_one(broken)
+    assert float((ours - plain).norm(dim=1).max() / plain.norm(dim=1).max()) > 0.1
+
+
+def moved_rows(engine: UnitGradientEngine) -> torch.Tensor:
+    """How far each unit's gradient moves when unit 1's first record is replaced by another."""
+    before = all_rows(engine)
+    changed = copy.deepcopy(engine.data.dataset)
+    index = changed.by_unit[1][0]
+    draw = np.random.default_rng(9)
+    old = changed.examples[index]
+    targets = draw.integers(3, 280, size=len(old.input_ids)).astype(np.int32)
+    changed.examples[index] = type(old)(old.input_ids[::-1].copy(), targets, -100, 1)
+    engine.data = Cached(engine.data.network, changed)
+    return (all_rows(engine) - before).norm(dim=1) / before.norm(dim=1)
+
+
+def test_row_isolation(engine: UnitGradientEngine) -> None:
+    moved = moved_rows(engine)
+    assert float(moved[1]) > 0.1
+    assert float(torch.cat([moved[:1], moved[2:]]).max()) < 1e-5
+
+
+def test_row_isolation_catches_a_loss_averaged_over_the_batch(network: Network) -> None:
+    # Unit 0's record shares a padded length, so a batch, with unit 1's.
+    dataset = records([1, 1])
+    dataset.examples[1] = type(dataset.examples[1])(
+        dataset.examples[0].input_ids[::-1].copy(), dataset.examples[0].target_ids, -100, 1
+    )
+    engine = UnitGradientEngine(Cached(network, dataset), BatchMean())
+    before = all_rows(engine)
+    shorter = dataset.examples[1].target_ids.copy()
+    shorter[:-1] = -100
+    dataset.examples[1] = type(dataset.examples[1])(dataset.examples[1].input_ids, shorter, -100, 1)
+    after = all_rows(engine)
+    assert float((after[0] - before[0]).norm() / before[0].norm()) > 0.01
+
+
+@pytest.mark.parametrize("mode", ["flat", "normalised"])
+def test_removing_any_unit_moves_the_sum_by_at_most_c(
+    engine: UnitGradientEngine, mode: str
+) -> None:
+    c, grid = 0.05, clip.grid_for(0.05)
+    total = clip.to_grid(clip.clip(all_rows(engine), c, mode), grid)  # type: ignore[arg-type]
+    n = engine.data.dataset.n_units
+    for gone in range(n):
+        rest = all_rows(engine, [u for u in range(n) if u != gone])
+        without = clip.to_grid(clip.clip(rest, c, mode), grid)  # type: ignore[arg-type]
+        moved = float(((total - without).double() * grid).norm())
+        # fp32 gradients of the others may differ in the last digit with the batch they ride in.
+        assert moved <= clip.sensitivity(c, engine.dimension, grid) + 1e-5 * c * n
+
+
+def test_clipping_records_instead_of_patients_is_caught(engine: UnitGradientEngine) -> None:
+    """The twin: a patient with four records clipped one by one moves the sum by up to four C."""
+    four = engine.data.dataset.by_unit[4]
+    per_record = torch.zeros(engine.dimension, dtype=torch.float64)
+    for index in four:
+        (batch,) = engine.data.batches([index])
+        loss = engine.objective.losses(engine.data.network, batch).sum()
+        grads = torch.autograd.grad(loss, engine.parameters)
+        per_record += clip.clip(torch.cat([g.flatten() for g in grads])[None], 0.001)[0]
+    assert float(per_record.norm()) > 0.001 * 1.05
+    ours = clip.clip(all_rows(engine, [4]), 0.001)
+    assert float(ours.norm()) <= 0.001
+
+
+def test_nothing_un_noised_stays_on_the_model(engine: UnitGradientEngine) -> None:
+    all_rows(engine)
+    for parameter in engine.parameters:
+        assert parameter.grad is None
+        assert not hasattr(parameter, "grad_sample")
+    assert not any(m._forward_hooks or m._backward_hooks for m in engine.data.network.trained.modules() if "lora_B" in type(m).__name__)
+
+
+def test_a_missing_gradient_is_an_error(engine: UnitGradientEngine) -> None:
+    """Trap 16: a trainable layer that takes no part must not be passed over in silence."""
+    stray = torch.nn.Parameter(torch.zeros(3))
+    stray.grad_sample = None  # type: ignore[attr-defined]
+    engine.parameters.append(stray)
+    with pytest.raises(RuntimeError, match="no per-record gradient"):
+        all_rows(engine)
+
+
+def test_equal_to_opacus_own_optimizer(network: Network) -> None:
+    """Same clip, σ = 0, one record per unit: Opacus' DPOptimizer gives the same mean gradient."""
+    from opacus.grad_sample import GradSampleModule
+    from opacus.optimizers import DPOptimizer
+
+    data = Cached(network, records([1] * 6))
+    engine = UnitGradientEngine(data, causal_lm)
+    ours = clip.clip(all_rows(engine), 0.05).sum(dim=0) / 6
+    watched = GradSampleModule(network.trained, loss_reduction="sum", strict=False)
+    watched.train()
+    optimizer = DPOptimizer(
+        torch.optim.SGD(engine.parameters, lr=1.0), noise_multiplier=0.0, max_grad_norm=0.05,
+        expected_batch_size=6, loss_reduction="mean",
+    )
+    try:
+        with pytest.warns(UserWarning, match="Full backward hook"):
+            for batch in data.batches(range(6)):
+                causal_lm.losses(network, batch).sum().backward()
+        # Several micro-batches leave a list of per-record gradients; DPOptimizer takes it so.
+        for parameter in engine.parameters:
+            if isinstance(parameter.grad_sample, list):
+                parameter.grad_sample = torch.cat(parameter.grad_sample)
+        optimizer.pre_step()
+        theirs = torch.cat([p.grad.flatten() for p in engine.parameters]).double()
+    finally:
+        watched.cleanup()
+        network.trained.eval()
+        for parameter in engine.parameters:
+            parameter.grad = None
+    assert float((ours - theirs).norm() / ours.norm()) < 1e-4

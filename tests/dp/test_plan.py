@@ -1,0 +1,153 @@
+"""The step as a whole: what it logs, its variance, and what must stop it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedtune.dp import accountant, noise
+from fedtune.dp.plan import plan_for_site
+from fedtune.dp.steplog import StepLog, events
+from fedtune.errors import ConfigError, InfrastructureError
+from tests.dp.conftest import make_plan, study
+
+D = 400_000
+
+
+def rows(value: float, chunks: int = 1):  # type: ignore[no-untyped-def]
+    def gradients(units: list[int]) -> Iterator[torch.Tensor]:
+        yield from torch.full((len(units), D), value).chunk(chunks)
+
+    return gradients
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 7])
+def test_noise_is_added_once_and_divided_by_the_plan(tmp_path: Path, chunks: int) -> None:
+    """Trap 17: once per step whatever the number of chunks, on the sum, over the plan's divisor."""
+    plan = make_plan(noise_multiplier=1.7, max_grad_norm=0.5, divisor=14.0)
+    out = plan.step(14, D, rows(0.0, chunks), StepLog(tmp_path / "log"), 1)
+    assert float(out.double().std()) * 14.0 / (1.7 * 0.5) == pytest.approx(1, abs=0.006)
+
+
+def test_a_wrong_sigma_would_show(tmp_path: Path) -> None:
+    plan = make_plan(noise_multiplier=1.7 * 0.98, max_grad_norm=0.5, divisor=14.0)
+    out = plan.step(14, D, rows(0.0), StepLog(tmp_path / "log"), 1)
+    assert float(out.double().std()) * 14.0 / (1.7 * 0.5) != pytest.approx(1, abs=0.006)
+
+
+def test_signal_is_the_clipped_mean(tmp_path: Path) -> None:
+    plan = make_plan(noise_multiplier=1e-3, divisor=10.0)
+    out = plan.step(10, D, rows(5.0, 3), StepLog(tmp_path / "log"), 1)
+    assert float(out.double().mean()) == pytest.approx(1 / math.sqrt(D), rel=1e-3)
+
+
+def test_an_empty_sample_is_a_noise_only_step(tmp_path: Path) -> None:
+    plan = make_plan(sampling_rate=1e-9)
+
+    def never(units: list[int]) -> Iterator[torch.Tensor]:
+        raise AssertionError("an empty sample asks for no gradient")
+
+    out = plan.step(5, D, never, StepLog(tmp_path / "log"), 1)
+    assert float(out.double().std()) * 6.0 == pytest.approx(1, abs=0.01)
+    assert len(StepLog(tmp_path / "log").steps()) == 1
+
+
+@pytest.mark.parametrize("given", [3, 5])
+def test_a_missing_or_doubled_unit_releases_nothing(tmp_path: Path, given: int) -> None:
+    def wrong(units: list[int]) -> Iterator[torch.Tensor]:
+        yield torch.zeros(given, D)
+
+    with pytest.raises(RuntimeError, match="each sampled unit once"):
+        make_plan().step(4, D, wrong, StepLog(tmp_path / "log"), 1)
+
+
+def test_gradients_are_wiped(tmp_path: Path) -> None:
+    kept = torch.ones(4, D)
+    make_plan().step(4, D, lambda units: iter([kept]), StepLog(tmp_path / "log"), 1)
+    assert float(kept.abs().max()) == 0.0
+
+
+def test_the_log_line_comes_with_the_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line is on disk before the noise is drawn: if what follows fails, it was charged."""
+    log = StepLog(tmp_path / "log")
+    plan = make_plan(noise_multiplier=1.25, sampling_rate=0.5, max_grad_norm=0.3)
+
+    def explode(*_: object) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(noise, "gaussian_on_grid", explode)
+    with pytest.raises(KeyboardInterrupt):
+        plan.step(4, D, rows(1.0), log, 3)
+    (step,) = log.steps()
+    assert (step.round, step.noise_multiplier, step.sampling_rate, step.max_grad_norm) == (
+        3, 1.25, 0.5, 0.3,
+    )  # fmt: skip
+
+
+def test_no_log_no_step(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(InfrastructureError, match="step log"):
+        make_plan().step(4, D, rows(1.0), StepLog(blocked / "log"), 1)
+
+
+def test_a_damaged_log_is_named_and_shows_no_content(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text('{"study": "secret-word"\n')
+    with pytest.raises(InfrastructureError, match="line 1") as caught:
+        StepLog(path).steps()
+    assert "secret-word" not in str(caught.value)
+
+
+def test_epsilon_of_the_log_is_epsilon_of_the_plan(tmp_path: Path) -> None:
+    log, plan = StepLog(tmp_path / "log"), make_plan(rounds=3, local_steps=2)
+    for step in range(6):
+        plan.step(2, 8, lambda u: iter([torch.ones(len(u), 8)]), log, step // 2 + 1)
+    assert accountant.epsilon(events(log.steps()), plan.delta) == plan.epsilon
+    assert (tmp_path / "log").stat().st_mode & 0o077 == 0
+    assert all(set(json.loads(x)) for x in (tmp_path / "log").read_text().splitlines())
+
+
+# ------------------------------------------------------------------ any two of ε, σ and rounds
+
+
+def test_sigma_follows_from_epsilon_and_rounds() -> None:
+    plan = plan_for_site(study(), declared_size=100)
+    assert plan.epsilon <= 8.0
+    assert plan.divisor == 100.0
+
+
+def test_rounds_follow_from_epsilon_and_sigma() -> None:
+    made = study(
+        privacy={"epsilon": 8.0, "delta": 1e-4, "noise_multiplier": 1.6},
+        training={"sampling_rate": 1.0, "learning_rate": 0.1, "local_steps": 2},
+    )
+    plan = plan_for_site(made, 100)
+    assert plan.rounds == 4
+    assert plan.epsilon <= 8.0
+
+
+def test_epsilon_follows_from_sigma_and_rounds() -> None:
+    made = study(privacy={"delta": 1e-4, "noise_multiplier": 3.46})
+    assert plan_for_site(made, 100).epsilon == pytest.approx(2.05, abs=0.2)
+
+
+def test_a_budget_for_no_round_says_so() -> None:
+    made = study(
+        privacy={"epsilon": 0.1, "delta": 1e-4, "noise_multiplier": 0.5},
+        training={"sampling_rate": 1.0, "learning_rate": 0.1},
+    )
+    with pytest.raises(ConfigError, match="does not pay for one round"):
+        plan_for_site(made, 100)
+
+
+def test_expected_batch_over_the_declared_size_is_the_rate() -> None:
+    made = study(training={"rounds": 4, "expected_batch": 50, "learning_rate": 0.1})
+    assert plan_for_site(made, 200).sampling_rate == 0.25
+    small = plan_for_site(made, 30)
+    assert (small.sampling_rate, small.divisor) == (1.0, 30.0)

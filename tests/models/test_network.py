@@ -1,0 +1,250 @@
+"""One base, cut and adapted: exactness, isolation from padding, save and load."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fedtune.config import LoraTable, Study
+from fedtune.errors import ConfigError, ModelError
+from fedtune.models import lora as lora_module
+from fedtune.models.base import find_base
+from fedtune.models.cache import Cached, padded_length
+from fedtune.models.network import Network, build
+from fedtune.models.public import public_factor
+from fedtune.models.split import cut
+from fedtune.models.start import start
+from fedtune.training import check_trains
+from tests.dp.conftest import records, study
+
+MODULES = ("q_proj", "gate_proj", "down_proj")
+
+
+def make(base: Path, **changes: object) -> Network:
+    table = LoraTable.model_validate(
+        {"rank": 4, "alpha": 8.0, "modules": MODULES} | changes, strict=False
+    )
+    return Network(find_base(str(base)), torch.float32, table, labels=0)
+
+
+def randomise(network: Network) -> None:
+    draw = np.random.default_rng(3)
+    network.load_trainable(
+        {n: draw.normal(size=a.shape).astype(np.float32) for n, a in network.trainable().items()}
+    )
+
+
+def logits(network: Network, ids: torch.Tensor) -> torch.Tensor:
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    with torch.no_grad():
+        hidden = network.hidden(network.prefix(ids, mask), mask)
+        return network.logits(hidden.flatten(0, 1)).view(*ids.shape, -1)
+
+
+@pytest.mark.parametrize("last_layers", [1, 2, 4, None])
+def test_cut_and_cached_equals_the_whole_model(tiny_base: Path, last_layers: int | None) -> None:
+    network = make(tiny_base, last_layers=last_layers)
+    randomise(network)
+    ids = torch.randint(3, 280, (3, 21), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = network.model(input_ids=ids).logits
+    assert float((logits(network, ids) - whole).abs().max()) < 1e-5
+
+
+def test_an_architecture_that_cannot_be_cut_is_not(tiny_encoder: Path) -> None:
+    from fedtune.models.base import load_backbone
+
+    assert cut(load_backbone(find_base(str(tiny_encoder)), torch.float32), 1) is None
+
+
+def test_padding_changes_nothing(tiny_base: Path) -> None:
+    network = make(tiny_base, last_layers=2)
+    randomise(network)
+    ids = torch.randint(3, 280, (1, 20), generator=torch.Generator().manual_seed(0))
+    short = torch.zeros(1, 32, dtype=torch.long)
+    short[:, :20] = ids
+    assert float((logits(network, short)[:, :20] - logits(network, ids)).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("length", range(1, 200, 7))
+def test_the_padded_length_is_the_records_own(length: int) -> None:
+    assert length <= padded_length(length) <= max(8, length * 1.25 + 1)
+
+
+def test_only_b_is_trained_by_default_and_zero_b_changes_nothing(tiny_base: Path) -> None:
+    network = make(tiny_base)
+    assert all("lora_B" in name for name in network.trainable())
+    ids = torch.randint(3, 280, (2, 9), generator=torch.Generator().manual_seed(0))
+    before = logits(network, ids)
+    with network.base_only():
+        assert torch.equal(before, logits(network, ids))
+    assert any("lora_A" in n for n in make(tiny_base, train="AB").trainable())
+
+
+def test_a_is_drawn_from_the_public_seed_alone(tiny_base: Path) -> None:
+    network = make(tiny_base)
+    torch.manual_seed(1)
+    one = network.draw_factor(5)
+    torch.manual_seed(2)
+    assert lora_module.digest(one) == lora_module.digest(network.draw_factor(5))
+    assert lora_module.digest(one) != lora_module.digest(network.draw_factor(6))
+
+
+def test_arrays_of_another_shape_name_or_with_nan_are_refused(tiny_base: Path) -> None:
+    network = make(tiny_base)
+    good = network.trainable()
+    name = next(iter(good))
+    for bad in (
+        {n: a for n, a in good.items() if n != name},
+        good | {name: good[name][:-1]},
+        good | {name: np.full_like(good[name], np.nan)},
+        good | {"extra": np.zeros(1, dtype=np.float32)},
+    ):
+        with pytest.raises(ModelError):
+            network.load_trainable(bad)
+    assert all(np.array_equal(good[n], a) for n, a in network.trainable().items())
+
+
+def test_an_unknown_module_lists_what_there_is(tiny_base: Path) -> None:
+    with pytest.raises(ConfigError, match="q_proj"):
+        make(tiny_base, modules=["query"])
+
+
+LOAD = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, adapter, out = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+ids = torch.randint(3, 280, (2, 9), generator=torch.Generator().manual_seed(0))
+with torch.no_grad():
+    torch.save(model(input_ids=ids).logits, out)
+"""
+
+
+@pytest.mark.parametrize("train", ["B", "AB"])
+def test_plain_peft_in_a_fresh_process_gives_the_same_logits(
+    tiny_base: Path, tmp_path: Path, train: str
+) -> None:
+    network = make(tiny_base, last_layers=2, train=train)
+    network.draw_factor(11)
+    randomise(network)
+    network.save(tmp_path / "adapter")
+    ids = torch.randint(3, 280, (2, 9), generator=torch.Generator().manual_seed(0))
+    args = [str(tiny_base), str(tmp_path / "adapter"), str(tmp_path / "logits")]
+    subprocess.run([sys.executable, "-c", LOAD, *args], check=True, capture_output=True)
+    theirs = torch.load(tmp_path / "logits", weights_only=True)
+    assert float((logits(network, ids) - theirs).abs().max()) < 1e-5
+    with network.base_only():
+        assert float((logits(network, ids) - theirs).abs().max()) > 1e-2
+
+
+def test_public_rows_are_white_and_orthogonal_to_the_mean(tiny_base: Path) -> None:
+    network = make(tiny_base, last_layers=2)
+    factor = public_factor(network, records([1] * 60), rank=4)
+    assert set(factor) == set(network.frozen_factor())
+    for rows in factor.values():
+        assert np.isfinite(rows).all()
+        inner = np.abs(rows @ rows.T)
+        off = inner - np.diag(np.diag(inner))
+        assert off.max() < 1e-3 * inner.max()
+
+
+def test_too_little_public_text_says_so(tiny_base: Path) -> None:
+    network = make(tiny_base)
+    one = records([1])
+    one.examples[0].target_ids[:-1] = -100
+    with pytest.raises(ConfigError, match=r"lora\.rank"):
+        public_factor(network, one, rank=4)
+
+
+# ------------------------------------------------------------------- what happens before round 1
+
+
+def full_study(base: Path, **changes: object) -> Study:
+    return study(base={"model": str(base), "dtype": "float32"}, **changes)
+
+
+def test_start_fills_in_what_sites_bind_to(tiny_base: Path) -> None:
+    begun = start(full_study(tiny_base))
+    assert begun.study.base.digest == find_base(str(tiny_base)).digest
+    assert begun.study.lora is not None
+    network = build(begun.study)
+    assert begun.study.lora.a_digest == lora_module.digest(network.frozen_factor())
+    assert begun.frozen == {}  # every site draws it from the seed
+    assert all(not a.any() for a in begun.adapter.values())
+
+
+def test_two_studies_in_one_process_start_alike(tiny_base: Path) -> None:
+    first = start(full_study(tiny_base))
+    randomise(build(first.study))
+    again = start(full_study(tiny_base))
+    assert again.study.digest == first.study.digest
+    assert all(np.array_equal(first.adapter[n], a) for n, a in again.adapter.items())
+
+
+def test_the_check_before_training_passes_and_puts_everything_back(tiny_base: Path) -> None:
+    made = full_study(tiny_base)
+    network = build(made)
+    before = network.trainable()
+    check_trains(made, network)
+    assert all(np.array_equal(before[n], a) for n, a in network.trainable().items())
+
+
+def test_the_check_catches_an_adapter_that_is_not_connected(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trap 14: adapters off, so ε would be spent and nothing learnt."""
+    made = full_study(tiny_base)
+    network = make(tiny_base, modules=["q_proj"])
+    inside = network.hidden
+
+    def off(prefix: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        with network.base_only():
+            return inside(prefix, mask).requires_grad_()
+
+    monkeypatch.setattr(network, "hidden", off)
+    with pytest.raises((ModelError, RuntimeError)):
+        check_trains(made, network)
+
+
+def test_the_check_catches_a_gradient_of_the_wrong_sign(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedtune.dp.gradients import UnitGradientEngine
+
+    right = UnitGradientEngine._per_record
+    monkeypatch.setattr(UnitGradientEngine, "_per_record", lambda self, b: -right(self, b))
+    with pytest.raises(ModelError, match="did not lower"):
+        check_trains(full_study(tiny_base), build(full_study(tiny_base)))
+
+
+def test_states_at_the_cut_are_computed_once(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = make(tiny_base, last_layers=2)
+    data = Cached(network, records([1, 2, 3]))
+    list(data.batches(range(6)))
+    monkeypatch.setattr(network, "prefix", lambda *_: pytest.fail("computed twice"))
+    assert sum(len(b.index) for b in data.batches(range(6))) == 6
+
+
+# ------------------------------------------------------------------------------ encoder and head
+
+
+def test_a_head_alone_sees_one_pooled_vector(tiny_encoder: Path) -> None:
+    network = Network(find_base(str(tiny_encoder)), torch.float32, None, labels=3)
+    ids = torch.randint(3, 280, (2, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    states = network.prefix(ids, mask)
+    assert states.shape == (2, 1, 32)
+    assert torch.allclose(states[:, 0].norm(dim=1), torch.tensor(32.0).sqrt(), rtol=1e-4)
+    padded = torch.nn.functional.pad(ids, (0, 4))
+    again = network.prefix(padded, torch.nn.functional.pad(mask, (0, 4)))
+    assert float((again - states).abs().max()) < 1e-4
+    assert set(network.trainable()) == {"head.weight", "head.bias"}

@@ -1,0 +1,152 @@
+"""A coordinator over fake sites: real Flower messages, no model, deterministic updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import client.app
+from client.site import Admission, Unprepared, Update
+from fedtune.config import Study
+from fedtune.flower.grid import InProcessGrid
+from server import rounds
+from server.parts import Parts
+
+SHAPES = {"layer.B": (3, 2), "layer.C": (4,)}
+EVENT = {"sigma": 1.5, "q": 0.25, "max_grad_norm": 1.0}
+
+
+def zeros() -> dict[str, np.ndarray]:
+    return {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
+
+
+@dataclass
+class FakeSite:
+    """Moves the adapter towards its own target. `script` may replace what a round answers:
+    an exception to raise, or a function of the honest update."""
+
+    name: str
+    size: int = 100
+    script: dict[int, Any] = field(default_factory=dict)  # n-th call of train (from 1) -> what
+    refusal: str = ""
+    prepare_error: Exception | None = None
+    calls: list[int] = field(default_factory=list)  # the round of each call of train
+    prepared: int = 0
+    known: bool = False
+    steps: int = 0
+
+    @property
+    def site(self) -> Any:
+        return SimpleNamespace(site=SimpleNamespace(name=self.name))
+
+    def prepare(self, study: Study, frozen: dict[str, np.ndarray]) -> Admission:
+        self.prepared += 1
+        if self.prepare_error:
+            raise self.prepare_error
+        self.known = not self.refusal
+        return Admission(self.known, self.refusal, self.name, self.size)
+
+    def train(self, digest: str, round_: int, adapter: dict[str, np.ndarray]) -> Update:
+        if not self.known:
+            raise Unprepared("this site does not know the plan")
+        self.calls.append(round_)
+        self.steps += 1
+        rng = np.random.default_rng([round_, *self.name.encode()])
+        delta = {
+            n: (0.5 * (rng.standard_normal(a.shape) - a)).astype(np.float32)
+            for n, a in adapter.items()
+        }
+        update = Update(delta, [{**EVENT, "steps": self.steps}])
+        what = self.script.get(len(self.calls))
+        if isinstance(what, BaseException):
+            raise what
+        return what(update) if what else update
+
+
+def make_study(**strategy: Any) -> Study:
+    training = {"rounds": 4, "sampling_rate": 0.25, "learning_rate": 1.0}
+    return Study.model_validate(
+        {
+            "study": {"name": "trial", "seed": 7},
+            "base": {"model": "tiny"},
+            "lora": {},
+            "objective": {"name": "causal_lm"},
+            "training": training,
+            "clipping": {},
+            "privacy": {"noise_multiplier": 1.5, "delta": 1e-5},
+            "strategy": strategy,
+            "evaluation": {
+                "path": Path("/secret/coordinator/path/held-out.jsonl"),
+                "columns": {"prompt": "p", "completion": "c"},
+                "every": 2,
+            },
+        }
+    )
+
+
+class FakeEvaluator:
+    def measure(self, adapter: dict[str, np.ndarray] | None) -> dict[str, float]:
+        return {"loss": 9.0 if adapter is None else float(sum(a.sum() for a in adapter.values()))}
+
+
+def save(study: Study, adapter: Any, frozen: Any, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    np.savez(folder / "adapter.npz", **adapter)
+
+
+def make_parts(**changes: Any) -> Parts:
+    parts: dict[str, Any] = {
+        "start": lambda study: SimpleNamespace(study=study, adapter=zeros(), frozen={}),
+        "evaluator": lambda study: FakeEvaluator(),
+        "epsilon": lambda events, delta: sum(q * n / s for s, q, n in events),
+        "accountant": lambda: "fake",
+        "licence": lambda study: "apache-2.0",
+        "save": save,
+        "report": lambda out, body: None,
+        "patience": 0.0,
+        "pause": 0.0,
+    }
+    return Parts(**(parts | changes))
+
+
+@dataclass
+class Trial:
+    """Sites, and everything that `run` needs to go over them."""
+
+    folder: Path
+    sites: list[FakeSite]
+    events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    def grid(self) -> InProcessGrid:
+        return InProcessGrid([Path(site.name) for site in self.sites])
+
+    def run(self, study: Study | None = None, *, grid: Any = None, **options: Any) -> Any:
+        options.setdefault("parts", make_parts())
+        options.setdefault("on_event", lambda kind, data: self.events.append((kind, data)))
+        out = options.pop("out", self.folder / "out")
+        study = study or make_study(min_sites=2)
+        return rounds.run(grid or self.grid(), study, out, **options)
+
+    def adapter(self, out: str = "out") -> dict[str, np.ndarray]:
+        with np.load(self.folder / out / "adapter" / "adapter.npz") as arrays:
+            return dict(arrays)
+
+
+@pytest.fixture
+def trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trial]:
+    """trial(FakeSite(...), ...): the sites that client.app then finds by name."""
+
+    def make(*sites: FakeSite, folder: str = "trial") -> Trial:
+        by_name = {site.name: site for site in sites}
+        monkeypatch.setattr(client.app, "worker", lambda path: by_name[path])
+        home = tmp_path / folder
+        home.mkdir()
+        return Trial(home, list(sites))
+
+    return make

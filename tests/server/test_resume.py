@@ -1,0 +1,212 @@
+"""A run that is killed anywhere and resumed ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune.errors import ConfigError
+from fedtune.strategies.fedadam import FedAdam
+from server import rounds, store, summary
+from server.store import FILE, CheckpointError
+from tests.server.fakes import FakeEvaluator, FakeSite, make_parts, make_study
+
+STUDY = make_study(min_sites=2, name="fedadam", options={"server_learning_rate": 0.1})
+
+
+class Killed(BaseException):
+    """Power loss: nothing may catch it."""
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, after: bool) -> None:
+    """The `call`-th call of owner.name dies, before or after doing its work; later ones work."""
+    real, count = getattr(owner, name), iter(range(1, 10**6))
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        now = next(count) == call
+        if now and not after:
+            raise Killed
+        result = real(*args, **kwargs)
+        if now:
+            raise Killed
+        return result
+
+    monkeypatch.setattr(owner, name, dying)
+
+
+PHASES = [
+    ("admission", FakeSite, "prepare", 2),
+    ("base measured", FakeEvaluator, "measure", 1),
+    ("first checkpoint", store, "save", 1),
+    ("first round, second site", FakeSite, "train", 2),
+    ("third round, first site", FakeSite, "train", 5),
+    ("aggregation", FedAdam, "apply", 2),
+    ("second round measured", FakeEvaluator, "measure", 2),
+    ("ε", summary, "epsilons", 3),
+    ("checkpoint of a round", store, "save", 3),
+    ("a file put in place", os, "replace", 7),
+    ("metrics", rounds._Run, "_write_metrics", 3),
+    ("adapter and report", rounds._Run, "_finish", 1),
+]
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("phase, owner, name, call", PHASES, ids=[p[0] for p in PHASES])
+def test_a_killed_run_resumes_to_the_same_end(trial, monkeypatch, phase, owner, name, call, after):
+    whole = trial(FakeSite("a"), FakeSite("b"), folder="whole")
+    expected = whole.run(STUDY)
+    run = trial(FakeSite("a"), FakeSite("b"), folder="killed")
+    with monkeypatch.context() as patch:
+        fail_at(patch, owner, name, call, after)
+        with pytest.raises(Killed):
+            run.run(STUDY)
+    body = run.run(STUDY, resume=True)
+    for key, array in whole.adapter().items():
+        np.testing.assert_array_equal(run.adapter()[key], array)
+    assert body["quality"] == expected["quality"]
+    assert [r["round"] for r in body["rounds"]] == [1, 2, 3, 4]
+    lines = (run.folder / "out" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [1, 2, 3, 4]
+    # A round that was lost was still paid for: ε counts every step that ran.
+    ran = {site.name: site.steps for site in run.sites}
+    assert {n: s["steps"] for n, s in body["privacy"]["sites"].items()} == ran
+
+
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(trial):
+    run = trial(FakeSite("a"), FakeSite("b", script={3: KeyboardInterrupt()}))
+    with pytest.raises(KeyboardInterrupt):
+        run.run(STUDY)
+    kept = store.load(run.folder / "out", STUDY)
+    assert kept is not None and kept.round == 2
+    run.run(STUDY, resume=True)
+    assert run.sites[1].calls == [1, 2, 3, 3, 4]
+
+
+def test_resuming_does_not_start_or_measure_the_base_again(trial):
+    run = trial(FakeSite("a"), FakeSite("b", script={2: KeyboardInterrupt()}))
+    with pytest.raises(KeyboardInterrupt):
+        run.run(STUDY)
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("called again")
+
+    assert run.run(STUDY, resume=True, parts=make_parts(start=never))["quality"]["before"]
+
+
+def test_resuming_a_finished_run_asks_nobody(trial):
+    run = trial(FakeSite("a"), FakeSite("b"))
+    first = run.run(STUDY)
+    before = [list(site.calls) for site in run.sites]
+    assert run.run(STUDY, resume=True) == first
+    assert [site.calls for site in run.sites] == before
+
+
+def test_resume_where_nothing_is_starts_anew(trial):
+    assert len(trial(FakeSite("a"), FakeSite("b")).run(STUDY, resume=True)["rounds"]) == 4
+
+
+def test_a_run_is_not_overwritten(trial):
+    run = trial(FakeSite("a"), FakeSite("b"))
+    run.run(STUDY)
+    with pytest.raises(ConfigError, match="--resume"):
+        run.run(STUDY)
+
+
+def test_another_plan_cannot_continue_a_run(trial):
+    run = trial(FakeSite("a"), FakeSite("b"))
+    run.run(STUDY)
+    training = STUDY.training.model_copy(update={"learning_rate": 2.0})
+    with pytest.raises(CheckpointError, match="another study"):
+        run.run(STUDY.model_copy(update={"training": training}), resume=True)
+
+
+def test_a_moved_evaluation_file_is_the_same_study(trial, tmp_path):
+    run = trial(FakeSite("a"), FakeSite("b", script={2: KeyboardInterrupt()}))
+    with pytest.raises(KeyboardInterrupt):
+        run.run(STUDY)
+    table = STUDY.evaluation.model_copy(update={"path": tmp_path / "elsewhere.jsonl"})
+    seen = []
+    parts = make_parts(evaluator=lambda study: seen.append(study) or FakeEvaluator())
+    run.run(STUDY.model_copy(update={"evaluation": table}), resume=True, parts=parts)
+    assert seen[0].evaluation.path == tmp_path / "elsewhere.jsonl"
+
+
+def test_a_site_cannot_change_its_declared_size_on_the_way(trial):
+    run = trial(FakeSite("a"), FakeSite("b", script={2: KeyboardInterrupt()}), FakeSite("c"))
+    with pytest.raises(KeyboardInterrupt):
+        run.run(STUDY)
+    run.sites[2].size = 7
+    body = run.run(STUDY, resume=True)
+    assert "declared_size changed" in body["rounds"][-1]["missing"]["c"]
+
+
+# ---------------------------------------------------------------------------------- the file
+
+
+def checkpoint(trial: Any) -> Any:
+    run = trial(FakeSite("a"), FakeSite("b"))
+    run.run(STUDY)
+    return run
+
+
+@pytest.mark.parametrize("where", [0.0, 0.05, 0.5, 0.9, 1.0])
+def test_a_flipped_byte_anywhere_is_noticed(trial, where):
+    run = checkpoint(trial)
+    path = run.folder / "out" / FILE
+    body = bytearray(path.read_bytes())
+    body[min(int(where * len(body)), len(body) - 1)] ^= 0x10
+    path.write_bytes(bytes(body))
+    with pytest.raises(CheckpointError, match="damaged"):
+        run.run(STUDY, resume=True)
+
+
+@pytest.mark.parametrize("body", [b"", b"hello", b"\x80\x04\x95pickle"])
+def test_what_is_not_a_checkpoint_is_refused(trial, body):
+    run = checkpoint(trial)
+    (run.folder / "out" / FILE).write_bytes(body)
+    with pytest.raises(CheckpointError):
+        run.run(STUDY, resume=True)
+
+
+def test_a_truncated_checkpoint_is_refused(trial):
+    run = checkpoint(trial)
+    path = run.folder / "out" / FILE
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(CheckpointError):
+        run.run(STUDY, resume=True)
+
+
+def test_a_foreign_safetensors_file_is_refused(trial):
+    from safetensors.numpy import save_file
+
+    run = checkpoint(trial)
+    save_file({"x": np.zeros(2, np.float32)}, run.folder / "out" / FILE)
+    with pytest.raises(CheckpointError):
+        run.run(STUDY, resume=True)
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path):
+    rng = np.random.default_rng(0)
+    made = store.Progress(
+        STUDY.digest,
+        STUDY,
+        adapter={"a": rng.standard_normal((2, 3)).T.astype(np.float32)},  # not contiguous
+        frozen={"f": np.float32(2.5).reshape(())},
+        round=3,
+        strategy={"m/a": rng.standard_normal(4)},
+        sizes={"x": 5},
+        events={"x": [{"sigma": 1.1, "q": 0.1, "max_grad_norm": 1.0, "steps": 3}]},
+    )
+    store.save(tmp_path, made)
+    back = store.load(tmp_path, STUDY)
+    assert back is not None and back.study == STUDY
+    for group in store.ARRAY_FIELDS:
+        for name, array in getattr(made, group).items():
+            np.testing.assert_array_equal(getattr(back, group)[name], array)
+            assert getattr(back, group)[name].dtype == array.dtype
+    for name in store.JSON_FIELDS:
+        assert getattr(back, name) == getattr(made, name)

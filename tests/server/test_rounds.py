@@ -1,0 +1,320 @@
+"""The state machine over real Flower messages: who is asked, what is taken, what is written."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.server.fakes import SHAPES, FakeSite, make_parts, make_study, zeros
+
+from client.site import Update
+from fedtune.errors import (
+    BudgetExceeded,
+    ConfigError,
+    DataError,
+    InfrastructureError,
+    PolicyRefused,
+    Refused,
+)
+from server.exchange import size
+
+
+def three() -> list[FakeSite]:
+    return [FakeSite("a"), FakeSite("b"), FakeSite("c")]
+
+
+def metrics(trial: Any) -> list[dict[str, Any]]:
+    text = (trial.folder / "out" / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_run_writes_everything_and_says_what_happened(trial):
+    run = trial(*three())
+    reports = []
+    body = run.run(parts=make_parts(report=lambda out, b: reports.append(b)))
+    assert reports == [body]
+    assert [kind for kind, _ in run.events if kind != "site"] == ["start", *["round"] * 4, "done"]
+    assert sorted(p.name for p in (run.folder / "out").iterdir()) == [
+        "adapter", "checkpoint", "metrics.jsonl", "plan.json",
+    ]  # fmt: skip
+    assert [line["round"] for line in metrics(run)] == [1, 2, 3, 4]
+    assert body["privacy"]["steps"] == 4 and body["privacy"]["sites"].keys() == {"a", "b", "c"}
+    assert body["privacy"]["epsilon"] == pytest.approx(0.25 * 4 / 1.5)
+    assert body["quality"]["before"] == {"loss": 9.0}
+    assert [q["round"] for q in body["quality"]["by_round"]] == [2, 4]  # evaluation.every = 2
+    assert body["sites"] == {"a": "admitted", "b": "admitted", "c": "admitted"}
+    json.dumps(body)
+
+
+def test_the_aggregate_is_the_mean_of_the_updates(trial):
+    sites = three()
+    run = trial(*sites)
+    run.run(make_study(min_sites=2).model_copy(update={"training": one_round()}))
+    deltas = [fresh(s.name).train("", 1, zeros()).delta for s in sites]
+    for name in SHAPES:
+        mean = np.mean([d[name] for d in deltas], axis=0, dtype=np.float64)
+        np.testing.assert_array_equal(run.adapter()[name], mean.astype(np.float32))
+
+
+def test_declared_sizes_weigh_when_the_study_says_so(trial):
+    sites = [FakeSite("a", size=300), FakeSite("b", size=100)]
+    run = trial(*sites)
+    study = make_study(weights="declared").model_copy(update={"training": one_round()})
+    run.run(study)
+    a, b = (fresh(n).train("", 1, zeros()).delta["layer.C"] for n in "ab")
+    np.testing.assert_allclose(run.adapter()["layer.C"], 0.75 * a + 0.25 * b, rtol=1e-6)
+
+
+def one_round() -> Any:
+    return make_study().training.model_copy(update={"rounds": 1})
+
+
+def fresh(name: str) -> FakeSite:
+    return FakeSite(name, known=True)
+
+
+# ------------------------------------------------------------------------------- participation
+
+
+def test_a_share_of_sites_is_drawn_from_the_public_seed_alone(trial):
+    study = make_study(min_sites=1, fraction=0.5)
+    first = trial(*[FakeSite(n) for n in "abcdef"], folder="one")
+    first.run(study)
+    second = trial(*[FakeSite(n) for n in "fedcba"], folder="two")  # other nodes, same names
+    second.run(study)
+    asked = [line["participants"] for line in metrics(first)]
+    assert asked == [line["participants"] for line in metrics(second)]
+    assert all(len(names) == 3 for names in asked) and len({tuple(n) for n in asked}) > 1
+    other = trial(*[FakeSite(n) for n in "abcdef"], folder="three")
+    other.run(study.model_copy(update={"study": study.study.model_copy(update={"seed": 8})}))
+    assert asked != [line["participants"] for line in metrics(other)]
+
+
+def test_a_site_that_comes_late_joins_from_then_on(trial):
+    run = trial(*three())
+    grid = run.grid()
+    everyone = grid.get_node_ids()
+    grid.get_node_ids = lambda: everyone[:2] if len(run.events) < 10 else everyone
+    run.run(grid=grid)
+    took_part = [line["participants"] for line in metrics(run)]
+    assert took_part[0] == ["a", "b"] and took_part[-1] == ["a", "b", "c"]
+
+
+def test_a_site_that_vanishes_is_missing_with_a_reason(trial):
+    run = trial(*three())
+    grid = run.grid()
+    everyone = grid.get_node_ids()
+    gone = lambda: any(kind == "round" for kind, _ in run.events)  # noqa: E731
+    grid.get_node_ids = lambda: everyone[:2] if gone() else everyone
+    run.run(grid=grid)
+    assert metrics(run)[1]["missing"] == {"c": "failed: the site is not connected"}
+
+
+def test_two_nodes_cannot_share_a_name(trial):
+    run = trial(FakeSite("a"), FakeSite("b"))
+    sites = run.sites
+    sites.append(FakeSite("c"))
+    sites[2].prepare = sites[0].prepare  # says that it is called a
+    import client.app
+
+    by_path = {s.name: s for s in sites}
+    client.app.worker = lambda path: by_path[path]
+    run.run()
+    assert metrics(run)[0]["missing"] == {"node 4": "refused: a is another node's name"}
+
+
+# ------------------------------------------------------------------------------------ streaming
+
+
+def test_updates_are_aggregated_as_they_arrive(trial, monkeypatch):
+    """A site is asked only after the one before it has been taken in: no reply is held."""
+    from fedtune.strategies.fedavg import FedAvg
+
+    log: list[str] = []
+    run = trial(*three())
+    for site in run.sites:
+        honest = site.train
+        site.train = lambda *a, s=site, h=honest: log.append(f"train {s.name}") or h(*a)
+    add = FedAvg.add
+    monkeypatch.setattr(FedAvg, "add", lambda *a: log.append("add") or add(*a))
+    run.run()
+    assert sorted(log[0:6:2]) == ["train a", "train b", "train c"]
+    assert log[1::2] == ["add"] * 12
+
+
+def test_bytes_are_those_of_the_contents_and_agree_with_the_wire(trial):
+    run = trial(*three())
+    grid = run.grid()
+    run.run(grid=grid)
+    down = sum(sum(line["bytes_down"].values()) for line in metrics(run))
+    up = sum(sum(line["bytes_up"].values()) for line in metrics(run))
+    messages = 3 * 5  # three sites, one plan and four rounds
+    for counted, sent in ((down, grid.bytes_down.total()), (up, grid.bytes_up.total())):
+        assert counted < sent < counted + 200 * messages  # the rest is Flower's metadata
+    assert run.events[-2][1]["bytes"] == sum(
+        sum(metrics(run)[-1][key].values()) for key in ("bytes_up", "bytes_down")
+    )
+
+
+def test_the_plan_on_the_wire_holds_no_path_of_the_coordinator(trial):
+    from server.admission import plan_message
+
+    study = make_study()
+    text = str(plan_message(study, {})["plan"]["study"])
+    assert "/secret" not in text and "held-out.jsonl" in text
+    assert size(plan_message(study, {})) > len(text)
+
+
+# ------------------------------------------------------------------------- failures and refusals
+
+
+def test_a_failing_site_is_missing_and_its_words_stay_at_home(trial, caplog):
+    secret = "Mrs Example, born 1.1.1950"
+    run = trial(FakeSite("a"), FakeSite("b"), FakeSite("c", script={2: RuntimeError(secret)}))
+    body = run.run()
+    assert body["rounds"][1]["missing"] == {"c": "failed: RuntimeError"}
+    assert body["rounds"][2]["missing"] == {}
+    everything = json.dumps(body) + json.dumps(run.events) + caplog.text
+    everything += "".join(
+        p.read_bytes().decode("latin1") for p in run.folder.rglob("*") if p.is_file()
+    )
+    assert secret not in everything and "Example" not in everything
+
+
+def test_a_site_that_cannot_prepare_fails_by_class_alone(trial):
+    error = DataError("row 7 of /home/ward/notes.csv is broken")
+    run = trial(FakeSite("a"), FakeSite("b"), FakeSite("c", prepare_error=error))
+    body = run.run()
+    assert body["rounds"][0]["missing"] == {"c": "failed: DataError"}
+    assert "ward" not in json.dumps(run.events)
+
+
+def test_too_few_replies_are_retried_and_nobody_trains_twice(trial):
+    sites = [FakeSite("a"), FakeSite("b", script={1: OSError(), 2: OSError()})]
+    run = trial(*sites)
+    run.run()
+    assert sites[0].calls == [1, 2, 3, 4]  # its first update was kept over the retries
+    assert sites[1].calls == [1, 1, 1, 2, 3, 4]
+
+
+def test_a_round_without_enough_replies_is_never_a_success(trial):
+    broken = {n: OSError() for n in range(2, 9)}
+    run = trial(FakeSite("a"), FakeSite("b", script=broken))
+    with pytest.raises(InfrastructureError, match=r"round 2: 1 sites delivered .*b: failed: OSE"):
+        run.run()
+    assert len(metrics(run)) == 1
+    assert run.sites[1].calls == [1, 2, 2, 2, 2]  # the round and three retries
+
+
+def test_a_round_with_no_reply_at_all_is_retried(trial):
+    run = trial(FakeSite("a", script={1: OSError()}))
+    assert len(run.run(make_study())["rounds"]) == 4
+    assert run.sites[0].calls == [1, 1, 2, 3, 4]
+
+
+def test_a_site_that_lost_the_plan_gets_it_again(trial):
+    run = trial(FakeSite("a"), FakeSite("b"))
+    forget = run.sites[1]
+
+    def lose(update: Update) -> Update:
+        forget.known = False
+        return update
+
+    forget.script = {2: lose}
+    run.run()
+    assert forget.prepared == 2 and forget.calls == [1, 2, 3, 4]
+    assert all(line["participants"] == ["a", "b"] for line in metrics(run))
+
+
+def test_refusals_at_the_start_end_the_study_with_their_reasons(trial):
+    run = trial(FakeSite("a"), FakeSite("b", refusal="policy.objectives does not list it"))
+    with pytest.raises(Refused, match=r"b: refused: policy\.objectives does not list it") as caught:
+        run.run()
+    assert caught.value.exit_code == 3
+    assert not (run.folder / "out" / "checkpoint").exists()
+    run.sites[1].refusal = ""
+    run.run()  # nothing to clean up first
+
+
+def test_absence_is_not_refusal(trial):
+    with pytest.raises(InfrastructureError) as caught:
+        trial(FakeSite("a")).run()
+    assert caught.value.exit_code == 4
+    absent = [FakeSite("a"), FakeSite("b", refusal="no"), FakeSite("c", prepare_error=OSError())]
+    with pytest.raises(InfrastructureError, match=r"c: failed: OSError"):
+        trial(*absent, folder="other").run()
+
+
+def test_a_budget_that_runs_out_is_recorded_and_the_rest_goes_on(trial):
+    over = BudgetExceeded("the plan would bring this site's total to ε = 9.00")
+    run = trial(FakeSite("a"), FakeSite("b"), FakeSite("c", script={3: over}))
+    body = run.run()
+    assert [r["participants"] for r in body["rounds"]] == [["a", "b", "c"]] * 2 + [["a", "b"]] * 2
+    assert "ε = 9.00" in body["rounds"][2]["missing"]["c"]
+    assert "ε = 9.00" in body["rounds"][3]["missing"]["c"]
+    assert run.sites[2].calls == [1, 2, 3]
+    assert body["privacy"]["sites"]["c"]["steps"] == 2  # what it reported is still counted
+
+
+def test_when_all_refuse_the_study_ends_refused(trial):
+    run = trial(*[FakeSite(n, script={3: PolicyRefused("no more")}) for n in "ab"])
+    with pytest.raises(Refused, match="no more"):
+        run.run()
+    assert len(metrics(run)) == 2
+
+
+def bad(**changes: Any):
+    def change(update: Update) -> Update:
+        delta = {name: changes.get("fill", lambda a: a)(array) for name, array in update.delta.items()}
+        return Update(changes.get("delta", lambda d: d)(delta), changes.get("events", update.events))
+
+    return change
+
+
+BAD = {
+    "not finite": bad(fill=lambda a: np.where(a == a.max(), np.nan, a).astype(np.float32)),
+    "infinite": bad(fill=lambda a: np.full_like(a, np.inf)),
+    "other shape": bad(fill=lambda a: a[:1]),
+    "transposed": bad(fill=lambda a: a.T),
+    "missing name": bad(delta=lambda d: dict(list(d.items())[:1])),
+    "extra name": bad(delta=lambda d: d | {"x": np.zeros(2, np.float32)}),
+    "empty": bad(delta=lambda d: {}),
+    "no step logged": bad(events=[]),
+    "fewer steps": bad(events=[{"sigma": 1.5, "q": 0.25, "max_grad_norm": 1.0, "steps": 0}]),
+    "no sigma": bad(events=[{"q": 0.25, "max_grad_norm": 1.0, "steps": 3}]),
+    "sigma zero": bad(events=[{"sigma": 0.0, "q": 0.25, "max_grad_norm": 1.0, "steps": 3}]),
+    "sigma nan": bad(events=[{"sigma": float("nan"), "q": 0.2, "max_grad_norm": 1, "steps": 3}]),
+    "q above one": bad(events=[{"sigma": 1.0, "q": 1.5, "max_grad_norm": 1.0, "steps": 3}]),
+    "not a list": bad(events=3),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_update_is_dropped_with_a_reason_and_changes_nothing(trial, kind):
+    study = make_study(min_sites=2).model_copy(update={"training": one_round()})
+    bad_run = trial(FakeSite("a"), FakeSite("b"), FakeSite("c", script={1: BAD[kind]}))
+    body = bad_run.run(study)
+    assert body["rounds"][0]["participants"] == ["a", "b"]
+    assert body["rounds"][0]["missing"]["c"].startswith("dropped: its ")
+    good_run = trial(FakeSite("a"), FakeSite("b"), folder="good")
+    good_run.run(study)
+    for name in SHAPES:
+        np.testing.assert_array_equal(bad_run.adapter()[name], good_run.adapter()[name])
+
+
+def test_without_privacy_every_output_says_so(trial):
+    study = make_study(min_sites=2).model_copy(update={"privacy": "off"})
+    run = trial(*[FakeSite(n, script={1: bad(events=[])}) for n in "ab"])
+    body = run.run(study)
+    assert body["private"] is False and body["privacy"]["mode"] == "off"
+    assert all(line["private"] is False and line["epsilon"] == {} for line in metrics(run))
+    assert all(data["private"] is False for _, data in run.events)
+
+
+def test_an_unknown_strategy_stops_before_anything_is_sent(trial):
+    run = trial(*three())
+    with pytest.raises(ConfigError, match="fedavg"):
+        run.run(make_study(name="fedmagic"))
+    assert all(site.prepared == 0 for site in run.sites)

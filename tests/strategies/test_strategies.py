@@ -1,0 +1,242 @@
+"""Contracts that every strategy in the package keeps; a new file is tested without a line here."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtune import strategies
+from fedtune.config import Study
+from fedtune.errors import ConfigError
+from fedtune.strategies import find, names
+from fedtune.strategies.fedadam import FedAdam
+from fedtune.strategies.fedavg import FedAvg
+from fedtune.strategies.trimmed_mean import TrimmedMean
+
+EVERY = pytest.mark.parametrize("name", names())
+SHAPES = {"a.B": (3, 2), "b.B": (5,)}
+
+
+def draw(seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {n: rng.standard_normal(shape).astype(np.float32) for n, shape in SHAPES.items()}
+
+
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray], rtol: float = 0.0) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=rtol, atol=rtol)
+
+
+def one_round(strategy, adapter, updates, weights=None):
+    for update, weight in zip(updates, weights or itertools.repeat(1.0), strict=False):
+        strategy.add(update, weight)
+    return strategy.apply(adapter)
+
+
+def study(**changes) -> Study:
+    body = {
+        "study": {"name": "s"},
+        "base": {"model": "m"},
+        "objective": {"name": "causal_lm"},
+        "training": {"learning_rate": 1.0, "rounds": 1, "sampling_rate": 1.0},
+        "privacy": "off",
+    }
+    return Study.model_validate(body | changes)
+
+
+# ------------------------------------------------------------------------------------ contracts
+
+
+@EVERY
+def test_no_update_changes_nothing(name):
+    strategy, adapter = find(name)(), draw(0)
+    same(strategy.apply(adapter), adapter)
+    assert strategy.state() == find(name)().state()
+    moved = one_round(strategy, adapter, [draw(1)])
+    state = strategy.state()
+    same(strategy.apply(moved), moved)  # nor later, whatever momentum there is
+    same(strategy.state(), state)
+
+
+@EVERY
+@given(count=st.integers(1, 7), seed=st.integers(0, 99))
+@settings(max_examples=15, deadline=None)
+def test_identical_updates_move_the_adapter_by_that_update(name, count, seed):
+    if not find(name).averages:
+        pytest.skip("does not average")
+    adapter, update = draw(seed), draw(seed + 1)
+    moved = one_round(find(name)(), adapter, [update] * count)
+    same(moved, {n: adapter[n] + update[n] for n in adapter}, rtol=2e-7)
+
+
+@EVERY
+@given(count=st.integers(2, 6), seed=st.integers(0, 99))
+@settings(max_examples=15, deadline=None)
+def test_order_of_arrival_does_not_matter(name, count, seed):
+    updates = [draw(seed + k) for k in range(count)]
+    weights = [1.0 + k for k in range(count)]
+    order = np.random.default_rng(seed).permutation(count)
+    one, other = find(name)(), find(name)()
+    first = one_round(one, draw(999), updates, weights)
+    second = one_round(other, draw(999), [updates[k] for k in order], [weights[k] for k in order])
+    same(first, second, rtol=2e-7)  # fp32 results: one rounding at most
+    same(one.state(), other.state(), rtol=1e-12)  # fp64 sums
+
+
+@EVERY
+def test_inputs_are_left_as_they_were(name):
+    adapter, updates = draw(0), [draw(1), draw(2)]
+    one_round(find(name)(), adapter, updates)
+    same(adapter, draw(0))
+    for k, update in enumerate(updates, 1):
+        same(update, draw(k))
+
+
+@EVERY
+def test_names_shapes_and_type_stay(name):
+    moved = one_round(find(name)(), draw(0), [draw(1), draw(2), draw(3)])
+    assert {n: (a.shape, a.dtype) for n, a in moved.items()} == {
+        n: (shape, np.dtype(np.float32)) for n, shape in SHAPES.items()
+    }
+
+
+@EVERY
+def test_state_carries_on_after_a_restart(name):
+    options = {"momentum": 0.9} if name in ("fedavg", "fedprox") else {}
+    through = find(name).from_options(options)
+    adapter = one_round(through, draw(0), [draw(1), draw(2)])
+    restarted = find(name).from_options(options)
+    restarted.load_state({n: a.copy() for n, a in through.state().items()})
+    for array in through.state().values():
+        assert array.dtype == np.float64
+    same(
+        one_round(restarted, adapter, [draw(3), draw(4)]),
+        one_round(through, adapter, [draw(3), draw(4)]),
+    )
+    same(restarted.state(), through.state())
+
+
+@EVERY
+def test_a_round_leaves_nothing_behind(name):
+    used, fresh = find(name)(), find(name)()
+    one_round(used, draw(0), [draw(1)])
+    fresh.load_state(used.state())
+    same(one_round(used, draw(5), [draw(6)]), one_round(fresh, draw(5), [draw(6)]))
+
+
+@EVERY
+def test_an_unknown_option_is_an_error_that_lists_the_known(name):
+    with pytest.raises(ConfigError, match=r"strategy\.options\.speed"):
+        find(name).from_options({"speed": 1.0})
+
+
+def test_an_unknown_strategy_is_an_error_that_lists_the_known():
+    with pytest.raises(ConfigError, match="fedadam, fedavg, fedprox, trimmed_mean"):
+        find("fedmagic")
+    for sly in ("_base", "__init__", "os", "fedavg.FedAvg", ""):
+        with pytest.raises(ConfigError):
+            find(sly)
+
+
+@pytest.mark.parametrize(
+    "name, option, value",
+    [
+        ("fedavg", "server_learning_rate", 0.0),
+        ("fedavg", "momentum", 1.0),
+        ("fedavg", "momentum", float("nan")),
+        ("fedadam", "beta1", 1.0),
+        ("fedadam", "beta2", -0.1),
+        ("fedadam", "tau", 0.0),
+        ("trimmed_mean", "trim", 0.5),
+        ("trimmed_mean", "trim", -0.1),
+    ],
+)
+def test_options_out_of_range_are_errors(name, option, value):
+    with pytest.raises(ConfigError, match=option):
+        find(name).from_options({option: value})
+
+
+# ------------------------------------------------------------------------------- one by one
+
+
+def test_fedavg_weighs():
+    moved = one_round(FedAvg(), draw(0), [draw(1), draw(2)], [3.0, 1.0])
+    expected = {n: draw(0)[n] + 0.75 * draw(1)[n] + 0.25 * draw(2)[n] for n in SHAPES}
+    same(moved, expected, rtol=5e-7)
+
+
+def test_fedavg_momentum_follows_its_formula():
+    strategy = FedAvg(server_learning_rate=0.5, momentum=0.9)
+    adapter = one_round(strategy, draw(0), [draw(1)])
+    adapter = one_round(strategy, adapter, [draw(2)])
+    for n in SHAPES:
+        velocity = 0.9 * draw(1)[n] + draw(2)[n]
+        expected = draw(0)[n] + 0.5 * draw(1)[n] + 0.5 * velocity
+        np.testing.assert_allclose(adapter[n], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_fedadam_follows_its_formula():
+    strategy = FedAdam(server_learning_rate=0.1, beta1=0.8, beta2=0.95, tau=0.01)
+    adapter = draw(0)
+    m = {n: np.zeros(s) for n, s in SHAPES.items()}
+    v = {n: np.full(s, 0.01**2) for n, s in SHAPES.items()}
+    expected = {n: a.astype(np.float64) for n, a in adapter.items()}
+    for k in (1, 3, 5):
+        adapter = one_round(strategy, adapter, [draw(k), draw(k + 1)])
+        for n in SHAPES:
+            delta = (draw(k)[n].astype(np.float64) + draw(k + 1)[n]) / 2
+            m[n] = 0.8 * m[n] + 0.2 * delta
+            v[n] = 0.95 * v[n] + 0.05 * delta**2
+            expected[n] += 0.1 * m[n] / (np.sqrt(v[n]) + 0.01)
+    same(adapter, expected, rtol=1e-5)
+
+
+def test_fedadam_refuses_another_strategys_state():
+    with pytest.raises(ConfigError, match="another strategy"):
+        FedAdam().load_state({"a.B": np.zeros(3)})
+    with pytest.raises(ConfigError, match="another strategy"):
+        TrimmedMean().load_state({"m/a.B": np.zeros(3)})
+
+
+def test_fedprox_needs_a_pull_towards_the_start():
+    table = {"name": "fedprox"}
+    with pytest.raises(ConfigError, match="proximal_mu"):
+        strategies.build(study(strategy=table))
+    training = {"learning_rate": 1.0, "rounds": 1, "sampling_rate": 1.0, "proximal_mu": 0.1}
+    strategies.build(study(strategy=table, training=training))
+
+
+@pytest.mark.parametrize("n, dropped", [(1, 0), (2, 0), (3, 1), (9, 1), (10, 1), (11, 2), (30, 3)])
+def test_trimmed_mean_drops_as_many_as_it_says(n, dropped):
+    values = np.arange(n, dtype=np.float64) ** 3
+    updates = [{"x": np.array([v], np.float32)} for v in values]
+    moved = one_round(TrimmedMean(), {"x": np.zeros(1, np.float32)}, updates)
+    np.testing.assert_allclose(moved["x"], values[dropped : n - dropped].mean(), rtol=1e-6)
+
+
+def test_trimmed_mean_is_not_moved_by_one_wild_site():
+    honest = [draw(k) for k in range(1, 5)]
+    wild = {n: np.full(s, 1e30, np.float32) for n, s in SHAPES.items()}
+    moved = one_round(TrimmedMean(trim=0.2), draw(0), [*honest, wild])
+    for n in SHAPES:
+        top = np.max([u[n] for u in honest], axis=0)
+        assert (moved[n] - draw(0)[n] <= top + 1e-6).all()
+
+
+def test_trimmed_mean_refuses_weights():
+    table = {"name": "trimmed_mean", "weights": "declared"}
+    with pytest.raises(ConfigError, match="declared"):
+        strategies.build(study(strategy=table))
+
+
+def test_options_come_through_toml_and_json_alike():
+    table = {"name": "fedavg", "options": {"momentum": 0.5}}
+    again = Study.model_validate_json(json.dumps(json.loads(study(strategy=table).model_dump_json())))
+    built = strategies.build(again)
+    assert isinstance(built, FedAvg) and built.momentum == 0.5
