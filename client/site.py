@@ -13,8 +13,7 @@ from fedtune.data.tokens import load_dataset
 from fedtune.dp.plain import PlainPlan, plain_plan
 from fedtune.dp.plan import DpPlan, plan_for_site
 from fedtune.dp.steplog import Step, StepLog
-from fedtune.errors import ModelError, PolicyRefused, Refused
-from fedtune.models import lora
+from fedtune.errors import PolicyRefused, Refused
 from fedtune.models.cache import Cached
 from fedtune.models.lora import Arrays
 from fedtune.models.network import Network, build
@@ -81,8 +80,7 @@ class SiteWorker:
         if study.digest in self._prepared:
             return self._says(True, "")
         network = build(study, self.site.site.base)
-        frozen = self._frozen(study, network, frozen)
-        network.load_frozen(frozen)
+        frozen = network.adopt(study, frozen)
         check_trains(study, network)
         self._prepared[study.digest] = _Prepared(
             study,
@@ -127,16 +125,6 @@ class SiteWorker:
 
     def _says(self, admitted: bool, reason: str) -> Admission:
         return Admission(admitted, reason, self.site.site.name, self._size)
-
-    def _frozen(self, study: Study, network: Network, received: Arrays) -> Arrays:
-        """The adapter's frozen factor: received, or drawn here from the public seed."""
-        if study.lora is None:
-            return {}
-        if study.lora.a_init == "seed":
-            received = network.draw_factor(study.study.seed)
-        if lora.digest(received) != study.lora.a_digest:
-            raise ModelError("the adapter's frozen factor is not the plan's", "lora.a_digest")
-        return received
 
 
 def _summary(steps: list[Step]) -> list[dict[str, float | int]]:

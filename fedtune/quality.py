@@ -55,13 +55,14 @@ class Evaluator:
     What is frozen below the adapters is computed once, here. Errors: ConfigError where the metric
     does not fit the objective, DataError for the file."""
 
-    def __init__(self, study: Study) -> None:
+    def __init__(self, study: Study, frozen: Arrays | None = None) -> None:
         table = study.evaluation
         if table is None:
             raise ConfigError("the study has no [evaluation] table", "one, with path and columns")
         self.metric, self.classify = table.metric, study.objective.name == "classify"
         _check(table, self.classify)
         self.network: Network = build(study)
+        self._factor = self.network.adopt(study, frozen or {})
         data = load_dataset(table, study, self.network.tokenizer)
         self.rejected = data.rejected
         self._records = Cached(self.network, data)
@@ -87,6 +88,7 @@ class Evaluator:
     @torch.no_grad()
     def scores(self, adapter: Arrays | None) -> Scores:
         """Every record's own figures. The network's arrays are put back afterwards."""
+        self.network.load_frozen(self._factor)  # the network may have served another study since
         before = self.network.trainable()
         zero = {name: np.zeros_like(value) for name, value in before.items()}
         self.network.load_trainable(zero if adapter is None else adapter)
@@ -232,8 +234,13 @@ def evaluate(
             "choices": tuple(choices) or (old.choices if old else ()),
         }
     )
-    evaluator = Evaluator(study.model_copy(update={"evaluation": table}))
-    after = evaluator.scores(load_adapter(run / "adapter", evaluator.network))
+    saved = load_adapter(run / "adapter")
+    changes: dict[str, Any] = {"evaluation": table}
+    if study.lora:  # what was saved is what counts, wherever A came from and whether it was trained
+        changes["lora"] = study.lora.model_copy(update={"a_init": "public", "a_digest": None})
+    frozen = {name: value for name, value in saved.items() if "lora_A" in name}
+    evaluator = Evaluator(study.model_copy(update=changes), frozen)
+    after = evaluator.scores({name: saved[name] for name in evaluator.network.parameters()})
     before = evaluator.scores(None)
     names = tuple(dict.fromkeys((table.metric, "loss")))
     return {

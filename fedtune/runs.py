@@ -10,7 +10,6 @@ from fedtune.errors import ConfigError, InputError, ModelError
 if TYPE_CHECKING:
     from fedtune.config import DataFile, Study
     from fedtune.models.lora import Arrays
-    from fedtune.models.network import Network
 
 ADAPTER = "adapter_model.safetensors"  # PEFT's own name
 
@@ -63,9 +62,9 @@ def data_file(run: Path, data: Path, pairs: list[str]) -> DataFile:
         raise ConfigError(f"--column: {said}") from None
 
 
-def load_adapter(folder: Path, network: Network) -> Arrays:
-    """The trainable arrays saved in `folder` (PEFT's format, head.safetensors or both); the frozen
-    factor is put into `network`. Errors: ModelError."""
+def load_adapter(folder: Path) -> Arrays:
+    """All arrays saved in `folder` (PEFT's format, head.safetensors or both), by the network's
+    names: the trained ones and the frozen factor. Errors: ModelError."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -82,7 +81,4 @@ def load_adapter(folder: Path, network: Network) -> Arrays:
         raise ModelError(f"{folder}: cannot be read ({type(error).__name__})") from None
     if not found:
         raise ModelError(f"{folder}: holds no adapter", f"{ADAPTER} or {HEAD}")
-    trained, frozen = network.parameters().keys(), network.frozen_factor().keys()
-    if fixed := {name: found[name] for name in frozen if name in found}:
-        network.load_frozen(fixed)
-    return {name: value for name, value in found.items() if name in trained or name not in frozen}
+    return found

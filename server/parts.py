@@ -36,10 +36,10 @@ def _start(study: Study) -> Started:
     return start(study)
 
 
-def _evaluator(study: Study) -> Measures:
+def _evaluator(study: Study, frozen: Arrays) -> Measures:
     from fedtune.quality import Evaluator
 
-    return Evaluator(study)
+    return Evaluator(study, frozen)
 
 
 def _epsilon(events: Events, delta: float) -> float:
@@ -64,7 +64,7 @@ def _save(study: Study, adapter: Arrays, frozen: Arrays, folder: Path) -> None:
     from fedtune.models.network import build
 
     network = build(study)
-    network.load_frozen(frozen)
+    network.adopt(study, frozen)
     network.load_trainable(adapter)
     network.save(folder)
 
@@ -81,7 +81,7 @@ class Parts:
     pause: seconds before the first retry of a round (twice that before the second, and so on)."""
 
     start: Callable[[Study], Started] = _start
-    evaluator: Callable[[Study], Measures] = _evaluator
+    evaluator: Callable[[Study, Arrays], Measures] = _evaluator
     epsilon: Callable[[Events, float], float] = _epsilon
     accountant: Callable[[], str] = _accountant
     licence: Callable[[Study], str] = _licence

@@ -88,7 +88,9 @@ class _Run:
         self.asks = self.study.strategy
         plan = plan_message(self.study, progress.frozen)
         self.roster = Roster(grid, self.study, plan, progress.sizes, self._tell)
-        self.evaluator = parts.evaluator(self.study) if self.study.evaluation else None
+        self.evaluator = (
+            parts.evaluator(self.study, progress.frozen) if self.study.evaluation else None
+        )
 
     # ------------------------------------------------------------------------------ phases
 

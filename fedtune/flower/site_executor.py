@@ -60,7 +60,9 @@ def join(
     Errors: ConfigError; InfrastructureError when the coordinator goes on refusing this site."""
     site = load_site(site_path)
     link = _coordinator(site, site_path)
-    executor = _Executor(site_path.resolve(), client_app or _installed_app(), on_event or _ignore, once)
+    executor = _Executor(
+        site_path.resolve(), client_app or _installed_app(), on_event or _ignore, once
+    )
     bypass_proxy()
     try:
         with interruptible():
@@ -112,8 +114,9 @@ class _Executor:
                     return None
             except InfrastructureError as error:
                 problem = error
-            except Exception as error:  # the SuperNode ended, or will not get an answer: start anew
-                self.tell("failed", {"kind": "connection", "error": type(error).__name__})
+            except Exception as error:  # the SuperNode ended, or waits for an answer in vain: anew
+                if node.alive:
+                    self.tell("failed", {"kind": "connection", "error": type(error).__name__})
             finally:
                 runtime.close()
                 node.stop()

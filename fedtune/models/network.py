@@ -170,6 +170,18 @@ class Network:
         self.load_frozen(drawn)
         return drawn
 
+    def adopt(self, study: Study, received: Arrays) -> Arrays:
+        """Load LoRA's A for `study` and return it: drawn from the public seed, or `received` where
+        it was built from public text. Errors: ModelError when it is not the plan's."""
+        if study.lora is None:
+            return {}
+        drawn = study.lora.a_init == "seed"
+        factor = self.draw_factor(study.study.seed) if drawn else received
+        if study.lora.a_digest not in (None, lora_module.digest(factor)):
+            raise ModelError("the adapter's frozen factor is not the plan's", "lora.a_digest")
+        self.load_frozen(factor)
+        return factor
+
     def initial(self, factor: Arrays) -> Arrays:
         """The trainable arrays of round 0: B and head zero, so nothing of the base changes yet;
         A as in `factor` where it is trained too."""

@@ -32,17 +32,13 @@ def start(study: Study) -> Start:
     study = with_rounds(study)
     base = study.base.model_copy(update={"digest": network.base.digest})
     study = study.model_copy(update={"base": base})
-    factor: Arrays = {}
     frozen: Arrays = {}
+    if study.lora and study.lora.a_init == "public":
+        assert study.public is not None  # Study: required with a_init = "public"
+        text = load_dataset(study.public, study, network.tokenizer, labelled=False)
+        frozen = public_factor(network, text, study.lora.rank)
+    factor = network.adopt(study, frozen)
     if study.lora:
-        if study.lora.a_init == "public":
-            assert study.public is not None  # Study: required with a_init = "public"
-            text = load_dataset(study.public, study, network.tokenizer, labelled=False)
-            factor = frozen = public_factor(network, text, study.lora.rank)
-        else:
-            factor = network.draw_factor(study.study.seed)
-        study = study.model_copy(
-            update={"lora": study.lora.model_copy(update={"a_digest": lora.digest(factor)})}
-        )
-        network.load_frozen(factor)
+        pinned = study.lora.model_copy(update={"a_digest": lora.digest(factor)})
+        study = study.model_copy(update={"lora": pinned})
     return Start(study, network.initial(factor), frozen)

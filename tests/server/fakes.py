@@ -103,7 +103,7 @@ def save(study: Study, adapter: Any, frozen: Any, folder: Path) -> None:
 def make_parts(**changes: Any) -> Parts:
     parts: dict[str, Any] = {
         "start": lambda study: SimpleNamespace(study=study, adapter=zeros(), frozen={}),
-        "evaluator": lambda study: FakeEvaluator(),
+        "evaluator": lambda study, frozen: FakeEvaluator(),
         "epsilon": lambda events, delta: sum(q * n / s for s, q, n in events),
         "accountant": lambda: "fake",
         "licence": lambda study: "apache-2.0",

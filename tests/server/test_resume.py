@@ -130,7 +130,7 @@ def test_a_moved_evaluation_file_is_the_same_study(trial, tmp_path):
         run.run(STUDY)
     table = STUDY.evaluation.model_copy(update={"path": tmp_path / "elsewhere.jsonl"})
     seen = []
-    parts = make_parts(evaluator=lambda study: seen.append(study) or FakeEvaluator())
+    parts = make_parts(evaluator=lambda study, frozen: seen.append(study) or FakeEvaluator())
     run.run(STUDY.model_copy(update={"evaluation": table}), resume=True, parts=parts)
     assert seen[0].evaluation.path == tmp_path / "elsewhere.jsonl"
 

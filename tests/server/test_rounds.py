@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.server.fakes import SHAPES, FakeSite, make_parts, make_study, zeros
 
 from client.site import Update
 from fedtune.errors import (
@@ -19,6 +18,7 @@ from fedtune.errors import (
     Refused,
 )
 from server.exchange import size
+from tests.server.fakes import SHAPES, FakeSite, make_parts, make_study, zeros
 
 
 def three() -> list[FakeSite]:
@@ -267,8 +267,12 @@ def test_when_all_refuse_the_study_ends_refused(trial):
 
 def bad(**changes: Any):
     def change(update: Update) -> Update:
-        delta = {name: changes.get("fill", lambda a: a)(array) for name, array in update.delta.items()}
-        return Update(changes.get("delta", lambda d: d)(delta), changes.get("events", update.events))
+        delta = {
+            name: changes.get("fill", lambda a: a)(array) for name, array in update.delta.items()
+        }
+        return Update(
+            changes.get("delta", lambda d: d)(delta), changes.get("events", update.events)
+        )
 
     return change
 

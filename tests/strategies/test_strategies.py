@@ -237,6 +237,8 @@ def test_trimmed_mean_refuses_weights():
 
 def test_options_come_through_toml_and_json_alike():
     table = {"name": "fedavg", "options": {"momentum": 0.5}}
-    again = Study.model_validate_json(json.dumps(json.loads(study(strategy=table).model_dump_json())))
+    again = Study.model_validate_json(
+        json.dumps(json.loads(study(strategy=table).model_dump_json()))
+    )
     built = strategies.build(again)
     assert isinstance(built, FedAvg) and built.momentum == 0.5

