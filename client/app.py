@@ -1,5 +1,4 @@
-"""The ClientApp: messages to the site's worker and back. The same file in one process, under Ray
-and at a hospital; what a study may do is decided in site.py and policy.py."""
+"""The ClientApp: messages to the site's worker and back, the same wherever it runs."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def demo(out: OUT = None) -> None:
 
     folder = out or folder_for("demo", resume=False)
     with Watch(_console(), "preparing") as watch:
-        from examples.hospitals import run_demo
+        from fedtune.demo import run_demo
 
         body = run_demo(folder, watch)
     closing(_console(), folder, body)

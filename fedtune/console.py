@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
+from fedtune.progress import listening
 from fedtune.report.claim import best_guess, percent, rounded_up
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class Watch:
 
     def __enter__(self) -> Watch:
         self._bar.start()
+        self._heard = listening(self._long)
+        self._heard.__enter__()
         return self
 
     def __exit__(
@@ -58,7 +61,11 @@ class Watch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._heard.__exit__(kind, error, trace)
         self._bar.stop()
+
+    def _long(self, text: str, done: int, total: int) -> None:
+        self._step(text, {"done": done, "total": total})
 
     def __call__(self, event: str, data: dict[str, Any]) -> None:
         if event == "site":
@@ -119,6 +126,8 @@ def closing(console: Console, out: Path, body: dict[str, Any]) -> None:
     console.print()
     if metric:
         console.print(f"{metric}: {_short(before)} → [bold]{_short(after)}[/bold]", highlight=False)
+    for name, alone in (body.get("alone") or {}).items():
+        console.print(f"  {name} alone, at the same ε: {_short(alone)}", markup=False)
     if body.get("private"):
         p = body["privacy"]
         console.print(
@@ -128,16 +137,16 @@ def closing(console: Console, out: Path, body: dict[str, Any]) -> None:
         )
     else:
         warn_not_private(console)
-    where = escape(str(out))
-    for line in (
-        f"run      {where}",
-        f"report   {escape(str(out / 'report.md'))}",
-        "",
-        f'next     fedtune generate {where} --prompt "…"     the base and adapter, side by side',
-        f"         fedtune evaluate {where} --data FILE     on records of your own",
-        "         fedtune init my-study                   a study of your own",
-    ):
-        console.print(line, highlight=False, soft_wrap=True)
+    commands = (
+        (f'fedtune generate {out} --prompt "…"', "the base and the adapter, side by side"),
+        (f"fedtune evaluate {out} --data FILE", "on records of your own"),
+        ("fedtune init my-study", "a study of your own"),
+    )
+    wide = max(len(line) for line, _ in commands)
+    lines = [f"run      {out}", f"report   {out / 'report.md'}", ""]
+    for index, (line, why) in enumerate(commands):
+        lines.append(f"{'' if index else 'next':<9}{line:<{wide}}   {why}")
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
 def _short(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -137,6 +138,17 @@ def _admission(reply: Reply, known: str) -> tuple[str, int, str, str]:
     if not named or type(declared) is not int or declared < 1:
         return unnamed, 0, "failed", "its answer to the plan is malformed"
     return shown, declared, "admitted", ""
+
+
+@dataclass
+class Tally:
+    """One round in the making. failures: how often each site was asked in vain."""
+
+    number: int
+    participants: list[str] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
+    failures: Counter[str] = field(default_factory=Counter)
+    started: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True, repr=False)

@@ -11,9 +11,7 @@ import math
 import random
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from fedtune.config import Study
 from fedtune.errors import InfrastructureError
 from fedtune.flower.arrays import to_record
 from server import store, summary
-from server.admission import Roster, outcome, plan_message
+from server.admission import Roster, Tally, outcome, plan_message
 from server.exchange import Reply, ask, size
 from server.parts import Parts
 from server.store import Progress
@@ -58,17 +56,6 @@ def run(
         progress = Progress(study.digest, started.study, started.adapter, started.frozen)
     strategy.load_state(progress.strategy)
     return _Run(grid, out, parts, on_event, strategy, progress).go(fresh)
-
-
-@dataclass
-class Tally:
-    """One round in the making. failures: how often each site was asked in vain."""
-
-    number: int
-    participants: list[str] = field(default_factory=list)
-    missing: dict[str, str] = field(default_factory=dict)
-    failures: Counter[str] = field(default_factory=Counter)
-    started: float = field(default_factory=time.monotonic)
 
 
 class _Run:

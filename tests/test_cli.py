@@ -1,0 +1,289 @@
+"""The command line: exit codes, one line per error, and a study from `init` to `generate`."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from fedtune import __version__, simulate
+from fedtune.cli import app
+from fedtune.console import Watch
+from fedtune.errors import (
+    BudgetExceeded,
+    ConfigError,
+    DataError,
+    FedtuneError,
+    InfrastructureError,
+    PolicyRefused,
+)
+from fedtune.runs import folder_for
+
+STUDY = """
+{privacy_off}
+[study]
+name = "tiny"
+[base]
+model = "{base}"
+dtype = "float32"
+[lora]
+rank = 2
+last_layers = 2
+[objective]
+name = "causal_lm"
+max_length = 64
+[training]
+rounds = 2
+sampling_rate = 1.0
+learning_rate = 0.1
+[clipping]
+{privacy}
+[evaluation]
+path = "evaluation.jsonl"
+metric = "accuracy"
+choices = [" yes", " no"]
+[evaluation.columns]
+prompt = "prompt"
+completion = "completion"
+"""
+PRIVACY = "[privacy]\nepsilon = 8\ndelta = 1e-4\n"
+SITE = """
+[site]
+name = "{name}"
+declared_size = 12
+[data]
+path = "data.jsonl"
+[data.columns]
+prompt = "prompt"
+completion = "completion"
+[policy]
+max_epsilon = {most}
+allow_privacy_off = {off}
+"""
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def study(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """study.toml beside two sites' folders; the working directory is this one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    rows = [
+        json.dumps({"prompt": f"Record {i}: is it so?", "completion": (" yes", " no")[i % 2]})
+        for i in range(12)
+    ]
+    for name in ("north", "south"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data.jsonl").write_text("\n".join(rows))
+        (tmp_path / name / "site.toml").write_text(SITE.format(name=name, most=8, off="false"))
+    (tmp_path / "evaluation.jsonl").write_text("\n".join(rows))
+    path = tmp_path / "study.toml"
+    path.write_text(STUDY.format(base=tiny_base, privacy=PRIVACY, privacy_off=""))
+    return path
+
+
+def test_help_is_quick_and_every_command_has_one() -> None:
+    imported = subprocess.run(
+        [sys.executable, "-c", "import sys, fedtune.cli as c; print(*sys.modules)"],
+        capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    assert not {"torch", "transformers", "flwr", "matplotlib", "pydantic"} & set(imported)
+    top = run("--help")
+    assert top.exit_code == 0
+    for name in ("demo", "init", "plan", "simulate", "server", "client", "evaluate", "generate"):
+        assert name in top.output
+        assert run(name, "--help").exit_code == 0
+    for words in (("models", "list"), ("models", "fetch"), ("models", "verify"), ("keys", "site")):
+        assert run(*words, "--help").exit_code == 0
+    assert "The public plan" in run("simulate", "--help").output
+    assert run("--version").output == f"fedtune {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("a", "b", "c"), 2),
+        (DataError("a"), 2),
+        (PolicyRefused("a"), 3),
+        (BudgetExceeded("a"), 3),
+        (InfrastructureError("a"), 4),
+        (FedtuneError("a\nb"), 4),
+    ],
+)
+def test_an_error_is_one_line_and_its_own_code(
+    study: Path, monkeypatch: pytest.MonkeyPatch, error: FedtuneError, code: int
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(simulate, "simulate", fails)
+    found = run("simulate", study)
+    assert found.exit_code == code
+    assert found.stderr == f"fedtune: {' '.join(str(error).split())}\n"
+
+
+def test_a_fault_of_the_program_shows_no_content(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise ValueError("patient Smith has a cough")
+
+    monkeypatch.setattr(simulate, "simulate", fails)
+    found = run("simulate", study)
+    assert found.exit_code == 4 and "Smith" not in found.output + found.stderr
+    assert found.stderr.startswith("fedtune: internal error (ValueError); to do: set FEDTUNE_DEBUG")
+    assert found.stderr.count("\n") == 1
+    monkeypatch.setenv("FEDTUNE_DEBUG", "1")
+    assert "Traceback" in run("simulate", study).stderr
+
+
+def test_ctrl_c_says_how_to_go_on(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(simulate, "simulate", stopped)
+    found = run("simulate", study)
+    assert (found.exit_code, found.stderr) == (130, "fedtune: stopped; continue with --resume\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("simulate", "nowhere.toml"), "nowhere.toml: no such file"),
+        (("simulate", "{study}", "--sites", "nowhere"), "nowhere"),
+        (("plan", "nowhere.toml"), "nowhere.toml: no such file"),
+        (("evaluate", "nowhere", "--data", "e.jsonl"), "nowhere: not a run folder"),
+        (("generate", "nowhere", "--prompt", "a"), "nowhere: not a run folder"),
+        (("client", "nowhere.toml"), "nowhere.toml: no such file"),
+        (("server", "{study}", "--home", "nowhere"), "holds no site's key"),
+        (("models", "verify", "pypi:nothing"), "not a wheel that fedtune knows"),
+    ],
+)
+def test_a_wrong_argument_is_exit_code_2(
+    study: Path, arguments: tuple[str, ...], says: str
+) -> None:
+    found = run(*(a.format(study=study) for a in arguments))
+    assert found.exit_code == 2, found.output + found.stderr
+    assert says in found.stderr and found.stderr.count("\n") == 1
+
+
+def test_usage_errors_are_exit_code_2() -> None:
+    for arguments in (("simulate",), ("nonsense",), ("simulate", "a", "--engine", "magic")):
+        assert run(*arguments).exit_code == 2
+
+
+def test_init_writes_a_study_once(tmp_path: Path) -> None:
+    found = run("init", tmp_path / "new")
+    assert found.exit_code == 0 and "study.toml" in found.output
+    again = run("init", tmp_path / "new")
+    assert again.exit_code == 2 and "exists" in again.stderr
+
+
+def test_plan_shows_what_follows(study: Path) -> None:
+    found = run("plan", study, "--size", 100)
+    assert found.exit_code == 0 and "north" not in found.output
+    assert "0.768" in found.output or "0.769" in found.output  # σ of 2 full steps at ε = 8
+    assert "north" in run("plan", study).output
+    study.write_text(study.read_text().replace("epsilon = 8", "noise_multiplier = 1.0"))
+    assert "5." in run("plan", study, "--size", 100).output
+
+
+def test_keys_are_made_where_they_belong(tmp_path: Path) -> None:
+    assert run("keys", "coordinator", tmp_path / "home", "--host", "hub.example").exit_code == 0
+    assert (tmp_path / "home" / "nodes").is_dir() and (tmp_path / "home" / "server.crt").is_file()
+    assert run("keys", "site", tmp_path / "node.key").exit_code == 0
+    assert (tmp_path / "node.key.pub").is_file()
+    assert run("keys", "site", tmp_path / "node.key").exit_code == 2
+
+
+def test_a_run_goes_into_a_folder_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert folder_for("a", resume=True) == folder_for("a", resume=False) == Path("runs/a")
+    Path("runs/a").mkdir(parents=True)
+    assert folder_for("a", resume=True) == Path("runs/a")
+    assert folder_for("a", resume=False) == Path("runs/a-2")
+    Path("runs/a-2").mkdir()
+    assert folder_for("a", resume=True) == Path("runs/a-2")
+
+
+def test_a_study_from_simulate_to_generate(study: Path) -> None:
+    found = run("simulate", study)
+    assert found.exit_code == 0, found.output + found.stderr
+    folder = Path("runs/tiny")
+    assert "2/2" in found.output and "ε = " in found.output and "NOT PRIVATE" not in found.output
+    assert str(folder / "report.md") in found.output and "next" in found.output
+    body = json.loads((folder / "report.json").read_text())
+    assert body["private"] and body["privacy"]["epsilon"] <= 8
+    assert {len(row["epsilon"]) for row in body["rounds"]} == {2}
+    again = run("simulate", study, "--out", folder)
+    assert again.exit_code == 2 and "--resume" in again.stderr
+
+    measured = run("evaluate", folder, "--data", "evaluation.jsonl", "--metric", "loss")
+    assert measured.exit_code == 0 and "12 records" in measured.output
+    wrong = run("evaluate", folder, "--data", "evaluation.jsonl", "--column", "prompts=prompt")
+    assert wrong.exit_code == 2 and "no such part of a record" in wrong.stderr
+    wrote = run("generate", folder, "--prompt", "Record 3: is it so?", "--max-new-tokens", 4)
+    assert wrote.exit_code == 0 and "with the adapter" in wrote.output
+
+
+def test_sites_that_refuse_are_exit_code_3(study: Path) -> None:
+    for name in ("north", "south"):
+        (study.parent / name / "site.toml").write_text(SITE.format(name=name, most=1, off="false"))
+    found = run("simulate", study)
+    assert found.exit_code == 3 and "max_epsilon" in found.stderr
+
+
+def test_privacy_off_is_said_in_red_before_and_after(study: Path, tiny_base: Path) -> None:
+    text = STUDY.format(base=tiny_base, privacy="", privacy_off='privacy = "off"')
+    study.write_text(text)
+    assert run("simulate", study, "--out", "refused").exit_code == 3
+    willing: list[object] = []
+    for name in ("north", "south"):
+        path = study.parent / name / "willing.toml"
+        path.write_text(SITE.format(name=name, most=8, off="true"))
+        willing += ["--sites", path]
+    found = run("simulate", study, *willing)
+    assert found.exit_code == 0, found.stderr
+    assert found.output.count("NOT PRIVATE") == 2
+    assert "NOT PRIVATE" in run("plan", study).output
+
+
+@pytest.fixture
+def watched() -> tuple[Watch, Callable[[], str]]:
+    from rich.console import Console
+
+    console = Console(record=True, width=100, file=io.StringIO())
+    return Watch(console, "x"), console.export_text
+
+
+def test_events_from_sites_are_shown_as_plain_text(
+    watched: tuple[Watch, Callable[[], str]],
+) -> None:
+    watch, text = watched
+    with watch:
+        watch("start", {"rounds": 3})
+        watch("cache", {"text": "reading [red]x[/red]", "done": 3, "total": 9})
+        watch("site", {"name": "a[b]", "status": "refused", "reason": "no\n[/red] more"})
+        watch("site", {"name": "c", "status": "trained", "reason": ""})
+        spent = {"a": 1.2341, "b": 0.5}
+        quality = {"loss": float("nan")}
+        watch("round", {"round": 1, "rounds": 3, "quality": quality, "epsilon": spent,
+                        "participants": ["a", "b"], "bytes": 1_500_000})  # fmt: skip
+        watch("round", {"round": 2, "rounds": 3})
+        watch("done", {})
+    shown = text()
+    assert "a[b]: refused: no [/red] more" in shown
+    assert "1.235" in shown and "1.5 MB" in shown and "nan" in shown
