@@ -81,9 +81,7 @@ class Bench:
             shutil.rmtree(site.parent / "state", ignore_errors=True)
         simulate(study_path, sites, out)
         logs = [self._set_aside(site, out) for site in sites]
-        spent = max(
-            (epsilon(events(log.steps()), self.dataset.delta) for log in logs), default=0.0
-        )
+        spent = max((epsilon(events(log.steps()), self.dataset.delta) for log in logs), default=0.0)
         sigma = max((s.noise_multiplier for log in logs for s in log.steps()), default=0.0)
         took = round(time.monotonic() - started, 1)
         return out / "adapter", {"epsilon": spent, "sigma": sigma, "seconds": took}
@@ -122,7 +120,9 @@ def arm(bench: Bench, name: str) -> dict[str, Any]:
     found = {key: mean(one[key] for one in each) for key in each[0]}
     found["seconds"] = sum(one["seconds"] for one in each)
     names = [site.parent.name for site in bench.sites]
-    return found | {"sites": dict(zip(names, (one[bench.dataset.metric] for one in each), strict=True))}
+    return found | {
+        "sites": dict(zip(names, (one[bench.dataset.metric] for one in each), strict=True))
+    }
 
 
 def table(dataset: DataSet, results: dict[str, dict[str, Any]]) -> str:
@@ -184,7 +184,9 @@ def tune(dataset: DataSet, seeds: list[int], out: Path, arms: list[str]) -> Iter
                 tables = merged(dataset.study(name, seed), change)
                 number += 1
                 if name == LOCAL:
-                    ran = [bench.run(f"{number}-{i}", tables, i)[0] for i in range(len(bench.sites))]
+                    ran = [
+                        bench.run(f"{number}-{i}", tables, i)[0] for i in range(len(bench.sites))
+                    ]
                     value = mean(bench.measure(tables, a)[dataset.metric] for a in ran)
                 else:
                     value = bench.measure(tables, bench.run(str(number), tables)[0])[dataset.metric]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from client.policy import admit, within_budget
@@ -51,7 +51,7 @@ class _Prepared:
     frozen: Arrays
 
 
-@lru_cache(maxsize=None)
+@cache
 def worker(path: str) -> SiteWorker:
     """The one worker of a site file in this process: data and model stay loaded between rounds."""
     return SiteWorker(load_site(Path(path)))

@@ -31,7 +31,7 @@ def local_round(
     start = [p.detach().clone() for p in engine.parameters]
     for _ in range(study.training.local_steps):
         noised = plan.step(data.dataset.n_units, engine.dimension, engine, log, round_)
-        pieces = noised.split([p.numel() for p in engine.parameters])
+        pieces = torch.split(noised, [p.numel() for p in engine.parameters])
         for parameter, piece, before in zip(engine.parameters, pieces, start, strict=True):
             pull = study.training.proximal_mu * (parameter.detach() - before)
             parameter.grad = piece.view_as(parameter) + pull
@@ -80,10 +80,10 @@ def _loss_after(
     data: Cached, study: Study, engine: UnitGradientEngine, gradient: torch.Tensor, rate: float
 ) -> float:
     start = [p.detach().clone() for p in engine.parameters]
-    pieces = gradient.split([p.numel() for p in engine.parameters])
+    pieces = torch.split(gradient, [p.numel() for p in engine.parameters])
     with torch.no_grad():
         for parameter, piece in zip(engine.parameters, pieces, strict=True):
-            parameter -= rate * piece.view_as(parameter)
+            parameter.sub_(rate * piece.view_as(parameter))
         loss = _mean_loss(data, study)
         for parameter, old in zip(engine.parameters, start, strict=True):
             parameter.copy_(old)
@@ -94,4 +94,6 @@ def _loss_after(
 def _mean_loss(data: Cached, study: Study) -> float:
     objective = find(study.objective.name)
     everything = range(len(data.dataset.examples))
-    return float(torch.cat([objective.losses(data.network, b) for b in data.batches(everything)]).mean())
+    return float(
+        torch.cat([objective.losses(data.network, b) for b in data.batches(everything)]).mean()
+    )

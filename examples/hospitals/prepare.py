@@ -1,4 +1,7 @@
-"""Write the demo's files to look at and to change: `python -m examples.hospitals.prepare --out DIR`."""
+"""Write the demo's files, to look at and to change.
+
+python -m examples.hospitals.prepare --out DIR
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from fedtune.demo import write
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/hospitals"), help="a folder")
     parser.add_argument("--seed", type=int, default=0, help="other hospitals, other letters")
     chosen = parser.parse_args()

@@ -131,7 +131,9 @@ def _by_document(rows: list[Table]) -> dict[str, dict[str, list[Table]]]:
 
 def _rows(document: str, rows: list[Table], rng: random.Random) -> list[Table]:
     chosen = rng.sample(rows, min(RECORDS, len(rows)))
-    return [{"document": document, "question": r["question"], "answer": r["answer"]} for r in chosen]
+    return [
+        {"document": document, "question": r["question"], "answer": r["answer"]} for r in chosen
+    ]
 
 
 def _site(out: Path, source: str) -> Path:

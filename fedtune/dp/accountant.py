@@ -16,11 +16,11 @@ ACCOUNTANT = f"PLD (dp-accounting {version('dp-accounting')})"
 
 
 class Steps(NamedTuple):
-    """`count` noised steps with one noise multiplier σ (in multiples of C) and sampling rate q."""
+    """`steps` noised steps with one noise multiplier σ (in multiples of C) and sampling rate q."""
 
     noise_multiplier: float
     sampling_rate: float
-    count: int
+    steps: int
 
 
 def epsilon(events: Iterable[Steps], delta: float) -> float:

@@ -46,7 +46,7 @@ class UnitGradientEngine:
         return total
 
     def _per_record(self, batch: Batch) -> torch.Tensor:
-        self.objective.losses(self.data.network, batch).sum().backward()
+        torch.autograd.backward(self.objective.losses(self.data.network, batch).sum())
         gradients = []
         for parameter in self.parameters:
             each = parameter.grad_sample  # type: ignore[attr-defined]  # set by Opacus

@@ -28,7 +28,7 @@ class Batch:
 def padded_length(length: int) -> int:
     """The bucket of a record: a function of its own length alone, so that no record's numerics
     depend on who else is in the batch; at most a quarter is padding above 32 tokens."""
-    step = max(8, 2 ** (length.bit_length() - 3))
+    step = max(8, 1 << max(0, length.bit_length() - 3))
     return -(-length // step) * step
 
 

@@ -33,7 +33,7 @@ def attach(model: PreTrainedModel, lora: LoraTable, base_name: str) -> PeftModel
         layers = list(range(total - lora.last_layers, total))
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft types int, accepts float
+        lora_alpha=lora.alpha,  # PEFT says int and computes with a float
         target_modules=list(lora.modules),
         layers_to_transform=layers,
         lora_dropout=0.0,  # a dropout mask would be shared by the rows of a micro-batch

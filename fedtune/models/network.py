@@ -57,9 +57,7 @@ class Network:
     """A frozen base with its adapter or head. Shapes: B records, L positions, H hidden, V classes
     or vocabulary. Adapters and heads are fp32 whatever the base."""
 
-    def __init__(
-        self, base: Base, dtype: torch.dtype, lora: LoraTable | None, labels: int
-    ) -> None:
+    def __init__(self, base: Base, dtype: torch.dtype, lora: LoraTable | None, labels: int) -> None:
         if not lora and not labels:
             raise ConfigError("nothing to train", "a [lora] table, or objective classify")
         self.base, self.dtype, self.kind = base, dtype, base.kind
@@ -125,8 +123,9 @@ class Network:
         assert self._lm_head is not None
         weight: torch.Tensor = self._lm_head.weight  # type: ignore[assignment]
         if tokens is not None:
-            return selected.float() @ weight[tokens].float().T
-        return (selected @ weight.T).float()
+            selected, weight = selected.float(), weight[tokens].float()
+        found: torch.Tensor = torch.matmul(selected, weight.T)
+        return found.float()
 
     def pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """One vector per record (B, H) fp32: mean over tokens (encoder) or the last one."""

@@ -119,12 +119,20 @@ def test_a_restart_forgets_the_plan_and_keeps_the_budget(
         ({}, {"privacy": "off"}, 'privacy.unit = "patient"'),
         ({}, {"privacy": "off", "clipping": {"unit": "patient"}}, "allow_privacy_off"),
         ({}, {"privacy": {"epsilon": 6.0, "delta": 0.1, "unit": "patient"}}, "max_delta"),
-        ({"max_delta": 0.5}, {"privacy": {"epsilon": 6.0, "delta": 0.1, "unit": "patient"}}, "size"),
+        (
+            {"max_delta": 0.5},
+            {"privacy": {"epsilon": 6.0, "delta": 0.1, "unit": "patient"}},
+            "size",
+        ),
         ({}, {"privacy": {"epsilon": 6.0, "delta": 1e-4}}, 'privacy.unit = "patient"'),
     ],
 )
 def test_a_refusal_names_the_rule_before_data_is_read(
-    tmp_path: Path, tiny_base: Path, policy: dict[str, object], changes: dict[str, object], rule: str
+    tmp_path: Path,
+    tiny_base: Path,
+    policy: dict[str, object],
+    changes: dict[str, object],
+    rule: str,
 ) -> None:
     # There is no data file at all: reading it would be another error.
     worker = SiteWorker(make_site(tmp_path, policy, patient="who"))
@@ -171,7 +179,7 @@ def test_another_frozen_factor_than_the_plans_is_refused(
 def test_missing_data_is_the_sites_own_error(tmp_path: Path, tiny_base: Path) -> None:
     worker = SiteWorker(make_site(tmp_path, patient="who"))
     made = begun(tiny_base)
-    with pytest.raises(DataError, match="no such file|not found|does not exist"):
+    with pytest.raises(DataError, match=r"no such file|not found|does not exist"):
         worker.prepare(made.study, made.frozen)
 
 

@@ -68,7 +68,13 @@ def test_no_events_cost_nothing() -> None:
 
 @pytest.mark.parametrize(
     "event",
-    [Steps(0.0, 1.0, 1), Steps(math.nan, 1.0, 1), Steps(1.0, 0.0, 1), Steps(1.0, 1.5, 1), Steps(1.0, 1.0, -1)],
+    [
+        Steps(0.0, 1.0, 1),
+        Steps(math.nan, 1.0, 1),
+        Steps(1.0, 0.0, 1),
+        Steps(1.0, 1.5, 1),
+        Steps(1.0, 1.0, -1),
+    ],
 )
 def test_impossible_events_are_refused(event: Steps) -> None:
     with pytest.raises(ValueError, match="event"):

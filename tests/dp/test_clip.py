@@ -10,7 +10,10 @@ from fedtune.dp import clip
 
 @pytest.mark.parametrize("mode", ["flat", "normalised"])
 @given(
-    scale=st.floats(-30, 30), d=st.integers(1, 4000), c=st.floats(1e-3, 1e3), seed=st.integers(0, 99)
+    scale=st.floats(-30, 30),
+    d=st.integers(1, 4000),
+    c=st.floats(1e-3, 1e3),
+    seed=st.integers(0, 99),
 )
 def test_norm_is_at_most_c_in_fp64(mode: str, scale: float, d: int, c: float, seed: int) -> None:
     g = torch.randn(3, d, generator=torch.Generator().manual_seed(seed)) * 10.0**scale
