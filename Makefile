@@ -23,7 +23,7 @@ demo: $(READY) ## three hospitals fine-tune a real language model under (epsilon
 	$(BIN)/fedtune demo
 
 test: $(READY) lint ## every check: style, types, import contracts, tests
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(READY) ## style, types and import contracts alone
 	$(BIN)/ruff check .

@@ -17,7 +17,6 @@ ROWS = {
     "epsilon-3": "federated, ε = 3",
     "epsilon-8": "federated, ε = 8",
     "non-private": "federated, σ = 0 (same clipping)",
-    "best-lora": "federated, best not private",
 }
 
 

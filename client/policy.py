@@ -40,17 +40,17 @@ def admit(study: Study, site: Site, plan: DpPlan | None, log: StepLog) -> None:
         raise PolicyRefused(
             f"delta {plan.delta} is not below 1 / site.declared_size ({site.site.declared_size})"
         )
-    within_budget(study, site, plan, log, plan.steps)
+    _within_budget(study, site, plan, log)
 
 
-def within_budget(study: Study, site: Site, plan: DpPlan, log: StepLog, steps: int) -> None:
-    """ε of everything this site's step log holds, of any study, plus `steps` more of this plan
-    (of which the steps it already ran in this study are a part) is at most policy.max_epsilon.
+def _within_budget(study: Study, site: Site, plan: DpPlan, log: StepLog) -> None:
+    """ε of everything this site's step log holds, of any study, plus what the plan has yet to run
+    (at least one round: a round asked for again is paid for again) is at most policy.max_epsilon.
 
     Errors: BudgetExceeded."""
     ran = log.steps()
     mine = sum(step.study == study.digest for step in ran)
-    ahead = plan.events(max(steps - mine, plan.local_steps))
+    ahead = plan.events(max(plan.steps - mine, plan.local_steps))
     total = accountant.epsilon(events(ran) + ahead, plan.delta)
     if total > site.policy.max_epsilon:
         raise BudgetExceeded(

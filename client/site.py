@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from client.policy import admit, within_budget
+from client.policy import admit
 from fedtune.config import Site, Study, load_site
 from fedtune.data.tokens import load_dataset
 from fedtune.dp.plain import PlainPlan, plain_plan
@@ -54,15 +54,15 @@ class _Prepared:
 @cache
 def worker(path: str) -> SiteWorker:
     """The one worker of a site file in this process: data and model stay loaded between rounds."""
-    return SiteWorker(load_site(Path(path)))
+    return SiteWorker(load_site(Path(path)), Path(path))
 
 
 class SiteWorker:
     """Guarantee: a plan is checked against the policy before data is read, and against the budget
     before every round; what was spent is on disk before an update exists."""
 
-    def __init__(self, site: Site) -> None:
-        self.site = site
+    def __init__(self, site: Site, path: Path | None = None) -> None:
+        self.site, self._path = site, path
         self.log = StepLog(site.site.state / "steps.jsonl")
         self._prepared: dict[str, _Prepared] = {}
         self._view: tuple[object, ...] = ()
@@ -74,7 +74,7 @@ class SiteWorker:
         Errors: DataError, ModelError: the site cannot take part (details stay local)."""
         plan = plan_for_site(study, self._size) if study.private else None
         try:
-            admit(study, self.site, plan, self.log)
+            admit(study, self._current(), plan, self.log)
         except Refused as refusal:
             return self._says(False, str(refusal))
         if study.digest in self._prepared:
@@ -108,11 +108,14 @@ class SiteWorker:
         study, plan = prepared.study, prepared.plan
         if not 1 <= round_ <= (study.training.rounds or 0):
             raise PolicyRefused(f"round {round_} is not in the plan")
-        if isinstance(plan, DpPlan):
-            within_budget(study, self.site, plan, self.log, plan.local_steps)
+        admit(study, self._current(), plan if isinstance(plan, DpPlan) else None, self.log)
         prepared.network.load_frozen(prepared.frozen)
         delta = local_round(study, prepared.data, plan, self.log, round_, adapter)
         return Update(delta, _summary(self.log.steps(digest)))
+
+    def _current(self) -> Site:
+        """The site file as it stands now: a policy that was tightened holds from the next round."""
+        return self.site if self._path is None else load_site(self._path)
 
     @property
     def rejected(self) -> Counter[str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fedtune import report
 from fedtune.demo.generate import write
 from fedtune.simulate import simulate
 from fedtune.sites import sites_in
@@ -26,6 +27,7 @@ def run_demo(
             site.parent.name: _alone(study, site, out / "alone" / site.parent.name, on_event)
             for site in sites
         }
+        report.write(out, body)
     return body
 
 

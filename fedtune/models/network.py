@@ -6,6 +6,7 @@ above it, logits. Adapters are swapped by loading arrays."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -124,8 +125,8 @@ class Network:
         weight: torch.Tensor = self._lm_head.weight  # type: ignore[assignment]
         if tokens is not None:
             selected, weight = selected.float(), weight[tokens].float()
-        found: torch.Tensor = torch.matmul(selected, weight.T)
-        return found.float()
+        found: torch.Tensor = (selected @ weight.T).float()
+        return found
 
     def pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """One vector per record (B, H) fp32: mean over tokens (encoder) or the last one."""
@@ -138,7 +139,7 @@ class Network:
         weights = mask.float()[:, :, None]
         mean = (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)
         # Length √H: what a layer norm gives, so that one learning rate serves every base.
-        return nn.functional.normalize(mean, dim=1) * self.hidden_size**0.5
+        return nn.functional.normalize(mean, dim=1) * math.sqrt(self.hidden_size)
 
     def _run(self, part: nn.Module, mask: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         # Records are padded on the right, so in a causal base no token can see padding: leaving

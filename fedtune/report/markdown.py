@@ -26,6 +26,7 @@ def markdown(body: dict[str, Any]) -> str:
         f"# {cell(body.get('study', 'study'))}: report",
         _claim(body) if body.get("private") else _banner(body),
         _quality(body.get("quality") or {}),
+        _alone(body["quality"]["metric"], body["alone"]) if body.get("alone") else "",
         _sites(body.get("privacy") or {}) if body.get("private") else "",
         _rounds(body.get("rounds") or []),
         _missing(body.get("rounds") or [], body.get("sites") or {}),
@@ -117,6 +118,13 @@ def _quality(quality: dict[str, Any]) -> str:
         "## Quality\n\nOn the study's held-out records, at the coordinator.\n\n"
         + table(["measure", "base alone", "with the adapter", "change"], rows)
         + "\n\n![Quality and ε by round](progress.png)"
+    )
+
+
+def _alone(metric: str, alone: dict[str, float]) -> str:
+    rows = [[cell(name), figure(value)] for name, value in sorted(alone.items())]
+    return "### Each site alone\n\nThe same study with one site, at the same ε.\n\n" + table(
+        ["site", f"{cell(metric)} after"], rows
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from client.site import SiteWorker, Unprepared
+from client.site import worker as site_worker
 from fedtune.config import Site, Study
 from fedtune.dp.accountant import Steps, epsilon
 from fedtune.errors import BudgetExceeded, DataError, ModelError, PolicyRefused
@@ -188,3 +189,29 @@ def test_the_study_is_not_the_sites_business_to_change(tiny_base: Path) -> None:
     assert isinstance(made.study, Study)
     with pytest.raises(Exception, match="frozen"):
         made.study.base = made.study.base  # type: ignore[misc]
+
+
+SITE_TOML = """
+[site]
+name = "a"
+declared_size = 12
+[data]
+path = "notes.jsonl"
+columns = {{ prompt = "note", completion = "answer", patient = "who" }}
+[policy]
+max_epsilon = {ceiling}
+"""
+
+
+def test_a_tightened_policy_holds_from_the_next_round(tmp_path: Path, tiny_base: Path) -> None:
+    notes(tmp_path)
+    path = tmp_path / "site.toml"
+    path.write_text(SITE_TOML.format(ceiling=8.0))
+    worker = site_worker(str(path))
+    made = begun(tiny_base)
+    worker.prepare(made.study, made.frozen)
+    trains(worker, made, 1)
+    path.write_text(SITE_TOML.format(ceiling=2.0))
+    with pytest.raises(BudgetExceeded):
+        trains(worker, made, 2)
+    assert len(worker.log.steps()) == 1

@@ -1,0 +1,247 @@
+"""The whole of it: from files to a report, in one process, over TLS, and with a real model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import dp_accounting
+import numpy as np
+import pytest
+from dp_accounting.pld import PLDAccountant
+from safetensors.numpy import load_file
+
+from fedtune.demo import write
+from fedtune.flower.certs import make_consortium
+from fedtune.simulate import simulate
+from fedtune.sites import sites_in
+
+STUDY = """
+privacy = {privacy}
+[study]
+name = "small"
+[base]
+model = "{base}"
+dtype = "float32"
+[lora]
+rank = 4
+alpha = 8
+modules = ["q_proj", "down_proj"]
+last_layers = 2
+[objective]
+name = "causal_lm"
+max_length = 64
+[training]
+rounds = 3
+local_steps = 2
+sampling_rate = 1.0
+learning_rate = 0.5
+[clipping]
+max_grad_norm = 0.5
+{unit}
+[strategy]
+min_sites = 2
+round_timeout = 120
+[evaluation]
+path = "test.jsonl"
+columns = {{ prompt = "q", completion = "a" }}
+"""
+SITE = """
+[site]
+name = "{name}"
+declared_size = 20
+[data]
+path = "{name}.jsonl"
+columns = {{ prompt = "q", completion = "a", patient = "who" }}
+[policy]
+allow_privacy_off = true
+[coordinator]
+address = "127.0.0.1:{port}"
+ca = "{keys}/ca.crt"
+node_key = "{keys}/node_key"
+"""
+NAMES = ("north", "south")
+
+
+def lay_out(folder: Path, base: Path, privacy: str, port: int = 1, keys: str = "none") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(0)
+    for name in (*NAMES, "test"):
+        rows = [
+            {"who": str(i // 2), "q": f"fever day {draw.randint(1, 99)}", "a": draw.choice("yn")}
+            for i in range(40)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for name in NAMES:
+        text = SITE.format(name=name, port=port, keys=f"{keys}/{name}")
+        text = text.replace("[data]", f'state = "state-{name}"\n[data]')
+        (folder / f"site-{name}.toml").write_text(text)
+    unit = 'unit = "patient"' if privacy == '"off"' else ""
+    (folder / "study.toml").write_text(STUDY.format(privacy=privacy, base=base, unit=unit))
+    return folder / "study.toml"
+
+
+def from_the_log(path: Path, delta: float) -> float:
+    """ε of a step log, by dp-accounting alone: none of fedtune's code."""
+    accountant = PLDAccountant()
+    for line in path.read_text().splitlines():
+        step = json.loads(line)
+        event: Any = dp_accounting.GaussianDpEvent(step["noise_multiplier"])
+        if step["sampling_rate"] < 1:
+            event = dp_accounting.PoissonSampledDpEvent(step["sampling_rate"], event)
+        accountant.compose(event)
+    return float(accountant.get_epsilon(delta))
+
+
+PRIVATE = '{ epsilon = 5.0, delta = 1e-3, unit = "patient" }'
+
+
+@pytest.mark.parametrize("rate", ["1.0", "0.3"])
+def test_epsilon_in_the_report_is_that_of_the_step_log(
+    tmp_path: Path, tiny_base: Path, rate: str
+) -> None:
+    study = lay_out(tmp_path, tiny_base, PRIVATE)
+    study.write_text(study.read_text().replace("sampling_rate = 1.0", f"sampling_rate = {rate}"))
+    simulate(study, sites_in(tmp_path), tmp_path / "run")
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    for name in NAMES:
+        alone = from_the_log(tmp_path / f"state-{name}" / "steps.jsonl", 1e-3)
+        assert report["privacy"]["sites"][name]["epsilon"] == pytest.approx(alone, rel=1e-6)
+    assert report["privacy"]["epsilon"] <= 5.0
+    assert report["privacy"]["steps"] == 6
+    assert report["privacy"]["unit"] == "patient"
+    assert (tmp_path / "run" / "progress.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_study_without_privacy_is_marked_everywhere(tmp_path: Path, tiny_base: Path) -> None:
+    study = lay_out(tmp_path, tiny_base, '"off"')
+    body = simulate(study, sites_in(tmp_path), tmp_path / "run")
+    assert body["private"] is False
+    assert "epsilon" not in body["privacy"]
+    assert "NOT PRIVATE" in (tmp_path / "run" / "report.md").read_text()
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["private"] is False for line in metrics)
+
+
+# ---------------------------------------------------------------------- simulation == network
+
+
+@contextmanager
+def command(log: Path, *arguments: object) -> Iterator[subprocess.Popen[bytes]]:
+    """A fedtune process of its own; stopped by its handle if it has not ended."""
+    words = [sys.executable, "-c", "from fedtune.cli import main; main()", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            words, stdout=out, stderr=subprocess.STDOUT, cwd=log.parent, env=environment
+        )
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                try:
+                    process.wait(20)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+
+
+def test_tls_processes_give_the_same_adapter_as_simulation(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """σ = 0 and every unit in every step: the same numbers to 1e-6, from `fedtune simulate` and
+    from `fedtune server` with two `fedtune client`."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    made = make_consortium(tmp_path / "keys", NAMES)
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port = found.getsockname()[1]
+    keys = str(tmp_path / "keys" / "sites")
+    here = lay_out(tmp_path / "here", tiny_base, '"off"', port, keys)
+    there = lay_out(tmp_path / "there", tiny_base, '"off"', port, keys)
+    simulate(here, sites_in(here.parent), here.parent / "run")
+    out = there.parent / "run"
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    with ExitStack() as running:
+        home = ("--home", made.home, "--port", port)
+        server = running.enter_context(
+            command(logs / "server", "server", there, "--out", out, *home)
+        )
+        for name in NAMES:
+            site = there.parent / f"site-{name}.toml"
+            running.enter_context(command(logs / name, "client", site, "--once"))
+        code = server.wait(150)
+        assert code == 0, (logs / "server").read_text()[-2000:]
+    for file in ("adapter/adapter_model.safetensors",):
+        one, two = load_file(here.parent / "run" / file), load_file(out / file)
+        assert set(one) == set(two)
+        assert max(float(np.abs(one[n] - two[n]).max()) for n in one) <= 1e-6
+        assert max(float(np.abs(one[n]).max()) for n in one if "lora_B" in n) > 1e-4
+
+
+# ------------------------------------------------------------------------------ the real model
+
+
+@pytest.mark.real
+def test_three_hospitals_teach_a_real_model(tmp_path: Path) -> None:
+    """The demo's study on a third of its patients and three rounds: far above the base at ε ≤ 8,
+    and plain PEFT gives the saved adapter's logits."""
+    study = write(tmp_path, seed=3)
+    for notes in (tmp_path / "sites").glob("*/notes.jsonl"):
+        notes.write_text("".join(notes.read_text().splitlines(keepends=True)[:160]))
+    test = tmp_path / "test.jsonl"
+    test.write_text("".join(test.read_text().splitlines(keepends=True)[:135]))
+    study.write_text(study.read_text().replace("rounds = 8", "rounds = 3"))
+    body = simulate(study, sites_in(tmp_path / "sites"), tmp_path / "run")
+    before, after = (body["quality"][when]["accuracy"] for when in ("before", "after"))
+    assert body["privacy"]["epsilon"] <= 8.0
+    assert before < 0.3
+    assert after > before + 0.15
+    same_logits_by_plain_peft(tmp_path / "run")
+
+
+PLAIN = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, adapter, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+model = PeftModel.from_pretrained(model, adapter).eval()
+with torch.no_grad():
+    torch.save(model(input_ids=torch.arange(100, 140)[None]).logits.float(), out)
+"""
+
+
+def same_logits_by_plain_peft(run: Path) -> None:
+    import torch
+
+    from fedtune.config import study_from_json
+    from fedtune.models.network import build
+    from fedtune.runs import load_adapter
+
+    network = build(study_from_json((run / "plan.json").read_text()))
+    saved = load_adapter(run / "adapter")
+    network.load_frozen({n: v for n, v in saved.items() if "lora_A" in n})
+    network.load_trainable({n: saved[n] for n in network.parameters()})
+    arguments = [str(network.base.path), str(run / "adapter"), str(run / "logits")]
+    subprocess.run([sys.executable, "-c", PLAIN, *arguments], check=True, capture_output=True)
+    theirs = torch.load(run / "logits", weights_only=True)
+    ids = torch.arange(100, 140)[None]
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    with torch.no_grad():
+        ours = network.logits(network.hidden(network.prefix(ids, mask), mask)[0])
+    scale = float(theirs.abs().max())
+    assert math.isfinite(scale)
+    # bf16 carries 8 bits: the same sums in another order differ in the last of them.
+    assert float((ours - theirs[0]).abs().max()) <= scale * 2**-6
