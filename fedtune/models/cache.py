@@ -48,14 +48,18 @@ class Cached:
         """Fill the cache now, reporting progress by records."""
         if not self.network.cached:
             return
+        known, examples = self.network.states, self.dataset.examples
+        keys = [e.input_ids.tobytes() for e in examples]
+        self._states = [known.get(key) for key in keys]
+        new = [index for index, state in enumerate(self._states) if state is None]
         done = 0
-        for rows, ids, mask in self._tokens(range(len(self.dataset.examples)), 4096):
+        for rows, ids, mask in self._tokens(new, 4096):
             states = self.network.prefix(ids, mask)
             for row, index in enumerate(rows):
-                real = 1 if self.network.pooled else len(self.dataset.examples[index].input_ids)
-                self._states[index] = states[row, :real].clone()
+                real = 1 if self.network.pooled else len(examples[index].input_ids)
+                known[keys[index]] = self._states[index] = states[row, :real].clone()
             done += len(rows)
-            report("reading records once through the frozen layers", done, len(self._states))
+            report("reading records once through the frozen layers", done, len(new))
 
     def batches(self, indices: Sequence[int], token_budget: int = 4096) -> Iterator[Batch]:
         """The records `indices`, each once, in micro-batches of one padded length and at most

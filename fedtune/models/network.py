@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -78,6 +79,9 @@ class Network:
                 self._parts = cut(self._backbone, lora.last_layers)
             self.model = lora_module.attach(whole, lora, base.name)
         self.pooled = not lora  # a head alone: the record's one vector is all that training needs
+        # States at the cut by token ids, shared by everyone who sees the same record; gone as soon
+        # as nobody holds them.
+        self.states: WeakValueDictionary[bytes, torch.Tensor] = WeakValueDictionary()
         self.draw_factor(seed=0)
 
     @property

@@ -249,3 +249,14 @@ def test_a_head_alone_sees_one_pooled_vector(tiny_encoder: Path) -> None:
     again = network.prefix(padded, torch.nn.functional.pad(mask, (0, 4)))
     assert float((again - states).abs().max()) < 1e-4
     assert set(network.trainable()) == {"head.weight", "head.bias"}
+
+
+def test_who_sees_the_same_record_shares_its_states_and_nobody_keeps_them(tiny_base: Path) -> None:
+    network = make(tiny_base, last_layers=2)
+    one, two = Cached(network, records([1, 2])), Cached(network, records([1, 2]))
+    one.warm()
+    assert len(network.states) == 3
+    two.warm()
+    assert all(a is b for a, b in zip(one._states, two._states, strict=True))
+    del one, two
+    assert len(network.states) == 0
