@@ -147,6 +147,7 @@ def table(dataset: DataSet, results: dict[str, dict[str, Any]]) -> str:
         spent = max(results[seed][name].get("epsilon", 0.0) for seed in runs)
         kept = "" if name == "base" else f"{mean(gains) / mean(full):.0%}"
         gain = "" if name == "base" else _spread(gains, "+")
+        title += f" ({len(runs)} of {len(have)} seeds)" if len(runs) < len(have) else ""
         shown = f"{spent:.2f}" if spent else ("–" if name == "base" else "none: not private")
         lines.append(f"| {title} | {shown} | {_spread(values)} | {gain} | {kept} |")
     return "\n".join(lines) + "\n"

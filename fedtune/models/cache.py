@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from fedtune.data.tokens import Dataset
+from fedtune.data.tokens import Dataset, Example
 from fedtune.models.network import Network
 from fedtune.progress import report
 
@@ -28,6 +29,8 @@ class Batch:
 def padded_length(length: int) -> int:
     """The bucket of a record: a function of its own length alone, so that no record's numerics
     depend on who else is in the batch; at most a quarter is padding above 32 tokens."""
+    if length <= 8:
+        return 1 << (length - 1).bit_length()
     step = max(8, 1 << max(0, length.bit_length() - 3))
     return -(-length // step) * step
 
@@ -36,28 +39,42 @@ class Cached:
     """A dataset seen through a network.
 
     Where something below the adapters is frozen, each record's states are computed once, kept in
-    memory unpadded (2 · L · H bytes in bf16), and every later step starts at the cut. Exact: there
-    is no dropout and no adapter below it."""
+    memory unpadded (2 · positions · H bytes in bf16), and every later step starts at the cut.
+    Exact: there is no dropout and no adapter below it. Kept are all positions, or those with a
+    target where above the cut each position stands for itself (of a record without one, the last).
+    """
 
     def __init__(self, network: Network, dataset: Dataset) -> None:
         self.network, self.dataset = network, dataset
-        self._lengths = [padded_length(len(e.input_ids)) for e in dataset.examples]
+        self._kept = [self._positions(example) for example in dataset.examples]
         self._states: list[torch.Tensor | None] = [None] * len(dataset.examples)
+
+    def _positions(self, example: Example) -> npt.NDArray[np.int64]:
+        if self.network.pooled:
+            return np.zeros(1, dtype=np.int64)
+        length = len(example.input_ids)
+        targets = np.flatnonzero(example.target_ids != -100)
+        if not self.network.positionwise:
+            return np.arange(length)
+        return targets if len(targets) else np.array([length - 1])
 
     def warm(self) -> None:
         """Fill the cache now, reporting progress by records."""
         if not self.network.cached:
             return
-        known, examples = self.network.states, self.dataset.examples
-        keys = [e.input_ids.tobytes() for e in examples]
+        known = self.network.states
+        keys = [
+            example.input_ids.tobytes() + kept.tobytes()
+            for example, kept in zip(self.dataset.examples, self._kept, strict=True)
+        ]
         self._states = [known.get(key) for key in keys]
         new = [index for index, state in enumerate(self._states) if state is None]
         done = 0
-        for rows, ids, mask in self._tokens(new, 4096):
-            states = self.network.prefix(ids, mask)
+        for rows in _buckets(new, [len(e.input_ids) for e in self.dataset.examples], 4096):
+            states = self.network.prefix(*self._tokens(rows))
             for row, index in enumerate(rows):
-                real = 1 if self.network.pooled else len(examples[index].input_ids)
-                known[keys[index]] = self._states[index] = states[row, :real].clone()
+                kept = torch.from_numpy(self._kept[index])
+                known[keys[index]] = self._states[index] = states[row, kept].clone()
             done += len(rows)
             report("reading records once through the frozen layers", done, len(new))
 
@@ -66,47 +83,53 @@ class Cached:
         `token_budget` positions (always at least one record)."""
         if self.network.cached and any(self._states[i] is None for i in indices):
             self.warm()
-        for rows, ids, mask in self._tokens(indices, token_budget):
+        for rows in _buckets(indices, [len(kept) for kept in self._kept], token_budget):
             examples = [self.dataset.examples[i] for i in rows]
-            targets = torch.full(ids.shape, -100, dtype=torch.long)
-            for row, example in enumerate(examples):
-                real = torch.from_numpy(np.asarray(example.target_ids, dtype=np.int64))
-                targets[row, : len(real)] = real
+            length = padded_length(max(len(self._kept[i]) for i in rows))
+            mask = torch.zeros(len(rows), length, dtype=torch.bool)
+            targets = torch.full((len(rows), length), -100, dtype=torch.long)
+            for row, (index, example) in enumerate(zip(rows, examples, strict=True)):
+                kept = self._kept[index]
+                mask[row, : len(kept)] = True
+                if not self.network.pooled:
+                    real = np.asarray(example.target_ids, dtype=np.int64)[kept]
+                    targets[row, : len(kept)] = torch.from_numpy(real)
             yield Batch(
-                prefix=self._prefix(rows, ids, mask),
+                prefix=self._prefix(rows, length),
                 mask=mask,
                 target_ids=targets,
                 label=torch.tensor([e.label for e in examples]),
                 index=torch.tensor(rows),
             )
 
-    def _prefix(self, rows: list[int], ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def _prefix(self, rows: list[int], length: int) -> torch.Tensor:
+        """(rows, length, H), zero on padding."""
         if not self.network.cached:
-            return self.network.prefix(ids, mask)
-        states = [self._states[i] for i in rows]
-        length = 1 if self.network.pooled else ids.shape[1]
-        first = states[0]
-        assert first is not None
-        padded = torch.zeros(len(rows), length, first.shape[-1], dtype=first.dtype)
+            return self.network.prefix(*self._tokens(rows))
+        states = [state for state in (self._states[i] for i in rows) if state is not None]
+        padded = torch.zeros(len(rows), length, states[0].shape[-1], dtype=states[0].dtype)
         for row, state in enumerate(states):
-            assert state is not None
             padded[row, : len(state)] = state
         return padded
 
-    def _tokens(
-        self, indices: Sequence[int], token_budget: int
-    ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-        by_length: dict[int, list[int]] = {}
-        for index in indices:
-            by_length.setdefault(self._lengths[index], []).append(index)
-        for length, members in sorted(by_length.items()):
-            size = max(1, token_budget // length)
-            for start in range(0, len(members), size):
-                rows = members[start : start + size]
-                ids = torch.zeros(len(rows), length, dtype=torch.long)
-                mask = torch.zeros(len(rows), length, dtype=torch.bool)
-                for row, index in enumerate(rows):
-                    real = self.dataset.examples[index].input_ids
-                    ids[row, : len(real)] = torch.from_numpy(np.asarray(real, dtype=np.int64))
-                    mask[row, : len(real)] = True
-                yield rows, ids, mask
+    def _tokens(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask (rows, padded length) of records of one bucket."""
+        texts = [self.dataset.examples[index].input_ids for index in rows]
+        ids = torch.zeros(len(rows), padded_length(max(map(len, texts))), dtype=torch.long)
+        mask = torch.zeros(ids.shape, dtype=torch.bool)
+        for row, text in enumerate(texts):
+            ids[row, : len(text)] = torch.from_numpy(np.asarray(text, dtype=np.int64))
+            mask[row, : len(text)] = True
+        return ids, mask
+
+
+def _buckets(
+    indices: Sequence[int], lengths: Sequence[int], token_budget: int
+) -> Iterator[list[int]]:
+    """`indices` in groups of one padded length and at most `token_budget` positions."""
+    by_length: dict[int, list[int]] = {}
+    for index in indices:
+        by_length.setdefault(padded_length(lengths[index]), []).append(index)
+    for length, members in sorted(by_length.items()):
+        size = max(1, token_budget // length)
+        yield from (members[start : start + size] for start in range(0, len(members), size))

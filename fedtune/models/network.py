@@ -25,7 +25,7 @@ from fedtune.errors import ConfigError, ModelError
 from fedtune.models import lora as lora_module
 from fedtune.models.base import Base, find_base, load_backbone, load_tokenizer
 from fedtune.models.lora import Arrays
-from fedtune.models.split import cut
+from fedtune.models.split import Split, cut
 
 HEAD = "head.safetensors"
 
@@ -73,10 +73,10 @@ class Network:
         if self.head is not None:
             nn.init.zeros_(self.head.weight)  # public, and the same at every site
             nn.init.zeros_(self.head.bias)
-        self._parts: tuple[nn.Module, nn.Module] | None = None
+        self._split: Split | None = None
         if lora:
-            if lora.last_layers and base.kind == "causal":
-                self._parts = cut(self._backbone, lora.last_layers)
+            if base.kind == "causal":
+                self._split = cut(whole.model, lora)
             self.model = lora_module.attach(whole, lora, base.name)
         self.pooled = not lora  # a head alone: the record's one vector is all that training needs
         # States at the cut by token ids, shared by everyone who sees the same record; gone as soon
@@ -87,14 +87,19 @@ class Network:
     @property
     def cached(self) -> bool:
         """Whether states at the cut are worth keeping (something is frozen below it)."""
-        return self.pooled or self._parts is not None
+        return self.pooled or self._split is not None
+
+    @property
+    def positionwise(self) -> bool:
+        """Whether above the cut each position stands for itself."""
+        return self._split is not None and self._split.positionwise
 
     @property
     def trained(self) -> nn.Module:
         """The module that holds every trainable parameter, for the gradient engine to watch."""
         holder = nn.ModuleDict()
         if not self.pooled:
-            holder["backbone"] = self._parts[1] if self._parts else self._backbone
+            holder["backbone"] = self._split.tail if self._split else self._backbone
         if self.head is not None:
             holder["head"] = self.head
         return holder
@@ -106,8 +111,8 @@ class Network:
         """States at the cut, (B, L, H); (B, 1, H) fp32 where a head alone is trained."""
         if self.pooled:
             return self._pool(self._run(self._backbone, mask, input_ids=input_ids), mask)[:, None]
-        if self._parts:
-            return self._run(self._parts[0], mask, input_ids=input_ids)
+        if self._split:
+            return self._run(self._split.prefix, mask, input_ids=input_ids)
         embed: nn.Module = self.model.get_input_embeddings()
         states: torch.Tensor = embed(input_ids)
         return states
@@ -116,7 +121,7 @@ class Network:
         """Last hidden states from the states at the cut, adapters applied, (B, L, H)."""
         if self.pooled:
             return prefix
-        tail = self._parts[1] if self._parts else self._backbone
+        tail = self._split.tail if self._split else self._backbone
         return self._run(tail, mask, inputs_embeds=prefix)
 
     def logits(self, selected: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:

@@ -1,36 +1,97 @@
 """Cut a decoder into a frozen prefix and a tail, sharing every weight with the whole model.
 
 With adapters in the last k blocks only, the states at the cut are the same in every step: they are
-computed once per record, and each later step runs the tail alone."""
+computed once per record, and each later step runs the tail alone. With adapters in the last
+block's MLP only, the cut lies behind that block's attention: from there on every position stands
+for itself, so the tail runs at the positions that have a target and nowhere else."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from fedtune.config import LoraTable
 
-def cut(model: PreTrainedModel, last_layers: int) -> tuple[nn.Module, nn.Module] | None:
-    """(prefix, tail) of a decoder backbone: prefix(input_ids) -> states at the cut;
-    tail(inputs_embeds=states) -> the backbone's output. None where this architecture cannot be cut.
 
-    Guarantee: tail(prefix(x)) equals the whole backbone on a probe, or None is returned."""
+@dataclass(frozen=True)
+class Split:
+    """prefix(input_ids=…) and tail(inputs_embeds=states), each with `.last_hidden_state`.
+    positionwise: the tail treats each position by itself."""
+
+    prefix: nn.Module
+    tail: nn.Module
+    positionwise: bool
+
+
+def cut(model: PreTrainedModel, lora: LoraTable) -> Split | None:
+    """The deepest cut below all adapters of a decoder backbone, or None where there is none.
+
+    Guarantee: tail(prefix(x)) equals the whole backbone bit for bit on a probe, or the cut is not
+    used. Call before the adapter is attached."""
     layers = getattr(model, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not hasattr(model, "norm"):
+    if not lora.last_layers or not isinstance(layers, nn.ModuleList) or not hasattr(model, "norm"):
         return None
-    at = len(layers) - last_layers
+    candidates = []
+    if lora.last_layers == 1 and _in_mlp(layers[-1], lora.modules):
+        frozen = nn.ModuleList([*layers[:-1], _Attention(layers[-1])])
+        tail = _Mlp(layers[-1], model.norm)
+        candidates.append(Split(_with(model, layers=frozen, norm=nn.Identity()), tail, True))
+    at = len(layers) - lora.last_layers
     prefix = _with(model, layers=layers[:at], norm=nn.Identity())
-    tail = _with(model, layers=layers[at:])
+    candidates.append(Split(prefix, _with(model, layers=layers[at:]), False))
+    return next((split for split in candidates if _exact(model, split)), None)
+
+
+def _in_mlp(layer: Any, modules: tuple[str, ...]) -> bool:
+    """Whether every named module is part of the block's MLP, and the block has the usual parts."""
+    parts = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+    if not all(hasattr(layer, part) for part in parts):
+        return False
+    inside = {name.rsplit(".", 1)[-1] for name, _ in layer.mlp.named_modules()}
+    outside = {name.rsplit(".", 1)[-1] for name, _ in layer.self_attn.named_modules()}
+    return set(modules) <= inside - outside
+
+
+class _Attention(nn.Module):
+    """The first half of a pre-norm block."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.norm, self.attention = layer.input_layernorm, layer.self_attn
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        attended = self.attention(hidden_states=self.norm(hidden_states), **kwargs)[0]
+        return hidden_states + attended  # type: ignore[no-any-return]
+
+
+class _Mlp(nn.Module):
+    """The second half of a pre-norm block, and the model's last norm."""
+
+    def __init__(self, layer: Any, last: Any) -> None:
+        super().__init__()
+        self.norm, self.mlp, self.last = layer.post_attention_layernorm, layer.mlp, last
+
+    def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> SimpleNamespace:
+        out = inputs_embeds + self.mlp(self.norm(inputs_embeds))
+        return SimpleNamespace(last_hidden_state=self.last(out))
+
+
+@torch.no_grad()
+def _exact(model: PreTrainedModel, split: Split) -> bool:
     probe = torch.arange(1, 17).remainder(model.config.vocab_size).unsqueeze(0)
-    with torch.no_grad():
-        whole = model(input_ids=probe, use_cache=False).last_hidden_state
-        parts = tail(
-            inputs_embeds=prefix(input_ids=probe, use_cache=False).last_hidden_state,
-            use_cache=False,
-        ).last_hidden_state
-    return (prefix, tail) if torch.equal(whole, parts) else None
+    whole = model(input_ids=probe, use_cache=False).last_hidden_state
+    try:
+        states = split.prefix(input_ids=probe, use_cache=False).last_hidden_state
+        parts = split.tail(inputs_embeds=states, use_cache=False).last_hidden_state
+    except (TypeError, ValueError, AttributeError):  # a block of another make
+        return False
+    return torch.equal(whole, parts)
 
 
 def _with(model: nn.Module, **modules: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fedtune.config import LoraTable, Study
+from fedtune.dp.gradients import UnitGradientEngine
 from fedtune.errors import ConfigError, ModelError
 from fedtune.models import lora as lora_module
 from fedtune.models.base import find_base
@@ -19,6 +20,7 @@ from fedtune.models.network import Network, build
 from fedtune.models.public import public_factor
 from fedtune.models.split import cut
 from fedtune.models.start import start
+from fedtune.objectives import causal_lm
 from fedtune.training import check_trains
 from tests.dp.conftest import records, study
 
@@ -59,7 +61,43 @@ def test_cut_and_cached_equals_the_whole_model(tiny_base: Path, last_layers: int
 def test_an_architecture_that_cannot_be_cut_is_not(tiny_encoder: Path) -> None:
     from fedtune.models.base import load_backbone
 
-    assert cut(load_backbone(find_base(str(tiny_encoder)), torch.float32), 1) is None
+    table = LoraTable(modules=("query",), last_layers=1)
+    assert cut(load_backbone(find_base(str(tiny_encoder)), torch.float32), table) is None
+
+
+def test_adapters_in_the_last_mlp_need_the_target_positions_alone(tiny_base: Path) -> None:
+    """Cut behind the last attention: the same losses and gradients as the whole model's."""
+    deep = make(tiny_base, last_layers=1, modules=["gate_proj", "down_proj"])
+    flat = make(tiny_base, last_layers=None, modules=["gate_proj", "down_proj"])
+    assert deep.positionwise
+    assert not make(tiny_base, last_layers=1).positionwise  # q_proj lies in the attention
+    assert not make(tiny_base, last_layers=2, modules=["down_proj"]).positionwise
+    draw = np.random.default_rng(3)
+    for name, array in (values := flat.trainable()).items():
+        last = ".layers.3." in name
+        values[name] = draw.normal(size=array.shape).astype(np.float32) * last
+    flat.load_trainable(values)
+    flat.load_frozen({n: deep.frozen_factor().get(n, a) for n, a in flat.frozen_factor().items()})
+    deep.load_trainable({n: values[n] for n in deep.trainable()})
+    dataset = records([1, 2, 1, 3])
+    both = []
+    for network in (deep, flat):
+        data = Cached(network, dataset)
+        engine = UnitGradientEngine(data, causal_lm)
+        names = network.parameters()
+        rows = torch.cat(list(engine(range(4))))
+        pieces = torch.split(rows, [p.numel() for p in names.values()], dim=1)
+        found = dict(zip(names, pieces, strict=True))
+        with torch.no_grad():
+            order = {}
+            for batch in data.batches(range(7)):
+                losses = causal_lm.losses(network, batch)
+                order |= dict(zip(batch.index.tolist(), losses.tolist(), strict=True))
+        both.append((found, order))
+    (mine, my_losses), (theirs, their_losses) = both
+    assert my_losses == pytest.approx(their_losses, rel=1e-5)
+    for name in mine:
+        assert torch.allclose(mine[name], theirs[name], atol=1e-5 * float(theirs[name].abs().max()))
 
 
 def test_padding_changes_nothing(tiny_base: Path) -> None:
