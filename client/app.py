@@ -17,13 +17,18 @@ from fedtune.flower.arrays import from_record, to_record
 
 app = ClientApp()
 log = logging.getLogger("fedtune.client")
+trouble: dict[str, FedtuneError] = {}  # by site file, for this process alone; `simulate` shows it
 
 
 @app.query("prepare")
 def prepare(message: Message, context: Context) -> Message:
     """Plan in, admission out."""
-    said: dict[str, str | bool | int] = {"admitted": False, "reason": "", "status": "admitted"}
-    said |= {"name": "", "declared_size": 0}
+    said: dict[str, str | int] = {
+        "name": "",
+        "declared_size": 0,
+        "status": "admitted",
+        "reason": "",
+    }
 
     def attempt() -> None:
         site = site_of(context)
@@ -37,8 +42,8 @@ def prepare(message: Message, context: Context) -> Message:
         if not answer.admitted:
             said.update(status="refused", reason=answer.reason)
 
-    if trouble := guarded(attempt):
-        said["status"], said["reason"] = trouble
+    if failure := guarded(attempt, context):
+        said["status"], said["reason"] = failure
     said["admitted"] = said["status"] == "admitted"
     return Message(RecordDict({"admission": ConfigRecord(dict(said))}), reply_to=message)
 
@@ -58,17 +63,15 @@ def train(message: Message, context: Context) -> Message:
         made = site.train(str(order["digest"]), int(str(order["round"])), adapter)
         update, said["events"] = to_record(made.delta), json.dumps(made.events)
 
-    if trouble := guarded(attempt):
-        said["status"], said["reason"] = trouble
+    if failure := guarded(attempt, context):
+        said["status"], said["reason"] = failure
     reply = RecordDict({"update": update, "site": ConfigRecord(dict(said))})
     return Message(reply, reply_to=message)
 
 
-def guarded(attempt: Callable[[], None]) -> tuple[str, str] | None:
-    """Status and reason of what went wrong, if anything.
-
-    Guarantee: only a refusal's words leave the site (they name rules and public values). Of any
-    other exception the class alone does: its text may quote a record or a path."""
+def guarded(attempt: Callable[[], None], context: Context) -> tuple[str, str] | None:
+    """Status and reason of what went wrong, if anything. Guarantee: only a refusal's words leave
+    the site (rules and public values); of any other exception the class alone."""
     try:
         attempt()
     except Unprepared as error:
@@ -76,8 +79,10 @@ def guarded(attempt: Callable[[], None]) -> tuple[str, str] | None:
     except Refused as error:
         return "refused", str(error)
     except Exception as error:
-        own = f": {error}" if isinstance(error, FedtuneError) else ""
-        log.warning("%s%s", type(error).__name__, own)  # for the site's own eyes
+        if isinstance(error, FedtuneError):
+            trouble[str(context.node_config.get("site"))] = error
+        own = str(error) if isinstance(error, FedtuneError) else ""
+        log.warning("%s: %s", type(error).__name__, own)  # for the site's own eyes
         return "failed", type(error).__name__
     return None
 

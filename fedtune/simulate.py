@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedtune.config import Study, load_site, load_study
-from fedtune.errors import ConfigError
+from fedtune.errors import ConfigError, InfrastructureError, InputError
 from fedtune.sites import sites_in
 
 __all__ = ["check", "simulate", "sites_in"]
@@ -40,10 +40,21 @@ def simulate(
         return simulate_ray(
             study, sites, out, resume=resume, on_event=on_event, parts=Parts(pause=1.0)
         )
+    from client.app import trouble
     from fedtune.flower.grid import InProcessGrid
 
-    grid = InProcessGrid([path.resolve() for path in sites])
-    return rounds.run(grid, study, out, resume=resume, on_event=on_event, parts=at_once)
+    files = [path.resolve() for path in sites]
+    trouble.clear()
+    try:
+        return rounds.run(
+            InProcessGrid(files), study, out, resume=resume, on_event=on_event, parts=at_once
+        )
+    except InfrastructureError:
+        # Here the sites are the user's own: say what is wrong with their files.
+        own = [error for path in files if (error := trouble.get(str(path)))]
+        if own and all(isinstance(error, InputError) for error in own):
+            raise own[0] from None
+        raise
 
 
 def check(study: Study, sites: Sequence[Path]) -> None:

@@ -12,6 +12,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,16 @@ def run(
     strategy = strategies.build(study)
     progress = store.open_folder(out, study, resume=resume)
     fresh = progress is None
-    if progress is None:
-        started = parts.start(study)
-        progress = Progress(study.digest, started.study, started.adapter, started.frozen)
-    strategy.load_state(progress.strategy)
-    return _Run(grid, out, parts, on_event, strategy, progress).go(fresh)
+    try:
+        if progress is None:
+            started = parts.start(study)
+            progress = Progress(study.digest, started.study, started.adapter, started.frozen)
+        strategy.load_state(progress.strategy)
+        return _Run(grid, out, parts, on_event, strategy, progress).go(fresh)
+    except BaseException:
+        with suppress(OSError):
+            out.rmdir()  # a run that never began leaves nothing; a folder in use is not removed
+        raise
 
 
 class _Run:
@@ -84,10 +90,10 @@ class _Run:
     def go(self, fresh: bool) -> dict[str, Any]:
         done = self.progress.round
         self._event("start", study=self.study.study.name, plan_digest=self.study.digest, done=done)
-        plan = self.study.model_dump_json(indent=2) + "\n"
-        store.replace(self.out / "plan.json", plan.encode())
         if done < self.rounds:
             self._admit()
+        plan = self.study.model_dump_json(indent=2) + "\n"
+        store.replace(self.out / "plan.json", plan.encode())
         if fresh:
             if self.evaluator:
                 self.progress.before = self.evaluator.measure(None)

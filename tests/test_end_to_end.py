@@ -22,6 +22,7 @@ from dp_accounting.pld import PLDAccountant
 from safetensors.numpy import load_file
 
 from fedtune.demo import write
+from fedtune.errors import InputError
 from fedtune.flower.certs import make_consortium
 from fedtune.simulate import simulate
 from fedtune.sites import sites_in
@@ -245,3 +246,49 @@ def same_logits_by_plain_peft(run: Path) -> None:
     assert math.isfinite(scale)
     # bf16 carries 8 bits: the same sums in another order differ in the last of them.
     assert float((ours - theirs[0]).abs().max()) <= scale * 2**-6
+
+
+# --------------------------------------------------------------------------------- bad input
+
+
+def spoil(folder: Path, how: str) -> None:
+    north, study = folder / "north.jsonl", folder / "study.toml"
+    good = north.read_text().splitlines()
+    row = {"who": "p", "q": "SECRET-WORD", "a": "y"}
+    if how == "digest":
+        text = study.read_text()
+        study.write_text(text.replace("[base]", f'[base]\ndigest = "sha256:{"0" * 64}"'))
+        return
+    lines = {
+        "empty": [],
+        "column": ['{"other": "SECRET-WORD"}'] * 3,
+        "one": good[:1],
+        "long": [json.dumps(row | {"q": "SECRET-WORD " * 10_000})] * 3,
+        "nul": [json.dumps(row | {"q": "SECRET-WORD\0"})] * 3,
+    }[how]
+    north.write_text("".join(line + "\n" for line in lines))
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("empty", "no records"),
+        ("column", r"data\.columns"),
+        ("one", "one patient's"),
+        ("long", "too long"),
+        ("nul", "NUL"),
+        ("digest", "digest"),
+    ],
+)
+def test_bad_input_is_a_named_error_and_leaves_nothing(
+    tmp_path: Path, tiny_base: Path, how: str, says: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    study = lay_out(tmp_path, tiny_base, PRIVATE)
+    spoil(tmp_path, how)
+    with pytest.raises(InputError, match=says) as caught:
+        simulate(study, sites_in(tmp_path), tmp_path / "run")
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "run").exists()
+    assert not any(tmp_path.glob("state-*"))
+    shown = "".join(capfd.readouterr()) + str(caught.value)
+    assert "SECRET-WORD" not in shown
