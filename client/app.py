@@ -14,6 +14,7 @@ from client.site import SiteWorker, Unprepared, worker
 from fedtune.config import study_from_json
 from fedtune.errors import ConfigError, FedtuneError, Refused
 from fedtune.flower.arrays import from_record, to_record
+from fedtune.sites import sites_in
 
 app = ClientApp()
 log = logging.getLogger("fedtune.client")
@@ -23,12 +24,8 @@ trouble: dict[str, FedtuneError] = {}  # by site file, for this process alone; `
 @app.query("prepare")
 def prepare(message: Message, context: Context) -> Message:
     """Plan in, admission out."""
-    said: dict[str, str | int] = {
-        "name": "",
-        "declared_size": 0,
-        "status": "admitted",
-        "reason": "",
-    }
+    said: dict[str, str | int] = {"name": "", "declared_size": 0, "status": "admitted"}
+    said["reason"] = ""
 
     def attempt() -> None:
         site = site_of(context)
@@ -65,8 +62,8 @@ def train(message: Message, context: Context) -> Message:
 
     if failure := guarded(attempt, context):
         said["status"], said["reason"] = failure
-    reply = RecordDict({"update": update, "site": ConfigRecord(dict(said))})
-    return Message(reply, reply_to=message)
+    site = ConfigRecord(dict(said))
+    return Message(RecordDict({"update": update, "site": site}), reply_to=message)
 
 
 def guarded(attempt: Callable[[], None], context: Context) -> tuple[str, str] | None:
@@ -95,8 +92,6 @@ def site_of(context: Context) -> SiteWorker:
         folder, number = context.run_config.get("sites"), context.node_config.get("partition-id")
         if folder is None or number is None:
             raise ConfigError("this node does not know its site file", 'node_config["site"]')
-        from fedtune.sites import sites_in
-
         found = sites_in(Path(str(folder)))
         if not 0 <= int(number) < len(found):
             raise ConfigError(f"{folder}: no site file for partition {number}")
