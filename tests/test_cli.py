@@ -287,3 +287,12 @@ def test_events_from_sites_are_shown_as_plain_text(
     shown = text()
     assert "a[b]: refused: no [/red] more" in shown
     assert "1.235" in shown and "1.5 MB" in shown and "nan" in shown
+
+
+def test_the_version_is_one() -> None:
+    import tomllib
+
+    import fedtune
+
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert project["version"] == fedtune.__version__
