@@ -74,7 +74,7 @@ def _claim(body: dict[str, Any]) -> str:
         f"(neighbouring data sets: {cell(p.get('relation'))}).**\n\n"
         "## What it means\n\n"
         f"Somebody holds the updates that left the sites, the adapter, or text that it wrote, and "
-        f"asks whether {protects(unit)} were used. Even an attacker who knows every other record "
+        f"asks whether {protects(unit)} took part. Even an attacker who knows every other record "
         f"and the plan, and would otherwise toss a coin, is right **at most {guess}** of the time "
         "(50 % is no knowledge, 100 % is certainty). This is a proven upper bound for the worst "
         "case, not the result of an attack that was tried. As a level of protection, ε = "
