@@ -1,0 +1,109 @@
+"""A local round: every choice of the plan learns without noise, and only the noised sum counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fedtune.config import Study
+from fedtune.dp.plain import plain_plan
+from fedtune.dp.steplog import StepLog
+from fedtune.models.cache import Cached
+from fedtune.models.network import Network, build
+from fedtune.objectives import find
+from fedtune.training import local_round
+from tests.dp.conftest import records, study
+
+TRAINING = {"rounds": 1, "local_steps": 12, "sampling_rate": 1.0, "learning_rate": 0.5}
+FAST = TRAINING | {"learning_rate": 20.0}  # the tiny random model has tiny gradients
+
+
+def made(base: Path, **changes: object) -> Study:
+    body: dict[str, object] = {
+        "base": {"model": str(base), "dtype": "float32"},
+        "lora": {"rank": 4, "alpha": 8.0, "modules": ["q_proj", "down_proj"]},
+        "training": TRAINING,
+        "privacy": "off",
+        "clipping": None,
+    }
+    return study(**(body | changes))
+
+
+def loss(network: Network, data: Cached, plan: Study) -> float:
+    objective = find(plan.objective.name)
+    with torch.no_grad():
+        each = [
+            objective.losses(network, b) for b in data.batches(range(len(data.dataset.examples)))
+        ]
+    return float(torch.cat(each).mean())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training": FAST},
+        {"training": TRAINING | {"optimizer": "adamw", "learning_rate": 0.01}},
+        {"training": FAST | {"proximal_mu": 0.01}},
+        {
+            "lora": {"rank": 4, "alpha": 8.0, "modules": ["q_proj", "down_proj"], "train": "AB"},
+            "training": FAST,
+        },
+        {
+            "lora": {"rank": 4, "alpha": 8.0, "modules": ["down_proj"], "last_layers": 1},
+            "training": FAST,
+        },
+        {"clipping": {"mode": "normalised"}, "training": FAST},
+    ],
+    ids=["sgd", "adamw", "fedprox", "A and B", "last MLP", "normalised"],
+)
+def test_a_round_lowers_the_loss_of_its_own_records(
+    tiny_base: Path, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    plan = made(tiny_base, **changes)
+    network = build(plan)
+    start = network.initial(network.draw_factor(0))
+    data = Cached(network, records([1] * 8))
+    network.load_trainable(start)
+    before = loss(network, data, plan)
+    delta = local_round(plan, data, plain_plan(plan, 8), StepLog(tmp_path / "log"), 1, start)
+    assert loss(network, data, plan) == pytest.approx(before)  # the adapter is put back
+    network.load_trainable({n: start[n] + delta[n] for n in start})
+    assert loss(network, data, plan) < before - 1e-3
+
+
+def test_the_proximal_term_holds_the_update_back(tiny_base: Path, tmp_path: Path) -> None:
+    """FedProx (Li et al. 2020): the larger μ, the shorter the way from the round's start."""
+    lengths = []
+    for mu in (0.0, 1.5):
+        plan = made(tiny_base, training=TRAINING | {"proximal_mu": mu})
+        network = build(plan)
+        start = network.initial(network.draw_factor(0))
+        data = Cached(network, records([1] * 8))
+        delta = local_round(plan, data, plain_plan(plan, 8), StepLog(tmp_path / "log"), 1, start)
+        lengths.append(sum(float(np.square(d).sum()) for d in delta.values()))
+    assert lengths[1] < 0.8 * lengths[0]
+
+
+def test_a_head_alone_learns_to_classify(tiny_encoder: Path, tmp_path: Path) -> None:
+    plan = made(
+        tiny_encoder,
+        lora=None,
+        objective={"name": "classify", "labels": ["x", "y"], "max_length": 64},
+        training=TRAINING | {"learning_rate": 0.05},
+    )
+    network = build(plan)
+    dataset = records([1] * 8)
+    dataset.examples[:] = [
+        type(e)(e.input_ids, np.full_like(e.target_ids, -100), e.unit % 2, e.unit)
+        for e in dataset.examples
+    ]
+    data, start = Cached(network, dataset), network.initial({})
+    network.load_trainable(start)
+    before = loss(network, data, plan)
+    delta = local_round(plan, data, plain_plan(plan, 8), StepLog(tmp_path / "log"), 1, start)
+    network.load_trainable({n: start[n] + delta[n] for n in start})
+    assert before == pytest.approx(float(np.log(2)))
+    assert loss(network, data, plan) < before - 1e-2
