@@ -77,9 +77,31 @@ def test_mts_dialog_splits_every_record_once_and_the_same_seed_writes_the_same(
     mts_dialog.write(data("mts_dialog"), tmp_path / "c", seed=4)
     files = [load_site(path).data.path for path in sites]
     files += [tmp_path / "a" / "validation.jsonl", tmp_path / "a" / "test.jsonl"]
-    assert sum(len(read_jsonl(file)) for file in files) == len(read_jsonl(data("mts_dialog")))
-    same, other = (tmp_path / x / "test.jsonl" for x in "bc")
-    assert files[-1].read_bytes() == same.read_bytes() != other.read_bytes()
+    every = [row["dialogue"] for file in files for row in read_jsonl(file)]
+    assert set(every) == {row["dialogue"] for row in read_jsonl(data("mts_dialog"))}
+    same, other = (tmp_path / x / "validation.jsonl" for x in "bc")
+    assert files[-2].read_bytes() == same.read_bytes() != other.read_bytes()
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["quad", "mts"])
+def test_the_test_set_is_the_same_for_every_seed_and_in_nobodys_training(
+    tmp_path: Path, name: str
+) -> None:
+    tests, others = [], []
+    for seed in (0, 1):
+        out = tmp_path / str(seed)
+        if name == "quad":
+            medquad.write(first_documents(tmp_path), data("pubmedqa"), out, seed)
+        else:
+            mts_dialog.write(data("mts_dialog"), out, seed)
+        key = "document" if name == "quad" else "dialogue"
+        tests.append(sorted(row[key] for row in read_jsonl(out / "test.jsonl")))
+        files = [*out.glob("sites/*/train.jsonl"), out / "validation.jsonl"]
+        others.append({row[key] for file in files for row in read_jsonl(file)})
+    assert tests[0] == tests[1]
+    assert not set(tests[0]) & (others[0] | others[1])
+    assert others[0] == others[1]
 
 
 @pytest.mark.real
