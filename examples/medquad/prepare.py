@@ -96,8 +96,7 @@ ARMS: dict[str, Table] = {
 TUNING: dict[str, list[Table]] = {
     arm: [{"training": {"learning_rate": rate}} for rate in rates]
     for arm, rates in {
-        "non-private": (16.0, 32.0),
-        "epsilon-8": (16.0, 32.0),
+        "epsilon-8": (16.0, 32.0, 64.0),
         "epsilon-3": (6.0, 12.0, 24.0),
         "epsilon-1": (2.0, 4.0, 8.0),
         "local": (2.0, 4.0, 8.0),

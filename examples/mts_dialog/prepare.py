@@ -90,7 +90,6 @@ ARMS: dict[str, Table] = {
 TUNING: dict[str, list[Table]] = {
     arm: [{"training": {"learning_rate": rate}} for rate in rates]
     for arm, rates in {
-        "non-private": (0.4, 0.8, 1.6),
         "epsilon-8": (0.4, 0.8, 1.6),
         "epsilon-3": (0.2, 0.4, 0.8),
         "epsilon-1": (0.1, 0.15, 0.2),
