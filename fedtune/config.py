@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedtune.errors import ConfigError
+from fedtune.models.known import KNOWN
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -29,6 +30,13 @@ class Table(BaseModel):
     """A TOML table: frozen, strict, and closed to unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+BASES = tuple(wheel.digest for wheel in KNOWN.values())
+MODULES = (
+    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    *("query", "key", "value", "dense"),
+)
 
 
 class Columns(Table):
@@ -124,6 +132,10 @@ class PrivacyTable(Table):
     noise_multiplier: Positive | None = None  # σ, in multiples of C
     unit: Literal["record", "patient"] = "record"
     max_records_per_unit: Count = 16  # a patient's others are left out, always the same
+    # What is drawn at rate q where the unit is the patient (Charles et al. 2024): whole patients,
+    # their records' gradients averaged and clipped once; or records, each clipped, of which up to
+    # max_records_per_unit are one patient's (a mixture-of-Gaussians event).
+    sampling: Literal["unit", "record"] = "unit"
 
 
 class StrategyTable(Table):
@@ -173,6 +185,12 @@ class Study(Table):
         return None if isinstance(self.privacy, str) else self.privacy.max_records_per_unit
 
     @property
+    def records_per_draw(self) -> int:
+        """k: how many drawn rows of one step may be one unit's, each clipped on its own."""
+        drawn = isinstance(self.privacy, PrivacyTable) and self.privacy.sampling == "record"
+        return (self.max_records_per_unit or 1) if drawn else 1
+
+    @property
     def digest(self) -> str:
         """sha256 of the canonical JSON of what a site is asked to run: paths on the coordinator's
         machine are left out, everything else is bound."""
@@ -203,6 +221,11 @@ class Study(Table):
                 )
             if self.clipping is None:
                 raise ValueError("clipping: a private study needs a [clipping] table")
+            if p.sampling == "record" and (p.unit != "patient" or t.expected_batch is not None):
+                raise ValueError(
+                    'privacy.sampling = "record" needs privacy.unit = "patient" and '
+                    "training.sampling_rate"
+                )
             if self.clipping.unit is not None:
                 raise ValueError("clipping.unit: a private study names its unit in privacy.unit")
         return self
@@ -218,14 +241,34 @@ class SiteTable(Table):
     base: str | None = None  # where this site has the base, if elsewhere; its digest must match
 
 
+class SiteData(DataFile):
+    """The site's records, as one dataset with one privacy budget."""
+
+    name: Name = "records"  # the budget's name; a dataset that grows keeps it
+    disjoint_from: tuple[Name, ...] = ()  # datasets of this site that share no patient with it
+    cohort: Name = "first"  # of arrival: change it when new patients are added
+
+
 class PolicyTable(Table):
     """What this site admits. Deny by default: what is not allowed here is refused."""
 
-    max_epsilon: Positive = 8.0  # over everything that this site's step log holds, plus the study
-    max_delta: Positive = 1e-3
+    max_epsilon: Positive = 8.0  # in total, at max_delta: everything ever released, plus the study
+    max_epsilon_per_study: Positive = 8.0  # at the study's own δ
+    max_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-3
     allow_privacy_off: bool = False
+    admission: Literal["standing", "signed"] = "standing"  # signed: `fedtune review --sign` first
+    min_noise_multiplier: NotNegative = 0.3  # σ
+    min_units: Count = 10  # of site.declared_size
+    max_grad_norm: Positive = 10.0  # C
+    max_sampling_rate: Fraction = 1.0  # q
+    max_steps: Count = 10_000  # of one study
+    max_rank: Count = 64
+    modules: tuple[str, ...] = MODULES  # that an adapter may sit on
     objectives: tuple[str, ...] = ("causal_lm", "classify")
-    bases: tuple[Digest, ...] = ()  # allowed base digests; empty: any base that verifies
+    strategies: tuple[str, ...] = ("fedavg", "fedadam", "fedprox", "trimmed_mean")
+    bases: tuple[Digest, ...] | Literal["any"] = BASES  # "any": whatever verifies
+    coordinators: tuple[str, ...] = ()  # public signing keys; empty: whoever TLS lets through
+    release: tuple[Literal["evaluation"], ...] = ()  # besides noised updates
 
 
 class CoordinatorTable(Table):
@@ -238,9 +281,18 @@ class Site(Table):
     """One site's own file. Guarantee: never serialised, never sent."""
 
     site: SiteTable
-    data: DataFile
+    data: SiteData
     policy: PolicyTable = PolicyTable()
     coordinator: CoordinatorTable | None = None
+
+    @model_validator(mode="after")
+    def possible(self) -> Site:
+        if self.policy.max_delta >= 1 / self.site.declared_size:
+            raise ValueError(
+                f"policy.max_delta = {self.policy.max_delta} must be below 1 / site.declared_size: "
+                "a larger one lets a whole record out"
+            )
+        return self
 
 
 # ---------------------------------------------------------------------------------------- reading

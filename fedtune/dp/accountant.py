@@ -16,11 +16,15 @@ ACCOUNTANT = f"PLD (dp-accounting {version('dp-accounting')})"
 
 
 class Steps(NamedTuple):
-    """`steps` noised steps with one noise multiplier σ (in multiples of C) and sampling rate q."""
+    """`steps` noised steps with one noise multiplier σ (in multiples of C) and sampling rate q.
+
+    records: k, the most rows of one unit in a step, each drawn with q and clipped to C on its own;
+    1 where units are drawn."""
 
     noise_multiplier: float
     sampling_rate: float
     steps: int
+    records: int = 1
 
 
 def epsilon(events: Iterable[Steps], delta: float) -> float:

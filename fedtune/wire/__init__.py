@@ -1,0 +1,1 @@
+"""What crosses the wire is signed: keys, canonical bytes, seals and receipts."""

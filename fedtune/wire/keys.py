@@ -1,0 +1,86 @@
+"""A site's or a coordinator's signing key (Ed25519), and canonical bytes to sign."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from fedtune.errors import InfrastructureError
+
+
+class SigningKey:
+    """An Ed25519 key. Guarantee: the private half is in one 0600 file and in this object alone;
+    repr shows the public half."""
+
+    def __init__(self, private: Ed25519PrivateKey | None = None) -> None:
+        self._private = private or Ed25519PrivateKey.generate()
+        self.public = self._private.public_key().public_bytes_raw().hex()
+
+    def __repr__(self) -> str:
+        return f"SigningKey(public={self.public!r})"
+
+    @classmethod
+    def at(cls, path: Path) -> SigningKey:
+        """The key in `path` (32 raw bytes); made, for this user alone, where there is none.
+
+        Errors: InfrastructureError where the file cannot be read or written, is not a key, or can
+        be read by others."""
+        try:
+            if not path.exists():
+                return cls._made(path)
+            if path.stat().st_mode & 0o077:
+                raise InfrastructureError(
+                    f"{path}: other users can read this private key",
+                    todo="treat it as lost, or chmod 600 if nobody else was on this machine",
+                )
+            return cls(Ed25519PrivateKey.from_private_bytes(path.read_bytes()))
+        except (OSError, ValueError) as error:
+            raise InfrastructureError(
+                f"{path}: cannot be used as a signing key ({type(error).__name__})"
+            ) from None
+
+    @classmethod
+    def _made(cls, path: Path) -> SigningKey:
+        key = cls()
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        draft = path.with_name(f"{path.name}.{os.getpid()}.new")
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            os.write(descriptor, key._private.private_bytes_raw())
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        try:
+            os.link(draft, path)  # fails where another process was first: its key then counts
+        except FileExistsError:
+            return cls.at(path)
+        finally:
+            draft.unlink()
+        return key
+
+    def sign(self, body: bytes) -> str:
+        """Hexadecimal signature of `body`."""
+        return self._private.sign(body).hex()
+
+
+def verifies(public: str, body: bytes, signature: str) -> bool:
+    """Whether `signature` (hex) over `body` is by the key `public` (hex); malformed: False."""
+    try:
+        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))
+        key.verify(bytes.fromhex(signature), body)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+def canonical(body: dict[str, Any]) -> bytes:
+    """The one byte string of a JSON object: sorted keys, no spaces, UTF-8, finite numbers."""
+    text = json.dumps(
+        body, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
+    return text.encode()
