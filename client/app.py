@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from client.find import site_file
 from client.site import SiteWorker, Unprepared, worker
 from fedtune.config import study_from_json
 from fedtune.errors import ConfigError, FedtuneError, Refused
-from fedtune.flower.arrays import from_record, to_record
-from fedtune.sites import sites_in
+from fedtune.flower.arrays import bodies, from_record, to_record
+from fedtune.wire.seal import body_digest, check_order, check_plan
 
 app = ClientApp()
 log = logging.getLogger("fedtune.client")
@@ -24,17 +24,19 @@ trouble: dict[str, FedtuneError] = {}  # by site file, for this process alone; `
 @app.query("prepare")
 def prepare(message: Message, context: Context) -> Message:
     """Plan in, admission out."""
-    said: dict[str, str | int] = {"name": "", "declared_size": 0, "status": "admitted"}
+    said: dict[str, str | int] = {"name": "", "key": "", "declared_size": 0, "status": "admitted"}
     said["reason"] = ""
 
     def attempt() -> None:
         site = site_of(context)
-        said["name"] = site.site.site.name
+        said["name"], said["key"] = site.site.site.name, site.key.public
         plan = message.content.config_records["plan"]
         study = study_from_json(str(plan["study"]))
         if study.digest != plan["digest"]:
             raise ConfigError("the plan received is not the one it claims to be")
-        answer = site.prepare(study, from_record(message.content.array_records["frozen"]))
+        coordinator = check_plan(plan, study.digest)
+        frozen = from_record(message.content.array_records["frozen"])
+        answer = site.prepare(study, frozen, coordinator)
         said.update(name=answer.name, declared_size=answer.declared_size)
         if not answer.admitted:
             said.update(status="refused", reason=answer.reason)
@@ -47,18 +49,24 @@ def prepare(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Adapter in, update out."""
+    """Order and adapter in, sealed update out."""
     said = {"name": "", "status": "trained", "reason": "", "events": "[]"}
+    said |= {"header": "", "signature": ""}
     update = ArrayRecord()
 
     def attempt() -> None:
         nonlocal update
         site = site_of(context)
         said["name"] = site.site.site.name
-        order = message.content.config_records["round"]
+        order = message.content.config_records["order"]
+        digest, number = str(order["plan"]), int(str(order["round"]))
+        check_order(order, site.coordinator_of(digest))
         adapter = from_record(message.content.array_records["adapter"])
-        made = site.train(str(order["digest"]), int(str(order["round"])), adapter)
-        update, said["events"] = to_record(made.delta), json.dumps(made.events)
+        made = site.train(digest, number, adapter, str(order["receipt"]))
+        record = to_record(made.delta)
+        sealed = site.sealed(digest, number, str(order["nonce"]), body_digest(bodies(record)))
+        said.update(sealed, events=json.dumps(made.events))
+        update = record
 
     if failure := guarded(attempt, context):
         said["status"], said["reason"] = failure
@@ -85,15 +93,5 @@ def guarded(attempt: Callable[[], None], context: Context) -> tuple[str, str] | 
 
 
 def site_of(context: Context) -> SiteWorker:
-    """The worker of this node's site file: node_config["site"], else (in Flower's simulation) the
-    n-th site file of the folder run_config["sites"], n being the partition. Errors: ConfigError."""
-    path = context.node_config.get("site")
-    if path is None:
-        folder, number = context.run_config.get("sites"), context.node_config.get("partition-id")
-        if folder is None or number is None:
-            raise ConfigError("this node does not know its site file", 'node_config["site"]')
-        found = sites_in(Path(str(folder)))
-        if not 0 <= int(number) < len(found):
-            raise ConfigError(f"{folder}: no site file for partition {number}")
-        path = str(found[int(number)])
-    return worker(str(path))
+    """The worker of this node's site file. Errors: ConfigError."""
+    return worker(site_file(context))

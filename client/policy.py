@@ -4,57 +4,123 @@ A refusal names the rule and public values only, so the coordinator may see it."
 
 from __future__ import annotations
 
-from fedtune.config import Site, Study
+from collections.abc import Iterator, Sequence
+
+from fedtune.config import PolicyTable, Site, Study
 from fedtune.dp import accountant
+from fedtune.dp.ceiling import Total, total_epsilon
+from fedtune.dp.ledger import Charge
 from fedtune.dp.plan import DpPlan
-from fedtune.dp.steplog import StepLog, events
 from fedtune.errors import BudgetExceeded, PolicyRefused
 
 
-def admit(study: Study, site: Site, plan: DpPlan | None, log: StepLog) -> None:
-    """Return if the site admits the plan, else raise. `plan` is None where privacy = "off".
+def admit(study: Study, site: Site, plan: DpPlan | None, coordinator: str = "") -> None:
+    """Return if the site's rules admit the plan, else raise. `plan` is None where privacy = "off".
 
-    Errors: PolicyRefused naming the rule; BudgetExceeded."""
-    policy, objective = site.policy, study.objective.name
-    if objective not in policy.objectives:
-        raise PolicyRefused(f"policy.objectives does not list {objective!r}")
-    if policy.bases and study.base.digest not in policy.bases:
-        raise PolicyRefused("policy.bases does not list this base's digest")
-    if study.lora and study.lora.a_digest is None:
-        raise PolicyRefused("the plan does not pin lora.a_digest")
+    Errors: PolicyRefused naming the first rule that says no."""
+    for refusal in refusals(study, site, plan, coordinator):
+        raise refusal
+
+
+def refusals(
+    study: Study, site: Site, plan: DpPlan | None, coordinator: str = ""
+) -> Iterator[PolicyRefused]:
+    """Every rule that the plan breaks. Nothing of the data is looked at."""
+    policy = site.policy
+    listed: list[tuple[str, str, Sequence[str]]] = [
+        ("objectives", study.objective.name, policy.objectives),
+        ("strategies", study.strategy.name, policy.strategies),
+    ]
+    if policy.bases != "any":
+        listed.append(("bases", study.base.digest or "a base without digest", policy.bases))
+    if policy.coordinators:
+        listed.append(("coordinators", coordinator or "no coordinator", policy.coordinators))
+    if study.lora:
+        listed += [("modules", module, policy.modules) for module in study.lora.modules]
+    for rule, value, allowed in listed:
+        if value not in allowed:
+            yield PolicyRefused(f"policy.{rule} does not list {value!r}")
+    if study.lora:
+        yield from _at_most("lora.rank", study.lora.rank, "max_rank", policy)
+        if study.lora.a_digest is None:
+            yield PolicyRefused("the plan does not pin lora.a_digest")
+    yield from _about_privacy(study, site, plan)
+
+
+def _about_privacy(study: Study, site: Site, plan: DpPlan | None) -> Iterator[PolicyRefused]:
+    policy, size = site.policy, site.site.declared_size
     if site.data.columns.patient and study.unit == "record":
-        raise PolicyRefused(
+        yield PolicyRefused(
             "this site names a patient column and the study protects single records",
             'privacy.unit = "patient"',
             "a patient with several records would get a far weaker guarantee than the ε says",
         )
     if plan is None:
         if not policy.allow_privacy_off:
-            raise PolicyRefused(
+            yield PolicyRefused(
                 'privacy = "off" is not allowed here', "policy.allow_privacy_off = true at the site"
             )
         return
-    if plan.delta > policy.max_delta:
-        raise PolicyRefused(f"delta {plan.delta} is above policy.max_delta {policy.max_delta}")
-    if plan.delta >= 1 / site.site.declared_size:
-        raise PolicyRefused(
-            f"delta {plan.delta} is not below 1 / site.declared_size ({site.site.declared_size})"
+    if plan.noise_multiplier < policy.min_noise_multiplier:
+        yield PolicyRefused(
+            f"noise_multiplier {plan.noise_multiplier} is below policy.min_noise_multiplier "
+            f"{policy.min_noise_multiplier}"
         )
-    _within_budget(study, site, plan, log)
+    if size < policy.min_units:
+        yield PolicyRefused(
+            f"site.declared_size {size} is below policy.min_units {policy.min_units}"
+        )
+    yield from _at_most("max_grad_norm", plan.max_grad_norm, "max_grad_norm", policy)
+    yield from _at_most("sampling_rate", plan.sampling_rate, "max_sampling_rate", policy)
+    yield from _at_most("steps", plan.steps, "max_steps", policy)
+    yield from _at_most("delta", plan.delta, "max_delta", policy)
+    if plan.delta >= 1 / size:
+        yield PolicyRefused(f"delta {plan.delta} is not below 1 / site.declared_size ({size})")
 
 
-def _within_budget(study: Study, site: Site, plan: DpPlan, log: StepLog) -> None:
-    """ε of everything this site's step log holds, of any study, plus what the plan has yet to run
-    (at least one round: a round asked for again is paid for again) is at most policy.max_epsilon.
+def _at_most(name: str, value: float, rule: str, policy: PolicyTable) -> Iterator[PolicyRefused]:
+    if value > (most := getattr(policy, rule)):
+        yield PolicyRefused(f"{name} {value:g} is above policy.{rule} {most:g}")
 
+
+def within_budget(site: Site, plan: DpPlan | None, charges: Sequence[Charge]) -> None:
+    """What `charges` hold against the dataset, plus what the plan has yet to run (at least one
+    round: a round trained again is paid for again), stays under both ceilings of the policy.
+
+    Where privacy is off there is no ceiling left to hold: the policy allowed it.
     Errors: BudgetExceeded."""
-    ran = log.steps()
-    mine = sum(step.study == study.digest for step in ran)
-    ahead = plan.events(max(plan.steps - mine, plan.local_steps))
-    total = accountant.epsilon(events(ran) + ahead, plan.delta)
-    if total > site.policy.max_epsilon:
+    if plan is None:
+        return
+    policy = site.policy
+    mine = [charge.event for charge in charges if charge.study == plan.study]
+    ahead = plan.events(max(plan.steps - sum(e.steps for e in mine), plan.local_steps))
+    alone = accountant.epsilon([*mine, *ahead], plan.delta)
+    if alone > policy.max_epsilon_per_study:
         raise BudgetExceeded(
-            f"the plan would bring this site's total to ε = {total:.2f}",
-            f"at most policy.max_epsilon = {site.policy.max_epsilon}",
+            "the study would go past policy.max_epsilon_per_study",
+            f"at most ε = {policy.max_epsilon_per_study} at this site",
             "lower epsilon or rounds, or ask the site to raise its ceiling",
         )
+    total = total_of(site, plan, charges, ahead[0].steps)
+    if total.epsilon > policy.max_epsilon:
+        raise BudgetExceeded(
+            "the study would take this dataset past policy.max_epsilon, other studies included",
+            f"at most ε = {policy.max_epsilon} in total",
+            "`fedtune ledger` at the site shows what was spent; lower epsilon or rounds",
+        )
+
+
+def total_of(site: Site, plan: DpPlan, charges: Sequence[Charge], ahead: int) -> Total:
+    """The dataset's total with `ahead` more steps of `plan`, at 2 · policy.max_delta."""
+    events = [charge.event for charge in charges] + (plan.events(ahead) if ahead else [])
+    return total_epsilon(events, order_of(site, plan, charges), site.policy.max_delta)
+
+
+def order_of(site: Site, plan: DpPlan, charges: Sequence[Charge]) -> float:
+    """The filter's order: that of the dataset's first charge, fixed before any result was seen;
+    for a dataset without charges, the one that leaves most room for this plan."""
+    from fedtune.dp.filter import best_order
+
+    if charges:
+        return charges[0].order
+    return best_order(plan.events(plan.steps), site.policy.max_epsilon, site.policy.max_delta)

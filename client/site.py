@@ -1,23 +1,39 @@
-"""A site's worker: plan -> policy -> data -> noised steps -> update. Nothing else leaves."""
+"""A site's worker: plan -> policy -> data -> reserve -> noised steps -> release -> seal."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any, Literal
 
-from client.policy import admit
+from safetensors.numpy import load, save
+
+from client.policy import admit, order_of, within_budget
+from client.review import pending
 from fedtune.config import Site, Study, load_site
-from fedtune.data.tokens import load_dataset
+from fedtune.data.records import read_records, unit_member
+from fedtune.data.tokens import Dataset, check_shape, load_dataset
+from fedtune.dp import selftest
+from fedtune.dp.ledger import Charge, Ledger
 from fedtune.dp.plain import PlainPlan, plain_plan
 from fedtune.dp.plan import DpPlan, plan_for_site
 from fedtune.dp.steplog import Step, StepLog
-from fedtune.errors import PolicyRefused, Refused
+from fedtune.errors import DataError, PolicyRefused, Refused
+from fedtune.models.base import find_base, load_tokenizer
 from fedtune.models.cache import Cached
 from fedtune.models.lora import Arrays
+from fedtune.models.lora import digest as arrays_digest
 from fedtune.models.network import Network, build
 from fedtune.training import check_trains, local_round
+from fedtune.wire.keys import SigningKey
+from fedtune.wire.seal import Header, seal
+
+log = logging.getLogger("fedtune.site")
 
 
 class Unprepared(Refused):
@@ -49,6 +65,29 @@ class _Prepared:
     data: Cached
     plan: DpPlan | PlainPlan
     frozen: Arrays
+    coordinator: str
+
+    @property
+    def private(self) -> DpPlan | None:
+        return self.plan if isinstance(self.plan, DpPlan) else None
+
+
+def check_data(site: Site, study: Study) -> None:
+    """What only the site may know: whether its records suit the study. Errors: DataError."""
+    base = find_base(site.site.base or study.base.model, study.base.digest)
+    load_dataset(site.data, study, load_tokenizer(base))
+
+
+def check_records(site: Site) -> None:
+    """The same before any study is known. Errors: DataError."""
+    unit: Literal["patient", "record"] = "patient" if site.data.columns.patient else "record"
+    records, _ = read_records(site.data, unit=unit)
+    if len({record.unit for record in records}) < 2:
+        raise DataError(
+            f"{site.data.path}: fewer than 2 usable {unit}s",
+            f"at least 2 {unit}s",
+            "add records, or check data.columns",
+        )
 
 
 @cache
@@ -58,8 +97,9 @@ def worker(path: str) -> SiteWorker:
 
 
 class SiteWorker:
-    """Guarantee: a plan is checked against the policy before data is read, and against the budget
-    before every round; what was spent is on disk before an update exists."""
+    """Guarantee: a plan is checked against the policy before data is read; every round is reserved
+    in the ledger before it trains; an update is on disk and in the ledger before it is sent, and is
+    sent again rather than trained again."""
 
     def __init__(self, site: Site, path: Path | None = None) -> None:
         self.site, self._path = site, path
@@ -68,50 +108,166 @@ class SiteWorker:
         self._view: tuple[object, ...] = ()
         self._cached: Cached | None = None
 
-    def prepare(self, study: Study, frozen: Arrays) -> Admission:
+    @cached_property
+    def ledger(self) -> Ledger:
+        return Ledger(self.site.site.state)
+
+    @property
+    def key(self) -> SigningKey:
+        return self.ledger.key
+
+    # ------------------------------------------------------------------------------- the plan
+
+    def prepare(self, study: Study, frozen: Arrays, coordinator: str = "") -> Admission:
         """Admit or refuse `study`; on admission the data is read and the model is ready.
 
         Errors: DataError, ModelError: the site cannot take part (details stay local)."""
         plan = plan_for_site(study, self._size) if study.private else None
         try:
-            admit(study, self._current(), plan, self.log)
+            self._permit(study, plan, coordinator)
+            if study.digest not in self._prepared:
+                self._prepared[study.digest] = self._made(study, plan, frozen, coordinator)
         except Refused as refusal:
             return self._says(False, str(refusal))
-        if study.digest in self._prepared:
-            return self._says(True, "")
+        return self._says(True, "")
+
+    def _made(
+        self, study: Study, plan: DpPlan | None, frozen: Arrays, coordinator: str
+    ) -> _Prepared:
         network = build(study, self.site.site.base)
+        if plan:
+            _self_test(study, network, self._size)
         frozen = network.adopt(study, frozen)
         check_trains(study, network)
-        self._prepared[study.digest] = _Prepared(
-            study,
-            network,
-            self._data(study, network),
-            plan or plain_plan(study, self._size),
-            frozen,
+        data = self._data(study, network)
+        return _Prepared(
+            study, network, data, plan or plain_plan(study, self._size), frozen, coordinator
         )
-        return self._says(True, "")
+
+    def _permit(self, study: Study, plan: DpPlan | None, coordinator: str) -> None:
+        """The site's rules and ceilings, as they stand now. Errors: Refused."""
+        site = self._current()
+        admit(study, site, plan, coordinator)
+        if site.policy.admission == "signed" and not self.ledger.admitted(study.digest):
+            log.warning("a plan waits for a signature: fedtune review %s", pending(site, study))
+            raise PolicyRefused(
+                'policy.admission = "signed" and nobody at the site has signed this plan',
+                todo="ask the site to run `fedtune review`",
+            )
+        within_budget(site, plan, self.ledger.charges(self._dataset))
 
     def _data(self, study: Study, network: Network) -> Cached:
         """This site's records as `study` sees them; studies that see them alike share the states
-        at the cut. Errors: DataError."""
-        view = (network, study.objective, study.unit, study.max_records_per_unit)
+        at the cut. Errors: DataError where the columns do not suit the study, or no file is there.
+        """
+        out = frozenset(self.ledger.withdrawn())
+        view = (network, study.objective, study.unit, study.max_records_per_unit, out)
         if self._view != view or self._cached is None:
-            dataset = load_dataset(self.site.data, study, network.tokenizer)
+            dataset, data = self._read(study, network, out), self.site.data
+            self.ledger.declare(
+                data.name, data.disjoint_from, dataset.content_hash, dataset.members
+            )
             self._view, self._cached = view, Cached(network, dataset)
         return self._cached
 
-    def train(self, digest: str, round_: int, adapter: Arrays) -> Update:
-        """One local round. Errors: Unprepared, BudgetExceeded, PolicyRefused, ModelError."""
-        prepared = self._prepared.get(digest)
-        if prepared is None:
-            raise Unprepared("this site does not know the plan", todo="send it again")
-        study, plan = prepared.study, prepared.plan
-        if not 1 <= round_ <= (study.training.rounds or 0):
+    def _read(self, study: Study, network: Network, out: frozenset[str]) -> Dataset:
+        """The dataset, whatever is in the files: one record more or less, or a broken one, must
+        not be seen from outside, so too few units or a broken file is a matter of noise alone."""
+        data, ledger = self.site.data, self.ledger
+        check_shape(data, study, network.tokenizer)
+        if not data.path.exists():
+            raise DataError(f"{data.path}: no such file", "the site's records")
+        try:
+            dataset = load_dataset(
+                data,
+                study,
+                network.tokenizer,
+                without=lambda unit: ledger.hashed(unit_member(unit)) in out,
+                known=lambda member: ledger.holds(data.name, member),
+                few=True,
+            )
+        except DataError as error:
+            log.error("%s. This site takes part with noise alone until it is corrected", error)
+            return Dataset([], 0, Counter())
+        if dataset.n_units < 2:
+            log.error("%s: too few usable records; this site sends noise alone", data.path)
+        return dataset
+
+    # ------------------------------------------------------------------------------ one round
+
+    def train(self, digest: str, round_: int, adapter: Arrays, receipt: str = "") -> Update:
+        """One local round: the update of this round from this adapter, trained once.
+
+        Errors: Unprepared, BudgetExceeded, PolicyRefused, ModelError, LedgerError."""
+        prepared = self._known(digest)
+        if not 1 <= round_ <= (prepared.study.training.rounds or 0):
             raise PolicyRefused(f"round {round_} is not in the plan")
-        admit(study, self._current(), plan if isinstance(plan, DpPlan) else None, self.log)
+        if receipt:
+            self.ledger.accept_receipt(json.loads(receipt), prepared.coordinator)
+        given = arrays_digest(adapter)
+        body = self.ledger.released(digest, round_, given)
+        if body is None:
+            body = self._trained(prepared, round_, adapter, given)
+        return Update(load(body), json.loads(_metadata(body)["events"]))
+
+    def _trained(self, prepared: _Prepared, round_: int, adapter: Arrays, given: str) -> bytes:
+        study, plan = prepared.study, prepared.private
+        self._permit(study, plan, prepared.coordinator)
+        data = self._data(study, prepared.network)  # a patient may have withdrawn since
+        charge = self._charge(study, plan, round_)
+
+        def permit(charges: list[Charge]) -> None:
+            within_budget(self._current(), plan, charges)
+
+        reserved = self.ledger.reserve(self._dataset, charge, given, permit)
         prepared.network.load_frozen(prepared.frozen)
-        delta = local_round(study, prepared.data, plan, self.log, round_, adapter)
-        return Update(delta, _summary(self.log.steps(digest)))
+        delta = local_round(study, data, prepared.plan, self.log, round_, adapter)
+        events = _summary(self.log.steps(study.digest)) if plan else []
+        body = save(delta, {"events": json.dumps(events)})
+        self.ledger.release(reserved, hashlib.sha256(body).hexdigest(), body)
+        return body
+
+    def _charge(self, study: Study, plan: DpPlan | None, round_: int) -> Charge:
+        charges = self.ledger.charges(self._dataset)
+        return Charge(
+            study=study.digest,
+            name=study.study.name,
+            round=round_,
+            noise_multiplier=plan.noise_multiplier if plan else 0.0,
+            sampling_rate=plan.sampling_rate if plan else 1.0,
+            steps=study.training.local_steps,
+            records=plan.records if plan else 1,
+            max_grad_norm=plan.max_grad_norm if plan else 0.0,
+            unit=study.unit,
+            cohort=self.site.data.cohort,
+            order=order_of(self._current(), plan, charges) if plan else 2.0,
+        )
+
+    def sealed(self, digest: str, round_: int, nonce: str, body: str) -> dict[str, str]:
+        """The seal of an update whose arrays have the digest `body`."""
+        prepared = self._known(digest)
+        header = Header(
+            plan=digest,
+            round=round_,
+            base=prepared.study.base.digest or "",
+            site=self.site.site.name,
+            receiver=prepared.coordinator,
+            nonce=nonce,
+            body=body,
+            ledger=self.ledger.head_statement(),
+        )
+        return seal(self.key, header)
+
+    def coordinator_of(self, digest: str) -> str:
+        """The public key that signed the plan. Errors: Unprepared."""
+        return self._known(digest).coordinator
+
+    # --------------------------------------------------------------------------------- helpers
+
+    def _known(self, digest: str) -> _Prepared:
+        if (prepared := self._prepared.get(digest)) is None:
+            raise Unprepared("this site does not know the plan", todo="send it again")
+        return prepared
 
     def _current(self) -> Site:
         """The site file as it stands now: a policy that was tightened holds from the next round."""
@@ -123,6 +279,10 @@ class SiteWorker:
         return sum((p.data.dataset.rejected for p in self._prepared.values()), Counter[str]())
 
     @property
+    def _dataset(self) -> str:
+        return self.site.data.name
+
+    @property
     def _size(self) -> int:
         return self.site.site.declared_size
 
@@ -130,9 +290,29 @@ class SiteWorker:
         return Admission(admitted, reason, self.site.site.name, self._size)
 
 
-def _summary(steps: list[Step]) -> list[dict[str, float | int]]:
-    counts = Counter((s.noise_multiplier, s.sampling_rate, s.max_grad_norm) for s in steps)
+_tested: set[str] = set()  # in this process; the code does not change while it runs
+
+
+def _self_test(study: Study, network: Network, size: int) -> None:
+    """Once per process and kind of study. Errors: SelfTestFailed."""
+    kind = study.model_dump_json(include={"base", "lora", "objective", "clipping", "privacy"})
+    if kind not in _tested:
+        selftest.require(study, network, size)
+        _tested.add(kind)
+
+
+def _summary(steps: list[Step]) -> list[dict[str, Any]]:
+    counts = Counter(
+        (s.noise_multiplier, s.sampling_rate, s.max_grad_norm, s.records) for s in steps
+    )
     return [
-        {"sigma": sigma, "q": rate, "max_grad_norm": norm, "steps": count}
-        for (sigma, rate, norm), count in counts.items()
+        {"sigma": sigma, "q": rate, "max_grad_norm": norm, "records": records, "steps": count}
+        for (sigma, rate, norm, records), count in counts.items()
     ]
+
+
+def _metadata(body: bytes) -> dict[str, str]:
+    """The strings in a safetensors header."""
+    length = int.from_bytes(body[:8], "little")
+    found: dict[str, str] = json.loads(body[8 : 8 + length])["__metadata__"]
+    return found

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from fedtune import cli_site
 from fedtune.guard import command
 from fedtune.runs import data_file, folder_for
 
@@ -228,10 +229,14 @@ def client(
     """Take part as a site: train here, on this site's records, under this site's policy.
 
     Runs until stopped, and reconnects by itself. Only clipped and noised sums leave."""
+    from fedtune.config import load_site
     from fedtune.console import Watch
 
     with Watch(_console(), "connecting") as watch:
+        from client.site import check_records
         from fedtune.flower.site_executor import join
+
+        check_records(load_site(site))
 
         join(site, once=once, on_event=watch)
 
@@ -367,6 +372,9 @@ def verify(
 
         base = check(model)
     typer.echo(f"whole: {base.name}\n{base.digest}")
+
+
+cli_site.add_to(app)
 
 
 # ------------------------------------------------------------------------------- helpers

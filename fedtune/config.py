@@ -185,10 +185,14 @@ class Study(Table):
         return None if isinstance(self.privacy, str) else self.privacy.max_records_per_unit
 
     @property
+    def drawn(self) -> Literal["unit", "record"]:
+        """What is drawn at rate q."""
+        return self.privacy.sampling if isinstance(self.privacy, PrivacyTable) else "unit"
+
+    @property
     def records_per_draw(self) -> int:
         """k: how many drawn rows of one step may be one unit's, each clipped on its own."""
-        drawn = isinstance(self.privacy, PrivacyTable) and self.privacy.sampling == "record"
-        return (self.max_records_per_unit or 1) if drawn else 1
+        return (self.max_records_per_unit or 1) if self.drawn == "record" else 1
 
     @property
     def digest(self) -> str:

@@ -80,10 +80,12 @@ SITE = """\
 [site]
 name = "my-hospital"
 declared_size = 200    # records (or patients) as a person states it in public; never counted
-state = "state"        # the log of what privacy has been spent. Keep it, and back it up
+state = "state"        # the ledger of what privacy was spent, and the site's key. Back it up
 
 [data]                 # .jsonl, .csv or .parquet, or a folder of them
 path = "data.jsonl"
+name = "records"       # the privacy budget's name: a dataset that grows keeps it
+# disjoint_from = ["other"]   # datasets of this site that share no patient with this one
 [data.columns]         # the column that holds each part; give one of these shapes:
 prompt = "prompt"      #   prompt + completion
 completion = "completion"
@@ -93,11 +95,23 @@ completion = "completion"
 # patient = "patient_id"  # add it where records belong to patients
 
 [policy]               # what this site allows. All else is refused before data is read
-max_epsilon = 8.0      # everything ever spent here, plus the study that asks
-max_delta = 1e-3
+max_epsilon = 8.0      # in total: everything ever released from this dataset, plus the study
+max_epsilon_per_study = 8.0
+max_delta = 1e-3       # of a study; max_epsilon holds at twice this. Below 1 / declared_size
 allow_privacy_off = false
+admission = "standing" # "signed": a person signs each plan first, with `fedtune review --sign`
+min_noise_multiplier = 0.3
+min_units = 10         # of declared_size
+max_grad_norm = 10.0
+max_sampling_rate = 1.0
+max_steps = 10000
+max_rank = 64          # of an adapter; `modules` says where it may sit
+modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 objectives = ["causal_lm", "classify"]
-bases = []             # allowed base digests; empty: any base that verifies
+strategies = ["fedavg", "fedadam", "fedprox", "trimmed_mean"]
+# bases = ["sha256:..."]  # allowed bases; without it, those that `fedtune models list` shows
+# coordinators = ["..."]  # public signing keys; without it, whoever [coordinator] lets through
+release = []           # what may leave besides noised updates: "evaluation", noised and paid for
 
 # [coordinator]        # only for `fedtune client`, between machines
 # address = "coordinator.example.org:8443"

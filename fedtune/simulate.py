@@ -28,11 +28,14 @@ def simulate(
 
     Sites answer one after another in this process; with engine "ray", in Flower's own runtime.
     Errors: as server.rounds.run; ConfigError where the sites cannot make up a study."""
+    from client.site import check_data
     from server import rounds
     from server.parts import Parts
 
     study = load_study(study_path)
     check(study, sites)
+    for path in sites:  # here the sites are the user's own: say now what is wrong with their files
+        check_data(load_site(path), study)
     at_once = Parts(patience=0.0, pause=0.0)  # nobody is on the way: who fails now fails again
     if engine == "ray":
         from fedtune.flower.ray_engine import simulate_ray

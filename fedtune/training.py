@@ -26,11 +26,11 @@ def local_round(
     round is left behind but its update."""
     network = data.network
     network.load_trainable(adapter)
-    engine = UnitGradientEngine(data, find(study.objective.name))
+    engine = UnitGradientEngine(data, find(study.objective.name), by=study.drawn)
     optimizer = _optimizer(study, engine.parameters)
     start = [p.detach().clone() for p in engine.parameters]
     for _ in range(study.training.local_steps):
-        noised = plan.step(data.dataset.n_units, engine.dimension, engine, log, round_)
+        noised = plan.step(engine.n_rows, engine.dimension, engine, log, round_)
         pieces = torch.split(noised, [p.numel() for p in engine.parameters])
         for parameter, piece, before in zip(engine.parameters, pieces, start, strict=True):
             pull = study.training.proximal_mu * (parameter.detach() - before)

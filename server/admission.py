@@ -8,7 +8,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,26 @@ from flwr.serverapp import Grid
 
 from fedtune.config import Study
 from fedtune.errors import FedtuneError, Refused
-from fedtune.flower.arrays import Arrays, WireError, from_record, to_record
+from fedtune.flower.arrays import Arrays, WireError, bodies, from_record, to_record
+from fedtune.wire.keys import SigningKey
+from fedtune.wire.seal import Header, SealError, body_digest, opened, sign_plan
 from server.exchange import Reply, ask, clean, size
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+KEY = re.compile(r"[0-9a-f]{64}")
 Tell = Callable[[str, str, str], None]  # site, status, reason
 
 
-def plan_message(study: Study, frozen: Arrays) -> RecordDict:
-    """The plan as sites get it; of the coordinator's paths only the last part is left."""
+def plan_message(study: Study, frozen: Arrays, key: SigningKey) -> RecordDict:
+    """The plan as sites get it, signed; of the coordinator's paths only the last part is left."""
     changes = {}
     for table in (study.public, study.evaluation):
         if table is not None:
-            key = "public" if table is study.public else "evaluation"
-            changes[key] = table.model_copy(update={"path": Path(table.path.name)})
+            which = "public" if table is study.public else "evaluation"
+            changes[which] = table.model_copy(update={"path": Path(table.path.name)})
     sent = study.model_copy(update=changes)
-    plan = ConfigRecord({"study": sent.model_dump_json(), "digest": study.digest})
+    signed = sign_plan(key, study.digest)
+    plan = ConfigRecord({"study": sent.model_dump_json(), "digest": study.digest, **signed})
     return RecordDict({"plan": plan, "frozen": to_record(frozen)})
 
 
@@ -41,13 +45,14 @@ def plan_message(study: Study, frozen: Arrays) -> RecordDict:
 class Roster:
     """Nodes and the sites behind them.
 
-    sizes: site -> declared size, fixed once heard; refused: site -> why, for the rest of the run;
-    absent: what failed or kept silent, asked again each round; down, up: bytes by site."""
+    sizes, keys: site -> declared size and public key, fixed once heard; refused: site -> why, for
+    the rest of the run; absent: what failed or kept silent, asked again each round; down, up: bytes by site."""
 
     grid: Grid
     study: Study
     plan: RecordDict
     sizes: dict[str, int]
+    keys: dict[str, str]
     tell: Tell
     nodes: dict[str, int] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
@@ -101,12 +106,14 @@ class Roster:
 
     def _hear(self, reply: Reply) -> None:
         known = {node: name for name, node in self.nodes.items()}
-        name, declared, status, reason = _admission(reply, known.get(reply.node, ""))
+        name, declared, key, status, reason = _admission(reply, known.get(reply.node, ""))
         taken = self.nodes.get(name, reply.node) != reply.node
         if status == "admitted" and taken:
             name, status, reason = f"node {reply.node}", "refused", f"{name} is another node's name"
         elif status == "admitted" and self.sizes.setdefault(name, declared) != declared:
             status, reason = "refused", "its declared_size changed during the study"
+        elif status == "admitted" and self.keys.setdefault(name, key) != key:
+            status, reason = "refused", "its signing key changed during the study"
         self.down[name] += size(self.plan)
         self.up[name] += reply.size
         if status == "failed":
@@ -121,23 +128,24 @@ class Roster:
             self.tell(name, status, reason)
 
 
-def _admission(reply: Reply, known: str) -> tuple[str, int, str, str]:
-    """Site name, declared size, status and reason of a reply to query.prepare."""
+def _admission(reply: Reply, known: str) -> tuple[str, int, str, str, str]:
+    """Site name, declared size, public key, status and reason of a reply to query.prepare."""
     unnamed = known or f"node {reply.node}"
     if reply.content is None:
-        return unnamed, 0, "failed", reply.reason
+        return unnamed, 0, "", "failed", reply.reason
     record = reply.content.get("admission")
     if not isinstance(record, ConfigRecord):
-        return unnamed, 0, "failed", "its answer to the plan is malformed"
-    name, declared = record.get("name"), record.get("declared_size")
+        return unnamed, 0, "", "failed", "its answer to the plan is malformed"
+    name, declared, key = record.get("name"), record.get("declared_size"), record.get("key")
     named = isinstance(name, str) and NAME.fullmatch(name) is not None
     shown = str(name) if named else unnamed
     if record.get("admitted") is not True:
         status = "failed" if record.get("status") == "failed" else "refused"
-        return shown, 0, status, clean(record.get("reason") or "no reason given")
-    if not named or type(declared) is not int or declared < 1:
-        return unnamed, 0, "failed", "its answer to the plan is malformed"
-    return shown, declared, "admitted", ""
+        return shown, 0, "", status, clean(record.get("reason") or "no reason given")
+    keyed = isinstance(key, str) and KEY.fullmatch(key) is not None
+    if not named or not keyed or type(declared) is not int or declared < 1:
+        return unnamed, 0, "", "failed", "its answer to the plan is malformed"
+    return shown, declared, str(key), "admitted", ""
 
 
 @dataclass
@@ -159,11 +167,15 @@ class Outcome:
     reason: str = ""
     update: Arrays = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
+    ledger: dict[str, Any] = field(default_factory=dict)  # the site's statement of its head
 
 
-def outcome(reply: Reply, like: Arrays, private: bool, steps_before: int) -> Outcome:
-    """Judge a reply to train. An update is taken only if its names, shapes and type are those of
-    `like`, every value is finite, and the site's step log for it makes sense."""
+def outcome(
+    reply: Reply, like: Arrays, private: bool, steps_before: int, key: str, wanted: Header
+) -> Outcome:
+    """Judge a reply to train. An update is taken only if it is sealed with `key` for this plan,
+    round, base, site, receiver and nonce; its names, shapes and type are those of `like`; every
+    value is finite; and the site's step log for it makes sense. The seal is checked first."""
     if reply.content is None:
         return Outcome("failed", reply.reason)
     site, record = reply.content.get("site"), reply.content.get("update")
@@ -173,6 +185,10 @@ def outcome(reply: Reply, like: Arrays, private: bool, steps_before: int) -> Out
     if status != "trained":
         known = status if status in ("refused", "unprepared") else "failed"
         return Outcome(str(known), clean(site.get("reason") or "no reason given"))
+    try:
+        ledger = opened(site, key, replace(wanted, body=body_digest(bodies(record))))
+    except SealError as error:
+        return Outcome("dropped", str(error))
     if {n: tuple(a.shape) for n, a in record.items()} != {n: a.shape for n, a in like.items()}:
         return Outcome("dropped", "its update has other names or shapes than the adapter")
     try:
@@ -188,7 +204,7 @@ def outcome(reply: Reply, like: Arrays, private: bool, steps_before: int) -> Out
         return Outcome("dropped", "its update has a value that is not finite")
     if private and sum(event["steps"] for event in events) <= steps_before:
         return Outcome("dropped", "its step log shows no new noised step for this update")
-    return Outcome("trained", "", update, events)
+    return Outcome("trained", "", update, events, ledger)
 
 
 def _events(text: Any) -> list[dict[str, Any]]:
@@ -198,9 +214,10 @@ def _events(text: Any) -> list[dict[str, Any]]:
     found = []
     for raw in json.loads(text):
         event = {key: float(raw[key]) for key in ("sigma", "q", "max_grad_norm")}
-        steps = raw["steps"]
         finite = all(math.isfinite(value) and value > 0 for value in event.values())
-        if not finite or event["q"] > 1 or type(steps) is not int or not 0 < steps < 10**9:
+        counts = {key: raw[key] for key in ("records", "steps")}
+        whole = all(type(n) is int and 0 < n < 10**9 for n in counts.values())
+        if not finite or event["q"] > 1 or not whole:
             raise ValueError("events")
-        found.append({**event, "steps": steps})
+        found.append({**event, **counts})
     return found

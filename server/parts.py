@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from fedtune.config import Study
 from fedtune.flower.arrays import Arrays
+from fedtune.wire.keys import SigningKey
 
-Events = list[tuple[float, float, int]]  # (σ, q, steps)
+Events = list[tuple[float, float, int, int]]  # (σ, q, steps, records of one unit)
 
 
 class Started(Protocol):
@@ -77,8 +78,8 @@ def _report(out: Path, body: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Parts:
-    """patience: seconds to wait at the start until strategy.min_sites sites admit the plan;
-    pause: seconds before the first retry of a round (twice that before the second, and so on)."""
+    """key: the coordinator's signing key; patience: seconds to wait at the start until
+    strategy.min_sites sites admit the plan; pause: seconds before the first retry of a round (twice that before the second, and so on)."""
 
     start: Callable[[Study], Started] = _start
     evaluator: Callable[[Study, Arrays], Measures] = _evaluator
@@ -87,5 +88,6 @@ class Parts:
     licence: Callable[[Study], str] = _licence
     save: Callable[[Study, Arrays, Arrays, Path], None] = _save
     report: Callable[[Path, dict[str, Any]], None] = _report
+    key: SigningKey = field(default_factory=SigningKey)
     patience: float = 120.0
     pause: float = 10.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import secrets
 import shutil
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from fedtune import strategies
 from fedtune.config import Study
 from fedtune.errors import InfrastructureError
 from fedtune.flower.arrays import to_record
+from fedtune.wire import seal
 from server import store, summary
 from server.admission import Roster, Tally, outcome, plan_message
 from server.exchange import Reply, ask, size
@@ -79,8 +81,8 @@ class _Run:
         assert self.study.training.rounds is not None  # filled in by start
         self.rounds = self.study.training.rounds
         self.asks = self.study.strategy
-        plan = plan_message(self.study, progress.frozen)
-        self.roster = Roster(grid, self.study, plan, progress.sizes, self._tell)
+        plan = plan_message(self.study, progress.frozen, parts.key)
+        self.roster = Roster(grid, self.study, plan, progress.sizes, progress.keys, self._tell)
         self.evaluator = (
             parts.evaluator(self.study, progress.frozen) if self.study.evaluation else None
         )
@@ -153,26 +155,47 @@ class _Run:
 
     def _train(self, names: list[str], tally: Tally, again: bool = True) -> None:
         """Ask `names` for an update and take each in as it arrives."""
-        order = ConfigRecord({"digest": self.study.digest, "round": tally.number})
-        content = RecordDict({"round": order, "adapter": to_record(self.progress.adapter)})
+        adapter = to_record(self.progress.adapter)
+        nonce = secrets.token_hex(16)
         named = {self.roster.nodes[name]: name for name in names}
+        contents = {
+            node: RecordDict({"order": self._order(name, tally.number, nonce), "adapter": adapter})
+            for node, name in named.items()
+        }
         unprepared = []
         group, timeout = str(tally.number), self.asks.round_timeout
-        for reply in ask(self.grid, "train", dict.fromkeys(named, content), group, timeout):
+        for reply in ask(self.grid, "train", contents, group, timeout):
             name = named[reply.node]
-            self.roster.down[name] += size(content)
+            self.roster.down[name] += size(contents[reply.node])
             self.roster.up[name] += reply.size
-            if self._take(name, reply, tally) == "unprepared":
+            if self._take(name, reply, tally, nonce) == "unprepared":
                 unprepared.append(name)
         if unprepared and again:
             self.roster.prepare(self.roster.nodes[name] for name in unprepared)
             ready = [name for name in unprepared if name in self.roster.willing()]
             self._train(ready, tally, again=False)
 
-    def _take(self, name: str, reply: Reply, tally: Tally) -> str:
+    def _order(self, name: str, number: int, nonce: str) -> ConfigRecord:
+        receipt = self.progress.receipts.get(name)
+        text = json.dumps(receipt) if receipt else ""
+        return ConfigRecord(seal.order(self.parts.key, self.study.digest, number, nonce, text))
+
+    def _take(self, name: str, reply: Reply, tally: Tally, nonce: str) -> str:
         before = sum(event["steps"] for event in self.progress.events.get(name, []))
-        got = outcome(reply, self.progress.adapter, self.study.private, before)
+        wanted = seal.Header(
+            plan=self.study.digest,
+            round=tally.number,
+            base=self.study.base.digest or "",
+            site=name,
+            receiver=self.parts.key.public,
+            nonce=nonce,
+            body="",
+            ledger={},
+        )
+        adapter, key = self.progress.adapter, self.progress.keys.get(name, "")
+        got = outcome(reply, adapter, self.study.private, before, key, wanted)
         if got.status == "trained":
+            self.progress.receipts[name] = seal.receipt(self.parts.key, got.ledger)
             weight = self.progress.sizes[name] if self.asks.weights == "declared" else 1
             self.strategy.add(got.update, float(weight))
             self.progress.events[name] = got.events

@@ -21,7 +21,7 @@ from fedtune.errors import ConfigError, InfrastructureError, InputError
 from fedtune.flower.arrays import Arrays
 from fedtune.strategies import State
 
-FORMAT = "fedtune-run-1"
+FORMAT = "fedtune-run-2"
 FILE = Path("checkpoint") / "run.safetensors"
 T = TypeVar("T")
 
@@ -35,7 +35,9 @@ class Progress:
     """A run between two rounds.
 
     asked: digest of the study as it was given; study: the same, resolved; round: the last one done;
-    events: site -> its step log for this study so far; history: one entry per round done.
+    events: site -> its step log for this study so far; keys: site -> its public signing key;
+    receipts: site -> its newest receipt, sent back with the next order; history: one
+    entry per round done.
     Guarantee: everything in it is public or was noised at a site before it was sent."""
 
     asked: str
@@ -45,13 +47,18 @@ class Progress:
     round: int = 0
     strategy: State = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    receipts: dict[str, dict[str, Any]] = field(default_factory=dict)
     events: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     before: dict[str, float] = field(default_factory=dict)
     admission: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-JSON_FIELDS = ("asked", "round", "sizes", "events", "before", "admission", "history")
+JSON_FIELDS = (
+    *("asked", "round", "sizes", "keys", "receipts"),
+    *("events", "before", "admission", "history"),
+)
 ARRAY_FIELDS = ("adapter", "frozen", "strategy")
 
 

@@ -19,7 +19,9 @@ def epsilons(progress: Progress, parts: Parts) -> dict[str, float]:
     if isinstance(privacy, str):
         return {}
     return {
-        name: parts.epsilon([(e["sigma"], e["q"], e["steps"]) for e in events], privacy.delta)
+        name: parts.epsilon(
+            [(e["sigma"], e["q"], e["steps"], e["records"]) for e in events], privacy.delta
+        )
         for name, events in sorted(progress.events.items())
     }
 
@@ -54,6 +56,8 @@ def _privacy(progress: Progress, parts: Parts) -> dict[str, Any]:
     common = {
         "delta": study.privacy.delta,
         "unit": study.privacy.unit,
+        "sampling": study.privacy.sampling,
+        "records_per_unit": study.records_per_draw,
         "relation": RELATION,
         "accountant": parts.accountant(),
         "clipping": study.clipping.mode if study.clipping else None,

@@ -65,6 +65,7 @@ path = "data.jsonl"
 prompt = "prompt"
 completion = "completion"
 [policy]
+bases = "any"
 max_epsilon = {most}
 allow_privacy_off = {off}
 """

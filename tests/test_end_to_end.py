@@ -65,6 +65,7 @@ declared_size = 20
 path = "{name}.jsonl"
 columns = {{ prompt = "q", completion = "a", patient = "who" }}
 [policy]
+bases = "any"
 allow_privacy_off = true
 [coordinator]
 address = "127.0.0.1:{port}"
@@ -263,6 +264,7 @@ def spoil(folder: Path, how: str) -> None:
         "empty": [],
         "column": ['{"other": "SECRET-WORD"}'] * 3,
         "one": good[:1],
+        "label": good,
         "long": [json.dumps(row | {"q": "SECRET-WORD " * 10_000})] * 3,
         "nul": [json.dumps(row | {"q": "SECRET-WORD\0"})] * 3,
     }[how]

@@ -35,6 +35,11 @@ class Record:
     messages: Messages = ()
 
 
+def unit_member(unit: str) -> bytes:
+    """A patient's key, as the site's ledger hashes it."""
+    return b"unit\0" + unit.encode()
+
+
 def table_of(file: DataFile) -> str:
     """The table of study.toml or site.toml that describes the file, as errors name it."""
     if isinstance(file, EvaluationTable):
@@ -47,18 +52,15 @@ def read_records(
     *,
     unit: Literal["record", "patient"] = "record",
     labelled: bool = True,
+    few: bool = False,
 ) -> tuple[list[Record], Counter[str]]:
     """The usable records in file order, and how many were rejected for which reason.
 
     labelled=False admits records without completion, label or assistant turn (public text).
-    Errors: DataError for a file that cannot be read as a whole or holds no record."""
+    Errors: DataError for a file that cannot be read as a whole or (unless few) holds no record."""
     table = table_of(file)
     if unit == "patient" and not file.columns.patient:
-        raise DataError(
-            'the study protects patients (privacy.unit = "patient") and no patient column is named',
-            f"{table}.columns.patient",
-            "name the column that tells one patient from another",
-        )
+        raise no_patients(table)
     named: dict[str, str | None] = file.columns.model_dump()
     keys = {f"{table}.columns.{key}": column for key, column in named.items() if column}
     records: list[Record] = []
@@ -71,11 +73,19 @@ def read_records(
             records.append(_record(row, key, file.columns, labelled))
         except Rejected as error:
             rejected[error.reason] += 1
-    if not records and not rejected:
+    if not records and not rejected and not few:
         raise DataError(
             f"{file.path}: the file has no records", "at least 2", f"check {table}.path"
         )
     return records, rejected
+
+
+def no_patients(table: str) -> DataError:
+    return DataError(
+        'the study protects patients (privacy.unit = "patient") and no patient column is named',
+        f"{table}.columns.patient",
+        "name the column that tells one patient from another",
+    )
 
 
 def _record(row: Row, unit: str, columns: Columns, labelled: bool) -> Record:

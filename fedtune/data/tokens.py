@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedtune.config import DataFile, ObjectiveTable, PrivacyTable, Study
 from fedtune.data.files import Rejected
-from fedtune.data.records import Messages, Record, read_records, table_of
+from fedtune.data.records import Messages, Record, no_patients, read_records, table_of, unit_member
 from fedtune.errors import DataError
 
 Ids = npt.NDArray[np.int32]
@@ -26,6 +27,7 @@ Segment = tuple[str, bool]  # text, whether its tokens are targets
 Tokens = tuple[list[int], list[bool]]  # token ids, whether each is a target
 
 NO_TARGET = -100
+LONG = 40  # characters from which a text is taken to be its record's own
 CHARS = 40  # characters per token of max_length beyond which a text is not even tokenised
 
 
@@ -44,11 +46,22 @@ class Example:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Dataset:
-    """Examples in file order, and the rejected records counted by reason."""
+    """Examples in file order, and the rejected records counted by reason.
+
+    members: what tells the units and records apart from another dataset's (keys, contents), for the
+    site's ledger, which keeps them hashed; content_hash: of all records, in no order."""
 
     examples: list[Example]
     n_units: int
     rejected: Counter[str]
+    members: frozenset[bytes] = frozenset()
+
+    @cached_property
+    def content_hash(self) -> str:
+        total = hashlib.sha256()
+        for member in sorted(self.members):
+            total.update(hashlib.sha256(member).digest())
+        return "sha256:" + total.hexdigest()
 
     @cached_property
     def by_unit(self) -> list[list[int]]:
@@ -60,49 +73,67 @@ class Dataset:
 
 
 def load_dataset(
-    file: DataFile, study: Study, tokenizer: PreTrainedTokenizerBase, *, labelled: bool = True
+    file: DataFile,
+    study: Study,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    labelled: bool = True,
+    without: Callable[[str], bool] = lambda unit: False,
+    known: Callable[[bytes], bool] = lambda member: False,
+    few: bool = False,
 ) -> Dataset:
     """Read, tokenise and cap. labelled=False admits records that have nothing to predict.
 
-    [public] and [evaluation] files hold nobody's private records: their unit is the record.
-    Errors: DataError for a file, a shape or a set of records that cannot be used.
+    without: units to leave out (withdrawn consent); known: members of earlier loads of the same
+    dataset, which the cap keeps before others; few: a dataset without two units is returned as it
+    is, since on the wire nobody may tell. [public] and [evaluation] files hold nobody's private
+    records: their unit is the record.
+    Errors: DataError for a file, a shape or (unless few) a set of records that cannot be used.
     Guarantee: an example depends on its own record alone; which of a patient's records are kept
-    depends on that patient's records alone, not on their order."""
+    depends on that patient's records alone, not on their order, and stays as it was."""
     table = table_of(file)
-    _check_shape(file, table, study, tokenizer, labelled)
+    check_shape(file, study, tokenizer, labelled)
     unit = study.unit if table == "data" else "record"
-    records, rejected = read_records(file, unit=unit, labelled=labelled)
+    records, rejected = read_records(file, unit=unit, labelled=labelled, few=few)
     rejected = rejected.copy()
     found: list[tuple[Record, Tokens, int]] = []
     for record in records:
+        if without(record.unit):
+            continue
         try:
             found.append((record, *_tokenise(record, study.objective, tokenizer, labelled)))
         except Rejected as error:
             rejected[error.reason] += 1
-    if not found:
+    if not found and not few:
         raise _nothing_left(file.path, rejected, study.objective)
     if isinstance(study.privacy, PrivacyTable) and unit == "patient":
-        kept = _capped([record for record, _, _ in found], study.privacy.max_records_per_unit)
+        most = study.privacy.max_records_per_unit
+        kept = _capped([record for record, _, _ in found], most, known)
         found = [found[index] for index in kept]
     numbers: dict[str, int] = {}
     examples = [
         _example(tokens, label, numbers.setdefault(record.unit, len(numbers)))
         for record, tokens, label in found
     ]
-    if labelled and table == "data" and len(numbers) < 2:
+    if labelled and table == "data" and len(numbers) < 2 and not few:
         raise DataError(
             f"{file.path}: all usable records are one {unit}'s, which can be neither protected "
             "nor trained on",
             f"at least 2 {unit}s",
             f"add records, or check {table}.columns.patient",
         )
-    return Dataset(examples, len(numbers), rejected)
+    members = _members([record for record, _, _ in found], unit) if table == "data" else frozenset()
+    return Dataset(examples, len(numbers), rejected, members)
 
 
-def _check_shape(
-    file: DataFile, table: str, study: Study, tokenizer: PreTrainedTokenizerBase, labelled: bool
+def check_shape(
+    file: DataFile, study: Study, tokenizer: PreTrainedTokenizerBase, labelled: bool = True
 ) -> None:
+    """Whether the file's columns suit the study; nothing is read. Errors: DataError."""
+    table = table_of(file)
     columns, objective, at = file.columns, study.objective, f"{table}.columns"
+    if table == "data" and study.unit == "patient" and not columns.patient:
+        raise no_patients(table)
     if objective.name == "classify":
         if columns.messages or (labelled and not columns.label):
             raise DataError(
@@ -136,13 +167,32 @@ def _nothing_left(path: Path, rejected: Counter[str], objective: ObjectiveTable)
     return DataError(f"{path}: all records are rejected ({counts})", "at least 2 usable ones", todo)
 
 
-def _capped(records: list[Record], most: int) -> list[int]:
-    """Indices of at most `most` records of each unit, in order: those of smallest sha256."""
-    groups: defaultdict[str, list[tuple[str, int]]] = defaultdict(list)
-    for index, r in enumerate(records):
-        canonical = json.dumps([r.prompt, r.completion, r.label, r.messages])
-        groups[r.unit].append((hashlib.sha256(canonical.encode()).hexdigest(), index))
-    return sorted(index for group in groups.values() for _, index in sorted(group)[:most])
+def _capped(records: list[Record], most: int, known: Callable[[bytes], bool]) -> list[int]:
+    """Indices of at most `most` records of each unit, in order: those kept before, then those of
+    smallest sha256."""
+    groups: defaultdict[str, list[tuple[bool, str, int]]] = defaultdict(list)
+    for index, record in enumerate(records):
+        body = _canonical(record)
+        order = (not known(b"record\0" + body), hashlib.sha256(body).hexdigest(), index)
+        groups[record.unit].append(order)
+    return sorted(index for group in groups.values() for *_, index in sorted(group)[:most])
+
+
+def _canonical(r: Record) -> bytes:
+    return json.dumps([r.prompt, r.completion, r.label, r.messages]).encode()
+
+
+def _members(records: list[Record], unit: str) -> frozenset[bytes]:
+    """Each patient's key, each record, and each of its longer texts: the same text under another
+    column or shape is still the same."""
+    found = set()
+    for record in records:
+        found.add(b"record\0" + _canonical(record))
+        if unit == "patient":
+            found.add(unit_member(record.unit))
+        texts = [record.prompt, record.completion, *(content for _, content in record.messages)]
+        found |= {b"text\0" + text.encode() for text in texts if len(text) >= LONG}
+    return frozenset(found)
 
 
 def _example(tokens: Tokens, label: int, unit: int) -> Example:

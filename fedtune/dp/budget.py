@@ -33,13 +33,13 @@ def resolve(study: Study, declared_size: int) -> Budget:
         raise ConfigError('privacy = "off" has no ε', "a [privacy] table")
     rate = sampling_rate(study, declared_size)
     rounds, sigma = study.training.rounds, privacy.noise_multiplier
-    local = study.training.local_steps
+    local, k = study.training.local_steps, study.records_per_draw
     if sigma is None:
         assert privacy.epsilon is not None and rounds is not None  # Study: exactly two given
-        sigma = accountant.calibrate(privacy.epsilon, privacy.delta, rate, rounds * local)
+        sigma = accountant.calibrate(privacy.epsilon, privacy.delta, rate, rounds * local, k)
     if rounds is None:
         assert privacy.epsilon is not None
-        steps = accountant.affordable_steps(privacy.epsilon, privacy.delta, rate, sigma)
+        steps = accountant.affordable_steps(privacy.epsilon, privacy.delta, rate, sigma, k)
         rounds = steps // local
         if rounds < 1:
             raise ConfigError(

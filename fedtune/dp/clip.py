@@ -17,10 +17,24 @@ def grid_for(noise_std: float) -> float:
     return 2.0 ** math.floor(math.log2(noise_std * 2.0**-20))
 
 
-def sensitivity(max_grad_norm: float, dimension: int, grid: float) -> float:
-    """L2 sensitivity of the integer sum (in gradient units) when one unit is added or removed:
-    C, plus what rounding `dimension` coordinates to the grid can add."""
-    return max_grad_norm + math.sqrt(dimension) * grid / 2
+Relation = Literal["add or remove one unit", "replace one unit"]
+
+
+def sensitivity(
+    max_grad_norm: float,
+    dimension: int,
+    grid: float,
+    *,
+    rows: int = 1,
+    relation: Relation = "add or remove one unit",
+) -> float:
+    """L2 sensitivity of the integer sum, in gradient units, to one unit with at most `rows` rows.
+
+    | add or remove one unit | rows · (C + what rounding `dimension` coordinates to the grid adds) |
+    | replace one unit       | twice that |
+    Reference: Dwork & Roth 2014, definition 3.8; Kifer & Machanavajjhala 2011 for the relations."""
+    one_row = max_grad_norm + math.sqrt(dimension) * grid / 2
+    return rows * one_row * (2 if relation == "replace one unit" else 1)
 
 
 def clip(
@@ -38,7 +52,7 @@ def clip(
     | row of zeros            | zeros |
     | norm overflows fp64     | zeros |
     """
-    exact = gradients.double()
+    exact = gradients.to(torch.float64, copy=True)
     norms = torch.linalg.vector_norm(exact, dim=1)
     usable = torch.isfinite(norms)
     if mode == "flat":
@@ -46,13 +60,19 @@ def clip(
     else:
         scale = max_grad_norm / (norms + gamma)
     scale = torch.where(usable, scale * _SLACK, torch.zeros_like(scale))
-    exact = torch.where(usable[:, None], exact, torch.zeros_like(exact))
-    return exact * scale[:, None]
+    exact[~usable] = 0.0
+    return exact.mul_(scale[:, None])
 
 
 def to_grid(clipped: torch.Tensor, grid: float) -> torch.Tensor:
     """Sum of the rows of `clipped` (units, d), each rounded to multiples of `grid`; int64 (d,).
 
     Guarantee: integers add exactly, so the sum does not depend on order or chunking, and no
-    floating-point difference between neighbours survives (Mironov 2012)."""
-    return torch.round(clipped / grid).to(torch.int64).sum(dim=0)
+    floating-point difference between neighbours survives (Mironov 2012). Nothing un-noised but the
+    sum is left in memory: the intermediate buffers are zeroed."""
+    scaled = torch.div(clipped, grid).round_()
+    whole = scaled.to(torch.int64)
+    total = whole.sum(dim=0)
+    scaled.zero_()
+    whole.zero_()
+    return total

@@ -1,10 +1,11 @@
-"""Per-unit gradients from Opacus' per-sample gradients."""
+"""Gradients of whole units or single records, from Opacus' per-sample gradients."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from opacus.grad_sample import GradSampleModule
@@ -16,45 +17,67 @@ _CHUNK_BYTES = 64 * 2**20  # fp32 gradients held at once; the clip needs about f
 
 
 class UnitGradientEngine:
-    """The gradients of whole units: for a record itself, for a patient the mean over that
-    patient's records (clipped once, later; Charles et al. 2024, user-level sampling).
+    """The gradients of rows. by "unit": a row is a unit: a record itself, for a patient the mean
+    over that patient's records (clipped once, later). by "record": a row is one record. (Charles et
+    al. 2024, user-level and example-level sampling.)
 
-    Guarantee: each sampled unit is one row, computed from its own records alone; every gradient
-    that was not noised is dropped from the model before the next chunk."""
+    Guarantee: each sampled row is computed from its own records alone; every gradient that was not
+    noised is zeroed and dropped from the model before the next chunk."""
 
-    def __init__(self, data: Cached, objective: Objective) -> None:
+    def __init__(
+        self, data: Cached, objective: Objective, by: Literal["unit", "record"] = "unit"
+    ) -> None:
         self.data, self.objective = data, objective
         self.parameters = list(data.network.parameters().values())
         self.dimension = sum(p.numel() for p in self.parameters)
+        each_alone = [[index] for index in range(len(data.dataset.examples))]
+        self._members = data.dataset.by_unit if by == "unit" else each_alone
 
-    def __call__(self, units: list[int]) -> Iterator[torch.Tensor]:
-        """fp32 (units in chunk, dimension) at a time, in the order of `units`."""
+    @property
+    def n_rows(self) -> int:
+        """How many rows there are to draw from: as private as the data."""
+        return len(self._members)
+
+    def __call__(self, rows: list[int]) -> Iterator[torch.Tensor]:
+        """fp32 (rows in chunk, dimension) at a time, in the order of `rows`."""
         size = max(1, _CHUNK_BYTES // (4 * self.dimension))
         with self._watched():
-            for start in range(0, len(units), size):
-                yield self._rows(units[start : start + size])
+            for start in range(0, len(rows), size):
+                yield self._rows(rows[start : start + size])
 
-    def _rows(self, units: list[int]) -> torch.Tensor:
-        by_unit, examples = self.data.dataset.by_unit, self.data.dataset.examples
-        row_of = {unit: row for row, unit in enumerate(units)}
-        share = torch.tensor([1.0 / len(by_unit[unit]) for unit in units])
-        total = torch.zeros(len(units), self.dimension)
-        indices = [index for unit in units for index in by_unit[unit]]
-        for batch in self.data.batches(indices):
-            rows = torch.tensor([row_of[examples[i].unit] for i in batch.index.tolist()])
-            total.index_add_(0, rows, self._per_record(batch) * share[rows, None])
+    def _rows(self, rows: list[int]) -> torch.Tensor:
+        place = {i: at for at, row in enumerate(rows) for i in self._members[row]}
+        share = {i: 1.0 / len(self._members[row]) for row in rows for i in self._members[row]}
+        total = torch.zeros(len(rows), self.dimension)
+        for batch in self.data.batches(list(place)):
+            indices = batch.index.tolist()
+            each = self._per_record(batch)
+            each *= torch.tensor([share[i] for i in indices])[:, None]
+            total.index_add_(0, torch.tensor([place[i] for i in indices]), each)
+            each.zero_()
         return total
 
     def _per_record(self, batch: Batch) -> torch.Tensor:
         torch.autograd.backward(self.objective.losses(self.data.network, batch).sum())
-        gradients = []
+        found = torch.empty(len(batch.index), self.dimension)
+        start = 0
         for parameter in self.parameters:
             each = parameter.grad_sample  # type: ignore[attr-defined]  # set by Opacus
             if each is None or each.shape[0] != len(batch.index):
                 raise RuntimeError("a trainable layer gave no per-record gradient")
-            gradients.append(each.detach().float().flatten(1))
-            parameter.grad_sample = parameter.grad = None  # type: ignore[attr-defined]
-        return torch.cat(gradients, dim=1)
+            found[:, start : start + parameter.numel()] = each.detach().flatten(1)
+            start += parameter.numel()
+        self._wipe()
+        return found
+
+    def _wipe(self) -> None:
+        """Zero what Opacus and autograd left on the parameters, then drop it."""
+        for parameter in self.parameters:
+            for left in (getattr(parameter, "grad_sample", None), parameter.grad):
+                if isinstance(left, torch.Tensor):
+                    left.detach().zero_()
+            parameter.grad = None
+            parameter.grad_sample = None  # type: ignore[attr-defined]
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -74,7 +97,6 @@ class UnitGradientEngine:
                 warnings.filterwarnings("ignore", "Full backward hook is firing")
                 yield
         finally:
-            for parameter in self.parameters:
-                parameter.grad = None
+            self._wipe()
             watcher.cleanup()
             trained.eval()

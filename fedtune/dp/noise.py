@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
+_BLOCK = 2**14  # pairs drawn at once: the working set stays in the processor's cache
 
-def _keystream(n: int) -> np.ndarray:
-    """n uint64 of AES-256-CTR keystream under a fresh key from the operating system."""
+
+def _keystream(sizes: Iterator[int]) -> Iterator[npt.NDArray[np.uint64]]:
+    """Arrays of that many uint64, one AES-256-CTR keystream under a fresh key from the system."""
     encryptor = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(os.urandom(16))).encryptor()
-    return np.frombuffer(encryptor.update(bytes(8 * n)), dtype=np.uint64)
+    for size in sizes:
+        yield np.frombuffer(encryptor.update(bytes(8 * size)), dtype=np.uint64)
 
 
 def gaussian_on_grid(dimension: int, std: float, grid: float) -> torch.Tensor:
@@ -20,14 +26,26 @@ def gaussian_on_grid(dimension: int, std: float, grid: float) -> torch.Tensor:
 
     Box–Muller in fp64 on 53-bit uniforms; the tail ends at 8.5 std (mass 2·10⁻¹⁷).
     Guarantee: the summands lie on the grid, so the result equals a rounded continuous Gaussian
-    mechanism: post-processing, no floating-point attack (Mironov 2012; Balle & Wang 2018).
-    Errors: ValueError when std or grid is not positive: there is no noiseless call.
+    mechanism: post-processing, no floating-point attack (Mironov 2012; Balle & Wang 2018). Each
+    call has a key of its own; nothing that a caller passes or sets reaches the draw.
+    | dimension | at most 2¹⁴ pairs are in work at once, besides the result's 8 bytes each |
+    Errors: ValueError when std or grid is not positive and finite, or their ratio does not fit the
+    integers: there is no noiseless call.
     """
-    if not (std > 0 and grid > 0):
+    scale = std / grid if std > 0 and grid > 0 else math.nan
+    if not (math.isfinite(std) and math.isfinite(grid) and 0 < scale < 2.0**59):
         raise ValueError("noise needs a positive standard deviation and grid")
-    half = (dimension + 1) // 2
-    bits = _keystream(2 * half) >> np.uint64(11)
-    radius = np.sqrt(-2.0 * np.log((bits[:half] + 1.0) * 2.0**-53))  # argument in (0, 1]
-    angle = (2.0 * np.pi * 2.0**-53) * bits[half:]
-    normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:dimension]
-    return torch.from_numpy(np.rint(normal * (std / grid)).astype(np.int64))
+    drawn = np.empty(dimension, dtype=np.int64)
+    starts = range(0, dimension, 2 * _BLOCK)
+    pairs = [min(_BLOCK, (dimension - start + 1) // 2) for start in starts]
+    for start, bits in zip(starts, _keystream(2 * n for n in pairs), strict=True):
+        half = len(bits) // 2
+        uniform = (bits >> np.uint64(11)).astype(np.float64)
+        radius = np.sqrt(-2.0 * np.log((uniform[:half] + 1.0) * 2.0**-53))  # argument in (0, 1]
+        radius *= scale
+        angle = (2.0 * np.pi * 2.0**-53) * uniform[half:]
+        # Each pair's cosine and sine go half a block apart; an odd dimension drops the last sine.
+        drawn[start : start + half] = np.rint(radius * np.cos(angle))
+        rest = drawn[start + half : start + 2 * half]
+        rest[:] = np.rint(radius * np.sin(angle))[: len(rest)]
+    return torch.from_numpy(drawn)

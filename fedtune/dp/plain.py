@@ -12,7 +12,7 @@ import torch
 from fedtune.config import ClippingTable, Study
 from fedtune.dp import clip, sampling
 from fedtune.dp.budget import sampling_rate
-from fedtune.dp.plan import UnitGradients
+from fedtune.dp.plan import RowGradients
 from fedtune.dp.steplog import StepLog
 
 
@@ -25,10 +25,10 @@ class PlainPlan:
     clipping: ClippingTable | None
 
     def step(
-        self, n_units: int, dimension: int, gradients: UnitGradients, log: StepLog, round_: int
+        self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
     ) -> torch.Tensor:
         """The un-noised mean gradient, fp32 (dimension,). No guarantee whatsoever."""
-        sampled = sampling.poisson(n_units, self.sampling_rate)
+        sampled = sampling.poisson(n_rows, self.sampling_rate)
         total = torch.zeros(dimension, dtype=torch.float64)
         for chunk in gradients(sampled) if sampled else ():
             if self.clipping is None:

@@ -17,17 +17,18 @@ from fedtune.dp.accountant import Steps
 from fedtune.dp.budget import resolve
 from fedtune.dp.steplog import Step, StepLog
 
-RELATION = "add or remove one unit"
+RELATION: clip.Relation = "add or remove one unit"
 
-# The gradients of the sampled units, (units in chunk, d) at a time: each row is ONE unit's.
-UnitGradients = Callable[[list[int]], Iterator[torch.Tensor]]
+# The gradients of the sampled rows, (rows in chunk, d) at a time. A row is a whole unit, or, where
+# records are drawn, one record.
+RowGradients = Callable[[list[int]], Iterator[torch.Tensor]]
 
 
 class StepPlan(Protocol):
     """What training asks of a plan, private or not."""
 
     def step(
-        self, n_units: int, dimension: int, gradients: UnitGradients, log: StepLog, round_: int
+        self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
     ) -> torch.Tensor: ...
 
 
@@ -35,10 +36,14 @@ class StepPlan(Protocol):
 class DpPlan:
     """One site's share of a private study.
 
-    noise_multiplier: σ in multiples of the sensitivity; delta: for the whole study; steps: over all
-    rounds; divisor: the constant expected batch q · declared size, never the true count.
-    Guarantee: each call of `step` is one Poisson-subsampled Gaussian mechanism with (σ, q) on the
-    add-or-remove-one-unit relation, and its line is in the log before its result is returned.
+    noise_multiplier: σ in multiples of one row's clipping bound C; delta: for the whole study;
+    steps: over all rounds; divisor: the constant expected batch q · k · declared size, never the
+    true count; records: k, the most rows of one unit (1 where units are drawn).
+    Guarantee: each call of `step` is one Gaussian mechanism on the add-or-remove-one-unit relation,
+    Poisson-subsampled with (σ, q) where k = 1, and the mixture over Binomial(k, q) rows of a unit
+    else; its line is in the log before its result is returned.
+    Reference: Charles et al. 2024, "Fine-tuning large language models with user-level differential
+    privacy", algorithms 1 (records drawn: sensitivity kC) and 2 (units drawn: sensitivity C).
     """
 
     study: str
@@ -52,7 +57,8 @@ class DpPlan:
     local_steps: int
     delta: float
     divisor: float
-    relation: str = RELATION
+    records: int = 1
+    relation: clip.Relation = RELATION
 
     @property
     def steps(self) -> int:
@@ -64,19 +70,19 @@ class DpPlan:
         return accountant.epsilon(self.events(self.steps), self.delta)
 
     def events(self, steps: int) -> list[Steps]:
-        return [Steps(self.noise_multiplier, self.sampling_rate, steps)]
+        return [Steps(self.noise_multiplier, self.sampling_rate, steps, self.records)]
 
     def step(
-        self, n_units: int, dimension: int, gradients: UnitGradients, log: StepLog, round_: int
+        self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
     ) -> torch.Tensor:
-        """One noised mean gradient, fp32 (dimension,), for a site with `n_units` units.
+        """One noised mean gradient, fp32 (dimension,), for a site with `n_rows` rows to draw from.
 
-        `gradients` is called once with the sampled indices and yields each unit's row exactly once;
+        `gradients` is called once with the sampled indices and yields each of them exactly once;
         its tensors are zeroed after use. An empty sample is a noise-only step.
         Errors: RuntimeError when a row is missing or doubled: nothing is released then.
         """
         grid = clip.grid_for(self.noise_multiplier * self.max_grad_norm)
-        sampled = sampling.poisson(n_units, self.sampling_rate)
+        sampled = sampling.poisson(n_rows, self.sampling_rate)
         total = torch.zeros(dimension, dtype=torch.int64)
         seen = 0
         for chunk in gradients(sampled) if sampled else ():
@@ -86,13 +92,13 @@ class DpPlan:
             chunk.zero_()
             clipped.zero_()
         if seen != len(sampled):
-            raise RuntimeError("the gradient engine did not return each sampled unit once")
+            raise RuntimeError("the gradient engine did not return each sampled row once")
         return self._add_noise(total, grid, log, round_)
 
     def _add_noise(
         self, total: torch.Tensor, grid: float, log: StepLog, round_: int
     ) -> torch.Tensor:
-        bound = clip.sensitivity(self.max_grad_norm, len(total), grid)
+        bound = clip.sensitivity(self.max_grad_norm, len(total), grid, relation=self.relation)
         log.append(
             Step(
                 study=self.study,
@@ -101,6 +107,7 @@ class DpPlan:
                 sampling_rate=self.sampling_rate,
                 max_grad_norm=self.max_grad_norm,
                 unit=self.unit,
+                records=self.records,
             )
         )
         total += noise.gaussian_on_grid(len(total), self.noise_multiplier * bound, grid)
@@ -125,5 +132,6 @@ def plan_for_site(study: Study, declared_size: int) -> DpPlan:
         rounds=budget.rounds,
         local_steps=study.training.local_steps,
         delta=privacy.delta,
-        divisor=budget.sampling_rate * declared_size,
+        divisor=budget.sampling_rate * study.records_per_draw * declared_size,
+        records=study.records_per_draw,
     )

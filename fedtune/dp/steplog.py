@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,10 +19,11 @@ class Step:
 
     study: str  # plan digest
     round: int
-    noise_multiplier: float  # σ, in multiples of the sensitivity
+    noise_multiplier: float  # σ, in multiples of C
     sampling_rate: float
     max_grad_norm: float
     unit: str
+    records: int = 1  # k: the most rows of one unit
 
 
 class StepLog:
@@ -67,8 +69,5 @@ class StepLog:
 
 def events(steps: list[Step]) -> list[Steps]:
     """The accountant's view of a log."""
-    counts: dict[tuple[float, float], int] = {}
-    for step in steps:
-        key = (step.noise_multiplier, step.sampling_rate)
-        counts[key] = counts.get(key, 0) + 1
-    return [Steps(sigma, rate, count) for (sigma, rate), count in counts.items()]
+    counts = Counter((s.noise_multiplier, s.sampling_rate, s.records) for s in steps)
+    return [Steps(sigma, rate, count, records) for (sigma, rate, records), count in counts.items()]

@@ -25,6 +25,11 @@ def to_record(arrays: Mapping[str, npt.NDArray[np.float32]]) -> ArrayRecord:
     )
 
 
+def bodies(record: ArrayRecord) -> dict[str, bytes]:
+    """The bytes of each array as they travel, not parsed: what a seal covers."""
+    return {name: array.data for name, array in record.items()}
+
+
 def from_record(record: ArrayRecord) -> Arrays:
     """The arrays of a record.
 

@@ -9,6 +9,7 @@ run holds a pyproject.toml and no code, so there is nothing in it that a site co
 Layout of the coordinator's home:
 
     ca.crt, server.crt, server.key   make_ca and make_server_certificate write them (certs.py)
+    signing.key                      signs plans, orders and receipts; made at the first start
     nodes/SITE.pub                   the public key of every site that may take part
     flower/                          state of the running SuperLink; made anew at every start
 
@@ -21,6 +22,7 @@ that forwards /v1/fleet/ and nothing else stand in front of it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import secrets
@@ -46,6 +48,7 @@ from fedtune.flower.processes import (
     reachable,
     write_private,
 )
+from fedtune.wire.keys import SigningKey
 
 Event = Callable[[str, dict[str, Any]], None]
 Run = Callable[..., dict[str, Any]]  # server.rounds.run, or a stand-in
@@ -70,7 +73,7 @@ def serve(
     listen, or when a signal stops the study."""
     study = load_study(study_path)
     keys = read_nodes(home)
-    rounds = run or _installed_rounds()
+    rounds = run or _installed_rounds(home)
     bypass_proxy()
     try:
         with interruptible(), superlink(home, host, port) as link:
@@ -190,7 +193,8 @@ def _blame(link: Child, error: httpx.HTTPError | InfrastructureError) -> Infrast
     )
 
 
-def _installed_rounds() -> Run:
+def _installed_rounds(home: Path) -> Run:
     from server import rounds
+    from server.parts import Parts
 
-    return rounds.run
+    return functools.partial(rounds.run, parts=Parts(key=SigningKey.at(home / "signing.key")))

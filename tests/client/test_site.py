@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from client.review import read_plan, review
 from client.site import SiteWorker, Unprepared
 from client.site import worker as site_worker
+from client.withdraw import withdraw
 from fedtune.config import Site, Study
+from fedtune.dp import noise
 from fedtune.dp.accountant import Steps, epsilon
 from fedtune.errors import BudgetExceeded, DataError, ModelError, PolicyRefused
+from fedtune.models.cache import Cached
 from fedtune.models.start import Start, start
+from fedtune.training import local_round
 from tests.dp.conftest import study
 
 
 def notes(folder: Path, patients: int = 12) -> Path:
+    folder.mkdir(exist_ok=True)
     path = folder / "notes.jsonl"
     rows = [
         {"who": f"p{p}", "note": f"fever and cough, day {n}", "answer": "yes" if p % 2 else "no"}
@@ -36,7 +43,7 @@ def make_site(folder: Path, policy: dict[str, object] | None = None, **columns: 
                 "path": str(folder / "notes.jsonl"),
                 "columns": {"prompt": "note", "completion": "answer"} | columns,
             },
-            "policy": policy or {},
+            "policy": {"bases": "any", "max_delta": 1e-4} | (policy or {}),
         },
         strict=False,
     )
@@ -67,7 +74,7 @@ def test_an_admitted_plan_trains_and_every_step_is_in_the_log(
         update = worker.train(made.study.digest, round_, made.adapter)
     assert set(update.delta) == set(made.adapter)
     (event,) = update.events
-    assert set(event) == {"sigma", "q", "max_grad_norm", "steps"}
+    assert set(event) == {"sigma", "q", "max_grad_norm", "records", "steps"}
     assert event["steps"] == len(worker.log.steps()) == 4
     assert epsilon([Steps(event["sigma"], event["q"], 4)], 1e-4) <= 6.0  # type: ignore[arg-type]
 
@@ -81,17 +88,142 @@ def test_more_rounds_than_planned_are_refused(worker: SiteWorker, tiny_base: Pat
     assert worker.log.steps() == []
 
 
-def test_repeating_a_round_is_paid_for_until_the_ceiling(
+def test_a_round_asked_for_again_is_sent_again_and_not_paid_again(
+    worker: SiteWorker, tiny_base: Path, tmp_path: Path
+) -> None:
+    made = begun(tiny_base)
+    worker.prepare(made.study, made.frozen)
+    first = worker.train(made.study.digest, 1, made.adapter)
+    restarted = SiteWorker(worker.site)
+    restarted.prepare(made.study, made.frozen)
+    for site in (worker, restarted):
+        again = site.train(made.study.digest, 1, made.adapter)
+        assert all(np.array_equal(first.delta[n], again.delta[n]) for n in first.delta)
+        assert again.events == first.events
+    assert len(worker.log.steps()) == len(worker.ledger.charges("records")) == 1
+
+
+def test_a_round_from_another_adapter_is_paid_for_until_the_ceiling(
     worker: SiteWorker, tiny_base: Path
 ) -> None:
     made = begun(tiny_base)
     worker.prepare(made.study, made.frozen)
     with pytest.raises(BudgetExceeded, match="max_epsilon"):
-        for _ in range(20):
-            trains(worker, made, 1)
+        for n in range(20):
+            worker.train(made.study.digest, 1, {k: v + n for k, v in made.adapter.items()})
     ran = worker.log.steps()
     spent = epsilon([Steps(s.noise_multiplier, s.sampling_rate, 1) for s in ran], 1e-4)
     assert 6.0 < spent <= 8.0
+    assert len(worker.ledger.charges("records")) == len(ran)
+
+
+def test_a_crash_between_reservation_and_release_is_charged(
+    worker: SiteWorker, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = begun(tiny_base)
+    worker.prepare(made.study, made.frozen)
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("client.site.local_round", crash)
+        trains(worker, made, 1)
+    trains(worker, made, 1)
+    charges = worker.ledger.charges("records")
+    assert [charge.round for charge in charges] == [1, 1] and len(worker.log.steps()) == 1
+
+
+def test_a_signed_admission_is_for_one_plan(tmp_path: Path, tiny_base: Path) -> None:
+    notes(tmp_path)
+    worker = SiteWorker(make_site(tmp_path, {"admission": "signed"}, patient="who"))
+    made = begun(tiny_base)
+    refused = worker.prepare(made.study, made.frozen)
+    assert not refused.admitted and "nobody at the site has signed" in refused.reason
+    (waiting,) = (tmp_path / "state" / "plans").glob("*.json")
+    plan = read_plan(waiting)
+    assert plan.digest == made.study.digest
+    seen = review(plan, worker.site, worker.ledger)
+    assert seen.refusals == [] and seen.digest == plan.digest
+    words = " ".join(line for _, lines in seen.sections for line in lines)
+    assert "ε = 5.99" in words and "as installed here" in words
+    worker.ledger.admit(seen.digest, "officer")
+    assert worker.prepare(made.study, made.frozen).admitted
+    other = begun(tiny_base, study={"name": "another"})
+    assert not worker.prepare(other.study, other.frozen).admitted
+
+
+def test_a_withdrawn_patient_is_in_no_later_round(
+    worker: SiteWorker, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[set[int]] = []
+    sizes: list[int] = []
+
+    def spy(study: Study, data: Cached, *rest: Any) -> dict[str, np.ndarray]:
+        sizes.append(data.dataset.n_units)
+        seen.append({id(state) for state in data._states})
+        return local_round(study, data, *rest)
+
+    monkeypatch.setattr("client.site.local_round", spy)
+    made = begun(tiny_base)
+    worker.prepare(made.study, made.frozen)
+    trains(worker, made, 1)
+    found = withdraw(worker.site, "p4", worker.ledger)
+    assert found.seen and found.in_file == 2
+    ((release),) = found.releases
+    assert (release.rounds, release.digest) == (1, made.study.digest)
+    trains(worker, made, 2)
+    assert sizes == [12, 11]
+    again = SiteWorker(worker.site)  # and not after a restart either
+    again.prepare(made.study, made.frozen)
+    trains(again, made, 3)
+    assert sizes == [12, 11, 11]
+    never = withdraw(worker.site, "stranger", worker.ledger)
+    assert (never.seen, never.in_file, never.releases) == (False, 0, [])
+
+
+def test_a_failed_self_test_refuses_the_round(
+    worker: SiteWorker, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("client.site._tested", set())
+    honest = noise.gaussian_on_grid
+    monkeypatch.setattr(noise, "gaussian_on_grid", lambda d, std, grid: honest(d, std * 0.9, grid))
+    made = begun(tiny_base)
+    refused = worker.prepare(made.study, made.frozen)
+    assert not refused.admitted and "self-test" in refused.reason
+    with pytest.raises(Unprepared):
+        trains(worker, made, 1)
+    assert worker.log.steps() == []
+
+
+@pytest.mark.parametrize(
+    ("policy", "changes", "rule"),
+    [
+        ({"strategies": []}, {}, "policy.strategies"),
+        ({"modules": ["o_proj"]}, {}, "policy.modules"),
+        ({"max_rank": 2}, {}, "policy.max_rank"),
+        ({"max_steps": 3}, {}, "policy.max_steps"),
+        ({"max_sampling_rate": 0.5}, {}, "policy.max_sampling_rate"),
+        ({"max_grad_norm": 0.5}, {}, "policy.max_grad_norm"),
+        ({"min_units": 13}, {}, "policy.min_units"),
+        ({"min_noise_multiplier": 50.0}, {}, "policy.min_noise_multiplier"),
+        ({"max_epsilon_per_study": 5.0}, {}, "policy.max_epsilon_per_study"),
+        ({"coordinators": ["0" * 64]}, {}, "policy.coordinators"),
+        ({"bases": []}, {}, "policy.bases"),
+    ],
+)
+def test_every_bound_of_the_policy_refuses_by_name(
+    tmp_path: Path,
+    tiny_base: Path,
+    policy: dict[str, object],
+    changes: dict[str, object],
+    rule: str,
+) -> None:
+    worker = SiteWorker(make_site(tmp_path, policy, patient="who"))
+    made = begun(tiny_base, **changes)
+    refused = worker.prepare(made.study, made.frozen, "1" * 64)
+    assert not refused.admitted and rule in refused.reason
+    assert not (tmp_path / "notes.jsonl").exists()  # no record was there to be read
 
 
 def test_a_restart_forgets_the_plan_and_keeps_the_budget(
@@ -120,11 +252,6 @@ def test_a_restart_forgets_the_plan_and_keeps_the_budget(
         ({}, {"privacy": "off"}, 'privacy.unit = "patient"'),
         ({}, {"privacy": "off", "clipping": {"unit": "patient"}}, "allow_privacy_off"),
         ({}, {"privacy": {"epsilon": 6.0, "delta": 0.1, "unit": "patient"}}, "max_delta"),
-        (
-            {"max_delta": 0.5},
-            {"privacy": {"epsilon": 6.0, "delta": 0.1, "unit": "patient"}},
-            "size",
-        ),
         ({}, {"privacy": {"epsilon": 6.0, "delta": 1e-4}}, 'privacy.unit = "patient"'),
     ],
 )
@@ -149,8 +276,16 @@ def test_privacy_off_runs_only_where_the_site_says_so(tmp_path: Path, tiny_base:
     made = begun(tiny_base, privacy="off")
     assert worker.prepare(made.study, made.frozen).admitted
     one, two = trains(worker, made, 1), trains(worker, made, 1)
-    assert all(np.array_equal(one[n], two[n]) for n in one)  # no noise
+    assert all(np.array_equal(one[n], two[n]) for n in one)  # sent again
+    other = SiteWorker(make_site(tmp_path / "other", {"allow_privacy_off": True}))
+    notes(tmp_path / "other")
+    other.prepare(made.study, made.frozen)
+    twin = trains(other, made, 1)
+    assert all(np.array_equal(one[n], twin[n]) for n in one)  # no noise
     assert worker.log.steps() == []
+    private = begun(tiny_base, privacy={"epsilon": 6.0, "delta": 1e-5})
+    refused = worker.prepare(private.study, private.frozen)
+    assert not refused.admitted and "max_epsilon" in refused.reason  # the dataset's ε is infinite
 
 
 def test_noise_differs_between_runs(worker: SiteWorker, tiny_base: Path) -> None:
@@ -199,6 +334,7 @@ declared_size = 12
 path = "notes.jsonl"
 columns = {{ prompt = "note", completion = "answer", patient = "who" }}
 [policy]
+bases = "any"
 max_epsilon = {ceiling}
 """
 

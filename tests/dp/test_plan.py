@@ -62,7 +62,7 @@ def test_a_missing_or_doubled_unit_releases_nothing(tmp_path: Path, given: int) 
     def wrong(units: list[int]) -> Iterator[torch.Tensor]:
         yield torch.zeros(given, D)
 
-    with pytest.raises(RuntimeError, match="each sampled unit once"):
+    with pytest.raises(RuntimeError, match="each sampled row once"):
         make_plan().step(4, D, wrong, StepLog(tmp_path / "log"), 1)
 
 

@@ -15,11 +15,13 @@ import client.app
 from client.site import Admission, Unprepared, Update
 from fedtune.config import Study
 from fedtune.flower.grid import InProcessGrid
+from fedtune.wire.keys import SigningKey
+from fedtune.wire.seal import Header, seal
 from server import rounds
 from server.parts import Parts
 
 SHAPES = {"layer.B": (3, 2), "layer.C": (4,)}
-EVENT = {"sigma": 1.5, "q": 0.25, "max_grad_norm": 1.0}
+EVENT = {"sigma": 1.5, "q": 0.25, "max_grad_norm": 1.0, "records": 1}
 
 
 def zeros() -> dict[str, np.ndarray]:
@@ -40,22 +42,38 @@ class FakeSite:
     prepared: int = 0
     known: bool = False
     steps: int = 0
+    key: SigningKey = field(default_factory=SigningKey)
+    base: str = ""
+    coordinator: str = ""
+    receipts: list[str] = field(default_factory=list)
 
     @property
     def site(self) -> Any:
         return SimpleNamespace(site=SimpleNamespace(name=self.name))
 
-    def prepare(self, study: Study, frozen: dict[str, np.ndarray]) -> Admission:
+    def prepare(self, study: Study, frozen: dict[str, np.ndarray], coordinator: str) -> Admission:
+        self.coordinator, self.base = coordinator, study.base.digest or ""
         self.prepared += 1
         if self.prepare_error:
             raise self.prepare_error
         self.known = not self.refusal
         return Admission(self.known, self.refusal, self.name, self.size)
 
-    def train(self, digest: str, round_: int, adapter: dict[str, np.ndarray]) -> Update:
+    def coordinator_of(self, digest: str) -> str:
         if not self.known:
             raise Unprepared("this site does not know the plan")
+        return self.coordinator
+
+    def sealed(self, digest: str, round_: int, nonce: str, body: str) -> dict[str, str]:
+        ledger = {"seq": round_, "hash": "0" * 64, "signature": "1" * 128}
+        header = Header(digest, round_, self.base, self.name, self.coordinator, nonce, body, ledger)
+        return seal(self.key, header)
+
+    def train(
+        self, digest: str, round_: int, adapter: dict[str, np.ndarray], receipt: str
+    ) -> Update:
         self.calls.append(round_)
+        self.receipts.append(receipt)
         self.steps += 1
         rng = np.random.default_rng([round_, *self.name.encode()])
         delta = {
@@ -104,7 +122,7 @@ def make_parts(**changes: Any) -> Parts:
     parts: dict[str, Any] = {
         "start": lambda study: SimpleNamespace(study=study, adapter=zeros(), frozen={}),
         "evaluator": lambda study, frozen: FakeEvaluator(),
-        "epsilon": lambda events, delta: sum(q * n / s for s, q, n in events),
+        "epsilon": lambda events, delta: sum(q * n / s for s, q, n, _ in events),
         "accountant": lambda: "fake",
         "licence": lambda study: "apache-2.0",
         "save": save,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from flwr.clientapp import ClientApp
 import client.app
 from client.site import Unprepared
 from fedtune.errors import BudgetExceeded, ConfigError, ModelError
-from fedtune.flower.arrays import to_record
+from fedtune.flower.arrays import bodies, to_record
 from fedtune.flower.grid import InProcessGrid
+from fedtune.wire import seal
+from fedtune.wire.keys import SigningKey
 from server import app as server_app
 from server.admission import Roster, outcome, plan_message
 from server.exchange import Reply
@@ -30,28 +33,39 @@ def query(kind: str, content: RecordDict) -> RecordDict:
     return reply.content
 
 
-def order(round_: int = 1) -> RecordDict:
-    record = ConfigRecord({"digest": STUDY.digest, "round": round_})
-    return RecordDict({"round": record, "adapter": to_record(zeros())})
+KEY = SigningKey()  # the coordinator's
+WANTED = seal.Header(STUDY.digest, 1, "", "a", KEY.public, "n", "", {})
+
+
+def order(round_: int = 1, key: SigningKey = KEY) -> RecordDict:
+    record = ConfigRecord(seal.order(key, STUDY.digest, round_, "n", ""))
+    return RecordDict({"order": record, "adapter": to_record(zeros())})
+
+
+def known(**options: Any) -> FakeSite:
+    return FakeSite("a", known=True, coordinator=KEY.public, **options)
 
 
 # ------------------------------------------------------------------------------------ ClientApp
 
 
 def test_prepare_gives_name_and_declared_size_and_nothing_else(trial):
-    trial(FakeSite("a", size=42))
-    reply = query("query.prepare", plan_message(STUDY, {}))
+    site = FakeSite("a", size=42)
+    trial(site)
+    reply = query("query.prepare", plan_message(STUDY, {}, SigningKey()))
     assert dict(reply["admission"]) == {
         "admitted": True, "reason": "", "status": "admitted", "name": "a", "declared_size": 42,
+        "key": site.key.public,
     }  # fmt: skip
     assert list(reply) == ["admission"]
 
 
 def test_train_gives_update_status_and_step_log_and_nothing_else(trial):
-    trial(FakeSite("a", known=True))
+    trial(known())
     reply = query("train", order())
     assert set(reply) == {"update", "site"}
-    assert set(reply["site"]) == {"name", "status", "reason", "events"}
+    fields = {"name", "status", "reason", "events", "header", "signature"}
+    assert set(reply["site"]) == fields
     assert json.loads(reply["site"]["events"])[0]["steps"] == 1
 
 
@@ -70,7 +84,7 @@ def test_train_gives_update_status_and_step_log_and_nothing_else(trial):
     ],
 )
 def test_only_a_refusals_words_leave_the_site(trial, error, status, reason):
-    trial(FakeSite("a", known=True, script={1: error}))
+    trial(known(script={1: error}))
     reply = query("train", order())
     assert (reply["site"]["status"], reply["site"]["reason"]) == (status, reason)
     assert len(reply["update"]) == 0 and reply["site"]["events"] == "[]"
@@ -78,7 +92,7 @@ def test_only_a_refusals_words_leave_the_site(trial, error, status, reason):
 
 def test_a_plan_that_is_not_what_it_claims_to_be_is_not_prepared(trial):
     run = trial(FakeSite("a"))
-    message = plan_message(STUDY, {})
+    message = plan_message(STUDY, {}, SigningKey())
     message["plan"]["digest"] = "sha256:" + "0" * 64
     assert query("query.prepare", message)["admission"]["reason"] == "ConfigError"
     message["plan"]["study"] = "{"
@@ -142,12 +156,12 @@ def admitted_by(answer: dict[str, Any] | None) -> Roster:
         return Message(RecordDict(content), reply_to=message)
 
     grid = InProcessGrid([Path("x")], app)
-    roster = Roster(grid, STUDY, plan_message(STUDY, {}), {}, lambda *_: None)
+    roster = Roster(grid, STUDY, plan_message(STUDY, {}, SigningKey()), {}, {}, lambda *_: None)
     roster.join()
     return roster
 
 
-GOOD = {"admitted": True, "reason": "", "name": "a", "declared_size": 9}
+GOOD = {"admitted": True, "reason": "", "name": "a", "declared_size": 9, "key": "0" * 64}
 
 
 def test_a_good_answer_is_admitted():
@@ -168,6 +182,8 @@ def test_a_good_answer_is_admitted():
         {"declared_size": 1.5},
         {"declared_size": True},
         {"declared_size": "9"},
+        {"key": ""},
+        {"key": "x" * 64},
     ],
 )
 def test_an_odd_answer_is_not(change):
@@ -187,7 +203,7 @@ def test_a_refusals_words_are_tamed():
 @pytest.mark.parametrize("site", [None, ConfigRecord({}), ConfigRecord({"status": "splendid"})])
 def test_an_odd_reply_to_train_is_a_failure(site):
     content = RecordDict({"update": ArrayRecord()} | ({"site": site} if site is not None else {}))
-    assert outcome(Reply(2, content), zeros(), True, 0).status == "failed"
+    assert outcome(Reply(2, content), zeros(), True, 0, "", WANTED).status == "failed"
 
 
 def test_a_huge_claim_in_a_small_message_is_not_allocated():
@@ -196,7 +212,60 @@ def test_a_huge_claim_in_a_small_message_is_not_allocated():
     honest = record[name].data
     record[name].data = honest.replace(b"(4,), }         ", b"(4000000000,), }")
     assert record[name].data != honest and len(record[name].data) == len(honest)
-    site = ConfigRecord({"status": "trained", "events": "[]"})
-    content = RecordDict({"update": record, "site": site})
-    assert outcome(Reply(2, content), zeros(), False, 0).status == "dropped"
+    site, header = SigningKey(), replace(WANTED, body=seal.body_digest(bodies(record)))
+    said = ConfigRecord({"status": "trained", "events": "[]", **seal.seal(site, header)})
+    content = RecordDict({"update": record, "site": said})
+    got = outcome(Reply(2, content), zeros(), False, 0, site.public, WANTED)
+    assert got.status == "dropped" and "fp32" in got.reason
     assert np.prod(record[name].shape) == 4
+
+
+def sealed(key: SigningKey, record: ArrayRecord, **changes: Any) -> Reply:
+    header = replace(WANTED, body=seal.body_digest(bodies(record)), ledger={"hash": "h"})
+    said = {"status": "trained", "events": "[]", **seal.seal(key, replace(header, **changes))}
+    return Reply(2, RecordDict({"update": record, "site": ConfigRecord(said)}))
+
+
+def test_a_sealed_update_is_taken_and_its_ledger_statement_kept():
+    site, record = SigningKey(), to_record(zeros())
+    got = outcome(sealed(site, record), zeros(), False, 0, site.public, WANTED)
+    assert (got.status, got.ledger) == ("trained", {"hash": "h"})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"plan": "sha256:" + "1" * 64},
+        {"round": 2},
+        {"base": "sha256:" + "1" * 64},
+        {"site": "b"},
+        {"receiver": "0" * 64},
+        {"nonce": "another"},
+        {"body": "0" * 64},
+    ],
+)
+def test_an_update_sealed_for_something_else_is_dropped(change):
+    site, record = SigningKey(), to_record(zeros())
+    got = outcome(sealed(site, record, **change), zeros(), False, 0, site.public, WANTED)
+    assert got.status == "dropped" and next(iter(change)) in got.reason
+
+
+def test_an_update_signed_by_another_or_altered_is_dropped():
+    site, record = SigningKey(), to_record(zeros())
+    stranger = outcome(sealed(SigningKey(), record), zeros(), False, 0, site.public, WANTED)
+    assert stranger.status == "dropped" and "not signed" in stranger.reason
+    reply = sealed(site, record)
+    record["layer.C"].data = record["layer.C"].data[:-1] + b"\x01"
+    altered = outcome(reply, zeros(), False, 0, site.public, WANTED)
+    assert altered.status == "dropped" and "body" in altered.reason
+
+
+def test_an_order_by_another_coordinator_or_a_plan_without_signature_is_not_followed(trial):
+    site = known()
+    trial(site)
+    reply = query("train", order(key=SigningKey()))
+    assert (reply["site"]["status"], reply["site"]["reason"]) == ("failed", "SealError")
+    message = plan_message(STUDY, {}, SigningKey())
+    message["plan"]["coordinator"] = SigningKey().public
+    assert query("query.prepare", message)["admission"]["reason"] == "SealError"
+    assert site.calls == [] and site.prepared == 0

@@ -52,7 +52,7 @@ def test_the_aggregate_is_the_mean_of_the_updates(trial):
     sites = three()
     run = trial(*sites)
     run.run(make_study(min_sites=2).model_copy(update={"training": one_round()}))
-    deltas = [fresh(s.name).train("", 1, zeros()).delta for s in sites]
+    deltas = [fresh(s.name).train("", 1, zeros(), "").delta for s in sites]
     for name in SHAPES:
         mean = np.mean([d[name] for d in deltas], axis=0, dtype=np.float64)
         np.testing.assert_array_equal(run.adapter()[name], mean.astype(np.float32))
@@ -63,7 +63,7 @@ def test_declared_sizes_weigh_when_the_study_says_so(trial):
     run = trial(*sites)
     study = make_study(weights="declared").model_copy(update={"training": one_round()})
     run.run(study)
-    a, b = (fresh(n).train("", 1, zeros()).delta["layer.C"] for n in "ab")
+    a, b = (fresh(n).train("", 1, zeros(), "").delta["layer.C"] for n in "ab")
     np.testing.assert_allclose(run.adapter()["layer.C"], 0.75 * a + 0.25 * b, rtol=1e-6)
 
 
@@ -159,12 +159,13 @@ def test_bytes_are_those_of_the_contents_and_agree_with_the_wire(trial):
 
 
 def test_the_plan_on_the_wire_holds_no_path_of_the_coordinator(trial):
+    from fedtune.wire.keys import SigningKey
     from server.admission import plan_message
 
     study = make_study()
-    text = str(plan_message(study, {})["plan"]["study"])
+    text = str(plan_message(study, {}, SigningKey())["plan"]["study"])
     assert "/secret" not in text and "held-out.jsonl" in text
-    assert size(plan_message(study, {})) > len(text)
+    assert size(plan_message(study, {}, SigningKey())) > len(text)
 
 
 # ------------------------------------------------------------------------- failures and refusals

@@ -46,6 +46,8 @@ state = "state-{name}"
 [data]
 path = "{name}.jsonl"
 columns = {{ prompt = "q", completion = "a" }}
+[policy]
+bases = "any"
 """
 
 

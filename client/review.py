@@ -1,0 +1,135 @@
+"""A plan in plain words, for the person who signs for the site: what runs, what leaves, the cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from client.policy import refusals, total_of, within_budget
+from fedtune import __version__
+from fedtune.config import Site, Study, load_study, study_from_json
+from fedtune.dp.ledger import Ledger
+from fedtune.dp.plan import DpPlan, plan_for_site
+from fedtune.errors import ConfigError, Refused
+from fedtune.report.claim import best_guess, percent, protects, rounded_up, strength
+
+
+@dataclass(frozen=True)
+class Review:
+    """digest: what a signature binds to; sections: (heading, lines); refusals: rules that say no."""
+
+    digest: str
+    sections: list[tuple[str, list[str]]]
+    refusals: list[str]
+
+
+def read_plan(path: Path) -> Study:
+    """A plan from study.toml, or as a coordinator sent it or its run folder keeps it (JSON).
+
+    A study.toml is resolved first (the base's digest, the adapter's frozen factor, the rounds):
+    only a resolved plan has the digest that a site is asked to run.
+    Errors: ConfigError; ModelError where the base is not to be had."""
+    if path.suffix == ".json":
+        try:
+            return study_from_json(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    from fedtune.models.start import start
+
+    return start(load_study(path)).study
+
+
+def review(study: Study, site: Site, ledger: Ledger) -> Review:
+    """What `study` would mean at `site`. Reads no record."""
+    plan = plan_for_site(study, site.site.declared_size) if study.private else None
+    refused = [str(refusal) for refusal in refusals(study, site, plan)]
+    charges = ledger.charges(site.data.name)
+    try:
+        within_budget(site, plan, charges)
+    except Refused as refusal:
+        refused.append(str(refusal))
+    sections = [
+        ("What would run", _runs(study, plan)),
+        ("What would leave this site", _leaves(study)),
+        ("What it costs", _costs(study, site, plan, ledger)),
+    ]
+    return Review(study.digest, sections, refused)
+
+
+def _runs(study: Study, plan: DpPlan | None) -> list[str]:
+    where = "a head on the frozen base"
+    if study.lora:
+        lora = study.lora
+        blocks = f"the last {lora.last_layers} blocks" if lora.last_layers else "all blocks"
+        where = (
+            f"a LoRA adapter of rank {lora.rank} on {', '.join(lora.modules)} of {blocks}"
+            f" ({'B alone is trained' if lora.train == 'B' else 'A and B are trained'})"
+        )
+    t = study.training
+    lines = [
+        f"Code: fedtune {__version__} as installed here. Nothing that the coordinator sends is run.",
+        f"Base: {study.base.model}, {study.base.digest or 'digest not pinned'}.",
+        f"Trained: {where}; objective {study.objective.name}.",
+        f"{t.rounds} rounds of {t.local_steps} step{'s' if t.local_steps > 1 else ''} each.",
+    ]
+    if plan is None:
+        return [*lines, "NOT PRIVATE: no noise is added and nothing is promised."]
+    drawn = "record" if plan.records > 1 else plan.unit
+    sampled = (
+        f"every {drawn} takes part in every step"
+        if plan.sampling_rate == 1
+        else f"each {drawn} takes part in each step with probability {plan.sampling_rate:.4g}"
+    )
+    return [
+        *lines,
+        f"In each step {sampled}; each {drawn}'s influence is clipped to {plan.max_grad_norm:g}, "
+        f"and noise of {plan.noise_multiplier:g} times that is added before anything is kept.",
+    ]
+
+
+def _leaves(study: Study) -> list[str]:
+    what = "one noised update of the adapter" if study.private else "one update, WITHOUT noise"
+    lines = [
+        f"Each round: {what}, signed, with the noise, clipping and sampling figures that the plan "
+        "already names, and the head of this site's ledger (a hash).",
+        "Once: this site's name, its declared size, its public signing key.",
+        "On refusal: the rule that said no. On an error: the kind of error, not its words.",
+        "Never: records, counts, losses, gradients, timings, or who was sampled.",
+    ]
+    return lines
+
+
+def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> list[str]:
+    if plan is None:
+        return [
+            "Everything: after a run without privacy no ε can be stated for this dataset, and "
+            "private studies on it are refused."
+        ]
+    charges, policy = ledger.charges(site.data.name), site.policy
+    facts = {
+        "epsilon": plan.epsilon,
+        "delta": plan.delta,
+        "sampling_rate": plan.sampling_rate,
+        "noise_multiplier": plan.noise_multiplier / plan.records,
+        "steps": plan.steps,
+    }
+    before = total_of(site, plan, charges, ahead=0)
+    after = total_of(site, plan, charges, ahead=plan.steps)
+    return [
+        f"This study: ε = {rounded_up(plan.epsilon)} at δ = {plan.delta:g}, for "
+        f"{protects(plan.unit)}: {strength(plan.epsilon)}.",
+        f"Somebody who knows everything else and sees all that leaves can tell whether one "
+        f"{plan.unit} was in the data with at most {percent(best_guess(facts))} certainty "
+        "(a coin: 50 %).",
+        f"Dataset {site.data.name!r} in total, at δ = {2 * policy.max_delta:g}: "
+        f"ε = {rounded_up(before.epsilon)} so far, {rounded_up(after.epsilon)} with this study "
+        f"({after.how}); the policy's ceiling is {policy.max_epsilon:g}.",
+    ]
+
+
+def pending(site: Site, study: Study) -> Path:
+    """Keep a plan that waits for a signature where `fedtune review` finds it. It is public."""
+    path = site.site.state / "plans" / f"{study.digest.removeprefix('sha256:')[:16]}.json"
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.write_text(study.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return path

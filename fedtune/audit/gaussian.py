@@ -1,0 +1,118 @@
+"""One noised step against a worst-case unit: an empirical lower bound on that step's ε."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from fedtune.audit.bounds import gaussian_epsilon, gaussian_mu
+from fedtune.dp import accountant
+from fedtune.dp.plan import DpPlan
+from fedtune.dp.selftest import HUGE, MemoryLog
+
+# Fixed before anything is measured.
+CONFIDENCE = 0.95  # of the bound that is reported
+CEILING = 0.999  # a bound above the claim at this confidence is a broken claim
+FLOOR, FLOOR_FROM, FLOOR_TRIALS = 0.8, 3.0, 10_000  # reach 80 % of a claim of at least 3
+DIMENSION, OTHERS = 64, 3
+
+
+@dataclass(frozen=True)
+class OneStep:
+    """claimed: ε of ONE step with every unit in it, at `delta`; audited: its lower bound at 95 %;
+    ceiling: the same at 99.9 %. broken: the ceiling is above the claim. weak: the bound stayed
+    below 80 % of a claim of at least 3, so the step is not what was described, or was not tested.
+    """
+
+    trials: int
+    delta: float
+    claimed: float
+    audited: float
+    ceiling: float
+    false_alarms: int
+    misses: int
+    noise_multiplier: float
+    records: int
+    assumption: str = "Gaussian trade-off"
+    sampling_rate: float = 1.0
+
+    @property
+    def broken(self) -> bool:
+        return self.ceiling > self.claimed
+
+    @property
+    def weak(self) -> bool:
+        reach = self.claimed >= FLOOR_FROM and self.trials >= FLOOR_TRIALS
+        return reach and self.audited < FLOOR * self.claimed
+
+    @property
+    def passed(self) -> bool:
+        return not self.broken and not self.weak
+
+
+def one_step(plan: DpPlan, trials: int = 10_000, dimension: int = DIMENSION) -> OneStep:
+    """`trials` steps of `plan` with a canary and as many without, told apart by one projection.
+
+    The canary is a unit whose k rows all point the same way and are longer than C, among three
+    generated units that the attacker knows. Every unit is in the step (q = 1): whether sampling
+    hides a unit is the sampler's own test, and the claim is taken at q = 1 too. The threshold is
+    half of the move that the plan allows, μ/2: from theory, fixed before a trial is run.
+    Guarantee: the steps are the shipped ones; their log lines go to memory, because they touch no
+    record. A right step is called broken with probability below 10⁻⁵.
+    Errors: ValueError on trials < 1.
+    Reference: Nasr et al. 2023, "Tight auditing of differentially private machine learning"."""
+    if trials < 1:
+        raise ValueError("an audit needs at least one trial")
+    plan = replace(plan, sampling_rate=1.0, divisor=1.0)
+    draw = np.random.default_rng(0)  # public: the units that the attacker knows, and the direction
+    direction = draw.normal(size=dimension)
+    direction /= np.linalg.norm(direction)
+    others = draw.normal(size=(OTHERS, dimension))
+    canary = np.tile(HUGE * plan.max_grad_norm * direction, (plan.records, 1))
+    without = torch.from_numpy(others).float()
+    with_it = torch.from_numpy(np.concatenate([others, canary])).float()
+    middle = _known(plan, others) @ direction + plan.records * plan.max_grad_norm / 2
+    toward = torch.from_numpy(direction)
+    absent = _projections(plan, without, toward, trials)
+    present = _projections(plan, with_it, toward, trials)
+    false_alarms = int((absent > middle).sum())
+    misses = int((present <= middle).sum())
+
+    def bound(confidence: float) -> float:
+        mu = gaussian_mu(false_alarms, misses, trials, confidence)
+        return gaussian_epsilon(mu, plan.delta)
+
+    return OneStep(
+        trials=trials,
+        delta=plan.delta,
+        claimed=accountant.epsilon(plan.events(1), plan.delta),
+        audited=bound(CONFIDENCE),
+        ceiling=bound(CEILING),
+        false_alarms=false_alarms,
+        misses=misses,
+        noise_multiplier=plan.noise_multiplier,
+        records=plan.records,
+    )
+
+
+def _known(plan: DpPlan, others: np.ndarray) -> np.ndarray:
+    """What the attacker expects of the units that he knows: their clipped sum."""
+    norms = np.linalg.norm(others, axis=1, keepdims=True)
+    c = plan.max_grad_norm
+    flat = plan.clipping == "flat"
+    factor = np.minimum(1.0, c / norms) if flat else c / (norms + plan.gamma)
+    return np.asarray((others * factor).sum(axis=0))
+
+
+def _projections(plan: DpPlan, rows: torch.Tensor, toward: torch.Tensor, trials: int) -> np.ndarray:
+    def gradients(drawn: list[int]) -> Iterator[torch.Tensor]:
+        yield rows[drawn]  # a copy, which the step wipes
+
+    log, seen = MemoryLog(), np.empty(trials)
+    for trial in range(trials):
+        noised = plan.step(len(rows), rows.shape[1], gradients, log, 1)
+        seen[trial] = float(noised.double() @ toward)
+    return seen

@@ -1,0 +1,127 @@
+"""Does a released adapter know a generated secret better than the secrets it could have been?"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.special import gammaincinv  # type: ignore[import-untyped]
+
+from fedtune.config import Columns, EvaluationTable, Study
+from fedtune.data.tokens import load_dataset
+from fedtune.errors import DataError
+from fedtune.models.cache import Cached
+from fedtune.models.network import Network
+from fedtune.objectives import find
+
+# Fixed before anything is measured.
+SECRETS, POOL = 8, 128  # secrets; each is ranked among so many, itself included: at most 7 bits
+CONFIDENCE = 0.999
+DIGITS = 8
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """Bits by which the secrets rank above chance: log2 POOL minus log2 of a secret's rank by loss,
+    1 being the lowest. mean, highest: with the adapter; base: the mean without it; chance: the mean
+    that a model without any knowledge gives; limit: chance stays below it with 99.9 %."""
+
+    secrets: int
+    pool: int
+    mean: float
+    highest: float
+    base: float
+    chance: float
+    limit: float
+
+    @property
+    def exposed(self) -> bool:
+        return self.mean > self.limit
+
+
+def planted(study: Study, secrets: int = SECRETS) -> list[dict[str, str]]:
+    """Rows that hold the secrets, to put among GENERATED records before a run: prompt and
+    completion, or text and label; each its own patient. They follow from the study's public seed,
+    so they are secret from nobody and must never stand in for a real record."""
+    return [_row(study, at, number) for at, number in enumerate(_numbers(study, secrets, 1)[:, 0])]
+
+
+def exposure(network: Network, study: Study, secrets: int = SECRETS, pool: int = POOL) -> Exposure:
+    """Exposure of the planted secrets in `network` as it stands, each ranked by its loss among
+    random secrets of the same form.
+
+    | the secrets were not planted | the mean is that of chance |
+    Errors: DataError where the study's tokenizer or length cannot hold such a record.
+    Reference: Carlini et al. 2019, "The secret sharer", section 4.2."""
+    numbers = _numbers(study, secrets, pool)
+    rows = [_row(study, at, number) for at in range(secrets) for number in numbers[at]]
+    labelled = "label" in rows[0]
+    names = ("text", "label") if labelled else ("prompt", "completion")
+    columns = Columns(**{name: name for name in names})
+    with tempfile.TemporaryDirectory(prefix="fedtune-canaries-") as folder:
+        path = Path(folder) / "canaries.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        data = load_dataset(EvaluationTable(path=path, columns=columns), study, network.tokenizer)
+    if len(data.examples) != len(rows):
+        raise DataError("the study cannot hold a generated canary of some 20 tokens")
+    cached = Cached(network, data)
+    adapter = network.trainable()
+    with_it = _bits(_losses(cached, study).reshape(secrets, pool))
+    network.load_trainable({name: np.zeros_like(value) for name, value in adapter.items()})
+    try:
+        base = _bits(_losses(cached, study).reshape(secrets, pool))
+    finally:
+        network.load_trainable(adapter)
+    return Exposure(
+        secrets=secrets,
+        pool=pool,
+        mean=float(with_it.mean()),
+        highest=float(with_it.max()),
+        base=float(base.mean()),
+        chance=float(np.mean([math.log2(pool / rank) for rank in range(1, pool + 1)])),
+        limit=_limit(secrets),
+    )
+
+
+def _bits(losses: np.ndarray) -> np.ndarray:
+    """Exposure of each row's first column; a tie counts against the secret being known."""
+    ranks = 1 + (losses[:, 1:] <= losses[:, :1]).sum(axis=1)
+    return np.asarray(np.log2(losses.shape[1] / ranks))
+
+
+def _limit(secrets: int) -> float:
+    """By chance rank/pool is at least a uniform variable, so bits are at most exponential ones with
+    mean 1/ln 2, and their sum at most a gamma variable."""
+    return float(gammaincinv(secrets, CONFIDENCE)) / secrets / math.log(2)
+
+
+@torch.no_grad()
+def _losses(cached: Cached, study: Study) -> np.ndarray:
+    objective = find(study.objective.name)
+    found = np.empty(len(cached.dataset.examples))
+    for batch in cached.batches(range(len(found))):
+        found[batch.index.numpy()] = objective.losses(cached.network, batch).double().numpy()
+    return found
+
+
+def _numbers(study: Study, secrets: int, pool: int) -> np.ndarray:
+    """(secrets, pool) different numbers; the first of a row is the secret whatever the pool."""
+    low, high = 10 ** (DIGITS - 1), 10**DIGITS
+    rows = []
+    for at in range(secrets):
+        draw = np.random.default_rng([study.study.seed, at, 2])
+        rows.append(list(dict.fromkeys(draw.integers(low, high, size=2 * pool + 8)))[:pool])
+    return np.array(rows)
+
+
+def _row(study: Study, at: int, number: int) -> dict[str, str]:
+    said, patient = f"The access code of ward {at} is", f"canary-{at}"
+    if study.objective.name == "classify":
+        label = study.objective.labels[at % len(study.objective.labels)]
+        return {"text": f"{said} {number}", "label": label, "patient": patient}
+    return {"prompt": said, "completion": f" {number}", "patient": patient}

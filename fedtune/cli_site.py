@@ -1,0 +1,191 @@
+"""Commands for the person who answers for a site's data: review, ledger, withdraw, doctor, audit."""
+
+from __future__ import annotations
+
+import getpass
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from fedtune.guard import command
+
+PANEL = "Answer for a site's data"
+SITE = Annotated[
+    Path, typer.Argument(metavar="SITE", help="This site's site.toml.", show_default=False)
+]
+PLAN = Annotated[
+    Path,
+    typer.Argument(metavar="STUDY", help="study.toml, or a plan as JSON.", show_default=False),
+]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands on `app`."""
+    for each in (review, ledger, withdraw, doctor, audit):
+        command(app, panel=PANEL)(each)
+
+
+def review(
+    study: PLAN,
+    site: Annotated[
+        Path, typer.Option("--site", metavar="SITE", help="The site.toml it would run under.")
+    ] = Path("site.toml"),
+    sign: Annotated[
+        bool, typer.Option("--sign", help="Admit exactly this plan, under your login's name.")
+    ] = False,
+) -> None:
+    """Say in plain words what a study would run here, what would leave, and what it costs.
+
+    Reads no record. A site whose policy.admission is "signed" keeps each plan that it was sent in
+    its state folder, under plans/; --sign admits it."""
+    from client.review import read_plan
+    from client.review import review as look
+    from fedtune.config import load_site
+    from fedtune.dp.ledger import Ledger
+    from fedtune.errors import PolicyRefused
+
+    here, plan = load_site(site), read_plan(study)
+    book = Ledger(here.site.state)
+    found = look(plan, here, book)
+    console = Console()
+    console.print(f"[bold]{escape(plan.study.name)}[/bold]  {found.digest}", highlight=False)
+    for heading, lines in found.sections:
+        console.print(f"\n[bold]{heading}[/bold]")
+        for line in lines:
+            console.print(f"  {line}", highlight=False, markup=False)
+    if found.refusals:
+        console.print("\n[bold red]This site refuses it[/bold red]")
+        for line in found.refusals:
+            console.print(f"  {line}", highlight=False, markup=False)
+    if sign:
+        if found.refusals:
+            raise PolicyRefused("a plan that the policy refuses is not signed")
+        book.admit(found.digest, getpass.getuser())
+        console.print(f"\nsigned by {getpass.getuser()}: this plan, and no other, is admitted")
+
+
+def ledger(
+    site: SITE,
+    backup: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Copy the ledger to a new folder.")
+    ] = None,
+    restore: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Begin again from a copy; what is lost counts as spent."),
+    ] = None,
+) -> None:
+    """Show what was spent from this site's privacy budget, by which study, and what remains.
+
+    Reads the whole ledger and checks every signature first."""
+    from fedtune import ledger_view
+    from fedtune.config import load_site
+    from fedtune.dp.ledger import Ledger
+
+    here = load_site(site)
+    folder = here.site.state
+    if restore:
+        Ledger.restore(folder, restore)
+    book = Ledger(folder)
+    book.verify()
+    if backup:
+        book.backup(backup)
+        typer.echo(f"copied to {backup} (without this site's private key)")
+    for part in ledger_view.show(book, here):
+        Console().print(part)
+
+
+def withdraw(
+    site: SITE,
+    file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Patient keys, one a line. Without it: asked for."),
+    ] = None,
+) -> None:
+    """Leave a patient who withdraws consent out of every later round.
+
+    Asks for the patient's key (the value in the patient column) without showing it, so that it
+    enters no command history. Says which released adapters were trained with the patient."""
+    from client.withdraw import withdraw as leave_out
+    from fedtune.config import load_site
+    from fedtune.dp.ledger import Ledger
+    from fedtune.report.claim import rounded_up
+
+    here = load_site(site)
+    book = Ledger(here.site.state)
+    if file:
+        keys = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    elif sys.stdin.isatty():
+        keys = [getpass.getpass("patient: ")]
+    else:
+        keys = [line.strip() for line in sys.stdin]
+    for number, key in enumerate(filter(None, keys), 1):
+        found = leave_out(here, key, book)
+        typer.echo(f"patient {number}: left out from the next round on")
+        if found.in_file:
+            typer.echo(
+                f"  {found.in_file} records are still in {here.data.path}; they are not read into "
+                "training any more, and deleting them is up to their owner"
+            )
+        if not found.seen:
+            typer.echo("  no study was ever prepared with this patient's records")
+        for release in found.releases:
+            typer.echo(
+                f"  {release.name} ({release.digest[7:19]}…): {release.rounds} updates were sent, "
+                f"ε = {rounded_up(release.epsilon)}; its adapter keeps at most that much"
+            )
+
+
+def doctor(
+    site: SITE,
+    study: Annotated[
+        Path | None,
+        typer.Option(
+            "--study",
+            metavar="STUDY",
+            help="Also the plan, the records for it, and the self-test of the guarantee.",
+        ),
+    ] = None,
+) -> None:
+    """Look for what could go wrong at this site, before it does; say what to do about it.
+
+    Compares the true number of units with the declared one. Nothing leaves this machine."""
+    from client.doctor import examine
+    from client.review import read_plan
+    from fedtune.errors import ConfigError
+
+    bad = 0
+    console = Console()
+    for finding in examine(site, read_plan(study) if study else None):
+        mark = "[green]ok  [/green]" if finding.good else "[red]BAD [/red]"
+        console.print(f"{mark} {finding.name}: {escape(finding.says)}", highlight=False)
+        bad += not finding.good
+    if bad:
+        raise ConfigError(f"{bad} checks failed", todo="see above, then run it again")
+
+
+def audit(
+    study: PLAN,
+    trials: Annotated[
+        int, typer.Option(min=1000, metavar="N", help="Of the one-step audit.")
+    ] = 10_000,
+    run: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="A finished run: its adapter is probed, its report kept."),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where audit.json goes.")
+    ] = Path("audit"),
+) -> None:
+    """Attack a plan on generated records: a lower bound on ε beside the ε that is claimed.
+
+    No site's records are read. A bound above the claim means that something is broken."""
+    from fedtune.audit import audit_study
+
+    with Console().status("attacking"):
+        found = audit_study(study, out, trials=trials, run=run)
+    for line in found["lines"]:
+        typer.echo(line)

@@ -1,0 +1,385 @@
+"""The site's privacy ledger: what was spent on which dataset, before it is spent.
+
+Guarantee: a reservation is on disk before `reserve` returns, and counts from then on, released or
+not; an update that left the site has an entry, and its bytes can be sent again but never trained
+again for free. Whatever goes wrong charges more, never less: a crash between reservation and
+release, a restore, a name that turns out to hold another's patients.
+
+What counts against a dataset: its own charges and those of every other dataset of the site, except
+datasets that were declared disjoint (by either) and that never shared a member.
+| a new name for old members        | inherits what the old name spent, declared disjoint or not  |
+| σ = 0 (a study without privacy)   | charged as σ = 0: the dataset's ε is infinite               |
+| a reservation that is asked again | is charged again                                            |
+| a charge against a neighbour      | is permitted only if the neighbour may bear it too          |
+Files, anchor and receipts: ledger_store. Restore: ledger_restore.
+Errors: LedgerError (exit code 4); BudgetExceeded and other refusals come from `permit`.
+Reference: Rogers et al. 2016 and Feldman & Zrnic 2021 (privacy filters, which `permit` applies).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune.dp.accountant import Steps
+from fedtune.dp.ledger_files import (
+    DATABASE,
+    OUTBOX,
+    RECEIPT,
+    Head,
+    LedgerError,
+    Receipt,
+    head_in,
+    replace,
+    sync_folder,
+)
+from fedtune.dp.ledger_store import Entry, Store, Transaction, check_members, named
+from fedtune.wire.keys import SigningKey, canonical, verifies
+
+__all__ = ["EVERY", "Charge", "Head", "Ledger", "LedgerError", "Spent"]
+
+EVERY = "*"  # the dataset of a charge that counts against all of them
+Permit = Callable[[list["Charge"]], None]
+
+
+@dataclass(frozen=True)
+class Charge:
+    """One round's noised steps, as reserved. Every value is public: it follows from the plan.
+
+    noise_multiplier: σ in multiples of C, 0.0 without privacy; sampling_rate: q; records: k, rows
+    of one unit in a step; order: the Rényi order of the site's filter when this was charged."""
+
+    study: str  # plan digest
+    name: str
+    round: int
+    noise_multiplier: float
+    sampling_rate: float
+    steps: int
+    records: int
+    max_grad_norm: float
+    unit: str
+    cohort: str
+    order: float = 2.0
+
+    @property
+    def event(self) -> Steps:
+        return Steps(self.noise_multiplier, self.sampling_rate, self.steps, self.records)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """A charge in the ledger: which entry, when (UTC seconds), and whether its update was released.
+
+    kind: reserve, or restore (charged for what was lost)."""
+
+    seq: int
+    kind: str
+    dataset: str
+    charge: Charge
+    adapter: str
+    time: int
+    released: bool
+
+
+@dataclass(frozen=True)
+class _Reservation:
+    dataset: str
+    charge: Charge
+    adapter: str
+    time: int
+
+    @property
+    def slot(self) -> tuple[str, int, str]:
+        """What may leave the site once."""
+        return self.charge.study, self.charge.round, self.adapter
+
+
+class Ledger:
+    """The ledger in `folder`, begun on first use. One object may serve several threads, and several
+    processes may open one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._declared: dict[str, dict[str, Any]] = {}
+        self._reserved: dict[int, _Reservation] = {}
+        self._restored: list[tuple[int, Charge, int]] = []
+        self._sent: dict[tuple[str, int, str], str] = {}  # slot -> sha256 of the newest release
+        self._done: set[int] = set()  # released reservations
+        self._withdrawn: set[str] = set()
+        self._admitted: dict[str, str] = {}
+        self._store = Store(folder, self._fold)
+        with self._store.writing() as writer:
+            self._check_members(writer)
+
+    @property
+    def key(self) -> SigningKey:
+        return self._store.key
+
+    @property
+    def head(self) -> Head:
+        return self._read()
+
+    def verify(self) -> None:
+        """Read all of it again, with every signature. Errors: LedgerError."""
+        self._store.verify()
+        with self._store.writing() as writer:
+            self._check_members(writer)
+
+    # ------------------------------------------------------------------------------- datasets
+
+    def declare(
+        self,
+        dataset: str,
+        disjoint_from: Iterable[str],
+        content_hash: str,
+        members: Iterable[bytes],
+        cohort: str = "first",
+    ) -> None:
+        """Sign what `dataset` is: the others it shares no patient with, its content's hash, and its
+        members (patient keys, record bytes), of which only salted hashes are kept.
+
+        Cheap where nothing changed; a member that was ever in the dataset stays its member."""
+        hashes = sorted({self._salted(member) for member in members})
+        with self._store.writing() as writer:
+            writer.add_members(dataset, hashes)
+            body: dict[str, Any] = {
+                "dataset": dataset,
+                "disjoint_from": sorted(set(disjoint_from)),
+                "content": content_hash,
+                "cohort": cohort,
+                "members": writer.members(dataset),
+            }
+            if body != self._declared.get(dataset):
+                writer.append("declare", body)
+
+    def holds(self, dataset: str, member: bytes) -> bool:
+        """Whether `member` was ever declared as the dataset's."""
+        with self._store.writing() as writer:
+            return writer.has(dataset, self._salted(member))
+
+    def charges(self, dataset: str) -> list[Charge]:
+        """Everything that counts against `dataset`, oldest first."""
+        return [spent.charge for spent in self.spending(dataset)]
+
+    def spending(self, dataset: str | None = None) -> list[Spent]:
+        """The same with entry, time and release; None: every charge in the ledger."""
+        with self._store.writing() as writer:
+            held = None if dataset is None else self._held(writer, dataset)
+            return self._spent(held)
+
+    @property
+    def datasets(self) -> list[str]:
+        """Every name that was declared here."""
+        self._read()
+        return sorted(self._declared)
+
+    # ---------------------------------------------------------------------------------- rounds
+
+    def reserve(self, dataset: str, charge: Charge, adapter: str, permit: Permit) -> int:
+        """Charge `dataset` with one round from the adapter of digest `adapter`, if `permit` allows.
+
+        `permit` gets all charges that count against a dataset, without the new one, and raises
+        to refuse. It is asked for `dataset` and for every other that the charge would count
+        against, while others wait; it must not call this ledger. Returns the reservation's number.
+        Errors: what `permit` raises (nothing is charged); LedgerError."""
+        with self._store.writing() as writer:
+            if dataset not in self._declared:
+                raise LedgerError(f"{self.folder}: dataset {dataset!r} was never declared")
+            asked: list[list[int]] = []
+            for other in sorted(self._declared, key=lambda name: (name != dataset, name)):
+                held = self._held(writer, other)
+                if dataset not in held:
+                    continue
+                spent = self._spent(held)
+                entries = [s.seq for s in spent]
+                if entries not in asked:
+                    asked.append(entries)
+                    permit([s.charge for s in spent])
+            body = {"dataset": dataset, "charge": asdict(charge), "adapter": adapter}
+            return writer.append("reserve", body)
+
+    def release(self, reservation: int, update_sha256: str, body: bytes) -> None:
+        """Keep an update's bytes for good, then enter that it may be sent. Send it only afterwards.
+
+        Errors: LedgerError where the reservation is unknown or used, or another process released
+        this round first (send what `released` gives)."""
+        with self._store.writing() as writer:
+            held = self._reserved.get(reservation)
+            if held is None or reservation in self._done:
+                raise LedgerError(f"{self.folder}: entry {reservation} is not an open reservation")
+            if self._kept(held.slot) is not None:
+                raise LedgerError(
+                    f"{self.folder}: round {held.charge.round} was released by another process",
+                    todo="nothing: it is sent again as it was released",
+                )
+            outbox = self.folder / OUTBOX
+            if not outbox.exists():
+                outbox.mkdir(mode=0o700)
+                sync_folder(self.folder)
+            replace(self._path(held.slot), body)
+            kept = hashlib.sha256(body).hexdigest()
+            entry = {"reservation": reservation, "update": update_sha256, "sha256": kept}
+            writer.append("release", entry)
+
+    def released(self, study: str, round_: int, adapter: str) -> bytes | None:
+        """The bytes released for this round and adapter, or None.
+
+        Bytes that are gone or altered are None too: the round is then reserved, and paid, again."""
+        self._read()
+        return self._kept((study, round_, adapter))
+
+    # -------------------------------------------------------------------------------- receipts
+
+    def head_statement(self) -> dict[str, Any]:
+        """{seq, hash, signature} of the newest entry, for the coordinator to countersign."""
+        return self._store.statement(self._read())
+
+    def accept_receipt(self, receipt: Mapping[str, Any], coordinator_public: str) -> None:
+        """Check a countersigned head against this ledger, and keep it if it is the newest.
+
+        Errors: LedgerError where it is not a receipt of this site by that coordinator (ignored),
+        or where the ledger lacks the entry: it was rolled back, and reserves nothing from now on,
+        in any process, until it is restored."""
+        said = {name: receipt.get(name) for name in ("seq", "hash", "signature")}
+        head = head_in(said, self.key.public)
+        counter = str(receipt.get("countersignature"))
+        if (
+            head is None
+            or receipt.get("coordinator") != coordinator_public
+            or not verifies(coordinator_public, b"fedtune receipt\0" + canonical(said), counter)
+        ):
+            raise LedgerError(
+                "the coordinator's receipt is not one for this site's ledger",
+                expected="a head that this site signed, countersigned by the coordinator",
+                todo="run the round again; if it comes back, the coordinator is not the one "
+                "that sent the plan",
+            )
+        with self._store.writing() as writer:
+            receipts = self._store.check_receipts(writer.sql)
+            new = Receipt(coordinator_public, head, str(said["signature"]))
+            after = receipts.plus(new, self._store.knows(writer.sql, new.head))
+            if after != receipts:
+                replace(self.folder / RECEIPT, after.packed)
+            self._store.check_receipts(writer.sql)  # as every transaction does from now on
+
+    # ------------------------------------------------------------------- consent and admission
+
+    def hashed(self, unit_key: bytes) -> str:
+        """The salted hash of a unit's key; means nothing outside this site."""
+        return self._salted(unit_key).hex()
+
+    def withdraw(self, unit_key: bytes) -> None:
+        """Enter that a unit's consent was withdrawn. Charges stay: what was released stays out."""
+        with self._store.writing() as writer:
+            if self.hashed(unit_key) not in self._withdrawn:
+                writer.append("withdraw", {"unit": self.hashed(unit_key)})
+
+    def withdrawn(self) -> set[str]:
+        self._read()
+        return set(self._withdrawn)
+
+    def admit(self, plan_digest: str, who: str) -> None:
+        """Enter that a person at the site agreed to a plan."""
+        with self._store.writing() as writer:
+            if plan_digest not in self._admitted:
+                writer.append("admit", {"plan": plan_digest, "by": who})
+
+    def admitted(self, plan_digest: str) -> bool:
+        self._read()
+        return plan_digest in self._admitted
+
+    # ---------------------------------------------------------------------- backup and restore
+
+    def backup(self, to: Path, key: bool = False) -> None:
+        """A consistent copy of entries and salt in the new folder `to`; with the private key only
+        where asked. Errors: LedgerError, also where `to` already holds a ledger."""
+        from fedtune.dp.ledger_restore import backup
+
+        with self._store.writing():
+            backup(self.folder, to, key)
+
+    @classmethod
+    def restore(cls, folder: Path, from_: Path | None = None) -> Ledger:
+        """Begin again from a backup (or from what is left), charging what is lost as spent."""
+        from fedtune.dp.ledger_restore import restore
+
+        restore(folder, from_)
+        return cls(folder)
+
+    # --------------------------------------------------------------------------------- helpers
+
+    def _read(self) -> Head:
+        with self._store.writing():
+            return self._store.head
+
+    def _salted(self, member: bytes) -> bytes:
+        return hmac.digest(self._store.salt, member, "sha256")
+
+    def _path(self, slot: tuple[str, int, str]) -> Path:
+        study, round_, adapter = slot
+        name = f"{_hex16(study)}-{round_}-{_hex16(adapter)}.bin"
+        return self.folder / OUTBOX / name
+
+    def _kept(self, slot: tuple[str, int, str]) -> bytes | None:
+        path, sha256 = self._path(slot), self._sent.get(slot)
+        if sha256 is None or not path.exists():
+            return None
+        with named(self.folder):
+            body = path.read_bytes()
+        return body if hashlib.sha256(body).hexdigest() == sha256 else None
+
+    def _held(self, writer: Transaction, dataset: str) -> set[str]:
+        """The datasets whose charges count against `dataset`."""
+        names = {dataset, EVERY, *self._declared}
+        return {name for name in names if not self._apart(writer, dataset, name)}
+
+    def _apart(self, writer: Transaction, one: str, other: str) -> bool:
+        if one == other or EVERY in (one, other):
+            return False
+        said = any(
+            there in self._declared.get(here, {}).get("disjoint_from", ())
+            for here, there in ((one, other), (other, one))
+        )
+        return said and not writer.overlap(one, other)
+
+    def _spent(self, held: set[str] | None) -> list[Spent]:
+        rows = [
+            Spent(seq, "reserve", r.dataset, r.charge, r.adapter, r.time, seq in self._done)
+            for seq, r in self._reserved.items()
+            if held is None or r.dataset in held
+        ]
+        rows += [Spent(seq, "restore", EVERY, c, "", at, True) for seq, c, at in self._restored]
+        return sorted(rows, key=lambda row: row.seq)
+
+    def _check_members(self, writer: Transaction) -> None:
+        members = {name: body["members"] for name, body in self._declared.items()}
+        check_members(self.folder / DATABASE, writer, members)
+
+    def _fold(self, entry: Entry) -> None:
+        """Take one verified entry into account."""
+        body, time = entry.body, entry.body.get("time", 0)
+        if entry.kind == "declare":
+            self._declared[body["dataset"]] = {k: v for k, v in body.items() if k != "time"}
+        elif entry.kind == "reserve":
+            charge = Charge(**body["charge"])
+            self._reserved[entry.seq] = _Reservation(body["dataset"], charge, body["adapter"], time)
+        elif entry.kind == "release":
+            self._done.add(body["reservation"])
+            self._sent[self._reserved[body["reservation"]].slot] = body["sha256"]
+        elif entry.kind == "restore":
+            self._restored += [(entry.seq, Charge(**c), time) for c in body["charges"]]
+        elif entry.kind == "withdraw":
+            self._withdrawn.add(body["unit"])
+        elif entry.kind == "admit":
+            self._admitted[body["plan"]] = body["by"]
+
+
+def _hex16(digest: str) -> str:
+    """16 hexadecimal digits for a file name, whatever the digest is called."""
+    tail = digest.rpartition(":")[2][:16]
+    good = len(tail) == 16 and all(c in "0123456789abcdef" for c in tail)
+    return tail if good else hashlib.sha256(digest.encode()).hexdigest()[:16]

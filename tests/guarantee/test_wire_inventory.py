@@ -1,0 +1,174 @@
+"""Every field that leaves a site in a whole run; and none of it tells how many units there are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import client.app
+from fedtune.dp.ledger import Ledger
+from fedtune.data.records import unit_member
+from fedtune.flower import api
+from fedtune.models.cache import Batch
+from fedtune.models.network import Network
+from fedtune.objectives import causal_lm
+from tests.guarantee.world import Recorder, lay_out, leaves, patients, run
+
+FROM_THE_PLAN = {"sigma", "q", "max_grad_norm", "records", "steps"}
+ALLOWED = {
+    "metadata.message_type": "str",
+    "admission.name": "str",
+    "admission.key": "str",
+    "admission.declared_size": "int",
+    "admission.status": "str",
+    "admission.reason": "str",
+    "admission.admitted": "bool",
+    "site.name": "str",
+    "site.status": "str",
+    "site.reason": "str",
+    "site.events": "str",
+    "site.header": "str",
+    "site.signature": "str",
+}
+HEADER = {"plan", "round", "base", "site", "receiver", "nonce", "body", "ledger"}
+
+
+def outside(grid: Recorder) -> list[str]:
+    """Every field of every reply that the allow-list does not name."""
+    strange = []
+    for reply in grid.replies:
+        for path, what in leaves(reply):
+            if path.startswith("update/"):
+                ok = what.startswith("float32 ") and path.endswith("lora_B.weight")
+            elif path == "metadata.message_type":
+                ok = what in ("train", "query.prepare")
+            else:
+                ok = ALLOWED.get(path) == what
+            if not ok:
+                strange.append(f"{path}: {what}")
+        if "site" in reply.content:
+            site = reply.content["site"]
+            header = json.loads(str(site["header"]))
+            strange += [f"header.{key}" for key in set(header) ^ HEADER]
+            strange += [f"header.ledger.{key}" for key in set(header["ledger"]) ^ {"token"}]
+            for event in json.loads(str(site["events"])):
+                strange += [f"events.{key}" for key in set(event) ^ FROM_THE_PLAN]
+    return strange
+
+
+def shape(grid: Recorder) -> list[Any]:
+    """What an observer of the wire sees but for the noised numbers: per message its size, type,
+    fields, and every value that no key, nonce, signature or noise is in."""
+    seen: list[Any] = [[len(body) for body in grid.sent]]
+    for reply in grid.replies:
+        facts = dict(leaves(reply))
+        if not reply.has_error():
+            for record in ("admission", "site"):
+                for key, value in reply.content.get(record, {}).items():
+                    if key not in ("key", "header", "signature"):
+                        facts[f"{record}.{key}"] = str(value)
+        seen.append(facts)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Recorder:
+    return run(lay_out(tmp_path_factory.mktemp("usual"), tiny_base, patients(12)))
+
+
+def test_nothing_leaves_but_what_the_list_names(usual: Recorder) -> None:
+    assert len(usual.replies) == 2 + 3 * 2  # two admissions, three rounds of two
+    assert outside(usual) == []
+    assert {reply.metadata.message_type for reply in usual.replies} == {"train", "query.prepare"}
+
+
+def test_an_added_field_is_caught(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin: a site that also sends its number of units."""
+    honest = client.app.json.dumps
+    monkeypatch.setattr(
+        client.app.json, "dumps", lambda x: honest([{**e, "units": 12} for e in x])
+    )
+    grid = run(lay_out(tmp_path, tiny_base, patients(12)))
+    assert "events.units" in outside(grid)
+
+
+VARIANTS: dict[str, Callable[[], list[Any]]] = {
+    "one patient less": lambda: patients(11),
+    "one patient": lambda: patients(1),
+    "nobody": lambda: [],
+    "many": lambda: patients(60),
+    "a NaN record": lambda: [*patients(12), '{"who": "p", "q": NaN, "a": "y"}'],
+    "rejected records": lambda: [
+        *patients(6),
+        *[{"who": "p", "q": "", "a": "y"}, {"who": "p", "a": "y"}, "not JSON", '{"q": "\\u0000"}'],
+    ],
+    "nothing but rejected records": lambda: ["{", "[]", '{"who": 1}'],
+    "longer than any": lambda: [*patients(11), {"who": "p", "q": "long " * 5000, "a": "y"}],
+}
+
+
+@pytest.mark.parametrize("how", VARIANTS)
+def test_the_wire_looks_the_same_whatever_the_records(
+    usual: Recorder, tmp_path: Path, tiny_base: Path, how: str
+) -> None:
+    grid = run(lay_out(tmp_path, tiny_base, VARIANTS[how]()))
+    assert shape(grid) == shape(usual)
+
+
+def test_a_record_that_makes_the_loss_nan_is_not_seen(
+    usual: Recorder, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = causal_lm.losses
+
+    def losses(network: Network, batch: Batch) -> torch.Tensor:
+        return honest(network, batch) * torch.where(batch.index == 3, torch.nan, 1.0)
+
+    monkeypatch.setattr(causal_lm, "losses", losses)
+    grid = run(lay_out(tmp_path, tiny_base, patients(12)))
+    assert shape(grid) == shape(usual)
+    for reply in grid.replies:
+        for name, array in reply.content.get("update", {}).items():
+            assert torch.isfinite(torch.from_numpy(array.numpy())).all(), name
+
+
+def test_a_withdrawal_between_rounds_is_not_seen(
+    usual: Recorder, tmp_path: Path, tiny_base: Path
+) -> None:
+    study = lay_out(tmp_path, tiny_base, patients(12))
+    rounds_done = []
+
+    def between(kind: str) -> None:
+        if kind == "round":
+            rounds_done.append(kind)
+            if len(rounds_done) == 1:
+                Ledger(tmp_path / "state-north").withdraw(unit_member("patient-3"))
+
+    assert shape(run(study, between)) == shape(usual)
+    assert len(Ledger(tmp_path / "state-north").withdrawn()) == 1
+
+
+def test_a_site_that_fails_for_a_record_is_caught(
+    usual: Recorder, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin: a site that gives up where it has no records."""
+    from client import site
+
+    honest = site.load_dataset
+    monkeypatch.setattr(site, "load_dataset", lambda *a, few, **k: honest(*a, few=False, **k))
+    monkeypatch.setattr(site, "Dataset", None)  # what it falls back on
+    study = lay_out(tmp_path, tiny_base, [])
+    with pytest.raises(Exception, match="failed"):
+        run(study)
+
+
+def test_the_bytes_are_flowers_own(usual: Recorder) -> None:
+    """What was recorded is what Flower's wire format carries: it parses back whole."""
+    for body in usual.sent:
+        assert api.message_from_proto(api.ProtoMessage.FromString(body)) is not None

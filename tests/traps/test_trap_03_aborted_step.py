@@ -1,0 +1,55 @@
+"""Trap 3: a step that was aborted half-way leaves nothing for the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedtune.config import LoraTable
+from fedtune.dp.gradients import UnitGradientEngine
+from fedtune.dp.steplog import StepLog
+from fedtune.models.base import find_base
+from fedtune.models.cache import Cached
+from fedtune.models.network import Network
+from fedtune.objectives import causal_lm
+from tests.dp.conftest import make_plan, records
+
+
+def test_the_sum_starts_at_zero_after_an_aborted_step(tmp_path: Path) -> None:
+    plan, log = make_plan(noise_multiplier=1e-4, divisor=1.0), StepLog(tmp_path / "log")
+
+    def broken(rows: list[int]) -> Iterator[torch.Tensor]:
+        yield torch.ones(2, 1)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        plan.step(4, 1, broken, log, 1)
+    after = plan.step(4, 1, lambda rows: iter([torch.zeros(len(rows), 1)]), log, 1)
+    assert abs(float(after)) < 1e-3  # σ is 10⁻⁴: ten standard deviations
+
+
+def test_the_engine_starts_clean_after_an_aborted_step(tiny_base: Path) -> None:
+    lora = LoraTable(rank=2, alpha=4.0, modules=("q_proj",), last_layers=2)
+    network = Network(find_base(str(tiny_base)), torch.float32, lora, labels=0)
+
+    class Fails:
+        armed = True
+
+        def losses(self, network, batch):  # type: ignore[no-untyped-def]
+            found = causal_lm.losses(network, batch)
+            if self.armed:
+                found.sum().backward()
+                raise KeyboardInterrupt
+            return found
+
+    objective = Fails()
+    engine = UnitGradientEngine(Cached(network, records([1, 2, 1])), objective)
+    with pytest.raises(KeyboardInterrupt):
+        list(engine([0, 1, 2]))
+    objective.armed = False
+    again = torch.cat([chunk.clone() for chunk in engine([0, 1, 2])])
+    fresh = UnitGradientEngine(Cached(network, records([1, 2, 1])), causal_lm)
+    assert torch.equal(again, torch.cat([chunk.clone() for chunk in fresh([0, 1, 2])]))

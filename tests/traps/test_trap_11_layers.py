@@ -1,0 +1,99 @@
+"""Traps 11, 13, 28: layers whose per-record gradients are missing, shared or one per tile.
+
+Small networks in which the trap is real, under the shipped gradient engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fedtune.dp.gradients import UnitGradientEngine
+from fedtune.models.cache import Batch
+
+B, L, H = 4, 3, 5
+
+
+class Sound(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(H, 2)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.linear(states).sum(dim=(1, 2)) ** 2  # type: ignore[no-any-return]
+
+
+class Checkpointed(Sound):
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        out = checkpoint(self.linear, states, use_reentrant=False)
+        return out.sum(dim=(1, 2)) ** 2  # type: ignore[no-any-return]
+
+
+class Positions(Sound):
+    """As in GPT-2: the position embedding is looked up once for all records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Embedding(L, H)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return super().forward(states + self.position(torch.arange(L)[None]))
+
+
+class Tiles(Sound):
+    """As in vision: each record becomes two rows, and the rows' results are summed again."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        tiled = torch.cat([states, 2 * states], dim=1).view(2 * len(states), L, H)
+        return self.linear(tiled).view(len(states), -1).sum(dim=1) ** 2  # type: ignore[no-any-return]
+
+
+class Data:
+    """What the engine asks of a dataset, around any module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+        self.network = SimpleNamespace(
+            trained=module, parameters=lambda: dict(module.named_parameters())
+        )
+        self.dataset = SimpleNamespace(by_unit=[[i] for i in range(B)], examples=[None] * B)
+        self.states = torch.randn(B, L, H, generator=torch.Generator().manual_seed(1))
+
+    def batches(self, indices: Sequence[int]) -> Iterator[Batch]:
+        rows = torch.tensor(list(indices))
+        mask = torch.ones(len(rows), L, dtype=torch.bool)
+        empty = torch.full((len(rows), L), -100)
+        states = self.states[rows].clone().requires_grad_()
+        yield Batch(states, mask, empty, empty[:, 0], rows)
+
+
+class Objective:
+    def losses(self, network: Any, batch: Batch) -> torch.Tensor:
+        return network.trained(batch.prefix)  # type: ignore[no-any-return]
+
+
+def rows_of(module: nn.Module) -> torch.Tensor:
+    engine = UnitGradientEngine(Data(module), Objective())  # type: ignore[arg-type]
+    return torch.cat([chunk.clone() for chunk in engine(list(range(B)))])
+
+
+def test_the_stand_in_is_sound() -> None:
+    """The twin: without a trap the same stand-in gives each record's own gradient."""
+    module = Sound()
+    rows, data = rows_of(module), Data(module)
+    for row in range(B):
+        loss = module(data.states[row : row + 1]).sum()
+        alone = torch.autograd.grad(loss, list(module.parameters()))
+        assert torch.allclose(rows[row], torch.cat([g.flatten() for g in alone]), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [Checkpointed, Positions, Tiles])
+def test_a_layer_without_one_gradient_per_record_stops_the_step(kind: type[nn.Module]) -> None:
+    with pytest.raises(RuntimeError, match="per-record gradient"):
+        rows_of(kind())

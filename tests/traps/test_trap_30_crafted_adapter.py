@@ -1,0 +1,42 @@
+"""Trap 30: the bound holds for whatever adapter the coordinator sends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fedtune.config import LoraTable
+from fedtune.dp.gradients import UnitGradientEngine
+from fedtune.dp.steplog import StepLog
+from fedtune.models.base import find_base
+from fedtune.models.cache import Cached
+from fedtune.models.network import Network
+from fedtune.objectives import causal_lm
+from tests.dp.conftest import make_plan, records
+
+
+@pytest.fixture(scope="module")
+def network(tiny_base: Path) -> Network:
+    lora = LoraTable(rank=4, alpha=8.0, modules=("q_proj", "down_proj"), train="AB")
+    return Network(find_base(str(tiny_base)), torch.float32, lora, labels=0)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 30.0, 1e3, 1e8, 1e30])
+def test_one_unit_moves_the_sum_by_at_most_c(
+    network: Network, tmp_path: Path, scale: float
+) -> None:
+    draw = np.random.default_rng(6)
+    shapes = {n: a.shape for n, a in network.trainable().items()}
+    network.load_trainable(
+        {n: (scale * draw.normal(size=s)).astype(np.float32) for n, s in shapes.items()}
+    )
+    for seed in range(3):
+        engine = UnitGradientEngine(Cached(network, records([2], seed)), causal_lm)
+        for c in (1e-6, 1.0):
+            plan = make_plan(noise_multiplier=1e-4, max_grad_norm=c, divisor=1.0)
+            moved = plan.step(1, engine.dimension, engine, StepLog(tmp_path / "log"), 1)
+            noise = 1e-4 * c * engine.dimension**0.5
+            assert float(moved.double().norm()) <= c + 2 * noise
