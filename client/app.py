@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Callable
-
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from client.answers import Work, guarded, sealed, trouble
 from client.find import site_file
-from client.site import SiteWorker, Unprepared, worker
+from client.site import SiteWorker, worker
 from fedtune.config import study_from_json
-from fedtune.errors import ConfigError, FedtuneError, Refused
-from fedtune.flower.arrays import bodies, from_record, to_record
-from fedtune.wire.seal import body_digest, check_order, check_plan
+from fedtune.errors import ConfigError
+from fedtune.flower.arrays import from_record
+from fedtune.wire.seal import check_plan
 
+__all__ = ["app", "evaluate", "prepare", "site_of", "train", "trouble"]
 app = ClientApp()
-log = logging.getLogger("fedtune.client")
-trouble: dict[str, FedtuneError] = {}  # by site file, for this process alone; `simulate` shows it
 
 
 @app.query("prepare")
@@ -50,46 +46,16 @@ def prepare(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Order and adapter in, sealed update out."""
-    said = {"name": "", "status": "trained", "reason": "", "events": "[]"}
-    said |= {"header": "", "signature": ""}
-    update = ArrayRecord()
-
-    def attempt() -> None:
-        nonlocal update
-        site = site_of(context)
-        said["name"] = site.site.site.name
-        order = message.content.config_records["order"]
-        digest, number = str(order["plan"]), int(str(order["round"]))
-        check_order(order, site.coordinator_of(digest))
-        adapter = from_record(message.content.array_records["adapter"])
-        made = site.train(digest, number, adapter, str(order["receipt"]))
-        record = to_record(made.delta)
-        sealed = site.sealed(digest, number, str(order["nonce"]), body_digest(bodies(record)))
-        said.update(sealed, events=json.dumps(made.events))
-        update = record
-
-    if failure := guarded(attempt, context):
-        said["status"], said["reason"] = failure
-    site = ConfigRecord(dict(said))
-    return Message(RecordDict({"update": update, "site": site}), reply_to=message)
+    work: Work = lambda site, *order: site.train(*order)  # noqa: E731
+    return sealed(message, context, site_of, work, record="update", done="trained")
 
 
-def guarded(attempt: Callable[[], None], context: Context) -> tuple[str, str] | None:
-    """Status and reason of what went wrong, if anything. Guarantee: only a refusal's words leave
-    the site (rules and public values); of any other exception the class alone."""
-    try:
-        attempt()
-    except Unprepared as error:
-        return "unprepared", str(error)
-    except Refused as error:
-        return "refused", str(error)
-    except Exception as error:
-        if isinstance(error, FedtuneError):
-            trouble[str(context.node_config.get("site"))] = error
-        own = str(error) if isinstance(error, FedtuneError) else ""
-        log.warning("%s: %s", type(error).__name__, own)  # for the site's own eyes
-        return "failed", type(error).__name__
-    return None
+@app.query("evaluate")
+def evaluate(message: Message, context: Context) -> Message:
+    """Order and adapter in, sealed and noised answer about the site's held-out records out."""
+    work: Work = lambda site, *order: site.evaluate(*order)  # noqa: E731
+    kind = {"record": "answer", "done": "answered", "order_for": ":evaluation"}
+    return sealed(message, context, site_of, work, **kind)
 
 
 def site_of(context: Context) -> SiteWorker:

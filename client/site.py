@@ -13,15 +13,17 @@ from typing import Any, Literal
 
 from safetensors.numpy import load, save
 
+from client import evaluation
 from client.policy import admit, order_of, within_budget
 from client.review import pending
-from fedtune.config import Site, Study, load_site
+from fedtune.config import Site, SiteData, Study, load_site
 from fedtune.data.records import read_records, unit_member
 from fedtune.data.tokens import Dataset, check_shape, load_dataset
 from fedtune.dp import selftest
 from fedtune.dp.ledger import Charge, Ledger
 from fedtune.dp.plain import PlainPlan, plain_plan
 from fedtune.dp.plan import DpPlan, plan_for_site
+from fedtune.dp.query import answer, unit_rows
 from fedtune.dp.steplog import Step, StepLog
 from fedtune.errors import DataError, PolicyRefused, Refused
 from fedtune.models.base import find_base, load_tokenizer
@@ -105,8 +107,7 @@ class SiteWorker:
         self.site, self._path = site, path
         self.log = StepLog(site.site.state / "steps.jsonl")
         self._prepared: dict[str, _Prepared] = {}
-        self._view: tuple[object, ...] = ()
-        self._cached: Cached | None = None
+        self._cached: dict[str, tuple[object, Cached]] = {}  # by dataset: what it depends on, data
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -139,7 +140,7 @@ class SiteWorker:
             _self_test(study, network, self._size)
         frozen = network.adopt(study, frozen)
         check_trains(study, network)
-        data = self._data(study, network)
+        data = self._data(study, network, self.site.data)
         return _Prepared(
             study, network, data, plan or plain_plan(study, self._size), frozen, coordinator
         )
@@ -148,32 +149,39 @@ class SiteWorker:
         """The site's rules and ceilings, as they stand now. Errors: Refused."""
         site = self._current()
         admit(study, site, plan, coordinator)
+        self._signed(study, site)
+        within_budget(site, plan, self.ledger.charges(self._dataset))
+
+    def _signed(self, study: Study, site: Site) -> None:
         if site.policy.admission == "signed" and not self.ledger.admitted(study.digest):
             log.warning("a plan waits for a signature: fedtune review %s", pending(site, study))
             raise PolicyRefused(
                 'policy.admission = "signed" and nobody at the site has signed this plan',
                 todo="ask the site to run `fedtune review`",
             )
-        within_budget(site, plan, self.ledger.charges(self._dataset))
 
-    def _data(self, study: Study, network: Network) -> Cached:
-        """This site's records as `study` sees them; studies that see them alike share the states
+    def _data(self, study: Study, network: Network, data: SiteData) -> Cached:
+        """The records of one dataset as `study` sees them; studies that see them alike share the states
         at the cut. Errors: DataError where the columns do not suit the study, or no file is there.
         """
         out = frozenset(self.ledger.withdrawn())
-        view = (network, study.objective, study.unit, study.max_records_per_unit, out)
-        if self._view != view or self._cached is None:
-            dataset, data = self._read(study, network, out), self.site.data
+        view = (data, network, study.objective, study.unit, study.max_records_per_unit, out)
+        known, cached = self._cached.get(data.name, (None, None))
+        if known != view or cached is None:
+            dataset = self._read(study, network, data, out)
             self.ledger.declare(
                 data.name, data.disjoint_from, dataset.content_hash, dataset.members
             )
-            self._view, self._cached = view, Cached(network, dataset)
-        return self._cached
+            cached = Cached(network, dataset)
+            self._cached[data.name] = view, cached
+        return cached
 
-    def _read(self, study: Study, network: Network, out: frozenset[str]) -> Dataset:
+    def _read(
+        self, study: Study, network: Network, data: SiteData, out: frozenset[str]
+    ) -> Dataset:
         """The dataset, whatever is in the files: one record more or less, or a broken one, must
         not be seen from outside, so too few units or a broken file is a matter of noise alone."""
-        data, ledger = self.site.data, self.ledger
+        ledger = self.ledger
         check_shape(data, study, network.tokenizer)
         if not data.path.exists():
             raise DataError(f"{data.path}: no such file", "the site's records")
@@ -213,7 +221,7 @@ class SiteWorker:
     def _trained(self, prepared: _Prepared, round_: int, adapter: Arrays, given: str) -> bytes:
         study, plan = prepared.study, prepared.private
         self._permit(study, plan, prepared.coordinator)
-        data = self._data(study, prepared.network)  # a patient may have withdrawn since
+        data = self._data(study, prepared.network, self.site.data)  # somebody may have withdrawn
         charge = self._charge(study, plan, round_)
 
         def permit(charges: list[Charge]) -> None:
@@ -226,6 +234,47 @@ class SiteWorker:
         body = save(delta, {"events": json.dumps(events)})
         self.ledger.release(reserved, hashlib.sha256(body).hexdigest(), body)
         return body
+
+    # -------------------------------------------------------------------------------- a query
+
+    def evaluate(self, digest: str, round_: int, adapter: Arrays, receipt: str = "") -> Update:
+        """The noised answer about this site's held-out records with `adapter`, paid for once.
+
+        Errors: as `train`."""
+        prepared = self._known(digest)
+        plan = evaluation.asked_for(prepared.study, round_)
+        if receipt:
+            self.ledger.accept_receipt(json.loads(receipt), prepared.coordinator)
+        given = arrays_digest(adapter)
+        body = self.ledger.released(plan.study, round_, given)
+        if body is None:
+            body = self._answered(prepared, plan, round_, adapter, given)
+        return Update(load(body), json.loads(_metadata(body)["events"]))
+
+    def _answered(
+        self, prepared: _Prepared, plan: DpPlan, round_: int, adapter: Arrays, given: str
+    ) -> bytes:
+        study, site, training = prepared.study, self._current(), prepared.private
+        assert training is not None  # a study with queries is private
+        held_out = evaluation.allowed(study, site, plan, prepared.coordinator)
+        self._signed(study, site)
+        data = self._data(study, prepared.network, held_out)
+        charges = self.ledger.charges(held_out.name)
+        charge = evaluation.charge_of(study, plan, site, round_, charges)
+
+        def permit(charges: list[Charge]) -> None:
+            evaluation.payable(self._current(), study, training, plan, charges)
+
+        reserved = self.ledger.reserve(held_out.name, charge, given, permit)
+        prepared.network.load_frozen(prepared.frozen)
+        prepared.network.load_trainable(adapter)
+        sums = answer(plan, unit_rows(study, data), self.log, round_)
+        events = _summary(self.log.steps(plan.study))
+        body = save({"sums": sums.numpy()}, {"events": json.dumps(events)})
+        self.ledger.release(reserved, hashlib.sha256(body).hexdigest(), body)
+        return body
+
+    # --------------------------------------------------------------------------------- helpers
 
     def _charge(self, study: Study, plan: DpPlan | None, round_: int) -> Charge:
         charges = self.ledger.charges(self._dataset)
@@ -261,8 +310,6 @@ class SiteWorker:
     def coordinator_of(self, digest: str) -> str:
         """The public key that signed the plan. Errors: Unprepared."""
         return self._known(digest).coordinator
-
-    # --------------------------------------------------------------------------------- helpers
 
     def _known(self, digest: str) -> _Prepared:
         if (prepared := self._prepared.get(digest)) is None:

@@ -155,6 +155,14 @@ class EvaluationTable(DataFile):
     every: Count = 1
 
 
+class PrivateEvaluationTable(Table):
+    """A question to the sites about the model on their own held-out records, answered with noise
+    and paid for. What is asked: the sum of the units' likelihoods, and how many units there are."""
+
+    noise_multiplier: Positive  # σ, in multiples of a unit's row (likelihood, 1): √2
+    every: Count = 1  # rounds; the last one is always asked about
+
+
 class Study(Table):
     """The public plan of one federated run. Guarantee: nothing in it comes from private data."""
 
@@ -168,6 +176,7 @@ class Study(Table):
     privacy: PrivacyTable | Literal["off"]
     strategy: StrategyTable = StrategyTable()
     evaluation: EvaluationTable | None = None
+    private_evaluation: PrivateEvaluationTable | None = None
 
     @property
     def private(self) -> bool:
@@ -205,6 +214,19 @@ class Study(Table):
         text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
+    @property
+    def queries(self) -> tuple[int, ...]:
+        """The rounds after which the sites are asked about their held-out records."""
+        table, last = self.private_evaluation, self.training.rounds or 0
+        if table is None:
+            return ()
+        return tuple(r for r in range(1, last + 1) if r % table.every == 0 or r == last)
+
+    @property
+    def queries_digest(self) -> str:
+        """What the queries are called in orders, ledgers and step logs: never as the training."""
+        return self.digest + ":evaluation"
+
     @model_validator(mode="after")
     def possible(self) -> Study:
         t = self.training
@@ -213,6 +235,8 @@ class Study(Table):
         if self.lora and self.lora.a_init == "public" and not self.public:
             raise ValueError('lora.a_init = "public" needs a [public] table')
         if isinstance(self.privacy, str):
+            if self.private_evaluation is not None:
+                raise ValueError("private_evaluation: only in a private study")
             if t.rounds is None:
                 raise ValueError('training.rounds is required where privacy = "off"')
         else:
@@ -253,6 +277,15 @@ class SiteData(DataFile):
     cohort: Name = "first"  # of arrival: change it when new patients are added
 
 
+class SiteEvaluation(SiteData):
+    """The site's held-out records, for noised and paid queries; a dataset with its own budget.
+
+    Unless one of the two names the other in disjoint_from, what is spent on either counts against
+    both, as between any two datasets of a site."""
+
+    name: Name = "held-out"
+
+
 class PolicyTable(Table):
     """What this site admits. Deny by default: what is not allowed here is refused."""
 
@@ -286,6 +319,7 @@ class Site(Table):
 
     site: SiteTable
     data: SiteData
+    evaluation: SiteEvaluation | None = None
     policy: PolicyTable = PolicyTable()
     coordinator: CoordinatorTable | None = None
 
@@ -296,6 +330,8 @@ class Site(Table):
                 f"policy.max_delta = {self.policy.max_delta} must be below 1 / site.declared_size: "
                 "a larger one lets a whole record out"
             )
+        if self.evaluation and self.evaluation.name == self.data.name:
+            raise ValueError("evaluation.name: must not be data.name; each has its own budget")
         return self
 
 

@@ -71,6 +71,10 @@ metric = "loss"        # or perplexity, exact_match, accuracy, f1
 [evaluation.columns]
 prompt = "prompt"
 completion = "completion"
+
+# [private_evaluation] # also ask the sites how likely their own held-out answers are, with noise;
+# noise_multiplier = 8.0  # each question costs ε on those records (four at 8.0: about 1.5)
+# every = 4            # rounds between two questions; the last round is always asked about
 """
 
 SITE = """\
@@ -93,6 +97,14 @@ completion = "completion"
 # label = "label"
 # messages = "messages"   #   a conversation: [{"role": …, "content": …}, …]
 # patient = "patient_id"  # add it where records belong to patients
+
+# [evaluation]         # held-out records, for a plan's noised, paid queries; see policy.release
+# path = "held-out.jsonl"
+# name = "held-out"    # a budget of its own
+# disjoint_from = ["records"]   # if no patient is in both files; else each spends for both
+# [evaluation.columns]   # as in [data.columns]
+# prompt = "prompt"
+# completion = "completion"
 
 [policy]               # what this site allows. All else is refused before data is read
 max_epsilon = 8.0      # in total: everything ever released from this dataset, plus the study

@@ -84,8 +84,8 @@ ARMS: dict[str, Table] = {
     "non-private": {"privacy": "off", "clipping": {"unit": "patient"}},  # as epsilon-8, σ = 0
     "epsilon-8": private(8.0),
     "epsilon-3": private(3.0, training={"learning_rate": 12.0}),
-    "epsilon-1": private(1.0, training={"learning_rate": 4.0}),
-    "local": private(8.0, training={"learning_rate": 8.0}),  # one site alone
+    "epsilon-1": private(1.0, training={"learning_rate": 2.0}),
+    "local": private(8.0, training={"learning_rate": 4.0}),  # one site alone
     "best-lora": {
         "privacy": "off",
         # A bound that nothing reaches: it only says that the unit is the document.

@@ -82,8 +82,8 @@ ARMS: dict[str, Table] = {
     "non-private": {"privacy": "off", "clipping": {"unit": "record"}},  # as epsilon-8, σ = 0
     "epsilon-8": private(8.0),
     "epsilon-3": private(3.0, training={"learning_rate": 0.4}),
-    "epsilon-1": private(1.0, training={"learning_rate": 0.15}),
-    "local": private(8.0, training={"learning_rate": 0.4}),  # one site alone
+    "epsilon-1": private(1.0, training={"learning_rate": 0.2}),
+    "local": private(8.0, training={"learning_rate": 0.2}),  # one site alone
     "best-head": {"privacy": "off", "clipping": None, "training": {"learning_rate": 0.1}},
 }
 

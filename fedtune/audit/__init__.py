@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune import __version__
+from fedtune.audit import coins
 from fedtune.audit.coins import OneRun, one_run
 from fedtune.audit.gaussian import OneStep, one_step
 from fedtune.audit.secret import Exposure, exposure
@@ -52,7 +53,7 @@ def audit_study(
     if report:
         plan = _as_it_ran(plan, report)
     network = tiny_network(study, find_base(study.base.model, study.base.digest))
-    step, whole = one_step(plan, trials), one_run(study, network)
+    step, whole = one_step(plan, trials), one_run(study, network, coins.CANARIES)
     body: dict[str, Any] = {
         "fedtune": __version__,
         "study": study.study.name,

@@ -56,15 +56,18 @@ def one_run(
 ) -> OneRun:
     """Train `study` once on generated canary units through the shipped local loop, then guess.
 
-    network: the one to train, by default the study's architecture at tiny size. Each canary is one
-    unit: a record of random tokens, or where records are drawn its whole cap of equal ones. The
-    attacker sees every update that leaves the site and knows all canaries; the optimiser is SGD
-    with one local step, so that nothing of the noised sum is lost (what any optimiser makes of it
-    is post-processing), and C is a quarter of the canaries' median gradient, so that all are
-    clipped (ε does not depend on C).
+    network: the one to train, by default the study's architecture at tiny size. canaries: at most;
+    never more than half of the trained parameters, or they hide each other. Each is one unit: a
+    record of random tokens, or where records are drawn its whole cap of equal ones. The attacker
+    sees every update that leaves the site and knows all canaries; the optimiser is SGD with one
+    local step, so that nothing of the noised sum is lost (what any optimiser makes of it is
+    post-processing), and C is a quarter of the canaries' median gradient, so that all are clipped
+    (ε does not depend on C).
     Guarantee: reads no record; a right loop gives ceiling > claimed with probability below 10⁻³.
     Reference: Steinke, Nasr & Jagielski 2023, "Privacy auditing with one (1) training run"."""
     network = network or tiny_network(study, find_base(study.base.model, study.base.digest))
+    start = network.trainable()
+    canaries = max(2, min(canaries, sum(a.size for a in start.values()) // 2))
     training = study.training.model_copy(
         update={"optimizer": "sgd", "local_steps": 1, "weight_decay": 0.0, "proximal_mu": 0.0}
     )
@@ -72,7 +75,6 @@ def one_run(
     plan = plan_for_site(study, canaries)
     everyone = _canaries(study, network, canaries)
     engine = UnitGradientEngine(Cached(network, everyone), find(study.objective.name), study.drawn)
-    start = network.trainable()
     norms = torch.cat([c.norm(dim=1) for c in engine(list(range(engine.n_rows)))])
     plan = replace(plan, max_grad_norm=float(norms.median()) / 4)
     coins = np.unpackbits(np.frombuffer(os.urandom(-(-canaries // 8)), np.uint8))[:canaries] > 0
@@ -113,20 +115,26 @@ def _result(
 class _Attacker:
     """Linear estimate of who took part: noised sums on the canaries' clipped gradients.
 
-    Each sum is G'b q + noise; the posterior mean of the coins b under a Gaussian prior of variance
-    1/4 is the best linear score (Gauss–Markov), and rounds add up."""
+    Each sum is q G'b + noise, and the noise's deviation is what is left outside the span of G, so
+    that a run with less noise than claimed is read as sharply as it can be. The posterior mean of
+    the coins b under a Gaussian prior of variance 1/4 is the best linear score, and rounds add up.
+    """
 
     def __init__(self, plan: DpPlan, canaries: int) -> None:
         self._rate = plan.sampling_rate
-        self._variance = (plan.noise_multiplier * plan.max_grad_norm) ** 2
+        self._least = (1e-3 * plan.max_grad_norm) ** 2
         self._precision = 4.0 * np.eye(canaries)
         self._evidence = np.zeros(canaries)
 
     def sees(self, gradients: torch.Tensor, noised_sum: np.ndarray) -> None:
         """gradients (canaries, d): what each adds when it is drawn; noised_sum (d,)."""
         known = gradients.numpy() * self._rate
-        self._precision += known @ known.T / self._variance
-        self._evidence += known @ (noised_sum - known.sum(axis=0) / 2) / self._variance
+        gram, toward = known @ known.T, known @ noised_sum
+        ridge = 1e-9 * np.trace(gram) / len(gram) * np.eye(len(gram))
+        outside = noised_sum @ noised_sum - toward @ np.linalg.solve(gram + ridge, toward)
+        variance = max(self._least, float(outside) / (known.shape[1] - len(known)))
+        self._precision += gram / variance
+        self._evidence += (toward - gram.sum(axis=1) / 2) / variance
 
     def scores(self) -> np.ndarray:
         return np.asarray(np.linalg.solve(self._precision, self._evidence))

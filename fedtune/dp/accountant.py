@@ -63,9 +63,10 @@ def rdp_epsilon(events: Iterable[Steps], delta: float) -> float:
     """The same by Rényi DP (Mironov 2017): a looser bound, computed only as a cross-check.
 
     Errors: as `epsilon`; and ValueError where RDP is not defined here (k > 1 with q < 1)."""
-    merged, _ = merged(events), _checked_delta(delta)
+    folded = merged(events)
+    _checked_delta(delta)
     accountant = RdpAccountant()
-    for sigma, rate, count, records in merged:
+    for sigma, rate, count, records in folded:
         if records > 1 and rate < 1:
             raise ValueError("RDP of several rows of one unit, each sampled, is not defined here")
         step: dp_accounting.DpEvent = dp_accounting.GaussianDpEvent(sigma / records)
@@ -80,11 +81,11 @@ def cross_check(events: Iterable[Steps], delta: float) -> float:
 
     | RDP not defined (k > 1, q < 1) | PLD's ε; an independent integral checks it in the tests |
     Errors: AccountantsDisagree when PLD exceeds RDP by more than discretisation (1 % + 0.001)."""
-    merged = merged(events)
-    found = epsilon(merged, delta)
-    if any(event.records > 1 and event.sampling_rate < 1 for event in merged):
+    folded = merged(events)
+    found = epsilon(folded, delta)
+    if any(event.records > 1 and event.sampling_rate < 1 for event in folded):
         return found
-    bound = rdp_epsilon(merged, delta)
+    bound = rdp_epsilon(folded, delta)
     if not found <= 1.01 * bound + 1e-3:
         raise AccountantsDisagree(
             f"PLD gives ε = {found:.6g} and RDP only {bound:.6g}",
@@ -163,10 +164,9 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (float, int)) and not isinstance(value, bool)
 
 
-def _checked_delta(delta: float) -> float:
+def _checked_delta(delta: float) -> None:
     if not 0 < delta < 1:
         raise ValueError("delta must be in (0, 1)")
-    return delta
 
 
 # ----------------------------------------------------------------------------------------- PLD

@@ -153,8 +153,9 @@ def prepare(folder: Path) -> None:
     found = traces(folder)
     if not found:
         replace(folder / NEW, b"")  # nothing is charged before this file is gone again
-        return
     begun = (folder / NEW).exists() and not {HEAD, RECEIPT, OUTBOX, STEPS} & set(found)
+    if begun:
+        os.close(os.open(folder / DATABASE, os.O_WRONLY | os.O_CREAT, 0o600))
     for name in (DATABASE, KEY, SALT):
         if name not in traces(folder) and not begun:
             raise LedgerError(

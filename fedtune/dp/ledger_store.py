@@ -50,6 +50,7 @@ from fedtune.dp.ledger_files import (
 from fedtune.wire.keys import SigningKey, canonical, verifies
 
 BUSY = 60.0  # seconds to wait for another process
+PRAGMAS = ("synchronous = EXTRA", "trusted_schema = OFF")
 START = "0" * 64  # prev of the first entry
 SCHEMA = (
     "CREATE TABLE entries (seq INTEGER PRIMARY KEY, kind TEXT NOT NULL, body BLOB NOT NULL, "
@@ -79,8 +80,8 @@ def connect(path: Path) -> sqlite3.Connection:
     """A connection that commits to disk, by hand (no implicit transactions)."""
     connection = sqlite3.connect(path, timeout=BUSY, isolation_level=None)
     try:
-        connection.execute("PRAGMA synchronous = EXTRA")
-        connection.execute("PRAGMA trusted_schema = OFF")
+        for pragma in PRAGMAS:
+            connection.execute(f"PRAGMA {pragma}")
     except sqlite3.Error:
         connection.close()
         raise
@@ -114,7 +115,7 @@ def _operational(folder: Path, error: sqlite3.OperationalError) -> LedgerError:
         )
     if "full" in says or "readonly" in says or "unable to open" in says or "I/O" in says:
         return LedgerError(
-            f"{path}: cannot be written ({says}); nothing was trained",
+            f"{path}: cannot be written ({says})",
             todo="free the disk or fix the permissions, then run again",
         )
     return LedgerError(f"{path}: cannot be read as a ledger ({says})", todo=RESTORE)

@@ -1,11 +1,23 @@
 import math
+import time
 
+import dp_accounting
+import numpy as np
 import pytest
+from dp_accounting.pld import PLDAccountant
 from scipy.optimize import brentq
-from scipy.stats import norm
+from scipy.stats import binom, norm
 
 from fedtune.dp import accountant
-from fedtune.dp.accountant import Steps, calibrate, epsilon, rdp_epsilon
+from fedtune.dp.accountant import (
+    AccountantsDisagree,
+    Steps,
+    affordable_steps,
+    calibrate,
+    cross_check,
+    epsilon,
+    rdp_epsilon,
+)
 
 
 def gaussian_epsilon(sigma: float, steps: int, delta: float) -> float:
@@ -44,11 +56,13 @@ def test_subsampling_amplifies_and_rdp_agrees_within_its_slack() -> None:
     assert pld < rdp_epsilon(steps, 1e-5) < 1.3 * pld
 
 
-@pytest.mark.parametrize(("q", "steps"), [(1.0, 8), (0.25, 40)])
-def test_calibrated_noise_stays_below_the_target_and_is_tight(q: float, steps: int) -> None:
-    sigma = calibrate(8.0, 1e-4, q, steps)
-    assert epsilon([Steps(sigma, q, steps)], 1e-4) <= 8.0
-    assert epsilon([Steps(sigma - 0.002, q, steps)], 1e-4) > 8.0
+@pytest.mark.parametrize(
+    ("q", "steps", "k"), [(1.0, 8, 1), (0.25, 40, 1), (1.0, 8, 4), (0.1, 9, 4)]
+)
+def test_calibrated_noise_stays_below_the_target_and_is_tight(q: float, steps: int, k: int) -> None:
+    sigma = calibrate(8.0, 1e-4, q, steps, k)
+    assert epsilon([Steps(sigma, q, steps, k)], 1e-4) <= 8.0
+    assert epsilon([Steps(sigma - 0.002, q, steps, k)], 1e-4) > 8.0
 
 
 def test_affordable_steps_fit_and_one_more_does_not() -> None:
@@ -57,9 +71,89 @@ def test_affordable_steps_fit_and_one_more_does_not() -> None:
     assert accountant.affordable_steps(0.5, 1e-4, 1.0, 1.0) == 0
 
 
+def test_affordable_steps_of_several_rows() -> None:
+    n = affordable_steps(8.0, 1e-4, 0.1, 4.0, records=4)
+    fits, not_ = Steps(4.0, 0.1, n, 4), Steps(4.0, 0.1, n + 1, 4)
+    assert epsilon([fits], 1e-4) <= 8.0 < epsilon([not_], 1e-4)
+    assert n < affordable_steps(8.0, 1e-4, 0.1, 4.0) / 4
+
+
 def test_order_and_folding_do_not_matter() -> None:
     a, b = Steps(1.0, 0.5, 3), Steps(2.0, 1.0, 4)
     assert epsilon([a, b], 1e-5) == epsilon([b, Steps(1.0, 0.5, 2), Steps(1.0, 0.5, 1)], 1e-5)
+
+
+def test_folding_keeps_different_records_apart() -> None:
+    """Twin of the fold: forgetting k would give the price of one row per unit."""
+    one, four = Steps(4.0, 0.1, 10), Steps(4.0, 0.1, 10, 4)
+    both = epsilon([one, four], 1e-5)
+    assert both >= epsilon([four], 1e-5) > 1.5 * epsilon([one._replace(steps=20)], 1e-5)
+    assert both == epsilon([four._replace(steps=5), one, four._replace(steps=5)], 1e-5)
+
+
+@pytest.mark.parametrize("k", [2, 7])
+def test_full_batch_of_k_rows_is_a_gaussian_with_k_times_the_sensitivity(k: int) -> None:
+    exact = gaussian_epsilon(9.0 / k, 5, 1e-5)
+    assert exact - 1e-6 <= epsilon([Steps(9.0, 1.0, 5, k)], 1e-5) <= exact * 1.01
+
+
+def library(event: dp_accounting.DpEvent, delta: float, interval: float = 1e-4) -> float:
+    accountant = PLDAccountant(value_discretization_interval=interval)
+    return float(accountant.compose(event).get_epsilon(delta))
+
+
+def test_it_is_the_library_s_number_for_the_library_s_events() -> None:
+    sampled = dp_accounting.PoissonSampledDpEvent(0.1, dp_accounting.GaussianDpEvent(1.0))
+    mixture = dp_accounting.dp_event.MixtureOfGaussiansDpEvent(
+        3.0, range(5), binom.pmf(range(5), 4, 0.2)
+    )
+    events = [Steps(1.0, 0.1, 20), Steps(3.0, 0.2, 10, 4)]
+    composed = dp_accounting.ComposedDpEvent(
+        [
+            dp_accounting.SelfComposedDpEvent(sampled, 20),
+            dp_accounting.SelfComposedDpEvent(mixture, 10),
+        ]
+    )
+    assert epsilon(events[:1], 1e-5) == pytest.approx(
+        library(dp_accounting.SelfComposedDpEvent(sampled, 20), 1e-5), rel=1e-9
+    )
+    fine = library(composed, 1e-5, interval=1e-3)
+    assert fine <= epsilon(events, 1e-5) <= fine * 1.002  # our grid is coarser here: never below
+
+
+@pytest.mark.parametrize(("sigma", "q", "k"), [(1.5, 0.02, 64), (20.0, 0.1, 64), (40.0, 0.5, 64)])
+def test_many_rows_take_seconds(sigma: float, q: float, k: int) -> None:
+    start = time.process_time()
+    fewer, more = (epsilon([Steps(sigma, q, 20, rows)], 1e-5) for rows in (k - 8, k))
+    assert time.process_time() - start < 20
+    assert fewer < more < math.inf
+
+
+def test_rdp_confirms_what_it_can() -> None:
+    events = [Steps(1.0, 0.1, 100), Steps(9.0, 1.0, 5, 3)]
+    assert cross_check(events, 1e-5) == epsilon(events, 1e-5)
+    assert cross_check([], 1e-5) == 0.0
+
+
+@pytest.mark.parametrize("events", [[Steps(1.0, 0.1, 100)], [Steps(6.0, 1.0, 20, 4)]])
+def test_an_accountant_that_is_wrong_is_stopped(
+    monkeypatch: pytest.MonkeyPatch, events: list[Steps]
+) -> None:
+    real = rdp_epsilon(events, 1e-5)
+    monkeypatch.setattr(accountant, "rdp_epsilon", lambda *_: real * 0.8)
+    with pytest.raises(AccountantsDisagree, match="RDP only"):
+        cross_check(events, 1e-5)
+    monkeypatch.setattr(accountant, "rdp_epsilon", lambda *_: real)
+    monkeypatch.setattr(accountant, "epsilon", lambda *_: math.nan)
+    with pytest.raises(AccountantsDisagree):
+        cross_check(events, 1e-5)
+
+
+def test_rdp_of_sampled_rows_is_not_defined_and_the_cross_check_says_so_by_passing_it_on() -> None:
+    event = Steps(4.0, 0.1, 10, 4)
+    with pytest.raises(ValueError, match="not defined"):
+        rdp_epsilon([event], 1e-5)
+    assert cross_check([event], 1e-5) == epsilon([event], 1e-5)
 
 
 def test_no_events_cost_nothing() -> None:
@@ -74,11 +168,43 @@ def test_no_events_cost_nothing() -> None:
         Steps(1.0, 0.0, 1),
         Steps(1.0, 1.5, 1),
         Steps(1.0, 1.0, -1),
+        Steps(-1.0, 1.0, 1),
+        Steps(math.inf, 1.0, 1),
+        Steps(1.0, math.nan, 1),
+        Steps(1.0, -0.1, 1),
+        Steps(True, 1.0, 1),
+        Steps(1.0, True, 1),
+        Steps("1.0", 1.0, 1),  # type: ignore[arg-type]
+        Steps(1.0, 1.0, 1.0),  # type: ignore[arg-type]
+        Steps(1.0, 1.0, True),
+        Steps(1.0, 1.0, math.nan),  # type: ignore[arg-type]
+        Steps(1.0, 1.0, 1, 0),
+        Steps(1.0, 1.0, 1, -2),
+        Steps(1.0, 1.0, 1, 2.0),  # type: ignore[arg-type]
+        Steps(1.0, 1.0, 1, True),
+        (1.0, 1.0, 1, 1),
+        None,
+        "Gaussian",
+        dp_accounting.GaussianDpEvent(1.0),
+        dp_accounting.LaplaceDpEvent(1.0),
+        dp_accounting.NonPrivateDpEvent(),
     ],
 )
-def test_impossible_events_are_refused(event: Steps) -> None:
-    with pytest.raises(ValueError, match="event"):
-        epsilon([event], 1e-5)
+def test_unknown_mechanisms_and_impossible_events_are_refused(event: Steps) -> None:
+    for ask in (epsilon, rdp_epsilon, cross_check):
+        with pytest.raises(ValueError, match="event"):
+            ask([event], 1e-5)
+        with pytest.raises(ValueError, match="event"):  # hidden among good ones, and of no steps
+            ask([Steps(1.0, 1.0, 1), event], 1e-5)
+
+
+@pytest.mark.parametrize(
+    "event", [Steps(1, 1, 1), Steps(1.0, 1.0, 1, 1), Steps(np.float64(1), 1, 1)]
+)
+def test_what_is_possible_is_not_refused(event: Steps) -> None:
+    """Twin of the refusals: the same event, well formed, has its ε."""
+    assert epsilon([event], 1e-5) == epsilon([Steps(1.0, 1.0, 1)], 1e-5) > 0
+    assert epsilon([event._replace(steps=0)], 1e-5) == 0
 
 
 @pytest.mark.parametrize("delta", [0.0, 1.0, -1e-5])

@@ -1,24 +1,203 @@
+"""The sampler is Poisson: batch sizes vary as they must, and no unit's inclusion tells another's.
+
+Each test is also run on samplers that only look right (shuffled batches, batches of a fixed size,
+units drawn in pairs, a rate that drifts), and must refuse them. A correct sampler fails one test
+with probability below 10⁻⁶."""
+
+from __future__ import annotations
+
 import math
 import random
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
 
+from fedtune.dp import sampling
 from fedtune.dp.sampling import poisson
+from fedtune.dp.selftest import MemoryLog
+from tests.dp.conftest import make_plan
+
+N, TIMES = 60, 6000
+RATES = (0.1, 0.3)
+Sampler = Callable[[int, float], list[int]]
 
 
-def test_batch_size_is_binomial_and_pairs_are_independent() -> None:
-    """Shuffling and fixed-size batches have no variance in size and correlated pairs: both fail."""
-    n, q, times = 200, 0.3, 3000
-    member = np.zeros((times, n), dtype=bool)
-    for t in range(times):
-        member[t, poisson(n, q)] = True
-    sizes = member.sum(axis=1)
-    assert abs(sizes.mean() / (n * q) - 1) < 0.02
-    assert abs(sizes.var() / (n * q * (1 - q)) - 1) < 0.15
-    pairs = float(np.mean(member[:, 0::2] & member[:, 1::2]))
-    assert abs(pairs - q * q) < 5 * math.sqrt(q * q / (times * n / 2))
+def inclusion(sampler: Sampler, q: float) -> np.ndarray:
+    """(TIMES, N) bool: who was drawn when."""
+    member = np.zeros((TIMES, N), dtype=bool)
+    for t in range(TIMES):
+        drawn = sampler(N, q)
+        assert len(set(drawn)) == len(drawn)
+        member[t, drawn] = True
+    return member
+
+
+def size_varies(member: np.ndarray, q: float) -> bool:
+    """Batch sizes have a binomial's variance: within 6 standard deviations of a sample variance
+    (false alarm 2·10⁻⁹; kurtosis of a binomial included)."""
+    sizes, expected = member.sum(axis=1), N * q * (1 - q)
+    kurtosis = 3 + (1 - 6 * q * (1 - q)) / expected
+    spread = expected * math.sqrt((kurtosis - 1) / TIMES)
+    return bool(abs(sizes.var(ddof=1) - expected) < 6 * spread)
+
+
+def pairs_are_independent(member: np.ndarray, q: float) -> bool:
+    """For every pair of units the share of batches with both is q²: each of 1,770 pairs within 8
+    standard deviations (false alarm 10⁻⁸), and their mean within 6."""
+    both = member.T.astype(np.float64) @ member / TIMES
+    found = both[np.triu_indices(N, 1)]
+    p = q * q
+    one = math.sqrt(p * (1 - p) / TIMES)
+    # Pairs share units, so the mean's deviation is mostly that of the batch size.
+    mean = math.sqrt(4 * q**3 * (1 - q) / (N * TIMES) + p * (1 - p) / (TIMES * len(found)))
+    return bool(np.abs(found - p).max() < 8 * one and abs(found.mean() - p) < 6 * mean)
+
+
+def rates_are_equal(member: np.ndarray, q: float) -> bool:
+    """Each unit, and all of them together, are drawn with q in every tenth of the steps: 600 and
+    10 figures within 8 standard deviations."""
+    each = member.reshape(10, TIMES // 10, N).mean(axis=1)
+    one = math.sqrt(q * (1 - q) * 10 / TIMES)
+    off, together = np.abs(each - q), np.abs(each.mean(axis=1) - q)
+    return bool(off.max() < 8 * one and together.max() < 8 * one / math.sqrt(N))
+
+
+def steps_are_independent(member: np.ndarray, q: float) -> bool:
+    """Drawn in this step says nothing about the next one, or the one after."""
+    spread = q * (1 - q)
+    centred = member - q
+    return all(
+        abs(float((centred[:-lag] * centred[lag:]).mean())) < 6 * spread / math.sqrt(TIMES * N)
+        for lag in (1, 2, round(1 / q))
+    )
+
+
+CHECKS = (size_varies, pairs_are_independent, rates_are_equal, steps_are_independent)
+
+# ------------------------------------------------------------------ samplers that only look right
+
+
+def shuffled() -> Sampler:
+    """Trap 9: an epoch's permutation cut into batches."""
+    source, queue = random.Random(0), list[int]()
+
+    def draw(n: int, q: float) -> list[int]:
+        size = round(n * q)
+        if len(queue) < size:
+            queue[:] = source.sample(range(n), n)
+        return [queue.pop() for _ in range(size)]
+
+    return draw
+
+
+def fixed_size() -> Sampler:
+    """Without replacement in a step, afresh each step: right rate, no variance."""
+    source = random.Random(0)
+    return lambda n, q: source.sample(range(n), round(n * q))
+
+
+def in_pairs() -> Sampler:
+    """Units 2i and 2i+1 come together (one uniform for two)."""
+    source = np.random.default_rng(0)
+    return lambda n, q: np.flatnonzero(np.repeat(source.random(n // 2) < q, 2)).tolist()
+
+
+def one_pair() -> Sampler:
+    """Everybody is independent but for two units that share their fate."""
+    source = np.random.default_rng(0)
+
+    def draw(n: int, q: float) -> list[int]:
+        member = source.random(n) < q
+        member[n - 1] = member[0]
+        return np.flatnonzero(member).tolist()
+
+    return draw
+
+
+def antithetic() -> Sampler:
+    """u and 1-u: the first half avoids the second. Sizes vary too little."""
+    source = np.random.default_rng(0)
+
+    def draw(n: int, q: float) -> list[int]:
+        u = source.random(n // 2)
+        return np.flatnonzero(np.concatenate([u, 1 - u]) < q).tolist()
+
+    return draw
+
+
+def drifting() -> Sampler:
+    """The rate falls while the steps go on; right on average."""
+    source, step = np.random.default_rng(0), iter(range(10**9))
+
+    def draw(n: int, q: float) -> list[int]:
+        rate = q * (1.5 - next(step) / TIMES)
+        return np.flatnonzero(source.random(n) < rate).tolist()
+
+    return draw
+
+
+def repeated() -> Sampler:
+    """Every other step takes the same units again."""
+    source = np.random.default_rng(0)
+
+    def steps() -> Iterator[np.ndarray]:
+        while True:
+            drawn = source.random(N)
+            yield drawn
+            yield drawn
+
+    stream = steps()
+    return lambda n, q: np.flatnonzero(next(stream) < q).tolist()
+
+
+TWINS: dict[str, tuple[Callable[[], Sampler], set[Callable[[np.ndarray, float], bool]]]] = {
+    "shuffled": (shuffled, {size_varies, pairs_are_independent}),
+    "fixed size": (fixed_size, {size_varies}),
+    "in pairs": (in_pairs, {size_varies, pairs_are_independent}),
+    "one pair": (one_pair, {pairs_are_independent}),
+    "antithetic": (antithetic, {size_varies, pairs_are_independent}),
+    "drifting": (drifting, {rates_are_equal}),
+    "repeated": (repeated, {steps_are_independent}),
+}
+
+
+@pytest.mark.parametrize("q", RATES)
+def test_the_sampler_is_poisson(q: float) -> None:
+    member = inclusion(poisson, q)
+    for check in CHECKS:
+        assert check(member, q), check.__name__
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_sampler_that_only_looks_right_is_refused(name: str) -> None:
+    make, by = TWINS[name]
+    q = 0.3
+    member = inclusion(make(), q)
+    assert abs(member.mean() / q - 1) < 0.02  # the rate alone would not tell
+    assert by <= {check for check in CHECKS if not check(member, q)}
+
+
+def test_the_shipped_step_draws_like_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through DpPlan.step, whose gradients are asked for the sampled rows and no others; and a
+    shuffling sampler put in its place is refused."""
+    plan = make_plan(sampling_rate=0.3)
+
+    def through_the_step(n: int, q: float) -> list[int]:
+        asked: list[int] = []
+
+        def gradients(rows: list[int]) -> Iterator[torch.Tensor]:
+            asked.extend(rows)
+            yield torch.zeros(len(rows), 2)
+
+        plan.step(n, 2, gradients, MemoryLog(), 1)
+        return asked
+
+    member = inclusion(through_the_step, 0.3)
+    assert all(check(member, 0.3) for check in CHECKS)
+    monkeypatch.setattr(sampling, "poisson", shuffled())
+    assert not size_varies(inclusion(through_the_step, 0.3), 0.3)
 
 
 def test_full_batch_is_everyone() -> None:
@@ -37,6 +216,13 @@ def test_no_seed_replays_it() -> None:
 
 def test_empty_batches_happen() -> None:
     assert any(not poisson(2, 0.05) for _ in range(200))
+
+
+def test_tiny_and_nearly_full_rates_keep_their_rate() -> None:
+    """q·2⁵³ is compared as an integer: no rounding to 0 or 1 (6 standard deviations)."""
+    n = 10**6
+    for q in (1e-4, 1 - 1e-4):
+        assert abs(len(poisson(n, q)) - n * q) < 6 * math.sqrt(n * q * (1 - q))
 
 
 @pytest.mark.parametrize("q", [0.0, -0.1, 1.01, math.nan])

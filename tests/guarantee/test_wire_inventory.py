@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-import client.app
+import client.site
 from fedtune.dp.ledger import Ledger
 from fedtune.data.records import unit_member
 from fedtune.flower import api
@@ -91,10 +91,11 @@ def test_an_added_field_is_caught(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The twin: a site that also sends its number of units."""
-    honest = client.app.json.dumps
+    honest = client.site._summary
     monkeypatch.setattr(
-        client.app.json, "dumps", lambda x: honest([{**e, "units": 12} for e in x])
+        client.site, "_summary", lambda steps: [{**event, "units": 12} for event in honest(steps)]
     )
+    monkeypatch.setattr("server.admission._events", json.loads)  # and a server that takes it
     grid = run(lay_out(tmp_path, tiny_base, patients(12)))
     assert "events.units" in outside(grid)
 
@@ -125,12 +126,17 @@ def test_the_wire_looks_the_same_whatever_the_records(
 def test_a_record_that_makes_the_loss_nan_is_not_seen(
     usual: Recorder, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = causal_lm.losses
+    honest, whole = causal_lm.losses, client.site.local_round
 
     def losses(network: Network, batch: Batch) -> torch.Tensor:
         return honest(network, batch) * torch.where(batch.index == 3, torch.nan, 1.0)
 
-    monkeypatch.setattr(causal_lm, "losses", losses)
+    def with_nan(*arguments: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(causal_lm, "losses", losses)
+            return whole(*arguments)
+
+    monkeypatch.setattr(client.site, "local_round", with_nan)
     grid = run(lay_out(tmp_path, tiny_base, patients(12)))
     assert shape(grid) == shape(usual)
     for reply in grid.replies:
@@ -158,11 +164,11 @@ def test_a_site_that_fails_for_a_record_is_caught(
     usual: Recorder, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The twin: a site that gives up where it has no records."""
-    from client import site
-
-    honest = site.load_dataset
-    monkeypatch.setattr(site, "load_dataset", lambda *a, few, **k: honest(*a, few=False, **k))
-    monkeypatch.setattr(site, "Dataset", None)  # what it falls back on
+    honest = client.site.load_dataset
+    monkeypatch.setattr(
+        client.site, "load_dataset", lambda *a, few, **k: honest(*a, few=False, **k)
+    )
+    monkeypatch.setattr(client.site, "Dataset", None)  # what it falls back on
     study = lay_out(tmp_path, tiny_base, [])
     with pytest.raises(Exception, match="failed"):
         run(study)

@@ -13,9 +13,10 @@ from fedtune.dp.gradients import UnitGradientEngine
 from fedtune.dp.steplog import StepLog
 from fedtune.models.base import find_base
 from fedtune.models.cache import Cached
-from fedtune.models.network import Network
+from fedtune.models.network import Network, build
 from fedtune.objectives import causal_lm
-from tests.dp.conftest import make_plan, records
+from fedtune.training import local_round
+from tests.dp.conftest import make_plan, records, study
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +41,24 @@ def test_one_unit_moves_the_sum_by_at_most_c(
             moved = plan.step(1, engine.dimension, engine, StepLog(tmp_path / "log"), 1)
             noise = 1e-4 * c * engine.dimension**0.5
             assert float(moved.double().norm()) <= c + 2 * noise
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_one_unit_moves_the_update_by_at_most_c(
+    tiny_base: Path, tmp_path: Path, scale: float
+) -> None:
+    """The same over a whole round, which starts at zero and whose learning rate is 1."""
+    made = study(
+        base={"model": str(tiny_base), "dtype": "float32"},
+        training={"rounds": 1, "sampling_rate": 1.0, "learning_rate": 1.0},
+    )
+    network, draw = build(made), np.random.default_rng(7)
+    start = {
+        n: (scale * draw.normal(size=a.shape)).astype(np.float32)
+        for n, a in network.trainable().items()
+    }
+    plan = make_plan(noise_multiplier=1e-4, max_grad_norm=1e-3, divisor=1.0)
+    data, log = Cached(network, records([2])), StepLog(tmp_path / "log")
+    delta = local_round(made, data, plan, log, 1, start)
+    moved = sum(float(np.square(d, dtype=np.float64).sum()) for d in delta.values()) ** 0.5
+    assert moved <= 1.1e-3  # noise and the adapter's own fp32 add less than a tenth

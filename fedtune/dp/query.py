@@ -1,0 +1,74 @@
+"""A noised answer about held-out records: how likely the model finds what they say.
+
+A unit's row is (score, 1), its score in [0, 1]: the geometric mean probability of a record's
+targets, or the probability of its label (exp of minus the loss), averaged over the unit's records.
+Two sums leave: Σ score and Σ 1. They go through the same step as training's, so that sampler,
+clip, noise, grid, log and accountant are the same.
+
+Guarantee: a row has norm at most √2 = C, and each answer is one Gaussian mechanism on it with σ in
+multiples of C and q = 1; its line is in the step log before the answer exists.
+| no units                | noise alone                                      |
+| a record's loss is NaN  | its unit contributes nothing, not even to Σ 1    |
+| a loss is infinite      | score 0                                          |
+Reference: Dwork & Roth 2014, appendix A (the Gaussian mechanism).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from fedtune.config import PrivacyTable, Study
+from fedtune.dp.plan import DpPlan
+from fedtune.dp.steplog import StepLog
+from fedtune.models.cache import Cached
+from fedtune.objectives import find
+
+NORM = math.sqrt(2)  # of the largest row, (1, 1)
+
+
+def query_plan(study: Study) -> DpPlan:
+    """All queries of a private study with [private_evaluation]; a round of it is one query."""
+    table, privacy = study.private_evaluation, study.privacy
+    assert table is not None and isinstance(privacy, PrivacyTable)
+    return DpPlan(
+        study=study.queries_digest,
+        unit=privacy.unit,
+        sampling_rate=1.0,
+        noise_multiplier=table.noise_multiplier,
+        max_grad_norm=NORM,
+        clipping="flat",
+        gamma=0.01,
+        rounds=len(study.queries),
+        local_steps=1,
+        delta=privacy.delta,
+        divisor=1.0,
+    )
+
+
+def answer(plan: DpPlan, rows: torch.Tensor, log: StepLog, round_: int) -> torch.Tensor:
+    """(Σ score, Σ 1), noised, fp32 (2,). rows: (units, 2); zeroed."""
+
+    def chosen(units: list[int]) -> Iterator[torch.Tensor]:
+        yield rows[units]
+
+    try:
+        return plan.step(len(rows), 2, chosen, log, round_)
+    finally:
+        rows.zero_()
+
+
+@torch.no_grad()
+def unit_rows(study: Study, data: Cached) -> torch.Tensor:
+    """(score, 1) of each unit with the adapter that is loaded, fp64 (units, 2). Un-noised."""
+    objective, dataset = find(study.objective.name), data.dataset
+    rows = torch.zeros(dataset.n_units, 2, dtype=torch.float64)
+    unit = torch.tensor([example.unit for example in dataset.examples], dtype=torch.long)
+    for batch in data.batches(range(len(unit))):
+        losses = objective.losses(data.network, batch).double()
+        rows[:, 0].index_add_(0, unit[batch.index], torch.exp(-losses))
+    rows[:, 0] /= torch.bincount(unit, minlength=dataset.n_units)
+    rows[:, 1] = 1.0
+    return rows

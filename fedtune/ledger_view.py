@@ -1,0 +1,200 @@
+"""What `fedtune ledger` prints: what was spent on a dataset, by which study, and what remains.
+
+Every ε is shown rounded up and what remains rounded down, so that a person who adds the columns up
+never finds more room than there is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from rich import box
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+from fedtune.config import PolicyTable
+from fedtune.dp import accountant
+from fedtune.dp.accountant import Steps
+from fedtune.dp.ceiling import total_epsilon
+from fedtune.dp.ledger import EVERY, Ledger, Spent
+from fedtune.report.claim import rounded_up
+
+INFINITE = "∞ (not private)"
+
+
+@dataclass(frozen=True)
+class StudyLine:
+    """One study's share of a dataset's budget. epsilon: of this study alone, at the δ asked for.
+
+    rounds: distinct rounds; charged: reservations, more than rounds where one was paid twice;
+    first, last: UTC seconds."""
+
+    name: str
+    study: str
+    dataset: str
+    unit: str
+    rounds: int
+    charged: int
+    released: int
+    steps: int
+    sigma: tuple[float, float]  # least and most
+    rate: tuple[float, float]
+    records: int
+    epsilon: float
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A dataset's total, as the ceiling is enforced on it, and the same composed by PLD.
+
+    epsilon, pld: at the policy's δ; remaining: of policy.max_epsilon, never below 0."""
+
+    dataset: str
+    epsilon: float
+    how: str
+    pld: float
+    ceiling: float
+    delta: float
+
+    @property
+    def remaining(self) -> float:
+        return max(0.0, self.ceiling - self.epsilon)
+
+
+def study_lines(spent: Sequence[Spent], delta: float) -> list[StudyLine]:
+    """One line per study and dataset, in the order of their first charge."""
+    groups: dict[tuple[str, str], list[Spent]] = {}
+    for one in spent:
+        groups.setdefault((one.charge.study, one.dataset), []).append(one)
+    return [_line(group, delta) for group in groups.values()]
+
+
+def _line(group: Sequence[Spent], delta: float) -> StudyLine:
+    charges = [one.charge for one in group]
+    sigmas, rates = [c.noise_multiplier for c in charges], [c.sampling_rate for c in charges]
+    return StudyLine(
+        name=charges[-1].name,
+        study=charges[0].study,
+        dataset=group[0].dataset,
+        unit=charges[0].unit,
+        rounds=len({c.round for c in charges}),
+        charged=len(charges),
+        released=sum(one.released and one.kind == "reserve" for one in group),
+        steps=sum(c.steps for c in charges),
+        sigma=(min(sigmas), max(sigmas)),
+        rate=(min(rates), max(rates)),
+        records=max(c.records for c in charges),
+        epsilon=_epsilon([c.event for c in charges], delta),
+        first=min(one.time for one in group),
+        last=max(one.time for one in group),
+    )
+
+
+def budget(dataset: str, spent: Sequence[Spent], policy: PolicyTable) -> Budget:
+    """What everything in `spent` costs the dataset, against the policy's ceiling."""
+    events = [one.charge.event for one in spent]
+    order = spent[0].charge.order if spent else 2.0
+    total = total_epsilon(events, order, policy.max_delta)
+    pld = _epsilon(events, policy.max_delta)
+    return Budget(dataset, total.epsilon, total.how, pld, policy.max_epsilon, policy.max_delta)
+
+
+def _epsilon(events: Sequence[Steps], delta: float) -> float:
+    if any(event.noise_multiplier == 0 for event in events):
+        return math.inf
+    return accountant.epsilon(events, delta)
+
+
+def ledger_view(ledger: Ledger, dataset: str, policy: PolicyTable) -> Group:
+    """The whole print-out for one dataset, other datasets that count against it included."""
+    spent = ledger.spending(dataset)
+    parts: list[Table | str] = []
+    if spent:
+        parts.append(studies_table(study_lines(spent, policy.max_delta), policy.max_delta))
+    parts += [budget_table(budget(dataset, spent, policy)), footer(ledger, dataset)]
+    return Group(*parts)
+
+
+def studies_table(lines: Sequence[StudyLine], delta: float) -> Table:
+    table = Table(
+        title="studies",
+        caption=f"ε of each study alone, at δ = {delta:g}. paid: rounds charged; more than rounds "
+        "where one was interrupted. Times are UTC.",
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for head in ("study", "plan", "dataset", "unit"):
+        table.add_column(head)
+    for head in ("rounds", "paid", "sent", "steps", "noise σ", "q", "ε"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("first to last", no_wrap=True)
+    for line in lines:
+        table.add_row(
+            escape(line.name),
+            line.study.removeprefix("sha256:")[:8],
+            "every" if line.dataset == EVERY else escape(line.dataset),
+            line.unit if line.records == 1 else f"{line.unit} (≤ {line.records} rows)",
+            str(line.rounds),
+            str(line.charged),
+            str(line.released),
+            str(line.steps),
+            _span(line.sigma),
+            _span(line.rate),
+            _shown(line.epsilon),
+            _dates(line.first, line.last),
+        )
+    return table
+
+
+def budget_table(found: Budget) -> Table:
+    table = Table(
+        title=f"budget of {escape(found.dataset)}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_header=False,
+    )
+    table.add_column()
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column()
+    at = f"at δ = {found.delta:g}"
+    table.add_row("spent", _shown(found.epsilon), f"{at}, {found.how}: what the ceiling holds")
+    table.add_row("", _shown(found.pld), f"{at}, all of it composed by PLD, for comparison")
+    table.add_row("ceiling", f"{found.ceiling:g}", "policy.max_epsilon")
+    table.add_row(
+        "remains", _floor(found.remaining), "" if found.remaining else "nothing more runs"
+    )
+    return table
+
+
+def footer(ledger: Ledger, dataset: str) -> str:
+    """Where the ledger stands, on one line."""
+    head = ledger.head
+    others = [name for name in ledger.datasets if name != dataset]
+    beside = f"; other datasets here: {', '.join(others)}" if others else ""
+    text = f"{ledger.folder}: entry {head.seq}, {head.hash[:16]}, verified{beside}"
+    return escape(text)
+
+
+def _shown(epsilon: float) -> str:
+    return rounded_up(epsilon) if math.isfinite(epsilon) else INFINITE
+
+
+def _floor(value: float) -> str:
+    return f"{math.floor(value * 1000) / 1000:g}"
+
+
+def _span(ends: tuple[float, float]) -> str:
+    return f"{ends[0]:g}" if ends[0] == ends[1] else f"{ends[0]:g} to {ends[1]:g}"
+
+
+def _dates(first: int, last: int) -> str:
+    begun, ended = (datetime.fromtimestamp(t, UTC).date().isoformat() for t in (first, last))
+    return begun if begun == ended else f"{begun} to {ended}"

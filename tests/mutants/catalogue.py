@@ -1,0 +1,499 @@
+"""The seeded bugs: what is changed in which shipped file, and the tests that must fail for it.
+
+Every numbered trap has at least one. Where a trap cannot exist here by design (no BatchMemoryManager,
+no GDP accountant, no set_seed), the mutant brings it in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CLIP, NOISE, SAMPLING = "fedtune/dp/clip.py", "fedtune/dp/noise.py", "fedtune/dp/sampling.py"
+PLAN, GRADIENTS = "fedtune/dp/plan.py", "fedtune/dp/gradients.py"
+ACCOUNTANT, STEPLOG = "fedtune/dp/accountant.py", "fedtune/dp/steplog.py"
+TOKENS, CACHE, LORA = "fedtune/data/tokens.py", "fedtune/models/cache.py", "fedtune/models/lora.py"
+NETWORK, TRAINING = "fedtune/models/network.py", "fedtune/training.py"
+CAUSAL, CLASSIFY = "fedtune/objectives/causal_lm.py", "fedtune/objectives/classify.py"
+SITE, POLICY, CLIENT_APP = "client/site.py", "client/policy.py", "client/app.py"
+ADMISSION, ROUNDS = "server/admission.py", "server/rounds.py"
+
+Edits = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """trap: its number in the list of traps, or a word for what is on no list. edits: (old, new)
+    pairs in `file`, each `old` there exactly once. tests: pytest node ids, narrow and quick."""
+
+    trap: int | str
+    name: str
+    file: str
+    edits: Edits
+    tests: tuple[str, ...]
+    note: str
+
+
+def _one(
+    trap: int | str, name: str, file: str, old: str, new: str, tests: str, note: str
+) -> Mutant:
+    return Mutant(trap, name, file, ((old, new),), tuple(tests.split()), note)
+
+
+T_CLIP, T_NOISE, T_SAMPLING = (f"tests/dp/test_{x}.py::" for x in ("clip", "noise", "sampling"))
+T_PLAN, T_GRADIENTS = "tests/dp/test_plan.py::", "tests/dp/test_gradients.py::"
+T_LAYERS = "tests/traps/test_trap_11_layers.py"
+T_PARITY = T_GRADIENTS + "test_parity_with_micro_batches_of_one"
+T_ISOLATION = T_GRADIENTS + "test_row_isolation"
+T_ROWS = "tests/traps/test_trap_18_classify.py::"
+T_POST = "tests/traps/test_trap_20_post_processing.py::"
+T_ACCOUNTANT = "tests/dp/test_accountant.py::"
+T_CHUNKS = T_PLAN + "test_noise_is_added_once_and_divided_by_the_plan"
+
+MEAN = "return torch.zeros(len(batch.label)).index_add(0, rows, each) / counts"
+GUARD = "            if each is None or each.shape[0] != len(batch.index):\n"
+RAISE = 'raise RuntimeError("a trainable layer gave no per-record gradient")'
+DONE = "        return self._add_noise(total, grid, log, round_)\n"
+DRAW = "noise.gaussian_on_grid(len(total), self.noise_multiplier * bound, grid)"
+CLIPPED = "clipped = clip.clip(chunk, self.max_grad_norm, self.clipping, self.gamma)"
+TOTAL = "        total = torch.zeros(dimension, dtype=torch.int64)\n"
+ADD = "            total += clip.to_grid(clipped, grid)\n"
+POISSON = "sampled = sampling.poisson(n_rows, self.sampling_rate)"
+STREAM = "return np.frombuffer(encryptor.update(bytes(8 * n)), dtype=np.uint64)"
+URANDOM = "np.frombuffer(os.urandom(8 * n_units), dtype=np.uint64)"
+CHOSEN = "np.flatnonzero(draws < np.uint64(int(sampling_rate * 2.0**53))).tolist()"
+NORMS = "norms = torch.linalg.vector_norm(exact, dim=1)"
+REPORTED = "return float(_composed(events).get_epsilon_for_delta(delta)) if events else 0.0"
+CALIBRATED = "return _first(enough, start=1000 * records) / 1000"
+FIRST_FIELD = "                study=self.study,\n"
+
+GDP = """if not events:
+        return 0.0
+    from scipy.optimize import brentq
+    from scipy.stats import norm
+
+    mu = math.sqrt(sum(n * (q * k) ** 2 * math.expm1(1 / s**2) for s, q, n, k in events))
+
+    def gap(e: float) -> float:
+        above = norm.cdf(mu / 2 - e / mu) - math.exp(e) * norm.cdf(-mu / 2 - e / mu)
+        return float(above - delta)
+
+    return float(brentq(gap, 0, 200)) if gap(0) > 0 else 0.0"""
+
+LOSS_MUTANTS = (
+    _one(
+        1, "loss-averages-over-the-batch", CAUSAL, MEAN,
+        "return torch.zeros(len(batch.label)).index_add(0, rows, each) / max(1, len(rows))"
+        " * len(batch.label)",
+        f"{T_PARITY} {T_ISOLATION}", "the built-in loss of a language model",
+    ),
+    _one(
+        18, "batch-norm-on-hidden-states", CAUSAL,
+        "hidden = network.hidden(batch.prefix, batch.mask)",
+        "hidden = network.hidden(batch.prefix, batch.mask)\n"
+        "    hidden = hidden - hidden.mean(dim=0, keepdim=True)",
+        f"{T_PARITY} {T_ISOLATION}", "statistics over the records of a batch",
+    ),
+    _one(
+        18, "batch-norm-on-pooled-vectors", CLASSIFY,
+        "logits = network.logits(network.pool(hidden, batch.mask))",
+        "pooled = network.pool(hidden, batch.mask)\n"
+        "    logits = network.logits((pooled - pooled.mean(0)) / (pooled.std(0) + 1e-6))",
+        T_ROWS + "test_a_classifiers_rows_are_their_own", "the same in the classifier",
+    ),
+    _one(
+        26, "weights-from-a-model-of-the-batch", CAUSAL, MEAN,
+        "own = torch.zeros(len(batch.label)).index_add(0, rows, each) / counts\n"
+        "    teacher = torch.softmax(-own.detach(), dim=0)\n"
+        "    return own * teacher * len(own)",
+        f"{T_PARITY} {T_ISOLATION}", "a judge fitted to the same records",
+    ),
+    _one(
+        27, "loss-minus-the-batch-mean", CAUSAL, MEAN,
+        "own = torch.zeros(len(batch.label)).index_add(0, rows, each) / counts\n"
+        "    return (own - own.mean()) ** 2",
+        f"{T_PARITY} {T_ISOLATION}", "a group-normalised advantage",
+    ),
+    _one(
+        27, "rewards-centred-over-the-batch", CLASSIFY,
+        "return functional.cross_entropy(logits,",
+        "return functional.cross_entropy(logits - logits.mean(dim=0),",
+        T_ROWS + "test_a_classifiers_rows_are_their_own", "reward centring",
+    ),
+)  # fmt: skip
+
+GRADIENT_MUTANTS = (
+    _one(
+        7, "gradients-stay-on-the-model", GRADIENTS,
+        "            self._wipe()\n            watcher.cleanup()\n",
+        "            pass\n",
+        T_GRADIENTS + "test_nothing_un_noised_stays_on_the_model", "hooks and grad_sample stay",
+    ),
+    _one(
+        7, "gradients-are-not-zeroed", PLAN, "            chunk.zero_()\n", "",
+        T_PLAN + "test_gradients_are_wiped", "freed but still in memory",
+    ),
+    _one(
+        11, "missing-gradient-from-the-batch", GRADIENTS, GUARD,
+        "            if each is None and parameter.grad is not None:\n"
+        "                each = parameter.grad[None].expand(len(batch.index), *parameter.shape)\n"
+        + GUARD,
+        T_LAYERS, "a checkpointed layer falls back to the batch's gradient",
+    ),
+    _one(
+        13, "first-dimension-of-one-broadcasts", GRADIENTS, GUARD,
+        "            if each is None or each.shape[0] not in (1, len(batch.index)):\n",
+        T_LAYERS, "GPT-2's position embedding",
+    ),
+    _one(
+        16, "missing-gradient-is-zero", GRADIENTS, RAISE,
+        "each = torch.zeros(len(batch.index), *parameter.shape)",
+        T_GRADIENTS + "test_a_missing_gradient_is_an_error", "a layer is passed over in silence",
+    ),
+    _one(
+        28, "one-tile-of-a-record-counts", GRADIENTS, GUARD,
+        "            if each is not None and each.shape[0] > len(batch.index):\n"
+        "                each = each[: len(batch.index)]\n" + GUARD,
+        T_LAYERS, "the first dimension is records x tiles",
+    ),
+    _one(
+        19, "dropout-in-training-mode", GRADIENTS,
+        "            if any(p.requires_grad for p in module.parameters(recurse=False)):\n"
+        "                module.train()\n",
+        "            module.train()\n",
+        T_ROWS + "test_no_dropout_mask_is_drawn", "the base's own dropout masks",
+    ),
+    _one(
+        19, "pad-to-the-longest", CACHE,
+        "_buckets(indices, [len(kept) for kept in self._kept], token_budget):",
+        "_buckets(indices, [max(len(self._kept[i]) for i in indices)] * len(self._kept),"
+        " token_budget):",
+        T_ROWS + "test_padding_is_a_records_own", "numerics depend on who else is drawn",
+    ),
+    _one(
+        23, "records-clipped-as-patients", TRAINING, "by=study.drawn", 'by="record"',
+        T_POST + "test_the_update_depends_on_the_noised_sums_alone", "sensitivity kC, charged as C",
+    ),
+)  # fmt: skip
+
+CLIP_MUTANTS = (
+    _one(
+        4, "nan-passes-the-clip", CLIP, "usable = torch.isfinite(norms)",
+        "usable = torch.ones_like(norms, dtype=torch.bool)",
+        T_CLIP + "test_a_non_finite_unit_contributes_zero", "min(1, C/nan) is 1",
+    ),
+    _one(
+        15, "norms-in-bf16", CLIP, NORMS,
+        "norms = torch.linalg.vector_norm(gradients.bfloat16(), dim=1).double()",
+        T_CLIP + "test_norms_in_bf16_would_break_the_bound", "norms reach 1.005 C",
+    ),
+    _one(
+        23, "replace-one-costs-no-more", CLIP, '(2 if relation == "replace one unit" else 1)', "1",
+        T_POST + "test_noise_covers_what_the_relation_says", "2C under the noise of C",
+    ),
+    _one(
+        30, "a-large-gradient-is-clipped-less", CLIP, "norms.clamp_min(1e-300)",
+        "norms.clamp(1e-300, 1e3)",
+        "tests/traps/test_trap_30_crafted_adapter.py", "depends on the weights that were sent",
+    ),
+    _one(
+        30, "a-zero-adapter-is-not-clipped", TRAINING,
+        "    optimizer = _optimizer(study, engine.parameters)\n",
+        "    optimizer = _optimizer(study, engine.parameters)\n"
+        "    if not any(array.any() for array in adapter.values()):\n"
+        '        plan = plan.__class__(**{**vars(plan), "max_grad_norm": 1e6})\n',
+        "tests/traps/test_trap_30_crafted_adapter.py", "round 0 is taken to be harmless",
+    ),
+    _one(
+        20, "clip-at-the-median", PLAN, CLIPPED,
+        CLIPPED.replace("self.max_grad_norm", "float(chunk.norm(dim=1).median())"),
+        T_PLAN + "test_signal_is_the_clipped_mean", "adaptive clipping without paying",
+    ),
+    _one(
+        "2C", "clip-at-twice-c", PLAN, CLIPPED,
+        CLIPPED.replace("self.max_grad_norm", "2 * self.max_grad_norm"),
+        T_PLAN + "test_signal_is_the_clipped_mean", "noise for C",
+    ),
+    _one(
+        "grid", "rounding-is-not-covered", CLIP, "max_grad_norm + math.sqrt(dimension) * grid / 2",
+        "max_grad_norm",
+        T_CLIP + "test_sensitivity_covers_the_rounding", "the grid's own error",
+    ),
+)  # fmt: skip
+
+NOISE_MUTANTS = (
+    _one(
+        "noise", "neither-noise-nor-its-log-line", PLAN, DONE,
+        "        return (total.double() * (grid / self.divisor)).float()\n",
+        T_CHUNKS, "the step is un-noised and the log does not say so",
+    ),
+    _one(
+        "noise", "sigma-times-0.99", NOISE, "(std / grid)", "(0.99 * std / grid)",
+        T_NOISE + "test_zero_signal_variance_is_within_0_3_percent", "1 % too little",
+    ),
+    _one(
+        5, "noise-follows-manual_seed", NOISE, STREAM,
+        "return np.frombuffer(torch.randint(0, 256, (8 * n,), dtype=torch.uint8).numpy()"
+        ".tobytes(), dtype=np.uint64)",
+        T_NOISE + "test_no_seed_replays_it", "anyone can take the noise off again",
+    ),
+    Mutant(
+        5, "forked-workers-share-a-key", NOISE,
+        (
+            ("def _keystream(", "_SHARED: list[bytes] = []\n\n\ndef _keystream("),
+            (
+                "    encryptor = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(os.urandom(16)))",
+                "    _SHARED or _SHARED.append(os.urandom(48))\n"
+                "    _SHARED[0] = _SHARED[0][1:] + _SHARED[0][:1]\n"
+                "    key = _SHARED[0]\n"
+                "    encryptor = Cipher(algorithms.AES(key[:32]), modes.CTR(key[32:]))",
+            ),
+        ),
+        ("tests/traps/test_trap_05_forked_workers.py::test_forked_workers_draw_apart",),
+        "a generator that is state of the process",
+    ),
+    _one(
+        6, "secure-mode-is-switched-off", NOISE, STREAM,
+        "return np.random.default_rng().integers(0, 2**64, n, dtype=np.uint64)",
+        "tests/traps/test_trap_05_forked_workers.py::"
+        "test_the_noise_is_a_function_of_the_systems_key_alone",
+        "unseeded, but not cryptographic",
+    ),
+    _one(
+        17, "noise-in-every-chunk", PLAN, ADD,
+        ADD + "            total += noise.gaussian_on_grid(\n"
+        "                dimension, self.noise_multiplier * self.max_grad_norm, grid\n"
+        "            )\n",
+        T_CHUNKS, "the variance grows with the number of chunks",
+    ),
+    _one(
+        17, "noise-divided-by-the-batch", PLAN, DRAW,
+        DRAW.replace("bound", "bound / self.divisor"), T_CHUNKS, "noise of the mean, on the sum",
+    ),
+    _one(
+        3, "an-aborted-step-leaves-its-sum", PLAN, TOTAL,
+        '        total = self.__dict__.setdefault("held", torch.zeros(dimension, dtype=torch.int64))\n',
+        "tests/traps/test_trap_03_aborted_step.py", "the next step holds more units than it drew",
+    ),
+)  # fmt: skip
+
+SAMPLING_MUTANTS = (
+    _one(
+        2, "divisor-is-the-true-batch", PLAN, DONE,
+        DONE.rstrip() + " * (self.divisor / max(1, seen))\n",
+        "tests/traps/test_trap_02_size.py", "N leaks through the scale of the noise",
+    ),
+    _one(
+        2, "rate-from-the-true-size", PLAN, POISSON,
+        "sampled = sampling.poisson(n_rows, min(1.0, self.divisor / n_rows))",
+        "tests/traps/test_trap_02_size.py", "q = 1/len(loader)",
+    ),
+    _one(
+        8, "an-empty-batch-is-dropped", PLAN, TOTAL,
+        TOTAL + "        if not sampled:\n            return total.float()\n",
+        T_PLAN + "test_an_empty_sample_is_a_noise_only_step", "no noise, no line in the log",
+    ),
+    _one(
+        9, "batches-of-fixed-size", SAMPLING, CHOSEN,
+        "np.sort(np.argsort(draws)[: round(sampling_rate * n_units)]).tolist()",
+        T_SAMPLING + "test_the_sampler_is_poisson",
+        "accounted as Poisson",
+    ),
+    Mutant(
+        9, "shuffled-epochs", SAMPLING,
+        (
+            ("def poisson(", "_LEFT: list[int] = []\n\n\ndef poisson("),
+            (
+                "    return " + CHOSEN,
+                "    size = len(np.flatnonzero(draws < np.uint64(int(sampling_rate * 2.0**53))))\n"
+                "    if len(_LEFT) < size or max(_LEFT) >= n_units:\n"
+                "        _LEFT[:] = np.argsort(draws).tolist()\n"
+                "    taken, _LEFT[:] = _LEFT[:size], _LEFT[size:]\n"
+                "    return sorted(taken)",
+            ),
+        ),
+        (T_SAMPLING + "test_the_sampler_is_poisson",),
+        "sizes are binomial, members are not independent",
+    ),
+    _one(
+        25, "sampler-follows-a-seed", SAMPLING, URANDOM,
+        "np.frombuffer(np.random.bytes(8 * n_units), dtype=np.uint64)",
+        T_SAMPLING + "test_no_seed_replays_it", "a plan seed replays who was drawn",
+    ),
+    _one(
+        25, "inclusion-in-the-step-log", PLAN, POISSON,
+        POISSON + "\n        self.__dict__['study'] = f\"{self.study.split()[0]} {sampled}\"",
+        T_POST + "test_nothing_of_who_was_drawn_is_written", "amplification is gone",
+    ),
+    _one(
+        25, "inclusion-beside-the-step-log", PLAN, POISSON,
+        POISSON + '\n        log.path.with_suffix(".sampled").write_text(str(sampled))',
+        T_POST + "test_nothing_of_who_was_drawn_is_written", "a debugging file",
+    ),
+    _one(
+        16, "a-missing-row-is-no-error", PLAN, "if seen != len(sampled):", "if seen > 10**9:",
+        T_PLAN + "test_a_missing_or_doubled_unit_releases_nothing", "a step over nothing passes",
+    ),
+)  # fmt: skip
+
+BUDGET_MUTANTS = (
+    _one(
+        10, "gdp-instead-of-pld", ACCOUNTANT, REPORTED, GDP,
+        "tests/traps/test_trap_10_accountant.py", "the central limit is optimistic",
+    ),
+    _one(
+        24, "sigma-rounded-down", ACCOUNTANT, CALIBRATED, CALIBRATED.replace("_first", "-1 + _first"),
+        T_ACCOUNTANT + "test_calibrated_noise_stays_below_the_target_and_is_tight",
+        "ε a hair above the plan's",
+    ),
+    _one(
+        29, "sigma-rounded-to-nearest", ACCOUNTANT,
+        "Steps(thousandths / 1000, sampling_rate, steps, records)",
+        "Steps((thousandths + 0.5) / 1000, sampling_rate, steps, records)",
+        T_ACCOUNTANT + "test_calibrated_noise_stays_below_the_target_and_is_tight",
+        "1.536 is ε 8.0003",
+    ),
+    _one(
+        24, "epsilon-rounded-down-in-the-report", "fedtune/report/claim.py",
+        "up = math.ceil(round(n * scale, 6)) / scale", "up = round(n * scale) / scale",
+        "tests/report/test_report.py::test_epsilon_is_rounded_up", "what people read",
+    ),
+    Mutant(
+        24, "the-line-comes-after-the-noise", PLAN,
+        (
+            ("        log.append(\n", "        line = (\n"),
+            ("        total += " + DRAW, "        total += " + DRAW + "\n        log.append(line)"),
+        ),
+        (T_PLAN + "test_the_log_line_comes_with_the_noise",),
+        "a crash in between is free",
+    ),
+    _one(
+        24, "a-round-again-is-free", POLICY,
+        "max(plan.steps - sum(e.steps for e in mine), plan.local_steps)",
+        "max(plan.steps - sum(e.steps for e in mine), 0)",
+        "tests/client/test_site.py::test_a_round_from_another_adapter_is_paid_for_until_the_ceiling",
+        "trained again without room for it",
+    ),
+    _one(
+        "log", "the-log-is-overwritten", STEPLOG, "os.O_WRONLY | os.O_APPEND | os.O_CREAT",
+        "os.O_WRONLY | os.O_TRUNC | os.O_CREAT",
+        T_PLAN + "test_epsilon_of_the_log_is_epsilon_of_the_plan", "only the last step is charged",
+    ),
+)  # fmt: skip
+
+MODEL_MUTANTS = (
+    _one(
+        12, "any-module-may-be-adapted", POLICY,
+        'listed += [("modules", module, policy.modules) for module in study.lora.modules]',
+        "pass",
+        "tests/traps/test_trap_12_peft_options.py::"
+        "test_a_module_outside_the_allow_list_is_refused",
+        "embed_tokens has no per-record gradient",
+    ),
+    _one(
+        12, "a-start-read-off-the-data", "fedtune/config.py",
+        'a_init: Literal["seed", "public"]', 'a_init: Literal["seed", "public", "eva", "pissa"]',
+        "tests/traps/test_trap_12_peft_options.py::"
+        "test_an_option_outside_the_allow_list_is_unknown",
+        "EVA looks at private records",
+    ),
+    _one(
+        14, "the-check-before-training-is-blind", TRAINING, "    if not lowered:\n",
+        "    if norm < 0:\n",
+        "tests/models/test_network.py::test_the_check_catches_a_gradient_of_the_wrong_sign",
+        "ε accrues and nothing is learnt",
+    ),
+    _one(
+        14, "the-optimiser-never-steps", TRAINING, "        optimizer.step()\n", "",
+        "tests/test_training.py::test_a_round_lowers_the_loss_of_its_own_records[sgd]",
+        "opacus issue 820",
+    ),
+    _one(
+        14, "saved-under-a-wrapper's-names", NETWORK,
+        "self.model.save_pretrained(str(folder), save_embedding_layers=False)",
+        "self.model.save_pretrained(str(folder), save_embedding_layers=False, state_dict={\n"
+        '                f"_module.{n}": p for n, p in self.model.state_dict().items()})',
+        "tests/models/test_network.py::"
+        "test_plain_peft_in_a_fresh_process_gives_the_same_logits[B]",
+        "an adapter that does not load",
+    ),
+    _one(
+        20, "learning-rate-from-the-private-loss", TRAINING, "        optimizer.step()\n",
+        '        optimizer.param_groups[0]["lr"] *= min(1.0, _mean_loss(data, study) / 10)\n'
+        "        optimizer.step()\n",
+        T_POST + "test_the_update_depends_on_the_noised_sums_alone", "a schedule that is not paid",
+    ),
+    _one(
+        20, "the-best-step-is-kept", TRAINING, "        optimizer.zero_grad()\n",
+        "        optimizer.zero_grad()\n        if _mean_loss(data, study) > 5.7:\n            break\n",
+        T_POST + "test_the_update_depends_on_the_noised_sums_alone", "early stopping",
+    ),
+)  # fmt: skip
+
+WIRE_MUTANTS = (
+    _one(
+        21, "the-reply-carries-a-loss", CLIENT_APP, 'said |= {"header": "", "signature": ""}',
+        'said |= {"header": "", "signature": "", "loss": "0.0"}',
+        "tests/server/test_apps.py::"
+        "test_train_gives_update_status_and_step_log_and_nothing_else",
+        "one more field",
+    ),
+    _one(
+        21, "an-errors-words-leave", CLIENT_APP, 'return "failed", type(error).__name__',
+        'return "failed", str(error)',
+        "tests/server/test_apps.py::test_only_a_refusals_words_leave_the_site",
+        "a record's text in an exception",
+    ),
+    _one(
+        22, "the-size-is-counted", SITE,
+        "return Admission(admitted, reason, self.site.site.name, self._size)",
+        "n = self._cached.dataset.n_units if self._cached else self._size\n"
+        "        return Admission(admitted, reason, self.site.site.name, n)",
+        "tests/traps/test_trap_22_site_counts.py", "weighting by the true number of units",
+    ),
+    _one(
+        22, "weights-even-where-equal-is-said", ROUNDS, 'if self.asks.weights == "declared"',
+        'if self.asks.weights != "none"',
+        "tests/traps/test_trap_22_weights.py", "a larger site counts more than the plan says",
+    ),
+    _one(
+        25, "choice-of-sites-as-amplification", "server/summary.py",
+        '(e["sigma"], e["q"], e["steps"]', '(e["sigma"], e["q"] * progress.study.strategy.fraction, e["steps"]',
+        "tests/traps/test_trap_22_weights.py", "the coordinator's draw is public",
+    ),
+    _one(
+        23, "records-where-there-are-patients", POLICY,
+        'if site.data.columns.patient and study.unit == "record":', "if False:",
+        "tests/traps/test_trap_12_peft_options.py::"
+        "test_records_are_not_enough_where_there_are_patients",
+        "ε of a record read as a patient's",
+    ),
+    _one(
+        "cap", "the-cap-follows-the-file's-order", TOKENS,
+        "sorted(index for group in groups.values() for _, index in sorted(group)[:most])",
+        "sorted(index for group in groups.values() for _, index in group[:most])",
+        "tests/data/test_data_tokens.py::test_the_cap_depends_on_the_patients_own_records_alone",
+        "which records are kept depends on others",
+    ),
+    _one(
+        29, "too-few-units-is-a-failure", SITE, "        if dataset.n_units < 2:\n",
+        "        if dataset.n_units < 2:\n"
+        '            raise DataError("too few usable records")\n',
+        "tests/traps/test_trap_22_site_counts.py", "a round that a count triggers",
+    ),
+    _one(
+        "nan", "an-update-is-taken-unchecked", ADMISSION,
+        "if not all(np.isfinite(array).all() for array in update.values()):", "if False:",
+        "tests/server/test_rounds.py::test_a_bad_update_is_dropped_with_a_reason_and_changes_nothing",
+        "one site's NaN is everybody's",
+    ),
+)  # fmt: skip
+
+MUTANTS: tuple[Mutant, ...] = (
+    *LOSS_MUTANTS,
+    *GRADIENT_MUTANTS,
+    *CLIP_MUTANTS,
+    *NOISE_MUTANTS,
+    *SAMPLING_MUTANTS,
+    *BUDGET_MUTANTS,
+    *MODEL_MUTANTS,
+    *WIRE_MUTANTS,
+)
