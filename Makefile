@@ -6,7 +6,7 @@ READY  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test lint audit chaos mutants bench clean
 
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -30,6 +30,15 @@ lint: $(READY) ## style, types and import contracts alone
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+audit: $(READY) ## attack the guarantee at length: audits of ε, sensitivity, variance
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests --ignore tests/dp/test_ledger_chaos.py
+
+chaos: $(READY) ## kill -9, power cuts and lost fsyncs around the ledger, a thousand times
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests/dp/test_ledger_chaos.py
+
+mutants: $(READY) ## seed a bug for each way DP breaks silently; the tests must catch every one
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants.run
 
 bench: $(READY) ## the measured tables of the README (needs the real data; takes long)
 	$(BIN)/python -m benchmarks.tables

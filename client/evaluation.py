@@ -44,12 +44,7 @@ def payable(
     if trained or not _apart(site):
         left = training.steps - sum(charge.steps for charge in trained)
         if left > 0:
-            (event,) = training.events(left)
-            ahead = replace(
-                charge_of(study, training, site, 0, charges),
-                steps=event.steps,
-                records=event.records,
-            )
+            ahead = replace(charge_of(study, training, site, 0, charges), steps=left)
             charges, trained = [*charges, ahead], [*trained, ahead]
     within_budget(site, plan, charges)
     mine = [charge.event for charge in charges if charge.study == plan.study]

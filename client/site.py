@@ -161,9 +161,9 @@ class SiteWorker:
             )
 
     def _data(self, study: Study, network: Network, data: SiteData) -> Cached:
-        """The records of one dataset as `study` sees them; studies that see them alike share the states
-        at the cut. Errors: DataError where the columns do not suit the study, or no file is there.
-        """
+        """The records of one dataset as `study` sees them; studies that see them alike share the
+        states at the cut. Errors: DataError where the columns do not suit the study, or no file is
+        there."""
         out = frozenset(self.ledger.withdrawn())
         view = (data, network, study.objective, study.unit, study.max_records_per_unit, out)
         known, cached = self._cached.get(data.name, (None, None))
@@ -176,9 +176,7 @@ class SiteWorker:
             self._cached[data.name] = view, cached
         return cached
 
-    def _read(
-        self, study: Study, network: Network, data: SiteData, out: frozenset[str]
-    ) -> Dataset:
+    def _read(self, study: Study, network: Network, data: SiteData, out: frozenset[str]) -> Dataset:
         """The dataset, whatever is in the files: one record more or less, or a broken one, must
         not be seen from outside, so too few units or a broken file is a matter of noise alone."""
         ledger = self.ledger

@@ -74,28 +74,32 @@ def ledger(
         Path | None, typer.Option(metavar="DIR", help="Copy the ledger to a new folder.")
     ] = None,
     restore: Annotated[
+        bool,
+        typer.Option("--restore", help="Begin again after damage; what is lost counts as spent."),
+    ] = False,
+    copy: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Begin again from a copy; what is lost counts as spent."),
+        typer.Option("--from", metavar="DIR", help="--restore: the copy. Without it: what is left."),
     ] = None,
 ) -> None:
     """Show what was spent from this site's privacy budget, by which study, and what remains.
 
     Reads the whole ledger and checks every signature first."""
-    from fedtune import ledger_view
     from fedtune.config import load_site
     from fedtune.dp.ledger import Ledger
+    from fedtune.errors import ConfigError
+    from fedtune.ledger_view import ledger_view
 
     here = load_site(site)
     folder = here.site.state
-    if restore:
-        Ledger.restore(folder, restore)
-    book = Ledger(folder)
+    if not folder.exists() and not restore:
+        raise ConfigError(f"{folder}: no ledger yet", todo="it begins with the first study")
+    book = Ledger.restore(folder, copy) if restore else Ledger(folder)
     book.verify()
     if backup:
         book.backup(backup)
-        typer.echo(f"copied to {backup} (without this site's private key)")
-    for part in ledger_view.show(book, here):
-        Console().print(part)
+        typer.echo(f"copied to {backup}, without this site's private key")
+    Console().print(ledger_view(book, here.data.name, here.policy))
 
 
 def withdraw(

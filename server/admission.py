@@ -161,7 +161,8 @@ class Tally:
 
 @dataclass(frozen=True, repr=False)
 class Outcome:
-    """What one site made of a round. status: trained, refused, unprepared, failed or dropped."""
+    """What one site made of a round, or of a query after it. status: trained, answered, refused,
+    unprepared, failed or dropped."""
 
     status: str
     reason: str = ""
@@ -171,28 +172,36 @@ class Outcome:
 
 
 def outcome(
-    reply: Reply, like: Arrays, private: bool, steps_before: int, key: str, wanted: Header
+    reply: Reply,
+    like: Arrays,
+    private: bool,
+    steps_before: int,
+    key: str,
+    wanted: Header,
+    *,
+    record: str = "update",
+    done: str = "trained",
 ) -> Outcome:
-    """Judge a reply to train. An update is taken only if it is sealed with `key` for this plan,
+    """Judge a reply to train, or to another order (`record` and `done` as it names them). An update is taken only if it is sealed with `key` for this plan,
     round, base, site, receiver and nonce; its names, shapes and type are those of `like`; every
     value is finite; and the site's step log for it makes sense. The seal is checked first."""
     if reply.content is None:
         return Outcome("failed", reply.reason)
-    site, record = reply.content.get("site"), reply.content.get("update")
-    if not isinstance(site, ConfigRecord) or not isinstance(record, ArrayRecord):
+    site, arrays = reply.content.get("site"), reply.content.get(record)
+    if not isinstance(site, ConfigRecord) or not isinstance(arrays, ArrayRecord):
         return Outcome("failed", "its answer is malformed")
     status = site.get("status")
-    if status != "trained":
+    if status != done:
         known = status if status in ("refused", "unprepared") else "failed"
         return Outcome(str(known), clean(site.get("reason") or "no reason given"))
     try:
-        ledger = opened(site, key, replace(wanted, body=body_digest(bodies(record))))
+        ledger = opened(site, key, replace(wanted, body=body_digest(bodies(arrays))))
     except SealError as error:
         return Outcome("dropped", str(error))
-    if {n: tuple(a.shape) for n, a in record.items()} != {n: a.shape for n, a in like.items()}:
+    if {n: tuple(a.shape) for n, a in arrays.items()} != {n: a.shape for n, a in like.items()}:
         return Outcome("dropped", "its update has other names or shapes than the adapter")
     try:
-        update = from_record(record)
+        update = from_record(arrays)
         events = _events(site.get("events")) if private else []
     except WireError:
         return Outcome("dropped", "its update is not the plain fp32 that it claims to be")
@@ -204,7 +213,7 @@ def outcome(
         return Outcome("dropped", "its update has a value that is not finite")
     if private and sum(event["steps"] for event in events) <= steps_before:
         return Outcome("dropped", "its step log shows no new noised step for this update")
-    return Outcome("trained", "", update, events, ledger)
+    return Outcome(done, "", update, events, ledger)
 
 
 def _events(text: Any) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""A run, step by step: start -> admit -> (ask, aggregate, measure, keep) each round -> report.
+"""A run, step by step: start -> admit -> (ask, aggregate, measure, keep, query) each round -> report.
 
 Guarantee: a round that fewer than strategy.min_sites delivered is never counted; a crash or Ctrl-C
 loses at most the round in progress, and `resume` goes on from there.
@@ -30,6 +30,7 @@ from server import store, summary
 from server.admission import Roster, Tally, outcome, plan_message
 from server.exchange import Reply, ask, size
 from server.parts import Parts
+from server.queries import Queries
 from server.store import Progress
 
 RETRIES = 3  # of a round that too few sites delivered
@@ -83,6 +84,7 @@ class _Run:
         self.asks = self.study.strategy
         plan = plan_message(self.study, progress.frozen, parts.key)
         self.roster = Roster(grid, self.study, plan, progress.sizes, progress.keys, self._tell)
+        self.queries = Queries(grid, self.progress, self.roster, parts.key)
         self.evaluator = (
             parts.evaluator(self.study, progress.frozen) if self.study.evaluation else None
         )
@@ -100,6 +102,9 @@ class _Run:
             if self.evaluator:
                 self.progress.before = self.evaluator.measure(None)
             store.save(self.out, self.progress)
+        if self.queries.due():  # the run broke off between a round and the query after it
+            self.roster.join()
+            self._query()
         self._write_metrics()
         while self.progress.round < self.rounds:
             self._round(self.progress.round + 1)
@@ -233,9 +238,20 @@ class _Run:
         self.roster.down.clear()
         progress.history.append(entry)
         store.save(self.out, progress)
+        if self.queries.due():
+            self._query()
         self._write_metrics()
         moved = sum(entry["bytes_up"].values()) + sum(entry["bytes_down"].values())
         self._event("round", **{**entry, "bytes": moved})
+
+    def _query(self) -> None:
+        """Ask the sites about the round just kept, and make the answer last. A crash in between
+        asks again, and the sites send what they sent before."""
+        found = self.queries.ask()
+        store.save(self.out, self.progress)
+        for name, why in found["missing"].items():
+            status, _, reason = why.partition(": ")
+            self._event("site", name=name, status=status, reason=f"private evaluation: {reason}")
 
     def _measure(self, number: int) -> dict[str, float]:
         table = self.study.evaluation

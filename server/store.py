@@ -35,7 +35,8 @@ class Progress:
     """A run between two rounds.
 
     asked: digest of the study as it was given; study: the same, resolved; round: the last one done;
-    events: site -> its step log for this study so far; keys: site -> its public signing key;
+    events: site -> its step log for this study so far; queries: the same for its answers about
+    held-out records; keys: site -> its public signing key;
     receipts: site -> its newest receipt, sent back with the next order; history: one
     entry per round done.
     Guarantee: everything in it is public or was noised at a site before it was sent."""
@@ -50,6 +51,7 @@ class Progress:
     keys: dict[str, str] = field(default_factory=dict)
     receipts: dict[str, dict[str, Any]] = field(default_factory=dict)
     events: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    queries: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     before: dict[str, float] = field(default_factory=dict)
     admission: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -57,7 +59,7 @@ class Progress:
 
 JSON_FIELDS = (
     *("asked", "round", "sizes", "keys", "receipts"),
-    *("events", "before", "admission", "history"),
+    *("events", "queries", "before", "admission", "history"),
 )
 ARRAY_FIELDS = ("adapter", "frozen", "strategy")
 

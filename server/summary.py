@@ -19,17 +19,23 @@ def epsilons(progress: Progress, parts: Parts) -> dict[str, float]:
     if isinstance(privacy, str):
         return {}
     return {
-        name: parts.epsilon(
-            [(e["sigma"], e["q"], e["steps"], e["records"]) for e in events], privacy.delta
-        )
-        for name, events in sorted(progress.events.items())
+        name: _epsilon(events, parts, privacy) for name, events in sorted(progress.events.items())
     }
+
+
+def _epsilon(events: list[dict[str, Any]], parts: Parts, privacy: PrivacyTable) -> float:
+    return parts.epsilon(
+        [(e["sigma"], e["q"], e["steps"], e["records"]) for e in events], privacy.delta
+    )
 
 
 def body(progress: Progress, parts: Parts) -> dict[str, Any]:
     """The body of report.json."""
     study, history = progress.study, progress.history
-    keys = ("round", "participants", "missing", "epsilon", "bytes_up", "bytes_down", "seconds")
+    keys = (
+        *("round", "participants", "missing", "epsilon", "private_quality"),
+        *("bytes_up", "bytes_down", "seconds"),
+    )
     private = isinstance(study.privacy, PrivacyTable)
     return {
         "fedtune": fedtune.__version__,
@@ -46,7 +52,7 @@ def body(progress: Progress, parts: Parts) -> dict[str, Any]:
         },
         "adapter": _adapter(progress),
         "sites": dict(sorted(progress.admission.items())),
-        "rounds": [{key: entry[key] for key in keys} for entry in history],
+        "rounds": [{key: entry[key] for key in keys if key in entry} for entry in history],
     }
 
 
@@ -75,7 +81,36 @@ def _privacy(progress: Progress, parts: Parts) -> dict[str, Any]:
     worst = max(
         sites.values(), key=lambda site: site["epsilon"], default={**common, "epsilon": 0.0}
     )
-    return {**worst, "sites": sites}
+    found = {**worst, "sites": sites}
+    if study.private_evaluation is not None:
+        found["evaluation"] = _evaluation(progress, parts, study.privacy)
+    return found
+
+
+def _evaluation(progress: Progress, parts: Parts, privacy: PrivacyTable) -> dict[str, Any]:
+    """What the answers about held-out records cost those records. with_training: for somebody
+    whose records are in both files of a site, which a coordinator cannot rule out."""
+    table = progress.study.private_evaluation
+    assert table is not None
+    common = {
+        "delta": privacy.delta,
+        "unit": privacy.unit,
+        "noise_multiplier": table.noise_multiplier,
+        "steps": 0,
+    }
+    sites = {}
+    for name, events in sorted(progress.queries.items()):
+        both = [*progress.events.get(name, []), *events]
+        sites[name] = common | {
+            "epsilon": _epsilon(events, parts, privacy),
+            "with_training": _epsilon(both, parts, privacy),
+            "noise_multiplier": min(e["sigma"] for e in events),
+            "steps": sum(e["steps"] for e in events),
+        }
+    nothing = {**common, "epsilon": 0.0}
+    worst = max(sites.values(), key=lambda site: site["epsilon"], default=nothing)
+    whole = max((site["with_training"] for site in sites.values()), default=0.0)
+    return {**worst, "with_training": whole, "sites": sites}
 
 
 def _quality(progress: Progress) -> dict[str, Any]:

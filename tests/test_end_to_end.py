@@ -264,7 +264,6 @@ def spoil(folder: Path, how: str) -> None:
         "empty": [],
         "column": ['{"other": "SECRET-WORD"}'] * 3,
         "one": good[:1],
-        "label": good,
         "long": [json.dumps(row | {"q": "SECRET-WORD " * 10_000})] * 3,
         "nul": [json.dumps(row | {"q": "SECRET-WORD\0"})] * 3,
     }[how]
@@ -294,3 +293,23 @@ def test_bad_input_is_a_named_error_and_leaves_nothing(
     assert not any(tmp_path.glob("state-*"))
     shown = "".join(capfd.readouterr()) + str(caught.value)
     assert "SECRET-WORD" not in shown
+
+
+def test_a_label_that_the_plan_does_not_know_is_a_named_error_and_leaves_nothing(
+    tmp_path: Path, tiny_encoder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    study = lay_out(tmp_path, tiny_encoder, PRIVATE)
+    text = study.read_text().replace('name = "causal_lm"', 'name = "classify"\nlabels = ["a", "b"]')
+    head, _, rest = text.partition("[lora]")
+    text = head + rest[rest.index("[objective]") :]
+    study.write_text(text[: text.index("[evaluation]")])
+    for name in NAMES:
+        path = tmp_path / f"site-{name}.toml"
+        path.write_text(path.read_text().replace('prompt = "q", completion', 'text = "q", label'))
+    rows = [{"who": f"p{n}", "q": "fever", "a": "SECRET-WORD"} for n in range(4)]
+    (tmp_path / "north.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"objective\.labels") as caught:
+        simulate(study, sites_in(tmp_path), tmp_path / "run")
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "run").exists() and not any(tmp_path.glob("state-*"))
+    assert "SECRET-WORD" not in "".join(capfd.readouterr()) + str(caught.value)

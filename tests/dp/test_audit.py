@@ -130,7 +130,7 @@ def test_a_broken_step_is_caught(
     broken: Callable[..., torch.Tensor],
     trials: int,
 ) -> None:
-    """At a claim of 10.6, σ · 0.9 lies 5.7 standard deviations beyond the 99.9 % bound."""
+    """At a claim of 10.0, σ · 0.9 lies 5.7 standard deviations beyond the 99.9 % bound."""
     monkeypatch.setattr(where, what, broken)
     found = gaussian.one_step(make_plan(noise_multiplier=0.5), trials)
     assert found.broken
