@@ -5,8 +5,8 @@
 Each point is an interval [low, high] around the true ε, add-or-remove-one relation:
 q = 1      closed form of the composed Gaussian (Balle & Wang 2018, theorem 8), evaluated in logs;
 q < 1      the privacy loss L(x) = log p(x)/q(x) of one step, with p the mixture
-           Σ_j Binomial(k, q)(j) · N(j, σ²) and q = N(0, σ²), and of the reverse pair. L is monotone,
-           so the mass of every cell (iw, (i+1)w] of losses is a difference of normal cdfs. Losses
+           Σ_j Binomial(k, q)(j) · N(j, σ²) and q = N(0, σ²), and of the reverse pair. L is
+           monotone, so the mass of every cell (iw, (i+1)w] of losses is a difference of normal cdfs. Losses
            rounded down give a lower bound on δ(ε), rounded up an upper bound; T steps are the T-th
            convolution power (FFT). Rounding up is rounding down moved by w per step, so one
            convolution serves both.
@@ -161,7 +161,7 @@ class Composed(NamedTuple):
 
 def compose(step: Losses, steps: int) -> Composed:
     """The `steps`-fold sum, on a window beside which Chernoff allows 10⁻¹³ of mass on each side."""
-    values = (step.first + np.arange(len(step.mass))) * step.width
+    values: Array = (step.first + np.arange(len(step.mass), dtype=np.float64)) * step.width
     low, high = _window(values, step.mass, steps)
     first, last = math.floor(low / step.width), math.ceil(high / step.width)
     size = 1 << (last - first).bit_length()
@@ -174,7 +174,8 @@ def compose(step: Losses, steps: int) -> Composed:
     noise = 8 * steps * 2.0**-52 * math.sqrt(size)  # ℓ1 ≤ √size · ℓ2 of the FFT's error
     slack = steps * step.lost + 2e-13 + noise
     shift = steps * (step.width + step.residual)
-    return Composed(cell * step.width - steps * step.residual, mass, shift, slack)
+    losses: Array = cell.astype(np.float64) * step.width - steps * step.residual
+    return Composed(losses, mass, shift, slack)
 
 
 def _window(values: Array, mass: Array, steps: int) -> tuple[float, float]:
@@ -193,7 +194,9 @@ def _window(values: Array, mass: Array, steps: int) -> tuple[float, float]:
 
 def epsilon_at(composed: Composed, delta: float, up: bool) -> float:
     """The ε with δ(ε) = delta: from above (losses moved up, slack against us) or from below."""
-    shift, wanted = (composed.shift, delta - composed.slack) if up else (0.0, delta + composed.slack)
+    shift, wanted = (
+        (composed.shift, delta - composed.slack) if up else (0.0, delta + composed.slack)
+    )
     losses = composed.losses + shift
 
     def gap(eps: float) -> float:
@@ -235,7 +238,9 @@ def _intervals(pair: Pair, steps: int, width: float) -> list[Interval]:
 def points() -> Iterator[dict[str, Any]]:
     for sigma, steps, records in FULL_BATCH:
         for delta in DELTAS:
-            yield _point(1.0, sigma, steps, records, delta, full_batch(sigma, steps, records, delta))
+            yield _point(
+                1.0, sigma, steps, records, delta, full_batch(sigma, steps, records, delta)
+            )
     for rate, sigma, steps, records in [*((*unit, 1) for unit in UNITS), *RECORDS]:
         for delta, interval in zip(DELTAS, sampled(rate, sigma, steps, records), strict=True):
             yield _point(rate, sigma, steps, records, delta, interval)

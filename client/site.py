@@ -170,7 +170,11 @@ class SiteWorker:
         if known != view or cached is None:
             dataset = self._read(study, network, data, out)
             self.ledger.declare(
-                data.name, data.disjoint_from, dataset.content_hash, dataset.members
+                data.name,
+                data.disjoint_from,
+                dataset.content_hash,
+                dataset.members,
+                data.cohort,
             )
             cached = Cached(network, dataset)
             self._cached[data.name] = view, cached
@@ -189,7 +193,7 @@ class SiteWorker:
                 study,
                 network.tokenizer,
                 without=lambda unit: ledger.hashed(unit_member(unit)) in out,
-                known=lambda member: ledger.holds(data.name, member),
+                known=ledger.known(data.name),
                 few=True,
             )
         except DataError as error:

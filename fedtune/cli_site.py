@@ -1,4 +1,4 @@
-"""Commands for the person who answers for a site's data: review, ledger, withdraw, doctor, audit."""
+"""Commands of the person who answers for a site's data."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.markup import escape
 
 from fedtune.guard import command
@@ -79,7 +80,9 @@ def ledger(
     ] = False,
     copy: Annotated[
         Path | None,
-        typer.Option("--from", metavar="DIR", help="--restore: the copy. Without it: what is left."),
+        typer.Option(
+            "--from", metavar="DIR", help="What to restore from. Without it: what is left."
+        ),
     ] = None,
 ) -> None:
     """Show what was spent from this site's privacy budget, by which study, and what remains.
@@ -180,16 +183,21 @@ def audit(
         Path | None,
         typer.Option(metavar="RUN", help="A finished run: its adapter is probed, its report kept."),
     ] = None,
-    out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where audit.json goes.")
-    ] = Path("audit"),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where audit.json goes.")] = Path(
+        "audit"
+    ),
 ) -> None:
     """Attack a plan on generated records: a lower bound on ε beside the ε that is claimed.
 
-    No site's records are read. A bound above the claim means that something is broken."""
-    from fedtune.audit import audit_study
+    No site's records are read. A bound above the claim means that something is broken: exit 3."""
+    from fedtune.errors import Refused
 
     with Console().status("attacking"):
+        from fedtune.audit import audit_study
+        from fedtune.report.audit import section
+
         found = audit_study(study, out, trials=trials, run=run)
-    for line in found["lines"]:
-        typer.echo(line)
+    Console().print(Markdown("\n\n".join(section(found))))
+    typer.echo(f"wrote {out / 'audit.json'}" + (f" and {run / 'report.md'}" if run else ""))
+    if not found["passed"]:
+        raise Refused("an audit contradicts the claim", todo="do not release; run `fedtune doctor`")

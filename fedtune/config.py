@@ -413,7 +413,8 @@ def _first(error: ValidationError, kind: type[BaseModel]) -> str:
     problems = [p for p in error.errors() if "literal['off']" not in p["loc"]]
     problems.sort(key=lambda p: p["type"] != "extra_forbidden")  # a typo explains a missing key
     first = problems[0]
-    steps = [str(s) for s in first["loc"] if s != "PrivacyTable"]
+    alternatives = ("PrivacyTable", "tuple[")  # of a union: no key of the file
+    steps = [str(s) for s in first["loc"] if not str(s).startswith(alternatives)]
     key = ".".join(steps)
     says = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     says = says.replace("a valid array", "a list").replace("an object", "a table")

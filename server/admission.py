@@ -182,9 +182,10 @@ def outcome(
     record: str = "update",
     done: str = "trained",
 ) -> Outcome:
-    """Judge a reply to train, or to another order (`record` and `done` as it names them). An update is taken only if it is sealed with `key` for this plan,
-    round, base, site, receiver and nonce; its names, shapes and type are those of `like`; every
-    value is finite; and the site's step log for it makes sense. The seal is checked first."""
+    """Judge a reply to train, or to another order (`record` and `done` as it names them). An
+    update is taken only if it is sealed with `key` for this plan, round, base, site, receiver and
+    nonce; its names, shapes and type are those of `like`; every value is finite; and the site's
+    step log for it makes sense. The seal is checked first."""
     if reply.content is None:
         return Outcome("failed", reply.reason)
     site, arrays = reply.content.get("site"), reply.content.get(record)

@@ -76,7 +76,7 @@ class Queries:
             before = sum(event["steps"] for event in self.progress.queries.get(name, []))
             key, wanted = self.progress.keys.get(name, ""), self._wanted(name, nonce)
             kind = {"record": "answer", "done": "answered"}
-            got = outcome(reply, LIKE, True, before, key, wanted, **kind)
+            got = self._by_plan(outcome(reply, LIKE, True, before, key, wanted, **kind))
             if got.status == "answered":
                 answers[name] = got
                 missing.pop(name, None)
@@ -88,6 +88,12 @@ class Queries:
             self.roster.prepare(self.roster.nodes[name] for name in unprepared)
             ready = [name for name in unprepared if name in self.roster.willing()]
             self._ask(ready, entry, answers, missing, again=False)
+
+    def _by_plan(self, got: Outcome) -> Outcome:
+        table = self.study.private_evaluation
+        if table and any((e["sigma"], e["q"]) != (table.noise_multiplier, 1) for e in got.events):
+            return Outcome("dropped", "its step log shows other noise than the plan's")
+        return got
 
     def _order(self, name: str, nonce: str) -> ConfigRecord:
         receipt = self.progress.receipts.get(name)
@@ -127,7 +133,7 @@ def pooled(answers: Iterable[Outcome]) -> dict[str, float | None]:
 
 
 def _variance(events: list[dict[str, Any]]) -> float:
-    """Of the noise in one number of an answer, by the site's own log."""
+    """Of the noise in one number of an answer: (σC)², by the site's own log."""
     return float(max((e["sigma"] * e["max_grad_norm"]) ** 2 for e in events))
 
 

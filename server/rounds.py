@@ -1,4 +1,4 @@
-"""A run, step by step: start -> admit -> (ask, aggregate, measure, keep, query) each round -> report.
+"""A run, step by step: start -> admit -> (ask, aggregate, measure, keep, query) each -> report.
 
 Guarantee: a round that fewer than strategy.min_sites delivered is never counted; a crash or Ctrl-C
 loses at most the round in progress, and `resume` goes on from there.

@@ -34,7 +34,9 @@ from fedtune.dp.ledger_files import (
     LedgerError,
     Receipt,
     head_in,
+    opened_token,
     replace,
+    sealed_token,
     sync_folder,
 )
 from fedtune.dp.ledger_store import Entry, Store, Transaction, check_members, named
@@ -158,8 +160,13 @@ class Ledger:
 
     def holds(self, dataset: str, member: bytes) -> bool:
         """Whether `member` was ever declared as the dataset's."""
+        return self.known(dataset)(member)
+
+    def known(self, dataset: str) -> Callable[[bytes], bool]:
+        """The same as a test of many members, against the dataset as it is now."""
         with self._store.writing() as writer:
-            return writer.has(dataset, self._salted(member))
+            hashes = writer.hashes(dataset)
+        return lambda member: self._salted(member) in hashes
 
     def charges(self, dataset: str) -> list[Charge]:
         """Everything that counts against `dataset`, oldest first."""
@@ -235,8 +242,8 @@ class Ledger:
     # -------------------------------------------------------------------------------- receipts
 
     def head_statement(self) -> dict[str, Any]:
-        """{seq, hash, signature} of the newest entry, for the coordinator to countersign."""
-        return self._store.statement(self._read())
+        """{token}: the newest entry, signed, for the coordinator to countersign; opaque to it."""
+        return {"token": sealed_token(self.key, self._store.statement(self._read()))}
 
     def accept_receipt(self, receipt: Mapping[str, Any], coordinator_public: str) -> None:
         """Check a countersigned head against this ledger, and keep it if it is the newest.
@@ -244,13 +251,14 @@ class Ledger:
         Errors: LedgerError where it is not a receipt of this site by that coordinator (ignored),
         or where the ledger lacks the entry: it was rolled back, and reserves nothing from now on,
         in any process, until it is restored."""
-        said = {name: receipt.get(name) for name in ("seq", "hash", "signature")}
+        token = {"token": receipt.get("token")}
+        said = opened_token(self.key, token["token"])
         head = head_in(said, self.key.public)
         counter = str(receipt.get("countersignature"))
         if (
             head is None
             or receipt.get("coordinator") != coordinator_public
-            or not verifies(coordinator_public, b"fedtune receipt\0" + canonical(said), counter)
+            or not verifies(coordinator_public, b"fedtune receipt\0" + canonical(token), counter)
         ):
             raise LedgerError(
                 "the coordinator's receipt is not one for this site's ledger",

@@ -13,8 +13,11 @@ import secrets
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
 from fedtune.errors import InfrastructureError
-from fedtune.wire.keys import canonical, verifies
+from fedtune.wire.keys import SigningKey, canonical, verifies
 
 DATABASE, HEAD, RECEIPT, NEW = "ledger.db", "ledger.head", "ledger.receipt", "ledger.new"
 KEY, SALT, OUTBOX, STEPS = "site.key", "salt", "outbox", "steps.jsonl"
@@ -69,6 +72,26 @@ def head_in(body: Any, public: str) -> Head | None:
         return head if good and verifies(public, signed_head(*head), body["signature"]) else None
     except (ValueError, TypeError, KeyError):
         return None
+
+
+def sealed_token(key: SigningKey, statement: dict[str, Any]) -> str:
+    """A head statement that this site alone can read, always of one length (hex).
+
+    In clear its sequence number would tell the coordinator that the data changed, or that a
+    patient withdrew. AES-256-GCM under a key derived from the site's own."""
+    text = f"{statement['seq']:012d}{statement['hash']}{statement['signature']}".encode()
+    nonce = os.urandom(12)
+    return (nonce + AESGCM(key.derive("ledger token")).encrypt(nonce, text, None)).hex()
+
+
+def opened_token(key: SigningKey, token: object) -> dict[str, Any]:
+    """The statement in a token; {} where it is not one of this site's."""
+    try:
+        body = bytes.fromhex(str(token))
+        text = AESGCM(key.derive("ledger token")).decrypt(body[:12], body[12:], None).decode()
+        return {"seq": int(text[:12]), "hash": text[12:76], "signature": text[76:]}
+    except (ValueError, InvalidTag):
+        return {}
 
 
 def read_head(path: Path, public: str) -> Head | None:

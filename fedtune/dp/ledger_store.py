@@ -152,9 +152,9 @@ class Transaction:
         rows = ((hash_, dataset) for hash_ in hashes)
         self.sql.executemany("INSERT OR IGNORE INTO members VALUES (?, ?)", rows)
 
-    def has(self, dataset: str, member: bytes) -> bool:
-        query = "SELECT 1 FROM members WHERE hash = ? AND dataset = ?"
-        return bool(list(self.sql.execute(query, (member, dataset))))
+    def hashes(self, dataset: str) -> set[bytes]:
+        query = "SELECT hash FROM members WHERE dataset = ?"
+        return {hash_ for (hash_,) in self.sql.execute(query, (dataset,))}
 
     def members(self, dataset: str) -> str:
         """Digest of every member hash that the dataset ever had."""

@@ -22,12 +22,16 @@ LOWER_IS_BETTER = ("loss", "perplexity")
 
 def markdown(body: dict[str, Any]) -> str:
     """The whole report as Markdown. Text that came from a site is escaped and cut to one line."""
+    from fedtune.report.audit import section  # which writes with this module's cell and table
+
     parts = [
         f"# {cell(body.get('study', 'study'))}: report",
         _claim(body) if body.get("private") else _banner(body),
         _quality(body.get("quality") or {}),
+        _private_quality(body) if body.get("private") else "",
         _alone(body["quality"]["metric"], body["alone"]) if body.get("alone") else "",
         _sites(body.get("privacy") or {}) if body.get("private") else "",
+        *section(body.get("audit") or {}),
         _rounds(body.get("rounds") or []),
         _missing(body.get("rounds") or [], body.get("sites") or {}),
         _base(body),
@@ -79,6 +83,7 @@ def _claim(body: dict[str, Any]) -> str:
         "(50 % is no knowledge, 100 % is certainty). This is a proven upper bound for the worst "
         "case, not the result of an attack that was tried. As a level of protection, ε = "
         f"{epsilon} is {strength(p.get('epsilon'))}.\n\n"
+        f"{_held_out(p)}"
         f"ε is counted by {cell(p.get('accountant'))} from the log that each site writes as it "
         "adds the noise, not from the plan. δ is the probability set aside for outcomes that the "
         "bound on ε does not describe.\n\n"
@@ -118,6 +123,44 @@ def _quality(quality: dict[str, Any]) -> str:
         "## Quality\n\nOn the study's held-out records, at the coordinator.\n\n"
         + table(["measure", "base alone", "with the adapter", "change"], rows)
         + "\n\n![Quality and ε by round](progress.png)"
+    )
+
+
+def _held_out(privacy: dict[str, Any]) -> str:
+    """The claim about records that were only asked about; a paragraph, or nothing."""
+    found = privacy.get("evaluation") or {}
+    if not found.get("steps"):
+        return ""
+    return (
+        f"The sites' held-out records have ε = {rounded_up(found.get('epsilon'))} of their own "
+        "(private evaluation, below). For whoever is among both the training and the held-out "
+        f"records of a site it is ε = {rounded_up(found.get('with_training'))}.\n\n"
+    )
+
+
+def _private_quality(body: dict[str, Any]) -> str:
+    found = (body.get("privacy") or {}).get("evaluation") or {}
+    asked = [
+        (r, r["private_quality"]) for r in body.get("rounds") or [] if r.get("private_quality")
+    ]
+    if not found or not asked:
+        return ""
+    rows = []
+    for r, q in asked:
+        value, deviation = number(q.get("likelihood")), number(q.get("noise_sd"))
+        shown = "lost in the noise" if value is None else f"{value:.4f}"
+        spread = "–" if deviation is None else f"± {2 * deviation:.4f}"
+        missing = "; ".join(f"{name}: {why}" for name, why in sorted(q["missing"].items()))
+        sites = cell(", ".join(map(str, q.get("sites") or [])) or None)
+        rows.append([figure(r.get("round")), shown, spread, sites, cell(missing or None)])
+    head = ["round", "likelihood", "2 sd of the noise", "sites", "missing"]
+    return (
+        "## Private evaluation\n\nOn held-out records that stay at the sites: the mean probability "
+        "that the model gives their answers (the geometric mean over an answer's tokens; higher is "
+        f"better). Each site sent two noised sums; {protects(str(found.get('unit', 'record')))} "
+        f"there has ε = {rounded_up(found.get('epsilon'))} at δ = {figure(found.get('delta'))} "
+        f"from {figure(found.get('steps'))} answers with noise σ = "
+        f"{figure(found.get('noise_multiplier'))}.\n\n{table(head, rows)}"
     )
 
 
@@ -198,7 +241,7 @@ def _base(body: dict[str, Any]) -> str:
     base, parts = body.get("base") or {}, []
     rows = [[cell(key), cell(base.get(key))] for key in ("name", "digest", "licence", "dtype")]
     parts.append(f"## Base model\n\n{table(['', ''], rows, numbers=False)}")
-    known = {"privacy", "quality", "base", "rounds", "sites"}
+    known = {"privacy", "quality", "base", "rounds", "sites", "audit"}
     for key, value in sorted(body.items()):
         if key not in known and isinstance(value, dict) and value:
             rows = [[cell(name), _setting(item)] for name, item in sorted(value.items())]

@@ -15,10 +15,14 @@ def png(body: dict[str, Any]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), dpi=120, layout="constrained")
+    asked = _asked(body)
+    panels = 3 if asked else 2
+    figure = Figure(figsize=(4.5 * panels, 3.6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    left, *middle, right = figure.subplots(1, panels)
     _quality(left, body)
+    for axes in middle:
+        _likelihood(axes, asked)
     if body.get("private"):
         _epsilon(right, body)
     else:
@@ -27,7 +31,7 @@ def png(body: dict[str, Any]) -> bytes:
             "NOT PRIVATE", color="white", backgroundcolor=ALARM, weight="bold", fontsize=16
         )
     figure.get_layout_engine().set(w_pad=0.15)  # type: ignore[union-attr,call-arg]
-    for axes in (left, right):
+    for axes in (left, *middle, right):
         axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
@@ -68,6 +72,32 @@ def _quality(axes: Any, body: dict[str, Any]) -> None:
         axes.set_ylim(0, 1.02)
     axes.margins(y=0.15)
     axes.set_xlim(0, max(rounds[-1], 1))
+    axes.set_xlabel("round")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _asked(body: dict[str, Any]) -> list[tuple[int, float, float]]:
+    """(round, likelihood, noise sd) of each private evaluation that told something."""
+    found = []
+    for row in body.get("rounds") or []:
+        told = row.get("private_quality") or {}
+        value, deviation = number(told.get("likelihood")), number(told.get("noise_sd"))
+        if value is not None and deviation is not None:
+            found.append((int(row["round"]), value, deviation))
+    return found
+
+
+def _likelihood(axes: Any, asked: list[tuple[int, float, float]]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    rounds, values, deviations = zip(*asked, strict=True)
+    axes.errorbar(
+        rounds, values, yerr=[2 * sd for sd in deviations], color=GOOD, marker="o", markersize=4,
+        capsize=3, elinewidth=1, ecolor=FAINT,
+    )  # fmt: skip
+    axes.set_title("likelihood at the sites (± 2 sd of noise)", loc="left", color=INK, fontsize=10)
+    axes.margins(y=0.15)
+    axes.set_xlim(0, max(rounds[-1], 1) * 1.05)
     axes.set_xlabel("round")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 

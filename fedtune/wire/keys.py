@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fedtune.errors import InfrastructureError
 
@@ -66,6 +68,12 @@ class SigningKey:
     def sign(self, body: bytes) -> str:
         """Hexadecimal signature of `body`."""
         return self._private.sign(body).hex()
+
+
+    def derive(self, purpose: str) -> bytes:
+        """A 32-byte secret for one purpose, from the private half (HKDF-SHA256, RFC 5869)."""
+        derivation = HKDF(hashes.SHA256(), 32, salt=None, info=b"fedtune " + purpose.encode())
+        return derivation.derive(self._private.private_bytes_raw())
 
 
 def verifies(public: str, body: bytes, signature: str) -> bool:

@@ -103,8 +103,8 @@ def check_plan(said: Mapping[str, Any], digest: str) -> str:
 
 
 def receipt(key: SigningKey, statement: Mapping[str, Any]) -> dict[str, Any]:
-    """A site's ledger statement {seq, hash, signature}, countersigned by the coordinator."""
-    body = {name: statement.get(name) for name in ("seq", "hash", "signature")}
+    """A site's ledger statement {token}, countersigned by the coordinator, which cannot read it."""
+    body = {"token": statement.get("token")}
     return body | {
         "coordinator": key.public,
         "countersignature": key.sign(b"fedtune receipt\0" + canonical(body)),

@@ -76,7 +76,7 @@ def test_any_order_equals_adaptive_quadrature_in_both_directions(
     def moment(power: float) -> float:
         def integrand(x: float) -> float:
             ratio = float(weights @ np.exp((rows * x - rows**2 / 2) / sigma**2))
-            return ratio**power * float(norm.pdf(x, 0, sigma))
+            return float(ratio**power * norm.pdf(x, 0, sigma))
 
         ends = sorted((0.0, power * k))
         edges = np.arange(ends[0] - 12 * sigma, ends[1] + 12 * sigma, sigma)

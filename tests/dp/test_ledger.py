@@ -21,6 +21,7 @@ import pytest
 from fedtune.dp import ledger_store
 from fedtune.dp.accountant import Steps
 from fedtune.dp.ledger import Charge, Ledger, LedgerError
+from fedtune.dp.ledger_files import sealed_token
 from fedtune.dp.steplog import Step, StepLog
 from fedtune.errors import BudgetExceeded
 from fedtune.wire.keys import SigningKey, canonical
@@ -466,12 +467,17 @@ def test_rolling_back_everything_is_noticed_by_the_receipt_and_stays_so(
 def test_a_receipt_that_is_not_this_sites_is_refused_and_forgotten(used: Ledger) -> None:
     coordinator, stranger = SigningKey(), SigningKey()
     good = receipt(coordinator, used.head_statement())
-    foreign = {"seq": 99, "hash": "00" * 32}
-    foreign["signature"] = stranger.sign(canonical({"ledger_seq": 99, "ledger_hash": "00" * 32}))
+    signed = stranger.sign(canonical({"ledger_seq": 99, "ledger_hash": "00" * 32}))
+    statement = {"seq": 99, "hash": "00" * 32, "signature": signed}
+    foreign = {"token": sealed_token(stranger, statement)}
+    inside = {"token": sealed_token(used.key, statement)}  # ours to read, another's to sign
+    cut = {"token": str(good["token"])[:-2]}
     for bad in (
         {},
-        good | {"seq": 99},
-        good | {"seq": "11"},
+        good | {"token": "00"},
+        good | cut,
+        receipt(coordinator, cut),
+        receipt(coordinator, inside),
         good | {"countersignature": "00"},
         good | {"coordinator": stranger.public},
         receipt(stranger, used.head_statement()),
@@ -481,6 +487,15 @@ def test_a_receipt_that_is_not_this_sites_is_refused_and_forgotten(used: Ledger)
             used.accept_receipt(bad, coordinator.public)
     used.accept_receipt(good, coordinator.public)
     used.reserve("notes", charge(6), "adapter 6", yes)
+
+
+def test_a_head_statement_tells_the_coordinator_nothing(used: Ledger) -> None:
+    one, same = used.head_statement(), used.head_statement()
+    used.withdraw(b"somebody")
+    after = used.head_statement()
+    assert set(one) == {"token"} and len({str(x) for x in (one, same, after)}) == 3
+    assert len({len(x["token"]) for x in (one, same, after)}) == 1
+    assert used.head.hash not in str(after)
 
 
 def test_an_altered_receipt_file_is_noticed(used: Ledger, folder: Path) -> None:

@@ -123,8 +123,11 @@ def test_a_killed_site_is_never_undercharged(tmp_path: Path, kills: int) -> None
     with Sites(tmp_path / "state") as sites:
         window = sites.window()
         for _ in range(kills):
+            before = len(sites.sent)
             sites.killed_after(draw.uniform(0, window))
             assert list(wrongs(sites)) == []
+            # The machine gets slower and faster: let one kill in about three come after a send.
+            window *= 0.8 if len(sites.sent) > before else 1.12
         # The kills fell into every part of a round: some reservations were never released.
         ledger = Ledger(sites.folder)
         ledger.verify()

@@ -1,7 +1,7 @@
 """The seeded bugs: what is changed in which shipped file, and the tests that must fail for it.
 
-Every numbered trap has at least one. Where a trap cannot exist here by design (no BatchMemoryManager,
-no GDP accountant, no set_seed), the mutant brings it in."""
+Every numbered trap has at least one. Where a trap cannot exist here by design (there is no
+BatchMemoryManager, no GDP accountant, no set_seed), the mutant brings it in."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ ACCOUNTANT, STEPLOG = "fedtune/dp/accountant.py", "fedtune/dp/steplog.py"
 TOKENS, CACHE, LORA = "fedtune/data/tokens.py", "fedtune/models/cache.py", "fedtune/models/lora.py"
 NETWORK, TRAINING = "fedtune/models/network.py", "fedtune/training.py"
 CAUSAL, CLASSIFY = "fedtune/objectives/causal_lm.py", "fedtune/objectives/classify.py"
-SITE, POLICY, CLIENT_APP = "client/site.py", "client/policy.py", "client/app.py"
-ADMISSION, ROUNDS = "server/admission.py", "server/rounds.py"
+SITE, POLICY, ANSWERS = "client/site.py", "client/policy.py", "client/answers.py"
+ROUNDS, SUMMARY = "server/rounds.py", "server/summary.py"
 
 Edits = tuple[tuple[str, str], ...]
 
@@ -57,7 +57,7 @@ CLIPPED = "clipped = clip.clip(chunk, self.max_grad_norm, self.clipping, self.ga
 TOTAL = "        total = torch.zeros(dimension, dtype=torch.int64)\n"
 ADD = "            total += clip.to_grid(clipped, grid)\n"
 POISSON = "sampled = sampling.poisson(n_rows, self.sampling_rate)"
-STREAM = "return np.frombuffer(encryptor.update(bytes(8 * n)), dtype=np.uint64)"
+STREAM = "yield np.frombuffer(encryptor.update(bytes(8 * size)), dtype=np.uint64)"
 URANDOM = "np.frombuffer(os.urandom(8 * n_units), dtype=np.uint64)"
 CHOSEN = "np.flatnonzero(draws < np.uint64(int(sampling_rate * 2.0**53))).tolist()"
 NORMS = "norms = torch.linalg.vector_norm(exact, dim=1)"
@@ -191,7 +191,7 @@ CLIP_MUTANTS = (
     ),
     _one(
         30, "a-large-gradient-is-clipped-less", CLIP, "norms.clamp_min(1e-300)",
-        "norms.clamp(1e-300, 1e3)",
+        "norms.clamp(1e-300, 1e3 * max_grad_norm)",
         "tests/traps/test_trap_30_crafted_adapter.py", "depends on the weights that were sent",
     ),
     _one(
@@ -226,12 +226,12 @@ NOISE_MUTANTS = (
         T_CHUNKS, "the step is un-noised and the log does not say so",
     ),
     _one(
-        "noise", "sigma-times-0.99", NOISE, "(std / grid)", "(0.99 * std / grid)",
+        "noise", "sigma-times-0.99", NOISE, "scale = std / grid if", "scale = 0.99 * std / grid if",
         T_NOISE + "test_zero_signal_variance_is_within_0_3_percent", "1 % too little",
     ),
     _one(
         5, "noise-follows-manual_seed", NOISE, STREAM,
-        "return np.frombuffer(torch.randint(0, 256, (8 * n,), dtype=torch.uint8).numpy()"
+        "yield np.frombuffer(torch.randint(0, 256, (8 * size,), dtype=torch.uint8).numpy()"
         ".tobytes(), dtype=np.uint64)",
         T_NOISE + "test_no_seed_replays_it", "anyone can take the noise off again",
     ),
@@ -252,7 +252,7 @@ NOISE_MUTANTS = (
     ),
     _one(
         6, "secure-mode-is-switched-off", NOISE, STREAM,
-        "return np.random.default_rng().integers(0, 2**64, n, dtype=np.uint64)",
+        "yield np.random.default_rng().integers(0, 2**64, size, dtype=np.uint64)",
         "tests/traps/test_trap_05_forked_workers.py::"
         "test_the_noise_is_a_function_of_the_systems_key_alone",
         "unseeded, but not cryptographic",
@@ -270,7 +270,9 @@ NOISE_MUTANTS = (
     ),
     _one(
         3, "an-aborted-step-leaves-its-sum", PLAN, TOTAL,
-        '        total = self.__dict__.setdefault("held", torch.zeros(dimension, dtype=torch.int64))\n',
+        "        total = self.__dict__.setdefault(\n"
+        '            "held", torch.zeros(dimension, dtype=torch.int64)\n'
+        "        )\n",
         "tests/traps/test_trap_03_aborted_step.py", "the next step holds more units than it drew",
     ),
 )  # fmt: skip
@@ -340,7 +342,9 @@ BUDGET_MUTANTS = (
         "tests/traps/test_trap_10_accountant.py", "the central limit is optimistic",
     ),
     _one(
-        24, "sigma-rounded-down", ACCOUNTANT, CALIBRATED, CALIBRATED.replace("_first", "-1 + _first"),
+        24, "sigma-rounded-down", ACCOUNTANT, CALIBRATED,
+        CALIBRATED.replace("_first(enough, start=1000 * records)",
+                           "(_first(enough, start=1000 * records) - 1)"),
         T_ACCOUNTANT + "test_calibrated_noise_stays_below_the_target_and_is_tight",
         "ε a hair above the plan's",
     ),
@@ -362,7 +366,7 @@ BUDGET_MUTANTS = (
             ("        log.append(\n", "        line = (\n"),
             ("        total += " + DRAW, "        total += " + DRAW + "\n        log.append(line)"),
         ),
-        (T_PLAN + "test_the_log_line_comes_with_the_noise",),
+        ("tests/traps/test_trap_24_crash.py",),
         "a crash in between is free",
     ),
     _one(
@@ -421,23 +425,35 @@ MODEL_MUTANTS = (
         "        optimizer.step()\n",
         T_POST + "test_the_update_depends_on_the_noised_sums_alone", "a schedule that is not paid",
     ),
-    _one(
-        20, "the-best-step-is-kept", TRAINING, "        optimizer.zero_grad()\n",
-        "        optimizer.zero_grad()\n        if _mean_loss(data, study) > 5.7:\n            break\n",
-        T_POST + "test_the_update_depends_on_the_noised_sums_alone", "early stopping",
+    Mutant(
+        20, "stops-where-the-private-loss-rises", TRAINING,
+        (
+            (
+                "    for _ in range(study.training.local_steps):\n",
+                "    best = _mean_loss(data, study)\n"
+                "    for _ in range(study.training.local_steps):\n",
+            ),
+            (
+                "        optimizer.zero_grad()\n",
+                "        optimizer.zero_grad()\n"
+                "        if _mean_loss(data, study) >= best:\n"
+                "            break\n",
+            ),
+        ),
+        (T_POST + "test_the_update_depends_on_the_noised_sums_alone",), "early stopping",
     ),
 )  # fmt: skip
 
 WIRE_MUTANTS = (
     _one(
-        21, "the-reply-carries-a-loss", CLIENT_APP, 'said |= {"header": "", "signature": ""}',
+        21, "the-reply-carries-a-loss", ANSWERS, 'said |= {"header": "", "signature": ""}',
         'said |= {"header": "", "signature": "", "loss": "0.0"}',
         "tests/server/test_apps.py::"
         "test_train_gives_update_status_and_step_log_and_nothing_else",
         "one more field",
     ),
     _one(
-        21, "an-errors-words-leave", CLIENT_APP, 'return "failed", type(error).__name__',
+        21, "an-errors-words-leave", ANSWERS, 'return "failed", type(error).__name__',
         'return "failed", str(error)',
         "tests/server/test_apps.py::test_only_a_refusals_words_leave_the_site",
         "a record's text in an exception",
@@ -455,8 +471,9 @@ WIRE_MUTANTS = (
         "tests/traps/test_trap_22_weights.py", "a larger site counts more than the plan says",
     ),
     _one(
-        25, "choice-of-sites-as-amplification", "server/summary.py",
-        '(e["sigma"], e["q"], e["steps"]', '(e["sigma"], e["q"] * progress.study.strategy.fraction, e["steps"]',
+        25, "choice-of-sites-as-amplification", SUMMARY,
+        '(e["sigma"], e["q"], e["steps"]',
+        '(e["sigma"], e["q"] * progress.study.strategy.fraction, e["steps"]',
         "tests/traps/test_trap_22_weights.py", "the coordinator's draw is public",
     ),
     _one(
@@ -468,8 +485,7 @@ WIRE_MUTANTS = (
     ),
     _one(
         "cap", "the-cap-follows-the-file's-order", TOKENS,
-        "sorted(index for group in groups.values() for _, index in sorted(group)[:most])",
-        "sorted(index for group in groups.values() for _, index in group[:most])",
+        "in sorted(group)[:most])", "in group[:most])",
         "tests/data/test_data_tokens.py::test_the_cap_depends_on_the_patients_own_records_alone",
         "which records are kept depends on others",
     ),
@@ -478,12 +494,6 @@ WIRE_MUTANTS = (
         "        if dataset.n_units < 2:\n"
         '            raise DataError("too few usable records")\n',
         "tests/traps/test_trap_22_site_counts.py", "a round that a count triggers",
-    ),
-    _one(
-        "nan", "an-update-is-taken-unchecked", ADMISSION,
-        "if not all(np.isfinite(array).all() for array in update.values()):", "if False:",
-        "tests/server/test_rounds.py::test_a_bad_update_is_dropped_with_a_reason_and_changes_nothing",
-        "one site's NaN is everybody's",
     ),
 )  # fmt: skip
 

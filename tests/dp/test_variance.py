@@ -1,0 +1,96 @@
+"""The fourth oracle at full size: what a step adds to nothing has the accounted variance."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedtune.dp import noise
+from fedtune.dp.plan import DpPlan
+from fedtune.dp.steplog import StepLog
+from tests.dp.conftest import make_plan
+
+D = 6_000_000
+BOUND = 0.003
+# |σ̂/σ − 1| has standard deviation 1/√(2·10⁶) = 0.00071 at 10⁶ coordinates: 0.003 is 4.2 of them,
+# passed by chance with probability 2·10⁻⁵. Six times the coordinates make that 2·10⁻²⁴; each
+# single million is held to five and a half standard deviations (4·10⁻⁸).
+
+
+def std(plan: DpPlan, tmp_path: Path, chunks: int = 1, units: int = 14) -> list[float]:
+    """σ̂/σ of the whole and of its first 10⁶ coordinates, of a step whose gradients are zero."""
+
+    def nothing(rows: list[int]) -> Iterator[torch.Tensor]:
+        # One row of zeros seen as many: no memory for rows · D.
+        sizes = [len(part) for part in torch.arange(len(rows)).chunk(chunks)]
+        assert len(sizes) == min(chunks, len(rows))
+        yield from (torch.zeros(size, D) for size in sizes)
+
+    out = plan.step(units, D, nothing, StepLog(tmp_path / "log"), 1).double()
+    unit = 1.7 * 0.5 / plan.divisor
+    return [float(part.std()) / unit for part in (out, out[:1_000_000])]
+
+
+def plan(sigma: float = 1.7) -> DpPlan:
+    return make_plan(noise_multiplier=sigma, max_grad_norm=0.5, divisor=7.0)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 7])
+def test_zero_signal_variance(tmp_path: Path, chunks: int) -> None:
+    whole, million = std(plan(), tmp_path, chunks, units=7)
+    assert abs(whole - 1) < BOUND
+    assert abs(million - 1) < 5.5 * 0.00071
+
+
+def test_an_empty_batch_is_a_noise_only_step(tmp_path: Path) -> None:
+    assert abs(std(plan(), tmp_path, units=0)[0] - 1) < BOUND
+
+
+@pytest.mark.parametrize("factor", [0.99, 1.01])
+def test_one_percent_of_sigma_is_rejected(tmp_path: Path, factor: float) -> None:
+    """Twin: the plan says σ, the step adds σ·0.99 or σ·1.01."""
+    whole, million = std(plan(1.7 * factor), tmp_path, units=0)
+    assert abs(whole - 1) > BOUND
+    assert abs(million - 1) > BOUND
+
+
+def test_noise_for_each_chunk_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twin: two calls of the noise where one is due."""
+    real = noise.gaussian_on_grid
+    monkeypatch.setattr(noise, "gaussian_on_grid", lambda d, s, g: real(d, s, g) + real(d, s, g))
+    assert abs(std(plan(), tmp_path, units=0)[0] - 1) > 0.3
+
+
+def fixed_noise(value: int) -> object:
+    """A test double for the noise. It lives here, and refuses to run outside of tests."""
+
+    def drawn(dimension: int, std: float, grid: float) -> torch.Tensor:
+        if "PYTEST_CURRENT_TEST" not in os.environ:
+            raise RuntimeError(
+                "fixed noise is for tests; a step without a test runs with real noise"
+            )
+        return torch.full((dimension,), value, dtype=torch.int64)
+
+    return drawn
+
+
+def test_the_double_refuses_to_run_outside_of_tests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(noise, "gaussian_on_grid", fixed_noise(0))
+    fixed = plan().step(0, 8, lambda _: iter(()), StepLog(tmp_path / "log"), 1)
+    assert not fixed.any()
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")
+    with pytest.raises(RuntimeError, match="for tests"):
+        plan().step(0, 8, lambda _: iter(()), StepLog(tmp_path / "log"), 1)
+
+
+def test_the_double_is_in_no_shipped_package() -> None:
+    root = Path(noise.__file__).parents[2]
+    for package in ("fedtune", "server", "client"):
+        for path in (root / package).rglob("*.py"):
+            assert "PYTEST" not in path.read_text(encoding="utf-8"), path.name
