@@ -73,7 +73,7 @@ prompt = "prompt"
 completion = "completion"
 
 # [private_evaluation] # also ask the sites how likely their own held-out answers are, with noise;
-# noise_multiplier = 8.0  # each question costs ε on those records (four at 8.0: about 1.5)
+# noise_multiplier = 8.0  # each question costs ε on those records (four at 8.0: 0.78)
 # every = 4            # rounds between two questions; the last round is always asked about
 """
 

@@ -12,8 +12,8 @@ import dp_accounting
 import numpy as np
 from dp_accounting.pld import privacy_loss_distribution as pld
 from dp_accounting.rdp import RdpAccountant
-from scipy.special import logsumexp
-from scipy.stats import binom
+from scipy.special import logsumexp  # type: ignore[import-untyped]
+from scipy.stats import binom  # type: ignore[import-untyped]
 
 from fedtune.errors import FedtuneError
 

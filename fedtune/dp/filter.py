@@ -21,8 +21,8 @@ from functools import lru_cache
 
 import numpy as np
 from dp_accounting.rdp import compute_epsilon
-from scipy.special import logsumexp
-from scipy.stats import binom
+from scipy.special import logsumexp  # type: ignore[import-untyped]
+from scipy.stats import binom  # type: ignore[import-untyped]
 
 from fedtune.dp.accountant import Steps, merged
 

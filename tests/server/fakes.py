@@ -23,6 +23,8 @@ from server.parts import Parts
 SHAPES = {"layer.B": (3, 2), "layer.C": (4,)}
 EVENT = {"sigma": 1.5, "q": 0.25, "max_grad_norm": 1.0, "records": 1}
 
+QUERY = {"sigma": 2.0, "q": 1.0, "max_grad_norm": 2**0.5, "records": 1}
+
 
 def zeros() -> dict[str, np.ndarray]:
     return {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
@@ -42,6 +44,10 @@ class FakeSite:
     prepared: int = 0
     known: bool = False
     steps: int = 0
+    answers: dict[int, Any] = field(
+        default_factory=dict
+    )  # n-th call of evaluate -> what, as script
+    asked: list[int] = field(default_factory=list)  # the round of each call of evaluate
     key: SigningKey = field(default_factory=SigningKey)
     base: str = ""
     coordinator: str = ""
@@ -81,7 +87,18 @@ class FakeSite:
             for n, a in adapter.items()
         }
         update = Update(delta, [{**EVENT, "steps": self.steps}])
-        what = self.script.get(len(self.calls))
+        return self._scripted(self.script.get(len(self.calls)), update)
+
+    def evaluate(
+        self, digest: str, round_: int, adapter: dict[str, np.ndarray], receipt: str
+    ) -> Update:
+        self.asked.append(round_)
+        self.receipts.append(receipt)
+        sums = np.array([self.size / 4, self.size], np.float32)  # a likelihood of 0.25
+        update = Update({"sums": sums}, [{**QUERY, "steps": len(self.asked)}])
+        return self._scripted(self.answers.get(len(self.asked)), update)
+
+    def _scripted(self, what: Any, update: Update) -> Update:
         if isinstance(what, BaseException):
             raise what
         return what(update) if what else update
