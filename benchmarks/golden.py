@@ -7,9 +7,9 @@ q = 1      closed form of the composed Gaussian (Balle & Wang 2018, theorem 8), 
 q < 1      the privacy loss L(x) = log p(x)/q(x) of one step, with p the mixture
            Σ_j Binomial(k, q)(j) · N(j, σ²) and q = N(0, σ²), and of the reverse pair. L is
            monotone, so the mass of every cell (iw, (i+1)w] of losses is a difference of normal
-           cdfs. Losses rounded down give a lower bound on δ(ε), rounded up an upper bound; T steps are the T-th
-           convolution power (FFT). Rounding up is rounding down moved by w per step, so one
-           convolution serves both.
+           cdfs. Losses rounded down give a lower bound on δ(ε), rounded up an upper bound; T steps
+           are the T-th convolution power (FFT). Rounding up is rounding down moved by w
+           per step, so one convolution serves both.
 What else can err goes into the interval as well: mass beyond the grid and mass that wraps around
 (Chernoff) at full weight, floating-point error of the FFT, residual of the inversion of L.
 """

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, RecordDict
 from scipy.stats import chi2
 
 import client.app
 from client.site import SiteWorker, Unprepared, Update
 from fedtune import init
 from fedtune.config import EvaluationTable, Study, load_site, load_study
+from fedtune.data.records import unit_member
 from fedtune.dp import noise, query
 from fedtune.dp.accountant import epsilon
 from fedtune.dp.ledger import Ledger
@@ -25,6 +26,7 @@ from fedtune.dp.plan import DpPlan
 from fedtune.dp.steplog import StepLog, events
 from fedtune.errors import BudgetExceeded, ConfigError, PolicyRefused
 from fedtune.flower.arrays import to_record
+from fedtune.flower.grid import InProcessGrid
 from fedtune.models.start import start
 from fedtune.quality import Evaluator
 from fedtune.wire.keys import SigningKey
@@ -235,6 +237,32 @@ def test_queries_never_take_what_the_training_still_needs(tmp_path: Path, tiny_b
     assert log(study, "north").steps(resolved(study).queries_digest) == []
 
 
+def test_where_the_files_may_share_patients_each_pays_for_both(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    ceilings = "max_epsilon = 50.0\nmax_epsilon_per_study = 20.0\n"
+    study = world(tmp_path, tiny_base, 3.0, policy=WILLING + ceilings, table=HELD_OUT)
+    run(study)
+    last = report(study)["rounds"][-1]
+    assert last["private_quality"]["sites"] == last["participants"] == ["north", "south"]
+    plan, ledger = resolved(study), Ledger(tmp_path / "state-north")
+    both = [plan.digest, plan.digest, plan.queries_digest, plan.digest, plan.queries_digest]
+    assert [charge.study for charge in ledger.charges("records")] == both
+    assert [charge.study for charge in ledger.charges("held-out")] == both
+
+
+def test_who_withdraws_is_left_out_of_later_answers(tmp_path: Path, tiny_base: Path) -> None:
+    ceilings = "max_epsilon = 1e9\nmax_epsilon_per_study = 1e9\nmin_noise_multiplier = 0.0\n"
+    study = world(tmp_path, tiny_base, 1e-3, policy=WILLING + ceilings)
+    made = start(load_study(study))
+    worker = worker_of(study)
+    assert worker.prepare(made.study, made.frozen).admitted
+    for round_, count in ((2, 12), (3, 11)):
+        sums = worker.evaluate(made.study.digest, round_, made.adapter).delta["sums"]
+        assert sums[1] == pytest.approx(count, abs=0.01)  # 7 standard deviations
+        worker.ledger.withdraw(unit_member("held-out-3"))
+
+
 # --------------------------------------------------------------------------------- who decides
 
 
@@ -273,8 +301,8 @@ def test_a_site_that_does_not_release_refuses_by_name_of_the_rule(
 
 def asks(sent: dict[str, Any]) -> dict[str, Any]:
     content = RecordDict({"order": ConfigRecord(sent), "adapter": to_record(zeros())})
-    message = Message(content, 1, "query.evaluate")
-    reply = client.app.app(message, Context(1, 2, {"site": "a"}, RecordDict(), {}))
+    grid = InProcessGrid([Path("a")])
+    (reply,) = grid.send_and_receive([grid.create_message(content, "query.evaluate", 2, "1")])
     return dict(reply.content.config_records["site"])
 
 
@@ -293,7 +321,7 @@ def test_an_order_to_train_is_no_order_to_answer(trial: Callable[..., Trial]) ->
 # ------------------------------------------------------------------------------------ the wire
 
 ALLOWED = {
-    "metadata.message_type": "str",
+    "metadata.message_type": "query.evaluate",
     "site.name": "str",
     "site.status": "str",
     "site.reason": "str",
@@ -330,7 +358,7 @@ def test_no_field_leaves_but_two_noised_numbers_and_what_the_plan_says(
 def test_a_third_number_is_caught(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The twin: an answer that also carries the number of units, and a coordinator that takes it."""
+    """The twin: an answer that also carries the number of units."""
     honest = SiteWorker.evaluate
 
     def more(*arguments: Any) -> Update:

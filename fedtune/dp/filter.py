@@ -9,8 +9,8 @@ itself depend on private outputs, and none of the statements covers the minimum 
 the order is chosen from what is planned when a dataset is first charged, and kept for its life.
 
 | orders are > 1; ρ_i is in nats, added up over all events; ε at δ by conversion, once |
-Reference: Feldman & Zrnic 2021, "Individual privacy accounting via a Rényi filter", theorem 4.3 and
-its non-individual form; Mironov 2017.
+Reference: Feldman & Zrnic 2021, "Individual privacy accounting via a Rényi filter" (here without
+the individual part); Mironov 2017.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def rdp(events: Iterable[Steps], order: float) -> float:
     of the integral). The pair dominates the mechanism, so its divergence does too.
     Errors: ValueError on an impossible event or an order ≤ 1.
     Reference: Mironov, Talwar & Zhang 2019 (k = 1); Choquette-Choo et al. 2024, corollary 4.7 (the
-    dominating pair); Zhu, Dong & Wang 2022, proposition 7 (domination carries over to Rényi)."""
+    dominating pair); Zhu, Dong & Wang 2022 (domination carries over to Rényi)."""
     order, total = _checked(order), 0.0
     for sigma, rate, steps, records in merged(events):
         if rate == 1:

@@ -14,10 +14,10 @@ from fedtune.dp.plan import DpPlan
 from fedtune.dp.steplog import StepLog
 from tests.dp.conftest import make_plan
 
-D = 6_000_000
+D = 3_000_000
 BOUND = 0.003
 # |σ̂/σ − 1| has standard deviation 1/√(2·10⁶) = 0.00071 at 10⁶ coordinates: 0.003 is 4.2 of them,
-# passed by chance with probability 2·10⁻⁵. Six times the coordinates make that 2·10⁻²⁴; each
+# passed by chance with probability 2·10⁻⁵. Three times the coordinates make that 2·10⁻¹³; each
 # single million is held to five and a half standard deviations (4·10⁻⁸).
 
 

@@ -44,7 +44,7 @@ def outside(grid: Recorder) -> list[str]:
     for reply in grid.replies:
         for path, what in leaves(reply):
             if path.startswith("update/"):
-                ok = what.startswith("float32 ") and path.endswith("lora_B.weight")
+                ok = what.startswith("float32 ") and path.endswith(".lora_B.default.weight")
             elif path == "metadata.message_type":
                 ok = what in ("train", "query.prepare")
             else:
