@@ -46,7 +46,8 @@ class Roster:
     """Nodes and the sites behind them.
 
     sizes, keys: site -> declared size and public key, fixed once heard; refused: site -> why, for
-    the rest of the run; absent: what failed or kept silent, asked again each round; down, up: bytes by site."""
+    the rest of the run; absent: what failed or kept silent, asked again each round; down, up: bytes
+    by site."""
 
     grid: Grid
     study: Study

@@ -44,9 +44,9 @@ def _evaluator(study: Study, frozen: Arrays) -> Measures:
 
 
 def _epsilon(events: Events, delta: float) -> float:
-    from fedtune.dp.accountant import Steps, epsilon
+    from fedtune.dp.accountant import Steps, cross_check
 
-    return epsilon([Steps(*event) for event in events], delta)
+    return cross_check([Steps(*event) for event in events], delta)
 
 
 def _accountant() -> str:

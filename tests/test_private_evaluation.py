@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord, RecordDict
+from matplotlib.image import imread
 from scipy.stats import chi2
 
 import client.app
@@ -29,6 +30,7 @@ from fedtune.flower.arrays import to_record
 from fedtune.flower.grid import InProcessGrid
 from fedtune.models.start import start
 from fedtune.quality import Evaluator
+from fedtune.report.plot import png
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import order
 from server import queries, store
@@ -140,6 +142,11 @@ def test_the_report_shows_value_spread_and_price(loud: Path) -> None:
     assert "## Private evaluation" in text and f"{last['likelihood']:.4f}" in text
     assert f"± {2 * last['noise_sd']:.4f}" in text
     assert "held-out records have ε" in text
+    picture = imread(loud.parent / "run" / "progress.png")  # two panels: likelihood and ε
+    assert picture.shape[1] < 1.2 * 9 * 120
+    body = report(loud)
+    both = png(body | {"quality": {"metric": "loss", "before": 2.0, "by_round": []}})
+    assert len(both) > 1000 and png(body) != both
 
 
 # ---------------------------------------------------------------------------------- the price

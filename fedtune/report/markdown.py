@@ -157,8 +157,9 @@ def _private_quality(body: dict[str, Any]) -> str:
     return (
         "## Private evaluation\n\nOn held-out records that stay at the sites: the mean probability "
         "that the model gives their answers (the geometric mean over an answer's tokens; higher is "
-        f"better). Each site sent two noised sums; {protects(str(found.get('unit', 'record')))} "
-        f"there has ε = {rounded_up(found.get('epsilon'))} at δ = {figure(found.get('delta'))} "
+        "better). Each site sent two noised sums. "
+        f"For {protects(str(found.get('unit', 'record')))} there, all answers together have "
+        f"ε = {rounded_up(found.get('epsilon'))} at δ = {figure(found.get('delta'))}, "
         f"from {figure(found.get('steps'))} answers with noise σ = "
         f"{figure(found.get('noise_multiplier'))}.\n\n{table(head, rows)}"
     )

@@ -16,13 +16,15 @@ def png(body: dict[str, Any]) -> bytes:
     from matplotlib.figure import Figure
 
     asked = _asked(body)
-    panels = 3 if asked else 2
+    public = bool((body.get("quality") or {}).get("metric")) or not asked
+    panels = 1 + public + bool(asked)
     figure = Figure(figsize=(4.5 * panels, 3.6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    left, *middle, right = figure.subplots(1, panels)
-    _quality(left, body)
-    for axes in middle:
-        _likelihood(axes, asked)
+    *shown, right = figure.subplots(1, panels)
+    if public:
+        _quality(shown[0], body)
+    if asked:
+        _likelihood(shown[-1], asked)
     if body.get("private"):
         _epsilon(right, body)
     else:
@@ -31,7 +33,7 @@ def png(body: dict[str, Any]) -> bytes:
             "NOT PRIVATE", color="white", backgroundcolor=ALARM, weight="bold", fontsize=16
         )
     figure.get_layout_engine().set(w_pad=0.15)  # type: ignore[union-attr,call-arg]
-    for axes in (left, *middle, right):
+    for axes in (*shown, right):
         axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
