@@ -1,4 +1,4 @@
-"""A plan in plain words, for the person who signs for the site: what runs, what leaves, the cost."""
+"""A plan in plain words for who signs for the site: what runs, what leaves, what it costs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from fedtune import __version__
 from fedtune.config import Site, Study, load_study, study_from_json
 from fedtune.dp.ledger import Ledger
 from fedtune.dp.plan import DpPlan, plan_for_site
+from fedtune.dp.query import query_plan
 from fedtune.errors import ConfigError, Refused
 from fedtune.report.claim import best_guess, percent, protects, rounded_up, strength
 
 
 @dataclass(frozen=True)
 class Review:
-    """digest: what a signature binds to; sections: (heading, lines); refusals: rules that say no."""
+    """digest: what is signed; sections: (heading, lines); refusals: the rules that say no."""
 
     digest: str
     sections: list[tuple[str, list[str]]]
@@ -67,7 +68,7 @@ def _runs(study: Study, plan: DpPlan | None) -> list[str]:
         )
     t = study.training
     lines = [
-        f"Code: fedtune {__version__} as installed here. Nothing that the coordinator sends is run.",
+        f"Code: fedtune {__version__} as installed here. Nothing the coordinator sends is run.",
         f"Base: {study.base.model}, {study.base.digest or 'digest not pinned'}.",
         f"Trained: {where}; objective {study.objective.name}.",
         f"{t.rounds} rounds of {t.local_steps} step{'s' if t.local_steps > 1 else ''} each.",
@@ -92,11 +93,25 @@ def _leaves(study: Study) -> list[str]:
     lines = [
         f"Each round: {what}, signed, with the noise, clipping and sampling figures that the plan "
         "already names, and the head of this site's ledger (a hash).",
+        *_queries(study),
         "Once: this site's name, its declared size, its public signing key.",
         "On refusal: the rule that said no. On an error: the kind of error, not its words.",
-        "Never: records, counts, losses, gradients, timings, or who was sampled.",
+        "Never without noise: records, counts, losses, gradients.",
+        "Never at all: timings, or who was sampled.",
     ]
     return lines
+
+
+def _queries(study: Study) -> list[str]:
+    if study.private_evaluation is None:
+        return []
+    return [
+        f'After {len(study.queries)} of the rounds, if policy.release lists "evaluation": two '
+        "noised numbers about the held-out records (the sum of their answers' likelihoods, and how "
+        f"many units there are), noise {study.private_evaluation.noise_multiplier:g} times one "
+        "unit's largest share, paid from the held-out records' own budget: "
+        f"ε = {rounded_up(query_plan(study).epsilon)}."
+    ]
 
 
 def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> list[str]:

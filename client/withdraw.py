@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedtune.config import Site
+from fedtune.config import Site, SiteData
 from fedtune.data.records import read_records, unit_member
 from fedtune.dp.accountant import Steps, epsilon
 from fedtune.dp.ledger import Ledger
@@ -46,20 +46,25 @@ def withdraw(site: Site, patient: str, ledger: Ledger) -> Withdrawal:
             "take the record out of the file",
         )
     key = unit_member(patient.strip())
-    seen = ledger.holds(site.data.name, key)
+    tables = [table for table in (site.data, site.evaluation) if table]
+    seen = {table.name for table in tables if ledger.holds(table.name, key)}
     ledger.withdraw(key)
+    in_file = sum(_count(table, patient.strip()) for table in tables)
+    return Withdrawal(in_file, bool(seen), _releases(site, ledger, seen))
+
+
+def _count(table: SiteData, patient: str) -> int:
     try:
-        records, _ = read_records(site.data, unit="patient")
+        records, _ = read_records(table, unit="patient")
     except DataError:
-        records = []
-    in_file = sum(record.unit == patient.strip() for record in records)
-    return Withdrawal(in_file, seen, _releases(site, ledger) if seen else [])
+        return 0
+    return sum(record.unit == patient for record in records)
 
 
-def _releases(site: Site, ledger: Ledger) -> list[Release]:
+def _releases(site: Site, ledger: Ledger, datasets: set[str]) -> list[Release]:
     found: dict[str, list[tuple[str, Steps]]] = {}
-    for spent in ledger.spending(site.data.name):
-        if spent.released:
+    for spent in ledger.spending():
+        if spent.released and spent.dataset in datasets:
             found.setdefault(spent.charge.study, []).append((spent.charge.name, spent.charge.event))
     releases = []
     for digest, entries in found.items():

@@ -27,7 +27,7 @@ def test_review_says_what_runs_what_leaves_and_the_cost_and_signs_one_plan(world
     site.write_text(site.read_text() + 'admission = "signed"\n')
     seen = run("review", "study.toml", "--site", site)
     assert seen.exit_code == 0, seen.output
-    for words in ("What would run", "What would leave", "What it costs", "rank 4", "Never: records"):
+    for words in ("What would run", "What would leave", "What it costs", "rank 4", "Never at all"):
         assert words in seen.output
     assert "sha256:" in seen.output and "signed by" not in seen.output
     signed = run("review", "study.toml", "--site", site, "--sign")

@@ -84,16 +84,25 @@ def site_app(sites: list[str]) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        reply = _answer(message, context, sites)
-        status = reply.content.config_records["site"]["status"]
-        if status == "unprepared" and "plan" in context.state:
-            from client.app import prepare as prepare_here
+        return _prepared(message, context, sites)
 
-            prepare_here(Message(context.state, reply_to=message), context)
-            reply = _answer(message, context, sites)
-        return reply
+    @app.query("evaluate")
+    def evaluate(message: Message, context: Context) -> Message:
+        return _prepared(message, context, sites)
 
     return app
+
+
+def _prepared(message: Message, context: Context, sites: list[str]) -> Message:
+    """The site's answer; a worker that does not know the plan is given it first."""
+    reply = _answer(message, context, sites)
+    status = reply.content.config_records["site"]["status"]
+    if status == "unprepared" and "plan" in context.state:
+        from client.app import prepare as prepare_here
+
+        prepare_here(Message(context.state, reply_to=message), context)
+        reply = _answer(message, context, sites)
+    return reply
 
 
 def _answer(message: Message, context: Context, sites: list[str]) -> Message:

@@ -71,8 +71,8 @@ def limits(unit: str) -> list[str]:
         "say so, and would have said so without any one of them.",
         "The same records in other studies, or one patient at several hospitals: the ε of each "
         "adds up. Each site's step log keeps its own count.",
-        "The base model, the public text and the held-out records used for evaluation. They are "
-        "taken to be public or released.",
+        "The base model, the public text and the held-out records that the coordinator evaluates "
+        "on. They are taken to be public or released.",
         "Choices that people made after looking at private records, such as tuning settings on "
         "them outside this run.",
         "A site whose own computer is under an attacker's control, and what the duration of a "

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import client.site
-from fedtune.dp.ledger import Ledger
 from fedtune.data.records import unit_member
+from fedtune.dp.ledger import Ledger
 from fedtune.flower import api
 from fedtune.models.cache import Batch
 from fedtune.models.network import Network

@@ -461,7 +461,7 @@ WIRE_MUTANTS = (
     _one(
         22, "the-size-is-counted", SITE,
         "return Admission(admitted, reason, self.site.site.name, self._size)",
-        "n = self._cached.dataset.n_units if self._cached else self._size\n"
+        "n = next(iter(self._cached.values()))[1].dataset.n_units if self._cached else 0\n"
         "        return Admission(admitted, reason, self.site.site.name, n)",
         "tests/traps/test_trap_22_site_counts.py", "weighting by the true number of units",
     ),
