@@ -110,9 +110,9 @@ def _disk(site: Site) -> str:
 
 def _node_key(site: Site) -> str:
     assert site.coordinator is not None
-    key = site.coordinator.node_key
+    key = site.site.state / "keys" / "node.key"
     if not key.exists():
-        raise FedtuneError(f"{key}: no such file", todo="`fedtune keys site` makes it")
+        raise FedtuneError(f"{key}: no such file", todo="`fedtune enroll` makes it")
     if key.stat().st_mode & 0o077:
         raise FedtuneError(f"{key}: other users can read it", todo="chmod 600")
     return f"{key}: for this user alone"

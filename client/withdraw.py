@@ -64,7 +64,8 @@ def _count(table: SiteData, patient: str) -> int:
 def _releases(site: Site, ledger: Ledger, datasets: set[str]) -> list[Release]:
     found: dict[str, list[tuple[str, Steps]]] = {}
     for spent in ledger.spending():
-        if spent.released and spent.dataset in datasets:
+        sent = spent.released or not spent.charge.noise_multiplier
+        if sent and spent.dataset in datasets:
             found.setdefault(spent.charge.study, []).append((spent.charge.name, spent.charge.event))
     releases = []
     for digest, entries in found.items():

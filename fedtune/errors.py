@@ -4,11 +4,18 @@
     ├── InputError            exit 2   something that a person wrote must change
     │   ├── ConfigError                study.toml or site.toml
     │   ├── DataError                  the site's records
-    │   └── ModelError                 the base model or the adapter
+    │   ├── ModelError                 the base model or the adapter
+    │   ├── CheckpointError            a run's checkpoint (server/store.py)
+    │   ├── WireError                  arrays on the wire (flower/arrays.py)
+    │   └── SealError                  a signature on the wire (wire/seal.py)
     ├── Refused               exit 3   a rule said no, before data was read
     │   ├── PolicyRefused              the site's policy
-    │   └── BudgetExceeded             the privacy budget
-    └── InfrastructureError   exit 4   network, disk, another process
+    │   ├── BudgetExceeded             the privacy budget
+    │   ├── SelfTestFailed             the guarantee does not hold here (dp/selftest.py)
+    │   └── Unprepared                 a round of a plan that the site does not know (client/site.py)
+    ├── InfrastructureError   exit 4   network, disk, another process
+    │   └── LedgerError                the privacy ledger (dp/ledger_files.py)
+    └── AccountantsDisagree   exit 4   two computations of ε contradict each other
 
 A message says what happened, what was expected and what to do. It never holds a record's content.
 """

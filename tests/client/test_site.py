@@ -16,6 +16,8 @@ from client.withdraw import withdraw
 from fedtune.config import Site, Study
 from fedtune.dp import noise
 from fedtune.dp.accountant import Steps, epsilon
+from fedtune.dp.filter import best_order
+from fedtune.dp.plan import plan_for_site
 from fedtune.errors import BudgetExceeded, DataError, ModelError, PolicyRefused
 from fedtune.models.cache import Cached
 from fedtune.models.start import Start, start
@@ -115,6 +117,25 @@ def test_a_round_from_another_adapter_is_paid_for_until_the_ceiling(
     spent = epsilon([Steps(s.noise_multiplier, s.sampling_rate, 1) for s in ran], 1e-4)
     assert 6.0 < spent <= 8.0
     assert len(worker.ledger.charges("records")) == len(ran)
+
+
+def test_a_second_study_is_held_to_the_first_ones_order(
+    worker: SiteWorker, tiny_base: Path
+) -> None:
+    """The filter's order is fixed before any result is seen, whatever a later study would like."""
+    small = {"epsilon": 1.0, "delta": 1e-4, "unit": "patient"}
+    first = begun(tiny_base, privacy=small)
+    worker.prepare(first.study, first.frozen)
+    trains(worker, first, 1)
+    (order,) = {charge.order for charge in worker.ledger.charges("records")}
+    sampled = {"rounds": 4, "sampling_rate": 0.2, "learning_rate": 0.1}
+    other = begun(tiny_base, privacy=small, study={"name": "other"}, training=sampled)
+    assert worker.prepare(other.study, other.frozen).admitted
+    trains(worker, other, 1)
+    charges = worker.ledger.charges("records")
+    assert [charge.order for charge in charges] == [order, order]
+    plan = plan_for_site(other.study, 12)
+    assert best_order(plan.events(plan.steps), 8.0, 1e-4) != order  # what it would have liked
 
 
 def test_a_crash_between_reservation_and_release_is_charged(
@@ -276,7 +297,8 @@ def test_privacy_off_runs_only_where_the_site_says_so(tmp_path: Path, tiny_base:
     made = begun(tiny_base, privacy="off")
     assert worker.prepare(made.study, made.frozen).admitted
     one, two = trains(worker, made, 1), trains(worker, made, 1)
-    assert all(np.array_equal(one[n], two[n]) for n in one)  # sent again
+    assert all(np.array_equal(one[n], two[n]) for n in one)
+    assert not (tmp_path / "state" / "outbox").exists()  # nothing un-noised on disk
     other = SiteWorker(make_site(tmp_path / "other", {"allow_privacy_off": True}))
     notes(tmp_path / "other")
     other.prepare(made.study, made.frozen)

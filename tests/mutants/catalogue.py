@@ -497,6 +497,51 @@ WIRE_MUTANTS = (
     ),
 )  # fmt: skip
 
+SITES = "tests/client/test_site.py::"
+SEALS = "tests/server/test_apps.py::"
+
+GUARANTEE_MUTANTS = (
+    _one(
+        "filter", "the-order-follows-the-plan", POLICY, "    if charges:\n", "    if not plan:\n",
+        SITES + "test_a_second_study_is_held_to_the_first_ones_order",
+        "the filter's order is chosen after results were seen",
+    ),
+    _one(
+        "filter", "several-kinds-as-if-planned-at-once", "fedtune/dp/ceiling.py",
+        "if len({event._replace(steps=0) for event in events}) <= 1:", "if events:",
+        "tests/dp/test_ceiling.py::"
+        "test_two_kinds_are_filtered_at_the_order_given_and_cost_no_less_than_pld",
+        "studies chosen after results are added up as if all had been planned",
+    ),
+    _one(
+        "ledger", "a-round-is-trained-again-for-free", SITE,
+        "        if body is None:\n            body = self._trained",
+        "        if True:\n            body = self._trained",
+        SITES + "test_a_round_asked_for_again_is_sent_again_and_not_paid_again",
+        "a retry trains again",
+    ),
+    _one(
+        "seal", "any-signature-will-do", "fedtune/wire/seal.py",
+        "if len(text) > 10_000 or not verifies(", "if len(text) > 10_000 and not verifies(",
+        SEALS + "test_an_update_signed_by_another_or_altered_is_dropped",
+        "an update that somebody else signed is counted",
+    ),
+    _one(
+        "query", "the-count-is-not-clipped", "fedtune/dp/query.py", "NORM = math.sqrt(2)",
+        "NORM = 1.0",
+        "tests/test_private_evaluation.py::"
+        "test_epsilon_of_the_queries_is_the_accountants_of_the_step_log",
+        "a query's sensitivity is another than the ledger pays for",
+    ),
+    _one(
+        "query", "whoever-asks-is-answered", "client/evaluation.py",
+        'if "evaluation" not in site.policy.release:', "if False:",
+        "tests/test_private_evaluation.py::"
+        "test_a_site_that_does_not_release_refuses_by_name_of_the_rule",
+        "private evaluation without the policy's leave",
+    ),
+)  # fmt: skip
+
 MUTANTS: tuple[Mutant, ...] = (
     *LOSS_MUTANTS,
     *GRADIENT_MUTANTS,
@@ -506,4 +551,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *BUDGET_MUTANTS,
     *MODEL_MUTANTS,
     *WIRE_MUTANTS,
+    *GUARANTEE_MUTANTS,
 )
