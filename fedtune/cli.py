@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from fedtune import cli_site
+from fedtune import cli_network, cli_site
 from fedtune.guard import command
 from fedtune.runs import data_file, folder_for
 
@@ -27,10 +27,8 @@ app = typer.Typer(
     epilog="A study of your own: fedtune init → plan → simulate → server and client.",
 )
 models_app = typer.Typer(no_args_is_help=True, help="Base models: which, where, and whether whole.")
-keys_app = typer.Typer(no_args_is_help=True, help="Certificates and keys for server and client.")
 TRY, RUN, LOOK = "Try it here", "Between machines", "Use a run"
 app.add_typer(models_app, name="models", rich_help_panel=LOOK)
-app.add_typer(keys_app, name="keys", rich_help_panel=RUN)
 
 
 # ------------------------------------------------------------------------------ arguments
@@ -189,20 +187,30 @@ def server(
     home: Annotated[
         Path,
         typer.Option(
-            metavar="DIR", help="Certificates, and the sites' public keys in nodes/SITE.pub."
+            metavar="DIR", help="Certificates and admitted sites; made at the first start."
         ),
     ] = Path("coordinator"),
     host: Annotated[
         str,
         typer.Option(metavar="ADDRESS", help="Where to listen; 127.0.0.1: this machine alone."),
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, metavar="N", help="The port.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, metavar="N", help="The port.")] = 8443,
+    names: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--name",
+            metavar="NAME",
+            help="A name or address that sites call this machine by; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     out: OUT = None,
     resume: RESUME = False,
 ) -> None:
-    """Coordinate a study over TLS with the sites whose keys are known.
+    """Coordinate a study over mutual TLS with the sites that were admitted, before or meanwhile.
 
-    Sends tensors and numbers, never code, and sees noised sums only."""
+    Sends tensors and numbers, never code, and sees noised sums only. One port is open, and lets
+    through what an admitted site may ask, nothing else."""
     from fedtune.config import load_study
     from fedtune.console import Watch, closing, warn_not_private
 
@@ -213,7 +221,16 @@ def server(
     with Watch(_console(), f"waiting for sites at {host}:{port}") as watch:
         from fedtune.flower.coordinator import serve
 
-        body = serve(study, folder, host=host, port=port, home=home, resume=resume, on_event=watch)
+        body = serve(
+            study,
+            folder,
+            host=host,
+            port=port,
+            names=names or [],
+            home=home,
+            resume=resume,
+            on_event=watch,
+        )
     closing(_console(), folder, body)
 
 
@@ -239,41 +256,6 @@ def client(
         check_records(load_site(site))
 
         join(site, once=once, on_event=watch)
-
-
-@command(keys_app)
-def coordinator(
-    home: Annotated[Path, typer.Argument(metavar="DIR", help="The coordinator's home.")] = Path(
-        "coordinator"
-    ),
-    host: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="A name or address that sites call it by; repeatable."),
-    ] = None,
-) -> None:
-    """Make the certificate authority and the server's certificate, at the coordinator."""
-    from fedtune.flower.certs import make_ca, make_server_certificate
-
-    authority = make_ca(home)
-    make_server_certificate(home, host or [])
-    (home / "nodes").mkdir(exist_ok=True)
-    typer.echo(
-        f"wrote {authority}: give it to every site (its file for coordinator.ca)\n"
-        f"next   put each site's public key into {home / 'nodes'} as SITE.pub"
-    )
-
-
-@command(keys_app)
-def site(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="The private key's file.")] = Path(
-        "node.key"
-    ),
-) -> None:
-    """Make this site's key, at the site. The private half never leaves this machine."""
-    from fedtune.flower.certs import make_node_key
-
-    public = make_node_key(path)
-    typer.echo(f"wrote {path} (keep it here) and {public} (give it to the coordinator)")
 
 
 # ------------------------------------------------------------------------------ use a run
@@ -374,6 +356,7 @@ def verify(
     typer.echo(f"whole: {base.name}\n{base.digest}")
 
 
+cli_network.add_to(app)
 cli_site.add_to(app)
 
 

@@ -309,9 +309,11 @@ class PolicyTable(Table):
 
 
 class CoordinatorTable(Table):
-    address: str  # host:port of the coordinator
-    ca: Path  # its CA certificate
-    node_key: Path  # this site's private key (never leaves this machine)
+    answer: Path  # the coordinator's answer to `fedtune enroll`
+    address: str | None = None  # host:port; without it, the answer's
+    fingerprint: str | None = None  # of the consortium, as the coordinator read it out
+    proxy: str | None = None  # http(s)://host:port; without it, the environment's HTTPS_PROXY
+    proxy_ca: Path | None = None  # what an https:// proxy's certificate must chain to
 
 
 class Site(Table):

@@ -126,9 +126,11 @@ strategies = ["fedavg", "fedadam", "fedprox", "trimmed_mean"]
 release = []           # what may leave besides noised updates: "evaluation", noised and paid for
 
 # [coordinator]        # only for `fedtune client`, between machines
-# address = "coordinator.example.org:8443"
-# ca = "ca.crt"        # the coordinator's CA certificate
-# node_key = "node.key"   # this site's private key; never leaves this machine
+# answer = "answer.json"  # the coordinator's answer to `fedtune enroll`
+# fingerprint = "0000 0000 0000 0000 0000"   # of the consortium, as the coordinator reads it out
+# address = "coordinator.example.org:8443"   # without it, as in the answer
+# proxy = "http://proxy.example.org:3128"    # without it, the environment's HTTPS_PROXY
+# proxy_ca = "proxy.crt"   # of an https:// proxy, if its CA is not one of the system's
 """
 
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import re
+import struct
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
+from google.protobuf.message import DecodeError
 
 from fedtune.errors import FedtuneError, InfrastructureError
 from fedtune.flower import api
 
-BATCH = 4  # replies pulled at once: what bounds the coordinator's memory
+BATCH = 1  # replies pulled at once: Flower drops all that it pulled beside one it cannot read
+UNREADABLE = (  # what reading a hostile message may raise; a lost connection is none of these
+    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError),
+    *(RecursionError, NotImplementedError, struct.error, DecodeError),
+)
 LONGEST_PAUSE = 1.0  # seconds between polls
 CLASS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,79}")
 TROUBLE = {
@@ -67,7 +73,10 @@ def _collect(grid: Grid, waiting: dict[str, int], deadline: float) -> Iterator[R
         heard = len(waiting)
         ids = list(waiting)
         for start in range(0, len(ids), BATCH):
-            for message in grid.pull_messages(ids[start : start + BATCH]):
+            for message in _pulled(grid, ids[start : start + BATCH]):
+                if isinstance(message, str):
+                    yield Reply(waiting.pop(message), None, "its answer cannot be read")
+                    continue
                 node = waiting.pop(message.metadata.reply_to_message_id, None)
                 if node is not None:
                     yield _reply(node, message)
@@ -79,6 +88,16 @@ def _collect(grid: Grid, waiting: dict[str, int], deadline: float) -> Iterator[R
         else:
             yield from (Reply(node, None, "no answer in time") for node in waiting.values())
             return
+
+
+def _pulled(grid: Grid, ids: list[str]) -> Iterator[Message | str]:
+    """What has arrived for `ids`; an id itself where Flower could not read the answer to it."""
+    try:
+        messages = iter(grid.pull_messages(ids))
+        while (message := next(messages, None)) is not None:
+            yield message
+    except UNREADABLE:
+        yield from ids
 
 
 def _reply(node: int, message: Message) -> Reply:
@@ -96,5 +115,6 @@ def size(content: RecordDict) -> int:
 
 def clean(text: object, longest: int = 300) -> str:
     """A site's words on one line: printable, and no longer than `longest`."""
-    printable = "".join(c if c.isprintable() else " " for c in str(text))
+    start = text[: 10 * longest] if isinstance(text, str) else ""
+    printable = "".join(c if c.isprintable() else " " for c in start)
     return " ".join(printable.split())[:longest]

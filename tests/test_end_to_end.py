@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from dp_accounting.pld import PLDAccountant
 from safetensors.numpy import load_file
 
 from fedtune.demo import write
+from fedtune.dp.ledger import Ledger
 from fedtune.errors import InputError
-from fedtune.flower.certs import make_consortium
+from fedtune.flower import enrol
 from fedtune.simulate import simulate
 from fedtune.sites import sites_in
 
@@ -69,8 +71,7 @@ bases = "any"
 allow_privacy_off = true
 [coordinator]
 address = "127.0.0.1:{port}"
-ca = "{keys}/ca.crt"
-node_key = "{keys}/node_key"
+answer = "{keys}.answer"
 """
 NAMES = ("north", "south")
 
@@ -165,10 +166,9 @@ def test_tls_processes_give_the_same_adapter_as_simulation(
     """σ = 0 and every unit in every step: the same numbers to 1e-6, from `fedtune simulate` and
     from `fedtune server` with two `fedtune client`."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    made = make_consortium(tmp_path / "keys", NAMES)
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = found.getsockname()[1]
-    keys = str(tmp_path / "keys" / "sites")
+    keys, home = str(tmp_path), tmp_path / "home"
     here = lay_out(tmp_path / "here", tiny_base, '"off"', port, keys)
     there = lay_out(tmp_path / "there", tiny_base, '"off"', port, keys)
     simulate(here, sites_in(here.parent), here.parent / "run")
@@ -176,12 +176,16 @@ def test_tls_processes_give_the_same_adapter_as_simulation(
     logs = tmp_path / "logs"
     logs.mkdir()
     with ExitStack() as running:
-        home = ("--home", made.home, "--port", port)
-        server = running.enter_context(
-            command(logs / "server", "server", there, "--out", out, *home)
-        )
+        at = ("--home", home, "--port", port)
+        server = running.enter_context(command(logs / "server", "server", there, "--out", out, *at))
         for name in NAMES:
             site = there.parent / f"site-{name}.toml"
+            request, state = tmp_path / f"{name}.request", there.parent / f"state-{name}"
+            said = enrol.enroll(name, state / "keys", Ledger(state).key, request)
+            asked = enrol.read_request(request)
+            enrol.compare(asked, said)
+            answer = enrol.admit(home, asked, f"127.0.0.1:{port}")
+            (tmp_path / f"{name}.answer").write_text(json.dumps(asdict(answer)))
             running.enter_context(command(logs / name, "client", site, "--once"))
         code = server.wait(150)
         assert code == 0, (logs / "server").read_text()[-2000:]

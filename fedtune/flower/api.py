@@ -66,6 +66,7 @@ __all__ = [
     "message_from_proto",
     "message_to_proto",
     "recorddict_to_proto",
+    "register",
     "run_program",
     "server_grid",
     "start_run",
@@ -128,19 +129,25 @@ class Runtime:
         self._client.close()
 
 
+def register(address: str, ca: bytes, nodes: dict[str, bytes]) -> None:
+    """Register sites (name -> public key, PEM) at a SuperLink. Errors: httpx.HTTPError."""
+    with _control(address, ca) as control:
+        for name, key in nodes.items():
+            control.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
+
+
 def start_run(address: str, ca: bytes, nodes: dict[str, bytes], bundle: bytes, digest: str) -> None:
     """Register the sites (name -> public key, PEM) at a new SuperLink and start one run there.
 
     bundle: a Flower app bundle, `digest` its sha256 in hex. Errors: httpx.HTTPError."""
-    control = ControlHttpClient.from_server_address(
-        address, False, ca, [RuntimeVersionHttpInterceptor("fedtune")]
-    )
-    try:
-        for name, key in nodes.items():
-            control.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
+    register(address, ca, nodes)
+    with _control(address, ca) as control:
         control.StartRun(StartRunRequest(fab=fab_to_proto(Fab(digest, bundle, {}))))
-    finally:
-        control.close()
+
+
+def _control(address: str, ca: bytes) -> ControlHttpClient:
+    interceptors = [RuntimeVersionHttpInterceptor("fedtune")]
+    return ControlHttpClient.from_server_address(address, False, ca, interceptors)
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import io
+import math
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -12,6 +13,16 @@ from flwr.app import Array, ArrayRecord
 from fedtune.errors import InputError
 
 Arrays = dict[str, npt.NDArray[np.float32]]
+
+_MAGIC = b"\x93NUMPY\x01\x00"
+_START = len(_MAGIC) + 2  # then the header's length, little-endian
+_LONGEST_HEADER = 512  # bytes; NumPy pads to a multiple of 64
+# What NumPy writes for a C-ordered fp32 array of at most 8 axes, and nothing else. NumPy's own
+# reader evaluates a header as a Python literal, which a crafted one can make fail in many ways.
+_HEADER = re.compile(
+    rb"\{'descr': '<f4', 'fortran_order': False, 'shape': "
+    rb"\(((?:[0-9]{1,12}, ?){0,8}[0-9]{0,12})\), \} *\n"
+)
 
 
 class WireError(InputError):
@@ -30,24 +41,44 @@ def bodies(record: ArrayRecord) -> dict[str, bytes]:
     return {name: array.data for name, array in record.items()}
 
 
+def check_agreed(record: ArrayRecord, like: Mapping[str, npt.NDArray[np.float32]]) -> None:
+    """Compare what a record says of itself with `like`, before any body is read.
+
+    | more, fewer or other names        | WireError                                  |
+    | a shape, or a type other than fp32 | WireError                                 |
+    | more or fewer bytes than the shape | WireError, whatever the body says of itself |
+    Guarantee: nothing is allocated in proportion to what the message claims."""
+    if len(record) != len(like) or set(record) != set(like):
+        raise WireError("it has other arrays than the adapter")
+    for name, array in record.items():
+        if tuple(array.shape) != like[name].shape:
+            raise WireError(f"its array {name!r} has another shape than the adapter's")
+        if array.dtype != "float32" or array.stype != "numpy.ndarray":
+            raise WireError(f"its array {name!r} is not plain fp32")
+        extra = len(array.data) - 4 * like[name].size
+        if not _START < extra <= _START + _LONGEST_HEADER:
+            raise WireError(f"its array {name!r} has not the bytes of its shape in plain fp32")
+
+
 def from_record(record: ArrayRecord) -> Arrays:
     """The arrays of a record.
 
     Guarantee: a body is decoded only if its own header says fp32, C order and exactly the number
     of bytes that follow, so a small message cannot claim a large array; pickle is never read.
     Errors: WireError."""
-    return {name: _decode(name, array) for name, array in record.items()}
+    return {name: _decode(name, array.data) for name, array in record.items()}
 
 
-def _decode(name: str, array: Array) -> npt.NDArray[np.float32]:
-    body = io.BytesIO(array.data)
-    try:
-        if np.lib.format.read_magic(body) != (1, 0):
-            raise ValueError
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(body)
-    except ValueError:
-        raise WireError("an array on the wire is not in .npy format 1.0") from None
-    size = int(np.prod(shape, dtype=object))
-    if dtype != np.dtype("<f4") or fortran or len(array.data) - body.tell() != 4 * size:
-        raise WireError(f"array {name[:80]!r} on the wire is not plain fp32 of its stated shape")
-    return np.frombuffer(array.data, dtype="<f4", offset=body.tell()).reshape(shape).copy()
+def _decode(name: str, body: bytes) -> npt.NDArray[np.float32]:
+    if body[: len(_MAGIC)] != _MAGIC or len(body) < _START:
+        raise WireError(f"array {name[:80]!r} is not in .npy format 1.0")
+    start = _START + int.from_bytes(body[len(_MAGIC) : _START], "little")
+    found = None
+    if start <= _START + _LONGEST_HEADER:
+        found = _HEADER.fullmatch(body[_START:start])
+    if found is None:
+        raise WireError(f"array {name[:80]!r} is not plain fp32 by its header")
+    shape = tuple(int(axis) for axis in found[1].split(b",") if axis.strip())
+    if len(body) - start != 4 * math.prod(shape):
+        raise WireError(f"array {name[:80]!r} is not plain fp32 of its stated shape")
+    return np.frombuffer(body, dtype="<f4", offset=start).reshape(shape).copy()

@@ -1,21 +1,23 @@
-"""Keys and certificates of a consortium: its CA, the coordinator's certificate, a site's node key.
+"""Keys and certificates of a consortium: its CA, the gateway's leaf, the leaves of the sites.
 
-Every key is P-384. A secret file is readable by its owner alone and is never replaced.
+One CA for the consortium's whole life; leaves are short-lived and issued again without a new kit.
+Every key here is P-384. A secret file is readable by its owner alone.
 
-    make_ca(folder)                          ca.crt, ca.key
-    make_server_certificate(folder, hosts)   server.crt, server.key, signed by the folder's CA
-    make_node_key(path)                      path (OpenSSH private key), path.pub
+    ca(home)                        ca.crt, ca.key; made once, never replaced
+    server_leaf(home, names)        server.pem: key and leaf; renewed at half of its life
+    issue(home, key, name, ...)     a leaf for somebody else's public key
+    node_key(path), tls_key(path)   a site's keys, made at the site
+    loopback(folder)                a throw-away certificate for 127.0.0.1, where Flower insists
+
+Errors: ConfigError where a key or a CA cannot be read.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
-from typing import cast
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -23,140 +25,189 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedtune.errors import ConfigError
-from fedtune.flower.processes import private_folder
+from fedtune.flower.processes import replace, write_private
 
-CA_DAYS, SERVER_DAYS = 3650, 397
-
-
-@dataclass(frozen=True)
-class Consortium:
-    """Where make_consortium put things: the coordinator's home and one folder per site."""
-
-    home: Path
-    sites: dict[str, Path]  # each holds ca.crt, node_key, node_key.pub
+CA_DAYS, LEAF_DAYS = 3650, 30
+SKEW = timedelta(minutes=5)  # a clock may be a little behind
+PEM = serialization.Encoding.PEM
 
 
-def make_ca(folder: Path) -> Path:
-    """Create the consortium's CA: folder/ca.key (secret) and folder/ca.crt, which is returned.
+def now() -> datetime:
+    return datetime.now(UTC)
 
-    Errors: ConfigError if either file exists."""
+
+def ca(home: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
+    """The consortium's CA in home/ca.key and home/ca.crt; made where neither exists."""
+    key_file, file = home / "ca.key", home / "ca.crt"
+    if not key_file.exists() and not file.exists():
+        _make_ca(key_file, file)
+    try:
+        certificate = x509.load_pem_x509_certificate(file.read_bytes())
+    except (OSError, ValueError):
+        raise ConfigError(f"{file}: no readable CA certificate", todo="restore a backup") from None
+    return read_key(key_file), certificate
+
+
+def server_leaf(home: Path, names: Sequence[str] = ()) -> Path:
+    """home/server.pem for `names` (what sites call the coordinator by) and the names that it had.
+
+    A new key and leaf where there is none, where a name is missing, or at half of its life."""
+    file = home / "server.pem"
+    had: list[str] = []
+    fresh = False
+    if file.exists():
+        leaf = x509.load_pem_x509_certificate(file.read_bytes())
+        had, fresh = _names(leaf), not spent(leaf, 0.5)
+    wanted = list(dict.fromkeys([*had, "localhost", "127.0.0.1", *names]))
+    if fresh and had == wanted:
+        return file
     key = ec.generate_private_key(ec.SECP384R1())
-    name = _name("fedtune consortium CA")
+    leaf = issue(home, key.public_key(), "fedtune coordinator", wanted)
+    # Key and certificate are one file, so that no reader meets a half-renewed pair.
+    write_private(home / "server.new", _pem(key) + leaf.public_bytes(PEM)).replace(file)
+    return file
+
+
+def issue(
+    home: Path,
+    key: ec.EllipticCurvePublicKey,
+    name: str,
+    hosts: Sequence[str] = (),
+    start: datetime | None = None,
+    end: datetime | None = None,
+) -> x509.Certificate:
+    """A leaf for `key`, from `start` (five minutes ago) to `end` (LEAF_DAYS from now).
+
+    hosts: a server's names and addresses; without them it is a client's leaf for site `name`."""
+    ca_key, authority = ca(home)
+    use = ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH
+    issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
+    builder = (
+        _unsigned(name, authority.subject, key, start or now() - SKEW, end or _days(LEAF_DAYS))
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(signs_certificates=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([use]), critical=False)
+        .add_extension(issuer, critical=False)
+    )
+    if hosts:
+        names = x509.SubjectAlternativeName([_general_name(host) for host in hosts])
+        builder = builder.add_extension(names, critical=False)
+    return builder.sign(ca_key, hashes.SHA384())
+
+
+def spent(leaf: x509.Certificate, share: float) -> bool:
+    """Whether `share` of the leaf's life is over."""
+    life = leaf.not_valid_after_utc - leaf.not_valid_before_utc
+    return now() >= leaf.not_valid_before_utc + share * life
+
+
+def common_name(subject: x509.Name) -> str:
+    """The one common name of a subject; "" where there is none."""
+    names = subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(names[0].value) if len(names) == 1 else ""
+
+
+def node_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """The site's key for Flower in `path` (OpenSSH format); made where there is none."""
+    return _key_at(path, serialization.PrivateFormat.OpenSSH)
+
+
+def tls_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """The site's key for TLS in `path` (PKCS 8); made where there is none."""
+    return _key_at(path, serialization.PrivateFormat.PKCS8)
+
+
+def read_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """A P-384 private key, in either format. Errors: ConfigError."""
+    try:
+        body = path.read_bytes()
+        load = (
+            serialization.load_ssh_private_key
+            if b"OPENSSH" in body
+            else serialization.load_pem_private_key
+        )
+        key = load(body, None)
+        if not (isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name == "secp384r1"):
+            raise ValueError
+    except (OSError, ValueError, TypeError):
+        raise ConfigError(f"{path}: no readable key", "a P-384 private key") from None
+    if path.stat().st_mode & 0o077:
+        raise ConfigError(
+            f"{path}: other users can read this private key",
+            todo="treat it as lost, or chmod 600 if nobody else was on this machine",
+        )
+    return key
+
+
+def public_pem(key: ec.EllipticCurvePublicKey) -> bytes:
+    """What Flower sends and compares as a node's key."""
+    return key.public_bytes(PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def request(key: ec.EllipticCurvePrivateKey, name: str) -> bytes:
+    """A certificate signing request (PEM): `name` asks for a leaf for `key`."""
+    builder = x509.CertificateSigningRequestBuilder().subject_name(_name(name))
+    return builder.sign(key, hashes.SHA384()).public_bytes(PEM)
+
+
+def loopback(folder: Path) -> tuple[Path, Path]:
+    """A new certificate for 127.0.0.1 and its key, in `folder`; only its reader trusts it."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    name = _name("fedtune loopback")
     certificate = (
-        _unsigned(name, name, key.public_key(), CA_DAYS)
+        _unsigned("fedtune loopback", name, key.public_key(), now() - SKEW, _days(CA_DAYS))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(signs_certificates=True), critical=True)
+        .add_extension(x509.SubjectAlternativeName([_general_name("127.0.0.1")]), critical=False)
+        .sign(key, hashes.SHA384())
+    )
+    file = write_private(folder / "loopback.crt", certificate.public_bytes(PEM))
+    return file, write_private(folder / "loopback.key", _pem(key))
+
+
+def _make_ca(key_file: Path, file: Path) -> None:
+    key = ec.generate_private_key(ec.SECP384R1())
+    name = "fedtune consortium CA"
+    certificate = (
+        _unsigned(name, _name(name), key.public_key(), now() - SKEW, _days(CA_DAYS))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(signs_certificates=True), critical=True)
         .sign(key, hashes.SHA384())
     )
-    _write_new(folder / "ca.key", _pem(key), mode=0o600)
-    return _write_new(folder / "ca.crt", certificate.public_bytes(serialization.Encoding.PEM))
+    write_private(key_file, _pem(key))
+    replace(file, certificate.public_bytes(PEM))
 
 
-def make_server_certificate(folder: Path, hosts: Sequence[str]) -> Path:
-    """Create folder/server.key (secret) and folder/server.crt, which is returned.
-
-    hosts: the names and IP addresses that sites call the coordinator by; loopback is always added,
-    because the coordinator calls itself. Errors: ConfigError without a CA, or if a file exists."""
-    ca_key, ca = _read_ca(folder)
+def _key_at(path: Path, form: serialization.PrivateFormat) -> ec.EllipticCurvePrivateKey:
+    if path.exists():
+        return read_key(path)
     key = ec.generate_private_key(ec.SECP384R1())
-    names = [_general_name(host) for host in dict.fromkeys(["localhost", "127.0.0.1", *hosts])]
-    authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
-    certificate = (
-        _unsigned(_name("fedtune coordinator"), ca.subject, key.public_key(), SERVER_DAYS)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_usage(signs_certificates=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(authority, critical=False)
-        .sign(ca_key, hashes.SHA384())
-    )
-    _write_new(folder / "server.key", _pem(key), mode=0o600)
-    return _write_new(folder / "server.crt", certificate.public_bytes(serialization.Encoding.PEM))
-
-
-def make_node_key(path: Path) -> Path:
-    """Create a site's key: `path` (secret, OpenSSH format) and `path`.pub, which is returned.
-
-    Run it at the site: the private key never leaves the machine; the public one goes to the
-    coordinator, into nodes/SITE.pub. Errors: ConfigError if either file exists."""
-    key = ec.generate_private_key(ec.SECP384R1())
-    secret = key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.OpenSSH,
-        serialization.NoEncryption(),
-    )
-    public = key.public_key().public_bytes(
-        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-    )
-    _write_new(path, secret, mode=0o600)
-    return _write_new(path.with_name(path.name + ".pub"), public + b"\n")
-
-
-def read_public_key(path: Path) -> bytes:
-    """A site's public key file as PEM. Errors: ConfigError if it is not an EC public key."""
-    try:
-        key = serialization.load_ssh_public_key(path.read_bytes())
-        if not isinstance(key, ec.EllipticCurvePublicKey):
-            raise ValueError
-    except (OSError, ValueError):
-        raise ConfigError(
-            f"{path}: not a node key", "an EC public key in OpenSSH format", "ask the site for it"
-        ) from None
-    return key.public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-
-
-def make_consortium(folder: Path, sites: Sequence[str], hosts: Sequence[str] = ()) -> Consortium:
-    """Lay out a whole consortium on one machine, FOR A TRIAL ONLY.
-
-    In a real one each site runs make_node_key itself and hands over the .pub file alone; here one
-    machine has held every private key. Layout: folder/coordinator (CA, server certificate,
-    nodes/SITE.pub) and folder/sites/SITE (ca.crt, node_key). Errors: ConfigError if it exists."""
-    for each in (folder, folder / "sites"):
-        private_folder(each)
-    home = folder / "coordinator"
-    ca = make_ca(home)
-    make_server_certificate(home, hosts)
-    folders = {}
-    for site in sites:
-        folders[site] = folder / "sites" / site
-        public = make_node_key(folders[site] / "node_key")
-        _write_new(folders[site] / "ca.crt", ca.read_bytes())
-        _write_new(home / "nodes" / f"{site}.pub", public.read_bytes())
-    return Consortium(home, folders)
-
-
-def _read_ca(folder: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
-    try:
-        key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
-        certificate = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
-    except (OSError, ValueError, TypeError):
-        raise ConfigError(
-            f"{folder}: no readable CA", "ca.key and ca.crt", "make_ca writes them"
-        ) from None
-    return cast(ec.EllipticCurvePrivateKey, key), certificate
+    write_private(path, key.private_bytes(PEM, form, serialization.NoEncryption()))
+    return key
 
 
 def _unsigned(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
+    subject: str,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePublicKey,
+    start: datetime,
+    end: datetime,
 ) -> x509.CertificateBuilder:
-    start = datetime.now(UTC) - timedelta(minutes=5)  # a site's clock may be a little behind
     return (
         x509.CertificateBuilder()
-        .subject_name(subject)
+        .subject_name(_name(subject))
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(start)
-        .not_valid_after(start + timedelta(days=days))
+        .not_valid_after(end)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
 
 
 def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
     return x509.KeyUsage(
-        digital_signature=not signs_certificates,
+        digital_signature=True,
         key_cert_sign=signs_certificates,
         crl_sign=signs_certificates,
         content_commitment=False,
@@ -166,6 +217,15 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
         encipher_only=False,
         decipher_only=False,
     )
+
+
+def _names(leaf: x509.Certificate) -> list[str]:
+    names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return [str(name.value) for name in names]
+
+
+def _days(days: float) -> datetime:
+    return now() + timedelta(days=days)
 
 
 def _name(common: str) -> x509.Name:
@@ -180,20 +240,4 @@ def _general_name(host: str) -> x509.GeneralName:
 
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
-
-
-def _write_new(path: Path, content: bytes, mode: int = 0o644) -> Path:
-    private_folder(path.parent)
-    try:
-        with open(path, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-            file.write(content)
-    except FileExistsError:
-        raise ConfigError(
-            f"{path} exists and is not replaced", todo="move it away, or go on using it"
-        ) from None
-    return path
+    return key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())

@@ -1,23 +1,25 @@
 """The coordinator: `fedtune server`, which runs a study over TLS with sites on other machines.
 
-    serve() ── starts ──> SuperLink (TLS, node keys, one port) <── site ── `fedtune client`
+    serve() ── starts ──> gateway (the only exposed port) <── site ── `fedtune client`
+       ├── starts ──> SuperLink (loopback, node keys) <── gateway
        └── claims the run's ServerApp task and calls server.rounds.run with its Grid
 
 The rounds run in this process, from the installed package. The app bundle that Flower wants for a
-run holds a pyproject.toml and no code, so there is nothing in it that a site could run.
+run holds a pyproject.toml and no code, so there is nothing in it that a site could run. A gateway
+that ends is started again; without its SuperLink the study stops, and --resume goes on.
 
-Layout of the coordinator's home:
+Layout of the coordinator's home (made at the first start; ca.key and signing.key want a backup):
 
-    ca.crt, server.crt, server.key   make_ca and make_server_certificate write them (certs.py)
-    signing.key                      signs plans, orders and receipts; made at the first start
-    nodes/SITE.pub                   the public key of every site that may take part
-    flower/                          state of the running SuperLink; made anew at every start
+    ca.crt, ca.key      the consortium's CA; stays the same for its whole life
+    server.pem          the gateway's certificate and key; renewed by itself (certs.py)
+    signing.key         signs plans, orders and receipts
+    address             what sites call the coordinator by; `fedtune admit` writes it into answers
+    nodes/SITE.json     the keys of every admitted site (enrol.py)
+    flower/             state of the running SuperLink and gateway; made anew at every start
 
-Known limit: Flower serves its Fleet API (sites) and its Control API (who may start and stop runs)
-on one port, and the Control API asks for no credentials. On the default host, 127.0.0.1, only this
-machine reaches it. On any other host whoever reaches the port can start a run of their own: sites
-still run their installed code alone, under their own policy, but let a firewall or a reverse proxy
-that forwards /v1/fleet/ and nothing else stand in front of it.
+Flower's Control API (who may start and stop runs) asks for no credentials, and shares the
+SuperLink's port. That port is on loopback, a random one: who has an account on this machine is
+trusted, and nobody else reaches it.
 """
 
 from __future__ import annotations
@@ -26,10 +28,12 @@ import functools
 import hashlib
 import io
 import secrets
+import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +42,15 @@ from flwr.serverapp import Grid
 
 from fedtune.config import load_study
 from fedtune.errors import ConfigError, InfrastructureError
-from fedtune.flower import api
-from fedtune.flower.certs import read_public_key
+from fedtune.flower import api, certs, enrol
 from fedtune.flower.processes import (
     Child,
     Stopped,
     bypass_proxy,
+    free_port,
     interruptible,
     reachable,
+    replace,
     write_private,
 )
 from fedtune.wire.keys import SigningKey
@@ -53,6 +58,8 @@ from fedtune.wire.keys import SigningKey
 Event = Callable[[str, dict[str, Any]], None]
 Run = Callable[..., dict[str, Any]]  # server.rounds.run, or a stand-in
 CLAIM_SECONDS = 30.0
+WATCH_SECONDS = 0.5  # between two looks at the gateway and the registry
+EVERYWHERE = ("0.0.0.0", "::")
 
 
 def serve(
@@ -60,69 +67,78 @@ def serve(
     out: Path,
     *,
     host: str = "127.0.0.1",
-    port: int = 8000,
+    port: int = 8443,
+    names: Sequence[str] = (),
     home: Path,
     resume: bool = False,
     on_event: Event | None = None,
     run: Run | None = None,
 ) -> dict[str, Any]:
-    """Run the study with the sites whose keys are in home/nodes; return the report's body.
+    """Run the study with the sites that are admitted, now or while it runs; return the report.
 
-    host, port: where the SuperLink listens (see the known limit above). run: in place of
-    server.rounds.run. Errors: ConfigError; InfrastructureError when the SuperLink ends, cannot
-    listen, or when a signal stops the study."""
+    host, port: where the gateway listens. names: what sites call it by (they go into its
+    certificate). run: in place of server.rounds.run. Errors: ConfigError; InfrastructureError when
+    the SuperLink ends, nothing can listen, or a signal stops the study."""
     study = load_study(study_path)
-    keys = read_nodes(home)
+    prepare(home, host, port, names)
     rounds = run or _installed_rounds(home)
     bypass_proxy()
     try:
-        with interruptible(), superlink(home, host, port) as link:
-            name, ca = _own_name(host), (home / "ca.crt").read_bytes()
-            address = f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
+        with interruptible(), superlink(home) as link:
             try:
-                with study_grid(link, address, ca, keys, _secret(home).read_bytes()) as grid:
+                with study_grid(link, home) as grid, door(link, home, host, port):
                     return rounds(grid, study, out, resume=resume, on_event=on_event)
             except (httpx.HTTPError, InfrastructureError) as error:
-                raise _blame(link, error) from None
+                raise _blame(link.child, error) from None
     except Stopped as stop:
         raise InfrastructureError(
             f"stopped by {stop.name} before the study was done", todo="start it with --resume"
         ) from None
 
 
-def read_nodes(home: Path) -> dict[str, bytes]:
-    """The sites that may take part: name (the file's) -> public key, PEM. Errors: ConfigError."""
-    files = sorted((home / "nodes").glob("*.pub"))
-    if not files:
-        raise ConfigError(
-            f"{home / 'nodes'} holds no site's key",
-            "one SITE.pub for each site",
-            "ask every site for its public key",
-        )
-    return {file.stem: read_public_key(file) for file in files}
-
-
-@contextmanager
-def superlink(home: Path, host: str, port: int) -> Iterator[Child]:
-    """A SuperLink that listens with TLS, admits registered nodes only, and starts no process.
-
-    Its database is new each time: what must outlive it is in the study's own folder."""
-    for name in ("ca.crt", "server.crt", "server.key"):
-        if not (home / name).is_file():
-            raise ConfigError(f"{home / name}: no such file", todo="make_server_certificate")
+def prepare(home: Path, host: str, port: int, names: Sequence[str] = ()) -> None:
+    """Make what the home lacks; see the layout above. Errors: ConfigError, InfrastructureError."""
     if reachable(_own_name(host), port):
         raise InfrastructureError(
             f"port {port} of {host} is taken", todo="choose another with --port"
         )
-    state = home / "flower"
+    certs.ca(home)
+    SigningKey.at(home / "signing.key")
+    own = [] if host in EVERYWHERE else [host]
+    certs.server_leaf(home, [*names, *own])
+    for name in [*names, *own][:1]:
+        address = f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
+        replace(home / "address", address.encode())
+
+
+@dataclass(frozen=True)
+class Link:
+    """A running SuperLink: its process, its loopback address, its throw-away certificate."""
+
+    child: Child
+    address: str
+    certificate: Path
+
+    @property
+    def ca(self) -> bytes:
+        return self.certificate.read_bytes()
+
+
+@contextmanager
+def superlink(home: Path) -> Iterator[Link]:
+    """A SuperLink on loopback that admits registered nodes only, and starts no process.
+
+    Its database is new each time: what must outlive it is in the study's own folder."""
+    state, port = home / "flower", free_port()
     for old in state.glob("state.db*"):
         old.unlink()
     write_private(_secret(home), secrets.token_bytes(32))
+    certificate, key = certs.loopback(state)
     # fmt: off
     options = [
-        "--host", host, "--port", str(port),
-        "--ssl-certfile", str(home / "server.crt"), "--ssl-keyfile", str(home / "server.key"),
-        "--ssl-ca-certfile", str(home / "ca.crt"),
+        "--host", "127.0.0.1", "--port", str(port),
+        "--ssl-certfile", str(certificate), "--ssl-keyfile", str(key),
+        "--ssl-ca-certfile", str(certificate),
         "--enable-supernode-auth",
         "--isolation", "process", "--superexec-auth-secret-file", str(_secret(home)),
         "--database", str(state / "state.db"),
@@ -130,18 +146,58 @@ def superlink(home: Path, host: str, port: int) -> Iterator[Child]:
     ]
     # fmt: on
     with Child("superlink", options, home=state, log=state / "superlink.log") as child:
-        child.wait_for_port(_own_name(host), port)
-        yield child
+        child.wait_for_port("127.0.0.1", port)
+        yield Link(child, f"127.0.0.1:{port}", certificate)
 
 
 @contextmanager
-def study_grid(
-    link: Child, address: str, ca: bytes, keys: dict[str, bytes], secret: bytes
-) -> Iterator[Grid]:
-    """Register the sites, start a run, claim its ServerApp task: the Grid to run the rounds on."""
+def door(link: Link, home: Path, host: str, port: int) -> Iterator[None]:
+    """The gateway, started again when it ends, and the sites that are admitted meanwhile."""
+    state, done = home / "flower", threading.Event()
+    options = [str(home), host, str(port), f"https://{link.address}", str(link.certificate)]
+
+    def start() -> Child:
+        return Child("gateway", options, home=state, log=state / "gateway.log")
+
+    known: set[str] = set()
+    register_new(link, home, known)
+    gateway = start()
+
+    def supervise() -> None:
+        nonlocal gateway
+        while not done.wait(WATCH_SECONDS):
+            if not gateway.alive:
+                gateway.stop()
+                gateway = start()
+            with suppress(httpx.HTTPError, ConfigError):  # the next look tries again
+                register_new(link, home, known)
+
+    watch = threading.Thread(target=supervise, daemon=True)
+    try:
+        gateway.wait_for_port(_own_name(host), port)
+        watch.start()
+        yield
+    finally:
+        done.set()
+        if watch.ident:
+            watch.join()
+        gateway.stop()
+
+
+def register_new(link: Link, home: Path, known: set[str]) -> None:
+    """Tell the SuperLink of every admitted node key that is not in `known`, and remember it."""
+    new = {r.name: r.node.encode() for r in enrol.registry(home).values() if r.node not in known}
+    for name, key in new.items():
+        api.register(link.address, link.ca, {name: key})
+        known.add(key.decode())
+
+
+@contextmanager
+def study_grid(link: Link, home: Path) -> Iterator[Grid]:
+    """Start a run and claim its ServerApp task: the Grid to run the rounds on."""
     content = bundle()
-    api.start_run(address, ca, keys, content, hashlib.sha256(content).hexdigest())
-    runtime = api.Runtime(address, secret, ca)
+    api.start_run(link.address, link.ca, {}, content, hashlib.sha256(content).hexdigest())
+    runtime = api.Runtime(link.address, _secret(home).read_bytes(), link.ca)
     try:
         deadline = time.monotonic() + CLAIM_SECONDS
         while (claim := runtime.acquire([api.SERVER_APP])) is None:
@@ -150,7 +206,8 @@ def study_grid(
             time.sleep(0.1)
     finally:
         runtime.close()
-    with api.server_grid(address, ca, claim, give_up=lambda: not link.alive) as grid:
+    child = link.child
+    with api.server_grid(link.address, link.ca, claim, give_up=lambda: not child.alive) as grid:
         yield grid
 
 
@@ -173,8 +230,8 @@ def _secret(home: Path) -> Path:
 
 
 def _own_name(host: str) -> str:
-    """The name that this machine calls its own SuperLink by: loopback where it listens there."""
-    return "127.0.0.1" if host in {"0.0.0.0", "::", "localhost"} else host
+    """The name that this machine calls its own gateway by: loopback where it listens there."""
+    return "127.0.0.1" if host in {*EVERYWHERE, "localhost"} else host
 
 
 def _blame(link: Child, error: httpx.HTTPError | InfrastructureError) -> InfrastructureError:
@@ -182,12 +239,6 @@ def _blame(link: Child, error: httpx.HTTPError | InfrastructureError) -> Infrast
         return link.ended()
     if isinstance(error, InfrastructureError):
         return error
-    if "certificate" in str(error).lower():
-        return InfrastructureError(
-            "the SuperLink's certificate does not verify",
-            "one that ca.crt signed for this host",
-            "make_server_certificate with the host's name",
-        )
     return InfrastructureError(
         f"the SuperLink refused a request ({type(error).__name__})", todo=f"read {link.log}"
     )

@@ -28,6 +28,7 @@ QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
 PACKAGES = str(Path(__file__).resolve().parents[2])  # a child runs this copy, never the folder's
+Program = Literal["superlink", "supernode", "gateway"]
 STOP_SECONDS = 10.0  # from SIGTERM to SIGKILL
 
 
@@ -66,20 +67,22 @@ def interruptible() -> Iterator[None]:
 
 
 class Child:
-    """One running Flower program ("superlink" or "supernode"); a context manager that stops it.
+    """One running program: Flower's "superlink" or "supernode", or our "gateway"; a context manager
+    that stops it.
 
     Its output goes to `log`, which is private to this user. Nothing else is inherited but `home`,
     its own FLWR_HOME, and the environment with Flower's network chatter switched off."""
 
     def __init__(
         self,
-        program: Literal["superlink", "supernode"],
+        program: Program,
         options: Sequence[str],
         *,
         home: Path,
         log: Path,
     ) -> None:
         self.program, self.log = program, log
+        self._name = "the gateway" if program == "gateway" else f"flower-{program}"
         private_folder(home)
         private_folder(log.parent)
         environment = {
@@ -114,7 +117,7 @@ class Child:
     def ended(self) -> InfrastructureError:
         """The error that says that this child ended by itself."""
         return InfrastructureError(
-            f"flower-{self.program} ended by itself (exit status {self._process.poll()})",
+            f"{self._name} ended by itself (exit status {self._process.poll()})",
             todo=f"read {self.log}",
         )
 
@@ -126,7 +129,7 @@ class Child:
                 raise self.ended()
             if time.monotonic() > deadline:
                 raise InfrastructureError(
-                    f"flower-{self.program} does not listen on {host}:{port} after {seconds:.0f} s",
+                    f"{self._name} does not listen on {host}:{port} after {seconds:.0f} s",
                     todo=f"read {self.log}",
                 )
             time.sleep(0.05)
@@ -164,6 +167,15 @@ def write_private(path: Path, content: bytes) -> Path:
     path.unlink(missing_ok=True)  # an older file may have wider permissions
     with open(path, "xb", opener=_private) as file:
         file.write(content)
+    return path
+
+
+def replace(path: Path, content: bytes) -> Path:
+    """Write a public file, whole or not at all."""
+    private_folder(path.parent)
+    draft = path.with_name(f"{path.name}.{os.getpid()}.new")
+    draft.write_bytes(content)
+    draft.replace(path)
     return path
 
 
@@ -206,9 +218,20 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-if __name__ == "__main__":
+def _main(program: str) -> None:
+    """Be the program named, with the options in sys.argv; does not return."""
+    _end_with_parent()
+    if program == "gateway":
+        from fedtune.flower.gateway import main
+
+        main(sys.argv[1:])
+        return
     from fedtune.flower import api
 
-    _end_with_parent()
-    sys.argv = [f"flower-{sys.argv[1]}", *sys.argv[2:]]
-    api.run_program("superlink" if sys.argv[0] == "flower-superlink" else "supernode")
+    api.run_program("superlink" if program == "superlink" else "supernode")
+
+
+if __name__ == "__main__":
+    name = sys.argv[1]
+    sys.argv = [f"flower-{name}", *sys.argv[2:]]
+    _main(name)

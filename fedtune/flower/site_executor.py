@@ -1,6 +1,8 @@
 """A site: `fedtune client`, which answers a coordinator's messages with the installed ClientApp.
 
-    coordinator <── TLS, node key ── SuperNode ── loopback, secret ──> join(): this process
+    gateway <── forwarder <── SuperNode ── loopback, secret ──> join(): this process
+
+The forwarder (forwarder.py) runs in this process too: it holds the site's certificate.
 
 join() stands where Flower would start a process per message that unpacks the coordinator's app
 bundle and runs it. Guarantee: only the ClientApp installed here runs; a bundle is never opened.
@@ -19,23 +21,24 @@ from typing import Any
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedtune.config import CoordinatorTable, Site, load_site
-from fedtune.errors import ConfigError, InfrastructureError
+from fedtune.config import load_site
+from fedtune.errors import InfrastructureError
 from fedtune.flower import api
+from fedtune.flower.forwarder import Forwarder, Link
+from fedtune.flower.forwarder import link as forwarder_link
 from fedtune.flower.processes import (
     Child,
     Stopped,
     bypass_proxy,
     free_port,
     interruptible,
-    reachable,
     write_private,
 )
 
 Event = Callable[[str, dict[str, Any]], None]
 App = Callable[[Message, Context], Message]
-ANSWERED = ("query.prepare", "train")  # the kinds of message that a site answers
-REFUSAL = "this site answers query.prepare and train, no more"
+ANSWERED = ("query.prepare", "train", "query.evaluate")  # the kinds of message that a site answers
+REFUSAL = "this site answers query.prepare, train and query.evaluate, no more"
 POLL_SECONDS = 0.2  # between two looks for a task, on loopback
 GONE_SECONDS = 6.0  # a coordinator that cannot be reached for so long is not there
 LONG_SECONDS = 30.0  # a SuperNode that lasted so long was waiting, not failing
@@ -59,17 +62,18 @@ def join(
     have a text for people.
     Errors: ConfigError; InfrastructureError when the coordinator goes on refusing this site."""
     site = load_site(site_path)
-    link = _coordinator(site, site_path)
+    link = forwarder_link(site, site_path)
     executor = _Executor(
         site_path.resolve(), client_app or _installed_app(), on_event or _ignore, once
     )
     bypass_proxy()
+    state = site.site.state / "flower"
     try:
-        with interruptible():
+        with interruptible(), Forwarder(link, state) as forwarder:
             failures: list[float] = []  # when, since the last success or long wait
             while True:
                 began = time.monotonic()
-                problem = executor.attend(site.site.state / "flower", link)
+                problem = executor.attend(state, forwarder)
                 if problem is None:
                     return
                 ended = time.monotonic()
@@ -93,14 +97,14 @@ class _Executor:
         self.joined = False  # whether the coordinator accepted the last SuperNode
         self._worked = False
 
-    def attend(self, state: Path, link: CoordinatorTable) -> InfrastructureError | None:
+    def attend(self, state: Path, way: Forwarder) -> InfrastructureError | None:
         """Run one SuperNode until it ends, and say why; None: `once` is fulfilled."""
         secret, port = secrets.token_bytes(32), free_port()
         secret_file = write_private(state / "executor.secret", secret)
         # fmt: off
         options = [
-            "--superlink", link.address, "--root-certificates", str(link.ca),
-            "--auth-supernode-private-key", str(link.node_key),
+            "--superlink", f"127.0.0.1:{way.port}", "--root-certificates", str(way.certificate),
+            "--auth-supernode-private-key", str(way.link.keys / "node.key"),
             "--host", "127.0.0.1", "--port", str(port),
             "--isolation", "process", "--superexec-auth-secret-file", str(secret_file),
         ]
@@ -110,7 +114,7 @@ class _Executor:
             runtime = api.Runtime(f"127.0.0.1:{port}", secret)
             try:
                 node.wait_for_port("127.0.0.1", port)
-                if self._work(node, runtime, f"127.0.0.1:{port}", link.address):
+                if self._work(node, runtime, f"127.0.0.1:{port}", way):
                     return None
             except InfrastructureError as error:
                 problem = error
@@ -120,25 +124,26 @@ class _Executor:
             finally:
                 runtime.close()
                 node.stop()
-            if node.said(api.SUPERNODE_REFUSED):
-                if node.said("certificate verify failed"):
-                    raise _distrust(link)
-                return _refusal(link)
+            if way.distrust:
+                raise _distrust(way.link)
+            if way.refusal or node.said(api.SUPERNODE_REFUSED):
+                return _refusal(way)
             return problem or node.ended()
 
-    def _work(self, node: Child, runtime: api.Runtime, address: str, coordinator: str) -> bool:
-        """Answer task after task: False when the SuperNode ends, True when `once` is fulfilled."""
-        absence, waiting = _Absence(coordinator), False
-        while node.alive:
+    def _work(self, node: Child, runtime: api.Runtime, address: str, way: Forwarder) -> bool:
+        """Answer task after task: False when the SuperNode ends or the gateway refuses this site,
+        True when `once` is fulfilled."""
+        coordinator, waiting = way.link.address, False
+        while node.alive and not (way.refusal or way.distrust):
             if not self.joined and node.said(api.SUPERNODE_JOINED):
                 self.joined = True
                 self.tell("joined", {"text": "connected; waiting for work"})
             if claim := runtime.acquire([api.CLIENT_APP, api.AGENT_APP]):
                 self._answer(node, address, claim)
             elif self._once and self._worked:
-                if absence.seconds() > GONE_SECONDS:
+                if way.away > GONE_SECONDS:
                     return True
-            elif not (self.joined or waiting) and absence.seconds() > GONE_SECONDS:
+            elif not (self.joined or waiting) and way.away > GONE_SECONDS:
                 waiting = True
                 text = f"waiting for the coordinator at {coordinator}"
                 self.tell("waiting", {"address": coordinator, "text": text})
@@ -168,50 +173,21 @@ class _Executor:
         return reply
 
 
-class _Absence:
-    """For how long the coordinator's port has been closed, looked at once a second."""
-
-    def __init__(self, address: str) -> None:
-        host, _, port = address.rpartition(":")
-        self._host, self._port = host.strip("[]"), int(port)
-        self._looked, self._since = 0.0, 0.0
-
-    def seconds(self) -> float:
-        now = time.monotonic()
-        if now - self._looked > 1:
-            self._looked = now
-            self._since = 0.0 if reachable(self._host, self._port) else self._since or now
-        return now - self._since if self._since else 0.0
-
-
-def _coordinator(site: Site, path: Path) -> CoordinatorTable:
-    if site.coordinator is None:
-        raise ConfigError(
-            f"{path}: coordinator: key is missing",
-            "a [coordinator] table with address, ca and node_key",
-        )
-    host, colon, port = site.coordinator.address.rpartition(":")
-    if not (host and colon and port.isdigit()):
-        raise ConfigError(f"{path}: coordinator.address: not an address", "host:port")
-    for key in ("ca", "node_key"):
-        if not getattr(site.coordinator, key).is_file():
-            raise ConfigError(f"{path}: coordinator.{key}: no such file")
-    return site.coordinator
-
-
-def _refusal(link: CoordinatorTable) -> InfrastructureError:
+def _refusal(way: Forwarder) -> InfrastructureError:
+    why = f" ({way.refusal})" if way.refusal else ""
     return InfrastructureError(
-        f"the coordinator at {link.address} refuses this site",
-        "a registered node key that no other process uses",
-        f"give {link.node_key}.pub to the coordinator, for its nodes folder",
+        f"the coordinator at {way.link.address} refuses this site{why}",
+        "an admitted site whose keys no other process uses",
+        "`fedtune enroll` again, and have the request admitted",
     )
 
 
-def _distrust(link: CoordinatorTable) -> InfrastructureError:
+def _distrust(link: Link) -> InfrastructureError:
     return InfrastructureError(
         f"the certificate of {link.address} does not verify",
-        f"one for this address that {link.ca} signed",
-        "ask the coordinator for its CA certificate, and for the address in its certificate",
+        "one for this address by the CA in the coordinator's answer",
+        "ask the coordinator to start with --name and this address, or for a new answer; a proxy "
+        "that opens TLS must let this address through",
     )
 
 

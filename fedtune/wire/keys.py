@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fedtune.errors import InfrastructureError
+
+_PUBLIC, _SIGNATURE = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{128}")
 
 
 class SigningKey:
@@ -69,7 +72,6 @@ class SigningKey:
         """Hexadecimal signature of `body`."""
         return self._private.sign(body).hex()
 
-
     def derive(self, purpose: str) -> bytes:
         """A 32-byte secret for one purpose, from the private half (HKDF-SHA256, RFC 5869)."""
         derivation = HKDF(hashes.SHA256(), 32, salt=None, info=b"fedtune " + purpose.encode())
@@ -77,7 +79,11 @@ class SigningKey:
 
 
 def verifies(public: str, body: bytes, signature: str) -> bool:
-    """Whether `signature` (hex) over `body` is by the key `public` (hex); malformed: False."""
+    """Whether `signature` over `body` is by the key `public`, both in lower-case hexadecimal;
+    malformed: False. One signature has one spelling: upper case and spaces are not hexadecimal
+    here."""
+    if not (_PUBLIC.fullmatch(public) and _SIGNATURE.fullmatch(signature)):
+        return False
     try:
         key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))
         key.verify(bytes.fromhex(signature), body)

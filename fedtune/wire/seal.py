@@ -16,6 +16,10 @@ from typing import Any
 from fedtune.errors import InputError
 from fedtune.wire.keys import SigningKey, canonical, verifies
 
+LONGEST = 100_000  # characters of any text in a sealed message
+LONGEST_HEADER = 10_000
+OUTSIDE = ("header", "signature")
+
 
 class SealError(InputError):
     """A message that is not what its signature says, or is signed by someone else."""
@@ -38,12 +42,20 @@ class Header:
     ledger: dict[str, Any]
 
 
-def body_digest(arrays: Mapping[str, bytes]) -> str:
-    """sha256 over every array's name, length and bytes, sorted by name."""
+def body_digest(arrays: Mapping[str, bytes], said: Mapping[str, Any] | None = None) -> str:
+    """sha256 over every array's name, length and bytes, sorted by name, and over all that the
+    message says beside them (`said`, without the header and the signature themselves).
+
+    Errors: SealError where `said` holds anything but short text."""
     total = hashlib.sha256()
     for name, body in sorted(arrays.items()):
         total.update(f"{len(name.encode())}:{name}:{len(body)}:".encode())
         total.update(body)
+    if said is not None:
+        words = {name: text for name, text in said.items() if name not in OUTSIDE}
+        if not all(isinstance(text, str) and len(text) <= LONGEST for text in words.values()):
+            raise SealError("its answer is malformed")
+        total.update(b"said:" + canonical(words))
     return total.hexdigest()
 
 
@@ -57,18 +69,28 @@ def opened(sealed: Mapping[str, Any], public: str, expected: Header) -> dict[str
     """The site's ledger statement, where the seal is by `public` and says what was expected.
 
     `expected.ledger` is ignored. Nothing of the body is parsed. Errors: SealError."""
-    text, signature = str(sealed.get("header")), str(sealed.get("signature"))
-    if len(text) > 10_000 or not verifies(public, b"fedtune update\0" + text.encode(), signature):
+    text, signature = sealed.get("header"), sealed.get("signature")
+    if not isinstance(text, str) or not isinstance(signature, str):
+        raise SealError("its update is not sealed")
+    if len(text) > LONGEST_HEADER:
+        raise SealError("the header of its update is too long")
+    try:
+        signed = b"fedtune update\0" + text.encode()
+    except UnicodeEncodeError:
+        raise SealError("the header of its update is malformed") from None
+    if not verifies(public, signed, signature):
         raise SealError("its update is not signed by the key that it was admitted with")
     try:
         said = json.loads(text)
+        if canonical(said).decode() != text:  # a name given twice, or another spelling
+            raise ValueError
         ledger = said.pop("ledger")
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise SealError("the header of its update is malformed") from None
     wanted = asdict(expected)
     del wanted["ledger"]
     for name, value in wanted.items():
-        if said.get(name) != value:
+        if type(said.get(name)) is not type(value) or said[name] != value:
             raise SealError(f"its update is sealed for another {name}")
     if set(said) != set(wanted) or not isinstance(ledger, dict):
         raise SealError("the header of its update is malformed")

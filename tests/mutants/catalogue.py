@@ -514,9 +514,8 @@ GUARANTEE_MUTANTS = (
         "studies chosen after results are added up as if all had been planned",
     ),
     _one(
-        "ledger", "a-round-is-trained-again-for-free", SITE,
-        "        if body is None:\n            body = self._trained",
-        "        if True:\n            body = self._trained",
+        "ledger", "a-round-is-trained-again", "fedtune/dp/ledger.py",
+        "        if sha256 is None or not path.exists():", "        if True:",
         SITES + "test_a_round_asked_for_again_is_sent_again_and_not_paid_again",
         "a retry trains again",
     ),
