@@ -46,7 +46,7 @@ def payable(
         if left > 0:
             ahead = replace(charge_of(study, training, site, 0, charges), steps=left)
             charges, trained = [*charges, ahead], [*trained, ahead]
-    within_budget(site, plan, charges)
+    within_budget(site, plan, charges, plan.local_steps)
     mine = [charge.event for charge in charges if charge.study == plan.study]
     queries = plan.events(max(plan.steps - sum(event.steps for event in mine), plan.local_steps))
     whole = [*(charge.event for charge in trained), *mine, *queries]

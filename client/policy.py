@@ -83,9 +83,12 @@ def _at_most(name: str, value: float, rule: str, policy: PolicyTable) -> Iterato
         yield PolicyRefused(f"{name} {value:g} is above policy.{rule} {most:g}")
 
 
-def within_budget(site: Site, plan: DpPlan | None, charges: Sequence[Charge]) -> None:
-    """What `charges` hold against the dataset, plus what the plan has yet to run (at least one
-    round: a round trained again is paid for again), stays under both ceilings of the policy.
+def within_budget(
+    site: Site, plan: DpPlan | None, charges: Sequence[Charge], at_least: int = 0
+) -> None:
+    """What `charges` hold against the dataset, plus what the plan has yet to run, stays under both
+    ceilings of the policy. at_least: steps about to run, which count even where the plan's are all
+    spent: a round trained again is paid for again, one sent again is not.
 
     Where privacy is off there is no ceiling left to hold: the policy allowed it.
     Errors: BudgetExceeded."""
@@ -93,15 +96,15 @@ def within_budget(site: Site, plan: DpPlan | None, charges: Sequence[Charge]) ->
         return
     policy = site.policy
     mine = [charge.event for charge in charges if charge.study == plan.study]
-    ahead = plan.events(max(plan.steps - sum(e.steps for e in mine), plan.local_steps))
-    alone = accountant.epsilon([*mine, *ahead], plan.delta)
+    ahead = max(plan.steps - sum(event.steps for event in mine), at_least)
+    alone = accountant.epsilon([*mine, *plan.events(ahead)], plan.delta)
     if alone > policy.max_epsilon_per_study:
         raise BudgetExceeded(
             "the study would go past policy.max_epsilon_per_study",
             f"at most ε = {policy.max_epsilon_per_study} at this site",
             "lower epsilon or rounds, or ask the site to raise its ceiling",
         )
-    total = total_of(site, plan, charges, ahead[0].steps)
+    total = total_of(site, plan, charges, ahead)
     if total.epsilon > policy.max_epsilon:
         raise BudgetExceeded(
             "the study would take this dataset past policy.max_epsilon, other studies included",

@@ -145,12 +145,14 @@ class SiteWorker:
             study, network, data, plan or plain_plan(study, self._size), frozen, coordinator
         )
 
-    def _permit(self, study: Study, plan: DpPlan | None, coordinator: str) -> None:
+    def _permit(
+        self, study: Study, plan: DpPlan | None, coordinator: str, at_least: int = 0
+    ) -> None:
         """The site's rules and ceilings, as they stand now. Errors: Refused."""
         site = self._current()
         admit(study, site, plan, coordinator)
         self._signed(study, site)
-        within_budget(site, plan, self.ledger.charges(self._dataset))
+        within_budget(site, plan, self.ledger.charges(self._dataset), at_least)
 
     def _signed(self, study: Study, site: Site) -> None:
         if site.policy.admission == "signed" and not self.ledger.admitted(study.digest):
@@ -222,12 +224,13 @@ class SiteWorker:
 
     def _trained(self, prepared: _Prepared, round_: int, adapter: Arrays, given: str) -> bytes:
         study, plan = prepared.study, prepared.private
-        self._permit(study, plan, prepared.coordinator)
+        steps = study.training.local_steps
+        self._permit(study, plan, prepared.coordinator, steps)
         data = self._data(study, prepared.network, self.site.data)  # somebody may have withdrawn
         charge = self._charge(study, plan, round_)
 
         def permit(charges: list[Charge]) -> None:
-            within_budget(self._current(), plan, charges)
+            within_budget(self._current(), plan, charges, steps)
 
         reserved = self.ledger.reserve(self._dataset, charge, given, permit)
         prepared.network.load_frozen(prepared.frozen)

@@ -105,6 +105,22 @@ def test_a_round_asked_for_again_is_sent_again_and_not_paid_again(
     assert len(worker.log.steps()) == len(worker.ledger.charges("records")) == 1
 
 
+def test_a_study_whose_budget_is_spent_is_still_sent_again(
+    worker: SiteWorker, tiny_base: Path
+) -> None:
+    """The coordinator may have lost the last update after the site had paid for it."""
+    made = begun(tiny_base, privacy={"epsilon": 8.0, "delta": 1e-4, "unit": "patient"})
+    worker.prepare(made.study, made.frozen)
+    last = [trains(worker, made, round_) for round_ in (1, 2, 3, 4)][-1]
+    again = SiteWorker(worker.site)
+    assert again.prepare(made.study, made.frozen).admitted
+    sent = trains(again, made, 4)
+    assert all(np.array_equal(last[n], sent[n]) for n in last)
+    with pytest.raises(BudgetExceeded):
+        again.train(made.study.digest, 4, {k: v + 1 for k, v in made.adapter.items()})
+    assert len(again.ledger.charges("records")) == 4
+
+
 def test_a_round_from_another_adapter_is_paid_for_until_the_ceiling(
     worker: SiteWorker, tiny_base: Path
 ) -> None:
