@@ -13,6 +13,7 @@ import typer
 
 from fedtune import cli_network, cli_site
 from fedtune.guard import command
+from fedtune.observe import cli as cli_observe
 from fedtune.runs import data_file, folder_for
 
 if TYPE_CHECKING:
@@ -171,10 +172,15 @@ def simulate(
     found, folder = _sites(study, sites), out or folder_for(loaded.study.name, resume=resume)
     if not loaded.private:
         warn_not_private(_console())
-    with Watch(_console(), "preparing") as watch:
+    from fedtune.observe import observer
+
+    with (
+        Watch(_console(), "preparing") as watch,
+        observer("coordinator", folder, then=watch) as seen,
+    ):
         from fedtune.simulate import simulate as run
 
-        body = run(study, found, folder, resume=resume, on_event=watch, engine=engine)
+        body = run(study, found, folder, resume=resume, on_event=seen, engine=engine)
     closing(_console(), folder, body)
 
 
@@ -358,6 +364,7 @@ def verify(
 
 cli_network.add_to(app)
 cli_site.add_to(app)
+cli_observe.add_to(app, LOOK)
 
 
 # ------------------------------------------------------------------------------- helpers

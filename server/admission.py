@@ -18,13 +18,24 @@ from flwr.serverapp import Grid
 
 from fedtune.config import Study
 from fedtune.errors import FedtuneError, Refused
-from fedtune.flower.arrays import Arrays, WireError, bodies, from_record, to_record
+from fedtune.flower.arrays import (
+    Arrays,
+    WireError,
+    bodies,
+    check_agreed,
+    from_record,
+    to_record,
+)
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import Header, SealError, body_digest, opened, sign_plan
+from server.bound import Terms
 from server.exchange import Reply, ask, clean, size
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 KEY = re.compile(r"[0-9a-f]{64}")
+MOST_UNITS = 10**10  # that a site may declare: more than there are people
+SIGMA_SLACK = 0.02  # of σ: another version of the accountant may calibrate a little differently
+REPEATS = 100  # times the plan's steps: rounds that were lost and trained again are logged too
 Tell = Callable[[str, str, str], None]  # site, status, reason
 
 
@@ -142,22 +153,33 @@ def _admission(reply: Reply, known: str) -> tuple[str, int, str, str, str]:
     shown = str(name) if named else unnamed
     if record.get("admitted") is not True:
         status = "failed" if record.get("status") == "failed" else "refused"
-        return shown, 0, "", status, clean(record.get("reason") or "no reason given")
+        return shown, 0, "", status, clean(record.get("reason")) or "no reason given"
     keyed = isinstance(key, str) and KEY.fullmatch(key) is not None
-    if not named or not keyed or type(declared) is not int or declared < 1:
+    if not named or not keyed or type(declared) is not int or not 1 <= declared <= MOST_UNITS:
         return unnamed, 0, "", "failed", "its answer to the plan is malformed"
     return shown, declared, str(key), "admitted", ""
 
 
 @dataclass
 class Tally:
-    """One round in the making. failures: how often each site was asked in vain."""
+    """One round in the making. failures: how often each site was asked in vain; counted: what was
+    taken in, by its idempotency key: a retry is a new message, and so is a replay."""
 
     number: int
     participants: list[str] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
     failures: Counter[str] = field(default_factory=Counter)
     started: float = field(default_factory=time.monotonic)
+    counted: set[tuple[str, int, str]] = field(default_factory=set)
+
+    def has(self, study: str, name: str) -> bool:
+        """Whether (study, round, site) is in already, whatever arrives again."""
+        return (study, self.number, name) in self.counted
+
+    def count(self, study: str, name: str) -> None:
+        self.counted.add((study, self.number, name))
+        self.participants.append(name)
+        self.missing.pop(name, None)
 
 
 @dataclass(frozen=True, repr=False)
@@ -182,44 +204,106 @@ def outcome(
     *,
     record: str = "update",
     done: str = "trained",
+    terms: Terms | None = None,
+    longest: float = math.inf,
 ) -> Outcome:
-    """Judge a reply to train, or to another order (`record` and `done` as it names them). An
-    update is taken only if it is sealed with `key` for this plan, round, base, site, receiver and
-    nonce; its names, shapes and type are those of `like`; every value is finite; and the site's
-    step log for it makes sense. The seal is checked first."""
+    """Judge a reply to train, or to another order (`record` and `done` as it names them). In this
+    order, each with a reason of its own:
+
+    | the seal    | by `key`, for this plan, round, base, site, receiver and nonce        |
+    | the arrays  | names, shapes, type and bytes as those of `like`, before any is read   |
+    | the numbers | plain fp32 by their own header; finite; a norm of at most `longest`    |
+    | the log     | noised with the `terms` that the plan sets, and a step for this update |
+    """
     if reply.content is None:
         return Outcome("failed", reply.reason)
     site, arrays = reply.content.get("site"), reply.content.get(record)
     if not isinstance(site, ConfigRecord) or not isinstance(arrays, ArrayRecord):
         return Outcome("failed", "its answer is malformed")
+    if set(reply.content) != {"site", record}:
+        return Outcome("failed", "its answer holds more than was asked for")
     status = site.get("status")
     if status != done:
         known = status if status in ("refused", "unprepared") else "failed"
-        return Outcome(str(known), clean(site.get("reason") or "no reason given"))
+        return Outcome(str(known), clean(site.get("reason")) or "no reason given")
     try:
-        ledger = opened(site, key, replace(wanted, body=body_digest(bodies(arrays))))
+        ledger = _opened(site, arrays, key, wanted)
+        check_agreed(arrays, like)
+        update = from_record(arrays)
+        _check_numbers(update, like, longest)
+        events = _events(site.get("events")) if private else []
+        _check_log(events, steps_before, terms)
+    except _Unfit as unfit:
+        return Outcome("dropped", str(unfit))
     except SealError as error:
         return Outcome("dropped", str(error))
-    if {n: tuple(a.shape) for n, a in arrays.items()} != {n: a.shape for n, a in like.items()}:
-        return Outcome("dropped", "its update has other names or shapes than the adapter")
-    try:
-        update = from_record(arrays)
-        events = _events(site.get("events")) if private else []
-    except WireError:
-        return Outcome("dropped", "its update is not the plain fp32 that it claims to be")
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return Outcome("dropped", "its step log is malformed")
-    if any(update[n].shape != like[n].shape for n in like):
-        return Outcome("dropped", "its update has other names or shapes than the adapter")
-    if not all(np.isfinite(array).all() for array in update.values()):
-        return Outcome("dropped", "its update has a value that is not finite")
-    if private and sum(event["steps"] for event in events) <= steps_before:
-        return Outcome("dropped", "its step log shows no new noised step for this update")
+    except WireError as error:
+        return Outcome("dropped", clean(f"its update is not as agreed: {error}"))
     return Outcome(done, "", update, events, ledger)
 
 
+class _Unfit(Exception):
+    """Why an update is dropped."""
+
+
+def _opened(site: ConfigRecord, arrays: ArrayRecord, key: str, wanted: Header) -> dict[str, Any]:
+    """The ledger statement of a sealed update. Errors: SealError."""
+    found = bodies(arrays)
+    try:
+        return opened(site, key, replace(wanted, body=body_digest(found, site)))
+    except SealError as error:
+        # Sites of an earlier version seal the arrays alone; one seal never passes for the other.
+        if "another body" not in str(error):
+            raise
+        return opened(site, key, replace(wanted, body=body_digest(found)))
+
+
+def _check_numbers(update: Arrays, like: Arrays, longest: float) -> None:
+    """Errors: _Unfit."""
+    total = 0.0
+    for name, array in update.items():
+        if array.shape != like[name].shape:
+            raise _Unfit(f"its update is not as agreed: array {name!r} has two shapes")
+        if not np.isfinite(array).all():
+            raise _Unfit("its update has a value that is not finite")
+        exact = array.astype(np.float64).ravel()
+        total += float(exact @ exact)
+    if math.sqrt(total) > longest:
+        raise _Unfit(
+            f"its update is longer ({math.sqrt(total):.3g}) than the plan's noise, clipping and "
+            f"rates allow ({longest:.3g})"
+        )
+
+
+def _check_log(events: list[dict[str, Any]], steps_before: int, terms: Terms | None) -> None:
+    """Errors: _Unfit where the log is not that of this plan, or shows no new step."""
+    if terms is None:
+        return
+    for event in events:
+        same = (
+            math.isclose(event["q"], terms.sampling_rate, rel_tol=1e-9)
+            and math.isclose(event["max_grad_norm"], terms.max_grad_norm, rel_tol=1e-9)
+            and event["records"] == terms.records
+        )
+        ratio = event["sigma"] / terms.noise_multiplier
+        if not same or not 1 - SIGMA_SLACK <= ratio <= 1 + SIGMA_SLACK:
+            raise _Unfit("its step log shows other noise than the plan's")
+    steps = sum(event["steps"] for event in events)
+    if steps <= steps_before:
+        raise _Unfit("its step log shows no new noised step for this update")
+    if steps > REPEATS * terms.steps:
+        raise _Unfit("its step log shows far more steps than the plan has")
+
+
 def _events(text: Any) -> list[dict[str, Any]]:
-    """The site's step log summary. Errors: ValueError, TypeError, KeyError."""
+    """The site's step log summary. Errors: _Unfit."""
+    try:
+        return _parsed(text)
+    except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
+        raise _Unfit("its step log is malformed") from None
+
+
+def _parsed(text: Any) -> list[dict[str, Any]]:
     if not isinstance(text, str) or len(text) > 100_000:
         raise ValueError("events")
     found = []

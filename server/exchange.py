@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from fedtune.errors import FedtuneError, InfrastructureError
 from fedtune.flower import api
 
-BATCH = 1  # replies pulled at once: Flower drops all that it pulled beside one it cannot read
 UNREADABLE = (  # what reading a hostile message may raise; a lost connection is none of these
     *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError),
     *(RecursionError, NotImplementedError, struct.error, DecodeError),
@@ -48,7 +47,8 @@ def ask(
     """Send each node its content and yield exactly one Reply per node, as they arrive.
 
     A node is told apart by the message it answers, never by what the answer says.
-    Guarantee: at most BATCH replies are held. Errors: InfrastructureError when the grid fails.
+    Guarantee: at most one reply is held; one that cannot be read is that node's failure alone.
+    Errors: InfrastructureError when the grid fails.
     """
     try:
         waiting: dict[str, int] = {}
@@ -71,15 +71,11 @@ def _collect(grid: Grid, waiting: dict[str, int], deadline: float) -> Iterator[R
     pause = 0.05
     while waiting:
         heard = len(waiting)
-        ids = list(waiting)
-        for start in range(0, len(ids), BATCH):
-            for message in _pulled(grid, ids[start : start + BATCH]):
-                if isinstance(message, str):
-                    yield Reply(waiting.pop(message), None, "its answer cannot be read")
-                    continue
-                node = waiting.pop(message.metadata.reply_to_message_id, None)
-                if node is not None:
-                    yield _reply(node, message)
+        for asked in list(waiting):
+            reply = _pulled(grid, asked, waiting[asked])
+            if reply is not None:
+                del waiting[asked]
+                yield reply
         if len(waiting) < heard:
             pause = 0.05
         elif time.monotonic() < deadline:
@@ -90,14 +86,16 @@ def _collect(grid: Grid, waiting: dict[str, int], deadline: float) -> Iterator[R
             return
 
 
-def _pulled(grid: Grid, ids: list[str]) -> Iterator[Message | str]:
-    """What has arrived for `ids`; an id itself where Flower could not read the answer to it."""
+def _pulled(grid: Grid, asked: str, node: int) -> Reply | None:
+    """The answer to one message, if it is there. One at a time: Flower loses all that it pulled
+    beside a message that it cannot read, and two large answers need not be held together."""
     try:
-        messages = iter(grid.pull_messages(ids))
-        while (message := next(messages, None)) is not None:
-            yield message
+        for message in grid.pull_messages([asked]):
+            if message.metadata.reply_to_message_id == asked:
+                return _reply(node, message)
     except UNREADABLE:
-        yield from ids
+        return Reply(node, None, "its answer cannot be read")
+    return None
 
 
 def _reply(node: int, message: Message) -> Reply:

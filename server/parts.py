@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from fedtune.config import Study
 from fedtune.flower.arrays import Arrays
 from fedtune.wire.keys import SigningKey
+from server.bound import Budget
 
 Events = list[tuple[float, float, int, int]]  # (σ, q, steps, records of one unit)
 
@@ -49,6 +50,12 @@ def _epsilon(events: Events, delta: float) -> float:
     return cross_check([Steps(*event) for event in events], delta)
 
 
+def _budget(study: Study, declared: int) -> Budget:
+    from fedtune.dp.budget import resolve
+
+    return resolve(study, declared)
+
+
 def _accountant() -> str:
     from fedtune.dp.accountant import ACCOUNTANT
 
@@ -78,16 +85,20 @@ def _report(out: Path, body: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Parts:
-    """key: the coordinator's signing key; patience: seconds to wait at the start until
-    strategy.min_sites sites admit the plan; pause: seconds before the first retry of a round (twice that before the second, and so on)."""
+    """key: the coordinator's signing key; receipts: file for the sites' newest receipts beyond one
+    run (None: only in the run's checkpoint); patience: seconds to wait at the start until
+    strategy.min_sites sites admit the plan; pause: seconds before the first retry of a round
+    (twice that before the second, and so on)."""
 
     start: Callable[[Study], Started] = _start
     evaluator: Callable[[Study, Arrays], Measures] = _evaluator
     epsilon: Callable[[Events, float], float] = _epsilon
+    budget: Callable[[Study, int], Budget] = _budget
     accountant: Callable[[], str] = _accountant
     licence: Callable[[Study], str] = _licence
     save: Callable[[Study, Arrays, Arrays, Path], None] = _save
     report: Callable[[Path, dict[str, Any]], None] = _report
     key: SigningKey = field(default_factory=SigningKey)
+    receipts: Path | None = None
     patience: float = 120.0
     pause: float = 10.0

@@ -19,6 +19,7 @@ from fedtune.flower.arrays import Arrays, to_record
 from fedtune.wire import seal
 from fedtune.wire.keys import SigningKey
 from server.admission import Outcome, Roster, outcome
+from server.bound import Terms
 from server.exchange import ask, size
 from server.store import Progress
 
@@ -75,8 +76,8 @@ class Queries:
             _add(entry["bytes_up"], name, reply.size)
             before = sum(event["steps"] for event in self.progress.queries.get(name, []))
             key, wanted = self.progress.keys.get(name, ""), self._wanted(name, nonce)
-            kind = {"record": "answer", "done": "answered"}
-            got = self._by_plan(outcome(reply, LIKE, True, before, key, wanted, **kind))
+            kind: dict[str, Any] = {"record": "answer", "done": "answered", "terms": self.terms}
+            got = outcome(reply, LIKE, True, before, key, wanted, **kind)
             if got.status == "answered":
                 answers[name] = got
                 missing.pop(name, None)
@@ -89,11 +90,14 @@ class Queries:
             ready = [name for name in unprepared if name in self.roster.willing()]
             self._ask(ready, entry, answers, missing, again=False)
 
-    def _by_plan(self, got: Outcome) -> Outcome:
+    @property
+    def terms(self) -> Terms | None:
+        """What the plan demands of an answer's noise."""
         table = self.study.private_evaluation
-        if table and any((e["sigma"], e["q"]) != (table.noise_multiplier, 1) for e in got.events):
-            return Outcome("dropped", "its step log shows other noise than the plan's")
-        return got
+        if table is None:
+            return None
+        steps = len(self.study.queries)
+        return Terms(1.0, table.noise_multiplier, math.sqrt(2), 1, 1.0, steps)
 
     def _order(self, name: str, nonce: str) -> ConfigRecord:
         receipt = self.progress.receipts.get(name)

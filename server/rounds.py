@@ -23,11 +23,12 @@ from flwr.serverapp import Grid
 
 from fedtune import strategies
 from fedtune.config import Study
-from fedtune.errors import InfrastructureError
+from fedtune.errors import ConfigError, InfrastructureError
 from fedtune.flower.arrays import to_record
 from fedtune.wire import seal
 from server import store, summary
-from server.admission import Roster, Tally, outcome, plan_message
+from server.admission import Outcome, Roster, Tally, outcome, plan_message
+from server.bound import Terms, norm_bound, terms
 from server.exchange import Reply, ask, size
 from server.parts import Parts
 from server.queries import Queries
@@ -82,6 +83,11 @@ class _Run:
         assert self.study.training.rounds is not None  # filled in by start
         self.rounds = self.study.training.rounds
         self.asks = self.study.strategy
+        self.terms: dict[int, Terms] = {}  # by declared size
+        self.receipts = store.Receipts(parts.receipts)
+        mine = parts.key.public  # a site takes a receipt for what it is only from who signed it
+        earlier = self.receipts.read()
+        self.earlier = {k: r for k, r in earlier.items() if r.get("coordinator") == mine}
         plan = plan_message(self.study, progress.frozen, parts.key)
         self.roster = Roster(grid, self.study, plan, progress.sizes, progress.keys, self._tell)
         self.queries = Queries(grid, self.progress, self.roster, parts.key)
@@ -167,11 +173,11 @@ class _Run:
             node: RecordDict({"order": self._order(name, tally.number, nonce), "adapter": adapter})
             for node, name in named.items()
         }
-        unprepared = []
+        unprepared, shared = [], size(RecordDict({"adapter": adapter}))
         group, timeout = str(tally.number), self.asks.round_timeout
         for reply in ask(self.grid, "train", contents, group, timeout):
-            name = named[reply.node]
-            self.roster.down[name] += size(contents[reply.node])
+            name, order = named[reply.node], contents[reply.node]["order"]
+            self.roster.down[name] += shared + size(RecordDict({"order": order}))
             self.roster.up[name] += reply.size
             if self._take(name, reply, tally, nonce) == "unprepared":
                 unprepared.append(name)
@@ -181,11 +187,15 @@ class _Run:
             self._train(ready, tally, again=False)
 
     def _order(self, name: str, number: int, nonce: str) -> ConfigRecord:
-        receipt = self.progress.receipts.get(name)
+        earlier = self.earlier.get(self.progress.keys.get(name, ""))
+        receipt = self.progress.receipts.get(name, earlier)
         text = json.dumps(receipt) if receipt else ""
         return ConfigRecord(seal.order(self.parts.key, self.study.digest, number, nonce, text))
 
     def _take(self, name: str, reply: Reply, tally: Tally, nonce: str) -> str:
+        if tally.has(self.study.digest, name):
+            self._tell(name, "dropped", "its update of this round is counted already", tally.number)
+            return "dropped"
         before = sum(event["steps"] for event in self.progress.events.get(name, []))
         wanted = seal.Header(
             plan=self.study.digest,
@@ -198,14 +208,17 @@ class _Run:
             ledger={},
         )
         adapter, key = self.progress.adapter, self.progress.keys.get(name, "")
-        got = outcome(reply, adapter, self.study.private, before, key, wanted)
+        try:
+            limits = self._limits(name)
+            got = outcome(reply, adapter, self.study.private, before, key, wanted, **limits)
+        except ConfigError as error:  # an honest site of such a size says so itself, when it joins
+            got = Outcome("dropped", f"its declared size does not fit the plan: {error}")
         if got.status == "trained":
             self.progress.receipts[name] = seal.receipt(self.parts.key, got.ledger)
             weight = self.progress.sizes[name] if self.asks.weights == "declared" else 1
             self.strategy.add(got.update, float(weight))
             self.progress.events[name] = got.events
-            tally.participants.append(name)
-            tally.missing.pop(name, None)
+            tally.count(self.study.digest, name)
         else:
             tally.failures[name] += got.status != "unprepared"
             tally.missing[name] = f"{got.status}: {got.reason}"
@@ -213,6 +226,19 @@ class _Run:
                 self.roster.refused[name] = got.reason
         self._tell(name, got.status, got.reason, tally.number)
         return got.status
+
+    def _limits(self, name: str) -> dict[str, Any]:
+        """What the plan implies for this site's updates; nothing where it adds no noise."""
+        if not self.study.private:
+            return {}
+        declared, adapter = self.progress.sizes[name], self.progress.adapter.values()
+        if declared not in self.terms:
+            self.terms[declared] = terms(
+                self.study, self.parts.budget(self.study, declared), declared
+            )
+        start = math.sqrt(sum(float(np.square(a, dtype=np.float64).sum()) for a in adapter))
+        site, dimension = self.terms[declared], sum(a.size for a in adapter)
+        return {"terms": site, "longest": norm_bound(self.study, site, dimension, start)}
 
     def _keep(self, tally: Tally) -> None:
         """Apply the round, measure it, and make it last."""
@@ -237,7 +263,7 @@ class _Run:
         self.roster.up.clear()
         self.roster.down.clear()
         progress.history.append(entry)
-        store.save(self.out, progress)
+        self._save()
         if self.queries.due():
             self._query()
         self._write_metrics()
@@ -248,10 +274,15 @@ class _Run:
         """Ask the sites about the round just kept, and make the answer last. A crash in between
         asks again, and the sites send what they sent before."""
         found = self.queries.ask()
-        store.save(self.out, self.progress)
+        self._save()
         for name, why in found["missing"].items():
             status, _, reason = why.partition(": ")
             self._event("site", name=name, status=status, reason=f"private evaluation: {reason}")
+
+    def _save(self) -> None:
+        progress = self.progress
+        store.save(self.out, progress)
+        self.receipts.keep({progress.keys[name]: r for name, r in progress.receipts.items()})
 
     def _measure(self, number: int) -> dict[str, float]:
         table = self.study.evaluation

@@ -117,6 +117,37 @@ def open_folder(out: Path, study: Study, *, resume: bool) -> Progress | None:
     return load(out, study) if resume else None
 
 
+class Receipts:
+    """The newest receipt of each site, by its public key, beyond any one run; None: kept nowhere.
+
+    A site that was restored from an old copy is told by the first order of the next study what it
+    must already have signed. Errors: CheckpointError where the file is damaged."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        if self.path is None or not self.path.exists():
+            return {}
+        try:
+            found = json.loads(self.path.read_text())
+            if isinstance(found, dict) and all(isinstance(r, dict) for r in found.values()):
+                return found
+        except (OSError, ValueError, RecursionError):
+            pass
+        raise CheckpointError(
+            f"{self.path}: damaged",
+            "the receipts as they were written",
+            "restore it from a copy; without it a site that was rolled back is noticed later",
+        )
+
+    def keep(self, receipts: dict[str, dict[str, Any]]) -> None:
+        """Add these to what is there, whole or not at all. Errors: InfrastructureError."""
+        if self.path is not None and receipts:
+            body = json.dumps(self.read() | receipts, sort_keys=True)
+            replace(self.path, body.encode())
+
+
 def replace(path: Path, body: bytes) -> None:
     """Write a file whole or not at all, and make it last. Errors: InfrastructureError."""
 

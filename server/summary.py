@@ -52,8 +52,32 @@ def body(progress: Progress, parts: Parts) -> dict[str, Any]:
         },
         "adapter": _adapter(progress),
         "sites": dict(sorted(progress.admission.items())),
+        "absences": absences(history),
         "rounds": [{key: entry[key] for key in keys if key in entry} for entry in history],
     }
+
+
+def absences(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """site -> rounds missed, the longest absence, and how often each reason was the last one.
+
+    The seconds of an absence are those of the rounds in it, by a clock that no change of the time
+    of day moves. A round that a site was not asked in neither ends an absence nor is one."""
+    found: dict[str, dict[str, Any]] = {}
+    now: dict[str, tuple[int, float]] = {}  # the absence in progress: rounds, seconds
+    for entry in history:
+        for name in entry["participants"]:
+            now.pop(name, None)
+        for name, why in sorted(entry["missing"].items()):
+            site = found.setdefault(
+                name, {"rounds": 0, "longest_rounds": 0, "longest_seconds": 0.0, "reasons": {}}
+            )
+            rounds, seconds = now.get(name, (0, 0.0))
+            now[name] = rounds + 1, seconds + entry["seconds"]
+            site["rounds"] += 1
+            site["longest_rounds"] = max(site["longest_rounds"], now[name][0])
+            site["longest_seconds"] = round(max(site["longest_seconds"], now[name][1]), 3)
+            site["reasons"][why] = site["reasons"].get(why, 0) + 1
+    return dict(sorted(found.items()))
 
 
 def _privacy(progress: Progress, parts: Parts) -> dict[str, Any]:

@@ -37,6 +37,7 @@ def own_cache(
 ) -> Iterator[None]:
     """A test never writes into the user's cache of bases, unless it is marked `real`."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDTUNE_STRICT", "1")  # a log field that is not on the list is an error
         if not request.node.get_closest_marker("real"):
             patch.setenv("FEDTUNE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         yield

@@ -102,10 +102,13 @@ def test_help_is_quick_and_every_command_has_one() -> None:
     assert not {"torch", "transformers", "flwr", "matplotlib", "pydantic"} & set(imported)
     top = run("--help")
     assert top.exit_code == 0
-    for name in ("demo", "init", "plan", "simulate", "server", "client", "evaluate", "generate"):
+    names = ("demo", "init", "plan", "simulate", "server", "client", "evaluate", "generate")
+    names += ("enroll", "admit", "revoke", "status")
+    names += ("review", "ledger", "withdraw", "doctor", "audit")
+    for name in names:
         assert name in top.output
         assert run(name, "--help").exit_code == 0
-    for words in (("models", "list"), ("models", "fetch"), ("models", "verify"), ("keys", "site")):
+    for words in (("models", "list"), ("models", "fetch"), ("models", "verify")):
         assert run(*words, "--help").exit_code == 0
     assert "The public plan" in run("simulate", "--help").output
     assert run("--version").output == f"fedtune {__version__}\n"
@@ -167,7 +170,7 @@ def test_ctrl_c_says_how_to_go_on(study: Path, monkeypatch: pytest.MonkeyPatch) 
         (("evaluate", "nowhere", "--data", "e.jsonl"), "nowhere: not a run folder"),
         (("generate", "nowhere", "--prompt", "a"), "nowhere: not a run folder"),
         (("client", "nowhere.toml"), "nowhere.toml: no such file"),
-        (("server", "{study}", "--home", "nowhere"), "holds no site's key"),
+        (("server", "nowhere.toml"), "nowhere.toml: no such file"),
         (("models", "verify", "pypi:nothing"), "not a wheel that fedtune knows"),
     ],
 )
@@ -198,14 +201,6 @@ def test_plan_shows_what_follows(study: Path) -> None:
     assert "north" in run("plan", study).output
     study.write_text(study.read_text().replace("epsilon = 8", "noise_multiplier = 1.0"))
     assert "5." in run("plan", study, "--size", 100).output
-
-
-def test_keys_are_made_where_they_belong(tmp_path: Path) -> None:
-    assert run("keys", "coordinator", tmp_path / "home", "--host", "hub.example").exit_code == 0
-    assert (tmp_path / "home" / "nodes").is_dir() and (tmp_path / "home" / "server.crt").is_file()
-    assert run("keys", "site", tmp_path / "node.key").exit_code == 0
-    assert (tmp_path / "node.key.pub").is_file()
-    assert run("keys", "site", tmp_path / "node.key").exit_code == 2
 
 
 def test_a_run_goes_into_a_folder_of_its_own(

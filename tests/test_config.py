@@ -139,7 +139,7 @@ WRONG_SITE = [
     ("", '\n[policy]\nmax_epsilon = "8"', "policy.max_epsilon: must be a valid number"),
     ("", "\n[policy]\nallow_privacy_off = 1", "policy.allow_privacy_off: must be a valid boolean"),
     ("", '\n[policy]\nbases = ["x"]', 'policy.bases.0: must be "sha256:" and 64'),
-    ("", '\n[coordinator]\naddress = "a:1"', "coordinator.ca: key is missing (and 1 more)"),
+    ("", '\n[coordinator]\naddress = "a:1"', "coordinator.answer: key is missing"),
     ("", "\n[poliy]\nmax_epsilon = 1", "poliy: unknown key (did you mean policy?)"),
 ]
 
@@ -208,7 +208,8 @@ def test_every_commented_line_of_the_templates_is_valid_when_switched_on(tmp_pat
     assert loaded.evaluation and loaded.evaluation.choices == (" yes", " no")
 
     text = init.SITE
-    for key in ("[coordinator]", "address", "ca", "node_key", "patient"):
+    lines = ("[coordinator]", "answer", "fingerprint", "address", "proxy", "proxy_ca", "patient")
+    for key in lines:
         assert f"# {key} " in text
         text = text.replace(f"# {key} ", f"{key} ")
     path = tmp_path / "site.toml"

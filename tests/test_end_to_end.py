@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,10 @@ from dp_accounting.pld import PLDAccountant
 from safetensors.numpy import load_file
 
 from fedtune.demo import write
-from fedtune.dp.ledger import Ledger
 from fedtune.errors import InputError
-from fedtune.flower import enrol
 from fedtune.simulate import simulate
 from fedtune.sites import sites_in
+from tests.test_cli import run
 
 STUDY = """
 privacy = {privacy}
@@ -202,12 +200,12 @@ def test_tls_processes_give_the_same_adapter_as_simulation(
         server = running.enter_context(command(logs / "server", "server", there, "--out", out, *at))
         for name in NAMES:
             site = there.parent / f"site-{name}.toml"
-            request, state = tmp_path / f"{name}.request", there.parent / f"state-{name}"
-            said = enrol.enroll(name, state / "keys", Ledger(state).key, request)
-            asked = enrol.read_request(request)
-            enrol.compare(asked, said)
-            answer = enrol.admit(home, asked, f"127.0.0.1:{port}")
-            (tmp_path / f"{name}.answer").write_text(json.dumps(asdict(answer)))
+            request, answer = tmp_path / f"{name}.request", tmp_path / f"{name}.answer"
+            said = run("enroll", site, "--out", request).output
+            heard = ("--fingerprint", said.partition("fingerprint   ")[2].splitlines()[0])
+            place = ("--address", f"127.0.0.1:{port}")
+            done = run("admit", request, "--home", home, *heard, *place, "--out", answer)
+            assert done.exit_code == 0, done.output
             running.enter_context(command(logs / name, "client", site, "--once"))
         code = server.wait(150)
         assert code == 0, (logs / "server").read_text()[-2000:]

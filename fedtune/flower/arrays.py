@@ -49,15 +49,15 @@ def check_agreed(record: ArrayRecord, like: Mapping[str, npt.NDArray[np.float32]
     | more or fewer bytes than the shape | WireError, whatever the body says of itself |
     Guarantee: nothing is allocated in proportion to what the message claims."""
     if len(record) != len(like) or set(record) != set(like):
-        raise WireError("it has other arrays than the adapter")
+        raise WireError("other arrays than agreed")
     for name, array in record.items():
         if tuple(array.shape) != like[name].shape:
-            raise WireError(f"its array {name!r} has another shape than the adapter's")
+            raise WireError(f"array {name!r} has another shape than agreed")
         if array.dtype != "float32" or array.stype != "numpy.ndarray":
-            raise WireError(f"its array {name!r} is not plain fp32")
+            raise WireError(f"array {name!r} is not plain fp32")
         extra = len(array.data) - 4 * like[name].size
         if not _START < extra <= _START + _LONGEST_HEADER:
-            raise WireError(f"its array {name!r} has not the bytes of its shape in plain fp32")
+            raise WireError(f"array {name!r} has not the bytes of its shape in plain fp32")
 
 
 def from_record(record: ArrayRecord) -> Arrays:

@@ -3,7 +3,7 @@
 One CA for the consortium's whole life; leaves are short-lived and issued again without a new kit.
 Every key here is P-384. A secret file is readable by its owner alone.
 
-    ca(home)                        ca.crt, ca.key; made once, never replaced
+    ca(home)                        ca.pem: key and certificate; made once, never replaced
     server_leaf(home, names)        server.pem: key and leaf; renewed at half of its life
     issue(home, key, name, ...)     a leaf for somebody else's public key
     node_key(path), tls_key(path)   a site's keys, made at the site
@@ -14,7 +14,10 @@ Errors: ConfigError where a key or a CA cannot be read.
 
 from __future__ import annotations
 
+import os
+import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -25,10 +28,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedtune.errors import ConfigError
-from fedtune.flower.processes import replace, write_private
+from fedtune.flower.processes import write_private
 
 CA_DAYS, LEAF_DAYS = 3650, 30
 SKEW = timedelta(minutes=5)  # a clock may be a little behind
+EC = ec.EllipticCurvePrivateKey
 PEM = serialization.Encoding.PEM
 
 
@@ -36,16 +40,16 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-def ca(home: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
-    """The consortium's CA in home/ca.key and home/ca.crt; made where neither exists."""
-    key_file, file = home / "ca.key", home / "ca.crt"
-    if not key_file.exists() and not file.exists():
-        _make_ca(key_file, file)
+def ca(home: Path) -> tuple[EC, x509.Certificate]:
+    """The consortium's CA in home/ca.pem (key and certificate); made where there is none."""
+    file = home / "ca.pem"
+    if not file.exists():
+        _make_ca(file)
     try:
         certificate = x509.load_pem_x509_certificate(file.read_bytes())
     except (OSError, ValueError):
-        raise ConfigError(f"{file}: no readable CA certificate", todo="restore a backup") from None
-    return read_key(key_file), certificate
+        raise ConfigError(f"{file}: no readable CA", todo="restore it from a backup") from None
+    return read_key(file), certificate
 
 
 def server_leaf(home: Path, names: Sequence[str] = ()) -> Path:
@@ -107,17 +111,17 @@ def common_name(subject: x509.Name) -> str:
     return str(names[0].value) if len(names) == 1 else ""
 
 
-def node_key(path: Path) -> ec.EllipticCurvePrivateKey:
+def node_key(path: Path) -> EC:
     """The site's key for Flower in `path` (OpenSSH format); made where there is none."""
     return _key_at(path, serialization.PrivateFormat.OpenSSH)
 
 
-def tls_key(path: Path) -> ec.EllipticCurvePrivateKey:
+def tls_key(path: Path) -> EC:
     """The site's key for TLS in `path` (PKCS 8); made where there is none."""
     return _key_at(path, serialization.PrivateFormat.PKCS8)
 
 
-def read_key(path: Path) -> ec.EllipticCurvePrivateKey:
+def read_key(path: Path) -> EC:
     """A P-384 private key, in either format. Errors: ConfigError."""
     try:
         body = path.read_bytes()
@@ -127,7 +131,7 @@ def read_key(path: Path) -> ec.EllipticCurvePrivateKey:
             else serialization.load_pem_private_key
         )
         key = load(body, None)
-        if not (isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name == "secp384r1"):
+        if not (isinstance(key, EC) and key.curve.name == "secp384r1"):
             raise ValueError
     except (OSError, ValueError, TypeError):
         raise ConfigError(f"{path}: no readable key", "a P-384 private key") from None
@@ -144,7 +148,7 @@ def public_pem(key: ec.EllipticCurvePublicKey) -> bytes:
     return key.public_bytes(PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
-def request(key: ec.EllipticCurvePrivateKey, name: str) -> bytes:
+def request(key: EC, name: str) -> bytes:
     """A certificate signing request (PEM): `name` asks for a leaf for `key`."""
     builder = x509.CertificateSigningRequestBuilder().subject_name(_name(name))
     return builder.sign(key, hashes.SHA384()).public_bytes(PEM)
@@ -165,7 +169,7 @@ def loopback(folder: Path) -> tuple[Path, Path]:
     return file, write_private(folder / "loopback.key", _pem(key))
 
 
-def _make_ca(key_file: Path, file: Path) -> None:
+def _make_ca(file: Path) -> None:
     key = ec.generate_private_key(ec.SECP384R1())
     name = "fedtune consortium CA"
     certificate = (
@@ -174,11 +178,14 @@ def _make_ca(key_file: Path, file: Path) -> None:
         .add_extension(_usage(signs_certificates=True), critical=True)
         .sign(key, hashes.SHA384())
     )
-    write_private(key_file, _pem(key))
-    replace(file, certificate.public_bytes(PEM))
+    draft = file.with_name(f"ca.{secrets.token_hex(8)}.new")
+    write_private(draft, _pem(key) + certificate.public_bytes(PEM))
+    with suppress(FileExistsError):  # another process was first: its CA counts
+        os.link(draft, file)
+    draft.unlink()
 
 
-def _key_at(path: Path, form: serialization.PrivateFormat) -> ec.EllipticCurvePrivateKey:
+def _key_at(path: Path, form: serialization.PrivateFormat) -> EC:
     if path.exists():
         return read_key(path)
     key = ec.generate_private_key(ec.SECP384R1())
@@ -239,5 +246,5 @@ def _general_name(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
-def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+def _pem(key: EC) -> bytes:
     return key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())

@@ -8,9 +8,9 @@ The rounds run in this process, from the installed package. The app bundle that 
 run holds a pyproject.toml and no code, so there is nothing in it that a site could run. A gateway
 that ends is started again; without its SuperLink the study stops, and --resume goes on.
 
-Layout of the coordinator's home (made at the first start; ca.key and signing.key want a backup):
+Layout of the coordinator's home (made at the first start; ca.pem and signing.key want a backup):
 
-    ca.crt, ca.key      the consortium's CA; stays the same for its whole life
+    ca.pem              the consortium's CA; stays the same for its whole life
     server.pem          the gateway's certificate and key; renewed by itself (certs.py)
     signing.key         signs plans, orders and receipts
     address             what sites call the coordinator by; `fedtune admit` writes it into answers
@@ -165,11 +165,15 @@ def door(link: Link, home: Path, host: str, port: int) -> Iterator[None]:
 
     def supervise() -> None:
         nonlocal gateway
+        began, again, pause = time.monotonic(), 0.0, WATCH_SECONDS
         while not done.wait(WATCH_SECONDS):
-            if not gateway.alive:
-                gateway.stop()
-                gateway = start()
-            with suppress(httpx.HTTPError, ConfigError):  # the next look tries again
+            now = time.monotonic()
+            with suppress(httpx.HTTPError, ConfigError, OSError):  # the next look tries again
+                if not gateway.alive and now >= again:
+                    pause = WATCH_SECONDS if now - began > 60 else min(2 * pause, 16.0)
+                    began, again = now, now + pause
+                    gateway.stop()
+                    gateway = start()
                 register_new(link, home, known)
 
     watch = threading.Thread(target=supervise, daemon=True)

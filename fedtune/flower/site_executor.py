@@ -99,6 +99,9 @@ class _Executor:
 
     def attend(self, state: Path, way: Forwarder) -> InfrastructureError | None:
         """Run one SuperNode until it ends, and say why; None: `once` is fulfilled."""
+        self.joined, problem = False, None
+        if way.refusal:
+            return _refusal(way)  # asked again by the forwarder, until that changes
         secret, port = secrets.token_bytes(32), free_port()
         secret_file = write_private(state / "executor.secret", secret)
         # fmt: off
@@ -109,7 +112,6 @@ class _Executor:
             "--isolation", "process", "--superexec-auth-secret-file", str(secret_file),
         ]
         # fmt: on
-        self.joined, problem = False, None
         with Child("supernode", options, home=state, log=state / "supernode.log") as node:
             runtime = api.Runtime(f"127.0.0.1:{port}", secret)
             try:

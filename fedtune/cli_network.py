@@ -1,0 +1,124 @@
+"""Commands that make and end a site's membership in a consortium."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedtune.guard import command
+
+PANEL = "Between machines"
+HOME = Annotated[Path, typer.Option("--home", metavar="DIR", help="The coordinator's home.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands on `app`."""
+    for each in (enroll, admit, revoke):
+        command(app, panel=PANEL)(each)
+
+
+def enroll(
+    site: Annotated[
+        Path, typer.Argument(metavar="SITE", help="This site's site.toml.", show_default=False)
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="The request. Without it: SITE-NAME.request."),
+    ] = None,
+    new_keys: Annotated[
+        bool,
+        typer.Option("--new-keys", help="Put the present keys aside and make new ones."),
+    ] = False,
+) -> None:
+    """Make this site's keys, here, and a request to take part that holds public halves alone.
+
+    Send the file to the coordinator, and read the fingerprint out over the phone. Run again, it
+    asks with the same keys: for a certificate that ran out while the client was off. Keys that are
+    lost, stolen or due for rotation: the coordinator revokes the site, then --new-keys, then admit.
+    The signing key stays: it belongs to the ledger."""
+    from fedtune.config import load_site
+    from fedtune.dp.ledger import Ledger
+    from fedtune.flower import enrol
+    from fedtune.flower.forwarder import keys_folder
+
+    here = load_site(site)
+    keys = keys_folder(here)
+    if new_keys and keys.exists():
+        old = next(p for n in range(1, 1000) if not (p := Path(f"{keys}.old-{n}")).exists())
+        keys.rename(old)
+        typer.echo(f"put the present keys aside: {old}; delete them once the new ones are admitted")
+    file = out or site.resolve().parent / f"{here.site.name}.request"
+    fingerprint = enrol.enroll(here.site.name, keys, Ledger(here.site.state).key, file)
+    typer.echo(
+        f"wrote {file}: send it to the coordinator (it holds no secret)\n"
+        f"fingerprint   {fingerprint}\n"
+        "next   read the fingerprint out to the coordinator over the phone; put the answer's file\n"
+        "       into [coordinator] of site.toml; then fedtune client"
+    )
+
+
+def admit(
+    request: Annotated[
+        Path, typer.Argument(metavar="REQUEST", help="A site's request.", show_default=False)
+    ],
+    home: HOME = Path("coordinator"),
+    fingerprint: Annotated[
+        str | None,
+        typer.Option(metavar="F", help="As the site read it out. Without it: you are asked."),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Where sites connect. Without it: the server's."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="The answer. Without it: NAME.answer."),
+    ] = None,
+) -> None:
+    """Admit a site whose fingerprint you heard from somebody you know; write the answer it needs.
+
+    The server may be running: the site can connect at once. A name that is admitted already is
+    refused with other keys: `fedtune revoke` it first (rotation, loss)."""
+    from fedtune.errors import ConfigError
+    from fedtune.flower import enrol
+    from fedtune.flower.processes import replace
+
+    asked = enrol.read_request(request)
+    if fingerprint is None:
+        typer.echo(f"the site {asked.name} asks to take part\nfingerprint   {asked.fingerprint}")
+        if not (sys.stdin.isatty() and typer.confirm("is this what the site read out to you?")):
+            raise ConfigError(
+                "not admitted: nobody compared the fingerprint",
+                "a person who heard it from the site",
+                "give it with --fingerprint",
+            )
+    else:
+        enrol.compare(asked, fingerprint)
+    known = home / "address"
+    if address is None and not known.exists():
+        raise ConfigError("it is not known where sites connect", todo="give --address HOST:PORT")
+    found = enrol.admit(home, asked, address or known.read_text().strip())
+    file = replace(out or Path(f"{asked.name}.answer"), json.dumps(asdict(found)).encode())
+    typer.echo(
+        f"admitted {asked.name}\nwrote {file}: send it to the site (it holds no secret)\n"
+        f"consortium   {found.fingerprint}\n"
+        "next   read this line out to the site, for coordinator.fingerprint in its site.toml"
+    )
+
+
+def revoke(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The site.", show_default=False)],
+    home: HOME = Path("coordinator"),
+) -> None:
+    """End a site's part, also in the middle of a run; its connections are closed within a second.
+
+    Its keys are refused for good; new ones may be admitted under the same name."""
+    from fedtune.flower import enrol
+
+    record = enrol.revoke(home, name)
+    typer.echo(f"revoked {name} at {record.revoked}; its keys are refused from now on")

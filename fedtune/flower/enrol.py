@@ -1,0 +1,335 @@
+"""Enrolment: who is a site, by which keys, and who says so. Private keys never leave their machine.
+
+    site          enroll(site.toml)         keys, and a request file: public halves alone
+    phone         fingerprint(request)      read out by the site, compared by the coordinator
+    coordinator   admit(home, request)      nodes/NAME.json, and an answer file
+    site          answer(file, ...)         what a client connects with
+    coordinator   revoke(home, name)        from the next request on; open connections are closed
+
+A record ties a name to three keys: the node key (Flower), the TLS key (the gateway) and the signing
+key (seals). The request is signed by each of them, so nobody enrols a key that they do not hold.
+
+| a request under an admitted name, other keys | refused: revoke the name first (rotation, loss)  |
+| the same keys again                          | the same record, and a new certificate           |
+| a node or TLS key that was revoked           | refused for good, under any name                 |
+| a signing key                                | belongs to the ledger; stays with its name       |
+| a certificate near its end                   | the running client renews it; see forwarder.py   |
+| a certificate past its end                   | enroll and admit again, with the same keys       |
+
+Guarantee: other keys or another name have another fingerprint: 80 bits of SHA-256, against a second
+preimage. It stays the same however often a site asks.
+Errors: ConfigError for files; Refused for a request that a rule turns down.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fedtune.errors import ConfigError, Refused
+from fedtune.flower import certs
+from fedtune.flower.processes import private_folder
+from fedtune.flower.processes import replace as write
+from fedtune.wire.keys import SigningKey, canonical, verifies
+
+EC = ec.EllipticCurvePublicKey
+MAX_BYTES = 65_536  # of a request or an answer
+PURPOSE = b"fedtune enrolment\0"
+FIELDS = {"name", "node", "csr", "signing"}
+SIGNATURES = {"node_signature", "signature"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """An admitted site. node: its key as Flower sends it (PEM); tls: sha256 of its TLS public key;
+    signing: its Ed25519 key, hexadecimal; revoked: when, or "" while it may take part."""
+
+    name: str
+    node: str
+    tls: str
+    signing: str
+    admitted: str
+    revoked: str = ""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request that is what its signatures say."""
+
+    name: str
+    node: str
+    signing: str
+    tls: EC
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a site learns from the coordinator: certificates in PEM, keys in hexadecimal."""
+
+    name: str
+    address: str
+    ca: str
+    certificate: str
+    coordinator: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the consortium: the same for every site, to be compared by phone as well."""
+        return consortium(self.ca, self.coordinator)
+
+
+# ------------------------------------------------------------------------------- at the site
+
+
+def enroll(name: str, keys: Path, signing: SigningKey, out: Path) -> str:
+    """Make the keys that `keys` lacks (node.key, tls.key), write a request to `out`.
+
+    Returns the fingerprint to read out."""
+    node, tls = certs.node_key(keys / "node.key"), certs.tls_key(keys / "tls.key")
+    body: dict[str, Any] = {
+        "name": name,
+        "node": certs.public_pem(node.public_key()).decode(),
+        "csr": certs.request(tls, name).decode(),
+        "signing": signing.public,
+    }
+    signed = PURPOSE + canonical(body)
+    node_signature = node.sign(signed, ec.ECDSA(hashes.SHA384())).hex()
+    signatures = {"node_signature": node_signature, "signature": signing.sign(signed)}
+    write(out, json.dumps(body | signatures, indent=1).encode() + b"\n")
+    return _of_keys(name, body["node"], tls.public_key(), signing.public)
+
+
+def answer(path: Path, tls: EC, name: str, expected: str = "") -> Answer:
+    """The coordinator's answer, if it is for this name and key and whole.
+
+    expected: the consortium's fingerprint as it was read out; "": not compared."""
+    said = _read(path)
+    if set(said) != set(Answer.__dataclass_fields__):
+        raise ConfigError(f"{path}: not an answer", "the file that `fedtune admit` wrote")
+    found = Answer(**said)
+    try:
+        leaf = x509.load_pem_x509_certificate(found.certificate.encode())
+        leaf.verify_directly_issued_by(x509.load_pem_x509_certificate(found.ca.encode()))
+    except (ValueError, TypeError, InvalidSignature):
+        raise ConfigError(f"{path}: its certificate is not by its CA", todo="ask again") from None
+    if found.name != name or leaf.public_key() != tls:
+        raise ConfigError(
+            f"{path}: the answer to another request",
+            f"one for the site {name} and its present keys",
+            "`fedtune enroll` writes a new request; have it admitted",
+        )
+    if expected and _plain(expected) != _plain(found.fingerprint):
+        raise Refused(
+            f"{path}: the consortium's fingerprint is {found.fingerprint}",
+            f"{expected}, as in coordinator.fingerprint",
+            "call the coordinator; somebody may have replaced the file",
+        )
+    return found
+
+
+# ------------------------------------------------------------------------------ at the coordinator
+
+
+def read_request(path: Path) -> Request:
+    """The request in a file. Errors: ConfigError where a signature or a key is not what it says."""
+    said = _read(path)
+    if set(said) != FIELDS | SIGNATURES:
+        raise ConfigError(f"{path}: not a request", "the file that `fedtune enroll` wrote")
+    body = {key: said[key] for key in sorted(FIELDS)}
+    try:
+        signed = PURPOSE + canonical(body)
+        node = _p384(serialization.load_pem_public_key(said["node"].encode()))
+        csr = x509.load_pem_x509_csr(said["csr"].encode())
+        tls = _p384(csr.public_key())
+        node.verify(bytes.fromhex(said["node_signature"]), signed, ec.ECDSA(hashes.SHA384()))
+        whole = csr.is_signature_valid and certs.common_name(csr.subject) == said["name"]
+        whole = whole and verifies(said["signing"], signed, said["signature"])
+        whole = whole and certs.public_pem(node).decode() == said["node"] and node != tls
+    except (InvalidSignature, ValueError, TypeError):
+        whole = False
+    if not whole:
+        raise ConfigError(
+            f"{path}: the request was altered, or is not whole",
+            "one that each of its keys signed",
+            "ask the site for it again",
+        )
+    if not _is_name(said["name"]):
+        raise ConfigError(f"{path}: not a site's name")
+    fingerprint = _of_keys(said["name"], said["node"], tls, said["signing"])
+    return Request(said["name"], said["node"], said["signing"], tls, fingerprint)
+
+
+def compare(request: Request, fingerprint: str) -> None:
+    """Errors: Refused where the fingerprint that was read out is another one."""
+    if _plain(fingerprint) != _plain(request.fingerprint):
+        raise Refused(
+            f"the request's fingerprint is {request.fingerprint}",
+            fingerprint,
+            "somebody may have replaced the file: ask the site to send it another way",
+        )
+
+
+def admit(home: Path, request: Request, address: str) -> Answer:
+    """Register the site and sign its certificate. Errors: Refused, as the table above says."""
+    tls = tls_digest(request.tls)
+    known = lookup(home, request.name)
+    new = Record(request.name, request.node, tls, request.signing, certs.now().isoformat())
+    if known is None:
+        for other in (*registry(home).values(), *_revoked(home)):
+            _distinct(new, other)
+        write(_file(home, request.name), _json(asdict(new)))
+    elif (known.node, known.tls, known.signing) != (new.node, new.tls, new.signing):
+        raise Refused(
+            f"a site named {request.name} is admitted already, with other keys",
+            todo=f"where its keys are lost or changed: fedtune revoke {request.name} first",
+        )
+    leaf = certs.issue(home, request.tls, request.name)
+    pem = certs.ca(home)[1].public_bytes(certs.PEM).decode()
+    signing = SigningKey.at(home / "signing.key").public
+    return Answer(request.name, address, pem, leaf.public_bytes(certs.PEM).decode(), signing)
+
+
+def revoke(home: Path, name: str) -> Record:
+    """End a site's part; its record is kept under nodes/revoked/. Errors: ConfigError."""
+    record = lookup(home, name)
+    if record is None:
+        names = ", ".join(registry(home)) or "nobody"
+        raise ConfigError(f"no site named {name} is admitted", f"one of: {names}")
+    ended = replace(record, revoked=certs.now().isoformat())
+    private_folder(home / "nodes" / "revoked")
+    write(home / "nodes" / "revoked" / f"{name}-{record.tls[:16]}.json", _json(asdict(ended)))
+    _file(home, name).unlink()
+    return ended
+
+
+def registry(home: Path) -> dict[str, Record]:
+    """The sites that may take part now, by name."""
+    return {
+        record.name: record
+        for file in sorted((home / "nodes").glob("*.json"))
+        if (record := lookup(home, file.stem))
+    }
+
+
+def lookup(home: Path, name: str) -> Record | None:
+    """The record of one site, as it is on disk at this moment; None: not admitted, or revoked."""
+    if not _is_name(name):
+        return None
+    try:
+        return Record(**json.loads(_file(home, name).read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError):
+        raise ConfigError(f"{_file(home, name)}: not readable", todo="restore a backup") from None
+
+
+def was_revoked(home: Path, tls: str) -> bool:
+    """Whether a TLS key (tls_digest) was admitted once, and is not any more."""
+    return any(record.tls == tls for record in _revoked(home))
+
+
+def renew(home: Path, record: Record, csr: bytes) -> bytes:
+    """A new certificate (PEM) for the key that the record has. Errors: Refused."""
+    try:
+        asked = x509.load_pem_x509_csr(csr)
+        key = asked.public_key()
+        if not (asked.is_signature_valid and isinstance(key, EC)):
+            raise ValueError
+    except (ValueError, TypeError):
+        raise Refused("not a request for a certificate") from None
+    if tls_digest(key) != record.tls or certs.common_name(asked.subject) != record.name:
+        raise Refused("a request for another key or name", todo="enroll and admit it")
+    return certs.issue(home, key, record.name).public_bytes(certs.PEM)
+
+
+def tls_digest(key: EC) -> str:
+    """sha256 of a public key, as records hold it."""
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    return hashlib.sha256(key.public_bytes(serialization.Encoding.DER, form)).hexdigest()
+
+
+def consortium(ca: str, coordinator: str) -> str:
+    """The consortium's fingerprint: of its CA's certificate and its coordinator's signing key."""
+    return _fingerprint({"ca": ca, "coordinator": coordinator})
+
+
+# ------------------------------------------------------------------------------------ helpers
+
+
+def _distinct(new: Record, other: Record) -> None:
+    """No key serves two names, and no revoked node or TLS key comes back."""
+    taken = {"node": new.node == other.node, "TLS": new.tls == other.tls}
+    if other.name != new.name:
+        taken["signing"] = new.signing == other.signing
+    for kind, same in taken.items():
+        if same:
+            was = "was revoked" if other.revoked else f"is that of the site {other.name}"
+            raise Refused(
+                f"the {kind} key of this request {was}",
+                "keys that were never admitted",
+                "fedtune enroll --new-keys makes them",
+            )
+
+
+def _revoked(home: Path) -> Iterator[Record]:
+    for file in (home / "nodes" / "revoked").glob("*.json"):
+        yield Record(**json.loads(file.read_bytes()))
+
+
+def _read(path: Path) -> dict[str, str]:
+    """A small JSON object of strings."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+        said = json.loads(text) if len(text) <= MAX_BYTES else None
+        if isinstance(said, dict) and all(isinstance(value, str) for value in said.values()):
+            return said
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({type(error).__name__})") from None
+    except (ValueError, RecursionError):
+        pass
+    raise ConfigError(f"{path}: not a file of `fedtune enroll` or `fedtune admit`")
+
+
+def _json(body: dict[str, Any]) -> bytes:
+    return json.dumps(body, indent=1).encode() + b"\n"
+
+
+def _file(home: Path, name: str) -> Path:
+    return home / "nodes" / f"{name}.json"
+
+
+def _is_name(name: str) -> bool:
+    letters = name.replace("-", "").replace("_", "").replace(".", "")
+    return len(name) <= 64 and letters.isalnum() and name.isascii() and name[0].isalnum()
+
+
+def _p384(key: object) -> EC:
+    if not (isinstance(key, EC) and key.curve.name == "secp384r1"):
+        raise ValueError
+    return key
+
+
+def _of_keys(name: str, node: str, tls: EC, signing: str) -> str:
+    """Of a site: its name and its three keys; the same however often it asks."""
+    keys = {"name": name, "node": node, "tls": tls_digest(tls), "signing": signing}
+    return _fingerprint(keys)
+
+
+def _fingerprint(body: dict[str, Any]) -> str:
+    digits = hashlib.sha256(PURPOSE + canonical(body)).hexdigest()[:20]
+    return " ".join(digits[i : i + 4] for i in range(0, 20, 4))
+
+
+def _plain(fingerprint: str) -> str:
+    return "".join(fingerprint.split()).replace("-", "").lower()

@@ -1,0 +1,340 @@
+"""A site's way out: from the SuperNode on loopback to the gateway, with the site's certificate.
+
+    SuperNode ── TLS, loopback ──> forwarder ── [HTTP CONNECT proxy] ── TLS 1.3, mTLS ──> gateway
+
+Flower's SuperNode cannot show a client certificate, and insists on TLS, so the loopback leg has a
+throw-away certificate. Bytes are passed on as they are, 64 KiB at a time. Nothing listens but
+127.0.0.1; whoever else is on this machine still needs the node key for every request.
+Trust: the consortium's CA alone, and the coordinator's host name; no system CA counts. A proxy's
+own certificate (https:// proxies) is checked against proxy_ca or the system's CAs; a proxy that
+breaks TLS open is refused like any other stranger, and must let this address through.
+Upkeep: asks the gateway for its status every WATCH_SECONDS (every second while it is away), and
+renews the certificate over the present one when two thirds of its life are over.
+Errors: none are raised to the SuperNode's side: it gets 503 and tries again, with its own back-off.
+What is wrong is in `away`, `refusal` and `distrust`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import os
+import ssl
+import threading
+import time
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from cryptography import x509
+
+from fedtune.config import CoordinatorTable, Site
+from fedtune.errors import ConfigError, FedtuneError, InfrastructureError
+from fedtune.flower import certs, enrol
+from fedtune.flower.processes import replace
+
+STATUS, RENEW = "/fedtune/status", "/fedtune/renew"  # as in gateway.py
+CHUNK = 65_536
+WATCH_SECONDS = 15.0
+CONNECT_SECONDS = 20.0
+UNAVAILABLE = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+
+
+@dataclass(frozen=True)
+class Link:
+    """How a site reaches its coordinator. keys: the folder with node.key and tls.key."""
+
+    name: str
+    host: str
+    port: int
+    answer: enrol.Answer
+    keys: Path
+    proxy: str | None = None
+    proxy_ca: Path | None = None
+
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    @property
+    def certificate(self) -> Path:
+        """The newest certificate: node.key's neighbour, written by renewals."""
+        return self.keys / "tls.crt"
+
+
+def link(site: Site, path: Path) -> Link:
+    """What site.toml's [coordinator] table and the answer say. Errors: ConfigError, Refused."""
+    table: CoordinatorTable | None = site.coordinator
+    if table is None:
+        raise ConfigError(
+            f"{path}: coordinator: key is missing",
+            "a [coordinator] table with the answer's file",
+            "`fedtune enroll`, and the coordinator's `fedtune admit`",
+        )
+    keys = keys_folder(site)
+    for name in ("node.key", "tls.key"):
+        if not (keys / name).is_file():
+            raise ConfigError(f"{keys / name}: no such file", todo="`fedtune enroll` makes it")
+    key = certs.read_key(keys / "tls.key")
+    answer = enrol.answer(table.answer, key.public_key(), site.site.name, table.fingerprint or "")
+    host, port = _address(table.address or answer.address, path)
+    return Link(site.site.name, host, port, answer, keys, table.proxy, table.proxy_ca)
+
+
+def keys_folder(site: Site) -> Path:
+    """Where a site's network keys are: with its ledger, in its state folder."""
+    return site.site.state / "keys"
+
+
+class Forwarder:
+    """Runs in a thread of its own while the block lasts. `port` and `certificate` are for the
+    SuperNode: where to connect, and what to trust there."""
+
+    def __init__(self, found: Link, state: Path, watch: float = WATCH_SECONDS) -> None:
+        self.link, self._watch_seconds = found, watch
+        self.refusal: str | None = None  # why the gateway turns this site away
+        self.distrust = False  # the gateway's certificate does not verify
+        self.port = 0
+        self._since: float | None = None  # since when the gateway is away
+        self.certificate, key = certs.loopback(state)
+        self._near = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._near.minimum_version = ssl.TLSVersion.TLSv1_3
+        self._near.load_cert_chain(self.certificate, key)
+        self._trust = ssl.create_default_context(cafile=str(self.certificate))
+        self._leaf = _newest(found)
+        self._far = _far_context(found)
+        self._proxy = _proxy(found)
+        self._ready = threading.Event()
+        self._relays: set[asyncio.Task[None]] = set()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    @property
+    def away(self) -> float:
+        """For how many seconds the gateway has not answered."""
+        return time.monotonic() - self._since if self._since is not None else 0.0
+
+    def __enter__(self) -> Forwarder:
+        self._loop = asyncio.new_event_loop()
+        self._thread.start()
+        self._ready.wait()
+        if not self.port:
+            raise InfrastructureError("no port of 127.0.0.1 can be listened on")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._main.cancel)
+        self._thread.join(10)
+
+    def _run(self) -> None:
+        self._main = self._loop.create_task(self._serve())
+        try:
+            with contextlib.suppress(asyncio.CancelledError):
+                self._loop.run_until_complete(self._main)
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        finally:
+            self._ready.set()
+            self._loop.close()
+
+    async def _serve(self) -> None:
+        server = await asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=self._near)
+        self.port = int(server.sockets[0].getsockname()[1])
+        self._ready.set()
+        try:
+            await self._watch()
+        finally:
+            server.close()
+            for each in self._relays:
+                each.cancel()
+            await asyncio.gather(*self._relays, return_exceptions=True)
+            await asyncio.sleep(0.01)  # what was cut closes in the next turn
+
+    # ------------------------------------------------------------------------- bytes
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = self._loop.create_task(self._relay(reader, writer))
+        self._relays.add(task)
+        task.add_done_callback(self._relays.discard)
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers = [writer]
+        try:
+            try:
+                far_reader, far_writer = await self._open()
+            except (OSError, EOFError, ValueError) as error:
+                self._failed(error)
+                writer.write(UNAVAILABLE)
+                return await _close(writer)
+            writers.append(far_writer)
+            pumps = [
+                self._loop.create_task(self._pump(reader, far_writer)),
+                self._loop.create_task(self._pump(far_reader, writer, heard=True)),
+            ]
+            try:
+                await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for pump in pumps:
+                    pump.cancel()
+                await asyncio.gather(*pumps, return_exceptions=True)
+            await _close(writer, far_writer)
+        finally:
+            for each in writers:
+                each.close()
+                each.transport.abort()  # does nothing where it is closed
+
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, heard: bool = False
+    ) -> None:
+        with contextlib.suppress(OSError):
+            while chunk := await reader.read(CHUNK):
+                if heard:
+                    self._since, self.distrust = None, False
+                writer.write(chunk)
+                await writer.drain()
+
+    async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A TLS connection to the gateway. Errors: OSError, EOFError, ValueError, TimeoutError."""
+        far = self.link
+        async with asyncio.timeout(CONNECT_SECONDS):
+            if self._proxy is None:
+                return await asyncio.open_connection(
+                    far.host, far.port, ssl=self._far, server_hostname=far.host, limit=CHUNK
+                )
+            proxy = self._proxy
+            secure = proxy.scheme == "https"
+            context = ssl.create_default_context(cafile=far.proxy_ca) if secure else None
+            reader, writer = await asyncio.open_connection(
+                proxy.hostname, proxy.port or (443 if secure else 80), ssl=context, limit=CHUNK
+            )
+            try:
+                writer.write(_connect(far, proxy))
+                head = await reader.readuntil(b"\r\n\r\n")
+                if head.split(b" ", 2)[1:2] != [b"200"]:
+                    raise ConnectionError("the proxy refuses to connect")
+                await writer.start_tls(self._far, server_hostname=far.host)
+            except BaseException:
+                writer.transport.abort()
+                raise
+            return reader, writer
+
+    def _failed(self, error: Exception) -> None:
+        self._since = self._since if self._since is not None else time.monotonic()
+        self.distrust = isinstance(error, ssl.SSLCertVerificationError)
+        self.refusal = _overdue(self._leaf) or self.refusal
+
+    # ------------------------------------------------------------------------ upkeep
+
+    async def _watch(self) -> None:
+        async with httpx.AsyncClient(
+            base_url=f"https://127.0.0.1:{self.port}",
+            verify=self._trust,
+            trust_env=False,
+            timeout=CONNECT_SECONDS + 5,
+            limits=httpx.Limits(max_keepalive_connections=0),  # each look with the newest leaf
+        ) as client:
+            while True:
+                try:
+                    await self._look(client)
+                except httpx.HTTPError as error:  # closed without a word
+                    self._failed(error)
+                except (FedtuneError, OSError):  # a full disk, a lost key: the present leaf counts
+                    pass
+                pause = 1.0 if self._since is not None else self._watch_seconds
+                await asyncio.sleep(min(pause, self._watch_seconds))
+
+    async def _look(self, client: httpx.AsyncClient) -> None:
+        reply = await client.get(STATUS)
+        if reply.status_code == 503:
+            return  # our own: the gateway cannot be reached
+        self._since = None
+        self.refusal = reply.text if reply.status_code == 403 else None
+        if self.refusal is None and certs.spent(self._leaf, 2 / 3):
+            await self._renew(client)
+
+    async def _renew(self, client: httpx.AsyncClient) -> None:
+        key = certs.read_key(self.link.keys / "tls.key")
+        reply = await client.post(RENEW, content=certs.request(key, self.link.name))
+        with contextlib.suppress(ValueError):
+            if reply.status_code == 200:
+                leaf = x509.load_pem_x509_certificate(reply.content)
+                if leaf.public_key() == key.public_key():
+                    replace(self.link.certificate, leaf.public_bytes(certs.PEM))
+                    self._leaf = leaf
+                    self._far = _far_context(self.link)
+
+
+async def _close(*writers: asyncio.StreamWriter) -> None:
+    """Close in order, for a moment at most; a cut connection is closed at once."""
+    for writer in writers:
+        writer.close()
+        try:
+            async with asyncio.timeout(2.0):
+                await writer.wait_closed()
+        except OSError:
+            writer.transport.abort()
+
+
+def _newest(found: Link) -> x509.Certificate:
+    """The certificate that is valid longest: the answer's, or a renewal of it, for the same key.
+
+    It is (again) in link.certificate afterwards."""
+    best = x509.load_pem_x509_certificate(found.answer.certificate.encode())
+    with contextlib.suppress(OSError, ValueError):
+        kept = x509.load_pem_x509_certificate(found.certificate.read_bytes())
+        authority = x509.load_pem_x509_certificate(found.answer.ca.encode())
+        newer = kept.not_valid_after_utc > best.not_valid_after_utc
+        if newer and kept.public_key() == best.public_key() and kept.issuer == authority.subject:
+            return kept
+    replace(found.certificate, best.public_bytes(certs.PEM))
+    return best
+
+
+def _overdue(leaf: x509.Certificate) -> str | None:
+    """Why the gateway would not take this certificate now: it says nothing in a handshake."""
+    if leaf.not_valid_after_utc < certs.now():
+        return "this site's certificate has expired"
+    if leaf.not_valid_before_utc > certs.now():
+        return "this site's certificate is not valid yet: compare the clocks"
+    return None
+
+
+def _far_context(found: Link) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks certificate and host name
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_verify_locations(cadata=found.answer.ca)
+    context.load_cert_chain(found.certificate, found.keys / "tls.key")
+    return context
+
+
+def _proxy(found: Link) -> urllib.parse.SplitResult | None:
+    """site.toml's proxy, or the environment's HTTPS_PROXY unless NO_PROXY names the host."""
+    url = found.proxy
+    if url is None and not urllib.request.proxy_bypass(found.host):
+        url = os.environ.get("https_proxy") or os.environ.get("HTTPS_PROXY")
+    if not url:
+        return None
+    parts = urllib.parse.urlsplit(url if "//" in url else f"http://{url}")
+    try:
+        if parts.scheme not in {"http", "https"} or not parts.hostname or parts.port == 0:
+            raise ValueError
+    except ValueError:
+        raise ConfigError("the proxy's address is not usable", "http://host:port") from None
+    return parts
+
+
+def _connect(found: Link, proxy: urllib.parse.SplitResult) -> bytes:
+    host = f"[{found.host}]" if ":" in found.host else found.host
+    lines = [f"CONNECT {host}:{found.port} HTTP/1.1", f"Host: {host}:{found.port}"]
+    if proxy.username:
+        user = urllib.parse.unquote(f"{proxy.username}:{proxy.password or ''}")
+        lines.append(f"Proxy-Authorization: Basic {base64.b64encode(user.encode()).decode()}")
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def _address(text: str, path: Path) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not (host and colon and port.isdigit() and 0 < int(port) < 65536):
+        raise ConfigError(f"{path}: coordinator.address: not an address", "host:port")
+    return host.strip("[]"), int(port)

@@ -1,0 +1,437 @@
+"""The gateway: the coordinator's only exposed port. It lets enrolled sites reach the Fleet API.
+
+    site's forwarder ── TLS 1.3, client certificate ──> gateway ── loopback ──> SuperLink
+
+A connection is refused before HTTP without a certificate that the consortium's CA signed and that
+is valid now. Each request is then refused unless
+
+| it is        | POST to one of FLEET, the ten calls of an authenticated SuperNode; all else: 403 |
+| its name     | is admitted at this moment, with the certificate's key (read from disk each time) |
+| its node key | is the one that was admitted with the certificate's name                         |
+| its size     | is announced, and at most Limits.request_bytes                                   |
+| its pace     | is within Limits.rate, per site                                                  |
+
+Two calls are the gateway's own: GET STATUS, and POST RENEW (a signing request for the same key).
+Guarantee: bodies are streamed and never held; memory grows with open connections alone, and these
+are bounded, in total and per site. Revocation closes a site's open connections within a second.
+Nothing of a request is parsed but its head; h11 does that.
+Errors: a refusal is counted by its reason in Gateway.refused, and told to the site in one line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import socket
+import ssl
+import time
+from base64 import b64decode
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import h11
+import httpx
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fedtune.errors import FedtuneError
+from fedtune.flower import certs, enrol
+
+FLEET = frozenset(
+    "/v1/fleet/" + call
+    for call in (
+        *("activate-node", "deactivate-node", "send-node-heartbeat", "get-run", "get-fab"),
+        *("pull-messages", "push-messages", "pull-object", "push-object"),
+        "confirm-message-received",
+    )
+)
+STATUS, RENEW = "/fedtune/status", "/fedtune/renew"
+NODE_KEY = b"flwr-public-key"  # base64 of the key in PEM; the SuperLink checks its signature
+PASSED = (b"content-type", b"accept", b"content-length")  # and every flwr-...
+CHUNK = 65_536
+HEAD = 16_384  # bytes of a request's line and headers
+RENEWAL_SECONDS = 3600.0  # between two looks at the server's own certificate
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one site, or everybody, may take. Times in seconds."""
+
+    request_bytes: int = 16 << 20  # Flower's largest part of a message is 5 MiB
+    response_bytes: int = 16 << 20
+    rate: float = 100.0  # requests a second, per site, after a burst
+    burst: int = 1000
+    per_site: int = 32  # open connections
+    connections: int = 2048
+    handshakes: int = 128  # unfinished; who has shown no certificate yet
+    handshake: float = 10.0
+    idle: float = 120.0  # of a connection between two requests
+    stall: float = 60.0  # of a request or response that has begun
+    age: float = 3600.0  # of a connection; the next one shows the site's newest certificate
+
+
+@dataclass(eq=False)
+class Peer:
+    """One connection of a site."""
+
+    name: str
+    tls: str
+    until: datetime
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    http: h11.Connection
+    since: float = field(default_factory=time.monotonic)
+
+
+class Denied(Exception):
+    """A request that gets `status` and one line that says why."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        self.status, self.reason = status, reason
+
+
+class Gateway:
+    """Serves one coordinator's home. upstream: the SuperLink's URL; trust: its certificate."""
+
+    def __init__(
+        self, home: Path, upstream: str, trust: Path, limits: Limits | None = None
+    ) -> None:
+        self.home, self.limits = home, limits or Limits()
+        self.refused: Counter[str] = Counter()
+        self._peers: set[Peer] = set()
+        self._tokens: dict[str, tuple[float, float]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._upstream = upstream
+        self._client = httpx.AsyncClient(
+            verify=ssl.create_default_context(cafile=str(trust)),
+            trust_env=False,
+            timeout=httpx.Timeout(self.limits.stall, connect=5.0),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+        )
+        self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._tls.minimum_version = ssl.TLSVersion.TLSv1_3
+        self._tls.verify_mode = ssl.CERT_REQUIRED
+        self._tls.num_tickets = 0  # a resumed session would show no certificate
+        authority = certs.ca(home)[1].public_bytes(certs.PEM)
+        self._tls.load_verify_locations(cadata=authority.decode())
+        self._load_leaf()
+
+    async def serve(self, listener: socket.socket) -> None:
+        """Accept connections until cancelled."""
+        listener.setblocking(False)
+        loop = asyncio.get_running_loop()
+        shaking = asyncio.Semaphore(self.limits.handshakes)
+        watch = loop.create_task(self._watch())
+        try:
+            while True:
+                await shaking.acquire()
+                try:
+                    accepted, _ = await loop.sock_accept(listener)
+                except OSError:  # no file descriptor left: wait for one
+                    shaking.release()
+                    await asyncio.sleep(0.1)
+                    continue
+                task = loop.create_task(self._welcome(accepted, shaking))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+        finally:
+            for each in (watch, *self._tasks):
+                each.cancel()
+            await asyncio.gather(watch, *self._tasks, return_exceptions=True)
+            await self._client.aclose()
+            await asyncio.sleep(0.01)  # sockets of failed handshakes close in the next turn
+
+    # --------------------------------------------------------------------- one connection
+
+    async def _welcome(self, accepted: socket.socket, shaking: asyncio.Semaphore) -> None:
+        """The handshake, then requests until one of the two leaves."""
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(limit=CHUNK)
+        protocol = asyncio.StreamReaderProtocol(reader)
+        try:
+            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else 40 ms an answer
+            transport, _ = await loop.connect_accepted_socket(
+                lambda: protocol,
+                accepted,
+                ssl=self._tls,
+                ssl_handshake_timeout=self.limits.handshake,
+                ssl_shutdown_timeout=2.0,
+            )
+        except ssl.SSLError as error:
+            return self._count(_tls_reason(error))
+        except OSError:  # left, or was too slow
+            return self._count("handshake not finished")
+        finally:
+            shaking.release()
+        writer = asyncio.StreamWriter(transport, protocol, reader, loop)
+        peer = _peer(reader, writer)
+        self._peers.add(peer)
+        try:
+            # Between one and two times its share a site is told so; beyond, and idle ones, closed.
+            if self._open(peer.name) > 2 * self.limits.per_site:
+                return self._count("too many connections of this site", peer.name)
+            if len(self._peers) > self.limits.connections:
+                return self._count("too many connections", peer.name)
+            await self._converse(peer)
+            writer.close()
+            await writer.wait_closed()
+        except (OSError, EOFError, h11.ProtocolError, httpx.HTTPError):
+            pass  # broken off on one side; nothing more can be said
+        except Exception as error:  # a fault of ours ends one connection, in one line
+            self._count(f"internal error ({type(error).__name__})", peer.name)
+        finally:
+            self._peers.discard(peer)
+            transport.abort()  # does nothing where it is closed
+
+    async def _converse(self, peer: Peer) -> None:
+        while True:
+            event = await self._next(peer, self.limits.idle)
+            if not isinstance(event, h11.Request):
+                return
+            try:
+                record = self._admit(peer)
+                await self._answer(peer, record, event)
+            except Denied as denied:
+                self._count(denied.reason, peer.name)
+                await self._deny(peer, denied)
+                return
+            if peer.http.our_state is not h11.DONE or peer.http.their_state is not h11.DONE:
+                return
+            peer.http.start_next_cycle()
+
+    async def _answer(self, peer: Peer, record: enrol.Record, request: h11.Request) -> None:
+        """Serve one request of an admitted site. Errors: Denied."""
+        call = (request.method, request.target.decode("ascii", "replace"))
+        size = _length(request)
+        if call == (b"GET", STATUS):
+            about = {"name": record.name, "until": peer.until.isoformat()}
+            return await self._say(peer, 200, json.dumps(about).encode())
+        if call == (b"POST", RENEW):
+            if size is None or size > HEAD:
+                raise Denied(413, "a signing request is smaller")
+            body = b"".join([chunk async for chunk in self._body(peer)])
+            try:
+                return await self._say(peer, 200, enrol.renew(self.home, record, body))
+            except FedtuneError as error:
+                raise Denied(403, str(error)) from None
+        if request.method != b"POST" or call[1] not in FLEET:
+            raise Denied(403, "not a path of the Fleet API")
+        keys = [value for name, value in request.headers if name == NODE_KEY]
+        if len(keys) != 1 or _decoded(keys[0]) != record.node.encode():
+            raise Denied(403, "the node key is not the one admitted with this certificate")
+        if size is None:
+            raise Denied(411, "a request says its length")
+        if size > self.limits.request_bytes:
+            raise Denied(413, f"a request has at most {self.limits.request_bytes} bytes")
+        await self._forward(peer, request, call[1])
+
+    def _admit(self, peer: Peer) -> enrol.Record:
+        """The peer's record as it is on disk now, if it may ask. Errors: Denied."""
+        record = self._record(peer.name)
+        if record is None or record.tls != peer.tls:
+            revoked = enrol.was_revoked(self.home, peer.tls)
+            raise Denied(403, "revoked" if revoked else "not admitted")
+        if peer.until < certs.now():
+            raise Denied(403, "the certificate has expired")
+        if self._open(peer.name) > self.limits.per_site:
+            raise Denied(503, "too many connections of this site")
+        tokens, then = self._tokens.get(peer.name, (float(self.limits.burst), 0.0))
+        now = time.monotonic()
+        tokens = min(self.limits.burst, tokens + (now - then) * self.limits.rate) - 1
+        self._tokens[peer.name] = (max(tokens, 0.0), now)
+        if tokens < 0:
+            raise Denied(429, "too many requests of this site")
+        return record
+
+    def _open(self, name: str) -> int:
+        return sum(each.name == name for each in self._peers)
+
+    async def _forward(self, peer: Peer, request: h11.Request, path: str) -> None:
+        """Stream the request to the SuperLink and its response back. Errors: Denied."""
+        headers = [
+            (name, value)
+            for name, value in request.headers
+            if name in PASSED or name.startswith(b"flwr-")
+        ]
+        url = self._upstream + path
+        sent = self._client.build_request("POST", url, headers=headers, content=self._body(peer))
+        try:
+            response = await self._client.send(sent, stream=True)
+        except httpx.HTTPError:
+            raise Denied(502, "the SuperLink does not answer") from None
+        try:
+            left = self.limits.response_bytes
+            if int(response.headers.get("content-length", "0")) > left:
+                raise Denied(502, "the SuperLink's answer is too long")
+            await self._send(peer, self._head(peer, response.status_code, response.headers.raw))
+            async for chunk in response.aiter_raw(CHUNK):
+                left -= len(chunk)
+                if left < 0:
+                    self._count("the SuperLink's answer is too long", peer.name)
+                    raise ConnectionError
+                await self._send(peer, h11.Data(data=chunk))
+            await self._send(peer, h11.EndOfMessage())
+        finally:
+            await response.aclose()
+
+    # ---------------------------------------------------------------------------- HTTP
+
+    async def _next(self, peer: Peer, seconds: float) -> Any:
+        """The next event of the request. Errors: TimeoutError, h11.RemoteProtocolError, OSError."""
+        async with asyncio.timeout(seconds):
+            while (event := peer.http.next_event()) is h11.NEED_DATA:
+                peer.http.receive_data(await peer.reader.read(CHUNK))
+        return event
+
+    async def _body(self, peer: Peer) -> AsyncIterator[bytes]:
+        while True:
+            event = await self._next(peer, self.limits.stall)
+            if isinstance(event, h11.EndOfMessage):
+                return
+            if not isinstance(event, h11.Data):
+                raise ConnectionError
+            yield bytes(event.data)
+
+    async def _send(self, peer: Peer, event: Any) -> None:
+        if body := peer.http.send(event):
+            peer.writer.write(body)
+            async with asyncio.timeout(self.limits.stall):
+                await peer.writer.drain()
+
+    def _head(self, peer: Peer, status: int, headers: list[tuple[bytes, bytes]]) -> h11.Response:
+        kept = (b"content-type", b"content-length", b"content-encoding")
+        passed = [
+            (name, value)
+            for name, value in ((name.lower(), value) for name, value in headers)
+            if name in kept or name.startswith(b"flwr-")
+        ]
+        if b"content-length" not in dict(passed):
+            passed.append((b"transfer-encoding", b"chunked"))
+        old = time.monotonic() - peer.since > self.limits.age
+        if old or peer.until - certs.now() < timedelta(minutes=5):
+            passed.append((b"connection", b"close"))
+        return h11.Response(status_code=status, headers=passed)
+
+    async def _say(self, peer: Peer, status: int, body: bytes) -> None:
+        """An answer of the gateway's own."""
+        if peer.http.their_state is h11.SEND_BODY:
+            async for _ in self._body(peer):
+                pass
+        headers = [(b"content-length", str(len(body)).encode()), (b"content-type", b"text/plain")]
+        await self._send(peer, self._head(peer, status, headers))
+        await self._send(peer, h11.Data(data=body))
+        await self._send(peer, h11.EndOfMessage())
+
+    async def _deny(self, peer: Peer, denied: Denied) -> None:
+        """Say why, then close. What is still arriving is read and dropped for a moment: closing
+        with unread bytes would take the answer away."""
+        if peer.http.our_state is not h11.SEND_RESPONSE:
+            raise ConnectionError
+        body = denied.reason.encode()
+        headers = [("content-length", str(len(body))), ("connection", "close")]
+        await self._send(peer, h11.Response(status_code=denied.status, headers=headers))
+        await self._send(peer, h11.Data(data=body))
+        await self._send(peer, h11.EndOfMessage())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(2.0):
+                while await peer.reader.read(CHUNK):
+                    pass
+
+    # ----------------------------------------------------------------------- upkeep
+
+    async def _watch(self) -> None:
+        """Close what was revoked; renew the server's own certificate."""
+        looked = time.monotonic()
+        while True:
+            await asyncio.sleep(0.5)
+            for name in {peer.name for peer in self._peers}:
+                record = self._record(name)
+                for peer in list(self._peers):
+                    if peer.name == name and (record is None or record.tls != peer.tls):
+                        self._count("revoked", name)
+                        peer.writer.transport.abort()
+            if time.monotonic() - looked > RENEWAL_SECONDS:
+                looked = time.monotonic()
+                try:
+                    self._load_leaf()
+                except (FedtuneError, OSError) as error:  # a full disk: go on with the present one
+                    self._count(f"own certificate not renewed ({type(error).__name__})")
+
+    def _record(self, name: str) -> enrol.Record | None:
+        """As on disk now; a record that cannot be read admits nobody."""
+        try:
+            return enrol.lookup(self.home, name)
+        except FedtuneError:
+            self._count("a record cannot be read", name)
+            return None
+
+    def _load_leaf(self) -> None:
+        self._tls.load_cert_chain(certs.server_leaf(self.home))
+
+    def _count(self, reason: str, site: str = "") -> None:
+        """Count a refusal; print the 1st, 2nd, 4th, 8th ..., so that nobody can fill the disk."""
+        self.refused[reason] += 1
+        count = self.refused[reason]
+        if count & (count - 1) == 0:
+            said = {"at": certs.now().isoformat(), "refused": reason, "site": site, "count": count}
+            print(json.dumps(said), flush=True)
+
+
+def _peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Peer:
+    """Who the certificate says it is; the handshake has verified it."""
+    body = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    leaf = x509.load_der_x509_certificate(body)
+    key = leaf.public_key()
+    digest = enrol.tls_digest(key) if isinstance(key, ec.EllipticCurvePublicKey) else ""
+    http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD)
+    name = certs.common_name(leaf.subject)
+    return Peer(name, digest, leaf.not_valid_after_utc, reader, writer, http)
+
+
+def _tls_reason(error: ssl.SSLError) -> str:
+    """A handshake's failure, in words."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"certificate: {error.verify_message}"
+    words = {
+        "PEER_DID_NOT_RETURN_A_CERTIFICATE": "no certificate",
+        "UNSUPPORTED_PROTOCOL": "older than TLS 1.3",
+        "HTTP_REQUEST": "plain HTTP",
+    }
+    reason = error.reason or "unknown"
+    return words.get(reason, f"TLS: {reason.lower().replace('_', ' ')}")
+
+
+def _length(request: h11.Request) -> int | None:
+    """The announced length of the body (h11 admits digits alone); None: not, or not only, so."""
+    headers = dict(request.headers)
+    found = headers.get(b"content-length")
+    return int(found) if found is not None and b"transfer-encoding" not in headers else None
+
+
+def _decoded(value: bytes) -> bytes:
+    try:
+        return b64decode(value, validate=True)
+    except ValueError:
+        return b""
+
+
+def main(arguments: list[str]) -> None:
+    """HOME HOST PORT UPSTREAM TRUST: be the gateway until SIGTERM."""
+    home, host, port, upstream, trust = arguments
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, int(port)), family=family, backlog=256)
+    gateway = Gateway(Path(home), upstream, Path(trust))
+
+    async def run() -> None:
+        task = asyncio.ensure_future(gateway.serve(listener))
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())

@@ -1,0 +1,107 @@
+"""What a run or a site tells whoever operates it: a log, a status file, metrics. Nothing private.
+
+    with observer("coordinator", folder, then=watch, metrics_port=9464) as seen:
+        serve(..., on_event=seen)
+
+Nothing here touches the wire, and no sink can stop a study: what goes wrong in one is warned of
+once. In strict mode (FEDTUNE_STRICT=1: the tests) it raises instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fedtune.observe.log import JsonLog, NotLoggable, OnEvent, Role, logger, strict_here
+from fedtune.observe.status import StatusFile
+
+__all__ = ["JsonLog", "NotLoggable", "Observer", "OnEvent", "StatusFile", "observer"]
+
+LOG = "log.jsonl"
+EARLY = 200  # events kept for a run folder that does not exist yet
+
+
+class Observer:
+    """Passes each event to `then` and to every sink; as a context manager it also tells of the end.
+
+    late: sinks whose folder the run has yet to make: they get the earlier events at "start", so
+    that a run that never began leaves nothing behind."""
+
+    def __init__(
+        self, sinks: Sequence[Any], then: OnEvent | None = None, late: Sequence[Any] = ()
+    ) -> None:
+        self._sinks, self._late, self._then = list(sinks), list(late), then
+        self._early: list[tuple[str, dict[str, Any]]] = []
+        self._ended = False
+        self._warned: set[str] = set()
+
+    def __call__(self, event: str, data: dict[str, Any]) -> None:
+        self._ended = self._ended or event in ("done", "stopped")
+        for sink in self._sinks:
+            self._pass(sink, event, data)
+        if self._late:
+            self._early = [*self._early, (event, data)][-EARLY:]
+            if event == "start":
+                for sink in self._late:
+                    for each in self._early:
+                        self._pass(sink, *each)
+                self._sinks, self._late, self._early = [*self._sinks, *self._late], [], []
+        if self._then:
+            self._then(event, data)
+
+    def _pass(self, sink: Any, event: str, data: dict[str, Any]) -> None:
+        try:
+            sink(event, data)
+        except Exception as error:
+            if strict_here():
+                raise
+            name = type(sink).__name__
+            if name not in self._warned:
+                self._warned.add(name)
+                logger.warning("%s: %s; the study goes on", name, type(error).__name__)
+
+    def __enter__(self) -> Observer:
+        for sink in self._sinks:
+            if isinstance(sink, StatusFile):
+                sink.write()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        then, self._then = self._then, None  # the screen has its own way to tell of it
+        if kind is not None or not self._ended:
+            self("stopped", {"error": kind.__name__} if kind else {})
+        self._then = then
+        for sink in (*self._sinks, *self._late):
+            if hasattr(sink, "close"):
+                sink.close()
+
+
+def observer(
+    role: Role,
+    folder: Path,
+    *,
+    then: OnEvent | None = None,
+    metrics_port: int | None = None,
+    home: Path | None = None,
+    site: Path | None = None,
+) -> Observer:
+    """The sinks of a role, joined with `then` (the console's Watch).
+
+    folder: of the run, or the site's state; home: the coordinator's, which gets a status too;
+    site: the site.toml, for the metrics. Errors: as metrics.Metrics."""
+    kept = [JsonLog(folder / LOG, role=role), StatusFile(folder, role=role)]
+    now: list[Any] = [] if role == "coordinator" else kept
+    if home is not None:
+        now.append(StatusFile(home, role=role))
+    if metrics_port is not None:
+        from fedtune.observe.metrics import Metrics
+
+        now.append(Metrics(role, port=metrics_port, site=site))
+    return Observer(now, then, late=kept if role == "coordinator" else ())

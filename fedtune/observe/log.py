@@ -1,0 +1,268 @@
+"""One JSON line per event, from an allow-list of fields; record text cannot be passed.
+
+    {"time": "2026-05-04T09:30:00Z", "role": "coordinator", "event": "round", "round": 3, ...}
+
+Guarantee: every value written is a number, a truth value, a digest, a name (at most 64 letters,
+digits, dots, dashes; no spaces), or one of this file's own phrases. There is no field for free
+text: of a reason, whoever wrote it, only the phrase of ours that it contains is kept.
+| a field that is not listed      | strict: NotLoggable; else left out, its name under "dropped" |
+| a value of another type or form | the same; the value is neither written nor in the error      |
+| a reason with no known phrase   | "other"                                                      |
+| a number that is not finite     | null                                                         |
+| a disk that refuses             | one warning; the study goes on                               |
+strict is what tests run with: FEDTUNE_STRICT=1 in the environment. Times are whole seconds: how
+long a batch takes depends on how many records were drawn into it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from numbers import Real
+from pathlib import Path
+from typing import Any, Literal
+
+Role = Literal["coordinator", "site"]
+OnEvent = Callable[[str, dict[str, Any]], None]
+Record = dict[str, Any]
+
+STRICT = "FEDTUNE_STRICT"
+LIMIT = 16 * 2**20  # bytes of a log before it becomes FILE.1, over the one before
+MANY = 10_000  # sites in one event, at most
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}|node \d{1,20}")
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}(:evaluation)?")
+ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]{2,45}\]|[A-Za-z0-9._-]{1,253}):\d{1,5}")
+HEX = re.compile(r"[0-9A-Fa-f]{1,4}([ :-]?[0-9A-Fa-f]{1,4}){0,31}")
+KEY = re.compile(r"[a-z_]{1,40}")
+
+logger = logging.getLogger("fedtune.observe")
+
+# fmt: off
+EVENTS = frozenset({
+    "start", "site", "round", "done", "stopped", "step",  # a run
+    "joined", "answered", "refused", "failed", "waiting", "reconnecting",  # a site's link
+    "listening", "connected", "disconnected", "admitted", "revoked", "renewed", "restarted",
+})
+STATUSES = frozenset({
+    "admitted", "trained", "answered", "refused", "unprepared", "failed", "dropped", "missing",
+    "late", "revoked", "joined", "connected", "disconnected", "retry", "below quorum",
+})
+KINDS = frozenset({
+    "query.prepare", "query.evaluate", "query", "train", "evaluate", "connection", "serverapp",
+    "superlink", "supernode", "gateway", "forwarder",
+})
+METRICS = frozenset({"loss", "perplexity", "exact_match", "accuracy", "f1"})
+# The first that is found in a reason is what is kept of it.
+PHRASES = (
+    "policy.max_epsilon_per_study", "policy.max_epsilon", "policy.max_delta",
+    "policy.allow_privacy_off", "policy.admission", "policy.min_noise_multiplier",
+    "policy.min_units", "policy.max_grad_norm", "policy.max_sampling_rate", "policy.max_steps",
+    "policy.max_rank", "policy.modules", "policy.objectives", "policy.strategies",
+    "policy.bases", "policy.coordinators", "policy.release", "site.evaluation is not given",
+    "the self-test failed", "patient column", "lora.a_digest", 'privacy = "off"', "not in the plan",
+    "the ledger was rolled back", "self-test", "does not know the plan",
+    "no answer in time", "the site is not connected", "the site could not load its app",
+    "the site's app raised an error", "the site's app crashed", "the site's app failed",
+    "the message was lost on the way", "the reply was lost on the way",
+    "the message could not be sent", "another node's name", "declared_size changed",
+    "signing key changed", "not signed by", "sealed for another", "header of its update",
+    "its update is longer", "other noise than the plan's", "more steps than the plan has",
+    "no new noised step", "step log is malformed", "other names or shapes", "plain fp32",
+    "not as agreed", "not finite", "more than was asked for", "declared size does not fit",
+    "its answer to the plan is malformed", "its answer is malformed",
+    "its answer cannot be read", "not below 1 / site.declared_size", "another kind of work",
+    "certificate has expired", "certificate is not yet valid", "certificate", "revoked",
+    "rate limit", "too large", "counted already", "replay", "past the deadline", "quorum",
+    "stopped by SIGTERM", "stopped by SIGINT", "no reason given",
+)
+# fmt: on
+OTHER = "other"
+NEVER = frozenset(  # known, for the screen or the report alone
+    {"text", "out", "privacy", "total", "private_quality", "log", "path", "idempotency"}
+)
+ELSEWHERE = {("done", "quality")}  # the whole report's table; each round told its own
+RENAMED = {"name": "site"}
+
+
+class NotLoggable(TypeError):
+    """A field that no log may hold, or a value of another form than its field's. Strict mode only:
+    it names the field, never the value."""
+
+
+def strict_here() -> bool:
+    return os.environ.get(STRICT) == "1"
+
+
+# ------------------------------------------------------------------------------ one value each
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise TypeError
+    return int(value)
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError
+    number = float(value)
+    return round(number, 6) if math.isfinite(number) else None
+
+
+def _epsilon(value: Any) -> float | None:
+    """Rounded up: an ε is never written smaller than it is."""
+    number = _number(value)
+    return None if number is None else math.ceil(float(value) * 1e6) / 1e6
+
+
+def _matching(pattern: re.Pattern[str]) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if not isinstance(value, str) or not pattern.fullmatch(value):
+            raise TypeError
+        return value
+
+    return check
+
+
+def _one_of(known: frozenset[str]) -> Callable[[Any], str]:
+    """Words of other machines too: an unknown one is not an error, and is not repeated."""
+
+    def check(value: Any) -> str:
+        if not isinstance(value, str):
+            raise TypeError
+        return value if value in known else OTHER
+
+    return check
+
+
+def reason_of(value: Any) -> str:
+    """The phrase of ours in somebody's reason, or "other"; "" for none. Errors: TypeError."""
+    if not isinstance(value, str):
+        raise TypeError
+    return next((phrase for phrase in PHRASES if phrase in value), OTHER) if value else ""
+
+
+def _exception(value: Any) -> str:
+    """The name of an exception class that this process has; nothing else looks like one."""
+    if not isinstance(value, str):
+        raise TypeError
+    known, left = set(), [BaseException]
+    while left:
+        for kind in type.__subclasses__(left.pop()):
+            if kind.__name__ not in known:
+                known.add(kind.__name__)
+                left.append(kind)
+    return value if value in known else OTHER
+
+
+def _names(value: Any) -> list[str]:
+    if not isinstance(value, list | tuple | set | frozenset) or len(value) > MANY:
+        raise TypeError
+    return sorted(_name(each) for each in value)
+
+
+def _by(key: Callable[[Any], str], rule: Callable[[Any], Any]) -> Callable[[Any], Record]:
+    def check(value: Any) -> Record:
+        if not isinstance(value, Mapping) or len(value) > MANY:
+            raise TypeError
+        return {key(name): rule(each) for name, each in value.items()}
+
+    return check
+
+
+_name, _digest = _matching(NAME), _matching(DIGEST)
+FIELDS: dict[str, Callable[[Any], Any]] = {
+    "study": _name,
+    "plan_digest": _digest,
+    "private": _flag,
+    "round": _count,
+    "rounds": _count,
+    "done": _count,
+    "attempt": _count,
+    "name": _name,
+    "site": _name,
+    "status": _one_of(STATUSES),
+    "reason": reason_of,
+    "kind": _one_of(KINDS),
+    "error": _exception,
+    "participants": _names,
+    "missing": _by(_name, reason_of),
+    "quality": _by(_one_of(METRICS), _number),
+    "epsilon": _by(_name, _epsilon),
+    "bytes": _count,
+    "bytes_up": _by(_name, _count),
+    "bytes_down": _by(_name, _count),
+    "seconds": _number,
+    "address": _matching(ADDRESS),
+    "port": _count,
+    "fingerprint": _matching(HEX),
+}
+
+
+# ------------------------------------------------------------------------------- one event
+
+
+def cleaned(event: str, data: Mapping[str, Any], *, strict: bool) -> Record:
+    """What of an event may be kept. Errors: NotLoggable, where strict."""
+    record: Record = {"event": event if event in EVENTS else OTHER}
+    dropped = set() if event in EVENTS else {"event"}
+    for key, value in data.items():
+        if key in NEVER or value is None or (event, key) in ELSEWHERE:
+            continue
+        try:
+            record[RENAMED.get(key, key)] = FIELDS[key](value)
+        except (KeyError, TypeError):
+            dropped.add(key if isinstance(key, str) and KEY.fullmatch(key) else "unnamed")
+    if dropped and strict:
+        raise NotLoggable(f"not to be logged, or of another type: {', '.join(sorted(dropped))}")
+    return {**record, "dropped": sorted(dropped)} if dropped else record
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+class JsonLog:
+    """Appends each event to `path`, readable by this user alone; usable as `on_event`.
+
+    Steps of a progress bar ("step") are not events of the study and are left out."""
+
+    def __init__(self, path: Path, *, role: Role | None = None, strict: bool | None = None) -> None:
+        self.path, self._role = path, role
+        self._strict = strict_here() if strict is None else strict
+        self._mutex, self._warned = threading.Lock(), False
+
+    def __call__(self, event: str, data: dict[str, Any]) -> None:
+        record = cleaned(event, data, strict=self._strict)
+        if event == "step":
+            return
+        line = {"time": now(), **({"role": self._role} if self._role else {}), **record}
+        try:
+            with self._mutex:
+                self._append(json.dumps(line, allow_nan=False, ensure_ascii=True) + "\n")
+        except OSError as error:
+            if not self._warned:
+                logger.warning("%s: %s; events are not logged", self.path, error.strerror)
+            self._warned = True
+
+    def _append(self, line: str) -> None:
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self.path.exists() and self.path.stat().st_size > LIMIT:
+            self.path.replace(self.path.with_name(self.path.name + ".1"))
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(file, line.encode())
+        finally:
+            os.close(file)

@@ -1,0 +1,247 @@
+"""Prometheus metrics, on this machine's loopback alone: `--metrics-port N`.
+
+    coordinator   rounds done and planned, participants, missing by reason, bytes, seconds, ε
+    site          connected, rounds sent, ε spent and remaining on the dataset, ledger entries
+
+Guarantee: nothing here depends on a record except through the noise or through what a person
+entered: a site's ε follows from plans and the ledger. Not exported, at either role: counts of
+records (rejected, too long, sampled), losses at a site, gradient norms, seconds per batch. Each of
+them tells whether some patient's record is there; a metrics store keeps them for years, and whoever
+may read a dashboard is seldom whoever may read the records. A person at the site sees the rejected
+counts with `fedtune doctor`.
+Labels are site names, the phrases of log.py and fixed words, so a site cannot grow the series at
+will. Errors: ConfigError without prometheus-client, or for an address other than loopback;
+InfrastructureError where the port is taken.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fedtune.errors import ConfigError, FedtuneError, InfrastructureError
+from fedtune.observe.log import OTHER, Record, Role, cleaned, strict_here
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.core import GaugeMetricFamily
+
+    from fedtune.dp.ledger import Ledger
+
+HOST = "127.0.0.1"
+SECONDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600)  # upper ends of the round times' buckets
+
+
+class Metrics:
+    """The figures of one role, served on loopback once `port` is given; usable as `on_event`.
+
+    port 0: any free one, see `.port`. site: the site.toml whose ledger is read at each scrape."""
+
+    def __init__(
+        self,
+        role: Role,
+        *,
+        port: int | None = None,
+        site: Path | None = None,
+        strict: bool | None = None,
+    ) -> None:
+        kinds = _library()
+        self.registry: CollectorRegistry = kinds.CollectorRegistry()
+        self._strict = strict_here() if strict is None else strict
+        self._take: Callable[[Record], None]
+        if role == "coordinator":
+            self._take = _coordinator(kinds, self.registry)
+        else:
+            self._take = _site(kinds, self.registry)
+            if site is not None:
+                self.registry.register(LedgerFigures(site))
+        self._serving = None if port is None else serve(self.registry, port)
+
+    @property
+    def port(self) -> int | None:
+        return self._serving.port if self._serving else None
+
+    def __call__(self, event: str, data: dict[str, Any]) -> None:
+        self._take(cleaned(event, data, strict=self._strict))
+
+    def close(self) -> None:
+        if self._serving:
+            self._serving.stop()
+            self._serving = None
+
+
+def _library() -> Any:
+    try:
+        import prometheus_client
+    except ImportError:
+        raise ConfigError(
+            "--metrics-port needs the package prometheus-client, which is not installed",
+            todo="pip install 'fedtune[metrics]'",
+        ) from None
+    return prometheus_client
+
+
+# -------------------------------------------------------------------------------- figures
+
+
+def _coordinator(kinds: Any, registry: CollectorRegistry) -> Callable[[Record], None]:
+    def gauge(name: str, says: str, labels: tuple[str, ...] = ()) -> Any:
+        return kinds.Gauge(f"fedtune_{name}", says, labels, registry=registry)
+
+    done = gauge("rounds_done", "Rounds that count, of this study")
+    planned = gauge("rounds_planned", "Rounds in the plan")
+    trained = gauge("participants", "Sites in the last round that counts")
+    epsilon = gauge("epsilon", "Privacy spent in this study so far, from its step log", ("site",))
+    missing = kinds.Counter(
+        "fedtune_missing", "Times that a site was missing", ("reason",), registry=registry
+    )
+    moved = kinds.Counter("fedtune_bytes", "Bytes of messages", ("direction",), registry=registry)
+    took = kinds.Histogram(
+        "fedtune_round_seconds", "Seconds per round", buckets=SECONDS, registry=registry
+    )
+
+    def take(record: Record) -> None:
+        if "rounds" in record:
+            planned.set(record["rounds"])
+        if record["event"] == "start":
+            done.set(record.get("done", 0))
+        if record["event"] != "round":
+            return
+        done.set(record.get("round", 0))
+        trained.set(len(record.get("participants", ())))
+        for name, spent in record.get("epsilon", {}).items():
+            epsilon.labels(name).set(math.inf if spent is None else spent)
+        for reason in record.get("missing", {}).values():
+            missing.labels(reason or OTHER).inc()
+        for direction in ("up", "down"):
+            moved.labels(direction).inc(sum(record.get(f"bytes_{direction}", {}).values()))
+        if record.get("seconds") is not None:
+            took.observe(record["seconds"])
+
+    return take
+
+
+def _site(kinds: Any, registry: CollectorRegistry) -> Callable[[Record], None]:
+    connected = kinds.Gauge(
+        "fedtune_connected", "1: the coordinator has accepted this site", registry=registry
+    )
+    refused = kinds.Counter(
+        "fedtune_tasks_refused", "Tasks of a kind that this site never runs", registry=registry
+    )
+
+    def take(record: Record) -> None:
+        if record["event"] in ("joined", "answered"):
+            connected.set(1)
+        elif record["event"] in ("reconnecting", "waiting", "stopped", "done"):
+            connected.set(0)
+        elif record["event"] == "refused":
+            refused.inc()
+
+    return take
+
+
+class _Spent(NamedTuple):
+    head: str
+    delta: float
+    epsilon: float
+    rounds: int
+
+
+class LedgerFigures:
+    """A site's budget, read from its ledger at each scrape; composed anew only when it changed.
+
+    | no ledger yet           | readable 1, nothing spent                     |
+    | a ledger not believed   | readable 0, and no figure that could be wrong |"""
+
+    def __init__(self, site: Path) -> None:
+        self._path, self._mutex = site, threading.Lock()
+        self._ledger: Ledger | None = None
+        self._known: _Spent | None = None
+
+    def describe(self) -> list[GaugeMetricFamily]:
+        return []  # nothing is read before the first scrape
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        from prometheus_client.core import GaugeMetricFamily
+
+        with self._mutex:
+            try:
+                figures = self._figures()
+            except FedtuneError:
+                figures = None
+        readable = "1: the ledger verifies, and the figures below are its own"
+        yield GaugeMetricFamily("fedtune_ledger_readable", readable, value=figures is not None)
+        for name, (says, value) in (figures or {}).items():
+            yield GaugeMetricFamily(f"fedtune_{name}", says, value=value)
+
+    def _figures(self) -> dict[str, tuple[str, float]]:
+        from fedtune.config import load_site
+
+        site = load_site(self._path)
+        most, entries, spent = site.policy.max_epsilon, 0, _Spent("", 0.0, 0.0, 0)
+        if (book := self._open(site.site.state)) is not None:
+            entries = book.head.seq + 1
+            spent = self._spent(book, site.data.name, site.policy.max_delta)
+        return {
+            "epsilon_spent": ("Of everything released from the dataset", spent.epsilon),
+            "epsilon_remaining": ("Of policy.max_epsilon", max(0.0, most - spent.epsilon)),
+            "rounds_released": ("Rounds whose update may have left the site", spent.rounds),
+            "ledger_entries": ("Signed entries in the ledger", entries),
+        }
+
+    def _open(self, folder: Path) -> Ledger | None:
+        from fedtune.dp.ledger import Ledger
+
+        if self._ledger is None and (folder / "ledger.db").exists():  # a scrape begins none
+            self._ledger = Ledger(folder)
+        return self._ledger
+
+    def _spent(self, book: Ledger, dataset: str, delta: float) -> _Spent:
+        from fedtune.dp.ceiling import total_epsilon
+
+        head = book.head.hash
+        if self._known is None or (self._known.head, self._known.delta) != (head, delta):
+            charges = book.spending(dataset)
+            order = charges[0].charge.order if charges else 2.0
+            epsilon = total_epsilon([c.charge.event for c in charges], order, delta).epsilon
+            rounds = sum(c.released for c in charges if c.kind == "reserve")
+            self._known = _Spent(head, delta, epsilon, rounds)
+        return self._known
+
+
+# -------------------------------------------------------------------------------- serving
+
+
+class Serving(NamedTuple):
+    """A metrics server that runs; `stop` frees its port."""
+
+    port: int
+    stop: Callable[[], None]
+
+
+def serve(registry: CollectorRegistry, port: int, host: str = HOST) -> Serving:
+    """Serve `registry` over HTTP on loopback. Errors: ConfigError, InfrastructureError."""
+    if not ip_address(host).is_loopback:
+        raise ConfigError(
+            f"metrics on {host}",
+            f"{HOST}: they carry no password",
+            "let a Prometheus agent on this machine read them, or forward the port over SSH",
+        )
+    try:
+        server, thread = _library().start_http_server(port, addr=host, registry=registry)
+    except OSError as error:
+        raise InfrastructureError(
+            f"metrics: port {port} of {host} cannot be opened ({error.strerror})",
+            todo="choose another with --metrics-port",
+        ) from None
+
+    def stop() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    return Serving(int(server.server_port), stop)

@@ -1,0 +1,203 @@
+"""Where a run or a site stands: written at each event, read by `fedtune status`.
+
+    status.json   what `cleaned` let through of the events so far, replaced whole
+    status.lock   locked for as long as the process that writes it lives
+
+Guarantee: a reader never sees half a file, and never takes a process that was killed for a running
+one: the lock goes with the process, whatever ended it.
+| state    | meaning                                                               |
+| waiting  | it runs, and waits for the other side                                 |
+| running  | it runs, and works                                                    |
+| done     | the study has ended, with a report                                    |
+| stopped  | it ended before the study did; `error` names the class                |
+| gone     | it was killed: neither done nor stopped, and nobody holds the lock    |
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune.errors import InputError
+from fedtune.observe.log import Record, Role, cleaned, logger, now, strict_here
+
+FILE, LOCK = "status.json", "status.lock"
+LAST = 12  # events kept in the file
+ENDED = frozenset({"done", "stopped"})
+QUIET = frozenset({"step"})
+TOTALS = ("bytes_up", "bytes_down")
+KEPT = ("study", "plan_digest", "private", "rounds", "address")  # of whatever event tells them
+
+
+class StatusFile:
+    """Replaces folder/status.json at each event; usable as `on_event`. `close` lets the lock go."""
+
+    def __init__(
+        self, folder: Path, *, role: Role = "coordinator", strict: bool | None = None
+    ) -> None:
+        self.folder, self._strict = folder, strict_here() if strict is None else strict
+        self._status: Record = {"role": role, "state": "waiting", "pid": os.getpid()}
+        self._status |= {"started": now(), "round": 0, "sites": {}, "last": []}
+        self._lock: int | None = None
+        self._warned = False
+
+    def __call__(self, event: str, data: dict[str, Any]) -> None:
+        record = cleaned(event, data, strict=self._strict)
+        if event in QUIET:
+            return
+        self._status = folded(self._status, {"time": now(), **record})
+        self.write()
+
+    def write(self) -> None:
+        """What is known so far, also before the first event."""
+        draft = self.folder / f"{FILE}.{os.getpid()}.new"
+        body = json.dumps({**self._status, "updated": now()}, allow_nan=False).encode()
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._hold()
+            with open(draft, "wb", opener=_private) as file:
+                file.write(body)
+            draft.replace(self.folder / FILE)
+        except OSError as error:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
+            if not self._warned:
+                logger.warning("%s: %s; no status is kept", self.folder, error.strerror)
+            self._warned = True
+
+    def _hold(self) -> None:
+        if self._lock is None:
+            self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            with suppress(BlockingIOError):  # another process of this role holds it: that lives
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def close(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def folded(status: Record, record: Record) -> Record:
+    """The status after one more event, already cleaned."""
+    event, sites = record["event"], {name: dict(s) for name, s in status["sites"].items()}
+    new: Record = {**status, "sites": sites}
+    new |= {key: record[key] for key in KEPT if key in record}
+    new["last"] = [*status["last"], _brief(record)][-LAST:]
+    if event == "start":
+        new |= {"state": "running", "round": record.get("done", 0)}
+        new.pop("error", None)
+    elif event == "site" and "site" in record:
+        told = {"status": record.get("status", ""), "reason": record.get("reason", "")}
+        sites.setdefault(record["site"], {}).update(told)
+    elif event == "round":
+        _round(new, record)
+    elif event in ENDED:
+        new |= {"state": event, **({"error": record["error"]} if "error" in record else {})}
+    elif event in ("joined", "answered"):
+        new["state"] = "running"
+    elif event in ("waiting", "reconnecting"):
+        new["state"] = "waiting"
+    return new
+
+
+def _round(new: Record, record: Record) -> None:
+    for key in ("round", "seconds", "quality", "participants", "missing"):
+        if key in record:
+            new[key] = record[key]
+    sites = new["sites"]
+    for name in record.get("participants", ()):
+        sites.setdefault(name, {}).update(status="trained", reason="")
+    for name, reason in record.get("missing", {}).items():
+        site = sites.setdefault(name, {})
+        site.update(reason=reason, missed=site.get("missed", 0) + 1)
+        if site.get("status") == "trained":
+            site["status"] = "missing"
+    for name, epsilon in record.get("epsilon", {}).items():
+        sites.setdefault(name, {})["epsilon"] = epsilon
+    for key in TOTALS:
+        for name, count in record.get(key, {}).items():
+            site = sites.setdefault(name, {})
+            site[key] = site.get(key, 0) + count
+
+
+def _brief(record: Record) -> Record:
+    keys = ("time", "event", "site", "round", "status", "reason", "kind", "error", "seconds")
+    return {key: record[key] for key in keys if record.get(key) not in (None, "")}
+
+
+# ---------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a folder says. alive: whether the process that writes it still runs."""
+
+    folder: Path
+    status: Record
+    alive: bool
+
+    @property
+    def state(self) -> str:
+        said = str(self.status.get("state", ""))
+        return said if self.alive or said in ENDED else "gone"
+
+    @property
+    def over(self) -> bool:
+        return self.state in ENDED or self.state == "gone"
+
+
+def folder_of(path: Path) -> Path:
+    """The folder that `path` (a run, a coordinator's home, a site.toml) keeps its status in.
+
+    Errors: ConfigError, InputError."""
+    if path.is_dir():
+        return path
+    if path.suffix == ".toml":
+        from fedtune.config import load_site
+
+        return load_site(path).site.state
+    raise InputError(
+        f"{path}: not there", "a run's folder, a coordinator's home, or a site.toml", "look again"
+    )
+
+
+def look(folder: Path) -> Seen:
+    """Errors: InputError where no status was ever written, or it cannot be read."""
+    try:
+        status = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"{folder}: no {FILE} there",
+            "a folder that a run, a coordinator or a site has begun to work in",
+            "start it first",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / FILE}: cannot be read ({type(error).__name__})") from None
+    whole = isinstance(status, dict) and {"role", "state", "sites", "last"} <= set(status)
+    if not whole:
+        raise InputError(f"{folder / FILE}: not a status")
+    return Seen(folder, status, held(folder / LOCK))
+
+
+def held(path: Path) -> bool:
+    """Whether a living process holds the lock."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(file)
+    return False

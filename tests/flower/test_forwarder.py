@@ -1,0 +1,296 @@
+"""A site's way out: through proxies, over restarts, with certificates that it renews by itself."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+import time
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import httpx
+import pytest
+
+from fedtune.config import load_site
+from fedtune.errors import ConfigError, Refused
+from fedtune.flower import certs, coordinator, enrol
+from fedtune.flower.forwarder import Forwarder, Link, link
+from fedtune.flower.processes import Child, free_port, reachable
+from tests.flower import kit
+
+
+def until(true: Callable[[], bool], seconds: float = 15.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+class World:
+    """A coordinator's home with one admitted site; nobody is behind the gateway."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.home, self.port = root, root / "home", free_port()
+        self.site = kit.site_file(root / "a", "a", self.port)
+        self.link = kit.join_up(self.home, self.site, self.port)
+        self.trust, _ = certs.loopback(root / "nobody")
+
+    def gateway(self):
+        return kit.gateway(self.home, "https://127.0.0.1:1", self.trust, port=self.port)
+
+    def forwarder(self, found: Link | None = None) -> Forwarder:
+        return Forwarder(found or self.link, self.root / "state", watch=0.1)
+
+
+@pytest.fixture()
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def status(way: Forwarder) -> httpx.Response:
+    trust = ssl.create_default_context(cafile=str(way.certificate))
+    with httpx.Client(verify=trust, trust_env=False) as client:
+        return client.get(f"https://127.0.0.1:{way.port}/fedtune/status")
+
+
+def test_it_outlives_restarts_of_the_gateway(world: World) -> None:
+    with world.forwarder() as way:
+        until(lambda: way.away > 0)  # nobody there yet
+        assert status(way).status_code == 503
+        for _ in range(2):
+            with world.gateway():
+                until(lambda: way.away == 0)
+                assert status(way).json()["name"] == "a"
+            until(lambda: way.away > 0)
+
+
+def test_a_gateway_that_is_killed_is_started_again(world: World) -> None:
+    children = []
+
+    class Watched(Child):
+        def __init__(self, *arguments, **options) -> None:
+            super().__init__(*arguments, **options)
+            children.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coordinator, "Child", Watched)
+        with coordinator.superlink(world.home) as behind, world.forwarder() as way:
+            with coordinator.door(behind, world.home, "127.0.0.1", world.port):
+                until(lambda: way.away == 0 and status(way).status_code == 200)
+                children[-1]._process.kill()
+                until(lambda: children[-1].pid != children[1].pid)
+                until(lambda: reachable("127.0.0.1", world.port))
+                until(lambda: status(way).status_code == 200)
+            assert [child.alive for child in children] == [True, False, False]
+
+
+def test_a_leaf_is_renewed_before_it_ends_and_used_at_once(world: World) -> None:
+    now = certs.now()
+    kit.reissue(world.home, world.link, now - timedelta(seconds=90), now + timedelta(seconds=6))
+    answer = replace(world.link.answer, certificate=world.link.certificate.read_text())
+    with world.gateway(), world.forwarder(replace(world.link, answer=answer)) as way:
+        until(lambda: not certs.spent(kit.leaf_of(world.link), 0.1))
+        until(lambda: certs.now() > now + timedelta(seconds=6.2))  # the old one has ended
+        assert status(way).status_code == 200
+        until(lambda: way.away == 0)
+    assert kit.leaf_of(world.link).not_valid_after_utc > now + timedelta(days=29)
+    again = world.forwarder(link(load_site(world.site), world.site))  # a restart keeps it
+    assert kit.leaf_of(again.link).not_valid_after_utc > now + timedelta(days=29)
+
+
+def test_a_leaf_in_its_first_part_is_left_alone(world: World) -> None:
+    before = world.link.certificate.read_bytes()
+    with world.gateway(), world.forwarder() as way:
+        until(lambda: way._since is None)
+        time.sleep(0.5)
+    assert world.link.certificate.read_bytes() == before
+
+
+@pytest.mark.parametrize(("begins", "ends", "says"), [(-9, -1, "expired"), (1, 9, "not valid yet")])
+def test_a_leaf_out_of_its_time_is_named(world: World, begins: int, ends: int, says: str) -> None:
+    days = [certs.now() + timedelta(days=each) for each in (begins, ends)]
+    kit.reissue(world.home, world.link, *days)
+    answer = replace(world.link.answer, certificate=world.link.certificate.read_text())
+    with world.gateway(), world.forwarder(replace(world.link, answer=answer)) as way:
+        until(lambda: says in (way.refusal or ""))
+    assert world.link.certificate.read_text() == answer.certificate
+
+
+def test_revocation_is_told(world: World) -> None:
+    with world.gateway(), world.forwarder() as way:
+        until(lambda: way.away == 0 and way.refusal is None)
+        enrol.revoke(world.home, "a")
+        until(lambda: way.refusal == "revoked")
+
+
+def test_a_gateway_of_another_consortium_is_not_trusted(world: World) -> None:
+    stranger = World(world.root / "stranger")
+    stranger.port = world.port
+    with stranger.gateway() as (door, _), world.forwarder() as way:
+        until(lambda: way.distrust)
+        assert status(way).status_code == 503
+        assert not door._peers
+
+
+def test_a_gateway_under_another_name_is_not_trusted(world: World) -> None:
+    leaf_key = certs.read_key(certs.server_leaf(world.home))
+    leaf = certs.issue(world.home, leaf_key.public_key(), "x", ["elsewhere.example.org"])
+    (world.home / "server.pem").write_bytes(certs._pem(leaf_key) + leaf.public_bytes(certs.PEM))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certs, "server_leaf", lambda home, names=(): home / "server.pem")
+        with world.gateway(), world.forwarder() as way:
+            until(lambda: way.distrust)
+
+
+# -------------------------------------------------------------------------------- proxies
+
+
+class Proxy:
+    """A CONNECT proxy that notes what it was asked; `pipe` moves bytes, nothing else."""
+
+    def __init__(self, says: bytes = b"HTTP/1.1 200 Connection established\r\n\r\n") -> None:
+        self.says, self.asked = says, []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.context: ssl.SSLContext | None = None
+
+    def serve(self) -> None:
+        while True:
+            try:
+                near, _ = self.listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self.connect, args=(near,), daemon=True).start()
+
+    def connect(self, near: socket.socket) -> None:
+        with suppress(OSError):
+            if self.context:
+                near = self.context.wrap_socket(near, server_side=True)
+            head = b""
+            while not head.endswith(b"\r\n\r\n"):
+                head += near.recv(1)
+            self.asked.append(head.decode())
+            near.sendall(self.says)
+            if b" 200 " in self.says:
+                host, _, port = head.split()[1].decode().rpartition(":")
+                far = socket.create_connection((host, int(port)))
+                threading.Thread(target=pipe, args=(far, near), daemon=True).start()
+                pipe(near, far)
+        near.close()
+
+
+def pipe(one: socket.socket, other: socket.socket) -> None:
+    with suppress(OSError):
+        while body := one.recv(65_536):
+            other.sendall(body)
+    for each in (one, other):
+        with suppress(OSError):
+            each.shutdown(socket.SHUT_RDWR)
+        each.close()
+
+
+@contextmanager
+def proxy(**options: bytes) -> Iterator[Proxy]:
+    made = Proxy(**options)
+    thread = threading.Thread(target=made.serve)
+    thread.start()
+    try:
+        yield made
+    finally:
+        made.listener.shutdown(socket.SHUT_RDWR)
+        made.listener.close()
+        thread.join()
+
+
+def test_a_proxy_is_asked_to_connect_and_sees_nothing(world: World) -> None:
+    with proxy() as middle, world.gateway() as (door, _):
+        through = replace(world.link, proxy=f"http://user:p%40ss@127.0.0.1:{middle.port}")
+        with world.forwarder(through) as way:
+            until(lambda: way.away == 0 and status(way).status_code == 200)
+        assert not door.refused
+    lines = middle.asked[0].split("\r\n")
+    assert lines[0] == f"CONNECT 127.0.0.1:{world.port} HTTP/1.1"
+    assert f"Proxy-Authorization: Basic {b64encode(b'user:p@ss').decode()}" in lines
+
+
+def test_a_proxy_with_tls_of_its_own_needs_its_ca(world: World) -> None:
+    with proxy() as middle, world.gateway():
+        trust, key = certs.loopback(world.root / "proxy")
+        middle.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        middle.context.load_cert_chain(trust, key)
+        through = replace(world.link, proxy=f"https://127.0.0.1:{middle.port}")
+        with world.forwarder(through) as way:
+            until(lambda: way.distrust)
+            assert not middle.asked
+        with world.forwarder(replace(through, proxy_ca=trust)) as way:
+            until(lambda: way.away == 0 and status(way).status_code == 200)
+
+
+def test_a_proxy_that_refuses_is_not_gone_around(world: World) -> None:
+    with proxy(says=b"HTTP/1.1 407 no\r\n\r\n") as middle, world.gateway() as (door, _):
+        through = replace(world.link, proxy=f"127.0.0.1:{middle.port}")
+        with world.forwarder(through) as way:
+            until(lambda: way.away > 0 and len(middle.asked) >= 2)
+            assert status(way).status_code == 503
+        assert not door._tokens
+
+
+def test_a_proxy_that_opens_tls_is_refused(world: World) -> None:
+    """It answers CONNECT and then speaks TLS itself, under a certificate of its own."""
+    stranger = World(world.root / "stranger")
+    with proxy() as middle, stranger.gateway() as (door, port):
+        through = replace(world.link, port=port, proxy=f"http://127.0.0.1:{middle.port}")
+        with world.forwarder(through) as way:
+            until(lambda: way.distrust)
+        assert not door._tokens
+
+
+def test_the_environments_proxy_counts_unless_it_is_told_off(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with proxy() as middle, world.gateway():
+        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{middle.port}")
+        with world.forwarder() as way:
+            until(lambda: way.away == 0 and status(way).status_code == 200)
+        assert middle.asked
+        middle.asked.clear()
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        with world.forwarder() as way:
+            until(lambda: way.away == 0 and status(way).status_code == 200)
+        assert not middle.asked
+    with pytest.raises(ConfigError, match="proxy"):
+        world.forwarder(replace(world.link, proxy="socks5://127.0.0.1:1"))
+
+
+# ----------------------------------------------------------------------------- the answer
+
+
+def test_what_is_wrong_with_an_answer_is_named(world: World) -> None:
+    site, file = world.site, world.site.parent / "answer.json"
+    good = file.read_text()
+    for old, new, says in (
+        ('"name": "a"', '"name": "b"', "another request"),
+        ("BEGIN CERTIFICATE", "BEGIN", "not by its CA"),
+        ('"address"', '"adress"', "not an answer"),
+        ("{", "[", "not a file"),
+    ):
+        file.write_text(good.replace(old, new))
+        with pytest.raises(ConfigError, match=says):
+            link(load_site(site), site)
+    file.write_text(good)
+    text = site.read_text()
+    site.write_text(text + 'fingerprint = "0000 0000 0000 0000 0000"\n')
+    with pytest.raises(Refused, match="replaced"):
+        link(load_site(site), site)
+    site.write_text(text + f'fingerprint = "{world.link.answer.fingerprint.upper()}"\n')
+    assert link(load_site(site), site).port == world.port
+    (world.link.keys / "tls.key").unlink()
+    with pytest.raises(ConfigError, match="enroll"):
+        link(load_site(site), site)

@@ -1,0 +1,530 @@
+"""The gateway under attack: each is refused with its own reason, and nothing reaches the SuperLink.
+
+The SuperLink's place is taken by a counter, so that "nothing" can be seen; test_tls.py has a real
+one. Certificates carry explicit dates, no clock is turned."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import socket
+import ssl
+import threading
+import time
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
+from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
+from flwr.superlink.routers.fleet.router import router
+
+from fedtune.errors import Refused
+from fedtune.flower import certs, enrol
+from fedtune.flower import gateway as module
+from fedtune.flower.forwarder import Link
+from fedtune.flower.gateway import Gateway, Limits
+from fedtune.flower.processes import Child, free_port
+from tests.flower import kit
+
+PULL, MIB = "/v1/fleet/pull-messages", 1 << 20
+BROKEN = (ssl.SSLError, OSError, http.client.HTTPException)
+Door = tuple[Gateway, int]
+
+
+class Upstream(ThreadingHTTPServer):
+    """Stands for the SuperLink: counts what arrives, says `says`."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        self.got: list[tuple[str, int, dict[str, str]]] = []
+        self.says = b"fine"
+        super().__init__(("127.0.0.1", 0), Counter)
+        self.trust, key = certs.loopback(folder)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.trust, key)
+        self.socket = context.wrap_socket(self.socket, server_side=True)
+        self.url = f"https://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, *_: object) -> None:
+        pass  # a peer that leaves in the middle is part of the tests
+
+
+class Counter(BaseHTTPRequestHandler):
+    protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
+    server: Upstream
+
+    def do_POST(self) -> None:
+        left = size = int(self.headers["content-length"])
+        while left:
+            if not (chunk := self.rfile.read(min(left, MIB))):
+                raise ConnectionError  # cut off: does not count
+            left -= len(chunk)
+        self.server.got.append((self.path, size, {k.lower(): v for k, v in self.headers.items()}))
+        self.send_response(200)
+        self.send_header("content-length", str(len(self.server.says)))
+        self.end_headers()
+        self.wfile.write(self.server.says)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class World:
+    def __init__(self, root: Path, upstream: Upstream) -> None:
+        self.home, self.upstream = root / "home", upstream
+        self.sites = {n: kit.join_up(self.home, kit.site_file(root / n, n, 1), 1) for n in "ab"}
+
+    @property
+    def a(self) -> Link:
+        return self.sites["a"]
+
+    def gateway(self, limits: Limits | None = None) -> Any:
+        return kit.gateway(self.home, self.upstream.url, self.upstream.trust, limits)
+
+
+@pytest.fixture()
+def world(tmp_path: Path) -> Iterator[World]:
+    upstream = Upstream(tmp_path / "upstream")
+    thread = threading.Thread(target=upstream.serve_forever, args=(0.05,))
+    thread.start()
+    yield World(tmp_path, upstream)
+    upstream.shutdown()
+    thread.join()
+    upstream.server_close()
+
+
+def context(found: Link, *, certificate: bool = True) -> ssl.SSLContext:
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    made.load_verify_locations(cadata=found.answer.ca)
+    if certificate:
+        made.load_cert_chain(found.certificate, found.keys / "tls.key")
+    return made
+
+
+def node_key(found: Link) -> str:
+    key = certs.read_key(found.keys / "node.key").public_key()
+    return b64encode(certs.public_pem(key)).decode()
+
+
+@contextmanager
+def connected(
+    port: int, found: Link, made: ssl.SSLContext | None = None
+) -> Iterator[http.client.HTTPSConnection]:
+    connection = http.client.HTTPSConnection(
+        "127.0.0.1", port, timeout=10, context=made or context(found)
+    )
+    with closing(connection):
+        yield connection
+
+
+def ask(
+    connection: http.client.HTTPConnection,
+    key: str,
+    path: str = PULL,
+    body: Any = b"body",
+    method: str = "POST",
+    headers: dict[str, str] | None = None,
+) -> tuple[int, str]:
+    connection.request(method, path, body, {module.NODE_KEY.decode(): key} | (headers or {}))
+    response = connection.getresponse()
+    return response.status, response.read().decode()
+
+
+def until(true: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def test_the_names_are_those_of_flower() -> None:
+    assert module.NODE_KEY.decode() == FLEET_HTTP_PUBLIC_KEY_HEADER
+    served = {route.path for route in router.routes}
+    assert served - module.FLEET == {"/v1/fleet/register-node", "/v1/fleet/unregister-node"}
+    assert served > module.FLEET
+
+
+def test_an_admitted_site_gets_through_and_its_request_is_passed_on_whole(world: World) -> None:
+    with world.gateway() as (door, port), connected(port, world.a) as line:
+        mine = {"flwr-timestamp": "now", "cookie": "x", "x-forwarded-for": "me"}
+        for _ in range(3):
+            assert ask(line, node_key(world.a), body=b"x" * MIB, headers=mine) == (200, "fine")
+        assert not door.refused
+    assert [(path, size) for path, size, _ in world.upstream.got] == 3 * [(PULL, MIB)]
+    headers = world.upstream.got[0][2]
+    assert headers["flwr-timestamp"] == "now"
+    assert not {"cookie", "x-forwarded-for"} & set(headers)
+
+
+# ------------------------------------------------------------------------------- before HTTP
+
+
+def no_certificate(world: World) -> ssl.SSLContext:
+    return context(world.a, certificate=False)
+
+
+def another_ca(world: World) -> ssl.SSLContext:
+    site = kit.site_file(world.home.parent / "other-a", "a", 1)
+    other = kit.join_up(world.home.parent / "other-home", site, 1)
+    made = context(world.a, certificate=False)
+    made.load_cert_chain(other.certificate, other.keys / "tls.key")
+    return made
+
+
+def past(world: World) -> ssl.SSLContext:
+    now = certs.now()
+    kit.reissue(world.home, world.a, now - timedelta(days=2), now - timedelta(seconds=2))
+    return context(world.a)
+
+
+def future(world: World) -> ssl.SSLContext:
+    now = certs.now()
+    kit.reissue(world.home, world.a, now + timedelta(hours=1), now + timedelta(days=2))
+    return context(world.a)
+
+
+def the_servers_own(world: World) -> ssl.SSLContext:
+    made = context(world.a, certificate=False)
+    made.load_cert_chain(certs.server_leaf(world.home))
+    return made
+
+
+def tls_1_2(world: World) -> ssl.SSLContext:
+    made = context(world.a)
+    made.maximum_version = ssl.TLSVersion.TLSv1_2
+    return made
+
+
+@pytest.mark.parametrize(
+    ("attack", "reason"),
+    [
+        (no_certificate, "no certificate"),
+        (another_ca, "certificate: "),
+        (past, "certificate: certificate has expired"),
+        (future, "certificate: certificate is not yet valid"),
+        (the_servers_own, "certificate: unsuitable certificate purpose"),
+        (tls_1_2, "older than TLS 1.3"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_bad_handshake_is_refused(
+    world: World, attack: Callable[[World], ssl.SSLContext], reason: str
+) -> None:
+    made = attack(world)
+    with world.gateway() as (door, port):
+        with connected(port, world.a, made) as line, pytest.raises(BROKEN):
+            ask(line, node_key(world.a))
+        until(lambda: bool(door.refused))
+        assert all(said.startswith(reason) for said in door.refused), door.refused
+    assert not world.upstream.got
+
+
+def test_plain_http_is_refused(world: World) -> None:
+    with world.gateway() as (door, port):
+        plain = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        with closing(plain) as line, pytest.raises(BROKEN):
+            ask(line, node_key(world.a))
+        until(lambda: door.refused["plain HTTP"] == 1)
+    assert not world.upstream.got
+
+
+def test_who_says_nothing_is_let_go_and_keeps_nobody_out(world: World) -> None:
+    with world.gateway(Limits(handshake=0.5, handshakes=2)) as (door, port):
+        silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(4)]
+        with connected(port, world.a) as line:
+            assert ask(line, node_key(world.a))[0] == 200
+        until(lambda: door.refused["handshake not finished"] == 4)
+        for each in silent:
+            each.close()
+
+
+# ------------------------------------------------------------------------------- after it
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "reason"),
+    [
+        ({"path": "/v1/control/start-run"}, 403, "not a path of the Fleet API"),
+        ({"path": "/v1/fleet/register-node"}, 403, "not a path of the Fleet API"),
+        ({"path": "/v1/fleet/../control/start-run"}, 403, "not a path of the Fleet API"),
+        ({"path": PULL + "?x=1"}, 403, "not a path of the Fleet API"),
+        ({"path": "/v1/runtime/acquire-task"}, 403, "not a path of the Fleet API"),
+        ({"method": "GET"}, 403, "not a path of the Fleet API"),
+        ({"body": iter([b"unsaid"])}, 411, "a request says its length"),
+        (
+            {
+                "body": b"6\r\nunsaid\r\n0\r\n\r\n",
+                "headers": {"content-length": "1", "transfer-encoding": "chunked"},
+            },
+            411,
+            "a request says its length",
+        ),
+        ({"headers": {"content-length": str(2**62)}}, 413, "a request has at most 16777216 bytes"),
+        ({"headers": {"content-length": "16777217"}}, 413, "a request has at most 16777216 bytes"),
+    ],
+)
+def test_a_bad_request_is_refused(
+    world: World, how: dict[str, Any], status: int, reason: str
+) -> None:
+    with world.gateway() as (door, port), connected(port, world.a) as line:
+        assert ask(line, node_key(world.a), **how) == (status, reason)
+        assert dict(door.refused) == {reason: 1}
+    assert not world.upstream.got
+
+
+def test_another_nodes_key_under_a_valid_certificate_is_refused(world: World) -> None:
+    reason = "the node key is not the one admitted with this certificate"
+    with world.gateway() as (door, port):
+        for key in (node_key(world.sites["b"]), "", "%%%", node_key(world.a) + "AAAA"):
+            with connected(port, world.a) as line:
+                assert ask(line, key) == (403, reason)
+        with connected(port, world.a) as line:  # two of them: which one counts?
+            line.putrequest("POST", PULL)
+            for site in "ab":
+                line.putheader("flwr-public-key", node_key(world.sites[site]))
+            line.putheader("content-length", "0")
+            line.endheaders()
+            assert line.getresponse().status == 403
+        assert dict(door.refused) == {reason: 5}
+    assert not world.upstream.got
+
+
+def test_a_revoked_site_is_refused_from_the_next_request_on(world: World) -> None:
+    with world.gateway() as (door, port), connected(port, world.a) as line:
+        assert ask(line, node_key(world.a))[0] == 200
+        enrol.revoke(world.home, "a")
+        with connected(port, world.a) as fresh:
+            assert ask(fresh, node_key(world.a)) == (403, "revoked")
+        until(lambda: not door._peers)  # the open connection was closed, nobody asked on it
+        with pytest.raises(BROKEN):
+            line.sock.settimeout(5)
+            line.sock.sendall(b"POST / HTTP/1.1\r\n\r\n")
+            assert line.sock.recv(1) == b""
+            raise ConnectionError
+        with connected(port, world.sites["b"]) as other:
+            assert ask(other, node_key(world.sites["b"]))[0] == 200
+    assert len(world.upstream.got) == 2
+
+
+def test_a_body_that_is_on_its_way_is_cut_off_by_revocation(world: World) -> None:
+    with world.gateway() as (door, port), connected(port, world.a) as line:
+        line.putrequest("POST", PULL)
+        line.putheader("flwr-public-key", node_key(world.a))
+        line.putheader("content-length", str(2 * MIB))
+        line.endheaders()
+        line.send(b"x" * MIB)
+        until(lambda: bool(door._tokens))  # the request was let in
+        enrol.revoke(world.home, "a")
+        until(lambda: door.refused["revoked"] >= 1)
+        with pytest.raises(BROKEN):
+            line.send(b"x" * MIB)
+            line.getresponse()
+    assert not world.upstream.got
+
+
+def test_new_keys_under_the_name_end_the_old_ones(world: World) -> None:
+    enrol.revoke(world.home, "a")
+    site = kit.site_file(world.home.parent / "a2", "a", 1)
+    fresh = kit.join_up(world.home, site, 1)
+    with world.gateway() as (_, port):
+        with connected(port, world.a) as line:
+            assert ask(line, node_key(fresh)) == (403, "revoked")
+        with connected(port, fresh) as line:
+            assert ask(line, node_key(fresh))[0] == 200
+
+
+def test_a_certificate_that_runs_out_ends_its_connection_too(world: World) -> None:
+    now = certs.now()
+    kit.reissue(world.home, world.a, now - timedelta(days=1), now + timedelta(seconds=4))
+    with world.gateway() as (_, port), connected(port, world.a) as line:
+        line.request("POST", PULL, b"", {"flwr-public-key": node_key(world.a)})
+        response = line.getresponse()
+        assert response.headers["connection"] == "close"  # the next one shows a newer leaf
+    with world.gateway() as (_, port), connected(port, world.a) as line:
+        line.connect()
+        until(lambda: certs.now() > now + timedelta(seconds=4))
+        assert ask(line, node_key(world.a)) == (403, "the certificate has expired")
+    assert len(world.upstream.got) == 1
+
+
+def test_too_many_requests_are_refused_for_that_site_alone(world: World) -> None:
+    with world.gateway(Limits(rate=0.01, burst=5)) as (door, port):
+        with connected(port, world.a) as line:
+            statuses = [ask(line, node_key(world.a))[0] for _ in range(7)]
+        with connected(port, world.sites["b"]) as line:
+            assert ask(line, node_key(world.sites["b"]))[0] == 200
+        assert statuses == 5 * [200] + 2 * [429]
+        assert door.refused["too many requests of this site"] == 2
+    assert len(world.upstream.got) == 6
+
+
+def test_too_many_connections_are_refused_for_that_site_alone(world: World) -> None:
+    with world.gateway(Limits(per_site=2)) as (door, port):
+        with (
+            connected(port, world.a) as one,
+            connected(port, world.a) as two,
+            connected(port, world.a) as three,
+            connected(port, world.sites["b"]) as other,
+        ):
+            assert [ask(line, node_key(world.a))[0] for line in (one, two)] == [200, 200]
+            assert ask(three, node_key(world.a)) == (503, "too many connections of this site")
+            assert ask(other, node_key(world.sites["b"]))[0] == 200
+        assert door.refused["too many connections of this site"] == 1
+
+
+def test_a_stalled_body_is_let_go(world: World) -> None:
+    with world.gateway(Limits(stall=0.5)) as (door, port), connected(port, world.a) as line:
+        line.putrequest("POST", PULL)
+        line.putheader("flwr-public-key", node_key(world.a))
+        line.putheader("content-length", "100")
+        line.endheaders()
+        line.send(b"x")
+        with pytest.raises(BROKEN):
+            line.getresponse()
+        until(lambda: not door._peers)
+    assert not world.upstream.got
+
+
+def test_an_answer_that_is_too_long_is_not_passed_on(world: World) -> None:
+    world.upstream.says = b"x" * 5000
+    with world.gateway(Limits(response_bytes=4999)) as (_, port), connected(port, world.a) as line:
+        assert ask(line, node_key(world.a)) == (502, "the SuperLink's answer is too long")
+
+
+def test_without_a_superlink_the_site_is_told_to_try_again(world: World) -> None:
+    nobody = f"https://127.0.0.1:{free_port()}"
+    with (
+        kit.gateway(world.home, nobody, world.upstream.trust) as (_, port),
+        connected(port, world.a) as line,
+    ):
+        assert ask(line, node_key(world.a)) == (502, "the SuperLink does not answer")
+
+
+def test_garbage_after_the_handshake_reaches_nobody(world: World) -> None:
+    with world.gateway() as (_, port):
+        for junk in (
+            b"\0" * 1000,
+            b"GET / HTTP/9.9\r\n\r\n",
+            b"POST " + b"a" * 20_000,
+            b"\r\n" * 9,
+        ):
+            raw = socket.create_connection(("127.0.0.1", port))
+            with context(world.a).wrap_socket(raw, server_hostname="127.0.0.1") as line:
+                line.sendall(junk)
+                line.settimeout(0.5)
+                with suppress(*BROKEN):
+                    assert b" 200 " not in line.recv(1000)
+        with connected(port, world.a) as line:
+            assert ask(line, node_key(world.a))[0] == 200
+    assert len(world.upstream.got) == 1
+
+
+def test_memory_is_flat(world: World, tmp_path: Path) -> None:
+    """Forty requests of 15 MiB, four at a time: below what two of them would take."""
+    port = free_port()
+    options = [str(world.home), "127.0.0.1", str(port), world.upstream.url]
+    state = tmp_path / "state"
+    with Child(
+        "gateway", [*options, str(world.upstream.trust)], home=state, log=state / "log"
+    ) as child:
+        child.wait_for_port("127.0.0.1", port)
+
+        def peak() -> int:
+            status = Path(f"/proc/{child.pid}/status").read_text()
+            return int(status.partition("VmHWM:")[2].split()[0]) // 1024
+
+        def many(count: int, size: int) -> None:
+            for _ in range(count):
+                with connected(port, world.a) as line:
+                    assert ask(line, node_key(world.a), body=bytes(size))[0] == 200
+
+        many(3, 1000)
+        before = peak()
+        threads = [threading.Thread(target=many, args=(10, 15 * MIB)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(world.upstream.got) == 43
+        assert peak() - before < 24
+
+
+# ----------------------------------------------------------------------------------- renewal
+
+
+def test_a_certificate_is_renewed_for_the_same_key_alone(world: World) -> None:
+    key, other = (certs.read_key(world.sites[n].keys / "tls.key") for n in "ab")
+    record = enrol.registry(world.home)["a"]
+    assert b"BEGIN CERTIFICATE" in enrol.renew(world.home, record, certs.request(key, "a"))
+    for asked in (certs.request(other, "a"), certs.request(key, "b"), b"junk"):
+        with pytest.raises(Refused):
+            enrol.renew(world.home, record, asked)
+        with world.gateway() as (_, port), connected(port, world.a) as line:
+            assert ask(line, "", path=module.RENEW, body=asked)[0] == 403
+    with world.gateway() as (_, port), connected(port, world.a) as line:
+        assert ask(line, "", path=module.RENEW, body=b"x" * 20_000)[0] == 413
+
+
+def test_the_servers_leaf_is_renewed_and_keeps_its_names(tmp_path: Path) -> None:
+    file = certs.server_leaf(tmp_path, ["fed.example.org", "10.0.0.7"])
+    first = file.read_bytes()
+    assert certs.server_leaf(tmp_path).read_bytes() == first
+    assert certs.server_leaf(tmp_path, ["new.example.org"]).read_bytes() != first
+    key, now = certs.read_key(file), certs.now()
+    hosts = ["localhost", "127.0.0.1", "fed.example.org"]
+    start, end = now - timedelta(days=20), now + timedelta(days=10)
+    old = certs.issue(tmp_path, key.public_key(), "fedtune coordinator", hosts, start, end)
+    file.write_bytes(old.public_bytes(certs.PEM) + certs._pem(key))
+    certs.server_leaf(tmp_path)
+    leaf = certs.x509.load_pem_x509_certificate(file.read_bytes())
+    assert not certs.spent(leaf, 0.1) and certs._names(leaf) == hosts
+    assert os.stat(file).st_mode & 0o077 == 0
+    leaf.verify_directly_issued_by(certs.ca(tmp_path)[1])
+
+
+def test_nothing_is_resumed(world: World) -> None:
+    """A resumed session shows no certificate, so its owner could go on after the certificate."""
+    for tickets, resumable in ((None, False), (2, True)):  # the second is the twin
+        with world.gateway() as (door, port), connected(port, world.a) as line:
+            if tickets:
+                door._tls.num_tickets = tickets
+            assert ask(line, node_key(world.a))[0] == 200
+            assert line.sock.session.has_ticket == resumable
+
+
+# ------------------------------------------------------------- twins: the guarantee is broken
+
+
+def test_a_limit_that_is_lifted_lets_the_attack_through(world: World) -> None:
+    """The twin: the tests above see the limit, not an accident."""
+    wide = replace(Limits(), request_bytes=64 * MIB, burst=10_000, per_site=100)
+    with world.gateway(wide) as (door, port), connected(port, world.a) as line:
+        assert ask(line, node_key(world.a), body=bytes(17 * MIB))[0] == 200
+        assert not door.refused
+
+
+def test_a_registry_that_is_read_once_lets_the_revoked_in(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    then = enrol.registry(world.home)
+    enrol.revoke(world.home, "a")
+    monkeypatch.setattr(enrol, "lookup", lambda _home, name: then.get(name))
+    with world.gateway() as (_, port), connected(port, world.a) as line:
+        assert ask(line, node_key(world.a))[0] == 200
+
+
+def test_a_binding_that_is_not_kept_lets_another_nodes_key_in(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = enrol.registry(world.home)
+    loose = {name: replace(record, node=known["b"].node) for name, record in known.items()}
+    monkeypatch.setattr(enrol, "lookup", lambda _home, name: loose.get(name))
+    with world.gateway() as (_, port), connected(port, world.a) as line:
+        assert ask(line, node_key(world.sites["b"]))[0] == 200

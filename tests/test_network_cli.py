@@ -1,0 +1,86 @@
+"""enroll, admit and revoke, as they are typed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from fedtune.flower import enrol
+from tests.flower import kit
+from tests.test_cli import run
+
+FINGERPRINT = re.compile(r"fingerprint\s+((?:[0-9a-f]{4} ?){5})\n")
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    return kit.site_file(tmp_path / "a", "a", 1)
+
+
+def asked(site: Path, *options: str) -> str:
+    """Run enroll; the fingerprint that it says."""
+    said = run("enroll", site, *options)
+    assert said.exit_code == 0, said.output
+    found = FINGERPRINT.search(said.output)
+    assert found and "PRIVATE" not in said.output
+    return found[1]
+
+
+def test_a_site_is_enrolled_admitted_revoked_and_comes_back_with_new_keys(site: Path) -> None:
+    heard = asked(site)
+    request = site.parent / "a.request"
+    at = ("--address", "hub.example:8443")
+    done = run("admit", request, "--fingerprint", heard, *at)
+    assert done.exit_code == 0, done.output
+    answer = json.loads(Path("a.answer").read_text())
+    assert answer["address"] == "hub.example:8443"
+    assert enrol.consortium(answer["ca"], answer["coordinator"]) in done.output
+    assert asked(site) == heard  # the same keys
+    assert run("revoke", "a").exit_code == 0
+    assert not enrol.registry(Path("coordinator"))
+    again = run("admit", request, "--fingerprint", heard, *at)
+    assert again.exit_code == 3 and "was revoked" in again.stderr
+    fresh = asked(site, "--new-keys")
+    assert fresh != heard and (site.parent / "state" / "keys.old-1" / "node.key").is_file()
+    assert run("admit", request, "--fingerprint", fresh, *at).exit_code == 0
+
+
+def test_a_fingerprint_that_differs_is_refused(site: Path) -> None:
+    heard = asked(site)
+    other = ("0" if heard[0] != "0" else "1") + heard[1:]
+    done = run("admit", site.parent / "a.request", "--fingerprint", other, "--address", "x:1")
+    assert done.exit_code == 3 and "somebody may have replaced the file" in done.stderr
+    assert not Path("coordinator").exists() and not Path("a.answer").exists()
+
+
+def test_nobody_is_admitted_without_a_person(site: Path) -> None:
+    heard = asked(site)
+    done = run("admit", site.parent / "a.request", "--address", "x:1")
+    assert done.exit_code == 2 and heard in done.output and "nobody compared" in done.stderr
+    assert not Path("coordinator").exists()
+
+
+def test_the_servers_address_is_used_and_asked_for_where_it_is_not_known(site: Path) -> None:
+    heard = asked(site)
+    words = ("admit", site.parent / "a.request", "--fingerprint", heard)
+    done = run(*words)
+    assert done.exit_code == 2 and "--address" in done.stderr
+    Path("coordinator").mkdir(mode=0o700)
+    Path("coordinator/address").write_text("hub.example:9000")
+    assert run(*words).exit_code == 0
+    assert json.loads(Path("a.answer").read_text())["address"] == "hub.example:9000"
+
+
+def test_revoking_nobody_names_who_there_is(site: Path) -> None:
+    done = run("revoke", "b")
+    assert done.exit_code == 2 and "no site named b is admitted" in done.stderr
+
+
+def test_the_help_says_how_keys_are_rotated() -> None:
+    said = " ".join(run("enroll", "--help").output.split())
+    assert "rotation" in said and "--new-keys" in said and "revokes the site" in said

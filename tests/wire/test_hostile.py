@@ -1,0 +1,367 @@
+"""Messages that lie: each is refused with its own reason, nothing is counted, memory stays flat."""
+
+from __future__ import annotations
+
+import pickle
+import random
+import tracemalloc
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
+
+from fedtune.flower import api
+from fedtune.flower.arrays import WireError, bodies, from_record, to_record
+from fedtune.flower.grid import InProcessGrid
+from fedtune.wire import seal
+from fedtune.wire.keys import SigningKey, verifies
+from server.admission import Outcome, outcome
+from server.bound import Terms
+from server.exchange import Reply
+from tests.server.fakes import EVENT, SHAPES, FakeSite, make_parts, make_study, zeros
+
+STUDY = make_study()
+KEY, COORDINATOR = SigningKey(), SigningKey()
+WANTED = seal.Header(STUDY.digest, 3, "sha256:b", "a", COORDINATOR.public, "nonce-1", "", {})
+TERMS = Terms(EVENT["q"], EVENT["sigma"], 1.0, 1, 25.0, 4)
+EVENTS = '[{"sigma":1.5,"q":0.25,"max_grad_norm":1.0,"records":1,"steps":1}]'
+
+
+def message(record: ArrayRecord | None = None, key: SigningKey = KEY, **header: Any) -> RecordDict:
+    """What an honest site sends; `record` and `header` as they are changed before sealing."""
+    record = to_record({n: a + 0.5 for n, a in zeros().items()}) if record is None else record
+    said = {"name": "a", "status": "trained", "reason": "", "events": EVENTS}
+    body = seal.body_digest(bodies(record), said)
+    sealed = seal.seal(key, replace(WANTED, body=body, ledger={"token": "t"}, **header))
+    return RecordDict({"update": record, "site": ConfigRecord(said | sealed)})
+
+
+def judge(content: RecordDict, wanted: seal.Header = WANTED, longest: float = 10.0) -> Outcome:
+    return outcome(
+        Reply(2, content), zeros(), True, 0, KEY.public, wanted, terms=TERMS, longest=longest
+    )
+
+
+def honest() -> RecordDict:
+    return message()
+
+
+def test_the_honest_message_is_taken():
+    assert judge(honest()).status == "trained"
+
+
+# --------------------------------------------------------------------- one lie, one reason each
+
+
+def changed(name: str, change: Callable[[Array], Array]) -> RecordDict:
+    record = to_record(zeros())
+    record[name] = change(record[name])
+    return message(record)
+
+
+def body_of(data: bytes) -> Callable[[Array], Array]:
+    return lambda old: Array(old.dtype, old.shape, old.stype, data)
+
+
+def npy(array: np.ndarray) -> bytes:
+    return Array(array).data
+
+
+HUGE = npy(np.zeros(4, "<f4")).replace(b"(4,), }" + b" " * 18, b"(4611686018427387904,), }")
+TALL = Array(np.zeros((4096, 2), "<f4"))
+LIES: dict[str, tuple[Callable[[], RecordDict], str]] = {
+    "another key": (lambda: message(key=SigningKey()), "not signed by the key"),
+    "an earlier round": (lambda: message(round=2), "sealed for another round"),
+    "another run or order": (lambda: message(nonce="nonce-0"), "sealed for another nonce"),
+    "another coordinator": (lambda: message(receiver="0" * 64), "sealed for another receiver"),
+    "another study": (lambda: message(plan="sha256:0"), "sealed for another plan"),
+    "another base": (lambda: message(base="sha256:0"), "sealed for another base"),
+    "another site": (lambda: message(site="b"), "sealed for another site"),
+    "2⁶² numbers claimed": (
+        lambda: changed("layer.C", body_of(HUGE)), "'layer.C' is not plain fp32 by its header",
+    ),
+    "pickle": (
+        lambda: changed("layer.C", body_of(pickle.dumps([0] * 60).ljust(144))),
+        "not in .npy format",
+    ),
+    "an object array": (
+        lambda: changed("layer.C", body_of(npy(np.zeros(4, "<f4")).replace(b"'<f4'", b"'|O' "))),
+        "not plain fp32 by its header",
+    ),
+    "fp64": (
+        lambda: changed("layer.C", lambda _: Array(np.zeros(4))), "'layer.C' is not plain fp32",
+    ),
+    "the wrong shape": (
+        lambda: changed("layer.C", lambda _: Array(np.zeros((2, 2), "<f4"))),
+        "'layer.C' has another shape",
+    ),
+    "another shape inside": (
+        lambda: changed("layer.C", body_of(npy(np.zeros((2, 2), "<f4")))),
+        "'layer.C' has two shapes",
+    ),
+    "rank 4096": (
+        lambda: changed("layer.B", lambda _: TALL), "'layer.B' has another shape",
+    ),
+    "bytes too many": (
+        lambda: changed("layer.C", lambda old: body_of(old.data + b"\0" * 4096)(old)),
+        "has not the bytes of its shape",
+    ),
+    "an array too many": (
+        lambda: message(to_record(zeros() | {"x": np.zeros(2, np.float32)})),
+        "other arrays than agreed",
+    ),
+    "an array too few": (
+        lambda: message(to_record({"layer.C": zeros()["layer.C"]})), "other arrays than agreed",
+    ),
+    "NaN": (
+        lambda: changed("layer.C", lambda _: Array(np.full(4, np.nan, "<f4"))), "not finite",
+    ),
+    "too long": (
+        lambda: changed("layer.C", lambda _: Array(np.full(4, 1e3, "<f4"))), "is longer",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lie_is_dropped_with_its_own_reason(lie: str):
+    made, reason = LIES[lie]
+    got = judge(made())
+    assert got.status == "dropped" and reason in got.reason
+    assert got.update == {} and got.events == [] and got.ledger == {}
+
+
+def test_every_lie_has_a_reason_of_its_own():
+    reasons = [judge(made()).reason for made, _ in LIES.values()]
+    same = {r for r in reasons if reasons.count(r) > 1}
+    assert len(same) <= 2  # array too many or few; a bad header, whatever is wrong with it
+
+
+def test_a_swapped_body_is_dropped():
+    one, other = honest(), message(to_record(zeros()))
+    swapped = RecordDict({"update": other["update"], "site": one["site"]})
+    assert "sealed for another body" in judge(swapped).reason
+    names = one["update"]
+    exchanged = ArrayRecord({"layer.B": names["layer.C"], "layer.C": names["layer.B"]})
+    assert judge(RecordDict({"update": exchanged, "site": one["site"]})).status == "dropped"
+
+
+def test_the_log_beside_the_arrays_is_sealed_too():
+    """A step more, or more noise than ran, would change the ε that the report states."""
+    content = honest()
+    content["site"]["events"] = EVENTS.replace('"steps":1', '"steps":2')
+    assert "sealed for another body" in judge(content).reason
+
+
+def test_one_signature_has_one_spelling():
+    body = b"said"
+    signature = KEY.sign(body)
+    assert verifies(KEY.public, body, signature)
+    for other in (signature.upper(), signature[:64] + " " + signature[64:], signature + " "):
+        assert not verifies(KEY.public, body, other)
+    assert not verifies(KEY.public.upper(), body, signature)
+
+
+@pytest.mark.parametrize(
+    "header",
+    ['{"a":1,"a":2}', "[1]", "{}", "1e999", "NaN", "[" * 5000, '"\\ud800"', '{"ledger":[]}', ""],
+)
+def test_a_signed_header_that_is_no_header_is_dropped(header: str):
+    """The site itself may be hostile: what it signed is no better than what it sent."""
+    content = honest()
+    content["site"]["header"] = header
+    content["site"]["signature"] = KEY.sign(b"fedtune update\0" + header.encode())
+    assert judge(content).status == "dropped"
+
+
+def test_a_name_given_twice_in_a_header_is_dropped():
+    content = honest()
+    text = str(content["site"]["header"]).replace('"round":3', '"round":2,"round":3')
+    content["site"]["header"] = text
+    content["site"]["signature"] = KEY.sign(b"fedtune update\0" + text.encode())
+    assert "malformed" in judge(content).reason
+
+
+# ------------------------------------------------------------------------------ bits and bytes
+
+
+def on_the_wire(content: RecordDict) -> bytes:
+    return bytes(api.recorddict_to_proto(content).SerializeToString())
+
+
+def read(body: bytes) -> RecordDict | None:
+    """As Flower reads it; None where it cannot."""
+    from flwr.common.serde import recorddict_from_proto
+
+    try:
+        return recorddict_from_proto(ProtoRecordDict.FromString(body))
+    except Exception:
+        return None
+
+
+def same(one: RecordDict, other: RecordDict) -> bool:
+    return on_the_wire(one) == on_the_wire(other)
+
+
+def flips(body: bytes) -> Iterator[bytes]:
+    for at in range(len(body)):
+        for bit in range(8):
+            yield body[:at] + bytes([body[at] ^ 1 << bit]) + body[at + 1 :]
+
+
+def test_no_flipped_bit_passes():
+    """Every bit of the message. What survives reads as the very same content (protobuf may spell
+    one thing in several ways)."""
+    original = honest()
+    body, refused = on_the_wire(original), 0
+    for altered in flips(body):
+        content = read(altered)
+        if content is not None and not same(content, original):
+            got = judge(content)
+            assert got.status in ("dropped", "failed", "refused", "unprepared"), got
+            refused += 1
+    assert refused > 4 * len(body)  # most flips are readable, so the seal had to catch them
+
+
+def test_no_truncation_passes():
+    original = honest()
+    body = on_the_wire(original)
+    for length in range(len(body)):
+        content = read(body[:length])
+        assert content is None or judge(content).status != "trained"
+
+
+def test_a_name_given_twice_counts_as_what_was_signed_or_not_at_all():
+    proto = api.recorddict_to_proto(honest())
+    evil = api.recorddict_to_proto(message(to_record({n: a + 9 for n, a in zeros().items()})))
+    for first in (True, False):
+        both = ProtoRecordDict()
+        both.CopyFrom(proto)
+        (arrays,) = (i for i in both.items if i.key == "update")
+        (others,) = (i for i in evil.items if i.key == "update")
+        extra = [others.array_record.items[0], arrays.array_record.items[0]]
+        arrays.array_record.items[0].CopyFrom(extra[0 if first else 1])
+        arrays.array_record.items.append(extra[1 if first else 0])
+        got = judge(read(both.SerializeToString()) or RecordDict())
+        if got.status == "trained":
+            assert all((a == 0.5).all() for a in got.update.values())
+        else:
+            assert "another body" in got.reason
+
+
+def test_memory_stays_flat_under_claims():
+    """Bodies that claim up to 2⁶² numbers: less than 1 MB is ever held for them."""
+    contents = [made() for made, _ in LIES.values()]
+    lengths = (10**3, 2**20, 2**31, 2**40, 2**62)
+    small = npy(np.zeros(4, "<f4"))
+    for n in lengths:
+        shape = f"({n},), }}".encode()
+        body = small.replace(b"(4,), }" + b" " * (len(shape) - 7), shape)
+        record = to_record(zeros())
+        record["layer.C"] = Array("float32", (n,), "numpy.ndarray", body)
+        contents += [message(record), changed("layer.C", body_of(body))]
+    judge(contents[0])
+    tracemalloc.start()
+    for content in contents:
+        assert judge(content).status == "dropped"
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1_000_000
+
+
+def test_a_site_reads_what_it_is_sent_as_strictly():
+    generator = random.Random(5)
+    body = npy(np.zeros((3, 2), "<f4"))
+    for _ in range(3_000):
+        altered = bytearray(body)
+        for _ in range(generator.randint(1, 4)):
+            altered[generator.randrange(len(altered) - 24)] = generator.randrange(256)
+        record = ArrayRecord({"a": Array("float32", (3, 2), "numpy.ndarray", bytes(altered))})
+        try:
+            (array,) = from_record(record).values()
+            assert array.size == 6 and array.dtype == np.float32
+        except WireError:
+            pass
+
+
+# -------------------------------------------------------------------------------- whole rounds
+
+
+class Replayer(InProcessGrid):
+    """A network that keeps every answer and can put an old one in a new one's place."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.old: list[RecordDict] = []
+        self.swap: Callable[[str, list[RecordDict]], RecordDict | None] = lambda name, old: None
+        self.twice = False
+
+    def pull_messages(self, message_ids: Any) -> Iterator[Message]:
+        for reply in super().pull_messages(message_ids):
+            if not reply.has_error() and "update" in reply.content:
+                new = self.swap(str(reply.content["site"]["name"]), self.old)
+                self.old.append(reply.content)
+                if new is not None:
+                    reply.content = new
+            yield reply
+            if self.twice:
+                yield reply
+
+
+def replayed(trial: Any, swap: Any, *, twice: bool = False) -> tuple[Any, dict[str, Any]]:
+    run = trial(FakeSite("a"), FakeSite("b"), FakeSite("c"))
+    grid = Replayer([Path(s.name) for s in run.sites])
+    grid.swap, grid.twice = swap, twice
+    return run, run.run(make_study(min_sites=2), grid=grid)
+
+
+def test_an_answer_delivered_twice_counts_once(trial):
+    run, body = replayed(trial, lambda name, old: None, twice=True)
+    plain = trial(FakeSite("a"), FakeSite("b"), FakeSite("c"), folder="plain")
+    plain.run(make_study(min_sites=2))
+    assert all(r["participants"] == ["a", "b", "c"] for r in body["rounds"])
+    for name in SHAPES:
+        np.testing.assert_array_equal(run.adapter()[name], plain.adapter()[name])
+
+
+def sent_by(name: str, old: list[RecordDict]) -> list[RecordDict]:
+    return [content for content in old if content["site"]["name"] == name]
+
+
+@pytest.mark.parametrize("whose", ["a", "c"])
+def test_an_old_answer_in_place_of_a_new_one_is_dropped(trial, whose: str):
+    """The site's own of the first round in every later one, or another site's."""
+
+    def swap(name: str, old: list[RecordDict]) -> RecordDict | None:
+        return next(iter(sent_by(whose, old)), None) if name == "c" and len(old) > 2 else None
+
+    _, body = replayed(trial, swap)
+    for entry in body["rounds"][1:]:
+        assert entry["participants"] == ["a", "b"]
+        assert entry["missing"]["c"].startswith("dropped: its update is")
+    assert body["absences"]["c"]["longest_rounds"] >= 3 and "a" not in body["absences"]
+
+
+def test_another_runs_answers_are_dropped(trial):
+    """The same sites, plan, round and coordinator key; only the order's nonce differs."""
+    parts = make_parts()
+
+    def go(folder: str, swap: Any) -> tuple[Any, dict[str, Any]]:
+        run = trial(*sites, folder=folder)
+        grid = Replayer([Path(s.name) for s in run.sites])
+        grid.swap = swap
+        return grid, run.run(make_study(min_sites=2), grid=grid, parts=parts)
+
+    sites = [FakeSite("a"), FakeSite("b"), FakeSite("c")]
+    grid, _ = go("first", lambda name, old: None)
+    kept = sent_by("c", grid.old)
+    for site in sites:
+        site.steps = 0
+    seen = iter(kept)
+    _, body = go("second", lambda name, old: next(seen) if name == "c" else None)
+    for entry in body["rounds"]:
+        assert entry["missing"]["c"] == "dropped: its update is sealed for another nonce"
