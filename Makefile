@@ -6,7 +6,7 @@ READY  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 
-.PHONY: help install demo test lint audit chaos mutants bench clean
+.PHONY: help install demo test lint audit chaos fuzz mutants bench clean
 
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -32,10 +32,13 @@ lint: $(READY) ## style, types and import contracts alone
 	$(BIN)/lint-imports --no-cache
 
 audit: $(READY) ## attack the guarantee at length: audits of ε, sensitivity, variance
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests --ignore tests/dp/test_ledger_chaos.py --ignore tests/dp/test_ledger.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests --ignore tests/dp/test_ledger_chaos.py --ignore tests/dp/test_ledger.py --ignore tests/fuzz --ignore tests/server/test_model.py
 
-chaos: $(READY) ## kill -9, power cuts and lost fsyncs around the ledger, a thousand times
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests/dp/test_ledger_chaos.py tests/dp/test_ledger.py
+chaos: $(READY) ## kill -9, power cuts, lost fsyncs, lost messages: a thousand times
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests/dp/test_ledger_chaos.py tests/dp/test_ledger.py tests/server/test_model.py
+
+fuzz: $(READY) ## a million hostile messages to either side
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests/fuzz
 
 mutants: $(READY) ## seed a bug for each way DP breaks silently; the tests must catch every one
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants.run

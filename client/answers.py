@@ -47,9 +47,9 @@ def sealed(
         adapter = from_record(message.content.array_records["adapter"])
         made = work(site, digest, number, adapter, str(order["receipt"]))
         made_arrays = to_record(made.delta)
-        body = body_digest(bodies(made_arrays))
-        seal = site.sealed(digest, number, str(order["nonce"]), body)
-        said.update(seal, events=json.dumps(made.events))
+        filled = said | {"events": json.dumps(made.events)}
+        body = body_digest(bodies(made_arrays), filled)
+        said.update(filled, **site.sealed(digest, number, str(order["nonce"]), body))
         arrays = made_arrays
 
     if failure := guarded(attempt, context):

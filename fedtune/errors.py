@@ -12,7 +12,7 @@
     │   ├── PolicyRefused              the site's policy
     │   ├── BudgetExceeded             the privacy budget
     │   ├── SelfTestFailed             the guarantee does not hold here (dp/selftest.py)
-    │   └── Unprepared                 a round of a plan that the site does not know (client/site.py)
+    │   └── Unprepared                 the site does not know the plan (client/site.py)
     ├── InfrastructureError   exit 4   network, disk, another process
     │   └── LedgerError                the privacy ledger (dp/ledger_files.py)
     └── AccountantsDisagree   exit 4   two computations of ε contradict each other

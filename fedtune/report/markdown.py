@@ -34,6 +34,7 @@ def markdown(body: dict[str, Any]) -> str:
         *section(body.get("audit") or {}),
         _rounds(body.get("rounds") or []),
         _missing(body.get("rounds") or [], body.get("sites") or {}),
+        _absences(body.get("absences") or {}, len(body.get("rounds") or [])),
         _base(body),
         f"Written by fedtune {cell(body.get('fedtune', ''))}; plan "
         f"`{cell(body.get('plan_digest'))}`. The same numbers for machines: report.json.",
@@ -238,11 +239,25 @@ def _missing(rounds: list[dict[str, Any]], sites: dict[str, Any]) -> str:
     return f"## Who was missing\n\n{table(['site', 'rounds', 'reason'], rows, numbers=False)}"
 
 
+def _absences(absences: dict[str, Any], rounds: int) -> str:
+    rows = [
+        [
+            cell(name),
+            f"{figure(gone.get('rounds'))} of {rounds}",
+            figure(gone.get("longest_rounds")),
+            figure(gone.get("longest_seconds")),
+        ]
+        for name, gone in sorted(absences.items())
+    ]
+    head = ["site", "rounds missed", "longest absence, rounds", "longest absence, s"]
+    return table(head, rows) if rows else ""
+
+
 def _base(body: dict[str, Any]) -> str:
     base, parts = body.get("base") or {}, []
     rows = [[cell(key), cell(base.get(key))] for key in ("name", "digest", "licence", "dtype")]
     parts.append(f"## Base model\n\n{table(['', ''], rows, numbers=False)}")
-    known = {"privacy", "quality", "base", "rounds", "sites", "audit"}
+    known = {"privacy", "quality", "base", "rounds", "sites", "audit", "absences"}
     for key, value in sorted(body.items()):
         if key not in known and isinstance(value, dict) and value:
             rows = [[cell(name), _setting(item)] for name, item in sorted(value.items())]

@@ -371,8 +371,8 @@ BUDGET_MUTANTS = (
     ),
     _one(
         24, "a-round-again-is-free", POLICY,
-        "max(plan.steps - sum(e.steps for e in mine), plan.local_steps)",
-        "max(plan.steps - sum(e.steps for e in mine), 0)",
+        "max(plan.steps - sum(event.steps for event in mine), at_least)",
+        "max(plan.steps - sum(event.steps for event in mine), 0)",
         "tests/client/test_site.py::test_a_round_from_another_adapter_is_paid_for_until_the_ceiling",
         "trained again without room for it",
     ),
@@ -472,8 +472,9 @@ WIRE_MUTANTS = (
     ),
     _one(
         25, "choice-of-sites-as-amplification", SUMMARY,
-        '(e["sigma"], e["q"], e["steps"]',
-        '(e["sigma"], e["q"] * progress.study.strategy.fraction, e["steps"]',
+        'name: _epsilon(events, parts, privacy) for',
+        'name: _epsilon([e | {"q": e["q"] * progress.study.strategy.fraction} for e in events], '
+        'parts, privacy) for',
         "tests/traps/test_trap_22_weights.py", "the coordinator's draw is public",
     ),
     _one(
@@ -521,7 +522,8 @@ GUARANTEE_MUTANTS = (
     ),
     _one(
         "seal", "any-signature-will-do", "fedtune/wire/seal.py",
-        "if len(text) > 10_000 or not verifies(", "if len(text) > 10_000 and not verifies(",
+        "if not verifies(public, signed, signature):",
+        "if not verifies(public, signed, signature) and not signature:",
         SEALS + "test_an_update_signed_by_another_or_altered_is_dropped",
         "an update that somebody else signed is counted",
     ),

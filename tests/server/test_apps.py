@@ -37,6 +37,9 @@ KEY = SigningKey()  # the coordinator's
 WANTED = seal.Header(STUDY.digest, 1, "", "a", KEY.public, "n", "", {})
 
 
+SAID = {"status": "trained", "events": "[]"}
+
+
 def order(round_: int = 1, key: SigningKey = KEY) -> RecordDict:
     record = ConfigRecord(seal.order(key, STUDY.digest, round_, "n", ""))
     return RecordDict({"order": record, "adapter": to_record(zeros())})
@@ -212,8 +215,8 @@ def test_a_huge_claim_in_a_small_message_is_not_allocated():
     honest = record[name].data
     record[name].data = honest.replace(b"(4,), }         ", b"(4000000000,), }")
     assert record[name].data != honest and len(record[name].data) == len(honest)
-    site, header = SigningKey(), replace(WANTED, body=seal.body_digest(bodies(record)))
-    said = ConfigRecord({"status": "trained", "events": "[]", **seal.seal(site, header)})
+    site, body = SigningKey(), seal.body_digest(bodies(record), SAID)
+    said = ConfigRecord({**SAID, **seal.seal(site, replace(WANTED, body=body))})
     content = RecordDict({"update": record, "site": said})
     got = outcome(Reply(2, content), zeros(), False, 0, site.public, WANTED)
     assert got.status == "dropped" and "fp32" in got.reason
@@ -221,8 +224,9 @@ def test_a_huge_claim_in_a_small_message_is_not_allocated():
 
 
 def sealed(key: SigningKey, record: ArrayRecord, **changes: Any) -> Reply:
-    header = replace(WANTED, body=seal.body_digest(bodies(record)), ledger={"hash": "h"})
-    said = {"status": "trained", "events": "[]", **seal.seal(key, replace(header, **changes))}
+    body = seal.body_digest(bodies(record), SAID)
+    header = replace(WANTED, body=body, ledger={"hash": "h"})
+    said = {**SAID, **seal.seal(key, replace(header, **changes))}
     return Reply(2, RecordDict({"update": record, "site": ConfigRecord(said)}))
 
 
