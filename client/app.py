@@ -9,7 +9,7 @@ from client.answers import Work, guarded, sealed, trouble
 from client.find import site_file
 from client.site import SiteWorker, worker
 from fedtune.config import study_from_json
-from fedtune.errors import ConfigError
+from fedtune.errors import ConfigError, PolicyRefused
 from fedtune.flower.arrays import from_record
 from fedtune.wire.seal import check_plan
 
@@ -31,6 +31,8 @@ def prepare(message: Message, context: Context) -> Message:
         if study.digest != plan["digest"]:
             raise ConfigError("the plan received is not the one it claims to be")
         coordinator = check_plan(plan, study.digest)
+        if context.node_config.get("coordinator", coordinator) != coordinator:
+            raise PolicyRefused("the plan is not signed by the coordinator this site enrolled with")
         frozen = from_record(message.content.array_records["frozen"])
         answer = site.prepare(study, frozen, coordinator)
         said.update(name=answer.name, declared_size=answer.declared_size)

@@ -53,6 +53,17 @@ OUT = Annotated[
     Path | None,
     typer.Option("--out", metavar="DIR", help="Where the run goes. Without it: runs/NAME."),
 ]
+METRICS = Annotated[
+    int | None,
+    typer.Option(
+        "--metrics-port",
+        min=1,
+        max=65535,
+        metavar="N",
+        help="Prometheus metrics on 127.0.0.1:N.",
+        show_default=False,
+    ),
+]
 RESUME = Annotated[
     bool, typer.Option("--resume", help="Continue the run in --out after its last whole round.")
 ]
@@ -212,6 +223,7 @@ def server(
     ] = None,
     out: OUT = None,
     resume: RESUME = False,
+    metrics_port: METRICS = None,
 ) -> None:
     """Coordinate a study over mutual TLS with the sites that were admitted, before or meanwhile.
 
@@ -224,7 +236,12 @@ def server(
     folder = out or folder_for(loaded.study.name, resume=resume)
     if not loaded.private:
         warn_not_private(_console())
-    with Watch(_console(), f"waiting for sites at {host}:{port}") as watch:
+    from fedtune.observe import observer
+
+    with (
+        Watch(_console(), f"waiting for sites at {host}:{port}") as watch,
+        observer("coordinator", folder, then=watch, home=home, metrics_port=metrics_port) as seen,
+    ):
         from fedtune.flower.coordinator import serve
 
         body = serve(
@@ -235,7 +252,7 @@ def server(
             names=names or [],
             home=home,
             resume=resume,
-            on_event=watch,
+            on_event=seen,
         )
     closing(_console(), folder, body)
 
@@ -248,20 +265,25 @@ def client(
     once: Annotated[
         bool, typer.Option("--once", help="Leave when the coordinator has finished.")
     ] = False,
+    metrics_port: METRICS = None,
 ) -> None:
     """Take part as a site: train here, on this site's records, under this site's policy.
 
     Runs until stopped, and reconnects by itself. Only clipped and noised sums leave."""
     from fedtune.config import load_site
     from fedtune.console import Watch
+    from fedtune.observe import observer
 
-    with Watch(_console(), "connecting") as watch:
+    here = load_site(site)
+    with (
+        Watch(_console(), "connecting") as watch,
+        observer("site", here.site.state, then=watch, site=site, metrics_port=metrics_port) as seen,
+    ):
         from client.site import check_records
         from fedtune.flower.site_executor import join
 
-        check_records(load_site(site))
-
-        join(site, once=once, on_event=watch)
+        check_records(here)
+        join(site, once=once, on_event=seen)
 
 
 # ------------------------------------------------------------------------------ use a run

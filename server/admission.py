@@ -32,6 +32,7 @@ from server.bound import Terms
 from server.exchange import Reply, ask, clean, size
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+NOT_ENROLLED = "it is not enrolled with this signing key, or was revoked"
 KEY = re.compile(r"[0-9a-f]{64}")
 MOST_UNITS = 10**10  # that a site may declare: more than there are people
 SIGMA_SLACK = 0.02  # of σ: another version of the accountant may calibrate a little differently
@@ -57,7 +58,7 @@ class Roster:
     """Nodes and the sites behind them.
 
     sizes, keys: site -> declared size and public key, fixed once heard; refused: site -> why, for
-    the rest of the run; absent: what failed or kept silent, asked again each round; down, up: bytes
+    the rest of the run; enrolled: site -> signing key, as of now (None: anybody); absent: what failed or kept silent, asked again each round; down, up: bytes
     by site."""
 
     grid: Grid
@@ -66,6 +67,7 @@ class Roster:
     sizes: dict[str, int]
     keys: dict[str, str]
     tell: Tell
+    enrolled: Callable[[], dict[str, str]] | None = None
     nodes: dict[str, int] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
@@ -116,6 +118,10 @@ class Roster:
         for reply in ask(self.grid, "query.prepare", contents, "prepare", timeout):
             self._hear(reply)
 
+    def stranger(self, name: str, key: str) -> bool:
+        """Whether the site is not enrolled with this signing key, as of now."""
+        return self.enrolled is not None and self.enrolled().get(name) != key
+
     def _hear(self, reply: Reply) -> None:
         known = {node: name for name, node in self.nodes.items()}
         name, declared, key, status, reason = _admission(reply, known.get(reply.node, ""))
@@ -126,6 +132,8 @@ class Roster:
             status, reason = "refused", "its declared_size changed during the study"
         elif status == "admitted" and self.keys.setdefault(name, key) != key:
             status, reason = "refused", "its signing key changed during the study"
+        elif status == "admitted" and self.stranger(name, key):
+            status, reason = "refused", NOT_ENROLLED
         self.down[name] += size(self.plan)
         self.up[name] += reply.size
         if status == "failed":

@@ -85,7 +85,8 @@ def _report(out: Path, body: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Parts:
-    """key: the coordinator's signing key; receipts: file for the sites' newest receipts beyond one
+    """key: the coordinator's signing key; enrolled: who may take part now, site -> signing key
+    (None: whoever is connected); receipts: file for the sites' newest receipts beyond one
     run (None: only in the run's checkpoint); patience: seconds to wait at the start until
     strategy.min_sites sites admit the plan; pause: seconds before the first retry of a round
     (twice that before the second, and so on)."""
@@ -99,6 +100,7 @@ class Parts:
     save: Callable[[Study, Arrays, Arrays, Path], None] = _save
     report: Callable[[Path, dict[str, Any]], None] = _report
     key: SigningKey = field(default_factory=SigningKey)
+    enrolled: Callable[[], dict[str, str]] | None = None
     receipts: Path | None = None
     patience: float = 120.0
     pause: float = 10.0

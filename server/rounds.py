@@ -27,7 +27,7 @@ from fedtune.errors import ConfigError, InfrastructureError
 from fedtune.flower.arrays import to_record
 from fedtune.wire import seal
 from server import store, summary
-from server.admission import Outcome, Roster, Tally, outcome, plan_message
+from server.admission import NOT_ENROLLED, Outcome, Roster, Tally, outcome, plan_message
 from server.bound import Terms, norm_bound, terms
 from server.exchange import Reply, ask, size
 from server.parts import Parts
@@ -89,7 +89,9 @@ class _Run:
         earlier = self.receipts.read()
         self.earlier = {k: r for k, r in earlier.items() if r.get("coordinator") == mine}
         plan = plan_message(self.study, progress.frozen, parts.key)
-        self.roster = Roster(grid, self.study, plan, progress.sizes, progress.keys, self._tell)
+        self.roster = Roster(
+            *(grid, self.study, plan, progress.sizes, progress.keys, self._tell), parts.enrolled
+        )
         self.queries = Queries(grid, self.progress, self.roster, parts.key)
         self.evaluator = (
             parts.evaluator(self.study, progress.frozen) if self.study.evaluation else None
@@ -213,6 +215,8 @@ class _Run:
             got = outcome(reply, adapter, self.study.private, before, key, wanted, **limits)
         except ConfigError as error:  # an honest site of such a size says so itself, when it joins
             got = Outcome("dropped", f"its declared size does not fit the plan: {error}")
+        if got.status == "trained" and self.roster.stranger(name, key):
+            got = Outcome("refused", NOT_ENROLLED)
         if got.status == "trained":
             self.progress.receipts[name] = seal.receipt(self.parts.key, got.ledger)
             weight = self.progress.sizes[name] if self.asks.weights == "declared" else 1

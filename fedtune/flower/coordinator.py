@@ -252,4 +252,9 @@ def _installed_rounds(home: Path) -> Run:
     from server import rounds
     from server.parts import Parts
 
-    return functools.partial(rounds.run, parts=Parts(key=SigningKey.at(home / "signing.key")))
+    parts = Parts(
+        key=SigningKey.at(home / "signing.key"),
+        receipts=home / "receipts.json",
+        enrolled=lambda: {name: one.signing for name, one in enrol.registry(home).items()},
+    )
+    return functools.partial(rounds.run, parts=parts)

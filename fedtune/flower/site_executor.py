@@ -66,6 +66,7 @@ def join(
     executor = _Executor(
         site_path.resolve(), client_app or _installed_app(), on_event or _ignore, once
     )
+    executor.coordinator = link.answer.coordinator
     bypass_proxy()
     state = site.site.state / "flower"
     try:
@@ -94,6 +95,7 @@ class _Executor:
 
     def __init__(self, site_path: Path, app: ClientApp | App, tell: Event, once: bool) -> None:
         self._site_path, self._app, self.tell, self._once = site_path, app, tell, once
+        self.coordinator = ""  # the signing key that this site enrolled with
         self.joined = False  # whether the coordinator accepted the last SuperNode
         self._worked = False
 
@@ -165,7 +167,7 @@ class _Executor:
             self.tell("refused", {"kind": kind})
             return api.error_reply(message, REFUSAL)
         context.run_config = {}  # the coordinator's; the site's own file is all that counts here
-        context.node_config = {"site": str(self._site_path)}
+        context.node_config = {"site": str(self._site_path), "coordinator": self.coordinator}
         try:
             reply = self._app(message, context)
         except Exception as error:

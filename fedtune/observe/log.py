@@ -67,6 +67,8 @@ PHRASES = (
     "policy.bases", "policy.coordinators", "policy.release", "site.evaluation is not given",
     "the self-test failed", "patient column", "lora.a_digest", 'privacy = "off"', "not in the plan",
     "the ledger was rolled back", "self-test", "does not know the plan",
+    "it is not enrolled with this signing key, or was revoked",
+    "the plan is not signed by the coordinator this site enrolled with",
     "no answer in time", "the site is not connected", "the site could not load its app",
     "the site's app raised an error", "the site's app crashed", "the site's app failed",
     "the message was lost on the way", "the reply was lost on the way",

@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 
 import client.app
 from client.site import Unprepared
-from fedtune.errors import BudgetExceeded, ConfigError, ModelError
+from fedtune.errors import BudgetExceeded, ConfigError, ModelError, Refused
 from fedtune.flower.arrays import bodies, to_record
 from fedtune.flower.grid import InProcessGrid
 from fedtune.wire import seal
@@ -22,7 +22,7 @@ from fedtune.wire.keys import SigningKey
 from server import app as server_app
 from server.admission import Roster, outcome, plan_message
 from server.exchange import Reply
-from tests.server.fakes import FakeSite, make_study, zeros
+from tests.server.fakes import FakeSite, make_parts, make_study, zeros
 
 STUDY = make_study()
 
@@ -169,6 +169,38 @@ GOOD = {"admitted": True, "reason": "", "name": "a", "declared_size": 9, "key": 
 
 def test_a_good_answer_is_admitted():
     assert admitted_by(GOOD).willing() == ["a"]
+
+
+def test_only_an_enrolled_key_is_admitted_and_a_revoked_one_is_not_counted(trial):
+    sites = FakeSite("a"), FakeSite("b")
+    run = trial(*sites)
+    keys = {site.name: site.key.public for site in sites}
+    asked: list[str] = []
+
+    def enrolled() -> dict[str, str]:
+        asked.append("")
+        # The registry while the plan goes out, and after b was revoked in the first round.
+        return keys if len(asked) <= 2 else {"a": keys["a"]}
+
+    body = run.run(make_study(min_sites=1), parts=make_parts(enrolled=enrolled))
+    assert [entry["participants"] for entry in body["rounds"]] == [["a"]] * 4
+    assert "not enrolled" in body["rounds"][0]["missing"]["b"]
+    other = trial(FakeSite("c"), folder="other")
+    with pytest.raises(Refused, match="not enrolled"):
+        other.run(make_study(min_sites=1), parts=make_parts(enrolled=lambda: {"c": "0" * 64}))
+    assert other.sites[0].calls == []
+
+
+def test_a_site_that_enrolled_with_one_coordinator_prepares_no_other_ones_plan(trial):
+    site = FakeSite("a")
+    trial(site)
+    message = plan_message(STUDY, {}, KEY)
+    for expected, status in ((SigningKey().public, "refused"), (KEY.public, "admitted")):
+        grid = InProcessGrid([Path("a")])
+        grid._contexts[2].node_config["coordinator"] = expected
+        (reply,) = grid.send_and_receive([grid.create_message(message, "query.prepare", 2, "1")])
+        assert reply.content["admission"]["status"] == status
+    assert site.prepared == 1
 
 
 @pytest.mark.parametrize(
