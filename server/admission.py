@@ -57,9 +57,9 @@ def plan_message(study: Study, frozen: Arrays, key: SigningKey) -> RecordDict:
 class Roster:
     """Nodes and the sites behind them.
 
-    sizes, keys: site -> declared size and public key, fixed once heard; refused: site -> why, for
-    the rest of the run; enrolled: site -> signing key, as of now (None: anybody); absent: what failed or kept silent, asked again each round; down, up: bytes
-    by site."""
+    sizes, keys: site -> declared size and public key, fixed once heard; enrolled: site -> signing
+    key, as of now (None: anybody); refused: site -> why, for the rest of the run; absent: what
+    failed or kept silent, asked again each round; down, up: bytes by site."""
 
     grid: Grid
     study: Study

@@ -1,0 +1,225 @@
+"""A consortium as its people would set it up: folders, and `fedtune` commands as processes.
+
+A process is ended by its handle alone, or as the child of a handle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from fedtune.dp.ledger import Ledger
+
+FEDTUNE = [sys.executable, "-c", "from fedtune.cli import main; main()"]
+SITES = ("east", "north", "south")
+OFF = '"off"'
+PRIVATE = '{ noise_multiplier = 4.0, delta = 1e-3, unit = "record" }'
+STUDY = """
+privacy = {privacy}
+[study]
+name = "small"
+[base]
+model = "{base}"
+dtype = "float32"
+[lora]
+rank = 4
+alpha = 8
+modules = ["q_proj", "down_proj"]
+last_layers = 2
+[objective]
+name = "causal_lm"
+max_length = 64
+[training]
+rounds = {rounds}
+sampling_rate = 1.0
+learning_rate = 0.5
+[clipping]
+max_grad_norm = 0.5
+[strategy]
+min_sites = {min_sites}
+round_timeout = {round_timeout}
+"""
+SITE = """
+[site]
+name = "{name}"
+declared_size = 40
+[data]
+path = "data.jsonl"
+columns = {{ prompt = "prompt", completion = "completion" }}
+[policy]
+bases = "any"
+allow_privacy_off = true
+max_epsilon = 50.0
+max_epsilon_per_study = 50.0
+"""
+
+
+def until(true: Callable[[], Any], seconds: float, tell: Callable[[], str] = str) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"it did not happen in {seconds:.0f} s\n{tell()}"
+        time.sleep(0.05)
+
+
+def environment() -> dict[str, str]:
+    """This process's, without the proxies of the machine that the tests run on."""
+    kept = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
+    return {**kept, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+def done(cwd: Path, *words: object) -> str:
+    """What a command prints that ends well."""
+    run = [*FEDTUNE, *map(str, words)]
+    found = subprocess.run(run, cwd=cwd, env=environment(), capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+    return found.stdout
+
+
+def said(text: str, what: str) -> str:
+    """The rest of the line that begins with `what`."""
+    return next(line for line in text.splitlines() if line.startswith(what)).removeprefix(what)
+
+
+def start(
+    cwd: Path, log: Path, *words: object, prefix: Sequence[str] = ()
+) -> subprocess.Popen[bytes]:
+    with log.open("ab") as sink:
+        return subprocess.Popen(
+            [*prefix, *FEDTUNE, *map(str, words)],
+            cwd=cwd,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def end(process: subprocess.Popen[bytes], seconds: float = 20.0) -> int:
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(seconds)
+        process.kill()
+    return process.wait()
+
+
+def children(parent: int) -> dict[str, int]:
+    """The programs that a process of ours started: "superlink", "gateway" or "supernode" -> pid."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        with suppress(OSError):
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                words = (folder / "cmdline").read_bytes().decode().split("\0")
+                if "fedtune.flower.processes" in words:
+                    program = words[words.index("fedtune.flower.processes") + 1]
+                    found[program] = int(folder.name)
+    return found
+
+
+def records(path: Path, seed: int, count: int = 40) -> None:
+    draw = random.Random(seed)
+    rows = [
+        {"prompt": f"fever day {draw.randint(1, 99)}", "completion": draw.choice("yn")}
+        for _ in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+class Consortium:
+    """root/hub is the coordinator's folder, root/NAME a site's; nothing is shared but what is sent.
+
+    where: "hub" or a site's name -> what comes before a command to run it on that machine."""
+
+    def __init__(self, root: Path, host: str, port: int) -> None:
+        self.root, self.host, self.port = root, host, port
+        self.hub, self.where = root / "hub", dict[str, list[str]]()
+        self.hub.mkdir(parents=True, exist_ok=True)
+        self.running: list[subprocess.Popen[bytes]] = []
+        for name in SITES:
+            (root / name).mkdir()
+
+    def lay_out(self, base: Path, privacy: str, rounds: int, **strategy: float) -> None:
+        """The files of a small study on generated records."""
+        asks = {"min_sites": len(SITES), "round_timeout": 60} | strategy
+        text = STUDY.format(privacy=privacy, base=base, rounds=rounds, **asks)
+        (self.hub / "study.toml").write_text(text)
+        for seed, name in enumerate(SITES):
+            (self.root / name / "site.toml").write_text(SITE.format(name=name))
+            records(self.root / name / "data.jsonl", seed)
+
+    @property
+    def run(self) -> Path:
+        return self.hub / "run"
+
+    def log(self, name: str) -> Path:
+        return self.root / f"{name}.log"
+
+    def told(self) -> str:
+        """The end of every log, for a test that fails."""
+        logs = sorted(self.root.glob("*.log"))
+        return "\n".join(f"--- {p.name}\n{p.read_text(errors='replace')[-1500:]}" for p in logs)
+
+    def server(self, *more: str) -> subprocess.Popen[bytes]:
+        words = ("server", "study.toml", "--host", self.host, "--port", self.port, "--out", "run")
+        prefix = self.where.get("hub", ())
+        return self._kept(start(self.hub, self.log("hub"), *words, *more, prefix=prefix))
+
+    def join(self, name: str) -> None:
+        """enroll, admit with the fingerprint that the site read out, and both files sent."""
+        folder = self.root / name
+        heard = said(done(folder, "enroll", "site.toml"), "fingerprint   ")
+        shutil.copy(folder / f"{name}.request", self.hub)
+        text = done(self.hub, "admit", f"{name}.request", "--fingerprint", heard)
+        shutil.copy(self.hub / f"{name}.answer", folder)
+        with (folder / "site.toml").open("a") as file:
+            file.write(f'\n[coordinator]\nanswer = "{name}.answer"\n')
+            file.write(f'fingerprint = "{said(text, "consortium   ")}"\n')
+
+    def client(self, name: str, *more: str) -> subprocess.Popen[bytes]:
+        words, prefix = ("client", "site.toml", *more), self.where.get(name, ())
+        return self._kept(start(self.root / name, self.log(name), *words, prefix=prefix))
+
+    def _kept(self, process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+        self.running.append(process)
+        return process
+
+    def listens(self) -> bool:
+        return (self.hub / "coordinator" / "address").exists()
+
+    def rounds(self) -> int:
+        """How many rounds are kept by now."""
+        path = self.run / "metrics.jsonl"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    def report(self) -> dict[str, Any]:
+        body: dict[str, Any] = json.loads((self.run / "report.json").read_text())
+        return body
+
+    def spending(self, name: str) -> list[Any]:
+        """What the site's ledger holds, as charged."""
+        return Ledger(self.root / name / "state").spending("records")
+
+
+@contextmanager
+def consortium(root: Path, host: str, port: int) -> Iterator[Consortium]:
+    made = Consortium(root, host, port)
+    try:
+        yield made
+    finally:
+        for process in made.running:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process in made.running:
+            end(process)

