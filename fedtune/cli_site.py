@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.markup import escape
+from rich.padding import Padding
 
 from fedtune.guard import command
 
@@ -57,11 +58,11 @@ def review(
     for heading, lines in found.sections:
         console.print(f"\n[bold]{heading}[/bold]")
         for line in lines:
-            console.print(f"  {line}", highlight=False, markup=False)
+            console.print(Padding(escape(line), (0, 0, 0, 2)), highlight=False)
     if found.refusals:
         console.print("\n[bold red]This site refuses it[/bold red]")
         for line in found.refusals:
-            console.print(f"  {line}", highlight=False, markup=False)
+            console.print(Padding(escape(line), (0, 0, 0, 2)), highlight=False)
     if sign:
         if found.refusals:
             raise PolicyRefused("a plan that the policy refuses is not signed")

@@ -52,7 +52,8 @@ class StudyLine:
 class Budget:
     """A dataset's total, as the ceiling is enforced on it, and the same composed by PLD.
 
-    epsilon, pld: at the policy's δ; remaining: of policy.max_epsilon, never below 0."""
+    epsilon: at 2 · delta; pld: at delta, which is policy.max_delta; remaining: of
+    policy.max_epsilon, never below 0."""
 
     dataset: str
     epsilon: float
@@ -130,17 +131,15 @@ def studies_table(lines: Sequence[StudyLine], delta: float) -> Table:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    for head in ("study", "plan", "dataset", "unit"):
-        table.add_column(head)
-    for head in ("rounds", "paid", "sent", "steps", "noise σ", "q", "ε"):
+    table.add_column("study", min_width=12, overflow="fold")
+    table.add_column("dataset", min_width=7, overflow="fold")
+    for head in ("rounds", "paid", "sent", "steps", "σ", "q", "ε"):
         table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("first to last", no_wrap=True)
+    table.add_column("last", no_wrap=True)
     for line in lines:
         table.add_row(
-            escape(line.name),
-            line.study.removeprefix("sha256:")[:8],
-            "every" if line.dataset == EVERY else escape(line.dataset),
-            line.unit if line.records == 1 else f"{line.unit} (≤ {line.records} rows)",
+            f"{escape(line.name)} {line.study.removeprefix('sha256:')[:8]}",
+            f"{'every' if line.dataset == EVERY else escape(line.dataset)}, {_unit(line)}",
             str(line.rounds),
             str(line.charged),
             str(line.released),
@@ -148,9 +147,13 @@ def studies_table(lines: Sequence[StudyLine], delta: float) -> Table:
             _span(line.sigma),
             _span(line.rate),
             _shown(line.epsilon),
-            _dates(line.first, line.last),
+            _date(line.last),
         )
     return table
+
+
+def _unit(line: StudyLine) -> str:
+    return line.unit if line.records == 1 else f"{line.unit} (≤ {line.records} rows)"
 
 
 def budget_table(found: Budget) -> Table:
@@ -164,9 +167,9 @@ def budget_table(found: Budget) -> Table:
     table.add_column()
     table.add_column(justify="right", no_wrap=True)
     table.add_column()
-    at = f"at δ = {found.delta:g}"
-    table.add_row("spent", _shown(found.epsilon), f"{at}, {found.how}: what the ceiling holds")
-    table.add_row("", _shown(found.pld), f"{at}, all of it composed by PLD, for comparison")
+    whole, half = f"at δ = {2 * found.delta:g}", f"at δ = {found.delta:g}"
+    table.add_row("spent", _shown(found.epsilon), f"{whole}: what the ceiling holds ({found.how})")
+    table.add_row("", _shown(found.pld), f"{half}, as if all had been planned at once (PLD)")
     table.add_row("ceiling", f"{found.ceiling:g}", "policy.max_epsilon")
     table.add_row(
         "remains", _floor(found.remaining), "" if found.remaining else "nothing more runs"
@@ -195,6 +198,5 @@ def _span(ends: tuple[float, float]) -> str:
     return f"{ends[0]:g}" if ends[0] == ends[1] else f"{ends[0]:g} to {ends[1]:g}"
 
 
-def _dates(first: int, last: int) -> str:
-    begun, ended = (datetime.fromtimestamp(t, UTC).date().isoformat() for t in (first, last))
-    return begun if begun == ended else f"{begun} to {ended}"
+def _date(at: int) -> str:
+    return datetime.fromtimestamp(at, UTC).date().isoformat()

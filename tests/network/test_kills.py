@@ -1,0 +1,140 @@
+"""kill -9 at random moments of any process of a study, each started again as a supervisor would.
+
+Victims: the server, its SuperLink and gateway, and each site's client and SuperNode. `make chaos`
+runs the long versions; FEDTUNE_KILLS says how many kills (without it: 100, in ten rounds).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fedtune.flower.processes import free_port
+from fedtune.simulate import simulate
+from tests.network.kit import OFF, PRIVATE, SITES, Consortium, children, consortium, end, until
+
+ADAPTER = "adapter/adapter_model.safetensors"
+Victim = tuple[str, str]  # the machine, and the program there ("": what the supervisor started)
+COORDINATOR: tuple[Victim, ...] = (("hub", ""), ("hub", "superlink"), ("hub", "gateway"))
+ANY = (*COORDINATOR, *((site, program) for site in SITES for program in ("", "supernode")))
+
+
+class Campaign:
+    """A study under kills, at most `kills` / `rounds` of them for every round that it has kept."""
+
+    def __init__(self, made: Consortium, rounds: int, kills: int, victims: tuple[Victim, ...]):
+        self.made, self.rounds, self.kills, self.victims = made, rounds, kills, victims
+        self.draw = random.Random()  # no seed: other moments each time; `struck` tells which
+        self.struck: Counter[Victim] = Counter()
+        self.restarts: Counter[str] = Counter()
+
+    def run(self, seconds: float) -> None:
+        """Until the server has finished. Errors: AssertionError where that takes too long."""
+        made = self.made
+        machines = {"hub": made.server()}
+        until(made.listens, 60, made.told)
+        for name in SITES:
+            made.join(name)
+            machines[name] = made.client(name)
+        deadline = time.monotonic() + seconds
+        while machines["hub"].poll() != 0:
+            assert time.monotonic() < deadline, f"{self.told()}\n{made.told()}"
+            for name, process in machines.items():
+                if process.poll() is not None:
+                    time.sleep(1.0)
+                    self.restarts[name] += 1
+                    again = made.server("--resume") if name == "hub" else made.client(name)
+                    machines[name] = again
+            due = self.kills * min(made.rounds() + 1, self.rounds) // self.rounds
+            if self.struck.total() < due:
+                time.sleep(self.draw.uniform(0.1, 3.0))
+                machine, program = victim = self.draw.choice(self.victims)
+                self.strike(victim, machines[machine].pid, program)
+            time.sleep(0.1)
+        for process in machines.values():
+            end(process)
+
+    def strike(self, victim: Victim, started: int, program: str) -> None:
+        """Kill what we started, or the named child of it; nothing where that is not running."""
+        with suppress(ProcessLookupError, KeyError):
+            os.kill(children(started)[program] if program else started, signal.SIGKILL)
+            self.struck[victim] += 1
+
+    def told(self) -> str:
+        hits = {" ".join(filter(None, v)): n for v, n in sorted(self.struck.items())}
+        kept = f"{self.made.rounds()} of {self.rounds} rounds kept"
+        return f"{self.struck.total()} kills {hits}; started again {dict(self.restarts)}; {kept}"
+
+    def check(self) -> None:
+        """Every round whole; every site charged for what was counted, and once more at most for
+        each time that its own client was killed."""
+        body = self.made.report()
+        whole = self.rounds * [list(SITES)]
+        assert [entry["participants"] for entry in body["rounds"]] == whole, self.told()
+        for name in SITES:
+            spent = self.made.spending(name)
+            released = {each.charge.round for each in spent if each.released}
+            assert released == set(range(1, self.rounds + 1)), self.told()
+            assert len(spent) <= self.rounds + self.struck[name, ""], (name, self.told())
+
+
+def undisturbed(folder: Path, base: Path, rounds: int) -> dict[str, np.ndarray]:
+    calm = Consortium(folder, "127.0.0.1", 1)
+    calm.lay_out(base, OFF, rounds)
+    simulate(calm.hub / "study.toml", [folder / n / "site.toml" for n in SITES], calm.run)
+    return load_file(calm.run / ADAPTER)
+
+
+def same_adapter(made: Consortium, calm: dict[str, np.ndarray]) -> None:
+    found = load_file(made.run / ADAPTER)
+    assert set(found) == set(calm)
+    assert max(float(np.abs(found[n] - calm[n]).max()) for n in calm) <= 1e-6
+    assert max(float(np.abs(calm[n]).max()) for n in calm if "lora_B" in n) > 1e-4
+
+
+def test_kills_at_the_coordinator_change_nothing(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """σ = 0. A site's crash costs Flower's minute of refusals, so these are in the long versions."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    rounds, kills = 2, 2
+    calm = undisturbed(tmp_path / "calm", tiny_base, rounds)
+    with consortium(tmp_path / "struck", "127.0.0.1", free_port()) as made:
+        made.lay_out(tiny_base, OFF, rounds, round_timeout=20)
+        campaign = Campaign(made, rounds, kills, COORDINATOR)
+        campaign.run(150)
+        assert campaign.struck.total() >= 1, campaign.told()
+        campaign.check()
+        same_adapter(made, calm)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("privacy", [OFF, PRIVATE], ids=["off", "private"])
+def test_kills_of_any_process(
+    tmp_path: Path,
+    tiny_base: Path,
+    privacy: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """σ = 0: the adapter of an undisturbed run. σ > 0: nobody is charged too much or too little."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    rounds, kills = 10, int(os.environ.get("FEDTUNE_KILLS", "100"))
+    with consortium(tmp_path / "struck", "127.0.0.1", free_port()) as made:
+        made.lay_out(tiny_base, privacy, rounds, round_timeout=20)
+        campaign, began = Campaign(made, rounds, kills, ANY), time.monotonic()
+        campaign.run(300 + 60 * kills)
+        with capsys.disabled():
+            print(f"\n[{privacy[:12]}: {campaign.told()}; {time.monotonic() - began:.0f} s]")
+        campaign.check()
+        if privacy == OFF:
+            same_adapter(made, undisturbed(tmp_path / "calm", tiny_base, rounds))

@@ -1,0 +1,154 @@
+"""A coordinator and three sites with addresses of their own, in network namespaces of the test's.
+
+    hub (10.77.0.1), east, north, south (10.77.0.2 ...) ── veth ── bridge in a namespace `switch`
+
+Nothing outside these namespaces is touched. Delay and loss by `tc netem`; a kernel that lacks it
+gets a rate cap (`tbf`), and the test says so. Needs root and iproute2: without, it fails where the
+variable CI is set, and is skipped with a reason elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.network.kit import PRIVATE, SITES, Consortium, consortium, until
+
+MACHINES = ("hub", *SITES)
+NETEM = ("netem", "delay", "20ms", "5ms", "loss", "1%")
+TBF = ("tbf", "rate", "20mbit", "burst", "64kb", "latency", "400ms")
+PORT = 8443
+
+
+def ip(*words: str) -> None:
+    found = subprocess.run(["ip", *words], capture_output=True, text=True)
+    if found.returncode:
+        raise OSError(f"ip {' '.join(words)}: {found.stderr.strip()}")
+
+
+class Network:
+    """One switch; every machine is a namespace with one cable to it."""
+
+    def __init__(self) -> None:
+        self.mark = f"fedtune{os.getpid()}"
+        self.made: list[str] = []
+        self.faults: dict[str, str] = {}  # machine -> the kind of queue on its cable
+
+    def space(self, name: str) -> str:
+        return f"{self.mark}-{name}"
+
+    def build(self) -> None:
+        """Errors: OSError where this machine may not or cannot."""
+        for name in ("switch", *MACHINES):
+            ip("netns", "add", self.space(name))
+            self.made.append(name)
+            ip("-n", self.space(name), "link", "set", "lo", "up")
+        switch = self.space("switch")
+        ip("-n", switch, "link", "add", "bridge", "type", "bridge")
+        ip("-n", switch, "link", "set", "bridge", "up")
+        for number, name in enumerate(MACHINES, start=1):
+            own, there = self.space(name), ("peer", "name", "eth0", "netns", self.space(name))
+            ip("-n", switch, "link", "add", name, "type", "veth", *there)
+            ip("-n", switch, "link", "set", name, "master", "bridge", "up")
+            ip("-n", own, "addr", "add", f"10.77.0.{number}/24", "dev", "eth0")
+            ip("-n", own, "link", "set", "eth0", "up")
+
+    def plug(self, name: str, state: str) -> None:
+        """Pull the cable of one machine ("down"), or put it back ("up")."""
+        ip("-n", self.space("switch"), "link", "set", name, state)
+
+    def shape(self, name: str, *kinds: tuple[str, ...]) -> None:
+        """Put the first queue that the kernel has on both ends of the machine's cable."""
+        ends = ((self.space("switch"), name), (self.space(name), "eth0"))
+        for kind in kinds:
+            words = [("tc", "-n", at, "qdisc", "replace", "dev", d, "root", *kind) for at, d in ends]
+            if all(subprocess.run(each, capture_output=True).returncode == 0 for each in words):
+                self.faults[name] = " ".join(kind)
+                return
+        raise OSError("tc: the kernel has none of " + ", ".join(kind[0] for kind in kinds))
+
+    def prefix(self, name: str) -> list[str]:
+        return ["ip", "netns", "exec", self.space(name)]
+
+    def remove(self) -> None:
+        for name in self.made:
+            with suppress(OSError):
+                ip("netns", "del", self.space(name))
+
+
+@pytest.fixture()
+def network() -> Iterator[Network]:
+    made = Network()
+    try:
+        try:
+            if shutil.which("ip") is None or shutil.which("tc") is None:
+                raise OSError("ip and tc (iproute2) are not installed")
+            made.build()
+        except OSError as error:
+            if os.environ.get("CI"):
+                raise
+            pytest.skip(f"no network namespaces here: {error}")
+        yield made
+    finally:
+        made.remove()
+
+
+@pytest.fixture()
+def spread(tmp_path: Path, network: Network) -> Iterator[Consortium]:
+    """The consortium, with each of its parts on its machine."""
+    with consortium(tmp_path, "10.77.0.1", PORT) as made:
+        made.where = {name: network.prefix(name) for name in MACHINES}
+        yield made
+
+
+def all_join(made: Consortium) -> None:
+    until(made.listens, 60, made.told)
+    for name in SITES:
+        made.join(name)
+        made.client(name)
+
+
+def events(made: Consortium, name: str) -> list[str]:
+    """What the coordinator's log says about a site."""
+    lines = [json.loads(line) for path in made.run.glob("*.jsonl") for line in path.open()]
+    return [f"{e.get('status')}: {e.get('reason')}" for e in lines if e.get("name") == name]
+
+
+def test_a_site_that_is_cut_off_in_a_round_comes_back_and_pays_once(
+    spread: Consortium, network: Network, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """min_sites = 3: the round is asked again until the third site has delivered."""
+    rounds, cut = 3, 10.0
+    for name in MACHINES:
+        network.shape(name, NETEM, TBF)
+    spread.lay_out(tiny_base, PRIVATE, rounds, round_timeout=8)
+    server = spread.server()
+    all_join(spread)
+    until(lambda: spread.rounds() >= 1 or server.poll() is not None, 90, spread.told)
+    at = spread.rounds() + 1
+    network.plug("east", "down")
+    time.sleep(cut)
+    assert spread.rounds() < at, "a round was kept without one of its sites"
+    network.plug("east", "up")
+    assert server.wait(90) == 0, spread.told()
+    body = spread.report()
+    assert [entry["participants"] for entry in body["rounds"]] == rounds * [list(SITES)]
+    assert body["rounds"][at - 1]["seconds"] >= cut - 1.0
+    print(events(spread, "east"), body["absences"], [r["seconds"] for r in body["rounds"]])
+    for process in spread.running:
+        process.terminate()
+    for process in spread.running:
+        process.wait(30)
+    for name in SITES:
+        assert [each.charge.round for each in spread.spending(name)] == [1, 2, 3]
+    with capsys.disabled():
+        print(f"\n[network namespaces: every cable has {network.faults['east']}]")
+    assert 0, spread.told()
