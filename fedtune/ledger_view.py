@@ -131,15 +131,14 @@ def studies_table(lines: Sequence[StudyLine], delta: float) -> Table:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    table.add_column("study", min_width=12, overflow="fold")
+    table.add_column("study, last charged", min_width=20, overflow="fold")
     table.add_column("dataset", min_width=7, overflow="fold")
     for head in ("rounds", "paid", "sent", "steps", "σ", "q", "ε"):
         table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("last", no_wrap=True)
     for line in lines:
         table.add_row(
-            f"{escape(line.name)} {line.study.removeprefix('sha256:')[:8]}",
-            f"{'every' if line.dataset == EVERY else escape(line.dataset)}, {_unit(line)}",
+            f"{escape(line.name)}\n{line.study.removeprefix('sha256:')[:8]}, {_date(line.last)}",
+            f"{'every' if line.dataset == EVERY else escape(line.dataset)}\n{_unit(line)}",
             str(line.rounds),
             str(line.charged),
             str(line.released),
@@ -147,7 +146,6 @@ def studies_table(lines: Sequence[StudyLine], delta: float) -> Table:
             _span(line.sigma),
             _span(line.rate),
             _shown(line.epsilon),
-            _date(line.last),
         )
     return table
 

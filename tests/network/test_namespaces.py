@@ -20,7 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.network.kit import PRIVATE, SITES, Consortium, consortium, until
+from fedtune.errors import InfrastructureError
+from tests.network.kit import PRIVATE, SITES, Consortium, consortium, end, until
 
 MACHINES = ("hub", *SITES)
 NETEM = ("netem", "delay", "20ms", "5ms", "loss", "1%")
@@ -69,7 +70,9 @@ class Network:
         """Put the first queue that the kernel has on both ends of the machine's cable."""
         ends = ((self.space("switch"), name), (self.space(name), "eth0"))
         for kind in kinds:
-            words = [("tc", "-n", at, "qdisc", "replace", "dev", d, "root", *kind) for at, d in ends]
+            words = [
+                ("tc", "-n", at, "qdisc", "replace", "dev", d, "root", *kind) for at, d in ends
+            ]
             if all(subprocess.run(each, capture_output=True).returncode == 0 for each in words):
                 self.faults[name] = " ".join(kind)
                 return
@@ -116,10 +119,27 @@ def all_join(made: Consortium) -> None:
         made.client(name)
 
 
-def events(made: Consortium, name: str) -> list[str]:
-    """What the coordinator's log says about a site."""
-    lines = [json.loads(line) for path in made.run.glob("*.jsonl") for line in path.open()]
-    return [f"{e.get('status')}: {e.get('reason')}" for e in lines if e.get("name") == name]
+def failures(made: Consortium, name: str) -> list[str]:
+    """Why the coordinator noted that a site did not deliver when it was asked."""
+    lines = (made.run / "log.jsonl").read_text().splitlines()
+    notes = [json.loads(line) for line in lines]
+    return [str(e) for e in notes if name in e.values() and "failed" in e.values()]
+
+
+def stopped(made: Consortium) -> None:
+    """End what runs: a ledger is read when nobody writes to it."""
+    for process in made.running:
+        if process.poll() is None:
+            process.terminate()
+    for process in made.running:
+        end(process, 30)
+
+
+def everybody_paid_once(made: Consortium, rounds: int) -> None:
+    for name in SITES:
+        spent = made.spending(name)
+        assert [each.charge.round for each in spent] == list(range(1, rounds + 1)), name
+        assert all(each.released for each in spent), name
 
 
 def test_a_site_that_is_cut_off_in_a_round_comes_back_and_pays_once(
@@ -129,6 +149,8 @@ def test_a_site_that_is_cut_off_in_a_round_comes_back_and_pays_once(
     rounds, cut = 3, 10.0
     for name in MACHINES:
         network.shape(name, NETEM, TBF)
+    with capsys.disabled():
+        print(f"\n[network namespaces: every cable has {network.faults['hub']}]")
     spread.lay_out(tiny_base, PRIVATE, rounds, round_timeout=8)
     server = spread.server()
     all_join(spread)
@@ -142,13 +164,71 @@ def test_a_site_that_is_cut_off_in_a_round_comes_back_and_pays_once(
     body = spread.report()
     assert [entry["participants"] for entry in body["rounds"]] == rounds * [list(SITES)]
     assert body["rounds"][at - 1]["seconds"] >= cut - 1.0
-    print(events(spread, "east"), body["absences"], [r["seconds"] for r in body["rounds"]])
-    for process in spread.running:
-        process.terminate()
-    for process in spread.running:
-        process.wait(30)
-    for name in SITES:
-        assert [each.charge.round for each in spread.spending(name)] == [1, 2, 3]
+    assert failures(spread, "east")
+    stopped(spread)
+    everybody_paid_once(spread, rounds)
+
+
+@pytest.mark.long
+def test_a_site_that_is_away_stops_the_study_and_never_makes_it_a_success(
+    spread: Consortium, network: Network, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """min_sites = 3: the server ends with exit code 4 as often as it is started; once the cable is
+    back the site connects by itself, and the study goes on. FEDTUNE_AWAY: seconds (600)."""
+    rounds, away = 3, float(os.environ.get("FEDTUNE_AWAY", "600"))
+    spread.lay_out(tiny_base, PRIVATE, rounds, round_timeout=8)
+    server, ended = spread.server(), list[int]()
+    all_join(spread)
+    until(lambda: spread.rounds() >= 1 or server.poll() is not None, 90, spread.told)
+    at = spread.rounds() + 1
+    network.plug("east", "down")
+    cut = time.monotonic()
+    deadline = cut + away + 300
+    while not ended or ended[-1] != 0:
+        assert time.monotonic() < deadline, spread.told()
+        if time.monotonic() - cut > away:
+            network.plug("east", "up")
+        else:
+            assert spread.rounds() < at, "a round was kept without one of its sites"
+        with suppress(subprocess.TimeoutExpired):
+            ended.append(server.wait(1))
+            if ended[-1] != 0:
+                server = spread.server("--resume")
+    assert set(ended) <= {0, InfrastructureError.exit_code}, spread.told()
+    assert time.monotonic() - cut > away
     with capsys.disabled():
-        print(f"\n[network namespaces: every cable has {network.faults['east']}]")
-    assert 0, spread.told()
+        print(
+            f"\n[away {away:.0f} s; exit codes {ended}; done {time.monotonic() - cut:.0f} s after]"
+        )
+    body = spread.report()
+    assert [entry["participants"] for entry in body["rounds"]] == rounds * [list(SITES)]
+    stopped(spread)
+    everybody_paid_once(spread, rounds)
+
+
+@pytest.mark.long
+def test_a_site_that_is_twenty_times_slower_is_waited_for_or_named(
+    spread: Consortium, network: Network, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """min_sites = 2: whoever does not deliver within round_timeout is named in the report with a
+    reason; nobody is left out in silence."""
+    rounds = 3
+    for name in MACHINES:
+        network.shape(name, ("tbf", "rate", "512kbit", "burst", "16kb", "latency", "2s"))
+    network.shape("east", ("tbf", "rate", "25kbit", "burst", "4kb", "latency", "10s"))
+    spread.lay_out(tiny_base, PRIVATE, rounds, round_timeout=30, min_sites=2)
+    server = spread.server()
+    all_join(spread)
+    assert server.wait(300) == 0, spread.told()
+    body = spread.report()
+    assert len(body["rounds"]) == rounds
+    for entry in body["rounds"]:
+        assert {*entry["participants"], *entry["missing"]} == set(SITES), entry
+        assert {"north", "south"} <= set(entry["participants"])
+    told = [(e["participants"], e["missing"], e["seconds"]) for e in body["rounds"]]
+    with capsys.disabled():
+        print(f"\n[slow site: {told}; absences {body['absences']}]")
+    stopped(spread)
+    counted = {e["round"] for e in body["rounds"] if "east" in e["participants"]}
+    spent = {each.charge.round for each in spread.spending("east") if each.released}
+    assert counted <= spent
