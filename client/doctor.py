@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +18,10 @@ from fedtune.dp import selftest
 from fedtune.dp.ledger import Ledger
 from fedtune.dp.plan import plan_for_site
 from fedtune.errors import FedtuneError
+from fedtune.flower.forwarder import Forwarder, link
 from fedtune.models.network import build
 
+LOOK_SECONDS = 3.0  # for the way to the coordinator
 FREE_GB = 2.0  # for the base's cache, the outbox and the ledger
 
 
@@ -43,6 +47,7 @@ def examine(path: Path, study: Study | None = None) -> Iterator[Finding]:
     ]
     if site.coordinator:
         checks.append(("node key", lambda: _node_key(site)))
+        checks.append(("coordinator", lambda: _coordinator(site, path)))
     for name, check in checks:
         yield _finding(name, check)
     if study is None:
@@ -116,6 +121,27 @@ def _node_key(site: Site) -> str:
     if key.stat().st_mode & 0o077:
         raise FedtuneError(f"{key}: other users can read it", todo="chmod 600")
     return f"{key}: for this user alone"
+
+
+def _coordinator(site: Site, path: Path) -> str:
+    """The answer, this site's certificate, and the way to the gateway, as `fedtune client` goes."""
+    found = link(site, path)
+    at = f"{found.host}:{found.port}"
+    with tempfile.TemporaryDirectory() as folder, Forwarder(found, Path(folder), 0.5) as way:
+        time.sleep(LOOK_SECONDS)
+        if way.distrust:
+            raise FedtuneError(
+                f"{at}: the certificate does not verify",
+                "one that this consortium's CA signed for that name",
+                "ask the coordinator which name `fedtune server --name` was given; check the clock",
+            )
+        if way.refusal:
+            raise FedtuneError(f"{at}: refuses this site: {way.refusal}")
+        if way.away:
+            raise FedtuneError(
+                f"{at}: does not answer", todo="check address, proxy and firewall, or start it"
+            )
+    return f"{at}: answers, and lets this site in"
 
 
 def _plan(study: Study, site: Site) -> str:

@@ -129,6 +129,7 @@ def studies_table(lines: Sequence[StudyLine], delta: float) -> Table:
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
         pad_edge=False,
     )
     table.add_column("study, last charged", min_width=20, overflow="fold")
