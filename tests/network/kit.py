@@ -191,6 +191,16 @@ class Consortium:
         words, prefix = ("client", "site.toml", *more), self.where.get(name, ())
         return self._kept(start(self.root / name, self.log(name), *words, prefix=prefix))
 
+    def faults(self, name: str, port: int, mean_seconds: float) -> None:
+        """Put a proxy between the site and the rest, on the site's own loopback: a delay on every
+        chunk, and connections that break after `mean_seconds` on average. Before client()."""
+        with (self.root / name / "site.toml").open("a") as file:
+            file.write(f'proxy = "http://127.0.0.1:{port}"\n')
+        words = [*self.where.get(name, ()), sys.executable, "-c", FAULTS]
+        with self.log(f"{name}-faults").open("wb") as sink:
+            run = [*words, str(port), str(mean_seconds)]
+            self._kept(subprocess.Popen(run, stdout=sink, stderr=subprocess.STDOUT))
+
     def _kept(self, process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
         self.running.append(process)
         return process
@@ -210,6 +220,44 @@ class Consortium:
     def spending(self, name: str) -> list[Any]:
         """What the site's ledger holds, as charged."""
         return Ledger(self.root / name / "state").spending("records")
+
+
+FAULTS = """
+import asyncio, random, sys
+
+async def pump(reader, writer):
+    while chunk := await reader.read(65536):
+        await asyncio.sleep(random.uniform(0.01, 0.06))
+        writer.write(chunk)
+        await writer.drain()
+
+async def serve(reader, writer):
+    far = None
+    try:
+        head = await reader.readuntil(b"\\r\\n\\r\\n")
+        host, _, port = head.split()[1].decode().rpartition(":")
+        near, far = await asyncio.open_connection(host, int(port))
+        writer.write(b"HTTP/1.1 200 OK\\r\\n\\r\\n")
+        pumps = [asyncio.create_task(pump(reader, far)), asyncio.create_task(pump(near, writer))]
+        left = random.expovariate(1 / float(sys.argv[2]))
+        await asyncio.wait(pumps, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        cut = not any(each.done() for each in pumps)
+        print("cut" if cut else "closed", flush=True)
+        for each in pumps:
+            each.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+    except (OSError, EOFError):
+        pass
+    finally:
+        for each in filter(None, (writer, far)):
+            each.transport.abort()
+
+async def main():
+    server = await asyncio.start_server(serve, "127.0.0.1", int(sys.argv[1]))
+    await server.serve_forever()
+
+asyncio.run(main())
+"""  # an HTTP CONNECT proxy that delays every chunk and breaks connections without a word
 
 
 @contextmanager

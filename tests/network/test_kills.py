@@ -107,7 +107,7 @@ def same_adapter(made: Consortium, calm: dict[str, np.ndarray]) -> None:
 def test_kills_at_the_coordinator_change_nothing(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """σ = 0. A site's crash costs a minute of Flower's refusals: only the long version has these."""
+    """σ = 0. A site's crash costs a minute of refusals: only the long version has these."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     rounds, kills = 2, 2
     calm = undisturbed(tmp_path / "calm", tiny_base, rounds)

@@ -232,3 +232,35 @@ def test_a_site_that_is_twenty_times_slower_is_waited_for_or_named(
     counted = {e["round"] for e in body["rounds"] if "east" in e["participants"]}
     spent = {each.charge.round for each in spread.spending("east") if each.released}
     assert counted <= spent
+
+
+@pytest.mark.long
+def test_connections_that_are_slow_and_break_cost_no_update_and_no_second_charge(
+    spread: Consortium, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Delay and loss by a proxy at every site, for kernels without `netem`: connections break
+    after 4 s on average. The server is started again with --resume where it gives up."""
+    rounds, ended = 5, list[int]()
+    spread.lay_out(tiny_base, PRIVATE, rounds, round_timeout=15)
+    server = spread.server()
+    until(spread.listens, 60, spread.told)
+    for name in SITES:
+        spread.join(name)
+        spread.faults(name, 3128, 4.0)
+        spread.client(name)
+    deadline = time.monotonic() + 400
+    while not ended or ended[-1] != 0:
+        assert time.monotonic() < deadline, spread.told()
+        with suppress(subprocess.TimeoutExpired):
+            ended.append(server.wait(1))
+            if ended[-1] != 0:
+                server = spread.server("--resume")
+    body = spread.report()
+    assert [entry["participants"] for entry in body["rounds"]] == rounds * [list(SITES)]
+    cut = {name: spread.log(f"{name}-faults").read_text().count("cut") for name in SITES}
+    asked = [len(failures(spread, name)) for name in SITES]
+    with capsys.disabled():
+        print(f"\n[broken connections {cut}; asked in vain {asked}; exit codes {ended}]")
+    assert min(cut.values()) > 0
+    stopped(spread)
+    everybody_paid_once(spread, rounds)
