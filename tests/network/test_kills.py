@@ -1,7 +1,7 @@
 """kill -9 at random moments of any process of a study, each started again as a supervisor would.
 
 Victims: the server, its SuperLink and gateway, and each site's client and SuperNode. `make chaos`
-runs the long versions; FEDTUNE_KILLS says how many kills (without it: 100, in ten rounds).
+runs these; FEDTUNE_KILLS says how many kills (without it: 100, in ten rounds).
 """
 
 from __future__ import annotations
@@ -104,10 +104,11 @@ def same_adapter(made: Consortium, calm: dict[str, np.ndarray]) -> None:
     assert max(float(np.abs(calm[n]).max()) for n in calm if "lora_B" in n) > 1e-4
 
 
+@pytest.mark.long
 def test_kills_at_the_coordinator_change_nothing(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """σ = 0. A site's crash costs a minute of refusals: only the long version has these."""
+    """σ = 0, and quick: a crash of a site costs a minute, in which Flower refuses it."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     rounds, kills = 2, 2
     calm = undisturbed(tmp_path / "calm", tiny_base, rounds)
@@ -134,10 +135,11 @@ def test_kills_of_any_process(
     rounds, kills = 10, int(os.environ.get("FEDTUNE_KILLS", "100"))
     with consortium(tmp_path / "struck", "127.0.0.1", free_port()) as made:
         made.lay_out(tiny_base, privacy, rounds, round_timeout=20)
+        label = "σ = 0" if privacy == OFF else "σ > 0"
         campaign, began = Campaign(made, rounds, kills, ANY), time.monotonic()
         campaign.run(300 + 60 * kills)
         with capsys.disabled():
-            print(f"\n[{privacy[:12]}: {campaign.told()}; {time.monotonic() - began:.0f} s]")
+            print(f"\n[{label}: {campaign.told()}; {time.monotonic() - began:.0f} s]")
         campaign.check(private=privacy != OFF)
         if privacy == OFF:
             same_adapter(made, undisturbed(tmp_path / "calm", tiny_base, rounds))
