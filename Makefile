@@ -32,10 +32,10 @@ lint: $(READY) ## style, types and import contracts alone
 	$(BIN)/lint-imports --no-cache
 
 audit: $(READY) ## attack the guarantee at length: audits of ε, sensitivity, variance
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests --ignore tests/dp/test_ledger_chaos.py --ignore tests/dp/test_ledger.py --ignore tests/fuzz --ignore tests/server/test_model.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests --ignore tests/dp/test_ledger_chaos.py --ignore tests/dp/test_ledger.py --ignore tests/fuzz --ignore tests/server/test_model.py --ignore tests/network
 
 chaos: $(READY) ## kill -9, power cuts, lost fsyncs, lost messages: a thousand times
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests/dp/test_ledger_chaos.py tests/dp/test_ledger.py tests/server/test_model.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests/dp/test_ledger_chaos.py tests/dp/test_ledger.py tests/server/test_model.py tests/network
 
 fuzz: $(READY) ## a million hostile messages to either side
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests/fuzz

@@ -176,6 +176,9 @@ class Tally:
     number: int
     participants: list[str] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
+    late: dict[str, str] = field(
+        default_factory=dict
+    )  # delivered when asked again: why not at once
     failures: Counter[str] = field(default_factory=Counter)
     started: float = field(default_factory=time.monotonic)
     counted: set[tuple[str, int, str]] = field(default_factory=set)
@@ -187,7 +190,9 @@ class Tally:
     def count(self, study: str, name: str) -> None:
         self.counted.add((study, self.number, name))
         self.participants.append(name)
-        self.missing.pop(name, None)
+        why = self.missing.pop(name, "")
+        if why and not why.startswith("unprepared"):  # it was sent the plan again, at once
+            self.late[name] = why
 
 
 @dataclass(frozen=True, repr=False)

@@ -258,6 +258,7 @@ class _Run:
             "private": self.study.private,
             "participants": sorted(tally.participants),
             "missing": self.roster.out() | tally.missing,
+            "late": dict(sorted(tally.late.items())),
             "quality": self._measure(number),
             "epsilon": summary.epsilons(progress, self.parts),
             "bytes_up": dict(sorted(self.roster.up.items())),

@@ -33,7 +33,7 @@ def body(progress: Progress, parts: Parts) -> dict[str, Any]:
     """The body of report.json."""
     study, history = progress.study, progress.history
     keys = (
-        *("round", "participants", "missing", "epsilon", "private_quality"),
+        *("round", "participants", "missing", "late", "epsilon", "private_quality"),
         *("bytes_up", "bytes_down", "seconds"),
     )
     private = isinstance(study.privacy, PrivacyTable)

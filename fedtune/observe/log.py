@@ -201,6 +201,7 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "error": _exception,
     "participants": _names,
     "missing": _by(_name, reason_of),
+    "late": _by(_name, reason_of),
     "quality": _by(_one_of(METRICS), _number),
     "epsilon": _by(_name, _epsilon),
     "bytes": _count,

@@ -222,7 +222,8 @@ def _bytes(by_site: Any) -> float:
 def _missing(rounds: list[dict[str, Any]], sites: dict[str, Any]) -> str:
     seen: dict[tuple[str, str], list[int]] = {}
     for r in rounds:
-        for name, reason in (r.get("missing") or {}).items():
+        late = {n: f"late: {why}" for n, why in (r.get("late") or {}).items()}
+        for name, reason in ((r.get("missing") or {}) | late).items():
             seen.setdefault((str(name), str(reason)), []).append(int(r.get("round") or 0))
     named = {name for name, _ in seen}
     rows = [

@@ -164,6 +164,7 @@ def test_a_site_that_is_cut_off_in_a_round_comes_back_and_pays_once(
     body = spread.report()
     assert [entry["participants"] for entry in body["rounds"]] == rounds * [list(SITES)]
     assert body["rounds"][at - 1]["seconds"] >= cut - 1.0
+    assert "east" in body["rounds"][at - 1]["late"]
     assert failures(spread, "east")
     stopped(spread)
     everybody_paid_once(spread, rounds)

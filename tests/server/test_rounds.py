@@ -197,7 +197,9 @@ def test_a_site_that_cannot_prepare_fails_by_class_alone(trial):
 def test_too_few_replies_are_retried_and_nobody_trains_twice(trial):
     sites = [FakeSite("a"), FakeSite("b", script={1: OSError(), 2: OSError()})]
     run = trial(*sites)
-    run.run()
+    body = run.run()
+    assert [entry["late"] for entry in body["rounds"]] == [{"b": "failed: OSError"}, {}, {}, {}]
+    assert body["rounds"][0]["missing"] == {}
     assert sites[0].calls == [1, 2, 3, 4]  # its first update was kept over the retries
     assert sites[1].calls == [1, 1, 1, 2, 3, 4]
 
