@@ -70,17 +70,15 @@ class Bench:
         return self._evaluator.measure({n: saved[n] for n in names} if adapter else None)
 
     def run(self, name: str, tables: Table, only: int | None = None) -> tuple[Path, dict[str, Any]]:
-        """One federated study, or site number `only` alone. The site's step logs start empty and
-        are set aside afterwards: each arm asks what it alone would cost."""
+        """One federated study, or site number `only` alone. Each arm has site files with ledgers of
+        their own: it asks what it alone would cost."""
         study_path = self.folder / "data" / "plan-trained.toml"
         study = self._plan(tables, study_path.stem, None)
-        sites = [self._site(path, study.private) for path in self.sites]
+        sites = [self._site(path, study.private, name) for path in self.sites]
         sites = sites if only is None else sites[only : only + 1]
         out, started = self.folder / "runs" / name, time.monotonic()
-        for site in sites:
-            shutil.rmtree(site.parent / "state", ignore_errors=True)
         simulate(study_path, sites, out)
-        logs = [self._set_aside(site, out) for site in sites]
+        logs = [StepLog(load_site(site).site.state / "steps.jsonl") for site in sites]
         spent = max((epsilon(events(log.steps()), self.dataset.delta) for log in logs), default=0.0)
         sigma = max((s.noise_multiplier for log in logs for s in log.steps()), default=0.0)
         took = round(time.monotonic() - started, 1)
@@ -92,17 +90,16 @@ class Bench:
         toml(path, merged(tables, {"evaluation": evaluation}), "written by benchmarks.tables")
         return load_study(path)
 
-    def _site(self, strict: Path, private: bool) -> Path:
-        """The site's own file, or the one whose policy admits privacy = "off"."""
-        return strict if private else strict.parents[2] / "open" / strict.parent.name / strict.name
-
-    def _set_aside(self, site: Path, out: Path) -> StepLog:
-        kept = out / "steps" / f"{site.parent.name}.jsonl"
-        log = load_site(site).site.state / "steps.jsonl"
-        if log.exists():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            log.rename(kept)
-        return StepLog(kept)
+    def _site(self, strict: Path, private: bool, arm: str) -> Path:
+        """The site's own file, or the one whose policy admits privacy = "off", for one arm."""
+        open_ = strict.parents[2] / "open" / strict.parent.name / strict.name
+        source = strict if private else open_
+        twin = source.with_name(f"site-{arm}.toml")
+        text = source.read_text(encoding="utf-8")
+        twin.write_text(
+            text.replace("[site]", f'[site]\nstate = "state-{arm}"', 1), encoding="utf-8"
+        )
+        return twin
 
 
 def arm(bench: Bench, name: str) -> dict[str, Any]:
