@@ -64,7 +64,6 @@ class Update:
 class _Prepared:
     study: Study
     network: Network
-    data: Cached
     plan: DpPlan | PlainPlan
     frozen: Arrays
     coordinator: str
@@ -140,10 +139,9 @@ class SiteWorker:
             _self_test(study, network, self._size)
         frozen = network.adopt(study, frozen)
         check_trains(study, network)
-        data = self._data(study, network, self.site.data)
-        return _Prepared(
-            study, network, data, plan or plain_plan(study, self._size), frozen, coordinator
-        )
+        self._data(study, network, self.site.data)  # not kept here: somebody may withdraw
+        ran = plan or plain_plan(study, self._size)
+        return _Prepared(study, network, ran, frozen, coordinator)
 
     def _permit(
         self, study: Study, plan: DpPlan | None, coordinator: str, at_least: int = 0
@@ -325,11 +323,6 @@ class SiteWorker:
     def _current(self) -> Site:
         """The site file as it stands now: a policy that was tightened holds from the next round."""
         return self.site if self._path is None else load_site(self._path)
-
-    @property
-    def rejected(self) -> Counter[str]:
-        """Rejected records by reason, for the site's own eyes."""
-        return sum((p.data.dataset.rejected for p in self._prepared.values()), Counter[str]())
 
     @property
     def _dataset(self) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -193,12 +195,12 @@ def test_a_signed_admission_is_for_one_plan(tmp_path: Path, tiny_base: Path) -> 
 def test_a_withdrawn_patient_is_in_no_later_round(
     worker: SiteWorker, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[set[int]] = []
+    seen: list[weakref.ref[Cached]] = []
     sizes: list[int] = []
 
     def spy(study: Study, data: Cached, *rest: Any) -> dict[str, np.ndarray]:
         sizes.append(data.dataset.n_units)
-        seen.append({id(state) for state in data._states})
+        seen.append(weakref.ref(data))
         return local_round(study, data, *rest)
 
     monkeypatch.setattr("client.site.local_round", spy)
@@ -211,6 +213,8 @@ def test_a_withdrawn_patient_is_in_no_later_round(
     assert (release.rounds, release.digest) == (1, made.study.digest)
     trains(worker, made, 2)
     assert sizes == [12, 11]
+    gc.collect()
+    assert seen[0]() is None and seen[1]() is not None  # nor are the old states in memory
     again = SiteWorker(worker.site)  # and not after a restart either
     again.prepare(made.study, made.frozen)
     trains(again, made, 3)
