@@ -85,8 +85,8 @@ def admit(
     The server may be running: the site can connect at once. A name that is admitted already is
     refused with other keys: `fedtune revoke` it first (rotation, loss)."""
     from fedtune.errors import ConfigError
+    from fedtune.files import replace
     from fedtune.flower import enrol
-    from fedtune.flower.processes import replace
 
     asked = enrol.read_request(request)
     if fingerprint is None:

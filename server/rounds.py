@@ -24,6 +24,7 @@ from flwr.serverapp import Grid
 from fedtune import strategies
 from fedtune.config import Study
 from fedtune.errors import ConfigError, InfrastructureError
+from fedtune.files import replace
 from fedtune.flower.arrays import to_record
 from fedtune.wire import seal
 from server import store, summary
@@ -105,7 +106,7 @@ class _Run:
         if done < self.rounds:
             self._admit()
         plan = self.study.model_dump_json(indent=2) + "\n"
-        store.replace(self.out / "plan.json", plan.encode())
+        replace(self.out / "plan.json", plan.encode())
         if fresh:
             if self.evaluator:
                 self.progress.before = self.evaluator.measure(None)
@@ -311,7 +312,7 @@ class _Run:
     def _write_metrics(self) -> None:
         """metrics.jsonl, whole: after a crash it agrees with the checkpoint again."""
         lines = [json.dumps(entry, sort_keys=True) + "\n" for entry in self.progress.history]
-        store.replace(self.out / "metrics.jsonl", "".join(lines).encode())
+        replace(self.out / "metrics.jsonl", "".join(lines).encode())
 
     def _tell(self, name: str, status: str, reason: str, round_: int | None = None) -> None:
         at = self.progress.round + 1 if round_ is None else round_

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ from safetensors.numpy import save as to_bytes
 
 from fedtune.config import Study, study_from_json
 from fedtune.errors import ConfigError, InfrastructureError, InputError
+from fedtune.files import replace
 from fedtune.flower.arrays import Arrays
 from fedtune.strategies import State
 
@@ -146,26 +146,6 @@ class Receipts:
         if self.path is not None and receipts:
             body = json.dumps(self.read() | receipts, sort_keys=True)
             replace(self.path, body.encode())
-
-
-def replace(path: Path, body: bytes) -> None:
-    """Write a file whole or not at all, and make it last. Errors: InfrastructureError."""
-
-    def write() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(path.name + ".new")
-        with draft.open("wb") as file:
-            file.write(body)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-    _disk(path, write)
 
 
 def _disk(path: Path, action: Any) -> None:

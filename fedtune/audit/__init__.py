@@ -18,10 +18,10 @@ from fedtune.audit.secret import Exposure, exposure
 from fedtune.config import Study, load_study
 from fedtune.dp.plan import DpPlan, plan_for_site
 from fedtune.errors import ConfigError, InputError
+from fedtune.files import replace as write_file
 from fedtune.models.base import find_base
 from fedtune.models.network import build
 from fedtune.models.tiny import tiny_network
-from fedtune.report.files import replace as write_file
 
 TRIALS = 10_000
 DATA = "generated records alone; nothing of a site was read"

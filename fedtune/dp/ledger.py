@@ -35,11 +35,10 @@ from fedtune.dp.ledger_files import (
     Receipt,
     head_in,
     opened_token,
-    replace,
     sealed_token,
-    sync_folder,
 )
 from fedtune.dp.ledger_store import Entry, Store, Transaction, check_members, named
+from fedtune.files import replace
 from fedtune.wire.keys import SigningKey, canonical, verifies
 
 __all__ = ["EVERY", "Charge", "Head", "Ledger", "LedgerError", "Spent"]
@@ -223,11 +222,7 @@ class Ledger:
                     f"{self.folder}: round {held.charge.round} was released by another process",
                     todo="nothing: it is sent again as it was released",
                 )
-            outbox = self.folder / OUTBOX
-            if not outbox.exists():
-                outbox.mkdir(mode=0o700)
-                sync_folder(self.folder)
-            replace(self._path(held.slot), body)
+            replace(self._path(held.slot), body, private=True)
             kept = hashlib.sha256(body).hexdigest()
             entry = {"reservation": reservation, "update": update_sha256, "sha256": kept}
             writer.append("release", entry)
@@ -271,7 +266,7 @@ class Ledger:
             new = Receipt(coordinator_public, head, str(said["signature"]))
             after = receipts.plus(new, self._store.knows(writer.sql, new.head))
             if after != receipts:
-                replace(self.folder / RECEIPT, after.packed)
+                replace(self.folder / RECEIPT, after.packed, private=True)
             self._store.check_receipts(writer.sql)  # as every transaction does from now on
 
     # ------------------------------------------------------------------- consent and admission

@@ -1,8 +1,7 @@
-"""The ledger's plain files: signing, reading and replacing the anchor, the receipts and the salt.
+"""The ledger's plain files: signing and reading the anchor, the receipts and the salt.
 
-Guarantee: a file is replaced whole or not at all, and is on disk when `replace` returns; a head
-that this site's key did not sign is never returned.
-Errors: LedgerError; OSError from `replace` (ledger_store.named gives it a name).
+Guarantee: a head that this site's key did not sign is never returned.
+Errors: LedgerError; what the disk says (ledger_store.named makes it one).
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from fedtune.errors import InfrastructureError
+from fedtune.files import replace
 from fedtune.wire.keys import SigningKey, canonical, verifies
 
 DATABASE, HEAD, RECEIPT, NEW = "ledger.db", "ledger.head", "ledger.receipt", "ledger.new"
@@ -36,32 +36,6 @@ class Head(NamedTuple):
 def signed_head(seq: int, hash_: str) -> bytes:
     """What the anchor's and a head statement's signature is over."""
     return canonical({"ledger_hash": hash_, "ledger_seq": seq})
-
-
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def replace(path: Path, content: bytes) -> None:
-    """`content` in `path`, whole or not at all, on disk when this returns; 0600."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}.new")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    try:
-        view = memoryview(content)
-        while view:
-            view = view[os.write(descriptor, view) :]
-        os.fsync(descriptor)
-    except OSError:
-        os.unlink(draft)
-        raise
-    finally:
-        os.close(descriptor)
-    os.replace(draft, path)
-    sync_folder(path.parent)
 
 
 def head_in(body: Any, public: str) -> Head | None:
@@ -175,7 +149,8 @@ def prepare(folder: Path) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = traces(folder)
     if not found:
-        replace(folder / NEW, b"")  # nothing is charged before this file is gone again
+        # Nothing is charged before this file is gone again.
+        replace(folder / NEW, b"", private=True)
     begun = (folder / NEW).exists() and not {HEAD, RECEIPT, OUTBOX, STEPS} & set(found)
     if begun:
         os.close(os.open(folder / DATABASE, os.O_WRONLY | os.O_CREAT, 0o600))
@@ -190,7 +165,7 @@ def prepare(folder: Path) -> None:
 
 def salt_at(path: Path) -> bytes:
     if not path.exists():
-        replace(path, secrets.token_bytes(32))
+        replace(path, secrets.token_bytes(32), private=True)
     salt = path.read_bytes()
     if len(salt) != 32:
         raise LedgerError(f"{path}: torn: not a salt of 32 bytes", todo=RESTORE)

@@ -42,9 +42,7 @@ from fedtune.dp.ledger_files import (
     Receipts,
     read_head,
     read_receipts,
-    replace,
     signed_head,
-    sync_folder,
 )
 from fedtune.dp.ledger_store import (
     SCHEMA,
@@ -60,6 +58,7 @@ from fedtune.dp.ledger_store import (
 )
 from fedtune.dp.steplog import Step, StepLog
 from fedtune.errors import InfrastructureError
+from fedtune.files import replace, sync_folder
 from fedtune.wire.keys import SigningKey, canonical
 
 EXHAUSTED = Charge("restore", "lost", 0, 0.0, 1.0, 1, 1, 0.0, "any", "any")
@@ -112,9 +111,9 @@ def backup(folder: Path, to: Path, key: bool) -> None:
         if (to / DATABASE).exists():
             raise LedgerError(f"{to / DATABASE}: already there", todo="name a new folder")
         _copied(folder / DATABASE, to / DATABASE)
-        replace(to / SALT, (folder / SALT).read_bytes())
+        replace(to / SALT, (folder / SALT).read_bytes(), private=True)
         if key:
-            replace(to / KEY, (folder / KEY).read_bytes())
+            replace(to / KEY, (folder / KEY).read_bytes(), private=True)
 
 
 def restore(folder: Path, from_: Path | None) -> None:
@@ -151,12 +150,13 @@ def _put(
         if (folder / name).exists():
             os.replace(folder / name, folder / f"{name}{aside}")
     if not (folder / SALT).exists() or (folder / SALT).read_bytes() != salt:
-        replace(folder / SALT, salt)
+        replace(folder / SALT, salt, private=True)
     sync_folder(folder)
     os.replace(draft, folder / DATABASE)
     sync_folder(folder)
     signature = key.sign(signed_head(*head))
-    replace(folder / HEAD, canonical({**head._asdict(), "signature": signature}))
+    anchor = canonical({**head._asdict(), "signature": signature})
+    replace(folder / HEAD, anchor, private=True)
     (folder / NEW).unlink(missing_ok=True)
 
 
@@ -169,7 +169,7 @@ def _copied(source: Path, to: Path) -> None:
 def _key(folder: Path, from_: Path | None) -> SigningKey:
     if not (folder / KEY).exists() and from_ is not None and (from_ / KEY).exists():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        replace(folder / KEY, (from_ / KEY).read_bytes())
+        replace(folder / KEY, (from_ / KEY).read_bytes(), private=True)
     if not (folder / KEY).exists():
         raise LedgerError(
             f"{folder / KEY}: the site's key is lost; no entry can be signed in its place",

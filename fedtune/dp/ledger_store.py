@@ -43,10 +43,11 @@ from fedtune.dp.ledger_files import (
     prepare,
     read_head,
     read_receipts,
-    replace,
     salt_at,
     signed_head,
 )
+from fedtune.errors import InfrastructureError
+from fedtune.files import replace
 from fedtune.wire.keys import SigningKey, canonical, verifies
 
 BUSY = 60.0  # seconds to wait for another process
@@ -104,6 +105,10 @@ def named(folder: Path) -> Iterator[None]:
             f"{error.filename or folder}: {error.strerror}",
             todo="free the disk or fix the permissions, then run again",
         ) from None
+    except LedgerError:
+        raise
+    except InfrastructureError as error:  # a file of the ledger could not be replaced
+        raise LedgerError(*error.args) from None
 
 
 def _operational(folder: Path, error: sqlite3.OperationalError) -> LedgerError:
@@ -283,7 +288,7 @@ class Store:
                 )
         elif head.seq > 0 or not (self.folder / NEW).exists():
             raise LedgerError(f"{path}: missing", todo=RESTORE)
-        replace(path, canonical(self.statement(head)))
+        replace(path, canonical(self.statement(head)), private=True)
 
     def statement(self, head: Head) -> dict[str, Any]:
         signature = self.key.sign(signed_head(*head))

@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedtune.errors import ConfigError
-from fedtune.flower.processes import write_private
+from fedtune.files import replace, sync_folder
 
 CA_DAYS, LEAF_DAYS = 3650, 30
 SKEW = timedelta(minutes=5)  # a clock may be a little behind
@@ -68,8 +68,7 @@ def server_leaf(home: Path, names: Sequence[str] = ()) -> Path:
     key = ec.generate_private_key(ec.SECP384R1())
     leaf = issue(home, key.public_key(), "fedtune coordinator", wanted)
     # Key and certificate are one file, so that no reader meets a half-renewed pair.
-    write_private(home / "server.new", _pem(key) + leaf.public_bytes(PEM)).replace(file)
-    return file
+    return replace(file, _pem(key) + leaf.public_bytes(PEM), private=True)
 
 
 def issue(
@@ -165,8 +164,8 @@ def loopback(folder: Path) -> tuple[Path, Path]:
         .add_extension(x509.SubjectAlternativeName([_general_name("127.0.0.1")]), critical=False)
         .sign(key, hashes.SHA384())
     )
-    file = write_private(folder / "loopback.crt", certificate.public_bytes(PEM))
-    return file, write_private(folder / "loopback.key", _pem(key))
+    file = replace(folder / "loopback.crt", certificate.public_bytes(PEM), private=True)
+    return file, replace(folder / "loopback.key", _pem(key), private=True)
 
 
 def _make_ca(file: Path) -> None:
@@ -179,17 +178,18 @@ def _make_ca(file: Path) -> None:
         .sign(key, hashes.SHA384())
     )
     draft = file.with_name(f"ca.{secrets.token_hex(8)}.new")
-    write_private(draft, _pem(key) + certificate.public_bytes(PEM))
+    replace(draft, _pem(key) + certificate.public_bytes(PEM), private=True)
     with suppress(FileExistsError):  # another process was first: its CA counts
         os.link(draft, file)
     draft.unlink()
+    sync_folder(file.parent)
 
 
 def _key_at(path: Path, form: serialization.PrivateFormat) -> EC:
     if path.exists():
         return read_key(path)
     key = ec.generate_private_key(ec.SECP384R1())
-    write_private(path, key.private_bytes(PEM, form, serialization.NoEncryption()))
+    replace(path, key.private_bytes(PEM, form, serialization.NoEncryption()), private=True)
     return key
 
 

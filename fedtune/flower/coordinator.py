@@ -42,6 +42,7 @@ from flwr.serverapp import Grid
 
 from fedtune.config import load_study
 from fedtune.errors import ConfigError, InfrastructureError
+from fedtune.files import replace
 from fedtune.flower import api, certs, enrol
 from fedtune.flower.processes import (
     Child,
@@ -50,8 +51,6 @@ from fedtune.flower.processes import (
     free_port,
     interruptible,
     reachable,
-    replace,
-    write_private,
 )
 from fedtune.wire.keys import SigningKey
 
@@ -108,7 +107,7 @@ def prepare(home: Path, host: str, port: int, names: Sequence[str] = ()) -> None
     certs.server_leaf(home, [*names, *own])
     for name in [*names, *own][:1]:
         address = f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
-        replace(home / "address", address.encode())
+        replace(home / "address", address.encode(), private=True)
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def superlink(home: Path) -> Iterator[Link]:
     state, port = home / "flower", free_port()
     for old in state.glob("state.db*"):
         old.unlink()
-    write_private(_secret(home), secrets.token_bytes(32))
+    replace(_secret(home), secrets.token_bytes(32), private=True)
     certificate, key = certs.loopback(state)
     # fmt: off
     options = [

@@ -35,10 +35,9 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from fedtune import files
 from fedtune.errors import ConfigError, Refused
 from fedtune.flower import certs
-from fedtune.flower.processes import private_folder
-from fedtune.flower.processes import replace as write
 from fedtune.wire.keys import SigningKey, canonical, verifies
 
 EC = ec.EllipticCurvePublicKey
@@ -105,7 +104,7 @@ def enroll(name: str, keys: Path, signing: SigningKey, out: Path) -> str:
     signed = PURPOSE + canonical(body)
     node_signature = node.sign(signed, ec.ECDSA(hashes.SHA384())).hex()
     signatures = {"node_signature": node_signature, "signature": signing.sign(signed)}
-    write(out, json.dumps(body | signatures, indent=1).encode() + b"\n")
+    files.replace(out, json.dumps(body | signatures, indent=1).encode() + b"\n")
     return _of_keys(name, body["node"], tls.public_key(), signing.public)
 
 
@@ -187,7 +186,7 @@ def admit(home: Path, request: Request, address: str) -> Answer:
     if known is None:
         for other in (*registry(home).values(), *_revoked(home)):
             _distinct(new, other)
-        write(_file(home, request.name), _json(asdict(new)))
+        files.replace(_file(home, request.name), _json(asdict(new)), private=True)
     elif (known.node, known.tls, known.signing) != (new.node, new.tls, new.signing):
         raise Refused(
             f"a site named {request.name} is admitted already, with other keys",
@@ -206,8 +205,8 @@ def revoke(home: Path, name: str) -> Record:
         names = ", ".join(registry(home)) or "nobody"
         raise ConfigError(f"no site named {name} is admitted", f"one of: {names}")
     ended = replace(record, revoked=certs.now().isoformat())
-    private_folder(home / "nodes" / "revoked")
-    write(home / "nodes" / "revoked" / f"{name}-{record.tls[:16]}.json", _json(asdict(ended)))
+    file = home / "nodes" / "revoked" / f"{name}-{record.tls[:16]}.json"
+    files.replace(file, _json(asdict(ended)), private=True)
     _file(home, name).unlink()
     return ended
 

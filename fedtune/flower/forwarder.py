@@ -33,8 +33,8 @@ from cryptography import x509
 
 from fedtune.config import CoordinatorTable, Site
 from fedtune.errors import ConfigError, FedtuneError, InfrastructureError
+from fedtune.files import replace
 from fedtune.flower import certs, enrol
-from fedtune.flower.processes import replace
 
 STATUS, RENEW = "/fedtune/status", "/fedtune/renew"  # as in gateway.py
 CHUNK = 65_536
@@ -260,7 +260,7 @@ class Forwarder:
             if reply.status_code == 200:
                 leaf = x509.load_pem_x509_certificate(reply.content)
                 if leaf.public_key() == key.public_key():
-                    replace(self.link.certificate, leaf.public_bytes(certs.PEM))
+                    replace(self.link.certificate, leaf.public_bytes(certs.PEM), private=True)
                     self._leaf = leaf
                     self._far = _far_context(self.link)
 
@@ -287,7 +287,7 @@ def _newest(found: Link) -> x509.Certificate:
         newer = kept.not_valid_after_utc > best.not_valid_after_utc
         if newer and kept.public_key() == best.public_key() and kept.issuer == authority.subject:
             return kept
-    replace(found.certificate, best.public_bytes(certs.PEM))
+    replace(found.certificate, best.public_bytes(certs.PEM), private=True)
     return best
 
 

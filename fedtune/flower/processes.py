@@ -161,24 +161,6 @@ def private_folder(path: Path) -> Path:
     return path
 
 
-def write_private(path: Path, content: bytes) -> Path:
-    """Write (or replace) a file that this user alone can read."""
-    private_folder(path.parent)
-    path.unlink(missing_ok=True)  # an older file may have wider permissions
-    with open(path, "xb", opener=_private) as file:
-        file.write(content)
-    return path
-
-
-def replace(path: Path, content: bytes) -> Path:
-    """Write a public file, whole or not at all."""
-    private_folder(path.parent)
-    draft = path.with_name(f"{path.name}.{os.getpid()}.new")
-    draft.write_bytes(content)
-    draft.replace(path)
-    return path
-
-
 def free_port() -> int:
     """A loopback port that nothing listens on at this moment."""
     with socket.socket() as probe:

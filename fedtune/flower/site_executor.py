@@ -23,17 +23,11 @@ from flwr.clientapp import ClientApp
 
 from fedtune.config import load_site
 from fedtune.errors import InfrastructureError
+from fedtune.files import replace
 from fedtune.flower import api
 from fedtune.flower.forwarder import Forwarder, Link
 from fedtune.flower.forwarder import link as forwarder_link
-from fedtune.flower.processes import (
-    Child,
-    Stopped,
-    bypass_proxy,
-    free_port,
-    interruptible,
-    write_private,
-)
+from fedtune.flower.processes import Child, Stopped, bypass_proxy, free_port, interruptible
 
 Event = Callable[[str, dict[str, Any]], None]
 App = Callable[[Message, Context], Message]
@@ -105,7 +99,7 @@ class _Executor:
         if way.refusal:
             return _refusal(way)  # asked again by the forwarder, until that changes
         secret, port = secrets.token_bytes(32), free_port()
-        secret_file = write_private(state / "executor.secret", secret)
+        secret_file = replace(state / "executor.secret", secret, private=True)
         # fmt: off
         options = [
             "--superlink", f"127.0.0.1:{way.port}", "--root-certificates", str(way.certificate),

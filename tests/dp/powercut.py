@@ -19,6 +19,7 @@ from typing import Any
 import apsw
 import pytest
 
+from fedtune import files
 from fedtune.dp import ledger_files, ledger_store
 
 SECTOR = 512
@@ -37,7 +38,9 @@ class Disk:
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(ledger_store, "connect", self.connect)
-        patch.setattr(ledger_files, "os", _Os(self))
+        recorder = _Os(self)
+        for module in (files, ledger_files):
+            patch.setattr(module, "os", recorder)
 
     def connect(self, path: Path) -> apsw.Connection:
         connection = apsw.Connection(str(path), vfs=self.name)

@@ -13,9 +13,8 @@ import pytest
 from dp_accounting.pld import privacy_loss_distribution as pld
 from matplotlib.image import imread
 
-from fedtune import report
+from fedtune import files, report
 from fedtune.errors import InfrastructureError
-from fedtune.report import files
 from fedtune.report.claim import best_guess, percent, rounded_up
 
 SITE = {

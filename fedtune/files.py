@@ -1,0 +1,61 @@
+"""A file is replaced whole, or stays as it was."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from fedtune.errors import InfrastructureError
+
+
+def replace(path: Path, content: bytes, *, private: bool = False) -> Path:
+    """`content` in `path`, whole or not at all, on disk when this returns; returns `path`.
+
+    A missing folder is made. private: file (0600) and a folder made here for this user alone.
+    Errors: InfrastructureError when the disk refuses; the file is then as it was."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        _folder(path.parent, 0o700 if private else 0o777)
+        try:
+            _write(draft, content, 0o600 if private else 0o666)
+            os.replace(draft, path)
+        except OSError:
+            with suppress(OSError):
+                os.unlink(draft)
+            raise
+        sync_folder(path.parent)
+    except OSError as error:
+        raise InfrastructureError(
+            f"{path}: cannot be written ({error.strerror or type(error).__name__})",
+            todo="free the disk or fix the permissions, then run again",
+        ) from None
+    return path
+
+
+def sync_folder(folder: Path) -> None:
+    """Make last which files are in `folder`. Errors: OSError."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _folder(path: Path, mode: int) -> None:
+    """Make `path` and what is missing above it, each to last."""
+    if not path.is_dir():
+        _folder(path.parent, mode)
+        path.mkdir(mode, exist_ok=True)
+        sync_folder(path.parent)
+
+
+def _write(path: Path, content: bytes, mode: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    try:
+        view = memoryview(content)
+        while view:
+            view = view[os.write(descriptor, view) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
