@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -11,22 +13,26 @@ from client.site import SiteWorker, worker
 from fedtune.config import study_from_json
 from fedtune.errors import ConfigError, PolicyRefused
 from fedtune.flower.arrays import from_record
+from fedtune.wire.protocol import check_peer, spoken
 from fedtune.wire.seal import check_plan
 
 __all__ = ["app", "evaluate", "prepare", "site_of", "train", "trouble"]
 app = ClientApp()
+log = logging.getLogger("fedtune.client")
 
 
 @app.query("prepare")
 def prepare(message: Message, context: Context) -> Message:
     """Plan in, admission out."""
     said: dict[str, str | int] = {"name": "", "key": "", "declared_size": 0, "status": "admitted"}
-    said["reason"] = ""
+    said |= {"reason": "", **spoken()}
 
     def attempt() -> None:
         site = site_of(context)
-        said["name"], said["key"] = site.site.site.name, site.key.public
+        said["name"] = site.site.site.name
         plan = message.content.config_records["plan"]
+        check_peer("the coordinator", plan, "this site")
+        said["key"] = site.key.public
         study = study_from_json(str(plan["study"]))
         if study.digest != plan["digest"]:
             raise ConfigError("the plan received is not the one it claims to be")
@@ -41,6 +47,8 @@ def prepare(message: Message, context: Context) -> Message:
 
     if failure := guarded(attempt, context):
         said["status"], said["reason"] = failure
+    if said["status"] == "refused":
+        log.warning("a plan is refused: %s", said["reason"])
     said["admitted"] = said["status"] == "admitted"
     return Message(RecordDict({"admission": ConfigRecord(dict(said))}), reply_to=message)
 

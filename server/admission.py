@@ -27,6 +27,7 @@ from fedtune.flower.arrays import (
     to_record,
 )
 from fedtune.wire.keys import SigningKey
+from fedtune.wire.protocol import OtherProtocol, check_peer, spoken
 from fedtune.wire.seal import Header, SealError, body_digest, opened, sign_plan
 from server.bound import Terms
 from server.exchange import Reply, ask, clean, size
@@ -49,7 +50,9 @@ def plan_message(study: Study, frozen: Arrays, key: SigningKey) -> RecordDict:
             changes[which] = table.model_copy(update={"path": Path(table.path.name)})
     sent = study.model_copy(update=changes)
     signed = sign_plan(key, study.digest)
-    plan = ConfigRecord({"study": sent.model_dump_json(), "digest": study.digest, **signed})
+    plan = ConfigRecord(
+        {"study": sent.model_dump_json(), "digest": study.digest, **signed, **spoken()}
+    )
     return RecordDict({"plan": plan, "frozen": to_record(frozen)})
 
 
@@ -162,6 +165,10 @@ def _admission(reply: Reply, known: str) -> tuple[str, int, str, str, str]:
     if record.get("admitted") is not True:
         status = "failed" if record.get("status") == "failed" else "refused"
         return shown, 0, "", status, clean(record.get("reason")) or "no reason given"
+    try:
+        check_peer("the site", record, "this coordinator")
+    except OtherProtocol as refusal:
+        return shown, 0, "", "refused", str(refusal)
     keyed = isinstance(key, str) and KEY.fullmatch(key) is not None
     if not named or not keyed or type(declared) is not int or not 1 <= declared <= MOST_UNITS:
         return unnamed, 0, "", "failed", "its answer to the plan is malformed"

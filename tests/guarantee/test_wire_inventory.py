@@ -28,6 +28,8 @@ ALLOWED = {
     "admission.status": "str",
     "admission.reason": "str",
     "admission.admitted": "bool",
+    "admission.protocol": "int",
+    "admission.release": "str",
     "site.name": "str",
     "site.status": "str",
     "site.reason": "str",

@@ -19,6 +19,7 @@ from fedtune.flower.arrays import bodies, to_record
 from fedtune.flower.grid import InProcessGrid
 from fedtune.wire import seal
 from fedtune.wire.keys import SigningKey
+from fedtune.wire.protocol import spoken
 from server import app as server_app
 from server.admission import Roster, outcome, plan_message
 from server.exchange import Reply
@@ -58,7 +59,7 @@ def test_prepare_gives_name_and_declared_size_and_nothing_else(trial):
     reply = query("query.prepare", plan_message(STUDY, {}, SigningKey()))
     assert dict(reply["admission"]) == {
         "admitted": True, "reason": "", "status": "admitted", "name": "a", "declared_size": 42,
-        "key": site.key.public,
+        "key": site.key.public, **spoken(),
     }  # fmt: skip
     assert list(reply) == ["admission"]
 
@@ -103,7 +104,9 @@ def test_a_plan_that_is_not_what_it_claims_to_be_is_not_prepared(trial):
     assert run.sites[0].prepared == 0
 
 
-@pytest.mark.parametrize("content", [RecordDict(), RecordDict({"plan": ConfigRecord({})})])
+@pytest.mark.parametrize(
+    "content", [RecordDict(), RecordDict({"plan": ConfigRecord({**spoken()})})]
+)
 def test_malformed_messages_fail_without_a_crash(trial, content):
     trial(FakeSite("a"))
     assert query("query.prepare", content)["admission"]["status"] == "failed"
@@ -165,6 +168,7 @@ def admitted_by(answer: dict[str, Any] | None) -> Roster:
 
 
 GOOD = {"admitted": True, "reason": "", "name": "a", "declared_size": 9, "key": "0" * 64}
+GOOD |= spoken()
 
 
 def test_a_good_answer_is_admitted():
