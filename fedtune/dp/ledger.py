@@ -379,6 +379,8 @@ class Ledger:
             self._withdrawn.add(body["unit"])
         elif entry.kind == "admit":
             self._admitted[body["plan"]] = body["by"]
+        elif entry.kind != "open":
+            raise KeyError(entry.kind)  # what it charges is not known here
 
 
 def _hex16(digest: str) -> str:

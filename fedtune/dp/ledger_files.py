@@ -28,6 +28,10 @@ class LedgerError(InfrastructureError):
     """The privacy ledger cannot be read, written or believed; nothing is trained meanwhile."""
 
 
+class NewerLedger(LedgerError):
+    """A whole ledger in a format that this release does not know; nothing was written to it."""
+
+
 class Head(NamedTuple):
     seq: int
     hash: str

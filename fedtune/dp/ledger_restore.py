@@ -12,7 +12,8 @@ Restored charges count against every dataset. The sequence jumps past what was l
 for a lost entry is known as paid for. 2 alone covers what left the site as long as the step log is
 whole; where log and ledger were rolled back together, 3 assumes that no lost round cost more than
 the costliest one known. No worker of the site may run meanwhile.
-Errors: LedgerError where the backup is not one of this site, or the site's key is lost.
+Errors: LedgerError where the backup is not one of this site, or the site's key is lost;
+NewerLedger where a newer release wrote what is there: it is whole, and not this one's to judge.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from fedtune.dp.ledger_files import (
     STEPS,
     Head,
     LedgerError,
+    NewerLedger,
     Receipts,
     read_head,
     read_receipts,
@@ -209,6 +211,8 @@ def _verified(folder: Path, public: str) -> _Base | None:
                     members[entry.body["dataset"]] = entry.body["members"]
             check_members(path, Transaction(connection, None, None), members)
         check_first(path, entries[0], public, salt.read_bytes())
+    except NewerLedger:
+        raise
     except (LedgerError, IndexError):
         return None
     return _Base(path, salt.read_bytes(), entries)

@@ -12,6 +12,7 @@ torn or rolled back behind the anchor or the receipt is a LedgerError when the l
 | anchor behind the entries  | a crash between the two writes: repaired                           |
 | entries behind the anchor  | rolled back: LedgerError                                            |
 | no ledger, but its traces  | LedgerError, unless its first creation was interrupted              |
+| format above FORMAT        | NewerLedger, before anything is written; never restored over        |
 Errors: LedgerError (also for a full disk, a read-only file, a lock that is not given up).
 Reference: https://www.sqlite.org/pragma.html#pragma_synchronous (EXTRA: FULL alone can undo a
 commit when power fails before the journal's deletion is on disk).
@@ -39,6 +40,7 @@ from fedtune.dp.ledger_files import (
     SALT,
     Head,
     LedgerError,
+    NewerLedger,
     Receipts,
     prepare,
     read_head,
@@ -51,9 +53,12 @@ from fedtune.files import replace
 from fedtune.wire.keys import SigningKey, canonical, verifies
 
 BUSY = 60.0  # seconds to wait for another process
+FORMAT = 1  # PRAGMA user_version; raised when an older release could misread an entry. 0: as 1
+FORMATS = 1000  # none is above: such a number is a flipped bit, and the entries speak for it
 PRAGMAS = ("synchronous = EXTRA", "trusted_schema = OFF")
 START = "0" * 64  # prev of the first entry
 SCHEMA = (
+    f"PRAGMA user_version = {FORMAT}",
     "CREATE TABLE entries (seq INTEGER PRIMARY KEY, kind TEXT NOT NULL, body BLOB NOT NULL, "
     "prev TEXT NOT NULL, hash TEXT NOT NULL, signature TEXT NOT NULL)",
     "CREATE TABLE members (hash BLOB NOT NULL, dataset TEXT NOT NULL, "
@@ -83,7 +88,14 @@ def connect(path: Path) -> sqlite3.Connection:
     try:
         for pragma in PRAGMAS:
             connection.execute(f"PRAGMA {pragma}")
-    except sqlite3.Error:
+        ((found,),) = connection.execute("PRAGMA user_version")
+        if FORMAT < found < FORMATS:
+            raise NewerLedger(
+                f"{path}: written by a newer fedtune (format {found})",
+                f"format {FORMAT} at most",
+                "upgrade fedtune again; nothing was changed",
+            )
+    except (sqlite3.Error, NewerLedger):
         connection.close()
         raise
     return connection

@@ -15,6 +15,7 @@ Layout of the coordinator's home (made at the first start; ca.pem and signing.ke
     signing.key         signs plans, orders and receipts
     address             what sites call the coordinator by; `fedtune admit` writes it into answers
     nodes/SITE.json     the keys of every admitted site (enrol.py)
+    leaves/SITE.pem     its newest certificate, for `fedtune doctor`
     flower/             state of the running SuperLink and gateway; made anew at every start
 
 Flower's Control API (who may start and stop runs) asks for no credentials, and shares the

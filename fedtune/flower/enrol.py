@@ -16,6 +16,9 @@ key (seals). The request is signed by each of them, so nobody enrols a key that 
 | a certificate near its end                   | the running client renews it; see forwarder.py   |
 | a certificate past its end                   | enroll and admit again, with the same keys       |
 
+A record carries the FORMAT that it was written in; one of a newer release is refused, not guessed.
+leaves/NAME.pem is each site's newest certificate, for `fedtune doctor` to read: nothing else does.
+
 Guarantee: other keys or another name have another fingerprint: 80 bits of SHA-256, against a second
 preimage. It stays the same however often a site asks.
 Errors: ConfigError for files; Refused for a request that a rule turns down.
@@ -26,6 +29,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +45,7 @@ from fedtune.flower import certs
 from fedtune.wire.keys import SigningKey, canonical, verifies
 
 EC = ec.EllipticCurvePublicKey
+FORMAT = 1  # of nodes/*.json; raised when an older release could misread a record
 MAX_BYTES = 65_536  # of a request or an answer
 PURPOSE = b"fedtune enrolment\0"
 FIELDS = {"name", "node", "csr", "signing"}
@@ -186,16 +191,16 @@ def admit(home: Path, request: Request, address: str) -> Answer:
     if known is None:
         for other in (*registry(home).values(), *_revoked(home)):
             _distinct(new, other)
-        files.replace(_file(home, request.name), _json(asdict(new)), private=True)
+        files.replace(_file(home, request.name), _kept(new), private=True)
     elif (known.node, known.tls, known.signing) != (new.node, new.tls, new.signing):
         raise Refused(
             f"a site named {request.name} is admitted already, with other keys",
             todo=f"where its keys are lost or changed: fedtune revoke {request.name} first",
         )
-    leaf = certs.issue(home, request.tls, request.name)
+    leaf = _issued(home, request.tls, request.name)
     pem = certs.ca(home)[1].public_bytes(certs.PEM).decode()
     signing = SigningKey.at(home / "signing.key").public
-    return Answer(request.name, address, pem, leaf.public_bytes(certs.PEM).decode(), signing)
+    return Answer(request.name, address, pem, leaf.decode(), signing)
 
 
 def revoke(home: Path, name: str) -> Record:
@@ -206,7 +211,7 @@ def revoke(home: Path, name: str) -> Record:
         raise ConfigError(f"no site named {name} is admitted", f"one of: {names}")
     ended = replace(record, revoked=certs.now().isoformat())
     file = home / "nodes" / "revoked" / f"{name}-{record.tls[:16]}.json"
-    files.replace(file, _json(asdict(ended)), private=True)
+    files.replace(file, _kept(ended), private=True)
     _file(home, name).unlink()
     return ended
 
@@ -225,11 +230,24 @@ def lookup(home: Path, name: str) -> Record | None:
     if not _is_name(name):
         return None
     try:
-        return Record(**json.loads(_file(home, name).read_bytes()))
+        return _record(_file(home, name))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError):
-        raise ConfigError(f"{_file(home, name)}: not readable", todo="restore a backup") from None
+
+
+def revoked(home: Path) -> list[Record]:
+    """Every record that was ended; a name may be there more than once."""
+    return list(_revoked(home))
+
+
+def leaf_of(home: Path, record: Record) -> x509.Certificate | None:
+    """The newest certificate that was signed for the record's key; None: not known."""
+    try:
+        leaf = x509.load_pem_x509_certificate(_leaf(home, record.name).read_bytes())
+    except (OSError, ValueError):
+        return None
+    key = leaf.public_key()
+    return leaf if isinstance(key, EC) and tls_digest(key) == record.tls else None
 
 
 def was_revoked(home: Path, tls: str) -> bool:
@@ -248,7 +266,7 @@ def renew(home: Path, record: Record, csr: bytes) -> bytes:
         raise Refused("not a request for a certificate") from None
     if tls_digest(key) != record.tls or certs.common_name(asked.subject) != record.name:
         raise Refused("a request for another key or name", todo="enroll and admit it")
-    return certs.issue(home, key, record.name).public_bytes(certs.PEM)
+    return _issued(home, key, record.name)
 
 
 def tls_digest(key: EC) -> str:
@@ -282,7 +300,41 @@ def _distinct(new: Record, other: Record) -> None:
 
 def _revoked(home: Path) -> Iterator[Record]:
     for file in (home / "nodes" / "revoked").glob("*.json"):
-        yield Record(**json.loads(file.read_bytes()))
+        yield _record(file)
+
+
+def _record(file: Path) -> Record:
+    """Errors: FileNotFoundError; ConfigError."""
+    try:
+        said = json.loads(file.read_bytes())
+        found = said.pop("format", 1)
+        if type(found) is int and found > FORMAT:
+            raise ConfigError(
+                f"{file}: written by a newer fedtune (format {found})",
+                f"format {FORMAT} at most",
+                "upgrade fedtune again; nothing was changed",
+            )
+        return Record(**said)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError):
+        raise ConfigError(f"{file}: not readable", todo="restore a backup") from None
+
+
+def _kept(record: Record) -> bytes:
+    return _json({"format": FORMAT, **asdict(record)})
+
+
+def _issued(home: Path, key: EC, name: str) -> bytes:
+    """A new certificate (PEM)."""
+    leaf = certs.issue(home, key, name).public_bytes(certs.PEM)
+    with suppress(OSError):  # a full disk keeps nobody from a renewal
+        files.replace(_leaf(home, name), leaf, private=True)
+    return leaf
+
+
+def _leaf(home: Path, name: str) -> Path:
+    return home / "leaves" / f"{name}.pem"
 
 
 def _read(path: Path) -> dict[str, str]:

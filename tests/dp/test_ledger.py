@@ -391,6 +391,65 @@ def test_a_running_process_notices_before_it_charges(used: Ledger, folder: Path,
         used.reserve("notes", charge(6), "adapter 6", yes)
 
 
+def contents(*folders: Path) -> dict[Path, bytes]:
+    return {p: p.read_bytes() for each in folders for p in each.rglob("*") if p.is_file()}
+
+
+def newer(folder: Path) -> None:
+    """As the next release would leave it, with a charge that this one cannot price."""
+    sql(folder, f"PRAGMA user_version = {ledger_store.FORMAT + 1}")
+
+
+def test_a_ledger_of_a_newer_release_is_refused_whole(
+    used: Ledger, folder: Path, tmp_path: Path
+) -> None:
+    """By a process that starts, one that runs, and one that would restore over it."""
+    used.backup(tmp_path / "copy", key=True)
+    newer(folder)
+    before = contents(folder)
+    for attempt in (
+        lambda: Ledger(folder),
+        lambda: used.reserve("notes", charge(6), "adapter 6", yes),
+        lambda: Ledger.restore(folder, None),
+        lambda: Ledger.restore(folder, tmp_path / "copy"),
+    ):
+        with pytest.raises(LedgerError, match=r"by a newer fedtune \(format 2\).*upgrade"):
+            attempt()
+        assert contents(folder) == before
+    newer(tmp_path / "copy")
+    sql(folder, f"PRAGMA user_version = {ledger_store.FORMAT}")
+    with pytest.raises(LedgerError, match="written by a newer fedtune"):
+        Ledger.restore(folder, tmp_path / "copy")
+    assert Ledger(folder).head == used.head
+
+
+def test_without_its_number_a_newer_ledger_would_be_charged(
+    used: Ledger, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin."""
+    newer(folder)
+    monkeypatch.setattr(ledger_store, "FORMAT", ledger_store.FORMAT + 1)
+    assert Ledger(folder).reserve("notes", charge(6), "adapter 6", yes) == 12
+
+
+def test_a_ledger_from_before_there_were_formats_is_read(used: Ledger, folder: Path) -> None:
+    sql(folder, "PRAGMA user_version = 0")
+    assert Ledger(folder).head == used.head
+
+
+def test_a_flipped_bit_in_the_number_locks_nobody_out(used: Ledger, folder: Path) -> None:
+    sql(folder, "PRAGMA user_version = 65537")
+    assert Ledger(folder).head == used.head
+
+
+def test_an_entry_of_an_unknown_kind_is_not_passed_over(used: Ledger, folder: Path) -> None:
+    """A newer release that forgot to raise the format."""
+    with pytest.raises(LedgerError, match="means nothing here"), used._store.writing() as writer:
+        writer.append("charge twice", {})
+    with pytest.raises(LedgerError, match="use the version of fedtune that wrote it"):
+        Ledger(folder)
+
+
 def test_an_edited_older_signature_is_found_by_verify(used: Ledger, folder: Path) -> None:
     used.verify()
     sql(folder, "UPDATE entries SET signature = '00' WHERE seq = 4")

@@ -27,7 +27,7 @@ def test_private_keys_stay_where_they_were_made(tmp_path: Path) -> None:
     assert {stat.S_IMODE(p.stat().st_mode) for p in secret} == {0o600}
     elsewhere = [p for p in home.rglob("*") if p.is_file()]
     elsewhere += [site.parent / "request", site.parent / "answer.json"]
-    assert len(elsewhere) == 5  # ca.pem, signing.key, nodes/a.json
+    assert len(elsewhere) == 6  # ca.pem, signing.key, nodes/a.json, leaves/a.pem
     for file in elsewhere:
         body = file.read_bytes()
         assert not [p for p in secret if p.read_bytes() in body]
@@ -201,3 +201,41 @@ def test_a_key_that_others_can_read_is_not_used(tmp_path: Path) -> None:
     (tmp_path / "tls.key").write_text("x")
     with pytest.raises(ConfigError, match="no readable key"):
         certs.tls_key(tmp_path / "tls.key")
+
+
+@pytest.mark.parametrize("where", ["nodes/a.json", "nodes/revoked/a-{tls}.json"])
+def test_a_record_of_a_newer_release_is_refused_and_left_alone(tmp_path: Path, where: str) -> None:
+    """Also where it says nothing that this release does not know."""
+    site, home = kit.site_file(tmp_path / "a", "a", 1), tmp_path / "home"
+    kit.join_up(home, site, 1)
+    file = home / where.format(tls=enrol.registry(home)["a"].tls[:16])
+    if "revoked" in where:
+        enrol.revoke(home, "a")
+    said = json.loads(file.read_text())
+    assert said["format"] == enrol.FORMAT
+    file.write_text(json.dumps(said | {"format": enrol.FORMAT + 1}))
+    before = {p: p.read_bytes() for p in home.rglob("*") if p.is_file()}
+    with pytest.raises(ConfigError, match="written by a newer fedtune"):
+        kit.join_up(home, site, 1)
+    assert {p: p.read_bytes() for p in home.rglob("*") if p.is_file()} == before
+
+
+def test_a_record_from_before_there_were_formats_is_read(tmp_path: Path) -> None:
+    site, home = kit.site_file(tmp_path / "a", "a", 1), tmp_path / "home"
+    kit.join_up(home, site, 1)
+    said, record = json.loads((home / "nodes/a.json").read_text()), enrol.registry(home)["a"]
+    del said["format"]
+    (home / "nodes/a.json").write_text(json.dumps(said))
+    assert enrol.registry(home) == {"a": record}
+
+
+def test_the_newest_certificate_of_each_key_is_kept_to_be_looked_at(tmp_path: Path) -> None:
+    site, home = kit.site_file(tmp_path / "a", "a", 1), tmp_path / "home"
+    found = kit.join_up(home, site, 1)
+    record = enrol.registry(home)["a"]
+    assert enrol.leaf_of(home, record) == kit.leaf_of(found)
+    csr = certs.request(certs.read_key(found.keys / "tls.key"), "a")
+    renewed = enrol.renew(home, record, csr)
+    kept = enrol.leaf_of(home, record)
+    assert kept is not None and kept.public_bytes(certs.PEM) == renewed
+    assert enrol.leaf_of(home, replace(record, tls="0" * 64)) is None
