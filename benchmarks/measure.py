@@ -1,0 +1,226 @@
+"""Clocks, memory and rows: how every benchmark here measures, and what each row says.
+
+Times: all variants in one process with one thread count, in turns whose order rotates, so that what
+slows the machine for a while slows all of them; medians, ranges, and the median of paired ratios.
+Memory: each variant in a fresh process; the highest resident set since the base was loaded."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol
+
+import torch
+
+RESULT = "result: "  # what a fresh process prefixes its one line of JSON with
+
+
+class Step(Protocol):
+    name: str
+
+    def step(self) -> None: ...
+
+
+# ------------------------------------------------------------------------------------------ time
+
+
+def seconds(call: Callable[[], object], device: str = "cpu") -> float:
+    """How long one call takes; on a GPU, by its own clock."""
+    if not device.startswith("cuda"):
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    first.record()
+    call()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1000
+
+
+def interleaved(
+    steps: Sequence[Step], rounds: int, device: str = "cpu", warm: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each round by name. Every round runs every variant once; its order is the last
+    one's rotated by one, and turned about every other time, so that nobody always follows the same
+    neighbour."""
+    found: dict[str, list[float]] = {step.name: [] for step in steps}
+    for number in range(-warm, rounds):
+        at = number % len(steps)
+        order = [*steps[at:], *steps[:at]][:: -1 if number % 2 else 1]
+        for step in order:
+            gc.collect()  # one variant's garbage must not be swept on another's time
+            took = seconds(step.step, device)
+            if number >= 0:
+                found[step.name].append(took)
+    return found
+
+
+def ratio(of: Sequence[float], to: Sequence[float]) -> float:
+    """Median of the paired ratios."""
+    return median(a / b for a, b in zip(of, to, strict=True))
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Median and range."""
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+
+
+# ---------------------------------------------------------------------------------------- memory
+
+
+def reset_peak(device: str = "cpu") -> float:
+    """Forget the highest memory so far; MiB in use now."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
+    return in_use(device)
+
+
+def in_use(device: str = "cpu") -> float:
+    """MiB."""
+    if device.startswith("cuda"):
+        return torch.cuda.memory_allocated() / 2**20
+    return _status("VmRSS") if sys.platform == "linux" else peak(device)
+
+
+def peak(device: str = "cpu") -> float:
+    """MiB at most since `reset_peak`.
+
+    Linux's own mark and not ru_maxrss: the latter cannot be reset, so the transient of loading a
+    model hides what a step needs, and across exec it keeps what the parent had."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**20
+    if sys.platform == "linux":
+        return _status("VmHWM")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def _status(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(key + ":"))
+    return int(line.split()[1]) / 1024
+
+
+def fresh(module: str, *arguments: str) -> dict[str, Any]:
+    """What `python -m module arguments` answers with `answer`, in a process of its own with as many
+    threads.
+
+    Errors: RuntimeError with the last line of what it wrote, where it fails."""
+    command = [sys.executable, "-m", module, *arguments]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
+    for line in done.stdout.splitlines():
+        if line.startswith(RESULT):
+            found: dict[str, Any] = json.loads(line.removeprefix(RESULT))
+            return found
+    last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+    raise RuntimeError(last)
+
+
+def answer(found: Mapping[str, Any]) -> None:
+    print(RESULT + json.dumps(found), flush=True)
+
+
+# ------------------------------------------------------------------------------------------ rows
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A figure that must hold. limit: at most that much, or at least where `least`."""
+
+    says: str
+    value: float | None  # None: not measured in this run
+    limit: float
+    least: bool = False
+    unit: str = ""
+
+    @property
+    def verdict(self) -> str:
+        if self.value is None:
+            return "not measured"
+        good = self.value >= self.limit if self.least else self.value <= self.limit
+        return "met" if good else "MISSED"
+
+
+@dataclass
+class Table:
+    """Rows of one benchmark and the bounds that they are held to."""
+
+    name: str
+    title: str
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    bounds: list[Bound] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        lines = [f"## {self.title}", ""]
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        lines += [
+            "| " + " | ".join(_shown(row.get(c)) for c in columns) + " |" for row in self.rows
+        ]
+        if self.bounds:
+            lines += ["", "| must hold | measured | bound | |", "|---|---|---|---|"]
+            lines += [_bound(bound) for bound in self.bounds]
+        return "\n".join([*lines, *(f"\n{note}" for note in self.notes)]) + "\n"
+
+    def save(self, out: Path) -> None:
+        """OUT/name.md and OUT/name.json."""
+        out.mkdir(parents=True, exist_ok=True)
+        bounds = [vars(b) | {"verdict": b.verdict} for b in self.bounds]
+        body = {"title": self.title, "rows": self.rows, "bounds": bounds, "notes": self.notes}
+        text = json.dumps(body, indent=1, ensure_ascii=False)
+        (out / f"{self.name}.json").write_text(text + "\n", encoding="utf-8")
+        (out / f"{self.name}.md").write_text(self.markdown(), encoding="utf-8")
+
+
+def _bound(bound: Bound) -> str:
+    value = "–" if bound.value is None else f"{bound.value:.3g}{bound.unit}"
+    sign = "≥" if bound.least else "≤"
+    return f"| {bound.says} | {value} | {sign} {bound.limit:g}{bound.unit} | {bound.verdict} |"
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def machine(dtype: str, device: str = "cpu") -> str:
+    """What a row was measured on, in one cell."""
+    if device.startswith("cuda"):
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {dtype}"
+    model = platform.processor() or platform.machine()
+    if sys.platform == "linux":
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((ln.split(":")[1].strip() for ln in lines if "model name" in ln), model)
+    cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
+    return f"{model}, {cores} cores, {threads} threads, torch {torch.__version__}, {dtype}"
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder to write")
+    parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
+    parser.add_argument("--quick", action="store_true", help="minutes: shows that it runs")
+
+
+def start(chosen: argparse.Namespace) -> None:
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
