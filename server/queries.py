@@ -21,7 +21,7 @@ from fedtune.wire.keys import SigningKey
 from server.admission import Outcome, Roster, outcome
 from server.bound import Terms
 from server.exchange import ask, size
-from server.store import Progress
+from server.store import Phase, Progress
 
 LIKE: Arrays = {"sums": np.zeros(2, np.float32)}
 TOO_NOISY = 4.0  # a pooled count below so many of its own standard deviations tells nothing
@@ -36,8 +36,7 @@ class Queries:
 
     def due(self) -> bool:
         """Whether the plan asks about the last round, and nobody has yet."""
-        history = self.progress.history
-        return self.progress.round in self.study.queries and "private_quality" not in history[-1]
+        return self.progress.phase is Phase.KEPT and self.progress.round in self.study.queries
 
     def ask(self) -> dict[str, Any]:
         """Ask every willing site about the newest adapter; returns what the history keeps:

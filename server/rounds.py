@@ -33,7 +33,7 @@ from server.bound import Terms, norm_bound, terms
 from server.exchange import Reply, ask, size
 from server.parts import Parts
 from server.queries import Queries
-from server.store import Progress
+from server.store import Phase, Progress
 
 RETRIES = 3  # of a round that too few sites delivered
 POLL = 2.0  # seconds between looks for sites that have yet to connect
@@ -110,7 +110,7 @@ class _Run:
         if fresh:
             if self.evaluator:
                 self.progress.before = self.evaluator.measure(None)
-            store.save(self.out, self.progress)
+            self._save()
         if self.queries.due():  # the run broke off between a round and the query after it
             self.roster.join()
             self._query()
@@ -141,6 +141,8 @@ class _Run:
             self.roster.unless_refused()
             if len({*self.roster.willing(), *tally.participants}) < least:
                 continue  # nobody spends budget on a round that cannot count
+            if self.progress.phase is not Phase.ASKED:
+                self._enter(Phase.ASKED)
             self._train(self._choose(tally), tally)
             if len(tally.participants) >= least:
                 return self._keep(tally)
@@ -269,7 +271,7 @@ class _Run:
         self.roster.up.clear()
         self.roster.down.clear()
         progress.history.append(entry)
-        self._save()
+        self._enter(Phase.KEPT)
         if self.queries.due():
             self._query()
         self._write_metrics()
@@ -280,10 +282,14 @@ class _Run:
         """Ask the sites about the round just kept, and make the answer last. A crash in between
         asks again, and the sites send what they sent before."""
         found = self.queries.ask()
-        self._save()
+        self._enter(Phase.QUERIED)
         for name, why in found["missing"].items():
             status, _, reason = why.partition(": ")
             self._event("site", name=name, status=status, reason=f"private evaluation: {reason}")
+
+    def _enter(self, phase: Phase) -> None:
+        self.progress.enter(phase)
+        self._save()
 
     def _save(self) -> None:
         progress = self.progress
@@ -306,6 +312,7 @@ class _Run:
         draft.rename(folder)
         body = summary.body(progress, self.parts)
         self.parts.report(self.out, body)
+        self._enter(Phase.FINISHED)
         self._event("done", out=str(self.out), privacy=body["privacy"], quality=body["quality"])
         return body
 

@@ -38,7 +38,7 @@ class Disk:
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(ledger_store, "connect", self.connect)
-        recorder = _Os(self)
+        recorder = Recorder(self)
         for module in (files, ledger_files):
             patch.setattr(module, "os", recorder)
 
@@ -96,7 +96,7 @@ class _File(apsw.VFSFile):  # type: ignore[misc]
             self._new = False
 
 
-class _Os:
+class Recorder:
     """The functions of `os` that change a disk, recorded."""
 
     def __init__(self, disk: Disk) -> None:
