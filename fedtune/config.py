@@ -327,10 +327,10 @@ class Site(Table):
 
     @model_validator(mode="after")
     def possible(self) -> Site:
-        if self.policy.max_delta >= 1 / self.site.declared_size:
+        if 2 * self.policy.max_delta >= 1 / self.site.declared_size:  # the total's δ: dp/ceiling.py
             raise ValueError(
-                f"policy.max_delta = {self.policy.max_delta} must be below 1 / site.declared_size: "
-                "a larger one lets a whole record out"
+                f"policy.max_delta = {self.policy.max_delta}: twice it, where max_epsilon holds, "
+                "must be below 1 / site.declared_size: a larger one lets a whole record out"
             )
         if self.evaluation and self.evaluation.name == self.data.name:
             raise ValueError("evaluation.name: must not be data.name; each has its own budget")

@@ -109,7 +109,7 @@ completion = "completion"
 [policy]               # what this site allows. All else is refused before data is read
 max_epsilon = 8.0      # in total: everything ever released from this dataset, plus the study
 max_epsilon_per_study = 8.0
-max_delta = 1e-3       # of a study; max_epsilon holds at twice this. Below 1 / declared_size
+max_delta = 1e-3       # of a study; max_epsilon holds at twice this, below 1 / declared_size
 allow_privacy_off = false
 admission = "standing" # "signed": a person signs each plan first, with `fedtune review --sign`
 min_noise_multiplier = 0.3

@@ -154,6 +154,17 @@ def test_a_mistake_in_the_site_gets_one_line(tmp_path: Path, old: str, new: str,
     assert "\n" not in str(caught.value)
 
 
+def test_the_totals_delta_and_not_only_a_studys_stays_below_one_unit(tmp_path: Path) -> None:
+    """max_epsilon holds at twice max_delta; at 1 / 200 a whole record may be let out of 200."""
+    path = tmp_path / "site.toml"
+    path.write_text(SITE + "\n[policy]\nmax_delta = 2.49e-3")
+    assert load_site(path).policy.max_delta == 2.49e-3
+    for wrong in ("2.5e-3", "4e-3", "5e-3"):
+        path.write_text(SITE + f"\n[policy]\nmax_delta = {wrong}")
+        with pytest.raises(ConfigError, match="twice it, where max_epsilon holds, must be"):
+            load_site(path)
+
+
 def test_paths_in_a_site_are_relative_to_its_file(tmp_path: Path) -> None:
     path = tmp_path / "site.toml"
     path.write_text(SITE)
