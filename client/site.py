@@ -341,7 +341,8 @@ _tested: set[str] = set()  # in this process; the code does not change while it 
 
 def _self_test(study: Study, network: Network, size: int) -> None:
     """Once per process and kind of study. Errors: SelfTestFailed."""
-    kind = study.model_dump_json(include={"base", "lora", "objective", "clipping", "privacy"})
+    tables = dict.fromkeys(("base", "lora", "objective", "clipping", "privacy"), True)
+    kind = study.model_dump_json(include={**tables, "training": {"engine"}})
     if kind not in _tested:
         selftest.require(study, network, size)
         _tested.add(kind)

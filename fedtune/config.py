@@ -117,6 +117,8 @@ class TrainingTable(Table):
     learning_rate: Positive
     weight_decay: NotNegative = 0.0
     proximal_mu: NotNegative = 0.0  # FedProx (Li et al. 2020); post-processing
+    # What computes each record's gradient: the fastest that fits the adapter, or always Opacus.
+    engine: Literal["auto", "opacus"] = "auto"
 
 
 class ClippingTable(Table):

@@ -26,7 +26,9 @@ def local_round(
     round is left behind but its update."""
     network = data.network
     network.load_trainable(adapter)
-    engine = UnitGradientEngine(data, find(study.objective.name), by=study.drawn)
+    engine = UnitGradientEngine(
+        data, find(study.objective.name), by=study.drawn, engine=study.training.engine
+    )
     optimizer = _optimizer(study, engine.parameters)
     start = [p.detach().clone() for p in engine.parameters]
     for _ in range(study.training.local_steps):
@@ -55,11 +57,11 @@ def check_trains(study: Study, network: Network) -> None:
     fault that spends ε and learns nothing shows here, before any is spent.
     Errors: ModelError."""
     data = Cached(network, random_records(network, study))
-    engine = UnitGradientEngine(data, find(study.objective.name))
+    engine = UnitGradientEngine(data, find(study.objective.name), engine=study.training.engine)
     before = network.trainable()
     try:
         loss = _mean_loss(data, study)
-        gradient = torch.cat(list(engine(list(range(data.dataset.n_units))))).mean(dim=0)
+        gradient = engine.matrix(range(data.dataset.n_units)).mean(dim=0)
         norm = float(gradient.norm())
         # How far a step may go depends on the base; the direction must help at some length.
         lowered = norm > 0 and any(

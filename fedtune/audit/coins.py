@@ -74,8 +74,10 @@ def one_run(
     loop = study.model_copy(update={"training": training})
     plan = plan_for_site(study, canaries)
     everyone = _canaries(study, network, canaries)
-    engine = UnitGradientEngine(Cached(network, everyone), find(study.objective.name), study.drawn)
-    norms = torch.cat([c.norm(dim=1) for c in engine(list(range(engine.n_rows)))])
+    engine = UnitGradientEngine(
+        *(Cached(network, everyone), find(study.objective.name), study.drawn, study.training.engine)
+    )
+    norms = engine.matrix(range(engine.n_rows)).norm(dim=1)
     plan = replace(plan, max_grad_norm=float(norms.median()) / 4)
     coins = np.unpackbits(np.frombuffer(os.urandom(-(-canaries // 8)), np.uint8))[:canaries] > 0
     member = Cached(network, _only(everyone, coins))
@@ -157,11 +159,9 @@ def _only(everyone: Dataset, coins: np.ndarray) -> Dataset:
 
 def _clipped(engine: UnitGradientEngine, everyone: Dataset, plan: DpPlan) -> torch.Tensor:
     """(canaries, d) fp64: each unit's clipped contribution, its rows added up."""
-    parts = [
-        clip.clip(chunk, plan.max_grad_norm, plan.clipping, plan.gamma)
-        for chunk in engine(list(range(engine.n_rows)))
-    ]
-    return torch.cat(parts).view(everyone.n_units, plan.records, -1).sum(dim=1)
+    rows = engine.matrix(range(engine.n_rows))
+    parts = clip.clip(rows, plan.max_grad_norm, plan.clipping, plan.gamma)
+    return parts.view(everyone.n_units, plan.records, -1).sum(dim=1)
 
 
 def _sum(update: Arrays, adapter: Arrays, plan: DpPlan, learning_rate: float) -> np.ndarray:

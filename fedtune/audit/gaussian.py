@@ -10,6 +10,7 @@ import torch
 
 from fedtune.audit.bounds import gaussian_epsilon, gaussian_mu
 from fedtune.dp import accountant
+from fedtune.dp.clip import Chunk
 from fedtune.dp.plan import DpPlan
 from fedtune.dp.selftest import HUGE, MemoryLog
 
@@ -108,8 +109,8 @@ def _known(plan: DpPlan, others: np.ndarray) -> np.ndarray:
 
 
 def _projections(plan: DpPlan, rows: torch.Tensor, toward: torch.Tensor, trials: int) -> np.ndarray:
-    def gradients(drawn: list[int]) -> Iterator[torch.Tensor]:
-        yield rows[drawn]  # a copy, which the step wipes
+    def gradients(drawn: list[int]) -> Iterator[Chunk]:
+        yield Chunk(drawn, [rows[drawn]])  # a copy, which the step wipes
 
     log, seen = MemoryLog(), np.empty(trials)
     for trial in range(trials):

@@ -1,23 +1,44 @@
-"""Clip each unit's gradient and round it to the integer grid on which sums are exact."""
+"""Clip each unit's gradient and add it up on the integer grid on which sums are exact."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+Mode = Literal["flat", "normalised"]
+Relation = Literal["add or remove one unit", "replace one unit"]
+
 # Room for the rounding of the fp64 norm itself, so that ≤ C holds strictly: a pairwise fp64 sum
 # over d ≤ 10⁹ squares errs by less than 10⁻¹⁴ relative.
 _SLACK = 1.0 - 1e-12
+_BLOCK = 2**18  # numbers in work at once, in fp64: they stay in the processor's cache
+
+
+@dataclass(frozen=True, repr=False)
+class Chunk:
+    """Gradients of some rows. rows: which of the drawn ones, in the chunk's order; parts: for each
+    parameter in the update's order, (len(rows), its size); fp32 or fp64."""
+
+    rows: Sequence[int]
+    parts: Sequence[torch.Tensor]
+
+    def flat(self) -> torch.Tensor:
+        """(rows, d), a copy."""
+        return torch.cat([part.flatten(1) for part in self.parts], dim=1)
+
+    def wipe(self) -> None:
+        """Overwrite what was not noised."""
+        for part in self.parts:
+            part.zero_()
 
 
 def grid_for(noise_std: float) -> float:
     """The largest power of two ≤ 2⁻²⁰ · noise_std: the unit of the integer sum."""
     return 2.0 ** math.floor(math.log2(noise_std * 2.0**-20))
-
-
-Relation = Literal["add or remove one unit", "replace one unit"]
 
 
 def sensitivity(
@@ -37,42 +58,78 @@ def sensitivity(
     return rows * one_row * (2 if relation == "replace one unit" else 1)
 
 
-def clip(
-    gradients: torch.Tensor,
+def scales(
+    parts: Sequence[torch.Tensor],
     max_grad_norm: float,
-    mode: Literal["flat", "normalised"] = "flat",
+    mode: Mode = "flat",
     gamma: float = 0.01,
 ) -> torch.Tensor:
-    """Scale each row of `gradients` (units, d) to L2 norm at most `max_grad_norm`, in fp64.
+    """What each row of `parts` is multiplied by so that its L2 norm over all parts is at most
+    `max_grad_norm`; fp64 (rows,).
 
-    flat: g·min(1, C/‖g‖) (Abadi et al. 2016, algorithm 1);
-    normalised: g·C/(‖g‖+γ) (Bu et al. 2023, AUTO-S).
-    Guarantee: every returned row has norm ≤ C measured in fp64, whatever the input.
-    | non-finite row          | zeros: such a unit contributes nothing |
-    | row of zeros            | zeros |
-    | norm overflows fp64     | zeros |
+    flat: min(1, C/‖g‖) (Abadi et al. 2016, algorithm 1);
+    normalised: C/(‖g‖+γ) (Bu et al. 2023, AUTO-S).
+    Guarantee: every scaled row has norm ≤ C measured in fp64, whatever the input. A norm in fp32
+    over millions of numbers would be 4·10⁻⁵ off, and the bound with it.
+    | non-finite row          | 0: such a unit contributes nothing |
+    | norm overflows fp64     | 0 |
     """
-    exact = gradients.to(torch.float64, copy=True)
-    norms = torch.linalg.vector_norm(exact, dim=1)
+    squares = torch.zeros(len(parts[0]), dtype=torch.float64)
+    for block, _, _ in _blocks(parts):
+        squares += torch.linalg.vector_norm(block, dim=1).square_()
+        block.zero_()
+    norms = squares.sqrt_()
     usable = torch.isfinite(norms)
     if mode == "flat":
         scale = torch.clamp(max_grad_norm / norms.clamp_min(1e-300), max=1.0)
     else:
         scale = max_grad_norm / (norms + gamma)
-    scale = torch.where(usable, scale * _SLACK, torch.zeros_like(scale))
-    exact[~usable] = 0.0
+    return torch.where(usable, scale * _SLACK, torch.zeros_like(scale))
+
+
+def clip(
+    gradients: torch.Tensor, max_grad_norm: float, mode: Mode = "flat", gamma: float = 0.01
+) -> torch.Tensor:
+    """The rows of `gradients` (units, d), each scaled by `scales`; fp64, a copy."""
+    scale = scales([gradients], max_grad_norm, mode, gamma)
+    exact = gradients.to(torch.float64, copy=True)
+    exact[scale == 0] = 0.0  # 0 · NaN is NaN
     return exact.mul_(scale[:, None])
 
 
-def to_grid(clipped: torch.Tensor, grid: float) -> torch.Tensor:
-    """Sum of the rows of `clipped` (units, d), each rounded to multiples of `grid`; int64 (d,).
+def add_clipped(
+    total: torch.Tensor,
+    chunk: Chunk,
+    grid: float,
+    max_grad_norm: float,
+    mode: Mode = "flat",
+    gamma: float = 0.01,
+) -> None:
+    """Clip each row of `chunk`, round it to multiples of `grid` and add it to `total`, int64 (d,).
 
     Guarantee: integers add exactly, so the sum does not depend on order or chunking, and no
     floating-point difference between neighbours survives (Mironov 2012). Nothing un-noised but the
-    sum is left in memory: the intermediate buffers are zeroed."""
-    scaled = torch.div(clipped, grid).round_()
-    whole = scaled.to(torch.int64)
-    total = whole.sum(dim=0)
-    scaled.zero_()
-    whole.zero_()
-    return total
+    sum is left in memory: the chunk and every buffer are overwritten."""
+    try:
+        scale = scales(chunk.parts, max_grad_norm, mode, gamma)[:, None]
+        dropped = scale == 0  # 0 · NaN is NaN
+        for block, first, last in _blocks(chunk.parts):
+            block.masked_fill_(dropped, 0.0).mul_(scale / grid).round_()
+            whole = block.to(torch.int64)
+            total[first:last] += whole.sum(dim=0)
+            block.zero_()
+            whole.zero_()
+    finally:
+        chunk.wipe()
+
+
+def _blocks(parts: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, int, int]]:
+    """Copies in fp64 of some columns at a time, all rows, and where in (d,) they lie."""
+    start = 0
+    for part in parts:
+        flat = part.flatten(1)
+        step = max(1, _BLOCK // max(1, len(flat)))
+        for first in range(0, flat.shape[1], step):
+            block = flat[:, first : first + step].to(torch.float64, copy=True)
+            yield block, start + first, start + first + block.shape[1]
+        start += flat.shape[1]

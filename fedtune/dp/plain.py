@@ -31,11 +31,10 @@ class PlainPlan:
         sampled = sampling.poisson(n_rows, self.sampling_rate)
         total = torch.zeros(dimension, dtype=torch.float64)
         for chunk in gradients(sampled) if sampled else ():
-            if self.clipping is None:
-                total += chunk.double().sum(dim=0)
-            else:
-                c = self.clipping
-                total += clip.clip(chunk, c.max_grad_norm, c.mode, c.gamma).sum(dim=0)
+            rows, c = chunk.flat(), self.clipping
+            if c is not None:
+                rows = clip.clip(rows, c.max_grad_norm, c.mode, c.gamma)
+            total += rows.sum(dim=0, dtype=torch.float64)
         return (total / self.divisor).float()
 
 

@@ -15,13 +15,14 @@ from fedtune.config import Study
 from fedtune.dp import accountant, clip, noise, sampling
 from fedtune.dp.accountant import Steps
 from fedtune.dp.budget import resolve
+from fedtune.dp.clip import Chunk
 from fedtune.dp.steplog import Step, StepLog
 
 RELATION: clip.Relation = "add or remove one unit"
 
-# The gradients of the sampled rows, (rows in chunk, d) at a time. A row is a whole unit, or, where
+# The gradients of the drawn rows, some at a time, in any order. A row is a whole unit, or, where
 # records are drawn, one record.
-RowGradients = Callable[[list[int]], Iterator[torch.Tensor]]
+RowGradients = Callable[[list[int]], Iterator[Chunk]]
 
 
 class StepPlan(Protocol):
@@ -77,27 +78,36 @@ class DpPlan:
     ) -> torch.Tensor:
         """One noised mean gradient, fp32 (dimension,), for a site with `n_rows` rows to draw from.
 
-        `gradients` is called once with the sampled indices and yields each of them exactly once;
-        its tensors are zeroed after use. An empty sample is a noise-only step.
+        `gradients` is called once with the sampled rows and yields each of them exactly once; its
+        tensors are zeroed after use. An empty sample is a noise-only step.
         Errors: RuntimeError when a row is missing or doubled: nothing is released then.
         """
-        grid = clip.grid_for(self.noise_multiplier * self.max_grad_norm)
         sampled = sampling.poisson(n_rows, self.sampling_rate)
-        total = torch.zeros(dimension, dtype=torch.int64)
-        seen = 0
-        for chunk in gradients(sampled) if sampled else ():
-            clipped = clip.clip(chunk, self.max_grad_norm, self.clipping, self.gamma)
-            total += clip.to_grid(clipped, grid)
-            seen += len(chunk)
-            chunk.zero_()
-            clipped.zero_()
-        if seen != len(sampled):
-            raise RuntimeError("the gradient engine did not return each sampled row once")
-        return self._add_noise(total, grid, log, round_)
+        total = self.clipped_sum(sampled, dimension, gradients)
+        return self._add_noise(total, log, round_)
 
-    def _add_noise(
-        self, total: torch.Tensor, grid: float, log: StepLog, round_: int
+    @property
+    def grid(self) -> float:
+        """The unit of the integer sum, in gradient units."""
+        return clip.grid_for(self.noise_multiplier * self.max_grad_norm)
+
+    def clipped_sum(
+        self, sampled: list[int], dimension: int, gradients: RowGradients
     ) -> torch.Tensor:
+        """Σ of the clipped rows in multiples of `grid`, int64 (dimension,). Not noised.
+
+        Errors: RuntimeError as in `step`."""
+        total = torch.zeros(dimension, dtype=torch.int64)
+        seen: list[int] = []
+        for chunk in gradients(sampled) if sampled else ():
+            seen += chunk.rows
+            clip.add_clipped(total, chunk, self.grid, self.max_grad_norm, self.clipping, self.gamma)
+        if sorted(seen) != sorted(sampled):
+            raise RuntimeError("the gradient engine did not return each sampled row once")
+        return total
+
+    def _add_noise(self, total: torch.Tensor, log: StepLog, round_: int) -> torch.Tensor:
+        grid = self.grid
         bound = clip.sensitivity(self.max_grad_norm, len(total), grid, relation=self.relation)
         log.append(
             Step(

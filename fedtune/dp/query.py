@@ -21,6 +21,7 @@ from collections.abc import Iterator
 import torch
 
 from fedtune.config import PrivacyTable, Study
+from fedtune.dp.clip import Chunk
 from fedtune.dp.plan import DpPlan
 from fedtune.dp.steplog import StepLog
 from fedtune.models.cache import Cached
@@ -51,8 +52,8 @@ def query_plan(study: Study) -> DpPlan:
 def answer(plan: DpPlan, rows: torch.Tensor, log: StepLog, round_: int) -> torch.Tensor:
     """(Σ score, Σ 1), noised, fp32 (2,). rows: (units, 2); zeroed."""
 
-    def chosen(units: list[int]) -> Iterator[torch.Tensor]:
-        yield rows[units]
+    def chosen(units: list[int]) -> Iterator[Chunk]:
+        yield Chunk(units, [rows[units]])
 
     try:
         return plan.step(len(rows), 2, chosen, log, round_)

@@ -16,6 +16,7 @@ import torch
 
 from fedtune.config import Study
 from fedtune.data.tokens import NO_TARGET, Dataset, Example
+from fedtune.dp.clip import Chunk
 from fedtune.dp.gradients import UnitGradientEngine
 from fedtune.dp.plan import DpPlan, plan_for_site
 from fedtune.dp.steplog import Step, StepLog
@@ -141,11 +142,12 @@ class _Bench:
 
     def engine(self, data: Dataset) -> UnitGradientEngine:
         objective = find(self.study.objective.name)
-        return UnitGradientEngine(Cached(self.network, data), objective, by=self.by)
+        wanted = self.study.training.engine
+        return UnitGradientEngine(Cached(self.network, data), objective, self.by, wanted)
 
     def rows(self, data: Dataset) -> torch.Tensor:
         engine = self.engine(data)
-        return torch.cat([chunk.clone() for chunk in engine(list(range(engine.n_rows)))])
+        return engine.matrix(range(engine.n_rows))
 
     def rows_of(self, data: Dataset, unit: int) -> list[int]:
         return data.by_unit[unit] if self.by == "record" else [unit]
@@ -153,16 +155,14 @@ class _Bench:
     def total(self, data: Dataset, hostile: dict[int, float] | None = None) -> torch.Tensor:
         """The clipped sum that one shipped step makes of `data`, fp32; `hostile`: rows (by number)
         that are overwritten with a value before the step sees them."""
-        engine, seen = self.engine(data), 0
+        engine = self.engine(data)
 
-        def gradients(rows: list[int]) -> Iterator[torch.Tensor]:
-            nonlocal seen
+        def gradients(rows: list[int]) -> Iterator[Chunk]:
             for chunk in engine(rows):
-                chunk.mul_(self.scale)
-                for row, value in (hostile or {}).items():
-                    if seen <= row < seen + len(chunk):
-                        chunk[row - seen] = value
-                seen += len(chunk)
+                for part in chunk.parts:
+                    part.mul_(self.scale)
+                    for row, value in (hostile or {}).items():
+                        part[[at for at, known in enumerate(chunk.rows) if known == row]] = value
                 yield chunk
 
         step = self.still.step(engine.n_rows, engine.dimension, gradients, MemoryLog(), 1)
@@ -286,6 +286,6 @@ def _noise(bench: _Bench) -> float:
     return abs(math.sqrt(square / (DRAWS * COORDINATES)) / std - 1)
 
 
-def _silence(rows: list[int]) -> Iterator[torch.Tensor]:
-    for _ in rows:
-        yield torch.zeros(1, COORDINATES)
+def _silence(rows: list[int]) -> Iterator[Chunk]:
+    for row in rows:
+        yield Chunk([row], [torch.zeros(1, COORDINATES)])

@@ -25,6 +25,12 @@ class Batch:
     label: torch.Tensor
     index: torch.Tensor
 
+    def split(self, most: int) -> Iterator[Batch]:
+        """The same records, at most so many at a time; the padded length stays."""
+        fields = (self.prefix, self.mask, self.target_ids, self.label, self.index)
+        for parts in zip(*(torch.split(field, most) for field in fields), strict=True):
+            yield Batch(*parts)
+
 
 def padded_length(length: int) -> int:
     """The bucket of a record: a function of its own length alone, so that no record's numerics

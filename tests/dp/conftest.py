@@ -48,9 +48,10 @@ def network(request: pytest.FixtureRequest, tiny_base: Path) -> Network:
     return made
 
 
-@pytest.fixture
-def engine(network: Network) -> UnitGradientEngine:
-    return UnitGradientEngine(Cached(network, records([1, 3, 2, 1, 4, 2])), causal_lm)
+@pytest.fixture(params=["auto", "opacus"])
+def engine(request: pytest.FixtureRequest, network: Network) -> UnitGradientEngine:
+    data = Cached(network, records([1, 3, 2, 1, 4, 2]))
+    return UnitGradientEngine(data, causal_lm, engine=request.param)
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from fedtune.objectives import causal_lm
 from fedtune.report.audit import section
 from tests.dp.conftest import make_plan, study
 
-NOISE, CLIP = noise.gaussian_on_grid, clip.clip
+NOISE, SCALES = noise.gaussian_on_grid, clip.scales
 
 
 def sigma_times(factor: float) -> Callable[..., torch.Tensor]:
@@ -39,8 +39,8 @@ def no_noise(d: int, std: float, grid: float) -> torch.Tensor:
     return torch.zeros(d, dtype=torch.int64)
 
 
-def clip_at_2c(gradients: torch.Tensor, c: float, *rest: Any) -> torch.Tensor:
-    return CLIP(gradients, 2 * c, *rest)
+def clip_at_2c(parts: list[torch.Tensor], c: float, *rest: Any) -> torch.Tensor:
+    return SCALES(parts, 2 * c, *rest)
 
 
 # ------------------------------------------------------------------------------------- bounds
@@ -118,7 +118,7 @@ def test_one_step_audit_is_near_the_claim_and_not_above(changes: dict[str, objec
     ("where", "what", "broken", "trials"),
     [
         (noise, "gaussian_on_grid", sigma_times(0.9), 10_000),
-        (clip, "clip", clip_at_2c, 2_000),
+        (clip, "scales", clip_at_2c, 2_000),
         (noise, "gaussian_on_grid", no_noise, 2_000),
     ],
     ids=["σ · 0.9", "clip at 2 C", "un-noised"],

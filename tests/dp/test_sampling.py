@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fedtune.dp import sampling
+from fedtune.dp.clip import Chunk
 from fedtune.dp.sampling import poisson
 from fedtune.dp.selftest import MemoryLog
 from tests.dp.conftest import make_plan
@@ -187,9 +188,9 @@ def test_the_shipped_step_draws_like_that(monkeypatch: pytest.MonkeyPatch) -> No
     def through_the_step(n: int, q: float) -> list[int]:
         asked: list[int] = []
 
-        def gradients(rows: list[int]) -> Iterator[torch.Tensor]:
+        def gradients(rows: list[int]) -> Iterator[Chunk]:
             asked.extend(rows)
-            yield torch.zeros(len(rows), 2)
+            yield Chunk(rows, [torch.zeros(len(rows), 2)])
 
         plan.step(n, 2, gradients, MemoryLog(), 1)
         return asked

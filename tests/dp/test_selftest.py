@@ -3,7 +3,7 @@ shipped path that was broken on purpose."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,32 +117,31 @@ def centred(network: Network, prefix: torch.Tensor, mask: torch.Tensor) -> torch
 
 
 def clip_at(factor: float) -> Callable[..., torch.Tensor]:
-    def wrong(gradients: torch.Tensor, c: float, *rest: Any) -> torch.Tensor:
-        return CLIP(gradients, c * factor, *rest)
+    def wrong(parts: list[torch.Tensor], c: float, *rest: Any) -> torch.Tensor:
+        return SCALES(parts, c * factor, *rest)
 
     return wrong
 
 
-def nan_passes(gradients: torch.Tensor, c: float, *_: Any) -> torch.Tensor:
+def nan_passes(parts: list[torch.Tensor], c: float, *_: Any) -> torch.Tensor:
     """Trap 4: Python's min(1, C/nan) is 1."""
-    norms = gradients.double().norm(dim=1).tolist()
-    scale = torch.tensor([min(1.0, c / max(n, 1e-300)) for n in norms], dtype=torch.float64)
-    return gradients.double() * scale[:, None]
+    norms = torch.cat(parts, dim=1).double().norm(dim=1).tolist()
+    return torch.tensor([min(1.0, c / max(n, 1e-300)) for n in norms], dtype=torch.float64)
 
 
-def bf16_norms(gradients: torch.Tensor, c: float, *_: Any) -> torch.Tensor:
+def bf16_norms(parts: list[torch.Tensor], c: float, *_: Any) -> torch.Tensor:
     """Trap 15."""
-    norms = gradients.bfloat16().norm(dim=1, keepdim=True).double()
-    usable = torch.isfinite(norms)
-    scaled = gradients.double() * torch.clamp(c / norms, max=1.0)
-    return torch.where(usable, scaled, torch.zeros_like(scaled))
+    norms = torch.cat(parts, dim=1).bfloat16().norm(dim=1).double()
+    scale = torch.clamp(c / norms, max=1.0)
+    return torch.where(torch.isfinite(norms), scale, torch.zeros_like(scale))
 
 
-def doubled(engine: UnitGradientEngine, rows: list[int]) -> torch.Tensor:
-    """The first unit rides in the second's row as well."""
-    found = ROWS(engine, rows)
-    found[1:2] += found[0]
-    return found
+def doubled(engine: UnitGradientEngine, rows: list[int]) -> Iterator[clip.Chunk]:
+    """A chunk's first row rides in its second as well."""
+    for chunk in CALL(engine, rows):
+        for part in chunk.parts:
+            part[1:2] += part[0]
+        yield chunk
 
 
 def sigma_times(factor: float) -> Callable[..., torch.Tensor]:
@@ -159,41 +158,46 @@ def replayed(d: int, std: float, grid: float) -> torch.Tensor:
     return torch.round(drawn * (std / grid)).to(torch.int64)
 
 
-def noisy_chunks(clipped: torch.Tensor, grid: float) -> torch.Tensor:
+def noisy_chunks(total: torch.Tensor, chunk: clip.Chunk, grid: float, *rest: Any) -> None:
     """Trap 17: noise for each chunk as well."""
-    return TO_GRID(clipped, grid) + NOISE(clipped.shape[1], grid * 2.0**20, grid)
+    ADD(total, chunk, grid, *rest)
+    total += NOISE(len(total), grid * 2.0**20, grid)
 
 
-def unlogged(plan: DpPlan, total: torch.Tensor, grid: float, *_: Any) -> torch.Tensor:
+def unlogged(plan: DpPlan, total: torch.Tensor, *_: Any) -> torch.Tensor:
+    grid = plan.grid
     bound = clip.sensitivity(plan.max_grad_norm, len(total), grid)
     total += noise.gaussian_on_grid(len(total), plan.noise_multiplier * bound, grid)
     return (total.double() * (grid / plan.divisor)).float()
 
 
-def sums_records(engine: UnitGradientEngine, rows: list[int]) -> torch.Tensor:
+def sums_records(engine: UnitGradientEngine, rows: list[int]) -> Iterator[clip.Chunk]:
     """A patient's records added up instead of averaged."""
-    counts = torch.tensor([len(engine._members[row]) for row in rows])
-    return ROWS(engine, rows) * counts[:, None]
+    for chunk in CALL(engine, rows):
+        counts = torch.tensor([len(engine._members[row]) for row in chunk.rows])
+        for part in chunk.parts:
+            part *= counts[:, None]
+        yield chunk
 
 
-CLIP, NOISE, TO_GRID = clip.clip, noise.gaussian_on_grid, clip.to_grid
-HIDDEN, ROWS = Network.hidden, UnitGradientEngine._rows
+SCALES, NOISE, ADD = clip.scales, noise.gaussian_on_grid, clip.add_clipped
+HIDDEN, CALL = Network.hidden, UnitGradientEngine.__call__
 
 TWINS: dict[str, tuple[object, str, Callable[..., Any], set[str]]] = {
     "mean over the batch": (causal_lm, "losses", batch_mean, {"parity", "isolation"}),
     "states centred": (Network, "hidden", centred, {"parity", "isolation"}),
-    "records summed": (UnitGradientEngine, "_rows", sums_records, {"parity"}),
-    "clip at 2 C": (clip, "clip", clip_at(2.0), {"parity", "sensitivity"}),
-    "clip at 1.01 C": (clip, "clip", clip_at(1.01), {"parity", "sensitivity"}),
-    "clip at C/2": (clip, "clip", clip_at(0.5), {"parity"}),
-    "NaN passes": (clip, "clip", nan_passes, {"sensitivity"}),
-    "norms in bf16": (clip, "clip", bf16_norms, {"parity"}),
-    "unit doubled": (UnitGradientEngine, "_rows", doubled, {"parity", "isolation"}),
+    "records summed": (UnitGradientEngine, "__call__", sums_records, {"parity"}),
+    "clip at 2 C": (clip, "scales", clip_at(2.0), {"parity", "sensitivity"}),
+    "clip at 1.01 C": (clip, "scales", clip_at(1.01), {"parity", "sensitivity"}),
+    "clip at C/2": (clip, "scales", clip_at(0.5), {"parity"}),
+    "NaN passes": (clip, "scales", nan_passes, {"sensitivity"}),
+    "norms in bf16": (clip, "scales", bf16_norms, {"parity"}),
+    "unit doubled": (UnitGradientEngine, "__call__", doubled, {"parity", "isolation"}),
     "σ · 0.99": (noise, "gaussian_on_grid", sigma_times(0.99), {"noise"}),
     "σ · 1.01": (noise, "gaussian_on_grid", sigma_times(1.01), {"noise"}),
     "no noise": (noise, "gaussian_on_grid", no_noise, {"noise"}),
     "seeded noise": (noise, "gaussian_on_grid", replayed, {"noise"}),
-    "noise per chunk": (clip, "to_grid", noisy_chunks, {"noise"}),
+    "noise per chunk": (clip, "add_clipped", noisy_chunks, {"noise"}),
     "no line": (DpPlan, "_add_noise", unlogged, {"noise"}),
 }
 
@@ -209,7 +213,7 @@ def test_a_broken_path_is_caught(
 
 
 def test_a_failure_refuses_the_round(patients: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clip, "clip", clip_at(2.0))
+    monkeypatch.setattr(clip, "scales", clip_at(2.0))
     with pytest.raises(selftest.SelfTestFailed, match="sensitivity 2") as caught:
         selftest.require(patients)
     assert isinstance(caught.value, Refused)
@@ -220,7 +224,7 @@ def test_what_stops_an_oracle_fails_it(patients: Study, monkeypatch: pytest.Monk
     def explode(*_: object) -> torch.Tensor:
         raise ArithmeticError("broken")
 
-    monkeypatch.setattr(clip, "to_grid", explode)
+    monkeypatch.setattr(clip, "add_clipped", explode)
     failed = {r.name: r.note for r in selftest.run(patients) if not r.passed}
     assert failed["sensitivity"] == "ArithmeticError: broken"
 

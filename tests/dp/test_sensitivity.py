@@ -22,7 +22,7 @@ from tests.dp.conftest import make_plan
 
 Mode = Literal["flat", "normalised"]
 UNITS = ("record", "patient", "records of a patient")
-CLIP = clip.clip
+SCALES = clip.scales
 
 
 class Pair(NamedTuple):
@@ -44,8 +44,9 @@ def integer_sum(plan: DpPlan, rows: torch.Tensor, patch: pytest.MonkeyPatch) -> 
         caught.append(total.clone())
         return torch.zeros(len(total))
 
-    def gradients(drawn: list[int]) -> Iterator[torch.Tensor]:
-        yield from rows[drawn].split(3)
+    def gradients(drawn: list[int]) -> Iterator[clip.Chunk]:
+        for some in torch.tensor(drawn).split(3):
+            yield clip.Chunk(some.tolist(), [*rows[some].split(max(1, rows.shape[1] // 2), dim=1)])
 
     patch.setattr(DpPlan, "_add_noise", stop)
     plan.step(len(rows), rows.shape[1], gradients, MemoryLog(), 1)
@@ -197,34 +198,39 @@ def test_replacing_a_unit_moves_up_to_twice_as_far(monkeypatch: pytest.MonkeyPat
 # --------------------------------------------------------------------------------------- twins
 
 
-def at_one_percent_more(gradients: torch.Tensor, c: float, *rest: Any) -> torch.Tensor:
-    return CLIP(gradients, 1.01 * c, *rest)
+def at_one_percent_more(parts: list[torch.Tensor], c: float, *rest: Any) -> torch.Tensor:
+    return SCALES(parts, 1.01 * c, *rest)
 
 
 def norms_in(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
-    def wrong(gradients: torch.Tensor, c: float, *_: Any) -> torch.Tensor:
-        norms = gradients.to(dtype).norm(dim=1, keepdim=True)
-        scaled = gradients * torch.clamp(c / norms.float(), max=1.0)
-        usable = torch.isfinite(norms) & torch.isfinite(scaled).all(dim=1, keepdim=True)
-        return torch.where(usable, scaled, torch.zeros_like(scaled)).double()
+    def wrong(parts: list[torch.Tensor], c: float, *_: Any) -> torch.Tensor:
+        norms = torch.cat(parts, dim=1).to(dtype).norm(dim=1)
+        scale = torch.clamp(c / norms.float(), max=1.0)
+        return torch.where(torch.isfinite(norms), scale, torch.zeros_like(scale)).double()
 
     return wrong
 
 
-def nan_passes(gradients: torch.Tensor, c: float, *_: Any) -> torch.Tensor:
-    exact = gradients.double()
-    scale = [min(1.0, c / max(n, 1e-300)) for n in exact.norm(dim=1).tolist()]
-    return exact * torch.tensor(scale, dtype=torch.float64)[:, None] * clip._SLACK
+def nan_passes(parts: list[torch.Tensor], c: float, *_: Any) -> torch.Tensor:
+    norms = torch.cat(parts, dim=1).double().norm(dim=1).tolist()
+    scale = [min(1.0, c / max(n, 1e-300)) for n in norms]
+    return torch.tensor(scale, dtype=torch.float64) * clip._SLACK
 
 
-def unclipped(gradients: torch.Tensor, *_: Any) -> torch.Tensor:
-    return torch.nan_to_num(gradients.double().clamp(-1e6, 1e6))
+def first_part_alone(parts: list[torch.Tensor], c: float, *rest: Any) -> torch.Tensor:
+    return SCALES(parts[:1], c, *rest)
+
+
+def unclipped(parts: list[torch.Tensor], *_: Any) -> torch.Tensor:
+    finite = torch.isfinite(torch.cat(parts, dim=1)).all(dim=1)
+    return finite.double()
 
 
 TWINS = {
     "1.01 C": at_one_percent_more,
     "norms in bf16": norms_in(torch.bfloat16),
     "NaN passes": nan_passes,
+    "a layer's norm for the whole": first_part_alone,
     "unclipped": unclipped,
 }
 
@@ -233,7 +239,7 @@ TWINS = {
 def test_a_broken_clip_is_caught_by_crafted_pairs(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(clip, "clip", TWINS[name])
+    monkeypatch.setattr(clip, "scales", TWINS[name])
     cases = [case for case in CRAFTED if case[1] < 100_000]
     assert any(excess(*crafted(*case), monkeypatch) > 0 for case in cases)
 
@@ -242,7 +248,7 @@ def test_a_broken_clip_is_caught_by_crafted_pairs(
 def test_a_broken_clip_is_caught_by_random_pairs(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(clip, "clip", TWINS[name])
+    monkeypatch.setattr(clip, "scales", TWINS[name])
     assert worst_random("record", 400, monkeypatch) > 0
 
 
@@ -285,5 +291,7 @@ def test_noise_is_scaled_to_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise, "gaussian_on_grid", record)
     plan = make_plan(noise_multiplier=2.0, max_grad_norm=0.37)
     grid = clip.grid_for(2.0 * 0.37)
-    plan.step(1, 100_000, lambda rows: iter([torch.zeros(1, 100_000)]), MemoryLog(), 1)
+    plan.step(
+        1, 100_000, lambda rows: iter([clip.Chunk(rows, [torch.zeros(1, 100_000)])]), MemoryLog(), 1
+    )
     assert asked == [2.0 * (0.37 + math.sqrt(100_000) * grid / 2)]

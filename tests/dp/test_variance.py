@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fedtune.dp import noise
+from fedtune.dp.clip import Chunk
 from fedtune.dp.plan import DpPlan
 from fedtune.dp.steplog import StepLog
 from tests.dp.conftest import make_plan
@@ -24,11 +25,11 @@ BOUND = 0.003
 def std(plan: DpPlan, tmp_path: Path, chunks: int = 1, units: int = 14) -> list[float]:
     """σ̂/σ of the whole and of its first 10⁶ coordinates, of a step whose gradients are zero."""
 
-    def nothing(rows: list[int]) -> Iterator[torch.Tensor]:
+    def nothing(rows: list[int]) -> Iterator[Chunk]:
         # One row of zeros seen as many: no memory for rows · D.
-        sizes = [len(part) for part in torch.arange(len(rows)).chunk(chunks)]
-        assert len(sizes) == min(chunks, len(rows))
-        yield from (torch.zeros(size, D) for size in sizes)
+        groups = [part.tolist() for part in torch.tensor(rows).chunk(chunks)]
+        assert len(groups) == min(chunks, len(rows))
+        yield from (Chunk(group, [torch.zeros(len(group), D)]) for group in groups)
 
     out = plan.step(units, D, nothing, StepLog(tmp_path / "log"), 1).double()
     unit = 1.7 * 0.5 / plan.divisor

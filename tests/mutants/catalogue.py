@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 CLIP, NOISE, SAMPLING = "fedtune/dp/clip.py", "fedtune/dp/noise.py", "fedtune/dp/sampling.py"
 PLAN, GRADIENTS = "fedtune/dp/plan.py", "fedtune/dp/gradients.py"
+OPACUS, ONE_PASS = "fedtune/dp/engines/opacus.py", "fedtune/dp/engines/one_pass.py"
 ACCOUNTANT, STEPLOG = "fedtune/dp/accountant.py", "fedtune/dp/steplog.py"
 TOKENS, CACHE, LORA = "fedtune/data/tokens.py", "fedtune/models/cache.py", "fedtune/models/lora.py"
 NETWORK, TRAINING = "fedtune/models/network.py", "fedtune/training.py"
@@ -51,16 +52,16 @@ T_CHUNKS = T_PLAN + "test_noise_is_added_once_and_divided_by_the_plan"
 MEAN = "return torch.zeros(len(batch.label)).index_add(0, rows, each) / counts"
 GUARD = "            if each is None or each.shape[0] != len(batch.index):\n"
 RAISE = 'raise RuntimeError("a trainable layer gave no per-record gradient")'
-DONE = "        return self._add_noise(total, grid, log, round_)\n"
+DONE = "        return self._add_noise(total, log, round_)\n"
 DRAW = "noise.gaussian_on_grid(len(total), self.noise_multiplier * bound, grid)"
-CLIPPED = "clipped = clip.clip(chunk, self.max_grad_norm, self.clipping, self.gamma)"
+BOUND = "total, chunk, self.grid, self.max_grad_norm, self.clipping, self.gamma"
 TOTAL = "        total = torch.zeros(dimension, dtype=torch.int64)\n"
-ADD = "            total += clip.to_grid(clipped, grid)\n"
+SEEN = "            seen += chunk.rows\n"
 POISSON = "sampled = sampling.poisson(n_rows, self.sampling_rate)"
 STREAM = "yield np.frombuffer(encryptor.update(bytes(8 * size)), dtype=np.uint64)"
 URANDOM = "np.frombuffer(os.urandom(8 * n_units), dtype=np.uint64)"
 CHOSEN = "np.flatnonzero(draws < np.uint64(int(sampling_rate * 2.0**53))).tolist()"
-NORMS = "norms = torch.linalg.vector_norm(exact, dim=1)"
+NORMS = "squares += torch.linalg.vector_norm(block, dim=1).square_()"
 REPORTED = "return float(_composed(events).get_epsilon_for_delta(delta)) if events else 0.0"
 CALIBRATED = "return _first(enough, start=1000 * records) / 1000"
 FIRST_FIELD = "                study=self.study,\n"
@@ -122,13 +123,16 @@ LOSS_MUTANTS = (
 
 GRADIENT_MUTANTS = (
     _one(
-        7, "gradients-stay-on-the-model", GRADIENTS,
-        "            self._wipe()\n            watcher.cleanup()\n",
-        "            pass\n",
+        7, "gradients-stay-on-the-model", OPACUS, "            watcher.cleanup()\n", "",
         T_GRADIENTS + "test_nothing_un_noised_stays_on_the_model", "hooks and grad_sample stay",
     ),
     _one(
-        7, "gradients-are-not-zeroed", PLAN, "            chunk.zero_()\n", "",
+        7, "the-pass-stays-on-the-model", ONE_PASS,
+        "                del module.forward\n", "                pass\n",
+        T_GRADIENTS + "test_nothing_un_noised_stays_on_the_model", "a layer goes on handing out",
+    ),
+    _one(
+        7, "gradients-are-not-zeroed", CLIP, "        chunk.wipe()\n", "        pass\n",
         T_PLAN + "test_gradients_are_wiped", "freed but still in memory",
     ),
     _one(
@@ -155,11 +159,27 @@ GRADIENT_MUTANTS = (
         T_LAYERS, "the first dimension is records x tiles",
     ),
     _one(
-        19, "dropout-in-training-mode", GRADIENTS,
+        19, "dropout-in-training-mode", OPACUS,
         "            if any(p.requires_grad for p in module.parameters(recurse=False)):\n"
         "                module.train()\n",
         "            module.train()\n",
         T_ROWS + "test_no_dropout_mask_is_drawn", "the base's own dropout masks",
+    ),
+    _one(
+        11, "a-layer-used-twice-counts-once", ONE_PASS, "            known += each\n", "",
+        "tests/dp/test_engines.py::test_a_layer_used_twice_adds_up", "the rest of it is unclipped",
+    ),
+    _one(
+        1, "one-gradient-for-the-batch", ONE_PASS,
+        "return torch.bmm(left.transpose(1, 2), right)",
+        "return torch.bmm(left.transpose(1, 2), right).mean(0, keepdim=True).repeat("
+        "len(left), 1, 1)",
+        f"{T_PARITY} {T_ISOLATION}", "every record gets the batch's mean",
+    ),
+    _one(
+        13, "scaling-is-left-out", ONE_PASS, "functional.linear(x.to(a.dtype), a).mul_(scaling)",
+        "functional.linear(x.to(a.dtype), a)",
+        "tests/dp/test_engines.py", "gradients of another adapter than the one that is trained",
     ),
     _one(
         19, "pad-to-the-longest", CACHE,
@@ -181,8 +201,13 @@ CLIP_MUTANTS = (
         T_CLIP + "test_a_non_finite_unit_contributes_zero", "min(1, C/nan) is 1",
     ),
     _one(
+        15, "the-first-layers-norm", CLIP, "scale = scales(chunk.parts, max_grad_norm,",
+        "scale = scales(chunk.parts[:1], max_grad_norm,",
+        "tests/dp/test_sensitivity.py::test_crafted_pairs", "one layer's norm for the whole",
+    ),
+    _one(
         15, "norms-in-bf16", CLIP, NORMS,
-        "norms = torch.linalg.vector_norm(gradients.bfloat16(), dim=1).double()",
+        NORMS.replace("block", "block.bfloat16()", 1),
         T_CLIP + "test_norms_in_bf16_would_break_the_bound", "norms reach 1.005 C",
     ),
     _one(
@@ -203,13 +228,13 @@ CLIP_MUTANTS = (
         "tests/traps/test_trap_30_crafted_adapter.py", "round 0 is taken to be harmless",
     ),
     _one(
-        20, "clip-at-the-median", PLAN, CLIPPED,
-        CLIPPED.replace("self.max_grad_norm", "float(chunk.norm(dim=1).median())"),
+        20, "clip-at-the-median", PLAN, BOUND,
+        BOUND.replace("self.max_grad_norm", "float(chunk.flat().norm(dim=1).median())"),
         T_PLAN + "test_signal_is_the_clipped_mean", "adaptive clipping without paying",
     ),
     _one(
-        "2C", "clip-at-twice-c", PLAN, CLIPPED,
-        CLIPPED.replace("self.max_grad_norm", "2 * self.max_grad_norm"),
+        "2C", "clip-at-twice-c", PLAN, BOUND,
+        BOUND.replace("self.max_grad_norm", "2 * self.max_grad_norm"),
         T_PLAN + "test_signal_is_the_clipped_mean", "noise for C",
     ),
     _one(
@@ -222,7 +247,7 @@ CLIP_MUTANTS = (
 NOISE_MUTANTS = (
     _one(
         "noise", "neither-noise-nor-its-log-line", PLAN, DONE,
-        "        return (total.double() * (grid / self.divisor)).float()\n",
+        "        return (total.double() * (self.grid / self.divisor)).float()\n",
         T_CHUNKS, "the step is un-noised and the log does not say so",
     ),
     _one(
@@ -258,9 +283,9 @@ NOISE_MUTANTS = (
         "unseeded, but not cryptographic",
     ),
     _one(
-        17, "noise-in-every-chunk", PLAN, ADD,
-        ADD + "            total += noise.gaussian_on_grid(\n"
-        "                dimension, self.noise_multiplier * self.max_grad_norm, grid\n"
+        17, "noise-in-every-chunk", PLAN, SEEN,
+        SEEN + "            total += noise.gaussian_on_grid(\n"
+        "                dimension, self.noise_multiplier * self.max_grad_norm, self.grid\n"
         "            )\n",
         T_CHUNKS, "the variance grows with the number of chunks",
     ),
@@ -280,7 +305,7 @@ NOISE_MUTANTS = (
 SAMPLING_MUTANTS = (
     _one(
         2, "divisor-is-the-true-batch", PLAN, DONE,
-        DONE.rstrip() + " * (self.divisor / max(1, seen))\n",
+        DONE.rstrip() + " * (self.divisor / max(1, len(sampled)))\n",
         "tests/traps/test_trap_02_size.py", "N leaks through the scale of the noise",
     ),
     _one(
@@ -331,8 +356,14 @@ SAMPLING_MUTANTS = (
         T_POST + "test_nothing_of_who_was_drawn_is_written", "a debugging file",
     ),
     _one(
-        16, "a-missing-row-is-no-error", PLAN, "if seen != len(sampled):", "if seen > 10**9:",
+        16, "a-missing-row-is-no-error", PLAN,
+        "if sorted(seen) != sorted(sampled):", "if len(seen) > 10**9:",
         T_PLAN + "test_a_missing_or_doubled_unit_releases_nothing", "a step over nothing passes",
+    ),
+    _one(
+        16, "rows-are-only-counted", PLAN,
+        "if sorted(seen) != sorted(sampled):", "if len(seen) != len(sampled):",
+        T_PLAN + "test_a_missing_or_doubled_unit_releases_nothing", "one missed, one doubled",
     ),
 )  # fmt: skip
 
@@ -499,6 +530,54 @@ WIRE_MUTANTS = (
 )  # fmt: skip
 
 SITES = "tests/client/test_site.py::"
+CODEC = "fedtune/wire/codec.py"
+T_CODEC, T_LIES = "tests/wire/test_codec.py::", "tests/wire/test_hostile.py::"
+ENCODING_MUTANTS = (
+    _one(
+        "wire", "cut-off-not-rounded", CODEC, "np.rint(codes)", "np.trunc(codes)",
+        T_CODEC + "test_every_number_comes_back_within_the_stated_error",
+        "twice the stated error, and always towards zero",
+    ),
+    _one(
+        "wire", "the-message-says-how-many-blocks", CODEC,
+        "if scales.shape != (sum(blocks),):", "if scales.ndim != 1:",
+        T_CODEC + "test_what_is_no_encoding_is_refused",
+        "scales of other blocks, or of none",
+    ),
+    _one(
+        "wire", "any-scale-will-do", CODEC,
+        "if not (np.isfinite(scales) & (scales > 0)).all():", "if False:",
+        T_CODEC + "test_what_is_not_finite_stays_so_and_is_refused",
+        "a diverged update looks like numbers",
+    ),
+    _one(
+        "wire", "any-encoding-will-do", "server/admission.py",
+        "        check_agreed(arrays, codec.layout(like, encoding))\n", "",
+        T_LIES + "test_a_lie_is_dropped_with_its_own_reason",
+        "arrays are read before they are compared with the plan",
+    ),
+    _one(
+        "wire", "rounding-is-a-reason-to-drop", "server/admission.py",
+        "longest * codec.GROWTH[encoding]", "longest",
+        T_LIES + "test_rounding_is_no_reason_to_drop_an_honest_update",
+        "honest sites are dropped where noise is large",
+    ),
+    _one(
+        "wire", "the-adapter-is-kept-as-it-was-sent", ROUNDS,
+        "adapter = self.strategy.apply(progress.adapter)",
+        "adapter = codec.decode(codec.encode(\n"
+        "            self.strategy.apply(progress.adapter), self.study.wire.adapter))",
+        "tests/server/test_wire.py::test_rounding_does_not_add_up_over_rounds",
+        "updates below half a unit of the rounded adapter are lost, round after round",
+    ),
+    _one(
+        "wire", "rounded-before-the-ledger-but-sent-whole", SITE,
+        "sent = encode(delta, study.wire.update)", "sent = encode(delta, \"float32\")",
+        SITES + "test_an_admitted_plan_trains_and_every_step_is_in_the_log",
+        "the outbox holds other bytes than the plan says",
+    ),
+)  # fmt: skip
+
 SEALS = "tests/server/test_apps.py::"
 
 GUARANTEE_MUTANTS = (
@@ -552,5 +631,6 @@ MUTANTS: tuple[Mutant, ...] = (
     *BUDGET_MUTANTS,
     *MODEL_MUTANTS,
     *WIRE_MUTANTS,
+    *ENCODING_MUTANTS,
     *GUARANTEE_MUTANTS,
 )

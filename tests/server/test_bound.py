@@ -12,6 +12,7 @@ import torch
 from flwr.app import ConfigRecord, RecordDict
 
 from fedtune.dp.budget import resolve
+from fedtune.dp.clip import Chunk
 from fedtune.dp.plan import plan_for_site
 from fedtune.dp.steplog import StepLog
 from fedtune.flower.arrays import bodies, to_record
@@ -103,7 +104,10 @@ def test_the_real_plan_keeps_to_it(tmp_path):
     rows = torch.ones(n, d)  # clipped to C, all in one direction
     norms = []
     for _ in range(40):
-        steps = [plan.step(n, d, lambda some: iter([rows[some]]), log, 1) for _ in range(3)]
+        steps = [
+            plan.step(n, d, lambda some: iter([Chunk(some, [rows[some]])]), log, 1)
+            for _ in range(3)
+        ]
         norms.append(float(torch.stack(steps).sum(0).norm()))
     assert max(norms) < bound < 3 * float(np.median(norms))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedtune.dp.clip import Chunk
 from fedtune.dp.plan import DpPlan
 from fedtune.dp.steplog import StepLog
 from tests.dp.conftest import make_plan
@@ -21,8 +22,8 @@ def test_noise_and_rate_are_the_plans_whatever_the_true_size(tmp_path: Path, uni
     plan = make_plan(noise_multiplier=1.0, sampling_rate=0.25, divisor=25.0)
     log = StepLog(tmp_path / "log")
 
-    def gradients(rows: list[int]) -> Iterator[torch.Tensor]:
-        yield torch.zeros(len(rows), D)
+    def gradients(rows: list[int]) -> Iterator[Chunk]:
+        yield Chunk(rows, [torch.zeros(len(rows), D)])
 
     spread = float(plan.step(units, D, gradients, log, 1).double().std()) * 25.0
     assert spread == pytest.approx(1.0, abs=6 / (2 * D) ** 0.5)
@@ -35,9 +36,9 @@ def _sampled(plan: DpPlan, units: int, log: StepLog) -> list[int]:
     """Who was drawn in one step."""
     seen: list[int] = []
 
-    def gradients(rows: list[int]) -> Iterator[torch.Tensor]:
+    def gradients(rows: list[int]) -> Iterator[Chunk]:
         seen.extend(rows)
-        yield torch.zeros(len(rows), 1)
+        yield Chunk(rows, [torch.zeros(len(rows), 1)])
 
     plan.step(units, 1, gradients, log, 1)
     return seen
@@ -48,8 +49,8 @@ def test_the_mean_is_over_the_plans_divisor(tmp_path: Path) -> None:
     plan = make_plan(noise_multiplier=1e-4, divisor=10.0)
     log = StepLog(tmp_path / "log")
 
-    def ones(rows: list[int]) -> Iterator[torch.Tensor]:
-        yield torch.ones(len(rows), 1)
+    def ones(rows: list[int]) -> Iterator[Chunk]:
+        yield Chunk(rows, [torch.ones(len(rows), 1)])
 
     assert float(plan.step(10, 1, ones, log, 1)) == pytest.approx(1.0, abs=1e-3)
     assert float(plan.step(20, 1, ones, log, 1)) == pytest.approx(2.0, abs=1e-3)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fedtune.config import LoraTable
+from fedtune.dp.clip import Chunk
 from fedtune.dp.gradients import UnitGradientEngine
 from fedtune.dp.steplog import StepLog
 from fedtune.models.base import find_base
@@ -21,13 +22,13 @@ from tests.dp.conftest import make_plan, records
 def test_the_sum_starts_at_zero_after_an_aborted_step(tmp_path: Path) -> None:
     plan, log = make_plan(noise_multiplier=1e-4, divisor=1.0), StepLog(tmp_path / "log")
 
-    def broken(rows: list[int]) -> Iterator[torch.Tensor]:
-        yield torch.ones(2, 1)
+    def broken(rows: list[int]) -> Iterator[Chunk]:
+        yield Chunk([0, 1], [torch.ones(2, 1)])
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         plan.step(4, 1, broken, log, 1)
-    after = plan.step(4, 1, lambda rows: iter([torch.zeros(len(rows), 1)]), log, 1)
+    after = plan.step(4, 1, lambda rows: iter([Chunk(rows, [torch.zeros(len(rows), 1)])]), log, 1)
     assert abs(float(after)) < 1e-3  # σ is 10⁻⁴: ten standard deviations
 
 
@@ -50,6 +51,6 @@ def test_the_engine_starts_clean_after_an_aborted_step(tiny_base: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         list(engine([0, 1, 2]))
     objective.armed = False
-    again = torch.cat([chunk.clone() for chunk in engine([0, 1, 2])])
+    again = engine.matrix([0, 1, 2])
     fresh = UnitGradientEngine(Cached(network, records([1, 2, 1])), causal_lm)
-    assert torch.equal(again, torch.cat([chunk.clone() for chunk in fresh([0, 1, 2])]))
+    assert torch.equal(again, fresh.matrix([0, 1, 2]))

@@ -13,10 +13,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fedtune.dp.engines import Wanted
 from fedtune.dp.gradients import UnitGradientEngine
 from fedtune.models.cache import Batch
 
 B, L, H = 4, 3, 5
+ENGINES: tuple[Wanted, ...] = ("auto", "opacus")
 
 
 class Sound(nn.Module):
@@ -84,22 +86,37 @@ class Objective:
         return network.trained(batch.prefix)  # type: ignore[no-any-return]
 
 
-def rows_of(module: nn.Module) -> torch.Tensor:
-    engine = UnitGradientEngine(Data(module), Objective())  # type: ignore[arg-type]
-    return torch.cat([chunk.clone() for chunk in engine(list(range(B)))])
+def rows_of(module: nn.Module, engine: Wanted) -> torch.Tensor:
+    found = UnitGradientEngine(Data(module), Objective(), engine=engine)  # type: ignore[arg-type]
+    return found.matrix(range(B))
 
 
-def test_the_stand_in_is_sound() -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_stand_in_is_sound(engine: Wanted) -> None:
     """The twin: without a trap the same stand-in gives each record's own gradient."""
     module = Sound()
-    rows, data = rows_of(module), Data(module)
+    assert_own(module, rows_of(module, engine))
+
+
+def test_a_layer_that_is_recomputed_gives_its_own_gradients_in_one_pass() -> None:
+    module = Checkpointed()
+    assert_own(module, rows_of(module, "auto"))
+
+
+def assert_own(module: nn.Module, rows: torch.Tensor) -> None:
+    data = Data(module)
     for row in range(B):
         loss = module(data.states[row : row + 1]).sum()
         alone = torch.autograd.grad(loss, list(module.parameters()))
         assert torch.allclose(rows[row], torch.cat([g.flatten() for g in alone]), rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [Checkpointed, Positions, Tiles])
-def test_a_layer_without_one_gradient_per_record_stops_the_step(kind: type[nn.Module]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "engine"),
+    [(Checkpointed, "opacus"), *((k, e) for k in (Positions, Tiles) for e in ENGINES)],
+)
+def test_a_layer_without_one_gradient_per_record_stops_the_step(
+    kind: type[nn.Module], engine: Wanted
+) -> None:
     with pytest.raises(RuntimeError, match="per-record gradient"):
-        rows_of(kind())
+        rows_of(kind(), engine)

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from fedtune.config import Study
-from fedtune.dp.plan import RELATION
+from fedtune.dp.clip import Chunk
+from fedtune.dp.plan import RELATION, RowGradients
 from fedtune.dp.steplog import Step, StepLog
 from fedtune.models.cache import Cached
 from fedtune.models.network import build
@@ -72,7 +73,7 @@ def test_nothing_of_who_was_drawn_is_written(tmp_path: Path) -> None:
     """The log line of a step is known before the step: the plan's own values and no others."""
     plan, log = make_plan(sampling_rate=0.5), StepLog(tmp_path / "log.jsonl")
     for _ in range(20):
-        plan.step(6, 4, lambda rows: iter([torch.ones(len(rows), 4)]), log, 1)
+        plan.step(6, 4, lambda rows: iter([Chunk(rows, [torch.ones(len(rows), 4)])]), log, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert len(lines) == 20 and len(set(lines)) == 1
@@ -86,7 +87,8 @@ def test_noise_covers_what_the_relation_says(tmp_path: Path) -> None:
     for relation in (RELATION, "replace one unit"):
         plan = make_plan(relation=relation, divisor=1.0)
         zeros = torch.zeros(1, 100_000)
-        out = plan.step(1, 100_000, lambda rows, z=zeros: iter([z]), StepLog(tmp_path / "log"), 1)
+        still: RowGradients = lambda rows, z=zeros: iter([Chunk(rows, [z])])  # noqa: E731
+        out = plan.step(1, 100_000, still, StepLog(tmp_path / "log"), 1)
         spread[relation] = float(out.double().std())
     assert spread[RELATION] == pytest.approx(1.0, abs=0.02)
     assert spread["replace one unit"] == pytest.approx(2.0, abs=0.04)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedtune.dp.clip import Chunk
 from fedtune.dp.steplog import StepLog
 from tests.dp.conftest import make_plan
 
@@ -23,5 +24,5 @@ def test_the_line_is_on_disk_before_the_noise(
     log = StepLog(tmp_path / "log")
     monkeypatch.setattr(os, "urandom", dies)
     with pytest.raises(KeyboardInterrupt):
-        make_plan().step(2, 4, lambda rows: iter([torch.ones(2, 4)]), log, 1)
+        make_plan().step(2, 4, lambda rows: iter([Chunk(rows, [torch.ones(2, 4)])]), log, 1)
     assert len(log.steps()) == 1
