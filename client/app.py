@@ -13,6 +13,7 @@ from client.site import SiteWorker, worker
 from fedtune.config import study_from_json
 from fedtune.errors import ConfigError, PolicyRefused
 from fedtune.flower.arrays import from_record
+from fedtune.wire import codec
 from fedtune.wire.protocol import check_peer, spoken
 from fedtune.wire.seal import check_plan
 
@@ -39,7 +40,7 @@ def prepare(message: Message, context: Context) -> Message:
         coordinator = check_plan(plan, study.digest)
         if context.node_config.get("coordinator", coordinator) != coordinator:
             raise PolicyRefused("the plan is not signed by the coordinator this site enrolled with")
-        frozen = from_record(message.content.array_records["frozen"])
+        frozen = codec.decode(from_record(message.content.array_records["frozen"]))
         answer = site.prepare(study, frozen, coordinator)
         said.update(name=answer.name, declared_size=answer.declared_size)
         if not answer.admitted:

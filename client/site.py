@@ -32,6 +32,7 @@ from fedtune.models.lora import Arrays
 from fedtune.models.lora import digest as arrays_digest
 from fedtune.models.network import Network, build
 from fedtune.training import check_trains, local_round
+from fedtune.wire.codec import Encoded, encode
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import Header, seal
 
@@ -54,9 +55,10 @@ class Admission:
 
 @dataclass(frozen=True, repr=False)
 class Update:
-    """delta: trained minus given, fp32 by name; events: the steps this study ran here so far."""
+    """delta: trained minus given, as the plan has it travel; events: the steps this study ran here
+    so far."""
 
-    delta: Arrays
+    delta: Encoded
     events: list[dict[str, float | int]]
 
 
@@ -234,7 +236,8 @@ class SiteWorker:
         prepared.network.load_frozen(prepared.frozen)
         delta = local_round(study, data, prepared.plan, self.log, round_, adapter)
         events = _summary(self.log.steps(study.digest)) if plan else []
-        body = save(delta, {"events": json.dumps(events)})
+        sent = encode(delta, study.wire.update)  # after the noise, before the ledger
+        body = save(sent, {"events": json.dumps(events)})
         if plan:  # without noise nothing is kept on disk; asked again, it is trained again
             self.ledger.release(reserved, hashlib.sha256(body).hexdigest(), body)
         return body

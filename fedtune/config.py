@@ -24,6 +24,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Encoding = Literal["float32", "float16", "int8"]
 
 
 class Table(BaseModel):
@@ -165,6 +166,13 @@ class PrivateEvaluationTable(Table):
     every: Count = 1  # rounds; the last one is always asked about
 
 
+class WireTable(Table):
+    """How numbers travel: fedtune/wire/codec.py states the error. Post-processing; no ε."""
+
+    update: Encoding = "int8"  # a site's noised update
+    adapter: Encoding = "int8"  # the adapter; the coordinator keeps its own in fp32
+
+
 class Study(Table):
     """The public plan of one federated run. Guarantee: nothing in it comes from private data."""
 
@@ -177,6 +185,7 @@ class Study(Table):
     clipping: ClippingTable | None = None  # None only where privacy = "off": no clipping
     privacy: PrivacyTable | Literal["off"]
     strategy: StrategyTable = StrategyTable()
+    wire: WireTable = WireTable()
     evaluation: EvaluationTable | None = None
     private_evaluation: PrivateEvaluationTable | None = None
 

@@ -64,6 +64,10 @@ weights = "equal"      # "declared": by each site's declared_size
 min_sites = 1          # a round with fewer is repeated, then the run stops
 round_timeout = 3600   # seconds
 
+[wire]                 # how numbers travel; the noise is far larger than the rounding
+update = "int8"        # from the sites; "float16" or "float32": two or four times the bytes
+adapter = "int8"       # to the sites; the coordinator's own stays fp32
+
 [evaluation]           # public or released records, held out; measured at the coordinator
 path = "evaluation.jsonl"
 metric = "loss"        # or perplexity, exact_match, accuracy, f1

@@ -16,7 +16,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 
-from fedtune.config import Study
+from fedtune.config import Encoding, Study
 from fedtune.errors import FedtuneError, Refused
 from fedtune.flower.arrays import (
     Arrays,
@@ -26,6 +26,7 @@ from fedtune.flower.arrays import (
     from_record,
     to_record,
 )
+from fedtune.wire import codec
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.protocol import OtherProtocol, check_peer, spoken
 from fedtune.wire.seal import Header, SealError, body_digest, opened, sign_plan
@@ -224,6 +225,7 @@ def outcome(
     *,
     record: str = "update",
     done: str = "trained",
+    encoding: Encoding = "float32",
     terms: Terms | None = None,
     longest: float = math.inf,
 ) -> Outcome:
@@ -231,8 +233,9 @@ def outcome(
     order, each with a reason of its own:
 
     | the seal    | by `key`, for this plan, round, base, site, receiver and nonce        |
-    | the arrays  | names, shapes, type and bytes as those of `like`, before any is read   |
-    | the numbers | plain fp32 by their own header; finite; a norm of at most `longest`    |
+    | the arrays  | names, shapes, type and bytes as `like` in `encoding`, before any is read |
+    | the numbers | of that type by their own header; finite, as are the scales; a norm of |
+    |             | at most `longest`, by as much more as `encoding` may add to it         |
     | the log     | noised with the `terms` that the plan sets, and a step for this update |
     """
     if reply.content is None:
@@ -248,9 +251,9 @@ def outcome(
         return Outcome(str(known), clean(site.get("reason")) or "no reason given")
     try:
         ledger = _opened(site, arrays, key, wanted)
-        check_agreed(arrays, like)
-        update = from_record(arrays)
-        _check_numbers(update, like, longest)
+        check_agreed(arrays, codec.layout(like, encoding))
+        update = codec.decode(from_record(arrays))
+        _check_numbers(update, like, longest * codec.GROWTH[encoding])
         events = _events(site.get("events")) if private else []
         _check_log(events, steps_before, terms)
     except _Unfit as unfit:

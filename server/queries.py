@@ -16,7 +16,7 @@ from flwr.app import ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedtune.flower.arrays import Arrays, to_record
-from fedtune.wire import seal
+from fedtune.wire import codec, seal
 from fedtune.wire.keys import SigningKey
 from server.admission import Outcome, Roster, outcome
 from server.bound import Terms
@@ -61,7 +61,8 @@ class Queries:
         missing: dict[str, str],
         again: bool = True,
     ) -> None:
-        adapter, nonce = to_record(self.progress.adapter), secrets.token_hex(16)
+        adapter = to_record(codec.encode(self.progress.adapter, self.study.wire.adapter))
+        nonce = secrets.token_hex(16)
         named = {self.roster.nodes[name]: name for name in names}
         contents = {
             node: RecordDict({"order": self._order(name, nonce), "adapter": adapter})

@@ -26,7 +26,7 @@ from fedtune.config import Study
 from fedtune.errors import ConfigError, InfrastructureError
 from fedtune.files import replace
 from fedtune.flower.arrays import to_record
-from fedtune.wire import seal
+from fedtune.wire import codec, seal
 from server import store, summary
 from server.admission import NOT_ENROLLED, Outcome, Roster, Tally, outcome, plan_message
 from server.bound import Terms, norm_bound, terms
@@ -170,8 +170,11 @@ class _Run:
     # ------------------------------------------------------------------------------- a round
 
     def _train(self, names: list[str], tally: Tally, again: bool = True) -> None:
-        """Ask `names` for an update and take each in as it arrives."""
-        adapter = to_record(self.progress.adapter)
+        """Ask `names` for an update and take each in as it arrives.
+
+        The sites train from the adapter as it was sent; their updates move the one that is kept
+        here, in fp32. So what rounding takes from an adapter is there again in the next."""
+        adapter = to_record(codec.encode(self.progress.adapter, self.study.wire.adapter))
         nonce = secrets.token_hex(16)
         named = {self.roster.nodes[name]: name for name in names}
         contents = {
@@ -215,6 +218,7 @@ class _Run:
         adapter, key = self.progress.adapter, self.progress.keys.get(name, "")
         try:
             limits = self._limits(name)
+            limits["encoding"] = self.study.wire.update
             got = outcome(reply, adapter, self.study.private, before, key, wanted, **limits)
         except ConfigError as error:  # an honest site of such a size says so itself, when it joins
             got = Outcome("dropped", f"its declared size does not fit the plan: {error}")
@@ -244,6 +248,7 @@ class _Run:
                 self.study, self.parts.budget(self.study, declared), declared
             )
         start = math.sqrt(sum(float(np.square(a, dtype=np.float64).sum()) for a in adapter))
+        start *= codec.GROWTH[self.study.wire.adapter]
         site, dimension = self.terms[declared], sum(a.size for a in adapter)
         return {"terms": site, "longest": norm_bound(self.study, site, dimension, start)}
 

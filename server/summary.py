@@ -51,6 +51,7 @@ def body(progress: Progress, parts: Parts) -> dict[str, Any]:
             "dtype": study.base.dtype,
         },
         "adapter": _adapter(progress),
+        "wire": study.wire.model_dump(mode="json"),
         "sites": dict(sorted(progress.admission.items())),
         "absences": absences(history),
         "rounds": [{key: entry[key] for key in keys if key in entry} for entry in history],

@@ -1,39 +1,41 @@
-"""Arrays to and from Flower records, strictly: fp32, no pickle, no more memory than was sent."""
+"""Arrays to and from Flower records, strictly: no pickle, no more memory than was sent."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord
 
-from fedtune.errors import InputError
+from fedtune.wire.codec import Arrays, Encoded, Form, WireError
 
-Arrays = dict[str, npt.NDArray[np.float32]]
+__all__ = ["Arrays", "Encoded", "WireError", "bodies", "check_agreed", "from_record", "to_record"]
 
 _MAGIC = b"\x93NUMPY\x01\x00"
 _START = len(_MAGIC) + 2  # then the header's length, little-endian
 _LONGEST_HEADER = 512  # bytes; NumPy pads to a multiple of 64
-# What NumPy writes for a C-ordered fp32 array of at most 8 axes, and nothing else. NumPy's own
-# reader evaluates a header as a Python literal, which a crafted one can make fail in many ways.
+_TYPES = {"float32": "<f4", "float16": "<f2", "int8": "|i1"}  # by name: as .npy bodies spell them
+# What NumPy writes for a C-ordered array of these types and at most 8 axes, and nothing else.
+# NumPy's own reader evaluates a header as a Python literal, which a crafted one can make fail in
+# many ways.
 _HEADER = re.compile(
-    rb"\{'descr': '<f4', 'fortran_order': False, 'shape': "
+    rb"\{'descr': '(<f4|<f2|\|i1)', 'fortran_order': False, 'shape': "
     rb"\(((?:[0-9]{1,12}, ?){0,8}[0-9]{0,12})\), \} *\n"
 )
 
 
-class WireError(InputError):
-    """Arrays that came over the wire and are not what was agreed; names and shapes, no values."""
+def to_record(arrays: Mapping[str, npt.NDArray[Any]]) -> ArrayRecord:
+    """Arrays by name (little-endian NumPy .npy bodies on the wire); what is neither fp16 nor int8
+    becomes fp32."""
+    return ArrayRecord({n: Array(_plain(a)) for n, a in sorted(arrays.items())})
 
 
-def to_record(arrays: Mapping[str, npt.NDArray[np.float32]]) -> ArrayRecord:
-    """Arrays by name, as fp32 (little-endian NumPy .npy bodies on the wire)."""
-    return ArrayRecord(
-        {n: Array(np.array(a, dtype="<f4", order="C")) for n, a in sorted(arrays.items())}
-    )
+def _plain(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return np.array(array, dtype=_TYPES.get(array.dtype.name, "<f4"), order="C")
 
 
 def bodies(record: ArrayRecord) -> dict[str, bytes]:
@@ -41,44 +43,46 @@ def bodies(record: ArrayRecord) -> dict[str, bytes]:
     return {name: array.data for name, array in record.items()}
 
 
-def check_agreed(record: ArrayRecord, like: Mapping[str, npt.NDArray[np.float32]]) -> None:
-    """Compare what a record says of itself with `like`, before any body is read.
+def check_agreed(record: ArrayRecord, agreed: Mapping[str, Form]) -> None:
+    """Compare what a record says of itself with what was agreed, before any body is read.
 
-    | more, fewer or other names        | WireError                                  |
-    | a shape, or a type other than fp32 | WireError                                 |
+    | more, fewer or other names         | WireError                                 |
+    | another shape or type              | WireError                                 |
     | more or fewer bytes than the shape | WireError, whatever the body says of itself |
     Guarantee: nothing is allocated in proportion to what the message claims."""
-    if len(record) != len(like) or set(record) != set(like):
+    if len(record) != len(agreed) or set(record) != set(agreed):
         raise WireError("other arrays than agreed")
     for name, array in record.items():
-        if tuple(array.shape) != like[name].shape:
+        if tuple(array.shape) != agreed[name].shape:
             raise WireError(f"array {name!r} has another shape than agreed")
-        if array.dtype != "float32" or array.stype != "numpy.ndarray":
-            raise WireError(f"array {name!r} is not plain fp32")
-        extra = len(array.data) - 4 * like[name].size
+        if array.dtype != agreed[name].dtype or array.stype != "numpy.ndarray":
+            raise WireError(f"array {name!r} is not plain {agreed[name].dtype}")
+        extra = len(array.data) - agreed[name].nbytes
         if not _START < extra <= _START + _LONGEST_HEADER:
-            raise WireError(f"array {name!r} has not the bytes of its shape in plain fp32")
+            raise WireError(f"array {name!r} has not the bytes of its shape")
 
 
-def from_record(record: ArrayRecord) -> Arrays:
+def from_record(record: ArrayRecord) -> Encoded:
     """The arrays of a record.
 
-    Guarantee: a body is decoded only if its own header says fp32, C order and exactly the number
-    of bytes that follow, so a small message cannot claim a large array; pickle is never read.
-    Errors: WireError."""
-    return {name: _decode(name, array.data) for name, array in record.items()}
+    Guarantee: a body is decoded only if its own header says the record's type, C order and exactly
+    the number of bytes that follow, so a small message cannot claim a large array; pickle is never
+    read. Errors: WireError."""
+    return {name: _decode(name, array.dtype, array.data) for name, array in record.items()}
 
 
-def _decode(name: str, body: bytes) -> npt.NDArray[np.float32]:
+def _decode(name: str, dtype: str, body: bytes) -> npt.NDArray[Any]:
+    shown = f"array {name[:80]!r}"
     if body[: len(_MAGIC)] != _MAGIC or len(body) < _START:
-        raise WireError(f"array {name[:80]!r} is not in .npy format 1.0")
+        raise WireError(f"{shown} is not in .npy format 1.0")
     start = _START + int.from_bytes(body[len(_MAGIC) : _START], "little")
     found = None
     if start <= _START + _LONGEST_HEADER:
         found = _HEADER.fullmatch(body[_START:start])
-    if found is None:
-        raise WireError(f"array {name[:80]!r} is not plain fp32 by its header")
-    shape = tuple(int(axis) for axis in found[1].split(b",") if axis.strip())
-    if len(body) - start != 4 * math.prod(shape):
-        raise WireError(f"array {name[:80]!r} is not plain fp32 of its stated shape")
-    return np.frombuffer(body, dtype="<f4", offset=start).reshape(shape).copy()
+    if found is None or _TYPES.get(dtype) != found[1].decode():
+        raise WireError(f"{shown} is not plain {dtype[:20]} by its header")
+    shape = tuple(int(axis) for axis in found[2].split(b",") if axis.strip())
+    kind = np.dtype(_TYPES[dtype])
+    if len(body) - start != kind.itemsize * math.prod(shape):
+        raise WireError(f"{shown} has not the bytes of its stated shape")
+    return np.frombuffer(body, dtype=kind, offset=start).reshape(shape).copy()

@@ -18,6 +18,8 @@ from fedtune.report.claim import (
 )
 
 LOWER_IS_BETTER = ("loss", "perplexity")
+WAYS = ("bytes_up", "bytes_down")
+MOST_COLUMNS = 6  # of sites beside each other
 
 
 def markdown(body: dict[str, Any]) -> str:
@@ -33,6 +35,7 @@ def markdown(body: dict[str, Any]) -> str:
         _sites(body.get("privacy") or {}) if body.get("private") else "",
         *section(body.get("audit") or {}),
         _rounds(body.get("rounds") or []),
+        _wire(body.get("wire") or {}, body.get("rounds") or []),
         _missing(body.get("rounds") or [], body.get("sites") or {}),
         _absences(body.get("absences") or {}, len(body.get("rounds") or [])),
         _base(body),
@@ -215,6 +218,32 @@ def _rounds(rounds: list[dict[str, Any]]) -> str:
     return f"## Rounds\n\n{table(head, rows)}"
 
 
+def _wire(wire: dict[str, Any], rounds: list[dict[str, Any]]) -> str:
+    """How numbers travelled, and each site's bytes: by round, or in all where sites are many."""
+    names = sorted({n for r in rounds for way in WAYS for n in r.get(way) or {}})
+    if not names:
+        return ""
+    by_round = [[figure(r.get("round")), *_each(names, [r])] for r in rounds]
+    whole = _each(names, rounds)
+    if len(names) <= MOST_COLUMNS:
+        found = table(["round", *map(cell, names)], [*by_round, ["all", *whole]])
+    else:
+        found = table(["site", "all rounds"], zip(map(cell, names), whole, strict=True))
+    return (
+        f"## Bytes by site\n\nFrom the site / to the site, as sent: updates as "
+        f"{cell(wire.get('update'))}, the adapter as {cell(wire.get('adapter'))}. A plan, with the "
+        f"adapter's frozen factor, counts in the round that it was sent for.\n\n{found}"
+    )
+
+
+def _each(names: list[str], rounds: list[dict[str, Any]]) -> list[str]:
+    """For each site its bytes up and down, summed over `rounds`."""
+    return [
+        " / ".join(figure(sum((r.get(way) or {}).get(name, 0) for r in rounds)) for way in WAYS)
+        for name in names
+    ]
+
+
 def _bytes(by_site: Any) -> float:
     return float(sum(by_site.values()) if isinstance(by_site, dict) else by_site or 0)
 
@@ -258,7 +287,7 @@ def _base(body: dict[str, Any]) -> str:
     base, parts = body.get("base") or {}, []
     rows = [[cell(key), cell(base.get(key))] for key in ("name", "digest", "licence", "dtype")]
     parts.append(f"## Base model\n\n{table(['', ''], rows, numbers=False)}")
-    known = {"privacy", "quality", "base", "rounds", "sites", "audit", "absences"}
+    known = {"privacy", "quality", "base", "rounds", "sites", "audit", "absences", "wire"}
     for key, value in sorted(body.items()):
         if key not in known and isinstance(value, dict) and value:
             rows = [[cell(name), _setting(item)] for name, item in sorted(value.items())]

@@ -22,8 +22,14 @@ from fedtune.dp.filter import best_order
 from fedtune.dp.plan import plan_for_site
 from fedtune.errors import BudgetExceeded, DataError, ModelError, PolicyRefused
 from fedtune.models.cache import Cached
+from fedtune.models.lora import digest as arrays_digest
+from fedtune.models.network import build
 from fedtune.models.start import Start, start
+from fedtune.models.states import STORE
 from fedtune.training import local_round
+from fedtune.wire.codec import layout
+from fedtune.wire.keys import SigningKey
+from fedtune.wire.seal import receipt
 from tests.dp.conftest import study
 
 
@@ -76,7 +82,8 @@ def test_an_admitted_plan_trains_and_every_step_is_in_the_log(
     assert worker.prepare(made.study, made.frozen).admitted
     for round_ in range(1, 5):
         update = worker.train(made.study.digest, round_, made.adapter)
-    assert set(update.delta) == set(made.adapter)
+    sent = {n: (a.dtype.name, a.shape) for n, a in update.delta.items()}
+    assert sent == layout(made.adapter, "int8")
     (event,) = update.events
     assert set(event) == {"sigma", "q", "max_grad_norm", "records", "steps"}
     assert event["steps"] == len(worker.log.steps()) == 4
@@ -105,6 +112,23 @@ def test_a_round_asked_for_again_is_sent_again_and_not_paid_again(
         assert all(np.array_equal(first.delta[n], again.delta[n]) for n in first.delta)
         assert again.events == first.events
     assert len(worker.log.steps()) == len(worker.ledger.charges("records")) == 1
+
+
+def test_a_receipt_of_a_later_round_ends_the_keeping_of_earlier_updates(
+    worker: SiteWorker, tiny_base: Path
+) -> None:
+    made, coordinator = begun(tiny_base), SigningKey()
+    worker.prepare(made.study, made.frozen, coordinator.public)
+    given, text = (made.study.digest, made.adapter), ""
+    for round_ in (1, 2, 3):
+        last = worker.train(given[0], round_, given[1], text)
+        text = json.dumps(receipt(coordinator, worker.ledger.head_statement()))
+    assert worker.ledger.released(given[0], 1, arrays_digest(made.adapter)) is None
+    again = worker.train(given[0], 3, given[1], text)  # lost on the way: sent again, for nothing
+    assert all(np.array_equal(last.delta[n], again.delta[n]) for n in last.delta)
+    assert len(worker.ledger.charges("records")) == len(worker.log.steps()) == 3
+    worker.train(given[0], 1, given[1])  # gone: paid again
+    assert len(worker.ledger.charges("records")) == len(worker.log.steps()) == 4
 
 
 def test_a_study_whose_budget_is_spent_is_still_sent_again(
@@ -221,6 +245,30 @@ def test_a_withdrawn_patient_is_in_no_later_round(
     assert sizes == [12, 11, 11]
     never = withdraw(worker.site, "stranger", worker.ledger)
     assert (never.seen, never.in_file, never.releases) == (False, 0, [])
+
+
+@pytest.mark.parametrize("memory", [None, 0.0])
+def test_a_withdrawn_patients_states_are_erased_and_the_others_kept(
+    tmp_path: Path, tiny_base: Path, memory: float | None
+) -> None:
+    """In memory, and in the file."""
+    with notes(tmp_path).open("a") as file:
+        file.write(json.dumps({"who": "p4", "note": "a rare finding", "answer": "no"}) + "\n")
+    site = make_site(tmp_path, patient="who")
+    table = site.site.model_copy(update={"cache_memory": memory})
+    worker = SiteWorker(site.model_copy(update={"site": table}))
+    lora = {"rank": 4, "alpha": 8.0, "modules": ["q_proj"], "last_layers": 2}
+    made = begun(tiny_base, lora=lora)
+    worker.prepare(made.study, made.frozen)
+    trains(worker, made, 1)
+    states = build(made.study).states
+    everyone, size = set(states), STORE.in_memory + STORE.on_disk
+    assert size > 0 and (STORE.on_disk > 0) == (memory == 0)
+    withdraw(worker.site, "p4", worker.ledger)
+    trains(worker, made, 2)
+    gc.collect()
+    (gone,) = everyone - set(states)  # p4's other notes read as other patients' do
+    assert set(states) == everyone - {gone} and STORE.in_memory + STORE.on_disk < size
 
 
 def test_a_failed_self_test_refuses_the_round(

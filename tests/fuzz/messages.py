@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
+from fedtune.config import Encoding
 from fedtune.flower import api
 from fedtune.flower.arrays import bodies, to_record
 from fedtune.flower.grid import InProcessGrid
 from fedtune.wire import seal
+from fedtune.wire.codec import encode
 from fedtune.wire.keys import SigningKey
 from tests.server.fakes import EVENT, zeros
 
@@ -30,14 +32,17 @@ EVENT_KEYS = ("sigma", "q", "max_grad_norm", "records", "steps")
 class Forge:
     """A site that may sign: everything its key covers can still be nonsense."""
 
-    def __init__(self, wanted: seal.Header, seed: int) -> None:
+    def __init__(self, wanted: seal.Header, seed: int, encoding: Encoding = "float32") -> None:
         self.random, self.key, self.wanted = Pick(seed), SigningKey(), wanted
+        self.encoding = encoding
 
     # ------------------------------------------------------------------------ honest, then not
 
+    def update(self) -> dict[str, np.ndarray]:
+        return encode({name: a + 0.25 for name, a in zeros().items()}, self.encoding)
+
     def honest(self) -> RecordDict:
-        arrays = {name: a + 0.25 for name, a in zeros().items()}
-        return self.sealed(to_record(arrays), json.dumps([{**EVENT, "steps": 1}]))
+        return self.sealed(to_record(self.update()), json.dumps([{**EVENT, "steps": 1}]))
 
     def sealed(self, arrays: ArrayRecord, events: str, **header: Any) -> RecordDict:
         said = {"name": "a", "status": "trained", "reason": "", "events": events}
@@ -49,9 +54,9 @@ class Forge:
 
     def signed_nonsense(self) -> RecordDict:
         """The seal is right; arrays or log are not, or are by luck."""
-        arrays = {name: Array(a + 0.25) for name, a in zeros().items()}
+        arrays = {name: Array(a) for name, a in self.update().items()}
         for _ in range(self.random.randint(0, 2)):
-            name = self.random.choice([*arrays, "other"])
+            name = self.random.choice([*arrays, "scales", "other"])
             arrays[name] = self.array()
         record = ArrayRecord({name: a for name, a in arrays.items() if self.random.random() < 0.97})
         events = self.events() if self.random.random() < 0.5 else '[{"sigma":1.5,"q":0.25}]'
@@ -114,7 +119,7 @@ class Forge:
                 {self.name(): self.value() for _ in range(self.random.randint(0, 6))}
             )
         if kind < 0.9:
-            names = ("layer.B", "layer.C", "sums", self.name())
+            names = ("layer.B", "layer.C", "scales", "sums", self.name())
             found = {self.random.choice(names): self.array() for _ in range(2)}
             return ArrayRecord(found)
         return MetricRecord({self.name(): self.random.choice(NUMBERS)})
@@ -138,13 +143,13 @@ class Forge:
 
     def array(self) -> Array:
         shape = self.random.choice([(4,), (3, 2), (), (0,), (2, 2), (2**62,), (-1,), (4096, 2)])
-        dtype = self.random.choice(["float32", "float64", "object", "<f4", ""])
+        dtype = self.random.choice([self.encoding, "float32", "float64", "object", "<f4", ""])
         stype = self.random.choice(["numpy.ndarray", "numpy.ndarray", "pickle", ""])
         return Array(dtype, shape, stype, self.body())
 
     def body(self) -> bytes:
         shape = self.random.choice([(4,), (3, 2), (), (0,), (2, 2)])
-        kind = self.random.choice(["<f4", "<f4", "<f8", "<i8", ">f4", "|S3"])
+        kind = self.random.choice([self.encoding, "<f4", "<f8", "<i8", ">f4", "|S3"])
         body = bytearray(Array(np.zeros(shape, kind)).data)
         for _ in range(self.random.choice([0, 0, 1, 2])):
             body[self.random.randrange(min(len(body), 80))] = self.random.randrange(256)

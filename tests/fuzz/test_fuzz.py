@@ -15,10 +15,12 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 import client.app
+from fedtune.config import Encoding
 from fedtune.flower import api
 from fedtune.flower.arrays import WireError, from_record, to_record
 from fedtune.flower.grid import InProcessGrid
 from fedtune.wire import seal
+from fedtune.wire.codec import GROWTH, decode, encode
 from fedtune.wire.keys import SigningKey
 from server.admission import Outcome, Roster, outcome, plan_message
 from server.bound import Terms
@@ -31,6 +33,7 @@ COORDINATOR = SigningKey()
 WANTED = seal.Header(STUDY.digest, 1, "", "a", COORDINATOR.public, "nonce", "", {})
 TERMS = Terms(EVENT["q"], EVENT["sigma"], 1.0, 1, 25.0, 4)
 OUTCOMES = {"trained", "refused", "unprepared", "failed", "dropped"}
+ENCODINGS: tuple[Encoding, ...] = ("float32", "float16", "int8")
 SHORT, LONG = 20_000, 1_000_000
 
 
@@ -54,7 +57,8 @@ class Coordinator:
                 n: a.shape for n, a in zeros().items()
             }
             total = sum(float((a.astype(np.float64) ** 2).sum()) for a in got.update.values())
-            assert total**0.5 <= 10 and all(a.dtype == np.float32 for a in got.update.values())
+            longest = 10 * GROWTH[self.forge.encoding]
+            assert total**0.5 <= longest and all(a.dtype == np.float32 for a in got.update.values())
             assert all(e["sigma"] >= 1.4 and e["records"] == 1 for e in got.events)
         else:
             assert got.reason and len(got.reason) <= 400 and not got.update and not got.events
@@ -66,7 +70,8 @@ class Coordinator:
     def judge(self, content: RecordDict | None) -> Outcome:
         key = self.forge.key.public
         reply = Reply(2, content, "" if content is not None else "no answer")
-        return outcome(reply, zeros(), True, 0, key, WANTED, terms=TERMS, longest=10.0)
+        limits = {"terms": TERMS, "longest": 10.0, "encoding": self.forge.encoding}
+        return outcome(reply, zeros(), True, 0, key, WANTED, **limits)
 
 
 def read(body: bytes) -> RecordDict | None:
@@ -78,9 +83,9 @@ def read(body: bytes) -> RecordDict | None:
         return None
 
 
-def fuzz(count: int, seed: int) -> dict[str, float]:
+def fuzz(count: int, seed: int, encoding: Encoding) -> dict[str, float]:
     """Messages per second, and how many of the untouched ones were taken."""
-    forge = Forge(WANTED, seed)
+    forge = Forge(WANTED, seed, encoding)
     side, kinds, honest = Coordinator(forge), forge.kinds(), 0
     started = time.monotonic()
     for number in range(count):
@@ -94,23 +99,24 @@ def fuzz(count: int, seed: int) -> dict[str, float]:
             assert make != forge.honest or side.counted == before + 1
             for record in content.array_records.values() if content is not None else ():
                 with suppress(WireError):
-                    from_record(record)
+                    decode(from_record(record))
         except Exception as error:
             raise AssertionError(f"seed {seed}, message {number} ({make.__name__})") from error
     seconds = time.monotonic() - started
     return {"per_second": count / seconds, "honest": honest, "counted": side.counted}
 
 
-def test_the_coordinator_survives():
-    found = fuzz(SHORT, seed=1)
-    print(f"{found['per_second']:.0f} messages/s, {found['counted']} of {SHORT} valid")
-    assert found["honest"] <= found["counted"] < SHORT / 2
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_the_coordinator_survives(encoding: Encoding):
+    found = fuzz(SHORT // 2, 1, encoding)
+    print(f"{found['per_second']:.0f} messages/s, {found['counted']} of {SHORT // 2} valid")
+    assert found["honest"] <= found["counted"] < SHORT / 4
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(10))
 def test_the_coordinator_survives_a_million(seed: int):
-    found = fuzz(LONG // 10, seed=100 + seed)
+    found = fuzz(LONG // 10, 100 + seed, ENCODINGS[seed % 3])
     print(f"{found['per_second']:.0f} messages/s")
 
 
@@ -130,20 +136,23 @@ class CarefulSite(FakeSite):
         return super().train(digest, round_, adapter, receipt)
 
 
-def at_a_site(count: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> float:
+def at_a_site(
+    count: int, seed: int, monkeypatch: pytest.MonkeyPatch, encoding: Encoding = "int8"
+) -> float:
     """Orders and plans, honest and not, to the ClientApp of a site."""
     site = CarefulSite("a")
     monkeypatch.setattr(client.app, "worker", lambda path: site)
-    forge, grid = Forge(WANTED, seed), InProcessGrid([Path("a")])
+    forge, grid = Forge(WANTED, seed, encoding), InProcessGrid([Path("a")])
     context = Context(1, 2, {"site": "a"}, RecordDict(), {})
     plan = plan_message(STUDY, {}, COORDINATOR)
     order = seal.order(COORDINATOR, STUDY.digest, 1, "nonce", "")
+    adapter = to_record(encode(zeros(), encoding))
     started = time.monotonic()
     for number in range(count):
         kind = forge.random.choice(["query.prepare", "train", "query.evaluate"])
         content = plan if kind == "query.prepare" else None
         if content is None:
-            content = RecordDict({"order": ConfigRecord(order), "adapter": to_record(zeros())})
+            content = RecordDict({"order": ConfigRecord(order), "adapter": adapter})
         content = _spoilt(content, forge)
         message = grid.create_message(content, kind, 2, "1")
         try:

@@ -46,7 +46,8 @@ def outside(grid: Recorder) -> list[str]:
     for reply in grid.replies:
         for path, what in leaves(reply):
             if path.startswith("update/"):
-                ok = what.startswith("float32 ") and path.endswith(".lora_B.default.weight")
+                ok = what.startswith("int8 ") and path.endswith(".lora_B.default.weight")
+                ok = ok or (path == "update/scales" and what.startswith("float32 "))
             elif path == "metadata.message_type":
                 ok = what in ("train", "query.prepare")
             else:

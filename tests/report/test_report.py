@@ -192,3 +192,20 @@ def test_epsilon_is_rounded_up() -> None:
     assert rounded_up(0.0001) == "0.001" and rounded_up(None) == "none"
     for value in np.random.default_rng(0).uniform(0, 20, 200):
         assert value <= float(rounded_up(float(value))) <= value + 1.0011e-3
+
+
+def test_bytes_are_told_by_site_and_round_with_the_encoding(tmp_path: Path):
+    body = copy.deepcopy(BODY) | {"wire": {"update": "int8", "adapter": "float16"}}
+    body["rounds"][0]["bytes_down"]["north"] = 9_000
+    report.write(tmp_path, body)
+    text = (tmp_path / "report.md").read_text()
+    assert "updates as int8, the adapter as float16" in text
+    assert "| 1 | 1,000 / 9,000 | 500 / 0 |" in text and "| 2 | 1,000 / 2,000 | 500 / 0 |" in text
+    count = len(body["rounds"])
+    all_of_it = f"| all | {count * 1000:,} / {count * 2000 + 7000:,} | {count * 500:,} / 0 |"
+    assert all_of_it in text
+    for entry in body["rounds"]:
+        entry["bytes_up"] = {f"s{n:02}": 10 for n in range(40)}
+    report.write(tmp_path, body)
+    text = (tmp_path / "report.md").read_text()
+    assert f"| s39 | {count * 10} / 0 |" in text and "| 2 | 10 / 0" not in text

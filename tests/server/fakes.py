@@ -13,8 +13,9 @@ import pytest
 
 import client.app
 from client.site import Admission, Unprepared, Update
-from fedtune.config import Study
+from fedtune.config import Encoding, Study
 from fedtune.flower.grid import InProcessGrid
+from fedtune.wire.codec import encode
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import Header, seal
 from server import rounds
@@ -50,6 +51,7 @@ class FakeSite:
     asked: list[int] = field(default_factory=list)  # the round of each call of evaluate
     key: SigningKey = field(default_factory=SigningKey)
     base: str = ""
+    encoding: Encoding = "float32"
     coordinator: str = ""
     receipts: list[str] = field(default_factory=list)
 
@@ -59,6 +61,7 @@ class FakeSite:
 
     def prepare(self, study: Study, frozen: dict[str, np.ndarray], coordinator: str) -> Admission:
         self.coordinator, self.base = coordinator, study.base.digest or ""
+        self.encoding = study.wire.update
         self.prepared += 1
         if self.prepare_error:
             raise self.prepare_error
@@ -87,7 +90,8 @@ class FakeSite:
             for n, a in adapter.items()
         }
         update = Update(delta, [{**EVENT, "steps": self.steps}])
-        return self._scripted(self.script.get(len(self.calls)), update)
+        made = self._scripted(self.script.get(len(self.calls)), update)
+        return Update(encode(made.delta, self.encoding), made.events)
 
     def evaluate(
         self, digest: str, round_: int, adapter: dict[str, np.ndarray], receipt: str
@@ -104,7 +108,7 @@ class FakeSite:
         return what(update) if what else update
 
 
-def make_study(**strategy: Any) -> Study:
+def make_study(*, wire: Encoding = "float32", **strategy: Any) -> Study:
     training = {"rounds": 4, "sampling_rate": 0.25, "learning_rate": 1.0}
     return Study.model_validate(
         {
@@ -116,6 +120,7 @@ def make_study(**strategy: Any) -> Study:
             "clipping": {},
             "privacy": {"noise_multiplier": 1.5, "delta": 1e-5},
             "strategy": strategy,
+            "wire": {"update": wire, "adapter": wire},
             "evaluation": {
                 "path": Path("/secret/coordinator/path/held-out.jsonl"),
                 "columns": {"prompt": "p", "completion": "c"},

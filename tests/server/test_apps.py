@@ -255,7 +255,7 @@ def test_a_huge_claim_in_a_small_message_is_not_allocated():
     said = ConfigRecord({**SAID, **seal.seal(site, replace(WANTED, body=body))})
     content = RecordDict({"update": record, "site": said})
     got = outcome(Reply(2, content), zeros(), False, 0, site.public, WANTED)
-    assert got.status == "dropped" and "fp32" in got.reason
+    assert got.status == "dropped" and "stated shape" in got.reason
     assert np.prod(record[name].shape) == 4
 
 

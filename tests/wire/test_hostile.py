@@ -1,4 +1,6 @@
-"""Messages that lie: each is refused with its own reason, nothing is counted, memory stays flat."""
+"""Messages that lie: each is refused with its own reason, nothing is counted, memory stays flat.
+
+All of it in each encoding that a plan can ask for: `wire` says in which one messages travel."""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import pickle
 import random
 import tracemalloc
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,12 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
+from fedtune.config import Encoding
 from fedtune.flower import api
 from fedtune.flower.arrays import WireError, bodies, from_record, to_record
 from fedtune.flower.grid import InProcessGrid
 from fedtune.wire import seal
+from fedtune.wire.codec import SCALES, encode
 from fedtune.wire.keys import SigningKey, verifies
 from server.admission import Outcome, outcome
 from server.bound import Terms
@@ -30,11 +34,34 @@ KEY, COORDINATOR = SigningKey(), SigningKey()
 WANTED = seal.Header(STUDY.digest, 3, "sha256:b", "a", COORDINATOR.public, "nonce-1", "", {})
 TERMS = Terms(EVENT["q"], EVENT["sigma"], 1.0, 1, 25.0, 4)
 EVENTS = '[{"sigma":1.5,"q":0.25,"max_grad_norm":1.0,"records":1,"steps":1}]'
+ENCODINGS: tuple[Encoding, ...] = ("float32", "float16", "int8")
+SPELLED = {"float32": "<f4", "float16": "<f2", "int8": "|i1"}
+
+
+@dataclass
+class Wire:
+    """encoding: of every message of the test that runs."""
+
+    encoding: Encoding = "float32"
+
+    def record(self, arrays: dict[str, np.ndarray]) -> ArrayRecord:
+        return to_record(encode(arrays, self.encoding))
+
+    def numbers(self, *shape: int) -> np.ndarray:
+        return np.zeros(shape, SPELLED[self.encoding])
+
+
+wire = Wire()
+
+
+@pytest.fixture(params=ENCODINGS, autouse=True)
+def _encoded(request: pytest.FixtureRequest) -> None:
+    wire.encoding = request.param
 
 
 def message(record: ArrayRecord | None = None, key: SigningKey = KEY, **header: Any) -> RecordDict:
     """What an honest site sends; `record` and `header` as they are changed before sealing."""
-    record = to_record({n: a + 0.5 for n, a in zeros().items()}) if record is None else record
+    record = wire.record({n: a + 0.5 for n, a in zeros().items()}) if record is None else record
     said = {"name": "a", "status": "trained", "reason": "", "events": EVENTS}
     body = seal.body_digest(bodies(record), said)
     sealed = seal.seal(key, replace(WANTED, body=body, ledger={"token": "t"}, **header))
@@ -42,9 +69,8 @@ def message(record: ArrayRecord | None = None, key: SigningKey = KEY, **header: 
 
 
 def judge(content: RecordDict, wanted: seal.Header = WANTED, longest: float = 10.0) -> Outcome:
-    return outcome(
-        Reply(2, content), zeros(), True, 0, KEY.public, wanted, terms=TERMS, longest=longest
-    )
+    limits: dict[str, Any] = {"terms": TERMS, "longest": longest, "encoding": wire.encoding}
+    return outcome(Reply(2, content), zeros(), True, 0, KEY.public, wanted, **limits)
 
 
 def honest() -> RecordDict:
@@ -52,16 +78,25 @@ def honest() -> RecordDict:
 
 
 def test_the_honest_message_is_taken():
-    assert judge(honest()).status == "trained"
+    got = judge(honest())
+    assert got.status == "trained"
+    assert all((a == np.float32(0.5)).all() and a.dtype == np.float32 for a in got.update.values())
 
 
 # --------------------------------------------------------------------- one lie, one reason each
 
 
 def changed(name: str, change: Callable[[Array], Array]) -> RecordDict:
-    record = to_record(zeros())
+    record = wire.record(zeros())
     record[name] = change(record[name])
     return message(record)
+
+
+def scaled(change: Callable[[np.ndarray], np.ndarray]) -> RecordDict:
+    """Other scales beside honest numbers; where there are none, the numbers changed."""
+    arrays = encode({n: a + 0.5 for n, a in zeros().items()}, wire.encoding)
+    name = SCALES if SCALES in arrays else "layer.C"
+    return message(to_record(arrays | {name: change(arrays[name])}))
 
 
 def body_of(data: bytes) -> Callable[[Array], Array]:
@@ -72,8 +107,17 @@ def npy(array: np.ndarray) -> bytes:
     return Array(array).data
 
 
-HUGE = npy(np.zeros(4, "<f4")).replace(b"(4,), }" + b" " * 18, b"(4611686018427387904,), }")
-TALL = Array(np.zeros((4096, 2), "<f4"))
+def renamed(shape: bytes) -> bytes:
+    """The body of layer.C, which says of itself that it has another shape."""
+    small = npy(wire.numbers(4))
+    return small.replace(b"(4,), }" + b" " * (len(shape) - 7), shape)
+
+
+def another_encoding() -> RecordDict:
+    other = ENCODINGS[(ENCODINGS.index(wire.encoding) + 1) % 3]
+    return message(to_record(encode(zeros(), other)))
+
+
 LIES: dict[str, tuple[Callable[[], RecordDict], str]] = {
     "another key": (lambda: message(key=SigningKey()), "not signed by the key"),
     "an earlier round": (lambda: message(round=2), "sealed for another round"),
@@ -83,48 +127,59 @@ LIES: dict[str, tuple[Callable[[], RecordDict], str]] = {
     "another base": (lambda: message(base="sha256:0"), "sealed for another base"),
     "another site": (lambda: message(site="b"), "sealed for another site"),
     "2⁶² numbers claimed": (
-        lambda: changed("layer.C", body_of(HUGE)), "'layer.C' is not plain fp32 by its header",
+        lambda: changed("layer.C", body_of(renamed(b"(4611686018427387904,), }"))),
+        "'layer.C' is not plain",
     ),
     "pickle": (
-        lambda: changed("layer.C", body_of(pickle.dumps([0] * 60).ljust(144))),
+        lambda: changed("layer.C", lambda o: body_of(
+            pickle.dumps([0] * 60).ljust(len(o.data), b"\0")[: len(o.data)])(o)),
         "not in .npy format",
     ),
     "an object array": (
-        lambda: changed("layer.C", body_of(npy(np.zeros(4, "<f4")).replace(b"'<f4'", b"'|O' "))),
-        "not plain fp32 by its header",
+        lambda: changed("layer.C", lambda o: body_of(
+            o.data.replace(SPELLED[wire.encoding].encode(), b"|O "))(o)),
+        "by its header",
+    ),
+    "another type inside": (
+        lambda: changed("layer.B", lambda o: body_of(
+            o.data.replace(SPELLED[wire.encoding].encode(), other_type()))(o)),
+        "'layer.B' is not plain",
     ),
     "fp64": (
-        lambda: changed("layer.C", lambda _: Array(np.zeros(4))), "'layer.C' is not plain fp32",
+        lambda: changed("layer.C", lambda _: Array(np.zeros(4))), "'layer.C' is not plain",
     ),
+    "another encoding": (another_encoding, ""),
     "the wrong shape": (
-        lambda: changed("layer.C", lambda _: Array(np.zeros((2, 2), "<f4"))),
+        lambda: changed("layer.C", lambda _: Array(wire.numbers(2, 2))),
         "'layer.C' has another shape",
     ),
     "another shape inside": (
-        lambda: changed("layer.C", body_of(npy(np.zeros((2, 2), "<f4")))),
+        lambda: changed("layer.C", body_of(npy(wire.numbers(2, 2)))),
         "'layer.C' has two shapes",
     ),
     "rank 4096": (
-        lambda: changed("layer.B", lambda _: TALL), "'layer.B' has another shape",
+        lambda: changed("layer.B", lambda _: Array(wire.numbers(4096, 2))),
+        "'layer.B' has another shape",
     ),
     "bytes too many": (
         lambda: changed("layer.C", lambda old: body_of(old.data + b"\0" * 4096)(old)),
         "has not the bytes of its shape",
     ),
     "an array too many": (
-        lambda: message(to_record(zeros() | {"x": np.zeros(2, np.float32)})),
+        lambda: message(wire.record(zeros() | {"x": np.zeros(2, np.float32)})),
         "other arrays than agreed",
     ),
     "an array too few": (
-        lambda: message(to_record({"layer.C": zeros()["layer.C"]})), "other arrays than agreed",
+        lambda: message(wire.record({"layer.C": zeros()["layer.C"]})), "other arrays than agreed",
     ),
-    "NaN": (
-        lambda: changed("layer.C", lambda _: Array(np.full(4, np.nan, "<f4"))), "not finite",
-    ),
-    "too long": (
-        lambda: changed("layer.C", lambda _: Array(np.full(4, 1e3, "<f4"))), "is longer",
-    ),
+    "NaN": (lambda: scaled(lambda s: s * np.float32(np.nan)), "not"),
+    "infinity": (lambda: scaled(lambda s: s * np.float32(np.inf)), "not"),
+    "too long": (lambda: scaled(lambda s: s * np.float32(1e3)), "is longer"),
 }  # fmt: skip
+
+
+def other_type() -> bytes:
+    return b"<f2" if wire.encoding != "float16" else b"<f4"
 
 
 @pytest.mark.parametrize("lie", LIES)
@@ -138,15 +193,45 @@ def test_a_lie_is_dropped_with_its_own_reason(lie: str):
 def test_every_lie_has_a_reason_of_its_own():
     reasons = [judge(made()).reason for made, _ in LIES.values()]
     same = {r for r in reasons if reasons.count(r) > 1}
-    assert len(same) <= 2  # array too many or few; a bad header, whatever is wrong with it
+    assert len(same) <= 3  # array too many or few; a bad header; what is not a number
+
+
+BLOCKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "a scale too many": lambda s: np.append(s, np.float32(1)),
+    "a scale too few": lambda s: s[1:],
+    "a scale of zero": lambda s: s * 0,
+    "a scale below zero": lambda s: -s,
+    "a million scales": lambda s: np.ones(10**6, np.float32),
+}
+
+
+@pytest.mark.parametrize("how", BLOCKS)
+def test_a_message_does_not_say_how_many_blocks_it_has(how: str):
+    if wire.encoding != "float32":
+        assert judge(scaled(BLOCKS[how])).status == "dropped"
+
+
+def test_scales_that_say_another_shape_inside_are_dropped():
+    if wire.encoding != "float32":
+        inside = npy(np.ones((1, 2), np.float32))
+        assert "scale" in judge(changed(SCALES, body_of(inside))).reason
+
+
+def test_rounding_is_no_reason_to_drop_an_honest_update():
+    """A norm at the bound may be beyond it once rounded; by more than rounding, it is too long."""
+    arrays = {n: a + np.float32(0.5) for n, a in zeros().items()}
+    length = float(np.sqrt(sum((a.astype(np.float64) ** 2).sum() for a in arrays.values())))
+    assert judge(message(wire.record(arrays)), longest=length).status == "trained"
+    assert "is longer" in judge(message(wire.record(arrays)), longest=length / 1.07).reason
 
 
 def test_a_swapped_body_is_dropped():
-    one, other = honest(), message(to_record(zeros()))
+    one, other = honest(), message(wire.record(zeros()))
     swapped = RecordDict({"update": other["update"], "site": one["site"]})
     assert "sealed for another body" in judge(swapped).reason
     names = one["update"]
-    exchanged = ArrayRecord({"layer.B": names["layer.C"], "layer.C": names["layer.B"]})
+    swap = {"layer.B": names["layer.C"], "layer.C": names["layer.B"]}
+    exchanged = ArrayRecord({**names, **swap})
     assert judge(RecordDict({"update": exchanged, "site": one["site"]})).status == "dropped"
 
 
@@ -237,7 +322,7 @@ def test_no_truncation_passes():
 
 def test_a_name_given_twice_counts_as_what_was_signed_or_not_at_all():
     proto = api.recorddict_to_proto(honest())
-    evil = api.recorddict_to_proto(message(to_record({n: a + 9 for n, a in zeros().items()})))
+    evil = api.recorddict_to_proto(message(wire.record({n: a + 9 for n, a in zeros().items()})))
     for first in (True, False):
         both = ProtoRecordDict()
         both.CopyFrom(proto)
@@ -256,13 +341,10 @@ def test_a_name_given_twice_counts_as_what_was_signed_or_not_at_all():
 def test_memory_stays_flat_under_claims():
     """Bodies that claim up to 2⁶² numbers: less than 1 MB is ever held for them."""
     contents = [made() for made, _ in LIES.values()]
-    lengths = (10**3, 2**20, 2**31, 2**40, 2**62)
-    small = npy(np.zeros(4, "<f4"))
-    for n in lengths:
-        shape = f"({n},), }}".encode()
-        body = small.replace(b"(4,), }" + b" " * (len(shape) - 7), shape)
-        record = to_record(zeros())
-        record["layer.C"] = Array("float32", (n,), "numpy.ndarray", body)
+    for n in (10**3, 2**20, 2**31, 2**40, 2**62):
+        body = renamed(f"({n},), }}".encode())
+        record = wire.record(zeros())
+        record["layer.C"] = Array(wire.encoding, (n,), "numpy.ndarray", body)
         contents += [message(record), changed("layer.C", body_of(body))]
     judge(contents[0])
     tracemalloc.start()
@@ -275,15 +357,15 @@ def test_memory_stays_flat_under_claims():
 
 def test_a_site_reads_what_it_is_sent_as_strictly():
     generator = random.Random(5)
-    body = npy(np.zeros((3, 2), "<f4"))
+    body = npy(wire.numbers(3, 2))
     for _ in range(3_000):
         altered = bytearray(body)
         for _ in range(generator.randint(1, 4)):
-            altered[generator.randrange(len(altered) - 24)] = generator.randrange(256)
-        record = ArrayRecord({"a": Array("float32", (3, 2), "numpy.ndarray", bytes(altered))})
+            altered[generator.randrange(len(altered) - 6)] = generator.randrange(256)
+        record = ArrayRecord({"a": Array(wire.encoding, (3, 2), "numpy.ndarray", bytes(altered))})
         try:
             (array,) = from_record(record).values()
-            assert array.size == 6 and array.dtype == np.float32
+            assert array.size == 6 and array.dtype.name == wire.encoding
         except WireError:
             pass
 
@@ -316,13 +398,13 @@ def replayed(trial: Any, swap: Any, *, twice: bool = False) -> tuple[Any, dict[s
     run = trial(FakeSite("a"), FakeSite("b"), FakeSite("c"))
     grid = Replayer([Path(s.name) for s in run.sites])
     grid.swap, grid.twice = swap, twice
-    return run, run.run(make_study(min_sites=2), grid=grid)
+    return run, run.run(make_study(wire=wire.encoding, min_sites=2), grid=grid)
 
 
 def test_an_answer_delivered_twice_counts_once(trial):
     run, body = replayed(trial, lambda name, old: None, twice=True)
     plain = trial(FakeSite("a"), FakeSite("b"), FakeSite("c"), folder="plain")
-    plain.run(make_study(min_sites=2))
+    plain.run(make_study(wire=wire.encoding, min_sites=2))
     assert all(r["participants"] == ["a", "b", "c"] for r in body["rounds"])
     for name in SHAPES:
         np.testing.assert_array_equal(run.adapter()[name], plain.adapter()[name])
@@ -354,7 +436,7 @@ def test_another_runs_answers_are_dropped(trial):
         run = trial(*sites, folder=folder)
         grid = Replayer([Path(s.name) for s in run.sites])
         grid.swap = swap
-        return grid, run.run(make_study(min_sites=2), grid=grid, parts=parts)
+        return grid, run.run(make_study(wire=wire.encoding, min_sites=2), grid=grid, parts=parts)
 
     sites = [FakeSite("a"), FakeSite("b"), FakeSite("c")]
     grid, _ = go("first", lambda name, old: None)

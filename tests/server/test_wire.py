@@ -1,0 +1,104 @@
+"""What rounding on the way does to a run: sites get a rounded adapter, the kept one is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from client.site import Update
+from fedtune.config import Encoding, Study
+from fedtune.models.lora import digest
+from fedtune.wire import codec
+from server import store, summary
+from tests.server.fakes import SHAPES, FakeSite, make_parts, make_study
+
+ENCODINGS: tuple[Encoding, ...] = ("float32", "float16", "int8")
+ROUNDS, STEP = 40, 1e-4
+
+
+class Recording(FakeSite):
+    """Moves every number by STEP, and keeps what it was given to train from."""
+
+    def train(self, digest: str, round_: int, adapter: Any, receipt: str) -> Update:
+        self.given = [*getattr(self, "given", []), adapter]
+        self.script[len(self.calls) + 1] = lambda update: Update(
+            {n: np.full_like(a, STEP) for n, a in adapter.items()}, update.events
+        )
+        return super().train(digest, round_, adapter, receipt)
+
+
+def start() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {n: rng.uniform(0.5, 1, shape).astype(np.float32) for n, shape in SHAPES.items()}
+
+
+def study(encoding: Encoding) -> Study:
+    made = make_study(wire=encoding, min_sites=2)
+    return made.model_copy(update={"training": made.training.model_copy(update={"rounds": ROUNDS})})
+
+
+def ran(trial: Any, encoding: Encoding, folder: str = "t") -> tuple[Any, list[Recording]]:
+    sites = [Recording("a"), Recording("b")]
+    run = trial(*sites, folder=folder)
+
+    def started(asked: Study) -> Any:
+        return SimpleNamespace(study=asked, adapter=start(), frozen={})
+
+    run.run(study(encoding), parts=make_parts(start=started))
+    return run, sites
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_rounding_does_not_add_up_over_rounds(trial: Any, encoding: Encoding):
+    """Updates far smaller than a step of the rounded adapter all arrive."""
+    run, _ = ran(trial, encoding)
+    adapter = run.adapter()
+    for name, begun in start().items():
+        moved = adapter[name].astype(np.float64) - begun
+        np.testing.assert_allclose(moved, ROUNDS * STEP, rtol=0.002, atol=2e-6)
+
+
+def test_an_adapter_that_is_kept_as_it_was_sent_is_caught(
+    trial: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """The twin: rounds its own adapter after every round, and so stands still."""
+    from fedtune.strategies.fedavg import FedAvg
+
+    honest = FedAvg.apply
+    monkeypatch.setattr(
+        FedAvg, "apply", lambda s, a: codec.decode(codec.encode(honest(s, a), "int8"))
+    )
+    with pytest.raises(AssertionError):
+        test_rounding_does_not_add_up_over_rounds(trial, "int8")
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_sites_train_from_the_kept_adapter_rounded_once(trial: Any, encoding: Encoding):
+    run, (a, b) = ran(trial, encoding)
+    kept = store.load(run.folder / "out", study(encoding))
+    assert kept is not None
+    first, last = a.given[0], codec.decode(codec.encode(kept.adapter, encoding))
+    assert digest(first) == digest(codec.decode(codec.encode(start(), encoding)))
+    assert [digest(g) for g in a.given] == [digest(g) for g in b.given]
+    for name in SHAPES:  # the last one given is one step behind what is kept
+        assert np.abs(a.given[-1][name] - last[name]).max() < 1e-2
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_round_asked_for_again_has_the_same_adapter_digest(trial: Any, encoding: Encoding):
+    """A site finds its kept update by that digest: other bytes would be paid for again."""
+    first, second = (ran(trial, encoding, folder)[1][0].given for folder in ("one", "two"))
+    assert [digest(a) for a in first] == [digest(a) for a in second]
+
+
+def test_the_report_says_how_numbers_travelled(trial: Any, tmp_path: Path):
+    run, _ = ran(trial, "int8")
+    kept = store.load(run.folder / "out", study("int8"))
+    assert kept is not None
+    body = summary.body(kept, make_parts())
+    assert body["wire"] == {"update": "int8", "adapter": "int8"}
+    assert all(set(r["bytes_up"]) == {"a", "b"} for r in body["rounds"])
