@@ -216,6 +216,7 @@ class SiteWorker:
             raise PolicyRefused(f"round {round_} is not in the plan")
         if receipt:
             self.ledger.accept_receipt(json.loads(receipt), prepared.coordinator)
+            self.ledger.prune(digest, prepared.coordinator)
         given = arrays_digest(adapter)
         body = self.ledger.released(digest, round_, given)
         if body is None:
@@ -252,6 +253,7 @@ class SiteWorker:
         plan = evaluation.asked_for(prepared.study, round_)
         if receipt:
             self.ledger.accept_receipt(json.loads(receipt), prepared.coordinator)
+            self.ledger.prune(plan.study, prepared.coordinator)
         given = arrays_digest(adapter)
         body = self.ledger.released(plan.study, round_, given)
         if body is None:

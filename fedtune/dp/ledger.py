@@ -109,6 +109,7 @@ class Ledger:
         self._reserved: dict[int, _Reservation] = {}
         self._restored: list[tuple[int, Charge, int]] = []
         self._sent: dict[tuple[str, int, str], str] = {}  # slot -> sha256 of the newest release
+        self._released: dict[tuple[str, int, str], int] = {}  # slot -> entry of that release
         self._done: set[int] = set()  # released reservations
         self._withdrawn: set[str] = set()
         self._admitted: dict[str, str] = {}
@@ -209,7 +210,7 @@ class Ledger:
             return writer.append("reserve", body)
 
     def release(self, reservation: int, update_sha256: str, body: bytes) -> None:
-        """Keep an update's bytes for good, then enter that it may be sent. Send it only afterwards.
+        """Keep an update's bytes, then enter that it may be sent. Send it only afterwards.
 
         Errors: LedgerError where the reservation is unknown or used, or another process released
         this round first (send what `released` gives)."""
@@ -268,6 +269,22 @@ class Ledger:
             if after != receipts:
                 replace(self.folder / RECEIPT, after.packed, private=True)
             self._store.check_receipts(writer.sql)  # as every transaction does from now on
+
+    def prune(self, study: str, coordinator_public: str) -> None:
+        """Remove the bytes of every round of `study` before the newest that the coordinator gave a
+        receipt for: it counts a round only after all earlier ones.
+
+        Who asks for one of them all the same is answered as for any bytes that are gone: the round
+        is reserved, and paid, again."""
+        with self._store.writing() as writer:
+            accepted = self._store.check_receipts(writer.sql).accepted
+            heads = [r.head.seq for r in accepted if r.coordinator == coordinator_public]
+            upto = max(heads, default=-1)
+            mine = [slot for slot in self._sent if slot[0] == study]
+            counted = max((slot[1] for slot in mine if self._released[slot] <= upto), default=0)
+            for slot in mine:
+                if slot[1] < counted:
+                    self._path(slot).unlink(missing_ok=True)
 
     # ------------------------------------------------------------------- consent and admission
 
@@ -372,7 +389,8 @@ class Ledger:
             self._reserved[entry.seq] = _Reservation(body["dataset"], charge, body["adapter"], time)
         elif entry.kind == "release":
             self._done.add(body["reservation"])
-            self._sent[self._reserved[body["reservation"]].slot] = body["sha256"]
+            slot = self._reserved[body["reservation"]].slot
+            self._sent[slot], self._released[slot] = body["sha256"], entry.seq
         elif entry.kind == "restore":
             self._restored += [(entry.seq, Charge(**c), time) for c in body["charges"]]
         elif entry.kind == "withdraw":

@@ -21,7 +21,7 @@ import pytest
 from fedtune.dp import ledger_store
 from fedtune.dp.accountant import Steps
 from fedtune.dp.ledger import Charge, Ledger, LedgerError
-from fedtune.dp.ledger_files import sealed_token
+from fedtune.dp.ledger_files import Head, Receipt, Receipts, sealed_token
 from fedtune.dp.steplog import Step, StepLog
 from fedtune.errors import BudgetExceeded
 from fedtune.wire.keys import SigningKey, canonical
@@ -555,6 +555,39 @@ def test_a_head_statement_tells_the_coordinator_nothing(used: Ledger) -> None:
     assert set(one) == {"token"} and len({str(x) for x in (one, same, after)}) == 3
     assert len({len(x["token"]) for x in (one, same, after)}) == 1
     assert used.head.hash not in str(after)
+
+
+def kept(ledger: Ledger) -> list[int]:
+    """The rounds whose updates can be sent again."""
+    return sorted(int(path.name.split("-")[1]) for path in (ledger.folder / "outbox").iterdir())
+
+
+def test_updates_before_a_counted_one_are_kept_no_longer_and_never_free_again(
+    used: Ledger, folder: Path
+) -> None:
+    coordinator, stranger = SigningKey(), SigningKey()
+    used.accept_receipt(receipt(coordinator, used.head_statement()), coordinator.public)
+    for round_ in (6, 7):
+        run_round(used, round_)
+    newest = used.released(STUDY, 5, "adapter 5")
+    used.prune(STUDY, stranger.public)
+    used.prune("sha256:" + "9" * 64, coordinator.public)
+    assert kept(used) == [1, 2, 3, 4, 5, 6, 7]
+    Ledger(folder).prune(STUDY, coordinator.public)
+    assert kept(used) == [5, 6, 7]
+    assert newest is not None and used.released(STUDY, 5, "adapter 5") == newest
+    assert used.released(STUDY, 4, "adapter 4") is None
+    run_round(used, 4)
+    assert len(used.charges("notes")) == 8
+    used.verify()
+
+
+def test_pruning_without_a_receipt_is_caught(used: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin: the coordinator may have lost what is pruned, and the site pays for it again."""
+    head = Receipt("a", Head(10**9, ""), "")
+    monkeypatch.setattr(ledger_store.Store, "check_receipts", lambda *_: Receipts((head,)))
+    used.prune(STUDY, "a")
+    assert kept(used) == [5]
 
 
 def test_an_altered_receipt_file_is_noticed(used: Ledger, folder: Path) -> None:
