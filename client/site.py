@@ -235,7 +235,8 @@ class SiteWorker:
 
         reserved = self.ledger.reserve(self._dataset, charge, given, permit)
         prepared.network.load_frozen(prepared.frozen)
-        delta = local_round(study, data, prepared.plan, self.log, round_, adapter)
+        recompute = self.site.site.gradient_checkpointing
+        delta = local_round(study, data, prepared.plan, self.log, round_, adapter, recompute)
         events = _summary(self.log.steps(study.digest)) if plan else []
         sent = encode(delta, study.wire.update)  # after the noise, before the ledger
         body = save(sent, {"events": json.dumps(events)})

@@ -278,6 +278,7 @@ class SiteTable(Table):
     declared_size: Count  # units, as a person declares it; public; no code derives it from the data
     state: Path = Path("state")  # step log, received plans and frozen factors
     base: str | None = None  # where this site has the base, if elsewhere; its digest must match
+    gradient_checkpointing: bool = False  # less memory for activations, a third more time
 
 
 class SiteData(DataFile):

@@ -89,6 +89,7 @@ SITE = """\
 name = "my-hospital"
 declared_size = 200    # records (or patients) as a person states it in public; never counted
 state = "state"        # the ledger of what privacy was spent, and the site's key. Back it up
+# gradient_checkpointing = true  # long records, little memory: a third more time
 
 [data]                 # .jsonl, .csv or .parquet, or a folder of them
 path = "data.jsonl"

@@ -17,9 +17,16 @@ from fedtune.objectives import find
 
 
 def local_round(
-    study: Study, data: Cached, plan: StepPlan, log: StepLog, round_: int, adapter: Arrays
+    study: Study,
+    data: Cached,
+    plan: StepPlan,
+    log: StepLog,
+    round_: int,
+    adapter: Arrays,
+    recompute: bool = False,
 ) -> Arrays:
     """`local_steps` steps from `adapter`; returns trained minus given, fp32 by name.
+    recompute: keep no activations within a block; Opacus' hooks cannot, and go without.
 
     Only the noised mean gradient reaches the optimiser, so momentum, decay and the proximal term
     (Li et al. 2020) are post-processing. The optimiser starts afresh each round: nothing of a
@@ -32,7 +39,8 @@ def local_round(
     optimizer = _optimizer(study, engine.parameters)
     start = [p.detach().clone() for p in engine.parameters]
     for _ in range(study.training.local_steps):
-        noised = plan.step(engine.n_rows, engine.dimension, engine, log, round_)
+        with network.recomputing(recompute and engine.name == "one-pass"):
+            noised = plan.step(engine.n_rows, engine.dimension, engine, log, round_)
         pieces = torch.split(noised, [p.numel() for p in engine.parameters])
         for parameter, piece, before in zip(engine.parameters, pieces, start, strict=True):
             pull = study.training.proximal_mu * (parameter.detach() - before)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+import timeit
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -18,13 +19,16 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedtune.config import LoraTable, Study
 from fedtune.errors import ConfigError, ModelError
 from fedtune.models import lora as lora_module
 from fedtune.models.base import Base, find_base, load_backbone, load_tokenizer
 from fedtune.models.lora import Arrays
+from fedtune.models.loss import head_loss
 from fedtune.models.split import Split, cut
 
 HEAD = "head.safetensors"
@@ -48,11 +52,22 @@ def _build(base: Base, dtype: torch.dtype, lora: LoraTable | None, labels: int) 
 
 
 def _dtype(name: str) -> torch.dtype:
-    """bfloat16 where the processor multiplies it natively, unless the study says otherwise."""
-    if name == "auto":
-        fast = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if fast else torch.float32
-    return torch.bfloat16 if name == "bfloat16" else torch.float32
+    """bfloat16 where it is faster here, unless the study says otherwise."""
+    fast = _bf16_is_faster() if name == "auto" else name == "bfloat16"
+    return torch.bfloat16 if fast else torch.float32
+
+
+@lru_cache(maxsize=1)
+def _bf16_is_faster() -> bool:
+    """Whether the processor multiplies bf16 natively and, measured once per process, faster."""
+    if not torch.cpu._is_avx512_bf16_supported():
+        return False
+
+    def seconds(dtype: torch.dtype) -> float:
+        left, right = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+        return min(timeit.repeat(lambda: left @ right.T, number=1, repeat=7))
+
+    return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
 
 
 class Network:
@@ -137,6 +152,11 @@ class Network:
         found: torch.Tensor = (selected @ weight.T).float()
         return found
 
+    def token_losses(self, selected: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Negative log-likelihood (nats) of next tokens, from selected states (n, H); fp32 (n,)."""
+        assert self._lm_head is not None
+        return head_loss(selected, self._lm_head.weight, targets)  # type: ignore[arg-type]
+
     def pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """One vector per record (B, H) fp32: mean over tokens (encoder) or the last one."""
         return hidden[:, 0] if self.pooled else self._pool(hidden, mask)
@@ -156,6 +176,21 @@ class Network:
         extra = {"use_cache": False} if self.kind == "causal" else {"attention_mask": mask.long()}
         states: torch.Tensor = part(**inputs, **extra).last_hidden_state
         return states
+
+    @contextmanager
+    def recomputing(self, wanted: bool) -> Iterator[None]:
+        """If wanted, blocks with an adapter keep their inputs alone and run again in the backward
+        pass: the memory of one block for a third more time. The same gradients."""
+        blocks = [m for m in self.trained.modules() if isinstance(m, GradientCheckpointingLayer)]
+        blocks = [m for m in blocks if wanted and any(p.requires_grad for p in m.parameters())]
+        for block in blocks:  # not by the block's own switch, which asks for training mode
+            again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            block.forward = partial(again, block.forward)
+        try:
+            yield
+        finally:
+            for block in blocks:
+                del block.forward
 
     # -------------------------------------------------------------------------------- arrays
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 
 from fedtune.models.cache import Batch
 from fedtune.models.network import Network
@@ -17,7 +16,6 @@ def losses(network: Network, batch: Batch) -> torch.Tensor:
     """
     hidden = network.hidden(batch.prefix, batch.mask)
     rows, positions = torch.nonzero(batch.target_ids != -100, as_tuple=True)
-    logits = network.logits(hidden[rows, positions])
-    each = functional.cross_entropy(logits, batch.target_ids[rows, positions], reduction="none")
+    each = network.token_losses(hidden[rows, positions], batch.target_ids[rows, positions])
     counts = torch.bincount(rows, minlength=len(batch.label)).clamp_min(1)
     return torch.zeros(len(batch.label)).index_add(0, rows, each) / counts

@@ -300,3 +300,34 @@ def test_who_sees_the_same_record_shares_its_states_and_nobody_keeps_them(tiny_b
     assert all(a is b for a, b in zip(one._states, two._states, strict=True))
     del one, two
     assert len(network.states) == 0
+
+
+@pytest.mark.parametrize("last_layers", [None, 2])
+def test_recomputing_changes_no_gradient_and_keeps_no_activations(
+    tiny_base: Path, last_layers: int | None
+) -> None:
+    network = make(tiny_base, last_layers=last_layers)
+    data = Cached(network, records([1, 2, 3]))
+    engine = UnitGradientEngine(data, causal_lm)
+    plain, kept = engine.matrix(range(3)), saved_numbers(data)
+    with network.recomputing(True):
+        assert torch.allclose(engine.matrix(range(3)), plain, rtol=1e-5, atol=1e-8)
+        assert saved_numbers(data) < kept / 2
+    assert all("forward" not in vars(module) for module in network.model.modules())
+    with network.recomputing(False):
+        assert saved_numbers(data) == kept
+
+
+def saved_numbers(data: Cached) -> int:
+    """How many numbers one forward pass keeps for the backward pass."""
+    total = 0
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal total
+        total += tensor.numel() if tensor.grad_fn is not None else 0
+        return tensor
+
+    (batch, *_) = data.batches(range(3))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        causal_lm.losses(data.network, batch)
+    return total
