@@ -126,6 +126,7 @@ def measure(sites: int, megabytes: float) -> dict[int, float]:
     )
     parts = Parts(
         start=lambda _: start, epsilon=lambda events, delta: 1.0, licence=lambda _: "none",
+        engine=lambda _: "none",
         save=lambda study, adapter, frozen, folder: folder.mkdir(), report=lambda out, body: None,
         patience=0.0, pause=0.0,
     )  # fmt: skip

@@ -62,6 +62,14 @@ def _accountant() -> str:
     return ACCOUNTANT
 
 
+def _engine(study: Study) -> str:
+    from fedtune.dp.engines import choose
+    from fedtune.models.network import build
+
+    network = build(study)
+    return choose(study.training.engine, network.trained, list(network.parameters().values())).name
+
+
 def _licence(study: Study) -> str:
     from fedtune.models.base import find_base
 
@@ -96,6 +104,7 @@ class Parts:
     epsilon: Callable[[Events, float], float] = _epsilon
     budget: Callable[[Study, int], Budget] = _budget
     accountant: Callable[[], str] = _accountant
+    engine: Callable[[Study], str] = _engine
     licence: Callable[[Study], str] = _licence
     save: Callable[[Study, Arrays, Arrays, Path], None] = _save
     report: Callable[[Path, dict[str, Any]], None] = _report

@@ -50,7 +50,7 @@ def body(progress: Progress, parts: Parts) -> dict[str, Any]:
             "licence": parts.licence(study),
             "dtype": study.base.dtype,
         },
-        "adapter": _adapter(progress),
+        "adapter": _adapter(progress) | {"engine": parts.engine(study)},
         "wire": study.wire.model_dump(mode="json"),
         "sites": dict(sorted(progress.admission.items())),
         "absences": absences(history),

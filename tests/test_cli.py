@@ -222,6 +222,7 @@ def test_a_study_from_simulate_to_generate(study: Path) -> None:
     assert "2/2" in found.output and "ε = " in found.output and "NOT PRIVATE" not in found.output
     assert str(folder / "report.md") in found.output and "next" in found.output
     body = json.loads((folder / "report.json").read_text())
+    assert body["adapter"]["engine"] == "one-pass"
     assert body["private"] and body["privacy"]["epsilon"] <= 8
     assert {len(row["epsilon"]) for row in body["rounds"]} == {2}
     again = run("simulate", study, "--out", folder)

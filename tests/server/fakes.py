@@ -146,6 +146,7 @@ def make_parts(**changes: Any) -> Parts:
         "evaluator": lambda study, frozen: FakeEvaluator(),
         "epsilon": lambda events, delta: sum(q * n / s for s, q, n, _ in events),
         "accountant": lambda: "fake",
+        "engine": lambda study: "one-pass",
         "licence": lambda study: "apache-2.0",
         "save": save,
         "report": lambda out, body: None,
