@@ -1,37 +1,45 @@
-"""What could go wrong at this site, looked at before it does. Nothing leaves this machine."""
+"""What could go wrong at this site, looked at before it does. Nothing leaves this machine but a
+greeting to the coordinator, where the site is enrolled with one."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
+
+from cryptography import x509
 
 from client.policy import refusals
 from client.site import check_data
+from fedtune import checks
+from fedtune.checks import Finding, findings
 from fedtune.config import Site, Study, load_site
 from fedtune.data.records import read_records
 from fedtune.dp import selftest
 from fedtune.dp.ledger import Ledger
+from fedtune.dp.ledger_files import KEY, SALT
 from fedtune.dp.plan import plan_for_site
-from fedtune.errors import FedtuneError
-from fedtune.flower.forwarder import Forwarder, link
+from fedtune.errors import FedtuneError, InfrastructureError
+from fedtune.flower import certs, look
+from fedtune.flower.forwarder import (
+    STATUS,
+    Link,
+    dial,
+    far_context,
+    keys_folder,
+    link,
+    newest,
+    proxy_of,
+)
 from fedtune.models.network import build
+from fedtune.wire.protocol import check_peer
 
-LOOK_SECONDS = 3.0  # for the way to the coordinator
-FREE_GB = 2.0  # for the base's cache, the outbox and the ledger
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One check: `says` is for the site's own eyes and may hold counts of its records."""
-
-    name: str
-    good: bool
-    says: str
+RENEW = (
+    "a running `fedtune client` renews it by itself; past its end run `fedtune enroll` again, with "
+    "the same keys, and have the request admitted"
+)
 
 
 def examine(path: Path, study: Study | None = None) -> Iterator[Finding]:
@@ -40,38 +48,110 @@ def examine(path: Path, study: Study | None = None) -> Iterator[Finding]:
     Errors: ConfigError where site.toml cannot be read; all else is a finding."""
     site = load_site(path)
     yield Finding("site file", True, f"{path}: {site.site.name}")
-    checks: list[tuple[str, Callable[[], str]]] = [
-        ("records", lambda: _records(site)),
-        ("ledger", lambda: _ledger(site)),
-        ("disk", lambda: _disk(site)),
-    ]
-    if site.coordinator:
-        checks.append(("node key", lambda: _node_key(site)))
-        checks.append(("coordinator", lambda: _coordinator(site, path)))
-    for name, check in checks:
-        yield _finding(name, check)
+    yield from findings(
+        [
+            ("versions", checks.versions),
+            ("records", lambda: _records(site)),
+            ("ledger", lambda: _ledger(site)),
+            ("secrets", lambda: _secrets(site)),
+        ]
+    )
     if study is None:
+        yield from findings([("disk", lambda: checks.disk(site.site.state, checks.FREE))])
+    if site.coordinator:
+        yield from _network(site, path)
+    if study is not None:
+        yield from _for_study(site, study)
+
+
+def _for_study(site: Site, study: Study) -> Iterator[Finding]:
+    try:
+        base = checks.base(study, site.site.base)
+        need = checks.need(study, base)
+    except FedtuneError as error:
+        yield Finding("base", False, str(error))
         return
-    for name, check in [
-        ("base", lambda: build(study, site.site.base).base.digest),
-        ("plan", lambda: _plan(study, site)),
-        ("records for the plan", lambda: _fits(site, study)),
-    ]:
-        yield _finding(name, check)
+    kept = need.adapter * (study.training.rounds or 0)  # every update stays in the outbox
+    yield Finding("base", True, f"{base}: {study.base.digest or 'no digest in the study yet'}")
+    yield from findings(
+        [
+            ("disk", lambda: checks.disk(site.site.state, checks.FREE + kept)),
+            ("memory", lambda: checks.memory(need.memory)),
+            ("plan", lambda: _plan(study, site)),
+            ("records for the plan", lambda: _fits(site, study)),
+        ]
+    )
     try:
         network = build(study, site.site.base)
-    except FedtuneError:
+    except FedtuneError as error:
+        yield Finding("self-test", False, str(error))
         return
     for result in selftest.run(study, network, site.site.declared_size):
         says = result.note or f"{result.figure:.3g}, at most {result.bound:g}"
         yield Finding(f"self-test: {result.name}", result.passed, says)
 
 
-def _finding(name: str, check: Callable[[], str]) -> Finding:
+def _network(site: Site, path: Path) -> Iterator[Finding]:
+    """Enrolment, both certificates, and the way to the gateway, as `fedtune client` goes."""
     try:
-        return Finding(name, True, check())
+        found = link(site, path)
+        authority = x509.load_pem_x509_certificate(found.answer.ca.encode())
+        own = newest(found)
     except FedtuneError as error:
-        return Finding(name, False, str(error))
+        yield Finding("enrolment", False, str(error))
+        return
+    yield Finding("enrolment", True, f"{found.name}, in the consortium {found.answer.fingerprint}")
+    mine = lambda: look.certificate(own, authority, look.LEAF_LEFT, RENEW)  # noqa: E731
+    yield from findings([("certificate", mine)])
+    try:
+        proxy = proxy_of(found)
+        way = lambda context: dial(found, proxy, context)  # noqa: E731
+        leaf = look.presented(way, found.address)
+    except FedtuneError as error:
+        yield Finding("coordinator", False, str(error))
+        return
+    strange = "the address may be another's; else ask the coordinator to run `fedtune doctor`"
+    yield from findings(
+        [
+            ("names", lambda: look.names(leaf, found.host)),
+            ("its certificate", lambda: look.certificate(leaf, authority, timedelta(0), strange)),
+        ]
+    )
+    try:
+        status, clock = _greet(found, way)
+    except FedtuneError as error:
+        yield Finding("coordinator", False, str(error))
+        return
+    yield Finding("coordinator", True, f"{found.address}: answers, and lets this site in")
+    yield from findings(
+        [("clock", lambda: look.clock(clock)), ("protocol", lambda: _protocol(status))]
+    )
+
+
+def _greet(found: Link, way: look.Dial) -> tuple[dict[str, Any], float]:
+    """What the gateway says of itself, and by how many seconds this clock is ahead of its own.
+
+    Errors: InfrastructureError where it does not answer, or turns this site away."""
+    sent = certs.now()
+    code, body = look.got(way, far_context(found), found.address, STATUS)
+    received = certs.now()
+    if code == 403:
+        raise InfrastructureError(f"{found.address}: refuses this site: {body.decode()}")
+    if code != 200:
+        raise InfrastructureError(f"{found.address}: answers {code}: {body.decode()}")
+    status: dict[str, Any] = json.loads(body)
+    there = str(status.get("now", received.isoformat()))
+    return status, look.ahead_of(sent, there, received)
+
+
+def _protocol(status: dict[str, Any]) -> str:
+    check_peer("the coordinator", status, "this site")
+    return f"{status['protocol']} at both ends; fedtune {status['release']} at the coordinator"
+
+
+def _secrets(site: Site) -> str:
+    state, keys = site.site.state, keys_folder(site)
+    return checks.secrets([state / KEY, state / SALT, keys / "node.key", keys / "tls.key"])
 
 
 def _records(site: Site) -> str:
@@ -101,47 +181,6 @@ def _ledger(site: Site) -> str:
     ledger = Ledger(site.site.state)
     ledger.verify()
     return f"{site.site.state}: whole; {len(ledger.spending())} charges"
-
-
-def _disk(site: Site) -> str:
-    place = site.site.state
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free / 1e9
-    if free < FREE_GB or not os.access(place, os.W_OK):
-        raise FedtuneError(f"{place}: {free:.1f} GB free", f"{FREE_GB:g} GB, writable")
-    return f"{free:.0f} GB free"
-
-
-def _node_key(site: Site) -> str:
-    assert site.coordinator is not None
-    key = site.site.state / "keys" / "node.key"
-    if not key.exists():
-        raise FedtuneError(f"{key}: no such file", todo="`fedtune enroll` makes it")
-    if key.stat().st_mode & 0o077:
-        raise FedtuneError(f"{key}: other users can read it", todo="chmod 600")
-    return f"{key}: for this user alone"
-
-
-def _coordinator(site: Site, path: Path) -> str:
-    """The answer, this site's certificate, and the way to the gateway, as `fedtune client` goes."""
-    found = link(site, path)
-    at = f"{found.host}:{found.port}"
-    with tempfile.TemporaryDirectory() as folder, Forwarder(found, Path(folder), 0.5) as way:
-        time.sleep(LOOK_SECONDS)
-        if way.distrust:
-            raise FedtuneError(
-                f"{at}: the certificate does not verify",
-                "one that this consortium's CA signed for that name",
-                "ask the coordinator which name `fedtune server --name` was given; check the clock",
-            )
-        if way.refusal:
-            raise FedtuneError(f"{at}: refuses this site: {way.refusal}")
-        if way.away:
-            raise FedtuneError(
-                f"{at}: does not answer", todo="check address, proxy and firewall, or start it"
-            )
-    return f"{at}: answers, and lets this site in"
 
 
 def _plan(study: Study, site: Site) -> str:

@@ -18,7 +18,7 @@ HOME = Annotated[Path, typer.Option("--home", metavar="DIR", help="The coordinat
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands on `app`."""
-    for each in (enroll, admit, revoke):
+    for each in (enroll, admit, revoke, doctor):
         command(app, panel=PANEL)(each)
 
 
@@ -122,3 +122,97 @@ def revoke(
 
     record = enrol.revoke(home, name)
     typer.echo(f"revoked {name} at {record.revoked}; its keys are refused from now on")
+
+
+def doctor(
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="A site's site.toml, or the coordinator's study.toml."),
+    ],
+    study: Annotated[
+        Path | None,
+        typer.Option(
+            "--study",
+            metavar="STUDY",
+            help="Site: also base, plan, records for it, and the self-test of the guarantee.",
+        ),
+    ] = None,
+    home: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Coordinator: its home. Without it: coordinator."),
+    ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Coordinator: where it listens. As of `server`."),
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, metavar="N", help="Coordinator: the port. As of `server`."),
+    ] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--name",
+            metavar="NAME",
+            help="Coordinator: what sites call it by. Without it: what answers say.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Look for what could go wrong on this machine, before it does; say what to do about it.
+
+    [bold]At a site[/bold] (site.toml): records against the declared size, ledger, keys and
+    certificate, the way to the coordinator, its names and its clock; with --study also the base,
+    memory, the plan under the policy, and the self-test.
+
+    [bold]At the coordinator[/bold] (study.toml): plan, base, CA and certificate, names, clock, the
+    port, and the registry of sites. Give it the options that `fedtune server` gets.
+
+    Both: versions, disk, memory, who can read the secrets. No record leaves this machine."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from fedtune.errors import ConfigError
+
+    given = {"--study": study, "--home": home, "--host": host, "--port": port, "--name": names}
+    coordinator = _kind(file) == "study"
+    for option, value in given.items():
+        if value is not None and (option == "--study") == coordinator:
+            side = "a site" if option == "--study" else "the coordinator"
+            raise ConfigError(f"{option} is for {side}, and {file} is not {side}'s file")
+    if coordinator:
+        from server.doctor import Place
+        from server.doctor import examine as examine_coordinator
+
+        place = Place(home or Path("coordinator"), host or "127.0.0.1", port or 8443, names or [])
+        found = examine_coordinator(file, place)
+    else:
+        from client.doctor import examine
+        from client.review import read_plan
+
+        found = examine(file, read_plan(study) if study else None)
+    bad = 0
+    for finding in found:
+        mark = "[green]ok  [/green]" if finding.good else "[red]BAD [/red]"
+        Console().print(f"{mark} {finding.name}: {escape(finding.says)}", highlight=False)
+        bad += not finding.good
+    if bad:
+        raise ConfigError(f"{bad} checks failed", todo="see above, then run it again")
+
+
+def _kind(file: Path) -> str:
+    """ "site" or "study", by the file's tables. Errors: ConfigError."""
+    import tomllib
+
+    from fedtune.errors import ConfigError
+
+    try:
+        tables = set(tomllib.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file", todo="`fedtune init DIR` writes one") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read as TOML ({type(error).__name__})") from None
+    for kind in ("site", "study"):
+        if kind in tables:
+            return kind
+    raise ConfigError(f"{file}: neither a site.toml nor a study.toml", "a [site] or [study] table")

@@ -27,7 +27,7 @@ PLAN = Annotated[
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands on `app`."""
-    for each in (review, ledger, withdraw, doctor, audit):
+    for each in (review, ledger, withdraw, audit):
         command(app, panel=PANEL)(each)
 
 
@@ -145,34 +145,6 @@ def withdraw(
                 f"  {release.name} ({release.digest[7:19]}…): {release.rounds} updates were sent, "
                 f"ε = {rounded_up(release.epsilon)}; its adapter keeps at most that much"
             )
-
-
-def doctor(
-    site: SITE,
-    study: Annotated[
-        Path | None,
-        typer.Option(
-            "--study",
-            metavar="STUDY",
-            help="Also the plan, the records for it, and the self-test of the guarantee.",
-        ),
-    ] = None,
-) -> None:
-    """Look for what could go wrong at this site, before it does; say what to do about it.
-
-    Compares the true number of units with the declared one. Nothing leaves this machine."""
-    from client.doctor import examine
-    from client.review import read_plan
-    from fedtune.errors import ConfigError
-
-    bad = 0
-    console = Console()
-    for finding in examine(site, read_plan(study) if study else None):
-        mark = "[green]ok  [/green]" if finding.good else "[red]BAD [/red]"
-        console.print(f"{mark} {finding.name}: {escape(finding.says)}", highlight=False)
-        bad += not finding.good
-    if bad:
-        raise ConfigError(f"{bad} checks failed", todo="see above, then run it again")
 
 
 def audit(

@@ -8,11 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from client import doctor
-from fedtune.config import load_site
-from fedtune.errors import FedtuneError
-from fedtune.flower import certs, enrol
-from fedtune.flower.processes import free_port
+from fedtune.flower import enrol
 from tests.flower import kit
 from tests.test_cli import run
 
@@ -88,24 +84,3 @@ def test_revoking_nobody_names_who_there_is(site: Path) -> None:
 def test_the_help_says_how_keys_are_rotated() -> None:
     said = " ".join(run("enroll", "--help").output.split())
     assert "rotation" in said and "--new-keys" in said and "revokes the site" in said
-
-
-def test_doctor_goes_the_way_to_the_coordinator(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(doctor, "LOOK_SECONDS", 1.5)
-    home, port = tmp_path / "home", free_port()
-    path = kit.site_file(tmp_path / "a", "a", port)
-    kit.join_up(home, path, port)
-    site = load_site(path)
-    with pytest.raises(FedtuneError, match="does not answer"):
-        doctor._coordinator(site, path)
-    trust, _ = certs.loopback(tmp_path / "own")
-    with kit.gateway(home, "https://127.0.0.1:1", trust, port=port):
-        assert "lets this site in" in doctor._coordinator(site, path)
-        enrol.revoke(home, "a")
-        with pytest.raises(FedtuneError, match="refuses this site"):
-            doctor._coordinator(site, path)
-    (tmp_path / "a" / "answer.json").unlink()
-    with pytest.raises(FedtuneError, match="answer"):
-        doctor._coordinator(site, path)

@@ -16,7 +16,13 @@ from typing import Literal
 import httpx
 from flwr.app import Context, Error, Message
 from flwr.app.message import make_message
-from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode, SubStatus
+from flwr.common.constant import (
+    SUPERLINK_NODE_ID,
+    SYSTEM_TIME_TOLERANCE,
+    TIMESTAMP_TOLERANCE,
+    ErrorCode,
+    SubStatus,
+)
 from flwr.common.serde import (
     fab_to_proto,
     message_from_proto,
@@ -51,6 +57,7 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 __all__ = [
     "AGENT_APP",
     "CLIENT_APP",
+    "CLOCK_WINDOW",
     "SERVER_APP",
     "SUPERLINK_NODE_ID",
     "SUPERNODE_JOINED",
@@ -75,6 +82,8 @@ __all__ = [
 SERVER_APP, CLIENT_APP, AGENT_APP = TaskType.SERVER_APP, TaskType.CLIENT_APP, TaskType.AGENT_APP
 SUPERNODE_JOINED = "SuperNode ID: "  # what a SuperNode logs once the SuperLink has accepted it
 SUPERNODE_REFUSED = "Failed to initialize the connection to the SuperLink"
+# Seconds between a node's signed timestamp and the SuperLink's clock, from and to.
+CLOCK_WINDOW = (-SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE)
 OUTAGE_SECONDS = 600.0  # how long a SuperLink or a SuperNode may go without answering
 
 

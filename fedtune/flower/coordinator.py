@@ -98,7 +98,7 @@ def serve(
 
 def prepare(home: Path, host: str, port: int, names: Sequence[str] = ()) -> None:
     """Make what the home lacks; see the layout above. Errors: ConfigError, InfrastructureError."""
-    if reachable(_own_name(host), port):
+    if reachable(own_name(host), port):
         raise InfrastructureError(
             f"port {port} of {host} is taken", todo="choose another with --port"
         )
@@ -178,7 +178,7 @@ def door(link: Link, home: Path, host: str, port: int) -> Iterator[None]:
 
     watch = threading.Thread(target=supervise, daemon=True)
     try:
-        gateway.wait_for_port(_own_name(host), port)
+        gateway.wait_for_port(own_name(host), port)
         watch.start()
         yield
     finally:
@@ -233,7 +233,7 @@ def _secret(home: Path) -> Path:
     return home / "flower" / "executor.secret"
 
 
-def _own_name(host: str) -> str:
+def own_name(host: str) -> str:
     """The name that this machine calls its own gateway by: loopback where it listens there."""
     return "127.0.0.1" if host in {*EVERYWHERE, "localhost"} else host
 

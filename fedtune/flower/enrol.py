@@ -40,7 +40,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedtune import files
-from fedtune.errors import ConfigError, Refused
+from fedtune.errors import ConfigError, InfrastructureError, Refused
 from fedtune.flower import certs
 from fedtune.wire.keys import SigningKey, canonical, verifies
 
@@ -328,7 +328,7 @@ def _kept(record: Record) -> bytes:
 def _issued(home: Path, key: EC, name: str) -> bytes:
     """A new certificate (PEM)."""
     leaf = certs.issue(home, key, name).public_bytes(certs.PEM)
-    with suppress(OSError):  # a full disk keeps nobody from a renewal
+    with suppress(InfrastructureError):  # a full disk keeps nobody from a renewal
         files.replace(_leaf(home, name), leaf, private=True)
     return leaf
 

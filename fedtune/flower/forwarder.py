@@ -104,9 +104,9 @@ class Forwarder:
         self._near.minimum_version = ssl.TLSVersion.TLSv1_3
         self._near.load_cert_chain(self.certificate, key)
         self._trust = ssl.create_default_context(cafile=str(self.certificate))
-        self._leaf = _newest(found)
-        self._far = _far_context(found)
-        self._proxy = _proxy(found)
+        self._leaf = newest(found)
+        self._far = far_context(found)
+        self._proxy = proxy_of(found)
         self._ready = threading.Event()
         self._relays: set[asyncio.Task[None]] = set()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -133,6 +133,7 @@ class Forwarder:
         try:
             with contextlib.suppress(asyncio.CancelledError):
                 self._loop.run_until_complete(self._main)
+            self._loop.run_until_complete(_cut(asyncio.all_tasks(self._loop)))
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         finally:
             self._ready.set()
@@ -196,28 +197,8 @@ class Forwarder:
 
     async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A TLS connection to the gateway. Errors: OSError, EOFError, ValueError, TimeoutError."""
-        far = self.link
         async with asyncio.timeout(CONNECT_SECONDS):
-            if self._proxy is None:
-                return await asyncio.open_connection(
-                    far.host, far.port, ssl=self._far, server_hostname=far.host, limit=CHUNK
-                )
-            proxy = self._proxy
-            secure = proxy.scheme == "https"
-            context = ssl.create_default_context(cafile=far.proxy_ca) if secure else None
-            reader, writer = await asyncio.open_connection(
-                proxy.hostname, proxy.port or (443 if secure else 80), ssl=context, limit=CHUNK
-            )
-            try:
-                writer.write(_connect(far, proxy))
-                head = await reader.readuntil(b"\r\n\r\n")
-                if head.split(b" ", 2)[1:2] != [b"200"]:
-                    raise ConnectionError("the proxy refuses to connect")
-                await writer.start_tls(self._far, server_hostname=far.host)
-            except BaseException:
-                writer.transport.abort()
-                raise
-            return reader, writer
+            return await dial(self.link, self._proxy, self._far)
 
     def _failed(self, error: Exception) -> None:
         self._since = self._since if self._since is not None else time.monotonic()
@@ -262,7 +243,42 @@ class Forwarder:
                 if leaf.public_key() == key.public_key():
                     replace(self.link.certificate, leaf.public_bytes(certs.PEM), private=True)
                     self._leaf = leaf
-                    self._far = _far_context(self.link)
+                    self._far = far_context(self.link)
+
+
+async def _cut(tasks: set[asyncio.Task[None]]) -> None:
+    """End what came in while the rest was ended: handshakes, and the relays that follow them."""
+    for each in tasks:
+        each.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.sleep(0.01)  # what was cut closes in the next turn
+
+
+async def dial(
+    far: Link, proxy: urllib.parse.SplitResult | None, context: ssl.SSLContext
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection to the gateway under `context`, through the proxy if there is one.
+
+    Errors: OSError, EOFError, ValueError."""
+    if proxy is None:
+        return await asyncio.open_connection(
+            far.host, far.port, ssl=context, server_hostname=far.host, limit=CHUNK
+        )
+    secure = proxy.scheme == "https"
+    own = ssl.create_default_context(cafile=far.proxy_ca) if secure else None
+    reader, writer = await asyncio.open_connection(
+        proxy.hostname, proxy.port or (443 if secure else 80), ssl=own, limit=CHUNK
+    )
+    try:
+        writer.write(_connect(far, proxy))
+        head = await reader.readuntil(b"\r\n\r\n")
+        if head.split(b" ", 2)[1:2] != [b"200"]:
+            raise ConnectionError("the proxy refuses to connect")
+        await writer.start_tls(context, server_hostname=far.host)
+    except BaseException:
+        writer.transport.abort()
+        raise
+    return reader, writer
 
 
 async def _close(*writers: asyncio.StreamWriter) -> None:
@@ -276,7 +292,7 @@ async def _close(*writers: asyncio.StreamWriter) -> None:
             writer.transport.abort()
 
 
-def _newest(found: Link) -> x509.Certificate:
+def newest(found: Link) -> x509.Certificate:
     """The certificate that is valid longest: the answer's, or a renewal of it, for the same key.
 
     It is (again) in link.certificate afterwards."""
@@ -300,7 +316,7 @@ def _overdue(leaf: x509.Certificate) -> str | None:
     return None
 
 
-def _far_context(found: Link) -> ssl.SSLContext:
+def far_context(found: Link) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks certificate and host name
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_verify_locations(cadata=found.answer.ca)
@@ -308,7 +324,7 @@ def _far_context(found: Link) -> ssl.SSLContext:
     return context
 
 
-def _proxy(found: Link) -> urllib.parse.SplitResult | None:
+def proxy_of(found: Link) -> urllib.parse.SplitResult | None:
     """site.toml's proxy, or the environment's HTTPS_PROXY unless NO_PROXY names the host."""
     url = found.proxy
     if url is None and not urllib.request.proxy_bypass(found.host):

@@ -11,7 +11,8 @@ is valid now. Each request is then refused unless
 | its size     | is announced, and at most Limits.request_bytes                                   |
 | its pace     | is within Limits.rate, per site                                                  |
 
-Two calls are the gateway's own: GET STATUS, and POST RENEW (a signing request for the same key).
+Two calls are the gateway's own: GET STATUS (with its clock and protocol, for `fedtune doctor`),
+and POST RENEW (a signing request for the same key).
 Guarantee: bodies are streamed and never held; memory grows with open connections alone, and these
 are bounded, in total and per site. Revocation closes a site's open connections within a second.
 Nothing of a request is parsed but its head; h11 does that.
@@ -42,6 +43,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedtune.errors import FedtuneError
 from fedtune.flower import certs, enrol
+from fedtune.wire.protocol import spoken
 
 FLEET = frozenset(
     "/v1/fleet/" + call
@@ -210,7 +212,8 @@ class Gateway:
         call = (request.method, request.target.decode("ascii", "replace"))
         size = _length(request)
         if call == (b"GET", STATUS):
-            about = {"name": record.name, "until": peer.until.isoformat()}
+            about: dict[str, Any] = {"name": record.name, "until": peer.until.isoformat()}
+            about |= {"now": certs.now().isoformat(), **spoken()}
             return await self._say(peer, 200, json.dumps(about).encode())
         if call == (b"POST", RENEW):
             if size is None or size > HEAD:

@@ -16,7 +16,7 @@ from cryptography import x509
 
 from fedtune.config import load_site
 from fedtune.flower import certs, enrol
-from fedtune.flower.forwarder import Link, _newest, link
+from fedtune.flower.forwarder import Link, link, newest
 from fedtune.flower.gateway import Gateway, Limits
 from fedtune.wire.keys import SigningKey
 
@@ -56,7 +56,7 @@ def join_up(home: Path, site: Path, port: int) -> Link:
     answer = enrol.admit(home, ask(site), f"127.0.0.1:{port}")
     (site.parent / "answer.json").write_text(json.dumps(asdict(answer)))
     found = link(load_site(site), site)
-    _newest(found)
+    newest(found)
     return found
 
 
