@@ -13,14 +13,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from fedtune.dp.ledger import Ledger
+from fedtune.dp.steplog import StepLog
 
-FEDTUNE = [sys.executable, "-c", "from fedtune.cli import main; main()"]
+MAIN = "from fedtune.cli import main; main()"
+FEDTUNE = [sys.executable, "-c", MAIN]
 SITES = ("east", "north", "south")
 OFF = '"off"'
 PRIVATE = '{ noise_multiplier = 4.0, delta = 1e-3, unit = "record" }'
@@ -71,16 +74,18 @@ def until(true: Callable[[], Any], seconds: float, tell: Callable[[], str] = str
         time.sleep(0.05)
 
 
-def environment() -> dict[str, str]:
-    """This process's, without the proxies of the machine that the tests run on."""
+def environment(packages: Path | None = None) -> dict[str, str]:
+    """This process's, without the proxies of the machine that the tests run on. packages: where
+    another release of fedtune lies."""
     kept = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
-    return {**kept, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    other = {"PYTHONPATH": str(packages)} if packages else {}
+    return {**kept, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **other}
 
 
-def done(cwd: Path, *words: object) -> str:
+def done(cwd: Path, *words: object, packages: Path | None = None) -> str:
     """What a command prints that ends well."""
-    run = [*FEDTUNE, *map(str, words)]
-    found = subprocess.run(run, cwd=cwd, env=environment(), capture_output=True, text=True)
+    run, its = [*FEDTUNE, *map(str, words)], environment(packages)
+    found = subprocess.run(run, cwd=cwd, env=its, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
     return found.stdout
 
@@ -91,13 +96,19 @@ def said(text: str, what: str) -> str:
 
 
 def start(
-    cwd: Path, log: Path, *words: object, prefix: Sequence[str] = ()
+    cwd: Path,
+    log: Path,
+    *words: object,
+    prefix: Sequence[str] = (),
+    broken: str = "",
+    packages: Path | None = None,
 ) -> subprocess.Popen[bytes]:
+    """broken: statements that run before the command, in its process: for a twin."""
     with log.open("ab") as sink:
         return subprocess.Popen(
-            [*prefix, *FEDTUNE, *map(str, words)],
+            [*prefix, sys.executable, "-c", f"{broken}\n{MAIN}", *map(str, words)],
             cwd=cwd,
-            env=environment(),
+            env=environment(packages),
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=subprocess.STDOUT,
@@ -140,11 +151,13 @@ def records(path: Path, seed: int, count: int = 40) -> None:
 class Consortium:
     """root/hub is the coordinator's folder, root/NAME a site's; nothing is shared but what is sent.
 
-    where: "hub" or a site's name -> what comes before a command to run it on that machine."""
+    By "hub" or a site's name: where: what comes before a command to run it on that machine;
+    packages: the release of fedtune there; broken: see `start`."""
 
     def __init__(self, root: Path, host: str, port: int) -> None:
         self.root, self.host, self.port = root, host, port
         self.hub, self.where = root / "hub", dict[str, list[str]]()
+        self.packages, self.broken = dict[str, Path](), dict[str, str]()
         self.hub.mkdir(parents=True, exist_ok=True)
         self.running: list[subprocess.Popen[bytes]] = []
         for name in SITES:
@@ -173,8 +186,7 @@ class Consortium:
 
     def server(self, *more: str) -> subprocess.Popen[bytes]:
         words = ("server", "study.toml", "--host", self.host, "--port", self.port, "--out", "run")
-        prefix = self.where.get("hub", ())
-        return self._kept(start(self.hub, self.log("hub"), *words, *more, prefix=prefix))
+        return self._started("hub", self.hub, *words, *more)
 
     def join(self, name: str) -> None:
         """enroll, admit with the fingerprint that the site read out, and both files sent."""
@@ -188,8 +200,12 @@ class Consortium:
             file.write(f'fingerprint = "{said(text, "consortium   ")}"\n')
 
     def client(self, name: str, *more: str) -> subprocess.Popen[bytes]:
-        words, prefix = ("client", "site.toml", *more), self.where.get(name, ())
-        return self._kept(start(self.root / name, self.log(name), *words, prefix=prefix))
+        return self._started(name, self.root / name, "client", "site.toml", *more)
+
+    def _started(self, name: str, folder: Path, *words: object) -> subprocess.Popen[bytes]:
+        how: dict[str, Any] = {"prefix": self.where.get(name, ())}
+        how |= {"broken": self.broken.get(name, ""), "packages": self.packages.get(name)}
+        return self._kept(start(folder, self.log(name), *words, **how))
 
     def faults(self, name: str, port: int, mean_seconds: float) -> None:
         """Put a proxy between the site and the rest, on the site's own loopback: a delay on every
@@ -220,6 +236,11 @@ class Consortium:
     def spending(self, name: str) -> list[Any]:
         """What the site's ledger holds, as charged."""
         return Ledger(self.root / name / "state").spending("records")
+
+    def noised(self, name: str) -> Counter[int]:
+        """How many noised steps the site ran in each round, as the function that ran them noted."""
+        log = StepLog(self.root / name / "state" / "steps.jsonl")
+        return Counter(step.round for step in log.steps())
 
 
 FAULTS = """

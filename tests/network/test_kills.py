@@ -1,7 +1,8 @@
 """kill -9 at random moments of any process of a study, each started again as a supervisor would.
 
 Victims: the server, its SuperLink and gateway, and each site's client and SuperNode. `make chaos`
-runs these; FEDTUNE_KILLS says how many kills (without it: 100, in ten rounds).
+runs these; FEDTUNE_KILLS says how many kills (without it: 100, in ten rounds). The twins break what
+is checked, and die once, before a round is kept.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import random
 import signal
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -75,19 +77,27 @@ class Campaign:
         return f"{self.struck.total()} kills {hits}; started again {dict(self.restarts)}; {kept}"
 
     def check(self, private: bool) -> None:
-        """Every round whole, and charged at every site; with noise, once more at most for each time
-        that the site's own client was killed. (Without noise a site keeps no update, and trains
-        and notes a round again as often as it is asked.)"""
-        body = self.made.report()
+        """Every round whole, and charged at every site as it should be."""
         everybody = self.rounds * [list(SITES)]
-        assert [entry["participants"] for entry in body["rounds"]] == everybody, self.told()
+        took_part = [entry["participants"] for entry in self.made.report()["rounds"]]
+        assert took_part == everybody, f"a round is not whole: {self.told()}"
         for name in SITES:
-            spent = self.made.spending(name)
-            counted = [each for each in spent if each.released or not private]
-            whole = set(range(1, self.rounds + 1))
-            assert {each.charge.round for each in counted} == whole, (name, self.told())
-            if private:
-                assert len(spent) <= self.rounds + self.struck[name, ""], (name, self.told())
+            self.check_charges(name, private)
+
+    def check_charges(self, name: str, private: bool) -> None:
+        """Each round is charged; with noise, every step that ran is, and a round once more at most
+        for each time that the site's own client was killed. (Without noise a site keeps no update,
+        and trains and notes a round again as often as it is asked.)"""
+        spent, whole = self.made.spending(name), set(range(1, self.rounds + 1))
+        counted = [each for each in spent if each.released or not private]
+        told = f"{name}; {self.told()}"
+        assert {each.charge.round for each in counted} == whole, f"a round is not charged: {told}"
+        if private:
+            paid: Counter[int] = Counter()
+            for each in spent:
+                paid[each.charge.round] += each.charge.steps
+            assert not self.made.noised(name) - paid, f"under-charged: {told}"
+            assert len(spent) <= self.rounds + self.struck[name, ""], f"over-charged: {told}"
 
 
 def undisturbed(folder: Path, base: Path, rounds: int) -> dict[str, np.ndarray]:
@@ -100,7 +110,8 @@ def undisturbed(folder: Path, base: Path, rounds: int) -> dict[str, np.ndarray]:
 def same_adapter(made: Consortium, calm: dict[str, np.ndarray]) -> None:
     found = load_file(made.run / ADAPTER)
     assert set(found) == set(calm)
-    assert max(float(np.abs(found[n] - calm[n]).max()) for n in calm) <= 1e-6
+    off = max(float(np.abs(found[n] - calm[n]).max()) for n in calm)
+    assert off <= 1e-6, f"another adapter, by {off}"
     assert max(float(np.abs(calm[n]).max()) for n in calm if "lora_B" in n) > 1e-4
 
 
@@ -143,3 +154,99 @@ def test_kills_of_any_process(
         campaign.check(private=privacy != OFF)
         if privacy == OFF:
             same_adapter(made, undisturbed(tmp_path / "calm", tiny_base, rounds))
+
+
+# --------------------------------------------------------------------------------------- twins
+
+DIES = """
+import os, signal
+from pathlib import Path
+from server import rounds
+keep, take, choose = (getattr(rounds._Run, name) for name in ("_keep", "_take", "_choose"))
+def dies(run, tally):
+    if tally.number == 2 and not Path("died").exists():
+        Path("died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return keep(run, tally)
+rounds._Run._keep = dies
+"""  # kill -9 once, when all have delivered round 2 and it is not kept yet
+COUNTS_TWICE = """
+def twice(run, name, reply, tally, nonce):
+    once = run.strategy.add
+    if name == "east" and tally.number == 2 and Path("died").exists():
+        run.strategy.add = lambda *update: [once(*update), once(*update)]
+    try:
+        return take(run, name, reply, tally, nonce)
+    finally:
+        run.strategy.add = once
+rounds._Run._take = twice
+"""  # an aggregator that counts an update once more where it is asked for again
+IS_CONTENT = """
+def least(run, tally):
+    run.asks = run.asks.model_copy(update={"min_sites": 2})
+    return [name for name in choose(run, tally) if name != "south" or tally.number != 3]
+rounds._Run._choose = least
+"""  # a coordinator that goes on without a site
+FORGETS = """
+from fedtune.dp.ledger import Ledger
+reserve, release, paid, sent = Ledger.reserve, Ledger.release, {}, set()
+def free(book, dataset, charge, adapter, permit):
+    if charge.round not in paid:
+        paid[charge.round] = reserve(book, dataset, charge, adapter, permit)
+    return paid[charge.round]
+def once(book, number, *update):
+    if number not in sent:
+        release(book, number, *update)
+    sent.add(number)
+Ledger.reserve, Ledger.release, Ledger.released = free, once, lambda *_: None
+"""  # a site that forgets its outbox, and trains again without a charge
+PAYS_TWICE = """
+from fedtune.dp.ledger import Ledger
+reserve = Ledger.reserve
+Ledger.reserve = lambda *order: [reserve(*order), reserve(*order)][1]
+"""  # a site that reserves each round twice, though nobody killed it
+
+
+@contextmanager
+def died(folder: Path, base: Path, privacy: str, **broken: str) -> Iterator[Campaign]:
+    """A study of three rounds whose server died in the second, and was started again."""
+    with consortium(folder, "127.0.0.1", free_port()) as made:
+        made.lay_out(base, privacy, 3, round_timeout=20)
+        made.broken = {"hub": DIES} | broken
+        campaign = Campaign(made, 3, 0, ())
+        campaign.run(600)
+        assert campaign.restarts["hub"] >= 1 and (made.hub / "died").exists(), campaign.told()
+        yield campaign
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("twin", ["", COUNTS_TWICE, IS_CONTENT], ids=["none", "twice", "content"])
+def test_a_coordinator_that_counts_wrongly_is_caught(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, twin: str
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    calm = undisturbed(tmp_path / "calm", tiny_base, 3)
+    with died(tmp_path / "died", tiny_base, OFF, hub=DIES + twin) as campaign:
+        if twin == IS_CONTENT:
+            with pytest.raises(AssertionError, match="a round is not whole"):
+                campaign.check(private=False)
+            return
+        campaign.check(private=False)
+        if twin == COUNTS_TWICE:
+            with pytest.raises(AssertionError, match="another adapter"):
+                same_adapter(campaign.made, calm)
+        else:
+            same_adapter(campaign.made, calm)
+
+
+@pytest.mark.long
+def test_a_site_that_charges_wrongly_is_caught(tmp_path: Path, tiny_base: Path) -> None:
+    """south is as it should be."""
+    broken = {"east": FORGETS, "north": PAYS_TWICE}
+    with died(tmp_path, tiny_base, PRIVATE, **broken) as campaign:
+        with pytest.raises(AssertionError, match="under-charged: east"):
+            campaign.check_charges("east", private=True)
+        with pytest.raises(AssertionError, match="over-charged: north"):
+            campaign.check_charges("north", private=True)
+        campaign.check_charges("south", private=True)
+        assert campaign.made.noised("east")[2] == 2 and campaign.made.noised("south")[2] == 1
