@@ -6,7 +6,7 @@ All of them see the same records, sit on the same frozen weights and move the sa
     Opacus hooks         GradSampleModule and DPOptimizer
     Opacus ghost         ghost clipping: a norm pass, then a second backward
     ours                 DpPlan.step, as a site runs it
-    ours, not private    ours without clipping and noise: same forward, plain autograd
+    ours, not private    the same kernels, summed over the batch: no clipping, no noise
 
 What Opacus is given is the better for it: a loss per record over labelled positions alone, where a
 model's own loss would send every position through the head."""
@@ -38,6 +38,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedtune.config import LoraTable
 from fedtune.data.tokens import NO_TARGET, Dataset, Example
+from fedtune.dp.engines import one_pass as one_pass_module
+from fedtune.dp.engines.one_pass import OnePass
 from fedtune.dp.gradients import UnitGradientEngine
 from fedtune.dp.plan import DpPlan
 from fedtune.dp.steplog import StepLog
@@ -74,6 +76,7 @@ class Setting:
     rank: int = 8
     last_layers: int | None = None
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    batch: int | None = None  # plain PEFT's, records; None: all of them
     four_bit: bool = False
     device: str = "cpu"
 
@@ -97,21 +100,29 @@ class Setting:
 
 
 class World:
-    """One frozen base and one batch, for every variant of a process.
+    """One frozen base and some records, for every variant of a process.
 
-    dataset: given, or random records of setting.tokens each."""
+    dataset: given, or random records of setting.tokens each; model: already loaded."""
 
-    def __init__(self, setting: Setting, dataset: Dataset | None = None) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        dataset: Dataset | None = None,
+        model: LlamaForCausalLM | None = None,
+    ) -> None:
         self.setting = setting
         self.base = _base(setting)
-        self.model = _load(setting, self.base)
+        self.model = model or _load(setting, self.base)
         self.dataset = dataset or random_dataset(setting, int(self.model.config.vocab_size))
-        length = max(len(e.input_ids) for e in self.dataset.examples)
-        rows = [e.input_ids for e in self.dataset.examples]
-        targets = [e.target_ids for e in self.dataset.examples]
-        self.ids = _padded(rows, length, 0).to(setting.device)
-        self.mask = _padded([np.ones_like(r) for r in rows], length, 0).to(setting.device)
-        self.targets = _padded(targets, length, NO_TARGET).to(setting.device)
+        self.ids, self.mask, self.targets = self.batch(self.dataset.examples)
+
+    def batch(self, examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Token ids, attention mask and targets, padded on the right to the longest."""
+        length, device = max(len(e.input_ids) for e in examples), self.setting.device
+        ids = _padded([e.input_ids for e in examples], length, 0)
+        mask = _padded([np.ones_like(e.input_ids) for e in examples], length, 0)
+        targets = _padded([e.target_ids for e in examples], length, NO_TARGET)
+        return ids.to(device), mask.to(device), targets.to(device)
 
     def copy(self) -> LlamaForCausalLM:
         """The same weights under modules of its own: hooks and adapters stay apart."""
@@ -221,14 +232,17 @@ class PlainPeft:
     def __init__(self, world: World) -> None:
         self.world, self.model = world, world.peft()
         self.optimizer = world.optimizer(self.model.parameters())
+        every = world.dataset.examples
+        size = world.setting.batch or len(every)
+        self.batches = [world.batch(every[at : at + size]) for at in range(0, len(every), size)]
 
     def step(self) -> None:
-        w = self.world
-        batch = {"input_ids": w.ids, "attention_mask": w.mask, "labels": w.targets}
-        # shift_labels: targets are shifted already, so that all variants have the same positions
-        self.model(**batch, shift_labels=w.targets, use_cache=False).loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for ids, mask, targets in self.batches:
+            batch = {"input_ids": ids, "attention_mask": mask, "labels": targets}
+            # shift_labels: targets are shifted already; all variants have the same positions
+            self.model(**batch, shift_labels=targets, use_cache=False).loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
 
 
 class PerRecord:
@@ -314,22 +328,32 @@ class Ours:
         self.optimizer.zero_grad()
 
 
-class OursNotPrivate:
-    """The same network and loss, with autograd's own sum of gradients."""
+class OursNotPrivate(Ours):
+    """The same network, loss and kernels, each summing over the batch at once: no record's own
+    gradient, no clipping, no noise."""
 
     name = "ours, not private"
 
-    def __init__(self, world: World) -> None:
-        self.data = Cached(world.network(), world.dataset)
-        self.parameters = list(self.data.network.parameters().values())
-        self.optimizer = world.optimizer(self.parameters)
-
     def step(self) -> None:
-        count = len(self.data.dataset.examples)
-        for batch in self.data.batches(range(count)):
-            (causal_lm.losses(self.data.network, batch).sum() / count).backward()
+        network, count = self.data.network, len(self.data.dataset.examples)
+        one_pass = OnePass(network.trained, self.engine.parameters)
+        total = [torch.zeros(p.shape) for p in self.engine.parameters]
+        with one_pass.watching(), patch.object(one_pass_module, "per_record", _summed):
+            for batch in self.data.batches(range(count)):
+                found = one_pass(causal_lm.losses(network, batch))
+                for mean, part in zip(total, found, strict=True):
+                    mean += part[0] / count
+        for parameter, mean in zip(self.engine.parameters, total, strict=True):
+            parameter.grad = mean.to(parameter.device)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+def _summed(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """What per_record gives, summed over records: (1, m, n)."""
+    if left.shape[2] > right.shape[2]:
+        return _summed(right, left).transpose(1, 2)
+    return (left.flatten(0, 1).T @ right.flatten(0, 1))[None]
 
 
 def step_log() -> StepLog:
