@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import httpx
 from flwr.app import Context, Error, Message
@@ -32,6 +32,7 @@ from flwr.common.serde import (
 )
 from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest
 from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.proto.message_pb2 import PushObjectRequest, PushObjectResponse
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
     PullTaskInputRequest,
@@ -74,6 +75,7 @@ __all__ = [
     "message_to_proto",
     "recorddict_to_proto",
     "register",
+    "resumable",
     "run_program",
     "server_grid",
     "start_run",
@@ -96,8 +98,38 @@ def run_program(name: Literal["superlink", "supernode"]) -> None:
         flower_superlink()
     else:
         from flwr.supernode.cli import flower_supernode
+        from flwr.supernode.fleet_http_client import FleetHttpClient
 
+        push = resumable(FleetHttpClient.PushObject)
+        FleetHttpClient.PushObject = push  # type: ignore[method-assign, assignment]
         flower_supernode()
+
+
+Push = Callable[[Any, PushObjectRequest], PushObjectResponse]
+
+
+def resumable(push: Push) -> Push:
+    """A SuperNode's push of one part of a message, so that a cut costs that part alone.
+
+    Flower repeats a part whose answer was lost, is told that nobody waits for it (it arrived), and
+    then drops the whole message: here that answer to a repeated part counts as "stored". It also
+    takes a connection that breaks in mid-TLS for a certificate that does not verify, and gives up:
+    the error is told in other words. Where the part is really lost, the coordinator notices that it
+    is missing, and asks for the update again."""
+    begun: set[tuple[str, str]] = set()
+
+    def again(client: Any, request: PushObjectRequest) -> PushObjectResponse:
+        part = (request.session_id, request.object_id)
+        repeated = part in begun
+        begun.add(part)
+        try:
+            answer = push(client, request)
+        except (httpx.ReadError, httpx.WriteError) as error:
+            raise type(error)("the connection broke off") from None
+        begun.discard(part)
+        return PushObjectResponse(stored=True) if repeated else answer
+
+    return again
 
 
 @dataclass(frozen=True)

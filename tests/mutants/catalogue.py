@@ -576,6 +576,12 @@ ENCODING_MUTANTS = (
         SITES + "test_an_admitted_plan_trains_and_every_step_is_in_the_log",
         "the outbox holds other bytes than the plan says",
     ),
+    _one(
+        "wire", "a-part-sent-twice-ends-the-upload", "fedtune/flower/api.py",
+        "return PushObjectResponse(stored=True) if repeated else answer", "return answer",
+        "tests/flower/test_upload.py::test_a_part_is_sent_until_it_has_arrived",
+        "one lost answer, and the whole update is sent again three minutes later",
+    ),
 )  # fmt: skip
 
 SEALS = "tests/server/test_apps.py::"

@@ -1,0 +1,90 @@
+"""The processes of test_upload.py beside the coordinator's.
+
+upload_roles.py site SITE.toml       answers each message with the same large array
+upload_roles.py proxy PORT [AT ...]  HTTP CONNECT; whenever the bytes from the site pass the next
+                                     AT, breaks every connection without a word
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Context, Message, RecordDict
+
+from fedtune.flower.arrays import to_record
+from fedtune.flower.site_executor import join
+
+PART = 5 * 2**20  # Flower's largest
+SIZE = 8 * PART
+
+
+def update() -> np.ndarray:
+    """SIZE numbers of one byte; no part is like another."""
+    return np.random.default_rng(0).integers(-128, 128, SIZE, dtype=np.int8)
+
+
+def app(message: Message, _context: Context) -> Message:
+    return Message(RecordDict({"update": to_record({"a": update()})}), reply_to=message)
+
+
+class Proxy:
+    """Prints "up N" at each cut and at the end: the bytes that came from the site by then."""
+
+    def __init__(self, at: list[int]) -> None:
+        self.at, self.up = at, 0
+        self.open: set[asyncio.StreamWriter] = set()
+
+    async def pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, count: bool
+    ) -> None:
+        with suppress(OSError):
+            while chunk := await reader.read(65_536):
+                self.up += len(chunk) * count
+                if self.at and self.up >= self.at[0]:
+                    self.at.pop(0)
+                    print("up", self.up, flush=True)
+                    for each in self.open:
+                        each.transport.abort()
+                    return
+                writer.write(chunk)
+                await writer.drain()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far = None
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+            host, _, port = head.split()[1].decode().rpartition(":")
+            near, far = await asyncio.open_connection(host, int(port))
+            self.open |= {writer, far}
+            writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+            pumps = [self.pump(reader, far, True), self.pump(near, writer, False)]
+            tasks = [asyncio.create_task(each) for each in pumps]
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for each in tasks:
+                each.cancel()
+        except (OSError, EOFError):
+            pass
+        finally:
+            for each in filter(None, (writer, far)):
+                self.open.discard(each)
+                each.transport.abort()
+
+    async def run(self, port: int) -> None:
+        await asyncio.start_server(self.serve, "127.0.0.1", port)
+        ended = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
+        await ended.wait()
+        print("up", self.up, flush=True)
+
+
+if __name__ == "__main__":
+    role, first, *rest = sys.argv[1:]
+    if role == "site":
+        join(Path(first), client_app=app, patience=90.0)
+    else:
+        asyncio.run(Proxy([int(word) for word in rest]).run(int(first)))
