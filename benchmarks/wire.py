@@ -1,0 +1,100 @@
+"""What the demo loses and saves where numbers travel as fp16 or int8.
+
+    python -m benchmarks.wire --seeds 0 1 2 --out runs/wire
+    python -m benchmarks.wire --seeds 1 --arms int8 --out runs/wire    # one arm; the rest is kept
+
+An arm is the demo's study at ε = 8 with one [wire] table, from ledgers of its own. Bytes are those
+of the report: all that was sent, plan and frozen factor included. They are compared with a plain
+LoRA of the same rank that sends A and B in fp32, to a site and back, in every round. Writes
+OUT/table.md and OUT/results.json; an arm that is there already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from safetensors import safe_open
+
+from benchmarks.demo import _arm
+from fedtune.demo.generate import write
+
+ARMS = {
+    "float32": ("float32", "float32"),  # update, adapter
+    "float16": ("float16", "float16"),
+    "int8-float16": ("int8", "float16"),
+    "int8": ("int8", "int8"),
+}
+Results = dict[str, dict[str, Any]]  # seed -> arm -> what was found
+
+
+def one_arm(seed: int, arm: str, out: Path) -> dict[str, Any]:
+    """Accuracy, and bytes by round and site (means) up and down, and of a plain LoRA one way."""
+    write(out / "data", seed=seed)
+    update, adapter = ARMS[arm]
+    table = f'[wire]\nupdate = "{update}"\nadapter = "{adapter}"\n\n[strategy]'
+    accuracy = _arm(out, arm, [("[strategy]", table)])
+    body = json.loads((out / arm / "report.json").read_text())
+    rounds, sites = len(body["rounds"]), len(body["rounds"][0]["bytes_up"])
+    found: dict[str, Any] = {"accuracy": accuracy, "epsilon": body["privacy"]["epsilon"]}
+    for way in ("bytes_up", "bytes_down"):
+        total = sum(sum(entry[way].values()) for entry in body["rounds"])
+        found[way] = total / rounds / sites
+    return found | {"plain": _plain(out / arm / "adapter")}
+
+
+def _plain(adapter: Path) -> int:
+    """Bytes of A and B in fp32, by their shapes."""
+    with safe_open(adapter / "adapter_model.safetensors", framework="np") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+    return 4 * sum(math.prod(shape) for shape in shapes)
+
+
+def table(results: Results) -> str:
+    """Markdown: mean ± sd over seeds; bytes are the same for every seed, but for a few."""
+    head = "| wire: update, adapter | accuracy | by seed | up | down | of A+B in fp32 |"
+    lines = [head, "|---|---|---|---:|---:|---:|"]
+    for arm, names in ARMS.items():
+        found = [by_arm[arm] for by_arm in results.values() if arm in by_arm]
+        if not found:
+            continue
+        values = [each["accuracy"] for each in found]
+        spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+        up, down = (mean(each[way] for each in found) for way in ("bytes_up", "bytes_down"))
+        share = (up + down) / 2 / found[0]["plain"]
+        by_seed = ", ".join(f"{value:.3f}" for value in values)
+        lines.append(
+            f"| {', '.join(names)} | {mean(values):.3f}{spread} | {by_seed} | {up:,.0f} "
+            f"| {down:,.0f} | {share:.3f} |"
+        )
+    plain = next(each["plain"] for by_arm in results.values() for each in by_arm.values())
+    note = f"Bytes by round and site. A and B in fp32: {plain:,} each way."
+    return "\n".join([*lines, "", note]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--out", type=Path, required=True)
+    chosen = parser.parse_args()
+    kept = chosen.out / "results.json"
+    results: Results = json.loads(kept.read_text()) if kept.exists() else {}
+    for seed in chosen.seeds:
+        for arm in chosen.arms:
+            by_arm = results.setdefault(str(seed), {})
+            if arm in by_arm:
+                continue
+            by_arm[arm] = one_arm(seed, arm, chosen.out / f"seed-{seed}")
+            kept.write_text(json.dumps(results, indent=1) + "\n")
+            (chosen.out / "table.md").write_text(table(results))
+            print(seed, arm, by_arm[arm], flush=True)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
