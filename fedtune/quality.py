@@ -110,8 +110,8 @@ class Evaluator:
         logits = self.network.logits(self.network.pool(hidden, batch.mask))
         index = batch.index.numpy()
         loss = functional.cross_entropy(logits, batch.label, reduction="none")
-        scores.loss[index] = loss.double().numpy()
-        scores.chosen[index] = logits.argmax(dim=1).numpy()
+        scores.loss[index] = loss.double().cpu().numpy()
+        scores.chosen[index] = logits.argmax(dim=1).cpu().numpy()
         scores.exact[index] = scores.chosen[index] == scores.gold[index]
 
     def _tokens(self, batch: Batch, scores: Scores) -> None:
@@ -122,9 +122,9 @@ class Evaluator:
         scores.exact[index] = right == count
         if self._single is not None:
             first = (batch.target_ids != NO_TARGET).int().argmax(dim=1)
-            rows = torch.arange(len(first))
+            rows = torch.arange(len(first), device=first.device)
             logits = self.network.logits(hidden[rows, first], self._single)
-            scores.chosen[index] = logits.argmax(dim=1).numpy()
+            scores.chosen[index] = logits.argmax(dim=1).cpu().numpy()
 
     def _by_record(
         self, hidden: torch.Tensor, batch: Batch
@@ -141,7 +141,7 @@ class Evaluator:
             logits = self.network.logits(hidden[rows[part], at[part]])
             loss[part] = functional.cross_entropy(logits, target, reduction="none")
             hit[part] = logits.argmax(dim=1) == target
-        size, of = len(batch.index), rows.numpy()
+        size, of = len(batch.index), rows.cpu().numpy()
         total = np.bincount(of, loss.double().numpy(), size)
         right = np.bincount(of, hit.double().numpy(), size)
         return total, np.bincount(of, minlength=size), right
@@ -173,7 +173,7 @@ class Evaluator:
                 "each completion exactly as one of the choices, spaces included",
             )
         if all(len(i) == 1 for i in ids):
-            self._single = torch.tensor([i[0] for i in ids])
+            self._single = torch.tensor([i[0] for i in ids], device=self.network.device)
         else:
             every = [_spell(example, i) for example in data.examples for i in ids]
             self._spelled = Cached(self.network, Dataset(every, data.n_units, data.rejected))

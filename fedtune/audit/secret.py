@@ -105,7 +105,8 @@ def _losses(cached: Cached, study: Study) -> np.ndarray:
     objective = find(study.objective.name)
     found = np.empty(len(cached.dataset.examples))
     for batch in cached.batches(range(len(found))):
-        found[batch.index.numpy()] = objective.losses(cached.network, batch).double().numpy()
+        losses = objective.losses(cached.network, batch)
+        found[batch.index.numpy()] = losses.double().cpu().numpy()
     return found
 
 

@@ -74,7 +74,7 @@ def scales(
     | non-finite row          | 0: such a unit contributes nothing |
     | norm overflows fp64     | 0 |
     """
-    squares = torch.zeros(len(parts[0]), dtype=torch.float64)
+    squares = torch.zeros(len(parts[0]), dtype=torch.float64, device=parts[0].device)
     for block, _, _ in _blocks(parts):
         squares += torch.linalg.vector_norm(block, dim=1).square_()
         block.zero_()
@@ -116,7 +116,7 @@ def add_clipped(
         for block, first, last in _blocks(chunk.parts):
             block.masked_fill_(dropped, 0.0).mul_(scale / grid).round_()
             whole = block.to(torch.int64)
-            total[first:last] += whole.sum(dim=0)
+            total[first:last] += whole.sum(dim=0).to(total.device)
             block.zero_()
             whole.zero_()
     finally:
@@ -128,8 +128,9 @@ def _blocks(parts: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, int, 
     start = 0
     for part in parts:
         flat = part.flatten(1)
-        step = max(1, _BLOCK // max(1, len(flat)))
+        block = _BLOCK if flat.device.type == "cpu" else 64 * _BLOCK  # GPUs want more at once
+        step = max(1, block // max(1, len(flat)))
         for first in range(0, flat.shape[1], step):
-            block = flat[:, first : first + step].to(torch.float64, copy=True)
-            yield block, start + first, start + first + block.shape[1]
+            some = flat[:, first : first + step].to(torch.float64, copy=True)
+            yield some, start + first, start + first + some.shape[1]
         start += flat.shape[1]

@@ -63,7 +63,7 @@ class UnitGradientEngine:
         found = torch.empty(len(rows), self.dimension)
         place = {row: at for at, row in enumerate(rows)}
         for chunk in self(list(rows)):
-            found[[place[row] for row in chunk.rows]] = chunk.flat()
+            found[[place[row] for row in chunk.rows]] = chunk.flat().to(found)
             chunk.wipe()
         return found
 
@@ -77,11 +77,11 @@ class UnitGradientEngine:
         """Rows of several records each, whose gradients are averaged over micro-batches."""
         place = {i: at for at, row in enumerate(rows) for i in self._members[row]}
         share = {i: 1.0 / len(self._members[row]) for row in rows for i in self._members[row]}
-        total = [torch.zeros(len(rows), p.numel()) for p in self.parameters]
+        total = [p.new_zeros(len(rows), p.numel()) for p in self.parameters]
         for batch in self._batches(list(place)):
             indices = batch.index.tolist()
-            at = torch.tensor([place[i] for i in indices])
-            weight = torch.tensor([share[i] for i in indices])[:, None]
+            at = torch.tensor([place[i] for i in indices], device=total[0].device)
+            weight = total[0].new_tensor([share[i] for i in indices])[:, None]
             for mean, each in zip(total, self._per_record(batch), strict=True):
                 mean.index_add_(0, at, each.mul_(weight))
                 each.zero_()

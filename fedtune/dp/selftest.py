@@ -199,7 +199,7 @@ def _one_by_one(bench: _Bench) -> torch.Tensor:
         (batch,) = data.batches([index])
         loss = objective.losses(bench.network, batch).sum()
         parts = torch.autograd.grad(loss, parameters)
-        each.append(torch.cat([part.double().flatten() for part in parts]))
+        each.append(torch.cat([part.double().flatten() for part in parts]).cpu())
     if bench.by == "record":
         return torch.stack(each)
     return torch.stack(

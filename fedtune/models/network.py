@@ -59,7 +59,10 @@ def _dtype(name: str) -> torch.dtype:
 
 @lru_cache(maxsize=1)
 def _bf16_is_faster() -> bool:
-    """Whether the processor multiplies bf16 natively and, measured once per process, faster."""
+    """Whether the GPU or processor multiplies bf16 natively; for the processor, whether that is
+    faster, measured once per process."""
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported())
     if not torch.cpu._is_avx512_bf16_supported():
         return False
 
@@ -79,12 +82,14 @@ class Network:
             raise ConfigError("nothing to train", "a [lora] table, or objective classify")
         self.base, self.dtype, self.kind = base, dtype, base.kind
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(base)
-        self.model: PreTrainedModel | PeftModel = load_backbone(base, dtype)
-        whole = self.model
+        whole = load_backbone(base, dtype)
+        # A processor here unless there is a GPU; CUDA_VISIBLE_DEVICES says which, as anywhere.
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model: PreTrainedModel | PeftModel = nn.Module.to(whole, self.device)
         self._backbone: nn.Module = whole.model if base.kind == "causal" else whole
         self._lm_head: nn.Module | None = whole.lm_head if base.kind == "causal" else None
         self.hidden_size: int = whole.config.hidden_size
-        self.head = nn.Linear(self.hidden_size, labels) if labels else None
+        self.head = nn.Linear(self.hidden_size, labels, device=self.device) if labels else None
         if self.head is not None:
             nn.init.zeros_(self.head.weight)  # public, and the same at every site
             nn.init.zeros_(self.head.bias)
@@ -124,6 +129,7 @@ class Network:
     @torch.no_grad()
     def prefix(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """States at the cut, (B, L, H); (B, 1, H) fp32 where a head alone is trained."""
+        input_ids, mask = input_ids.to(self.device), mask.to(self.device)
         if self.pooled:
             return self._pool(self._run(self._backbone, mask, input_ids=input_ids), mask)[:, None]
         if self._split:
@@ -164,7 +170,7 @@ class Network:
     def _pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         if self.kind == "causal":
             last = mask.sum(dim=1) - 1
-            return hidden[torch.arange(len(hidden)), last].float()
+            return hidden[torch.arange(len(hidden), device=last.device), last].float()
         weights = mask.float()[:, :, None]
         mean = (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)
         # Length √H: what a layer norm gives, so that one learning rate serves every base.
@@ -202,7 +208,7 @@ class Network:
         return dict(sorted(named.items()))
 
     def trainable(self) -> Arrays:
-        return {n: p.detach().float().numpy().copy() for n, p in self.parameters().items()}
+        return {n: p.detach().float().cpu().numpy().copy() for n, p in self.parameters().items()}
 
     def load_trainable(self, arrays: Arrays) -> None:
         """Errors: ModelError when names, shapes or finiteness differ from this network's."""
@@ -236,7 +242,7 @@ class Network:
 
     def frozen_factor(self) -> Arrays:
         """LoRA's A by name; empty for a head alone."""
-        return {n: p.detach().float().numpy().copy() for n, p in self._factor().items()}
+        return {n: p.detach().float().cpu().numpy().copy() for n, p in self._factor().items()}
 
     def load_frozen(self, arrays: Arrays) -> None:
         _load(self._factor(), arrays)

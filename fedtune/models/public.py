@@ -68,7 +68,7 @@ def _where(batch: Batch) -> torch.Tensor:
     """Boolean (B, L)."""
     targets = batch.target_ids != -100
     last = torch.zeros_like(targets)
-    last[torch.arange(len(last)), batch.mask.sum(dim=1) - 1] = True
+    last[range(len(last)), batch.mask.sum(dim=1) - 1] = True
     return torch.where(targets.any(dim=1, keepdim=True), targets, last)
 
 
@@ -87,4 +87,4 @@ def _rows(seen: torch.Tensor, rank: int) -> np.ndarray:
     scale = singular[: rank - 1] / (len(x) - 1) ** 0.5
     whitened = components[: rank - 1] / scale.clamp_min(1e-6)[:, None]
     rows = torch.cat([(0.5 * direction / mean.norm())[None], whitened])
-    return rows.float().numpy()
+    return rows.float().cpu().numpy()

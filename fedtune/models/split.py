@@ -84,7 +84,7 @@ class _Mlp(nn.Module):
 
 @torch.no_grad()
 def _exact(model: PreTrainedModel, split: Split) -> bool:
-    probe = torch.arange(1, 17).remainder(model.config.vocab_size).unsqueeze(0)
+    probe = (torch.arange(1, 17) % model.config.vocab_size).unsqueeze(0).to(model.device)
     whole = model(input_ids=probe, use_cache=False).last_hidden_state
     try:
         states = split.prefix(input_ids=probe, use_cache=False).last_hidden_state

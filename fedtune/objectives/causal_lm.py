@@ -18,4 +18,4 @@ def losses(network: Network, batch: Batch) -> torch.Tensor:
     rows, positions = torch.nonzero(batch.target_ids != -100, as_tuple=True)
     each = network.token_losses(hidden[rows, positions], batch.target_ids[rows, positions])
     counts = torch.bincount(rows, minlength=len(batch.label)).clamp_min(1)
-    return torch.zeros(len(batch.label)).index_add(0, rows, each) / counts
+    return each.new_zeros(len(batch.label)).index_add(0, rows, each) / counts

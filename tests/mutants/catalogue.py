@@ -49,7 +49,7 @@ T_POST = "tests/traps/test_trap_20_post_processing.py::"
 T_ACCOUNTANT = "tests/dp/test_accountant.py::"
 T_CHUNKS = T_PLAN + "test_noise_is_added_once_and_divided_by_the_plan"
 
-MEAN = "return torch.zeros(len(batch.label)).index_add(0, rows, each) / counts"
+MEAN = "return each.new_zeros(len(batch.label)).index_add(0, rows, each) / counts"
 GUARD = "            if each is None or each.shape[0] != len(batch.index):\n"
 RAISE = 'raise RuntimeError("a trainable layer gave no per-record gradient")'
 DONE = "        return self._add_noise(total, log, round_)\n"
