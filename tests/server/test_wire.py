@@ -102,3 +102,27 @@ def test_the_report_says_how_numbers_travelled(trial: Any, tmp_path: Path):
     body = summary.body(kept, make_parts())
     assert body["wire"] == {"update": "int8", "adapter": "int8"}
     assert all(set(r["bytes_up"]) == {"a", "b"} for r in body["rounds"])
+
+
+class Restarted(FakeSite):
+    """Forgets the plan once, before its second round, as a site that was started again."""
+
+    def train(self, digest: str, round_: int, adapter: Any, receipt: str) -> Update:
+        made = super().train(digest, round_, adapter, receipt)
+        self.known = self.known and len(self.calls) != 1
+        return made
+
+
+def test_a_frozen_factor_is_sent_once_and_counted(trial: Any):
+    """To a site that was started again, once more."""
+    frozen = {"layer.A": np.zeros((100, 1000), np.float32)}
+    run = trial(FakeSite("a"), Restarted("b"))
+
+    def started(asked: Study) -> Any:
+        return SimpleNamespace(study=asked, adapter=start(), frozen=frozen)
+
+    body = run.run(make_study(wire="int8", min_sites=2), parts=make_parts(start=started))
+    down = {name: [entry["bytes_down"][name] for entry in body["rounds"]] for name in "ab"}
+    sent = {name: [count // frozen["layer.A"].nbytes for count in down[name]] for name in "ab"}
+    assert sent == {"a": [1, 0, 0, 0], "b": [1, 1, 0, 0]}
+    assert [site.prepared for site in run.sites] == [1, 2]
