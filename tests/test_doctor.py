@@ -20,12 +20,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 import fedtune.flower.gateway as gateway_module
 from client.doctor import examine as examine_site
 from fedtune import checks
-from fedtune.config import load_site
+from fedtune.config import load_site, load_study
 from fedtune.dp.ledger import Ledger
 from fedtune.errors import FedtuneError
 from fedtune.flower import api, certs, enrol, look
 from fedtune.flower.coordinator import prepare
 from fedtune.flower.processes import free_port
+from fedtune.models.network import build
 from fedtune.wire.protocol import PROTOCOL
 from server.doctor import Place, examine
 from tests.flower import kit
@@ -401,3 +402,14 @@ def test_memory_in_a_container_is_the_containers(
     assert checks.available() == 500_000
     (tmp_path / "memory.max").write_text("max\n")
     assert checks.available() == pytest.approx(whole, rel=0.2)
+
+
+def test_what_base_and_adapter_take_is_counted_from_the_files(hub: Hub, tiny_base: Path) -> None:
+    study = load_study(hub.study)
+    network = build(study)
+    plain = sum(p.numel() for n, p in network.model.named_parameters() if "lora_" not in n)
+    lora = sum(p.numel() for n, p in network.model.named_parameters() if "lora_" in n)
+    found = checks.need(study, checks.base(study))
+    assert found.base == 4 * plain
+    layers = network.model.config.num_hidden_layers
+    assert study.lora and found.adapter * study.lora.last_layers == 4 * lora * layers
