@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from fedtune import strategies
 from fedtune.config import Study
 from fedtune.errors import ConfigError
-from fedtune.strategies import find, names
+from fedtune.strategies import _mean, find, names
+from fedtune.strategies._mean import RunningMean
 from fedtune.strategies.fedadam import FedAdam
 from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategies.trimmed_mean import TrimmedMean
@@ -202,6 +204,36 @@ def test_fedadam_refuses_another_strategys_state():
         FedAdam().load_state({"a.B": np.zeros(3)})
     with pytest.raises(ConfigError, match="another strategy"):
         TrimmedMean().load_state({"m/a.B": np.zeros(3)})
+
+
+@pytest.mark.parametrize("waiting, block", [(1, 2), (60, 2), (10**9, 2), (60, 2**15)])
+def test_the_mean_is_that_of_one_fp64_sum(monkeypatch, waiting, block):
+    monkeypatch.setattr(_mean, "_WAITING", waiting)
+    monkeypatch.setattr(_mean, "_BLOCK", block)
+    updates, weights = [draw(k) for k in range(11)], [1.0, 0.25, 7.0] * 4
+    mean = RunningMean()
+    for update, weight in zip(updates, weights, strict=False):
+        mean.add(update, weight)
+    found = mean.take()
+    for name in SHAPES:
+        exact = sum(
+            u[name].astype(np.float64) * w for u, w in zip(updates, weights, strict=False)
+        ) / sum(weights[:11])
+        assert found[name].dtype == np.float64
+        np.testing.assert_array_equal(found[name], exact)
+    assert mean.take() is None
+
+
+def test_a_running_mean_holds_few_updates_however_many_come(monkeypatch):
+    each = sum(array.nbytes for array in draw(0).values())
+    monkeypatch.setattr(_mean, "_WAITING", 3 * each)
+    mean, alive = RunningMean(), []
+    for k in range(20):
+        update = draw(k)
+        alive.append(weakref.ref(update["a.B"]))
+        mean.add(update, 1.0)
+        del update
+        assert sum(array() is not None for array in alive) < 3
 
 
 def test_fedprox_needs_a_pull_towards_the_start():
