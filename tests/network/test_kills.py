@@ -211,7 +211,7 @@ Ledger.reserve = lambda *order: [reserve(*order), reserve(*order)][1]
 def died(folder: Path, base: Path, privacy: str, **broken: str) -> Iterator[Campaign]:
     """A study of three rounds whose server died in the second, and was started again."""
     with consortium(folder, "127.0.0.1", free_port()) as made:
-        made.lay_out(base, privacy, 3, round_timeout=20)
+        made.lay_out(base, privacy, 3, round_timeout=60)
         made.broken = {"hub": DIES} | broken
         campaign = Campaign(made, 3, 0, ())
         campaign.run(600)
