@@ -178,7 +178,7 @@ class SiteWorker:
                 dataset.members,
                 data.cohort,
             )
-            cached = Cached(network, dataset)
+            cached = Cached(network, dataset, self.site.site.cache_bytes)
             self._cached[data.name] = view, cached
         return cached
 

@@ -279,6 +279,11 @@ class SiteTable(Table):
     state: Path = Path("state")  # step log, received plans and frozen factors
     base: str | None = None  # where this site has the base, if elsewhere; its digest must match
     gradient_checkpointing: bool = False  # less memory for activations, a third more time
+    cache_memory: NotNegative | None = None  # GiB for states at the cut; None: a quarter of it all
+
+    @property
+    def cache_bytes(self) -> int | None:
+        return None if self.cache_memory is None else int(self.cache_memory * 2**30)
 
 
 class SiteData(DataFile):

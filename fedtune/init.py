@@ -90,6 +90,8 @@ name = "my-hospital"
 declared_size = 200    # records (or patients) as a person states it in public; never counted
 state = "state"        # the ledger of what privacy was spent, and the site's key. Back it up
 # gradient_checkpointing = true  # long records, little memory: a third more time
+# cache_memory = 4.0   # GiB for what the frozen layers make of the records (without it, a quarter
+#                      # of the machine's memory); what is more goes to a nameless, encrypted file
 
 [data]                 # .jsonl, .csv or .parquet, or a folder of them
 path = "data.jsonl"

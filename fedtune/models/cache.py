@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +15,10 @@ import torch
 
 from fedtune.data.tokens import Dataset, Example
 from fedtune.models.network import Network
+from fedtune.models.states import STORE, Altered, State
 from fedtune.progress import report
+
+log = logging.getLogger("fedtune.models")
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,16 +51,25 @@ def padded_length(length: int) -> int:
 class Cached:
     """A dataset seen through a network.
 
-    Where something below the adapters is frozen, each record's states are computed once, kept in
-    memory unpadded (2 · positions · H bytes in bf16), and every later step starts at the cut.
-    Exact: there is no dropout and no adapter below it. Kept are all positions, or those with a
+    Where something below the adapters is frozen, each record's states are computed once, kept
+    unpadded (2 · positions · H bytes in bf16; models/states.py), and every later step starts at the
+    cut. Exact: there is no dropout and no adapter below it. Kept are all positions, or those with a
     target where above the cut each position stands for itself (of a record without one, the last).
+    memory: bytes of states that the process may hold before more go to the encrypted file; None: a
+    quarter of the machine's.
+
+    Whoever sees the same record through the same network shares its states. Their name there is the
+    digest of token ids and kept positions: the ids say what tokenizer, template and length made of
+    the record, and the network is one base, dtype, quantisation and cut.
     """
 
-    def __init__(self, network: Network, dataset: Dataset) -> None:
-        self.network, self.dataset = network, dataset
+    def __init__(self, network: Network, dataset: Dataset, memory: int | None = None) -> None:
+        self.network, self.dataset, self._memory = network, dataset, memory
         self._kept = [self._positions(example) for example in dataset.examples]
-        self._states: list[torch.Tensor | None] = [None] * len(dataset.examples)
+        self._names = [_name(e, kept) for e, kept in zip(dataset.examples, self._kept, strict=True)]
+        # The network declares tensors; what is held weakly there is where to read them.
+        self._known = cast("WeakValueDictionary[bytes, State]", network.states)
+        self._states = [self._known.get(name) for name in self._names]
 
     def _positions(self, example: Example) -> npt.NDArray[np.int64]:
         if self.network.pooled:
@@ -65,24 +81,24 @@ class Cached:
         return targets if len(targets) else np.array([length - 1])
 
     def warm(self) -> None:
-        """Fill the cache now, reporting progress by records."""
+        """Fill the cache now, reporting progress by records. Errors: InfrastructureError (disk)."""
         if not self.network.cached:
             return
-        known = self.network.states
-        keys = [
-            example.input_ids.tobytes() + kept.tobytes()
-            for example, kept in zip(self.dataset.examples, self._kept, strict=True)
-        ]
-        self._states = [known.get(key) for key in keys]
+        self._states = [self._known.get(name) for name in self._names]
         new = [index for index, state in enumerate(self._states) if state is None]
         done = 0
         for rows in _buckets(new, [len(e.input_ids) for e in self.dataset.examples], 4096):
-            states = self.network.prefix(*self._tokens(rows))
-            for row, index in enumerate(rows):
-                kept = torch.from_numpy(self._kept[index])
-                known[keys[index]] = self._states[index] = states[row, kept].clone()
+            self._compute(rows)
             done += len(rows)
             report("reading records once through the frozen layers", done, len(new))
+
+    def _compute(self, rows: list[int]) -> None:
+        """States of records of one bucket, from their tokens."""
+        states = self.network.prefix(*self._tokens(rows))
+        for row, index in enumerate(rows):
+            name, kept = self._names[index], torch.from_numpy(self._kept[index])
+            state = STORE.keep(states[row, kept], name, self._memory)
+            self._known[name] = self._states[index] = state
 
     def batches(self, indices: Sequence[int], token_budget: int = 4096) -> Iterator[Batch]:
         """The records `indices`, each once, in micro-batches of one padded length and at most
@@ -112,11 +128,22 @@ class Cached:
         """(rows, length, H), zero on padding."""
         if not self.network.cached:
             return self.network.prefix(*self._tokens(rows))
-        states = [state for state in (self._states[i] for i in rows) if state is not None]
+        states = [self._read(index) for index in rows]
         padded = torch.zeros(len(rows), length, states[0].shape[-1], dtype=states[0].dtype)
         for row, state in enumerate(states):
             padded[row, : len(state)] = state
         return padded
+
+    def _read(self, index: int) -> torch.Tensor:
+        """One record's states; computed again where the file does not hold what was written."""
+        state = self._states[index]
+        assert state is not None  # `batches` saw to it
+        try:
+            return state.read()
+        except Altered as error:
+            log.warning("%s; they are computed again. Check this machine's disk", error)
+            self._compute([index])
+            return self._read(index)
 
     def _tokens(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and mask (rows, padded length) of records of one bucket."""
@@ -139,3 +166,9 @@ def _buckets(
     for length, members in sorted(by_length.items()):
         size = max(1, token_budget // length)
         yield from (members[start : start + size] for start in range(0, len(members), size))
+
+
+def _name(example: Example, kept: npt.NDArray[np.int64]) -> bytes:
+    """What a record's states go by: token ids and kept positions, apart from each other."""
+    parts = (example.input_ids.tobytes(), kept.tobytes())
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()

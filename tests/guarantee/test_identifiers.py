@@ -12,10 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoTokenizer
 
+from fedtune.models import states
+from fedtune.models.states import STORE, State
 from tests.guarantee.search import Finder, forms
 from tests.guarantee.world import NAMES, Row, lay_out, run
+from tests.models.test_states import InTheClear
 
 
 def identifiers(count: int = 1000) -> list[str]:
@@ -100,6 +104,37 @@ def test_no_identifier_is_in_anything_a_run_leaves_behind(
     assert [hit for body in grid.sent for hit in finder.found(body)] == []
     shown = "".join(capfd.readouterr()) + caplog.text
     assert finder.found(shown.encode()) == []
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_the_file_of_states_gives_nothing_away(
+    tmp_path: Path,
+    tiny_base: Path,
+    finder: Finder,
+    monkeypatch: pytest.MonkeyPatch,
+    sealed: bool,
+) -> None:
+    """No memory for states, so all are in the file. The twin: a cipher that changes nothing."""
+    if not sealed:
+        monkeypatch.setattr(states, "AESGCM", InTheClear)
+    raw: list[tuple[str, bytes]] = []
+    honest = STORE.keep
+
+    def keep(found: torch.Tensor, name: bytes, limit: int | None) -> State:
+        raw.extend(("states", position.numpy().tobytes()) for position in found)
+        return honest(found, name, limit)
+
+    monkeypatch.setattr(STORE, "keep", keep)
+    study = lay_out(tmp_path, tiny_base, records(PLANTED[:100]), records(PLANTED[100:200]))
+    for name in NAMES:
+        site = tmp_path / f"site-{name}.toml"
+        site.write_text(site.read_text().replace("[data]", "cache_memory = 0.0\n[data]"))
+    run(study)
+    assert STORE._file is not None and STORE.on_disk > 0
+    body = Path(f"/proc/self/fd/{STORE._file.number}").read_bytes()
+    assert len(body) >= STORE.on_disk
+    assert finder.found(body) == []
+    assert (Finder(raw).found(body) == []) == sealed
 
 
 @pytest.mark.parametrize("spoil", ["a broken record", "no such column", "one patient"])
