@@ -24,7 +24,8 @@ log = logging.getLogger("fedtune.models")
 @dataclass(frozen=True, repr=False)
 class Batch:
     """B records padded on the right to one length L. prefix (B, L, H); mask (B, L) bool, False on
-    padding; target_ids (B, L), -100 where no loss; label (B,), -100 where none; index (B,)."""
+    padding; target_ids (B, L), -100 where no loss; label (B,), -100 where none; index (B,), on
+    the processor, the others on the network's device."""
 
     prefix: torch.Tensor
     mask: torch.Tensor
@@ -41,10 +42,11 @@ class Batch:
 
 def padded_length(length: int) -> int:
     """The bucket of a record: a function of its own length alone, so that no record's numerics
-    depend on who else is in the batch; at most a quarter is padding above 32 tokens."""
-    if length <= 8:
-        return 1 << (length - 1).bit_length()
-    step = max(8, 1 << max(0, length.bit_length() - 3))
+    depend on who else is in the batch; an eighth is padding at most, above 32 tokens. Finer ones
+    cost more in small micro-batches than they save (benchmarks/padding.py)."""
+    if length <= 4:
+        return length
+    step = max(4, (1 << length.bit_length()) // 16)
     return -(-length // step) * step
 
 
@@ -94,7 +96,7 @@ class Cached:
 
     def _compute(self, rows: list[int]) -> None:
         """States of records of one bucket, from their tokens."""
-        states = self.network.prefix(*self._tokens(rows))
+        states = self.network.prefix(*self._tokens(rows)).cpu()  # a GPU's memory holds none
         for row, index in enumerate(rows):
             name, kept = self._names[index], torch.from_numpy(self._kept[index])
             state = STORE.keep(states[row, kept], name, self._memory)
@@ -116,11 +118,12 @@ class Cached:
                 if not self.network.pooled:
                     real = np.asarray(example.target_ids, dtype=np.int64)[kept]
                     targets[row, : len(kept)] = torch.from_numpy(real)
+            device = self.network.device
             yield Batch(
-                prefix=self._prefix(rows, length),
-                mask=mask,
-                target_ids=targets,
-                label=torch.tensor([e.label for e in examples]),
+                prefix=self._prefix(rows, length).to(device),
+                mask=mask.to(device),
+                target_ids=targets.to(device),
+                label=torch.tensor([e.label for e in examples], device=device),
                 index=torch.tensor(rows),
             )
 
