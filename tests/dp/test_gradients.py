@@ -133,6 +133,7 @@ def test_nothing_un_noised_stays_on_the_model(engine: UnitGradientEngine) -> Non
         assert parameter.grad is None
         assert not hasattr(parameter, "grad_sample")
     for module in engine.data.network.trained.modules():
+        assert "forward" not in vars(module)
         if any(p.requires_grad for p in module.parameters(recurse=False)):
             assert not module._forward_hooks
             assert not module._backward_hooks

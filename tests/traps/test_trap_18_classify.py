@@ -11,6 +11,7 @@ import torch
 
 from fedtune.config import LoraTable
 from fedtune.data.tokens import Dataset
+from fedtune.dp.engines import Wanted
 from fedtune.dp.gradients import UnitGradientEngine
 from fedtune.models.base import find_base
 from fedtune.models.cache import Cached
@@ -39,27 +40,29 @@ def encoder(base: Path, kind: str) -> Network:
     return network
 
 
-def rows(network: Network, dataset: Dataset) -> torch.Tensor:
-    engine = UnitGradientEngine(Cached(network, dataset), classify)
+def rows(network: Network, dataset: Dataset, wanted: Wanted = "auto") -> torch.Tensor:
+    engine = UnitGradientEngine(Cached(network, dataset), classify, engine=wanted)
     return engine.matrix(range(dataset.n_units))
 
 
+@pytest.mark.parametrize("wanted", ["auto", "opacus"])
 @pytest.mark.parametrize("kind", ["head", "adapter"])
-def test_a_classifiers_rows_are_their_own(tiny_encoder: Path, kind: str) -> None:
+def test_a_classifiers_rows_are_their_own(tiny_encoder: Path, kind: str, wanted: Wanted) -> None:
     network, dataset = encoder(tiny_encoder, kind), labelled([1, 2, 1, 1])
-    before, changed = rows(network, dataset), copy.deepcopy(dataset)
+    before, changed = rows(network, dataset, wanted), copy.deepcopy(dataset)
     old = changed.examples[1]
     changed.examples[1] = type(old)(old.input_ids[::-1].copy(), old.target_ids, 2, old.unit)
-    moved = (rows(network, changed) - before).norm(dim=1) / before.norm(dim=1)
+    moved = (rows(network, changed, wanted) - before).norm(dim=1) / before.norm(dim=1)
     assert float(moved[1]) > 0.01
     assert float(torch.cat([moved[:1], moved[2:]]).max()) < 1e-4
 
 
-def test_no_dropout_mask_is_drawn(tiny_encoder: Path) -> None:
+@pytest.mark.parametrize("wanted", ["auto", "opacus"])
+def test_no_dropout_mask_is_drawn(tiny_encoder: Path, wanted: Wanted) -> None:
     """Trap 19: this base has dropout in its configuration; a mask is shared by a batch's rows."""
     network, dataset = encoder(tiny_encoder, "adapter"), labelled([1, 2, 1, 1])
     assert network.model.config.hidden_dropout_prob > 0
-    assert torch.equal(rows(network, dataset), rows(network, dataset))
+    assert torch.equal(rows(network, dataset, wanted), rows(network, dataset, wanted))
 
 
 def test_padding_is_a_records_own(tiny_base: Path) -> None:
