@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fedtune.errors import ModelError
 from fedtune.models import wheel
 from fedtune.models.digest import digest as digest_of
-from fedtune.models.digest import read_json
+from fedtune.models.digest import read_json, weights
 from fedtune.models.known import KNOWN, PREFIX, Kind
 
 if TYPE_CHECKING:
@@ -99,9 +99,23 @@ def list_known() -> list[Row]:
 
 
 def load_backbone(base: Base, dtype: torch.dtype) -> PreTrainedModel:
-    """The frozen network in `dtype`, in eval mode; causal: with its LM head.
+    """The frozen network in `dtype`, in eval mode; causal: with its LM head. Its weights are mapped
+    from disk, so that all processes of this machine share one copy.
 
     Errors: ModelError where weights are missing, of other shapes, or of an unknown architecture."""
+    from fedtune.models import mapped
+
+    if mapped.stored_as(weights(base.path), dtype):
+        return _backbone(base, dtype)
+    kind = str(dtype).removeprefix("torch.")
+    converted = cache_dir() / "mapped" / f"{base.digest.removeprefix('sha256:')}-{kind}.safetensors"
+    with mapped.alone(converted):
+        model = _backbone(base, dtype)
+        mapped.share(model, converted)
+    return model
+
+
+def _backbone(base: Base, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModel, AutoModelForCausalLM
 
     wheel.quiet()

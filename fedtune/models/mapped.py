@@ -1,0 +1,98 @@
+"""One copy of a base's weights for all processes of this machine.
+
+Where a base is used in the type in which it is stored, the loader maps its files, and processes
+share the pages. Where it is converted, each process would hold a copy of its own; so the converted
+weights are written once, beside the cache of bases, and mapped from there."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+log = logging.getLogger("fedtune.models")
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def stored_as(files: list[Path], dtype: torch.dtype) -> bool:
+    """Whether every tensor of `files` is of `dtype`: then there is nothing to convert."""
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        if kinds != {_NAMES.get(dtype)}:
+            return False
+    return True
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """One process of this machine at a time, so that not all hold a copy while they convert."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def share(model: nn.Module, path: Path) -> None:
+    """Let the parameters of `model` be those that `path` holds, mapped.
+
+    Guarantee: not one bit of the model changes; a file that holds anything else (altered, cut off,
+    of another version) is written anew. Where it cannot be written the model keeps its copy."""
+    parameters = dict(model.named_parameters())
+    if _taken(parameters, path) or (_written(parameters, path) and _taken(parameters, path)):
+        _give_back()
+
+
+def _written(parameters: dict[str, nn.Parameter], path: Path) -> bool:
+    try:
+        with NamedTemporaryFile(dir=path.parent, suffix=".new", delete=False) as draft:
+            save_file({n: p.detach().contiguous() for n, p in parameters.items()}, draft.name)
+        os.replace(draft.name, path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            os.unlink(draft.name)
+        log.warning(
+            "the converted base cannot be kept (%s); it is not shared", type(error).__name__
+        )
+        return False
+    return True
+
+
+def _taken(parameters: dict[str, nn.Parameter], path: Path) -> bool:
+    """Whether `path` holds these parameters bit for bit; each that it does is mapped from there."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if set(file.keys()) != set(parameters):
+                return False
+            for name, parameter in parameters.items():
+                found: torch.Tensor = file.get_tensor(name)
+                if not _same(found, parameter.detach()):
+                    return False
+                parameter.data = found
+    except (OSError, SafetensorError):
+        return False
+    return True
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return (
+        one.dtype == other.dtype
+        and one.shape == other.shape
+        and torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+    )
+
+
+def _give_back() -> None:
+    """Return freed memory to the system: glibc keeps what it freed among smaller blocks."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
