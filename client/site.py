@@ -6,10 +6,11 @@ import hashlib
 import json
 import logging
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors.numpy import load, save
 
@@ -25,6 +26,7 @@ from fedtune.dp.plain import PlainPlan, plain_plan
 from fedtune.dp.plan import DpPlan, plan_for_site
 from fedtune.dp.query import answer, unit_rows
 from fedtune.dp.steplog import Step, StepLog
+from fedtune.dp.team import Team
 from fedtune.errors import DataError, PolicyRefused, Refused
 from fedtune.models.base import find_base, load_tokenizer
 from fedtune.models.cache import Cached
@@ -35,6 +37,9 @@ from fedtune.training import check_trains, local_round
 from fedtune.wire.codec import Encoded, encode
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import Header, seal
+
+if TYPE_CHECKING:
+    from client.ranks import Ranks
 
 log = logging.getLogger("fedtune.site")
 
@@ -107,6 +112,7 @@ class SiteWorker:
     def __init__(self, site: Site, path: Path | None = None) -> None:
         self.site, self._path = site, path
         self.log = StepLog(site.site.state / "steps.jsonl")
+        self.ranks: Ranks | None = None  # other processes that share a round's work
         self._prepared: dict[str, _Prepared] = {}
         self._cached: dict[str, tuple[object, Cached]] = {}  # by dataset: what it depends on, data
 
@@ -182,6 +188,12 @@ class SiteWorker:
             self._cached[data.name] = view, cached
         return cached
 
+    def seen(self, study: Study, network: Network) -> Cached:
+        """The training records as they stand, less who withdrew; the ledger is only read."""
+        out = frozenset(self.ledger.withdrawn())
+        dataset = self._read(study, network, self.site.data, out)
+        return Cached(network, dataset, self.site.site.cache_bytes)
+
     def _read(self, study: Study, network: Network, data: SiteData, out: frozenset[str]) -> Dataset:
         """The dataset, whatever is in the files: one record more or less, or a broken one, must
         not be seen from outside, so too few units or a broken file is a matter of noise alone."""
@@ -236,13 +248,21 @@ class SiteWorker:
         reserved = self.ledger.reserve(self._dataset, charge, given, permit)
         prepared.network.load_frozen(prepared.frozen)
         recompute = self.site.site.gradient_checkpointing
-        delta = local_round(study, data, prepared.plan, self.log, round_, adapter, recompute)
+        with self._team(prepared, data) as team:
+            delta = local_round(
+                study, data, prepared.plan, self.log, round_, adapter, recompute, team
+            )
         events = _summary(self.log.steps(study.digest)) if plan else []
         sent = encode(delta, study.wire.update)  # after the noise, before the ledger
         body = save(sent, {"events": json.dumps(events)})
         if plan:  # without noise nothing is kept on disk; asked again, it is trained again
             self.ledger.release(reserved, hashlib.sha256(body).hexdigest(), body)
         return body
+
+    def _team(self, prepared: _Prepared, data: Cached) -> AbstractContextManager[Team | None]:
+        if self.ranks is None or not prepared.private:
+            return nullcontext()
+        return self.ranks.at_work(prepared.study, data, prepared.frozen)
 
     # -------------------------------------------------------------------------------- a query
 

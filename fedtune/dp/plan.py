@@ -17,6 +17,7 @@ from fedtune.dp.accountant import Steps
 from fedtune.dp.budget import resolve
 from fedtune.dp.clip import Chunk
 from fedtune.dp.steplog import Step, StepLog
+from fedtune.dp.team import AddUp, Team
 
 RELATION: clip.Relation = "add or remove one unit"
 
@@ -29,7 +30,13 @@ class StepPlan(Protocol):
     """What training asks of a plan, private or not."""
 
     def step(
-        self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
+        self,
+        n_rows: int,
+        dimension: int,
+        gradients: RowGradients,
+        log: StepLog,
+        round_: int,
+        team: Team | None = None,
     ) -> torch.Tensor: ...
 
 
@@ -74,16 +81,27 @@ class DpPlan:
         return [Steps(self.noise_multiplier, self.sampling_rate, steps, self.records)]
 
     def step(
-        self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
+        self,
+        n_rows: int,
+        dimension: int,
+        gradients: RowGradients,
+        log: StepLog,
+        round_: int,
+        team: Team | None = None,
     ) -> torch.Tensor:
         """One noised mean gradient, fp32 (dimension,), for a site with `n_rows` rows to draw from.
 
         `gradients` is called once with the sampled rows and yields each of them exactly once; its
-        tensors are zeroed after use. An empty sample is a noise-only step.
+        tensors are zeroed after use. An empty sample is a noise-only step. team: other processes
+        that add up some of the rows; drawn and noised is here alone, once.
         Errors: RuntimeError when a row is missing or doubled: nothing is released then.
         """
         sampled = sampling.poisson(n_rows, self.sampling_rate)
-        total = self.clipped_sum(sampled, dimension, gradients)
+        if team is None:
+            total = self.clipped_sum(sampled, dimension, gradients)
+        else:
+            own: AddUp = lambda rows: self.clipped_sum(rows, dimension, gradients)  # noqa: E731
+            total = team.total(sampled, dimension, own)
         return self._add_noise(total, log, round_)
 
     @property

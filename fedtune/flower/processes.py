@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import Literal
@@ -28,7 +29,12 @@ QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
 PACKAGES = str(Path(__file__).resolve().parents[2])  # a child runs this copy, never the folder's
-Program = Literal["superlink", "supernode", "gateway"]
+Program = Literal["superlink", "supernode", "gateway", "rank", "sites"]
+OWN = {  # of these programs, ours: the module whose main() it is, and what people call it
+    "gateway": ("fedtune.flower.gateway", "the gateway"),
+    "rank": ("client.ranks", "a process of this site's team"),
+    "sites": ("fedtune.flower.pool", "a process of the simulation"),
+}
 STOP_SECONDS = 10.0  # from SIGTERM to SIGKILL
 
 
@@ -67,11 +73,11 @@ def interruptible() -> Iterator[None]:
 
 
 class Child:
-    """One running program: Flower's "superlink" or "supernode", or our "gateway"; a context manager
-    that stops it.
+    """One running program, Flower's or our own; a context manager that stops it.
 
     Its output goes to `log`, which is private to this user. Nothing else is inherited but `home`,
-    its own FLWR_HOME, and the environment with Flower's network chatter switched off."""
+    its own FLWR_HOME, the descriptors `keep`, and the environment with Flower's network chatter
+    switched off."""
 
     def __init__(
         self,
@@ -80,9 +86,10 @@ class Child:
         *,
         home: Path,
         log: Path,
+        keep: Sequence[int] = (),
     ) -> None:
         self.program, self.log = program, log
-        self._name = "the gateway" if program == "gateway" else f"flower-{program}"
+        self._name = OWN[program][1] if program in OWN else f"flower-{program}"
         private_folder(home)
         private_folder(log.parent)
         environment = {
@@ -100,6 +107,7 @@ class Child:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
+                pass_fds=keep,
             )
 
     @property
@@ -203,10 +211,8 @@ def _end_with_parent() -> None:
 def _main(program: str) -> None:
     """Be the program named, with the options in sys.argv; does not return."""
     _end_with_parent()
-    if program == "gateway":
-        from fedtune.flower.gateway import main
-
-        main(sys.argv[1:])
+    if program in OWN:
+        import_module(OWN[program][0]).main(sys.argv[1:])
         return
     from fedtune.flower import api
 

@@ -58,6 +58,7 @@ class Store:
         self._used = 0
         self._dropped: deque[int] = deque()  # by finalisers, which may run at any point
         self._file: _File | None = None
+        self.processes = 1  # that share this machine and do the same work
 
     @property
     def in_memory(self) -> int:
@@ -73,9 +74,11 @@ class Store:
 
     def keep(self, states: torch.Tensor, record: bytes, limit: int | None = None) -> State:
         """`states` (positions, H) of `record`, in memory if the process then holds at most `limit`
-        bytes (None: a quarter of the machine's memory). Errors: InfrastructureError (disk)."""
+        bytes (None: its share of a quarter of the machine's memory). Errors: InfrastructureError
+        (disk)."""
         kept: _InMemory | _Sealed
-        if self.in_memory + states.nbytes <= (default_limit() if limit is None else limit):
+        room = default_limit() // self.processes if limit is None else limit
+        if self.in_memory + states.nbytes <= room:
             self._used += states.nbytes
             kept = _InMemory(states)
             weakref.finalize(kept, self._dropped.append, states.nbytes).atexit = False

@@ -13,6 +13,7 @@ OPACUS, ONE_PASS = "fedtune/dp/engines/opacus.py", "fedtune/dp/engines/one_pass.
 ACCOUNTANT, STEPLOG = "fedtune/dp/accountant.py", "fedtune/dp/steplog.py"
 TOKENS, CACHE, LORA = "fedtune/data/tokens.py", "fedtune/models/cache.py", "fedtune/models/lora.py"
 NETWORK, TRAINING = "fedtune/models/network.py", "fedtune/training.py"
+STATES = "fedtune/models/states.py"
 CAUSAL, CLASSIFY = "fedtune/objectives/causal_lm.py", "fedtune/objectives/classify.py"
 SITE, POLICY, ANSWERS = "client/site.py", "client/policy.py", "client/answers.py"
 ROUNDS, SUMMARY = "server/rounds.py", "server/summary.py"
@@ -47,6 +48,7 @@ T_ISOLATION = T_GRADIENTS + "test_row_isolation"
 T_ROWS = "tests/traps/test_trap_18_classify.py::"
 T_POST = "tests/traps/test_trap_20_post_processing.py::"
 T_ACCOUNTANT = "tests/dp/test_accountant.py::"
+T_STATES = "tests/models/test_states.py::"
 T_CHUNKS = T_PLAN + "test_noise_is_added_once_and_divided_by_the_plan"
 
 MEAN = "return each.new_zeros(len(batch.label)).index_add(0, rows, each) / counts"
@@ -416,6 +418,56 @@ BUDGET_MUTANTS = (
 
 MODEL_MUTANTS = (
     _one(
+        "states", "states-without-their-positions", CACHE,
+        "parts = (example.input_ids.tobytes(), kept.tobytes())",
+        "parts = (example.input_ids.tobytes(),)",
+        T_STATES + "test_the_same_tokens_with_other_targets_have_states_of_their_own",
+        "a record trains on the states of another one's targets",
+    ),
+    _one(
+        "states", "the-file-is-not-authenticated", STATES,
+        "body = AESGCM(self.key).decrypt(_NONCE, block, self.record)",
+        "from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes\n"
+        '            counter = modes.CTR(_NONCE + (2).to_bytes(4, "big"))\n'
+        "            cipher = Cipher(algorithms.AES(self.key), counter)\n"
+        "            body = cipher.decryptor().update(block[:-16])",
+        T_STATES + "test_an_altered_block_is_noticed_and_its_states_computed_again",
+        "trains on whatever somebody wrote there",
+    ),
+    Mutant(
+        "states", "the-file-is-in-the-clear", STATES,
+        (
+            ("block = AESGCM(key).encrypt(_NONCE, body, record)", "block = body"),
+            ("body = AESGCM(self.key).decrypt(_NONCE, block, self.record)", "body = block"),
+        ),
+        (T_STATES + "test_what_is_in_the_file_is_not_readable",),
+        "hidden states can be turned back into text",
+    ),
+    Mutant(
+        "states", "a-block-passes-for-anothers", STATES,
+        (
+            ("encrypt(_NONCE, body, record)", "encrypt(_NONCE, body, None)"),
+            ("decrypt(_NONCE, block, self.record)", "decrypt(_NONCE, block, None)"),
+        ),
+        (T_STATES + "test_a_block_is_bound_to_its_record",),
+        "the seal says nothing of whose states they are",
+    ),
+    _one(
+        "states", "withdrawn-states-are-held", CACHE,
+        "self._known[name] = self._states[index] = state",
+        'self._known[name] = self._states[index] = state\n'
+        '            STORE.__dict__.setdefault("all", []).append(state)',
+        "tests/client/test_site.py::"
+        "test_a_withdrawn_patients_states_are_erased_and_the_others_kept",
+        "who withdrew stays in memory and file",
+    ),
+    _one(
+        "states", "an-adapter-below-the-cut", "fedtune/models/split.py",
+        "at = len(layers) - lora.last_layers", "at = len(layers) - lora.last_layers + 1",
+        T_STATES + "test_below_the_cut_nothing_is_trained_and_nothing_is_dropped",
+        "what is kept changes as the adapter learns",
+    ),
+    _one(
         12, "any-module-may-be-adapted", POLICY,
         'listed += [("modules", module, policy.modules) for module in study.lora.modules]',
         "pass",
@@ -628,6 +680,25 @@ GUARANTEE_MUTANTS = (
     ),
 )  # fmt: skip
 
+TEAM = "fedtune/dp/team.py"
+PART = "        mine[:dimension] = part\n"
+
+TEAM_MUTANTS = (
+    _one(
+        17, "noise-on-every-rank", TEAM, PART,
+        PART + "        from fedtune.dp import noise\n\n"
+        "        mine[:dimension] += noise.gaussian_on_grid(dimension, 1.7, 2.0**-20)\n",
+        "tests/dp/test_team.py::test_noise_is_added_once_whatever_the_number_of_ranks",
+        "the variance grows with the number of processes",
+    ),
+    _one(
+        8, "a-rank-drops-a-row", TEAM, "part = own(sampled[share])",
+        "part = own(sampled[share][1:])",
+        "tests/dp/test_team.py::test_the_sum_is_that_of_one_process_bit_for_bit",
+        "each rank rounds its share down",
+    ),
+)  # fmt: skip
+
 MUTANTS: tuple[Mutant, ...] = (
     *LOSS_MUTANTS,
     *GRADIENT_MUTANTS,
@@ -639,4 +710,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *WIRE_MUTANTS,
     *ENCODING_MUTANTS,
     *GUARANTEE_MUTANTS,
+    *TEAM_MUTANTS,
 )

@@ -1,0 +1,286 @@
+"""The other processes of a site: each clips and adds up a share of every step's rows.
+
+    rank 0   the client: talks to Flower, keeps the ledger, draws, adds noise, writes the log
+    rank n   reads the same site.toml and the same records; is given the plan, the adapter and the
+             rows by rank 0, and gives back an integer sum
+
+`fedtune client SITE --processes N` starts them itself; under torchrun they are there already."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+
+from client.site import SiteWorker, worker
+from fedtune.config import Study, load_site, study_from_json
+from fedtune.data.tokens import Dataset
+from fedtune.dp.gradients import UnitGradientEngine
+from fedtune.dp.plan import plan_for_site
+from fedtune.dp.team import FOREVER, AddUp, Group, Team, meeting, summed
+from fedtune.errors import FedtuneError, InfrastructureError
+from fedtune.flower.processes import Child
+from fedtune.models.cache import Cached
+from fedtune.models.lora import Arrays
+from fedtune.models.lora import digest as arrays_digest
+from fedtune.models.network import Network, build
+from fedtune.models.states import STORE
+from fedtune.objectives import find
+
+log = logging.getLogger("fedtune.site")
+PATIENCE = 1800.0  # seconds that rank 0 waits for the others in one exchange
+SAME, OTHER = 1, 2  # what a rank says of its records; 0: it could not read them
+
+
+class Ranks:
+    """A site's team as rank 0 sees it: started with the first round that needs it; after a failure,
+    started anew with the next. A context manager that ends it.
+
+    size: processes, this one included; torchrun: they were started by it."""
+
+    def __init__(
+        self, site: Path, size: int, *, torchrun: bool = False, patience: float = PATIENCE
+    ) -> None:
+        self._site, self.size, self._torchrun = site, size, torchrun
+        self._patience = patience
+        self._open = ExitStack()
+        self._group: Group | None = None
+        self._agreed: tuple[str, ...] = ()  # what the others have prepared
+        self.children: list[Child] = []
+
+    @contextmanager
+    def at_work(self, study: Study, data: Cached, frozen: Arrays) -> Iterator[Team]:
+        """The team for one round of `study`, each rank with the same plan, factor and records.
+
+        Errors: InfrastructureError where a rank fails, is gone, is silent, or reads other records
+        than this process; whatever goes wrong, the team is ended."""
+        try:
+            group = self._group = self._group or self._started()
+            self._agree(group, study, data, frozen)
+            yield _Lead(group, data.network)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the others: they see that the connection closes."""
+        self._open.close()
+        self._group, self._agreed, self.children = None, (), []
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _started(self) -> Group:
+        threads = torch.get_num_threads()
+        self._open.callback(torch.set_num_threads, threads)
+        self._open.callback(setattr, STORE, "processes", 1)
+        share_machine(0, self.size)
+        group = Group(0, self.size, self._patience, None) if self._torchrun else self._spawned()
+        self._open.callback(group.close)
+        return group
+
+    def _spawned(self) -> Group:
+        state = load_site(self._site).site.state
+        folder = self._open.enter_context(tempfile.TemporaryDirectory(prefix="fedtune-ranks-"))
+        place = Path(folder, "store")
+        for rank in range(1, self.size):
+            options = [str(self._site), str(rank), str(self.size), str(place)]
+            child = Child("rank", options, home=state / "ranks", log=state / f"rank-{rank}.log")
+            self.children.append(self._open.enter_context(child))
+        store = meeting(place, self.size)
+        deadline = time.monotonic() + self._patience
+        for rank, child in enumerate(self.children, 1):
+            while not store.check([_here(rank)]):
+                if not child.alive:
+                    raise child.ended()
+                if time.monotonic() > deadline:
+                    raise InfrastructureError(
+                        f"rank {rank} did not start", todo=f"read {child.log}"
+                    )
+                time.sleep(0.05)
+        return Group(0, self.size, self._patience, store)
+
+    def _agree(self, group: Group, study: Study, data: Cached, frozen: Arrays) -> None:
+        """Have every rank prepare `study`, unless it has. Errors: InfrastructureError."""
+        records, factor = fingerprint(data.dataset), arrays_digest(frozen)
+        if self._agreed == (study.digest, factor, records):
+            return
+        dtype = str(data.network.dtype).removeprefix("torch.")
+        names = sorted(frozen)
+        header = {"do": "prepare", "study": study.model_dump_json(), "dtype": dtype}
+        arrays = [torch.from_numpy(np.asarray(frozen[name], np.float32)) for name in names]
+        group.send({**header, "records": records, "names": names}, arrays)
+        said = group.add_up(torch.zeros(self.size, dtype=torch.int64))[1:].tolist()
+        for rank, answer in enumerate(said, 1):
+            if answer != SAME:
+                raise InfrastructureError(
+                    f"rank {rank} of this site "
+                    + ("reads other records" if answer == OTHER else "could not prepare the study"),
+                    "the records of rank 0",
+                    f"see that its files do not change while it trains; read rank-{rank}.log",
+                )
+        self._agreed = (study.digest, factor, records)
+
+
+class _Lead:
+    """fedtune.dp.team.Team, at rank 0."""
+
+    def __init__(self, group: Group, network: Network) -> None:
+        self._group, self._network = group, network
+
+    def total(self, sampled: list[int], dimension: int, own: AddUp) -> torch.Tensor:
+        parameters = self._network.parameters().values()
+        flat = torch.cat([p.detach().flatten().cpu() for p in parameters])
+        rows = torch.tensor(sampled, dtype=torch.int64)
+        self._group.send({"do": "add", "dimension": dimension}, [flat, rows])
+        return summed(self._group, sampled, dimension, own)
+
+
+# ------------------------------------------------------------------------------ the other ranks
+
+
+def follow(group: Group, site: SiteWorker) -> NoReturn:
+    """Do what rank 0 says, until InfrastructureError says that it is gone.
+
+    Guarantee: charges nothing, draws nothing, adds no noise, writes no step log; of the ledger it
+    reads who has withdrawn and which records are known."""
+    work: _Work | None = None
+    while True:
+        header, tensors = group.receive()
+        if header["do"] == "prepare":
+            said = torch.zeros(group.size, dtype=torch.int64)
+            work = None  # frees the old before the new is read
+            try:
+                work = _Work(site, header, tensors)
+                said[group.rank] = SAME if work.records == header["records"] else OTHER
+            except Exception as error:
+                log.error("this rank cannot prepare the study: %s", _says(error))
+            group.add_up(said)
+        elif work is not None:
+            flat, rows = tensors
+            try:
+                summed(group, rows.tolist(), header["dimension"], work.with_parameters(flat))
+            except InfrastructureError:
+                raise
+            except Exception as error:  # rank 0 saw that the rows are missing
+                log.error("this rank did not add up its rows: %s", _says(error))
+
+
+class _Work:
+    """One study at one rank: network, records, engine and the plan's own clipping."""
+
+    def __init__(
+        self, site: SiteWorker, header: dict[str, Any], frozen: list[torch.Tensor]
+    ) -> None:
+        study = study_from_json(header["study"])
+        base = study.base.model_copy(update={"dtype": header["dtype"]})
+        # As rank 0 has it: where the study leaves the dtype open, each process measures for itself.
+        self.network = build(study.model_copy(update={"base": base}), site.site.site.base)
+        arrays = {n: t.numpy() for n, t in zip(header["names"], frozen, strict=True)}
+        self.network.load_frozen(arrays)
+        data = site.seen(study, self.network)
+        self.records = fingerprint(data.dataset)
+        objective = find(study.objective.name)
+        self._engine = UnitGradientEngine(
+            data, objective, by=study.drawn, engine=study.training.engine
+        )
+        self._plan = plan_for_site(study, site.site.site.declared_size)
+        checkpointing = site.site.site.gradient_checkpointing
+        self._recompute = checkpointing and self._engine.name == "one-pass"
+
+    def with_parameters(self, flat: torch.Tensor) -> AddUp:
+        """What adds up rows with the trainable parameters `flat`, (d,) in the update's order."""
+
+        def own(rows: list[int]) -> torch.Tensor:
+            engine = self._engine
+            pieces = torch.split(flat, [p.numel() for p in engine.parameters])
+            with torch.no_grad():
+                for parameter, piece in zip(engine.parameters, pieces, strict=True):
+                    parameter.copy_(piece.view_as(parameter))
+            with self.network.recomputing(self._recompute):
+                return self._plan.clipped_sum(rows, engine.dimension, engine)
+
+        return own
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """sha256 of every record as it trains, in order: two processes whose fingerprints agree mean
+    the same record by the same row."""
+    total = hashlib.sha256()
+    for example in dataset.examples:
+        parts = (example.input_ids.tobytes(), example.target_ids.tobytes())
+        labels = f"{example.unit} {example.label} {len(parts[0])} "
+        total.update(labels.encode() + b"".join(parts))
+    return total.hexdigest()
+
+
+def _says(error: Exception) -> str:
+    """The class, and the words of our own errors: they hold no record."""
+    return (
+        f"{type(error).__name__}: {error}"
+        if isinstance(error, FedtuneError)
+        else (type(error).__name__)
+    )
+
+
+def _here(rank: int) -> str:
+    return f"rank {rank} is here"
+
+
+def share_machine(number: int, size: int) -> None:
+    """Be number `number` of `size` processes that do the same work on this machine: a share of its
+    cores and of the memory for states, and a GPU of its own as far as there are some."""
+    STORE.processes = size
+    torch.set_num_threads(max(1, torch.get_num_threads() // size))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
+
+
+@contextmanager
+def team(site: Path, processes: int) -> Iterator[None]:
+    """Share the rounds of this process' worker of `site` among `processes`, or torchrun's."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = Ranks(site, max(size, processes), torchrun=size > 1)
+    with ranks:
+        worker(str(site)).ranks = ranks if ranks.size > 1 else None
+        yield
+
+
+def follow_torchrun(site: Path) -> None:
+    """Be one of the other ranks that torchrun started, until rank 0 ends."""
+    _follow(site, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), None)
+
+
+def _follow(site: Path, rank: int, size: int, place: Path | None) -> None:
+    store = meeting(place, size) if place else None
+    if store:
+        store.set(_here(rank), "")
+    share_machine(rank, size)
+    here = SiteWorker(load_site(site), site)
+    group = Group(rank, size, FOREVER, store)
+    try:
+        follow(group, here)
+    except InfrastructureError as error:
+        log.info("%s", error)  # rank 0 is gone, and this process with it
+    finally:
+        group.close()
+
+
+def main(options: list[str]) -> None:
+    """SITE RANK SIZE STORE: one of the ranks that rank 0 started."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO)
+    site, rank, size, place = options
+    _follow(Path(site), int(rank), int(size), Path(place))

@@ -1,0 +1,177 @@
+"""A site whose rounds are shared among two real processes: same update, charges and refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from client.ranks import Ranks, fingerprint, team
+from client.site import SiteWorker
+from client.site import worker as worker_of
+from client.withdraw import withdraw
+from fedtune.config import load_site
+from fedtune.dp import noise
+from fedtune.errors import InfrastructureError
+from fedtune.flower.processes import free_port
+from fedtune.models.start import Start
+from fedtune.simulate import simulate, sites_in
+from tests.client.test_site import begun, notes
+from tests.server.test_simulate import world as world_of_two
+
+ROOT = Path(__file__).resolve().parents[2]
+world = world_of_two
+
+SITE = """
+[site]
+name = "a"
+declared_size = 12
+state = "state"
+[data]
+path = "notes.jsonl"
+[data.columns]
+prompt = "note"
+completion = "answer"
+patient = "who"
+[policy]
+bases = "any"
+max_delta = 1e-4
+"""
+
+
+def two_steps(base: Path) -> Start:
+    training = {"rounds": 4, "sampling_rate": 1.0, "learning_rate": 0.1, "local_steps": 2}
+    return begun(base, training=training, wire={"update": "float32"})
+
+
+def site_in(folder: Path) -> Path:
+    notes(folder)
+    (folder / "site.toml").write_text(SITE)
+    return folder / "site.toml"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return site_in(tmp_path / "shared")
+
+
+@pytest.fixture
+def worker(path: Path) -> Iterator[SiteWorker]:
+    """A site whose rounds two processes share."""
+    made = SiteWorker(load_site(path), path)
+    with Ranks(path, 2, patience=60.0) as made.ranks:
+        yield made
+
+
+def vector(update: dict[str, np.ndarray]) -> np.ndarray:
+    return np.concatenate([update[name].ravel() for name in sorted(update)]).astype(np.float64)
+
+
+def test_two_processes_make_the_update_of_one(
+    worker: SiteWorker, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps a round: the second starts from what rank 0 made of the first. A withdrawal between
+    rounds reaches both. Without the noise what is left is the clipped sums."""
+    made, site = two_steps(tiny_base), site_in(tmp_path / "alone")
+    alone = SiteWorker(load_site(site), site)
+    for each in (worker, alone):
+        assert each.prepare(made.study, made.frozen).admitted
+    monkeypatch.setattr(noise, "gaussian_on_grid", lambda d, std, grid: torch.zeros(d).long())
+    for round_ in (1, 2):
+        sums = [
+            vector(w.train(made.study.digest, round_, made.adapter).delta) for w in (worker, alone)
+        ]
+        assert np.linalg.norm(sums[0] - sums[1]) < 1e-4 * np.linalg.norm(sums[1]) > 0
+        assert len(worker.log.steps()) == len(alone.log.steps()) == 2 * round_
+        for each in (worker, alone):
+            withdraw(each.site, "p4", each.ledger)
+    assert len(worker.ledger.charges("records")) == 2
+
+
+def test_a_rank_that_dies_costs_the_round_and_the_next_has_a_new_one(
+    worker: SiteWorker, tiny_base: Path
+) -> None:
+    made, ranks = two_steps(tiny_base), worker.ranks
+    assert ranks is not None
+    worker.prepare(made.study, made.frozen)
+    worker.train(made.study.digest, 1, made.adapter)
+    (child,) = ranks.children
+    os.kill(child.pid, signal.SIGKILL)
+    with pytest.raises(InfrastructureError, match="is gone or does not answer"):
+        worker.train(made.study.digest, 2, made.adapter)
+    assert {step.round for step in worker.log.steps()} == {1}, "nothing of the step was released"
+    assert [charge.round for charge in worker.ledger.charges("records")] == [1, 2]
+    worker.train(made.study.digest, 2, made.adapter)
+    assert [charge.round for charge in worker.ledger.charges("records")] == [1, 2, 2]
+
+
+def test_ranks_that_read_other_records_are_refused(
+    worker: SiteWorker, path: Path, tiny_base: Path
+) -> None:
+    """The file changes between rank 0's reading and the other's."""
+    made = two_steps(tiny_base)
+    worker.prepare(made.study, made.frozen)
+    notes_file = path.with_name("notes.jsonl")
+    prepared = worker._prepared[made.study.digest]
+    data = worker._data(made.study, prepared.network, worker.site.data)
+    before = fingerprint(data.dataset)
+    lines = notes_file.read_text().splitlines()
+    changed = json.loads(lines[3]) | {"note": "something else altogether"}
+    notes_file.write_text("\n".join([*lines[:3], json.dumps(changed), *lines[4:]]) + "\n")
+    assert fingerprint(worker.seen(made.study, data.network).dataset) != before
+    with (
+        pytest.raises(InfrastructureError, match="rank 1 of this site reads other records"),
+        worker.ranks.at_work(made.study, data, prepared.frozen),  # type: ignore[union-attr]
+    ):
+        pass
+    assert worker.log.steps() == []
+
+
+def test_the_order_of_records_is_part_of_what_must_agree(path: Path, tiny_base: Path) -> None:
+    """Rows are numbers: the same records in another order would be other rows."""
+    made = two_steps(tiny_base)
+    worker = SiteWorker(load_site(path), path)
+    worker.prepare(made.study, made.frozen)
+    network = worker._prepared[made.study.digest].network
+    first = worker.seen(made.study, network).dataset
+    notes_file = path.with_name("notes.jsonl")
+    notes_file.write_text("\n".join(reversed(notes_file.read_text().splitlines())) + "\n")
+    second = worker.seen(made.study, network).dataset
+    assert first.content_hash == second.content_hash
+    assert fingerprint(first) != fingerprint(second)
+
+
+def test_torchrun_starts_the_ranks_too(path: Path, tmp_path: Path, tiny_base: Path) -> None:
+    out = tmp_path / "update.safetensors"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    command += ["-m", "tests.client.torchrun_site", str(path), str(tiny_base), str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert np.isfinite(vector(load_file(out))).all()
+    assert len((path.parent / "state" / "steps.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_simulated_study_with_a_site_of_two_processes(world: Path) -> None:
+    """From files to report, through the same apps; the other site stays alone."""
+    first, second = sites_in(world)
+    with team(first.resolve(), 2):
+        body = simulate(world / "study.toml", [first, second], world / "out")
+        ranks = worker_of(str(first.resolve())).ranks
+        assert ranks is not None and [child.alive for child in ranks.children] == [True]
+        children = list(ranks.children)
+    assert not any(child.alive for child in children)
+    assert body["rounds"][-1]["participants"] == ["a", "b"]
+    for name in ("a", "b"):  # the noise of a step is one line of one log, however many processes
+        assert body["privacy"]["sites"][name]["steps"] == 2
+        assert len((world / f"state-{name}" / "steps.jsonl").read_text().splitlines()) == 2

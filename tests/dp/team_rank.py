@@ -1,0 +1,115 @@
+"""Rank 1 of a team of two, for tests: `python -m tests.dp.team_rank STORE`.
+
+Each message says what to add up, and how: honestly, or broken in a way that a test must see."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from fedtune.dp import noise
+from fedtune.dp.clip import Chunk
+from fedtune.dp.gradients import UnitGradientEngine
+from fedtune.dp.team import FOREVER, Group, meeting, summed
+from fedtune.errors import InfrastructureError
+from tests.dp.conftest import make_plan
+
+SIZES = [1, 3, 2, 1, 4, 2, 1]  # records of each patient of the real engine
+
+
+def synthetic(dimension: int) -> Any:
+    """Each row's gradient as a function of its number alone."""
+
+    def gradients(rows: list[int]) -> Iterator[Chunk]:
+        for row in rows:
+            draw = torch.Generator().manual_seed(row)
+            yield Chunk([row], [torch.randn(1, dimension, generator=draw)])
+
+    return gradients
+
+
+def zeros(dimension: int) -> Any:
+    def gradients(rows: list[int]) -> Iterator[Chunk]:
+        yield Chunk(rows, [torch.zeros(len(rows), dimension)])
+
+    return gradients
+
+
+def engine(base: str, each_alone: bool) -> UnitGradientEngine:
+    """The shipped engine over generated patients; each_alone: a micro-batch is one record, so that
+    no row's rounding depends on who is beside it."""
+    from fedtune.config import LoraTable
+    from fedtune.models.base import find_base
+    from fedtune.models.cache import Cached
+    from fedtune.models.network import Network
+    from fedtune.objectives import causal_lm
+    from tests.dp.conftest import records
+
+    lora = LoraTable(rank=4, alpha=8.0, modules=("q_proj", "gate_proj"), last_layers=2)
+    network = Network(find_base(base), torch.float32, lora, labels=0)
+    made = UnitGradientEngine(Cached(network, records(SIZES)), causal_lm)
+    if each_alone:
+        made._most = 1
+    return made
+
+
+def gradients_of(header: dict[str, Any], tensors: list[torch.Tensor]) -> Any:
+    if header["rows"] == "synthetic":
+        return synthetic(header["dimension"])
+    if header["rows"] == "zeros":
+        return zeros(header["dimension"])
+    if header["rows"] == "given":  # computed elsewhere: the share of rank 1, row by row
+        matrix = tensors[1]
+        return lambda rows: iter([Chunk(rows, [matrix])] if rows else [])
+    return engine(header["base"], header["rows"] == "engine, each alone")
+
+
+def main(place: str) -> NoReturn:
+    torch.set_num_threads(1)
+    store = meeting(Path(place), 2)
+    store.set("here", "")
+    group = Group(1, 2, FOREVER, store)
+    while True:
+        header, tensors = group.receive()
+        plan, how = make_plan(**header["plan"]), header["how"]
+
+        def own(
+            rows: list[int],
+            header: Any = header,
+            tensors: Any = tensors,
+            plan: Any = plan,
+            how: str = how,
+        ) -> torch.Tensor:
+            if how == "dies":
+                os._exit(1)
+            if how == "hangs":
+                time.sleep(600)
+            if how == "raises":
+                raise ValueError("Mrs Example has a fever")
+            dimension = header["dimension"]
+            found: torch.Tensor = plan.clipped_sum(rows, dimension, gradients_of(header, tensors))
+            if how == "adds noise":
+                found += noise.gaussian_on_grid(dimension, plan.noise_multiplier, plan.grid)
+            return found
+
+        sampled = tensors[0].tolist()
+        if how == "skips an empty share" and len(sampled) < 2:
+            continue
+        if how == "takes rank 0's rows":
+            group.rank = 0
+        try:
+            summed(group, sampled, header["dimension"], own)
+        except (ValueError, InfrastructureError):
+            pass
+        finally:
+            group.rank = 1
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
