@@ -6,6 +6,7 @@ budget · 4 infrastructure, or a fault of fedtune's · 130 stopped by Ctrl-C."""
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -170,8 +171,12 @@ def simulate(
     resume: RESUME = False,
     engine: Annotated[
         Literal["in-process", "ray"],
-        typer.Option(help="in-process: one process, no network. ray: Flower's own engine."),
+        typer.Option(help="in-process: no network. ray: Flower's own engine."),
     ] = "in-process",
+    processes: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Sites in N processes that share the base's memory."),
+    ] = 1,
 ) -> None:
     """Run a whole study on this machine: every site, every round, the same code as in the field.
 
@@ -191,7 +196,10 @@ def simulate(
     ):
         from fedtune.simulate import simulate as run
 
-        body = run(study, found, folder, resume=resume, on_event=seen, engine=engine)
+        body = run(
+            study, found, folder,
+            resume=resume, on_event=seen, engine=engine, processes=processes,
+        )  # fmt: skip
     closing(_console(), folder, body)
 
 
@@ -265,25 +273,37 @@ def client(
     once: Annotated[
         bool, typer.Option("--once", help="Leave when the coordinator has finished.")
     ] = False,
+    processes: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Share each step among N processes on this machine."),
+    ] = 1,
     metrics_port: METRICS = None,
 ) -> None:
     """Take part as a site: train here, on this site's records, under this site's policy.
 
-    Runs until stopped, and reconnects by itself. Only clipped and noised sums leave."""
+    Runs until stopped, and reconnects by itself. Only clipped and noised sums leave.
+
+    Under torchrun, rank 0 is the client and the other ranks share its steps."""
     from fedtune.config import load_site
     from fedtune.console import Watch
     from fedtune.observe import observer
 
-    here = load_site(site)
+    here, path = load_site(site), site.resolve()
+    if os.environ.get("RANK", "0") != "0":
+        from client.ranks import follow_torchrun
+
+        return follow_torchrun(path)
     with (
         Watch(_console(), "connecting") as watch,
         observer("site", here.site.state, then=watch, site=site, metrics_port=metrics_port) as seen,
     ):
+        from client.ranks import team
         from client.site import check_records
         from fedtune.flower.site_executor import join
 
         check_records(here)
-        join(site, once=once, on_event=seen)
+        with team(path, processes):
+            join(site, once=once, on_event=seen)
 
 
 # ------------------------------------------------------------------------------ use a run

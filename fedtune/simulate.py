@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedtune.config import Study, load_site, load_study
-from fedtune.errors import ConfigError, InfrastructureError, InputError
+from fedtune.errors import ConfigError, FedtuneError, InfrastructureError, InputError
 from fedtune.sites import sites_in
+
+if TYPE_CHECKING:
+    from flwr.serverapp import Grid
 
 __all__ = ["check", "simulate", "sites_in"]
 
@@ -23,10 +27,12 @@ def simulate(
     resume: bool = False,
     on_event: OnEvent | None = None,
     engine: Literal["in-process", "ray"] = "in-process",
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Run a study over site files; returns the report's body.
 
-    Sites answer one after another in this process; with engine "ray", in Flower's own runtime.
+    Sites answer one after another in this process; with `processes`, at once in so many of them,
+    which share the base's weights; with engine "ray", in Flower's own runtime.
     Errors: as server.rounds.run; ConfigError where the sites cannot make up a study."""
     from client.site import check_data
     from server import rounds
@@ -41,23 +47,42 @@ def simulate(
         from fedtune.flower.ray_engine import simulate_ray
 
         return simulate_ray(
-            study, sites, out, resume=resume, on_event=on_event, parts=Parts(pause=1.0)
+            study,
+            sites,
+            out,
+            resume=resume,
+            on_event=on_event,
+            parts=Parts(pause=1.0),
+            processes=processes,
         )
-    from client.app import trouble
-    from fedtune.flower.grid import InProcessGrid
-
     files = [path.resolve() for path in sites]
-    trouble.clear()
-    try:
-        return rounds.run(
-            InProcessGrid(files), study, out, resume=resume, on_event=on_event, parts=at_once
-        )
-    except InfrastructureError:
-        # Here the sites are the user's own: say what is wrong with their files.
-        own = [error for path in files if (error := trouble.get(str(path)))]
-        if own and all(isinstance(error, InputError) for error in own):
-            raise own[0] from None
-        raise
+    with _grid(files, processes, out) as (grid, trouble):
+        try:
+            return rounds.run(grid, study, out, resume=resume, on_event=on_event, parts=at_once)
+        except InfrastructureError:
+            # Here the sites are the user's own: say what is wrong with their files.
+            own = [error for path in files if (error := trouble.get(str(path)))]
+            if own and all(isinstance(error, InputError) for error in own):
+                raise own[0] from None
+            raise
+
+
+@contextmanager
+def _grid(
+    files: list[Path], processes: int, out: Path
+) -> Iterator[tuple[Grid, dict[str, FedtuneError]]]:
+    """The sites' grid, and where it keeps their own errors by site file."""
+    if processes > 1:
+        from fedtune.flower.pool import ProcessGrid
+
+        with ProcessGrid(files, processes, out / "processes") as pool:
+            yield pool, pool.trouble
+    else:
+        from client.app import trouble
+        from fedtune.flower.grid import InProcessGrid
+
+        trouble.clear()
+        yield InProcessGrid(files), trouble
 
 
 def check(study: Study, sites: Sequence[Path]) -> None:

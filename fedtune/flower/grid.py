@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from flwr.app import DEFAULT_TTL, Context, Error, Message, Metadata, RecordDict
@@ -33,10 +33,7 @@ class InProcessGrid(Grid):
 
             app = installed
         self._app = app
-        self._contexts = {
-            number: Context(RUN_ID, number, {"site": str(path)}, RecordDict(), {})
-            for number, path in enumerate(sites, api.SUPERLINK_NODE_ID + 1)
-        }
+        self._contexts = contexts_of(dict(enumerate(sites, api.SUPERLINK_NODE_ID + 1)))
         self._waiting: dict[str, bytes] = {}
         self._numbers = itertools.count(1)
         self._run = api.Run.create_empty(RUN_ID)
@@ -101,18 +98,33 @@ class InProcessGrid(Grid):
         return list(self.pull_messages(self.push_messages(messages)))
 
     def _answer(self, body: bytes) -> Message:
-        message = _decode(body)
-        node = message.metadata.dst_node_id
-        try:
-            reply = self._app(message, self._contexts[node])
-        except Exception as error:
-            words = f": {error}" if isinstance(error, FedtuneError) else ""
-            code = api.ErrorCode.CLIENT_APP_RAISED_EXCEPTION
-            reply = Message(Error(code, type(error).__name__ + words), reply_to=message)
-        sent = api.message_to_proto(reply).SerializeToString()
+        node = decode(body).metadata.dst_node_id
+        sent = answer(self._app, self._contexts, body)
         self.bytes_up[node] += len(sent)
-        return _decode(sent)
+        return decode(sent)
 
 
-def _decode(body: bytes) -> Message:
+def contexts_of(sites: Mapping[int, Path]) -> dict[int, Context]:
+    """A node for each site file, by its number."""
+    return {
+        number: Context(RUN_ID, number, {"site": str(path)}, RecordDict(), {})
+        for number, path in sites.items()
+    }
+
+
+def answer(app: ClientApp, contexts: Mapping[int, Context], body: bytes) -> bytes:
+    """The reply of the node that `body` is for; an exception is an error reply."""
+    message = decode(body)
+    try:
+        reply = app(message, contexts[message.metadata.dst_node_id])
+    except Exception as error:
+        words = f": {error}" if isinstance(error, FedtuneError) else ""
+        code = api.ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+        reply = Message(Error(code, type(error).__name__ + words), reply_to=message)
+    sent: bytes = api.message_to_proto(reply).SerializeToString()
+    return sent
+
+
+def decode(body: bytes) -> Message:
+    """A message from its wire format."""
     return api.message_from_proto(api.ProtoMessage.FromString(body))
