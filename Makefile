@@ -43,8 +43,9 @@ fuzz: $(READY) ## a million hostile messages to either side
 mutants: $(READY) ## seed a bug for each way DP breaks silently; the tests must catch every one
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants.run
 
-bench: $(READY) ## the measured tables of the README (needs the real data; takes long)
-	$(BIN)/python -m benchmarks.tables
+bench: $(READY) ## time and memory beside plain PEFT, trl and Opacus: an hour (BENCH=--quick: minutes)
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(BIN)/python -m benchmarks $(BENCH)
 
 clean: ## remove the virtual environment and caches; runs stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist

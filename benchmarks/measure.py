@@ -178,7 +178,7 @@ class Table:
         ]
         if self.bounds:
             lines += ["", "| must hold | measured | bound | |", "|---|---|---|---|"]
-            lines += [_bound(bound) for bound in self.bounds]
+            lines += [shown_bound(bound) for bound in self.bounds]
         return "\n".join([*lines, *(f"\n{note}" for note in self.notes)]) + "\n"
 
     def save(self, out: Path) -> None:
@@ -191,7 +191,7 @@ class Table:
         (out / f"{self.name}.md").write_text(self.markdown(), encoding="utf-8")
 
 
-def _bound(bound: Bound) -> str:
+def shown_bound(bound: Bound) -> str:
     value = "–" if bound.value is None else f"{bound.value:.3g}{bound.unit}"
     sign = "≥" if bound.least else "≤"
     return f"| {bound.says} | {value} | {sign} {bound.limit:g}{bound.unit} | {bound.verdict} |"

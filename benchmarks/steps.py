@@ -11,6 +11,7 @@ import argparse
 import json
 from collections.abc import Iterable
 from dataclasses import replace
+from importlib.util import find_spec
 from statistics import median
 from typing import Any
 
@@ -125,6 +126,8 @@ def settings_of(chosen: argparse.Namespace) -> list[Setting]:
                     )
                 )
     if chosen.four_bit:
+        if find_spec("bitsandbytes") is None:
+            raise SystemExit("--four-bit needs bitsandbytes: pip install bitsandbytes")
         found += [replace(s, four_bit=True) for s in found if s.base in SHAPES]
     return found
 

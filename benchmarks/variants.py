@@ -188,17 +188,15 @@ def _load(setting: Setting, base: Base) -> LlamaForCausalLM:
 
 def _quantised(model: LlamaForCausalLM, setting: Setting) -> LlamaForCausalLM:
     """Every linear layer but the head in NF4, one after another, as bitsandbytes loads a base."""
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import Linear4bit, Params4bit
 
     linear = [n for n, m in model.model.named_modules() if isinstance(m, torch.nn.Linear)]
     for name in linear:
         old = model.model.get_submodule(name)
-        sizes = {"input_features": old.in_features, "output_features": old.out_features}
         kind = {"compute_dtype": old.weight.dtype, "quant_type": "nf4"}
-        new = Linear4bit(**sizes, bias=False, device="meta", **kind)
-        new.load_state_dict({"weight": old.weight.detach().cpu()}, assign=True)
-        new.requires_grad_(False)
-        model.model.set_submodule(name, new.to(setting.device))
+        new = Linear4bit(old.in_features, old.out_features, bias=False, device="meta", **kind)
+        new.weight = Params4bit(old.weight.cpu(), requires_grad=False, quant_type="nf4", module=new)
+        model.model.set_submodule(name, new.to(setting.device))  # quantised on the way
     model.is_loaded_in_4bit = True  # PEFT asks for it
     return model
 
