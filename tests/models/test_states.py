@@ -291,11 +291,12 @@ def test_the_same_tokens_with_other_targets_have_states_of_their_own(network: Ne
     ids = np.arange(5, 25, dtype=np.int32)
     early, late = (np.full(20, -100, np.int32) for _ in range(2))
     early[3:6], late[15:18] = ids[3:6], ids[15:18]
-    both = [Example(ids, targets, -100, unit) for unit, targets in enumerate((early, late))]
-    dataset = Dataset(both, 2, records([1]).rejected)
-    shared = gradients(network, Cached(network, dataset))
-    for found, plain in zip(shared, without_a_cache(network, dataset), strict=True):
-        assert float((found - plain).norm() / plain.norm()) < 1e-5
+    none = records([1]).rejected
+    first, then = (Dataset([Example(ids, t, -100, 0)], 1, none) for t in (early, late))
+    held = Cached(network, first)
+    gradients(network, held)
+    (found,), (plain,) = gradients(network, Cached(network, then)), without_a_cache(network, then)
+    assert float((found - plain).norm() / plain.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("memory", [NOTHING, EVERYTHING])
