@@ -138,12 +138,20 @@ class Network:
         states: torch.Tensor = embed(input_ids)
         return states
 
-    def hidden(self, prefix: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Last hidden states from the states at the cut, adapters applied, (B, L, H)."""
+    def hidden(
+        self, prefix: torch.Tensor, mask: torch.Tensor, keep: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Last hidden states from the states at the cut, adapters applied, (B, L, H); only those at
+        the positions `keep` (B, K), if given, (B, K, H)."""
         if self.pooled:
             return prefix
         tail = self._split.tail if self._split else self._backbone
-        return self._run(tail, mask, inputs_embeds=prefix)
+        if keep is None:
+            return self._run(tail, mask, inputs_embeds=prefix)
+        if self._split and self._split.narrows:
+            return self._run(tail, mask, inputs_embeds=prefix, keep=keep)
+        whole = self._run(tail, mask, inputs_embeds=prefix)
+        return whole.gather(1, keep[:, :, None].expand(-1, -1, whole.shape[2]))
 
     def logits(self, selected: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
         """Selected states (n, H) to next-token logits (n, V) fp32, over `tokens` alone if given;

@@ -3,7 +3,8 @@
 With adapters in the last k blocks only, the states at the cut are the same in every step: they are
 computed once per record, and each later step runs the tail alone. With adapters in the last
 block's MLP only, the cut lies behind that block's attention: from there on every position stands
-for itself, so the tail runs at the positions that have a target and nowhere else."""
+for itself, so the tail runs at the positions that have a target and nowhere else. A tail that
+begins earlier still narrows there: the last block's MLP runs where a loss is asked for."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedtune.config import LoraTable
 
@@ -22,11 +24,13 @@ from fedtune.config import LoraTable
 @dataclass(frozen=True)
 class Split:
     """prefix(input_ids=…) and tail(inputs_embeds=states), each with `.last_hidden_state`.
-    positionwise: the tail treats each position by itself."""
+    positionwise: the tail treats each position by itself. narrows: the tail takes keep=(B, K) and
+    gives the states at these positions alone."""
 
     prefix: nn.Module
     tail: nn.Module
     positionwise: bool
+    narrows: bool = False
 
 
 def cut(model: PreTrainedModel, lora: LoraTable) -> Split | None:
@@ -44,14 +48,22 @@ def cut(model: PreTrainedModel, lora: LoraTable) -> Split | None:
         candidates.append(Split(_with(model, layers=frozen, norm=nn.Identity()), tail, True))
     at = len(layers) - lora.last_layers
     prefix = _with(model, layers=layers[:at], norm=nn.Identity())
+    if _usual(layers[-1]):
+        ends = nn.ModuleList([*layers[at:-1], _Narrow(layers[-1])])
+        candidates.append(Split(prefix, _with(model, layers=ends), False, narrows=True))
     candidates.append(Split(prefix, _with(model, layers=layers[at:]), False))
     return next((split for split in candidates if _exact(model, split)), None)
 
 
+def _usual(layer: Any) -> bool:
+    """Whether the block has the parts of a pre-norm decoder's."""
+    parts = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+    return all(hasattr(layer, part) for part in parts)
+
+
 def _in_mlp(layer: Any, modules: tuple[str, ...]) -> bool:
     """Whether every named module is part of the block's MLP, and the block has the usual parts."""
-    parts = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-    if not all(hasattr(layer, part) for part in parts):
+    if not _usual(layer):
         return False
     inside = {name.rsplit(".", 1)[-1] for name, _ in layer.mlp.named_modules()}
     outside = {name.rsplit(".", 1)[-1] for name, _ in layer.self_attn.named_modules()}
@@ -68,6 +80,23 @@ class _Attention(nn.Module):
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         attended = self.attention(hidden_states=self.norm(hidden_states), **kwargs)[0]
         return hidden_states + attended  # type: ignore[no-any-return]
+
+
+class _Narrow(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
+    """A pre-norm block whose second half runs at some positions alone."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.first = _Attention(layer)
+        self.norm, self.mlp = layer.post_attention_layernorm, layer.mlp
+
+    def forward(
+        self, hidden_states: torch.Tensor, keep: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        states = self.first(hidden_states, **kwargs)
+        if keep is not None:
+            states = states.gather(1, keep[:, :, None].expand(-1, -1, states.shape[2]))
+        return states + self.mlp(self.norm(states))  # type: ignore[no-any-return]
 
 
 class _Mlp(nn.Module):

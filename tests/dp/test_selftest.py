@@ -110,9 +110,9 @@ def batch_mean(network: Network, batch: Batch) -> torch.Tensor:
     return torch.zeros(len(batch.label)).index_add(0, rows, each) / len(rows)
 
 
-def centred(network: Network, prefix: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def centred(network: Network, *inputs: Any) -> torch.Tensor:
     """Trap 18: states normalised across the batch."""
-    states = HIDDEN(network, prefix, mask)
+    states = HIDDEN(network, *inputs)
     return states - states.mean(dim=0, keepdim=True)
 
 

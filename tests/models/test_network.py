@@ -244,9 +244,9 @@ def test_the_check_catches_an_adapter_that_is_not_connected(
     network = make(tiny_base, modules=["q_proj"])
     inside = network.hidden
 
-    def off(prefix: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def off(*inputs: torch.Tensor) -> torch.Tensor:
         with network.base_only():
-            return inside(prefix, mask).requires_grad_()
+            return inside(*inputs).requires_grad_()
 
     monkeypatch.setattr(network, "hidden", off)
     with pytest.raises((ModelError, RuntimeError)):
@@ -332,3 +332,21 @@ def saved_numbers(data: Cached) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         causal_lm.losses(data.network, batch)
     return total
+
+
+@pytest.mark.parametrize("last_layers", [None, 1, 2])
+def test_states_at_some_positions_are_those_of_all(
+    tiny_base: Path, last_layers: int | None
+) -> None:
+    """With the last blocks adapted, the last MLP runs at these positions and nowhere else."""
+    network = make(tiny_base, last_layers=last_layers)
+    (batch, *_) = Cached(network, records([3])).batches([0, 1, 2])
+    keep = torch.tensor([[0, 2]]).expand(len(batch.index), 2)
+    ran: list[int] = []
+    last = network.trained.get_submodule("backbone.layers")[-1].mlp  # type: ignore[index, union-attr]
+    handle = last.register_forward_hook(lambda _, inputs, out: ran.append(out.shape[1]))
+    some = network.hidden(batch.prefix, batch.mask, keep)
+    everywhere = network.hidden(batch.prefix, batch.mask)
+    handle.remove()
+    assert torch.allclose(some, everywhere[:, [0, 2]], rtol=1e-5, atol=1e-6)
+    assert ran[0] == (2 if last_layers else batch.mask.shape[1])

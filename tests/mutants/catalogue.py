@@ -90,8 +90,8 @@ LOSS_MUTANTS = (
     ),
     _one(
         18, "batch-norm-on-hidden-states", CAUSAL,
-        "hidden = network.hidden(batch.prefix, batch.mask)",
-        "hidden = network.hidden(batch.prefix, batch.mask)\n"
+        "hidden = network.hidden(batch.prefix, batch.mask, keep)",
+        "hidden = network.hidden(batch.prefix, batch.mask, keep)\n"
         "    hidden = hidden - hidden.mean(dim=0, keepdim=True)",
         f"{T_PARITY} {T_ISOLATION}", "statistics over the records of a batch",
     ),
