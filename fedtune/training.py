@@ -50,7 +50,7 @@ def local_round(
         pieces = torch.split(noised, [p.numel() for p in engine.parameters])
         for parameter, piece, before in zip(engine.parameters, pieces, start, strict=True):
             pull = study.training.proximal_mu * (parameter.detach() - before)
-            parameter.grad = piece.view_as(parameter) + pull
+            parameter.grad = piece.view_as(parameter).to(parameter) + pull
         optimizer.step()
         optimizer.zero_grad()
     trained = network.trainable()
@@ -99,7 +99,7 @@ def _loss_after(
     pieces = torch.split(gradient, [p.numel() for p in engine.parameters])
     with torch.no_grad():
         for parameter, piece in zip(engine.parameters, pieces, strict=True):
-            parameter.sub_(rate * piece.view_as(parameter))
+            parameter.sub_(rate * piece.view_as(parameter).to(parameter))
         loss = _mean_loss(data, study)
         for parameter, old in zip(engine.parameters, start, strict=True):
             parameter.copy_(old)

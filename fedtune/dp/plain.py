@@ -42,7 +42,7 @@ class PlainPlan:
             rows, c = chunk.flat(), self.clipping
             if c is not None:
                 rows = clip.clip(rows, c.max_grad_norm, c.mode, c.gamma)
-            total += rows.sum(dim=0, dtype=torch.float64)
+            total += rows.sum(dim=0, dtype=torch.float64).cpu()
         return (total / self.divisor).float()
 
 
