@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -60,16 +61,19 @@ class Campaign:
             if self.struck.total() < due:
                 time.sleep(self.draw.uniform(0.1, 3.0))
                 machine, program = victim = self.draw.choice(self.victims)
-                self.strike(victim, machines[machine].pid, program)
+                self.strike(victim, machines[machine], program)
             time.sleep(0.1)
         for process in machines.values():
             end(process)
 
-    def strike(self, victim: Victim, started: int, program: str) -> None:
-        """Kill what we started, or the named child of it; nothing where that is not running."""
+    def strike(self, victim: Victim, started: subprocess.Popen[bytes], program: str) -> None:
+        """Kill what we started, or the named child of it; nothing, and not counted, where that is
+        not running."""
         with suppress(ProcessLookupError, KeyError):
-            os.kill(children(started)[program] if program else started, signal.SIGKILL)
-            self.struck[victim] += 1
+            if started.poll() is None:
+                pid = children(started.pid)[program] if program else started.pid
+                os.kill(pid, signal.SIGKILL)
+                self.struck[victim] += 1
 
     def told(self) -> str:
         hits = {" ".join(filter(None, v)): n for v, n in sorted(self.struck.items())}
