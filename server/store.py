@@ -273,8 +273,14 @@ def _read(path: Path) -> Rows:
         rounds = [list(row) for row in sql.execute("SELECT * FROM rounds ORDER BY round")]
         sites = [list(row) for row in sql.execute("SELECT * FROM sites ORDER BY name")]
     rows = run, rounds, sites
-    if run[0] != FORMAT or sha256 != _sha256(rows):
+    if sha256 != _sha256(rows):
         _damaged(path)
+    if run[0] != FORMAT:
+        raise CheckpointError(
+            f"{path}: written by another fedtune (format {run[0]})",
+            FORMAT,
+            "resume it with the release that wrote it; nothing was changed",
+        )
     return rows
 
 

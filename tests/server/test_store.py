@@ -356,3 +356,13 @@ def test_a_checkpoint_of_an_earlier_version_is_not_a_new_run(tmp_path):
     (tmp_path / FOLDER / "run.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="this version"):
         store.load(tmp_path, STUDY)
+
+
+def test_a_checkpoint_of_a_newer_version_says_so_and_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "FORMAT", "fedtune-run-9")
+    store.save(tmp_path, begun())
+    monkeypatch.undo()
+    before = (tmp_path / FOLDER / DATABASE).read_bytes()
+    with pytest.raises(CheckpointError, match="another fedtune.*fedtune-run-9"):
+        store.load(tmp_path, STUDY)
+    assert (tmp_path / FOLDER / DATABASE).read_bytes() == before
