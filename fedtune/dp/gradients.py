@@ -12,7 +12,7 @@ from fedtune.dp.clip import Chunk
 from fedtune.models.cache import Batch, Cached
 from fedtune.objectives import Objective
 
-_CHUNK_BYTES = 256 * 2**20  # fp32 gradients held at once
+_CHUNK_BYTES = 128 * 2**20  # fp32 gradients held at once
 
 
 class UnitGradientEngine:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-_CHUNK_BYTES = 64 * 2**20  # fp32 logits held at once: enough rows for a matrix product to be quick
+_CHUNK_BYTES = 32 * 2**20  # fp32 logits held at once: enough rows for a matrix product to be quick
 
 
 def head_loss(states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
