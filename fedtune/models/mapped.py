@@ -11,9 +11,8 @@ import fcntl
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,10 +35,13 @@ def stored_as(files: list[Path], dtype: torch.dtype) -> bool:
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """One process of this machine at a time, so that not all hold a copy while they convert."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    """One process of this machine at a time, so that not all hold a copy while they convert; all of
+    them where nothing can be written beside `path`."""
+    with ExitStack() as held:
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context(open(path.with_suffix(".lock"), "wb"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
@@ -54,13 +56,13 @@ def share(model: nn.Module, path: Path) -> None:
 
 
 def _written(parameters: dict[str, nn.Parameter], path: Path) -> bool:
+    draft = path.with_suffix(".new")
     try:
-        with NamedTemporaryFile(dir=path.parent, suffix=".new", delete=False) as draft:
-            save_file({n: p.detach().contiguous() for n, p in parameters.items()}, draft.name)
-        os.replace(draft.name, path)
+        save_file({n: p.detach().contiguous() for n, p in parameters.items()}, draft)
+        os.replace(draft, path)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
-            os.unlink(draft.name)
+            draft.unlink()
         log.warning(
             "the converted base cannot be kept (%s); it is not shared", type(error).__name__
         )

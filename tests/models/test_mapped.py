@@ -102,3 +102,11 @@ def test_where_it_cannot_be_written_the_model_keeps_its_own(
     assert same(model, plain(tiny_base))
     assert "cannot be kept (OSError)" in caplog.text
     assert not list((cache_dir() / "mapped").glob("*.new"))
+
+
+def test_a_cache_that_cannot_be_written_costs_the_sharing_alone(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    model = load_backbone(find_base(str(tiny_base)), torch.bfloat16)
+    assert same(model, plain(tiny_base))
