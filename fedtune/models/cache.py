@@ -42,11 +42,11 @@ class Batch:
 
 def padded_length(length: int) -> int:
     """The bucket of a record: a function of its own length alone, so that no record's numerics
-    depend on who else is in the batch; an eighth is padding at most, above 32 tokens. Finer ones
-    cost more in small micro-batches than they save (benchmarks/padding.py)."""
-    if length <= 4:
-        return length
-    step = max(4, (1 << length.bit_length()) // 16)
+    depend on who else is in the batch; an eighth is padding at most, above 64 tokens. Finer ones
+    cost in small micro-batches what they save (benchmarks/padding.py)."""
+    if length <= 8:
+        return 1 << (length - 1).bit_length()
+    step = max(8, (1 << length.bit_length()) // 16)
     return -(-length // step) * step
 
 
