@@ -62,7 +62,7 @@ def cache_dir() -> Path:
 
 
 def find_base(model: str, digest: str | None = None) -> Base:
-    """The base that `model` names, fetched if needed and hashed on every call.
+    """The base that `model` names, fetched if needed, and hashed if any file of it changed.
 
     Guarantee: with `digest` given, a base that computes anything else is refused.
     Errors: ModelError (not found, refused, other digest); InfrastructureError (disk)."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,35 @@ from fedtune.errors import ModelError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # in transformers' own order
 VOLATILE = ("transformers_version", "_name_or_path", "_model_name_or_path", "dtype", "torch_dtype")
+SETTLED = 2  # seconds: far longer than a file system's clock takes to tick
+_read: dict[Path, tuple[list[tuple[str, int, int, int, int]], str]] = {}
 CODE = ("config.json", "tokenizer_config.json")  # files where auto_map can ask for remote code
 
 
 def digest(folder: Path) -> str:
     """One hash, "sha256:<64 hex>", of what `folder` computes; 1 to 4 s per GB.
 
+    Read once per process, and again when the system says that any file was changed or replaced
+    since (its change time cannot be set back); what changed in the last seconds is always read.
     Errors: ModelError where the folder is refused (see `check`) or a file cannot be read."""
     check(folder)
+    files = _stamps(folder)
+    known, found = _read.get(folder, (None, ""))
+    if known != files:
+        found = _digest(folder)
+        settled = all(changed < time.time_ns() - SETTLED * 10**9 for *_, changed in files)
+        if settled and files == _stamps(folder):
+            _read[folder] = files, found
+    return found
+
+
+def _stamps(folder: Path) -> list[tuple[str, int, int, int, int]]:
+    """Name, device, number, size and change time (ns) of each file."""
+    found = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
+    return [(n, s.st_dev, s.st_ino, s.st_size, s.st_ctime_ns) for n, s in found]
+
+
+def _digest(folder: Path) -> str:
     body = {
         "tensors": _tensors(folder),
         "config": {k: v for k, v in read_json(folder / "config.json").items() if k not in VOLATILE},

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedtune.errors import ModelError
+from fedtune.models import digest as digest_module
 from fedtune.models import wheel
 from fedtune.models.base import (
     Base,
@@ -395,3 +397,25 @@ def test_minilm_puts_like_beside_like() -> None:
         mean = (model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
     near, far = torch.nn.functional.cosine_similarity(mean[:1], mean[1:]).tolist()
     assert near > far + 0.3
+
+
+def test_a_folder_is_read_once_and_again_when_a_byte_changed(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Size and modification time are put back, as somebody would who hides the change."""
+    folder = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    read: list[Path] = []
+    inside = digest_module._digest
+    monkeypatch.setattr(digest_module, "_digest", lambda f: read.append(f) or inside(f))
+    monkeypatch.setattr(digest_module, "SETTLED", 0.2)
+    digest_module.digest(folder)
+    assert digest_module.digest(folder) and len(read) == 2  # too young to be remembered
+    time.sleep(0.3)
+    before = digest_module.digest(folder)
+    assert digest_module.digest(folder) == before and len(read) == 3
+    weights = folder / "model.safetensors"
+    body, stat = bytearray(weights.read_bytes()), weights.stat()
+    body[-1] ^= 1
+    weights.write_bytes(body)
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert digest_module.digest(folder) != before and len(read) == 4
