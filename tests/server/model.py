@@ -145,7 +145,7 @@ class Network(InProcessGrid):
         for identity in message_ids:
             if identity not in self._waiting:
                 continue
-            asked = grid_module._decode(self._waiting[identity])
+            asked = grid_module.decode(self._waiting[identity])
             node = asked.metadata.dst_node_id
             if node in self.old and self._fault(node, asked, "replay"):
                 del self._waiting[identity]  # the site never sees it; its old answer comes instead
