@@ -9,23 +9,20 @@ tokens) and the noise call for the same dimension, in turns on one thread; media
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
+from benchmarks.variants import plan, step_log
 from fedtune.config import LoraTable
 from fedtune.data.tokens import Dataset, Example
 from fedtune.dp import clip, noise
 from fedtune.dp.gradients import UnitGradientEngine
-from fedtune.dp.plan import DpPlan
-from fedtune.dp.steplog import StepLog
 from fedtune.models.base import find_base
 from fedtune.models.cache import Cached
 from fedtune.models.network import Network
@@ -55,27 +52,12 @@ def measure(base: str, train: Literal["B", "AB"], records: int, repeats: int) ->
     network = Network(find_base(base), torch.float32, lora, labels=0)
     vocabulary = len(network.tokenizer)
     engine = UnitGradientEngine(Cached(network, random_records(records, vocabulary)), causal_lm)
-    plan = DpPlan(
-        study="sha256:" + "0" * 64,
-        unit="record",
-        sampling_rate=1.0,
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        clipping="flat",
-        gamma=0.01,
-        rounds=1,
-        local_steps=1,
-        delta=1e-5,
-        divisor=float(records),
-    )
     d, grid = engine.dimension, clip.grid_for(1.0)
-    steps, noises = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        log = StepLog(Path(folder) / "log")
-        plan.step(records, d, engine, log, 1)  # what is paid once: caches, memory
-        for _ in range(repeats):
-            steps.append(_seconds(lambda: plan.step(records, d, engine, log, 1)))
-            noises += [_seconds(lambda: noise.gaussian_on_grid(d, 1.0, grid)) for _ in range(5)]
+    steps, noises, whole, log = [], [], plan(records), step_log()
+    whole.step(records, d, engine, log, 1)  # what is paid once: caches, memory
+    for _ in range(repeats):
+        steps.append(_seconds(lambda: whole.step(records, d, engine, log, 1)))
+        noises += [_seconds(lambda: noise.gaussian_on_grid(d, 1.0, grid)) for _ in range(5)]
     return Cost(train, d, median(steps), median(noises))
 
 

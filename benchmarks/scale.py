@@ -2,10 +2,11 @@
 
     python -m benchmarks.scale [--sites 1000] [--megabytes 10]
 
-One private round over the in-process grid: real Flower messages, real seals, every check of
-server/admission.py, the streamed mean of FedAvg, a checkpoint. Only the sites' training is left
-out. What is printed is the memory of the whole process (resident, from /proc/self/statm), sites
-included; a coordinator that held every update would need sites × megabytes more."""
+One private round over the in-process grid: real Flower messages, real seals, updates encoded as a
+plan has them by default, every check of server/admission.py, the streamed mean of FedAvg, a
+checkpoint. Only the sites' training is left out. What is printed is the memory of the whole process
+(resident, from /proc/self/statm), sites included; a coordinator that held every update would need
+sites × megabytes more."""
 
 from __future__ import annotations
 
@@ -27,6 +28,7 @@ import client.app
 from client.site import Admission, Update
 from fedtune.config import Study
 from fedtune.flower.grid import InProcessGrid
+from fedtune.wire.codec import encode
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import Header, seal
 from server import rounds
@@ -53,7 +55,7 @@ class Site:
 
     def train(self, digest: str, round_: int, adapter: Any, receipt: str) -> Update:
         event = {"sigma": SIGMA, "q": RATE, "max_grad_norm": 1.0, "records": 1, "steps": round_}
-        return Update(self.update, [event])
+        return Update(encode(self.update, study(1).wire.update), [event])
 
     def sealed(self, digest: str, round_: int, nonce: str, body: str) -> dict[str, str]:
         statement = {"token": "0" * 200}

@@ -229,11 +229,8 @@ def fingerprint(dataset: Dataset) -> str:
 
 def _says(error: Exception) -> str:
     """The class, and the words of our own errors: they hold no record."""
-    return (
-        f"{type(error).__name__}: {error}"
-        if isinstance(error, FedtuneError)
-        else (type(error).__name__)
-    )
+    words = f": {error}" if isinstance(error, FedtuneError) else ""
+    return type(error).__name__ + words
 
 
 def _here(rank: int) -> str:

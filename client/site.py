@@ -6,7 +6,8 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -23,10 +24,9 @@ from fedtune.data.tokens import Dataset, check_shape, load_dataset
 from fedtune.dp import selftest
 from fedtune.dp.ledger import Charge, Ledger
 from fedtune.dp.plain import PlainPlan, plain_plan
-from fedtune.dp.plan import DpPlan, plan_for_site
+from fedtune.dp.plan import DpPlan, SharedPlan, StepPlan, plan_for_site
 from fedtune.dp.query import answer, unit_rows
 from fedtune.dp.steplog import Step, StepLog
-from fedtune.dp.team import Team
 from fedtune.errors import DataError, PolicyRefused, Refused
 from fedtune.models.base import find_base, load_tokenizer
 from fedtune.models.cache import Cached
@@ -248,10 +248,8 @@ class SiteWorker:
         reserved = self.ledger.reserve(self._dataset, charge, given, permit)
         prepared.network.load_frozen(prepared.frozen)
         recompute = self.site.site.gradient_checkpointing
-        with self._team(prepared, data) as team:
-            delta = local_round(
-                study, data, prepared.plan, self.log, round_, adapter, recompute, team
-            )
+        with self._step_plan(prepared, data) as ran:
+            delta = local_round(study, data, ran, self.log, round_, adapter, recompute)
         events = _summary(self.log.steps(study.digest)) if plan else []
         sent = encode(delta, study.wire.update)  # after the noise, before the ledger
         body = save(sent, {"events": json.dumps(events)})
@@ -259,10 +257,14 @@ class SiteWorker:
             self.ledger.release(reserved, hashlib.sha256(body).hexdigest(), body)
         return body
 
-    def _team(self, prepared: _Prepared, data: Cached) -> AbstractContextManager[Team | None]:
-        if self.ranks is None or not prepared.private:
-            return nullcontext()
-        return self.ranks.at_work(prepared.study, data, prepared.frozen)
+    @contextmanager
+    def _step_plan(self, prepared: _Prepared, data: Cached) -> Iterator[StepPlan]:
+        """What draws and noises the round, with this site's other processes if there are any."""
+        if self.ranks is None or prepared.private is None:
+            yield prepared.plan
+        else:
+            with self.ranks.at_work(prepared.study, data, prepared.frozen) as team:
+                yield SharedPlan(prepared.private, team)
 
     # -------------------------------------------------------------------------------- a query
 

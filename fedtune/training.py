@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
 from fedtune.config import Study
 from fedtune.dp.gradients import UnitGradientEngine
 from fedtune.dp.plan import StepPlan
 from fedtune.dp.steplog import StepLog
-from fedtune.dp.team import Team
 from fedtune.errors import ModelError
 from fedtune.models.cache import Cached
 from fedtune.models.lora import Arrays
@@ -27,11 +24,9 @@ def local_round(
     round_: int,
     adapter: Arrays,
     recompute: bool = False,
-    team: Team | None = None,
 ) -> Arrays:
     """`local_steps` steps from `adapter`; returns trained minus given, fp32 by name.
     recompute: keep no activations within a block; Opacus' hooks cannot, and go without.
-    team: processes that share the steps' work.
 
     Only the noised mean gradient reaches the optimiser, so momentum, decay and the proximal term
     (Li et al. 2020) are post-processing. The optimiser starts afresh each round: nothing of a
@@ -43,10 +38,9 @@ def local_round(
     )
     optimizer = _optimizer(study, engine.parameters)
     start = [p.detach().clone() for p in engine.parameters]
-    step = partial(plan.step, team=team) if team else plan.step
     for _ in range(study.training.local_steps):
         with network.recomputing(recompute and engine.name == "one-pass"):
-            noised = step(engine.n_rows, engine.dimension, engine, log, round_)
+            noised = plan.step(engine.n_rows, engine.dimension, engine, log, round_)
         pieces = torch.split(noised, [p.numel() for p in engine.parameters])
         for parameter, piece, before in zip(engine.parameters, pieces, start, strict=True):
             pull = study.training.proximal_mu * (parameter.detach() - before)

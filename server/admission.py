@@ -184,9 +184,7 @@ class Tally:
     number: int
     participants: list[str] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
-    late: dict[str, str] = field(
-        default_factory=dict
-    )  # delivered when asked again: why not at once
+    late: dict[str, str] = field(default_factory=dict)  # delivered when asked again: why so late
     failures: Counter[str] = field(default_factory=Counter)
     started: float = field(default_factory=time.monotonic)
     counted: set[tuple[str, int, str]] = field(default_factory=set)

@@ -107,3 +107,23 @@ def test_a_head_alone_learns_to_classify(tiny_encoder: Path, tmp_path: Path) -> 
     network.load_trainable({n: start[n] + delta[n] for n in start})
     assert before == pytest.approx(float(np.log(2)))
     assert loss(network, data, plan) < before - 1e-2
+
+
+@pytest.mark.parametrize("engine", ["auto", "opacus"])
+def test_a_site_that_recomputes_sends_the_same_update(
+    tiny_base: Path, tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opacus' hooks would give no gradient there (traps/test_trap_11_layers.py), and go without."""
+    plan = made(tiny_base, training=FAST | {"engine": engine})
+    network = build(plan)
+    data, ran = Cached(network, records([1, 2, 3])), plain_plan(plan, 3)
+    asked: list[bool] = []
+    inside = network.recomputing
+    monkeypatch.setattr(network, "recomputing", lambda w: asked.append(w) or inside(w))
+    both = [
+        local_round(plan, data, ran, StepLog(tmp_path / "log"), 1, network.trainable(), recompute)
+        for recompute in (False, True)
+    ]
+    assert set(asked[:12]) == {False} and set(asked[12:]) == {engine == "auto"}
+    for name in both[0]:
+        assert np.allclose(both[0][name], both[1][name], rtol=1e-4, atol=1e-6)

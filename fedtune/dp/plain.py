@@ -14,7 +14,6 @@ from fedtune.dp import clip, sampling
 from fedtune.dp.budget import sampling_rate
 from fedtune.dp.plan import RowGradients
 from fedtune.dp.steplog import StepLog
-from fedtune.dp.team import Team
 
 
 @dataclass(frozen=True)
@@ -26,16 +25,9 @@ class PlainPlan:
     clipping: ClippingTable | None
 
     def step(
-        self,
-        n_rows: int,
-        dimension: int,
-        gradients: RowGradients,
-        log: StepLog,
-        round_: int,
-        team: Team | None = None,
+        self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
     ) -> torch.Tensor:
-        """The un-noised mean gradient, fp32 (dimension,). No guarantee whatsoever. A team stays
-        idle: this process does it all."""
+        """The un-noised mean gradient, fp32 (dimension,). No guarantee whatsoever."""
         sampled = sampling.poisson(n_rows, self.sampling_rate)
         total = torch.zeros(dimension, dtype=torch.float64)
         for chunk in gradients(sampled) if sampled else ():

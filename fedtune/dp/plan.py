@@ -30,13 +30,7 @@ class StepPlan(Protocol):
     """What training asks of a plan, private or not."""
 
     def step(
-        self,
-        n_rows: int,
-        dimension: int,
-        gradients: RowGradients,
-        log: StepLog,
-        round_: int,
-        team: Team | None = None,
+        self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
     ) -> torch.Tensor: ...
 
 
@@ -140,6 +134,20 @@ class DpPlan:
         )
         total += noise.gaussian_on_grid(len(total), self.noise_multiplier * bound, grid)
         return (total.double() * (grid / self.divisor)).float()
+
+
+@dataclass(frozen=True)
+class SharedPlan:
+    """A private plan whose rows several processes add up."""
+
+    plan: DpPlan
+    team: Team
+
+    def step(
+        self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
+    ) -> torch.Tensor:
+        """As DpPlan.step. Errors: those of Team.total besides."""
+        return self.plan.step(n_rows, dimension, gradients, log, round_, self.team)
 
 
 def plan_for_site(study: Study, declared_size: int) -> DpPlan:

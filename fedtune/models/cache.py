@@ -6,8 +6,6 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
-from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +13,7 @@ import torch
 
 from fedtune.data.tokens import Dataset, Example
 from fedtune.models.network import Network
-from fedtune.models.states import STORE, Altered, State
+from fedtune.models.states import STORE, Altered
 from fedtune.progress import report
 
 log = logging.getLogger("fedtune.models")
@@ -69,9 +67,7 @@ class Cached:
         self.network, self.dataset, self._memory = network, dataset, memory
         self._kept = [self._positions(example) for example in dataset.examples]
         self._names = [_name(e, kept) for e, kept in zip(dataset.examples, self._kept, strict=True)]
-        # The network declares tensors; what is held weakly there is where to read them.
-        self._known = cast("WeakValueDictionary[bytes, State]", network.states)
-        self._states = [self._known.get(name) for name in self._names]
+        self._states = [network.states.get(name) for name in self._names]
 
     def _positions(self, example: Example) -> npt.NDArray[np.int64]:
         if self.network.pooled:
@@ -86,7 +82,7 @@ class Cached:
         """Fill the cache now, reporting progress by records. Errors: InfrastructureError (disk)."""
         if not self.network.cached:
             return
-        self._states = [self._known.get(name) for name in self._names]
+        self._states = [self.network.states.get(name) for name in self._names]
         new = [index for index, state in enumerate(self._states) if state is None]
         done = 0
         for rows in _buckets(new, [len(e.input_ids) for e in self.dataset.examples], 4096):
@@ -100,7 +96,7 @@ class Cached:
         for row, index in enumerate(rows):
             name, kept = self._names[index], torch.from_numpy(self._kept[index])
             state = STORE.keep(states[row, kept], name, self._memory)
-            self._known[name] = self._states[index] = state
+            self.network.states[name] = self._states[index] = state
 
     def batches(self, indices: Sequence[int], token_budget: int = 4096) -> Iterator[Batch]:
         """The records `indices`, each once, in micro-batches of one padded length and at most

@@ -30,6 +30,7 @@ from fedtune.models.base import Base, find_base, load_backbone, load_tokenizer
 from fedtune.models.lora import Arrays
 from fedtune.models.loss import head_loss
 from fedtune.models.split import Split, cut
+from fedtune.models.states import State
 
 HEAD = "head.safetensors"
 
@@ -101,7 +102,7 @@ class Network:
         self.pooled = not lora  # a head alone: the record's one vector is all that training needs
         # States at the cut by token ids, shared by everyone who sees the same record; gone as soon
         # as nobody holds them.
-        self.states: WeakValueDictionary[bytes, torch.Tensor] = WeakValueDictionary()
+        self.states: WeakValueDictionary[bytes, State] = WeakValueDictionary()
         self.draw_factor(seed=0)
 
     @property

@@ -14,6 +14,7 @@ from fedtune.config import LoraTable, Study
 from fedtune.dp.gradients import UnitGradientEngine
 from fedtune.errors import ConfigError, ModelError
 from fedtune.models import lora as lora_module
+from fedtune.models import network as network_module
 from fedtune.models.base import find_base
 from fedtune.models.cache import Cached, padded_length
 from fedtune.models.network import Network, build
@@ -350,3 +351,22 @@ def test_states_at_some_positions_are_those_of_all(
     handle.remove()
     assert torch.allclose(some, everywhere[:, [0, 2]], rtol=1e-5, atol=1e-6)
     assert ran[0] == (2 if last_layers else batch.mask.shape[1])
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("seconds", [(1.0, 2.0), (2.0, 1.0), (0.9, 1.0)])
+def test_bf16_where_it_is_native_and_measures_faster(
+    monkeypatch: pytest.MonkeyPatch, native: bool, seconds: tuple[float, float]
+) -> None:
+    """seconds: what products in bf16 and in fp32 take; a tenth is no reason."""
+    took = iter(seconds)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(network_module.timeit, "repeat", lambda *_, **__: [next(took)])
+    network_module._bf16_is_faster.cache_clear()
+    expected = torch.bfloat16 if native and seconds == (1.0, 2.0) else torch.float32
+    try:
+        assert network_module._dtype("auto") == expected
+    finally:
+        network_module._bf16_is_faster.cache_clear()
+    assert network_module._dtype("bfloat16") == torch.bfloat16

@@ -454,8 +454,8 @@ MODEL_MUTANTS = (
     ),
     _one(
         "states", "withdrawn-states-are-held", CACHE,
-        "self._known[name] = self._states[index] = state",
-        'self._known[name] = self._states[index] = state\n'
+        "self.network.states[name] = self._states[index] = state",
+        'self.network.states[name] = self._states[index] = state\n'
         '            STORE.__dict__.setdefault("all", []).append(state)',
         "tests/client/test_site.py::"
         "test_a_withdrawn_patients_states_are_erased_and_the_others_kept",
