@@ -193,7 +193,7 @@ class _Work:
         self.network.load_frozen(arrays)
         data = site.seen(study, self.network)
         self.records = fingerprint(data.dataset)
-        objective = find(study.objective.name)
+        objective = find(study.objective)
         self._engine = UnitGradientEngine(
             data, objective, by=study.drawn, engine=study.training.engine
         )

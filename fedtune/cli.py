@@ -314,7 +314,7 @@ def evaluate(
     run: RUN_FOLDER,
     data: Annotated[Path, typer.Option(metavar="FILE", help="Records: .jsonl, .csv or .parquet.")],
     metric: Annotated[
-        Literal["loss", "perplexity", "exact_match", "accuracy", "f1"] | None,
+        Literal["loss", "perplexity", "exact_match", "accuracy", "f1", "preference"] | None,
         typer.Option(help="Without it: the study's own.", show_default=False),
     ] = None,
     choices: Annotated[

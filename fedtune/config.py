@@ -42,11 +42,14 @@ MODULES = (
 
 class Columns(Table):
     """Which column of the file holds what. Exactly one way of giving the text must be named:
-    `messages`, `prompt` + `completion`, `text`, or `text` + `label`. `patient` groups records."""
+    `messages`, `prompt` + `completion`, `prompt` + `chosen` + `rejected` (a preference), `prompt` +
+    `completion` + `label` (a judgement), `text`, or `text` + `label`. `patient` groups records."""
 
     messages: str | None = None
     prompt: str | None = None
     completion: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
     text: str | None = None
     label: str | None = None
     patient: str | None = None
@@ -58,8 +61,12 @@ class Columns(Table):
             raise ValueError("name exactly one of messages, prompt or text")
         if self.completion and not self.prompt:
             raise ValueError("completion needs prompt")
-        if self.label and not self.text:
-            raise ValueError("label needs text")
+        if bool(self.chosen) != bool(self.rejected) or (self.chosen and not self.prompt):
+            raise ValueError("chosen and rejected need each other, and prompt")
+        if self.chosen and self.completion:
+            raise ValueError("name completion, or chosen and rejected")
+        if self.label and not (self.text or self.completion):
+            raise ValueError("label needs text, or prompt and completion")
         return self
 
 
@@ -98,9 +105,10 @@ class ObjectiveTable(Table):
     name: str  # a module of fedtune/objectives
     max_length: Annotated[int, Field(ge=8, le=8192)] = 256
     labels: tuple[str, ...] = ()  # classify: the public list of classes
-    template: str | None = None  # causal_lm: "… {text}" wrapped round a prompt; public
+    template: str | None = None  # "… {text}" wrapped round a prompt; public
     overflow: Literal["reject", "truncate"] = "reject"  # of a record longer than max_length
-    append_eos: bool = True  # causal_lm: a completion or text ends with eos, itself a target
+    append_eos: bool = True  # a completion or text ends with eos, itself a target
+    options: dict[str, float | str] = {}  # of the objective itself, e.g. beta
 
 
 class PublicTable(DataFile):
@@ -153,7 +161,7 @@ class StrategyTable(Table):
 class EvaluationTable(DataFile):
     """Public or released held-out records, evaluated at the coordinator after each round."""
 
-    metric: Literal["loss", "perplexity", "exact_match", "accuracy", "f1"] = "loss"
+    metric: Literal["loss", "perplexity", "exact_match", "accuracy", "f1", "preference"] = "loss"
     choices: tuple[str, ...] = ()  # accuracy by log-likelihood over these completions
     every: Count = 1
 
@@ -318,7 +326,7 @@ class PolicyTable(Table):
     max_steps: Count = 10_000  # of one study
     max_rank: Count = 64
     modules: tuple[str, ...] = MODULES  # that an adapter may sit on
-    objectives: tuple[str, ...] = ("causal_lm", "classify")
+    objectives: tuple[str, ...] = ("causal_lm", "classify", "dpo", "kto", "orpo", "reward")
     strategies: tuple[str, ...] = ("fedavg", "fedadam", "fedprox", "trimmed_mean")
     bases: tuple[Digest, ...] | Literal["any"] = BASES  # "any": whatever verifies
     coordinators: tuple[str, ...] = ()  # public signing keys; empty: whoever TLS lets through

@@ -70,7 +70,7 @@ adapter = "int8"       # to the sites; the coordinator's own stays fp32
 
 [evaluation]           # public or released records, held out; measured at the coordinator
 path = "evaluation.jsonl"
-metric = "loss"        # or perplexity, exact_match, accuracy, f1
+metric = "loss"        # or perplexity, exact_match, accuracy, f1, preference
 # choices = [" yes", " no"]   # accuracy, f1: the possible completions, exactly as they are written
 [evaluation.columns]
 prompt = "prompt"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -19,6 +19,8 @@ from fedtune.errors import ConfigError, DataError
 from fedtune.models.cache import Batch, Cached
 from fedtune.models.lora import Arrays
 from fedtune.models.network import Network, build
+from fedtune.objectives import Shape, find
+from fedtune.objectives._tokens import likelihood
 
 CHOSEN = ("accuracy", "f1")  # need a choice per record
 ROWS = 512  # positions whose logits over the vocabulary are held at once
@@ -27,14 +29,17 @@ RESAMPLES = 1000
 
 @dataclass
 class Scores:
-    """Per record: loss (n,) nats, mean over its targets; tokens (n,) targets; exact (n,) greedy
-    decoding gives the completion; chosen (n,) and gold (n,) class indices, -1 where not asked."""
+    """Per record: loss (n,) nats, mean over its targets (of a pair or a judged completion, the
+    objective's own); tokens (n,) targets; exact (n,) greedy decoding gives the completion; chosen
+    (n,) and gold (n,) class indices, -1 where not asked; margin (n,) by which the better completion
+    of a pair is preferred."""
 
     loss: np.ndarray
     tokens: np.ndarray
     exact: np.ndarray
     chosen: np.ndarray
     gold: np.ndarray
+    margin: np.ndarray
 
     def value(self, metric: str, rows: np.ndarray | slice = slice(None)) -> float:
         """One figure over all records, or over `rows` (a bootstrap sample)."""
@@ -45,6 +50,9 @@ class Scores:
             return float(np.exp(min((loss * tokens).sum() / tokens.sum(), 700.0)))
         if metric == "exact_match":
             return float(self.exact[rows].mean())
+        if metric == "preference":  # a tie is half of one
+            margin = self.margin[rows]
+            return float((margin > 0).mean() + (margin == 0).mean() / 2)
         chosen, gold = self.chosen[rows], self.gold[rows]
         return float((chosen == gold).mean()) if metric == "accuracy" else _f1(chosen, gold)
 
@@ -59,8 +67,10 @@ class Evaluator:
         table = study.evaluation
         if table is None:
             raise ConfigError("the study has no [evaluation] table", "one, with path and columns")
-        self.metric, self.classify = table.metric, study.objective.name == "classify"
-        _check(table, self.classify)
+        self._objective = find(study.objective)
+        self.metric, self.classify = table.metric, self._objective.shape == "label"
+        self.paired = self._objective.shape in ("pair", "judged")
+        _check(table, study.objective.name, self._objective.shape)
         self.network: Network = build(study)
         self._factor = self.network.adopt(study, frozen or {})
         data = load_dataset(table, study, self.network.tokenizer)
@@ -72,6 +82,8 @@ class Evaluator:
         self._choices = len(table.choices)
         if self.metric in CHOSEN and not self.classify:
             self._read_choices(data, table.choices)
+        assess = self._pairs if self.paired else self._classes if self.classify else self._tokens
+        self._assess: Callable[[Batch, Scores], None] = assess
         for cached in (self._records, self._spelled):
             if cached is not None:
                 cached.warm()
@@ -94,9 +106,10 @@ class Evaluator:
         self.network.load_trainable(zero if adapter is None else adapter)
         try:
             n = len(self)
-            scores = Scores(np.zeros(n), np.ones(n), np.zeros(n, bool), np.full(n, -1), self._gold)
+            exact, chosen = np.zeros(n, bool), np.full(n, -1)
+            scores = Scores(np.zeros(n), np.ones(n), exact, chosen, self._gold, np.zeros(n))
             for batch in self._records.batches(range(n)):
-                (self._classes if self.classify else self._tokens)(batch, scores)
+                self._assess(batch, scores)
             if self._spelled is not None:
                 scores.chosen = self._most_likely(self._spelled)
             return scores
@@ -113,6 +126,23 @@ class Evaluator:
         scores.loss[index] = loss.double().cpu().numpy()
         scores.chosen[index] = logits.argmax(dim=1).cpu().numpy()
         scores.exact[index] = scores.chosen[index] == scores.gold[index]
+
+    def _pairs(self, batch: Batch, scores: Scores) -> None:
+        """Preferred is what the model scores higher (a trained head) or would rather write: the
+        higher likelihood per token, so that neither a short nor a long completion gains by it."""
+        index = batch.index.numpy()
+        if self.network.head is None:
+            said = likelihood(self.network, batch).mean
+        else:
+            hidden = self.network.hidden(batch.prefix, batch.mask)
+            said = self.network.logits(self.network.pool(hidden, batch.mask))[:, 0]
+        better, worse = said.view(-1, 2).unbind(dim=1)
+        scores.margin[index] = (better - worse).double().cpu().numpy()
+        if self._objective.shape == "pair":
+            losses = self._objective.losses(self.network, batch)
+        else:  # judgements are evaluated on pairs: how likely the better completion is
+            losses = -better
+        scores.loss[index] = losses.double().cpu().numpy()
 
     def _tokens(self, batch: Batch, scores: Scores) -> None:
         hidden = self.network.hidden(batch.prefix, batch.mask)
@@ -188,7 +218,13 @@ def _spell(example: Example, choice: list[int]) -> Example:
     return Example(ids, targets, example.label, example.unit)
 
 
-def _check(table: EvaluationTable, classify: bool) -> None:
+def _check(table: EvaluationTable, objective: str, shape: Shape) -> None:
+    classify = shape == "label"
+    if (table.metric == "preference") != (shape in ("pair", "judged")) and table.metric != "loss":
+        raise ConfigError(
+            f'evaluation.metric = "{table.metric}" does not fit objective {objective}',
+            "loss or preference" if shape in ("pair", "judged") else "another metric",
+        )
     if classify and table.metric in ("perplexity", "exact_match"):
         raise ConfigError(
             f'evaluation.metric = "{table.metric}" does not fit objective classify',
@@ -266,7 +302,7 @@ def intervals(before: Scores, after: Scores, metric: str) -> dict[str, tuple[flo
         "after": (float(low[1]), float(high[1])),
         "change": (float(change[0]), float(change[1])),
     }
-    if metric in ("accuracy", "exact_match"):
+    if metric in ("accuracy", "exact_match", "preference"):
         for name, scores in (("before", before), ("after", after)):
             found[name] = wilson(scores.value(metric), n)
     return found

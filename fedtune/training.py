@@ -34,7 +34,7 @@ def local_round(
     network = data.network
     network.load_trainable(adapter)
     engine = UnitGradientEngine(
-        data, find(study.objective.name), by=study.drawn, engine=study.training.engine
+        data, find(study.objective), by=study.drawn, engine=study.training.engine
     )
     optimizer = _optimizer(study, engine.parameters)
     start = [p.detach().clone() for p in engine.parameters]
@@ -65,7 +65,7 @@ def check_trains(study: Study, network: Network) -> None:
     fault that spends ε and learns nothing shows here, before any is spent.
     Errors: ModelError."""
     data = Cached(network, random_records(network, study))
-    engine = UnitGradientEngine(data, find(study.objective.name), engine=study.training.engine)
+    engine = UnitGradientEngine(data, find(study.objective), engine=study.training.engine)
     before = network.trainable()
     try:
         loss = _mean_loss(data, study)
@@ -102,7 +102,7 @@ def _loss_after(
 
 @torch.no_grad()
 def _mean_loss(data: Cached, study: Study) -> float:
-    objective = find(study.objective.name)
+    objective = find(study.objective)
     everything = range(len(data.dataset.examples))
     return float(
         torch.cat([objective.losses(data.network, b) for b in data.batches(everything)]).mean()

@@ -272,7 +272,7 @@ def test_intervals() -> None:
     def scores(chosen: list[int]) -> Scores:
         n = len(chosen)
         rest = (np.ones(n), np.ones(n), np.zeros(n, bool))
-        return Scores(*rest, np.array(chosen), np.arange(n) % 3)
+        return Scores(*rest, np.array(chosen), np.arange(n) % 3, np.zeros(n))
 
     never, always = scores([3] * 90), scores([0, 1, 2] * 30)
     assert intervals(never, always, "accuracy")["change"] == (1.0, 1.0)

@@ -33,7 +33,7 @@ def made(base: Path, **changes: object) -> Study:
 
 
 def loss(network: Network, data: Cached, plan: Study) -> float:
-    objective = find(plan.objective.name)
+    objective = find(plan.objective)
     with torch.no_grad():
         each = [
             objective.losses(network, b) for b in data.batches(range(len(data.dataset.examples)))

@@ -12,7 +12,7 @@ import torch
 from fedtune.audit.bounds import one_run_epsilon
 from fedtune.audit.gaussian import CEILING, CONFIDENCE
 from fedtune.config import Study
-from fedtune.data.tokens import Dataset, Example
+from fedtune.data.tokens import Dataset
 from fedtune.dp import accountant, clip
 from fedtune.dp.gradients import UnitGradientEngine
 from fedtune.dp.plan import DpPlan, plan_for_site
@@ -75,7 +75,7 @@ def one_run(
     plan = plan_for_site(study, canaries)
     everyone = _canaries(study, network, canaries)
     engine = UnitGradientEngine(
-        *(Cached(network, everyone), find(study.objective.name), study.drawn, study.training.engine)
+        *(Cached(network, everyone), find(study.objective), study.drawn, study.training.engine)
     )
     norms = engine.matrix(range(engine.n_rows)).norm(dim=1)
     plan = replace(plan, max_grad_norm=float(norms.median()) / 4)
@@ -153,7 +153,7 @@ def _canaries(study: Study, network: Network, count: int) -> Dataset:
 def _only(everyone: Dataset, coins: np.ndarray) -> Dataset:
     number = np.cumsum(coins) - 1
     kept = [e for e in everyone.examples if coins[e.unit]]
-    renamed = [Example(e.input_ids, e.target_ids, e.label, int(number[e.unit])) for e in kept]
+    renamed = [replace(e, unit=int(number[e.unit])) for e in kept]
     return Dataset(renamed, int(coins.sum()), Counter())
 
 

@@ -102,7 +102,7 @@ def _limit(secrets: int) -> float:
 
 @torch.no_grad()
 def _losses(cached: Cached, study: Study) -> np.ndarray:
-    objective = find(study.objective.name)
+    objective = find(study.objective)
     found = np.empty(len(cached.dataset.examples))
     for batch in cached.batches(range(len(found))):
         losses = objective.losses(cached.network, batch)

@@ -11,6 +11,7 @@ from fedtune.config import Columns, DataFile, EvaluationTable, PublicTable
 from fedtune.data.files import Rejected, Row, rows, unclean
 from fedtune.errors import DataError
 
+TRUTH = ("true", "false", "1", "0", "yes", "no")  # a judgement: desirable or not, in turn
 Messages = tuple[tuple[str, str], ...]  # (role, content)
 
 
@@ -25,12 +26,15 @@ class Record:
     | prompt + completion | prompt, completion  |
     | text             | completion             |
     | text + label     | prompt, label          |
+    | prompt + chosen + rejected | prompt, completion, rejected |
+    | prompt + completion + label | prompt, completion, label |
 
     Guarantee: repr shows neither content nor the unit's key."""
 
     unit: str
     prompt: str = ""
     completion: str = ""
+    rejected: str = ""
     label: str = ""
     messages: Messages = ()
 
@@ -92,9 +96,14 @@ def _record(row: Row, unit: str, columns: Columns, labelled: bool) -> Record:
     if columns.messages:
         return Record(unit, messages=_messages(row.get(columns.messages), labelled))
     if columns.prompt:
-        prompt, rest = _text(row.get(columns.prompt)), row.get(columns.completion or "")
+        prompt = _text(row.get(columns.prompt))
+        rest = row.get(columns.completion or columns.chosen or "")
         absent = rest is None or (isinstance(rest, str) and not rest.strip())
-        return Record(unit, prompt, "" if absent and not labelled else _text(rest))
+        completion = "" if absent and not labelled else _text(rest)
+        if columns.chosen and labelled:
+            return Record(unit, prompt, completion, _text(row.get(columns.rejected or "")))
+        judged = _truth(row.get(columns.label)) if columns.label and labelled else ""
+        return Record(unit, prompt, completion, label=judged)
     text = _text(row.get(columns.text or ""))
     if not columns.label:
         return Record(unit, completion=text)
@@ -132,6 +141,14 @@ def _key(value: object) -> str:
     if not key:
         raise Rejected("missing value")
     return key
+
+
+def _truth(value: object) -> str:
+    """Whether a completion is desirable, "1" or "0"."""
+    said = str(value).lower() if isinstance(value, bool) else _key(value).lower()
+    if said not in TRUTH:
+        raise Rejected("unknown label")
+    return "1" if TRUTH.index(said) % 2 == 0 else "0"
 
 
 def _messages(value: object, labelled: bool) -> Messages:

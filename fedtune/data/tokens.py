@@ -7,10 +7,10 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from fedtune.config import DataFile, ObjectiveTable, PrivacyTable, Study
 from fedtune.data.files import Rejected
 from fedtune.data.records import Messages, Record, no_patients, read_records, table_of, unit_member
 from fedtune.errors import DataError
+from fedtune.objectives import Shape, find
 
 Ids = npt.NDArray[np.int32]
 Segment = tuple[str, bool]  # text, whether its tokens are targets
@@ -28,13 +29,23 @@ Tokens = tuple[list[int], list[bool]]  # token ids, whether each is a target
 
 NO_TARGET = -100
 LONG = 40  # characters from which a text is taken to be its record's own
+_PAIR = ("chosen", "rejected")
 CHARS = 40  # characters per token of max_length beyond which a text is not even tokenised
+
+
+class Passage(NamedTuple):
+    """input_ids (L,) int32; target_ids (L,) int32: the token that position t must predict, or -100
+    where there is no loss."""
+
+    input_ids: Ids
+    target_ids: Ids
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Example:
-    """input_ids (L,) int32; target_ids (L,) int32: the token that position t must predict, or -100
-    where there is no loss; label: index in objective.labels, or -100; unit in 0..n_units-1.
+    """input_ids, target_ids: as in Passage; label: index in objective.labels, 1 or 0 of what is
+    desirable or not, or -100; unit in 0..n_units-1; rejected: of a pair, the same prompt with the
+    worse completion.
 
     The last target is not an input: nothing is computed that no loss reads."""
 
@@ -42,6 +53,13 @@ class Example:
     target_ids: Ids
     label: int
     unit: int
+    rejected: Passage | None = None
+
+    @property
+    def passages(self) -> tuple[Passage, ...]:
+        """What the network reads of this record: one passage, or of a pair two."""
+        own = Passage(self.input_ids, self.target_ids)
+        return (own,) if self.rejected is None else (own, self.rejected)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -92,16 +110,16 @@ def load_dataset(
     Guarantee: an example depends on its own record alone; which of a patient's records are kept
     depends on that patient's records alone, not on their order, and stays as it was."""
     table = table_of(file)
-    check_shape(file, study, tokenizer, labelled)
+    shape = check_shape(file, study, tokenizer, labelled)
     unit = study.unit if table == "data" else "record"
     records, rejected = read_records(file, unit=unit, labelled=labelled, few=few)
     rejected = rejected.copy()
-    found: list[tuple[Record, Tokens, int]] = []
+    found: list[tuple[Record, list[Tokens], int]] = []
     for record in records:
         if without(record.unit):
             continue
         try:
-            found.append((record, *_tokenise(record, study.objective, tokenizer, labelled)))
+            found.append((record, *_tokenise(record, study.objective, tokenizer, shape, labelled)))
         except Rejected as error:
             rejected[error.reason] += 1
     if not found and not few:
@@ -128,20 +146,23 @@ def load_dataset(
 
 def check_shape(
     file: DataFile, study: Study, tokenizer: PreTrainedTokenizerBase, labelled: bool = True
-) -> None:
-    """Whether the file's columns suit the study; nothing is read. Errors: DataError."""
+) -> Shape:
+    """Whether the file's columns suit the study, and what they hold; nothing is read.
+
+    Evaluation records of a study on pairs or judgements are pairs. Errors: DataError."""
     table = table_of(file)
     columns, objective, at = file.columns, study.objective, f"{table}.columns"
+    shape = find(objective).shape
     if table == "data" and study.unit == "patient" and not columns.patient:
         raise no_patients(table)
-    if objective.name == "classify":
+    if shape == "label":
         if columns.messages or (labelled and not columns.label):
             raise DataError(
                 "objective classify cannot use these columns", f"{at}.text and {at}.label"
             )
         if labelled and not objective.labels:
             raise DataError("objective.labels is empty", "the public list of classes")
-        return
+        return shape
     if objective.template is not None and "{text}" not in objective.template:
         raise DataError("objective.template has no place for the prompt", "{text} in it")
     if columns.messages and not tokenizer.chat_template:
@@ -149,8 +170,15 @@ def check_shape(
             f"the base has no chat template and {at}.messages is given",
             f"{at}.prompt and {at}.completion, or a chat base",
         )
+    if labelled and shape != "text":
+        needed = ("completion", "label") if shape == "judged" and table == "data" else _PAIR
+        if not all(getattr(columns, name) for name in needed):
+            expected = ", ".join(f"{at}.{name}" for name in ("prompt", *needed))
+            raise DataError(f"objective {objective.name} cannot use these columns", expected)
+        return "judged" if needed != _PAIR else "pair"
     if labelled and columns.prompt and not columns.completion:
         raise DataError(f"{at}.prompt is given without {at}.completion", "both")
+    return "text"
 
 
 def _nothing_left(path: Path, rejected: Counter[str], objective: ObjectiveTable) -> DataError:
@@ -179,7 +207,8 @@ def _capped(records: list[Record], most: int, known: Callable[[bytes], bool]) ->
 
 
 def _canonical(r: Record) -> bytes:
-    return json.dumps([r.prompt, r.completion, r.label, r.messages]).encode()
+    worse = [r.rejected] if r.rejected else []
+    return json.dumps([r.prompt, r.completion, r.label, r.messages, *worse]).encode()
 
 
 def _members(records: list[Record], unit: str) -> frozenset[bytes]:
@@ -190,31 +219,57 @@ def _members(records: list[Record], unit: str) -> frozenset[bytes]:
         found.add(b"record\0" + _canonical(record))
         if unit == "patient":
             found.add(unit_member(record.unit))
-        texts = [record.prompt, record.completion, *(content for _, content in record.messages)]
+        texts = _texts(record)
         found |= {b"text\0" + text.encode() for text in texts if len(text) >= LONG}
     return frozenset(found)
 
 
-def _example(tokens: Tokens, label: int, unit: int) -> Example:
-    ids, hits = (np.array(tokens[0], np.int32), np.array(tokens[1], bool))
+def _texts(record: Record) -> list[str]:
+    said = (content for _, content in record.messages)
+    return [record.prompt, record.completion, record.rejected, *said]
+
+
+def _example(tokens: list[Tokens], label: int, unit: int) -> Example:
+    own, *worse = (_passage(*each) for each in tokens)
+    return Example(*own, label, unit, worse[0] if worse else None)
+
+
+def _passage(tokens: list[int], targets: list[bool]) -> Passage:
+    ids, hits = np.array(tokens, np.int32), np.array(targets, bool)
     if not hits.any():
-        return Example(ids, np.full_like(ids, NO_TARGET), label, unit)
-    return Example(ids[:-1], np.where(hits[1:], ids[1:], NO_TARGET).astype(np.int32), label, unit)
+        return Passage(ids, np.full_like(ids, NO_TARGET))
+    return Passage(ids[:-1], np.where(hits[1:], ids[1:], NO_TARGET).astype(np.int32))
 
 
 # ----------------------------------------------------------------------------- one record's tokens
 
 
 def _tokenise(
+    record: Record,
+    objective: ObjectiveTable,
+    tokenizer: PreTrainedTokenizerBase,
+    shape: Shape,
+    labelled: bool,
+) -> tuple[list[Tokens], int]:
+    """Token ids of at most max_length with their targets, of a pair the worse ones too; and the
+    label's index."""
+    if shape == "label":
+        tokens, label = _classify(record, objective, tokenizer, labelled)
+        return [tokens], label
+    tokens = _written(record, objective, tokenizer, labelled)
+    if shape != "pair":
+        return [tokens], int(record.label) if shape == "judged" else NO_TARGET
+    worse = replace(record, completion=record.rejected)
+    return [tokens, _written(worse, objective, tokenizer, labelled)], NO_TARGET
+
+
+def _written(
     record: Record, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase, labelled: bool
-) -> tuple[Tokens, int]:
-    """Token ids of at most max_length with their targets, and the label's index."""
-    texts = [record.prompt, record.completion, *(content for _, content in record.messages)]
-    huge = sum(map(len, texts)) > CHARS * objective.max_length
+) -> Tokens:
+    """A prompt and what was written after it."""
+    huge = sum(map(len, _texts(record))) > CHARS * objective.max_length
     if huge and objective.overflow == "reject":
         raise Rejected("too long")
-    if objective.name == "classify":
-        return _classify(record, objective, tokenizer, labelled)
     if record.messages:
         ids, hits = _chat(record.messages, objective.max_length, tokenizer)
     else:
@@ -231,7 +286,7 @@ def _tokenise(
         ids, hits = ids[: objective.max_length], hits[: objective.max_length]
     if labelled and not any(hits):
         raise Rejected("no target within max_length")
-    return (ids, hits), NO_TARGET
+    return ids, hits
 
 
 def _classify(
@@ -240,7 +295,10 @@ def _classify(
     """The text with the tokenizer's own special tokens, which truncation leaves in place."""
     if labelled and record.label not in objective.labels:
         raise Rejected("unknown label")
-    text = (record.prompt or record.completion)[: CHARS * objective.max_length]
+    text = record.prompt or record.completion
+    if len(text) > CHARS * objective.max_length and objective.overflow == "reject":
+        raise Rejected("too long")
+    text = text[: CHARS * objective.max_length]
     cut = objective.overflow == "truncate"
     encoded = tokenizer(
         text, truncation=cut, max_length=objective.max_length if cut else None, verbose=False

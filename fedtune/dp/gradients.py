@@ -93,10 +93,16 @@ class UnitGradientEngine:
             yield from batch.split(self._most)
 
     def _per_record(self, batch: Batch) -> list[torch.Tensor]:
-        """For each parameter (records, its size)."""
-        found = []
+        """For each parameter (records, its size): a record's passages are added up here, before
+        any norm is taken."""
+        found, records, rows = [], len(batch.index), len(batch.mask)
         for each in self._each(self.objective.losses(self.data.network, batch)):
-            if each is None or each.shape[0] != len(batch.index):
+            if each is None or each.shape[0] not in (records, rows):
                 raise RuntimeError("a trainable layer gave no per-record gradient")
-            found.append(each.flatten(1))
+            if each.shape[0] == records:
+                found.append(each.flatten(1))
+            else:
+                passages = each.view(records, rows // records, *each.shape[1:])
+                found.append(passages.sum(dim=1).flatten(1))
+                each.zero_()
         return found

@@ -64,7 +64,7 @@ def answer(plan: DpPlan, rows: torch.Tensor, log: StepLog, round_: int) -> torch
 @torch.no_grad()
 def unit_rows(study: Study, data: Cached) -> torch.Tensor:
     """(score, 1) of each unit with the adapter that is loaded, fp64 (units, 2). Un-noised."""
-    objective, dataset = find(study.objective.name), data.dataset
+    objective, dataset = find(study.objective), data.dataset
     rows = torch.zeros(dataset.n_units, 2, dtype=torch.float64)
     unit = torch.tensor([example.unit for example in dataset.examples], dtype=torch.long)
     for batch in data.batches(range(len(unit))):

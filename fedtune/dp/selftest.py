@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fedtune.config import Study
-from fedtune.data.tokens import NO_TARGET, Dataset, Example
+from fedtune.data.tokens import NO_TARGET, Dataset, Example, Passage
 from fedtune.dp.clip import Chunk
 from fedtune.dp.gradients import UnitGradientEngine
 from fedtune.dp.plan import DpPlan, plan_for_site
@@ -141,7 +141,7 @@ class _Bench:
         self.scale = float(2 * plan.max_grad_norm / norms.median())
 
     def engine(self, data: Dataset) -> UnitGradientEngine:
-        objective = find(self.study.objective.name)
+        objective = find(self.study.objective)
         wanted = self.study.training.engine
         return UnitGradientEngine(Cached(self.network, data), objective, self.by, wanted)
 
@@ -192,7 +192,7 @@ def _parity(bench: _Bench) -> float:
 def _one_by_one(bench: _Bench) -> torch.Tensor:
     """Each row by plain autograd, one record at a time, fp64."""
     data = Cached(bench.network, bench.data)
-    objective = find(bench.study.objective.name)
+    objective = find(bench.study.objective)
     parameters = list(bench.network.parameters().values())
     each = []
     for index in range(len(bench.data.examples)):
@@ -226,12 +226,19 @@ def _isolation(bench: _Bench) -> float:
 def _edited(data: Dataset, unit: int, study: Study) -> Dataset:
     """The same records but for `unit`'s: reversed, other targets, the next label, one length."""
     examples = list(data.examples)
-    for index in data.by_unit[unit]:
-        old = examples[index]
+    shape = find(study.objective).shape
+    labels = 2 if shape == "judged" else max(1, len(study.objective.labels))
+
+    def other(old: Passage) -> Passage:
         targets = np.roll(old.input_ids, 3)
         targets[: len(targets) // 2] = NO_TARGET
-        label = (old.label + 1) % max(1, len(study.objective.labels))
-        examples[index] = Example(old.input_ids[::-1].copy(), targets, label, unit)
+        return Passage(old.input_ids[::-1].copy(), targets)
+
+    for index in data.by_unit[unit]:
+        old = examples[index]
+        own, *worse = map(other, old.passages)
+        label = (old.label + 1) % labels
+        examples[index] = Example(*own, label, unit, worse[0] if worse else None)
     return Dataset(examples, data.n_units, Counter())
 
 

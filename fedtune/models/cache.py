@@ -11,19 +11,22 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedtune.data.tokens import Dataset, Example
+from fedtune.data.tokens import Dataset, Passage
 from fedtune.models.network import Network
 from fedtune.models.states import STORE, Altered
 from fedtune.progress import report
 
 log = logging.getLogger("fedtune.models")
 
+Indices = Sequence[int]
+
 
 @dataclass(frozen=True, repr=False)
 class Batch:
-    """B records padded on the right to one length L. prefix (B, L, H); mask (B, L) bool, False on
-    padding; target_ids (B, L), -100 where no loss; label (B,), -100 where none; index (B,), on
-    the processor, the others on the network's device."""
+    """B records of k passages each, one record's after another, padded on the right to one length
+    L: R = B·k rows. prefix (R, L, H); mask (R, L) bool, False on padding; target_ids (R, L), -100
+    where no loss; label (B,), -100 where none; index (B,), on the processor, the others on the
+    network's device."""
 
     prefix: torch.Tensor
     mask: torch.Tensor
@@ -33,8 +36,10 @@ class Batch:
 
     def split(self, most: int) -> Iterator[Batch]:
         """The same records, at most so many at a time; the padded length stays."""
-        fields = (self.prefix, self.mask, self.target_ids, self.label, self.index)
-        for parts in zip(*(torch.split(field, most) for field in fields), strict=True):
+        each = len(self.mask) // len(self.label)
+        by_row = (torch.split(t, most * each) for t in (self.prefix, self.mask, self.target_ids))
+        by_record = (torch.split(field, most) for field in (self.label, self.index))
+        for parts in zip(*by_row, *by_record, strict=True):
             yield Batch(*parts)
 
 
@@ -65,15 +70,23 @@ class Cached:
 
     def __init__(self, network: Network, dataset: Dataset, memory: int | None = None) -> None:
         self.network, self.dataset, self._memory = network, dataset, memory
-        self._kept = [self._positions(example) for example in dataset.examples]
-        self._names = [_name(e, kept) for e, kept in zip(dataset.examples, self._kept, strict=True)]
+        # Passages, k of each record, one record's after another's.
+        self._passages = [s for example in dataset.examples for s in example.passages]
+        self._each = len(dataset.examples[0].passages) if dataset.examples else 1
+        assert len(self._passages) == self._each * len(dataset.examples)
+        self._kept = [self._positions(passage) for passage in self._passages]
+        self._names = [_name(s, kept) for s, kept in zip(self._passages, self._kept, strict=True)]
         self._states = [network.states.get(name) for name in self._names]
+        lengths = [len(kept) for kept in self._kept]
+        self._longest = [
+            max(lengths[at : at + self._each]) for at in range(0, len(lengths), self._each)
+        ]
 
-    def _positions(self, example: Example) -> npt.NDArray[np.int64]:
+    def _positions(self, passage: Passage) -> npt.NDArray[np.int64]:
         if self.network.pooled:
             return np.zeros(1, dtype=np.int64)
-        length = len(example.input_ids)
-        targets = np.flatnonzero(example.target_ids != -100)
+        length = len(passage.input_ids)
+        targets = np.flatnonzero(passage.target_ids != -100)
         if not self.network.positionwise:
             return np.arange(length)
         return targets if len(targets) else np.array([length - 1])
@@ -83,50 +96,54 @@ class Cached:
         if not self.network.cached:
             return
         self._states = [self.network.states.get(name) for name in self._names]
-        new = [index for index, state in enumerate(self._states) if state is None]
+        new = [at for at, state in enumerate(self._states) if state is None]
         done = 0
-        for rows in _buckets(new, [len(e.input_ids) for e in self.dataset.examples], 4096):
+        for rows in _buckets(new, [len(s.input_ids) for s in self._passages], 4096):
             self._compute(rows)
             done += len(rows)
             report("reading records once through the frozen layers", done, len(new))
 
     def _compute(self, rows: list[int]) -> None:
-        """States of records of one bucket, from their tokens."""
+        """States of passages of one bucket, from their tokens."""
         states = self.network.prefix(*self._tokens(rows)).cpu()  # a GPU's memory holds none
         for row, index in enumerate(rows):
             name, kept = self._names[index], torch.from_numpy(self._kept[index])
             state = STORE.keep(states[row, kept], name, self._memory)
             self.network.states[name] = self._states[index] = state
 
-    def batches(self, indices: Sequence[int], token_budget: int = 4096) -> Iterator[Batch]:
+    def batches(self, indices: Indices, token_budget: int = 4096) -> Iterator[Batch]:
         """The records `indices`, each once, in micro-batches of one padded length and at most
         `token_budget` positions (always at least one record)."""
-        if self.network.cached and any(self._states[i] is None for i in indices):
+        if self.network.cached and any(self._states[at] is None for at in self._rows(indices)):
             self.warm()
-        for rows in _buckets(indices, [len(kept) for kept in self._kept], token_budget):
-            examples = [self.dataset.examples[i] for i in rows]
-            length = padded_length(max(len(self._kept[i]) for i in rows))
+        for records in _buckets(indices, self._longest, token_budget // self._each):
+            rows = self._rows(records)
+            length = padded_length(max(self._longest[i] for i in records))
             mask = torch.zeros(len(rows), length, dtype=torch.bool)
             targets = torch.full((len(rows), length), -100, dtype=torch.long)
-            for row, (index, example) in enumerate(zip(rows, examples, strict=True)):
-                kept = self._kept[index]
+            for row, at in enumerate(rows):
+                kept = self._kept[at]
                 mask[row, : len(kept)] = True
                 if not self.network.pooled:
-                    real = np.asarray(example.target_ids, dtype=np.int64)[kept]
+                    real = np.asarray(self._passages[at].target_ids, dtype=np.int64)[kept]
                     targets[row, : len(kept)] = torch.from_numpy(real)
-            device = self.network.device
+            device, examples = self.network.device, self.dataset.examples
             yield Batch(
                 prefix=self._prefix(rows, length).to(device),
                 mask=mask.to(device),
                 target_ids=targets.to(device),
-                label=torch.tensor([e.label for e in examples], device=device),
-                index=torch.tensor(rows),
+                label=torch.tensor([examples[i].label for i in records], device=device),
+                index=torch.tensor(records),
             )
+
+    def _rows(self, records: Indices) -> list[int]:
+        """The passages of some records."""
+        return [i * self._each + k for i in records for k in range(self._each)]
 
     def _prefix(self, rows: list[int], length: int) -> torch.Tensor:
         """(rows, length, H), zero on padding."""
         if not self.network.cached:
-            return self.network.prefix(*self._tokens(rows))
+            return self.network.prefix(*self._tokens(rows, length))
         states = [self._read(index) for index in rows]
         padded = torch.zeros(len(rows), length, states[0].shape[-1], dtype=states[0].dtype)
         for row, state in enumerate(states):
@@ -134,7 +151,7 @@ class Cached:
         return padded
 
     def _read(self, index: int) -> torch.Tensor:
-        """One record's states; computed again where the file does not hold what was written."""
+        """One passage's states; computed again where the file does not hold what was written."""
         state = self._states[index]
         assert state is not None  # `batches` saw to it
         try:
@@ -144,10 +161,11 @@ class Cached:
             self._compute([index])
             return self._read(index)
 
-    def _tokens(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and mask (rows, padded length) of records of one bucket."""
-        texts = [self.dataset.examples[index].input_ids for index in rows]
-        ids = torch.zeros(len(rows), padded_length(max(map(len, texts))), dtype=torch.long)
+    def _tokens(self, rows: list[int], length: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask (rows, length) of passages of one bucket, padded to its length."""
+        texts = [self._passages[at].input_ids for at in rows]
+        length = length or padded_length(max(map(len, texts)))
+        ids = torch.zeros(len(rows), length, dtype=torch.long)
         mask = torch.zeros(ids.shape, dtype=torch.bool)
         for row, text in enumerate(texts):
             ids[row, : len(text)] = torch.from_numpy(np.asarray(text, dtype=np.int64))
@@ -155,9 +173,7 @@ class Cached:
         return ids, mask
 
 
-def _buckets(
-    indices: Sequence[int], lengths: Sequence[int], token_budget: int
-) -> Iterator[list[int]]:
+def _buckets(indices: Indices, lengths: list[int], token_budget: int) -> Iterator[list[int]]:
     """`indices` in groups of one padded length and at most `token_budget` positions."""
     by_length: dict[int, list[int]] = {}
     for index in indices:
@@ -167,7 +183,7 @@ def _buckets(
         yield from (members[start : start + size] for start in range(0, len(members), size))
 
 
-def _name(example: Example, kept: npt.NDArray[np.int64]) -> bytes:
-    """What a record's states go by: token ids and kept positions, apart from each other."""
-    parts = (example.input_ids.tobytes(), kept.tobytes())
+def _name(passage: Passage, kept: npt.NDArray[np.int64]) -> bytes:
+    """What a passage's states go by: token ids and kept positions, apart from each other."""
+    parts = (passage.input_ids.tobytes(), kept.tobytes())
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()

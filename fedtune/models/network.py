@@ -31,6 +31,7 @@ from fedtune.models.lora import Arrays
 from fedtune.models.loss import head_loss
 from fedtune.models.split import Split, cut
 from fedtune.models.states import State
+from fedtune.objectives import find
 
 HEAD = "head.safetensors"
 
@@ -41,15 +42,15 @@ def build(study: Study, source: str | None = None) -> Network:
 
     Errors: ModelError (base missing or of another digest), ConfigError (no such module)."""
     base = find_base(source or study.base.model, study.base.digest)
-    labels = len(study.objective.labels) if study.objective.name == "classify" else 0
+    outputs = find(study.objective).outputs
     # Neither A's values nor their origin change the network: studies that differ in them share it.
     lora = study.lora and study.lora.model_copy(update={"a_digest": None, "a_init": "seed"})
-    return _build(base, _dtype(study.base.dtype), lora, labels)
+    return _build(base, _dtype(study.base.dtype), lora, outputs)
 
 
 @lru_cache(maxsize=1)
-def _build(base: Base, dtype: torch.dtype, lora: LoraTable | None, labels: int) -> Network:
-    return Network(base, dtype, lora, labels)
+def _build(base: Base, dtype: torch.dtype, lora: LoraTable | None, outputs: int) -> Network:
+    return Network(base, dtype, lora, outputs)
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -80,7 +81,7 @@ class Network:
 
     def __init__(self, base: Base, dtype: torch.dtype, lora: LoraTable | None, labels: int) -> None:
         if not lora and not labels:
-            raise ConfigError("nothing to train", "a [lora] table, or objective classify")
+            raise ConfigError("nothing to train", "a [lora] table, or objective classify or reward")
         self.base, self.dtype, self.kind = base, dtype, base.kind
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(base)
         whole = load_backbone(base, dtype)

@@ -7,19 +7,26 @@ from collections import Counter
 import numpy as np
 
 from fedtune.config import Study
-from fedtune.data.tokens import Dataset, Example
+from fedtune.data.tokens import NO_TARGET, Dataset, Example, Passage
 from fedtune.models.network import Network
+from fedtune.objectives import find
 
 
 def random_records(network: Network, study: Study, count: int = 8, length: int = 16) -> Dataset:
     """`count` units of one record each, drawn from the study's public seed."""
     draw = np.random.default_rng(study.study.seed)
     vocabulary = int(network.model.config.vocab_size)
-    examples = []
-    for unit in range(count):
+    shape = find(study.objective).shape
+    labels = 2 if shape == "judged" else max(1, len(study.objective.labels))
+
+    def passage() -> Passage:
         ids = draw.integers(0, vocabulary, size=length + 1, dtype=np.int32)
         targets = ids[1:].copy()
-        targets[: length // 2] = -100
-        label = unit % max(1, len(study.objective.labels))
-        examples.append(Example(ids[:-1].copy(), targets, label, unit))
+        targets[: length // 2] = NO_TARGET
+        return Passage(ids[:-1].copy(), targets)
+
+    examples = [
+        Example(*passage(), unit % labels, unit, passage() if shape == "pair" else None)
+        for unit in range(count)
+    ]
     return Dataset(examples, count, Counter())

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from fedtune.config import LoraTable, Study
-from fedtune.data.tokens import NO_TARGET, Dataset, Example
+from fedtune.data.tokens import NO_TARGET, Dataset, Example, Passage
 from fedtune.models import wheel
 from fedtune.models.base import Base, find_base
 from fedtune.models.network import Network
+from fedtune.objectives import find
 
 HIDDEN, INNER, HEADS, LAYERS, VOCABULARY, RANK = 32, 64, 4, 4, 96, 4
 _NAMES = ("<pad>", "<start>", "<end>", "<unknown>")
@@ -32,9 +33,9 @@ def tiny_network(study: Study, base: Base) -> Network:
     Errors: whatever transformers raises where the architecture cannot be made this small."""
     with tempfile.TemporaryDirectory(prefix="fedtune-tiny-") as name:
         layers = _write(base, Path(name), study.study.seed)
-        labels = len(study.objective.labels) if study.objective.name == "classify" else 0
+        outputs = find(study.objective).outputs
         lora = study.lora and _scaled(study.lora, *layers)
-        network = Network(find_base(name), torch.float32, lora, labels)
+        network = Network(find_base(name), torch.float32, lora, outputs)
     draw = np.random.default_rng(study.study.seed)
     network.load_trainable(
         {
@@ -49,15 +50,22 @@ def generated(study: Study, vocabulary: int, sizes: Sequence[int], stream: int =
     """Random tokens: `sizes[u]` records of 9 to 24 tokens for unit u, so that records of different
     units share batches. The same study and stream give the same records."""
     draw = np.random.default_rng([study.study.seed, stream])
-    labels = max(1, len(study.objective.labels))
+    shape = find(study.objective).shape
+    labels = 2 if shape == "judged" else max(1, len(study.objective.labels))
+
+    def passage() -> Passage:
+        length = int(draw.integers(9, 25))
+        ids = draw.integers(len(_NAMES), vocabulary, size=length + 1, dtype=np.int32)
+        targets = ids[1:].copy()
+        targets[: int(draw.integers(0, length))] = NO_TARGET
+        return Passage(ids[:-1].copy(), targets)
+
     examples = []
     for unit, size in enumerate(sizes):
         for _ in range(size):
-            length = int(draw.integers(9, 25))
-            ids = draw.integers(len(_NAMES), vocabulary, size=length + 1, dtype=np.int32)
-            targets = ids[1:].copy()
-            targets[: int(draw.integers(0, length))] = NO_TARGET
-            examples.append(Example(ids[:-1].copy(), targets, int(draw.integers(labels)), unit))
+            own = passage()
+            worse = passage() if shape == "pair" else None
+            examples.append(Example(*own, int(draw.integers(labels)), unit, worse))
     return Dataset(examples, len(sizes), Counter())
 
 

@@ -1,32 +1,79 @@
 """Objectives: one module each, found by listing this package.
 
-A module offers `losses(network, batch) -> (B,)`: for each record the mean over its OWN targets, so
-that no record's loss depends on another (the built-in loss of a language model averages over the
-batch's tokens and breaks the sensitivity bound)."""
+A module offers
+
+    SHAPE                                 what a record must say
+    losses(network, batch, *, …) -> (B,)  keyword-only arguments are study.objective.options
+    check(*, …)                           the same arguments; ConfigError where one is out of range
+    outputs(labels) -> int                rows of a trained head; left out: the model's own head
+
+A record's loss comes from its own passages alone, so that no record's loss depends on another
+(the built-in loss of a language model averages over the batch's tokens and breaks the sensitivity
+bound). What couples units in other tools (KTO's batch estimate, reward centring) is a constant."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
-from typing import Protocol, cast
-
-import torch
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from fedtune.errors import ConfigError
-from fedtune.models.cache import Batch
-from fedtune.models.network import Network
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedtune.config import ObjectiveTable
+    from fedtune.models.cache import Batch
+    from fedtune.models.network import Network
+
+# text: prompt and completion, or plain text; label: text and one of the labels; pair: a prompt,
+# the better and the worse completion; judged: a completion and whether it is desirable.
+Shape = Literal["text", "label", "pair", "judged"]
 
 
 class Objective(Protocol):
     def losses(self, network: Network, batch: Batch) -> torch.Tensor: ...
 
 
+@dataclass(frozen=True)
+class Found:
+    """An objective with the study's options. outputs: rows of the head that it trains, or 0."""
+
+    shape: Shape
+    outputs: int
+    losses: Callable[[Network, Batch], torch.Tensor]
+
+
 def names() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    """Every objective in this package."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
-def find(name: str) -> Objective:
-    """Errors: ConfigError listing what exists."""
-    if name not in names():
-        raise ConfigError(f"objective.name = {name!r}", f"one of {', '.join(names())}")
-    return cast(Objective, importlib.import_module(f"{__name__}.{name}"))
+def find(table: ObjectiveTable) -> Found:
+    """Errors: ConfigError listing what exists: the objectives, or this one's options."""
+    if table.name not in names():
+        raise ConfigError(f"objective.name = {table.name!r}", f"one of {', '.join(names())}")
+    module = importlib.import_module(f"{__name__}.{table.name}")
+    every = inspect.signature(module.losses).parameters.values()
+    known = {p.name: p.default for p in every if p.kind is p.KEYWORD_ONLY}
+    for name, value in table.options.items():
+        if name not in known:
+            expected = "one of " + ", ".join(known) if known else "no options"
+            raise ConfigError(f"objective.options.{name} is not known", expected)
+        if isinstance(known[name], str) != isinstance(value, str):
+            raise ConfigError(f"objective.options.{name} = {value!r}", f"such as {known[name]!r}")
+    if hasattr(module, "check"):
+        module.check(**table.options)
+    losses = partial(module.losses, **table.options) if table.options else module.losses
+    outputs = module.outputs(table.labels) if hasattr(module, "outputs") else 0
+    return Found(module.SHAPE, outputs, losses)
+
+
+def require(condition: bool, option: str, expected: str) -> None:
+    """Errors: ConfigError unless `condition`."""
+    if not condition:
+        raise ConfigError(f"objective.options.{option} is out of range", expected)

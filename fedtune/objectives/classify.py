@@ -8,6 +8,12 @@ from torch.nn import functional
 from fedtune.models.cache import Batch
 from fedtune.models.network import Network
 
+SHAPE = "label"
+
+
+def outputs(labels: tuple[str, ...]) -> int:
+    return len(labels)
+
 
 def losses(network: Network, batch: Batch) -> torch.Tensor:
     """Negative log-likelihood (nats) of each record's label, (B,) fp32."""

@@ -57,7 +57,7 @@ KINDS = frozenset({
     "query.prepare", "query.evaluate", "query", "train", "evaluate", "connection", "serverapp",
     "superlink", "supernode", "gateway", "forwarder",
 })
-METRICS = frozenset({"loss", "perplexity", "exact_match", "accuracy", "f1"})
+METRICS = frozenset({"loss", "perplexity", "exact_match", "accuracy", "f1", "preference"})
 # The first that is found in a reason is what is kept of it.
 PHRASES = (
     "policy.max_epsilon_per_study", "policy.max_epsilon", "policy.max_delta",

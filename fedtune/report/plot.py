@@ -70,7 +70,7 @@ def _quality(axes: Any, body: dict[str, Any]) -> None:
     )  # fmt: skip
     lower = " (lower is better)" if metric in ("loss", "perplexity") else ""
     axes.set_title(f"{str(metric).replace('_', ' ')}{lower}", loc="left", color=INK)
-    if metric in ("accuracy", "f1", "exact_match"):
+    if metric in ("accuracy", "f1", "exact_match", "preference"):
         axes.set_ylim(0, 1.02)
     axes.margins(y=0.15)
     axes.set_xlim(0, max(rounds[-1], 1))

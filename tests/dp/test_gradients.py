@@ -94,6 +94,7 @@ def test_row_isolation_catches_a_loss_averaged_over_the_batch(network: Network) 
     shorter = dataset.examples[1].target_ids.copy()
     shorter[:-1] = -100
     dataset.examples[1] = type(dataset.examples[1])(dataset.examples[1].input_ids, shorter, -100, 1)
+    engine.data = Cached(network, dataset)
     after = all_rows(engine)
     assert float((after[0] - before[0]).norm() / before[0].norm()) > 0.01
 

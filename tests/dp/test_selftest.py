@@ -39,6 +39,11 @@ def patients(tiny_base: Path) -> Study:
 CASES: dict[str, dict[str, object]] = {
     "positions apart": {"lora": {"modules": MLP, "last_layers": 1, "rank": 8}},
     "cut": {"lora": {"modules": ["q_proj", *MLP], "last_layers": 2}},
+    "pairs": {"objective": {"name": "dpo", "max_length": 64}},
+    "pairs, positions apart": {
+        "objective": {"name": "dpo", "max_length": 64, "options": {"variant": "ipo"}},
+        "lora": {"modules": MLP, "last_layers": 1, "rank": 8},
+    },
     "A and B": {"lora": {"modules": ["q_proj"], "train": "AB"}},
     "normalised": {"clipping": {"mode": "normalised", "max_grad_norm": 0.03}},
     "patients": {"privacy": PRIVACY | {"unit": "patient"}},

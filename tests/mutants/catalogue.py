@@ -51,8 +51,8 @@ T_ACCOUNTANT = "tests/dp/test_accountant.py::"
 T_STATES = "tests/models/test_states.py::"
 T_CHUNKS = T_PLAN + "test_noise_is_added_once_and_divided_by_the_plan"
 
-MEAN = "return each.new_zeros(len(batch.label)).index_add(0, rows, each) / counts"
-GUARD = "            if each is None or each.shape[0] != len(batch.index):\n"
+MEAN = "return -likelihood(network, batch).mean"
+GUARD = "            if each is None or each.shape[0] not in (records, rows):\n"
 RAISE = 'raise RuntimeError("a trainable layer gave no per-record gradient")'
 DONE = "        return self._add_noise(total, log, round_)\n"
 DRAW = "noise.gaussian_on_grid(len(total), self.noise_multiplier * bound, grid)"
@@ -84,12 +84,12 @@ GDP = """if not events:
 LOSS_MUTANTS = (
     _one(
         1, "loss-averages-over-the-batch", CAUSAL, MEAN,
-        "return torch.zeros(len(batch.label)).index_add(0, rows, each) / max(1, len(rows))"
-        " * len(batch.label)",
+        "found = likelihood(network, batch)\n"
+        "    return -found.total / found.targets.sum().clamp_min(1) * len(batch.label)",
         f"{T_PARITY} {T_ISOLATION}", "the built-in loss of a language model",
     ),
     _one(
-        18, "batch-norm-on-hidden-states", CAUSAL,
+        18, "batch-norm-on-hidden-states", "fedtune/objectives/_tokens.py",
         "hidden = network.hidden(batch.prefix, batch.mask, keep)",
         "hidden = network.hidden(batch.prefix, batch.mask, keep)\n"
         "    hidden = hidden - hidden.mean(dim=0, keepdim=True)",
@@ -104,14 +104,14 @@ LOSS_MUTANTS = (
     ),
     _one(
         26, "weights-from-a-model-of-the-batch", CAUSAL, MEAN,
-        "own = torch.zeros(len(batch.label)).index_add(0, rows, each) / counts\n"
+        "own = -likelihood(network, batch).mean\n"
         "    teacher = torch.softmax(-own.detach(), dim=0)\n"
         "    return own * teacher * len(own)",
         f"{T_PARITY} {T_ISOLATION}", "a judge fitted to the same records",
     ),
     _one(
         27, "loss-minus-the-batch-mean", CAUSAL, MEAN,
-        "own = torch.zeros(len(batch.label)).index_add(0, rows, each) / counts\n"
+        "own = -likelihood(network, batch).mean\n"
         "    return (own - own.mean()) ** 2",
         f"{T_PARITY} {T_ISOLATION}", "a group-normalised advantage",
     ),
@@ -146,7 +146,7 @@ GRADIENT_MUTANTS = (
     ),
     _one(
         13, "first-dimension-of-one-broadcasts", GRADIENTS, GUARD,
-        "            if each is None or each.shape[0] not in (1, len(batch.index)):\n",
+        "            if each is None or each.shape[0] not in (1, records):\n",
         T_LAYERS, "GPT-2's position embedding",
     ),
     _one(
@@ -185,8 +185,8 @@ GRADIENT_MUTANTS = (
     ),
     _one(
         19, "pad-to-the-longest", CACHE,
-        "_buckets(indices, [len(kept) for kept in self._kept], token_budget):",
-        "_buckets(indices, [max(len(self._kept[i]) for i in indices)] * len(self._kept),"
+        "_buckets(indices, self._longest, token_budget // self._each):",
+        "_buckets(indices, [max(self._longest[i] for i in indices)] * len(self._longest),"
         " token_budget):",
         T_ROWS + "test_padding_is_a_records_own", "numerics depend on who else is drawn",
     ),
@@ -419,8 +419,8 @@ BUDGET_MUTANTS = (
 MODEL_MUTANTS = (
     _one(
         "states", "states-without-their-positions", CACHE,
-        "parts = (example.input_ids.tobytes(), kept.tobytes())",
-        "parts = (example.input_ids.tobytes(),)",
+        "parts = (passage.input_ids.tobytes(), kept.tobytes())",
+        "parts = (passage.input_ids.tobytes(),)",
         T_STATES + "test_the_same_tokens_with_other_targets_have_states_of_their_own",
         "a record trains on the states of another one's targets",
     ),

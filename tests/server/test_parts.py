@@ -18,6 +18,6 @@ from tests.dp.conftest import records, study
 def test_the_engine_in_the_report(tiny_base: Path, wanted: str, named: str) -> None:
     training = {"rounds": 1, "sampling_rate": 1.0, "learning_rate": 0.1, "engine": wanted}
     plan = study(base={"model": str(tiny_base), "dtype": "float32"}, training=training)
-    data, objective = Cached(build(plan), records([1, 1])), find(plan.objective.name)
+    data, objective = Cached(build(plan), records([1, 1])), find(plan.objective)
     ran = UnitGradientEngine(data, objective, engine=plan.training.engine)
     assert Parts().engine(plan) == ran.name == named

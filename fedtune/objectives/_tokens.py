@@ -1,0 +1,53 @@
+"""Log-likelihoods of the labelled positions, which every objective on text is made of."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fedtune.models.cache import Batch
+from fedtune.models.network import Network
+
+
+class Likelihood(NamedTuple):
+    """Of each passage (R,): the log-likelihood of its targets (nats, fp32), and how many."""
+
+    total: torch.Tensor
+    targets: torch.Tensor
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Per target; 0 where there is none."""
+        return self.total / self.targets.clamp_min(1)
+
+
+def likelihood(network: Network, batch: Batch) -> Likelihood:
+    """The head runs on labelled positions only: prompt and padding never reach the vocabulary.
+
+    | a passage without targets | 0.0, and no gradient |
+    """
+    keep, targets = _labelled(batch.target_ids)
+    hidden = network.hidden(batch.prefix, batch.mask, keep)
+    rows, positions = torch.nonzero(targets != -100, as_tuple=True)
+    each = network.token_losses(hidden[rows, positions], targets[rows, positions])
+    total = each.new_zeros(len(targets)).index_add(0, rows, -each)
+    return Likelihood(total, torch.bincount(rows, minlength=len(targets)))
+
+
+def reference(network: Network, batch: Batch) -> Likelihood:
+    """The same under the policy at the study's start: the frozen base, the adapter off. Never a
+    second model, and never one that saw a record."""
+    with torch.no_grad(), network.base_only():
+        return likelihood(network, batch)
+
+
+def _labelled(target_ids: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Positions with a target, first in each row, (R, K), and what is there, -100 on padding; all
+    positions, as None, where most of them have one: choosing would cost more than it saves."""
+    wanted = target_ids != -100
+    most = max(1, int(wanted.sum(dim=1).max()))
+    if most > 0.75 * target_ids.shape[1]:
+        return None, target_ids
+    keep = torch.argsort(wanted.int(), dim=1, descending=True, stable=True)[:, :most]
+    return keep, target_ids.gather(1, keep)
