@@ -10,7 +10,7 @@ import math
 import timeit
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -212,6 +212,10 @@ class Network:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by name, in name order: the layout of every update."""
+        return self._trainable
+
+    @cached_property
+    def _trainable(self) -> dict[str, nn.Parameter]:  # asked for many times a round
         named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         if self.head is not None:
             named |= {f"head.{n}": p for n, p in self.head.named_parameters()}
@@ -226,7 +230,7 @@ class Network:
 
     def draw_factor(self, seed: int) -> Arrays:
         """LoRA's A from a public seed, the same on every machine; loaded and returned."""
-        drawn = lora_module.draw(self._factor(), seed)
+        drawn = lora_module.draw(self._factor, seed)
         self.load_frozen(drawn)
         return drawn
 
@@ -252,11 +256,12 @@ class Network:
 
     def frozen_factor(self) -> Arrays:
         """LoRA's A by name; empty for a head alone."""
-        return {n: p.detach().float().cpu().numpy().copy() for n, p in self._factor().items()}
+        return {n: p.detach().float().cpu().numpy().copy() for n, p in self._factor.items()}
 
     def load_frozen(self, arrays: Arrays) -> None:
-        _load(self._factor(), arrays)
+        _load(self._factor, arrays)
 
+    @cached_property
     def _factor(self) -> dict[str, nn.Parameter]:
         return {n: p for n, p in self.model.named_parameters() if "lora_A" in n}
 
@@ -264,13 +269,14 @@ class Network:
     def base_only(self) -> Iterator[None]:
         """The untouched base: adapters off."""
         if isinstance(self.model, PeftModel):
-            trains = {n: p.requires_grad for n, p in self.model.named_parameters()}
+            adapter = [*self._trainable.values(), *self._factor.values()]
+            trains = [p.requires_grad for p in adapter]
             try:
                 with self.model.disable_adapter():
                     yield
             finally:  # PEFT switches an adapter on again with all of it trainable, A too
-                for name, parameter in self.model.named_parameters():
-                    parameter.requires_grad_(trains[name])
+                for parameter, wanted in zip(adapter, trains, strict=True):
+                    parameter.requires_grad_(wanted)
         else:
             yield
 

@@ -45,8 +45,10 @@ class OnePass:
         served: set[int] = set()
         for module in trained.modules():
             forward = _forward_of(module, self._take)
+            if forward is None:
+                continue
             own = {id(p) for p in module.parameters() if p.requires_grad}
-            if forward is not None and own - served:
+            if own - served:
                 self._forwards.append((module, forward))
                 served |= own
         self.missing = [p for p in parameters if id(p) not in served]
