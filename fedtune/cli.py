@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from fedtune import cli_network, cli_site
+from fedtune import cli_models, cli_network, cli_site
 from fedtune.guard import command
 from fedtune.observe import cli as cli_observe
 from fedtune.runs import data_file, folder_for
@@ -406,6 +406,7 @@ def verify(
 
 cli_network.add_to(app)
 cli_site.add_to(app)
+cli_models.add_to(app)
 cli_observe.add_to(app, LOOK)
 
 

@@ -42,16 +42,25 @@ def data_file(run: Path, data: Path, pairs: list[str]) -> DataFile:
     """`data` with its columns named by KEY=NAME pairs, or as the run's study names its own.
 
     Errors: ConfigError, InputError."""
+    from fedtune.config import DataFile
+
+    table = load_plan(run).evaluation
+    if pairs:
+        return named_columns(data, pairs)
+    if table is None:
+        raise ConfigError("the study names no columns", todo="--column prompt=NAME, and so on")
+    return DataFile(path=data, columns=table.columns)
+
+
+def named_columns(data: Path, pairs: list[str]) -> DataFile:
+    """`data` with its columns named by KEY=NAME pairs; without any, prompt alone.
+
+    Errors: ConfigError."""
     from pydantic import ValidationError
 
     from fedtune.config import Columns, DataFile
 
-    table = load_plan(run).evaluation
-    if not pairs:
-        if table is None:
-            raise ConfigError("the study names no columns", todo="--column prompt=NAME, and so on")
-        return DataFile(path=data, columns=table.columns)
-    named = dict(pair.partition("=")[::2] for pair in pairs)
+    named = dict(pair.partition("=")[::2] for pair in pairs or ["prompt=prompt"])
     if unknown := set(named) - set(Columns.model_fields):
         known = ", ".join(Columns.model_fields)
         raise ConfigError(f"--column {min(unknown)}: no such part of a record", f"one of {known}")

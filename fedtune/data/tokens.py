@@ -229,6 +229,22 @@ def _texts(record: Record) -> list[str]:
     return [record.prompt, record.completion, record.rejected, *said]
 
 
+def prompt_ids(
+    prompt: str, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """What stands before a completion of `prompt`, as training saw it."""
+    return _prompted(Record("", prompt), objective, tokenizer, append_eos=False)[0]
+
+
+def passage_of(
+    prompt: str, completion: str, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase
+) -> Passage:
+    """A prompt and its completion, as training saw them; where a head is trained, all of it.
+    Errors: Rejected."""
+    ids, hits = _written(Record("", prompt, completion), objective, tokenizer, labelled=True)
+    return _passage(ids, [False] * len(ids) if find(objective).outputs else hits)
+
+
 def _example(tokens: list[Tokens], label: int, unit: int) -> Example:
     own, *worse = (_passage(*each) for each in tokens)
     return Example(*own, label, unit, worse[0] if worse else None)

@@ -27,6 +27,7 @@ from fedtune.config import LoraTable, Study
 from fedtune.errors import ConfigError, ModelError
 from fedtune.models import lora as lora_module
 from fedtune.models.base import Base, find_base, load_backbone, load_tokenizer
+from fedtune.models.known import Kind
 from fedtune.models.lora import Arrays
 from fedtune.models.loss import head_loss
 from fedtune.models.split import Split, cut
@@ -178,13 +179,7 @@ class Network:
         return hidden[:, 0] if self.pooled else self._pool(hidden, mask)
 
     def _pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        if self.kind == "causal":
-            last = mask.sum(dim=1) - 1
-            return hidden[torch.arange(len(hidden), device=last.device), last].float()
-        weights = mask.float()[:, :, None]
-        mean = (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)
-        # Length √H: what a layer norm gives, so that one learning rate serves every base.
-        return nn.functional.normalize(mean, dim=1) * math.sqrt(self.hidden_size)
+        return pooled(hidden, mask, self.kind)
 
     def _run(self, part: nn.Module, mask: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         # Records are padded on the right, so in a causal base no token can see padding: leaving
@@ -289,6 +284,17 @@ class Network:
         if self.head is not None:
             body = {n: p.detach().contiguous() for n, p in self.head.named_parameters()}
             save_file(body, folder / HEAD, {"base": json.dumps(self.base.name)})
+
+
+def pooled(hidden: torch.Tensor, mask: torch.Tensor, kind: Kind) -> torch.Tensor:
+    """One vector per record (B, H) fp32: the last token's (causal), or the mean over tokens."""
+    if kind == "causal":
+        last = mask.sum(dim=1) - 1
+        return hidden[torch.arange(len(hidden), device=last.device), last].float()
+    weights = mask.float()[:, :, None]
+    mean = (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)
+    # Length √H: what a layer norm gives, so that one learning rate serves every base.
+    return nn.functional.normalize(mean, dim=1) * math.sqrt(hidden.shape[2])
 
 
 def _load(parameters: dict[str, nn.Parameter], arrays: Arrays) -> None:

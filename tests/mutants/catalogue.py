@@ -699,6 +699,26 @@ TEAM_MUTANTS = (
     ),
 )  # fmt: skip
 
+LABEL = "fedtune/label.py"
+
+MADE_MUTANTS = (
+    _one(
+        26, "the-judge-sees-the-record-before", LABEL,
+        "        tokenizer: Any = self.model.tokenizer\n",
+        "        asked, globals()['_before'] = globals().get('_before', '') + asked, asked\n"
+        "        tokenizer: Any = self.model.tokenizer\n",
+        "tests/test_label.py::test_another_units_records_change_no_byte",
+        "a few-shot taken from another patient",
+    ),
+    _one(
+        "label", "the-judge-is-asked-in-one-order", LABEL,
+        "return (self._odds(prompt, first, second) - self._odds(prompt, second, first)) / 2",
+        "return self._odds(prompt, first, second)",
+        "tests/test_label.py::test_what_a_place_is_worth_cancels",
+        "a judge that likes the first answer labels by the order",
+    ),
+)  # fmt: skip
+
 MUTANTS: tuple[Mutant, ...] = (
     *LOSS_MUTANTS,
     *GRADIENT_MUTANTS,
@@ -711,4 +731,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *ENCODING_MUTANTS,
     *GUARANTEE_MUTANTS,
     *TEAM_MUTANTS,
+    *MADE_MUTANTS,
 )

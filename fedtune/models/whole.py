@@ -1,0 +1,169 @@
+"""A whole model as anybody would load it: a base in transformers, a run's adapter by PEFT, a run's
+head beside them. For writing, judging and teaching, one record at a time: no figure of a record
+depends on who else is asked."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from fedtune.config import Study
+from fedtune.errors import ModelError
+from fedtune.models import lora
+from fedtune.models.base import Base, find_base, load_backbone, load_tokenizer
+from fedtune.models.network import pooled
+from fedtune.runs import ADAPTER, load_adapter, load_plan
+
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Whole:
+    """model: a transformers model, or a PeftModel round it, in eval mode; head: a trained one,
+    if the run has it; study: the run's plan; digest: of everything that it computes with."""
+
+    base: Base
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    head: nn.Linear | None
+    study: Study | None
+    digest: str
+
+    @torch.no_grad()
+    def next_tokens(self, ids: np.ndarray, at: np.ndarray) -> torch.Tensor:
+        """Log-probabilities of what follows the positions `at` of `ids`, (n, V) fp32."""
+        states = self._states(ids)[0, torch.from_numpy(at)]
+        weight = self._inner.lm_head.weight
+        return torch.log_softmax((states @ weight.T).float(), dim=1)
+
+    @torch.no_grad()
+    def scores(self, ids: np.ndarray) -> torch.Tensor:
+        """The head's logits for one passage, (outputs,) fp32. Errors: ModelError (no head)."""
+        if self.head is None:
+            raise ModelError(f"{self.base.name}: has no trained head", "a run that trained one")
+        states = self._states(ids)
+        mask = torch.ones(states.shape[:2], dtype=torch.bool)
+        vector = pooled(states, mask, self.base.kind)
+        found: torch.Tensor = self.head(vector)[0]
+        return found
+
+    @torch.no_grad()
+    def write(
+        self, ids: list[int], count: int, new_tokens: int, stream: bytes, temperature: float = 1.0
+    ) -> list[list[int]]:
+        """`count` continuations of one prompt, each up to and without its eos.
+
+        stream: what the draws depend on, and nothing else; temperature 0: the likeliest one."""
+        prompt = torch.tensor([ids], device=self.model.device)
+        drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int.from_bytes(hashlib.sha256(stream).digest()[:7], "big"))
+            out = self.model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=new_tokens,
+                num_return_sequences=count,
+                pad_token_id=self.tokenizer.pad_token_id,
+                **(drawn if temperature else {"do_sample": False}),
+            )
+        return [self._until_eos(row[len(ids) :].tolist()) for row in out]
+
+    def base_only(self) -> Any:
+        """The base with the adapter off."""
+        return self.model.disable_adapter() if self.adapted else nullcontext()
+
+    @property
+    def adapted(self) -> bool:
+        return self._inner is not self.model
+
+    @property
+    def room(self) -> int:
+        """Positions that the base has."""
+        return int(getattr(self._inner.config, "max_position_embeddings", 2**31))
+
+    @property
+    def _inner(self) -> Any:
+        """The transformers model, with the adapter in it."""
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
+    def _states(self, ids: np.ndarray) -> torch.Tensor:
+        """Last hidden states of one passage, (1, L, H)."""
+        inner = self._inner
+        body = inner.model if self.base.kind == "causal" else inner
+        tokens = torch.from_numpy(np.asarray(ids, dtype=np.int64))[None].to(inner.device)
+        found: torch.Tensor = body(input_ids=tokens).last_hidden_state
+        return found
+
+    def _until_eos(self, ids: list[int]) -> list[int]:
+        ends = self.model.generation_config.eos_token_id
+        ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+        return ids[: next((at for at, token in enumerate(ids) if token in ends), len(ids))]
+
+
+def load(
+    source: str | Path,
+    digest: str | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trainable: bool = False,
+) -> Whole:
+    """The base or the run folder that `source` names.
+
+    Guarantee: with `digest` given, what computes anything else is refused.
+    Errors: ModelError (not found, other digest, not to be loaded), ConfigError (plan.json)."""
+    run = Path(source).expanduser()
+    study = load_plan(run) if (run / PLAN).is_file() else None
+    base = find_base(study.base.model, study.base.digest) if study else find_base(str(source))
+    adapter = run / "adapter" if study else None
+    found = digest_of(base, adapter)
+    if digest is not None and digest != found:
+        raise ModelError(
+            f"{base.name if adapter is None else run}: the digest of what is here is {found}",
+            digest,
+            "use the copy that the digest was taken of",
+        )
+    model: Any = load_backbone(base, dtype)
+    head = None
+    if adapter is not None:
+        if (adapter / ADAPTER).is_file():
+            model = _adapted(model, adapter, trainable)
+        head = _head(adapter)
+    return Whole(base, model, load_tokenizer(base), head, study, found)
+
+
+def digest_of(base: Base, adapter: Path | None) -> str:
+    """The base's digest; with an adapter folder, one of the base and all arrays in it."""
+    if adapter is None:
+        return base.digest
+    both = f"{base.digest}\n{lora.digest(load_adapter(adapter))}"
+    return "sha256:" + hashlib.sha256(both.encode()).hexdigest()
+
+
+def _adapted(model: Any, adapter: Path, trainable: bool) -> Any:
+    from peft import PeftModel
+
+    try:
+        loaded = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"{adapter}: PEFT cannot load it ({type(error).__name__})") from None
+    return loaded.eval()
+
+
+def _head(adapter: Path) -> nn.Linear | None:
+    arrays = {n: v for n, v in load_adapter(adapter).items() if n.startswith("head.")}
+    if not arrays:
+        return None
+    outputs, inputs = arrays["head.weight"].shape
+    head = nn.Linear(inputs, outputs)
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            parameter.copy_(torch.from_numpy(arrays[f"head.{name}"]))
+    return head.requires_grad_(False)

@@ -1,0 +1,183 @@
+"""Preferences made at the site: each record's own, whoever else is in the file."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from fedtune.config import Columns, DataFile
+from fedtune.dp.ledger import Ledger
+from fedtune.errors import ConfigError, DataError, Refused
+from fedtune.label import Settings, Verdict, judge_of, label, writer_of
+from fedtune.models.whole import Whole
+from fedtune.simulate import simulate
+from tests.test_cli import run
+from tests.test_end_to_end import lay_out
+
+FAST = Settings(new_tokens=6, max_length=256)
+ROWS = [
+    {"who": "ann", "q": "The patient was seen with fever."},
+    {"who": "bob", "q": "Does aspirin lower the risk of stroke?"},
+    {"who": "bob", "q": "Blood pressure 120 over 80."},
+    {"who": "cid", "q": "Discharged home with paracetamol."},
+    {"who": "dee", "q": "No acute findings in the clinic."},
+]
+
+
+def jsonl(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def records(folder: Path, rows: list[dict[str, str]] = ROWS) -> DataFile:
+    path = jsonl(folder / "records.jsonl", rows)
+    return DataFile(path=path, columns=Columns(prompt="q", patient="who"))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_base: Path) -> Whole:
+    return writer_of(str(tiny_base))
+
+
+class Noting:
+    """A judge, and what it said of each prompt."""
+
+    def __init__(self, judge: Verdict) -> None:
+        self.judge, self.said = judge, dict[str, float]()
+
+    def margin(self, prompt: str, first: str, second: str) -> float:
+        self.said[prompt] = self.judge.margin(prompt, first, second)
+        return self.said[prompt]
+
+
+def others(folder: Path, judge: Verdict, rows: list[dict[str, str]]) -> list[Any]:
+    """What is written of everybody but bob: each line's bytes, and the judge's margin."""
+    noting, out = Noting(judge), folder / "out.jsonl"
+    label(records(folder, rows), out, judge.model, noting, FAST)
+    found = [(line, json.loads(line)) for line in out.read_bytes().splitlines()]
+    return [(line, noting.said[row["prompt"]]) for line, row in found if row["patient"] != "bob"]
+
+
+CHANGES = {
+    "altered": [ROWS[0], *[{"who": "bob", "q": f"Something else: {n}."} for n in "12"], *ROWS[3:]],
+    "fewer": [*ROWS[:2], *ROWS[3:]],
+    "more": [{"who": "bob", "q": "At the front: a cough."}, *ROWS],
+    "none": [ROWS[0], *ROWS[3:]],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_units_records_change_no_byte(tmp_path: Path, model: Whole, change: str) -> None:
+    before = others(tmp_path, Verdict(model), ROWS)
+    assert len(before) == 3
+    assert others(tmp_path, Verdict(model), CHANGES[change]) == before
+
+
+class FewShot(Verdict):
+    """The twin: the judge is shown what it judged before, whoever's it was."""
+
+    before = ""
+
+    def _odds(self, prompt: str, a: str, b: str) -> float:
+        found = super()._odds(FewShot.before + prompt, a, b)
+        FewShot.before = prompt + a + b
+        return found
+
+
+def test_a_few_shot_from_the_unit_before_is_caught(tmp_path: Path, model: Whole) -> None:
+    seen = []
+    for rows in (ROWS, CHANGES["altered"]):
+        FewShot.before = ""
+        seen.append(others(tmp_path, FewShot(model), rows))
+    assert seen[0] != seen[1]
+
+
+def test_what_a_place_is_worth_cancels(model: Whole) -> None:
+    """The tiny judge, as any, likes one of the letters; asked in both orders it is fair."""
+    judge = Verdict(model)
+    one, two = " No acute findings.", " Fever, a cough."
+    assert judge._odds("Why?", one, one) != 0
+    assert judge.margin("Why?", one, one) == 0
+    assert judge.margin("Why?", one, two) == -judge.margin("Why?", two, one) != 0
+
+
+def test_labels_carry_the_unit_and_train_as_dpo(tmp_path: Path, tiny_base: Path) -> None:
+    study = lay_out(tmp_path, tiny_base, '{ epsilon = 8.0, delta = 1e-3, unit = "patient" }')
+    for name in ("north", "south"):
+        site = tmp_path / f"site-{name}.toml"
+        out = tmp_path / f"{name}-pairs.jsonl"
+        told = run(
+            "label", site, "--out", out, "--generator", tiny_base, "--new-tokens", "5"
+        )  # fmt: skip
+        assert told.exit_code == 0, told.output
+        assert 'patient = "patient"' in told.output
+        assert stat.S_IMODE(out.stat().st_mode) == 0o600
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        assert {row["patient"] for row in rows} == {str(i) for i in range(20)}
+        assert all(set(row) == {"prompt", "chosen", "rejected", "patient"} for row in rows)
+        text = site.read_text().replace(f"{name}.jsonl", f"{name}-pairs.jsonl")
+        columns = 'prompt = "prompt", chosen = "chosen", rejected = "rejected", patient = "patient"'
+        site.write_text(text.replace('prompt = "q", completion = "a", patient = "who"', columns))
+    text = study.read_text().replace('name = "causal_lm"', 'name = "dpo"')
+    study.write_text(text[: text.index("[evaluation]")])
+    body = simulate(study, sorted(tmp_path.glob("site-*.toml")), tmp_path / "run")
+    assert body["privacy"]["epsilon"] <= 8.0
+    trained = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert any(abs(value).max() > 0 for name, value in trained.items() if "lora_B" in name)
+
+
+def test_who_withdrew_is_left_out(tmp_path: Path, tiny_base: Path) -> None:
+    lay_out(tmp_path, tiny_base, '{ epsilon = 8.0, delta = 1e-3, unit = "patient" }')
+    (tmp_path / "gone").write_text("3\n")
+    Ledger(tmp_path / "state-north")
+    assert run("withdraw", tmp_path / "site-north.toml", "--file", tmp_path / "gone").exit_code == 0
+    out = tmp_path / "pairs.jsonl"
+    told = run(
+        "label", tmp_path / "site-north.toml", "--out", out, "--generator", tiny_base,
+        "--new-tokens", "3",
+    )  # fmt: skip
+    assert told.exit_code == 0, told.output
+    units = {json.loads(line)["patient"] for line in out.read_text().splitlines()}
+    assert "3" not in units and "4" in units
+
+
+def test_the_same_seed_writes_the_same_and_another_does_not(tmp_path: Path, model: Whole) -> None:
+    def written(seed: int) -> bytes:
+        settings = Settings(new_tokens=6, max_length=256, seed=seed)
+        label(records(tmp_path), tmp_path / "out.jsonl", model, Verdict(model), settings)
+        return (tmp_path / "out.jsonl").read_bytes()
+
+    assert written(0) == written(0) != written(1)
+
+
+def test_another_digest_is_refused_before_anything_is_read(tmp_path: Path, tiny_base: Path) -> None:
+    told = run(
+        "label", tmp_path / "nothing.jsonl", "--column", "prompt=q", "--generator", tiny_base,
+        "--generator-digest", "sha256:" + "0" * 64, "--out", tmp_path / "x.jsonl",
+    )  # fmt: skip
+    assert told.exit_code == 2
+    assert "digest" in told.output and not (tmp_path / "x.jsonl").exists()
+
+
+def test_a_run_without_privacy_neither_writes_nor_judges(tmp_path: Path, tiny_base: Path) -> None:
+    study = lay_out(tmp_path, tiny_base, '"off"')
+    simulate(study, sorted(tmp_path.glob("site-*.toml")), tmp_path / "run")
+    for use in (writer_of, judge_of):
+        with pytest.raises(Refused, match='privacy = "off"'):
+            use(str(tmp_path / "run"))
+
+
+def test_nothing_is_left_where_nothing_comes_out(tmp_path: Path, model: Whole) -> None:
+    out = tmp_path / "out.jsonl"
+    tight = Settings(new_tokens=250, max_length=251)
+    with pytest.raises(DataError, match="5 too long"):
+        label(records(tmp_path), out, model, Verdict(model), tight)
+    with pytest.raises(ConfigError, match="no prompt"):
+        text = DataFile(path=tmp_path / "records.jsonl", columns=Columns(text="q"))
+        label(text, out, model, Verdict(model), FAST)
+    assert not out.exists()
