@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -28,7 +28,8 @@ COLUMNS = Annotated[
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands on `app`."""
-    command(app, panel=PANEL)(label)
+    for each in (label, merge):
+        command(app, panel=PANEL)(each)
 
 
 def label(
@@ -135,3 +136,75 @@ def _public_text(path: Path) -> str:
         return path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({type(error).__name__})") from None
+
+
+def merge(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN…", help="Folders of finished runs, two or more."),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="The new run folder.", show_default=False)
+    ],
+    method: Annotated[
+        Literal["linear", "svd", "ties", "dare", "slerp"],
+        typer.Option(
+            help="linear: the updates add up, exactly. svd: the same at a smaller rank. ties, dare: "
+            "part of each update. slerp: two, along the arc between them."
+        ),
+    ] = "linear",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="W,W,…", help="One number for each run. Without it: 1 each.", show_default=False
+        ),
+    ] = None,
+    density: Annotated[
+        float, typer.Option(metavar="SHARE", help="ties, dare: how much of each update stays.")
+    ] = 0.5,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="svd, ties, dare: the merged rank."),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="dare: which part stays.")] = 0,
+    disjoint: Annotated[
+        bool,
+        typer.Option(
+            "--disjoint",
+            help="You state that no person's records are in two of the runs: their ε do not add "
+            "up. The report says that you stated it.",
+        ),
+    ] = False,
+    measure: Annotated[
+        bool,
+        typer.Option(help="Measure what is kept, on the parents' evaluation files."),
+    ] = True,
+) -> None:
+    """Merge the adapters of finished runs of one base into one, with a report of its own.
+
+    Reads no record of a site and spends nothing. Its ε: what ran at the same site is composed, and
+    so is what may have been the same site."""
+    from rich.markdown import Markdown
+
+    from fedtune.console import closing
+    from fedtune.merging import merge_runs
+    from fedtune.report.merged import section
+
+    console = Console()
+    with console.status("merging"):
+        body = merge_runs(
+            runs, out, method=method, weights=numbers(weights), density=density, rank=rank,
+            seed=seed, disjoint=disjoint, measure=measure,
+        )  # fmt: skip
+    console.print(Markdown("\n\n".join(section(body["merge"], body["privacy"]))))
+    closing(console, out, body)
+
+
+def numbers(text: str | None) -> list[float]:
+    """ "0.5, 1" as numbers. Errors: ConfigError."""
+    from fedtune.errors import ConfigError
+
+    try:
+        return [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise ConfigError(f"--weights {text}: not numbers", "such as 1,0.5") from None

@@ -102,11 +102,12 @@ def _privacy(progress: Progress, parts: Parts) -> dict[str, Any]:
             "max_grad_norm": max(e["max_grad_norm"] for e in events),
             "sampling_rate": max(e["q"] for e in events),
             "steps": sum(e["steps"] for e in events),
+            "key": progress.keys.get(name),
         }
     worst = max(
         sites.values(), key=lambda site: site["epsilon"], default={**common, "epsilon": 0.0}
     )
-    found = {**worst, "sites": sites}
+    found = {**{k: v for k, v in worst.items() if k != "key"}, "sites": sites}
     if study.private_evaluation is not None:
         found["evaluation"] = _evaluation(progress, parts, study.privacy)
     return found

@@ -25,18 +25,22 @@ MOST_COLUMNS = 6  # of sites beside each other
 def markdown(body: dict[str, Any]) -> str:
     """The whole report as Markdown. Text that came from a site is escaped and cut to one line."""
     from fedtune.report.audit import section  # which writes with this module's cell and table
+    from fedtune.report.merged import section as merged
+
+    ran = "merge" not in body  # else no round was, and quality is told of each parent
 
     parts = [
         f"# {cell(body.get('study', 'study'))}: report",
         _claim(body) if body.get("private") else _banner(body),
-        _quality(body.get("quality") or {}),
+        _quality(body.get("quality") or {}) if ran else "",
+        *merged(body.get("merge") or {}, body.get("privacy") or {}),
         _private_quality(body) if body.get("private") else "",
         _alone(body["quality"]["metric"], body["alone"]) if body.get("alone") else "",
         _sites(body.get("privacy") or {}) if body.get("private") else "",
         *section(body.get("audit") or {}),
-        _rounds(body.get("rounds") or []),
+        _rounds(body.get("rounds") or []) if ran else "",
         _wire(body.get("wire") or {}, body.get("rounds") or []),
-        _missing(body.get("rounds") or [], body.get("sites") or {}),
+        _missing(body.get("rounds") or [], body.get("sites") or {}) if ran else "",
         _absences(body.get("absences") or {}, len(body.get("rounds") or [])),
         _base(body),
         f"Written by fedtune {cell(body.get('fedtune', ''))}; plan "
@@ -288,6 +292,7 @@ def _base(body: dict[str, Any]) -> str:
     rows = [[cell(key), cell(base.get(key))] for key in ("name", "digest", "licence", "dtype")]
     parts.append(f"## Base model\n\n{table(['', ''], rows, numbers=False)}")
     known = {"privacy", "quality", "base", "rounds", "sites", "audit", "absences", "wire"}
+    known.add("merge")
     for key, value in sorted(body.items()):
         if key not in known and isinstance(value, dict) and value:
             rows = [[cell(name), _setting(item)] for name, item in sorted(value.items())]

@@ -719,6 +719,34 @@ MADE_MUTANTS = (
     ),
 )  # fmt: skip
 
+BUDGETS, MERGE = "fedtune/budgets.py", "fedtune/models/merge.py"
+T_BUDGETS, T_MERGE = "tests/test_budgets.py::", "tests/models/test_merge.py::"
+
+MERGE_MUTANTS = (
+    _one(
+        "merge", "the-larger-where-the-data-was-the-same", BUDGETS, "events += more",
+        "events = max(events, list(more), key=lambda e: cross_check(e, delta))",
+        T_BUDGETS + "test_the_same_site_pays_for_both",
+        "a merged adapter claims less than what was spent on one person",
+    ),
+    _one(
+        "merge", "what-is-not-known-is-apart", BUDGETS,
+        "return APART if one.key and other.key and one.site and other.site else UNKNOWN",
+        "return APART",
+        T_BUDGETS + "test_what_is_not_known_is_composed", "hope in place of caution",
+    ),
+    _one(
+        "merge", "a-merged-parent-counts-once", BUDGETS, 'if "events" in site:', "if False:",
+        T_BUDGETS + "test_a_merged_adapter_may_be_merged_again",
+        "the grandparents' other kinds of steps are forgotten",
+    ),
+    _one(
+        "merge", "factors-are-added-apart", MERGE, '"linear": "cat"', '"linear": "linear"',
+        T_MERGE + "test_linear_is_the_weighted_sum_of_the_updates",
+        "cross terms between one run's A and another's B",
+    ),
+)  # fmt: skip
+
 MUTANTS: tuple[Mutant, ...] = (
     *LOSS_MUTANTS,
     *GRADIENT_MUTANTS,
@@ -732,4 +760,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *GUARANTEE_MUTANTS,
     *TEAM_MUTANTS,
     *MADE_MUTANTS,
+    *MERGE_MUTANTS,
 )

@@ -1,0 +1,258 @@
+"""One adapter from several finished runs: `fedtune merge`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fedtune
+from fedtune import budgets, report
+from fedtune.config import LoraTable, Study
+from fedtune.errors import ConfigError, InfrastructureError, InputError
+from fedtune.files import replace, sync_folder
+from fedtune.models import lora
+from fedtune.models.lora import Arrays
+from fedtune.models.merge import Adapter, Method, merge
+from fedtune.runs import ADAPTER, load_adapter, load_plan
+
+CONFIG = "adapter_config.json"  # PEFT's own name
+
+
+@dataclass(frozen=True, repr=False)
+class Parent:
+    """A finished run: its plan as it ran, its report's body, its adapter by the network's names."""
+
+    run: Path
+    study: Study
+    report: dict[str, Any]
+    arrays: Arrays
+
+    @property
+    def table(self) -> LoraTable:
+        assert self.study.lora is not None  # load_parent saw to it
+        return self.study.lora
+
+    @property
+    def adapter(self) -> Adapter:
+        return Adapter(self.arrays, self.table.alpha / self.table.rank)
+
+
+def load_parent(run: Path) -> Parent:
+    """Errors: InputError, ConfigError, ModelError where `run` is no finished run with an adapter."""
+    study = load_plan(run)
+    if study.lora is None:
+        raise ConfigError(
+            f"{run}: trained a head and no adapter", "a run with a [lora] table", "leave it out"
+        )
+    try:
+        body = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(
+            f"{run}: has no readable report.json", "a finished run", "finish it with --resume"
+        ) from None
+    return Parent(run, study, body, load_adapter(run / "adapter"))
+
+
+def merge_runs(
+    runs: Sequence[Path],
+    out: Path,
+    *,
+    method: Method = "linear",
+    weights: Sequence[float] = (),
+    density: float = 0.5,
+    rank: int | None = None,
+    seed: int = 0,
+    disjoint: bool = False,
+    measure: bool = True,
+) -> dict[str, Any]:
+    """Merge the adapters of `runs` into the new folder `out`, which looks like a run; returns the
+    report's body.
+
+    weights: one for each run, or none: 1 each (the updates add up), for slerp equal shares.
+    disjoint: whoever calls states that no person is in two of the runs. measure: on each parent's
+    evaluation file, where it is on this machine, base, parent and merged adapter.
+    Guarantee: post-processing of released adapters; ε as budgets.composed says. `out` is whole or
+    not there. Errors: InputError, ConfigError, ModelError, InfrastructureError."""
+    if out.exists():
+        raise ConfigError(f"{out}: exists", "a new folder", "choose another --out")
+    if len(runs) < 2:
+        raise ConfigError(f"{len(runs)} run given", "two or more to merge")
+    parents = [load_parent(run) for run in runs]
+    _one_base(parents)
+    shares = list(weights) or [1.0] * len(parents)
+    arrays, found_rank = merge(
+        [parent.adapter for parent in parents], shares, method,
+        density=density, rank=rank, seed=seed,
+    )  # fmt: skip
+    table = _table(parents, found_rank)
+    study = _study(parents, table, out.name)
+    settings = {"method": method, "weights": shares, "rank": found_rank}
+    settings |= {"density": density} if method in ("ties", "dare") else {}
+    settings |= {"seed": seed} if method == "dare" else {}
+    body = _body(parents, study, arrays, settings, disjoint)
+    if measure:
+        body["merge"]["kept"] = _kept(parents, table, arrays)
+    _write(out, parents[0], study, arrays, body)
+    return body
+
+
+def _one_base(parents: Sequence[Parent]) -> None:
+    """Errors: ConfigError where the parents do not share one base, by digest."""
+    first = parents[0]
+    for parent in parents:
+        mine, other = first.study.base.digest, parent.study.base.digest
+        if mine is None or mine != other:
+            raise ConfigError(
+                f"{first.run} and {parent.run}: trained on different bases ({mine}, {other})",
+                "runs whose plans pin the same base.digest",
+                "an adapter is a difference from its own base and means nothing on another",
+            )
+    seen: dict[str, Path] = {}
+    for parent in parents:
+        digest = lora.digest(parent.arrays)
+        if digest in seen:
+            raise ConfigError(f"{seen[digest]} and {parent.run}: hold the same adapter", "two")
+        seen[digest] = parent.run
+
+
+def _table(parents: Sequence[Parent], rank: int) -> LoraTable:
+    """What the merged adapter looks like, as a plan says it; the scaling is 1."""
+    last = [parent.table.last_layers for parent in parents]
+    return LoraTable(
+        rank=rank,
+        alpha=float(rank),
+        modules=tuple(dict.fromkeys(m for parent in parents for m in parent.table.modules)),
+        last_layers=None if None in last else max(n for n in last if n),
+        train="AB",
+    )
+
+
+def _study(parents: Sequence[Parent], table: LoraTable, name: str) -> Study:
+    """The first parent's plan with the merged adapter's shape: what `fedtune evaluate` and
+    `generate` read. What was spent stands in the report alone."""
+    first = parents[0].study
+    named = first.study.model_validate({"name": name.strip("._-") or "merged"})
+    return first.model_copy(update={"study": named, "lora": table})
+
+
+def _body(
+    parents: Sequence[Parent],
+    study: Study,
+    arrays: Arrays,
+    settings: dict[str, Any],
+    disjoint: bool,
+) -> dict[str, Any]:
+    open_ = [parent for parent in parents if not parent.report.get("private")]
+    if open_:
+        named = ", ".join(str(parent.report.get("study")) for parent in open_)
+        privacy = {"mode": "off", "warning": f"trained without privacy: {named}"}
+    else:
+        reports = [parent.report for parent in parents]
+        privacy = budgets.composed(reports, disjoint=disjoint)
+    return {
+        "fedtune": fedtune.__version__,
+        "study": study.study.name,
+        "plan_digest": study.digest,
+        "private": not open_,
+        "privacy": privacy,
+        "base": parents[0].report["base"],
+        "adapter": {
+            "folder": "adapter",
+            "digest": lora.digest(arrays),
+            "parameters": int(sum(array.size for array in arrays.values())),
+            **(study.lora.model_dump(mode="json", exclude_none=True) if study.lora else {}),
+        },
+        "rounds": [],
+        "merge": settings
+        | {
+            "parents": [
+                {
+                    "study": parent.report.get("study"),
+                    "plan_digest": parent.report.get("plan_digest"),
+                    "adapter_digest": lora.digest(parent.arrays),
+                    "epsilon": parent.report["privacy"].get("epsilon"),
+                    "delta": parent.report["privacy"].get("delta"),
+                    "weight": weight,
+                }
+                for parent, weight in zip(parents, settings["weights"], strict=True)
+            ],
+        },
+    }
+
+
+# ------------------------------------------------------------------------------------ measure
+
+
+def _kept(parents: Sequence[Parent], table: LoraTable, arrays: Arrays) -> list[dict[str, Any]]:
+    """For each parent whose evaluation file is here, its metric for base, parent and merged, and
+    the share of the parent's gain that is left (None where the parent gained nothing)."""
+    found = []
+    for number, parent in enumerate(parents, 1):
+        asked = parent.study.evaluation
+        if asked is None or not asked.path.exists():
+            continue
+        base, own = _measured(parent.study, parent.table, parent.arrays)
+        _, now = _measured(parent.study, table, arrays)
+        gain = own - base
+        kept = (now - base) / gain if gain else None
+        found.append(
+            {"parent": number, "metric": asked.metric, "base": base, "alone": own, "merged": now}
+            | {"kept": kept}
+        )
+    return found
+
+
+def _measured(study: Study, table: LoraTable, arrays: Arrays) -> tuple[float, float]:
+    """The study's metric of the base and of `arrays`."""
+    from fedtune.quality import Evaluator
+
+    saved = table.model_copy(update={"a_init": "public", "a_digest": None})
+    frozen = {name: value for name, value in arrays.items() if "lora_A" in name}
+    evaluator = Evaluator(study.model_copy(update={"lora": saved}), frozen)
+    trained = {name: arrays[name] for name in evaluator.network.parameters()}
+    base, after = evaluator.measure(None), evaluator.measure(trained)
+    return base[evaluator.metric], after[evaluator.metric]
+
+
+# -------------------------------------------------------------------------------------- write
+
+
+def _write(out: Path, like: Parent, study: Study, arrays: Arrays, body: dict[str, Any]) -> None:
+    """Errors: InfrastructureError where the disk refuses; `out` is then not there."""
+    draft = out.with_name(out.name + ".new")
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        save_adapter(draft / "adapter", like.run / "adapter", study, arrays)
+        replace(draft / "plan.json", (study.model_dump_json(indent=2) + "\n").encode())
+        report.write(draft, body)
+        draft.rename(out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise InfrastructureError(
+            f"{out}: cannot be written ({error.strerror or type(error).__name__})",
+            todo="free the disk or fix the permissions, then run again",
+        ) from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def save_adapter(folder: Path, like: Path, study: Study, arrays: Arrays) -> None:
+    """`arrays` as PEFT saves an adapter, with the settings of the one in `like` but for its shape.
+    Errors: OSError."""
+    from peft import LoraConfig
+    from safetensors.numpy import save
+
+    table = study.lora
+    assert table is not None
+    config = LoraConfig.from_pretrained(str(like))
+    numbers = {int(part) for n in arrays for part in n.split(".") if part.isdigit()}
+    config.r, config.lora_alpha = table.rank, table.rank
+    config.target_modules = set(table.modules)
+    config.layers_to_transform = sorted(numbers) if table.last_layers else None
+    config.save_pretrained(str(folder))
+    body = {n.replace(".default.weight", ".weight"): array for n, array in arrays.items()}
+    replace(folder / ADAPTER, save(body, {"format": "pt"}))

@@ -1,0 +1,66 @@
+"""The report of an adapter that was merged from others: what it may claim, and from whom."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedtune.report.claim import rounded_up
+from fedtune.report.markdown import cell, figure, table
+
+
+def section(merge: dict[str, Any], privacy: dict[str, Any]) -> list[str]:
+    """Markdown paragraphs of a report's "merge"; [] for an empty one."""
+    if not merge:
+        return []
+    parents = merge.get("parents") or []
+    rows = [
+        [
+            str(number),
+            cell(parent.get("study")),
+            figure(parent.get("weight")),
+            rounded_up(parent.get("epsilon")),
+            figure(parent.get("delta")),
+            f"`{cell(parent.get('plan_digest'))}`",
+            f"`{cell(parent.get('adapter_digest'))}`",
+        ]
+        for number, parent in enumerate(parents, 1)
+    ]
+    head = ["parent", "study", "weight", "ε", "δ", "plan", "adapter"]
+    how = ", ".join(
+        f"{name} {figure(merge[name])}" for name in ("rank", "density", "seed") if name in merge
+    )
+    return [
+        f"## Merged from {len(parents)} runs\n\nMethod {cell(merge.get('method'))} ({how}). No "
+        "record was read, so nothing was spent by merging.",
+        table(head, rows),
+        *_budget(privacy),
+        *_kept(merge.get("kept") or []),
+    ]
+
+
+def _budget(privacy: dict[str, Any]) -> list[str]:
+    decided = privacy.get("decided") or []
+    if not decided:
+        return []
+    rows = [[" and ".join(map(str, each["parents"])), cell(each["how"])] for each in decided]
+    return [
+        "### How the budgets were put together\n\nNoised answers about held-out records are no "
+        "part of an adapter: their ε stands in the parents' own reports.",
+        table(["parents", "what is known of their data"], rows, numbers=False),
+    ]
+
+
+def _kept(kept: list[dict[str, Any]]) -> list[str]:
+    rows = [
+        [
+            str(each["parent"]),
+            cell(each["metric"]),
+            *(figure(each[name]) for name in ("base", "alone", "merged")),
+            "–" if each.get("kept") is None else f"{100 * each['kept']:.0f} %",
+        ]
+        for each in kept
+    ]
+    if not rows:
+        return []
+    head = ["parent", "measure", "base alone", "the parent", "merged", "of the parent's gain"]
+    return ["### What was kept of each parent", table(head, rows)]

@@ -1,0 +1,112 @@
+"""Budgets of merged adapters: composed where the people may be the same, by dp-accounting alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from fedtune.budgets import APART, SAME, SAYS, STATED, UNKNOWN, composed
+from tests.test_end_to_end import by_the_library
+
+Event = tuple[float, float, int]  # σ, q, steps
+A, B = (4.0, 1.0, 6), (3.0, 0.5, 5)
+
+
+def report(sites: dict[str, tuple[Event, str]], **more: Any) -> dict[str, Any]:
+    """A report's body, as far as budgets go; each site with its event and its key."""
+    common = {"delta": 1e-4, "unit": "patient", "relation": "add or remove one unit"} | more
+    found = {
+        name: common
+        | {"noise_multiplier": s, "sampling_rate": q, "steps": n, "records_per_unit": 1, "key": key}
+        for name, ((s, q, n), key) in sites.items()
+    }
+    return {"private": True, "privacy": common | {"epsilon": 1.0, "sites": found}}
+
+
+def alone(*events: Event, delta: float = 1e-4) -> float:
+    counts = Counter[tuple[float, float, int]]()
+    for sigma, rate, steps in events:
+        counts[sigma, rate, 1] += steps
+    return by_the_library(tuple(counts.items()), delta)
+
+
+def close(found: float, expected: float) -> bool:
+    """The library's own grid is another."""
+    return abs(found - expected) <= 2e-3 * expected
+
+
+def test_the_same_site_pays_for_both() -> None:
+    found = composed([report({"north": (A, "k1")}), report({"north": (B, "k1")})])
+    assert close(found["epsilon"], alone(A, B))
+    assert found["epsilon"] > 1.1 * max(alone(A), alone(B))
+    assert found["decided"] == [{"parents": [1, 2], "how": SAYS[SAME]}]
+
+
+def test_one_key_under_two_names_is_one_site() -> None:
+    found = composed([report({"north": (A, "k1")}), report({"renamed": (B, "k1")})])
+    assert close(found["epsilon"], alone(A, B))
+
+
+def test_another_key_under_one_name_is_one_site_too() -> None:
+    """A site that enrolled with new keys has the patients that it had."""
+    found = composed([report({"north": (A, "k1")}), report({"north": (B, "k2")})])
+    assert close(found["epsilon"], alone(A, B))
+
+
+def test_other_sites_are_apart_and_the_larger_counts() -> None:
+    found = composed([report({"north": (A, "k1")}), report({"south": (B, "k2")})])
+    assert close(found["epsilon"], max(alone(A), alone(B)))
+    assert {n: close(s["epsilon"], alone(e)) for (n, s), e in zip(
+        sorted(found["sites"].items()), (A, B), strict=True)} == {"north": True, "south": True}  # fmt: skip
+    assert found["decided"][0]["how"] == SAYS[APART]
+
+
+@pytest.mark.parametrize("keys", [("", "k2"), ("k1", ""), ("", "")])
+def test_what_is_not_known_is_composed(keys: tuple[str, str]) -> None:
+    found = composed([report({"north": (A, keys[0])}), report({"south": (B, keys[1])})])
+    assert close(found["epsilon"], alone(A, B))
+    assert found["decided"][0]["how"] == SAYS[UNKNOWN]
+
+
+def test_a_report_without_sites_is_of_nobody_knows_whom() -> None:
+    bare = report({"north": (A, "k1")})
+    bare["privacy"] |= {"noise_multiplier": 4.0, "sampling_rate": 1.0, "steps": 6, "sites": {}}
+    found = composed([bare, report({"south": (B, "k2")})])
+    assert close(found["epsilon"], alone(A, B))
+
+
+def test_of_several_that_may_be_the_same_the_worst_is_added() -> None:
+    """A site takes part in a study under one name, so not all of them are."""
+    weak, strong = (1.5, 1.0, 4), (9.0, 1.0, 4)
+    many = report({"x": (weak, ""), "y": (strong, "")})
+    found = composed([report({"north": (A, "")}), many])
+    assert close(found["sites"]["north"]["epsilon"], alone(A, weak))
+    assert close(found["sites"]["y"]["epsilon"], alone(A, strong))
+
+
+def test_stated_disjoint_is_the_larger_and_says_so() -> None:
+    parents = [report({"north": (A, "k1")}), report({"north": (B, "k1")})]
+    found = composed(parents, disjoint=True)
+    assert close(found["epsilon"], max(alone(A), alone(B)))
+    assert found["decided"] == [{"parents": [1, 2], "how": SAYS[STATED]}]
+
+
+def test_a_merged_adapter_may_be_merged_again() -> None:
+    first = composed([report({"north": (A, "k1")}), report({"north": (B, "k1")})])
+    again = composed([{"privacy": first}, report({"north": (A, "k1")})])
+    assert close(again["epsilon"], alone(A, B, A))
+
+
+def test_the_weakest_unit_and_the_smallest_delta_are_claimed() -> None:
+    found = composed([
+        report({"north": (A, "k1")}, unit="record"), report({"north": (B, "k1")}, delta=1e-6)
+    ])  # fmt: skip
+    assert (found["unit"], found["delta"]) == ("record", 1e-6)
+    assert close(found["epsilon"], alone(A, B, delta=1e-6))
+
+
+def test_a_site_that_never_noised_a_step_spent_nothing() -> None:
+    found = composed([report({"north": ((4.0, 1.0, 0), "k")}), report({"north": (B, "k")})])
+    assert close(found["epsilon"], alone(B))
