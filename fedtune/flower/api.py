@@ -103,7 +103,7 @@ def run_program(name: Literal["superlink", "supernode"]) -> None:
         from flwr.supernode.cli import flower_supernode
         from flwr.supernode.fleet_http_client import FleetHttpClient
 
-        start_client_internal.time = _Impatient()  # type: ignore[assignment]
+        start_client_internal.time = _Impatient()  # type: ignore[attr-defined, assignment]
         push = resumable(FleetHttpClient.PushObject)
         FleetHttpClient.PushObject = push  # type: ignore[method-assign, assignment]
         flower_supernode()
