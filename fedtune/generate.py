@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import ConfigError, ModelError
-from fedtune.runs import ADAPTER, load_plan
+from fedtune.objectives import find
+from fedtune.runs import load_plan
 
 
 def generate(
@@ -24,10 +25,10 @@ def generate(
 
     study = load_plan(run)
     base = find_base(study.base.model, study.base.digest)
-    if base.kind != "causal" or not (run / "adapter" / ADAPTER).is_file():
+    if base.kind != "causal" or find(study.objective).outputs:
         raise ConfigError(
-            f"{run}: this run trained a classifier, which writes no text",
-            "a run of objective causal_lm",
+            f"{run}: this run trained a head, which writes no text",
+            "a run of an objective on text, such as causal_lm or dpo",
             f"`fedtune evaluate {run} --data FILE` measures it",
         )
     tokenizer: Any = load_tokenizer(base)

@@ -129,8 +129,9 @@ def load_dataset(
         kept = _capped([record for record, _, _ in found], most, known)
         found = [found[index] for index in kept]
     numbers: dict[str, int] = {}
+    scored = find(study.objective).outputs > 0
     examples = [
-        _example(tokens, label, numbers.setdefault(record.unit, len(numbers)))
+        _example(tokens, label, numbers.setdefault(record.unit, len(numbers)), scored)
         for record, tokens, label in found
     ]
     if labelled and table == "data" and len(numbers) < 2 and not few:
@@ -242,17 +243,18 @@ def passage_of(
     """A prompt and its completion, as training saw them; where a head is trained, all of it.
     Errors: Rejected."""
     ids, hits = _written(Record("", prompt, completion), objective, tokenizer, labelled=True)
-    return _passage(ids, [False] * len(ids) if find(objective).outputs else hits)
+    return _passage(ids, hits, find(objective).outputs > 0)
 
 
-def _example(tokens: list[Tokens], label: int, unit: int) -> Example:
-    own, *worse = (_passage(*each) for each in tokens)
+def _example(tokens: list[Tokens], label: int, unit: int, scored: bool) -> Example:
+    own, *worse = (_passage(*each, scored) for each in tokens)
     return Example(*own, label, unit, worse[0] if worse else None)
 
 
-def _passage(tokens: list[int], targets: list[bool]) -> Passage:
+def _passage(tokens: list[int], targets: list[bool], scored: bool) -> Passage:
+    """scored: a head reads the whole text, its last token too, and predicts no token of it."""
     ids, hits = np.array(tokens, np.int32), np.array(targets, bool)
-    if not hits.any():
+    if scored or not hits.any():
         return Passage(ids, np.full_like(ids, NO_TARGET))
     return Passage(ids[:-1], np.where(hits[1:], ids[1:], NO_TARGET).astype(np.int32))
 

@@ -28,8 +28,9 @@ def tiny_network(study: Study, base: Base) -> Network:
     """`base`'s architecture with hidden 32 and at most 4 layers, fp32, and the study's adapter on
     it (rank at most 4; last_layers in proportion, so that the same cut is used).
 
-    Weights come from the study's public seed; the trained ones are moved away from zero, because
-    a guarantee must hold at any weights, not only at the start.
+    Weights come from the study's public seed; the trained ones are moved far from zero, because a
+    guarantee must hold at any weights, not only at the start, and a loss that couples records
+    through how far the policy has come (a batch's divergence) shows only there.
     Errors: whatever transformers raises where the architecture cannot be made this small."""
     with tempfile.TemporaryDirectory(prefix="fedtune-tiny-") as name:
         layers = _write(base, Path(name), study.study.seed)
@@ -38,10 +39,7 @@ def tiny_network(study: Study, base: Base) -> Network:
         network = Network(find_base(name), torch.float32, lora, outputs)
     draw = np.random.default_rng(study.study.seed)
     network.load_trainable(
-        {
-            n: draw.normal(scale=0.1, size=a.shape).astype(np.float32)
-            for n, a in network.trainable().items()
-        }
+        {n: draw.normal(size=a.shape).astype(np.float32) for n, a in network.trainable().items()}
     )
     return network
 
@@ -95,7 +93,8 @@ def _write(base: Base, folder: Path, seed: int) -> tuple[int, int]:
 
 
 def _shrink(config: Any) -> None:
-    """Sizes alone change; activation, norms, tying, positions and masks stay the base's own."""
+    """Sizes and the weights' scale change; activation, norms, tying, positions and masks stay the
+    base's own."""
     layers = int(config.num_hidden_layers)
     kept = min(LAYERS, layers)
     heads = int(config.num_attention_heads)
@@ -112,6 +111,7 @@ def _shrink(config: Any) -> None:
         "head_dim": HIDDEN // HEADS,
         "embedding_size": HIDDEN,
         "vocab_size": VOCABULARY,
+        "initializer_range": HIDDEN**-0.5,  # states and logits of the size that trained ones have
     }
     for name, value in sizes.items():
         if getattr(config, name, None) is not None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,6 +67,8 @@ def find(table: ObjectiveTable) -> Found:
             raise ConfigError(f"objective.options.{name} is not known", expected)
         if isinstance(known[name], str) != isinstance(value, str):
             raise ConfigError(f"objective.options.{name} = {value!r}", f"such as {known[name]!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"objective.options.{name} = {value!r}", "a finite number")
     if hasattr(module, "check"):
         module.check(**table.options)
     losses = partial(module.losses, **table.options) if table.options else module.losses

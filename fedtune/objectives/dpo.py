@@ -19,6 +19,8 @@ def check(*, beta: float = 0.1, label_smoothing: float = 0.0, variant: str = "si
     require(beta > 0, "beta", "a number above 0")
     require(0 <= label_smoothing < 0.5, "label_smoothing", "at least 0 and below 0.5")
     require(variant in VARIANTS, "variant", " or ".join(VARIANTS))
+    apart = variant == "sigmoid" or label_smoothing == 0
+    require(apart, "label_smoothing", 'variant = "sigmoid", the only one that has it')
 
 
 def losses(

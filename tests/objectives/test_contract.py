@@ -1,0 +1,343 @@
+"""What every objective must keep, found by listing the package; each with twins that break it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from fedtune import objectives
+from fedtune.config import ObjectiveTable, Study
+from fedtune.data.tokens import Dataset
+from fedtune.dp import clip, selftest
+from fedtune.dp.engines import Wanted
+from fedtune.dp.gradients import UnitGradientEngine
+from fedtune.models.base import find_base
+from fedtune.models.cache import Batch, Cached
+from fedtune.models.network import Network
+from fedtune.models.tiny import VOCABULARY, generated, tiny_network
+from fedtune.objectives import Found, _tokens, causal_lm, classify, dpo, kto, orpo, reward
+from tests.dp.conftest import make_plan, study
+
+SIZES = (1, 3, 2, 1, 4, 2)
+NAMES = objectives.names()
+LABELS = ["yes", "no", "maybe"]
+ADAPTERS: dict[str, dict[str, object] | None] = {
+    "cut": {"modules": ["q_proj", "down_proj"], "last_layers": 2, "rank": 4},
+    "positions apart": {"modules": ["gate_proj", "down_proj"], "last_layers": 1, "rank": 4},
+    "head alone": None,
+}
+# Everything that an objective's options switch on, beside the defaults.
+OPTIONS: dict[str, list[dict[str, float | str]]] = {
+    "dpo": [{"variant": "ipo"}, {"label_smoothing": 0.2, "beta": 0.5}],
+    "kto": [{"beta": 0.5, "reference_point": 0.7, "lambda_undesirable": 1.5}],
+    "orpo": [{"weight": 1.0}],
+    "reward": [{"margin": 0.5, "centring": 0.1}],
+}
+By = Literal["unit", "record"]
+NETWORKS: dict[tuple[str, int], Network] = {}
+
+
+@dataclass
+class Case:
+    """An objective at its options, on records of the kind that it learns from."""
+
+    study: Study
+    found: Found
+    network: Network
+    data: Dataset
+    wanted: Wanted = "auto"
+    by: By = "unit"
+
+    def engine(self, data: Dataset | None = None) -> UnitGradientEngine:
+        cached = Cached(self.network, self.data if data is None else data)
+        return UnitGradientEngine(cached, self.found, self.by, self.wanted)
+
+    def rows(self, data: Dataset | None = None) -> torch.Tensor:
+        engine = self.engine(data)
+        return engine.matrix(range(engine.n_rows))
+
+
+def case_of(
+    base: Path,
+    name: str,
+    adapter: str,
+    options: dict[str, float | str] | None = None,
+    wanted: Wanted = "auto",
+    by: By = "unit",
+) -> Case:
+    table: dict[str, object] = {"name": name, "max_length": 64, "options": options or {}}
+    if name == "classify":
+        table["labels"] = LABELS
+    made = study(base={"model": str(base)}, objective=table, lora=ADAPTERS[adapter])
+    found = objectives.find(made.objective)
+    key = (adapter, found.outputs)
+    if key not in NETWORKS:
+        NETWORKS[key] = tiny_network(made, find_base(str(base)))
+    network = NETWORKS[key]
+    return Case(made, found, network, generated(made, VOCABULARY, SIZES), wanted, by)
+
+
+HEADED = [n for n in NAMES if objectives.find(ObjectiveTable(name=n, labels=("a", "b"))).outputs]
+EVERY = [
+    pytest.param(name, options, adapter, id=" ".join([name, *map(str, options.values()), adapter]))
+    for name in NAMES
+    for options in [{}, *OPTIONS.get(name, [])]
+    for adapter in ADAPTERS
+    if adapter != "head alone" or name in HEADED
+]
+
+
+@pytest.fixture(params=["auto", "opacus"])
+def wanted(request: pytest.FixtureRequest) -> Wanted:
+    found: Wanted = request.param
+    return found
+
+
+@pytest.fixture(params=["unit", "record"])
+def by(request: pytest.FixtureRequest) -> By:
+    found: By = request.param
+    return found
+
+
+@pytest.fixture
+def case(
+    tiny_base: Path,
+    name: str,
+    options: dict[str, float | str],
+    adapter: str,
+    wanted: Wanted,
+    by: By,
+) -> Case:
+    return case_of(tiny_base, name, adapter, options, wanted, by)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize(("name", "options", "adapter"), EVERY)
+
+
+def one_by_one(case: Case) -> torch.Tensor:
+    """Each row by plain autograd, one record at a time, fp64."""
+    data, each = Cached(case.network, case.data), []
+    parameters = list(case.network.parameters().values())
+    for index in range(len(case.data.examples)):
+        (batch,) = data.batches([index])
+        parts = torch.autograd.grad(case.found.losses(case.network, batch).sum(), parameters)
+        each.append(torch.cat([part.double().flatten() for part in parts]))
+    if case.by == "record":
+        return torch.stack(each)
+    return torch.stack(
+        [torch.stack([each[i] for i in members]).mean(dim=0) for members in case.data.by_unit]
+    )
+
+
+def apart(ours: torch.Tensor, plain: torch.Tensor) -> float:
+    return float((ours.double() - plain).norm(dim=1).max() / plain.norm(dim=1).max())
+
+
+def moved(case: Case, unit: int = 4) -> tuple[float, float]:
+    """How far rows move when `unit` gets other records: its own most, and anyone else's most."""
+    before = case.rows()
+    after = case.rows(selftest._edited(case.data, unit, case.study))
+    each = (after - before).norm(dim=1) / before.norm(dim=1)
+    own = case.data.by_unit[unit] if case.by == "record" else [unit]
+    others = [row for row in range(len(each)) if row not in own]
+    return float(each[own].max()), float(each[others].max())
+
+
+def removed(case: Case, c: float) -> float:
+    """The most that leaving a unit out moves the clipped sum, in c for each of its rows."""
+    grid = clip.grid_for(c)
+
+    def total(data: Dataset) -> torch.Tensor:
+        rows = case.rows(data)
+        found = torch.zeros(rows.shape[1], dtype=torch.int64)
+        clip.add_clipped(found, clip.Chunk(range(len(rows)), [rows]), grid, c, "flat", 0.01)
+        return found.double() * grid
+
+    whole, worst = total(case.data), 0.0
+    for unit in range(case.data.n_units):
+        n = len(case.data.by_unit[unit]) if case.by == "record" else 1
+        without = total(selftest._without(case.data, unit))
+        worst = max(worst, float((whole - without).norm()) / (c * n))
+    return worst
+
+
+def test_rows_are_those_of_a_loop_of_one_record(case: Case) -> None:
+    assert apart(case.rows(), one_by_one(case)) < 1e-5
+
+
+def test_a_row_is_its_own_records_alone(case: Case) -> None:
+    own, others = moved(case)
+    assert own > 0.01
+    assert others < 1e-4
+
+
+def test_leaving_a_unit_out_moves_the_sum_by_at_most_c(case: Case) -> None:
+    c = float(case.rows().norm(dim=1).median()) / 3  # most rows are clipped
+    assert 0.9 < removed(case, c) < 1 + 1e-3
+
+
+def test_a_loss_is_the_same_in_any_company_and_at_any_time(case: Case) -> None:
+    """(B,), fp32; no dropout, nothing of the batch: alone, together and again."""
+    data = Cached(case.network, case.data)
+    with torch.no_grad():
+        for batch in data.batches(range(len(case.data.examples))):
+            together = case.found.losses(case.network, batch)
+            assert (together.shape, together.dtype) == (batch.label.shape, torch.float32)
+            assert torch.equal(together, case.found.losses(case.network, batch))
+            for at, index in enumerate(batch.index.tolist()):
+                (single,) = data.batches([index])
+                alone = case.found.losses(case.network, single)
+                torch.testing.assert_close(together[at : at + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_nobody_drawn_and_nobody_there_are_steps_of_noise(case: Case) -> None:
+    plan = replace(make_plan(), unit=case.by if case.by == "record" else "patient")
+    engine = case.engine()
+    assert list(engine([])) == []
+    nobody = case.engine(Dataset([], 0, Counter()))
+    assert nobody.n_rows == 0
+    log = selftest.MemoryLog()
+    drawn = plan.step(0, nobody.dimension, nobody, log, 1)
+    assert drawn.shape == (engine.dimension,)
+    assert bool(torch.isfinite(drawn).all()) and len(log.lines) == 1
+    assert float(drawn.std()) == pytest.approx(1 / plan.divisor, rel=0.5)
+
+
+@pytest.mark.parametrize("unit", ["record", "patient"])
+@pytest.mark.parametrize("engine", ["auto", "opacus"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_four_oracles_pass(tiny_base: Path, name: str, engine: str, unit: str) -> None:
+    results = selftest.run(private(tiny_base, name, unit, engine))
+    assert [r.name for r in results] == ["parity", "isolation", "sensitivity", "noise"]
+    assert all(r.passed for r in results), results
+
+
+def private(base: Path, name: str, unit: str, engine: str = "auto") -> Study:
+    table: dict[str, object] = {"name": name, "max_length": 64}
+    if name == "classify":
+        table["labels"] = LABELS
+    return study(
+        base={"model": str(base)},
+        objective=table,
+        lora={"modules": ["q_proj"], "last_layers": 2},
+        training={"rounds": 4, "sampling_rate": 1.0, "learning_rate": 0.1, "engine": engine},
+        privacy={"noise_multiplier": 1.6, "delta": 1e-4, "unit": unit},
+    )
+
+
+# ------------------------------------------------------------------------------------- twins
+
+
+def batch_divergence(network: Network, batch: Batch) -> torch.Tensor:
+    """KTO as it is usually run: the reference point is a mean over the batch."""
+    ratio = _tokens.likelihood(network, batch).total - _tokens.reference(network, batch).total
+    gain = 0.1 * (ratio - ratio.detach().mean())
+    wanted = batch.label == 1
+    return 1 - torch.sigmoid(torch.where(wanted, gain, -gain))
+
+
+def reward_centred(network: Network, batch: Batch) -> torch.Tensor:
+    """Rewards drawn to zero mean over the batch."""
+    found = reward.rewards(network, batch)
+    better, worse = found.view(-1, 2).unbind(dim=1)
+    return -functional.logsigmoid(better - worse) + 0.1 * found.mean() ** 2
+
+
+def margin_centred(network: Network, batch: Batch) -> torch.Tensor:
+    """DPO with margins counted from their mean over the batch."""
+    now, before = _tokens.likelihood(network, batch), _tokens.reference(network, batch)
+    better, worse = (now.total - before.total).view(-1, 2).unbind(dim=1)
+    gained = better - worse
+    return -functional.logsigmoid(0.1 * (gained - gained.mean()))
+
+
+def in_batch_negatives(network: Network, batch: Batch) -> torch.Tensor:
+    """ORPO against the next record's worse completion."""
+    better, worse = _tokens.likelihood(network, batch).mean.view(-1, 2).unbind(dim=1)
+    return -better - functional.logsigmoid(better - worse.roll(1))
+
+
+def batch_mean(network: Network, batch: Batch) -> torch.Tensor:
+    """The built-in loss of a language model: the mean over the batch's tokens."""
+    found = _tokens.likelihood(network, batch)
+    return -found.total / found.targets.sum().clamp_min(1) * len(batch.label)
+
+
+def logits_centred(network: Network, batch: Batch) -> torch.Tensor:
+    hidden = network.hidden(batch.prefix, batch.mask)
+    logits = network.logits(network.pool(hidden, batch.mask))
+    return functional.cross_entropy(logits - logits.mean(dim=0), batch.label, reduction="none")
+
+
+TWINS: dict[str, tuple[object, Callable[[Network, Batch], torch.Tensor]]] = {
+    "causal_lm": (causal_lm, batch_mean),
+    "classify": (classify, logits_centred),
+    "dpo": (dpo, margin_centred),
+    "kto": (kto, batch_divergence),
+    "orpo": (orpo, in_batch_negatives),
+    "reward": (reward, reward_centred),
+}
+
+
+def test_every_objective_has_a_twin() -> None:
+    assert sorted(TWINS) == NAMES
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_loss_that_couples_records_is_caught(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    module, broken = TWINS[name]
+    monkeypatch.setattr(module, "losses", broken)
+    case = case_of(tiny_base, name, "cut", by="record")
+    assert apart(case.rows(), one_by_one(case)) > 1e-3
+    assert max(moved(case, unit)[1] for unit in range(case.data.n_units)) > 1e-3
+    failed = {r.name for r in selftest.run(private(tiny_base, name, "patient")) if not r.passed}
+    assert {"parity", "isolation"} <= failed
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("causal_lm", "classify", "kto")])
+def test_half_a_pair_is_caught(tiny_base: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The twin: one passage of a pair makes the gradient."""
+    whole = UnitGradientEngine._per_record
+
+    def half(engine: UnitGradientEngine, batch: Batch) -> list[torch.Tensor]:
+        with pytest.MonkeyPatch.context() as patch:
+            sums = torch.Tensor.sum
+            patch.setattr(
+                torch.Tensor, "sum",
+                lambda t, *a, **k: t[:, 0] if t.dim() > 2 and k == {"dim": 1} else sums(t, *a, **k),
+            )  # fmt: skip
+            return whole(engine, batch)
+
+    monkeypatch.setattr(UnitGradientEngine, "_per_record", half)
+    case = case_of(tiny_base, name, "cut", by="record")
+    assert apart(case.rows(), one_by_one(case)) > 1e-2
+
+
+@pytest.mark.parametrize("adapter", ["cut", "positions apart"])
+def test_the_reference_is_the_policy_at_the_start(tiny_base: Path, adapter: str) -> None:
+    case = case_of(tiny_base, "dpo", adapter)
+    trained = case.network.trainable()
+    (batch, *_) = Cached(case.network, case.data).batches(range(len(case.data.examples)))
+    assert batch.label.shape[0] * 2 == batch.mask.shape[0]
+    with torch.no_grad():
+        found, now = (f(case.network, batch).total for f in (_tokens.reference, _tokens.likelihood))
+        case.network.load_trainable({n: np.zeros_like(a) for n, a in trained.items()})
+        try:
+            expected = _tokens.likelihood(case.network, batch).total
+        finally:
+            case.network.load_trainable(trained)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert float((now - expected).abs().max()) > 0.1
+    assert all(p.requires_grad for p in case.network.parameters().values())

@@ -1,0 +1,89 @@
+"""What a study may ask of an objective; what it may not says what to do."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune import objectives
+from fedtune.config import Columns, DataFile, ObjectiveTable, PolicyTable
+from fedtune.data.tokens import check_shape
+from fedtune.errors import ConfigError, DataError
+from fedtune.models.base import find_base, load_tokenizer
+from tests.dp.conftest import study
+
+WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
+    "unknown objective": ("ppo", {}, "one of causal_lm, classify, dpo, kto, orpo, reward"),
+    "unknown option": ("dpo", {"bet": 1.0}, "one of beta, label_smoothing, variant"),
+    "no options": ("causal_lm", {"beta": 1.0}, "no options"),
+    "a word for a number": ("kto", {"beta": "much"}, "such as 0.1"),
+    "a number for a word": ("dpo", {"variant": 1.0}, "such as 'sigmoid'"),
+    "not a number": ("kto", {"beta": math.nan}, "a finite number"),
+    "not finite": ("orpo", {"weight": math.inf}, "a finite number"),
+    "beta": ("dpo", {"beta": 0.0}, "a number above 0"),
+    "smoothing": ("dpo", {"label_smoothing": 0.5}, "at least 0 and below 0.5"),
+    "variant": ("dpo", {"variant": "hinge"}, "sigmoid or ipo"),
+    "ipo has no smoothing": (
+        "dpo", {"variant": "ipo", "label_smoothing": 0.1}, 'variant = "sigmoid"',
+    ),
+    "desirable": ("kto", {"lambda_desirable": 0.0}, "a number above 0"),
+    "undesirable": ("kto", {"lambda_undesirable": -1.0}, "a number above 0"),
+    "reference point": ("kto", {"reference_point": -0.1}, "at least 0"),
+    "weight": ("orpo", {"weight": -1.0}, "at least 0"),
+    "margin": ("reward", {"margin": -1.0}, "at least 0"),
+    "centring": ("reward", {"centring": -0.1}, "at least 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_a_wrong_option_names_itself_and_what_would_do(how: str) -> None:
+    name, options, expected = WRONG[how]
+    with pytest.raises(ConfigError) as caught:
+        objectives.find(ObjectiveTable.model_construct(name=name, options=options, labels=()))
+    assert expected in str(caught.value)
+    assert (next(iter(options)) if options else "ppo") in str(caught.value)
+
+
+def test_every_option_has_a_check_and_the_same_default() -> None:
+    """`check` and `losses` take the same arguments, so none goes unchecked."""
+    import importlib
+    import inspect
+
+    for name in objectives.names():
+        module = importlib.import_module(f"fedtune.objectives.{name}")
+        asked = inspect.signature(module.losses).parameters.values()
+        options = {p.name: p.default for p in asked if p.kind is p.KEYWORD_ONLY}
+        checked = inspect.signature(module.check).parameters if options else {}
+        assert {n: p.default for n, p in checked.items()} == options
+
+
+def test_a_site_admits_every_objective_that_is_installed() -> None:
+    assert set(PolicyTable().objectives) == set(objectives.names())
+
+
+PAIRS = Columns(prompt="p", chosen="c", rejected="r")
+JUDGED = Columns(prompt="p", completion="c", label="l")
+PLAIN = Columns(prompt="p", completion="c")
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "expected"),
+    [
+        ("dpo", PLAIN, "data.columns.prompt, data.columns.chosen, data.columns.rejected"),
+        ("orpo", JUDGED, "data.columns.prompt, data.columns.chosen, data.columns.rejected"),
+        ("reward", PLAIN, "data.columns.prompt, data.columns.chosen, data.columns.rejected"),
+        ("kto", PLAIN, "data.columns.prompt, data.columns.completion, data.columns.label"),
+        ("kto", PAIRS, "data.columns.prompt, data.columns.completion, data.columns.label"),
+    ],
+)
+def test_columns_of_another_objective_are_refused_by_name(
+    tiny_base: Path, name: str, columns: Columns, expected: str
+) -> None:
+    asked = study(objective={"name": name})
+    tokenizer = load_tokenizer(find_base(str(tiny_base)))
+    with pytest.raises(DataError) as caught:
+        check_shape(DataFile(path=Path("x.jsonl"), columns=columns), asked, tokenizer)
+    assert f"objective {name}" in str(caught.value) and expected in str(caught.value)
