@@ -34,8 +34,9 @@ WAYS: dict[str, tuple[Method, list[float]]] = {
     "ties 1, 1": ("ties", [1.0, 1.0]),
     "dare 1, 1": ("dare", [1.0, 1.0]),
     "slerp ½": ("slerp", [1.0, 1.0]),
+    "regmean": ("regmean", [1.0, 1.0]),
 }
-SUBJECTS, TRAIN, TEST, LETTERS = 6, 120, 50, "PQRSTU"
+SUBJECTS, TRAIN, TEST, LETTERS = 6, 90, 35, "PQRSTU"
 DESKS, SUBJECT = "desks", "subjects"
 
 

@@ -28,7 +28,7 @@ COLUMNS = Annotated[
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands on `app`."""
-    for each in (label, merge):
+    for each in (label, merge, export):
         command(app, panel=PANEL)(each)
 
 
@@ -208,3 +208,31 @@ def numbers(text: str | None) -> list[float]:
         return [float(part) for part in text.split(",")] if text else []
     except ValueError:
         raise ConfigError(f"--weights {text}: not numbers", "such as 1,0.5") from None
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="PATH", help="The new folder, or .gguf file.")
+    ],
+    to: Annotated[
+        Literal["hf", "gguf"],
+        typer.Option(help="hf: a transformers folder. gguf: one file for llama.cpp, Ollama."),
+    ] = "hf",
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16", "q8_0"] | None,
+        typer.Option(
+            help="How weights are stored. Without it: float32 (hf), float16 (gguf). "
+            "q8_0: gguf alone.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Make base and adapter of a run one model that other programs load.
+
+    Spends nothing. The model's guarantee, its limits and the base's licence go with it."""
+    from fedtune.export import export as write
+
+    with Console().status("merging base and adapter"):
+        made = write(run, out, to, dtype)
+    typer.echo(f"wrote {made}")

@@ -16,7 +16,7 @@ from fedtune.errors import ConfigError, InfrastructureError, InputError
 from fedtune.files import replace, sync_folder
 from fedtune.models import lora
 from fedtune.models.lora import Arrays
-from fedtune.models.merge import Adapter, Method, merge
+from fedtune.models.merge import Adapter, Method, Moments, merge
 from fedtune.runs import ADAPTER, load_adapter, load_plan
 
 CONFIG = "adapter_config.json"  # PEFT's own name
@@ -84,9 +84,10 @@ def merge_runs(
     parents = [load_parent(run) for run in runs]
     _one_base(parents)
     shares = list(weights) or [1.0] * len(parents)
+    moments = [_moments(parent) for parent in parents] if method == "regmean" else []
     arrays, found_rank = merge(
         [parent.adapter for parent in parents], shares, method,
-        density=density, rank=rank, seed=seed,
+        density=density, rank=rank, seed=seed, moments=moments,
     )  # fmt: skip
     table = _table(parents, found_rank)
     study = _study(parents, table, out.name)
@@ -210,12 +211,47 @@ def _measured(study: Study, table: LoraTable, arrays: Arrays) -> tuple[float, fl
     """The study's metric of the base and of `arrays`."""
     from fedtune.quality import Evaluator
 
-    saved = table.model_copy(update={"a_init": "public", "a_digest": None})
-    frozen = {name: value for name, value in arrays.items() if "lora_A" in name}
-    evaluator = Evaluator(study.model_copy(update={"lora": saved}), frozen)
+    evaluator = Evaluator(_saved(study, table), _frozen(arrays))
     trained = {name: arrays[name] for name in evaluator.network.parameters()}
     base, after = evaluator.measure(None), evaluator.measure(trained)
     return base[evaluator.metric], after[evaluator.metric]
+
+
+def _moments(parent: Parent) -> Moments:
+    """Second moments of what the parent's layers see of its own public text, with its adapter on.
+    Free of ε: the text is public, the adapter was released. Errors: ConfigError without the text.
+    """
+    from fedtune.data.tokens import load_dataset
+    from fedtune.models.network import build
+    from fedtune.models.public import moments
+
+    study = parent.study
+    if study.public is None or not study.public.path.exists():
+        raise ConfigError(
+            f"{parent.run}: regmean needs the public text of its study",
+            "a [public] table, and its file on this machine",
+            "merge where the study ran, or by another method",
+        )
+    network = build(_saved(study, parent.table))
+    text = load_dataset(study.public, study, network.tokenizer, labelled=False)
+    before = network.trainable()
+    network.load_frozen(_frozen(parent.arrays))
+    network.load_trainable({name: parent.arrays[name] for name in network.parameters()})
+    try:
+        found = moments(network, text)
+    finally:
+        network.load_trainable(before)
+    return {name.removesuffix(".lora_A.default.weight"): value for name, value in found.items()}
+
+
+def _saved(study: Study, table: LoraTable) -> Study:
+    """The study with an adapter of this shape, whose A is the saved one wherever it came from."""
+    saved = table.model_copy(update={"a_init": "public", "a_digest": None})
+    return study.model_copy(update={"lora": saved})
+
+
+def _frozen(arrays: Arrays) -> Arrays:
+    return {name: value for name, value in arrays.items() if "lora_A" in name}
 
 
 # -------------------------------------------------------------------------------------- write

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
@@ -17,9 +17,11 @@ from torch import nn
 from fedtune.errors import ConfigError
 from fedtune.models.lora import Arrays
 
-Method = Literal["linear", "svd", "ties", "dare", "slerp"]
+Method = Literal["linear", "svd", "ties", "dare", "slerp", "regmean"]
 # PEFT's names. Its "linear" adds up A and B apart, which is the sum of no updates; "cat" is exact.
 _PEFT = {"linear": "cat", "svd": "svd", "ties": "ties_svd", "dare": "dare_linear_svd"}
+RIDGE = 0.01  # of the mean second moment, added to each input's
+Moments = Mapping[str, torch.Tensor]  # by layer: E[x xᵀ] of its inputs, fp64
 _NAME = re.compile(r"(.+)\.lora_([AB])\.default\.weight")
 _LAYER = re.compile(r"(.*\.layers?\.)(\d+)\.(.+)")
 
@@ -62,6 +64,7 @@ def merge(
     density: float = 0.5,
     rank: int | None = None,
     seed: int = 0,
+    moments: Sequence[Moments] = (),
 ) -> tuple[Arrays, int]:
     """(arrays, rank): one adapter with scaling 1, fp32, of the same rank in every layer.
 
@@ -70,9 +73,12 @@ def merge(
     | ties   | the largest `density` of each, where they agree in sign; as svd, but Σ rᵢ |
     | dare   | a random `density` of each, scaled up; cut as in ties                     |
     | slerp  | of two: along the arc between them, by the second's share of the weights  |
+    | regmean | on each adapter's own inputs (`moments`, one dict for each) as near as    |
+    |        | possible to what it does there; weights are what nearness counts; Σ rᵢ    |
     A layer that an adapter does not have is left as the base has it: an update of zero.
     Errors: ConfigError. References: Ilharco et al. 2023 (task arithmetic); Yadav et al. 2023 (TIES,
-    section 4); Yu et al. 2024 (DARE, section 3); Shoemake 1985 (slerp)."""
+    section 4); Yu et al. 2024 (DARE, section 3); Shoemake 1985 (slerp); Jin et al. 2023 (RegMean,
+    equation 2)."""
     _check(adapters, weights, method, density)
     layers = [adapter.layers() for adapter in adapters]
     ranks = [len(next(iter(each.values())).a) for each in layers]
@@ -83,6 +89,8 @@ def merge(
         for name in sorted(set().union(*layers)):
             like = next(each[name] for each in layers if name in each)
             parts = [each.get(name) or _nothing(like) for each in layers]
+            if method == "regmean":
+                parts = _regressed(parts, weights, [each.get(name) for each in moments])
             merged[name] = _layer(parts, weights, method, density, wanted)
     return _arrays(_whole(merged))
 
@@ -100,6 +108,8 @@ def _check(
         raise ConfigError(
             "slerp: an arc has two ends", "two adapters with weights of at least 0", "use linear"
         )
+    if method == "regmean" and min(weights) <= 0:
+        raise ConfigError("regmean: weights say how much each adapter counts", "above 0")
     if not 0 < density <= 1:
         raise ConfigError(f"density = {density}", "above 0, at most 1")
 
@@ -109,11 +119,31 @@ def _nothing(like: Factors) -> Factors:
     return Factors(torch.zeros_like(like.a), torch.zeros_like(like.b), 1.0)
 
 
+def _regressed(
+    parts: Sequence[Factors], weights: Sequence[float], moments: Sequence[torch.Tensor | None]
+) -> list[Factors]:
+    """The factors whose sum is nearest to each update on its own inputs: with Gᵢ = wᵢ E[x xᵀ] it is
+    Σ Bᵢ Aᵢ Gᵢ (Σ Gⱼ)⁻¹, so each B stays and its A turns away from the others' inputs."""
+    size = parts[0].a.shape[1]
+    each = [
+        torch.zeros(size, size, dtype=torch.float64) if moment is None else weight * moment
+        for weight, moment in zip(weights, moments, strict=True)
+    ]
+    total = torch.stack(each).sum(dim=0)
+    total += RIDGE * total.diagonal().mean() * torch.eye(size, dtype=torch.float64)
+    return [
+        Factors(torch.linalg.solve(total, moment @ part.a.double().T).T.float(), part.b, s)
+        for part, moment, s in zip(parts, each, (part.scaling for part in parts), strict=True)
+    ]
+
+
 def _layer(
     parts: Sequence[Factors], weights: Sequence[float], method: Method, density: float, rank: int
 ) -> Factors:
     if method == "slerp":
         weights, method = _on_the_arc(parts[0], parts[1], weights[1] / sum(weights)), "linear"
+    if method == "regmean":
+        weights, method = [1.0] * len(parts), "linear"
     model = _peft(parts)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The density .* no pruning will be performed")

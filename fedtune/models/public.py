@@ -29,14 +29,27 @@ def public_factor(network: Network, dataset: Dataset, rank: int) -> Arrays:
 
     Positions: those with a target; of a record without one, its last token.
     Errors: ConfigError when the public text has too few positions for this rank."""
-    data = Cached(network, dataset)
-    inputs: dict[str, list[torch.Tensor]] = {}
-    with torch.no_grad(), network.base_only(), _recording(network, inputs) as position:
+    with network.base_only():
+        inputs = _inputs(network, dataset)
+    return {name: _rows(inputs[name], rank) for name in network.frozen_factor()}
+
+
+def moments(network: Network, dataset: Dataset) -> dict[str, torch.Tensor]:
+    """By name of A: E[x xᵀ] (inputs, inputs) fp64 of what reaches its layer from public text, at
+    the positions as above, with the network's adapter as it is loaded."""
+    found = {name: x.double() for name, x in _inputs(network, dataset).items()}
+    return {name: x.T @ x / len(x) for name, x in found.items()}
+
+
+@torch.no_grad()
+def _inputs(network: Network, dataset: Dataset) -> dict[str, torch.Tensor]:
+    """By name of A: what reaches its layer, (positions, inputs) fp32."""
+    data, inputs = Cached(network, dataset), dict[str, list[torch.Tensor]]()
+    with _recording(network, inputs) as position:
         for batch in data.batches(range(len(dataset.examples))):
             position.batch = batch
             network.hidden(batch.prefix, batch.mask)
-    named = network.frozen_factor()
-    return {name: _rows(torch.cat(inputs[name])[:_MAX_POSITIONS], rank) for name in named}
+    return {name: torch.cat(parts)[:_MAX_POSITIONS].cpu() for name, parts in inputs.items()}
 
 
 class _Position:

@@ -746,6 +746,18 @@ MERGE_MUTANTS = (
         T_MERGE + "test_linear_is_the_weighted_sum_of_the_updates[ranks0]",
         "cross terms between one run's A and another's B",
     ),
+    _one(
+        "export", "rotary-halves-stay-apart", "fedtune/models/gguf_file.py",
+        "tensor = interleaved(tensor, shared)", "pass",
+        "tests/test_export.py::test_transformers_own_reader_gives_the_same_logits",
+        "a file that loads and writes nonsense",
+    ),
+    _one(
+        "export", "the-base-alone-is-exported", "fedtune/export.py",
+        "whole.model.merge_and_unload()", "whole.model.unload()",
+        "tests/test_export.py::test_plain_transformers_gives_the_logits_of_base_and_adapter",
+        "what was trained is left behind",
+    ),
 )  # fmt: skip
 
 MUTANTS: tuple[Mutant, ...] = (

@@ -1,0 +1,163 @@
+"""A finished run as one model for others' programs: `fedtune export`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from fedtune.errors import ConfigError, InfrastructureError, InputError
+from fedtune.files import sync_folder
+from fedtune.models.base import Base
+from fedtune.models.gguf_file import Stored
+from fedtune.report.claim import rounded_up
+from fedtune.runs import ADAPTER, load_plan
+
+Kind = Literal["hf", "gguf"]
+# Copied from the base as they are, so that text becomes the same tokens.
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    *("vocab.json", "merges.txt", "added_tokens.json"),
+)
+
+
+def export(run: Path, out: Path, to: Kind, stored: Stored | None = None) -> Path:
+    """Base and adapter of `run`, made one: a transformers folder or a GGUF file at `out`.
+
+    stored: how the weights are kept; without it float32 (hf), float16 (gguf). Merging is
+    post-processing: the model's guarantee is the run's. Guarantee: `out` is whole or not there.
+    Errors: InputError, ConfigError (no language model; `out` exists; the format cannot hold it),
+    ModelError, InfrastructureError."""
+    stored = stored or ("float32" if to == "hf" else "float16")
+    if to == "hf" and stored == "q8_0":
+        raise ConfigError("--dtype q8_0: a storage of GGUF", "float32, bfloat16 or float16")
+    if out.exists():
+        raise ConfigError(f"{out}: exists", "a new name", "choose another --out")
+    report = _report(run)
+    _check(run)
+    with _drafted(out) as draft:
+        if to == "hf":
+            base = _folder(run, draft, stored)
+            _card(draft, run, report, base)
+        else:
+            from fedtune.models.gguf_file import write_gguf
+
+            with tempfile.TemporaryDirectory(dir=out.parent, prefix=".exporting-") as name:
+                base = _folder(run, Path(name), "float32")
+                write_gguf(Path(name), draft, stored, _about(report, base), base.licence)
+    return out
+
+
+def _check(run: Path) -> None:
+    """Errors: ConfigError where the run is no language model with an adapter."""
+    study = load_plan(run)
+    headed = study.lora is None or not (run / "adapter" / ADAPTER).is_file()
+    if headed or (run / "adapter" / "head.safetensors").is_file():
+        raise ConfigError(
+            f"{run}: trained a head, which is no part of a language model",
+            "a run of a language model",
+            f"{run / 'adapter'} holds it: head.safetensors, and the adapter (if any) for PEFT",
+        )
+
+
+def _report(run: Path) -> dict[str, Any]:
+    load_plan(run)  # says what is wrong where this is no run at all
+    try:
+        body: dict[str, Any] = json.loads((run / "report.json").read_text(encoding="utf-8"))
+        return body
+    except (OSError, ValueError):
+        raise InputError(
+            f"{run}: has no readable report.json", "a finished run", "finish it with --resume"
+        ) from None
+
+
+@contextmanager
+def _drafted(out: Path) -> Iterator[Path]:
+    """A path beside `out` that becomes it when all went well. Errors: InfrastructureError."""
+    draft = out.with_name(f"{out.name}.{os.getpid()}.new")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield draft
+        draft.rename(out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise InfrastructureError(
+            f"{out}: cannot be written ({error.strerror or type(error).__name__})",
+            todo="free the disk or fix the permissions, then run again",
+        ) from None
+    finally:
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            draft.unlink(missing_ok=True)
+
+
+def _folder(run: Path, into: Path, stored: str) -> Base:
+    """The merged model with the base's own tokenizer files; merged in fp32, then stored."""
+    import torch
+
+    from fedtune.models.whole import load
+
+    whole = load(run, dtype=torch.float32)
+    if whole.base.kind != "causal":
+        raise ConfigError(f"{run}: its base is an encoder", "a run of a language model")
+    merged: Any = whole.model.merge_and_unload().to(getattr(torch, stored))
+    merged.save_pretrained(str(into))
+    for name in (*TOKENIZER, "generation_config.json"):
+        if (whole.base.path / name).is_file():
+            shutil.copyfile(whole.base.path / name, into / name)
+    return whole.base
+
+
+# ------------------------------------------------------------------------------------- labels
+
+
+def _claim(report: dict[str, Any]) -> str:
+    """One line about privacy, as strong as the report's."""
+    if not report.get("private"):
+        return "NOT PRIVATE: it may repeat the records that it was trained on"
+    p = report["privacy"]
+    return (
+        f"differentially private: ε = {rounded_up(p.get('epsilon'))}, δ = {p.get('delta')} "
+        f"for one {p.get('unit')} at any one site ({p.get('relation')})"
+    )
+
+
+def _about(report: dict[str, Any], base: Base) -> dict[str, str]:
+    return {
+        "name": str(report.get("study")),
+        "description": f"{base.name} fine-tuned with fedtune; {_claim(report)}",
+    }
+
+
+def _card(folder: Path, run: Path, report: dict[str, Any], base: Base) -> None:
+    """README.md: what hubs read, how to load it, and the run's report."""
+    found = (run / "report.md").read_text(encoding="utf-8").splitlines()
+    head = {
+        "license": base.licence.lower() if base.licence != "unknown" else "unknown",
+        "base_model": base.name,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["fedtune", "federated-learning"]
+        + (["differential-privacy"] if report.get("private") else ["not-private"]),
+    }
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", ""]
+    lines += [
+        f"# {report.get('study')}: {base.name}, fine-tuned",
+        "",
+        f"Base and adapter as one model; {_claim(report)}. The base's licence ({base.licence}) "
+        "holds for this model too.",
+        "",
+        '    AutoModelForCausalLM.from_pretrained("THIS FOLDER")',
+        "",
+        *found[1:],  # its own title is above
+    ]
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    shutil.copyfile(run / "report.json", folder / "report.json")
+    if (run / "progress.png").is_file():
+        shutil.copyfile(run / "progress.png", folder / "progress.png")
