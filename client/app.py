@@ -9,6 +9,7 @@ from flwr.clientapp import ClientApp
 
 from client.answers import Work, guarded, sealed, trouble
 from client.find import site_file
+from client.policy import check_watch
 from client.site import SiteWorker, worker
 from fedtune.config import study_from_json
 from fedtune.errors import ConfigError, PolicyRefused
@@ -40,6 +41,7 @@ def prepare(message: Message, context: Context) -> Message:
         coordinator = check_plan(plan, study.digest)
         if context.node_config.get("coordinator", coordinator) != coordinator:
             raise PolicyRefused("the plan is not signed by the coordinator this site enrolled with")
+        check_watch(study, context.node_config.get("watch"))
         frozen = codec.decode(from_record(message.content.array_records["frozen"]))
         answer = site.prepare(study, frozen, coordinator)
         said.update(name=answer.name, declared_size=answer.declared_size)

@@ -83,6 +83,25 @@ def _at_most(name: str, value: float, rule: str, policy: PolicyTable) -> Iterato
         yield PolicyRefused(f"{name} {value:g} is above policy.{rule} {most:g}")
 
 
+def check_watch(study: Study, watch: object) -> None:
+    """A study without a last round runs where a person chose so, and nothing else does there.
+
+    watch: whether `fedtune client` was started with --watch; None: nobody was asked (simulation).
+    Errors: PolicyRefused."""
+    if watch is None or bool(watch) == study.continuous:
+        return
+    if watch:
+        raise PolicyRefused(
+            "this site runs with --watch and the plan has no [schedule]",
+            "a study without a last round",
+            "start `fedtune client` without --watch for studies with a number of rounds",
+        )
+    raise PolicyRefused(
+        "the plan has a [schedule] and no last round, and this site does not run with --watch",
+        todo="`fedtune review` says what it means; then `fedtune client SITE --watch`",
+    )
+
+
 def within_budget(
     site: Site, plan: DpPlan | None, charges: Sequence[Charge], at_least: int = 0
 ) -> None:
@@ -90,14 +109,19 @@ def within_budget(
     ceilings of the policy. at_least: steps about to run, which count even where the plan's are all
     spent: a round trained again is paid for again, one sent again is not.
 
+    Where the plan has no last round, `charges` are a cohort's, only what is about to run is ahead,
+    and the plan's own lifetime is a ceiling too.
     Where privacy is off there is no ceiling left to hold: the policy allowed it.
     Errors: BudgetExceeded."""
     if plan is None:
         return
     policy = site.policy
     mine = [charge.event for charge in charges if charge.study == plan.study]
-    ahead = max(plan.steps - sum(event.steps for event in mine), at_least)
+    planned = 0 if plan.lifetime else plan.steps - sum(event.steps for event in mine)
+    ahead = max(planned, at_least)
     alone = accountant.epsilon([*mine, *plan.events(ahead)], plan.delta)
+    if plan.lifetime is not None and alone > plan.lifetime:
+        raise BudgetExceeded("the round would go past privacy.epsilon, the plan's own lifetime")
     if alone > policy.max_epsilon_per_study:
         raise BudgetExceeded(
             "the study would go past policy.max_epsilon_per_study",

@@ -7,11 +7,13 @@ from pathlib import Path
 
 from client.policy import refusals, total_of, within_budget
 from fedtune import __version__
-from fedtune.config import Site, Study, load_study, study_from_json
+from fedtune.config import ScheduleTable, Site, Study, load_study, spelled, study_from_json
+from fedtune.dp.accountant import epsilon
 from fedtune.dp.ledger import Ledger
 from fedtune.dp.plan import DpPlan, plan_for_site
 from fedtune.dp.query import query_plan
 from fedtune.errors import ConfigError, Refused
+from fedtune.ledger_view import heaviest
 from fedtune.report.claim import best_guess, percent, protects, rounded_up, strength
 
 
@@ -44,9 +46,11 @@ def review(study: Study, site: Site, ledger: Ledger) -> Review:
     """What `study` would mean at `site`. Reads no record."""
     plan = plan_for_site(study, site.site.declared_size) if study.private else None
     refused = [str(refusal) for refusal in refusals(study, site, plan)]
-    charges = ledger.charges(site.data.name)
+    charges, steps = ledger.charges(site.data.name), 0
+    if study.continuous:
+        charges, steps = ledger.newcomer(site.data.name), study.training.local_steps
     try:
-        within_budget(site, plan, charges)
+        within_budget(site, plan, charges, steps)
     except Refused as refusal:
         refused.append(str(refusal))
     sections = [
@@ -73,6 +77,8 @@ def _runs(study: Study, plan: DpPlan | None) -> list[str]:
         f"Trained: {where}; objective {study.objective.name}.",
         f"{t.rounds} rounds of {t.local_steps} step{'s' if t.local_steps > 1 else ''} each.",
     ]
+    if study.schedule and plan:
+        lines[-1:] = _goes_on(study.schedule, t.local_steps, plan)
     if plan is None:
         return [*lines, "NOT PRIVATE: no noise is added and nothing is promised."]
     drawn = "record" if plan.records > 1 else plan.unit
@@ -85,6 +91,18 @@ def _runs(study: Study, plan: DpPlan | None) -> list[str]:
         *lines,
         f"In each step {sampled}; each {drawn}'s influence is clipped to {plan.max_grad_norm:g}, "
         f"and noise of {plan.noise_multiplier:g} times that is added before anything is kept.",
+    ]
+
+
+def _goes_on(schedule: ScheduleTable, steps: int, plan: DpPlan) -> list[str]:
+    return [
+        f"NO LAST ROUND: a round of {steps} step{'s' if steps > 1 else ''} every "
+        f"{spelled(schedule.every)}, counted from {schedule.start}, until the coordinator stops "
+        "it or this site leaves. Rounds begin by the clock, never because records arrived.",
+        "Your records are read again before each round: whoever was added takes part from then "
+        f"on. A patient takes part in at most {plan.rounds} rounds, fewer where this site's "
+        "policy or other studies leave less, and is then left out for good. Nobody outside is "
+        "told: batch, noise and divisor stay as they are.",
     ]
 
 
@@ -128,6 +146,8 @@ def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> lis
         "noise_multiplier": plan.noise_multiplier / plan.records,
         "steps": plan.steps,
     }
+    if study.continuous:
+        return _costs_for_life(site, plan, ledger, facts)
     before = total_of(site, plan, charges, ahead=0)
     after = total_of(site, plan, charges, ahead=plan.steps)
     return [
@@ -139,6 +159,27 @@ def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> lis
         f"Dataset {site.data.name!r} in total, at δ = {2 * policy.max_delta:g}: "
         f"ε = {rounded_up(before.epsilon)} so far, {rounded_up(after.epsilon)} with this study "
         f"({after.how}); the policy's ceiling is {policy.max_epsilon:g}.",
+    ]
+
+
+def _costs_for_life(site: Site, plan: DpPlan, ledger: Ledger, facts: dict[str, float]) -> list[str]:
+    """Of a study without a last round: what one patient pays in all, and who has paid what."""
+    policy = site.policy
+    spent = heaviest(site.data.name, ledger.cohorts(site.data.name), policy)
+    most = min(plan.lifetime or 0.0, policy.max_epsilon_per_study)
+    one = epsilon(plan.events(plan.local_steps), plan.delta)
+    return [
+        f"Each round: ε = {rounded_up(one)} at δ = {plan.delta:g} for a patient who takes part. "
+        f"In all rounds together, and for life: at most ε = {most:g}, for "
+        f"{protects(plan.unit)}: {strength(most)}.",
+        f"Somebody who knows everything else and sees all that leaves can tell whether one "
+        f"{plan.unit} was in the data with at most {percent(best_guess(facts))} certainty "
+        "(a coin: 50 %).",
+        "A patient pays from the first round after the records arrived, whether drawn or not.",
+        f"Whoever has spent most of dataset {site.data.name!r} so far, at δ = "
+        f"{2 * policy.max_delta:g}: ε = {rounded_up(spent.epsilon)} ({spent.how}); a patient at "
+        f"the policy's ceiling of {policy.max_epsilon:g} is left out, and the study goes on with "
+        "the others.",
     ]
 
 

@@ -158,7 +158,11 @@ class SiteWorker:
         site = self._current()
         admit(study, site, plan, coordinator)
         self._signed(study, site)
-        within_budget(site, plan, self.ledger.charges(self._dataset), at_least)
+        charges = self.ledger.charges(self._dataset)
+        if study.continuous:  # somebody who arrives now must be able to take part
+            charges = self.ledger.newcomer(self._dataset)
+            at_least = study.training.local_steps
+        within_budget(site, plan, charges, at_least)
 
     def _signed(self, study: Study, site: Site) -> None:
         if site.policy.admission == "signed" and not self.ledger.admitted(study.digest):
@@ -170,12 +174,13 @@ class SiteWorker:
 
     def _data(self, study: Study, network: Network, data: SiteData) -> Cached:
         """The records of one dataset as `study` sees them; studies that see them alike share the
-        states at the cut. Errors: DataError where the columns do not suit the study, or no file is
-        there."""
-        out = frozenset(self.ledger.withdrawn())
+        states at the cut. A study without a last round sees them as they are now, and has the
+        ledger note who arrived. Errors: DataError where the columns do not suit the study, or no
+        file is there."""
+        out, goes_on = frozenset(self.ledger.withdrawn()), study.continuous
         view = (data, network, study.objective, study.unit, study.max_records_per_unit, out)
         known, cached = self._cached.get(data.name, (None, None))
-        if known != view or cached is None:
+        if goes_on or known != view or cached is None:
             dataset = self._read(study, network, data, out)
             self.ledger.declare(
                 data.name,
@@ -183,9 +188,10 @@ class SiteWorker:
                 dataset.content_hash,
                 dataset.members,
                 data.cohort,
+                dataset.units if goes_on else (),
             )
             cached = Cached(network, dataset, self.site.site.cache_bytes)
-            self._cached[data.name] = view, cached
+            self._cached[data.name] = None if goes_on else view, cached
         return cached
 
     def seen(self, study: Study, network: Network) -> Cached:
@@ -224,7 +230,8 @@ class SiteWorker:
 
         Errors: Unprepared, BudgetExceeded, PolicyRefused, ModelError, LedgerError."""
         prepared = self._known(digest)
-        if not 1 <= round_ <= (prepared.study.training.rounds or 0):
+        study = prepared.study
+        if round_ < 1 or not (study.continuous or round_ <= (study.training.rounds or 0)):
             raise PolicyRefused(f"round {round_} is not in the plan")
         if receipt:
             self.ledger.accept_receipt(json.loads(receipt), prepared.coordinator)
@@ -245,7 +252,11 @@ class SiteWorker:
         def permit(charges: list[Charge]) -> None:
             within_budget(self._current(), plan, charges, steps)
 
-        reserved = self.ledger.reserve(self._dataset, charge, given, permit)
+        if study.continuous:
+            reserved, spent = self.ledger.reserve_for(self._dataset, charge, given, permit)
+            data = self._left(data, spent)
+        else:
+            reserved = self.ledger.reserve(self._dataset, charge, given, permit)
         prepared.network.load_frozen(prepared.frozen)
         recompute = self.site.site.gradient_checkpointing
         with self._step_plan(prepared, data) as ran:
@@ -256,6 +267,17 @@ class SiteWorker:
         if plan:  # without noise nothing is kept on disk; asked again, it is trained again
             self.ledger.release(reserved, hashlib.sha256(body).hexdigest(), body)
         return body
+
+    def _left(self, data: Cached, spent: frozenset[int]) -> Cached:
+        """The records less those of the cohorts `spent`, whose budget for life is used up. Nobody
+        outside is told: batch, noise and divisor never depended on the true count."""
+        arrival = self.ledger.arrival(self._dataset)
+        here = data.dataset.without(lambda key: arrival(key) in spent)
+        if here.n_units < min(2, data.dataset.n_units):
+            log.error("hardly anybody has budget left; see `fedtune ledger`")
+        left = Cached(data.network, here, self.site.site.cache_bytes)
+        self._cached[self._dataset] = None, left  # who is out has no states kept
+        return left
 
     @contextmanager
     def _step_plan(self, prepared: _Prepared, data: Cached) -> Iterator[StepPlan]:

@@ -177,6 +177,15 @@ def simulate(
         int,
         typer.Option(min=1, metavar="N", help="Sites in N processes that share the base's memory."),
     ] = 1,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Of a study with a [schedule]: stop after round N; no time is waited.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Run a whole study on this machine: every site, every round, the same code as in the field.
 
@@ -198,7 +207,7 @@ def simulate(
 
         body = run(
             study, found, folder,
-            resume=resume, on_event=seen, engine=engine, processes=processes,
+            resume=resume, on_event=seen, engine=engine, processes=processes, rounds=rounds,
         )  # fmt: skip
     closing(_console(), folder, body)
 
@@ -234,6 +243,8 @@ def server(
     metrics_port: METRICS = None,
 ) -> None:
     """Coordinate a study over mutual TLS with the sites that were admitted, before or meanwhile.
+
+    A study with a [schedule] has a round at each of its times, until this is stopped.
 
     Sends tensors and numbers, never code, and sees noised sums only. One port is open, and lets
     through what an admitted site may ask, nothing else."""
@@ -277,6 +288,14 @@ def client(
         int,
         typer.Option(min=1, metavar="N", help="Share each step among N processes on this machine."),
     ] = 1,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch",
+            help="Take part in studies with a [schedule] and no last round, and in no others: "
+            "records are read again before each round, and who has spent a budget is left out.",
+        ),
+    ] = False,
     metrics_port: METRICS = None,
 ) -> None:
     """Take part as a site: train here, on this site's records, under this site's policy.
@@ -286,16 +305,21 @@ def client(
     Under torchrun, rank 0 is the client and the other ranks share its steps."""
     from fedtune.config import load_site
     from fedtune.console import Watch
+    from fedtune.errors import ConfigError
     from fedtune.observe import observer
 
     here, path = load_site(site), site.resolve()
+    if watch and (processes > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        raise ConfigError("--watch and several processes", "one of the two", "not together as yet")
     if os.environ.get("RANK", "0") != "0":
         from client.ranks import follow_torchrun
 
         return follow_torchrun(path)
     with (
-        Watch(_console(), "connecting") as watch,
-        observer("site", here.site.state, then=watch, site=site, metrics_port=metrics_port) as seen,
+        Watch(_console(), "connecting") as seen_here,
+        observer(
+            "site", here.site.state, then=seen_here, site=site, metrics_port=metrics_port
+        ) as seen,
     ):
         from client.ranks import team
         from client.site import check_records
@@ -303,7 +327,7 @@ def client(
 
         check_records(here)
         with team(path, processes):
-            join(site, once=once, on_event=seen)
+            join(site, once=once, watch=watch, on_event=seen)
 
 
 # ------------------------------------------------------------------------------ use a run
@@ -341,6 +365,46 @@ def evaluate(
         file = data_file(run, data, columns or [])
         found = measure(run, file, metric, choices or [])
     _console().print(evaluation_table(found))
+
+
+@command(app, panel=LOOK)
+def versions(
+    run: RUN_FOLDER,
+    rollback: Annotated[
+        int | None,
+        typer.Option(
+            "--rollback",
+            min=0,
+            metavar="N",
+            help="Release version N again, and nothing else until --unpin.",
+            show_default=False,
+        ),
+    ] = None,
+    unpin: Annotated[
+        bool, typer.Option("--unpin", help="After a rollback: release better versions again.")
+    ] = False,
+) -> None:
+    """List the versions of a study with a [schedule], and choose which one is released.
+
+    RUN/adapter is always the released one. The study may go on meanwhile."""
+    from fedtune.console import versions_table
+    from fedtune.errors import ConfigError, InputError
+    from server.versions import Versions
+
+    if rollback is not None and unpin:
+        raise ConfigError("--rollback and --unpin", "one of the two")
+    book = Versions(run)
+    if rollback is not None:
+        index = book.roll_back(rollback)
+    elif unpin:
+        index = book.unpin()
+    elif (known := book.index()) is not None:
+        index = known
+    else:
+        raise InputError(f"{run}: no versions here", "a run of a study with a [schedule]")
+    _console().print(versions_table(index))
+    pinned = "; it stays until --unpin" if index.pinned else ""
+    typer.echo(f"released: version {index.champion}, {run / 'adapter'}{pinned}")
 
 
 @command(app, panel=LOOK)

@@ -9,11 +9,21 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 import tomllib
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from fedtune.errors import ConfigError
 from fedtune.models.known import KNOWN
@@ -25,6 +35,46 @@ Count = Annotated[int, Field(ge=1)]
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Encoding = Literal["float32", "float16", "int8"]
+
+
+COUNTS = re.compile(r"record|patient|unit|count|new|arriv|least|batch|threshold|size|after")
+BY_COUNT = (
+    "rounds begin by the clock alone; one that begins when enough records are there publishes "
+    "how many there are"
+)
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+def _every(value: Any) -> Any:
+    """Seconds from "1h" and the like."""
+    if isinstance(value, str):
+        if COUNTS.search(value):
+            raise ValueError(BY_COUNT)
+        found = re.fullmatch(r"(\d{1,9}) ?([smhdw])", value)
+        if not found:
+            raise ValueError('must be seconds, or a number with s, m, h, d or w, as in "1h"')
+        return int(found[1]) * UNITS[found[2]]
+    return value
+
+
+def spelled(seconds: int) -> str:
+    """Seconds as in the file: 3600 is "1h"."""
+    unit = max((u for u, n in UNITS.items() if seconds % n == 0), key=lambda u: UNITS[u])
+    return f"{seconds // UNITS[unit]}{unit}"
+
+
+def _moment(value: str) -> str:
+    try:
+        at = datetime.fromisoformat(value)
+    except ValueError:
+        at = None
+    if at is None or at.tzinfo is None:
+        raise ValueError('must be a date and time with an offset, as in "2026-01-05T02:00:00Z"')
+    return at.isoformat()
+
+
+Every = Annotated[int, BeforeValidator(_every), Field(ge=1, le=31_622_400)]
+Moment = Annotated[str, AfterValidator(_moment)]
 
 
 class Table(BaseModel):
@@ -174,6 +224,29 @@ class PrivateEvaluationTable(Table):
     every: Count = 1  # rounds; the last one is always asked about
 
 
+class ScheduleTable(Table):
+    """When the rounds of a study without a last one begin: at start + k · every, k = 0, 1, 2, …
+
+    confidence: how sure the paired bootstrap on [evaluation] must be that a new adapter is better
+    before it is released in place of the one that is (server/versions.py)."""
+
+    every: Every  # seconds; "90s", "30m", "1h", "1d", "1w" in the file
+    start: Moment = "1970-01-01T00:00:00+00:00"  # RFC 3339 with an offset
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.9
+
+    @model_validator(mode="before")
+    @classmethod
+    def by_the_clock(cls, body: Any) -> Any:
+        if isinstance(body, dict) and (counts := [key for key in body if COUNTS.search(str(key))]):
+            raise ValueError(f"{counts[0]}: {BY_COUNT}")
+        return body
+
+    @property
+    def begins(self) -> float:
+        """`start` in seconds since 1970."""
+        return datetime.fromisoformat(self.start).timestamp()
+
+
 class WireTable(Table):
     """How numbers travel: fedtune/wire/codec.py states the error. Post-processing; no ε."""
 
@@ -196,6 +269,13 @@ class Study(Table):
     wire: WireTable = WireTable()
     evaluation: EvaluationTable | None = None
     private_evaluation: PrivateEvaluationTable | None = None
+    # Left out of plans that have none: their digest, and what older releases read, stay as before.
+    schedule: ScheduleTable | None = Field(default=None, exclude_if=lambda table: table is None)
+
+    @property
+    def continuous(self) -> bool:
+        """Whether the study goes on until somebody stops it."""
+        return self.schedule is not None
 
     @property
     def private(self) -> bool:
@@ -253,6 +333,8 @@ class Study(Table):
             raise ValueError("training: give exactly one of sampling_rate and expected_batch")
         if self.lora and self.lora.a_init == "public" and not self.public:
             raise ValueError('lora.a_init = "public" needs a [public] table')
+        if self.continuous:
+            self._without_end()
         if isinstance(self.privacy, str):
             if self.private_evaluation is not None:
                 raise ValueError("private_evaluation: only in a private study")
@@ -276,6 +358,36 @@ class Study(Table):
             if self.clipping.unit is not None:
                 raise ValueError("clipping.unit: a private study names its unit in privacy.unit")
         return self
+
+    def _without_end(self) -> None:
+        """Errors: ValueError where a study with a [schedule] could not go on without end."""
+        privacy = self.privacy
+        if isinstance(privacy, str):
+            raise ValueError("schedule: only in a private study")
+        if self.training.rounds is not None:
+            raise ValueError(
+                "training.rounds: a study with a [schedule] has no last round; leave it out"
+            )
+        if privacy.noise_multiplier is None or privacy.epsilon is None:
+            raise ValueError(
+                "schedule: give privacy.noise_multiplier, which fixes what each round costs, and "
+                "privacy.epsilon, all that one patient ever pays; rounds have no number to divide "
+                "a budget by"
+            )
+        if privacy.unit != "patient":
+            raise ValueError(
+                'schedule: needs privacy.unit = "patient": a budget for life is somebody\'s, and a '
+                "corrected record would be a new one"
+            )
+        if self.evaluation is None:
+            raise ValueError(
+                "schedule: needs an [evaluation] table; a new adapter is released only where it "
+                "is better on those public records"
+            )
+        if self.private_evaluation is not None:
+            raise ValueError(
+                "private_evaluation: not with a [schedule]; each round would ask, and be paid for"
+            )
 
 
 # ------------------------------------------------------------------------------------------- site

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fedtune.config import Study
     from fedtune.dp.plan import DpPlan
     from fedtune.models.base import Row
+    from server.versions import Index
 
 BANNER = "NOT PRIVATE: no noise is added; the adapter may reveal the records it is trained on"
 
@@ -107,13 +108,14 @@ class Watch:
         epsilon = max(spent.values(), default=None)
         trained = data.get("participants") or []
         count = len(trained) if isinstance(trained, list | tuple | set) else int(trained)
+        count_of = f"{done:>3}/{total:<3}" if total else f"{done:>7}"
         self.console.print(
-            f"{done:>3}/{total:<3}{numbers}{rounded_up(epsilon):>9}{count:>9}"
-            f"{_size(data.get('bytes')):>10}",
+            f"{count_of}{numbers}{rounded_up(epsilon):>9}{count:>9}{_size(data.get('bytes')):>10}",
             highlight=False,
         )
+        shown = f"{done}/{total}" if total else f"{done}"
         self._bar.update(
-            self._task, total=total, completed=done, count=f"{done}/{total}", description="training"
+            self._task, total=total or None, completed=done, count=shown, description="training"
         )
 
 
@@ -179,7 +181,8 @@ def plan_table(study: Study, plans: Sequence[tuple[str, int, DpPlan]]) -> Table:
         pad_edge=False,
     )
     table.add_column("site")
-    for head in (f"{unit}s", "rounds", "steps", "q", "batch", "noise σ", "ε", "risk"):
+    rounds = "rounds at most" if study.continuous else "rounds"  # of one patient
+    for head in (f"{unit}s", rounds, "steps", "q", "batch", "noise σ", "ε", "risk"):
         table.add_column(head, justify="right", no_wrap=True)
     for name, size, plan in plans:
         spent = plan.epsilon
@@ -188,6 +191,30 @@ def plan_table(study: Study, plans: Sequence[tuple[str, int, DpPlan]]) -> Table:
         numbers = (f"{size:,}", str(plan.rounds), str(plan.steps), f"{plan.sampling_rate:.3g}")
         costs = (f"{plan.divisor:.4g}", f"{plan.noise_multiplier:.4g}", rounded_up(spent))
         table.add_row(escape(name), *numbers, *costs, percent(best_guess(facts)))
+    return table
+
+
+def versions_table(index: Index) -> Table:
+    """Every version of a run and what was decided about it; the one in use is marked."""
+    table = Table(
+        caption="sure: of 1,000 resamples of the public records, the share in which the version is "
+        "better than the one in use then. public: sha256 of those records.",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("version", no_wrap=True)
+    table.add_column("scheduled", no_wrap=True)
+    for head in ("value", "in use then", "its value", "sure"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for head in ("public", "decision"):
+        table.add_column(head, no_wrap=True)
+    for v in index.versions:
+        mark = " ←" if v.number == index.champion else ""
+        other = "–" if v.champion is None else str(v.champion)
+        numbers = (_short(v.value), other, _short(v.champion_value), _short(v.sure))
+        row = (f"{v.number}{mark}", v.at or "–", *numbers, v.public[:8] or "–", v.decision)
+        table.add_row(*map(escape, row))
     return table
 
 

@@ -19,7 +19,7 @@ from fedtune.config import PolicyTable
 from fedtune.dp import accountant
 from fedtune.dp.accountant import Steps
 from fedtune.dp.ceiling import total_epsilon
-from fedtune.dp.ledger import EVERY, Ledger, Spent
+from fedtune.dp.ledger import EVERY, Cohort, Ledger, Spent
 from fedtune.report.claim import rounded_up
 
 INFINITE = "∞ (not private)"
@@ -105,6 +105,12 @@ def budget(dataset: str, spent: Sequence[Spent], policy: PolicyTable) -> Budget:
     return Budget(dataset, total.epsilon, total.how, pld, policy.max_epsilon, policy.max_delta)
 
 
+def heaviest(dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable) -> Budget:
+    """The dataset's budget: that of whoever has spent most."""
+    found = [budget(dataset, cohort.spent, policy) for cohort in cohorts]
+    return max(found, key=lambda each: each.epsilon)
+
+
 def _epsilon(events: Sequence[Steps], delta: float) -> float:
     if any(event.noise_multiplier == 0 for event in events):
         return math.inf
@@ -113,11 +119,13 @@ def _epsilon(events: Sequence[Steps], delta: float) -> float:
 
 def ledger_view(ledger: Ledger, dataset: str, policy: PolicyTable) -> Group:
     """The whole print-out for one dataset, other datasets that count against it included."""
-    spent = ledger.spending(dataset)
+    spent, cohorts = ledger.spending(dataset), ledger.cohorts(dataset)
     parts: list[Table | str] = []
     if spent:
         parts.append(studies_table(study_lines(spent, policy.max_delta), policy.max_delta))
-    parts += [budget_table(budget(dataset, spent, policy)), footer(ledger, dataset)]
+    if any(cohort.arrival for cohort in cohorts):
+        parts.append(cohorts_table(dataset, spent, cohorts, policy))
+    parts += [budget_table(heaviest(dataset, cohorts, policy)), footer(ledger, dataset)]
     return Group(*parts)
 
 
@@ -147,6 +155,37 @@ def studies_table(lines: Sequence[StudyLine], delta: float) -> Table:
             _span(line.sigma),
             _span(line.rate),
             _shown(line.epsilon),
+        )
+    return table
+
+
+def cohorts_table(
+    dataset: str, spent: Sequence[Spent], cohorts: Sequence[Cohort], policy: PolicyTable
+) -> Table:
+    """Who arrived when, what that cost each of them, and who is out by now."""
+    last = max((one.seq for one in spent if one.dataset == dataset), default=0)
+    table = Table(
+        title="patients by arrival",
+        caption="ε is one patient's, over the rounds since the arrival. Who was left out of the "
+        "last round has no budget for it; nobody outside is told. These counts stay here.",
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("arrived")
+    for head in ("patients", "rounds", "ε"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("")
+    for cohort in cohorts:
+        own = [one for one in cohort.spent if one.dataset == dataset]
+        out = last > cohort.arrival and last not in {one.seq for one in own}
+        table.add_row(
+            f"{_date(cohort.time)} ({escape(cohort.name)})" if cohort.arrival else "before",
+            str(cohort.units or "?"),
+            str(len(own)),
+            _shown(budget(dataset, cohort.spent, policy).epsilon),
+            "spent: left out" if out else "",
         )
     return table
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from fedtune.models.network import Network, build
 from fedtune.objectives import Shape, find
 from fedtune.objectives._tokens import likelihood
 
+LOWER = ("loss", "perplexity")  # is better
 CHOSEN = ("accuracy", "f1")  # need a choice per record
 ROWS = 512  # positions whose logits over the vocabulary are held at once
 RESAMPLES = 1000
@@ -55,6 +57,16 @@ class Scores:
             return float((margin > 0).mean() + (margin == 0).mean() / 2)
         chosen, gold = self.chosen[rows], self.gold[rows]
         return float((chosen == gold).mean()) if metric == "accuracy" else _f1(chosen, gold)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The metric of two adapters on the same records, and the share of resamples of those records
+    in which the second is better."""
+
+    before: float
+    after: float
+    sure: float
 
 
 class Evaluator:
@@ -96,6 +108,18 @@ class Evaluator:
         untouched base (a trained head counts as untouched at its public start, zero)."""
         scores = self.scores(adapter)
         return {name: scores.value(name) for name in dict.fromkeys((self.metric, "loss"))}
+
+    def compare(self, champion: Arrays, challenger: Arrays) -> Compared:
+        """A paired bootstrap over the records (Efron & Tibshirani 1993, chapter 16); a tie is not
+        better. The same adapters on the same records always give the same answer."""
+        before, after = self.scores(champion), self.scores(challenger)
+        sign = -1 if self.metric in LOWER else 1
+        better = [
+            sign * (after.value(self.metric, rows) - before.value(self.metric, rows)) > 0
+            for rows in _resamples(len(self))
+        ]
+        pair = before.value(self.metric), after.value(self.metric)
+        return Compared(*pair, float(np.mean(better)))
 
     @torch.no_grad()
     def scores(self, adapter: Arrays | None) -> Scores:
@@ -292,8 +316,7 @@ def evaluate(
 def intervals(before: Scores, after: Scores, metric: str) -> dict[str, tuple[float, float]]:
     """95 % intervals of both figures and of their difference on the same records."""
     n = len(before.loss)
-    random = np.random.default_rng(0)
-    drawn = [random.integers(0, n, n) for _ in range(RESAMPLES)]
+    drawn = _resamples(n)
     pairs = np.array([[s.value(metric, rows) for s in (before, after)] for rows in drawn])
     low, high = np.quantile(pairs, (0.025, 0.975), axis=0)
     change = np.quantile(pairs[:, 1] - pairs[:, 0], (0.025, 0.975))
@@ -306,6 +329,23 @@ def intervals(before: Scores, after: Scores, metric: str) -> dict[str, tuple[flo
         for name, scores in (("before", before), ("after", after)):
             found[name] = wilson(scores.value(metric), n)
     return found
+
+
+def _resamples(n: int) -> list[np.ndarray]:
+    """Rows drawn with replacement, always the same ones."""
+    random = np.random.default_rng(0)
+    return [random.integers(0, n, n) for _ in range(RESAMPLES)]
+
+
+def fingerprint(path: Path) -> str:
+    """sha256 of a file, or of the files in a folder by name; "" where nothing is there."""
+    found = sorted(path.iterdir()) if path.is_dir() else [path]
+    total = hashlib.sha256()
+    for each in found:
+        if each.is_file():
+            content = hashlib.sha256(each.read_bytes()).hexdigest()
+            total.update(f"{each.name} {content}\n".encode())
+    return total.hexdigest() if any(each.is_file() for each in found) else ""
 
 
 def wilson(share: float, n: int, confidence: float = 0.95) -> tuple[float, float]:

@@ -28,21 +28,26 @@ def simulate(
     on_event: OnEvent | None = None,
     engine: Literal["in-process", "ray"] = "in-process",
     processes: int = 1,
+    rounds: int | None = None,
 ) -> dict[str, Any]:
     """Run a study over site files; returns the report's body.
 
     Sites answer one after another in this process; with `processes`, at once in so many of them,
     which share the base's weights; with engine "ray", in Flower's own runtime.
+    rounds: of a study without a last one, the round to stop after; no time is waited.
     Errors: as server.rounds.run; ConfigError where the sites cannot make up a study."""
     from client.site import check_data
-    from server import rounds
+    from server import rounds as machine
     from server.parts import Parts
+    from server.schedule import Quick
 
     study = load_study(study_path)
     check(study, sites)
+    check_rounds(study, rounds)
     for path in sites:  # here the sites are the user's own: say now what is wrong with their files
         check_data(load_site(path), study)
-    at_once = Parts(patience=0.0, pause=0.0)  # nobody is on the way: who fails now fails again
+    # Nobody is on the way: who fails now fails again.
+    at_once = Parts(patience=0.0, pause=0.0, clock=Quick(), upto=rounds)
     if engine == "ray":
         from fedtune.flower.ray_engine import simulate_ray
 
@@ -52,19 +57,31 @@ def simulate(
             out,
             resume=resume,
             on_event=on_event,
-            parts=Parts(pause=1.0),
+            parts=Parts(pause=1.0, clock=Quick(), upto=rounds),
             processes=processes,
         )
     files = [path.resolve() for path in sites]
     with _grid(files, processes, out) as (grid, trouble):
         try:
-            return rounds.run(grid, study, out, resume=resume, on_event=on_event, parts=at_once)
+            return machine.run(grid, study, out, resume=resume, on_event=on_event, parts=at_once)
         except InfrastructureError:
             # Here the sites are the user's own: say what is wrong with their files.
             own = [error for path in files if (error := trouble.get(str(path)))]
             if own and all(isinstance(error, InputError) for error in own):
                 raise own[0] from None
             raise
+
+
+def check_rounds(study: Study, rounds: int | None) -> None:
+    """Errors: ConfigError unless the study ends, or is ended by `rounds`."""
+    if study.continuous and rounds is None:
+        raise ConfigError(
+            "a study with a [schedule] has no last round", "--rounds N, to stop after round N here"
+        )
+    if rounds is not None and not study.continuous:
+        raise ConfigError(
+            "--rounds is for studies with a [schedule]", "training.rounds in study.toml"
+        )
 
 
 @contextmanager

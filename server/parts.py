@@ -11,6 +11,7 @@ from fedtune.config import Study
 from fedtune.flower.arrays import Arrays
 from fedtune.wire.keys import SigningKey
 from server.bound import Budget
+from server.schedule import Clock, Wall
 
 Events = list[tuple[float, float, int, int]]  # (σ, q, steps, records of one unit)
 
@@ -26,10 +27,22 @@ class Started(Protocol):
     def frozen(self) -> Arrays: ...
 
 
+class Compared(Protocol):
+    """fedtune.quality.Compared."""
+
+    @property
+    def before(self) -> float: ...
+    @property
+    def after(self) -> float: ...
+    @property
+    def sure(self) -> float: ...
+
+
 class Measures(Protocol):
     """fedtune.quality.Evaluator."""
 
     def measure(self, adapter: Arrays | None) -> dict[str, float]: ...
+    def compare(self, champion: Arrays, challenger: Arrays) -> Compared: ...
 
 
 def _start(study: Study) -> Started:
@@ -85,6 +98,18 @@ def _save(study: Study, adapter: Arrays, frozen: Arrays, folder: Path) -> None:
     network.save(folder)
 
 
+def _load(folder: Path) -> Arrays:
+    from fedtune.runs import load_adapter
+
+    return load_adapter(folder)
+
+
+def _fingerprint(path: Path) -> str:
+    from fedtune.quality import fingerprint
+
+    return fingerprint(path)
+
+
 def _report(out: Path, body: dict[str, Any]) -> None:
     from fedtune.report import write
 
@@ -97,7 +122,8 @@ class Parts:
     (None: whoever is connected); receipts: file for the sites' newest receipts beyond one
     run (None: only in the run's checkpoint); patience: seconds to wait at the start until
     strategy.min_sites sites admit the plan; pause: seconds before the first retry of a round
-    (twice that before the second, and so on)."""
+    (twice that before the second, and so on); clock, upto: of a study without a last round, the
+    time of day, and the round to stop after (None: somebody stops it)."""
 
     start: Callable[[Study], Started] = _start
     evaluator: Callable[[Study, Arrays], Measures] = _evaluator
@@ -107,9 +133,13 @@ class Parts:
     engine: Callable[[Study], str] = _engine
     licence: Callable[[Study], str] = _licence
     save: Callable[[Study, Arrays, Arrays, Path], None] = _save
+    load: Callable[[Path], Arrays] = _load
+    fingerprint: Callable[[Path], str] = _fingerprint
     report: Callable[[Path, dict[str, Any]], None] = _report
     key: SigningKey = field(default_factory=SigningKey)
     enrolled: Callable[[], dict[str, str]] | None = None
     receipts: Path | None = None
     patience: float = 120.0
     pause: float = 10.0
+    clock: Clock = field(default_factory=Wall)
+    upto: int | None = None

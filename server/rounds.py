@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ from fedtune.wire import codec, seal
 from server import store, summary
 from server.admission import NOT_ENROLLED, Outcome, Roster, Tally, outcome, plan_message
 from server.bound import Terms, norm_bound, terms
+from server.continuous import Continuous
 from server.exchange import Reply, ask, size
-from server.parts import Parts
+from server.parts import Measures, Parts
 from server.queries import Queries
 from server.store import Phase, Progress
 
@@ -69,6 +71,10 @@ def run(
         raise
 
 
+class TooFew(InfrastructureError):
+    """A round that fewer than strategy.min_sites delivered, whatever was tried."""
+
+
 class _Run:
     def __init__(
         self,
@@ -81,8 +87,7 @@ class _Run:
     ) -> None:
         self.grid, self.out, self.parts, self.on_event = grid, out, parts, on_event
         self.strategy, self.progress, self.study = strategy, progress, progress.study
-        assert self.study.training.rounds is not None  # filled in by start
-        self.rounds = self.study.training.rounds
+        self.rounds = self.study.training.rounds  # None: it goes on until somebody stops it
         self.asks = self.study.strategy
         self.terms: dict[int, Terms] = {}  # by declared size
         self.receipts = store.Receipts(parts.receipts)
@@ -94,16 +99,22 @@ class _Run:
             *(grid, self.study, plan, progress.sizes, progress.keys, self._tell), parts.enrolled
         )
         self.queries = Queries(grid, self.progress, self.roster, parts.key)
-        self.evaluator = (
-            parts.evaluator(self.study, progress.frozen) if self.study.evaluation else None
+        self.continuous = (
+            Continuous(out, progress, parts, self._event) if self.study.continuous else None
         )
+        own = self.study.evaluation and not self.continuous
+        self._evaluator = parts.evaluator(self.study, progress.frozen) if own else None
+
+    @property
+    def evaluator(self) -> Measures | None:
+        return self.continuous.evaluator if self.continuous else self._evaluator
 
     # ------------------------------------------------------------------------------ phases
 
     def go(self, fresh: bool) -> dict[str, Any]:
         done = self.progress.round
         self._event("start", study=self.study.study.name, plan_digest=self.study.digest, done=done)
-        if done < self.rounds:
+        if not self._over:
             self._admit()
         plan = self.study.model_dump_json(indent=2) + "\n"
         replace(self.out / "plan.json", plan.encode())
@@ -115,9 +126,31 @@ class _Run:
             self.roster.join()
             self._query()
         self._write_metrics()
-        while self.progress.round < self.rounds:
-            self._round(self.progress.round + 1)
+        if self.continuous:
+            self.continuous.begin()
+        while not self._over:
+            self._next(self.progress.round + 1)
         return self._finish()
+
+    @property
+    def _over(self) -> bool:
+        last = self.parts.upto if self.continuous else self.rounds
+        return last is not None and self.progress.round >= last
+
+    def _next(self, number: int) -> None:
+        """One round; where there is a schedule, in its time, and one that fails is left out."""
+        if self.continuous is None:
+            return self._round(number)
+        self.continuous.wait()
+        try:
+            self._round(number)
+        except TooFew as error:
+            self.strategy = strategies.build(self.study)  # less what some delivered
+            self.strategy.load_state(self.progress.strategy)
+            self._event("step", text=str(error))
+            return
+        self.continuous.judge()
+        self.parts.report(self.out, self._body())
 
     def _admit(self) -> None:
         """Errors: Refused or InfrastructureError where fewer than min_sites admit the plan."""
@@ -149,7 +182,7 @@ class _Run:
         self.roster.unless_refused()
         tally.missing = self.roster.out() | tally.missing
         reasons = "; ".join(f"{name}: {why}" for name, why in sorted(tally.missing.items()))
-        raise InfrastructureError(
+        raise TooFew(
             f"round {number}: {len(tally.participants)} sites delivered after {RETRIES} retries "
             f"({reasons or 'nobody could be asked'})",
             f"at least strategy.min_sites = {self.asks.min_sites}",
@@ -250,6 +283,9 @@ class _Run:
         start = math.sqrt(sum(float(np.square(a, dtype=np.float64).sum()) for a in adapter))
         start *= codec.GROWTH[self.study.wire.adapter]
         site, dimension = self.terms[declared], sum(a.size for a in adapter)
+        if self.continuous:  # the budget's rounds are one unit's
+            steps = (self.progress.round + 1) * self.study.training.local_steps
+            site = replace_fields(site, steps=steps)
         return {"terms": site, "longest": norm_bound(self.study, site, dimension, start)}
 
     def _keep(self, tally: Tally) -> None:
@@ -273,6 +309,8 @@ class _Run:
             "bytes_down": dict(sorted(self.roster.down.items())),
             "seconds": round(time.monotonic() - tally.started, 3),
         }
+        if self.continuous:
+            entry["slot"] = self.continuous.slot
         self.roster.up.clear()
         self.roster.down.clear()
         progress.history.append(entry)
@@ -303,22 +341,35 @@ class _Run:
 
     def _measure(self, number: int) -> dict[str, float]:
         table = self.study.evaluation
-        if not self.evaluator or not table or (number % table.every and number < self.rounds):
+        more = self.rounds is None or number < self.rounds
+        if not table or (number % table.every and more) or (evaluator := self.evaluator) is None:
             return {}
-        return self.evaluator.measure(self.progress.adapter)
+        return evaluator.measure(self.progress.adapter)
 
     # ------------------------------------------------------------------------------- results
 
     def _finish(self) -> dict[str, Any]:
+        if self.continuous:  # its adapters are released already, and it may go on
+            body = self._body()
+            self.parts.report(self.out, body)
+            self._event("done", out=str(self.out), privacy=body["privacy"], quality=body["quality"])
+            return body
         progress, folder, draft = self.progress, self.out / "adapter", self.out / "adapter.new"
         shutil.rmtree(draft, ignore_errors=True)
         self.parts.save(self.study, progress.adapter, progress.frozen, draft)
         shutil.rmtree(folder, ignore_errors=True)
         draft.rename(folder)
-        body = summary.body(progress, self.parts)
+        body = self._body()
         self.parts.report(self.out, body)
         self._enter(Phase.FINISHED)
         self._event("done", out=str(self.out), privacy=body["privacy"], quality=body["quality"])
+        return body
+
+    def _body(self) -> dict[str, Any]:
+        body = summary.body(self.progress, self.parts)
+        if self.continuous:
+            body |= {"continuous": self.continuous.body()}
+            body["quality"] = {**body["quality"], "after": self.continuous.after()}
         return body
 
     def _write_metrics(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import fedtune
@@ -14,12 +15,17 @@ WARNING = 'privacy = "off": nothing was clipped for a guarantee and no noise was
 
 
 def epsilons(progress: Progress, parts: Parts) -> dict[str, float]:
-    """ε of each site so far, at the study's δ; empty where privacy is off."""
+    """ε of each site so far, at the study's δ; empty where privacy is off.
+
+    Of a study without a last round: of a patient who was there in every round, up to the lifetime
+    in the plan, at which the site leaves a patient out. The site's own ledger may say less."""
     privacy = progress.study.privacy
     if isinstance(privacy, str):
         return {}
+    most = privacy.epsilon if progress.study.continuous else None
     return {
-        name: _epsilon(events, parts, privacy) for name, events in sorted(progress.events.items())
+        name: min(_epsilon(events, parts, privacy), math.inf if most is None else most)
+        for name, events in sorted(progress.events.items())
     }
 
 

@@ -67,12 +67,22 @@ class Dataset:
     """Examples in file order, and the rejected records counted by reason.
 
     members: what tells the units and records apart from another dataset's (keys, contents), for the
-    site's ledger, which keeps them hashed; content_hash: of all records, in no order."""
+    site's ledger, which keeps them hashed; content_hash: of all records, in no order; units: of
+    each unit its key and its records, as in members."""
 
     examples: list[Example]
     n_units: int
     rejected: Counter[str]
     members: frozenset[bytes] = frozenset()
+    units: tuple[tuple[bytes, ...], ...] = ()
+
+    def without(self, out: Callable[[bytes], bool]) -> Dataset:
+        """The same less the units whose key `out` is true of. Members stay: they were there."""
+        kept = [number for number, unit in enumerate(self.units) if not out(unit[0])]
+        new = {number: index for index, number in enumerate(kept)}
+        examples = [replace(e, unit=new[e.unit]) for e in self.examples if e.unit in new]
+        units = tuple(self.units[number] for number in kept)
+        return replace(self, examples=examples, n_units=len(kept), units=units)
 
     @cached_property
     def content_hash(self) -> str:
@@ -141,8 +151,11 @@ def load_dataset(
             f"at least 2 {unit}s",
             f"add records, or check {table}.columns.patient",
         )
-    members = _members([record for record, _, _ in found], unit) if table == "data" else frozenset()
-    return Dataset(examples, len(numbers), rejected, members)
+    if table != "data":
+        return Dataset(examples, len(numbers), rejected)
+    kept_records = [record for record, _, _ in found]
+    members, units = _members(kept_records, unit), _units(kept_records, numbers)
+    return Dataset(examples, len(numbers), rejected, members, units)
 
 
 def check_shape(
@@ -223,6 +236,14 @@ def _members(records: list[Record], unit: str) -> frozenset[bytes]:
         texts = _texts(record)
         found |= {b"text\0" + text.encode() for text in texts if len(text) >= LONG}
     return frozenset(found)
+
+
+def _units(records: list[Record], numbers: dict[str, int]) -> tuple[tuple[bytes, ...], ...]:
+    """Of each unit its key and its records, as `_members` has them."""
+    found: list[list[bytes]] = [[unit_member(unit)] for unit in numbers]
+    for record in records:
+        found[numbers[record.unit]].append(b"record\0" + _canonical(record))
+    return tuple(map(tuple, found))
 
 
 def _texts(record: Record) -> list[str]:

@@ -12,7 +12,7 @@ from fedtune.errors import ConfigError
 class Budget(NamedTuple):
     sampling_rate: float  # q
     noise_multiplier: float  # σ, in multiples of the sensitivity
-    rounds: int
+    rounds: int  # of a study without a last one: the most that one unit takes part in
 
 
 def sampling_rate(study: Study, declared_size: int) -> float:
@@ -55,7 +55,7 @@ def with_rounds(study: Study) -> Study:
     other two, so it is left out of the plan).
 
     Errors: ConfigError where rounds would differ between sites."""
-    if study.training.rounds is not None or isinstance(study.privacy, str):
+    if study.training.rounds is not None or isinstance(study.privacy, str) or study.continuous:
         return study
     if study.training.sampling_rate is None:
         raise ConfigError(

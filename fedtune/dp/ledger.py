@@ -11,6 +11,9 @@ datasets that were declared disjoint (by either) and that never shared a member.
 | σ = 0 (a study without privacy)   | charged as σ = 0: the dataset's ε is infinite               |
 | a reservation that is asked again | is charged again                                            |
 | a charge against a neighbour      | is permitted only if the neighbour may bear it too          |
+Who arrived later bears less (`cohorts`): of the dataset's own charges those after the arrival, but
+for rounds that left the cohort out; of every other charge all.
+| a unit known before arrivals were kept, or a record of it | arrived with the first charge       |
 Files, anchor and receipts: ledger_store. Restore: ledger_restore.
 Errors: LedgerError (exit code 4); BudgetExceeded and other refusals come from `permit`.
 Reference: Rogers et al. 2016 and Feldman & Zrnic 2021 (privacy filters, which `permit` applies).
@@ -20,12 +23,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fedtune.dp.accountant import Steps
+from fedtune.dp.ledger_arrivals import Arrivals
 from fedtune.dp.ledger_files import (
     DATABASE,
     OUTBOX,
@@ -38,10 +42,11 @@ from fedtune.dp.ledger_files import (
     sealed_token,
 )
 from fedtune.dp.ledger_store import Entry, Store, Transaction, check_members, named
+from fedtune.errors import Refused
 from fedtune.files import replace
 from fedtune.wire.keys import SigningKey, canonical, verifies
 
-__all__ = ["EVERY", "Charge", "Head", "Ledger", "LedgerError", "Spent"]
+__all__ = ["EVERY", "Charge", "Cohort", "Head", "Ledger", "LedgerError", "Spent"]
 
 EVERY = "*"  # the dataset of a charge that counts against all of them
 Permit = Callable[[list["Charge"]], None]
@@ -87,11 +92,30 @@ class Spent:
 
 
 @dataclass(frozen=True)
+class Cohort:
+    """Units of a dataset that arrived together, and all that counts against each of them.
+
+    arrival: the entry that says so; 0: with the first charge, or at a time that nobody knows, and
+    then units, how many, is 0 as well."""
+
+    arrival: int
+    name: str
+    time: int
+    units: int
+    spent: list[Spent]
+
+    @property
+    def charges(self) -> list[Charge]:
+        return [spent.charge for spent in self.spent]
+
+
+@dataclass(frozen=True)
 class _Reservation:
     dataset: str
     charge: Charge
     adapter: str
     time: int
+    out: frozenset[int] = frozenset()  # the cohorts that the round leaves out
 
     @property
     def slot(self) -> tuple[str, int, str]:
@@ -113,6 +137,7 @@ class Ledger:
         self._done: set[int] = set()  # released reservations
         self._withdrawn: set[str] = set()
         self._admitted: dict[str, str] = {}
+        self._arrivals = Arrivals()
         self._store = Store(folder, self._fold)
         with self._store.writing() as writer:
             self._check_members(writer)
@@ -140,13 +165,18 @@ class Ledger:
         content_hash: str,
         members: Iterable[bytes],
         cohort: str = "first",
+        units: Iterable[Sequence[bytes]] = (),
     ) -> None:
         """Sign what `dataset` is: the others it shares no patient with, its content's hash, and its
         members (patient keys, record bytes), of which only salted hashes are kept.
 
-        Cheap where nothing changed; a member that was ever in the dataset stays its member."""
+        Cheap where nothing changed; a member that was ever in the dataset stays its member.
+        units: (key, records …) of each, where arrivals are kept. A key that was never a member,
+        with records that never were, arrives now, in a cohort of all that do."""
         hashes = sorted({self._salted(member) for member in members})
         with self._store.writing() as writer:
+            salted = [tuple(self._salted(member) for member in unit) for unit in units]
+            arrival = self._arrivals.entry(dataset, writer.hashes(dataset), hashes, salted)
             writer.add_members(dataset, hashes)
             body: dict[str, Any] = {
                 "dataset": dataset,
@@ -157,6 +187,8 @@ class Ledger:
             }
             if body != self._declared.get(dataset):
                 writer.append("declare", body)
+            if arrival:
+                writer.append("arrive", {**arrival, "cohort": cohort})
 
     def holds(self, dataset: str, member: bytes) -> bool:
         """Whether `member` was ever declared as the dataset's."""
@@ -177,6 +209,21 @@ class Ledger:
         with self._store.writing() as writer:
             held = None if dataset is None else self._held(writer, dataset)
             return self._spent(held)
+
+    def cohorts(self, dataset: str) -> list[Cohort]:
+        """The units of `dataset` by arrival, oldest first; with no arrival known, one cohort."""
+        with self._store.writing() as writer:
+            return self._cohorts(writer, dataset)
+
+    def newcomer(self, dataset: str) -> list[Charge]:
+        """What would count against a unit that arrives now."""
+        with self._store.writing() as writer:
+            return self._newcomer(writer, dataset)
+
+    def arrival(self, dataset: str) -> Callable[[bytes], int]:
+        """Of a unit's key, the arrival of its cohort."""
+        self._read()
+        return lambda key: self._arrivals.of(dataset, self.hashed(key))
 
     @property
     def datasets(self) -> list[str]:
@@ -208,6 +255,32 @@ class Ledger:
                     permit([s.charge for s in spent])
             body = {"dataset": dataset, "charge": asdict(charge), "adapter": adapter}
             return writer.append("reserve", body)
+
+    def reserve_for(
+        self, dataset: str, charge: Charge, adapter: str, permit: Permit
+    ) -> tuple[int, frozenset[int]]:
+        """The same for those of the dataset whom `permit` allows: it is asked cohort by cohort, and
+        a cohort that it refuses is left out of the round and pays nothing for it. Also returns the
+        arrivals of who is out.
+
+        Guarantee: who is out follows from public charges, the policy and the time of arrival, never
+        from a record; and the charge is made even where nobody is left.
+        Errors: what `permit` raises for a newcomer, or for another dataset; LedgerError."""
+        with self._store.writing() as writer:
+            if dataset not in self._declared:
+                raise LedgerError(f"{self.folder}: dataset {dataset!r} was never declared")
+            permit(self._newcomer(writer, dataset))
+            for other in sorted(set(self._declared) - {dataset}):
+                if dataset in (held := self._held(writer, other)):
+                    permit([spent.charge for spent in self._spent(held)])
+            out = set()
+            for cohort in self._cohorts(writer, dataset):
+                try:
+                    permit(cohort.charges)
+                except Refused:
+                    out.add(cohort.arrival)
+            body = {"dataset": dataset, "charge": asdict(charge), "adapter": adapter}
+            return writer.append("reserve", {**body, "out": sorted(out)}), frozenset(out)
 
     def release(self, reservation: int, update_sha256: str, body: bytes) -> None:
         """Keep an update's bytes, then enter that it may be sent. Send it only afterwards.
@@ -375,6 +448,21 @@ class Ledger:
         rows += [Spent(seq, "restore", EVERY, c, "", at, True) for seq, c, at in self._restored]
         return sorted(rows, key=lambda row: row.seq)
 
+    def _cohorts(self, writer: Transaction, dataset: str) -> list[Cohort]:
+        spent = self._spent(self._held(writer, dataset))
+        return [
+            Cohort(seq, *arrival, [s for s in spent if s.dataset != dataset or self._bears(s, seq)])
+            for seq, arrival in self._arrivals.cohorts(dataset).items()
+        ]
+
+    def _bears(self, spent: Spent, arrival: int) -> bool:
+        """Whether who arrived with entry `arrival` took part in that round of their dataset."""
+        return spent.seq > arrival and arrival not in self._reserved[spent.seq].out
+
+    def _newcomer(self, writer: Transaction, dataset: str) -> list[Charge]:
+        spent = self._spent(self._held(writer, dataset))
+        return [s.charge for s in spent if s.dataset != dataset]
+
     def _check_members(self, writer: Transaction) -> None:
         members = {name: body["members"] for name, body in self._declared.items()}
         check_members(self.folder / DATABASE, writer, members)
@@ -385,8 +473,11 @@ class Ledger:
         if entry.kind == "declare":
             self._declared[body["dataset"]] = {k: v for k, v in body.items() if k != "time"}
         elif entry.kind == "reserve":
-            charge = Charge(**body["charge"])
-            self._reserved[entry.seq] = _Reservation(body["dataset"], charge, body["adapter"], time)
+            charge, out = Charge(**body["charge"]), frozenset(body.get("out", ()))
+            what = body["dataset"], charge, body["adapter"]
+            self._reserved[entry.seq] = _Reservation(*what, time, out)
+        elif entry.kind == "arrive":
+            self._arrivals.fold(entry)
         elif entry.kind == "release":
             self._done.add(body["reservation"])
             slot = self._reserved[body["reservation"]].slot

@@ -40,7 +40,9 @@ class DpPlan:
 
     noise_multiplier: σ in multiples of one row's clipping bound C; delta: for the whole study;
     steps: over all rounds; divisor: the constant expected batch q · k · declared size, never the
-    true count; records: k, the most rows of one unit (1 where units are drawn).
+    true count; records: k, the most rows of one unit (1 where units are drawn); lifetime: where the
+    study has no last round, the ε that no unit goes past, and rounds and steps are then the most
+    that one unit takes part in.
     Guarantee: each call of `step` is one Gaussian mechanism on the add-or-remove-one-unit relation,
     Poisson-subsampled with (σ, q) where k = 1, and the mixture over Binomial(k, q) rows of a unit
     else; its line is in the log before its result is returned.
@@ -61,6 +63,7 @@ class DpPlan:
     divisor: float
     records: int = 1
     relation: clip.Relation = RELATION
+    lifetime: float | None = None
 
     @property
     def steps(self) -> int:
@@ -170,4 +173,5 @@ def plan_for_site(study: Study, declared_size: int) -> DpPlan:
         delta=privacy.delta,
         divisor=budget.sampling_rate * study.records_per_draw * declared_size,
         records=study.records_per_draw,
+        lifetime=privacy.epsilon if study.continuous else None,
     )

@@ -43,13 +43,15 @@ def join(
     site_path: Path,
     *,
     once: bool = False,
+    watch: bool = False,
     on_event: Event | None = None,
     client_app: ClientApp | App | None = None,
     patience: float = 90.0,
 ) -> None:
     """Take part in the coordinator's studies until a signal comes; reconnect as often as needed.
 
-    once: return when a coordinator that gave this site work has gone. client_app: in place of
+    once: return when a coordinator that gave this site work has gone. watch: take part in studies
+    without a last round, and in no others. client_app: in place of
     client.app:app. patience: seconds to go on being refused; after a crash Flower refuses a site
     for about 60 s, until the old session has expired. Events: "joined", "answered" {kind},
     "refused" {kind}, "failed" {kind, error}, "waiting" {address}, "reconnecting" {seconds}; some
@@ -60,7 +62,7 @@ def join(
     executor = _Executor(
         site_path.resolve(), client_app or _installed_app(), on_event or _ignore, once
     )
-    executor.coordinator = link.answer.coordinator
+    executor.coordinator, executor.watch = link.answer.coordinator, watch
     bypass_proxy()
     state = site.site.state / "flower"
     try:
@@ -90,6 +92,7 @@ class _Executor:
     def __init__(self, site_path: Path, app: ClientApp | App, tell: Event, once: bool) -> None:
         self._site_path, self._app, self.tell, self._once = site_path, app, tell, once
         self.coordinator = ""  # the signing key that this site enrolled with
+        self.watch = False  # whether it takes part in studies without a last round
         self.joined = False  # whether the coordinator accepted the last SuperNode
         self._worked = False
 
@@ -162,6 +165,7 @@ class _Executor:
             return api.error_reply(message, REFUSAL)
         context.run_config = {}  # the coordinator's; the site's own file is all that counts here
         context.node_config = {"site": str(self._site_path), "coordinator": self.coordinator}
+        context.node_config["watch"] = self.watch
         try:
             reply = self._app(message, context)
         except Exception as error:

@@ -40,12 +40,13 @@ DIGEST = re.compile(r"sha256:[0-9a-f]{64}(:evaluation)?")
 ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]{2,45}\]|[A-Za-z0-9._-]{1,253}):\d{1,5}")
 HEX = re.compile(r"[0-9A-Fa-f]{1,4}([ :-]?[0-9A-Fa-f]{1,4}){0,31}")
 KEY = re.compile(r"[a-z_]{1,40}")
+MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 
 logger = logging.getLogger("fedtune.observe")
 
 # fmt: off
 EVENTS = frozenset({
-    "start", "site", "round", "done", "stopped", "step",  # a run
+    "start", "site", "round", "version", "done", "stopped", "step",  # a run
     "joined", "answered", "refused", "failed", "waiting", "reconnecting",  # a site's link
     "listening", "connected", "disconnected", "admitted", "revoked", "renewed", "restarted",
 })
@@ -64,6 +65,7 @@ PHRASES = (
     "policy.allow_privacy_off", "policy.admission", "policy.min_noise_multiplier",
     "policy.min_units", "policy.max_grad_norm", "policy.max_sampling_rate", "policy.max_steps",
     "policy.max_rank", "policy.modules", "policy.objectives", "policy.strategies",
+    "does not run with --watch", "the plan has no [schedule]",
     "policy.bases", "policy.coordinators", "policy.release", "site.evaluation is not given",
     "the self-test failed", "patient column", "lora.a_digest", 'privacy = "off"', "not in the plan",
     "the ledger was rolled back", "self-test", "does not know the plan",
@@ -211,6 +213,9 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "address": _matching(ADDRESS),
     "port": _count,
     "fingerprint": _matching(HEX),
+    "next": _matching(MOMENT),
+    "champion": _count,
+    "promoted": _flag,
 }
 
 

@@ -205,9 +205,11 @@ class LedgerFigures:
 
         head = book.head.hash
         if self._known is None or (self._known.head, self._known.delta) != (head, delta):
-            charges = book.spending(dataset)
-            order = charges[0].charge.order if charges else 2.0
-            epsilon = total_epsilon([c.charge.event for c in charges], order, delta).epsilon
+            charges, epsilon = book.spending(dataset), 0.0
+            for cohort in book.cohorts(dataset):  # whoever bears most
+                order = cohort.charges[0].order if cohort.charges else 2.0
+                events = [charge.event for charge in cohort.charges]
+                epsilon = max(epsilon, total_epsilon(events, order, delta).epsilon)
             rounds = sum(c.released for c in charges if c.kind == "reserve")
             self._known = _Spent(head, delta, epsilon, rounds)
         return self._known

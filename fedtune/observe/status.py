@@ -31,7 +31,8 @@ LAST = 12  # events kept in the file
 ENDED = frozenset({"done", "stopped"})
 QUIET = frozenset({"step"})
 TOTALS = ("bytes_up", "bytes_down")
-KEPT = ("study", "plan_digest", "private", "rounds", "address")  # of whatever event tells them
+# Of whatever event tells them.
+KEPT = ("study", "plan_digest", "private", "rounds", "address", "next", "champion")
 
 
 class StatusFile:
@@ -99,6 +100,7 @@ def folded(status: Record, record: Record) -> Record:
         told = {"status": record.get("status", ""), "reason": record.get("reason", "")}
         sites.setdefault(record["site"], {}).update(told)
     elif event == "round":
+        new["state"] = "running"
         _round(new, record)
     elif event in ENDED:
         new |= {"state": event, **({"error": record["error"]} if "error" in record else {})}
@@ -130,7 +132,8 @@ def _round(new: Record, record: Record) -> None:
 
 
 def _brief(record: Record) -> Record:
-    keys = ("time", "event", "site", "round", "status", "reason", "kind", "error", "seconds")
+    first = ("time", "event", "site", "round", "status", "reason", "kind", "error", "seconds")
+    keys = (*first, "next", "champion", "promoted")
     return {key: record[key] for key in keys if record.get(key) not in (None, "")}
 
 

@@ -37,6 +37,10 @@ def head(seen: Seen) -> Text:
     line.append(seen.state, style=STYLES.get(seen.state, ""))
     if status.get("rounds"):
         line.append(f"  round {status.get('round', 0)}/{status['rounds']}")
+    elif status.get("next"):
+        line.append(f"  round {status.get('round', 0)}, next at {status['next']}")
+    if status.get("champion") is not None:
+        line.append(f"  version {status['champion']} is released")
     if status.get("private") is False:
         line.append("  NOT PRIVATE", style="bold red")
     for name, value in (status.get("quality") or {}).items():
@@ -92,7 +96,7 @@ class BudgetView:
     def __call__(self) -> RenderableType:
         from fedtune.config import load_site
         from fedtune.dp.ledger import Ledger
-        from fedtune.ledger_view import budget, budget_table
+        from fedtune.ledger_view import budget_table, heaviest
 
         site = load_site(self._site)
         database = site.site.state / "ledger.db"
@@ -101,8 +105,8 @@ class BudgetView:
         now = (database.stat().st_mtime_ns, self._site.stat().st_mtime_ns)
         if now != self._at:
             try:
-                spent = Ledger(site.site.state).spending(site.data.name)
-                self._shown = budget_table(budget(site.data.name, spent, site.policy))
+                cohorts = Ledger(site.site.state).cohorts(site.data.name)
+                self._shown = budget_table(heaviest(site.data.name, cohorts, site.policy))
             except FedtuneError as error:
                 self._shown = Text(str(error), style="red")
             self._at = now

@@ -1,0 +1,75 @@
+"""Who arrived when: a dataset's units by the ledger entry that first names them.
+
+Only studies without a last round keep arrivals. A unit of which none is known has been there since
+the first charge, as far as anybody can tell: it bears everything, never less."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+from fedtune.dp.ledger_store import Entry
+
+FIRST = 0  # the arrival of a unit that no entry names
+
+
+class Arrival(NamedTuple):
+    """cohort: its name; time: UTC seconds; units: how many, 0 where nobody counted."""
+
+    cohort: str
+    time: int
+    units: int
+
+
+class Arrivals:
+    """Folded from the entries of kind "arrive"."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, dict[str, int]] = {}  # dataset -> unit's hash -> entry
+        self._cohorts: dict[str, dict[int, Arrival]] = {}
+        self._older: set[str] = set()  # datasets with units that no entry names
+
+    def fold(self, entry: Entry) -> None:
+        body, dataset = entry.body, entry.body["dataset"]
+        self._of.setdefault(dataset, {}).update(dict.fromkeys(body["units"], entry.seq))
+        if body["units"]:
+            arrival = Arrival(body["cohort"], body["time"], len(body["units"]))
+            self._cohorts.setdefault(dataset, {})[entry.seq] = arrival
+        if body["older"]:
+            self._older.add(dataset)
+
+    def of(self, dataset: str, unit: str) -> int:
+        return self._of.get(dataset, {}).get(unit, FIRST)
+
+    def cohorts(self, dataset: str) -> dict[int, Arrival]:
+        """Every cohort that somebody may be in, oldest first."""
+        found = dict(sorted(self._cohorts.get(dataset, {}).items()))
+        if not found or dataset in self._older:
+            found = {FIRST: Arrival("first", 0, 0), **found}
+        return found
+
+    def entry(
+        self,
+        dataset: str,
+        known: Collection[bytes],
+        members: Collection[bytes],
+        units: Sequence[tuple[bytes, ...]],
+    ) -> dict[str, Any] | None:
+        """What to enter before `members` become the dataset's, if anything; all is salted.
+
+        known: its members so far; units: (key, records …) of each, none where the study keeps no
+        arrivals.
+
+        | a key and records that are all new     | arrives now                            |
+        | a known key                            | arrived when it did                    |
+        | a new key with a record that is known  | the same person under another name, as |
+        |                                        | far as we know: there from the first   |"""
+        here = self._of.get(dataset, {})
+        new = {unit[0].hex() for unit in units if not any(member in known for member in unit)}
+        if units:
+            older = any(unit[0].hex() not in new and unit[0].hex() not in here for unit in units)
+        else:
+            older = bool(here) and any(member not in known for member in members)
+        if not new and (not older or dataset in self._older):
+            return None
+        return {"dataset": dataset, "units": sorted(new), "older": older}

@@ -1,0 +1,70 @@
+"""When the rounds of a study without a last one begin.
+
+    slot k begins at start + k · every; a round runs in a slot, at most one in each
+
+| the coordinator was away, or a round took longer than `every` | what was missed is not made up |
+| started within a slot that has had no round                   | that slot's round begins now   |
+Guarantee: the clock and the plan alone say when; nothing that a site sends does.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from datetime import UTC, datetime
+from typing import Protocol
+
+from fedtune.config import ScheduleTable
+
+LONGEST = 30.0  # seconds slept at a stretch: the time of day may be set meanwhile
+
+
+class Clock(Protocol):
+    """The time of day, in seconds since 1970; tests and simulations bring their own."""
+
+    def now(self) -> float: ...
+    def sleep(self, seconds: float) -> None: ...
+
+
+class Wall:
+    """This machine's."""
+
+    def now(self) -> float:
+        return time.time()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+class Quick:
+    """Starts at `at` and goes on only when somebody sleeps, which takes no time."""
+
+    def __init__(self, at: float | None = None) -> None:
+        self.at = time.time() if at is None else at
+
+    def now(self) -> float:
+        return self.at
+
+    def sleep(self, seconds: float) -> None:
+        self.at += seconds
+
+
+def next_slot(table: ScheduleTable, last: int | None, now: float) -> int:
+    """The slot of the next round, the newest that has begun unless it had its round (`last`)."""
+    current = max(0, math.floor((now - table.begins) / table.every))
+    return current if last is None else max(current, last + 1)
+
+
+def begins(table: ScheduleTable, slot: int) -> float:
+    """Seconds since 1970."""
+    return table.begins + slot * table.every
+
+
+def wait(clock: Clock, until: float) -> None:
+    while (left := until - clock.now()) > 0:
+        clock.sleep(min(left, LONGEST))
+
+
+def shown(at: float) -> str:
+    """To the second, in UTC, as logs have it."""
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

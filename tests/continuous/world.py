@@ -1,0 +1,71 @@
+"""Two small hospitals and a study without a last round, on a clock that nobody waits for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from client.site import worker
+from fedtune.config import load_study
+from server import rounds
+from server.parts import Parts
+from server.schedule import Quick
+from tests.guarantee.world import NAMES, SITE, STUDY, Recorder, Row, patients
+
+SCHEDULE = """
+[evaluation]
+path = "public.jsonl"
+columns = { prompt = "q", completion = "a" }
+[schedule]
+every = "1h"
+start = "2026-01-05T00:00:00Z"
+"""
+# σ = 2 at q = 0.5: about three rounds of a lifetime of ε = 3 (test_cohorts says how many).
+PRIVACY = "epsilon = 3.0\nnoise_multiplier = 2.0\n"
+
+
+def study_text(base: Path, **changes: str) -> str:
+    text = STUDY.format(base=base).replace("rounds = 3\n", "")
+    text = text.replace("epsilon = 5.0\n", changes.get("privacy", PRIVACY))
+    return text + changes.get("schedule", SCHEDULE)
+
+
+def lay_out(
+    folder: Path, base: Path, north: list[Row], policy: str = "max_epsilon = 3.0", **changes: str
+) -> Path:
+    """study.toml, the public records, and both sites; the southern one has twelve patients."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "north.jsonl", north)
+    write(folder / "south.jsonl", patients(12))
+    write(folder / "public.jsonl", [{"q": r["q"], "a": r["a"]} for r in patients(8)])
+    for name in NAMES:
+        (folder / f"site-{name}.toml").write_text(SITE.format(name=name) + policy + "\n")
+    (folder / "study.toml").write_text(study_text(base, **changes))
+    return folder / "study.toml"
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run(
+    study: Path,
+    upto: int,
+    on_round: Callable[[int], None] | None = None,
+    clock: Quick | None = None,
+    **parts: Any,
+) -> Recorder:
+    """Rounds up to `upto`, going on from where the run stands; on_round: after each of them."""
+    worker.cache_clear()
+    grid = Recorder([study.parent / f"site-{name}.toml" for name in NAMES])
+
+    def on_event(kind: str, data: dict[str, Any]) -> None:
+        if kind == "round" and on_round:
+            on_round(data["round"])
+
+    made = Parts(patience=0.0, pause=0.0, clock=clock or Quick(1.8e9), upto=upto, **parts)
+    out = study.parent / "run"
+    rounds.run(grid, load_study(study), out, resume=True, parts=made, on_event=on_event)
+    return grid
