@@ -2,24 +2,220 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+import client.site
+from fedtune.config import load_site
+from fedtune.data.records import unit_member
+from fedtune.data.tokens import Dataset
+from fedtune.dp.accountant import Steps, epsilon
 from fedtune.dp.ledger import Ledger
-from tests.continuous.world import lay_out, run, write
-from tests.guarantee.world import patients
+from fedtune.errors import Refused
+from fedtune.ledger_view import heaviest
+from server.store import load
+from tests.continuous.world import DELTA, LIFE, SIGMA, lay_out, run, write
+from tests.guarantee.test_wire_inventory import outside, shape
+from tests.guarantee.world import Row, patients
+
+TWO = "max_epsilon = 1.7"  # a policy that pays for two rounds of a patient's life
 
 
-def test_it_runs(tmp_path: Path, tiny_base: Path) -> None:
+@dataclass
+class Seen:
+    """What the northern site really trained with: per round its units' keys and its divisor."""
+
+    rounds: list[frozenset[bytes]] = field(default_factory=list)
+    divisors: list[float] = field(default_factory=list)
+
+    def times(self, patient: str) -> int:
+        return sum(unit_member(patient) in units for units in self.rounds)
+
+
+@contextmanager
+def watched(folder: Path) -> Iterator[Seen]:
+    seen, honest = Seen(), client.site.local_round
+
+    def local_round(study: Any, data: Any, plan: Any, log: Any, *rest: Any) -> Any:
+        if log.path.parent == folder / "state-north":
+            seen.rounds.append(frozenset(unit[0] for unit in data.dataset.units))
+            seen.divisors.append(plan.divisor)
+        return honest(study, data, plan, log, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client.site, "local_round", local_round)
+        yield seen
+
+
+def paid(folder: Path, patient: str) -> int:
+    """Noised steps that the northern ledger counts against the patient."""
+    book = Ledger(folder / "state-north")
+    arrival = book.arrival("records")(unit_member(patient))
+    (cohort,) = [c for c in book.cohorts("records") if c.arrival == arrival]
+    return sum(charge.steps for charge in cohort.charges)
+
+
+def under_charged(folder: Path, seen: Seen, names: list[str]) -> list[str]:
+    return [name for name in names if paid(folder, name) < seen.times(name)]
+
+
+def named(*numbers: int) -> list[str]:
+    return [f"patient-{n}" for n in numbers]
+
+
+def growing(folder: Path, by: dict[int, list[Row]]) -> Callable[[int], None]:
+    """After round n the northern file holds by[n]."""
+
+    def on_round(number: int) -> None:
+        if number in by:
+            write(folder / "north.jsonl", by[number])
+
+    return on_round
+
+
+def test_a_late_patient_pays_from_the_arrival_only(tmp_path: Path, tiny_base: Path) -> None:
     study = lay_out(tmp_path, tiny_base, patients(12))
+    with watched(tmp_path) as seen:
+        run(study, 4, growing(tmp_path, {1: patients(13), 3: patients(15)}))
+    assert [len(units) for units in seen.rounds] == [12, 13, 13, 15]
+    everybody = named(*range(15))
+    assert {name: paid(tmp_path, name) for name in everybody} == {
+        name: seen.times(name) for name in everybody
+    }
+    assert [paid(tmp_path, name) for name in named(0, 12, 14)] == [4, 3, 1]
+    site = load_site(tmp_path / "site-north.toml")
+    spent = heaviest("records", Ledger(tmp_path / "state-north").cohorts("records"), site.policy)
+    assert spent.epsilon == pytest.approx(epsilon([Steps(SIGMA, 1.0, 4)], DELTA))
 
-    def later(number: int) -> None:
-        if number == 2:
-            write(tmp_path / "north.jsonl", patients(16))
 
-    run(study, 6, later)
-    for name in ("north", "south"):
-        for c in Ledger(tmp_path / f"state-{name}").cohorts("records"):
-            print(name, c.arrival, c.units, len(c.spent))
-    print((tmp_path / "run" / "versions" / "index.json").read_text())
-    print((tmp_path / "run" / "report.md").read_text()[:1500])
-    raise AssertionError
+def test_the_twin_that_charges_late_patients_nothing_is_caught(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = lay_out(tmp_path, tiny_base, patients(12))
+    monkeypatch.setattr(Ledger, "_bears", lambda self, spent, arrival: arrival < 3)
+    with watched(tmp_path) as seen:
+        run(study, 2, growing(tmp_path, {1: patients(13)}))
+    assert under_charged(tmp_path, seen, named(0, 12)) == ["patient-12"]
+
+
+def test_who_has_spent_everything_is_out_and_the_others_go_on(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    study = lay_out(tmp_path, tiny_base, patients(12), TWO)
+    with watched(tmp_path) as seen:
+        run(study, 4, growing(tmp_path, {1: patients(14)}))
+    assert [seen.times(name) for name in named(0, 12)] == [2, 2]
+    assert [len(units) for units in seen.rounds] == [12, 14, 2, 0]
+    assert not under_charged(tmp_path, seen, named(*range(14)))
+    for cohort in Ledger(tmp_path / "state-north").cohorts("records"):
+        events = [charge.event for charge in cohort.charges]
+        assert epsilon(events, DELTA) <= 1.7 < epsilon([*events, Steps(SIGMA, 1.0, 1)], DELTA)
+    assert set(seen.divisors) == {20.0}  # q times the declared size, whoever is there
+
+
+def test_the_twin_that_lets_the_spent_stay_is_caught(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Dataset, "without", lambda self, out: self)
+    study = lay_out(tmp_path, tiny_base, patients(12), TWO)
+    with watched(tmp_path) as seen:
+        run(study, 3)
+    assert under_charged(tmp_path, seen, named(0)) == ["patient-0"]
+
+
+def test_the_plans_own_lifetime_ends_it_where_the_policy_allows_more(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    study = lay_out(tmp_path, tiny_base, patients(12), "max_epsilon = 8.0")
+    with watched(tmp_path) as seen:
+        run(study, LIFE + 1)
+    assert [len(units) for units in seen.rounds] == [12] * LIFE + [0]
+
+
+def test_the_wire_looks_the_same_whoever_is_left(tmp_path: Path, tiny_base: Path) -> None:
+    usual = run(lay_out(tmp_path / "usual", tiny_base, patients(12)), 3)
+    assert outside(usual) == []
+    worlds: dict[str, tuple[str, dict[int, list[Row]]]] = {
+        "spent": (TWO, {}),
+        "one arrives": ("", {1: patients(13)}),
+        "many arrive": ("", {1: patients(40), 2: patients(60)}),
+        "spent, and some arrive": (TWO, {2: patients(15)}),
+        "everybody leaves": ("", {1: []}),
+    }
+    for name, (policy, by) in worlds.items():
+        folder = tmp_path / name.replace(" ", "-")
+        study = lay_out(folder, tiny_base, patients(12), policy or "max_epsilon = 3.0")
+        assert shape(run(study, 3, growing(folder, by))) == shape(usual), name
+
+
+def test_the_twin_that_refuses_for_the_spent_is_caught(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A site that says no when its first patients are out tells when they came."""
+    honest = Ledger.reserve_for
+
+    def reserve_for(self: Ledger, *given: Any) -> Any:
+        number, out = honest(self, *given)
+        if out:
+            raise Refused("policy.max_epsilon")
+        return number, out
+
+    monkeypatch.setattr(Ledger, "reserve_for", reserve_for)
+    usual = run(lay_out(tmp_path / "usual", tiny_base, patients(12)), 3)
+    study = lay_out(tmp_path / "spent", tiny_base, patients(12), TWO)
+    with pytest.raises(Refused):
+        assert shape(run(study, 3)) == shape(usual)
+
+
+def test_another_key_for_the_same_records_is_no_new_life(tmp_path: Path, tiny_base: Path) -> None:
+    study = lay_out(tmp_path, tiny_base, patients(12), TWO)
+    renamed = [{**row, "who": f"again-{row['who']}"} for row in patients(12)]
+    with watched(tmp_path) as seen:
+        run(study, 3, growing(tmp_path, {2: renamed}))
+    assert [len(units) for units in seen.rounds] == [12, 12, 0]
+    assert Ledger(tmp_path / "state-north").arrival("records")(unit_member("again-patient-1")) == 0
+
+
+def test_more_records_are_no_new_patient_and_who_comes_back_is_known(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    study = lay_out(tmp_path, tiny_base, patients(12))
+    by = {1: patients(6), 2: patients(12, records=3)}
+    with watched(tmp_path) as seen:
+        run(study, 3, growing(tmp_path, by))
+    assert [len(units) for units in seen.rounds] == [12, 6, 12]
+    (cohort,) = Ledger(tmp_path / "state-north").cohorts("records")
+    assert cohort.units == 12 and paid(tmp_path, "patient-11") == 3 > seen.times("patient-11")
+
+
+def test_where_nobody_could_take_part_the_plan_is_refused(tmp_path: Path, tiny_base: Path) -> None:
+    study = lay_out(tmp_path, tiny_base, patients(12), "max_epsilon = 0.2")
+    with pytest.raises(Refused, match=r"policy\.max_epsilon"):
+        run(study, 1)
+    assert Ledger(tmp_path / "state-north").spending() == []
+
+
+def test_it_goes_on_after_a_restart_and_a_round_that_was_sent_is_not_paid_again(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    study = lay_out(tmp_path, tiny_base, patients(12))
+    run(study, 2)
+    run(study, 3, growing(tmp_path, {}))
+    kept = load(tmp_path / "run", _study(study))
+    assert kept is not None and [entry["slot"] for entry in kept.history] == sorted(
+        {entry["slot"] for entry in kept.history}
+    )
+    charged = Counter(s.charge.round for s in Ledger(tmp_path / "state-north").spending())
+    assert charged == {1: 1, 2: 1, 3: 1}
+
+
+def _study(path: Path) -> Any:
+    from fedtune.config import load_study
+
+    return load_study(path)

@@ -1,0 +1,64 @@
+"""A continuous study over fake sites: a public metric that is a number of the adapter alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from fedtune.config import Study
+from server.parts import Parts
+from server.schedule import Quick
+from tests.server.fakes import FakeEvaluator, FakeSite, Trial, make_parts, make_study
+
+START = 1.8e9  # a multiple of an hour
+
+
+def continuous(**strategy: Any) -> Study:
+    body = make_study(min_sites=2, **strategy).model_dump(mode="json")
+    del body["training"]["rounds"]
+    body["privacy"] |= {"epsilon": 8.0, "unit": "patient"}
+    body["evaluation"] |= {"every": 1}
+    body["schedule"] = {"every": "1h"}
+    import json
+
+    return Study.model_validate_json(json.dumps(body))
+
+
+def loss(adapter: dict[str, np.ndarray]) -> float:
+    return float(sum(float(array.sum()) for array in adapter.values()))
+
+
+class Judge(FakeEvaluator):
+    """Sure of whichever has the lower sum."""
+
+    def compare(self, champion: Any, challenger: Any) -> Any:
+        before, after = loss(champion), loss(challenger)
+        return SimpleNamespace(before=before, after=after, sure=1.0 if after < before else 0.0)
+
+
+def load(folder: Path) -> dict[str, np.ndarray]:
+    with np.load(folder / "adapter.npz") as arrays:
+        return dict(arrays)
+
+
+def parts(upto: int, clock: Quick | None = None, **changes: Any) -> Parts:
+    usual = {
+        "evaluator": lambda study, frozen: Judge(),
+        "load": load,
+        "fingerprint": lambda path: "public",
+        "clock": clock or Quick(START),
+        "upto": upto,
+    }
+    return make_parts(**(usual | changes))
+
+
+def sites() -> list[FakeSite]:
+    return [FakeSite("a"), FakeSite("b")]
+
+
+def go(trial: Trial, upto: int, clock: Quick | None = None, **changes: Any) -> Any:
+    """Rounds up to `upto`, from wherever the run stands."""
+    return trial.run(continuous(), resume=True, parts=parts(upto, clock, **changes))
