@@ -104,7 +104,7 @@ def write(folder: Path, seed: int = 0) -> Path:
         for number in range(1, hospital.patients + 1):
             own = rng.random() < OWN_SHARE
             pool = [d for d in DEPARTMENTS if (d in hospital.own) == own]
-            rows += _patient(hospital, number, rng.choice(pool), rng.choice(NOTES), desk, rng)
+            rows += patient_notes(hospital, number, rng.choice(pool), rng.choice(NOTES), desk, rng)
         _jsonl(site / "notes.jsonl", rows)
         _text(site / "site.toml", SITE.format(name=hospital.name, patients=hospital.patients))
     for name, count, first in (("validation", VALIDATION, 5001), ("test", TEST, 7001)):
@@ -112,14 +112,14 @@ def write(folder: Path, seed: int = 0) -> Path:
         for i in range(count):  # every style meets every department equally often
             hospital = HOSPITALS[i % len(HOSPITALS)]
             department = DEPARTMENTS[i // len(HOSPITALS) % len(DEPARTMENTS)]
-            rows += _patient(hospital, first + i, department, 1, desk, rng)
+            rows += patient_notes(hospital, first + i, department, 1, desk, rng)
         _jsonl(folder / f"{name}.jsonl", rows)
-    _jsonl(folder / "public.jsonl", _public(rng))
+    _jsonl(folder / "public.jsonl", public_notes(rng))
     choices = ", ".join(f'" {letter}"' for letter in DESKS)
     return _text(folder / "study.toml", STUDY.format(seed=seed, choices=choices))
 
 
-def _patient(
+def patient_notes(
     hospital: Hospital,
     number: int,
     department: str,
@@ -157,7 +157,7 @@ def _parts(age: int, woman: bool, subject: str, comorbid: str, rng: random.Rando
     )
 
 
-def _public(rng: random.Random) -> list[dict[str, str]]:
+def public_notes(rng: random.Random) -> list[dict[str, str]]:
     """Unlabelled notes in a reader's words, all departments alike."""
     frames = (
         "This leaflet explains {a} and {b}, {c} and {d}.",

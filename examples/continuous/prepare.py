@@ -1,0 +1,120 @@
+"""Write three hospitals whose desks change: records before, records after, and the study over them.
+
+    study.toml                    the public plan: a [schedule] and no last round
+    sites/<name>/site.toml        one hospital's own file
+    sites/<name>/notes.jsonl      its records before the change
+    public.jsonl                  unlabelled, for the adapter's frozen factor
+    evaluation.jsonl              public notes with the desks as they are before the change
+    later/<name>.jsonl            the same records and those of as many new patients, after it
+    later/evaluation.jsonl        the public notes with the desks as they are then
+
+The task is the demo's (fedtune/demo): which desk, A to I, must see the patient. At the change, five
+of the nine departments move to another's desk, so that what was learned about them is wrong. Only
+the new patients' notes carry the new desks; what was written before stays as it was.
+
+python -m examples.continuous.prepare --out DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+
+from examples.write import jsonl
+from fedtune.demo import generate
+from fedtune.demo.generate import DEPARTMENTS, DESKS, HOSPITALS, OWN_SHARE, Hospital
+from fedtune.dp.accountant import calibrate
+
+LIFE = 8  # rounds that a patient's budget pays for
+EPSILON, DELTA = 8.0, 1e-4
+MOVED = 5  # departments that change desks
+EVALUATED = 297
+SCHEDULE = """
+[schedule]
+every = "1d"
+start = "2026-01-05T02:00:00Z"
+confidence = 0.9            # how sure of being better before a new adapter is released
+"""
+
+Desks = dict[str, str]
+Rows = list[dict[str, str]]
+
+
+def write(folder: Path, seed: int = 0, patients: float = 1.0) -> Path:
+    """Write it all under `folder`; returns study.toml. patients: a share of the demo's numbers."""
+    rng = random.Random(seed)
+    before = dict(zip(DEPARTMENTS, rng.sample(DESKS, len(DESKS)), strict=True))
+    after = moved(before, rng)
+    for hospital in HOSPITALS:
+        count = round(hospital.patients * patients)
+        here = _records(hospital, 1, count, before, rng)
+        later = _records(hospital, 1001, count, after, rng)
+        site = folder / "sites" / hospital.name
+        jsonl(site / "notes.jsonl", here)
+        jsonl(folder / "later" / f"{hospital.name}.jsonl", [*here, *later])
+        text = generate.SITE.format(name=hospital.name, patients=count)
+        (site / "site.toml").write_text(text, encoding="utf-8")
+    for place, desks in ((folder, before), (folder / "later", after)):
+        jsonl(place / "evaluation.jsonl", _public(desks, random.Random(seed + 1)))
+    jsonl(folder / "public.jsonl", generate.public_notes(rng))
+    return _study(folder, seed)
+
+
+def moved(desks: Desks, rng: random.Random) -> Desks:
+    """The same desks with MOVED departments each at the next one's."""
+    who = rng.sample(DEPARTMENTS, MOVED)
+    return desks | {name: desks[who[(n + 1) % MOVED]] for n, name in enumerate(who)}
+
+
+def _records(hospital: Hospital, first: int, count: int, desks: Desks, rng: random.Random) -> Rows:
+    """One note of each of `count` patients, numbered from `first`."""
+    rows: Rows = []
+    for number in range(first, first + count):
+        own = rng.random() < OWN_SHARE
+        pool = [d for d in DEPARTMENTS if (d in hospital.own) == own]
+        rows += generate.patient_notes(hospital, number, rng.choice(pool), 1, desks, rng)
+    return rows
+
+
+def _public(desks: Desks, rng: random.Random) -> Rows:
+    """The same notes whatever the desks."""
+    rows: Rows = []
+    for i in range(EVALUATED):
+        hospital = HOSPITALS[i % len(HOSPITALS)]
+        department = DEPARTMENTS[i // len(HOSPITALS) % len(DEPARTMENTS)]
+        rows += generate.patient_notes(hospital, 7001 + i, department, 1, desks, rng)
+    return rows
+
+
+def _study(folder: Path, seed: int) -> Path:
+    choices = ", ".join(f'" {letter}"' for letter in DESKS)
+    text = generate.STUDY.format(seed=seed, choices=choices)
+    sigma = calibrate(EPSILON, DELTA, 1.0, LIFE)
+    changes = {
+        'name = "hospitals"': 'name = "continuous"',
+        "rounds = 8\n": "",
+        "epsilon = 8.0\n": f"epsilon = {EPSILON}               # all that one patient ever pays\n"
+        f"noise_multiplier = {sigma}   # so that it pays for {LIFE} rounds\n",
+        'path = "test.jsonl"': 'path = "evaluation.jsonl"',
+    }
+    for old, new in changes.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    path = folder / "study.toml"
+    path.write_text(text + SCHEDULE, encoding="utf-8")
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/continuous"), help="a folder")
+    parser.add_argument("--seed", type=int, default=0, help="other hospitals, other letters")
+    chosen = parser.parse_args()
+    study = write(chosen.out, chosen.seed)
+    print(f"wrote {study} and {study.parent / 'sites'}; next:")
+    print(f"  fedtune simulate {study} --sites {study.parent / 'sites'} --rounds {LIFE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Play the change: rounds before it, the new records and the new public file, rounds after it.
+
+python -m examples.continuous.run --out DIR [--seed 0] [--nobody]
+
+--nobody: the public file changes and nobody arrives, so that after the change there is only noise.
+It ends with one line of JSON: accuracy on the public records of what is released, before the
+change, at once after it, and at the end; how many versions were released and kept back; and the
+largest ε of a patient by each hospital's own ledger."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from examples.continuous.prepare import LIFE, write
+from fedtune.config import load_site
+from fedtune.dp.ledger import Ledger
+from fedtune.ledger_view import heaviest
+from fedtune.simulate import simulate
+from fedtune.sites import sites_in
+from server.versions import Version, Versions
+
+
+def run(out: Path, seed: int = 0, *, arrive: bool = True, patients: float = 1.0) -> dict[str, Any]:
+    """The whole play under `out`. Between its halves everything is shut down and resumed."""
+    study = write(out / "data", seed, patients)
+    sites = sites_in(out / "data" / "sites")
+    simulate(study, sites, out / "run", rounds=LIFE)
+    later = study.parent / "later"
+    (later / "evaluation.jsonl").replace(study.parent / "evaluation.jsonl")
+    for site in sites if arrive else ():
+        shutil.copy(later / f"{site.parent.name}.jsonl", site.parent / "notes.jsonl")
+    simulate(study, sites, out / "run", rounds=2 * LIFE, resume=True)
+    return {"seed": seed, "arrive": arrive, **_found(out / "run"), "epsilon": _spent(sites)}
+
+
+def _found(folder: Path) -> dict[str, Any]:
+    index = Versions(folder).index()
+    assert index is not None
+    by = {version.number: version for version in index.versions}
+    after = [v.decision for v in index.versions if v.number > LIFE]
+    return {
+        "before": _released(by[LIFE]),
+        "at the change": by[LIFE + 1].champion_value,
+        "at the end": _released(by[2 * LIFE]),
+        "each round": [round(_released(by[n]), 3) for n in range(1, 2 * LIFE + 1)],
+        "released after it": after.count("released"),
+        "kept back after it": after.count("kept back"),
+    }
+
+
+def _released(version: Version) -> float:
+    """The metric of what is in use once `version` was decided about."""
+    value = version.value if version.decision == "released" else version.champion_value
+    assert value is not None
+    return value
+
+
+def _spent(sites: list[Path]) -> float:
+    found = []
+    for path in sites:
+        site = load_site(path)
+        cohorts = Ledger(site.site.state).cohorts(site.data.name)
+        found.append(heaviest(site.data.name, cohorts, site.policy).epsilon)
+    return max(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/continuous"), help="a new folder")
+    parser.add_argument("--seed", type=int, default=0, help="other hospitals, other letters")
+    parser.add_argument("--nobody", action="store_true", help="after the change nobody arrives")
+    chosen = parser.parse_args()
+    print(json.dumps(run(chosen.out, chosen.seed, arrive=not chosen.nobody)))
+
+
+if __name__ == "__main__":
+    main()
