@@ -197,24 +197,25 @@ def plan_table(study: Study, plans: Sequence[tuple[str, int, DpPlan]]) -> Table:
 def versions_table(index: Index) -> Table:
     """Every version of a run and what was decided about it; the one in use is marked."""
     table = Table(
-        caption="sure: of 1,000 resamples of the public records, the share in which the version is "
-        "better than the one in use then. public: sha256 of those records.",
+        caption="against: the version in use then, on the same public records. sure: the share of "
+        "1,000 resamples of them in which this one is better. public: their sha256.",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
         pad_edge=False,
     )
-    table.add_column("version", no_wrap=True)
-    table.add_column("scheduled", no_wrap=True)
-    for head in ("value", "in use then", "its value", "sure"):
+    for head in ("version", "scheduled, UTC"):
+        table.add_column(head, no_wrap=True)
+    for head in ("value", "against", "sure"):
         table.add_column(head, justify="right", no_wrap=True)
     for head in ("public", "decision"):
         table.add_column(head, no_wrap=True)
     for v in index.versions:
         mark = " ←" if v.number == index.champion else ""
-        other = "–" if v.champion is None else str(v.champion)
-        numbers = (_short(v.value), other, _short(v.champion_value), _short(v.sure))
-        row = (f"{v.number}{mark}", v.at or "–", *numbers, v.public[:8] or "–", v.decision)
-        table.add_row(*map(escape, row))
+        other = "–" if v.champion is None else f"{_short(v.champion_value)} ({v.champion})"
+        at = v.at[:16].replace("T", " ") or "–"
+        row = (f"{v.number}{mark}", at, _short(v.value), other, _short(v.sure), v.public[:8] or "–")
+        table.add_row(*map(escape, (*row, v.decision)))
     return table
 
 

@@ -85,7 +85,7 @@ KILLS = [
     ("its files on disk", versions, "_sync", 2),
     ("the index", Versions, "_write", 3),
     ("the link", Versions, "_settle", 4),
-    ("a file put in place", files, "replace", 12),
+    ("a file put in place", files, "replace", 4),
     ("a rename", os, "replace", 15),
     ("the first version", Versions, "begin", 1),
     ("the first version's files", Versions, "_put", 1),
