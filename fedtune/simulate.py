@@ -47,7 +47,7 @@ def simulate(
     for path in sites:  # here the sites are the user's own: say now what is wrong with their files
         check_data(load_site(path), study)
     # Nobody is on the way: who fails now fails again.
-    at_once = Parts(patience=0.0, pause=0.0, clock=Quick(), upto=rounds)
+    at_once = Parts(patience=0.0, pause=0.0, clock=Quick(), upto=rounds, skip=False)
     if engine == "ray":
         from fedtune.flower.ray_engine import simulate_ray
 
@@ -57,7 +57,7 @@ def simulate(
             out,
             resume=resume,
             on_event=on_event,
-            parts=Parts(pause=1.0, clock=Quick(), upto=rounds),
+            parts=Parts(pause=1.0, clock=Quick(), upto=rounds, skip=False),
             processes=processes,
         )
     files = [path.resolve() for path in sites]

@@ -123,7 +123,8 @@ class Parts:
     run (None: only in the run's checkpoint); patience: seconds to wait at the start until
     strategy.min_sites sites admit the plan; pause: seconds before the first retry of a round
     (twice that before the second, and so on); clock, upto: of a study without a last round, the
-    time of day, and the round to stop after (None: somebody stops it)."""
+    time of day, and the round to stop after (None: somebody stops it); skip: leave a round out
+    that too few delivered, and go on with the next slot's."""
 
     start: Callable[[Study], Started] = _start
     evaluator: Callable[[Study, Arrays], Measures] = _evaluator
@@ -143,3 +144,4 @@ class Parts:
     pause: float = 10.0
     clock: Clock = field(default_factory=Wall)
     upto: int | None = None
+    skip: bool = True

@@ -145,6 +145,8 @@ class _Run:
         try:
             self._round(number)
         except TooFew as error:
+            if not self.parts.skip:
+                raise
             self.strategy = strategies.build(self.study)  # less what some delivered
             self.strategy.load_state(self.progress.strategy)
             self._event("step", text=str(error))

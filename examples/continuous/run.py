@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from client.site import worker
 from examples.continuous.prepare import LIFE, write
 from fedtune.config import load_site
 from fedtune.dp.ledger import Ledger
@@ -29,6 +30,7 @@ def run(out: Path, seed: int = 0, *, arrive: bool = True, patients: float = 1.0)
     study = write(out / "data", seed, patients)
     sites = sites_in(out / "data" / "sites")
     simulate(study, sites, out / "run", rounds=LIFE)
+    worker.cache_clear()  # each site starts anew, from its files and its ledger
     later = study.parent / "later"
     (later / "evaluation.jsonl").replace(study.parent / "evaluation.jsonl")
     for site in sites if arrive else ():

@@ -179,6 +179,13 @@ def test_a_round_that_too_few_deliver_is_left_out_and_the_study_goes_on(trial: A
     assert load_all(run) == load_all(whole)
 
 
+def test_where_nobody_is_to_come_a_round_that_fails_is_an_error(trial: Any) -> None:
+    """A simulation would go on for ever."""
+    run = trial(FakeSite("a"), FakeSite("b", script=dict.fromkeys(range(2, 99), OSError())))
+    with pytest.raises(InfrastructureError, match="1 sites delivered"):
+        go(run, 2, skip=False)
+
+
 def load_all(run: Any) -> Any:
     from server.store import load
 
