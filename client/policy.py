@@ -117,8 +117,9 @@ def within_budget(
         return
     policy = site.policy
     mine = [charge.event for charge in charges if charge.study == plan.study]
-    planned = 0 if plan.lifetime else plan.steps - sum(event.steps for event in mine)
-    ahead = max(planned, at_least)
+    ahead = max(plan.steps - sum(event.steps for event in mine), at_least)
+    if plan.lifetime is not None:
+        ahead = at_least
     alone = accountant.epsilon([*mine, *plan.events(ahead)], plan.delta)
     if plan.lifetime is not None and alone > plan.lifetime:
         raise BudgetExceeded("the round would go past privacy.epsilon, the plan's own lifetime")

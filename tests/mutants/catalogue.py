@@ -760,6 +760,61 @@ MERGE_MUTANTS = (
     ),
 )  # fmt: skip
 
+ARRIVALS, CONTINUOUS = "fedtune/dp/ledger_arrivals.py", "server/continuous.py"
+T_ARRIVALS, T_COHORTS = "tests/dp/test_arrivals.py::", "tests/continuous/test_cohorts.py::"
+T_VERSIONS = "tests/continuous/test_versions.py::"
+
+CONTINUOUS_MUTANTS = (
+    _one(
+        "late", "who-arrives-late-pays-nothing", "fedtune/dp/ledger.py",
+        "return spent.seq > arrival and arrival not in self._reserved[spent.seq].out",
+        "return arrival < 3 and arrival not in self._reserved[spent.seq].out",
+        T_ARRIVALS + "test_each_unit_bears_the_rounds_it_was_in",
+        "only the first cohort is charged",
+    ),
+    _one(
+        "late", "who-is-out-pays-all-the-same-and-never-ends", "fedtune/dp/ledger.py",
+        "                    out.add(cohort.arrival)\n", "                    continue\n",
+        T_ARRIVALS + "test_each_unit_bears_the_rounds_it_was_in",
+        "a cohort that the filter refuses is not left out",
+    ),
+    _one(
+        "late", "the-spent-stay-in", SITE, "lambda key: arrival(key) in spent",
+        "lambda key: arrival(key) in ()",
+        T_COHORTS + "test_who_has_spent_everything_is_out_and_the_others_go_on",
+        "the ledger leaves a cohort out and its records train on",
+    ),
+    _one(
+        "late", "a-new-key-is-a-new-life", ARRIVALS,
+        "if not any(member in known for member in unit)", "if unit[0] not in known",
+        T_ARRIVALS + "test_a_new_key_with_a_known_record_bears_everything",
+        "new pseudonyms for old patients begin a new budget",
+    ),
+    _one(
+        29, "rounds-begin-by-a-count", "fedtune/config.py", "if COUNTS.search(value):", "if False:",
+        "tests/continuous/test_schedule.py::test_a_round_that_a_count_begins_is_refused",
+        "every so many records",
+    ),
+    _one(
+        "release", "any-challenger-is-released", CONTINUOUS,
+        "better = found.sure >= self.table.confidence", "better = True",
+        T_VERSIONS + "test_only_what_is_better_is_released", "a worse adapter is promoted",
+    ),
+    _one(
+        "release", "a-rollback-does-not-hold", "server/versions.py",
+        "            if index.pinned:\n", "            if index.pinned and not index.versions:\n",
+        T_VERSIONS + "test_a_rollback_holds_over_restarts_until_it_is_undone",
+        "the next round releases again what a person took back",
+    ),
+    _one(
+        "release", "the-link-before-the-index", "server/versions.py",
+        "            self._write(index)\n            self._settle(index)\n            return version\n",
+        "            self._settle(index)\n            self._write(index)\n            return version\n",
+        T_VERSIONS + "test_a_kill_loses_nothing_and_releases_nothing_else",
+        "killed in between, what is released is on no list",
+    ),
+)  # fmt: skip
+
 MUTANTS: tuple[Mutant, ...] = (
     *LOSS_MUTANTS,
     *GRADIENT_MUTANTS,
@@ -772,6 +827,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *ENCODING_MUTANTS,
     *GUARANTEE_MUTANTS,
     *TEAM_MUTANTS,
+    *CONTINUOUS_MUTANTS,
     *MADE_MUTANTS,
     *MERGE_MUTANTS,
 )
