@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import fedtune
@@ -22,11 +21,12 @@ def epsilons(progress: Progress, parts: Parts) -> dict[str, float]:
     privacy = progress.study.privacy
     if isinstance(privacy, str):
         return {}
-    most = privacy.epsilon if progress.study.continuous else None
-    return {
-        name: min(_epsilon(events, parts, privacy), math.inf if most is None else most)
-        for name, events in sorted(progress.events.items())
+    found = {
+        name: _epsilon(events, parts, privacy) for name, events in sorted(progress.events.items())
     }
+    if progress.study.continuous and privacy.epsilon is not None:
+        found = {name: min(spent, privacy.epsilon) for name, spent in found.items()}
+    return found
 
 
 def _epsilon(events: list[dict[str, Any]], parts: Parts, privacy: PrivacyTable) -> float:

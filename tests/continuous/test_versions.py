@@ -83,7 +83,7 @@ KILLS = [
     ("entered", Versions, "add", 3),
     ("its files", Versions, "_put", 2),
     ("its files on disk", versions, "_sync", 2),
-    ("the index", Versions, "_write", 3),
+    ("the index", Versions, "_write", 4),
     ("the link", Versions, "_settle", 4),
     ("a file put in place", files, "replace", 4),
     ("a rename", os, "replace", 15),
