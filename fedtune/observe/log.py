@@ -65,7 +65,7 @@ PHRASES = (
     "policy.allow_privacy_off", "policy.admission", "policy.min_noise_multiplier",
     "policy.min_units", "policy.max_grad_norm", "policy.max_sampling_rate", "policy.max_steps",
     "policy.max_rank", "policy.modules", "policy.objectives", "policy.strategies",
-    "does not run with --watch", "the plan has no [schedule]",
+    "does not run with --watch", "the plan has no [schedule]", "the plan's own lifetime",
     "policy.bases", "policy.coordinators", "policy.release", "site.evaluation is not given",
     "the self-test failed", "patient column", "lora.a_digest", 'privacy = "off"', "not in the plan",
     "the ledger was rolled back", "self-test", "does not know the plan",
