@@ -94,6 +94,8 @@ class _Run:
         mine = parts.key.public  # a site takes a receipt for what it is only from who signed it
         earlier = self.receipts.read()
         self.earlier = {k: r for k, r in earlier.items() if r.get("coordinator") == mine}
+        kept = progress.receipts.items()  # a simulation that is resumed has another key
+        progress.receipts = {n: r for n, r in kept if r.get("coordinator") == mine}
         plan = plan_message(self.study, progress.frozen, parts.key)
         self.roster = Roster(
             *(grid, self.study, plan, progress.sizes, progress.keys, self._tell), parts.enrolled

@@ -51,6 +51,7 @@ def parts(upto: int, clock: Quick | None = None, **changes: Any) -> Parts:
         "fingerprint": lambda path: "public",
         "clock": clock or Quick(START),
         "upto": upto,
+        "skip": False,
     }
     return make_parts(**(usual | changes))
 

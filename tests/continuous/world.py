@@ -68,6 +68,7 @@ def run(
             on_round(data["round"])
 
     parts.setdefault("report", lambda out, body: None)  # its picture takes longest
+    parts.setdefault("skip", False)  # what fails now fails again, for ever
     made = Parts(patience=0.0, pause=0.0, clock=clock or Quick(1.8e9), upto=upto, **parts)
     out = study.parent / "run"
     rounds.run(grid, load_study(study), out, resume=True, parts=made, on_event=on_event)

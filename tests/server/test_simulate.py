@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from client.site import worker
 from fedtune.errors import ConfigError
 from fedtune.simulate import simulate, sites_in
 
@@ -82,6 +83,20 @@ def test_a_study_runs_from_files_to_report(world: Path):
     logged = (world / "state-a" / "steps.jsonl").read_text().splitlines()
     assert len(logged) == 2
     assert json.loads((world / "out" / "report.json").read_text())["plan_digest"].startswith("sha")
+
+
+def test_a_simulation_that_was_stopped_is_resumed_by_a_new_process(world: Path):
+    def stop(kind: str, data: dict[str, object]) -> None:
+        if kind == "round":
+            raise KeyboardInterrupt
+
+    sites = sites_in(world)
+    with pytest.raises(KeyboardInterrupt):
+        simulate(world / "study.toml", sites, world / "out", on_event=stop)
+    worker.cache_clear()  # the sites' state is all that a new process finds
+    body = simulate(world / "study.toml", sites, world / "out", resume=True)
+    assert [entry["participants"] for entry in body["rounds"]] == [["a", "b"]] * 2
+    assert all(site["steps"] == 2 for site in body["privacy"]["sites"].values())
 
 
 def test_site_files_are_found_and_studies_are_not(world: Path):
