@@ -28,7 +28,7 @@ COLUMNS = Annotated[
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands on `app`."""
-    for each in (label, merge, export):
+    for each in (label, merge, export, fit):
         command(app, panel=PANEL)(each)
 
 
@@ -141,16 +141,19 @@ def _public_text(path: Path) -> str:
 def merge(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN…", help="Folders of finished runs, two or more."),
+        typer.Argument(
+            metavar="RUN…", help="Folders of finished runs, or of exported models; two or more."
+        ),
     ],
     out: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="The new run folder.", show_default=False)
     ],
     method: Annotated[
-        Literal["linear", "svd", "ties", "dare", "slerp"],
+        Literal["linear", "svd", "ties", "dare", "slerp", "regmean"],
         typer.Option(
             help="linear: the updates add up, exactly. svd: the same at a smaller rank. "
-            "ties, dare: part of each update. slerp: two, along the arc between them."
+            "ties, dare: part of each update. slerp: two, along the arc between them. regmean: "
+            "each acts on what its own public text looks like."
         ),
     ] = "linear",
     weights: Annotated[
@@ -183,7 +186,7 @@ def merge(
     """Merge the adapters of finished runs of one base into one, with a report of its own.
 
     Reads no record of a site and spends nothing. Its ε: what ran at the same site is composed, and
-    so is what may have been the same site."""
+    so is what may have been the same site. Exported models are merged whole, by mergekit."""
     from rich.markdown import Markdown
 
     from fedtune.console import closing
@@ -236,3 +239,49 @@ def export(
     with Console().status("merging base and adapter"):
         made = write(run, out, to, dtype)
     typer.echo(f"wrote {made}")
+
+
+def fit(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="The public plan, study.toml.")],
+    target: Annotated[
+        float, typer.Option(metavar="X", help="What the study's metric should reach.")
+    ],
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--base",
+            metavar="MODEL",
+            help="A candidate; repeat it. Without: the study's base and those of `models list`.",
+        ),
+    ] = None,
+    sites: Annotated[int, typer.Option(min=1, metavar="N", help="Sites to predict for.")] = 3,
+    size: Annotated[int, typer.Option(min=1, metavar="N", help="Declared size of each.")] = 200,
+    epsilons: Annotated[
+        list[float] | None,
+        typer.Option("--epsilon", metavar="E", help="Predict at this ε too; repeat it."),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="The same as JSON.")
+    ] = None,
+) -> None:
+    """Measure bases on this machine, and name the smallest that meets a target.
+
+    Reads the study's public text and evaluation records; no record of a site. What it says of ε is
+    a prediction from one pass: it tells hopeless from learnable, and is optimistic at small ε."""
+    from fedtune.config import load_study
+    from fedtune.console import fit_table
+    from fedtune.files import replace
+    from fedtune.fit import fit as measure
+    from fedtune.models.known import KNOWN, PREFIX
+
+    known = [PREFIX + name for name, entry in KNOWN.items() if entry.kind == "causal"]
+    asked = models or list(dict.fromkeys([load_study(study).base.model, *known]))
+    console = Console()
+    with console.status("measuring bases, one process each"):
+        found = measure(study, asked, target, sites=sites, size=size, epsilons=epsilons or [])
+    console.print(fit_table(found))
+    said = f"the smallest that meets {found.metric} {found.target:g} ({found.by})"
+    typer.echo(f"{said}: {found.chosen or 'none of them'}")
+    if json_file:
+        replace(json_file, (found.as_json() + "\n").encode())
+        typer.echo(f"wrote {json_file}")

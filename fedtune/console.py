@@ -22,6 +22,7 @@ from fedtune.report.claim import best_guess, percent, rounded_up
 if TYPE_CHECKING:
     from fedtune.config import Study
     from fedtune.dp.plan import DpPlan
+    from fedtune.fit import Fit
     from fedtune.models.base import Row
     from server.versions import Index
 
@@ -231,6 +232,35 @@ def evaluation_table(found: dict[str, Any]) -> Table:
         low, high = interval[key]
         sign = "+" if key == "change" else ""
         table.add_row(label, f"{value:{sign}.4g}", f"{low:{sign}.4g} to {high:{sign}.4g}")
+    return table
+
+
+def fit_table(found: Fit) -> Table:
+    """One row per candidate, the smallest first; what cannot be used, and why."""
+    epsilons = next((list(row.predicted) for row in found.rows if row.predicted), [])
+    table = Table(
+        title=f"bases, by size; {found.metric}",
+        caption="predicted: from one pass over public records, not measured. memory: most that a "
+        "process held. tokens/s, records/s: first pass, and a training step. up, down: a round "
+        "and site.",
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("base")
+    heads = ("parameters", "memory", "tokens/s", "records/s", "base alone")
+    for head in (*heads, *(f"predicted, ε = {e}" for e in epsilons), "up", "down"):
+        table.add_column(head, justify="right")
+    for row in found.rows:
+        if row.failed:
+            table.add_row(escape(row.model), escape(row.failed))
+            continue
+        cost = (f"{row.parameters / 1e6:,.4g} M", _size(row.memory))
+        speed = (f"{row.tokens:,.0f}", f"{row.step:,.0f}")
+        told = [_short((row.predicted or {}).get(e)) for e in epsilons]
+        wire = (_size(row.up), _size(row.down))
+        table.add_row(escape(row.model), *cost, *speed, _short(row.base), *told, *wire)
     return table
 
 

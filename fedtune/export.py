@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from fedtune.config import Study
 from fedtune.errors import ConfigError, InfrastructureError, InputError
 from fedtune.files import sync_folder
 from fedtune.models.base import Base
@@ -40,7 +41,7 @@ def export(run: Path, out: Path, to: Kind, stored: Stored | None = None) -> Path
         raise ConfigError(f"{out}: exists", "a new name", "choose another --out")
     report = _report(run)
     _check(run)
-    with _drafted(out) as draft:
+    with drafted(out) as draft:
         if to == "hf":
             base = _folder(run, draft, stored)
             _card(draft, run, report, base)
@@ -77,7 +78,7 @@ def _report(run: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _drafted(out: Path) -> Iterator[Path]:
+def drafted(out: Path) -> Iterator[Path]:
     """A path beside `out` that becomes it when all went well. Errors: InfrastructureError."""
     draft = out.with_name(f"{out.name}.{os.getpid()}.new")
     try:
@@ -135,6 +136,18 @@ def _about(report: dict[str, Any], base: Base) -> dict[str, str]:
     }
 
 
+def _origin(study: Study) -> list[str]:
+    """Whose weights these are, where they are not the base's own."""
+    table = study.base.quantisation
+    if table is None:
+        return []
+    return [
+        "",
+        f"It was trained on the base quantised to {table.method}. These weights are the quantised "
+        "ones, written out as plain numbers, with the adapter added.",
+    ]
+
+
 def _card(folder: Path, run: Path, report: dict[str, Any], base: Base) -> None:
     """README.md: what hubs read, how to load it, and the run's report."""
     found = (run / "report.md").read_text(encoding="utf-8").splitlines()
@@ -152,12 +165,17 @@ def _card(folder: Path, run: Path, report: dict[str, Any], base: Base) -> None:
         "",
         f"Base and adapter as one model; {_claim(report)}. The base's licence ({base.licence}) "
         "holds for this model too.",
+        *_origin(load_plan(run)),
         "",
         '    AutoModelForCausalLM.from_pretrained("THIS FOLDER")',
         "",
         *found[1:],  # its own title is above
     ]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    shutil.copyfile(run / "report.json", folder / "report.json")
+    table = load_plan(run).base.quantisation
+    if table:
+        report = report | {"base": report["base"] | {"quantisation": table.model_dump()}}
+    text = json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False)
+    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
     if (run / "progress.png").is_file():
         shutil.copyfile(run / "progress.png", folder / "progress.png")

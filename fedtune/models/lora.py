@@ -38,6 +38,7 @@ def attach(model: PreTrainedModel, lora: LoraTable, base_name: str) -> PeftModel
         layers_to_transform=layers,
         lora_dropout=0.0,  # a dropout mask would be shared by the rows of a micro-batch
         bias="none",
+        use_rslora=lora.variant == "rslora",
         task_type="CAUSAL_LM" if "CausalLM" in type(model).__name__ else None,
     )
     try:

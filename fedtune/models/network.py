@@ -23,13 +23,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fedtune.config import LoraTable, Study
+from fedtune.config import LoraTable, QuantisationTable, Study
 from fedtune.errors import ConfigError, ModelError
 from fedtune.models import lora as lora_module
 from fedtune.models.base import Base, find_base, load_backbone, load_tokenizer
 from fedtune.models.known import Kind
 from fedtune.models.lora import Arrays
 from fedtune.models.loss import head_loss
+from fedtune.models.quantise import quantise
 from fedtune.models.split import Split, cut
 from fedtune.models.states import State
 from fedtune.objectives import find
@@ -46,12 +47,18 @@ def build(study: Study, source: str | None = None) -> Network:
     outputs = find(study.objective).outputs
     # Neither A's values nor their origin change the network: studies that differ in them share it.
     lora = study.lora and study.lora.model_copy(update={"a_digest": None, "a_init": "seed"})
-    return _build(base, _dtype(study.base.dtype), lora, outputs)
+    return _build(base, _dtype(study.base.dtype), lora, outputs, study.base.quantisation)
 
 
 @lru_cache(maxsize=1)
-def _build(base: Base, dtype: torch.dtype, lora: LoraTable | None, outputs: int) -> Network:
-    return Network(base, dtype, lora, outputs)
+def _build(
+    base: Base,
+    dtype: torch.dtype,
+    lora: LoraTable | None,
+    outputs: int,
+    quantisation: QuantisationTable | None,
+) -> Network:
+    return Network(base, dtype, lora, outputs, quantisation)
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -80,7 +87,14 @@ class Network:
     """A frozen base with its adapter or head. Shapes: B records, L positions, H hidden, V classes
     or vocabulary. Adapters and heads are fp32 whatever the base."""
 
-    def __init__(self, base: Base, dtype: torch.dtype, lora: LoraTable | None, labels: int) -> None:
+    def __init__(
+        self,
+        base: Base,
+        dtype: torch.dtype,
+        lora: LoraTable | None,
+        labels: int,
+        quantisation: QuantisationTable | None = None,
+    ) -> None:
         if not lora and not labels:
             raise ConfigError("nothing to train", "a [lora] table, or objective classify or reward")
         self.base, self.dtype, self.kind = base, dtype, base.kind
@@ -89,6 +103,8 @@ class Network:
         # A processor here unless there is a GPU; CUDA_VISIBLE_DEVICES says which, as anywhere.
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model: PreTrainedModel | PeftModel = nn.Module.to(whole, self.device)
+        if quantisation:
+            quantise(whole, quantisation, dtype)
         self._backbone: nn.Module = whole.model if base.kind == "causal" else whole
         self._lm_head: nn.Module | None = whole.lm_head if base.kind == "causal" else None
         self.hidden_size: int = whole.config.hidden_size

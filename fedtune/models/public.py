@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from fedtune.data.tokens import Dataset
@@ -61,7 +61,7 @@ def _recording(network: Network, inputs: dict[str, list[torch.Tensor]]) -> Itera
     position = _Position()
     handles = []
     for name, module in network.model.named_modules():
-        if isinstance(module, LoraLinear):
+        if isinstance(module, LoraLayer):
             into = inputs.setdefault(f"{name}.lora_A.default.weight", [])
 
             def record(

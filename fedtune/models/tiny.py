@@ -36,7 +36,8 @@ def tiny_network(study: Study, base: Base) -> Network:
         layers = _write(base, Path(name), study.study.seed)
         outputs = find(study.objective).outputs
         lora = study.lora and _scaled(study.lora, *layers)
-        network = Network(find_base(name), torch.float32, lora, outputs)
+        small = find_base(name)
+        network = Network(small, torch.float32, lora, outputs, study.base.quantisation)
     draw = np.random.default_rng(study.study.seed)
     network.load_trainable(
         {n: draw.normal(size=a.shape).astype(np.float32) for n, a in network.trainable().items()}

@@ -20,6 +20,7 @@ from fedtune.errors import ModelError
 from fedtune.models import lora
 from fedtune.models.base import Base, find_base, load_backbone, load_tokenizer
 from fedtune.models.network import pooled
+from fedtune.models.quantise import rounded
 from fedtune.runs import ADAPTER, load_adapter, load_plan
 
 PLAN = "plan.json"
@@ -131,6 +132,8 @@ def load(
             "use the copy that the digest was taken of",
         )
     model: Any = load_backbone(base, dtype)
+    if study is not None and study.base.quantisation:
+        rounded(model, study.base.quantisation)
     head = None
     if adapter is not None:
         if (adapter / ADAPTER).is_file():

@@ -747,6 +747,24 @@ MERGE_MUTANTS = (
         "cross terms between one run's A and another's B",
     ),
     _one(
+        18, "outliers-of-the-whole-batch", "fedtune/models/quantise.py",
+        "OUTLIERS = 0.0", "OUTLIERS = 6.0",
+        "tests/models/test_quantise.py::test_no_record_decides_how_anothers_numbers_are_rounded",
+        "LLM.int8()'s own setting: one record decides how another is rounded",
+    ),
+    _one(
+        "quantise", "the-plans-bits-are-forgotten", NETWORK,
+        "lora, outputs, study.base.quantisation)", "lora, outputs, None)",
+        "tests/models/test_quantise.py::test_weights_are_held_in_few_bits_and_the_head_is_not",
+        "a plan that names 4 bits trains on another base",
+    ),
+    _one(
+        "lora", "rank-stabilised-in-the-plan-alone", LORA,
+        'use_rslora=lora.variant == "rslora"', "use_rslora=False",
+        "tests/models/test_variants.py::test_rslora_is_a_scaling_and_the_oracles_pass",
+        "merging and export scale by another number than training did",
+    ),
+    _one(
         "export", "rotary-halves-stay-apart", "fedtune/models/gguf_file.py",
         "tensor = interleaved(tensor, shared)", "pass",
         "tests/test_export.py::test_transformers_own_reader_gives_the_same_logits",

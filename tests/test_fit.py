@@ -1,0 +1,185 @@
+"""Choosing a base: what is measured, what is predicted, and that no site is asked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fedtune import fit as fit_module
+from fedtune.config import Study, load_study
+from fedtune.errors import ConfigError
+from fedtune.fit import Row, fit, measure
+from tests.test_cli import run
+
+STUDY = """
+[study]
+name = "small"
+[base]
+model = "{base}"
+dtype = "float32"
+[lora]
+rank = 8
+modules = ["gate_proj", "up_proj", "down_proj"]
+last_layers = 1
+a_init = "public"
+[objective]
+name = "causal_lm"
+max_length = 64
+append_eos = false
+[public]
+path = "test.jsonl"
+licence = "CC0-1.0"
+columns = {{ prompt = "q" }}
+[training]
+rounds = 4
+sampling_rate = 1.0
+learning_rate = 0.5
+[clipping]
+mode = "normalised"
+[privacy]
+epsilon = 8
+delta = 1e-4
+[evaluation]
+path = "test.jsonl"
+metric = "accuracy"
+choices = ["y", "n"]
+columns = {{ prompt = "q", completion = "a" }}
+"""
+
+
+def lay_out(folder: Path, base: Path, learnable: bool = True) -> Path:
+    """Answers that follow the question, or a coin."""
+    draw = np.random.default_rng(0)
+    words = {"y": "fever cough", "n": "blood pressure"}
+    rows = []
+    for number in range(60):
+        said = "yn"[number % 2]
+        answer = said if learnable else "yn"[int(draw.integers(2))]
+        rows.append({"q": f"{words[said]} {draw.integers(9)} clinic", "a": answer})
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "study.toml").write_text(STUDY.format(base=base))
+    return folder / "study.toml"
+
+
+def copy_with_other_weights(base: Path, folder: Path, scale: float) -> Path:
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(scale)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((base / name).read_bytes())
+    return folder
+
+
+def test_a_candidate_is_measured(tmp_path: Path, tiny_base: Path) -> None:
+    study = load_study(lay_out(tmp_path, tiny_base))
+    row = measure(study, 3, 200, [8.0, 0.01])
+    assert row.parameters > 30_000 and row.memory > 50e6 and row.tokens > 0 and row.step > 0
+    assert row.base == pytest.approx(0.5, abs=0.2)
+    size = 8 * (64 + 64 + 32)  # B of gate, up and down
+    assert size <= row.up <= 1.1 * size + 100 and row.down == row.up
+
+
+def test_the_prediction_tells_the_learnable_from_a_coin(tmp_path: Path, tiny_base: Path) -> None:
+    told = {}
+    for learnable in (True, False):
+        study = load_study(lay_out(tmp_path / str(learnable), tiny_base, learnable))
+        row = measure(study, 3, 200, [8.0, 0.003])
+        assert row.predicted is not None
+        told[learnable] = row.predicted
+    assert told[True]["8"] > 0.9
+    assert told[True]["8"] > told[True]["0.003"] + 0.2
+    assert abs(told[False]["8"] - 0.5) < 0.25
+
+
+def test_more_sites_and_records_help_where_noise_drowns(tmp_path: Path, tiny_base: Path) -> None:
+    study = load_study(lay_out(tmp_path, tiny_base))
+    few = measure(study, 1, 20, [0.02]).predicted
+    many = measure(study, 9, 5000, [0.02]).predicted
+    assert few is not None and many is not None and many["0.02"] > few["0.02"] + 0.1
+
+
+def test_no_prediction_where_there_are_no_classes(tmp_path: Path, tiny_base: Path) -> None:
+    path = lay_out(tmp_path, tiny_base)
+    path.write_text(path.read_text().replace('metric = "accuracy"', 'metric = "loss"'))
+    row = measure(load_study(path), 3, 200, [8.0])
+    assert row.predicted is None and row.base is not None and row.base > 0
+
+
+def rows(*figures: tuple[str, int, float]) -> dict[str, Row]:
+    made = [Row(n, p, predicted={"8": v}, base=1.0) for n, p, v in figures]
+    return {row.model: row for row in made} | {"broken": Row("broken", failed="no such folder")}
+
+
+@pytest.mark.parametrize(
+    ("target", "chosen"), [(0.5, "small"), (0.7, "middle"), (0.8, "large"), (0.95, None)]
+)
+def test_the_smallest_that_meets_the_target_is_named(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, target: float, chosen: str
+) -> None:
+    known = rows(("large", 900, 0.9), ("small", 100, 0.6), ("middle", 500, 0.75))
+    monkeypatch.setattr(fit_module, "_apart", lambda study, model, *_: known[model])
+    found = fit(lay_out(tmp_path, tiny_base), list(known), target)
+    assert found.chosen == chosen and found.by == "predicted at ε = 8"
+    assert [row.model for row in found.rows] == ["small", "middle", "large", "broken"]
+
+
+def test_where_lower_is_better_lower_is_better(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = lay_out(tmp_path, tiny_base)
+    path.write_text(path.read_text().replace('metric = "accuracy"', 'metric = "loss"'))
+    known = {n: replace(r, predicted=None, base=b) for (n, r), b in zip(
+        rows(("a", 1, 0), ("b", 2, 0)).items(), (3.0, 2.0, 9.0), strict=True)}  # fmt: skip
+    monkeypatch.setattr(fit_module, "_apart", lambda study, model, *_: known[model])
+    assert fit(path, ["a", "b"], 2.5).chosen == "b"
+    assert fit(path, ["a", "b"], 3.5).chosen == "a"
+    assert fit(path, ["a", "b"], 1.0).chosen is None
+
+
+def test_the_command(tmp_path: Path, tiny_base: Path) -> None:
+    """Two candidates and one that is none, each in a process of its own; no site file is there."""
+    study = lay_out(tmp_path / "study", tiny_base)
+    twin = copy_with_other_weights(tiny_base, tmp_path / "twin", 2.0)
+    out = tmp_path / "fit.json"
+    names = [str(tiny_base), str(twin), str(tmp_path / "nothing")]
+    asked = [part for name in names for part in ("--base", name)]
+    done = run("fit", str(study), *asked, "--target", "0.6", "--json", str(out))
+    assert done.exit_code == 0, done.output
+    body = json.loads(out.read_text())
+    assert [row["failed"] == "" for row in body["rows"]] == [True, True, False]
+    assert "no such folder" in body["rows"][2]["failed"]
+    assert body["chosen"] in names[:2] and body["chosen"] in done.output.replace("\n", "")
+
+
+def test_it_needs_public_records_to_measure_on(tmp_path: Path, tiny_base: Path) -> None:
+    path = lay_out(tmp_path, tiny_base)
+    path.write_text(path.read_text().partition("[evaluation]")[0])
+    with pytest.raises(ConfigError, match="no \\[evaluation\\]"):
+        fit(path, [str(tiny_base)], 0.5)
+
+
+def test_a_study_without_privacy_is_judged_by_its_base(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = lay_out(tmp_path, tiny_base)
+    text = path.read_text().replace("[privacy]\nepsilon = 8\ndelta = 1e-4\n", "")
+    path.write_text('privacy = "off"\n' + text)
+    known = {"a": Row("a", 5, base=0.4), "b": Row("b", 9, base=0.8)}
+    seen: list[Study] = []
+
+    def apart(study: Study, model: str, *_: Any) -> Row:
+        seen.append(study)
+        return known[model]
+
+    monkeypatch.setattr(fit_module, "_apart", apart)
+    found = fit(path, ["a", "b"], 0.7)
+    assert (found.chosen, found.by) == ("b", "of the untouched base") and len(seen) == 2

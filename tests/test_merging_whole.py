@@ -1,0 +1,78 @@
+"""Exported models merged whole, by mergekit: the same sums as merging the runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fedtune.errors import ConfigError
+from fedtune.export import export
+from fedtune.merging import merge_runs
+from fedtune.models.merge import Method
+from tests.test_merging import parents  # noqa: F401  (a fixture)
+
+pytest.importorskip("mergekit", reason="pip install 'fedtune[merge]'")
+
+
+@pytest.fixture(scope="module")
+def models(parents: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:  # noqa: F811
+    folder = tmp_path_factory.mktemp("models")
+    return [export(run, folder / run.name, "hf") for run in parents]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return {n: p.detach() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp"])
+def test_whole_models_are_merged_and_the_budgets_with_them(
+    parents: list[Path],  # noqa: F811
+    models: list[Path],
+    tiny_base: Path,
+    tmp_path: Path,
+    method: Method,
+) -> None:
+    out = tmp_path / "both"
+    body = merge_runs(models, out, method=method)
+    merged, base = weights(out), weights(tiny_base)
+    one, other = (weights(model) for model in models)
+    moved = [n for n in base if "down_proj" in n and not torch.equal(one[n], base[n])]
+    assert moved
+    for name in merged if method == "linear" else ():
+        expected = one[name] + other[name] - base[name]
+        assert torch.allclose(merged[name], expected, atol=1e-5)
+    assert not torch.allclose(merged[moved[0]], one[moved[0]], atol=1e-5)
+    assert AutoTokenizer.from_pretrained(out)("fever").input_ids
+    again = merge_runs(parents, tmp_path / "runs", measure=False)
+    assert body["privacy"]["epsilon"] == pytest.approx(again["privacy"]["epsilon"])
+    assert json.loads((out / "report.json").read_text())["merge"]["parents"][1]["epsilon"]
+    assert "Merged from 2 runs" in (out / "README.md").read_text()
+    assert not (out / "mergekit_config.yml").exists()
+
+
+def test_refusals(parents: list[Path], models: list[Path], tmp_path: Path) -> None:  # noqa: F811
+    out = tmp_path / "out"
+    with pytest.raises(ConfigError, match="works on adapters"):
+        merge_runs(models, out, method="svd")
+    with pytest.raises(ConfigError, match="beside runs"):
+        merge_runs([models[0], parents[1]], out)
+    with pytest.raises(ConfigError, match="are the same"):
+        merge_runs([models[0], models[0]], out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_the_extra_it_says_which(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mergekit"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "mergekit", None)
+    with pytest.raises(ConfigError, match=r"mergekit.*fedtune\[merge\]"):
+        merge_runs(models, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
