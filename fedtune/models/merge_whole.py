@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,11 @@ def merge_whole(
     if method == "slerp" and len(models) != 2:
         raise ConfigError("slerp: an arc has two ends", "two models", "use linear")
     try:
-        from mergekit.config import MergeConfiguration
-        from mergekit.merge import run_merge
-        from mergekit.options import MergeOptions
+        with warnings.catch_warnings():  # of its own use of NumPy's inner names
+            warnings.simplefilter("ignore", DeprecationWarning)
+            from mergekit.config import MergeConfiguration
+            from mergekit.merge import run_merge
+            from mergekit.options import MergeOptions
     except ImportError:
         raise ConfigError(
             "merging whole models needs mergekit, which is not here",
@@ -60,5 +63,7 @@ def merge_whole(
     else:
         body["parameters"] = {"normalize": False}
     config = MergeConfiguration.model_validate(body)
-    options = MergeOptions(random_seed=seed, quiet=True, write_model_card=False)
+    options = MergeOptions(
+        random_seed=seed, quiet=True, write_model_card=False, copy_tokenizer=False
+    )
     run_merge(config, str(out), options)
