@@ -78,6 +78,9 @@ metric = "loss"        # or perplexity, exact_match, accuracy, f1, preference
 prompt = "prompt"
 completion = "completion"
 
+# [schedule]           # no last round, one by the clock until somebody stops it: instead of
+# every = "1d"         # `rounds`, give epsilon (one patient's for life) and noise_multiplier
+
 # [private_evaluation] # also ask the sites how likely their own held-out answers are, with noise;
 # noise_multiplier = 8.0  # each question costs ε on those records (four at 8.0: 0.78)
 # every = 4            # rounds between two questions; the last round is always asked about

@@ -214,6 +214,7 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "port": _count,
     "fingerprint": _matching(HEX),
     "next": _matching(MOMENT),
+    "slot": _count,
     "champion": _count,
     "promoted": _flag,
 }

@@ -91,7 +91,7 @@ def _claim(body: dict[str, Any]) -> str:
         "(50 % is no knowledge, 100 % is certainty). This is a proven upper bound for the worst "
         "case, not the result of an attack that was tried. As a level of protection, ε = "
         f"{epsilon} is {strength(p.get('epsilon'))}.\n\n"
-        f"{_held_out(p)}"
+        f"{_for_life(body)}{_held_out(p)}"
         f"ε is counted by {cell(p.get('accountant'))} from the log that each site writes as it "
         "adds the noise, not from the plan. δ is the probability set aside for outcomes that the "
         "bound on ε does not describe.\n\n"
@@ -131,6 +131,18 @@ def _quality(quality: dict[str, Any]) -> str:
         "## Quality\n\nOn the study's held-out records, at the coordinator.\n\n"
         + table(["measure", "base alone", "with the adapter", "change"], rows)
         + "\n\n![Quality and ε by round](progress.png)"
+    )
+
+
+def _for_life(body: dict[str, Any]) -> str:
+    """Of a study without a last round; a paragraph, or nothing."""
+    if not body.get("continuous"):
+        return ""
+    return (
+        "The study has no last round. ε is what a patient who was there in every round so far has "
+        "paid, and never more than the plan's ε: at that a site leaves a patient out, for good. "
+        "Who arrived later has paid for the rounds since. Which patients are out is known at their "
+        "site alone.\n\n"
     )
 
 

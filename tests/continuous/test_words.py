@@ -1,0 +1,139 @@
+"""What people read of a continuous study: review, ledger, status, report, and errors."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from client.review import read_plan, review
+from fedtune.cli import app
+from fedtune.config import load_site, load_study
+from fedtune.dp.accountant import Steps, epsilon
+from fedtune.dp.ledger import Ledger
+from fedtune.ledger_view import ledger_view
+from fedtune.observe.status import look
+from fedtune.observe.view import view
+from fedtune.quality import Evaluator, fingerprint
+from fedtune.report.claim import rounded_up
+from fedtune.report.markdown import markdown
+from server.store import load
+from tests.continuous.fakes import START, go, sites
+from tests.continuous.world import DELTA, SIGMA, lay_out, run, write
+from tests.guarantee.world import patients
+
+ONE = rounded_up(epsilon([Steps(SIGMA, 1.0, 1)], DELTA))  # what a round costs
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """Two rounds; before the second three patients arrive, and the first have spent their lives."""
+    folder = tmp_path_factory.mktemp("words")
+    study = lay_out(folder, tiny_base, patients(12), "max_epsilon = 1.2")
+
+    def on_round(number: int) -> None:
+        write(folder / "north.jsonl", patients(15))
+
+    run(study, 2, on_round)
+    return folder
+
+
+def shown(*parts: Any) -> str:
+    out = io.StringIO()
+    Console(file=out, width=100).print(*parts)
+    return " ".join(out.getvalue().split())
+
+
+def test_the_ledger_shows_who_arrived_when_and_who_is_out(world: Path) -> None:
+    site = load_site(world / "site-north.toml")
+    said = shown(ledger_view(Ledger(site.site.state), "records", site.policy))
+    assert "patients by arrival" in said
+    rows = said[said.index("patients by arrival") :]
+    assert f"12 1 {ONE} spent: left out" in rows and f"3 1 {ONE}" in rows
+    assert f"spent {ONE}" in said  # of whoever has spent most, not of all rounds together
+
+
+def test_the_review_says_that_there_is_no_last_round(world: Path) -> None:
+    site = load_site(world / "site-north.toml")
+    found = review(read_plan(world / "run" / "plan.json"), site, Ledger(site.site.state))
+    text = " ".join(line for _, lines in found.sections for line in lines)
+    assert "NO LAST ROUND: a round of 1 step every 1h" in text and "at most 5 rounds" in text
+    assert "None rounds" not in text and "never because records arrived" in text
+    assert f"ε = {ONE} at δ = 0.001 for a patient who takes part" in text
+    assert "at most ε = 3, for all records of one patient" in text
+    assert found.refusals == []
+    tight = site.policy.model_copy(update={"max_epsilon": 1.0})
+    refused = review(
+        read_plan(world / "run" / "plan.json"),
+        site.model_copy(update={"policy": tight}),
+        Ledger(site.site.state),
+    )
+    assert "policy.max_epsilon" in refused.refusals[0]
+
+
+def test_the_public_comparison_is_paired_and_repeatable(world: Path) -> None:
+    study = load_study(world / "study.toml")
+    kept = load(world / "run", study)
+    assert kept is not None
+    evaluator = Evaluator(kept.study, kept.frozen)
+    rng = np.random.default_rng(0)
+    worse = {
+        name: array + rng.normal(0, 3, array.shape).astype(np.float32)
+        for name, array in kept.adapter.items()
+    }
+    same = evaluator.compare(kept.adapter, kept.adapter)
+    assert same.sure == 0.0 and same.before == same.after  # a tie is not better
+    forth, back = evaluator.compare(worse, kept.adapter), evaluator.compare(kept.adapter, worse)
+    assert forth.sure == evaluator.compare(worse, kept.adapter).sure == 1 - back.sure
+    assert (forth.before > forth.after) == (forth.sure > 0.5)  # lower is better
+
+
+def test_the_public_files_digest_follows_content_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "public.jsonl"
+    path.write_text("one")
+    first = fingerprint(path)
+    path.write_text("one")
+    assert fingerprint(path) == first and len(first) == 64
+    path.write_text("two")
+    assert fingerprint(path) != first
+    assert fingerprint(tmp_path) != "" and fingerprint(tmp_path / "nothing") == ""
+
+
+def test_the_status_shows_the_next_round_and_the_version_in_use(trial: Any) -> None:
+    from fedtune.observe import observer
+
+    fake = trial(*sites())
+    out = fake.folder / "out"
+    with observer("coordinator", out) as seen:
+        from tests.continuous.fakes import continuous, parts
+
+        fake.run(continuous(), resume=True, parts=parts(2), on_event=seen)
+    said = shown(view(look(out)))
+    assert "round 2, next at 2027-01-15T09:00:00Z" in said and "is released" in said
+    assert START == 1.8e9
+
+
+def test_the_report_says_what_epsilon_is_of(trial: Any) -> None:
+    body = go(trial(*sites()), 2)
+    text = markdown(body)
+    assert "The study has no last round" in text and "## Continuous" in text
+    fixed = {key: value for key, value in body.items() if key != "continuous"}
+    assert "no last round" not in markdown(fixed)
+
+
+def test_watch_and_processes_are_refused_together(world: Path) -> None:
+    site = str(world / "site-north.toml")
+    said = CliRunner().invoke(app, ["client", site, "--watch", "--processes", "2"])
+    assert said.exit_code == 2 and "--watch and several processes" in said.output
+
+
+def test_simulate_needs_an_end(world: Path) -> None:
+    said = CliRunner().invoke(
+        app, ["simulate", str(world / "study.toml"), "--out", str(world / "x")]
+    )
+    assert said.exit_code == 2 and "--rounds N" in said.output
