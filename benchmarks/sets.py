@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from examples.medquad import prepare as medquad
 from examples.mts_dialog import prepare as mts_dialog
+from examples.preference import prepare as preference
 from examples.write import Table
 
 ROWS = {
@@ -73,3 +75,29 @@ MTS = DataSet(
     mts_dialog.TUNING,
     ROWS | {"best-head": "federated, best head not private"},
 )
+
+
+def _preference(name: str, objective: str) -> DataSet:
+    source = preference.SOURCES[name]
+    rates = (3.0, 10.0, 30.0) if objective == "dpo" else (0.3, 3.0, 30.0)
+    alone = ("local",) if objective == "dpo" and name == "formulary" else ()
+    rows = ("base", *alone, "epsilon-8", "non-private")
+    return DataSet(
+        f"{preference.KINDS[objective]}{name}",
+        f"{source.title}, {objective}",
+        source.unit,
+        source.delta,
+        preference.METRIC,
+        partial(preference.study, name, objective),
+        partial(preference.write, name),
+        {
+            arm: [{"training": {"learning_rate": rate}} for rate in rates]
+            for arm in ("epsilon-8", "non-private")
+        },
+        {row: ROWS[row] for row in rows},
+    )
+
+
+PREFERENCE = [
+    _preference(name, objective) for name in preference.SOURCES for objective in preference.KINDS
+]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,7 +21,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.sets import MTS, QUAD, DataSet
+from scipy.stats import t
+
+from benchmarks.sets import MTS, PREFERENCE, QUAD, DataSet
 from client.site import worker
 from examples.write import Table, merged, toml
 from fedtune.config import Study, load_site, load_study
@@ -31,7 +34,7 @@ from fedtune.quality import Evaluator
 from fedtune.runs import load_adapter
 from fedtune.simulate import simulate
 
-SETS = {each.name: each for each in (QUAD, MTS)}
+SETS = {each.name: each for each in (QUAD, MTS, *PREFERENCE)}
 TWIN, LOCAL = "non-private", "local"
 
 
@@ -130,8 +133,9 @@ def table(dataset: DataSet, results: dict[str, dict[str, Any]]) -> str:
         f"{dataset.title}: {metric} on held-out {dataset.unit}s, {len(seeds)} seeds "
         f"({', '.join(seeds)}), mean ± sd; δ = {dataset.delta:g}, unit: {dataset.unit}.",
         "",
-        f"| arm | ε from the step log | {metric} | gain over base | share of the σ = 0 gain |",
-        "|---|---|---|---|---|",
+        f"| arm | ε from the step log | {metric} | gain over base | at least (95 %) "
+        "| share of the σ = 0 gain |",
+        "|---|---|---|---|---|---|",
     ]
     have = [seed for seed in seeds if {"base", TWIN} <= results[seed].keys()]
     for name, title in dataset.rows.items():
@@ -144,10 +148,19 @@ def table(dataset: DataSet, results: dict[str, dict[str, Any]]) -> str:
         spent = max(results[seed][name].get("epsilon", 0.0) for seed in runs)
         kept = "" if name == "base" else f"{mean(gains) / mean(full):.0%}"
         gain = "" if name == "base" else _spread(gains, "+")
+        low = "" if name == "base" else _at_least(gains)
         title += f" ({len(runs)} of {len(have)} seeds)" if len(runs) < len(have) else ""
         shown = f"{spent:.2f}" if spent else ("–" if name == "base" else "none: not private")
-        lines.append(f"| {title} | {shown} | {_spread(values)} | {gain} | {kept} |")
+        lines.append(f"| {title} | {shown} | {_spread(values)} | {gain} | {low} | {kept} |")
     return "\n".join(lines) + "\n"
+
+
+def _at_least(gains: list[float]) -> str:
+    """The lower end of Student's 95 % interval of the mean over seeds."""
+    n = len(gains)
+    if n < 2:
+        return "–"
+    return f"{mean(gains) - t.ppf(0.975, n - 1) * stdev(gains) / math.sqrt(n):+.3f}"
 
 
 def _spread(values: list[float], sign: str = "") -> str:

@@ -221,9 +221,10 @@ def fingerprint(dataset: Dataset) -> str:
     the same record by the same row."""
     total = hashlib.sha256()
     for example in dataset.examples:
-        parts = (example.input_ids.tobytes(), example.target_ids.tobytes())
-        labels = f"{example.unit} {example.label} {len(parts[0])} "
-        total.update(labels.encode() + b"".join(parts))
+        total.update(f"{example.unit} {example.label} ".encode())
+        for passage in example.passages:
+            parts = (passage.input_ids.tobytes(), passage.target_ids.tobytes())
+            total.update(f"{len(parts[0])} ".encode() + b"".join(parts))
     return total.hexdigest()
 
 

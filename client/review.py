@@ -14,6 +14,7 @@ from fedtune.dp.plan import DpPlan, plan_for_site
 from fedtune.dp.query import query_plan
 from fedtune.errors import ConfigError, Refused
 from fedtune.ledger_view import heaviest
+from fedtune.objectives import names, says
 from fedtune.report.claim import best_guess, percent, protects, rounded_up, strength
 
 
@@ -75,6 +76,7 @@ def _runs(study: Study, plan: DpPlan | None) -> list[str]:
         f"Code: fedtune {__version__} as installed here. Nothing the coordinator sends is run.",
         f"Base: {study.base.model}, {study.base.digest or 'digest not pinned'}.",
         f"Trained: {where}; objective {study.objective.name}.",
+        *_objective(study),
         f"{t.rounds} rounds of {t.local_steps} step{'s' if t.local_steps > 1 else ''} each.",
     ]
     if study.schedule and plan:
@@ -104,6 +106,10 @@ def _goes_on(schedule: ScheduleTable, steps: int, plan: DpPlan) -> list[str]:
         "policy or other studies leave less, and is then left out for good. Nobody outside is "
         "told: batch, noise and divisor stay as they are.",
     ]
+
+
+def _objective(study: Study) -> list[str]:
+    return [says(study.objective)] if study.objective.name in names() else []
 
 
 def _leaves(study: Study) -> list[str]:

@@ -149,6 +149,7 @@ def plan(
     Reads no records: it needs the public plan and the sizes that the sites declare."""
     from fedtune.config import load_site, load_study
     from fedtune.console import plan_table, warn_not_private
+    from fedtune.objectives import says
 
     loaded = load_study(study)
     if not loaded.private:
@@ -161,6 +162,7 @@ def plan(
 
     plans = [(name, size, plan_for_site(loaded, size)) for name, size in named]
     _console().print(plan_table(loaded, plans))
+    _console().print(says(loaded.objective), highlight=False, markup=False)
 
 
 @command(app, panel=TRY, epilog="Ctrl-C is safe: the same command with --resume goes on.")

@@ -39,7 +39,10 @@ a_init = "seed"        # "public": A from the [public] text below, which learns 
 # prompt = "prompt"
 
 [objective]
-name = "causal_lm"     # prompt -> completion; "classify": text -> label
+name = "causal_lm"     # prompt -> completion; "classify": text -> label. Preferences:
+                       # "dpo", "orpo": of two completions the better; "kto": judged completions;
+                       # "reward": a head that scores completions
+# options = { beta = 0.1 }  # of the objective itself; a wrong name lists what there is
 max_length = 256       # tokens
 overflow = "truncate"  # longer records are cut; "reject": left out and counted
 
@@ -106,7 +109,9 @@ name = "records"       # the privacy budget's name: a dataset that grows keeps i
 prompt = "prompt"      #   prompt + completion
 completion = "completion"
 # text = "text"        #   text (+ label, for classify)
-# label = "label"
+# label = "label"      #   (prompt + completion + label, for kto: whether it is desirable)
+# chosen = "chosen"    #   prompt + chosen + rejected, for dpo, orpo and reward
+# rejected = "rejected"
 # messages = "messages"   #   a conversation: [{"role": …, "content": …}, …]
 # patient = "patient_id"  # add it where records belong to patients
 
@@ -131,7 +136,7 @@ max_sampling_rate = 1.0
 max_steps = 10000
 max_rank = 64          # of an adapter; `modules` says where it may sit
 modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-objectives = ["causal_lm", "classify"]
+objectives = ["causal_lm", "classify", "dpo", "kto", "orpo", "reward"]
 strategies = ["fedavg", "fedadam", "fedprox", "trimmed_mean"]
 # bases = ["sha256:..."]  # allowed bases; without it, those that `fedtune models list` shows
 # coordinators = ["..."]  # public signing keys; without it, whoever [coordinator] lets through

@@ -36,6 +36,18 @@ def test_review_says_what_runs_what_leaves_and_the_cost_and_signs_one_plan(world
     assert body["sites"]["north"] == "admitted"
 
 
+def test_review_and_plan_say_what_a_study_on_pairs_reads(world: Path, tiny_base: Path) -> None:
+    lay_out(world, tiny_base, patients(12), objective="dpo")
+    shown = [
+        run("review", "study.toml", "--site", world / "site-north.toml"),
+        run("plan", "study.toml", "--size", 20),
+    ]
+    for each in shown:
+        words = " ".join(each.output.split())
+        assert each.exit_code == 0, each.output
+        assert "Objective dpo." in words and "a better and a worse answer" in words
+
+
 def test_review_names_every_rule_that_says_no_and_does_not_sign(world: Path) -> None:
     site = world / "site-north.toml"
     site.write_text(site.read_text() + 'max_rank = 2\nmax_steps = 1\nmodules = ["q_proj"]\n')

@@ -18,11 +18,18 @@ from fedtune.errors import DataError
 from fedtune.models.cache import Cached
 from fedtune.models.network import Network
 from fedtune.objectives import find
+from fedtune.objectives._tokens import likelihood
 
 # Fixed before anything is measured.
 SECRETS, POOL = 8, 128  # secrets; each is ranked among so many, itself included: at most 7 bits
 CONFIDENCE = 0.999
 DIGITS = 8
+COLUMNS = {  # of the canaries that are ranked
+    "text": ("prompt", "completion"),
+    "label": ("text", "label"),
+    "pair": ("prompt", "chosen", "rejected"),
+    "judged": ("prompt", "chosen", "rejected"),
+}
 
 
 @dataclass(frozen=True)
@@ -60,9 +67,7 @@ def exposure(network: Network, study: Study, secrets: int = SECRETS, pool: int =
     Reference: Carlini et al. 2019, "The secret sharer", section 4.2."""
     numbers = _numbers(study, secrets, pool)
     rows = [_row(study, at, number) for at in range(secrets) for number in numbers[at]]
-    labelled = "label" in rows[0]
-    names = ("text", "label") if labelled else ("prompt", "completion")
-    columns = Columns(**{name: name for name in names})
+    columns = Columns(**{name: name for name in COLUMNS[find(study.objective).shape]})
     with tempfile.TemporaryDirectory(prefix="fedtune-canaries-") as folder:
         path = Path(folder) / "canaries.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -105,7 +110,10 @@ def _losses(cached: Cached, study: Study) -> np.ndarray:
     objective = find(study.objective)
     found = np.empty(len(cached.dataset.examples))
     for batch in cached.batches(range(len(found))):
-        losses = objective.losses(cached.network, batch)
+        if objective.shape == "judged":  # measured on pairs: how likely the better answer is
+            losses = -likelihood(cached.network, batch).mean.view(-1, 2)[:, 0]
+        else:
+            losses = objective.losses(cached.network, batch)
         found[batch.index.numpy()] = losses.double().cpu().numpy()
     return found
 
@@ -122,7 +130,11 @@ def _numbers(study: Study, secrets: int, pool: int) -> np.ndarray:
 
 def _row(study: Study, at: int, number: int) -> dict[str, str]:
     said, patient = f"The access code of ward {at} is", f"canary-{at}"
-    if study.objective.name == "classify":
+    shape = find(study.objective).shape
+    if shape == "label":
         label = study.objective.labels[at % len(study.objective.labels)]
         return {"text": f"{said} {number}", "label": label, "patient": patient}
-    return {"prompt": said, "completion": f" {number}", "patient": patient}
+    row = {"prompt": said, "completion": f" {number}", "patient": patient}
+    if shape == "text":
+        return row
+    return row | {"label": "yes", "chosen": f" {number}", "rejected": " not known"}

@@ -96,12 +96,15 @@ class Cached:
         if not self.network.cached:
             return
         self._states = [self.network.states.get(name) for name in self._names]
-        new = [at for at, state in enumerate(self._states) if state is None]
+        missing = (at for at, state in enumerate(self._states) if state is None)
+        # One answer may be in several pairs: what reads the same is computed once.
+        new = list({self._names[at]: at for at in missing}.values())
         done = 0
         for rows in _buckets(new, [len(s.input_ids) for s in self._passages], 4096):
             self._compute(rows)
             done += len(rows)
             report("reading records once through the frozen layers", done, len(new))
+        self._states = [self.network.states[name] for name in self._names]
 
     def _compute(self, rows: list[int]) -> None:
         """States of passages of one bucket, from their tokens."""

@@ -34,6 +34,13 @@ if TYPE_CHECKING:
 # text: prompt and completion, or plain text; label: text and one of the labels; pair: a prompt,
 # the better and the worse completion; judged: a completion and whether it is desirable.
 Shape = Literal["text", "label", "pair", "judged"]
+READS: dict[Shape, str] = {
+    "text": "prompts with their completions, conversations, or plain text",
+    "label": "texts, each with one of the study's labels",
+    "pair": "pairs, a prompt with a better and a worse answer (columns prompt, chosen, rejected); "
+    "a pair is one record: what its two answers add up to is clipped once",
+    "judged": "judged answers, each desirable or not (columns prompt, completion, label)",
+}
 
 
 class Objective(Protocol):
@@ -74,6 +81,16 @@ def find(table: ObjectiveTable) -> Found:
     losses = partial(module.losses, **table.options) if table.options else module.losses
     outputs = module.outputs(table.labels) if hasattr(module, "outputs") else 0
     return Found(module.SHAPE, outputs, losses)
+
+
+def says(table: ObjectiveTable) -> str:
+    """The objective in plain words: what it does, what it reads and what it trains.
+
+    Errors: ConfigError, as `find`."""
+    found = find(table)
+    does = " ".join((importlib.import_module(f"{__name__}.{table.name}").__doc__ or "").split())
+    head = " A head is trained, which writes no text." if found.outputs else ""
+    return f"Objective {table.name}. {does} It reads {READS[found.shape]}.{head}"
 
 
 def require(condition: bool, option: str, expected: str) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from client.site import SiteWorker
 from client.site import worker as worker_of
 from client.withdraw import withdraw
 from fedtune.config import load_site
+from fedtune.data.tokens import Dataset, Example, Passage
 from fedtune.dp import noise
 from fedtune.errors import InfrastructureError
 from fedtune.flower.processes import free_port
@@ -175,3 +177,13 @@ def test_a_simulated_study_with_a_site_of_two_processes(world: Path) -> None:
     for name in ("a", "b"):  # the noise of a step is one line of one log, however many processes
         assert body["privacy"]["sites"][name]["steps"] == 2
         assert len((world / f"state-{name}" / "steps.jsonl").read_text().splitlines()) == 2
+
+
+def test_processes_that_hold_other_worse_answers_do_not_agree() -> None:
+    ids, none = np.arange(4, dtype=np.int32), np.full(4, -100, dtype=np.int32)
+
+    def pair_with(worse: np.ndarray) -> str:
+        one = Example(ids, none, -100, 0, Passage(worse, none))
+        return fingerprint(Dataset([one], 1, Counter()))
+
+    assert pair_with(ids) == pair_with(ids) != pair_with(ids[::-1].copy())

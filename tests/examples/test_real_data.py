@@ -132,5 +132,5 @@ def test_the_table_compares_gains_seed_by_seed() -> None:
     }
     results["0"]["epsilon-8"]["epsilon"] = 7.998
     rows = [line for line in table(QUAD, results).splitlines() if line.startswith("| federated")]
-    assert rows[0] == "| federated, ε = 8 | 8.00 | 3.300 ± 1.131 | +0.700 ± 0.283 | 70% |"
-    assert "+1.000 ± 0.000 | 100%" in rows[1]
+    assert rows[0] == "| federated, ε = 8 | 8.00 | 3.300 ± 1.131 | +0.700 ± 0.283 | -1.841 | 70% |"
+    assert "+1.000 ± 0.000 | +1.000 | 100%" in rows[1]

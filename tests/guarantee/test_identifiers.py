@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from fedtune.models import states
 from fedtune.models.states import STORE, State
 from tests.guarantee.search import Finder, forms
-from tests.guarantee.world import NAMES, Row, lay_out, run
+from tests.guarantee.world import ANSWERS, NAMES, Row, lay_out, run
 from tests.models.test_states import InTheClear
 
 
@@ -35,14 +35,16 @@ PLANTED = identifiers()
 
 
 def records(mine: list[str]) -> list[Row]:
-    """Each identifier once: as a patient's key, in a note, in an answer, or in a rejected row."""
+    """Each identifier in one place: a patient's key, a note, an answer (of a pair both of them), or
+    a rejected row."""
     rows: list[Row] = []
     for number, one in enumerate(mine):
         kind = number % 4
         key = one if kind == 0 else f"who-{number % 40}"
         note = f"seen by {one} on the ward" if kind == 1 else f"fever, day {number}"
-        answer = one if kind == 2 else "yes"
-        rows.append({"who": key, "q": note if kind < 3 else one * 4000, "a": answer})
+        answer, worse = (one, f"not {one}") if kind == 2 else ("yes", "no")
+        asked = note if kind < 3 else one * 4000
+        rows.append({"who": key, "q": asked, "a": answer, "b": worse})
     return rows
 
 
@@ -78,7 +80,9 @@ def test_the_finder_finds_every_form(finder: Finder, tiny_base: Path) -> None:
     assert not finder.found(b"nothing of the kind: " + bytes(range(256)) * 50)
 
 
+@pytest.mark.parametrize("objective", ANSWERS)
 def test_no_identifier_is_in_anything_a_run_leaves_behind(
+    objective: str,
     tmp_path: Path,
     tiny_base: Path,
     finder: Finder,
@@ -89,7 +93,8 @@ def test_no_identifier_is_in_anything_a_run_leaves_behind(
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # thousands of lines about fonts
     logging.getLogger().addHandler(handler := logging.FileHandler(tmp_path / "debug.log"))
     half = len(PLANTED) // 2
-    study = lay_out(tmp_path, tiny_base, records(PLANTED[:half]), records(PLANTED[half:]))
+    rows = records(PLANTED[:half]), records(PLANTED[half:])
+    study = lay_out(tmp_path, tiny_base, *rows, objective=objective)
     try:
         grid = run(study)
     finally:
@@ -149,7 +154,7 @@ def test_no_identifier_is_in_an_error_or_a_traceback(
         text = json.dumps(rows[0])[:-3]
         (tmp_path / "north.jsonl").write_text(text + "\n")
     elif spoil == "no such column":
-        site.write_text(site.read_text().replace('completion = "a"', 'completion = "b"'))
+        site.write_text(site.read_text().replace('completion = "a"', 'completion = "z"'))
     else:
         (tmp_path / "north.jsonl").write_text(json.dumps({**rows[0], "q": PLANTED[1]}) + "\n")
     command = [sys.executable, "-c", "from fedtune.cli import main; main()", "simulate", str(study)]

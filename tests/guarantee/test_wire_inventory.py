@@ -79,15 +79,32 @@ def shape(grid: Recorder) -> list[Any]:
     return seen
 
 
+def usual_of(objective: str, folders: pytest.TempPathFactory, base: Path) -> Recorder:
+    return run(lay_out(folders.mktemp("usual"), base, patients(12), objective=objective))
+
+
 @pytest.fixture(scope="module")
 def usual(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Recorder:
-    return run(lay_out(tmp_path_factory.mktemp("usual"), tiny_base, patients(12)))
+    return usual_of("causal_lm", tmp_path_factory, tiny_base)
 
 
-def test_nothing_leaves_but_what_the_list_names(usual: Recorder) -> None:
-    assert len(usual.replies) == 2 + 3 * 2  # two admissions, three rounds of two
-    assert outside(usual) == []
-    assert {reply.metadata.message_type for reply in usual.replies} == {"train", "query.prepare"}
+@pytest.fixture(scope="module")
+def usual_pairs(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Recorder:
+    return usual_of("dpo", tmp_path_factory, tiny_base)
+
+
+@pytest.mark.parametrize("which", ["usual", "usual_pairs"])
+def test_nothing_leaves_but_what_the_list_names(request: pytest.FixtureRequest, which: str) -> None:
+    grid: Recorder = request.getfixturevalue(which)
+    assert len(grid.replies) == 2 + 3 * 2  # two admissions, three rounds of two
+    assert outside(grid) == []
+    assert {reply.metadata.message_type for reply in grid.replies} == {"train", "query.prepare"}
+
+
+def test_pairs_look_like_any_other_study(usual: Recorder, usual_pairs: Recorder) -> None:
+    """But for the plan and what is derived from it: the same fields, types and shapes."""
+    for one, other in zip(usual.replies, usual_pairs.replies, strict=True):
+        assert dict(leaves(one)) == dict(leaves(other))
 
 
 def test_an_added_field_is_caught(
@@ -124,6 +141,27 @@ def test_the_wire_looks_the_same_whatever_the_records(
 ) -> None:
     grid = run(lay_out(tmp_path, tiny_base, VARIANTS[how]()))
     assert shape(grid) == shape(usual)
+
+
+PAIRS: dict[str, Callable[[], list[Any]]] = {
+    "nobody": lambda: [],
+    "rejected pairs": lambda: [
+        *patients(6),
+        *[{"who": "p", "q": "x", "a": "y"}, {"who": "p", "q": "x", "a": "y", "b": ""}, "not JSON"],
+    ],
+    "a worse answer longer than any": lambda: [
+        *patients(11),
+        {"who": "p", "q": "x", "a": "y", "b": "long " * 5000},
+    ],
+}
+
+
+@pytest.mark.parametrize("how", PAIRS)
+def test_the_wire_looks_the_same_whatever_the_pairs(
+    usual_pairs: Recorder, tmp_path: Path, tiny_base: Path, how: str
+) -> None:
+    grid = run(lay_out(tmp_path, tiny_base, PAIRS[how](), objective="dpo"))
+    assert shape(grid) == shape(usual_pairs)
 
 
 def test_a_record_that_makes_the_loss_nan_is_not_seen(

@@ -29,7 +29,7 @@ alpha = 8
 modules = ["q_proj", "down_proj"]
 last_layers = 2
 [objective]
-name = "causal_lm"
+name = "{objective}"
 max_length = 64
 [training]
 rounds = 3
@@ -53,17 +53,26 @@ declared_size = 20
 state = "state-{name}"
 [data]
 path = "{name}.jsonl"
-columns = {{ prompt = "q", completion = "a", patient = "who" }}
+columns = {{ prompt = "q", {answers}, patient = "who" }}
 [policy]
 bases = "any"
 """
 NAMES = ("north", "south")
+ANSWERS = {  # objective -> the columns that its answers are in
+    "causal_lm": 'completion = "a"',
+    "dpo": 'chosen = "a", rejected = "b"',
+}
 Row = dict[str, Any]
 
 
 def patients(count: int, records: int = 2) -> list[Row]:
     return [
-        {"who": f"patient-{p}", "q": f"fever on day {p * 7 + n}, no cough", "a": "yn"[p % 2]}
+        {
+            "who": f"patient-{p}",
+            "q": f"fever on day {p * 7 + n}, no cough",
+            "a": "yn"[p % 2],
+            "b": "ny"[p % 2],
+        }
         for p in range(count)
         for n in range(records)
     ]
@@ -87,13 +96,21 @@ class Recorder(InProcessGrid):
         return reply
 
 
-def lay_out(folder: Path, base: Path, north: list[Row], south: list[Row] | None = None) -> Path:
+def lay_out(
+    folder: Path,
+    base: Path,
+    north: list[Row],
+    south: list[Row] | None = None,
+    objective: str = "causal_lm",
+) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in zip(NAMES, (north, patients(12) if south is None else south), strict=True):
         lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
         (folder / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines))
-        (folder / f"site-{name}.toml").write_text(SITE.format(name=name))
-    (folder / "study.toml").write_text(STUDY.format(base=base))
+        (folder / f"site-{name}.toml").write_text(
+            SITE.format(name=name, answers=ANSWERS[objective])
+        )
+    (folder / "study.toml").write_text(STUDY.format(base=base, objective=objective))
     return folder / "study.toml"
 
 

