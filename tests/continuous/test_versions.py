@@ -96,7 +96,9 @@ KILLS = [
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("phase, owner, name, call", KILLS, ids=[k[0] for k in KILLS])
+@pytest.mark.parametrize(
+    "phase, owner, name, call", KILLS, ids=[k[0].replace(" ", "-") for k in KILLS]
+)
 def test_a_kill_loses_nothing_and_releases_nothing_else(
     trial: Any, monkeypatch: pytest.MonkeyPatch, phase: str, owner: Any, name: str, call: int,
     after: bool,
