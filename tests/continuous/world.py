@@ -12,7 +12,7 @@ from fedtune.config import load_study
 from server import rounds
 from server.parts import Parts
 from server.schedule import Quick
-from tests.guarantee.world import NAMES, SITE, STUDY, Recorder, Row, patients
+from tests.guarantee.world import ANSWERS, NAMES, SITE, STUDY, Recorder, Row, patients
 
 SCHEDULE = """
 [evaluation]
@@ -28,7 +28,7 @@ PRIVACY = f"epsilon = 3.0\nnoise_multiplier = {SIGMA}\n"
 
 
 def study_text(base: Path, **changes: str) -> str:
-    text = STUDY.format(base=base).replace("rounds = 3\n", "")
+    text = STUDY.format(base=base, objective="causal_lm").replace("rounds = 3\n", "")
     text = text.replace("epsilon = 5.0\n", changes.get("privacy", PRIVACY))
     text = text.replace("sampling_rate = 0.5", "sampling_rate = 1.0")
     return text + changes.get("schedule", SCHEDULE)
@@ -43,7 +43,9 @@ def lay_out(
     write(folder / "south.jsonl", patients(12))
     write(folder / "public.jsonl", [{"q": r["q"], "a": r["a"]} for r in patients(8)])
     for name in NAMES:
-        (folder / f"site-{name}.toml").write_text(SITE.format(name=name) + policy + "\n")
+        (folder / f"site-{name}.toml").write_text(
+            SITE.format(name=name, answers=ANSWERS["causal_lm"]) + policy + "\n"
+        )
     (folder / "study.toml").write_text(study_text(base, **changes))
     return folder / "study.toml"
 
