@@ -6,12 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from fedtune.config import PolicyTable, Site, Study
+from fedtune.config import BASES, PolicyTable, Site, Study
 from fedtune.dp import accountant
 from fedtune.dp.ceiling import Total, total_epsilon
 from fedtune.dp.ledger import Charge
 from fedtune.dp.plan import DpPlan
 from fedtune.errors import BudgetExceeded, PolicyRefused
+from fedtune.objectives import find
 
 
 def admit(study: Study, site: Site, plan: DpPlan | None, coordinator: str = "") -> None:
@@ -44,7 +45,31 @@ def refusals(
         yield from _at_most("lora.rank", study.lora.rank, "max_rank", policy)
         if study.lora.a_digest is None:
             yield PolicyRefused("the plan does not pin lora.a_digest")
+    yield from _about_teacher(study, policy)
     yield from _about_privacy(study, site, plan)
+
+
+def _about_teacher(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]:
+    """A teacher sets every record's target, so it must not have seen the records without noise."""
+    spec = find(study.objective).teacher
+    if spec is None or spec.digest in policy.teachers:
+        return
+    from fedtune.models.teacher import find_teacher
+
+    teacher = find_teacher(spec)
+    known = BASES if policy.bases == "any" else policy.bases  # "any" says nothing of teachers
+    if teacher.base.digest not in known:
+        yield PolicyRefused(
+            f"nothing says that the teacher's base {teacher.base.digest} never saw these records",
+            "its digest in policy.bases, or the teacher's in policy.teachers",
+        )
+    if teacher.study is not None and not teacher.study.private:
+        yield PolicyRefused(
+            'the teacher is a run with privacy = "off": if it saw these records, every target '
+            "would depend on every one of them",
+            "a base, or a run that was trained under (ε, δ)",
+            "if it never saw a private record, list its digest in policy.teachers",
+        )
 
 
 def _about_privacy(study: Study, site: Site, plan: DpPlan | None) -> Iterator[PolicyRefused]:

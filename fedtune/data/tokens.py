@@ -41,11 +41,19 @@ class Passage(NamedTuple):
     target_ids: Ids
 
 
+class Soft(NamedTuple):
+    """What a teacher expects: outcomes (P, k) int32 (tokens, or labels) and their log-probabilities
+    (P, k) fp32, at each of a record's P targets in turn; of a label, P = 1."""
+
+    tokens: Ids
+    logp: npt.NDArray[np.float32]
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class Example:
     """input_ids, target_ids: as in Passage; label: index in objective.labels, 1 or 0 of what is
     desirable or not, or -100; unit in 0..n_units-1; rejected: of a pair, the same prompt with the
-    worse completion.
+    worse completion; soft: what a teacher expects of it.
 
     The last target is not an input: nothing is computed that no loss reads."""
 
@@ -54,6 +62,7 @@ class Example:
     label: int
     unit: int
     rejected: Passage | None = None
+    soft: Soft | None = None
 
     @property
     def passages(self) -> tuple[Passage, ...]:
@@ -109,13 +118,14 @@ def load_dataset(
     without: Callable[[str], bool] = lambda unit: False,
     known: Callable[[bytes], bool] = lambda member: False,
     few: bool = False,
+    teach: Callable[[Record, Example], Soft] | None = None,
 ) -> Dataset:
     """Read, tokenise and cap. labelled=False admits records that have nothing to predict.
 
     without: units to leave out (withdrawn consent); known: members of earlier loads of the same
     dataset, which the cap keeps before others; few: a dataset without two units is returned as it
-    is, since on the wire nobody may tell. [public] and [evaluation] files hold nobody's private
-    records: their unit is the record.
+    is, since on the wire nobody may tell; teach: what a teacher says of one record. [public] and
+    [evaluation] files hold nobody's private records: their unit is the record.
     Errors: DataError for a file, a shape or (unless few) a set of records that cannot be used.
     Guarantee: an example depends on its own record alone; which of a patient's records are kept
     depends on that patient's records alone, not on their order, and stays as it was."""
@@ -144,6 +154,9 @@ def load_dataset(
         _example(tokens, label, numbers.setdefault(record.unit, len(numbers)), scored)
         for record, tokens, label in found
     ]
+    if teach is not None:
+        marks = [teach(record, e) for (record, *_), e in zip(found, examples, strict=True)]
+        examples = [replace(e, soft=soft) for e, soft in zip(examples, marks, strict=True)]
     if labelled and table == "data" and len(numbers) < 2 and not few:
         raise DataError(
             f"{file.path}: all usable records are one {unit}'s, which can be neither protected "
@@ -261,8 +274,10 @@ def prompt_ids(
 def passage_of(
     prompt: str, completion: str, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase
 ) -> Passage:
-    """A prompt and its completion, as training saw them; where a head is trained, all of it.
-    Errors: Rejected."""
+    """A prompt and its completion, as training saw them; where a head is trained, all of it, and of
+    a text to classify the prompt alone. Errors: Rejected."""
+    if find(objective).shape == "label":
+        return _passage(*_classify(Record("", prompt), objective, tokenizer, labelled=False)[0])
     ids, hits = _written(Record("", prompt, completion), objective, tokenizer, labelled=True)
     return _passage(ids, hits, find(objective).outputs > 0)
 

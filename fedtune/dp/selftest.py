@@ -24,7 +24,8 @@ from fedtune.errors import Refused
 from fedtune.models.base import find_base
 from fedtune.models.cache import Cached
 from fedtune.models.network import Network
-from fedtune.models.tiny import generated, tiny_network
+from fedtune.models.teacher import made_up
+from fedtune.models.tiny import VOCABULARY, generated, tiny_network
 from fedtune.objectives import find
 
 SIZES = (1, 3, 2, 1, 4, 2)  # records of each generated patient
@@ -239,7 +240,7 @@ def _edited(data: Dataset, unit: int, study: Study) -> Dataset:
         own, *worse = map(other, old.passages)
         label = (old.label + 1) % labels
         examples[index] = Example(*own, label, unit, worse[0] if worse else None)
-    return Dataset(examples, data.n_units, Counter())
+    return made_up(Dataset(examples, data.n_units, Counter()), study, VOCABULARY)
 
 
 def _sensitivity(bench: _Bench) -> float:

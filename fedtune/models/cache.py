@@ -26,21 +26,29 @@ class Batch:
     """B records of k passages each, one record's after another, padded on the right to one length
     L: R = B·k rows. prefix (R, L, H); mask (R, L) bool, False on padding; target_ids (R, L), -100
     where no loss; label (B,), -100 where none; index (B,), on the processor, the others on the
-    network's device."""
+    network's device; soft: of a taught record's P targets the outcomes and log-probabilities, each
+    (R, P, k), zero beyond its own."""
 
     prefix: torch.Tensor
     mask: torch.Tensor
     target_ids: torch.Tensor
     label: torch.Tensor
     index: torch.Tensor
+    soft: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def split(self, most: int) -> Iterator[Batch]:
         """The same records, at most so many at a time; the padded length stays."""
         each = len(self.mask) // len(self.label)
-        by_row = (torch.split(t, most * each) for t in (self.prefix, self.mask, self.target_ids))
-        by_record = (torch.split(field, most) for field in (self.label, self.index))
-        for parts in zip(*by_row, *by_record, strict=True):
-            yield Batch(*parts)
+        for at in range(0, len(self.label), most):
+            own, rows = slice(at, at + most), slice(at * each, (at + most) * each)
+            yield Batch(
+                prefix=self.prefix[rows],
+                mask=self.mask[rows],
+                target_ids=self.target_ids[rows],
+                label=self.label[own],
+                index=self.index[own],
+                soft=self.soft and (self.soft[0][rows], self.soft[1][rows]),
+            )
 
 
 def padded_length(length: int) -> int:
@@ -137,7 +145,20 @@ class Cached:
                 target_ids=targets.to(device),
                 label=torch.tensor([examples[i].label for i in records], device=device),
                 index=torch.tensor(records),
+                soft=self._soft(records),
             )
+
+    def _soft(self, records: Indices) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What a teacher expects of `records`, each one's own."""
+        marks = [mark for i in records if (mark := self.dataset.examples[i].soft) is not None]
+        if not marks:
+            return None
+        shape = (len(marks), max(len(m.tokens) for m in marks), marks[0].tokens.shape[1])
+        tokens, logp = torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
+        for row, mark in enumerate(marks):
+            tokens[row, : len(mark.tokens)] = torch.from_numpy(mark.tokens.astype(np.int64))
+            logp[row, : len(mark.logp)] = torch.from_numpy(mark.logp)
+        return tokens.to(self.network.device), logp.to(self.network.device)
 
     def _rows(self, records: Indices) -> list[int]:
         """The passages of some records."""

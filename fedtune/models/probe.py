@@ -9,6 +9,7 @@ import numpy as np
 from fedtune.config import Study
 from fedtune.data.tokens import NO_TARGET, Dataset, Example, Passage
 from fedtune.models.network import Network
+from fedtune.models.teacher import made_up
 from fedtune.objectives import find
 
 
@@ -29,4 +30,4 @@ def random_records(network: Network, study: Study, count: int = 8, length: int =
         Example(*passage(), unit % labels, unit, passage() if shape == "pair" else None)
         for unit in range(count)
     ]
-    return Dataset(examples, count, Counter())
+    return made_up(Dataset(examples, count, Counter()), study, vocabulary)

@@ -18,6 +18,7 @@ from fedtune.data.tokens import NO_TARGET, Dataset, Example, Passage
 from fedtune.models import wheel
 from fedtune.models.base import Base, find_base
 from fedtune.models.network import Network
+from fedtune.models.teacher import made_up
 from fedtune.objectives import find
 
 HIDDEN, INNER, HEADS, LAYERS, VOCABULARY, RANK = 32, 64, 4, 4, 96, 4
@@ -65,7 +66,7 @@ def generated(study: Study, vocabulary: int, sizes: Sequence[int], stream: int =
             own = passage()
             worse = passage() if shape == "pair" else None
             examples.append(Example(*own, int(draw.integers(labels)), unit, worse))
-    return Dataset(examples, len(sizes), Counter())
+    return made_up(Dataset(examples, len(sizes), Counter()), study, vocabulary)
 
 
 def _write(base: Base, folder: Path, seed: int) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from fedtune.config import Study
 from fedtune.errors import ModelError
 from fedtune.models import lora
 from fedtune.models.base import Base, find_base, load_backbone, load_tokenizer
+from fedtune.models.base import verify as verify_base
 from fedtune.models.network import pooled
 from fedtune.models.quantise import rounded
 from fedtune.runs import ADAPTER, load_adapter, load_plan
@@ -140,6 +141,17 @@ def load(
             model = _adapted(model, adapter, trainable)
         head = _head(adapter)
     return Whole(base, model, load_tokenizer(base), head, study, found)
+
+
+def verify(source: str) -> tuple[str, str]:
+    """Name and digest of a base, or of a run, on this machine; fetches nothing. Errors: ModelError,
+    ConfigError (plan.json)."""
+    run = Path(source).expanduser()
+    if not (run / PLAN).is_file():
+        base = verify_base(source)
+        return base.name, base.digest
+    study = load_plan(run)
+    return study.study.name, digest_of(verify_base(study.base.model), run / "adapter")
 
 
 def digest_of(base: Base, adapter: Path | None) -> str:

@@ -6,6 +6,8 @@ A module offers
     losses(network, batch, *, …) -> (B,)  keyword-only arguments are study.objective.options
     check(*, …)                           the same arguments; ConfigError where one is out of range
     outputs(labels) -> int                rows of a trained head; left out: the model's own head
+    shape(labels)                         in place of SHAPE, where it depends on the labels
+    taught(*, …) -> Teacher               whose figures each record carries as targets
 
 A record's loss comes from its own passages alone, so that no record's loss depends on another
 (the built-in loss of a language model averages over the batch's tokens and breaks the sensitivity
@@ -48,12 +50,24 @@ class Objective(Protocol):
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """A frozen model by name and digest; at what temperature it is heard, and how many of its next
+    tokens."""
+
+    name: str
+    digest: str
+    temperature: float = 1.0
+    top: int = 64
+
+
+@dataclass(frozen=True)
 class Found:
     """An objective with the study's options. outputs: rows of the head that it trains, or 0."""
 
     shape: Shape
     outputs: int
     losses: Callable[[Network, Batch], torch.Tensor]
+    teacher: Teacher | None = None
 
 
 def names() -> list[str]:
@@ -80,7 +94,9 @@ def find(table: ObjectiveTable) -> Found:
         module.check(**table.options)
     losses = partial(module.losses, **table.options) if table.options else module.losses
     outputs = module.outputs(table.labels) if hasattr(module, "outputs") else 0
-    return Found(module.SHAPE, outputs, losses)
+    shape = module.shape(table.labels) if hasattr(module, "shape") else module.SHAPE
+    teacher = module.taught(**table.options) if hasattr(module, "taught") else None
+    return Found(shape, outputs, losses, teacher)
 
 
 def says(table: ObjectiveTable) -> str:

@@ -758,6 +758,21 @@ MADE_MUTANTS = (
         "a few-shot taken from another patient",
     ),
     _one(
+        26, "the-teacher-is-centred-over-the-batch", "fedtune/objectives/distill.py",
+        "    tokens, wanted = batch.soft\n",
+        "    tokens, wanted = batch.soft\n"
+        "    wanted = torch.log_softmax(wanted - wanted.mean(dim=0, keepdim=True), dim=2)\n",
+        "tests/dp/test_distill.py::test_the_self_test_passes",
+        "every target depends on whoever is in the batch",
+    ),
+    _one(
+        26, "a-teacher-without-privacy-is-heard", "client/policy.py",
+        "if teacher.study is not None and not teacher.study.private:", "if False:",
+        "tests/dp/test_distill.py::"
+        "test_a_teacher_without_privacy_is_refused_unless_declared_public",
+        "a model that was fitted to the records sets their targets",
+    ),
+    _one(
         "label", "the-judge-is-asked-in-one-order", LABEL,
         "return (self._odds(prompt, first, second) - self._odds(prompt, second, first)) / 2",
         "return self._odds(prompt, first, second)",

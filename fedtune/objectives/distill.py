@@ -1,0 +1,125 @@
+"""Distillation: a small student learns a frozen teacher's whole distribution, not its answer alone.
+
+At the sites the teacher must be public, or trained under (ε, δ) itself: one that was fitted to the
+records makes each record's target depend on all the others, and no clipping of the student's
+gradients bounds that."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from fedtune.models.cache import Batch
+from fedtune.models.network import Network
+from fedtune.objectives import Shape, Teacher, require
+from fedtune.objectives._tokens import _labelled
+
+ROWS = 256  # positions whose logits over the vocabulary are held at once
+LEAST = 1e-6  # of a probability that all other outcomes share
+
+
+def shape(labels: tuple[str, ...]) -> Shape:
+    return "label" if labels else "text"
+
+
+def outputs(labels: tuple[str, ...]) -> int:
+    return len(labels)
+
+
+def check(
+    *,
+    teacher: str = "",
+    digest: str = "",
+    temperature: float = 1.0,
+    hard: float = 0.0,
+    top: float = 64,
+) -> None:
+    require(bool(teacher), "teacher", "a base, or a finished run's folder")
+    known = bool(re.fullmatch(r"sha256:[0-9a-f]{64}", digest))
+    require(known, "digest", "the teacher's, as `fedtune models verify` prints it")
+    require(0 < temperature <= 100, "temperature", "a number above 0")
+    require(0 <= hard < 1, "hard", "at least 0 and below 1")
+    require(top >= 2 and top == int(top), "top", "a whole number of at least 2")
+
+
+def taught(
+    *, teacher: str, digest: str, temperature: float = 1.0, hard: float = 0.0, top: float = 64
+) -> Teacher:
+    return Teacher(teacher, digest, temperature, int(top))
+
+
+def losses(
+    network: Network,
+    batch: Batch,
+    *,
+    teacher: str = "",
+    digest: str = "",
+    temperature: float = 1.0,
+    hard: float = 0.0,
+    top: float = 64,
+) -> torch.Tensor:
+    """(1 - hard) · T² · KL(teacher ‖ student) + hard · cross-entropy of each record, (B,) fp32: the
+    mean over its own targets. Next tokens beyond the teacher's `top` likeliest are one outcome.
+
+    | a record without targets | 0.0, and no gradient |
+    References: Hinton et al. 2015, section 2 (T²); Kim and Rush 2016, section 3."""
+    assert batch.soft is not None  # models/teacher.py marked every record
+    tokens, wanted = batch.soft
+    if network.head is not None:
+        logits = network.logits(network.pool(network.hidden(batch.prefix, batch.mask), batch.mask))
+        found = torch.log_softmax(logits / temperature, dim=1)
+        each = _divergence(wanted[:, 0], found) * temperature**2
+        true = functional.cross_entropy(logits, batch.label, reduction="none") if hard else each
+        return (1 - hard) * each + hard * true
+    keep, targets = _labelled(batch.target_ids)
+    hidden = network.hidden(batch.prefix, batch.mask, keep)
+    rows, at = torch.nonzero(targets != -100, as_tuple=True)
+    states, aims = hidden[rows, at], targets[rows, at]
+    nth = (targets != -100).cumsum(dim=1)[rows, at] - 1
+    tokens, wanted = tokens[rows, nth], wanted[rows, nth]
+    parts = []
+    for start in range(0, len(rows), ROWS):
+        part = slice(start, start + ROWS)
+        own = (states[part], aims[part], tokens[part], wanted[part])
+        parts.append(_next_tokens(network, *own, (temperature, hard)))
+    total = hidden.new_zeros(len(targets), dtype=torch.float32)
+    total = total.index_add(0, rows, torch.cat(parts)) if len(rows) else total + 0 * hidden.sum()
+    return total / torch.bincount(rows, minlength=len(targets)).clamp_min(1)
+
+
+def _next_tokens(
+    network: Network,
+    states: torch.Tensor,
+    aims: torch.Tensor,
+    tokens: torch.Tensor,
+    wanted: torch.Tensor,
+    heard: tuple[float, float],
+) -> torch.Tensor:
+    """The loss of each position, (n,); logits over the vocabulary are formed again going back."""
+    temperature, hard = heard
+
+    def chosen(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = network.logits(states)
+        soft = logits / temperature
+        found = soft.gather(1, tokens) - torch.logsumexp(soft, dim=1, keepdim=True)
+        true = functional.cross_entropy(logits, aims, reduction="none") if hard else found[:, 0]
+        return found, true
+
+    found, true = checkpoint(chosen, states, use_reentrant=False, preserve_rng_state=False)
+    each = _divergence(_with_rest(wanted), _with_rest(found)) * temperature**2
+    loss: torch.Tensor = (1 - hard) * each + hard * true
+    return loss
+
+
+def _with_rest(logp: torch.Tensor) -> torch.Tensor:
+    """(n, k) and, as one more outcome, all others."""
+    rest = (1 - logp.exp().sum(dim=1, keepdim=True)).clamp_min(LEAST).log()
+    return torch.cat([logp, rest], dim=1)
+
+
+def _divergence(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """KL (nats) of log-probabilities (n, k), (n,)."""
+    return (wanted.exp() * (wanted - found)).sum(dim=1)

@@ -1,0 +1,358 @@
+"""Distillation at the sites: each record's targets are the teacher's word on that record alone, and
+the teacher saw no record, or only through noise. Twins: a teacher that is fitted to the records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from client.policy import refusals
+from fedtune.config import Columns, DataFile, PolicyTable, SiteData, Study, load_site, load_study
+from fedtune.data.tokens import Dataset, load_dataset
+from fedtune.dp import clip, selftest
+from fedtune.dp.gradients import UnitGradientEngine
+from fedtune.errors import ConfigError
+from fedtune.models.base import find_base
+from fedtune.models.cache import Cached
+from fedtune.models.network import Network
+from fedtune.models.teacher import Teach, find_teacher, taught_by, teaching
+from fedtune.models.whole import load
+from fedtune.objectives import distill, find
+from fedtune.simulate import simulate
+from tests.dp.conftest import study
+from tests.test_end_to_end import lay_out
+
+LABELS = ["yes", "no", "maybe"]
+C = 0.001
+WORDS = [
+    "fever",
+    "cough",
+    "clinic",
+    "stroke",
+    "aspirin",
+    "pressure",
+    "findings",
+    "home",
+    "blood",
+    "risk",
+]
+LORA = {"modules": ["gate_proj", "down_proj"], "last_layers": 1, "rank": 4}
+
+
+def plan(base: Path, digest: str, **changes: Any) -> Study:
+    options = {"teacher": str(base), "digest": digest, **changes.pop("options", {})}
+    table = {"name": "distill", "max_length": 64, "options": options} | changes.pop("objective", {})
+    body = {"base": {"model": str(base)}, "lora": LORA, "objective": table}
+    return study(**body | changes)
+
+
+@pytest.fixture
+def text(tiny_base: Path) -> Study:
+    return plan(tiny_base, find_base(str(tiny_base)).digest)
+
+
+def rows(units: int = 8) -> list[dict[str, str]]:
+    draw = np.random.default_rng(3)
+    return [
+        {
+            "who": str(unit),
+            "q": " ".join(draw.choice(WORDS, 4)) + f" day {unit}",
+            "a": " " + " ".join(draw.choice(WORDS, 3)),
+        }
+        for unit in range(units)
+        for _ in range(1 + unit % 2)
+    ]
+
+
+def read(folder: Path, made: Study, found: list[dict[str, str]], teach: Teach | None) -> Dataset:
+    path = folder / "records.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    columns = Columns(prompt="q", completion="a", patient="who")
+    tokenizer = load(made.base.model).tokenizer
+    private = made.model_copy(
+        update={"privacy": made.privacy.model_copy(update={"unit": "patient"})}  # type: ignore[union-attr]
+    )
+    return load_dataset(SiteData(path=path, columns=columns), private, tokenizer, teach=teach)
+
+
+def network_of(made: Study) -> Network:
+    labels = find(made.objective).outputs
+    made_network = Network(find_base(made.base.model), torch.float32, made.lora, labels)
+    draw = np.random.default_rng(1)
+    made_network.load_trainable(
+        {
+            n: draw.normal(size=a.shape).astype(np.float32) * 0.1
+            for n, a in made_network.trainable().items()
+        }
+    )
+    return made_network
+
+
+def clipped(network: Network, made: Study, data: Dataset) -> torch.Tensor:
+    engine = UnitGradientEngine(Cached(network, data), find(made.objective))
+    each = engine.matrix(range(engine.n_rows)).double()
+    return clip.clip(each.float(), C).sum(dim=0).double()
+
+
+def moved(
+    folder: Path, made: Study, teacher: Callable[[list[dict[str, str]]], Teach], gone: str
+) -> float:
+    """How far the clipped sum moves, in C, when one unit is removed."""
+    network, found = network_of(made), rows()
+    less = [row for row in found if row["who"] != gone]
+    whole, without = (
+        clipped(network, made, read(folder, made, some, teacher(some))) for some in (found, less)
+    )
+    return float((whole - without).norm()) / C
+
+
+def test_removing_any_unit_moves_the_sum_by_at_most_c(tmp_path: Path, text: Study) -> None:
+    teach = teaching(text)
+    assert teach is not None
+    for gone in ("0", "3", "7"):
+        figure = moved(tmp_path, text, lambda _: teach, gone)
+        assert 0.5 < figure <= 1 + 1e-3
+
+
+def fitted(base: Path) -> Callable[[list[dict[str, str]]], Teach]:
+    """The twin: a teacher trained without noise on the very records that it then teaches."""
+
+    def teacher(found: list[dict[str, str]]) -> Teach:
+        model = load(str(base))
+        body = model.model.requires_grad_(True)
+        step = torch.optim.Adam(body.parameters(), lr=3e-3)
+        for _ in range(6):
+            for row in found:
+                ids = torch.tensor([model.tokenizer.encode(row["q"] + row["a"])])
+                loss = body(input_ids=ids, labels=ids).loss
+                step.zero_grad()
+                loss.backward()
+                step.step()
+        body.requires_grad_(False)
+        digest = find_base(str(base)).digest
+        made = plan(base, digest)
+        spec = find(made.objective).teacher
+        assert spec is not None
+        return taught_by([model], made.objective, spec)
+
+    return teacher
+
+
+def test_a_teacher_trained_on_the_records_is_caught(
+    tmp_path: Path, tiny_base: Path, text: Study
+) -> None:
+    assert moved(tmp_path, text, fitted(tiny_base), "3") > 1.5
+
+
+def test_a_records_targets_are_its_own(tmp_path: Path, text: Study) -> None:
+    teach, found = teaching(text), rows()
+    before = read(tmp_path, text, found, teach)
+    other = [row | {"a": " something else."} if row["who"] == "3" else row for row in found]
+    after = read(tmp_path, text, other, teach)
+    assert before.n_units == after.n_units
+    for old, new in zip(before.examples, after.examples, strict=True):
+        assert old.soft is not None and new.soft is not None
+        assert len(old.soft.tokens) == (old.target_ids != -100).sum()
+        same = old.soft.logp.tobytes() == new.soft.logp.tobytes()
+        assert same == (found[before.examples.index(old)]["who"] != "3")
+
+
+def test_the_targets_are_the_teachers_probabilities(tmp_path: Path, text: Study) -> None:
+    data = read(tmp_path, text, rows(2), teaching(text))
+    example = data.examples[0]
+    model = load(text.base.model)
+    ids = torch.from_numpy(example.input_ids.astype(np.int64))[None]
+    full = torch.log_softmax(model.model(input_ids=ids).logits[0], dim=1)
+    at = np.flatnonzero(example.target_ids != -100)
+    assert example.soft is not None
+    tokens = torch.from_numpy(example.soft.tokens.astype(np.int64))
+    np.testing.assert_allclose(full[at].gather(1, tokens).numpy(), example.soft.logp, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_student_like_its_teacher_has_no_loss(tmp_path: Path, text: Study) -> None:
+    network = Network(find_base(text.base.model), torch.float32, text.lora, 0)  # B is zero
+    data = Cached(network, read(tmp_path, text, rows(), teaching(text)))
+    found = find(text.objective)
+    for batch in data.batches(range(len(data.dataset.examples))):
+        assert float(found.losses(network, batch).abs().max()) < 1e-5
+    moved_away = network_of(text)
+    data = Cached(moved_away, data.dataset)
+    for batch in data.batches(range(len(data.dataset.examples))):
+        assert float(found.losses(moved_away, batch).min()) > 1e-4
+
+
+@torch.no_grad()
+def test_the_loss_is_the_written_out_divergence(tmp_path: Path, tiny_base: Path) -> None:
+    """With every token of the vocabulary, against torch's own KL, one record at a time."""
+    digest = find_base(str(tiny_base)).digest
+    options = {"temperature": 2.0, "hard": 0.25, "top": 10_000.0}
+    made = plan(tiny_base, digest, options=options)
+    network = network_of(made)
+    data = Cached(network, read(tmp_path, made, rows(3), teaching(made)))
+    teacher = load(str(tiny_base)).model
+    for batch in data.batches(range(len(data.dataset.examples))):
+        found = find(made.objective).losses(network, batch)
+        for row, index in enumerate(batch.index.tolist()):
+            example = data.dataset.examples[index]
+            ids = torch.from_numpy(example.input_ids.astype(np.int64))[None]
+            at = np.flatnonzero(example.target_ids != -100)
+            theirs = torch.log_softmax(teacher(input_ids=ids).logits[0, at] / 2, dim=1)
+            logits = network.model(input_ids=ids).logits[0, at]
+            ours = torch.log_softmax(logits / 2, dim=1)
+            kl = torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+            aims = torch.from_numpy(example.target_ids[at].astype(np.int64))
+            true = torch.nn.functional.cross_entropy(logits, aims)
+            assert float(found[row]) == pytest.approx(float(0.75 * 4 * kl + 0.25 * true), rel=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 2.0, "hard": 0.3}])
+@pytest.mark.parametrize("engine", ["auto", "opacus"])
+def test_the_self_test_passes(tiny_base: Path, options: dict[str, float], engine: str) -> None:
+    digest = find_base(str(tiny_base)).digest
+    training = {"rounds": 4, "sampling_rate": 1.0, "learning_rate": 0.1, "engine": engine}
+    made = plan(tiny_base, digest, options=options, training=training)
+    results = selftest.run(made)
+    assert [r.name for r in results] == ["parity", "isolation", "sensitivity", "noise"]
+    assert all(r.passed for r in results), results
+
+
+def test_the_self_test_catches_targets_shared_by_a_batch(
+    text: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin: the teacher's figures centred over whoever is in the batch."""
+
+    def centred(
+        network: Network,
+        batch: Any,
+        *,
+        teacher: str = "",
+        digest: str = "",
+        temperature: float = 1.0,
+        hard: float = 0.0,
+        top: float = 64,
+    ) -> torch.Tensor:
+        tokens, logp = batch.soft
+        mean = torch.log_softmax(logp - logp.mean(dim=0, keepdim=True), dim=2)
+        return LOSSES(network, replace(batch, soft=(tokens, mean)))
+
+    monkeypatch.setattr(distill, "losses", centred)
+    failed = {r.name for r in selftest.run(text) if not r.passed}
+    assert {"parity", "isolation"} & failed
+
+
+LOSSES = distill.losses
+
+
+def test_classes_are_taught_by_a_run_and_the_student_learns(
+    tmp_path: Path, tiny_encoder: Path
+) -> None:
+    objective = {"name": "classify", "labels": LABELS, "max_length": 64}
+    teacher = study(base={"model": str(tiny_encoder)}, lora=None, objective=objective)
+    network = Network(find_base(str(tiny_encoder)), torch.float32, None, 3)
+    draw = np.random.default_rng(0)
+    network.load_trainable(
+        {n: draw.normal(size=a.shape).astype(np.float32) for n, a in network.trainable().items()}
+    )
+    network.save(tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "plan.json").write_text(teacher.model_dump_json())
+    run = load(tmp_path / "run")
+    table = {"labels": LABELS}
+    options = {"teacher": str(tmp_path / "run")}
+    made = plan(tiny_encoder, run.digest, objective=table, lora=None)
+    made = made.model_copy(
+        update={
+            "objective": made.objective.model_copy(
+                update={"options": made.objective.options | options, "labels": tuple(LABELS)}
+            )
+        }
+    )
+    assert all(r.passed for r in selftest.run(made))
+    path = tmp_path / "notes.jsonl"
+    path.write_text("".join(json.dumps({"t": r["q"], "y": "no"}) + "\n" for r in rows()))
+    file = DataFile(path=path, columns=Columns(text="t", label="y"))
+    data = load_dataset(
+        SiteData(path=path, columns=file.columns), made, run.tokenizer, teach=teaching(made)
+    )
+    said = [run.scores(e.input_ids) for e in data.examples]
+    for example, logits in zip(data.examples, said, strict=True):
+        assert example.soft is not None
+        expected = torch.log_softmax(logits, dim=0).numpy()
+        np.testing.assert_allclose(example.soft.logp[0], expected, atol=1e-5)
+
+
+# ------------------------------------------------------------------------ whom a site listens to
+
+
+def of(tmp_path: Path, base: Path, privacy: str) -> tuple[Path, str]:
+    """A finished run under `privacy`, and its digest."""
+    path = lay_out(tmp_path / "before", base, privacy)
+    simulate(path, sorted((tmp_path / "before").glob("site-*.toml")), tmp_path / "teacher")
+    return tmp_path / "teacher", load(tmp_path / "teacher").digest
+
+
+def rules(site: Path, made: Study, policy: dict[str, object]) -> list[str]:
+    found = load_site(site)
+    loosened = found.policy.model_copy(update={"objectives": ("distill",), **policy})
+    assert isinstance(loosened, PolicyTable)
+    changed = found.model_copy(update={"policy": loosened})
+    return [str(r) for r in refusals(made, changed, None) if "teacher" in str(r)]
+
+
+def test_a_teacher_without_privacy_is_refused_unless_declared_public(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    run, digest = of(tmp_path, tiny_base, '"off"')
+    base = find_base(str(tiny_base)).digest
+    made = plan(tiny_base, digest, options={"teacher": str(run)})
+    site = tmp_path / "before" / "site-north.toml"
+    (refusal,) = rules(site, made, {"bases": (base,)})
+    assert 'privacy = "off"' in refusal and "policy.teachers" in refusal
+    assert rules(site, made, {"bases": (base,), "teachers": (digest,)}) == []
+
+
+def test_a_base_that_nobody_vouches_for_is_no_teacher(tmp_path: Path, tiny_base: Path) -> None:
+    lay_out(tmp_path, tiny_base, '"off"')
+    made = plan(tiny_base, find_base(str(tiny_base)).digest)
+    (refusal,) = rules(tmp_path / "site-north.toml", made, {"bases": "any"})
+    assert "never saw these records" in refusal
+    vouched = {"bases": "any", "teachers": (find_base(str(tiny_base)).digest,)}
+    assert rules(tmp_path / "site-north.toml", made, vouched) == []
+
+
+def test_another_teacher_than_the_plans_is_refused(tmp_path: Path, tiny_base: Path) -> None:
+    made = plan(tiny_base, "sha256:" + "0" * 64)
+    with pytest.raises(Exception, match="digest"):
+        teaching(made)
+    with pytest.raises(ConfigError, match="teacher"):
+        find(made.objective.model_copy(update={"options": {}}))
+
+
+def test_a_study_distils_a_paid_teacher_into_a_student(tmp_path: Path, tiny_base: Path) -> None:
+    """The whole way: a DP run teaches a second DP study at the same sites."""
+    find_teacher.cache_clear()
+    run, digest = of(tmp_path, tiny_base, "{ epsilon = 2.0, delta = 1e-3, unit = 'patient' }")
+    folder = tmp_path / "before"
+    path = folder / "study.toml"
+    text = path.read_text().replace('name = "causal_lm"', 'name = "distill"')
+    text = text.replace('name = "small"', 'name = "student"')
+    options = f'[objective.options]\nteacher = "{run}"\ndigest = "{digest}"\n[training]'
+    path.write_text(text.replace("[training]", options))
+    base = find_base(str(tiny_base)).digest
+    for site in folder.glob("site-*.toml"):
+        rules = f'[policy]\nobjectives = ["distill"]\nteachers = ["{base}", "{digest}"]'
+        site.write_text(site.read_text().replace("[policy]", rules))
+    assert load_study(path).objective.name == "distill"
+    body = simulate(path, sorted(folder.glob("site-*.toml")), tmp_path / "student")
+    assert set(body["sites"].values()) == {"admitted"}
+    trained = load_file(tmp_path / "student" / "adapter" / "adapter_model.safetensors")
+    assert any(abs(v).max() > 0 for n, v in trained.items() if "lora_B" in n)
+    assert body["privacy"]["epsilon"] <= 2.0
