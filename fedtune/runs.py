@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedtune.errors import ConfigError, InputError, ModelError
+from fedtune.errors import ConfigError, InfrastructureError, InputError, ModelError
 
 if TYPE_CHECKING:
     from fedtune.config import DataFile, Study
     from fedtune.models.lora import Arrays
 
 ADAPTER = "adapter_model.safetensors"  # PEFT's own name
+BASE = "base"  # a run's own base, inside it
 
 
 def folder_for(name: str, *, resume: bool) -> Path:
@@ -29,13 +34,41 @@ def load_plan(run: Path) -> Study:
     from fedtune.config import study_from_json
 
     try:
-        return study_from_json((run / "plan.json").read_text(encoding="utf-8"))
+        study = study_from_json((run / "plan.json").read_text(encoding="utf-8"))
     except OSError:
         raise InputError(
             f"{run}: not a run folder", "plan.json in it", "name the folder that a run printed"
         ) from None
     except ConfigError as error:
         raise ConfigError(f"{run / 'plan.json'}: {error.happened}") from None
+    if study.base.model == BASE and (run / BASE).is_dir():
+        own = study.base.model_copy(update={"model": str(run / BASE)})
+        return study.model_copy(update={"base": own})
+    return study
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A draft of the new folder `out`, which is there whole when this ends well, else not at all.
+
+    Errors: ConfigError (it exists), InfrastructureError (disk)."""
+    from fedtune.files import sync_folder
+
+    if out.exists():
+        raise ConfigError(f"{out}: exists", "a new folder", "choose another --out")
+    draft = out.with_name(f"{out.name}.{os.getpid()}.new")
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        draft.rename(out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise InfrastructureError(
+            f"{out}: cannot be written ({error.strerror or type(error).__name__})",
+            todo="free the disk or fix the permissions, then run again",
+        ) from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def data_file(run: Path, data: Path, pairs: list[str]) -> DataFile:

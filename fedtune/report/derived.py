@@ -1,0 +1,44 @@
+"""The report of a model that was made at the coordinator from finished runs and public prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedtune.report.claim import rounded_up
+from fedtune.report.markdown import cell, figure, table
+
+NOTE = (
+    "It was made from finished runs and public prompts alone, after the sites had released what "
+    "they released. Whatever is computed from that has at most the runs' own (ε, δ) "
+    "(post-processing), so this step cost no ε."
+)
+
+
+def section(derived: dict[str, Any]) -> list[str]:
+    """Markdown paragraphs of a report's "derived"; [] for an empty one."""
+    if not derived:
+        return []
+    rows = [
+        [
+            cell(parent.get("name")),
+            cell(parent.get("role") or "teacher"),
+            rounded_up((parent.get("privacy") or {}).get("epsilon")),
+            figure((parent.get("privacy") or {}).get("delta")),
+            f"`{cell(parent.get('plan'))}`",
+            f"`{cell(parent.get('digest'))}`",
+        ]
+        for parent in derived.get("parents") or []
+    ]
+    prompts = derived.get("prompts") or {}
+    found = [
+        f"## How it was {cell(derived.get('step'))}\n\n{NOTE} The ε above is that of the runs below, "
+        "put together.",
+        table(["run", "as", "ε", "δ", "plan", "base and adapter"], rows),
+        f"Public prompts: {figure(prompts.get('prompts'))}, licence {cell(prompts.get('licence'))}, "
+        f"`{cell(prompts.get('digest'))}`.",
+    ]
+    for name in ("settings", "measured"):
+        if values := derived.get(name):
+            lines = [[cell(key), figure(value)] for key, value in sorted(values.items())]
+            found.append(table([name, ""], lines, numbers=False))
+    return found
