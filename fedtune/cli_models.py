@@ -13,7 +13,7 @@ from fedtune.guard import command
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fedtune.config import DataFile
+    from fedtune.config import DataFile, PublicTable
 
 PANEL = "Make more of models"
 COLUMNS = Annotated[
@@ -28,7 +28,7 @@ COLUMNS = Annotated[
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands on `app`."""
-    for each in (label, merge, export, fit):
+    for each in (label, distill, merge, export, fit):
         command(app, panel=PANEL)(each)
 
 
@@ -136,6 +136,81 @@ def _public_text(path: Path) -> str:
         return path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({type(error).__name__})") from None
+
+
+def distill(
+    teachers: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN…", help="Finished runs; of several, the mean is taught."),
+    ],
+    prompts: Annotated[
+        Path, typer.Option(metavar="FILE", help="Public prompts, with or without completions.")
+    ],
+    licence: Annotated[
+        str, typer.Option(metavar="NAME", help="Of the prompts, for the report; e.g. CC0-1.0.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="The new run folder.", show_default=False)
+    ],
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            metavar="N",
+            help="The student: the teacher's base with N of its layers.",
+            show_default=False,
+        ),
+    ] = None,
+    student: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Or another base: pypi:NAME, a folder, a hub id.",
+            show_default=False,
+        ),
+    ] = None,
+    columns: COLUMNS = None,
+    epochs: Annotated[int, typer.Option(min=1, metavar="N", help="Over the prompts.")] = 10,
+    rank: Annotated[int, typer.Option(min=1, metavar="N", help="Of the student's adapter.")] = 16,
+    last_layers: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Adapters in the last N layers; 0: in all.")
+    ] = 0,
+    learning_rate: Annotated[
+        float, typer.Option(metavar="RATE", help="AdamW's, at its peak.")
+    ] = 1e-3,
+    temperature: Annotated[float, typer.Option(metavar="T", help="Of both distributions.")] = 1.0,
+    new_tokens: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="The teacher's answer to a bare prompt, at most."),
+    ] = 64,
+    seed: Annotated[int, typer.Option(help="Of answers, order and adapter.")] = 0,
+) -> None:
+    """Teach a small student what finished runs say, on public prompts, at the coordinator.
+
+    The student learns the teachers' whole distribution (next tokens, or classes), not their answer
+    alone. Post-processing: it costs no ε, and the report carries over what the runs spent. The
+    result looks like a run: evaluate, generate and merge take it; plain transformers and PEFT load
+    it."""
+    from fedtune.console import Watch, closing
+    from fedtune.distill import Settings
+    from fedtune.distill import distill as teach
+
+    file = _public_prompts(prompts, licence, columns or [])
+    settings = Settings(
+        rank=rank, last_layers=last_layers, epochs=epochs, learning_rate=learning_rate,
+        temperature=temperature, new_tokens=new_tokens, seed=seed,
+    )  # fmt: skip
+    console = Console()
+    with Watch(console, "loading teachers"):
+        body = teach(teachers, file, out, student=student, layers=layers, settings=settings)
+    closing(console, out, body)
+
+
+def _public_prompts(path: Path, licence: str, pairs: list[str]) -> PublicTable:
+    from fedtune.config import PublicTable
+    from fedtune.runs import named_columns
+
+    return PublicTable(path=path, columns=named_columns(path, pairs).columns, licence=licence)
 
 
 def merge(

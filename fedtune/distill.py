@@ -86,9 +86,10 @@ def distill(
         network.save(draft / "adapter")
         replace(draft / "plan.json", (study.model_dump_json(indent=2) + "\n").encode())
         body |= _about(study, base, network, settings, prompts)
-        parents = [parent(run, model) for run, model in zip(teachers, models, strict=True)]
-        body |= carried_over(parents)
-        body["derived"]["parents"] = [{k: v for k, v in p.items() if k != "report"} for p in parents]
+        pairs = zip(teachers, models, strict=True)
+        came = carried_over([parent(run, model, "teacher") for run, model in pairs])
+        body["derived"]["parents"] = came.pop("parents")
+        body |= came
         reports.write(draft, body)
     return body
 
@@ -125,7 +126,7 @@ def _study(first: Study, base: Base, name: str, out: Path, settings: Settings) -
     `generate` read."""
     table = first.objective
     label = find(table).shape == "label"
-    kept = {"name": "classify" if label else "causal_lm", "options": {}}
+    kept: dict[str, Any] = {"name": "classify" if label else "causal_lm", "options": {}}
     modules = settings.modules or _modules(base)
     lora = LoraTable(
         rank=settings.rank,
@@ -153,9 +154,7 @@ def _marked(
     table: ObjectiveTable = study.objective
     records: list[Record] = prompts.records
     if not table.labels:
-        records, left_out = completed(
-            records, models[0], table, settings.new_tokens, settings.seed
-        )
+        records, left_out = completed(records, models[0], table, settings.new_tokens, settings.seed)
         prompts.about["without_an_answer"] = sum(left_out.values())
     spec = Teacher("", "", settings.temperature, settings.top)
     teach = taught_by(models, table, spec)
@@ -198,7 +197,7 @@ def _learn(network: Network, data: Dataset, settings: Settings) -> dict[str, Any
             rows = shuffled[start : start + settings.batch]
             for batch in cached.batches(rows, 2048):
                 each = objective.losses(network, batch, temperature=settings.temperature)
-                (each.sum() / len(rows)).backward()
+                torch.autograd.backward(each.sum() / len(rows))
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -240,6 +239,6 @@ def _about(
         "derived": {
             "step": "distilled",
             "prompts": prompts.about,
-            "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(settings).items()},
+            "settings": vars(settings) | {"modules": ", ".join(study.lora.modules)},
         },
     }

@@ -8,13 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedtune import budgets
 from fedtune.errors import InputError, Refused
 from fedtune.models.whole import PLAN, Whole
-
-NOTE = (
-    "Made from finished runs and public prompts alone. Whatever is computed from what the sites "
-    "already released under (ε, δ) has at most the same (ε, δ): this step cost no ε of its own."
-)
 
 
 def require_private(model: Whole, what: str, accepted: Sequence[str] = ()) -> None:
@@ -31,42 +27,32 @@ def require_private(model: Whole, what: str, accepted: Sequence[str] = ()) -> No
     )
 
 
-def parent(source: str | Path, model: Whole) -> dict[str, Any]:
-    """What a report says of one model that another was made of."""
-    run = Path(source)
-    found: dict[str, Any] = {"name": model.base.name, "digest": model.digest}
-    if model.study is None:
-        return found | {"kind": "base"}
-    report = _report(run)
-    found |= {"name": model.study.study.name, "kind": "run", "plan": model.study.digest}
-    found |= {"private": bool(report.get("private")), "privacy": report.get("privacy") or {}}
-    return found
+def parent(run: Path, model: Whole, role: str) -> dict[str, Any]:
+    """What a report says of one run that another model was made of. Errors: InputError."""
+    assert model.study is not None
+    return {
+        "name": model.study.study.name,
+        "role": role,
+        "plan": model.study.digest,
+        "digest": model.digest,
+        "report": _report(run),
+    }
 
 
 def carried_over(parents: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The privacy of what was made of `parents`, as a report's body: `private` and `privacy`.
-
-    ε and δ of all parents are added up site by site (basic composition: Dwork and Roth 2014,
-    theorem 3.16), names of sites being what tells sites apart; the same parent counts once."""
-    runs = {p["digest"]: p for p in parents if p["kind"] == "run"}
-    if not runs:
-        return {"private": False, "privacy": {"warning": "no run among the parents: a base"}}
-    if not all(p["private"] for p in runs.values()):
-        return {"private": False, "privacy": {"warning": "a parent was trained without privacy"}}
-    spent: dict[str, tuple[float, float]] = {}
-    for found in (p["privacy"] for p in runs.values()):
-        for name, site in (found.get("sites") or {"all": found}).items():
-            epsilon, delta = spent.get(name, (0.0, 0.0))
-            spent[name] = epsilon + float(site["epsilon"]), delta + float(site["delta"])
-    units = {found.get("unit", "record") for found in (p["privacy"] for p in runs.values())}
-    common = {
-        "unit": "patient" if units == {"patient"} else "record",
-        "relation": "add or remove one unit",
-        "accountant": "the parents' own, added up site by site",
-    }
-    worst = max(spent, key=lambda name: spent[name])
-    sites = {n: {"epsilon": e, "delta": d} | common for n, (e, d) in sorted(spent.items())}
-    return {"private": True, "privacy": {**sites[worst], "sites": sites}}
+    """The body's `private` and `privacy` of what was made of `parents`, and `parents` as "derived"
+    keeps them: each run counts once."""
+    found = {p["digest"]: p["report"] for p in parents}
+    private = all(body.get("private") for body in found.values())
+    privacy: dict[str, Any] = {"warning": "one of its runs was trained without privacy"}
+    if private:
+        privacy = budgets.composed(list(found.values()))
+    said = [
+        {key: value for key, value in p.items() if key != "report"}
+        | {"privacy": {k: p["report"].get("privacy", {}).get(k) for k in ("epsilon", "delta")}}
+        for p in parents
+    ]
+    return {"private": private, "privacy": privacy, "parents": said}
 
 
 def _report(run: Path) -> dict[str, Any]:

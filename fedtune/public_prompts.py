@@ -55,7 +55,9 @@ def completed(
     left_out: Counter[str] = Counter()
     for number, record in enumerate(records):
         try:
-            found.append(record if record.completion else _written(record, writer, objective, new_tokens, seed))
+            if not record.completion:
+                record = _written(record, writer, objective, new_tokens, seed)
+            found.append(record)
         except Rejected as error:
             left_out[error.reason] += 1
         report("the teacher is writing", number + 1, len(records))

@@ -171,6 +171,30 @@ def load_dataset(
     return Dataset(examples, len(numbers), rejected, members, units)
 
 
+def dataset_of(
+    records: list[Record],
+    study: Study,
+    tokenizer: PreTrainedTokenizerBase,
+    teach: Callable[[Record, Example], Soft] | None = None,
+) -> Dataset:
+    """Public records, each a unit; of one to classify no label is asked. Errors: DataError."""
+    shape = find(study.objective).shape
+    rejected: Counter[str] = Counter()
+    examples: list[Example] = []
+    for record in records:
+        try:
+            found = _tokenise(record, study.objective, tokenizer, shape, shape != "label")
+        except Rejected as error:
+            rejected[error.reason] += 1
+            continue
+        example = _example(*found, len(examples))
+        soft = teach(record, example) if teach else None
+        examples.append(replace(example, soft=soft))
+    if not examples:
+        raise DataError(f"none of {len(records)} public records can be used ({dict(rejected)})")
+    return Dataset(examples, len(examples), rejected)
+
+
 def check_shape(
     file: DataFile, study: Study, tokenizer: PreTrainedTokenizerBase, labelled: bool = True
 ) -> Shape:

@@ -1,8 +1,8 @@
 """A student with fewer layers than its base, as a folder that transformers loads.
 
-The deep layers just before the last change least what passes through them, so the first layers stay,
-and the very last, which prepares the answer.
-Reference: Gromov et al. 2024, "The unreasonable ineffectiveness of the deeper layers", section 3."""
+The deep layers just before the last change least what passes through them, so the first layers
+stay, and the very last, which prepares the answer.
+Reference: Gromov et al. 2024, "The unreasonable ineffectiveness of the deeper layers"."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ def shallow(base: Base, layers: int, folder: Path) -> list[int]:
     returns which layers stayed.
 
     Errors: ConfigError (not fewer), ModelError (an architecture without a list of layers)."""
-    kinds = (kind for kind in (torch.bfloat16, torch.float16) if stored_as(weights(base.path), kind))
-    model = load_backbone(base, next(kinds, torch.float32))
+    files, halves = weights(base.path), (torch.bfloat16, torch.float16)
+    dtype = next((kind for kind in halves if stored_as(files, kind)), torch.float32)
+    model = load_backbone(base, dtype)
     holder, name = _layers(model, base)
     total = len(getattr(holder, name))
     if not 1 < layers < total:

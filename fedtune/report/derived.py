@@ -31,11 +31,11 @@ def section(derived: dict[str, Any]) -> list[str]:
     ]
     prompts = derived.get("prompts") or {}
     found = [
-        f"## How it was {cell(derived.get('step'))}\n\n{NOTE} The ε above is that of the runs below, "
-        "put together.",
+        f"## How it was {cell(derived.get('step'))}\n\n{NOTE} The ε above is that of the runs "
+        "below, put together.",
         table(["run", "as", "ε", "δ", "plan", "base and adapter"], rows),
-        f"Public prompts: {figure(prompts.get('prompts'))}, licence {cell(prompts.get('licence'))}, "
-        f"`{cell(prompts.get('digest'))}`.",
+        f"Public prompts: {figure(prompts.get('prompts'))}, licence "
+        f"{cell(prompts.get('licence'))}, `{cell(prompts.get('digest'))}`.",
     ]
     for name in ("settings", "measured"):
         if values := derived.get(name):

@@ -17,7 +17,9 @@ from fedtune.report.claim import (
     strength,
 )
 
-LOWER_IS_BETTER = ("loss", "perplexity")
+LOWER_IS_BETTER = ("loss", "perplexity", "divergence", "kl")
+HELD_OUT = "the study's held-out records"
+BEFORE_AFTER = ("base alone", "with the adapter")
 WAYS = ("bytes_up", "bytes_down")
 MOST_COLUMNS = 6  # of sites beside each other
 
@@ -25,14 +27,16 @@ MOST_COLUMNS = 6  # of sites beside each other
 def markdown(body: dict[str, Any]) -> str:
     """The whole report as Markdown. Text that came from a site is escaped and cut to one line."""
     from fedtune.report.audit import section  # which writes with this module's cell and table
+    from fedtune.report.derived import section as derived
     from fedtune.report.merged import section as merged
 
-    ran = "merge" not in body  # else no round was, and quality is told of each parent
+    ran = not {"merge", "derived"} & body.keys()  # else no round was
 
     parts = [
         f"# {cell(body.get('study', 'study'))}: report",
         _claim(body) if body.get("private") else _banner(body),
-        _quality(body.get("quality") or {}) if ran else "",
+        _quality(body.get("quality") or {}) if "merge" not in body else "",  # told of each parent
+        *derived(body.get("derived") or {}),
         *merged(body.get("merge") or {}, body.get("privacy") or {}),
         _private_quality(body) if body.get("private") else "",
         _alone(body["quality"]["metric"], body["alone"]) if body.get("alone") else "",
@@ -128,8 +132,9 @@ def _quality(quality: dict[str, Any]) -> str:
             [f"{cell(name)} ({arrow})", figure(before.get(name)), figure(after.get(name)), change]
         )
     return (
-        "## Quality\n\nOn the study's held-out records, at the coordinator.\n\n"
-        + table(["measure", "base alone", "with the adapter", "change"], rows)
+        f"## Quality\n\nOn {cell(quality.get('on') or HELD_OUT)}, at the "
+        "coordinator.\n\n"
+        + table(["measure", *map(cell, quality.get("columns") or BEFORE_AFTER), "change"], rows)
         + "\n\n![Quality and ε by round](progress.png)"
     )
 
@@ -304,7 +309,7 @@ def _base(body: dict[str, Any]) -> str:
     rows = [[cell(key), cell(base.get(key))] for key in ("name", "digest", "licence", "dtype")]
     parts.append(f"## Base model\n\n{table(['', ''], rows, numbers=False)}")
     known = {"privacy", "quality", "base", "rounds", "sites", "audit", "absences", "wire"}
-    known.add("merge")
+    known |= {"merge", "derived"}
     for key, value in sorted(body.items()):
         if key not in known and isinstance(value, dict) and value:
             rows = [[cell(name), _setting(item)] for name, item in sorted(value.items())]
