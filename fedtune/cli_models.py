@@ -28,7 +28,11 @@ COLUMNS = Annotated[
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands on `app`."""
+<<<<<<< HEAD
     for each in (label, distill, merge, export, fit):
+=======
+    for each in (label, improve, distill, merge):
+>>>>>>> f7580a8 (A run learns what a federated reward model likes, on public prompts and a leash)
         command(app, panel=PANEL)(each)
 
 
@@ -136,6 +140,56 @@ def _public_text(path: Path) -> str:
         return path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({type(error).__name__})") from None
+
+
+def improve(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A finished run that writes.", show_default=False)
+    ],
+    reward: Annotated[
+        Path, typer.Option(metavar="RUN", help="A finished run of objective reward.")
+    ],
+    prompts: Annotated[Path, typer.Option(metavar="FILE", help="Public prompts.")],
+    licence: Annotated[
+        str, typer.Option(metavar="NAME", help="Of the prompts, for the report; e.g. CC0-1.0.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="The new run folder.", show_default=False)
+    ],
+    columns: COLUMNS = None,
+    leash: Annotated[
+        float, typer.Option(metavar="NATS", help="KL from the run, of an answer, at most.")
+    ] = 4.0,
+    beta: Annotated[
+        float, typer.Option(min=0, metavar="PRICE", help="Of a nat, in standard rewards.")
+    ] = 0.05,
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="At most.")] = 30,
+    every: Annotated[int, typer.Option(min=1, metavar="N", help="Steps between looks.")] = 5,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts in a step.")] = 8,
+    answers: Annotated[int, typer.Option(min=2, metavar="N", help="To each prompt.")] = 4,
+    new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Of an answer.")] = 32,
+    learning_rate: Annotated[float, typer.Option(metavar="RATE", help="AdamW's.")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Of prompts and answers.")] = 0,
+) -> None:
+    """Let a run's model learn what a federated reward model likes, on public prompts (RLOO).
+
+    At the coordinator, and post-processing: it reads two finished runs and public prompts, so it
+    costs no ε, and the report carries over what both runs spent. The reward is counted from the
+    run's own mean on the public prompts. Training ends when the policy has gone further than the
+    leash; what is kept is the best policy seen within it, or nothing. Needs fedtune[rl]."""
+    from fedtune.console import Watch, closing
+    from fedtune.improve import improve as learn
+    from fedtune.rl import Schedule
+
+    file = _public_prompts(prompts, licence, columns or [])
+    how = Schedule(
+        steps=steps, prompts=batch, answers=answers, new_tokens=new_tokens,
+        learning_rate=learning_rate, beta=beta, seed=seed,
+    )  # fmt: skip
+    console = Console()
+    with Watch(console, "loading the run and the reward model"):
+        body = learn(run, reward, file, out, leash=leash, every=every, how=how)
+    closing(console, out, body)
 
 
 def distill(

@@ -1,0 +1,282 @@
+"""A finished run learns to please a federated reward model: `fedtune improve`, at the coordinator.
+
+Guarantee: reads two finished runs and public prompts alone. What comes out has at most the (ε, δ)
+of both runs together, and strays from its start by at most the leash."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import fedtune
+from fedtune import report as reports
+from fedtune.config import PublicTable, Study
+from fedtune.data.files import Rejected
+from fedtune.data.records import Record
+from fedtune.data.tokens import prompt_ids
+from fedtune.errors import ConfigError, DataError, Refused
+from fedtune.files import replace
+from fedtune.label import Scored
+from fedtune.lineage import carried_over, parent
+from fedtune.models.whole import Whole, load
+from fedtune.objectives import find
+from fedtune.progress import report
+from fedtune.public_prompts import Prompts, read
+from fedtune.rl import Schedule, improve_by
+from fedtune.runs import new_folder
+
+SCHEDULE = Schedule()
+HELD_OUT = 0.25  # of the prompts: never trained on, measured before and after
+LOOKED_AT = 16  # prompts of either kind that are measured on
+SAMPLES = 2  # answers to each
+
+
+@dataclass(frozen=True)
+class Look:
+    """Means over the answers that were sampled: reward, in standard deviations of the start's
+    rewards from their mean; kl: nats an answer, from the start."""
+
+    reward: float
+    kl: float
+
+
+@dataclass
+class Progress:
+    """by_step: what was seen after how many steps; best: within the leash, with its arrays."""
+
+    leash: float
+    every: int
+    steps: int
+    by_step: list[tuple[int, Look]] = field(default_factory=list)
+    best: tuple[int, Look, dict[str, torch.Tensor]] | None = None
+    stopped: str = "all steps were taken"
+
+
+def improve(
+    run: Path,
+    reward_run: Path,
+    file: PublicTable,
+    out: Path,
+    *,
+    leash: float = 4.0,
+    every: int = 5,
+    how: Schedule = SCHEDULE,
+) -> dict[str, Any]:
+    """RLOO on public prompts from the policy of `run`, towards what `reward_run` scores higher;
+    returns the report's body.
+
+    leash: nats of KL an answer, from the policy of `run`. Measured every so many steps: past it the
+    training ends, and what is kept is the best policy that was seen within it.
+    `out` looks like a run, and is whole or not there. Errors: Refused (no better policy within the
+    leash), ConfigError, DataError, ModelError, InfrastructureError."""
+    if not leash > 0:
+        raise ConfigError(f"--leash {leash}", "nats above 0")
+    policy, start, judge = load(run, trainable=True), load(run), load(reward_run)
+    study = _check(policy, judge, run, reward_run)
+    prompts = read(file)
+    held_in, held_out = _shared_out(prompts, policy, study, how)
+    with new_folder(out) as draft:
+        _choose_trained(policy, study)
+        bench = Bench(policy, start, Scored(judge), study, how)
+        bench.centre(held_in)
+        before, apart = bench.look(held_in), bench.look(held_out)
+        seen = Progress(leash, every, how.steps, [(0, before)])
+        texts = [(r.prompt, _as_read(r, study)) for r in held_in]
+        improve_by(policy, texts, bench.rewards, _watching(seen, bench, held_in), how)
+        if seen.best is None:
+            raise Refused(
+                "no policy within the leash had a higher reward than the run",
+                f"KL at most {leash:g} nats an answer",
+                "more steps, a smaller learning rate, or a longer leash",
+            )
+        _restore(policy, seen.best[2])
+        policy.model.save_pretrained(str(draft / "adapter"), selected_adapters=["default"])
+        (draft / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty template
+        named = study.study.model_copy(update={"name": out.name.strip("._-") or "improved"})
+        made = study.model_copy(update={"study": named})
+        replace(draft / "plan.json", (made.model_dump_json(indent=2) + "\n").encode())
+        parents = [parent(run, policy, "policy"), parent(reward_run, judge, "reward")]
+        body = _body(made, policy, seen, (apart, bench.look(held_out)), prompts, how)
+        came = carried_over(parents)
+        body["derived"]["parents"] = came.pop("parents")
+        body |= came
+        reports.write(draft, body)
+    return body
+
+
+def _check(policy: Whole, judge: Whole, run: Path, reward_run: Path) -> Study:
+    study = policy.study
+    if study is None or not policy.adapted or find(study.objective).outputs:
+        raise ConfigError(f"{run}: no run that writes", "a finished run with an adapter")
+    if judge.study is None or judge.study.objective.name != "reward":
+        raise ConfigError(f"{reward_run}: no reward model", "a finished run of objective reward")
+    return study
+
+
+def _shared_out(
+    prompts: Prompts, policy: Whole, study: Study, how: Schedule
+) -> tuple[list[Record], list[Record]]:
+    """Prompts to learn on and others, by the seed; too long ones are left out and counted."""
+    room = min(study.objective.max_length, policy.room) - how.new_tokens
+    fit = [
+        record
+        for record in prompts.records
+        if len(prompt_ids(record.prompt, study.objective, policy.tokenizer)) <= room
+    ]
+    prompts.about["too_long"] = len(prompts.records) - len(fit)
+    if len(fit) < 4:
+        raise DataError(f"{len(fit)} prompts leave room for an answer", "at least 4")
+    order = np.random.default_rng(how.seed).permutation(len(fit)).tolist()
+    apart = max(1, round(HELD_OUT * len(fit)))
+    return [fit[i] for i in order[apart:]], [fit[i] for i in order[:apart]]
+
+
+def _as_read(record: Record, study: Study) -> str:
+    return (study.objective.template or "{text}").replace("{text}", record.prompt)
+
+
+def _choose_trained(policy: Whole, study: Study) -> None:
+    """What the study trained is trained on; a frozen factor stays as it was."""
+    both = study.lora is None or study.lora.train == "AB"
+    for name, parameter in policy.model.named_parameters():
+        parameter.requires_grad_("lora_B" in name or ("lora_A" in name and both))
+
+
+def _watching(seen: Progress, bench: Bench, records: list[Record]) -> Callable[[int], bool]:
+    def look(step: int) -> bool:
+        report("improving", step, seen.steps)
+        if step % seen.every and step != seen.steps:
+            return True
+        found = bench.look(records)
+        seen.by_step.append((step, found))
+        if found.kl > seen.leash:
+            seen.stopped = f"the leash was passed after {step} steps"
+            return False
+        if found.reward > (seen.best[1] if seen.best else seen.by_step[0][1]).reward:
+            seen.best = step, found, _arrays(bench.policy)
+        return True
+
+    return look
+
+
+def _arrays(policy: Whole) -> dict[str, torch.Tensor]:
+    named = policy.model.named_parameters()
+    return {n: p.detach().clone() for n, p in named if "lora_" in n and ".default." in n}
+
+
+@torch.no_grad()
+def _restore(policy: Whole, arrays: dict[str, torch.Tensor]) -> None:
+    named = dict(policy.model.named_parameters())
+    for name, value in arrays.items():
+        named[name].copy_(value)
+
+
+# -------------------------------------------------------------------------------- measuring
+
+
+@dataclass
+class Bench:
+    """Measures a policy against where it started, by the reward model."""
+
+    policy: Whole
+    start: Whole
+    judge: Scored
+    study: Study
+    how: Schedule
+    mean: float = 0.0
+    spread: float = 1.0
+
+    def centre(self, records: Sequence[Record]) -> None:
+        """Rewards are counted from the mean of the start's answers to public prompts, in their
+        standard deviations. Never from a private record."""
+        found = [score for record in records[:LOOKED_AT] for score, _ in self._answers(record)]
+        self.mean, self.spread = float(np.mean(found)), float(np.std(found)) or 1.0
+        if not math.isfinite(self.spread):
+            raise DataError("the reward model gives no finite score to the run's answers")
+
+    def rewards(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        return [self._score(p, a) for p, a in zip(prompts, answers, strict=True)]
+
+    def look(self, records: Sequence[Record]) -> Look:
+        """Always the same draws, so that two looks differ by their policies alone."""
+        found = [each for record in records[:LOOKED_AT] for each in self._answers(record)]
+        rewards, divergences = zip(*found, strict=True)
+        return Look(float(np.mean(rewards)), float(np.mean(divergences)))
+
+    def _score(self, prompt: str, answer: str) -> float:
+        try:
+            return (self.judge.score(prompt, answer) - self.mean) / self.spread
+        except Rejected:  # an empty answer, or one too long for the reward model
+            return -3.0
+
+    def _answers(self, record: Record) -> list[tuple[float, float]]:
+        """(reward, KL) of sampled answers; the KL at each token is exact, over the vocabulary."""
+        ids = prompt_ids(record.prompt, self.study.objective, self.policy.tokenizer)
+        stream = f"{self.how.seed}\n{record.prompt}".encode()
+        written = self.policy.write(ids, SAMPLES, self.how.new_tokens, stream, self.how.temperature)
+        found = []
+        for answer in written:
+            text = str(self.policy.tokenizer.decode(answer, skip_special_tokens=True))
+            whole = np.array([*ids, *answer], np.int32)
+            at = np.arange(len(ids) - 1, len(whole))  # and what ends the answer
+            ours, theirs = (m.next_tokens(whole, at) for m in (self.policy, self.start))
+            kl = float((ours.exp() * (ours - theirs)).sum())
+            found.append((self._score(record.prompt, text), kl))
+        return found
+
+
+# ---------------------------------------------------------------------------------- report
+
+
+def _body(
+    study: Study,
+    policy: Whole,
+    seen: Progress,
+    held_out: tuple[Look, Look],
+    prompts: Prompts,
+    how: Schedule,
+) -> dict[str, Any]:
+    assert seen.best is not None
+    step, after, _ = seen.best
+    before, base = seen.by_step[0][1], policy.base
+    table = study.lora.model_dump(mode="json", exclude_none=True) if study.lora else {}
+    return {
+        "fedtune": fedtune.__version__,
+        "study": study.study.name,
+        "plan_digest": study.digest,
+        "base": {
+            "name": study.base.model,
+            "digest": base.digest,
+            "licence": base.licence,
+            "dtype": "float32",
+        },
+        "adapter": {"folder": "adapter"} | table,
+        "rounds": [],
+        "quality": {
+            "metric": "reward",
+            "on": "public prompts that it learned on, sampled answers; reward in standard "
+            "deviations from the run's mean, KL in nats an answer",
+            "columns": ["the run", "improved"],
+            "before": vars(before),
+            "after": vars(after),
+            "by_round": [{"round": at, **vars(look)} for at, look in seen.by_step],
+        },
+        "derived": {
+            "step": "improved",
+            "prompts": prompts.about,
+            "settings": vars(how) | {"leash": seen.leash, "algorithm": "RLOO (trl)"},
+            "measured": {
+                "steps kept": step,
+                "ended": seen.stopped,
+                "reward on prompts held out, before": held_out[0].reward,
+                "reward on prompts held out, after": held_out[1].reward,
+                "KL on prompts held out": held_out[1].kl,
+            },
+        },
+    }

@@ -1,0 +1,134 @@
+"""A run learns to please a reward model on public prompts, on a leash; no record is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from fedtune.config import Columns, PublicTable
+from fedtune.errors import ConfigError, Refused
+from fedtune.improve import improve
+from fedtune.models.base import find_base
+from fedtune.models.network import Network
+from fedtune.models.whole import load
+from fedtune.rl import Schedule
+from fedtune.runs import load_plan
+from fedtune.simulate import simulate
+from tests.dp.conftest import study
+from tests.test_cli import run
+from tests.test_end_to_end import lay_out
+
+pytest.importorskip("trl")
+HOW = Schedule(steps=12, prompts=4, answers=6, new_tokens=6, learning_rate=3e-2, beta=0.02)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    folder = tmp_path_factory.mktemp("policy")
+    path = lay_out(folder, tiny_base, "{ epsilon = 3.0, delta = 1e-3, unit = 'patient' }")
+    simulate(path, sorted(folder.glob("site-*.toml")), folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def reward(tmp_path_factory: pytest.TempPathFactory, policy: Path, tiny_base: Path) -> Path:
+    """As a finished reward run leaves it, with a head that likes some answers far more."""
+    folder = tmp_path_factory.mktemp("reward") / "run"
+    made = study(base={"model": str(tiny_base)}, objective={"name": "reward", "max_length": 64})
+    network = Network(find_base(str(tiny_base)), torch.float32, made.lora, 1)
+    draw = np.random.default_rng(2)
+    arrays = network.trainable()
+    arrays["head.weight"] = draw.normal(size=arrays["head.weight"].shape).astype(np.float32)
+    network.load_trainable(arrays)
+    network.save(folder / "adapter")
+    (folder / "plan.json").write_text(made.model_dump_json())
+    report = json.loads((policy / "report.json").read_text())
+    (folder / "report.json").write_text(json.dumps(report))
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> PublicTable:
+    path = tmp_path / "public.jsonl"
+    rows = [{"prompt": f"fever day {n}, and a cough"} for n in range(12)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return PublicTable(path=path, columns=Columns(prompt="prompt"), licence="CC0-1.0")
+
+
+def test_the_reward_rises_within_the_leash(
+    tmp_path: Path, policy: Path, reward: Path, prompts: PublicTable
+) -> None:
+    out = tmp_path / "out"
+    body = improve(policy, reward, prompts, out, leash=5.0, every=3, how=HOW)
+    before, after = body["quality"]["before"], body["quality"]["after"]
+    assert abs(before["reward"]) < 1e-6 and before["kl"] == 0  # centred on the run's own answers
+    assert after["reward"] > 0.3
+    assert 0 < after["kl"] <= 5.0
+    own = json.loads((policy / "report.json").read_text())["privacy"]["epsilon"]
+    assert body["privacy"]["epsilon"] > own  # the reward run learned from the same sites
+    said = (out / "report.md").read_text()
+    for words in ("cost no ε", "CC0-1.0", body["derived"]["prompts"]["digest"], "reward"):
+        assert words in said, words
+    plain: Any = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(load_plan(out).base.model), str(out / "adapter")
+    )
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        theirs = torch.log_softmax(plain(input_ids=ids).logits[0, -1], dim=0)
+    ours = load(out).next_tokens(ids[0].numpy(), np.array([3]))[0]
+    np.testing.assert_allclose(theirs.numpy(), ours.numpy(), atol=1e-4)
+    assert plain.generate(input_ids=ids, max_new_tokens=3, pad_token_id=0).shape[1] > 4
+    names = load_file(out / "adapter" / "adapter_model.safetensors").keys()
+    assert names == load_file(policy / "adapter" / "adapter_model.safetensors").keys()
+
+
+def test_past_the_leash_nothing_is_kept(
+    tmp_path: Path, policy: Path, reward: Path, prompts: PublicTable
+) -> None:
+    with pytest.raises(Refused, match="within the leash"):
+        improve(policy, reward, prompts, tmp_path / "out", leash=1e-6, every=3, how=HOW)
+    assert {p.name for p in tmp_path.iterdir()} == {"public.jsonl"}
+
+
+def test_without_privacy_it_says_so(
+    tmp_path: Path, policy: Path, reward: Path, prompts: PublicTable
+) -> None:
+    body = json.loads((reward / "report.json").read_text())
+    (reward / "report.json").write_text(json.dumps(body | {"private": False}))
+    try:
+        found = improve(policy, reward, prompts, tmp_path / "out", every=6, how=HOW, leash=50.0)
+    finally:
+        (reward / "report.json").write_text(json.dumps(body))
+    assert not found["private"]
+    assert "NOT PRIVATE" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_only_a_reward_run_judges(tmp_path: Path, policy: Path, prompts: PublicTable) -> None:
+    with pytest.raises(ConfigError, match="no reward model"):
+        improve(policy, policy, prompts, tmp_path / "out", how=HOW)
+
+
+def test_the_command_stops_clean(
+    tmp_path: Path, policy: Path, reward: Path, prompts: PublicTable, monkeypatch: Any
+) -> None:
+    import fedtune.improve as module
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "improve_by", stop)
+    told = run(
+        "improve", policy, "--reward", reward, "--prompts", prompts.path,
+        "--licence", "CC0-1.0", "--out", tmp_path / "out", "--new-tokens", "4",
+    )  # fmt: skip
+    assert told.exit_code == 130, told.output
+    assert {p.name for p in tmp_path.iterdir()} == {"public.jsonl"}
+    assert run("improve", "--help").exit_code == 0
