@@ -23,7 +23,7 @@ from fedtune.lineage import carried_over, parent
 from fedtune.models.base import Base, find_base
 from fedtune.models.cache import Cached
 from fedtune.models.lora import Arrays
-from fedtune.models.network import Network
+from fedtune.models.network import Network, build
 from fedtune.models.shallow import shallow
 from fedtune.models.teacher import taught_by
 from fedtune.models.whole import Whole, load
@@ -78,7 +78,7 @@ def distill(
         base = find_base(student or str(draft / BASE))
         _same_words(models, base)
         study = _study(first, base, BASE if layers is not None else student or "", out, settings)
-        network = Network(base, torch.float32, study.lora, find(study.objective).outputs)
+        network = build(study, str(base.path))
         network.draw_factor(settings.seed)
         network.load_trainable(network.initial(network.frozen_factor()))
         marked = _marked(models, prompts, study, network, settings)
@@ -135,7 +135,7 @@ def _study(first: Study, base: Base, name: str, out: Path, settings: Settings) -
         last_layers=settings.last_layers or None,
         train="AB",
     )
-    pinned = BaseTable(model=name, digest=base.digest, dtype="float32")
+    pinned = BaseTable(model=name, digest=base.digest, dtype="auto")
     named = first.study.model_copy(update={"name": out.name.strip("._-") or "student"})
     changes: dict[str, Any] = {"study": named, "base": pinned, "lora": lora, "public": None}
     return first.model_copy(update=changes | {"objective": table.model_copy(update=kept)})
@@ -231,7 +231,7 @@ def _about(
             "name": study.base.model,
             "digest": base.digest,
             "licence": base.licence,
-            "dtype": "float32",
+            "dtype": str(network.dtype).removeprefix("torch."),
             "parameters": size,
         },
         "adapter": {"folder": "adapter"} | study.lora.model_dump(mode="json", exclude_none=True),

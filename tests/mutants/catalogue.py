@@ -773,6 +773,19 @@ MADE_MUTANTS = (
         "a model that was fitted to the records sets their targets",
     ),
     _one(
+        "leash", "a-policy-past-the-leash-is-kept", "fedtune/improve.py",
+        "if found.kl > seen.leash:", "if False:",
+        "tests/test_improve.py::test_past_the_leash_nothing_is_kept",
+        "the policy goes as far as the reward takes it",
+    ),
+    _one(
+        "parents", "one-parent-pays-for-all", "fedtune/lineage.py",
+        "privacy = budgets.composed(list(found.values()))",
+        "privacy = next(iter(found.values()))[\"privacy\"]",
+        "tests/test_improve.py::test_the_reward_rises_within_the_leash",
+        "what two runs spent on the same people is not added up",
+    ),
+    _one(
         "label", "the-judge-is-asked-in-one-order", LABEL,
         "return (self._odds(prompt, first, second) - self._odds(prompt, second, first)) / 2",
         "return self._odds(prompt, first, second)",
