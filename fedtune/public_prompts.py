@@ -61,6 +61,11 @@ def completed(
         except Rejected as error:
             left_out[error.reason] += 1
         report("the teacher is writing", number + 1, len(records))
+    if not found:
+        counts = ", ".join(f"{n} {reason}" for reason, n in left_out.most_common())
+        raise DataError(
+            f"no prompt got an answer ({counts})", todo="fewer --new-tokens, or shorter prompts"
+        )
     return found, left_out
 
 

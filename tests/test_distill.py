@@ -186,7 +186,7 @@ def test_a_stop_leaves_nothing(
     monkeypatch.setattr(module, "_learn", stop)
     told = run(
         "distill", teacher, "--prompts", prompts(tmp_path), "--licence", "CC0-1.0",
-        "--layers", "3", "--out", tmp_path / "out", "--column", "prompt=prompt",
+        "--layers", "3", "--out", tmp_path / "out", "--new-tokens", "2",
     )  # fmt: skip
     assert told.exit_code == 130
     assert {p.name for p in tmp_path.iterdir()} == {"public.jsonl"}
