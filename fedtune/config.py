@@ -460,7 +460,9 @@ class PolicyTable(Table):
     max_steps: Count = 10_000  # of one study
     max_rank: Count = 64
     modules: tuple[str, ...] = MODULES  # that an adapter may sit on
-    objectives: tuple[str, ...] = ("causal_lm", "classify", "dpo", "kto", "orpo", "reward")
+    objectives: tuple[str, ...] = (
+        *("causal_lm", "classify", "distill", "dpo", "kto", "orpo", "reward"),
+    )
     strategies: tuple[str, ...] = ("fedavg", "fedadam", "fedprox", "trimmed_mean")
     bases: tuple[Digest, ...] | Literal["any"] = BASES  # "any": whatever verifies
     teachers: tuple[Digest, ...] = ()  # taken here to be public, whatever they say of themselves

@@ -187,7 +187,7 @@ def dataset_of(
         except Rejected as error:
             rejected[error.reason] += 1
             continue
-        example = _example(*found, len(examples))
+        example = _example(*found, len(examples), find(study.objective).outputs > 0)
         soft = teach(record, example) if teach else None
         examples.append(replace(example, soft=soft))
     if not examples:
@@ -301,9 +301,10 @@ def passage_of(
     """A prompt and its completion, as training saw them; where a head is trained, all of it, and of
     a text to classify the prompt alone. Errors: Rejected."""
     if find(objective).shape == "label":
-        return _passage(*_classify(Record("", prompt), objective, tokenizer, labelled=False)[0])
-    ids, hits = _written(Record("", prompt, completion), objective, tokenizer, labelled=True)
-    return _passage(ids, hits, find(objective).outputs > 0)
+        tokens, _ = _classify(Record("", prompt), objective, tokenizer, labelled=False)
+    else:
+        tokens = _written(Record("", prompt, completion), objective, tokenizer, labelled=True)
+    return _passage(*tokens, find(objective).outputs > 0)
 
 
 def _example(tokens: list[Tokens], label: int, unit: int, scored: bool) -> Example:
