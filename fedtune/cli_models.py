@@ -28,11 +28,7 @@ COLUMNS = Annotated[
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands on `app`."""
-<<<<<<< HEAD
-    for each in (label, distill, merge, export, fit):
-=======
-    for each in (label, improve, distill, merge):
->>>>>>> f7580a8 (A run learns what a federated reward model likes, on public prompts and a leash)
+    for each in (label, improve, distill, merge, export, fit):
         command(app, panel=PANEL)(each)
 
 

@@ -24,6 +24,7 @@ from fedtune.errors import ConfigError, DataError, Refused
 from fedtune.files import replace
 from fedtune.label import Scored
 from fedtune.lineage import carried_over, parent
+from fedtune.models.network import dtype_of
 from fedtune.models.whole import Whole, load
 from fedtune.objectives import find
 from fedtune.progress import report
@@ -33,7 +34,7 @@ from fedtune.runs import new_folder
 
 SCHEDULE = Schedule()
 HELD_OUT = 0.25  # of the prompts: never trained on, measured before and after
-LOOKED_AT = 16  # prompts of either kind that are measured on
+LOOKED_AT = 12  # prompts of either kind that are measured on
 SAMPLES = 2  # answers to each
 
 
@@ -77,7 +78,9 @@ def improve(
     leash), ConfigError, DataError, ModelError, InfrastructureError."""
     if not leash > 0:
         raise ConfigError(f"--leash {leash}", "nats above 0")
-    policy, start, judge = load(run, trainable=True), load(run), load(reward_run)
+    quick = dtype_of("auto")  # of the bases; adapters and head stay in fp32
+    policy, start = (load(run, dtype=quick, trainable=learns) for learns in (True, False))
+    judge = load(reward_run, dtype=quick)
     study = _check(policy, judge, run, reward_run)
     prompts = read(file)
     held_in, held_out = _shared_out(prompts, policy, study, how)
@@ -254,7 +257,7 @@ def _body(
             "name": study.base.model,
             "digest": base.digest,
             "licence": base.licence,
-            "dtype": "float32",
+            "dtype": str(policy.model.dtype).removeprefix("torch."),
         },
         "adapter": {"folder": "adapter"} | table,
         "rounds": [],

@@ -47,7 +47,8 @@ def build(study: Study, source: str | None = None) -> Network:
     outputs = find(study.objective).outputs
     # Neither A's values nor their origin change the network: studies that differ in them share it.
     lora = study.lora and study.lora.model_copy(update={"a_digest": None, "a_init": "seed"})
-    return _build(base, _dtype(study.base.dtype), lora, outputs, study.base.quantisation)
+    dtype, stored = dtype_of(study.base.dtype), study.base.quantisation
+    return _build(base, dtype, lora, outputs, stored)
 
 
 @lru_cache(maxsize=1)
@@ -61,7 +62,7 @@ def _build(
     return Network(base, dtype, lora, outputs, quantisation)
 
 
-def _dtype(name: str) -> torch.dtype:
+def dtype_of(name: str) -> torch.dtype:
     """bfloat16 where it is faster here, unless the study says otherwise."""
     fast = _bf16_is_faster() if name == "auto" else name == "bfloat16"
     return torch.bfloat16 if fast else torch.float32
