@@ -366,7 +366,7 @@ def test_bf16_where_it_is_native_and_measures_faster(
     network_module._bf16_is_faster.cache_clear()
     expected = torch.bfloat16 if native and seconds == (1.0, 2.0) else torch.float32
     try:
-        assert network_module._dtype("auto") == expected
+        assert network_module.dtype_of("auto") == expected
     finally:
         network_module._bf16_is_faster.cache_clear()
-    assert network_module._dtype("bfloat16") == torch.bfloat16
+    assert network_module.dtype_of("bfloat16") == torch.bfloat16
