@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedtune.config import Columns, PublicTable
 from fedtune.errors import ConfigError, Refused
@@ -31,9 +31,21 @@ HOW = Schedule(steps=12, prompts=4, answers=6, new_tokens=6, learning_rate=3e-2,
 
 
 @pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+def clear_base(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """The tiny base with louder words: its next tokens are no longer all but equally likely."""
+    folder = tmp_path_factory.mktemp("bases") / "clear"
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_base)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(15)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory, clear_base: Path) -> Path:
     folder = tmp_path_factory.mktemp("policy")
-    path = lay_out(folder, tiny_base, "{ epsilon = 3.0, delta = 1e-3, unit = 'patient' }")
+    path = lay_out(folder, clear_base, "{ epsilon = 3.0, delta = 1e-3, unit = 'patient' }")
     simulate(path, sorted(folder.glob("site-*.toml")), folder / "run")
     return folder / "run"
 

@@ -16,7 +16,7 @@ from fedtune.models.base import find_base, load_tokenizer
 from tests.dp.conftest import study
 
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
-    "unknown objective": ("ppo", {}, "one of causal_lm, classify, dpo, kto, orpo, reward"),
+    "unknown objective": ("ppo", {}, "one of causal_lm, classify, distill, dpo, kto, orpo, reward"),
     "unknown option": ("dpo", {"bet": 1.0}, "one of beta, label_smoothing, variant"),
     "no options": ("causal_lm", {"beta": 1.0}, "no options"),
     "a word for a number": ("kto", {"beta": "much"}, "such as 0.1"),
