@@ -14,7 +14,7 @@ from fedtune.dp.plan import DpPlan, plan_for_site
 from fedtune.dp.query import query_plan
 from fedtune.errors import ConfigError, Refused
 from fedtune.ledger_view import heaviest
-from fedtune.objectives import names, says
+from fedtune.objectives import find, names, says
 from fedtune.report.claim import best_guess, percent, protects, rounded_up, strength
 
 
@@ -81,6 +81,11 @@ def _runs(study: Study, plan: DpPlan | None) -> list[str]:
     ]
     if study.schedule and plan:
         lines[-1:] = _goes_on(study.schedule, t.local_steps, plan)
+    if teacher := find(study.objective).teacher:
+        lines.append(
+            f"Teacher: {teacher.name}, {teacher.digest}. It sets every record's target, so it must "
+            "never have seen these records without noise."
+        )
     if plan is None:
         return [*lines, "NOT PRIVATE: no noise is added and nothing is promised."]
     drawn = "record" if plan.records > 1 else plan.unit

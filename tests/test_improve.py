@@ -36,7 +36,7 @@ def clear_base(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Pat
     folder = tmp_path_factory.mktemp("bases") / "clear"
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_base)
     with torch.no_grad():
-        model.get_input_embeddings().weight.mul_(15)
+        model.model.norm.weight.mul_(15)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_base).save_pretrained(folder)
     return folder

@@ -15,10 +15,12 @@ import torch
 from safetensors.numpy import load_file
 
 from client.policy import refusals
+from client.review import review
 from fedtune.config import Columns, DataFile, PolicyTable, SiteData, Study, load_site, load_study
 from fedtune.data.tokens import Dataset, load_dataset
 from fedtune.dp import clip, selftest
 from fedtune.dp.gradients import UnitGradientEngine
+from fedtune.dp.ledger import Ledger
 from fedtune.errors import ConfigError
 from fedtune.models.base import find_base
 from fedtune.models.cache import Cached
@@ -324,6 +326,8 @@ def test_a_base_that_nobody_vouches_for_is_no_teacher(tmp_path: Path, tiny_base:
     made = plan(tiny_base, find_base(str(tiny_base)).digest)
     found = rules(tmp_path / "site-north.toml", made, {"bases": "any"})
     assert len(found) == 1 and "never saw these records" in found[0]
+    seen = review(made, load_site(tmp_path / "site-north.toml"), Ledger(tmp_path / "state-north"))
+    assert made.objective.options["digest"] in str(seen.sections)
     vouched = {"bases": "any", "teachers": (find_base(str(tiny_base)).digest,)}
     assert rules(tmp_path / "site-north.toml", made, vouched) == []
 
