@@ -108,6 +108,10 @@ def _limit(secrets: int) -> float:
 @torch.no_grad()
 def _losses(cached: Cached, study: Study) -> np.ndarray:
     objective = find(study.objective)
+    if objective.teacher:  # what the student makes of the record's own answer, whoever taught it
+        name = "classify" if study.objective.labels else "causal_lm"
+        plain = study.objective.model_copy(update={"name": name, "options": {}})
+        objective = find(plain)
     found = np.empty(len(cached.dataset.examples))
     for batch in cached.batches(range(len(found))):
         if objective.shape == "judged":  # measured on pairs: how likely the better answer is

@@ -14,6 +14,7 @@ from fedtune.data.tokens import check_shape
 from fedtune.errors import ConfigError, DataError
 from fedtune.models.base import find_base, load_tokenizer
 from tests.dp.conftest import study
+from tests.objectives.test_contract import every
 
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "unknown objective": ("ppo", {}, "one of causal_lm, classify, distill, dpo, kto, orpo, reward"),
@@ -90,7 +91,10 @@ def test_columns_of_another_objective_are_refused_by_name(
 
 
 def test_what_an_objective_does_and_reads_is_said_in_words() -> None:
-    said = {name: objectives.says(ObjectiveTable(name=name)) for name in objectives.names()}
+    said = {
+        name: objectives.says(ObjectiveTable(name=name, options=every(name)))
+        for name in objectives.names()
+    }
     assert "a better and a worse answer" in said["dpo"] and "clipped once" in said["dpo"]
     assert "desirable or not" in said["kto"] and "A head is trained" in said["reward"]
     assert all(said[name].startswith(f"Objective {name}. ") for name in said)
@@ -103,7 +107,7 @@ def test_a_planted_secret_can_be_ranked_whatever_the_objective(tiny_base: Path, 
 
     asked = study(
         base={"model": str(tiny_base), "dtype": "float32"},
-        objective={"name": name, "max_length": 64, "labels": ["a", "b"]},
+        objective={"name": name, "max_length": 64, "labels": ["a", "b"], "options": every(name)},
         privacy="off",
     )
     assert len(planted(asked, 2)) == 2
