@@ -119,15 +119,15 @@ SOURCES = {
     ),
     "medec": Source(
         "MEDEC", "record", 1e-3, {"management": 109, "diagnosis": 56, "other": 42},
-        _medec, 10.0, 0.3,
+        _medec, 10.0, 3.0,
     ),
     "mts": Source(
         "MTS-Dialog summaries", "patient", 1e-3, {"alder": 12, "birch": 12, "cedar": 11},
-        _mts, 10.0, 0.3,
+        _mts, 10.0, 3.0,
     ),
     "medmcqa": Source(
         "MedMCQA", "record", 1e-3, dict.fromkeys(("dental", "basic", "clinical"), 117),
-        _medmcqa, 10.0, 0.3,
+        _medmcqa, 10.0, 3.0,
     ),
 }  # fmt: skip
 
