@@ -74,7 +74,7 @@ def _runs(study: Study, plan: DpPlan | None) -> list[str]:
     t = study.training
     lines = [
         f"Code: fedtune {__version__} as installed here. Nothing the coordinator sends is run.",
-        f"Base: {study.base.model}, {study.base.digest or 'digest not pinned'}.",
+        f"Base: {study.base.model}, {study.base.digest or 'digest not pinned'}{_bits(study)}.",
         f"Trained: {where}; objective {study.objective.name}.",
         *_objective(study),
         f"{t.rounds} rounds of {t.local_steps} step{'s' if t.local_steps > 1 else ''} each.",
@@ -99,6 +99,11 @@ def _runs(study: Study, plan: DpPlan | None) -> list[str]:
         f"In each step {sampled}; each {drawn}'s influence is clipped to {plan.max_grad_norm:g}, "
         f"and noise of {plan.noise_multiplier:g} times that is added before anything is kept.",
     ]
+
+
+def _bits(study: Study) -> str:
+    table = study.base.quantisation
+    return f", its weights rounded here to {table.method}" if table else ""
 
 
 def _goes_on(schedule: ScheduleTable, steps: int, plan: DpPlan) -> list[str]:

@@ -123,6 +123,27 @@ def test_the_other_commands_read_it_as_a_run(parents: list[Path], merged: Path) 
     assert isinstance(before, str) and isinstance(after, str)
 
 
+def test_regmean_asks_each_parents_public_text(tmp_path: Path, tiny_base: Path) -> None:
+    folder = tmp_path / "studies"
+    public = """
+[public]
+path = "test.jsonl"
+licence = "CC0-1.0"
+columns = { prompt = "q" }
+[strategy]"""
+    changes = {"[strategy]": public, "last_layers = 2": 'last_layers = 2\na_init = "public"'}
+    runs = [study(folder, tiny_base, "first", **changes)]
+    runs.append(study(folder, tiny_base, "second", **changes, **{"rank = 4": "rank = 3"}))
+    found = merge_runs(runs, tmp_path / "out", method="regmean")
+    assert found["merge"]["rank"] == 7
+    one, other, both = (deltas(tiny_base, p / "adapter") for p in (*runs, tmp_path / "out"))
+    name = next(n for n in both if both[n].abs().max() > 0)
+    assert not torch.allclose(both[name], one[name] + other[name], atol=1e-4)
+    (folder / "test.jsonl").unlink()
+    with pytest.raises(ConfigError, match="needs the public text"):
+        merge_runs(runs, tmp_path / "again", method="regmean")
+
+
 def test_a_parent_without_privacy_makes_the_merger_not_private(
     tmp_path: Path, tiny_base: Path, parents: list[Path]
 ) -> None:

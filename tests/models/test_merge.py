@@ -11,7 +11,7 @@ import torch
 
 from fedtune.errors import ConfigError
 from fedtune.models.lora import Arrays
-from fedtune.models.merge import Adapter, Method, merge
+from fedtune.models.merge import RIDGE, Adapter, Method, merge
 
 LAYERS = {"down_proj": (48, 24), "q_proj": (24, 24)}  # inputs, outputs
 
@@ -129,6 +129,37 @@ def test_dare_drops_at_random_and_scales_up_and_a_seed_draws_again() -> None:
         assert gap < 1e-3 * np.abs(possible).max()
 
 
+def inputs_of(one: Adapter, seed: int) -> dict[str, np.ndarray]:
+    """What reaches each layer, (positions, inputs): few positions, one strong common direction."""
+    draw = np.random.default_rng(seed)
+    sizes = {name: update.shape[1] for name, update in updates(one.arrays, 1.0).items()}
+    found = {name: draw.normal(size=(12, size)) + 3.0 for name, size in sizes.items()}
+    return dict(sorted(found.items()))
+
+
+def test_regmean_is_nearest_to_each_update_on_its_own_inputs() -> None:
+    one, other = adapter(1, 4), adapter(2, 3)
+    seen = inputs_of(one, 5), inputs_of(other, 6)
+    moments = [{n: torch.from_numpy(x.T @ x / len(x)) for n, x in each.items()} for each in seen]
+    arrays, rank = merge([one, other], [1.0, 2.0], "regmean", moments=moments)
+    plain, _ = merge([one, other], [1.0, 1.0], "linear")
+    assert rank == 7
+    for name, found in updates(arrays, 1.0).items():
+        pair = both(one, other, name)
+        grams = [w * m[name].numpy() for w, m in zip((1.0, 2.0), moments, strict=True)]
+        total = sum(grams)
+        ridge = RIDGE * np.trace(total) / len(total) * np.eye(len(total))
+        expected = sum(u @ g for u, g in zip(pair, grams, strict=True)) @ np.linalg.inv(
+            total + ridge
+        )
+        assert close(found, expected)
+        for update, each in zip(pair, seen, strict=True):
+            wanted = each[name] @ update.T
+            error = np.linalg.norm(each[name] @ found.T - wanted) / np.linalg.norm(wanted)
+            summed = each[name] @ updates(plain, 1.0)[name].T
+            assert error < 0.5 * np.linalg.norm(summed - wanted) / np.linalg.norm(wanted)
+
+
 def test_density_one_is_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -168,6 +199,7 @@ def test_the_global_generator_is_left_alone() -> None:
         ([1.0, math.nan], "linear", 0.5, "not finite"),
         ([1.0, -1.0], "slerp", 0.5, "an arc has two ends"),
         ([1.0, 1.0], "ties", 0.0, "density"),
+        ([1.0, 0.0], "regmean", 0.5, "how much each adapter counts"),
     ],
 )
 def test_what_makes_no_sense_is_refused(
