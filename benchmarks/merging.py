@@ -22,19 +22,20 @@ from statistics import mean, stdev
 from typing import Any
 
 from fedtune.demo import write as write_demo
-from fedtune.merging import merge_runs
+from fedtune.merging import evaluator, load_parent, merge_runs
 from fedtune.models.merge import Method
+from fedtune.quality import Evaluator
 from fedtune.simulate import simulate
 from fedtune.sites import sites_in
 
 WAYS: dict[str, tuple[Method, list[float]]] = {
+    "regmean": ("regmean", [1.0, 1.0]),
     "linear 1, 1": ("linear", [1.0, 1.0]),
     "linear ½, ½": ("linear", [0.5, 0.5]),
     "svd 1, 1, rank 8": ("svd", [1.0, 1.0]),
     "ties 1, 1": ("ties", [1.0, 1.0]),
     "dare 1, 1": ("dare", [1.0, 1.0]),
     "slerp ½": ("slerp", [1.0, 1.0]),
-    "regmean": ("regmean", [1.0, 1.0]),
 }
 SUBJECTS, TRAIN, TEST, LETTERS = 6, 90, 35, "PQRSTU"
 DESKS, SUBJECT = "desks", "subjects"
@@ -122,15 +123,27 @@ def specialists(out: Path, data: Path, seed: int) -> list[Path]:
 
 
 def measured(out: Path, data: Path, seed: int) -> dict[str, Any]:
-    """way -> for each task base, alone, merged, kept; and the merged ε."""
+    """way -> for each task base, alone, merged, kept; and the merged ε. Base and alone: as the
+    specialist's own study measured them, on the same records."""
     runs = specialists(out, data, seed)
+    parents = dict(zip((DESKS, SUBJECT), map(load_parent, runs), strict=True))
+    evaluators: dict[tuple[str, int], Evaluator] = {}  # what is frozen is computed once for all
     found = {}
     for way, (method, weights) in WAYS.items():
         shutil.rmtree(out / "merged", ignore_errors=True)
-        body = merge_runs(runs, out / "merged", method=method, weights=weights)
-        kept = dict(zip((DESKS, SUBJECT), body["merge"]["kept"], strict=True))
-        found[way] = {"epsilon": body["privacy"]["epsilon"], **kept}
-        print(seed, way, {name: round(each["kept"], 3) for name, each in kept.items()}, flush=True)
+        body = merge_runs(runs, out / "merged", method=method, weights=weights, measure=False)
+        found[way] = {"epsilon": body["privacy"]["epsilon"]}
+        merged = load_parent(out / "merged")
+        for task, parent in parents.items():
+            key = task, merged.table.rank
+            if key not in evaluators:
+                evaluators[key] = evaluator(parent.study, merged.table, merged.arrays)
+            now = evaluators[key].measure(merged.arrays)["accuracy"]
+            quality = parent.report["quality"]
+            base, alone = (quality[name]["accuracy"] for name in ("before", "after"))
+            kept = (now - base) / (alone - base)
+            found[way][task] = {"base": base, "alone": alone, "merged": now, "kept": kept}
+        print(seed, way, {task: round(found[way][task]["kept"], 3) for task in parents}, flush=True)
     return found
 
 

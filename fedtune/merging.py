@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fedtune
 from fedtune import budgets, report
@@ -20,7 +20,8 @@ from fedtune.models.lora import Arrays
 from fedtune.models.merge import Adapter, Method, Moments, merge
 from fedtune.runs import ADAPTER, load_adapter, load_plan
 
-CONFIG = "adapter_config.json"  # PEFT's own name
+if TYPE_CHECKING:
+    from fedtune.quality import Evaluator
 
 
 @dataclass(frozen=True, repr=False)
@@ -222,12 +223,17 @@ def _kept(parents: Sequence[Parent], table: LoraTable, arrays: Arrays) -> list[d
 
 def _measured(study: Study, table: LoraTable, arrays: Arrays) -> tuple[float, float]:
     """The study's metric of the base and of `arrays`."""
+    ready = evaluator(study, table, arrays)
+    trained = {name: arrays[name] for name in ready.network.parameters()}
+    base, after = ready.measure(None), ready.measure(trained)
+    return base[ready.metric], after[ready.metric]
+
+
+def evaluator(study: Study, table: LoraTable, arrays: Arrays) -> Evaluator:
+    """The study's evaluation records, for adapters of the shape `table`."""
     from fedtune.quality import Evaluator
 
-    evaluator = Evaluator(_saved(study, table), _frozen(arrays))
-    trained = {name: arrays[name] for name in evaluator.network.parameters()}
-    base, after = evaluator.measure(None), evaluator.measure(trained)
-    return base[evaluator.metric], after[evaluator.metric]
+    return Evaluator(_saved(study, table), _frozen(arrays))
 
 
 def _moments(parent: Parent) -> Moments:
