@@ -36,7 +36,7 @@ def generate(
     if study.base.quantisation:
         from fedtune.models.quantise import rounded
 
-        rounded(backbone, study.base.quantisation)
+        rounded(backbone, study.base.quantisation, getattr(torch, study.base.dtype))
     try:
         model: Any = PeftModel.from_pretrained(backbone, str(run / "adapter")).eval()
     except (OSError, ValueError, RuntimeError) as error:

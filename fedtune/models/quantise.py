@@ -58,13 +58,13 @@ def quantise(model: nn.Module, table: QuantisationTable, dtype: torch.dtype) -> 
     marked.is_loaded_in_8bit = table.method == "int8"
 
 
-def rounded(model: nn.Module, table: QuantisationTable) -> None:
-    """The same weights as `quantise` leaves, as plain numbers of the type they had: what an adapter
-    that was trained on a quantised base belongs to. Errors: ConfigError without bitsandbytes."""
+def rounded(model: nn.Module, table: QuantisationTable, dtype: torch.dtype) -> None:
+    """The weights that `quantise` makes of a base loaded in `dtype`, as plain numbers of the type
+    that `model` is in: what an adapter trained on it belongs to. Errors: as `quantise`."""
     functional = _library(table).functional
 
     def plain(layer: nn.Linear) -> nn.Module:
-        weight = layer.weight.detach()
+        weight = layer.weight.detach().to(dtype)
         if table.method == "nf4":
             packed, state = functional.quantize_4bit(
                 weight.contiguous(),
@@ -76,7 +76,7 @@ def rounded(model: nn.Module, table: QuantisationTable) -> None:
         else:
             codes, scales, _ = functional.int8_vectorwise_quant(weight.half())
             found = codes.float() * (scales[:, None] / 127.0)
-        layer.weight = nn.Parameter(found.to(weight), requires_grad=False)
+        layer.weight = nn.Parameter(found.to(layer.weight.dtype), requires_grad=False)
         return layer
 
     _replace(model, plain)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fedtune.config import Study
+from fedtune.config import BaseTable, Study
 from fedtune.errors import ModelError
 from fedtune.models import lora
 from fedtune.models.base import Base, find_base, load_backbone, load_tokenizer
@@ -125,7 +125,7 @@ def load(
     study = load_plan(run) if (run / PLAN).is_file() else None
     base = find_base(study.base.model, study.base.digest) if study else find_base(str(source))
     adapter = run / "adapter" if study else None
-    found = digest_of(base, adapter)
+    found = digest_of(base, adapter, study.base if study else None)
     if digest is not None and digest != found:
         raise ModelError(
             f"{base.name if adapter is None else run}: the digest of what is here is {found}",
@@ -134,7 +134,7 @@ def load(
         )
     model: Any = load_backbone(base, dtype)
     if study is not None and study.base.quantisation:
-        rounded(model, study.base.quantisation)
+        rounded(model, study.base.quantisation, getattr(torch, study.base.dtype))
     head = None
     if adapter is not None:
         if (adapter / ADAPTER).is_file():
@@ -151,14 +151,17 @@ def verify(source: str) -> tuple[str, str]:
         base = verify_base(source)
         return base.name, base.digest
     study = load_plan(run)
-    return study.study.name, digest_of(verify_base(study.base.model), run / "adapter")
+    return study.study.name, digest_of(verify_base(study.base.model), run / "adapter", study.base)
 
 
-def digest_of(base: Base, adapter: Path | None) -> str:
-    """The base's digest; with an adapter folder, one of the base and all arrays in it."""
+def digest_of(base: Base, adapter: Path | None, asked: BaseTable | None = None) -> str:
+    """The base's digest; with an adapter folder, one of the base and all arrays in it, and of how
+    the base is quantised, if it is."""
     if adapter is None:
         return base.digest
     both = f"{base.digest}\n{lora.digest(load_adapter(adapter))}"
+    if asked and asked.quantisation:
+        both += f"\n{asked.dtype} {asked.quantisation.model_dump_json()}"
     return "sha256:" + hashlib.sha256(both.encode()).hexdigest()
 
 

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from client.review import _runs
 from fedtune.config import LoraTable, QuantisationTable, Study
 from fedtune.data.tokens import NO_TARGET
 from fedtune.dp import selftest
@@ -80,7 +81,7 @@ def test_gradients_are_those_of_the_dequantised_weights(tiny_base: Path) -> None
     found = engine.matrix(range(5)).double()
     plain: Any = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     assert study.base.quantisation is not None
-    rounded(plain, study.base.quantisation)
+    rounded(plain, study.base.quantisation, torch.float32)
     plain = plain.double()
     named = {n: p.detach().double().requires_grad_() for n, p in network.parameters().items()}
     for name, layer in list(plain.named_modules()):
@@ -190,6 +191,28 @@ def test_a_finished_run_is_exported_with_the_weights_it_was_trained_on(
     room = 1e-4 if method == "nf4" else 0.05 * float(expected.abs().max())
     assert (found - expected).abs().max() <= room
     assert (whole - expected).abs().max() > room
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounded_weights_are_those_that_are_trained_on(method: Any, dtype: torch.dtype) -> None:
+    table = QuantisationTable(method=method)
+    whole = torch.nn.Sequential(torch.nn.Linear(128, 96, bias=False))
+    small = torch.nn.Sequential(torch.nn.Linear(128, 96, bias=False)).to(dtype)
+    small.load_state_dict(whole.state_dict())
+    quantise_module.quantise(small, table, dtype)
+    rounded(whole, table, dtype)
+    weight = small[0].weight
+    if method == "nf4":
+        held = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+    else:
+        held = weight.CB.float() * (weight.SCB[:, None] / 127.0)
+    assert torch.equal(whole[0].weight, held.float())
+
+
+def test_a_review_says_it(tiny_base: Path) -> None:
+    said = "\n".join(_runs(study_of(tiny_base, "nf4"), None))
+    assert "its weights rounded here to nf4" in said
 
 
 def test_without_the_extra_it_says_which(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
