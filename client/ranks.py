@@ -221,7 +221,8 @@ def fingerprint(dataset: Dataset) -> str:
     the same record by the same row."""
     total = hashlib.sha256()
     for example in dataset.examples:
-        total.update(f"{example.unit} {example.label} ".encode())
+        media = example.media.digest.hex() if example.media else ""
+        total.update(f"{example.unit} {example.label} {media} ".encode())
         for passage in example.passages:
             parts = (passage.input_ids.tobytes(), passage.target_ids.tobytes())
             total.update(f"{len(parts[0])} ".encode() + b"".join(parts))

@@ -18,6 +18,7 @@ from safetensors.numpy import load, save
 from client import evaluation
 from client.policy import admit, order_of, within_budget
 from client.review import pending
+from fedtune import modalities
 from fedtune.config import Site, SiteData, Study, load_site
 from fedtune.data.records import read_records, unit_member
 from fedtune.data.tokens import Dataset, check_shape, load_dataset
@@ -84,7 +85,8 @@ class _Prepared:
 def check_data(site: Site, study: Study) -> None:
     """What only the site may know: whether its records suit the study. Errors: DataError."""
     base = find_base(site.site.base or study.base.model, study.base.digest)
-    load_dataset(site.data, study, load_tokenizer(base))
+    tokenizer = load_tokenizer(base)
+    load_dataset(site.data, study, tokenizer, reader=modalities.reader(base, tokenizer))
 
 
 def check_records(site: Site) -> None:
@@ -205,7 +207,7 @@ class SiteWorker:
         """The dataset, whatever is in the files: one record more or less, or a broken one, must
         not be seen from outside, so too few units or a broken file is a matter of noise alone."""
         ledger = self.ledger
-        check_shape(data, study, network.tokenizer)
+        check_shape(data, study, network.tokenizer, reader=network.reader)
         if not data.path.exists():
             raise DataError(f"{data.path}: no such file", "the site's records")
         try:
@@ -217,6 +219,7 @@ class SiteWorker:
                 known=ledger.known(data.name),
                 few=True,
                 teach=teaching(study),
+                reader=network.reader,
             )
         except DataError as error:
             log.error("%s. This site takes part with noise alone until it is corrected", error)

@@ -87,13 +87,16 @@ BASES = tuple(wheel.digest for wheel in KNOWN.values())
 MODULES = (
     *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     *("query", "key", "value", "dense"),
+    *("out_proj", "fc1", "fc2", "projector"),
 )
 
 
 class Columns(Table):
     """Which column of the file holds what. Exactly one way of giving the text must be named:
     `messages`, `prompt` + `completion`, `prompt` + `chosen` + `rejected` (a preference), `prompt` +
-    `completion` + `label` (a judgement), `text`, or `text` + `label`. `patient` groups records."""
+    `completion` + `label` (a judgement), `text`, or `text` + `label`. `image` or `audio` holds the
+    path of a file, relative to the data file's folder and inside it; `label` may then stand
+    alone. `patient` groups records."""
 
     messages: str | None = None
     prompt: str | None = None
@@ -102,12 +105,20 @@ class Columns(Table):
     rejected: str | None = None
     text: str | None = None
     label: str | None = None
+    image: str | None = None
+    audio: str | None = None
     patient: str | None = None
+
+    @property
+    def media(self) -> str | None:
+        return self.image or self.audio
 
     @model_validator(mode="after")
     def one_shape(self) -> Columns:
         shapes = [bool(self.messages), bool(self.prompt), bool(self.text)]
-        if sum(shapes) != 1:
+        if self.image and self.audio:
+            raise ValueError("name image or audio, not both")
+        if sum(shapes) != 1 and not (self.media and self.label and not any(shapes)):
             raise ValueError("name exactly one of messages, prompt or text")
         if self.completion and not self.prompt:
             raise ValueError("completion needs prompt")
@@ -115,8 +126,8 @@ class Columns(Table):
             raise ValueError("chosen and rejected need each other, and prompt")
         if self.chosen and self.completion:
             raise ValueError("name completion, or chosen and rejected")
-        if self.label and not (self.text or self.completion):
-            raise ValueError("label needs text, or prompt and completion")
+        if self.label and not (self.text or self.completion or self.media):
+            raise ValueError("label needs text, or prompt and completion, or image or audio")
         return self
 
 

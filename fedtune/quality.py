@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -85,7 +85,7 @@ class Evaluator:
         _check(table, study.objective.name, self._objective.shape)
         self.network: Network = build(study)
         self._factor = self.network.adopt(study, frozen or {})
-        data = load_dataset(table, study, self.network.tokenizer)
+        data = load_dataset(table, study, self.network.tokenizer, reader=self.network.reader)
         self.rejected = data.rejected
         self._records = Cached(self.network, data)
         self._gold = np.array([e.label if self.classify else -1 for e in data.examples])
@@ -143,7 +143,7 @@ class Evaluator:
     # ------------------------------------------------------------------------------ one batch
 
     def _classes(self, batch: Batch, scores: Scores) -> None:
-        hidden = self.network.hidden(batch.prefix, batch.mask)
+        hidden = self.network.hidden(batch.prefix, batch.mask, seen=batch.seen)
         logits = self.network.logits(self.network.pool(hidden, batch.mask))
         index = batch.index.numpy()
         loss = functional.cross_entropy(logits, batch.label, reduction="none")
@@ -158,7 +158,7 @@ class Evaluator:
         if self.network.head is None:
             said = likelihood(self.network, batch).mean
         else:
-            hidden = self.network.hidden(batch.prefix, batch.mask)
+            hidden = self.network.hidden(batch.prefix, batch.mask, seen=batch.seen)
             said = self.network.logits(self.network.pool(hidden, batch.mask))[:, 0]
         better, worse = said.view(-1, 2).unbind(dim=1)
         scores.margin[index] = (better - worse).double().cpu().numpy()
@@ -169,7 +169,7 @@ class Evaluator:
         scores.loss[index] = losses.double().cpu().numpy()
 
     def _tokens(self, batch: Batch, scores: Scores) -> None:
-        hidden = self.network.hidden(batch.prefix, batch.mask)
+        hidden = self.network.hidden(batch.prefix, batch.mask, seen=batch.seen)
         total, count, right = self._by_record(hidden, batch)
         index = batch.index.numpy()
         scores.loss[index], scores.tokens[index] = total / count, count
@@ -204,7 +204,7 @@ class Evaluator:
         """The choice of highest log-likelihood, summed over its tokens, (n,)."""
         likelihood = np.zeros(len(self) * self._choices)
         for batch in spelled.batches(range(len(likelihood))):
-            hidden = self.network.hidden(batch.prefix, batch.mask)
+            hidden = self.network.hidden(batch.prefix, batch.mask, seen=batch.seen)
             likelihood[batch.index.numpy()] = -self._by_record(hidden, batch)[0]
         best: np.ndarray = likelihood.reshape(-1, self._choices).argmax(axis=1)
         return best
@@ -239,7 +239,7 @@ def _spell(example: Example, choice: list[int]) -> Example:
     ids = np.concatenate([prompt, np.array(choice[:-1], np.int32)])
     targets = np.full(len(ids), NO_TARGET, np.int32)
     targets[len(prompt) - 1 :] = choice
-    return Example(ids, targets, example.label, example.unit)
+    return replace(example, input_ids=ids, target_ids=targets)
 
 
 def _check(table: EvaluationTable, objective: str, shape: Shape) -> None:

@@ -143,8 +143,7 @@ class _Attacker:
 
 
 def _canaries(study: Study, network: Network, count: int) -> Dataset:
-    vocabulary = int(network.model.config.vocab_size)
-    single = generated(study, vocabulary, [1] * count, stream=1)
+    single = generated(study, network, [1] * count, stream=1)
     copies = study.records_per_draw
     examples = [example for example in single.examples for _ in range(copies)]
     return Dataset(examples, count, Counter())

@@ -71,7 +71,12 @@ def exposure(network: Network, study: Study, secrets: int = SECRETS, pool: int =
     with tempfile.TemporaryDirectory(prefix="fedtune-canaries-") as folder:
         path = Path(folder) / "canaries.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        data = load_dataset(EvaluationTable(path=path, columns=columns), study, network.tokenizer)
+        data = load_dataset(
+            EvaluationTable(path=path, columns=columns),
+            study,
+            network.tokenizer,
+            reader=network.reader,
+        )
     if len(data.examples) != len(rows):
         raise DataError("the study cannot hold a generated canary of some 20 tokens")
     cached = Cached(network, data)

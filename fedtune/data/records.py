@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fedtune.config import Columns, DataFile, EvaluationTable, PublicTable
 from fedtune.data.files import Rejected, Row, rows, unclean
+from fedtune.data.media import Folder, Media
 from fedtune.errors import DataError
 
 TRUTH = ("true", "false", "1", "0", "yes", "no")  # a judgement: desirable or not, in turn
@@ -28,7 +29,9 @@ class Record:
     | text + label     | prompt, label          |
     | prompt + chosen + rejected | prompt, completion, rejected |
     | prompt + completion + label | prompt, completion, label |
+    | label alone, beside image or audio | label |
 
+    media: the file that image or audio names.
     Guarantee: repr shows neither content nor the unit's key."""
 
     unit: str
@@ -37,6 +40,7 @@ class Record:
     rejected: str = ""
     label: str = ""
     messages: Messages = ()
+    media: Media | None = None
 
 
 def unit_member(unit: str) -> bytes:
@@ -69,12 +73,17 @@ def read_records(
     keys = {f"{table}.columns.{key}": column for key, column in named.items() if column}
     records: list[Record] = []
     rejected: Counter[str] = Counter()
+    folder = Folder(file.path if file.path.is_dir() else file.path.parent)
     for number, row in enumerate(rows(file.path, keys)):
         try:
             if isinstance(row, str):
                 raise Rejected(row)
             key = _key(row.get(file.columns.patient or "")) if unit == "patient" else str(number)
-            records.append(_record(row, key, file.columns, labelled))
+            record = _record(row, key, file.columns, labelled)
+            if column := file.columns.media:
+                kind: Literal["image", "audio"] = "image" if file.columns.image else "audio"
+                record = replace(record, media=folder.read(_text(row.get(column)), kind))
+            records.append(record)
         except Rejected as error:
             rejected[error.reason] += 1
     if not records and not rejected and not few:
@@ -104,7 +113,7 @@ def _record(row: Row, unit: str, columns: Columns, labelled: bool) -> Record:
             return Record(unit, prompt, completion, _text(row.get(columns.rejected or "")))
         judged = _truth(row.get(columns.label)) if columns.label and labelled else ""
         return Record(unit, prompt, completion, label=judged)
-    text = _text(row.get(columns.text or ""))
+    text = _text(row.get(columns.text)) if columns.text else ""
     if not columns.label:
         return Record(unit, completion=text)
     label = row.get(columns.label)

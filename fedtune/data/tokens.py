@@ -19,8 +19,10 @@ from transformers import PreTrainedTokenizerBase
 
 from fedtune.config import DataFile, ObjectiveTable, PrivacyTable, Study
 from fedtune.data.files import Rejected
+from fedtune.data.media import Media
 from fedtune.data.records import Messages, Record, no_patients, read_records, table_of, unit_member
 from fedtune.errors import DataError
+from fedtune.modalities import Reader
 from fedtune.objectives import Shape, find
 
 Ids = npt.NDArray[np.int32]
@@ -53,7 +55,8 @@ class Soft(NamedTuple):
 class Example:
     """input_ids, target_ids: as in Passage; label: index in objective.labels, 1 or 0 of what is
     desirable or not, or -100; unit in 0..n_units-1; rejected: of a pair, the same prompt with the
-    worse completion; soft: what a teacher expects of it.
+    worse completion; media: the record's image or recording, of so many tiles; soft: what a teacher
+    expects of it.
 
     The last target is not an input: nothing is computed that no loss reads."""
 
@@ -62,6 +65,8 @@ class Example:
     label: int
     unit: int
     rejected: Passage | None = None
+    media: Media | None = None
+    tiles: int = 1
     soft: Soft | None = None
 
     @property
@@ -119,8 +124,10 @@ def load_dataset(
     known: Callable[[bytes], bool] = lambda member: False,
     few: bool = False,
     teach: Callable[[Record, Example], Soft] | None = None,
+    reader: Reader | None = None,
 ) -> Dataset:
-    """Read, tokenise and cap. labelled=False admits records that have nothing to predict.
+    """Read, tokenise and cap. reader: how the base reads records, where it reads more than text
+    (modalities). labelled=False admits records that have nothing to predict.
 
     without: units to leave out (withdrawn consent); known: members of earlier loads of the same
     dataset, which the cap keeps before others; few: a dataset without two units is returned as it
@@ -130,29 +137,42 @@ def load_dataset(
     Guarantee: an example depends on its own record alone; which of a patient's records are kept
     depends on that patient's records alone, not on their order, and stays as it was."""
     table = table_of(file)
-    shape = check_shape(file, study, tokenizer, labelled)
+    shape = check_shape(file, study, tokenizer, labelled, reader)
     unit = study.unit if table == "data" else "record"
     records, rejected = read_records(file, unit=unit, labelled=labelled, few=few)
     rejected = rejected.copy()
-    found: list[tuple[Record, list[Tokens], int]] = []
+    found: list[tuple[Record, list[Tokens], int, int]] = []
     for record in records:
         if without(record.unit):
             continue
         try:
-            found.append((record, *_tokenise(record, study.objective, tokenizer, shape, labelled)))
+            placed, tiles = reader.place(record, study.objective) if reader else (record, 1)
+            starts = reader is not None and reader.starts
+            made = _tokenise(placed, study.objective, tokenizer, shape, labelled, starts)
+            if reader:
+                for ids, _ in made[0]:
+                    reader.check(ids, tiles)
+            found.append((record, *made, tiles))
         except Rejected as error:
             rejected[error.reason] += 1
     if not found and not few:
         raise _nothing_left(file.path, rejected, study.objective)
     if isinstance(study.privacy, PrivacyTable) and unit == "patient":
         most = study.privacy.max_records_per_unit
-        kept = _capped([record for record, _, _ in found], most, known)
+        kept = _capped([record for record, *_ in found], most, known)
         found = [found[index] for index in kept]
     numbers: dict[str, int] = {}
     scored = find(study.objective).outputs > 0
     examples = [
-        _example(tokens, label, numbers.setdefault(record.unit, len(numbers)), scored)
-        for record, tokens, label in found
+        _example(
+            tokens,
+            label,
+            numbers.setdefault(record.unit, len(numbers)),
+            scored,
+            record.media,
+            tiles,
+        )
+        for record, tokens, label, tiles in found
     ]
     if teach is not None:
         marks = [teach(record, e) for (record, *_), e in zip(found, examples, strict=True)]
@@ -166,7 +186,7 @@ def load_dataset(
         )
     if table != "data":
         return Dataset(examples, len(numbers), rejected)
-    kept_records = [record for record, _, _ in found]
+    kept_records = [record for record, *_ in found]
     members, units = _members(kept_records, unit), _units(kept_records, numbers)
     return Dataset(examples, len(numbers), rejected, members, units)
 
@@ -183,11 +203,11 @@ def dataset_of(
     examples: list[Example] = []
     for record in records:
         try:
-            found = _tokenise(record, study.objective, tokenizer, shape, shape != "label")
+            found = _tokenise(record, study.objective, tokenizer, shape, shape != "label", False)
         except Rejected as error:
             rejected[error.reason] += 1
             continue
-        example = _example(*found, len(examples), find(study.objective).outputs > 0)
+        example = _example(*found, len(examples), find(study.objective).outputs > 0, None, 1)
         soft = teach(record, example) if teach else None
         examples.append(replace(example, soft=soft))
     if not examples:
@@ -196,7 +216,11 @@ def dataset_of(
 
 
 def check_shape(
-    file: DataFile, study: Study, tokenizer: PreTrainedTokenizerBase, labelled: bool = True
+    file: DataFile,
+    study: Study,
+    tokenizer: PreTrainedTokenizerBase,
+    labelled: bool = True,
+    reader: Reader | None = None,
 ) -> Shape:
     """Whether the file's columns suit the study, and what they hold; nothing is read.
 
@@ -206,6 +230,7 @@ def check_shape(
     shape = find(objective).shape
     if table == "data" and study.unit == "patient" and not columns.patient:
         raise no_patients(table)
+    _check_media(file, objective, reader)
     if shape == "label":
         if columns.messages or (labelled and not columns.label):
             raise DataError(
@@ -230,6 +255,30 @@ def check_shape(
     if labelled and columns.prompt and not columns.completion:
         raise DataError(f"{at}.prompt is given without {at}.completion", "both")
     return "text"
+
+
+def _check_media(file: DataFile, objective: ObjectiveTable, reader: Reader | None) -> None:
+    """Whether the base reads the kind of file that the columns name. Errors: DataError."""
+    at, wanted = f"{table_of(file)}.columns", reader.column if reader else None
+    for kind in ("image", "audio"):
+        if getattr(file.columns, kind) and kind != wanted:
+            raise DataError(
+                f"{at}.{kind} is given, and the base reads no {kind}",
+                f"{at}.{wanted}" if wanted else "text alone",
+                "name a base that reads it, or leave the column out",
+            )
+        if kind == wanted and not getattr(file.columns, kind):
+            raise DataError(
+                f"the base reads {kind} and text, and no {kind} column is named", f"{at}.{kind}"
+            )
+    if wanted == "audio":
+        given = [key for key in ("prompt", "messages") if getattr(file.columns, key)]
+        given += ["text"] if file.columns.text and file.columns.label else []
+        if given or objective.template is not None:
+            raise DataError(
+                f"a speech base reads no prompt ({', '.join(given) or 'objective.template'})",
+                f"{at}.audio with {at}.text (what is said) or {at}.label (classify)",
+            )
 
 
 def _nothing_left(path: Path, rejected: Counter[str], objective: ObjectiveTable) -> DataError:
@@ -258,18 +307,21 @@ def _capped(records: list[Record], most: int, known: Callable[[bytes], bool]) ->
 
 
 def _canonical(r: Record) -> bytes:
-    worse = [r.rejected] if r.rejected else []
-    return json.dumps([r.prompt, r.completion, r.label, r.messages, *worse]).encode()
+    more = [r.rejected] if r.rejected else []
+    more += [r.media.digest.hex()] if r.media else []
+    return json.dumps([r.prompt, r.completion, r.label, r.messages, *more]).encode()
 
 
 def _members(records: list[Record], unit: str) -> frozenset[bytes]:
-    """Each patient's key, each record, and each of its longer texts: the same text under another
-    column or shape is still the same."""
+    """Each patient's key, each record, its file, and each of its longer texts: the same text or
+    file under another column or shape is still the same."""
     found = set()
     for record in records:
         found.add(b"record\0" + _canonical(record))
         if unit == "patient":
             found.add(unit_member(record.unit))
+        if record.media:
+            found.add(b"media\0" + record.media.digest)
         texts = _texts(record)
         found |= {b"text\0" + text.encode() for text in texts if len(text) >= LONG}
     return frozenset(found)
@@ -301,15 +353,19 @@ def passage_of(
     """A prompt and its completion, as training saw them; where a head is trained, all of it, and of
     a text to classify the prompt alone. Errors: Rejected."""
     if find(objective).shape == "label":
-        tokens, _ = _classify(Record("", prompt), objective, tokenizer, labelled=False)
+        tokens, _ = _classify(
+            Record("", prompt), objective, tokenizer, labelled=False, starts=False
+        )
     else:
         tokens = _written(Record("", prompt, completion), objective, tokenizer, labelled=True)
     return _passage(*tokens, find(objective).outputs > 0)
 
 
-def _example(tokens: list[Tokens], label: int, unit: int, scored: bool) -> Example:
+def _example(
+    tokens: list[Tokens], label: int, unit: int, scored: bool, media: Media | None, tiles: int
+) -> Example:
     own, *worse = (_passage(*each, scored) for each in tokens)
-    return Example(*own, label, unit, worse[0] if worse else None)
+    return Example(*own, label, unit, worse[0] if worse else None, media, tiles)
 
 
 def _passage(tokens: list[int], targets: list[bool], scored: bool) -> Passage:
@@ -329,11 +385,12 @@ def _tokenise(
     tokenizer: PreTrainedTokenizerBase,
     shape: Shape,
     labelled: bool,
+    starts: bool,
 ) -> tuple[list[Tokens], int]:
     """Token ids of at most max_length with their targets, of a pair the worse ones too; and the
     label's index."""
     if shape == "label":
-        tokens, label = _classify(record, objective, tokenizer, labelled)
+        tokens, label = _classify(record, objective, tokenizer, labelled, starts)
         return [tokens], label
     tokens = _written(record, objective, tokenizer, labelled)
     if shape != "pair":
@@ -369,9 +426,14 @@ def _written(
 
 
 def _classify(
-    record: Record, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase, labelled: bool
+    record: Record,
+    objective: ObjectiveTable,
+    tokenizer: PreTrainedTokenizerBase,
+    labelled: bool,
+    starts: bool,
 ) -> tuple[Tokens, int]:
-    """The text with the tokenizer's own special tokens, which truncation leaves in place."""
+    """The text with the tokenizer's own special tokens, which truncation leaves in place; without
+    them where it `starts` with them already."""
     if labelled and record.label not in objective.labels:
         raise Rejected("unknown label")
     text = record.prompt or record.completion
@@ -380,7 +442,11 @@ def _classify(
     text = text[: CHARS * objective.max_length]
     cut = objective.overflow == "truncate"
     encoded = tokenizer(
-        text, truncation=cut, max_length=objective.max_length if cut else None, verbose=False
+        text,
+        add_special_tokens=not starts,
+        truncation=cut,
+        max_length=objective.max_length if cut else None,
+        verbose=False,
     )
     ids: list[int] = list(encoded["input_ids"])
     if not ids:

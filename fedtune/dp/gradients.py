@@ -93,16 +93,20 @@ class UnitGradientEngine:
             yield from batch.split(self._most)
 
     def _per_record(self, batch: Batch) -> list[torch.Tensor]:
-        """For each parameter (records, its size): a record's passages are added up here, before
-        any norm is taken."""
+        """For each parameter (records, its size): a record's passages, and in a projector the tiles
+        of their images, are added up here, before any norm is taken. How many tiles there are is
+        declared, by the batch and by the network, and never inferred from a gradient's shape."""
         found, records, rows = [], len(batch.index), len(batch.mask)
-        for each in self._each(self.objective.losses(self.data.network, batch)):
-            if each is None or each.shape[0] not in (records, rows):
+        gradients = self._each(self.objective.losses(self.data.network, batch))
+        for parameter, each in zip(self.parameters, gradients, strict=True):
+            tiles = batch.tiles if self.data.network.meets_tiles(parameter) else 1
+            known = (records, rows) if tiles == 1 else (rows * tiles,)
+            if each is None or each.shape[0] not in known:
                 raise RuntimeError("a trainable layer gave no per-record gradient")
             if each.shape[0] == records:
                 found.append(each.flatten(1))
             else:
-                passages = each.view(records, rows // records, *each.shape[1:])
-                found.append(passages.sum(dim=1).flatten(1))
+                parts = each.view(records, len(each) // records, *each.shape[1:])
+                found.append(parts.sum(dim=1).flatten(1))
                 each.zero_()
         return found

@@ -24,8 +24,9 @@ from fedtune.errors import Refused
 from fedtune.models.base import find_base
 from fedtune.models.cache import Cached
 from fedtune.models.network import Network
+from fedtune.models.probe import show
 from fedtune.models.teacher import made_up
-from fedtune.models.tiny import VOCABULARY, generated, tiny_network
+from fedtune.models.tiny import generated, tiny_network
 from fedtune.objectives import find
 
 SIZES = (1, 3, 2, 1, 4, 2)  # records of each generated patient
@@ -135,7 +136,7 @@ class _Bench:
         assert not isinstance(privacy, str)
         cap = privacy.max_records_per_unit if privacy.unit == "patient" else 1
         self.by = privacy.sampling
-        self.data = generated(study, _vocabulary(network), [min(n, cap) for n in SIZES])
+        self.data = generated(study, network, [min(n, cap) for n in SIZES])
         self.still = replace(plan, sampling_rate=1.0, noise_multiplier=VANISHING)
         norms = torch.linalg.vector_norm(self.rows(self.data).double(), dim=1)
         # Every clipping threshold must bite: gradients as long as 2 C at the median.
@@ -168,10 +169,6 @@ class _Bench:
 
         step = self.still.step(engine.n_rows, engine.dimension, gradients, MemoryLog(), 1)
         return step.double() * self.still.divisor
-
-
-def _vocabulary(network: Network) -> int:
-    return int(network.model.config.vocab_size)
 
 
 # ------------------------------------------------------------------------------- the oracles
@@ -214,7 +211,7 @@ def _isolation(bench: _Bench) -> float:
     Errors: RuntimeError where the changed unit's own row stays, since then nothing was tested."""
     before, worst = bench.rows(bench.data), 0.0
     for unit in range(bench.data.n_units):
-        moved = (bench.rows(_edited(bench.data, unit, bench.study)) - before).norm(dim=1)
+        moved = (bench.rows(_edited(bench, unit)) - before).norm(dim=1)
         moved /= before.norm(dim=1).clamp_min(1e-12)
         own = bench.rows_of(bench.data, unit)
         if float(moved[own].max()) < 100 * SAME:
@@ -224,9 +221,11 @@ def _isolation(bench: _Bench) -> float:
     return worst
 
 
-def _edited(data: Dataset, unit: int, study: Study) -> Dataset:
-    """The same records but for `unit`'s: reversed, other targets, the next label, one length."""
-    examples = list(data.examples)
+def _edited(bench: _Bench, unit: int) -> Dataset:
+    """The same records but for `unit`'s: reversed, other targets, another file, the next label, one
+    length."""
+    data, study = bench.data, bench.study
+    draw, examples = np.random.default_rng(unit), list(data.examples)
     shape = find(study.objective).shape
     labels = 2 if shape == "judged" else max(1, len(study.objective.labels))
 
@@ -239,8 +238,10 @@ def _edited(data: Dataset, unit: int, study: Study) -> Dataset:
         old = examples[index]
         own, *worse = map(other, old.passages)
         label = (old.label + 1) % labels
-        examples[index] = Example(*own, label, unit, worse[0] if worse else None)
-    return made_up(Dataset(examples, data.n_units, Counter()), study, VOCABULARY)
+        media = show(bench.network, study.objective, draw, old.media).media
+        pair = worse[0] if worse else None
+        examples[index] = Example(*own, label, unit, pair, media, old.tiles)
+    return made_up(Dataset(examples, data.n_units, Counter()), study, bench.network.vocabulary)
 
 
 def _sensitivity(bench: _Bench) -> float:

@@ -20,7 +20,7 @@ from fedtune.errors import ModelError
 from fedtune.models import wheel
 from fedtune.models.digest import digest as digest_of
 from fedtune.models.digest import read_json, weights
-from fedtune.models.known import KNOWN, PREFIX, Kind
+from fedtune.models.known import KNOWN, MEDIA, PREFIX, Kind
 
 if TYPE_CHECKING:
     import torch
@@ -116,10 +116,7 @@ def load_backbone(base: Base, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _backbone(base: Base, dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import AutoModel, AutoModelForCausalLM
-
-    wheel.quiet()
-    auto: Any = AutoModelForCausalLM if base.kind == "causal" else AutoModel
+    auto = auto_class(base.kind)
     try:
         model, info = auto.from_pretrained(
             base.path,
@@ -142,6 +139,20 @@ def _backbone(base: Base, dtype: torch.dtype) -> PreTrainedModel:
         )
     loaded: PreTrainedModel = model.requires_grad_(False).eval()
     return loaded
+
+
+def auto_class(kind: Kind) -> Any:
+    """What of transformers loads a base of this kind, or makes one from a config."""
+    import transformers
+
+    wheel.quiet()
+    names: dict[Kind, str] = {
+        "causal": "AutoModelForCausalLM",
+        "encoder": "AutoModel",
+        "image_text": "AutoModelForImageTextToText",
+        "speech": "AutoModelForSpeechSeq2Seq",
+    }
+    return getattr(transformers, names[kind])
 
 
 def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
@@ -224,7 +235,15 @@ def _kind(folder: Path) -> Kind:
     architectures = read_json(folder / "config.json").get("architectures") or []
     if not architectures:
         raise ModelError(f"{folder.name}: config.json names no architecture")
-    return "causal" if str(architectures[0]).endswith("ForCausalLM") else "encoder"
+    name = str(architectures[0])
+    if name in MEDIA:
+        return MEDIA[name]
+    if name.endswith("ForConditionalGeneration"):
+        raise ModelError(
+            f"{folder.name}: fedtune does not know the architecture {name}",
+            "a ForCausalLM, an encoder, or one of " + ", ".join(MEDIA),
+        )
+    return "causal" if name.endswith("ForCausalLM") else "encoder"
 
 
 def _licence(folder: Path) -> str:

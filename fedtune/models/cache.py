@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedtune.data.media import Media
 from fedtune.data.tokens import Dataset, Passage
 from fedtune.models.network import Network
-from fedtune.models.states import STORE, Altered
+from fedtune.models.states import STORE, Altered, State
 from fedtune.progress import report
 
 log = logging.getLogger("fedtune.models")
@@ -27,7 +28,9 @@ class Batch:
     L: R = B·k rows. prefix (R, L, H); mask (R, L) bool, False on padding; target_ids (R, L), -100
     where no loss; label (B,), -100 where none; index (B,), on the processor, the others on the
     network's device; soft: of a taught record's P targets the outcomes and log-probabilities, each
-    (R, P, k), zero beyond its own."""
+    (R, P, k), zero beyond its own. seen: (R, tiles, P, W), the tower's states of each passage's
+    file, where the network above the cut reads them; every record of a batch has the same number
+    of tiles."""
 
     prefix: torch.Tensor
     mask: torch.Tensor
@@ -35,6 +38,8 @@ class Batch:
     label: torch.Tensor
     index: torch.Tensor
     soft: tuple[torch.Tensor, torch.Tensor] | None = None
+    seen: torch.Tensor | None = None
+    tiles: int = 1
 
     def split(self, most: int) -> Iterator[Batch]:
         """The same records, at most so many at a time; the padded length stays."""
@@ -48,6 +53,8 @@ class Batch:
                 label=self.label[own],
                 index=self.index[own],
                 soft=self.soft and (self.soft[0][rows], self.soft[1][rows]),
+                seen=None if self.seen is None else self.seen[rows],
+                tiles=self.tiles,
             )
 
 
@@ -72,8 +79,8 @@ class Cached:
     quarter of the machine's.
 
     Whoever sees the same record through the same network shares its states. Their name there is the
-    digest of token ids and kept positions: the ids say what tokenizer, template and length made of
-    the record, and the network is one base, dtype, quantisation and cut.
+    digest of token ids, kept positions and file: the ids say what tokenizer, template and length
+    made of the record, and the network is one base, dtype, quantisation and cut.
     """
 
     def __init__(self, network: Network, dataset: Dataset, memory: int | None = None) -> None:
@@ -83,7 +90,13 @@ class Cached:
         self._each = len(dataset.examples[0].passages) if dataset.examples else 1
         assert len(self._passages) == self._each * len(dataset.examples)
         self._kept = [self._positions(passage) for passage in self._passages]
-        self._names = [_name(s, kept) for s, kept in zip(self._passages, self._kept, strict=True)]
+        self._tiles = [example.tiles for example in dataset.examples]
+        media = [e.media.digest if e.media else b"" for e in dataset.examples]
+        self._names = [
+            _name(s, kept, media[at // self._each])
+            for at, (s, kept) in enumerate(zip(self._passages, self._kept, strict=True))
+        ]
+        self._seen: dict[bytes, State] = {}  # what the tower makes of each file, by its digest
         self._states = [network.states.get(name) for name in self._names]
         lengths = [len(kept) for kept in self._kept]
         self._longest = [
@@ -108,15 +121,19 @@ class Cached:
         # One answer may be in several pairs: what reads the same is computed once.
         new = list({self._names[at]: at for at in missing}.values())
         done = 0
-        for rows in _buckets(new, [len(s.input_ids) for s in self._passages], 4096):
+        lengths, tiles = [len(s.input_ids) for s in self._passages], self._tiles_of_rows()
+        for rows in _buckets(new, lengths, 4096, tiles):
             self._compute(rows)
             done += len(rows)
             report("reading records once through the frozen layers", done, len(new))
         self._states = [self.network.states[name] for name in self._names]
+        if not self.network.sees:
+            self._seen.clear()
 
     def _compute(self, rows: list[int]) -> None:
         """States of passages of one bucket, from their tokens."""
-        states = self.network.prefix(*self._tokens(rows)).cpu()  # a GPU's memory holds none
+        found = self.network.prefix(*self._tokens(rows), self._look(rows))
+        states = found.cpu()  # a GPU's memory holds none
         for row, index in enumerate(rows):
             name, kept = self._names[index], torch.from_numpy(self._kept[index])
             state = STORE.keep(states[row, kept], name, self._memory)
@@ -127,8 +144,10 @@ class Cached:
         `token_budget` positions (always at least one record)."""
         if self.network.cached and any(self._states[at] is None for at in self._rows(indices)):
             self.warm()
-        for records in _buckets(indices, self._longest, token_budget // self._each):
+        budget = token_budget // self._each
+        for records in _buckets(indices, self._longest, budget, self._tiles):
             rows = self._rows(records)
+            seen = self._look(rows) if self.network.sees else None
             length = padded_length(max(self._longest[i] for i in records))
             mask = torch.zeros(len(rows), length, dtype=torch.bool)
             targets = torch.full((len(rows), length), -100, dtype=torch.long)
@@ -140,12 +159,14 @@ class Cached:
                     targets[row, : len(kept)] = torch.from_numpy(real)
             device, examples = self.network.device, self.dataset.examples
             yield Batch(
-                prefix=self._prefix(rows, length).to(device),
+                prefix=self._prefix(rows, length, seen).to(device),
                 mask=mask.to(device),
                 target_ids=targets.to(device),
                 label=torch.tensor([examples[i].label for i in records], device=device),
                 index=torch.tensor(records),
                 soft=self._soft(records),
+                seen=seen,
+                tiles=self._tiles[records[0]],
             )
 
     def _soft(self, records: Indices) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -160,14 +181,45 @@ class Cached:
             logp[row, : len(mark.logp)] = torch.from_numpy(mark.logp)
         return tokens.to(self.network.device), logp.to(self.network.device)
 
+    def _look(self, rows: list[int]) -> torch.Tensor | None:
+        """The tower's states of the files of passages with one number of tiles, (rows, tiles, P,
+        W); each file is looked at once."""
+        files = [self.dataset.examples[at // self._each].media for at in rows]
+        if files[0] is None:
+            return None
+        states = []
+        for file in files:
+            assert file is not None  # of a base that reads files every record has one
+            name = hashlib.sha256(b"seen" + file.digest).digest()
+            kept = self._seen.get(name) or self.network.states.get(name)
+            if kept is None:
+                new = self.network.see(self.network.reader.tensor(file)).cpu()
+                kept = self.network.states[name] = STORE.keep(new, name, self._memory)
+            self._seen[name] = kept
+            states.append(self._intact(kept, name, file))
+        return torch.stack(states).to(self.network.device)
+
+    def _intact(self, kept: State, name: bytes, file: Media) -> torch.Tensor:
+        try:
+            return kept.read()
+        except Altered as error:
+            log.warning("%s; they are computed again. Check this machine's disk", error)
+            del self._seen[name]
+            return self.network.see(self.network.reader.tensor(file)).cpu()
+
+    def _tiles_of_rows(self) -> list[int]:
+        return [tiles for tiles in self._tiles for _ in range(self._each)]
+
     def _rows(self, records: Indices) -> list[int]:
         """The passages of some records."""
         return [i * self._each + k for i in records for k in range(self._each)]
 
-    def _prefix(self, rows: list[int], length: int) -> torch.Tensor:
+    def _prefix(self, rows: list[int], length: int, seen: torch.Tensor | None) -> torch.Tensor:
         """(rows, length, H), zero on padding."""
         if not self.network.cached:
-            return self.network.prefix(*self._tokens(rows, length))
+            if seen is None:
+                seen = self._look(rows)
+            return self.network.prefix(*self._tokens(rows, length), seen)
         states = [self._read(index) for index in rows]
         padded = torch.zeros(len(rows), length, states[0].shape[-1], dtype=states[0].dtype)
         for row, state in enumerate(states):
@@ -197,17 +249,21 @@ class Cached:
         return ids, mask
 
 
-def _buckets(indices: Indices, lengths: list[int], token_budget: int) -> Iterator[list[int]]:
-    """`indices` in groups of one padded length and at most `token_budget` positions."""
-    by_length: dict[int, list[int]] = {}
+def _buckets(
+    indices: Indices, lengths: list[int], token_budget: int, tiles: list[int] | None = None
+) -> Iterator[list[int]]:
+    """`indices` in groups of one padded length, one number of tiles, and at most `token_budget`
+    positions."""
+    by_length: dict[tuple[int, int], list[int]] = {}
     for index in indices:
-        by_length.setdefault(padded_length(lengths[index]), []).append(index)
-    for length, members in sorted(by_length.items()):
+        shape = padded_length(lengths[index]), tiles[index] if tiles else 1
+        by_length.setdefault(shape, []).append(index)
+    for (length, _), members in sorted(by_length.items()):
         size = max(1, token_budget // length)
         yield from (members[start : start + size] for start in range(0, len(members), size))
 
 
-def _name(passage: Passage, kept: npt.NDArray[np.int64]) -> bytes:
-    """What a passage's states go by: token ids and kept positions, apart from each other."""
-    parts = (passage.input_ids.tobytes(), kept.tobytes())
+def _name(passage: Passage, kept: npt.NDArray[np.int64], media: bytes = b"") -> bytes:
+    """What a passage's states go by: token ids, kept positions and file, apart from each other."""
+    parts = (passage.input_ids.tobytes(), kept.tobytes(), *([media] if media else []))
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()

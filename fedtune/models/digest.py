@@ -5,6 +5,7 @@ site would compute with them:
 
     tensors     name, dtype, shape and sha256 of the bytes, sorted by name
     config      canonical JSON without keys that say who wrote it and when
+    processor   of a base that reads images or sound: canonical JSON of what prepares them
     tokenizer   canonical JSON of tokenizer.json without its last call's padding and truncation,
                 the chat template, and the bos, eos and pad tokens
 """
@@ -23,7 +24,9 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # in transf
 VOLATILE = ("transformers_version", "_name_or_path", "_model_name_or_path", "dtype", "torch_dtype")
 SETTLED = 2  # seconds: far longer than a file system's clock takes to tick
 _read: dict[Path, tuple[list[tuple[str, int, int, int, int]], str]] = {}
-CODE = ("config.json", "tokenizer_config.json")  # files where auto_map can ask for remote code
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+# Files where auto_map can ask for remote code.
+CODE = ("config.json", "tokenizer_config.json", *PROCESSORS)
 
 
 def digest(folder: Path) -> str:
@@ -55,8 +58,15 @@ def _digest(folder: Path) -> str:
         "config": {k: v for k, v in read_json(folder / "config.json").items() if k not in VOLATILE},
         "tokenizer": _tokenizer(folder),
     }
+    processors = {name: read_json(folder / name) for name in PROCESSORS if _there(folder, name)}
+    if processors:
+        body["processor"] = processors
     text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _there(folder: Path, name: str) -> bool:
+    return (folder / name).is_file()
 
 
 def check(folder: Path) -> None:

@@ -9,8 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["causal", "encoder"]
+Kind = Literal["causal", "encoder", "image_text", "speech"]
 PREFIX = "pypi:"
+# Architectures of more than text, by what config.json calls them. Whatever else ends on
+# ForConditionalGeneration is refused, never guessed.
+MEDIA: dict[str, Kind] = {
+    "Idefics3ForConditionalGeneration": "image_text",
+    "SmolVLMForConditionalGeneration": "image_text",
+    "LlavaForConditionalGeneration": "image_text",
+    "WhisperForConditionalGeneration": "speech",
+}
 
 
 @dataclass(frozen=True)

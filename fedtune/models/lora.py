@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import warnings
 from collections.abc import Mapping
 
@@ -17,24 +18,31 @@ from transformers import PreTrainedModel
 
 from fedtune.config import LoraTable
 from fedtune.errors import ConfigError
+from fedtune.models.parts import PROJECTOR, Parts
 
 Arrays = dict[str, np.ndarray]
 
 
-def attach(model: PreTrainedModel, lora: LoraTable, base_name: str) -> PeftModel:
-    """PEFT's LoRA on `model` with B zero; only `lora.train` is trainable.
+def attach(
+    model: PreTrainedModel, lora: LoraTable, base_name: str, parts: Parts | None = None
+) -> PeftModel:
+    """PEFT's LoRA on `model` with B zero; only `lora.train` is trainable. parts: of a base that has
+    a tower besides its text, on which no adapter ever sits.
 
     Errors: ConfigError when a named module does not exist in this architecture."""
-    layers = None
+    text = parts.text if parts else model
+    layers, targets = None, list(lora.modules)
     if lora.last_layers is not None:
-        total = model.config.num_hidden_layers
+        total = blocks(text)
         if lora.last_layers > total:
             raise ConfigError(f"lora.last_layers = {lora.last_layers}", f"at most {total} here")
         layers = list(range(total - lora.last_layers, total))
+    if parts and parts.tower:
+        targets, layers = _by_name(model, parts, lora, layers), None
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # PEFT says int and computes with a float
-        target_modules=list(lora.modules),
+        target_modules=targets,
         layers_to_transform=layers,
         lora_dropout=0.0,  # a dropout mask would be shared by the rows of a micro-batch
         bias="none",
@@ -46,20 +54,53 @@ def attach(model: PreTrainedModel, lora: LoraTable, base_name: str) -> PeftModel
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             adapted = get_peft_model(model, config)
     except ValueError:
-        linear = {
-            name.rsplit(".", 1)[-1]
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear)
-        }
-        raise ConfigError(
-            f"lora.modules = {list(lora.modules)}: not found in this base",
-            f"some of {sorted(linear)}",
-        ) from None
+        raise _not_found(lora, text) from None
     adapted.peft_config["default"].base_model_name_or_path = base_name
     for name, parameter in adapted.named_parameters():
         trains = "lora_B" in name or ("lora_A" in name and lora.train == "AB")
         parameter.requires_grad_(trains)
     return adapted
+
+
+def blocks(text: torch.nn.Module) -> int:
+    """How many transformer blocks there are to put an adapter on."""
+    layers = getattr(text, "layers", None)
+    if isinstance(layers, torch.nn.ModuleList):
+        return len(layers)
+    return int(text.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
+
+
+def _by_name(
+    model: PreTrainedModel, parts: Parts, lora: LoraTable, layers: list[int] | None
+) -> list[str]:
+    """Full names, since a tower's layers bear the same last names as the text's."""
+    named = {id(module): name for name, module in model.named_modules()}
+    text, found = list(parts.text.named_modules()), list[torch.nn.Module]()
+    for wanted in lora.modules:
+        if wanted == PROJECTOR:
+            new = list((parts.projector or torch.nn.Module()).modules())
+        else:
+            new = [m for n, m in text if n.rsplit(".", 1)[-1] == wanted and _within(n, layers)]
+        new = [module for module in new if isinstance(module, torch.nn.Linear)]
+        if not new:
+            raise _not_found(lora, parts.text, *([PROJECTOR] if parts.projector else []))
+        found += new
+    return [named[id(module)] for module in found]
+
+
+def _within(name: str, layers: list[int] | None) -> bool:
+    """Whether a module of the text lies in one of the blocks."""
+    match = re.match(r"layers\.(\d+)\.", name)
+    return layers is None or (match is not None and int(match[1]) in layers)
+
+
+def _not_found(lora: LoraTable, text: torch.nn.Module, *more: str) -> ConfigError:
+    named = text.named_modules()
+    linear = {n.rsplit(".", 1)[-1] for n, m in named if isinstance(m, torch.nn.Linear)}
+    return ConfigError(
+        f"lora.modules = {list(lora.modules)}: not found in this base",
+        f"some of {sorted({*linear, *more})}",
+    )
 
 
 def draw(factor: Mapping[str, torch.nn.Parameter], seed: int) -> Arrays:

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from fedtune import modalities
 from fedtune.config import LoraTable, QuantisationTable, Study
 from fedtune.errors import ConfigError, ModelError
 from fedtune.models import lora as lora_module
@@ -30,6 +31,7 @@ from fedtune.models.base import Base, find_base, load_backbone, load_tokenizer
 from fedtune.models.known import Kind
 from fedtune.models.lora import Arrays
 from fedtune.models.loss import head_loss
+from fedtune.models.parts import PROJECTOR, fill, parts_of
 from fedtune.models.quantise import quantise
 from fedtune.models.split import Split, cut
 from fedtune.models.states import State
@@ -100,27 +102,30 @@ class Network:
             raise ConfigError("nothing to train", "a [lora] table, or objective classify or reward")
         self.base, self.dtype, self.kind = base, dtype, base.kind
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(base)
+        self.reader = modalities.reader(base, self.tokenizer)
         whole = load_backbone(base, dtype)
         # A processor here unless there is a GPU; CUDA_VISIBLE_DEVICES says which, as anywhere.
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model: PreTrainedModel | PeftModel = nn.Module.to(whole, self.device)
         if quantisation:
             quantise(whole, quantisation, dtype)
-        self._backbone: nn.Module = whole.model if base.kind == "causal" else whole
-        self._lm_head: nn.Module | None = whole.lm_head if base.kind == "causal" else None
-        self.hidden_size: int = whole.config.hidden_size
+        self._parts = parts_of(whole, base.kind)
+        self._backbone, self._lm_head = self._parts.text, self._parts.lm_head
+        text = whole.config.get_text_config()
+        self.hidden_size, self.vocabulary = int(text.hidden_size), int(text.vocab_size)
         self.head = nn.Linear(self.hidden_size, labels, device=self.device) if labels else None
         if self.head is not None:
             nn.init.zeros_(self.head.weight)  # public, and the same at every site
             nn.init.zeros_(self.head.bias)
         self._split: Split | None = None
+        self._projects = lora is not None and PROJECTOR in lora.modules
         if lora:
-            if base.kind == "causal":
-                self._split = cut(whole.model, lora)
-            self.model = lora_module.attach(whole, lora, base.name)
+            if base.kind != "encoder" and not self._projects:
+                self._split = cut(self._backbone, lora)
+            self.model = lora_module.attach(whole, lora, base.name, self._parts)
         self.pooled = not lora  # a head alone: the record's one vector is all that training needs
-        # States at the cut by token ids, shared by everyone who sees the same record; gone as soon
-        # as nobody holds them.
+        # States at the cut, and what a tower makes of a file, by what went in; shared by everyone
+        # who sees the same record; gone as soon as nobody holds them.
         self.states: WeakValueDictionary[bytes, State] = WeakValueDictionary()
         self.draw_factor(seed=0)
 
@@ -135,11 +140,26 @@ class Network:
         return self._split is not None and self._split.positionwise
 
     @property
+    def sees(self) -> bool:
+        """Whether the part above the cut reads the tower's states itself."""
+        if self.pooled or self.positionwise:
+            return False
+        return self._projects or self._parts.crossed
+
+    def meets_tiles(self, parameter: nn.Parameter) -> bool:
+        """Whether each tile is a row of its layer's input: in the projector; else a passage is."""
+        if not self._projects or self._parts.projector is None:
+            return False
+        return any(parameter is own for own in self._parts.projector.parameters())
+
+    @property
     def trained(self) -> nn.Module:
         """The module that holds every trainable parameter, for the gradient engine to watch."""
         holder = nn.ModuleDict()
         if not self.pooled:
             holder["backbone"] = self._split.tail if self._split else self._backbone
+        if self._projects and self._parts.projector is not None:
+            holder["projector"] = self._parts.projector
         if self.head is not None:
             holder["head"] = self.head
         return holder
@@ -147,30 +167,72 @@ class Network:
     # ------------------------------------------------------------------------------- forward
 
     @torch.no_grad()
-    def prefix(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """States at the cut, (B, L, H); (B, 1, H) fp32 where a head alone is trained."""
+    def see(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What the frozen tower makes of one file, (tiles, P, W), from its modality's tensor."""
+        assert self._parts.tower is not None
+        return self._parts.tower(tensor.to(self.device, self.dtype))
+
+    @torch.no_grad()
+    def prefix(
+        self, input_ids: torch.Tensor, mask: torch.Tensor, seen: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """States at the cut, (B, L, H); (B, 1, H) fp32 where a head alone is trained. seen: the
+        tower's states of each passage's file, (B, tiles, P, W). Where the projector is trained, its
+        places are NaN until `hidden` fills them."""
         input_ids, mask = input_ids.to(self.device), mask.to(self.device)
+        if self.pooled and self._parts.crossed:
+            assert seen is not None  # a head on the tower itself: the mean over all frames
+            return pooled(seen[:, 0], torch.ones_like(seen[:, 0, :, 0]), "encoder")[:, None]
+        given = {"input_ids": input_ids}
+        if self._parts.projector is not None:
+            given = {"inputs_embeds": self._embedded(input_ids, seen)}
         if self.pooled:
-            return self._pool(self._run(self._backbone, mask, input_ids=input_ids), mask)[:, None]
+            states = self._run(self._backbone, mask, **given, **self._crossed(seen))
+            return self._pool(states, mask)[:, None]
         if self._split:
-            return self._run(self._split.prefix, mask, input_ids=input_ids)
+            return self._run(self._split.prefix, mask, **given, **self._crossed(seen))
+        return self._embedded(input_ids, seen)
+
+    def _embedded(self, input_ids: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
         embed: nn.Module = self.model.get_input_embeddings()
         states: torch.Tensor = embed(input_ids)
-        return states
+        if self._parts.projector is None:
+            return states
+        states = states.masked_fill((input_ids == self._parts.place)[:, :, None], torch.nan)
+        return states if self._projects else self._filled(states, seen)
+
+    def _filled(self, states: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+        """With what the projector makes of each record's tiles in the places for it."""
+        assert seen is not None and self._parts.projector is not None
+        features = self._parts.projector(seen.flatten(0, 1))  # (B · tiles, P', H)
+        return fill(states, features.reshape(len(seen), -1, features.shape[-1]))
+
+    def _crossed(self, seen: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        if not self._parts.crossed:
+            return {}
+        assert seen is not None
+        return {"encoder_hidden_states": seen[:, 0]}
 
     def hidden(
-        self, prefix: torch.Tensor, mask: torch.Tensor, keep: torch.Tensor | None = None
+        self,
+        prefix: torch.Tensor,
+        mask: torch.Tensor,
+        keep: torch.Tensor | None = None,
+        seen: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Last hidden states from the states at the cut, adapters applied, (B, L, H); only those at
-        the positions `keep` (B, K), if given, (B, K, H)."""
+        the positions `keep` (B, K), if given, (B, K, H). seen: as in `prefix`, where `sees`."""
         if self.pooled:
             return prefix
+        more = self._crossed(seen) if self.sees else {}
+        if self._projects:
+            prefix = self._filled(prefix, seen)
         tail = self._split.tail if self._split else self._backbone
         if keep is None:
-            return self._run(tail, mask, inputs_embeds=prefix)
+            return self._run(tail, mask, inputs_embeds=prefix, **more)
         if self._split and self._split.narrows:
-            return self._run(tail, mask, inputs_embeds=prefix, keep=keep)
-        whole = self._run(tail, mask, inputs_embeds=prefix)
+            return self._run(tail, mask, inputs_embeds=prefix, keep=keep, **more)
+        whole = self._run(tail, mask, inputs_embeds=prefix, **more)
         return whole.gather(1, keep[:, :, None].expand(-1, -1, whole.shape[2]))
 
     def logits(self, selected: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
@@ -192,7 +254,8 @@ class Network:
         return head_loss(selected, self._lm_head.weight, targets)  # type: ignore[arg-type]
 
     def pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """One vector per record (B, H) fp32: mean over tokens (encoder) or the last one."""
+        """One vector per record (B, H) fp32: mean over tokens (encoder) or the last one.
+        A head alone on a speech base: the mean over the tower's frames."""
         return hidden[:, 0] if self.pooled else self._pool(hidden, mask)
 
     def _pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -201,7 +264,8 @@ class Network:
     def _run(self, part: nn.Module, mask: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         # Records are padded on the right, so in a causal base no token can see padding: leaving
         # the mask out lets attention take its fast path and changes no real position.
-        extra = {"use_cache": False} if self.kind == "causal" else {"attention_mask": mask.long()}
+        causal = self.kind != "encoder"
+        extra = {"use_cache": False} if causal else {"attention_mask": mask.long()}
         states: torch.Tensor = part(**inputs, **extra).last_hidden_state
         return states
 
@@ -304,8 +368,8 @@ class Network:
 
 
 def pooled(hidden: torch.Tensor, mask: torch.Tensor, kind: Kind) -> torch.Tensor:
-    """One vector per record (B, H) fp32: the last token's (causal), or the mean over tokens."""
-    if kind == "causal":
+    """One vector per record (B, H) fp32: the last token's, or of an encoder the mean over tokens."""
+    if kind != "encoder":
         last = mask.sum(dim=1) - 1
         return hidden[torch.arange(len(hidden), device=last.device), last].float()
     weights = mask.float()[:, :, None]

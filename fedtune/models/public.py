@@ -48,7 +48,7 @@ def _inputs(network: Network, dataset: Dataset) -> dict[str, torch.Tensor]:
     with _recording(network, inputs) as position:
         for batch in data.batches(range(len(dataset.examples))):
             position.batch = batch
-            network.hidden(batch.prefix, batch.mask)
+            network.hidden(batch.prefix, batch.mask, seen=batch.seen)
     return {name: torch.cat(parts)[:_MAX_POSITIONS].cpu() for name, parts in inputs.items()}
 
 
@@ -67,7 +67,10 @@ def _recording(network: Network, inputs: dict[str, list[torch.Tensor]]) -> Itera
             def record(
                 _: nn.Module, args: tuple[torch.Tensor, ...], into: list[torch.Tensor] = into
             ) -> None:
-                into.append(args[0][_where(position.batch)].float())
+                where = _where(position.batch)
+                if args[0].shape[:2] != where.shape:  # a projector: every patch of every tile
+                    where = torch.ones(args[0].shape[:2], dtype=torch.bool, device=where.device)
+                into.append(args[0][where].float())
 
             handles.append(module.register_forward_pre_hook(record))
     try:

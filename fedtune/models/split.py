@@ -9,13 +9,13 @@ begins earlier still narrows there: the last block's MLP runs where a loss is as
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedtune.config import LoraTable
@@ -33,41 +33,109 @@ class Split:
     narrows: bool = False
 
 
-def cut(model: PreTrainedModel, lora: LoraTable) -> Split | None:
+def cut(model: Any, lora: LoraTable) -> Split | None:
     """The deepest cut below all adapters of a decoder backbone, or None where there is none.
 
     Guarantee: tail(prefix(x)) equals the whole backbone bit for bit on a probe, or the cut is not
     used. Call before the adapter is attached."""
     layers = getattr(model, "layers", None)
-    if not lora.last_layers or not isinstance(layers, nn.ModuleList) or not hasattr(model, "norm"):
+    last = next((name for name in ("norm", "layer_norm") if hasattr(model, name)), "")
+    if not lora.last_layers or not isinstance(layers, nn.ModuleList) or not last:
         return None
-    candidates = []
-    if lora.last_layers == 1 and _in_mlp(layers[-1], lora.modules):
-        frozen = nn.ModuleList([*layers[:-1], _Attention(layers[-1])])
-        tail = _Mlp(layers[-1], model.norm)
-        candidates.append(Split(_with(model, layers=frozen, norm=nn.Identity()), tail, True))
+    # A decoder with a table of positions adds them to its input: above the cut they are there.
+    placed = {"embed_positions": _Nowhere()} if hasattr(model, "embed_positions") else {}
+    end = {last: nn.Identity()}
+    halves, candidates = _halves(layers[-1]), []
+    if halves and lora.last_layers == 1 and halves.holds(lora.modules):
+        frozen = nn.ModuleList([*layers[:-1], halves.first])
+        tail = _Mlp(halves, getattr(model, last))
+        candidates.append(Split(_with(model, layers=frozen, **end), tail, True))
     at = len(layers) - lora.last_layers
-    prefix = _with(model, layers=layers[:at], norm=nn.Identity())
-    if _usual(layers[-1]):
-        ends = nn.ModuleList([*layers[at:-1], _Narrow(layers[-1])])
-        candidates.append(Split(prefix, _with(model, layers=ends), False, narrows=True))
-    candidates.append(Split(prefix, _with(model, layers=layers[at:]), False))
+    prefix = _with(model, layers=layers[:at], **end)
+    if halves:
+        ends = nn.ModuleList([*layers[at:-1], _Narrow(halves)])
+        candidates.append(Split(prefix, _with(model, layers=ends, **placed), False, narrows=True))
+    candidates.append(Split(prefix, _with(model, layers=layers[at:], **placed), False))
     return next((split for split in candidates if _exact(model, split)), None)
 
 
-def _usual(layer: Any) -> bool:
-    """Whether the block has the parts of a pre-norm decoder's."""
-    parts = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-    return all(hasattr(layer, part) for part in parts)
+@dataclass(frozen=True)
+class _Halves:
+    """A pre-norm block: first (attention, with its residual), then x + mlp(norm(x)). inside: the
+    last names of the modules that the MLP alone has."""
+
+    first: nn.Module
+    norm: nn.Module
+    mlp: nn.Module
+    inside: frozenset[str]
+
+    def holds(self, modules: tuple[str, ...]) -> bool:
+        return set(modules) <= self.inside
 
 
-def _in_mlp(layer: Any, modules: tuple[str, ...]) -> bool:
-    """Whether every named module is part of the block's MLP, and the block has the usual parts."""
-    if not _usual(layer):
-        return False
-    inside = {name.rsplit(".", 1)[-1] for name, _ in layer.mlp.named_modules()}
-    outside = {name.rsplit(".", 1)[-1] for name, _ in layer.self_attn.named_modules()}
-    return set(modules) <= inside - outside
+def _halves(layer: Any) -> _Halves | None:
+    """Of the usual makes: LLaMA's, and Whisper's, which attends to the recording too."""
+
+    def has(*parts: str) -> bool:
+        return all(hasattr(layer, part) for part in parts)
+
+    if has("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"):
+        own = frozenset(_last_names(layer.mlp) - _last_names(layer.self_attn))
+        return _Halves(_Attention(layer), layer.post_attention_layernorm, layer.mlp, own)
+    if has("self_attn_layer_norm", "encoder_attn", "final_layer_norm", "activation_fn", "fc1"):
+        inside = frozenset(("fc1", "fc2"))
+        return _Halves(_Crossed(layer), layer.final_layer_norm, _Feed(layer), inside)
+    return None
+
+
+def _last_names(module: nn.Module) -> set[str]:
+    return {name.rsplit(".", 1)[-1] for name, _ in module.named_modules()}
+
+
+class _Nowhere(nn.Module):
+    """Positions that were added already."""
+
+    def forward(self, embedded: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.zeros_like(embedded)
+
+
+class _Crossed(nn.Module):
+    """The first half of Whisper's decoder block: both attentions. The block is a module of _Feed's
+    alone, since hooks would run twice on what two modules hold."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.__dict__["layer"] = layer
+
+    def forward(
+        self, hidden_states: torch.Tensor, mask: Any, heard: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("use_cache", "cache")}
+        kwargs.pop("encoder_attention_mask", None)
+        layer: Any = self.layer
+        own = layer.self_attn(
+            layer.self_attn_layer_norm(hidden_states), attention_mask=mask, **kwargs
+        )
+        states = hidden_states + own[0]
+        other = layer.encoder_attn(
+            layer.encoder_attn_layer_norm(states),
+            key_value_states=heard,
+            attention_mask=None,
+            **kwargs,
+        )
+        return states + other[0]  # type: ignore[no-any-return]
+
+
+class _Feed(nn.Module):
+    """Whisper's MLP, whose layers are the block's own; an adapter may take their place later."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        inner = self.layer.activation_fn(self.layer.fc1(states))
+        return self.layer.fc2(inner)  # type: ignore[no-any-return]
 
 
 class _Attention(nn.Module):
@@ -85,15 +153,18 @@ class _Attention(nn.Module):
 class _Narrow(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
     """A pre-norm block whose second half runs at some positions alone."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, halves: _Halves) -> None:
         super().__init__()
-        self.first = _Attention(layer)
-        self.norm, self.mlp = layer.post_attention_layernorm, layer.mlp
+        self.first, self.norm, self.mlp = halves.first, halves.norm, halves.mlp
 
     def forward(
-        self, hidden_states: torch.Tensor, keep: torch.Tensor | None = None, **kwargs: Any
+        self,
+        hidden_states: torch.Tensor,
+        *others: Any,
+        keep: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
-        states = self.first(hidden_states, **kwargs)
+        states = self.first(hidden_states, *others, **kwargs)
         if keep is not None:
             states = states.gather(1, keep[:, :, None].expand(-1, -1, states.shape[2]))
         return states + self.mlp(self.norm(states))  # type: ignore[no-any-return]
@@ -102,9 +173,9 @@ class _Narrow(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
 class _Mlp(nn.Module):
     """The second half of a pre-norm block, and the model's last norm."""
 
-    def __init__(self, layer: Any, last: Any) -> None:
+    def __init__(self, halves: _Halves, last: Any) -> None:
         super().__init__()
-        self.norm, self.mlp, self.last = layer.post_attention_layernorm, layer.mlp, last
+        self.norm, self.mlp, self.last = halves.norm, halves.mlp, last
 
     def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> SimpleNamespace:
         out = inputs_embeds + self.mlp(self.norm(inputs_embeds))
@@ -112,12 +183,17 @@ class _Mlp(nn.Module):
 
 
 @torch.no_grad()
-def _exact(model: PreTrainedModel, split: Split) -> bool:
+def _exact(model: Any, split: Split) -> bool:
     probe = (torch.arange(1, 17) % model.config.vocab_size).unsqueeze(0).to(model.device)
-    whole = model(input_ids=probe, use_cache=False).last_hidden_state
+    more: dict[str, Any] = {"use_cache": False}
+    if hasattr(model.config, "max_source_positions"):  # of a decoder that attends to a recording
+        size = (1, 8, int(model.config.d_model))
+        heard = torch.sin(torch.arange(math.prod(size), device=probe.device)).view(size)
+        more["encoder_hidden_states"] = heard.to(model.dtype)
+    whole = model(input_ids=probe, **more).last_hidden_state
     try:
-        states = split.prefix(input_ids=probe, use_cache=False).last_hidden_state
-        parts = split.tail(inputs_embeds=states, use_cache=False).last_hidden_state
+        states = split.prefix(input_ids=probe, **more).last_hidden_state
+        parts = split.tail(inputs_embeds=states, **more).last_hidden_state
     except (TypeError, ValueError, AttributeError):  # a block of another make
         return False
     return torch.equal(whole, parts)

@@ -35,7 +35,9 @@ def start(study: Study) -> Start:
     frozen: Arrays = {}
     if study.lora and study.lora.a_init == "public":
         assert study.public is not None  # Study: required with a_init = "public"
-        text = load_dataset(study.public, study, network.tokenizer, labelled=False)
+        text = load_dataset(
+            study.public, study, network.tokenizer, labelled=False, reader=network.reader
+        )
         frozen = public_factor(network, text, study.lora.rank)
     factor = network.adopt(study, frozen)
     if study.lora:

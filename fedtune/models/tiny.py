@@ -15,14 +15,21 @@ import torch
 
 from fedtune.config import LoraTable, Study
 from fedtune.data.tokens import NO_TARGET, Dataset, Example, Passage
-from fedtune.models import wheel
-from fedtune.models.base import Base, find_base
+from fedtune.models.base import Base, auto_class, find_base
 from fedtune.models.network import Network
+from fedtune.models.probe import Shown, show, words
 from fedtune.models.teacher import made_up
+from fedtune.models.tiny_media import shrink
 from fedtune.objectives import find
 
 HIDDEN, INNER, HEADS, LAYERS, VOCABULARY, RANK = 32, 64, 4, 4, 96, 4
 _NAMES = ("<pad>", "<start>", "<end>", "<unknown>")
+_SIZES = {  # of a tower
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+}
 
 
 def tiny_network(study: Study, base: Base) -> Network:
@@ -46,52 +53,67 @@ def tiny_network(study: Study, base: Base) -> Network:
     return network
 
 
-def generated(study: Study, vocabulary: int, sizes: Sequence[int], stream: int = 0) -> Dataset:
+def generated(study: Study, network: Network, sizes: Sequence[int], stream: int = 0) -> Dataset:
     """Random tokens: `sizes[u]` records of 9 to 24 tokens for unit u, so that records of different
-    units share batches. The same study and stream give the same records."""
+    units share batches; behind a file of noise, where the base reads files. The same study and
+    stream give the same records."""
     draw = np.random.default_rng([study.study.seed, stream])
     shape = find(study.objective).shape
     labels = 2 if shape == "judged" else max(1, len(study.objective.labels))
 
-    def passage() -> Passage:
+    def passage(shown: Shown) -> Passage:
         length = int(draw.integers(9, 25))
-        ids = draw.integers(len(_NAMES), vocabulary, size=length + 1, dtype=np.int32)
+        ids = words(network, draw, length + 1, len(_NAMES))
         targets = ids[1:].copy()
         targets[: int(draw.integers(0, length))] = NO_TARGET
-        return Passage(ids[:-1].copy(), targets)
+        return shown.before(ids[:-1].copy(), targets)
 
     examples = []
     for unit, size in enumerate(sizes):
         for _ in range(size):
-            own = passage()
-            worse = passage() if shape == "pair" else None
-            examples.append(Example(*own, int(draw.integers(labels)), unit, worse))
-    return made_up(Dataset(examples, len(sizes), Counter()), study, vocabulary)
+            shown = show(network, study.objective, draw)
+            own = passage(shown)
+            worse = passage(shown) if shape == "pair" else None
+            label = int(draw.integers(labels))
+            examples.append(Example(*own, label, unit, worse, shown.media, shown.tiles))
+    return made_up(Dataset(examples, len(sizes), Counter()), study, network.vocabulary)
 
 
 def _write(base: Base, folder: Path, seed: int) -> tuple[int, int]:
     """The tiny base as a folder; returns (layers of the real one, layers of this one)."""
     from tokenizers import Tokenizer, models
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, PreTrainedTokenizerFast
 
-    wheel.quiet()
+    auto = auto_class(base.kind)
     config = AutoConfig.from_pretrained(base.path, local_files_only=True)
-    before = int(config.num_hidden_layers)
-    _shrink(config)
-    auto: Any = AutoModelForCausalLM if base.kind == "causal" else AutoModel
+    text = config.get_text_config(decoder=True)
+    speech = base.kind == "speech"
+    before = int(config.decoder_layers if speech else text.num_hidden_layers)
+    if not speech:
+        _shrink(text)
+    names = (*_NAMES, *shrink(config, base, folder, _SIZES, len(_NAMES)))
+    for each in {id(c): c for c in (config, text)}.values():
+        _renumber(each)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         auto.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    words = {name: number for number, name in enumerate(_NAMES)}
+    numbers = {name: number for number, name in enumerate(names)}
     fast: Any = PreTrainedTokenizerFast
     fast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token=_NAMES[3])),
+        tokenizer_object=Tokenizer(models.WordLevel(numbers, unk_token=_NAMES[3])),
+        additional_special_tokens=list(names[len(_NAMES) :]),
         pad_token=_NAMES[0],
         bos_token=_NAMES[1],
         eos_token=_NAMES[2],
     ).save_pretrained(folder)
-    return before, int(config.num_hidden_layers)
+    return before, int(config.decoder_layers if speech else text.num_hidden_layers)
+
+
+def _renumber(config: Any) -> None:
+    config.vocab_size = VOCABULARY
+    for number, name in enumerate(("pad_token_id", "bos_token_id", "eos_token_id")):
+        setattr(config, name, number)
 
 
 def _shrink(config: Any) -> None:
@@ -112,15 +134,11 @@ def _shrink(config: Any) -> None:
         "num_key_value_heads": HEADS if shared == heads else 1 if shared == 1 else HEADS // 2,
         "head_dim": HIDDEN // HEADS,
         "embedding_size": HIDDEN,
-        "vocab_size": VOCABULARY,
         "initializer_range": HIDDEN**-0.5,  # states and logits of the size that trained ones have
     }
     for name, value in sizes.items():
         if getattr(config, name, None) is not None:
             setattr(config, name, value)
-    special = ("pad_token_id", "bos_token_id", "eos_token_id")
-    for number, name in enumerate(special):
-        setattr(config, name, number)
 
 
 def _scaled(lora: LoraTable, before: int, layers: int) -> LoraTable:

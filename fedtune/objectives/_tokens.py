@@ -28,7 +28,7 @@ def likelihood(network: Network, batch: Batch) -> Likelihood:
     | a passage without targets | 0.0, and no gradient |
     """
     keep, targets = _labelled(batch.target_ids)
-    hidden = network.hidden(batch.prefix, batch.mask, keep)
+    hidden = network.hidden(batch.prefix, batch.mask, keep, batch.seen)
     rows, positions = torch.nonzero(targets != -100, as_tuple=True)
     each = network.token_losses(hidden[rows, positions], targets[rows, positions])
     total = each.new_zeros(len(targets)).index_add(0, rows, -each)

@@ -17,6 +17,6 @@ def outputs(labels: tuple[str, ...]) -> int:
 
 def losses(network: Network, batch: Batch) -> torch.Tensor:
     """Negative log-likelihood (nats) of each record's label, (B,) fp32."""
-    hidden = network.hidden(batch.prefix, batch.mask)
+    hidden = network.hidden(batch.prefix, batch.mask, seen=batch.seen)
     logits = network.logits(network.pool(hidden, batch.mask))
     return functional.cross_entropy(logits, batch.label, reduction="none")

@@ -23,7 +23,7 @@ def check(*, margin: float = 0.0, centring: float = 0.0) -> None:
 
 def rewards(network: Network, batch: Batch) -> torch.Tensor:
     """The score of each passage, (R,) fp32, read off its last token."""
-    hidden = network.hidden(batch.prefix, batch.mask)
+    hidden = network.hidden(batch.prefix, batch.mask, seen=batch.seen)
     return network.logits(network.pool(hidden, batch.mask))[:, 0]
 
 

@@ -52,7 +52,7 @@ T_STATES = "tests/models/test_states.py::"
 T_CHUNKS = T_PLAN + "test_noise_is_added_once_and_divided_by_the_plan"
 
 MEAN = "return -likelihood(network, batch).mean"
-GUARD = "            if each is None or each.shape[0] not in (records, rows):\n"
+GUARD = "            if each is None or each.shape[0] not in known:\n"
 RAISE = 'raise RuntimeError("a trainable layer gave no per-record gradient")'
 DONE = "        return self._add_noise(total, log, round_)\n"
 DRAW = "noise.gaussian_on_grid(len(total), self.noise_multiplier * bound, grid)"
@@ -90,8 +90,8 @@ LOSS_MUTANTS = (
     ),
     _one(
         18, "batch-norm-on-hidden-states", "fedtune/objectives/_tokens.py",
-        "hidden = network.hidden(batch.prefix, batch.mask, keep)",
-        "hidden = network.hidden(batch.prefix, batch.mask, keep)\n"
+        "hidden = network.hidden(batch.prefix, batch.mask, keep, batch.seen)",
+        "hidden = network.hidden(batch.prefix, batch.mask, keep, batch.seen)\n"
         "    hidden = hidden - hidden.mean(dim=0, keepdim=True)",
         f"{T_PARITY} {T_ISOLATION}", "statistics over the records of a batch",
     ),
@@ -232,7 +232,7 @@ GRADIENT_MUTANTS = (
     ),
     _one(
         19, "pad-to-the-longest", CACHE,
-        "_buckets(indices, self._longest, token_budget // self._each):",
+        "_buckets(indices, self._longest, budget, self._tiles):",
         "_buckets(indices, [max(self._longest[i] for i in indices)] * len(self._longest),"
         " token_budget):",
         T_ROWS + "test_padding_is_a_records_own", "numerics depend on who else is drawn",
@@ -466,8 +466,8 @@ BUDGET_MUTANTS = (
 MODEL_MUTANTS = (
     _one(
         "states", "states-without-their-positions", CACHE,
-        "parts = (passage.input_ids.tobytes(), kept.tobytes())",
-        "parts = (passage.input_ids.tobytes(),)",
+        "parts = (passage.input_ids.tobytes(), kept.tobytes(), *",
+        "parts = (passage.input_ids.tobytes(), *",
         T_STATES + "test_the_same_tokens_with_other_targets_have_states_of_their_own",
         "a record trains on the states of another one's targets",
     ),

@@ -68,7 +68,9 @@ class Data:
         for parameter in module.parameters():
             nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
         self.network = SimpleNamespace(
-            trained=module, parameters=lambda: dict(module.named_parameters())
+            trained=module,
+            parameters=lambda: dict(module.named_parameters()),
+            meets_tiles=lambda parameter: False,
         )
         self.dataset = SimpleNamespace(by_unit=[[i] for i in range(B)], examples=[None] * B)
         self.states = torch.randn(B, L, H, generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,95 @@
+"""A recording and what is said in it, for Whisper.
+
+The base folder's own feature extractor makes log-mel spectrograms of one length. The decoder's text
+begins with Whisper's own start tokens; a transcript, or nothing, follows."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import wave
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fedtune.config import ObjectiveTable
+from fedtune.data.files import Rejected
+from fedtune.data.media import Media, sound
+from fedtune.data.records import Record
+from fedtune.errors import ModelError
+from fedtune.models.base import Base
+
+KINDS = ("speech",)
+_START = "<|startoftranscript|>"
+
+
+class Speech:
+    """Recordings longer than the base's window are rejected, or with overflow = "truncate" cut."""
+
+    column: Literal["audio"] = "audio"
+    starts = True
+    avoid: frozenset[int] = frozenset()
+
+    def __init__(self, base: Base, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._extractor: Any = _extractor(base)
+        self._rate = int(self._extractor.sampling_rate)
+        self._start = _start(tokenizer)
+
+    def place(self, record: Record, objective: ObjectiveTable) -> tuple[Record, int]:
+        if record.media is None:
+            raise Rejected("missing value")
+        if record.prompt and objective.name != "classify":
+            raise Rejected("a speech base takes no prompt")
+        samples = sound(record.media, self._rate)
+        if len(samples) > self._extractor.n_samples and objective.overflow == "reject":
+            raise Rejected("audio too long")
+        return replace(record, prompt=self._start), 1
+
+    def check(self, ids: list[int], tiles: int) -> None: ...
+
+    def tensor(self, media: Media) -> torch.Tensor:
+        """(1, mel bins, frames)."""
+        samples = sound(media, self._rate)
+        found = self._extractor(samples, sampling_rate=self._rate, return_tensors="np")
+        return torch.from_numpy(np.asarray(found["input_features"], dtype=np.float32))
+
+    def generated(self, draw: np.random.Generator, like: Media | None = None) -> Media | None:
+        """White noise with a tone in it, a fifth of a second to one second."""
+        count = int(self._rate * draw.uniform(0.2, 1.0))
+        tone = np.sin(np.arange(count) * draw.uniform(0.05, 1.0))
+        values = (8000 * tone + 4000 * draw.standard_normal(count)).clip(-32768, 32767)
+        file = io.BytesIO()
+        with wave.open(file, "wb") as out:
+            out.setnchannels(1)
+            out.setsampwidth(2)
+            out.setframerate(self._rate)
+            out.writeframes(values.astype("<i2").tobytes())
+        return Media("audio", file.getvalue(), hashlib.sha256(file.getvalue()).digest())
+
+
+def reader(base: Base, tokenizer: PreTrainedTokenizerBase) -> Speech:
+    return Speech(base, tokenizer)
+
+
+def _start(tokenizer: Any) -> str:
+    """The tokens that the decoder's text begins with, as text."""
+    ids = getattr(tokenizer, "prefix_tokens", None)
+    if ids:
+        return "".join(tokenizer.convert_ids_to_tokens(ids))
+    return _START if _START in tokenizer.get_vocab() else str(tokenizer.bos_token)
+
+
+def _extractor(base: Base) -> Any:
+    import transformers
+
+    try:
+        auto: Any = transformers.AutoFeatureExtractor
+        return auto.from_pretrained(base.path, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"{base.name}: transformers cannot load its feature extractor ({type(error).__name__})",
+            "preprocessor_config.json in the base's folder",
+        ) from error

@@ -1,0 +1,145 @@
+"""An image and a text about it, for Idefics3, SmolVLM and LLaVA.
+
+The base folder's own image processor resizes, normalises and, where it says so, splits an image
+into tiles. For each tile the text holds a run of image tokens, which the network fills in with what
+its tower and projector make of that tile."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fedtune.config import ObjectiveTable
+from fedtune.data.files import Rejected
+from fedtune.data.media import EXTRA, Media, picture
+from fedtune.data.records import Record
+from fedtune.errors import ConfigError, ModelError
+from fedtune.models.base import Base
+
+KINDS = ("image_text",)
+_FAKE, _GLOBAL = "<fake_token_around_image>", "<global-img>"
+
+
+class Images:
+    """The place-holders go in front of the prompt (of a conversation's first turn by the user), so
+    that objective.template stands round both."""
+
+    column: Literal["image"] = "image"
+    starts = False
+
+    def __init__(self, base: Base, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._processor: Any = _processor(base)
+        self._tiled = "Llava" not in str(_config(base).architectures)
+        self._id, self._run = _run_of(_config(base))
+        self._token: str = tokenizer.convert_ids_to_tokens(self._id)  # type: ignore[assignment]
+        if tokenizer.encode(self._token, add_special_tokens=False) != [self._id]:
+            raise ModelError(f"{base.name}: its tokenizer does not know the image token as one")
+        self.avoid = frozenset([self._id])
+        self._layouts: dict[bytes, tuple[int, int]] = {}
+
+    def place(self, record: Record, objective: ObjectiveTable) -> tuple[Record, int]:
+        if record.media is None:
+            raise Rejected("missing value")
+        rows, columns = self._layout(record.media)
+        held = self._text(rows, columns)
+        if record.messages:
+            turns = list(record.messages)
+            at = [role for role, _ in turns].index("user")
+            turns[at] = ("user", held + turns[at][1])
+            return replace(record, messages=tuple(turns)), rows * columns + 1
+        return replace(record, prompt=held + record.prompt), rows * columns + 1
+
+    def check(self, ids: list[int], tiles: int) -> None:
+        found, expected = ids.count(self._id), tiles * self._run
+        if found != expected:
+            raise Rejected("too long" if found < expected else "image token in the text")
+
+    def tensor(self, media: Media) -> torch.Tensor:
+        """(tiles, 4, height, width): colours, and 1 where there is image, 0 on padding."""
+        image = picture(media)
+        if not self._tiled:
+            pixels = self._processor(images=[image], return_tensors="pt")["pixel_values"]
+            return torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1).float()
+        found = self._processor(images=[[image]], return_tensors="pt")
+        pixels, mask = found["pixel_values"][0], found["pixel_attention_mask"][0]
+        return torch.cat([pixels, mask[:, None].to(pixels)], dim=1).float()
+
+    def generated(self, draw: np.random.Generator, like: Media | None = None) -> Media | None:
+        """Noise: square, wide or high, so that records have different numbers of tiles."""
+        from PIL import Image
+
+        shapes = ((24, 24), (24, 72), (72, 24))
+        shape = shapes[int(draw.integers(3))] if like is None else picture(like).size[::-1]
+        file = io.BytesIO()
+        noise = draw.integers(0, 256, (*shape, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(file, "PNG")
+        return Media("image", file.getvalue(), hashlib.sha256(file.getvalue()).digest())
+
+    def _layout(self, media: Media) -> tuple[int, int]:
+        """Rows and columns of tiles besides the whole image; 0, 0 where it is not split."""
+        if not self._tiled:
+            return 0, 0
+        if media.digest not in self._layouts:
+            image = picture(media)
+            found = self._processor(images=[[image]], return_row_col_info=True)
+            self._layouts[media.digest] = int(found["rows"][0][0]), int(found["cols"][0][0])
+        return self._layouts[media.digest]
+
+    def _text(self, rows: int, columns: int) -> str:
+        """As Idefics3Processor.replace_image_token writes it."""
+        run = self._token * self._run
+        if not self._tiled:
+            return run
+        whole = f"{_FAKE}{_GLOBAL}{run}{_FAKE}"
+        lines = (
+            "".join(f"{_FAKE}<row_{row + 1}_col_{column + 1}>{run}" for column in range(columns))
+            for row in range(rows)
+        )
+        return "".join(line + "\n" for line in lines) + ("\n" if rows else "") + whole
+
+
+def reader(base: Base, tokenizer: PreTrainedTokenizerBase) -> Images:
+    return Images(base, tokenizer)
+
+
+@lru_cache(maxsize=4)
+def _config(base: Base) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(base.path, local_files_only=True)
+
+
+def _run_of(config: Any) -> tuple[int, int]:
+    """The image token's id, and how many of them stand for one tile."""
+    vision = config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    if hasattr(config, "scale_factor"):
+        return int(config.image_token_id), patches // config.scale_factor**2
+    whole = config.vision_feature_select_strategy == "full"
+    return int(config.image_token_id), patches + int(whole)
+
+
+def _processor(base: Base) -> Any:
+    import transformers
+
+    try:
+        import PIL  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            f"{base.name} reads images, and Pillow is not installed", "the extra", EXTRA
+        ) from None
+    try:
+        auto: Any = transformers.AutoImageProcessor
+        return auto.from_pretrained(base.path, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"{base.name}: transformers cannot load its image processor ({type(error).__name__})",
+            "preprocessor_config.json in the base's folder",
+        ) from error

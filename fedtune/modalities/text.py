@@ -1,0 +1,38 @@
+"""Text alone: nothing to place."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fedtune.config import ObjectiveTable
+from fedtune.data.media import Media
+from fedtune.data.records import Record
+from fedtune.models.base import Base
+
+KINDS = ("causal", "encoder")
+
+
+class Text:
+    column = None
+    starts = False
+    avoid: frozenset[int] = frozenset()
+
+    def place(self, record: Record, objective: ObjectiveTable) -> tuple[Record, int]:
+        return record, 1
+
+    def check(self, ids: list[int], tiles: int) -> None: ...
+
+    def tensor(self, media: Media) -> torch.Tensor:
+        raise TypeError("a text base reads no files")
+
+    def generated(self, draw: np.random.Generator, like: Media | None = None) -> Media | None:
+        return None
+
+
+def reader(base: Base, tokenizer: PreTrainedTokenizerBase) -> Text:
+    return Text()
+
+
+TEXT = Text()

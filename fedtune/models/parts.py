@@ -1,0 +1,79 @@
+"""Which part of an architecture is what: the one place that knows their names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedtune.models.known import Kind
+
+PROJECTOR = "projector"  # in lora.modules: the linear layers between tower and language model
+
+
+@dataclass(frozen=True)
+class Parts:
+    """text: embeddings to `.last_hidden_state`; where LoRA goes. tower: (n, …) of a modality's
+    tensors to (n, P, W), frozen. projector: (n, P, W) to (n, P', H), or None where the text attends
+    to the tower's states themselves (crossed). place: the token id that a projected state fills."""
+
+    text: nn.Module
+    lm_head: nn.Module | None = None
+    tower: Callable[[torch.Tensor], torch.Tensor] | None = None
+    projector: nn.Module | None = None
+    place: int = -1
+    crossed: bool = False
+
+
+def parts_of(whole: Any, kind: Kind) -> Parts:
+    """Of a loaded model."""
+    if kind == "encoder":
+        return Parts(whole)
+    if kind == "causal":
+        return Parts(whole.model, whole.lm_head)
+    inner = whole.model
+    if kind == "speech":
+
+        def listen(mel: torch.Tensor) -> torch.Tensor:
+            heard: torch.Tensor = inner.encoder(mel).last_hidden_state
+            return heard
+
+        return Parts(inner.decoder, whole.proj_out, listen, crossed=True)
+    place = int(whole.config.image_token_id)
+    if hasattr(inner, "connector"):
+        patch = int(whole.config.vision_config.patch_size)
+
+        def look(pixels: torch.Tensor) -> torch.Tensor:
+            shown = pixels[:, 3].unfold(1, patch, patch).unfold(2, patch, patch)
+            seen: torch.Tensor = inner.vision_model(
+                pixel_values=pixels[:, :3], patch_attention_mask=(shown > 0).any(-1).any(-1)
+            ).last_hidden_state
+            return seen
+
+        return Parts(inner.text_model, whole.lm_head, look, inner.connector, place)
+
+    def layers(pixels: torch.Tensor) -> torch.Tensor:
+        wanted = whole.config.vision_feature_layer
+        found = inner.vision_tower(pixels[:, :3], output_hidden_states=True).hidden_states
+        chosen = [found[at] for at in ([wanted] if isinstance(wanted, int) else wanted)]
+        first = int(whole.config.vision_feature_select_strategy == "default")
+        return torch.cat([states[:, first:] for states in chosen], dim=-1)
+
+    projector = inner.multi_modal_projector
+    return Parts(inner.language_model, whole.lm_head, layers, projector, place)
+
+
+def fill(states: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """`states` (R, L, H) with row r's NaN positions filled in order with row r's `features`
+    (R, K, H); a row takes from itself alone.
+
+    Errors: RuntimeError where a row has another number of place-holders than features."""
+    holes = states[..., 0].isnan()
+    if bool((holes.sum(dim=1) != features.shape[1]).any()):
+        raise RuntimeError("a record has other place-holders than its image has tokens")
+    order = (holes.cumsum(dim=1) - 1).clamp_min(0)
+    taken = features.gather(1, order[:, :, None].expand(-1, -1, features.shape[2]))
+    return torch.where(holes[:, :, None], taken.to(states.dtype), states)

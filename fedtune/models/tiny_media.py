@@ -1,0 +1,68 @@
+"""What tiny.py shrinks besides the text, of a base that reads images or recordings: the tower, the
+projector, and what prepares a file for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fedtune.models.base import Base, load_tokenizer
+
+_PATCH, _TILE = 4, 2  # pixels of a patch; of image tokens of one tile, the root
+
+
+def shrink(config: Any, base: Base, folder: Path, sizes: dict[str, int], names: int) -> list[str]:
+    """Shrinks the tower in `config`, writes the processor's files to `folder`, and returns the
+    tokens that the vocabulary needs besides `names` others. Text is shrunk by the caller."""
+    if base.kind == "image_text":
+        return _images(config, base, folder, sizes, names)
+    if base.kind == "speech":
+        _speech(config, base, folder, sizes)
+        return ["<|startoftranscript|>"]
+    return []
+
+
+def _images(config: Any, base: Base, folder: Path, sizes: dict[str, int], names: int) -> list[str]:
+    vision, scale = config.vision_config, int(getattr(config, "scale_factor", 1))
+    for name, value in sizes.items():
+        if getattr(vision, name, None) is not None:
+            setattr(vision, name, value)
+    vision.patch_size, vision.image_size = _PATCH, _PATCH * _TILE * scale
+    token = str(load_tokenizer(base).convert_ids_to_tokens(int(config.image_token_id)))
+    one = vision.image_size
+    if hasattr(config, "scale_factor"):
+        split = getattr(_load("AutoImageProcessor", base), "do_image_splitting", True)
+        longest = {"longest_edge": 2 * one if split else one}
+        change: dict[str, Any] = {"size": longest, "max_image_size": {"longest_edge": one}}
+        tags = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
+        more = ["<fake_token_around_image>", "<global-img>", *tags]
+    else:
+        change = {"size": {"shortest_edge": one}, "crop_size": {"height": one, "width": one}}
+        if not isinstance(config.vision_feature_layer, int):
+            config.vision_feature_layer = -2
+        config.vision_feature_layer = max(-2, min(2, config.vision_feature_layer))
+        more = ["<image-start>"]
+    _load("AutoImageProcessor", base, **change).save_pretrained(folder)
+    config.image_token_id = names + len(more)
+    return [*more, token]
+
+
+def _load(name: str, base: Base, **changes: Any) -> Any:
+    import transformers
+
+    return getattr(transformers, name).from_pretrained(base.path, local_files_only=True, **changes)
+
+
+def _speech(config: Any, base: Base, folder: Path, sizes: dict[str, int]) -> None:
+    """One second at most, whatever the base's own window."""
+    found = _load("AutoFeatureExtractor", base, chunk_length=1)
+    found.save_pretrained(folder)
+    config.d_model = sizes["hidden_size"]
+    config.encoder_ffn_dim = config.decoder_ffn_dim = sizes["intermediate_size"]
+    config.encoder_attention_heads = config.decoder_attention_heads = sizes["num_attention_heads"]
+    config.encoder_layers = min(2, config.encoder_layers)
+    config.decoder_layers = min(sizes["num_hidden_layers"], config.decoder_layers)
+    config.max_source_positions = found.nb_max_frames // 2
+    config.max_target_positions = min(64, config.max_target_positions)
+    config.decoder_start_token_id = 1
+    config.suppress_tokens = config.begin_suppress_tokens = None

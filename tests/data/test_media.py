@@ -1,0 +1,189 @@
+"""Image and audio columns: what is read, what is refused, and that nothing of it is shown."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import sys
+import wave
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedtune.config import Columns, DataFile
+from fedtune.data import media
+from fedtune.data.files import Rejected
+from fedtune.data.records import read_records
+from fedtune.errors import ConfigError
+from tests.media import image, recording
+
+ASK = Columns(image="image", prompt="q", completion="a")
+
+
+def read(
+    folder: Path, names: list[Any], columns: Columns = ASK
+) -> tuple[list[Any], dict[str, int]]:
+    column = columns.media
+    assert column
+    rows = [{column: name, "q": "what is it?", "a": "a cat", "label": 1} for name in names]
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records, rejected = read_records(DataFile(path=path, columns=columns))
+    return records, dict(rejected)
+
+
+def test_a_record_holds_its_file(tmp_path: Path) -> None:
+    image(tmp_path / "images" / "a.png", 0, (20, 30))
+    (record,), rejected = read(tmp_path, ["images/a.png"])
+    assert not rejected
+    assert media.picture(record.media).size == (30, 20)
+    assert record.media.body == (tmp_path / "images" / "a.png").read_bytes()
+    assert "cat" not in repr(record) and "a.png" not in repr(record)
+
+
+def test_a_file_is_read_once_however_many_records_name_it(tmp_path: Path) -> None:
+    image(tmp_path / "a.png", 0)
+    records, _ = read(tmp_path, ["a.png", "./a.png", "a.png"])
+    assert len({id(record.media) for record in records}) == 1
+
+
+def test_paths_stay_inside_the_folder(tmp_path: Path) -> None:
+    inside = tmp_path / "site"
+    image(tmp_path / "secret.png", 0)
+    image(inside / "own.png", 1)
+    (inside / "link.png").symlink_to(tmp_path / "secret.png")
+    (inside / "up").symlink_to(tmp_path)
+    (inside / "loop.png").symlink_to(inside / "loop.png")
+    (inside / "fine.png").symlink_to(inside / "own.png")
+    outside = ["../secret.png", str(tmp_path / "secret.png"), "link.png", "up/secret.png"]
+    records, rejected = read(inside, [*outside, "loop.png", "none.png", "fine.png", "x" * 5000])
+    assert len(records) == 1
+    assert rejected == {"media file outside the folder": 4, "missing media file": 3}
+
+
+def test_an_absolute_path_is_refused_even_inside(tmp_path: Path) -> None:
+    image(tmp_path / "a.png", 0)
+    assert read(tmp_path, [str(tmp_path / "a.png")])[1] == {"media file outside the folder": 1}
+
+
+def test_broken_files_are_counted_by_reason(tmp_path: Path) -> None:
+    image(tmp_path / "good.png", 0)
+    whole = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.png").write_text("Mrs Adler's scan")
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "anim.gif").write_bytes(b"GIF89a" + bytes(40))  # a format that is not on the list
+    names = ["good.png", "cut.png", "text.png", "empty.png", "anim.gif", None, 7, " "]
+    records, rejected = read(tmp_path, names)
+    assert len(records) == 1
+    assert rejected == {"unreadable image": 4, "missing value": 1, "wrong type": 1, "empty text": 1}
+
+
+def test_a_small_file_of_many_pixels_is_not_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("1", (7000, 7000)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
+    assert read(tmp_path, ["bomb.png"])[1] == {"image too large": 1}
+
+
+def test_a_large_file_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media, "BYTES", 100)
+    image(tmp_path / "a.png", 0)
+    assert read(tmp_path, ["a.png"])[1] == {"image too large": 1}
+
+
+def test_sixteen_bits_become_eight(tmp_path: Path) -> None:
+    values = np.linspace(1000, 3000, 64, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "ray.png")
+    (record,), _ = read(tmp_path, ["ray.png"])
+    grey = np.asarray(media.picture(record.media))[..., 0]
+    assert (grey.min(), grey.max()) == (0, 255) and (np.diff(grey.ravel().astype(int)) >= 0).all()
+
+
+SAID = Columns(audio="audio", label="label")
+
+
+def test_a_label_may_stand_beside_a_file_alone(tmp_path: Path) -> None:
+    recording(tmp_path / "a.wav", 0)
+    (record,), _ = read(tmp_path, ["a.wav"], SAID)
+    assert (record.prompt, record.label) == ("", "1")
+    assert len(media.sound(record.media)) == 2400
+    assert len(media.sound(record.media, 16_000)) == 4800
+
+
+def test_long_and_broken_recordings_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recording(tmp_path / "long.wav", 0, seconds=31)
+    recording(tmp_path / "none.wav", 0, seconds=0)
+    recording(tmp_path / "fine.wav", 0)
+    body = bytearray((tmp_path / "fine.wav").read_bytes())
+    (tmp_path / "cut.wav").write_bytes(body[:30])
+    body[24:28] = struct.pack("<I", 10)  # ten samples a second
+    (tmp_path / "slow.wav").write_bytes(body)
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    names = ["long.wav", "none.wav", "cut.wav", "slow.wav", "fine.wav"]
+    records, rejected = read(tmp_path, names, SAID)
+    assert len(records) == 1
+    assert rejected["audio too long"] >= 1
+    assert sum(rejected.values()) == 4
+    assert set(rejected) <= {
+        "audio too long",
+        "unreadable audio",
+        "no PCM WAV, and fedtune[media] is not installed",
+    }
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+def test_every_width_of_pcm_is_the_same_sound(width: int) -> None:
+    tone = np.sin(np.arange(400) / 9)
+    wide = np.round(tone * (2 ** (8 * width - 1) - 1)).astype(np.int64)
+    raw = (wide + (128 if width == 1 else 0)).astype("<i8").tobytes()
+    body = b"".join(raw[at : at + width] for at in range(0, len(raw), 8))
+    file = io.BytesIO()
+    with wave.open(file, "wb") as out:
+        out.setnchannels(1)
+        out.setsampwidth(width)
+        out.setframerate(8000)
+        out.writeframes(body)
+    found = media.sound(media.Media("audio", file.getvalue(), b""))
+    assert np.abs(found - tone).max() < 2.5 / 2 ** (8 * width - 1) + 1e-6
+
+
+def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image(tmp_path / "a.png", 0)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ConfigError, match=r"Pillow.*not installed.*fedtune\[media\]"):
+        read(tmp_path, ["a.png"])
+
+
+def test_links_are_followed_before_the_path_is_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin: a reader that looks at the written path alone reads another folder's file."""
+    inside = tmp_path / "site"
+    image(tmp_path / "secret.png", 0)
+    inside.mkdir()
+    (inside / "link.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(Rejected, match="outside"):
+        media.Folder(inside).read("link.png", "image")
+    monkeypatch.setattr(media.Folder, "_inside", lambda self, name: self._root / name)
+    assert media.Folder(inside).read("link.png", "image").body
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"image": "i", "audio": "a", "label": "l"}, "image or audio"),
+        ({"image": "i"}, "exactly one"),
+        ({"label": "l"}, "exactly one"),
+    ],
+)
+def test_columns_that_make_no_record(given: dict[str, str], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Columns(**given)

@@ -1,0 +1,222 @@
+"""The oracles of the text path over images and recordings: parity with a loop of one record,
+isolation, sensitivity; with one tile and with five, on both engines, and the twins that mix or lose
+tiles."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedtune.config import LoraTable, ObjectiveTable
+from fedtune.data.tokens import NO_TARGET, Dataset, Example
+from fedtune.dp import selftest
+from fedtune.dp.gradients import UnitGradientEngine
+from fedtune.models import network as network_module
+from fedtune.models.base import find_base
+from fedtune.models.cache import Cached
+from fedtune.models.network import Network
+from fedtune.models.probe import show
+from fedtune.objectives import causal_lm
+from fedtune.training import check_trains
+from tests.dp.conftest import study
+from tests.dp.test_gradients import all_rows, one_by_one
+from tests.media import idefics3, llava, whisper
+
+MLP = ["gate_proj", "up_proj", "down_proj"]
+PRIVACY = {"noise_multiplier": 1.6, "delta": 1e-4}
+LABELS = {"name": "classify", "labels": ["yes", "no"]}
+Make = Callable[[Path], Path]
+
+
+def one_tile(folder: Path) -> Path:
+    return idefics3(folder, split=False)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Make], Path]:
+    made: dict[Make, Path] = {}
+    root = tmp_path_factory.mktemp("media")
+
+    def base(make: Make) -> Path:
+        if make not in made:
+            made[make] = make(root / make.__name__)
+        return made[make]
+
+    return base
+
+
+CASES: dict[str, tuple[Make, dict[str, Any]]] = {
+    "images, positions apart": (idefics3, {"lora": {"modules": MLP, "last_layers": 1}}),
+    "images, cut": (idefics3, {"lora": {"modules": ["q_proj", *MLP], "last_layers": 2}}),
+    "images, all blocks": (idefics3, {"lora": {"modules": ["v_proj"]}}),
+    "projector, many tiles": (idefics3, {"lora": {"modules": ["v_proj", "projector"]}}),
+    "projector, one tile": (one_tile, {"lora": {"modules": ["v_proj", "projector"]}}),
+    "projector, A and B": (idefics3, {"lora": {"modules": ["projector"], "train": "AB"}}),
+    "projector, pairs": (
+        idefics3,
+        {
+            "lora": {"modules": ["v_proj", "projector"]},
+            "objective": {"name": "dpo", "max_length": 128},
+        },
+    ),
+    "images, a head": (idefics3, {"lora": None, "objective": LABELS}),
+    "LLaVA's projector": (llava, {"lora": {"modules": ["down_proj", "projector"]}}),
+    "speech, positions apart": (whisper, {"lora": {"modules": ["fc1", "fc2"], "last_layers": 1}}),
+    "speech, cut": (whisper, {"lora": {"modules": ["q_proj", "fc1"], "last_layers": 2}}),
+    "speech, all blocks": (whisper, {"lora": {"modules": ["v_proj"]}}),
+    "speech, a head": (whisper, {"lora": None, "objective": LABELS}),
+    "speech, a head and LoRA": (whisper, {"lora": {"modules": ["q_proj"]}, "objective": LABELS}),
+}
+
+
+@pytest.mark.parametrize("engine", ["auto", "opacus"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_self_test_passes(bases: Callable[[Make], Path], case: str, engine: str) -> None:
+    make, changes = CASES[case]
+    training = {"rounds": 4, "sampling_rate": 0.5, "learning_rate": 0.1, "engine": engine}
+    plan = study(
+        **{"base": {"model": str(bases(make))}, "privacy": PRIVACY, "training": training} | changes
+    )
+    results = selftest.run(plan)
+    assert [r.name for r in results] == ["parity", "isolation", "sensitivity", "noise"]
+    assert all(r.passed for r in results), results
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_on_generated_files_lowers_the_loss(
+    bases: Callable[[Make], Path], case: str
+) -> None:
+    make, changes = CASES[case]
+    plan = study(**{"base": {"model": str(bases(make))}, "privacy": PRIVACY} | changes)
+    check_trains(plan, network_module.build(plan))
+
+
+# --------------------------------------------------------- the study's own size, tile by tile
+
+
+def projecting(base: Path, modules: tuple[str, ...] = ("q_proj", "projector")) -> Network:
+    made = Network(find_base(str(base)), torch.float32, LoraTable(rank=4, modules=modules), 0)
+    draw = np.random.default_rng(1)
+    made.load_trainable(
+        {n: draw.normal(size=a.shape).astype(np.float32) * 0.1 for n, a in made.trainable().items()}
+    )
+    return made
+
+
+def shown(network: Network, count: int = 6, seed: int = 0, square: bool = True) -> Dataset:
+    """`count` units of one record each, of one length and one number of tiles."""
+    draw, examples = np.random.default_rng(seed), list[Example]()
+    objective = ObjectiveTable(name="causal_lm")
+    while len(examples) < count:
+        found = show(network, objective, draw)
+        if found.media is None or (square and found.tiles not in (1, 5)):
+            continue
+        ids = draw.integers(20, 280, size=9, dtype=np.int32)
+        targets = ids[1:].copy()
+        targets[:3] = NO_TARGET
+        passage = found.before(ids[:-1].copy(), targets)
+        examples.append(Example(*passage, -100, len(examples), None, found.media, found.tiles))
+    return Dataset(examples, count, Counter())
+
+
+def apart(engine: UnitGradientEngine) -> float:
+    ours, plain = all_rows(engine).double(), one_by_one(engine)
+    return float(((ours - plain).norm(dim=1) / plain.norm(dim=1)).max())
+
+
+@pytest.mark.parametrize("wanted", ["auto", "opacus"])
+@pytest.mark.parametrize(("make", "tiles"), [(one_tile, 1), (idefics3, 5)])
+def test_tiles_are_added_up_before_any_norm(
+    bases: Callable[[Make], Path], make: Make, tiles: int, wanted: Any
+) -> None:
+    network = projecting(bases(make))
+    data = Cached(network, shown(network))
+    (batch,) = data.batches(range(6))
+    assert batch.tiles == tiles and batch.seen is not None
+    assert batch.seen.shape[:2] == (6, tiles)
+    engine = UnitGradientEngine(data, causal_lm, engine=wanted)
+    assert engine.name == ("opacus" if wanted == "opacus" else "one-pass")
+    assert apart(engine) < 1e-5
+
+
+def test_records_of_other_tile_counts_are_in_other_batches(bases: Callable[[Make], Path]) -> None:
+    network = projecting(bases(idefics3))
+    data = Cached(network, shown(network, 12, square=False))
+    found = {
+        tuple(data.dataset.examples[i].tiles for i in b.index) for b in data.batches(range(12))
+    }
+    assert {len(set(tiles)) for tiles in found} == {1} and {t[0] for t in found} == {3, 5}
+    assert apart(UnitGradientEngine(data, causal_lm)) < 1e-5
+
+
+class FirstTile(UnitGradientEngine):
+    """The twin: of each record's tiles one counts."""
+
+    def _per_record(self, batch: Any) -> list[torch.Tensor]:
+        found = []
+        for each in self._each(self.objective.losses(self.data.network, batch)):
+            assert each is not None
+            found.append(each.view(len(batch.index), -1, *each.shape[1:])[:, 0].flatten(1))
+        return found
+
+
+class Interleaved(UnitGradientEngine):
+    """The twin: tiles of several records are taken for one record's."""
+
+    def _per_record(self, batch: Any) -> list[torch.Tensor]:
+        found = []
+        for each in self._each(self.objective.losses(self.data.network, batch)):
+            assert each is not None
+            mixed = each.view(-1, len(batch.index), *each.shape[1:])
+            found.append(mixed.sum(dim=0).flatten(1))
+        return found
+
+
+@pytest.mark.parametrize("twin", [FirstTile, Interleaved])
+def test_lost_and_mixed_tiles_are_caught(bases: Callable[[Make], Path], twin: Any) -> None:
+    network = projecting(bases(idefics3))
+    assert apart(twin(Cached(network, shown(network)), causal_lm)) > 0.1
+
+
+def test_an_undeclared_number_of_tiles_is_an_error(
+    bases: Callable[[Make], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = projecting(bases(idefics3))
+    engine = UnitGradientEngine(Cached(network, shown(network)), causal_lm)
+    monkeypatch.setattr(Network, "meets_tiles", lambda *_: False)
+    with pytest.raises(RuntimeError, match="no per-record gradient"):
+        all_rows(engine)
+
+
+def test_a_records_image_reaches_no_other_record(bases: Callable[[Make], Path]) -> None:
+    network = projecting(bases(idefics3))
+    before = shown(network)
+    rows = all_rows(UnitGradientEngine(Cached(network, before), causal_lm))
+    other = show(network, ObjectiveTable(name="causal_lm"), np.random.default_rng(77),
+                 before.examples[2].media)  # fmt: skip
+    old = before.examples[2]
+    before.examples[2] = Example(
+        old.input_ids, old.target_ids, -100, 2, None, other.media, other.tiles
+    )
+    moved = (all_rows(UnitGradientEngine(Cached(network, before), causal_lm)) - rows).norm(dim=1)
+    assert float(moved[2]) > 1e-4
+    assert float(moved[[0, 1, 3, 4, 5]].max()) == 0.0
+
+
+def test_an_image_put_into_the_next_records_places_is_caught(
+    bases: Callable[[Make], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin: states are filled in from one row on."""
+    network = projecting(bases(idefics3))
+    data = Cached(network, shown(network))
+    plain = one_by_one(UnitGradientEngine(data, causal_lm))
+    honest = network_module.fill
+    monkeypatch.setattr(network_module, "fill", lambda s, f: honest(s, f.roll(1, dims=0)))
+    ours = all_rows(UnitGradientEngine(data, causal_lm)).double()
+    assert float(((ours - plain).norm(dim=1) / plain.norm(dim=1)).max()) > 1e-3
