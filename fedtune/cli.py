@@ -412,7 +412,11 @@ def versions(
 @command(app, panel=LOOK)
 def generate(
     run: RUN_FOLDER,
-    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to continue or answer.")],
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to continue or answer.")] = "",
+    file: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="The image or recording, for a base that reads one."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="At most so many.")] = 64,
     chat: Annotated[
         bool | None,
@@ -429,7 +433,7 @@ def generate(
     with _console().status("writing"):
         from fedtune.generate import generate as write
 
-        before, after = write(run, prompt, max_new_tokens, chat=chat)
+        before, after = write(run, prompt, max_new_tokens, chat=chat, file=file)
     _console().print(side_by_side(before, after))
 
 

@@ -26,7 +26,7 @@ dtype = "auto"         # "float32" or "bfloat16" to force one
 [lora]                 # what is trained. Fewer numbers drown less in the noise
 rank = 16
 alpha = 32
-modules = ["gate_proj", "up_proj", "down_proj"]
+modules = ["gate_proj", "up_proj", "down_proj"]   # "projector": of a base that reads images
 last_layers = 2        # the last 2 blocks only: all before is computed once per record. Fast
 train = "B"            # "B": A stays frozen (best under noise); "AB": both
 # variant = "rslora"   # scales by alpha/√rank; "lora", the default, by alpha/rank
@@ -113,6 +113,8 @@ completion = "completion"
 # chosen = "chosen"    #   prompt + chosen + rejected, for dpo, orpo and reward
 # rejected = "rejected"
 # messages = "messages"   #   a conversation: [{"role": …, "content": …}, …]
+# image = "image"      # besides, for a base that reads images: a path inside this file's folder
+# audio = "audio"      # for Whisper, with text (what is said) or label. Both need fedtune[media]
 # patient = "patient_id"  # add it where records belong to patients
 
 # [evaluation]         # held-out records, for a plan's noised, paid queries; see policy.release

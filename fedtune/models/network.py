@@ -368,7 +368,7 @@ class Network:
 
 
 def pooled(hidden: torch.Tensor, mask: torch.Tensor, kind: Kind) -> torch.Tensor:
-    """One vector per record (B, H) fp32: the last token's, or of an encoder the mean over tokens."""
+    """One vector per record (B, H) fp32: the last token's; of an encoder the mean over tokens."""
     if kind != "encoder":
         last = mask.sum(dim=1) - 1
         return hidden[torch.arange(len(hidden), device=last.device), last].float()

@@ -66,6 +66,15 @@ def parts_of(whole: Any, kind: Kind) -> Parts:
     return Parts(inner.language_model, whole.lm_head, layers, projector, place)
 
 
+def inputs(whole: Any, kind: Kind, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A modality's tensor of one file under the names that transformers' own model gives it."""
+    if kind == "speech":
+        return {"input_features": tensor}
+    if hasattr(whole.config, "scale_factor"):
+        return {"pixel_values": tensor[None, :, :3], "pixel_attention_mask": tensor[None, :, 3] > 0}
+    return {"pixel_values": tensor[:, :3]}
+
+
 def fill(states: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     """`states` (R, L, H) with row r's NaN positions filled in order with row r's `features`
     (R, K, H); a row takes from itself alone.

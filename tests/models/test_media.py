@@ -17,7 +17,7 @@ from fedtune.config import Columns, DataFile, LoraTable
 from fedtune.data.files import Rejected
 from fedtune.data.tokens import Dataset, load_dataset
 from fedtune.errors import ConfigError, DataError, ModelError
-from fedtune.models import tiny
+from fedtune.models import parts, tiny
 from fedtune.models.base import find_base
 from fedtune.models.cache import Cached
 from fedtune.models.network import Network
@@ -64,12 +64,8 @@ def inputs(network: Network, example: Any) -> dict[str, torch.Tensor]:
     """What transformers' own forward is given for one record."""
     tensor = network.reader.tensor(example.media)
     ids = torch.from_numpy(example.input_ids.astype(np.int64))[None]
-    if network.kind == "speech":
-        return {"input_features": tensor, "decoder_input_ids": ids}
-    if "connector" in "".join(n for n, _ in network.model.named_modules()):
-        mask = tensor[None, :, 3] > 0
-        return {"input_ids": ids, "pixel_values": tensor[None, :, :3], "pixel_attention_mask": mask}
-    return {"input_ids": ids, "pixel_values": tensor[:, :3]}
+    text = "decoder_input_ids" if network.kind == "speech" else "input_ids"
+    return {text: ids, **parts.inputs(network.model, network.kind, tensor)}
 
 
 KINDS: dict[str, tuple[str, Columns, dict[str, Any]]] = {

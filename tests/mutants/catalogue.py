@@ -908,6 +908,55 @@ CONTINUOUS_MUTANTS = (
     ),
 )  # fmt: skip
 
+MEDIA, PARTS = "fedtune/data/media.py", "fedtune/models/parts.py"
+T_SEEN, T_TILES = "tests/models/test_media.py::", "tests/dp/test_media.py::"
+
+MEDIA_MUTANTS = (
+    _one(
+        28, "one-tile-of-a-projector-counts", GRADIENTS,
+        "found.append(parts.sum(dim=1).flatten(1))", "found.append(parts[:, 0].flatten(1))",
+        T_TILES + "test_tiles_are_added_up_before_any_norm", "four fifths of an image are lost",
+    ),
+    _one(
+        28, "tiles-of-two-records-are-added", GRADIENTS,
+        "parts = each.view(records, len(each) // records, *each.shape[1:])",
+        "parts = each.view(len(each) // records, records, *each.shape[1:]).transpose(0, 1)",
+        T_TILES + "test_tiles_are_added_up_before_any_norm", "a unit's clip holds another's tiles",
+    ),
+    _one(
+        28, "an-image-fills-the-next-records-places", PARTS,
+        "taken = features.gather(", "taken = features.roll(1, 0).gather(",
+        T_TILES + "test_a_records_image_reaches_no_other_record", "a record's loss reads another",
+    ),
+    _one(
+        28, "tile-counts-share-a-batch", CACHE,
+        "tiles[index] if tiles else 1\n", "1\n",
+        T_TILES + "test_records_of_other_tile_counts_are_in_other_batches",
+        "what is declared for the batch is wrong for some of it",
+    ),
+    _one(
+        "media", "states-go-by-the-text-alone", CACHE, "*([media] if media else [])", "",
+        T_SEEN + "test_states_are_the_files_own", "a record trains on another record's image",
+    ),
+    _one(
+        "media", "links-lead-out-of-the-folder", MEDIA,
+        "path = (self._root / name).resolve()", "path = self._root / name",
+        "tests/data/test_media.py::test_paths_stay_inside_the_folder",
+        "a data file reads what lies elsewhere on the machine",
+    ),
+    _one(
+        "media", "the-ledger-does-not-know-the-file", TOKENS,
+        'found.add(b"media\\0" + record.media.digest)', "pass",
+        T_SEEN + "test_members_of_the_ledger_know_the_file",
+        "the same image under other words passes for a new one",
+    ),
+    _one(
+        "media", "more-places-than-the-image-has", "fedtune/modalities/image_text.py",
+        "        if found != expected:\n", "        if found < expected:\n",
+        T_SEEN + "test_place_holders_are_counted", "a text that writes image tokens of its own",
+    ),
+)  # fmt: skip
+
 MUTANTS: tuple[Mutant, ...] = (
     *LOSS_MUTANTS,
     *PREFERENCE_MUTANTS,
@@ -924,4 +973,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *CONTINUOUS_MUTANTS,
     *MADE_MUTANTS,
     *MERGE_MUTANTS,
+    *MEDIA_MUTANTS,
 )

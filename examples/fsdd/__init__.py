@@ -1,0 +1,1 @@
+"""FSDD: four speakers, ten digits."""

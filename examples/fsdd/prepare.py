@@ -1,0 +1,150 @@
+"""Write the FSDD study: four speakers, a site each, learn to hear the ten digits.
+
+    epsilon-8.toml, non-private.toml, local.toml    the public plan, one file for each arm
+    sites/<name>/site.toml                          one site's own file
+    sites/<name>/train.jsonl, wav/                  {audio, said}, and the recordings
+    open/<name>/site.toml                           the same, admitting privacy = "off"
+    test.jsonl, wav/                                one take of each digit by each speaker
+    public.jsonl, spoken/                           synthetic speech, for the frozen factor
+
+The unit of privacy is the recording, not the speaker: a site is one speaker, and nothing hides who
+it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from examples.write import Table, jsonl, merged, read_jsonl, toml
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DECLARED = 40  # recordings a site: ten digits, four takes
+METRIC = "accuracy"
+COLUMNS: Table = {"audio": "audio", "text": "said"}
+VOICES = ("en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-us+f3", "en-gb+f2", "en-us+m3")
+
+STUDY: Table = {
+    "privacy": None,
+    "study": {"name": "fsdd", "seed": 0},
+    "base": {"model": "base", "dtype": "float32"},
+    "lora": {
+        "rank": 8,
+        "alpha": 16,
+        "modules": ["fc1", "fc2"],
+        "last_layers": 1,
+        "a_init": "public",
+    },
+    "objective": {"name": "causal_lm", "max_length": 16, "append_eos": False},
+    "public": {"path": "public.jsonl", "licence": "generated", "columns": COLUMNS},
+    "training": {"rounds": 8, "sampling_rate": 1.0, "learning_rate": 5.0},
+    "clipping": {"max_grad_norm": 1.0, "mode": "normalised"},
+    "evaluation": {
+        "path": "test.jsonl",
+        "metric": METRIC,
+        "columns": COLUMNS,
+        "choices": [f" {digit}" for digit in DIGITS],
+    },
+}
+
+
+def private(epsilon: float, **tables: Any) -> Table:
+    asked = {"epsilon": epsilon, "delta": 1e-3, "unit": "record"}
+    return merged({"privacy": asked}, tables)
+
+
+ARMS: dict[str, Table] = {
+    "non-private": {"privacy": "off", "clipping": {"unit": "record"}},  # as epsilon-8, σ = 0
+    "epsilon-8": private(8.0),
+    "local": private(8.0),
+}
+TUNING: dict[str, list[Table]] = {}
+
+
+def study(arm: str, seed: int, base: str | None = None) -> Table:
+    tables = merged(STUDY, {"study": {"name": f"fsdd-{arm}", "seed": seed}})
+    return merged(merged(tables, ARMS[arm]), {"base": {"model": base}} if base else {})
+
+
+def write(data: Path, out: Path, seed: int, base: Path) -> list[Path]:
+    """The study over the recordings that data/train.jsonl lists; the strict site files."""
+    rng, test = np.random.default_rng(seed), list[dict[str, Any]]()
+    takes: defaultdict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    for row in read_jsonl(data / "train.jsonl"):
+        takes[row["speaker"], row["label"]].append(row)
+    sites = []
+    for speaker in sorted({speaker for speaker, _ in takes}):
+        mine: list[dict[str, Any]] = []
+        for digit in range(10):
+            rows = takes[speaker, digit]
+            held = int(rng.integers(len(rows)))
+            test.append(_taken(rows[held], data, out))
+            others = rows[:held] + rows[held + 1 :]
+            mine += [_taken(row, data, out / "sites" / speaker) for row in others]
+        jsonl(out / "sites" / speaker / "train.jsonl", mine)
+        sites.append(_site(out, speaker))
+    jsonl(out / "test.jsonl", test)
+    jsonl(out / "public.jsonl", _spoken(out / "spoken"))
+    for arm in ARMS:
+        toml(out / f"{arm}.toml", study(arm, seed, str(base.resolve())), f"FSDD, arm {arm}")
+    return sites
+
+
+def _taken(row: dict[str, Any], data: Path, to: Path) -> dict[str, Any]:
+    """The row with its recording copied beside it."""
+    path = to / row["audio"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(data / row["audio"], path)
+    return {"audio": row["audio"], "said": " " + DIGITS[row["label"]]}
+
+
+def _spoken(folder: Path) -> list[dict[str, Any]]:
+    """Digits by espeak-ng, which has never heard anybody of this set."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, voice in enumerate(VOICES):
+        for digit in DIGITS:
+            path, speed = folder / f"{digit}-{number}.wav", str(120 + 15 * number)
+            say = ["espeak-ng", "-v", voice, "-s", speed, "-w", str(path), digit]
+            try:
+                subprocess.run(say, check=True, capture_output=True)
+            except FileNotFoundError:
+                raise SystemExit(
+                    "espeak-ng is not installed; apt-get install espeak-ng (or brew)"
+                ) from None
+            rows.append({"audio": f"{folder.name}/{path.name}", "said": " " + digit})
+    return rows
+
+
+def _site(out: Path, name: str) -> Path:
+    """Both site files of one site; the path of the strict one."""
+    table: Table = {
+        "site": {"name": name, "declared_size": DECLARED},
+        "data": {"path": "train.jsonl", "columns": COLUMNS},
+        "policy": {"max_epsilon": 8.0, "max_delta": 1e-3, "bases": "any"},
+    }
+    elsewhere = {"data": {"path": f"../../sites/{name}/train.jsonl"}}
+    opened = merged(table, {**elsewhere, "policy": {"allow_privacy_off": True}})
+    toml(out / "open" / name / "site.toml", opened, f'{name}, admitting privacy = "off"')
+    return toml(out / "sites" / name / "site.toml", table, f"{name}'s own file; never sent")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="the folder of train.jsonl, wav/")
+    parser.add_argument("--base", type=Path, required=True, help="as examples.fsdd.base wrote it")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="of the split (default: 0)")
+    args = parser.parse_args()
+    sites = write(args.data, args.out, args.seed, args.base)
+    print(f"{len(sites)} sites in {args.out / 'sites'}; plans: {', '.join(ARMS)} (.toml)")
+
+
+if __name__ == "__main__":
+    main()

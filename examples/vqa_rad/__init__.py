@@ -1,0 +1,1 @@
+"""VQA-RAD: questions about radiology images, answered yes or no; three sites."""

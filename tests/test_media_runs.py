@@ -1,0 +1,102 @@
+"""A whole study on images and one on recordings: simulate, report, evaluate, generate, by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fedtune.cli import app
+from tests.media import idefics3, image, recording, whisper
+
+STUDY = """
+[study]
+name = "tiny"
+[base]
+model = "{base}"
+dtype = "float32"
+[lora]
+rank = 2
+alpha = 4
+modules = {modules}
+[objective]
+name = "causal_lm"
+max_length = 96
+[training]
+rounds = 2
+sampling_rate = 1.0
+learning_rate = 0.1
+[clipping]
+max_grad_norm = 1.0
+[privacy]
+epsilon = 8.0
+delta = 1e-3
+[evaluation]
+path = "{place}/data.jsonl"
+metric = "accuracy"
+choices = [" yes", " no"]
+columns = {columns}
+"""
+SITE = """
+[site]
+name = "{name}"
+declared_size = 20
+state = "state-{name}"
+[data]
+path = "{place}/data.jsonl"
+columns = {columns}
+[policy]
+bases = "any"
+"""
+
+
+@pytest.fixture(params=["image", "audio"])
+def study(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    kind, place = str(request.param), tmp_path / "records"
+    base = (idefics3 if kind == "image" else whisper)(tmp_path / "base")
+    rows = []
+    for number in range(20):
+        file = place / f"{number}.{'png' if kind == 'image' else 'wav'}"
+        made = image(file, number) if kind == "image" else recording(file, number)
+        rows.append({"file": made, "q": "a mass?", "a": [" yes", " no"][number % 2]})
+    (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ask = '{ image = "file", prompt = "q", completion = "a" }'
+    columns = ask if kind == "image" else '{ audio = "file", text = "a" }'
+    modules = '["q_proj", "projector"]' if kind == "image" else '["q_proj", "fc1"]'
+    (tmp_path / "sites").mkdir()
+    for name in ("north", "south"):
+        site = SITE.format(name=name, place=place, columns=columns)
+        (tmp_path / "sites" / f"{name}.toml").write_text(site)
+    path = tmp_path / "study.toml"
+    path.write_text(STUDY.format(base=base, modules=modules, place=place, columns=columns))
+    monkeypatch.chdir(tmp_path)
+    return path
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    found = CliRunner().invoke(app, [str(a) for a in arguments])
+    return found.exit_code, found.output + found.stderr
+
+
+def test_from_simulate_to_generate(study: Path) -> None:
+    code, said = run("simulate", study, "--sites", "sites")
+    assert code == 0, said
+    folder, records = Path("runs/tiny"), study.parent / "records"
+    body = json.loads((folder / "report.json").read_text())
+    assert body["private"] and 7 < body["privacy"]["epsilon"] <= 8
+    code, said = run("evaluate", folder, "--data", records / "data.jsonl")
+    assert code == 0 and "20 records" in said, said
+    file = next(iter(sorted(records.glob("*.[pw][na][gv]"))))
+    ask = ("--prompt", "a mass?") if file.suffix == ".png" else ()
+    code, said = run("generate", folder, "--file", file, *ask, "--max-new-tokens", 3, "--plain")
+    assert code == 0 and "with the adapter" in said, said
+    code, said = run("generate", folder, "--prompt", "a mass?")
+    assert code == 2 and "--file" in said
+    code, said = run("generate", folder, "--file", "none.png")
+    assert code == 2 and "no such file" in said
+    shutil.copy(study, "broken")
+    code, said = run("generate", folder, "--file", "broken")
+    assert code == 2 and ("unreadable" in said or "no PCM WAV" in said)
