@@ -7,10 +7,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from examples.fsdd import base as fsdd_base
+from examples.fsdd import prepare as fsdd
 from examples.medquad import prepare as medquad
 from examples.mts_dialog import prepare as mts_dialog
 from examples.preference import prepare as preference
-from examples.write import Table
+from examples.vqa_rad import base as vqa_base
+from examples.vqa_rad import prepare as vqa_rad
+from examples.write import Table, merged
 
 ROWS = {
     "base": "base, not trained",
@@ -36,9 +40,20 @@ class DataSet:
     tuning: dict[str, list[Table]]
     rows: dict[str, str]
     data: Path = Path()
+    make: Callable[[Path], Path] | None = None  # writes the base, where no wheel is one by itself
 
-    def at(self, data: Path) -> DataSet:
-        return replace(self, data=data)
+    def at(self, data: Path, out: Path) -> DataSet:
+        """With its records in `data`, and its base made in `out` unless it is there."""
+        if self.make is None:
+            return replace(self, data=data)
+        base = (out / "base").resolve()
+        if not (base / "README.md").exists():
+            self.make(base)
+
+        def study(arm: str, seed: int) -> Table:
+            return merged(self.study(arm, seed), {"base": {"model": str(base)}})
+
+        return replace(self, data=data, study=study)
 
     def write(self, out: Path, seed: int) -> list[Path]:
         """The example's files; the site files that were written."""
@@ -101,3 +116,32 @@ def _preference(name: str, objective: str) -> DataSet:
 PREFERENCE = [
     _preference(name, objective) for name in preference.SOURCES for objective in preference.KINDS
 ]
+MEDIA_ROWS = {name: ROWS[name] for name in ("base", "local", "epsilon-8", "non-private")}
+
+
+VQA = DataSet(
+    "vqa_rad",
+    "VQA-RAD, closed questions",
+    "patient",
+    1e-3,
+    vqa_rad.METRIC,
+    vqa_rad.study,
+    lambda data, out, seed: vqa_rad.write(
+        data / "vqa_rad", data / "pubmedqa" / "train.jsonl", out, seed
+    ),
+    vqa_rad.TUNING,
+    MEDIA_ROWS,
+    make=vqa_base.write,
+)
+FSDD = DataSet(
+    "fsdd",
+    "FSDD, ten digits",
+    "recording",
+    1e-3,
+    fsdd.METRIC,
+    fsdd.study,
+    lambda data, out, seed: fsdd.write(data / "fsdd_speech", out, seed),
+    fsdd.TUNING,
+    MEDIA_ROWS,
+    make=fsdd_base.write,
+)

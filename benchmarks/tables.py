@@ -23,7 +23,7 @@ from typing import Any
 
 from scipy.stats import t
 
-from benchmarks.sets import MTS, PREFERENCE, QUAD, DataSet
+from benchmarks.sets import FSDD, MTS, PREFERENCE, QUAD, VQA, DataSet
 from client.site import worker
 from examples.write import Table, merged, toml
 from fedtune.config import Study, load_site, load_study
@@ -34,7 +34,7 @@ from fedtune.quality import Evaluator
 from fedtune.runs import load_adapter
 from fedtune.simulate import simulate
 
-SETS = {each.name: each for each in (QUAD, MTS, *PREFERENCE)}
+SETS = {each.name: each for each in (QUAD, MTS, VQA, FSDD, *PREFERENCE)}
 TWIN, LOCAL = "non-private", "local"
 
 
@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", help="only these (default: all)")
     parser.add_argument("--tune", action="store_true", help="settings on the validation records")
     args = parser.parse_args()
-    dataset = SETS[args.set].at(args.data)
+    dataset = SETS[args.set].at(args.data, args.out)
     arms = args.arms or [*dataset.rows]
     args.out.mkdir(parents=True, exist_ok=True)
     if args.tune:

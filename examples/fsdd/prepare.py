@@ -27,13 +27,14 @@ from examples.write import Table, jsonl, merged, read_jsonl, toml
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DECLARED = 40  # recordings a site: ten digits, four takes
 METRIC = "accuracy"
+BASE = Path("base")
 COLUMNS: Table = {"audio": "audio", "text": "said"}
 VOICES = ("en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-us+f3", "en-gb+f2", "en-us+m3")
 
 STUDY: Table = {
     "privacy": None,
     "study": {"name": "fsdd", "seed": 0},
-    "base": {"model": "base", "dtype": "float32"},
+    "base": {"model": str(BASE), "dtype": "float32"},
     "lora": {
         "rank": 8,
         "alpha": 16,
@@ -67,12 +68,12 @@ ARMS: dict[str, Table] = {
 TUNING: dict[str, list[Table]] = {}
 
 
-def study(arm: str, seed: int, base: str | None = None) -> Table:
+def study(arm: str, seed: int, base: Path = BASE) -> Table:
     tables = merged(STUDY, {"study": {"name": f"fsdd-{arm}", "seed": seed}})
-    return merged(merged(tables, ARMS[arm]), {"base": {"model": base}} if base else {})
+    return merged(merged(tables, ARMS[arm]), {"base": {"model": str(base)}})
 
 
-def write(data: Path, out: Path, seed: int, base: Path) -> list[Path]:
+def write(data: Path, out: Path, seed: int, base: Path = BASE) -> list[Path]:
     """The study over the recordings that data/train.jsonl lists; the strict site files."""
     rng, test = np.random.default_rng(seed), list[dict[str, Any]]()
     takes: defaultdict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
@@ -92,7 +93,7 @@ def write(data: Path, out: Path, seed: int, base: Path) -> list[Path]:
     jsonl(out / "test.jsonl", test)
     jsonl(out / "public.jsonl", _spoken(out / "spoken"))
     for arm in ARMS:
-        toml(out / f"{arm}.toml", study(arm, seed, str(base.resolve())), f"FSDD, arm {arm}")
+        toml(out / f"{arm}.toml", study(arm, seed, base.resolve()), f"FSDD, arm {arm}")
     return sites
 
 

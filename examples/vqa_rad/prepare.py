@@ -27,12 +27,13 @@ SITES = {"HEAD": "head", "CHEST": "chest", "ABD": "abdomen"}
 DECLARED = 60  # patients a site: three quarters of the public total of 250, over three sites
 TEST = 0.25
 METRIC = "accuracy"
+BASE = Path("base")
 COLUMNS: Table = {"image": "image", "prompt": "question", "completion": "answer"}
 
 STUDY: Table = {
     "privacy": None,
     "study": {"name": "vqa-rad", "seed": 0},
-    "base": {"model": "base", "dtype": "float32"},
+    "base": {"model": str(BASE), "dtype": "float32"},
     "lora": {
         "rank": 16,
         "alpha": 32,
@@ -71,12 +72,12 @@ ARMS: dict[str, Table] = {
 TUNING: dict[str, list[Table]] = {}
 
 
-def study(arm: str, seed: int, base: str | None = None) -> Table:
+def study(arm: str, seed: int, base: Path = BASE) -> Table:
     tables = merged(STUDY, {"study": {"name": f"vqa-rad-{arm}", "seed": seed}})
-    return merged(merged(tables, ARMS[arm]), {"base": {"model": base}} if base else {})
+    return merged(merged(tables, ARMS[arm]), {"base": {"model": str(base)}})
 
 
-def write(data: Path, public: Path, out: Path, seed: int, base: Path) -> list[Path]:
+def write(data: Path, public: Path, out: Path, seed: int, base: Path = BASE) -> list[Path]:
     """The study over the questions of data/train.jsonl; the strict site files. public: PubMedQA."""
     rng = np.random.default_rng(seed)
     rows = [row for row in read_jsonl(data / "train.jsonl") if _asked(row)]
@@ -95,7 +96,7 @@ def write(data: Path, public: Path, out: Path, seed: int, base: Path) -> list[Pa
         jsonl(place / "train.jsonl", [_taken(row, data, place) for row in mine])
         sites.append(_site(out, name))
     for arm in ARMS:
-        toml(out / f"{arm}.toml", study(arm, seed, str(base.resolve())), f"VQA-RAD, arm {arm}")
+        toml(out / f"{arm}.toml", study(arm, seed, base.resolve()), f"VQA-RAD, arm {arm}")
     return sites
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,7 +122,7 @@ class Cached:
         new = list({self._names[at]: at for at in missing}.values())
         done = 0
         lengths, tiles = [len(s.input_ids) for s in self._passages], self._tiles_of_rows()
-        for rows in _buckets(new, lengths, 4096, tiles):
+        for rows in _buckets(new, lengths, 4096, tiles, self.network.frames):
             self._compute(rows)
             done += len(rows)
             report("reading records once through the frozen layers", done, len(new))
@@ -144,8 +144,9 @@ class Cached:
         `token_budget` positions (always at least one record)."""
         if self.network.cached and any(self._states[at] is None for at in self._rows(indices)):
             self.warm()
-        budget = token_budget // self._each
-        for records in _buckets(indices, self._longest, budget, self._tiles):
+        budget, held = token_budget // self._each, self.network.sees or not self.network.cached
+        frames = self.network.frames if held else _nothing
+        for records in _buckets(indices, self._longest, budget, self._tiles, frames):
             rows = self._rows(records)
             seen = self._look(rows) if self.network.sees else None
             length = padded_length(max(self._longest[i] for i in records))
@@ -249,17 +250,25 @@ class Cached:
         return ids, mask
 
 
+def _nothing(tiles: int) -> int:
+    return 0
+
+
 def _buckets(
-    indices: Indices, lengths: list[int], token_budget: int, tiles: list[int] | None = None
+    indices: Indices,
+    lengths: list[int],
+    token_budget: int,
+    tiles: list[int] | None = None,
+    frames: Callable[[int], int] = _nothing,
 ) -> Iterator[list[int]]:
     """`indices` in groups of one padded length, one number of tiles, and at most `token_budget`
-    positions."""
+    positions, those of their files (`frames` of tiles) among them."""
     by_length: dict[tuple[int, int], list[int]] = {}
     for index in indices:
         shape = padded_length(lengths[index]), tiles[index] if tiles else 1
         by_length.setdefault(shape, []).append(index)
-    for (length, _), members in sorted(by_length.items()):
-        size = max(1, token_budget // length)
+    for (length, count), members in sorted(by_length.items()):
+        size = max(1, token_budget // (length + frames(count)))
         yield from (members[start : start + size] for start in range(0, len(members), size))
 
 

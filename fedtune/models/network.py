@@ -146,6 +146,10 @@ class Network:
             return False
         return self._projects or self._parts.crossed
 
+    def frames(self, tiles: int) -> int:
+        """Of a file of so many tiles, the tower's states; 0 where there is no tower."""
+        return self._parts.frames * tiles
+
     def meets_tiles(self, parameter: nn.Parameter) -> bool:
         """Whether each tile is a row of its layer's input: in the projector; else a passage is."""
         if not self._projects or self._parts.projector is None:

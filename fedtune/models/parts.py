@@ -18,7 +18,8 @@ PROJECTOR = "projector"  # in lora.modules: the linear layers between tower and 
 class Parts:
     """text: embeddings to `.last_hidden_state`; where LoRA goes. tower: (n, …) of a modality's
     tensors to (n, P, W), frozen. projector: (n, P, W) to (n, P', H), or None where the text attends
-    to the tower's states themselves (crossed). place: the token id that a projected state fills."""
+    to the tower's states themselves (crossed). place: the token id that a projected state fills.
+    frames: P."""
 
     text: nn.Module
     lm_head: nn.Module | None = None
@@ -26,6 +27,7 @@ class Parts:
     projector: nn.Module | None = None
     place: int = -1
     crossed: bool = False
+    frames: int = 0
 
 
 def parts_of(whole: Any, kind: Kind) -> Parts:
@@ -41,10 +43,12 @@ def parts_of(whole: Any, kind: Kind) -> Parts:
             heard: torch.Tensor = inner.encoder(mel).last_hidden_state
             return heard
 
-        return Parts(inner.decoder, whole.proj_out, listen, crossed=True)
-    place = int(whole.config.image_token_id)
+        frames = int(whole.config.max_source_positions)
+        return Parts(inner.decoder, whole.proj_out, listen, crossed=True, frames=frames)
+    place, vision = int(whole.config.image_token_id), whole.config.vision_config
+    frames = (int(vision.image_size) // int(vision.patch_size)) ** 2
     if hasattr(inner, "connector"):
-        patch = int(whole.config.vision_config.patch_size)
+        patch = int(vision.patch_size)
 
         def look(pixels: torch.Tensor) -> torch.Tensor:
             shown = pixels[:, 3].unfold(1, patch, patch).unfold(2, patch, patch)
@@ -53,7 +57,7 @@ def parts_of(whole: Any, kind: Kind) -> Parts:
             ).last_hidden_state
             return seen
 
-        return Parts(inner.text_model, whole.lm_head, look, inner.connector, place)
+        return Parts(inner.text_model, whole.lm_head, look, inner.connector, place, frames=frames)
 
     def layers(pixels: torch.Tensor) -> torch.Tensor:
         wanted = whole.config.vision_feature_layer
@@ -63,7 +67,7 @@ def parts_of(whole: Any, kind: Kind) -> Parts:
         return torch.cat([states[:, first:] for states in chosen], dim=-1)
 
     projector = inner.multi_modal_projector
-    return Parts(inner.language_model, whole.lm_head, layers, projector, place)
+    return Parts(inner.language_model, whole.lm_head, layers, projector, place, frames=frames)
 
 
 def inputs(whole: Any, kind: Kind, tensor: torch.Tensor) -> dict[str, torch.Tensor]:

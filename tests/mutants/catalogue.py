@@ -232,7 +232,7 @@ GRADIENT_MUTANTS = (
     ),
     _one(
         19, "pad-to-the-longest", CACHE,
-        "_buckets(indices, self._longest, budget, self._tiles):",
+        "_buckets(indices, self._longest, budget, self._tiles, frames):",
         "_buckets(indices, [max(self._longest[i] for i in indices)] * len(self._longest),"
         " token_budget):",
         T_ROWS + "test_padding_is_a_records_own", "numerics depend on who else is drawn",
