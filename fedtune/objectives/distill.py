@@ -69,13 +69,14 @@ def losses(
     assert batch.soft is not None  # models/teacher.py marked every record
     tokens, wanted = batch.soft
     if network.head is not None:
-        logits = network.logits(network.pool(network.hidden(batch.prefix, batch.mask), batch.mask))
+        hidden = network.hidden(batch.prefix, batch.mask, seen=batch.seen)
+        logits = network.logits(network.pool(hidden, batch.mask))
         found = torch.log_softmax(logits / temperature, dim=1)
         each = _divergence(wanted[:, 0], found) * temperature**2
         true = functional.cross_entropy(logits, batch.label, reduction="none") if hard else each
         return (1 - hard) * each + hard * true
     keep, targets = _labelled(batch.target_ids)
-    hidden = network.hidden(batch.prefix, batch.mask, keep)
+    hidden = network.hidden(batch.prefix, batch.mask, keep, batch.seen)
     rows, at = torch.nonzero(targets != -100, as_tuple=True)
     states, aims = hidden[rows, at], targets[rows, at]
     nth = (targets != -100).cumsum(dim=1)[rows, at] - 1

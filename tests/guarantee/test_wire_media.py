@@ -16,8 +16,8 @@ from tests.guarantee.world import NAMES, Recorder, Row, run
 from tests.media import idefics3, image, recording, whisper
 
 COLUMNS = {
-    "image": 'image = "file", prompt = "q", completion = "a", patient = "who"',
-    "audio": 'audio = "file", text = "a", patient = "who"',
+    "image": 'image = "file", completion = "a"',
+    "audio": 'audio = "file"',
 }
 MODULES = {"image": '["q_proj", "projector"]', "audio": '["q_proj", "fc1"]'}
 Change = Callable[[Path, list[Row]], list[Row]]
@@ -38,11 +38,13 @@ def lay_out(folder: Path, base: Path, kind: str, change: Change) -> Path:
         if name == "north":
             rows = change(place, rows)
         (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        site = world.SITE.format(name=name).replace(f"{name}.jsonl", f"{name}/data.jsonl")
-        text = 'prompt = "q", completion = "a", patient = "who"'
-        assert text in site
-        (folder / f"site-{name}.toml").write_text(site.replace(text, COLUMNS[kind]))
-    plan = world.STUDY.format(base=base).replace('["q_proj", "down_proj"]', MODULES[kind])
+        site = world.SITE.format(name=name, answers=COLUMNS[kind])
+        site = site.replace(f"{name}.jsonl", f"{name}/data.jsonl")
+        if kind == "audio":
+            site = site.replace('prompt = "q"', 'text = "a"')
+        (folder / f"site-{name}.toml").write_text(site)
+    plan = world.STUDY.format(base=base, objective="causal_lm")
+    plan = plan.replace('["q_proj", "down_proj"]', MODULES[kind])
     plan = plan.replace("last_layers = 2\n", "").replace("rounds = 3", "rounds = 2")
     (folder / "study.toml").write_text(plan)
     return folder / "study.toml"

@@ -75,7 +75,7 @@ def test_gradients_are_those_of_the_dequantised_weights(tiny_base: Path) -> None
     """nf4: every record's gradient against transformers and plain autograd, in fp64."""
     study = study_of(tiny_base, "nf4")
     network = moved(build(study))
-    data = generated(study, 300, [1, 1, 1, 1, 1])
+    data = generated(study, network, [1, 1, 1, 1, 1])
     engine = UnitGradientEngine(Cached(network, data), find(study.objective))
     assert engine.name == "one-pass"
     found = engine.matrix(range(5)).double()
@@ -108,7 +108,7 @@ def test_a_pass_without_gradients_changes_no_gradient(tiny_base: Path, method: s
     """bitsandbytes repacks 4-bit weights at the first such pass on some processors, for good."""
     study = study_of(tiny_base, method)
     network = moved(build(study))
-    data = Cached(network, generated(study, 300, [1, 1, 1]))
+    data = Cached(network, generated(study, network, [1, 1, 1]))
     engine = UnitGradientEngine(data, find(study.objective))
     before = engine.matrix(range(3))
     (batch, *_) = data.batches([0])
@@ -162,7 +162,7 @@ def test_states_and_networks_are_not_shared_with_other_ways_of_quantising(tiny_b
 def test_a_public_factor_is_built_on_what_is_trained(tiny_base: Path) -> None:
     study = study_of(tiny_base, "nf4")
     network = build(study)
-    factor = public_factor(network, generated(study, 300, [1] * 9), 4)
+    factor = public_factor(network, generated(study, network, [1] * 9), 4)
     assert set(factor) == set(network.frozen_factor())
 
 

@@ -311,9 +311,9 @@ def test_what_reads_the_same_is_computed_once(
     twice = Dataset([*one.examples, *one.examples], 8, one.rejected)
     computed, honest = [], network.prefix
 
-    def counted(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def counted(ids: torch.Tensor, mask: torch.Tensor, *seen: None) -> torch.Tensor:
         computed.append(len(ids))
-        return honest(ids, mask)
+        return honest(ids, mask, *seen)
 
     monkeypatch.setattr(network, "prefix", counted)
     data = Cached(network, twice)

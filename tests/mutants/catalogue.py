@@ -146,13 +146,13 @@ PREFERENCE_MUTANTS = (
     ),
     _one(
         28, "one-passage-of-a-pair-counts", GRADIENTS,
-        "passages.sum(dim=1).flatten(1)", "passages[:, 0].flatten(1)",
+        "parts.sum(dim=1).flatten(1)", "parts[:, 0].flatten(1)",
         T_ORACLES + "[dpo-auto-patient]", "the worse answer's gradient is dropped",
     ),
     _one(
         28, "passages-are-clipped-apart", GRADIENTS,
-        "passages.sum(dim=1).flatten(1)",
-        "(passages / (passages.flatten(2).norm(dim=2)[(...,) + (None,) * (passages.dim() - 2)]"
+        "parts.sum(dim=1).flatten(1)",
+        "(parts / (parts.flatten(2).norm(dim=2)[(...,) + (None,) * (parts.dim() - 2)]"
         " + 1e-9)).sum(dim=1).flatten(1)",
         T_ORACLES + "[dpo-auto-patient]", "a pair moves the sum by two bounds",
     ),

@@ -22,7 +22,7 @@ from fedtune.dp.gradients import UnitGradientEngine
 from fedtune.models.base import find_base
 from fedtune.models.cache import Batch, Cached
 from fedtune.models.network import Network
-from fedtune.models.tiny import VOCABULARY, generated, tiny_network
+from fedtune.models.tiny import generated, tiny_network
 from fedtune.objectives import (
     Found,
     _tokens,
@@ -97,7 +97,7 @@ def case_of(
     if key not in NETWORKS:
         NETWORKS[key] = tiny_network(made, find_base(str(base)))
     network = NETWORKS[key]
-    return Case(made, found, network, generated(made, VOCABULARY, SIZES), wanted, by)
+    return Case(made, found, network, generated(made, network, SIZES), wanted, by)
 
 
 def every(name: str, options: dict[str, float | str] | None = None) -> dict[str, float | str]:
