@@ -211,7 +211,9 @@ def _isolation(bench: _Bench) -> float:
     Errors: RuntimeError where the changed unit's own row stays, since then nothing was tested."""
     before, worst = bench.rows(bench.data), 0.0
     for unit in range(bench.data.n_units):
-        moved = (bench.rows(_edited(bench, unit)) - before).norm(dim=1)
+        moved = (bench.rows(_edited(bench.data, unit, bench.study, bench.network)) - before).norm(
+            dim=1
+        )
         moved /= before.norm(dim=1).clamp_min(1e-12)
         own = bench.rows_of(bench.data, unit)
         if float(moved[own].max()) < 100 * SAME:
@@ -221,10 +223,9 @@ def _isolation(bench: _Bench) -> float:
     return worst
 
 
-def _edited(bench: _Bench, unit: int) -> Dataset:
+def _edited(data: Dataset, unit: int, study: Study, network: Network) -> Dataset:
     """The same records but for `unit`'s: reversed, other targets, another file, the next label, one
     length."""
-    data, study = bench.data, bench.study
     draw, examples = np.random.default_rng(unit), list(data.examples)
     shape = find(study.objective).shape
     labels = 2 if shape == "judged" else max(1, len(study.objective.labels))
@@ -238,10 +239,10 @@ def _edited(bench: _Bench, unit: int) -> Dataset:
         old = examples[index]
         own, *worse = map(other, old.passages)
         label = (old.label + 1) % labels
-        media = show(bench.network, study.objective, draw, old.media).media
+        media = show(network, study.objective, draw, old.media).media
         pair = worse[0] if worse else None
         examples[index] = Example(*own, label, unit, pair, media, old.tiles)
-    return made_up(Dataset(examples, data.n_units, Counter()), study, bench.network.vocabulary)
+    return made_up(Dataset(examples, data.n_units, Counter()), study, network.vocabulary)
 
 
 def _sensitivity(bench: _Bench) -> float:

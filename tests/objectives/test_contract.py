@@ -170,7 +170,7 @@ def apart(ours: torch.Tensor, plain: torch.Tensor) -> float:
 def moved(case: Case, unit: int = 4) -> tuple[float, float]:
     """How far rows move when `unit` gets other records: its own most, and anyone else's most."""
     before = case.rows()
-    after = case.rows(selftest._edited(case.data, unit, case.study))
+    after = case.rows(selftest._edited(case.data, unit, case.study, case.network))
     each = (after - before).norm(dim=1) / before.norm(dim=1)
     own = case.data.by_unit[unit] if case.by == "record" else [unit]
     others = [row for row in range(len(each)) if row not in own]
