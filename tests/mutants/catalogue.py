@@ -829,7 +829,7 @@ MERGE_MUTANTS = (
     ),
     _one(
         "quantise", "the-plans-bits-are-forgotten", NETWORK,
-        "lora, outputs, study.base.quantisation)", "lora, outputs, None)",
+        "dtype_of(study.base.dtype), study.base.quantisation", "dtype_of(study.base.dtype), None",
         "tests/models/test_quantise.py::test_weights_are_held_in_few_bits_and_the_head_is_not",
         "a plan that names 4 bits trains on another base",
     ),
