@@ -119,7 +119,7 @@ SOURCES = {
     ),
     "medec": Source(
         "MEDEC", "record", 1e-3, {"management": 109, "diagnosis": 56, "other": 42},
-        _medec, 10.0, 3.0,
+        _medec, 3.0, 3.0,
     ),
     "mts": Source(
         "MTS-Dialog summaries", "patient", 1e-3, {"alder": 12, "birch": 12, "cedar": 11},
@@ -127,7 +127,7 @@ SOURCES = {
     ),
     "medmcqa": Source(
         "MedMCQA", "record", 1e-3, dict.fromkeys(("dental", "basic", "clinical"), 117),
-        _medmcqa, 10.0, 3.0,
+        _medmcqa, 3.0, 3.0,
     ),
 }  # fmt: skip
 
