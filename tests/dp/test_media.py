@@ -17,6 +17,7 @@ from fedtune.config import LoraTable, ObjectiveTable
 from fedtune.data.tokens import NO_TARGET, Dataset, Example
 from fedtune.dp import selftest
 from fedtune.dp.gradients import UnitGradientEngine
+from fedtune.models import cache
 from fedtune.models import network as network_module
 from fedtune.models.base import find_base
 from fedtune.models.cache import Cached
@@ -220,3 +221,9 @@ def test_an_image_put_into_the_next_records_places_is_caught(
     monkeypatch.setattr(network_module, "fill", lambda s, f: honest(s, f.roll(1, dims=0)))
     ours = all_rows(UnitGradientEngine(data, causal_lm)).double()
     assert float(((ours - plain).norm(dim=1) / plain.norm(dim=1)).max()) > 1e-3
+
+
+def test_one_batch_has_one_number_of_tiles() -> None:
+    """Also where both records are of one length."""
+    groups = list(cache._buckets([0, 1, 2], [8, 8, 8], 4096, [1, 5, 1]))
+    assert groups == [[0, 2], [1]]

@@ -931,7 +931,7 @@ MEDIA_MUTANTS = (
     _one(
         28, "tile-counts-share-a-batch", CACHE,
         "tiles[index] if tiles else 1\n", "1\n",
-        T_TILES + "test_records_of_other_tile_counts_are_in_other_batches",
+        T_TILES + "test_one_batch_has_one_number_of_tiles",
         "what is declared for the batch is wrong for some of it",
     ),
     _one(
