@@ -24,6 +24,7 @@ from fedtune.models.base import Base, find_base
 from fedtune.models.cache import Cached
 from fedtune.models.lora import Arrays
 from fedtune.models.network import Network, build
+from fedtune.models.public import public_factor
 from fedtune.models.shallow import shallow
 from fedtune.models.teacher import taught_by
 from fedtune.models.whole import Whole, load
@@ -80,8 +81,11 @@ def distill(
         study = _study(first, base, BASE if layers is not None else student or "", out, settings)
         network = build(study, str(base.path))
         network.draw_factor(settings.seed)
-        network.load_trainable(network.initial(network.frozen_factor()))
         marked = _marked(models, prompts, study, network, settings)
+        if base.kind == "causal" and len(marked.examples) > settings.rank:
+            # A where public text varies: a random one learns far less from as few prompts
+            network.load_frozen(public_factor(network, marked, settings.rank))
+        network.load_trainable(network.initial(network.frozen_factor()))
         body = _learn(network, marked, settings)
         network.save(draft / "adapter")
         replace(draft / "plan.json", (study.model_dump_json(indent=2) + "\n").encode())
@@ -127,7 +131,7 @@ def _study(first: Study, base: Base, name: str, out: Path, settings: Settings) -
     table = first.objective
     label = find(table).shape == "label"
     kept: dict[str, Any] = {"name": "classify" if label else "causal_lm", "options": {}}
-    modules = settings.modules or _modules(base)
+    modules = settings.modules or _modules(base, settings.last_layers)
     lora = LoraTable(
         rank=settings.rank,
         alpha=2.0 * settings.rank,
@@ -141,10 +145,12 @@ def _study(first: Study, base: Base, name: str, out: Path, settings: Settings) -
     return first.model_copy(update=changes | {"objective": table.model_copy(update=kept)})
 
 
-def _modules(base: Base) -> tuple[str, ...]:
+def _modules(base: Base, last_layers: int) -> tuple[str, ...]:
+    """In the last layer its MLP alone: each position then stands for itself, and learns quickly."""
     if base.kind == "encoder":
         return ("query", "value", "dense")
-    return ("q_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
+    mlp = ("gate_proj", "up_proj", "down_proj")
+    return mlp if last_layers == 1 else ("q_proj", "v_proj", *mlp)
 
 
 def _marked(
