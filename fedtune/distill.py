@@ -46,7 +46,7 @@ class Settings:
     last_layers: int = 0
     modules: tuple[str, ...] = ()
     epochs: int = 10
-    batch: int = 16
+    batch: int = 8
     learning_rate: float = 1e-3
     temperature: float = 1.0
     top: int = 64
