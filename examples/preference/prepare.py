@@ -95,9 +95,13 @@ def _medmcqa(data: Path, seed: int) -> dict[str, list[Table]]:
     for row in rows:
         subject = row["subject"]
         site = "dental" if subject == "Dental" else "basic" if subject in BASIC else "clinical"
-        worse = wrong.choice([o for i, o in enumerate(row["options"]) if i != row["answer"]])
+        right = row["options"][row["answer"]]
+        others = [option for option in row["options"] if option.strip() != right.strip()]
+        if not others:  # one question gives the same option four times
+            continue
+        worse = wrong.choice(others)
         prompt = f"Question: {_end(row['question'], CHARS)}\nAnswer:"
-        pair = _pair(prompt, row["options"][row["answer"]], worse)
+        pair = _pair(prompt, right, worse)
         found[site].append({"unit": row["id"], **pair})
     return {site: random.Random("medmcqa").sample(mine, 180) for site, mine in found.items()}
 
