@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from fedtune.config import Study
-from fedtune.errors import ConfigError, InfrastructureError, InputError
-from fedtune.files import sync_folder
+from fedtune.errors import ConfigError
+from fedtune.files import drafted
 from fedtune.models.base import Base
 from fedtune.models.gguf_file import Stored
 from fedtune.report.claim import rounded_up
-from fedtune.runs import ADAPTER, load_plan
+from fedtune.runs import ADAPTER, load_plan, read_report
 
 Kind = Literal["hf", "gguf"]
 # Copied from the base as they are, so that text becomes the same tokens.
@@ -39,7 +36,8 @@ def export(run: Path, out: Path, to: Kind, stored: Stored | None = None) -> Path
         raise ConfigError("--dtype q8_0: a storage of GGUF", "float32, bfloat16 or float16")
     if out.exists():
         raise ConfigError(f"{out}: exists", "a new name", "choose another --out")
-    report = _report(run)
+    load_plan(run)  # says what is wrong where this is no run at all
+    report = read_report(run)
     _check(run)
     with drafted(out) as draft:
         if to == "hf":
@@ -64,38 +62,6 @@ def _check(run: Path) -> None:
             "a run of a language model",
             f"{run / 'adapter'} holds it: head.safetensors, and the adapter (if any) for PEFT",
         )
-
-
-def _report(run: Path) -> dict[str, Any]:
-    load_plan(run)  # says what is wrong where this is no run at all
-    try:
-        body: dict[str, Any] = json.loads((run / "report.json").read_text(encoding="utf-8"))
-        return body
-    except (OSError, ValueError):
-        raise InputError(
-            f"{run}: has no readable report.json", "a finished run", "finish it with --resume"
-        ) from None
-
-
-@contextmanager
-def drafted(out: Path) -> Iterator[Path]:
-    """A path beside `out` that becomes it when all went well. Errors: InfrastructureError."""
-    draft = out.with_name(f"{out.name}.{os.getpid()}.new")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        yield draft
-        draft.rename(out)
-        sync_folder(out.parent)
-    except OSError as error:
-        raise InfrastructureError(
-            f"{out}: cannot be written ({error.strerror or type(error).__name__})",
-            todo="free the disk or fix the permissions, then run again",
-        ) from None
-    finally:
-        if draft.is_dir():
-            shutil.rmtree(draft, ignore_errors=True)
-        else:
-            draft.unlink(missing_ok=True)
 
 
 def _folder(run: Path, into: Path, stored: str) -> Base:

@@ -1,9 +1,11 @@
-"""A file is replaced whole, or stays as it was."""
+"""A file is replaced whole, or stays as it was; what is new is there whole, or not at all."""
 
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedtune.errors import InfrastructureError
@@ -59,3 +61,25 @@ def _write(path: Path, content: bytes, mode: int) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def drafted(out: Path) -> Iterator[Path]:
+    """A path beside `out`, for a file or a folder, that becomes it when all went well; else nothing
+    is left. Errors: InfrastructureError."""
+    draft = out.with_name(f"{out.name}.{os.getpid()}.new")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield draft
+        draft.rename(out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise InfrastructureError(
+            f"{out}: cannot be written ({error.strerror or type(error).__name__})",
+            todo="free the disk or fix the permissions, then run again",
+        ) from None
+    finally:
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            draft.unlink(missing_ok=True)

@@ -3,14 +3,14 @@ used beside private records."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fedtune import budgets
-from fedtune.errors import InputError, Refused
-from fedtune.models.whole import PLAN, Whole
+from fedtune.errors import Refused
+from fedtune.models.whole import Whole
+from fedtune.runs import read_report
 
 
 def require_private(model: Whole, what: str, accepted: Sequence[str] = ()) -> None:
@@ -35,7 +35,7 @@ def parent(run: Path, model: Whole, role: str) -> dict[str, Any]:
         "role": role,
         "plan": model.study.digest,
         "digest": model.digest,
-        "report": _report(run),
+        "report": read_report(run),
     }
 
 
@@ -53,15 +53,3 @@ def carried_over(parents: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for p in parents
     ]
     return {"private": private, "privacy": privacy, "parents": said}
-
-
-def _report(run: Path) -> dict[str, Any]:
-    try:
-        body = json.loads((run / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise InputError(
-            f"{run}: has a {PLAN} and no readable report.json",
-            "a finished run",
-            "finish it with --resume",
-        ) from None
-    return body if isinstance(body, dict) else {}

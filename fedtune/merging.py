@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import fedtune
 from fedtune import budgets, report
 from fedtune.config import LoraTable, Study
-from fedtune.errors import ConfigError, InfrastructureError, InputError
-from fedtune.files import replace, sync_folder
+from fedtune.errors import ConfigError
+from fedtune.files import drafted, replace
 from fedtune.merging_whole import exported, merge_models
 from fedtune.models import lora
 from fedtune.models.lora import Arrays
 from fedtune.models.merge import Adapter, Method, Moments, merge
-from fedtune.runs import ADAPTER, load_adapter, load_plan
+from fedtune.runs import ADAPTER, load_adapter, load_plan, read_report
 
 if TYPE_CHECKING:
     from fedtune.quality import Evaluator
@@ -50,13 +48,7 @@ def load_parent(run: Path) -> Parent:
         raise ConfigError(
             f"{run}: trained a head and no adapter", "a run with a [lora] table", "leave it out"
         )
-    try:
-        body = json.loads((run / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise InputError(
-            f"{run}: has no readable report.json", "a finished run", "finish it with --resume"
-        ) from None
-    return Parent(run, study, body, load_adapter(run / "adapter"))
+    return Parent(run, study, read_report(run), load_adapter(run / "adapter"))
 
 
 def merge_runs(
@@ -278,21 +270,10 @@ def _frozen(arrays: Arrays) -> Arrays:
 
 def _write(out: Path, like: Parent, study: Study, arrays: Arrays, body: dict[str, Any]) -> None:
     """Errors: InfrastructureError where the disk refuses; `out` is then not there."""
-    draft = out.with_name(out.name + ".new")
-    try:
-        shutil.rmtree(draft, ignore_errors=True)
+    with drafted(out) as draft:
         save_adapter(draft / "adapter", like.run / "adapter", study, arrays)
         replace(draft / "plan.json", (study.model_dump_json(indent=2) + "\n").encode())
         report.write(draft, body)
-        draft.rename(out)
-        sync_folder(out.parent)
-    except OSError as error:
-        raise InfrastructureError(
-            f"{out}: cannot be written ({error.strerror or type(error).__name__})",
-            todo="free the disk or fix the permissions, then run again",
-        ) from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def save_adapter(folder: Path, like: Path, study: Study, arrays: Arrays) -> None:

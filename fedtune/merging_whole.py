@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +10,14 @@ from typing import Any
 import fedtune
 from fedtune import budgets, report
 from fedtune.errors import ConfigError, ModelError
-from fedtune.export import TOKENIZER, drafted
+from fedtune.export import TOKENIZER
+from fedtune.files import drafted
 from fedtune.models.base import find_base
 from fedtune.models.digest import digest
 from fedtune.models.merge import Method
 from fedtune.models.merge_whole import merge_whole
 from fedtune.models.whole import PLAN
+from fedtune.runs import read_report
 
 
 def exported(folder: Path) -> bool:
@@ -38,7 +39,7 @@ def merge_models(
     """Merge exported models of one base into the new folder `out`; returns its report's body.
 
     Guarantee: as merging.merge_runs. Errors: ConfigError, ModelError, InfrastructureError."""
-    reports = [json.loads((each / "report.json").read_text(encoding="utf-8")) for each in folders]
+    reports = [read_report(each) for each in folders]
     bases = {body["base"]["digest"]: body["base"]["name"] for body in reports}
     if len(bases) != 1:
         raise ConfigError(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fedtune.errors import ConfigError, InfrastructureError, InputError, ModelError
+from fedtune.errors import ConfigError, InputError, ModelError
 
 if TYPE_CHECKING:
     from fedtune.config import DataFile, Study
@@ -52,23 +51,26 @@ def new_folder(out: Path) -> Iterator[Path]:
     """A draft of the new folder `out`, which is there whole when this ends well, else not at all.
 
     Errors: ConfigError (it exists), InfrastructureError (disk)."""
-    from fedtune.files import sync_folder
+    from fedtune.files import drafted
 
     if out.exists():
         raise ConfigError(f"{out}: exists", "a new folder", "choose another --out")
-    draft = out.with_name(f"{out.name}.{os.getpid()}.new")
-    try:
-        draft.mkdir(parents=True)
+    with drafted(out) as draft:
+        draft.mkdir()
         yield draft
-        draft.rename(out)
-        sync_folder(out.parent)
-    except OSError as error:
-        raise InfrastructureError(
-            f"{out}: cannot be written ({error.strerror or type(error).__name__})",
-            todo="free the disk or fix the permissions, then run again",
-        ) from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+
+
+def read_report(run: Path) -> dict[str, Any]:
+    """The body of a finished run's report. Errors: InputError."""
+    try:
+        body = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        body = None
+    if not isinstance(body, dict):
+        raise InputError(
+            f"{run}: has no readable report.json", "a finished run", "finish it with --resume"
+        )
+    return body
 
 
 def data_file(run: Path, data: Path, pairs: list[str]) -> DataFile:

@@ -67,3 +67,29 @@ def test_who_can_read_it(tmp_path, private, file, folder):
         os.umask(before)
     found: list[Path] = [path, path.parent]
     assert [stat.S_IMODE(p.stat().st_mode) for p in found] == [file, folder]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
+def test_what_fails_half_way_leaves_nothing(tmp_path, kind, error):
+    out = tmp_path / "new" / "run"
+
+    def half() -> None:
+        with files.drafted(out) as draft:
+            if kind == "folder":
+                draft.mkdir()
+            (draft / "part" if kind == "folder" else draft).write_text("half")
+            raise error()
+
+    with pytest.raises(InfrastructureError if error is OSError else error):
+        half()
+    assert not list(out.parent.iterdir())
+
+
+def test_what_is_drafted_is_not_in_place_before_it_is_whole(tmp_path):
+    out = tmp_path / "run"
+    with files.drafted(out) as draft:
+        draft.mkdir()
+        (draft / "part").write_text("whole")
+        assert not out.exists()
+    assert (out / "part").read_text() == "whole" and [p.name for p in tmp_path.iterdir()] == ["run"]
