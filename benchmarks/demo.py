@@ -49,8 +49,11 @@ OFF = [
 ]
 
 
-def _arm(out: Path, name: str, changes: list[tuple[str, str]]) -> float:
-    """The demo's study with some words changed; every site with a step log of its own for it."""
+def _arm(
+    out: Path, name: str, changes: list[tuple[str, str]], at_site: dict[str, str] | None = None
+) -> float:
+    """The demo's study with some words changed; every site with a step log of its own for it, and
+    with the line that `at_site` has for it in its [site] table."""
     label = "".join(c if c.isalnum() else "-" for c in name)
     plan = (out / "data" / "study.toml").read_text()
     for old, new in changes:
@@ -65,7 +68,8 @@ def _arm(out: Path, name: str, changes: list[tuple[str, str]]) -> float:
     for site in sites_in(out / "data" / "sites"):
         if site.name != "site.toml":
             continue
-        text = site.read_text().replace("[data]", f'state = "{label}"\n\n[data]', 1)
+        more = (at_site or {}).get(site.parent.name, "")
+        text = site.read_text().replace("[data]", f'state = "{label}"\n{more}\n[data]', 1)
         twin = site.with_name(f"{label}.toml")
         twin.write_text(text.replace("[policy]", "[policy]\nallow_privacy_off = true"))
         sites.append(twin)

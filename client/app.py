@@ -45,6 +45,8 @@ def prepare(message: Message, context: Context) -> Message:
         frozen = codec.decode(from_record(message.content.array_records["frozen"]))
         answer = site.prepare(study, frozen, coordinator)
         said.update(name=answer.name, declared_size=answer.declared_size)
+        if answer.lora_rank is not None:
+            said["lora_rank"] = answer.lora_rank
         if not answer.admitted:
             said.update(status="refused", reason=answer.reason)
 

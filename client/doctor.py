@@ -86,7 +86,8 @@ def _for_study(site: Site, study: Study) -> Iterator[Finding]:
     except FedtuneError as error:
         yield Finding("self-test", False, str(error))
         return
-    for result in selftest.run(study, network, site.site.declared_size):
+    rank = study.lora.rank_at(site.site.lora_rank) if study.lora else None
+    for result in selftest.run(study, network, site.site.declared_size, rank):
         says = result.note or f"{result.figure:.3g}, at most {result.bound:g}"
         yield Finding(f"self-test: {result.name}", result.passed, says)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from fedtune.config import BASES, PolicyTable, Site, Study
+from fedtune.config import BASES, LoraTable, PolicyTable, Site, Study
 from fedtune.dp import accountant
 from fedtune.dp.ceiling import Total, total_epsilon
 from fedtune.dp.ledger import Charge
@@ -45,8 +45,30 @@ def refusals(
         yield from _at_most("lora.rank", study.lora.rank, "max_rank", policy)
         if study.lora.a_digest is None:
             yield PolicyRefused("the plan does not pin lora.a_digest")
+        yield from _about_rank(study.lora, site.site.lora_rank)
     yield from _about_teacher(study, policy)
     yield from _about_privacy(study, site, plan)
+
+
+def _about_rank(lora: LoraTable, most: int | None) -> Iterator[PolicyRefused]:
+    """Fewer ranks than the adapter has are trained only where the plan counts on it."""
+    rank = lora.rank_at(most)
+    least = lora.rank if lora.min_rank is None else lora.min_rank
+    if rank >= least:
+        return
+    todo = "ask for lora.min_rank in the plan, or raise site.lora_rank"
+    if lora.train == "AB":
+        todo = (
+            "sites of different ranks are averaged exactly only with A frozen, since a mean of "
+            'products B·A is no product of means: ask for lora.train = "B" with lora.min_rank, or '
+            "for the same, lower lora.rank everywhere"
+        )
+    yield PolicyRefused(
+        f"this site trains at most {rank} of an adapter's ranks (site.lora_rank) and the plan "
+        f"wants at least {least}",
+        f"a plan that wants at most {rank}",
+        todo,
+    )
 
 
 def _about_teacher(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]:

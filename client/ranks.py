@@ -59,14 +59,17 @@ class Ranks:
         self.children: list[Child] = []
 
     @contextmanager
-    def at_work(self, study: Study, data: Cached, frozen: Arrays) -> Iterator[Team]:
+    def at_work(
+        self, study: Study, data: Cached, frozen: Arrays, lora_rank: int | None = None
+    ) -> Iterator[Team]:
         """The team for one round of `study`, each rank with the same plan, factor and records.
+        lora_rank: as local_round has it.
 
         Errors: InfrastructureError where a rank fails, is gone, is silent, or reads other records
         than this process; whatever goes wrong, the team is ended."""
         try:
             group = self._group = self._group or self._started()
-            self._agree(group, study, data, frozen)
+            self._agree(group, study, data, frozen, lora_rank)
             yield _Lead(group, data.network)
         except BaseException:
             self.close()
@@ -113,7 +116,9 @@ class Ranks:
                 time.sleep(0.05)
         return Group(0, self.size, self._patience, store)
 
-    def _agree(self, group: Group, study: Study, data: Cached, frozen: Arrays) -> None:
+    def _agree(
+        self, group: Group, study: Study, data: Cached, frozen: Arrays, lora_rank: int | None
+    ) -> None:
         """Have every rank prepare `study`, unless it has. Errors: InfrastructureError."""
         records, factor = fingerprint(data.dataset), arrays_digest(frozen)
         if self._agreed == (study.digest, factor, records):
@@ -122,7 +127,8 @@ class Ranks:
         names = sorted(frozen)
         header = {"do": "prepare", "study": study.model_dump_json(), "dtype": dtype}
         arrays = [torch.from_numpy(np.asarray(frozen[name], np.float32)) for name in names]
-        group.send({**header, "records": records, "names": names}, arrays)
+        more = {"records": records, "names": names, "lora_rank": lora_rank}
+        group.send(header | more, arrays)
         said = group.add_up(torch.zeros(self.size, dtype=torch.int64))[1:].tolist()
         for rank, answer in enumerate(said, 1):
             if answer != SAME:
@@ -193,10 +199,8 @@ class _Work:
         self.network.load_frozen(arrays)
         data = site.seen(study, self.network)
         self.records = fingerprint(data.dataset)
-        objective = find(study.objective)
-        self._engine = UnitGradientEngine(
-            data, objective, by=study.drawn, engine=study.training.engine
-        )
+        how = (find(study.objective), study.drawn, study.training.engine, header["lora_rank"])
+        self._engine = UnitGradientEngine(data, *how)
         self._plan = plan_for_site(study, site.site.site.declared_size)
         checkpointing = site.site.site.gradient_checkpointing
         self._recompute = checkpointing and self._engine.name == "one-pass"

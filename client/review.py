@@ -55,14 +55,14 @@ def review(study: Study, site: Site, ledger: Ledger) -> Review:
     except Refused as refusal:
         refused.append(str(refusal))
     sections = [
-        ("What would run", _runs(study, plan)),
+        ("What would run", _runs(study, plan, site)),
         ("What would leave this site", _leaves(study)),
         ("What it costs", _costs(study, site, plan, ledger)),
     ]
     return Review(study.digest, sections, refused)
 
 
-def _runs(study: Study, plan: DpPlan | None) -> list[str]:
+def _runs(study: Study, plan: DpPlan | None, site: Site) -> list[str]:
     where = "a head on the frozen base"
     if study.lora:
         lora = study.lora
@@ -71,6 +71,8 @@ def _runs(study: Study, plan: DpPlan | None) -> list[str]:
             f"a LoRA adapter of rank {lora.rank} on {', '.join(lora.modules)} of {blocks}"
             f" ({'B alone is trained' if lora.train == 'B' else 'A and B are trained'})"
         )
+        if (rank := lora.rank_at(site.site.lora_rank)) < lora.rank:
+            where += f", its first {rank} ranks here (site.lora_rank)"
     t = study.training
     lines = [
         f"Code: fedtune {__version__} as installed here. Nothing the coordinator sends is run.",
@@ -128,7 +130,8 @@ def _leaves(study: Study) -> list[str]:
         f"Each round: {what}, signed, with the noise, clipping and sampling figures that the plan "
         "already names, and the head of this site's ledger (a hash).",
         *_queries(study),
-        "Once: this site's name, its declared size, its public signing key.",
+        "Once: this site's name, its declared size, its public signing key"
+        + (" and how many ranks it trains." if study.lora and study.lora.min_rank else "."),
         "On refusal: the rule that said no. On an error: the kind of error, not its words.",
         "Never without noise: records, counts, losses, gradients.",
         "Never at all: timings, or who was sampled.",

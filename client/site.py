@@ -35,6 +35,7 @@ from fedtune.models.lora import Arrays
 from fedtune.models.lora import digest as arrays_digest
 from fedtune.models.network import Network, build
 from fedtune.models.teacher import teaching
+from fedtune.narrow import own
 from fedtune.training import check_trains, local_round
 from fedtune.wire.codec import Encoded, encode
 from fedtune.wire.keys import SigningKey
@@ -58,6 +59,7 @@ class Admission:
     reason: str
     name: str
     declared_size: int
+    lora_rank: int | None = None  # how many ranks it trains, where the plan lets sites choose
 
 
 @dataclass(frozen=True, repr=False)
@@ -76,6 +78,7 @@ class _Prepared:
     plan: DpPlan | PlainPlan
     frozen: Arrays
     coordinator: str
+    lora_rank: int | None  # as declared: it stays for the study, whatever site.toml says since
 
     @property
     def private(self) -> DpPlan | None:
@@ -140,19 +143,22 @@ class SiteWorker:
                 self._prepared[study.digest] = self._made(study, plan, frozen, coordinator)
         except Refused as refusal:
             return self._says(False, str(refusal))
-        return self._says(True, "")
+        lora = study.lora
+        chosen = self._prepared[study.digest].lora_rank if lora and lora.min_rank else None
+        return self._says(True, "", chosen)
 
     def _made(
         self, study: Study, plan: DpPlan | None, frozen: Arrays, coordinator: str
     ) -> _Prepared:
         network = build(study, self.site.site.base)
+        rank = study.lora.rank_at(self.site.site.lora_rank) if study.lora else None
         if plan:
-            _self_test(study, network, self._size)
+            _self_test(study, network, self._size, rank)
         frozen = network.adopt(study, frozen)
-        check_trains(study, network)
+        check_trains(study, network, rank)
         self._data(study, network, self.site.data)  # not kept here: somebody may withdraw
         ran = plan or plain_plan(study, self._size)
-        return _Prepared(study, network, ran, frozen, coordinator)
+        return _Prepared(study, network, ran, frozen, coordinator, rank)
 
     def _permit(
         self, study: Study, plan: DpPlan | None, coordinator: str, at_least: int = 0
@@ -245,7 +251,14 @@ class SiteWorker:
         body = self.ledger.released(digest, round_, given)
         if body is None:
             body = self._trained(prepared, round_, adapter, given)
-        return Update(load(body), json.loads(_metadata(body)["events"]))
+        delta = load(body)
+        for name, array in adapter.items():
+            if delta[name].shape != own(name, array, prepared.lora_rank).shape:
+                raise PolicyRefused(  # it trained, was started again, and now declares another rank
+                    "site.lora_rank was changed while an update of this round waits to be sent",
+                    todo="set it back for this study",
+                )
+        return Update(delta, json.loads(_metadata(body)["events"]))
 
     def _trained(self, prepared: _Prepared, round_: int, adapter: Arrays, given: str) -> bytes:
         study, plan = prepared.study, prepared.private
@@ -263,9 +276,9 @@ class SiteWorker:
         else:
             reserved = self.ledger.reserve(self._dataset, charge, given, permit)
         prepared.network.load_frozen(prepared.frozen)
-        recompute = self.site.site.gradient_checkpointing
+        recompute, rank = self.site.site.gradient_checkpointing, prepared.lora_rank
         with self._step_plan(prepared, data) as ran:
-            delta = local_round(study, data, ran, self.log, round_, adapter, recompute)
+            delta = local_round(study, data, ran, self.log, round_, adapter, recompute, rank)
         events = _summary(self.log.steps(study.digest)) if plan else []
         sent = encode(delta, study.wire.update)  # after the noise, before the ledger
         body = save(sent, {"events": json.dumps(events)})
@@ -290,7 +303,8 @@ class SiteWorker:
         if self.ranks is None or prepared.private is None:
             yield prepared.plan
         else:
-            with self.ranks.at_work(prepared.study, data, prepared.frozen) as team:
+            given = (prepared.study, data, prepared.frozen, prepared.lora_rank)
+            with self.ranks.at_work(*given) as team:
                 yield SharedPlan(prepared.private, team)
 
     # -------------------------------------------------------------------------------- a query
@@ -387,19 +401,19 @@ class SiteWorker:
     def _size(self) -> int:
         return self.site.site.declared_size
 
-    def _says(self, admitted: bool, reason: str) -> Admission:
-        return Admission(admitted, reason, self.site.site.name, self._size)
+    def _says(self, admitted: bool, reason: str, lora_rank: int | None = None) -> Admission:
+        return Admission(admitted, reason, self.site.site.name, self._size, lora_rank)
 
 
 _tested: set[str] = set()  # in this process; the code does not change while it runs
 
 
-def _self_test(study: Study, network: Network, size: int) -> None:
+def _self_test(study: Study, network: Network, size: int, lora_rank: int | None) -> None:
     """Once per process and kind of study. Errors: SelfTestFailed."""
     tables = dict.fromkeys(("base", "lora", "objective", "clipping", "privacy"), True)
-    kind = study.model_dump_json(include={**tables, "training": {"engine"}})
+    kind = study.model_dump_json(include={**tables, "training": {"engine"}}) + f" {lora_rank}"
     if kind not in _tested:
-        selftest.require(study, network, size)
+        selftest.require(study, network, size, lora_rank)
         _tested.add(kind)
 
 

@@ -1,7 +1,8 @@
 """Study (the public plan) and Site (local, never sent), read from TOML. An unknown key is an error.
 
 A study says what everybody may know. A site file says where the data lies and what the site allows;
-nothing in it leaves the machine except `site.name` and `site.declared_size`, which a person typed.
+nothing in it leaves the machine except `site.name`, `site.declared_size` and, where the plan lets
+sites choose, `site.lora_rank`, which a person typed.
 """
 
 from __future__ import annotations
@@ -177,6 +178,23 @@ class LoraTable(Table):
     variant: Literal["lora", "rslora"] = "lora"  # rslora: alpha/√rank (Kalajdzievski 2023)
     a_init: Literal["seed", "public"] = "seed"
     a_digest: Digest | None = None  # filled in when the study starts
+    # The fewest ranks that a site may train, by its own site.lora_rank; None: every site all.
+    min_rank: Count | None = Field(default=None, exclude_if=lambda least: least is None)
+
+    @model_validator(mode="after")
+    def possible(self) -> LoraTable:
+        if self.min_rank is not None and self.min_rank > self.rank:
+            raise ValueError("min_rank: at most rank")
+        if self.min_rank is not None and self.train == "AB":
+            raise ValueError(
+                'min_rank: sites of different ranks need train = "B"; where A is trained too, the '
+                "mean of the sites' B·A is not the product of the mean B and the mean A"
+            )
+        return self
+
+    def rank_at(self, most: int | None) -> int:
+        """How many ranks a site trains that trains at most `most`; None: as many as there are."""
+        return self.rank if most is None else min(most, self.rank)
 
     @property
     def scaling(self) -> float:
@@ -433,6 +451,8 @@ class SiteTable(Table):
     base: str | None = None  # where this site has the base, if elsewhere; its digest must match
     gradient_checkpointing: bool = False  # less memory for activations, a third more time
     cache_memory: NotNegative | None = None  # GiB for states at the cut; None: a quarter of it all
+    # The most ranks of an adapter that this site trains, where a plan has more; public.
+    lora_rank: Count | None = None
 
     @property
     def cache_bytes(self) -> int | None:

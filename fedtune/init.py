@@ -29,6 +29,7 @@ alpha = 32
 modules = ["gate_proj", "up_proj", "down_proj"]   # "projector": of a base that reads images
 last_layers = 2        # the last 2 blocks only: all before is computed once per record. Fast
 train = "B"            # "B": A stays frozen (best under noise); "AB": both
+# min_rank = 4         # sites may train fewer ranks, down to this, by their own site.lora_rank
 # variant = "rslora"   # scales by alpha/√rank; "lora", the default, by alpha/rank
 a_init = "seed"        # "public": A from the [public] text below, which learns far more under noise
 
@@ -90,8 +91,8 @@ completion = "completion"
 """
 
 SITE = """\
-# site.toml: one site's own file. It stays on this machine: only `name` and `declared_size` are
-# ever sent. Paths are relative to this file.
+# site.toml: one site's own file. It stays on this machine: only `name`, `declared_size` and, where
+# the plan has lora.min_rank, `lora_rank` are ever sent. Paths are relative to this file.
 
 [site]
 name = "my-hospital"
@@ -100,6 +101,7 @@ state = "state"        # the ledger of what privacy was spent, and the site's ke
 # gradient_checkpointing = true  # long records, little memory: a third more time
 # cache_memory = 4.0   # GiB for what the frozen layers make of the records (without it, a quarter
 #                      # of the machine's memory); what is more goes to a nameless, encrypted file
+# lora_rank = 4        # train at most so many of an adapter's ranks: fewer bytes, less memory
 
 [data]                 # .jsonl, .csv or .parquet, or a folder of them
 path = "data.jsonl"

@@ -13,6 +13,7 @@ from fedtune.models.cache import Cached
 from fedtune.models.lora import Arrays
 from fedtune.models.network import Network
 from fedtune.models.probe import random_records
+from fedtune.narrow import narrowed
 from fedtune.objectives import find
 
 
@@ -24,9 +25,11 @@ def local_round(
     round_: int,
     adapter: Arrays,
     recompute: bool = False,
+    lora_rank: int | None = None,
 ) -> Arrays:
     """`local_steps` steps from `adapter`; returns trained minus given, fp32 by name.
-    recompute: keep no activations within a block; Opacus' hooks cannot, and go without.
+    recompute: keep no activations within a block; Opacus' hooks cannot, and go without. lora_rank:
+    of each B the first columns alone are trained, and returned; the others stay as given.
 
     Only the noised mean gradient reaches the optimiser, so momentum, decay and the proximal term
     (Li et al. 2020) are post-processing. The optimiser starts afresh each round: nothing of a
@@ -34,38 +37,39 @@ def local_round(
     network = data.network
     network.load_trainable(adapter)
     engine = UnitGradientEngine(
-        data, find(study.objective), by=study.drawn, engine=study.training.engine
+        data, find(study.objective), study.drawn, study.training.engine, lora_rank
     )
-    optimizer = _optimizer(study, engine.parameters)
-    start = [p.detach().clone() for p in engine.parameters]
+    optimizer = _optimizer(study, engine.trained)
+    start = [t.clone() for t in engine.trained]
     for _ in range(study.training.local_steps):
         with network.recomputing(recompute and engine.name == "one-pass"):
             noised = plan.step(engine.n_rows, engine.dimension, engine, log, round_)
-        pieces = torch.split(noised, [p.numel() for p in engine.parameters])
-        for parameter, piece, before in zip(engine.parameters, pieces, start, strict=True):
-            pull = study.training.proximal_mu * (parameter.detach() - before)
-            parameter.grad = piece.view_as(parameter).to(parameter) + pull
+        pieces = torch.split(noised, [t.numel() for t in engine.trained])
+        for part, piece, before in zip(engine.trained, pieces, start, strict=True):
+            pull = study.training.proximal_mu * (part - before)
+            part.grad = piece.view(part.shape).to(part) + pull
         optimizer.step()
         optimizer.zero_grad()
     trained = network.trainable()
     network.load_trainable(adapter)
-    return {name: trained[name] - adapter[name] for name in trained}
+    return narrowed({name: trained[name] - adapter[name] for name in trained}, lora_rank)
 
 
-def _optimizer(study: Study, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(study: Study, parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
     t = study.training
     kind = torch.optim.SGD if t.optimizer == "sgd" else torch.optim.AdamW
     return kind(parameters, lr=t.learning_rate, weight_decay=t.weight_decay)
 
 
-def check_trains(study: Study, network: Network) -> None:
+def check_trains(study: Study, network: Network, lora_rank: int | None = None) -> None:
     """One σ = 0 step on generated records must move the adapter and lower their loss.
 
     Under DP the noise moves every adapter, so movement in a real round proves nothing; a wiring
     fault that spends ε and learns nothing shows here, before any is spent.
     Errors: ModelError."""
     data = Cached(network, random_records(network, study))
-    engine = UnitGradientEngine(data, find(study.objective), engine=study.training.engine)
+    objective, wanted = find(study.objective), study.training.engine
+    engine = UnitGradientEngine(data, objective, engine=wanted, lora_rank=lora_rank)
     before = network.trainable()
     try:
         loss = _mean_loss(data, study)
@@ -89,14 +93,13 @@ def check_trains(study: Study, network: Network) -> None:
 def _loss_after(
     data: Cached, study: Study, engine: UnitGradientEngine, gradient: torch.Tensor, rate: float
 ) -> float:
-    start = [p.detach().clone() for p in engine.parameters]
-    pieces = torch.split(gradient, [p.numel() for p in engine.parameters])
-    with torch.no_grad():
-        for parameter, piece in zip(engine.parameters, pieces, strict=True):
-            parameter.sub_(rate * piece.view_as(parameter).to(parameter))
-        loss = _mean_loss(data, study)
-        for parameter, old in zip(engine.parameters, start, strict=True):
-            parameter.copy_(old)
+    start = [t.clone() for t in engine.trained]
+    pieces = torch.split(gradient, [t.numel() for t in engine.trained])
+    for part, piece in zip(engine.trained, pieces, strict=True):
+        part.sub_(rate * piece.view(part.shape).to(part))
+    loss = _mean_loss(data, study)
+    for part, old in zip(engine.trained, start, strict=True):
+        part.copy_(old)
     return loss
 
 

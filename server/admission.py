@@ -16,7 +16,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 
-from fedtune.config import Encoding, Study
+from fedtune.config import Encoding, LoraTable, Study
 from fedtune.errors import FedtuneError, Refused
 from fedtune.flower.arrays import (
     Arrays,
@@ -61,9 +61,10 @@ def plan_message(study: Study, frozen: Arrays, key: SigningKey) -> RecordDict:
 class Roster:
     """Nodes and the sites behind them.
 
-    sizes, keys: site -> declared size and public key, fixed once heard; enrolled: site -> signing
-    key, as of now (None: anybody); refused: site -> why, for the rest of the run; absent: what
-    failed or kept silent, asked again each round; down, up: bytes by site."""
+    sizes, keys: site -> declared size and public key, fixed once heard; lora_ranks: likewise how
+    many ranks it trains, where the plan lets sites choose; enrolled: site -> signing key, as of now
+    (None: anybody); refused: site -> why, for the rest of the run; absent: what failed or kept
+    silent, asked again each round; down, up: bytes by site."""
 
     grid: Grid
     study: Study
@@ -72,6 +73,7 @@ class Roster:
     keys: dict[str, str]
     tell: Tell
     enrolled: Callable[[], dict[str, str]] | None = None
+    lora_ranks: dict[str, int] = field(default_factory=dict)
     nodes: dict[str, int] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
@@ -129,6 +131,7 @@ class Roster:
     def _hear(self, reply: Reply) -> None:
         known = {node: name for name, node in self.nodes.items()}
         name, declared, key, status, reason = _admission(reply, known.get(reply.node, ""))
+        rank = _lora_rank(reply, self.study.lora)
         taken = self.nodes.get(name, reply.node) != reply.node
         if status == "admitted" and taken:
             name, status, reason = f"node {reply.node}", "refused", f"{name} is another node's name"
@@ -138,6 +141,10 @@ class Roster:
             status, reason = "refused", "its signing key changed during the study"
         elif status == "admitted" and self.stranger(name, key):
             status, reason = "refused", NOT_ENROLLED
+        elif status == "admitted" and rank == 0:
+            status, reason = "refused", "its lora_rank is not one that the plan allows"
+        elif status == "admitted" and rank and self.lora_ranks.setdefault(name, rank) != rank:
+            status, reason = "refused", "its lora_rank changed during the study"
         self.down[name] += size(self.plan)
         self.up[name] += reply.size
         if status == "failed":
@@ -174,6 +181,16 @@ def _admission(reply: Reply, known: str) -> tuple[str, int, str, str, str]:
     if not named or not keyed or type(declared) is not int or not 1 <= declared <= MOST_UNITS:
         return unnamed, 0, "", "failed", "its answer to the plan is malformed"
     return shown, declared, str(key), "admitted", ""
+
+
+def _lora_rank(reply: Reply, lora: LoraTable | None) -> int | None:
+    """How many ranks the site says that it trains; None where sites have no choice, 0 where it says
+    what the plan does not allow."""
+    if lora is None or lora.min_rank is None or reply.content is None:
+        return None
+    record = reply.content.get("admission")
+    said = record.get("lora_rank") if isinstance(record, ConfigRecord) else None
+    return said if type(said) is int and lora.min_rank <= said <= lora.rank else 0
 
 
 @dataclass

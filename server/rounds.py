@@ -26,7 +26,8 @@ from fedtune import strategies
 from fedtune.config import Study
 from fedtune.errors import ConfigError, InfrastructureError
 from fedtune.files import replace
-from fedtune.flower.arrays import to_record
+from fedtune.flower.arrays import Arrays, to_record
+from fedtune.narrow import narrowed, widened
 from fedtune.wire import codec, seal
 from server import store, summary
 from server.admission import NOT_ENROLLED, Outcome, Roster, Tally, outcome, plan_message
@@ -98,7 +99,9 @@ class _Run:
         progress.receipts = {n: r for n, r in kept if r.get("coordinator") == mine}
         plan = plan_message(self.study, progress.frozen, parts.key)
         self.roster = Roster(
-            *(grid, self.study, plan, progress.sizes, progress.keys, self._tell), parts.enrolled
+            *(grid, self.study, plan, progress.sizes, progress.keys, self._tell),
+            parts.enrolled,
+            summary.lora_ranks(progress.history),
         )
         self.queries = Queries(grid, self.progress, self.roster, parts.key)
         self.continuous = (
@@ -253,10 +256,11 @@ class _Run:
             ledger={},
         )
         adapter, key = self.progress.adapter, self.progress.keys.get(name, "")
+        part = narrowed(adapter, self.roster.lora_ranks.get(name))
         try:
-            limits = self._limits(name)
+            limits = self._limits(name, part)
             limits["encoding"] = self.study.wire.update
-            got = outcome(reply, adapter, self.study.private, before, key, wanted, **limits)
+            got = outcome(reply, part, self.study.private, before, key, wanted, **limits)
         except ConfigError as error:  # an honest site of such a size says so itself, when it joins
             got = Outcome("dropped", f"its declared size does not fit the plan: {error}")
         if got.status == "trained" and self.roster.stranger(name, key):
@@ -264,7 +268,7 @@ class _Run:
         if got.status == "trained":
             self.progress.receipts[name] = seal.receipt(self.parts.key, got.ledger)
             weight = self.progress.sizes[name] if self.asks.weights == "declared" else 1
-            self.strategy.add(got.update, float(weight))
+            self.strategy.add(widened(got.update, adapter), float(weight))
             self.progress.events[name] = got.events
             tally.count(self.study.digest, name)
         else:
@@ -275,8 +279,9 @@ class _Run:
         self._tell(name, got.status, got.reason, tally.number)
         return got.status
 
-    def _limits(self, name: str) -> dict[str, Any]:
-        """What the plan implies for this site's updates; nothing where it adds no noise."""
+    def _limits(self, name: str, part: Arrays) -> dict[str, Any]:
+        """What the plan implies for this site's updates, of the numbers in `part`; nothing where it
+        adds no noise."""
         if not self.study.private:
             return {}
         declared, adapter = self.progress.sizes[name], self.progress.adapter.values()
@@ -286,7 +291,7 @@ class _Run:
             )
         start = math.sqrt(sum(float(np.square(a, dtype=np.float64).sum()) for a in adapter))
         start *= codec.GROWTH[self.study.wire.adapter]
-        site, dimension = self.terms[declared], sum(a.size for a in adapter)
+        site, dimension = self.terms[declared], sum(a.size for a in part.values())
         if self.continuous:  # the budget's rounds are one unit's
             steps = (self.progress.round + 1) * self.study.training.local_steps
             site = replace_fields(site, steps=steps)
@@ -313,6 +318,9 @@ class _Run:
             "bytes_down": dict(sorted(self.roster.down.items())),
             "seconds": round(time.monotonic() - tally.started, 3),
         }
+        ranks = self.roster.lora_ranks  # empty where the plan leaves sites no choice
+        if ranks:
+            entry["lora_ranks"] = {name: ranks[name] for name in sorted(tally.participants)}
         if self.continuous:
             entry["slot"] = self.continuous.slot
         self.roster.up.clear()

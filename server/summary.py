@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import fedtune
@@ -43,7 +44,8 @@ def body(progress: Progress, parts: Parts) -> dict[str, Any]:
         *("bytes_up", "bytes_down", "seconds"),
     )
     private = isinstance(study.privacy, PrivacyTable)
-    return {
+    ranks = _ranks(progress)
+    return ({"lora_ranks": ranks} if ranks else {}) | {
         "fedtune": fedtune.__version__,
         "study": study.study.name,
         "plan_digest": study.digest,
@@ -62,6 +64,43 @@ def body(progress: Progress, parts: Parts) -> dict[str, Any]:
         "absences": absences(history),
         "rounds": [{key: entry[key] for key in keys if key in entry} for entry in history],
     }
+
+
+def lora_ranks(history: list[dict[str, Any]]) -> dict[str, int]:
+    """site -> how many ranks it trained, by the rounds kept; empty where sites have no choice."""
+    return {name: rank for entry in history for name, rank in entry.get("lora_ranks", {}).items()}
+
+
+def _ranks(progress: Progress) -> dict[str, Any]:
+    """Where sites trained different ranks: who trained which columns of B, by what weight in the
+    mean (share), and the noise in the aggregate's numbers there, against where everybody trains.
+
+    The divisor is everybody's weight, so signal falls as the share and noise by less: noise / share
+    is what these columns have as if their sites had been alone. None: no noise, or AdamW's."""
+    study, ranks = progress.study, lora_ranks(progress.history)
+    if study.lora is None or set(ranks.values()) <= {study.lora.rank}:
+        return {}
+    declared = study.strategy.weights == "declared"
+    weights = {name: progress.sizes[name] if declared else 1 for name in ranks}
+    noise = {name: weights[name] * _noise(progress, name) for name in ranks}
+    told, columns, first = study.private and study.training.optimizer == "sgd", [], 1
+    for last in sorted({*ranks.values(), study.lora.rank}):
+        sites = sorted(name for name, rank in ranks.items() if rank >= last)
+        share = sum(weights[name] for name in sites) / sum(weights.values())
+        part = math.hypot(*(noise[name] for name in sites)) / math.hypot(*noise.values())
+        columns.append({"first": first, "last": last, "sites": sites, "share": share})
+        columns[-1]["noise"] = part if told else None
+        first = last + 1
+    return {"sites": dict(sorted(ranks.items())), "columns": columns}
+
+
+def _noise(progress: Progress, name: str) -> float:
+    """Of one number in a site's update with SGD, but for a factor that all sites share."""
+    events = progress.events.get(name)
+    if not events:
+        return 1.0
+    divisor = max(e["q"] for e in events) * progress.sizes[name]
+    return float(min(e["sigma"] for e in events) / divisor)
 
 
 def absences(history: list[dict[str, Any]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from fedtune.dp import engines
 from fedtune.dp.clip import Chunk
 from fedtune.models.cache import Batch, Cached
+from fedtune.narrow import own
 from fedtune.objectives import Objective
 
 _CHUNK_BYTES = 128 * 2**20  # fp32 gradients held at once
@@ -18,7 +19,9 @@ _CHUNK_BYTES = 128 * 2**20  # fp32 gradients held at once
 class UnitGradientEngine:
     """The gradients of rows. by "unit": a row is a unit: a record itself, for a patient the mean
     over that patient's records (clipped once, later). by "record": a row is one record. (Charles et
-    al. 2024, user-level and example-level sampling.)
+    al. 2024, user-level and example-level sampling.) lora_rank: of each B the first columns alone.
+
+    trained: what a step moves, as views into the network's parameters, in the update's order.
 
     Guarantee: each sampled row is computed from its own records alone; every gradient that was not
     noised is handed to the caller, or zeroed and dropped, before the next chunk."""
@@ -29,14 +32,20 @@ class UnitGradientEngine:
         objective: Objective,
         by: Literal["unit", "record"] = "unit",
         engine: engines.Wanted = "auto",
+        lora_rank: int | None = None,
     ) -> None:
         self.data, self.objective = data, objective
-        self.parameters = list(data.network.parameters().values())
-        self.dimension = sum(p.numel() for p in self.parameters)
-        self._each = engines.choose(engine, data.network.trained, self.parameters)
+        named = data.network.parameters()
+        self.parameters = list(named.values())
+        self.trained: list[torch.Tensor] = [
+            own(name, parameter.detach(), lora_rank) for name, parameter in named.items()
+        ]
+        self.dimension = sum(t.numel() for t in self.trained)
+        self._each = engines.choose(engine, data.network.trained, self.parameters, lora_rank)
         each_alone = [[index] for index in range(len(data.dataset.examples))]
         self._members = data.dataset.by_unit if by == "unit" else each_alone
-        self._most = max(1, _CHUNK_BYTES // (4 * self.dimension))  # rows at once
+        whole = sum(p.numel() for p in self.parameters)  # an engine may give more than is trained
+        self._most = max(1, _CHUNK_BYTES // (4 * whole))  # rows at once
 
     @property
     def name(self) -> str:
@@ -77,7 +86,7 @@ class UnitGradientEngine:
         """Rows of several records each, whose gradients are averaged over micro-batches."""
         place = {i: at for at, row in enumerate(rows) for i in self._members[row]}
         share = {i: 1.0 / len(self._members[row]) for row in rows for i in self._members[row]}
-        total = [p.new_zeros(len(rows), p.numel()) for p in self.parameters]
+        total = [t.new_zeros(len(rows), t.numel()) for t in self.trained]
         for batch in self._batches(list(place)):
             indices = batch.index.tolist()
             at = torch.tensor([place[i] for i in indices], device=total[0].device)
@@ -98,11 +107,12 @@ class UnitGradientEngine:
         declared, by the batch and by the network, and never inferred from a gradient's shape."""
         found, records, rows = [], len(batch.index), len(batch.mask)
         gradients = self._each(self.objective.losses(self.data.network, batch))
-        for parameter, each in zip(self.parameters, gradients, strict=True):
+        for parameter, part, each in zip(self.parameters, self.trained, gradients, strict=True):
             tiles = batch.tiles if self.data.network.meets_tiles(parameter) else 1
             known = (records, rows) if tiles == 1 else (rows * tiles,)
             if each is None or each.shape[0] not in known:
                 raise RuntimeError("a trainable layer gave no per-record gradient")
+            each = _first(each, part.shape[-1])
             if each.shape[0] == records:
                 found.append(each.flatten(1))
             else:
@@ -110,3 +120,12 @@ class UnitGradientEngine:
                 found.append(parts.sum(dim=1).flatten(1))
                 each.zero_()
         return found
+
+
+def _first(each: torch.Tensor, columns: int) -> torch.Tensor:
+    """The first columns, where an engine gave more; the others are wiped."""
+    if each.shape[-1] == columns:
+        return each
+    kept = each[..., :columns].clone()
+    each.zero_()
+    return kept

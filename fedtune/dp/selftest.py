@@ -26,7 +26,8 @@ from fedtune.models.cache import Cached
 from fedtune.models.network import Network
 from fedtune.models.probe import show
 from fedtune.models.teacher import made_up
-from fedtune.models.tiny import generated, tiny_network
+from fedtune.models.tiny import generated, tiny_network, tiny_rank
+from fedtune.narrow import own
 from fedtune.objectives import find
 
 SIZES = (1, 3, 2, 1, 4, 2)  # records of each generated patient
@@ -71,9 +72,15 @@ class MemoryLog(StepLog):
         return [step for step in self.lines if study in (None, step.study)]
 
 
-def require(study: Study, network: Network | None = None, declared_size: int = 100) -> None:
+def require(
+    study: Study,
+    network: Network | None = None,
+    declared_size: int = 100,
+    lora_rank: int | None = None,
+) -> None:
     """Errors: SelfTestFailed naming each oracle that failed, its figure and its bound."""
-    failed = [result for result in run(study, network, declared_size) if not result.passed]
+    results = run(study, network, declared_size, lora_rank)
+    failed = [result for result in results if not result.passed]
     if failed:
         raise SelfTestFailed(
             "the self-test failed: "
@@ -83,9 +90,15 @@ def require(study: Study, network: Network | None = None, declared_size: int = 1
         )
 
 
-def run(study: Study, network: Network | None = None, declared_size: int = 100) -> list[Result]:
+def run(
+    study: Study,
+    network: Network | None = None,
+    declared_size: int = 100,
+    lora_rank: int | None = None,
+) -> list[Result]:
     """The oracles for `study`; [] where it promises no privacy. `network`: the study's own, to take
-    the architecture from; its weights, adapter and caches are not touched.
+    the architecture from; its weights, adapter and caches are not touched. lora_rank: of a site
+    that trains no more.
 
     Guarantee: reads no record, writes no file but a tiny base in a temporary folder.
     | parity      | rows and their clipped sum against a loop of one record, plain autograd |
@@ -100,7 +113,8 @@ def run(study: Study, network: Network | None = None, declared_size: int = 100) 
     started = time.perf_counter()
     try:
         base = network.base if network else find_base(study.base.model, study.base.digest)
-        bench = _Bench(study, tiny_network(study, base), plan_for_site(study, declared_size))
+        plan = plan_for_site(study, declared_size)
+        bench = _Bench(study, tiny_network(study, base), plan, lora_rank)
     except Exception as error:
         seconds = time.perf_counter() - started
         return [Result("tiny base", False, math.inf, 0.0, seconds, _says(error))]
@@ -130,8 +144,11 @@ class _Bench:
     """The study at tiny size: its network, generated records, and its plan with every row in every
     step and vanishing noise."""
 
-    def __init__(self, study: Study, network: Network, plan: DpPlan) -> None:
+    def __init__(
+        self, study: Study, network: Network, plan: DpPlan, lora_rank: int | None = None
+    ) -> None:
         self.study, self.network, self.plan = study, network, plan
+        self.lora_rank = tiny_rank(study, lora_rank)
         privacy = study.privacy
         assert not isinstance(privacy, str)
         cap = privacy.max_records_per_unit if privacy.unit == "patient" else 1
@@ -145,7 +162,8 @@ class _Bench:
     def engine(self, data: Dataset) -> UnitGradientEngine:
         objective = find(self.study.objective)
         wanted = self.study.training.engine
-        return UnitGradientEngine(Cached(self.network, data), objective, self.by, wanted)
+        cached = Cached(self.network, data)
+        return UnitGradientEngine(cached, objective, self.by, wanted, self.lora_rank)
 
     def rows(self, data: Dataset) -> torch.Tensor:
         engine = self.engine(data)
@@ -191,12 +209,13 @@ def _one_by_one(bench: _Bench) -> torch.Tensor:
     """Each row by plain autograd, one record at a time, fp64."""
     data = Cached(bench.network, bench.data)
     objective = find(bench.study.objective)
-    parameters = list(bench.network.parameters().values())
+    named = bench.network.parameters()
     each = []
     for index in range(len(bench.data.examples)):
         (batch,) = data.batches([index])
         loss = objective.losses(bench.network, batch).sum()
-        parts = torch.autograd.grad(loss, parameters)
+        grads = torch.autograd.grad(loss, list(named.values()))
+        parts = [own(n, g, bench.lora_rank) for n, g in zip(named, grads, strict=True)]
         each.append(torch.cat([part.double().flatten() for part in parts]).cpu())
     if bench.by == "record":
         return torch.stack(each)

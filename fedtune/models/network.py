@@ -47,8 +47,10 @@ def build(study: Study, source: str | None = None) -> Network:
     Errors: ModelError (base missing or of another digest), ConfigError (no such module)."""
     base = find_base(source or study.base.model, study.base.digest)
     outputs = find(study.objective).outputs
-    # Neither A's values nor their origin change the network: studies that differ in them share it.
-    lora = study.lora and study.lora.model_copy(update={"a_digest": None, "a_init": "seed"})
+    # Neither A's values nor their origin, nor who trains how much of it, change the network:
+    # studies that differ in them share it.
+    apart = {"a_digest": None, "a_init": "seed", "min_rank": None}
+    lora = study.lora and study.lora.model_copy(update=apart)
     dtype, stored = dtype_of(study.base.dtype), study.base.quantisation
     return _build(base, dtype, lora, outputs, stored)
 

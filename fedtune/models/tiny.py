@@ -53,6 +53,13 @@ def tiny_network(study: Study, base: Base) -> Network:
     return network
 
 
+def tiny_rank(study: Study, lora_rank: int | None) -> int | None:
+    """A site's share of the tiny adapter's ranks: fewer than all where it is so in the study."""
+    if study.lora is None or lora_rank is None or lora_rank >= study.lora.rank:
+        return None
+    return min(lora_rank, min(study.lora.rank, RANK) - 1)
+
+
 def generated(study: Study, network: Network, sizes: Sequence[int], stream: int = 0) -> Dataset:
     """Random tokens: `sizes[u]` records of 9 to 24 tokens for unit u, so that records of different
     units share batches; behind a file of noise, where the base reads files. The same study and

@@ -42,6 +42,7 @@ def markdown(body: dict[str, Any]) -> str:
         _alone(body["quality"]["metric"], body["alone"]) if body.get("alone") else "",
         _sites(body.get("privacy") or {}) if body.get("private") else "",
         *section(body.get("audit") or {}),
+        _ranks(body.get("lora_ranks") or {}),
         _rounds(body.get("rounds") or []) if ran else "",
         _wire(body.get("wire") or {}, body.get("rounds") or []),
         _missing(body.get("rounds") or [], body.get("sites") or {}) if ran else "",
@@ -221,6 +222,33 @@ def _sites(privacy: dict[str, Any]) -> str:
     )
 
 
+def _ranks(ranks: dict[str, Any]) -> str:
+    """Who trained which part of the adapter; nothing where every site trained all of it."""
+    rows = []
+    for band in ranks.get("columns") or []:
+        share, noise = number(band.get("share")), number(band.get("noise"))
+        apart = noise / share if noise is not None and share else None
+        rows.append(
+            [
+                f"{figure(band.get('first'))}–{figure(band.get('last'))}",
+                cell(", ".join(map(str, band.get("sites") or [])) or None),
+                figure(share),
+                figure(noise),
+                figure(apart),
+            ]
+        )
+    if not rows:
+        return ""
+    head = ["ranks", "sites", "share of the mean", "noise", "noise / share"]
+    return (
+        "## Ranks by site\n\nSites trained different parts of the adapter. Every update is divided "
+        "by everybody's weight, so the aggregate is the exact mean of what the sites changed: "
+        "where fewer train, it moves by their share. Noise: the standard deviation in one of the "
+        "aggregate's numbers, against where every site trains; noise / share is the noise against "
+        f"the signal.\n\n{table(head, rows)}"
+    )
+
+
 def _rounds(rounds: list[dict[str, Any]]) -> str:
     if not rounds:
         return "## Rounds\n\nNone was completed."
@@ -309,7 +337,7 @@ def _base(body: dict[str, Any]) -> str:
     rows = [[cell(key), cell(base.get(key))] for key in ("name", "digest", "licence", "dtype")]
     parts.append(f"## Base model\n\n{table(['', ''], rows, numbers=False)}")
     known = {"privacy", "quality", "base", "rounds", "sites", "audit", "absences", "wire"}
-    known |= {"merge", "derived"}
+    known |= {"merge", "derived", "lora_ranks"}
     for key, value in sorted(body.items()):
         if key not in known and isinstance(value, dict) and value:
             rows = [[cell(name), _setting(item)] for name, item in sorted(value.items())]

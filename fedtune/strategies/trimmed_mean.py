@@ -34,6 +34,13 @@ class TrimmedMean(Strategy):
                 f'trimmed_mean cannot use strategy.weights = "{study.strategy.weights}"',
                 '"equal" (a declared size would let one site outvote the trimming)',
             )
+        if study.lora and study.lora.min_rank is not None:
+            raise ConfigError(
+                "trimmed_mean cannot use lora.min_rank",
+                "sites that train the same numbers (the zeros of those that do not would trim the "
+                "others away)",
+                "leave lora.min_rank out, or name another strategy",
+            )
 
     def add(self, update: Arrays, weight: float) -> None:
         self._updates.append(update)

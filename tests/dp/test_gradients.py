@@ -145,6 +145,7 @@ def test_a_missing_gradient_is_an_error(engine: UnitGradientEngine) -> None:
     stray = torch.nn.Parameter(torch.zeros(3))
     stray.grad_sample = None  # type: ignore[attr-defined]
     engine.parameters.append(stray)
+    engine.trained.append(stray.detach())
     with pytest.raises(RuntimeError, match="no per-record gradient"):
         all_rows(engine)
 

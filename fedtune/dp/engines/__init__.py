@@ -31,13 +31,19 @@ class PerRecord(Protocol):
         ...
 
 
-def choose(wanted: Wanted, trained: nn.Module, parameters: Sequence[nn.Parameter]) -> PerRecord:
-    """The engine for a model whose trainable parameters are `parameters`."""
+def choose(
+    wanted: Wanted,
+    trained: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    lora_rank: int | None = None,
+) -> PerRecord:
+    """The engine for a model whose trainable parameters are `parameters`. lora_rank: of each B the
+    first columns alone are asked for; an engine may still give all."""
     from fedtune.dp.engines.one_pass import OnePass
     from fedtune.dp.engines.opacus import OpacusHooks
 
     if wanted == "auto":
-        fast = OnePass(trained, parameters)
+        fast = OnePass(trained, parameters, lora_rank)
         if not fast.missing:
             return fast
     return OpacusHooks(trained, parameters)

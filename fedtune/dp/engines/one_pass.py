@@ -3,7 +3,8 @@
 A record's gradient of B is a (outputs, rank) matrix and that of A a (rank, inputs) one: far smaller
 than the activations they come from. So they are formed where autograd passes by, layer for layer,
 without hooks, without the sum that autograd would form besides, and without a second pass. With A
-frozen the layer keeps only the rank-r activation, never its input."""
+frozen the layer keeps only the rank-r activation, never its input. Of B's columns those alone are
+formed that a site trains (fedtune/narrow.py)."""
 
 from __future__ import annotations
 
@@ -39,12 +40,17 @@ class OnePass:
 
     name = "one-pass"
 
-    def __init__(self, trained: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(
+        self,
+        trained: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        lora_rank: int | None = None,
+    ) -> None:
         self._parameters, self._found = parameters, dict[int, torch.Tensor]()
         self._forwards: list[tuple[nn.Module, Callable[..., torch.Tensor]]] = []
         served: set[int] = set()
         for module in trained.modules():
-            forward = _forward_of(module, self._take)
+            forward = _forward_of(module, self._take, lora_rank)
             if forward is None:
                 continue
             own = {id(p) for p in module.parameters() if p.requires_grad}
@@ -92,10 +98,13 @@ def per_record(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.bmm(left.transpose(1, 2), right)
 
 
-def _forward_of(module: nn.Module, take: Take) -> Callable[..., torch.Tensor] | None:
+def _forward_of(
+    module: nn.Module, take: Take, rank: int | None
+) -> Callable[..., torch.Tensor] | None:
     """What computes the module and hands out its gradients; None where it is of another kind."""
     if isinstance(module, LoraLayer):
-        return partial(_adapted, module, type(module).forward, take) if _plain(module) else None
+        original = type(module).forward
+        return partial(_adapted, module, original, take, rank) if _plain(module) else None
     if type(module) is nn.Linear and module.weight.requires_grad:
         return partial(_linear, module, take)
     return None
@@ -117,7 +126,9 @@ def _plain(layer: Any) -> bool:
     )
 
 
-def _adapted(layer: Any, original: Any, take: Take, x: torch.Tensor, **more: Any) -> torch.Tensor:
+def _adapted(
+    layer: Any, original: Any, take: Take, rank: int | None, x: torch.Tensor, **more: Any
+) -> torch.Tensor:
     if layer.disable_adapters or layer.merged or not torch.is_grad_enabled() or more:
         kept: torch.Tensor = original(layer, x, **more)
         return kept
@@ -128,7 +139,7 @@ def _adapted(layer: Any, original: Any, take: Take, x: torch.Tensor, **more: Any
     weight, bias = (base.weight, base.bias) if fused else (None, None)
     out = None if fused else base(x)
     scaling = layer.scaling[name]
-    found: torch.Tensor = _apply(_Lora, x, out, weight, bias, a, b, scaling, take)
+    found: torch.Tensor = _apply(_Lora, x, out, weight, bias, a, b, scaling, take, rank)
     return found
 
 
@@ -155,6 +166,7 @@ class _Lora(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, out: torch.Tensor | None, weight: torch.Tensor | None,
         bias: torch.Tensor | None, a: nn.Parameter, b: nn.Parameter, scaling: float, take: Take,
+        rank: int | None,
     ) -> torch.Tensor:  # fmt: skip
         low = functional.linear(x.to(a.dtype), a).mul_(scaling)
         result = functional.linear(x, weight, bias) if out is None else out.clone()  # type: ignore[arg-type]
@@ -164,7 +176,7 @@ class _Lora(torch.autograd.Function):
         else:  # one rounding, as in PEFT: the sum in fp32, then the base's type
             flat.add_(thin @ b.T)
         ctx.save_for_backward(low, x if a.requires_grad else None, weight)
-        ctx.factors, ctx.scaling, ctx.take = (a, b), scaling, take
+        ctx.factors, ctx.scaling, ctx.take, ctx.rank = (a, b), scaling, take, rank
         return result
 
     @staticmethod
@@ -173,7 +185,7 @@ class _Lora(torch.autograd.Function):
         low, x, weight = ctx.saved_tensors
         a, b = ctx.factors
         exact = _rows(grad)
-        ctx.take(b, per_record(exact, _rows(low)))
+        ctx.take(b, per_record(exact, _rows(low)[..., : ctx.rank]))
         into = None
         if a.requires_grad or ctx.needs_input_grad[0]:
             thin = (exact @ b).mul_(ctx.scaling)
@@ -182,7 +194,7 @@ class _Lora(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 into = _into(grad, thin, a, weight)
         below = grad if ctx.needs_input_grad[1] else None
-        return into, below, None, None, None, None, None, None
+        return into, below, None, None, None, None, None, None, None
 
 
 def _into(
