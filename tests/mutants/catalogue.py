@@ -957,6 +957,61 @@ MEDIA_MUTANTS = (
     ),
 )  # fmt: skip
 
+T_RANKS, T_NARROW = "tests/test_lora_ranks.py::", "tests/server/test_narrow_updates.py::"
+
+RANK_MUTANTS = (  # of sites that train fewer ranks of one adapter
+    _one(
+        "ranks", "the-last-columns-are-trained", "fedtune/narrow.py",
+        "return values[:, :rank] if", "return values[:, -rank:] if",
+        T_RANKS + "test_nothing_moves_the_columns_that_a_site_does_not_train",
+        "a column is moved by another column's gradient",
+    ),
+    _one(
+        "ranks", "a-site-trains-every-column", GRADIENTS,
+        "own(name, parameter.detach(), lora_rank) for", "own(name, parameter.detach(), None) for",
+        T_RANKS + "test_rows_are_the_first_columns_of_the_whole_rows",
+        "clipped and noised over numbers that are not sent",
+    ),
+    _one(
+        "ranks", "columns-left-out-stay-in-memory", GRADIENTS,
+        "    kept = each[..., :columns].clone()\n    each.zero_()\n",
+        "    kept = each[..., :columns].clone()\n",
+        T_RANKS + "test_columns_that_are_not_trained_are_wiped", "gradients nobody noised are kept",
+    ),
+    _one(
+        "ranks", "few-numbers-weigh-less", ROUNDS,
+        "self.strategy.add(widened(got.update, adapter), float(weight))",
+        "weight *= sum(a.size for a in part.values())\n"
+        "            self.strategy.add(widened(got.update, adapter), float(weight))",
+        T_NARROW + "test_the_aggregate_is_the_mean_with_zeros_for_what_a_site_does_not_train",
+        "the aggregate is no longer the weighted mean of what the sites changed",
+    ),
+    _one(
+        "ranks", "bound-over-numbers-not-trained", ROUNDS,
+        "sum(a.size for a in part.values())", "sum(a.size for a in self.progress.adapter.values())",
+        T_NARROW + "test_an_update_longer_than_its_own_numbers_allow_is_dropped",
+        "a site of few ranks may send longer updates than its noise explains",
+    ),
+    _one(
+        "ranks", "any-rank-is-taken", "server/admission.py",
+        "lora.min_rank <= said <= lora.rank else 0", "True else 0",
+        T_NARROW + "test_a_rank_that_the_plan_does_not_allow_is_refused",
+        "a site chooses its own shapes",
+    ),
+    _one(
+        "ranks", "a-rank-changes-on-the-way", "server/admission.py",
+        "self.lora_ranks.setdefault(name, rank) != rank", "self.lora_ranks.update({name: rank})",
+        T_NARROW + "test_a_rank_stays_for_the_study_also_over_a_restart_of_the_coordinator",
+        "what the report says of a site is not what it trained",
+    ),
+    _one(
+        "ranks", "fewer-ranks-than-the-plan-wants", POLICY,
+        "    if rank >= least:\n", "    if rank > 0:\n",
+        T_RANKS + "test_a_site_trains_fewer_ranks_only_where_the_plan_counts_on_it",
+        "budget is spent on updates that no coordinator takes",
+    ),
+)  # fmt: skip
+
 MUTANTS: tuple[Mutant, ...] = (
     *LOSS_MUTANTS,
     *PREFERENCE_MUTANTS,
@@ -974,4 +1029,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *MADE_MUTANTS,
     *MERGE_MUTANTS,
     *MEDIA_MUTANTS,
+    *RANK_MUTANTS,
 )
