@@ -37,7 +37,11 @@ def local_round(
     network = data.network
     network.load_trainable(adapter)
     engine = UnitGradientEngine(
-        data, find(study.objective), study.drawn, study.training.engine, lora_rank
+        data,
+        find(study.objective),
+        by=study.drawn,
+        engine=study.training.engine,
+        lora_rank=lora_rank,
     )
     optimizer = _optimizer(study, engine.trained)
     start = [t.clone() for t in engine.trained]

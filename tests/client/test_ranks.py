@@ -99,6 +99,27 @@ def test_two_processes_make_the_update_of_one(
     assert len(worker.ledger.charges("records")) == 2
 
 
+def test_two_processes_train_as_few_ranks_as_their_site(
+    path: Path, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks of the adapter, not of the team: both processes clip over the site's own columns, as
+    the site declared them, whatever its file says since."""
+    lora = {"rank": 4, "alpha": 8.0, "modules": ["q_proj"], "min_rank": 1}
+    made, site = begun(tiny_base, lora=lora, wire={"update": "float32"}), site_in(tmp_path / "one")
+    for each in (path, site):
+        each.write_text(SITE.replace("[data]", "lora_rank = 2\n[data]"))
+    alone, shared = SiteWorker(load_site(site), site), SiteWorker(load_site(path), path)
+    for each_worker in (alone, shared):
+        assert each_worker.prepare(made.study, made.frozen).lora_rank == 2
+    monkeypatch.setattr(noise, "gaussian_on_grid", lambda d, std, grid: torch.zeros(d).long())
+    path.write_text(SITE.replace("[data]", "lora_rank = 3\n[data]"))
+    with Ranks(path, 2, patience=60.0) as shared.ranks:
+        both = [w.train(made.study.digest, 1, made.adapter).delta for w in (alone, shared)]
+    assert all(array.shape[1] == 2 for update in both for array in update.values())
+    sums = [vector(update) for update in both]
+    assert np.linalg.norm(sums[0] - sums[1]) < 1e-4 * np.linalg.norm(sums[0]) > 0
+
+
 def test_a_rank_that_dies_costs_the_round_and_the_next_has_a_new_one(
     worker: SiteWorker, tiny_base: Path
 ) -> None:

@@ -107,6 +107,29 @@ def test_pairs_look_like_any_other_study(usual: Recorder, usual_pairs: Recorder)
         assert dict(leaves(one)) == dict(leaves(other))
 
 
+def test_a_site_of_fewer_ranks_says_how_many_and_sends_narrower_arrays_and_nothing_else(
+    usual: Recorder, tmp_path: Path, tiny_base: Path
+) -> None:
+    """`lora_rank`: one number that a person typed, there only where the plan lets sites choose."""
+    study = lay_out(tmp_path, tiny_base, patients(12))
+    study.write_text(study.read_text().replace("rank = 4", "rank = 4\nmin_rank = 1"))
+    south = tmp_path / "site-south.toml"
+    south.write_text(south.read_text().replace("[data]", "lora_rank = 1\n[data]"))
+    grid = run(study)
+    assert outside(grid) == ["admission.lora_rank: int"] * 2
+    said = [r.content["admission"] for r in grid.replies if "admission" in r.content]
+    assert {str(a["name"]): a["lora_rank"] for a in said} == {"north": 4, "south": 1}
+    by_name = {str(r.content["site"]["name"]): r for r in grid.replies if "site" in r.content}
+    north, before = dict(leaves(by_name["north"])), usual.replies[-1]
+    assert north == dict(leaves(before))
+    south_sent = dict(leaves(by_name["south"]))
+    for path, what in north.items():
+        if path.endswith("lora_B.default.weight"):
+            assert south_sent[path] == what.replace(", 4)", ", 1)") != what
+        elif path != "update/scales":
+            assert south_sent[path] == what
+
+
 def test_an_added_field_is_caught(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -270,8 +270,8 @@ CLIP_MUTANTS = (
     ),
     _one(
         30, "a-zero-adapter-is-not-clipped", TRAINING,
-        "    optimizer = _optimizer(study, engine.parameters)\n",
-        "    optimizer = _optimizer(study, engine.parameters)\n"
+        "    optimizer = _optimizer(study, engine.trained)\n",
+        "    optimizer = _optimizer(study, engine.trained)\n"
         "    if not any(array.any() for array in adapter.values()):\n"
         '        plan = plan.__class__(**{**vars(plan), "max_grad_norm": 1e6})\n',
         "tests/traps/test_trap_30_crafted_adapter.py", "round 0 is taken to be harmless",
@@ -590,7 +590,7 @@ WIRE_MUTANTS = (
     ),
     _one(
         22, "the-size-is-counted", SITE,
-        "return Admission(admitted, reason, self.site.site.name, self._size)",
+        "return Admission(admitted, reason, self.site.site.name, self._size, lora_rank)",
         "n = next(iter(self._cached.values()))[1].dataset.n_units if self._cached else 0\n"
         "        return Admission(admitted, reason, self.site.site.name, n)",
         "tests/traps/test_trap_22_site_counts.py", "weighting by the true number of units",
