@@ -69,6 +69,7 @@ PHRASES = (
     "policy.bases", "policy.coordinators", "policy.release", "policy.teachers",
     "nothing says that the teacher", "site.evaluation is not given",
     "the self-test failed", "patient column", "lora.a_digest", 'privacy = "off"', "not in the plan",
+    "site.lora_rank", "its lora_rank is not one", "lora_rank changed",
     "the ledger was rolled back", "self-test", "does not know the plan",
     "it is not enrolled with this signing key, or was revoked",
     "the plan is not signed by the coordinator this site enrolled with",
@@ -216,6 +217,7 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "fingerprint": _matching(HEX),
     "next": _matching(MOMENT),
     "slot": _count,
+    "lora_ranks": _by(_name, _count),
     "champion": _count,
     "promoted": _flag,
 }

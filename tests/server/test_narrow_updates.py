@@ -12,6 +12,7 @@ from client.site import Admission, Update
 from fedtune.config import LoraTable, Study
 from fedtune.errors import Refused
 from fedtune.narrow import narrowed, widened
+from fedtune.observe.log import cleaned
 from fedtune.report.markdown import markdown
 from server.bound import norm_bound, terms
 from tests.server.fakes import FakeSite, make_parts, make_study
@@ -162,6 +163,8 @@ def test_the_report_says_who_trained_what_and_how_noisy_it_is(trial):
         n = len(band["sites"])
         assert band["share"] == pytest.approx(n / 3)
         assert band["noise"] == pytest.approx((n / 3) ** 0.5)
+    rounds = [cleaned(kind, data, strict=True) for kind, data in run.events if kind == "round"]
+    assert [line["lora_ranks"] for line in rounds] == [{"a": 8, "b": 4, "c": 2}] * 4
     text = markdown(body)
     assert "## Ranks by site" in text
     assert "| 5–8 | a | 0.3333 | 0.5774 | 1.732 |" in text
