@@ -114,7 +114,9 @@ def test_a_rank_stays_for_the_study_also_over_a_restart_of_the_coordinator(trial
         run.run(study(), parts=parts())
     sites[2].rank = sites[2].says = 4
     body = run.run(study(), resume=True, parts=parts())
-    assert body["rounds"][-1]["missing"]["c"] == "refused: its lora_rank changed during the study"
+    assert (
+        body["rounds"][-1]["missing"].get("c") == "refused: its lora_rank changed during the study"
+    )
     assert body["rounds"][-1]["participants"] == ["a", "b"]
     assert body["lora_ranks"]["sites"] == {"a": 8, "b": 4, "c": 2}
 
