@@ -94,7 +94,7 @@ MTS = DataSet(
 
 def _preference(name: str, objective: str) -> DataSet:
     source = preference.SOURCES[name]
-    rates = (3.0, 10.0, 30.0) if objective == "dpo" else (0.3, 3.0, 30.0)
+    rates = {"dpo": (3.0, 10.0, 30.0), "orpo": (0.3, 1.0, 3.0), "reward": (0.3, 3.0, 30.0)}
     alone = ("local",) if objective == "dpo" and name == "formulary" else ()
     rows = ("base", *alone, "epsilon-8", "non-private")
     return DataSet(
@@ -106,7 +106,7 @@ def _preference(name: str, objective: str) -> DataSet:
         partial(preference.study, name, objective),
         partial(preference.write, name),
         {
-            arm: [{"training": {"learning_rate": rate}} for rate in rates]
+            arm: [{"training": {"learning_rate": rate}} for rate in rates[objective]]
             for arm in ("epsilon-8", "non-private")
         },
         {row: ROWS[row] for row in rows},
@@ -114,7 +114,9 @@ def _preference(name: str, objective: str) -> DataSet:
 
 
 PREFERENCE = [
-    _preference(name, objective) for name in preference.SOURCES for objective in preference.KINDS
+    _preference(name, objective)
+    for name, source in preference.SOURCES.items()
+    for objective in source.tuned
 ]
 MEDIA_ROWS = {name: ROWS[name] for name in ("base", "local", "epsilon-8", "non-private")}
 

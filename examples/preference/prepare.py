@@ -1,6 +1,7 @@
 """Write a study on preferences over three sites, from generated pairs or from a real set.
 
     epsilon-8.toml …            the public plan (DPO), one file for each arm of the table
+    orpo-epsilon-8.toml …       the same for ORPO, on a real set
     reward-epsilon-8.toml …     the same for a reward model: a head alone on the frozen base
     sites/<name>/site.toml      one site's own file
     sites/<name>/train.jsonl    {unit, prompt, chosen, rejected}
@@ -36,17 +37,17 @@ Read = Callable[
 
 @dataclass(frozen=True)
 class Source:
-    """unit: who is protected; declared: units that a site states in public, by site; test and
-    validation: shares of the units, 0 where the reader made them apart."""
+    """unit: who is protected; declared: units that a site states in public, by site; tuned: what
+    was chosen for each objective, on pairs that are not test pairs; test and validation: shares of
+    the units, 0 where the reader made them apart."""
 
     title: str
     unit: Literal["record", "patient"]
     delta: float
     declared: dict[str, int]
     read: Read
-    rate: float
-    reward_rate: float
-    test: float = 0.25
+    tuned: dict[str, Table]
+    test: float = 1 / 3
     validation: float = 0.1
 
 
@@ -89,7 +90,7 @@ BASIC = ("Anatomy", "Biochemistry", "Microbiology", "Pathology", "Pharmacology",
 
 
 def _medmcqa(data: Path, seed: int) -> dict[str, list[Table]]:
-    """180 questions a site; the worse answer is a wrong option, drawn by a fixed draw."""
+    """500 questions a site; the worse answer is a wrong option, drawn by a fixed draw."""
     found: dict[str, list[Table]] = {"dental": [], "basic": [], "clinical": []}
     wrong, rows = random.Random("medmcqa:wrong"), read_jsonl(data / "medmcqa_dev" / "train.jsonl")
     for row in rows:
@@ -103,11 +104,17 @@ def _medmcqa(data: Path, seed: int) -> dict[str, list[Table]]:
         prompt = f"Question: {_end(row['question'], CHARS)}\nAnswer:"
         pair = _pair(prompt, right, worse)
         found[site].append({"unit": row["id"], **pair})
-    return {site: random.Random("medmcqa").sample(mine, 180) for site, mine in found.items()}
+    return {site: random.Random("medmcqa").sample(mine, 500) for site, mine in found.items()}
 
 
 def _pair(prompt: str, chosen: str, rejected: str) -> Table:
     return {"prompt": prompt, "chosen": f" {chosen.strip()}", "rejected": f" {rejected.strip()}"}
+
+
+def _steps(rate: float, rounds: int, steps: int = 1, **options: float) -> Table:
+    """`steps` at each site in each of `rounds`, and the objective's options."""
+    training: Table = {"learning_rate": rate, "rounds": rounds, "local_steps": steps}
+    return {"training": training, **({"objective": {"options": options}} if options else {})}
 
 
 def _end(text: str, chars: int) -> str:
@@ -119,19 +126,21 @@ def _end(text: str, chars: int) -> str:
 SOURCES = {
     "formulary": Source(
         "A hidden order of remedies (generated)", "record", 1e-4,
-        {"north": 667, "south": 667, "west": 666}, _generated, 30.0, 3.0, 0.0, 0.0,
+        {"north": 667, "south": 667, "west": 666}, _generated,
+        {"dpo": _steps(30.0, 4), "reward": _steps(3.0, 8)}, 0.0, 0.0,
     ),
     "medec": Source(
-        "MEDEC", "record", 1e-3, {"management": 109, "diagnosis": 56, "other": 42},
-        _medec, 3.0, 3.0,
+        "MEDEC", "record", 1e-3, {"management": 98, "diagnosis": 47, "other": 36},
+        _medec, {"dpo": _steps(3.0, 4), "orpo": _steps(1.0, 4), "reward": _steps(3.0, 8)},
     ),
     "mts": Source(
-        "MTS-Dialog summaries", "patient", 1e-3, {"alder": 12, "birch": 12, "cedar": 11},
-        _mts, 10.0, 3.0,
+        "MTS-Dialog summaries", "patient", 1e-3, {"alder": 11, "birch": 10, "cedar": 10},
+        _mts,
+        {"dpo": _steps(3.0, 8), "orpo": _steps(1.0, 8, weight=10.0), "reward": _steps(3.0, 8)},
     ),
     "medmcqa": Source(
-        "MedMCQA", "record", 1e-3, dict.fromkeys(("dental", "basic", "clinical"), 117),
-        _medmcqa, 3.0, 3.0,
+        "MedMCQA", "record", 1e-3, dict.fromkeys(("dental", "basic", "clinical"), 283),
+        _medmcqa, {"dpo": _steps(3.0, 4), "orpo": _steps(1.0, 4), "reward": _steps(3.0, 8)},
     ),
 }  # fmt: skip
 
@@ -160,7 +169,11 @@ ADAPTER: Table = {
     "public": {"path": "public.jsonl", "licence": "MIT", "columns": PUBLIC_COLUMNS},
 }
 ARMS = ("non-private", "epsilon-8", "local")
-KINDS = {"dpo": "", "reward": "reward-"}  # objective -> what its plans' names begin with
+KINDS = {  # objective -> what its plans' names begin with
+    "dpo": "",
+    "orpo": "orpo-",
+    "reward": "reward-",
+}
 
 
 def study(
@@ -168,19 +181,17 @@ def study(
 ) -> Table:
     """The plan of one arm; `evaluation` names the held-out file, None leaves it out."""
     source = SOURCES[name]
-    rate = source.rate if objective == "dpo" else source.reward_rate
     asked = {"epsilon": 8.0, "delta": source.delta, "unit": source.unit}
     off = {"privacy": "off", "clipping": {"unit": source.unit}}  # as epsilon-8, σ = 0
-    tables: Table = merged(STUDY, ADAPTER if objective == "dpo" else {})
+    tables: Table = merged(STUDY, {} if objective == "reward" else ADAPTER)
     tables = merged(tables, off if arm == "non-private" else {"privacy": asked})
     own = {
         "study": {"name": f"preference-{name}", "seed": seed},
         # A remedy is one word: with an end after each, half of a pair's tokens would be alike.
         "objective": {"name": objective, "append_eos": name != "formulary"},
-        "training": {"learning_rate": rate, "rounds": 4 if objective == "dpo" else 8},
         "evaluation": {"path": evaluation} if evaluation else None,
     }
-    return merged(tables, own)
+    return merged(merged(tables, own), source.tuned[objective])
 
 
 def write(name: str, data: Path, out: Path, seed: int) -> list[Path]:
@@ -194,10 +205,14 @@ def write(name: str, data: Path, out: Path, seed: int) -> list[Path]:
     for site, rows in train.items():
         jsonl(out / "sites" / site / "train.jsonl", rows)
         sites.append(_site(out, source, site))
-    for objective, lead in KINDS.items():
+    for objective in source.tuned:
         for arm in ARMS:
             plan = study(name, objective, arm, seed)
-            toml(out / f"{lead}{arm}.toml", plan, f"{source.title}, {objective}, arm {arm}")
+            toml(
+                out / f"{KINDS[objective]}{arm}.toml",
+                plan,
+                f"{source.title}, {objective}, arm {arm}",
+            )
     return sites
 
 

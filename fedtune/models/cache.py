@@ -30,7 +30,8 @@ class Batch:
     network's device; soft: of a taught record's P targets the outcomes and log-probabilities, each
     (R, P, k), zero beyond its own. seen: (R, tiles, P, W), the tower's states of each passage's
     file, where the network above the cut reads them; every record of a batch has the same number
-    of tiles."""
+    of tiles. before: (N, k), on the processor, of all N records of the dataset: what each passage's
+    log-likelihood is to the frozen base, NaN until somebody asked."""
 
     prefix: torch.Tensor
     mask: torch.Tensor
@@ -40,6 +41,7 @@ class Batch:
     soft: tuple[torch.Tensor, torch.Tensor] | None = None
     seen: torch.Tensor | None = None
     tiles: int = 1
+    before: torch.Tensor | None = None
 
     def split(self, most: int) -> Iterator[Batch]:
         """The same records, at most so many at a time; the padded length stays."""
@@ -55,6 +57,7 @@ class Batch:
                 soft=self.soft and (self.soft[0][rows], self.soft[1][rows]),
                 seen=None if self.seen is None else self.seen[rows],
                 tiles=self.tiles,
+                before=self.before,
             )
 
 
@@ -98,6 +101,7 @@ class Cached:
         ]
         self._seen: dict[bytes, State] = {}  # what the tower makes of each file, by its digest
         self._states = [network.states.get(name) for name in self._names]
+        self._before = torch.full((len(dataset.examples), self._each), torch.nan)
         lengths = [len(kept) for kept in self._kept]
         self._longest = [
             max(lengths[at : at + self._each]) for at in range(0, len(lengths), self._each)
@@ -168,6 +172,7 @@ class Cached:
                 soft=self._soft(records),
                 seen=seen,
                 tiles=self._tiles[records[0]],
+                before=self._before,
             )
 
     def _soft(self, records: Indices) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -53,7 +53,7 @@ def test_no_unit_is_on_two_sides_and_the_test_pairs_are_everybodys(
 @pytest.mark.parametrize("name", EVERY)
 def test_every_arm_is_a_plan_that_its_sites_could_run(tmp_path: Path, name: str) -> None:
     out = written(name, tmp_path, 0)
-    for lead in prepare.KINDS.values():
+    for lead in (prepare.KINDS[objective] for objective in prepare.SOURCES[name].tuned):
         private, twin = (load_study(out / f"{lead}{a}.toml") for a in ("epsilon-8", "non-private"))
         assert private.private and not twin.private and private.unit == twin.unit
         assert (private.training, private.lora) == (twin.training, twin.lora)
@@ -74,6 +74,7 @@ def test_one_order_decides_every_generated_pair() -> None:
     assert not any(word in public.split() for word in formulary.REMEDIES)
 
 
-def test_the_tables_know_every_set_by_both_objectives() -> None:
+def test_the_tables_know_every_set_by_every_objective() -> None:
     names = {each.name for each in PREFERENCE}
-    assert names == {lead + name for name in prepare.SOURCES for lead in ("", "reward-")}
+    real = {lead + name for name in FOLDERS for lead in ("", "orpo-", "reward-")}
+    assert names == real | {"formulary", "reward-formulary"}

@@ -124,6 +124,7 @@ LOSS_MUTANTS = (
 )  # fmt: skip
 
 T_CONTRACT = "tests/objectives/test_contract.py::"
+T_REFERENCE = "tests/objectives/test_reference.py::"
 T_ORACLES = T_CONTRACT + "test_the_four_oracles_pass"
 
 PREFERENCE_MUTANTS = (
@@ -141,8 +142,14 @@ PREFERENCE_MUTANTS = (
     _one(
         26, "the-reference-has-the-adapter-on", "fedtune/objectives/_tokens.py",
         "with torch.no_grad(), network.base_only():", "with torch.no_grad():",
-        T_CONTRACT + "test_the_reference_is_the_policy_at_the_start",
+        T_REFERENCE + "test_the_reference_is_the_policy_at_the_start",
         "the reference is a model that saw the records",
+    ),
+    _one(
+        26, "a-reference-kept-by-place-in-the-batch", "fedtune/objectives/_tokens.py",
+        "batch.before[batch.index] = found", "batch.before[: len(batch.index)] = found",
+        T_REFERENCE + "test_the_reference_is_computed_once_and_stays_each_records_own",
+        "a record's reference is another record's",
     ),
     _one(
         28, "one-passage-of-a-pair-counts", GRADIENTS,

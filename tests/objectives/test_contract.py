@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional
@@ -362,21 +361,3 @@ def test_half_a_pair_is_caught(tiny_base: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(UnitGradientEngine, "_per_record", half)
     case = case_of(tiny_base, name, "cut", by="record")
     assert apart(case.rows(), one_by_one(case)) > 1e-2
-
-
-@pytest.mark.parametrize("adapter", ["cut", "positions apart"])
-def test_the_reference_is_the_policy_at_the_start(tiny_base: Path, adapter: str) -> None:
-    case = case_of(tiny_base, "dpo", adapter)
-    trained = case.network.trainable()
-    (batch, *_) = Cached(case.network, case.data).batches(range(len(case.data.examples)))
-    assert batch.label.shape[0] * 2 == batch.mask.shape[0]
-    with torch.no_grad():
-        found, now = (f(case.network, batch).total for f in (_tokens.reference, _tokens.likelihood))
-        case.network.load_trainable({n: np.zeros_like(a) for n, a in trained.items()})
-        try:
-            expected = _tokens.likelihood(case.network, batch).total
-        finally:
-            case.network.load_trainable(trained)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert float((now - expected).abs().max()) > 0.1
-    assert all(p.requires_grad for p in case.network.parameters().values())
