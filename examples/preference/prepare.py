@@ -131,7 +131,8 @@ SOURCES = {
     ),
     "medec": Source(
         "MEDEC", "record", 1e-3, {"management": 98, "diagnosis": 47, "other": 36},
-        _medec, {"dpo": _steps(3.0, 4), "orpo": _steps(1.0, 4), "reward": _steps(3.0, 8)},
+        _medec,
+        {"dpo": _steps(1.0, 4), "orpo": _steps(1.0, 2, weight=1.0), "reward": _steps(3.0, 8)},
     ),
     "mts": Source(
         "MTS-Dialog summaries", "patient", 1e-3, {"alder": 11, "birch": 10, "cedar": 10},
@@ -140,7 +141,8 @@ SOURCES = {
     ),
     "medmcqa": Source(
         "MedMCQA", "record", 1e-3, dict.fromkeys(("dental", "basic", "clinical"), 283),
-        _medmcqa, {"dpo": _steps(3.0, 4), "orpo": _steps(1.0, 4), "reward": _steps(3.0, 8)},
+        _medmcqa,
+        {"dpo": _steps(3.0, 4), "orpo": _steps(1.0, 4, weight=1.0), "reward": _steps(3.0, 8)},
     ),
 }  # fmt: skip
 
