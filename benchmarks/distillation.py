@@ -1,0 +1,137 @@
+"""How small a student may be: the demo's run, taught to its own base with fewer layers.
+
+    python -m benchmarks.distillation --seeds 0 1 2 --layers 27 24 --out runs/students
+
+Each seed: the demo's three hospitals at ε = 8 are the teacher; a student learns from public notes
+(the demo's own 180, or --prompts of the same kind) what the teacher says, and is measured on the
+test patients. Settings are chosen with --held-out validation. Writes OUT/results.json and
+OUT/table.md; teachers and rows that are there are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from fedtune.config import Columns, PublicTable
+from fedtune.demo import run_demo
+from fedtune.demo.generate import public_notes
+from fedtune.distill import Settings, distill
+from fedtune.quality import evaluate
+from fedtune.runs import data_file
+
+
+def teacher(out: Path, seed: int) -> Path:
+    """The demo's run, trained unless it is there."""
+    run = out / f"teacher-{seed}"
+    if not (run / "report.json").exists():
+        shutil.rmtree(run, ignore_errors=True)
+        run_demo(run, seed=seed, alone=False)
+    return run
+
+
+def prompts(out: Path, run: Path, seed: int, count: int | None) -> Path:
+    """The demo's public notes, or `count` of the same kind."""
+    if count is None:
+        return run / "data" / "public.jsonl"
+    path = out / f"public-{seed}-{count}.jsonl"
+    rows = public_notes(random.Random(f"distillation:{seed}"), count)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def measured(run: Path, data: Path) -> tuple[float, float]:
+    """Accuracy of the run's base and of its adapter."""
+    found = evaluate(run, data_file(run, data, []))
+    return found["before"]["accuracy"], found["after"]["accuracy"]
+
+
+def student(
+    out: Path, seed: int, layers: int, settings: Settings, count: int | None, held_out: str
+) -> dict[str, float]:
+    """One row of the table at one seed. kept: of the teacher's gain over its own base."""
+    run = teacher(out, seed)
+    test = run / "data" / f"{held_out}.jsonl"
+    base, taught = measured(run, test)
+    file = PublicTable(
+        path=prompts(out, run, seed, count), columns=Columns(prompt="note"), licence="CC0-1.0"
+    )
+    folder, started = out / "student", time.monotonic()
+    shutil.rmtree(folder, ignore_errors=True)
+    body = distill([run], file, folder, layers=layers, settings=settings)
+    took = time.monotonic() - started
+    own, learned = measured(folder, test)
+    size = body["base"]["parameters"]
+    return {"teacher": taught, "base": own, "student": learned, "parameters": size} | {
+        "kept": (learned - base) / (taught - base),
+        "seconds": round(took, 1),
+    }
+
+
+def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Means and standard deviations over the seeds, as Markdown."""
+    lines = [
+        "| student | seeds | accuracy | its own base | teacher | of its gain | least of a seed |",
+        "|---|---|---|---|---|---|---|",
+    ]
+
+    def over(rows: list[dict[str, float]], figure: str) -> str:
+        values = [row[figure] for row in rows]
+        return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+    for name, seeds in results.items():
+        rows = list(seeds.values())
+        cells = [over(rows, figure) for figure in ("student", "base", "teacher", "kept")]
+        least = f"{min(row['kept'] for row in rows):.3f}"
+        lines.append("| " + " | ".join([name, ", ".join(seeds), *cells, least]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--layers", type=int, nargs="+", default=[27], help="of the student")
+    parser.add_argument("--last-layers", type=int, default=1, help="that get an adapter")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--rate", type=float, default=0.005)
+    parser.add_argument("--prompts", type=int, help="public notes (default: the demo's own 180)")
+    parser.add_argument("--held-out", choices=("test", "validation"), default="test")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    kept = out / "results.json"
+    results: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    settings = Settings(
+        rank=args.rank,
+        last_layers=args.last_layers,
+        epochs=args.epochs,
+        learning_rate=args.rate,
+        new_tokens=1,
+    )
+    for layers in args.layers:
+        name = (
+            f"{layers} layers, adapters in the last {args.last_layers}, rank {args.rank}, "
+            f"{args.epochs} epochs, rate {args.rate:g}, {args.prompts or 180} notes"
+        )
+        name += ", validation" if args.held_out == "validation" else ""
+        rows = results.setdefault(name, {})
+        for seed in args.seeds:
+            if str(seed) not in rows:
+                given = layers, settings, args.prompts, args.held_out
+                rows[str(seed)] = student(out, seed, *given)
+                print(f"seed {seed}, {name}: {json.dumps(rows[str(seed)])}", flush=True)
+                kept.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+                (out / "table.md").write_text(table(results), encoding="utf-8")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
