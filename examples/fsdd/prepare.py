@@ -47,7 +47,7 @@ STUDY: Table = {
     },
     "objective": {"name": "causal_lm", "max_length": 16, "append_eos": False},
     "public": {"path": "public.jsonl", "licence": "generated", "columns": COLUMNS},
-    "training": {"rounds": 8, "sampling_rate": 1.0, "learning_rate": 5.0},
+    "training": {"rounds": 8, "sampling_rate": 1.0, "learning_rate": 1.5},
     "clipping": {"max_grad_norm": 1.0, "mode": "normalised"},
     "evaluation": {
         "path": "test.jsonl",
@@ -69,7 +69,8 @@ ARMS: dict[str, Table] = {
     "local": private(8.0),
 }
 TUNING: dict[str, list[Table]] = {
-    "epsilon-8": [{"training": {"learning_rate": rate}} for rate in (1.5, 5.0, 15.0)],
+    arm: [{"training": {"learning_rate": rate}} for rate in (0.5, 1.5, 5.0, 15.0)]
+    for arm in ("non-private", "epsilon-8")
 }
 
 
