@@ -28,6 +28,7 @@ from fedtune.dp.selftest import MemoryLog
 from fedtune.models.cache import Cached
 from fedtune.models.network import build
 from fedtune.models.probe import random_records
+from fedtune.narrow import turn
 from fedtune.training import local_round
 from fedtune.wire import codec
 
@@ -88,7 +89,7 @@ def step(rank: int) -> dict[str, float]:
     network = build(study)
     data = Cached(network, random_records(network, study, RECORDS, TOKENS))
     plan, adapter, log = plan_for_site(study, RECORDS), network.trainable(), MemoryLog()
-    given = (study, data, plan, log, 1, adapter, False, rank)
+    given = (study, data, plan, log, 1, adapter, False, turn(study.lora, rank, 1))
     local_round(*given)  # the base's pages, and what PyTorch keeps
     loaded = measure.reset_peak()
     took = measure.seconds(lambda: local_round(*given))

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,6 +36,7 @@ from fedtune.models.lora import Arrays
 from fedtune.models.lora import digest as arrays_digest
 from fedtune.models.network import Network, build
 from fedtune.models.states import STORE
+from fedtune.narrow import ALL
 from fedtune.objectives import find
 
 log = logging.getLogger("fedtune.site")
@@ -60,17 +62,17 @@ class Ranks:
 
     @contextmanager
     def at_work(
-        self, study: Study, data: Cached, frozen: Arrays, lora_rank: int | None = None
+        self, study: Study, data: Cached, frozen: Arrays, columns: slice = ALL
     ) -> Iterator[Team]:
         """The team for one round of `study`, each rank with the same plan, factor and records.
-        lora_rank: as local_round has it.
+        columns: as local_round has them.
 
         Errors: InfrastructureError where a rank fails, is gone, is silent, or reads other records
         than this process; whatever goes wrong, the team is ended."""
         try:
             group = self._group = self._group or self._started()
-            self._agree(group, study, data, frozen, lora_rank)
-            yield _Lead(group, data.network)
+            self._agree(group, study, data, frozen)
+            yield _Lead(group, data.network, columns)
         except BaseException:
             self.close()
             raise
@@ -116,9 +118,7 @@ class Ranks:
                 time.sleep(0.05)
         return Group(0, self.size, self._patience, store)
 
-    def _agree(
-        self, group: Group, study: Study, data: Cached, frozen: Arrays, lora_rank: int | None
-    ) -> None:
+    def _agree(self, group: Group, study: Study, data: Cached, frozen: Arrays) -> None:
         """Have every rank prepare `study`, unless it has. Errors: InfrastructureError."""
         records, factor = fingerprint(data.dataset), arrays_digest(frozen)
         if self._agreed == (study.digest, factor, records):
@@ -127,8 +127,7 @@ class Ranks:
         names = sorted(frozen)
         header = {"do": "prepare", "study": study.model_dump_json(), "dtype": dtype}
         arrays = [torch.from_numpy(np.asarray(frozen[name], np.float32)) for name in names]
-        more = {"records": records, "names": names, "lora_rank": lora_rank}
-        group.send(header | more, arrays)
+        group.send({**header, "records": records, "names": names}, arrays)
         said = group.add_up(torch.zeros(self.size, dtype=torch.int64))[1:].tolist()
         for rank, answer in enumerate(said, 1):
             if answer != SAME:
@@ -144,14 +143,16 @@ class Ranks:
 class _Lead:
     """fedtune.dp.team.Team, at rank 0."""
 
-    def __init__(self, group: Group, network: Network) -> None:
+    def __init__(self, group: Group, network: Network, columns: slice) -> None:
         self._group, self._network = group, network
+        self._columns = [columns.start, columns.stop]
 
     def total(self, sampled: list[int], dimension: int, own: AddUp) -> torch.Tensor:
         parameters = self._network.parameters().values()
         flat = torch.cat([p.detach().flatten().cpu() for p in parameters])
         rows = torch.tensor(sampled, dtype=torch.int64)
-        self._group.send({"do": "add", "dimension": dimension}, [flat, rows])
+        header = {"do": "add", "dimension": dimension, "columns": self._columns}
+        self._group.send(header, [flat, rows])
         return summed(self._group, sampled, dimension, own)
 
 
@@ -178,7 +179,8 @@ def follow(group: Group, site: SiteWorker) -> NoReturn:
         elif work is not None:
             flat, rows = tensors
             try:
-                summed(group, rows.tolist(), header["dimension"], work.with_parameters(flat))
+                own = work.with_parameters(flat, slice(*header["columns"]))
+                summed(group, rows.tolist(), header["dimension"], own)
             except InfrastructureError:
                 raise
             except Exception as error:  # rank 0 saw that the rows are missing
@@ -199,22 +201,22 @@ class _Work:
         self.network.load_frozen(arrays)
         data = site.seen(study, self.network)
         self.records = fingerprint(data.dataset)
-        how = (find(study.objective), study.drawn, study.training.engine, header["lora_rank"])
-        self._engine = UnitGradientEngine(data, *how)
+        how = (data, find(study.objective), study.drawn, study.training.engine)
+        self._engine_of = partial(UnitGradientEngine, *how)
         self._plan = plan_for_site(study, site.site.site.declared_size)
-        checkpointing = site.site.site.gradient_checkpointing
-        self._recompute = checkpointing and self._engine.name == "one-pass"
+        self._checkpointing = site.site.site.gradient_checkpointing
 
-    def with_parameters(self, flat: torch.Tensor) -> AddUp:
-        """What adds up rows with the trainable parameters `flat`, (d,) in the update's order."""
+    def with_parameters(self, flat: torch.Tensor, columns: slice) -> AddUp:
+        """What adds up rows with the parameters `flat`, all in their order, of whose B's these
+        columns are trained."""
 
         def own(rows: list[int]) -> torch.Tensor:
-            engine = self._engine
+            engine = self._engine_of(columns)
             pieces = torch.split(flat, [p.numel() for p in engine.parameters])
             with torch.no_grad():
                 for parameter, piece in zip(engine.parameters, pieces, strict=True):
                     parameter.copy_(piece.view_as(parameter))
-            with self.network.recomputing(self._recompute):
+            with self.network.recomputing(self._checkpointing and engine.name == "one-pass"):
                 return self._plan.clipped_sum(rows, engine.dimension, engine)
 
         return own

@@ -72,7 +72,7 @@ def _runs(study: Study, plan: DpPlan | None, site: Site) -> list[str]:
             f" ({'B alone is trained' if lora.train == 'B' else 'A and B are trained'})"
         )
         if (rank := lora.rank_at(site.site.lora_rank)) < lora.rank:
-            where += f", its first {rank} ranks here (site.lora_rank)"
+            where += f", {rank} of its ranks each round here, in turn (site.lora_rank)"
     t = study.training
     lines = [
         f"Code: fedtune {__version__} as installed here. Nothing the coordinator sends is run.",

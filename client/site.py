@@ -35,7 +35,7 @@ from fedtune.models.lora import Arrays
 from fedtune.models.lora import digest as arrays_digest
 from fedtune.models.network import Network, build
 from fedtune.models.teacher import teaching
-from fedtune.narrow import own
+from fedtune.narrow import own, turn
 from fedtune.training import check_trains, local_round
 from fedtune.wire.codec import Encoded, encode
 from fedtune.wire.keys import SigningKey
@@ -155,7 +155,7 @@ class SiteWorker:
         if plan:
             _self_test(study, network, self._size, rank)
         frozen = network.adopt(study, frozen)
-        check_trains(study, network, rank)
+        check_trains(study, network, turn(study.lora, rank, 1))
         self._data(study, network, self.site.data)  # not kept here: somebody may withdraw
         ran = plan or plain_plan(study, self._size)
         return _Prepared(study, network, ran, frozen, coordinator, rank)
@@ -252,8 +252,9 @@ class SiteWorker:
         if body is None:
             body = self._trained(prepared, round_, adapter, given)
         delta = load(body)
+        columns = turn(prepared.study.lora, prepared.lora_rank, round_)
         for name, array in adapter.items():
-            if delta[name].shape != own(name, array, prepared.lora_rank).shape:
+            if delta[name].shape != own(name, array, columns).shape:
                 raise PolicyRefused(  # it trained, was started again, and now declares another rank
                     "site.lora_rank was changed while an update of this round waits to be sent",
                     todo="set it back for this study",
@@ -276,9 +277,10 @@ class SiteWorker:
         else:
             reserved = self.ledger.reserve(self._dataset, charge, given, permit)
         prepared.network.load_frozen(prepared.frozen)
-        recompute, rank = self.site.site.gradient_checkpointing, prepared.lora_rank
-        with self._step_plan(prepared, data) as ran:
-            delta = local_round(study, data, ran, self.log, round_, adapter, recompute, rank)
+        recompute = self.site.site.gradient_checkpointing
+        columns = turn(study.lora, prepared.lora_rank, round_)
+        with self._step_plan(prepared, data, columns) as ran:
+            delta = local_round(study, data, ran, self.log, round_, adapter, recompute, columns)
         events = _summary(self.log.steps(study.digest)) if plan else []
         sent = encode(delta, study.wire.update)  # after the noise, before the ledger
         body = save(sent, {"events": json.dumps(events)})
@@ -298,13 +300,12 @@ class SiteWorker:
         return left
 
     @contextmanager
-    def _step_plan(self, prepared: _Prepared, data: Cached) -> Iterator[StepPlan]:
+    def _step_plan(self, prepared: _Prepared, data: Cached, columns: slice) -> Iterator[StepPlan]:
         """What draws and noises the round, with this site's other processes if there are any."""
         if self.ranks is None or prepared.private is None:
             yield prepared.plan
         else:
-            given = (prepared.study, data, prepared.frozen, prepared.lora_rank)
-            with self.ranks.at_work(*given) as team:
+            with self.ranks.at_work(prepared.study, data, prepared.frozen, columns) as team:
                 yield SharedPlan(prepared.private, team)
 
     # -------------------------------------------------------------------------------- a query

@@ -1,10 +1,10 @@
 """Which numbers of an adapter a site trains that has room for fewer ranks than the plan's.
 
 With A frozen and shared, an adapted layer changes by s·B A, and column j of B meets row j of A
-alone. A site of rank k trains the first k columns of each B, at the plan's own scale s, and sends
-these. With zeros behind them, the weighted mean of the sites' updates is the mean of their changes
-s·ΔBᵢ A[:kᵢ]: linear in B, so exact. Where A is trained too, a mean of products is no product of
-means (docs/decisions/0024-ranks.md)."""
+alone. A site of rank k trains k columns of each B in a round, at the plan's own scale s, and sends
+these; the next round it trains the next k, so that in time it trains all. With zeros elsewhere the
+weighted mean of the sites' updates is the mean of their own changes s·ΔBᵢ A: linear in B, so exact.
+Where A is trained too, a mean of products is no product of means (docs/decisions/0024-ranks.md)."""
 
 from __future__ import annotations
 
@@ -14,26 +14,41 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.config import LoraTable
+
 Arrays = dict[str, npt.NDArray[np.float32]]
+ALL = slice(None)
 
 
-def own(name: str, values: Any, rank: int | None) -> Any:
-    """The part of trainable tensor `name` that a site of `rank` trains, as a view: the first
-    columns of a B, all of anything else. None: all of everything."""
-    return values[:, :rank] if rank is not None and ".lora_B." in name else values
+def turn(lora: LoraTable | None, rank: int | None, round_: int) -> slice:
+    """The columns of each B that a site of `rank` trains in round `round_` (from 1); None: all.
+
+    Block after block, the last of which ends with the last column, then from the first again. It
+    follows from the round's number and two public figures alone."""
+    if lora is None or rank is None:
+        return ALL
+    blocks = -(-lora.rank // rank)
+    start = min((round_ - 1) % blocks * rank, lora.rank - rank)
+    return slice(start, start + rank)
 
 
-def narrowed(arrays: Mapping[str, npt.NDArray[np.float32]], rank: int | None) -> Arrays:
-    """Of each array what a site of `rank` trains: the names and shapes of its updates."""
-    return {name: np.ascontiguousarray(own(name, a, rank)) for name, a in arrays.items()}
+def own(name: str, values: Any, columns: slice) -> Any:
+    """The part of trainable tensor `name` that is trained, as a view: of a B these columns, of
+    anything else all."""
+    return values[:, columns] if ".lora_B." in name else values
 
 
-def widened(update: Arrays, like: Mapping[str, npt.NDArray[np.float32]]) -> Arrays:
-    """`update` in the shapes of `like`: zeros where its site trains nothing."""
+def narrowed(arrays: Mapping[str, npt.NDArray[np.float32]], columns: slice) -> Arrays:
+    """Of each array what is trained: the names and shapes of an update."""
+    return {name: np.ascontiguousarray(own(name, a, columns)) for name, a in arrays.items()}
+
+
+def widened(update: Arrays, like: Mapping[str, npt.NDArray[np.float32]], columns: slice) -> Arrays:
+    """`update` in the shapes of `like`: zeros where its site trained nothing."""
     found: Arrays = {}
     for name, array in update.items():
         found[name] = array
         if array.shape != like[name].shape:
             found[name] = np.zeros_like(like[name])
-            found[name][:, : array.shape[1]] = array
+            found[name][:, columns] = array
     return found

@@ -13,7 +13,7 @@ from fedtune.models.cache import Cached
 from fedtune.models.lora import Arrays
 from fedtune.models.network import Network
 from fedtune.models.probe import random_records
-from fedtune.narrow import narrowed
+from fedtune.narrow import ALL, narrowed
 from fedtune.objectives import find
 
 
@@ -25,11 +25,11 @@ def local_round(
     round_: int,
     adapter: Arrays,
     recompute: bool = False,
-    lora_rank: int | None = None,
+    columns: slice = ALL,
 ) -> Arrays:
     """`local_steps` steps from `adapter`; returns trained minus given, fp32 by name.
-    recompute: keep no activations within a block; Opacus' hooks cannot, and go without. lora_rank:
-    of each B the first columns alone are trained, and returned; the others stay as given.
+    recompute: keep no activations within a block; Opacus' hooks cannot, and go without. columns:
+    of each B these alone are trained, and returned; the others stay as given.
 
     Only the noised mean gradient reaches the optimiser, so momentum, decay and the proximal term
     (Li et al. 2020) are post-processing. The optimiser starts afresh each round: nothing of a
@@ -41,7 +41,7 @@ def local_round(
         find(study.objective),
         by=study.drawn,
         engine=study.training.engine,
-        lora_rank=lora_rank,
+        columns=columns,
     )
     optimizer = _optimizer(study, engine.trained)
     start = [t.clone() for t in engine.trained]
@@ -56,7 +56,7 @@ def local_round(
         optimizer.zero_grad()
     trained = network.trainable()
     network.load_trainable(adapter)
-    return narrowed({name: trained[name] - adapter[name] for name in trained}, lora_rank)
+    return narrowed({name: trained[name] - adapter[name] for name in trained}, columns)
 
 
 def _optimizer(study: Study, parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
@@ -65,7 +65,7 @@ def _optimizer(study: Study, parameters: list[torch.Tensor]) -> torch.optim.Opti
     return kind(parameters, lr=t.learning_rate, weight_decay=t.weight_decay)
 
 
-def check_trains(study: Study, network: Network, lora_rank: int | None = None) -> None:
+def check_trains(study: Study, network: Network, columns: slice = ALL) -> None:
     """One σ = 0 step on generated records must move the adapter and lower their loss.
 
     Under DP the noise moves every adapter, so movement in a real round proves nothing; a wiring
@@ -73,7 +73,7 @@ def check_trains(study: Study, network: Network, lora_rank: int | None = None) -
     Errors: ModelError."""
     data = Cached(network, random_records(network, study))
     objective, wanted = find(study.objective), study.training.engine
-    engine = UnitGradientEngine(data, objective, engine=wanted, lora_rank=lora_rank)
+    engine = UnitGradientEngine(data, objective, engine=wanted, columns=columns)
     before = network.trainable()
     try:
         loss = _mean_loss(data, study)

@@ -27,7 +27,7 @@ from fedtune.config import Study
 from fedtune.errors import ConfigError, InfrastructureError
 from fedtune.files import replace
 from fedtune.flower.arrays import Arrays, to_record
-from fedtune.narrow import narrowed, widened
+from fedtune.narrow import narrowed, turn, widened
 from fedtune.wire import codec, seal
 from server import store, summary
 from server.admission import NOT_ENROLLED, Outcome, Roster, Tally, outcome, plan_message
@@ -256,7 +256,8 @@ class _Run:
             ledger={},
         )
         adapter, key = self.progress.adapter, self.progress.keys.get(name, "")
-        part = narrowed(adapter, self.roster.lora_ranks.get(name))
+        columns = turn(self.study.lora, self.roster.lora_ranks.get(name), tally.number)
+        part = narrowed(adapter, columns)
         try:
             limits = self._limits(name, part)
             limits["encoding"] = self.study.wire.update
@@ -268,7 +269,7 @@ class _Run:
         if got.status == "trained":
             self.progress.receipts[name] = seal.receipt(self.parts.key, got.ledger)
             weight = self.progress.sizes[name] if self.asks.weights == "declared" else 1
-            self.strategy.add(widened(got.update, adapter), float(weight))
+            self.strategy.add(widened(got.update, adapter, columns), float(weight))
             self.progress.events[name] = got.events
             tally.count(self.study.digest, name)
         else:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
+
+import numpy as np
 
 import fedtune
 from fedtune.config import PrivacyTable
+from fedtune.narrow import turn
 from server.parts import Parts
 from server.store import Progress
 
@@ -72,26 +74,35 @@ def lora_ranks(history: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _ranks(progress: Progress) -> dict[str, Any]:
-    """Where sites trained different ranks: who trained which columns of B, by what weight in the
-    mean (share), and the noise in the aggregate's numbers there, against where everybody trains.
+    """Where sites trained fewer ranks: who how many, and for each range of B's columns, summed over
+    the rounds, the share of the mean's weight that trained them, and the noise there against what
+    it would be had every site trained them (None: none, or AdamW's, or other than a plain mean's).
 
-    The divisor is everybody's weight, so signal falls as the share and noise by less: noise / share
-    is what these columns have as if their sites had been alone. None: no noise, or AdamW's."""
-    study, ranks = progress.study, lora_ranks(progress.history)
+    The divisor is everybody's weight, so the signal falls as the share, and noise by less."""
+    study, history, ranks = progress.study, progress.history, lora_ranks(progress.history)
     if study.lora is None or set(ranks.values()) <= {study.lora.rank}:
         return {}
     declared = study.strategy.weights == "declared"
     weights = {name: progress.sizes[name] if declared else 1 for name in ranks}
-    noise = {name: weights[name] * _noise(progress, name) for name in ranks}
-    told, columns, first = study.private and study.training.optimizer == "sgd", [], 1
-    for last in sorted({*ranks.values(), study.lora.rank}):
-        sites = sorted(name for name, rank in ranks.items() if rank >= last)
-        share = sum(weights[name] for name in sites) / sum(weights.values())
-        part = math.hypot(*(noise[name] for name in sites)) / math.hypot(*noise.values())
-        columns.append({"first": first, "last": last, "sites": sites, "share": share})
-        columns[-1]["noise"] = part if told else None
-        first = last + 1
-    return {"sites": dict(sorted(ranks.items())), "columns": columns}
+    share, noise, most = np.zeros(study.lora.rank), np.zeros(study.lora.rank), 0.0
+    for entry in history:
+        here = entry["lora_ranks"]
+        total = sum(weights[name] for name in here)
+        for name, rank in here.items():
+            columns, part = turn(study.lora, rank, entry["round"]), weights[name] / total
+            share[columns] += part / len(history)
+            noise[columns] += (part * _noise(progress, name)) ** 2
+            most += (part * _noise(progress, name)) ** 2
+    told = study.private and study.training.optimizer == "sgd" and study.strategy.name == "fedavg"
+    rows: list[dict[str, Any]] = []
+    for column, each in enumerate(zip(share, np.sqrt(noise / most), strict=True), 1):
+        found = [round(float(value), 9) for value in each]
+        if not rows or [rows[-1]["share"], rows[-1]["noise"]] != found:
+            rows.append({"first": column, "share": found[0], "noise": found[1]})
+        rows[-1]["last"] = column
+    for row in () if told else rows:
+        row["noise"] = None
+    return {"sites": dict(sorted(ranks.items())), "of": study.lora.rank, "columns": rows}
 
 
 def _noise(progress: Progress, name: str) -> float:

@@ -29,7 +29,7 @@ from fedtune.errors import ConfigError, PolicyRefused
 from fedtune.models.cache import Cached
 from fedtune.models.network import Network, build
 from fedtune.models.start import start
-from fedtune.narrow import narrowed, own
+from fedtune.narrow import ALL, narrowed, own, turn
 from fedtune.objectives import causal_lm
 from fedtune.simulate import simulate
 from fedtune.sites import sites_in
@@ -111,7 +111,7 @@ def lay_out(folder: Path, base: Path, ranks: dict[str, int] = RANKS) -> Path:
 
 
 def dense(b: np.ndarray, a: np.ndarray, scale: float) -> np.ndarray:
-    """What one layer's weights change by, fp64: the first columns of B on the first rows of A."""
+    """What one layer's weights change by, fp64: columns of B on as many rows of A."""
     return scale * b.astype(np.float64) @ a[: b.shape[1]].astype(np.float64)
 
 
@@ -121,37 +121,43 @@ def test_the_released_change_is_the_weighted_mean_of_the_sites_own(
     """σ = 0, ranks 8, 4 and 2, over a whole study in two rounds: each layer's ΔW is Σ over rounds
     of the weighted mean of what each site alone would add to the weights."""
     plan = lay_out(tmp_path, tiny_base)
-    sent: list[dict[str, np.ndarray]] = []
+    sent: list[tuple[dict[str, np.ndarray], slice]] = []
 
     def kept(*arguments: Any) -> dict[str, np.ndarray]:
-        sent.append(local_round(*arguments))
-        return sent[-1]
+        sent.append((local_round(*arguments), arguments[-1]))
+        return sent[-1][0]
 
     monkeypatch.setattr(client.site, "local_round", kept)
     simulate(plan, sites_in(tmp_path), tmp_path / "run")
     lora = load_study(plan).lora
     assert lora is not None and lora.scaling == 1.5
     arrays = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    trained = [update[next(iter(update))].shape[1] for update in sent]  # in the order of answers
-    assert sorted(trained[:3]) == sorted(trained[3:]) == [2, 4, 8]
-    weights = [{8: 20, 4: 30, 2: 40}[rank] for rank in trained]  # as declared
+    blocks = [range(8)[columns] for _, columns in sent]  # in the order of answers
+    assert {*blocks[:3]} == {range(8), range(4), range(2)}
+    assert {*blocks[3:]} == {range(8), range(4, 8), range(2, 4)}
+    weights = [{8: 20, 4: 30, 2: 40}[len(block)] for block in blocks]  # as declared
     for name in (n for n in arrays if "lora_B" in n):
         a = arrays[name.replace("lora_B", "lora_A")]
         inner = name.replace("lora_B", "lora_B.default")
         ours = dense(arrays[name], a, lora.scaling)
-        each = [dense(update[inner], a, lora.scaling) for update in sent]
+        each = [dense(update[inner], a[columns], lora.scaling) for update, columns in sent]
         assert all(np.abs(change).max() > 1e-4 for change in each)
         mean = sum(w * c for w, c in zip(weights, each, strict=True)) / 90
         assert np.abs(ours - mean).max() <= 1e-6 * np.abs(mean).max()
-        # Twins: a site's own scale α/k; the mean of those who train a column; no site apart.
-        scaled = [dense(u[inner], a, 12.0 / u[inner].shape[1]) for u in sent]
-        wrong = [sum(w * c for w, c in zip(weights, scaled, strict=True)) / 90]
+        # Twins: a site's own scale α/k; its columns on the first rows of A; sites alike; the mean
+        # of those who train a column.
+        scaled = [dense(u[inner], a[columns], 12.0 / u[inner].shape[1]) for u, columns in sent]
+        first = [dense(u[inner], a, lora.scaling) for u, _ in sent]
+        wrong = [sum(w * c for w, c in zip(weights, e, strict=True)) / 90 for e in (scaled, first)]
         wrong.append(sum(each) / 3)
-        total, count = np.zeros_like(arrays[name], np.float64), np.zeros(8)
-        for weight, update in zip(weights, sent, strict=True):
-            total[:, : update[inner].shape[1]] += weight * update[inner]
-            count[: update[inner].shape[1]] += weight / 2
-        wrong.append(dense(total / count, a, lora.scaling))
+        among = np.zeros_like(mean)
+        for at in (0, 3):
+            total, count = np.zeros_like(arrays[name], np.float64), np.zeros(8)
+            for weight, (update, columns) in [*zip(weights, sent, strict=True)][at : at + 3]:
+                total[:, columns] += weight * update[inner]
+                count[columns] += weight
+            among += dense(total / count, a, lora.scaling)
+        wrong.append(among)
         for other in wrong:
             assert np.abs(ours - other).max() > 1e-2 * np.abs(mean).max()
 
@@ -195,31 +201,30 @@ def network(tiny_base: Path) -> Network:
     return made
 
 
-def engine_of(network: Network, wanted: Any, rank: int | None) -> UnitGradientEngine:
+def engine_of(network: Network, wanted: Any, columns: slice) -> UnitGradientEngine:
     data = Cached(network, records([1, 3, 2, 1, 4, 2]))
-    return UnitGradientEngine(data, causal_lm, engine=wanted, lora_rank=rank)
+    return UnitGradientEngine(data, causal_lm, engine=wanted, columns=columns)
 
 
 @pytest.mark.parametrize("wanted", ENGINES)
-@pytest.mark.parametrize("rank", [1, 3, 8])
-def test_rows_are_the_first_columns_of_the_whole_rows(
-    network: Network, wanted: Any, rank: int
-) -> None:
-    whole, part = engine_of(network, wanted, None), engine_of(network, wanted, rank)
+@pytest.mark.parametrize("columns", [slice(0, 1), slice(5, 8), slice(0, 8)])
+def test_rows_are_columns_of_the_whole_rows(network: Network, wanted: Any, columns: slice) -> None:
+    whole, part = engine_of(network, wanted, ALL), engine_of(network, wanted, columns)
     units = range(6)
     pieces = torch.split(whole.matrix(units), [p.numel() for p in whole.parameters], dim=1)
     cut = [
-        piece.view(6, *p.shape)[:, :, :rank].flatten(1)
+        piece.view(6, *p.shape)[:, :, columns].flatten(1)
         for piece, p in zip(pieces, whole.parameters, strict=True)
     ]
     expected, found = torch.cat(cut, dim=1), part.matrix(units)
-    assert found.shape == (6, part.dimension) == (6, whole.dimension * rank // 8)
+    width = columns.stop - columns.start
+    assert found.shape == (6, part.dimension) == (6, whole.dimension * width // 8)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_columns_that_are_not_trained_are_wiped() -> None:
     each = torch.ones(1, 1, 4)  # of one record and one output: a slice of it would be a view
-    kept = gradients._first(each, 2)
+    kept = gradients._cut(each, 2, slice(1, 3))
     assert kept.tolist() == [[[1.0, 1.0]]] and not each.any()
 
 
@@ -231,7 +236,7 @@ def test_removing_any_unit_moves_the_sum_by_at_most_c_and_all_of_c_is_its_own_co
     """A unit is clipped over what its site trains: were it clipped over all columns, the part that
     is sent would be shorter than C though every gradient here is far longer."""
     c, grid = 1e-5, clip.grid_for(1e-5)
-    engine = engine_of(network, wanted, 2)
+    engine = engine_of(network, wanted, slice(4, 6))
 
     def summed(units: list[int]) -> torch.Tensor:
         total = torch.zeros(engine.dimension, dtype=torch.int64)
@@ -264,14 +269,15 @@ def test_the_sites_self_test_passes_and_is_tight_at_its_own_rank(
 def test_the_self_test_catches_other_columns(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The twin: the last columns' gradients, which the first columns would be moved by."""
+    """The twin: the first columns' gradients, which the site's own would be moved by."""
     plan = study(
         base={"model": str(tiny_base)},
         lora=LORA,
         training={"rounds": 4, "sampling_rate": 1.0, "learning_rate": 0.1, "engine": "opacus"},
         privacy={"noise_multiplier": 1.6, "delta": 1e-4},
     )
-    monkeypatch.setattr(gradients, "_first", lambda each, columns: each[..., -columns:].clone())
+    first = lambda each, width, _: each[..., :width].clone()  # noqa: E731
+    monkeypatch.setattr(gradients, "_cut", first)
     failed = [r.name for r in selftest.run(plan, lora_rank=2) if not r.passed]
     assert failed == ["parity"]
 
@@ -288,7 +294,7 @@ def test_noise_is_full_on_every_number_that_the_site_trains(
     data, given = Cached(network, records([])), network.trainable()
     ran = make_plan(noise_multiplier=3.0, max_grad_norm=0.5, divisor=6.0, rounds=40)
     log = StepLog(tmp_path / "log")
-    drawn = [local_round(plan, data, ran, log, n, given, False, 2) for n in range(1, 41)]
+    drawn = [local_round(plan, data, ran, log, n, given, False, slice(3, 5)) for n in range(1, 41)]
     assert {n: a.shape for n, a in drawn[0].items()} == {
         n: (a.shape[0], 2) for n, a in given.items()
     }
@@ -314,16 +320,17 @@ def test_nothing_moves_the_columns_that_a_site_does_not_train(
     )
     seen: list[dict[str, np.ndarray]] = []
 
-    def watched(arrays: dict[str, np.ndarray], rank: int | None) -> dict[str, np.ndarray]:
+    def watched(arrays: dict[str, np.ndarray], columns: slice) -> dict[str, np.ndarray]:
         seen.append(arrays)
-        return narrowed(arrays, rank)
+        return narrowed(arrays, columns)
 
     monkeypatch.setattr(fedtune.training, "narrowed", watched)
     data = Cached(network, records([1] * 4))
     log = StepLog(tmp_path / "log")
-    local_round(plan, data, plain_plan(plan, 4), log, 1, network.trainable(), False, 3)
+    local_round(plan, data, plain_plan(plan, 4), log, 1, network.trainable(), False, slice(2, 5))
     for delta in seen[0].values():
-        assert (np.abs(delta[:, :3]).max(axis=0) > 0).all() and not delta[:, 3:].any()
+        assert (np.abs(delta[:, 2:5]).max(axis=0) > 0).all()
+        assert not delta[:, :2].any() and not delta[:, 5:].any()
 
 
 # ------------------------------------------------------------------------- plans and policies
@@ -417,7 +424,8 @@ def test_a_site_declares_its_rank_and_keeps_it_for_the_study(ranked: Path, tiny_
     assert worker.prepare(made.study, made.frozen).lora_rank == 3
     delta = worker.train(made.study.digest, 1, made.adapter).delta
     sent = {n: (a.dtype.name, a.shape) for n, a in delta.items()}
-    assert sent == layout(narrowed(made.adapter, 3), "int8")
+    first = turn(made.study.lora, 3, 1)
+    assert sent == layout(narrowed(made.adapter, first), "int8")
     again = worker.train(made.study.digest, 1, made.adapter).delta
     assert all((again[n] == delta[n]).all() for n in delta)
     assert len(worker.log.steps()) == 1
@@ -443,16 +451,16 @@ def test_a_review_says_what_the_site_trains(ranked: Path, tiny_base: Path) -> No
     site = load_site(ranked)
     found = review(begun(tiny_base).study, site, Ledger(site.site.state))
     words = " ".join(line for _, lines in found.sections for line in lines)
-    assert "its first 3 ranks here (site.lora_rank)" in words
+    assert "3 of its ranks each round here, in turn (site.lora_rank)" in words
     assert "how many ranks it trains" in words
     assert found.refusals == []
 
 
 def test_what_a_site_trains_of_a_head_is_all_of_it() -> None:
     head = np.zeros((3, 8), np.float32)
-    assert own("head.weight", head, 2) is head
-    assert own("layer.lora_B.default.weight", head, 2).shape == (3, 2)
-    assert own("layer.lora_B.default.weight", head, None) is head
+    assert own("head.weight", head, slice(0, 2)) is head
+    assert own("layer.lora_B.default.weight", head, slice(0, 2)).shape == (3, 2)
+    assert own("layer.lora_B.default.weight", head, ALL).shape == head.shape
 
 
 @pytest.fixture(autouse=True)

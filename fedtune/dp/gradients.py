@@ -10,7 +10,7 @@ import torch
 from fedtune.dp import engines
 from fedtune.dp.clip import Chunk
 from fedtune.models.cache import Batch, Cached
-from fedtune.narrow import own
+from fedtune.narrow import ALL, own
 from fedtune.objectives import Objective
 
 _CHUNK_BYTES = 128 * 2**20  # fp32 gradients held at once
@@ -19,7 +19,7 @@ _CHUNK_BYTES = 128 * 2**20  # fp32 gradients held at once
 class UnitGradientEngine:
     """The gradients of rows. by "unit": a row is a unit: a record itself, for a patient the mean
     over that patient's records (clipped once, later). by "record": a row is one record. (Charles et
-    al. 2024, user-level and example-level sampling.) lora_rank: of each B the first columns alone.
+    al. 2024, user-level and example-level sampling.) columns: of each B these alone.
 
     trained: what a step moves, as views into the network's parameters, in the update's order.
 
@@ -32,16 +32,17 @@ class UnitGradientEngine:
         objective: Objective,
         by: Literal["unit", "record"] = "unit",
         engine: engines.Wanted = "auto",
-        lora_rank: int | None = None,
+        columns: slice = ALL,
     ) -> None:
         self.data, self.objective = data, objective
         named = data.network.parameters()
         self.parameters = list(named.values())
         self.trained: list[torch.Tensor] = [
-            own(name, parameter.detach(), lora_rank) for name, parameter in named.items()
+            own(name, parameter.detach(), columns) for name, parameter in named.items()
         ]
         self.dimension = sum(t.numel() for t in self.trained)
-        self._each = engines.choose(engine, data.network.trained, self.parameters, lora_rank)
+        self._each = engines.choose(engine, data.network.trained, self.parameters, columns)
+        self._columns = columns
         each_alone = [[index] for index in range(len(data.dataset.examples))]
         self._members = data.dataset.by_unit if by == "unit" else each_alone
         whole = sum(p.numel() for p in self.parameters)  # an engine may give more than is trained
@@ -112,7 +113,7 @@ class UnitGradientEngine:
             known = (records, rows) if tiles == 1 else (rows * tiles,)
             if each is None or each.shape[0] not in known:
                 raise RuntimeError("a trainable layer gave no per-record gradient")
-            each = _first(each, part.shape[-1])
+            each = _cut(each, part.shape[-1], self._columns)
             if each.shape[0] == records:
                 found.append(each.flatten(1))
             else:
@@ -122,10 +123,10 @@ class UnitGradientEngine:
         return found
 
 
-def _first(each: torch.Tensor, columns: int) -> torch.Tensor:
-    """The first columns, where an engine gave more; the others are wiped."""
-    if each.shape[-1] == columns:
+def _cut(each: torch.Tensor, width: int, columns: slice) -> torch.Tensor:
+    """These columns, where an engine gave more than `width`; the others are wiped."""
+    if each.shape[-1] == width:
         return each
-    kept = each[..., :columns].clone()
+    kept = each[..., columns].clone()
     each.zero_()
     return kept

@@ -26,7 +26,7 @@ from fedtune.models.cache import Cached
 from fedtune.models.network import Network
 from fedtune.models.probe import show
 from fedtune.models.teacher import made_up
-from fedtune.models.tiny import generated, tiny_network, tiny_rank
+from fedtune.models.tiny import generated, tiny_columns, tiny_network
 from fedtune.narrow import own
 from fedtune.objectives import find
 
@@ -148,7 +148,7 @@ class _Bench:
         self, study: Study, network: Network, plan: DpPlan, lora_rank: int | None = None
     ) -> None:
         self.study, self.network, self.plan = study, network, plan
-        self.lora_rank = tiny_rank(study, lora_rank)
+        self.columns = tiny_columns(study, lora_rank)
         privacy = study.privacy
         assert not isinstance(privacy, str)
         cap = privacy.max_records_per_unit if privacy.unit == "patient" else 1
@@ -163,7 +163,7 @@ class _Bench:
         objective = find(self.study.objective)
         wanted = self.study.training.engine
         cached = Cached(self.network, data)
-        return UnitGradientEngine(cached, objective, self.by, wanted, self.lora_rank)
+        return UnitGradientEngine(cached, objective, self.by, wanted, self.columns)
 
     def rows(self, data: Dataset) -> torch.Tensor:
         engine = self.engine(data)
@@ -215,7 +215,7 @@ def _one_by_one(bench: _Bench) -> torch.Tensor:
         (batch,) = data.batches([index])
         loss = objective.losses(bench.network, batch).sum()
         grads = torch.autograd.grad(loss, list(named.values()))
-        parts = [own(n, g, bench.lora_rank) for n, g in zip(named, grads, strict=True)]
+        parts = [own(n, g, bench.columns) for n, g in zip(named, grads, strict=True)]
         each.append(torch.cat([part.double().flatten() for part in parts]).cpu())
     if bench.by == "record":
         return torch.stack(each)

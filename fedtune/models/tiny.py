@@ -20,6 +20,7 @@ from fedtune.models.network import Network
 from fedtune.models.probe import Shown, show, words
 from fedtune.models.teacher import made_up
 from fedtune.models.tiny_media import shrink
+from fedtune.narrow import ALL, turn
 from fedtune.objectives import find
 
 HIDDEN, INNER, HEADS, LAYERS, VOCABULARY, RANK = 32, 64, 4, 4, 96, 4
@@ -53,11 +54,13 @@ def tiny_network(study: Study, base: Base) -> Network:
     return network
 
 
-def tiny_rank(study: Study, lora_rank: int | None) -> int | None:
-    """A site's share of the tiny adapter's ranks: fewer than all where it is so in the study."""
+def tiny_columns(study: Study, lora_rank: int | None) -> slice:
+    """What a site of `lora_rank` trains of the tiny adapter: fewer columns than all, and not the
+    first, where it is so in the study."""
     if study.lora is None or lora_rank is None or lora_rank >= study.lora.rank:
-        return None
-    return min(lora_rank, min(study.lora.rank, RANK) - 1)
+        return ALL
+    tiny = study.lora.model_copy(update={"rank": min(study.lora.rank, RANK)})
+    return turn(tiny, min(lora_rank, tiny.rank - 1), round_=2)
 
 
 def generated(study: Study, network: Network, sizes: Sequence[int], stream: int = 0) -> Dataset:

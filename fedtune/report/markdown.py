@@ -223,29 +223,23 @@ def _sites(privacy: dict[str, Any]) -> str:
 
 
 def _ranks(ranks: dict[str, Any]) -> str:
-    """Who trained which part of the adapter; nothing where every site trained all of it."""
+    """Who trained how many ranks; nothing where every site trained all of them."""
+    if not ranks:
+        return ""
+    each = [f"{cell(name)} {figure(rank)}" for name, rank in sorted(ranks["sites"].items())]
     rows = []
-    for band in ranks.get("columns") or []:
+    for band in ranks["columns"]:
         share, noise = number(band.get("share")), number(band.get("noise"))
         apart = noise / share if noise is not None and share else None
-        rows.append(
-            [
-                f"{figure(band.get('first'))}–{figure(band.get('last'))}",
-                cell(", ".join(map(str, band.get("sites") or [])) or None),
-                figure(share),
-                figure(noise),
-                figure(apart),
-            ]
-        )
-    if not rows:
-        return ""
-    head = ["ranks", "sites", "share of the mean", "noise", "noise / share"]
+        columns = f"{figure(band.get('first'))}–{figure(band.get('last'))}"
+        rows.append([columns, figure(share), figure(noise), figure(apart)])
+    head = ["ranks", "share of the mean", "noise", "noise / share"]
     return (
-        "## Ranks by site\n\nSites trained different parts of the adapter. Every update is divided "
-        "by everybody's weight, so the aggregate is the exact mean of what the sites changed: "
-        "where fewer train, it moves by their share. Noise: the standard deviation in one of the "
-        "aggregate's numbers, against where every site trains; noise / share is the noise against "
-        f"the signal.\n\n{table(head, rows)}"
+        f"## Ranks by site\n\nOf {figure(ranks['of'])} ranks, a site trained in each round, in "
+        f"turn: {', '.join(each)}. Every update is divided by everybody's weight, so the aggregate "
+        "is the exact mean of what the sites changed: ranks that fewer train move by their share. "
+        "Over all rounds, against a run in which every site trains all ranks (noise: the standard "
+        f"deviation in one of the adapter's numbers):\n\n{table(head, rows)}"
     )
 
 

@@ -974,28 +974,28 @@ T_RANKS, T_NARROW = "tests/test_lora_ranks.py::", "tests/server/test_narrow_upda
 
 RANK_MUTANTS = (  # of sites that train fewer ranks of one adapter
     _one(
-        "ranks", "the-last-columns-are-trained", "fedtune/narrow.py",
-        "return values[:, :rank] if", "return values[:, -rank:] if",
-        T_RANKS + "test_nothing_moves_the_columns_that_a_site_does_not_train",
-        "a column is moved by another column's gradient",
+        "ranks", "the-first-columns-alone-are-trained", "fedtune/narrow.py",
+        "start = min((round_ - 1) % blocks * rank,", "start = min(0 * blocks,",
+        T_RANKS + "test_the_released_change_is_the_weighted_mean_of_the_sites_own",
+        "a site of few ranks never trains the others",
     ),
     _one(
         "ranks", "a-site-trains-every-column", GRADIENTS,
-        "own(name, parameter.detach(), lora_rank) for", "own(name, parameter.detach(), None) for",
-        T_RANKS + "test_rows_are_the_first_columns_of_the_whole_rows",
+        "own(name, parameter.detach(), columns) for", "own(name, parameter.detach(), ALL) for",
+        T_RANKS + "test_rows_are_columns_of_the_whole_rows",
         "clipped and noised over numbers that are not sent",
     ),
     _one(
         "ranks", "columns-left-out-stay-in-memory", GRADIENTS,
-        "    kept = each[..., :columns].clone()\n    each.zero_()\n",
-        "    kept = each[..., :columns].clone()\n",
+        "    kept = each[..., columns].clone()\n    each.zero_()\n",
+        "    kept = each[..., columns].clone()\n",
         T_RANKS + "test_columns_that_are_not_trained_are_wiped", "gradients nobody noised are kept",
     ),
     _one(
         "ranks", "few-numbers-weigh-less", ROUNDS,
-        "self.strategy.add(widened(got.update, adapter), float(weight))",
+        "self.strategy.add(widened(got.update, adapter, columns), float(weight))",
         "weight *= sum(a.size for a in part.values())\n"
-        "            self.strategy.add(widened(got.update, adapter), float(weight))",
+        "            self.strategy.add(widened(got.update, adapter, columns), float(weight))",
         T_NARROW + "test_the_aggregate_is_the_mean_with_zeros_for_what_a_site_does_not_train",
         "the aggregate is no longer the weighted mean of what the sites changed",
     ),

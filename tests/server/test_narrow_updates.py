@@ -11,7 +11,7 @@ import pytest
 from client.site import Admission, Update
 from fedtune.config import LoraTable, Study
 from fedtune.errors import Refused
-from fedtune.narrow import narrowed, widened
+from fedtune.narrow import ALL, narrowed, turn, widened
 from fedtune.observe.log import cleaned
 from fedtune.report.markdown import markdown
 from server.bound import norm_bound, terms
@@ -19,10 +19,11 @@ from tests.server.fakes import FakeSite, make_parts, make_study
 
 B, HEAD = "layer.lora_B.default.weight", "head.weight"
 SHAPES = {B: (3, 8), HEAD: (2, 5)}
+LORA = LoraTable(rank=8, min_rank=2)
 
 
 class Ranked(FakeSite):
-    """Trains the first `rank` columns; says that it trains `says`, unless that is None."""
+    """Trains `rank` columns, in turn; says that it trains `says`, unless that is None."""
 
     def __init__(self, name: str, rank: int, says: Any = "the same", **more: Any) -> None:
         super().__init__(name, **more)
@@ -37,14 +38,13 @@ class Ranked(FakeSite):
         self, digest: str, round_: int, adapter: dict[str, np.ndarray], receipt: str
     ) -> Update:
         made = super().train(digest, round_, adapter, receipt)
-        self.sent.append(narrowed(made.delta, self.rank))
+        self.sent.append(narrowed(made.delta, turn(LORA, self.rank, round_)))
         return Update(self.sent[-1], made.events)
 
 
 def study(least: int | None = 2, **strategy: Any) -> Study:
     made = make_study(**{"min_sites": 1} | strategy)
-    lora = LoraTable(rank=8, min_rank=least)
-    return made.model_copy(update={"lora": lora})
+    return made.model_copy(update={"lora": LORA.model_copy(update={"min_rank": least})})
 
 
 def zeros() -> dict[str, np.ndarray]:
@@ -68,9 +68,9 @@ def test_the_aggregate_is_the_mean_with_zeros_for_what_a_site_does_not_train(tri
             count = np.zeros(shape)
             mean = np.zeros(shape)
             for site in sites:
-                columns = site.sent[round_][name].shape[1]
-                mean[:, :columns] += share[site.name] * site.sent[round_][name]
-                count[:, :columns] += share[site.name]
+                columns = turn(LORA, site.rank, round_ + 1) if name == B else ALL
+                mean[:, columns] += share[site.name] * site.sent[round_][name]
+                count[:, columns] += share[site.name]
             total[name] += mean / sum(share.values())
             wrong[name] += mean / count
     for name, array in run.adapter().items():
@@ -126,7 +126,7 @@ def test_an_update_longer_than_its_own_numbers_allow_is_dropped(trial, monkeypat
     plan = study()
     both = []
     for rank in (2, 8):
-        size = sum(a.size for a in narrowed(zeros(), rank).values())
+        size = sum(a.size for a in narrowed(zeros(), turn(LORA, rank, 1)).values())
         site = terms(plan, parts().budget(plan, 100), 100)
         both.append(norm_bound(plan, site, size, 0.0))
     assert both[0] < both[1]
@@ -155,29 +155,39 @@ def test_an_update_longer_than_its_own_numbers_allow_is_dropped(trial, monkeypat
 def test_the_report_says_who_trained_what_and_how_noisy_it_is(trial):
     run = trial(Ranked("a", 8), Ranked("b", 4), Ranked("c", 2))
     body = run.run(study(), parts=parts())
-    bands = body["lora_ranks"]["columns"]
-    assert [(b["first"], b["last"], b["sites"]) for b in bands] == [
-        (1, 2, ["a", "b", "c"]),
-        (3, 4, ["a", "b"]),
-        (5, 8, ["a"]),
-    ]
-    for band in bands:  # equal sites: the share is n / 3, the noise √(n / 3)
-        n = len(band["sites"])
-        assert band["share"] == pytest.approx(n / 3)
-        assert band["noise"] == pytest.approx((n / 3) ** 0.5)
+    (band,) = body["lora_ranks"]["columns"]
+    # Over four rounds every column is a's four times, b's twice and c's once, of twelve.
+    assert (band["first"], band["last"]) == (1, 8)
+    assert band["share"] == pytest.approx(7 / 12)
+    assert band["noise"] == pytest.approx((7 / 12) ** 0.5)
     rounds = [cleaned(kind, data, strict=True) for kind, data in run.events if kind == "round"]
     assert [line["lora_ranks"] for line in rounds] == [{"a": 8, "b": 4, "c": 2}] * 4
     text = markdown(body)
-    assert "## Ranks by site" in text
-    assert "| 5–8 | a | 0.3333 | 0.5774 | 1.732 |" in text
+    assert "## Ranks by site" in text and "in turn: a 8, b 4, c 2." in text
+    assert "| 1–8 | 0.5833 | 0.7638 | 1.309 |" in text
 
 
-def test_columns_that_nobody_trains_are_told(trial):
-    body = trial(Ranked("a", 4), Ranked("b", 4)).run(study(), parts=parts())
-    assert body["lora_ranks"]["columns"][-1] == {
-        "first": 5, "last": 8, "sites": [], "share": 0.0, "noise": 0.0,
-    }  # fmt: skip
-    assert "| 5–8 | – | 0 | 0 | – |" in markdown(body)
+def test_ranks_that_nobody_got_to_are_told(trial):
+    """Blocks of three in eight: 1–3, 4–6, 6–8; and again 1–3 in the fourth round."""
+    body = trial(Ranked("a", 3), Ranked("b", 3)).run(study(), parts=parts())
+    found = [(b["first"], b["last"], b["share"]) for b in body["lora_ranks"]["columns"]]
+    assert found == [(1, 3, 0.5), (4, 5, 0.25), (6, 6, 0.5), (7, 8, 0.25)]
+    few = study().model_copy(update={"training": study().training.model_copy(update={"rounds": 1})})
+    body = trial(Ranked("a", 2), Ranked("b", 2), folder="few").run(few, parts=parts())
+    found = [(b["first"], b["last"], b["share"]) for b in body["lora_ranks"]["columns"]]
+    assert found == [(1, 2, 1.0), (3, 8, 0.0)]
+    assert "| 3–8 | 0 | 0 | – |" in markdown(body)
+
+
+@pytest.mark.parametrize(("rank", "of"), [(1, 1), (1, 5), (2, 8), (3, 8), (5, 8), (8, 8), (7, 64)])
+def test_in_turn_a_site_trains_every_column(rank, of):
+    lora = LoraTable(rank=of, min_rank=1)
+    blocks = -(-of // rank)
+    found = [range(of)[turn(lora, rank, round_)] for round_ in range(1, 3 * blocks + 1)]
+    assert all(len(block) == rank for block in found)
+    assert {column for block in found[:blocks] for column in block} == set(range(of))
+    assert found[:blocks] == found[blocks : 2 * blocks] == found[2 * blocks :]
+    assert turn(lora, None, 5) == turn(None, 3, 5) == ALL
 
 
 def test_where_every_site_trains_all_the_report_is_as_ever(trial):
@@ -191,10 +201,10 @@ def test_when_none_is_allowed_the_study_ends_refused(trial):
 
 
 def test_widening_undoes_narrowing_but_for_the_columns_that_are_out():
-    draw = np.random.default_rng(0)
+    draw, columns = np.random.default_rng(0), slice(2, 5)
     whole = {n: draw.standard_normal(s).astype(np.float32) for n, s in SHAPES.items()}
-    again = widened(narrowed(whole, 3), whole)
-    np.testing.assert_array_equal(again[B][:, :3], whole[B][:, :3])
-    assert not again[B][:, 3:].any()
+    again = widened(narrowed(whole, columns), whole, columns)
+    np.testing.assert_array_equal(again[B][:, columns], whole[B][:, columns])
+    assert not again[B][:, :2].any() and not again[B][:, 5:].any()
     np.testing.assert_array_equal(again[HEAD], whole[HEAD])
-    assert widened(narrowed(whole, None), whole).keys() == whole.keys()
+    assert widened(narrowed(whole, ALL), whole, ALL)[B] is whole[B]

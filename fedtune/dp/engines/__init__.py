@@ -13,6 +13,8 @@ from typing import Literal, Protocol
 import torch
 from torch import nn
 
+from fedtune.narrow import ALL
+
 Wanted = Literal["auto", "opacus"]
 
 
@@ -35,15 +37,15 @@ def choose(
     wanted: Wanted,
     trained: nn.Module,
     parameters: Sequence[nn.Parameter],
-    lora_rank: int | None = None,
+    columns: slice = ALL,
 ) -> PerRecord:
-    """The engine for a model whose trainable parameters are `parameters`. lora_rank: of each B the
-    first columns alone are asked for; an engine may still give all."""
+    """The engine for a model whose trainable parameters are `parameters`. columns: of each B these
+    alone are asked for; an engine may still give all."""
     from fedtune.dp.engines.one_pass import OnePass
     from fedtune.dp.engines.opacus import OpacusHooks
 
     if wanted == "auto":
-        fast = OnePass(trained, parameters, lora_rank)
+        fast = OnePass(trained, parameters, columns)
         if not fast.missing:
             return fast
     return OpacusHooks(trained, parameters)

@@ -20,6 +20,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from fedtune.narrow import ALL
+
 Take = Callable[[nn.Parameter, torch.Tensor], None]
 # PEFT's adapters over a linear layer, of any storage: x -> base(x) + scaling · B A x
 _LORA = ("Linear", "Linear4bit", "Linear8bitLt")
@@ -44,13 +46,13 @@ class OnePass:
         self,
         trained: nn.Module,
         parameters: Sequence[nn.Parameter],
-        lora_rank: int | None = None,
+        columns: slice = ALL,
     ) -> None:
         self._parameters, self._found = parameters, dict[int, torch.Tensor]()
         self._forwards: list[tuple[nn.Module, Callable[..., torch.Tensor]]] = []
         served: set[int] = set()
         for module in trained.modules():
-            forward = _forward_of(module, self._take, lora_rank)
+            forward = _forward_of(module, self._take, columns)
             if forward is None:
                 continue
             own = {id(p) for p in module.parameters() if p.requires_grad}
@@ -99,12 +101,12 @@ def per_record(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def _forward_of(
-    module: nn.Module, take: Take, rank: int | None
+    module: nn.Module, take: Take, columns: slice
 ) -> Callable[..., torch.Tensor] | None:
     """What computes the module and hands out its gradients; None where it is of another kind."""
     if isinstance(module, LoraLayer):
         original = type(module).forward
-        return partial(_adapted, module, original, take, rank) if _plain(module) else None
+        return partial(_adapted, module, original, take, columns) if _plain(module) else None
     if type(module) is nn.Linear and module.weight.requires_grad:
         return partial(_linear, module, take)
     return None
@@ -127,7 +129,7 @@ def _plain(layer: Any) -> bool:
 
 
 def _adapted(
-    layer: Any, original: Any, take: Take, rank: int | None, x: torch.Tensor, **more: Any
+    layer: Any, original: Any, take: Take, columns: slice, x: torch.Tensor, **more: Any
 ) -> torch.Tensor:
     if layer.disable_adapters or layer.merged or not torch.is_grad_enabled() or more:
         kept: torch.Tensor = original(layer, x, **more)
@@ -139,7 +141,7 @@ def _adapted(
     weight, bias = (base.weight, base.bias) if fused else (None, None)
     out = None if fused else base(x)
     scaling = layer.scaling[name]
-    found: torch.Tensor = _apply(_Lora, x, out, weight, bias, a, b, scaling, take, rank)
+    found: torch.Tensor = _apply(_Lora, x, out, weight, bias, a, b, scaling, take, columns)
     return found
 
 
@@ -166,7 +168,7 @@ class _Lora(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, out: torch.Tensor | None, weight: torch.Tensor | None,
         bias: torch.Tensor | None, a: nn.Parameter, b: nn.Parameter, scaling: float, take: Take,
-        rank: int | None,
+        columns: slice,
     ) -> torch.Tensor:  # fmt: skip
         low = functional.linear(x.to(a.dtype), a).mul_(scaling)
         result = functional.linear(x, weight, bias) if out is None else out.clone()  # type: ignore[arg-type]
@@ -176,7 +178,7 @@ class _Lora(torch.autograd.Function):
         else:  # one rounding, as in PEFT: the sum in fp32, then the base's type
             flat.add_(thin @ b.T)
         ctx.save_for_backward(low, x if a.requires_grad else None, weight)
-        ctx.factors, ctx.scaling, ctx.take, ctx.rank = (a, b), scaling, take, rank
+        ctx.factors, ctx.scaling, ctx.take, ctx.columns = (a, b), scaling, take, columns
         return result
 
     @staticmethod
@@ -185,7 +187,7 @@ class _Lora(torch.autograd.Function):
         low, x, weight = ctx.saved_tensors
         a, b = ctx.factors
         exact = _rows(grad)
-        ctx.take(b, per_record(exact, _rows(low)[..., : ctx.rank]))
+        ctx.take(b, per_record(exact, _rows(low)[..., ctx.columns]))
         into = None
         if a.requires_grad or ctx.needs_input_grad[0]:
             thin = (exact @ b).mul_(ctx.scaling)
