@@ -178,7 +178,7 @@ class LoraTable(Table):
     variant: Literal["lora", "rslora"] = "lora"  # rslora: alpha/√rank (Kalajdzievski 2023)
     a_init: Literal["seed", "public"] = "seed"
     a_digest: Digest | None = None  # filled in when the study starts
-    # The fewest ranks that a site may train, by its own site.lora_rank; None: every site all.
+    # The fewest ranks that a site may train in a round, by its own site.lora_rank; None: all.
     min_rank: Count | None = Field(default=None, exclude_if=lambda least: least is None)
 
     @model_validator(mode="after")
@@ -451,7 +451,7 @@ class SiteTable(Table):
     base: str | None = None  # where this site has the base, if elsewhere; its digest must match
     gradient_checkpointing: bool = False  # less memory for activations, a third more time
     cache_memory: NotNegative | None = None  # GiB for states at the cut; None: a quarter of it all
-    # The most ranks of an adapter that this site trains, where a plan has more; public.
+    # The most ranks of an adapter that this site trains in a round, where a plan has more; public.
     lora_rank: Count | None = None
 
     @property
