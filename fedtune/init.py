@@ -101,7 +101,7 @@ state = "state"        # the ledger of what privacy was spent, and the site's ke
 # gradient_checkpointing = true  # long records, little memory: a third more time
 # cache_memory = 4.0   # GiB for what the frozen layers make of the records (without it, a quarter
 #                      # of the machine's memory); what is more goes to a nameless, encrypted file
-# lora_rank = 4        # train at most so many of an adapter's ranks a round: fewer bytes, less memory
+# lora_rank = 4        # train at most so many of an adapter's ranks a round: bytes and memory
 
 [data]                 # .jsonl, .csv or .parquet, or a folder of them
 path = "data.jsonl"
