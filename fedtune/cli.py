@@ -495,3 +495,7 @@ def _sites(study: Path, given: list[Path] | None) -> list[Path]:
     from fedtune.simulate import sites_in
 
     return sites_in(given or study.parent)
+
+
+if __name__ == "__main__":
+    main()

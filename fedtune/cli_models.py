@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -70,11 +71,19 @@ def label(
     ] = None,
     template: Annotated[
         str | None,
-        typer.Option(metavar="TEXT", help='Round the prompt, "… {text}"; as in the DPO study.'),
+        typer.Option(
+            metavar="TEXT",
+            help='Round the prompt, "… {text}"; the same in the DPO study. Without it: a chat turn '
+            "of the generator's, if it has a chat template; a run's own.",
+            show_default=False,
+        ),
     ] = None,
     new_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", help="Of an answer, at most.")
     ] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0.1, metavar="T", help="Of both answers; lower is tamer.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the answers, with each record's own prompt.")] = 0,
     columns: COLUMNS = None,
 ) -> None:
@@ -85,18 +94,21 @@ def label(
     patient's preferences are that patient's own: name the same patient column in the DPO study.
     Withdrawn patients are left out. A run that was trained without privacy is refused."""
     from fedtune.console import Watch
-    from fedtune.label import RUBRIC, Settings, judge_of, writer_of
+    from fedtune.label import RUBRIC, Settings, Verdict, judge_of, template_of, writer_of
     from fedtune.label import label as make
 
     asked = _public_text(rubric) if rubric else RUBRIC
     file, without = _records(source, columns or [])
     with Watch(Console(), "loading models"):
         writer = writer_of(generator, generator_digest)
-        by = judge_of(
-            judge or generator, judge_digest or (None if judge else generator_digest), asked
+        if judge or judge_digest:
+            by = judge_of(judge or generator, judge_digest, asked)
+        else:
+            by = Verdict(writer, asked)
+        chosen = template or template_of(writer)
+        settings = Settings(
+            new_tokens=new_tokens, temperature=temperature, seed=seed, template=chosen
         )
-        chosen = template or (writer.study.objective.template if writer.study else None)
-        settings = Settings(new_tokens=new_tokens, seed=seed, template=chosen)
         about = make(file, out, writer, by, settings, without=without)
     left = ", ".join(f"{n} {reason}" for reason, n in sorted(about["left_out"].items()))
     typer.echo(
@@ -110,6 +122,10 @@ def label(
         '       columns = { prompt = "prompt", chosen = "chosen", rejected = "rejected"'
         f"{patient} }}"
     )
+    if chosen:
+        typer.echo(
+            f"       in study.toml\n       [objective]\n       template = {json.dumps(chosen)}"
+        )
 
 
 def _records(source: Path, pairs: list[str]) -> tuple[DataFile, Callable[[str], bool]]:
@@ -379,6 +395,12 @@ def fit(
             help="A candidate; repeat it. Without: the study's base and those of `models list`.",
         ),
     ] = None,
+    quantised: Annotated[
+        list[Literal["nf4", "int8"]] | None,
+        typer.Option(
+            "--quantised", metavar="METHOD", help="Measure each base in nf4, or int8, too; repeat."
+        ),
+    ] = None,
     sites: Annotated[int, typer.Option(min=1, metavar="N", help="Sites to predict for.")] = 3,
     size: Annotated[int, typer.Option(min=1, metavar="N", help="Declared size of each.")] = 200,
     epsilons: Annotated[
@@ -394,7 +416,7 @@ def fit(
     Reads the study's public text and evaluation records; no record of a site. What it says of ε is
     a prediction from one pass: it tells hopeless from learnable, and is optimistic at small ε."""
     from fedtune.config import load_study
-    from fedtune.console import fit_table
+    from fedtune.console import Watch, fit_table
     from fedtune.files import replace
     from fedtune.fit import fit as measure
     from fedtune.models.known import KNOWN, PREFIX
@@ -402,8 +424,11 @@ def fit(
     known = [PREFIX + name for name, entry in KNOWN.items() if entry.kind == "causal"]
     asked = models or list(dict.fromkeys([load_study(study).base.model, *known]))
     console = Console()
-    with console.status("measuring bases, one process each"):
-        found = measure(study, asked, target, sites=sites, size=size, epsilons=epsilons or [])
+    with Watch(console, "measuring bases, one process each"):
+        found = measure(
+            study, asked, target, sites=sites, size=size, epsilons=epsilons or [],
+            quantised=quantised or [],
+        )  # fmt: skip
     console.print(fit_table(found))
     said = f"the smallest that meets {found.metric} {found.target:g} ({found.by})"
     typer.echo(f"{said}: {found.chosen or 'none of them'}")

@@ -140,11 +140,15 @@ def closing(console: Console, out: Path, body: dict[str, Any]) -> None:
         )
     else:
         warn_not_private(console)
-    commands = (
-        (f'fedtune generate {out} --prompt "…"', "the base and the adapter, side by side"),
+    from fedtune.models.network import HEAD
+
+    commands = [
         (f"fedtune evaluate {out} --data FILE", "on records of your own"),
         ("fedtune init my-study", "a study of your own"),
-    )
+    ]
+    if not (out / "adapter" / HEAD).is_file():  # a head writes no text
+        line = f'fedtune generate {out} --prompt "…"'
+        commands.insert(0, (line, "the base and the adapter, side by side"))
     wide = max(len(line) for line, _ in commands)
     lines = [f"run      {out}", f"report   {out / 'report.md'}", ""]
     for index, (line, why) in enumerate(commands):

@@ -29,6 +29,7 @@ from fedtune.data.tokens import NO_TARGET, Dataset, Example
 from fedtune.errors import ConfigError, FedtuneError
 from fedtune.models.cache import Cached
 from fedtune.models.network import Network
+from fedtune.progress import report
 
 LOWER_IS_BETTER = ("loss", "perplexity")
 
@@ -75,17 +76,23 @@ def fit(
     sites: int = 3,
     size: int = 200,
     epsilons: Sequence[float] = (),
+    quantised: Sequence[str] = (),
 ) -> Fit:
     """Measure each of `models` in the place of the study's base, one process after another.
 
     sites, size: how many sites of which declared size to predict for; epsilons: besides the
-    study's own. Errors: ConfigError (no [evaluation], no such file)."""
+    study's own; quantised: methods by which each base is measured too, besides as the study has it.
+    Errors: ConfigError (no [evaluation], no such file)."""
     study = load_study(study_path)
     if study.evaluation is None:
         raise ConfigError("fit: the study has no [evaluation] table", "one, with path and columns")
     asked = sorted({*epsilons, *_own(study)}, reverse=True)
-    rows = [_apart(study, model, sites, size, asked) for model in models]
-    rows.sort(key=lambda row: row.parameters or math.inf)
+    rows: list[Row] = []
+    candidates = [(model, method) for model in models for method in (None, *quantised)]
+    for number, (model, method) in enumerate(candidates):
+        report("measuring bases, one process each", number, len(candidates))
+        rows.append(_apart(study, model, method, sites, size, asked))
+    rows.sort(key=lambda row: (row.parameters or math.inf, row.memory))
     metric = study.evaluation.metric
     own = _own(study)
     foretold = any(row.predicted for row in rows)
@@ -109,19 +116,26 @@ def _own(study: Study) -> list[float]:
     return [given or round(plan_for_site(study, 10**6).epsilon, 3)]
 
 
-def _apart(study: Study, model: str, sites: int, size: int, epsilons: list[float]) -> Row:
+def _apart(
+    study: Study, model: str, method: str | None, sites: int, size: int, epsilons: list[float]
+) -> Row:
     """Measured in a process of its own, so that its peak of memory is this candidate's."""
     body = study.model_dump(mode="json")
     body["base"] |= {"model": model, "digest": None}
+    name = model
+    if method:
+        dtype = "bfloat16" if study.base.dtype == "auto" else study.base.dtype
+        body["base"] |= {"dtype": dtype, "quantisation": {"method": method}}
+        name = f"{model}, {method}"
     if body["lora"]:
         body["lora"]["a_digest"] = None
     asked = {"study": json.dumps(body), "sites": sites, "size": size, "epsilons": epsilons}
     command = [sys.executable, "-m", "fedtune.fit"]
     done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True)
     try:
-        return Row(model=model, **json.loads(done.stdout.splitlines()[-1]))
+        return Row(model=name, **json.loads(done.stdout.splitlines()[-1]))
     except (IndexError, ValueError, TypeError):
-        return Row(model, failed=f"the process that measured it ended with {done.returncode}")
+        return Row(name, failed=f"the process that measured it ended with {done.returncode}")
 
 
 # ------------------------------------------------------------------------------- one candidate
@@ -157,7 +171,7 @@ def measure(study: Study, sites: int, size: int, epsilons: Sequence[float]) -> R
     )
     return Row(
         model=study.base.model,
-        parameters=sum(p.numel() for p in network.model.parameters()),
+        parameters=sum(map(_numbers, network.model.parameters())),
         memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         tokens=tokens / seconds,
         step=step,
@@ -166,6 +180,12 @@ def measure(study: Study, sites: int, size: int, epsilons: Sequence[float]) -> R
         up=up,
         down=down,
     )
+
+
+def _numbers(parameter: torch.nn.Parameter) -> int:
+    """How many weights; in 4 bits, two are held as one."""
+    state = getattr(parameter, "quant_state", None)
+    return math.prod(state.shape) if state else parameter.numel()
 
 
 def _network(study: Study, frozen: Any) -> Network:

@@ -5,7 +5,6 @@ of both runs together, and strays from its start by at most the leash."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +34,8 @@ from fedtune.runs import new_folder
 SCHEDULE = Schedule()
 HELD_OUT = 0.25  # of the prompts: never trained on, measured before and after
 LOOKED_AT = 12  # prompts of either kind that are measured on
-SAMPLES = 2  # answers to each
+SAMPLES = 4  # answers to each
+UNSCORED = -3.0  # the reward of an answer that is empty, or too long for the reward model
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,7 @@ def improve(
     with new_folder(out) as draft:
         _choose_trained(policy, study)
         bench = Bench(policy, start, Scored(judge), study, how)
-        bench.centre(held_in)
-        before, apart = bench.look(held_in), bench.look(held_out)
+        before, apart = bench.centre(held_in), bench.look(held_out)
         seen = Progress(leash, every, how.steps, [(0, before)])
         texts = [(r.prompt, _as_read(r, study)) for r in held_in]
         improve_by(policy, texts, bench.rewards, _watching(seen, bench, held_in), how)
@@ -195,42 +194,55 @@ class Bench:
     mean: float = 0.0
     spread: float = 1.0
 
-    def centre(self, records: Sequence[Record]) -> None:
+    def centre(self, records: Sequence[Record]) -> Look:
         """Rewards are counted from the mean of the start's answers to public prompts, in their
-        standard deviations. Never from a private record."""
-        found = [score for record in records[:LOOKED_AT] for score, _ in self._answers(record)]
-        self.mean, self.spread = float(np.mean(found)), float(np.std(found)) or 1.0
-        if not math.isfinite(self.spread):
+        standard deviations. Never from a private record. Returns where the start stands."""
+        found = self._answers(records)
+        scores = [score for score, _ in found if score is not None]
+        if not scores or not np.isfinite(scores).all():
             raise DataError("the reward model gives no finite score to the run's answers")
-
-    def rewards(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        return [self._score(p, a) for p, a in zip(prompts, answers, strict=True)]
+        self.mean, self.spread = float(np.mean(scores)), float(np.std(scores)) or 1.0
+        return self._mean(found)
 
     def look(self, records: Sequence[Record]) -> Look:
         """Always the same draws, so that two looks differ by their policies alone."""
-        found = [each for record in records[:LOOKED_AT] for each in self._answers(record)]
-        rewards, divergences = zip(*found, strict=True)
-        return Look(float(np.mean(rewards)), float(np.mean(divergences)))
+        return self._mean(self._answers(records))
 
-    def _score(self, prompt: str, answer: str) -> float:
+    def rewards(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        return [
+            self._reward(self._score(prompt, answer))
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+
+    def _mean(self, found: Sequence[tuple[float | None, float]]) -> Look:
+        scores, divergences = zip(*found, strict=True)
+        return Look(float(np.mean([*map(self._reward, scores)])), float(np.mean(divergences)))
+
+    def _reward(self, score: float | None) -> float:
+        return UNSCORED if score is None else (score - self.mean) / self.spread
+
+    def _score(self, prompt: str, answer: str) -> float | None:
         try:
-            return (self.judge.score(prompt, answer) - self.mean) / self.spread
-        except Rejected:  # an empty answer, or one too long for the reward model
-            return -3.0
+            return self.judge.score(prompt, answer)
+        except Rejected:
+            return None
 
-    def _answers(self, record: Record) -> list[tuple[float, float]]:
-        """(reward, KL) of sampled answers; the KL at each token is exact, over the vocabulary."""
-        ids = prompt_ids(record.prompt, self.study.objective, self.policy.tokenizer)
-        stream = f"{self.how.seed}\n{record.prompt}".encode()
-        written = self.policy.write(ids, SAMPLES, self.how.new_tokens, stream, self.how.temperature)
+    def _answers(self, records: Sequence[Record]) -> list[tuple[float | None, float]]:
+        """(score, KL) of sampled answers; the KL at each token is exact, over the vocabulary."""
+        records = records[:LOOKED_AT]
+        read, how = self.study.objective, self.how
+        asked = [prompt_ids(record.prompt, read, self.policy.tokenizer) for record in records]
+        stream = f"{how.seed}\n{len(records)}".encode()
+        written = self.policy.write_all(asked, SAMPLES, how.new_tokens, stream, how.temperature)
         found = []
-        for answer in written:
-            text = str(self.policy.tokenizer.decode(answer, skip_special_tokens=True))
-            whole = np.array([*ids, *answer], np.int32)
-            at = np.arange(len(ids) - 1, len(whole))  # and what ends the answer
-            ours, theirs = (m.next_tokens(whole, at) for m in (self.policy, self.start))
-            kl = float((ours.exp() * (ours - theirs)).sum())
-            found.append((self._score(record.prompt, text), kl))
+        for record, ids, answers in zip(records, asked, written, strict=True):
+            for answer in answers:
+                text = str(self.policy.tokenizer.decode(answer, skip_special_tokens=True))
+                whole = np.array([*ids, *answer], np.int32)
+                at = np.arange(len(ids) - 1, len(whole))  # and what ends the answer
+                ours, theirs = (m.next_tokens(whole, at) for m in (self.policy, self.start))
+                kl = float((ours.exp() * (ours - theirs)).sum())
+                found.append((self._score(record.prompt, text), kl))
         return found
 
 

@@ -27,6 +27,7 @@ from fedtune.data.tokens import passage_of, prompt_ids
 from fedtune.errors import ConfigError, DataError, InputError
 from fedtune.files import replace
 from fedtune.lineage import require_private
+from fedtune.models.network import dtype_of
 from fedtune.models.whole import Whole, load
 from fedtune.progress import report
 
@@ -108,7 +109,7 @@ class Scored:
 def judge_of(source: str, digest: str | None = None, rubric: str = RUBRIC) -> Judge:
     """A reward run by its score, any other model by its verdict. Errors: ConfigError, ModelError,
     Refused (a run without privacy)."""
-    model = load(source, digest)
+    model = load(source, digest, dtype=dtype_of("auto"))
     require_private(model, "judge")
     if model.study is not None and model.study.objective.name == "reward":
         return Scored(model)
@@ -117,9 +118,24 @@ def judge_of(source: str, digest: str | None = None, rubric: str = RUBRIC) -> Ju
 
 def writer_of(source: str, digest: str | None = None) -> Whole:
     """A model that can write. Errors: ConfigError, ModelError, Refused (a run without privacy)."""
-    model = load(source, digest)
+    model = load(source, digest, dtype=dtype_of("auto"))
     require_private(model, "generator")
     return _writer(model, "generator")
+
+
+def template_of(writer: Whole) -> str | None:
+    """What stands round a prompt: as the run was trained; of a base that was tuned to chat, a turn
+    of its own chat, without which it hardly answers."""
+    if writer.study is not None:
+        return writer.study.objective.template
+    tokenizer: Any = writer.tokenizer
+    if not tokenizer.chat_template:
+        return None
+    turn = [{"role": "user", "content": "{text}"}]
+    text = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    if tokenizer.bos_token_id is not None and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]:
+        text = text.removeprefix(tokenizer.bos_token)  # it is put in front in any case
+    return text if "{text}" in text else None
 
 
 def label(

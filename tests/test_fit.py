@@ -160,6 +160,18 @@ def test_the_command(tmp_path: Path, tiny_base: Path) -> None:
     assert body["chosen"] in names[:2] and body["chosen"] in done.output.replace("\n", "")
 
 
+def test_each_base_in_few_bits_too(tmp_path: Path, tiny_base: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    study = lay_out(tmp_path / "study", tiny_base)
+    plain, *small = fit(study, [str(tiny_base)], 0.6, quantised=["nf4", "int8"]).rows
+    assert not any(row.failed for row in (plain, *small)), small
+    assert {plain.model, *(row.model for row in small)} == {
+        str(tiny_base), f"{tiny_base}, nf4", f"{tiny_base}, int8",
+    }  # fmt: skip
+    assert {row.parameters for row in small} == {plain.parameters}  # two in a byte are two
+    assert all(row.up == plain.up and row.predicted for row in small)
+
+
 def test_it_needs_public_records_to_measure_on(tmp_path: Path, tiny_base: Path) -> None:
     path = lay_out(tmp_path, tiny_base)
     path.write_text(path.read_text().partition("[evaluation]")[0])

@@ -11,9 +11,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedtune.config import Columns, DataFile
+from fedtune.data.tokens import prompt_ids
 from fedtune.dp.ledger import Ledger
 from fedtune.errors import ConfigError, DataError, Refused
-from fedtune.label import Settings, Verdict, judge_of, label, writer_of
+from fedtune.label import Settings, Verdict, judge_of, label, template_of, writer_of
 from fedtune.models.whole import Whole
 from fedtune.simulate import simulate
 from tests.test_cli import run
@@ -106,6 +107,17 @@ def test_what_a_place_is_worth_cancels(model: Whole) -> None:
     assert judge.margin("Why?", one, two) == -judge.margin("Why?", two, one) != 0
 
 
+def test_a_base_that_was_tuned_to_chat_is_asked_in_its_own_chat(model: Whole) -> None:
+    tokenizer: Any = model.tokenizer
+    asked = "Does aspirin lower the risk of stroke?"
+    turn = [{"role": "user", "content": asked}]
+    whole = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    settings = Settings(template=template_of(model))
+    ids = prompt_ids(asked, settings.objective, tokenizer)
+    assert tokenizer.decode(ids) == whole and ids.count(tokenizer.bos_token_id) == 1
+    assert ids != prompt_ids(asked, Settings().objective, tokenizer)
+
+
 def test_labels_carry_the_unit_and_train_as_dpo(tmp_path: Path, tiny_base: Path) -> None:
     study = lay_out(tmp_path, tiny_base, '{ epsilon = 8.0, delta = 1e-3, unit = "patient" }')
     for name in ("north", "south"):
@@ -116,6 +128,7 @@ def test_labels_carry_the_unit_and_train_as_dpo(tmp_path: Path, tiny_base: Path)
         )  # fmt: skip
         assert told.exit_code == 0, told.output
         assert 'patient = "patient"' in told.output
+        assert 'template = "' in told.output  # of the chat, for the study
         assert stat.S_IMODE(out.stat().st_mode) == 0o600
         rows = [json.loads(line) for line in out.read_text().splitlines()]
         assert {row["patient"] for row in rows} == {str(i) for i in range(20)}

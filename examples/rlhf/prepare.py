@@ -1,11 +1,13 @@
-"""Write three clinics' preferences about answers to patients, all invented, and two studies.
+"""Write three clinics' preferences about answers to patients, all invented, and three studies.
 
-    policy.toml            causal_lm on the better answers, ε = 4
-    reward.toml            objective reward on the pairs, ε = 4: both together stay within ε = 8
-    sites/<name>/…         a clinic's two site files and records: patient, prompt, better, worse
-    pairs.jsonl            further pairs, for the reward model's accuracy
+    policy.toml            causal_lm on the better answers
+    reward.toml            objective reward on the pairs
+    dpo.toml               objective dpo on pairs that `fedtune label` makes, in the policy's place
+    sites/<name>/…         a clinic's site files and records: patient, prompt, better, worse
+    pairs.jsonl            further pairs in other words: no sentence of their answers is a clinic's
     prompts.jsonl          public prompts, in other words than the clinics': no phrase is shared
 
+Each study has ε = 4, so that a clinic can take part in two of them within its ceiling of 8.
 What the clinics prefer: an answer that says what to do, when to come back, and stays calm, over one
 that waves the question away, frightens, or talks of something else.
 """
@@ -20,7 +22,7 @@ from examples.write import Table, jsonl, merged, toml
 from fedtune.demo.phrases import CLINIC, LIBRARY
 
 SITES = ("harbour", "lakeside", "northgate")
-PATIENTS, PAIRS, PROMPTS = 150, 120, 64
+PATIENTS, PAIRS, PROMPTS, EPSILON = 150, 120, 64, 4.0
 ASK = "A patient asks: I have {a}. What should I do?\nAnswer:"
 CALM = (
     "Please rest today and drink enough water.",
@@ -42,6 +44,27 @@ WORSE = (
     "Buy the new tablets today! They cure all! Best price!",
     "No. No. No. You should have come last year.",
 )
+# The same preference in words that no clinic uses: whether it was learnt, or its sentences were.
+OTHER_CALM = (
+    "Take things slowly and sleep early tonight.",
+    "Write down what you ate and when it began.",
+    "Keep warm and sip some tea.",
+    "Go on with your tablets and do not lift heavy things.",
+)
+OTHER_RETURN = (
+    "Come to the practice if it lasts longer than three days.",
+    "Phone the nurse if you feel weaker.",
+    "If the pain becomes strong, go to the emergency room.",
+    "We can check it again on Friday.",
+)
+OTHER_WORSE = (
+    "Why do you trouble us with such trifles?",
+    "This is surely the end. Nobody survives that.",
+    "My cousin bought a blue car last summer.",
+    "Who knows. Read it up somewhere.",
+    "Order our miracle drops now and save half!",
+    "That is your own fault. Go away.",
+)
 
 STUDY: Table = {
     "study": {"name": "policy", "seed": 0},
@@ -60,6 +83,16 @@ STUDY: Table = {
     "clipping": {"max_grad_norm": 1.0, "mode": "normalised"},
     "privacy": {"epsilon": 4.0, "delta": 1e-4, "unit": "patient"},
     "strategy": {"min_sites": 3},
+    "evaluation": {
+        "path": "pairs.jsonl",
+        "metric": "loss",
+        "columns": {"prompt": "prompt", "completion": "better"},
+    },
+}
+PREFERENCE: Table = {
+    "path": "pairs.jsonl",
+    "metric": "preference",
+    "columns": {"completion": None, "chosen": "better", "rejected": "worse"},
 }
 REWARD: Table = {
     "study": {"name": "reward"},
@@ -67,26 +100,43 @@ REWARD: Table = {
     "public": None,
     "objective": {"name": "reward"},
     "training": {"rounds": 8, "learning_rate": 0.3},
-    "evaluation": {
-        "path": "pairs.jsonl",
-        "metric": "preference",
-        "columns": {"prompt": "prompt", "chosen": "better", "rejected": "worse"},
-    },
+    "evaluation": PREFERENCE,
 }
-POLICY: Table = {"max_epsilon": 8.0, "max_delta": 5e-4, "objectives": ["causal_lm", "reward"]}
+# How `fedtune label` asks SmolLM2, which was tuned to chat; the command prints it.
+CHAT = (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, "
+    "trained by Hugging Face<|im_end|>\n"
+    "<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+)
+DPO: Table = {
+    "study": {"name": "dpo"},
+    "objective": {"name": "dpo", "template": CHAT},
+    "training": {"learning_rate": 10.0},
+    "evaluation": PREFERENCE,
+}
+POLICY: Table = {"max_epsilon": 8.0, "max_delta": 5e-4}
+COLUMNS = {
+    "policy": {"completion": "better"},
+    "reward": {"chosen": "better", "rejected": "worse"},
+    "dpo": {"chosen": "chosen", "rejected": "rejected"},
+}
 
 
-def write(out: Path, seed: int = 0) -> list[Path]:
-    """Write everything under `out`; the site files of the policy and of the reward study. The same
-    seed writes the same bytes."""
+def write(
+    out: Path, seed: int = 0, *, patients: int = PATIENTS, epsilon: float | None = EPSILON
+) -> list[Path]:
+    """Write everything under `out`; the site files, a study after the other of each clinic. The
+    same arguments write the same bytes. epsilon: of each study; None: no noise, and the clinics
+    admit it."""
     draw = random.Random(seed)
     made = []
     complaints = [c for words in CLINIC.values() for c in words.complaints]
     for name in SITES:
-        rows = [_pair(complaints, draw) | {"patient": f"{name}-{n}"} for n in range(PATIENTS)]
+        rows = [_pair(complaints, draw) | {"patient": f"{name}-{n}"} for n in range(patients)]
         jsonl(out / "sites" / name / "pairs.jsonl", rows)
-        made += [_site(out, name, kind) for kind in ("policy", "reward")]
-    jsonl(out / "pairs.jsonl", [_pair(complaints, draw) for _ in range(PAIRS)])
+        made += [_site(out, name, kind, patients, epsilon is None) for kind in COLUMNS]
+    answers = (OTHER_CALM, OTHER_RETURN, OTHER_WORSE)
+    jsonl(out / "pairs.jsonl", [_pair(complaints, draw, *answers) for _ in range(PAIRS)])
     public = [c for noticed, _ in LIBRARY.values() for c in noticed]
     asked = [public[n % len(public)] for n in range(PROMPTS)]
     more = ["", " again", " since Monday", " at night"]
@@ -97,30 +147,42 @@ def write(out: Path, seed: int = 0) -> list[Path]:
             for n, text in enumerate(asked)
         ],
     )
-    named = {"study": {"seed": seed}}
-    toml(out / "policy.toml", merged(STUDY, named), "the policy: how the clinics answer")
-    toml(out / "reward.toml", merged(merged(STUDY, REWARD), named), "the reward: what they prefer")
+    private: Table = {"privacy": {"epsilon": epsilon}}
+    if epsilon is None:
+        private = {"privacy": "off", "clipping": {"unit": "patient"}}
+    named = merged({"study": {"seed": seed}}, private)
+    for changes, said in (
+        ({}, "the policy: how the clinics answer"),
+        (REWARD, "the reward: what they prefer"),
+        (DPO, "the policy, from pairs that models made at the clinics"),
+    ):
+        study = merged(merged(STUDY, changes), named)
+        toml(out / f"{study['study']['name']}.toml", study, said)
     return made
 
 
-def _pair(complaints: list[str], draw: random.Random) -> dict[str, str]:
+def _pair(
+    complaints: list[str],
+    draw: random.Random,
+    calm: tuple[str, ...] = CALM,
+    come_back: tuple[str, ...] = RETURN,
+    worse: tuple[str, ...] = WORSE,
+) -> dict[str, str]:
     return {
         "prompt": ASK.format(a=draw.choice(complaints)),
-        "better": f" {draw.choice(CALM)} {draw.choice(RETURN)}",
-        "worse": " " + draw.choice(WORSE),
+        "better": f" {draw.choice(calm)} {draw.choice(come_back)}",
+        "worse": " " + draw.choice(worse),
     }
 
 
-def _site(out: Path, name: str, kind: str) -> Path:
-    columns = {"prompt": "prompt", "patient": "patient"}
-    better = {"chosen": "better", "rejected": "worse"} if kind == "reward" else {}
+def _site(out: Path, name: str, kind: str, patients: int, open_to_all: bool) -> Path:
     table: Table = {
-        "site": {"name": name, "declared_size": PATIENTS, "state": "state"},
+        "site": {"name": name, "declared_size": patients, "state": "state"},
         "data": {
-            "path": "pairs.jsonl",
-            "columns": columns | (better or {"completion": "better"}),
+            "path": "made.jsonl" if kind == "dpo" else "pairs.jsonl",
+            "columns": {"prompt": "prompt", "patient": "patient"} | COLUMNS[kind],
         },
-        "policy": POLICY,
+        "policy": POLICY | ({"allow_privacy_off": True} if open_to_all else {}),
     }
     return toml(out / "sites" / name / f"{kind}.toml", table, f"{name}'s own file; never sent")
 
@@ -129,16 +191,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/rlhf"), help="a folder")
     parser.add_argument("--seed", type=int, default=0, help="other records")
+    parser.add_argument("--patients", type=int, default=PATIENTS, help="of each clinic")
+    parser.add_argument("--epsilon", type=float, default=EPSILON, help="of each study")
+    parser.add_argument("--no-privacy", action="store_true", help="σ = 0; clinics admit it")
     chosen = parser.parse_args()
-    out = chosen.out
-    write(out, chosen.seed)
+    out, epsilon = chosen.out, None if chosen.no_privacy else chosen.epsilon
+    write(out, chosen.seed, patients=chosen.patients, epsilon=epsilon)
     for kind in ("policy", "reward"):
-        sites = " ".join(f"--sites {out}/sites/{name}/{kind}.toml" for name in SITES)
-        print(f"fedtune simulate {out}/{kind}.toml {sites} --out {out}/run-{kind}")
+        print(f"fedtune simulate {out}/{kind}.toml {_sites(out, kind)} --out {out}/run-{kind}")
     print(
         f"fedtune improve {out}/run-policy --reward {out}/run-reward --prompts {out}/prompts.jsonl "
-        f"--licence CC0-1.0 --out {out}/run-improved"
+        f"--licence CC0-1.0 --out {out}/run-improved\n"
     )
+    for name in SITES:
+        site = out / "sites" / name
+        print(
+            f"fedtune label {site}/reward.toml --judge {out}/run-reward --out {site}/made.jsonl "
+            "--new-tokens 32"
+        )
+    print(f"fedtune simulate {out}/dpo.toml {_sites(out, 'dpo')} --out {out}/run-dpo")
+
+
+def _sites(out: Path, kind: str) -> str:
+    return " ".join(f"--sites {out}/sites/{name}/{kind}.toml" for name in SITES)
 
 
 if __name__ == "__main__":
