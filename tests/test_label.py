@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
+from tokenizers.processors import TemplateProcessing
 
 from fedtune.config import Columns, DataFile
 from fedtune.data.tokens import prompt_ids
@@ -107,15 +110,20 @@ def test_what_a_place_is_worth_cancels(model: Whole) -> None:
     assert judge.margin("Why?", one, two) == -judge.margin("Why?", two, one) != 0
 
 
-def test_a_base_that_was_tuned_to_chat_is_asked_in_its_own_chat(model: Whole) -> None:
-    tokenizer: Any = model.tokenizer
+@pytest.mark.parametrize("starts", [False, True])
+def test_a_base_that_was_tuned_to_chat_is_asked_in_its_own_chat(model: Whole, starts: bool) -> None:
+    """starts: the tokenizer puts a start token in front of whatever it reads, as the chat does."""
+    tokenizer: Any = copy.deepcopy(model.tokenizer)
+    if starts:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|start|> $A", special_tokens=[("<|start|>", tokenizer.bos_token_id)]
+        )
     asked = "Does aspirin lower the risk of stroke?"
     turn = [{"role": "user", "content": asked}]
     whole = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    settings = Settings(template=template_of(model))
+    settings = Settings(template=template_of(replace(model, tokenizer=tokenizer)))
     ids = prompt_ids(asked, settings.objective, tokenizer)
-    assert tokenizer.decode(ids) == whole and ids.count(tokenizer.bos_token_id) == 1
-    assert ids != prompt_ids(asked, Settings().objective, tokenizer)
+    assert ids == tokenizer.encode(whole, add_special_tokens=False)  # one start token, not two
 
 
 def test_labels_carry_the_unit_and_train_as_dpo(tmp_path: Path, tiny_base: Path) -> None:

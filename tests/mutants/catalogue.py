@@ -805,6 +805,12 @@ MADE_MUTANTS = (
         "tests/test_label.py::test_what_a_place_is_worth_cancels",
         "a judge that likes the first answer labels by the order",
     ),
+    _one(
+        "label", "the-chat-starts-twice", LABEL,
+        "text = text.removeprefix(tokenizer.bos_token)", "pass",
+        "tests/test_label.py::test_a_base_that_was_tuned_to_chat_is_asked_in_its_own_chat",
+        "the generator is asked in another way than the study trains",
+    ),
 )  # fmt: skip
 
 BUDGETS, MERGE = "fedtune/budgets.py", "fedtune/models/merge.py"
