@@ -396,9 +396,9 @@ def fit(
         ),
     ] = None,
     quantised: Annotated[
-        list[Literal["nf4", "int8"]] | None,
+        list[str] | None,
         typer.Option(
-            "--quantised", metavar="METHOD", help="Measure each base in nf4, or int8, too; repeat."
+            "--quantised", metavar="METHOD", help="Measure each base in nf4 or int8 too; repeat it."
         ),
     ] = None,
     sites: Annotated[int, typer.Option(min=1, metavar="N", help="Sites to predict for.")] = 3,

@@ -86,6 +86,8 @@ def fit(
     study = load_study(study_path)
     if study.evaluation is None:
         raise ConfigError("fit: the study has no [evaluation] table", "one, with path and columns")
+    if unknown := set(quantised) - {"nf4", "int8"}:
+        raise ConfigError(f"--quantised {min(unknown)}: no such method", "nf4 or int8")
     asked = sorted({*epsilons, *_own(study)}, reverse=True)
     rows: list[Row] = []
     candidates = [(model, method) for model in models for method in (None, *quantised)]

@@ -172,6 +172,14 @@ def test_each_base_in_few_bits_too(tmp_path: Path, tiny_base: Path) -> None:
     assert all(row.up == plain.up and row.predicted for row in small)
 
 
+def test_a_method_that_is_none_is_refused_before_anything_is_measured(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    study = lay_out(tmp_path / "study", tiny_base)
+    done = run("fit", str(study), "--target", "0.6", "--quantised", "nf3")
+    assert done.exit_code == 2 and "nf4 or int8" in done.output
+
+
 def test_it_needs_public_records_to_measure_on(tmp_path: Path, tiny_base: Path) -> None:
     path = lay_out(tmp_path, tiny_base)
     path.write_text(path.read_text().partition("[evaluation]")[0])
