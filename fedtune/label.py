@@ -27,7 +27,6 @@ from fedtune.data.tokens import passage_of, prompt_ids
 from fedtune.errors import ConfigError, DataError, InputError
 from fedtune.files import replace
 from fedtune.lineage import require_private
-from fedtune.models.network import dtype_of
 from fedtune.models.whole import Whole, load
 from fedtune.progress import report
 
@@ -85,6 +84,7 @@ class Verdict:
         if len(ids) > self.model.room:
             raise Rejected("too long")
         said = [tokenizer.encode(space + letter, add_special_tokens=False)[-1] for letter in "AB"]
+        # In fp32: what it thinks of two answers often differs by less than a step of bf16.
         odds = self.model.next_tokens(np.array(ids), np.array([len(ids) - 1]))[0, said]
         return float(odds[0] - odds[1])
 
@@ -109,7 +109,7 @@ class Scored:
 def judge_of(source: str, digest: str | None = None, rubric: str = RUBRIC) -> Judge:
     """A reward run by its score, any other model by its verdict. Errors: ConfigError, ModelError,
     Refused (a run without privacy)."""
-    model = load(source, digest, dtype=dtype_of("auto"))
+    model = load(source, digest)
     require_private(model, "judge")
     if model.study is not None and model.study.objective.name == "reward":
         return Scored(model)
@@ -118,7 +118,7 @@ def judge_of(source: str, digest: str | None = None, rubric: str = RUBRIC) -> Ju
 
 def writer_of(source: str, digest: str | None = None) -> Whole:
     """A model that can write. Errors: ConfigError, ModelError, Refused (a run without privacy)."""
-    model = load(source, digest, dtype=dtype_of("auto"))
+    model = load(source, digest)
     require_private(model, "generator")
     return _writer(model, "generator")
 
