@@ -72,7 +72,7 @@ STUDY: Table = {
     "lora": {
         "rank": 8,
         "alpha": 16.0,
-        "modules": ["gate_proj", "up_proj", "down_proj"],
+        "modules": ["down_proj"],
         "last_layers": 1,
         "train": "B",
         "a_init": "public",
