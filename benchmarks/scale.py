@@ -28,7 +28,7 @@ import client.app
 from client.site import Admission, Update
 from fedtune.config import Study
 from fedtune.flower.grid import InProcessGrid
-from fedtune.wire.codec import encode
+from fedtune.wire.codec import Shapes, encode, shapes
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import Header, seal
 from server import rounds
@@ -56,6 +56,9 @@ class Site:
     def train(self, digest: str, round_: int, adapter: Any, receipt: str) -> Update:
         event = {"sigma": SIGMA, "q": RATE, "max_grad_norm": 1.0, "records": 1, "steps": round_}
         return Update(encode(self.update, study(1).wire.update), [event])
+
+    def shapes(self, digest: str) -> Shapes:
+        return shapes(self.update)
 
     def sealed(self, digest: str, round_: int, nonce: str, body: str) -> dict[str, str]:
         statement = {"token": "0" * 200}

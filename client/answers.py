@@ -45,7 +45,8 @@ def sealed(
         order = message.content.config_records["order"]
         digest, number = _plan_of(order["plan"], order_for), int(str(order["round"]))
         check_order(order, site.coordinator_of(digest))
-        adapter = codec.decode(from_record(message.content.array_records["adapter"]))
+        given = from_record(message.content.array_records["adapter"])
+        adapter = codec.decode(given, site.shapes(digest))
         made = work(site, digest, number, adapter, str(order["receipt"]))
         made_arrays = to_record(made.delta)
         filled = said | {"events": json.dumps(made.events)}

@@ -42,7 +42,7 @@ def prepare(message: Message, context: Context) -> Message:
         if context.node_config.get("coordinator", coordinator) != coordinator:
             raise PolicyRefused("the plan is not signed by the coordinator this site enrolled with")
         check_watch(study, context.node_config.get("watch"))
-        frozen = codec.decode(from_record(message.content.array_records["frozen"]))
+        frozen = codec.plain(from_record(message.content.array_records["frozen"]))
         answer = site.prepare(study, frozen, coordinator)
         said.update(name=answer.name, declared_size=answer.declared_size)
         if answer.lora_rank is not None:

@@ -37,7 +37,7 @@ from fedtune.models.network import Network, build
 from fedtune.models.teacher import teaching
 from fedtune.narrow import own, turn
 from fedtune.training import check_trains, local_round
-from fedtune.wire.codec import Encoded, encode
+from fedtune.wire.codec import Encoded, Shapes, encode
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import Header, seal
 
@@ -344,7 +344,7 @@ class SiteWorker:
         prepared.network.load_trainable(adapter)
         sums = answer(plan, unit_rows(study, data), self.log, round_)
         events = _summary(self.log.steps(plan.study))
-        body = save({"sums": sums.numpy()}, {"events": json.dumps(events)})
+        body = save(encode({"sums": sums.numpy()}, "float32"), {"events": json.dumps(events)})
         self.ledger.release(reserved, hashlib.sha256(body).hexdigest(), body)
         return body
 
@@ -380,6 +380,11 @@ class SiteWorker:
             ledger=self.ledger.head_statement(),
         )
         return seal(self.key, header)
+
+    def shapes(self, digest: str) -> Shapes:
+        """Of the adapter's tensors, by name. Errors: Unprepared."""
+        parameters = self._known(digest).network.parameters()
+        return {name: tuple(parameter.shape) for name, parameter in parameters.items()}
 
     def coordinator_of(self, digest: str) -> str:
         """The public key that signed the plan. Errors: Unprepared."""

@@ -149,7 +149,7 @@ def measure(study: Study, sites: int, size: int, epsilons: Sequence[float]) -> R
     from fedtune.models.start import start
     from fedtune.objectives import find
     from fedtune.quality import Evaluator
-    from fedtune.wire.codec import layout
+    from fedtune.wire.codec import layout, shapes
 
     began = start(study)
     study, objective = began.study, find(study.objective)
@@ -168,7 +168,7 @@ def measure(study: Study, sites: int, size: int, epsilons: Sequence[float]) -> R
     network.load_trainable(began.adapter)
     step, predicted = _predicted(study, network, data, sites, size, epsilons)
     up, down = (
-        sum(form.nbytes for form in layout(began.adapter, encoding).values())
+        sum(form.nbytes for form in layout(shapes(began.adapter), encoding).values())
         for encoding in (study.wire.update, study.wire.adapter)
     )
     return Row(

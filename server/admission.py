@@ -266,9 +266,10 @@ def outcome(
         return Outcome(str(known), clean(site.get("reason")) or "no reason given")
     try:
         ledger = _opened(site, arrays, key, wanted)
-        check_agreed(arrays, codec.layout(like, encoding))
-        update = codec.decode(from_record(arrays))
-        _check_numbers(update, like, longest * codec.GROWTH[encoding])
+        agreed = codec.shapes(like)
+        check_agreed(arrays, codec.layout(agreed, encoding))
+        update = codec.decode(from_record(arrays), agreed)
+        _check_numbers(update, longest * codec.GROWTH[encoding])
         events = _events(site.get("events")) if private else []
         _check_log(events, steps_before, terms)
     except _Unfit as unfit:
@@ -289,16 +290,13 @@ def _opened(site: ConfigRecord, arrays: ArrayRecord, key: str, wanted: Header) -
     return opened(site, key, replace(wanted, body=body_digest(bodies(arrays), site)))
 
 
-def _check_numbers(update: Arrays, like: Arrays, longest: float) -> None:
+def _check_numbers(update: Arrays, longest: float) -> None:
     """Errors: _Unfit."""
     total = 0.0
-    for name, array in update.items():
-        if array.shape != like[name].shape:
-            raise _Unfit(f"its update is not as agreed: array {name!r} has two shapes")
+    for array in update.values():
         if not np.isfinite(array).all():
             raise _Unfit("its update has a value that is not finite")
-        exact = array.astype(np.float64).ravel()
-        total += float(exact @ exact)
+        total += float(np.square(array, dtype=np.float64).sum())  # BLAS would wake its threads
     if math.sqrt(total) > longest:
         raise _Unfit(
             f"its update is longer ({math.sqrt(total):.3g}) than the plan's noise, clipping and "

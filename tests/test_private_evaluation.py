@@ -31,6 +31,7 @@ from fedtune.flower.grid import InProcessGrid
 from fedtune.models.start import start
 from fedtune.quality import Evaluator
 from fedtune.report.plot import png
+from fedtune.wire.codec import encode
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import order
 from server import queries, store
@@ -307,7 +308,9 @@ def test_a_site_that_does_not_release_refuses_by_name_of_the_rule(
 
 
 def asks(sent: dict[str, Any]) -> dict[str, Any]:
-    content = RecordDict({"order": ConfigRecord(sent), "adapter": to_record(zeros())})
+    content = RecordDict(
+        {"order": ConfigRecord(sent), "adapter": to_record(encode(zeros(), "float32"))}
+    )
     grid = InProcessGrid([Path("a")])
     (reply,) = grid.send_and_receive([grid.create_message(content, "query.evaluate", 2, "1")])
     return dict(reply.content.config_records["site"])

@@ -11,7 +11,9 @@ from typing import NamedTuple
 import dp_accounting
 import numpy as np
 from dp_accounting.pld import privacy_loss_distribution as pld
+from dp_accounting.pld.privacy_loss_mechanism import GaussianPrivacyLoss
 from dp_accounting.rdp import RdpAccountant
+from scipy.optimize import brentq  # type: ignore[import-untyped]
 from scipy.special import logsumexp  # type: ignore[import-untyped]
 from scipy.stats import binom  # type: ignore[import-untyped]
 
@@ -47,14 +49,16 @@ def epsilon(events: Iterable[Steps], delta: float) -> float:
     Guarantee: never below the true ε of the composed mechanisms (the PLD estimate is pessimistic,
     whatever the grid). The grid is 10⁻⁴ where that is affordable, else a power of two times it.
     | no events    | 0.0 |
-    | q = 1        | a plain Gaussian composition with σ/k; exact up to discretisation |
+    | q = 1        | a plain Gaussian with σ/k; where all steps are, they are one: no grid, exact |
     | k = 1, q < 1 | the Poisson-sampled Gaussian |
     | k > 1, q < 1 | the mixture of Gaussians: sensitivity Binomial(k, q) |
     Errors: ValueError on anything but a `Steps` with 0 < σ < ∞, 0 < q ≤ 1, whole steps ≥ 0 and
     whole k ≥ 1, and on delta outside (0, 1): an unknown mechanism has no ε here.
     Reference: Koskela et al. 2020; Doroshenko et al. 2022 (connect-the-dots); Choquette-Choo et al.
     2024, "Privacy amplification for matrix mechanisms", corollary 4.7 (the mixture dominates rows
-    of norm ≤ C in any direction, and fewer than k of them).
+    of norm ≤ C in any direction, and fewer than k of them); Dong et al. 2022, "Gaussian
+    differential privacy", corollary 3.3 (Gaussians compose to one); Balle & Wang 2018, theorem 8
+    (its ε).
     """
     return _epsilon(merged(events), delta)
 
@@ -175,7 +179,31 @@ def _checked_delta(delta: float) -> None:
 @lru_cache(maxsize=4096)
 def _epsilon(events: tuple[Steps, ...], delta: float) -> float:
     _checked_delta(delta)
-    return float(_composed(events).get_epsilon_for_delta(delta)) if events else 0.0
+    if all(event.sampling_rate == 1 for event in events):
+        return _gaussian(math.hypot(*(_mu(event) for event in events)), delta)
+    return float(_composed(events).get_epsilon_for_delta(delta))
+
+
+def _mu(event: Steps) -> float:
+    """Of steps with q = 1, how many standard deviations a unit moves their sum."""
+    return event.records * math.sqrt(event.steps) / event.noise_multiplier
+
+
+def _gaussian(mu: float, delta: float) -> float:
+    """ε of the Gaussian mechanism that a unit moves by `mu` standard deviations, rounded up."""
+    if mu == 0:
+        return 0.0
+    loss = GaussianPrivacyLoss(standard_deviation=1.0, sensitivity=mu)
+
+    def above(epsilon: float) -> float:
+        return float(loss.get_delta_for_epsilon(epsilon)) - delta
+
+    if above(0.0) <= 0:
+        return 0.0
+    most = mu * (
+        mu / 2 + math.sqrt(-2 * math.log(delta))
+    )  # by zero-concentrated DP (Bun & Steinke)
+    return float(brentq(above, 0.0, most, xtol=1e-12, rtol=1e-13)) * (1 + 1e-9) + 1e-9
 
 
 @lru_cache(maxsize=8)
@@ -184,7 +212,7 @@ def _composed(events: tuple[Steps, ...]) -> pld.PrivacyLossDistribution:
     total = pld.identity(value_discretization_interval=interval)
     for sigma, rate, count, records in events:
         if rate == 1:
-            scale = sigma / (records * math.sqrt(count))
+            scale = 1 / _mu(Steps(sigma, rate, count, records))
             each = pld.from_gaussian_mechanism(scale, value_discretization_interval=interval)
         else:
             each = _one_step(sigma, rate, records, interval).self_compose(count)
@@ -209,9 +237,9 @@ def _one_step(
 
 def _interval(event: Steps) -> float:
     """The grid of privacy losses: 10⁻⁴ · 2ⁿ with the smallest n that keeps the points few."""
-    sigma, rate, count, records = event
+    sigma, rate, _, records = event
     if rate == 1:
-        mu = records * math.sqrt(count) / sigma
+        mu = _mu(event)
         span, points = mu * (mu + 2 * _TAIL), _POINTS
     elif records == 1:
         span, points = (1 / sigma + 2 * _TAIL) / sigma, _POINTS

@@ -90,18 +90,15 @@ class InProcessGrid(Grid):
         for identity in message_ids:
             body = self._waiting.pop(identity, None)
             if body is not None:
-                yield self._answer(body)
+                sent = answer(self._app, self._contexts, body)
+                reply = decode(sent)
+                self.bytes_up[reply.metadata.src_node_id] += len(sent)
+                yield reply
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
         return list(self.pull_messages(self.push_messages(messages)))
-
-    def _answer(self, body: bytes) -> Message:
-        node = decode(body).metadata.dst_node_id
-        sent = answer(self._app, self._contexts, body)
-        self.bytes_up[node] += len(sent)
-        return decode(sent)
 
 
 def contexts_of(sites: Mapping[int, Path]) -> dict[int, Context]:

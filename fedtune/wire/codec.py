@@ -1,17 +1,18 @@
 """Updates and adapters as they travel: plain fp32, fp16, or int8 in blocks.
 
     float32   the numbers themselves
-    float16   a tensor over a power of two that brings its largest number just below 2¹⁵
-    int8      each BLOCK numbers of a tensor over 1/127 of their largest, rounded to the nearest
+    float16   each BLOCK numbers over a power of two that brings the largest just below 2¹⁵
+    int8      each BLOCK numbers over 1/127 of their largest, rounded to the nearest
 
-A tensor keeps its name and shape. What it was divided by travels beside it, as one fp32 array under
-the name SCALES: a number per block (float16: per tensor), tensors in name order.
+All tensors travel as one array VALUES, end to end in name order: names and shapes follow from the
+plan, and Flower's cost is by the array. What a block was divided by travels beside it, in one fp32
+array SCALES.
 
-For a number x, m the largest magnitude in its block (float16: in its tensor), both finite:
+For a number x, m the largest magnitude in its block, both finite:
 
 | encoding | |decoded - x| is at most         | bytes a number | GROWTH: how far a norm can rise |
 | float32  | 0                                | 4              | 1                               |
-| float16  | the larger of |x|/2¹¹ and m/2³⁹  | 2              | 1 + 2⁻¹⁰                        |
+| float16  | the larger of |x|/2¹¹ and m/2³⁹  | 2.016          | 1 + 2⁻¹⁰                        |
 | int8     | m/254 · (1 + 2⁻¹⁵) + 2⁻¹²⁷       | 1.016          | 1 + √BLOCK/254 · (1 + 2⁻¹⁵)     |
 
 (int8: ‖error‖² ≤ Σ BLOCK · (m/254)² over the blocks, and no block's m is above its norm.)
@@ -33,8 +34,9 @@ from fedtune.errors import InputError
 
 Arrays = dict[str, npt.NDArray[np.float32]]
 Encoded = dict[str, npt.NDArray[Any]]
+Shapes = Mapping[str, tuple[int, ...]]
 
-SCALES = "scales"
+VALUES, SCALES = "values", "scales"
 BLOCK = 256
 GROWTH: dict[Encoding, float] = {
     "float32": 1.0,
@@ -60,77 +62,81 @@ class Form(NamedTuple):
         return np.dtype(self.dtype).itemsize * math.prod(self.shape)
 
 
-def layout(like: Mapping[str, npt.NDArray[np.float32]], encoding: Encoding) -> dict[str, Form]:
-    """What arrays with the names and shapes of `like` travel as: `encode`, without the numbers."""
-    forms = {name: Form(encoding, array.shape) for name, array in like.items()}
+def shapes(arrays: Mapping[str, npt.NDArray[Any]]) -> Shapes:
+    return {name: array.shape for name, array in arrays.items()}
+
+
+def layout(agreed: Shapes, encoding: Encoding) -> dict[str, Form]:
+    """What tensors of the `agreed` shapes travel as: `encode`, without the numbers."""
+    size = sum(map(math.prod, agreed.values()))
+    forms = {VALUES: Form(encoding, (size,))}
     if encoding != "float32":
-        forms[SCALES] = Form("float32", (sum(_blocks(a.size, encoding) for a in like.values()),))
+        forms[SCALES] = Form("float32", (-(-size // BLOCK),))
     return forms
 
 
 def encode(arrays: Mapping[str, npt.NDArray[np.float32]], encoding: Encoding) -> Encoded:
-    """fp32 arrays as they travel; no name may be SCALES."""
+    """fp32 arrays as they travel."""
+    parts = [np.asarray(array, np.float32).ravel() for _, array in sorted(arrays.items())]
+    flat = np.concatenate([np.zeros(0, np.float32), *parts])
     if encoding == "float32":
-        return dict(arrays)
-    assert SCALES not in arrays
-    found: Encoded = {}
-    scales = [np.zeros(0, np.float32)]
-    for name, array in sorted(arrays.items()):
-        found[name], scale = _packed(np.asarray(array, np.float32), encoding)
-        scales.append(scale)
-    return {**found, SCALES: np.concatenate(scales)}
+        return {VALUES: flat}
+    largest = np.maximum.reduceat(np.abs(flat), np.arange(0, flat.size, BLOCK))
+    scale = _int8_scale(largest) if encoding == "int8" else _float16_scale(largest)
+    with np.errstate(invalid="ignore"):  # not finite: 0, under a scale that is not finite
+        codes = np.nan_to_num(flat / _spread(scale, flat.size), copy=False)
+    if encoding == "int8":
+        np.rint(codes, out=codes)
+    else:
+        np.clip(codes, -_LARGEST_FP16, _LARGEST_FP16, out=codes)
+    return {VALUES: codes.astype(encoding), SCALES: scale}
 
 
-def decode(encoded: Encoded) -> Arrays:
+def decode(encoded: Encoded, agreed: Shapes) -> Arrays:
     """The inverse of `encode`, in fp32; the encoding is told by the arrays' type.
 
-    Guarantee: how many blocks there are follows from the tensors alone.
-    Errors: WireError where the arrays are of several types, or the scales are not one positive and
-    finite number for each block."""
-    encoded = dict(encoded)
-    scales = encoded.pop(SCALES, None)
-    kinds = {array.dtype.name for array in encoded.values()}
-    if scales is None:
-        if kinds - {"float32"}:
-            raise WireError("arrays without their scales")
-        return encoded
-    if len(kinds) != 1 or not kinds <= {"float16", "int8"} or scales.dtype != np.float32:
-        raise WireError("scales beside arrays that have none")
-    encoding: Encoding = "int8" if kinds == {"int8"} else "float16"
-    blocks = [_blocks(array.size, encoding) for _, array in sorted(encoded.items())]
-    if scales.shape != (sum(blocks),):
-        raise WireError("not one scale for each block")
-    if not (np.isfinite(scales) & (scales > 0)).all():
-        raise WireError("a scale that is not a positive number")
-    ends = np.cumsum(blocks)
+    Guarantee: how many numbers and blocks there are follows from the `agreed` shapes alone.
+    Errors: WireError where there are other numbers than agreed, or the scales are not one positive
+    and finite number for each block."""
+    values, scales = encoded.get(VALUES), encoded.get(SCALES)
+    if values is None or set(encoded) - {VALUES, SCALES}:
+        raise WireError("other arrays than agreed")
+    if values.shape != (sum(map(math.prod, agreed.values())),):
+        raise WireError("not as many numbers as agreed")
+    if scales is None and values.dtype != np.float32:
+        raise WireError("numbers without their scales")
+    if scales is not None:
+        values = _scaled(values, scales)
+    sizes = np.cumsum([math.prod(shape) for _, shape in sorted(agreed.items())])
+    parts = np.split(values, sizes[:-1]) if agreed else []
     return {
-        name: _unpacked(encoded[name], scales[end - count : end], encoding)
-        for name, count, end in zip(sorted(encoded), blocks, ends, strict=True)
+        name: part.reshape(shape)
+        for (name, shape), part in zip(sorted(agreed.items()), parts, strict=True)
     }
 
 
-def _width(size: int, encoding: Encoding) -> int:
-    return BLOCK if encoding == "int8" else max(size, 1)
+def _scaled(values: npt.NDArray[Any], scales: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    if values.dtype.name not in ("float16", "int8") or scales.dtype != np.float32:
+        raise WireError("scales beside numbers that have none")
+    if scales.shape != (-(-values.size // BLOCK),):
+        raise WireError("not one scale for each block")
+    if not (np.isfinite(scales) & (scales > 0)).all():
+        raise WireError("a scale that is not a positive number")
+    with np.errstate(over="ignore", invalid="ignore"):  # a hostile code: caught as not finite
+        return values.astype(np.float32) * _spread(scales, values.size)
 
 
-def _blocks(size: int, encoding: Encoding) -> int:
-    return -(-size // _width(size, encoding))
+def plain(arrays: Encoded) -> Arrays:
+    """Arrays that travel under their own names, in fp32: what is sent once, with the plan.
+    Errors: WireError where one is of another type."""
+    if any(array.dtype != np.float32 for array in arrays.values()):
+        raise WireError("arrays that are not fp32")
+    return arrays
 
 
-def _packed(
-    array: npt.NDArray[np.float32], encoding: Encoding
-) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32]]:
-    """Codes in the shape of `array`, and the scale of each of its blocks."""
-    rows = np.zeros((_blocks(array.size, encoding), _width(array.size, encoding)), np.float32)
-    rows.ravel()[: array.size] = array.ravel()
-    largest = np.abs(rows).max(axis=1, initial=0.0)
-    scale = _int8_scale(largest) if encoding == "int8" else _float16_scale(largest)
-    with np.errstate(invalid="ignore"):  # not finite: 0, under a scale that is not finite
-        codes = np.nan_to_num(rows / scale[:, None]).ravel()[: array.size]
-    if encoding == "int8":
-        return np.rint(codes).astype(np.int8).reshape(array.shape), scale
-    codes = np.clip(codes, -_LARGEST_FP16, _LARGEST_FP16)
-    return codes.astype(np.float16).reshape(array.shape), scale
+def _spread(scale: npt.NDArray[np.float32], size: int) -> npt.NDArray[np.float32]:
+    """Each number's scale."""
+    return np.repeat(scale, BLOCK)[:size]
 
 
 def _int8_scale(largest: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -147,11 +153,3 @@ def _float16_scale(largest: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     _, exponent = np.frexp(largest)  # largest < 2 ** exponent
     scale = np.ldexp(np.float32(1), np.maximum(exponent - 15, -126)).astype(np.float32)
     return np.where(np.isfinite(largest), scale, largest)
-
-
-def _unpacked(
-    codes: npt.NDArray[Any], scale: npt.NDArray[np.float32], encoding: Encoding
-) -> npt.NDArray[np.float32]:
-    each = np.repeat(scale, _width(codes.size, encoding))[: codes.size]
-    with np.errstate(over="ignore", invalid="ignore"):  # a hostile code: caught as not finite
-        return (codes.astype(np.float32).ravel() * each).reshape(codes.shape)

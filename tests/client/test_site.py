@@ -27,7 +27,7 @@ from fedtune.models.network import build
 from fedtune.models.start import Start, start
 from fedtune.models.states import STORE
 from fedtune.training import local_round
-from fedtune.wire.codec import layout
+from fedtune.wire.codec import layout, shapes
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import receipt
 from tests.dp.conftest import study
@@ -83,7 +83,7 @@ def test_an_admitted_plan_trains_and_every_step_is_in_the_log(
     for round_ in range(1, 5):
         update = worker.train(made.study.digest, round_, made.adapter)
     sent = {n: (a.dtype.name, a.shape) for n, a in update.delta.items()}
-    assert sent == layout(made.adapter, "int8")
+    assert sent == layout(shapes(made.adapter), "int8")
     (event,) = update.events
     assert set(event) == {"sigma", "q", "max_grad_norm", "records", "steps"}
     assert event["steps"] == len(worker.log.steps()) == 4

@@ -39,7 +39,22 @@ def test_full_batch_equals_the_closed_form_and_is_never_below(
 ) -> None:
     exact = gaussian_epsilon(sigma, steps, delta)
     ours = epsilon([Steps(sigma, 1.0, steps)], delta)
-    assert exact - 1e-6 <= ours <= exact * 1.01
+    assert exact <= ours <= exact * (1 + 1e-6)
+
+
+def test_gaussians_of_several_lengths_are_one() -> None:
+    parts = [Steps(2.0, 1.0, 3), Steps(5.0, 1.0, 7), Steps(8.0, 1.0, 2, 4)]
+    mu = math.sqrt(3 / 4 + 7 / 25 + 2 * 16 / 64)
+    exact = gaussian_epsilon(1 / mu, 1, 1e-5)
+    assert exact <= epsilon(parts, 1e-5) <= exact * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(("sigma", "steps", "delta"), [(1e-3, 1000, 1e-9), (4.0, 10, 1e-200)])
+def test_the_closed_form_has_no_end(sigma: float, steps: int, delta: float) -> None:
+    """Where a grid would need more points than there is memory."""
+    found = epsilon([Steps(sigma, 1.0, steps)], delta)
+    assert 0 < found <= rdp_epsilon([Steps(sigma, 1.0, steps)], delta) * 1.01
+    assert epsilon([Steps(1e3, 1.0, 1)], 1e-2) == 0.0
 
 
 def test_known_trap_values() -> None:

@@ -13,6 +13,7 @@ from fedtune.flower import ray_engine
 from fedtune.flower.arrays import to_record
 from fedtune.flower.grid import InProcessGrid
 from fedtune.wire import seal
+from fedtune.wire.codec import encode
 from fedtune.wire.keys import SigningKey
 from server.admission import plan_message
 from tests.server.fakes import FakeSite, make_study, trial, zeros
@@ -40,6 +41,8 @@ def test_a_worker_that_does_not_know_the_plan_gets_it_from_the_sites_context(tri
     assert ask("query.prepare", plan_message(study, {}, key))["admission"]["name"] == "b"
     run.sites[1].known = False  # another Ray worker
     order = ConfigRecord(seal.order(key, study.digest, 1, "nonce", ""))
-    reply = ask("train", RecordDict({"order": order, "adapter": to_record(zeros())}))
+    reply = ask(
+        "train", RecordDict({"order": order, "adapter": to_record(encode(zeros(), "float32"))})
+    )
     assert reply["site"]["status"] == "trained"
     assert run.sites[1].prepared == 2 and run.sites[0].prepared == 0

@@ -16,7 +16,7 @@ from fedtune.flower import api
 from fedtune.flower.arrays import bodies, to_record
 from fedtune.flower.grid import InProcessGrid
 from fedtune.wire import seal
-from fedtune.wire.codec import encode
+from fedtune.wire.codec import SCALES, VALUES, encode
 from fedtune.wire.keys import SigningKey
 from tests.server.fakes import EVENT, zeros
 
@@ -56,7 +56,7 @@ class Forge:
         """The seal is right; arrays or log are not, or are by luck."""
         arrays = {name: Array(a) for name, a in self.update().items()}
         for _ in range(self.random.randint(0, 2)):
-            name = self.random.choice([*arrays, "scales", "other"])
+            name = self.random.choice([*arrays, SCALES, "other"])
             arrays[name] = self.array()
         record = ArrayRecord({name: a for name, a in arrays.items() if self.random.random() < 0.97})
         events = self.events() if self.random.random() < 0.5 else '[{"sigma":1.5,"q":0.25}]'
@@ -119,7 +119,7 @@ class Forge:
                 {self.name(): self.value() for _ in range(self.random.randint(0, 6))}
             )
         if kind < 0.9:
-            names = ("layer.B", "layer.C", "scales", "sums", self.name())
+            names = (VALUES, SCALES, "layer.B", self.name())
             found = {self.random.choice(names): self.array() for _ in range(2)}
             return ArrayRecord(found)
         return MetricRecord({self.name(): self.random.choice(NUMBERS)})
@@ -142,13 +142,13 @@ class Forge:
         return [self.random.choice(NUMBERS[:6])]
 
     def array(self) -> Array:
-        shape = self.random.choice([(4,), (3, 2), (), (0,), (2, 2), (2**62,), (-1,), (4096, 2)])
+        shape = self.random.choice([(10,), (5, 2), (), (0,), (1,), (2**62,), (-1,), (4096, 2)])
         dtype = self.random.choice([self.encoding, "float32", "float64", "object", "<f4", ""])
         stype = self.random.choice(["numpy.ndarray", "numpy.ndarray", "pickle", ""])
         return Array(dtype, shape, stype, self.body())
 
     def body(self) -> bytes:
-        shape = self.random.choice([(4,), (3, 2), (), (0,), (2, 2)])
+        shape = self.random.choice([(10,), (5, 2), (), (0,), (1,)])
         kind = self.random.choice([self.encoding, "<f4", "<f8", "<i8", ">f4", "|S3"])
         body = bytearray(Array(np.zeros(shape, kind)).data)
         for _ in range(self.random.choice([0, 0, 1, 2])):

@@ -26,7 +26,7 @@ from server.admission import Outcome, Roster, outcome, plan_message
 from server.bound import Terms
 from server.exchange import UNREADABLE, Reply
 from tests.fuzz.messages import Forge
-from tests.server.fakes import EVENT, FakeSite, make_study, zeros
+from tests.server.fakes import EVENT, SHAPES, FakeSite, make_study, zeros
 
 STUDY = make_study()
 COORDINATOR = SigningKey()
@@ -99,7 +99,7 @@ def fuzz(count: int, seed: int, encoding: Encoding) -> dict[str, float]:
             assert make != forge.honest or side.counted == before + 1
             for record in content.array_records.values() if content is not None else ():
                 with suppress(WireError):
-                    decode(from_record(record))
+                    decode(from_record(record), SHAPES)
         except Exception as error:
             raise AssertionError(f"seed {seed}, message {number} ({make.__name__})") from error
     seconds = time.monotonic() - started

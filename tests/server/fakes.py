@@ -15,7 +15,7 @@ import client.app
 from client.site import Admission, Unprepared, Update
 from fedtune.config import Encoding, Study
 from fedtune.flower.grid import InProcessGrid
-from fedtune.wire.codec import encode
+from fedtune.wire.codec import Shapes, encode
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import Header, seal
 from server import rounds
@@ -93,13 +93,16 @@ class FakeSite:
         made = self._scripted(self.script.get(len(self.calls)), update)
         return Update(encode(made.delta, self.encoding), made.events)
 
+    def shapes(self, digest: str) -> Shapes:
+        return SHAPES
+
     def evaluate(
         self, digest: str, round_: int, adapter: dict[str, np.ndarray], receipt: str
     ) -> Update:
         self.asked.append(round_)
         self.receipts.append(receipt)
         sums = np.array([self.size / 4, self.size], np.float32)  # a likelihood of 0.25
-        update = Update({"sums": sums}, [{**QUERY, "steps": len(self.asked)}])
+        update = Update(encode({"sums": sums}, "float32"), [{**QUERY, "steps": len(self.asked)}])
         return self._scripted(self.answers.get(len(self.asked)), update)
 
     def _scripted(self, what: Any, update: Update) -> Update:

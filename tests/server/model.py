@@ -30,6 +30,7 @@ from fedtune.errors import FedtuneError, PolicyRefused
 from fedtune.flower import grid as grid_module
 from fedtune.flower.grid import InProcessGrid
 from fedtune.models.lora import digest as arrays_digest
+from fedtune.wire.codec import Shapes, encode
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import Header, seal
 from server import rounds, store
@@ -96,11 +97,14 @@ class UnitSite(FakeSite):
             vector = np.zeros(len(NAMES), np.float32)
             vector[NAMES.index(self.name)] = 1.0
             events = json.dumps([{**EVENT, "steps": self.steps}])
-            body = save({"u": vector}, {"events": events})
+            body = save(encode({"u": vector}, "float32"), {"events": events})
             self.ledger.release(number, hashlib.sha256(body).hexdigest(), body)
         self._die("released")
         text = body[8 : 8 + int.from_bytes(body[:8], "little")]
         return Update(load(body), json.loads(json.loads(text)["__metadata__"]["events"]))
+
+    def shapes(self, digest: str) -> Shapes:
+        return {"u": (len(NAMES),)}
 
     def _die(self, where: str) -> None:
         if self.crash == where:

@@ -18,6 +18,7 @@ from fedtune.errors import BudgetExceeded, ConfigError, ModelError, Refused
 from fedtune.flower.arrays import bodies, to_record
 from fedtune.flower.grid import InProcessGrid
 from fedtune.wire import seal
+from fedtune.wire.codec import VALUES, encode
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.protocol import spoken
 from server import app as server_app
@@ -43,7 +44,7 @@ SAID = {"status": "trained", "events": "[]"}
 
 def order(round_: int = 1, key: SigningKey = KEY) -> RecordDict:
     record = ConfigRecord(seal.order(key, STUDY.digest, round_, "n", ""))
-    return RecordDict({"order": record, "adapter": to_record(zeros())})
+    return RecordDict({"order": record, "adapter": to_record(encode(zeros(), "float32"))})
 
 
 def known(**options: Any) -> FakeSite:
@@ -246,17 +247,17 @@ def test_an_odd_reply_to_train_is_a_failure(site):
 
 
 def test_a_huge_claim_in_a_small_message_is_not_allocated():
-    record = to_record(zeros())
-    name = "layer.C"
+    record = to_record(encode(zeros(), "float32"))
+    name = VALUES
     honest = record[name].data
-    record[name].data = honest.replace(b"(4,), }         ", b"(4000000000,), }")
+    record[name].data = honest.replace(b"(10,), }         ", b"(40000000000,), }")
     assert record[name].data != honest and len(record[name].data) == len(honest)
     site, body = SigningKey(), seal.body_digest(bodies(record), SAID)
     said = ConfigRecord({**SAID, **seal.seal(site, replace(WANTED, body=body))})
     content = RecordDict({"update": record, "site": said})
     got = outcome(Reply(2, content), zeros(), False, 0, site.public, WANTED)
     assert got.status == "dropped" and "stated shape" in got.reason
-    assert np.prod(record[name].shape) == 4
+    assert np.prod(record[name].shape) == 10
 
 
 def sealed(key: SigningKey, record: ArrayRecord, **changes: Any) -> Reply:
@@ -267,7 +268,7 @@ def sealed(key: SigningKey, record: ArrayRecord, **changes: Any) -> Reply:
 
 
 def test_a_sealed_update_is_taken_and_its_ledger_statement_kept():
-    site, record = SigningKey(), to_record(zeros())
+    site, record = SigningKey(), to_record(encode(zeros(), "float32"))
     got = outcome(sealed(site, record), zeros(), False, 0, site.public, WANTED)
     assert (got.status, got.ledger) == ("trained", {"hash": "h"})
 
@@ -285,17 +286,17 @@ def test_a_sealed_update_is_taken_and_its_ledger_statement_kept():
     ],
 )
 def test_an_update_sealed_for_something_else_is_dropped(change):
-    site, record = SigningKey(), to_record(zeros())
+    site, record = SigningKey(), to_record(encode(zeros(), "float32"))
     got = outcome(sealed(site, record, **change), zeros(), False, 0, site.public, WANTED)
     assert got.status == "dropped" and next(iter(change)) in got.reason
 
 
 def test_an_update_signed_by_another_or_altered_is_dropped():
-    site, record = SigningKey(), to_record(zeros())
+    site, record = SigningKey(), to_record(encode(zeros(), "float32"))
     stranger = outcome(sealed(SigningKey(), record), zeros(), False, 0, site.public, WANTED)
     assert stranger.status == "dropped" and "not signed" in stranger.reason
     reply = sealed(site, record)
-    record["layer.C"].data = record["layer.C"].data[:-1] + b"\x01"
+    record[VALUES].data = record[VALUES].data[:-1] + b"\x01"
     altered = outcome(reply, zeros(), False, 0, site.public, WANTED)
     assert altered.status == "dropped" and "body" in altered.reason
 

@@ -17,6 +17,7 @@ from fedtune.dp.plan import plan_for_site
 from fedtune.dp.steplog import StepLog
 from fedtune.flower.arrays import bodies, to_record
 from fedtune.wire import seal
+from fedtune.wire.codec import encode
 from fedtune.wire.keys import SigningKey
 from server.admission import Outcome, outcome
 from server.bound import ROWS, norm_bound, terms
@@ -142,7 +143,7 @@ def test_adamw_keeps_to_it_whatever_the_gradients(decay: float):
 
 def judged(study: Any, update: np.ndarray, n: int, longest: float | None = None) -> Outcome:
     """What the coordinator makes of this update, sealed by an honest site."""
-    key, record = SigningKey(), to_record({"w": update.astype(np.float32)})
+    key, record = SigningKey(), to_record(encode({"w": update}, "float32"))
     site = terms(study, resolve(study, n), n)
     event = {
         "sigma": site.noise_multiplier, "q": site.sampling_rate, "records": site.records,

@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 from fedtune.config import Encoding
 from fedtune.flower.arrays import from_record, to_record
 from fedtune.wire import codec
-from fedtune.wire.codec import BLOCK, GROWTH, SCALES, WireError, decode, encode, layout
+from fedtune.wire.codec import BLOCK, GROWTH, SCALES, VALUES, WireError, decode, encode, layout
 
 ENCODINGS: tuple[Encoding, ...] = ("float32", "float16", "int8")
 SMALL: tuple[Encoding, ...] = ("float16", "int8")
@@ -45,17 +45,21 @@ def bound(x: np.ndarray, encoding: Encoding) -> np.ndarray:
     if encoding == "float32" or not x.size:
         return np.zeros_like(exact)
     if encoding == "float16":
-        return np.maximum(exact * 2.0**-11, exact.max() * 2.0**-39)
-    starts = range(0, x.size, BLOCK)
-    largest = np.concatenate(
+        return np.maximum(exact * 2.0**-11, largest_of(exact) * 2.0**-39)
+    return largest_of(exact) / 254 * (1 + 2.0**-15) + 2.0**-127
+
+
+def largest_of(exact: np.ndarray) -> np.ndarray:
+    """Of each number's block."""
+    starts = range(0, exact.size, BLOCK)
+    return np.concatenate(
         [np.full(exact[i : i + BLOCK].size, exact[i : i + BLOCK].max()) for i in starts]
     )
-    return largest / 254 * (1 + 2.0**-15) + 2.0**-127
 
 
 def within(x: np.ndarray, encoding: Encoding) -> bool:
     """Whether `x` comes back as the table says, over Flower's own record."""
-    back = decode(from_record(to_record(encode({"x": x}, encoding))))["x"]
+    back = decode(from_record(to_record(encode({"x": x}, encoding))), {"x": x.shape})["x"]
     assert back.dtype == np.float32 and back.shape == x.shape and np.isfinite(back).all()
     error = back.astype(np.float64) - x.astype(np.float64)
     length = math.hypot(*x.astype(np.float64).ravel())
@@ -123,13 +127,22 @@ def test_the_layout_is_what_is_sent(encoding: Encoding):
     shapes = {"b": (3, 200), "a": (), "c": (0, 4), "d": (256,)}
     like = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
     sent = encode(like, encoding)
-    forms = layout(like, encoding)
+    forms = layout(shapes, encoding)
     assert {n: (a.dtype.name, a.shape, a.nbytes) for n, a in sent.items()} == {
         n: (f.dtype, f.shape, f.nbytes) for n, f in forms.items()
     }
-    assert {n: a.shape for n, a in decode(sent).items()} == shapes
-    if encoding == "int8":
-        assert forms[SCALES].shape == (3 + 1 + 0 + 1,)
+    assert {n: a.shape for n, a in decode(sent, shapes).items()} == shapes
+    if encoding != "float32":
+        assert forms[SCALES].shape == (4,)  # 857 numbers
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_each_tensor_gets_its_own_numbers_back(encoding: Encoding):
+    like = {name: np.full((3, 5), at, np.float32) for at, name in enumerate("cab", 1)}
+    back = decode(encode(like, encoding), {name: (3, 5) for name in "bca"})
+    assert {n: {round(float(x), 5) for x in a.ravel()} for n, a in back.items()} == {
+        "a": {2.0}, "b": {3.0}, "c": {1.0},
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("encoding", SMALL)
@@ -138,11 +151,11 @@ def test_what_is_not_finite_stays_so_and_is_refused(encoding: Encoding, bad: flo
     x = np.ones(600, np.float32)
     x[5] = bad
     with pytest.raises(WireError, match="not a positive number"):
-        decode(encode({"x": x}, encoding))
+        decode(encode({"x": x}, encoding), {"x": x.shape})
 
 
 REFUSED: dict[str, Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]] = {
-    "no scales": lambda e: {"x": e["x"]},
+    "no scales": lambda e: {VALUES: e[VALUES]},
     "a scale too few": lambda e: e | {SCALES: e[SCALES][1:]},
     "a scale too many": lambda e: e | {SCALES: np.append(e[SCALES], np.float32(1))},
     "scales in two rows": lambda e: e | {SCALES: e[SCALES][None]},
@@ -150,8 +163,11 @@ REFUSED: dict[str, Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]] = {
     "a negative scale": lambda e: e | {SCALES: -e[SCALES]},
     "an infinite scale": lambda e: e | {SCALES: e[SCALES] * np.float32(np.inf)},
     "scales of another type": lambda e: e | {SCALES: e[SCALES].astype(np.float16)},
-    "scales beside fp32": lambda e: e | {"x": np.zeros(600, np.float32)},
-    "two types": lambda e: e | {"y": np.zeros(1, np.float32)},
+    "scales beside fp32": lambda e: e | {VALUES: np.zeros(600, np.float32)},
+    "an array too many": lambda e: e | {"y": np.zeros(1, np.float32)},
+    "a number too many": lambda e: e | {VALUES: np.append(e[VALUES], e[VALUES][:1])},
+    "a number too few": lambda e: e | {VALUES: e[VALUES][1:]},
+    "two rows": lambda e: e | {VALUES: e[VALUES].reshape(2, 300)},
     "scales alone": lambda e: {SCALES: e[SCALES]},
 }
 
@@ -160,9 +176,9 @@ REFUSED: dict[str, Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]] = {
 @pytest.mark.parametrize("how", REFUSED)
 def test_what_is_no_encoding_is_refused(encoding: Encoding, how: str):
     honest = encode({"x": np.ones(600, np.float32)}, encoding)
-    assert (decode(honest)["x"] == 1).all()
+    assert (decode(honest, {"x": (600,)})["x"] == 1).all()
     with pytest.raises(WireError):
-        decode(REFUSED[how](honest))
+        decode(REFUSED[how](honest), {"x": (600,)})
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -174,7 +190,7 @@ def test_rounding_is_done_once_whatever_the_number_of_rounds(encoding: Encoding)
     kept, twin = start.copy(), start.copy()
 
     def sent(adapter: np.ndarray) -> np.ndarray:
-        return decode(encode({"x": adapter}, encoding))["x"]
+        return decode(encode({"x": adapter}, encoding), {"x": adapter.shape})["x"]
 
     for _ in range(200):
         received = sent(kept)

@@ -22,7 +22,7 @@ from fedtune.flower import api
 from fedtune.flower.arrays import WireError, bodies, from_record, to_record
 from fedtune.flower.grid import InProcessGrid
 from fedtune.wire import seal
-from fedtune.wire.codec import SCALES, encode
+from fedtune.wire.codec import SCALES, VALUES, encode
 from fedtune.wire.keys import SigningKey, verifies
 from server.admission import Outcome, outcome
 from server.bound import Terms
@@ -95,7 +95,7 @@ def changed(name: str, change: Callable[[Array], Array]) -> RecordDict:
 def scaled(change: Callable[[np.ndarray], np.ndarray]) -> RecordDict:
     """Other scales beside honest numbers; where there are none, the numbers changed."""
     arrays = encode({n: a + 0.5 for n, a in zeros().items()}, wire.encoding)
-    name = SCALES if SCALES in arrays else "layer.C"
+    name = SCALES if SCALES in arrays else VALUES
     return message(to_record(arrays | {name: change(arrays[name])}))
 
 
@@ -108,9 +108,9 @@ def npy(array: np.ndarray) -> bytes:
 
 
 def renamed(shape: bytes) -> bytes:
-    """The body of layer.C, which says of itself that it has another shape."""
-    small = npy(wire.numbers(4))
-    return small.replace(b"(4,), }" + b" " * (len(shape) - 7), shape)
+    """The body of the values, which says of itself that it has another shape."""
+    small = npy(wire.numbers(10))
+    return small.replace(b"(10,), }" + b" " * (len(shape) - 8), shape)
 
 
 def another_encoding() -> RecordDict:
@@ -127,50 +127,51 @@ LIES: dict[str, tuple[Callable[[], RecordDict], str]] = {
     "another base": (lambda: message(base="sha256:0"), "sealed for another base"),
     "another site": (lambda: message(site="b"), "sealed for another site"),
     "2⁶² numbers claimed": (
-        lambda: changed("layer.C", body_of(renamed(b"(4611686018427387904,), }"))),
-        "'layer.C' is not plain",
+        lambda: changed(VALUES, body_of(renamed(b"(4611686018427387904,), }"))),
+        "'values' is not plain",
     ),
     "pickle": (
-        lambda: changed("layer.C", lambda o: body_of(
+        lambda: changed(VALUES, lambda o: body_of(
             pickle.dumps([0] * 60).ljust(len(o.data), b"\0")[: len(o.data)])(o)),
         "not in .npy format",
     ),
     "an object array": (
-        lambda: changed("layer.C", lambda o: body_of(
+        lambda: changed(VALUES, lambda o: body_of(
             o.data.replace(SPELLED[wire.encoding].encode(), b"|O "))(o)),
         "by its header",
     ),
     "another type inside": (
-        lambda: changed("layer.B", lambda o: body_of(
+        lambda: changed(VALUES, lambda o: body_of(
             o.data.replace(SPELLED[wire.encoding].encode(), other_type()))(o)),
-        "'layer.B' is not plain",
+        "'values' is not plain",
     ),
     "fp64": (
-        lambda: changed("layer.C", lambda _: Array(np.zeros(4))), "'layer.C' is not plain",
+        lambda: changed(VALUES, lambda _: Array(np.zeros(10))), "'values' is not plain",
     ),
     "another encoding": (another_encoding, ""),
     "the wrong shape": (
-        lambda: changed("layer.C", lambda _: Array(wire.numbers(2, 2))),
-        "'layer.C' has another shape",
+        lambda: changed(VALUES, lambda _: Array(wire.numbers(5, 2))),
+        "'values' has another shape",
     ),
     "another shape inside": (
-        lambda: changed("layer.C", body_of(npy(wire.numbers(2, 2)))),
-        "'layer.C' has two shapes",
+        lambda: changed(VALUES, body_of(npy(wire.numbers(5, 2)))),
+        "not as many numbers as agreed",
     ),
     "rank 4096": (
-        lambda: changed("layer.B", lambda _: Array(wire.numbers(4096, 2))),
-        "'layer.B' has another shape",
+        lambda: changed(VALUES, lambda _: Array(wire.numbers(4096 * 10))),
+        "'values' has another shape",
     ),
     "bytes too many": (
-        lambda: changed("layer.C", lambda old: body_of(old.data + b"\0" * 4096)(old)),
+        lambda: changed(VALUES, lambda old: body_of(old.data + b"\0" * 4096)(old)),
         "has not the bytes of its shape",
     ),
     "an array too many": (
-        lambda: message(wire.record(zeros() | {"x": np.zeros(2, np.float32)})),
+        lambda: message(ArrayRecord({**wire.record(zeros()), "x": Array(wire.numbers(2))})),
         "other arrays than agreed",
     ),
     "an array too few": (
-        lambda: message(wire.record({"layer.C": zeros()["layer.C"]})), "other arrays than agreed",
+        lambda: message(ArrayRecord({SCALES: Array(np.ones(1, np.float32))})),
+        "other arrays than agreed",
     ),
     "NaN": (lambda: scaled(lambda s: s * np.float32(np.nan)), "not"),
     "infinity": (lambda: scaled(lambda s: s * np.float32(np.inf)), "not"),
@@ -193,7 +194,8 @@ def test_a_lie_is_dropped_with_its_own_reason(lie: str):
 def test_every_lie_has_a_reason_of_its_own():
     reasons = [judge(made()).reason for made, _ in LIES.values()]
     same = {r for r in reasons if reasons.count(r) > 1}
-    assert len(same) <= 3  # array too many or few; a bad header; what is not a number
+    # Array too many or few; a bad header; no number; two other shapes; two other types.
+    assert len(same) <= 5
 
 
 BLOCKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -237,10 +239,8 @@ def test_a_swapped_body_is_dropped():
     one, other = honest(), message(wire.record(zeros()))
     swapped = RecordDict({"update": other["update"], "site": one["site"]})
     assert "sealed for another body" in judge(swapped).reason
-    names = one["update"]
-    swap = {"layer.B": names["layer.C"], "layer.C": names["layer.B"]}
-    exchanged = ArrayRecord({**names, **swap})
-    assert judge(RecordDict({"update": exchanged, "site": one["site"]})).status == "dropped"
+    renamed = ArrayRecord({name + "2": array for name, array in one["update"].items()})
+    assert judge(RecordDict({"update": renamed, "site": one["site"]})).status == "dropped"
 
 
 def test_the_log_beside_the_arrays_is_sealed_too():
@@ -352,8 +352,8 @@ def test_memory_stays_flat_under_claims():
     for n in (10**3, 2**20, 2**31, 2**40, 2**62):
         body = renamed(f"({n},), }}".encode())
         record = wire.record(zeros())
-        record["layer.C"] = Array(wire.encoding, (n,), "numpy.ndarray", body)
-        contents += [message(record), changed("layer.C", body_of(body))]
+        record[VALUES] = Array(wire.encoding, (n,), "numpy.ndarray", body)
+        contents += [message(record), changed(VALUES, body_of(body))]
     judge(contents[0])
     tracemalloc.start()
     for content in contents:
