@@ -91,6 +91,7 @@ class _Run:
         self.rounds = self.study.training.rounds  # None: it goes on until somebody stops it
         self.asks = self.study.strategy
         self.terms: dict[int, Terms] = {}  # by declared size
+        self.reach = 0.0  # how long the adapter may be that the sites of this round start from
         self.receipts = store.Receipts(parts.receipts)
         mine = parts.key.public  # a site takes a receipt for what it is only from who signed it
         earlier = self.receipts.read()
@@ -214,7 +215,11 @@ class _Run:
 
         The sites train from the adapter as it was sent; their updates move the one that is kept
         here, in fp32. So what rounding takes from an adapter is there again in the next."""
-        adapter = to_record(codec.encode(self.progress.adapter, self.study.wire.adapter))
+        encoding, squares = self.study.wire.adapter, 0.0
+        adapter = to_record(codec.encode(self.progress.adapter, encoding))
+        for array in self.progress.adapter.values():
+            squares += float(np.square(array, dtype=np.float64).sum())
+        self.reach = math.sqrt(squares) * codec.GROWTH[encoding]
         nonce = secrets.token_hex(16)
         named = {self.roster.nodes[name]: name for name in names}
         contents = {
@@ -285,18 +290,16 @@ class _Run:
         adds no noise."""
         if not self.study.private:
             return {}
-        declared, adapter = self.progress.sizes[name], self.progress.adapter.values()
+        declared = self.progress.sizes[name]
         if declared not in self.terms:
             self.terms[declared] = terms(
                 self.study, self.parts.budget(self.study, declared), declared
             )
-        start = math.sqrt(sum(float(np.square(a, dtype=np.float64).sum()) for a in adapter))
-        start *= codec.GROWTH[self.study.wire.adapter]
         site, dimension = self.terms[declared], sum(a.size for a in part.values())
         if self.continuous:  # the budget's rounds are one unit's
             steps = (self.progress.round + 1) * self.study.training.local_steps
             site = replace_fields(site, steps=steps)
-        return {"terms": site, "longest": norm_bound(self.study, site, dimension, start)}
+        return {"terms": site, "longest": norm_bound(self.study, site, dimension, self.reach)}
 
     def _keep(self, tally: Tally) -> None:
         """Apply the round, measure it, and make it last."""

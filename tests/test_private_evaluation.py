@@ -31,7 +31,7 @@ from fedtune.flower.grid import InProcessGrid
 from fedtune.models.start import start
 from fedtune.quality import Evaluator
 from fedtune.report.plot import png
-from fedtune.wire.codec import encode
+from fedtune.wire.codec import VALUES, encode
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import order
 from server import queries, store
@@ -208,7 +208,7 @@ def test_the_same_question_again_gets_the_same_bytes_for_nothing(
         worker = worker_of(study)
         assert worker.prepare(made.study, made.frozen).admitted
         answers.append(worker.evaluate(made.study.digest, 2, made.adapter))
-    assert np.array_equal(answers[0].delta["sums"], answers[1].delta["sums"])
+    assert np.array_equal(answers[0].delta[VALUES], answers[1].delta[VALUES])
     assert answers[0].events == answers[1].events
     assert len(worker.log.steps()) == len(worker.ledger.charges("held-out")) == 1
     other = {name: array + 1 for name, array in made.adapter.items()}
@@ -266,7 +266,7 @@ def test_who_withdraws_is_left_out_of_later_answers(tmp_path: Path, tiny_base: P
     worker = worker_of(study)
     assert worker.prepare(made.study, made.frozen).admitted
     for round_, count in ((2, 12), (3, 11)):
-        sums = worker.evaluate(made.study.digest, round_, made.adapter).delta["sums"]
+        sums = worker.evaluate(made.study.digest, round_, made.adapter).delta[VALUES]
         assert sums[1] == pytest.approx(count, abs=0.01)  # 7 standard deviations
         worker.ledger.withdraw(unit_member("held-out-3"))
 
@@ -338,7 +338,7 @@ ALLOWED = {
     "site.events": "str",
     "site.header": "str",
     "site.signature": "str",
-    "answer/sums": "float32 (2,)",
+    "answer/values": "float32 (2,)",
 }
 
 
@@ -465,7 +465,7 @@ def sums(*values: float, **event: float) -> Callable[[Update], Update]:
     """An answer with other numbers, or another event."""
 
     def changed(update: Update) -> Update:
-        delta = {"sums": np.array(values, np.float32)} if values else update.delta
+        delta = {VALUES: np.array(values, np.float32)} if values else update.delta
         return Update(delta, [{**each, **event} for each in update.events])
 
     return changed

@@ -90,15 +90,18 @@ class InProcessGrid(Grid):
         for identity in message_ids:
             body = self._waiting.pop(identity, None)
             if body is not None:
-                sent = answer(self._app, self._contexts, body)
-                reply = decode(sent)
-                self.bytes_up[reply.metadata.src_node_id] += len(sent)
-                yield reply
+                yield self._answer(body)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
         return list(self.pull_messages(self.push_messages(messages)))
+
+    def _answer(self, body: bytes) -> Message:
+        sent = answer(self._app, self._contexts, body)
+        reply = decode(sent)
+        self.bytes_up[reply.metadata.src_node_id] += len(sent)
+        return reply
 
 
 def contexts_of(sites: Mapping[int, Path]) -> dict[int, Context]:

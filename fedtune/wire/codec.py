@@ -6,7 +6,7 @@
 
 All tensors travel as one array VALUES, end to end in name order: names and shapes follow from the
 plan, and Flower's cost is by the array. What a block was divided by travels beside it, in one fp32
-array SCALES.
+array SCALES. A block ends with its tensor, so that a small one beside a large one keeps its digits.
 
 For a number x, m the largest magnitude in its block, both finite:
 
@@ -68,10 +68,9 @@ def shapes(arrays: Mapping[str, npt.NDArray[Any]]) -> Shapes:
 
 def layout(agreed: Shapes, encoding: Encoding) -> dict[str, Form]:
     """What tensors of the `agreed` shapes travel as: `encode`, without the numbers."""
-    size = sum(map(math.prod, agreed.values()))
-    forms = {VALUES: Form(encoding, (size,))}
+    forms = {VALUES: Form(encoding, (_size(agreed),))}
     if encoding != "float32":
-        forms[SCALES] = Form("float32", (-(-size // BLOCK),))
+        forms[SCALES] = Form("float32", _starts(agreed).shape)
     return forms
 
 
@@ -81,10 +80,13 @@ def encode(arrays: Mapping[str, npt.NDArray[np.float32]], encoding: Encoding) ->
     flat = np.concatenate([np.zeros(0, np.float32), *parts])
     if encoding == "float32":
         return {VALUES: flat}
-    largest = np.maximum.reduceat(np.abs(flat), np.arange(0, flat.size, BLOCK))
+    starts = _starts(shapes(arrays))
+    largest = np.maximum.reduceat(np.abs(flat), starts)
     scale = _int8_scale(largest) if encoding == "int8" else _float16_scale(largest)
-    with np.errstate(invalid="ignore"):  # not finite: 0, under a scale that is not finite
-        codes = np.nan_to_num(flat / _spread(scale, flat.size), copy=False)
+    with np.errstate(invalid="ignore"):
+        codes = flat / _spread(scale, starts, flat.size)
+    if not np.isfinite(scale).all():  # 0, under a scale that is not finite
+        np.nan_to_num(codes, copy=False)
     if encoding == "int8":
         np.rint(codes, out=codes)
     else:
@@ -101,29 +103,30 @@ def decode(encoded: Encoded, agreed: Shapes) -> Arrays:
     values, scales = encoded.get(VALUES), encoded.get(SCALES)
     if values is None or set(encoded) - {VALUES, SCALES}:
         raise WireError("other arrays than agreed")
-    if values.shape != (sum(map(math.prod, agreed.values())),):
+    if values.shape != (_size(agreed),):
         raise WireError("not as many numbers as agreed")
     if scales is None and values.dtype != np.float32:
         raise WireError("numbers without their scales")
     if scales is not None:
-        values = _scaled(values, scales)
-    sizes = np.cumsum([math.prod(shape) for _, shape in sorted(agreed.items())])
-    parts = np.split(values, sizes[:-1]) if agreed else []
-    return {
-        name: part.reshape(shape)
-        for (name, shape), part in zip(sorted(agreed.items()), parts, strict=True)
-    }
+        values = _scaled(values, scales, _starts(agreed))
+    found, at = Arrays(), 0
+    for name, shape in sorted(agreed.items()):
+        found[name] = values[at : at + math.prod(shape)].reshape(shape)
+        at += math.prod(shape)
+    return found
 
 
-def _scaled(values: npt.NDArray[Any], scales: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def _scaled(
+    values: npt.NDArray[Any], scales: npt.NDArray[Any], starts: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float32]:
     if values.dtype.name not in ("float16", "int8") or scales.dtype != np.float32:
         raise WireError("scales beside numbers that have none")
-    if scales.shape != (-(-values.size // BLOCK),):
+    if scales.shape != starts.shape:
         raise WireError("not one scale for each block")
     if not (np.isfinite(scales) & (scales > 0)).all():
         raise WireError("a scale that is not a positive number")
     with np.errstate(over="ignore", invalid="ignore"):  # a hostile code: caught as not finite
-        return values.astype(np.float32) * _spread(scales, values.size)
+        return values.astype(np.float32) * _spread(scales, starts, values.size)
 
 
 def plain(arrays: Encoded) -> Arrays:
@@ -134,9 +137,24 @@ def plain(arrays: Encoded) -> Arrays:
     return arrays
 
 
-def _spread(scale: npt.NDArray[np.float32], size: int) -> npt.NDArray[np.float32]:
+def _size(agreed: Shapes) -> int:
+    return sum(map(math.prod, agreed.values()))
+
+
+def _starts(agreed: Shapes) -> npt.NDArray[np.int64]:
+    """Where each block starts."""
+    starts, at = list[int](), 0
+    for _, shape in sorted(agreed.items()):
+        starts += range(at, at + math.prod(shape), BLOCK)
+        at += math.prod(shape)
+    return np.array(starts, np.int64)
+
+
+def _spread(
+    scale: npt.NDArray[np.float32], starts: npt.NDArray[np.int64], size: int
+) -> npt.NDArray[np.float32]:
     """Each number's scale."""
-    return np.repeat(scale, BLOCK)[:size]
+    return np.repeat(scale, np.diff(starts, append=size))
 
 
 def _int8_scale(largest: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 import client.site
 from fedtune.data.records import unit_member
@@ -17,6 +18,7 @@ from fedtune.flower import api
 from fedtune.models.cache import Batch
 from fedtune.models.network import Network
 from fedtune.objectives import causal_lm
+from fedtune.wire.codec import layout
 from tests.guarantee.world import Recorder, lay_out, leaves, patients, run
 
 FROM_THE_PLAN = {"sigma", "q", "max_grad_norm", "records", "steps"}
@@ -40,14 +42,21 @@ ALLOWED = {
 HEADER = {"plan", "round", "base", "site", "receiver", "nonce", "body", "ledger"}
 
 
+def trained(grid: Recorder) -> dict[str, tuple[int, ...]]:
+    """The tensors that the plan trains, LoRA's B, by name."""
+    saved = load_file(grid.files[0].parent / "run" / "adapter" / "adapter_model.safetensors")
+    return {name: array.shape for name, array in saved.items() if ".lora_B." in name}
+
+
 def outside(grid: Recorder) -> list[str]:
     """Every field of every reply that the allow-list does not name."""
     strange = []
+    forms = layout(trained(grid), "int8").items()
+    update = {f"update/{name}": f"{form.dtype} {form.shape}" for name, form in forms}
     for reply in grid.replies:
         for path, what in leaves(reply):
             if path.startswith("update/"):
-                ok = what.startswith("int8 ") and path.endswith(".lora_B.default.weight")
-                ok = ok or (path == "update/scales" and what.startswith("float32 "))
+                ok = update.get(path) == what
             elif path == "metadata.message_type":
                 ok = what in ("train", "query.prepare")
             else:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.guarantee import world
-from tests.guarantee.test_wire_inventory import outside, shape
+from tests.guarantee.test_wire_inventory import outside, shape, trained
 from tests.guarantee.world import NAMES, Recorder, Row, run
 from tests.media import idefics3, image, recording, whisper
 
@@ -99,12 +99,7 @@ def usual(kind: str, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Re
 def test_nothing_leaves_but_what_the_list_names(usual: Recorder, kind: str) -> None:
     assert len(usual.replies) == 2 + 2 * 2
     assert outside(usual) == []
-    names = {
-        name.rsplit(".lora", 1)[0].rsplit(".", 1)[-1]
-        for reply in usual.replies
-        for name in reply.content.get("update", {})
-        if "lora" in name
-    }
+    names = {name.rsplit(".lora", 1)[0].rsplit(".", 1)[-1] for name in trained(usual)}
     assert names == ({"q_proj", "proj"} if kind == "image" else {"q_proj", "fc1"})
 
 

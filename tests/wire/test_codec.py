@@ -133,16 +133,15 @@ def test_the_layout_is_what_is_sent(encoding: Encoding):
     }
     assert {n: a.shape for n, a in decode(sent, shapes).items()} == shapes
     if encoding != "float32":
-        assert forms[SCALES].shape == (4,)  # 857 numbers
+        assert forms[SCALES].shape == (3 + 1 + 0 + 1,)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_each_tensor_gets_its_own_numbers_back(encoding: Encoding):
     like = {name: np.full((3, 5), at, np.float32) for at, name in enumerate("cab", 1)}
     back = decode(encode(like, encoding), {name: (3, 5) for name in "bca"})
-    assert {n: {round(float(x), 5) for x in a.ravel()} for n, a in back.items()} == {
-        "a": {2.0}, "b": {3.0}, "c": {1.0},
-    }  # fmt: skip
+    found = {name: {round(float(x), 5) for x in array.ravel()} for name, array in back.items()}
+    assert found == {"a": {2.0}, "b": {3.0}, "c": {1.0}}
 
 
 @pytest.mark.parametrize("encoding", SMALL)
