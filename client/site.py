@@ -37,7 +37,7 @@ from fedtune.models.network import Network, build
 from fedtune.models.teacher import teaching
 from fedtune.narrow import own, turn
 from fedtune.training import check_trains, local_round
-from fedtune.wire.codec import Encoded, Shapes, encode
+from fedtune.wire.codec import Encoded, Shapes, encode, layout, shapes
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import Header, seal
 
@@ -253,12 +253,13 @@ class SiteWorker:
             body = self._trained(prepared, round_, adapter, given)
         delta = load(body)
         columns = turn(prepared.study.lora, prepared.lora_rank, round_)
-        for name, array in adapter.items():
-            if delta[name].shape != own(name, array, columns).shape:
-                raise PolicyRefused(  # it trained, was started again, and now declares another rank
-                    "site.lora_rank was changed while an update of this round waits to be sent",
-                    todo="set it back for this study",
-                )
+        trained = {name: own(name, array, columns).shape for name, array in adapter.items()}
+        forms = layout(trained, prepared.study.wire.update)
+        if shapes(delta) != {name: form.shape for name, form in forms.items()}:
+            raise PolicyRefused(  # it trained, was started again, and now declares another rank
+                "site.lora_rank was changed while an update of this round waits to be sent",
+                todo="set it back for this study",
+            )
         return Update(delta, json.loads(_metadata(body)["events"]))
 
     def _trained(self, prepared: _Prepared, round_: int, adapter: Arrays, given: str) -> bytes:

@@ -35,7 +35,7 @@ from fedtune.simulate import simulate
 from fedtune.sites import sites_in
 from fedtune.strategies import build as strategy_of
 from fedtune.training import local_round
-from fedtune.wire.codec import layout
+from fedtune.wire.codec import layout, shapes
 from tests.client.test_site import make_site, notes
 from tests.dp.conftest import make_plan, records, study
 
@@ -425,7 +425,7 @@ def test_a_site_declares_its_rank_and_keeps_it_for_the_study(ranked: Path, tiny_
     delta = worker.train(made.study.digest, 1, made.adapter).delta
     sent = {n: (a.dtype.name, a.shape) for n, a in delta.items()}
     first = turn(made.study.lora, 3, 1)
-    assert sent == layout(narrowed(made.adapter, first), "int8")
+    assert sent == layout(shapes(narrowed(made.adapter, first)), "int8")
     again = worker.train(made.study.digest, 1, made.adapter).delta
     assert all((again[n] == delta[n]).all() for n in delta)
     assert len(worker.log.steps()) == 1

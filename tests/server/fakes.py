@@ -15,7 +15,7 @@ import client.app
 from client.site import Admission, Unprepared, Update
 from fedtune.config import Encoding, Study
 from fedtune.flower.grid import InProcessGrid
-from fedtune.wire.codec import Shapes, encode
+from fedtune.wire.codec import Shapes, decode, encode
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import Header, seal
 from server import rounds
@@ -131,6 +131,11 @@ def make_study(*, wire: Encoding = "float32", **strategy: Any) -> Study:
             },
         }
     )
+
+
+def update_of(name: str) -> dict[str, np.ndarray]:
+    """What the site of this name sends in its first round."""
+    return decode(FakeSite(name, known=True).train("", 1, zeros(), "").delta, SHAPES)
 
 
 class FakeEvaluator:

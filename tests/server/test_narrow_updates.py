@@ -14,6 +14,7 @@ from fedtune.errors import Refused
 from fedtune.narrow import ALL, narrowed, turn, widened
 from fedtune.observe.log import cleaned
 from fedtune.report.markdown import markdown
+from fedtune.wire.codec import Shapes, decode, encode
 from server.bound import norm_bound, terms
 from tests.server.fakes import FakeSite, make_parts, make_study
 
@@ -38,8 +39,11 @@ class Ranked(FakeSite):
         self, digest: str, round_: int, adapter: dict[str, np.ndarray], receipt: str
     ) -> Update:
         made = super().train(digest, round_, adapter, receipt)
-        self.sent.append(narrowed(made.delta, turn(LORA, self.rank, round_)))
-        return Update(self.sent[-1], made.events)
+        self.sent.append(narrowed(decode(made.delta, SHAPES), turn(LORA, self.rank, round_)))
+        return Update(encode(self.sent[-1], self.encoding), made.events)
+
+    def shapes(self, digest: str) -> Shapes:
+        return SHAPES
 
 
 def study(least: int | None = 2, **strategy: Any) -> Study:

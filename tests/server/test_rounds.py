@@ -17,12 +17,11 @@ from fedtune.errors import (
     PolicyRefused,
     Refused,
 )
-from fedtune.wire.codec import decode
 from fedtune.wire.keys import SigningKey
 from server import summary
 from server.exchange import size
 from server.store import CheckpointError
-from tests.server.fakes import SHAPES, FakeSite, make_parts, make_study, zeros
+from tests.server.fakes import SHAPES, FakeSite, make_parts, make_study, update_of
 
 
 def three() -> list[FakeSite]:
@@ -73,11 +72,6 @@ def test_declared_sizes_weigh_when_the_study_says_so(trial):
 
 def one_round() -> Any:
     return make_study().training.model_copy(update={"rounds": 1})
-
-
-def update_of(name: str) -> dict[str, np.ndarray]:
-    """What the site of this name sends in its first round."""
-    return decode(FakeSite(name, known=True).train("", 1, zeros(), "").delta, SHAPES)
 
 
 # ------------------------------------------------------------------------------- participation
