@@ -45,7 +45,7 @@ def improve_by(
     wheel.quiet()
     try:
         from datasets import Dataset
-        from transformers import TrainerCallback
+        from transformers import PrinterCallback, TrainerCallback
         from trl import RLOOConfig, RLOOTrainer
     except ImportError:
         raise ConfigError("trl is not installed", todo="pip install 'fedtune[rl]'") from None
@@ -91,5 +91,6 @@ def improve_by(
                 disable_tqdm=True,
             ),
         )
+        trainer.remove_callback(PrinterCallback)  # it prints at the end, whatever is logged
         trainer.train()
     policy.model.eval()

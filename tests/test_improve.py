@@ -76,10 +76,15 @@ def prompts(tmp_path: Path) -> PublicTable:
 
 
 def test_the_reward_rises_within_the_leash(
-    tmp_path: Path, policy: Path, reward: Path, prompts: PublicTable
+    tmp_path: Path,
+    policy: Path,
+    reward: Path,
+    prompts: PublicTable,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
     body = improve(policy, reward, prompts, out, leash=5.0, every=3, how=HOW)
+    assert "train_runtime" not in capsys.readouterr().out  # trl's own figures
     before, after = body["quality"]["before"], body["quality"]["after"]
     assert abs(before["reward"]) < 1e-6 and before["kl"] == 0  # centred on the run's own answers
     assert after["reward"] > 0.3

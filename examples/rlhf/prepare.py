@@ -79,7 +79,7 @@ STUDY: Table = {
     },
     "objective": {"name": "causal_lm", "max_length": 96},
     "public": {"path": "prompts.jsonl", "licence": "CC0-1.0", "columns": {"prompt": "prompt"}},
-    "training": {"rounds": 4, "sampling_rate": 1.0, "learning_rate": 4.0},
+    "training": {"rounds": 4, "sampling_rate": 1.0, "learning_rate": 1.0},
     "clipping": {"max_grad_norm": 1.0, "mode": "normalised"},
     "privacy": {"epsilon": 4.0, "delta": 1e-4, "unit": "patient"},
     "strategy": {"min_sites": 3},
