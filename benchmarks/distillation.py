@@ -24,7 +24,6 @@ from statistics import mean, stdev
 from typing import Any
 
 from fedtune.config import Columns, PublicTable
-from fedtune.data.tokens import prompt_ids
 from fedtune.demo import run_demo
 from fedtune.demo.generate import public_notes
 from fedtune.distill import Settings, distill
@@ -92,13 +91,7 @@ def at_the_sites(out: Path, seed: int, layers: int, told: str, held_out: str) ->
     """One row of --sites at one seed. epsilon: of this study and the teacher's together."""
     run, base = teacher(out, seed), out / f"base-{layers}"
     if not base.exists():
-        model, notes = load(run), (run / "data" / "public.jsonl").read_text().splitlines()
-        assert model.study is not None
-        texts = [
-            prompt_ids(json.loads(line)["note"], model.study.objective, model.tokenizer)
-            for line in notes
-        ]
-        shallow(find_base(BASE), layers, base, texts)
+        shallow(find_base(BASE), layers, base)
     name, plan = f"student-{layers}-{told}", (run / "data" / "study.toml").read_text()
     changes = {BASE: str(base)}
     if told == "distill":

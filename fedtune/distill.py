@@ -16,7 +16,7 @@ import fedtune
 from fedtune import report as reports
 from fedtune.config import BaseTable, LoraTable, ObjectiveTable, PublicTable, Study
 from fedtune.data.records import Record
-from fedtune.data.tokens import Dataset, dataset_of, passage_of, prompt_ids
+from fedtune.data.tokens import Dataset, dataset_of
 from fedtune.errors import ConfigError
 from fedtune.files import replace
 from fedtune.lineage import carried_over, parent
@@ -75,7 +75,7 @@ def distill(
     prompts = read(file)
     with new_folder(out) as draft:
         if layers is not None:
-            shallow(models[0].base, layers, draft / BASE, _read_by(models[0], prompts))
+            shallow(models[0].base, layers, draft / BASE)
         base = find_base(student or str(draft / BASE))
         _same_words(models, base)
         study = _study(first, base, BASE if layers is not None else student or "", out, settings)
@@ -107,19 +107,6 @@ def _first(models: Sequence[Whole], runs: Sequence[Path]) -> Study:
     if find(study.objective).shape == "pair" and find(study.objective).outputs:
         raise ConfigError(f"{runs[0]}: a reward model teaches no answers", "a model that answers")
     return study
-
-
-def _read_by(model: Whole, prompts: Prompts) -> list[list[int]]:
-    """The prompts' token ids, as this teacher reads them."""
-    assert model.study is not None
-    table = model.study.objective
-
-    def ids(prompt: str) -> list[int]:
-        if table.labels:
-            return list(map(int, passage_of(prompt, "", table, model.tokenizer).input_ids))
-        return prompt_ids(prompt, table, model.tokenizer)
-
-    return [ids(record.prompt)[-table.max_length :] for record in prompts.records]
 
 
 def _same_words(models: Sequence[Whole], base: Base) -> None:

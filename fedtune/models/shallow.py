@@ -1,14 +1,12 @@
 """A student with fewer layers than its base, as a folder that transformers loads.
 
-The layers that go are neighbours: those that, together, turn least what passes through them. The
-very last, which prepares the answer, stays.
-Reference: Gromov et al. 2024, "The unreasonable ineffectiveness of the deeper layers", section 3.
-"""
+The deep layers just before the last change least what passes through them, so the first layers
+stay, and the very last, which prepares the answer.
+Reference: Gromov et al. 2024, "The unreasonable ineffectiveness of the deeper layers"."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,11 @@ from fedtune.models.digest import weights
 from fedtune.models.mapped import stored_as
 
 KEPT = ("README.md", "LICENSE")
-SAMPLE = 32  # texts are enough to choose by
 
 
-def shallow(base: Base, layers: int, folder: Path, texts: Sequence[list[int]]) -> list[int]:
+def shallow(base: Base, layers: int, folder: Path) -> list[int]:
     """Write `base` with `layers` of its layers to `folder`, in the dtype that it is stored in;
-    returns which layers stayed. texts: token ids of public text, by which the layers are chosen.
+    returns which layers stayed.
 
     Errors: ConfigError (not fewer), ModelError (an architecture without a list of layers)."""
     files, halves = weights(base.path), (torch.bfloat16, torch.float16)
@@ -36,8 +33,7 @@ def shallow(base: Base, layers: int, folder: Path, texts: Sequence[list[int]]) -
     total = len(getattr(holder, name))
     if not 1 < layers < total:
         raise ConfigError(f"--layers {layers}: {base.name} has {total}", f"2 to {total - 1}")
-    first = _least(model, base, texts[:SAMPLE], total - layers)
-    kept = [*range(first), *range(first + total - layers, total)]
+    kept = [*range(layers - 1), total - 1]
     setattr(holder, name, nn.ModuleList([getattr(holder, name)[at] for at in kept]))
     config: Any = model.config
     for key, value in list(vars(config).items()):  # one entry for each layer
@@ -50,20 +46,6 @@ def shallow(base: Base, layers: int, folder: Path, texts: Sequence[list[int]]) -
         if (base.path / each).is_file():
             shutil.copy(base.path / each, folder / each)
     return kept
-
-
-@torch.no_grad()
-def _least(model: Any, base: Base, texts: Sequence[list[int]], gone: int) -> int:
-    """The first of the `gone` neighbours that turn a text's states least: of a decoder the last
-    token's, which has seen the whole text."""
-    turned = []
-    for ids in texts:
-        found = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
-        inputs = torch.stack(found[:-1])[:, 0].double()  # of each layer, (layers, L, H)
-        inputs = inputs if base.kind == "encoder" else inputs[:, -1:]
-        alike = torch.cosine_similarity(inputs[:-gone], inputs[gone:], dim=-1)
-        turned.append(alike.clamp(-1, 1).arccos().mean(dim=1))
-    return int(torch.stack(turned).mean(dim=0).argmin())
 
 
 def _layers(model: nn.Module, base: Base) -> tuple[Any, str]:

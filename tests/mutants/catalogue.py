@@ -793,12 +793,6 @@ MADE_MUTANTS = (
         "the policy goes as far as the reward takes it",
     ),
     _one(
-        "layers", "the-layers-that-do-most-go", "fedtune/models/shallow.py",
-        "mean(dim=0).argmin()", "mean(dim=0).argmax()",
-        "tests/test_distill.py::test_the_layer_that_goes_is_the_one_that_does_least",
-        "a student loses the layers that its teacher thinks with",
-    ),
-    _one(
         "parents", "one-parent-pays-for-all", "fedtune/lineage.py",
         "privacy = budgets.composed(list(found.values()))",
         "privacy = next(iter(found.values()))[\"privacy\"]",
