@@ -414,7 +414,7 @@ def fit(
     """Measure bases on this machine, and name the smallest that meets a target.
 
     Reads the study's public text and evaluation records; no record of a site. What it says of ε is
-    a prediction from one pass: it tells hopeless from learnable, and is optimistic at small ε."""
+    a prediction from one pass: it tells hopeless from learnable, and little more."""
     from fedtune.config import load_study
     from fedtune.console import Watch, fit_table
     from fedtune.files import replace

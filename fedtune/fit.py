@@ -206,7 +206,7 @@ def _predicted(
     v is the clipped sum over half of the evaluation records, as if `sites` times `size` units had
     given it, with the noise of all their steps in one: σ/(q√T) a site. A record of the other half
     gets the class whose own gradient points along v most. Both halves are tried, and averaged.
-    It told hopeless settings from learnable ones, and is optimistic at small ε."""
+    It told hopeless settings from learnable ones, and foretold 0.49 where a run reached 0.77."""
     from fedtune.dp.gradients import UnitGradientEngine
     from fedtune.objectives import find
 
