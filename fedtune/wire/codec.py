@@ -84,7 +84,7 @@ def encode(arrays: Mapping[str, npt.NDArray[np.float32]], encoding: Encoding) ->
     largest = np.maximum.reduceat(np.abs(flat), starts)
     scale = _int8_scale(largest) if encoding == "int8" else _float16_scale(largest)
     with np.errstate(invalid="ignore"):
-        codes = flat / _spread(scale, starts, flat.size)
+        codes = np.divide(flat, _spread(scale, starts, flat.size), out=flat)
     if not np.isfinite(scale).all():  # 0, under a scale that is not finite
         np.nan_to_num(codes, copy=False)
     if encoding == "int8":
@@ -126,7 +126,9 @@ def _scaled(
     if not (np.isfinite(scales) & (scales > 0)).all():
         raise WireError("a scale that is not a positive number")
     with np.errstate(over="ignore", invalid="ignore"):  # a hostile code: caught as not finite
-        return values.astype(np.float32) * _spread(scales, starts, values.size)
+        found = _spread(scales, starts, values.size)
+        found *= values
+    return found
 
 
 def plain(arrays: Encoded) -> Arrays:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ class SigningKey:
         return derivation.derive(self._private.private_bytes_raw())
 
 
+@lru_cache(maxsize=256)  # a ledger's head and receipts are read again at every transaction
 def verifies(public: str, body: bytes, signature: str) -> bool:
     """Whether `signature` over `body` is by the key `public`, both in lower-case hexadecimal;
     malformed: False. One signature has one spelling: upper case and spaces are not hexadecimal
