@@ -200,9 +200,8 @@ def _gaussian(mu: float, delta: float) -> float:
 
     if above(0.0) <= 0:
         return 0.0
-    most = mu * (
-        mu / 2 + math.sqrt(-2 * math.log(delta))
-    )  # by zero-concentrated DP (Bun & Steinke)
+    # No more than by zero-concentrated DP (Bun & Steinke 2016, proposition 1.3).
+    most = mu * (mu / 2 + math.sqrt(-2 * math.log(delta)))
     return float(brentq(above, 0.0, most, xtol=1e-12, rtol=1e-13)) * (1 + 1e-9) + 1e-9
 
 
