@@ -31,6 +31,7 @@ from fedtune.models.quantise import rounded
 from fedtune.models.tiny import generated
 from fedtune.objectives import find
 from fedtune.training import check_trains
+from tests.client.test_site import make_site
 from tests.test_merging import study as finished_study
 
 bitsandbytes: Any = pytest.importorskip("bitsandbytes", reason="pip install 'fedtune[qlora]'")
@@ -210,8 +211,8 @@ def test_rounded_weights_are_those_that_are_trained_on(method: Any, dtype: torch
     assert torch.equal(whole[0].weight, held.float())
 
 
-def test_a_review_says_it(tiny_base: Path) -> None:
-    said = "\n".join(_runs(study_of(tiny_base, "nf4"), None))
+def test_a_review_says_it(tmp_path: Path, tiny_base: Path) -> None:
+    said = "\n".join(_runs(study_of(tiny_base, "nf4"), None, make_site(tmp_path)))
     assert "its weights rounded here to nf4" in said
 
 
