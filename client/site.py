@@ -251,16 +251,9 @@ class SiteWorker:
         body = self.ledger.released(digest, round_, given)
         if body is None:
             body = self._trained(prepared, round_, adapter, given)
-        delta = load(body)
-        columns = turn(prepared.study.lora, prepared.lora_rank, round_)
-        trained = {name: own(name, array, columns).shape for name, array in adapter.items()}
-        forms = layout(trained, prepared.study.wire.update)
-        if shapes(delta) != {name: form.shape for name, form in forms.items()}:
-            raise PolicyRefused(  # it trained, was started again, and now declares another rank
-                "site.lora_rank was changed while an update of this round waits to be sent",
-                todo="set it back for this study",
-            )
-        return Update(delta, json.loads(_metadata(body)["events"]))
+        else:
+            _check_waited(prepared, round_, adapter, body)
+        return Update(load(body), json.loads(_metadata(body)["events"]))
 
     def _trained(self, prepared: _Prepared, round_: int, adapter: Arrays, given: str) -> bytes:
         study, plan = prepared.study, prepared.private
@@ -422,6 +415,19 @@ def _self_test(study: Study, network: Network, size: int, lora_rank: int | None)
     if kind not in _tested:
         selftest.require(study, network, size, lora_rank)
         _tested.add(kind)
+
+
+def _check_waited(prepared: _Prepared, round_: int, adapter: Arrays, body: bytes) -> None:
+    """Errors: PolicyRefused where an update that waited has not the form of this site's updates: it
+    trained, was started again, and now declares another rank."""
+    columns = turn(prepared.study.lora, prepared.lora_rank, round_)
+    trained = {name: own(name, array, columns).shape for name, array in adapter.items()}
+    forms = layout(trained, prepared.study.wire.update)
+    if shapes(load(body)) != {name: form.shape for name, form in forms.items()}:
+        raise PolicyRefused(
+            "site.lora_rank was changed while an update of this round waits to be sent",
+            todo="set it back for this study",
+        )
 
 
 def _summary(steps: list[Step]) -> list[dict[str, Any]]:

@@ -652,7 +652,8 @@ ENCODING_MUTANTS = (
     ),
     _one(
         "wire", "the-message-says-how-many-blocks", CODEC,
-        "if scales.shape != starts.shape:", "if scales.ndim != 1:",
+        "if scales.shape != starts.shape:",
+        "scales = np.resize(scales, starts.shape)\n    if False:",
         T_CODEC + "test_what_is_no_encoding_is_refused",
         "scales of other blocks, or of none",
     ),
