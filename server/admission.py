@@ -294,9 +294,9 @@ def _check_numbers(update: Arrays, longest: float) -> None:
     """Errors: _Unfit."""
     total = 0.0
     for array in update.values():
-        if not np.isfinite(array).all():
-            raise _Unfit("its update has a value that is not finite")
         total += float(np.square(array, dtype=np.float64).sum())  # BLAS would wake its threads
+    if not math.isfinite(total):  # no sum of squares of fp32 numbers overflows in fp64
+        raise _Unfit("its update has a value that is not finite")
     if math.sqrt(total) > longest:
         raise _Unfit(
             f"its update is longer ({math.sqrt(total):.3g}) than the plan's noise, clipping and "

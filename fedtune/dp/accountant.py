@@ -67,10 +67,14 @@ def rdp_epsilon(events: Iterable[Steps], delta: float) -> float:
     """The same by Rényi DP (Mironov 2017): a looser bound, computed only as a cross-check.
 
     Errors: as `epsilon`; and ValueError where RDP is not defined here (k > 1 with q < 1)."""
-    folded = merged(events)
+    return _rdp_epsilon(merged(events), delta)
+
+
+@lru_cache(maxsize=4096)  # sites of one study ran the same steps
+def _rdp_epsilon(events: tuple[Steps, ...], delta: float) -> float:
     _checked_delta(delta)
     accountant = RdpAccountant()
-    for sigma, rate, count, records in folded:
+    for sigma, rate, count, records in events:
         if records > 1 and rate < 1:
             raise ValueError("RDP of several rows of one unit, each sampled, is not defined here")
         step: dp_accounting.DpEvent = dp_accounting.GaussianDpEvent(sigma / records)
