@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 
@@ -292,14 +291,12 @@ def _opened(site: ConfigRecord, arrays: ArrayRecord, key: str, wanted: Header) -
 
 def _check_numbers(update: Arrays, longest: float) -> None:
     """Errors: _Unfit."""
-    total = 0.0
-    for array in update.values():
-        total += float(np.square(array, dtype=np.float64).sum())  # BLAS would wake its threads
-    if not math.isfinite(total):  # no sum of squares of fp32 numbers overflows in fp64
+    found = codec.length(update)
+    if not math.isfinite(found):
         raise _Unfit("its update has a value that is not finite")
-    if math.sqrt(total) > longest:
+    if found > longest:
         raise _Unfit(
-            f"its update is longer ({math.sqrt(total):.3g}) than the plan's noise, clipping and "
+            f"its update is longer ({found:.3g}) than the plan's noise, clipping and "
             f"rates allow ({longest:.3g})"
         )
 

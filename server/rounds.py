@@ -91,7 +91,6 @@ class _Run:
         self.rounds = self.study.training.rounds  # None: it goes on until somebody stops it
         self.asks = self.study.strategy
         self.terms: dict[int, Terms] = {}  # by declared size
-        self.reach = 0.0  # how long the adapter may be that the sites of this round start from
         self.receipts = store.Receipts(parts.receipts)
         mine = parts.key.public  # a site takes a receipt for what it is only from who signed it
         earlier = self.receipts.read()
@@ -215,11 +214,9 @@ class _Run:
 
         The sites train from the adapter as it was sent; their updates move the one that is kept
         here, in fp32. So what rounding takes from an adapter is there again in the next."""
-        encoding, squares = self.study.wire.adapter, 0.0
+        encoding = self.study.wire.adapter
         adapter = to_record(codec.encode(self.progress.adapter, encoding))
-        for array in self.progress.adapter.values():
-            squares += float(np.square(array, dtype=np.float64).sum())
-        self.reach = math.sqrt(squares) * codec.GROWTH[encoding]
+        start = codec.length(self.progress.adapter) * codec.GROWTH[encoding]
         nonce = secrets.token_hex(16)
         named = {self.roster.nodes[name]: name for name in names}
         contents = {
@@ -232,7 +229,7 @@ class _Run:
             name, order = named[reply.node], contents[reply.node]["order"]
             self.roster.down[name] += shared + size(RecordDict({"order": order}))
             self.roster.up[name] += reply.size
-            if self._take(name, reply, tally, nonce) == "unprepared":
+            if self._take(name, reply, tally, nonce, start) == "unprepared":
                 unprepared.append(name)
         if unprepared and again:
             self.roster.prepare(self.roster.nodes[name] for name in unprepared)
@@ -245,7 +242,8 @@ class _Run:
         text = json.dumps(receipt) if receipt else ""
         return ConfigRecord(seal.order(self.parts.key, self.study.digest, number, nonce, text))
 
-    def _take(self, name: str, reply: Reply, tally: Tally, nonce: str) -> str:
+    def _take(self, name: str, reply: Reply, tally: Tally, nonce: str, start: float) -> str:
+        """start: how long the adapter may be that the site was given."""
         if tally.has(self.study.digest, name):
             self._tell(name, "dropped", "its update of this round is counted already", tally.number)
             return "dropped"
@@ -264,7 +262,7 @@ class _Run:
         columns = turn(self.study.lora, self.roster.lora_ranks.get(name), tally.number)
         part = narrowed(adapter, columns)
         try:
-            limits = self._limits(name, part)
+            limits = self._limits(name, part, start)
             limits["encoding"] = self.study.wire.update
             got = outcome(reply, part, self.study.private, before, key, wanted, **limits)
         except ConfigError as error:  # an honest site of such a size says so itself, when it joins
@@ -285,9 +283,9 @@ class _Run:
         self._tell(name, got.status, got.reason, tally.number)
         return got.status
 
-    def _limits(self, name: str, part: Arrays) -> dict[str, Any]:
-        """What the plan implies for this site's updates, of the numbers in `part`; nothing where it
-        adds no noise."""
+    def _limits(self, name: str, part: Arrays, start: float) -> dict[str, Any]:
+        """What the plan implies for this site's updates, of the numbers in `part`, from an adapter
+        as long as `start`; nothing where it adds no noise."""
         if not self.study.private:
             return {}
         declared = self.progress.sizes[name]
@@ -299,7 +297,7 @@ class _Run:
         if self.continuous:  # the budget's rounds are one unit's
             steps = (self.progress.round + 1) * self.study.training.local_steps
             site = replace_fields(site, steps=steps)
-        return {"terms": site, "longest": norm_bound(self.study, site, dimension, self.reach)}
+        return {"terms": site, "longest": norm_bound(self.study, site, dimension, start)}
 
     def _keep(self, tally: Tally) -> None:
         """Apply the round, measure it, and make it last."""

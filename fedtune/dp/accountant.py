@@ -213,10 +213,12 @@ def _gaussian(mu: float, delta: float) -> float:
 def _composed(events: tuple[Steps, ...]) -> pld.PrivacyLossDistribution:
     interval = max(_interval(event) for event in events)  # distributions compose on one grid only
     total = pld.identity(value_discretization_interval=interval)
-    for sigma, rate, count, records in events:
+    for event in events:
+        sigma, rate, count, records = event
         if rate == 1:
-            scale = 1 / _mu(Steps(sigma, rate, count, records))
-            each = pld.from_gaussian_mechanism(scale, value_discretization_interval=interval)
+            each = pld.from_gaussian_mechanism(
+                1 / _mu(event), value_discretization_interval=interval
+            )
         else:
             each = _one_step(sigma, rate, records, interval).self_compose(count)
         total = total.compose(each)

@@ -66,6 +66,13 @@ def shapes(arrays: Mapping[str, npt.NDArray[Any]]) -> Shapes:
     return {name: array.shape for name, array in arrays.items()}
 
 
+def length(arrays: Arrays) -> float:
+    """Euclidean, over all numbers, in fp64; not finite where one of them is not."""
+    # No sum of squares of fp32 numbers overflows in fp64. A dot product would wake BLAS' threads.
+    squares = (np.square(array, dtype=np.float64).sum() for array in arrays.values())
+    return math.sqrt(sum(map(float, squares)))
+
+
 def layout(agreed: Shapes, encoding: Encoding) -> dict[str, Form]:
     """What tensors of the `agreed` shapes travel as: `encode`, without the numbers."""
     forms = {VALUES: Form(encoding, (_size(agreed),))}

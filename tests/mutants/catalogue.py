@@ -658,6 +658,27 @@ ENCODING_MUTANTS = (
         "scales of other blocks, or of none",
     ),
     _one(
+        "wire", "tensors-end-to-end-in-no-order", CODEC,
+        "    for name, shape in sorted(agreed.items()):\n        found[name]",
+        "    for name, shape in agreed.items():\n        found[name]",
+        T_CODEC + "test_each_tensor_gets_its_own_numbers_back",
+        "one tensor's numbers are another's",
+    ),
+    _one(
+        "wire", "the-bound-counts-from-nothing", ROUNDS,
+        "norm_bound(self.study, site, dimension, start)",
+        "norm_bound(self.study, site, dimension, 0.0)",
+        "tests/server/test_wire.py::"
+        "test_the_bound_on_an_update_counts_from_the_adapter_that_was_sent",
+        "honest sites are dropped where weights decay",
+    ),
+    _one(
+        "wire", "what-waited-is-sent-whatever-its-form", SITE,
+        "            _check_waited(prepared, round_, adapter, body)", "            pass",
+        "tests/test_lora_ranks.py::test_a_site_declares_its_rank_and_keeps_it_for_the_study",
+        "another rank's update under this one's name",
+    ),
+    _one(
         "wire", "any-scale-will-do", CODEC,
         "if not (np.isfinite(scales) & (scales > 0)).all():", "if False:",
         T_CODEC + "test_what_is_not_finite_stays_so_and_is_refused",

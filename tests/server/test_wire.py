@@ -13,7 +13,7 @@ from client.site import Update
 from fedtune.config import Encoding, Study
 from fedtune.models.lora import digest
 from fedtune.wire import codec
-from server import store, summary
+from server import rounds, store, summary
 from tests.server.fakes import SHAPES, FakeSite, make_parts, make_study
 
 ENCODINGS: tuple[Encoding, ...] = ("float32", "float16", "int8")
@@ -88,6 +88,24 @@ def test_sites_train_from_the_kept_adapter_rounded_once(trial: Any, encoding: En
     assert [digest(g) for g in a.given] == [digest(g) for g in b.given]
     for name in SHAPES:  # the last one given is one step behind what is kept
         assert np.abs(a.given[-1][name] - last[name]).max() < 1e-2
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_the_bound_on_an_update_counts_from_the_adapter_that_was_sent(
+    trial: Any, encoding: Encoding, monkeypatch: pytest.MonkeyPatch
+):
+    """Decay and the proximal term pull by as much as it is long; rounded, it may be longer."""
+    honest, starts = rounds.norm_bound, list[float]()
+
+    def seen(asked: Study, site: Any, dimension: int, start: float) -> float:
+        starts.append(start)
+        return honest(asked, site, dimension, start)
+
+    monkeypatch.setattr(rounds, "norm_bound", seen)
+    _, (a, _) = ran(trial, encoding)
+    assert len(starts) == 2 * ROUNDS
+    for start, given in zip(starts[::2], a.given, strict=True):
+        assert codec.length(given) <= start * (1 + 1e-6) <= 1.1 * codec.length(given)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
