@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections import Counter
@@ -162,8 +161,9 @@ class SiteWorker:
 
     def _permit(
         self, study: Study, plan: DpPlan | None, coordinator: str, at_least: int = 0
-    ) -> None:
-        """The site's rules and ceilings, as they stand now. Errors: Refused."""
+    ) -> Site:
+        """The site's rules and ceilings as they stand now, where they allow the study: one reading
+        for all of a round. Errors: Refused."""
         site = self._current()
         admit(study, site, plan, coordinator)
         self._signed(study, site)
@@ -172,6 +172,7 @@ class SiteWorker:
             charges = self.ledger.newcomer(self._dataset)
             at_least = study.training.local_steps
         within_budget(site, plan, charges, at_least)
+        return site
 
     def _signed(self, study: Study, site: Site) -> None:
         if site.policy.admission == "signed" and not self.ledger.admitted(study.digest):
@@ -258,12 +259,12 @@ class SiteWorker:
     def _trained(self, prepared: _Prepared, round_: int, adapter: Arrays, given: str) -> bytes:
         study, plan = prepared.study, prepared.private
         steps = study.training.local_steps
-        self._permit(study, plan, prepared.coordinator, steps)
+        site = self._permit(study, plan, prepared.coordinator, steps)
         data = self._data(study, prepared.network, self.site.data)  # somebody may have withdrawn
-        charge = self._charge(study, plan, round_)
+        charge = self._charge(study, plan, site, round_)
 
         def permit(charges: list[Charge]) -> None:
-            within_budget(self._current(), plan, charges, steps)
+            within_budget(site, plan, charges, steps)
 
         if study.continuous:
             reserved, spent = self.ledger.reserve_for(self._dataset, charge, given, permit)
@@ -279,7 +280,7 @@ class SiteWorker:
         sent = encode(delta, study.wire.update)  # after the noise, before the ledger
         body = save(sent, {"events": json.dumps(events)})
         if plan:  # without noise nothing is kept on disk; asked again, it is trained again
-            self.ledger.release(reserved, hashlib.sha256(body).hexdigest(), body)
+            self.ledger.release(reserved, body)
         return body
 
     def _left(self, data: Cached, spent: frozenset[int]) -> Cached:
@@ -331,7 +332,7 @@ class SiteWorker:
         charge = evaluation.charge_of(study, plan, site, round_, charges)
 
         def permit(charges: list[Charge]) -> None:
-            evaluation.payable(self._current(), study, training, plan, charges)
+            evaluation.payable(site, study, training, plan, charges)
 
         reserved = self.ledger.reserve(held_out.name, charge, given, permit)
         prepared.network.load_frozen(prepared.frozen)
@@ -339,12 +340,12 @@ class SiteWorker:
         sums = answer(plan, unit_rows(study, data), self.log, round_)
         events = _summary(self.log.steps(plan.study))
         body = save(encode({"sums": sums.numpy()}, "float32"), {"events": json.dumps(events)})
-        self.ledger.release(reserved, hashlib.sha256(body).hexdigest(), body)
+        self.ledger.release(reserved, body)
         return body
 
     # --------------------------------------------------------------------------------- helpers
 
-    def _charge(self, study: Study, plan: DpPlan | None, round_: int) -> Charge:
+    def _charge(self, study: Study, plan: DpPlan | None, site: Site, round_: int) -> Charge:
         charges = self.ledger.charges(self._dataset)
         return Charge(
             study=study.digest,
@@ -357,7 +358,7 @@ class SiteWorker:
             max_grad_norm=plan.max_grad_norm if plan else 0.0,
             unit=study.unit,
             cohort=self.site.data.cohort,
-            order=order_of(self._current(), plan, charges) if plan else 2.0,
+            order=order_of(site, plan, charges) if plan else 2.0,
         )
 
     def sealed(self, digest: str, round_: int, nonce: str, body: str) -> dict[str, str]:

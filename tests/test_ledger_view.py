@@ -30,7 +30,7 @@ def ledger(tmp_path: Path) -> Ledger:
 def reserve(ledger: Ledger, done: Charge, release: bool = True) -> None:
     number = ledger.reserve("notes", done, str(done.round), lambda charges: None)
     if release:
-        ledger.release(number, "", b"update")
+        ledger.release(number, b"update")
 
 
 def printed(ledger: Ledger, policy: PolicyTable) -> str:

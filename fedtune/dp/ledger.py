@@ -282,7 +282,7 @@ class Ledger:
             body = {"dataset": dataset, "charge": asdict(charge), "adapter": adapter}
             return writer.append("reserve", {**body, "out": sorted(out)}), frozenset(out)
 
-    def release(self, reservation: int, update_sha256: str, body: bytes) -> None:
+    def release(self, reservation: int, body: bytes) -> None:
         """Keep an update's bytes, then enter that it may be sent. Send it only afterwards.
 
         Errors: LedgerError where the reservation is unknown or used, or another process released
@@ -298,8 +298,7 @@ class Ledger:
                 )
             replace(self._path(held.slot), body, private=True)
             kept = hashlib.sha256(body).hexdigest()
-            entry = {"reservation": reservation, "update": update_sha256, "sha256": kept}
-            writer.append("release", entry)
+            writer.append("release", {"reservation": reservation, "sha256": kept})
 
     def released(self, study: str, round_: int, adapter: str) -> bytes | None:
         """The bytes released for this round and adapter, or None.

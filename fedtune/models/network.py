@@ -129,6 +129,8 @@ class Network:
         # States at the cut, and what a tower makes of a file, by what went in; shared by everyone
         # who sees the same record; gone as soon as nobody holds them.
         self.states: WeakValueDictionary[bytes, State] = WeakValueDictionary()
+        self._adopted: dict[str, Arrays] = {}  # by digest; shared by everyone who trains over it
+        self._loaded: tuple[Arrays, list[int]] | None = None  # as A, and A's versions since
         self.draw_factor(seed=0)
 
     @property
@@ -323,8 +325,10 @@ class Network:
             return {}
         drawn = study.lora.a_init == "seed"
         factor = self.draw_factor(study.study.seed) if drawn else received
-        if study.lora.a_digest not in (None, lora_module.digest(factor)):
+        digest = lora_module.digest(factor)
+        if study.lora.a_digest not in (None, digest):
             raise ModelError("the adapter's frozen factor is not the plan's", "lora.a_digest")
+        factor = self._adopted.setdefault(digest, factor)
         self.load_frozen(factor)
         return factor
 
@@ -341,7 +345,15 @@ class Network:
         return {n: p.detach().float().cpu().numpy().copy() for n, p in self._factor.items()}
 
     def load_frozen(self, arrays: Arrays) -> None:
-        _load(self._factor, arrays)
+        """Free where the same arrays were loaded last and nothing wrote to A since.
+        Errors: as `load_trainable`."""
+        if self._loaded is None or self._loaded[0] is not arrays or self._loaded[1] != self._now():
+            _load(self._factor, arrays)
+            self._loaded = arrays, self._now()
+
+    def _now(self) -> list[int]:
+        """A's versions: PyTorch counts what is written to a tensor."""
+        return [parameter._version for parameter in self._factor.values()]
 
     @cached_property
     def _factor(self) -> dict[str, nn.Parameter]:

@@ -66,7 +66,7 @@ def fill(folder: Path, limit: int) -> None:
     try:
         for round_ in (100, 101):
             number = ledger.reserve("notes", charge(round_), str(limit), yes)
-            ledger.release(number, "", os.urandom(2048))
+            ledger.release(number, os.urandom(2048))
             sent += 1
     except LedgerError as error:
         stopped = f"LedgerError {error}"
@@ -98,7 +98,7 @@ def _trained(ledger: Ledger, round_: int, order: str) -> bytes:
     if order == "send before release":
         number = ledger.reserve("notes", charge(round_), "adapter", yes)
         _say("S", round_, hashlib.sha256(body).hexdigest())
-    ledger.release(number, "", body)
+    ledger.release(number, body)
     return body
 
 

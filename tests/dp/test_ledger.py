@@ -59,7 +59,7 @@ def run_round(
             )
         )
     body = os.urandom(64)
-    ledger.release(number, hashlib.sha256(body).hexdigest(), body)
+    ledger.release(number, body)
     return body
 
 
@@ -153,7 +153,7 @@ def test_the_same_bytes_are_sent_again_and_a_round_is_released_once(
     assert ledger.released(STUDY, 2, "adapter 1") is None
     again = ledger.reserve("notes", charge(1), "adapter 1", yes)
     with pytest.raises(LedgerError, match="released by another process"):
-        ledger.release(again, "", b"other noise, same round")
+        ledger.release(again, b"other noise, same round")
     assert ledger.released(STUDY, 1, "adapter 1") == body
     assert len(ledger.charges("notes")) == 2
 
@@ -185,10 +185,10 @@ def test_an_update_that_is_not_as_released_is_paid_again_not_sent(
 def test_a_reservation_is_released_once_and_only_if_it_exists(ledger: Ledger) -> None:
     number = ledger.reserve("notes", charge(), "adapter", yes)
     with pytest.raises(LedgerError, match="not an open reservation"):
-        ledger.release(number + 1, "", b"")
-    ledger.release(number, "", b"body")
+        ledger.release(number + 1, b"")
+    ledger.release(number, b"body")
     with pytest.raises(LedgerError, match="not an open reservation"):
-        ledger.release(number, "", b"body")
+        ledger.release(number, b"body")
 
 
 def test_files_are_for_this_user_alone(used: Ledger) -> None:

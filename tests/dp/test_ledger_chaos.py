@@ -179,7 +179,7 @@ def recorded(folder: Path, patch: pytest.MonkeyPatch, pragmas: Sequence[str]) ->
     """Four rounds, the third interrupted once; the coordinator countersigns each update's head."""
     ledger = Ledger(folder)
     ledger.declare("notes", [], "sha256:0", [b"ann", b"bob"])
-    ledger.release(ledger.reserve("notes", charge(0), "adapter", yes), "", b"first")
+    ledger.release(ledger.reserve("notes", charge(0), "adapter", yes), b"first")
     disk = Disk(folder, pragmas)
     with patch.context() as patched:
         disk.install(patched)
@@ -192,7 +192,7 @@ def recorded(folder: Path, patch: pytest.MonkeyPatch, pragmas: Sequence[str]) ->
             if round_ == 3 and disk.log.count(("reserved", 3)) == 1:
                 continue
             body = os.urandom(1500)
-            ledger.release(number, "", body)
+            ledger.release(number, body)
             last = receipt(COORDINATOR, ledger.head_statement())
             disk.log.append(("sent", round_, body, last))
     return disk

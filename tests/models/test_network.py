@@ -136,6 +136,22 @@ def test_a_is_drawn_from_the_public_seed_alone(tiny_base: Path) -> None:
     assert lora_module.digest(one) != lora_module.digest(network.draw_factor(6))
 
 
+def test_a_is_loaded_again_only_after_something_wrote_to_it(tiny_base: Path) -> None:
+    network = make(tiny_base)
+    mine = network.draw_factor(5)
+    name = next(iter(mine))
+    mine[name][0, 0] += 1.0  # what shows whether these arrays are read once more
+    network.load_frozen(mine)
+    assert network.frozen_factor()[name][0, 0] != mine[name][0, 0]
+    network.draw_factor(6)
+    network.load_frozen(mine)
+    assert lora_module.digest(network.frozen_factor()) == lora_module.digest(mine)
+    with torch.no_grad():
+        dict(network.model.named_parameters())[name].zero_()
+    network.load_frozen(mine)
+    assert lora_module.digest(network.frozen_factor()) == lora_module.digest(mine)
+
+
 def test_arrays_of_another_shape_name_or_with_nan_are_refused(tiny_base: Path) -> None:
     network = make(tiny_base)
     good = network.trainable()

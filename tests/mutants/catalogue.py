@@ -49,6 +49,7 @@ T_ROWS = "tests/traps/test_trap_18_classify.py::"
 T_POST = "tests/traps/test_trap_20_post_processing.py::"
 T_ACCOUNTANT = "tests/dp/test_accountant.py::"
 T_STATES = "tests/models/test_states.py::"
+T_NETWORK = "tests/models/test_network.py::"
 T_CHUNKS = T_PLAN + "test_noise_is_added_once_and_divided_by_the_plan"
 
 MEAN = "return -likelihood(network, batch).mean"
@@ -483,6 +484,12 @@ MODEL_MUTANTS = (
         "parts = (passage.input_ids.tobytes(), *",
         T_STATES + "test_the_same_tokens_with_other_targets_have_states_of_their_own",
         "a record trains on the states of another one's targets",
+    ),
+    _one(
+        "loaded", "another-studys-factor-stays", NETWORK,
+        "or self._loaded[1] != self._now():", "or False:",
+        T_NETWORK + "test_a_is_loaded_again_only_after_something_wrote_to_it",
+        "a site trains over the A of the study before it",
     ),
     _one(
         "states", "the-file-is-not-authenticated", STATES,

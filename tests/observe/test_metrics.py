@@ -86,7 +86,7 @@ def test_a_sites_budget_is_the_ledgers(site: Path) -> None:
             charge = Charge("s", "n", number, 1.1, 0.1, 3, 1, 1.0, "record", "first", 8.0)
             reserved = ledger.reserve("records", charge, str(number), lambda charges: None)
             if number == 1:
-                ledger.release(reserved, "", b"update")
+                ledger.release(reserved, b"update")
         found("joined", {"text": "connected; waiting for work"})
         found("refused", {"kind": NOTE})
         seen = read(found)

@@ -6,7 +6,6 @@ participants adds 1/n for each of them and nothing for anybody else."""
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -98,7 +97,7 @@ class UnitSite(FakeSite):
             vector[NAMES.index(self.name)] = 1.0
             events = json.dumps([{**EVENT, "steps": self.steps}])
             body = save(encode({"u": vector}, "float32"), {"events": events})
-            self.ledger.release(number, hashlib.sha256(body).hexdigest(), body)
+            self.ledger.release(number, body)
         self._die("released")
         text = body[8 : 8 + int.from_bytes(body[:8], "little")]
         return Update(load(body), json.loads(json.loads(text)["__metadata__"]["events"]))
