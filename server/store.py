@@ -309,7 +309,7 @@ def _put(path: Path, groups: dict[str, Any]) -> str:
     """Write the arrays, make them last, and return the file's sha256."""
     body = to_bytes(
         {
-            f"{group}/{name}": np.array(array, order="C")
+            f"{group}/{name}": np.asarray(array, order="C")
             for group, arrays in groups.items()
             for name, array in arrays.items()
         }

@@ -89,22 +89,17 @@ def _mts(data: Path, seed: int) -> dict[str, list[Table]]:
 BASIC = ("Anatomy", "Biochemistry", "Microbiology", "Pathology", "Pharmacology", "Physiology")
 
 
-def _medmcqa(data: Path, seed: int) -> dict[str, list[Table]]:
-    """500 questions a site; the worse answer is a wrong option, drawn by a fixed draw."""
+def _medmcqa(data: Path, _: int) -> dict[str, list[Table]]:
+    """A question is a unit: its right option beside each of the wrong ones."""
     found: dict[str, list[Table]] = {"dental": [], "basic": [], "clinical": []}
-    wrong, rows = random.Random("medmcqa:wrong"), read_jsonl(data / "medmcqa_dev" / "train.jsonl")
-    for row in rows:
+    for row in read_jsonl(data / "medmcqa_dev" / "train.jsonl"):
         subject = row["subject"]
         site = "dental" if subject == "Dental" else "basic" if subject in BASIC else "clinical"
         right = row["options"][row["answer"]]
-        others = [option for option in row["options"] if option.strip() != right.strip()]
-        if not others:  # one question gives the same option four times
-            continue
-        worse = wrong.choice(others)
+        wrong = sorted({option.strip() for option in row["options"]} - {right.strip()})
         prompt = f"Question: {_end(row['question'], CHARS)}\nAnswer:"
-        pair = _pair(prompt, right, worse)
-        found[site].append({"unit": row["id"], **pair})
-    return {site: random.Random("medmcqa").sample(mine, 500) for site, mine in found.items()}
+        found[site] += [{"unit": row["id"], **_pair(prompt, right, worse)} for worse in wrong]
+    return found
 
 
 def _pair(prompt: str, chosen: str, rejected: str) -> Table:
@@ -140,9 +135,9 @@ SOURCES = {
         {"dpo": _steps(3.0, 8), "orpo": _steps(1.0, 8, weight=10.0), "reward": _steps(3.0, 8)},
     ),
     "medmcqa": Source(
-        "MedMCQA", "record", 1e-3, dict.fromkeys(("dental", "basic", "clinical"), 283),
+        "MedMCQA", "patient", 1e-4, {"dental": 587, "basic": 570, "clinical": 713},
         _medmcqa,
-        {"dpo": _steps(3.0, 4), "orpo": _steps(1.0, 4, weight=1.0), "reward": _steps(3.0, 8)},
+        {"dpo": _steps(3.0, 8), "orpo": _steps(3.0, 8, weight=10.0), "reward": _steps(3.0, 16, 8)},
     ),
 }  # fmt: skip
 
