@@ -72,7 +72,7 @@ def generate(
         inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not reader.starts)
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     if shown is not None:
-        inputs |= seen_as(backbone, base.kind, shown)
+        inputs |= seen_as(backbone, base.kind, shown, inputs["input_ids"])
     start = "input_ids"
     if base.kind == "speech":  # its text is the decoder's; what it reads besides is sound
         start = "decoder_input_ids"

@@ -17,6 +17,8 @@ from transformers import (
     Idefics3ImageProcessorPil,
     LlavaConfig,
     PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLImageProcessorPil,
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
@@ -104,6 +106,34 @@ def llava(folder: Path) -> Path:
     return folder
 
 
+def qwen2_vl(folder: Path) -> Path:
+    """Images on a square of nine tokens."""
+    marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer = _tokenizer(folder, marks)
+    start, end, image_token, video = map(tokenizer.convert_tokens_to_ids, marks)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    text = {k: v for k, v in TEXT.items() if k != "model_type"}
+    config = Qwen2VLConfig(
+        text_config=text | {"vocab_size": len(tokenizer), "rope_parameters": rope},
+        vision_config={
+            "depth": 2,
+            "embed_dim": 24,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "patch_size": 4,
+        },
+        image_token_id=image_token,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+    )
+    _write(folder, config)
+    Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 64, "longest_edge": 24 * 24}, patch_size=4
+    ).save_pretrained(folder)
+    return folder
+
+
 def whisper(folder: Path) -> Path:
     """One second at most."""
     tokenizer = _tokenizer(folder, ["<|startoftranscript|>"])
@@ -133,7 +163,7 @@ def whisper(folder: Path) -> Path:
     return folder
 
 
-BASES = {"idefics3": idefics3, "llava": llava, "whisper": whisper}
+BASES = {"idefics3": idefics3, "llava": llava, "qwen2_vl": qwen2_vl, "whisper": whisper}
 
 
 def image(path: Path, seed: int, shape: tuple[int, int] = (20, 20)) -> str:

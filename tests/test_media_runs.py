@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedtune.cli import app
-from tests.media import idefics3, image, recording, whisper
+from tests.media import idefics3, image, qwen2_vl, recording, whisper
 
 STUDY = """
 [study]
@@ -53,10 +53,13 @@ bases = "any"
 """
 
 
-@pytest.fixture(params=["image", "audio"])
+BASES = {"image": idefics3, "image on a square": qwen2_vl, "audio": whisper}
+
+
+@pytest.fixture(params=BASES)
 def study(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    kind, place = str(request.param), tmp_path / "records"
-    base = (idefics3 if kind == "image" else whisper)(tmp_path / "base")
+    kind, place = str(request.param).split()[0], tmp_path / "records"
+    base = BASES[request.param](tmp_path / "base")
     rows = []
     for number in range(20):
         file = place / f"{number}.{'png' if kind == 'image' else 'wav'}"

@@ -1,13 +1,15 @@
-"""An image and a text about it, for Idefics3, SmolVLM and LLaVA.
+"""An image and a text about it, for Idefics3, SmolVLM, LLaVA and Qwen2-VL.
 
 The base folder's own image processor resizes, normalises and, where it says so, splits an image
 into tiles. For each tile the text holds a run of image tokens, which the network fills in with what
-its tower and projector make of that tile."""
+its tower and projector make of that tile. Qwen2-VL takes an image of any size; here it is always
+shown on one square, so that where the text stands does not depend on the image."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import math
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -22,27 +24,27 @@ from fedtune.data.media import EXTRA, Media, picture
 from fedtune.data.records import Record
 from fedtune.errors import ConfigError, ModelError
 from fedtune.models.base import Base
+from fedtune.models.parts import SIDE
 
 KINDS = ("image_text",)
 _FAKE, _GLOBAL = "<fake_token_around_image>", "<global-img>"
 
 
 class Images:
-    """The place-holders go in front of the prompt (of a conversation's first turn by the user), so
-    that objective.template stands round both."""
+    """LLaVA's way: one tile. The place-holders go in front of the prompt (of a conversation's first
+    turn by the user), so that objective.template stands round both."""
 
     column: Literal["image"] = "image"
     starts = False
 
     def __init__(self, base: Base, tokenizer: PreTrainedTokenizerBase) -> None:
+        config = _config(base)
         self._processor: Any = _processor(base)
-        self._tiled = "Llava" not in str(_config(base).architectures)
-        self._id, self._run = _run_of(_config(base))
+        self._id, self._run = int(config.image_token_id), self._run_of(config)
         self._token: str = tokenizer.convert_ids_to_tokens(self._id)  # type: ignore[assignment]
         if tokenizer.encode(self._token, add_special_tokens=False) != [self._id]:
             raise ModelError(f"{base.name}: its tokenizer does not know the image token as one")
         self.avoid = frozenset([self._id])
-        self._layouts: dict[bytes, tuple[int, int]] = {}
 
     def place(self, record: Record, objective: ObjectiveTable) -> tuple[Record, int]:
         if record.media is None:
@@ -63,13 +65,8 @@ class Images:
 
     def tensor(self, media: Media) -> torch.Tensor:
         """(tiles, 4, height, width): colours, and 1 where there is image, 0 on padding."""
-        image = picture(media)
-        if not self._tiled:
-            pixels = self._processor(images=[image], return_tensors="pt")["pixel_values"]
-            return torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1).float()
-        found = self._processor(images=[[image]], return_tensors="pt")
-        pixels, mask = found["pixel_values"][0], found["pixel_attention_mask"][0]
-        return torch.cat([pixels, mask[:, None].to(pixels)], dim=1).float()
+        pixels = self._processor(images=[picture(media)], return_tensors="pt")["pixel_values"]
+        return torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1).float()
 
     def generated(self, draw: np.random.Generator, like: Media | None = None) -> Media | None:
         """Noise: square, wide or high, so that records have different numbers of tiles."""
@@ -82,21 +79,44 @@ class Images:
         Image.fromarray(noise).save(file, "PNG")
         return Media("image", file.getvalue(), hashlib.sha256(file.getvalue()).digest())
 
+    def _run_of(self, config: Any) -> int:
+        """How many image tokens stand for one tile."""
+        patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+        return int(patches) + int(config.vision_feature_select_strategy == "full")
+
     def _layout(self, media: Media) -> tuple[int, int]:
         """Rows and columns of tiles besides the whole image; 0, 0 where it is not split."""
-        if not self._tiled:
-            return 0, 0
+        return 0, 0
+
+    def _text(self, rows: int, columns: int) -> str:
+        return self._token * self._run
+
+
+class Tiled(Images):
+    """Idefics3's and SmolVLM's way: the whole image, and where it is large its tiles."""
+
+    def __init__(self, base: Base, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(base, tokenizer)
+        self._layouts: dict[bytes, tuple[int, int]] = {}
+
+    def tensor(self, media: Media) -> torch.Tensor:
+        found = self._processor(images=[[picture(media)]], return_tensors="pt")
+        pixels, mask = found["pixel_values"][0], found["pixel_attention_mask"][0]
+        return torch.cat([pixels, mask[:, None].to(pixels)], dim=1).float()
+
+    def _run_of(self, config: Any) -> int:
+        patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+        return int(patches // config.scale_factor**2)
+
+    def _layout(self, media: Media) -> tuple[int, int]:
         if media.digest not in self._layouts:
-            image = picture(media)
-            found = self._processor(images=[[image]], return_row_col_info=True)
+            found = self._processor(images=[[picture(media)]], return_row_col_info=True)
             self._layouts[media.digest] = int(found["rows"][0][0]), int(found["cols"][0][0])
         return self._layouts[media.digest]
 
     def _text(self, rows: int, columns: int) -> str:
         """As Idefics3Processor.replace_image_token writes it."""
         run = self._token * self._run
-        if not self._tiled:
-            return run
         whole = f"{_FAKE}{_GLOBAL}{run}{_FAKE}"
         lines = (
             "".join(f"{_FAKE}<row_{row + 1}_col_{column + 1}>{run}" for column in range(columns))
@@ -105,8 +125,50 @@ class Images:
         return "".join(line + "\n" for line in lines) + ("\n" if rows else "") + whole
 
 
+class Square(Images):
+    """Qwen2-VL's way, on one square: the largest of at most SIDE pixels that the base's processor
+    leaves as it is, the image in its middle, the mean colour round it."""
+
+    def __init__(self, base: Base, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(base, tokenizer)
+        marks = [_config(base).vision_start_token_id, _config(base).vision_end_token_id]
+        self._marks: list[str] = list(tokenizer.convert_ids_to_tokens(marks))
+
+    def tensor(self, media: Media) -> torch.Tensor:
+        """(1, P, values of a patch)."""
+        from PIL import ImageOps
+
+        grey = tuple(round(255 * mean) for mean in self._processor.image_mean)
+        shown = ImageOps.pad(picture(media), (self._side, self._side), color=grey)
+        found = self._processor(images=[shown], return_tensors="pt")
+        assert (
+            found["image_grid_thw"][0, 1:].tolist()
+            == [self._side // self._processor.patch_size] * 2
+        )
+        patches: torch.Tensor = found["pixel_values"]
+        return patches[None].float()
+
+    def _run_of(self, config: Any) -> int:
+        vision, size = config.vision_config, self._processor.size
+        unit = int(vision.patch_size * vision.spatial_merge_size)
+        side = math.isqrt(int(size["longest_edge"]))
+        self._side = max(min(side, SIDE) // unit, 1) * unit
+        if self._side**2 < int(size["shortest_edge"]):
+            raise ModelError(
+                f"its image processor takes no square of {self._side} pixels a side",
+                f"preprocessor_config.json with a shortest_edge of at most {self._side**2} pixels",
+            )
+        return (self._side // unit) ** 2
+
+    def _text(self, rows: int, columns: int) -> str:
+        return self._marks[0] + self._token * self._run + self._marks[1]
+
+
 def reader(base: Base, tokenizer: PreTrainedTokenizerBase) -> Images:
-    return Images(base, tokenizer)
+    config = _config(base)
+    if hasattr(config, "vision_start_token_id"):
+        return Square(base, tokenizer)
+    return (Tiled if hasattr(config, "scale_factor") else Images)(base, tokenizer)
 
 
 @lru_cache(maxsize=4)
@@ -114,16 +176,6 @@ def _config(base: Base) -> Any:
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(base.path, local_files_only=True)
-
-
-def _run_of(config: Any) -> tuple[int, int]:
-    """The image token's id, and how many of them stand for one tile."""
-    vision = config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2
-    if hasattr(config, "scale_factor"):
-        return int(config.image_token_id), patches // config.scale_factor**2
-    whole = config.vision_feature_select_strategy == "full"
-    return int(config.image_token_id), patches + int(whole)
 
 
 def _processor(base: Base) -> Any:

@@ -17,6 +17,7 @@ MEDIA: dict[str, Kind] = {
     "Idefics3ForConditionalGeneration": "image_text",
     "SmolVLMForConditionalGeneration": "image_text",
     "LlavaForConditionalGeneration": "image_text",
+    "Qwen2VLForConditionalGeneration": "image_text",
     "WhisperForConditionalGeneration": "speech",
 }
 

@@ -31,7 +31,7 @@ from fedtune.models.base import Base, find_base, load_backbone, load_tokenizer
 from fedtune.models.known import Kind
 from fedtune.models.lora import Arrays
 from fedtune.models.loss import head_loss
-from fedtune.models.parts import PROJECTOR, fill, parts_of
+from fedtune.models.parts import PROJECTOR, fill, parts_of, plane_positions
 from fedtune.models.quantise import quantise
 from fedtune.models.split import Split, cut
 from fedtune.models.states import State
@@ -124,8 +124,12 @@ class Network:
         if lora:
             if base.kind != "encoder" and not self._projects:
                 self._split = cut(self._backbone, lora)
+            if self._parts.plane and not self.positionwise:
+                self._split = None  # above it, nobody knew where the image stands
             self.model = lora_module.attach(whole, lora, base.name, self._parts)
         self.pooled = not lora  # a head alone: the record's one vector is all that training needs
+        # Whether `hidden` fills in the image: its projector is trained, or all of the text runs.
+        self._fills = self._projects or (self._parts.plane and not (self.pooled or self._split))
         # States at the cut, and what a tower makes of a file, by what went in; shared by everyone
         # who sees the same record; gone as soon as nobody holds them.
         self.states: WeakValueDictionary[bytes, State] = WeakValueDictionary()
@@ -148,7 +152,7 @@ class Network:
         """Whether the part above the cut reads the tower's states itself."""
         if self.pooled or self.positionwise:
             return False
-        return self._projects or self._parts.crossed
+        return self._fills or self._parts.crossed
 
     def frames(self, tiles: int) -> int:
         """Of a file of so many tiles, the tower's states; 0 where there is no tower."""
@@ -185,8 +189,8 @@ class Network:
         self, input_ids: torch.Tensor, mask: torch.Tensor, seen: torch.Tensor | None = None
     ) -> torch.Tensor:
         """States at the cut, (B, L, H); (B, 1, H) fp32 where a head alone is trained. seen: the
-        tower's states of each passage's file, (B, tiles, P, W). Where the projector is trained, its
-        places are NaN until `hidden` fills them."""
+        tower's states of each passage's file, (B, tiles, P, W). Where `hidden` fills in what the
+        projector makes of them, its places are NaN until then."""
         input_ids, mask = input_ids.to(self.device), mask.to(self.device)
         if self.pooled and self._parts.crossed:
             assert seen is not None  # a head on the tower itself: the mean over all frames
@@ -194,6 +198,7 @@ class Network:
         given = {"input_ids": input_ids}
         if self._parts.projector is not None:
             given = {"inputs_embeds": self._embedded(input_ids, seen)}
+            given |= self._placed(input_ids == self._parts.place)
         if self.pooled:
             states = self._run(self._backbone, mask, **given, **self._crossed(seen))
             return self._pool(states, mask)[:, None]
@@ -207,7 +212,11 @@ class Network:
         if self._parts.projector is None:
             return states
         states = states.masked_fill((input_ids == self._parts.place)[:, :, None], torch.nan)
-        return states if self._projects else self._filled(states, seen)
+        return states if self._fills else self._filled(states, seen)
+
+    def _placed(self, holes: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Where each position stands, for a base to which that is more than its number."""
+        return {"position_ids": plane_positions(holes)} if self._parts.plane else {}
 
     def _filled(self, states: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
         """With what the projector makes of each record's tiles in the places for it."""
@@ -233,7 +242,8 @@ class Network:
         if self.pooled:
             return prefix
         more = self._crossed(seen) if self.sees else {}
-        if self._projects:
+        if self._fills:
+            more |= self._placed(prefix[..., 0].isnan())
             prefix = self._filled(prefix, seen)
         tail = self._split.tail if self._split else self._backbone
         if keep is None:

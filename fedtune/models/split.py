@@ -49,13 +49,15 @@ def cut(model: Any, lora: LoraTable) -> Split | None:
     if halves and lora.last_layers == 1 and halves.holds(lora.modules):
         frozen = nn.ModuleList([*layers[:-1], halves.first])
         tail = _Mlp(halves, getattr(model, last))
-        candidates.append(Split(_with(model, layers=frozen, **end), tail, True))
+        candidates.append(Split(with_parts(model, layers=frozen, **end), tail, True))
     at = len(layers) - lora.last_layers
-    prefix = _with(model, layers=layers[:at], **end)
+    prefix = with_parts(model, layers=layers[:at], **end)
     if halves:
         ends = nn.ModuleList([*layers[at:-1], _Narrow(halves)])
-        candidates.append(Split(prefix, _with(model, layers=ends, **placed), False, narrows=True))
-    candidates.append(Split(prefix, _with(model, layers=layers[at:], **placed), False))
+        candidates.append(
+            Split(prefix, with_parts(model, layers=ends, **placed), False, narrows=True)
+        )
+    candidates.append(Split(prefix, with_parts(model, layers=layers[at:], **placed), False))
     return next((split for split in candidates if _exact(model, split)), None)
 
 
@@ -199,7 +201,7 @@ def _exact(model: Any, split: Split) -> bool:
     return torch.equal(whole, parts)
 
 
-def _with(model: nn.Module, **modules: nn.Module) -> nn.Module:
+def with_parts(model: nn.Module, **modules: nn.Module) -> nn.Module:
     """A shallow copy of `model` with some children replaced; the rest is shared, not copied."""
     twin = copy.copy(model)
     object.__setattr__(twin, "_modules", {**model._modules, **modules})

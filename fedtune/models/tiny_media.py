@@ -27,13 +27,25 @@ def _images(config: Any, base: Base, folder: Path, sizes: dict[str, int], names:
     for name, value in sizes.items():
         if getattr(vision, name, None) is not None:
             setattr(vision, name, value)
-    vision.patch_size, vision.image_size = _PATCH, _PATCH * _TILE * scale
+    one = _PATCH * _TILE * scale
+    vision.patch_size, vision.image_size = _PATCH, one
     token = str(load_tokenizer(base).convert_ids_to_tokens(int(config.image_token_id)))
-    one = vision.image_size
-    if hasattr(config, "scale_factor"):
+    if hasattr(config, "vision_start_token_id"):  # of any size: one square of as many tokens
+        one *= vision.spatial_merge_size
+        vision.embed_dim = sizes["hidden_size"]
+        change: dict[str, Any] = {"size": {"shortest_edge": 1, "longest_edge": one**2}}
+        change |= {"patch_size": _PATCH}
+        rope, half = config.get_text_config().rope_parameters, sizes["hidden_size"] // 2
+        half //= sizes["num_attention_heads"]
+        rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
+        names_of = ("vision_start_token_id", "vision_end_token_id", "video_token_id")
+        more = ["<image-start>", "<image-end>", "<video>"]
+        for number, name in enumerate(names_of, names):
+            setattr(config, name, number)
+    elif hasattr(config, "scale_factor"):
         split = getattr(_load("AutoImageProcessor", base), "do_image_splitting", True)
         longest = {"longest_edge": 2 * one if split else one}
-        change: dict[str, Any] = {"size": longest, "max_image_size": {"longest_edge": one}}
+        change = {"size": longest, "max_image_size": {"longest_edge": one}}
         tags = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
         more = ["<fake_token_around_image>", "<global-img>", *tags]
     else:

@@ -27,7 +27,7 @@ from fedtune.objectives import causal_lm
 from fedtune.training import check_trains
 from tests.dp.conftest import study
 from tests.dp.test_gradients import all_rows, one_by_one
-from tests.media import idefics3, llava, whisper
+from tests.media import idefics3, llava, qwen2_vl, whisper
 
 MLP = ["gate_proj", "up_proj", "down_proj"]
 PRIVACY = {"noise_multiplier": 1.6, "delta": 1e-4}
@@ -68,6 +68,14 @@ CASES: dict[str, tuple[Make, dict[str, Any]]] = {
     ),
     "images, a head": (idefics3, {"lora": None, "objective": LABELS}),
     "LLaVA's projector": (llava, {"lora": {"modules": ["down_proj", "projector"]}}),
+    "Qwen2-VL, positions apart": (qwen2_vl, {"lora": {"modules": MLP, "last_layers": 1}}),
+    "Qwen2-VL, last blocks": (qwen2_vl, {"lora": {"modules": ["q_proj", *MLP], "last_layers": 2}}),
+    "Qwen2-VL's projector": (qwen2_vl, {"lora": {"modules": ["v_proj", "projector"]}}),
+    "Qwen2-VL, pairs": (
+        qwen2_vl,
+        {"lora": {"modules": ["v_proj"]}, "objective": {"name": "dpo", "max_length": 128}},
+    ),
+    "Qwen2-VL, a head": (qwen2_vl, {"lora": None, "objective": LABELS}),
     "speech, positions apart": (whisper, {"lora": {"modules": ["fc1", "fc2"], "last_layers": 1}}),
     "speech, cut": (whisper, {"lora": {"modules": ["q_proj", "fc1"], "last_layers": 2}}),
     "speech, all blocks": (whisper, {"lora": {"modules": ["v_proj"]}}),

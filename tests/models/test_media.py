@@ -17,12 +17,13 @@ from fedtune.config import Columns, DataFile, LoraTable
 from fedtune.data.files import Rejected
 from fedtune.data.tokens import Dataset, load_dataset
 from fedtune.errors import ConfigError, DataError, ModelError
+from fedtune.models import network as network_module
 from fedtune.models import parts, tiny
 from fedtune.models.base import find_base
 from fedtune.models.cache import Cached
 from fedtune.models.network import Network
 from tests.dp.conftest import study
-from tests.media import BASES, idefics3, image, llava, recording, whisper
+from tests.media import BASES, idefics3, image, llava, qwen2_vl, recording, whisper
 
 ASK = Columns(image="image", prompt="q", completion="a")
 SAY = Columns(audio="audio", text="a")
@@ -65,7 +66,7 @@ def inputs(network: Network, example: Any) -> dict[str, torch.Tensor]:
     tensor = network.reader.tensor(example.media)
     ids = torch.from_numpy(example.input_ids.astype(np.int64))[None]
     text = "decoder_input_ids" if network.kind == "speech" else "input_ids"
-    return {text: ids, **parts.inputs(network.model, network.kind, tensor)}
+    return {text: ids, **parts.inputs(network.model, network.kind, tensor, ids)}
 
 
 KINDS: dict[str, tuple[str, Columns, dict[str, Any]]] = {
@@ -74,6 +75,9 @@ KINDS: dict[str, tuple[str, Columns, dict[str, Any]]] = {
     "idefics3, projector": ("idefics3", ASK, {"modules": ("q_proj", "projector")}),
     "llava, cut": ("llava", ASK, {"modules": ("q_proj",), "last_layers": 2}),
     "llava, projector": ("llava", ASK, {"modules": ("q_proj", "projector")}),
+    "qwen2-vl, positions apart": ("qwen2_vl", ASK, {"modules": ("down_proj",), "last_layers": 1}),
+    "qwen2-vl, last blocks": ("qwen2_vl", ASK, {"modules": ("q_proj",), "last_layers": 2}),
+    "qwen2-vl, projector": ("qwen2_vl", ASK, {"modules": ("q_proj", "projector")}),
     "whisper, positions apart": ("whisper", SAY, {"modules": ("fc1", "fc2"), "last_layers": 1}),
     "whisper, cut": ("whisper", SAY, {"modules": ("q_proj", "fc2"), "last_layers": 2}),
     "whisper, all": ("whisper", SAY, {"modules": ("q_proj", "k_proj")}),
@@ -93,7 +97,36 @@ def test_logits_are_those_of_transformers_own_model(folder: Path, kind: str) -> 
         ours = network.logits(hidden[0][batch.target_ids[0] != -100])
         whole = network.model(**inputs(network, example)).logits[0]
         plain = whole[torch.from_numpy(example.target_ids != -100)]
-        assert torch.allclose(ours, plain, atol=2e-5), float((ours - plain).abs().max())
+        apart = float((ours - plain).detach().abs().max())
+        assert torch.allclose(ours, plain, atol=2e-5), apart
+
+
+@pytest.mark.parametrize("kind", ["qwen2-vl, positions apart", "qwen2-vl, last blocks"])
+def test_positions_by_number_alone_are_caught(
+    folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin: text and image stand in one line."""
+
+    def in_line(holes: torch.Tensor) -> torch.Tensor:
+        return torch.arange(holes.shape[1]).expand(3, *holes.shape)
+
+    monkeypatch.setattr(network_module, "plane_positions", in_line)
+    with pytest.raises(AssertionError):
+        test_logits_are_those_of_transformers_own_model(folder, kind)
+
+
+@pytest.mark.parametrize("start", [0, 7])
+def test_positions_round_an_image_are_transformers_own(folder: Path, start: int) -> None:
+    network = network_of(folder, "qwen2_vl")
+    config, model = network.model.config, network.model.get_base_model().model  # type: ignore
+    ids = torch.full((2, start + 9 + 6), 30)
+    ids[:, start : start + 9] = config.image_token_id
+    grid = torch.tensor([[1, 6, 6]] * 2)
+    holes = ids == config.image_token_id
+    theirs, _ = model.get_rope_index(ids, mm_token_type_ids=holes.int(), image_grid_thw=grid)
+    assert torch.equal(parts.plane_positions(holes), theirs)
+    plain = torch.arange(ids.shape[1]).expand(3, 2, -1)
+    assert torch.equal(parts.plane_positions(torch.zeros_like(holes)), plain)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -101,8 +134,9 @@ def test_the_tower_is_frozen_and_bears_no_adapter(folder: Path, kind: str) -> No
     name, _, lora = KINDS[kind]
     network = network_of(folder, name, **lora)
     trained = " ".join(network.parameters())
-    assert not any(part in trained for part in ("vision", "encoder.layers"))
-    assert ("connector" in trained or "projector" in trained) == ("projector" in lora["modules"])
+    assert not any(part in trained for part in ("vision", "visual.blocks", "encoder.layers"))
+    between = any(part in trained for part in ("connector", "projector", "merger"))
+    assert between == ("projector" in lora["modules"])
     base = [m for m in network.model.modules() if "transformers" in type(m).__module__]
     assert base and not any(m.training for m in base)  # no dropout, at any time
 
@@ -265,7 +299,7 @@ def test_the_digest_covers_what_prepares_the_files(folder: Path, tmp_path: Path)
         find_base(str(copy))
 
 
-@pytest.mark.parametrize("make", [idefics3, llava, whisper])
+@pytest.mark.parametrize("make", [idefics3, llava, qwen2_vl, whisper])
 def test_the_shrunk_base_is_the_same_architecture(folder: Path, make: Callable[..., Path]) -> None:
     base = find_base(str(folder / make.__name__))
     modules = ("fc1",) if make is whisper else ("q_proj",)

@@ -486,6 +486,13 @@ MODEL_MUTANTS = (
         "a record trains on the states of another one's targets",
     ),
     _one(
+        "media", "an-image-in-one-line", "fedtune/models/parts.py",
+        "torch.stack([time, time + within // side, time + within % side])",
+        "torch.stack([time, time, time])",
+        "tests/models/test_media.py::test_positions_round_an_image_are_transformers_own",
+        "an image's rows and columns are not seen as such",
+    ),
+    _one(
         "loaded", "another-studys-factor-stays", NETWORK,
         "or self._loaded[1] != self._now():", "or False:",
         T_NETWORK + "test_a_is_loaded_again_only_after_something_wrote_to_it",
