@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,33 @@ def test_the_reward_rises_within_the_leash(
     assert plain.generate(input_ids=ids, max_new_tokens=3, pad_token_id=0).shape[1] > 4
     names = load_file(out / "adapter" / "adapter_model.safetensors").keys()
     assert names == load_file(policy / "adapter" / "adapter_model.safetensors").keys()
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_nobody_is_told_that_a_machine_trains(
+    tmp_path: Path,
+    policy: Path,
+    reward: Path,
+    prompts: PublicTable,
+    monkeypatch: pytest.MonkeyPatch,
+    told: bool,
+) -> None:
+    """trl's trainers report to the hub; the twin, which leaves them as they come, is seen."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _telemetry
+
+    sent: list[object] = []
+    monkeypatch.delenv("CI", raising=False)  # there trl tells nobody anyhow
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(_telemetry, "_start_telemetry_thread", lambda: None)
+    monkeypatch.setattr(_telemetry._TELEMETRY_QUEUE, "put", sent.append)
+    if told:
+        monkeypatch.setattr("fedtune.models.wheel.quiet", lambda: None)
+    once = Schedule(steps=1, prompts=2, answers=2, new_tokens=2, learning_rate=3e-2)
+    with contextlib.suppress(Refused):
+        improve(policy, reward, prompts, tmp_path / "out", every=1, how=once)
+    assert bool(sent) == told
 
 
 def test_past_the_leash_nothing_is_kept(

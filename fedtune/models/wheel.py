@@ -192,11 +192,14 @@ def convert(gguf: Path, into: Path) -> None:
 
 
 def quiet() -> None:
-    """No progress bars and no load reports: what matters of them is raised."""
+    """No progress bars and no load reports: what matters of them is raised. And nobody is told that
+    this machine trains: trl's trainers report themselves to the hub unless that is off."""
+    from huggingface_hub import constants
     from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     logging: Any = transformers_logging
+    constants.HF_HUB_DISABLE_TELEMETRY = True
     disable_progress_bars()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
