@@ -154,7 +154,7 @@ class SiteWorker:
         if plan:
             _self_test(study, network, self._size, rank)
         frozen = network.adopt(study, frozen)
-        check_trains(study, network, turn(study.lora, rank, 1))
+        _check_trains(study, network, rank)
         self._data(study, network, self.site.data)  # not kept here: somebody may withdraw
         ran = plan or plain_plan(study, self._size)
         return _Prepared(study, network, ran, frozen, coordinator, rank)
@@ -407,6 +407,7 @@ class SiteWorker:
 
 
 _tested: set[str] = set()  # in this process; the code does not change while it runs
+_trains: set[tuple[str, int | None]] = set()
 
 
 def _self_test(study: Study, network: Network, size: int, lora_rank: int | None) -> None:
@@ -416,6 +417,14 @@ def _self_test(study: Study, network: Network, size: int, lora_rank: int | None)
     if kind not in _tested:
         selftest.require(study, network, size, lora_rank)
         _tested.add(kind)
+
+
+def _check_trains(study: Study, network: Network, lora_rank: int | None) -> None:
+    """Once per process and study: its digest names base and A. Errors: ModelError."""
+    kind = study.digest, lora_rank
+    if kind not in _trains:
+        check_trains(study, network, turn(study.lora, lora_rank, 1))
+        _trains.add(kind)
 
 
 def _check_waited(prepared: _Prepared, round_: int, adapter: Arrays, body: bytes) -> None:

@@ -35,10 +35,10 @@ def digest(folder: Path) -> str:
     Read once per process, and again when the system says that any file was changed or replaced
     since (its change time cannot be set back); what changed in the last seconds is always read.
     Errors: ModelError where the folder is refused (see `check`) or a file cannot be read."""
-    check(folder)
-    files = _stamps(folder)
+    files = _stamps(folder) if folder.is_dir() else []
     known, found = _read.get(folder, (None, ""))
     if known != files:
+        check(folder)
         found = _digest(folder)
         settled = all(changed < time.time_ns() - SETTLED * 10**9 for *_, changed in files)
         if settled and files == _stamps(folder):
