@@ -273,6 +273,30 @@ def test_a_withdrawn_patients_states_are_erased_and_the_others_kept(
     assert set(states) == everyone - {gone} and STORE.in_memory + STORE.on_disk < size
 
 
+def test_each_study_must_learn_before_it_costs_anything_and_is_tried_once(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("client.site._trains", set())
+    tried: list[str] = []
+
+    def check(study: Study, *_: object) -> None:
+        tried.append(study.digest)
+        if study.training.learning_rate != 0.1:
+            raise ModelError("a step did not lower the loss")
+
+    monkeypatch.setattr("client.site.check_trains", check)
+    good = begun(tiny_base)
+    training = {"rounds": 2, "sampling_rate": 0.5, "learning_rate": 0.2}
+    bad = begun(tiny_base, training=training)
+    for number in range(2):
+        notes(tmp_path / str(number))
+        worker = SiteWorker(make_site(tmp_path / str(number), patient="who"))
+        assert worker.prepare(good.study, good.frozen).admitted
+        with pytest.raises(ModelError):
+            worker.prepare(bad.study, bad.frozen)
+    assert tried == [good.study.digest, bad.study.digest, bad.study.digest]
+
+
 def test_a_failed_self_test_refuses_the_round(
     worker: SiteWorker, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

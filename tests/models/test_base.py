@@ -419,3 +419,6 @@ def test_a_folder_is_read_once_and_again_when_a_byte_changed(
     weights.write_bytes(body)
     os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert digest_module.digest(folder) != before and len(read) == 4
+    edit(folder / "config.json", lambda c: c.update(auto_map={"AutoModel": "m.M"}))
+    with pytest.raises(ModelError, match="auto_map"):  # refused as ever, known before or not
+        digest_module.digest(folder)
