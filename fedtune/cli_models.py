@@ -180,7 +180,7 @@ def improve(
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts in a step.")] = 8,
     answers: Annotated[int, typer.Option(min=2, metavar="N", help="To each prompt.")] = 4,
     new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Of an answer.")] = 32,
-    learning_rate: Annotated[float, typer.Option(metavar="RATE", help="AdamW's.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(metavar="RATE", help="AdamW's.")] = 1e-2,
     seed: Annotated[int, typer.Option(help="Of prompts and answers.")] = 0,
 ) -> None:
     """Let a run's model learn what a federated reward model likes, on public prompts (RLOO).

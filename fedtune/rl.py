@@ -29,7 +29,7 @@ class Schedule:
     prompts: int = 8
     answers: int = 4
     new_tokens: int = 32
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-2
     beta: float = 0.05
     temperature: float = 1.0
     seed: int = 0

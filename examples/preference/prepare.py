@@ -137,7 +137,7 @@ SOURCES = {
     "medmcqa": Source(
         "MedMCQA", "patient", 1e-4, {"dental": 587, "basic": 570, "clinical": 713},
         _medmcqa,
-        {"dpo": _steps(3.0, 8), "orpo": _steps(3.0, 8, weight=10.0), "reward": _steps(30.0, 16, 8)},
+        {"dpo": _steps(3.0, 8), "orpo": _steps(3.0, 8, weight=10.0), "reward": _steps(3.0, 16, 8)},
     ),
 }  # fmt: skip
 
