@@ -50,6 +50,14 @@ SITES = Annotated[
         "Without it: the study's own folder.",
     ),
 ]
+MORE = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        metavar="[SITE…]",
+        help="The same as --sites, so that a shell may fill in sites/*/site.toml.",
+        show_default=False,
+    ),
+]
 OUT = Annotated[
     Path | None,
     typer.Option("--out", metavar="DIR", help="Where the run goes. Without it: runs/NAME."),
@@ -133,6 +141,7 @@ def init(
 @command(app, panel=TRY)
 def plan(
     study: STUDY,
+    more: MORE = None,
     sizes: Annotated[
         list[int] | None,
         typer.Option(
@@ -155,8 +164,9 @@ def plan(
     if not loaded.private:
         return warn_not_private(_console())
     named = [("any", size) for size in sizes or []]
-    if sites or not named:
-        tables = [load_site(path).site for path in _sites(study, sites)]
+    given = [*(sites or []), *(more or [])]
+    if given or not named:
+        tables = [load_site(path).site for path in _sites(study, given)]
         named += [(table.name, table.declared_size) for table in tables]
     from fedtune.dp.plan import plan_for_site
 
@@ -168,6 +178,7 @@ def plan(
 @command(app, panel=TRY, epilog="Ctrl-C is safe: the same command with --resume goes on.")
 def simulate(
     study: STUDY,
+    more: MORE = None,
     sites: SITES = None,
     out: OUT = None,
     resume: RESUME = False,
@@ -196,7 +207,8 @@ def simulate(
     from fedtune.console import Watch, closing, warn_not_private
 
     loaded = load_study(study)
-    found, folder = _sites(study, sites), out or folder_for(loaded.study.name, resume=resume)
+    named = [*(sites or []), *(more or [])]
+    found, folder = _sites(study, named), out or folder_for(loaded.study.name, resume=resume)
     if not loaded.private:
         warn_not_private(_console())
     from fedtune.observe import observer

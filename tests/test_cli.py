@@ -251,8 +251,8 @@ def test_privacy_off_is_said_in_red_before_and_after(study: Path, tiny_base: Pat
     for name in ("north", "south"):
         path = study.parent / name / "willing.toml"
         path.write_text(SITE.format(name=name, most=8, off="true"))
-        willing += ["--sites", path]
-    found = run("simulate", study, *willing)
+        willing.append(path)
+    found = run("simulate", study, "--sites", *willing)  # as a shell fills in */willing.toml
     assert found.exit_code == 0, found.stderr
     assert found.output.count("NOT PRIVATE") == 2
     assert "NOT PRIVATE" in run("plan", study).output
