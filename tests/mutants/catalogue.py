@@ -193,10 +193,11 @@ GRADIENT_MUTANTS = (
         T_PLAN + "test_gradients_are_wiped", "freed but still in memory",
     ),
     _one(
-        11, "missing-gradient-from-the-batch", GRADIENTS, GUARD,
-        "            if each is None and parameter.grad is not None:\n"
-        "                each = parameter.grad[None].expand(len(batch.index), *parameter.shape)\n"
-        + GUARD,
+        11, "missing-gradient-from-the-batch", OPACUS,
+        "            found.append(each.detach() if isinstance(each, torch.Tensor) else None)\n",
+        "            if each is None and parameter.grad is not None and found:\n"
+        "                each = parameter.grad.clone().expand(len(found[-1]), *parameter.shape)\n"
+        "            found.append(each.detach() if isinstance(each, torch.Tensor) else None)\n",
         T_LAYERS, "a checkpointed layer falls back to the batch's gradient",
     ),
     _one(
@@ -371,8 +372,8 @@ SAMPLING_MUTANTS = (
         "tests/traps/test_trap_02_size.py", "q = 1/len(loader)",
     ),
     _one(
-        8, "an-empty-batch-is-dropped", PLAN, TOTAL,
-        TOTAL + "        if not sampled:\n            return total.float()\n",
+        8, "an-empty-batch-is-dropped", PLAN, DONE,
+        "        if not sampled:\n            return torch.zeros(dimension)\n" + DONE,
         T_PLAN + "test_an_empty_sample_is_a_noise_only_step", "no noise, no line in the log",
     ),
     _one(

@@ -47,14 +47,20 @@ def rows(network: Network, dataset: Dataset, wanted: Wanted = "auto") -> torch.T
 
 @pytest.mark.parametrize("wanted", ["auto", "opacus"])
 @pytest.mark.parametrize("kind", ["head", "adapter"])
-def test_a_classifiers_rows_are_their_own(tiny_encoder: Path, kind: str, wanted: Wanted) -> None:
-    network, dataset = encoder(tiny_encoder, kind), labelled([1, 2, 1, 1])
+@pytest.mark.parametrize("unit", [0, 1], ids=["one record", "several"])
+def test_a_classifiers_rows_are_their_own(
+    tiny_encoder: Path, kind: str, wanted: Wanted, unit: int
+) -> None:
+    """Units of one record share batches with each other, and units of several with each other: of
+    either kind one is changed, and others are there."""
+    network, dataset = encoder(tiny_encoder, kind), labelled([1, 2, 1, 2, 1])
     before, changed = rows(network, dataset, wanted), copy.deepcopy(dataset)
-    old = changed.examples[1]
-    changed.examples[1] = type(old)(old.input_ids[::-1].copy(), old.target_ids, 2, old.unit)
+    at = dataset.by_unit[unit][0]
+    old = changed.examples[at]
+    changed.examples[at] = type(old)(old.input_ids[::-1].copy(), old.target_ids, 2, old.unit)
     moved = (rows(network, changed, wanted) - before).norm(dim=1) / before.norm(dim=1)
-    assert float(moved[1]) > 0.01
-    assert float(torch.cat([moved[:1], moved[2:]]).max()) < 1e-4
+    assert float(moved[unit]) > 0.01
+    assert float(torch.cat([moved[:unit], moved[unit + 1 :]]).max()) < 1e-4
 
 
 @pytest.mark.parametrize("wanted", ["auto", "opacus"])
