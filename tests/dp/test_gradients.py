@@ -64,23 +64,25 @@ def summed(rows: torch.Tensor, c: float, mode: str) -> torch.Tensor:
     return total
 
 
-def moved_rows(engine: UnitGradientEngine) -> torch.Tensor:
-    """How far each unit's gradient moves when unit 1's first record is replaced by another."""
+def moved_rows(engine: UnitGradientEngine, unit: int) -> torch.Tensor:
+    """How far each unit's gradient moves when the first record of `unit` is replaced by another."""
     before = all_rows(engine)
     changed = copy.deepcopy(engine.data.dataset)
-    index = changed.by_unit[1][0]
+    index = changed.by_unit[unit][0]
     draw = np.random.default_rng(9)
     old = changed.examples[index]
     targets = draw.integers(3, 280, size=len(old.input_ids)).astype(np.int32)
-    changed.examples[index] = type(old)(old.input_ids[::-1].copy(), targets, -100, 1)
+    changed.examples[index] = type(old)(old.input_ids[::-1].copy(), targets, -100, unit)
     engine.data = Cached(engine.data.network, changed)
     return (all_rows(engine) - before).norm(dim=1) / before.norm(dim=1)
 
 
-def test_row_isolation(engine: UnitGradientEngine) -> None:
-    moved = moved_rows(engine)
-    assert float(moved[1]) > 0.1
-    assert float(torch.cat([moved[:1], moved[2:]]).max()) < 1e-5
+@pytest.mark.parametrize("unit", range(6))
+def test_row_isolation(engine: UnitGradientEngine, unit: int) -> None:
+    """Units of one record and of several: they do not share micro-batches."""
+    moved = moved_rows(engine, unit)
+    assert float(moved[unit]) > 0.1
+    assert float(torch.cat([moved[:unit], moved[unit + 1 :]]).max()) < 1e-5
 
 
 def test_row_isolation_catches_a_loss_averaged_over_the_batch(network: Network) -> None:
