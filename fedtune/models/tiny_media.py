@@ -35,13 +35,13 @@ def _images(config: Any, base: Base, folder: Path, sizes: dict[str, int], names:
         vision.embed_dim = sizes["hidden_size"]
         change: dict[str, Any] = {"size": {"shortest_edge": 1, "longest_edge": one**2}}
         change |= {"patch_size": _PATCH}
-        rope, half = config.get_text_config().rope_parameters, sizes["hidden_size"] // 2
-        half //= sizes["num_attention_heads"]
+        half = sizes["hidden_size"] // sizes["num_attention_heads"] // 2  # shared by three axes
+        rope = config.get_text_config().rope_parameters
         rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
-        names_of = ("vision_start_token_id", "vision_end_token_id", "video_token_id")
-        more = ["<image-start>", "<image-end>", "<video>"]
-        for number, name in enumerate(names_of, names):
-            setattr(config, name, number)
+        marks = {"vision_start": "<image-start>", "vision_end": "<image-end>", "video": "<video>"}
+        more = list(marks.values())
+        for number, name in enumerate(marks, names):
+            setattr(config, f"{name}_token_id", number)
     elif hasattr(config, "scale_factor"):
         split = getattr(_load("AutoImageProcessor", base), "do_image_splitting", True)
         longest = {"longest_edge": 2 * one if split else one}
