@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,7 +28,7 @@ from fedtune.dp.plan import DpPlan, SharedPlan, StepPlan, plan_for_site
 from fedtune.dp.query import answer, unit_rows
 from fedtune.dp.steplog import Step, StepLog
 from fedtune.errors import DataError, PolicyRefused, Refused
-from fedtune.models.base import find_base, load_tokenizer
+from fedtune.models.base import Base, find_base, load_tokenizer
 from fedtune.models.cache import Cached
 from fedtune.models.lora import Arrays
 from fedtune.models.lora import digest as arrays_digest
@@ -41,6 +41,8 @@ from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import Header, seal
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from client.ranks import Ranks
 
 log = logging.getLogger("fedtune.site")
@@ -87,8 +89,15 @@ class _Prepared:
 def check_data(site: Site, study: Study) -> None:
     """What only the site may know: whether its records suit the study. Errors: DataError."""
     base = find_base(site.site.base or study.base.model, study.base.digest)
+    tokenizer, reader = _reading(base)
+    load_dataset(site.data, study, tokenizer, reader=reader)
+
+
+@lru_cache(maxsize=1)
+def _reading(base: Base) -> tuple[PreTrainedTokenizerBase, modalities.Reader]:
+    """How a base reads records; once for all simulated sites."""
     tokenizer = load_tokenizer(base)
-    load_dataset(site.data, study, tokenizer, reader=modalities.reader(base, tokenizer))
+    return tokenizer, modalities.reader(base, tokenizer)
 
 
 def check_records(site: Site) -> None:
