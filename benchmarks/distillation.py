@@ -17,8 +17,8 @@ import shutil
 import time
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
+from benchmarks import measure
 from fedtune.config import Columns, PublicTable
 from fedtune.demo import run_demo
 from fedtune.demo.generate import public_notes
@@ -74,7 +74,7 @@ def student(
     }
 
 
-def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
+def table(results: measure.Results) -> str:
     """Means and standard deviations over the seeds, as Markdown."""
     lines = [
         "| student | seeds | accuracy | its own base | teacher | of its gain | least of a seed |",
@@ -106,9 +106,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     out = args.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    kept = out / "results.json"
-    results: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
     settings = Settings(
         rank=args.rank,
         last_layers=args.last_layers,
@@ -116,21 +113,18 @@ def main() -> None:
         learning_rate=args.rate,
         new_tokens=1,
     )
+    rows = {}
     for layers in args.layers:
         name = (
             f"{layers} layers, adapters in the last {args.last_layers}, rank {args.rank}, "
             f"{args.epochs} epochs, rate {args.rate:g}, {args.prompts or 180} notes"
         )
-        name += ", validation" if args.held_out == "validation" else ""
-        rows = results.setdefault(name, {})
-        for seed in args.seeds:
-            if str(seed) not in rows:
-                given = layers, settings, args.prompts, args.held_out
-                rows[str(seed)] = student(out, seed, *given)
-                print(f"seed {seed}, {name}: {json.dumps(rows[str(seed)])}", flush=True)
-                kept.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-                (out / "table.md").write_text(table(results), encoding="utf-8")
-    print(table(results))
+        rows[name + (", validation" if args.held_out == "validation" else "")] = layers
+
+    def run(name: str, seed: str) -> dict[str, float]:
+        return student(out, int(seed), rows[name], settings, args.prompts, args.held_out)
+
+    measure.resume(out, [(name, str(seed)) for name in rows for seed in args.seeds], run, table)
 
 
 if __name__ == "__main__":

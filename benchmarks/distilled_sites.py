@@ -13,13 +13,12 @@ arm that is there is not run again.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import tomllib
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
+from benchmarks import measure
 from examples.write import Table, merged, toml
 from fedtune.config import load_site
 from fedtune.demo import write
@@ -74,7 +73,7 @@ def _site(path: Path, state: str) -> Path:
     return toml(path.with_name(f"{state}.toml"), merged(table, change), "one arm's site file")
 
 
-def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
+def table(results: measure.Results) -> str:
     """Means and standard deviations over the seeds, as Markdown."""
     lines = [
         "| arm | seeds | accuracy | before | ε of a site, all its studies |",
@@ -106,18 +105,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     out = args.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    kept = out / "results.json"
-    results: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
-    for seed in args.seeds:
-        for name in ARMS:
-            rows = results.setdefault(str(seed), {})
-            if name not in rows:
-                rows[name] = arm(out, seed, args.layers, name)
-                print(f"seed {seed}, {name}: {json.dumps(rows[name])}", flush=True)
-                kept.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-                (out / "table.md").write_text(table(results), encoding="utf-8")
-    print(table(results))
+    wanted = [(str(seed), name) for seed in args.seeds for name in ARMS]
+    measure.resume(out, wanted, lambda seed, name: arm(out, int(seed), args.layers, name), table)
 
 
 if __name__ == "__main__":

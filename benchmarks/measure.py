@@ -15,7 +15,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -224,3 +224,29 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 def start(chosen: argparse.Namespace) -> None:
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
+
+
+# ------------------------------------------------------------------------- runs that may break off
+
+Results = dict[str, dict[str, dict[str, Any]]]
+
+
+def resume(
+    out: Path,
+    wanted: Iterable[tuple[str, str]],
+    run: Callable[[str, str], dict[str, Any]],
+    table: Callable[[Results], str],
+) -> None:
+    """`run` each pair that OUT/results.json lacks; results.json and table.md are written after
+    each. At the end the table is printed."""
+    out.mkdir(parents=True, exist_ok=True)
+    kept = out / "results.json"
+    results: Results = json.loads(kept.read_text()) if kept.exists() else {}
+    for one, other in wanted:
+        found = results.setdefault(one, {})
+        if other not in found:
+            found[other] = run(one, other)
+            print(f"{one}, {other}: {json.dumps(found[other])}", flush=True)
+            kept.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            (out / "table.md").write_text(table(results), encoding="utf-8")
+    print(table(results))

@@ -34,7 +34,6 @@ from fedtune.wire import codec
 
 HOSPITALS = ("harbour", "lakeside", "northgate")
 ARMS = {"8-8-8": (8, 8, 8), "8-4-2": (8, 4, 2), "2-2-2": (2, 2, 2)}
-Results = dict[str, dict[str, Any]]  # seed -> arm -> what was found
 
 
 def one_arm(seed: int, arm: str, out: Path) -> dict[str, Any]:
@@ -47,7 +46,7 @@ def one_arm(seed: int, arm: str, out: Path) -> dict[str, Any]:
     return {"accuracy": accuracy, "epsilon": body["privacy"]["epsilon"], "up": up}
 
 
-def table(results: Results) -> str:
+def table(results: measure.Results) -> str:
     """Markdown: mean ± sd over seeds; bytes are the same for every seed, but for a few."""
     lines = [
         f"| ranks at {', '.join(HOSPITALS)} | accuracy | by seed | bytes up, round and hospital |",
@@ -124,18 +123,12 @@ def main() -> None:
         return print(memory(chosen.memory))
     if not chosen.out:
         parser.error("--out is required")
-    kept = chosen.out / "results.json"
-    results: Results = json.loads(kept.read_text()) if kept.exists() else {}
-    for seed in chosen.seeds:
-        for arm in chosen.arms:
-            by_arm = results.setdefault(str(seed), {})
-            if arm in by_arm:
-                continue
-            by_arm[arm] = one_arm(seed, arm, chosen.out / f"seed-{seed}")
-            kept.write_text(json.dumps(results, indent=1) + "\n")
-            (chosen.out / "table.md").write_text(table(results))
-            print(seed, arm, by_arm[arm], flush=True)
-    print(table(results))
+
+    def run(seed: str, arm: str) -> dict[str, Any]:
+        return one_arm(int(seed), arm, chosen.out / f"seed-{seed}")
+
+    wanted = [(str(seed), arm) for seed in chosen.seeds for arm in chosen.arms]
+    measure.resume(chosen.out, wanted, run, table)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from benchmarks import measure
 from benchmarks.demo import _arm
 from fedtune.demo.generate import write
 
@@ -29,7 +30,6 @@ ARMS = {
     "int8-float16": ("int8", "float16"),
     "int8": ("int8", "int8"),
 }
-Results = dict[str, dict[str, Any]]  # seed -> arm -> what was found
 
 
 def one_arm(seed: int, arm: str, out: Path) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def _plain(adapter: Path) -> int:
     return 4 * sum(math.prod(shape) for shape in shapes)
 
 
-def table(results: Results) -> str:
+def table(results: measure.Results) -> str:
     """Markdown: mean ± sd over seeds; bytes are the same for every seed, but for a few."""
     head = "| wire: update, adapter | accuracy | by seed | up | down | of A+B in fp32 |"
     lines = [head, "|---|---|---|---:|---:|---:|"]
@@ -82,18 +82,12 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args()
-    kept = chosen.out / "results.json"
-    results: Results = json.loads(kept.read_text()) if kept.exists() else {}
-    for seed in chosen.seeds:
-        for arm in chosen.arms:
-            by_arm = results.setdefault(str(seed), {})
-            if arm in by_arm:
-                continue
-            by_arm[arm] = one_arm(seed, arm, chosen.out / f"seed-{seed}")
-            kept.write_text(json.dumps(results, indent=1) + "\n")
-            (chosen.out / "table.md").write_text(table(results))
-            print(seed, arm, by_arm[arm], flush=True)
-    print(table(results))
+
+    def run(seed: str, arm: str) -> dict[str, Any]:
+        return one_arm(int(seed), arm, chosen.out / f"seed-{seed}")
+
+    wanted = [(str(seed), arm) for seed in chosen.seeds for arm in chosen.arms]
+    measure.resume(chosen.out, wanted, run, table)
 
 
 if __name__ == "__main__":

@@ -164,9 +164,8 @@ def plan(
     if not loaded.private:
         return warn_not_private(_console())
     named = [("any", size) for size in sizes or []]
-    given = [*(sites or []), *(more or [])]
-    if given or not named:
-        tables = [load_site(path).site for path in _sites(study, given)]
+    if sites or more or not named:
+        tables = [load_site(path).site for path in _sites(study, sites, more)]
         named += [(table.name, table.declared_size) for table in tables]
     from fedtune.dp.plan import plan_for_site
 
@@ -207,8 +206,7 @@ def simulate(
     from fedtune.console import Watch, closing, warn_not_private
 
     loaded = load_study(study)
-    named = [*(sites or []), *(more or [])]
-    found, folder = _sites(study, named), out or folder_for(loaded.study.name, resume=resume)
+    found, folder = _sites(study, sites, more), out or folder_for(loaded.study.name, resume=resume)
     if not loaded.private:
         warn_not_private(_console())
     from fedtune.observe import observer
@@ -503,10 +501,10 @@ def _console() -> Console:
     return Console()
 
 
-def _sites(study: Path, given: list[Path] | None) -> list[Path]:
+def _sites(study: Path, *given: list[Path] | None) -> list[Path]:
     from fedtune.simulate import sites_in
 
-    return sites_in(given or study.parent)
+    return sites_in([path for paths in given for path in paths or ()] or study.parent)
 
 
 if __name__ == "__main__":

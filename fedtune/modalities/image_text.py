@@ -138,27 +138,23 @@ class Square(Images):
         """(1, P, values of a patch)."""
         from PIL import ImageOps
 
-        grey = tuple(round(255 * mean) for mean in self._processor.image_mean)
-        shown = ImageOps.pad(picture(media), (self._side, self._side), color=grey)
-        found = self._processor(images=[shown], return_tensors="pt")
-        assert (
-            found["image_grid_thw"][0, 1:].tolist()
-            == [self._side // self._processor.patch_size] * 2
-        )
-        patches: torch.Tensor = found["pixel_values"]
+        prepare = self._processor
+        side = math.isqrt(self._run) * prepare.patch_size * prepare.merge_size
+        grey = tuple(round(255 * mean) for mean in prepare.image_mean)
+        shown = ImageOps.pad(picture(media), (side, side), color=grey)
+        patches: torch.Tensor = prepare(images=[shown], return_tensors="pt")["pixel_values"]
         return patches[None].float()
 
     def _run_of(self, config: Any) -> int:
         vision, size = config.vision_config, self._processor.size
         unit = int(vision.patch_size * vision.spatial_merge_size)
-        side = math.isqrt(int(size["longest_edge"]))
-        self._side = max(min(side, SIDE) // unit, 1) * unit
-        if self._side**2 < int(size["shortest_edge"]):
+        tokens = max(min(math.isqrt(int(size["longest_edge"])), SIDE) // unit, 1)
+        if (tokens * unit) ** 2 < int(size["shortest_edge"]):
             raise ModelError(
-                f"its image processor takes no square of {self._side} pixels a side",
-                f"preprocessor_config.json with a shortest_edge of at most {self._side**2} pixels",
+                f"the base's image processor takes no square of {tokens * unit} pixels a side",
+                f"a shortest_edge of at most {(tokens * unit) ** 2} in preprocessor_config.json",
             )
-        return (self._side // unit) ** 2
+        return tokens**2
 
     def _text(self, rows: int, columns: int) -> str:
         return self._marks[0] + self._token * self._run + self._marks[1]

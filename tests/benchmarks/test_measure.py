@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,3 +65,25 @@ def test_the_peak_counts_what_was_freed_and_forgets_what_was_before() -> None:
 def test_a_fresh_process_that_fails_says_why() -> None:
     with pytest.raises(RuntimeError, match="nowhere"):
         measure.fresh("benchmarks.nowhere")
+
+
+def test_what_broke_off_goes_on_where_it_was(tmp_path: Path) -> None:
+    ran: list[tuple[str, str]] = []
+
+    def run(seed: str, arm: str) -> dict[str, int]:
+        ran.append((seed, arm))
+        if (seed, arm) == ("1", "b") and len(ran) < 4:
+            raise KeyboardInterrupt
+        return {"n": len(ran)}
+
+    def table(results: measure.Results) -> str:
+        return " ".join(f"{seed}:{'+'.join(arms)}" for seed, arms in results.items())
+
+    wanted = [(seed, arm) for seed in "01" for arm in "ab"][1:]
+    out = tmp_path / "runs" / "one"
+    with pytest.raises(KeyboardInterrupt):
+        measure.resume(out, wanted, run, table)
+    assert (out / "table.md").read_text() == "0:b 1:a"
+    measure.resume(out, wanted, run, table)
+    assert ran == [("0", "b"), ("1", "a"), ("1", "b"), ("1", "b")]
+    assert (out / "table.md").read_text() == "0:b 1:a+b"

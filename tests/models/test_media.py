@@ -4,6 +4,7 @@ by the file's digest, and records made of the base folder's own processor."""
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
+from fedtune import modalities
 from fedtune.config import Columns, DataFile, LoraTable
 from fedtune.data.files import Rejected
+from fedtune.data.media import load
 from fedtune.data.tokens import Dataset, load_dataset
 from fedtune.errors import ConfigError, DataError, ModelError
 from fedtune.models import network as network_module
 from fedtune.models import parts, tiny
-from fedtune.models.base import find_base
+from fedtune.models.base import find_base, load_tokenizer
 from fedtune.models.cache import Cached
 from fedtune.models.network import Network
 from tests.dp.conftest import study
@@ -257,6 +260,27 @@ def test_columns_that_do_not_suit_the_base(
         read(folder, network_of(folder, name), columns)
 
 
+@pytest.mark.parametrize(("longest", "tokens"), [(24 * 24, 9), (31 * 31, 9), (10**9, 3136), (1, 1)])
+def test_an_image_of_any_size_is_shown_on_one_square(
+    folder: Path, tmp_path: Path, longest: int, tokens: int
+) -> None:
+    """As large as the base's processor leaves it, and at most 448 pixels a side."""
+    copied = shutil.copytree(folder / "qwen2_vl", tmp_path / "base")
+    settings = copied / "preprocessor_config.json"
+    body = json.loads(settings.read_text())
+    body["size"] = {"shortest_edge": 1, "longest_edge": longest}
+    settings.write_text(json.dumps(body))
+    reader = modalities.reader(base := find_base(str(copied)), load_tokenizer(base))
+    for shape in ((20, 60), (9, 5)):
+        media = load(tmp_path / image(tmp_path / "a.png", 1, shape), "image")
+        assert reader.tensor(media).shape[:2] == (1, 4 * tokens)
+    reader.check([reader._id] * tokens, tiles=1)  # type: ignore[attr-defined]
+    body["size"] = {"shortest_edge": 500**2, "longest_edge": 500**2}
+    settings.write_text(json.dumps(body))
+    with pytest.raises(ModelError, match="takes no square of 448 pixels"):
+        modalities.reader(base, load_tokenizer(base))
+
+
 def test_a_text_base_refuses_images(folder: Path, tiny_base: Path) -> None:
     network = Network(find_base(str(tiny_base)), torch.float32, LoraTable(rank=2), 0)
     with pytest.raises(DataError, match="the base reads no image"):
@@ -273,8 +297,6 @@ def test_modules_that_are_not_there(folder: Path, tiny_base: Path) -> None:
 
 
 def test_other_conditional_generators_are_refused(folder: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "t5"
     shutil.copytree(folder / "llava", copy)
     config = json.loads((copy / "config.json").read_text())
@@ -285,8 +307,6 @@ def test_other_conditional_generators_are_refused(folder: Path, tmp_path: Path) 
 
 
 def test_the_digest_covers_what_prepares_the_files(folder: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "idefics3"
     shutil.copytree(folder / "idefics3", copy)
     before = find_base(str(copy)).digest
