@@ -223,7 +223,7 @@ def distill(
         typer.Option(
             min=2,
             metavar="N",
-            help="The student: the teacher's base with N of its layers.",
+            help="The student: the teacher with N of its layers, those that are missed least.",
             show_default=False,
         ),
     ] = None,
@@ -236,11 +236,24 @@ def distill(
         ),
     ] = None,
     columns: COLUMNS = None,
-    epochs: Annotated[int, typer.Option(min=1, metavar="N", help="Over the prompts.")] = 10,
-    rank: Annotated[int, typer.Option(min=1, metavar="N", help="Of the student's adapter.")] = 16,
+    epochs: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Over the prompts; 0: it stays as it begins.")
+    ] = 10,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Of the student's adapter.", show_default="the teacher's"
+        ),
+    ] = None,
     last_layers: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Adapters in the last N layers; 0: in all.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Adapters in the last N layers; 0: in all.",
+            show_default="the teacher's; with --student all",
+        ),
+    ] = None,
     learning_rate: Annotated[
         float, typer.Option(metavar="RATE", help="AdamW's, at its peak.")
     ] = 1e-3,
@@ -254,7 +267,8 @@ def distill(
     """Teach a small student what finished runs say, on public prompts, at the coordinator.
 
     The student learns the teachers' whole distribution (next tokens, or classes), not their answer
-    alone. Post-processing: it costs no ε, and the report carries over what the runs spent. The
+    alone. With --layers it begins as the first teacher, and the layer before those that are left
+    out is fitted to do their work. Post-processing: it costs no ε, and the report carries over what the runs spent. The
     result looks like a run: evaluate, generate and merge take it; plain transformers and PEFT load
     it."""
     from fedtune.console import Watch, closing

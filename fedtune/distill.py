@@ -4,6 +4,7 @@ Guarantee: reads the runs and public prompts alone, so the student has at most t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import fedtune
 from fedtune import report as reports
 from fedtune.config import BaseTable, LoraTable, ObjectiveTable, PublicTable, Study
 from fedtune.data.records import Record
-from fedtune.data.tokens import Dataset, dataset_of
+from fedtune.data.tokens import Dataset, dataset_of, prompt_ids
 from fedtune.errors import ConfigError
 from fedtune.files import replace
 from fedtune.lineage import carried_over, parent
@@ -31,8 +32,10 @@ from fedtune.models.whole import Whole, load
 from fedtune.objectives import Teacher, find
 from fedtune.progress import report
 from fedtune.public_prompts import Prompts, completed, read
-from fedtune.runs import BASE, new_folder
+from fedtune.runs import BASE, load_adapter, new_folder
 
+_LAYER = re.compile(r"(\.layers?\.)(\d+)\.")
+RANK = 16
 HELD_OUT = 0.15  # of the prompts, to choose the epoch by: they are public, so choosing is free
 METRIC = "divergence"
 
@@ -40,10 +43,11 @@ METRIC = "divergence"
 @dataclass(frozen=True)
 class Settings:
     """The student's adapter, and how it learns. new_tokens: of the teacher's answer to a prompt
-    without a completion. last_layers 0: adapters in all layers."""
+    without a completion. last_layers 0: adapters in all layers. None: as the first teacher has it,
+    where the student is that teacher with fewer layers; else rank 16 in all layers."""
 
-    rank: int = 16
-    last_layers: int = 0
+    rank: int | None = None
+    last_layers: int | None = None
     modules: tuple[str, ...] = ()
     epochs: int = 10
     batch: int = 8
@@ -74,22 +78,30 @@ def distill(
         raise ConfigError("give exactly one of --student and --layers")
     prompts = read(file)
     with new_folder(out) as draft:
+        kept = None
         if layers is not None:
-            shallow(models[0].base, layers, draft / BASE)
+            texts = _texts(prompts, first, models[0])
+            kept = shallow(models[0].base, layers, draft / BASE, texts)
         base = find_base(student or str(draft / BASE))
         _same_words(models, base)
-        study = _study(first, base, BASE if layers is not None else student or "", out, settings)
+        table = _table(base, first.lora, kept, settings)
+        study = _study(first, base, student or BASE, out, table)
         network = build(study, str(base.path))
         network.draw_factor(settings.seed)
         marked = _marked(models, prompts, study, network, settings)
-        if base.kind == "causal" and len(marked.examples) > settings.rank:
+        if base.kind == "causal" and len(marked.examples) > table.rank:
             # A where public text varies: a random one learns far less from as few prompts
-            network.load_frozen(public_factor(network, marked, settings.rank))
-        network.load_trainable(network.initial(network.frozen_factor()))
-        body = _learn(network, marked, settings)
+            network.load_frozen(public_factor(network, marked, table.rank))
+        start = network.initial(network.frozen_factor())
+        network.load_trainable(start)
+        if kept is not None:
+            start |= _inherited(start, load_adapter(teachers[0] / "adapter"), first, study, kept)
+        body = _learn(network, marked, start, settings)
         network.save(draft / "adapter")
         replace(draft / "plan.json", (study.model_dump_json(indent=2) + "\n").encode())
         body |= _about(study, base, network, settings, prompts)
+        if kept is not None:
+            body["derived"]["settings"]["layers"] = ", ".join(map(str, kept))
         pairs = zip(teachers, models, strict=True)
         came = carried_over([parent(run, model, "teacher") for run, model in pairs])
         body["derived"]["parents"] = came.pop("parents")
@@ -125,27 +137,59 @@ def _same_words(models: Sequence[Whole], base: Base) -> None:
             )
 
 
-def _study(first: Study, base: Base, name: str, out: Path, settings: Settings) -> Study:
+def _texts(prompts: Prompts, first: Study, teacher: Whole) -> list[np.ndarray]:
+    """The bare prompts as the base reads them: what is fitted to them heard no teacher."""
+    table = first.objective
+    rows = [prompt_ids(r.prompt, table, teacher.tokenizer) for r in prompts.records]
+    return [np.array(ids[: table.max_length], dtype=np.int32) for ids in rows]
+
+
+def _inherited(
+    start: Arrays, taught: Arrays, first: Study, study: Study, kept: Sequence[int]
+) -> Arrays:
+    """Those arrays of `start` that can begin as the first teacher's: of the matrices that the
+    student has too, at no smaller rank. kept: which of the teacher's layers the student's are."""
+    assert study.lora is not None
+    scale = first.lora.scaling / study.lora.scaling if first.lora else 1.0
+    found: Arrays = {}
+    for name, own in start.items():
+        value = taught.get(_LAYER.sub(lambda m: f"{m[1]}{kept[int(m[2])]}.", name))
+        if value is None or any(a > b for a, b in zip(value.shape, own.shape, strict=True)):
+            continue
+        part = tuple(slice(size) for size in value.shape)
+        found[name] = own.copy()
+        found[name][part] = value * (scale if "lora_B" in name else 1.0)
+    return found
+
+
+def _table(
+    base: Base, taught: LoraTable | None, kept: Sequence[int] | None, settings: Settings
+) -> LoraTable:
+    """The student's adapter. kept: which of the teacher's layers it has, if it has any."""
+    like = taught if kept is not None else None
+    rank = settings.rank or (like.rank if like else RANK)
+    last, modules = settings.last_layers or None, settings.modules
+    if like and settings.last_layers is None:
+        last, modules = like.last_layers, modules or like.modules
+        if last and kept:  # of as many as stayed
+            last = sum(at > kept[-1] - last for at in kept)
+    modules = modules or _modules(base, last)
+    return LoraTable(rank=rank, alpha=2.0 * rank, modules=modules, last_layers=last, train="AB")
+
+
+def _study(first: Study, base: Base, name: str, out: Path, lora: LoraTable) -> Study:
     """The first teacher's plan with the student's base and adapter: what `fedtune evaluate` and
     `generate` read."""
     table = first.objective
     label = find(table).shape == "label"
     kept: dict[str, Any] = {"name": "classify" if label else "causal_lm", "options": {}}
-    modules = settings.modules or _modules(base, settings.last_layers)
-    lora = LoraTable(
-        rank=settings.rank,
-        alpha=2.0 * settings.rank,
-        modules=modules,
-        last_layers=settings.last_layers or None,
-        train="AB",
-    )
     pinned = BaseTable(model=name, digest=base.digest, dtype="auto")
     named = first.study.model_copy(update={"name": out.name.strip("._-") or "student"})
     changes: dict[str, Any] = {"study": named, "base": pinned, "lora": lora, "public": None}
     return first.model_copy(update=changes | {"objective": table.model_copy(update=kept)})
 
 
-def _modules(base: Base, last_layers: int) -> tuple[str, ...]:
+def _modules(base: Base, last_layers: int | None) -> tuple[str, ...]:
     """In the last layer its MLP alone: each position then stands for itself, and learns quickly."""
     if base.kind == "encoder":
         return ("query", "value", "dense")
@@ -170,9 +214,9 @@ def _marked(
 # ----------------------------------------------------------------------------------- learning
 
 
-def _learn(network: Network, data: Dataset, settings: Settings) -> dict[str, Any]:
-    """AdamW on the divergence from the teachers; the epoch that is best on held-out prompts stays.
-    Returns the report's "quality"."""
+def _learn(network: Network, data: Dataset, start: Arrays, settings: Settings) -> dict[str, Any]:
+    """AdamW on the divergence from the teachers, from `start`; the epoch that is best on held-out
+    prompts stays. Returns the report's "quality"."""
     from fedtune.objectives import distill as objective
 
     cached = Cached(network, data)
@@ -182,7 +226,7 @@ def _learn(network: Network, data: Dataset, settings: Settings) -> dict[str, Any
     rest = order[len(held) :].tolist()
     parameters = list(network.parameters().values())
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
-    steps = settings.epochs * -(-len(rest) // settings.batch)
+    steps = max(1, settings.epochs * -(-len(rest) // settings.batch))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, total_steps=steps, pct_start=0.1
     )
@@ -195,19 +239,21 @@ def _learn(network: Network, data: Dataset, settings: Settings) -> dict[str, Any
     def measured() -> float:
         return float(torch.cat(losses(held)).mean())
 
+    before = measured()
+    network.load_trainable(start)
     history = [{"round": 0, METRIC: measured()}]
-    best: tuple[float, Arrays] = (history[0][METRIC], network.trainable())
+    best: tuple[float, Arrays] = (history[0][METRIC], start)
     for epoch in range(1, settings.epochs + 1):
         shuffled = draw.permutation(rest).tolist()
-        for start in range(0, len(shuffled), settings.batch):
-            rows = shuffled[start : start + settings.batch]
+        for at in range(0, len(shuffled), settings.batch):
+            rows = shuffled[at : at + settings.batch]
             for batch in cached.batches(rows, 2048):
                 each = objective.losses(network, batch, temperature=settings.temperature)
                 torch.autograd.backward(each.sum() / len(rows))
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            done = (epoch - 1) * len(rest) + start + len(rows)
+            done = (epoch - 1) * len(rest) + at + len(rows)
             report("the student is learning", done, settings.epochs * len(rest))
         history.append({"round": epoch, METRIC: measured()})
         if history[-1][METRIC] < best[0]:
@@ -217,7 +263,7 @@ def _learn(network: Network, data: Dataset, settings: Settings) -> dict[str, Any
         "metric": METRIC,
         "on": f"{len(held)} public prompts that the student did not learn from",
         "columns": ["student's base", "student"],
-        "before": {METRIC: history[0][METRIC]},
+        "before": {METRIC: before},
         "after": {METRIC: best[0]},
         "by_round": history,
     }
@@ -245,6 +291,8 @@ def _about(
         "derived": {
             "step": "distilled",
             "prompts": prompts.about,
-            "settings": vars(settings) | {"modules": ", ".join(study.lora.modules)},
+            "settings": vars(settings)
+            | study.lora.model_dump(include={"rank", "last_layers"})
+            | {"modules": ", ".join(study.lora.modules)},
         },
     }

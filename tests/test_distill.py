@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from fedtune.config import Columns, PublicTable
@@ -20,6 +22,7 @@ from fedtune.distill import Settings, distill
 from fedtune.errors import ConfigError
 from fedtune.generate import generate
 from fedtune.models.base import find_base
+from fedtune.models.network import Network
 from fedtune.models.shallow import shallow
 from fedtune.models.teacher import taught_by
 from fedtune.models.whole import load
@@ -53,8 +56,6 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     folder = tmp_path_factory.mktemp("teacher")
     path = lay_out(folder, tiny_base, "{ epsilon = 3.0, delta = 1e-3, unit = 'patient' }")
     simulate(path, sorted(folder.glob("site-*.toml")), folder / "run")
-    from safetensors.torch import load_file, save_file
-
     file = folder / "run" / "adapter" / "adapter_model.safetensors"
     arrays = load_file(file)
     generator = torch.Generator().manual_seed(5)
@@ -125,8 +126,6 @@ def test_several_teachers_are_heard_as_their_mean(tmp_path: Path, teacher: Path)
 
 def test_a_classifier_teaches_a_smaller_one(tmp_path: Path, tiny_encoder: Path) -> None:
     """An encoder with a head, of two layers; the student has the same two, but another body."""
-    from fedtune.models.network import Network
-
     labels = ("yes", "no", "maybe")
     objective = {"name": "classify", "labels": list(labels), "max_length": 64}
     made = study(base={"model": str(tiny_encoder)}, lora=None, objective=objective)
@@ -160,6 +159,61 @@ def test_fewer_layers_are_the_first_ones_and_the_last(tmp_path: Path, tiny_base:
         assert torch.equal(one, whole.model.layers[theirs].mlp.up_proj.weight)
     with pytest.raises(ConfigError, match="has 4"):
         shallow(base, 4, tmp_path / "same")
+
+
+def changed(run: Path, out: Path, seed: int) -> Path:
+    """A copy of a run that says something else: other values in its adapter."""
+    shutil.copytree(run, out)
+    file = out / "adapter" / "adapter_model.safetensors"
+    generator = torch.Generator().manual_seed(seed)
+    arrays = {n: torch.randn(v.shape, generator=generator) for n, v in load_file(file).items()}
+    save_file(arrays, file, {"format": "pt"})
+    return out
+
+
+def test_the_students_base_heard_no_teacher(tmp_path: Path, teacher: Path) -> None:
+    """It is a function of the teacher's base and the prompts: two teachers that say other things
+    leave the same bytes. Each writes its own answers, which are not in it."""
+    path = prompts(tmp_path)
+    path.write_text("".join(json.dumps({"prompt": f"fever day {n}"}) + "\n" for n in range(32)))
+    other = changed(teacher, tmp_path / "other", 7)
+    digests = []
+    for run_, out in ((teacher, tmp_path / "one"), (other, tmp_path / "two")):
+        quick = replace(QUICK, epochs=1)
+        body = distill([run_], table(path, prompt="prompt"), out, layers=3, settings=quick)
+        digests.append(body["base"]["digest"])
+    assert digests[0] == digests[1]
+    kept = body["derived"]["settings"]["layers"]
+    assert kept in ("0, 2, 3", "0, 1, 3") and kept in (tmp_path / "two" / "report.md").read_text()
+
+
+def test_it_begins_where_its_teacher_stands(tmp_path: Path, tiny_base: Path) -> None:
+    """Where what is left out did nothing, the student says the teacher's word before it learns."""
+    whole: Any = AutoModelForCausalLM.from_pretrained(tiny_base)
+    with torch.no_grad():
+        for part in (whole.model.layers[2].self_attn.o_proj, whole.model.layers[2].mlp.down_proj):
+            part.weight.zero_()
+        whole.model.embed_tokens.weight.mul_(20)  # else it hardly prefers any word
+    whole.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path / "base")
+    lora = {"rank": 3, "alpha": 5.0, "modules": ["up_proj", "down_proj"], "variant": "rslora"}
+    made = study(base={"model": str(tmp_path / "base")}, lora=lora)
+    assert made.lora is not None
+    network = Network(find_base(str(tmp_path / "base")), torch.float32, made.lora, 0)
+    draw = np.random.default_rng(0)
+    arrays = {
+        n: draw.normal(size=a.shape).astype(np.float32) * (".layers.2." not in n)
+        for n, a in network.trainable().items()
+    }
+    network.load_trainable(arrays)
+    run_ = tmp_path / "teacher"
+    network.save(run_ / "adapter")
+    (run_ / "plan.json").write_text(made.model_dump_json())
+    (run_ / "report.json").write_text(json.dumps({"private": False, "privacy": {}}))
+    body = distill([run_], table(prompts(tmp_path)), tmp_path / "out", layers=3, settings=QUICK)
+    assert body["derived"]["settings"]["layers"] == "0, 1, 3"
+    before, start = body["quality"]["before"], body["quality"]["by_round"][0]
+    assert before["divergence"] > 0.1 > 100 * start["divergence"]
 
 
 def test_what_cannot_teach_is_refused_and_leaves_nothing(

@@ -1,45 +1,49 @@
-"""A student with fewer layers than its base, as a folder that transformers loads.
-
-The deep layers just before the last change least what passes through them, so the first layers
-stay, and the very last, which prepares the answer.
-Reference: Gromov et al. 2024, "The unreasonable ineffectiveness of the deeper layers"."""
+"""A student with fewer layers than its base, as a folder that transformers loads."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from fedtune.errors import ConfigError, ModelError
 from fedtune.models.base import Base, load_backbone, load_tokenizer
 from fedtune.models.digest import weights
+from fedtune.models.gap import best_gap, fewer, fits
 from fedtune.models.mapped import stored_as
 
 KEPT = ("README.md", "LICENSE")
 
 
-def shallow(base: Base, layers: int, folder: Path) -> list[int]:
+def shallow(base: Base, layers: int, folder: Path, texts: Sequence[np.ndarray] = ()) -> list[int]:
     """Write `base` with `layers` of its layers to `folder`, in the dtype that it is stored in;
     returns which layers stayed.
 
+    texts: token ids of public texts, which say where to leave layers out, and to which the layer
+    before the gap is fitted (gap.py). Without them, or where an architecture cannot be fitted so,
+    the first layers stay, and the very last, which prepares the answer.
     Errors: ConfigError (not fewer), ModelError (an architecture without a list of layers)."""
     files, halves = weights(base.path), (torch.bfloat16, torch.float16)
     dtype = next((kind for kind in halves if stored_as(files, kind)), torch.float32)
-    model = load_backbone(base, dtype)
+    model: Any = load_backbone(base, dtype)
     holder, name = _layers(model, base)
-    total = len(getattr(holder, name))
+    own = getattr(holder, name)
+    total = len(own)
     if not 1 < layers < total:
         raise ConfigError(f"--layers {layers}: {base.name} has {total}", f"2 to {total - 1}")
-    kept = [*range(layers - 1), total - 1]
-    setattr(holder, name, nn.ModuleList([getattr(holder, name)[at] for at in kept]))
-    config: Any = model.config
-    for key, value in list(vars(config).items()):  # one entry for each layer
-        if isinstance(value, list) and len(value) == total:
-            setattr(config, key, [value[at] for at in kept])
-    config.num_hidden_layers = layers
+    gap = range(layers - 1, total - 1)
+    if texts and fits(model):
+        found = best_gap(model, total - layers, texts)
+        gap = range(found.first, found.first + found.width)
+        own[found.first - 1].mlp.down_proj.weight = nn.Parameter(found.weight, requires_grad=False)
+    kept = [at for at in range(total) if at not in gap]
+    setattr(holder, name, nn.ModuleList([own[at] for at in kept]))
+    model.config = fewer(model.config, kept, total)
     model.save_pretrained(folder)
     load_tokenizer(base).save_pretrained(folder)
     for each in KEPT:

@@ -201,7 +201,7 @@ def _exact(model: Any, split: Split) -> bool:
     return torch.equal(whole, parts)
 
 
-def with_parts(model: nn.Module, **modules: nn.Module) -> nn.Module:
+def with_parts(model: nn.Module, /, **modules: nn.Module) -> nn.Module:
     """A shallow copy of `model` with some children replaced; the rest is shared, not copied."""
     twin = copy.copy(model)
     object.__setattr__(twin, "_modules", {**model._modules, **modules})

@@ -824,6 +824,34 @@ MADE_MUTANTS = (
         "a model that was fitted to the records sets their targets",
     ),
     _one(
+        "students", "the-students-base-hears-the-teacher", "fedtune/distill.py",
+        "    rows = [prompt_ids(r.prompt, table, teacher.tokenizer) for r in prompts.records]\n",
+        "    told, _ = completed(prompts.records, teacher, table, 2, 0)\n"
+        "    asked = [r.prompt + r.completion for r in told]\n"
+        "    rows = [prompt_ids(text, table, teacher.tokenizer) for text in asked]\n",
+        "tests/test_distill.py::test_the_students_base_heard_no_teacher",
+        "base/, which the report calls free of the teacher, follows from what it says",
+    ),
+    _one(
+        "students", "the-teachers-adapter-without-its-scale", "fedtune/distill.py",
+        'value * (scale if "lora_B" in name else 1.0)', "value",
+        "tests/test_distill.py::test_it_begins_where_its_teacher_stands",
+        "the student begins somewhere else than its teacher stands",
+    ),
+    _one(
+        "students", "the-first-gap-is-the-best", "fedtune/models/gap.py",
+        "if best is None or divergence < best.divergence:", "if best is None:",
+        "tests/models/test_gap.py::test_layers_that_do_nothing_are_the_ones_left_out",
+        "which layers go is not measured",
+    ),
+    _one(
+        "students", "the-first-position-is-all-that-is-fitted", "fedtune/models/gap.py",
+        "    size = wanted.float().pow(2).mean(dim=1, keepdim=True)\n",
+        "    size = torch.ones(len(x), 1)\n",
+        "tests/models/test_gap.py::test_a_position_counts_by_its_own_size",
+        "states a hundred times as large drown all others",
+    ),
+    _one(
         "leash", "a-policy-past-the-leash-is-kept", "fedtune/improve.py",
         "if found.kl > seen.leash:", "if False:",
         "tests/test_improve.py::test_past_the_leash_nothing_is_kept",
