@@ -268,9 +268,9 @@ def distill(
 
     The student learns the teachers' whole distribution (next tokens, or classes), not their answer
     alone. With --layers it begins as the first teacher, and the layer before those that are left
-    out is fitted to do their work. Post-processing: it costs no ε, and the report carries over what the runs spent. The
-    result looks like a run: evaluate, generate and merge take it; plain transformers and PEFT load
-    it."""
+    out is fitted to do their work. Post-processing: it costs no ε, and the report carries over what
+    the runs spent. The result looks like a run: evaluate, generate and merge take it; plain
+    transformers and PEFT load it."""
     from fedtune.console import Watch, closing
     from fedtune.distill import Settings
     from fedtune.distill import distill as teach

@@ -16,9 +16,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from fedtune.config import Columns, PublicTable
+from fedtune.config import Columns, LoraTable, PublicTable
 from fedtune.data.records import Record
-from fedtune.distill import Settings, distill
+from fedtune.distill import Settings, _table, distill
 from fedtune.errors import ConfigError
 from fedtune.generate import generate
 from fedtune.models.base import find_base
@@ -179,7 +179,7 @@ def test_the_students_base_heard_no_teacher(tmp_path: Path, teacher: Path) -> No
     other = changed(teacher, tmp_path / "other", 7)
     digests = []
     for run_, out in ((teacher, tmp_path / "one"), (other, tmp_path / "two")):
-        quick = replace(QUICK, epochs=1)
+        quick = replace(QUICK, epochs=0)
         body = distill([run_], table(path, prompt="prompt"), out, layers=3, settings=quick)
         digests.append(body["base"]["digest"])
     assert digests[0] == digests[1]
@@ -210,10 +210,13 @@ def test_it_begins_where_its_teacher_stands(tmp_path: Path, tiny_base: Path) -> 
     network.save(run_ / "adapter")
     (run_ / "plan.json").write_text(made.model_dump_json())
     (run_ / "report.json").write_text(json.dumps({"private": False, "privacy": {}}))
-    body = distill([run_], table(prompts(tmp_path)), tmp_path / "out", layers=3, settings=QUICK)
+    quick = replace(QUICK, rank=None, epochs=0)
+    body = distill([run_], table(prompts(tmp_path)), tmp_path / "out", layers=3, settings=quick)
     assert body["derived"]["settings"]["layers"] == "0, 1, 3"
-    before, start = body["quality"]["before"], body["quality"]["by_round"][0]
-    assert before["divergence"] > 0.1 > 100 * start["divergence"]
+    before, start = (body["quality"][key]["divergence"] for key in ("before", "after"))
+    assert before > 0.1 > 100 * start
+    lora = load_plan(tmp_path / "out").lora
+    assert lora is not None and (lora.rank, lora.modules) == (3, ("up_proj", "down_proj"))
 
 
 def test_what_cannot_teach_is_refused_and_leaves_nothing(
@@ -254,3 +257,14 @@ def test_the_command(tmp_path: Path, teacher: Path) -> None:
     assert told.exit_code == 0, told.output
     assert "divergence" in told.output and (tmp_path / "out" / "progress.png").exists()
     assert run("distill", "--help").exit_code == 0
+
+
+def test_its_adapter_sits_where_its_teachers_sat(tiny_base: Path) -> None:
+    """In those of the teacher's last layers that stayed; another place only if it is asked for."""
+    base, taught = find_base(str(tiny_base)), LoraTable(rank=3, modules=("up_proj",), last_layers=3)
+    kept = [0, 1, 2, 3, 4, 6, 7]  # of eight
+    found = _table(base, taught, kept, Settings())
+    assert (found.rank, found.modules, found.last_layers) == (3, ("up_proj",), 2)
+    asked = _table(base, taught, kept, Settings(rank=5, last_layers=0))
+    assert asked.rank == 5 and asked.last_layers is None and "q_proj" in asked.modules
+    assert _table(base, taught, None, Settings()).last_layers is None
