@@ -6,6 +6,7 @@ of both runs together, and strays from its start by at most the leash."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,9 @@ from fedtune.runs import new_folder
 
 SCHEDULE = Schedule()
 HELD_OUT = 0.25  # of the prompts: never trained on, measured before and after
-LOOKED_AT = 12  # prompts of either kind that are measured on
+LOOKED_AT = 48  # prompts of either kind that are measured on
 SAMPLES = 4  # answers to each
+CHOOSING, REPORTED = b"which policy to keep", b"what the report says"  # draws of answers
 UNSCORED = -3.0  # the reward of an answer that is empty, or too long for the reward model
 
 
@@ -73,7 +75,8 @@ def improve(
     returns the report's body.
 
     leash: nats of KL an answer, from the policy of `run`. Measured every so many steps: past it the
-    training ends, and what is kept is the best policy that was seen within it.
+    training ends, and what is kept is the best policy that was seen within it. The report's figures
+    come from answers that were drawn anew, as the best of several looks is also the luckiest.
     `out` looks like a run, and is whole or not there. Errors: Refused (no better policy within the
     leash), ConfigError, DataError, ModelError, InfrastructureError."""
     if not leash > 0:
@@ -87,8 +90,8 @@ def improve(
     with new_folder(out) as draft:
         _choose_trained(policy, study)
         bench = Bench(policy, start, Scored(judge), study, how)
-        before, apart = bench.centre(held_in), bench.look(held_out)
-        seen = Progress(leash, every, how.steps, [(0, before)])
+        seen = Progress(leash, every, how.steps, [(0, bench.centre(held_in))])
+        before = [bench.look(records, REPORTED) for records in (held_in, held_out)]
         texts = [(r.prompt, _as_read(r, study)) for r in held_in]
         improve_by(policy, texts, bench.rewards, _watching(seen, bench, held_in), how)
         if seen.best is None:
@@ -98,13 +101,14 @@ def improve(
                 "more steps, a smaller learning rate, or a longer leash",
             )
         _restore(policy, seen.best[2])
+        after = [bench.look(records, REPORTED) for records in (held_in, held_out)]
         policy.model.save_pretrained(str(draft / "adapter"), selected_adapters=["default"])
         (draft / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty template
         named = study.study.model_copy(update={"name": out.name.strip("._-") or "improved"})
         made = study.model_copy(update={"study": named})
         replace(draft / "plan.json", (made.model_dump_json(indent=2) + "\n").encode())
         parents = [parent(run, policy, "policy"), parent(reward_run, judge, "reward")]
-        body = _body(made, policy, seen, (apart, bench.look(held_out)), prompts, how)
+        body = _body(made, policy, seen, before, after, prompts, how)
         came = carried_over(parents)
         body["derived"]["parents"] = came.pop("parents")
         body |= came
@@ -155,7 +159,7 @@ def _watching(seen: Progress, bench: Bench, records: list[Record]) -> Callable[[
         report("improving", step, seen.steps)
         if step % seen.every and step != seen.steps:
             return True
-        found = bench.look(records)
+        found = bench.look(records, CHOOSING)
         seen.by_step.append((step, found))
         if found.kl > seen.leash:
             seen.stopped = f"the leash was passed after {step} steps"
@@ -197,22 +201,19 @@ class Bench:
     def centre(self, records: Sequence[Record]) -> Look:
         """Rewards are counted from the mean of the start's answers to public prompts, in their
         standard deviations. Never from a private record. Returns where the start stands."""
-        found = self._answers(records)
+        found = self._answers(records, CHOOSING)
         scores = [score for score, _ in found if score is not None]
         if not scores or not np.isfinite(scores).all():
             raise DataError("the reward model gives no finite score to the run's answers")
         self.mean, self.spread = float(np.mean(scores)), float(np.std(scores)) or 1.0
         return self._mean(found)
 
-    def look(self, records: Sequence[Record]) -> Look:
-        """Always the same draws, so that two looks differ by their policies alone."""
-        return self._mean(self._answers(records))
+    def look(self, records: Sequence[Record], draws: bytes) -> Look:
+        """The same draws each time, so that two looks differ by their policies alone."""
+        return self._mean(self._answers(records, draws))
 
     def rewards(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        return [
-            self._reward(self._score(prompt, answer))
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
+        return [*map(self._reward, self._scores(prompts, answers))]
 
     def _mean(self, found: Sequence[tuple[float | None, float]]) -> Look:
         scores, divergences = zip(*found, strict=True)
@@ -221,28 +222,34 @@ class Bench:
     def _reward(self, score: float | None) -> float:
         return UNSCORED if score is None else (score - self.mean) / self.spread
 
-    def _score(self, prompt: str, answer: str) -> float | None:
-        try:
-            return self.judge.score(prompt, answer)
-        except Rejected:
-            return None
+    def _scores(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
+        """None where an answer is empty, or too long for the reward model."""
+        passages: dict[int, np.ndarray] = {}
+        for at, pair in enumerate(zip(prompts, answers, strict=True)):
+            with suppress(Rejected):
+                passages[at] = self.judge.passage(*pair)
+        given = self.judge.model.scores_all([*passages.values()])[:, 0] if passages else ()
+        by_place = dict(zip(passages, map(float, given), strict=True))
+        return [by_place.get(at) for at in range(len(answers))]
 
-    def _answers(self, records: Sequence[Record]) -> list[tuple[float | None, float]]:
+    def _answers(self, records: Sequence[Record], draws: bytes) -> list[tuple[float | None, float]]:
         """(score, KL) of sampled answers; the KL at each token is exact, over the vocabulary."""
         records = records[:LOOKED_AT]
-        read, how = self.study.objective, self.how
-        asked = [prompt_ids(record.prompt, read, self.policy.tokenizer) for record in records]
-        stream = f"{how.seed}\n{len(records)}".encode()
+        read, how, words = self.study.objective, self.how, self.policy.tokenizer
+        asked = [prompt_ids(record.prompt, read, words) for record in records]
+        stream = b"%d\n%d\n%s" % (how.seed, len(records), draws)
         written = self.policy.write_all(asked, SAMPLES, how.new_tokens, stream, how.temperature)
-        found = []
+        found: list[tuple[float | None, float]] = []
         for record, ids, answers in zip(records, asked, written, strict=True):
-            for answer in answers:
-                text = str(self.policy.tokenizer.decode(answer, skip_special_tokens=True))
-                whole = np.array([*ids, *answer], np.int32)
-                at = np.arange(len(ids) - 1, len(whole))  # and what ends the answer
-                ours, theirs = (m.next_tokens(whole, at) for m in (self.policy, self.start))
-                kl = float((ours.exp() * (ours - theirs)).sum())
-                found.append((self._score(record.prompt, text), kl))
+            texts = [str(words.decode(answer, skip_special_tokens=True)) for answer in answers]
+            whole = [np.array([*ids, *answer], np.int32) for answer in answers]
+            at = [np.arange(len(ids) - 1, len(one)) for one in whole]  # and what ends the answer
+            said = (m.next_tokens_all(whole, at) for m in (self.policy, self.start))
+            kl = [
+                float((ours.exp() * (ours - start)).sum())
+                for ours, start in zip(*said, strict=True)
+            ]
+            found += zip(self._scores([record.prompt] * len(texts), texts), kl, strict=True)
         return found
 
 
@@ -253,13 +260,13 @@ def _body(
     study: Study,
     policy: Whole,
     seen: Progress,
-    held_out: tuple[Look, Look],
+    before: Sequence[Look],
+    after: Sequence[Look],
     prompts: Prompts,
     how: Schedule,
 ) -> dict[str, Any]:
     assert seen.best is not None
-    step, after, _ = seen.best
-    before, base = seen.by_step[0][1], policy.base
+    base = policy.base
     table = study.lora.model_dump(mode="json", exclude_none=True) if study.lora else {}
     return {
         "fedtune": fedtune.__version__,
@@ -275,11 +282,12 @@ def _body(
         "rounds": [],
         "quality": {
             "metric": "reward",
-            "on": "public prompts that it learned on, sampled answers; reward in standard "
-            "deviations from the run's mean, KL in nats an answer",
+            "on": "public prompts that it learned on, answers drawn anew; reward in standard "
+            "deviations from the run's mean, KL in nats an answer; by round: the looks by which "
+            "the policy was chosen",
             "columns": ["the run", "improved"],
-            "before": vars(before),
-            "after": vars(after),
+            "before": vars(before[0]),
+            "after": vars(after[0]),
             "by_round": [{"round": at, **vars(look)} for at, look in seen.by_step],
         },
         "derived": {
@@ -287,11 +295,11 @@ def _body(
             "prompts": prompts.about,
             "settings": vars(how) | {"leash": seen.leash, "algorithm": "RLOO (trl)"},
             "measured": {
-                "steps kept": step,
+                "steps kept": seen.best[0],
                 "ended": seen.stopped,
-                "reward on prompts held out, before": held_out[0].reward,
-                "reward on prompts held out, after": held_out[1].reward,
-                "KL on prompts held out": held_out[1].kl,
+                "reward on prompts held out, before": before[1].reward,
+                "reward on prompts held out, after": after[1].reward,
+                "KL on prompts held out": after[1].kl,
             },
         },
     }

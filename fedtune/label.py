@@ -99,11 +99,14 @@ class Scored:
         return self.score(prompt, first) - self.score(prompt, second)
 
     def score(self, prompt: str, answer: str) -> float:
-        """As training saw a prompt and a completion."""
+        return float(self.model.scores(self.passage(prompt, answer))[0])
+
+    def passage(self, prompt: str, answer: str) -> np.ndarray:
+        """The tokens, as training saw a prompt and a completion. Errors: Rejected."""
         assert self.model.study is not None
-        objective = self.model.study.objective
-        ids = passage_of(prompt, answer, objective, self.model.tokenizer).input_ids
-        return float(self.model.scores(ids)[0])
+        return passage_of(
+            prompt, answer, self.model.study.objective, self.model.tokenizer
+        ).input_ids
 
 
 def judge_of(source: str, digest: str | None = None, rubric: str = RUBRIC) -> Judge:

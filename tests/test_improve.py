@@ -87,7 +87,11 @@ def test_the_reward_rises_within_the_leash(
     body = improve(policy, reward, prompts, out, leash=5.0, every=3, how=HOW)
     assert "train_runtime" not in capsys.readouterr().out  # trl's own figures
     before, after = body["quality"]["before"], body["quality"]["after"]
-    assert abs(before["reward"]) < 1e-6 and before["kl"] == 0  # centred on the run's own answers
+    looks = body["quality"]["by_round"]
+    assert abs(looks[0]["reward"]) < 1e-6  # centred on the run's own answers
+    assert abs(before["reward"]) < 0.5 and before["kl"] == 0
+    # The report's answers are others than those by which the policy was chosen.
+    assert after["reward"] != max(look["reward"] for look in looks)
     assert after["reward"] > 0.3
     assert 0 < after["kl"] <= 5.0
     own = json.loads((policy / "report.json").read_text())["privacy"]["epsilon"]
