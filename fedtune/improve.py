@@ -43,10 +43,12 @@ UNSCORED = -3.0  # the reward of an answer that is empty, or too long for the re
 @dataclass(frozen=True)
 class Look:
     """Means over the answers that were sampled: reward, in standard deviations of the start's
-    rewards from their mean; kl: nats an answer, from the start."""
+    rewards from their mean; kl: nats an answer, from the start; unscored: the share of answers that
+    are empty or too long, since a reward may rise by these alone."""
 
     reward: float
     kl: float
+    unscored: float
 
 
 @dataclass
@@ -88,7 +90,7 @@ def improve(
     prompts = read(file)
     held_in, held_out = _shared_out(prompts, policy, study, how)
     with new_folder(out) as draft:
-        _choose_trained(policy, study)
+        _choose_trained(policy)
         bench = Bench(policy, start, Scored(judge), study, how)
         seen = Progress(leash, every, how.steps, [(0, bench.centre(held_in))])
         before = [bench.look(records, REPORTED) for records in (held_in, held_out)]
@@ -147,11 +149,11 @@ def _as_read(record: Record, study: Study) -> str:
     return (study.objective.template or "{text}").replace("{text}", record.prompt)
 
 
-def _choose_trained(policy: Whole, study: Study) -> None:
-    """What the study trained is trained on; a frozen factor stays as it was."""
-    both = study.lora is None or study.lora.train == "AB"
+def _choose_trained(policy: Whole) -> None:
+    """Both factors, also where the study froze A: there it keeps the sites' noise small; here there
+    is none, and as few answers say hardly anything about B alone (decisions/0018)."""
     for name, parameter in policy.model.named_parameters():
-        parameter.requires_grad_("lora_B" in name or ("lora_A" in name and both))
+        parameter.requires_grad_("lora_" in name)
 
 
 def _watching(seen: Progress, bench: Bench, records: list[Record]) -> Callable[[int], bool]:
@@ -217,7 +219,9 @@ class Bench:
 
     def _mean(self, found: Sequence[tuple[float | None, float]]) -> Look:
         scores, divergences = zip(*found, strict=True)
-        return Look(float(np.mean([*map(self._reward, scores)])), float(np.mean(divergences)))
+        rewards = [*map(self._reward, scores)]
+        without = scores.count(None) / len(scores)
+        return Look(float(np.mean(rewards)), float(np.mean(divergences)), without)
 
     def _reward(self, score: float | None) -> float:
         return UNSCORED if score is None else (score - self.mean) / self.spread
@@ -297,6 +301,8 @@ def _body(
             "measured": {
                 "steps kept": seen.best[0],
                 "ended": seen.stopped,
+                "answers without a score, before": before[0].unscored,
+                "answers without a score, after": after[0].unscored,
                 "reward on prompts held out, before": before[1].reward,
                 "reward on prompts held out, after": after[1].reward,
                 "KL on prompts held out": after[1].kl,
