@@ -175,12 +175,12 @@ def improve(
     beta: Annotated[
         float, typer.Option(min=0, metavar="PRICE", help="Of a nat, in standard rewards.")
     ] = 0.05,
-    steps: Annotated[int, typer.Option(min=1, metavar="N", help="At most.")] = 30,
-    every: Annotated[int, typer.Option(min=1, metavar="N", help="Steps between looks.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="At most.")] = 60,
+    every: Annotated[int, typer.Option(min=1, metavar="N", help="Steps between looks.")] = 10,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts in a step.")] = 8,
     answers: Annotated[int, typer.Option(min=2, metavar="N", help="To each prompt.")] = 4,
     new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Of an answer.")] = 32,
-    learning_rate: Annotated[float, typer.Option(metavar="RATE", help="AdamW's.")] = 1e-2,
+    learning_rate: Annotated[float, typer.Option(metavar="RATE", help="AdamW's.")] = 2e-4,
     seed: Annotated[int, typer.Option(help="Of prompts and answers.")] = 0,
 ) -> None:
     """Let a run's model learn what a federated reward model likes, on public prompts (RLOO).

@@ -70,7 +70,7 @@ def improve(
     out: Path,
     *,
     leash: float = 4.0,
-    every: int = 5,
+    every: int = 10,
     how: Schedule = SCHEDULE,
 ) -> dict[str, Any]:
     """RLOO on public prompts from the policy of `run`, towards what `reward_run` scores higher;

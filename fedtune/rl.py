@@ -25,11 +25,11 @@ class Schedule:
     """steps of `prompts` prompts with `answers` answers each; beta: what a nat of KL to the start
     costs in units of reward; temperature: of the answers."""
 
-    steps: int = 30
+    steps: int = 60
     prompts: int = 8
     answers: int = 4
     new_tokens: int = 32
-    learning_rate: float = 1e-2
+    learning_rate: float = 2e-4
     beta: float = 0.05
     temperature: float = 1.0
     seed: int = 0

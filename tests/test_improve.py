@@ -28,7 +28,7 @@ from tests.test_cli import run
 from tests.test_end_to_end import lay_out
 
 pytest.importorskip("trl")
-HOW = Schedule(steps=12, prompts=4, answers=6, new_tokens=6, learning_rate=3e-2, beta=0.02)
+HOW = Schedule(steps=12, prompts=4, answers=6, new_tokens=6, learning_rate=1e-2, beta=0.02)
 
 
 @pytest.fixture(scope="module")
