@@ -858,6 +858,12 @@ MADE_MUTANTS = (
         "the policy goes as far as the reward takes it",
     ),
     _one(
+        "leash", "the-luckiest-look-is-reported", "fedtune/improve.py",
+        'b"what the report says"', 'b"which policy to keep"',
+        "tests/test_improve.py::test_the_reward_rises_within_the_leash",
+        "the best of several looks is told as what the policy does",
+    ),
+    _one(
         "parents", "one-parent-pays-for-all", "fedtune/lineage.py",
         "privacy = budgets.composed(list(found.values()))",
         "privacy = next(iter(found.values()))[\"privacy\"]",
