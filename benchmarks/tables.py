@@ -146,7 +146,7 @@ def table(dataset: DataSet, results: dict[str, dict[str, Any]]) -> str:
         gains = [sign * (results[s][name][metric] - results[s]["base"][metric]) for s in runs]
         full = [sign * (results[s][TWIN][metric] - results[s]["base"][metric]) for s in runs]
         spent = max(results[seed][name].get("epsilon", 0.0) for seed in runs)
-        kept = "" if name == "base" else f"{mean(gains) / mean(full):.0%}"
+        kept = "" if name == "base" else f"{mean(gains) / mean(full):.0%}" if mean(full) else "–"
         gain = "" if name == "base" else _spread(gains, "+")
         low = "" if name == "base" else _at_least(gains)
         title += f" ({len(runs)} of {len(have)} seeds)" if len(runs) < len(have) else ""
