@@ -95,7 +95,7 @@ def table(results: measure.Results) -> str:
         kept = [row["kept"] for row in rows]
         bound = "–"
         if len(kept) > 1:
-            low = mean(kept) - t.ppf(0.95, len(kept) - 1) * stdev(kept) / len(kept) ** 0.5
+            low = mean(kept) - t.ppf(0.975, len(kept) - 1) * stdev(kept) / len(kept) ** 0.5
             bound = f"{low:.3f}"
         took = (
             f"{min(row['seconds'] for row in rows):.0f}–{max(row['seconds'] for row in rows):.0f}"
