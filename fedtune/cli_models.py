@@ -174,7 +174,7 @@ def improve(
     ] = 4.0,
     beta: Annotated[
         float, typer.Option(min=0, metavar="PRICE", help="Of a nat, in standard rewards.")
-    ] = 0.05,
+    ] = 0.2,
     steps: Annotated[int, typer.Option(min=1, metavar="N", help="At most.")] = 60,
     every: Annotated[int, typer.Option(min=1, metavar="N", help="Steps between looks.")] = 10,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts in a step.")] = 8,
@@ -188,7 +188,8 @@ def improve(
     At the coordinator, and post-processing: it reads two finished runs and public prompts, so it
     costs no ε, and the report carries over what both runs spent. The reward is counted from the
     run's own mean on the public prompts. Training ends when the policy has gone further than the
-    leash; what is kept is the best policy seen within it, or nothing. Needs fedtune[rl]."""
+    leash; what is kept is the policy within it with the highest reward less the price of its KL, or
+    nothing. Needs fedtune[rl]."""
     from fedtune.console import Watch, closing
     from fedtune.improve import improve as learn
     from fedtune.rl import Schedule

@@ -50,12 +50,18 @@ class Look:
     kl: float
     unscored: float
 
+    def worth(self, beta: float) -> float:
+        """What the training strives for: the reward less the price of the KL."""
+        return self.reward - beta * self.kl
+
 
 @dataclass
 class Progress:
-    """by_step: what was seen after how many steps; best: within the leash, with its arrays."""
+    """by_step: what was seen after how many steps; best: of those within the leash, with its
+    arrays."""
 
     leash: float
+    beta: float
     every: int
     steps: int
     by_step: list[tuple[int, Look]] = field(default_factory=list)
@@ -77,8 +83,9 @@ def improve(
     returns the report's body.
 
     leash: nats of KL an answer, from the policy of `run`. Measured every so many steps: past it the
-    training ends, and what is kept is the best policy that was seen within it. The report's figures
-    come from answers that were drawn anew, as the best of several looks is also the luckiest.
+    training ends, and what is kept is the policy within it with the highest reward less how.beta a
+    nat of KL. The report's figures come from answers that were drawn anew, as the best of several
+    looks is also the luckiest.
     `out` looks like a run, and is whole or not there. Errors: Refused (no better policy within the
     leash), ConfigError, DataError, ModelError, InfrastructureError."""
     if not leash > 0:
@@ -92,15 +99,15 @@ def improve(
     with new_folder(out) as draft:
         _choose_trained(policy)
         bench = Bench(policy, start, Scored(judge), study, how)
-        seen = Progress(leash, every, how.steps, [(0, bench.centre(held_in))])
+        seen = Progress(leash, how.beta, every, how.steps, [(0, bench.centre(held_in))])
         before = [bench.look(records, REPORTED) for records in (held_in, held_out)]
         texts = [(r.prompt, _as_read(r, study)) for r in held_in]
         improve_by(policy, texts, bench.rewards, _watching(seen, bench, held_in), how)
         if seen.best is None:
             raise Refused(
-                "no policy within the leash had a higher reward than the run",
+                "no policy within the leash was worth more than the run (reward less price of KL)",
                 f"KL at most {leash:g} nats an answer",
-                "more steps, a smaller learning rate, or a longer leash",
+                "more steps, a smaller learning rate, a longer leash, or a smaller --beta",
             )
         _restore(policy, seen.best[2])
         after = [bench.look(records, REPORTED) for records in (held_in, held_out)]
@@ -166,7 +173,8 @@ def _watching(seen: Progress, bench: Bench, records: list[Record]) -> Callable[[
         if found.kl > seen.leash:
             seen.stopped = f"the leash was passed after {step} steps"
             return False
-        if found.reward > (seen.best[1] if seen.best else seen.by_step[0][1]).reward:
+        best = seen.best[1] if seen.best else seen.by_step[0][1]
+        if found.worth(seen.beta) > best.worth(seen.beta):
             seen.best = step, found, _arrays(bench.policy)
         return True
 

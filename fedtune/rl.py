@@ -30,7 +30,7 @@ class Schedule:
     answers: int = 4
     new_tokens: int = 32
     learning_rate: float = 2e-4
-    beta: float = 0.05
+    beta: float = 0.2
     temperature: float = 1.0
     seed: int = 0
 
