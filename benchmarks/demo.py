@@ -16,6 +16,7 @@ from typing import Any
 
 from scipy.stats import t
 
+from benchmarks import measure
 from fedtune.demo import run_demo
 from fedtune.simulate import simulate
 from fedtune.sites import sites_in
@@ -83,8 +84,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
     lines = ["| arm | accuracy, mean ± sd | by seed |", "|---|---|---|"]
     for name in names:
         values = [r[name] for r in results.values() if name in r]
-        spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-        lines.append(f"| {name} | {mean(values):.3f}{spread} | {', '.join(map(_3, values))} |")
+        lines.append(f"| {name} | {measure.mean_sd(values)} | {', '.join(map(_3, values))} |")
     for title, below in (("base", "base"), ("one hospital alone", "one hospital alone, ε = 8")):
         gains = [r["together, ε = 8"] - r[below] for r in results.values()]
         if len(gains) > 1:

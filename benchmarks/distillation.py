@@ -16,9 +16,6 @@ import random
 import shutil
 import time
 from pathlib import Path
-from statistics import mean, stdev
-
-from scipy.stats import t
 
 from benchmarks import measure
 from fedtune.config import Columns, PublicTable
@@ -87,20 +84,15 @@ def table(results: measure.Results) -> str:
 
     def over(rows: list[dict[str, float]], figure: str) -> str:
         values = [row[figure] for row in rows]
-        return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+        return measure.mean_sd(values)
 
     for name, seeds in results.items():
         rows = list(seeds.values())
         cells = [over(rows, figure) for figure in ("student", "base", "teacher", "kept")]
         kept = [row["kept"] for row in rows]
-        bound = "–"
-        if len(kept) > 1:
-            low = mean(kept) - t.ppf(0.975, len(kept) - 1) * stdev(kept) / len(kept) ** 0.5
-            bound = f"{low:.3f}"
-        took = (
-            f"{min(row['seconds'] for row in rows):.0f}–{max(row['seconds'] for row in rows):.0f}"
-        )
-        cells = [name, ", ".join(seeds), *cells, f"{min(kept):.3f}", bound, took]
+        took = [row["seconds"] for row in rows]
+        cells = [name, ", ".join(seeds), *cells, f"{min(kept):.3f}", measure.at_least(kept)]
+        cells.append(f"{min(took):.0f}–{max(took):.0f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -16,7 +16,7 @@ import argparse
 import shutil
 import tomllib
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 from benchmarks import measure
 from examples.write import Table, merged, toml
@@ -84,13 +84,12 @@ def table(results: measure.Results) -> str:
         if not seeds:
             continue
         values = [row["accuracy"] for row in seeds.values()]
-        spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
         first = mean(row["before"] for row in seeds.values())
         spent = max(row["epsilon"] for row in seeds.values())
         cells = [
             title,
             ", ".join(seeds),
-            f"{mean(values):.3f}{spread}",
+            measure.mean_sd(values),
             f"{first:.3f}",
             f"{spent:.2f}",
         ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import platform
 import resource
@@ -18,10 +19,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 from typing import Any, Protocol
 
 import torch
+from scipy.stats import t
 
 RESULT = "result: "  # what a fresh process prefixes its one line of JSON with
 
@@ -224,6 +226,23 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 def start(chosen: argparse.Namespace) -> None:
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
+
+
+# ----------------------------------------------------------------------------------- over seeds
+
+
+def mean_sd(values: Sequence[float], sign: str = "") -> str:
+    """Mean ± standard deviation; of one value itself."""
+    sd = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{mean(values):{sign}.3f}{sd}"
+
+
+def at_least(values: Sequence[float], sign: str = "") -> str:
+    """The lower end of Student's 95 % interval of the mean; of one value there is none."""
+    n = len(values)
+    if n < 2:
+        return "–"
+    return f"{mean(values) - t.ppf(0.975, n - 1) * stdev(values) / math.sqrt(n):{sign}.3f}"
 
 
 # ------------------------------------------------------------------------- runs that may break off

@@ -18,9 +18,9 @@ import json
 import random
 import shutil
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
+from benchmarks import measure
 from fedtune.demo import write as write_demo
 from fedtune.merging import evaluator, load_parent, merge_runs
 from fedtune.models.merge import Method
@@ -160,8 +160,7 @@ def table(results: dict[str, Any]) -> str:
 
     def over(way: str, task: str, figure: str) -> str:
         values = [seed[way][task][figure] for seed in seeds]
-        spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-        return f"{mean(values):.3f}{spread}"
+        return measure.mean_sd(values)
 
     head = ["merged by", *(f"{task}: {what}" for task in (DESKS, KIND)
             for what in ("accuracy", "of its gain", "least of a seed"))]  # fmt: skip

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from benchmarks import measure
@@ -57,11 +57,10 @@ def table(results: measure.Results) -> str:
         if not found:
             continue
         values = [each["accuracy"] for each in found]
-        spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
         by_seed = ", ".join(f"{value:.3f}" for value in values)
         up = ", ".join(f"{mean(each['up'][name] for each in found):,.0f}" for name in HOSPITALS)
         named = ", ".join(map(str, ranks))
-        lines.append(f"| {named} | {mean(values):.3f}{spread} | {by_seed} | {up} |")
+        lines.append(f"| {named} | {measure.mean_sd(values)} | {by_seed} | {up} |")
     worst = max(each["epsilon"] for by_arm in results.values() for each in by_arm.values())
     return "\n".join([*lines, "", f"Largest ε of any hospital: {worst:.4f}."]) + "\n"
 

@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
-from scipy.stats import t
-
+from benchmarks.measure import at_least, mean_sd
 from benchmarks.sets import FSDD, MTS, PREFERENCE, QUAD, VQA, DataSet
 from client.site import worker
 from examples.write import Table, merged, toml
@@ -147,25 +145,12 @@ def table(dataset: DataSet, results: dict[str, dict[str, Any]]) -> str:
         full = [sign * (results[s][TWIN][metric] - results[s]["base"][metric]) for s in runs]
         spent = max(results[seed][name].get("epsilon", 0.0) for seed in runs)
         kept = "" if name == "base" else f"{mean(gains) / mean(full):.0%}" if mean(full) else "–"
-        gain = "" if name == "base" else _spread(gains, "+")
-        low = "" if name == "base" else _at_least(gains)
+        gain = "" if name == "base" else mean_sd(gains, "+")
+        low = "" if name == "base" else at_least(gains, "+")
         title += f" ({len(runs)} of {len(have)} seeds)" if len(runs) < len(have) else ""
         shown = f"{spent:.2f}" if spent else ("–" if name == "base" else "none: not private")
-        lines.append(f"| {title} | {shown} | {_spread(values)} | {gain} | {low} | {kept} |")
+        lines.append(f"| {title} | {shown} | {mean_sd(values)} | {gain} | {low} | {kept} |")
     return "\n".join(lines) + "\n"
-
-
-def _at_least(gains: list[float]) -> str:
-    """The lower end of Student's 95 % interval of the mean over seeds."""
-    n = len(gains)
-    if n < 2:
-        return "–"
-    return f"{mean(gains) - t.ppf(0.975, n - 1) * stdev(gains) / math.sqrt(n):+.3f}"
-
-
-def _spread(values: list[float], sign: str = "") -> str:
-    sd = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{mean(values):{sign}.3f}{sd}"
 
 
 def compare(dataset: DataSet, seeds: list[int], out: Path, arms: list[str]) -> str:

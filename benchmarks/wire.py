@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from safetensors import safe_open
@@ -63,12 +63,11 @@ def table(results: measure.Results) -> str:
         if not found:
             continue
         values = [each["accuracy"] for each in found]
-        spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
         up, down = (mean(each[way] for each in found) for way in ("bytes_up", "bytes_down"))
         share = (up + down) / 2 / found[0]["plain"]
         by_seed = ", ".join(f"{value:.3f}" for value in values)
         lines.append(
-            f"| {', '.join(names)} | {mean(values):.3f}{spread} | {by_seed} | {up:,.0f} "
+            f"| {', '.join(names)} | {measure.mean_sd(values)} | {by_seed} | {up:,.0f} "
             f"| {down:,.0f} | {share:.3f} |"
         )
     plain = next(each["plain"] for by_arm in results.values() for each in by_arm.values())

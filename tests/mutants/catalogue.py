@@ -858,6 +858,13 @@ MADE_MUTANTS = (
         "the policy goes as far as the reward takes it",
     ),
     _one(
+        "leash", "the-price-of-the-kl-is-forgotten", "fedtune/improve.py",
+        "return self.reward - beta * self.kl", "return self.reward",
+        "tests/test_improve.py::"
+        "test_what_is_kept_is_worth_most_by_reward_less_the_price_of_its_kl",
+        "the policy that strays most is kept, and not what the training strives for",
+    ),
+    _one(
         "leash", "the-luckiest-look-is-reported", "fedtune/improve.py",
         'b"what the report says"', 'b"which policy to keep"',
         "tests/test_improve.py::test_the_reward_rises_within_the_leash",
