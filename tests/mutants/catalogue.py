@@ -1,11 +1,18 @@
 """The seeded bugs: what is changed in which shipped file, and the tests that must fail for it.
 
 Every numbered trap has at least one. Where a trap cannot exist here by design (there is no
-BatchMemoryManager, no GDP accountant, no set_seed), the mutant brings it in."""
+BatchMemoryManager, no GDP accountant, no set_seed), the mutant brings it in.
+
+Areas that grew later have a module of their own, `seeds_AREA.py`, each with its MUTANTS."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib
+import pkgutil
+
+import tests.mutants
+from tests.mutants.mutant import Mutant
+from tests.mutants.mutant import one as _one
 
 CLIP, NOISE, SAMPLING = "fedtune/dp/clip.py", "fedtune/dp/noise.py", "fedtune/dp/sampling.py"
 PLAN, GRADIENTS = "fedtune/dp/plan.py", "fedtune/dp/gradients.py"
@@ -17,28 +24,6 @@ STATES = "fedtune/models/states.py"
 CAUSAL, CLASSIFY = "fedtune/objectives/causal_lm.py", "fedtune/objectives/classify.py"
 SITE, POLICY, ANSWERS = "client/site.py", "client/policy.py", "client/answers.py"
 ROUNDS, SUMMARY = "server/rounds.py", "server/summary.py"
-
-Edits = tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """trap: its number in the list of traps, or a word for what is on no list. edits: (old, new)
-    pairs in `file`, each `old` there exactly once. tests: pytest node ids, narrow and quick."""
-
-    trap: int | str
-    name: str
-    file: str
-    edits: Edits
-    tests: tuple[str, ...]
-    note: str
-
-
-def _one(
-    trap: int | str, name: str, file: str, old: str, new: str, tests: str, note: str
-) -> Mutant:
-    return Mutant(trap, name, file, ((old, new),), tuple(tests.split()), note)
-
 
 T_CLIP, T_NOISE, T_SAMPLING = (f"tests/dp/test_{x}.py::" for x in ("clip", "noise", "sampling"))
 T_PLAN, T_GRADIENTS = "tests/dp/test_plan.py::", "tests/dp/test_gradients.py::"
@@ -1128,4 +1113,10 @@ MUTANTS: tuple[Mutant, ...] = (
     *MERGE_MUTANTS,
     *MEDIA_MUTANTS,
     *RANK_MUTANTS,
+    *(
+        mutant
+        for module in sorted(m.name for m in pkgutil.iter_modules(tests.mutants.__path__))
+        if module.startswith("seeds_")
+        for mutant in importlib.import_module(f"tests.mutants.{module}").MUTANTS
+    ),
 )
