@@ -11,7 +11,7 @@ from typing import Any
 
 from cryptography import x509
 
-from client.policy import refusals
+from client.review import unsigned, would_refuse
 from client.site import check_data
 from fedtune import checks
 from fedtune.checks import Finding, findings
@@ -19,9 +19,9 @@ from fedtune.config import Site, Study, load_site
 from fedtune.data.records import read_records
 from fedtune.dp import selftest
 from fedtune.dp.ledger import Ledger
-from fedtune.dp.ledger_files import KEY, SALT
+from fedtune.dp.ledger_files import KEY, SALT, traces
 from fedtune.dp.plan import plan_for_site
-from fedtune.errors import FedtuneError, InfrastructureError
+from fedtune.errors import FedtuneError, InfrastructureError, PolicyRefused
 from fedtune.flower import certs, look
 from fedtune.flower.forwarder import (
     STATUS,
@@ -177,7 +177,7 @@ def _records(site: Site) -> str:
 
 
 def _ledger(site: Site) -> str:
-    if not site.site.state.exists():
+    if not traces(site.site.state):
         return f"{site.site.state}: none yet; begins with the first study"
     ledger = Ledger(site.site.state)
     ledger.verify()
@@ -185,9 +185,16 @@ def _ledger(site: Site) -> str:
 
 
 def _plan(study: Study, site: Site) -> str:
+    """What `fedtune review` says of the plan, ledger and signature included."""
     plan = plan_for_site(study, site.site.declared_size) if study.private else None
-    for refusal in refusals(study, site, plan):
+    ledger = Ledger(site.site.state) if traces(site.site.state) else None  # a look begins none
+    for refusal in would_refuse(study, site, plan, ledger):
         raise refusal
+    if unsigned(study, site, ledger):
+        raise PolicyRefused(
+            'policy.admission = "signed" and nobody has signed this plan',
+            todo="`fedtune review STUDY --site SITE --sign`",
+        )
     return f"σ = {plan.noise_multiplier}, ε = {plan.epsilon:.3f}" if plan else "NOT PRIVATE"
 
 

@@ -9,7 +9,7 @@ from client.policy import refusals, total_of, within_budget
 from fedtune import __version__
 from fedtune.config import ScheduleTable, Site, Study, load_study, spelled, study_from_json
 from fedtune.dp.accountant import epsilon
-from fedtune.dp.ledger import Ledger
+from fedtune.dp.ledger import Charge, Ledger
 from fedtune.dp.plan import DpPlan, plan_for_site
 from fedtune.dp.query import query_plan
 from fedtune.errors import ConfigError, Refused
@@ -20,11 +20,13 @@ from fedtune.report.claim import best_guess, percent, protects, rounded_up, stre
 
 @dataclass(frozen=True)
 class Review:
-    """digest: what is signed; sections: (heading, lines); refusals: the rules that say no."""
+    """digest: what is signed; sections: (heading, lines); refusals: the rules that say no;
+    verdict: what the site would do with the plan as things stand."""
 
     digest: str
     sections: list[tuple[str, list[str]]]
     refusals: list[str]
+    verdict: str
 
 
 def read_plan(path: Path) -> Study:
@@ -46,20 +48,56 @@ def read_plan(path: Path) -> Study:
 def review(study: Study, site: Site, ledger: Ledger) -> Review:
     """What `study` would mean at `site`. Reads no record."""
     plan = plan_for_site(study, site.site.declared_size) if study.private else None
-    refused = [str(refusal) for refusal in refusals(study, site, plan)]
-    charges, steps = ledger.charges(site.data.name), 0
-    if study.continuous:
-        charges, steps = ledger.newcomer(site.data.name), study.training.local_steps
-    try:
-        within_budget(site, plan, charges, steps)
-    except Refused as refusal:
-        refused.append(str(refusal))
+    refused = [str(refusal) for refusal in would_refuse(study, site, plan, ledger)]
     sections = [
         ("What would run", _runs(study, plan, site)),
         ("What would leave this site", _leaves(study)),
         ("What it costs", _costs(study, site, plan, ledger)),
     ]
-    return Review(study.digest, sections, refused)
+    return Review(study.digest, sections, refused, _verdict(study, site, plan, ledger, refused))
+
+
+def would_refuse(
+    study: Study, site: Site, plan: DpPlan | None, ledger: Ledger | None
+) -> list[Refused]:
+    """Every rule and ceiling that says no to the plan as things stand; a missing signature is not
+    among them. ledger: None where none has begun here."""
+    refused: list[Refused] = list(refusals(study, site, plan))
+    charges, steps = ledger.charges(site.data.name) if ledger else [], 0
+    if study.continuous:
+        charges = ledger.newcomer(site.data.name) if ledger else []
+        steps = study.training.local_steps
+    try:
+        within_budget(site, plan, charges, steps)
+    except Refused as refusal:
+        refused.append(refusal)
+    return refused
+
+
+def unsigned(study: Study, site: Site, ledger: Ledger | None) -> bool:
+    """Whether the plan still waits for a signature here."""
+    signed = ledger is not None and ledger.admitted(study.digest)
+    return site.policy.admission == "signed" and not signed
+
+
+def _verdict(
+    study: Study, site: Site, plan: DpPlan | None, ledger: Ledger, refused: list[str]
+) -> str:
+    if refused:
+        return "This site refuses it"
+    if plan and not study.continuous and not _ahead(plan, ledger.charges(site.data.name)):
+        return (
+            "This study is over here: every round is paid for. An update that was sent can be sent "
+            "again; nothing more is trained"
+        )
+    if unsigned(study, site, ledger):
+        return "This site takes part as soon as somebody signs the plan: --sign"
+    return "This site would take part"
+
+
+def _ahead(plan: DpPlan, charges: list[Charge]) -> int:
+    """The steps of the plan that are not paid for yet."""
+    return max(0, plan.steps - sum(c.event.steps for c in charges if c.study == plan.study))
 
 
 def _runs(study: Study, plan: DpPlan | None, site: Site) -> list[str]:
@@ -168,7 +206,7 @@ def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> lis
     if study.continuous:
         return _costs_for_life(site, plan, ledger, facts)
     before = total_of(site, plan, charges, ahead=0)
-    after = total_of(site, plan, charges, ahead=plan.steps)
+    after = total_of(site, plan, charges, ahead=_ahead(plan, charges))
     return [
         f"This study: ε = {rounded_up(plan.epsilon)} at δ = {plan.delta:g}, for "
         f"{protects(plan.unit)}: {strength(plan.epsilon)}.",

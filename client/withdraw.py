@@ -8,7 +8,7 @@ from fedtune.config import Site, SiteData
 from fedtune.data.records import read_records, unit_member
 from fedtune.dp.accountant import Steps, epsilon
 from fedtune.dp.ledger import Ledger
-from fedtune.errors import ConfigError, DataError
+from fedtune.errors import ConfigError, DataError, InputError
 
 
 @dataclass(frozen=True)
@@ -23,22 +23,30 @@ class Release:
 
 @dataclass(frozen=True)
 class Withdrawal:
-    """in_file: records of the patient that the site's file still holds; seen: whether the patient
-    was ever trained on here; releases: studies whose adapters may still reflect the patient."""
+    """in_file: records of the patient that the site's files still hold, None where they cannot be
+    read; seen: whether the patient was ever trained on here; releases: studies whose adapters may
+    still reflect the patient."""
 
-    in_file: int
+    in_file: int | None
     seen: bool
     releases: list[Release]
 
 
-def withdraw(site: Site, patient: str, ledger: Ledger) -> Withdrawal:
+class UnknownPatient(InputError):
+    """A key that no record and no study here has; it is not in the message."""
+
+
+def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> Withdrawal:
     """Enter the withdrawal and say what it cannot undo.
 
     From the next round on, the patient's records are left out, states kept in memory for them are
     dropped, and nothing on the wire changes: batch, noise and divisor never depended on the true
     count. What was released stays released: the adapters of `releases` were trained with the
     patient's records under the ε stated, and whoever holds them learns at most that much.
-    Errors: ConfigError where site.toml names no patient column; LedgerError."""
+    unseen: also for a key that is in no record as yet.
+    Errors: UnknownPatient (nothing is entered: a key with a typing error would leave the patient
+    in); ConfigError where site.toml names no patient column; DataError where only the files could
+    tell, and cannot be read; LedgerError."""
     if not site.data.columns.patient:
         raise ConfigError(
             "this site names no patient column, so nobody can tell whose record is whose",
@@ -48,16 +56,25 @@ def withdraw(site: Site, patient: str, ledger: Ledger) -> Withdrawal:
     key = unit_member(patient.strip())
     tables = [table for table in (site.data, site.evaluation) if table]
     seen = {table.name for table in tables if ledger.holds(table.name, key)}
+    in_file: int | None = None
+    try:
+        in_file = sum(_count(table, patient.strip()) for table in tables)
+    except DataError:
+        if not (seen or unseen):
+            raise
+    if not (seen or in_file or unseen):
+        raise UnknownPatient(
+            "no usable record and no study here has this key; nothing was entered",
+            f"a key as it stands in the column {site.data.columns.patient!r}",
+            "type it again; --unseen enters it all the same, for a patient who has no usable "
+            "record as yet",
+        )
     ledger.withdraw(key)
-    in_file = sum(_count(table, patient.strip()) for table in tables)
     return Withdrawal(in_file, bool(seen), _releases(site, ledger, seen))
 
 
 def _count(table: SiteData, patient: str) -> int:
-    try:
-        records, _ = read_records(table, unit="patient")
-    except DataError:
-        return 0
+    records, _ = read_records(table, unit="patient")
     return sum(record.unit == patient for record in records)
 
 

@@ -197,7 +197,8 @@ def doctor(
         Console().print(f"{mark} {finding.name}: {escape(finding.says)}", highlight=False)
         bad += not finding.good
     if bad:
-        raise ConfigError(f"{bad} checks failed", todo="see above, then run it again")
+        checks = "1 check" if bad == 1 else f"{bad} checks"
+        raise ConfigError(f"{checks} failed", todo="see above, then run it again")
 
 
 def _kind(file: Path) -> str:

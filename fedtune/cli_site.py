@@ -39,6 +39,14 @@ def review(
     sign: Annotated[
         bool, typer.Option("--sign", help="Admit exactly this plan, under your login's name.")
     ] = False,
+    anyway: Annotated[
+        bool,
+        typer.Option(
+            "--anyway",
+            help="With --sign: also a plan that the site refuses as yet. It goes on refusing it "
+            "until site.toml allows it.",
+        ),
+    ] = False,
 ) -> None:
     """Say in plain words what a study would run here, what would leave, and what it costs.
 
@@ -59,13 +67,16 @@ def review(
         console.print(f"\n[bold]{heading}[/bold]")
         for line in lines:
             console.print(Padding(escape(line), (0, 0, 0, 2)), highlight=False)
-    if found.refusals:
-        console.print("\n[bold red]This site refuses it[/bold red]")
-        for line in found.refusals:
-            console.print(Padding(escape(line), (0, 0, 0, 2)), highlight=False)
+    style = "bold red" if found.refusals else "bold"
+    console.print(f"\n[{style}]{escape(found.verdict)}[/{style}]", highlight=False)
+    for line in found.refusals:
+        console.print(Padding(escape(line), (0, 0, 0, 2)), highlight=False)
     if sign:
-        if found.refusals:
-            raise PolicyRefused("a plan that the policy refuses is not signed")
+        if found.refusals and not anyway:
+            raise PolicyRefused(
+                "a plan that this site refuses is not signed",
+                todo="change site.toml first, or sign it with --anyway",
+            )
         book.admit(found.digest, getpass.getuser())
         console.print(f"\nsigned by {getpass.getuser()}: this plan, and no other, is admitted")
 
@@ -112,28 +123,37 @@ def withdraw(
         Path | None,
         typer.Option(metavar="FILE", help="Patient keys, one a line. Without it: asked for."),
     ] = None,
+    unseen: Annotated[
+        bool,
+        typer.Option("--unseen", help="Also a key that is in no record as yet."),
+    ] = False,
 ) -> None:
     """Leave a patient who withdraws consent out of every later round.
 
     Asks for the patient's key (the value in the patient column) without showing it, so that it
-    enters no command history. Says which released adapters were trained with the patient."""
+    enters no command history. Says which released adapters were trained with the patient. A key
+    that no record and no study here has is not entered, and ends with exit code 2."""
+    from client.withdraw import UnknownPatient
     from client.withdraw import withdraw as leave_out
     from fedtune.config import load_site
     from fedtune.dp.ledger import Ledger
+    from fedtune.errors import InputError
     from fedtune.report.claim import rounded_up
 
     here = load_site(site)
-    book = Ledger(here.site.state)
-    if file:
-        keys = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    elif sys.stdin.isatty():
-        keys = [getpass.getpass("patient: ")]
-    else:
-        keys = [line.strip() for line in sys.stdin]
-    for number, key in enumerate(filter(None, keys), 1):
-        found = leave_out(here, key, book)
+    keys = _keys(file)
+    book, unknown = Ledger(here.site.state), 0
+    for number, key in enumerate(keys, 1):
+        try:
+            found = leave_out(here, key, book, unseen)
+        except UnknownPatient as error:
+            unknown += 1
+            typer.echo(f"patient {number}: NOT KNOWN HERE: {error}")
+            continue
         typer.echo(f"patient {number}: left out from the next round on")
-        if found.in_file:
+        if found.in_file is None:
+            typer.echo(f"  {here.data.path} cannot be read, so it may still hold records")
+        elif found.in_file:
             typer.echo(
                 f"  {found.in_file} records are still in {here.data.path}; they are not read into "
                 "training any more, and deleting them is up to their owner"
@@ -145,6 +165,33 @@ def withdraw(
                 f"  {release.name} ({release.digest[7:19]}…): {release.rounds} updates were sent, "
                 f"ε = {rounded_up(release.epsilon)}; its adapter keeps at most that much"
             )
+    if unknown:
+        raise InputError(
+            f"{unknown} of {len(keys)} keys {'is' if unknown == 1 else 'are'} not known here and "
+            "not entered"
+        )
+
+
+def _keys(file: Path | None) -> list[str]:
+    """Patient keys from a file, a terminal or a pipe. Errors: InputError where there is none."""
+    from fedtune.errors import InputError
+
+    if file:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:  # its words may hold what is in the file
+            raise InputError(f"{file}: cannot be read ({type(error).__name__})") from None
+    elif sys.stdin.isatty():
+        lines = [getpass.getpass("patient: ")]
+    else:
+        lines = list(sys.stdin)
+    keys = [key for line in lines if (key := line.strip())]
+    if not keys:
+        raise InputError(
+            "no patient's key was given, and nobody was left out",
+            todo="give one a line, in --file or on standard input",
+        )
+    return keys
 
 
 def audit(

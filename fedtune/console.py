@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -239,33 +239,33 @@ def evaluation_table(found: dict[str, Any]) -> Table:
     return table
 
 
-def fit_table(found: Fit) -> Table:
-    """One row per candidate, the smallest first; what cannot be used, and why."""
+def fit_table(found: Fit) -> Group:
+    """One row per candidate, the smallest first; below, what cannot be used, and why."""
     epsilons = next((list(row.predicted) for row in found.rows if row.predicted), [])
     table = Table(
         title=f"bases, by size; {found.metric}",
-        caption="predicted: from one pass over public records, not measured. memory: most that a "
-        "process held. tokens/s, records/s: first pass, and a training step. up, down: a round "
-        "and site.",
+        caption="size: parameters. memory: most that a process held. tokens, records: a second, at "
+        "first sight and through a training step. alone: the untouched base. ε: predicted from "
+        "one pass over public records, not measured. up, down: a round and site.",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
         pad_edge=False,
     )
-    table.add_column("base")
-    heads = ("parameters", "memory", "tokens/s", "records/s", "base alone")
-    for head in (*heads, *(f"predicted, ε = {e}" for e in epsilons), "up", "down"):
-        table.add_column(head, justify="right")
+    table.add_column("base", overflow="fold")
+    heads = ("size", "memory", "tokens,\nrecords", "alone", *(f"ε = {e}" for e in epsilons))
+    for head in (*heads, "up,\ndown"):
+        table.add_column(head, justify="right", no_wrap=True)
     for row in found.rows:
-        if row.failed:
-            table.add_row(escape(row.model), escape(row.failed))
-            continue
-        cost = (f"{row.parameters / 1e6:,.4g} M", _size(row.memory))
-        speed = (f"{row.tokens:,.0f}", f"{row.step:,.0f}")
-        told = [_short((row.predicted or {}).get(e)) for e in epsilons]
-        wire = (_size(row.up), _size(row.down))
-        table.add_row(escape(row.model), *cost, *speed, _short(row.base), *told, *wire)
-    return table
+        if not row.failed:
+            cost = (f"{row.parameters / 1e6:,.4g} M", _size(row.memory))
+            speed = f"{row.tokens:,.0f}\n{row.step:,.0f}"
+            told = [_short((row.predicted or {}).get(e)) for e in epsilons]
+            wire = f"{_size(row.up)}\n{_size(row.down)}"
+            table.add_row(escape(row.model), *cost, speed, _short(row.base), *told, wire)
+    unfit = [Text(f"{row.model}: {row.failed}", "yellow") for row in found.rows if row.failed]
+    return Group(table, *unfit)
 
 
 def side_by_side(before: str, after: str) -> Table:

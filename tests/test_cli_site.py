@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
+from fedtune.cli import app
 from fedtune.dp.ledger import Ledger
 from fedtune.simulate import simulate
 from fedtune.sites import sites_in
@@ -48,6 +52,53 @@ def test_review_and_plan_say_what_a_study_on_pairs_reads(world: Path, tiny_base:
         assert "Objective dpo." in words and "a better and a worse answer" in words
 
 
+def test_doctor_says_no_where_review_says_no(world: Path) -> None:
+    """The same question: rules, ceilings with what was spent before, and the signature."""
+    site, plan = world / "site-north.toml", ("--study", "study.toml")
+    rules = site.read_text()
+    site.write_text(rules + "max_epsilon = 5.0\n")
+    assert run("doctor", site, *plan).exit_code == 0
+    simulate(world / "study.toml", sites_in(world), world / "run")
+    study = world / "study.toml"
+    study.write_text(study.read_text().replace("learning_rate = 0.5", "learning_rate = 0.4"))
+    refused = run("review", "study.toml", "--site", site)
+    assert "This site refuses it" in refused.output and "policy.max_epsilon" in refused.output
+    seen = run("doctor", site, *plan)
+    assert seen.exit_code == 2 and "BAD  plan: the study would take this dataset" in seen.output
+    site.write_text(rules + 'max_epsilon = 40.0\nadmission = "signed"\n')
+    waits = run("doctor", site, *plan)
+    assert waits.exit_code == 2 and "nobody has signed this plan" in waits.output
+    review = run("review", "study.toml", "--site", site, "--sign")
+    assert "as soon as somebody signs" in review.output and "signed by" in review.output
+    assert run("doctor", site, *plan).exit_code == 0
+
+
+def test_doctor_begins_no_ledger(world: Path) -> None:
+    assert run("doctor", "site-north.toml", "--study", "study.toml").exit_code == 0
+    assert not (world / "state-north").exists()
+
+
+def test_review_counts_a_study_once_and_says_when_it_is_over(world: Path) -> None:
+    before = run("review", "study.toml", "--site", "site-north.toml")
+    assert "This site would take part" in before.output
+    simulate(world / "study.toml", sites_in(world), world / "run")
+    after = run("review", "study.toml", "--site", "site-north.toml")
+    assert "This study is over here" in after.output
+    (line,) = [line for line in after.output.splitlines() if "so far" in line]
+    so_far, with_it = re.findall(r"([\d.]+) (?:so far|with this study)", line)
+    assert so_far == with_it
+
+
+def test_review_signs_what_is_refused_only_where_told(world: Path) -> None:
+    site = world / "site-north.toml"
+    site.write_text(site.read_text() + "max_rank = 2\n")
+    asked = ("review", "study.toml", "--site", site, "--sign")
+    assert run(*asked).exit_code == 3 and not Ledger(world / "state-north")._admitted
+    signed = run(*asked, "--anyway")
+    assert signed.exit_code == 0 and "This site refuses it" in signed.output
+    assert Ledger(world / "state-north")._admitted
+
+
 def test_review_names_every_rule_that_says_no_and_does_not_sign(world: Path) -> None:
     site = world / "site-north.toml"
     site.write_text(site.read_text() + 'max_rank = 2\nmax_steps = 1\nmodules = ["q_proj"]\n')
@@ -76,18 +127,47 @@ def test_the_ledger_shows_what_was_spent_by_whom_and_what_remains(world: Path) -
     assert sum(spent) >= 3
 
 
+def withdraw(keys: str, *more: str) -> Result:
+    return CliRunner().invoke(app, ["withdraw", "site-north.toml", *more], input=keys)
+
+
 def test_withdraw_asks_without_showing_and_says_what_cannot_be_undone(world: Path) -> None:
-    from typer.testing import CliRunner
-
-    from fedtune.cli import app
-
     simulate(world / "study.toml", sites_in(world), world / "run")
-    seen = CliRunner().invoke(app, ["withdraw", "site-north.toml"], input="patient-3\nnobody\n")
+    seen = withdraw("patient-3\n")
     assert seen.exit_code == 0, seen.output
     assert "2 records are still in" in seen.output and "3 updates were sent" in seen.output
-    assert "no study was ever prepared with this patient" in seen.output
-    assert "patient-3" not in seen.output and "nobody" not in seen.output
-    assert len(Ledger(world / "state-north").withdrawn()) == 2
+    assert "patient-3" not in seen.output
+    assert len(Ledger(world / "state-north").withdrawn()) == 1
+
+
+def test_withdraw_of_a_key_that_nothing_here_has_is_an_error(world: Path) -> None:
+    """A typing error must not pass for a withdrawal: the patient would stay in."""
+    seen = withdraw("patient-03\npatient-3\n")
+    assert seen.exit_code == 2, seen.output
+    assert "patient 1: NOT KNOWN HERE" in seen.output and "patient 2: left out" in seen.output
+    assert "1 of 2 keys is not known" in seen.stderr
+    assert "patient-" not in seen.output
+    state = world / "state-north"
+    assert len(Ledger(state).withdrawn()) == 1
+    later = withdraw("patient-03\n", "--unseen")
+    assert later.exit_code == 0 and len(Ledger(state).withdrawn()) == 2, later.output
+    assert "no study was ever prepared with this patient" in later.output
+
+
+def test_withdraw_of_a_patient_who_was_trained_on_and_is_in_no_file(world: Path) -> None:
+    """The ledger knows members by salted hash, also of records that are gone or unreadable."""
+    simulate(world / "study.toml", sites_in(world), world / "run")
+    (world / "north.jsonl").unlink()
+    seen = withdraw("patient-3\n")
+    assert seen.exit_code == 0 and "cannot be read" in seen.output, seen.output
+    lost = withdraw("patient-03\n")
+    assert lost.exit_code == 2 and "no such file" in lost.output, lost.output
+
+
+@pytest.mark.parametrize("keys", ["", "\n \n"])
+def test_withdraw_of_nobody_is_an_error(world: Path, keys: str) -> None:
+    seen = withdraw(keys)
+    assert seen.exit_code == 2 and "nobody was left out" in seen.stderr, seen.output
 
 
 def test_doctor_compares_counts_and_runs_the_self_test(world: Path) -> None:

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from client.policy import order_of, within_budget
 from fedtune import init
 from fedtune.config import PrivacyTable, Study, load_site, load_study, study_from_json
+from fedtune.dp.ledger import Charge, Ledger
+from fedtune.dp.plan import plan_for_site
 from fedtune.errors import ConfigError
 
 STUDY = """
@@ -198,13 +201,33 @@ def test_init_writes_two_files_that_load_and_never_overwrites(tmp_path: Path) ->
     assert not site.policy.allow_privacy_off and site.coordinator is None
     assert isinstance(loaded.privacy, PrivacyTable)
     assert loaded.privacy.delta <= min(site.policy.max_delta, 1 / site.site.declared_size)
-    assert (loaded.privacy.epsilon or 0) <= site.policy.max_epsilon
 
     site_path.unlink()
     study_path.write_text("mine")
     with pytest.raises(ConfigError, match="exists"):
         init.write(folder)
     assert study_path.read_text() == "mine" and not site_path.exists()
+
+
+@pytest.mark.parametrize("crashes", [2, 4, pytest.param(5, marks=pytest.mark.xfail(strict=True))])
+def test_the_templates_leave_room_for_crashes(tmp_path: Path, crashes: int) -> None:
+    """A round whose process is killed after it was reserved is reserved, and paid, again."""
+    study_path, site_path = init.write(tmp_path)
+    loaded, site = load_study(study_path), load_site(site_path)
+    plan = plan_for_site(loaded, site.site.declared_size)
+    ledger = Ledger(tmp_path / "state")
+    ledger.declare("records", [], "sha256:0", [b"ann"])
+    rounds = [*range(1, crashes + 1), *range(1, plan.rounds + 1)]
+    for number in sorted(rounds):
+        charge = Charge(
+            *(plan.study, "my-study", number, plan.noise_multiplier, plan.sampling_rate),
+            *(loaded.training.local_steps, plan.records, plan.max_grad_norm, plan.unit, "first"),
+            order_of(site, plan, ledger.charges("records")),
+        )
+        ledger.reserve(
+            "records", charge, "adapter", lambda charges: within_budget(site, plan, charges, 1)
+        )
+    assert len(ledger.charges("records")) == plan.rounds + crashes
 
 
 def test_every_commented_line_of_the_templates_is_valid_when_switched_on(tmp_path: Path) -> None:

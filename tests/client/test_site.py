@@ -14,7 +14,7 @@ import pytest
 from client.review import read_plan, review
 from client.site import SiteWorker, Unprepared
 from client.site import worker as site_worker
-from client.withdraw import withdraw
+from client.withdraw import UnknownPatient, withdraw
 from fedtune.config import Site, Study
 from fedtune.dp import noise
 from fedtune.dp.accountant import Steps, epsilon
@@ -243,7 +243,10 @@ def test_a_withdrawn_patient_is_in_no_later_round(
     again.prepare(made.study, made.frozen)
     trains(again, made, 3)
     assert sizes == [12, 11, 11]
-    never = withdraw(worker.site, "stranger", worker.ledger)
+    with pytest.raises(UnknownPatient) as raised:
+        withdraw(worker.site, "stranger", worker.ledger)
+    assert "stranger" not in str(raised.value) and len(worker.ledger.withdrawn()) == 1
+    never = withdraw(worker.site, "stranger", worker.ledger, unseen=True)
     assert (never.seen, never.in_file, never.releases) == (False, 0, [])
 
 
