@@ -7,10 +7,10 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from flwr.serverapp import Grid
@@ -25,6 +25,7 @@ from fedtune.flower.arrays import (
     from_record,
     to_record,
 )
+from fedtune.flower.enrol import Member
 from fedtune.wire import codec
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.protocol import OtherProtocol, check_peer, spoken
@@ -61,9 +62,11 @@ class Roster:
     """Nodes and the sites behind them.
 
     sizes, keys: site -> declared size and public key, fixed once heard; lora_ranks: likewise how
-    many ranks it trains, where the plan lets sites choose; enrolled: site -> signing key, as of now
+    many ranks it trains, where the plan lets sites choose; enrolled: who each node is, as of now
     (None: anybody); refused: site -> why, for the rest of the run; absent: what failed or kept
-    silent, asked again each round; down, up: bytes by site."""
+    silent, asked again each round; down, up: bytes by site.
+
+    Guarantee: what a node says changes nothing for any name but its own."""
 
     grid: Grid
     study: Study
@@ -71,7 +74,7 @@ class Roster:
     sizes: dict[str, int]
     keys: dict[str, str]
     tell: Tell
-    enrolled: Callable[[], dict[str, str]] | None = None
+    enrolled: Callable[[], Mapping[int, Member]] | None = None
     lora_ranks: dict[str, int] = field(default_factory=dict)
     nodes: dict[str, int] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
@@ -79,6 +82,9 @@ class Roster:
     down: Counter[str] = field(default_factory=Counter)
     up: Counter[str] = field(default_factory=Counter)
     _asked: set[int] = field(default_factory=set)  # nodes that gave a final answer
+
+    def __post_init__(self) -> None:
+        self.named: Callable[[], Mapping[int, Member]] = getattr(self.grid, "members", None) or dict
 
     def willing(self) -> list[str]:
         """Admitted sites that have not refused since, by name."""
@@ -123,27 +129,18 @@ class Roster:
         for reply in ask(self.grid, "query.prepare", contents, "prepare", timeout):
             self._hear(reply)
 
-    def stranger(self, name: str, key: str) -> bool:
-        """Whether the site is not enrolled with this signing key, as of now."""
-        return self.enrolled is not None and self.enrolled().get(name) != key
+    def stranger(self, node: int, name: str) -> bool:
+        """Whether the node is not enrolled under this name and signing key, as of now."""
+        if self.enrolled is None:
+            return False
+        return self.enrolled().get(node) != Member(name, self.keys.get(name, ""))
 
     def _hear(self, reply: Reply) -> None:
-        known = {node: name for name, node in self.nodes.items()}
-        name, declared, key, status, reason = _admission(reply, known.get(reply.node, ""))
+        said, known = _admission(reply), set(self.nodes.values())
+        name, status, reason = self._name_of(reply.node, said), said.status, said.reason
         rank = _lora_rank(reply, self.study.lora)
-        taken = self.nodes.get(name, reply.node) != reply.node
-        if status == "admitted" and taken:
-            name, status, reason = f"node {reply.node}", "refused", f"{name} is another node's name"
-        elif status == "admitted" and self.sizes.setdefault(name, declared) != declared:
-            status, reason = "refused", "its declared_size changed during the study"
-        elif status == "admitted" and self.keys.setdefault(name, key) != key:
-            status, reason = "refused", "its signing key changed during the study"
-        elif status == "admitted" and self.stranger(name, key):
-            status, reason = "refused", NOT_ENROLLED
-        elif status == "admitted" and rank == 0:
-            status, reason = "refused", "its lora_rank is not one that the plan allows"
-        elif status == "admitted" and rank and self.lora_ranks.setdefault(name, rank) != rank:
-            status, reason = "refused", "its lora_rank changed during the study"
+        if status == "admitted" and (objection := self._objection(reply.node, name, said, rank)):
+            status, reason = "refused", objection
         self.down[name] += size(self.plan)
         self.up[name] += reply.size
         if status == "failed":
@@ -153,33 +150,71 @@ class Roster:
         if status == "refused":
             self.refused[name] = reason
         elif status == "admitted":
+            self.sizes[name], self.keys[name] = said.declared, said.key
+            if rank:
+                self.lora_ranks[name] = rank
             self.nodes[name] = reply.node
         if reply.node not in known or status != "admitted":
             self.tell(name, status, reason)
 
+    def _name_of(self, node: int, said: _Said) -> str:
+        """Who the node is, whatever it says: by the registry, or by its site file in a simulation.
+        Where nobody vouches for it, the name that it was first admitted with, if that was free."""
+        vouched = (self.enrolled or self.named)().get(node)
+        if vouched and self.enrolled:
+            return vouched.name
+        first = {at: name for name, at in self.nodes.items()}.get(node, "")
+        name = vouched.name if vouched else first
+        if not name and not self.enrolled and said.status == "admitted":
+            name = said.name if self.keys.get(said.name, said.key) == said.key else ""
+        return name if name and self.nodes.get(name, node) == node else f"node {node}"
 
-def _admission(reply: Reply, known: str) -> tuple[str, int, str, str, str]:
-    """Site name, declared size, public key, status and reason of a reply to query.prepare."""
-    unnamed = known or f"node {reply.node}"
+    def _objection(self, node: int, name: str, said: _Said, rank: int | None) -> str:
+        """Why a site that admits the plan may not take part; "" where it may."""
+        if self.enrolled is not None and self.enrolled().get(node) != Member(name, said.key):
+            return NOT_ENROLLED
+        if said.name != name:
+            return f"{said.name} is another node's name"
+        if self.sizes.get(name, said.declared) != said.declared:
+            return "its declared_size changed during the study"
+        if self.keys.get(name, said.key) != said.key:
+            return "its signing key changed during the study"
+        if rank == 0:
+            return "its lora_rank is not one that the plan allows"
+        if rank and self.lora_ranks.get(name, rank) != rank:
+            return "its lora_rank changed during the study"
+        return ""
+
+
+class _Said(NamedTuple):
+    """What a node says in reply to the plan; its name is a claim."""
+
+    status: str
+    reason: str = ""
+    name: str = ""
+    declared: int = 0
+    key: str = ""
+
+
+def _admission(reply: Reply) -> _Said:
     if reply.content is None:
-        return unnamed, 0, "", "failed", reply.reason
+        return _Said("failed", reply.reason)
     record = reply.content.get("admission")
     if not isinstance(record, ConfigRecord):
-        return unnamed, 0, "", "failed", "its answer to the plan is malformed"
-    name, declared, key = record.get("name"), record.get("declared_size"), record.get("key")
-    named = isinstance(name, str) and NAME.fullmatch(name) is not None
-    shown = str(name) if named else unnamed
+        return _Said("failed", "its answer to the plan is malformed")
     if record.get("admitted") is not True:
         status = "failed" if record.get("status") == "failed" else "refused"
-        return shown, 0, "", status, clean(record.get("reason")) or "no reason given"
+        return _Said(status, clean(record.get("reason")) or "no reason given")
     try:
         check_peer("the site", record, "this coordinator")
     except OtherProtocol as refusal:
-        return shown, 0, "", "refused", str(refusal)
+        return _Said("refused", str(refusal))
+    name, declared, key = record.get("name"), record.get("declared_size"), record.get("key")
+    named = isinstance(name, str) and NAME.fullmatch(name) is not None
     keyed = isinstance(key, str) and KEY.fullmatch(key) is not None
     if not named or not keyed or type(declared) is not int or not 1 <= declared <= MOST_UNITS:
-        return unnamed, 0, "", "failed", "its answer to the plan is malformed"
-    return shown, declared, str(key), "admitted", ""
+        return _Said("failed", "its answer to the plan is malformed")
+    return _Said("admitted", "", str(name), declared, str(key))
 
 
 def _lora_rank(reply: Reply, lora: LoraTable | None) -> int | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from flwr.serverapp import Grid
+
 from fedtune.config import Study
 from fedtune.flower.arrays import Arrays
+from fedtune.flower.enrol import Member
 from fedtune.wire.keys import SigningKey
 from server.bound import Budget
 from server.schedule import Clock, Wall
@@ -118,10 +121,10 @@ def _report(out: Path, body: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Parts:
-    """key: the coordinator's signing key; enrolled: who may take part now, site -> signing key
-    (None: whoever is connected); receipts: file for the sites' newest receipts beyond one
-    run (None: only in the run's checkpoint); patience: seconds to wait at the start until
-    strategy.min_sites sites admit the plan; pause: seconds before the first retry of a round
+    """key: the coordinator's signing key; enrolled: who each node of a grid is, of those that may
+    take part now (None: whoever is connected); receipts: file for the sites' newest receipts
+    beyond one run (None: only in the run's checkpoint); patience: seconds to wait at the start
+    until strategy.min_sites sites admit the plan; pause: seconds before the first retry of a round
     (twice that before the second, and so on); clock, upto: of a study without a last round, the
     time of day, and the round to stop after (None: somebody stops it); skip: leave a round out
     that too few delivered, and go on with the next slot's."""
@@ -138,7 +141,7 @@ class Parts:
     fingerprint: Callable[[Path], str] = _fingerprint
     report: Callable[[Path, dict[str, Any]], None] = _report
     key: SigningKey = field(default_factory=SigningKey)
-    enrolled: Callable[[], dict[str, str]] | None = None
+    enrolled: Callable[[Grid], Mapping[int, Member]] | None = None
     receipts: Path | None = None
     patience: float = 120.0
     pause: float = 10.0

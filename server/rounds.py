@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace as replace_fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ class _Run:
         plan = plan_message(self.study, progress.frozen, parts.key)
         self.roster = Roster(
             *(grid, self.study, plan, progress.sizes, progress.keys, self._tell),
-            parts.enrolled,
+            partial(parts.enrolled, grid) if parts.enrolled else None,
             summary.lora_ranks(progress.history),
         )
         self.queries = Queries(grid, self.progress, self.roster, parts.key)
@@ -267,7 +268,7 @@ class _Run:
             got = outcome(reply, part, self.study.private, before, key, wanted, **limits)
         except ConfigError as error:  # an honest site of such a size says so itself, when it joins
             got = Outcome("dropped", f"its declared size does not fit the plan: {error}")
-        if got.status == "trained" and self.roster.stranger(name, key):
+        if got.status == "trained" and self.roster.stranger(reply.node, name):
             got = Outcome("refused", NOT_ENROLLED)
         if got.status == "trained":
             self.progress.receipts[name] = seal.receipt(self.parts.key, got.ledger)

@@ -74,6 +74,7 @@ __all__ = [
     "make_message",
     "message_from_proto",
     "message_to_proto",
+    "node_keys",
     "recorddict_to_proto",
     "register",
     "resumable",
@@ -231,6 +232,12 @@ def server_grid(
         grid._retry_invoker.max_tries = 1
         _finish(client, status)
         grid.close()
+
+
+def node_keys(grid: Grid) -> dict[int, str]:
+    """The key (PEM) of each connected node, as the SuperLink verified it. Errors:
+    httpx.HTTPError."""
+    return {node.node_id: node.public_key.decode() for node in grid.get_nodes()}
 
 
 class ClientTask:

@@ -248,6 +248,21 @@ def _blame(link: Child, error: httpx.HTTPError | InfrastructureError) -> Infrast
     )
 
 
+class Members:
+    """Who each node is, as of now: the SuperLink vouches for a node's key, the registry for the
+    key's name. A node keeps its key, so one that has just left is still known."""
+
+    def __init__(self, home: Path) -> None:
+        self._home, self._keys = home, dict[int, str]()
+
+    def __call__(self, grid: Grid) -> dict[int, enrol.Member]:
+        self._keys |= api.node_keys(grid)
+        named = {
+            r.node: enrol.Member(r.name, r.signing) for r in enrol.registry(self._home).values()
+        }
+        return {node: named[key] for node, key in self._keys.items() if key in named}
+
+
 def _installed_rounds(home: Path) -> Run:
     from server import rounds
     from server.parts import Parts
@@ -255,6 +270,6 @@ def _installed_rounds(home: Path) -> Run:
     parts = Parts(
         key=SigningKey.at(home / "signing.key"),
         receipts=home / "receipts.json",
-        enrolled=lambda: {name: one.signing for name, one in enrol.registry(home).items()},
+        enrolled=Members(home),
     )
     return functools.partial(rounds.run, parts=parts)

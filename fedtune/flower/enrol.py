@@ -32,7 +32,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -50,6 +50,13 @@ MAX_BYTES = 65_536  # of a request or an answer
 PURPOSE = b"fedtune enrolment\0"
 FIELDS = {"name", "node", "csr", "signing"}
 SIGNATURES = {"node_signature", "signature"}
+
+
+class Member(NamedTuple):
+    """Who a node is. key: its signing key; "" where nobody knows it."""
+
+    name: str
+    key: str = ""
 
 
 @dataclass(frozen=True)

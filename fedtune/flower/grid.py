@@ -6,6 +6,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from flwr.app import DEFAULT_TTL, Context, Error, Message, Metadata, RecordDict
@@ -14,6 +15,7 @@ from flwr.serverapp import Grid
 
 from fedtune.errors import FedtuneError
 from fedtune.flower import api
+from fedtune.flower.enrol import Member
 
 RUN_ID = 1
 
@@ -49,6 +51,16 @@ class InProcessGrid(Grid):
 
     def get_node_ids(self) -> list[int]:
         return list(self._contexts)
+
+    def members(self) -> dict[int, Member]:
+        """Who each node is by its site file; one whose file cannot be read is nobody."""
+        from client.app import site_of
+
+        found = {}
+        for node, context in self._contexts.items():
+            with suppress(FedtuneError):
+                found[node] = Member(site_of(context).site.site.name)
+        return found
 
     def create_message(
         self,

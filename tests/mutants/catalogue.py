@@ -1083,7 +1083,7 @@ RANK_MUTANTS = (  # of sites that train fewer ranks of one adapter
     ),
     _one(
         "ranks", "a-rank-changes-on-the-way", "server/admission.py",
-        "self.lora_ranks.setdefault(name, rank) != rank", "self.lora_ranks.update({name: rank})",
+        "self.lora_ranks.get(name, rank) != rank", "self.lora_ranks.update({name: rank})",
         T_NARROW + "test_a_rank_stays_for_the_study_also_over_a_restart_of_the_coordinator",
         "what the report says of a site is not what it trained",
     ),

@@ -16,6 +16,7 @@ import client.app
 from client.site import Unprepared
 from fedtune.errors import BudgetExceeded, ConfigError, ModelError, Refused
 from fedtune.flower.arrays import bodies, to_record
+from fedtune.flower.enrol import Member
 from fedtune.flower.grid import InProcessGrid
 from fedtune.wire import seal
 from fedtune.wire.codec import VALUES, encode
@@ -179,20 +180,19 @@ def test_a_good_answer_is_admitted():
 def test_only_an_enrolled_key_is_admitted_and_a_revoked_one_is_not_counted(trial):
     sites = FakeSite("a"), FakeSite("b")
     run = trial(*sites)
-    keys = {site.name: site.key.public for site in sites}
-    asked: list[str] = []
+    known = {node: Member(site.name, site.key.public) for node, site in enumerate(sites, 2)}
 
-    def enrolled() -> dict[str, str]:
-        asked.append("")
+    def enrolled(grid: Any) -> dict[int, Member]:
         # The registry while the plan goes out, and after b was revoked in the first round.
-        return keys if len(asked) <= 2 else {"a": keys["a"]}
+        return {2: known[2]} if sites[1].calls else known
 
     body = run.run(make_study(min_sites=1), parts=make_parts(enrolled=enrolled))
     assert [entry["participants"] for entry in body["rounds"]] == [["a"]] * 4
     assert "not enrolled" in body["rounds"][0]["missing"]["b"]
     other = trial(FakeSite("c"), folder="other")
+    unknown = lambda grid: {2: Member("c", "0" * 64)}  # noqa: E731
     with pytest.raises(Refused, match="not enrolled"):
-        other.run(make_study(min_sites=1), parts=make_parts(enrolled=lambda: {"c": "0" * 64}))
+        other.run(make_study(min_sites=1), parts=make_parts(enrolled=unknown))
     assert other.sites[0].calls == []
 
 
@@ -237,7 +237,8 @@ def test_no_answer_is_not():
 
 def test_a_refusals_words_are_tamed():
     roster = admitted_by(GOOD | {"admitted": False, "reason": "no\x1b[2J\n" + "x" * 999})
-    assert roster.refused["a"].startswith("no [2J x") and len(roster.refused["a"]) == 300
+    (words,) = roster.refused.values()
+    assert words.startswith("no [2J x") and len(words) == 300
 
 
 @pytest.mark.parametrize("site", [None, ConfigRecord({}), ConfigRecord({"status": "splendid"})])

@@ -121,7 +121,7 @@ def test_two_nodes_cannot_share_a_name(trial):
     by_path = {s.name: s for s in sites}
     client.app.worker = lambda path: by_path[path]
     run.run()
-    assert metrics(run)[0]["missing"] == {"node 4": "refused: a is another node's name"}
+    assert metrics(run)[0]["missing"] == {"c": "refused: a is another node's name"}
 
 
 # ------------------------------------------------------------------------------------ streaming
