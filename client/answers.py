@@ -17,6 +17,7 @@ from fedtune.wire.seal import SealError, body_digest, check_order
 
 log = logging.getLogger("fedtune.client")
 trouble: dict[str, FedtuneError] = {}  # by site file, for this process alone; `simulate` shows it
+INTERNAL = "internal error"  # in words: what kind of error is for the site's own log
 Work = Callable[[SiteWorker, str, int, Arrays, str], Update]
 
 
@@ -68,7 +69,8 @@ def _plan_of(named: Any, order_for: str) -> str:
 
 def guarded(attempt: Callable[[], None], context: Context) -> tuple[str, str] | None:
     """Status and reason of what went wrong, if anything. Guarantee: only a refusal's words leave
-    the site (rules and public values); of any other exception the class alone."""
+    the site (rules and public values); of our own errors the class, and of any other exception
+    that there was one: what a library raises may follow from a record."""
     try:
         attempt()
     except Unprepared as error:
@@ -78,7 +80,7 @@ def guarded(attempt: Callable[[], None], context: Context) -> tuple[str, str] | 
     except Exception as error:
         if isinstance(error, FedtuneError):
             trouble[str(context.node_config.get("site"))] = error
-        own = str(error) if isinstance(error, FedtuneError) else ""
-        log.warning("%s: %s", type(error).__name__, own)  # for the site's own eyes
-        return "failed", type(error).__name__
+        own = isinstance(error, FedtuneError)
+        log.warning("%s: %s", type(error).__name__, error if own else "")  # for the site's own eyes
+        return "failed", type(error).__name__ if own else INTERNAL
     return None

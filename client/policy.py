@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from fedtune.config import BASES, LoraTable, PolicyTable, Site, Study
 from fedtune.dp import accountant
 from fedtune.dp.ceiling import Total, total_epsilon
-from fedtune.dp.ledger import Charge
+from fedtune.dp.ledger import Charge, Spent
 from fedtune.dp.plan import DpPlan
 from fedtune.errors import BudgetExceeded, PolicyRefused
 from fedtune.objectives import find
@@ -146,6 +146,22 @@ def check_watch(study: Study, watch: object) -> None:
     raise PolicyRefused(
         "the plan has a [schedule] and no last round, and this site does not run with --watch",
         todo="`fedtune review` says what it means; then `fedtune client SITE --watch`",
+    )
+
+
+def accounted(dataset: str, unit: str, unknown: Sequence[Spent]) -> None:
+    """Nothing runs on top of a cost that nobody knows, unless somebody at the site signed for it.
+
+    unknown: `Ledger.unknown` of the dataset, for the study's unit; public, as every charge is.
+    Errors: BudgetExceeded."""
+    if not unknown:
+        return
+    other = sorted({spent.charge.unit for spent in unknown} - {unit, "any"})
+    raise BudgetExceeded(
+        f"what one {unit} spent in earlier rounds on this dataset is not known: "
+        + (f"they were charged per {other[0]}" if other else "an earlier release charged them"),
+        "a dataset whose every charge is of the study's own unit, by this release's rules",
+        f"the site reads `fedtune ledger` and, if it accepts that, signs with --accept {dataset}",
     )
 
 

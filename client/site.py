@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetensors.numpy import load, save
 
 from client import evaluation
-from client.policy import admit, order_of, within_budget
+from client.policy import accounted, admit, order_of, within_budget
 from client.review import pending
 from fedtune import modalities
 from fedtune.config import Site, SiteData, Study, load_site
@@ -27,7 +27,7 @@ from fedtune.dp.plain import PlainPlan, plain_plan
 from fedtune.dp.plan import DpPlan, SharedPlan, StepPlan, plan_for_site
 from fedtune.dp.query import answer, unit_rows
 from fedtune.dp.steplog import Step, StepLog
-from fedtune.errors import DataError, PolicyRefused, Refused
+from fedtune.errors import ConfigError, DataError, PolicyRefused, Refused
 from fedtune.models.base import Base, find_base, load_tokenizer
 from fedtune.models.cache import Cached
 from fedtune.models.lora import Arrays
@@ -159,6 +159,7 @@ class SiteWorker:
         self, study: Study, plan: DpPlan | None, frozen: Arrays, coordinator: str
     ) -> _Prepared:
         network = build(study, self.site.site.base)
+        _check_reads(study, network)
         rank = study.lora.rank_at(self.site.site.lora_rank) if study.lora else None
         if plan:
             _self_test(study, network, self._size, rank)
@@ -176,12 +177,20 @@ class SiteWorker:
         site = self._current()
         admit(study, site, plan, coordinator)
         self._signed(study, site)
+        self._declare(self.site.data, study)
         charges = self.ledger.charges(self._dataset)
         if study.continuous:  # somebody who arrives now must be able to take part
             charges = self.ledger.newcomer(self._dataset)
             at_least = study.training.local_steps
         within_budget(site, plan, charges, at_least)
         return site
+
+    def _declare(self, data: SiteData, study: Study) -> None:
+        """Enter what the site says of a dataset before anybody asks what counts against it.
+
+        Errors: BudgetExceeded where nobody knows what earlier rounds on it cost."""
+        self.ledger.declare(data.name, data.disjoint_from, cohort=data.cohort)
+        accounted(data.name, study.unit, self.ledger.unknown(data.name, study.unit))
 
     def _signed(self, study: Study, site: Site) -> None:
         if site.policy.admission == "signed" and not self.ledger.admitted(study.digest):
@@ -207,7 +216,7 @@ class SiteWorker:
                 dataset.content_hash,
                 dataset.members,
                 data.cohort,
-                dataset.units if goes_on else (),
+                dataset.keys if goes_on else None,
             )
             cached = Cached(network, dataset, self.site.site.cache_bytes)
             self._cached[data.name] = None if goes_on else view, cached
@@ -220,26 +229,37 @@ class SiteWorker:
         return Cached(network, dataset, self.site.site.cache_bytes)
 
     def _read(self, study: Study, network: Network, data: SiteData, out: frozenset[str]) -> Dataset:
-        """The dataset, whatever is in the files: one record more or less, or a broken one, must
-        not be seen from outside, so too few units or a broken file is a matter of noise alone."""
+        """The dataset, whatever is in the files: each record is accepted or rejected by itself, so
+        one more or less, or a broken one, is not seen from outside. Too few units are a matter of
+        noise alone. Errors: DataError where no file is there or its columns do not suit the study,
+        which no record decides."""
         ledger = self.ledger
         check_shape(data, study, network.tokenizer, reader=network.reader)
         if not data.path.exists():
             raise DataError(f"{data.path}: no such file", "the site's records")
+        elsewhere = ledger.elsewhere(data.name)
+
+        def left_out(patient: str) -> bool:
+            key = unit_member(patient)
+            return ledger.hashed(key) in out or elsewhere(key)
+
         try:
             dataset = load_dataset(
                 data,
                 study,
                 network.tokenizer,
-                without=lambda unit: ledger.hashed(unit_member(unit)) in out,
+                without=left_out,
                 known=ledger.known(data.name),
-                few=True,
+                strict=False,
                 teach=teaching(study),
                 reader=network.reader,
             )
-        except DataError as error:
+        except DataError as error:  # a folder without a file, a path of another kind
             log.error("%s. This site takes part with noise alone until it is corrected", error)
             return Dataset([], 0, Counter())
+        if dataset.rejected:
+            counts = ", ".join(f"{n} {reason}" for reason, n in dataset.rejected.most_common())
+            log.warning("%s: records left out: %s", data.path, counts)
         if dataset.n_units < 2:
             log.error("%s: too few usable records; this site sends noise alone", data.path)
         return dataset
@@ -336,6 +356,7 @@ class SiteWorker:
         assert training is not None  # a study with queries is private
         held_out = evaluation.allowed(study, site, plan, prepared.coordinator)
         self._signed(study, site)
+        self._declare(held_out, study)
         data = self._data(study, prepared.network, held_out)
         charges = self.ledger.charges(held_out.name)
         charge = evaluation.charge_of(study, plan, site, round_, charges)
@@ -417,6 +438,7 @@ class SiteWorker:
 
 _tested: set[str] = set()  # in this process; the code does not change while it runs
 _trains: set[tuple[str, int | None]] = set()
+_reads: set[str] = set()
 
 
 def _self_test(study: Study, network: Network, size: int, lora_rank: int | None) -> None:
@@ -426,6 +448,16 @@ def _self_test(study: Study, network: Network, size: int, lora_rank: int | None)
     if kind not in _tested:
         selftest.require(study, network, size, lora_rank)
         _tested.add(kind)
+
+
+def _check_reads(study: Study, network: Network) -> None:
+    """Once per process and study. Errors: PolicyRefused; base and length are public."""
+    if study.digest not in _reads:
+        try:
+            network.check_length(study.objective.max_length)
+        except ConfigError as error:
+            raise PolicyRefused(error.happened, error.expected, error.todo) from None
+        _reads.add(study.digest)
 
 
 def _check_trains(study: Study, network: Network, lora_rank: int | None) -> None:

@@ -1,7 +1,9 @@
 """Rows of a JSONL, CSV or Parquet file, or of a folder of one of them.
 
-A bad row is a reason from a fixed list, never an exception; a bad file is a DataError. Neither
-holds content, and no library's error is chained, since its message may quote a row.
+A bad row is a reason from a fixed list, never an exception. A bad file is a DataError for a person
+who can still correct it, and a reason like any other once a site takes part: no row, and no file of
+a folder, decides whether the others are read. Neither holds content, and no library's error is
+chained, since its message may quote a row.
 """
 
 from __future__ import annotations
@@ -9,9 +11,10 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +26,7 @@ Keys = Mapping[str, str]  # a configuration key, "data.columns.text", to the col
 
 BOM = b"\xef\xbb\xbf"
 SHOWN = 20  # column names in a message
+LINE = 64 * 2**20  # bytes of one line of JSONL
 
 
 class Rejected(Exception):
@@ -33,16 +37,72 @@ class Rejected(Exception):
         return str(self.args[0])
 
 
-def rows(where: Path, keys: Keys) -> Iterator[Row | str]:
+@dataclass
+class Names:
+    """The column names met in all files of a dataset, and those that a message may show: a key of a
+    few JSON records may itself be content, and so may the first line of a CSV file without one."""
+
+    headers: set[str] = field(default_factory=set)
+    shown: list[str] = field(default_factory=list)
+    keys: Counter[str] = field(default_factory=Counter)
+    objects: int = 0
+
+    def header(self, names: list[str], shown: bool = True) -> None:
+        self.headers.update(names)
+        if shown:
+            self.shown += [name for name in names if name not in self.shown]
+
+    def require(self, where: Path, wanted: Keys) -> None:
+        """Errors: DataError for a column that `wanted` names and no file has."""
+        present = self.headers | set(self.keys)
+        absent = [(key, column) for key, column in wanted.items() if column not in present]
+        if not absent or not present:
+            return
+        key, column = absent[0]
+        listed = self.shown + [name for name, n in self.keys.items() if 2 * n >= self.objects]
+        if listed:
+            more = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
+            expected = "one of " + ", ".join(repr(name[:40]) for name in listed[:SHOWN]) + more
+        else:
+            expected = "a first line that names the columns, separated by commas"
+        raise DataError(
+            f"{where}: no column {column!r}, which {key} names", expected, f"correct {key}"
+        )
+
+
+def rows(where: Path, keys: Keys, *, strict: bool = True) -> Iterator[Row | str]:
     """Each row as a dict, or the reason why it is rejected, in the order of the sorted files.
 
-    Errors: DataError for a file that is missing, of another kind, unreadable or without a column
-    that `keys` names. Only `where` is named: a file inside a folder may bear a patient's name."""
+    strict: for a person who can correct the files before they are used.
+    Errors: DataError for a path that is missing or of another kind; if strict also for a single
+    file that is unreadable, for CSV that is not well-formed, and for a column that `keys` names and
+    no file has. Only `where` is named: a file inside a folder may bear a patient's name.
+    Guarantee: if not strict, what is said of a row follows from that row alone, in CSV from a
+    well-formed file's; a file that cannot be read is one rejected row.
+    """
+    names = Names()
     for path in _paths(where):
         try:
-            yield from READERS[path.suffix.lower()](path, where, keys)
-        except OSError as error:
-            raise DataError(f"{where}: cannot be read ({type(error).__name__})") from None
+            yield from READERS[path.suffix.lower()](path, where, keys, names)
+        except NotWellFormed:
+            if strict:
+                raise
+            yield "not well-formed CSV"
+        except (DataError, OSError) as error:
+            if strict and where.is_file():
+                own = error if isinstance(error, DataError) else _unreadable(where, error)
+                raise own from None
+            yield "unreadable file"
+    if strict:
+        names.require(where, keys)
+
+
+class NotWellFormed(DataError):
+    """CSV whose quoting is broken: nobody knows where a record ends and the next begins."""
+
+
+def _unreadable(where: Path, error: OSError) -> DataError:
+    return DataError(f"{where}: cannot be read ({type(error).__name__})")
 
 
 def _paths(where: Path) -> list[Path]:
@@ -56,33 +116,33 @@ def _paths(where: Path) -> list[Path]:
     try:
         inside = sorted(where.iterdir())
     except OSError as error:
-        raise DataError(f"{where}: cannot be read ({type(error).__name__})") from None
+        raise _unreadable(where, error) from None
     found = [p for p in inside if p.suffix.lower() in READERS and p.name[0] != "." and p.is_file()]
     if not found:
         raise DataError(f"{where}: the folder has no data file", f"files of one of {kinds}")
-    suffixes = sorted({path.suffix.lower() for path in found})
-    if len(suffixes) > 1:
-        mixed = " and ".join(suffixes)
-        raise DataError(f"{where}: the folder mixes {mixed}", "one kind of file", "name one file")
     return found
 
 
-def _jsonl(path: Path, where: Path, keys: Keys) -> Iterator[Row | str]:
-    seen: Counter[str] = Counter()
-    objects = 0
+def _jsonl(path: Path, where: Path, keys: Keys, names: Names) -> Iterator[Row | str]:
     with path.open("rb") as handle:
-        for number, line in enumerate(handle):
+        for number, line in enumerate(_lines(handle)):
             line = line.removeprefix(BOM) if number == 0 else line
             if not line.strip():
                 continue
-            row = _json_object(line)
+            row = _json_object(line) if len(line) <= LINE else "too long"
             if isinstance(row, dict):
-                objects += 1
-                seen.update(row.keys())
+                names.objects += 1
+                names.keys.update(row.keys())
             yield row
-    if objects:
-        # A key of a few records may itself be content; what most of them share is structure.
-        _require(where, keys, seen, [key for key, n in seen.items() if 2 * n >= objects])
+
+
+def _lines(handle: BinaryIO) -> Iterator[bytes]:
+    """The lines; of one above LINE bytes the beginning alone, which is above it too."""
+    while line := handle.readline(LINE + 1):
+        rest = line
+        while len(rest) > LINE and not rest.endswith(b"\n"):
+            rest = handle.readline(LINE + 1)
+        yield line
 
 
 def _json_object(line: bytes) -> Row | str:
@@ -92,12 +152,12 @@ def _json_object(line: bytes) -> Row | str:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
         return "not UTF-8"
-    except (ValueError, RecursionError):
+    except Exception:  # no JSON, too deep, too large: a line of no use, whatever it is
         return "not JSON"
     return value if isinstance(value, dict) else "wrong type"
 
 
-def _csv(path: Path, where: Path, keys: Keys) -> Iterator[Row | str]:
+def _csv(path: Path, where: Path, keys: Keys, names: Names) -> Iterator[Row | str]:
     csv.field_size_limit(2**31 - 1)
     # surrogateescape: an undecodable byte stays inside its own row, which is then rejected.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
@@ -106,8 +166,7 @@ def _csv(path: Path, where: Path, keys: Keys) -> Iterator[Row | str]:
         if not header:
             return
         # Without a header the first line is a record: its cells are shown only if it is a header.
-        is_header = any(column in header for column in keys.values())
-        _require(where, keys, header, header if is_header else [])
+        names.header(header, shown=any(column in header for column in keys.values()))
         for key, column in keys.items():
             if header.count(column) > 1:
                 raise DataError(f"{where}: column {column!r} ({key}) occurs twice in the header")
@@ -125,20 +184,20 @@ def _csv_lines(handle: TextIO, where: Path) -> Iterator[list[str]]:
         yield from filter(None, reader)
     except csv.Error:
         # After a broken quote nobody knows where the next record begins: stop, do not guess.
-        raise DataError(
+        raise NotWellFormed(
             f"{where}: not well-formed CSV at line {reader.line_num}",
             "fields with a quote, comma or newline in double quotes, and quotes inside doubled",
             "export the file again, or use .jsonl",
         ) from None
 
 
-def _parquet(path: Path, where: Path, keys: Keys) -> Iterator[Row | str]:
+def _parquet(path: Path, where: Path, keys: Keys, names: Names) -> Iterator[Row | str]:
     try:
         with pq.ParquetFile(path) as source:
             present = source.schema_arrow.names
-            _require(where, keys, present, present)
-            names = sorted(set(keys.values()))
-            for batch in source.iter_batches(batch_size=1024, columns=names):
+            names.header(present)
+            wanted = sorted(set(keys.values()) & set(present))
+            for batch in source.iter_batches(batch_size=1024, columns=wanted):
                 yield from (_parquet_row(batch, index) for index in range(batch.num_rows))
     except (pa.ArrowException, OSError) as error:
         kind = type(error).__name__
@@ -150,6 +209,8 @@ def _parquet_row(batch: pa.RecordBatch, index: int) -> Row | str:
         return {name: batch.column(name)[index].as_py() for name in batch.schema.names}
     except UnicodeDecodeError:
         return "not UTF-8"
+    except Exception:  # a value that Python has no type for: a date in the year 300,000
+        return "wrong type"
 
 
 def unclean(text: str) -> str:
@@ -163,20 +224,7 @@ def unclean(text: str) -> str:
     return ""
 
 
-def _require(where: Path, keys: Keys, present: Iterable[str], listed: list[str]) -> None:
-    absent = [(key, column) for key, column in keys.items() if column not in present]
-    if not absent:
-        return
-    key, column = absent[0]
-    if listed:
-        more = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
-        expected = "one of " + ", ".join(repr(name[:40]) for name in listed[:SHOWN]) + more
-    else:
-        expected = "a first line that names the columns, separated by commas"
-    raise DataError(f"{where}: no column {column!r}, which {key} names", expected, f"correct {key}")
-
-
-READERS: dict[str, Callable[[Path, Path, Keys], Iterator[Row | str]]] = {
+READERS: dict[str, Callable[[Path, Path, Keys, Names], Iterator[Row | str]]] = {
     ".jsonl": _jsonl,
     ".csv": _csv,
     ".parquet": _parquet,

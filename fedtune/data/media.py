@@ -27,6 +27,9 @@ Samples = npt.NDArray[np.float32]
 
 BYTES = 64 * 2**20  # of one file
 PIXELS = 40_000_000  # of one image, from its header, before any is decoded
+# The longer side by the shorter: an image processor that makes the shorter side one length would
+# make of a line of pixels an image of any size.
+ASPECT = 20
 SECONDS = 30.0  # of one recording
 RATES = (4_000, 192_000)  # samples a second
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
@@ -100,14 +103,16 @@ def picture(media: Media) -> Image:
         with Image.open(io.BytesIO(media.body), formats=FORMATS) as image:
             if image.width * image.height > PIXELS:
                 raise Rejected("image too large")
+            if max(image.size) > ASPECT * max(min(image.size), 1):
+                raise Rejected("image too narrow")
             turned = ImageOps.exif_transpose(image)
             if turned.mode.startswith("I") or turned.mode == "F":  # 16 bits and more: X-rays
                 turned = _eight_bits(turned)
             return turned.convert("RGB")
-    except (Rejected, MemoryError):
+    except Rejected:
         raise
     except Exception as error:  # Pillow raises whatever a broken file makes it raise
-        large = "DecompressionBomb" in type(error).__name__
+        large = isinstance(error, MemoryError) or "DecompressionBomb" in type(error).__name__
         raise Rejected("image too large" if large else "unreadable image") from None
 
 

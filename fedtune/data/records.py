@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import Literal
 from fedtune.config import Columns, DataFile, EvaluationTable, PublicTable
 from fedtune.data.files import Rejected, Row, rows, unclean
 from fedtune.data.media import Folder, Media
-from fedtune.errors import DataError
+from fedtune.errors import ConfigError, DataError
 
 TRUTH = ("true", "false", "1", "0", "yes", "no")  # a judgement: desirable or not, in turn
 Messages = tuple[tuple[str, str], ...]  # (role, content)
@@ -48,6 +49,14 @@ def unit_member(unit: str) -> bytes:
     return b"unit\0" + unit.encode()
 
 
+def content_of(record: Record) -> bytes:
+    """What the record says, whoever's it is."""
+    more = [record.rejected] if record.rejected else []
+    more += [record.media.digest.hex()] if record.media else []
+    said = [record.prompt, record.completion, record.label, record.messages, *more]
+    return json.dumps(said).encode()
+
+
 def table_of(file: DataFile) -> str:
     """The table of study.toml or site.toml that describes the file, as errors name it."""
     if isinstance(file, EvaluationTable):
@@ -60,12 +69,15 @@ def read_records(
     *,
     unit: Literal["record", "patient"] = "record",
     labelled: bool = True,
-    few: bool = False,
+    strict: bool = True,
 ) -> tuple[list[Record], Counter[str]]:
     """The usable records in file order, and how many were rejected for which reason.
 
-    labelled=False admits records without completion, label or assistant turn (public text).
-    Errors: DataError for a file that cannot be read as a whole or (unless few) holds no record."""
+    labelled=False admits records without completion, label or assistant turn (public text). Where
+    the unit is the record, it goes by what it says and, of several that say the same, by which of
+    them it is: a row number would change when another row is added or taken out.
+    Errors: DataError as `rows` has it, and if strict where the file holds no record.
+    Guarantee: if not strict, a record is made of its own row alone, whatever the others are."""
     table = table_of(file)
     if unit == "patient" and not file.columns.patient:
         raise no_patients(table)
@@ -73,20 +85,29 @@ def read_records(
     keys = {f"{table}.columns.{key}": column for key, column in named.items() if column}
     records: list[Record] = []
     rejected: Counter[str] = Counter()
+    alike: Counter[bytes] = Counter()
     folder = Folder(file.path if file.path.is_dir() else file.path.parent)
-    for number, row in enumerate(rows(file.path, keys)):
+    for row in rows(file.path, keys, strict=strict):
         try:
             if isinstance(row, str):
                 raise Rejected(row)
-            key = _key(row.get(file.columns.patient or "")) if unit == "patient" else str(number)
+            key = _key(row.get(file.columns.patient or "")) if unit == "patient" else ""
             record = _record(row, key, file.columns, labelled)
             if column := file.columns.media:
                 kind: Literal["image", "audio"] = "image" if file.columns.image else "audio"
                 record = replace(record, media=folder.read(_text(row.get(column)), kind))
+            if unit == "record":
+                said = hashlib.sha256(content_of(record))
+                record = replace(record, unit=f"{said.hexdigest()} {alike[said.digest()]}")
+                alike[said.digest()] += 1
             records.append(record)
         except Rejected as error:
             rejected[error.reason] += 1
-    if not records and not rejected and not few:
+        except ConfigError:  # an extra is not installed
+            raise
+        except Exception:  # whatever one row can make a library do is that row's matter
+            rejected["cannot be read"] += 1
+    if not records and not rejected and strict:
         raise DataError(
             f"{file.path}: the file has no records", "at least 2", f"check {table}.path"
         )

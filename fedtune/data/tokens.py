@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 import re
-from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,14 +17,23 @@ import numpy.typing as npt
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from fedtune.config import DataFile, ObjectiveTable, PrivacyTable, Study
+from fedtune.config import DataFile, ObjectiveTable, Study
 from fedtune.data.files import Rejected
 from fedtune.data.media import Media
-from fedtune.data.records import Messages, Record, no_patients, read_records, table_of, unit_member
+from fedtune.data.records import (
+    Messages,
+    Record,
+    content_of,
+    no_patients,
+    read_records,
+    table_of,
+    unit_member,
+)
 from fedtune.errors import DataError
 from fedtune.modalities import Reader
 from fedtune.objectives import Shape, find
 
+log = logging.getLogger("fedtune.data")
 Ids = npt.NDArray[np.int32]
 Segment = tuple[str, bool]  # text, whether its tokens are targets
 Tokens = tuple[list[int], list[bool]]  # token ids, whether each is a target
@@ -78,25 +87,26 @@ class Example:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Dataset:
-    """Examples in file order, and the rejected records counted by reason.
+    """Examples, a unit's together, units in the order of their first record; and the rejected
+    records counted by reason.
 
-    members: what tells the units and records apart from another dataset's (keys, contents), for the
-    site's ledger, which keeps them hashed; content_hash: of all records, in no order; units: of
-    each unit its key and its records, as in members."""
+    keys: of each unit, as the ledger hashes it; members: what the site's ledger remembers, hashed,
+    of the records that train: keys, contents, and which records of whom; content_hash: of them all,
+    in no order."""
 
     examples: list[Example]
     n_units: int
     rejected: Counter[str]
     members: frozenset[bytes] = frozenset()
-    units: tuple[tuple[bytes, ...], ...] = ()
+    keys: tuple[bytes, ...] = ()
 
     def without(self, out: Callable[[bytes], bool]) -> Dataset:
         """The same less the units whose key `out` is true of. Members stay: they were there."""
-        kept = [number for number, unit in enumerate(self.units) if not out(unit[0])]
+        kept = [number for number, key in enumerate(self.keys) if not out(key)]
         new = {number: index for index, number in enumerate(kept)}
         examples = [replace(e, unit=new[e.unit]) for e in self.examples if e.unit in new]
-        units = tuple(self.units[number] for number in kept)
-        return replace(self, examples=examples, n_units=len(kept), units=units)
+        keys = tuple(self.keys[number] for number in kept)
+        return replace(self, examples=examples, n_units=len(kept), keys=keys)
 
     @cached_property
     def content_hash(self) -> str:
@@ -114,6 +124,97 @@ class Dataset:
         return groups
 
 
+class Unit(NamedTuple):
+    """What trains of one unit: records and their examples, numbered later; and the reasons why
+    others of its records do not."""
+
+    records: list[Record]
+    examples: list[Example]
+    rejected: list[str]
+
+
+@dataclass(frozen=True, repr=False)
+class UnitReader:
+    """Makes one unit's records into examples: tokenised, capped, taught.
+
+    It is given one unit at a time and holds nothing but public things. most: records of one unit,
+    at most; None: all.
+    Guarantee: which of a unit's records train, and as what, follows from that unit's records and
+    their own past alone; whatever one of them makes a library do costs that record alone."""
+
+    objective: ObjectiveTable
+    tokenizer: PreTrainedTokenizerBase
+    shape: Shape
+    labelled: bool = True
+    reader: Reader | None = None
+    teach: Callable[[Record, Example], Soft] | None = None
+    most: int | None = None
+
+    def __call__(
+        self, records: Sequence[Record], kept: Callable[[Record], bool] = lambda record: False
+    ) -> Unit:
+        """records: of one unit, in the file's order; kept: whether this unit trained on a record
+        before: such records stay, then come those of the smallest sha256."""
+        rejected: list[str] = []
+        examples = [(record, self._attempt(self._example, record)) for record in records]
+        usable = _passed(examples, rejected)
+        if self.most is not None:
+            usable = _capped(usable, self.most, kept)
+        if self.teach is not None:
+            taught = [(record, self._attempt(self._taught, record, e)) for record, e in usable]
+            usable = _passed(taught, rejected)
+        return Unit([record for record, _ in usable], [e for _, e in usable], rejected)
+
+    def _attempt(self, make: Callable[..., Example], *of: Any) -> Example | str:
+        """What `make` makes, or the reason why it cannot."""
+        try:
+            return make(*of)
+        except Rejected as error:
+            return error.reason
+        except Exception as error:  # of a library: its words may quote the record
+            log.warning("a record cannot be read (%s)", type(error).__name__)
+            return "cannot be read"
+
+    def _example(self, record: Record) -> Example:
+        placed, tiles, starts = record, 1, False
+        if self.reader:
+            placed, tiles = self.reader.place(record, self.objective)
+            starts = self.reader.starts
+        tokens, label = _tokenise(
+            placed, self.objective, self.tokenizer, self.shape, self.labelled, starts
+        )
+        if self.reader:
+            for ids, _ in tokens:
+                self.reader.check(ids, tiles)
+        scored = find(self.objective).outputs > 0
+        own, *worse = (_passage(*each, scored) for each in tokens)
+        return Example(*own, label, 0, worse[0] if worse else None, record.media, tiles)
+
+    def _taught(self, record: Record, example: Example) -> Example:
+        assert self.teach is not None
+        return replace(example, soft=self.teach(record, example))
+
+
+def _passed(
+    made: list[tuple[Record, Example | str]], rejected: list[str]
+) -> list[tuple[Record, Example]]:
+    """Those that became examples; the reasons of the others go to `rejected`."""
+    rejected += [example for _, example in made if isinstance(example, str)]
+    return [(record, example) for record, example in made if not isinstance(example, str)]
+
+
+def _capped(
+    usable: list[tuple[Record, Example]], most: int, kept: Callable[[Record], bool]
+) -> list[tuple[Record, Example]]:
+    """At most `most` of one unit's records, in order: those kept before, then those of smallest
+    sha256."""
+    order = sorted(
+        (not kept(record), hashlib.sha256(content_of(record)).hexdigest(), index)
+        for index, (record, _) in enumerate(usable)
+    )
+    return [usable[index] for index in sorted(index for *_, index in order[:most])]
+
+
 def load_dataset(
     file: DataFile,
     study: Study,
@@ -122,73 +223,60 @@ def load_dataset(
     labelled: bool = True,
     without: Callable[[str], bool] = lambda unit: False,
     known: Callable[[bytes], bool] = lambda member: False,
-    few: bool = False,
+    strict: bool = True,
     teach: Callable[[Record, Example], Soft] | None = None,
     reader: Reader | None = None,
 ) -> Dataset:
     """Read, tokenise and cap. reader: how the base reads records, where it reads more than text
     (modalities). labelled=False admits records that have nothing to predict.
 
-    without: units to leave out (withdrawn consent); known: members of earlier loads of the same
-    dataset, which the cap keeps before others; few: a dataset without two units is returned as it
-    is, since on the wire nobody may tell; teach: what a teacher says of one record. [public] and
+    without: patients to leave out; known: members of earlier loads of the same dataset; strict: for
+    a person who can correct the files; teach: what a teacher says of one record. [public] and
     [evaluation] files hold nobody's private records: their unit is the record.
-    Errors: DataError for a file, a shape or (unless few) a set of records that cannot be used.
-    Guarantee: an example depends on its own record alone; which of a patient's records are kept
-    depends on that patient's records alone, not on their order, and stays as it was."""
+    Errors: DataError for a path or a shape that cannot be used; if strict, as `rows` has it, and
+    where fewer than two units are left.
+    Guarantee: if not strict, what a unit trains on, and whether, follows from its own rows and its
+    own past alone (UnitReader): with one unit more or less, nothing of the others changes."""
     table = table_of(file)
     shape = check_shape(file, study, tokenizer, labelled, reader)
     unit = study.unit if table == "data" else "record"
-    records, rejected = read_records(file, unit=unit, labelled=labelled, few=few)
-    rejected = rejected.copy()
-    found: list[tuple[Record, list[Tokens], int, int]] = []
+    records, counted = read_records(file, unit=unit, labelled=labelled, strict=strict)
+    rejected = counted.copy()
+    of_unit: dict[str, list[Record]] = {}
     for record in records:
-        if without(record.unit):
+        of_unit.setdefault(record.unit, []).append(record)
+    most = study.max_records_per_unit if unit == "patient" else None
+    read = UnitReader(study.objective, tokenizer, shape, labelled, reader, teach, most)
+    units: dict[str, Unit] = {}
+    for key, own in of_unit.items():
+        if unit == "patient" and without(key):
             continue
-        try:
-            placed, tiles = reader.place(record, study.objective) if reader else (record, 1)
-            starts = reader is not None and reader.starts
-            made = _tokenise(placed, study.objective, tokenizer, shape, labelled, starts)
-            if reader:
-                for ids, _ in made[0]:
-                    reader.check(ids, tiles)
-            found.append((record, *made, tiles))
-        except Rejected as error:
-            rejected[error.reason] += 1
-    if not found and not few:
+        made = read(own, lambda record: known(_kept(record)))
+        rejected.update(made.rejected)
+        if made.records:
+            units[key] = made
+    if not units and strict:
         raise _nothing_left(file.path, rejected, study.objective)
-    if isinstance(study.privacy, PrivacyTable) and unit == "patient":
-        most = study.privacy.max_records_per_unit
-        kept = _capped([record for record, *_ in found], most, known)
-        found = [found[index] for index in kept]
-    numbers: dict[str, int] = {}
-    scored = find(study.objective).outputs > 0
-    examples = [
-        _example(
-            tokens,
-            label,
-            numbers.setdefault(record.unit, len(numbers)),
-            scored,
-            record.media,
-            tiles,
-        )
-        for record, tokens, label, tiles in found
-    ]
-    if teach is not None:
-        marks = [teach(record, e) for (record, *_), e in zip(found, examples, strict=True)]
-        examples = [replace(e, soft=soft) for e, soft in zip(examples, marks, strict=True)]
-    if labelled and table == "data" and len(numbers) < 2 and not few:
+    if labelled and table == "data" and len(units) < 2 and strict:
         raise DataError(
             f"{file.path}: all usable records are one {unit}'s, which can be neither protected "
             "nor trained on",
             f"at least 2 {unit}s",
             f"add records, or check {table}.columns.patient",
         )
+    examples = [
+        replace(example, unit=number)
+        for number, made in enumerate(units.values())
+        for example in made.examples
+    ]
     if table != "data":
-        return Dataset(examples, len(numbers), rejected)
-    kept_records = [record for record, *_ in found]
-    members, units = _members(kept_records, unit), _units(kept_records, numbers)
-    return Dataset(examples, len(numbers), rejected, members, units)
+        return Dataset(examples, len(units), rejected)
+    keys = tuple(
+        unit_member(key) if unit == "patient" else b"row\0" + key.encode() for key in units
+    )
+    training = [record for made in units.values() for record in made.records]
+    members = _members(training) | (frozenset(keys) if unit == "patient" else frozenset())
+    return Dataset(examples, len(units), rejected, members, keys)
 
 
 def dataset_of(
@@ -199,17 +287,11 @@ def dataset_of(
 ) -> Dataset:
     """Public records, each a unit; of one to classify no label is asked. Errors: DataError."""
     shape = find(study.objective).shape
-    rejected: Counter[str] = Counter()
-    examples: list[Example] = []
-    for record in records:
-        try:
-            found = _tokenise(record, study.objective, tokenizer, shape, shape != "label", False)
-        except Rejected as error:
-            rejected[error.reason] += 1
-            continue
-        example = _example(*found, len(examples), find(study.objective).outputs > 0, None, 1)
-        soft = teach(record, example) if teach else None
-        examples.append(replace(example, soft=soft))
+    read = UnitReader(study.objective, tokenizer, shape, shape != "label", teach=teach)
+    made = [read([record]) for record in records]
+    rejected = Counter(reason for unit in made for reason in unit.rejected)
+    found = [example for unit in made for example in unit.examples]
+    examples = [replace(example, unit=number) for number, example in enumerate(found)]
     if not examples:
         raise DataError(f"none of {len(records)} public records can be used ({dict(rejected)})")
     return Dataset(examples, len(examples), rejected)
@@ -295,44 +377,24 @@ def _nothing_left(path: Path, rejected: Counter[str], objective: ObjectiveTable)
     return DataError(f"{path}: all records are rejected ({counts})", "at least 2 usable ones", todo)
 
 
-def _capped(records: list[Record], most: int, known: Callable[[bytes], bool]) -> list[int]:
-    """Indices of at most `most` records of each unit, in order: those kept before, then those of
-    smallest sha256."""
-    groups: defaultdict[str, list[tuple[bool, str, int]]] = defaultdict(list)
-    for index, record in enumerate(records):
-        body = _canonical(record)
-        order = (not known(b"record\0" + body), hashlib.sha256(body).hexdigest(), index)
-        groups[record.unit].append(order)
-    return sorted(index for group in groups.values() for *_, index in sorted(group)[:most])
+def _kept(record: Record) -> bytes:
+    """That this unit trains on this record. Who else has the same record has another."""
+    whose = hashlib.sha256(unit_member(record.unit)).digest()
+    return b"kept\0" + whose + content_of(record)
 
 
-def _canonical(r: Record) -> bytes:
-    more = [r.rejected] if r.rejected else []
-    more += [r.media.digest.hex()] if r.media else []
-    return json.dumps([r.prompt, r.completion, r.label, r.messages, *more]).encode()
-
-
-def _members(records: list[Record], unit: str) -> frozenset[bytes]:
-    """Each patient's key, each record, its file, and each of its longer texts: the same text or
-    file under another column or shape is still the same."""
+def _members(records: list[Record]) -> frozenset[bytes]:
+    """Of each record that it is its unit's; and for `fedtune doctor`, which compares datasets, the
+    record, its file and each of its longer texts, whoever's they are: the same text or file under
+    another column or shape is still the same."""
     found = set()
     for record in records:
-        found.add(b"record\0" + _canonical(record))
-        if unit == "patient":
-            found.add(unit_member(record.unit))
+        found |= {_kept(record), b"record\0" + content_of(record)}
         if record.media:
             found.add(b"media\0" + record.media.digest)
         texts = _texts(record)
         found |= {b"text\0" + text.encode() for text in texts if len(text) >= LONG}
     return frozenset(found)
-
-
-def _units(records: list[Record], numbers: dict[str, int]) -> tuple[tuple[bytes, ...], ...]:
-    """Of each unit its key and its records, as `_members` has them."""
-    found: list[list[bytes]] = [[unit_member(unit)] for unit in numbers]
-    for record in records:
-        found[numbers[record.unit]].append(b"record\0" + _canonical(record))
-    return tuple(map(tuple, found))
 
 
 def _texts(record: Record) -> list[str]:
@@ -359,13 +421,6 @@ def passage_of(
     else:
         tokens = _written(Record("", prompt, completion), objective, tokenizer, labelled=True)
     return _passage(*tokens, find(objective).outputs > 0)
-
-
-def _example(
-    tokens: list[Tokens], label: int, unit: int, scored: bool, media: Media | None, tiles: int
-) -> Example:
-    own, *worse = (_passage(*each, scored) for each in tokens)
-    return Example(*own, label, unit, worse[0] if worse else None, media, tiles)
 
 
 def _passage(tokens: list[int], targets: list[bool], scored: bool) -> Passage:

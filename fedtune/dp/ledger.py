@@ -6,14 +6,18 @@ again for free. Whatever goes wrong charges more, never less: a crash between re
 release, a restore, a name that turns out to hold another's patients.
 
 What counts against a dataset: its own charges and those of every other dataset of the site, except
-datasets that were declared disjoint (by either) and that never shared a member.
-| a new name for old members        | inherits what the old name spent, declared disjoint or not  |
+datasets that were declared disjoint (by either). Two that were first composed and later declared
+disjoint bear what either had spent until then. All of that follows from what a person at the site
+declares, never from a record. A patient whose key is in both is left out of the later one
+(`elsewhere`).
 | σ = 0 (a study without privacy)   | charged as σ = 0: the dataset's ε is infinite               |
 | a reservation that is asked again | is charged again                                            |
 | a charge against a neighbour      | is permitted only if the neighbour may bear it too          |
 Who arrived later bears less (`cohorts`): of the dataset's own charges those after the arrival, but
 for rounds that left the cohort out; of every other charge all.
-| a unit known before arrivals were kept, or a record of it | arrived with the first charge       |
+| a unit known before arrivals were kept | arrived with the first charge |
+A charge that an earlier release made (`Charge.rules`), or one for another unit, says nothing about
+what a unit spent: `unknown` lists those that nobody at the site has accepted.
 Files, anchor and receipts: ledger_store. Restore: ledger_restore.
 Errors: LedgerError (exit code 4); BudgetExceeded and other refusals come from `permit`.
 Reference: Rogers et al. 2016 and Feldman & Zrnic 2021 (privacy filters, which `permit` applies).
@@ -23,7 +27,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +50,13 @@ from fedtune.errors import Refused
 from fedtune.files import replace
 from fedtune.wire.keys import SigningKey, canonical, verifies
 
-__all__ = ["EVERY", "Charge", "Cohort", "Head", "Ledger", "LedgerError", "Spent"]
+__all__ = ["EVERY", "RULES", "Charge", "Cohort", "Head", "Ledger", "LedgerError", "Spent"]
 
 EVERY = "*"  # the dataset of a charge that counts against all of them
+# By which rules a unit's records are chosen. 1: which of a patient's records train, and who arrived
+# when, could follow from other patients' records, so the ε of those rounds is not known. 2: from
+# the unit's own.
+RULES = 2
 Permit = Callable[[list["Charge"]], None]
 
 
@@ -57,7 +65,8 @@ class Charge:
     """One round's noised steps, as reserved. Every value is public: it follows from the plan.
 
     noise_multiplier: σ in multiples of C, 0.0 without privacy; sampling_rate: q; records: k, rows
-    of one unit in a step; order: the Rényi order of the site's filter when this was charged."""
+    of one unit in a step; order: the Rényi order of the site's filter when this was charged; rules:
+    RULES of the release that charged."""
 
     study: str  # plan digest
     name: str
@@ -70,6 +79,12 @@ class Charge:
     unit: str
     cohort: str
     order: float = 2.0
+    rules: int = RULES
+
+    @classmethod
+    def read(cls, body: Mapping[str, Any]) -> Charge:
+        """From a ledger entry; one without rules is from before there were any."""
+        return cls(**{"rules": 1, **body})
 
     @property
     def event(self) -> Steps:
@@ -137,6 +152,9 @@ class Ledger:
         self._done: set[int] = set()  # released reservations
         self._withdrawn: set[str] = set()
         self._admitted: dict[str, str] = {}
+        self._accepted: dict[str, int] = {}  # dataset -> entry up to which the unknown is accepted
+        # Datasets that are disjoint now: the entry before which they bore each other's charges.
+        self._apart_since: dict[frozenset[str], int] = {}
         self._arrivals = Arrivals()
         self._store = Store(folder, self._fold)
         with self._store.writing() as writer:
@@ -162,30 +180,34 @@ class Ledger:
         self,
         dataset: str,
         disjoint_from: Iterable[str],
-        content_hash: str,
-        members: Iterable[bytes],
+        content_hash: str | None = None,
+        members: Iterable[bytes] = (),
         cohort: str = "first",
-        units: Iterable[Sequence[bytes]] = (),
+        keys: Iterable[bytes] | None = None,
     ) -> None:
         """Sign what `dataset` is: the others it shares no patient with, its content's hash, and its
         members (patient keys, record bytes), of which only salted hashes are kept.
 
-        Cheap where nothing changed; a member that was ever in the dataset stays its member.
-        units: (key, records …) of each, where arrivals are kept. A key that was never a member,
-        with records that never were, arrives now, in a cohort of all that do."""
+        Cheap where nothing changed; a member that was ever in the dataset stays its member; without
+        a content hash, content and cohort stay as they were. keys: of each unit, where arrivals are
+        kept. A key that was never a member arrives now, in a cohort of all such keys; whatever the
+        unit's records are, and whoever else has the same."""
         hashes = sorted({self._salted(member) for member in members})
         with self._store.writing() as writer:
-            salted = [tuple(self._salted(member) for member in unit) for unit in units]
-            arrival = self._arrivals.entry(dataset, writer.hashes(dataset), hashes, salted)
+            known = self._declared.get(dataset, {})
+            arrival = None
+            if keys is not None:
+                here = [self._salted(key) for key in keys]
+                arrival = self._arrivals.entry(dataset, writer.hashes(dataset), here)
             writer.add_members(dataset, hashes)
             body: dict[str, Any] = {
                 "dataset": dataset,
                 "disjoint_from": sorted(set(disjoint_from)),
-                "content": content_hash,
-                "cohort": cohort,
+                "content": known.get("content", "") if content_hash is None else content_hash,
+                "cohort": known.get("cohort", cohort) if content_hash is None else cohort,
                 "members": writer.members(dataset),
             }
-            if body != self._declared.get(dataset):
+            if body != known:
                 writer.append("declare", body)
             if arrival:
                 writer.append("arrive", {**arrival, "cohort": cohort})
@@ -200,25 +222,56 @@ class Ledger:
             hashes = writer.hashes(dataset)
         return lambda member: self._salted(member) in hashes
 
+    def elsewhere(self, dataset: str) -> Callable[[bytes], bool]:
+        """Of a patient's key, whether a dataset that shares no patient with `dataset` has it: who
+        is in both takes part where the key was first, or, declared so afterwards, nowhere."""
+        with self._store.writing() as writer:
+            names = [name for name in self._declared if self._apart(dataset, name)]
+            hashes = set().union(*(writer.hashes(name) for name in names))
+        return lambda key: self._salted(key) in hashes
+
+    def overlap(self, one: str, other: str) -> int:
+        """How many members the two datasets were ever seen to share: patients, records, files and
+        longer texts. For a person at the site; nothing else follows from it."""
+        with self._store.writing() as writer:
+            return writer.overlap(one, other)
+
+    def unknown(self, dataset: str, unit: str) -> list[Spent]:
+        """Charges against `dataset` of which nobody knows what they cost one `unit`, but those that
+        somebody at the site accepted: of another unit, or by the RULES of an earlier release."""
+        upto = self._accepted.get(dataset, -1)
+        return [
+            spent
+            for spent in self.spending(dataset)
+            if spent.seq > upto
+            and (spent.charge.rules < RULES or spent.charge.unit not in (unit, "any"))
+        ]
+
+    def accept(self, dataset: str, who: str, reason: str = "") -> None:
+        """Enter that a person at the site knows that what was spent on `dataset` until now is not
+        known, and goes on."""
+        with self._store.writing() as writer:
+            upto = self._store.head.seq
+            writer.append("accept", {"dataset": dataset, "upto": upto, "by": who, "why": reason})
+
     def charges(self, dataset: str) -> list[Charge]:
         """Everything that counts against `dataset`, oldest first."""
         return [spent.charge for spent in self.spending(dataset)]
 
     def spending(self, dataset: str | None = None) -> list[Spent]:
         """The same with entry, time and release; None: every charge in the ledger."""
-        with self._store.writing() as writer:
-            held = None if dataset is None else self._held(writer, dataset)
-            return self._spent(held)
+        with self._store.writing():
+            return self._spent() if dataset is None else self._against(dataset)
 
     def cohorts(self, dataset: str) -> list[Cohort]:
         """The units of `dataset` by arrival, oldest first; with no arrival known, one cohort."""
-        with self._store.writing() as writer:
-            return self._cohorts(writer, dataset)
+        with self._store.writing():
+            return self._cohorts(dataset)
 
     def newcomer(self, dataset: str) -> list[Charge]:
         """What would count against a unit that arrives now."""
-        with self._store.writing() as writer:
-            return self._newcomer(writer, dataset)
+        with self._store.writing():
+            return self._newcomer(dataset)
 
     def arrival(self, dataset: str) -> Callable[[bytes], int]:
         """Of a unit's key, the arrival of its cohort."""
@@ -245,10 +298,9 @@ class Ledger:
                 raise LedgerError(f"{self.folder}: dataset {dataset!r} was never declared")
             asked: list[list[int]] = []
             for other in sorted(self._declared, key=lambda name: (name != dataset, name)):
-                held = self._held(writer, other)
-                if dataset not in held:
+                if self._apart(dataset, other):
                     continue
-                spent = self._spent(held)
+                spent = self._against(other)
                 entries = [s.seq for s in spent]
                 if entries not in asked:
                     asked.append(entries)
@@ -269,12 +321,12 @@ class Ledger:
         with self._store.writing() as writer:
             if dataset not in self._declared:
                 raise LedgerError(f"{self.folder}: dataset {dataset!r} was never declared")
-            permit(self._newcomer(writer, dataset))
+            permit(self._newcomer(dataset))
             for other in sorted(set(self._declared) - {dataset}):
-                if dataset in (held := self._held(writer, other)):
-                    permit([spent.charge for spent in self._spent(held)])
+                if not self._apart(dataset, other):
+                    permit([spent.charge for spent in self._against(other)])
             out = set()
-            for cohort in self._cohorts(writer, dataset):
+            for cohort in self._cohorts(dataset):
                 try:
                     permit(cohort.charges)
                 except Refused:
@@ -424,31 +476,28 @@ class Ledger:
             body = path.read_bytes()
         return body if hashlib.sha256(body).hexdigest() == sha256 else None
 
-    def _held(self, writer: Transaction, dataset: str) -> set[str]:
-        """The datasets whose charges count against `dataset`."""
-        names = {dataset, EVERY, *self._declared}
-        return {name for name in names if not self._apart(writer, dataset, name)}
+    def _apart(self, one: str, other: str) -> bool:
+        """Whether the two are declared disjoint, as they stand now."""
+        return frozenset((one, other)) in self._apart_since
 
-    def _apart(self, writer: Transaction, one: str, other: str) -> bool:
-        if one == other or EVERY in (one, other):
-            return False
-        said = any(
-            there in self._declared.get(here, {}).get("disjoint_from", ())
-            for here, there in ((one, other), (other, one))
-        )
-        return said and not writer.overlap(one, other)
+    def _against(self, dataset: str) -> list[Spent]:
+        """All that counts against `dataset`, oldest first."""
+        return [spent for spent in self._spent() if self._counts(spent, dataset)]
 
-    def _spent(self, held: set[str] | None) -> list[Spent]:
+    def _counts(self, spent: Spent, dataset: str) -> bool:
+        since = self._apart_since.get(frozenset((spent.dataset, dataset)))
+        return since is None or spent.seq < since
+
+    def _spent(self) -> list[Spent]:
         rows = [
             Spent(seq, "reserve", r.dataset, r.charge, r.adapter, r.time, seq in self._done)
             for seq, r in self._reserved.items()
-            if held is None or r.dataset in held
         ]
         rows += [Spent(seq, "restore", EVERY, c, "", at, True) for seq, c, at in self._restored]
         return sorted(rows, key=lambda row: row.seq)
 
-    def _cohorts(self, writer: Transaction, dataset: str) -> list[Cohort]:
-        spent = self._spent(self._held(writer, dataset))
+    def _cohorts(self, dataset: str) -> list[Cohort]:
+        spent = self._against(dataset)
         return [
             Cohort(seq, *arrival, [s for s in spent if s.dataset != dataset or self._bears(s, seq)])
             for seq, arrival in self._arrivals.cohorts(dataset).items()
@@ -458,9 +507,21 @@ class Ledger:
         """Whether who arrived with entry `arrival` took part in that round of their dataset."""
         return spent.seq > arrival and arrival not in self._reserved[spent.seq].out
 
-    def _newcomer(self, writer: Transaction, dataset: str) -> list[Charge]:
-        spent = self._spent(self._held(writer, dataset))
-        return [s.charge for s in spent if s.dataset != dataset]
+    def _newcomer(self, dataset: str) -> list[Charge]:
+        return [spent.charge for spent in self._against(dataset) if spent.dataset != dataset]
+
+    def _separate(self, seq: int, body: Mapping[str, Any]) -> None:
+        """Take a declaration into account: which datasets are disjoint from now on, and whether
+        they were one until now."""
+        dataset, new = body["dataset"], body["dataset"] not in self._declared
+        for other, about in self._declared.items():
+            pair = frozenset((dataset, other))
+            if other == dataset:
+                continue
+            if other not in body["disjoint_from"] and dataset not in about["disjoint_from"]:
+                self._apart_since.pop(pair, None)
+            elif pair not in self._apart_since:
+                self._apart_since[pair] = 0 if new else seq
 
     def _check_members(self, writer: Transaction) -> None:
         members = {name: body["members"] for name, body in self._declared.items()}
@@ -470,9 +531,10 @@ class Ledger:
         """Take one verified entry into account."""
         body, time = entry.body, entry.body.get("time", 0)
         if entry.kind == "declare":
+            self._separate(entry.seq, body)
             self._declared[body["dataset"]] = {k: v for k, v in body.items() if k != "time"}
         elif entry.kind == "reserve":
-            charge, out = Charge(**body["charge"]), frozenset(body.get("out", ()))
+            charge, out = Charge.read(body["charge"]), frozenset(body.get("out", ()))
             what = body["dataset"], charge, body["adapter"]
             self._reserved[entry.seq] = _Reservation(*what, time, out)
         elif entry.kind == "arrive":
@@ -482,11 +544,13 @@ class Ledger:
             slot = self._reserved[body["reservation"]].slot
             self._sent[slot], self._released[slot] = body["sha256"], entry.seq
         elif entry.kind == "restore":
-            self._restored += [(entry.seq, Charge(**c), time) for c in body["charges"]]
+            self._restored += [(entry.seq, Charge.read(c), time) for c in body["charges"]]
         elif entry.kind == "withdraw":
             self._withdrawn.add(body["unit"])
         elif entry.kind == "admit":
             self._admitted[body["plan"]] = body["by"]
+        elif entry.kind == "accept":
+            self._accepted[body["dataset"]] = body["upto"]
         elif entry.kind != "open":
             raise KeyError(entry.kind)  # what it charges is not known here
 

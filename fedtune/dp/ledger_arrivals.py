@@ -49,27 +49,19 @@ class Arrivals:
         return found
 
     def entry(
-        self,
-        dataset: str,
-        known: Collection[bytes],
-        members: Collection[bytes],
-        units: Sequence[tuple[bytes, ...]],
+        self, dataset: str, known: Collection[bytes], keys: Sequence[bytes]
     ) -> dict[str, Any] | None:
-        """What to enter before `members` become the dataset's, if anything; all is salted.
+        """What to enter before the units `keys` become the dataset's, if anything; all is salted.
 
-        known: its members so far; units: (key, records …) of each, none where the study keeps no
-        arrivals.
+        known: the dataset's members so far. A unit's arrival follows from its own key alone: what
+        others' records are, and whether they are the same, decides nothing.
 
-        | a key and records that are all new     | arrives now                            |
-        | a known key                            | arrived when it did                    |
-        | a new key with a record that is known  | the same person under another name, as |
-        |                                        | far as we know: there from the first   |"""
+        | a key that was never a member  | arrives now                                           |
+        | a known key that arrived       | arrived when it did                                   |
+        | a known key that never arrived | there from the first, in a study without arrivals |"""
         here = self._of.get(dataset, {})
-        new = {unit[0].hex() for unit in units if not any(member in known for member in unit)}
-        if units:
-            older = any(unit[0].hex() not in new and unit[0].hex() not in here for unit in units)
-        else:
-            older = bool(here) and any(member not in known for member in members)
+        new = sorted({key.hex() for key in keys if key not in known})
+        older = any(key in known and key.hex() not in here for key in keys)
         if not new and (not older or dataset in self._older):
             return None
-        return {"dataset": dataset, "units": sorted(new), "older": older}
+        return {"dataset": dataset, "units": new, "older": older}

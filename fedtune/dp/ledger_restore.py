@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedtune.dp.ledger import EVERY, Charge
+from fedtune.dp.ledger import EVERY, RULES, Charge
 from fedtune.dp.ledger_files import (
     DATABASE,
     HEAD,
@@ -80,16 +80,16 @@ class _Base:
 
     @property
     def charges(self) -> list[Charge]:
-        found = [Charge(**e.body["charge"]) for e in self.entries if e.kind == "reserve"]
+        found = [Charge.read(e.body["charge"]) for e in self.entries if e.kind == "reserve"]
         for entry in self.entries:
             if entry.kind == "restore":
-                found += [Charge(**charge) for charge in entry.body["charges"]]
+                found += [Charge.read(charge) for charge in entry.body["charges"]]
         return found
 
     @property
     def released(self) -> Counter[tuple[Any, ...]]:
         """Noised steps behind the updates that were released, by what they were."""
-        rows = {e.seq: Charge(**e.body["charge"]) for e in self.entries if e.kind == "reserve"}
+        rows = {e.seq: Charge.read(e.body["charge"]) for e in self.entries if e.kind == "reserve"}
         total: Counter[tuple[Any, ...]] = Counter()
         for entry in self.entries:
             if entry.kind == "release" and rows[entry.body["reservation"]].noise_multiplier > 0:
@@ -235,6 +235,9 @@ def _priced(folder: Path, base: _Base, receipts: Receipts | None, public: str) -
         charges.append(EXHAUSTED)
     elif unexplained:
         charges.append(_costliest(known, unexplained))
+    # What was lost was chosen by the rules of whoever charged it; in doubt, by the oldest known.
+    rules = min((c.rules for c in (*base.charges, *left)), default=RULES)
+    charges = [dataclasses.replace(charge, rules=rules) for charge in charges]
     return {
         "base": base.seq,
         "highest": max([base.seq, top, *(head.seq for head in heads)]),
@@ -273,7 +276,7 @@ def _left(path: Path) -> tuple[list[Charge], int]:
             for seq, kind, body in connection.execute("SELECT seq, kind, body FROM entries"):
                 top = max(top, int(seq))
                 if kind == "reserve":
-                    found.append(Charge(**json.loads(body)["charge"]))
+                    found.append(Charge.read(json.loads(body)["charge"]))
     except (sqlite3.Error, ValueError, TypeError, KeyError):
         pass  # what was read until here stands
     return found, top

@@ -53,7 +53,9 @@ from fedtune.files import replace
 from fedtune.wire.keys import SigningKey, canonical, verifies
 
 BUSY = 60.0  # seconds to wait for another process
-FORMAT = 1  # PRAGMA user_version; raised when an older release could misread an entry. 0: as 1
+# PRAGMA user_version; raised when an older release could misread an entry. 0: as 1; 2: charges say
+# by which rules records were chosen, and what is not known may be accepted.
+FORMAT = 2
 FORMATS = 1000  # none is above: such a number is a flipped bit, and the entries speak for it
 PRAGMAS = ("synchronous = EXTRA", "trusted_schema = OFF")
 START = "0" * 64  # prev of the first entry
@@ -181,12 +183,13 @@ class Transaction:
             digest.update(hash_)
         return digest.hexdigest()
 
-    def overlap(self, one: str, other: str) -> bool:
+    def overlap(self, one: str, other: str) -> int:
         query = (
-            "SELECT 1 FROM members a JOIN members b ON b.hash = a.hash AND b.dataset = ? "
-            "WHERE a.dataset = ? LIMIT 1"
+            "SELECT COUNT(*) FROM members a JOIN members b ON b.hash = a.hash AND b.dataset = ? "
+            "WHERE a.dataset = ?"
         )
-        return bool(list(self.sql.execute(query, (other, one))))
+        ((shared,),) = self.sql.execute(query, (other, one))
+        return int(shared)
 
 
 class Store:
@@ -250,6 +253,9 @@ class Store:
         """Verify and fold what is new since the last transaction; then compare the anchor."""
         if not list(connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'entries'")):
             self._create(connection)
+        ((written,),) = connection.execute("PRAGMA user_version")
+        if written < FORMAT:  # from here on an older release must not write into it
+            connection.execute(f"PRAGMA user_version = {FORMAT}")
         last: tuple[Head, str] | None = None
         for entry, signature in chain(connection, self.path, self._head):
             head = Head(entry.seq, entry.hash)

@@ -88,6 +88,9 @@ def _bf16_is_faster() -> bool:
     return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
 
 
+POSITIONS = ("max_position_embeddings", "max_target_positions", "n_positions")  # in a config
+
+
 class Network:
     """A frozen base with its adapter or head. Shapes: B records, L positions, H hidden, V classes
     or vocabulary. Adapters and heads are fp32 whatever the base."""
@@ -136,6 +139,42 @@ class Network:
         self._adopted: dict[str, Arrays] = {}  # by digest; shared by everyone who trains over it
         self._loaded: tuple[Arrays, list[int]] | None = None  # as A, and A's versions since
         self.draw_factor(seed=0)
+
+    @cached_property
+    def positions(self) -> int | None:
+        """The most tokens that a text may have for the base; None where it does not say."""
+        config = self._backbone.config
+        sizes = (getattr(config, name, None) for name in POSITIONS)
+        known = [size for size in sizes if isinstance(size, int) and size > 0]
+        if not known:
+            return None
+        # RoBERTa's way: positions are counted from the padding's own number.
+        first = getattr(getattr(self._backbone, "embeddings", None), "padding_idx", None)
+        return min(known) - (0 if first is None else first + 1)
+
+    @torch.no_grad()
+    def check_length(self, length: int) -> None:
+        """Whether the base reads texts of `length` tokens here, seen before any record is read: one
+        that is too long would fail, and tell by that how long it is. Errors: ConfigError."""
+        if self.positions is not None and length > self.positions:
+            raise ConfigError(
+                f"objective.max_length = {length} is more than the base can read",
+                f"at most {self.positions}, its positions",
+            )
+        if self.reader.column is not None:
+            return
+        ids, mask = (
+            torch.zeros(1, length, dtype=torch.long),
+            torch.ones(1, length, dtype=torch.bool),
+        )
+        try:
+            self.hidden(self.prefix(ids, mask), mask.to(self.device))
+        except Exception as error:
+            raise ConfigError(
+                f"the base cannot read objective.max_length = {length} tokens here "
+                f"({type(error).__name__})",
+                "a length that it reads on this machine",
+            ) from None
 
     @property
     def cached(self) -> bool:

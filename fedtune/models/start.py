@@ -29,6 +29,7 @@ def start(study: Study) -> Start:
 
     Errors: ModelError, ConfigError, DataError (public text)."""
     network = build(study)
+    network.check_length(study.objective.max_length)
     study = with_rounds(study)
     base = study.base.model_copy(update={"digest": network.base.digest})
     study = study.model_copy(update={"base": base})

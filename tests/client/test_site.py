@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ from client.site import SiteWorker, Unprepared
 from client.site import worker as site_worker
 from client.withdraw import UnknownPatient, withdraw
 from fedtune.config import Site, Study
+from fedtune.data.records import unit_member
 from fedtune.dp import noise
 from fedtune.dp.accountant import Steps, epsilon
 from fedtune.dp.filter import best_order
+from fedtune.dp.ledger import RULES, Charge
 from fedtune.dp.plan import plan_for_site
-from fedtune.errors import BudgetExceeded, DataError, ModelError, PolicyRefused
+from fedtune.errors import BudgetExceeded, ConfigError, DataError, ModelError, PolicyRefused
 from fedtune.models.cache import Cached
 from fedtune.models.lora import digest as arrays_digest
-from fedtune.models.network import build
+from fedtune.models.network import Network, build
 from fedtune.models.start import Start, start
 from fedtune.models.states import STORE
 from fedtune.training import local_round
@@ -470,3 +473,108 @@ def test_a_tightened_policy_holds_from_the_next_round(tmp_path: Path, tiny_base:
     with pytest.raises(BudgetExceeded):
         trains(worker, made, 2)
     assert len(worker.log.steps()) == 1
+
+
+HEAD = {"name": "classify", "labels": ["yes", "no"], "max_length": 64}
+
+
+@pytest.mark.parametrize("kind", ["causal", "encoder"])
+def test_a_length_that_the_base_cannot_read_is_refused_before_any_record_is_read(
+    tmp_path: Path, tiny_base: Path, tiny_encoder: Path, kind: str
+) -> None:
+    """Else the longest record would tell by an error how long it is."""
+    worker = SiteWorker(make_site(tmp_path, patient="who"))  # there is no file
+    made = begun(tiny_base)
+    if kind == "encoder":
+        made = begun(tiny_encoder, lora=None, objective=HEAD)
+    objective = made.study.objective.model_copy(update={"max_length": 513})
+    refused = worker.prepare(made.study.model_copy(update={"objective": objective}), made.frozen)
+    assert not refused.admitted and "at most 512, its positions" in refused.reason
+    with pytest.raises(ConfigError, match="at most 512"):  # nor does a coordinator start it
+        begun(tiny_base, objective={"name": "causal_lm", "max_length": 513})
+
+
+def test_a_base_that_does_not_say_what_it_can_read_is_tried(
+    tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Network, "positions", None)
+    with pytest.raises(ConfigError, match="= 600 tokens here"):
+        begun(tiny_encoder, lora=None, objective=HEAD | {"max_length": 600})
+
+
+def test_what_was_charged_for_another_unit_is_not_composed_with_a_study(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """Before there was a patient column: what one patient spent then is not known."""
+    notes(tmp_path)
+    records = begun(tiny_base, privacy={"epsilon": 4.0, "delta": 1e-4})
+    before = SiteWorker(make_site(tmp_path))
+    assert before.prepare(records.study, records.frozen).admitted
+    trains(before, records, 1)
+    worker = SiteWorker(make_site(tmp_path, patient="who"))
+    made = begun(tiny_base)
+    refused = worker.prepare(made.study, made.frozen)
+    assert not refused.admitted and "they were charged per record" in refused.reason
+    assert len(worker.ledger.charges("records")) == 1
+    worker.ledger.accept("records", "officer")
+    assert worker.prepare(made.study, made.frozen).admitted
+
+
+def test_nothing_runs_on_top_of_what_an_earlier_release_charged_until_the_site_signs(
+    worker: SiteWorker, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = begun(tiny_base)
+    worker.prepare(made.study, made.frozen)
+    with monkeypatch.context() as patch:
+        patch.setattr("client.site.Charge", partial(Charge, rules=RULES - 1))
+        trains(worker, made, 1)
+    with pytest.raises(BudgetExceeded, match="an earlier release charged them"):
+        trains(worker, made, 2)
+    worker.ledger.accept("records", "officer")
+    trains(worker, made, 2)
+    trains(worker, made, 3)
+    assert len(worker.ledger.charges("records")) == 3
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_patient_in_two_disjoint_datasets_is_left_out_of_the_later_and_nothing_is_said(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    """Nor does the old dataset's spending count, whose patients are not in the new."""
+    units: list[int] = []
+
+    def spy(study: Study, data: Cached, *rest: Any) -> dict[str, np.ndarray]:
+        units.append(data.dataset.n_units)
+        return local_round(study, data, *rest)
+
+    monkeypatch.setattr("client.site.local_round", spy)
+    made = begun(tiny_base, privacy={"epsilon": 7.9, "delta": 1e-4, "unit": "patient"})
+    notes(tmp_path)
+    first = SiteWorker(make_site(tmp_path, patient="who"))
+    first.prepare(made.study, made.frozen)
+    for round_ in range(1, 5):
+        trains(first, made, round_)
+    rows = [{"who": f"new{n}", "note": "fever and cough, day 0", "answer": "no"} for n in range(6)]
+    rows += [{"who": "p4", "note": "another note", "answer": "no"}] * shared
+    (tmp_path / "later.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    site = make_site(tmp_path, patient="who")
+    table = {"path": tmp_path / "later.jsonl", "name": "later", "disjoint_from": ("records",)}
+    later = SiteWorker(site.model_copy(update={"data": site.data.model_copy(update=table)}))
+    privacy = {"epsilon": 7.9, "delta": 1e-4, "unit": "patient"}
+    second = begun(tiny_base, privacy=privacy, study={"name": "second"})
+    assert later.prepare(second.study, second.frozen).admitted
+    trains(later, second, 1)
+    assert units == [12, 12, 12, 12, 6]
+    assert len(later.ledger.charges("later")) == 1
+
+
+def test_a_withdrawn_patients_key_is_no_records(tmp_path: Path, tiny_base: Path) -> None:
+    """A site whose file names no patient any more has no withdrawals to look for in it."""
+    notes(tmp_path)
+    worker = SiteWorker(make_site(tmp_path))
+    for key in ("0", "1", "7"):
+        worker.ledger.withdraw(unit_member(key))
+    made = begun(tiny_base, privacy={"epsilon": 4.0, "delta": 1e-4})
+    worker.prepare(made.study, made.frozen)
+    network = build(made.study)
+    assert worker.seen(made.study, network).dataset.n_units == 24

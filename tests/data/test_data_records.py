@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedtune.config import Columns, DataFile, EvaluationTable
+from fedtune.data import files
 from fedtune.data.records import Record, read_records
 from fedtune.errors import DataError
 
@@ -169,8 +170,92 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path, jsonl: Jsonl) ->
     records, _ = read_records(DataFile(path=tmp_path, columns=TEXT))
     assert [record.completion for record in records] == ["first", "second"]
     (tmp_path / "c.csv").write_text("t\nthird\n")
-    with pytest.raises(DataError, match=r"mixes \.csv and \.jsonl"):
-        read_records(DataFile(path=tmp_path, columns=TEXT))
+    records, _ = read_records(DataFile(path=tmp_path, columns=TEXT))
+    assert [record.completion for record in records] == ["first", "second", "third"]
+
+
+def a_file_a_patient(folder: Path, kind: str, odd: Any = None) -> None:
+    """Three patients' files of one kind, and one of `odd` rows, or bytes, in the middle."""
+    folder.mkdir()
+    files: dict[str, Any] = {f"p{n}": [{"t": f"note {n}", "y": "a"}] for n in range(3)}
+    for name, rows in (files | ({"p1-odd": odd} if odd is not None else {})).items():
+        path = folder / f"{name}.{kind}"
+        if isinstance(rows, bytes):
+            path.write_bytes(rows)
+        elif kind == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        elif kind == "csv":
+            with path.open("w", newline="") as handle:
+                writer = csv.DictWriter(handle, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize(
+    ("odd", "reasons"),
+    [
+        ([{"t": "no label"}], {"missing value": 1}),
+        ([{"other": 1}], {"missing value": 1}),
+        (b"\xff\xfe\x00 neither", None),
+        (b"", None),
+    ],
+)
+def test_one_patients_file_is_nothing_to_the_others(
+    tmp_path: Path, kind: str, odd: Any, reasons: dict[str, int] | None
+) -> None:
+    a_file_a_patient(tmp_path / "without", kind)
+    a_file_a_patient(tmp_path / "with", kind, odd)
+    for strict in (True, False):
+        found = {}
+        for name in ("without", "with"):
+            file = DataFile(path=tmp_path / name, columns=LABELLED)
+            found[name] = read_records(file, strict=strict)
+        texts = {name: [r.prompt for r in records] for name, (records, _) in found.items()}
+        assert texts["with"] == texts["without"] == ["note 0", "note 1", "note 2"]
+        if reasons is not None:
+            assert found["with"][1] == reasons
+
+
+def test_a_file_that_decides_about_all_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin: a column that one file lacks is an error of the dataset."""
+    honest = files.Names.header
+
+    def header(self: files.Names, names: list[str], shown: bool = True) -> None:
+        honest(self, names, shown)
+        if "y" not in names:
+            raise DataError("no column 'y'")
+
+    monkeypatch.setattr(files.Names, "header", header)
+    with pytest.raises((AssertionError, DataError)):
+        test_one_patients_file_is_nothing_to_the_others(
+            tmp_path, "csv", [{"t": "no label"}], {"missing value": 1}
+        )
+
+
+def test_once_it_takes_part_a_site_reads_what_it_can(tmp_path: Path, jsonl: Jsonl) -> None:
+    """The guarantee of CSV begins at a well-formed file; before it joins, a site is told."""
+    path = tmp_path / "data.csv"
+    path.write_text('t\nx\n"a quote" inside\ny\n')
+    records, rejected = read_records(DataFile(path=path, columns=TEXT), strict=False)
+    assert [r.completion for r in records] == ["x"] and rejected == {"not well-formed CSV": 1}
+    assert "not well-formed" in str(error_of(path))
+    assert "not well-formed" in str(error_of(tmp_path))  # in a folder too
+    absent = DataFile(path=jsonl({"n": "x"}), columns=TEXT)
+    assert read_records(absent, strict=False) == ([], {"missing value": 1})
+
+
+def test_a_line_without_end_is_one_record_too_long(
+    jsonl: Jsonl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "LINE", 100)
+    path = jsonl({"t": "x"}, {"t": "long " * 200}, {"t": "y"}, {"t": "z" * 85}, {"t": "é" * 300})
+    records, rejected = read_records(DataFile(path=path, columns=TEXT))
+    assert [r.completion for r in records] == ["x", "y", "z" * 85] and rejected == {"too long": 2}
 
 
 def error_of(path: Path, columns: Columns = TEXT, **options: Any) -> DataError:

@@ -19,7 +19,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from fedtune.config import Columns, DataFile, EvaluationTable, PublicTable, Study
-from fedtune.data.tokens import Dataset, Example, load_dataset
+from fedtune.data import tokens
+from fedtune.data.files import Rejected
+from fedtune.data.records import Record, unit_member
+from fedtune.data.tokens import Dataset, Example, Soft, load_dataset
 from fedtune.errors import DataError
 
 Jsonl = Callable[..., Path]
@@ -324,7 +327,7 @@ def test_units(jsonl: Jsonl, study: MakeStudy, tokenizer: Tok) -> None:
     columns = Columns(text="t", patient="who")
     path = jsonl(*({"t": f"text {i}", "who": who} for i, who in enumerate("bab")))
     data = load(path, columns, study(privacy={"unit": "patient"}), tokenizer)
-    assert (data.n_units, data.by_unit) == (2, [[0, 2], [1]])
+    assert (data.n_units, data.by_unit) == (2, [[0, 1], [2]])
     data = load(path, columns, study(), tokenizer)
     assert (data.n_units, data.by_unit) == (3, [[0], [1], [2]])
 
@@ -382,6 +385,103 @@ def test_the_cap_depends_on_the_patients_own_records_alone(
     assert kept(shuffled, plan, tok) == first
     without_a = kept([row for row in rows if row[0] != "a"] + always, plan, tok)
     assert without_a == {who: texts for who, texts in first.items() if who != "a"}
+
+
+CAP = {"unit": "patient", "max_records_per_unit": 2}
+WHO = Columns(text="t", patient="who")
+NOTE = "no acute findings; discharged home"  # of many patients, word for word
+
+
+def grown(
+    jsonl: Jsonl, study: MakeStudy, tok: Tok, *others: dict[str, Any]
+) -> dict[bytes, list[list[int]]]:
+    """What eight patients train on after their file has grown; `others` were in it from the first.
+    Each had one note of their own; now there is NOTE, and a note that sorts before it."""
+    plan = study(privacy=CAP)
+    first = [{"t": f"note {p}", "who": p} for p in range(8)]
+    before = load(jsonl(*first, *others), WHO, plan, tok)
+    more = [{"t": t, "who": p} for p in range(8) for t in (NOTE, f"another {p} of {p % 3}")]
+    memory = before.members.__contains__
+    after = load(jsonl(*first, *others, *more), WHO, plan, tok, known=memory)
+    texts = [[after.examples[i].input_ids.tolist() for i in unit] for unit in after.by_unit]
+    return dict(zip(after.keys, texts, strict=True))
+
+
+def test_what_a_patient_keeps_follows_from_that_patients_past_alone(
+    jsonl: Jsonl, study: MakeStudy, tokenizer: Tok
+) -> None:
+    """Not from whether somebody else has the same note."""
+    alone = grown(jsonl, study, tokenizer)
+    beside = grown(jsonl, study, tokenizer, {"t": NOTE, "who": "a"})
+    assert beside.pop(unit_member("a")) and beside == alone
+    assert all(len(texts) == 2 for texts in alone.values())
+
+
+def test_a_memory_that_patients_share_is_caught(
+    jsonl: Jsonl, study: MakeStudy, tokenizer: Tok, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin: kept before, by anybody."""
+    monkeypatch.setattr(tokens, "_kept", lambda record: b"kept" + tokens.content_of(record))
+    with pytest.raises(AssertionError):
+        test_what_a_patient_keeps_follows_from_that_patients_past_alone(jsonl, study, tokenizer)
+
+
+def test_a_patient_keeps_what_was_kept(jsonl: Jsonl, study: MakeStudy, tokenizer: Tok) -> None:
+    plan = study(privacy=CAP)
+    rows = [{"t": f"note {n}", "who": "a"} for n in range(9)]
+    two = load(jsonl(*rows[:2], {"t": "x", "who": "b"}), WHO, plan, tokenizer)
+    nine = load(
+        jsonl(*rows, {"t": "x", "who": "b"}),
+        *(WHO, plan, tokenizer),
+        known=two.members.__contains__,
+    )
+    assert [e.input_ids.tolist() for e in nine.examples] == [
+        e.input_ids.tolist() for e in two.examples
+    ]
+
+
+def test_a_record_is_named_by_what_it_says_and_not_by_where_it_stands(
+    jsonl: Jsonl, study: MakeStudy, tokenizer: Tok
+) -> None:
+    rows = [{"t": text} for text in ("a b", "c d", "a b", "e f")]
+    keys = load(jsonl(*rows), TEXT, study(), tokenizer).keys
+    assert len(set(keys)) == 4
+    fewer = load(jsonl(*rows[1:]), TEXT, study(), tokenizer).keys
+    assert set(fewer) < set(keys) and len(fewer) == 3
+    withdrawn = load(jsonl(*rows), TEXT, study(), tokenizer, without=lambda unit: True)
+    assert withdrawn.n_units == 4  # patients withdraw; a record has no key of a patient
+
+
+class Fails:
+    """A library that one text makes fail."""
+
+    def __init__(self, tokenizer: Tok) -> None:
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def encode(self, text: str, **options: Any) -> list[int]:
+        if SECRET in text:
+            raise MemoryError(text)
+        return list(self._tokenizer.encode(text, **options))
+
+
+def test_what_one_record_makes_a_library_do_costs_that_record_alone(
+    jsonl: Jsonl, study: MakeStudy, tokenizer: Tok, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = jsonl({"t": "x"}, {"t": SECRET}, {"t": "y"})
+    data = load(path, TEXT, study(), Fails(tokenizer))  # type: ignore[arg-type]
+    assert (len(data.examples), data.rejected) == (2, {"cannot be read": 1})
+    assert "MemoryError" in caplog.text and SECRET not in caplog.text
+
+    def teach(record: Record, example: Example) -> Soft:
+        if record.completion == "x":
+            raise Rejected("too long")
+        return Soft(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32))
+
+    taught = load(jsonl({"t": "x"}, {"t": "y"}, {"t": "z"}), TEXT, study(), tokenizer, teach=teach)
+    assert (len(taught.examples), taught.rejected) == (2, {"too long": 1})
 
 
 def test_no_cap_without_privacy(jsonl: Jsonl, study: MakeStudy, tokenizer: Tok) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedtune.dp.ledger import Charge, Ledger
+from fedtune.dp.ledger_arrivals import Arrivals
 from fedtune.errors import BudgetExceeded
 
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -32,7 +34,7 @@ def unit(name: str, *records: str) -> tuple[bytes, ...]:
 
 def declare(book: Ledger, *units: tuple[bytes, ...], dataset: str = "records") -> None:
     members = [member for each in units for member in each]
-    book.declare(dataset, [], "hash", members, "later", units)
+    book.declare(dataset, [], "hash", members, "later", [each[0] for each in units])
 
 
 def borne(book: Ledger, name: str, dataset: str = "records") -> list[int]:
@@ -81,20 +83,41 @@ def test_who_was_there_before_arrivals_were_kept_bears_everything(book: Ledger) 
     assert [(c.arrival > 0, c.units) for c in book.cohorts("records")] == [(False, 0), (True, 1)]
 
 
-def test_a_new_key_with_a_known_record_bears_everything(book: Ledger) -> None:
-    declare(book, unit("a", "r1", "r2"))
+@pytest.mark.parametrize("others", [(), (unit("a", "no acute findings"),)])
+def test_when_somebody_arrived_follows_from_their_own_key_alone(
+    book: Ledger, others: tuple[tuple[bytes, ...], ...]
+) -> None:
+    """Whether or not an older patient has a note that a newcomer has too."""
+    declare(book, *others, unit("x"))
     book.reserve_for("records", charge(1), "a", permit)
-    declare(book, unit("a", "r1"), unit("b", "r2", "r3"), unit("c", "r4"))
+    declare(book, *others, unit("x"), unit("b", "no acute findings", "r3"), unit("c", "r4"))
     book.reserve_for("records", charge(2), "a", permit)
-    assert borne(book, "b") == [1, 2] and borne(book, "c") == [2]
+    assert borne(book, "b") == borne(book, "c") == [2]
+
+
+def test_arrivals_by_records_that_others_have_are_caught(
+    book: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin: a newcomer with anybody's note counts as there from the first."""
+    honest = Arrivals.entry
+
+    def coupled(self: Arrivals, dataset: str, known: set[bytes], keys: list[bytes]) -> Any:
+        note = book._salted(b"record no acute findings")
+        return honest(self, dataset, known | set(keys) if note in known else known, keys)
+
+    monkeypatch.setattr(Arrivals, "entry", coupled)
+    with pytest.raises(AssertionError):
+        test_when_somebody_arrived_follows_from_their_own_key_alone(
+            book, (unit("a", "no acute findings"),)
+        )
 
 
 def test_who_only_a_study_without_arrivals_saw_bears_everything(book: Ledger) -> None:
     declare(book, unit("a"))
     book.reserve_for("records", charge(1), "a", permit)
     book.declare("records", [], "hash", [*unit("a"), *unit("b")])
-    assert book.cohorts("records")[0].arrival == 0
     declare(book, unit("a"), unit("b"))
+    assert book.cohorts("records")[0].arrival == 0
     assert borne(book, "b") == [1]
 
 

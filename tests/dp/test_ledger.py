@@ -14,13 +14,15 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedtune.dp import ledger_store
 from fedtune.dp.accountant import Steps
-from fedtune.dp.ledger import Charge, Ledger, LedgerError
+from fedtune.dp.ledger import RULES, Charge, Ledger, LedgerError
 from fedtune.dp.ledger_files import Head, Receipt, Receipts, sealed_token
 from fedtune.dp.steplog import Step, StepLog
 from fedtune.errors import BudgetExceeded
@@ -212,10 +214,69 @@ def test_datasets_compose_unless_they_are_declared_disjoint_by_either(ledger: Le
     assert len(ledger.charges("letters")) == 2
 
 
-def test_a_new_name_for_old_members_inherits_what_they_spent(ledger: Ledger) -> None:
+@pytest.mark.parametrize("members", [[b"eve"], [b"eve", b"bob"]])
+def test_what_counts_against_whom_follows_from_declarations_alone(
+    ledger: Ledger, members: list[bytes]
+) -> None:
+    """Were it to follow from a shared text, the answer to a plan would tell that it is shared. Who
+    is in both datasets is left out of the later one."""
     run_round(ledger, 1)
-    ledger.declare("fresh", ["notes"], "sha256:9", [b"eve", b"bob"])
-    assert len(ledger.charges("fresh")) == 1
+    ledger.declare("fresh", ["notes"], "sha256:9", members)
+    assert ledger.charges("fresh") == []
+    assert [ledger.elsewhere("fresh")(key) for key in (b"ann", b"bob", b"eve")] == [1, 1, 0]
+    assert ledger.overlap("fresh", "notes") == len(members) - 1  # for a person at the site
+
+
+def test_what_was_spent_before_two_datasets_were_told_apart_counts_against_both(
+    ledger: Ledger, folder: Path
+) -> None:
+    ledger.declare("scans", [], "sha256:2", [b"ann"])
+    run_round(ledger, 1)
+    ledger.declare("scans", ["notes"], "sha256:2", [b"ann"])
+    run_round(ledger, 2)
+    for book in (ledger, Ledger(folder)):
+        assert [charge.round for charge in book.charges("scans")] == [1]
+        assert book.elsewhere("scans")(b"ann") and book.elsewhere("notes")(b"ann")
+    ledger.declare("scans", [], "sha256:2", [b"ann"])
+    assert [charge.round for charge in ledger.charges("scans")] == [1, 2]
+
+
+def test_a_declaration_of_what_is_disjoint_keeps_content_and_cohort(ledger: Ledger) -> None:
+    ledger.declare("notes", [], "sha256:7", [b"ann"], cohort="second")
+    before = ledger.head
+    ledger.declare("notes", [])
+    assert ledger.head == before
+    ledger.declare("notes", ["scans"])
+    assert ledger._declared["notes"]["content"] == "sha256:7"
+    assert ledger._declared["notes"]["cohort"] == "second"
+
+
+@pytest.mark.parametrize(
+    ("charged", "unit", "unknown"),
+    [
+        ({}, "patient", False),
+        ({"unit": "record"}, "patient", True),
+        ({}, "record", True),
+        ({"rules": RULES - 1}, "patient", True),
+    ],
+)
+def test_a_cost_that_nobody_knows_is_unknown_until_somebody_accepts_it(
+    ledger: Ledger, folder: Path, charged: dict[str, Any], unit: str, unknown: bool
+) -> None:
+    one = replace(charge(), **{"unit": "patient"} | charged)
+    ledger.reserve("notes", one, "adapter", yes)
+    assert [spent.charge for spent in ledger.unknown("notes", unit)] == [one] * unknown
+    ledger.accept("notes", "officer", "the file never changed")
+    for book in (ledger, Ledger(folder)):
+        assert book.unknown("notes", unit) == [] and book.charges("notes") == [one]
+    ledger.reserve("notes", one, "other", yes)
+    assert len(ledger.unknown("notes", unit)) == unknown  # what comes after is not accepted
+
+
+def test_a_charge_without_rules_is_an_earlier_releases(ledger: Ledger) -> None:
+    body = asdict(charge())
+    del body["rules"]
+    assert Charge.read(body).rules == RULES - 1 and Charge.read(asdict(charge())) == charge()
 
 
 def test_one_more_record_does_not_reset_the_budget(ledger: Ledger) -> None:
@@ -224,11 +285,11 @@ def test_one_more_record_does_not_reset_the_budget(ledger: Ledger) -> None:
     assert len(ledger.charges("notes")) == 1
 
 
-def test_a_member_that_left_the_data_still_ties_the_names(ledger: Ledger) -> None:
+def test_a_member_that_left_the_data_is_still_kept_out_of_the_other(ledger: Ledger) -> None:
     run_round(ledger, 1)
     ledger.declare("notes", [], "sha256:less", [b"ann"])
-    ledger.declare("fresh", ["notes"], "sha256:9", [b"bob"])
-    assert len(ledger.charges("fresh")) == 1
+    ledger.declare("fresh", ["notes"], "sha256:9", [b"eve"])
+    assert ledger.elsewhere("fresh")(b"bob")
 
 
 def test_a_withdrawn_disjointness_counts_from_then_on(ledger: Ledger) -> None:
@@ -413,7 +474,7 @@ def test_a_ledger_of_a_newer_release_is_refused_whole(
         lambda: Ledger.restore(folder, None),
         lambda: Ledger.restore(folder, tmp_path / "copy"),
     ):
-        with pytest.raises(LedgerError, match=r"by a newer fedtune \(format 2\).*upgrade"):
+        with pytest.raises(LedgerError, match=r"by a newer fedtune \(format 3\).*upgrade"):
             attempt()
         assert contents(folder) == before
     newer(tmp_path / "copy")
@@ -435,6 +496,9 @@ def test_without_its_number_a_newer_ledger_would_be_charged(
 def test_a_ledger_from_before_there_were_formats_is_read(used: Ledger, folder: Path) -> None:
     sql(folder, "PRAGMA user_version = 0")
     assert Ledger(folder).head == used.head
+    with closing(ledger_store.connect(folder / "ledger.db")) as connection:
+        found = list(connection.execute("PRAGMA user_version"))
+    assert found == [(ledger_store.FORMAT,)]  # an older release is told
 
 
 def test_a_flipped_bit_in_the_number_locks_nobody_out(used: Ledger, folder: Path) -> None:

@@ -85,8 +85,8 @@ def test_train_gives_update_status_and_step_log_and_nothing_else(trial):
         ),
         (Unprepared("not known"), "unprepared", "not known"),
         (ModelError("/home/ward/base is altered"), "failed", "ModelError"),
-        (ValueError("Mrs Example, born 1.1.1950"), "failed", "ValueError"),
-        (MemoryError(), "failed", "MemoryError"),
+        (ValueError("Mrs Example, born 1.1.1950"), "failed", "internal error"),
+        (MemoryError(), "failed", "internal error"),
     ],
 )
 def test_only_a_refusals_words_leave_the_site(trial, error, status, reason):

@@ -173,7 +173,7 @@ def test_a_failing_site_is_missing_and_its_words_stay_at_home(trial, caplog):
     secret = "Mrs Example, born 1.1.1950"
     run = trial(FakeSite("a"), FakeSite("b"), FakeSite("c", script={2: RuntimeError(secret)}))
     body = run.run()
-    assert body["rounds"][1]["missing"] == {"c": "failed: RuntimeError"}
+    assert body["rounds"][1]["missing"] == {"c": "failed: internal error"}
     assert body["rounds"][2]["missing"] == {}
     everything = json.dumps(body) + json.dumps(run.events) + caplog.text
     everything += "".join(
