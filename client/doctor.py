@@ -16,7 +16,8 @@ from client.site import check_data
 from fedtune import checks
 from fedtune.checks import Finding, findings
 from fedtune.config import Site, Study, load_site
-from fedtune.data.records import read_records
+from fedtune.data.records import read_records, unit_member
+from fedtune.data.tokens import LONG, text_members
 from fedtune.dp import selftest
 from fedtune.dp.ledger import Ledger
 from fedtune.dp.ledger_files import KEY, SALT, traces
@@ -53,6 +54,7 @@ def examine(path: Path, study: Study | None = None) -> Iterator[Finding]:
             ("versions", checks.versions),
             ("records", lambda: _records(site)),
             ("ledger", lambda: _ledger(site)),
+            ("same people", lambda: _same_people(site)),
             ("secrets", lambda: _secrets(site)),
         ]
     )
@@ -182,6 +184,32 @@ def _ledger(site: Site) -> str:
     ledger = Ledger(site.site.state)
     ledger.verify()
     return f"{site.site.state}: whole; {len(ledger.spending())} charges"
+
+
+def _same_people(site: Site) -> str:
+    """What the guarantee cannot see, for a person to judge: a patient under a second key, and texts
+    that datasets share which were declared to share no patient. Boilerplate does both."""
+    if not traces(site.site.state):
+        return "nobody has taken part here as yet"
+    ledger, data = Ledger(site.site.state), site.data
+    says = [
+        f"datasets {one} and {other} are declared disjoint and share {shared} patients, records or "
+        "longer texts"
+        for one, other in ledger.disjoint
+        if (shared := ledger.overlap(one, other))
+    ]
+    if data.columns.patient:
+        known, texts = ledger.known(data.name), dict[str, bool]()
+        for record in read_records(data, unit="patient", strict=False)[0]:
+            if not known(unit_member(record.unit)):
+                same = any(map(known, text_members(record)))
+                texts[record.unit] = texts.get(record.unit, False) or same
+        if old := sum(texts.values()):
+            says.append(
+                f"{old} of {len(texts)} new patients have a text of {LONG} characters or more that "
+                "somebody before them had; under a new key a patient's budget begins anew"
+            )
+    return "; ".join(says) or "no sign of a patient under two keys or in two datasets"
 
 
 def _plan(study: Study, site: Site) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from client.policy import refusals, total_of, within_budget
+from client.policy import accounted, refusals, total_of, within_budget
 from fedtune import __version__
 from fedtune.config import ScheduleTable, Site, Study, load_study, spelled, study_from_json
 from fedtune.dp.accountant import epsilon
@@ -63,6 +63,11 @@ def would_refuse(
     """Every rule and ceiling that says no to the plan as things stand; a missing signature is not
     among them. ledger: None where none has begun here."""
     refused: list[Refused] = list(refusals(study, site, plan))
+    name = site.data.name
+    try:
+        accounted(name, study.unit, ledger.unknown(name, study.unit) if ledger else [])
+    except Refused as refusal:
+        refused.append(refusal)
     charges, steps = ledger.charges(site.data.name) if ledger else [], 0
     if study.continuous:
         charges = ledger.newcomer(site.data.name) if ledger else []

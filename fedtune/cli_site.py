@@ -96,10 +96,24 @@ def ledger(
             "--from", metavar="DIR", help="What to restore from. Without it: what is left."
         ),
     ] = None,
+    accept: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATASET",
+            help="Enter, under your login's name, that rounds whose cost nobody knows do not keep "
+            "this dataset from further studies.",
+            show_default=False,
+        ),
+    ] = None,
+    reason: Annotated[
+        str, typer.Option(metavar="TEXT", help="With --accept: why, for whoever reads it later.")
+    ] = "",
 ) -> None:
     """Show what was spent from this site's privacy budget, by which study, and what remains.
 
-    Reads the whole ledger and checks every signature first."""
+    Reads the whole ledger and checks every signature first. Rounds that an earlier release charged,
+    or that were charged for another unit, are shown as not known; nothing runs on top of them until
+    --accept."""
     from fedtune.config import load_site
     from fedtune.dp.ledger import Ledger
     from fedtune.errors import ConfigError
@@ -114,7 +128,14 @@ def ledger(
     if backup:
         book.backup(backup)
         typer.echo(f"copied to {backup}, without this site's private key")
-    Console().print(ledger_view(book, here.data.name, here.policy))
+    unit = "patient" if here.data.columns.patient else "record"
+    if accept is not None:
+        if not book.unknown(accept, unit):
+            raise ConfigError(
+                f"nothing of dataset {accept!r} is unknown", "a dataset with such rounds"
+            )
+        book.accept(accept, getpass.getuser(), reason)
+    Console().print(ledger_view(book, accept or here.data.name, here.policy, unit))
 
 
 def withdraw(

@@ -19,7 +19,7 @@ from fedtune.config import PolicyTable
 from fedtune.dp import accountant
 from fedtune.dp.accountant import Steps
 from fedtune.dp.ceiling import total_epsilon
-from fedtune.dp.ledger import EVERY, Cohort, Ledger, Spent
+from fedtune.dp.ledger import EVERY, RULES, Cohort, Ledger, Spent
 from fedtune.report.claim import rounded_up
 
 INFINITE = "∞ (not private)"
@@ -30,7 +30,7 @@ class StudyLine:
     """One study's share of a dataset's budget. epsilon: of this study alone, at the δ asked for.
 
     rounds: distinct rounds; charged: reservations, more than rounds where one was paid twice;
-    first, last: UTC seconds."""
+    first, last: UTC seconds; known: whether ε is known (Charge.known)."""
 
     name: str
     study: str
@@ -46,6 +46,7 @@ class StudyLine:
     epsilon: float
     first: int
     last: int
+    known: bool = True
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,16 @@ class Budget:
         return max(0.0, self.ceiling - self.epsilon)
 
 
-def study_lines(spent: Sequence[Spent], delta: float) -> list[StudyLine]:
-    """One line per study and dataset, in the order of their first charge."""
+def study_lines(spent: Sequence[Spent], delta: float, unit: str | None = None) -> list[StudyLine]:
+    """One line per study and dataset, in the order of their first charge. unit: whose ε; None: that
+    of each study."""
     groups: dict[tuple[str, str], list[Spent]] = {}
     for one in spent:
         groups.setdefault((one.charge.study, one.dataset), []).append(one)
-    return [_line(group, delta) for group in groups.values()]
+    return [_line(group, delta, unit) for group in groups.values()]
 
 
-def _line(group: Sequence[Spent], delta: float) -> StudyLine:
+def _line(group: Sequence[Spent], delta: float, unit: str | None) -> StudyLine:
     charges = [one.charge for one in group]
     sigmas, rates = [c.noise_multiplier for c in charges], [c.sampling_rate for c in charges]
     return StudyLine(
@@ -93,6 +95,7 @@ def _line(group: Sequence[Spent], delta: float) -> StudyLine:
         epsilon=_epsilon([c.event for c in charges], delta),
         first=min(one.time for one in group),
         last=max(one.time for one in group),
+        known=all(charge.known(unit or charge.unit) for charge in charges),
     )
 
 
@@ -117,15 +120,21 @@ def _epsilon(events: Sequence[Steps], delta: float) -> float:
     return accountant.epsilon(events, delta)
 
 
-def ledger_view(ledger: Ledger, dataset: str, policy: PolicyTable) -> Group:
-    """The whole print-out for one dataset, other datasets that count against it included."""
+def ledger_view(
+    ledger: Ledger, dataset: str, policy: PolicyTable, unit: str | None = None
+) -> Group:
+    """The whole print-out for one dataset, other datasets that count against it included. unit: of
+    whom the site's file names the records."""
     spent, cohorts = ledger.spending(dataset), ledger.cohorts(dataset)
     parts: list[Table | str] = []
     if spent:
-        parts.append(studies_table(study_lines(spent, policy.max_delta), policy.max_delta))
+        lines = study_lines(spent, policy.max_delta, unit)
+        parts.append(studies_table(lines, policy.max_delta))
     if any(cohort.arrival for cohort in cohorts):
         parts.append(cohorts_table(dataset, spent, cohorts, policy))
-    parts += [budget_table(heaviest(dataset, cohorts, policy)), footer(ledger, dataset)]
+    parts.append(budget_table(heaviest(dataset, cohorts, policy)))
+    parts += not_known(ledger, dataset, spent, unit or (spent[0].charge.unit if spent else ""))
+    parts.append(footer(ledger, dataset))
     return Group(*parts)
 
 
@@ -154,7 +163,7 @@ def studies_table(lines: Sequence[StudyLine], delta: float) -> Table:
             str(line.steps),
             _span(line.sigma),
             _span(line.rate),
-            _shown(line.epsilon),
+            _shown(line.epsilon) if line.known else "not known",
         )
     return table
 
@@ -213,6 +222,35 @@ def budget_table(found: Budget) -> Table:
         "remains", _floor(found.remaining), "" if found.remaining else "nothing more runs"
     )
     return table
+
+
+def not_known(ledger: Ledger, dataset: str, spent: Sequence[Spent], unit: str) -> list[str]:
+    """Which rounds the figures above say nothing about, and who accepted that."""
+    rounds = [one for one in spent if not one.charge.known(unit)]
+    if not rounds:
+        return []
+    older = [one for one in rounds if one.charge.rules < RULES]
+    said = [
+        f"NOT KNOWN: what {len(rounds)} of the rounds above cost one {unit}. They are counted as "
+        "if it were."
+    ]
+    if older:
+        said.append(
+            f"{len(older)} were charged by an earlier release: which records of a patient trained, "
+            "and whether they trained at all, could follow from other patients' records, so the "
+            "ε beside them is not what it cost."
+        )
+    if len(older) < len(rounds):
+        said.append(f"{len(rounds) - len(older)} were charged per another unit than the {unit}.")
+    for one in ledger.accepted(dataset):
+        why = f": {one.why}" if one.why else ""
+        said.append(f"Accepted by {one.who} on {_date(one.time)}, up to entry {one.upto}{why}")
+    if ledger.unknown(dataset, unit):
+        said.append(
+            "Until somebody at this site accepts it, no round runs on this dataset: "
+            f"fedtune ledger SITE --accept {dataset} --reason TEXT"
+        )
+    return [escape(" ".join(said))]
 
 
 def footer(ledger: Ledger, dataset: str) -> str:

@@ -11,7 +11,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from fedtune.cli import app
-from fedtune.dp.ledger import Ledger
+from fedtune.data.records import unit_member
+from fedtune.dp.ledger import Charge, Ledger
 from fedtune.simulate import simulate
 from fedtune.sites import sites_in
 from tests.guarantee.world import lay_out, patients
@@ -179,3 +180,35 @@ def test_doctor_compares_counts_and_runs_the_self_test(world: Path) -> None:
     (world / "north.jsonl").write_text("".join(rows))
     bad = run("doctor", "site-north.toml")
     assert bad.exit_code == 2 and "within a factor of two" in bad.output
+
+
+def test_a_cost_that_nobody_knows_is_accepted_by_name_and_only_where_there_is_one(
+    world: Path,
+) -> None:
+    book = Ledger(world / "state-north")
+    book.declare("records", [])
+    one = Charge("sha256:" + "5" * 64, "old", 1, 2.0, 0.1, 1, 1, 1.0, "patient", "first", rules=1)
+    book.reserve("records", one, "adapter", lambda charges: None)
+    shown = run("ledger", "site-north.toml")
+    assert "charged by an earlier release" in " ".join(shown.output.split())
+    reviewed = run("review", "study.toml", "--site", "site-north.toml")
+    assert "not known: an earlier release charged them" in " ".join(reviewed.output.split())
+    accept = ("ledger", "site-north.toml", "--accept", "records", "--reason", "generated data")
+    done = run(*accept)
+    assert done.exit_code == 0 and "generated data" in " ".join(done.output.split())
+    assert Ledger(world / "state-north").unknown("records", "patient") == []
+    assert run(*accept).exit_code == 2
+
+
+def test_doctor_shows_what_only_a_person_can_judge(world: Path) -> None:
+    note = "no acute findings; discharged home in good health"
+    rows = [{"who": f"p{n}", "q": note, "a": "y"} for n in range(12)]
+    lay_out(world, world / "base", rows)
+    book = Ledger(world / "state-north")
+    members = [unit_member("p0"), b"text\0" + note.encode()]
+    book.declare("records", ["scans"], "sha256:0", members)
+    book.declare("scans", [], "sha256:1", members[1:])
+    said = " ".join(run("doctor", "site-north.toml").output.split())
+    assert "records and scans are declared disjoint and share 1 patients" in said
+    assert "11 of 11 new patients have a text of 40 characters or more" in said
+    assert note not in said

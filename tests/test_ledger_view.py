@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from fedtune.config import PolicyTable
 from fedtune.dp import accountant
-from fedtune.dp.ledger import Charge, Ledger
+from fedtune.dp.ledger import RULES, Charge, Ledger
 from fedtune.ledger_view import budget, ledger_view, study_lines
 
 STUDY = "sha256:" + "5d" * 32
@@ -54,6 +55,18 @@ def test_a_study_is_one_line_with_its_own_epsilon(ledger: Ledger) -> None:
     assert line.epsilon == accountant.epsilon([accountant.Steps(1.1, 0.1, 9)], 1e-5)
     text = printed(ledger, PolicyTable())
     assert "gait [bold]" in text and "5d5d5d5d" in text
+
+
+def test_what_nobody_knows_is_shown_so_until_and_after_somebody_accepts_it(ledger: Ledger) -> None:
+    reserve(ledger, replace(charge(1), rules=RULES - 1))
+    reserve(ledger, charge(2))
+    text = " ".join(printed(ledger, PolicyTable()).split())
+    assert "not known" in text and "1 of the rounds above cost one record" in text
+    assert "charged by an earlier release" in text and "--accept notes" in text
+    ledger.accept("notes", "officer", "nobody joined since")
+    text = " ".join(printed(ledger, PolicyTable()).split())
+    assert "not known" in text and "--accept" not in text
+    assert "Accepted by officer" in text and "nobody joined since" in text
 
 
 def test_what_remains_is_rounded_down_and_never_negative(ledger: Ledger) -> None:

@@ -392,9 +392,13 @@ def _members(records: list[Record]) -> frozenset[bytes]:
         found |= {_kept(record), b"record\0" + content_of(record)}
         if record.media:
             found.add(b"media\0" + record.media.digest)
-        texts = _texts(record)
-        found |= {b"text\0" + text.encode() for text in texts if len(text) >= LONG}
+        found |= text_members(record)
     return frozenset(found)
+
+
+def text_members(record: Record) -> set[bytes]:
+    """The record's longer texts, as the ledger keeps them, hashed."""
+    return {b"text\0" + text.encode() for text in _texts(record) if len(text) >= LONG}
 
 
 def _texts(record: Record) -> list[str]:

@@ -50,7 +50,17 @@ from fedtune.errors import Refused
 from fedtune.files import replace
 from fedtune.wire.keys import SigningKey, canonical, verifies
 
-__all__ = ["EVERY", "RULES", "Charge", "Cohort", "Head", "Ledger", "LedgerError", "Spent"]
+__all__ = [
+    "EVERY",
+    "RULES",
+    "Accepted",
+    "Charge",
+    "Cohort",
+    "Head",
+    "Ledger",
+    "LedgerError",
+    "Spent",
+]
 
 EVERY = "*"  # the dataset of a charge that counts against all of them
 # By which rules a unit's records are chosen. 1: which of a patient's records train, and who arrived
@@ -86,6 +96,11 @@ class Charge:
         """From a ledger entry; one without rules is from before there were any."""
         return cls(**{"rules": 1, **body})
 
+    def known(self, unit: str) -> bool:
+        """Whether it says what one `unit` spent: not where it is of another unit, or where the
+        records were chosen by the RULES of an earlier release."""
+        return self.rules == RULES and self.unit in (unit, "any")
+
     @property
     def event(self) -> Steps:
         return Steps(self.noise_multiplier, self.sampling_rate, self.steps, self.records)
@@ -104,6 +119,18 @@ class Spent:
     adapter: str
     time: int
     released: bool
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """That somebody at the site goes on although what was charged up to entry `upto` is not known.
+
+    time: UTC seconds; why: in that person's words."""
+
+    upto: int
+    who: str
+    why: str
+    time: int
 
 
 @dataclass(frozen=True)
@@ -152,7 +179,7 @@ class Ledger:
         self._done: set[int] = set()  # released reservations
         self._withdrawn: set[str] = set()
         self._admitted: dict[str, str] = {}
-        self._accepted: dict[str, int] = {}  # dataset -> entry up to which the unknown is accepted
+        self._accepted: dict[str, list[Accepted]] = {}  # by dataset
         # Datasets that are disjoint now: the entry before which they bore each other's charges.
         self._apart_since: dict[frozenset[str], int] = {}
         self._arrivals = Arrivals()
@@ -230,6 +257,12 @@ class Ledger:
             hashes = set().union(*(writer.hashes(name) for name in names))
         return lambda key: self._salted(key) in hashes
 
+    @property
+    def disjoint(self) -> list[tuple[str, str]]:
+        """The pairs of datasets that are declared to share no patient."""
+        self._read()
+        return sorted((min(pair), max(pair)) for pair in self._apart_since)
+
     def overlap(self, one: str, other: str) -> int:
         """How many members the two datasets were ever seen to share: patients, records, files and
         longer texts. For a person at the site; nothing else follows from it."""
@@ -237,15 +270,16 @@ class Ledger:
             return writer.overlap(one, other)
 
     def unknown(self, dataset: str, unit: str) -> list[Spent]:
-        """Charges against `dataset` of which nobody knows what they cost one `unit`, but those that
-        somebody at the site accepted: of another unit, or by the RULES of an earlier release."""
-        upto = self._accepted.get(dataset, -1)
-        return [
-            spent
-            for spent in self.spending(dataset)
-            if spent.seq > upto
-            and (spent.charge.rules < RULES or spent.charge.unit not in (unit, "any"))
-        ]
+        """Charges against `dataset` of which nobody knows what they cost one `unit`, and that
+        nobody at the site accepted."""
+        upto = max((one.upto for one in self.accepted(dataset)), default=-1)
+        spending = self.spending(dataset)
+        return [s for s in spending if s.seq > upto and not s.charge.known(unit)]
+
+    def accepted(self, dataset: str) -> list[Accepted]:
+        """Who accepted that what was charged until then is not known, oldest first."""
+        self._read()
+        return list(self._accepted.get(dataset, []))
 
     def accept(self, dataset: str, who: str, reason: str = "") -> None:
         """Enter that a person at the site knows that what was spent on `dataset` until now is not
@@ -550,7 +584,8 @@ class Ledger:
         elif entry.kind == "admit":
             self._admitted[body["plan"]] = body["by"]
         elif entry.kind == "accept":
-            self._accepted[body["dataset"]] = body["upto"]
+            one = Accepted(body["upto"], body["by"], body["why"], time)
+            self._accepted.setdefault(body["dataset"], []).append(one)
         elif entry.kind != "open":
             raise KeyError(entry.kind)  # what it charges is not known here
 

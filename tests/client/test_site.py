@@ -483,7 +483,8 @@ def test_a_length_that_the_base_cannot_read_is_refused_before_any_record_is_read
     tmp_path: Path, tiny_base: Path, tiny_encoder: Path, kind: str
 ) -> None:
     """Else the longest record would tell by an error how long it is."""
-    worker = SiteWorker(make_site(tmp_path, patient="who"))  # there is no file
+    notes(tmp_path)
+    worker = SiteWorker(make_site(tmp_path, patient="who"))
     made = begun(tiny_base)
     if kind == "encoder":
         made = begun(tiny_encoder, lora=None, objective=HEAD)

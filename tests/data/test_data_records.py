@@ -212,7 +212,10 @@ def test_one_patients_file_is_nothing_to_the_others(
         found = {}
         for name in ("without", "with"):
             file = DataFile(path=tmp_path / name, columns=LABELLED)
-            found[name] = read_records(file, strict=strict)
+            try:
+                found[name] = read_records(file, strict=strict)
+            except DataError as error:
+                pytest.fail(f"{name} as {kind}: {error}")
         texts = {name: [r.prompt for r in records] for name, (records, _) in found.items()}
         assert texts["with"] == texts["without"] == ["note 0", "note 1", "note 2"]
         if reasons is not None:
@@ -231,7 +234,7 @@ def test_a_file_that_decides_about_all_is_caught(
             raise DataError("no column 'y'")
 
     monkeypatch.setattr(files.Names, "header", header)
-    with pytest.raises((AssertionError, DataError)):
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
         test_one_patients_file_is_nothing_to_the_others(
             tmp_path, "csv", [{"t": "no label"}], {"missing value": 1}
         )
@@ -241,7 +244,10 @@ def test_once_it_takes_part_a_site_reads_what_it_can(tmp_path: Path, jsonl: Json
     """The guarantee of CSV begins at a well-formed file; before it joins, a site is told."""
     path = tmp_path / "data.csv"
     path.write_text('t\nx\n"a quote" inside\ny\n')
-    records, rejected = read_records(DataFile(path=path, columns=TEXT), strict=False)
+    try:
+        records, rejected = read_records(DataFile(path=path, columns=TEXT), strict=False)
+    except DataError as error:
+        pytest.fail(str(error))
     assert [r.completion for r in records] == ["x"] and rejected == {"not well-formed CSV": 1}
     assert "not well-formed" in str(error_of(path))
     assert "not well-formed" in str(error_of(tmp_path))  # in a folder too

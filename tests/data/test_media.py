@@ -91,6 +91,15 @@ def test_a_small_file_of_many_pixels_is_not_decoded(
     assert read(tmp_path, ["bomb.png"])[1] == {"image too large": 1}
 
 
+def test_an_image_that_a_processor_would_blow_up_is_rejected(tmp_path: Path) -> None:
+    """A short edge of one pixel made 16 makes of 39 million pixels ten thousand million."""
+    for size in ((1, 21), (30_000, 1), (1, 39_000), (20, 1), (3, 60)):
+        Image.new("RGB", size).save(tmp_path / f"{size[0]}x{size[1]}.png")
+    names = sorted(path.name for path in tmp_path.glob("*.png"))
+    records, rejected = read(tmp_path, names)
+    assert len(records) == 2 and rejected == {"image too narrow": 3}
+
+
 def test_a_large_file_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(media, "BYTES", 100)
     image(tmp_path / "a.png", 0)

@@ -1,0 +1,129 @@
+"""Bugs around the mechanism: what selects, dates, rejects, composes or answers."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import one
+
+FILES, RECORDS, TOKENS = (f"fedtune/data/{name}.py" for name in ("files", "records", "tokens"))
+LEDGER, ARRIVALS = "fedtune/dp/ledger.py", "fedtune/dp/ledger_arrivals.py"
+NETWORK, SITE, ANSWERS = "fedtune/models/network.py", "client/site.py", "client/answers.py"
+T_TOKENS, T_RECORDS = "tests/data/test_data_tokens.py::", "tests/data/test_data_records.py::"
+T_LEDGER, T_SITE = "tests/dp/test_ledger.py::", "tests/client/test_site.py::"
+T_FOLDER = T_RECORDS + "test_one_patients_file_is_nothing_to_the_others"
+T_LENGTH = T_SITE + "test_a_length_that_the_base_cannot_read_is_refused_before_any_record_is_read"
+T_ALONE = T_TOKENS + "test_what_one_record_makes_a_library_do_costs_that_record_alone"
+
+MUTANTS = (
+    one(
+        31, "patients-share-the-caps-memory", TOKENS,
+        'return b"kept\\0" + whose + content_of(record)', 'return b"kept\\0" + content_of(record)',
+        T_TOKENS + "test_what_a_patient_keeps_follows_from_that_patients_past_alone",
+        "one patient's boilerplate decides which notes of others train",
+    ),
+    one(
+        31, "arrival-by-what-others-have", LEDGER,
+        "self._arrivals.entry(dataset, writer.hashes(dataset), here)",
+        "self._arrivals.entry(\n"
+        "                    dataset, writer.hashes(dataset) | (set(here) if set(hashes) & "
+        "writer.hashes(dataset) else set()), here\n                )",
+        "tests/dp/test_arrivals.py::"
+        "test_when_somebody_arrived_follows_from_their_own_key_alone",
+        "a newcomer with a note that somebody had is there from the first",
+    ),
+    one(
+        32, "every-file-must-have-every-column", FILES,
+        "            yield from READERS[path.suffix.lower()](path, where, keys, names)\n",
+        "            yield from READERS[path.suffix.lower()](path, where, keys, own := Names())\n"
+        "            names.header(sorted(own.headers | set(own.keys)))\n"
+        "            own.require(path, keys)\n",
+        T_FOLDER, "one patient's file switches the site to noise",
+    ),
+    one(
+        32, "one-broken-file-breaks-all", FILES,
+        "            if strict and where.is_file():\n", "            if True:\n",
+        T_FOLDER, "the same for a file that cannot be read",
+    ),
+    one(
+        32, "broken-csv-once-a-site-takes-part", FILES,
+        "            if strict:\n                raise\n", "            raise\n",
+        T_RECORDS + "test_once_it_takes_part_a_site_reads_what_it_can",
+        "a file that broke overnight is an answer",
+    ),
+    one(
+        33, "any-length-is-admitted", SITE,
+        "        _check_reads(study, network)\n", "",
+        T_LENGTH, "the longest record is told by an error",
+    ),
+    one(
+        33, "the-kind-of-an-internal-error-leaves", ANSWERS,
+        "else INTERNAL", "else type(error).__name__",
+        "tests/server/test_apps.py::test_only_a_refusals_words_leave_the_site",
+        "what a library raises may follow from a record",
+    ),
+    one(
+        33, "a-librarys-error-is-everybodys", TOKENS,
+        "        except Exception as error:  # of a library: its words may quote the record\n",
+        "        except ArithmeticError as error:\n", T_ALONE,
+        "one record that a tokenizer chokes on switches the site to noise",
+    ),
+    one(
+        33, "a-teachers-refusal-is-everybodys", TOKENS,
+        "            taught = [(record, self._attempt(self._taught, record, e)) "
+        "for record, e in usable]\n",
+        "            taught = [(record, self._taught(record, e)) for record, e in usable]\n",
+        T_ALONE, "the same of a record that is too long for the teacher",
+    ),
+    one(
+        33, "a-line-of-pixels", "fedtune/data/media.py",
+        "            if max(image.size) > ASPECT * max(min(image.size), 1):\n",
+        "            if False:\n",
+        "tests/data/test_media.py::test_an_image_that_a_processor_would_blow_up_is_rejected",
+        "an image processor makes a gigabyte of it",
+    ),
+    one(
+        35, "charges-of-any-unit-add-up", LEDGER,
+        "return self.rules == RULES and self.unit in (unit, \"any\")",
+        "return self.rules == RULES",
+        T_LEDGER + "test_a_cost_that_nobody_knows_is_unknown_until_somebody_accepts_it",
+        "a patient's records were charged one by one",
+    ),
+    one(
+        35, "earlier-releases-are-believed", LEDGER,
+        "return self.rules == RULES and self.unit in (unit, \"any\")",
+        "return self.unit in (unit, \"any\")",
+        T_LEDGER + "test_a_cost_that_nobody_knows_is_unknown_until_somebody_accepts_it",
+        "an ε that was not true is composed with one that is",
+    ),
+    one(
+        35, "the-site-composes-what-it-does-not-know", SITE,
+        "        accounted(data.name, study.unit, self.ledger.unknown(data.name, study.unit))\n",
+        "",
+        T_SITE + "test_what_was_charged_for_another_unit_is_not_composed_with_a_study",
+        "the ledger knows and the site does not ask",
+    ),
+    one(
+        36, "who-is-in-both-takes-part-in-both", LEDGER,
+        "return lambda key: self._salted(key) in hashes", "return lambda key: False",
+        T_LEDGER + "test_what_counts_against_whom_follows_from_declarations_alone",
+        "a patient in two disjoint datasets pays in one",
+    ),
+    one(
+        36, "told-apart-afterwards-is-free", LEDGER,
+        "self._apart_since[pair] = 0 if new else seq", "self._apart_since[pair] = 0",
+        T_LEDGER
+        + "test_what_was_spent_before_two_datasets_were_told_apart_counts_against_both",
+        "a declaration takes back what was spent",
+    ),
+    one(
+        37, "records-go-by-their-row", RECORDS,
+        'unit=f"{said.hexdigest()} {alike[said.digest()]}"', "unit=str(len(records))",
+        T_TOKENS + "test_a_record_is_named_by_what_it_says_and_not_by_where_it_stands",
+        "one record less renames the others",
+    ),
+    one(
+        37, "records-withdraw-by-a-patients-key", TOKENS,
+        '        if unit == "patient" and without(key):\n', "        if without(key):\n",
+        T_TOKENS + "test_a_record_is_named_by_what_it_says_and_not_by_where_it_stands",
+        "a patient who left takes a row of somebody else along",
+    ),
+)  # fmt: skip
