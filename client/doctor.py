@@ -11,6 +11,7 @@ from typing import Any
 
 from cryptography import x509
 
+from client.policy import base_for
 from client.review import unsigned, would_refuse
 from client.site import check_data
 from fedtune import checks
@@ -34,6 +35,7 @@ from fedtune.flower.forwarder import (
     newest,
     proxy_of,
 )
+from fedtune.models.base import Base
 from fedtune.models.network import build
 from fedtune.wire.protocol import check_peer
 
@@ -68,23 +70,23 @@ def examine(path: Path, study: Study | None = None) -> Iterator[Finding]:
 
 def _for_study(site: Site, study: Study) -> Iterator[Finding]:
     try:
-        base = checks.base(study, site.site.base)
-        need = checks.need(study, base)
+        base = base_for(study, site)
+        need = checks.need(study, base.path)
     except FedtuneError as error:
         yield Finding("base", False, str(error))
         return
     kept = need.adapter * (study.training.rounds or 0)  # every update stays in the outbox
-    yield Finding("base", True, f"{base}: {study.base.digest or 'no digest in the study yet'}")
+    yield Finding("base", True, f"{base.path}: {base.digest}")
     yield from findings(
         [
             ("disk", lambda: checks.disk(site.site.state, checks.FREE + kept)),
             ("memory", lambda: checks.memory(need.memory)),
             ("plan", lambda: _plan(study, site)),
-            ("records for the plan", lambda: _fits(site, study)),
+            ("records for the plan", lambda: _fits(site, study, base)),
         ]
     )
     try:
-        network = build(study, site.site.base)
+        network = build(study, base)
     except FedtuneError as error:
         yield Finding("self-test", False, str(error))
         return
@@ -226,6 +228,6 @@ def _plan(study: Study, site: Site) -> str:
     return f"σ = {plan.noise_multiplier}, ε = {plan.epsilon:.3f}" if plan else "NOT PRIVATE"
 
 
-def _fits(site: Site, study: Study) -> str:
-    check_data(site, study)
+def _fits(site: Site, study: Study, base: Base) -> str:
+    check_data(site, study, base)
     return "usable"

@@ -5,18 +5,44 @@ A refusal names the rule and public values only, so the coordinator may see it."
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-from fedtune.config import BASES, LoraTable, PolicyTable, Site, Study
+from fedtune.config import BASES, LoraTable, PolicyTable, PrivacyTable, Site, Study
 from fedtune.dp import accountant
+from fedtune.dp.budget import sampling_rate
 from fedtune.dp.ceiling import Total, total_epsilon
 from fedtune.dp.ledger import Charge, Spent
-from fedtune.dp.plan import DpPlan
-from fedtune.errors import BudgetExceeded, PolicyRefused
+from fedtune.dp.plan import DpPlan, plan_for_site
+from fedtune.errors import BudgetExceeded, ConfigError, PolicyRefused
+from fedtune.models.base import Base, base_of_plan
 from fedtune.objectives import find
 
 
+def base_for(study: Study, site: Site) -> Base:
+    """The base of a plan that a coordinator sent, as this site has it; see `base_of_plan`.
+
+    Errors: PolicyRefused, ModelError, InfrastructureError."""
+    listed = () if site.policy.bases == "any" else site.policy.bases
+    return base_of_plan(study.base.digest, site.site.base, listed)
+
+
+def planned(study: Study, site: Site, coordinator: str = "") -> DpPlan | None:
+    """What the site would run; None where privacy = "off". Whatever a rule can say of the study as
+    it came is said before anything is computed from it, since its figures may be of any size.
+
+    Errors: PolicyRefused."""
+    admit(study, site, None, coordinator)
+    if not study.private:
+        return None
+    try:
+        return plan_for_site(study, site.site.declared_size, site.policy.max_steps)
+    except ConfigError as error:  # of public figures alone
+        raise PolicyRefused(error.happened, error.expected, error.todo) from None
+
+
 def admit(study: Study, site: Site, plan: DpPlan | None, coordinator: str = "") -> None:
-    """Return if the site's rules admit the plan, else raise. `plan` is None where privacy = "off".
+    """Return if the site's rules admit the study, else raise. plan: None where it is not computed
+    yet, or privacy = "off".
 
     Errors: PolicyRefused naming the first rule that says no."""
     for refusal in refusals(study, site, plan, coordinator):
@@ -46,8 +72,8 @@ def refusals(
         if study.lora.a_digest is None:
             yield PolicyRefused("the plan does not pin lora.a_digest")
         yield from _about_rank(study.lora, site.site.lora_rank)
-    yield from _about_teacher(study, policy)
     yield from _about_privacy(study, site, plan)
+    yield from _about_teacher(study, policy)
 
 
 def _about_rank(lora: LoraTable, most: int | None) -> Iterator[PolicyRefused]:
@@ -102,27 +128,74 @@ def _about_privacy(study: Study, site: Site, plan: DpPlan | None) -> Iterator[Po
             'privacy.unit = "patient"',
             "a patient with several records would get a far weaker guarantee than the ε says",
         )
-    if plan is None:
+    if not isinstance(study.privacy, PrivacyTable):
         if not policy.allow_privacy_off:
             yield PolicyRefused(
                 'privacy = "off" is not allowed here', "policy.allow_privacy_off = true at the site"
             )
         return
-    if plan.noise_multiplier < policy.min_noise_multiplier:
+    given = plan or _given(study, size)
+    sigma = given.noise_multiplier
+    if sigma is not None and sigma < policy.min_noise_multiplier:
         yield PolicyRefused(
-            f"noise_multiplier {plan.noise_multiplier} is below policy.min_noise_multiplier "
+            f"noise_multiplier {sigma} is below policy.min_noise_multiplier "
             f"{policy.min_noise_multiplier}"
         )
     if size < policy.min_units:
         yield PolicyRefused(
             f"site.declared_size {size} is below policy.min_units {policy.min_units}"
         )
-    yield from _at_most("max_grad_norm", plan.max_grad_norm, "max_grad_norm", policy)
-    yield from _at_most("sampling_rate", plan.sampling_rate, "max_sampling_rate", policy)
-    yield from _at_most("steps", plan.steps, "max_steps", policy)
-    yield from _at_most("delta", plan.delta, "max_delta", policy)
-    if plan.delta >= 1 / size:
-        yield PolicyRefused(f"delta {plan.delta} is not below 1 / site.declared_size ({size})")
+    yield from _at_most("max_grad_norm", given.max_grad_norm, "max_grad_norm", policy)
+    yield from _at_most("sampling_rate", given.sampling_rate, "max_sampling_rate", policy)
+    if given.steps is not None:
+        yield from _at_most("steps", given.steps, "max_steps", policy)
+    elif not study.continuous:
+        yield PolicyRefused("the plan leaves training.rounds open", "a plan as a server sends it")
+    yield from _at_most("delta", given.delta, "max_delta", policy)
+    if given.delta >= 1 / size:
+        yield PolicyRefused(f"delta {given.delta} is not below 1 / site.declared_size ({size})")
+    if plan is None:
+        yield from _about_cost(study, _given(study, size), policy)
+
+
+class _Given(NamedTuple):
+    """The figures of a private study as it came, before any that is left open is computed."""
+
+    noise_multiplier: float | None
+    max_grad_norm: float
+    sampling_rate: float
+    steps: int | None
+    delta: float
+
+
+def _given(study: Study, size: int) -> _Given:
+    privacy, clipping, training = study.privacy, study.clipping, study.training
+    assert isinstance(privacy, PrivacyTable) and clipping is not None  # Study: required
+    return _Given(
+        privacy.noise_multiplier,
+        clipping.max_grad_norm,
+        sampling_rate(study, size),
+        None if training.rounds is None else training.rounds * training.local_steps,
+        privacy.delta,
+    )
+
+
+def _about_cost(study: Study, given: _Given, policy: PolicyTable) -> Iterator[PolicyRefused]:
+    """An ε that is out of the question is not computed: how long that takes grows with it."""
+    privacy, least = study.privacy, 0.0
+    assert isinstance(privacy, PrivacyTable)
+    if study.continuous:
+        return
+    if given.noise_multiplier is not None and given.steps is not None:
+        k = study.records_per_draw
+        steps = accountant.Steps(given.noise_multiplier, given.sampling_rate, given.steps, k)
+        least = accountant.at_least(steps, given.delta)
+    if max(privacy.epsilon or 0.0, least) > policy.max_epsilon_per_study:
+        yield PolicyRefused(
+            "the study would go past policy.max_epsilon_per_study",
+            f"at most ε = {policy.max_epsilon_per_study} at this site",
+            "lower epsilon or rounds, or ask the site to raise its ceiling",
+        )
 
 
 def _at_most(name: str, value: float, rule: str, policy: PolicyTable) -> Iterator[PolicyRefused]:

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from client.policy import base_for
 from client.site import SiteWorker, worker
 from fedtune.config import Study, load_site, study_from_json
 from fedtune.data.tokens import Dataset
@@ -196,7 +197,8 @@ class _Work:
         study = study_from_json(header["study"])
         base = study.base.model_copy(update={"dtype": header["dtype"]})
         # As rank 0 has it: where the study leaves the dtype open, each process measures for itself.
-        self.network = build(study.model_copy(update={"base": base}), site.site.site.base)
+        measured = study.model_copy(update={"base": base})
+        self.network = build(measured, base_for(study, site.site))
         arrays = {n: t.numpy() for n, t in zip(header["names"], frozen, strict=True)}
         self.network.load_frozen(arrays)
         data = site.seen(study, self.network)

@@ -41,8 +41,11 @@ def read_plan(path: Path) -> Study:
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     from fedtune.models.start import start
+    from fedtune.models.teacher import own_teacher
 
-    return start(load_study(path)).study
+    study = load_study(path)
+    own_teacher(study)
+    return start(study).study
 
 
 def review(study: Study, site: Site, ledger: Ledger) -> Review:

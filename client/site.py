@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetensors.numpy import load, save
 
 from client import evaluation
-from client.policy import accounted, admit, order_of, within_budget
+from client.policy import accounted, admit, base_for, order_of, planned, within_budget
 from client.review import pending
 from fedtune import modalities
 from fedtune.config import Site, SiteData, Study, load_site
@@ -24,7 +24,7 @@ from fedtune.data.tokens import Dataset, check_shape, load_dataset
 from fedtune.dp import selftest
 from fedtune.dp.ledger import Charge, Ledger
 from fedtune.dp.plain import PlainPlan, plain_plan
-from fedtune.dp.plan import DpPlan, SharedPlan, StepPlan, plan_for_site
+from fedtune.dp.plan import DpPlan, SharedPlan, StepPlan
 from fedtune.dp.query import answer, unit_rows
 from fedtune.dp.steplog import Step, StepLog
 from fedtune.errors import ConfigError, DataError, PolicyRefused, Refused
@@ -86,9 +86,10 @@ class _Prepared:
         return self.plan if isinstance(self.plan, DpPlan) else None
 
 
-def check_data(site: Site, study: Study) -> None:
-    """What only the site may know: whether its records suit the study. Errors: DataError."""
-    base = find_base(site.site.base or study.base.model, study.base.digest)
+def check_data(site: Site, study: Study, base: Base | None = None) -> None:
+    """What only the site may know: whether its records suit the study. base: without it, the one
+    that the study names: for one's own studies. Errors: DataError."""
+    base = base or find_base(site.site.base or study.base.model, study.base.digest)
     tokenizer, reader = _reading(base)
     load_dataset(site.data, study, tokenizer, reader=reader)
 
@@ -144,8 +145,8 @@ class SiteWorker:
         """Admit or refuse `study`; on admission the data is read and the model is ready.
 
         Errors: DataError, ModelError: the site cannot take part (details stay local)."""
-        plan = plan_for_site(study, self._size) if study.private else None
         try:
+            plan = planned(study, self._current(), coordinator)
             self._permit(study, plan, coordinator)
             if study.digest not in self._prepared:
                 self._prepared[study.digest] = self._made(study, plan, frozen, coordinator)
@@ -158,7 +159,7 @@ class SiteWorker:
     def _made(
         self, study: Study, plan: DpPlan | None, frozen: Arrays, coordinator: str
     ) -> _Prepared:
-        network = build(study, self.site.site.base)
+        network = build(study, base_for(study, self.site))
         _check_reads(study, network)
         rank = study.lora.rank_at(self.site.site.lora_rank) if study.lora else None
         if plan:

@@ -33,6 +33,9 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Number = Annotated[int, Field(ge=1, le=10**6)]  # of what a plan makes a site do that often
+Noise = Annotated[float, Field(ge=1e-3, le=1e6)]  # σ; the accountant knows no others
+MOST_ROWS = 1000  # of one unit in a step: the accountant's work grows with it
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Encoding = Literal["float32", "float16", "int8"]
@@ -219,8 +222,8 @@ class PublicTable(DataFile):
 
 
 class TrainingTable(Table):
-    rounds: Count | None = None
-    local_steps: Count = 1
+    rounds: Number | None = None
+    local_steps: Number = 1
     sampling_rate: Fraction | None = None  # q: each unit joins each step with this probability
     expected_batch: Count | None = None  # or: q = expected_batch / the site's declared size
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -241,7 +244,7 @@ class ClippingTable(Table):
 class PrivacyTable(Table):
     epsilon: Positive | None = None
     delta: Annotated[float, Field(gt=0, lt=1)]
-    noise_multiplier: Positive | None = None  # σ, in multiples of C
+    noise_multiplier: Noise | None = None  # σ, in multiples of C
     unit: Literal["record", "patient"] = "record"
     max_records_per_unit: Count = 16  # a patient's others are left out, always the same
     # What is drawn at rate q where the unit is the patient (Charles et al. 2024): whole patients,
@@ -271,7 +274,7 @@ class PrivateEvaluationTable(Table):
     """A question to the sites about the model on their own held-out records, answered with noise
     and paid for. What is asked: the sum of the units' likelihoods, and how many units there are."""
 
-    noise_multiplier: Positive  # σ, in multiples of a unit's row (likelihood, 1): √2
+    noise_multiplier: Noise  # σ, in multiples of a unit's row (likelihood, 1): √2
     every: Count = 1  # rounds; the last one is always asked about
 
 
@@ -405,6 +408,10 @@ class Study(Table):
                 raise ValueError(
                     'privacy.sampling = "record" needs privacy.unit = "patient" and '
                     "training.sampling_rate"
+                )
+            if self.records_per_draw > MOST_ROWS:
+                raise ValueError(
+                    f"privacy.max_records_per_unit: at most {MOST_ROWS} where records are drawn"
                 )
             if self.clipping.unit is not None:
                 raise ValueError("clipping.unit: a private study names its unit in privacy.unit")

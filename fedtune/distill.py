@@ -86,7 +86,7 @@ def distill(
         _same_words(models, base)
         table = _table(base, first.lora, kept, settings)
         study = _study(first, base, student or BASE, out, table)
-        network = build(study, str(base.path))
+        network = build(study, base)
         network.draw_factor(settings.seed)
         marked = _marked(models, prompts, study, network, settings)
         if base.kind == "causal" and len(marked.examples) > table.rank:

@@ -37,6 +37,7 @@ def simulate(
     rounds: of a study without a last one, the round to stop after; no time is waited.
     Errors: as server.rounds.run; ConfigError where the sites cannot make up a study."""
     from client.site import check_data
+    from fedtune.models.teacher import own_teacher
     from server import rounds as machine
     from server.parts import Parts
     from server.schedule import Quick
@@ -44,6 +45,7 @@ def simulate(
     study = load_study(study_path)
     check(study, sites)
     check_rounds(study, rounds)
+    own_teacher(study)
     for path in sites:  # here the sites are the user's own: say now what is wrong with their files
         check_data(load_site(path), study)
     # Nobody is on the way: who fails now fails again.

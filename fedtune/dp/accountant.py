@@ -15,15 +15,16 @@ from dp_accounting.pld.privacy_loss_mechanism import GaussianPrivacyLoss
 from dp_accounting.rdp import RdpAccountant
 from scipy.optimize import brentq  # type: ignore[import-untyped]
 from scipy.special import logsumexp  # type: ignore[import-untyped]
-from scipy.stats import binom  # type: ignore[import-untyped]
+from scipy.stats import binom, norm  # type: ignore[import-untyped]
 
-from fedtune.errors import FedtuneError
+from fedtune.errors import ConfigError, FedtuneError
 
 ACCOUNTANT = f"PLD (dp-accounting {version('dp-accounting')})"
 
 _INTERVAL = 1e-4  # the grid of privacy losses, unless one step (or all with q = 1) would then need
 _POINTS = 2**18  # more points than this,
 _MIXTURE_POINTS = 5_000  # or a mixture more than this: its loss is inverted point by point, slowly
+MOST = 10**8  # steps, or thousandths of σ, that are looked at
 _TAIL = 10.0  # dp-accounting cuts a Gaussian at mass e⁻⁵⁰/2, 9.8 standard deviations
 
 
@@ -84,6 +85,20 @@ def _rdp_epsilon(events: tuple[Steps, ...], delta: float) -> float:
     return float(accountant.get_epsilon(delta))
 
 
+def at_least(event: Steps, delta: float) -> float:
+    """A figure that ε is never below, from no distribution: a test of whether the sum of all steps
+    is above a threshold tells with and without one unit apart (Chebyshev with it, the normal tail
+    without it)."""
+    sigma, rate, steps, k = event
+    one = math.hypot(sigma, math.sqrt(k * rate * (1 - rate)))
+    mean, spread = k * steps * rate, math.sqrt(steps) * one
+    threshold = (mean - 4 * spread) / (sigma * math.sqrt(steps))
+    hit = 1 - 1 / 16 - delta
+    if threshold <= 0 or hit <= 0:
+        return 0.0
+    return max(0.0, math.log(hit) - float(norm.logsf(threshold)))
+
+
 def cross_check(events: Iterable[Steps], delta: float) -> float:
     """PLD's ε, after RDP has confirmed that it is not above the looser bound.
 
@@ -113,27 +128,57 @@ def calibrate(
     def enough(thousandths: int) -> bool:
         return epsilon([Steps(thousandths / 1000, sampling_rate, steps, records)], delta) <= target
 
-    return _first(enough, start=1000 * records) / 1000
+    start = 1000 * max(records, records * sampling_rate * math.sqrt(steps) / _shift(target, delta))
+    found = _first(enough, start, MOST)
+    if found is None:
+        raise ConfigError(
+            f"no noise_multiplier up to {MOST // 1000} reaches epsilon = {target}",
+            todo="raise epsilon, or lower rounds or sampling_rate",
+        )
+    return found / 1000
 
 
 def affordable_steps(
-    target: float, delta: float, sampling_rate: float, sigma: float, records: int = 1
+    target: float,
+    delta: float,
+    sampling_rate: float,
+    sigma: float,
+    records: int = 1,
+    most: int = MOST,
 ) -> int:
-    """The most steps with ε ≤ target; 0 when not even one fits."""
+    """The most steps with ε ≤ target; 0 when not even one fits.
+
+    Errors: ConfigError where more fit than `most`."""
 
     def too_many(steps: int) -> bool:
         return epsilon([Steps(sigma, sampling_rate, steps, records)], delta) > target
 
-    return _first(too_many, start=1) - 1
+    start = (_shift(target, delta) * sigma / (sampling_rate * records)) ** 2
+    found = _first(too_many, start, most + 1)
+    if found is None:
+        raise ConfigError(
+            f"epsilon = {target} pays for more than {most} steps at noise_multiplier = {sigma} and "
+            f"sampling_rate = {sampling_rate}",
+            todo="lower epsilon or noise_multiplier, or raise sampling_rate",
+        )
+    return found - 1
 
 
-def _first(predicate: Callable[[int], bool], start: int) -> int:
-    """The smallest n ≥ 1 with predicate(n), for a predicate that turns true once and stays so."""
-    low, high = 0, start
+def _shift(target: float, delta: float) -> float:
+    """About how many standard deviations a sum may move under ε = target: where to begin looking,
+    since far below the right noise an ε is dear to compute."""
+    z = math.sqrt(-2 * math.log(delta))
+    return 2 * target / (z + math.sqrt(z * z + 2 * target))
+
+
+def _first(predicate: Callable[[int], bool], start: float, most: int) -> int | None:
+    """The smallest n from 1 to `most` with predicate(n), for a predicate that turns true once and
+    stays so; looked for from about `start` on. None: there is none."""
+    low, high = 0, int(min(max(start, 1), most))
     while not predicate(high):
-        low, high = high, high * 2
-        if high > 10**8:
-            raise ValueError("no value below 10⁸ reaches the target")
+        if high == most:
+            return None
+        low, high = high, min(high * 2, most)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if predicate(middle) else (middle, high)
@@ -183,9 +228,16 @@ def _checked_delta(delta: float) -> None:
 @lru_cache(maxsize=4096)
 def _epsilon(events: tuple[Steps, ...], delta: float) -> float:
     _checked_delta(delta)
-    if all(event.sampling_rate == 1 for event in events):
-        return _gaussian(math.hypot(*(_mu(event) for event in events)), delta)
-    return float(_composed(events).get_epsilon_for_delta(delta))
+    try:
+        if all(event.sampling_rate == 1 for event in events):
+            return _gaussian(math.hypot(*(_mu(event) for event in events)), delta)
+        return float(_composed(events).get_epsilon_for_delta(delta))
+    except (ValueError, OverflowError, MemoryError) as error:
+        raise ConfigError(
+            f"no ε can be computed of these steps ({type(error).__name__})",
+            "a noise_multiplier and a sampling_rate of usual size",
+            "raise noise_multiplier, or lower max_records_per_unit or rounds",
+        ) from error
 
 
 def _mu(event: Steps) -> float:

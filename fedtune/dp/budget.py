@@ -24,10 +24,12 @@ def sampling_rate(study: Study, declared_size: int) -> float:
     return min(1.0, training.expected_batch / declared_size)
 
 
-def resolve(study: Study, declared_size: int) -> Budget:
-    """What a site with `declared_size` units (public) runs, rounded towards caution.
+def resolve(study: Study, declared_size: int, most: int | None = None) -> Budget:
+    """What a site with `declared_size` units (public) runs, rounded towards caution. most: steps
+    beyond which none are counted.
 
-    Errors: ConfigError where the study is not private or nothing fits the budget."""
+    Errors: ConfigError where the study is not private, nothing fits the budget, or more steps do
+    than `most`."""
     privacy = study.privacy
     if isinstance(privacy, str):
         raise ConfigError('privacy = "off" has no ε', "a [privacy] table")
@@ -39,7 +41,9 @@ def resolve(study: Study, declared_size: int) -> Budget:
         sigma = accountant.calibrate(privacy.epsilon, privacy.delta, rate, rounds * local, k)
     if rounds is None:
         assert privacy.epsilon is not None
-        steps = accountant.affordable_steps(privacy.epsilon, privacy.delta, rate, sigma, k)
+        steps = accountant.affordable_steps(
+            privacy.epsilon, privacy.delta, rate, sigma, k, most or accountant.MOST
+        )
         rounds = steps // local
         if rounds < 1:
             raise ConfigError(

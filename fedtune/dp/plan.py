@@ -153,11 +153,12 @@ class SharedPlan:
         return self.plan.step(n_rows, dimension, gradients, log, round_, self.team)
 
 
-def plan_for_site(study: Study, declared_size: int) -> DpPlan:
-    """The plan of a site with `declared_size` units (public).
+def plan_for_site(study: Study, declared_size: int, most: int | None = None) -> DpPlan:
+    """The plan of a site with `declared_size` units (public), of at most `most` steps.
 
-    Errors: ConfigError where the study is not private or nothing fits the budget."""
-    budget = resolve(study, declared_size)
+    Errors: ConfigError where the study is not private, nothing fits the budget, or more steps do
+    than `most`."""
+    budget = resolve(study, declared_size, most)
     privacy, clipping = study.privacy, study.clipping
     assert not isinstance(privacy, str) and clipping is not None  # resolve and Study saw to it
     return DpPlan(

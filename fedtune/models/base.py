@@ -12,15 +12,18 @@ Only safetensors are read and no model's own code is ever run.
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedtune.errors import ModelError
-from fedtune.models import wheel
+from fedtune.errors import ModelError, PolicyRefused
+from fedtune.models import here, wheel
 from fedtune.models.digest import digest as digest_of
 from fedtune.models.digest import read_json, weights
 from fedtune.models.known import KNOWN, MEDIA, PREFIX, Kind
+from fedtune.offline import online
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +77,28 @@ def find_base(model: str, digest: str | None = None) -> Base:
             "use the copy that the study was made with, or start a new study with this one",
         )
     return base
+
+
+def base_of_plan(digest: str | None, own: str | None, listed: Collection[str] = ()) -> Base:
+    """The base of a plan that came from elsewhere: the site's `own` (site.base), else by digest
+    alone, from what this machine's people have named before. What the plan calls it is not looked
+    at. Fetched is only a wheel that fedtune itself pins and whose digest the site has `listed`.
+
+    Errors: PolicyRefused where it is not here; ModelError, InfrastructureError as `find_base`."""
+    if own:
+        return find_base(own, digest)
+    pinned = next((n for n, entry in KNOWN.items() if entry.digest == digest), None)
+    if pinned and (digest in listed or wheel.folder(pinned, cache_dir()).is_dir()):
+        return find_base(PREFIX + pinned, digest)
+    found = here.noted(cache_dir(), digest) if digest else None
+    if found and found[1].is_dir() and digest_of(found[1]) == digest:
+        return _in_folder(*found)
+    raise PolicyRefused(
+        f"this site does not have the plan's base, {digest or 'of no digest'}, and fetches nothing "
+        "that a plan names",
+        "a base that the site has",
+        "have the site name it in site.base, or fetch it with `fedtune models fetch`",
+    )
 
 
 def verify(model: str) -> Base:
@@ -190,7 +215,12 @@ def _find(model: str, *, fetch: bool) -> Base:
         return Base(model, path, found, entry.kind, entry.licence)
     local = Path(model).expanduser()
     path = local.resolve() if local.is_dir() else _from_hub(model, fetch)
-    name = path.name if local.is_dir() else model
+    base = _in_folder(path.name if local.is_dir() else model, path)
+    here.note(cache_dir(), base.digest, base.name, path)
+    return base
+
+
+def _in_folder(name: str, path: Path) -> Base:
     return Base(name, path, digest_of(path), _kind(path), _licence(path))
 
 
@@ -200,13 +230,14 @@ def _from_hub(model: str, fetch: bool) -> Path:
 
     wheel.quiet()
     try:
-        folder = snapshot_download(
-            model,
-            cache_dir=cache_dir() / "hub",
-            allow_patterns=HUB_FILES,
-            ignore_patterns=NOT_FROM_HUB,
-            local_files_only=not fetch,
-        )
+        with online() if fetch else nullcontext():
+            folder = snapshot_download(
+                model,
+                cache_dir=cache_dir() / "hub",
+                allow_patterns=HUB_FILES,
+                ignore_patterns=NOT_FROM_HUB,
+                local_files_only=not fetch,
+            )
     except HFValidationError:
         raise ModelError(
             f"{model}: no such folder",

@@ -40,12 +40,12 @@ from fedtune.objectives import find
 HEAD = "head.safetensors"
 
 
-def build(study: Study, source: str | None = None) -> Network:
+def build(study: Study, base: Base | None = None) -> Network:
     """The network of a study; one per process and setting, so that simulated sites share it.
-    `source` is where this machine has the base, if not under the study's own name.
+    base: without it, the one that the study names, fetched if need be: for one's own studies.
 
     Errors: ModelError (base missing or of another digest), ConfigError (no such module)."""
-    base = find_base(source or study.base.model, study.base.digest)
+    base = base or find_base(study.base.model, study.base.digest)
     outputs = find(study.objective).outputs
     # Neither A's values nor their origin, nor who trains how much of it, change the network:
     # studies that differ in them share it.

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +18,8 @@ from fedtune.config import ObjectiveTable, Study
 from fedtune.data.records import Record
 from fedtune.data.tokens import NO_TARGET, Dataset, Example, Soft, passage_of
 from fedtune.errors import ConfigError
-from fedtune.models.base import cache_dir
+from fedtune.models import here
+from fedtune.models.base import base_of_plan, cache_dir
 from fedtune.models.whole import Whole, load
 from fedtune.objectives import Teacher, find
 
@@ -56,12 +56,27 @@ def taught_by(models: Sequence[Whole], objective: ObjectiveTable, spec: Teacher)
 
 @lru_cache(maxsize=1)
 def find_teacher(spec: Teacher) -> Whole:
-    """The teacher under its name, else in this machine's cache under its digest.
+    """The teacher by its digest alone, from what this machine's people have named before, or its
+    cache holds under teachers/DIGEST; what the plan calls it is not looked at.
+
+    Errors: PolicyRefused where it is not here; ModelError."""
+    kept = cache_dir() / "teachers" / spec.digest.removeprefix("sha256:")
+    noted = here.noted(cache_dir(), spec.digest)
+    places = [kept, *([noted[1]] if noted else [])]
+    place = next((each for each in places if each.is_dir()), None)
+    if place is None:
+        place = base_of_plan(spec.digest, None).path
+    return load(place, spec.digest, sent=True)
+
+
+def own_teacher(study: Study) -> None:
+    """Look up the teacher of one's own study under the name that the study gives it, so that it is
+    found by its digest from now on.
 
     Errors: ModelError."""
-    kept = cache_dir() / "teachers" / spec.digest.removeprefix("sha256:")
-    named = Path(spec.name).expanduser()
-    return load(kept if kept.is_dir() and not named.exists() else spec.name, spec.digest)
+    spec = find(study.objective).teacher
+    if spec is not None:
+        load(spec.name, spec.digest)
 
 
 def made_up(data: Dataset, study: Study, vocabulary: int, seed: int = 0) -> Dataset:

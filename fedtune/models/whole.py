@@ -19,12 +19,19 @@ from transformers import PreTrainedTokenizerBase
 
 from fedtune.config import BaseTable, Study
 from fedtune.errors import ModelError
-from fedtune.models import lora
-from fedtune.models.base import Base, find_base, load_backbone, load_tokenizer
+from fedtune.models import here, lora
+from fedtune.models.base import (
+    Base,
+    base_of_plan,
+    cache_dir,
+    find_base,
+    load_backbone,
+    load_tokenizer,
+)
 from fedtune.models.base import verify as verify_base
 from fedtune.models.network import pooled
 from fedtune.models.quantise import rounded
-from fedtune.runs import ADAPTER, load_adapter, load_plan
+from fedtune.runs import ADAPTER, BASE, load_adapter, load_plan
 
 PLAN = "plan.json"
 
@@ -148,14 +155,21 @@ def load(
     *,
     dtype: torch.dtype = torch.float32,
     trainable: bool = False,
+    sent: bool = False,
 ) -> Whole:
-    """The base or the run folder that `source` names.
+    """The base or the run folder that `source` names. sent: somebody else wrote that run, so its
+    base is found by digest, or is in the run itself.
 
     Guarantee: with `digest` given, what computes anything else is refused.
-    Errors: ModelError (not found, other digest, not to be loaded), ConfigError (plan.json)."""
+    Errors: ModelError (not found, other digest, not to be loaded), ConfigError (plan.json);
+    PolicyRefused (sent, and its base is not here)."""
     run = Path(source).expanduser()
     study = load_plan(run) if (run / PLAN).is_file() else None
-    base = find_base(study.base.model, study.base.digest) if study else find_base(str(source))
+    if study and sent:
+        model, inside = study.base.model, str(run / BASE)
+        base = base_of_plan(study.base.digest, inside if model == inside else None)
+    else:
+        base = find_base(study.base.model, study.base.digest) if study else find_base(str(source))
     adapter = run / "adapter" if study else None
     found = digest_of(base, adapter, study.base if study else None)
     if digest is not None and digest != found:
@@ -164,17 +178,19 @@ def load(
             digest,
             "use the copy that the digest was taken of",
         )
-    model: Any = load_backbone(base, dtype)
+    if adapter is not None:
+        here.note(cache_dir(), found, run.name, run)
+    network: Any = load_backbone(base, dtype)
     if base.kind == "causal":
-        model.lm_head.register_forward_pre_hook(_in_one_piece)
+        network.lm_head.register_forward_pre_hook(_in_one_piece)
     if study is not None and study.base.quantisation:
-        rounded(model, study.base.quantisation, getattr(torch, study.base.dtype))
+        rounded(network, study.base.quantisation, getattr(torch, study.base.dtype))
     head = None
     if adapter is not None:
         if (adapter / ADAPTER).is_file():
-            model = _adapted(model, adapter, trainable)
+            network = _adapted(network, adapter, trainable)
         head = _head(adapter)
-    return Whole(base, model, load_tokenizer(base), head, study, found)
+    return Whole(base, network, load_tokenizer(base), head, study, found)
 
 
 def verify(source: str) -> tuple[str, str]:
@@ -185,7 +201,9 @@ def verify(source: str) -> tuple[str, str]:
         base = verify_base(source)
         return base.name, base.digest
     study = load_plan(run)
-    return study.study.name, digest_of(verify_base(study.base.model), run / "adapter", study.base)
+    found = digest_of(verify_base(study.base.model), run / "adapter", study.base)
+    here.note(cache_dir(), found, run.name, run)
+    return study.study.name, found
 
 
 def digest_of(base: Base, adapter: Path | None, asked: BaseTable | None = None) -> str:
