@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedtune import boot
 from fedtune.config import (
     PrivacyTable,
     Study,
@@ -132,8 +133,13 @@ def _apart(
     if body["lora"]:
         body["lora"]["a_digest"] = None
     asked = {"study": json.dumps(body), "sites": sites, "size": size, "epsilons": epsilons}
-    command = [sys.executable, "-m", "fedtune.fit"]
-    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True)
+    done = subprocess.run(
+        boot.command("fedtune.fit"),
+        env=boot.environment(),
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+    )
     try:
         return Row(model=name, **json.loads(done.stdout.splitlines()[-1]))
     except (IndexError, ValueError, TypeError):

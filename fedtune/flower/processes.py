@@ -7,6 +7,7 @@ then stops its children in order.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
@@ -21,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
+from fedtune import boot
 from fedtune.errors import InfrastructureError
 
 QUIET = {
@@ -28,7 +30,6 @@ QUIET = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
-PACKAGES = str(Path(__file__).resolve().parents[2])  # a child runs this copy, never the folder's
 Program = Literal["superlink", "supernode", "gateway", "rank", "sites"]
 OWN = {  # of these programs, ours: the module whose main() it is, and what people call it
     "gateway": ("fedtune.flower.gateway", "the gateway"),
@@ -93,15 +94,14 @@ class Child:
         private_folder(home)
         private_folder(log.parent)
         environment = {
-            **os.environ,
+            **boot.environment(),
             **QUIET,
             "FLWR_HOME": str(home),
-            "PYTHONPATH": os.pathsep.join([PACKAGES, os.environ.get("PYTHONPATH", "")]),
             "PYTHONUNBUFFERED": "1",
         }
         with open(log, "wb", opener=_private) as sink:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "fedtune.flower.processes", program, *options],
+                boot.command("fedtune.flower.processes", program, *options),
                 stdin=subprocess.PIPE,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
@@ -161,6 +161,30 @@ class Child:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+@contextmanager
+def alone(folder: Path, who: str) -> Iterator[None]:
+    """Hold `folder`, which is made if it is missing, for one process that is called `who`; the lock
+    goes with the process, whatever ends it.
+
+    Errors: InfrastructureError naming the process that holds it."""
+    private_folder(folder.parent)
+    with open(private_folder(folder) / "lock", "a+", opener=_private) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read(20).strip() or "unknown"
+            raise InfrastructureError(
+                f"another {who} (process {holder}) uses {folder.parent}",
+                "one at a time",
+                "end that one first, or give this one a folder of its own",
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
 
 
 def private_folder(path: Path) -> Path:

