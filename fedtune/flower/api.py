@@ -7,11 +7,14 @@ it ended.
 
 from __future__ import annotations
 
+import hmac
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import httpx
@@ -50,6 +53,7 @@ from flwr.supercore.interceptors import (
     RuntimeVersionHttpInterceptor,
     SuperExecAuthHttpInterceptor,
 )
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.run import Run
 from flwr.supercore.runtime import RuntimeHttpClient
@@ -88,6 +92,7 @@ SUPERNODE_JOINED = "SuperNode ID: "  # what a SuperNode logs once the SuperLink 
 SUPERNODE_REFUSED = "Failed to initialize the connection to the SuperLink"
 # Seconds between a node's signed timestamp and the SuperLink's clock, from and to.
 CLOCK_WINDOW = (-SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE)
+CONTROL_HEADER = "x-fedtune-control"
 LOOK_SECONDS = 1.0  # between two looks of an idle SuperNode for work; Flower's own are 3
 OUTAGE_SECONDS = 600.0  # how long a SuperLink or a SuperNode may go without answering
 
@@ -96,8 +101,13 @@ def run_program(name: Literal["superlink", "supernode"]) -> None:
     """Be Flower's own SuperLink or SuperNode, with the options in sys.argv; does not return."""
     # Both bring a web server along, which no other process of ours should have to load.
     if name == "superlink":
+        from flwr.superlink import extensions
         from flwr.superlink.cli import flower_superlink
+        from starlette.middleware import Middleware
 
+        at = sys.argv.index("--superexec-auth-secret-file") + 1
+        locked = Middleware(Locked, _control_key(Path(sys.argv[at]).read_bytes()))
+        extensions.get_middleware = lambda: (locked,)
         flower_superlink()
     else:
         from flwr.supernode import start_client_internal
@@ -108,6 +118,43 @@ def run_program(name: Literal["superlink", "supernode"]) -> None:
         push = resumable(FleetHttpClient.PushObject)
         FleetHttpClient.PushObject = push  # type: ignore[method-assign, assignment]
         flower_supernode()
+
+
+class Locked:
+    """A SuperLink's app for whoever holds its key; for the others only what checks for itself who
+    asks: a site's calls (its node key signs each) and an executor's (the secret, a task's token).
+
+    Flower's Control API, which registers nodes, starts and stops runs and lists them, lets in
+    everybody who has an account on this machine."""
+
+    OPEN = ("/v1/fleet/", "/v1/runtime/")
+
+    def __init__(self, app: Callable[..., Awaitable[None]], key: str) -> None:
+        self._app, self._key = app, key.encode()
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "lifespan" and not scope["path"].startswith(self.OPEN):
+            given = dict(scope["headers"]).get(CONTROL_HEADER.encode(), b"")
+            if not hmac.compare_digest(given, self._key):
+                await send({"type": "http.response.start", "status": 401, "headers": []})
+                await send({"type": "http.response.body", "body": b""})
+                return
+        await self._app(scope, receive, send)
+
+
+class _Key:
+    """What opens a locked SuperLink, on each request."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._key = _control_key(secret)
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        context.request.headers[CONTROL_HEADER] = self._key
+        return call_next(context)
+
+
+def _control_key(secret: bytes) -> str:
+    return hmac.digest(secret, b"fedtune control", "sha256").hex()
 
 
 class _Impatient:
@@ -186,24 +233,23 @@ class Runtime:
         self._client.close()
 
 
-def register(address: str, ca: bytes, nodes: dict[str, bytes]) -> None:
+def register(address: str, ca: bytes, secret: bytes, nodes: dict[str, bytes]) -> None:
     """Register sites (name -> public key, PEM) at a SuperLink. Errors: httpx.HTTPError."""
-    with _control(address, ca) as control:
+    with _control(address, ca, secret) as control:
         for name, key in nodes.items():
             control.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
 
 
-def start_run(address: str, ca: bytes, nodes: dict[str, bytes], bundle: bytes, digest: str) -> None:
-    """Register the sites (name -> public key, PEM) at a new SuperLink and start one run there.
+def start_run(address: str, ca: bytes, secret: bytes, bundle: bytes, digest: str) -> None:
+    """Start a run at a new SuperLink.
 
     bundle: a Flower app bundle, `digest` its sha256 in hex. Errors: httpx.HTTPError."""
-    register(address, ca, nodes)
-    with _control(address, ca) as control:
+    with _control(address, ca, secret) as control:
         control.StartRun(StartRunRequest(fab=fab_to_proto(Fab(digest, bundle, {}))))
 
 
-def _control(address: str, ca: bytes) -> ControlHttpClient:
-    interceptors = [RuntimeVersionHttpInterceptor("fedtune")]
+def _control(address: str, ca: bytes, secret: bytes) -> ControlHttpClient:
+    interceptors: list[Any] = [RuntimeVersionHttpInterceptor("fedtune"), _Key(secret)]
     return ControlHttpClient.from_server_address(address, False, ca, interceptors)
 
 

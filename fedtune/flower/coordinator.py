@@ -19,8 +19,8 @@ Layout of the coordinator's home (made at the first start; ca.pem and signing.ke
     flower/             state of the running SuperLink and gateway; made anew at every start
 
 Flower's Control API (who may start and stop runs) asks for no credentials, and shares the
-SuperLink's port. That port is on loopback, a random one: who has an account on this machine is
-trusted, and nobody else reaches it.
+SuperLink's port, a random one on loopback. It is locked (api.Locked): whoever else has an account
+on this machine lacks the secret, which is in flower/.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from fedtune.flower import api, certs, enrol
 from fedtune.flower.processes import (
     Child,
     Stopped,
+    alone,
     bypass_proxy,
     free_port,
     interruptible,
@@ -80,16 +81,17 @@ def serve(
     certificate). run: in place of server.rounds.run. Errors: ConfigError; InfrastructureError when
     the SuperLink ends, nothing can listen, or a signal stops the study."""
     study = load_study(study_path)
-    prepare(home, host, port, names)
-    rounds = run or _installed_rounds(home)
     bypass_proxy()
     try:
-        with interruptible(), superlink(home) as link:
-            try:
-                with study_grid(link, home) as grid, door(link, home, host, port):
-                    return rounds(grid, study, out, resume=resume, on_event=on_event)
-            except (httpx.HTTPError, InfrastructureError) as error:
-                raise _blame(link.child, error) from None
+        with alone(home / "flower", "fedtune server"), interruptible():
+            prepare(home, host, port, names)
+            rounds = run or _installed_rounds(home)
+            with superlink(home) as link:
+                try:
+                    with study_grid(link, home) as grid, door(link, home, host, port):
+                        return rounds(grid, study, out, resume=resume, on_event=on_event)
+                except (httpx.HTTPError, InfrastructureError) as error:
+                    raise _blame(link.child, error) from None
     except Stopped as stop:
         raise InfrastructureError(
             f"stopped by {stop.name} before the study was done", todo="start it with --resume"
@@ -113,11 +115,13 @@ def prepare(home: Path, host: str, port: int, names: Sequence[str] = ()) -> None
 
 @dataclass(frozen=True)
 class Link:
-    """A running SuperLink: its process, its loopback address, its throw-away certificate."""
+    """A running SuperLink: its process, its loopback address, its throw-away certificate, and the
+    secret that opens it."""
 
     child: Child
     address: str
     certificate: Path
+    secret: bytes
 
     @property
     def ca(self) -> bytes:
@@ -132,7 +136,8 @@ def superlink(home: Path) -> Iterator[Link]:
     state, port = home / "flower", free_port()
     for old in state.glob("state.db*"):
         old.unlink()
-    replace(_secret(home), secrets.token_bytes(32), private=True)
+    secret = secrets.token_bytes(32)
+    secret_file = replace(state / "executor.secret", secret, private=True)
     certificate, key = certs.loopback(state)
     # fmt: off
     options = [
@@ -140,14 +145,14 @@ def superlink(home: Path) -> Iterator[Link]:
         "--ssl-certfile", str(certificate), "--ssl-keyfile", str(key),
         "--ssl-ca-certfile", str(certificate),
         "--enable-supernode-auth",
-        "--isolation", "process", "--superexec-auth-secret-file", str(_secret(home)),
+        "--isolation", "process", "--superexec-auth-secret-file", str(secret_file),
         "--database", str(state / "state.db"),
         "--disable-runtime-dependency-installation",
     ]
     # fmt: on
     with Child("superlink", options, home=state, log=state / "superlink.log") as child:
         child.wait_for_port("127.0.0.1", port)
-        yield Link(child, f"127.0.0.1:{port}", certificate)
+        yield Link(child, f"127.0.0.1:{port}", certificate, secret)
 
 
 @contextmanager
@@ -192,7 +197,7 @@ def register_new(link: Link, home: Path, known: set[str]) -> None:
     """Tell the SuperLink of every admitted node key that is not in `known`, and remember it."""
     new = {r.name: r.node.encode() for r in enrol.registry(home).values() if r.node not in known}
     for name, key in new.items():
-        api.register(link.address, link.ca, {name: key})
+        api.register(link.address, link.ca, link.secret, {name: key})
         known.add(key.decode())
 
 
@@ -200,8 +205,9 @@ def register_new(link: Link, home: Path, known: set[str]) -> None:
 def study_grid(link: Link, home: Path) -> Iterator[Grid]:
     """Start a run and claim its ServerApp task: the Grid to run the rounds on."""
     content = bundle()
-    api.start_run(link.address, link.ca, {}, content, hashlib.sha256(content).hexdigest())
-    runtime = api.Runtime(link.address, _secret(home).read_bytes(), link.ca)
+    digest = hashlib.sha256(content).hexdigest()
+    api.start_run(link.address, link.ca, link.secret, content, digest)
+    runtime = api.Runtime(link.address, link.secret, link.ca)
     try:
         deadline = time.monotonic() + CLAIM_SECONDS
         while (claim := runtime.acquire([api.SERVER_APP])) is None:
@@ -227,10 +233,6 @@ def bundle() -> bytes:
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("pyproject.toml", project)
     return buffer.getvalue()
-
-
-def _secret(home: Path) -> Path:
-    return home / "flower" / "executor.secret"
 
 
 def own_name(host: str) -> str:

@@ -97,6 +97,7 @@ class Forwarder:
         self.link, self._watch_seconds = found, watch
         self.refusal: str | None = None  # why the gateway turns this site away
         self.distrust = False  # the gateway's certificate does not verify
+        self.clock = False  # the refusal is a matter of time: one of the two clocks may be wrong
         self.port = 0
         self._since: float | None = None  # since when the gateway is away
         self.certificate, key = certs.loopback(state)
@@ -202,8 +203,10 @@ class Forwarder:
 
     def _failed(self, error: Exception) -> None:
         self._since = self._since if self._since is not None else time.monotonic()
-        self.distrust = isinstance(error, ssl.SSLCertVerificationError)
-        self.refusal = _overdue(self._leaf) or self.refusal
+        untimely = _untimely(error, self._leaf)
+        self.distrust = isinstance(error, ssl.SSLCertVerificationError) and not untimely
+        if untimely:
+            self.refusal, self.clock = untimely, True
 
     # ------------------------------------------------------------------------ upkeep
 
@@ -231,6 +234,7 @@ class Forwarder:
             return  # our own: the gateway cannot be reached
         self._since = None
         self.refusal = reply.text if reply.status_code == 403 else None
+        self.clock = False
         if self.refusal is None and certs.spent(self._leaf, 2 / 3):
             await self._renew(client)
 
@@ -307,10 +311,18 @@ def newest(found: Link) -> x509.Certificate:
     return best
 
 
-def _overdue(leaf: x509.Certificate) -> str | None:
-    """Why the gateway would not take this certificate now: it says nothing in a handshake."""
+# OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED.
+UNTIMELY = {9: "not valid yet", 10: "expired"}
+
+
+def _untimely(error: Exception, leaf: x509.Certificate) -> str | None:
+    """Which of the two certificates is out of its time by the clock here, the gateway's or this
+    site's `leaf` (a gateway says nothing of it in a handshake)."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        found = UNTIMELY.get(error.verify_code)
+        return found and f"its certificate is {found} by the clock here: compare the clocks"
     if leaf.not_valid_after_utc < certs.now():
-        return "this site's certificate has expired"
+        return "this site's certificate has expired, or the clock here is wrong"
     if leaf.not_valid_before_utc > certs.now():
         return "this site's certificate is not valid yet: compare the clocks"
     return None

@@ -27,7 +27,14 @@ from fedtune.files import replace
 from fedtune.flower import api
 from fedtune.flower.forwarder import Forwarder, Link
 from fedtune.flower.forwarder import link as forwarder_link
-from fedtune.flower.processes import Child, Stopped, bypass_proxy, free_port, interruptible
+from fedtune.flower.processes import (
+    Child,
+    Stopped,
+    alone,
+    bypass_proxy,
+    free_port,
+    interruptible,
+)
 
 Event = Callable[[str, dict[str, Any]], None]
 App = Callable[[Message, Context], Message]
@@ -66,7 +73,7 @@ def join(
     bypass_proxy()
     state = site.site.state / "flower"
     try:
-        with interruptible(), Forwarder(link, state) as forwarder:
+        with interruptible(), alone(state, "fedtune client"), Forwarder(link, state) as forwarder:
             failures: list[float] = []  # when, since the last success or long wait
             while True:
                 began = time.monotonic()
@@ -177,6 +184,12 @@ class _Executor:
 
 def _refusal(way: Forwarder) -> InfrastructureError:
     why = f" ({way.refusal})" if way.refusal else ""
+    if way.clock:
+        return InfrastructureError(
+            f"no connection to the coordinator at {way.link.address}{why}",
+            "clocks that agree, here and there",
+            "set the clocks of both ends (NTP); `fedtune doctor` compares them",
+        )
     return InfrastructureError(
         f"the coordinator at {way.link.address} refuses this site{why}",
         "an admitted site whose keys no other process uses",

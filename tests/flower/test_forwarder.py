@@ -21,6 +21,7 @@ from fedtune.errors import ConfigError, Refused
 from fedtune.flower import certs, coordinator, enrol
 from fedtune.flower.forwarder import Forwarder, Link, link
 from fedtune.flower.processes import Child, free_port, reachable
+from fedtune.flower.site_executor import _Executor
 from tests.flower import kit
 
 
@@ -145,6 +146,32 @@ def test_a_gateway_under_another_name_is_not_trusted(world: World) -> None:
         patch.setattr(certs, "server_leaf", lambda home, names=(): home / "server.pem")
         with world.gateway(), world.forwarder() as way:
             until(lambda: way.distrust)
+
+
+@pytest.mark.parametrize(("begins", "ends", "says"), [(-9, -1, "expired"), (1, 9, "not valid yet")])
+def test_a_gateway_out_of_its_time_is_a_matter_of_clocks(
+    world: World, begins: int, ends: int, says: str
+) -> None:
+    """A clock that is wrong here makes a good certificate look like this; a stranger's never."""
+    days = [certs.now() + timedelta(days=each) for each in (begins, ends)]
+    key = certs.read_key(certs.server_leaf(world.home))
+    leaf = certs.issue(world.home, key.public_key(), "x", ["localhost", "127.0.0.1"], *days)
+    good = (world.home / "server.pem").read_bytes()
+    late = certs._pem(key) + leaf.public_bytes(certs.PEM)
+    executor = _Executor(world.site, lambda *_: None, lambda *_: None, once=False)  # type: ignore[arg-type,return-value]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certs, "server_leaf", lambda home, names=(): home / "server.pem")
+        (world.home / "server.pem").write_bytes(late)
+        with world.forwarder() as way:
+            with world.gateway():
+                until(lambda: says in (way.refusal or ""))
+                assert way.clock and not way.distrust
+                told = str(executor.attend(world.root / "state", way))
+                assert "compare the clocks" in told and "NTP" in told
+                assert "--name" not in told and "enroll" not in told
+            (world.home / "server.pem").write_bytes(good)
+            with world.gateway():  # the clock is put right: the site goes on by itself
+                until(lambda: way.refusal is None and way.away == 0 and not way.clock)
 
 
 # -------------------------------------------------------------------------------- proxies

@@ -127,7 +127,7 @@ class World:
         """The coordinator starts anew; b is revoked, and comes back with new keys."""
         digest = hashlib.sha256(b"").hexdigest()
         with coordinator.superlink(self.home) as link:
-            api.start_run(link.address, link.ca, {}, coordinator.bundle(), digest)
+            api.start_run(link.address, link.ca, link.secret, coordinator.bundle(), digest)
             with coordinator.door(link, self.home, "127.0.0.1", self.port):
                 until(lambda: all(self.log(name).count("joined") == 2 for name in ("a", "b")), 60)
                 enrol.revoke(self.home, "b")

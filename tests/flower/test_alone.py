@@ -1,0 +1,113 @@
+"""One server to a home, one client to a state folder: the second says so and touches nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedtune import boot
+from fedtune.errors import InfrastructureError
+from fedtune.flower.coordinator import serve
+from fedtune.flower.processes import alone, free_port
+from fedtune.flower.site_executor import join
+from tests.flower import kit
+
+HOLDS = """
+import sys
+from pathlib import Path
+from fedtune.flower.processes import alone, free_port
+with alone(Path(sys.argv[1]), sys.argv[2]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+STUDY = """
+[study]
+name = "t"
+[base]
+model = "nowhere"
+[objective]
+name = "causal_lm"
+[training]
+rounds = 1
+sampling_rate = 1.0
+learning_rate = 0.1
+[clipping]
+[privacy]
+epsilon = 1.0
+delta = 1e-4
+"""
+
+
+class Holder:
+    """Another process that holds a folder."""
+
+    def __init__(self, folder: Path, who: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", HOLDS, str(folder), who],
+            env=boot.environment() | {"PYTHONPATH": boot.PACKAGES},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert self._process.stdout and self._process.stdout.readline() == b"held\n"
+        self.pid = self._process.pid
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    path = tmp_path / "study.toml"
+    path.write_text(STUDY)
+    return path
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    """A home whose server runs: what the second one must leave alone."""
+    home = tmp_path / "home"
+    (home / "flower").mkdir(parents=True)
+    for name in ("flower/state.db", "flower/executor.secret", "address"):
+        (home / name).write_text("the first one's")
+    yield home
+
+
+def test_a_second_server_on_a_home_says_so_and_touches_nothing(home: Path, study: Path) -> None:
+    first = Holder(home / "flower", "fedtune server")
+    try:
+        with pytest.raises(InfrastructureError, match=f"server .process {first.pid}.") as refused:
+            serve(study, home.parent / "run", port=free_port(), home=home, run=_never)
+        assert str(home) in str(refused.value) and refused.value.exit_code == 4
+        for name in ("flower/state.db", "flower/executor.secret", "address"):
+            assert (home / name).read_text() == "the first one's"
+        assert not (home / "ca.pem").exists()
+    finally:
+        first.kill()
+    with alone(home / "flower", "fedtune server"):  # the twin: what was killed holds nothing
+        pass
+
+
+def test_a_second_client_on_a_state_folder_says_so(tmp_path: Path) -> None:
+    site = kit.site_file(tmp_path / "a", "a", free_port())
+    kit.join_up(tmp_path / "home", site, free_port())
+    first = Holder(tmp_path / "a" / "state" / "flower", "fedtune client")
+    try:
+        with pytest.raises(InfrastructureError, match=f"client .process {first.pid}."):
+            join(site, client_app=lambda *_: _never(), patience=0.0)
+    finally:
+        first.kill()
+
+
+def test_what_a_lock_makes_is_this_users_alone(tmp_path: Path) -> None:
+    with alone(tmp_path / "home" / "flower", "x"):
+        for made in ("home", "home/flower", "home/flower/lock"):
+            assert (tmp_path / made).stat().st_mode & 0o077 == 0
+
+
+def _never(*_: object, **__: object) -> dict[str, object]:
+    raise AssertionError("it must not come to this")

