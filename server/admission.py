@@ -7,7 +7,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from flwr.serverapp import Grid
 
 from fedtune.config import Encoding, LoraTable, Study
 from fedtune.errors import FedtuneError, Refused
+from fedtune.flower import api
 from fedtune.flower.arrays import (
     Arrays,
     WireError,
@@ -63,8 +64,9 @@ class Roster:
 
     sizes, keys: site -> declared size and public key, fixed once heard; lora_ranks: likewise how
     many ranks it trains, where the plan lets sites choose; enrolled: who each node is, as of now
-    (None: anybody); refused: site -> why, for the rest of the run; absent: what failed or kept
-    silent, asked again each round; down, up: bytes by site.
+    (None: anybody); expect: told which nodes are asked, for an answer of how many bytes; refused:
+    site -> why, for the rest of the run; absent: what failed or kept silent, asked again each
+    round; down, up: bytes by site.
 
     Guarantee: what a node says changes nothing for any name but its own."""
 
@@ -75,6 +77,7 @@ class Roster:
     keys: dict[str, str]
     tell: Tell
     enrolled: Callable[[], Mapping[int, Member]] | None = None
+    expect: Callable[[Iterable[int], int], None] = lambda nodes, most: None
     lora_ranks: dict[str, int] = field(default_factory=dict)
     nodes: dict[str, int] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
@@ -125,9 +128,16 @@ class Roster:
     def prepare(self, nodes: Iterable[int]) -> None:
         """Send the plan to `nodes` and note who admits it."""
         contents = dict.fromkeys(sorted(nodes), self.plan)
-        timeout = self.study.strategy.round_timeout
-        for reply in ask(self.grid, "query.prepare", contents, "prepare", timeout):
+        for reply in self.ask("query.prepare", contents, "prepare"):
             self._hear(reply)
+
+    def ask(
+        self, kind: str, contents: Mapping[int, RecordDict], group: str, arrays: int = 0
+    ) -> Iterator[Reply]:
+        """As server.exchange.ask, of nodes whose answers have `arrays` bytes of numbers at most."""
+        most, timeout = api.WORDS + arrays, self.study.strategy.round_timeout
+        self.expect(contents, most)
+        return ask(self.grid, kind, contents, group, timeout, most)
 
     def stranger(self, node: int, name: str) -> bool:
         """Whether the node is not enrolled under this name and signing key, as of now."""
@@ -288,7 +298,7 @@ def outcome(
     | the log     | noised with the `terms` that the plan sets, and a step for this update |
     """
     if reply.content is None:
-        return Outcome("failed", reply.reason)
+        return Outcome(reply.status, reply.reason)
     site, arrays = reply.content.get("site"), reply.content.get(record)
     if not isinstance(site, ConfigRecord) or not isinstance(arrays, ArrayRecord):
         return Outcome("failed", "its answer is malformed")

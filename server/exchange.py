@@ -33,31 +33,42 @@ TROUBLE = {
 
 @dataclass(frozen=True)
 class Reply:
-    """One node's answer: content, or why there is none. size: bytes of the content on the wire."""
+    """One node's answer: content, or why there is none; then status is "failed", or "dropped" where
+    it was longer than agreed. size: bytes of the content on the wire."""
 
     node: int
     content: RecordDict | None
     reason: str = ""
     size: int = 0
+    status: str = "failed"
 
 
 def ask(
-    grid: Grid, kind: str, contents: Mapping[int, RecordDict], group: str, timeout: float
+    grid: Grid,
+    kind: str,
+    contents: Mapping[int, RecordDict],
+    group: str,
+    timeout: float,
+    most: int = api.WORDS,
 ) -> Iterator[Reply]:
     """Send each node its content and yield exactly one Reply per node, as they arrive.
 
-    A node is told apart by the message it answers, never by what the answer says.
-    Guarantee: at most one reply is held; one that cannot be read is that node's failure alone.
+    most: bytes that an answer may have. A node is told apart by the message it answers, never by
+    what the answer says.
+    Guarantee: at most one reply is held, of at most `most` bytes; one that is longer, cannot be
+    read or is never whole is that node's failure alone, and no other waits for it.
     Errors: InfrastructureError when the grid fails.
     """
     try:
-        waiting: dict[str, int] = {}
+        waiting: dict[int, api.Answer] = {}
         for node, content in contents.items():
             message = grid.create_message(content, kind, node, group, ttl=timeout)
-            waiting |= {str(i): node for i in grid.push_messages([message]) if i}
-        lost = set(contents) - set(waiting.values())
+            for pushed in grid.push_messages([message]):
+                if pushed:
+                    waiting[node] = api.Answer(grid, str(pushed), most)
+        lost = set(contents) - set(waiting)
         yield from (Reply(node, None, "the message could not be sent") for node in sorted(lost))
-        yield from _collect(grid, waiting, time.monotonic() + timeout)
+        yield from _collect(waiting, most, time.monotonic() + timeout)
     except FedtuneError:
         raise
     except Exception as error:
@@ -67,14 +78,14 @@ def ask(
         ) from error
 
 
-def _collect(grid: Grid, waiting: dict[str, int], deadline: float) -> Iterator[Reply]:
+def _collect(waiting: dict[int, api.Answer], most: int, deadline: float) -> Iterator[Reply]:
     pause = 0.05
     while waiting:
         heard = len(waiting)
-        for asked in list(waiting):
-            reply = _pulled(grid, asked, waiting[asked])
+        for node in list(waiting):
+            reply = _pulled(node, waiting[node], most)
             if reply is not None:
-                del waiting[asked]
+                del waiting[node]
                 yield reply
         if len(waiting) < heard:
             pause = 0.05
@@ -82,20 +93,30 @@ def _collect(grid: Grid, waiting: dict[str, int], deadline: float) -> Iterator[R
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
         else:
-            yield from (Reply(node, None, "no answer in time") for node in waiting.values())
+            for node, answer in waiting.items():
+                answer.drop()  # what has arrived of it
+                yield Reply(node, None, "no answer in time")
             return
 
 
-def _pulled(grid: Grid, asked: str, node: int) -> Reply | None:
-    """The answer to one message, if it is there. One at a time: Flower loses all that it pulled
-    beside a message that it cannot read, and two large answers need not be held together."""
+def _pulled(node: int, answer: api.Answer, most: int) -> Reply | None:
+    """A node's answer, if it is there. One at a time: Flower loses all that it pulled beside a
+    message that it cannot read, and two large answers need not be held together."""
     try:
-        for message in grid.pull_messages([asked]):
-            if message.metadata.reply_to_message_id == asked:
-                return _reply(node, message)
+        message = answer.take()
+        if message is None:
+            return None
+        reply = _reply(node, message)
+        if reply.size <= most:
+            return reply
+    except api.TooLong:
+        answer.drop()
+    except api.Lost:
+        return Reply(node, None, TROUBLE[api.ErrorCode.REPLY_MESSAGE_UNAVAILABLE])
     except UNREADABLE:
         return Reply(node, None, "its answer cannot be read")
-    return None
+    words = f"its answer is not as agreed: more than {most} bytes"
+    return Reply(node, None, words, status="dropped")
 
 
 def _reply(node: int, message: Message) -> Reply:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -142,6 +142,7 @@ class Parts:
     report: Callable[[Path, dict[str, Any]], None] = _report
     key: SigningKey = field(default_factory=SigningKey)
     enrolled: Callable[[Grid], Mapping[int, Member]] | None = None
+    expect: Callable[[Grid, Iterable[int], int], None] = lambda grid, nodes, most: None
     receipts: Path | None = None
     patience: float = 120.0
     pause: float = 10.0

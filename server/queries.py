@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 from flwr.app import ConfigRecord, RecordDict
-from flwr.serverapp import Grid
 
 from fedtune.flower.arrays import Arrays, to_record
 from fedtune.wire import codec, seal
 from fedtune.wire.keys import SigningKey
 from server.admission import Outcome, Roster, outcome
 from server.bound import Terms
-from server.exchange import ask, size
+from server.exchange import size
 from server.store import Phase, Progress
 
 LIKE: Arrays = {"sums": np.zeros(2, np.float32)}
@@ -30,8 +29,8 @@ TOO_NOISY = 4.0  # a pooled count below so many of its own standard deviations t
 class Queries:
     """The queries of one run; what they find goes into the newest entry of its history."""
 
-    def __init__(self, grid: Grid, progress: Progress, roster: Roster, key: SigningKey) -> None:
-        self.grid, self.progress, self.roster, self.key = grid, progress, roster, key
+    def __init__(self, progress: Progress, roster: Roster, key: SigningKey) -> None:
+        self.progress, self.roster, self.key = progress, roster, key
         self.study = progress.study
 
     def due(self) -> bool:
@@ -68,9 +67,8 @@ class Queries:
             node: RecordDict({"order": self._order(name, nonce), "adapter": adapter})
             for node, name in named.items()
         }
-        group, timeout = f"query {self.progress.round}", self.study.strategy.round_timeout
-        unprepared = []
-        for reply in ask(self.grid, "query.evaluate", contents, group, timeout):
+        unprepared, group = [], f"query {self.progress.round}"
+        for reply in self.roster.ask("query.evaluate", contents, group):
             name = named[reply.node]
             _add(entry["bytes_down"], name, size(contents[reply.node]))
             _add(entry["bytes_up"], name, reply.size)

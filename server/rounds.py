@@ -34,7 +34,7 @@ from server import store, summary
 from server.admission import NOT_ENROLLED, Outcome, Roster, Tally, outcome, plan_message
 from server.bound import Terms, norm_bound, terms
 from server.continuous import Continuous
-from server.exchange import Reply, ask, size
+from server.exchange import Reply, size
 from server.parts import Measures, Parts
 from server.queries import Queries
 from server.store import Phase, Progress
@@ -102,9 +102,10 @@ class _Run:
         self.roster = Roster(
             *(grid, self.study, plan, progress.sizes, progress.keys, self._tell),
             partial(parts.enrolled, grid) if parts.enrolled else None,
+            partial(parts.expect, grid),
             summary.lora_ranks(progress.history),
         )
-        self.queries = Queries(grid, self.progress, self.roster, parts.key)
+        self.queries = Queries(self.progress, self.roster, parts.key)
         self.continuous = (
             Continuous(out, progress, parts, self._event) if self.study.continuous else None
         )
@@ -225,8 +226,9 @@ class _Run:
             for node, name in named.items()
         }
         unprepared, shared = [], size(RecordDict({"adapter": adapter}))
-        group, timeout = str(tally.number), self.asks.round_timeout
-        for reply in ask(self.grid, "train", contents, group, timeout):
+        agreed = codec.layout(codec.shapes(self.progress.adapter), self.study.wire.update)
+        arrays = sum(form.nbytes for form in agreed.values())
+        for reply in self.roster.ask("train", contents, str(tally.number), arrays):
             name, order = named[reply.node], contents[reply.node]["order"]
             self.roster.down[name] += shared + size(RecordDict({"order": order}))
             self.roster.up[name] += reply.size

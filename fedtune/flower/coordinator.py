@@ -32,7 +32,7 @@ import secrets
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +44,7 @@ from flwr.serverapp import Grid
 from fedtune.config import load_study
 from fedtune.errors import ConfigError, InfrastructureError
 from fedtune.files import replace
-from fedtune.flower import api, certs, enrol
+from fedtune.flower import allowance, api, certs, enrol
 from fedtune.flower.processes import (
     Child,
     Stopped,
@@ -255,23 +255,33 @@ class Members:
     key's name. A node keeps its key, so one that has just left is still known."""
 
     def __init__(self, home: Path) -> None:
-        self._home, self._keys = home, dict[int, str]()
+        self._home, self._keys, self._asked = home, dict[int, str](), dict[str, tuple[int, int]]()
+        allowance.write(home, self._asked)
 
     def __call__(self, grid: Grid) -> dict[int, enrol.Member]:
         self._keys |= api.node_keys(grid)
-        named = {
-            r.node: enrol.Member(r.name, r.signing) for r in enrol.registry(self._home).values()
-        }
-        return {node: named[key] for node, key in self._keys.items() if key in named}
+        known = {r.node: r for r in enrol.registry(self._home).values()}
+        found = {node: known[key] for node, key in self._keys.items() if key in known}
+        return {node: enrol.Member(r.name, r.signing) for node, r in found.items()}
+
+    def expect(self, grid: Grid, nodes: Iterable[int], most: int) -> None:
+        """Have the gateway let these nodes, and no others, push an answer of `most` bytes."""
+        members = self(grid)
+        for name in {members[node].name for node in nodes if node in members}:
+            count, _ = self._asked.get(name, (0, 0))
+            self._asked[name] = (count + 1, most)
+        allowance.write(self._home, self._asked)
 
 
 def _installed_rounds(home: Path) -> Run:
     from server import rounds
     from server.parts import Parts
 
+    members = Members(home)
     parts = Parts(
         key=SigningKey.at(home / "signing.key"),
         receipts=home / "receipts.json",
-        enrolled=Members(home),
+        enrolled=members,
+        expect=members.expect,
     )
     return functools.partial(rounds.run, parts=parts)

@@ -8,13 +8,16 @@ is valid now. Each request is then refused unless
 | it is        | POST to one of FLEET, the ten calls of an authenticated SuperNode; all else: 403 |
 | its name     | is admitted at this moment, with the certificate's key (read from disk each time) |
 | its node key | is the one that was admitted with the certificate's name                         |
-| its size     | is announced, and at most Limits.request_bytes                                   |
+| its size     | is announced, and at most Limits.request_bytes; Limits.words but for a part     |
+| its pushes   | are no more in all than what the site was last asked for (allowance.py)          |
 | its pace     | is within Limits.rate, per site                                                  |
 
 Two calls are the gateway's own: GET STATUS (with its clock and protocol, for `fedtune doctor`),
-and POST RENEW (a signing request for the same key).
+and POST RENEW (a signing request for the same key; one in Limits.renewal seconds: 429 otherwise).
 Guarantee: bodies are streamed and never held; memory grows with open connections alone, and these
 are bounded, in total and per site. Revocation closes a site's open connections within a second.
+Who has shown no certificate keeps nobody out: of unfinished handshakes the oldest gives way, first
+among those of its own network.
 Nothing of a request is parsed but its head; h11 does that.
 Errors: a refusal is counted by its reason in Gateway.refused, and told to the site in one line.
 """
@@ -33,6 +36,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from ipaddress import IPv4Address, ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +46,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedtune.errors import FedtuneError
-from fedtune.flower import certs, enrol
+from fedtune.flower import allowance, certs, enrol
 from fedtune.wire.protocol import spoken
 
 FLEET = frozenset(
@@ -53,6 +57,7 @@ FLEET = frozenset(
         "confirm-message-received",
     )
 )
+PUSHES = frozenset({"/v1/fleet/push-messages", PART := "/v1/fleet/push-object"})
 STATUS, RENEW = "/fedtune/status", "/fedtune/renew"
 NODE_KEY = b"flwr-public-key"  # base64 of the key in PEM; the SuperLink checks its signature
 PASSED = (b"content-type", b"accept", b"content-length")  # and every flwr-...
@@ -66,13 +71,17 @@ class Limits:
     """What one site, or everybody, may take. Times in seconds."""
 
     request_bytes: int = 16 << 20  # Flower's largest part of a message is 5 MiB
+    words: int = 256 << 10  # of any other request; an answer's 3,000 parts are announced in it
     response_bytes: int = 16 << 20
     rate: float = 100.0  # requests a second, per site, after a burst
     burst: int = 1000
     per_site: int = 32  # open connections
     connections: int = 2048
     handshakes: int = 128  # unfinished; who has shown no certificate yet
+    per_network: int = 16  # of them: an address, or an IPv6 /64
+    silent: float = 3.0  # until the first byte
     handshake: float = 10.0
+    renewal: float = 60.0  # from one certificate of a site to its next
     idle: float = 120.0  # of a connection between two requests
     stall: float = 60.0  # of a request or response that has begun
     age: float = 3600.0  # of a connection; the next one shows the site's newest certificate
@@ -108,7 +117,10 @@ class Gateway:
         self.refused: Counter[str] = Counter()
         self._peers: set[Peer] = set()
         self._tokens: dict[str, tuple[float, float]] = {}
+        self._pushed: dict[str, tuple[int, int]] = {}  # site -> which asking, bytes since
+        self._renewed: dict[str, float] = {}  # site -> when
         self._tasks: set[asyncio.Task[None]] = set()
+        self._shaking: dict[asyncio.Task[None], str] = {}  # oldest first, and where from
         self._upstream = upstream
         self._client = httpx.AsyncClient(
             verify=ssl.create_default_context(cafile=str(trust)),
@@ -128,20 +140,20 @@ class Gateway:
         """Accept connections until cancelled."""
         listener.setblocking(False)
         loop = asyncio.get_running_loop()
-        shaking = asyncio.Semaphore(self.limits.handshakes)
         watch = loop.create_task(self._watch())
         try:
             while True:
-                await shaking.acquire()
                 try:
-                    accepted, _ = await loop.sock_accept(listener)
+                    accepted, address = await loop.sock_accept(listener)
                 except OSError:  # no file descriptor left: wait for one
-                    shaking.release()
                     await asyncio.sleep(0.1)
                     continue
-                task = loop.create_task(self._welcome(accepted, shaking))
+                self._make_room(network := _network(address[0]))
+                task = loop.create_task(self._welcome(accepted))
+                self._shaking[task] = network
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
+                await asyncio.sleep(0)  # it begins: what never began would leave its socket open
         finally:
             for each in (watch, *self._tasks):
                 each.cancel()
@@ -151,13 +163,23 @@ class Gateway:
 
     # --------------------------------------------------------------------- one connection
 
-    async def _welcome(self, accepted: socket.socket, shaking: asyncio.Semaphore) -> None:
+    def _make_room(self, network: str) -> None:
+        """For one more unfinished handshake: the oldest one ends where there are too many."""
+        same = [task for task, its in self._shaking.items() if its == network]
+        if len(same) >= self.limits.per_network or len(self._shaking) >= self.limits.handshakes:
+            oldest = same[0] if len(same) >= self.limits.per_network else next(iter(self._shaking))
+            del self._shaking[oldest]
+            oldest.cancel()
+
+    async def _welcome(self, accepted: socket.socket) -> None:
         """The handshake, then requests until one of the two leaves."""
-        loop = asyncio.get_running_loop()
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
         reader = asyncio.StreamReader(limit=CHUNK)
         protocol = asyncio.StreamReaderProtocol(reader)
         try:
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else 40 ms an answer
+            await self._first_byte(accepted)
             transport, _ = await loop.connect_accepted_socket(
                 lambda: protocol,
                 accepted,
@@ -169,8 +191,12 @@ class Gateway:
             return self._count(_tls_reason(error))
         except OSError:  # left, or was too slow
             return self._count("handshake not finished")
+        except asyncio.CancelledError:
+            if task in self._shaking:  # the gateway ends
+                raise
+            return self._count("handshake not finished")  # it gave way
         finally:
-            shaking.release()
+            self._shaking.pop(task, None)
         writer = asyncio.StreamWriter(transport, protocol, reader, loop)
         peer = _peer(reader, writer)
         self._peers.add(peer)
@@ -190,6 +216,19 @@ class Gateway:
         finally:
             self._peers.discard(peer)
             transport.abort()  # does nothing where it is closed
+
+    async def _first_byte(self, accepted: socket.socket) -> None:
+        """Wait until the other side has said something. Errors: TimeoutError; then it is closed."""
+        loop, heard = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(accepted, heard.set)
+        try:
+            async with asyncio.timeout(self.limits.silent):
+                await heard.wait()
+        except BaseException:
+            loop.remove_reader(accepted)
+            accepted.close()
+            raise
+        loop.remove_reader(accepted)
 
     async def _converse(self, peer: Peer) -> None:
         while True:
@@ -219,8 +258,13 @@ class Gateway:
             if size is None or size > HEAD:
                 raise Denied(413, "a signing request is smaller")
             body = b"".join([chunk async for chunk in self._body(peer)])
-            try:
-                return await self._say(peer, 200, enrol.renew(self.home, record, body))
+            before, now = self._renewed.get(record.name), time.monotonic()
+            if before is not None and now - before < self.limits.renewal:
+                raise Denied(429, "this site's certificate was renewed just now")
+            self._renewed[record.name] = now
+            try:  # in a thread: others need not wait for its signature and its disk
+                leaf = await asyncio.to_thread(enrol.renew, self.home, record, body)
+                return await self._say(peer, 200, leaf)
             except FedtuneError as error:
                 raise Denied(403, str(error)) from None
         if request.method != b"POST" or call[1] not in FLEET:
@@ -230,8 +274,11 @@ class Gateway:
             raise Denied(403, "the node key is not the one admitted with this certificate")
         if size is None:
             raise Denied(411, "a request says its length")
-        if size > self.limits.request_bytes:
-            raise Denied(413, f"a request has at most {self.limits.request_bytes} bytes")
+        most = self.limits.request_bytes if call[1] == PART else self.limits.words
+        if size > most:
+            raise Denied(413, f"a request has at most {most} bytes")
+        if call[1] in PUSHES:
+            self._spend(record.name, size)
         await self._forward(peer, request, call[1])
 
     def _admit(self, peer: Peer) -> enrol.Record:
@@ -251,6 +298,21 @@ class Gateway:
         if tokens < 0:
             raise Denied(429, "too many requests of this site")
         return record
+
+    def _spend(self, name: str, size: int) -> None:
+        """Count what a site pushes against what it was asked for. Errors: Denied."""
+        try:
+            asked = allowance.read(self.home)
+        except (OSError, ValueError, TypeError):
+            asked = {}
+        if asked is None:
+            return
+        count, answer = asked.get(name, (0, 0))
+        before, spent = self._pushed.get(name, (0, 0))
+        spent = size + (spent if before == count else 0)
+        if count == 0 or spent > allowance.most(answer):
+            raise Denied(413, "more than the coordinator asked for")
+        self._pushed[name] = (count, spent)
 
     def _open(self, name: str) -> int:
         return sum(each.name == name for each in self._peers)
@@ -395,6 +457,14 @@ def _peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Peer:
     http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD)
     name = certs.common_name(leaf.subject)
     return Peer(name, digest, leaf.not_valid_after_utc, reader, writer, http)
+
+
+def _network(address: str) -> str:
+    """What one host can choose its addresses from: an IPv4 address, or an IPv6 /64."""
+    found = ip_address(address.partition("%")[0])
+    if isinstance(found, IPv4Address):
+        return str(found)
+    return str(found.ipv4_mapped or ip_network((found, 64), strict=False))
 
 
 def _tls_reason(error: ssl.SSLError) -> str:

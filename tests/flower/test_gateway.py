@@ -25,14 +25,14 @@ from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 from flwr.superlink.routers.fleet.router import router
 
 from fedtune.errors import Refused
-from fedtune.flower import certs, enrol
+from fedtune.flower import allowance, certs, enrol
 from fedtune.flower import gateway as module
 from fedtune.flower.forwarder import Link
 from fedtune.flower.gateway import Gateway, Limits
 from fedtune.flower.processes import Child, free_port
 from tests.flower import kit
 
-PULL, MIB = "/v1/fleet/pull-messages", 1 << 20
+PART, MIB = "/v1/fleet/push-object", 1 << 20
 BROKEN = (ssl.SSLError, OSError, http.client.HTTPException)
 Door = tuple[Gateway, int]
 
@@ -127,7 +127,7 @@ def connected(
 def ask(
     connection: http.client.HTTPConnection,
     key: str,
-    path: str = PULL,
+    path: str = PART,
     body: Any = b"body",
     method: str = "POST",
     headers: dict[str, str] | None = None,
@@ -157,7 +157,7 @@ def test_an_admitted_site_gets_through_and_its_request_is_passed_on_whole(world:
         for _ in range(3):
             assert ask(line, node_key(world.a), body=b"x" * MIB, headers=mine) == (200, "fine")
         assert not door.refused
-    assert [(path, size) for path, size, _ in world.upstream.got] == 3 * [(PULL, MIB)]
+    assert [(path, size) for path, size, _ in world.upstream.got] == 3 * [(PART, MIB)]
     headers = world.upstream.got[0][2]
     assert headers["flwr-timestamp"] == "now"
     assert not {"cookie", "x-forwarded-for"} & set(headers)
@@ -245,6 +245,61 @@ def test_who_says_nothing_is_let_go_and_keeps_nobody_out(world: World) -> None:
             each.close()
 
 
+def from_address(source: str, port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), source_address=(source, 0))
+
+
+@pytest.mark.parametrize("says", [b"", b"\x16\x03\x01"], ids=["nothing", "a-little"])
+def test_two_hundred_silent_sockets_keep_no_site_waiting(world: World, says: bytes) -> None:
+    with world.gateway() as (door, port):
+        silent = [from_address("127.0.0.2", port) for _ in range(200)]
+        for each in silent:
+            each.send(says)
+        began = time.monotonic()
+        with connected(port, world.a) as line:
+            assert ask(line, node_key(world.a))[0] == 200
+        assert time.monotonic() - began < Limits().silent  # it waited for none of them
+        until(lambda: door.refused["handshake not finished"] >= 200 - Limits().per_network)
+        assert len(door._shaking) <= Limits().per_network
+        for each in silent:
+            each.close()
+
+
+def test_the_oldest_unfinished_handshake_gives_way_among_its_own_first(world: World) -> None:
+    with world.gateway(Limits(handshakes=3, per_network=2)) as (door, port):
+        first, second = (from_address("127.0.0.2", port) for _ in range(2))
+        third = from_address("127.0.0.3", port)
+        until(lambda: len(door._shaking) == 3)
+        with closing(from_address("127.0.0.2", port)):
+            until(lambda: door.refused["handshake not finished"] == 1)
+            assert first.recv(1) == b"" and len(door._shaking) == 3
+            with closing(from_address("127.0.0.4", port)):  # full: the oldest of all
+                until(lambda: door.refused["handshake not finished"] == 2)
+                assert second.recv(1) == b"" and len(door._shaking) == 3
+        for each in (first, second, third):
+            each.close()
+
+
+@pytest.mark.parametrize(
+    ("address", "network"),
+    [
+        ("10.0.0.7", "10.0.0.7"),
+        ("::ffff:10.0.0.7", "10.0.0.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+    ],
+)
+def test_a_host_is_known_by_what_it_cannot_choose(address: str, network: str) -> None:
+    assert module._network(address) == network
+
+
+def test_who_says_nothing_has_seconds(world: World) -> None:
+    with world.gateway(Limits(silent=0.2, handshake=60.0)) as (door, port):
+        with closing(socket.create_connection(("127.0.0.1", port))) as line:
+            assert line.recv(1) == b""
+        until(lambda: door.refused["handshake not finished"] == 1)
+
+
 # ------------------------------------------------------------------------------- after it
 
 
@@ -254,7 +309,7 @@ def test_who_says_nothing_is_let_go_and_keeps_nobody_out(world: World) -> None:
         ({"path": "/v1/control/start-run"}, 403, "not a path of the Fleet API"),
         ({"path": "/v1/fleet/register-node"}, 403, "not a path of the Fleet API"),
         ({"path": "/v1/fleet/../control/start-run"}, 403, "not a path of the Fleet API"),
-        ({"path": PULL + "?x=1"}, 403, "not a path of the Fleet API"),
+        ({"path": PART + "?x=1"}, 403, "not a path of the Fleet API"),
         ({"path": "/v1/runtime/acquire-task"}, 403, "not a path of the Fleet API"),
         ({"method": "GET"}, 403, "not a path of the Fleet API"),
         ({"body": iter([b"unsaid"])}, 411, "a request says its length"),
@@ -286,7 +341,7 @@ def test_another_nodes_key_under_a_valid_certificate_is_refused(world: World) ->
             with connected(port, world.a) as line:
                 assert ask(line, key) == (403, reason)
         with connected(port, world.a) as line:  # two of them: which one counts?
-            line.putrequest("POST", PULL)
+            line.putrequest("POST", PART)
             for site in "ab":
                 line.putheader("flwr-public-key", node_key(world.sites[site]))
             line.putheader("content-length", "0")
@@ -315,7 +370,7 @@ def test_a_revoked_site_is_refused_from_the_next_request_on(world: World) -> Non
 
 def test_a_body_that_is_on_its_way_is_cut_off_by_revocation(world: World) -> None:
     with world.gateway() as (door, port), connected(port, world.a) as line:
-        line.putrequest("POST", PULL)
+        line.putrequest("POST", PART)
         line.putheader("flwr-public-key", node_key(world.a))
         line.putheader("content-length", str(2 * MIB))
         line.endheaders()
@@ -344,7 +399,7 @@ def test_a_certificate_that_runs_out_ends_its_connection_too(world: World) -> No
     now = certs.now()
     kit.reissue(world.home, world.a, now - timedelta(days=1), now + timedelta(seconds=4))
     with world.gateway() as (_, port), connected(port, world.a) as line:
-        line.request("POST", PULL, b"", {"flwr-public-key": node_key(world.a)})
+        line.request("POST", PART, b"", {"flwr-public-key": node_key(world.a)})
         response = line.getresponse()
         assert response.headers["connection"] == "close"  # the next one shows a newer leaf
     with world.gateway() as (_, port), connected(port, world.a) as line:
@@ -381,7 +436,7 @@ def test_too_many_connections_are_refused_for_that_site_alone(world: World) -> N
 
 def test_a_stalled_body_is_let_go(world: World) -> None:
     with world.gateway(Limits(stall=0.5)) as (door, port), connected(port, world.a) as line:
-        line.putrequest("POST", PULL)
+        line.putrequest("POST", PART)
         line.putheader("flwr-public-key", node_key(world.a))
         line.putheader("content-length", "100")
         line.endheaders()
@@ -456,6 +511,45 @@ def test_memory_is_flat(world: World, tmp_path: Path) -> None:
         assert peak() - before < 24
 
 
+# ------------------------------------------------------------------- what a site was asked for
+
+
+@pytest.mark.parametrize("path", sorted(module.FLEET - {PART}))
+def test_a_request_that_carries_no_part_is_short(world: World, path: str) -> None:
+    """The tree of an answer's parts, too: the SuperLink reads a request as a whole."""
+    with world.gateway() as (_, port), connected(port, world.a) as line:
+        assert ask(line, node_key(world.a), path, bytes(256 << 10)) == (200, "fine")
+        assert ask(line, node_key(world.a), path, bytes((256 << 10) + 1))[0] == 413
+
+
+def test_a_site_pushes_no_more_than_it_was_asked_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(allowance, "SLACK", 5 * MIB)  # in all 3 x 5 + 5
+    refused = (413, "more than the coordinator asked for")
+    tree = "/v1/fleet/push-messages"
+
+    def push(line: http.client.HTTPSConnection, name: str = "a", path: str = PART) -> Any:
+        key = node_key(world.sites[name])
+        return ask(line, key, path, bytes(10 * MIB if path == PART else 1000))
+
+    with world.gateway() as (_, port):
+        for asked, ends in (({}, [refused]), ({"b": (1, MIB)}, [refused])):
+            allowance.write(world.home, asked)
+            for path in (PART, tree):
+                with connected(port, world.a) as line:
+                    assert [push(line, path=path)] == ends
+        for times in (1, 2):  # asked again, it counts from zero
+            allowance.write(world.home, {"a": (times, 5 * MIB), "b": (1, 5 * MIB)})
+            with connected(port, world.a) as line:
+                assert [push(line)[0], push(line)[0], push(line)] == [200, 200, refused]
+        with connected(port, world.sites["b"]) as line:
+            assert push(line, "b")[0] == 200
+        (world.home / "flower" / "allowance.json").write_text("{")
+        with connected(port, world.a) as line:
+            assert push(line) == refused
+
+
 # ----------------------------------------------------------------------------------- renewal
 
 
@@ -468,6 +562,44 @@ def test_a_certificate_is_renewed_for_the_same_key_alone(world: World) -> None:
             enrol.renew(world.home, record, asked)
         with world.gateway() as (_, port), connected(port, world.a) as line:
             assert ask(line, "", path=module.RENEW, body=asked)[0] == 403
+
+
+def test_a_site_renews_once_a_minute(world: World) -> None:
+    """Each is a signature and a file on the disk."""
+    signed = {n: certs.request(certs.read_key(world.sites[n].keys / "tls.key"), n) for n in "ab"}
+    with world.gateway(Limits(renewal=0.5)) as (_, port):
+        with connected(port, world.a) as line:
+            assert ask(line, "", path=module.RENEW, body=signed["a"])[0] == 200
+            assert ask(line, "", path=module.RENEW, body=signed["a"])[0] == 429
+        with connected(port, world.sites["b"]) as line:
+            assert ask(line, "", path=module.RENEW, body=signed["b"])[0] == 200
+        time.sleep(0.6)
+        with connected(port, world.a) as line:
+            assert ask(line, "", path=module.RENEW, body=signed["a"])[0] == 200
+
+
+def test_a_renewal_that_takes_long_is_waited_for_by_its_site_alone(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    going, go = threading.Event(), threading.Event()
+
+    def slow(*_: Any) -> bytes:
+        going.set()
+        assert go.wait(10)
+        return b"leaf"
+
+    monkeypatch.setattr(enrol, "renew", slow)
+    with world.gateway() as (_, port), connected(port, world.a) as line:
+        line.request("POST", module.RENEW, b"csr")
+        assert going.wait(10)
+        with connected(port, world.sites["b"]) as other:
+            found = ask(other, node_key(world.sites["b"]))
+        go.set()
+        assert found == (200, "fine")
+        assert line.getresponse().read() == b"leaf"
+
+
+def test_a_request_to_renew_is_short(world: World) -> None:
     with world.gateway() as (_, port), connected(port, world.a) as line:
         assert ask(line, "", path=module.RENEW, body=b"x" * 20_000)[0] == 413
 

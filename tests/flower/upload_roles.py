@@ -1,8 +1,8 @@
 """The processes of test_upload.py beside the coordinator's.
 
-upload_roles.py site SITE.toml       answers each message with the same large array
-upload_roles.py proxy PORT [AT ...]  HTTP CONNECT; whenever the bytes from the site pass the next
-                                     AT, breaks every connection without a word
+upload_roles.py site SITE.toml [N [zeros]]   answers each message with the same array, of N numbers
+upload_roles.py proxy PORT [AT ...]          HTTP CONNECT; whenever the bytes from the site pass the
+                                             next AT, breaks every connection without a word
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,13 +24,16 @@ PART = 5 * 2**20  # Flower's largest
 SIZE = 8 * PART
 
 
-def update() -> np.ndarray:
-    """SIZE numbers of one byte; no part is like another."""
-    return np.random.default_rng(0).integers(-128, 128, SIZE, dtype=np.int8)
+def update(size: int = SIZE) -> np.ndarray:
+    """Numbers of one byte; no part is like another."""
+    return np.random.default_rng(0).integers(-128, 128, size, dtype=np.int8)
 
 
-def app(message: Message, _context: Context) -> Message:
-    return Message(RecordDict({"update": to_record({"a": update()})}), reply_to=message)
+def app_of(array: np.ndarray) -> Callable[[Message, Context], Message]:
+    def app(message: Message, _context: Context) -> Message:
+        return Message(RecordDict({"update": to_record({"a": array})}), reply_to=message)
+
+    return app
 
 
 class Proxy:
@@ -85,6 +89,8 @@ class Proxy:
 if __name__ == "__main__":
     role, first, *rest = sys.argv[1:]
     if role == "site":
-        join(Path(first), client_app=app, patience=90.0)
+        size = int(rest[0]) if rest else SIZE
+        array = np.zeros(size, np.int8) if "zeros" in rest else update(size)
+        join(Path(first), client_app=app_of(array), patience=90.0)
     else:
         asyncio.run(Proxy([int(word) for word in rest]).run(int(first)))

@@ -48,4 +48,95 @@ NAME_MUTANTS = (
     ),
 )  # fmt: skip
 
-MUTANTS = (*NAME_MUTANTS,)
+API, GATEWAY, EXCHANGE = "fedtune/flower/api.py", "fedtune/flower/gateway.py", "server/exchange.py"
+T_EXCHANGE, T_GATEWAY = "tests/server/test_exchange.py::", "tests/flower/test_gateway.py::"
+LONGER = "test_an_answer_that_is_longer_than_agreed_is_dropped_before_it_is_put_together"
+
+SIZE_MUTANTS = (
+    _one(
+        "size", "an-answer-is-fetched-whole", API,
+        "            if self._seen > self._most:\n                raise TooLong\n", "",
+        T_EXCHANGE + LONGER, "one reply fills the coordinator's memory",
+    ),
+    _one(
+        "size", "a-part-counts-once", API,
+        "        if unfolded(self._root) > self._most:\n            raise TooLong\n", "",
+        T_EXCHANGE + LONGER, "a small message unfolds into a large one",
+    ),
+    _one(
+        "size", "words-count-as-numbers", API,
+        "        if words > WORDS:\n            raise TooLong\n", "",
+        T_EXCHANGE + LONGER, "an update's bytes spent on what becomes objects, tenfold",
+    ),
+    _one(
+        "size", "any-number-of-parts", API,
+        "len(self._parts) > PARTS + self._most // PART", "len(self._parts) > 10**9",
+        T_EXCHANGE + "test_an_answer_of_too_many_parts_is_not_begun", "a request for each of them",
+    ),
+    _one(
+        "size", "what-is-late-stays-at-the-superlink", EXCHANGE,
+        "                answer.drop()  # what has arrived of it\n", "",
+        T_EXCHANGE + "test_who_never_finishes_holds_nobody_up_and_is_deleted_at_the_deadline",
+        "each round leaves another unfinished answer on the disk",
+    ),
+    _one(
+        "size", "in-one-process-any-size", EXCHANGE,
+        "        if reply.size <= most:\n", "        if reply.size >= 0:\n",
+        T_EXCHANGE + "test_a_longer_answer_in_this_process_is_dropped_too",
+        "the rule holds on one grid alone",
+    ),
+    _one(
+        "size", "pushes-are-not-counted", GATEWAY,
+        "spent = size + (spent if before == count else 0)", "spent = size",
+        T_GATEWAY + "test_a_site_pushes_no_more_than_it_was_asked_for",
+        "a site fills the SuperLink's disk part by part",
+    ),
+    _one(
+        "size", "who-was-not-asked-may-push", GATEWAY,
+        "if count == 0 or spent >", "if spent >",
+        T_GATEWAY + "test_a_site_pushes_no_more_than_it_was_asked_for", "allowed by default",
+    ),
+    _one(
+        "size", "a-tree-of-any-size", GATEWAY,
+        "if call[1] == PART else self.limits.words", "if call[1] else self.limits.words",
+        T_GATEWAY + "test_a_request_that_carries_no_part_is_short",
+        "the SuperLink reads 16 MiB of names at once",
+    ),
+)  # fmt: skip
+
+DOOR_MUTANTS = (
+    _one(
+        "door", "silent-ones-of-one-host-are-many", GATEWAY,
+        "        if len(same) >= self.limits.per_network or len(self._shaking)",
+        "        if len(self._shaking)",
+        T_GATEWAY + "test_the_oldest_unfinished_handshake_gives_way_among_its_own_first",
+        "one host holds every place before the handshake",
+    ),
+    _one(
+        "door", "who-says-nothing-has-a-minute", GATEWAY,
+        "asyncio.timeout(self.limits.silent)", "asyncio.timeout(60.0)",
+        T_GATEWAY + "test_two_hundred_silent_sockets_keep_no_site_waiting "
+        + T_GATEWAY + "test_who_says_nothing_has_seconds",
+        "a silent socket costs nothing and stays",
+    ),
+    _one(
+        "door", "a-host-is-its-whole-address", GATEWAY,
+        "ip_network((found, 64), strict=False)", "found",
+        T_GATEWAY + "test_a_host_is_known_by_what_it_cannot_choose",
+        "one IPv6 host is 2^64 of them",
+    ),
+    _one(
+        "door", "renewed-as-often-as-it-likes", GATEWAY,
+        "now - before < self.limits.renewal", "now < before",
+        T_GATEWAY + "test_a_site_renews_once_a_minute", "a signature and a file for each request",
+    ),
+    _one(
+        "door", "all-wait-for-a-signature", GATEWAY,
+        "await asyncio.to_thread(enrol.renew, self.home, record, body)",
+        "enrol.renew(self.home, record, body)",
+        T_GATEWAY + "test_a_renewal_that_takes_long_is_waited_for_by_its_site_alone",
+        "one site slows all others",
+    ),
+)  # fmt: skip
+
+MUTANTS = (*NAME_MUTANTS, *SIZE_MUTANTS, *DOOR_MUTANTS)

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.proto.message_pb2 import PullObjectResponse
+from flwr.proto.node_pb2 import Node
+from flwr.proto.runtime_pb2 import PullAppMessagesResponse
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
 from fedtune.errors import InfrastructureError
 from fedtune.flower import api
+from fedtune.flower.arrays import to_record
 from fedtune.flower.grid import InProcessGrid
-from server.exchange import ask, clean
+from server.exchange import _collect, ask, clean
 
 
 def grid_of(count: int, answer: Any = None) -> InProcessGrid:
@@ -155,3 +164,145 @@ def test_an_answer_to_another_nodes_message_does_not_take_its_place():
     grid.pull_messages = crossed
     reasons = {r.node: r.reason for r in go(grid, 0.1)}
     assert reasons == {2: "no answer in time", 3: ""}
+
+
+# ------------------------------------------------------------------------- part by part
+
+
+class SuperLink:
+    """What a SuperLink says of the answers that arrived: to each question, its parts by name, of
+    which some are yet to come. pulled: how often each part was asked for; deleted: answers."""
+
+    def __init__(self, *answers: Message) -> None:
+        self.objects, self.trees, self.protos = {}, [], []  # type: ignore[var-annotated]
+        for answer in answers:
+            answer.metadata.__dict__["_message_id"] = answer.object_id
+            found = get_all_nested_objects(answer)
+            self.objects |= {name: each.deflate() for name, each in found.items()}
+            self.trees.append(get_object_tree(answer))
+            self.protos.append(api.message_to_proto(answer))
+        self.coming: set[str] = set()
+        self.lost: set[str] = set()
+        self.pulled: Counter[str] = Counter()
+        self.deleted: list[str] = []
+        self.node, self.run, self._runtime_client = Node(node_id=1), SimpleNamespace(run_id=1), self
+
+    def PullMessages(self, request: Any) -> Any:
+        (asked,) = request.message_ids
+        here = [n for n, m in enumerate(self.protos) if m.metadata.reply_to_message_id == asked]
+        return PullAppMessagesResponse(
+            messages_list=[self.protos[n] for n in here],
+            message_object_trees=[self.trees[n] for n in here],
+        )
+
+    def PullObject(self, request: Any) -> Any:
+        name = request.object_id
+        self.pulled[name] += 1
+        there = name not in self.coming
+        return PullObjectResponse(
+            object_found=name not in self.lost,
+            object_available=there,
+            object_content=self.objects[name] if there else b"",
+        )
+
+    def ConfirmMessageReceived(self, request: Any) -> None:
+        self.deleted.append(request.message_object_id)
+
+
+def answering(array: np.ndarray, words: str = "") -> Message:
+    asked = grid_of(1).create_message(RecordDict(), "train", 2, "1")
+    asked.metadata.__dict__["_message_id"] = "1"
+    content = {"update": to_record({"a": array}), "site": ConfigRecord({"events": words})}
+    return Message(RecordDict(content), reply_to=asked)
+
+
+def noise(size: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(-128, 128, size, dtype=np.int8)
+
+
+MIB = 1 << 20
+
+
+def ended(answer: api.Answer) -> type[Exception] | None:
+    """How a look for the answer fails."""
+    try:
+        answer.take()
+    except Exception as error:
+        return type(error)
+    return None
+
+
+def test_an_answer_is_there_when_its_last_part_is(monkeypatch):
+    link = SuperLink(answering(noise(20 * MIB)))  # four numbers' parts, and five objects around
+    *_, last = link.objects
+    answer = api.Answer(link, "1", 21 * MIB)
+    for missing in [set(link.objects), {last}, {last}]:
+        link.coming = missing
+        assert answer.take() is None
+    link.coming = set()
+    message = answer.take()
+    assert message is not None and message.content["update"]["a"].numpy().size == 20 * MIB
+    others = {name: count for name, count in link.pulled.items() if name != last}
+    assert max(others.values()) == 3  # not there, there, and there with the others
+    assert link.deleted == [message.metadata.message_id]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param((noise(20 * MIB),), id="long"),
+        pytest.param((np.zeros(40 * MIB, np.int8),), id="one part named eight times"),
+        pytest.param((noise(1), "x" * 2 * MIB), id="mostly words"),
+    ],
+)
+def test_an_answer_that_is_longer_than_agreed_is_dropped_before_it_is_put_together(
+    content: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link, built = SuperLink(answering(*content)), []
+    monkeypatch.setattr(api, "inflate_object_from_contents", lambda *_: built.append(1))
+    answer = api.Answer(link, "1", 12 * MIB)
+    assert ended(answer) is api.TooLong
+    assert not built
+    fetched = sum(len(link.objects[name]) for name in link.pulled)
+    assert fetched <= 12 * MIB + 6 * MIB
+    answer.drop()
+    assert len(link.deleted) == 1
+
+
+def test_an_answer_of_too_many_parts_is_not_begun() -> None:
+    link = SuperLink(answering(noise(1)))
+    for n in range(2000):
+        link.trees[0].children.add(object_id=f"{n:064x}")
+    assert ended(api.Answer(link, "1", 10 * MIB)) is api.TooLong
+    assert not link.pulled
+
+
+def test_who_never_finishes_holds_nobody_up_and_is_deleted_at_the_deadline() -> None:
+    asked = {name: grid_of(1).create_message(RecordDict(), "train", 2, "1") for name in "12"}
+    for name, message in asked.items():
+        message.metadata.__dict__["_message_id"] = name
+    stuck, quick = (
+        Message(RecordDict({"c": ConfigRecord({"who": name})}), reply_to=message)
+        for name, message in asked.items()
+    )
+    link = SuperLink(stuck, quick)
+    link.coming = {stuck.metadata.message_id}
+    waiting = {int(name): api.Answer(link, name, MIB) for name in "12"}
+    first, last = _collect(waiting, MIB, time.monotonic() + 0.3)
+    assert first.node == 2 and first.content is not None
+    assert (last.node, last.reason) == (1, "no answer in time")
+    assert link.deleted == [quick.metadata.message_id, stuck.metadata.message_id]
+
+
+def test_a_lost_part_is_its_senders_failure() -> None:
+    link = SuperLink(answering(noise(1)))
+    link.lost = {next(iter(link.objects))}
+    assert ended(api.Answer(link, "1", MIB)) is api.Lost
+
+
+def test_a_longer_answer_in_this_process_is_dropped_too():
+    """The same words on every grid: not as agreed, and by whom."""
+    long = lambda m: Message(RecordDict({"c": ConfigRecord({"x": "y" * 2 * MIB})}), reply_to=m)  # noqa: E731
+    (reply,) = go(grid_of(1, long))
+    assert (reply.content, reply.status) == (None, "dropped")
+    assert "not as agreed" in reply.reason
