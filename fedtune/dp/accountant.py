@@ -229,15 +229,19 @@ def _checked_delta(delta: float) -> None:
 def _epsilon(events: tuple[Steps, ...], delta: float) -> float:
     _checked_delta(delta)
     try:
-        if all(event.sampling_rate == 1 for event in events):
-            return _gaussian(math.hypot(*(_mu(event) for event in events)), delta)
-        return float(_composed(events).get_epsilon_for_delta(delta))
+        return _computed(events, delta)
     except (ValueError, OverflowError, MemoryError) as error:
         raise ConfigError(
             f"no ε can be computed of these steps ({type(error).__name__})",
             "a noise_multiplier and a sampling_rate of usual size",
             "raise noise_multiplier, or lower max_records_per_unit or rounds",
         ) from error
+
+
+def _computed(events: tuple[Steps, ...], delta: float) -> float:
+    if all(event.sampling_rate == 1 for event in events):
+        return _gaussian(math.hypot(*(_mu(event) for event in events)), delta)
+    return float(_composed(events).get_epsilon_for_delta(delta))
 
 
 def _mu(event: Steps) -> float:
