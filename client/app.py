@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -20,7 +18,6 @@ from fedtune.wire.seal import check_plan
 
 __all__ = ["app", "evaluate", "prepare", "site_of", "train", "trouble"]
 app = ClientApp()
-log = logging.getLogger("fedtune.client")
 
 
 @app.query("prepare")
@@ -52,8 +49,6 @@ def prepare(message: Message, context: Context) -> Message:
 
     if failure := guarded(attempt, context):
         said["status"], said["reason"] = failure
-    if said["status"] == "refused":
-        log.warning("a plan is refused: %s", said["reason"])
     said["admitted"] = said["status"] == "admitted"
     return Message(RecordDict({"admission": ConfigRecord(dict(said))}), reply_to=message)
 

@@ -412,6 +412,10 @@ class SiteWorker:
         parameters = self._known(digest).network.parameters()
         return {name: tuple(parameter.shape) for name, parameter in parameters.items()}
 
+    def study_of(self, digest: str) -> Study:
+        """Errors: Unprepared."""
+        return self._known(digest).study
+
     def coordinator_of(self, digest: str) -> str:
         """The public key that signed the plan. Errors: Unprepared."""
         return self._known(digest).coordinator

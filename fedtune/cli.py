@@ -15,7 +15,7 @@ import typer
 from fedtune import cli_models, cli_network, cli_site
 from fedtune.guard import command
 from fedtune.observe import cli as cli_observe
-from fedtune.runs import data_file, folder_for
+from fedtune.runs import data_file, folder_for, new_run
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -112,10 +112,15 @@ def demo(out: OUT = None) -> None:
     from fedtune.console import Watch, closing
 
     folder = out or folder_for("demo", resume=False)
-    with Watch(_console(), "preparing") as watch:
+    from fedtune.observe import observer
+
+    with (
+        Watch(_console(), "preparing") as watch,
+        observer("coordinator", folder, then=watch, early=True) as seen,
+    ):
         from fedtune.demo import run_demo
 
-        body = run_demo(folder, watch)
+        body = run_demo(folder, seen)
     closing(_console(), folder, body)
 
 
@@ -206,13 +211,13 @@ def simulate(
     from fedtune.console import Watch, closing, warn_not_private
 
     loaded = load_study(study)
-    found, folder = _sites(study, sites, more), out or folder_for(loaded.study.name, resume=resume)
+    found, folder = _sites(study, sites, more), new_run(loaded, out, resume=resume)
     if not loaded.private:
         warn_not_private(_console())
     from fedtune.observe import observer
 
     with (
-        Watch(_console(), "preparing") as watch,
+        Watch(_console(), "preparing", hold=True) as watch,
         observer("coordinator", folder, then=watch) as seen,
     ):
         from fedtune.simulate import simulate as run
@@ -264,7 +269,7 @@ def server(
     from fedtune.console import Watch, closing, warn_not_private
 
     loaded = load_study(study)
-    folder = out or folder_for(loaded.study.name, resume=resume)
+    folder = new_run(loaded, out, resume=resume)
     if not loaded.private:
         warn_not_private(_console())
     from fedtune.observe import observer
@@ -340,6 +345,7 @@ def client(
         check_records(here)
         with team(path, processes):
             join(site, once=once, watch=watch, on_event=seen)
+    typer.echo(f"left; `fedtune ledger {site}` shows what was spent")
 
 
 # ------------------------------------------------------------------------------ use a run

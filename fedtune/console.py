@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from fedtune.models.base import Row
     from server.versions import Index
 
+LINE_SECONDS = 30.0
 BANNER = "NOT PRIVATE: no noise is added; the adapter may reveal the records it is trained on"
 
 
@@ -34,12 +36,17 @@ def warn_not_private(console: Console) -> None:
 
 
 class Watch:
-    """Draws the events of a run (`on_event`); use as a context manager.
+    """Draws the events of a run (`on_event`); use as a context manager. Where no terminal is, the
+    bar's words are lines, each once and at most every LINE_SECONDS as they go on.
 
+    hold: refusals wait for the end of the run, which may say them itself.
     Site names and reasons come from other machines: they are shown as plain text."""
 
-    def __init__(self, console: Console, title: str) -> None:
-        self.console, self._header = console, False
+    def __init__(self, console: Console, title: str, *, hold: bool = False) -> None:
+        self.console, self._header, self._title = console, False, title
+        self._hold = hold
+        self._held: list[tuple[str, str]] = []  # line, reason
+        self._last, self._at = "", 0.0  # the last plain line, and when
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -53,6 +60,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         self._bar.start()
+        self._plain(self._title)
         self._heard = listening(self._long)
         self._heard.__enter__()
         return self
@@ -65,6 +73,7 @@ class Watch:
     ) -> None:
         self._heard.__exit__(kind, error, trace)
         self._bar.stop()
+        self._let_go(str(error))
 
     def _long(self, text: str, done: int, total: int) -> None:
         self._step(text, {"done": done, "total": total})
@@ -73,7 +82,10 @@ class Watch:
         if event == "site":
             self._site(data)
         elif event == "round":
+            self._let_go("")
             self._round(data)
+        elif event in ("answered", "refused", "failed"):
+            self._answered(event, data)
         elif event == "start":
             self._bar.update(self._task, total=data.get("rounds"), completed=data.get("done", 0))
         else:
@@ -84,6 +96,7 @@ class Watch:
         text = str(data.get("text") or event)
         done, total = data.get("done"), data.get("total")
         count = f"{done:,}/{total:,}" if done is not None and total else ""
+        self._plain(text, f"{done / total:.0%}" if done is not None and total else "")
         self._bar.update(
             self._task, description=escape(text), total=total, completed=done or 0, count=count
         )
@@ -92,9 +105,37 @@ class Watch:
         name, status, reason = (str(data.get(k) or "") for k in ("name", "status", "reason"))
         if status in ("refused", "failed", "dropped", "missing"):
             line = f"{name}: {status}" + (f": {reason}" if reason else "")
-            self.console.print(" ".join(line.split()), style="yellow", markup=False)
+            self._held.append((" ".join(line.split()), reason))
+            if not self._hold:
+                self._let_go("")
         else:
             self._bar.update(self._task, description=escape(f"{name}: {status}"))
+
+    def _let_go(self, said: str) -> None:
+        """Show what was held back, but for what `said` says too."""
+        held, self._held = self._held, []
+        for line, reason in dict.fromkeys(held):
+            if not (said and reason and reason in said):
+                self.console.print(line, style="yellow", markup=False, soft_wrap=True)
+
+    def _plain(self, text: str, share: str = "") -> None:
+        """share: in per cent, since a service's log keeps no count of a site's records."""
+        if self.console.is_terminal:
+            return
+        now = time.monotonic()
+        if text != self._last or now - self._at >= LINE_SECONDS:
+            self._last, self._at = text, now
+            line = " ".join(f"{text} {share}".split())
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _answered(self, event: str, data: dict[str, Any]) -> None:
+        """What a site did: a line that stays, and the bar waits again."""
+        good = event == "answered" and data.get("status") in ("admitted", "trained", "answered")
+        line = " ".join(str(data.get("text") or event).split())
+        style = None if good else "yellow"
+        self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+        self._last = ""
+        self._bar.update(self._task, description="waiting for work", total=None, count="")
 
     def _round(self, data: dict[str, Any]) -> None:
         quality, spent = data.get("quality") or {}, data.get("epsilon") or {}

@@ -8,20 +8,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 
+from fedtune import modalities
 from fedtune.config import DataFile, EvaluationTable, Study
 from fedtune.data.tokens import NO_TARGET, Dataset, Example, load_dataset
 from fedtune.errors import ConfigError, DataError
+from fedtune.models.base import find_base, load_tokenizer
 from fedtune.models.cache import Batch, Cached
 from fedtune.models.lora import Arrays
 from fedtune.models.network import Network, build
 from fedtune.objectives import Shape, find
 from fedtune.objectives._tokens import likelihood
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LOWER = ("loss", "perplexity")  # is better
 CHOSEN = ("accuracy", "f1")  # need a choice per record
@@ -69,6 +74,22 @@ class Compared:
     sure: float
 
 
+def check_evaluation(study: Study) -> None:
+    """Whether the study's [evaluation], if it has one, can be measured: its metric, columns and
+    choices, from the file and the base's tokenizer alone.
+
+    Errors: ConfigError, DataError, as Evaluator's."""
+    table, objective = study.evaluation, find(study.objective)
+    if table is None:
+        return
+    _check(table, study.objective.name, objective.shape)
+    base = find_base(study.base.model, study.base.digest)
+    tokenizer = load_tokenizer(base)
+    data = load_dataset(table, study, tokenizer, reader=modalities.reader(base, tokenizer))
+    if table.metric in CHOSEN and objective.shape != "label":
+        _spelled(tokenizer, data, table.choices, study.objective.max_length)
+
+
 class Evaluator:
     """The study's [evaluation] records, ready to be measured again and again.
 
@@ -93,7 +114,7 @@ class Evaluator:
         self._spelled: Cached | None = None  # else every record with every choice
         self._choices = len(table.choices)
         if self.metric in CHOSEN and not self.classify:
-            self._read_choices(data, table.choices)
+            self._read_choices(data, table.choices, study.objective.max_length)
         assess = self._pairs if self.paired else self._classes if self.classify else self._tokens
         self._assess: Callable[[Batch, Scores], None] = assess
         for cached in (self._records, self._spelled):
@@ -211,26 +232,45 @@ class Evaluator:
 
     # -------------------------------------------------------------------------------- choices
 
-    def _read_choices(self, data: Dataset, choices: Sequence[str]) -> None:
-        tokenizer = self.network.tokenizer
-        ids = [tokenizer.encode(choice, add_special_tokens=False) for choice in choices]
-        if len({tuple(i) for i in ids}) < len(ids) or not all(ids):
-            raise ConfigError("evaluation.choices: two are the same to this base, or one is empty")
-        end = [tokenizer.eos_token_id]
-        for row, example in enumerate(data.examples):
-            target = example.target_ids[example.target_ids != NO_TARGET].tolist()
-            self._gold[row] = next((k for k, i in enumerate(ids) if target in (i, i + end)), -1)
-        strange = int((self._gold < 0).sum())
-        if strange:
-            raise DataError(
-                f"evaluation: {strange} of {len(self)} completions are none of evaluation.choices",
-                "each completion exactly as one of the choices, spaces included",
-            )
+    def _read_choices(self, data: Dataset, choices: Sequence[str], max_length: int) -> None:
+        ids, gold = _spelled(self.network.tokenizer, data, choices, max_length)
+        self._gold[:] = gold
         if all(len(i) == 1 for i in ids):
             self._single = torch.tensor([i[0] for i in ids], device=self.network.device)
         else:
             every = [_spell(example, i) for example in data.examples for i in ids]
             self._spelled = Cached(self.network, Dataset(every, data.n_units, data.rejected))
+
+
+def _spelled(
+    tokenizer: PreTrainedTokenizerBase, data: Dataset, choices: Sequence[str], max_length: int
+) -> tuple[list[list[int]], list[int]]:
+    """The tokens of each choice, and which of them each record's completion is.
+
+    Errors: ConfigError (choices that are no choices), DataError (a completion that is none)."""
+    ids = [tokenizer.encode(choice, add_special_tokens=False) for choice in choices]
+    if len({tuple(i) for i in ids}) < len(ids) or not all(ids):
+        raise ConfigError("evaluation.choices: two are the same to this base, or one is empty")
+    end, gold, cut = [tokenizer.eos_token_id], [], 0
+    for example in data.examples:
+        target = example.target_ids[example.target_ids != NO_TARGET].tolist()
+        found = next((k for k, i in enumerate(ids) if target in (i, i + end)), -1)
+        full = len(example.input_ids) >= max_length - 1
+        cut += found < 0 and full and any(target == i[: len(target)] for i in ids)
+        gold.append(found)
+    of, strange = len(gold), gold.count(-1) - cut
+    if strange:
+        raise DataError(
+            f"evaluation: {strange} of {of} completions are none of evaluation.choices",
+            "each completion exactly as one of the choices, spaces included",
+        )
+    if cut:
+        raise DataError(
+            f"evaluation: objective.max_length = {max_length} cuts {cut} of {of} completions off",
+            "room for each prompt with its whole completion",
+            "raise objective.max_length, or shorten the prompts",
+        )
+    return ids, gold
 
 
 def _spell(example: Example, choice: list[int]) -> Example:
@@ -299,7 +339,9 @@ def evaluate(
     if study.lora:  # what was saved is what counts, wherever A came from and whether it was trained
         changes["lora"] = study.lora.model_copy(update={"a_init": "public", "a_digest": None})
     frozen = {name: value for name, value in saved.items() if "lora_A" in name}
-    evaluator = Evaluator(study.model_copy(update=changes), frozen)
+    study = study.model_copy(update=changes)
+    check_evaluation(study)
+    evaluator = Evaluator(study, frozen)
     after = evaluator.scores({name: saved[name] for name in evaluator.network.parameters()})
     before = evaluator.scores(None)
     names = tuple(dict.fromkeys((table.metric, "loss")))

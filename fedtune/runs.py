@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,43 @@ def folder_for(name: str, *, resume: bool) -> Path:
         number += 1
         last, fresh = fresh, Path("runs") / f"{name}-{number}"
     return last if resume else fresh
+
+
+def finished(study: Study) -> Path | None:
+    """The newest finished run of this very study under runs/, whatever its plan had filled in
+    when it started; None for a study without a last round."""
+    from fedtune.dp.budget import with_rounds
+
+    if study.continuous:
+        return None
+    name = study.study.name
+    own = re.compile(re.escape(name) + r"(-\d+)?")
+    found = [run for run in Path("runs").glob("*") if own.fullmatch(run.name)]
+    for run in sorted(found, key=lambda run: (len(run.name), run.name), reverse=True):
+        if not (run / "report.json").is_file():
+            continue
+        plan = load_plan(run)
+        base = study.base.model_copy(update={"digest": study.base.digest or plan.base.digest})
+        same = study.model_copy(update={"base": base})
+        if study.lora and plan.lora:
+            pinned = {"a_digest": study.lora.a_digest or plan.lora.a_digest}
+            same = same.model_copy(update={"lora": study.lora.model_copy(update=pinned)})
+        if with_rounds(same).digest == plan.digest:
+            return run
+    return None
+
+
+def new_run(study: Study, out: Path | None, *, resume: bool) -> Path:
+    """The folder of a run that starts or goes on. Errors: ConfigError where no folder was named and
+    this very study is finished: asked for again, it would only be refused, or paid for twice."""
+    if out is None and not resume and (run := finished(study)):
+        raise ConfigError(
+            f"this study is finished; {run} is there",
+            todo=f"read {run}/report.md. Another study: change study.toml (study.name names its "
+            "folder); it is paid from what `fedtune ledger SITE` shows as left. The same again, "
+            "paid again where it must be trained again: --out DIR",
+        )
+    return out or folder_for(study.study.name, resume=resume)
 
 
 def load_plan(run: Path) -> Study:

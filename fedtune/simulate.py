@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,8 +95,14 @@ def _grid(
     if processes > 1:
         from fedtune.flower.pool import ProcessGrid
 
-        with ProcessGrid(files, processes, out / "processes") as pool:
-            yield pool, pool.trouble
+        logs = out / "processes"
+        try:
+            with ProcessGrid(files, processes, logs) as pool:
+                yield pool, pool.trouble
+        except FedtuneError:
+            if not (out / "plan.json").exists():  # a run that never began leaves nothing
+                shutil.rmtree(logs, ignore_errors=True)
+            raise
     else:
         from client.app import trouble
         from fedtune.flower.grid import InProcessGrid

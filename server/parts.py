@@ -50,7 +50,9 @@ class Measures(Protocol):
 
 def _start(study: Study) -> Started:
     from fedtune.models.start import start
+    from fedtune.quality import check_evaluation
 
+    check_evaluation(study)  # in seconds; A from public text takes minutes
     return start(study)
 
 

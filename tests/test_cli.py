@@ -14,9 +14,11 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from client.site import worker
 from fedtune import __version__, simulate
 from fedtune.cli import app
 from fedtune.console import Watch
+from fedtune.demo import run as demo
 from fedtune.errors import (
     BudgetExceeded,
     ConfigError,
@@ -243,6 +245,78 @@ def test_sites_that_refuse_are_exit_code_3(study: Path) -> None:
     assert found.exit_code == 3 and "max_epsilon" in found.stderr
 
 
+def test_a_refused_run_leaves_no_folder_and_says_why_once(
+    study: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (study.parent / "north" / "site.toml").write_text(
+        SITE.format(name="north", most=1, off="false")
+    )
+    study.write_text(study.read_text() + "[strategy]\nmin_sites = 2\n")
+    found = run("simulate", study, "--out", "refused")
+    assert found.exit_code == 3, found.output
+    assert not Path("refused").exists() and not Path("runs").exists()
+    why = "the study would take this dataset past policy.max_epsilon"
+    said = " ".join((found.stdout + found.stderr + caplog.text).split())
+    assert said.count(why) == 1, said
+    assert found.stderr.count("\n") == 1 and why in found.stderr
+
+
+def test_a_study_that_is_finished_is_not_run_again_by_the_same_command(study: Path) -> None:
+    """What it would meet is the ceiling that the first run came up to."""
+    assert run("simulate", study).exit_code == 0
+    spent = (study.parent / "north" / "state" / "ledger.head").read_bytes()
+    again = run("simulate", study)
+    assert again.exit_code == 2 and "this study is finished; runs/tiny is there" in again.stderr
+    assert "ceiling" not in again.stderr and not Path("runs/tiny-2").exists()
+    assert run("server", study).stderr == again.stderr
+    assert (study.parent / "north" / "state" / "ledger.head").read_bytes() == spent
+    worker.cache_clear()  # as another process would begin
+    named = run("simulate", study, "--out", "again")
+    assert named.exit_code == 0, named.stderr  # what was sent is sent again
+    study.write_text(study.read_text().replace("learning_rate = 0.1", "learning_rate = 0.2"))
+    worker.cache_clear()
+    other = run("simulate", study)
+    assert other.exit_code == 3 and "is finished" not in other.stderr, other.output
+
+
+def test_the_demo_can_be_watched_and_says_what_it_does_in_a_pipe(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With other hospitals, of two rounds: the demo's own fetch a base and take minutes."""
+    states: list[str] = []
+
+    def write(folder: Path, seed: int = 0) -> Path:
+        states.append(run("status", "runs/demo", "--once").output)
+        for name in ("north", "south", "west"):
+            home = folder / "sites" / name
+            home.mkdir(parents=True)
+            (home / "site.toml").write_text(SITE.format(name=name, most=8, off="false"))
+            (home / "data.jsonl").write_bytes((study.parent / "north/data.jsonl").read_bytes())
+        (folder / "evaluation.jsonl").write_bytes((study.parent / "evaluation.jsonl").read_bytes())
+        path = folder / "study.toml"
+        path.write_text(study.read_text() + "[strategy]\nmin_sites = 3\n")
+        return path
+
+    def alone(*given: Any) -> float:
+        states.append(run("status", "runs/demo", "--once").output)
+        return one(*given)
+
+    one = demo._alone
+    monkeypatch.setattr(demo, "write", write)
+    monkeypatch.setattr(demo, "_alone", alone)
+    found = run("demo")
+    assert found.exit_code == 0, found.output
+    lines = found.stdout.splitlines()
+    assert lines[:2] == ["preparing", "inventing three hospitals"]
+    assert any("north alone, for comparison" in line for line in lines)
+    before, *during = (state.split("\n")[0] for state in states)
+    assert "waiting" in before and len(during) == 3
+    assert all("running" in state and "round 2/2" in state for state in during)
+    after = run("status", "runs/demo", "--once").output
+    assert after.startswith("tiny  done  round 2/2"), after
+    assert len(Path("runs/demo/log.jsonl").read_text().splitlines()) > 3
+
+
 def test_privacy_off_is_said_in_red_before_and_after(study: Path, tiny_base: Path) -> None:
     text = STUDY.format(base=tiny_base, privacy="", privacy_off='privacy = "off"')
     study.write_text(text)
@@ -284,6 +358,32 @@ def test_events_from_sites_are_shown_as_plain_text(
     shown = text()
     assert "a[b]: refused: no [/red] more" in shown
     assert "1.235" in shown and "1.5 MB" in shown and "nan" in shown
+
+
+def test_a_pipe_gets_each_step_as_a_line_once(
+    watched: tuple[Watch, Callable[[], str]],
+) -> None:
+    watch, text = watched
+    with watch:
+        for done in range(3):
+            watch("step", {"text": "reading [b]records", "done": done, "total": 9})
+        watch("waiting", {"text": "waiting for the coordinator"})
+    lines = [line for line in text().split("\n") if line]
+    assert lines == ["x", "reading [b]records 0%", "waiting for the coordinator"]
+
+
+def test_what_a_site_did_is_a_line_that_stays_on_a_terminal_too() -> None:
+    from rich.console import Console
+
+    file = io.StringIO()
+    console = Console(file=file, width=100, force_terminal=True, color_system=None)
+    with Watch(console, "connecting") as watch:
+        watch("joined", {"text": "connected; waiting for work"})
+        watch("answered", {"text": "tiny: round 1 of 2 trained, and sent", "status": "trained"})
+        watch("answered", {"text": "tiny: round 2 of 2 REFUSED: [x]", "status": "refused"})
+    shown = file.getvalue()
+    assert "tiny: round 1 of 2 trained, and sent\n" in shown
+    assert "tiny: round 2 of 2 REFUSED: [x]\n" in shown
 
 
 def test_the_version_is_one() -> None:

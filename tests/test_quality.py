@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,17 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedtune.config import Columns, DataFile, Study
+from fedtune.data.tokens import NO_TARGET, Dataset, Example
 from fedtune.errors import ConfigError, DataError, InputError, ModelError
 from fedtune.generate import generate
 from fedtune.models.lora import Arrays
 from fedtune.models.network import Network, build
-from fedtune.quality import Evaluator, evaluate, intervals, wilson
+from fedtune.quality import Evaluator, _spelled, check_evaluation, evaluate, intervals, wilson
+from server.parts import Parts
 
 PROMPTS = ("The patient was seen with", "Blood pressure", "Question: does aspirin", "No acute")
 ANSWERS = (" yes", " no", " maybe", " yes", " fever and a cough", " no")
@@ -278,3 +283,53 @@ def test_intervals() -> None:
     assert intervals(never, always, "accuracy")["change"] == (1.0, 1.0)
     assert intervals(never, always, "accuracy")["after"][0] < 1
     assert always.value("f1") == 1.0 and never.value("f1") == 0.0
+
+
+def without_weights(base: Path, folder: Path) -> Path:
+    """The base as far as its tokenizer: who needs more than that has looked too late."""
+    shutil.copytree(base, folder)
+    save_file({"nothing": np.zeros(1, np.float32)}, folder / "model.safetensors")
+    return folder
+
+
+def test_choices_are_checked_before_the_base_is_loaded(tmp_path: Path, tiny_base: Path) -> None:
+    file = tmp_path / "eval.jsonl"
+    records(file, (" yes", " no", " maybe"))
+    base = without_weights(tiny_base, tmp_path / "base")
+    study = study_of(base, file, "accuracy", (" yes", " no"))
+    for check in (check_evaluation, Parts().start):
+        with pytest.raises(DataError, match="8 of 24 completions are none"):
+            check(study)
+    check_evaluation(study_of(base, file, "accuracy", (" yes", " no", " maybe")))
+
+
+@pytest.mark.parametrize(
+    ("kept", "says"),
+    [(2, "max_length = 12 cuts 1 of 2"), (9, "1 of 2 completions are none of evaluation.choices")],
+)
+def test_an_answer_that_was_cut_off_is_not_called_a_wrong_one(
+    tiny_base: Path, kept: int, says: str
+) -> None:
+    """The whole answer, and its first two tokens at the end of max_length; or as many others."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    choices = (" fever and a cough", " nothing of the kind")
+    whole, other = (tokenizer.encode(choice, add_special_tokens=False) for choice in choices)
+    assert len(whole) > 2
+
+    def example(answer: list[int], length: int) -> Example:
+        ids = [3] * (length - len(answer)) + answer
+        targets = [NO_TARGET] * (length - len(answer) - 1) + answer
+        return Example(np.array(ids[:-1], np.int32), np.array(targets, np.int32), NO_TARGET, 0)
+
+    second = whole[:2] if kept == 2 else other[::-1][:9]
+    data = Dataset([example(whole, 40), example(second, 12)], 2, Counter())
+    with pytest.raises(DataError, match=says):
+        _spelled(tokenizer, data, choices, 12)
+
+
+def test_columns_are_checked_before_the_base_is_loaded(tmp_path: Path, tiny_base: Path) -> None:
+    file = tmp_path / "eval.jsonl"
+    file.write_text('{"question": "a", "completion": " yes"}\n')
+    study = study_of(without_weights(tiny_base, tmp_path / "base"), file, "loss")
+    with pytest.raises(DataError, match="no column 'prompt'"):
+        Parts().start(study)

@@ -19,15 +19,28 @@ def run_demo(
 ) -> dict[str, Any]:
     """Generate the hospitals under out/data, run their study into `out`, and return the report's
     body; "alone" holds the accuracy that each hospital reaches by itself."""
+    ended: list[tuple[str, dict[str, Any]]] = []
+
+    def tell(event: str, data: dict[str, Any]) -> None:
+        """The demo is done when the hospitals alone are."""
+        if event == "done":
+            ended.append((event, data))
+        elif on_event:
+            on_event(event, data)
+
+    tell("step", {"text": "inventing three hospitals"})
     study = write(out / "data", seed=seed)
     sites = sites_in(out / "data" / "sites")
-    body = simulate(study, sites, out, on_event=on_event)
+    body = simulate(study, sites, out, on_event=tell)
     if alone:
         body["alone"] = {
             site.parent.name: _alone(study, site, out / "alone" / site.parent.name, on_event)
             for site in sites
         }
         report.write(out, body)
+    for event in ended:
+        if on_event:
+            on_event(*event)
     return body
 
 

@@ -12,6 +12,7 @@ it has loaded.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import Callable
@@ -35,7 +36,9 @@ from fedtune.flower.processes import (
     free_port,
     interruptible,
 )
+from fedtune.observe.log import strict_here
 
+log = logging.getLogger("fedtune.client")
 Event = Callable[[str, dict[str, Any]], None]
 App = Callable[[Message, Context], Message]
 ANSWERED = ("query.prepare", "train", "query.evaluate")  # the kinds of message that a site answers
@@ -60,9 +63,9 @@ def join(
     once: return when a coordinator that gave this site work has gone. watch: take part in studies
     without a last round, and in no others. client_app: in place of
     client.app:app. patience: seconds to go on being refused; after a crash Flower refuses a site
-    for about 60 s, until the old session has expired. Events: "joined", "answered" {kind},
-    "refused" {kind}, "failed" {kind, error}, "waiting" {address}, "reconnecting" {seconds}; some
-    have a text for people.
+    for about 60 s, until the old session has expired. Events: "joined", "answered" {kind, and what
+    client.told says of it}, "refused" {kind}, "failed" {kind, error}, "waiting" {address},
+    "reconnecting" {seconds}; each has a text for people.
     Errors: ConfigError; InfrastructureError when the coordinator goes on refusing this site."""
     site = load_site(site_path)
     link = forwarder_link(site, site_path)
@@ -128,7 +131,7 @@ class _Executor:
                 problem = error
             except Exception as error:  # the SuperNode ended, or waits for an answer in vain: anew
                 if node.alive:
-                    self.tell("failed", {"kind": "connection", "error": type(error).__name__})
+                    self._failed("connection", error)
             finally:
                 runtime.close()
                 node.stop()
@@ -151,10 +154,13 @@ class _Executor:
             elif self._once and self._worked:
                 if way.away > GONE_SECONDS:
                     return True
-            elif not (self.joined or waiting) and way.away > GONE_SECONDS:
-                waiting = True
+            elif waiting != (way.away > GONE_SECONDS):
+                waiting = not waiting
                 text = f"waiting for the coordinator at {coordinator}"
-                self.tell("waiting", {"address": coordinator, "text": text})
+                if waiting:
+                    self.tell("waiting", {"address": coordinator, "text": text})
+                elif self.joined:
+                    self.tell("joined", {"text": "connected again; waiting for work"})
             time.sleep(POLL_SECONDS)
         return False
 
@@ -168,7 +174,7 @@ class _Executor:
         """The installed app's reply, or a refusal; of an exception only the class is told."""
         kind = message.metadata.message_type
         if task_kind != api.CLIENT_APP or kind not in ANSWERED:
-            self.tell("refused", {"kind": kind})
+            self.tell("refused", {"kind": kind, "text": f"REFUSED {kind}: {REFUSAL}"})
             return api.error_reply(message, REFUSAL)
         context.run_config = {}  # the coordinator's; the site's own file is all that counts here
         context.node_config = {"site": str(self._site_path), "coordinator": self.coordinator}
@@ -176,10 +182,30 @@ class _Executor:
         try:
             reply = self._app(message, context)
         except Exception as error:
-            self.tell("failed", {"kind": kind, "error": type(error).__name__})
+            self._failed(kind, error)
             return api.error_reply(message, type(error).__name__)
-        self.tell("answered", {"kind": kind, "text": f"{kind}: done; waiting for work"})
+        self.tell(
+            "answered",
+            {"kind": kind, "text": f"{kind}: answered", **_told(message, reply, context)},
+        )
         return reply
+
+    def _failed(self, kind: str, error: Exception) -> None:
+        name = type(error).__name__
+        self.tell("failed", {"kind": kind, "error": name, "text": f"{kind}: FAILED: {name}"})
+
+
+def _told(message: Message, reply: Message, context: Context) -> dict[str, Any]:
+    """What the site did, for its own screen and log; whatever goes wrong here, the reply goes."""
+    from client.told import told
+
+    try:
+        return told(message, reply, context)
+    except Exception as error:
+        if strict_here():
+            raise
+        log.warning("this answer cannot be told of: %s", type(error).__name__)
+        return {}
 
 
 def _refusal(way: Forwarder) -> InfrastructureError:

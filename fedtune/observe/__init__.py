@@ -10,16 +10,18 @@ once. In strict mode (FEDTUNE_STRICT=1: the tests) it raises instead.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fedtune.errors import InputError, Refused
 from fedtune.observe.log import JsonLog, NotLoggable, OnEvent, Role, logger, strict_here
-from fedtune.observe.status import StatusFile
+from fedtune.observe.status import FILE, LOCK, StatusFile
 
 __all__ = ["JsonLog", "NotLoggable", "Observer", "OnEvent", "StatusFile", "observer"]
 
-LOG = "log.jsonl"
+LOG, PLAN = "log.jsonl", "plan.json"
 EARLY = 200  # events kept for a run folder that does not exist yet
 
 
@@ -27,11 +29,16 @@ class Observer:
     """Passes each event to `then` and to every sink; as a context manager it also tells of the end.
 
     late: sinks whose folder the run has yet to make: they get the earlier events at "start", so
-    that a run that never began leaves nothing behind."""
+    that a run that never began leaves nothing behind. run: its folder, where one is made."""
 
     def __init__(
-        self, sinks: Sequence[Any], then: OnEvent | None = None, late: Sequence[Any] = ()
+        self,
+        sinks: Sequence[Any],
+        then: OnEvent | None = None,
+        late: Sequence[Any] = (),
+        run: Path | None = None,
     ) -> None:
+        self._run = run
         self._sinks, self._late, self._then = list(sinks), list(late), then
         self._early: list[tuple[str, dict[str, Any]]] = []
         self._ended = False
@@ -81,6 +88,17 @@ class Observer:
         for sink in (*self._sinks, *self._late):
             if hasattr(sink, "close"):
                 sink.close()
+        if isinstance(error, Refused | InputError) and self._run is not None:
+            _forget(self._run)
+
+
+def _forget(run: Path) -> None:
+    """A run that no site admitted has no plan in its folder, and leaves no folder behind."""
+    with suppress(OSError):
+        if not (run / PLAN).exists():
+            for name in (LOG, FILE, LOCK):
+                (run / name).unlink(missing_ok=True)
+            run.rmdir()  # unless something else is there
 
 
 def observer(
@@ -91,17 +109,20 @@ def observer(
     metrics_port: int | None = None,
     home: Path | None = None,
     site: Path | None = None,
+    early: bool = False,
 ) -> Observer:
     """The sinks of a role, joined with `then` (the console's Watch).
 
     folder: of the run, or the site's state; home: the coordinator's, which gets a status too;
-    site: the site.toml, for the metrics. Errors: as metrics.Metrics."""
+    site: the site.toml, for the metrics; early: write to a run's folder before the run begins.
+    Errors: as metrics.Metrics."""
     kept = [JsonLog(folder / LOG, role=role), StatusFile(folder, role=role)]
-    now: list[Any] = [] if role == "coordinator" else kept
+    waits = role == "coordinator" and not early
+    now: list[Any] = [] if waits else kept
     if home is not None:
         now.append(StatusFile(home, role=role))
     if metrics_port is not None:
         from fedtune.observe.metrics import Metrics
 
         now.append(Metrics(role, port=metrics_port, site=site))
-    return Observer(now, then, late=kept if role == "coordinator" else ())
+    return Observer(now, then, late=kept if waits else (), run=folder if waits else None)

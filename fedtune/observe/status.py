@@ -106,9 +106,21 @@ def folded(status: Record, record: Record) -> Record:
         new |= {"state": event, **({"error": record["error"]} if "error" in record else {})}
     elif event in ("joined", "answered"):
         new["state"] = "running"
+        _answer(new, record)
     elif event in ("waiting", "reconnecting"):
         new["state"] = "waiting"
     return new
+
+
+def _answer(new: Record, record: Record) -> None:
+    """What a site told of its own answer: to a plan, an order or a query."""
+    new["round"] = record.get("round", new["round"])
+    if "site" in record:
+        name = record["site"]
+        site = new["sites"].setdefault(name, {})
+        site |= {key: record[key] for key in ("status", "reason") if key in record}
+        if name in record.get("epsilon", {}):
+            site["epsilon"] = record["epsilon"][name]
 
 
 def _round(new: Record, record: Record) -> None:

@@ -1,0 +1,108 @@
+"""What a site's own screen, log and status say of its part in a study."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, Message
+from rich.console import Console
+
+from client.site import worker
+from fedtune.config import load_study
+from fedtune.console import Watch
+from fedtune.dp.accountant import epsilon
+from fedtune.errors import FedtuneError
+from fedtune.flower import api
+from fedtune.flower.grid import InProcessGrid
+from fedtune.flower.site_executor import _Executor, _installed_app
+from fedtune.observe import observer
+from fedtune.observe.status import look
+from server import rounds
+from server.parts import Parts
+from tests.guarantee.world import NAMES, lay_out, patients
+
+Event = Callable[[str, dict[str, Any]], None]
+
+
+def through_the_executor(study: Path, tell: Event, on_event: Event) -> None:
+    """The study, each site's answers given as `fedtune client` gives them; `tell`: the north's."""
+    worker.cache_clear()
+    files = {name: study.parent / f"site-{name}.toml" for name in NAMES}
+    parts = Parts(patience=0.0, pause=0.0)
+    executors = {
+        str(path): _Executor(path, _installed_app(), tell if name == "north" else _quiet, False)
+        for name, path in files.items()
+    }
+    for each in executors.values():
+        each.coordinator = parts.key.public
+
+    def app(message: Message, context: Context) -> Message:
+        executor = executors[str(context.node_config["site"])]
+        return executor.reply(api.CLIENT_APP, message, context)
+
+    grid = InProcessGrid(list(files.values()), app)  # type: ignore[arg-type]
+    rounds.run(grid, load_study(study), study.parent / "run", parts=parts, on_event=on_event)
+
+
+def _quiet(*_: Any) -> None:
+    pass
+
+
+def test_each_round_is_told_with_its_number_and_what_was_paid(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    study = lay_out(tmp_path, tiny_base, patients(12))
+    console = Console(record=True, width=60, file=io.StringIO())
+    with (
+        Watch(console, "connecting") as watch,
+        observer("site", tmp_path / "state-north", then=watch) as seen,
+    ):
+        through_the_executor(study, seen, _quiet)
+    shown = [line.rstrip() for line in console.export_text().splitlines()]
+    lines = [line for line in shown if line and not line.startswith("reading records")]
+    charges = worker(str(tmp_path / "site-north.toml")).ledger.charges("records")
+    assert lines[:2] == ["connecting", "inventory: admitted; paid so far: ε = 0"]
+    assert [line.partition(";")[0] for line in lines[2:]] == [
+        f"inventory: round {n} of 3 trained, and sent" for n in (1, 2, 3)
+    ]
+    assert lines[-1].endswith("that was the last round")
+    log = [
+        json.loads(line)
+        for line in (tmp_path / "state-north/log.jsonl").read_text().split("\n")[:-1]
+    ]
+    paid = [entry["epsilon"]["north"] for entry in log if entry.get("status") == "trained"]
+    assert len(paid) == 3 and paid == sorted(paid)
+    assert paid[-1] == pytest.approx(epsilon([c.event for c in charges], 1e-3), abs=2e-6)
+    assert look(tmp_path / "state-north").status["round"] == 3
+
+
+def test_a_refused_site_is_told_why(tmp_path: Path, tiny_base: Path) -> None:
+    """A kill -9 cost it a round too many; its own screen, log and status say so."""
+    study = lay_out(tmp_path, tiny_base, patients(12))
+    console = Console(record=True, width=60, file=io.StringIO())
+
+    def crash(event: str, data: dict[str, Any]) -> None:
+        if event == "round" and data["round"] == 2:
+            ledger = worker(str(tmp_path / "site-north.toml")).ledger
+            for _ in range(8):
+                ledger.reserve("records", ledger.charges("records")[-1], "x", lambda _: None)
+
+    with (
+        Watch(console, "connecting") as watch,
+        observer("site", tmp_path / "state-north", then=watch) as seen,
+        suppress(FedtuneError),
+    ):
+        through_the_executor(study, seen, crash)
+    last = console.export_text().rstrip().splitlines()[-1]
+    assert last.startswith("inventory: round 3 of 3 REFUSED: ") and "policy.max_epsilon" in last
+    entries = (tmp_path / "state-north/log.jsonl").read_text().splitlines()
+    said = next(e for e in map(json.loads, entries) if e.get("status") == "refused")
+    assert said["round"] == 3 and said["reason"].startswith("policy.max_epsilon")
+    north = look(tmp_path / "state-north").status["sites"]["north"]
+    assert north["status"] == "refused" and north["reason"] == said["reason"]
