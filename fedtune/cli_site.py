@@ -27,7 +27,7 @@ PLAN = Annotated[
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands on `app`."""
-    for each in (review, ledger, withdraw, audit):
+    for each in (review, ledger, withdraw, purge, audit):
         command(app, panel=PANEL)(each)
 
 
@@ -213,6 +213,48 @@ def _keys(file: Path | None) -> list[str]:
             todo="give one a line, in --file or on standard input",
         )
     return keys
+
+
+def purge(
+    site: SITE,
+    study: Annotated[
+        str | None,
+        typer.Option(
+            "--study",
+            metavar="NAME|DIGEST",
+            help="Only the updates and the plan of this study. Without it: of all, and every log.",
+            show_default=False,
+        ),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
+) -> None:
+    """Delete what this site keeps of studies beside the ledger; lists it first, and asks.
+
+    Released updates, plans, logs and leftovers go; the ledger, the step log and this site's keys
+    stay. A round whose update is gone is trained, and paid for, again if it is asked for again, so
+    do it after a study."""
+    from client import purge as purger
+    from fedtune.config import load_site
+    from fedtune.console import files_table
+    from fedtune.errors import InputError
+
+    found = purger.listing(load_site(site), study)
+    with purger.alone(found.state):
+        Console().print(files_table(found.state, found.found))
+    for digest, name in found.studies.items():
+        typer.echo(f"{name}  {digest}")
+    for path in found.unknown:
+        typer.echo(f"not fedtune's, left as it is: {path}")
+    if not found.files:
+        return typer.echo("nothing to delete")
+    typer.echo(
+        "the ledger, the step log and this site's keys stay; a round that is asked for again is "
+        "trained, and paid for, again"
+    )
+    if not yes and not (sys.stdin.isatty() and typer.confirm("delete these files?")):
+        raise InputError("nothing was deleted", "a person who says yes", "run it with --yes")
+    purger.purge(found)
+    typer.echo(f"deleted {len(found.files)} files; the ledger is whole")
 
 
 def audit(

@@ -309,6 +309,20 @@ def fit_table(found: Fit) -> Group:
     return Group(table, *unfit)
 
 
+def files_table(folder: Path, found: dict[str, list[Path]]) -> Table:
+    """What is kept in a folder, by kind."""
+    table = Table(
+        title=escape(str(folder)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    table.add_column("what")
+    for head in ("files", "size"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for kind, paths in found.items():
+        size = sum(path.lstat().st_size for path in paths)
+        table.add_row(kind, f"{len(paths):,}", _size(size))
+    return table
+
+
 def side_by_side(before: str, after: str) -> Table:
     table = Table("base alone", "with the adapter", show_lines=True)
     table.add_row(Text(before), Text(after))

@@ -499,7 +499,7 @@ class Ledger:
 
     def _path(self, slot: tuple[str, int, str]) -> Path:
         study, round_, adapter = slot
-        name = f"{_hex16(study)}-{round_}-{_hex16(adapter)}.bin"
+        name = f"{outbox_prefix(study)}-{round_}-{outbox_prefix(adapter)}.bin"
         return self.folder / OUTBOX / name
 
     def _kept(self, slot: tuple[str, int, str]) -> bytes | None:
@@ -590,7 +590,7 @@ class Ledger:
             raise KeyError(entry.kind)  # what it charges is not known here
 
 
-def _hex16(digest: str) -> str:
+def outbox_prefix(digest: str) -> str:
     """16 hexadecimal digits for a file name, whatever the digest is called."""
     tail = digest.rpartition(":")[2][:16]
     good = len(tail) == 16 and all(c in "0123456789abcdef" for c in tail)

@@ -1,0 +1,173 @@
+"""After `fedtune purge`, nothing that a site kept of its studies is there, and the ledger is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from client import purge as purger
+from client.purge import KEPT, KINDS, alone, listing, purge
+from client.site import SiteWorker, worker
+from fedtune.config import load_site, load_study
+from fedtune.dp.ledger import Ledger
+from fedtune.errors import InfrastructureError
+from fedtune.models.start import start
+from fedtune.observe import observer
+from tests.client.test_site import begun, make_site, notes, trains
+from tests.guarantee.search import Finder, forms
+from tests.guarantee.world import lay_out, patients
+from tests.guarantee.world import run as run_study
+from tests.test_cli import run
+
+TEXT = "Ackroyd, seen on the third floor"
+STATE, SITE = Path("state-north"), Path("site-north.toml")
+BY_HAND = (  # what other processes leave, as it is called there
+    "flower/supernode.log", "flower/app/x.fab", "ranks/config.toml", "rank-1.log", "log.jsonl.1",
+    "outbox/0123456789abcdef-1-0123456789abcdef.bin.4194305.new", "ledger.head.4194305.new",
+)  # fmt: skip
+
+
+@pytest.fixture
+def site(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A site after a study: its plan waited for a signature, and got it; the text is in its records
+    and, so that a file which was forgotten is found, in each file that purge knows."""
+    monkeypatch.chdir(tmp_path)
+    study = lay_out(
+        tmp_path, tiny_base, [{**row, "q": f"{TEXT}: {row['q']}"} for row in patients(12)]
+    )
+    SITE.write_text(SITE.read_text() + 'admission = "signed"\n')
+    with observer("site", STATE) as seen, pytest.raises(Exception, match="nobody at the site"):
+        seen("joined", {})
+        run_study(study)
+    Ledger(STATE).admit(start(load_study(study)).study.digest, "somebody")
+    run_study(study)
+    for name in BY_HAND:
+        (STATE / name).parent.mkdir(parents=True, exist_ok=True)
+        (STATE / name).touch()
+    for path in listing(load_site(SITE)).files:
+        with path.open("a") as file:
+            file.write(TEXT)
+    return SITE
+
+
+def found_in(folder: Path) -> set[str]:
+    finder = Finder(forms(TEXT))
+    caches = [finder.in_folder(Path(os.environ["FEDTUNE_CACHE"]))] if folder == Path() else []
+    data = [folder / "north.jsonl"]
+    return set(finder.in_folder(folder, but=data)).union(*caches)
+
+
+def test_nothing_is_left_of_a_study_but_what_the_guarantee_needs(site: Path) -> None:
+    known = listing(load_site(site))
+    assert set(known.found) == set(KINDS) and known.unknown == []
+    assert len(found_in(STATE)) == len(known.files) >= len(BY_HAND) + 5
+    before = Ledger(STATE)
+    head, charges = before.head, before.charges("records")
+    seen = run("purge", site, "--yes")
+    assert seen.exit_code == 0, seen.output
+    assert found_in(Path()) == set()
+    left = {path.name for path in STATE.rglob("*") if path.is_file()}
+    assert left == {
+        "ledger.db",
+        "ledger.head",
+        "site.key",
+        "salt",
+        "steps.jsonl",
+        "status.lock",
+    } | (left & {"ledger.receipt"})
+    after = Ledger(STATE)
+    after.verify()
+    assert after.head == head and after.charges("records") == charges
+    assert "nothing to delete" in run("purge", site).output
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_that_is_forgotten_is_found(
+    site: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin of the search above."""
+    monkeypatch.setattr(purger, "KINDS", {k: v for k, v in KINDS.items() if k != kind})
+    assert run("purge", site, "--yes").exit_code == 0
+    assert found_in(Path())
+
+
+def test_a_round_asked_for_again_after_a_purge_is_paid_again(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    notes(tmp_path)
+    at = SiteWorker(make_site(tmp_path, patient="who"))
+    made = begun(tiny_base)
+    at.prepare(made.study, made.frozen)
+    trains(at, made, 1)
+    trains(at, made, 1)
+    assert len(at.ledger.charges("records")) == 1
+    purge(listing(at.site))
+    trains(at, made, 1)
+    assert len(at.ledger.charges("records")) == 2
+
+
+def test_it_lists_first_and_deletes_nothing_unasked(site: Path) -> None:
+    before = sorted(STATE.rglob("*"))
+    seen = run("purge", site)
+    assert seen.exit_code == 2 and "nothing was deleted" in seen.stderr, seen.output
+    for kind in KINDS:
+        assert kind in seen.stdout
+    assert sorted(STATE.rglob("*")) == before
+
+
+def asked_while_it_runs(site: Path) -> Result:
+    with observer("site", STATE):
+        return run("purge", site, "--yes")
+
+
+def test_not_while_a_client_runs(site: Path) -> None:
+    before = listing(load_site(site)).files
+    seen = asked_while_it_runs(site)
+    assert seen.exit_code == 4 and "a client runs on it" in seen.stderr
+    assert set(before) <= set(listing(load_site(site)).files)
+    with alone(STATE), pytest.raises(InfrastructureError, match="a client runs"):
+        purge(listing(load_site(site)))
+    assert run("purge", site, "--yes").exit_code == 0
+
+
+@pytest.mark.parametrize("asked", ["inventory", "digest"])
+def test_of_one_study_alone(site: Path, asked: str) -> None:
+    first = {path.name for path in (STATE / "outbox").glob("*.bin")}
+    study = Path("study.toml")
+    study.write_text(study.read_text().replace('name = "inventory"', 'name = "second"'))
+    SITE.write_text(SITE.read_text().replace('admission = "signed"', "max_epsilon = 40.0"))
+    digest = Ledger(STATE).spending()[0].charge.study
+    Path("run").rename("run-1")
+    worker.cache_clear()
+    run_study(study)
+    both = {path.name for path in (STATE / "outbox").glob("*.bin")}
+    assert first < both
+    name = asked if asked == "inventory" else digest[:20]
+    seen = run("purge", site, "--study", name, "--yes")
+    assert seen.exit_code == 0 and digest in seen.output, seen.output
+    assert {path.name for path in (STATE / "outbox").glob("*.bin")} == both - first
+    assert not (STATE / "plans").exists() and (STATE / "log.jsonl").exists()
+    other = run("purge", site, "--study", "third")
+    assert other.exit_code == 2 and "no study 'third' here" in other.stderr
+
+
+def test_what_is_not_fedtunes_is_named_and_left(site: Path) -> None:
+    assert run("ledger", site, "--backup", STATE / "copy").exit_code == 0
+    (STATE / "notes.txt").write_text("mine")
+    (STATE / "link.log").symlink_to(STATE / "notes.txt")
+    seen = run("purge", site, "--yes")
+    words = "".join(seen.output.split())
+    for name in ("copy", "notes.txt", "link.log"):
+        assert f"leftasitis:{STATE.resolve() / name}" in words, seen.output
+        assert (STATE / name).exists()
+    assert (STATE / "copy" / "ledger.db").exists()
+
+
+def test_kept_is_never_a_kind() -> None:
+    state = ("ledger.db", "ledger.db-journal", "ledger.receipt", "ledger.new", "ledger.head.lost-1")
+    for name in (*state, "site.key", "salt", "steps.jsonl", "keys/tls.key", "keys.old-1/node.key"):
+        assert purger._kind(name) == "", name
+    assert KEPT and purger._kind("anything") is None
