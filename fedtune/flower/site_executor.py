@@ -65,7 +65,7 @@ def join(
     client.app:app. patience: seconds to go on being refused; after a crash Flower refuses a site
     for about 60 s, until the old session has expired. Events: "joined", "answered" {kind, and what
     client.told says of it}, "refused" {kind}, "failed" {kind, error}, "waiting" {address},
-    "reconnecting" {seconds}; each has a text for people.
+    "connected" (again), "reconnecting" {seconds}; each has a text for people.
     Errors: ConfigError; InfrastructureError when the coordinator goes on refusing this site."""
     site = load_site(site_path)
     link = forwarder_link(site, site_path)
@@ -160,7 +160,7 @@ class _Executor:
                 if waiting:
                     self.tell("waiting", {"address": coordinator, "text": text})
                 elif self.joined:
-                    self.tell("joined", {"text": "connected again; waiting for work"})
+                    self.tell("connected", {"text": "connected again; waiting for work"})
             time.sleep(POLL_SECONDS)
         return False
 

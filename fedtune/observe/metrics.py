@@ -134,7 +134,7 @@ def _site(kinds: Any, registry: CollectorRegistry) -> Callable[[Record], None]:
     )
 
     def take(record: Record) -> None:
-        if record["event"] in ("joined", "answered"):
+        if record["event"] in ("joined", "connected", "answered"):
             connected.set(1)
         elif record["event"] in ("reconnecting", "waiting", "stopped", "done"):
             connected.set(0)

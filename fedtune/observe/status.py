@@ -104,7 +104,7 @@ def folded(status: Record, record: Record) -> Record:
         _round(new, record)
     elif event in ENDED:
         new |= {"state": event, **({"error": record["error"]} if "error" in record else {})}
-    elif event in ("joined", "answered"):
+    elif event in ("joined", "connected", "answered"):
         new["state"] = "running"
         _answer(new, record)
     elif event in ("waiting", "reconnecting"):

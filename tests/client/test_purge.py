@@ -157,7 +157,7 @@ def test_of_one_study_alone(site: Path, asked: str) -> None:
 def test_what_is_not_fedtunes_is_named_and_left(site: Path) -> None:
     assert run("ledger", site, "--backup", STATE / "copy").exit_code == 0
     (STATE / "notes.txt").write_text("mine")
-    (STATE / "link.log").symlink_to(STATE / "notes.txt")
+    (STATE / "link.log").symlink_to("notes.txt")
     seen = run("purge", site, "--yes")
     words = "".join(seen.output.split())
     for name in ("copy", "notes.txt", "link.log"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from client.purge import listing
+from fedtune.config import load_site
 from fedtune.flower.processes import free_port
 from tests.network.kit import SITES, consortium, done, records, until
 
@@ -54,5 +56,11 @@ def test_a_consortium_from_nothing(tmp_path: Path, tiny_base: Path) -> None:
             spent = made.spending(name)
             assert [each.charge.round for each in spent] == [1, 2, 3]
             assert all(each.released for each in spent)
+            told = made.log(name).read_text()  # no terminal: lines
+            for words in ("connected", "admitted", "round 3 of 3 trained, and sent", "ε = "):
+                assert words in told, made.told()
+            kept = listing(load_site(tmp_path / name / "site.toml"))
+            assert kept.unknown == [] and kept.files  # purge knows all that a client leaves
+            assert "the ledger is whole" in done(tmp_path, "purge", f"{name}/site.toml", "--yes")
         known = {p.name for p in made.hub.rglob("*")}
         assert not known & {"node.key", "tls.key", "site.key", "data.jsonl", "ledger.db"}
