@@ -8,11 +8,9 @@ again: who asks for its round again has it trained, and paid for, again.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,6 +20,7 @@ from fedtune.dp.ledger import Ledger, outbox_prefix
 from fedtune.dp.ledger_files import DATABASE, OUTBOX, traces
 from fedtune.errors import ConfigError, FedtuneError, InfrastructureError, InputError
 from fedtune.files import sync_folder
+from fedtune.flower.processes import alone
 from fedtune.observe.status import LOCK
 
 KINDS = {  # what people call it -> patterns of paths in the state folder; "*" goes into folders too
@@ -84,7 +83,7 @@ def purge(found: Listing) -> None:
     """Delete what was listed, and the folders that it leaves empty.
 
     Errors: InfrastructureError where a client runs on this state, or the disk refuses."""
-    with alone(found.state):
+    with alone(found.state / "flower", "fedtune client"):
         try:
             for path in found.files:
                 path.unlink(missing_ok=True)
@@ -98,26 +97,6 @@ def purge(found: Listing) -> None:
             ) from None
     if traces(found.state):
         Ledger(found.state).verify()
-
-
-@contextmanager
-def alone(state: Path) -> Iterator[None]:
-    """Nobody else works on this state meanwhile. Errors: InfrastructureError."""
-    held = []
-    try:
-        for name in (LOCK, "flower/lock"):
-            if not (state / name).exists():
-                continue
-            held.append(file := os.open(state / name, os.O_RDWR | os.O_CLOEXEC))
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise InfrastructureError(
-            f"{state}: a client runs on it", "no client meanwhile", "stop it first"
-        ) from None
-    finally:
-        for file in held:
-            os.close(file)
 
 
 # ---------------------------------------------------------------------------------- one file

@@ -13,7 +13,7 @@ from fedtune.dp import accountant
 from fedtune.errors import FedtuneError
 from fedtune.report.claim import rounded_up
 
-PAST = {"trained": "trained, and sent", "answered": "answered, and sent"}
+DONE = ("admitted", "trained", "answered")
 
 
 def told(message: Message, reply: Message, context: Context) -> dict[str, Any]:
@@ -76,9 +76,9 @@ def _spent(study: Study, site: SiteWorker) -> float | None:
 
 def _line(facts: dict[str, Any]) -> str:
     status: str = facts["status"]
-    if status not in ("admitted", *PAST):
+    if status not in DONE:
         return f"{status.upper()}: {facts['reason'] or 'no reason given'}"
-    line = PAST.get(status, status)
+    line = status
     for spent in facts.get("epsilon", {}).values():
         line += f"; paid so far: ε = {rounded_up(spent)}"
     if facts.get("round") and facts["round"] == facts.get("rounds"):

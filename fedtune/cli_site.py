@@ -239,8 +239,7 @@ def purge(
     from fedtune.errors import InputError
 
     found = purger.listing(load_site(site), study)
-    with purger.alone(found.state):
-        Console().print(files_table(found.state, found.found))
+    Console().print(files_table(found.state, found.found))
     for digest, name in found.studies.items():
         typer.echo(f"{name}  {digest}")
     for path in found.unknown:

@@ -379,10 +379,10 @@ def test_what_a_site_did_is_a_line_that_stays_on_a_terminal_too() -> None:
     console = Console(file=file, width=100, force_terminal=True, color_system=None)
     with Watch(console, "connecting") as watch:
         watch("joined", {"text": "connected; waiting for work"})
-        watch("answered", {"text": "tiny: round 1 of 2 trained, and sent", "status": "trained"})
+        watch("answered", {"text": "tiny: round 1 of 2 trained", "status": "trained"})
         watch("answered", {"text": "tiny: round 2 of 2 REFUSED: [x]", "status": "refused"})
     shown = file.getvalue()
-    assert "tiny: round 1 of 2 trained, and sent\n" in shown
+    assert "tiny: round 1 of 2 trained\n" in shown
     assert "tiny: round 2 of 2 REFUSED: [x]\n" in shown
 
 

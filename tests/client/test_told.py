@@ -69,7 +69,7 @@ def test_each_round_is_told_with_its_number_and_what_was_paid(
     charges = worker(str(tmp_path / "site-north.toml")).ledger.charges("records")
     assert lines[:2] == ["connecting", "inventory: admitted; paid so far: ε = 0"]
     assert [line.partition(";")[0] for line in lines[2:]] == [
-        f"inventory: round {n} of 3 trained, and sent" for n in (1, 2, 3)
+        f"inventory: round {n} of 3 trained" for n in (1, 2, 3)
     ]
     assert lines[-1].endswith("that was the last round")
     log = [

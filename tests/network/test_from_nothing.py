@@ -57,7 +57,7 @@ def test_a_consortium_from_nothing(tmp_path: Path, tiny_base: Path) -> None:
             assert [each.charge.round for each in spent] == [1, 2, 3]
             assert all(each.released for each in spent)
             told = made.log(name).read_text()  # no terminal: lines
-            for words in ("connected", "admitted", "round 3 of 3 trained, and sent", "ε = "):
+            for words in ("connected", "admitted", "round 3 of 3 trained", "ε = "):
                 assert words in told, made.told()
             kept = listing(load_site(tmp_path / name / "site.toml"))
             assert kept.unknown == [] and kept.files  # purge knows all that a client leaves
