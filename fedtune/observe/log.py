@@ -67,7 +67,7 @@ PHRASES = (
     "policy.max_rank", "policy.modules", "policy.objectives", "policy.strategies",
     "does not run with --watch", "the plan has no [schedule]", "the plan's own lifetime",
     "policy.bases", "policy.coordinators", "policy.release", "policy.teachers",
-    "every charge is of the study's own unit",
+    "every charge is of the study's own unit", "the plan leaves training.rounds open",
     "nothing says that the teacher", "site.evaluation is not given",
     "the self-test failed", "patient column", "lora.a_digest", 'privacy = "off"', "not in the plan",
     "site.lora_rank", "its lora_rank is not one", "lora_rank changed",
