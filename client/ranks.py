@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,8 +29,9 @@ from fedtune.config import Study, load_site, study_from_json
 from fedtune.data.tokens import Dataset
 from fedtune.dp.gradients import UnitGradientEngine
 from fedtune.dp.plan import plan_for_site
-from fedtune.dp.team import FOREVER, AddUp, Group, Team, meeting, summed
+from fedtune.dp.team import AddUp, Group, Team, summed
 from fedtune.errors import FedtuneError, InfrastructureError
+from fedtune.files import replace
 from fedtune.flower.processes import Child
 from fedtune.models.cache import Cached
 from fedtune.models.lora import Arrays
@@ -94,30 +95,33 @@ class Ranks:
         self._open.callback(torch.set_num_threads, threads)
         self._open.callback(setattr, STORE, "processes", 1)
         share_machine(0, self.size)
-        group = Group(0, self.size, self._patience, None) if self._torchrun else self._spawned()
+        group = self._with_torchruns() if self._torchrun else self._spawned()
         self._open.callback(group.close)
         return group
 
     def _spawned(self) -> Group:
         state = load_site(self._site).site.state
         folder = self._open.enter_context(tempfile.TemporaryDirectory(prefix="fedtune-ranks-"))
-        place = Path(folder, "store")
+        place = Path(folder, "team")
         for rank in range(1, self.size):
             options = [str(self._site), str(rank), str(self.size), str(place)]
             child = Child("rank", options, home=state / "ranks", log=state / f"rank-{rank}.log")
             self.children.append(self._open.enter_context(child))
-        store = meeting(place, self.size)
-        deadline = time.monotonic() + self._patience
-        for rank, child in enumerate(self.children, 1):
-            while not store.check([_here(rank)]):
-                if not child.alive:
-                    raise child.ended()
-                if time.monotonic() > deadline:
-                    raise InfrastructureError(
-                        f"rank {rank} did not start", todo=f"read {child.log}"
-                    )
-                time.sleep(0.05)
-        return Group(0, self.size, self._patience, store)
+        return Group(0, self.size, self._patience, place, self._alive)
+
+    def _alive(self) -> None:
+        for child in self.children:
+            if not child.alive:
+                raise child.ended()
+
+    def _with_torchruns(self) -> Group:
+        """The socket is in a folder of its own, since a path to one must be short; where it is, the
+        others read in the state folder, which is this user's alone."""
+        folder = self._open.enter_context(tempfile.TemporaryDirectory(prefix="fedtune-ranks-"))
+        place = Path(folder, "team")
+        replace(_told(self._site), str(place).encode(), private=True)
+        self._open.callback(_told(self._site).unlink, missing_ok=True)
+        return Group(0, self.size, self._patience, place)
 
     def _agree(self, group: Group, study: Study, data: Cached, frozen: Arrays) -> None:
         """Have every rank prepare `study`, unless it has. Errors: InfrastructureError."""
@@ -243,8 +247,9 @@ def _says(error: Exception) -> str:
     return type(error).__name__ + words
 
 
-def _here(rank: int) -> str:
-    return f"rank {rank} is here"
+def _told(site: Path) -> Path:
+    """Where rank 0 says under torchrun where its socket is."""
+    return load_site(site).site.state / "ranks" / os.environ.get("TORCHELASTIC_RUN_ID", "team")
 
 
 def share_machine(number: int, size: int) -> None:
@@ -272,12 +277,9 @@ def follow_torchrun(site: Path) -> None:
 
 
 def _follow(site: Path, rank: int, size: int, place: Path | None) -> None:
-    store = meeting(place, size) if place else None
-    if store:
-        store.set(_here(rank), "")
     share_machine(rank, size)
     here = SiteWorker(load_site(site), site)
-    group = Group(rank, size, FOREVER, store)
+    group = Group(rank, size, None, place or _found(site))
     try:
         follow(group, here)
     except InfrastructureError as error:
@@ -286,8 +288,20 @@ def _follow(site: Path, rank: int, size: int, place: Path | None) -> None:
         group.close()
 
 
+def _found(site: Path) -> Path:
+    """Where torchrun's rank 0 listens. Errors: InfrastructureError where it never says so."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        with suppress(OSError):
+            place = Path(_told(site).read_text(encoding="utf-8"))
+            if place.exists():  # else it is what a team before left behind
+                return place
+        time.sleep(0.1)
+    raise InfrastructureError("rank 0 of this site's team does not say where it is")
+
+
 def main(options: list[str]) -> None:
-    """SITE RANK SIZE STORE: one of the ranks that rank 0 started."""
+    """SITE RANK SIZE SOCKET: one of the ranks that rank 0 started."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO)
     site, rank, size, place = options
     _follow(Path(site), int(rank), int(size), Path(place))

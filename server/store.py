@@ -164,7 +164,7 @@ def load(out: Path, study: Study) -> Progress | None:
 
 
 def open_folder(out: Path, study: Study, *, resume: bool) -> Progress | None:
-    """Make `out`, or find the run that it holds.
+    """Make `out`, for this user alone, or find the run that it holds.
 
     Errors: ConfigError where a run is there and `resume` was not asked for; CheckpointError."""
     if not resume and any((out / name).exists() for name in (FOLDER, "report.json")):
@@ -174,7 +174,7 @@ def open_folder(out: Path, study: Study, *, resume: bool) -> Progress | None:
             "continue that run with --resume, or choose another --out",
         )
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise InfrastructureError(
             f"{out}: cannot be made ({error.strerror})", todo="free the disk or fix the rights"
@@ -211,7 +211,8 @@ class Receipts:
         if self.path is not None and receipts:
             there = self.read()
             if there | receipts != there:
-                replace(self.path, json.dumps(there | receipts, sort_keys=True).encode())
+                text = json.dumps(there | receipts, sort_keys=True)
+                replace(self.path, text.encode(), private=True)
 
 
 # ------------------------------------------------------------------------------------ database

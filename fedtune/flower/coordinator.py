@@ -46,6 +46,7 @@ from fedtune.errors import ConfigError, InfrastructureError
 from fedtune.files import replace
 from fedtune.flower import allowance, api, certs, enrol
 from fedtune.flower.processes import (
+    STOP_SECONDS,
     Child,
     Stopped,
     alone,
@@ -83,8 +84,8 @@ def serve(
     study = load_study(study_path)
     bypass_proxy()
     try:
-        with alone(home / "flower", "fedtune server"), interruptible():
-            prepare(home, host, port, names)
+        with alone(home / "flower", "fedtune server") as killed, interruptible():
+            prepare(home, host, port, names, STOP_SECONDS if killed else 0.0)
             rounds = run or _installed_rounds(home)
             with superlink(home) as link:
                 try:
@@ -98,12 +99,20 @@ def serve(
         ) from None
 
 
-def prepare(home: Path, host: str, port: int, names: Sequence[str] = ()) -> None:
-    """Make what the home lacks; see the layout above. Errors: ConfigError, InfrastructureError."""
-    if reachable(own_name(host), port):
-        raise InfrastructureError(
-            f"port {port} of {host} is taken", todo="choose another with --port"
-        )
+def prepare(
+    home: Path, host: str, port: int, names: Sequence[str] = (), patience: float = 0.0
+) -> None:
+    """Make what the home lacks; see the layout above. patience: seconds until the port must be
+    free; the gateway of a server that was killed ends by itself.
+
+    Errors: ConfigError, InfrastructureError."""
+    deadline = time.monotonic() + patience
+    while reachable(own_name(host), port):
+        if time.monotonic() > deadline:
+            raise InfrastructureError(
+                f"port {port} of {host} is taken", todo="choose another with --port"
+            )
+        time.sleep(0.1)
     certs.ca(home)
     SigningKey.at(home / "signing.key")
     own = [] if host in EVERYWHERE else [host]

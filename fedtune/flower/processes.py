@@ -164,9 +164,9 @@ class Child:
 
 
 @contextmanager
-def alone(folder: Path, who: str) -> Iterator[None]:
+def alone(folder: Path, who: str) -> Iterator[bool]:
     """Hold `folder`, which is made if it is missing, for one process that is called `who`; the lock
-    goes with the process, whatever ends it.
+    goes with the process, whatever ends it. Yields whether the last one that held it was killed.
 
     Errors: InfrastructureError naming the process that holds it."""
     private_folder(folder.parent)
@@ -181,10 +181,15 @@ def alone(folder: Path, who: str) -> Iterator[None]:
                 "one at a time",
                 "end that one first, or give this one a folder of its own",
             ) from None
+        lock.seek(0)
+        killed = bool(lock.read(1))
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        yield
+        try:
+            yield killed
+        finally:
+            lock.truncate(0)
 
 
 def private_folder(path: Path) -> Path:

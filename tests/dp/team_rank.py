@@ -1,4 +1,4 @@
-"""Rank 1 of a team of two, for tests: `python -m tests.dp.team_rank STORE`.
+"""Rank 1 of a team of two, for tests: `python -m tests.dp.team_rank SOCKET`.
 
 Each message says what to add up, and how: honestly, or broken in a way that a test must see."""
 
@@ -16,7 +16,7 @@ import torch
 from fedtune.dp import noise
 from fedtune.dp.clip import Chunk
 from fedtune.dp.gradients import UnitGradientEngine
-from fedtune.dp.team import FOREVER, Group, meeting, summed
+from fedtune.dp.team import Group, summed
 from fedtune.errors import InfrastructureError
 from tests.dp.conftest import make_plan
 
@@ -72,9 +72,7 @@ def gradients_of(header: dict[str, Any], tensors: list[torch.Tensor]) -> Any:
 
 def main(place: str) -> NoReturn:
     torch.set_num_threads(1)
-    store = meeting(Path(place), 2)
-    store.set("here", "")
-    group = Group(1, 2, FOREVER, store)
+    group = Group(1, 2, None, Path(place))
     while True:
         header, tensors = group.receive()
         plan, how = make_plan(**header["plan"]), header["how"]

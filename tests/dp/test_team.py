@@ -1,11 +1,17 @@
-"""Two real processes over gloo add up a step: the same integers, noise once, or nothing at all."""
+"""Two real processes add up a step: the same integers, noise once, or nothing at all."""
 
 from __future__ import annotations
 
 import os
+import socket
+import struct
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,9 +20,10 @@ import pytest
 import torch
 
 from fedtune.dp import sampling, selftest
+from fedtune.dp import team as team_module
 from fedtune.dp.plan import DpPlan
 from fedtune.dp.steplog import StepLog
-from fedtune.dp.team import AddUp, Group, meeting, summed
+from fedtune.dp.team import AddUp, Group, summed
 from fedtune.errors import InfrastructureError
 from tests.dp.conftest import make_plan, study
 from tests.dp.team_rank import SIZES, engine, synthetic, zeros
@@ -40,13 +47,14 @@ class Pair:
 
     def _started(self) -> Group:
         self._starts += 1
-        place = self._folder / f"store-{self._starts}"
+        place = self._folder / f"team-{self._starts}"
         command = [sys.executable, "-m", "tests.dp.team_rank", str(place)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(command, cwd=ROOT, env=environment)
-        store = meeting(place, 2)
-        store.get("here")  # a process needs a while to import torch
-        return Group(0, 2, 15.0, store)
+        group = Group(0, 2, 120.0, place)  # a process needs a while to import torch
+        for end in group._ends:
+            end.settimeout(15.0)
+        return group
 
     def end(self) -> None:
         if self.group is not None:
@@ -67,10 +75,11 @@ class _Team:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    made = Pair(tmp_path_factory.mktemp("team"))
-    yield made
-    made.end()
+def pair() -> Iterator[Pair]:
+    with tempfile.TemporaryDirectory(prefix="fedtune-") as folder:  # a socket's path is short
+        made = Pair(Path(folder))
+        yield made
+        made.end()
 
 
 # ------------------------------------------------------------------------------------- the sum
@@ -192,6 +201,101 @@ def test_the_oracles_hold_for_two_ranks(
     assert [r.name for r in results] == ["parity", "isolation", "sensitivity", "noise"]
     assert all(r.passed for r in results), results
     assert shared > 10
+
+
+# ------------------------------------------------------------------------------- who may join
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="fedtune-") as folder:
+        yield Path(folder, "team")
+
+
+def joins(place: Path, *first: bytes) -> threading.Thread:
+    """Somebody who says each of `first` on a connection of his own, then a rank that adds 1."""
+
+    def work() -> None:
+        while not place.exists():
+            time.sleep(0.01)
+        for said in first:
+            with socket.socket(socket.AF_UNIX) as end:
+                end.connect(str(place))
+                end.sendall(said)
+                assert end.recv(1) == b"", "it was not turned away"
+        with suppress(InfrastructureError):
+            group = Group(1, 2, 10.0, place)
+            group.add_up(torch.ones(3, dtype=torch.int64))
+            group.close()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("number", [0, 2, 2**63])
+def test_who_is_no_rank_is_turned_away(place: Path, number: int) -> None:
+    thread = joins(place, struct.pack("!Q", number))
+    group = Group(0, 2, 20.0, place)
+    assert group.add_up(torch.ones(3, dtype=torch.int64)).tolist() == [2, 2, 2]
+    thread.join(20)
+    group.close()
+
+
+def test_another_users_process_is_turned_away(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system says who is at the other end, also where somebody opened the folder."""
+    monkeypatch.setattr(team_module, "_user", lambda end: os.getuid() + 1)
+    thread = joins(place)
+    with pytest.raises(InfrastructureError):
+        Group(0, 2, 1.0, place)
+    thread.join(20)
+    assert not place.exists()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be somebody else")
+@pytest.mark.parametrize("opened", [False, True])
+def test_an_account_of_this_machine_cannot_join_nor_read(place: Path, opened: bool) -> None:
+    waits, tells = os.pipe()
+    stranger = os.fork()
+    if stranger == 0:
+        os._exit(attempt(place, waits))
+
+    def work() -> None:
+        while not place.exists():
+            time.sleep(0.01)
+        if opened:
+            place.parent.chmod(0o755)
+            place.chmod(0o777)
+        os.write(tells, b".")
+        found.append(os.waitstatus_to_exitcode(os.waitpid(stranger, 0)[1]))
+        Group(1, 2, 10.0, place).close()
+
+    found: list[int] = []
+    thread = threading.Thread(target=work)
+    thread.start()
+    Group(0, 2, 60.0, place).close()
+    thread.join(20)
+    assert found == [TURNED_AWAY if opened else KEPT_OUT]
+
+
+KEPT_OUT, TURNED_AWAY, LET_IN = range(3)
+
+
+def attempt(place: Path, waits: int) -> int:
+    """Another user's try to be rank 1 and to hear what rank 0 says."""
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+    os.read(waits, 1)
+    with socket.socket(socket.AF_UNIX) as end:
+        try:
+            end.connect(str(place))
+            end.sendall(struct.pack("!Q", 1))
+            return LET_IN if end.recv(1) else TURNED_AWAY
+        except PermissionError:
+            return KEPT_OUT
+        except OSError:
+            return TURNED_AWAY
 
 
 # ------------------------------------------------------------------------- a rank that is broken

@@ -88,8 +88,10 @@ def test_a_second_server_on_a_home_says_so_and_touches_nothing(home: Path, study
         assert not (home / "ca.pem").exists()
     finally:
         first.kill()
-    with alone(home / "flower", "fedtune server"):  # the twin: what was killed holds nothing
-        pass
+    with alone(home / "flower", "fedtune server") as killed:
+        assert killed  # and holds nothing any more
+    with alone(home / "flower", "fedtune server") as killed:
+        assert not killed  # the twin: the last one ended by itself
 
 
 def test_a_second_client_on_a_state_folder_says_so(tmp_path: Path) -> None:

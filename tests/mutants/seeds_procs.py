@@ -101,5 +101,11 @@ MUTANTS = (
         "tests/flower/test_forwarder.py::test_a_gateway_out_of_its_time_is_a_matter_of_clocks",
         "the client ends, and asks people for --name and new answers",
     ),
+    one(
+        "processes", "another-users-process-joins", "fedtune/dp/team.py",
+        "        if _user(end) == os.getuid():\n", "        if True:\n",
+        "tests/dp/test_team.py::test_another_users_process_is_turned_away",
+        "who reaches the socket reads and writes what is not noised",
+    ),
 )
 # fmt: on

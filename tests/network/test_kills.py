@@ -13,7 +13,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -158,6 +158,50 @@ def test_kills_of_any_process(
         campaign.check(private=privacy != OFF)
         if privacy == OFF:
             same_adapter(made, undisturbed(tmp_path / "calm", tiny_base, rounds))
+
+
+def gone(pids: Iterable[int]) -> bool:
+    """Whether none of the processes is there, but as what nobody has waited for."""
+
+    def ended(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+        except OSError:
+            return True
+
+    return all(map(ended, pids))
+
+
+@pytest.mark.long
+def test_what_is_killed_leaves_no_process_and_starts_again(tmp_path: Path, tiny_base: Path) -> None:
+    """kill -9 of the server, and of a client, each in the middle of a study."""
+    with consortium(tmp_path, "127.0.0.1", free_port()) as made:
+        made.lay_out(tiny_base, PRIVATE, 3, round_timeout=60)
+        campaign = Campaign(made, 3, 0, ())
+        server, clients = made.server(), dict[str, subprocess.Popen[bytes]]()
+        until(made.listens, 120, made.told)
+        for name in SITES:
+            made.join(name)
+            clients[name] = made.client(name)
+        until(lambda: made.rounds() >= 1, 240, made.told)
+        began = children(server.pid)
+        assert set(began) == {"superlink", "gateway"}
+        server.kill()
+        server.wait()
+        server = made.server("--resume")  # at once: as a supervisor does
+        until(lambda: gone(began.values()), 30, made.told)
+        until(lambda: made.rounds() >= 2, 240, made.told)
+        left, victim = children(clients["east"].pid), clients["east"]
+        assert set(left) == {"supernode"}
+        victim.kill()
+        victim.wait()
+        campaign.struck["east", ""] += 1
+        made.client("east")
+        until(lambda: gone(left.values()), 30, made.told)
+        assert server.wait(300) == 0, made.told()
+        campaign.check(private=True)
+        # the twin: a process that stays is seen
+        assert not gone([os.getpid()])
 
 
 # --------------------------------------------------------------------------------------- twins
