@@ -74,6 +74,8 @@ PHRASES = (
     "the ledger was rolled back", "self-test", "does not know the plan",
     "it is not enrolled with this signing key, or was revoked",
     "the plan is not signed by the coordinator this site enrolled with",
+    "does not have the plan's base", "pays for more than", "no noise_multiplier up to",
+    "no ε can be computed",
     "no answer in time", "the site is not connected", "the site could not load its app",
     "the site's app raised an error", "the site's app crashed", "the site's app failed",
     "the message was lost on the way", "the reply was lost on the way",

@@ -88,3 +88,14 @@ def test_what_the_user_put_on_the_path_stays(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["/opt/a", "", "b", str(tmp_path), "/opt/c"]))
     assert boot.environment()["PYTHONPATH"] == "/opt/a:/opt/c"
+
+
+def test_no_child_is_started_in_another_way() -> None:
+    """pip is another project's program; it gets the same environment, and -P."""
+    starts = {
+        str(file.relative_to(ROOT))
+        for package in ("fedtune", "client", "server")
+        for file in (ROOT / package).rglob("*.py")
+        if "sys.executable" in file.read_text(encoding="utf-8")
+    }
+    assert starts == {"fedtune/boot.py", "fedtune/models/wheel.py"}
