@@ -255,7 +255,7 @@ class PrivacyTable(Table):
 
 class StrategyTable(Table):
     name: str = "fedavg"  # a module of fedtune/strategies
-    weights: Literal["equal", "declared"] = "equal"
+    weights: Literal["equal", "declared"] = "equal"  # declared: at most 4 times the median
     fraction: Fraction = 1.0  # of the sites asked per round; never counted as amplification
     min_sites: Count = 1  # below it the round is retried, then the study stops
     round_timeout: Positive = 3600.0  # seconds

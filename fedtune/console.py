@@ -103,7 +103,7 @@ class Watch:
 
     def _site(self, data: dict[str, Any]) -> None:
         name, status, reason = (str(data.get(k) or "") for k in ("name", "status", "reason"))
-        if status in ("refused", "failed", "dropped", "missing"):
+        if reason or status in ("refused", "failed", "dropped", "missing"):
             line = f"{name}: {status}" + (f": {reason}" if reason else "")
             self._held.append((" ".join(line.split()), reason))
             if not self._hold:

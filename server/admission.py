@@ -240,7 +240,8 @@ def _lora_rank(reply: Reply, lora: LoraTable | None) -> int | None:
 @dataclass
 class Tally:
     """One round in the making. failures: how often each site was asked in vain; counted: what was
-    taken in, by its idempotency key: a retry is a new message, and so is a replay."""
+    taken in, by its idempotency key: a retry is a new message, and so is a replay; largest: what
+    one site may count for (0: not asked yet); weights: site -> that, where it declared more."""
 
     number: int
     participants: list[str] = field(default_factory=list)
@@ -249,6 +250,8 @@ class Tally:
     failures: Counter[str] = field(default_factory=Counter)
     started: float = field(default_factory=time.monotonic)
     counted: set[tuple[str, int, str]] = field(default_factory=set)
+    largest: int = 0
+    weights: dict[str, int] = field(default_factory=dict)
 
     def has(self, study: str, name: str) -> bool:
         """Whether (study, round, site) is in already, whatever arrives again."""

@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import replace as replace_fields
 from functools import partial
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ from server.queries import Queries
 from server.store import Phase, Progress
 
 RETRIES = 3  # of a round that too few sites delivered
+LARGEST = 4  # times the median declared size: what a larger one counts for
 POLL = 2.0  # seconds between looks for sites that have yet to connect
 OnEvent = Callable[[str, dict[str, Any]], None]
 
@@ -274,7 +276,10 @@ class _Run:
             got = Outcome("refused", NOT_ENROLLED)
         if got.status == "trained":
             self.progress.receipts[name] = seal.receipt(self.parts.key, got.ledger)
-            weight = self.progress.sizes[name] if self.asks.weights == "declared" else 1
+            weight, declared = self._weight(name, tally)
+            if weight < declared:
+                tally.weights[name] = weight
+                got = replace_fields(got, reason=self._said_once(name, weight, declared))
             self.strategy.add(widened(got.update, adapter, columns), float(weight))
             self.progress.events[name] = got.events
             tally.count(self.study.digest, name)
@@ -285,6 +290,19 @@ class _Run:
                 self.roster.refused[name] = got.reason
         self._tell(name, got.status, got.reason, tally.number)
         return got.status
+
+    def _weight(self, name: str, tally: Tally) -> tuple[int, int]:
+        """What the site's update counts for in this round, and for how much it would by itself."""
+        if self.asks.weights == "equal":
+            return 1, 1
+        sizes = self.progress.sizes
+        if not tally.largest:
+            tally.largest = LARGEST * median_low(sizes[each] for each in self.roster.willing())
+        return min(sizes[name], tally.largest), sizes[name]
+
+    def _said_once(self, name: str, weight: int, declared: int) -> str:
+        said = any(name in entry.get("weights", {}) for entry in self.progress.history)
+        return "" if said else summary.capped(weight, declared)
 
     def _limits(self, name: str, part: Arrays, start: float) -> dict[str, Any]:
         """What the plan implies for this site's updates, of the numbers in `part`, from an adapter
@@ -326,6 +344,8 @@ class _Run:
         ranks = self.roster.lora_ranks  # empty where the plan leaves sites no choice
         if ranks:
             entry["lora_ranks"] = {name: ranks[name] for name in sorted(tally.participants)}
+        if tally.weights:
+            entry["weights"] = dict(sorted(tally.weights.items()))
         if self.continuous:
             entry["slot"] = self.continuous.slot
         self.roster.up.clear()

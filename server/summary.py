@@ -46,8 +46,8 @@ def body(progress: Progress, parts: Parts) -> dict[str, Any]:
         *("bytes_up", "bytes_down", "seconds"),
     )
     private = isinstance(study.privacy, PrivacyTable)
-    ranks = _ranks(progress)
-    return ({"lora_ranks": ranks} if ranks else {}) | {
+    extra = {"lora_ranks": _ranks(progress), "weights": _capped(progress)}
+    return {key: found for key, found in extra.items() if found} | {
         "fedtune": fedtune.__version__,
         "study": study.study.name,
         "plan_digest": study.digest,
@@ -87,9 +87,10 @@ def _ranks(progress: Progress) -> dict[str, Any]:
     share, noise, most = np.zeros(study.lora.rank), np.zeros(study.lora.rank), 0.0
     for entry in history:
         here = entry["lora_ranks"]
-        total = sum(weights[name] for name in here)
+        counted = weights | entry.get("weights", {})
+        total = sum(counted[name] for name in here)
         for name, rank in here.items():
-            columns, part = turn(study.lora, rank, entry["round"]), weights[name] / total
+            columns, part = turn(study.lora, rank, entry["round"]), counted[name] / total
             share[columns] += part / len(history)
             noise[columns] += (part * _noise(progress, name)) ** 2
             most += (part * _noise(progress, name)) ** 2
@@ -112,6 +113,18 @@ def _noise(progress: Progress, name: str) -> float:
         return 1.0
     divisor = max(e["q"] for e in events) * progress.sizes[name]
     return float(min(e["sigma"] for e in events) / divisor)
+
+
+def capped(weight: int, declared: int) -> str:
+    return f"counts as {weight} of {declared} declared: no more than a multiple of the median"
+
+
+def _capped(progress: Progress) -> dict[str, str]:
+    """Whose declared size counted for less than it says, as in the newest such round."""
+    found: dict[str, int] = {}
+    for entry in progress.history:
+        found |= entry.get("weights", {})
+    return {name: capped(most, progress.sizes[name]) for name, most in sorted(found.items())}
 
 
 def absences(history: list[dict[str, Any]]) -> dict[str, Any]:

@@ -88,6 +88,7 @@ PHRASES = (
     "its answer cannot be read", "not below 1 / site.declared_size", "another kind of work",
     "certificate has expired", "certificate is not yet valid", "certificate", "revoked",
     "rate limit", "too large", "counted already", "replay", "past the deadline", "quorum",
+    "no more than a multiple of the median",
     "stopped by SIGTERM", "stopped by SIGINT", "no reason given",
 )
 # fmt: on
@@ -221,6 +222,7 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "next": _matching(MOMENT),
     "slot": _count,
     "lora_ranks": _by(_name, _count),
+    "weights": _by(_name, _count),
     "champion": _count,
     "promoted": _flag,
 }

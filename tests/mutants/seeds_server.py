@@ -139,4 +139,25 @@ DOOR_MUTANTS = (
     ),
 )  # fmt: skip
 
-MUTANTS = (*NAME_MUTANTS, *SIZE_MUTANTS, *DOOR_MUTANTS)
+ROUNDS, T_ROUNDS = "server/rounds.py", "tests/server/test_rounds.py::"
+
+WEIGHT_MUTANTS = (
+    _one(
+        "weights", "a-declared-size-has-no-end", ROUNDS,
+        "return min(sizes[name], tally.largest), sizes[name]",
+        "return sizes[name], sizes[name]",
+        T_ROUNDS + "test_one_declared_size_outweighs_nobody", "one site outweighs all others",
+    ),
+    _one(
+        "weights", "the-larger-of-two-is-the-median", ROUNDS,
+        "LARGEST * median_low(", "LARGEST * max(",
+        T_ROUNDS + "test_two_sites_do_not_make_a_median_of_the_larger", "of two sites, neither is",
+    ),
+    _one(
+        "weights", "a-cap-that-nobody-hears-of", ROUNDS,
+        "                tally.weights[name] = weight\n", "",
+        T_ROUNDS + "test_one_declared_size_outweighs_nobody", "the report shows the declared size",
+    ),
+)  # fmt: skip
+
+MUTANTS = (*NAME_MUTANTS, *SIZE_MUTANTS, *DOOR_MUTANTS, *WEIGHT_MUTANTS)

@@ -17,6 +17,7 @@ from fedtune.errors import (
     PolicyRefused,
     Refused,
 )
+from fedtune.report.markdown import markdown
 from fedtune.wire.keys import SigningKey
 from server import summary
 from server.exchange import size
@@ -68,6 +69,43 @@ def test_declared_sizes_weigh_when_the_study_says_so(trial):
     run.run(study)
     a, b = (update_of(n)["layer.C"] for n in "ab")
     np.testing.assert_allclose(run.adapter()["layer.C"], 0.75 * a + 0.25 * b, rtol=1e-6)
+
+
+def public(**strategy: Any) -> Any:
+    """Without noise: with it, who declares more may also send less (server/bound.py)."""
+    return make_study(**strategy).model_copy(update={"privacy": "off"})
+
+
+def test_one_declared_size_outweighs_nobody(trial):
+    """A size is a claim: one of 10^10 counts for four times the median, and everybody is told."""
+    sizes = {"a": 50, "b": 100, "c": 10**10}
+    run = trial(*[FakeSite(name, size=size) for name, size in sizes.items()])
+    study = public(weights="declared").model_copy(update={"training": one_round()})
+    body = run.run(study)
+    a, b, c = (update_of(n)["layer.C"] for n in "abc")
+    np.testing.assert_allclose(
+        run.adapter()["layer.C"], (50 * a + 100 * b + 400 * c) / 550, rtol=1e-5, atol=1e-7
+    )
+    said = "counts as 400 of 10000000000 declared: no more than a multiple of the median"
+    assert body["weights"] == {"c": said}
+    assert said in markdown(body)
+    assert metrics(run)[0]["weights"] == {"c": 400}
+    (told,) = [d for kind, d in run.events if kind == "site" and d["reason"]]
+    assert (told["name"], told["status"], told["reason"]) == ("c", "trained", said)
+
+
+def test_two_sites_do_not_make_a_median_of_the_larger(trial):
+    run = trial(FakeSite("a", size=100), FakeSite("b", size=10**10))
+    run.run(public(weights="declared"))
+    assert [entry["weights"] for entry in metrics(run)] == [{"b": 400}] * 4
+    assert sum(bool(d["reason"]) for kind, d in run.events if kind == "site") == 1
+
+
+@pytest.mark.parametrize("weights", ["declared", "equal"])
+def test_a_size_within_four_medians_counts_whole(trial, weights):
+    run = trial(FakeSite("a", size=100), FakeSite("b", size=400))
+    body = run.run(make_study(weights=weights))
+    assert "weights" not in body and not any("weights" in entry for entry in metrics(run))
 
 
 def one_round() -> Any:
