@@ -11,8 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from client.site import SiteWorker, Unprepared, Update
 from fedtune.errors import FedtuneError, Refused
-from fedtune.flower.arrays import Arrays, bodies, from_record, to_record
-from fedtune.wire import codec
+from fedtune.flower.arrays import Arrays, bodies, read_agreed, to_record
 from fedtune.wire.seal import SealError, body_digest, check_order
 
 log = logging.getLogger("fedtune.client")
@@ -46,8 +45,7 @@ def sealed(
         order = message.content.config_records["order"]
         digest, number = _plan_of(order["plan"], order_for), int(str(order["round"]))
         check_order(order, site.coordinator_of(digest))
-        given = from_record(message.content.array_records["adapter"])
-        adapter = codec.decode(given, site.shapes(digest))
+        adapter = read_agreed(message.content.array_records["adapter"], site.shapes(digest))
         made = work(site, digest, number, adapter, str(order["receipt"]))
         made_arrays = to_record(made.delta)
         filled = said | {"events": json.dumps(made.events)}

@@ -11,8 +11,7 @@ from client.policy import check_watch
 from client.site import SiteWorker, worker
 from fedtune.config import study_from_json
 from fedtune.errors import ConfigError, PolicyRefused
-from fedtune.flower.arrays import from_record
-from fedtune.wire import codec
+from fedtune.flower.arrays import read_frozen
 from fedtune.wire.protocol import check_peer, spoken
 from fedtune.wire.seal import check_plan
 
@@ -39,7 +38,8 @@ def prepare(message: Message, context: Context) -> Message:
         if context.node_config.get("coordinator", coordinator) != coordinator:
             raise PolicyRefused("the plan is not signed by the coordinator this site enrolled with")
         check_watch(study, context.node_config.get("watch"))
-        frozen = codec.plain(from_record(message.content.array_records["frozen"]))
+        sent = study.lora.rank if study.lora and study.lora.a_init == "public" else None
+        frozen = read_frozen(message.content.array_records["frozen"], sent)
         answer = site.prepare(study, frozen, coordinator)
         said.update(name=answer.name, declared_size=answer.declared_size)
         if answer.lora_rank is not None:

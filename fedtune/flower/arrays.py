@@ -11,10 +11,31 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord
 
-from fedtune.wire.codec import Arrays, Encoded, Form, WireError
+from fedtune.wire.codec import (
+    GROWTH,
+    VALUES,
+    Arrays,
+    Encoded,
+    Form,
+    Shapes,
+    WireError,
+    decode,
+    layout,
+)
 
-__all__ = ["Arrays", "Encoded", "WireError", "bodies", "check_agreed", "from_record", "to_record"]
+__all__ = [
+    "Arrays",
+    "Encoded",
+    "WireError",
+    "bodies",
+    "check_agreed",
+    "from_record",
+    "read_agreed",
+    "read_frozen",
+    "to_record",
+]
 
+MATRICES, LONGEST_NAME, WIDEST = 10_000, 512, 1 << 20  # of a frozen factor
 _MAGIC = b"\x93NUMPY\x01\x00"
 _START = len(_MAGIC) + 2  # then the header's length, little-endian
 _LONGEST_HEADER = 512  # bytes; NumPy pads to a multiple of 64
@@ -60,6 +81,31 @@ def check_agreed(record: ArrayRecord, agreed: Mapping[str, Form]) -> None:
         extra = len(array.data) - agreed[name].nbytes
         if not _START < extra <= _START + _LONGEST_HEADER:
             raise WireError(f"array {name!r} has not the bytes of its shape")
+
+
+def read_agreed(record: ArrayRecord, agreed: Shapes) -> Arrays:
+    """Tensors of the `agreed` shapes, in whichever encoding they travel; nothing is read before
+    check_agreed has passed. Errors: WireError."""
+    encoding = record[VALUES].dtype if VALUES in record else ""
+    if encoding not in GROWTH:
+        raise WireError("numbers in no known encoding")
+    check_agreed(record, layout(agreed, encoding))
+    return decode(from_record(record), agreed)
+
+
+def read_frozen(record: ArrayRecord, rank: int | None) -> Arrays:
+    """LoRA's A: fp32 matrices of `rank` rows (None: the plan sends none), checked before any is
+    read. Errors: WireError."""
+    shapes = {name: tuple(array.shape) for name, array in record.items()}
+    if rank is None and shapes:
+        raise WireError("arrays that the plan has no use for")
+    if len(shapes) > MATRICES or any(len(name) > LONGEST_NAME for name in shapes):
+        raise WireError("more matrices, or longer names, than a network has")
+    for shape in shapes.values():
+        if len(shape) != 2 or shape[0] != rank or not 0 < shape[1] <= WIDEST:
+            raise WireError("a matrix of another shape than the plan's rank gives it")
+    check_agreed(record, {name: Form("float32", shape) for name, shape in shapes.items()})
+    return from_record(record)
 
 
 def from_record(record: ArrayRecord) -> Encoded:

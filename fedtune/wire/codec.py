@@ -138,14 +138,6 @@ def _scaled(
     return found
 
 
-def plain(arrays: Encoded) -> Arrays:
-    """Arrays that travel under their own names, in fp32: what is sent once, with the plan.
-    Errors: WireError where one is of another type."""
-    if any(array.dtype != np.float32 for array in arrays.values()):
-        raise WireError("arrays that are not fp32")
-    return arrays
-
-
 def _size(agreed: Shapes) -> int:
     return sum(map(math.prod, agreed.values()))
 

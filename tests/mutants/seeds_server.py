@@ -160,4 +160,22 @@ WEIGHT_MUTANTS = (
     ),
 )  # fmt: skip
 
-MUTANTS = (*NAME_MUTANTS, *SIZE_MUTANTS, *DOOR_MUTANTS, *WEIGHT_MUTANTS)
+ARRAYS, T_FROZEN = "fedtune/flower/arrays.py", "tests/wire/test_frozen.py::"
+
+ARRAY_MUTANTS = (
+    _one(
+        "arrays", "a-factor-of-any-shape", ARRAYS,
+        "if len(shape) != 2 or shape[0] != rank or not 0 < shape[1] <= WIDEST:",
+        "if shape == (0,):",
+        T_FROZEN + "test_a_factor_that_is_not_the_plans_is_not_read",
+        "a site reads what no plan asks for",
+    ),
+    _one(
+        "arrays", "an-adapter-is-read-first", ARRAYS,
+        "    check_agreed(record, layout(agreed, encoding))\n", "",
+        T_FROZEN + "test_an_adapter_is_as_long_as_the_network",
+        "a coordinator decides how much memory a site takes",
+    ),
+)  # fmt: skip
+
+MUTANTS = (*NAME_MUTANTS, *SIZE_MUTANTS, *DOOR_MUTANTS, *WEIGHT_MUTANTS, *ARRAY_MUTANTS)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from client.site import Update
-from fedtune.config import Encoding, Study
+from fedtune.config import Encoding, PublicTable, Study
 from fedtune.models.lora import digest
 from fedtune.wire import codec
 from server import rounds, store, summary
@@ -141,7 +141,13 @@ def test_a_frozen_factor_is_sent_once_and_counted(trial: Any):
     def started(asked: Study) -> Any:
         return SimpleNamespace(study=asked, adapter=start(), frozen=frozen)
 
-    body = run.run(make_study(wire="int8", min_sites=2), parts=make_parts(start=started))
+    study = make_study(wire="int8", min_sites=2)
+    text = PublicTable.model_validate(
+        {"path": Path("x.jsonl"), "columns": {"text": "t"}, "licence": "CC0-1.0"}
+    )
+    lora = study.lora.model_copy(update={"a_init": "public", "rank": 100})
+    study = study.model_copy(update={"lora": lora, "public": text})
+    body = run.run(study, parts=make_parts(start=started))
     down = {name: [entry["bytes_down"][name] for entry in body["rounds"]] for name in "ab"}
     sent = {name: [count // frozen["layer.A"].nbytes for count in down[name]] for name in "ab"}
     assert sent == {"a": [1, 0, 0, 0], "b": [1, 1, 0, 0]}
