@@ -9,6 +9,7 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
+from fedtune.errors import InfrastructureError
 from fedtune.files import replace
 
 _noted: dict[tuple[Path, str], tuple[str, Path]] = {}
@@ -21,7 +22,7 @@ def note(cache: Path, digest: str, name: str, folder: Path) -> None:
     if _noted.get((cache, digest)) == found:
         return
     _noted[cache, digest] = found
-    with suppress(OSError):
+    with suppress(OSError, InfrastructureError):
         file = _file(cache, digest)
         file.parent.mkdir(parents=True, exist_ok=True)
         replace(file, json.dumps({"name": name, "folder": str(found[1])}).encode())

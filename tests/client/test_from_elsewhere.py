@@ -122,6 +122,24 @@ def test_a_note_is_seen_by_other_processes(tmp_path: Path, tiny_base: Path) -> N
     assert base_of_plan(digest, None).path == tiny_base.resolve()
 
 
+@pytest.mark.parametrize("what", ["no folder", "no file"])
+def test_where_the_cache_cannot_be_written_this_process_still_knows(
+    tmp_path: Path, tiny_base: Path, what: str
+) -> None:
+    digest = find_base(str(tiny_base)).digest
+    here._noted.clear()
+    folder = base_module.cache_dir() / "here"
+    shutil.rmtree(folder)
+    if what == "no folder":
+        folder.write_text("")
+    else:
+        (folder / f"{digest.removeprefix('sha256:')}.json").mkdir(parents=True)
+    with pytest.raises(PolicyRefused):
+        base_of_plan(digest, None)
+    find_base(str(tiny_base))
+    assert base_of_plan(digest, None).path == tiny_base.resolve()
+
+
 @pytest.mark.parametrize(
     ("bases", "fetched"), [((KNOWN_BASE,), True), ("any", False), (("sha256:" + "6" * 64,), False)]
 )
