@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -103,6 +107,48 @@ def test_a_second_client_on_a_state_folder_says_so(tmp_path: Path) -> None:
             join(site, client_app=lambda *_: _never(), patience=0.0)
     finally:
         first.kill()
+
+
+PARENT = """
+import sys, time
+from pathlib import Path
+from fedtune.flower.processes import Child
+site, root = sys.argv[1], Path(sys.argv[2])
+options = [site, "1", "2", str(root / "nobody-listens")]
+print(Child("rank", options, home=root / "home", log=root / "log").pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_child_ends_with_its_parent_whatever_ends_that(tmp_path: Path) -> None:
+    site = kit.site_file(tmp_path / "a", "a", free_port())
+    parent = subprocess.Popen(
+        [sys.executable, "-P", "-c", PARENT, str(site), str(tmp_path)],
+        env=boot.environment() | {"PYTHONPATH": boot.PACKAGES},
+        stdout=subprocess.PIPE,
+    )
+    assert parent.stdout
+    child = int(parent.stdout.readline())
+    try:
+        time.sleep(1.0)
+        assert runs(child)
+        parent.kill()
+        parent.communicate()
+        deadline = time.monotonic() + 30
+        while runs(child):
+            assert time.monotonic() < deadline, "it outlives its parent"
+            time.sleep(0.05)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+
+
+def runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
 
 
 def test_what_a_lock_makes_is_this_users_alone(tmp_path: Path) -> None:

@@ -102,6 +102,12 @@ MUTANTS = (
         "the client ends, and asks people for --name and new answers",
     ),
     one(
+        "processes", "a-child-outlives-its-parent", "fedtune/flower/processes.py",
+        "    _end_with_parent()\n    if program in OWN:", "    if program in OWN:",
+        "tests/flower/test_alone.py::test_a_child_ends_with_its_parent_whatever_ends_that",
+        "after kill -9 of the server its SuperLink and gateway go on",
+    ),
+    one(
         "processes", "another-users-process-joins", "fedtune/dp/team.py",
         "        if _user(end) == os.getuid():\n", "        if True:\n",
         "tests/dp/test_team.py::test_another_users_process_is_turned_away",
