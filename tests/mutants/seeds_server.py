@@ -178,4 +178,26 @@ ARRAY_MUTANTS = (
     ),
 )  # fmt: skip
 
-MUTANTS = (*NAME_MUTANTS, *SIZE_MUTANTS, *DOOR_MUTANTS, *WEIGHT_MUTANTS, *ARRAY_MUTANTS)
+STOP_MUTANTS = (
+    _one(
+        "stop", "ctrl-c-is-an-error", "fedtune/flower/coordinator.py",
+        'if stop.name == "SIGINT":', 'if stop.name == "SIGQUIT":',
+        "tests/network/test_stop.py::test_ctrl_c_ends_the_server_with_130_and_is_no_error",
+        "a person who stops a study reads of a failure",
+    ),
+    _one(
+        "wheels", "a-wheel-unfolds-without-end", "fedtune/models/wheel.py",
+        "if size > RATIO * file.stat().st_size:", "if size < 0:",
+        "tests/models/test_wheel.py::test_a_wheel_that_unfolds_is_not_unpacked",
+        "a small download fills the disk",
+    ),
+)  # fmt: skip
+
+MUTANTS = (
+    *STOP_MUTANTS,
+    *NAME_MUTANTS,
+    *SIZE_MUTANTS,
+    *DOOR_MUTANTS,
+    *WEIGHT_MUTANTS,
+    *ARRAY_MUTANTS,
+)

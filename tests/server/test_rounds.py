@@ -87,7 +87,7 @@ def test_one_declared_size_outweighs_nobody(trial):
         run.adapter()["layer.C"], (50 * a + 100 * b + 400 * c) / 550, rtol=1e-5, atol=1e-7
     )
     said = "counts as 400 of 10000000000 declared: no more than a multiple of the median"
-    assert body["weights"] == {"c": said}
+    assert body.get("weights") == {"c": said}
     assert said in markdown(body)
     assert metrics(run)[0]["weights"] == {"c": 400}
     (told,) = [d for kind, d in run.events if kind == "site" and d["reason"]]
@@ -97,7 +97,7 @@ def test_one_declared_size_outweighs_nobody(trial):
 def test_two_sites_do_not_make_a_median_of_the_larger(trial):
     run = trial(FakeSite("a", size=100), FakeSite("b", size=10**10))
     run.run(public(weights="declared"))
-    assert [entry["weights"] for entry in metrics(run)] == [{"b": 400}] * 4
+    assert [entry.get("weights") for entry in metrics(run)] == [{"b": 400}] * 4
     assert sum(bool(d["reason"]) for kind, d in run.events if kind == "site") == 1
 
 
