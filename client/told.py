@@ -76,6 +76,8 @@ def _spent(study: Study, site: SiteWorker) -> float | None:
 
 def _line(facts: dict[str, Any]) -> str:
     status: str = facts["status"]
+    if status == "unprepared":
+        return "this process has yet to see it, and asked for it again"
     if status not in DONE:
         return f"{status.upper()}: {facts['reason'] or 'no reason given'}"
     line = status

@@ -86,6 +86,8 @@ class Watch:
             self._round(data)
         elif event in ("answered", "refused", "failed"):
             self._answered(event, data)
+        elif event == "done":
+            pass  # the closing lines say so
         elif event == "start":
             self._bar.update(self._task, total=data.get("rounds"), completed=data.get("done", 0))
         else:
@@ -130,9 +132,9 @@ class Watch:
 
     def _answered(self, event: str, data: dict[str, Any]) -> None:
         """What a site did: a line that stays, and the bar waits again."""
-        good = event == "answered" and data.get("status") in ("admitted", "trained", "answered")
+        bad = data.get("status") in ("refused", "failed") or event != "answered"
         line = " ".join(str(data.get("text") or event).split())
-        style = None if good else "yellow"
+        style = "yellow" if bad else None
         self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
         self._last = ""
         self._bar.update(self._task, description="waiting for work", total=None, count="")

@@ -142,7 +142,8 @@ def studies_table(lines: Sequence[StudyLine], delta: float) -> Table:
     table = Table(
         title="studies",
         caption=f"ε of each study alone, at δ = {delta:g}. paid: rounds charged; more than rounds "
-        "where one was interrupted. Times are UTC.",
+        "where one was interrupted. A run's report has a study's ε at the study's own δ, of what "
+        "was sent. Times are UTC.",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
