@@ -99,8 +99,9 @@ def padding(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> tuple[f
     real = padded = 0
     counts = []
     for batch in batches:
-        groups = list(cache._buckets(batch, lengths, BUDGET))
-        padded += sum(len(rows) * cache.padded_length(lengths[rows[0]]) for rows in groups)
+        shape = lambda i: cache.Bucket(cache.padded_length(lengths[i]))  # noqa: E731
+        groups = list(cache._grouped(batch, shape, lambda bucket: max(1, BUDGET // bucket.length)))
+        padded += sum(len(rows) * bucket.length for bucket, rows in groups)
         real += sum(lengths[i] for i in batch)
         counts.append(len(groups))
     return padded / real, mean(counts)

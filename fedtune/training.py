@@ -11,7 +11,7 @@ from fedtune.dp.steplog import StepLog
 from fedtune.errors import ModelError
 from fedtune.models.cache import Cached
 from fedtune.models.lora import Arrays
-from fedtune.models.network import Network
+from fedtune.models.network import LARGEST, Network
 from fedtune.models.probe import random_records
 from fedtune.narrow import ALL, narrowed
 from fedtune.objectives import find
@@ -54,6 +54,8 @@ def local_round(
             part.grad = piece.view(part.shape).to(part) + pull
         optimizer.step()
         optimizer.zero_grad()
+        for part in engine.trained:  # noised values: nothing that a site computes from is larger
+            part.clamp_(-LARGEST, LARGEST)
     trained = network.trainable()
     network.load_trainable(adapter)
     return narrowed({name: trained[name] - adapter[name] for name in trained}, columns)
@@ -66,7 +68,8 @@ def _optimizer(study: Study, parameters: list[torch.Tensor]) -> torch.optim.Opti
 
 
 def check_trains(study: Study, network: Network, columns: slice = ALL) -> None:
-    """One σ = 0 step on generated records must move the adapter and lower their loss.
+    """One σ = 0 step on generated records must move the adapter and lower their loss, and the rows
+    of a private study must not depend on how many there are.
 
     Under DP the noise moves every adapter, so movement in a real round proves nothing; a wiring
     fault that spends ε and learns nothing shows here, before any is spent.
@@ -77,7 +80,10 @@ def check_trains(study: Study, network: Network, columns: slice = ALL) -> None:
     before = network.trainable()
     try:
         loss = _mean_loss(data, study)
-        gradient = engine.matrix(range(data.dataset.n_units)).mean(dim=0)
+        n = data.dataset.n_units
+        rows, some = engine.matrix(range(n)), list(range(n - 1, n // 3, -1))
+        same = torch.equal(engine.matrix(some), rows[some])
+        gradient = rows.mean(dim=0)
         norm = float(gradient.norm())
         # How far a step may go depends on the base; the direction must help at some length.
         lowered = norm > 0 and any(
@@ -86,6 +92,12 @@ def check_trains(study: Study, network: Network, columns: slice = ALL) -> None:
         )
     finally:
         network.load_trainable(before)
+    if study.private and not same:
+        raise ModelError(
+            "this machine gives a record another gradient when others are beside it",
+            "the same, to the last bit",
+            "another processor or build of PyTorch; no ε was spent",
+        )
     if not lowered:
         raise ModelError(
             "a step without noise on generated records did not lower their loss",

@@ -23,8 +23,10 @@ class UnitGradientEngine:
 
     trained: what a step moves, as views into the network's parameters, in the update's order.
 
-    Guarantee: each sampled row is computed from its own records alone; every gradient that was not
-    noised is handed to the caller, or zeroed and dropped, before the next chunk."""
+    Guarantee: each sampled row is computed from its own records alone, to the last bit: in blocks
+    whose shapes follow from the record's own bucket, added up in an order of the unit's own. Every
+    gradient that was not noised is handed to the caller, or zeroed and dropped, before the next
+    chunk."""
 
     def __init__(
         self,
@@ -80,32 +82,29 @@ class UnitGradientEngine:
     def _alone(self, rows: list[int]) -> Iterator[Chunk]:
         """Rows of one record each: a micro-batch is a chunk, as it is."""
         row_of = {self._members[row][0]: row for row in rows}
-        for batch in self._batches(list(row_of)):
-            yield Chunk([row_of[i] for i in batch.index.tolist()], self._per_record(batch))
+        for batch in self.data.blocks(list(row_of), self._most):
+            own = batch.index[: batch.count].tolist()
+            yield Chunk([row_of[i] for i in own], self._per_record(batch))
 
     def _means(self, rows: list[int]) -> Chunk:
         """Rows of several records each, whose gradients are averaged over micro-batches."""
         place = {i: at for at, row in enumerate(rows) for i in self._members[row]}
         share = {i: 1.0 / len(self._members[row]) for row in rows for i in self._members[row]}
         total = [t.new_zeros(len(rows), t.numel()) for t in self.trained]
-        for batch in self._batches(list(place)):
-            indices = batch.index.tolist()
-            at = torch.tensor([place[i] for i in indices], device=total[0].device)
-            weight = total[0].new_tensor([share[i] for i in indices])[:, None]
+        for batch in self.data.blocks(list(place), self._most):
+            indices = batch.index[: batch.count].tolist()
             for mean, each in zip(total, self._per_record(batch), strict=True):
-                mean.index_add_(0, at, each.mul_(weight))
+                # One by one: an atomic addition, as index_add_ is on a GPU, has no order.
+                for i, gradient in zip(indices, each, strict=True):
+                    mean[place[i]] += gradient.mul_(share[i])
                 each.zero_()
         return Chunk(rows, total)
 
-    def _batches(self, indices: list[int]) -> Iterator[Batch]:
-        """Micro-batches of at most so many records that their gradients fit."""
-        for batch in self.data.batches(indices):
-            yield from batch.split(self._most)
-
     def _per_record(self, batch: Batch) -> list[torch.Tensor]:
-        """For each parameter (records, its size): a record's passages, and in a projector the tiles
-        of their images, are added up here, before any norm is taken. How many tiles there are is
-        declared, by the batch and by the network, and never inferred from a gradient's shape."""
+        """For each parameter (count, its size), what fills the block wiped. A record's passages,
+        and in a projector the tiles of their images, are added up here, before any norm is taken.
+        How many tiles there are is declared, by the batch and by the network, and never inferred
+        from a gradient's shape."""
         found, records, rows = [], len(batch.index), len(batch.mask)
         gradients = self._each(self.objective.losses(self.data.network, batch))
         for parameter, part, each in zip(self.parameters, self.trained, gradients, strict=True):
@@ -115,11 +114,13 @@ class UnitGradientEngine:
                 raise RuntimeError("a trainable layer gave no per-record gradient")
             each = _cut(each, part.shape[-1], self._columns)
             if each.shape[0] == records:
-                found.append(each.flatten(1))
+                whole = each.flatten(1)
             else:
                 parts = each.view(records, len(each) // records, *each.shape[1:])
-                found.append(parts.sum(dim=1).flatten(1))
+                whole = parts.sum(dim=1).flatten(1)
                 each.zero_()
+            whole[batch.count :].zero_()
+            found.append(whole[: batch.count])
         return found
 
 

@@ -67,9 +67,10 @@ def unit_rows(study: Study, data: Cached) -> torch.Tensor:
     objective, dataset = find(study.objective), data.dataset
     rows = torch.zeros(dataset.n_units, 2, dtype=torch.float64)
     unit = torch.tensor([example.unit for example in dataset.examples], dtype=torch.long)
-    for batch in data.batches(range(len(unit))):
-        losses = objective.losses(data.network, batch).double().cpu()
-        rows[:, 0].index_add_(0, unit[batch.index], torch.exp(-losses))
+    for batch in data.blocks(range(len(unit))):
+        own = slice(batch.count)
+        losses = objective.losses(data.network, batch)[own].double().cpu()
+        rows[:, 0].index_add_(0, unit[batch.index[own]], torch.exp(-losses))
     rows[:, 0] /= torch.bincount(unit, minlength=dataset.n_units)
     rows[:, 1] = 1.0
     return rows

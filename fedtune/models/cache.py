@@ -1,11 +1,18 @@
-"""Micro-batches of a dataset, with the states below the cut computed once per record."""
+"""Micro-batches of a dataset, with the states below the cut computed once per record.
+
+Which kernel multiplies two matrices, and in what order it adds, is chosen by their shapes, so the
+last digits of a record's figures follow from how many others are beside it. What is added up under
+the guarantee is therefore computed in blocks: micro-batches whose every shape is a function of the
+record's own bucket (docs/decisions/0025-fixed-shapes.md)."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +27,24 @@ from fedtune.progress import report
 log = logging.getLogger("fedtune.models")
 
 Indices = Sequence[int]
+# Positions of a block: enough for a matrix product to be quick, and few to fill. A pass through the
+# frozen part is made once, of everything, so that it may fill more.
+STEP = {"cpu": 64, "cuda": 1024}
+ONCE = {"cpu": 256, "cuda": 4096}
+# On a processor, threads that share a block of several records. With more, a product's terms are
+# added in an order that follows from the row's place, and so do an activation's last digits.
+THREADS = 2
+
+
+class Bucket(NamedTuple):
+    """What a record shares a micro-batch by; a function of that record alone. length: of its
+    longest passage, padded; targets: the most that a passage has, padded in the same way; full: of
+    an encoder, to which padding is told by a mask, whether there is none."""
+
+    length: int
+    tiles: int = 1
+    targets: int = 0
+    full: bool = False
 
 
 @dataclass(frozen=True, repr=False)
@@ -30,8 +55,9 @@ class Batch:
     network's device; soft: of a taught record's P targets the outcomes and log-probabilities, each
     (R, P, k), zero beyond its own. seen: (R, tiles, P, W), the tower's states of each passage's
     file, where the network above the cut reads them; every record of a batch has the same number
-    of tiles. before: (N, k), on the processor, of all N records of the dataset: what each passage's
-    log-likelihood is to the frozen base, NaN until somebody asked."""
+    of tiles. count: how many records are meant; those beyond it are the first one again, which
+    fill a block and count for nobody. before: (N, k), on the processor, of all N records of the
+    dataset: what each passage's log-likelihood is to the frozen base, NaN until somebody asked."""
 
     prefix: torch.Tensor
     mask: torch.Tensor
@@ -41,30 +67,14 @@ class Batch:
     soft: tuple[torch.Tensor, torch.Tensor] | None = None
     seen: torch.Tensor | None = None
     tiles: int = 1
+    count: int = 0
     before: torch.Tensor | None = None
-
-    def split(self, most: int) -> Iterator[Batch]:
-        """The same records, at most so many at a time; the padded length stays."""
-        each = len(self.mask) // len(self.label)
-        for at in range(0, len(self.label), most):
-            own, rows = slice(at, at + most), slice(at * each, (at + most) * each)
-            yield Batch(
-                prefix=self.prefix[rows],
-                mask=self.mask[rows],
-                target_ids=self.target_ids[rows],
-                label=self.label[own],
-                index=self.index[own],
-                soft=self.soft and (self.soft[0][rows], self.soft[1][rows]),
-                seen=None if self.seen is None else self.seen[rows],
-                tiles=self.tiles,
-                before=self.before,
-            )
 
 
 def padded_length(length: int) -> int:
-    """The bucket of a record: a function of its own length alone, so that no record's numerics
-    depend on who else is in the batch; an eighth is padding at most, above 64 tokens. Finer ones
-    cost in small micro-batches what they save (benchmarks/padding.py)."""
+    """What so many positions are padded to: a function of their number alone. An eighth is padding
+    at most, above 64; finer steps cost in small micro-batches what they save
+    (benchmarks/padding.py)."""
     if length <= 8:
         return 1 << (length - 1).bit_length()
     step = max(8, (1 << length.bit_length()) // 16)
@@ -78,6 +88,8 @@ class Cached:
     unpadded (2 · positions · H bytes in bf16; models/states.py), and every later step starts at the
     cut. Exact: there is no dropout and no adapter below it. Kept are all positions, or those with a
     target where above the cut each position stands for itself (of a record without one, the last).
+    Guarantee: states at the cut, and what a block (`blocks`) makes of a record, come from products
+    whose shapes follow from the record's own bucket, whoever else is in the dataset.
     memory: bytes of states that the process may hold before more go to the encrypted file; None: a
     quarter of the machine's.
 
@@ -102,10 +114,7 @@ class Cached:
         self._seen: dict[bytes, State] = {}  # what the tower makes of each file, by its digest
         self._states = [network.states.get(name) for name in self._names]
         self._before = torch.full((len(dataset.examples), self._each), torch.nan)
-        lengths = [len(kept) for kept in self._kept]
-        self._longest = [
-            max(lengths[at : at + self._each]) for at in range(0, len(lengths), self._each)
-        ]
+        self._buckets = [self._bucket(record) for record in range(len(dataset.examples))]
 
     def _positions(self, passage: Passage) -> npt.NDArray[np.int64]:
         if self.network.pooled:
@@ -116,6 +125,30 @@ class Cached:
             return np.arange(length)
         return targets if len(targets) else np.array([length - 1])
 
+    def _bucket(self, record: int) -> Bucket:
+        rows = self._rows([record])
+        length = padded_length(max(len(self._kept[at]) for at in rows))
+        tiles = self._tiles[record]
+        if self.network.pooled:
+            return Bucket(length, tiles)
+        most = max(int((self._passages[at].target_ids != -100).sum()) for at in rows)
+        full = self.network.kind == "encoder" and all(len(self._kept[at]) == length for at in rows)
+        return Bucket(length, tiles, padded_length(most) if most else 0, full)
+
+    def _read_bucket(self, row: int) -> Bucket:
+        """That of a passage on its way through the frozen part."""
+        length = len(self._passages[row].input_ids)
+        padded = padded_length(length)
+        full = self.network.kind == "encoder" and length == padded
+        return Bucket(padded, self._tiles[row // self._each], full=full)
+
+    def _read_block(self, bucket: Bucket) -> int:
+        """Passages of a block of the frozen part."""
+        if self.network.device.type == "cpu" and torch.get_num_threads() > THREADS:
+            return 1
+        positions = bucket.length + self.network.frames(bucket.tiles)
+        return max(1, ONCE[self.network.device.type] // positions)
+
     def warm(self) -> None:
         """Fill the cache now, reporting progress by records. Errors: InfrastructureError (disk)."""
         if not self.network.cached:
@@ -125,8 +158,7 @@ class Cached:
         # One answer may be in several pairs: what reads the same is computed once.
         new = list({self._names[at]: at for at in missing}.values())
         done = 0
-        lengths, tiles = [len(s.input_ids) for s in self._passages], self._tiles_of_rows()
-        for rows in _buckets(new, lengths, 4096, tiles, self.network.frames):
+        for _, rows in _grouped(new, self._read_bucket, self._read_block):
             self._compute(rows)
             done += len(rows)
             report("reading records once through the frozen layers", done, len(new))
@@ -135,8 +167,9 @@ class Cached:
             self._seen.clear()
 
     def _compute(self, rows: list[int]) -> None:
-        """States of passages of one bucket, from their tokens."""
-        found = self.network.prefix(*self._tokens(rows), self._look(rows))
+        """States of passages of one bucket, at most a block, from their tokens."""
+        filled = _filled(rows, self._read_block(self._read_bucket(rows[0])))
+        found = self.network.prefix(*self._tokens(filled), self._look(filled))
         states = found.cpu()  # a GPU's memory holds none
         for row, index in enumerate(rows):
             name, kept = self._names[index], torch.from_numpy(self._kept[index])
@@ -144,36 +177,68 @@ class Cached:
             self.network.states[name] = self._states[index] = state
 
     def batches(self, indices: Indices, token_budget: int = 4096) -> Iterator[Batch]:
-        """The records `indices`, each once, in micro-batches of one padded length and at most
-        `token_budget` positions (always at least one record)."""
+        """The records `indices`, each once, in micro-batches of one bucket and at most
+        `token_budget` positions (always at least one record). For what is public or one's own: the
+        last digits follow from the others in the batch."""
+        self._warmed(indices)
+
+        def size(bucket: Bucket) -> int:
+            return max(1, token_budget // self._positions_of(bucket))
+
+        for bucket, records in _grouped(indices, self._buckets.__getitem__, size):
+            yield self._batch(bucket, records, len(records))
+
+    def blocks(self, indices: Indices, most: int | None = None) -> Iterator[Batch]:
+        """The same, each micro-batch a block: of a bucket always as many records, at most `most`,
+        filled with the first again. For whatever is added up over units and noised; on a block of
+        several records no more than THREADS work, until the next is asked for."""
+        self._warmed(indices)
+
+        def size(bucket: Bucket) -> int:
+            found = max(1, STEP[self.network.device.type] // self._positions_of(bucket))
+            if self.network.head is not None and not self.network.pooled:
+                found = 1  # a few rows by a few labels: here a row's place counts
+            return min(found, most or found)
+
+        for bucket, records in _grouped(indices, self._buckets.__getitem__, size):
+            filled = _filled(records, size(bucket))
+            with _threads(None if len(filled) == 1 else THREADS):
+                yield self._batch(bucket, filled, len(records))
+
+    def _warmed(self, indices: Indices) -> None:
         if self.network.cached and any(self._states[at] is None for at in self._rows(indices)):
             self.warm()
-        budget, held = token_budget // self._each, self.network.sees or not self.network.cached
-        frames = self.network.frames if held else _nothing
-        for records in _buckets(indices, self._longest, budget, self._tiles, frames):
-            rows = self._rows(records)
-            seen = self._look(rows) if self.network.sees else None
-            length = padded_length(max(self._longest[i] for i in records))
-            mask = torch.zeros(len(rows), length, dtype=torch.bool)
-            targets = torch.full((len(rows), length), -100, dtype=torch.long)
-            for row, at in enumerate(rows):
-                kept = self._kept[at]
-                mask[row, : len(kept)] = True
-                if not self.network.pooled:
-                    real = np.asarray(self._passages[at].target_ids, dtype=np.int64)[kept]
-                    targets[row, : len(kept)] = torch.from_numpy(real)
-            device, examples = self.network.device, self.dataset.examples
-            yield Batch(
-                prefix=self._prefix(rows, length, seen).to(device),
-                mask=mask.to(device),
-                target_ids=targets.to(device),
-                label=torch.tensor([examples[i].label for i in records], device=device),
-                index=torch.tensor(records),
-                soft=self._soft(records),
-                seen=seen,
-                tiles=self._tiles[records[0]],
-                before=self._before,
-            )
+
+    def _positions_of(self, bucket: Bucket) -> int:
+        """Of a record, those of its file among them where they are held."""
+        held = self.network.sees or not self.network.cached
+        frames = self.network.frames(bucket.tiles) if held else 0
+        return self._each * (bucket.length + frames)
+
+    def _batch(self, bucket: Bucket, records: list[int], count: int) -> Batch:
+        rows = self._rows(records)
+        seen = self._look(rows) if self.network.sees else None
+        mask = torch.zeros(len(rows), bucket.length, dtype=torch.bool)
+        targets = torch.full((len(rows), bucket.length), -100, dtype=torch.long)
+        for row, at in enumerate(rows):
+            kept = self._kept[at]
+            mask[row, : len(kept)] = True
+            if not self.network.pooled:
+                real = np.asarray(self._passages[at].target_ids, dtype=np.int64)[kept]
+                targets[row, : len(kept)] = torch.from_numpy(real)
+        device, examples = self.network.device, self.dataset.examples
+        return Batch(
+            prefix=self._prefix(rows, bucket.length, seen).to(device),
+            mask=mask.to(device),
+            target_ids=targets.to(device),
+            label=torch.tensor([examples[i].label for i in records], device=device),
+            index=torch.tensor(records),
+            soft=self._soft(records),
+            seen=seen,
+            tiles=bucket.tiles,
+            count=count,
+            before=self._before,
+        )
 
     def _soft(self, records: Indices) -> tuple[torch.Tensor, torch.Tensor] | None:
         """What a teacher expects of `records`, each one's own."""
@@ -212,9 +277,6 @@ class Cached:
             log.warning("%s; they are computed again. Check this machine's disk", error)
             del self._seen[name]
             return self.network.see(self.network.reader.tensor(file)).cpu()
-
-    def _tiles_of_rows(self) -> list[int]:
-        return [tiles for tiles in self._tiles for _ in range(self._each)]
 
     def _rows(self, records: Indices) -> list[int]:
         """The passages of some records."""
@@ -255,26 +317,34 @@ class Cached:
         return ids, mask
 
 
-def _nothing(tiles: int) -> int:
-    return 0
-
-
-def _buckets(
-    indices: Indices,
-    lengths: list[int],
-    token_budget: int,
-    tiles: list[int] | None = None,
-    frames: Callable[[int], int] = _nothing,
-) -> Iterator[list[int]]:
-    """`indices` in groups of one padded length, one number of tiles, and at most `token_budget`
-    positions, those of their files (`frames` of tiles) among them."""
-    by_length: dict[tuple[int, int], list[int]] = {}
+def _grouped(
+    indices: Iterable[int], bucket_of: Callable[[int], Bucket], size: Callable[[Bucket], int]
+) -> Iterator[tuple[Bucket, list[int]]]:
+    """`indices` in groups of one bucket, of at most its `size`."""
+    members: dict[Bucket, list[int]] = {}
     for index in indices:
-        shape = padded_length(lengths[index]), tiles[index] if tiles else 1
-        by_length.setdefault(shape, []).append(index)
-    for (length, count), members in sorted(by_length.items()):
-        size = max(1, token_budget // (length + frames(count)))
-        yield from (members[start : start + size] for start in range(0, len(members), size))
+        members.setdefault(bucket_of(index), []).append(index)
+    for bucket, every in sorted(members.items()):
+        most = size(bucket)
+        for start in range(0, len(every), most):
+            yield bucket, every[start : start + most]
+
+
+@contextmanager
+def _threads(most: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if most is None or before <= most:
+        yield
+        return
+    torch.set_num_threads(most)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _filled(indices: list[int], size: int) -> list[int]:
+    return indices + indices[:1] * (size - len(indices))
 
 
 def _name(passage: Passage, kept: npt.NDArray[np.int64], media: bytes = b"") -> bytes:

@@ -5,6 +5,7 @@ is the gradient at its input. That is formed together with the loss, some positi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,6 +28,16 @@ def _apply(*inputs: torch.Tensor) -> Any:
     return _HeadLoss.apply(*inputs)  # type: ignore[no-untyped-call]
 
 
+def even(total: int, most: int) -> Iterator[tuple[slice, int]]:
+    """0 to `total` in parts of one size, at most `most`: what a product of matrices makes of a row
+    follows from how many there are. The last part reaches back; with each comes how many of its
+    last places are new."""
+    size = -(-total // max(1, -(-total // most)))
+    for start in range(0, total, max(1, size)):
+        stop = min(start + size, total)
+        yield slice(stop - size, stop), stop - start
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -36,8 +47,7 @@ class _HeadLoss(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]
         slopes = torch.empty_like(states) if wanted else None
         rows = max(1, _CHUNK_BYTES // (4 * len(weight)))
-        for start in range(0, len(states), rows):
-            part = slice(start, start + rows)
+        for part, _ in even(len(states), rows):
             logits = (states[part] @ weight.T).float()
             at = targets[part, None]
             total = torch.logsumexp(logits, dim=1, keepdim=True)

@@ -38,6 +38,9 @@ from fedtune.models.states import State
 from fedtune.objectives import find
 
 HEAD = "head.safetensors"
+# No entry of an adapter, a head or a frozen factor is larger. Trained ones stay below 100; what is
+# far larger turns the last digit of a product into another answer.
+LARGEST = 1e3
 
 
 def build(study: Study, base: Base | None = None) -> Network:
@@ -358,7 +361,8 @@ class Network:
         return {n: p.detach().float().cpu().numpy().copy() for n, p in self.parameters().items()}
 
     def load_trainable(self, arrays: Arrays) -> None:
-        """Errors: ModelError when names, shapes or finiteness differ from this network's."""
+        """Errors: ModelError when names or shapes differ from this network's, or an entry is not
+        finite, or larger than LARGEST."""
         _load(self.parameters(), arrays)
 
     def draw_factor(self, seed: int) -> Arrays:
@@ -451,6 +455,12 @@ def _load(parameters: dict[str, nn.Parameter], arrays: Arrays) -> None:
     for name, parameter in parameters.items():
         if tuple(parameter.shape) != arrays[name].shape or not np.isfinite(arrays[name]).all():
             raise ModelError(f"adapter tensor {name}: wrong shape or not finite", "the same plan")
+        if np.abs(arrays[name]).max(initial=0.0) > LARGEST:
+            raise ModelError(
+                f"adapter tensor {name}: an entry is larger than {LARGEST:g}",
+                "an adapter that has not diverged",
+                "lower training.learning_rate",
+            )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(torch.from_numpy(np.array(arrays[name], dtype=np.float32)))

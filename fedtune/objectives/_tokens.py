@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from fedtune.models.cache import Batch
+from fedtune.models.cache import Batch, padded_length
 from fedtune.models.network import Network
 
 
@@ -23,16 +23,18 @@ class Likelihood(NamedTuple):
 
 
 def likelihood(network: Network, batch: Batch) -> Likelihood:
-    """The head runs on labelled positions only: prompt and padding never reach the vocabulary.
+    """The head runs on labelled positions, and on as many more as fill the bucket: a gather of the
+    batch's labelled ones would have a shape that follows from all its records.
 
     | a passage without targets | 0.0, and no gradient |
     """
-    keep, targets = _labelled(batch.target_ids)
+    keep, targets = labelled(batch.target_ids)
     hidden = network.hidden(batch.prefix, batch.mask, keep, batch.seen)
-    rows, positions = torch.nonzero(targets != -100, as_tuple=True)
-    each = network.token_losses(hidden[rows, positions], targets[rows, positions])
-    total = each.new_zeros(len(targets)).index_add(0, rows, -each)
-    return Likelihood(total, torch.bincount(rows, minlength=len(targets)))
+    wanted = targets != -100
+    aims = targets.masked_fill(~wanted, 0).flatten()
+    each = network.token_losses(hidden.flatten(0, 1), aims).view(targets.shape)
+    total = torch.where(wanted, -each, 0.0).sum(dim=1)
+    return Likelihood(total, wanted.sum(dim=1))
 
 
 def reference(network: Network, batch: Batch) -> Likelihood:
@@ -50,11 +52,12 @@ def reference(network: Network, batch: Batch) -> Likelihood:
     return Likelihood(known.flatten().to(targets.device), targets)
 
 
-def _labelled(target_ids: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+def labelled(target_ids: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Positions with a target, first in each row, (R, K), and what is there, -100 on padding; all
-    positions, as None, where most of them have one: choosing would cost more than it saves."""
+    positions, as None, where most of them have one: choosing would cost more than it saves. K is
+    the same for every record of a bucket."""
     wanted = target_ids != -100
-    most = max(1, int(wanted.sum(dim=1).max()))
+    most = padded_length(max(1, int(wanted.sum(dim=1).max())))
     if most > 0.75 * target_ids.shape[1]:
         return None, target_ids
     keep = torch.argsort(wanted.int(), dim=1, descending=True, stable=True)[:, :most]

@@ -13,9 +13,10 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from fedtune.models.cache import Batch
+from fedtune.models.loss import even
 from fedtune.models.network import Network
 from fedtune.objectives import Shape, Teacher, require
-from fedtune.objectives._tokens import _labelled
+from fedtune.objectives._tokens import labelled
 
 ROWS = 256  # positions whose logits over the vocabulary are held at once
 LEAST = 1e-6  # of a probability that all other outcomes share
@@ -75,20 +76,18 @@ def losses(
         each = _divergence(wanted[:, 0], found) * temperature**2
         true = functional.cross_entropy(logits, batch.label, reduction="none") if hard else each
         return (1 - hard) * each + hard * true
-    keep, targets = _labelled(batch.target_ids)
+    keep, targets = labelled(batch.target_ids)
     hidden = network.hidden(batch.prefix, batch.mask, keep, batch.seen)
-    rows, at = torch.nonzero(targets != -100, as_tuple=True)
-    states, aims = hidden[rows, at], targets[rows, at]
-    nth = (targets != -100).cumsum(dim=1)[rows, at] - 1
-    tokens, wanted = tokens[rows, nth], wanted[rows, nth]
+    there = targets != -100
+    nth = (there.cumsum(dim=1) - 1).clamp_min(0)[:, :, None].expand(-1, -1, tokens.shape[2])
+    states, aims = hidden.flatten(0, 1), targets.masked_fill(~there, 0).flatten()
+    tokens, wanted = (soft.gather(1, nth).flatten(0, 1) for soft in (tokens, wanted))
     parts = []
-    for start in range(0, len(rows), ROWS):
-        part = slice(start, start + ROWS)
+    for part, new in even(len(states), ROWS):
         own = (states[part], aims[part], tokens[part], wanted[part])
-        parts.append(_next_tokens(network, *own, (temperature, hard)))
-    total = hidden.new_zeros(len(targets), dtype=torch.float32)
-    total = total.index_add(0, rows, torch.cat(parts)) if len(rows) else total + 0 * hidden.sum()
-    return total / torch.bincount(rows, minlength=len(targets)).clamp_min(1)
+        parts.append(_next_tokens(network, *own, (temperature, hard))[-new:])
+    each = torch.cat(parts).view(targets.shape)
+    return torch.where(there, each, 0.0).sum(dim=1) / there.sum(dim=1).clamp_min(1)
 
 
 def _next_tokens(

@@ -82,19 +82,21 @@ def test_row_isolation(engine: UnitGradientEngine, unit: int) -> None:
     """Units of one record and of several: they do not share micro-batches."""
     moved = moved_rows(engine, unit)
     assert float(moved[unit]) > 0.1
-    assert float(torch.cat([moved[:unit], moved[unit + 1 :]]).max()) < 1e-5
+    assert float(torch.cat([moved[:unit], moved[unit + 1 :]]).max()) == 0
 
 
 def test_row_isolation_catches_a_loss_averaged_over_the_batch(network: Network) -> None:
-    # Unit 0's record shares a padded length, so a batch, with unit 1's.
-    dataset = records([1, 1])
-    dataset.examples[1] = type(dataset.examples[1])(
-        dataset.examples[0].input_ids[::-1].copy(), dataset.examples[0].target_ids, -100, 1
-    )
+    # Unit 0's record shares a bucket, so a block, with unit 1's: short, and with as many targets.
+    dataset, draw = records([1, 1]), np.random.default_rng(2)
+    for unit in range(2):
+        ids = draw.integers(3, 280, size=8, dtype=np.int32)
+        targets = np.roll(ids, -1)
+        targets[:2] = -100
+        dataset.examples[unit] = type(dataset.examples[0])(ids, targets, -100, unit)
     engine = UnitGradientEngine(Cached(network, dataset), BatchMean())
     before = all_rows(engine)
     shorter = dataset.examples[1].target_ids.copy()
-    shorter[:-1] = -100
+    shorter[:3] = -100
     dataset.examples[1] = type(dataset.examples[1])(dataset.examples[1].input_ids, shorter, -100, 1)
     engine.data = Cached(network, dataset)
     after = all_rows(engine)
@@ -112,8 +114,7 @@ def test_removing_any_unit_moves_the_sum_by_at_most_c(
         rest = all_rows(engine, [u for u in range(n) if u != gone])
         without = summed(rest, c, mode)
         moved = float(((total - without).double() * grid).norm())
-        # fp32 gradients of the others may differ in the last digit with the batch they ride in.
-        assert moved <= clip.sensitivity(c, engine.dimension, grid) + 1e-5 * c * n
+        assert moved <= clip.sensitivity(c, engine.dimension, grid)
 
 
 def test_clipping_records_instead_of_patients_is_caught(engine: UnitGradientEngine) -> None:

@@ -233,5 +233,6 @@ def test_an_image_put_into_the_next_records_places_is_caught(
 
 def test_one_batch_has_one_number_of_tiles() -> None:
     """Also where both records are of one length."""
-    groups = list(cache._buckets([0, 1, 2], [8, 8, 8], 4096, [1, 5, 1]))
-    assert groups == [[0, 2], [1]]
+    tiles = [1, 5, 1]
+    groups = cache._grouped([0, 1, 2], lambda i: cache.Bucket(8, tiles[i]), lambda _: 512)
+    assert [members for _, members in groups] == [[0, 2], [1]]

@@ -226,9 +226,8 @@ GRADIENT_MUTANTS = (
     ),
     _one(
         19, "pad-to-the-longest", CACHE,
-        "_buckets(indices, self._longest, budget, self._tiles, frames):",
-        "_buckets(indices, [max(self._longest[i] for i in indices)] * len(self._longest),"
-        " token_budget):",
+        "length = padded_length(max(len(self._kept[at]) for at in rows))",
+        "length = padded_length(max(map(len, self._kept)))",
         T_ROWS + "test_padding_is_a_records_own", "numerics depend on who else is drawn",
     ),
     _one(
@@ -990,7 +989,7 @@ T_SEEN, T_TILES = "tests/models/test_media.py::", "tests/dp/test_media.py::"
 MEDIA_MUTANTS = (
     _one(
         28, "one-tile-of-a-projector-counts", GRADIENTS,
-        "found.append(parts.sum(dim=1).flatten(1))", "found.append(parts[:, 0].flatten(1))",
+        "whole = parts.sum(dim=1).flatten(1)", "whole = parts[:, 0].flatten(1)",
         T_TILES + "test_tiles_are_added_up_before_any_norm", "four fifths of an image are lost",
     ),
     _one(
@@ -1006,7 +1005,8 @@ MEDIA_MUTANTS = (
     ),
     _one(
         28, "tile-counts-share-a-batch", CACHE,
-        "tiles[index] if tiles else 1\n", "1\n",
+        "members.setdefault(bucket_of(index), [])",
+        "members.setdefault(bucket_of(index)._replace(tiles=1), [])",
         T_TILES + "test_one_batch_has_one_number_of_tiles",
         "what is declared for the batch is wrong for some of it",
     ),

@@ -1,0 +1,151 @@
+"""Trap 34: a row's last digit depends on how many rows are beside it, and weights that are made for
+it turn the last digit into another answer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fedtune.config import LoraTable
+from fedtune.data.tokens import Dataset, Example
+from fedtune.dp.clip import Chunk
+from fedtune.dp.gradients import UnitGradientEngine
+from fedtune.dp.steplog import StepLog
+from fedtune.errors import ModelError
+from fedtune.models.base import find_base
+from fedtune.models.cache import Batch, Cached
+from fedtune.models.network import LARGEST, Network
+from fedtune.objectives import classify
+from tests.dp.conftest import make_plan
+from tests.traps import neighbour_rows
+
+COUNTS = [*range(1, 10), 17, 18, 19, 25, 26, 27]
+C = 1.0
+
+
+def crafted(network: Network, others: int) -> tuple[Dataset, torch.Tensor, torch.Tensor]:
+    """`others` units that read the same and one more, and a head whose first logit of the others is
+    some 1e8: whose second, a constant, lies between two roundings of it where there are two."""
+    draw = np.random.default_rng(3)
+    shared, own = (draw.integers(3, 280, size=12, dtype=np.int32) for _ in range(2))
+    none = np.full(12, -100, np.int32)
+    examples = [Example(shared, none, 0, unit) for unit in range(others)]
+    dataset = Dataset([*examples, Example(own, none, 2, others)], others + 1, Counter())
+    (batch,) = Cached(network, dataset).batches([0])
+    state = network.pool(network.hidden(batch.prefix, batch.mask), batch.mask)[0]
+    for seed in range(200):
+        direction = torch.randn(len(state), generator=torch.Generator().manual_seed(seed))
+        weight = torch.zeros(3, len(state))
+        weight[0] = 1e8 * direction * torch.sign(direction @ state)
+        found = {
+            float(torch.nn.functional.linear(state.repeat(n, 1), weight)[0, 0])
+            for n in (others, others + 1)
+        }
+        if len(found) == 2:
+            break
+    bias = torch.tensor([0.0, sum(found) / len(found), -1e9])
+    return dataset, weight, bias
+
+
+class Unbounded(UnitGradientEngine):
+    """With micro-batches of as many records as there are: what the engine was."""
+
+    def __call__(self, rows: list[int]) -> Iterator[Chunk]:
+        self.data.blocks = self._as_they_come  # type: ignore[method-assign]
+        return super().__call__(rows)
+
+    def _as_they_come(self, indices: list[int], most: int | None = None) -> Iterator[Batch]:
+        return self.data.batches(indices)
+
+
+def moved(network: Network, folder: Path, others: int, kind: type[UnitGradientEngine]) -> float:
+    """How far the sum of the others' rows moves when one more unit is there, in C; through the
+    shipped step, with noise of next to nothing."""
+    dataset, weight, bias = crafted(network, others)
+    assert network.head is not None
+    with torch.no_grad():  # what a coordinator could send, were it not refused
+        network.head.weight.copy_(weight)
+        network.head.bias.copy_(bias)
+    plan = make_plan(noise_multiplier=1e-10, max_grad_norm=C, divisor=1.0)
+    last = dataset.examples[-1:]
+    alone = Dataset([Example(*last[0].passages[0], last[0].label, 0)], 1, Counter())
+    sums = [
+        plan.step(d.n_units, e.dimension, e, StepLog(folder / "log"), 1).double()
+        for d in (dataset, Dataset(dataset.examples[:-1], others, Counter()), alone)
+        for e in [kind(Cached(network, d), classify)]
+    ]
+    return float((sums[0] - sums[1] - sums[2]).norm()) / C
+
+
+@pytest.fixture(scope="module")
+def network(tiny_encoder: Path) -> Network:
+    return Network(find_base(str(tiny_encoder)), torch.float32, None, labels=3)
+
+
+@pytest.mark.parametrize("others", range(1, 10))
+def test_nobody_moves_another_whatever_the_weights(
+    network: Network, tmp_path: Path, others: int
+) -> None:
+    assert moved(network, tmp_path, others, UnitGradientEngine) < 1e-6
+
+
+def test_rows_beside_as_many_as_there_are_is_caught(network: Network, tmp_path: Path) -> None:
+    """The twin: some of them flip together."""
+    assert max(moved(network, tmp_path, n, Unbounded) for n in range(1, 10)) > 0.9
+
+
+def test_a_row_is_the_same_beside_any_others(tiny_base: Path) -> None:
+    assert neighbour_rows.differing(tiny_base, [4], ("causal_lm", "classify")) == []
+
+
+def test_records_of_other_counts_of_targets_share_no_block(tiny_base: Path) -> None:
+    """How many positions reach the head is a bucket's, not the most that a neighbour has."""
+    lora = LoraTable(rank=2, modules=("q_proj",), last_layers=2)
+    network = Network(find_base(str(tiny_base)), torch.float32, lora, labels=0)
+    ids = np.arange(3, 19, dtype=np.int32)
+    examples = []
+    for unit, count in enumerate([1, 2, 3, 4, 6, 8, 1]):
+        targets = np.full(16, -100, np.int32)
+        targets[-count:] = 7
+        examples.append(Example(ids, targets, -100, unit))
+    data = Cached(network, Dataset(examples, len(examples), Counter()))
+    found = [b.index[: b.count].tolist() for b in data.blocks(range(len(examples)))]
+    assert found == [[0, 6], [1], [2, 3], [4, 5]]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("threads", [1, 2, 3, 8, 16])
+def test_a_row_is_the_same_beside_any_number(tiny_base: Path, threads: int) -> None:
+    assert told_apart(tiny_base, threads, COUNTS) == ""
+
+
+def told_apart(base: Path, threads: int, counts: list[int]) -> str:
+    """What tests/traps/neighbour_rows.py found, with so many threads."""
+    options = [str(base), ",".join(map(str, counts))]
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.traps.neighbour_rows", *options],
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout
+
+
+def test_an_adapter_that_could_tell_last_digits_is_refused(network: Network) -> None:
+    kept = {n: np.zeros_like(a) for n, a in network.trainable().items()}
+    for value in (2 * LARGEST, -2 * LARGEST):
+        given = {n: a.copy() for n, a in kept.items()}
+        given["head.bias"][1] = value
+        with pytest.raises(ModelError, match="larger than 1000"):
+            network.load_trainable(given)
+    network.load_trainable({n: np.full_like(a, LARGEST) for n, a in kept.items()})
+    network.load_trainable(kept)
