@@ -236,11 +236,13 @@ def simulate(
 def server(
     study: STUDY,
     home: Annotated[
-        Path,
+        Path | None,
         typer.Option(
-            metavar="DIR", help="Certificates and admitted sites; made at the first start."
+            metavar="DIR",
+            help="Certificates and admitted sites; made at the first start. "
+            "Without it: coordinator, beside STUDY.",
         ),
-    ] = Path("coordinator"),
+    ] = None,
     host: Annotated[
         str,
         typer.Option(metavar="ADDRESS", help="Where to listen; 127.0.0.1: this machine alone."),
@@ -268,7 +270,7 @@ def server(
     from fedtune.config import load_study
     from fedtune.console import Watch, closing, warn_not_private
 
-    loaded = load_study(study)
+    loaded, home = load_study(study), home or study.parent / "coordinator"
     folder = new_run(loaded, out, resume=resume)
     if not loaded.private:
         warn_not_private(_console())

@@ -13,7 +13,12 @@ import typer
 from fedtune.guard import command
 
 PANEL = "Between machines"
-HOME = Annotated[Path, typer.Option("--home", metavar="DIR", help="The coordinator's home.")]
+HOME = Annotated[
+    Path | None,
+    typer.Option(
+        "--home", metavar="DIR", help="The coordinator's home. Without it: coordinator, here."
+    ),
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -62,11 +67,26 @@ def enroll(
     )
 
 
+def _home(told: Path | None) -> Path:
+    """The coordinator's home: where it is told, else beside the study.toml of this folder. A second
+    one is never made by being in another folder. Errors: ConfigError."""
+    home = told or Path("coordinator")
+    if told is None and not home.is_dir() and not Path("study.toml").exists():
+        from fedtune.errors import ConfigError
+
+        raise ConfigError(
+            f"{Path.cwd()}: no coordinator's home here",
+            "`coordinator` beside study.toml, as `fedtune server` makes it",
+            "go to the folder of study.toml, or give --home DIR",
+        )
+    return home
+
+
 def admit(
     request: Annotated[
         Path, typer.Argument(metavar="REQUEST", help="A site's request.", show_default=False)
     ],
-    home: HOME = Path("coordinator"),
+    home: HOME = None,
     fingerprint: Annotated[
         str | None,
         typer.Option(metavar="F", help="As the site read it out. Without it: you are asked."),
@@ -88,7 +108,7 @@ def admit(
     from fedtune.files import replace
     from fedtune.flower import enrol
 
-    asked = enrol.read_request(request)
+    home, asked = _home(home), enrol.read_request(request)
     if fingerprint is None:
         typer.echo(f"the site {asked.name} asks to take part\nfingerprint   {asked.fingerprint}")
         if not (sys.stdin.isatty() and typer.confirm("is this what the site read out to you?")):
@@ -113,14 +133,14 @@ def admit(
 
 def revoke(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The site.", show_default=False)],
-    home: HOME = Path("coordinator"),
+    home: HOME = None,
 ) -> None:
     """End a site's part, also in the middle of a run; its connections are closed within a second.
 
     Its keys are refused for good; new ones may be admitted under the same name."""
     from fedtune.flower import enrol
 
-    record = enrol.revoke(home, name)
+    record = enrol.revoke(_home(home), name)
     typer.echo(f"revoked {name} at {record.revoked}; its keys are refused from now on")
 
 
@@ -139,7 +159,9 @@ def doctor(
     ] = None,
     home: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Coordinator: its home. Without it: coordinator."),
+        typer.Option(
+            metavar="DIR", help="Coordinator: its home. Without it: coordinator, beside FILE."
+        ),
     ] = None,
     host: Annotated[
         str | None,
@@ -184,7 +206,9 @@ def doctor(
         from server.doctor import Place
         from server.doctor import examine as examine_coordinator
 
-        place = Place(home or Path("coordinator"), host or "127.0.0.1", port or 8443, names or [])
+        place = Place(
+            home or file.parent / "coordinator", host or "127.0.0.1", port or 8443, names or []
+        )
         found = examine_coordinator(file, place)
     else:
         from client.doctor import examine

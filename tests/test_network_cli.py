@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.flower import enrol
+from fedtune.errors import ConfigError
+from fedtune.flower import coordinator, enrol
 from tests.flower import kit
+from tests.flower.test_tls import STUDY
 from tests.test_cli import run
 
 FINGERPRINT = re.compile(r"fingerprint\s+((?:[0-9a-f]{4} ?){5})\n")
@@ -19,6 +21,7 @@ FINGERPRINT = re.compile(r"fingerprint\s+((?:[0-9a-f]{4} ?){5})\n")
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
+    (tmp_path / "study.toml").touch()  # this is the coordinator's folder
     return kit.site_file(tmp_path / "a", "a", 1)
 
 
@@ -48,6 +51,39 @@ def test_a_site_is_enrolled_admitted_revoked_and_comes_back_with_new_keys(site: 
     fresh = asked(site, "--new-keys")
     assert fresh != heard and (site.parent / "state" / "keys.old-1" / "node.key").is_file()
     assert run("admit", request, "--fingerprint", fresh, *at).exit_code == 0
+
+
+def test_no_second_home_is_made_by_being_in_another_folder(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A site admitted into another folder's new CA would be refused by the server for good."""
+    heard, elsewhere = asked(site), site.parent / "elsewhere"
+    elsewhere.mkdir()
+    admit = ("admit", site.parent / "a.request", "--fingerprint", heard, "--address", "x:1")
+    monkeypatch.chdir(elsewhere)
+    for words in (admit, ("revoke", "a")):
+        done = run(*words)
+        assert done.exit_code == 2 and "no coordinator's home here" in done.stderr
+    assert not list(elsewhere.iterdir())
+    assert run(*admit, "--home", site.parent / "coordinator").exit_code == 0
+    assert run("revoke", "a", "--home", site.parent / "coordinator").exit_code == 0
+
+
+def test_the_servers_home_is_beside_its_study_wherever_it_is_started(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, elsewhere, homes = site.parent.parent / "study.toml", site.parent / "x", list[Path]()
+    study.write_text(STUDY)
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+
+    def serve(*_: object, home: Path, **__: object) -> None:
+        homes.append(home)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(coordinator, "serve", serve)
+    assert run("server", study).exit_code == run("server", study, "--home", "h").exit_code == 2
+    assert homes == [study.parent / "coordinator", Path("h")]
 
 
 def test_a_fingerprint_that_differs_is_refused(site: Path) -> None:

@@ -182,8 +182,14 @@ STOP_MUTANTS = (
     _one(
         "stop", "ctrl-c-is-an-error", "fedtune/flower/coordinator.py",
         'if stop.name == "SIGINT":', 'if stop.name == "SIGQUIT":',
-        "tests/network/test_stop.py::test_ctrl_c_ends_the_server_with_130_and_is_no_error",
+        "tests/flower/test_tls.py::test_a_coordinator_that_is_stopped_takes_its_superlink_along",
         "a person who stops a study reads of a failure",
+    ),
+    _one(
+        "home", "a-home-wherever-one-is", "fedtune/cli_network.py",
+        "    if told is None and not home.is_dir()", "    if not home.name and not home.is_dir()",
+        "tests/test_network_cli.py::test_no_second_home_is_made_by_being_in_another_folder",
+        "a site is admitted to a consortium that nobody runs",
     ),
     _one(
         "wheels", "a-wheel-unfolds-without-end", "fedtune/models/wheel.py",
