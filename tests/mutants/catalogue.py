@@ -607,8 +607,8 @@ WIRE_MUTANTS = (
         "tests/traps/test_trap_22_site_counts.py", "weighting by the true number of units",
     ),
     _one(
-        22, "weights-even-where-equal-is-said", ROUNDS, 'if self.asks.weights == "declared"',
-        'if self.asks.weights != "none"',
+        22, "weights-even-where-equal-is-said", ROUNDS, 'if self.asks.weights == "equal":',
+        'if self.asks.weights == "none":',
         "tests/traps/test_trap_22_weights.py", "a larger site counts more than the plan says",
     ),
     _one(
