@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from client.policy import accounted, refusals, total_of, within_budget
-from fedtune import __version__
+from fedtune import __version__, reading
 from fedtune.config import ScheduleTable, Site, Study, load_study, spelled, study_from_json
 from fedtune.dp.accountant import epsilon
 from fedtune.dp.ledger import Charge, Ledger
 from fedtune.dp.plan import DpPlan, plan_for_site
 from fedtune.dp.query import query_plan
-from fedtune.errors import ConfigError, Refused
+from fedtune.errors import Refused
 from fedtune.ledger_view import heaviest
 from fedtune.objectives import find, names, says
 from fedtune.report.claim import best_guess, percent, protects, rounded_up, strength
@@ -36,10 +36,7 @@ def read_plan(path: Path) -> Study:
     only a resolved plan has the digest that a site is asked to run.
     Errors: ConfigError; ModelError where the base is not to be had."""
     if path.suffix == ".json":
-        try:
-            return study_from_json(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+        return study_from_json(reading.text(path, "a plan as JSON, or study.toml"))
     from fedtune.models.start import start
     from fedtune.models.teacher import own_teacher
 

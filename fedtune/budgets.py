@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedtune.dp.accountant import ACCOUNTANT, Steps, cross_check
+from fedtune.dp.accountant import ACCOUNTANT, Steps, cross_check, merged
+from fedtune.errors import InputError
 
 SAME, APART, UNKNOWN, STATED = "same", "apart", "unknown", "stated"
 SAYS = {
@@ -32,13 +33,25 @@ class Share:
 
 
 def shares(report: dict[str, Any], parent: int) -> list[Share]:
-    """The sites of a parent's report.json; one of an unknown name where it names none."""
+    """The sites of a parent's report.json; one of an unknown name where it names none.
+
+    Errors: InputError where the report does not say what ran."""
     privacy = report["privacy"]
-    sites = privacy.get("sites") or {"": privacy}
-    return [
-        Share(parent, name, str(site.get("key") or ""), _events(site))
-        for name, site in sorted(sites.items())
-    ]
+    try:
+        sites = privacy.get("sites") or {"": privacy}
+        found = [
+            Share(parent, name, str(site.get("key") or ""), merged(_events(site)))
+            for name, site in sorted(sites.items())
+        ]
+        if not 0 < float(privacy["delta"]) < 1:
+            raise ValueError
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise InputError(
+            f"parent {parent + 1}: its report.json does not say what its privacy cost",
+            "the report of a finished run, as it was written",
+            "copy the run's folder again",
+        ) from None
+    return found
 
 
 def _events(site: dict[str, Any]) -> tuple[Steps, ...]:

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",  # rich's own would take [schedule] for a style
     help="Fine-tune a language model across hospitals without moving a record.\n\n"
-    "Start with [bold]fedtune demo[/bold]: three invented hospitals, one adapter, a report.",
+    "Start with **fedtune demo**: three invented hospitals, one adapter, a report.",
     epilog="A study of your own: fedtune init → plan → simulate → server and client.",
 )
 models_app = typer.Typer(no_args_is_help=True, help="Base models: which, where, and whether whole.")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedtune.config import DataFile, PublicTable
 
 PANEL = "Make more of models"
+SEEDS = 2**63 - 1
 COLUMNS = Annotated[
     list[str] | None,
     typer.Option(
@@ -84,7 +85,9 @@ def label(
     temperature: Annotated[
         float, typer.Option(min=0.1, metavar="T", help="Of both answers; lower is tamer.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the answers, with each record's own prompt.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=SEEDS, help="Of the answers, with each record's own prompt.")
+    ] = 0,
     columns: COLUMNS = None,
 ) -> None:
     """Make preferences from this site's prompts with models on this machine (RLAIF).
@@ -146,12 +149,9 @@ def _records(source: Path, pairs: list[str]) -> tuple[DataFile, Callable[[str], 
 
 
 def _public_text(path: Path) -> str:
-    from fedtune.errors import InputError
+    from fedtune import reading
 
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({type(error).__name__})") from None
+    return reading.text(path, "public text: what the judge should look at").strip()
 
 
 def improve(
@@ -181,7 +181,7 @@ def improve(
     answers: Annotated[int, typer.Option(min=2, metavar="N", help="To each prompt.")] = 4,
     new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Of an answer.")] = 32,
     learning_rate: Annotated[float, typer.Option(metavar="RATE", help="AdamW's.")] = 2e-4,
-    seed: Annotated[int, typer.Option(help="Of prompts and answers.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Of prompts and answers.")] = 0,
 ) -> None:
     """Let a run's model learn what a federated reward model likes, on public prompts (RLOO).
 
@@ -243,7 +243,11 @@ def distill(
     rank: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="Of the student's adapter.", show_default="the teacher's"
+            min=1,
+            max=8192,
+            metavar="N",
+            help="Of the student's adapter.",
+            show_default="the teacher's",
         ),
     ] = None,
     last_layers: Annotated[
@@ -263,7 +267,7 @@ def distill(
         int,
         typer.Option(min=1, metavar="N", help="The teacher's answer to a bare prompt, at most."),
     ] = 64,
-    seed: Annotated[int, typer.Option(help="Of answers, order and adapter.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Of answers, order and adapter.")] = 0,
 ) -> None:
     """Teach a small student what finished runs say, on public prompts, at the coordinator.
 
@@ -323,9 +327,11 @@ def merge(
     ] = 0.5,
     rank: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="svd, ties, dare: the merged rank."),
+        typer.Option(min=1, max=8192, metavar="N", help="svd, ties, dare: the merged rank."),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="dare: which part stays.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=SEEDS, metavar="N", help="dare: which part stays.")
+    ] = 0,
     disjoint: Annotated[
         bool,
         typer.Option(
@@ -420,7 +426,7 @@ def fit(
     size: Annotated[int, typer.Option(min=1, metavar="N", help="Declared size of each.")] = 200,
     epsilons: Annotated[
         list[float] | None,
-        typer.Option("--epsilon", metavar="E", help="Predict at this ε too; repeat it."),
+        typer.Option("--epsilon", min=1e-9, metavar="E", help="Predict at this ε too; repeat it."),
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="The same as JSON.")

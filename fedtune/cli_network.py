@@ -104,6 +104,7 @@ def admit(
 
     The server may be running: the site can connect at once. A name that is admitted already is
     refused with other keys: `fedtune revoke` it first (rotation, loss)."""
+    from fedtune import reading
     from fedtune.errors import ConfigError
     from fedtune.files import replace
     from fedtune.flower import enrol
@@ -122,7 +123,9 @@ def admit(
     known = home / "address"
     if address is None and not known.exists():
         raise ConfigError("it is not known where sites connect", todo="give --address HOST:PORT")
-    found = enrol.admit(home, asked, address or known.read_text().strip())
+    if address is None:
+        address = reading.text(known, "where sites connect", "give --address HOST:PORT").strip()
+    found = enrol.admit(home, asked, address)
     file = replace(out or Path(f"{asked.name}.answer"), json.dumps(asdict(found)).encode())
     typer.echo(
         f"admitted {asked.name}\nwrote {file}: send it to the site (it holds no secret)\n"
@@ -183,11 +186,11 @@ def doctor(
 ) -> None:
     """Look for what could go wrong on this machine, before it does; say what to do about it.
 
-    [bold]At a site[/bold] (site.toml): records against the declared size, ledger, keys and
+    **At a site** (site.toml): records against the declared size, ledger, keys and
     certificate, the way to the coordinator, its names and its clock; with --study also the base,
     memory, the plan under the policy, and the self-test.
 
-    [bold]At the coordinator[/bold] (study.toml): plan, base, CA and certificate, names, clock, the
+    **At the coordinator** (study.toml): plan, base, CA and certificate, names, clock, the
     port, and the registry of sites. Give it the options that `fedtune server` gets.
 
     Both: versions, disk, memory, who can read the secrets. No record leaves this machine."""
@@ -201,7 +204,10 @@ def doctor(
     for option, value in given.items():
         if value is not None and (option == "--study") == coordinator:
             side = "a site" if option == "--study" else "the coordinator"
-            raise ConfigError(f"{option} is for {side}, and {file} is not {side}'s file")
+            raise ConfigError(
+                f"{option} is for {side}, and {file} is not {side}'s file",
+                todo=f"leave {option} out, or name the other file",
+            )
     if coordinator:
         from server.doctor import Place
         from server.doctor import examine as examine_coordinator
@@ -227,16 +233,11 @@ def doctor(
 
 def _kind(file: Path) -> str:
     """ "site" or "study", by the file's tables. Errors: ConfigError."""
-    import tomllib
-
+    from fedtune import reading
     from fedtune.errors import ConfigError
 
-    try:
-        tables = set(tomllib.loads(file.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: no such file", todo="`fedtune init DIR` writes one") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read as TOML ({type(error).__name__})") from None
+    expected, todo = "a site.toml or a study.toml", "`fedtune init DIR` writes one of each"
+    tables = reading.toml_in(file, expected, todo, ConfigError)
     for kind in ("site", "study"):
         if kind in tables:
             return kind

@@ -56,7 +56,7 @@ def review(
     from client.review import review as look
     from fedtune.config import load_site
     from fedtune.dp.ledger import Ledger
-    from fedtune.errors import PolicyRefused
+    from fedtune.errors import PolicyRefused, plain
 
     here, plan = load_site(site), read_plan(study)
     book = Ledger(here.site.state)
@@ -66,11 +66,11 @@ def review(
     for heading, lines in found.sections:
         console.print(f"\n[bold]{heading}[/bold]")
         for line in lines:
-            console.print(Padding(escape(line), (0, 0, 0, 2)), highlight=False)
+            console.print(Padding(escape(plain(line)), (0, 0, 0, 2)), highlight=False)
     style = "bold red" if found.refusals else "bold"
     console.print(f"\n[{style}]{escape(found.verdict)}[/{style}]", highlight=False)
     for line in found.refusals:
-        console.print(Padding(escape(line), (0, 0, 0, 2)), highlight=False)
+        console.print(Padding(escape(plain(line)), (0, 0, 0, 2)), highlight=False)
     if sign:
         if found.refusals and not anyway:
             raise PolicyRefused(
@@ -189,19 +189,18 @@ def withdraw(
     if unknown:
         raise InputError(
             f"{unknown} of {len(keys)} keys {'is' if unknown == 1 else 'are'} not known here and "
-            "not entered"
+            "not entered",
+            todo="look at them again; --unseen enters them all the same",
         )
 
 
 def _keys(file: Path | None) -> list[str]:
     """Patient keys from a file, a terminal or a pipe. Errors: InputError where there is none."""
+    from fedtune import reading
     from fedtune.errors import InputError
 
     if file:
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError) as error:  # its words may hold what is in the file
-            raise InputError(f"{file}: cannot be read ({type(error).__name__})") from None
+        lines = reading.text(file, "patient keys, one a line").splitlines()
     elif sys.stdin.isatty():
         lines = [getpass.getpass("patient: ")]
     else:

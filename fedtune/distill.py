@@ -32,7 +32,7 @@ from fedtune.models.whole import Whole, load
 from fedtune.objectives import Teacher, find
 from fedtune.progress import report
 from fedtune.public_prompts import Prompts, completed, read
-from fedtune.runs import BASE, load_adapter, new_folder
+from fedtune.runs import BASE, load_adapter, named, new_folder
 
 _LAYER = re.compile(r"(\.layers?\.)(\d+)\.")
 RANK = 16
@@ -75,7 +75,7 @@ def distill(
     models = [load(run) for run in teachers]
     first = _first(models, teachers)
     if (student is None) == (layers is None):
-        raise ConfigError("give exactly one of --student and --layers")
+        raise ConfigError("both or neither of --student and --layers", "exactly one of the two")
     prompts = read(file)
     with new_folder(out) as draft:
         kept = None
@@ -184,9 +184,9 @@ def _study(first: Study, base: Base, name: str, out: Path, lora: LoraTable) -> S
     label = find(table).shape == "label"
     kept: dict[str, Any] = {"name": "classify" if label else "causal_lm", "options": {}}
     pinned = BaseTable(model=name, digest=base.digest, dtype="auto")
-    named = first.study.model_copy(update={"name": out.name.strip("._-") or "student"})
-    changes: dict[str, Any] = {"study": named, "base": pinned, "lora": lora, "public": None}
-    return first.model_copy(update=changes | {"objective": table.model_copy(update=kept)})
+    changes: dict[str, Any] = {"base": pinned, "lora": lora, "public": None}
+    changes["objective"] = table.model_copy(update=kept)
+    return named(first, out, "student").model_copy(update=changes)
 
 
 def _modules(base: Base, last_layers: int | None) -> tuple[str, ...]:

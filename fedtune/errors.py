@@ -4,23 +4,34 @@
     ├── InputError            exit 2   something that a person wrote must change
     │   ├── ConfigError                study.toml or site.toml
     │   ├── DataError                  the site's records
+    │   │   └── NotWellFormed          CSV with broken quoting (data/files.py)
     │   ├── ModelError                 the base model or the adapter
     │   ├── CheckpointError            a run's checkpoint (server/store.py)
     │   ├── WireError                  arrays on the wire (flower/arrays.py)
-    │   └── SealError                  a signature on the wire (wire/seal.py)
+    │   ├── SealError                  a signature on the wire (wire/seal.py)
+    │   └── UnknownPatient             who withdraws is in no record here (client/withdraw.py)
     ├── Refused               exit 3   a rule said no, before data was read
     │   ├── PolicyRefused              the site's policy
     │   ├── BudgetExceeded             the privacy budget
     │   ├── SelfTestFailed             the guarantee does not hold here (dp/selftest.py)
-    │   └── Unprepared                 the site does not know the plan (client/site.py)
+    │   ├── Unprepared                 the site does not know the plan (client/site.py)
+    │   └── OtherProtocol              the other side is of another release (wire/protocol.py)
     ├── InfrastructureError   exit 4   network, disk, another process
-    │   └── LedgerError                the privacy ledger (dp/ledger_files.py)
+    │   ├── LedgerError                the privacy ledger (dp/ledger_files.py)
+    │   │   └── NewerLedger            written by a newer release (dp/ledger_files.py)
+    │   ├── Altered                    what the site keeps of its records (models/states.py)
+    │   └── TooFew                     strategy.min_sites are not there (server/rounds.py)
     └── AccountantsDisagree   exit 4   two computations of ε contradict each other
 
 A message says what happened, what was expected and what to do. It never holds a record's content.
 """
 
 from __future__ import annotations
+
+
+def plain(text: str) -> str:
+    """Text that a terminal shows and does not obey."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 class FedtuneError(Exception):

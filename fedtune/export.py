@@ -8,13 +8,14 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
+from fedtune import reading
 from fedtune.config import Study
 from fedtune.errors import ConfigError
 from fedtune.files import drafted
 from fedtune.models.base import Base
 from fedtune.models.gguf_file import Stored
 from fedtune.report.claim import rounded_up
-from fedtune.runs import ADAPTER, load_plan, read_report
+from fedtune.runs import ADAPTER, AGAIN, load_plan, read_report
 
 Kind = Literal["hf", "gguf"]
 # Copied from the base as they are, so that text becomes the same tokens.
@@ -116,7 +117,8 @@ def _origin(study: Study) -> list[str]:
 
 def _card(folder: Path, run: Path, report: dict[str, Any], base: Base) -> None:
     """README.md: what hubs read, how to load it, and the run's report."""
-    found = (run / "report.md").read_text(encoding="utf-8").splitlines()
+    text = reading.text(run / "report.md", "the report of a finished run", AGAIN)
+    found = text.splitlines()
     head = {
         "license": base.licence.lower() if base.licence != "unknown" else "unknown",
         "base_model": base.name,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.data.files import Rejected
-from fedtune.errors import ConfigError, DataError, ModelError
+from fedtune.errors import ConfigError, DataError
 from fedtune.objectives import find
 from fedtune.runs import load_plan
 
@@ -32,11 +32,11 @@ def generate(
     are conversations, or where it has none; else the prompt goes in as training saw it, in
     objective.template. Errors: ConfigError (no language model), ModelError."""
     import torch
-    from peft import PeftModel
 
     from fedtune import modalities
     from fedtune.models.base import find_base, load_backbone, load_tokenizer
     from fedtune.models.parts import inputs as seen_as
+    from fedtune.models.whole import adapted, room
 
     study = load_plan(run)
     base = find_base(study.base.model, study.base.digest)
@@ -54,12 +54,7 @@ def generate(
         from fedtune.models.quantise import rounded
 
         rounded(backbone, study.base.quantisation, getattr(torch, study.base.dtype))
-    try:
-        model: Any = PeftModel.from_pretrained(backbone, str(run / "adapter")).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(
-            f"{run / 'adapter'}: PEFT cannot load it ({type(error).__name__})"
-        ) from None
+    model = adapted(backbone, run / "adapter")
     if chat is None:
         chat = study.evaluation is None or bool(study.evaluation.columns.messages)
     if chat and tokenizer.chat_template:
@@ -71,6 +66,13 @@ def generate(
         text = (study.objective.template or "{text}").replace("{text}", prompt)
         inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not reader.starts)
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    asked, most = inputs["input_ids"].shape[1], room(backbone)
+    if asked + max_new_tokens > most:
+        raise ConfigError(
+            f"the prompt has {asked} tokens, and {max_new_tokens} new ones were asked for",
+            f"at most {most} together, which is all that the base reads",
+            "a shorter prompt, or a smaller --max-new-tokens",
+        )
     if shown is not None:
         inputs |= seen_as(backbone, base.kind, shown, inputs["input_ids"])
     start = "input_ids"

@@ -30,7 +30,7 @@ from fedtune.objectives import find
 from fedtune.progress import report
 from fedtune.public_prompts import Prompts, read
 from fedtune.rl import Schedule, improve_by
-from fedtune.runs import new_folder
+from fedtune.runs import named, new_folder
 
 SCHEDULE = Schedule()
 HELD_OUT = 0.25  # of the prompts: never trained on, measured before and after
@@ -113,8 +113,7 @@ def improve(
         after = [bench.look(records, REPORTED) for records in (held_in, held_out)]
         policy.model.save_pretrained(str(draft / "adapter"), selected_adapters=["default"])
         (draft / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty template
-        named = study.study.model_copy(update={"name": out.name.strip("._-") or "improved"})
-        made = study.model_copy(update={"study": named})
+        made = named(study, out, "improved")
         replace(draft / "plan.json", (made.model_dump_json(indent=2) + "\n").encode())
         parents = [parent(run, policy, "policy"), parent(reward_run, judge, "reward")]
         body = _body(made, policy, seen, before, after, prompts, how)
@@ -182,15 +181,15 @@ def _watching(seen: Progress, bench: Bench, records: list[Record]) -> Callable[[
 
 
 def _arrays(policy: Whole) -> dict[str, torch.Tensor]:
-    named = policy.model.named_parameters()
-    return {n: p.detach().clone() for n, p in named if "lora_" in n and ".default." in n}
+    arrays = policy.model.named_parameters()
+    return {n: p.detach().clone() for n, p in arrays if "lora_" in n and ".default." in n}
 
 
 @torch.no_grad()
 def _restore(policy: Whole, arrays: dict[str, torch.Tensor]) -> None:
-    named = dict(policy.model.named_parameters())
+    own = dict(policy.model.named_parameters())
     for name, value in arrays.items():
-        named[name].copy_(value)
+        own[name].copy_(value)
 
 
 # -------------------------------------------------------------------------------- measuring

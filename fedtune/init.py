@@ -171,5 +171,7 @@ def write(folder: Path) -> list[Path]:
             with path.open("x", encoding="utf-8") as file:
                 file.write(text)
     except OSError as error:
-        raise InfrastructureError(f"{folder}: cannot be written ({error.strerror})") from None
+        raise InfrastructureError(
+            f"{folder}: cannot be written ({error.strerror})", todo="choose another folder"
+        ) from None
     return list(files)

@@ -16,7 +16,7 @@ from fedtune.merging_whole import exported, merge_models
 from fedtune.models import lora
 from fedtune.models.lora import Arrays
 from fedtune.models.merge import Adapter, Method, Moments, merge
-from fedtune.runs import ADAPTER, load_adapter, load_plan, read_report
+from fedtune.runs import ADAPTER, load_adapter, load_plan, named, picked, read_report
 
 if TYPE_CHECKING:
     from fedtune.quality import Evaluator
@@ -48,7 +48,7 @@ def load_parent(run: Path) -> Parent:
         raise ConfigError(
             f"{run}: trained a head and no adapter", "a run with a [lora] table", "leave it out"
         )
-    return Parent(run, study, read_report(run), load_adapter(run / "adapter"))
+    return Parent(run, study, read_report(run, "base"), load_adapter(run / "adapter"))
 
 
 def merge_runs(
@@ -94,7 +94,7 @@ def merge_runs(
         density=density, rank=rank, seed=seed, moments=moments,
     )  # fmt: skip
     table = _table(parents, found_rank)
-    study = _study(parents, table, out.name)
+    study = _study(parents, table, out)
     settings: dict[str, Any] = {"method": method, "weights": shares, "rank": found_rank}
     settings |= {"density": density} if method in ("ties", "dare") else {}
     settings |= {"seed": seed} if method == "dare" else {}
@@ -138,12 +138,11 @@ def _table(parents: Sequence[Parent], rank: int) -> LoraTable:
     )
 
 
-def _study(parents: Sequence[Parent], table: LoraTable, name: str) -> Study:
+def _study(parents: Sequence[Parent], table: LoraTable, out: Path) -> Study:
     """The first parent's plan with the merged adapter's shape: what `fedtune evaluate` and
     `generate` read. What was spent stands in the report alone."""
     first = parents[0].study
-    named = first.study.model_validate({"name": name.strip("._-") or "merged"})
-    return first.model_copy(update={"study": named, "lora": table})
+    return named(first, out, "merged").model_copy(update={"lora": table})
 
 
 def _body(
@@ -155,8 +154,8 @@ def _body(
 ) -> dict[str, Any]:
     open_ = [parent for parent in parents if not parent.report.get("private")]
     if open_:
-        named = ", ".join(str(parent.report.get("study")) for parent in open_)
-        privacy = {"mode": "off", "warning": f"trained without privacy: {named}"}
+        which = ", ".join(str(parent.report.get("study")) for parent in open_)
+        privacy = {"mode": "off", "warning": f"trained without privacy: {which}"}
     else:
         reports = [parent.report for parent in parents]
         privacy = budgets.composed(reports, disjoint=disjoint)
@@ -216,7 +215,7 @@ def _kept(parents: Sequence[Parent], table: LoraTable, arrays: Arrays) -> list[d
 def _measured(study: Study, table: LoraTable, arrays: Arrays) -> tuple[float, float]:
     """The study's metric of the base and of `arrays`."""
     ready = evaluator(study, table, arrays)
-    trained = {name: arrays[name] for name in ready.network.parameters()}
+    trained = picked(arrays, ready.network.parameters(), Path("adapter"))
     base, after = ready.measure(None), ready.measure(trained)
     return base[ready.metric], after[ready.metric]
 
@@ -247,7 +246,7 @@ def _moments(parent: Parent) -> Moments:
     text = load_dataset(study.public, study, network.tokenizer, labelled=False)
     before = network.trainable()
     network.load_frozen(_frozen(parent.arrays))
-    network.load_trainable({name: parent.arrays[name] for name in network.parameters()})
+    network.load_trainable(picked(parent.arrays, network.parameters(), parent.run / "adapter"))
     try:
         found = moments(network, text)
     finally:

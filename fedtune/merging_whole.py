@@ -39,7 +39,7 @@ def merge_models(
     """Merge exported models of one base into the new folder `out`; returns its report's body.
 
     Guarantee: as merging.merge_runs. Errors: ConfigError, ModelError, InfrastructureError."""
-    reports = [read_report(each) for each in folders]
+    reports = [read_report(each, "base", "base.name", "base.digest") for each in folders]
     bases = {body["base"]["digest"]: body["base"]["name"] for body in reports}
     if len(bases) != 1:
         raise ConfigError(

@@ -322,7 +322,7 @@ def evaluate(
     before and after (measures by name) and interval: 95 % intervals of before, after (Wilson for a
     share of records, else bootstrap over records) and change (paired bootstrap).
     Errors: ConfigError, DataError, ModelError."""
-    from fedtune.runs import load_adapter, load_plan
+    from fedtune.runs import load_adapter, load_plan, picked
 
     study = load_plan(run)
     old = study.evaluation
@@ -342,7 +342,7 @@ def evaluate(
     study = study.model_copy(update=changes)
     check_evaluation(study)
     evaluator = Evaluator(study, frozen)
-    after = evaluator.scores({name: saved[name] for name in evaluator.network.parameters()})
+    after = evaluator.scores(picked(saved, evaluator.network.parameters(), run / "adapter"))
     before = evaluator.scores(None)
     names = tuple(dict.fromkeys((table.metric, "loss")))
     return {

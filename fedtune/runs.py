@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedtune import reading
 from fedtune.errors import ConfigError, InputError, ModelError
 
 if TYPE_CHECKING:
     from fedtune.config import DataFile, Study
     from fedtune.models.lora import Arrays
 
+PRINTED = "name the folder that a run printed; if it is damaged, copy it again"
 ADAPTER = "adapter_model.safetensors"  # PEFT's own name
+AGAIN = "copy the run's folder again"
+# What is read of a report, an outer key before its inner ones.
+REPORT = {"private": bool, "study": str, "privacy": dict, "base": dict}
+REPORT |= {"base.name": str, "base.digest": str}
 BASE = "base"  # a run's own base, inside it
 
 
@@ -70,18 +76,25 @@ def load_plan(run: Path) -> Study:
     """The study of a run. Errors: InputError, ConfigError."""
     from fedtune.config import study_from_json
 
+    path = run / "plan.json"
+    if not os.path.lexists(path):
+        raise InputError(f"{run}: not a run folder", "plan.json in it", PRINTED)
+    text = reading.text(path, "the plan of a run", PRINTED)
     try:
-        study = study_from_json((run / "plan.json").read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(
-            f"{run}: not a run folder", "plan.json in it", "name the folder that a run printed"
-        ) from None
+        study = study_from_json(text)
     except ConfigError as error:
-        raise ConfigError(f"{run / 'plan.json'}: {error.happened}") from None
+        raise ConfigError(f"{path}: {error.happened}", "the plan of a run", PRINTED) from None
     if study.base.model == BASE and (run / BASE).is_dir():
         own = study.base.model_copy(update={"model": str(run / BASE)})
         return study.model_copy(update={"base": own})
     return study
+
+
+def named(study: Study, out: Path, otherwise: str) -> Study:
+    """`study` under the name of the folder of what was made of it: the letters of `out` that a name
+    may have, else `otherwise`. The seed stays: what is drawn again is drawn as it was."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", out.name).strip("._-")[:64] or otherwise
+    return study.model_copy(update={"study": study.study.model_copy(update={"name": name})})
 
 
 @contextmanager
@@ -98,16 +111,18 @@ def new_folder(out: Path) -> Iterator[Path]:
         yield draft
 
 
-def read_report(run: Path) -> dict[str, Any]:
-    """The body of a finished run's report. Errors: InputError."""
-    try:
-        body = json.loads((run / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        body = None
-    if not isinstance(body, dict):
-        raise InputError(
-            f"{run}: has no readable report.json", "a finished run", "finish it with --resume"
-        )
+def read_report(run: Path, *needed: str) -> dict[str, Any]:
+    """The body of a finished run's report. needed: what must be in it, of those in REPORT.
+
+    Errors: InputError."""
+    path, expected = run / "report.json", "the report of a finished run"
+    todo = "finish the run with --resume; if the file is damaged, copy it again"
+    body = reading.json_in(path, expected, todo)
+    for key, kind in REPORT.items():
+        outer, _, last = key.rpartition(".")
+        table = body.get(outer, {}) if outer else body
+        if (last in table or key in ("privacy", *needed)) and not isinstance(table.get(last), kind):
+            raise InputError(f"{path}: {key} is not what a report says", expected, todo)
     return body
 
 
@@ -133,15 +148,15 @@ def named_columns(data: Path, pairs: list[str]) -> DataFile:
 
     from fedtune.config import Columns, DataFile
 
-    named = dict(pair.partition("=")[::2] for pair in pairs or ["prompt=prompt"])
-    if unknown := set(named) - set(Columns.model_fields):
+    by_part = dict(pair.partition("=")[::2] for pair in pairs or ["prompt=prompt"])
+    if unknown := set(by_part) - set(Columns.model_fields):
         known = ", ".join(Columns.model_fields)
         raise ConfigError(f"--column {min(unknown)}: no such part of a record", f"one of {known}")
     try:
-        return DataFile(path=data, columns=Columns(**named))
+        return DataFile(path=data, columns=Columns(**by_part))
     except ValidationError as error:
         said = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"--column: {said}") from None
+        raise ConfigError(f"--column: {said}", "such as prompt=question") from None
 
 
 def load_adapter(folder: Path) -> Arrays:
@@ -153,14 +168,32 @@ def load_adapter(folder: Path) -> Arrays:
     from fedtune.models.network import HEAD
 
     found: Arrays = {}
-    try:
-        if (folder / ADAPTER).is_file():
-            for name, value in load_file(folder / ADAPTER).items():
-                found[name.removesuffix(".weight") + ".default.weight"] = value
-        if (folder / HEAD).is_file():
-            found |= {f"head.{name}": value for name, value in load_file(folder / HEAD).items()}
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{folder}: cannot be read ({type(error).__name__})") from None
+    for file in (ADAPTER, HEAD):
+        path = folder / file
+        if not os.path.lexists(path):
+            continue
+        reading.regular(path, "the adapter of a run", AGAIN, ModelError)
+        try:
+            arrays = load_file(path)
+        except (OSError, SafetensorError, ValueError, KeyError, MemoryError) as error:
+            raise ModelError(
+                f"{path}: not a whole safetensors file ({type(error).__name__})", todo=AGAIN
+            ) from None
+        for name, value in arrays.items():
+            own = name.removesuffix(".weight") + ".default.weight"
+            found[own if file == ADAPTER else f"head.{name}"] = value
     if not found:
-        raise ModelError(f"{folder}: holds no adapter", f"{ADAPTER} or {HEAD}")
+        raise ModelError(f"{folder}: holds no adapter", f"{ADAPTER} or {HEAD}", AGAIN)
     return found
+
+
+def picked(saved: Arrays, names: Iterable[str], folder: Path) -> Arrays:
+    """Those of the arrays in `folder` that a network calls by these names. Errors: ModelError."""
+    wanted = list(names)
+    if missing := [name for name in wanted if name not in saved]:
+        raise ModelError(
+            f"{folder}: {len(missing)} arrays are missing, the first is {missing[0]}",
+            "every array that the run's plan names",
+            AGAIN,
+        )
+    return {name: saved[name] for name in wanted}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
+from fedtune import reading
 from fedtune.config import load_site
-from fedtune.errors import ConfigError
+from fedtune.errors import ConfigError, InputError
 
 
 def sites_in(place: Path | Iterable[Path]) -> list[Path]:
@@ -30,8 +30,8 @@ def sites_in(place: Path | Iterable[Path]) -> list[Path]:
 
 def _is_site(path: Path) -> bool:
     try:
-        return "site" in tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
+        return "site" in reading.toml_in(path, "a site.toml")
+    except InputError:
         if path.name.startswith("site"):
             load_site(path)  # says what is wrong with it
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 from cryptography import x509
 
-from fedtune import checks
+from fedtune import checks, reading
 from fedtune.checks import Check, Finding, findings
 from fedtune.config import Study, load_study
 from fedtune.dp.accountant import Steps, epsilon
@@ -22,6 +23,7 @@ from fedtune.flower.coordinator import own_name
 from fedtune.flower.processes import reachable
 
 ROUNDS_KEPT = 4  # adapters on disk per site: sent and received, while Flower keeps both
+RESTORE = "restore it from a backup: sites trust no other"
 START = "`fedtune server` renews it when it starts, and while it runs"
 
 
@@ -37,8 +39,10 @@ class Place(NamedTuple):
     def known(self) -> list[str]:
         """What sites call it by: --name, else the address that answers name."""
         file = self.home / "address"
-        said = file.read_text().strip().rpartition(":")[0].strip("[]") if file.exists() else ""
-        return list(self.names) or list(filter(None, [said]))
+        if self.names or not os.path.lexists(file):
+            return list(self.names)
+        said = reading.text(file, "host:port", "start the server with --name", ConfigError)
+        return list(filter(None, [said.strip().rpartition(":")[0].strip("[]")]))
 
 
 def examine(path: Path, place: Place) -> Iterator[Finding]:
@@ -112,9 +116,9 @@ def _consortium(place: Place) -> Iterator[Finding]:
     home = place.home
     yield from findings([("secrets", lambda: _private(home))])
     try:
-        authority = _read(home / "ca.pem", "restore it from a backup: sites trust no other")
+        authority = certs.certificate_in(home / "ca.pem", RESTORE)
         yield from findings([("CA", lambda: _ca(authority)), ("clock", lambda: _clock(home))])
-        leaf = _read(home / "server.pem", "delete it: `fedtune server` makes another")
+        leaf = certs.certificate_in(home / "server.pem", "delete it: a new one is made")
     except FedtuneError as error:
         yield Finding("certificates", False, str(error))
         return
@@ -129,13 +133,6 @@ def _consortium(place: Place) -> Iterator[Finding]:
 def _private(home: Path) -> str:
     kept = ("ca.pem", "server.pem", "signing.key", "flower/executor.secret", "flower/loopback.key")
     return checks.secrets(home / name for name in kept)
-
-
-def _read(path: Path, todo: str) -> x509.Certificate:
-    try:
-        return x509.load_pem_x509_certificate(path.read_bytes())
-    except (OSError, ValueError):
-        raise ConfigError(f"{path}: no readable certificate", todo=todo) from None
 
 
 def _ca(authority: x509.Certificate) -> str:
@@ -154,9 +151,9 @@ def _clock(home: Path) -> str:
     back: certificates and signed requests are then refused as not yet valid."""
     now = certs.now()
     past = {record.name: datetime.fromisoformat(record.admitted) for record in _records(home)}
-    past["ca.pem"] = _read(home / "ca.pem", "").not_valid_before_utc
+    past["ca.pem"] = certs.certificate_in(home / "ca.pem", "").not_valid_before_utc
     if (home / "server.pem").exists():
-        past["server.pem"] = _read(home / "server.pem", "").not_valid_before_utc
+        past["server.pem"] = certs.certificate_in(home / "server.pem", "").not_valid_before_utc
     name, latest = max(past.items(), key=lambda each: each[1])
     if now < latest - certs.SKEW:
         raise ConfigError(
@@ -212,7 +209,7 @@ def _port(place: Place) -> str:
         lambda context: asyncio.open_connection(own_name(host), port, ssl=context), at
     )
     file = place.home / "server.pem"
-    if not file.exists() or _read(file, "").public_key() != shown.public_key():
+    if not file.exists() or certs.certificate_in(file, "").public_key() != shown.public_key():
         raise InfrastructureError(
             f"{at}: taken by a server with another certificate",
             "nobody there, or this consortium's gateway",

@@ -21,7 +21,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from fedtune import files
+from pydantic import TypeAdapter
+
+from fedtune import files, reading
 from fedtune.errors import InputError
 from server.store import CheckpointError
 
@@ -69,6 +71,9 @@ class Index:
         return [v.number for v in self.versions if v.decision in ("first", "released")]
 
 
+_INDEX = TypeAdapter(Index)
+
+
 class Versions:
     """The versions of the run in `out`. Several processes may open one; each change is one step."""
 
@@ -77,19 +82,18 @@ class Versions:
 
     def index(self) -> Index | None:
         """None where nothing was ever released. Errors: CheckpointError."""
-        path = self.folder / INDEX
-        if not path.exists():
+        path, expected = self.folder / INDEX, "the file as it was written"
+        if not os.path.lexists(path):
             return None
+        todo = "restore it from a copy; the released adapters beside it are whole"
+        body = reading.json_in(path, expected, todo, CheckpointError)
         try:
-            body = json.loads(path.read_text(encoding="utf-8"))
             if body.pop("format") != FORMAT:
                 raise ValueError
-            return Index(**{**body, "versions": tuple(Version(**v) for v in body["versions"])})
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return _INDEX.validate_python({**body, "versions": tuple(body["versions"])})
+        except (ValueError, TypeError, KeyError):
             raise CheckpointError(
-                f"{path}: damaged, or of another version of fedtune",
-                "the file as it was written",
-                "restore it from a copy; the released adapters beside it are whole",
+                f"{path}: damaged, or of another version of fedtune", expected, todo
             ) from None
 
     def at(self, number: int) -> Path:

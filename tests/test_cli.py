@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -393,3 +394,64 @@ def test_the_version_is_one() -> None:
 
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     assert project["version"] == fedtune.__version__
+
+
+def _raw(help_: str | None) -> list[str]:
+    """The words of a help text as they are written, without the marks of emphasis."""
+    return (help_ or "").replace("**", "").replace("`", "").split()
+
+
+def _holes(app_: typer.Typer, *path: str) -> list[str]:
+    """Words of a command's help, or of an option's, that its screen does not show, in order."""
+    found: list[str] = []
+    command = typer.main.get_command(app_)
+    for name in path:
+        command = command.commands[name]  # type: ignore[attr-defined]
+    shown = CliRunner().invoke(app_, [*path, "--help"], env={"COLUMNS": "400"}).output
+    flat = " ".join(shown.replace("│", " ").split())
+    texts = [command.help, getattr(command, "epilog", None)]
+    texts += [getattr(each, "help", None) for each in command.params]
+    found += [text for text in texts if " ".join(_raw(text)) not in flat]
+    for name in getattr(command, "commands", {}):
+        found += _holes(app_, *path, name)
+    return [str(text) for text in found]
+
+
+def test_no_help_has_a_hole() -> None:
+    """Rich takes [word] for a style and drops it."""
+    assert _holes(app) == []
+
+
+def test_a_hole_in_a_help_is_seen() -> None:
+    made = typer.Typer(rich_markup_mode="rich")
+
+    @made.callback()
+    def root() -> None: ...
+
+    @made.command()
+    def one() -> None:
+        """A study with a [schedule], and more."""
+
+    assert _holes(made) == ["A study with a [schedule], and more."]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("init", "n" * 300),
+        ("revoke", "\udc80"),
+        ("merge", "a", "b", "--density", "nan", "--out", "c"),
+    ],
+)
+def test_what_no_command_can_use_is_refused_before_it_runs(words: tuple[str, ...]) -> None:
+    found = run(*words)
+    assert found.exit_code == 2 and found.stderr.startswith("fedtune: "), found.stderr
+    assert "; expected " in found.stderr and "internal error" not in found.stderr
+
+
+def test_no_error_moves_the_terminal(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise ConfigError("a\x1b[31m\x07\u202eb")
+
+    monkeypatch.setattr(simulate, "simulate", fails)
+    assert run("simulate", study).stderr == "fedtune: a?[31m??b\n"

@@ -179,10 +179,10 @@ def test_paths_in_a_site_are_relative_to_its_file(tmp_path: Path) -> None:
 def test_a_missing_or_unreadable_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.toml: no such file"):
         load_study(tmp_path / "nowhere.toml")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="is a folder"):
         load_study(tmp_path)
     (tmp_path / "latin.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="is not UTF-8"):
         load_study(tmp_path / "latin.toml")
 
 

@@ -383,7 +383,7 @@ def test_the_command_knows_the_side_by_the_file(hub: Hub) -> None:
         (("a/site.toml", "--port", "1"), "--port is for the coordinator"),
         (("none.toml",), "no such file"),
         (("other.toml",), "neither a site.toml nor a study.toml"),
-        (("coordinator/ca.pem",), "cannot be read as TOML"),
+        (("coordinator/ca.pem",), "not valid TOML"),
     ],
 )
 def test_what_the_command_cannot_do_is_said(hub: Hub, words: tuple[str, ...], says: str) -> None:

@@ -76,16 +76,11 @@ def audit_study(
 
 
 def _report(run: Path, study: Study) -> dict[str, Any]:
-    from fedtune.runs import load_plan
+    from fedtune.runs import load_plan, read_report
 
-    path = run / "report.json"
     if load_plan(run).study.name != study.study.name:
         raise InputError(f"{run}: is a run of another study", f"one of {study.study.name}")
-    try:
-        body: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise InputError(f"{path}: cannot be read", "the report of a finished run") from None
-    return body
+    return read_report(run)
 
 
 def _as_it_ran(plan: DpPlan, report: dict[str, Any]) -> DpPlan:
@@ -101,15 +96,15 @@ def _as_it_ran(plan: DpPlan, report: dict[str, Any]) -> DpPlan:
 
 
 def _exposure(run: Path) -> Exposure:
-    from fedtune.runs import load_adapter, load_plan
+    from fedtune.runs import load_adapter, load_plan, picked
 
     study = load_plan(run)
     network = build(study)
     saved = load_adapter(run / "adapter")
     before, factor = network.trainable(), network.frozen_factor()
     try:
-        network.load_frozen({name: saved[name] for name in factor})
-        network.load_trainable({name: saved[name] for name in before})
+        network.load_frozen(picked(saved, factor, run / "adapter"))
+        network.load_trainable(picked(saved, before, run / "adapter"))
         return exposure(network, study)
     finally:
         network.load_frozen(factor)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from fedtune import reading
 from fedtune.errors import InfrastructureError
 from fedtune.files import replace
 from fedtune.wire.keys import SigningKey, canonical, verifies
@@ -75,9 +76,13 @@ def opened_token(key: SigningKey, token: object) -> dict[str, Any]:
 def read_head(path: Path, public: str) -> Head | None:
     """The head in the anchor file; None where it is torn, edited or of another key."""
     try:
-        return head_in(json.loads(path.read_bytes()), public)
-    except ValueError:
+        return head_in(json.loads(_content(path)), public)
+    except (ValueError, RecursionError):
         return None
+
+
+def _content(path: Path) -> bytes:
+    return reading.content(path, "a file of the ledger", RESTORE, LedgerError)
 
 
 class Receipt(NamedTuple):
@@ -127,7 +132,7 @@ def read_receipts(path: Path, public: str) -> Receipts | None:
         return Receipts()
     lists: list[tuple[Receipt, ...]] = []
     try:
-        body = json.loads(path.read_bytes())
+        body = json.loads(_content(path))
         for name in Receipts._fields:
             found = []
             for row in body[name]:
@@ -135,7 +140,7 @@ def read_receipts(path: Path, public: str) -> Receipts | None:
                     return None
                 found.append(Receipt(str(row["coordinator"]), head, row["signature"]))
             lists.append(tuple(found))
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return Receipts(*lists)
 
@@ -168,9 +173,9 @@ def prepare(folder: Path) -> None:
 
 
 def salt_at(path: Path) -> bytes:
-    if not path.exists():
+    if not os.path.lexists(path):
         replace(path, secrets.token_bytes(32), private=True)
-    salt = path.read_bytes()
+    salt = _content(path)
     if len(salt) != 32:
         raise LedgerError(f"{path}: torn: not a salt of 32 bytes", todo=RESTORE)
     return salt

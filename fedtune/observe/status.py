@@ -18,13 +18,16 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedtune import reading
 from fedtune.errors import InputError
-from fedtune.observe.log import Record, Role, cleaned, logger, now, strict_here
+from fedtune.observe.log import FIELDS, Record, Role, by, cleaned, logger, now, strict_here
 
 FILE, LOCK = "status.json", "status.lock"
 LAST = 12  # events kept in the file
@@ -186,21 +189,70 @@ def folder_of(path: Path) -> Path:
 
 
 def look(folder: Path) -> Seen:
-    """Errors: InputError where no status was ever written, or it cannot be read."""
-    try:
-        status = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    """Errors: InputError where no status was ever written, or it is not what fedtune writes."""
+    path, expected = folder / FILE, "a status as fedtune writes it"
+    if not os.path.lexists(path):
         raise InputError(
             f"{folder}: no {FILE} there",
             "a folder that a run, a coordinator or a site has begun to work in",
             "start it first",
-        ) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / FILE}: cannot be read ({type(error).__name__})") from None
-    whole = isinstance(status, dict) and {"role", "state", "sites", "last"} <= set(status)
-    if not whole:
-        raise InputError(f"{folder / FILE}: not a status")
-    return Seen(folder, status, held(folder / LOCK))
+        )
+    todo = "delete it: the next event writes it anew"
+    status = reading.json_in(path, expected, todo)
+    try:
+        checked = _STATUS(status)
+    except (KeyError, TypeError, OverflowError):
+        checked = {}
+    if any(checked.get(key) is None for key in ("role", "state", "sites", "last")):
+        raise InputError(f"{path}: not a status", expected, todo)
+    return Seen(folder, checked, held(folder / LOCK))
+
+
+Rule = Callable[[Any], Any]
+
+
+def _word(value: Any) -> str:
+    """A word of ours, such as the name of an error's class: nothing that a terminal would obey."""
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z_ .]{0,64}", value):
+        raise TypeError
+    return value
+
+
+def _keys(rules: Mapping[str, Rule]) -> Rule:
+    def check(value: Any) -> Record:
+        if not isinstance(value, dict):
+            raise TypeError
+        return {key: each if each is None else rules[key](each) for key, each in value.items()}
+
+    return check
+
+
+def _list(rule: Rule) -> Rule:
+    def check(value: Any) -> list[Any]:
+        if not isinstance(value, list):
+            raise TypeError
+        return [rule(each) for each in value]
+
+    return check
+
+
+_COUNT, _MOMENT = FIELDS["round"], FIELDS["next"]
+_WORDS = dict.fromkeys(("role", "state", "error", "event"), _word)
+_EVENT = _keys({**FIELDS, **_WORDS, "time": _MOMENT})
+_NUMBER = FIELDS["seconds"]
+_SITE = _keys({**FIELDS, **dict.fromkeys(("missed", *TOTALS), _COUNT), "epsilon": _NUMBER})
+# What a status may hold, key by key: no more than `cleaned` let through when it was written.
+_STATUS = _keys(
+    {
+        **FIELDS,
+        **_WORDS,
+        **dict.fromkeys(("started", "updated"), _MOMENT),
+        "pid": _COUNT,
+        "quality": by(_word, lambda value: None if value is None else _NUMBER(value)),
+        "sites": by(FIELDS["site"], _SITE),
+        "last": _list(_EVENT),
+    }
+)
 
 
 def held(path: Path) -> bool:

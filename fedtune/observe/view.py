@@ -20,7 +20,7 @@ GONE = "its process is no more; start it again (a coordinator: with --resume)"
 
 
 def view(seen: Seen, budget: RenderableType | None = None) -> Group:
-    """The whole picture. Values come from a file that `cleaned` filled, and are shown as text."""
+    """The whole picture. Values are those that status.look let through, and are shown as text."""
     parts: list[RenderableType] = [head(seen)]
     if seen.status["sites"]:
         parts.append(sites_table(seen.status["sites"]))
@@ -80,7 +80,9 @@ def events_table(last: list[dict[str, Any]]) -> Table:
         rest = {k: v for k, v in each.items() if k not in ("time", "event")}
         told = "  ".join(f"{key} {value}" for key, value in rest.items())
         table.add_row(
-            Text(str(each.get("time", "")), style="dim"), str(each.get("event", "")), Text(told)
+            Text(str(each.get("time", "")), style="dim"),
+            Text(str(each.get("event", ""))),
+            Text(told),
         )
     return table
 

@@ -14,9 +14,12 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from fedtune import reading
 from fedtune.errors import InfrastructureError
 
 _PUBLIC, _SIGNATURE = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{128}")
+
+KEY, RESTORE = "32 bytes, made by fedtune", "restore it from a backup"
 
 
 class SigningKey:
@@ -37,17 +40,18 @@ class SigningKey:
         Errors: InfrastructureError where the file cannot be read or written, is not a key, or can
         be read by others."""
         try:
-            if not path.exists():
+            if not os.path.lexists(path):
                 return cls._made(path)
+            body = reading.content(path, KEY, RESTORE, InfrastructureError)
             if path.stat().st_mode & 0o077:
                 raise InfrastructureError(
                     f"{path}: other users can read this private key",
                     todo="treat it as lost, or chmod 600 if nobody else was on this machine",
                 )
-            return cls(Ed25519PrivateKey.from_private_bytes(path.read_bytes()))
+            return cls(Ed25519PrivateKey.from_private_bytes(body))
         except (OSError, ValueError) as error:
             raise InfrastructureError(
-                f"{path}: cannot be used as a signing key ({type(error).__name__})"
+                f"{path}: cannot be used as a signing key ({type(error).__name__})", KEY, RESTORE
             ) from None
 
     @classmethod

@@ -306,7 +306,7 @@ def test_what_is_wrong_with_an_answer_is_named(world: World) -> None:
         ('"name": "a"', '"name": "b"', "another request"),
         ("BEGIN CERTIFICATE", "BEGIN", "not by its CA"),
         ('"address"', '"adress"', "not an answer"),
-        ("{", "[", "not a file"),
+        ("{", "[", "not valid JSON"),
     ):
         file.write_text(good.replace(old, new))
         with pytest.raises(ConfigError, match=says):

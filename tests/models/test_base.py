@@ -133,7 +133,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         "quantised",
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
-    "broken config": (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
     "no architecture": (
         lambda f: edit(f / "config.json", lambda c: c.pop("architectures")),
         "names no architecture",

@@ -238,3 +238,29 @@ def test_a_sink_that_fails_warns_once_and_does_not_stop_the_study(
     assert heard == ["start"] * 3
     assert len(caplog.records) == 1 and "Ackroyd" not in caplog.text
     assert lines(tmp_path / "run" / "log.jsonl")[0]["dropped"] == ["note"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("study", "\x1b[31mtiny"),
+        ("state", ["done"]),
+        ("sites", {"north": {"status": "trained", "note": NOTE}}),
+        ("sites", {"north": {"epsilon": "1"}}),
+        ("last", [{"event": "[/x]"}]),
+        ("last", {"event": "done"}),
+        ("quality", {"[/x]": 1.0}),
+        ("rounds", -1),
+        ("seconds", 10**400),
+        ("note", NOTE),
+    ],
+)
+def test_a_status_that_fedtune_did_not_write_is_not_shown(
+    tmp_path: Path, key: str, value: object
+) -> None:
+    body = {"role": "site", "state": "done", "sites": {}, "last": [], "quality": {"loss": None}}
+    (tmp_path / "status.json").write_text(json.dumps(body))
+    assert run(tmp_path, "--once").exit_code == 0
+    (tmp_path / "status.json").write_text(json.dumps(body | {key: value}))
+    with pytest.raises(InputError, match="not a status"):
+        look(tmp_path)

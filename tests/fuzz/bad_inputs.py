@@ -1,0 +1,522 @@
+"""Bad inputs, made by a system: every file that a command reads, damaged in every way that files
+are damaged; keys with absurd values; arguments that are no path, no name and no number."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Damage = Callable[[Path], None]
+FILE, REFUSED = frozenset({2}), frozenset({2, 3})
+DEEP = 100_000
+LONG = "n" * 300
+ESC = "\x1b[31m[/x]\x07"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is damaged, by whose command it is read, and the exit codes that are documented for it.
+    The first group of `name` is the file or option, so that one of each makes a short test."""
+
+    name: str
+    damage: Callable[[Path], None]
+    command: tuple[str, ...]
+    codes: frozenset[int] = FILE
+
+
+def nothing(_: Path) -> None:
+    pass
+
+
+# ------------------------------------------------------------------------------- damage to files
+
+
+def _gone(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _as(body: bytes) -> Damage:
+    def damage(path: Path) -> None:
+        _gone(path)
+        path.write_bytes(body)
+
+    return damage
+
+
+def _folder(path: Path) -> None:
+    _gone(path)
+    path.mkdir()
+
+
+def _fifo(path: Path) -> None:
+    _gone(path)
+    os.mkfifo(path)
+
+
+def _link(target: str) -> Damage:
+    def damage(path: Path) -> None:
+        _gone(path)
+        path.symlink_to(target)
+
+    return damage
+
+
+def _half(path: Path) -> None:
+    body = path.read_bytes()
+    path.write_bytes(body[: len(body) // 2])
+
+
+def _huge(path: Path) -> None:
+    os.truncate(path, 2**42)
+
+
+def _utf16(path: Path) -> None:
+    path.write_bytes(path.read_bytes().decode("utf-8", "replace").encode("utf-16"))
+
+
+def _latin(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\n\xe9\xff\n")
+
+
+def _nul(path: Path) -> None:
+    path.write_bytes(b"\0" * 64 + path.read_bytes())
+
+
+def _loop(path: Path) -> None:
+    _gone(path)
+    path.symlink_to(path.name)
+
+
+NOISE = bytes((7 * n * n + 13 * n) % 256 for n in range(999))
+ANY: dict[str, Damage] = {
+    "missing": _gone,
+    "folder": _folder,
+    "fifo": _fifo,
+    "endless": _link("/dev/zero"),
+    "loop": _loop,
+    "noise": _as(NOISE),
+    "half": _half,
+    "huge": _huge,
+}
+TEXT = ANY | {"utf-16": _utf16, "latin": _latin, "NUL": _nul}
+JSON = TEXT | {
+    "empty": _as(b""),
+    "deep": _as(b"[" * DEEP),
+    "deep object": _as(b'{"a":' * DEEP + b"1" + b"}" * DEEP),
+    "list": _as(b"[]"),
+    "null": _as(b"null"),
+    "number": _as(b"5"),
+    "digits": _as(b'{"a": ' + b"1" * 5000 + b"}"),
+    "object": _as(b"{}"),
+    "surrogate": _as(b'{"\\ud800": "\\udfff"}'),
+}
+TOML = TEXT | {
+    "deep": _as(b"a = " + b"[" * DEEP),
+    "deep key": _as(b".".join([b"a"] * DEEP) + b" = 1"),
+    "digits": _as(b"a = " + b"1" * 5000),
+    "empty": _as(b""),
+    "twice": _as(b"[site]\n[site]\n[study]\n[study]\n"),
+}
+WRONG: dict[str, Any] = {
+    "null": None,
+    "list": [],
+    "object": {},
+    "number": 5,
+    "negative": -1.5,
+    "text": "x",
+    "deep": [[[{"a": [None]}]]],
+    "ESC": ESC,
+}
+
+
+def _key(key: str, value: Any) -> Damage:
+    """Another value for a key of a JSON object; "a.b" is a key of an inner one."""
+
+    def damage(path: Path) -> None:
+        body = json.loads(path.read_bytes())
+        *outer, last = key.split(".")
+        table = body
+        for name in outer:
+            table = table[name]
+        table[int(last) if isinstance(table, list) else last] = value
+        path.write_text(json.dumps(body))
+
+    return damage
+
+
+def _edit(old: str, new: str) -> Damage:
+    def damage(path: Path) -> None:
+        text = path.read_text(encoding="utf-8")
+        assert old in text, old
+        path.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+    return damage
+
+
+def _at(file: str, damage: Damage) -> Damage:
+    return lambda world: damage(world / file)
+
+
+# ------------------------------------------------------------------------------------- the files
+
+SITE, PLAN, RUN = "site-north.toml", "study.toml", "run"
+PROMPTS = ("--prompts", "prompts.jsonl", "--licence", "CC0-1.0", "--out", "new")
+ADMIT = ("admit", "north.request", "--address", "hub.example:8443", "--fingerprint", "00")
+BASE = ("--generator", "./base")
+SERVE = ("server", PLAN, "--port", "18999", "--out", "new")
+READ_BY: dict[str, tuple[dict[str, Damage], tuple[tuple[str, ...], ...]]] = {
+    PLAN: (
+        TOML,
+        (
+            ("plan", PLAN, "--size", "20"),
+            ("simulate", PLAN, "--out", "new"),
+            SERVE,
+            ("doctor", PLAN),
+            ("review", PLAN, "--site", SITE),
+            ("fit", PLAN, "--target", "1"),
+            ("audit", PLAN, "--out", "new"),
+        ),
+    ),
+    SITE: (
+        TOML,
+        (
+            ("plan", PLAN, "--sites", SITE),
+            ("simulate", PLAN, SITE, "--out", "new"),
+            ("client", SITE),
+            ("enroll", SITE, "--out", "new"),
+            ("doctor", SITE),
+            ("review", PLAN, "--site", SITE),
+            ("ledger", SITE),
+            ("purge", SITE),
+            ("withdraw", SITE, "--file", "keys.txt"),
+            ("label", SITE, *BASE, "--out", "new.jsonl"),
+            ("status", SITE),
+        ),
+    ),
+    "plan.json": (JSON, (("review", "plan.json", "--site", SITE),)),
+    "keys.txt": (
+        {name: TEXT[name] for name in TEXT if name != "half"} | {"empty": _as(b"\n\n")},
+        (("withdraw", SITE, "--file", "keys.txt"),),
+    ),
+    "rubric.txt": (
+        {name: TEXT[name] for name in TEXT if name not in ("half", "NUL")},
+        (("label", "north.jsonl", "--column", "prompt=q", "--rubric", "rubric.txt", *BASE,
+          "--out", "new.jsonl"),),
+    ),
+    "north.request": (JSON, (ADMIT,)),
+    "coordinator/ca.pem": (
+        {name: ANY[name] for name in ANY if name != "missing"} | {"empty": _as(b"")},
+        (("admit-rightly",),),
+    ),
+    "coordinator/server.pem": (
+        {name: ANY[name] for name in ANY if name != "missing"} | {"empty": _as(b"")},
+        (SERVE, ("doctor", PLAN)),
+    ),
+    "coordinator/signing.key": (
+        {name: ANY[name] for name in ANY if name != "missing"} | {"empty": _as(b"")}, (SERVE,)
+    ),
+    "coordinator/address": (
+        {name: ANY[name] for name in ("folder", "fifo", "endless", "loop", "noise", "huge")}
+        | {"empty": _as(b""), "port": _as("hub:²".encode())},
+        (("admit-rightly",), ("doctor", PLAN)),
+    ),
+    "coordinator/nodes/south.json": (
+        {name: JSON[name] for name in JSON if name != "missing"},
+        (("admit-rightly",), ("doctor", PLAN)),
+    ),
+    "run/plan.json": (
+        JSON,
+        (
+            ("evaluate", RUN, "--data", "evaluation.jsonl"),
+            ("generate", RUN, "--prompt", "a"),
+            ("export", RUN, "--out", "new"),
+            ("merge", RUN, "other", "--out", "new"),
+            ("distill", RUN, "--layers", "2", *PROMPTS),
+        ),
+    ),
+    "run/report.json": (
+        JSON,
+        (
+            ("export", RUN, "--out", "new"),
+            ("merge", RUN, "other", "--no-measure", "--out", "new"),
+            ("audit", PLAN, "--run", RUN, "--out", "new"),
+        ),
+    ),
+    "run/adapter/adapter_model.safetensors": (
+        ANY,
+        (
+            ("evaluate", RUN, "--data", "evaluation.jsonl"),
+            ("generate", RUN, "--prompt", "a"),
+            ("export", RUN, "--out", "new"),
+            ("merge", RUN, "other", "--out", "new"),
+            ("models", "verify", RUN),
+        ),
+    ),
+    "run/adapter/adapter_config.json": (
+        JSON,
+        (("generate", RUN, "--prompt", "a"), ("export", RUN, "--out", "new")),
+    ),
+    "base/config.json": (JSON, (("models", "verify", "base"),)),
+    "base/tokenizer.json": (JSON, (("models", "verify", "base"),)),
+    "base/tokenizer_config.json": (
+        {n: d for n, d in JSON.items() if n not in ("missing", "object", "surrogate", "digits")},
+        (("models", "verify", "base"),),
+    ),
+    "base/model.safetensors": (ANY, (("models", "fetch", "./base"),)),
+    "base/chat_template.jinja": (
+        {n: d for n, d in TEXT.items() if n not in ("missing", "half", "NUL")},
+        (("models", "verify", "base"),),
+    ),
+    "run/status.json": (JSON, (("status", RUN, "--once"), ("status", RUN, "--check"))),
+    "versions/versions/index.json": (
+        JSON, (("versions", "versions"), ("versions", "versions", "--unpin"))
+    ),
+    "evaluation.jsonl": (
+        {name: ANY[name] for name in ("missing", "folder", "fifo", "endless", "loop", "noise")}
+        | {"empty": _as(b""), "deep": _as(b"[" * DEEP), "numbers": _as(b"1\n2\n")},
+        (("evaluate", RUN, "--data", "evaluation.jsonl"),),
+    ),
+    "prompts.jsonl": (
+        {name: ANY[name] for name in ("missing", "folder", "fifo", "endless", "loop", "noise")}
+        | {"empty": _as(b""), "deep": _as(b"[" * DEEP)},
+        (("distill", RUN, "--layers", "2", *PROMPTS),),
+    ),
+    "north.jsonl": (
+        {name: ANY[name] for name in ("missing", "folder", "fifo", "endless", "loop")},
+        (("simulate", PLAN, "--out", "new"), ("label", SITE, *BASE, "--out", "new.jsonl")),
+    ),
+    "state-north/ledger.db": (
+        {name: ANY[name] for name in ("missing", "folder", "fifo", "noise")},
+        (("ledger", SITE), ("review", PLAN, "--site", SITE)),
+    ),
+    "state-north/ledger.head": (
+        {name: JSON[name] for name in JSON if name not in ("surrogate", "utf-16")},
+        (("ledger", SITE),),
+    ),
+    "state-north/site.key": (ANY | {"empty": _as(b"")}, (("ledger", SITE),)),
+    "state-north/salt": (ANY | {"empty": _as(b"")}, (("ledger", SITE),)),
+}  # fmt: skip
+DISK = frozenset({2, 4})  # 4: the disk, or a ledger that cannot be believed
+MAY_PASS = frozenset({0, 2})  # shown as far as it can be read
+READABLE = {
+    ("coordinator/address", "doctor"),  # what sites call the machine is then not checked
+    *(("run/adapter/adapter_config.json", kind) for kind in ("object", "surrogate", "digits")),
+}
+
+
+def files() -> Iterator[Case]:
+    """Every damage of every file, for every command that reads it."""
+    for file, (damages, commands) in READ_BY.items():
+        for kind, damage in damages.items():
+            for command in commands:
+                own = file.startswith("state-") or file.endswith("signing.key")
+                codes = DISK if own or command[-1] == "--check" else FILE
+                if (file, kind) in READABLE or (file, command[0]) in READABLE:
+                    codes = MAY_PASS
+                said = command[0] if command[0] not in ("status", "versions") else " ".join(command)
+                yield Case(f"{file}: {kind}: {said}", _at(file, damage), command, codes)
+
+
+def keys() -> Iterator[Case]:
+    """Another type for each key of a JSON file."""
+    wrong: tuple[tuple[str, tuple[str, ...], tuple[str, ...], frozenset[int]], ...] = (
+        ("run/status.json", ("role", "state", "sites", "last", "rounds", "quality",
+            "seconds", "next", "study", "updated", "sites.north",
+            "sites.north.epsilon", "sites.north.bytes_up",
+            "last.0", "champion"), ("status", RUN, "--once"), MAY_PASS),
+        ("run/report.json", ("privacy", "base", "study", "private", "privacy.delta",
+            "privacy.sites", "base.digest"),
+            ("merge", RUN, "other", "--no-measure", "--out", "new"), MAY_PASS),
+        ("run/report.json", ("privacy", "base", "study", "adapter"),
+            ("export", RUN, "--out", "new"), MAY_PASS),
+        ("north.request", ("name", "node", "csr", "signing", "signature", "node_signature"), ADMIT,
+            FILE),
+        ("coordinator/nodes/south.json", ("name", "node", "tls", "format"), ("admit-rightly",),
+            frozenset({0, 2, 3})),
+        ("base/config.json", ("architectures", "model_type", "hidden_size", "num_hidden_layers",
+            "vocab_size", "max_position_embeddings", "num_attention_heads", "rms_norm_eps",
+            "rope_parameters"),
+            ("label", "north.jsonl", "--column", "prompt=q", "--generator", "./base",
+             "--new-tokens", "1", "--out", "new.jsonl"), MAY_PASS),
+        ("base/tokenizer.json", ("model", "added_tokens", "decoder", "pre_tokenizer"),
+            ("label", "north.jsonl", "--column", "prompt=q", "--generator", "./base",
+             "--new-tokens", "1", "--out", "new.jsonl"), MAY_PASS),
+        ("versions/versions/index.json", ("champion", "pinned", "versions", "versions.0"),
+            ("versions", "versions"), MAY_PASS),
+        ("run/adapter/adapter_config.json", ("r", "target_modules", "peft_type", "lora_alpha",
+            "layers_to_transform"), ("generate", RUN, "--prompt", "a"), MAY_PASS),
+    )  # fmt: skip
+    for file, names, command, codes in wrong:
+        for name in names:
+            for kind, value in WRONG.items():
+                said = " ".join(command[:1])
+                yield Case(
+                    f"{file} {name}: {kind}: {said}", _at(file, _key(name, value)), command, codes
+                )
+
+
+BOUNDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("rounds = 2", "rounds", ("0", "-1", "1.5", "1e6", "10000000000", '"2"', "true", "[]")),
+    ("rank = 2", "rank", ("0", "-1", "99999999999999999999", "1000000", "nan")),
+    ("alpha = 4", "alpha", ("0", "-1", "1e-300", "1e300", "inf", "nan")),
+    ("last_layers = 2", "last_layers", ("0", "10000000000")),
+    ("max_length = 64", "max_length", ("0", "7", "10000000000")),
+    ("sampling_rate = 1.0", "sampling_rate", ("0", "-0.1", "1.1", "nan", "1e-300")),
+    ("sampling_rate = 1.0", "expected_batch", ("0", "99999999999999999999")),
+    ("learning_rate = 0.5", "learning_rate", ("0", "1e300", "1e-300", "inf", "nan", '"x"')),
+    ("max_grad_norm = 0.5", "max_grad_norm", ("0", "1e-300", "1e300", "inf", "nan")),
+    ("epsilon = 5.0", "epsilon", ("0", "1e-300", "1e300", "inf", "nan", "-5")),
+    ("epsilon = 5.0", "noise_multiplier", ("0", "1e-300", "1e300", "inf", "nan")),
+    ("delta = 1e-3", "delta", ("0", "1", "1e-300", "nan", "-1e-3")),
+    ("seed = 1", "seed", ("-1", "99999999999999999999", "0.5")),
+    ("min_sites = 1", "min_sites", ("0", "99999999999999999999")),
+    ("round_timeout = 120", "round_timeout", ("0", "1e300", "inf", "nan")),
+    ('name = "fedavg"', "name", ('"os"', '""', '"../x"', '"_base"', "5", '"fedavg\\u0000"')),
+    ('name = "causal_lm"', "name", ('"os"', '""', '"_tokens"', "5")),
+    ('name = "tiny"', "name", ('""', '"a b"', '"../x"', f'"{LONG}"', '"a\\u0000"', '"é"', "5")),
+    ('dtype = "float32"', "dtype", ('"float8"', "5")),
+    ("local_steps = 1", "local_steps", ("0", "99999999999999999999")),
+    ('metric = "loss"', "metric", ('"os"', "5", "[]")),
+    ('path = "evaluation.jsonl"', "path", ('"a\\u0000"', f'"{LONG}"', '""', "5")),
+)
+SITE_BOUNDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("declared_size = 20", "declared_size", ("0", "-1", "99999999999999999999", "1.5")),
+    ('state = "state-north"', "state", ('"a\\u0000b"', f'"{LONG}"', '"north.jsonl"', "5",
+        '"' + "d/" * 3000 + '"')),
+    ('path = "north.jsonl"', "path", ('"a\\u0000b"', f'"{LONG}"', "5")),
+    ('name = "north"', "name", ('""', '"a b"', '"../x"', f'"{LONG}"', '"a\\u0000"')),
+    ("max_epsilon = 8.0", "max_epsilon", ("0", "nan", "inf", "-1")),
+    ("max_delta = 1e-3", "max_delta", ("0", "1", "nan", "0.9")),
+    ("max_rank = 64", "max_rank", ("0", "99999999999999999999")),
+    ('bases = "any"', "bases", ('"some"', '["sha256:x"]', "5")),
+)  # fmt: skip
+
+
+def bounds() -> Iterator[Case]:
+    """Absurd values, one key at a time: said when the file is read, with the key's name."""
+    for old, key, values in BOUNDS:
+        for value in values:
+            shown = value if len(value) < 40 else "LONG"
+            damage = _at(PLAN, _edit(old, f"{key} = {value}"))
+            yield Case(f"study {old} → {key} = {shown}", damage, ("plan", PLAN, "--size", "20"))
+    for old, key, values in SITE_BOUNDS:
+        for value in values:
+            shown = value if len(value) < 40 else f"LONG {value[-3]}"
+            damage = _at(SITE, _edit(old, f"{key} = {value}"))
+            for command in (("ledger", SITE), ("plan", PLAN, "--sites", SITE)):
+                codes = DISK if value == '"north.jsonl"' else FILE
+                if value == '"north.jsonl"' and command[0] == "plan":
+                    continue
+                yield Case(f"site {key} = {shown}: {command[0]}", damage, command, codes)
+
+
+def arguments() -> Iterator[Case]:
+    """Paths, names and numbers that no file system and no network has."""
+    long = (
+        ("init", LONG), ("init", "a/" * 3000), ("models", "fetch", LONG),
+        ("models", "verify", LONG),
+        ("models", "verify", ""), ("models", "fetch", "a/b/c"), ("models", "verify", "pypi:"),
+        ("models", "verify", "pypi:../x"), ("plan", LONG), ("doctor", LONG), ("ledger", LONG),
+        ("simulate", PLAN, "--out", LONG), ("export", RUN, "--out", LONG),
+        ("export", LONG, "--out", "new"), ("generate", LONG, "--prompt", "a"),
+        ("merge", RUN, LONG, "--out", "new"), ("merge", RUN, "other", "--out", LONG),
+        ("evaluate", RUN, "--data", LONG), ("status", LONG), ("versions", LONG),
+        ("revoke", LONG), ("revoke", ""), ("revoke", "../x"), ("revoke", "a\nb"),
+        ("withdraw", SITE, "--file", LONG), ("review", LONG, "--site", SITE),
+        ("audit", PLAN, "--run", LONG, "--out", "new"), ("enroll", SITE, "--out", LONG),
+        ("ledger", SITE, "--backup", LONG), ("ledger", SITE, "--restore", "--from", LONG),
+        ("label", LONG, "--column", "prompt=q", *BASE), (*SERVE, "--home", LONG),
+        ("label", "north.jsonl", "--column", "prompt=q", "--rubric", LONG, *BASE),
+        ("admit", LONG), ("fit", PLAN, "--target", "1", "--json", LONG),
+    )  # fmt: skip
+    for command in long:
+        name = " ".join(command).replace(LONG, "LONG").replace("a/" * 3000, "DEEP")
+        yield Case(f"argument: {name}", nothing, command, REFUSED)
+    for address in ("x", "x:", ":1", "x:0", "x:99999", "x:²", "x:1 2", "a b:1", "x:-1", "[::1",
+                    "é:1", "x\n:1", LONG + ":1", "x/y:1", "u@x:1", "\x1b[31m:1"):  # fmt: skip
+        command = ("admit-rightly", "--address", address)
+        yield Case(f"address: {address[:12]!r}", nothing, command)
+    for name in (
+        "a b",
+        "",
+        "é",
+        "a\nb",
+        LONG,
+        "*",
+        "a:b",
+        "a/b",
+        "-a",
+        "\x1b[31m",
+        "x" * 64 + ".org",
+    ):
+        yield Case(f"--name {name[:12]!r}", nothing, (*SERVE, "--name", name))
+    for weights in ("x", "1", "1,2,3", "nan,1", "inf,1", ",", "1;2", "1e400,1"):
+        yield Case(f"--weights {weights}", nothing, ("merge", RUN, "other", "--weights", weights,
+                                                    "--no-measure", "--out", "new"))  # fmt: skip
+    for density in ("nan", "0", "-1", "2", "inf"):
+        yield Case(f"--density {density}", nothing, ("merge", RUN, "other", "--method", "ties",
+                   "--density", density, "--no-measure", "--out", "new"))  # fmt: skip
+    for pair in ("x", "prompt", "=", "prompt=", "patient=", "os=q", "prompt=nothing-there",
+                 "prompt=q\0"):  # fmt: skip
+        yield Case(f"--column {pair!r}", nothing,
+                   ("evaluate", RUN, "--data", "evaluation.jsonl", "--column", pair))  # fmt: skip
+    distilled = ("distill", RUN, *PROMPTS)
+    for extra in (("--layers", "99"), ("--layers", "2", "--student", "./base"), (),
+                  ("--layers", "2", "--temperature", "0"),
+                  ("--layers", "2", "--temperature", "nan"),
+                  ("--layers", "2", "--learning-rate", "nan"), ("--layers", "2", "--licence", " "),
+                  ("--layers", "2", "--seed", "-1"), ("--layers", "2", "--rank", "1000000"),
+                  ("--layers", "2", "--new-tokens", "10000000"), ("--student", "nowhere/no"),
+                  ("--student", LONG)):  # fmt: skip
+        yield Case(f"distill {' '.join(extra)[:60]}", nothing, (*distilled, *extra))
+    improved = ("improve", RUN, "--reward", "other", *PROMPTS)
+    for extra in ((), ("--leash", "nan"), ("--leash", "0"), ("--leash", "-1"), ("--beta", "nan"),
+                  ("--learning-rate", "nan"), ("--seed", "-1")):  # fmt: skip
+        yield Case(f"improve {' '.join(extra)}", nothing, (*improved, *extra))
+    labelled = ("label", "north.jsonl", "--column", "prompt=q", "--generator", "./base")
+    for extra in (("--temperature", "nan"), ("--temperature", "inf"), ("--judge", "nowhere"),
+                  ("--judge-digest", "x"), ("--generator-digest", "x"), ("--out", "new.txt"),
+                  ("--judge", LONG), ("--new-tokens", "10000000")):  # fmt: skip
+        out = () if "--out" in extra else ("--out", "new.jsonl")
+        yield Case(f"label {' '.join(extra)[:40]}", nothing, (*labelled, *out, *extra))
+    yield Case("fit: --base", nothing, ("fit", PLAN, "--target", "nan"))
+    yield Case("fit: --epsilon", nothing, ("fit", PLAN, "--target", "1", "--epsilon", "nan"))
+    yield Case("fit: --epsilon 0", nothing, ("fit", PLAN, "--target", "1", "--epsilon", "-1"))
+    yield Case("fit: --quantised", nothing, ("fit", PLAN, "--target", "1", "--quantised", "int3"))
+    yield Case("generate: too long", nothing, ("generate", RUN, "--prompt", "word " * 20_000))
+    yield Case("generate: more than fits", nothing,
+               ("generate", RUN, "--prompt", "a", "--max-new-tokens", "100000"))  # fmt: skip
+    yield Case("generate: no prompt", nothing, ("generate", RUN))
+    yield Case("generate: --file", nothing, ("generate", RUN, "--prompt", "a", "--file", "x.png"))
+    yield Case("generate: surrogate", nothing, ("generate", RUN, "--prompt", "\udc80"))
+    for metric in ("accuracy", "f1", "preference"):
+        yield Case(f"evaluate: {metric}", nothing,
+                   ("evaluate", RUN, "--data", "evaluation.jsonl", "--metric", metric))  # fmt: skip
+    yield Case("simulate: --rounds", nothing, ("simulate", PLAN, "--rounds", "2", "--out", "new"))
+    yield Case("simulate: two of a name", nothing,
+               ("simulate", PLAN, SITE, SITE, "--out", "new"))  # fmt: skip
+    yield Case("versions: both", nothing, ("versions", "versions", "--unpin", "--rollback", "1"))
+    yield Case("versions: none such", nothing, ("versions", "versions", "--rollback", "99"))
+    yield Case("merge: one", nothing, ("merge", RUN, "--out", "new"))
+    yield Case("merge: the same", nothing, ("merge", RUN, RUN, "--out", "new"))
+    yield Case("export: there", nothing, ("export", RUN, "--out", "other"))
+    yield Case("export: q8_0 in hf", nothing, ("export", RUN, "--out", "new", "--dtype", "q8_0"))
+    yield Case("doctor: --home at a site", nothing, ("doctor", SITE, "--home", "coordinator"))
+    below = "below a file"  # the disk's refusal
+    yield Case(f"enroll: {below}", nothing, ("enroll", SITE, "--out", "keys.txt/a"), DISK)
+    yield Case(f"init: {below}", nothing, ("init", "keys.txt/a"), DISK)
+    yield Case("init: there", nothing, ("init", "."))
+    yield Case("client: not enrolled", nothing, ("client", SITE))
+    yield Case("withdraw: nobody", nothing, ("withdraw", SITE))
+
+
+def cases() -> list[Case]:
+    return [*files(), *keys(), *bounds(), *arguments()]

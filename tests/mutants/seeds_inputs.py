@@ -1,0 +1,81 @@
+"""Seeded bugs in how commands read what a person gives them, and in what they say of it."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import one as _one
+
+READING, STATUS = "fedtune/reading.py", "fedtune/observe/status.py"
+T_READING, T_CLI = "tests/test_reading.py::", "tests/test_cli.py::"
+WAITS = T_READING + "test_whatever_waits_or_never_ends_is_refused_at_once"
+T_NAME = T_READING + "test_a_derived_run_has_a_name_that_opens_again"
+
+MUTANTS = (
+    _one(
+        "inputs", "a-pipe-is-a-file", READING,
+        "if stat.S_ISREG(mode):", "if not stat.S_ISDIR(mode):",
+        WAITS, "a pipe keeps a command waiting, a device never ends",
+    ),
+    _one(
+        "inputs", "a-file-has-no-bound", READING,
+        "if len(body) > most:", "if len(body) > 2**62:",
+        T_READING + "test_a_regular_file_is_read_whole_up_to_the_bound",
+        "what is too large is taken for whole",
+    ),
+    _one(
+        "inputs", "depth-is-not-counted", READING,
+        "    return not level\n", "    return True\n",
+        T_READING + "test_depth_is_counted_exactly", "a deep file ends as an internal error later",
+    ),
+    _one(
+        "inputs", "arguments-are-not-looked-at", "fedtune/guard.py",
+        "                    _check(name, value)\n", "                    pass\n",
+        T_CLI + "test_what_no_command_can_use_is_refused_before_it_runs",
+        "a path that no file has ends as a fault of the system",
+    ),
+    _one(
+        "inputs", "an-error-moves-the-terminal", "fedtune/errors.py",
+        'c if c.isprintable() else "?" for c in text', "c for c in text",
+        T_CLI + "test_no_error_moves_the_terminal", "a file's name or key is obeyed by a terminal",
+    ),
+    _one(
+        "inputs", "a-status-is-believed", STATUS,
+        "checked = _STATUS(status)", "checked = status",
+        "tests/observe/test_status.py::test_a_status_that_fedtune_did_not_write_is_not_shown",
+        "markup and control characters of a file reach the terminal",
+    ),
+    _one(
+        "inputs", "a-strategy-is-looked-up-later", "fedtune/config.py",
+        "        strategies.build(study)\n", "",
+        T_READING + "test_an_unknown_strategy_or_objective_is_said_when_the_plan_is_read",
+        "a study is planned, signed and started with a strategy that is not there",
+    ),
+    _one(
+        "inputs", "any-text-is-a-name", "fedtune/flower/certs.py",
+        "        if not is_host(name):\n", "        if not name:\n",
+        T_READING + "test_the_coordinators_names_are_names",
+        "the certificate names no machine, or none can be made",
+    ),
+    _one(
+        "inputs", "a-run-is-called-as-its-folder", "fedtune/runs.py",
+        'name = re.sub(r"[^A-Za-z0-9._-]+", "-", out.name)', "name = out.name",
+        T_NAME, "a derived run that nothing opens again",
+    ),
+    _one(
+        "inputs", "a-derived-run-has-no-seed", "fedtune/runs.py",
+        'study.study.model_copy(update={"name": name})',
+        'study.study.model_validate({"name": name})',
+        T_NAME, "a merged run draws otherwise than its parents",
+    ),
+    _one(
+        "inputs", "a-prompt-has-any-length", "fedtune/generate.py",
+        "if asked + max_new_tokens > most:", "if max_new_tokens < 1:",
+        "tests/fuzz/test_bad_inputs.py::"
+        "test_a_prompt_that_the_base_cannot_read_is_counted_before_it_is_read",
+        "positions that the base never saw, and minutes of work",
+    ),
+    _one(
+        "inputs", "help-is-markup", "fedtune/cli.py",
+        'rich_markup_mode="markdown"', 'rich_markup_mode="rich"',
+        T_CLI + "test_no_help_has_a_hole", "[schedule] and [rl] are lost",
+    ),
+)  # fmt: skip
