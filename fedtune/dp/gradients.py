@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -9,10 +10,12 @@ import torch
 
 from fedtune.dp import engines
 from fedtune.dp.clip import Chunk
+from fedtune.errors import FedtuneError, ModelError
 from fedtune.models.cache import Batch, Cached
 from fedtune.narrow import ALL, own
 from fedtune.objectives import Objective
 
+log = logging.getLogger("fedtune.dp")
 _CHUNK_BYTES = 128 * 2**20  # fp32 gradients held at once
 
 
@@ -61,7 +64,36 @@ class UnitGradientEngine:
         return len(self._members)
 
     def __call__(self, rows: list[int]) -> Iterator[Chunk]:
-        """The gradients of `rows`, each once, in whatever order and chunks are quickest."""
+        """The gradients of `rows`, each once, in whatever order and chunks are quickest.
+
+        Whatever the records of a row make a library raise costs that row alone: it is zero, as one
+        that is not finite. Errors: FedtuneError (a disk, a layer that is not watched), which no
+        record decides."""
+        left = dict.fromkeys(rows)
+        try:
+            for chunk in self._chunks(rows):
+                for row in chunk.rows:
+                    del left[row]
+                yield chunk
+            return
+        except FedtuneError:
+            raise
+        except Exception as error:  # its words may quote a record
+            log.error("rows of a block failed (%s); each is computed alone", type(error).__name__)
+        for row in left:
+            yield self._by_itself(row)
+
+    def _by_itself(self, row: int) -> Chunk:
+        try:
+            (chunk,) = self._chunks([row])
+            return chunk
+        except FedtuneError:
+            raise
+        except Exception as error:
+            log.error("a unit's gradient failed (%s); it takes no part", type(error).__name__)
+            return Chunk([row], [t.new_zeros(1, t.numel()) for t in self.trained])
+
+    def _chunks(self, rows: list[int]) -> Iterator[Chunk]:
         single = [row for row in rows if len(self._members[row]) == 1]
         several = [row for row in rows if len(self._members[row]) > 1]
         with self._each.watching():
@@ -111,7 +143,7 @@ class UnitGradientEngine:
             tiles = batch.tiles if self.data.network.meets_tiles(parameter) else 1
             known = (records, rows) if tiles == 1 else (rows * tiles,)
             if each is None or each.shape[0] not in known:
-                raise RuntimeError("a trainable layer gave no per-record gradient")
+                raise ModelError("a trainable layer gave no per-record gradient")
             each = _cut(each, part.shape[-1], self._columns)
             if each.shape[0] == records:
                 whole = each.flatten(1)

@@ -20,6 +20,7 @@ import torch
 
 from fedtune.data.media import Media
 from fedtune.data.tokens import Dataset, Passage
+from fedtune.errors import FedtuneError
 from fedtune.models.network import Network
 from fedtune.models.states import STORE, Altered, State
 from fedtune.progress import report
@@ -113,6 +114,7 @@ class Cached:
         ]
         self._seen: dict[bytes, State] = {}  # what the tower makes of each file, by its digest
         self._states = [network.states.get(name) for name in self._names]
+        self._failed: set[int] = set()  # passages that nothing can be computed of
         self._before = torch.full((len(dataset.examples), self._each), torch.nan)
         self._buckets = [self._bucket(record) for record in range(len(dataset.examples))]
 
@@ -159,12 +161,25 @@ class Cached:
         new = list({self._names[at]: at for at in missing}.values())
         done = 0
         for _, rows in _grouped(new, self._read_bucket, self._read_block):
-            self._compute(rows)
+            self._compute_each(rows)
             done += len(rows)
             report("reading records once through the frozen layers", done, len(new))
-        self._states = [self.network.states[name] for name in self._names]
+        self._states = [self.network.states.get(name) for name in self._names]
+        self._failed = {at for at, state in enumerate(self._states) if state is None}
         if not self.network.sees:
             self._seen.clear()
+
+    def _compute_each(self, rows: list[int]) -> None:
+        """As `_compute`; what one record makes a library raise costs that record alone, which fails
+        again when it is asked for."""
+        try:
+            self._compute(rows)
+        except FedtuneError:
+            raise
+        except Exception as error:  # its words may quote a record
+            log.error("a record cannot be read by the base (%s)", type(error).__name__)
+            for row in rows if len(rows) > 1 else ():
+                self._compute_each([row])
 
     def _compute(self, rows: list[int]) -> None:
         """States of passages of one bucket, at most a block, from their tokens."""
@@ -206,7 +221,8 @@ class Cached:
                 yield self._batch(bucket, filled, len(records))
 
     def _warmed(self, indices: Indices) -> None:
-        if self.network.cached and any(self._states[at] is None for at in self._rows(indices)):
+        rows = set(self._rows(indices)) - self._failed
+        if self.network.cached and any(self._states[at] is None for at in rows):
             self.warm()
 
     def _positions_of(self, bucket: Bucket) -> int:
@@ -297,7 +313,8 @@ class Cached:
     def _read(self, index: int) -> torch.Tensor:
         """One passage's states; computed again where the file does not hold what was written."""
         state = self._states[index]
-        assert state is not None  # `batches` saw to it
+        if state is None:
+            raise RuntimeError("a record that the base could not read")
         try:
             return state.read()
         except Altered as error:

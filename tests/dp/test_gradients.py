@@ -11,6 +11,7 @@ import torch
 
 from fedtune.dp import clip
 from fedtune.dp.gradients import UnitGradientEngine
+from fedtune.errors import ModelError
 from fedtune.models.cache import Batch, Cached
 from fedtune.models.network import Network
 from fedtune.objectives import causal_lm
@@ -149,7 +150,7 @@ def test_a_missing_gradient_is_an_error(engine: UnitGradientEngine) -> None:
     stray.grad_sample = None  # type: ignore[attr-defined]
     engine.parameters.append(stray)
     engine.trained.append(stray.detach())
-    with pytest.raises(RuntimeError, match="no per-record gradient"):
+    with pytest.raises(ModelError, match="no per-record gradient"):
         all_rows(engine)
 
 

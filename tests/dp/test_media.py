@@ -17,6 +17,7 @@ from fedtune.config import LoraTable, ObjectiveTable
 from fedtune.data.tokens import NO_TARGET, Dataset, Example
 from fedtune.dp import selftest
 from fedtune.dp.gradients import UnitGradientEngine
+from fedtune.errors import ModelError
 from fedtune.models import cache
 from fedtune.models import network as network_module
 from fedtune.models.base import find_base
@@ -199,7 +200,7 @@ def test_an_undeclared_number_of_tiles_is_an_error(
     network = projecting(bases(idefics3))
     engine = UnitGradientEngine(Cached(network, shown(network)), causal_lm)
     monkeypatch.setattr(Network, "meets_tiles", lambda *_: False)
-    with pytest.raises(RuntimeError, match="no per-record gradient"):
+    with pytest.raises(ModelError, match="no per-record gradient"):
         all_rows(engine)
 
 

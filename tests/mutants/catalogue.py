@@ -39,7 +39,7 @@ T_CHUNKS = T_PLAN + "test_noise_is_added_once_and_divided_by_the_plan"
 
 MEAN = "return -likelihood(network, batch).mean"
 GUARD = "            if each is None or each.shape[0] not in known:\n"
-RAISE = 'raise RuntimeError("a trainable layer gave no per-record gradient")'
+RAISE = 'raise ModelError("a trainable layer gave no per-record gradient")'
 DONE = "        return self._add_noise(total, log, round_)\n"
 DRAW = "noise.gaussian_on_grid(len(total), self.noise_multiplier * bound, grid)"
 BOUND = "total, chunk, self.grid, self.max_grad_norm, self.clipping, self.gamma"

@@ -10,6 +10,7 @@ NETWORK, SITE, ANSWERS = "fedtune/models/network.py", "client/site.py", "client/
 T_TOKENS, T_RECORDS = "tests/data/test_data_tokens.py::", "tests/data/test_data_records.py::"
 T_LEDGER, T_SITE = "tests/dp/test_ledger.py::", "tests/client/test_site.py::"
 T_FOLDER = T_RECORDS + "test_one_patients_file_is_nothing_to_the_others"
+T_ERRORS = "tests/dp/test_errors.py::"
 T_LENGTH = T_SITE + "test_a_length_that_the_base_cannot_read_is_refused_before_any_record_is_read"
 T_ALONE = T_TOKENS + "test_what_one_record_makes_a_library_do_costs_that_record_alone"
 
@@ -72,6 +73,28 @@ MUTANTS = (
         "for record, e in usable]\n",
         "            taught = [(record, self._taught(record, e)) for record, e in usable]\n",
         T_ALONE, "the same of a record that is too long for the teacher",
+    ),
+    one(
+        33, "a-rows-error-is-the-steps", "fedtune/dp/gradients.py",
+        '            log.error("a unit\'s gradient failed (%s); it takes no part", '
+        "type(error).__name__)\n            return Chunk",
+        "            raise\n            return Chunk",
+        T_ERRORS + "test_a_record_that_raises_costs_its_own_unit",
+        "one record fails the round",
+    ),
+    one(
+        33, "a-blocks-error-is-everybodys", "fedtune/dp/gradients.py",
+        "            yield self._by_itself(row)\n",
+        "            yield Chunk([row], [t.new_zeros(1, t.numel()) for t in self.trained])\n",
+        T_ERRORS + "test_a_record_that_raises_costs_its_own_unit",
+        "one record takes its neighbours in the block along",
+    ),
+    one(
+        33, "states-that-fail-are-everybodys", "fedtune/models/cache.py",
+        "            self._compute_each(rows)\n            done",
+        "            self._compute(rows)\n            done",
+        T_ERRORS + "test_a_record_whose_states_cannot_be_computed_costs_its_own_unit",
+        "a record that the frozen part cannot read fails the round",
     ),
     one(
         33, "a-line-of-pixels", "fedtune/data/media.py",

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fedtune.dp.engines import Wanted
 from fedtune.dp.gradients import UnitGradientEngine
+from fedtune.errors import ModelError
 from fedtune.models.cache import Batch
 
 B, L, H = 4, 3, 5
@@ -75,12 +76,12 @@ class Data:
         self.dataset = SimpleNamespace(by_unit=[[i] for i in range(B)], examples=[None] * B)
         self.states = torch.randn(B, L, H, generator=torch.Generator().manual_seed(1))
 
-    def batches(self, indices: Sequence[int]) -> Iterator[Batch]:
+    def blocks(self, indices: Sequence[int], most: int | None = None) -> Iterator[Batch]:
         rows = torch.tensor(list(indices))
         mask = torch.ones(len(rows), L, dtype=torch.bool)
         empty = torch.full((len(rows), L), -100)
         states = self.states[rows].clone().requires_grad_()
-        yield Batch(states, mask, empty, empty[:, 0], rows)
+        yield Batch(states, mask, empty, empty[:, 0], rows, count=len(rows))
 
 
 class Objective:
@@ -120,5 +121,5 @@ def assert_own(module: nn.Module, rows: torch.Tensor) -> None:
 def test_a_layer_without_one_gradient_per_record_stops_the_step(
     kind: type[nn.Module], engine: Wanted
 ) -> None:
-    with pytest.raises(RuntimeError, match="per-record gradient"):
+    with pytest.raises(ModelError, match="per-record gradient"):
         rows_of(kind(), engine)

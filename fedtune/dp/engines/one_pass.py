@@ -20,6 +20,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from fedtune.errors import ModelError
 from fedtune.narrow import ALL
 
 Take = Callable[[nn.Parameter, torch.Tensor], None]
@@ -85,7 +86,7 @@ class OnePass:
             known += each
             each.zero_()
         else:
-            raise RuntimeError("a layer gave no per-record gradient: two passes of other sizes")
+            raise ModelError("a layer gave no per-record gradient: two passes of other sizes")
 
     def _forget(self) -> None:
         for each in self._found.values():

@@ -1,0 +1,109 @@
+"""Trap 33: what a record makes a library raise says nothing, and costs its own unit alone."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fedtune.dp.engines import Wanted
+from fedtune.dp.gradients import UnitGradientEngine
+from fedtune.dp.query import unit_rows
+from fedtune.errors import InfrastructureError
+from fedtune.models.cache import Batch, Cached
+from fedtune.models.network import Network
+from fedtune.objectives import causal_lm
+from tests.dp.conftest import records, study
+
+SIZES, BAD = [1, 3, 1, 1, 2, 1], 2  # records of each unit; of which one record is bad
+NAME = "Mrs Example"
+
+
+class Raises:
+    """A loss that a library cannot compute where one record is among the others."""
+
+    def __init__(self, bad: int, error: type[BaseException] = MemoryError) -> None:
+        self.bad, self.error = bad, error
+
+    def losses(self, network: Network, batch: Batch) -> torch.Tensor:
+        if self.bad in batch.index.tolist():
+            raise self.error(NAME)
+        return causal_lm.losses(network, batch)
+
+
+def first(data: Cached, unit: int) -> int:
+    return data.dataset.by_unit[unit][0]
+
+
+def rows(data: Cached, objective: Any, engine: Wanted) -> torch.Tensor:
+    made = UnitGradientEngine(data, objective, engine=engine)
+    return made.matrix(range(data.dataset.n_units))
+
+
+@pytest.fixture
+def data(network: Network) -> Cached:
+    return Cached(network, records(SIZES))
+
+
+@pytest.mark.parametrize("engine", ["auto", "opacus"])
+@pytest.mark.parametrize("unit", [BAD, 4])
+def test_a_record_that_raises_costs_its_own_unit(
+    data: Cached, engine: Wanted, unit: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that shares its block with others, and one of a unit of several."""
+    usual = rows(data, causal_lm, engine)
+    try:
+        found = rows(data, Raises(first(data, unit)), engine)
+    except MemoryError:
+        pytest.fail("one record's error is the step's")
+    others = [at for at in range(len(SIZES)) if at != unit]
+    assert torch.equal(found[others], usual[others])
+    assert not found[unit].any()
+    assert NAME not in caplog.text
+
+
+def test_a_record_whose_states_cannot_be_computed_costs_its_own_unit(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = rows(Cached(network, records(SIZES)), causal_lm, "auto")
+    network.states.clear()
+    honest, data = Network.prefix, Cached(network, records(SIZES))
+    bad = data.dataset.examples[first(data, BAD)].input_ids.tolist()
+
+    def prefix(self: Network, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if any(row[: len(bad)] == bad for row in ids.tolist()):
+            raise IndexError(NAME)
+        return honest(self, ids, *rest)
+
+    monkeypatch.setattr(Network, "prefix", prefix)
+    try:
+        found = rows(data, causal_lm, "auto")
+    except (IndexError, RuntimeError):
+        pytest.fail("one record's error is the step's")
+    others = [at for at in range(len(SIZES)) if at != BAD]
+    assert torch.equal(found[others], usual[others]) and not found[BAD].any()
+
+
+def test_a_held_out_record_that_raises_costs_its_own_unit(
+    data: Cached, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = study()
+    usual = unit_rows(plan, data)
+    monkeypatch.setattr(
+        "fedtune.dp.query.find",
+        lambda table: SimpleNamespace(losses=Raises(first(data, BAD)).losses),
+    )
+    try:
+        found = unit_rows(plan, data)
+    except MemoryError:
+        pytest.fail("one record's error is the answer's")
+    others = [at for at in range(len(SIZES)) if at != BAD]
+    assert torch.equal(found[others], usual[others])
+    assert not torch.isfinite(found[BAD]).all()  # and so is nothing, not even one unit
+
+
+def test_what_no_record_decides_is_still_an_error(data: Cached) -> None:
+    with pytest.raises(InfrastructureError):
+        rows(data, Raises(first(data, BAD), InfrastructureError), "auto")
