@@ -41,7 +41,7 @@ fuzz: $(READY) ## a million hostile messages to either side
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests/fuzz
 
 mutants: $(READY) ## seed a bug for each way DP breaks silently; the tests must catch every one
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants.run
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants.run --jobs 2
 
 bench: $(READY) ## time and memory beside plain PEFT, trl and Opacus: an hour (BENCH=--quick: minutes)
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'

@@ -30,6 +30,7 @@ from tests.mutants.mutant import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("fedtune", "server", "client", "tests", "examples", "benchmarks", "pyproject.toml")
+PAGE = ROOT / "docs" / "mutants.md"
 PER_MUTANT = 300.0  # seconds: an endless loop is not a kill
 IMPORTED_FROM_HERE = """\
 from pathlib import Path
@@ -155,6 +156,25 @@ def line(result: Result) -> str:
     return f"{m.trap!s:>6}  {m.name:<38} {result.status:<8} {result.seconds:5.1f} s  {by}"
 
 
+def page(results: Sequence[Result], seconds: float) -> str:
+    """What a run over the whole catalogue found, as docs/mutants.md keeps it."""
+    killed = sum(result.status == "killed" for result in results)
+    traps = {result.mutant.trap for result in results if isinstance(result.mutant.trap, int)}
+    rows = [
+        f"| {r.mutant.name} | {r.mutant.trap} | `{r.mutant.file}` | {r.mutant.note} | {r.status} |"
+        for r in sorted(results, key=lambda r: (str(r.mutant.trap).rjust(2), r.mutant.name))
+    ]
+    head = (
+        "# Seeded bugs\n\nWritten by `make mutants`; not edited by hand. Each bug is put into a copy "
+        "of the shipped code, alone, and named tests must fail for it by an assertion.\n\n"
+        f"**{killed} of {len(results)} caught** on {time.strftime('%Y-%m-%d')}, in "
+        f"{seconds / 60:.0f} minutes; {len(traps)} numbered ways in which DP breaks silently, and "
+        "more. The untouched code passes the same tests.\n\n"
+        "| bug | way | file | what it does | |\n|---|---|---|---|---|\n"
+    )
+    return head + "\n".join(rows) + "\n"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants.run", description=__doc__)
     parser.add_argument("--only", action="append", metavar="NAME", help="this mutant (repeatable)")
@@ -181,6 +201,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for result in results:
         if result.status != "killed":
             print(line(result))
+    if not options.only:
+        PAGE.write_text(page(results, time.monotonic() - began), encoding="utf-8")
+        print(f"wrote {PAGE}")
     return 0 if killed == len(results) else 1
 
 
