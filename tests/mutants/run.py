@@ -165,8 +165,8 @@ def page(results: Sequence[Result], seconds: float) -> str:
         for r in sorted(results, key=lambda r: (str(r.mutant.trap).rjust(2), r.mutant.name))
     ]
     head = (
-        "# Seeded bugs\n\nWritten by `make mutants`; not edited by hand. Each bug is put into a copy "
-        "of the shipped code, alone, and named tests must fail for it by an assertion.\n\n"
+        "# Seeded bugs\n\nWritten by `make mutants`; not edited by hand. Each bug is put into a "
+        "copy of the shipped code, alone, and named tests must fail for it by an assertion.\n\n"
         f"**{killed} of {len(results)} caught** on {time.strftime('%Y-%m-%d')}, in "
         f"{seconds / 60:.0f} minutes; {len(traps)} numbered ways in which DP breaks silently, and "
         "more. The untouched code passes the same tests.\n\n"
