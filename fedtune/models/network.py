@@ -38,8 +38,8 @@ from fedtune.models.states import State
 from fedtune.objectives import find
 
 HEAD = "head.safetensors"
-# No entry of an adapter, a head or a frozen factor is larger. Trained ones stay below 100; what is
-# far larger turns the last digit of a product into another answer.
+# No entry of an adapter, a head or a frozen factor is larger: what is turns the last digit of a
+# product into another answer.
 LARGEST = 1e3
 
 
