@@ -25,9 +25,10 @@ MUTANTS = (
     ),
     one(
         "costs", "steps-are-counted-past-the-policy", "client/policy.py",
-        "site.site.declared_size, site.policy.max_steps)", "site.site.declared_size)",
+        "site.site.declared_size, site.policy.max_steps)",
+        "site.site.declared_size, 10 * site.policy.max_steps)",
         T_COSTS + "test_a_study_without_end_counts_no_more_steps_than_the_policy_has",
-        "a lifetime's steps are counted up to 10⁸",
+        "a lifetime's steps are counted as far as they go",
     ),
     one(
         "costs", "the-quick-figure-forgets-the-spread", "fedtune/dp/accountant.py",
