@@ -58,9 +58,17 @@ def _bpe(special: list[str], size: int) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("bases") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bert(tmp_path_factory.mktemp("bases") / "tiny-bert")
+
+
+def tiny_llama(folder: Path) -> Path:
     """A random Llama (4 layers, hidden 32, 300 tokens) with pad, end and start tokens and a chat
     template; always the same weights."""
-    folder = tmp_path_factory.mktemp("bases") / "tiny-llama"
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_bpe(["<|pad|>", "<|start|>", "<|end|>"], 300),
         pad_token="<|pad|>",
@@ -89,10 +97,8 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bert(folder: Path) -> Path:
     """A random Bert (2 layers, hidden 32, 300 tokens); always the same weights."""
-    folder = tmp_path_factory.mktemp("bases") / "tiny-bert"
     inner = _bpe(["[PAD]", "[UNK]", "[CLS]", "[SEP]"], 300)
     inner.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",

@@ -1,0 +1,321 @@
+"""Hostile and ordinary records of a ward, and what a site may live through with them, drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hypothesis import strategies as st
+
+from tests.guarantee.property_world import CLASSIFIES, COLUMNS, Case, Op, Place, Plan, Row
+
+WHAT: dict[str, dict[str, Any]] = {
+    "text": {},
+    "text, all blocks": {"lora": "whole"},
+    "text, fewer ranks": {"lora": "narrow"},
+    "text, 64 positions": {"base": "opt", "lora": "whole"},
+    "text, 64 positions, last block": {"base": "opt"},
+    "classify, head": {"objective": "classify", "base": "bert", "lora": "none"},
+    "classify, encoder": {"objective": "classify", "base": "bert", "lora": "whole"},
+    "dpo": {"objective": "dpo"},
+    "orpo": {"objective": "orpo"},
+    "kto": {"objective": "kto"},
+    "reward, head": {"objective": "reward", "lora": "none"},
+    "reward": {"objective": "reward"},
+    "distill": {"objective": "distill"},
+    "distill, labels": {"objective": "distill", "teacher": CLASSIFIES},
+    "image": {"base": "llava"},
+    "audio": {"base": "whisper", "lora": "whole"},
+}
+DRAWN: dict[str, dict[str, Any]] = {
+    "record": {"unit": "record"},
+    "record, q": {"unit": "record", "q": 0.5},
+    "patient": {},
+    "patient, q": {"q": 0.5},
+    "records of patients": {"drawn": "record"},
+    "records of patients, q": {"drawn": "record", "q": 0.5},
+}
+AXES: dict[str, list[Any]] = {
+    "what": list(WHAT),
+    "drawn": list(DRAWN),
+    "kind": ["jsonl", "csv", "parquet", "folder-jsonl", "folder-csv", "folder-parquet"],
+    "story": ["rounds", "studies", "continuous", "queries", "two sets", "units change"],
+    "length": [
+        *((48, "reject"), (16, "truncate"), (64, "reject"), (64, "truncate")),
+        (8192, "reject"),  # which a base of 64 positions is not asked to read
+    ],
+    "template": [None, "Question: {text}", "0" * 40 + "{text}"],
+    "engine": ["auto", "opacus"],
+    "steps": [1, 2],
+    "cap": [1, 2, 3],
+    "mode": ["flat", "normalised"],
+    "rank": [None, 1],
+}
+Axes = dict[str, Any]
+ADAPTERS = (0, 1)  # of property_world.crafted
+
+
+def possible(axes: Axes) -> bool:
+    record = axes.get("drawn", "").startswith("record,") or axes.get("drawn") == "record"
+    if record and axes.get("story") == "continuous":
+        return False
+    if axes.get("what") == "audio" and axes.get("template"):
+        return False
+    return not (axes.get("what") != "text, fewer ranks" and axes.get("rank"))
+
+
+# ------------------------------------------------------------------------------------- records
+
+BOILERPLATE = (
+    "No acute findings.",
+    "No acute findings. Discharged home with paracetamol and a follow-up in two weeks.",
+    "Seen in the clinic.\nBlood pressure 120 over 80.",
+    'Says "fine", height 5\'6", pain 8/10; no cough.',
+)
+OWNERS = "abcdef"
+LONG = (*("cough and fever " * n for n in (3, 5, 8, 30)), "x" * 3000)
+HOSTILE: dict[str, list[dict[str, Any]]] = {
+    "long": [{key: text} for text in LONG for key in "qqb"],
+    "nothing": [
+        {key: nothing} for nothing in (None, "", "   ") for key in ("q", "a", "b", "l", "who")
+    ],
+    "another type": [
+        {"a": 7},
+        {"q": ["a list"]},
+        {"q": float("nan")},
+        {"l": "perhaps"},
+    ],
+    "characters": [{"q": "nul \0 inside"}, {"q": "\ud800"}, {"a": "maybe"}],
+    "media": [
+        {"file": None},
+        {"file": "none.png"},
+        {"file": "../../state/ledger.db"},
+        {"file": ("raw", b"neither image nor sound")},
+        {"file": ("image", 3, (1, 700))},
+        {"file": ("image", 4, (900, 1))},
+        {"file": ("image", 39_000_000, 1, "L")},
+        {"file": ("audio", 6, 2.5)},
+        {"file": ("audio", 7, 0.001)},
+    ],
+}
+LINES = ("not JSON", "[]", "{", "null", '{"who": "b"}', '{"q": NaN, "a": "y", "who": "c"}', "")
+MISSING = ("a", "q", "b", "who", "l", "file")
+PLAIN = ("own", "own", "shared", "shared", "shared", "label")
+
+
+@st.composite
+def body(draw: st.DrawFn, owner: str, number: int, media: str | None, how: str) -> Any:
+    """One row: ordinary (`how` in PLAIN), or as a hostile patient could have it."""
+    shared = how != "own"
+    q = (
+        draw(st.sampled_from(BOILERPLATE[:1] * 3 + BOILERPLATE))
+        if shared
+        else f"fever, day {number} of {owner}"
+    )
+    key = draw(st.sampled_from((owner, owner, f" {owner} ")))  # the same patient
+    found: dict[str, Any] = {"who": key, "q": q, "a": "n" if how == "label" else "y"}
+    found |= {"b": "ny"[found["a"] == "n"], "l": 1}
+    if media:
+        found["file"] = (media, draw(st.integers(0, 3)))
+    if how in HOSTILE:
+        return found | draw(st.sampled_from(HOSTILE[how]))
+    if how == "missing":
+        gone = draw(st.sampled_from(MISSING))
+        return {key: value for key, value in found.items() if key != gone}
+    return draw(st.sampled_from(LINES)) if how == "line" else found
+
+
+@st.composite
+def rows(draw: st.DrawFn, media: str | None, owners: str, unit: str) -> list[Row]:
+    """Of each owner some records, in one or several versions of the file, mixed. What is hostile is
+    the unit's more often than anybody's."""
+    strange = [how for how in HOSTILE if media or how != "media"] + ["missing", "line"]
+    theme = draw(st.sampled_from(("shared", "shared", *strange)))  # of the unit's records
+    found: list[Row] = []
+    for owner in owners:
+        usual = st.sampled_from(PLAIN)
+        hows = st.one_of(usual, st.just(theme), st.just(theme)) if owner == unit else usual
+        if draw(st.integers(0, 19)) == 19:
+            hows = st.sampled_from(strange)
+        first = draw(st.sampled_from((0, 0, 0, 1, 2)))
+        for number in range(draw(st.integers(1, 3))):
+            line = draw(body(owner, number, media, draw(hows)))
+            since = draw(st.sampled_from((first, first, 1, 2)))
+            until = draw(st.sampled_from((99, 99, 99, since + 1)))
+            found.append(Row(owner, line, since, until))
+    return draw(st.permutations(found)) if draw(st.booleans()) else found
+
+
+@dataclass(frozen=True)
+class _Story:
+    plans: tuple[Plan, ...]
+    places: tuple[Place, ...]
+    files: dict[str, tuple[Row, ...]]
+    ops: tuple[Op, ...]
+
+
+@st.composite
+def cases(draw: st.DrawFn, **fixed: Any) -> Case:
+    """A case of these axes, the others drawn."""
+    some = {name: [fixed[name]] if name in fixed else values for name, values in AXES.items()}
+    drawn = st.fixed_dictionaries({name: st.sampled_from(values) for name, values in some.items()})
+    axes = draw(drawn.filter(possible))
+    what, media = axes["what"], {"image": "image", "audio": "audio"}.get(axes["what"])
+    length, overflow = axes["length"]
+    plan = Plan(
+        **WHAT[what],
+        **DRAWN[axes["drawn"]],
+        engine=axes["engine"],
+        steps=axes["steps"],
+        cap=axes["cap"],
+        mode=axes["mode"],
+        max_length=length,
+        overflow=overflow,
+        template=axes["template"],
+    )
+    columns = COLUMNS[media or ("classify" if plan.labelled else plan.objective)]
+    place = Place(columns=columns, rank=axes["rank"], patient=plan.unit == "patient")
+    unit = draw(st.sampled_from(OWNERS[:4]))
+    story = draw(STORIES[axes["story"]](plan, place, media, unit))
+    files = story.files
+    if all(each.unit == "record" for each in story.plans):  # a unit is a row
+        files = {
+            data: tuple(replace(row, owner=f"{data[0]}{n}") for n, row in enumerate(every))
+            for data, every in files.items()
+        }
+    mine = [
+        files[data][n].owner
+        for data, every in story.files.items()
+        for n, row in enumerate(every)
+        if row.owner == unit
+    ]
+    return Case(
+        plans=story.plans,
+        files=files,
+        ops=story.ops,
+        unit=draw(st.sampled_from(mine)) if mine else unit,
+        places=story.places,
+        kinds=dict.fromkeys(files, axes["kind"]),
+    )
+
+
+Told = st.SearchStrategy[_Story]
+
+
+@st.composite
+def living(draw: st.DrawFn, plan: int, rounds: int, versions: bool = True) -> list[Op]:
+    """Some rounds of a study, with what happens between them."""
+    ops: list[Op] = [("prepare", plan)]
+    round_, version = 1, 0
+    for _ in range(draw(st.integers(2, 5))):
+        step = draw(
+            st.sampled_from(("train", "train", "train", "again", "files", "withdraw", "restart"))
+        )
+        if step == "train" and round_ <= rounds:
+            ops.append(("train", plan, round_, draw(st.sampled_from(ADAPTERS))))
+            round_ += 1
+        elif step == "again" and round_ > 1:
+            ops.append(("train", plan, round_ - 1, draw(st.sampled_from(ADAPTERS))))
+        elif step == "files" and versions and version < 2:
+            version += 1
+            ops.append(("files", version))
+        elif step == "withdraw":
+            ops.append(("withdraw", draw(st.sampled_from([*OWNERS, "7", "0", "1"]))))
+        elif step == "restart":
+            ops += [("restart",), ("prepare", plan)]
+    if round_ <= rounds:
+        ops.append(("train", plan, round_, 1))
+    return ops
+
+
+@st.composite
+def _rounds(draw: st.DrawFn, plan: Plan, place: Place, media: str | None, unit: str) -> _Story:
+    files = {"records": tuple(draw(rows(media, OWNERS, unit)))}
+    return _Story((plan,), (place,), files, tuple(draw(living(0, plan.rounds))))
+
+
+@st.composite
+def _studies(draw: st.DrawFn, plan: Plan, place: Place, media: str | None, unit: str) -> _Story:
+    """A second study on the same, grown, file, with another cap."""
+    second = replace(plan, name="two", cap=draw(st.sampled_from((1, 2))))
+    files = {"records": tuple(draw(rows(media, OWNERS, unit)))}
+    ops = [*draw(living(0, plan.rounds)), ("files", 2), ("restart",)]
+    ops += draw(living(1, plan.rounds, versions=False))
+    return _Story((plan, second), (place,), files, tuple(ops))
+
+
+@st.composite
+def _continuous(draw: st.DrawFn, plan: Plan, place: Place, media: str | None, unit: str) -> _Story:
+    """A life of two rounds, and rounds beyond it; who comes later has notes of who came first."""
+    plan = replace(plan, life=2.2, sigma=2.5 * (plan.cap if plan.drawn == "record" else 1), steps=1)
+    files = {"records": tuple(draw(rows(media, OWNERS, unit)))}
+    ops: list[Op] = [("prepare", 0)]
+    for version in range(3):
+        first = 1 + 3 * version
+        many = draw(st.integers(1, 3))
+        ops += [("files", version)]
+        ops += [("train", 0, round_, 1) for round_ in range(first, first + many)]
+        if draw(st.integers(0, 3)) == 0:
+            ops.append(("withdraw", draw(st.sampled_from(OWNERS))))
+    return _Story((plan,), (replace(place, policy="max_epsilon = 2.6"),), files, tuple(ops))
+
+
+@st.composite
+def _queries(draw: st.DrawFn, plan: Plan, place: Place, media: str | None, unit: str) -> _Story:
+    """Held-out records are asked about too, whose patients may be those of the training file."""
+    plan = replace(plan, queries=True)
+    place = replace(place, held_out="held", held_apart=draw(st.booleans()))
+    files = {"records": tuple(draw(rows(media, OWNERS[:4], unit)))}
+    files["held"] = tuple(draw(rows(media, draw(st.sampled_from(("abc", "cdef", "efgh"))), unit)))
+    ops: list[Op] = []
+    for op in draw(living(0, plan.rounds)):
+        ops.append(op)
+        if op[0] == "train":
+            ops.append(("query", 0, op[2], op[3]))
+    return _Story((plan,), (place,), files, tuple(ops))
+
+
+@st.composite
+def _two_sets(draw: st.DrawFn, plan: Plan, place: Place, media: str | None, unit: str) -> _Story:
+    """Two datasets that were declared disjoint; texts or patients may be in both all the same."""
+    policy = f"max_epsilon = {draw(st.sampled_from((1.6, 3.0, 1e6)))}"
+    both = tuple(
+        replace(place, data=name, apart=(other,) if said else (), policy=policy)
+        for name, other, said in (
+            ("first", "second", draw(st.booleans())),
+            ("second", "first", True),
+        )
+    )
+    files = {"first": tuple(draw(rows(media, OWNERS[:4], unit)))}
+    files["second"] = tuple(draw(rows(media, draw(st.sampled_from(("ghi", "cghi"))), unit)))
+    ops = [*draw(living(0, plan.rounds)), ("files", 0), ("place", 1)]
+    ops += draw(living(1, plan.rounds))
+    return _Story((plan, replace(plan, name="two")), both, files, tuple(ops))
+
+
+@st.composite
+def _units_change(
+    draw: st.DrawFn, plan: Plan, place: Place, media: str | None, unit: str
+) -> _Story:
+    """Records are protected first and patients later, or the other way round."""
+    alone = replace(plan, unit="record", drawn="unit")
+    patient = replace(plan, unit="patient")
+    order = [(alone, False), (patient, True)]
+    if draw(st.booleans()):
+        order.reverse()
+    plans = tuple(replace(p, name=n) for (p, _), n in zip(order, ("one", "two"), strict=True))
+    places = tuple(replace(place, patient=named) for _, named in order)
+    files = {"records": tuple(draw(rows(media, OWNERS, unit)))}
+    ops = [*draw(living(0, plan.rounds)), ("files", 1), ("place", 1)]
+    ops += draw(living(1, plan.rounds, versions=False))
+    return _Story(plans, places, files, tuple(ops))
+
+
+STORIES = {
+    "rounds": _rounds,
+    "studies": _studies,
+    "continuous": _continuous,
+    "queries": _queries,
+    "two sets": _two_sets,
+    "units change": _units_change,
+}

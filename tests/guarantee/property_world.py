@@ -1,0 +1,682 @@
+"""One site's shipped worker in two worlds, with and without one unit.
+
+Both worlds get the same messages, as bytes, and their files change alike. Noise and coins are
+coupled, the only parts that are replaced: a row's coin hangs on its own name, and a step's noise
+takes the sum of either world to one common point. So everything after the noise must be the same
+to the last bit, and what was summed before it is seen as it was.
+
+| on the wire                                  | equal: statuses, reasons, counts, arrays, sizes   |
+| what the ledger charges                      | equal                                             |
+| the exact sum, where the unit is charged     | differs by at most C (k C where records are drawn)|
+| where it is not there, has withdrawn, or has | differs by nothing                                |
+| no budget left                               |                                                   |
+| all that a patient moved (q = 1)             | its true ε is at most what the ledger says        |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from PIL import Image
+
+from client.ranks import team
+from client.site import worker
+from fedtune.audit.bounds import gaussian_epsilon
+from fedtune.config import Study
+from fedtune.data.records import unit_member
+from fedtune.dp import noise, sampling
+from fedtune.dp.ceiling import total_epsilon
+from fedtune.dp.ledger import Ledger
+from fedtune.dp.plan import DpPlan
+from fedtune.dp.selftest import MemoryLog
+from fedtune.flower.arrays import bodies, to_record
+from fedtune.models.network import build
+from fedtune.models.start import Start, start
+from fedtune.wire.codec import encode
+from fedtune.wire.keys import SigningKey
+from fedtune.wire.seal import order
+from server.admission import plan_message
+from tests.conftest import tiny_bert, tiny_llama
+from tests.guarantee.world import Recorder
+from tests.media import image, llava, recording, whisper
+
+SHM = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # no disk waits for each reservation
+COORDINATOR = SigningKey()
+SIZE = 12  # declared
+ELSEWHERE = ("key", "signature")  # of the site's own key, and other ones in either world
+WOBBLE = 1e-6  # of C: room for a last bit of another row's fp32
+Ids = Mapping[str, Path]  # bases by name
+CLASSIFIES = "classifier"  # among them: a run that learnt the labels
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a file, there from version `since` to before `until`. body: its columns, a line as
+    it stands (JSONL), or a list of cells (CSV). A value (kind, seed, shape …) is a media file."""
+
+    owner: str
+    body: Any
+    since: int = 0
+    until: int = 99
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study, by what matters to who is summed."""
+
+    name: str = "one"
+    objective: str = "causal_lm"
+    base: str = "llama"
+    unit: str = "patient"
+    drawn: str = "unit"
+    q: float = 1.0
+    cap: int = 2
+    steps: int = 1
+    rounds: int = 3
+    sigma: float = 4.0
+    engine: str = "auto"
+    lora: str = "cut"  # cut, whole, narrow (by site) or none: a head alone
+    mode: str = "flat"
+    overflow: str = "reject"
+    max_length: int = 48
+    template: str | None = None
+    life: float | None = None  # ε of a study without a last round
+    queries: bool = False
+    clip: float = 0.5
+    rate: float = 0.1
+    asked: float = 4.0  # σ of a query
+    teacher: str | None = None  # of distill: a base, or a run that classifies
+
+    @property
+    def labelled(self) -> bool:
+        return self.teacher == CLASSIFIES
+
+    def study(self, bases: Ids) -> Study:
+        privacy: dict[str, Any] = {"delta": 1e-4, "unit": self.unit, "noise_multiplier": self.sigma}
+        privacy |= {"sampling": self.drawn, "max_records_per_unit": self.cap}
+        training: dict[str, Any] = {"sampling_rate": self.q, "learning_rate": self.rate}
+        training |= {"local_steps": self.steps, "engine": self.engine}
+        objective: dict[str, Any] = {"name": self.objective, "max_length": self.max_length}
+        objective |= {"template": self.template, "overflow": self.overflow}
+        if self.objective == "distill":
+            teacher = str(bases[self.teacher or self.base])
+            objective["options"] = {"teacher": teacher, "digest": digest_of(teacher)}
+        if self.objective == "classify" or self.labelled:
+            objective["labels"] = ["y", "n"]
+        body: dict[str, Any] = {
+            "study": {"name": self.name},
+            "base": {"model": str(bases[self.base]), "dtype": "float32"},
+            "objective": objective,
+            "training": training,
+            "clipping": {"max_grad_norm": self.clip, "mode": self.mode},
+            "privacy": privacy,
+            "wire": {"adapter": "float32"},
+        }
+        if self.lora != "none":
+            modules = ["query", "value"] if self.base == "bert" else ["q_proj", "v_proj"]
+            modules = ["q_proj", "projector"] if self.base == "llava" else modules
+            body["lora"] = {"rank": 2, "alpha": 4.0, "modules": modules}
+            if self.lora == "cut":
+                body["lora"]["last_layers"] = 1
+            if self.lora == "narrow":
+                body["lora"]["min_rank"] = 1
+        if self.life is not None:
+            privacy["epsilon"] = self.life
+            body["schedule"] = {"every": "1h"}
+            columns = {"prompt": "q", "completion": "a"}
+            body["evaluation"] = {"path": "public.jsonl", "columns": columns}
+        else:
+            training["rounds"] = self.rounds
+        if self.queries:
+            body["private_evaluation"] = {"noise_multiplier": self.asked, "every": 1}
+        return Study.model_validate(body, strict=False)
+
+
+@lru_cache
+def digest_of(base: str) -> str:
+    from fedtune.models.whole import load
+
+    return load(base).digest
+
+
+@lru_cache
+def begun(plan: Plan, bases: tuple[tuple[str, Path], ...]) -> Start:
+    """As an honest coordinator begins, but for a length that it would not ask for."""
+    made = start(replace(plan, max_length=min(plan.max_length, 48)).study(dict(bases)))
+    objective = made.study.objective.model_copy(update={"max_length": plan.max_length})
+    return replace(made, study=made.study.model_copy(update={"objective": objective}))
+
+
+COLUMNS = {
+    "causal_lm": 'prompt = "q", completion = "a"',
+    "distill": 'prompt = "q", completion = "a"',
+    "classify": 'text = "q", label = "a"',
+    "kto": 'prompt = "q", completion = "a", label = "l"',
+    "dpo": 'prompt = "q", chosen = "a", rejected = "b"',
+    "orpo": 'prompt = "q", chosen = "a", rejected = "b"',
+    "reward": 'prompt = "q", chosen = "a", rejected = "b"',
+    "image": 'image = "file", completion = "a", prompt = "q"',
+    "audio": 'audio = "file", text = "a"',
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A site file: which files it reads, under which names. All places share name and ledger."""
+
+    columns: str = COLUMNS["causal_lm"]
+    data: str = "records"
+    patient: bool = True
+    apart: tuple[str, ...] = ()
+    held_out: str | None = None  # the file of [evaluation]
+    held_apart: bool = False
+    rank: int | None = None
+    policy: str = ""
+
+    def toml(self, kinds: Mapping[str, str], teachers: list[str]) -> str:
+        columns = self.columns + (', patient = "who"' if self.patient else "")
+        lines = ["[site]", 'name = "a"', f"declared_size = {SIZE}", 'state = "state"']
+        lines += [f"lora_rank = {self.rank}"] if self.rank else []
+        lines += ["[data]", f'name = "{self.data}"', f'path = "{path_of(self.data, kinds)}"']
+        lines += [f"columns = {{ {columns} }}", f"disjoint_from = {json.dumps(self.apart)}"]
+        if self.held_out:
+            lines += ["[evaluation]", f'name = "{self.held_out}"', f"columns = {{ {columns} }}"]
+            lines += [f'path = "{path_of(self.held_out, kinds)}"']
+            lines += [f'disjoint_from = ["{self.data}"]'] if self.held_apart else []
+        lines += ["[policy]", 'bases = "any"', "max_delta = 1e-4", "min_noise_multiplier = 0.0"]
+        lines += ['release = ["evaluation"]', self.policy or WIDE]
+        lines += [f"teachers = {json.dumps(teachers)}"]
+        return "\n".join(lines) + "\n"
+
+
+WIDE = "max_epsilon = 1e6\nmax_epsilon_per_study = 1e6\nmax_steps = 10000000"
+
+
+def path_of(data: str, kinds: Mapping[str, str]) -> str:
+    kind = kinds.get(data, "jsonl")
+    return f"{data}/rows" if kind.startswith("folder") else f"{data}/rows.{kind}"
+
+
+Op = tuple[Any, ...]
+"""("prepare", plan) ("train", plan, round, adapter) ("query", plan, round) ("files", version)
+("withdraw", key) ("restart",) ("place", number); plan: its number in the case; adapter: a number"""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Crafted:
+    """An adapter made for one case."""
+
+    arrays: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What both worlds live through. files: rows by dataset; kinds: jsonl, csv, parquet or one of
+    them in a folder of a file for each owner; unit: whom one of the worlds lacks."""
+
+    plans: tuple[Plan, ...]
+    files: Mapping[str, tuple[Row, ...]]
+    ops: tuple[Op, ...]
+    unit: str
+    places: tuple[Place, ...] = (Place(),)
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    processes: int = 1
+
+    def here(self, version: int) -> bool:
+        """Whether the unit has a row in any file of that version."""
+        every = (row for rows in self.files.values() for row in rows)
+        return any(r.owner == self.unit and r.since <= version < r.until for r in every)
+
+    @property
+    def rows(self) -> int:
+        """The most rows that the unit has at a time."""
+        mine = [r for rows in self.files.values() for r in rows if r.owner == self.unit]
+        return max((sum(o.since <= r.since < o.until for o in mine) for r in mine), default=0)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Sum:
+    """What one step added up before its noise, in multiples of `grid`."""
+
+    plan: DpPlan
+    round: int
+    total: torch.Tensor
+    std: float  # of the noise, in gradient units
+
+
+@dataclass(frozen=True, repr=False)
+class Seen:
+    """One operation: what left the site, what was charged so far, and the exact sums."""
+
+    op: Op
+    said: dict[str, Any]
+    charged: dict[str, list[dict[str, Any]]]
+    sums: list[Sum]
+    unit_pays: bool
+
+
+# ------------------------------------------------------------------------------ coins and noise
+
+
+class Coupling:
+    """Stands in for coins and noise of the site's own steps, never of the self-test's."""
+
+    def __init__(self) -> None:
+        self.sums: list[Sum] = []
+        self._names: list[bytes] | None = None
+        self._summed: tuple[DpPlan, int, torch.Tensor] | None = None
+
+    def of(self, plan: DpPlan, round_: int, name: bytes) -> np.random.Generator:
+        """The same for one name in both worlds, and for others another."""
+        key = f"{plan.study} {round_} {len(self.sums)} ".encode() + name
+        return np.random.default_rng(list(hashlib.sha256(key).digest()))
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        honest_step, honest_add = DpPlan.step, DpPlan._add_noise
+        honest_coins, honest_noise = sampling.poisson, noise.gaussian_on_grid
+
+        def step(plan: DpPlan, n: int, d: int, rows: Any, log: Any, round_: int, *team: Any) -> Any:
+            if not isinstance(log, MemoryLog):
+                self._names, self._plan = names(plan, rows, n), (plan, round_)
+            try:
+                return honest_step(plan, n, d, rows, log, round_, *team)
+            finally:
+                self._names = None
+
+        def poisson(n: int, q: float) -> list[int]:
+            if self._names is None or q == 1.0:
+                return honest_coins(n, q)
+            coins = (self.of(*self._plan, name).random() for name in self._names)
+            return [row for row, coin in enumerate(coins) if coin < q]
+
+        def add(plan: DpPlan, total: torch.Tensor, log: Any, round_: int) -> torch.Tensor:
+            if not isinstance(log, MemoryLog):
+                self._summed = plan, round_, total.clone()
+            return honest_add(plan, total, log, round_)
+
+        def gaussian(d: int, std: float, grid: float) -> torch.Tensor:
+            if self._summed is None:
+                return honest_noise(d, std, grid)
+            (plan, round_, total), self._summed = self._summed, None
+            draw = self.of(plan, round_, b"noise").normal(size=d) * (std / grid)
+            self.sums.append(Sum(plan, round_, total, std))
+            return torch.from_numpy(np.rint(draw).astype(np.int64)) - total
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(DpPlan, "step", step)
+            patch.setattr(DpPlan, "_add_noise", add)
+            patch.setattr(sampling, "poisson", poisson)
+            patch.setattr(noise, "gaussian_on_grid", gaussian)
+            yield
+
+
+def names(plan: DpPlan, engine: Any, n: int) -> list[bytes]:
+    """Each row by its unit's key and, where it is a record, what the record says; of equal ones
+    the first, the second and so on."""
+    if not hasattr(engine, "data"):  # a query, in which all take part
+        return [b"" for _ in range(n)]
+    dataset, found = engine.data.dataset, []
+    several: Counter[bytes] = Counter()
+    for members in engine._members:
+        examples = [dataset.examples[i] for i in members]
+        parts = [dataset.keys[examples[0].unit]] if plan.unit == "patient" else []
+        if plan.unit == "record" or plan.records > 1:
+            for e in examples:
+                ids = [p.input_ids.tobytes() + p.target_ids.tobytes() for p in e.passages]
+                parts += [*ids, str(e.label).encode(), e.media.digest if e.media else b""]
+        name = hashlib.sha256(b"\0".join(parts)).digest()
+        several[name] += 1
+        found.append(name + str(several[name]).encode())
+    return found
+
+
+# ------------------------------------------------------------------------------------ one world
+
+
+class World:
+    """The site in a folder of its own; `without`: the unit whose rows no file has."""
+
+    def __init__(self, folder: Path, case: Case, bases: Ids, without: str | None) -> None:
+        self.folder, self.case, self.without = folder, case, without
+        self.coupling = Coupling()
+        self.version, self.place = 0, 0
+        self.begun = [begun(plan, tuple(sorted(bases.items()))) for plan in case.plans]
+        options = [made.study.objective.options for made in self.begun]
+        teachers = [str(o["digest"]) for o in options if "digest" in o]
+        for number, place in enumerate(case.places):
+            (folder / f"site-{number}.toml").write_text(place.toml(case.kinds, teachers))
+        self._write()
+        worker.cache_clear()
+
+    @property
+    def ledger(self) -> Ledger:
+        return Ledger(self.folder / "state")
+
+    def live(self) -> list[Seen]:
+        with self.coupling.at_work(), contextlib.ExitStack() as stack:
+            if self.case.processes > 1:
+                stack.enter_context(team(self.folder / "site-0.toml", self.case.processes))
+            return [self._do(op) for op in self.case.ops]
+
+    def _do(self, op: Op) -> Seen:
+        self.coupling.sums = []
+        said: dict[str, Any] = {}
+        kind, *rest = op
+        if kind == "files":
+            self.version = rest[0]
+            self._write()
+        elif kind == "withdraw":
+            self.ledger.withdraw(unit_member(rest[0]))
+        elif kind == "restart":
+            worker.cache_clear()
+        elif kind == "place":
+            self.place = rest[0]
+            worker.cache_clear()
+        else:
+            reply, size = self.ask(kind, *rest)
+            said = facts(reply) | {"bytes": size}
+        ledger = self.ledger
+        charged = {
+            name: [asdict(charge) for charge in ledger.charges(name)] for name in ledger.datasets
+        }
+        return Seen(op, said, charged, self.coupling.sums, self._pays(ledger))
+
+    def ask(
+        self, kind: str, plan: int, round_: int = 1, adapter: int | Crafted = 0
+    ) -> tuple[Message, int]:
+        """The site's reply to a coordinator's message, and its bytes as Flower sends it."""
+        made = self.begun[plan]
+        if kind == "prepare":
+            content, name = plan_message(made.study, made.frozen, COORDINATOR), "query.prepare"
+        else:
+            digest = made.study.digest + (":evaluation" if kind == "query" else "")
+            arrays = crafted(made, adapter)
+            content = RecordDict(
+                {
+                    "order": ConfigRecord(order(COORDINATOR, digest, round_, "0" * 32, "")),
+                    "adapter": to_record(encode(arrays, made.study.wire.adapter)),
+                }
+            )
+            name = "train" if kind == "train" else "query.evaluate"
+        grid = Recorder([self.folder / f"site-{self.place}.toml"])
+        (node,) = grid.get_node_ids()
+        (reply,) = grid.send_and_receive([grid.create_message(content, name, node, "1")])
+        return reply, len(grid.sent[1])
+
+    def _pays(self, ledger: Ledger) -> bool:
+        """Whether the newest round, whatever it was of, is one that the unit is charged for."""
+        case, unit = self.case, unit_member(self.case.unit)
+        if not case.here(self.version) or ledger.hashed(unit) in ledger.withdrawn():
+            return False
+        data = case.places[self.place].data
+        spent = ledger.spending(data)
+        if not spent or data not in ledger.datasets or not any(p.life for p in case.plans):
+            return True
+        mine = {c.arrival: c for c in ledger.cohorts(data)}.get(ledger.arrival(data)(unit))
+        return mine is not None and spent[-1].seq in {s.seq for s in mine.spent}
+
+    # ------------------------------------------------------------------------------- its files
+
+    def _write(self) -> None:
+        for data, rows in self.case.files.items():
+            kept = [
+                row
+                for row in rows
+                if row.since <= self.version < row.until and row.owner != self.without
+            ]
+            path = self.folder / path_of(data, self.case.kinds)
+            kind = self.case.kinds.get(data, "jsonl")
+            if not kind.startswith("folder"):
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(WRITERS[kind](self._made(path.parent, kept), True))
+                continue
+            path.mkdir(parents=True, exist_ok=True)
+            for old in path.glob("*.*"):
+                old.unlink()
+            suffix = kind.removeprefix("folder-")
+            for owner in dict.fromkeys(row.owner for row in kept):
+                mine = [row for row in kept if row.owner == owner]
+                body = WRITERS[suffix](self._made(path, mine), False)
+                (path / f"{owner}.{suffix}").write_bytes(body)
+
+    def _made(self, folder: Path, rows: list[Row]) -> list[Any]:
+        found = []
+        for row in rows:
+            body = row.body
+            if isinstance(body, dict) and isinstance(body.get("file"), tuple):
+                kind, *rest = body["file"]
+                name = hashlib.sha256(repr(body["file"]).encode()).hexdigest()[:16]
+                made = folder / f"{name}.{'png' if kind == 'image' else 'wav'}"
+                if kind == "raw":
+                    made.write_bytes(rest[0])
+                elif kind == "image" and len(rest) == 3:  # of one colour, so that it is soon made
+                    Image.new("L", rest[:2]).save(made)
+                elif kind == "image":
+                    image(made, *rest)
+                else:
+                    recording(made, *rest)
+                body = body | {"file": made.name}
+            found.append(body)
+        return found
+
+
+def _jsonl(rows: Sequence[Any], _: bool) -> bytes:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    return "".join(line + "\n" for line in lines).encode()
+
+
+def _columns(rows: Sequence[Any], shared: bool) -> list[str]:
+    """Those of a file that several share, whatever is in it; of a file of one's own, one's own."""
+    return list(
+        EVERY if shared else dict.fromkeys(k for row in rows if isinstance(row, dict) for k in row)
+    )
+
+
+def _csv(rows: Sequence[Any], shared: bool) -> bytes:
+    """Quoted as it should be, line breaks inside cells too; what is no row is one cell."""
+    keys = _columns(rows, shared)
+    writer = csv.writer(out := io.StringIO())
+    writer.writerow(keys)
+    for row in rows:
+        writer.writerow([row.get(key) for key in keys] if isinstance(row, dict) else [row])
+    return out.getvalue().encode("utf-8", "replace")
+
+
+def _parquet(rows: Sequence[Any], shared: bool) -> bytes:
+    """Every column as text; what is no row is left out."""
+    keys = _columns(rows, shared)
+    good = [row for row in rows if isinstance(row, dict)]
+    table = pa.table({k: pa.array([_cell(row.get(k)) for row in good], pa.string()) for k in keys})
+    pq.write_table(table, out := io.BytesIO())
+    return out.getvalue()
+
+
+def _cell(value: Any) -> str | None:
+    if value is None:
+        return None
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text.encode("utf-8", "replace").decode()
+
+
+EVERY = ("who", "q", "a", "b", "l", "file")
+WRITERS = {"jsonl": _jsonl, "csv": _csv, "parquet": _parquet}
+
+
+def positions(folder: Path, kind: str, tokenizer: Path, width: int = 32) -> Path:
+    """A random base of two blocks that learnt 64 positions and has no 65th."""
+    from transformers import AutoTokenizer, BertConfig, BertModel, OPTConfig, OPTForCausalLM
+
+    words = AutoTokenizer.from_pretrained(tokenizer)
+    size = {"vocab_size": len(words), "hidden_size": width, "num_hidden_layers": 2}
+    size |= {"num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if kind == "bert":
+            made: Any = BertModel(BertConfig(**size, intermediate_size=64))
+        else:
+            more = {
+                "ffn_dim": 64,
+                "word_embed_proj_dim": width,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+            }
+            made = OPTForCausalLM(OPTConfig(**size, **more))
+        made.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def classifier(folder: Path, base: Path, max_length: int = 16) -> Path:
+    """A run that classifies, of texts of at most so many tokens."""
+    made = start(
+        Plan("taught", objective="classify", max_length=max_length).study({"llama": base})
+    ).study
+    build(made).save(folder / "adapter")
+    (folder / "plan.json").write_text(made.model_dump_json())
+    return folder
+
+
+def made_bases(folder: Path) -> dict[str, Path]:
+    """All tiny bases, new in `folder`."""
+    llama, encoder = tiny_llama(folder / "llama"), tiny_bert(folder / "encoder")
+    return bases_of(folder, llama, encoder)
+
+
+def bases_of(folder: Path, llama: Path, encoder: Path) -> dict[str, Path]:
+    return {
+        "llama": llama,
+        "bert": positions(folder / "bert", "bert", encoder),
+        "wide": positions(folder / "wide", "bert", encoder, 128),
+        "opt": positions(folder / "opt", "opt", llama),
+        "llava": llava(folder / "llava"),
+        "whisper": whisper(folder / "whisper"),
+        CLASSIFIES: classifier(folder / "classifier", llama),
+    }
+
+
+def crafted(made: Start, adapter: int | Crafted) -> dict[str, np.ndarray]:
+    """What a coordinator may send: the study's start, something trained, something hostile."""
+    if isinstance(adapter, Crafted):
+        return {n: np.array(adapter.arrays[n], np.float32) for n in made.adapter}
+    if adapter == 0:
+        return made.adapter
+    draw = np.random.default_rng(adapter)
+    scale = {1: 0.1, 2: 30.0}.get(adapter, 1e8)
+    return {
+        n: (draw.normal(size=a.shape) * scale).astype(np.float32) for n, a in made.adapter.items()
+    }
+
+
+def facts(reply: Message) -> dict[str, Any]:
+    """All that an observer of the wire sees, but for keys, signatures and the ledger's token."""
+    if reply.has_error():
+        return {"error": f"{reply.error.code} {reply.error.reason}"}
+    found: dict[str, Any] = {"type": reply.metadata.message_type}
+    for name, record in reply.content.items():
+        if isinstance(record, ArrayRecord):
+            for key, array in record.items():
+                found[f"{name}/{key}"] = f"{array.dtype} {tuple(array.shape)}"
+            found |= {f"{name}/{key} bytes": body for key, body in bodies(record).items()}
+        elif isinstance(record, ConfigRecord):
+            for key, value in record.items():
+                found[f"{name}.{key}"] = value if key not in ELSEWHERE else len(str(value))
+        else:
+            found[name] = type(record).__name__
+    if header := found.get("site.header"):
+        header = json.loads(header)
+        header["ledger"]["token"] = len(header["ledger"]["token"])
+        found["site.header"] = header
+    return found
+
+
+# ----------------------------------------------------------------------------- the two compared
+
+
+def check(case: Case, bases: Ids) -> list[tuple[list[Seen], list[Seen]]]:
+    """Live through `case` with and without its unit, and hold the guarantee to what is seen.
+
+    Errors: AssertionError."""
+    worlds = []
+    logging.disable(logging.ERROR)
+    try:
+        for without in (None, case.unit):
+            with tempfile.TemporaryDirectory(dir=SHM, prefix="fedtune-property-") as folder:
+                world = World(Path(folder), case, bases, without)
+                seen = world.live()
+                worlds.append((world, seen, claims(world.ledger)))
+    finally:
+        logging.disable(logging.NOTSET)
+        worker.cache_clear()
+    (_, with_it, claimed), (_, without_it, _) = worlds
+    moved = 0.0
+    for one, other in zip(with_it, without_it, strict=True):
+        same_on_the_wire(one, other)
+        assert one.charged == other.charged, f"{one.op}: the unit is seen in what is charged"
+        assert len(one.sums) == len(other.sums), f"{one.op}: another number of steps"
+        for a, b in zip(one.sums, other.sums, strict=True):
+            moved += compared(case, one, a, b) ** 2
+    if claimed:
+        true = gaussian_epsilon(math.sqrt(moved), 2e-4)
+        assert true <= max(claimed) * (1 + 1e-6), f"ε {true:.3g}, and the ledger says {claimed}"
+    return [(with_it, without_it)]
+
+
+def same_on_the_wire(one: Seen, other: Seen) -> None:
+    differ = {
+        key: tuple(str(seen.said.get(key, "nothing"))[:200] for seen in (one, other))
+        for key in {**one.said, **other.said}
+        if one.said.get(key) != other.said.get(key)
+    }
+    assert not differ, f"{one.op}: the unit is seen on the wire: {differ}"
+
+
+def compared(case: Case, seen: Seen, a: Sum, b: Sum) -> float:
+    """How far the sum moved, in standard deviations of its noise (0 where some are not drawn).
+    Errors: AssertionError where it moved too far."""
+    assert (a.plan, a.std, len(a.total)) == (b.plan, b.std, len(b.total)), "another mechanism"
+    plan, grid = a.plan, a.plan.grid
+    assert a.std >= plan.noise_multiplier * plan.max_grad_norm, "less noise than the plan says"
+    assert plan.divisor == b.plan.divisor
+    distance = float((a.total - b.total).double().norm()) * grid
+    rows = plan.records if plan.unit == "patient" else max(1, case.rows)
+    most = rows * (plan.max_grad_norm + math.sqrt(len(a.total)) * grid / 2)
+    if not seen.unit_pays:
+        most = 0.0
+    room = WOBBLE * plan.max_grad_norm
+    assert distance <= most + room, (
+        f"{seen.op}: the sum moved by {distance / plan.max_grad_norm:.3f} C, at most "
+        f"{most / plan.max_grad_norm:.3f} C"
+    )
+    return distance / a.std if plan.sampling_rate == 1.0 else 0.0
+
+
+def claims(ledger: Ledger) -> list[float]:
+    """What the ledger says of a patient of each dataset, at twice the policy's δ."""
+    found = []
+    for name in ledger.datasets:
+        charges = ledger.charges(name)
+        if any(charge.unit == "patient" for charge in charges):
+            events = [charge.event for charge in charges]
+            found.append(total_epsilon(events, charges[0].order, 1e-4).epsilon)
+    return found

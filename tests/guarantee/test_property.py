@@ -1,0 +1,169 @@
+"""The guarantee, held to the site's own worker: found cases, whatever is drawn, and what leaks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, Verbosity, given, settings
+
+import client.site
+from client.site import SiteWorker
+from fedtune.config import Study
+from fedtune.data.tokens import Dataset
+from fedtune.dp import selftest
+from fedtune.dp.plan import DpPlan
+from fedtune.models import network
+from tests.guarantee import property_pins as pins
+from tests.guarantee.property_cases import STORIES, cases
+from tests.guarantee.property_world import Case, bases_of, check
+
+EXAMPLES = 10  # of each story in the short form; FEDTUNE_PROPERTY_EXAMPLES in the long one
+PROFILE: dict[str, Any] = {
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": list(HealthCheck),
+}
+
+
+@pytest.fixture(scope="session")
+def bases(
+    tiny_base: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    return bases_of(tmp_path_factory.mktemp("property"), tiny_base, tiny_encoder)
+
+
+@pytest.mark.parametrize("name", pins.PINNED)
+def test_a_case_that_broke_the_guarantee_once(name: str, bases: dict[str, Path]) -> None:
+    check(pins.PINNED[name], bases)
+
+
+@pytest.mark.parametrize("largest", [network.LARGEST, float("inf")])
+def test_rows_that_are_computed_beside_others_do_not_know_them(
+    largest: float, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the bound on an adapter's values, and by the shapes alone."""
+    monkeypatch.setattr(network, "LARGEST", largest)
+    case = pins.teetering(bases, 1e10)
+    if case is None:
+        pytest.skip("on this machine no kernel of this size depends on the number of rows")
+    check(case, bases)
+
+
+@pytest.mark.parametrize("story", STORIES)
+def test_whatever_the_records_and_whoever_the_unit(
+    story: str, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selftest, "require", lambda *_: None)  # it sees no record; seconds a kind
+
+    @settings(max_examples=EXAMPLES, derandomize=True, phases=[Phase.generate], **PROFILE)
+    @given(cases(story=story))
+    def holds(case: Case) -> None:
+        check(case, bases)
+
+    holds()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("changes", [{}, {"q": 0.5, "steps": 2}, {"drawn": "record", "cap": 3}])
+def test_a_site_of_two_processes(changes: dict[str, Any], bases: dict[str, Path]) -> None:
+    """A file that grows, and somebody who withdraws."""
+    (plan,) = pins.GROWING.plans
+    check(replace(pins.GROWING, plans=(replace(plan, **changes),), processes=2), bases)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("story", STORIES)
+def test_at_length(story: str, bases: dict[str, Path]) -> None:
+    """Another draw each time; what fails is shown as small as it can be made."""
+    many = int(os.environ.get("FEDTUNE_PROPERTY_EXAMPLES", "400"))
+
+    @settings(max_examples=many, print_blob=True, verbosity=Verbosity.normal, **PROFILE)
+    @given(cases(story=story))
+    def holds(case: Case) -> None:
+        check(case, bases)
+
+    holds()
+
+
+# ------------------------------------------------------------------- twins: workers that leak
+
+
+def by_the_true_count(patch: pytest.MonkeyPatch) -> None:
+    """Divides by how many there are, not by how many were declared."""
+    honest = DpPlan.step
+
+    def step(plan: DpPlan, n: int, *rest: Any) -> torch.Tensor:
+        return honest(plan, n, *rest) * plan.divisor / n
+
+    patch.setattr(DpPlan, "step", step)
+
+
+def says_how_many(patch: pytest.MonkeyPatch) -> None:
+    """Names a count among what it ran."""
+    honest, seen = client.site._summary, list[int]()
+
+    def read(self: SiteWorker, study: Study, *rest: Any) -> Dataset:
+        dataset: Dataset = honest_read(self, study, *rest)
+        seen.append(dataset.n_units)
+        return dataset
+
+    honest_read = SiteWorker._read
+    patch.setattr(SiteWorker, "_read", read)
+    patch.setattr(client.site, "_summary", lambda s: [e | {"units": seen[-1]} for e in honest(s)])
+
+
+def drops_one_more(patch: pytest.MonkeyPatch) -> None:
+    """Where there are an odd number of units, the last one is left out."""
+    honest = SiteWorker._read
+
+    def read(self: SiteWorker, study: Study, *rest: Any) -> Dataset:
+        dataset: Dataset = honest(self, study, *rest)
+        last = dataset.keys[-1] if dataset.n_units % 2 else None
+        return dataset.without(lambda key: key == last)
+
+    patch.setattr(SiteWorker, "_read", read)
+
+
+def gives_up(patch: pytest.MonkeyPatch) -> None:
+    """Ends with an error where fewer than seven are there."""
+    honest = SiteWorker._read
+
+    def read(self: SiteWorker, study: Study, *rest: Any) -> Dataset:
+        dataset: Dataset = honest(self, study, *rest)
+        if dataset.n_units < 7:
+            raise RuntimeError("too few")
+        return dataset
+
+    patch.setattr(SiteWorker, "_read", read)
+
+
+def clips_at_twice(patch: pytest.MonkeyPatch) -> None:
+    honest = DpPlan.clipped_sum
+    patch.setattr(DpPlan, "clipped_sum", lambda *a: 2 * honest(*a))
+
+
+LEAKS = {
+    by_the_true_count: "on the wire",
+    says_how_many: "on the wire",
+    drops_one_more: "the sum moved",
+    gives_up: "on the wire",
+    clips_at_twice: "the sum moved",
+}
+
+
+@pytest.mark.parametrize("leak", LEAKS, ids=lambda leak: leak.__name__)
+def test_a_worker_that_leaks_is_caught(
+    leak: Callable[[pytest.MonkeyPatch], None],
+    bases: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check(pins.ORDINARY, bases)
+    leak(monkeypatch)
+    with pytest.raises(AssertionError, match=LEAKS[leak]):
+        check(pins.ORDINARY, bases)
