@@ -1,0 +1,75 @@
+"""Each repair of what was found around the core, taken out: the property itself must see it.
+
+Most are bugs of `seeds_site`, which tests of their own kill; here the shipped worker lives through
+a pinned case with and without one unit (tests/guarantee/property_world.py)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tests.mutants import seeds_engine, seeds_site
+from tests.mutants.mutant import Mutant, one
+
+ONCE = "tests/guarantee/test_property.py::test_a_case_that_broke_the_guarantee_once"
+BESIDE = (
+    "tests/guarantee/test_property.py::"
+    "test_rows_that_are_computed_beside_others_do_not_know_them[inf]"
+)
+SEEN = {  # a bug, and the case that shows it
+    "patients-share-the-caps-memory": "the-cap-knew-others",
+    "arrival-by-what-others-have": "a-newcomer-was-there-before",
+    "any-length-is-admitted": "too-long-for-a-causal-base",
+    "a-teachers-refusal-is-everybodys": "too-long-for-the-teacher",
+    "a-line-of-pixels": "an-image-of-one-line",
+    "the-site-composes-what-it-does-not-know": "records-then-patients",
+    "who-is-in-both-takes-part-in-both": "a-patient-in-two-datasets",
+}
+# fmt: off
+MUTANTS = (
+    *(
+        replace(bug, name=f"{bug.name}-property", tests=(f"{ONCE}[{SEEN[bug.name]}]",))
+        for bug in seeds_site.MUTANTS if bug.name in SEEN
+    ),
+    *(
+        replace(bug, name=f"{bug.name}-property", tests=(BESIDE,))
+        for bug in seeds_engine.MUTANTS if bug.name == "a-block-is-not-filled"
+    ),
+    one(
+        32, "a-file-without-a-column-is-everybodys", "fedtune/data/files.py",
+        "    if strict:\n        names.require(where, keys)\n",
+        "        own = Names()\n"
+        "        list(READERS[path.suffix.lower()](path, where, keys, own))\n"
+        "        own.require(where, keys)\n",
+        f"{ONCE}[a-file-of-ones-own-jsonl]",
+        "one patient's file switches the site to noise",
+    ),
+    Mutant(
+        36, "a-text-decides-what-is-composed", "fedtune/dp/ledger.py",
+        (
+            (
+                "            writer.add_members(dataset, hashes)\n",
+                "            writer.add_members(dataset, hashes)\n"
+                "            self._shared = {\n"
+                "                frozenset((dataset, other))\n"
+                "                for other in self._declared\n"
+                "                if other != dataset and writer.overlap(dataset, other)\n"
+                "            }\n",
+            ),
+            (
+                "return since is None or spent.seq < since",
+                "here = frozenset((spent.dataset, dataset))\n"
+                "        return since is None or spent.seq < since or "
+                "here in getattr(self, \"_shared\", ())",
+            ),
+        ),
+        (f"{ONCE}[a-text-in-two-datasets]",),
+        "an answer turns from admitted to refused with one sentence",
+    ),
+    one(
+        37, "the-patient-of-that-number-left", "fedtune/data/tokens.py",
+        'if unit == "patient" and without(key):',
+        'if without(key if unit == "patient" else str(len(units))):',
+        f"{ONCE}[patient-7-and-row-7]",
+        "a patient who withdrew takes a row of somebody else along",
+    ),
+)
