@@ -52,7 +52,7 @@ AXES: dict[str, list[Any]] = {
     "rank": [None, 1],
 }
 Axes = dict[str, Any]
-ADAPTERS = (0, 1)  # of property_world.crafted
+ADAPTERS = (0, 1, 1, 2, 3)  # of property_world.crafted
 
 
 def possible(axes: Axes) -> bool:

@@ -17,10 +17,7 @@ BESIDE = (
 )
 SEEN = {  # a bug, and the case that shows it
     "patients-share-the-caps-memory": "the-cap-knew-others",
-    "arrival-by-what-others-have": "a-newcomer-was-there-before",
-    "any-length-is-admitted": "too-long-for-a-causal-base",
     "a-teachers-refusal-is-everybodys": "too-long-for-the-teacher",
-    "a-line-of-pixels": "an-image-of-one-line",
     "the-site-composes-what-it-does-not-know": "records-then-patients",
     "who-is-in-both-takes-part-in-both": "a-patient-in-two-datasets",
 }
@@ -33,6 +30,13 @@ MUTANTS = (
     *(
         replace(bug, name=f"{bug.name}-property", tests=(BESIDE,))
         for bug in seeds_engine.MUTANTS if bug.name == "a-block-is-not-filled"
+    ),
+    one(
+        31, "arrival-by-the-first-note", "fedtune/data/tokens.py",
+        'unit_member(key) if unit == "patient" else b"row\\0" + key.encode() for key in units',
+        'b"record\\0" + content_of(units[key].records[0]) for key in units',
+        f"{ONCE}[a-newcomer-was-there-before]",
+        "a newcomer with a note that somebody had is there from the first",
     ),
     one(
         32, "a-file-without-a-column-is-everybodys", "fedtune/data/files.py",
