@@ -19,7 +19,6 @@ SEEN = {  # a bug, and the case that shows it
     "patients-share-the-caps-memory": "the-cap-knew-others",
     "a-teachers-refusal-is-everybodys": "too-long-for-the-teacher",
     "the-site-composes-what-it-does-not-know": "records-then-patients",
-    "who-is-in-both-takes-part-in-both": "a-patient-in-two-datasets",
 }
 # fmt: off
 MUTANTS = (
@@ -68,12 +67,5 @@ MUTANTS = (
         ),
         (f"{ONCE}[a-text-in-two-datasets]",),
         "an answer turns from admitted to refused with one sentence",
-    ),
-    one(
-        37, "the-patient-of-that-number-left", "fedtune/data/tokens.py",
-        'if unit == "patient" and without(key):',
-        'if without(key if unit == "patient" else str(len(units))):',
-        f"{ONCE}[patient-7-and-row-7]",
-        "a patient who withdrew takes a row of somebody else along",
     ),
 )
