@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,3 +128,15 @@ def tiny_bert(folder: Path) -> Path:
         BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several records to a block, however long: a bug that couples them has some to couple."""
+
+    from fedtune.models.cache import Cached
+
+    def blocks(self: Cached, indices: list[int], most: int | None = None) -> Any:
+        return self.batches(indices)
+
+    monkeypatch.setattr(Cached, "blocks", blocks)

@@ -151,14 +151,16 @@ def test_where_lower_is_better_lower_is_better(
 def test_the_command(tmp_path: Path, tiny_base: Path) -> None:
     """Two candidates and one that is none, each in a process of its own; no site file is there."""
     study = lay_out(tmp_path / "study", tiny_base)
-    twin = copy_with_other_weights(tiny_base, tmp_path / "twin", 2.0)
+    twin = copy_with_other_weights(tiny_base, tmp_path / "twin", 0.9)
     out = tmp_path / "fit.json"
     names = [str(tiny_base), str(twin), str(tmp_path / "nothing")]
     asked = [part for name in names for part in ("--base", name)]
     done = run("fit", str(study), *asked, "--target", "0.6", "--json", str(out))
     assert done.exit_code == 0, done.output
     body = json.loads(out.read_text())
-    assert [row["failed"] == "" for row in body["rows"]] == [True, True, False]
+    assert [row["failed"] == "" for row in body["rows"]] == [True, True, False], body["rows"][1][
+        "failed"
+    ]
     assert "no such folder" in body["rows"][2]["failed"]
     assert body["chosen"] in names[:2] and body["chosen"] in done.output.replace("\n", "")
 

@@ -24,7 +24,7 @@ alpha = 4
 modules = {modules}
 [objective]
 name = "causal_lm"
-max_length = 96
+max_length = 64
 [training]
 rounds = 2
 sampling_rate = 1.0

@@ -21,7 +21,7 @@ from fedtune.data.tokens import Dataset, load_dataset
 from fedtune.dp import clip, selftest
 from fedtune.dp.gradients import UnitGradientEngine
 from fedtune.dp.ledger import Ledger
-from fedtune.errors import ConfigError
+from fedtune.errors import ConfigError, PolicyRefused
 from fedtune.models.base import find_base
 from fedtune.models.cache import Cached
 from fedtune.models.network import Network
@@ -258,7 +258,8 @@ def test_classes_are_taught_by_a_run_and_the_student_learns(
     tmp_path: Path, tiny_encoder: Path
 ) -> None:
     objective = {"name": "classify", "labels": LABELS, "max_length": 64}
-    teacher = study(base={"model": str(tiny_encoder)}, lora=None, objective=objective)
+    base = {"model": str(tiny_encoder), "digest": find_base(str(tiny_encoder)).digest}
+    teacher = study(base=base, lora=None, objective=objective)
     network = Network(find_base(str(tiny_encoder)), torch.float32, None, 3)
     draw = np.random.default_rng(0)
     network.load_trainable(
@@ -334,7 +335,7 @@ def test_a_base_that_nobody_vouches_for_is_no_teacher(tmp_path: Path, tiny_base:
 
 def test_another_teacher_than_the_plans_is_refused(tmp_path: Path, tiny_base: Path) -> None:
     made = plan(tiny_base, "sha256:" + "0" * 64)
-    with pytest.raises(Exception, match="digest"):
+    with pytest.raises(PolicyRefused, match="does not have"):
         teaching(made)
     with pytest.raises(ConfigError, match="teacher"):
         find(made.objective.model_copy(update={"options": {}}))

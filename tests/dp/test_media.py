@@ -188,6 +188,7 @@ class Interleaved(UnitGradientEngine):
         return found
 
 
+@pytest.mark.usefixtures("together")
 @pytest.mark.parametrize("twin", [FirstTile, Interleaved])
 def test_lost_and_mixed_tiles_are_caught(bases: Callable[[Make], Path], twin: Any) -> None:
     network = projecting(bases(idefics3))
@@ -219,6 +220,7 @@ def test_a_records_image_reaches_no_other_record(bases: Callable[[Make], Path]) 
     assert float(moved[[0, 1, 3, 4, 5]].max()) == 0.0
 
 
+@pytest.mark.usefixtures("together")
 def test_an_image_put_into_the_next_records_places_is_caught(
     bases: Callable[[Make], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
