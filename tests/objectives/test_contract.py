@@ -277,7 +277,7 @@ def reward_centred(network: Network, batch: Batch) -> torch.Tensor:
 
 
 def margin_centred(network: Network, batch: Batch) -> torch.Tensor:
-    """DPO with margins counted from half their mean over the batch (all of it leaves one nothing)."""
+    """DPO with margins counted from half their mean over the batch."""
     now, before = _tokens.likelihood(network, batch), _tokens.reference(network, batch)
     better, worse = (now.total - before.total).view(-1, 2).unbind(dim=1)
     gained = better - worse
