@@ -22,6 +22,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -32,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("fedtune", "server", "client", "tests", "examples", "benchmarks", "pyproject.toml")
 PAGE = ROOT / "docs" / "mutants.md"
 PER_MUTANT = 300.0  # seconds: an endless loop is not a kill
+UNTOUCHED = 3600.0  # for all named tests on the untouched copy
 IMPORTED_FROM_HERE = """\
 from pathlib import Path
 import client, fedtune, server
@@ -76,7 +78,9 @@ def copy_to(folder: Path) -> Path:
     return folder
 
 
-def run_tests(folder: Path, tests: Sequence[str]) -> tuple[int, list[dict[str, str]], str]:
+def run_tests(
+    folder: Path, tests: Sequence[str], limit: float = PER_MUTANT
+) -> tuple[int, list[dict[str, str]], str]:
     """pytest's exit code in a process of its own, what failed there, and the output's end."""
     found = folder / "outcome.json"
     found.unlink(missing_ok=True)
@@ -90,10 +94,10 @@ def run_tests(folder: Path, tests: Sequence[str]) -> tuple[int, list[dict[str, s
             env=os.environ | settings | {"FEDTUNE_OUTCOME": str(found)},
             capture_output=True,
             text=True,
-            timeout=PER_MUTANT,
+            timeout=limit,
         )
     except subprocess.TimeoutExpired:
-        return 1, [], f"no end within {PER_MUTANT:.0f} s"
+        return 1, [], f"no end within {limit:.0f} s"
     failures = json.loads(found.read_text()) if found.exists() else []
     return done.returncode, failures, (done.stdout + done.stderr)[-3000:]
 
@@ -126,15 +130,21 @@ def try_all(mutants: Sequence[Mutant], jobs: int = 1, show: bool = True) -> list
     with tempfile.TemporaryDirectory(prefix="mutants-") as home:
         folders: SimpleQueue[Path] = SimpleQueue()
         first = copy_to(Path(home, "0"))
-        named = [test for mutant in mutants for test in mutant.tests]
-        code, failures, output = run_tests(first, ["test_where.py", *dict.fromkeys(named)])
-        if code:
-            print(output, *(f"{f['test']}: {f['words']}" for f in failures), sep="\n")
+        copies = [first, *(Path(home, str(number)) for number in range(1, jobs))]
+        for copied in copies[1:]:
+            shutil.copytree(first, copied)
+        named = list(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
+        with ThreadPoolExecutor(jobs) as pool:
+            shares = [["test_where.py", *named[at::jobs]] for at in range(jobs)]
+            untouched = list(pool.map(partial(run_tests, limit=UNTOUCHED), copies, shares))
+        if any(code for code, _, _ in untouched):
+            for code, failures, output in untouched:
+                if code:
+                    print(output, *(f"{f['test']}: {f['words']}" for f in failures), sep="\n")
             print("the untouched code does not pass: no mutant was tried")
             return None
-        for number in range(jobs):
-            copied = Path(home, str(number))
-            folders.put(copied if number == 0 else Path(shutil.copytree(first, copied)))
+        for copied in copies:
+            folders.put(copied)
 
         def one(mutant: Mutant) -> Result:
             folder = folders.get()
