@@ -28,9 +28,10 @@ from fedtune.progress import report
 log = logging.getLogger("fedtune.models")
 
 Indices = Sequence[int]
-# Positions of a block: enough for a matrix product to be quick, and few to fill. A pass through the
-# frozen part is made once, of everything, so that it may fill more.
-STEP = {"cpu": 64, "cuda": 1024}
+# Positions of a block: enough for a matrix product to be quick, and few to fill; few where a
+# processor has more threads than may share a block of several records. A pass through the frozen
+# part is made once, of everything, so that it may fill more.
+STEP, MANY_THREADS = {"cpu": 256, "cuda": 1024}, 64
 ONCE = {"cpu": 256, "cuda": 4096}
 # On a processor, threads that share a block of several records. With more, a product's terms are
 # added in an order that follows from the row's place, and so do an activation's last digits.
@@ -146,7 +147,7 @@ class Cached:
 
     def _read_block(self, bucket: Bucket) -> int:
         """Passages of a block of the frozen part."""
-        if self.network.device.type == "cpu" and torch.get_num_threads() > THREADS:
+        if self._crowded:
             return 1
         positions = bucket.length + self.network.frames(bucket.tiles)
         return max(1, ONCE[self.network.device.type] // positions)
@@ -210,7 +211,8 @@ class Cached:
         self._warmed(indices)
 
         def size(bucket: Bucket) -> int:
-            found = max(1, STEP[self.network.device.type] // self._positions_of(bucket))
+            positions = MANY_THREADS if self._crowded else STEP[self.network.device.type]
+            found = max(1, positions // self._positions_of(bucket))
             if self.network.head is not None and not self.network.pooled:
                 found = 1  # a few rows by a few labels: here a row's place counts
             return min(found, most or found)
@@ -219,6 +221,11 @@ class Cached:
             filled = _filled(records, size(bucket))
             with _threads(None if len(filled) == 1 else THREADS):
                 yield self._batch(bucket, filled, len(records))
+
+    @property
+    def _crowded(self) -> bool:
+        """Whether more threads work than may share a block of several records."""
+        return self.network.device.type == "cpu" and torch.get_num_threads() > THREADS
 
     def _warmed(self, indices: Indices) -> None:
         rows = set(self._rows(indices)) - self._failed

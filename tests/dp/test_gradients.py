@@ -101,7 +101,9 @@ def test_row_isolation_catches_a_loss_averaged_over_the_batch(network: Network) 
     dataset.examples[1] = type(dataset.examples[1])(dataset.examples[1].input_ids, shorter, -100, 1)
     engine.data = Cached(network, dataset)
     after = all_rows(engine)
-    assert float((after[0] - before[0]).norm() / before[0].norm()) > 0.01
+    assert (
+        float((after[0] - before[0]).norm() / before[0].norm()) > 1e-3
+    )  # diluted by what fills the block; a row of one's own moves by 0
 
 
 @pytest.mark.parametrize("mode", ["flat", "normalised"])

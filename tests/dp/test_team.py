@@ -220,9 +220,13 @@ def joins(place: Path, *first: bytes) -> threading.Thread:
             time.sleep(0.01)
         for said in first:
             with socket.socket(socket.AF_UNIX) as end:
-                end.connect(str(place))
-                end.sendall(said)
-                with suppress(ConnectionResetError):
+                while True:  # the socket is there before anybody listens at it
+                    with suppress(ConnectionRefusedError):
+                        end.connect(str(place))
+                        break
+                    time.sleep(0.01)
+                with suppress(ConnectionError):  # turned away before it spoke, or while it listens
+                    end.sendall(said)
                     assert end.recv(1) == b"", "it was not turned away"
         with suppress(InfrastructureError):
             group = Group(1, 2, 10.0, place)
