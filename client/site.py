@@ -290,6 +290,7 @@ class SiteWorker:
         study, plan = prepared.study, prepared.private
         steps = study.training.local_steps
         site = self._permit(study, plan, prepared.coordinator, steps)
+        prepared.network.load_trainable(adapter)  # one that is refused must not have cost anything
         data = self._data(study, prepared.network, self.site.data)  # somebody may have withdrawn
         charge = self._charge(study, plan, site, round_)
 
@@ -365,9 +366,9 @@ class SiteWorker:
         def permit(charges: list[Charge]) -> None:
             evaluation.payable(site, study, training, plan, charges)
 
+        prepared.network.load_trainable(adapter)  # one that is refused must not have cost anything
         reserved = self.ledger.reserve(held_out.name, charge, given, permit)
         prepared.network.load_frozen(prepared.frozen)
-        prepared.network.load_trainable(adapter)
         sums = answer(plan, unit_rows(study, data), self.log, round_)
         events = _summary(self.log.steps(plan.study))
         body = save(encode({"sums": sums.numpy()}, "float32"), {"events": json.dumps(events)})

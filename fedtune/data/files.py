@@ -88,7 +88,7 @@ def rows(where: Path, keys: Keys, *, strict: bool = True) -> Iterator[Row | str]
             if strict:
                 raise
             yield "not well-formed CSV"
-        except (DataError, OSError) as error:
+        except Exception as error:  # whatever one file makes a library do is that file's matter
             if strict and where.is_file():
                 own = error if isinstance(error, DataError) else _unreadable(where, error)
                 raise own from None
@@ -101,7 +101,7 @@ class NotWellFormed(DataError):
     """CSV whose quoting is broken: nobody knows where a record ends and the next begins."""
 
 
-def _unreadable(where: Path, error: OSError) -> DataError:
+def _unreadable(where: Path, error: Exception) -> DataError:
     return DataError(f"{where}: cannot be read ({type(error).__name__})")
 
 

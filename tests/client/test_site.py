@@ -410,6 +410,18 @@ def test_privacy_off_runs_only_where_the_site_says_so(tmp_path: Path, tiny_base:
     assert not refused.admitted and "max_epsilon" in refused.reason  # the dataset's ε is infinite
 
 
+@pytest.mark.parametrize("value", [float("inf"), 1e9])
+def test_an_adapter_that_is_refused_costs_nothing(
+    worker: SiteWorker, tiny_base: Path, value: float
+) -> None:
+    made = begun(tiny_base)
+    worker.prepare(made.study, made.frozen)
+    given = {name: np.full_like(array, value) for name, array in made.adapter.items()}
+    with pytest.raises(ModelError):
+        worker.train(made.study.digest, 1, given)
+    assert worker.ledger.charges("records") == []
+
+
 def test_noise_differs_between_runs(worker: SiteWorker, tiny_base: Path) -> None:
     made = begun(tiny_base)
     worker.prepare(made.study, made.frozen)

@@ -222,6 +222,29 @@ def test_one_patients_file_is_nothing_to_the_others(
             assert found["with"][1] == reasons
 
 
+@pytest.mark.parametrize("error", [MemoryError, ValueError, RecursionError])
+def test_a_file_that_makes_a_library_raise_is_nothing_to_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    a_file_a_patient(tmp_path / "with", "jsonl", [{"t": SECRET, "y": "a"}])
+    honest = files.READERS[".jsonl"]
+
+    def reader(path: Path, *rest: Any) -> Any:
+        if "odd" in path.name:
+            raise error(SECRET)
+        return honest(path, *rest)
+
+    monkeypatch.setitem(files.READERS, ".jsonl", reader)
+    file = DataFile(path=tmp_path / "with", columns=LABELLED)
+    try:
+        records, rejected = read_records(file, strict=False)
+    except error:
+        pytest.fail("one file's error is everybody's")
+    assert len(records) == 3 and rejected == {"unreadable file": 1}
+    alone = tmp_path / "with" / "p1-odd.jsonl"  # a person is told, without its words
+    assert "cannot be read" in str(error_of(alone, LABELLED))
+
+
 def test_a_file_that_decides_about_all_is_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

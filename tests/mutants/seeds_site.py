@@ -45,6 +45,21 @@ MUTANTS = (
         T_FOLDER, "the same for a file that cannot be read",
     ),
     one(
+        32, "a-librarys-error-is-of-all-files", FILES,
+        "        except Exception as error:  # whatever one file makes a library do is that "
+        "file's matter\n",
+        "        except (DataError, OSError) as error:\n",
+        T_RECORDS + "test_a_file_that_makes_a_library_raise_is_nothing_to_the_others",
+        "one patient's file fails the site",
+    ),
+    one(
+        "paid", "an-adapter-is-refused-after-it-is-paid", SITE,
+        "        prepared.network.load_trainable(adapter)  # one that is refused must not have cost "
+        "anything\n        data = ", "        data = ",
+        T_SITE + "test_an_adapter_that_is_refused_costs_nothing",
+        "an adapter that diverged spends a budget on nothing",
+    ),
+    one(
         32, "broken-csv-once-a-site-takes-part", FILES,
         "            if strict:\n                raise\n", "            raise\n",
         T_RECORDS + "test_once_it_takes_part_a_site_reads_what_it_can",
