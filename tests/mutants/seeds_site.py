@@ -54,8 +54,8 @@ MUTANTS = (
     ),
     one(
         "paid", "an-adapter-is-refused-after-it-is-paid", SITE,
-        "        prepared.network.load_trainable(adapter)  # one that is refused must not have cost "
-        "anything\n        data = ", "        data = ",
+        "        prepared.network.load_trainable(adapter)  # one that is refused must not have "
+        "cost anything\n        data = ", "        data = ",
         T_SITE + "test_an_adapter_that_is_refused_costs_nothing",
         "an adapter that diverged spends a budget on nothing",
     ),
