@@ -17,9 +17,9 @@ from typing import Any
 from scipy.stats import t
 
 from benchmarks import measure
+from fedtune.config.sites import sites_in
 from fedtune.demo import run_demo
-from fedtune.simulate import simulate
-from fedtune.sites import sites_in
+from fedtune.launch.simulate import simulate
 
 ARMS = {
     "ε = 3": [("epsilon = 8.0", "epsilon = 3.0")],

@@ -18,12 +18,12 @@ import time
 from pathlib import Path
 
 from benchmarks import measure
+from fedtune.cli.columns import data_file
 from fedtune.config import Columns, PublicTable
 from fedtune.demo import run_demo
 from fedtune.demo.generate import public_notes
-from fedtune.distill import Settings, distill
-from fedtune.quality import evaluate
-from fedtune.runs import data_file
+from fedtune.derive.distill import Settings, distill
+from fedtune.evaluation.run import evaluate
 
 
 def teacher(out: Path, seed: int) -> Path:

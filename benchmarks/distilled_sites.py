@@ -20,15 +20,15 @@ from statistics import mean
 
 from benchmarks import measure
 from examples.write import Table, merged, toml
+from fedtune.bases.find import find_base
 from fedtune.config import load_site
+from fedtune.config.sites import sites_in
 from fedtune.demo import write
+from fedtune.derive.pruned_base import shallow
 from fedtune.dp.accountant import epsilon
 from fedtune.dp.steplog import StepLog, events
-from fedtune.models.base import find_base
-from fedtune.models.shallow import shallow
-from fedtune.models.whole import verify
-from fedtune.simulate import simulate
-from fedtune.sites import sites_in
+from fedtune.launch.simulate import simulate
+from fedtune.models.loaded import verify
 
 DELTA = 1e-4  # the demo's
 ARMS = {

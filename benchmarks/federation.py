@@ -27,7 +27,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-import client.site
+import fedtune.client.site
 from benchmarks import measure
 from benchmarks.measure import Bound, Table
 from benchmarks.variants import MODULES
@@ -35,8 +35,8 @@ from examples.write import Table as Toml
 from examples.write import jsonl, merged, read_jsonl, toml
 from fedtune.config import load_study
 from fedtune.demo.generate import write
+from fedtune.launch.simulate import simulate
 from fedtune.models.network import build
-from fedtune.simulate import simulate
 from fedtune.strategies.fedavg import FedAvg
 
 ROUNDS = 4
@@ -92,7 +92,7 @@ def simulation(sites: int, records: int, lora: str) -> dict[str, Any]:
     """In a fresh process: MiB of the base, seconds until the rounds begin, and for each round its
     seconds, those of them in local_round, and the peak in MiB."""
     training = 0.0
-    inner = client.site.local_round
+    inner = fedtune.client.site.local_round
 
     def timed(*given: Any, **named: Any) -> Any:
         nonlocal training
@@ -103,7 +103,10 @@ def simulation(sites: int, records: int, lora: str) -> dict[str, Any]:
             training += time.perf_counter() - began
 
     found: list[dict[str, float]] = []
-    with tempfile.TemporaryDirectory() as name, patch.object(client.site, "local_round", timed):
+    with (
+        tempfile.TemporaryDirectory() as name,
+        patch.object(fedtune.client.site, "local_round", timed),
+    ):
         study, files = prepare(Path(name), sites, records, lora)
         build(load_study(study))  # the one base; simulated sites share it
         loaded = measure.reset_peak()

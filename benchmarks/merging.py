@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure
+from fedtune.config.sites import sites_in
 from fedtune.demo import write as write_demo
-from fedtune.merging import evaluator, load_parent, merge_runs
-from fedtune.models.merge import Method
-from fedtune.quality import Evaluator
-from fedtune.simulate import simulate
-from fedtune.sites import sites_in
+from fedtune.derive.merge import evaluator, load_parent, merge_runs
+from fedtune.derive.merge_methods import Method
+from fedtune.evaluation.evaluator import Evaluator
+from fedtune.launch.simulate import simulate
 
 WAYS: dict[str, tuple[Method, list[float]]] = {
     "regmean": ("regmean", [1.0, 1.0]),

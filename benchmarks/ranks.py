@@ -21,15 +21,15 @@ from typing import Any
 
 from benchmarks import measure
 from benchmarks.demo import _arm
+from fedtune.audit.selftest import MemoryLog
 from fedtune.config import Study
 from fedtune.demo.generate import write
 from fedtune.dp.plan import plan_for_site
-from fedtune.dp.selftest import MemoryLog
 from fedtune.models.cache import Cached
 from fedtune.models.network import build
-from fedtune.models.probe import random_records
-from fedtune.narrow import turn
-from fedtune.training import local_round
+from fedtune.models.random_records import random_records
+from fedtune.models.rank_slice import turn
+from fedtune.training.local_round import local_round
 from fedtune.wire import codec
 
 HOSPITALS = ("harbour", "lakeside", "northgate")

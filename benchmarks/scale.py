@@ -3,7 +3,7 @@
     python -m benchmarks.scale [--sites 1000] [--megabytes 10]
 
 One private round over the in-process grid: real Flower messages, real seals, updates encoded as a
-plan has them by default, every check of server/admission.py, the streamed mean of FedAvg, a
+plan has them by default, every check of fedtune/server/admission.py, the streamed mean of FedAvg, a
 checkpoint. Only the sites' training is left out. What is printed is the memory of the whole process
 (resident, from /proc/self/statm), sites included; a coordinator that held every update would need
 sites × megabytes more."""
@@ -24,15 +24,15 @@ from unittest.mock import patch
 import numpy as np
 from flwr.app import Message
 
-import client.app
-from client.site import Admission, Update
+import fedtune.client.app
+from fedtune.client.site import Admission, Update
 from fedtune.config import Study
 from fedtune.flower.grid import InProcessGrid
+from fedtune.server import rounds
+from fedtune.server.parts import Parts
 from fedtune.wire.codec import Shapes, encode, shapes
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import Header, seal
-from server import rounds
-from server.parts import Parts
 
 MARKS = (0, 1, 10, 100, 200, 500, 1_000, 2_000, 5_000, 10_000)
 SIGMA, RATE, SIZE = 1.5, 0.25, 200
@@ -138,7 +138,7 @@ def measure(sites: int, megabytes: float) -> dict[int, float]:
     grid = SharedGrid([Path(name) for name in by_name])
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch.object(client.app, "worker", by_name.__getitem__),
+        patch.object(fedtune.client.app, "worker", by_name.__getitem__),
     ):
         rounds.run(grid, start.study, Path(folder) / "out", parts=parts, on_event=on_event)
     return found

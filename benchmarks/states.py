@@ -19,14 +19,14 @@ from statistics import median
 import torch
 
 from benchmarks.padding import BASE, SETS, read
+from fedtune.bases.find import find_base
 from fedtune.config import LoraTable
-from fedtune.data.tokens import Dataset
-from fedtune.dp.gradients import UnitGradientEngine
-from fedtune.models.base import find_base
+from fedtune.data.dataset import Dataset
 from fedtune.models.cache import Cached
 from fedtune.models.network import Network
-from fedtune.models.states import STORE
+from fedtune.models.prefix_store import STORE
 from fedtune.objectives import causal_lm
+from fedtune.training.unit_gradients import UnitGradientEngine
 
 WAYS = {"in memory": 2**50, "in the file": 0, "not kept": None}
 

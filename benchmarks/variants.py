@@ -36,18 +36,18 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fedtune.bases.find import Base, find_base, load_backbone
 from fedtune.config import LoraTable
-from fedtune.data.tokens import NO_TARGET, Dataset, Example
-from fedtune.dp.engines import one_pass as one_pass_module
-from fedtune.dp.engines.one_pass import OnePass
-from fedtune.dp.gradients import UnitGradientEngine
+from fedtune.data.dataset import NO_TARGET, Dataset, Example
 from fedtune.dp.plan import DpPlan
 from fedtune.dp.steplog import StepLog
 from fedtune.models import network as network_module
-from fedtune.models.base import Base, find_base, load_backbone
 from fedtune.models.cache import Cached
 from fedtune.models.network import Network
 from fedtune.objectives import causal_lm
+from fedtune.training.engines import one_pass as one_pass_module
+from fedtune.training.engines.one_pass import OnePass
+from fedtune.training.unit_gradients import UnitGradientEngine
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SHAPES: dict[str, dict[str, Any]] = {  # random weights: what they are costs nothing

@@ -2,7 +2,7 @@
 
 import logging
 
-from fedtune.offline import cut_off
+from fedtune.boot import cut_off
 
 __version__ = "0.1.0"
 

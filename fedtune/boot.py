@@ -1,13 +1,21 @@
-"""Run a module of this copy of fedtune in a process of its own: python -P boot.py MODULE OPTIONS.
+"""How a process of fedtune begins: only code that is installed here runs, and no hub is asked.
 
+`python -P boot.py MODULE OPTIONS` runs a module of this copy of fedtune in a process of its own.
 The packages beside this file are found behind the standard library, and nothing is found in the
-current folder: what lies beside somebody's study.toml is never run, whatever its name."""
+current folder: what lies beside somebody's study.toml is never run, whatever its name.
+
+transformers and bitsandbytes fetch compiled kernels from a hub at import where the package
+`kernels` is installed, and many a loader asks the hub for news of a file that it has. `cut_off`
+runs before any of them is imported, here and in every child; fetching a base that a person named
+is the one thing for which the hub is asked (bases/find.py)."""
 
 from __future__ import annotations
 
 import os
 import runpy
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 PACKAGES = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 STANDARD = os.path.dirname(os.__file__)
@@ -33,6 +41,29 @@ def main() -> None:
     sys.path = [*sys.path[:behind], PACKAGES, *sys.path[behind:]]
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
+OURS = "FEDTUNE_OFFLINE"  # the hub was switched off here, not by the user
+
+
+def cut_off() -> None:
+    if os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0"):
+        os.environ[OURS] = "1"
+    os.environ |= {"HF_HUB_OFFLINE": "1", "USE_HUB_KERNELS": "0"}
+    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # no such module, to all
+
+
+@contextmanager
+def online() -> Iterator[None]:
+    """The hub may be asked in the block, unless the user's own HF_HUB_OFFLINE says no."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before and os.environ.get(OURS) != "1"
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 if __name__ == "__main__":

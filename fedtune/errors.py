@@ -6,7 +6,7 @@
     │   ├── DataError                  the site's records
     │   │   └── NotWellFormed          CSV with broken quoting (data/files.py)
     │   ├── ModelError                 the base model or the adapter
-    │   ├── CheckpointError            a run's checkpoint (server/store.py)
+    │   ├── CheckpointError            a run's checkpoint (fedtune/server/store.py)
     │   ├── WireError                  arrays on the wire (flower/arrays.py)
     │   ├── SealError                  a signature on the wire (wire/seal.py)
     │   └── UnknownPatient             who withdraws is in no record here (client/withdraw.py)
@@ -14,13 +14,13 @@
     │   ├── PolicyRefused              the site's policy
     │   ├── BudgetExceeded             the privacy budget
     │   ├── SelfTestFailed             the guarantee does not hold here (dp/selftest.py)
-    │   ├── Unprepared                 the site does not know the plan (client/site.py)
+    │   ├── Unprepared                 the site does not know the plan (fedtune/client/site.py)
     │   └── OtherProtocol              the other side is of another release (wire/protocol.py)
     ├── InfrastructureError   exit 4   network, disk, another process
     │   ├── LedgerError                the privacy ledger (dp/ledger_files.py)
     │   │   └── NewerLedger            written by a newer release (dp/ledger_files.py)
     │   ├── Altered                    what the site keeps of its records (models/states.py)
-    │   └── TooFew                     strategy.min_sites are not there (server/rounds.py)
+    │   └── TooFew                     strategy.min_sites are not there (fedtune/server/rounds.py)
     └── AccountantsDisagree   exit 4   two computations of ε contradict each other
 
 A message says what happened, what was expected and what to do. It never holds a record's content.

@@ -1,33 +1,5 @@
-"""The ServerApp: what `flwr run` starts at the coordinator. Everything happens in rounds.py."""
+"""The ServerApp that Flower starts at the coordinator, by its name in pyproject.toml."""
 
-from __future__ import annotations
+from fedtune.server.app import app
 
-from pathlib import Path
-
-from flwr.app import Context
-from flwr.serverapp import Grid, ServerApp
-
-from fedtune.config import load_study
-from fedtune.errors import ConfigError
-from server import rounds
-
-app = ServerApp()
-
-
-@app.main()
-def main(grid: Grid, context: Context) -> None:
-    """run_config: study (path of study.toml), out (folder), resume (true or false).
-
-    Errors: as server.rounds.run; ConfigError where a key is missing."""
-    settings = context.run_config
-    for key in ("study", "out"):
-        if not settings.get(key):
-            raise ConfigError(
-                f"the run's config has no {key!r}", todo=f"flwr run . -c '{key}=\"PATH\"'"
-            )
-    rounds.run(
-        grid,
-        load_study(Path(str(settings["study"]))),
-        Path(str(settings["out"])),
-        resume=settings.get("resume") is True,
-    )
+__all__ = ["app"]

@@ -15,10 +15,10 @@ import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
-from client.site import worker
-from fedtune import __version__, simulate
-from fedtune.cli import app
-from fedtune.console import Watch
+from fedtune import __version__
+from fedtune.cli.console import Watch
+from fedtune.cli.main import app
+from fedtune.client.site import worker
 from fedtune.demo import run as demo
 from fedtune.errors import (
     BudgetExceeded,
@@ -28,7 +28,8 @@ from fedtune.errors import (
     InfrastructureError,
     PolicyRefused,
 )
-from fedtune.runs import folder_for
+from fedtune.launch import simulate
+from fedtune.run_folder import folder_for
 
 STUDY = """
 {privacy_off}
@@ -99,7 +100,7 @@ def study(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 def test_help_is_quick_and_every_command_has_one() -> None:
     imported = subprocess.run(
-        [sys.executable, "-c", "import sys, fedtune.cli as c; print(*sys.modules)"],
+        [sys.executable, "-c", "import sys, fedtune.cli.main as c; print(*sys.modules)"],
         capture_output=True, text=True, check=True,
     ).stdout.split()  # fmt: skip
     assert not {"torch", "transformers", "flwr", "matplotlib", "pydantic"} & set(imported)

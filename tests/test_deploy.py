@@ -22,7 +22,7 @@ import pytest
 import typer
 import yaml
 
-from fedtune.cli import app
+from fedtune.cli.main import app
 from fedtune.config import load_site, load_study
 
 ROOT = Path(__file__).parents[1]

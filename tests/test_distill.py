@@ -16,19 +16,19 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from fedtune.bases.find import find_base
 from fedtune.config import Columns, LoraTable, PublicTable
 from fedtune.data.records import Record
-from fedtune.distill import Settings, _table, distill
+from fedtune.derive.distill import Settings, _table, distill
+from fedtune.derive.pruned_base import shallow
 from fedtune.errors import ConfigError
-from fedtune.generate import generate
-from fedtune.models.base import find_base
+from fedtune.evaluation.generate import generate
+from fedtune.launch.simulate import simulate
+from fedtune.models.loaded import load
 from fedtune.models.network import Network
-from fedtune.models.shallow import shallow
 from fedtune.models.teacher import taught_by
-from fedtune.models.whole import load
-from fedtune.objectives import Teacher
-from fedtune.runs import load_plan
-from fedtune.simulate import simulate
+from fedtune.objectives._interface import Teacher
+from fedtune.run_folder import load_plan
 from tests.dp.conftest import study
 from tests.test_cli import run
 from tests.test_end_to_end import lay_out
@@ -111,7 +111,7 @@ def test_several_teachers_are_heard_as_their_mean(tmp_path: Path, teacher: Path)
     base = load(str(one.base.path))
     assert one.study is not None
     ids = np.array(one.tokenizer.encode("fever day 3"), np.int32)
-    from fedtune.data.tokens import Example
+    from fedtune.data.dataset import Example
 
     targets = np.full(len(ids), -100, np.int32)
     targets[-1] = 5
@@ -235,7 +235,7 @@ def test_what_cannot_teach_is_refused_and_leaves_nothing(
 def test_a_stop_leaves_nothing(
     tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import fedtune.distill as module
+    import fedtune.derive.distill as module
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

@@ -18,17 +18,18 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 import fedtune.flower.gateway as gateway_module
-from client.doctor import examine as examine_site
-from fedtune import checks
+from fedtune.client.doctor import examine as examine_site
 from fedtune.config import load_site, load_study
-from fedtune.dp.ledger import Ledger
+from fedtune.doctor import machine
+from fedtune.doctor import tls as look
 from fedtune.errors import FedtuneError
-from fedtune.flower import api, certs, enrol, look
-from fedtune.flower.coordinator import prepare
+from fedtune.flower import api, certs, enrol
 from fedtune.flower.processes import free_port
+from fedtune.launch.coordinator import prepare
+from fedtune.ledger.ledger import Ledger
 from fedtune.models.network import build
+from fedtune.server.doctor import Place, examine
 from fedtune.wire.protocol import PROTOCOL
-from server.doctor import Place, examine
 from tests.flower import kit
 from tests.network.kit import PRIVATE, STUDY
 from tests.test_cli import run
@@ -37,11 +38,11 @@ HUB = "hub.example.org"
 DAY = timedelta(days=1)
 
 
-def by_name(found: Iterator[checks.Finding]) -> dict[str, checks.Finding]:
+def by_name(found: Iterator[machine.Finding]) -> dict[str, machine.Finding]:
     return {finding.name: finding for finding in found}
 
 
-def bad(found: dict[str, checks.Finding]) -> dict[str, str]:
+def bad(found: dict[str, machine.Finding]) -> dict[str, str]:
     return {name: finding.says for name, finding in found.items() if not finding.good}
 
 
@@ -62,7 +63,7 @@ class Hub:
         Ledger(root / "a" / "state")
         kit.join_up(self.home, self.site, self.port)
 
-    def look(self) -> dict[str, checks.Finding]:
+    def look(self) -> dict[str, machine.Finding]:
         place = Place(self.home, "127.0.0.1", self.port, self.names)
         return by_name(examine(self.study, place))
 
@@ -160,8 +161,8 @@ WRONG: dict[str, tuple[Callable[[Hub], Any], str, str]] = {
         "digest of the base here is sha256:.*expected sha256:000",
     ),
     "no base": (lambda h: h.edit('model = "', 'model = "/none'), "base", "no such folder|models"),
-    "full disk": (lambda h: h.patch.setattr(checks, "FREE", 1e18), "disk", "free the disk"),
-    "little memory": (lambda h: h.patch.setattr(checks, "ROOM", 1e18), "memory", "to be had"),
+    "full disk": (lambda h: h.patch.setattr(machine, "FREE", 1e18), "disk", "free the disk"),
+    "little memory": (lambda h: h.patch.setattr(machine, "ROOM", 1e18), "memory", "to be had"),
     "readable CA": (lambda h: (h.home / "ca.pem").chmod(0o644), "secrets", "ca.pem.*chmod 600"),
     "readable key": (lambda h: (h.home / "signing.key").chmod(0o640), "secrets", "signing.key"),
     "a site ran out": (lambda h: h.site_leaf(-DAY), "sites", "a: its certificate ran out.*again"),
@@ -261,7 +262,7 @@ class Shifted:
 NETWORK = {"certificate", "names", "its certificate", "coordinator", "clock", "protocol"}
 
 
-def site_look(hub: Hub) -> dict[str, checks.Finding]:
+def site_look(hub: Hub) -> dict[str, machine.Finding]:
     return by_name(examine_site(hub.site))
 
 
@@ -396,16 +397,16 @@ def test_what_the_command_cannot_do_is_said(hub: Hub, words: tuple[str, ...], sa
 def test_memory_in_a_container_is_the_containers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "CGROUP", tmp_path)
-    whole = checks.available()
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    whole = machine.available()
     if whole is None:
         pytest.skip(f"{sys.platform} does not say how much memory is free")
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.current").write_text("700000\n")
     (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 200000\n")
-    assert checks.available() == 500_000
+    assert machine.available() == 500_000
     (tmp_path / "memory.max").write_text("max\n")
-    assert checks.available() == pytest.approx(whole, rel=0.2)
+    assert machine.available() == pytest.approx(whole, rel=0.2)
 
 
 def test_what_base_and_adapter_take_is_counted_from_the_files(hub: Hub, tiny_base: Path) -> None:
@@ -413,7 +414,7 @@ def test_what_base_and_adapter_take_is_counted_from_the_files(hub: Hub, tiny_bas
     network = build(study)
     plain = sum(p.numel() for n, p in network.model.named_parameters() if "lora_" not in n)
     lora = sum(p.numel() for n, p in network.model.named_parameters() if "lora_" in n)
-    found = checks.need(study, checks.base(study))
+    found = machine.need(study, machine.base(study))
     assert found.base == 4 * plain
     layers = network.model.config.num_hidden_layers
     assert study.lora and found.adapter * study.lora.last_layers == 4 * lora * layers

@@ -23,10 +23,10 @@ import pytest
 from dp_accounting.pld import PLDAccountant
 from safetensors.numpy import load_file
 
+from fedtune.config.sites import sites_in
 from fedtune.demo import write
 from fedtune.errors import InputError
-from fedtune.simulate import simulate
-from fedtune.sites import sites_in
+from fedtune.launch.simulate import simulate
 from tests.test_cli import run
 
 STUDY = """
@@ -162,7 +162,12 @@ def test_a_study_without_privacy_is_marked_everywhere(tmp_path: Path, tiny_base:
 @contextmanager
 def command(log: Path, *arguments: object) -> Iterator[subprocess.Popen[bytes]]:
     """A fedtune process of its own; stopped by its handle if it has not ended."""
-    words = [sys.executable, "-c", "from fedtune.cli import main; main()", *map(str, arguments)]
+    words = [
+        sys.executable,
+        "-c",
+        "from fedtune.cli.main import main; main()",
+        *map(str, arguments),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -253,8 +258,8 @@ def same_logits_by_plain_peft(run: Path) -> None:
     import torch
 
     from fedtune.config import study_from_json
+    from fedtune.models.adapter_files import load_adapter
     from fedtune.models.network import build
-    from fedtune.runs import load_adapter
 
     network = build(study_from_json((run / "plan.json").read_text()))
     saved = load_adapter(run / "adapter")

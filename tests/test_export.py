@@ -21,10 +21,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from fedtune.derive import gguf as gguf_file
+from fedtune.derive.export import export
+from fedtune.derive.gguf import write_gguf
 from fedtune.errors import ConfigError, InputError
-from fedtune.export import export
-from fedtune.models import gguf_file
-from fedtune.models.gguf_file import write_gguf
 from tests.conftest import TEXT
 from tests.test_cli import run as command
 from tests.test_merging import study

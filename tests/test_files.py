@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from fedtune import files
 from fedtune.errors import InfrastructureError
+from fedtune.files import writing
 
 CALLS = ("open", "write", "fsync", "close", "replace")
 
@@ -40,8 +40,8 @@ class Recorded:
 
 def test_it_is_on_disk_before_it_is_in_place_and_the_folder_follows(tmp_path, monkeypatch):
     recorded = Recorded()
-    monkeypatch.setattr(files, "os", recorded)
-    assert files.replace(tmp_path / "a", b"new").read_bytes() == b"new"
+    monkeypatch.setattr(writing, "os", recorded)
+    assert writing.replace(tmp_path / "a", b"new").read_bytes() == b"new"
     assert recorded.calls == [
         *("open", "write", "fsync", "close"),
         *("replace", "open", "fsync", "close"),
@@ -50,10 +50,10 @@ def test_it_is_on_disk_before_it_is_in_place_and_the_folder_follows(tmp_path, mo
 
 @pytest.mark.parametrize("number", range(1, 9))
 def test_wherever_it_fails_the_old_or_the_new_is_whole(tmp_path, monkeypatch, number):
-    path = files.replace(tmp_path / "a", b"old")
-    monkeypatch.setattr(files, "os", Recorded(number))
+    path = writing.replace(tmp_path / "a", b"old")
+    monkeypatch.setattr(writing, "os", Recorded(number))
     with pytest.raises(InfrastructureError, match="No space left"):
-        files.replace(path, b"newer")
+        writing.replace(path, b"newer")
     assert path.read_bytes() == (b"old" if number <= 5 else b"newer")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]  # no draft is left
 
@@ -62,7 +62,7 @@ def test_wherever_it_fails_the_old_or_the_new_is_whole(tmp_path, monkeypatch, nu
 def test_who_can_read_it(tmp_path, private, file, folder):
     before = os.umask(0o022)
     try:
-        path = files.replace(tmp_path / "new" / "a", b"", private=private)
+        path = writing.replace(tmp_path / "new" / "a", b"", private=private)
     finally:
         os.umask(before)
     found: list[Path] = [path, path.parent]
@@ -75,7 +75,7 @@ def test_what_fails_half_way_leaves_nothing(tmp_path, kind, error):
     out = tmp_path / "new" / "run"
 
     def half() -> None:
-        with files.drafted(out) as draft:
+        with writing.drafted(out) as draft:
             if kind == "folder":
                 draft.mkdir()
             (draft / "part" if kind == "folder" else draft).write_text("half")
@@ -88,7 +88,7 @@ def test_what_fails_half_way_leaves_nothing(tmp_path, kind, error):
 
 def test_what_is_drafted_is_not_in_place_before_it_is_whole(tmp_path):
     out = tmp_path / "run"
-    with files.drafted(out) as draft:
+    with writing.drafted(out) as draft:
         draft.mkdir()
         (draft / "part").write_text("whole")
         assert not out.exists()

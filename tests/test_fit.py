@@ -14,11 +14,11 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from fedtune import fit as fit_module
+from fedtune.cli.console import fit_table
 from fedtune.config import Study, load_study
-from fedtune.console import fit_table
 from fedtune.errors import ConfigError
-from fedtune.fit import Fit, Row, fit, measure
+from fedtune.evaluation import compare_bases as fit_module
+from fedtune.evaluation.compare_bases import Fit, Row, fit, measure
 from tests.test_cli import run
 
 STUDY = """

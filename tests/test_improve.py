@@ -15,15 +15,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fedtune.bases.find import find_base
 from fedtune.config import Columns, PublicTable
+from fedtune.derive.improve import Bench, Look, Progress, _watching, improve
+from fedtune.derive.rloo import Schedule
 from fedtune.errors import ConfigError, Refused
-from fedtune.improve import Bench, Look, Progress, _watching, improve
-from fedtune.models.base import find_base
+from fedtune.launch.simulate import simulate
+from fedtune.models.loaded import load
 from fedtune.models.network import Network
-from fedtune.models.whole import load
-from fedtune.rl import Schedule
-from fedtune.runs import load_plan
-from fedtune.simulate import simulate
+from fedtune.run_folder import load_plan
 from tests.dp.conftest import study
 from tests.test_cli import run
 from tests.test_end_to_end import lay_out
@@ -134,7 +134,7 @@ def test_nobody_is_told_that_a_machine_trains(
     monkeypatch.setattr(_telemetry, "_start_telemetry_thread", lambda: None)
     monkeypatch.setattr(_telemetry._TELEMETRY_QUEUE, "put", sent.append)
     if told:
-        monkeypatch.setattr("fedtune.models.wheel.quiet", lambda: None)
+        monkeypatch.setattr("fedtune.bases.wheel.quiet", lambda: None)
     once = Schedule(steps=1, prompts=2, answers=2, new_tokens=2, learning_rate=3e-2)
     with contextlib.suppress(Refused):
         improve(policy, reward, prompts, tmp_path / "out", every=1, how=once)
@@ -180,7 +180,7 @@ def test_only_a_reward_run_judges(tmp_path: Path, policy: Path, prompts: PublicT
 def test_the_command_stops_clean(
     tmp_path: Path, policy: Path, reward: Path, prompts: PublicTable, monkeypatch: Any
 ) -> None:
-    import fedtune.improve as module
+    import fedtune.derive.improve as module
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

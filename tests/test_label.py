@@ -14,12 +14,12 @@ from safetensors.numpy import load_file
 from tokenizers.processors import TemplateProcessing
 
 from fedtune.config import Columns, DataFile
-from fedtune.data.tokens import prompt_ids
-from fedtune.dp.ledger import Ledger
+from fedtune.data.tokenize import prompt_ids
+from fedtune.derive.preferences import Settings, Verdict, judge_of, label, template_of, writer_of
 from fedtune.errors import ConfigError, DataError, Refused
-from fedtune.label import Settings, Verdict, judge_of, label, template_of, writer_of
-from fedtune.models.whole import Whole
-from fedtune.simulate import simulate
+from fedtune.launch.simulate import simulate
+from fedtune.ledger.ledger import Ledger
+from fedtune.models.loaded import Whole
 from tests.test_cli import run
 from tests.test_end_to_end import lay_out
 

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from fedtune.cli.ledger_view import ledger_view
 from fedtune.config import PolicyTable
 from fedtune.dp import accountant
-from fedtune.dp.ledger import RULES, Charge, Ledger
-from fedtune.ledger_view import budget, ledger_view, study_lines
+from fedtune.ledger.entries import RULES, Charge
+from fedtune.ledger.ledger import Ledger
+from fedtune.ledger.spending import budget, study_lines
 
 STUDY = "sha256:" + "5d" * 32
 

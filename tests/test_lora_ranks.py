@@ -12,29 +12,31 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-import client.site
-import fedtune.training
-from client.policy import refusals
-from client.review import review
-from client.site import SiteWorker
-from client.site import worker as worker_of
+import fedtune.client.site
+import fedtune.training.local_round
+from fedtune.audit import selftest
+from fedtune.client.policy import refusals
+from fedtune.client.review import review
+from fedtune.client.site import SiteWorker
+from fedtune.client.site import worker as worker_of
 from fedtune.config import LoraTable, Study, load_site, load_study
-from fedtune.dp import clip, gradients, selftest
-from fedtune.dp.gradients import UnitGradientEngine
-from fedtune.dp.ledger import Ledger
-from fedtune.dp.plain import plain_plan
+from fedtune.config.sites import sites_in
+from fedtune.dp import clip
+from fedtune.dp.non_private import plain_plan
 from fedtune.dp.plan import plan_for_site
 from fedtune.dp.steplog import StepLog
 from fedtune.errors import ConfigError, PolicyRefused
+from fedtune.launch.simulate import simulate
+from fedtune.ledger.ledger import Ledger
 from fedtune.models.cache import Cached
 from fedtune.models.network import Network, build
+from fedtune.models.rank_slice import ALL, narrowed, own, turn
 from fedtune.models.start import start
-from fedtune.narrow import ALL, narrowed, own, turn
 from fedtune.objectives import causal_lm
-from fedtune.simulate import simulate
-from fedtune.sites import sites_in
 from fedtune.strategies import build as strategy_of
-from fedtune.training import local_round
+from fedtune.training import unit_gradients
+from fedtune.training.local_round import local_round
+from fedtune.training.unit_gradients import UnitGradientEngine
 from fedtune.wire.codec import layout, shapes
 from tests.client.test_site import make_site, notes
 from tests.dp.conftest import make_plan, records, study
@@ -127,7 +129,7 @@ def test_the_released_change_is_the_weighted_mean_of_the_sites_own(
         sent.append((local_round(*arguments), arguments[-1]))
         return sent[-1][0]
 
-    monkeypatch.setattr(client.site, "local_round", kept)
+    monkeypatch.setattr(fedtune.client.site, "local_round", kept)
     simulate(plan, sites_in(tmp_path), tmp_path / "run")
     lora = load_study(plan).lora
     assert lora is not None and lora.scaling == 1.5
@@ -224,7 +226,7 @@ def test_rows_are_columns_of_the_whole_rows(network: Network, wanted: Any, colum
 
 def test_columns_that_are_not_trained_are_wiped() -> None:
     each = torch.ones(1, 1, 4)  # of one record and one output: a slice of it would be a view
-    kept = gradients._cut(each, 2, slice(1, 3))
+    kept = unit_gradients._cut(each, 2, slice(1, 3))
     assert kept.tolist() == [[[1.0, 1.0]]] and not each.any()
 
 
@@ -277,7 +279,7 @@ def test_the_self_test_catches_other_columns(
         privacy={"noise_multiplier": 1.6, "delta": 1e-4},
     )
     first = lambda each, width, _: each[..., :width].clone()  # noqa: E731
-    monkeypatch.setattr(gradients, "_cut", first)
+    monkeypatch.setattr(unit_gradients, "_cut", first)
     failed = [r.name for r in selftest.run(plan, lora_rank=2) if not r.passed]
     assert failed == ["parity"]
 
@@ -324,7 +326,7 @@ def test_nothing_moves_the_columns_that_a_site_does_not_train(
         seen.append(arrays)
         return narrowed(arrays, columns)
 
-    monkeypatch.setattr(fedtune.training, "narrowed", watched)
+    monkeypatch.setattr(fedtune.training.local_round, "narrowed", watched)
     data = Cached(network, records([1] * 4))
     log = StepLog(tmp_path / "log")
     local_round(plan, data, plain_plan(plan, 4), log, 1, network.trainable(), False, slice(2, 5))

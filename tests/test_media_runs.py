@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fedtune.cli import app
+from fedtune.cli.main import app
 from tests.media import idefics3, image, qwen2_vl, recording, whisper
 
 STUDY = """

@@ -12,13 +12,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from fedtune.config import DataFile
+from fedtune.config.sites import sites_in
+from fedtune.derive.merge import merge_runs
 from fedtune.errors import ConfigError, InputError
-from fedtune.generate import generate
-from fedtune.merging import merge_runs
-from fedtune.quality import evaluate
-from fedtune.runs import load_plan
-from fedtune.simulate import simulate
-from fedtune.sites import sites_in
+from fedtune.evaluation.generate import generate
+from fedtune.evaluation.run import evaluate
+from fedtune.launch.simulate import simulate
+from fedtune.run_folder import load_plan
 from tests.test_cli import run
 from tests.test_end_to_end import by_the_library, lay_out
 

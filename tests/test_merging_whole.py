@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fedtune.derive.export import export
+from fedtune.derive.merge import merge_runs
+from fedtune.derive.merge_methods import Method
 from fedtune.errors import ConfigError
-from fedtune.export import export
-from fedtune.merging import merge_runs
-from fedtune.models.merge import Method
 from tests.test_merging import parents  # noqa: F401  (a fixture)
 
 pytest.importorskip("mergekit", reason="pip install 'fedtune[merge]'")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fedtune.errors import ConfigError
-from fedtune.flower import coordinator, enrol
+from fedtune.flower import enrol
+from fedtune.launch import coordinator
 from tests.flower import kit
 from tests.flower.test_tls import STUDY
 from tests.test_cli import run

@@ -15,27 +15,26 @@ from flwr.app import ConfigRecord, RecordDict
 from matplotlib.image import imread
 from scipy.stats import chi2
 
-import client.app
-from client.site import SiteWorker, Unprepared, Update
-from fedtune import init
-from fedtune.config import EvaluationTable, Study, load_site, load_study
+import fedtune.client.app
+from fedtune.client.site import SiteWorker, Unprepared, Update
+from fedtune.config import EvaluationTable, Study, load_site, load_study, templates
 from fedtune.data.records import unit_member
 from fedtune.dp import noise, query
 from fedtune.dp.accountant import epsilon
-from fedtune.dp.ledger import Ledger
 from fedtune.dp.plan import DpPlan
 from fedtune.dp.steplog import StepLog, events
 from fedtune.errors import BudgetExceeded, ConfigError, PolicyRefused
+from fedtune.evaluation.evaluator import Evaluator
 from fedtune.flower.arrays import to_record
 from fedtune.flower.grid import InProcessGrid
+from fedtune.ledger.ledger import Ledger
 from fedtune.models.start import start
-from fedtune.quality import Evaluator
 from fedtune.report.plot import png
+from fedtune.server import queries, store
+from fedtune.server.admission import Outcome
 from fedtune.wire.codec import VALUES, encode
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import order
-from server import queries, store
-from server.admission import Outcome
 from tests.guarantee.test_wire_inventory import FROM_THE_PLAN, HEADER, shape
 from tests.guarantee.world import NAMES, Recorder, lay_out, leaves, patients, run
 from tests.server.fakes import QUERY, FakeSite, Trial, make_study, trial, zeros
@@ -311,7 +310,7 @@ def asks(sent: dict[str, Any]) -> dict[str, Any]:
     content = RecordDict(
         {"order": ConfigRecord(sent), "adapter": to_record(encode(zeros(), "float32"))}
     )
-    grid = InProcessGrid([Path("a")])
+    grid = InProcessGrid([Path("a")], fedtune.client.app.app)
     (reply,) = grid.send_and_receive([grid.create_message(content, "query.evaluate", 2, "1")])
     return dict(reply.content.config_records["site"])
 
@@ -532,7 +531,7 @@ def test_a_resumed_run_asks_nobody_twice_for_what_is_known(
     with pytest.raises(Killed):
         run.run(STUDY)
     monkeypatch.undo()
-    monkeypatch.setattr(client.app, "worker", lambda path: {"a": a, "b": b}[path])
+    monkeypatch.setattr(fedtune.client.app, "worker", lambda path: {"a": a, "b": b}[path])
     before = list(a.asked)
     assert before == ([2, 4] if crash == "before the answers are kept" else [2])
     for _ in range(2):  # once to finish, once more over a finished run
@@ -589,7 +588,7 @@ def test_without_privacy_there_is_no_private_evaluation() -> None:
 
 
 def test_the_templates_commented_tables_are_valid_when_switched_on(tmp_path: Path) -> None:
-    texts = {"study.toml": init.STUDY, "site.toml": init.SITE}
+    texts = {"study.toml": templates.STUDY, "site.toml": templates.SITE}
     marks = {"study.toml": "# [private_evaluation]", "site.toml": "# [evaluation]"}
     for name, text in texts.items():
         at = text.index(marks[name])

@@ -17,13 +17,15 @@ from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedtune.config import Columns, DataFile, Study
-from fedtune.data.tokens import NO_TARGET, Dataset, Example
+from fedtune.data.dataset import NO_TARGET, Dataset, Example
 from fedtune.errors import ConfigError, DataError, InputError, ModelError
-from fedtune.generate import generate
+from fedtune.evaluation.evaluator import Evaluator, _spelled, check_evaluation
+from fedtune.evaluation.generate import generate
+from fedtune.evaluation.metrics import intervals, wilson
+from fedtune.evaluation.run import evaluate
 from fedtune.models.lora import Arrays
 from fedtune.models.network import Network, build
-from fedtune.quality import Evaluator, _spelled, check_evaluation, evaluate, intervals, wilson
-from server.parts import Parts
+from fedtune.server.parts import Parts
 
 PROMPTS = ("The patient was seen with", "Blood pressure", "Question: does aspirin", "No acute")
 ANSWERS = (" yes", " no", " maybe", " yes", " fever and a cough", " no")
@@ -272,7 +274,7 @@ def test_intervals() -> None:
     assert low == pytest.approx(0.4902, abs=1e-4) and high == pytest.approx(0.9433, abs=1e-4)
     low, high = wilson(0.0, 20)
     assert abs(low) < 1e-12 and high == pytest.approx(0.1611, abs=1e-4)
-    from fedtune.quality import Scores
+    from fedtune.evaluation.metrics import Scores
 
     def scores(chosen: list[int]) -> Scores:
         n = len(chosen)

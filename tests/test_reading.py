@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from fedtune import reading
-from fedtune.address import host_and_port, is_host
 from fedtune.config import load_site, load_study
+from fedtune.config.address import host_and_port, is_host
 from fedtune.errors import ConfigError, InputError, ModelError
+from fedtune.files import reading
 from fedtune.flower import certs
-from fedtune.runs import named
+from fedtune.run_folder import named
 from tests.server.fakes import make_study
 
 
@@ -105,7 +105,7 @@ def test_a_derived_run_has_a_name_that_opens_again(folder: str, name: str) -> No
 
 
 def test_an_unknown_strategy_or_objective_is_said_when_the_plan_is_read(tmp_path: Path) -> None:
-    from fedtune.init import STUDY
+    from fedtune.config.templates import STUDY
 
     path = tmp_path / "study.toml"
     path.write_text(STUDY)
@@ -122,7 +122,7 @@ def test_an_unknown_strategy_or_objective_is_said_when_the_plan_is_read(tmp_path
 
 
 def test_a_path_or_an_address_that_cannot_be_is_said_when_the_site_is_read(tmp_path: Path) -> None:
-    from fedtune.init import SITE
+    from fedtune.config.templates import SITE
 
     path = tmp_path / "site.toml"
     for key, old, value in (

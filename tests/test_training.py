@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from fedtune.config import Study
-from fedtune.dp.plain import plain_plan
+from fedtune.dp.non_private import plain_plan
 from fedtune.dp.steplog import StepLog
 from fedtune.models.cache import Cached
 from fedtune.models.network import Network, build
 from fedtune.objectives import find
-from fedtune.training import local_round
+from fedtune.training.local_round import local_round
 from tests.dp.conftest import records, study
 
 TRAINING = {"rounds": 1, "local_steps": 12, "sampling_rate": 1.0, "learning_rate": 0.5}

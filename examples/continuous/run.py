@@ -15,14 +15,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from client.site import worker
 from examples.continuous.prepare import LIFE, write
+from fedtune.client.site import worker
 from fedtune.config import load_site
-from fedtune.dp.ledger import Ledger
-from fedtune.ledger_view import heaviest
-from fedtune.simulate import simulate
-from fedtune.sites import sites_in
-from server.versions import Version, Versions
+from fedtune.config.sites import sites_in
+from fedtune.launch.simulate import simulate
+from fedtune.ledger.ledger import Ledger
+from fedtune.ledger.spending import heaviest
+from fedtune.server.versions import Version, Versions
 
 
 def run(out: Path, seed: int = 0, *, arrive: bool = True, patients: float = 1.0) -> dict[str, Any]:

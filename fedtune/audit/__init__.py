@@ -15,11 +15,11 @@ from fedtune.audit import coins
 from fedtune.audit.coins import OneRun, one_run
 from fedtune.audit.gaussian import OneStep, one_step
 from fedtune.audit.secret import Exposure, exposure
+from fedtune.bases.find import find_base
 from fedtune.config import Study, load_study
 from fedtune.dp.plan import DpPlan, plan_for_site
 from fedtune.errors import ConfigError, InputError
-from fedtune.files import replace as write_file
-from fedtune.models.base import find_base
+from fedtune.files.writing import replace as write_file
 from fedtune.models.network import build
 from fedtune.models.tiny import tiny_network
 
@@ -76,7 +76,7 @@ def audit_study(
 
 
 def _report(run: Path, study: Study) -> dict[str, Any]:
-    from fedtune.runs import load_plan, read_report
+    from fedtune.run_folder import load_plan, read_report
 
     if load_plan(run).study.name != study.study.name:
         raise InputError(f"{run}: is a run of another study", f"one of {study.study.name}")
@@ -96,7 +96,8 @@ def _as_it_ran(plan: DpPlan, report: dict[str, Any]) -> DpPlan:
 
 
 def _exposure(run: Path) -> Exposure:
-    from fedtune.runs import load_adapter, load_plan, picked
+    from fedtune.models.adapter_files import load_adapter, picked
+    from fedtune.run_folder import load_plan
 
     study = load_plan(run)
     network = build(study)

@@ -11,20 +11,20 @@ import torch
 
 from fedtune.audit.bounds import one_run_epsilon
 from fedtune.audit.gaussian import CEILING, CONFIDENCE
+from fedtune.audit.selftest import MemoryLog
+from fedtune.bases.find import find_base
 from fedtune.config import Study
-from fedtune.data.tokens import Dataset
+from fedtune.data.dataset import Dataset
 from fedtune.dp import accountant, clip
-from fedtune.dp.gradients import UnitGradientEngine
 from fedtune.dp.plan import DpPlan, plan_for_site
-from fedtune.dp.selftest import MemoryLog
 from fedtune.dp.steplog import events
-from fedtune.models.base import find_base
 from fedtune.models.cache import Cached
 from fedtune.models.lora import Arrays
 from fedtune.models.network import Network
 from fedtune.models.tiny import generated, tiny_network
 from fedtune.objectives import find
-from fedtune.training import local_round
+from fedtune.training.local_round import local_round
+from fedtune.training.unit_gradients import UnitGradientEngine
 
 # Fixed before anything is measured.
 CANARIES = 1024

@@ -13,7 +13,7 @@ import torch
 from scipy.special import gammaincinv  # type: ignore[import-untyped]
 
 from fedtune.config import Columns, EvaluationTable, Study
-from fedtune.data.tokens import load_dataset
+from fedtune.data.load import load_dataset
 from fedtune.errors import DataError
 from fedtune.models.cache import Cached
 from fedtune.models.network import Network

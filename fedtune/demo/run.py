@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fedtune import report
+from fedtune.config.sites import sites_in
 from fedtune.demo.generate import write
-from fedtune.simulate import simulate
-from fedtune.sites import sites_in
+from fedtune.launch.simulate import simulate
 
 OnEvent = Callable[[str, dict[str, Any]], None]
 

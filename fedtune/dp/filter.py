@@ -16,14 +16,16 @@ the individual part); Mironov 2017.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from dp_accounting.rdp import compute_epsilon
 from scipy.special import logsumexp  # type: ignore[import-untyped]
 from scipy.stats import binom  # type: ignore[import-untyped]
 
+from fedtune.dp import accountant
 from fedtune.dp.accountant import Steps, merged
 
 # Fine where ε is large (small orders), wide where it is small.
@@ -130,3 +132,31 @@ def _checked(order: float) -> float:
     if not (order > 1 and math.isfinite(order)):
         raise ValueError("a Rényi order must be above 1 and finite")
     return float(order)
+
+
+class Total(NamedTuple):
+    epsilon: float
+    how: str
+
+
+def total_epsilon(events: Sequence[Steps], order: float, delta: float) -> Total:
+    """ε of everything in `events`, which may have been chosen adaptively; stated at 2 · `delta`.
+
+    One kind of step (σ, q, k), however often: composed exactly (PLD) at `delta`, since stopping a
+    fixed composition early is post-processing. Several kinds: a Rényi filter at the one `order`
+    that was fixed with the dataset's first charge, at `delta`. Which of the two applies may itself
+    depend on results; the events of the two cases are disjoint, so their δ add: hence 2 · `delta`.
+
+    | no events                        | 0 |
+    | a study without privacy (σ = 0)  | infinity |
+    Guarantee: while this stays below a ceiling E at every charge, all that was released is
+    (E, 2 · delta)-DP, whatever the choice of studies depended on.
+    Reference: Feldman & Zrnic 2021, "Individual privacy accounting via a Rényi filter", section 4;
+    Rogers et al. 2016 for filters."""
+    if any(event.noise_multiplier == 0 for event in events):
+        return Total(math.inf, "a study without privacy")
+    if len({event._replace(steps=0) for event in events}) <= 1:
+        return Total(accountant.epsilon(events, delta), "PLD")
+    from fedtune.dp.filter import filtered_epsilon
+
+    return Total(filtered_epsilon(events, order, delta), f"Rényi filter, order {order:g}")

@@ -14,10 +14,9 @@ import torch
 from fedtune.config import Study
 from fedtune.dp import accountant, clip, noise, sampling
 from fedtune.dp.accountant import Steps
-from fedtune.dp.budget import resolve
+from fedtune.dp.calibration import resolve
 from fedtune.dp.clip import Chunk
 from fedtune.dp.steplog import Step, StepLog
-from fedtune.dp.team import AddUp, Team
 
 RELATION: clip.Relation = "add or remove one unit"
 
@@ -176,3 +175,18 @@ def plan_for_site(study: Study, declared_size: int, most: int | None = None) -> 
         records=study.records_per_draw,
         lifetime=privacy.epsilon if study.continuous else None,
     )
+
+
+AddUp = Callable[[list[int]], torch.Tensor]  # rows -> their clipped sum, int64 (d,)
+
+
+class Team(Protocol):
+    """What a step asks of the processes beside it."""
+
+    def total(self, sampled: list[int], dimension: int, own: AddUp) -> torch.Tensor:
+        """Σ of the clipped rows `sampled` over all processes, int64 (dimension,); `own` adds up
+        those that fall to this one.
+
+        Guarantee: each of `sampled` is in the sum exactly once, else nothing is returned.
+        Errors: InfrastructureError where another process failed; `own`'s own errors."""
+        ...

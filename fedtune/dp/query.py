@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 
@@ -25,9 +25,6 @@ from fedtune.config import PrivacyTable, Study
 from fedtune.dp.clip import Chunk
 from fedtune.dp.plan import DpPlan
 from fedtune.dp.steplog import StepLog
-from fedtune.errors import FedtuneError
-from fedtune.models.cache import Cached
-from fedtune.objectives import Found, find
 
 log = logging.getLogger("fedtune.dp")
 NORM = math.sqrt(2)  # of the largest row, (1, 1)
@@ -62,41 +59,3 @@ def answer(plan: DpPlan, rows: torch.Tensor, log: StepLog, round_: int) -> torch
         return plan.step(len(rows), 2, chosen, log, round_)
     finally:
         rows.zero_()
-
-
-@torch.no_grad()
-def unit_rows(study: Study, data: Cached) -> torch.Tensor:
-    """(score, 1) of each unit with the adapter that is loaded, fp64 (units, 2). Un-noised."""
-    objective, dataset = find(study.objective), data.dataset
-    rows = torch.zeros(dataset.n_units, 2, dtype=torch.float64)
-    unit = torch.tensor([example.unit for example in dataset.examples], dtype=torch.long)
-    for index, losses in _losses(objective, data, range(len(unit))):
-        rows[:, 0].index_add_(0, unit[index], torch.exp(-losses))
-    rows[:, 0] /= torch.bincount(unit, minlength=dataset.n_units)
-    rows[:, 1] = 1.0
-    return rows
-
-
-def _losses(
-    objective: Found, data: Cached, records: Sequence[int]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Indices of some of `records` with their losses, fp64; NaN of a record that makes a library
-    raise, which costs its unit alone. Errors: FedtuneError, which no record decides."""
-    left = dict.fromkeys(records)
-    try:
-        for batch in data.blocks(records):
-            index = batch.index[: batch.count]
-            losses = objective.losses(data.network, batch)[: batch.count].double().cpu()
-            for record in index.tolist():
-                del left[record]
-            yield index, losses
-        return
-    except FedtuneError:
-        raise
-    except Exception as error:  # its words may quote a record
-        log.error("held-out records failed (%s)", type(error).__name__)
-    for record in left:
-        if len(records) > 1:
-            yield from _losses(objective, data, [record])
-        else:
-            yield torch.tensor([record]), torch.tensor([torch.nan], dtype=torch.float64)

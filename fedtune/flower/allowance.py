@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedtune.files import replace
+from fedtune.files.writing import replace
 
 REPEATS, SLACK = 3, 64 << 20
 Asked = Mapping[str, tuple[int, int]]

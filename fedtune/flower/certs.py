@@ -28,10 +28,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedtune import reading
-from fedtune.address import is_host
+from fedtune.config.address import is_host
 from fedtune.errors import ConfigError
-from fedtune.files import replace, sync_folder
+from fedtune.files import reading
+from fedtune.files.writing import replace, sync_folder
 
 CA_DAYS, LEAF_DAYS = 3650, 30
 SKEW = timedelta(minutes=5)  # a clock may be a little behind

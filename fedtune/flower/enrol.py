@@ -40,9 +40,9 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedtune import files, reading
-from fedtune.address import host_and_port
+from fedtune.config.address import host_and_port
 from fedtune.errors import ConfigError, InfrastructureError, Refused
+from fedtune.files import reading, writing
 from fedtune.flower import certs
 from fedtune.wire.keys import SigningKey, canonical, verifies
 
@@ -118,7 +118,7 @@ def enroll(name: str, keys: Path, signing: SigningKey, out: Path) -> str:
     signed = PURPOSE + canonical(body)
     node_signature = node.sign(signed, ec.ECDSA(hashes.SHA384())).hex()
     signatures = {"node_signature": node_signature, "signature": signing.sign(signed)}
-    files.replace(out, json.dumps(body | signatures, indent=1).encode() + b"\n")
+    writing.replace(out, json.dumps(body | signatures, indent=1).encode() + b"\n")
     return _of_keys(name, body["node"], tls.public_key(), signing.public)
 
 
@@ -209,7 +209,7 @@ def admit(home: Path, request: Request, address: str) -> Answer:
     if known is None:
         for other in (*registry(home).values(), *_revoked(home)):
             _distinct(new, other)
-        files.replace(_file(home, request.name), _kept(new), private=True)
+        writing.replace(_file(home, request.name), _kept(new), private=True)
     elif (known.node, known.tls, known.signing) != (new.node, new.tls, new.signing):
         raise Refused(
             f"a site named {request.name} is admitted already, with other keys",
@@ -229,7 +229,7 @@ def revoke(home: Path, name: str) -> Record:
         raise ConfigError(f"no site named {name} is admitted", f"one of: {names}")
     ended = replace(record, revoked=certs.now().isoformat())
     file = home / "nodes" / "revoked" / f"{name}-{record.tls[:16]}.json"
-    files.replace(file, _kept(ended), private=True)
+    writing.replace(file, _kept(ended), private=True)
     _file(home, name).unlink()
     return ended
 
@@ -354,7 +354,7 @@ def _issued(home: Path, key: EC, name: str) -> bytes:
     """A new certificate (PEM)."""
     leaf = certs.issue(home, key, name).public_bytes(certs.PEM)
     with suppress(InfrastructureError):  # a full disk keeps nobody from a renewal
-        files.replace(_leaf(home, name), leaf, private=True)
+        writing.replace(_leaf(home, name), leaf, private=True)
     return leaf
 
 

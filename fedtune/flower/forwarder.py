@@ -31,10 +31,10 @@ from pathlib import Path
 import httpx
 from cryptography import x509
 
-from fedtune.address import host_and_port
 from fedtune.config import CoordinatorTable, Site
+from fedtune.config.address import host_and_port
 from fedtune.errors import ConfigError, FedtuneError, InfrastructureError
-from fedtune.files import replace
+from fedtune.files.writing import replace
 from fedtune.flower import certs, enrol
 
 STATUS, RENEW = "/fedtune/status", "/fedtune/renew"  # as in gateway.py

@@ -13,6 +13,7 @@ from flwr.app import DEFAULT_TTL, Context, Error, Message, Metadata, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+from fedtune.config import load_site
 from fedtune.errors import FedtuneError
 from fedtune.flower import api
 from fedtune.flower.enrol import Member
@@ -29,11 +30,7 @@ class InProcessGrid(Grid):
     reply that names its class alone (and a FedtuneError's own words).
     """
 
-    def __init__(self, sites: Sequence[Path], app: ClientApp | None = None) -> None:
-        if app is None:
-            from client.app import app as installed
-
-            app = installed
+    def __init__(self, sites: Sequence[Path], app: ClientApp) -> None:
         self._app = app
         self._contexts = contexts_of(dict(enumerate(sites, api.SUPERLINK_NODE_ID + 1)))
         self._waiting: dict[str, bytes] = {}
@@ -54,12 +51,11 @@ class InProcessGrid(Grid):
 
     def members(self) -> dict[int, Member]:
         """Who each node is by its site file; one whose file cannot be read is nobody."""
-        from client.app import site_of
-
         found = {}
         for node, context in self._contexts.items():
             with suppress(FedtuneError):
-                found[node] = Member(site_of(context).site.site.name)
+                site = load_site(Path(str(context.node_config["site"])))
+                found[node] = Member(site.site.name)
         return found
 
     def create_message(

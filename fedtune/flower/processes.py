@@ -24,6 +24,7 @@ from typing import Literal
 
 from fedtune import boot
 from fedtune.errors import InfrastructureError
+from fedtune.flower import api
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -33,8 +34,8 @@ QUIET = {
 Program = Literal["superlink", "supernode", "gateway", "rank", "sites"]
 OWN = {  # of these programs, ours: the module whose main() it is, and what people call it
     "gateway": ("fedtune.flower.gateway", "the gateway"),
-    "rank": ("client.ranks", "a process of this site's team"),
-    "sites": ("fedtune.flower.pool", "a process of the simulation"),
+    "rank": ("fedtune.client.rank_process", "a process of this site's team"),
+    "sites": ("fedtune.launch.process_pool", "a process of the simulation"),
 }
 STOP_SECONDS = 10.0  # from SIGTERM to SIGKILL
 
@@ -243,7 +244,6 @@ def _main(program: str) -> None:
     if program in OWN:
         import_module(OWN[program][0]).main(sys.argv[1:])
         return
-    from fedtune.flower import api
 
     api.run_program("superlink" if program == "superlink" else "supernode")
 
@@ -252,3 +252,11 @@ if __name__ == "__main__":
     name = sys.argv[1]
     sys.argv = [f"flower-{name}", *sys.argv[2:]]
     _main(name)
+
+
+EVERYWHERE = ("0.0.0.0", "::")
+
+
+def own_name(host: str) -> str:
+    """The name that this machine calls its own gateway by: loopback where it listens there."""
+    return "127.0.0.1" if host in {*EVERYWHERE, "localhost"} else host

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from fedtune.bases.find import Base
 from fedtune.config import ObjectiveTable
 from fedtune.data.files import Rejected
 from fedtune.data.media import Media, sound
 from fedtune.data.records import Record
 from fedtune.errors import ModelError
-from fedtune.models.base import Base
 
 KINDS = ("speech",)
 _START = "<|startoftranscript|>"

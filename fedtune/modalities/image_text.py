@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from fedtune.bases.architecture import SIDE
+from fedtune.bases.find import Base
 from fedtune.config import ObjectiveTable
 from fedtune.data.files import Rejected
 from fedtune.data.media import EXTRA, Media, picture
 from fedtune.data.records import Record
 from fedtune.errors import ConfigError, ModelError
-from fedtune.models.base import Base
-from fedtune.models.parts import SIDE
 
 KINDS = ("image_text",)
 _FAKE, _GLOBAL = "<fake_token_around_image>", "<global-img>"

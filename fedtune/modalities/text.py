@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from fedtune.bases.find import Base
 from fedtune.config import ObjectiveTable
 from fedtune.data.media import Media
 from fedtune.data.records import Record
-from fedtune.models.base import Base
 
 KINDS = ("causal", "encoder")
 

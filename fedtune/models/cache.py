@@ -11,18 +11,19 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedtune.data.dataset import Dataset, Passage
 from fedtune.data.media import Media
-from fedtune.data.tokens import Dataset, Passage
 from fedtune.errors import FedtuneError
 from fedtune.models.network import Network
-from fedtune.models.states import STORE, Altered, State
+from fedtune.models.prefix_store import STORE, Altered, State
+from fedtune.objectives._interface import Batch
+from fedtune.objectives._shapes import padded_length
 from fedtune.progress import report
 
 log = logging.getLogger("fedtune.models")
@@ -47,40 +48,6 @@ class Bucket(NamedTuple):
     tiles: int = 1
     targets: int = 0
     full: bool = False
-
-
-@dataclass(frozen=True, repr=False)
-class Batch:
-    """B records of k passages each, one record's after another, padded on the right to one length
-    L: R = B·k rows. prefix (R, L, H); mask (R, L) bool, False on padding; target_ids (R, L), -100
-    where no loss; label (B,), -100 where none; index (B,), on the processor, the others on the
-    network's device; soft: of a taught record's P targets the outcomes and log-probabilities, each
-    (R, P, k), zero beyond its own. seen: (R, tiles, P, W), the tower's states of each passage's
-    file, where the network above the cut reads them; every record of a batch has the same number
-    of tiles. count: how many records are meant; those beyond it are the first one again, which
-    fill a block and count for nobody. before: (N, k), on the processor, of all N records of the
-    dataset: what each passage's log-likelihood is to the frozen base, NaN until somebody asked."""
-
-    prefix: torch.Tensor
-    mask: torch.Tensor
-    target_ids: torch.Tensor
-    label: torch.Tensor
-    index: torch.Tensor
-    soft: tuple[torch.Tensor, torch.Tensor] | None = None
-    seen: torch.Tensor | None = None
-    tiles: int = 1
-    count: int = 0
-    before: torch.Tensor | None = None
-
-
-def padded_length(length: int) -> int:
-    """What so many positions are padded to: a function of their number alone. An eighth is padding
-    at most, above 64; finer steps cost in small micro-batches what they save
-    (benchmarks/padding.py)."""
-    if length <= 8:
-        return 1 << (length - 1).bit_length()
-    step = max(8, (1 << length.bit_length()) // 16)
-    return -(-length // step) * step
 
 
 class Cached:

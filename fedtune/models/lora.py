@@ -16,9 +16,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
+from fedtune.bases.architecture import PROJECTOR, Parts
 from fedtune.config import LoraTable
 from fedtune.errors import ConfigError
-from fedtune.models.parts import PROJECTOR, Parts
 
 Arrays = dict[str, np.ndarray]
 

@@ -5,11 +5,12 @@ is the gradient at its input. That is formed together with the loss, some positi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+
+from fedtune.objectives._shapes import even
 
 _CHUNK_BYTES = 32 * 2**20  # fp32 logits held at once: enough rows for a matrix product to be quick
 
@@ -26,16 +27,6 @@ def head_loss(states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor)
 
 def _apply(*inputs: torch.Tensor) -> Any:
     return _HeadLoss.apply(*inputs)  # type: ignore[no-untyped-call]
-
-
-def even(total: int, most: int) -> Iterator[tuple[slice, int]]:
-    """0 to `total` in parts of one size, at most `most`: what a product of matrices makes of a row
-    follows from how many there are. The last part reaches back; with each comes how many of its
-    last places are new."""
-    size = -(-total // max(1, -(-total // most)))
-    for start in range(0, total, max(1, size)):
-        stop = min(start + size, total)
-        yield slice(stop - size, stop), stop - start
 
 
 class _HeadLoss(torch.autograd.Function):

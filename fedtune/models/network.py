@@ -24,20 +24,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedtune import modalities
+from fedtune.bases.architecture import PROJECTOR, fill, parts_of, plane_positions
+from fedtune.bases.find import Base, find_base, load_backbone, load_tokenizer
+from fedtune.bases.quantise import quantise
 from fedtune.config import LoraTable, QuantisationTable, Study
+from fedtune.config.known_bases import Kind
 from fedtune.errors import ConfigError, ModelError
 from fedtune.models import lora as lora_module
-from fedtune.models.base import Base, find_base, load_backbone, load_tokenizer
-from fedtune.models.known import Kind
+from fedtune.models.adapter_files import HEAD
 from fedtune.models.lora import Arrays
 from fedtune.models.loss import head_loss
-from fedtune.models.parts import PROJECTOR, fill, parts_of, plane_positions
-from fedtune.models.quantise import quantise
+from fedtune.models.prefix_store import State
 from fedtune.models.split import Split, cut
-from fedtune.models.states import State
 from fedtune.objectives import find
 
-HEAD = "head.safetensors"
 # No entry of an adapter, a head or a frozen factor is larger: what is turns the last digit of a
 # product into another answer.
 LARGEST = 1e3
@@ -271,6 +271,11 @@ class Network:
             return {}
         assert seen is not None
         return {"encoder_hidden_states": seen[:, 0]}
+
+    @property
+    def has_head(self) -> bool:
+        """Whether a classification head is trained, in place of the model's own."""
+        return self.head is not None
 
     def hidden(
         self,

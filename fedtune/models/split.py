@@ -8,7 +8,6 @@ begins earlier still narrows there: the last block's MLP runs where a loss is as
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from fedtune.bases.architecture import with_parts
 from fedtune.config import LoraTable
 
 
@@ -199,10 +199,3 @@ def _exact(model: Any, split: Split) -> bool:
     except (TypeError, ValueError, AttributeError):  # a block of another make
         return False
     return torch.equal(whole, parts)
-
-
-def with_parts(model: nn.Module, /, **modules: nn.Module) -> nn.Module:
-    """A shallow copy of `model` with some children replaced; the rest is shared, not copied."""
-    twin = copy.copy(model)
-    object.__setattr__(twin, "_modules", {**model._modules, **modules})
-    return twin

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedtune.config import Study
-from fedtune.data.tokens import load_dataset
-from fedtune.dp.budget import with_rounds
+from fedtune.data.load import load_dataset
+from fedtune.dp.calibration import with_rounds
 from fedtune.models import lora
 from fedtune.models.lora import Arrays
 from fedtune.models.network import build
-from fedtune.models.public import public_factor
+from fedtune.models.public_factor import public_factor
 
 
 @dataclass(frozen=True, repr=False)

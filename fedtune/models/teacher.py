@@ -14,14 +14,16 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from fedtune.bases import known_here
+from fedtune.bases.find import base_of_plan, cache_dir
 from fedtune.config import ObjectiveTable, Study
+from fedtune.data.dataset import NO_TARGET, Dataset, Example, Soft
 from fedtune.data.records import Record
-from fedtune.data.tokens import NO_TARGET, Dataset, Example, Soft, passage_of
+from fedtune.data.tokenize import passage_of
 from fedtune.errors import ConfigError
-from fedtune.models import here
-from fedtune.models.base import base_of_plan, cache_dir
-from fedtune.models.whole import Whole, load
-from fedtune.objectives import Teacher, find
+from fedtune.models.loaded import Whole, load
+from fedtune.objectives import find
+from fedtune.objectives._interface import Teacher
 
 Teach = Callable[[Record, Example], Soft]
 
@@ -61,7 +63,7 @@ def find_teacher(spec: Teacher) -> Whole:
 
     Errors: PolicyRefused where it is not here; ModelError."""
     kept = cache_dir() / "teachers" / spec.digest.removeprefix("sha256:")
-    noted = here.noted(cache_dir(), spec.digest)
+    noted = known_here.noted(cache_dir(), spec.digest)
     places = [kept, *([noted[1]] if noted else [])]
     place = next((each for each in places if each.is_dir()), None)
     if place is None:

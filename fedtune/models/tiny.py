@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedtune.bases.find import Base, auto_class, find_base
 from fedtune.config import LoraTable, Study
-from fedtune.data.tokens import NO_TARGET, Dataset, Example, Passage
-from fedtune.models.base import Base, auto_class, find_base
+from fedtune.data.dataset import NO_TARGET, Dataset, Example, Passage
 from fedtune.models.network import Network
-from fedtune.models.probe import Shown, show, words
+from fedtune.models.random_records import Shown, show, words
+from fedtune.models.rank_slice import ALL, turn
 from fedtune.models.teacher import made_up
 from fedtune.models.tiny_media import shrink
-from fedtune.narrow import ALL, turn
 from fedtune.objectives import find
 
 HIDDEN, INNER, HEADS, LAYERS, VOCABULARY, RANK = 32, 64, 4, 4, 96, 4

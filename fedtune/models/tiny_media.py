@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fedtune.models.base import Base, load_tokenizer
+from fedtune.bases.find import Base, load_tokenizer
 
 _PATCH, _TILE = 4, 2  # pixels of a patch; of image tokens of one tile, the root
 

@@ -19,55 +19,14 @@ import importlib
 import inspect
 import math
 import pkgutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING
 
 from fedtune.errors import ConfigError
+from fedtune.objectives._interface import READS, Found
 
 if TYPE_CHECKING:
-    import torch
-
     from fedtune.config import ObjectiveTable
-    from fedtune.models.cache import Batch
-    from fedtune.models.network import Network
-
-# text: prompt and completion, or plain text; label: text and one of the labels; pair: a prompt,
-# the better and the worse completion; judged: a completion and whether it is desirable.
-Shape = Literal["text", "label", "pair", "judged"]
-READS: dict[Shape, str] = {
-    "text": "prompts with their completions, conversations, or plain text",
-    "label": "texts, each with one of the study's labels",
-    "pair": "pairs, a prompt with a better and a worse answer (columns prompt, chosen, rejected); "
-    "a pair is one record: what its two answers add up to is clipped once",
-    "judged": "judged answers, each desirable or not (columns prompt, completion, label)",
-}
-
-
-class Objective(Protocol):
-    def losses(self, network: Network, batch: Batch) -> torch.Tensor: ...
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A frozen model by name and digest; at what temperature it is heard, and how many of its next
-    tokens."""
-
-    name: str
-    digest: str
-    temperature: float = 1.0
-    top: int = 64
-
-
-@dataclass(frozen=True)
-class Found:
-    """An objective with the study's options. outputs: rows of the head that it trains, or 0."""
-
-    shape: Shape
-    outputs: int
-    losses: Callable[[Network, Batch], torch.Tensor]
-    teacher: Teacher | None = None
 
 
 def names() -> list[str]:
@@ -107,9 +66,3 @@ def says(table: ObjectiveTable) -> str:
     does = " ".join((importlib.import_module(f"{__name__}.{table.name}").__doc__ or "").split())
     head = " A head is trained, which writes no text." if found.outputs else ""
     return f"Objective {table.name}. {does} It reads {READS[found.shape]}.{head}"
-
-
-def require(condition: bool, option: str, expected: str) -> None:
-    """Errors: ConfigError unless `condition`."""
-    if not condition:
-        raise ConfigError(f"objective.options.{option} is out of range", expected)

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from fedtune.models.cache import Batch, padded_length
-from fedtune.models.network import Network
+from fedtune.objectives._interface import Batch, Network
+from fedtune.objectives._shapes import padded_length
 
 
 class Likelihood(NamedTuple):

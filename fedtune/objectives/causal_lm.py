@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fedtune.models.cache import Batch
-from fedtune.models.network import Network
+from fedtune.objectives._interface import Batch, Network
 from fedtune.objectives._tokens import likelihood
 
 SHAPE = "text"

@@ -12,10 +12,8 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from fedtune.models.cache import Batch
-from fedtune.models.loss import even
-from fedtune.models.network import Network
-from fedtune.objectives import Shape, Teacher, require
+from fedtune.objectives._interface import Batch, Network, Shape, Teacher, require
+from fedtune.objectives._shapes import even
 from fedtune.objectives._tokens import labelled
 
 ROWS = 256  # positions whose logits over the vocabulary are held at once
@@ -69,7 +67,7 @@ def losses(
     References: Hinton et al. 2015, section 2 (T²); Kim and Rush 2016, section 3."""
     assert batch.soft is not None  # models/teacher.py marked every record
     tokens, wanted = batch.soft
-    if network.head is not None:
+    if network.has_head:
         hidden = network.hidden(batch.prefix, batch.mask, seen=batch.seen)
         logits = network.logits(network.pool(hidden, batch.mask))
         found = torch.log_softmax(logits / temperature, dim=1)

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from fedtune.models.cache import Batch
-from fedtune.models.network import Network
-from fedtune.objectives import require
+from fedtune.objectives._interface import Batch, Network, require
 from fedtune.objectives._tokens import likelihood, reference
 
 SHAPE = "judged"

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
     from prometheus_client.core import GaugeMetricFamily
 
-    from fedtune.dp.ledger import Ledger
+    from fedtune.ledger.ledger import Ledger
 
 HOST = "127.0.0.1"
 SECONDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600)  # upper ends of the round times' buckets
@@ -194,14 +194,14 @@ class LedgerFigures:
         }
 
     def _open(self, folder: Path) -> Ledger | None:
-        from fedtune.dp.ledger import Ledger
+        from fedtune.ledger.ledger import Ledger
 
         if self._ledger is None and (folder / "ledger.db").exists():  # a scrape begins none
             self._ledger = Ledger(folder)
         return self._ledger
 
     def _spent(self, book: Ledger, dataset: str, delta: float) -> _Spent:
-        from fedtune.dp.ceiling import total_epsilon
+        from fedtune.dp.filter import total_epsilon
 
         head = book.head.hash
         if self._known is None or (self._known.head, self._known.delta) != (head, delta):

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedtune import reading
 from fedtune.errors import InputError
+from fedtune.files import reading
 from fedtune.observe.log import FIELDS, Record, Role, by, cleaned, logger, now, strict_here
 
 FILE, LOCK = "status.json", "status.lock"

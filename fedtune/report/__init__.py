@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from fedtune.files import replace
+from fedtune.files.writing import replace
 from fedtune.report.markdown import markdown
 from fedtune.report.plot import png
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterable
 from typing import Any
 
 from fedtune.report.claim import (
@@ -16,6 +13,7 @@ from fedtune.report.claim import (
     rounded_up,
     strength,
 )
+from fedtune.report.text import cell, figure, table
 
 LOWER_IS_BETTER = ("loss", "perplexity", "divergence", "kl")
 HELD_OUT = "the study's held-out records"
@@ -52,31 +50,6 @@ def markdown(body: dict[str, Any]) -> str:
         f"`{cell(body.get('plan_digest'))}`. The same numbers for machines: report.json.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def cell(value: Any) -> str:
-    """One value as inert Markdown on one line, at most 200 characters."""
-    if value is None:
-        return "–"
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
-    text = text if len(text) <= 200 else text[:199] + "…"
-    return re.sub(r"([\\`*\[\]<>|#!])", r"\\\1", text)
-
-
-def figure(value: Any) -> str:
-    """A number with four significant figures; text as it is."""
-    n = number(value)
-    if n is None or not math.isfinite(n):
-        return cell(value)
-    return f"{int(n):,}" if n == int(n) and abs(n) < 1e15 else f"{n:.4g}"
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]], *, numbers: bool = True) -> str:
-    """A Markdown table; the first column left, the others right where they hold numbers."""
-    names = list(head)
-    rule = "---:" if numbers else "---"
-    lines = [names, ["---", *[rule] * (len(names) - 1)], *[list(row) for row in rows]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _claim(body: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedtune.report.claim import rounded_up
-from fedtune.report.markdown import cell, figure, table
+from fedtune.report.text import cell, figure, table
 
 
 def section(merge: dict[str, Any], privacy: dict[str, Any]) -> list[str]:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from typing import TYPE_CHECKING
 
-from fedtune.config import Study
 from fedtune.errors import ConfigError
 from fedtune.strategies._base import Arrays, State, Strategy
+
+if TYPE_CHECKING:
+    from fedtune.config import Study
+
 
 __all__ = ["Arrays", "State", "Strategy", "build", "find", "names"]
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.config import Study
 from fedtune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedtune.config import Study
+
 
 Arrays = dict[str, npt.NDArray[np.float32]]
 State = dict[str, npt.NDArray[np.float64]]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedtune.config import Study
 from fedtune.errors import ConfigError
 from fedtune.strategies._base import Arrays, State, Strategy, moved, require
+
+if TYPE_CHECKING:
+    from fedtune.config import Study
 
 
 @dataclass

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from client.policy import planned
-from client.site import SiteWorker
+from fedtune.client.policy import planned
+from fedtune.client.site import SiteWorker
 from fedtune.config import Study, study_from_json
 from fedtune.dp import accountant
 from fedtune.dp.accountant import Steps, affordable_steps, at_least, calibrate, epsilon

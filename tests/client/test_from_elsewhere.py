@@ -13,15 +13,16 @@ from typing import Any
 
 import pytest
 
-from client.policy import base_for
-from client.site import SiteWorker
+from fedtune.bases import digest as digest_module
+from fedtune.bases import find as base_module
+from fedtune.bases import known_here
+from fedtune.bases.find import base_of_plan, find_base
+from fedtune.client.policy import base_for
+from fedtune.client.site import SiteWorker
 from fedtune.config import Study
+from fedtune.config.known_bases import KNOWN
 from fedtune.errors import ModelError, PolicyRefused
-from fedtune.models import base as base_module
-from fedtune.models import digest as digest_module
-from fedtune.models import here, whole
-from fedtune.models.base import base_of_plan, find_base
-from fedtune.models.known import KNOWN
+from fedtune.models import loaded
 from fedtune.models.teacher import find_teacher, own_teacher, teaching
 from tests.client.test_site import begun, make_site, notes
 
@@ -118,7 +119,7 @@ def test_a_base_that_has_changed_since_it_was_named_is_not_here(
 
 def test_a_note_is_seen_by_other_processes(tmp_path: Path, tiny_base: Path) -> None:
     digest = find_base(str(tiny_base)).digest
-    here._noted.clear()
+    known_here._noted.clear()
     assert base_of_plan(digest, None).path == tiny_base.resolve()
 
 
@@ -127,7 +128,7 @@ def test_where_the_cache_cannot_be_written_this_process_still_knows(
     tmp_path: Path, tiny_base: Path, what: str
 ) -> None:
     digest = find_base(str(tiny_base)).digest
-    here._noted.clear()
+    known_here._noted.clear()
     folder = base_module.cache_dir() / "here"
     shutil.rmtree(folder)
     if what == "no folder":
@@ -189,7 +190,7 @@ def test_a_teachers_run_that_was_sent_names_no_base_either(
 ) -> None:
     """The run's folder came by mail, and its plan.json is in no digest."""
     study = begun(tiny_base).study
-    digest = whole.load(run_of(tmp_path / "run", study)).digest
+    digest = loaded.load(run_of(tmp_path / "run", study)).digest
     kept = base_module.cache_dir() / "teachers" / digest.removeprefix("sha256:")
     shutil.copytree(tmp_path / "run", kept)
     crafted = sent(study, base={"model": "attacker/repo"})
@@ -201,15 +202,15 @@ def test_a_teachers_run_that_was_sent_names_no_base_either(
         raise AssertionError("the site looked for what the run names") from error
     assert not no_network
     with pytest.raises(ModelError):  # the twin: by name the hub is asked
-        whole.load(kept, digest)
+        loaded.load(kept, digest)
     assert no_network
 
 
 def test_ones_own_teacher_is_found_by_its_name_once(tmp_path: Path, tiny_base: Path) -> None:
     study = begun(tiny_base).study
     run = run_of(tmp_path / "run", study)
-    here_digest = whole.load(run).digest
-    here._noted.clear()
+    here_digest = loaded.load(run).digest
+    known_here._noted.clear()
     shutil.rmtree(base_module.cache_dir() / "here")
     plan = distilled(study, str(run), here_digest)
     with pytest.raises(PolicyRefused):
@@ -269,7 +270,7 @@ def test_the_hub_is_asked_for_what_a_person_names_and_not_where_they_switched_it
     kernels: Path,
 ) -> None:
     code = (
-        "import fedtune\nfrom fedtune.offline import online\n"
+        "import fedtune\nfrom fedtune.boot import online\n"
         "from huggingface_hub import constants as c\n"
         "with online(): print(c.HF_HUB_OFFLINE)\nprint(c.HF_HUB_OFFLINE)"
     )

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from client import purge as purger
-from client.purge import KEPT, KINDS, listing, purge
-from client.site import SiteWorker, worker
+from fedtune.client import purge as purger
+from fedtune.client.purge import KEPT, KINDS, listing, purge
+from fedtune.client.site import SiteWorker, worker
 from fedtune.config import load_site, load_study
-from fedtune.dp.ledger import Ledger
 from fedtune.flower.processes import alone
+from fedtune.ledger.ledger import Ledger
 from fedtune.models.start import start
 from fedtune.observe import observer
 from tests.client.test_site import begun, make_site, notes, trains

@@ -16,17 +16,18 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from client.ranks import Ranks, fingerprint, team
-from client.site import SiteWorker
-from client.site import worker as worker_of
-from client.withdraw import withdraw
+from fedtune.client.rank_process import Ranks, team
+from fedtune.client.site import SiteWorker
+from fedtune.client.site import worker as worker_of
+from fedtune.client.withdraw import withdraw
 from fedtune.config import load_site
-from fedtune.data.tokens import Dataset, Example, Passage
+from fedtune.data.dataset import Dataset, Example, Passage
 from fedtune.dp import noise
 from fedtune.errors import InfrastructureError
 from fedtune.flower.processes import free_port
+from fedtune.launch.simulate import simulate, sites_in
 from fedtune.models.start import Start
-from fedtune.simulate import simulate, sites_in
+from fedtune.training.data_parallel import fingerprint
 from fedtune.wire.codec import VALUES
 from tests.client.test_site import begun, notes
 from tests.server.test_simulate import world as world_of_two

@@ -12,24 +12,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from client.review import read_plan, review
-from client.site import SiteWorker, Unprepared
-from client.site import worker as site_worker
-from client.withdraw import UnknownPatient, withdraw
+from fedtune.client.review import read_plan, review
+from fedtune.client.site import SiteWorker, Unprepared
+from fedtune.client.site import worker as site_worker
+from fedtune.client.withdraw import UnknownPatient, withdraw
 from fedtune.config import Site, Study
 from fedtune.data.records import unit_member
 from fedtune.dp import noise
 from fedtune.dp.accountant import Steps, epsilon
 from fedtune.dp.filter import best_order
-from fedtune.dp.ledger import RULES, Charge
 from fedtune.dp.plan import plan_for_site
 from fedtune.errors import BudgetExceeded, ConfigError, DataError, ModelError, PolicyRefused
+from fedtune.ledger.entries import RULES, Charge
 from fedtune.models.cache import Cached
 from fedtune.models.lora import digest as arrays_digest
 from fedtune.models.network import Network, build
+from fedtune.models.prefix_store import STORE
 from fedtune.models.start import Start, start
-from fedtune.models.states import STORE
-from fedtune.training import local_round
+from fedtune.training.local_round import local_round
 from fedtune.wire.codec import layout, shapes
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import receipt
@@ -193,7 +193,7 @@ def test_a_crash_between_reservation_and_release_is_charged(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("client.site.local_round", crash)
+        patch.setattr("fedtune.client.site.local_round", crash)
         trains(worker, made, 1)
     trains(worker, made, 1)
     charges = worker.ledger.charges("records")
@@ -230,7 +230,7 @@ def test_a_withdrawn_patient_is_in_no_later_round(
         seen.append(weakref.ref(data))
         return local_round(study, data, *rest)
 
-    monkeypatch.setattr("client.site.local_round", spy)
+    monkeypatch.setattr("fedtune.client.site.local_round", spy)
     made = begun(tiny_base)
     worker.prepare(made.study, made.frozen)
     trains(worker, made, 1)
@@ -282,7 +282,7 @@ def test_a_withdrawn_patients_states_are_erased_and_the_others_kept(
 def test_each_study_must_learn_before_it_costs_anything_and_is_tried_once(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("client.site._trains", set())
+    monkeypatch.setattr("fedtune.client.site._trains", set())
     tried: list[str] = []
 
     def check(study: Study, *_: object) -> None:
@@ -290,7 +290,7 @@ def test_each_study_must_learn_before_it_costs_anything_and_is_tried_once(
         if study.training.learning_rate != 0.1:
             raise ModelError("a step did not lower the loss")
 
-    monkeypatch.setattr("client.site.check_trains", check)
+    monkeypatch.setattr("fedtune.client.site.check_trains", check)
     good = begun(tiny_base)
     training = {"rounds": 2, "sampling_rate": 0.5, "learning_rate": 0.2}
     bad = begun(tiny_base, training=training)
@@ -306,7 +306,7 @@ def test_each_study_must_learn_before_it_costs_anything_and_is_tried_once(
 def test_a_failed_self_test_refuses_the_round(
     worker: SiteWorker, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("client.site._tested", set())
+    monkeypatch.setattr("fedtune.client.site._tested", set())
     honest = noise.gaussian_on_grid
     monkeypatch.setattr(noise, "gaussian_on_grid", lambda d, std, grid: honest(d, std * 0.9, grid))
     made = begun(tiny_base)
@@ -539,7 +539,7 @@ def test_nothing_runs_on_top_of_what_an_earlier_release_charged_until_the_site_s
     made = begun(tiny_base)
     worker.prepare(made.study, made.frozen)
     with monkeypatch.context() as patch:
-        patch.setattr("client.site.Charge", partial(Charge, rules=RULES - 1))
+        patch.setattr("fedtune.client.site.Charge", partial(Charge, rules=RULES - 1))
         trains(worker, made, 1)
     with pytest.raises(BudgetExceeded, match="an earlier release charged them"):
         trains(worker, made, 2)
@@ -560,7 +560,7 @@ def test_a_patient_in_two_disjoint_datasets_is_left_out_of_the_later_and_nothing
         units.append(data.dataset.n_units)
         return local_round(study, data, *rest)
 
-    monkeypatch.setattr("client.site.local_round", spy)
+    monkeypatch.setattr("fedtune.client.site.local_round", spy)
     made = begun(tiny_base, privacy={"epsilon": 7.9, "delta": 1e-4, "unit": "patient"})
     notes(tmp_path)
     first = SiteWorker(make_site(tmp_path, patient="who"))

@@ -13,18 +13,18 @@ import pytest
 from flwr.app import Context, Message
 from rich.console import Console
 
-from client.site import worker
+from fedtune.cli.console import Watch
+from fedtune.client.site import worker
 from fedtune.config import load_study
-from fedtune.console import Watch
 from fedtune.dp.accountant import epsilon
 from fedtune.errors import FedtuneError
 from fedtune.flower import api
 from fedtune.flower.grid import InProcessGrid
-from fedtune.flower.site_executor import _Executor, _installed_app
+from fedtune.launch.site import _Executor, _installed_app
 from fedtune.observe import observer
 from fedtune.observe.status import look
-from server import rounds
-from server.parts import Parts
+from fedtune.server import rounds
+from fedtune.server.parts import Parts
 from tests.guarantee.world import NAMES, lay_out, patients
 
 Event = Callable[[str, dict[str, Any]], None]

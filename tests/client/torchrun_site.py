@@ -8,8 +8,8 @@ from pathlib import Path
 
 from safetensors.numpy import save_file
 
-from client.ranks import follow_torchrun, team
-from client.site import worker
+from fedtune.client.rank_process import follow_torchrun, team
+from fedtune.client.site import worker
 from tests.client.test_ranks import two_steps
 
 

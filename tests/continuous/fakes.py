@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from fedtune.config import Study
-from server.parts import Parts
-from server.schedule import Quick
+from fedtune.server.parts import Parts
+from fedtune.server.schedule import Quick
 from tests.server.fakes import FakeEvaluator, FakeSite, Trial, make_parts, make_study
 
 START = 1.8e9  # a multiple of an hour

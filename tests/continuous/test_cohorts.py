@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-import client.site
+import fedtune.client.site
 from fedtune.config import load_site
+from fedtune.data.dataset import Dataset
 from fedtune.data.records import unit_member
-from fedtune.data.tokens import Dataset
 from fedtune.dp.accountant import Steps, epsilon
-from fedtune.dp.ledger import Ledger
 from fedtune.errors import Refused
-from fedtune.ledger_view import heaviest
-from server.store import load
+from fedtune.ledger.ledger import Ledger
+from fedtune.ledger.spending import heaviest
+from fedtune.server.store import load
 from tests.continuous.world import DELTA, LIFE, SIGMA, lay_out, run, write
 from tests.guarantee.test_wire_inventory import outside, shape
 from tests.guarantee.world import Row, patients
@@ -40,7 +40,7 @@ class Seen:
 
 @contextmanager
 def watched(folder: Path) -> Iterator[Seen]:
-    seen, honest = Seen(), client.site.local_round
+    seen, honest = Seen(), fedtune.client.site.local_round
 
     def local_round(study: Any, data: Any, plan: Any, log: Any, *rest: Any) -> Any:
         if log.path.parent == folder / "state-north":
@@ -49,7 +49,7 @@ def watched(folder: Path) -> Iterator[Seen]:
         return honest(study, data, plan, log, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client.site, "local_round", local_round)
+        patch.setattr(fedtune.client.site, "local_round", local_round)
         yield seen
 
 

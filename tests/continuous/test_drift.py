@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from client.site import Update
 from examples.continuous import prepare
+from fedtune.client.site import Update
 from fedtune.config import load_site, load_study
 from fedtune.dp.plan import plan_for_site
+from fedtune.server.versions import Index, Versions
 from fedtune.wire.codec import encode
-from server.versions import Index, Versions
 from tests.continuous.fakes import Judge, continuous, parts
 from tests.server.fakes import FakeSite
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from client.policy import check_watch
+from fedtune.client.policy import check_watch
 from fedtune.config import ScheduleTable, Study, load_study, spelled
 from fedtune.errors import ConfigError, InfrastructureError, PolicyRefused
-from fedtune.simulate import check_rounds
-from server.schedule import Quick, begins, next_slot, shown, wait
+from fedtune.launch.simulate import check_rounds
+from fedtune.server.schedule import Quick, begins, next_slot, shown, wait
 from tests.continuous.fakes import START, continuous, go, parts, sites
 from tests.continuous.world import SCHEDULE, study_text
 from tests.server.fakes import FakeSite, make_study
@@ -186,7 +186,7 @@ def test_where_nobody_is_to_come_a_round_that_fails_is_an_error(trial: Any) -> N
 
 
 def load_all(run: Any) -> Any:
-    from server.store import load
+    from fedtune.server.store import load
 
     kept = load(run.folder / "out", continuous())
     assert kept is not None

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fedtune import files
-from fedtune.cli import app
+from fedtune.cli.main import app
 from fedtune.errors import DataError, InputError
-from server import rounds, store, versions
-from server.continuous import Continuous
-from server.schedule import Quick
-from server.versions import Version, Versions
+from fedtune.files import writing
+from fedtune.server import rounds, store, versions
+from fedtune.server.continuous import Continuous
+from fedtune.server.schedule import Quick
+from fedtune.server.versions import Version, Versions
 from tests.continuous.fakes import START, Judge, go, load, loss, parts, sites
 from tests.server.test_resume import Killed, fail_at
 
@@ -85,7 +85,7 @@ KILLS = [
     ("its files on disk", versions, "_sync", 2),
     ("the index", Versions, "_write", 4),
     ("the link", Versions, "_settle", 4),
-    ("a file put in place", files, "replace", 4),
+    ("a file put in place", writing, "replace", 4),
     ("a rename", os, "replace", 15),
     ("the first version", Versions, "begin", 1),
     ("the first version's files", Versions, "_put", 1),

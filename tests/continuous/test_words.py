@@ -11,18 +11,19 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from client.review import read_plan, review
-from fedtune.cli import app
+from fedtune.cli.ledger_view import ledger_view
+from fedtune.cli.main import app
+from fedtune.cli.status_view import view
+from fedtune.client.review import read_plan, review
 from fedtune.config import load_site, load_study
 from fedtune.dp.accountant import Steps, epsilon
-from fedtune.dp.ledger import Ledger
-from fedtune.ledger_view import ledger_view
+from fedtune.evaluation.evaluator import Evaluator
+from fedtune.files.reading import fingerprint
+from fedtune.ledger.ledger import Ledger
 from fedtune.observe.status import look
-from fedtune.observe.view import view
-from fedtune.quality import Evaluator, fingerprint
 from fedtune.report.claim import rounded_up
 from fedtune.report.markdown import markdown
-from server.store import load
+from fedtune.server.store import load
 from tests.continuous.fakes import START, go, sites
 from tests.continuous.world import DELTA, SIGMA, lay_out, run, write
 from tests.guarantee.world import patients

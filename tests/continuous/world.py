@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from client.site import worker
+from fedtune.client.site import worker
 from fedtune.config import load_study
-from server import rounds
-from server.parts import Parts
-from server.schedule import Quick
+from fedtune.server import rounds
+from fedtune.server.parts import Parts
+from fedtune.server.schedule import Quick
 from tests.guarantee.world import ANSWERS, NAMES, SITE, STUDY, Recorder, Row, patients
 
 SCHEDULE = """

@@ -19,10 +19,11 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from fedtune.config import Columns, DataFile, EvaluationTable, PublicTable, Study
-from fedtune.data import tokens
+from fedtune.data import load as tokens
+from fedtune.data.dataset import Dataset, Example, Soft
 from fedtune.data.files import Rejected
+from fedtune.data.load import load_dataset
 from fedtune.data.records import Record, unit_member
-from fedtune.data.tokens import Dataset, Example, Soft, load_dataset
 from fedtune.errors import DataError
 
 Jsonl = Callable[..., Path]

@@ -16,8 +16,9 @@ import signal
 import sys
 from pathlib import Path
 
-from fedtune.dp.ledger import Charge, Ledger, LedgerError
 from fedtune.errors import BudgetExceeded
+from fedtune.ledger.entries import Charge
+from fedtune.ledger.ledger import Ledger, LedgerError
 
 STUDY = "sha256:" + "5d" * 32
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from fedtune.bases.find import find_base
 from fedtune.config import LoraTable, Study
-from fedtune.data.tokens import Dataset, Example
-from fedtune.dp.gradients import UnitGradientEngine
+from fedtune.data.dataset import Dataset, Example
 from fedtune.dp.plan import DpPlan
-from fedtune.models.base import find_base
 from fedtune.models.cache import Cached
 from fedtune.models.network import Network
 from fedtune.objectives import causal_lm
+from fedtune.training.unit_gradients import UnitGradientEngine
 
 
 def records(sizes: list[int], seed: int = 0) -> Dataset:

@@ -19,8 +19,9 @@ from typing import Any
 import apsw
 import pytest
 
-from fedtune import files
-from fedtune.dp import ledger_files, ledger_store
+from fedtune.files import writing
+from fedtune.ledger import chain
+from fedtune.ledger import files as ledger_files
 
 SECTOR = 512
 Op = tuple[Any, ...]  # (what, path relative to the folder, …), or a mark of the test's own
@@ -29,7 +30,7 @@ Op = tuple[Any, ...]  # (what, path relative to the folder, …), or a mark of t
 class Disk:
     """Records what happens below `folder`, from `with recording(...)` on."""
 
-    def __init__(self, folder: Path, pragmas: Sequence[str] = ledger_store.PRAGMAS) -> None:
+    def __init__(self, folder: Path, pragmas: Sequence[str] = chain.PRAGMAS) -> None:
         self.folder, self.pragmas = folder, pragmas
         self.base = {str(p.relative_to(folder)): p.read_bytes() for p in _files(folder)}
         self.log: list[Op] = []
@@ -37,9 +38,9 @@ class Disk:
         self._vfs = _Vfs(self)
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(ledger_store, "connect", self.connect)
+        patch.setattr(chain, "connect", self.connect)
         recorder = Recorder(self)
-        for module in (files, ledger_files):
+        for module in (writing, ledger_files):
             patch.setattr(module, "os", recorder)
 
     def connect(self, path: Path) -> apsw.Connection:

@@ -15,9 +15,9 @@ import torch
 
 from fedtune.dp import noise
 from fedtune.dp.clip import Chunk
-from fedtune.dp.gradients import UnitGradientEngine
-from fedtune.dp.team import Group, summed
 from fedtune.errors import InfrastructureError
+from fedtune.training.data_parallel import Group, summed
+from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import make_plan
 
 SIZES = [1, 3, 2, 1, 4, 2, 1]  # records of each patient of the real engine
@@ -44,8 +44,8 @@ def zeros(dimension: int) -> Any:
 def engine(base: str, each_alone: bool) -> UnitGradientEngine:
     """The shipped engine over generated patients; each_alone: a micro-batch is one record, so that
     no row's rounding depends on who is beside it."""
+    from fedtune.bases.find import find_base
     from fedtune.config import LoraTable
-    from fedtune.models.base import find_base
     from fedtune.models.cache import Cached
     from fedtune.models.network import Network
     from fedtune.objectives import causal_lm

@@ -18,10 +18,10 @@ from scipy.stats import binom, norm
 
 from fedtune import audit
 from fedtune.audit import bounds, coins, gaussian, secret
+from fedtune.bases.find import find_base
 from fedtune.config import LoraTable, Study
 from fedtune.dp import clip, noise
 from fedtune.errors import ConfigError, InputError
-from fedtune.models.base import find_base
 from fedtune.models.cache import Cached
 from fedtune.models.network import Network
 from fedtune.objectives import causal_lm
@@ -232,7 +232,7 @@ def test_secrets_that_were_not_trained_on_have_exposure_by_chance(
 def test_a_memorised_secret_is_exposed(network: Network, tiny_base: Path, tmp_path: Path) -> None:
     """Trained on the planted rows without clipping or noise, the adapter gives them away."""
     from fedtune.config import Columns, EvaluationTable
-    from fedtune.data.tokens import load_dataset
+    from fedtune.data.load import load_dataset
 
     made = of(tiny_base)
     rows = secret.planted(made, secrets=3)

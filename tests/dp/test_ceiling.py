@@ -7,8 +7,7 @@ import math
 import pytest
 
 from fedtune.dp.accountant import Steps, epsilon
-from fedtune.dp.ceiling import total_epsilon
-from fedtune.dp.filter import best_order, filtered_epsilon
+from fedtune.dp.filter import best_order, filtered_epsilon, total_epsilon
 
 DELTA = 1e-4
 ONE, OTHER = Steps(2.0, 0.5, 20), Steps(4.0, 1.0, 5)

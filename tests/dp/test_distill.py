@@ -14,21 +14,23 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from client.policy import refusals
-from client.review import review
+from fedtune.audit import selftest
+from fedtune.bases.find import find_base
+from fedtune.client.policy import refusals
+from fedtune.client.review import review
 from fedtune.config import Columns, DataFile, PolicyTable, SiteData, Study, load_site, load_study
-from fedtune.data.tokens import Dataset, load_dataset
-from fedtune.dp import clip, selftest
-from fedtune.dp.gradients import UnitGradientEngine
-from fedtune.dp.ledger import Ledger
+from fedtune.data.dataset import Dataset
+from fedtune.data.load import load_dataset
+from fedtune.dp import clip
 from fedtune.errors import ConfigError, PolicyRefused
-from fedtune.models.base import find_base
+from fedtune.launch.simulate import simulate
+from fedtune.ledger.ledger import Ledger
 from fedtune.models.cache import Cached
+from fedtune.models.loaded import load
 from fedtune.models.network import Network
 from fedtune.models.teacher import Teach, find_teacher, taught_by, teaching
-from fedtune.models.whole import load
 from fedtune.objectives import distill, find
-from fedtune.simulate import simulate
+from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import study
 from tests.test_end_to_end import lay_out
 

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from fedtune.dp.engines import Wanted
-from fedtune.dp.gradients import UnitGradientEngine
-from fedtune.dp.query import unit_rows
+from fedtune.client.evaluation import unit_rows
 from fedtune.errors import InfrastructureError
-from fedtune.models.cache import Batch, Cached
+from fedtune.models.cache import Cached
 from fedtune.models.network import Network
 from fedtune.objectives import causal_lm
+from fedtune.objectives._interface import Batch
+from fedtune.training.engines import Wanted
+from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import records, study
 
 SIZES, BAD = [1, 3, 1, 1, 2, 1], 2  # records of each unit; of which one record is bad

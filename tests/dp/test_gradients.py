@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from fedtune.dp import clip
-from fedtune.dp.gradients import UnitGradientEngine
 from fedtune.errors import ModelError
-from fedtune.models.cache import Batch, Cached
+from fedtune.models.cache import Cached
 from fedtune.models.network import Network
 from fedtune.objectives import causal_lm
+from fedtune.objectives._interface import Batch
+from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import records
 
 

@@ -20,12 +20,13 @@ from typing import Any
 
 import pytest
 
-from fedtune.dp import ledger_store
 from fedtune.dp.accountant import Steps
-from fedtune.dp.ledger import RULES, Charge, Ledger, LedgerError
-from fedtune.dp.ledger_files import Head, Receipt, Receipts, sealed_token
 from fedtune.dp.steplog import Step, StepLog
 from fedtune.errors import BudgetExceeded
+from fedtune.ledger import chain
+from fedtune.ledger.entries import RULES, Charge
+from fedtune.ledger.files import Head, Receipt, Receipts, sealed_token
+from fedtune.ledger.ledger import Ledger, LedgerError
 from fedtune.wire.keys import SigningKey, canonical
 from fedtune.wire.seal import receipt
 
@@ -377,10 +378,10 @@ def edit_and_rehash(folder: Path) -> None:
     """Everything that can be recomputed without the key."""
     with closing(sqlite3.connect(folder / "ledger.db")) as connection, connection:
         rows = list(connection.execute("SELECT seq, kind, body FROM entries ORDER BY seq"))
-        prev = ledger_store.START
+        prev = chain.START
         for seq, kind, body in rows:
             body = body.replace(b'"steps":4', b'"steps":1')
-            hash_ = ledger_store.entry_hash(prev, kind, body)
+            hash_ = chain.entry_hash(prev, kind, body)
             connection.execute(
                 "UPDATE entries SET body = ?, prev = ?, hash = ? WHERE seq = ?",
                 (body, prev, hash_, seq),
@@ -458,7 +459,7 @@ def contents(*folders: Path) -> dict[Path, bytes]:
 
 def newer(folder: Path) -> None:
     """As the next release would leave it, with a charge that this one cannot price."""
-    sql(folder, f"PRAGMA user_version = {ledger_store.FORMAT + 1}")
+    sql(folder, f"PRAGMA user_version = {chain.FORMAT + 1}")
 
 
 def test_a_ledger_of_a_newer_release_is_refused_whole(
@@ -478,7 +479,7 @@ def test_a_ledger_of_a_newer_release_is_refused_whole(
             attempt()
         assert contents(folder) == before
     newer(tmp_path / "copy")
-    sql(folder, f"PRAGMA user_version = {ledger_store.FORMAT}")
+    sql(folder, f"PRAGMA user_version = {chain.FORMAT}")
     with pytest.raises(LedgerError, match="written by a newer fedtune"):
         Ledger.restore(folder, tmp_path / "copy")
     assert Ledger(folder).head == used.head
@@ -489,16 +490,16 @@ def test_without_its_number_a_newer_ledger_would_be_charged(
 ) -> None:
     """The twin."""
     newer(folder)
-    monkeypatch.setattr(ledger_store, "FORMAT", ledger_store.FORMAT + 1)
+    monkeypatch.setattr(chain, "FORMAT", chain.FORMAT + 1)
     assert Ledger(folder).reserve("notes", charge(6), "adapter 6", yes) == 12
 
 
 def test_a_ledger_from_before_there_were_formats_is_read(used: Ledger, folder: Path) -> None:
     sql(folder, "PRAGMA user_version = 0")
     assert Ledger(folder).head == used.head
-    with closing(ledger_store.connect(folder / "ledger.db")) as connection:
+    with closing(chain.connect(folder / "ledger.db")) as connection:
         found = list(connection.execute("PRAGMA user_version"))
-    assert found == [(ledger_store.FORMAT,)]  # an older release is told
+    assert found == [(chain.FORMAT,)]  # an older release is told
 
 
 def test_a_flipped_bit_in_the_number_locks_nobody_out(used: Ledger, folder: Path) -> None:
@@ -649,7 +650,7 @@ def test_updates_before_a_counted_one_are_kept_no_longer_and_never_free_again(
 def test_pruning_without_a_receipt_is_caught(used: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin: the coordinator may have lost what is pruned, and the site pays for it again."""
     head = Receipt("a", Head(10**9, ""), "")
-    monkeypatch.setattr(ledger_store.Store, "check_receipts", lambda *_: Receipts((head,)))
+    monkeypatch.setattr(chain.Store, "check_receipts", lambda *_: Receipts((head,)))
     used.prune(STUDY, "a")
     assert kept(used) == [5]
 
@@ -716,7 +717,7 @@ def test_read_only_files_are_named_before_anything_is_charged(
 
     before = used.head
     with monkeypatch.context() as patch:
-        patch.setattr(ledger_store, "connect", readonly)
+        patch.setattr(chain, "connect", readonly)
         with pytest.raises(LedgerError, match=r"cannot be written .*readonly.*permissions"):
             used.reserve("notes", charge(6), "adapter 6", yes)
     assert used.head == before
@@ -725,7 +726,7 @@ def test_read_only_files_are_named_before_anything_is_charged(
 def test_a_lock_that_is_held_is_named(
     used: Ledger, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger_store, "BUSY", 0.05)
+    monkeypatch.setattr(chain, "BUSY", 0.05)
     with closing(sqlite3.connect(folder / "ledger.db", isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(LedgerError, match="another process has been writing"):

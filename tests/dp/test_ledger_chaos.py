@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from fedtune.dp import ledger_store
-from fedtune.dp.ledger import Ledger, LedgerError
+from fedtune.ledger import chain
+from fedtune.ledger.ledger import Ledger, LedgerError
 from fedtune.wire.keys import SigningKey, canonical
 from fedtune.wire.seal import receipt
 from tests.dp.chaos import STUDY, charge, yes
@@ -244,7 +244,7 @@ EACH = [1, pytest.param(25, marks=pytest.mark.long)]
 def test_a_power_cut_loses_nothing_that_was_promised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, each: int
 ) -> None:
-    disk = recorded(tmp_path / "state", monkeypatch, ledger_store.PRAGMAS)
+    disk = recorded(tmp_path / "state", monkeypatch, chain.PRAGMAS)
     found = outcomes(disk, tmp_path, each=each)
     assert set(found) == {"paid"} and found["paid"] > 100, found
 
@@ -261,7 +261,7 @@ def test_a_ledger_that_does_not_sync_is_caught(
 def test_a_disk_that_lies_about_syncs_is_noticed_or_paid(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, each: int
 ) -> None:
-    disk = recorded(tmp_path / "state", monkeypatch, ledger_store.PRAGMAS)
+    disk = recorded(tmp_path / "state", monkeypatch, chain.PRAGMAS)
     found = Counter[str]()
     for lies in (0.5, 1.0):
         found += outcomes(disk, tmp_path, lies, each)
@@ -275,5 +275,5 @@ def test_without_receipts_a_lying_disk_undercharges(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The twin: everything lost alike leaves nothing that this machine could notice."""
-    disk = recorded(tmp_path / "state", monkeypatch, ledger_store.PRAGMAS)
+    disk = recorded(tmp_path / "state", monkeypatch, chain.PRAGMAS)
     assert outcomes(disk, tmp_path, lies=1.0, receipts=False)["sent and not charged"] > 0

@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 import torch
 
+from fedtune.audit import selftest
+from fedtune.bases.find import find_base
 from fedtune.config import LoraTable, ObjectiveTable
-from fedtune.data.tokens import NO_TARGET, Dataset, Example
-from fedtune.dp import selftest
-from fedtune.dp.gradients import UnitGradientEngine
+from fedtune.data.dataset import NO_TARGET, Dataset, Example
 from fedtune.errors import ModelError
 from fedtune.models import cache
 from fedtune.models import network as network_module
-from fedtune.models.base import find_base
 from fedtune.models.cache import Cached
 from fedtune.models.network import Network
-from fedtune.models.probe import show
+from fedtune.models.random_records import show
 from fedtune.objectives import causal_lm
-from fedtune.training import check_trains
+from fedtune.training.local_round import check_trains
+from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import study
 from tests.dp.test_gradients import all_rows, one_by_one
 from tests.media import idefics3, llava, qwen2_vl, whisper

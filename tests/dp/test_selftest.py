@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 import torch
 
+from fedtune.audit import selftest
+from fedtune.bases.find import find_base
 from fedtune.config import Study
-from fedtune.dp import clip, noise, selftest
-from fedtune.dp.gradients import UnitGradientEngine
+from fedtune.dp import clip, noise
 from fedtune.dp.plan import DpPlan
 from fedtune.errors import Refused
-from fedtune.models.base import find_base
-from fedtune.models.cache import Batch
 from fedtune.models.network import Network
 from fedtune.models.tiny import tiny_network
 from fedtune.objectives import causal_lm
+from fedtune.objectives._interface import Batch
+from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import study
 
 MLP = ["gate_proj", "up_proj", "down_proj"]

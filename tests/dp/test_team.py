@@ -19,12 +19,13 @@ from typing import Any
 import pytest
 import torch
 
-from fedtune.dp import sampling, selftest
-from fedtune.dp import team as team_module
-from fedtune.dp.plan import DpPlan
+from fedtune.audit import selftest
+from fedtune.dp import sampling
+from fedtune.dp.plan import AddUp, DpPlan
 from fedtune.dp.steplog import StepLog
-from fedtune.dp.team import AddUp, Group, summed
 from fedtune.errors import InfrastructureError
+from fedtune.training import data_parallel as team_module
+from fedtune.training.data_parallel import Group, summed
 from tests.dp.conftest import make_plan, study
 from tests.dp.team_rank import SIZES, engine, synthetic, zeros
 

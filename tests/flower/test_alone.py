@@ -15,9 +15,9 @@ import pytest
 
 from fedtune import boot
 from fedtune.errors import InfrastructureError
-from fedtune.flower.coordinator import serve
 from fedtune.flower.processes import alone, free_port
-from fedtune.flower.site_executor import join
+from fedtune.launch.coordinator import serve
+from fedtune.launch.site import join
 from tests.flower import kit
 
 HOLDS = """

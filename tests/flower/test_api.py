@@ -27,7 +27,7 @@ def test_every_name_is_there(name):
 
 
 def test_the_error_codes_are_those_the_coordinator_explains():
-    from server.exchange import TROUBLE
+    from fedtune.server.exchange import TROUBLE
 
     assert all(isinstance(code, int) for code in TROUBLE) and len(TROUBLE) == 6
 

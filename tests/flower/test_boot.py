@@ -28,7 +28,7 @@ with Child("rank", ["x"], home=Path({home!r}), log=Path({home!r}, "log")) as chi
 def folder(tmp_path: Path) -> Path:
     """A folder with files from elsewhere: each tells where it ran, if it did."""
     place = tmp_path / "study"
-    for name in ("secrets.py", "queue.py", "fedtune/__init__.py", "client/ranks.py"):
+    for name in ("secrets.py", "queue.py", "fedtune/__init__.py", "fedtune/client/rank_process.py"):
         file = place / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r} + ' ')\n")
@@ -71,7 +71,9 @@ def test_every_child_is_started_that_way(folder: Path, tmp_path: Path) -> None:
     )
     python(folder, [sys.executable, "-P", "-c", code], None)
     log = (home / "log").read_text()
-    assert "client/ranks.py" in log and str(ROOT) in log  # ours ran, and did not like its options
+    assert (
+        "fedtune/client/rank_process.py" in log and str(ROOT) in log
+    )  # ours ran, and did not like its options
     assert not (tmp_path / "ran").exists()
 
 
@@ -98,4 +100,4 @@ def test_no_child_is_started_in_another_way() -> None:
         for file in (ROOT / package).rglob("*.py")
         if "sys.executable" in file.read_text(encoding="utf-8")
     }
-    assert starts == {"fedtune/boot.py", "fedtune/models/wheel.py"}
+    assert starts == {"fedtune/boot.py", "fedtune/bases/wheel.py"}

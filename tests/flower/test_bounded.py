@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, RecordDict
 
-from fedtune.flower import allowance, api, coordinator, enrol
+from fedtune.flower import allowance, api, enrol
 from fedtune.flower.processes import free_port
-from server.exchange import Reply, ask
+from fedtune.launch import coordinator
+from fedtune.server.exchange import Reply, ask
 from tests.flower import kit, upload_roles
 from tests.flower.test_tls import STUDY, until
 

@@ -15,8 +15,9 @@ from flwr.proto.control_pb2 import ListNodesRequest, ListRunsRequest
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
-from fedtune.flower import api, coordinator
-from fedtune.flower.coordinator import Link
+from fedtune.flower import api
+from fedtune.launch import coordinator
+from fedtune.launch.coordinator import Link
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,11 @@ import pytest
 
 from fedtune.config import load_site
 from fedtune.errors import ConfigError, Refused
-from fedtune.flower import certs, coordinator, enrol
+from fedtune.flower import certs, enrol
 from fedtune.flower.forwarder import Forwarder, Link, link
 from fedtune.flower.processes import Child, free_port, reachable
-from fedtune.flower.site_executor import _Executor
+from fedtune.launch import coordinator
+from fedtune.launch.site import _Executor
 from tests.flower import kit
 
 

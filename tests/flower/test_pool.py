@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 
 from fedtune.errors import DataError
 from fedtune.flower import api
-from fedtune.flower.pool import ProcessGrid
-from fedtune.simulate import simulate, sites_in
+from fedtune.launch.process_pool import ProcessGrid
+from fedtune.launch.simulate import simulate, sites_in
 from tests.server.test_simulate import SITE, STUDY
 from tests.server.test_simulate import world as world_of_two
 

@@ -9,13 +9,13 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fedtune.errors import InfrastructureError
-from fedtune.flower import ray_engine
 from fedtune.flower.arrays import to_record
 from fedtune.flower.grid import InProcessGrid
+from fedtune.launch import ray
+from fedtune.server.admission import plan_message
 from fedtune.wire import seal
 from fedtune.wire.codec import encode
 from fedtune.wire.keys import SigningKey
-from server.admission import plan_message
 from tests.server.fakes import FakeSite, make_study, trial, zeros
 
 __all__ = ["trial"]
@@ -24,12 +24,12 @@ __all__ = ["trial"]
 def test_a_missing_ray_is_said_with_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InfrastructureError, match=r"pip install 'fedtune\[ray\]'"):
-        ray_engine.simulate_ray(make_study(), [tmp_path], tmp_path / "out")
+        ray.simulate_ray(make_study(), [tmp_path], tmp_path / "out")
 
 
 def test_a_worker_that_does_not_know_the_plan_gets_it_from_the_sites_context(trial):
     run = trial(FakeSite("a"), FakeSite("b"))
-    app = ray_engine.site_app(["a", "b"])
+    app = ray.site_app(["a", "b"])
     grid, study = InProcessGrid([Path("unused")], app), make_study()
     context = Context(1, 2, {"partition-id": 1}, RecordDict(), {})
 

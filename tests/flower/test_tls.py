@@ -24,9 +24,11 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fedtune.config import load_study
 from fedtune.errors import InfrastructureError
-from fedtune.flower import api, certs, coordinator, enrol, processes, site_executor
+from fedtune.flower import api, certs, enrol, processes
 from fedtune.flower.grid import InProcessGrid
 from fedtune.flower.processes import free_port, reachable
+from fedtune.launch import coordinator
+from fedtune.launch import site as site_executor
 from tests.flower import kit, tls_roles
 
 STUDY = """privacy = "off"
@@ -81,7 +83,9 @@ def hostile_bundle(path: Path, marker: Path) -> Path:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("pyproject.toml", project + 'site = "/etc/passwd"\n')
-        for name in ("client/__init__.py", "client/app.py", "server/__init__.py", "server/app.py"):
+        for package in ("fedtune", "fedtune/client", "fedtune/server", "client", "server"):
+            archive.writestr(f"{package}/__init__.py", code)
+        for name in ("fedtune/client/app.py", "fedtune/server/app.py", "client/app.py"):
             archive.writestr(name, code)
     path.write_bytes(buffer.getvalue())
     return path

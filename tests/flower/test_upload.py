@@ -20,9 +20,10 @@ from flwr.app import ConfigRecord
 from flwr.proto.message_pb2 import PushObjectRequest, PushObjectResponse
 from flwr.supercore.retry import make_simple_http_retry_invoker
 
-from fedtune.flower import api, coordinator
+from fedtune.flower import api
 from fedtune.flower.arrays import from_record
 from fedtune.flower.processes import free_port, reachable
+from fedtune.launch import coordinator
 from tests.flower import kit, tls_roles, upload_roles
 from tests.flower.test_tls import STUDY, until
 from tests.flower.upload_roles import PART, SIZE

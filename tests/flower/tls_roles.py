@@ -22,9 +22,10 @@ from flwr.serverapp import Grid
 
 from fedtune.config import Study, load_site
 from fedtune.errors import FedtuneError
-from fedtune.flower import api, coordinator
+from fedtune.flower import api
 from fedtune.flower.arrays import from_record, to_record
-from fedtune.flower.site_executor import join
+from fedtune.launch import coordinator
+from fedtune.launch.site import join
 
 ROUNDS = 2
 

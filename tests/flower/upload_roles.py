@@ -18,7 +18,7 @@ import numpy as np
 from flwr.app import Context, Message, RecordDict
 
 from fedtune.flower.arrays import to_record
-from fedtune.flower.site_executor import join
+from fedtune.launch.site import join
 
 PART = 5 * 2**20  # Flower's largest
 SIZE = 8 * PART

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
+from fedtune.client.app import app
 from fedtune.config import Encoding
 from fedtune.flower import api
 from fedtune.flower.arrays import bodies, to_record
@@ -98,7 +99,7 @@ class Forge:
 
     def wire_bytes(self) -> bytes:
         if not hasattr(self, "_wire"):
-            order = InProcessGrid([]).create_message(RecordDict(), "train", 1, "1")
+            order = InProcessGrid([], app).create_message(RecordDict(), "train", 1, "1")
             order.metadata.__dict__["_message_id"] = "1"
             reply = Message(self.honest(), reply_to=order)
             self._wire = bytes(api.message_to_proto(reply).SerializeToString())

@@ -17,12 +17,13 @@ from click.testing import Result
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from fedtune.cli import app
+from fedtune.cli.exit_codes import command
+from fedtune.cli.main import app
 from fedtune.errors import ConfigError
-from fedtune.flower import coordinator, enrol
-from fedtune.guard import command
-from fedtune.simulate import simulate
-from server.versions import Version, Versions
+from fedtune.flower import enrol
+from fedtune.launch import coordinator
+from fedtune.launch.simulate import simulate
+from fedtune.server.versions import Version, Versions
 from tests.flower import kit
 from tests.fuzz import bad_inputs
 from tests.fuzz.bad_inputs import Case

@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-import client.app
+import fedtune.client.app
 from fedtune.config import Encoding
 from fedtune.flower import api
 from fedtune.flower.arrays import WireError, from_record, to_record
 from fedtune.flower.grid import InProcessGrid
+from fedtune.server.admission import Outcome, Roster, outcome, plan_message
+from fedtune.server.bound import Terms
+from fedtune.server.exchange import UNREADABLE, Reply
 from fedtune.wire import seal
 from fedtune.wire.codec import GROWTH, decode, encode
 from fedtune.wire.keys import SigningKey
-from server.admission import Outcome, Roster, outcome, plan_message
-from server.bound import Terms
-from server.exchange import UNREADABLE, Reply
 from tests.fuzz.messages import Forge
 from tests.server.fakes import EVENT, SHAPES, FakeSite, make_study, zeros
 
@@ -46,7 +46,9 @@ class Coordinator:
 
     def fresh(self) -> Roster:
         plan = RecordDict()
-        return Roster(InProcessGrid([]), STUDY, plan, {}, {}, lambda *_: None)
+        return Roster(
+            InProcessGrid([], fedtune.client.app.app), STUDY, plan, {}, {}, lambda *_: None
+        )
 
     def hear(self, content: RecordDict | None) -> None:
         got = self.judge(content)
@@ -141,8 +143,8 @@ def at_a_site(
 ) -> float:
     """Orders and plans, honest and not, to the ClientApp of a site."""
     site = CarefulSite("a")
-    monkeypatch.setattr(client.app, "worker", lambda path: site)
-    forge, grid = Forge(WANTED, seed, encoding), InProcessGrid([Path("a")])
+    monkeypatch.setattr(fedtune.client.app, "worker", lambda path: site)
+    forge, grid = Forge(WANTED, seed, encoding), InProcessGrid([Path("a")], fedtune.client.app.app)
     context = Context(1, 2, {"site": "a"}, RecordDict(), {})
     plan = plan_message(STUDY, {}, COORDINATOR)
     order = seal.order(COORDINATOR, STUDY.digest, 1, "nonce", "")
@@ -156,7 +158,7 @@ def at_a_site(
         content = _spoilt(content, forge)
         message = grid.create_message(content, kind, 2, "1")
         try:
-            reply: Message = client.app.app(message, context)
+            reply: Message = fedtune.client.app.app(message, context)
             assert not reply.has_error()
             (said,) = (r for n, r in reply.content.items() if n in ("admission", "site"))
             assert said["status"] in OUTCOMES | {"admitted", "answered"}

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from client.site import worker
+from fedtune.client.site import worker
 from fedtune.models.network import build
 from tests.guarantee.property_world import (
     CLASSIFIES,

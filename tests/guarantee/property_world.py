@@ -39,23 +39,23 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from PIL import Image
 
-from client.ranks import team
-from client.site import worker
 from fedtune.audit.bounds import gaussian_epsilon
+from fedtune.audit.selftest import MemoryLog
+from fedtune.client.rank_process import team
+from fedtune.client.site import worker
 from fedtune.config import Study
 from fedtune.data.records import unit_member
 from fedtune.dp import noise, sampling
-from fedtune.dp.ceiling import total_epsilon
-from fedtune.dp.ledger import Ledger
+from fedtune.dp.filter import total_epsilon
 from fedtune.dp.plan import DpPlan
-from fedtune.dp.selftest import MemoryLog
 from fedtune.flower.arrays import bodies, to_record
+from fedtune.ledger.ledger import Ledger
 from fedtune.models.network import build
 from fedtune.models.start import Start, start
+from fedtune.server.admission import plan_message
 from fedtune.wire.codec import encode
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import order
-from server.admission import plan_message
 from tests.conftest import tiny_bert, tiny_llama
 from tests.guarantee.world import Recorder
 from tests.media import image, llava, recording, whisper
@@ -154,7 +154,7 @@ class Plan:
 
 @lru_cache
 def digest_of(base: str) -> str:
-    from fedtune.models.whole import load
+    from fedtune.models.loaded import load
 
     return load(base).digest
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from fedtune.models import states
-from fedtune.models.states import STORE, State
+from fedtune.models import prefix_store
+from fedtune.models.prefix_store import STORE, State
 from tests.guarantee.search import Finder, forms
 from tests.guarantee.world import ANSWERS, NAMES, Row, lay_out, run
 from tests.models.test_states import InTheClear
@@ -121,7 +121,7 @@ def test_the_file_of_states_gives_nothing_away(
 ) -> None:
     """No memory for states, so all are in the file. The twin: a cipher that changes nothing."""
     if not sealed:
-        monkeypatch.setattr(states, "AESGCM", InTheClear)
+        monkeypatch.setattr(prefix_store, "AESGCM", InTheClear)
     raw: list[tuple[str, bytes]] = []
     honest = STORE.keep
 
@@ -157,7 +157,13 @@ def test_no_identifier_is_in_an_error_or_a_traceback(
         site.write_text(site.read_text().replace('completion = "a"', 'completion = "z"'))
     else:
         (tmp_path / "north.jsonl").write_text(json.dumps({**rows[0], "q": PLANTED[1]}) + "\n")
-    command = [sys.executable, "-c", "from fedtune.cli import main; main()", "simulate", str(study)]
+    command = [
+        sys.executable,
+        "-c",
+        "from fedtune.cli.main import main; main()",
+        "simulate",
+        str(study),
+    ]
     ended = subprocess.run(
         [*command, "--out", str(tmp_path / "run")],
         capture_output=True,

@@ -12,11 +12,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 
-import client.site
-from client.site import SiteWorker
+import fedtune.client.site
+from fedtune.audit import selftest
+from fedtune.client.site import SiteWorker
 from fedtune.config import Study
-from fedtune.data.tokens import Dataset
-from fedtune.dp import selftest
+from fedtune.data.dataset import Dataset
 from fedtune.dp.plan import DpPlan
 from fedtune.models import network
 from tests.guarantee import property_pins as pins
@@ -106,7 +106,7 @@ def by_the_true_count(patch: pytest.MonkeyPatch) -> None:
 
 def says_how_many(patch: pytest.MonkeyPatch) -> None:
     """Names a count among what it ran."""
-    honest, seen = client.site._summary, list[int]()
+    honest, seen = fedtune.client.site._summary, list[int]()
 
     def read(self: SiteWorker, study: Study, *rest: Any) -> Dataset:
         dataset: Dataset = honest_read(self, study, *rest)
@@ -115,7 +115,9 @@ def says_how_many(patch: pytest.MonkeyPatch) -> None:
 
     honest_read = SiteWorker._read
     patch.setattr(SiteWorker, "_read", read)
-    patch.setattr(client.site, "_summary", lambda s: [e | {"units": seen[-1]} for e in honest(s)])
+    patch.setattr(
+        fedtune.client.site, "_summary", lambda s: [e | {"units": seen[-1]} for e in honest(s)]
+    )
 
 
 def drops_one_more(patch: pytest.MonkeyPatch) -> None:

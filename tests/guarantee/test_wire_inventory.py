@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-import client.site
+import fedtune.client.site
 from fedtune.data.records import unit_member
-from fedtune.dp.ledger import Ledger
 from fedtune.flower import api
-from fedtune.models.cache import Batch
+from fedtune.ledger.ledger import Ledger
 from fedtune.models.network import Network
 from fedtune.objectives import causal_lm
+from fedtune.objectives._interface import Batch
 from fedtune.wire.codec import layout
 from tests.guarantee.world import Recorder, lay_out, leaves, patients, run
 
@@ -145,11 +145,15 @@ def test_an_added_field_is_caught(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The twin: a site that also sends its number of units."""
-    honest = client.site._summary
+    honest = fedtune.client.site._summary
     monkeypatch.setattr(
-        client.site, "_summary", lambda steps: [{**event, "units": 12} for event in honest(steps)]
+        fedtune.client.site,
+        "_summary",
+        lambda steps: [{**event, "units": 12} for event in honest(steps)],
     )
-    monkeypatch.setattr("server.admission._events", json.loads)  # and a server that takes it
+    monkeypatch.setattr(
+        "fedtune.server.admission._events", json.loads
+    )  # and a server that takes it
     grid = run(lay_out(tmp_path, tiny_base, patients(12)))
     assert "events.units" in outside(grid)
 
@@ -201,7 +205,7 @@ def test_the_wire_looks_the_same_whatever_the_pairs(
 def test_a_record_that_makes_the_loss_nan_is_not_seen(
     usual: Recorder, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest, whole = causal_lm.losses, client.site.local_round
+    honest, whole = causal_lm.losses, fedtune.client.site.local_round
 
     def losses(network: Network, batch: Batch) -> torch.Tensor:
         return honest(network, batch) * torch.where(batch.index == 3, torch.nan, 1.0)
@@ -211,7 +215,7 @@ def test_a_record_that_makes_the_loss_nan_is_not_seen(
             patch.setattr(causal_lm, "losses", losses)
             return whole(*arguments)
 
-    monkeypatch.setattr(client.site, "local_round", with_nan)
+    monkeypatch.setattr(fedtune.client.site, "local_round", with_nan)
     grid = run(lay_out(tmp_path, tiny_base, patients(12)))
     assert shape(grid) == shape(usual)
     for reply in grid.replies:
@@ -239,11 +243,11 @@ def test_a_site_that_fails_for_a_record_is_caught(
     usual: Recorder, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The twin: a site that gives up where it has no records."""
-    honest = client.site.load_dataset
+    honest = fedtune.client.site.load_dataset
     monkeypatch.setattr(
-        client.site, "load_dataset", lambda *a, few, **k: honest(*a, few=False, **k)
+        fedtune.client.site, "load_dataset", lambda *a, few, **k: honest(*a, few=False, **k)
     )
-    monkeypatch.setattr(client.site, "Dataset", None)  # what it falls back on
+    monkeypatch.setattr(fedtune.client.site, "Dataset", None)  # what it falls back on
     study = lay_out(tmp_path, tiny_base, [])
     with pytest.raises(Exception, match="failed"):
         run(study)

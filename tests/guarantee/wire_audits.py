@@ -24,10 +24,10 @@ import pytest
 from flwr.app import Message
 from scipy.stats import norm
 
-import client.evaluation
-import client.site
-from client.site import worker
+import fedtune.client.evaluation
+import fedtune.client.site
 from fedtune.audit.bounds import gaussian_epsilon, gaussian_mu, rate_upper
+from fedtune.client.site import worker
 from fedtune.dp import accountant, clip
 from fedtune.dp.plan import DpPlan
 from fedtune.flower.arrays import from_record
@@ -289,8 +289,8 @@ def unhurried() -> Iterator[None]:
     logging.disable(logging.ERROR)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(client.site, "within_budget", nothing)
-            patch.setattr(client.evaluation, "payable", nothing)
+            patch.setattr(fedtune.client.site, "within_budget", nothing)
+            patch.setattr(fedtune.client.evaluation, "payable", nothing)
             yield
     finally:
         logging.disable(logging.NOTSET)

@@ -10,12 +10,12 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
-from client.site import worker
+from fedtune.client.site import worker
 from fedtune.config import load_study
 from fedtune.flower import api
 from fedtune.flower.grid import InProcessGrid
-from server import rounds
-from server.parts import Parts
+from fedtune.server import rounds
+from fedtune.server.parts import Parts
 
 STUDY = """
 [study]

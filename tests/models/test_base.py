@@ -16,10 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedtune.errors import ModelError
-from fedtune.models import digest as digest_module
-from fedtune.models import wheel
-from fedtune.models.base import (
+from fedtune.bases import digest as digest_module
+from fedtune.bases import wheel
+from fedtune.bases.find import (
     Base,
     cache_dir,
     find_base,
@@ -28,7 +27,8 @@ from fedtune.models.base import (
     load_tokenizer,
     verify,
 )
-from fedtune.models.known import KNOWN, Wheel
+from fedtune.config.known_bases import KNOWN, Wheel
+from fedtune.errors import ModelError
 
 
 @pytest.fixture

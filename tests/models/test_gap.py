@@ -19,9 +19,9 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from fedtune.models import gap
-from fedtune.models.base import find_base
-from fedtune.models.shallow import shallow
+from fedtune.bases.find import find_base
+from fedtune.derive import depth_pruning
+from fedtune.derive.pruned_base import shallow
 
 LAYERS, WORDS, HIDDEN = 8, 50, 32
 
@@ -53,7 +53,7 @@ def idle(model: Any, *layers: int) -> None:
 def test_layers_that_do_nothing_are_the_ones_left_out(model: Any, first: int) -> None:
     idle(model, first, first + 1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = gap.best_gap(model, 2, texts())
+    found = depth_pruning.best_gap(model, 2, texts())
     assert (found.first, found.width) == (first, 2)
     assert found.divergence < 1e-6
     # Nothing is missing, so nothing is made up for; and the model is as it was.
@@ -61,12 +61,14 @@ def test_layers_that_do_nothing_are_the_ones_left_out(model: Any, first: int) ->
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def missed(model: Any, found: gap.Gap, weight: torch.Tensor) -> float:
+def missed(model: Any, found: depth_pruning.Gap, weight: torch.Tensor) -> float:
     """KL of what the shortened model says from what the whole one says, on texts of its own."""
     fresh = texts(64)[48:]
-    said = gap._said(model, fresh)
-    with gap._replaced(model.model.layers[found.first - 1].mlp.down_proj, weight):
-        now = gap._said(gap.without(model, range(found.first, found.first + found.width)), fresh)
+    said = depth_pruning._said(model, fresh)
+    with depth_pruning._replaced(model.model.layers[found.first - 1].mlp.down_proj, weight):
+        now = depth_pruning._said(
+            depth_pruning.without(model, range(found.first, found.first + found.width)), fresh
+        )
     return float((said.exp() * (said - now)).sum(dim=1).mean())
 
 
@@ -79,8 +81,8 @@ def test_the_mlp_before_the_gap_does_the_work_of_what_is_left_out(
     extra = torch.randn(HIDDEN, 64, generator=torch.Generator().manual_seed(1))
     layers[3].mlp.down_proj.register_forward_pre_hook(lambda _, args: inner.append(args[0]))
     layers[4].register_forward_hook(lambda _, args, out: out + inner[-1] @ extra.T)
-    monkeypatch.setattr(gap, "RIDGE", 1e-6)
-    found = gap.best_gap(model, 2, texts())
+    monkeypatch.setattr(depth_pruning, "RIDGE", 1e-6)
+    found = depth_pruning.best_gap(model, 2, texts())
     assert found.first == 4
     own = layers[3].mlp.down_proj.weight
     assert missed(model, found, found.weight) < 1e-3 < 0.05 < missed(model, found, own)
@@ -95,8 +97,8 @@ def test_a_position_counts_by_its_own_size(model: Any) -> None:
     into, found = (torch.randn(400, HIDDEN, generator=draw) for _ in range(2))
     wanted = found + torch.randn(400, HIDDEN, generator=draw) * 0.1
     wanted[0] *= 1e6
-    with_it = gap._fitted(layer, into, found, wanted)
-    without_it = gap._fitted(layer, into[1:], found[1:], wanted[1:])
+    with_it = depth_pruning._fitted(layer, into, found, wanted)
+    without_it = depth_pruning._fitted(layer, into[1:], found[1:], wanted[1:])
     assert (
         float((with_it - without_it).norm() / (without_it - layer.mlp.down_proj.weight).norm()) < 1
     )
@@ -113,8 +115,8 @@ def post_normed() -> Any:
 
 
 def test_only_a_base_that_adds_its_mlps_output_is_fitted(model: Any) -> None:
-    assert gap.fits(model)
-    assert not gap.fits(post_normed().requires_grad_(False).eval())
+    assert depth_pruning.fits(model)
+    assert not depth_pruning.fits(post_normed().requires_grad_(False).eval())
 
 
 def written(base: Path, make: Callable[[], Any], folder: Path) -> Path:
@@ -138,5 +140,5 @@ def test_what_is_written_is_the_base_without_the_gap_and_says_what_was_chosen(
     kept = shallow(base, 6, tmp_path / "small", texts())
     assert kept == [0, 1, 2, 3, 6, 7]
     small: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
-    found = gap._said(small, texts(4))
-    assert torch.allclose(found, gap._said(model, texts(4)), atol=1e-4)
+    found = depth_pruning._said(small, texts(4))
+    assert torch.allclose(found, depth_pruning._said(model, texts(4)), atol=1e-4)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedtune.models import base, mapped
-from fedtune.models.base import cache_dir, find_base, load_backbone
+from fedtune.bases import find, shared_memory
+from fedtune.bases.find import cache_dir, find_base, load_backbone
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -39,7 +39,7 @@ def converted() -> Path:
 
 def plain(folder: Path) -> dict[str, torch.Tensor]:
     """The base as transformers converts it, without us."""
-    model = base._backbone(find_base(str(folder)), torch.bfloat16)
+    model = find._backbone(find_base(str(folder)), torch.bfloat16)
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
@@ -68,7 +68,7 @@ def test_a_converted_base_is_written_once_and_mapped(tiny_base: Path) -> None:
 
 def test_without_the_file_the_copy_is_a_process_own(tiny_base: Path) -> None:
     """Twin: as transformers leaves it, no parameter is a page of a file."""
-    model = base._backbone(find_base(str(tiny_base)), torch.bfloat16)
+    model = find._backbone(find_base(str(tiny_base)), torch.bfloat16)
     assert not within(model, tiny_base / "model.safetensors")
 
 
@@ -97,7 +97,7 @@ def test_where_it_cannot_be_written_the_model_keeps_its_own(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(mapped, "save_file", full)
+    monkeypatch.setattr(shared_memory, "save_file", full)
     model = load_backbone(find_base(str(tiny_base)), torch.bfloat16)
     assert same(model, plain(tiny_base))
     assert "cannot be kept (OSError)" in caplog.text

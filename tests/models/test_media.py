@@ -15,14 +15,16 @@ import torch
 from PIL import Image
 
 from fedtune import modalities
+from fedtune.bases import architecture
+from fedtune.bases.find import find_base, load_tokenizer
 from fedtune.config import Columns, DataFile, LoraTable
+from fedtune.data.dataset import Dataset
 from fedtune.data.files import Rejected
+from fedtune.data.load import load_dataset
 from fedtune.data.media import load
-from fedtune.data.tokens import Dataset, load_dataset
 from fedtune.errors import ConfigError, DataError, ModelError
 from fedtune.models import network as network_module
-from fedtune.models import parts, tiny
-from fedtune.models.base import find_base, load_tokenizer
+from fedtune.models import tiny
 from fedtune.models.cache import Cached
 from fedtune.models.network import Network
 from tests.dp.conftest import study
@@ -69,7 +71,7 @@ def inputs(network: Network, example: Any) -> dict[str, torch.Tensor]:
     tensor = network.reader.tensor(example.media)
     ids = torch.from_numpy(example.input_ids.astype(np.int64))[None]
     text = "decoder_input_ids" if network.kind == "speech" else "input_ids"
-    return {text: ids, **parts.inputs(network.model, network.kind, tensor, ids)}
+    return {text: ids, **architecture.inputs(network.model, network.kind, tensor, ids)}
 
 
 KINDS: dict[str, tuple[str, Columns, dict[str, Any]]] = {
@@ -127,9 +129,9 @@ def test_positions_round_an_image_are_transformers_own(folder: Path, start: int)
     grid = torch.tensor([[1, 6, 6]] * 2)
     holes = ids == config.image_token_id
     theirs, _ = model.get_rope_index(ids, mm_token_type_ids=holes.int(), image_grid_thw=grid)
-    assert torch.equal(parts.plane_positions(holes), theirs)
+    assert torch.equal(architecture.plane_positions(holes), theirs)
     plain = torch.arange(ids.shape[1]).expand(3, 2, -1)
-    assert torch.equal(parts.plane_positions(torch.zeros_like(holes)), plain)
+    assert torch.equal(architecture.plane_positions(torch.zeros_like(holes)), plain)
 
 
 @pytest.mark.parametrize("kind", KINDS)

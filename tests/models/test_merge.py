@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from fedtune.derive.merge_methods import RIDGE, Adapter, Method, merge
 from fedtune.errors import ConfigError
 from fedtune.models.lora import Arrays
-from fedtune.models.merge import RIDGE, Adapter, Method, merge
 
 LAYERS = {"down_proj": (48, 24), "q_proj": (24, 24)}  # inputs, outputs
 

@@ -10,19 +10,20 @@ import numpy as np
 import pytest
 import torch
 
+from fedtune.bases.find import find_base
 from fedtune.config import LoraTable, Study
-from fedtune.dp.gradients import UnitGradientEngine
 from fedtune.errors import ConfigError, ModelError
 from fedtune.models import lora as lora_module
 from fedtune.models import network as network_module
-from fedtune.models.base import find_base
-from fedtune.models.cache import Cached, padded_length
+from fedtune.models.cache import Cached
 from fedtune.models.network import Network, build
-from fedtune.models.public import public_factor
+from fedtune.models.public_factor import public_factor
 from fedtune.models.split import cut
 from fedtune.models.start import start
 from fedtune.objectives import causal_lm
-from fedtune.training import check_trains
+from fedtune.objectives._shapes import padded_length
+from fedtune.training.local_round import check_trains
+from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import records, study
 
 MODULES = ("q_proj", "gate_proj", "down_proj")
@@ -60,7 +61,7 @@ def test_cut_and_cached_equals_the_whole_model(tiny_base: Path, last_layers: int
 
 
 def test_an_architecture_that_cannot_be_cut_is_not(tiny_encoder: Path) -> None:
-    from fedtune.models.base import load_backbone
+    from fedtune.bases.find import load_backbone
 
     table = LoraTable(modules=("query",), last_layers=1)
     assert cut(load_backbone(find_base(str(tiny_encoder)), torch.float32), table) is None
@@ -273,7 +274,7 @@ def test_the_check_catches_an_adapter_that_is_not_connected(
 def test_the_check_catches_a_gradient_of_the_wrong_sign(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedtune.dp.gradients import UnitGradientEngine
+    from fedtune.training.unit_gradients import UnitGradientEngine
 
     right = UnitGradientEngine._per_record
     monkeypatch.setattr(

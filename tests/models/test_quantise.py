@@ -15,22 +15,22 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from client.review import _runs
+from fedtune.audit import selftest
+from fedtune.bases import quantise as quantise_module
+from fedtune.bases.find import find_base
+from fedtune.bases.quantise import rounded
+from fedtune.client.review import _runs
 from fedtune.config import LoraTable, QuantisationTable, Study
-from fedtune.data.tokens import NO_TARGET
-from fedtune.dp import selftest
-from fedtune.dp.gradients import UnitGradientEngine
+from fedtune.data.dataset import NO_TARGET
+from fedtune.derive.export import export
 from fedtune.errors import ConfigError
-from fedtune.export import export
-from fedtune.models import quantise as quantise_module
-from fedtune.models.base import find_base
 from fedtune.models.cache import Cached
 from fedtune.models.network import Network, build
-from fedtune.models.public import public_factor
-from fedtune.models.quantise import rounded
+from fedtune.models.public_factor import public_factor
 from fedtune.models.tiny import generated
 from fedtune.objectives import find
-from fedtune.training import check_trains
+from fedtune.training.local_round import check_trains
+from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.client.test_site import make_site
 from tests.test_merging import study as finished_study
 
@@ -179,7 +179,7 @@ def test_a_finished_run_is_exported_with_the_weights_it_was_trained_on(
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     study = Study.model_validate_json((run / "plan.json").read_text())
     network = build(study)
-    from fedtune.runs import load_adapter
+    from fedtune.models.adapter_files import load_adapter
 
     saved = load_adapter(run / "adapter")
     network.load_frozen({n: saved[n] for n in network.frozen_factor()})

@@ -17,18 +17,19 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from peft.tuners.lora import LoraLayer
 from torch.nn import functional
 
+from fedtune.bases.find import find_base
 from fedtune.config import LoraTable
-from fedtune.data.tokens import Dataset, Example
+from fedtune.data.dataset import Dataset, Example
 from fedtune.dp import noise, sampling
-from fedtune.dp.gradients import UnitGradientEngine
 from fedtune.dp.steplog import StepLog
 from fedtune.errors import InfrastructureError
-from fedtune.models import cache, states
-from fedtune.models.base import find_base
-from fedtune.models.cache import Cached, padded_length
+from fedtune.models import cache, prefix_store
+from fedtune.models.cache import Cached
 from fedtune.models.network import Network
-from fedtune.models.states import STORE, Altered, Store
+from fedtune.models.prefix_store import STORE, Altered, Store
 from fedtune.objectives import causal_lm
+from fedtune.objectives._shapes import padded_length
+from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import make_plan, records
 from tests.models.test_network import MODULES, randomise
 
@@ -55,7 +56,7 @@ def network(request: pytest.FixtureRequest, tiny_base: Path) -> Network:
 def everything_is_dropped() -> Iterator[None]:
     """What other tests of this process still hold is put aside meanwhile."""
     outside = dict(vars(STORE))
-    vars(STORE).update(vars(states.Store()))
+    vars(STORE).update(vars(prefix_store.Store()))
     yield
     gc.collect()
     assert (STORE.in_memory, STORE.on_disk) == (0, 0)
@@ -117,8 +118,8 @@ def test_the_default_is_a_quarter_of_the_machine_or_the_container(
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for text, expected in (("max\n", pages // 4), (f"{2**30}\n", 2**28), ("9" * 30, pages // 4)):
         (tmp_path / "memory.max").write_text(text)
-        monkeypatch.setattr(states, "_CGROUP", tmp_path / "memory.max")
-        assert states.default_limit.__wrapped__() == expected
+        monkeypatch.setattr(prefix_store, "_CGROUP", tmp_path / "memory.max")
+        assert prefix_store.default_limit.__wrapped__() == expected
 
 
 # ------------------------------------------------------------------------------------ the file
@@ -175,7 +176,7 @@ class InTheClear:
 def test_states_written_in_the_clear_are_caught(
     network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(states, "AESGCM", InTheClear)
+    monkeypatch.setattr(prefix_store, "AESGCM", InTheClear)
     data = Cached(network, records([2, 2]), NOTHING)
     data.warm()
     assert readable(network)

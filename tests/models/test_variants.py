@@ -11,8 +11,8 @@ import pytest
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 
+from fedtune.audit import selftest
 from fedtune.config import LoraTable
-from fedtune.dp import selftest
 from fedtune.models import lora as lora_module
 from fedtune.models.network import build
 from tests.models.test_quantise import study_of

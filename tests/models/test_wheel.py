@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from fedtune.bases import wheel
 from fedtune.errors import ModelError
-from fedtune.models import wheel
 
 MIB = 1 << 20
 

@@ -15,15 +15,19 @@ from tests.mutants.mutant import Mutant
 from tests.mutants.mutant import one as _one
 
 CLIP, NOISE, SAMPLING = "fedtune/dp/clip.py", "fedtune/dp/noise.py", "fedtune/dp/sampling.py"
-PLAN, GRADIENTS = "fedtune/dp/plan.py", "fedtune/dp/gradients.py"
-OPACUS, ONE_PASS = "fedtune/dp/engines/opacus.py", "fedtune/dp/engines/one_pass.py"
+PLAN, GRADIENTS = "fedtune/dp/plan.py", "fedtune/training/unit_gradients.py"
+OPACUS, ONE_PASS = "fedtune/training/engines/opacus.py", "fedtune/training/engines/one_pass.py"
 ACCOUNTANT, STEPLOG = "fedtune/dp/accountant.py", "fedtune/dp/steplog.py"
-TOKENS, CACHE, LORA = "fedtune/data/tokens.py", "fedtune/models/cache.py", "fedtune/models/lora.py"
-NETWORK, TRAINING = "fedtune/models/network.py", "fedtune/training.py"
-STATES = "fedtune/models/states.py"
+TOKENS, CACHE, LORA = "fedtune/data/load.py", "fedtune/models/cache.py", "fedtune/models/lora.py"
+NETWORK, TRAINING = "fedtune/models/network.py", "fedtune/training/local_round.py"
+STATES = "fedtune/models/prefix_store.py"
 CAUSAL, CLASSIFY = "fedtune/objectives/causal_lm.py", "fedtune/objectives/classify.py"
-SITE, POLICY, ANSWERS = "client/site.py", "client/policy.py", "client/answers.py"
-ROUNDS, SUMMARY = "server/rounds.py", "server/summary.py"
+SITE, POLICY, ANSWERS = (
+    "fedtune/client/site.py",
+    "fedtune/client/policy.py",
+    "fedtune/client/answers.py",
+)
+ROUNDS, SUMMARY = "fedtune/server/rounds.py", "fedtune/server/summary.py"
 
 T_CLIP, T_NOISE, T_SAMPLING = (f"tests/dp/test_{x}.py::" for x in ("clip", "noise", "sampling"))
 T_PLAN, T_GRADIENTS = "tests/dp/test_plan.py::", "tests/dp/test_gradients.py::"
@@ -150,7 +154,7 @@ PREFERENCE_MUTANTS = (
         T_ORACLES + "[dpo-auto-patient]", "a pair moves the sum by two bounds",
     ),
     _one(
-        18, "a-score-leaves-out-the-last-token", TOKENS,
+        18, "a-score-leaves-out-the-last-token", "fedtune/data/tokenize.py",
         "if scored or not hits.any():", "if not hits.any():",
         "tests/objectives/test_runs.py::test_a_score_is_read_off_the_last_token",
         "a reward model that does not read what it scores to the end",
@@ -470,7 +474,7 @@ MODEL_MUTANTS = (
         "a record trains on the states of another one's targets",
     ),
     _one(
-        "media", "an-image-in-one-line", "fedtune/models/parts.py",
+        "media", "an-image-in-one-line", "fedtune/bases/architecture.py",
         "torch.stack([time, time + within // side, time + within % side])",
         "torch.stack([time, time, time])",
         "tests/models/test_media.py::test_positions_round_an_image_are_transformers_own",
@@ -534,7 +538,7 @@ MODEL_MUTANTS = (
         "embed_tokens has no per-record gradient",
     ),
     _one(
-        12, "a-start-read-off-the-data", "fedtune/config.py",
+        12, "a-start-read-off-the-data", "fedtune/config/study.py",
         'a_init: Literal["seed", "public"]', 'a_init: Literal["seed", "public", "eva", "pissa"]',
         "tests/traps/test_trap_12_peft_options.py::"
         "test_an_option_outside_the_allow_list_is_unknown",
@@ -683,13 +687,13 @@ ENCODING_MUTANTS = (
         "a diverged update looks like numbers",
     ),
     _one(
-        "wire", "any-encoding-will-do", "server/admission.py",
+        "wire", "any-encoding-will-do", "fedtune/server/admission.py",
         "        check_agreed(arrays, codec.layout(agreed, encoding))\n", "",
         T_LIES + "test_a_lie_is_dropped_with_its_own_reason",
         "arrays are read before they are compared with the plan",
     ),
     _one(
-        "wire", "rounding-is-a-reason-to-drop", "server/admission.py",
+        "wire", "rounding-is-a-reason-to-drop", "fedtune/server/admission.py",
         "longest * codec.GROWTH[encoding]", "longest",
         T_LIES + "test_rounding_is_no_reason_to_drop_an_honest_update",
         "honest sites are dropped where noise is large",
@@ -726,14 +730,14 @@ GUARANTEE_MUTANTS = (
         "the filter's order is chosen after results were seen",
     ),
     _one(
-        "filter", "several-kinds-as-if-planned-at-once", "fedtune/dp/ceiling.py",
+        "filter", "several-kinds-as-if-planned-at-once", "fedtune/dp/filter.py",
         "if len({event._replace(steps=0) for event in events}) <= 1:", "if events:",
         "tests/dp/test_ceiling.py::"
         "test_two_kinds_are_filtered_at_the_order_given_and_cost_no_less_than_pld",
         "studies chosen after results are added up as if all had been planned",
     ),
     _one(
-        "ledger", "a-round-is-trained-again", "fedtune/dp/ledger.py",
+        "ledger", "a-round-is-trained-again", "fedtune/ledger/ledger.py",
         "        if sha256 is None or not path.exists():", "        if True:",
         SITES + "test_a_round_asked_for_again_is_sent_again_and_not_paid_again",
         "a retry trains again",
@@ -753,7 +757,7 @@ GUARANTEE_MUTANTS = (
         "a query's sensitivity is another than the ledger pays for",
     ),
     _one(
-        "query", "whoever-asks-is-answered", "client/evaluation.py",
+        "query", "whoever-asks-is-answered", "fedtune/client/evaluation.py",
         'if "evaluation" not in site.policy.release:', "if False:",
         "tests/test_private_evaluation.py::"
         "test_a_site_that_does_not_release_refuses_by_name_of_the_rule",
@@ -761,7 +765,7 @@ GUARANTEE_MUTANTS = (
     ),
 )  # fmt: skip
 
-TEAM = "fedtune/dp/team.py"
+TEAM = "fedtune/training/data_parallel.py"
 PART = "        mine[:dimension] = part\n"
 
 TEAM_MUTANTS = (
@@ -780,7 +784,7 @@ TEAM_MUTANTS = (
     ),
 )  # fmt: skip
 
-LABEL = "fedtune/label.py"
+LABEL = "fedtune/derive/preferences.py"
 
 MADE_MUTANTS = (
     _one(
@@ -800,14 +804,14 @@ MADE_MUTANTS = (
         "every target depends on whoever is in the batch",
     ),
     _one(
-        26, "a-teacher-without-privacy-is-heard", "client/policy.py",
+        26, "a-teacher-without-privacy-is-heard", "fedtune/client/policy.py",
         "if teacher.study is not None and not teacher.study.private:", "if False:",
         "tests/dp/test_distill.py::"
         "test_a_teacher_without_privacy_is_refused_unless_declared_public",
         "a model that was fitted to the records sets their targets",
     ),
     _one(
-        "students", "the-students-base-hears-the-teacher", "fedtune/distill.py",
+        "students", "the-students-base-hears-the-teacher", "fedtune/derive/distill.py",
         "    rows = [prompt_ids(r.prompt, table, teacher.tokenizer) for r in prompts.records]\n",
         "    told, _ = completed(prompts.records, teacher, table, 2, 0)\n"
         "    asked = [r.prompt + r.completion for r in told]\n"
@@ -816,46 +820,46 @@ MADE_MUTANTS = (
         "base/, which the report calls free of the teacher, follows from what it says",
     ),
     _one(
-        "students", "the-teachers-adapter-without-its-scale", "fedtune/distill.py",
+        "students", "the-teachers-adapter-without-its-scale", "fedtune/derive/distill.py",
         'value * (scale if "lora_B" in name else 1.0)', "value",
         "tests/test_distill.py::test_it_begins_where_its_teacher_stands",
         "the student begins somewhere else than its teacher stands",
     ),
     _one(
-        "students", "the-first-gap-is-the-best", "fedtune/models/gap.py",
+        "students", "the-first-gap-is-the-best", "fedtune/derive/depth_pruning.py",
         "if best is None or divergence < best.divergence:", "if best is None:",
         "tests/models/test_gap.py::test_layers_that_do_nothing_are_the_ones_left_out",
         "which layers go is not measured",
     ),
     _one(
-        "students", "the-first-position-is-all-that-is-fitted", "fedtune/models/gap.py",
+        "students", "the-first-position-is-all-that-is-fitted", "fedtune/derive/depth_pruning.py",
         "    size = wanted.float().pow(2).mean(dim=1, keepdim=True)\n",
         "    size = torch.ones(len(x), 1)\n",
         "tests/models/test_gap.py::test_a_position_counts_by_its_own_size",
         "states a hundred times as large drown all others",
     ),
     _one(
-        "leash", "a-policy-past-the-leash-is-kept", "fedtune/improve.py",
+        "leash", "a-policy-past-the-leash-is-kept", "fedtune/derive/improve.py",
         "if found.kl > seen.leash:", "if False:",
         "tests/test_improve.py::test_past_the_leash_nothing_is_kept",
         "the policy goes as far as the reward takes it",
     ),
     _one(
-        "leash", "the-price-of-the-kl-is-forgotten", "fedtune/improve.py",
+        "leash", "the-price-of-the-kl-is-forgotten", "fedtune/derive/improve.py",
         "return self.reward - beta * self.kl", "return self.reward",
         "tests/test_improve.py::"
         "test_what_is_kept_is_worth_most_by_reward_less_the_price_of_its_kl",
         "the policy that strays most is kept, and not what the training strives for",
     ),
     _one(
-        "leash", "the-luckiest-look-is-reported", "fedtune/improve.py",
+        "leash", "the-luckiest-look-is-reported", "fedtune/derive/improve.py",
         'b"what the report says"', 'b"which policy to keep"',
         "tests/test_improve.py::test_the_reward_rises_within_the_leash",
         "the best of several looks is told as what the policy does",
     ),
     _one(
-        "parents", "one-parent-pays-for-all", "fedtune/lineage.py",
-        "privacy = budgets.composed(list(found.values()))",
+        "parents", "one-parent-pays-for-all", "fedtune/derive/lineage.py",
+        "privacy = composed_epsilon.composed(list(found.values()))",
         "privacy = next(iter(found.values()))[\"privacy\"]",
         "tests/test_improve.py::test_the_reward_rises_within_the_leash",
         "what two runs spent on the same people is not added up",
@@ -875,7 +879,7 @@ MADE_MUTANTS = (
     ),
 )  # fmt: skip
 
-BUDGETS, MERGE = "fedtune/budgets.py", "fedtune/models/merge.py"
+BUDGETS, MERGE = "fedtune/derive/composed_epsilon.py", "fedtune/derive/merge_methods.py"
 T_BUDGETS, T_MERGE = "tests/test_budgets.py::", "tests/models/test_merge.py::"
 
 MERGE_MUTANTS = (
@@ -903,7 +907,7 @@ MERGE_MUTANTS = (
         "cross terms between one run's A and another's B",
     ),
     _one(
-        18, "outliers-of-the-whole-batch", "fedtune/models/quantise.py",
+        18, "outliers-of-the-whole-batch", "fedtune/bases/quantise.py",
         "OUTLIERS = 0.0", "OUTLIERS = 6.0",
         "tests/models/test_quantise.py::test_no_record_decides_how_anothers_numbers_are_rounded",
         "LLM.int8()'s own setting: one record decides how another is rounded",
@@ -921,33 +925,33 @@ MERGE_MUTANTS = (
         "merging and export scale by another number than training did",
     ),
     _one(
-        "export", "rotary-halves-stay-apart", "fedtune/models/gguf_file.py",
+        "export", "rotary-halves-stay-apart", "fedtune/derive/gguf.py",
         "tensor = interleaved(tensor, shared)", "pass",
         "tests/test_export.py::test_transformers_own_reader_gives_the_same_logits",
         "a file that loads and writes nonsense",
     ),
     _one(
-        "export", "the-base-alone-is-exported", "fedtune/export.py",
+        "export", "the-base-alone-is-exported", "fedtune/derive/export.py",
         "whole.model.merge_and_unload()", "whole.model.unload()",
         "tests/test_export.py::test_plain_transformers_gives_the_logits_of_base_and_adapter",
         "what was trained is left behind",
     ),
 )  # fmt: skip
 
-ARRIVALS, CONTINUOUS = "fedtune/dp/ledger_arrivals.py", "server/continuous.py"
+ARRIVALS, CONTINUOUS = "fedtune/ledger/cohorts.py", "fedtune/server/continuous.py"
 T_ARRIVALS, T_COHORTS = "tests/dp/test_arrivals.py::", "tests/continuous/test_cohorts.py::"
 T_VERSIONS = "tests/continuous/test_versions.py::"
 
 CONTINUOUS_MUTANTS = (
     _one(
-        "late", "who-arrives-late-pays-nothing", "fedtune/dp/ledger.py",
+        "late", "who-arrives-late-pays-nothing", "fedtune/ledger/ledger.py",
         "return spent.seq > arrival and arrival not in self._reserved[spent.seq].out",
         "return arrival < 3 and arrival not in self._reserved[spent.seq].out",
         T_ARRIVALS + "test_each_unit_bears_the_rounds_it_was_in",
         "only the first cohort is charged",
     ),
     _one(
-        "late", "who-is-out-pays-all-the-same-and-never-ends", "fedtune/dp/ledger.py",
+        "late", "who-is-out-pays-all-the-same-and-never-ends", "fedtune/ledger/ledger.py",
         "                    out.add(cohort.arrival)\n", "                    continue\n",
         T_ARRIVALS + "test_each_unit_bears_the_rounds_it_was_in",
         "a cohort that the filter refuses is not left out",
@@ -959,7 +963,8 @@ CONTINUOUS_MUTANTS = (
         "the ledger leaves a cohort out and its records train on",
     ),
     _one(
-        29, "rounds-begin-by-a-count", "fedtune/config.py", "if COUNTS.search(value):", "if False:",
+        29, "rounds-begin-by-a-count", "fedtune/config/types.py",
+        "if COUNTS.search(value):", "if False:",
         "tests/continuous/test_schedule.py::test_a_round_that_a_count_begins_is_refused",
         "every so many records",
     ),
@@ -969,13 +974,13 @@ CONTINUOUS_MUTANTS = (
         T_VERSIONS + "test_only_what_is_better_is_released", "a worse adapter is promoted",
     ),
     _one(
-        "release", "a-rollback-does-not-hold", "server/versions.py",
+        "release", "a-rollback-does-not-hold", "fedtune/server/versions.py",
         "            if index.pinned:\n", "            if index.pinned and not index.versions:\n",
         T_VERSIONS + "test_a_rollback_holds_over_restarts_until_it_is_undone",
         "the next round releases again what a person took back",
     ),
     _one(
-        "release", "the-link-before-the-index", "server/versions.py",
+        "release", "the-link-before-the-index", "fedtune/server/versions.py",
         "self._write(index)\n            self._settle(index)\n            return version\n",
         "self._settle(index)\n            self._write(index)\n            return version\n",
         T_VERSIONS + "test_a_kill_loses_nothing_and_releases_nothing_else[the-index-before]",
@@ -983,7 +988,7 @@ CONTINUOUS_MUTANTS = (
     ),
 )  # fmt: skip
 
-MEDIA, PARTS = "fedtune/data/media.py", "fedtune/models/parts.py"
+MEDIA, PARTS = "fedtune/data/media.py", "fedtune/bases/architecture.py"
 T_SEEN, T_TILES = "tests/models/test_media.py::", "tests/dp/test_media.py::"
 
 MEDIA_MUTANTS = (
@@ -1037,7 +1042,7 @@ T_RANKS, T_NARROW = "tests/test_lora_ranks.py::", "tests/server/test_narrow_upda
 
 RANK_MUTANTS = (  # of sites that train fewer ranks of one adapter
     _one(
-        "ranks", "the-first-columns-alone-are-trained", "fedtune/narrow.py",
+        "ranks", "the-first-columns-alone-are-trained", "fedtune/models/rank_slice.py",
         "start = min((round_ - 1) % blocks * rank,", "start = min(0 * blocks,",
         T_RANKS + "test_the_released_change_is_the_weighted_mean_of_the_sites_own",
         "a site of few ranks never trains the others",
@@ -1069,13 +1074,13 @@ RANK_MUTANTS = (  # of sites that train fewer ranks of one adapter
         "a site of few ranks may send longer updates than its noise explains",
     ),
     _one(
-        "ranks", "any-rank-is-taken", "server/admission.py",
+        "ranks", "any-rank-is-taken", "fedtune/server/admission.py",
         "lora.min_rank <= said <= lora.rank else 0", "True else 0",
         T_NARROW + "test_a_rank_that_the_plan_does_not_allow_is_refused",
         "a site chooses its own shapes",
     ),
     _one(
-        "ranks", "a-rank-changes-on-the-way", "server/admission.py",
+        "ranks", "a-rank-changes-on-the-way", "fedtune/server/admission.py",
         "self.lora_ranks.get(name, rank) != rank", "self.lora_ranks.update({name: rank})",
         T_NARROW + "test_a_rank_stays_for_the_study_also_over_a_restart_of_the_coordinator",
         "what the report says of a site is not what it trained",

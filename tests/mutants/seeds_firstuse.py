@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from tests.mutants.mutant import one as _one
 
-PURGE, REVIEW, WITHDRAW = "client/purge.py", "client/review.py", "client/withdraw.py"
+PURGE, REVIEW, WITHDRAW = (
+    "fedtune/client/purge.py",
+    "fedtune/client/review.py",
+    "fedtune/client/withdraw.py",
+)
 T_PURGE, T_CLI = "tests/client/test_purge.py::", "tests/test_cli_site.py::"
 LEFT = T_PURGE + "test_nothing_is_left_of_a_study_but_what_the_guarantee_needs"
 
@@ -50,7 +54,7 @@ DECIDING_MUTANTS = (
         "a plan that the ceiling refuses is found good",
     ),
     _one(
-        "refusal", "a-refusal-reads-as-done", "client/told.py",
+        "refusal", "a-refusal-reads-as-done", "fedtune/client/told.py",
         'if status not in DONE:', 'if status == "failed":',
         "tests/client/test_told.py::test_a_refused_site_is_told_why",
         "the site's own screen says nothing of why it is out",

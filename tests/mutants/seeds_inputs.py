@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.mutants.mutant import one as _one
 
-READING, STATUS = "fedtune/reading.py", "fedtune/observe/status.py"
+READING, STATUS = "fedtune/files/reading.py", "fedtune/observe/status.py"
 T_READING, T_CLI = "tests/test_reading.py::", "tests/test_cli.py::"
 WAITS = T_READING + "test_whatever_waits_or_never_ends_is_refused_at_once"
 T_NAME = T_READING + "test_a_derived_run_has_a_name_that_opens_again"
@@ -27,7 +27,7 @@ MUTANTS = (
         T_READING + "test_depth_is_counted_exactly", "a deep file ends as an internal error later",
     ),
     _one(
-        "inputs", "arguments-are-not-looked-at", "fedtune/guard.py",
+        "inputs", "arguments-are-not-looked-at", "fedtune/cli/exit_codes.py",
         "                    _check(name, value)\n", "                    pass\n",
         T_CLI + "test_what_no_command_can_use_is_refused_before_it_runs",
         "a path that no file has ends as a fault of the system",
@@ -44,7 +44,7 @@ MUTANTS = (
         "markup and control characters of a file reach the terminal",
     ),
     _one(
-        "inputs", "a-strategy-is-looked-up-later", "fedtune/config.py",
+        "inputs", "a-strategy-is-looked-up-later", "fedtune/config/load.py",
         "        strategies.build(study)\n", "",
         T_READING + "test_an_unknown_strategy_or_objective_is_said_when_the_plan_is_read",
         "a study is planned, signed and started with a strategy that is not there",
@@ -56,25 +56,25 @@ MUTANTS = (
         "the certificate names no machine, or none can be made",
     ),
     _one(
-        "inputs", "a-run-is-called-as-its-folder", "fedtune/runs.py",
+        "inputs", "a-run-is-called-as-its-folder", "fedtune/run_folder.py",
         'name = re.sub(r"[^A-Za-z0-9._-]+", "-", out.name)', "name = out.name",
         T_NAME, "a derived run that nothing opens again",
     ),
     _one(
-        "inputs", "a-derived-run-has-no-seed", "fedtune/runs.py",
+        "inputs", "a-derived-run-has-no-seed", "fedtune/run_folder.py",
         'study.study.model_copy(update={"name": name})',
         'study.study.model_validate({"name": name})',
         T_NAME, "a merged run draws otherwise than its parents",
     ),
     _one(
-        "inputs", "a-prompt-has-any-length", "fedtune/generate.py",
+        "inputs", "a-prompt-has-any-length", "fedtune/evaluation/generate.py",
         "if asked + max_new_tokens > most:", "if max_new_tokens < 1:",
         "tests/fuzz/test_bad_inputs.py::"
         "test_a_prompt_that_the_base_cannot_read_is_counted_before_it_is_read",
         "positions that the base never saw, and minutes of work",
     ),
     _one(
-        "inputs", "help-is-markup", "fedtune/cli.py",
+        "inputs", "help-is-markup", "fedtune/cli/main.py",
         'rich_markup_mode="markdown"', 'rich_markup_mode="rich"',
         T_CLI + "test_no_help_has_a_hole", "[schedule] and [rl] are lost",
     ),

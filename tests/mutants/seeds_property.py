@@ -31,7 +31,7 @@ MUTANTS = (
         for bug in seeds_engine.MUTANTS if bug.name == "a-block-is-not-filled"
     ),
     one(
-        31, "arrival-by-the-first-note", "fedtune/data/tokens.py",
+        31, "arrival-by-the-first-note", "fedtune/data/load.py",
         'unit_member(key) if unit == "patient" else b"row\\0" + key.encode() for key in units',
         'b"record\\0" + content_of(units[key].records[0]) for key in units',
         f"{ONCE}[a-newcomer-was-there-before]",
@@ -47,7 +47,7 @@ MUTANTS = (
         "one patient's file switches the site to noise",
     ),
     Mutant(
-        36, "a-text-decides-what-is-composed", "fedtune/dp/ledger.py",
+        36, "a-text-decides-what-is-composed", "fedtune/ledger/ledger.py",
         (
             (
                 "            writer.add_members(dataset, hashes)\n",

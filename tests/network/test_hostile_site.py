@@ -11,9 +11,9 @@ from fedtune.flower.processes import free_port
 from tests.network.kit import OFF, SITES, consortium, until
 
 AS_NORTH = """
-import client.site
-says = client.site.Admission(False, "policy.max_epsilon", "north", 7)
-client.site.SiteWorker.prepare = lambda self, *_: says
+import fedtune.client.site
+says = fedtune.client.site.Admission(False, "policy.max_epsilon", "north", 7)
+fedtune.client.site.SiteWorker.prepare = lambda self, *_: says
 """
 
 

@@ -22,7 +22,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedtune.flower.processes import free_port
-from fedtune.simulate import simulate
+from fedtune.launch.simulate import simulate
 from tests.network.kit import OFF, PRIVATE, SITES, Consortium, children, consortium, end, until
 
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -236,7 +236,7 @@ def least(run, tally):
 rounds._Run._choose = least
 """  # a coordinator that goes on without a site
 FORGETS = """
-from fedtune.dp.ledger import Ledger
+from fedtune.ledger.ledger import Ledger
 reserve, release, paid, sent = Ledger.reserve, Ledger.release, {}, set()
 def free(book, dataset, charge, adapter, permit):
     if charge.round not in paid:
@@ -249,7 +249,7 @@ def once(book, number, *update):
 Ledger.reserve, Ledger.release, Ledger.released = free, once, lambda *_: None
 """  # a site that forgets its outbox, and trains again without a charge
 PAYS_TWICE = """
-from fedtune.dp.ledger import Ledger
+from fedtune.ledger.ledger import Ledger
 reserve = Ledger.reserve
 Ledger.reserve = lambda *order: [reserve(*order), reserve(*order)][1]
 """  # a site that reserves each round twice, though nobody killed it

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from fedtune.flower.processes import free_port
-from fedtune.simulate import simulate
+from fedtune.launch.simulate import simulate
 from tests.network.kit import OFF, SITES, Consortium, consortium, until
 
 RANKS = {"east": 2, "north": 3, "south": 4}

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import fedtune
-from fedtune.dp.ledger import Ledger
 from fedtune.errors import Refused
 from fedtune.flower.processes import free_port
+from fedtune.ledger.ledger import Ledger
 from fedtune.wire.protocol import PROTOCOL
 from tests.network.kit import PRIVATE, SITES, Consortium, consortium, done, end, until
 

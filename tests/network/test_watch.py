@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from fedtune.data.records import unit_member
-from fedtune.dp.ledger import Ledger
 from fedtune.flower.processes import free_port
-from server.versions import Versions
+from fedtune.ledger.ledger import Ledger
+from fedtune.server.versions import Versions
 from tests.continuous.world import study_text, write
 from tests.guarantee.world import patients
 from tests.network.kit import SITES, Consortium, consortium, until

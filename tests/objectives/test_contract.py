@@ -13,26 +13,18 @@ import torch
 from torch.nn import functional
 
 from fedtune import objectives
+from fedtune.audit import selftest
+from fedtune.bases.find import find_base
 from fedtune.config import ObjectiveTable, Study
-from fedtune.data.tokens import Dataset
-from fedtune.dp import clip, selftest
-from fedtune.dp.engines import Wanted
-from fedtune.dp.gradients import UnitGradientEngine
-from fedtune.models.base import find_base
-from fedtune.models.cache import Batch, Cached
+from fedtune.data.dataset import Dataset
+from fedtune.dp import clip
+from fedtune.models.cache import Cached
 from fedtune.models.network import Network
 from fedtune.models.tiny import generated, tiny_network
-from fedtune.objectives import (
-    Found,
-    _tokens,
-    causal_lm,
-    classify,
-    distill,
-    dpo,
-    kto,
-    orpo,
-    reward,
-)
+from fedtune.objectives import _tokens, causal_lm, classify, distill, dpo, kto, orpo, reward
+from fedtune.objectives._interface import Batch, Found
+from fedtune.training.engines import Wanted
+from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import make_plan, study
 
 SIZES = (1, 3, 2, 1, 4, 2)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from fedtune import objectives
+from fedtune.bases.find import find_base, load_tokenizer
 from fedtune.config import Columns, DataFile, ObjectiveTable, PolicyTable
-from fedtune.data.tokens import check_shape
+from fedtune.data.load import check_shape
 from fedtune.errors import ConfigError, DataError
-from fedtune.models.base import find_base, load_tokenizer
 from tests.dp.conftest import study
 from tests.objectives.test_contract import every
 

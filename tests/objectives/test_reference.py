@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.models.cache import Batch, Cached
+from fedtune.models.cache import Cached
 from fedtune.models.network import Network
 from fedtune.objectives import _tokens
+from fedtune.objectives._interface import Batch
 from tests.objectives.test_contract import case_of
 
 

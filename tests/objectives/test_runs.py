@@ -13,17 +13,20 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fedtune.cli.columns import data_file
 from fedtune.config import load_study
-from fedtune.data.tokens import NO_TARGET, load_dataset
+from fedtune.config.sites import sites_in
+from fedtune.data.dataset import NO_TARGET
+from fedtune.data.load import load_dataset
 from fedtune.errors import ConfigError
-from fedtune.generate import generate
+from fedtune.evaluation.evaluator import Evaluator
+from fedtune.evaluation.generate import generate
+from fedtune.evaluation.run import evaluate
+from fedtune.launch.simulate import simulate
+from fedtune.models.adapter_files import load_adapter
 from fedtune.models.cache import Cached
 from fedtune.models.network import build
 from fedtune.objectives import reward
-from fedtune.quality import Evaluator, evaluate
-from fedtune.runs import data_file, load_adapter
-from fedtune.simulate import simulate
-from fedtune.sites import sites_in
 
 STUDY = """
 privacy = {privacy}

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 
+from fedtune.bases.find import find_base
 from fedtune.config import LoraTable
-from fedtune.data.tokens import Dataset, Example, _passage
-from fedtune.models.base import find_base
+from fedtune.data.dataset import Dataset, Example
+from fedtune.data.tokenize import _passage
 from fedtune.models.cache import Cached
 from fedtune.models.network import Network
 from fedtune.objectives import dpo, kto, orpo, reward

@@ -20,7 +20,7 @@ from fedtune.errors import BudgetExceeded
 from fedtune.observe import JsonLog, NotLoggable
 from fedtune.observe import log as log_module
 from fedtune.observe.log import FIELDS, OTHER, PHRASES, STRICT, cleaned, reason_of
-from server.exchange import TROUBLE
+from fedtune.server.exchange import TROUBLE
 
 NOTE = "Mrs Ackroyd, 71, seen with fever; HIV positive"  # what must never be in a log
 DIGEST = "sha256:" + "5d" * 32

@@ -12,8 +12,9 @@ import pytest
 
 from fedtune.dp import accountant
 from fedtune.dp.accountant import Steps
-from fedtune.dp.ledger import Charge, Ledger
 from fedtune.errors import ConfigError, InfrastructureError
+from fedtune.ledger.entries import Charge
+from fedtune.ledger.ledger import Ledger
 from fedtune.observe import metrics
 from fedtune.observe.metrics import Metrics, serve
 from tests.observe.test_log import NOTE, ROUND

@@ -17,14 +17,14 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from fedtune.cli.status import add_to
+from fedtune.config.sites import sites_in
 from fedtune.errors import InfrastructureError, InputError
+from fedtune.launch.simulate import simulate
 from fedtune.observe import StatusFile, observer
 from fedtune.observe import status as status_module
-from fedtune.observe.cli import add_to
 from fedtune.observe.log import STRICT
 from fedtune.observe.status import held, look
-from fedtune.simulate import simulate
-from fedtune.sites import sites_in
 from tests.guarantee.world import lay_out, patients
 from tests.observe.test_log import NOTE, ROUND, lines
 
@@ -169,7 +169,7 @@ def test_a_reader_never_sees_half_a_status(tmp_path: Path) -> None:
 
 LIVE = """
 import sys, typer
-from fedtune.observe.cli import add_to
+from fedtune.cli.status import add_to
 app = typer.Typer()
 app.callback()(lambda: None)
 add_to(app, "Use a run")

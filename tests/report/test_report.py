@@ -13,8 +13,9 @@ import pytest
 from dp_accounting.pld import privacy_loss_distribution as pld
 from matplotlib.image import imread
 
-from fedtune import files, report
+from fedtune import report
 from fedtune.errors import InfrastructureError
+from fedtune.files import writing
 from fedtune.report.claim import best_guess, percent, rounded_up
 
 SITE = {
@@ -155,7 +156,7 @@ def test_a_failed_write_leaves_the_old_report(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.os, "replace", full)
+    monkeypatch.setattr(writing.os, "replace", full)
     with pytest.raises(InfrastructureError, match="No space left"):
         report.write(tmp_path, OFF)
     assert (tmp_path / "report.md").read_text() == before

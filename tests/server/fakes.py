@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-import client.app
-from client.site import Admission, Unprepared, Update
+import fedtune.client.app
+from fedtune.client.site import Admission, Unprepared, Update
 from fedtune.config import Encoding, Study
 from fedtune.flower.grid import InProcessGrid
+from fedtune.server import rounds
+from fedtune.server.parts import Parts
 from fedtune.wire.codec import Shapes, decode, encode
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import Header, seal
-from server import rounds
-from server.parts import Parts
 
 SHAPES = {"layer.B": (3, 2), "layer.C": (4,)}
 EVENT = {"sigma": 1.5, "q": 0.25, "max_grad_norm": 1.0, "records": 1}
@@ -173,7 +173,7 @@ class Trial:
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
     def grid(self) -> InProcessGrid:
-        return InProcessGrid([Path(site.name) for site in self.sites])
+        return InProcessGrid([Path(site.name) for site in self.sites], fedtune.client.app.app)
 
     def run(self, study: Study | None = None, *, grid: Any = None, **options: Any) -> Any:
         options.setdefault("parts", make_parts())
@@ -189,11 +189,11 @@ class Trial:
 
 @pytest.fixture
 def trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trial]:
-    """trial(FakeSite(...), ...): the sites that client.app then finds by name."""
+    """trial(FakeSite(...), ...): the sites that fedtune.client.app then finds by name."""
 
     def make(*sites: FakeSite, folder: str = "trial") -> Trial:
         by_name = {site.name: site for site in sites}
-        monkeypatch.setattr(client.app, "worker", lambda path: by_name[path])
+        monkeypatch.setattr(fedtune.client.app, "worker", lambda path: by_name[path])
         home = tmp_path / folder
         home.mkdir()
         return Trial(home, list(sites))

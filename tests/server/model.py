@@ -21,18 +21,19 @@ import numpy as np
 from flwr.app import Message, RecordDict
 from safetensors.numpy import load, save
 
-import client.app
-from client.site import Update
+import fedtune.client.app
+from fedtune.client.site import Update
 from fedtune.config import Study
-from fedtune.dp.ledger import Charge, Ledger, LedgerError
 from fedtune.errors import FedtuneError, PolicyRefused
 from fedtune.flower import grid as grid_module
 from fedtune.flower.grid import InProcessGrid
+from fedtune.ledger.entries import Charge
+from fedtune.ledger.ledger import Ledger, LedgerError
 from fedtune.models.lora import digest as arrays_digest
+from fedtune.server import rounds, store
 from fedtune.wire.codec import Shapes, encode
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import Header, seal
-from server import rounds, store
 from tests.server.fakes import EVENT, FakeSite, make_parts, make_study
 
 NAMES = ("a", "b", "c", "d")
@@ -318,7 +319,7 @@ class World:
             return 1.7e9 + self.clock
 
         find: Callable[[str], UnitSite] = self.sites.__getitem__
-        stack.enter_context(patch.object(client.app, "worker", find))
+        stack.enter_context(patch.object(fedtune.client.app, "worker", find))
         stack.enter_context(patch.object(os, "replace", replace))
         stack.enter_context(patch.object(grid_module, "time", SimpleNamespace(time=now)))
         return stack

@@ -12,26 +12,26 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-import client.app
-from client.site import Unprepared
+import fedtune.client.app
+from fedtune.client.site import Unprepared
 from fedtune.errors import BudgetExceeded, ConfigError, ModelError, Refused
 from fedtune.flower.arrays import bodies, to_record
 from fedtune.flower.enrol import Member
 from fedtune.flower.grid import InProcessGrid
+from fedtune.server import app as server_app
+from fedtune.server.admission import Roster, outcome, plan_message
+from fedtune.server.exchange import Reply
 from fedtune.wire import seal
 from fedtune.wire.codec import VALUES, encode
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.protocol import spoken
-from server import app as server_app
-from server.admission import Roster, outcome, plan_message
-from server.exchange import Reply
 from tests.server.fakes import FakeSite, make_parts, make_study, zeros
 
 STUDY = make_study()
 
 
 def query(kind: str, content: RecordDict) -> RecordDict:
-    grid = InProcessGrid([Path("a")])
+    grid = InProcessGrid([Path("a")], fedtune.client.app.app)
     (reply,) = grid.send_and_receive([grid.create_message(content, kind, 2, "1")])
     return reply.content
 
@@ -120,17 +120,17 @@ def context(node: dict[str, Any], run: dict[str, Any]) -> Context:
 
 
 def test_flowers_own_simulation_finds_the_site_by_partition(tmp_path, monkeypatch):
-    monkeypatch.setattr(client.app, "worker", lambda path: path)
+    monkeypatch.setattr(fedtune.client.app, "worker", lambda path: path)
     for name in ("b", "a"):
         (tmp_path / f"{name}.toml").write_text("[site]\n")
     (tmp_path / "study.toml").write_text("[study]\n")
     run = {"sites": str(tmp_path)}
-    assert client.app.site_of(context({"partition-id": 1}, run)) == str(tmp_path / "b.toml")
-    assert client.app.site_of(context({"site": "x.toml"}, run)) == "x.toml"
+    assert fedtune.client.app.site_of(context({"partition-id": 1}, run)) == str(tmp_path / "b.toml")
+    assert fedtune.client.app.site_of(context({"site": "x.toml"}, run)) == "x.toml"
     with pytest.raises(ConfigError):
-        client.app.site_of(context({"partition-id": 2}, run))
+        fedtune.client.app.site_of(context({"partition-id": 2}, run))
     with pytest.raises(ConfigError):
-        client.app.site_of(context({}, {}))
+        fedtune.client.app.site_of(context({}, {}))
 
 
 # ------------------------------------------------------------------------------------ ServerApp
@@ -147,7 +147,7 @@ def test_the_server_app_reads_its_config_and_runs(monkeypatch, tmp_path):
         server_app.app("grid", context({}, {"study": "s.toml"}))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("module", [client.app, server_app])
+@pytest.mark.parametrize("module", [fedtune.client.app, server_app])
 def test_the_apps_stay_thin(module):
     assert len(Path(module.__file__).read_text().splitlines()) < 100
 
@@ -201,7 +201,7 @@ def test_a_site_that_enrolled_with_one_coordinator_prepares_no_other_ones_plan(t
     trial(site)
     message = plan_message(STUDY, {}, KEY)
     for expected, status in ((SigningKey().public, "refused"), (KEY.public, "admitted")):
-        grid = InProcessGrid([Path("a")])
+        grid = InProcessGrid([Path("a")], fedtune.client.app.app)
         grid._contexts[2].node_config["coordinator"] = expected
         (reply,) = grid.send_and_receive([grid.create_message(message, "query.prepare", 2, "1")])
         assert reply.content["admission"]["status"] == status

@@ -11,17 +11,17 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, RecordDict
 
-from fedtune.dp.budget import resolve
+from fedtune.dp.calibration import resolve
 from fedtune.dp.clip import Chunk
 from fedtune.dp.plan import plan_for_site
 from fedtune.dp.steplog import StepLog
 from fedtune.flower.arrays import bodies, to_record
+from fedtune.server.admission import Outcome, outcome
+from fedtune.server.bound import ROWS, norm_bound, terms
+from fedtune.server.exchange import Reply
 from fedtune.wire import seal
 from fedtune.wire.codec import encode
 from fedtune.wire.keys import SigningKey
-from server.admission import Outcome, outcome
-from server.bound import ROWS, norm_bound, terms
-from server.exchange import Reply
 from tests.server.fakes import make_study
 
 # name -> (d, declared size, q, C, training options, ratio of the bound to an honest median)

@@ -22,7 +22,7 @@ from fedtune.errors import InfrastructureError
 from fedtune.flower import api
 from fedtune.flower.arrays import to_record
 from fedtune.flower.grid import InProcessGrid
-from server.exchange import _collect, ask, clean
+from fedtune.server.exchange import _collect, ask, clean
 
 
 def grid_of(count: int, answer: Any = None) -> InProcessGrid:

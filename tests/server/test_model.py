@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from fedtune.errors import InfrastructureError
+from fedtune.server.admission import Tally
 from fedtune.wire.seal import opened
-from server.admission import Tally
 from tests.server.model import AT_LEAST, NAMES, ROUNDS, World
 
 names = st.sampled_from(NAMES)
@@ -221,7 +221,7 @@ def test_below_quorum_nothing_counts(world: World):
 
 
 def test_the_twin_that_counts_twice_is_caught(world: World, monkeypatch: pytest.MonkeyPatch):
-    from server.rounds import _Run
+    from fedtune.server.rounds import _Run
 
     take = _Run._take
 
@@ -233,7 +233,7 @@ def test_the_twin_that_counts_twice_is_caught(world: World, monkeypatch: pytest.
     world.advance(1)
     world.check()  # the key alone keeps it from counting twice
     monkeypatch.setattr(Tally, "has", lambda self, *key: False)
-    monkeypatch.setattr("server.admission._check_log", lambda *_: None)
+    monkeypatch.setattr("fedtune.server.admission._check_log", lambda *_: None)
     world.advance(1)
     with pytest.raises(AssertionError):
         world.check()
@@ -247,11 +247,11 @@ def test_the_twin_that_takes_any_round_and_nonce_is_caught(
         return opened(site, key, replace(wanted, nonce=said["nonce"], round=said["round"]))
 
     world.advance(1)
-    monkeypatch.setattr("server.admission.opened", lax)
+    monkeypatch.setattr("fedtune.server.admission.opened", lax)
     world.network.faults[world.nodes["a"]] = "replay"
     world.advance(1)
     world.check()  # the step log shows no new step: a second line of defence
-    monkeypatch.setattr("server.admission._check_log", lambda *_: None)
+    monkeypatch.setattr("fedtune.server.admission._check_log", lambda *_: None)
     world.network.faults[world.nodes["a"]] = "replay"
     world.advance(1)
     with pytest.raises(AssertionError, match="a ghost"):
@@ -261,8 +261,8 @@ def test_the_twin_that_takes_any_round_and_nonce_is_caught(
 def test_the_twin_without_a_quorum_is_caught(world: World, monkeypatch: pytest.MonkeyPatch):
     world.advance(1)
     table = world.study.strategy.model_copy(update={"min_sites": 1})
-    monkeypatch.setattr("server.rounds._Run.asks", table, raising=False)
-    monkeypatch.setattr("server.rounds._Run.__setattr__", _all_but("asks"), raising=False)
+    monkeypatch.setattr("fedtune.server.rounds._Run.asks", table, raising=False)
+    monkeypatch.setattr("fedtune.server.rounds._Run.__setattr__", _all_but("asks"), raising=False)
     for name in NAMES[1:]:
         world.network.away.add(world.nodes[name])
     world.advance(1)

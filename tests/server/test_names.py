@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from client.site import Admission
+from fedtune.client.site import Admission
 from fedtune.config import Study
 from fedtune.errors import FedtuneError, Refused
 from fedtune.flower.enrol import Member
 from fedtune.flower.grid import InProcessGrid
-from server import store
+from fedtune.server import store
 from tests.server.fakes import FakeSite, Trial, make_parts, make_study
 
 

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from client.site import Admission, Update
+from fedtune.client.site import Admission, Update
 from fedtune.config import LoraTable, Study
 from fedtune.errors import Refused
-from fedtune.narrow import ALL, narrowed, turn, widened
+from fedtune.models.rank_slice import ALL, narrowed, turn, widened
 from fedtune.observe.log import cleaned
 from fedtune.report.markdown import markdown
+from fedtune.server.bound import norm_bound, terms
 from fedtune.wire.codec import Shapes, decode, encode
-from server.bound import norm_bound, terms
 from tests.server.fakes import FakeSite, make_parts, make_study
 
 B, HEAD = "layer.lora_B.default.weight", "head.weight"

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.dp.gradients import UnitGradientEngine
 from fedtune.models.cache import Cached
 from fedtune.models.network import build
 from fedtune.objectives import find
-from server.parts import Parts
+from fedtune.server.parts import Parts
+from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import records, study
 
 

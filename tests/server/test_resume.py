@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from fedtune.errors import ConfigError
+from fedtune.server import rounds, store, summary
+from fedtune.server.store import CheckpointError, Phase
 from fedtune.strategies.fedadam import FedAdam
-from server import rounds, store, summary
-from server.store import CheckpointError, Phase
 from tests.server.fakes import FakeEvaluator, FakeSite, make_parts, make_study
 
 STUDY = make_study(min_sites=2, name="fedadam", options={"server_learning_rate": 0.1})

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from client.site import Update
+from fedtune.client.site import Update
 from fedtune.errors import (
     BudgetExceeded,
     ConfigError,
@@ -18,10 +18,10 @@ from fedtune.errors import (
     Refused,
 )
 from fedtune.report.markdown import markdown
+from fedtune.server import summary
+from fedtune.server.exchange import size
+from fedtune.server.store import CheckpointError
 from fedtune.wire.keys import SigningKey
-from server import summary
-from server.exchange import size
-from server.store import CheckpointError
 from tests.server.fakes import SHAPES, FakeSite, make_parts, make_study, update_of
 
 
@@ -72,7 +72,7 @@ def test_declared_sizes_weigh_when_the_study_says_so(trial):
 
 
 def public(**strategy: Any) -> Any:
-    """Without noise: with it, who declares more may also send less (server/bound.py)."""
+    """Without noise: with it, who declares more may also send less (fedtune/server/bound.py)."""
     return make_study(**strategy).model_copy(update={"privacy": "off"})
 
 
@@ -154,10 +154,10 @@ def test_two_nodes_cannot_share_a_name(trial):
     sites = run.sites
     sites.append(FakeSite("c"))
     sites[2].prepare = sites[0].prepare  # says that it is called a
-    import client.app
+    import fedtune.client.app
 
     by_path = {s.name: s for s in sites}
-    client.app.worker = lambda path: by_path[path]
+    fedtune.client.app.worker = lambda path: by_path[path]
     run.run()
     assert metrics(run)[0]["missing"] == {"c": "refused: a is another node's name"}
 
@@ -196,7 +196,7 @@ def test_bytes_are_those_of_the_contents_and_agree_with_the_wire(trial):
 
 
 def test_the_plan_on_the_wire_holds_no_path_of_the_coordinator(trial):
-    from server.admission import plan_message
+    from fedtune.server.admission import plan_message
 
     study = make_study()
     text = str(plan_message(study, {}, SigningKey())["plan"]["study"])

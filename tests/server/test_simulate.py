@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from client.site import worker
+from fedtune.client.site import worker
 from fedtune.errors import ConfigError
-from fedtune.simulate import simulate, sites_in
+from fedtune.launch.simulate import simulate, sites_in
 
 STUDY = """
 [study]

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune import files
 from fedtune.errors import InfrastructureError
-from server import store
-from server.store import DATABASE, FOLDER, FROZEN, CheckpointError, Phase, Progress
+from fedtune.files import writing
+from fedtune.server import store
+from fedtune.server.store import DATABASE, FOLDER, FROZEN, CheckpointError, Phase, Progress
 from tests.dp.powercut import Disk, Recorder, images, put
 from tests.server.fakes import make_study
 
@@ -117,7 +117,7 @@ def recorded(
     with patch.context() as inner:
         inner.setattr(store, "connect", disk.connect)
         recorder = Recorder(disk)
-        for module in (files, store):
+        for module in (writing, store):
             inner.setattr(module, "os", recorder)
         run(out, done)
     return disk, states
@@ -174,9 +174,9 @@ def unsynced(patch: pytest.MonkeyPatch) -> None:
             real(path, body)
             return
         path.parent.mkdir(exist_ok=True)
-        descriptor = files.os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        files.os.write(descriptor, memoryview(body))
-        files.os.close(descriptor)
+        descriptor = writing.os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        writing.os.write(descriptor, memoryview(body))
+        writing.os.close(descriptor)
 
     patch.setattr(store, "replace", replace)
 

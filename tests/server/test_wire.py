@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from client.site import Update
+from fedtune.client.site import Update
 from fedtune.config import Encoding, PublicTable, Study
 from fedtune.models.lora import digest
+from fedtune.server import rounds, store, summary
 from fedtune.wire import codec
-from server import rounds, store, summary
 from tests.server.fakes import SHAPES, FakeSite, make_parts, make_study
 
 ENCODINGS: tuple[Encoding, ...] = ("float32", "float16", "int8")

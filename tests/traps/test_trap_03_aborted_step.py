@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedtune.bases.find import find_base
 from fedtune.config import LoraTable
 from fedtune.dp.clip import Chunk
-from fedtune.dp.gradients import UnitGradientEngine
 from fedtune.dp.steplog import StepLog
-from fedtune.models.base import find_base
 from fedtune.models.cache import Cached
 from fedtune.models.network import Network
 from fedtune.objectives import causal_lm
+from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import make_plan, records
 
 

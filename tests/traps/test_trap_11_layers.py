@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fedtune.dp.engines import Wanted
-from fedtune.dp.gradients import UnitGradientEngine
 from fedtune.errors import ModelError
-from fedtune.models.cache import Batch
+from fedtune.objectives._interface import Batch
+from fedtune.training.engines import Wanted
+from fedtune.training.unit_gradients import UnitGradientEngine
 
 B, L, H = 4, 3, 5
 ENGINES: tuple[Wanted, ...] = ("auto", "opacus")

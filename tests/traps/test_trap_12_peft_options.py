@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from client.policy import admit
+from fedtune.client.policy import admit
 from fedtune.config import LoraTable, Site
 from fedtune.dp.plan import plan_for_site
 from fedtune.errors import PolicyRefused

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from fedtune.bases.find import find_base
 from fedtune.config import LoraTable
-from fedtune.data.tokens import Dataset
-from fedtune.dp.engines import Wanted
-from fedtune.dp.gradients import UnitGradientEngine
-from fedtune.models.base import find_base
+from fedtune.data.dataset import Dataset
 from fedtune.models.cache import Cached
 from fedtune.models.network import Network
 from fedtune.objectives import classify
+from fedtune.training.engines import Wanted
+from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import records
 
 

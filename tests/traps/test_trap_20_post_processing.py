@@ -18,7 +18,7 @@ from fedtune.dp.plan import RELATION, RowGradients
 from fedtune.dp.steplog import Step, StepLog
 from fedtune.models.cache import Cached
 from fedtune.models.network import build
-from fedtune.training import local_round
+from fedtune.training.local_round import local_round
 from tests.dp.conftest import make_plan, records, study
 
 

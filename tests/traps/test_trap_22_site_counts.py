@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from client.site import SiteWorker
+from fedtune.client.site import SiteWorker
 from fedtune.errors import DataError
 from tests.client.test_site import begun, make_site, notes
 

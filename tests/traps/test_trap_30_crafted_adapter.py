@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from fedtune.bases.find import find_base
 from fedtune.config import LoraTable
-from fedtune.dp.gradients import UnitGradientEngine
 from fedtune.dp.steplog import StepLog
-from fedtune.models.base import find_base
 from fedtune.models.cache import Cached
 from fedtune.models.network import Network, build
 from fedtune.objectives import causal_lm
-from fedtune.training import local_round
+from fedtune.training.local_round import local_round
+from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import make_plan, records, study
 
 

@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 import torch
 
+from fedtune.bases.find import find_base
 from fedtune.config import LoraTable
-from fedtune.data.tokens import Dataset, Example
+from fedtune.data.dataset import Dataset, Example
 from fedtune.dp.clip import Chunk
-from fedtune.dp.gradients import UnitGradientEngine
 from fedtune.dp.steplog import StepLog
 from fedtune.errors import ModelError
-from fedtune.models.base import find_base
-from fedtune.models.cache import Batch, Cached
+from fedtune.models.cache import Cached
 from fedtune.models.network import LARGEST, Network
 from fedtune.objectives import classify
+from fedtune.objectives._interface import Batch
+from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import make_plan
 from tests.traps import neighbour_rows
 

@@ -21,12 +21,12 @@ from fedtune.config import Encoding
 from fedtune.flower import api
 from fedtune.flower.arrays import WireError, bodies, from_record, to_record
 from fedtune.flower.grid import InProcessGrid
+from fedtune.server.admission import Outcome, outcome
+from fedtune.server.bound import Terms
+from fedtune.server.exchange import Reply
 from fedtune.wire import seal
 from fedtune.wire.codec import SCALES, VALUES, encode
 from fedtune.wire.keys import SigningKey, verifies
-from server.admission import Outcome, outcome
-from server.bound import Terms
-from server.exchange import Reply
 from tests.server.fakes import EVENT, SHAPES, FakeSite, make_parts, make_study, zeros
 
 STUDY = make_study()

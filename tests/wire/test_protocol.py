@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, RecordDict
 
-import client.app
-import server.admission
-from client.site import worker
+import fedtune.client.app
+import fedtune.server.admission
+from fedtune.client.site import worker
 from fedtune.errors import Refused
 from fedtune.flower.arrays import to_record
 from fedtune.flower.grid import InProcessGrid
 from fedtune.models.start import start
+from fedtune.server.admission import plan_message
 from fedtune.wire import protocol
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.protocol import PROTOCOL, OtherProtocol, check_peer, spoken
-from server.admission import plan_message
 from tests.dp.conftest import study
 from tests.server.fakes import FakeSite, make_study, trial
 
@@ -62,7 +62,7 @@ def asked(folder: Path, base: Path, **said: Any) -> ConfigRecord:
     begun = start(study(base=base_table, privacy=privacy))
     content = plan_message(begun.study, begun.frozen, SigningKey())
     plan = {key: value for key, value in content["plan"].items() if key not in spoken()}
-    grid = InProcessGrid([folder / "site.toml"])
+    grid = InProcessGrid([folder / "site.toml"], fedtune.client.app.app)
     sent = RecordDict({"plan": ConfigRecord(plan | said), "frozen": to_record(begun.frozen)})
     (node,) = grid.get_node_ids()
     (reply,) = grid.send_and_receive([grid.create_message(sent, "query.prepare", node, "1")])
@@ -92,7 +92,7 @@ def test_without_the_check_the_site_looks_for_its_records(
     answer = asked(tmp_path, tiny_base, protocol=PROTOCOL, release="9.9")
     assert (answer["status"], answer["reason"]) == ("failed", "DataError")
     worker.cache_clear()
-    monkeypatch.setattr(client.app, "check_peer", lambda *_: None)
+    monkeypatch.setattr(fedtune.client.app, "check_peer", lambda *_: None)
     answer = asked(tmp_path, tiny_base, protocol=PROTOCOL + 1, release="9.9")
     assert answer["status"] != "refused" and not untouched(tmp_path)
 
@@ -100,7 +100,7 @@ def test_without_the_check_the_site_looks_for_its_records(
 def newer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A site of the next protocol, which would take this one's plans."""
     said = {"protocol": PROTOCOL + 1, "release": "9.9"}
-    monkeypatch.setattr(client.app, "spoken", lambda: said)
+    monkeypatch.setattr(fedtune.client.app, "spoken", lambda: said)
 
 
 def test_a_coordinator_sends_no_order_to_a_site_of_another_protocol(
@@ -118,7 +118,7 @@ def test_without_the_check_the_coordinator_would(
     trial: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     newer(monkeypatch)
-    monkeypatch.setattr(server.admission, "check_peer", lambda *_: None)
+    monkeypatch.setattr(fedtune.server.admission, "check_peer", lambda *_: None)
     run = trial(FakeSite("a"), FakeSite("b"))
     run.run(make_study(min_sites=2))
     assert [len(site.calls) for site in run.sites] == [4, 4]
@@ -129,6 +129,6 @@ def test_a_study_outlives_another_release_at_a_site(
 ) -> None:
     monkeypatch.setattr(protocol, "__version__", "9.9.9")
     run = trial(FakeSite("a"), FakeSite("b"))
-    monkeypatch.setattr(server.admission, "spoken", lambda: spoken() | {"release": "0.0.1"})
+    monkeypatch.setattr(fedtune.server.admission, "spoken", lambda: spoken() | {"release": "0.0.1"})
     run.run(make_study(min_sites=2))
     assert [len(site.calls) for site in run.sites] == [4, 4]

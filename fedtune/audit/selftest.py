@@ -1,0 +1,326 @@
+"""Four oracles that a site runs before its first round, on the study's own architecture at tiny
+size and on generated records, through the code that will train."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from fedtune.bases.find import find_base
+from fedtune.config import Study
+from fedtune.data.dataset import NO_TARGET, Dataset, Example, Passage
+from fedtune.dp.clip import Chunk
+from fedtune.dp.plan import DpPlan, plan_for_site
+from fedtune.dp.steplog import Step, StepLog
+from fedtune.errors import Refused
+from fedtune.models.cache import Cached
+from fedtune.models.network import Network
+from fedtune.models.random_records import show
+from fedtune.models.rank_slice import own
+from fedtune.models.teacher import made_up
+from fedtune.models.tiny import generated, tiny_columns, tiny_network
+from fedtune.objectives import find
+from fedtune.training.unit_gradients import UnitGradientEngine
+
+SIZES = (1, 3, 2, 1, 4, 2)  # records of each generated patient
+SAME = 1e-4  # relative: two ways to one fp32 gradient
+ROOM = 1e-5  # relative, on C: the vanishing noise; the others' rows do not move at all
+SPREAD = 0.003  # relative, on σ
+COORDINATES, DRAWS = 10**6, 4
+# Noise this small (in multiples of C) is the shipped step's σ = 0: it adds 10⁻⁸ √d to a sum of
+# length C, and no call without noise has to exist.
+VANISHING = 1e-8
+HUGE = 1e6
+
+
+@dataclass(frozen=True)
+class Result:
+    """One oracle: `figure` was measured, at most `bound` passes. note: what went wrong, if it
+    stopped; it speaks of generated records alone."""
+
+    name: str
+    passed: bool
+    figure: float
+    bound: float
+    seconds: float
+    note: str = ""
+
+
+class SelfTestFailed(Refused):
+    """The code on this machine does not keep the guarantee for this study; no round runs."""
+
+
+class MemoryLog(StepLog):
+    """A step log that keeps its lines in memory, for generated records alone: what it records cost
+    nobody anything, and the site's own log is not touched."""
+
+    def __init__(self) -> None:
+        self.lines: list[Step] = []
+
+    def append(self, step: Step) -> None:
+        self.lines.append(step)
+
+    def steps(self, study: str | None = None) -> list[Step]:
+        return [step for step in self.lines if study in (None, step.study)]
+
+
+def require(
+    study: Study,
+    network: Network | None = None,
+    declared_size: int = 100,
+    lora_rank: int | None = None,
+) -> None:
+    """Errors: SelfTestFailed naming each oracle that failed, its figure and its bound."""
+    results = run(study, network, declared_size, lora_rank)
+    failed = [result for result in results if not result.passed]
+    if failed:
+        raise SelfTestFailed(
+            "the self-test failed: "
+            + ", ".join(f"{r.name} {r.note or format(r.figure, '.3g')}" for r in failed),
+            ", ".join(f"{r.name} at most {r.bound:g}" for r in failed),
+            "`fedtune doctor` shows all of it; no ε was spent and no record was read",
+        )
+
+
+def run(
+    study: Study,
+    network: Network | None = None,
+    declared_size: int = 100,
+    lora_rank: int | None = None,
+) -> list[Result]:
+    """The oracles for `study`; [] where it promises no privacy. `network`: the study's own, to take
+    the architecture from; its weights, adapter and caches are not touched. lora_rank: of a site
+    that trains no more.
+
+    Guarantee: reads no record, writes no file but a tiny base in a temporary folder.
+    | parity      | rows and their clipped sum against a loop of one record, plain autograd |
+    | isolation   | another unit's records change, or others are there: how far a row moves |
+    | sensitivity | a unit is removed, ordinary or hostile: how far the sum moves, in C |
+    | noise       | zero signal, 4·10⁶ coordinates: |σ̂/σ - 1|, independence, and the log line |
+    The noise oracle raises a false alarm with probability below 10⁻⁹.
+    """
+    if not study.private:
+        return []
+    bounds = {"parity": SAME, "isolation": 0.0, "sensitivity": 1 + ROOM, "noise": SPREAD}
+    started = time.perf_counter()
+    try:
+        base = network.base if network else find_base(study.base.model, study.base.digest)
+        plan = plan_for_site(study, declared_size)
+        bench = _Bench(study, tiny_network(study, base), plan, lora_rank)
+    except Exception as error:
+        seconds = time.perf_counter() - started
+        return [Result("tiny base", False, math.inf, 0.0, seconds, _says(error))]
+    oracles: dict[str, Callable[[_Bench], float]] = {
+        "parity": _parity,
+        "isolation": _isolation,
+        "sensitivity": _sensitivity,
+        "noise": _noise,
+    }
+    return [_timed(name, oracle, bench, bounds[name]) for name, oracle in oracles.items()]
+
+
+def _timed(name: str, oracle: Callable[[_Bench], float], bench: _Bench, bound: float) -> Result:
+    started, note = time.perf_counter(), ""
+    try:
+        figure = oracle(bench)
+    except Exception as error:  # whatever stops an oracle must stop the round
+        figure, note = math.inf, _says(error)
+    return Result(name, figure <= bound, figure, bound, time.perf_counter() - started, note)
+
+
+def _says(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+class _Bench:
+    """The study at tiny size: its network, generated records, and its plan with every row in every
+    step and vanishing noise."""
+
+    def __init__(
+        self, study: Study, network: Network, plan: DpPlan, lora_rank: int | None = None
+    ) -> None:
+        self.study, self.network, self.plan = study, network, plan
+        self.columns = tiny_columns(study, lora_rank)
+        privacy = study.privacy
+        assert not isinstance(privacy, str)
+        cap = privacy.max_records_per_unit if privacy.unit == "patient" else 1
+        self.by = privacy.sampling
+        self.data = generated(study, network, [min(n, cap) for n in SIZES])
+        self.still = replace(plan, sampling_rate=1.0, noise_multiplier=VANISHING)
+        norms = torch.linalg.vector_norm(self.rows(self.data).double(), dim=1)
+        # Every clipping threshold must bite: gradients as long as 2 C at the median.
+        self.scale = float(2 * plan.max_grad_norm / norms.median())
+
+    def engine(self, data: Dataset) -> UnitGradientEngine:
+        objective = find(self.study.objective)
+        wanted = self.study.training.engine
+        cached = Cached(self.network, data)
+        return UnitGradientEngine(cached, objective, self.by, wanted, self.columns)
+
+    def rows(self, data: Dataset) -> torch.Tensor:
+        engine = self.engine(data)
+        return engine.matrix(range(engine.n_rows))
+
+    def rows_of(self, data: Dataset, unit: int) -> list[int]:
+        return data.by_unit[unit] if self.by == "record" else [unit]
+
+    def total(self, data: Dataset, hostile: dict[int, float] | None = None) -> torch.Tensor:
+        """The clipped sum that one shipped step makes of `data`, fp32; `hostile`: rows (by number)
+        that are overwritten with a value before the step sees them."""
+        engine = self.engine(data)
+
+        def gradients(rows: list[int]) -> Iterator[Chunk]:
+            for chunk in engine(rows):
+                for part in chunk.parts:
+                    part.mul_(self.scale)
+                    for row, value in (hostile or {}).items():
+                        part[[at for at, known in enumerate(chunk.rows) if known == row]] = value
+                yield chunk
+
+        step = self.still.step(engine.n_rows, engine.dimension, gradients, MemoryLog(), 1)
+        return step.double() * self.still.divisor
+
+
+# ------------------------------------------------------------------------------- the oracles
+
+
+def _parity(bench: _Bench) -> float:
+    """Oracle (a): the largest relative difference of a row, or of the clipped sum."""
+    ours, plain = bench.rows(bench.data).double(), _one_by_one(bench)
+    rows = float(((ours - plain).norm(dim=1) / plain.norm(dim=1).clamp_min(1e-12)).max())
+    c, gamma = bench.plan.max_grad_norm, bench.plan.gamma
+    norms = plain.norm(dim=1, keepdim=True) * bench.scale
+    flat = bench.plan.clipping == "flat"
+    factor = torch.clamp(c / norms, max=1.0) if flat else c / (norms + gamma)
+    expected = (plain * bench.scale * factor).sum(dim=0)
+    summed = float((bench.total(bench.data) - expected).norm() / expected.norm())
+    return max(rows, summed)
+
+
+def _one_by_one(bench: _Bench) -> torch.Tensor:
+    """Each row by plain autograd, one record at a time, fp64."""
+    data = Cached(bench.network, bench.data)
+    objective = find(bench.study.objective)
+    named = bench.network.parameters()
+    each = []
+    for index in range(len(bench.data.examples)):
+        (batch,) = data.batches([index])
+        loss = objective.losses(bench.network, batch).sum()
+        grads = torch.autograd.grad(loss, list(named.values()))
+        parts = [own(n, g, bench.columns) for n, g in zip(named, grads, strict=True)]
+        each.append(torch.cat([part.double().flatten() for part in parts]).cpu())
+    if bench.by == "record":
+        return torch.stack(each)
+    return torch.stack(
+        [torch.stack([each[i] for i in members]).mean(dim=0) for members in bench.data.by_unit]
+    )
+
+
+def _isolation(bench: _Bench) -> float:
+    """Oracle (b): every unit in turn gets other records, and every row has fewer rows beside it;
+    the most that anyone else's row moves, relative. Not by a bit: products of matrices must come
+    out the same on this machine whoever else is multiplied.
+
+    Errors: RuntimeError where the changed unit's own row stays, since then nothing was tested."""
+    engine = bench.engine(bench.data)
+    before, worst = engine.matrix(range(engine.n_rows)), 0.0
+    norms = before.norm(dim=1).clamp_min(1e-12)
+    for n in {1, 2, engine.n_rows // 2, engine.n_rows - 1}:
+        rows = list(range(n - 1, -1, -1))
+        moved = (engine.matrix(rows) - before[rows]).norm(dim=1) / norms[rows]
+        worst = max(worst, float(moved.max()))
+    for unit in range(bench.data.n_units):
+        edited = bench.rows(_edited(bench.data, unit, bench.study, bench.network))
+        moved = (edited - before).norm(dim=1) / norms
+        own = bench.rows_of(bench.data, unit)
+        if float(moved[own].max()) < 100 * SAME:
+            raise RuntimeError("a unit's gradient does not depend on its own records")
+        moved[own] = 0.0
+        worst = max(worst, float(moved.max()))
+    return worst
+
+
+def _edited(data: Dataset, unit: int, study: Study, network: Network) -> Dataset:
+    """The same records but for `unit`'s: reversed, other targets, another file, the next label, one
+    length."""
+    draw, examples = np.random.default_rng(unit), list(data.examples)
+    shape = find(study.objective).shape
+    labels = 2 if shape == "judged" else max(1, len(study.objective.labels))
+
+    def other(old: Passage) -> Passage:
+        targets = np.roll(old.input_ids, 3)
+        targets[: len(targets) // 2] = NO_TARGET
+        return Passage(old.input_ids[::-1].copy(), targets)
+
+    for index in data.by_unit[unit]:
+        old = examples[index]
+        own, *worse = map(other, old.passages)
+        label = (old.label + 1) % labels
+        media = show(network, study.objective, draw, old.media).media
+        pair = worse[0] if worse else None
+        examples[index] = Example(*own, label, unit, pair, media, old.tiles)
+    return made_up(Dataset(examples, data.n_units, Counter()), study, network.vocabulary)
+
+
+def _sensitivity(bench: _Bench) -> float:
+    """Oracle (c): the most that removing one unit moves the sum, in C for each of its rows.
+
+    Every unit is removed once as it is, and one unit with each hostile gradient in its rows."""
+    c, worst = bench.plan.max_grad_norm, 0.0
+    n, whole = bench.data.n_units, bench.total(bench.data)
+    kinds: list[tuple[int, float | None]] = [(unit, None) for unit in range(n)]
+    kinds += [(4, value) for value in (HUGE, -HUGE, math.nan, math.inf, 1e-30)]
+    for unit, value in kinds:
+        rows = bench.rows_of(bench.data, unit)
+        hostile = None if value is None else dict.fromkeys(rows, value)
+        with_it = whole if hostile is None else bench.total(bench.data, hostile)
+        moved = float((with_it - bench.total(_without(bench.data, unit))).norm())
+        if not moved <= (1 + ROOM) * c * len(rows):  # NaN too
+            return math.inf if math.isnan(moved) else moved / (c * len(rows))
+        worst = max(worst, moved / (c * len(rows)))
+    return worst
+
+
+def _without(data: Dataset, unit: int) -> Dataset:
+    kept = [copy.copy(example) for example in data.examples if example.unit != unit]
+    renamed = [replace(e, unit=e.unit - (e.unit > unit)) for e in kept]
+    return Dataset(renamed, data.n_units - 1, Counter())
+
+
+def _noise(bench: _Bench) -> float:
+    """Oracle (d): |σ̂/σ - 1| with the plan's own σ, q and C.
+
+    Three chunks without signal go in, so noise added for each chunk shows; steps must be mutually
+    independent, so noise that a seed replays shows; each step must leave one line of the log."""
+    plan, log = replace(bench.plan, divisor=3.0), MemoryLog()
+    drawn = [
+        plan.step(3, COORDINATES, _silence, log, round_ + 1).numpy() * 3.0
+        for round_ in range(DRAWS)
+    ]
+    logged = {(s.noise_multiplier, s.sampling_rate, s.max_grad_norm) for s in log.lines}
+    if len(log.lines) != DRAWS or logged != {
+        (plan.noise_multiplier, plan.sampling_rate, plan.max_grad_norm)
+    }:
+        raise RuntimeError("a noised step and its line in the log disagree")
+    std = plan.noise_multiplier * plan.max_grad_norm
+    grid = 2.0 ** math.floor(math.log2(std * 2.0**-20))
+    # The step's own sensitivity: C and what rounding to the grid can add.
+    std *= 1 + math.sqrt(COORDINATES) * grid / 2 / plan.max_grad_norm
+    square = sum(float(np.vdot(z, z.astype(np.float64))) for z in drawn)
+    for a, b in pairwise(drawn):
+        if abs(float(np.vdot(a / std, (b / std).astype(np.float64)))) > 7 * math.sqrt(COORDINATES):
+            raise RuntimeError("the noise of one step can be told from another's")
+    return abs(math.sqrt(square / (DRAWS * COORDINATES)) / std - 1)
+
+
+def _silence(rows: list[int]) -> Iterator[Chunk]:
+    for row in rows:
+        yield Chunk([row], [torch.zeros(1, COORDINATES)])

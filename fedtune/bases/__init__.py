@@ -1,0 +1,1 @@
+"""A base model: where it is found, and what its parts are."""

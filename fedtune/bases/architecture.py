@@ -1,0 +1,154 @@
+"""Which part of an architecture is what: the one place that knows their names."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedtune.config.known_bases import Kind
+
+PROJECTOR = "projector"  # in lora.modules: the linear layers between tower and language model
+SIDE = 448  # pixels, the most that a base which takes any size is shown
+
+
+@dataclass(frozen=True)
+class Parts:
+    """text: embeddings to `.last_hidden_state`; where LoRA goes. tower: (n, …) of a modality's
+    tensors to (n, P, W), frozen. projector: (n, P, W) to (n, P', H), or None where the text attends
+    to the tower's states themselves (crossed). place: the token id that a projected state fills.
+    frames: P, or more. plane: the text's positions have an image's height and width (M-RoPE)."""
+
+    text: nn.Module
+    lm_head: nn.Module | None = None
+    tower: Callable[[torch.Tensor], torch.Tensor] | None = None
+    projector: nn.Module | None = None
+    place: int = -1
+    crossed: bool = False
+    frames: int = 0
+    plane: bool = False
+
+
+def parts_of(whole: Any, kind: Kind) -> Parts:
+    """Of a loaded model."""
+    if kind == "encoder":
+        return Parts(whole)
+    if kind == "causal":
+        return Parts(whole.model, whole.lm_head)
+    inner = whole.model
+    if kind == "speech":
+
+        def listen(mel: torch.Tensor) -> torch.Tensor:
+            heard: torch.Tensor = inner.encoder(mel).last_hidden_state
+            return heard
+
+        frames = int(whole.config.max_source_positions)
+        return Parts(inner.decoder, whole.proj_out, listen, crossed=True, frames=frames)
+    place, vision = int(whole.config.image_token_id), whole.config.vision_config
+    if hasattr(inner, "visual"):
+        merger, unmerged = inner.visual.merger, with_parts(inner.visual, merger=nn.Identity())
+
+        def regard(patches: torch.Tensor) -> torch.Tensor:
+            grid = _grid(patches).to(patches.device)
+            states: torch.Tensor = unmerged(patches.flatten(0, 1), grid_thw=grid).last_hidden_state
+            return states.view(*patches.shape[:2], -1)
+
+        frames = (SIDE // int(vision.patch_size)) ** 2
+        text, head = inner.language_model, whole.lm_head
+        return Parts(text, head, regard, _Merger(merger), place, frames=frames, plane=True)
+    frames = (int(vision.image_size) // int(vision.patch_size)) ** 2
+    if hasattr(inner, "connector"):
+        patch = int(vision.patch_size)
+
+        def look(pixels: torch.Tensor) -> torch.Tensor:
+            shown = pixels[:, 3].unfold(1, patch, patch).unfold(2, patch, patch)
+            seen: torch.Tensor = inner.vision_model(
+                pixel_values=pixels[:, :3], patch_attention_mask=(shown > 0).any(-1).any(-1)
+            ).last_hidden_state
+            return seen
+
+        return Parts(inner.text_model, whole.lm_head, look, inner.connector, place, frames=frames)
+
+    def layers(pixels: torch.Tensor) -> torch.Tensor:
+        wanted = whole.config.vision_feature_layer
+        found = inner.vision_tower(pixels[:, :3], output_hidden_states=True).hidden_states
+        chosen = [found[at] for at in ([wanted] if isinstance(wanted, int) else wanted)]
+        first = int(whole.config.vision_feature_select_strategy == "default")
+        return torch.cat([states[:, first:] for states in chosen], dim=-1)
+
+    projector = inner.multi_modal_projector
+    return Parts(inner.language_model, whole.lm_head, layers, projector, place, frames=frames)
+
+
+class _Merger(nn.Module):
+    """Qwen2-VL's projector with an image to a row: (n, P, W) to (n, P/4, H)."""
+
+    def __init__(self, merger: Any) -> None:
+        super().__init__()
+        self.merger = merger
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        merger: Any = self.merger
+        near = merger.ln_q(states).reshape(len(states), -1, merger.hidden_size)
+        return merger.mlp(near)  # type: ignore[no-any-return]
+
+
+def _grid(patches: torch.Tensor) -> torch.Tensor:
+    """Of square images as (n, P, …) patches: (time, height, width) in patches, (n, 3)."""
+    side = math.isqrt(patches.shape[1])
+    return torch.tensor([[1, side, side]] * len(patches))
+
+
+def plane_positions(holes: torch.Tensor) -> torch.Tensor:
+    """(3, B, L): time, height and width of each position, as Qwen2-VL counts them, where a row's
+    `holes` (B, L) are one run that stands for a square image. What follows the image goes on after
+    its longest side. Reference: Wang et al. 2024, section 2.1 (M-RoPE)."""
+    number = holes.sum(dim=1, keepdim=True)
+    side = number.sqrt().round().long().clamp_min(1)
+    nth = holes.cumsum(dim=1) - 1
+    index = torch.arange(holes.shape[1], device=holes.device).expand_as(nth)
+    after = ~holes & (nth == number - 1) & (number > 0)
+    time = torch.where(holes, index - nth, torch.where(after, index - number + side, index))
+    within = torch.where(holes, nth, 0)
+    return torch.stack([time, time + within // side, time + within % side])
+
+
+def inputs(
+    whole: Any, kind: Kind, tensor: torch.Tensor, ids: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """A modality's tensor of one file under the names that transformers' own model gives it.
+    ids: of the text round it, (1, L)."""
+    if kind == "speech":
+        return {"input_features": tensor}
+    if hasattr(whole.config, "vision_start_token_id"):
+        kinds = (ids == whole.config.image_token_id).int()
+        seen = {"pixel_values": tensor.flatten(0, 1), "image_grid_thw": _grid(tensor)}
+        return {**seen, "mm_token_type_ids": kinds}
+    if hasattr(whole.config, "scale_factor"):
+        return {"pixel_values": tensor[None, :, :3], "pixel_attention_mask": tensor[None, :, 3] > 0}
+    return {"pixel_values": tensor[:, :3]}
+
+
+def fill(states: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """`states` (R, L, H) with row r's NaN positions filled in order with row r's `features`
+    (R, K, H); a row takes from itself alone.
+
+    Errors: RuntimeError where a row has another number of place-holders than features."""
+    holes = states[..., 0].isnan()
+    if bool((holes.sum(dim=1) != features.shape[1]).any()):
+        raise RuntimeError("a record has other place-holders than its image has tokens")
+    order = (holes.cumsum(dim=1) - 1).clamp_min(0)
+    taken = features.gather(1, order[:, :, None].expand(-1, -1, features.shape[2]))
+    return torch.where(holes[:, :, None], taken.to(states.dtype), states)
+
+
+def with_parts(model: nn.Module, /, **modules: nn.Module) -> nn.Module:
+    """A shallow copy of `model` with some children replaced; the rest is shared, not copied."""
+    twin = copy.copy(model)
+    object.__setattr__(twin, "_modules", {**model._modules, **modules})
+    return twin

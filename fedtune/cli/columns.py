@@ -1,0 +1,45 @@
+"""The columns of a data file, as they are named on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedtune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedtune.config import DataFile
+from fedtune.run_folder import load_plan
+
+
+def data_file(run: Path, data: Path, pairs: list[str]) -> DataFile:
+    """`data` with its columns named by KEY=NAME pairs, or as the run's study names its own.
+
+    Errors: ConfigError, InputError."""
+    from fedtune.config import DataFile
+
+    table = load_plan(run).evaluation
+    if pairs:
+        return named_columns(data, pairs)
+    if table is None:
+        raise ConfigError("the study names no columns", todo="--column prompt=NAME, and so on")
+    return DataFile(path=data, columns=table.columns)
+
+
+def named_columns(data: Path, pairs: list[str]) -> DataFile:
+    """`data` with its columns named by KEY=NAME pairs; without any, prompt alone.
+
+    Errors: ConfigError."""
+    from pydantic import ValidationError
+
+    from fedtune.config import Columns, DataFile
+
+    by_part = dict(pair.partition("=")[::2] for pair in pairs or ["prompt=prompt"])
+    if unknown := set(by_part) - set(Columns.model_fields):
+        known = ", ".join(Columns.model_fields)
+        raise ConfigError(f"--column {min(unknown)}: no such part of a record", f"one of {known}")
+    try:
+        return DataFile(path=data, columns=Columns(**by_part))
+    except ValidationError as error:
+        said = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"--column: {said}", "such as prompt=question") from None

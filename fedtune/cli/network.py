@@ -1,0 +1,244 @@
+"""Commands that make and end a site's membership in a consortium."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedtune.cli.exit_codes import command
+
+PANEL = "Between machines"
+HOME = Annotated[
+    Path | None,
+    typer.Option(
+        "--home", metavar="DIR", help="The coordinator's home. Without it: coordinator, here."
+    ),
+]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands on `app`."""
+    for each in (enroll, admit, revoke, doctor):
+        command(app, panel=PANEL)(each)
+
+
+def enroll(
+    site: Annotated[
+        Path, typer.Argument(metavar="SITE", help="This site's site.toml.", show_default=False)
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="The request. Without it: SITE-NAME.request."),
+    ] = None,
+    new_keys: Annotated[
+        bool,
+        typer.Option("--new-keys", help="Put the present keys aside and make new ones."),
+    ] = False,
+) -> None:
+    """Make this site's keys, here, and a request to take part that holds public halves alone.
+
+    Send the file to the coordinator, and read the fingerprint out over the phone. Run again, it
+    asks with the same keys: for a certificate that ran out while the client was off. Keys that are
+    lost, stolen or due for rotation: the coordinator revokes the site, then --new-keys, then admit.
+    The signing key stays: it belongs to the ledger."""
+    from fedtune.config import load_site
+    from fedtune.flower import enrol
+    from fedtune.flower.forwarder import keys_folder
+    from fedtune.ledger.ledger import Ledger
+
+    here = load_site(site)
+    keys = keys_folder(here)
+    if new_keys and keys.exists():
+        old = next(p for n in range(1, 1000) if not (p := Path(f"{keys}.old-{n}")).exists())
+        keys.rename(old)
+        typer.echo(f"put the present keys aside: {old}; delete them once the new ones are admitted")
+    file = out or site.resolve().parent / f"{here.site.name}.request"
+    fingerprint = enrol.enroll(here.site.name, keys, Ledger(here.site.state).key, file)
+    typer.echo(
+        f"wrote {file}: send it to the coordinator (it holds no secret)\n"
+        f"fingerprint   {fingerprint}\n"
+        "next   read the fingerprint out to the coordinator over the phone; put the answer's file\n"
+        "       into [coordinator] of site.toml; then fedtune client"
+    )
+
+
+def _home(told: Path | None) -> Path:
+    """The coordinator's home: where it is told, else beside the study.toml of this folder. A second
+    one is never made by being in another folder. Errors: ConfigError."""
+    home = told or Path("coordinator")
+    if told is None and not home.is_dir() and not Path("study.toml").exists():
+        from fedtune.errors import ConfigError
+
+        raise ConfigError(
+            f"{Path.cwd()}: no coordinator's home here",
+            "`coordinator` beside study.toml, as `fedtune server` makes it",
+            "go to the folder of study.toml, or give --home DIR",
+        )
+    return home
+
+
+def admit(
+    request: Annotated[
+        Path, typer.Argument(metavar="REQUEST", help="A site's request.", show_default=False)
+    ],
+    home: HOME = None,
+    fingerprint: Annotated[
+        str | None,
+        typer.Option(metavar="F", help="As the site read it out. Without it: you are asked."),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Where sites connect. Without it: the server's."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="The answer. Without it: NAME.answer."),
+    ] = None,
+) -> None:
+    """Admit a site whose fingerprint you heard from somebody you know; write the answer it needs.
+
+    The server may be running: the site can connect at once. A name that is admitted already is
+    refused with other keys: `fedtune revoke` it first (rotation, loss)."""
+    from fedtune.errors import ConfigError
+    from fedtune.files import reading
+    from fedtune.files.writing import replace
+    from fedtune.flower import enrol
+
+    home, asked = _home(home), enrol.read_request(request)
+    if fingerprint is None:
+        typer.echo(f"the site {asked.name} asks to take part\nfingerprint   {asked.fingerprint}")
+        if not (sys.stdin.isatty() and typer.confirm("is this what the site read out to you?")):
+            raise ConfigError(
+                "not admitted: nobody compared the fingerprint",
+                "a person who heard it from the site",
+                "give it with --fingerprint",
+            )
+    else:
+        enrol.compare(asked, fingerprint)
+    known = home / "address"
+    if address is None and not known.exists():
+        raise ConfigError("it is not known where sites connect", todo="give --address HOST:PORT")
+    if address is None:
+        address = reading.text(known, "where sites connect", "give --address HOST:PORT").strip()
+    found = enrol.admit(home, asked, address)
+    file = replace(out or Path(f"{asked.name}.answer"), json.dumps(asdict(found)).encode())
+    typer.echo(
+        f"admitted {asked.name}\nwrote {file}: send it to the site (it holds no secret)\n"
+        f"consortium   {found.fingerprint}\n"
+        "next   read this line out to the site, for coordinator.fingerprint in its site.toml"
+    )
+
+
+def revoke(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The site.", show_default=False)],
+    home: HOME = None,
+) -> None:
+    """End a site's part, also in the middle of a run; its connections are closed within a second.
+
+    Its keys are refused for good; new ones may be admitted under the same name."""
+    from fedtune.flower import enrol
+
+    record = enrol.revoke(_home(home), name)
+    typer.echo(f"revoked {name} at {record.revoked}; its keys are refused from now on")
+
+
+def doctor(
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="A site's site.toml, or the coordinator's study.toml."),
+    ],
+    study: Annotated[
+        Path | None,
+        typer.Option(
+            "--study",
+            metavar="STUDY",
+            help="Site: also base, plan, records for it, and the self-test of the guarantee.",
+        ),
+    ] = None,
+    home: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Coordinator: its home. Without it: coordinator, beside FILE."
+        ),
+    ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Coordinator: where it listens. As of `server`."),
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, metavar="N", help="Coordinator: the port. As of `server`."),
+    ] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--name",
+            metavar="NAME",
+            help="Coordinator: what sites call it by. Without it: what answers say.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Look for what could go wrong on this machine, before it does; say what to do about it.
+
+    **At a site** (site.toml): records against the declared size, ledger, keys and
+    certificate, the way to the coordinator, its names and its clock; with --study also the base,
+    memory, the plan under the policy, and the self-test.
+
+    **At the coordinator** (study.toml): plan, base, CA and certificate, names, clock, the
+    port, and the registry of sites. Give it the options that `fedtune server` gets.
+
+    Both: versions, disk, memory, who can read the secrets. No record leaves this machine."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from fedtune.errors import ConfigError
+
+    given = {"--study": study, "--home": home, "--host": host, "--port": port, "--name": names}
+    coordinator = _kind(file) == "study"
+    for option, value in given.items():
+        if value is not None and (option == "--study") == coordinator:
+            side = "a site" if option == "--study" else "the coordinator"
+            raise ConfigError(
+                f"{option} is for {side}, and {file} is not {side}'s file",
+                todo=f"leave {option} out, or name the other file",
+            )
+    if coordinator:
+        from fedtune.server.doctor import Place
+        from fedtune.server.doctor import examine as examine_coordinator
+
+        place = Place(
+            home or file.parent / "coordinator", host or "127.0.0.1", port or 8443, names or []
+        )
+        found = examine_coordinator(file, place)
+    else:
+        from fedtune.client.doctor import examine
+        from fedtune.client.review import read_plan
+
+        found = examine(file, read_plan(study) if study else None)
+    bad = 0
+    for finding in found:
+        mark = "[green]ok  [/green]" if finding.good else "[red]BAD [/red]"
+        Console().print(f"{mark} {finding.name}: {escape(finding.says)}", highlight=False)
+        bad += not finding.good
+    if bad:
+        checks = "1 check" if bad == 1 else f"{bad} checks"
+        raise ConfigError(f"{checks} failed", todo="see above, then run it again")
+
+
+def _kind(file: Path) -> str:
+    """ "site" or "study", by the file's tables. Errors: ConfigError."""
+    from fedtune.errors import ConfigError
+    from fedtune.files import reading
+
+    expected, todo = "a site.toml or a study.toml", "`fedtune init DIR` writes one of each"
+    tables = reading.toml_in(file, expected, todo, ConfigError)
+    for kind in ("site", "study"):
+        if kind in tables:
+            return kind
+    raise ConfigError(f"{file}: neither a site.toml nor a study.toml", "a [site] or [study] table")

@@ -1,0 +1,284 @@
+"""Commands of the person who answers for a site's data."""
+
+from __future__ import annotations
+
+import getpass
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.markup import escape
+from rich.padding import Padding
+
+from fedtune.cli.exit_codes import command
+
+PANEL = "Answer for a site's data"
+SITE = Annotated[
+    Path, typer.Argument(metavar="SITE", help="This site's site.toml.", show_default=False)
+]
+PLAN = Annotated[
+    Path,
+    typer.Argument(metavar="STUDY", help="study.toml, or a plan as JSON.", show_default=False),
+]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands on `app`."""
+    for each in (review, ledger, withdraw, purge, audit):
+        command(app, panel=PANEL)(each)
+
+
+def review(
+    study: PLAN,
+    site: Annotated[
+        Path, typer.Option("--site", metavar="SITE", help="The site.toml it would run under.")
+    ] = Path("site.toml"),
+    sign: Annotated[
+        bool, typer.Option("--sign", help="Admit exactly this plan, under your login's name.")
+    ] = False,
+    anyway: Annotated[
+        bool,
+        typer.Option(
+            "--anyway",
+            help="With --sign: also a plan that the site refuses as yet. It goes on refusing it "
+            "until site.toml allows it.",
+        ),
+    ] = False,
+) -> None:
+    """Say in plain words what a study would run here, what would leave, and what it costs.
+
+    Reads no record. A site whose policy.admission is "signed" keeps each plan that it was sent in
+    its state folder, under plans/; --sign admits it."""
+    from fedtune.client.review import read_plan
+    from fedtune.client.review import review as look
+    from fedtune.config import load_site
+    from fedtune.errors import PolicyRefused, plain
+    from fedtune.ledger.ledger import Ledger
+
+    here, plan = load_site(site), read_plan(study)
+    book = Ledger(here.site.state)
+    found = look(plan, here, book)
+    console = Console()
+    console.print(f"[bold]{escape(plan.study.name)}[/bold]  {found.digest}", highlight=False)
+    for heading, lines in found.sections:
+        console.print(f"\n[bold]{heading}[/bold]")
+        for line in lines:
+            console.print(Padding(escape(plain(line)), (0, 0, 0, 2)), highlight=False)
+    style = "bold red" if found.refusals else "bold"
+    console.print(f"\n[{style}]{escape(found.verdict)}[/{style}]", highlight=False)
+    for line in found.refusals:
+        console.print(Padding(escape(plain(line)), (0, 0, 0, 2)), highlight=False)
+    if sign:
+        if found.refusals and not anyway:
+            raise PolicyRefused(
+                "a plan that this site refuses is not signed",
+                todo="change site.toml first, or sign it with --anyway",
+            )
+        book.admit(found.digest, getpass.getuser())
+        console.print(f"\nsigned by {getpass.getuser()}: this plan, and no other, is admitted")
+
+
+def ledger(
+    site: SITE,
+    backup: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Copy the ledger to a new folder.")
+    ] = None,
+    restore: Annotated[
+        bool,
+        typer.Option("--restore", help="Begin again after damage; what is lost counts as spent."),
+    ] = False,
+    copy: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", metavar="DIR", help="What to restore from. Without it: what is left."
+        ),
+    ] = None,
+    accept: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATASET",
+            help="Enter, under your login's name, that rounds whose cost nobody knows do not keep "
+            "this dataset from further studies.",
+            show_default=False,
+        ),
+    ] = None,
+    reason: Annotated[
+        str, typer.Option(metavar="TEXT", help="With --accept: why, for whoever reads it later.")
+    ] = "",
+) -> None:
+    """Show what was spent from this site's privacy budget, by which study, and what remains.
+
+    Reads the whole ledger and checks every signature first. Rounds that an earlier release charged,
+    or that were charged for another unit, are shown as not known; nothing runs on top of them until
+    --accept."""
+    from fedtune.cli.ledger_view import ledger_view
+    from fedtune.config import load_site
+    from fedtune.errors import ConfigError
+    from fedtune.ledger.ledger import Ledger
+
+    here = load_site(site)
+    folder = here.site.state
+    if not folder.exists() and not restore:
+        raise ConfigError(f"{folder}: no ledger yet", todo="it begins with the first study")
+    book = Ledger.restore(folder, copy) if restore else Ledger(folder)
+    book.verify()
+    if backup:
+        book.backup(backup)
+        typer.echo(f"copied to {backup}, without this site's private key")
+    unit = "patient" if here.data.columns.patient else "record"
+    if accept is not None:
+        if not book.unknown(accept, unit):
+            raise ConfigError(
+                f"nothing of dataset {accept!r} is unknown", "a dataset with such rounds"
+            )
+        book.accept(accept, getpass.getuser(), reason)
+    Console().print(ledger_view(book, accept or here.data.name, here.policy, unit))
+
+
+def withdraw(
+    site: SITE,
+    file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Patient keys, one a line. Without it: asked for."),
+    ] = None,
+    unseen: Annotated[
+        bool,
+        typer.Option("--unseen", help="Also a key that is in no record as yet."),
+    ] = False,
+) -> None:
+    """Leave a patient who withdraws consent out of every later round.
+
+    Asks for the patient's key (the value in the patient column) without showing it, so that it
+    enters no command history. Says which released adapters were trained with the patient. A key
+    that no record and no study here has is not entered, and ends with exit code 2."""
+    from fedtune.client.withdraw import UnknownPatient
+    from fedtune.client.withdraw import withdraw as leave_out
+    from fedtune.config import load_site
+    from fedtune.errors import InputError
+    from fedtune.ledger.ledger import Ledger
+    from fedtune.report.claim import rounded_up
+
+    here = load_site(site)
+    keys = _keys(file)
+    book, unknown = Ledger(here.site.state), 0
+    for number, key in enumerate(keys, 1):
+        try:
+            found = leave_out(here, key, book, unseen)
+        except UnknownPatient as error:
+            unknown += 1
+            typer.echo(f"patient {number}: NOT KNOWN HERE: {error}")
+            continue
+        typer.echo(f"patient {number}: left out from the next round on")
+        if found.in_file is None:
+            typer.echo(f"  {here.data.path} cannot be read, so it may still hold records")
+        elif found.in_file:
+            typer.echo(
+                f"  {found.in_file} records are still in {here.data.path}; they are not read into "
+                "training any more, and deleting them is up to their owner"
+            )
+        if not found.seen:
+            typer.echo("  no study was ever prepared with this patient's records")
+        for release in found.releases:
+            typer.echo(
+                f"  {release.name} ({release.digest[7:19]}…): {release.rounds} updates were sent, "
+                f"ε = {rounded_up(release.epsilon)}; its adapter keeps at most that much"
+            )
+    if unknown:
+        raise InputError(
+            f"{unknown} of {len(keys)} keys {'is' if unknown == 1 else 'are'} not known here and "
+            "not entered",
+            todo="look at them again; --unseen enters them all the same",
+        )
+
+
+def _keys(file: Path | None) -> list[str]:
+    """Patient keys from a file, a terminal or a pipe. Errors: InputError where there is none."""
+    from fedtune.errors import InputError
+    from fedtune.files import reading
+
+    if file:
+        lines = reading.text(file, "patient keys, one a line").splitlines()
+    elif sys.stdin.isatty():
+        lines = [getpass.getpass("patient: ")]
+    else:
+        lines = list(sys.stdin)
+    keys = [key for line in lines if (key := line.strip())]
+    if not keys:
+        raise InputError(
+            "no patient's key was given, and nobody was left out",
+            todo="give one a line, in --file or on standard input",
+        )
+    return keys
+
+
+def purge(
+    site: SITE,
+    study: Annotated[
+        str | None,
+        typer.Option(
+            "--study",
+            metavar="NAME|DIGEST",
+            help="Only the updates and the plan of this study. Without it: of all, and every log.",
+            show_default=False,
+        ),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
+) -> None:
+    """Delete what this site keeps of studies beside the ledger; lists it first, and asks.
+
+    Released updates, plans, logs and leftovers go; the ledger, the step log and this site's keys
+    stay. A round whose update is gone is trained, and paid for, again if it is asked for again, so
+    do it after a study."""
+    from fedtune.cli.console import files_table
+    from fedtune.client import purge as purger
+    from fedtune.config import load_site
+    from fedtune.errors import InputError
+
+    found = purger.listing(load_site(site), study)
+    Console().print(files_table(found.state, found.found))
+    for digest, name in found.studies.items():
+        typer.echo(f"{name}  {digest}")
+    for path in found.unknown:
+        typer.echo(f"not fedtune's, left as it is: {path}")
+    if not found.files:
+        return typer.echo("nothing to delete")
+    typer.echo(
+        "the ledger, the step log and this site's keys stay; a round that is asked for again is "
+        "trained, and paid for, again"
+    )
+    if not yes and not (sys.stdin.isatty() and typer.confirm("delete these files?")):
+        raise InputError("nothing was deleted", "a person who says yes", "run it with --yes")
+    purger.purge(found)
+    typer.echo(f"deleted {len(found.files)} files; the ledger is whole")
+
+
+def audit(
+    study: PLAN,
+    trials: Annotated[
+        int, typer.Option(min=1000, metavar="N", help="Of the one-step audit.")
+    ] = 10_000,
+    run: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="A finished run: its adapter is probed, its report kept."),
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where audit.json goes.")] = Path(
+        "audit"
+    ),
+) -> None:
+    """Attack a plan on generated records: a lower bound on ε beside the ε that is claimed.
+
+    No site's records are read. A bound above the claim means that something is broken: exit 3."""
+    from fedtune.errors import Refused
+
+    with Console().status("attacking"):
+        from fedtune.audit import audit_study
+        from fedtune.report.audit import section
+
+        found = audit_study(study, out, trials=trials, run=run)
+    Console().print(Markdown("\n\n".join(section(found))))
+    typer.echo(f"wrote {out / 'audit.json'}" + (f" and {run / 'report.md'}" if run else ""))
+    if not found["passed"]:
+        raise Refused("an audit contradicts the claim", todo="do not release; run `fedtune doctor`")

@@ -1,0 +1,61 @@
+"""`fedtune status`: how a run, a coordinator or a site is doing."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+
+from fedtune.cli.exit_codes import command
+
+EVERY = 0.5  # seconds between two looks
+
+
+def add_to(app: typer.Typer, panel: str) -> None:
+    """Register the command on `app`."""
+    command(app, panel=panel)(status)
+
+
+def status(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PATH",
+            help="A run's folder, a coordinator's home, or a site.toml.",
+            show_default=False,
+        ),
+    ],
+    once: Annotated[bool, typer.Option("--once", help="Print it once and leave.")] = False,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Say nothing but ok, or end with 4: for a health check."),
+    ] = False,
+) -> None:
+    """Show how a run or a site is doing, live, until it ends. Reads files; asks nobody."""
+    from fedtune.errors import InfrastructureError
+    from fedtune.observe.status import folder_of, look
+
+    folder = folder_of(path)
+    seen = look(folder)
+    if check:
+        if seen.state in ("gone", "stopped"):
+            raise InfrastructureError(f"{folder}: {seen.state}", "a process that runs")
+        return typer.echo("ok")
+    from fedtune.cli.status_view import BudgetView, view
+
+    budget = BudgetView(path) if path.suffix == ".toml" else None
+    console = Console()
+    if once or not console.is_terminal:
+        return console.print(view(seen, budget() if budget else None))
+    with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
+        while True:
+            live.update(view(seen, budget() if budget else None), refresh=True)
+            if seen.over:
+                return
+            time.sleep(EVERY)
+            seen = look(folder)

@@ -1,0 +1,1 @@
+"""A site: what it admits, trains, answers and keeps."""

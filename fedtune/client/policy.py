@@ -1,0 +1,290 @@
+"""The site's rules about a plan. Deny by default; checked before any record is read.
+
+A refusal names the rule and public values only, so the coordinator may see it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from fedtune.bases.find import Base, base_of_plan
+from fedtune.config import BASES, LoraTable, PolicyTable, PrivacyTable, Site, Study
+from fedtune.dp import accountant
+from fedtune.dp.calibration import sampling_rate
+from fedtune.dp.filter import Total, total_epsilon
+from fedtune.dp.plan import DpPlan, plan_for_site
+from fedtune.errors import BudgetExceeded, ConfigError, PolicyRefused
+from fedtune.ledger.entries import Charge, Spent
+from fedtune.objectives import find
+
+
+def base_for(study: Study, site: Site) -> Base:
+    """The base of a plan that a coordinator sent, as this site has it; see `base_of_plan`.
+
+    Errors: PolicyRefused, ModelError, InfrastructureError."""
+    listed = () if site.policy.bases == "any" else site.policy.bases
+    return base_of_plan(study.base.digest, site.site.base, listed)
+
+
+def planned(study: Study, site: Site, coordinator: str = "") -> DpPlan | None:
+    """What the site would run; None where privacy = "off". Whatever a rule can say of the study as
+    it came is said before anything is computed from it, since its figures may be of any size.
+
+    Errors: PolicyRefused."""
+    admit(study, site, None, coordinator)
+    if not study.private:
+        return None
+    try:
+        return plan_for_site(study, site.site.declared_size, site.policy.max_steps)
+    except ConfigError as error:  # of public figures alone
+        raise PolicyRefused(error.happened, error.expected, error.todo) from None
+
+
+def admit(study: Study, site: Site, plan: DpPlan | None, coordinator: str = "") -> None:
+    """Return if the site's rules admit the study, else raise. plan: None where it is not computed
+    yet, or privacy = "off".
+
+    Errors: PolicyRefused naming the first rule that says no."""
+    for refusal in refusals(study, site, plan, coordinator):
+        raise refusal
+
+
+def refusals(
+    study: Study, site: Site, plan: DpPlan | None, coordinator: str = ""
+) -> Iterator[PolicyRefused]:
+    """Every rule that the plan breaks. Nothing of the data is looked at."""
+    policy = site.policy
+    listed: list[tuple[str, str, Sequence[str]]] = [
+        ("objectives", study.objective.name, policy.objectives),
+        ("strategies", study.strategy.name, policy.strategies),
+    ]
+    if policy.bases != "any":
+        listed.append(("bases", study.base.digest or "a base without digest", policy.bases))
+    if policy.coordinators:
+        listed.append(("coordinators", coordinator or "no coordinator", policy.coordinators))
+    if study.lora:
+        listed += [("modules", module, policy.modules) for module in study.lora.modules]
+    for rule, value, allowed in listed:
+        if value not in allowed:
+            yield PolicyRefused(f"policy.{rule} does not list {value!r}")
+    if study.lora:
+        yield from _at_most("lora.rank", study.lora.rank, "max_rank", policy)
+        if study.lora.a_digest is None:
+            yield PolicyRefused("the plan does not pin lora.a_digest")
+        yield from _about_rank(study.lora, site.site.lora_rank)
+    yield from _about_privacy(study, site, plan)
+    yield from _about_teacher(study, policy)
+
+
+def _about_rank(lora: LoraTable, most: int | None) -> Iterator[PolicyRefused]:
+    """Fewer ranks than the adapter has are trained only where the plan counts on it."""
+    rank = lora.rank_at(most)
+    least = lora.rank if lora.min_rank is None else lora.min_rank
+    if rank >= least:
+        return
+    todo = "ask for lora.min_rank in the plan, or raise site.lora_rank"
+    if lora.train == "AB":
+        todo = (
+            "sites of different ranks are averaged exactly only with A frozen, since a mean of "
+            'products B·A is no product of means: ask for lora.train = "B" with lora.min_rank, or '
+            "for the same, lower lora.rank everywhere"
+        )
+    yield PolicyRefused(
+        f"this site trains at most {rank} of an adapter's ranks (site.lora_rank) and the plan "
+        f"wants at least {least}",
+        f"a plan that wants at most {rank}",
+        todo,
+    )
+
+
+def _about_teacher(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]:
+    """A teacher sets every record's target, so it must not have seen the records without noise."""
+    spec = find(study.objective).teacher
+    if spec is None or spec.digest in policy.teachers:
+        return
+    from fedtune.models.teacher import find_teacher
+
+    teacher = find_teacher(spec)
+    known = BASES if policy.bases == "any" else policy.bases  # "any" says nothing of teachers
+    if teacher.base.digest not in known:
+        yield PolicyRefused(
+            f"nothing says that the teacher's base {teacher.base.digest} never saw these records",
+            "its digest in policy.bases, or the teacher's in policy.teachers",
+        )
+    if teacher.study is not None and not teacher.study.private:
+        yield PolicyRefused(
+            'the teacher is a run with privacy = "off": if it saw these records, every target '
+            "would depend on every one of them",
+            "a base, or a run that was trained under (ε, δ)",
+            "if it never saw a private record, list its digest in policy.teachers",
+        )
+
+
+def _about_privacy(study: Study, site: Site, plan: DpPlan | None) -> Iterator[PolicyRefused]:
+    policy, size = site.policy, site.site.declared_size
+    if site.data.columns.patient and study.unit == "record":
+        yield PolicyRefused(
+            "this site names a patient column and the study protects single records",
+            'privacy.unit = "patient"',
+            "a patient with several records would get a far weaker guarantee than the ε says",
+        )
+    if not isinstance(study.privacy, PrivacyTable):
+        if not policy.allow_privacy_off:
+            yield PolicyRefused(
+                'privacy = "off" is not allowed here', "policy.allow_privacy_off = true at the site"
+            )
+        return
+    given = plan or _given(study, size)
+    sigma = given.noise_multiplier
+    if sigma is not None and sigma < policy.min_noise_multiplier:
+        yield PolicyRefused(
+            f"noise_multiplier {sigma} is below policy.min_noise_multiplier "
+            f"{policy.min_noise_multiplier}"
+        )
+    if size < policy.min_units:
+        yield PolicyRefused(
+            f"site.declared_size {size} is below policy.min_units {policy.min_units}"
+        )
+    yield from _at_most("max_grad_norm", given.max_grad_norm, "max_grad_norm", policy)
+    yield from _at_most("sampling_rate", given.sampling_rate, "max_sampling_rate", policy)
+    if given.steps is not None:
+        yield from _at_most("steps", given.steps, "max_steps", policy)
+    elif not study.continuous:
+        yield PolicyRefused("the plan leaves training.rounds open", "a plan as a server sends it")
+    yield from _at_most("delta", given.delta, "max_delta", policy)
+    if given.delta >= 1 / size:
+        yield PolicyRefused(f"delta {given.delta} is not below 1 / site.declared_size ({size})")
+    if plan is None:
+        yield from _about_cost(study, _given(study, size), policy)
+
+
+class _Given(NamedTuple):
+    """The figures of a private study as it came, before any that is left open is computed."""
+
+    noise_multiplier: float | None
+    max_grad_norm: float
+    sampling_rate: float
+    steps: int | None
+    delta: float
+
+
+def _given(study: Study, size: int) -> _Given:
+    privacy, clipping, training = study.privacy, study.clipping, study.training
+    assert isinstance(privacy, PrivacyTable) and clipping is not None  # Study: required
+    return _Given(
+        privacy.noise_multiplier,
+        clipping.max_grad_norm,
+        sampling_rate(study, size),
+        None if training.rounds is None else training.rounds * training.local_steps,
+        privacy.delta,
+    )
+
+
+def _about_cost(study: Study, given: _Given, policy: PolicyTable) -> Iterator[PolicyRefused]:
+    """An ε that is out of the question is not computed: how long that takes grows with it."""
+    privacy, least = study.privacy, 0.0
+    assert isinstance(privacy, PrivacyTable)
+    if study.continuous:
+        return
+    if given.noise_multiplier is not None and given.steps is not None:
+        k = study.records_per_draw
+        steps = accountant.Steps(given.noise_multiplier, given.sampling_rate, given.steps, k)
+        least = accountant.at_least(steps, given.delta)
+    if max(privacy.epsilon or 0.0, least) > policy.max_epsilon_per_study:
+        yield PolicyRefused(
+            "the study would go past policy.max_epsilon_per_study",
+            f"at most ε = {policy.max_epsilon_per_study} at this site",
+            "lower epsilon or rounds, or ask the site to raise its ceiling",
+        )
+
+
+def _at_most(name: str, value: float, rule: str, policy: PolicyTable) -> Iterator[PolicyRefused]:
+    if value > (most := getattr(policy, rule)):
+        yield PolicyRefused(f"{name} {value:g} is above policy.{rule} {most:g}")
+
+
+def check_watch(study: Study, watch: object) -> None:
+    """A study without a last round runs where a person chose so, and nothing else does there.
+
+    watch: whether `fedtune client` was started with --watch; None: nobody was asked (simulation).
+    Errors: PolicyRefused."""
+    if watch is None or bool(watch) == study.continuous:
+        return
+    if watch:
+        raise PolicyRefused(
+            "this site runs with --watch and the plan has no [schedule]",
+            "a study without a last round",
+            "start `fedtune client` without --watch for studies with a number of rounds",
+        )
+    raise PolicyRefused(
+        "the plan has a [schedule] and no last round, and this site does not run with --watch",
+        todo="`fedtune review` says what it means; then `fedtune client SITE --watch`",
+    )
+
+
+def accounted(dataset: str, unit: str, unknown: Sequence[Spent]) -> None:
+    """Nothing runs on top of a cost that nobody knows, unless somebody at the site signed for it.
+
+    unknown: `Ledger.unknown` of the dataset, for the study's unit; public, as every charge is.
+    Errors: BudgetExceeded."""
+    if not unknown:
+        return
+    other = sorted({spent.charge.unit for spent in unknown} - {unit, "any"})
+    raise BudgetExceeded(
+        f"what one {unit} spent in earlier rounds on this dataset is not known: "
+        + (f"they were charged per {other[0]}" if other else "an earlier release charged them"),
+        "a dataset whose every charge is of the study's own unit, by this release's rules",
+        f"the site reads `fedtune ledger` and, if it accepts that, signs with --accept {dataset}",
+    )
+
+
+def within_budget(
+    site: Site, plan: DpPlan | None, charges: Sequence[Charge], at_least: int = 0
+) -> None:
+    """What `charges` hold against the dataset, plus what the plan has yet to run, stays under both
+    ceilings of the policy. at_least: steps about to run, which count even where the plan's are all
+    spent: a round trained again is paid for again, one sent again is not.
+
+    Where the plan has no last round, `charges` are a cohort's, only what is about to run is ahead,
+    and the plan's own lifetime is a ceiling too.
+    Where privacy is off there is no ceiling left to hold: the policy allowed it.
+    Errors: BudgetExceeded."""
+    if plan is None:
+        return
+    policy = site.policy
+    mine = [charge.event for charge in charges if charge.study == plan.study]
+    ahead = max(plan.steps - sum(event.steps for event in mine), at_least)
+    if plan.lifetime is not None:
+        ahead = at_least
+    alone = accountant.epsilon([*mine, *plan.events(ahead)], plan.delta)
+    if plan.lifetime is not None and alone > plan.lifetime:
+        raise BudgetExceeded("the round would go past privacy.epsilon, the plan's own lifetime")
+    if alone > policy.max_epsilon_per_study:
+        raise BudgetExceeded(
+            "the study would go past policy.max_epsilon_per_study",
+            f"at most ε = {policy.max_epsilon_per_study} at this site",
+            "lower epsilon or rounds, or ask the site to raise its ceiling",
+        )
+    total = total_of(site, plan, charges, ahead)
+    if total.epsilon > policy.max_epsilon:
+        raise BudgetExceeded(
+            "the study would take this dataset past policy.max_epsilon, other studies included",
+            f"at most ε = {policy.max_epsilon} in total",
+            "`fedtune ledger` at the site shows what was spent; lower epsilon or rounds",
+        )
+
+
+def total_of(site: Site, plan: DpPlan, charges: Sequence[Charge], ahead: int) -> Total:
+    """The dataset's total with `ahead` more steps of `plan`, at 2 · policy.max_delta."""
+    events = [charge.event for charge in charges] + (plan.events(ahead) if ahead else [])
+    return total_epsilon(events, order_of(site, plan, charges), site.policy.max_delta)
+
+
+def order_of(site: Site, plan: DpPlan, charges: Sequence[Charge]) -> float:
+    """The filter's order: that of the dataset's first charge, fixed before any result was seen;
+    for a dataset without charges, the one that leaves most room for this plan."""
+    from fedtune.dp.filter import best_order
+
+    if charges:
+        return charges[0].order
+    return best_order(plan.events(plan.steps), site.policy.max_epsilon, site.policy.max_delta)

@@ -1,0 +1,255 @@
+"""A plan in plain words for who signs for the site: what runs, what leaves, what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedtune import __version__
+from fedtune.client.policy import accounted, refusals, total_of, within_budget
+from fedtune.config import ScheduleTable, Site, Study, load_study, spelled, study_from_json
+from fedtune.dp.accountant import epsilon
+from fedtune.dp.plan import DpPlan, plan_for_site
+from fedtune.dp.query import query_plan
+from fedtune.errors import Refused
+from fedtune.files import reading
+from fedtune.ledger.entries import Charge
+from fedtune.ledger.ledger import Ledger
+from fedtune.ledger.spending import heaviest
+from fedtune.objectives import find, names, says
+from fedtune.report.claim import best_guess, percent, protects, rounded_up, strength
+
+
+@dataclass(frozen=True)
+class Review:
+    """digest: what is signed; sections: (heading, lines); refusals: the rules that say no;
+    verdict: what the site would do with the plan as things stand."""
+
+    digest: str
+    sections: list[tuple[str, list[str]]]
+    refusals: list[str]
+    verdict: str
+
+
+def read_plan(path: Path) -> Study:
+    """A plan from study.toml, or as a coordinator sent it or its run folder keeps it (JSON).
+
+    A study.toml is resolved first (the base's digest, the adapter's frozen factor, the rounds):
+    only a resolved plan has the digest that a site is asked to run.
+    Errors: ConfigError; ModelError where the base is not to be had."""
+    if path.suffix == ".json":
+        return study_from_json(reading.text(path, "a plan as JSON, or study.toml"))
+    from fedtune.models.start import start
+    from fedtune.models.teacher import own_teacher
+
+    study = load_study(path)
+    own_teacher(study)
+    return start(study).study
+
+
+def review(study: Study, site: Site, ledger: Ledger) -> Review:
+    """What `study` would mean at `site`. Reads no record."""
+    plan = plan_for_site(study, site.site.declared_size) if study.private else None
+    refused = [str(refusal) for refusal in would_refuse(study, site, plan, ledger)]
+    sections = [
+        ("What would run", _runs(study, plan, site)),
+        ("What would leave this site", _leaves(study)),
+        ("What it costs", _costs(study, site, plan, ledger)),
+    ]
+    return Review(study.digest, sections, refused, _verdict(study, site, plan, ledger, refused))
+
+
+def would_refuse(
+    study: Study, site: Site, plan: DpPlan | None, ledger: Ledger | None
+) -> list[Refused]:
+    """Every rule and ceiling that says no to the plan as things stand; a missing signature is not
+    among them. ledger: None where none has begun here."""
+    refused: list[Refused] = list(refusals(study, site, plan))
+    name = site.data.name
+    try:
+        accounted(name, study.unit, ledger.unknown(name, study.unit) if ledger else [])
+    except Refused as refusal:
+        refused.append(refusal)
+    charges, steps = ledger.charges(site.data.name) if ledger else [], 0
+    if study.continuous:
+        charges = ledger.newcomer(site.data.name) if ledger else []
+        steps = study.training.local_steps
+    try:
+        within_budget(site, plan, charges, steps)
+    except Refused as refusal:
+        refused.append(refusal)
+    return refused
+
+
+def unsigned(study: Study, site: Site, ledger: Ledger | None) -> bool:
+    """Whether the plan still waits for a signature here."""
+    signed = ledger is not None and ledger.admitted(study.digest)
+    return site.policy.admission == "signed" and not signed
+
+
+def _verdict(
+    study: Study, site: Site, plan: DpPlan | None, ledger: Ledger, refused: list[str]
+) -> str:
+    if refused:
+        return "This site refuses it"
+    if plan and not study.continuous and not _ahead(plan, ledger.charges(site.data.name)):
+        return (
+            "This study is over here: every round is paid for. An update that was sent can be sent "
+            "again; nothing more is trained"
+        )
+    if unsigned(study, site, ledger):
+        return "This site takes part as soon as somebody signs the plan: --sign"
+    return "This site would take part"
+
+
+def _ahead(plan: DpPlan, charges: list[Charge]) -> int:
+    """The steps of the plan that are not paid for yet."""
+    return max(0, plan.steps - sum(c.event.steps for c in charges if c.study == plan.study))
+
+
+def _runs(study: Study, plan: DpPlan | None, site: Site) -> list[str]:
+    where = "a head on the frozen base"
+    if study.lora:
+        lora = study.lora
+        blocks = f"the last {lora.last_layers} blocks" if lora.last_layers else "all blocks"
+        where = (
+            f"a LoRA adapter of rank {lora.rank} on {', '.join(lora.modules)} of {blocks}"
+            f" ({'B alone is trained' if lora.train == 'B' else 'A and B are trained'})"
+        )
+        if (rank := lora.rank_at(site.site.lora_rank)) < lora.rank:
+            where += f", {rank} of its ranks each round here, in turn (site.lora_rank)"
+    t = study.training
+    lines = [
+        f"Code: fedtune {__version__} as installed here. Nothing the coordinator sends is run.",
+        f"Base: {study.base.model}, {study.base.digest or 'digest not pinned'}{_bits(study)}.",
+        f"Trained: {where}; objective {study.objective.name}.",
+        *_objective(study),
+        f"{t.rounds} rounds of {t.local_steps} step{'s' if t.local_steps > 1 else ''} each.",
+    ]
+    if study.schedule and plan:
+        lines[-1:] = _goes_on(study.schedule, t.local_steps, plan)
+    if teacher := find(study.objective).teacher:
+        lines.append(
+            f"Teacher: {teacher.name}, {teacher.digest}. It sets every record's target, so it must "
+            "never have seen these records without noise."
+        )
+    if plan is None:
+        return [*lines, "NOT PRIVATE: no noise is added and nothing is promised."]
+    drawn = "record" if plan.records > 1 else plan.unit
+    sampled = (
+        f"every {drawn} takes part in every step"
+        if plan.sampling_rate == 1
+        else f"each {drawn} takes part in each step with probability {plan.sampling_rate:.4g}"
+    )
+    return [
+        *lines,
+        f"In each step {sampled}; each {drawn}'s influence is clipped to {plan.max_grad_norm:g}, "
+        f"and noise of {plan.noise_multiplier:g} times that is added before anything is kept.",
+    ]
+
+
+def _bits(study: Study) -> str:
+    table = study.base.quantisation
+    return f", its weights rounded here to {table.method}" if table else ""
+
+
+def _goes_on(schedule: ScheduleTable, steps: int, plan: DpPlan) -> list[str]:
+    return [
+        f"NO LAST ROUND: a round of {steps} step{'s' if steps > 1 else ''} every "
+        f"{spelled(schedule.every)}, counted from {schedule.start}, until the coordinator stops "
+        "it or this site leaves. Rounds begin by the clock, never because records arrived.",
+        "Your records are read again before each round: whoever was added takes part from then "
+        f"on. A patient takes part in at most {plan.rounds} rounds, fewer where this site's "
+        "policy or other studies leave less, and is then left out for good. Nobody outside is "
+        "told: batch, noise and divisor stay as they are.",
+    ]
+
+
+def _objective(study: Study) -> list[str]:
+    return [says(study.objective)] if study.objective.name in names() else []
+
+
+def _leaves(study: Study) -> list[str]:
+    what = "one noised update of the adapter" if study.private else "one update, WITHOUT noise"
+    lines = [
+        f"Each round: {what}, signed, with the noise, clipping and sampling figures that the plan "
+        "already names, and the head of this site's ledger (a hash).",
+        *_queries(study),
+        "Once: this site's name, its declared size, its public signing key"
+        + (" and how many ranks it trains." if study.lora and study.lora.min_rank else "."),
+        "On refusal: the rule that said no. On an error: the kind of error, not its words.",
+        "Never without noise: records, counts, losses, gradients.",
+        "Never at all: timings, or who was sampled.",
+    ]
+    return lines
+
+
+def _queries(study: Study) -> list[str]:
+    if study.private_evaluation is None:
+        return []
+    return [
+        f'After {len(study.queries)} of the rounds, if policy.release lists "evaluation": two '
+        "noised numbers about the held-out records (the sum of their answers' likelihoods, and how "
+        f"many units there are), noise {study.private_evaluation.noise_multiplier:g} times one "
+        "unit's largest share, paid from the held-out records' own budget: "
+        f"ε = {rounded_up(query_plan(study).epsilon)}."
+    ]
+
+
+def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> list[str]:
+    if plan is None:
+        return [
+            "Everything: after a run without privacy no ε can be stated for this dataset, and "
+            "private studies on it are refused."
+        ]
+    charges, policy = ledger.charges(site.data.name), site.policy
+    facts = {
+        "epsilon": plan.epsilon,
+        "delta": plan.delta,
+        "sampling_rate": plan.sampling_rate,
+        "noise_multiplier": plan.noise_multiplier / plan.records,
+        "steps": plan.steps,
+    }
+    if study.continuous:
+        return _costs_for_life(site, plan, ledger, facts)
+    before = total_of(site, plan, charges, ahead=0)
+    after = total_of(site, plan, charges, ahead=_ahead(plan, charges))
+    return [
+        f"This study: ε = {rounded_up(plan.epsilon)} at δ = {plan.delta:g}, for "
+        f"{protects(plan.unit)}: {strength(plan.epsilon)}.",
+        f"Somebody who knows everything else and sees all that leaves can tell whether one "
+        f"{plan.unit} was in the data with at most {percent(best_guess(facts))} certainty "
+        "(a coin: 50 %).",
+        f"Dataset {site.data.name!r} in total, at δ = {2 * policy.max_delta:g}: "
+        f"ε = {rounded_up(before.epsilon)} so far, {rounded_up(after.epsilon)} with this study "
+        f"({after.how}); the policy's ceiling is {policy.max_epsilon:g}.",
+    ]
+
+
+def _costs_for_life(site: Site, plan: DpPlan, ledger: Ledger, facts: dict[str, float]) -> list[str]:
+    """Of a study without a last round: what one patient pays in all, and who has paid what."""
+    policy = site.policy
+    spent = heaviest(site.data.name, ledger.cohorts(site.data.name), policy)
+    most = min(plan.lifetime or 0.0, policy.max_epsilon_per_study)
+    one = epsilon(plan.events(plan.local_steps), plan.delta)
+    return [
+        f"Each round: ε = {rounded_up(one)} at δ = {plan.delta:g} for a patient who takes part. "
+        f"In all rounds together, and for life: at most ε = {most:g}, for "
+        f"{protects(plan.unit)}: {strength(most)}.",
+        f"Somebody who knows everything else and sees all that leaves can tell whether one "
+        f"{plan.unit} was in the data with at most {percent(best_guess(facts))} certainty "
+        "(a coin: 50 %).",
+        "A patient pays from the first round after the records arrived, whether drawn or not.",
+        f"Whoever has spent most of dataset {site.data.name!r} so far, at δ = "
+        f"{2 * policy.max_delta:g}: ε = {rounded_up(spent.epsilon)} ({spent.how}); a patient at "
+        f"the policy's ceiling of {policy.max_epsilon:g} is left out, and the study goes on with "
+        "the others.",
+    ]
+
+
+def pending(site: Site, study: Study) -> Path:
+    """Keep a plan that waits for a signature where `fedtune review` finds it. It is public."""
+    path = site.site.state / "plans" / f"{study.digest.removeprefix('sha256:')[:16]}.json"
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.write_text(study.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return path

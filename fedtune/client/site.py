@@ -1,0 +1,508 @@
+"""A site's worker: plan -> policy -> data -> reserve -> noised steps -> release -> seal."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from safetensors.numpy import load, save
+
+from fedtune import modalities
+from fedtune.audit import selftest
+from fedtune.bases.find import Base, find_base, load_tokenizer
+from fedtune.client import evaluation
+from fedtune.client.evaluation import unit_rows
+from fedtune.client.policy import accounted, admit, base_for, order_of, planned, within_budget
+from fedtune.client.review import pending
+from fedtune.config import Site, SiteData, Study, load_site
+from fedtune.data.dataset import Dataset
+from fedtune.data.load import check_shape, load_dataset
+from fedtune.data.reader import Reader
+from fedtune.data.records import read_records, unit_member
+from fedtune.dp.non_private import PlainPlan, plain_plan
+from fedtune.dp.plan import DpPlan, SharedPlan, StepPlan
+from fedtune.dp.query import answer
+from fedtune.dp.steplog import Step, StepLog
+from fedtune.errors import ConfigError, DataError, PolicyRefused, Refused
+from fedtune.ledger.entries import Charge
+from fedtune.ledger.ledger import Ledger
+from fedtune.models.cache import Cached
+from fedtune.models.lora import Arrays
+from fedtune.models.lora import digest as arrays_digest
+from fedtune.models.network import Network, build
+from fedtune.models.rank_slice import own, turn
+from fedtune.models.teacher import teaching
+from fedtune.training.local_round import check_trains, local_round
+from fedtune.wire.codec import Encoded, Shapes, encode, layout, shapes
+from fedtune.wire.keys import SigningKey
+from fedtune.wire.seal import Header, seal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from fedtune.client.rank_process import Ranks
+
+log = logging.getLogger("fedtune.site")
+
+
+class Unprepared(Refused):
+    """This site does not know the plan (it was restarted, or joined late): send it again."""
+
+
+@dataclass(frozen=True)
+class Admission:
+    """What a site says of a plan. Every field is public."""
+
+    admitted: bool
+    reason: str
+    name: str
+    declared_size: int
+    lora_rank: int | None = None  # how many ranks it trains, where the plan lets sites choose
+
+
+@dataclass(frozen=True, repr=False)
+class Update:
+    """delta: trained minus given, as the plan has it travel; events: the steps this study ran here
+    so far."""
+
+    delta: Encoded
+    events: list[dict[str, float | int]]
+
+
+@dataclass(frozen=True, repr=False)
+class _Prepared:
+    study: Study
+    network: Network
+    plan: DpPlan | PlainPlan
+    frozen: Arrays
+    coordinator: str
+    lora_rank: int | None  # as declared: it stays for the study, whatever site.toml says since
+
+    @property
+    def private(self) -> DpPlan | None:
+        return self.plan if isinstance(self.plan, DpPlan) else None
+
+
+def check_data(site: Site, study: Study, base: Base | None = None) -> None:
+    """What only the site may know: whether its records suit the study. base: without it, the one
+    that the study names: for one's own studies. Errors: DataError."""
+    base = base or find_base(site.site.base or study.base.model, study.base.digest)
+    tokenizer, reader = _reading(base)
+    load_dataset(site.data, study, tokenizer, reader=reader)
+
+
+@lru_cache(maxsize=1)
+def _reading(base: Base) -> tuple[PreTrainedTokenizerBase, Reader]:
+    """How a base reads records; once for all simulated sites."""
+    tokenizer = load_tokenizer(base)
+    return tokenizer, modalities.reader(base, tokenizer)
+
+
+def check_records(site: Site) -> None:
+    """The same before any study is known. Errors: DataError."""
+    unit: Literal["patient", "record"] = "patient" if site.data.columns.patient else "record"
+    records, _ = read_records(site.data, unit=unit)
+    if len({record.unit for record in records}) < 2:
+        raise DataError(
+            f"{site.data.path}: fewer than 2 usable {unit}s",
+            f"at least 2 {unit}s",
+            "add records, or check data.columns",
+        )
+
+
+@cache
+def worker(path: str) -> SiteWorker:
+    """The one worker of a site file in this process: data and model stay loaded between rounds."""
+    return SiteWorker(load_site(Path(path)), Path(path))
+
+
+class SiteWorker:
+    """Guarantee: a plan is checked against the policy before data is read; every round is reserved
+    in the ledger before it trains; an update is on disk and in the ledger before it is sent, and is
+    sent again rather than trained again."""
+
+    def __init__(self, site: Site, path: Path | None = None) -> None:
+        self.site, self._path = site, path
+        self.log = StepLog(site.site.state / "steps.jsonl")
+        self.ranks: Ranks | None = None  # other processes that share a round's work
+        self._prepared: dict[str, _Prepared] = {}
+        self._cached: dict[str, tuple[object, Cached]] = {}  # by dataset: what it depends on, data
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        return Ledger(self.site.site.state)
+
+    @property
+    def key(self) -> SigningKey:
+        return self.ledger.key
+
+    # ------------------------------------------------------------------------------- the plan
+
+    def prepare(self, study: Study, frozen: Arrays, coordinator: str = "") -> Admission:
+        """Admit or refuse `study`; on admission the data is read and the model is ready.
+
+        Errors: DataError, ModelError: the site cannot take part (details stay local)."""
+        try:
+            plan = planned(study, self._current(), coordinator)
+            self._permit(study, plan, coordinator)
+            if study.digest not in self._prepared:
+                self._prepared[study.digest] = self._made(study, plan, frozen, coordinator)
+        except Refused as refusal:
+            return self._says(False, str(refusal))
+        lora = study.lora
+        chosen = self._prepared[study.digest].lora_rank if lora and lora.min_rank else None
+        return self._says(True, "", chosen)
+
+    def _made(
+        self, study: Study, plan: DpPlan | None, frozen: Arrays, coordinator: str
+    ) -> _Prepared:
+        network = build(study, base_for(study, self.site))
+        _check_reads(study, network)
+        rank = study.lora.rank_at(self.site.site.lora_rank) if study.lora else None
+        if plan:
+            _self_test(study, network, self._size, rank)
+        frozen = network.adopt(study, frozen)
+        _check_trains(study, network, rank)
+        self._data(study, network, self.site.data)  # not kept here: somebody may withdraw
+        ran = plan or plain_plan(study, self._size)
+        return _Prepared(study, network, ran, frozen, coordinator, rank)
+
+    def _permit(
+        self, study: Study, plan: DpPlan | None, coordinator: str, at_least: int = 0
+    ) -> Site:
+        """The site's rules and ceilings as they stand now, where they allow the study: one reading
+        for all of a round. Errors: Refused."""
+        site = self._current()
+        admit(study, site, plan, coordinator)
+        self._signed(study, site)
+        self._declare(self.site.data, study)
+        charges = self.ledger.charges(self._dataset)
+        if study.continuous:  # somebody who arrives now must be able to take part
+            charges = self.ledger.newcomer(self._dataset)
+            at_least = study.training.local_steps
+        within_budget(site, plan, charges, at_least)
+        return site
+
+    def _declare(self, data: SiteData, study: Study) -> None:
+        """Enter what the site says of a dataset before anybody asks what counts against it.
+
+        Errors: BudgetExceeded where nobody knows what earlier rounds on it cost."""
+        self.ledger.declare(data.name, data.disjoint_from, cohort=data.cohort)
+        accounted(data.name, study.unit, self.ledger.unknown(data.name, study.unit))
+
+    def _signed(self, study: Study, site: Site) -> None:
+        if site.policy.admission == "signed" and not self.ledger.admitted(study.digest):
+            log.warning("a plan waits for a signature: fedtune review %s", pending(site, study))
+            raise PolicyRefused(
+                'policy.admission = "signed" and nobody at the site has signed this plan',
+                todo="ask the site to run `fedtune review`",
+            )
+
+    def _data(self, study: Study, network: Network, data: SiteData) -> Cached:
+        """The records of one dataset as `study` sees them; studies that see them alike share the
+        states at the cut. A study without a last round sees them as they are now, and has the
+        ledger note who arrived. Errors: DataError where the columns do not suit the study, or no
+        file is there."""
+        out, goes_on = frozenset(self.ledger.withdrawn()), study.continuous
+        view = (data, network, study.objective, study.unit, study.max_records_per_unit, out)
+        known, cached = self._cached.get(data.name, (None, None))
+        if goes_on or known != view or cached is None:
+            dataset = self._read(study, network, data, out)
+            self.ledger.declare(
+                data.name,
+                data.disjoint_from,
+                dataset.content_hash,
+                dataset.members,
+                data.cohort,
+                dataset.keys if goes_on else None,
+            )
+            cached = Cached(network, dataset, self.site.site.cache_bytes)
+            self._cached[data.name] = None if goes_on else view, cached
+        return cached
+
+    def seen(self, study: Study, network: Network) -> Cached:
+        """The training records as they stand, less who withdrew; the ledger is only read."""
+        out = frozenset(self.ledger.withdrawn())
+        dataset = self._read(study, network, self.site.data, out)
+        return Cached(network, dataset, self.site.site.cache_bytes)
+
+    def _read(self, study: Study, network: Network, data: SiteData, out: frozenset[str]) -> Dataset:
+        """The dataset, whatever is in the files: each record is accepted or rejected by itself, so
+        one more or less, or a broken one, is not seen from outside. Too few units are a matter of
+        noise alone. Errors: DataError where no file is there or its columns do not suit the study,
+        which no record decides."""
+        ledger = self.ledger
+        check_shape(data, study, network.tokenizer, reader=network.reader)
+        if not data.path.exists():
+            raise DataError(f"{data.path}: no such file", "the site's records")
+        elsewhere = ledger.elsewhere(data.name)
+
+        def left_out(patient: str) -> bool:
+            key = unit_member(patient)
+            return ledger.hashed(key) in out or elsewhere(key)
+
+        try:
+            dataset = load_dataset(
+                data,
+                study,
+                network.tokenizer,
+                without=left_out,
+                known=ledger.known(data.name),
+                strict=False,
+                teach=teaching(study),
+                reader=network.reader,
+            )
+        except DataError as error:  # a folder without a file, a path of another kind
+            log.error("%s. This site takes part with noise alone until it is corrected", error)
+            return Dataset([], 0, Counter())
+        if dataset.rejected:
+            counts = ", ".join(f"{n} {reason}" for reason, n in dataset.rejected.most_common())
+            log.warning("%s: records left out: %s", data.path, counts)
+        if dataset.n_units < 2:
+            log.error("%s: too few usable records; this site sends noise alone", data.path)
+        return dataset
+
+    # ------------------------------------------------------------------------------ one round
+
+    def train(self, digest: str, round_: int, adapter: Arrays, receipt: str = "") -> Update:
+        """One local round: the update of this round from this adapter, trained once.
+
+        Errors: Unprepared, BudgetExceeded, PolicyRefused, ModelError, LedgerError."""
+        prepared = self._known(digest)
+        study = prepared.study
+        if round_ < 1 or not (study.continuous or round_ <= (study.training.rounds or 0)):
+            raise PolicyRefused(f"round {round_} is not in the plan")
+        if receipt:
+            self.ledger.accept_receipt(json.loads(receipt), prepared.coordinator)
+            self.ledger.prune(digest, prepared.coordinator)
+        given = arrays_digest(adapter)
+        body = self.ledger.released(digest, round_, given)
+        if body is None:
+            body = self._trained(prepared, round_, adapter, given)
+        else:
+            _check_waited(prepared, round_, adapter, body)
+        return Update(load(body), json.loads(_metadata(body)["events"]))
+
+    def _trained(self, prepared: _Prepared, round_: int, adapter: Arrays, given: str) -> bytes:
+        study, plan = prepared.study, prepared.private
+        steps = study.training.local_steps
+        site = self._permit(study, plan, prepared.coordinator, steps)
+        prepared.network.load_trainable(adapter)  # one that is refused must not have cost anything
+        data = self._data(study, prepared.network, self.site.data)  # somebody may have withdrawn
+        charge = self._charge(study, plan, site, round_)
+
+        def permit(charges: list[Charge]) -> None:
+            within_budget(site, plan, charges, steps)
+
+        if study.continuous:
+            reserved, spent = self.ledger.reserve_for(self._dataset, charge, given, permit)
+            data = self._left(data, spent)
+        else:
+            reserved = self.ledger.reserve(self._dataset, charge, given, permit)
+        prepared.network.load_frozen(prepared.frozen)
+        recompute = self.site.site.gradient_checkpointing
+        columns = turn(study.lora, prepared.lora_rank, round_)
+        with self._step_plan(prepared, data, columns) as ran:
+            delta = local_round(study, data, ran, self.log, round_, adapter, recompute, columns)
+        events = _summary(self.log.steps(study.digest)) if plan else []
+        sent = encode(delta, study.wire.update)  # after the noise, before the ledger
+        body = save(sent, {"events": json.dumps(events)})
+        if plan:  # without noise nothing is kept on disk; asked again, it is trained again
+            self.ledger.release(reserved, body)
+        return body
+
+    def _left(self, data: Cached, spent: frozenset[int]) -> Cached:
+        """The records less those of the cohorts `spent`, whose budget for life is used up. Nobody
+        outside is told: batch, noise and divisor never depended on the true count."""
+        arrival = self.ledger.arrival(self._dataset)
+        here = data.dataset.without(lambda key: arrival(key) in spent)
+        if here.n_units < min(2, data.dataset.n_units):
+            log.error("hardly anybody has budget left; see `fedtune ledger`")
+        left = Cached(data.network, here, self.site.site.cache_bytes)
+        self._cached[self._dataset] = None, left  # who is out has no states kept
+        return left
+
+    @contextmanager
+    def _step_plan(self, prepared: _Prepared, data: Cached, columns: slice) -> Iterator[StepPlan]:
+        """What draws and noises the round, with this site's other processes if there are any."""
+        if self.ranks is None or prepared.private is None:
+            yield prepared.plan
+        else:
+            with self.ranks.at_work(prepared.study, data, prepared.frozen, columns) as team:
+                yield SharedPlan(prepared.private, team)
+
+    # -------------------------------------------------------------------------------- a query
+
+    def evaluate(self, digest: str, round_: int, adapter: Arrays, receipt: str = "") -> Update:
+        """The noised answer about this site's held-out records with `adapter`, paid for once.
+
+        Errors: as `train`."""
+        prepared = self._known(digest)
+        plan = evaluation.asked_for(prepared.study, round_)
+        if receipt:
+            self.ledger.accept_receipt(json.loads(receipt), prepared.coordinator)
+            self.ledger.prune(plan.study, prepared.coordinator)
+        given = arrays_digest(adapter)
+        body = self.ledger.released(plan.study, round_, given)
+        if body is None:
+            body = self._answered(prepared, plan, round_, adapter, given)
+        return Update(load(body), json.loads(_metadata(body)["events"]))
+
+    def _answered(
+        self, prepared: _Prepared, plan: DpPlan, round_: int, adapter: Arrays, given: str
+    ) -> bytes:
+        study, site, training = prepared.study, self._current(), prepared.private
+        assert training is not None  # a study with queries is private
+        held_out = evaluation.allowed(study, site, plan, prepared.coordinator)
+        self._signed(study, site)
+        self._declare(held_out, study)
+        data = self._data(study, prepared.network, held_out)
+        charges = self.ledger.charges(held_out.name)
+        charge = evaluation.charge_of(study, plan, site, round_, charges)
+
+        def permit(charges: list[Charge]) -> None:
+            evaluation.payable(site, study, training, plan, charges)
+
+        prepared.network.load_trainable(adapter)  # one that is refused must not have cost anything
+        reserved = self.ledger.reserve(held_out.name, charge, given, permit)
+        prepared.network.load_frozen(prepared.frozen)
+        sums = answer(plan, unit_rows(study, data), self.log, round_)
+        events = _summary(self.log.steps(plan.study))
+        body = save(encode({"sums": sums.numpy()}, "float32"), {"events": json.dumps(events)})
+        self.ledger.release(reserved, body)
+        return body
+
+    # --------------------------------------------------------------------------------- helpers
+
+    def _charge(self, study: Study, plan: DpPlan | None, site: Site, round_: int) -> Charge:
+        charges = self.ledger.charges(self._dataset)
+        return Charge(
+            study=study.digest,
+            name=study.study.name,
+            round=round_,
+            noise_multiplier=plan.noise_multiplier if plan else 0.0,
+            sampling_rate=plan.sampling_rate if plan else 1.0,
+            steps=study.training.local_steps,
+            records=plan.records if plan else 1,
+            max_grad_norm=plan.max_grad_norm if plan else 0.0,
+            unit=study.unit,
+            cohort=self.site.data.cohort,
+            order=order_of(site, plan, charges) if plan else 2.0,
+        )
+
+    def sealed(self, digest: str, round_: int, nonce: str, body: str) -> dict[str, str]:
+        """The seal of an update whose arrays have the digest `body`."""
+        prepared = self._known(digest)
+        header = Header(
+            plan=digest,
+            round=round_,
+            base=prepared.study.base.digest or "",
+            site=self.site.site.name,
+            receiver=prepared.coordinator,
+            nonce=nonce,
+            body=body,
+            ledger=self.ledger.head_statement(),
+        )
+        return seal(self.key, header)
+
+    def shapes(self, digest: str) -> Shapes:
+        """Of the adapter's tensors, by name. Errors: Unprepared."""
+        parameters = self._known(digest).network.parameters()
+        return {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+
+    def study_of(self, digest: str) -> Study:
+        """Errors: Unprepared."""
+        return self._known(digest).study
+
+    def coordinator_of(self, digest: str) -> str:
+        """The public key that signed the plan. Errors: Unprepared."""
+        return self._known(digest).coordinator
+
+    def _known(self, digest: str) -> _Prepared:
+        if (prepared := self._prepared.get(digest)) is None:
+            raise Unprepared("this site does not know the plan", todo="send it again")
+        return prepared
+
+    def _current(self) -> Site:
+        """The site file as it stands now: a policy that was tightened holds from the next round."""
+        return self.site if self._path is None else load_site(self._path)
+
+    @property
+    def _dataset(self) -> str:
+        return self.site.data.name
+
+    @property
+    def _size(self) -> int:
+        return self.site.site.declared_size
+
+    def _says(self, admitted: bool, reason: str, lora_rank: int | None = None) -> Admission:
+        return Admission(admitted, reason, self.site.site.name, self._size, lora_rank)
+
+
+_tested: set[str] = set()  # in this process; the code does not change while it runs
+_trains: set[tuple[str, int | None]] = set()
+_reads: set[str] = set()
+
+
+def _self_test(study: Study, network: Network, size: int, lora_rank: int | None) -> None:
+    """Once per process and kind of study. Errors: SelfTestFailed."""
+    tables = dict.fromkeys(("base", "lora", "objective", "clipping", "privacy"), True)
+    kind = study.model_dump_json(include={**tables, "training": {"engine"}}) + f" {lora_rank}"
+    if kind not in _tested:
+        selftest.require(study, network, size, lora_rank)
+        _tested.add(kind)
+
+
+def _check_reads(study: Study, network: Network) -> None:
+    """Once per process and study. Errors: PolicyRefused; base and length are public."""
+    if study.digest not in _reads:
+        try:
+            network.check_length(study.objective.max_length)
+        except ConfigError as error:
+            raise PolicyRefused(error.happened, error.expected, error.todo) from None
+        _reads.add(study.digest)
+
+
+def _check_trains(study: Study, network: Network, lora_rank: int | None) -> None:
+    """Once per process and study: its digest names base and A. Errors: ModelError."""
+    kind = study.digest, lora_rank
+    if kind not in _trains:
+        check_trains(study, network, turn(study.lora, lora_rank, 1))
+        _trains.add(kind)
+
+
+def _check_waited(prepared: _Prepared, round_: int, adapter: Arrays, body: bytes) -> None:
+    """Errors: PolicyRefused where an update that waited has not the form of this site's updates: it
+    trained, was started again, and now declares another rank."""
+    columns = turn(prepared.study.lora, prepared.lora_rank, round_)
+    trained = {name: own(name, array, columns).shape for name, array in adapter.items()}
+    forms = layout(trained, prepared.study.wire.update)
+    if shapes(load(body)) != {name: form.shape for name, form in forms.items()}:
+        raise PolicyRefused(
+            "site.lora_rank was changed while an update of this round waits to be sent",
+            todo="set it back for this study",
+        )
+
+
+def _summary(steps: list[Step]) -> list[dict[str, Any]]:
+    counts = Counter(
+        (s.noise_multiplier, s.sampling_rate, s.max_grad_norm, s.records) for s in steps
+    )
+    return [
+        {"sigma": sigma, "q": rate, "max_grad_norm": norm, "records": records, "steps": count}
+        for (sigma, rate, norm, records), count in counts.items()
+    ]
+
+
+def _metadata(body: bytes) -> dict[str, str]:
+    """The strings in a safetensors header."""
+    length = int.from_bytes(body[:8], "little")
+    found: dict[str, str] = json.loads(body[8 : 8 + length])["__metadata__"]
+    return found

@@ -1,0 +1,88 @@
+"""What a site tells whoever operates it about each answer that it gave; nothing of it is sent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flwr.app import ConfigRecord, Context, Message
+
+from fedtune.client.site import SiteWorker, worker
+from fedtune.client.site_file import site_file
+from fedtune.config import Study, study_from_json
+from fedtune.dp import accountant
+from fedtune.errors import FedtuneError
+from fedtune.report.claim import rounded_up
+
+DONE = ("admitted", "trained", "answered")
+
+
+def told(message: Message, reply: Message, context: Context) -> dict[str, Any]:
+    """study, round, status, reason and what the study has cost so far, with a line for people.
+
+    epsilon: of all rounds of the study that the ledger was charged with, one that was interrupted
+    included, at the plan's δ. {} where the reply is none of the app's."""
+    said = _said(reply)
+    if said is None:
+        return {}
+    site, status, reason = worker(site_file(context)), str(said["status"]), str(said["reason"])
+    facts: dict[str, Any] = {"site": site.site.site.name, "status": status, "reason": reason}
+    study, facts["plan_digest"] = _study(message, site)
+    name, place = "a plan", ""
+    if study is not None:
+        name = facts["study"] = study.study.name
+        rounds = study.training.rounds
+        facts |= {"rounds": rounds} if rounds else {}
+        if (number := _round(message)) is not None:
+            facts["round"] = number
+            place = f"round {number}" + (f" of {rounds}" if rounds else "")
+        if (spent := _spent(study, site)) is not None:
+            facts["epsilon"] = {site.site.site.name: spent}
+    facts["text"] = f"{name}: {f'{place} ' if place else ''}{_line(facts)}"
+    return facts
+
+
+def _said(reply: Message) -> ConfigRecord | None:
+    if reply.has_error():
+        return None
+    records = reply.content.config_records
+    found = records.get("admission") or records.get("site")
+    return found if found is not None and {"status", "reason"} <= set(found) else None
+
+
+def _study(message: Message, site: SiteWorker) -> tuple[Study | None, str | None]:
+    """The study that a message is about, and its digest, as far as they can be told."""
+    records = message.content.config_records
+    try:
+        if "plan" in records:
+            study = study_from_json(str(records["plan"]["study"]))
+            return study, study.digest
+        digest = str(records["order"]["plan"]).removesuffix(":evaluation")
+        return site.study_of(digest), digest
+    except (FedtuneError, KeyError):
+        return None, None
+
+
+def _round(message: Message) -> int | None:
+    order = message.content.config_records.get("order")
+    return int(str(order["round"])) if order else None
+
+
+def _spent(study: Study, site: SiteWorker) -> float | None:
+    charges = [c for c in site.ledger.charges(site.site.data.name) if c.study == study.digest]
+    if isinstance(study.privacy, str) or not all(c.noise_multiplier for c in charges):
+        return None
+    return accountant.epsilon([charge.event for charge in charges], study.privacy.delta)
+
+
+def _line(facts: dict[str, Any]) -> str:
+    status: str = facts["status"]
+    if status == "unprepared":
+        return "this process has yet to see it, and asked for it again"
+    if status not in DONE:
+        return f"{status.upper()}: {facts['reason'] or 'no reason given'}"
+    line = status
+    for spent in facts.get("epsilon", {}).values():
+        line += f"; paid so far: ε = {rounded_up(spent)}"
+    if facts.get("round") and facts["round"] == facts.get("rounds"):
+        line += "; that was the last round"
+    return line

@@ -1,0 +1,93 @@
+"""A patient withdraws consent: left out from now on; and what was released before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedtune.config import Site, SiteData
+from fedtune.data.records import read_records, unit_member
+from fedtune.dp.accountant import Steps, epsilon
+from fedtune.errors import ConfigError, DataError, InputError
+from fedtune.ledger.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Release:
+    """A study that sent updates from the dataset before the withdrawal."""
+
+    name: str
+    digest: str
+    rounds: int
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Withdrawal:
+    """in_file: records of the patient that the site's files still hold, None where they cannot be
+    read; seen: whether the patient was ever trained on here; releases: studies whose adapters may
+    still reflect the patient."""
+
+    in_file: int | None
+    seen: bool
+    releases: list[Release]
+
+
+class UnknownPatient(InputError):
+    """A key that no record and no study here has; it is not in the message."""
+
+
+def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> Withdrawal:
+    """Enter the withdrawal and say what it cannot undo.
+
+    From the next round on, the patient's records are left out, states kept in memory for them are
+    dropped, and nothing on the wire changes: batch, noise and divisor never depended on the true
+    count. What was released stays released: the adapters of `releases` were trained with the
+    patient's records under the ε stated, and whoever holds them learns at most that much.
+    unseen: also for a key that is in no record as yet.
+    Errors: UnknownPatient (nothing is entered: a key with a typing error would leave the patient
+    in); ConfigError where site.toml names no patient column; DataError where only the files could
+    tell, and cannot be read; LedgerError."""
+    if not site.data.columns.patient:
+        raise ConfigError(
+            "this site names no patient column, so nobody can tell whose record is whose",
+            "data.columns.patient in site.toml",
+            "take the record out of the file",
+        )
+    key = unit_member(patient.strip())
+    tables = [table for table in (site.data, site.evaluation) if table]
+    seen = {table.name for table in tables if ledger.holds(table.name, key)}
+    in_file: int | None = None
+    try:
+        in_file = sum(_count(table, patient.strip()) for table in tables)
+    except DataError:
+        if not (seen or unseen):
+            raise
+    if not (seen or in_file or unseen):
+        raise UnknownPatient(
+            "no usable record and no study here has this key; nothing was entered",
+            f"a key as it stands in the column {site.data.columns.patient!r}",
+            "type it again; --unseen enters it all the same, for a patient who has no usable "
+            "record as yet",
+        )
+    ledger.withdraw(key)
+    return Withdrawal(in_file, bool(seen), _releases(site, ledger, seen))
+
+
+def _count(table: SiteData, patient: str) -> int:
+    records, _ = read_records(table, unit="patient")
+    return sum(record.unit == patient for record in records)
+
+
+def _releases(site: Site, ledger: Ledger, datasets: set[str]) -> list[Release]:
+    found: dict[str, list[tuple[str, Steps]]] = {}
+    for spent in ledger.spending():
+        sent = spent.released or not spent.charge.noise_multiplier
+        if sent and spent.dataset in datasets:
+            found.setdefault(spent.charge.study, []).append((spent.charge.name, spent.charge.event))
+    releases = []
+    for digest, entries in found.items():
+        events = [event for _, event in entries]
+        private = all(event.noise_multiplier > 0 for event in events)
+        cost = epsilon(events, site.policy.max_delta) if private else float("inf")
+        releases.append(Release(entries[0][0], digest, len(entries), cost))
+    return releases

@@ -1,0 +1,70 @@
+"""Study (the public plan) and Site (local, never sent), read from TOML. An unknown key is an error.
+
+A study says what everybody may know. A site file says where the data lies and what the site allows;
+nothing in it leaves the machine except `site.name`, `site.declared_size` and, where the plan lets
+sites choose, `site.lora_rank`, which a person typed.
+"""
+
+from fedtune.config.load import load_site, load_study, study_from_json
+from fedtune.config.site import (
+    BASES,
+    MODULES,
+    CoordinatorTable,
+    PolicyTable,
+    Site,
+    SiteData,
+    SiteEvaluation,
+    SiteTable,
+)
+from fedtune.config.study import (
+    BaseTable,
+    ClippingTable,
+    EvaluationTable,
+    LoraTable,
+    ObjectiveTable,
+    PrivacyTable,
+    PrivateEvaluationTable,
+    PublicTable,
+    QuantisationTable,
+    ScheduleTable,
+    StrategyTable,
+    Study,
+    StudyTable,
+    TrainingTable,
+    WireTable,
+)
+from fedtune.config.types import Columns, DataFile, Encoding, Table, spelled
+
+__all__ = [
+    "BASES",
+    "MODULES",
+    "BaseTable",
+    "ClippingTable",
+    "Columns",
+    "CoordinatorTable",
+    "DataFile",
+    "Encoding",
+    "EvaluationTable",
+    "LoraTable",
+    "ObjectiveTable",
+    "PolicyTable",
+    "PrivacyTable",
+    "PrivateEvaluationTable",
+    "PublicTable",
+    "QuantisationTable",
+    "ScheduleTable",
+    "Site",
+    "SiteData",
+    "SiteEvaluation",
+    "SiteTable",
+    "StrategyTable",
+    "Study",
+    "StudyTable",
+    "Table",
+    "TrainingTable",
+    "WireTable",
+    "load_site",
+    "load_study",
+    "spelled",
+    "study_from_json",
+]

@@ -1,0 +1,114 @@
+"""study.toml and site.toml, read."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import (
+    BaseModel,
+    ValidationError,
+)
+
+from fedtune.config.site import Site
+from fedtune.config.study import Study
+from fedtune.errors import ConfigError
+from fedtune.files import reading
+
+T = TypeVar("T", Study, Site)
+
+
+WORDS = {  # a pattern, as a person would say it
+    r"^sha256:[0-9a-f]{64}$": 'must be "sha256:" and 64 hexadecimal digits',
+    r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$": "must be 1 to 64 letters, digits, dots, dashes or "
+    "underscores, and start with a letter or digit",
+}
+
+
+def load_study(path: Path) -> Study:
+    """Read study.toml; relative paths are relative to the file.
+
+    Errors: ConfigError naming the file and the key."""
+    from fedtune import objectives, strategies
+
+    study = _load(Study, path)
+    try:
+        strategies.build(study)
+        objectives.find(study.objective)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.happened}", error.expected, error.todo) from None
+    return study
+
+
+def load_site(path: Path) -> Site:
+    """Read site.toml; relative paths are relative to the file.
+
+    Errors: ConfigError naming the file and the key."""
+    return _load(Site, path)
+
+
+def study_from_json(text: str) -> Study:
+    """The plan as it came over the wire. Errors: ConfigError."""
+    try:
+        return Study.model_validate_json(text)
+    except ValidationError as error:
+        line = f"the plan received: {_first(error, Study)}"
+        raise ConfigError(line, todo="compare fedtune versions") from None
+
+
+def _load(kind: type[T], path: Path) -> T:
+    expected = "a study.toml" if kind is Study else "a site.toml"
+    body = reading.toml_in(path, expected, "`fedtune init DIR` writes one", ConfigError)
+    try:
+        loaded = kind.model_validate_json(json.dumps(body, default=str))
+    except ValidationError as error:
+        line = f"{path}: {_first(error, kind)}"
+        raise ConfigError(line, todo="see the comments of `fedtune init`") from None
+    anchored: T = _anchor(loaded, path.resolve().parent)
+    return anchored
+
+
+def _anchor(table: Any, folder: Path) -> Any:
+    """The same table with every Path field made absolute against `folder`."""
+    changes: dict[str, Any] = {}
+    for key in type(table).model_fields:
+        value = getattr(table, key)
+        if isinstance(value, Path):
+            changes[key] = folder / value
+        elif isinstance(value, BaseModel):
+            changes[key] = _anchor(value, folder)
+    return table.model_copy(update=changes)
+
+
+def _nearest(kind: type[BaseModel], steps: list[str]) -> str:
+    """Which known key a mistyped one resembles, e.g. ' (did you mean rounds?)'."""
+    table: Any = kind
+    for step in steps[:-1]:
+        field = table.model_fields[step].annotation
+        table = next(t for t in (field, *get_args(field)) if hasattr(t, "model_fields"))
+    near = difflib.get_close_matches(steps[-1], table.model_fields, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _first(error: ValidationError, kind: type[BaseModel]) -> str:
+    """The first problem on one line: the key, what is wrong, and how many more there are."""
+    problems = [p for p in error.errors() if "literal['off']" not in p["loc"]]
+    problems.sort(key=lambda p: p["type"] != "extra_forbidden")  # a typo explains a missing key
+    first = problems[0]
+    alternatives = ("PrivacyTable", "tuple[")  # of a union: no key of the file
+    steps = [str(s) for s in first["loc"] if not str(s).startswith(alternatives)]
+    key = ".".join(steps)
+    says = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    says = says.replace("a valid array", "a list").replace("an object", "a table")
+    if first["type"] == "missing":
+        says = "key is missing"
+    elif first["type"] == "extra_forbidden":
+        says = "unknown key" + _nearest(kind, steps)
+    elif first["type"] == "string_pattern_mismatch":
+        says = WORDS.get(first["ctx"]["pattern"], says)
+    elif key == "privacy":
+        says = 'must be a [privacy] table, or privacy = "off" above the first table'
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{key}: {says}{more}" if key else f"{says}{more}"

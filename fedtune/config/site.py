@@ -1,0 +1,122 @@
+"""One site's own file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import (
+    model_validator,
+)
+
+from fedtune.config.known_bases import KNOWN
+from fedtune.config.types import (
+    Address,
+    Count,
+    DataFile,
+    Delta,
+    Digest,
+    Fraction,
+    Name,
+    NotNegative,
+    Place,
+    Positive,
+    Rank,
+    Source,
+    Table,
+)
+
+BASES = tuple(wheel.digest for wheel in KNOWN.values())
+
+
+MODULES = (
+    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    *("query", "key", "value", "dense"),
+    *("out_proj", "fc1", "fc2", "projector"),
+)
+
+
+class SiteTable(Table):
+    name: Name
+    declared_size: Count  # units, as a person declares it; public; no code derives it from the data
+    state: Place = Path("state")  # step log, received plans and frozen factors
+    base: Source | None = None  # where this site has the base, if elsewhere; its digest must match
+    gradient_checkpointing: bool = False  # less memory for activations, a third more time
+    cache_memory: NotNegative | None = None  # GiB for states at the cut; None: a quarter of it all
+    # The most ranks of an adapter that this site trains in a round, where a plan has more; public.
+    lora_rank: Rank | None = None
+
+    @property
+    def cache_bytes(self) -> int | None:
+        return None if self.cache_memory is None else int(self.cache_memory * 2**30)
+
+
+class SiteData(DataFile):
+    """The site's records, as one dataset with one privacy budget."""
+
+    name: Name = "records"  # the budget's name; a dataset that grows keeps it
+    disjoint_from: tuple[Name, ...] = ()  # datasets of this site that share no patient with it
+    cohort: Name = "first"  # of arrival: change it when new patients are added
+
+
+class SiteEvaluation(SiteData):
+    """The site's held-out records, for noised and paid queries; a dataset with its own budget.
+
+    Unless one of the two names the other in disjoint_from, what is spent on either counts against
+    both, as between any two datasets of a site."""
+
+    name: Name = "held-out"
+
+
+class PolicyTable(Table):
+    """What this site admits. Deny by default: what is not allowed here is refused."""
+
+    max_epsilon: Positive = 8.0  # in total, at max_delta: everything ever released, plus the study
+    max_epsilon_per_study: Positive = 8.0  # at the study's own δ
+    max_delta: Delta = 1e-3
+    allow_privacy_off: bool = False
+    admission: Literal["standing", "signed"] = "standing"  # signed: `fedtune review --sign` first
+    min_noise_multiplier: NotNegative = 0.3  # σ
+    min_units: Count = 10  # of site.declared_size
+    max_grad_norm: Positive = 10.0  # C
+    max_sampling_rate: Fraction = 1.0  # q
+    max_steps: Count = 10_000  # of one study
+    max_rank: Rank = 64
+    modules: tuple[str, ...] = MODULES  # that an adapter may sit on
+    objectives: tuple[str, ...] = (
+        *("causal_lm", "classify", "distill", "dpo", "kto", "orpo", "reward"),
+    )
+    strategies: tuple[str, ...] = ("fedavg", "fedadam", "fedprox", "trimmed_mean")
+    bases: tuple[Digest, ...] | Literal["any"] = BASES  # "any": whatever verifies
+    teachers: tuple[Digest, ...] = ()  # taken here to be public, whatever they say of themselves
+    coordinators: tuple[str, ...] = ()  # public signing keys; empty: whoever TLS lets through
+    release: tuple[Literal["evaluation"], ...] = ()  # besides noised updates
+
+
+class CoordinatorTable(Table):
+    answer: Place  # the coordinator's answer to `fedtune enroll`
+    address: Address | None = None  # host:port; without it, the answer's
+    fingerprint: str | None = None  # of the consortium, as the coordinator read it out
+    proxy: str | None = None  # http(s)://host:port; without it, the environment's HTTPS_PROXY
+    proxy_ca: Place | None = None  # what an https:// proxy's certificate must chain to
+
+
+class Site(Table):
+    """One site's own file. Guarantee: never serialised, never sent."""
+
+    site: SiteTable
+    data: SiteData
+    evaluation: SiteEvaluation | None = None
+    policy: PolicyTable = PolicyTable()
+    coordinator: CoordinatorTable | None = None
+
+    @model_validator(mode="after")
+    def possible(self) -> Site:
+        if 2 * self.policy.max_delta >= 1 / self.site.declared_size:  # the total's δ: dp/ceiling.py
+            raise ValueError(
+                f"policy.max_delta = {self.policy.max_delta}: twice it, where max_epsilon holds, "
+                "must be below 1 / site.declared_size: a larger one lets a whole record out"
+            )
+        if self.evaluation and self.evaluation.name == self.data.name:
+            raise ValueError("evaluation.name: must not be data.name; each has its own budget")
+        return self

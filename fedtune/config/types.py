@@ -1,0 +1,194 @@
+"""Types of the values in study.toml and site.toml: bounds far outside what anybody means."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
+
+from fedtune.config.address import host_and_port
+from fedtune.files import reading
+
+
+def _between(least: float, most: float) -> AfterValidator:
+    """Far outside what anybody means, where arithmetic ends before a person's patience does."""
+
+    def check(value: float) -> float:
+        if not least <= value <= most:
+            raise ValueError(f"must be between {least:g} and {most:g}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _file(value: Any) -> Any:
+    if isinstance(value, str | Path) and (why := reading.unusable(value)):
+        raise ValueError(f"is no path: {why}")
+    if value == "":
+        raise ValueError("must not be empty")
+    return value
+
+
+def _address(value: str) -> str:
+    host_and_port(value)
+    return value
+
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _between(1e-9, 1e9)]
+
+
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _between(0, 1e9)]
+
+
+Fraction = Annotated[float, Field(gt=0, le=1), _between(1e-6, 1)]
+
+
+Delta = Annotated[float, Field(gt=0, lt=1), _between(1e-12, 1)]
+
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+Count = Annotated[int, Field(ge=1, le=10**9)]
+
+
+Rank = Annotated[int, Field(ge=1, le=8192)]
+
+
+Layers = Annotated[int, Field(ge=1, le=10_000)]
+
+
+Number = Annotated[int, Field(ge=1, le=10**6)]  # of what a plan makes a site do that often
+
+
+Noise = Annotated[float, Field(gt=0), _between(1e-3, 1e6)]  # σ; the accountant knows no others
+
+
+MOST_ROWS = 1000  # of one unit in a step: the accountant's work grows with it
+
+
+Place = Annotated[Path, BeforeValidator(_file)]
+
+
+Source = Annotated[str, BeforeValidator(_file)]  # of a model: a folder, or a name
+
+
+Address = Annotated[str, AfterValidator(_address)]
+
+
+Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+Encoding = Literal["float32", "float16", "int8"]
+
+
+COUNTS = re.compile(r"record|patient|unit|count|new|arriv|least|batch|threshold|size|after")
+
+
+BY_COUNT = (
+    "rounds begin by the clock alone; one that begins when enough records are there publishes "
+    "how many there are"
+)
+
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+def _every(value: Any) -> Any:
+    """Seconds from "1h" and the like."""
+    if isinstance(value, str):
+        if COUNTS.search(value):
+            raise ValueError(BY_COUNT)
+        found = re.fullmatch(r"(\d{1,9}) ?([smhdw])", value)
+        if not found:
+            raise ValueError('must be seconds, or a number with s, m, h, d or w, as in "1h"')
+        return int(found[1]) * UNITS[found[2]]
+    return value
+
+
+def spelled(seconds: int) -> str:
+    """Seconds as in the file: 3600 is "1h"."""
+    unit = max((u for u, n in UNITS.items() if seconds % n == 0), key=lambda u: UNITS[u])
+    return f"{seconds // UNITS[unit]}{unit}"
+
+
+def _moment(value: str) -> str:
+    try:
+        at = datetime.fromisoformat(value)
+    except ValueError:
+        at = None
+    if at is None or at.tzinfo is None:
+        raise ValueError('must be a date and time with an offset, as in "2026-01-05T02:00:00Z"')
+    return at.isoformat()
+
+
+Every = Annotated[int, BeforeValidator(_every), Field(ge=1, le=31_622_400)]
+
+
+Moment = Annotated[str, AfterValidator(_moment)]
+
+
+class Table(BaseModel):
+    """A TOML table: frozen, strict, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Columns(Table):
+    """Which column of the file holds what. Exactly one way of giving the text must be named:
+    `messages`, `prompt` + `completion`, `prompt` + `chosen` + `rejected` (a preference), `prompt` +
+    `completion` + `label` (a judgement), `text`, or `text` + `label`. `image` or `audio` holds the
+    path of a file, relative to the data file's folder and inside it; `label` may then stand
+    alone. `patient` groups records."""
+
+    messages: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    text: str | None = None
+    label: str | None = None
+    image: str | None = None
+    audio: str | None = None
+    patient: str | None = None
+
+    @property
+    def media(self) -> str | None:
+        return self.image or self.audio
+
+    @model_validator(mode="after")
+    def one_shape(self) -> Columns:
+        shapes = [bool(self.messages), bool(self.prompt), bool(self.text)]
+        if self.image and self.audio:
+            raise ValueError("name image or audio, not both")
+        if sum(shapes) != 1 and not (self.media and self.label and not any(shapes)):
+            raise ValueError("name exactly one of messages, prompt or text")
+        if self.completion and not self.prompt:
+            raise ValueError("completion needs prompt")
+        if bool(self.chosen) != bool(self.rejected) or (self.chosen and not self.prompt):
+            raise ValueError("chosen and rejected need each other, and prompt")
+        if self.chosen and self.completion:
+            raise ValueError("name completion, or chosen and rejected")
+        if self.label and not (self.text or self.completion or self.media):
+            raise ValueError("label needs text, or prompt and completion, or image or audio")
+        return self
+
+
+class DataFile(Table):
+    """A file of records: .jsonl, .csv or .parquet (by suffix), or a folder of them."""
+
+    path: Place
+    columns: Columns

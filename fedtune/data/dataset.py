@@ -1,0 +1,100 @@
+"""Records as they train."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.data.media import Media
+
+Ids = npt.NDArray[np.int32]
+
+
+NO_TARGET = -100
+
+
+class Passage(NamedTuple):
+    """input_ids (L,) int32; target_ids (L,) int32: the token that position t must predict, or -100
+    where there is no loss."""
+
+    input_ids: Ids
+    target_ids: Ids
+
+
+class Soft(NamedTuple):
+    """What a teacher expects: outcomes (P, k) int32 (tokens, or labels) and their log-probabilities
+    (P, k) fp32, at each of a record's P targets in turn; of a label, P = 1."""
+
+    tokens: Ids
+    logp: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Example:
+    """input_ids, target_ids: as in Passage; label: index in objective.labels, 1 or 0 of what is
+    desirable or not, or -100; unit in 0..n_units-1; rejected: of a pair, the same prompt with the
+    worse completion; media: the record's image or recording, of so many tiles; soft: what a teacher
+    expects of it.
+
+    The last target is not an input: nothing is computed that no loss reads."""
+
+    input_ids: Ids
+    target_ids: Ids
+    label: int
+    unit: int
+    rejected: Passage | None = None
+    media: Media | None = None
+    tiles: int = 1
+    soft: Soft | None = None
+
+    @property
+    def passages(self) -> tuple[Passage, ...]:
+        """What the network reads of this record: one passage, or of a pair two."""
+        own = Passage(self.input_ids, self.target_ids)
+        return (own,) if self.rejected is None else (own, self.rejected)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Dataset:
+    """Examples, a unit's together, units in the order of their first record; and the rejected
+    records counted by reason.
+
+    keys: of each unit, as the ledger hashes it; members: what the site's ledger remembers, hashed,
+    of the records that train: keys, contents, and which records of whom; content_hash: of them all,
+    in no order."""
+
+    examples: list[Example]
+    n_units: int
+    rejected: Counter[str]
+    members: frozenset[bytes] = frozenset()
+    keys: tuple[bytes, ...] = ()
+
+    def without(self, out: Callable[[bytes], bool]) -> Dataset:
+        """The same less the units whose key `out` is true of. Members stay: they were there."""
+        kept = [number for number, key in enumerate(self.keys) if not out(key)]
+        new = {number: index for index, number in enumerate(kept)}
+        examples = [replace(e, unit=new[e.unit]) for e in self.examples if e.unit in new]
+        keys = tuple(self.keys[number] for number in kept)
+        return replace(self, examples=examples, n_units=len(kept), keys=keys)
+
+    @cached_property
+    def content_hash(self) -> str:
+        total = hashlib.sha256()
+        for member in sorted(self.members):
+            total.update(hashlib.sha256(member).digest())
+        return "sha256:" + total.hexdigest()
+
+    @cached_property
+    def by_unit(self) -> list[list[int]]:
+        """The indices of each unit's examples."""
+        groups: list[list[int]] = [[] for _ in range(self.n_units)]
+        for index, example in enumerate(self.examples):
+            groups[example.unit].append(index)
+        return groups

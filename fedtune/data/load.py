@@ -1,0 +1,315 @@
+"""Records to tokens and targets, the contribution of each unit capped."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from fedtune.config import DataFile, ObjectiveTable, Study
+from fedtune.data.dataset import Dataset, Example, Soft
+from fedtune.data.files import Rejected
+from fedtune.data.reader import Reader
+from fedtune.data.records import (
+    Record,
+    content_of,
+    no_patients,
+    read_records,
+    table_of,
+    unit_member,
+)
+from fedtune.data.tokenize import _passage, _texts, _tokenise
+from fedtune.errors import DataError
+from fedtune.objectives import find
+from fedtune.objectives._interface import Shape
+
+log = logging.getLogger("fedtune.data")
+
+LONG = 40  # characters from which a text is taken to be its record's own
+_PAIR = ("chosen", "rejected")
+
+
+class Unit(NamedTuple):
+    """What trains of one unit: records and their examples, numbered later; and the reasons why
+    others of its records do not."""
+
+    records: list[Record]
+    examples: list[Example]
+    rejected: list[str]
+
+
+@dataclass(frozen=True, repr=False)
+class UnitReader:
+    """Makes one unit's records into examples: tokenised, capped, taught.
+
+    It is given one unit at a time and holds nothing but public things. most: records of one unit,
+    at most; None: all.
+    Guarantee: which of a unit's records train, and as what, follows from that unit's records and
+    their own past alone; whatever one of them makes a library do costs that record alone."""
+
+    objective: ObjectiveTable
+    tokenizer: PreTrainedTokenizerBase
+    shape: Shape
+    labelled: bool = True
+    reader: Reader | None = None
+    teach: Callable[[Record, Example], Soft] | None = None
+    most: int | None = None
+
+    def __call__(
+        self, records: Sequence[Record], kept: Callable[[Record], bool] = lambda record: False
+    ) -> Unit:
+        """records: of one unit, in the file's order; kept: whether this unit trained on a record
+        before: such records stay, then come those of the smallest sha256."""
+        rejected: list[str] = []
+        examples = [(record, self._attempt(self._example, record)) for record in records]
+        usable = _passed(examples, rejected)
+        if self.most is not None:
+            usable = _capped(usable, self.most, kept)
+        if self.teach is not None:
+            taught = [(record, self._attempt(self._taught, record, e)) for record, e in usable]
+            usable = _passed(taught, rejected)
+        return Unit([record for record, _ in usable], [e for _, e in usable], rejected)
+
+    def _attempt(self, make: Callable[..., Example], *of: Any) -> Example | str:
+        """What `make` makes, or the reason why it cannot."""
+        try:
+            return make(*of)
+        except Rejected as error:
+            return error.reason
+        except Exception as error:  # of a library: its words may quote the record
+            log.warning("a record cannot be read (%s)", type(error).__name__)
+            return "cannot be read"
+
+    def _example(self, record: Record) -> Example:
+        placed, tiles, starts = record, 1, False
+        if self.reader:
+            placed, tiles = self.reader.place(record, self.objective)
+            starts = self.reader.starts
+        tokens, label = _tokenise(
+            placed, self.objective, self.tokenizer, self.shape, self.labelled, starts
+        )
+        if self.reader:
+            for ids, _ in tokens:
+                self.reader.check(ids, tiles)
+        scored = find(self.objective).outputs > 0
+        own, *worse = (_passage(*each, scored) for each in tokens)
+        return Example(*own, label, 0, worse[0] if worse else None, record.media, tiles)
+
+    def _taught(self, record: Record, example: Example) -> Example:
+        assert self.teach is not None
+        return replace(example, soft=self.teach(record, example))
+
+
+def _passed(
+    made: list[tuple[Record, Example | str]], rejected: list[str]
+) -> list[tuple[Record, Example]]:
+    """Those that became examples; the reasons of the others go to `rejected`."""
+    rejected += [example for _, example in made if isinstance(example, str)]
+    return [(record, example) for record, example in made if not isinstance(example, str)]
+
+
+def _capped(
+    usable: list[tuple[Record, Example]], most: int, kept: Callable[[Record], bool]
+) -> list[tuple[Record, Example]]:
+    """At most `most` of one unit's records, in order: those kept before, then those of smallest
+    sha256."""
+    order = sorted(
+        (not kept(record), hashlib.sha256(content_of(record)).hexdigest(), index)
+        for index, (record, _) in enumerate(usable)
+    )
+    return [usable[index] for index in sorted(index for *_, index in order[:most])]
+
+
+def load_dataset(
+    file: DataFile,
+    study: Study,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    labelled: bool = True,
+    without: Callable[[str], bool] = lambda unit: False,
+    known: Callable[[bytes], bool] = lambda member: False,
+    strict: bool = True,
+    teach: Callable[[Record, Example], Soft] | None = None,
+    reader: Reader | None = None,
+) -> Dataset:
+    """Read, tokenise and cap. reader: how the base reads records, where it reads more than text
+    (modalities). labelled=False admits records that have nothing to predict.
+
+    without: patients to leave out; known: members of earlier loads of the same dataset; strict: for
+    a person who can correct the files; teach: what a teacher says of one record. [public] and
+    [evaluation] files hold nobody's private records: their unit is the record.
+    Errors: DataError for a path or a shape that cannot be used; if strict, as `rows` has it, and
+    where fewer than two units are left.
+    Guarantee: if not strict, what a unit trains on, and whether, follows from its own rows and its
+    own past alone (UnitReader): with one unit more or less, nothing of the others changes."""
+    table = table_of(file)
+    shape = check_shape(file, study, tokenizer, labelled, reader)
+    unit = study.unit if table == "data" else "record"
+    records, counted = read_records(file, unit=unit, labelled=labelled, strict=strict)
+    rejected = counted.copy()
+    of_unit: dict[str, list[Record]] = {}
+    for record in records:
+        of_unit.setdefault(record.unit, []).append(record)
+    most = study.max_records_per_unit if unit == "patient" else None
+    read = UnitReader(study.objective, tokenizer, shape, labelled, reader, teach, most)
+    units: dict[str, Unit] = {}
+    for key, own in of_unit.items():
+        if unit == "patient" and without(key):
+            continue
+        made = read(own, lambda record: known(_kept(record)))
+        rejected.update(made.rejected)
+        if made.records:
+            units[key] = made
+    if not units and strict:
+        raise _nothing_left(file.path, rejected, study.objective)
+    if labelled and table == "data" and len(units) < 2 and strict:
+        raise DataError(
+            f"{file.path}: all usable records are one {unit}'s, which can be neither protected "
+            "nor trained on",
+            f"at least 2 {unit}s",
+            f"add records, or check {table}.columns.patient",
+        )
+    examples = [
+        replace(example, unit=number)
+        for number, made in enumerate(units.values())
+        for example in made.examples
+    ]
+    if table != "data":
+        return Dataset(examples, len(units), rejected)
+    keys = tuple(
+        unit_member(key) if unit == "patient" else b"row\0" + key.encode() for key in units
+    )
+    training = [record for made in units.values() for record in made.records]
+    members = _members(training) | (frozenset(keys) if unit == "patient" else frozenset())
+    return Dataset(examples, len(units), rejected, members, keys)
+
+
+def dataset_of(
+    records: list[Record],
+    study: Study,
+    tokenizer: PreTrainedTokenizerBase,
+    teach: Callable[[Record, Example], Soft] | None = None,
+) -> Dataset:
+    """Public records, each a unit; of one to classify no label is asked. Errors: DataError."""
+    shape = find(study.objective).shape
+    read = UnitReader(study.objective, tokenizer, shape, shape != "label", teach=teach)
+    made = [read([record]) for record in records]
+    rejected = Counter(reason for unit in made for reason in unit.rejected)
+    found = [example for unit in made for example in unit.examples]
+    examples = [replace(example, unit=number) for number, example in enumerate(found)]
+    if not examples:
+        raise DataError(f"none of {len(records)} public records can be used ({dict(rejected)})")
+    return Dataset(examples, len(examples), rejected)
+
+
+def check_shape(
+    file: DataFile,
+    study: Study,
+    tokenizer: PreTrainedTokenizerBase,
+    labelled: bool = True,
+    reader: Reader | None = None,
+) -> Shape:
+    """Whether the file's columns suit the study, and what they hold; nothing is read.
+
+    Evaluation records of a study on pairs or judgements are pairs. Errors: DataError."""
+    table = table_of(file)
+    columns, objective, at = file.columns, study.objective, f"{table}.columns"
+    shape = find(objective).shape
+    if table == "data" and study.unit == "patient" and not columns.patient:
+        raise no_patients(table)
+    _check_media(file, objective, reader)
+    if shape == "label":
+        if columns.messages or (labelled and not columns.label):
+            raise DataError(
+                "objective classify cannot use these columns", f"{at}.text and {at}.label"
+            )
+        if labelled and not objective.labels:
+            raise DataError("objective.labels is empty", "the public list of classes")
+        return shape
+    if objective.template is not None and "{text}" not in objective.template:
+        raise DataError("objective.template has no place for the prompt", "{text} in it")
+    if columns.messages and not tokenizer.chat_template:
+        raise DataError(
+            f"the base has no chat template and {at}.messages is given",
+            f"{at}.prompt and {at}.completion, or a chat base",
+        )
+    if labelled and shape != "text":
+        needed = ("completion", "label") if shape == "judged" and table == "data" else _PAIR
+        if not all(getattr(columns, name) for name in needed):
+            expected = ", ".join(f"{at}.{name}" for name in ("prompt", *needed))
+            raise DataError(f"objective {objective.name} cannot use these columns", expected)
+        return "judged" if needed != _PAIR else "pair"
+    if labelled and columns.prompt and not columns.completion:
+        raise DataError(f"{at}.prompt is given without {at}.completion", "both")
+    return "text"
+
+
+def _check_media(file: DataFile, objective: ObjectiveTable, reader: Reader | None) -> None:
+    """Whether the base reads the kind of file that the columns name. Errors: DataError."""
+    at, wanted = f"{table_of(file)}.columns", reader.column if reader else None
+    for kind in ("image", "audio"):
+        if getattr(file.columns, kind) and kind != wanted:
+            raise DataError(
+                f"{at}.{kind} is given, and the base reads no {kind}",
+                f"{at}.{wanted}" if wanted else "text alone",
+                "name a base that reads it, or leave the column out",
+            )
+        if kind == wanted and not getattr(file.columns, kind):
+            raise DataError(
+                f"the base reads {kind} and text, and no {kind} column is named", f"{at}.{kind}"
+            )
+    if wanted == "audio":
+        given = [key for key in ("prompt", "messages") if getattr(file.columns, key)]
+        given += ["text"] if file.columns.text and file.columns.label else []
+        if given or objective.template is not None:
+            raise DataError(
+                f"a speech base reads no prompt ({', '.join(given) or 'objective.template'})",
+                f"{at}.audio with {at}.text (what is said) or {at}.label (classify)",
+            )
+
+
+def _nothing_left(path: Path, rejected: Counter[str], objective: ObjectiveTable) -> DataError:
+    if set(rejected) == {"unknown label"}:
+        return DataError(
+            f"{path}: no record has a label that objective.labels lists",
+            f"one of {', '.join(objective.labels)}",
+            "compare the label column with objective.labels",
+        )
+    counts = ", ".join(f"{n} {reason}" for reason, n in rejected.most_common())
+    todo = ""
+    if rejected["too long"]:
+        todo = 'raise objective.max_length, or set objective.overflow = "truncate"'
+    return DataError(f"{path}: all records are rejected ({counts})", "at least 2 usable ones", todo)
+
+
+def _kept(record: Record) -> bytes:
+    """That this unit trains on this record. Who else has the same record has another."""
+    whose = hashlib.sha256(unit_member(record.unit)).digest()
+    return b"kept\0" + whose + content_of(record)
+
+
+def _members(records: list[Record]) -> frozenset[bytes]:
+    """Of each record that it is its unit's; and for `fedtune doctor`, which compares datasets, the
+    record, its file and each of its longer texts, whoever's they are: the same text or file under
+    another column or shape is still the same."""
+    found = set()
+    for record in records:
+        found |= {_kept(record), b"record\0" + content_of(record)}
+        if record.media:
+            found.add(b"media\0" + record.media.digest)
+        found |= text_members(record)
+    return frozenset(found)
+
+
+def text_members(record: Record) -> set[bytes]:
+    """The record's longer texts, as the ledger keeps them, hashed."""
+    return {b"text\0" + text.encode() for text in _texts(record) if len(text) >= LONG}
+
+
+# ----------------------------------------------------------------------------- one record's tokens

@@ -1,0 +1,39 @@
+"""How a base reads a record that comes with a file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from fedtune.config import ObjectiveTable
+    from fedtune.data.media import Media
+    from fedtune.data.records import Record
+
+
+class Reader(Protocol):
+    """One base's way of reading records.
+
+    column: what [data].columns must name besides the text; starts: the place-holders are the
+    text's own beginning, so the tokenizer adds none; avoid: token ids that no other text may hold.
+    """
+
+    column: Literal["image", "audio"] | None
+    starts: bool
+    avoid: frozenset[int]
+
+    def place(self, record: Record, objective: ObjectiveTable) -> tuple[Record, int]:
+        """The record with place-holders in its text, and its number of tiles (1 where there is
+        nothing to count). Errors: Rejected."""
+
+    def check(self, ids: list[int], tiles: int) -> None:
+        """Errors: Rejected unless `ids` hold the place-holders of so many tiles, and no others."""
+
+    def tensor(self, media: Media) -> torch.Tensor:
+        """What the tower reads, fp32, (tiles, ...), of this file alone."""
+
+    def generated(self, draw: np.random.Generator, like: Media | None = None) -> Media | None:
+        """A file of noise, for checks that must not see a real one; with as many tiles as `like`.
+        None where no file is read."""

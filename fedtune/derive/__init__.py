@@ -1,0 +1,1 @@
+"""Models made of finished runs, after their ε was paid."""

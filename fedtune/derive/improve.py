@@ -1,0 +1,318 @@
+"""A finished run learns to please a federated reward model: `fedtune improve`, at the coordinator.
+
+Guarantee: reads two finished runs and public prompts alone. What comes out has at most the (ε, δ)
+of both runs together, and strays from its start by at most the leash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import fedtune
+from fedtune import report as reports
+from fedtune.config import PublicTable, Study
+from fedtune.data.files import Rejected
+from fedtune.data.records import Record
+from fedtune.data.tokenize import prompt_ids
+from fedtune.derive.lineage import carried_over, parent
+from fedtune.derive.preferences import Scored
+from fedtune.derive.prompts import Prompts, read
+from fedtune.derive.rloo import Schedule, improve_by
+from fedtune.errors import ConfigError, DataError, Refused
+from fedtune.files.writing import replace
+from fedtune.models.loaded import Whole, load
+from fedtune.models.network import dtype_of
+from fedtune.objectives import find
+from fedtune.progress import report
+from fedtune.run_folder import named, new_folder
+
+SCHEDULE = Schedule()
+HELD_OUT = 0.25  # of the prompts: never trained on, measured before and after
+LOOKED_AT = 48  # prompts of either kind that are measured on
+SAMPLES = 4  # answers to each
+CHOOSING, REPORTED = b"which policy to keep", b"what the report says"  # draws of answers
+UNSCORED = -3.0  # the reward of an answer that is empty, or too long for the reward model
+
+
+@dataclass(frozen=True)
+class Look:
+    """Means over the answers that were sampled: reward, in standard deviations of the start's
+    rewards from their mean; kl: nats an answer, from the start; unscored: the share of answers that
+    are empty or too long, since a reward may rise by these alone."""
+
+    reward: float
+    kl: float
+    unscored: float
+
+    def worth(self, beta: float) -> float:
+        """What the training strives for: the reward less the price of the KL."""
+        return self.reward - beta * self.kl
+
+
+@dataclass
+class Progress:
+    """by_step: what was seen after how many steps; best: of those within the leash, with its
+    arrays."""
+
+    leash: float
+    beta: float
+    every: int
+    steps: int
+    by_step: list[tuple[int, Look]] = field(default_factory=list)
+    best: tuple[int, Look, dict[str, torch.Tensor]] | None = None
+    stopped: str = "all steps were taken"
+
+
+def improve(
+    run: Path,
+    reward_run: Path,
+    file: PublicTable,
+    out: Path,
+    *,
+    leash: float = 4.0,
+    every: int = 10,
+    how: Schedule = SCHEDULE,
+) -> dict[str, Any]:
+    """RLOO on public prompts from the policy of `run`, towards what `reward_run` scores higher;
+    returns the report's body.
+
+    leash: nats of KL an answer, from the policy of `run`. Measured every so many steps: past it the
+    training ends, and what is kept is the policy within it with the highest reward less how.beta a
+    nat of KL. The report's figures come from answers that were drawn anew, as the best of several
+    looks is also the luckiest.
+    `out` looks like a run, and is whole or not there. Errors: Refused (no better policy within the
+    leash), ConfigError, DataError, ModelError, InfrastructureError."""
+    if not leash > 0:
+        raise ConfigError(f"--leash {leash}", "nats above 0")
+    quick = dtype_of("auto")  # of the bases; adapters and head stay in fp32
+    policy, start = (load(run, dtype=quick, trainable=learns) for learns in (True, False))
+    judge = load(reward_run, dtype=quick)
+    study = _check(policy, judge, run, reward_run)
+    prompts = read(file)
+    held_in, held_out = _shared_out(prompts, policy, study, how)
+    with new_folder(out) as draft:
+        _choose_trained(policy)
+        bench = Bench(policy, start, Scored(judge), study, how)
+        seen = Progress(leash, how.beta, every, how.steps, [(0, bench.centre(held_in))])
+        before = [bench.look(records, REPORTED) for records in (held_in, held_out)]
+        texts = [(r.prompt, _as_read(r, study)) for r in held_in]
+        improve_by(policy, texts, bench.rewards, _watching(seen, bench, held_in), how)
+        if seen.best is None:
+            raise Refused(
+                "no policy within the leash was worth more than the run (reward less price of KL)",
+                f"KL at most {leash:g} nats an answer",
+                "more steps, a smaller learning rate, a longer leash, or a smaller --beta",
+            )
+        _restore(policy, seen.best[2])
+        after = [bench.look(records, REPORTED) for records in (held_in, held_out)]
+        policy.model.save_pretrained(str(draft / "adapter"), selected_adapters=["default"])
+        (draft / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty template
+        made = named(study, out, "improved")
+        replace(draft / "plan.json", (made.model_dump_json(indent=2) + "\n").encode())
+        parents = [parent(run, policy, "policy"), parent(reward_run, judge, "reward")]
+        body = _body(made, policy, seen, before, after, prompts, how)
+        came = carried_over(parents)
+        body["derived"]["parents"] = came.pop("parents")
+        body |= came
+        reports.write(draft, body)
+    return body
+
+
+def _check(policy: Whole, judge: Whole, run: Path, reward_run: Path) -> Study:
+    study = policy.study
+    if study is None or not policy.adapted or find(study.objective).outputs:
+        raise ConfigError(f"{run}: no run that writes", "a finished run with an adapter")
+    if judge.study is None or judge.study.objective.name != "reward":
+        raise ConfigError(f"{reward_run}: no reward model", "a finished run of objective reward")
+    return study
+
+
+def _shared_out(
+    prompts: Prompts, policy: Whole, study: Study, how: Schedule
+) -> tuple[list[Record], list[Record]]:
+    """Prompts to learn on and others, by the seed; too long ones are left out and counted."""
+    room = min(study.objective.max_length, policy.room) - how.new_tokens
+    fit = [
+        record
+        for record in prompts.records
+        if len(prompt_ids(record.prompt, study.objective, policy.tokenizer)) <= room
+    ]
+    prompts.about["too_long"] = len(prompts.records) - len(fit)
+    if len(fit) < 4:
+        raise DataError(f"{len(fit)} prompts leave room for an answer", "at least 4")
+    order = np.random.default_rng(how.seed).permutation(len(fit)).tolist()
+    apart = max(1, round(HELD_OUT * len(fit)))
+    return [fit[i] for i in order[apart:]], [fit[i] for i in order[:apart]]
+
+
+def _as_read(record: Record, study: Study) -> str:
+    return (study.objective.template or "{text}").replace("{text}", record.prompt)
+
+
+def _choose_trained(policy: Whole) -> None:
+    """Both factors, also where the study froze A: there it keeps the sites' noise small; here there
+    is none, and as few answers say hardly anything about B alone (decisions/0018)."""
+    for name, parameter in policy.model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def _watching(seen: Progress, bench: Bench, records: list[Record]) -> Callable[[int], bool]:
+    def look(step: int) -> bool:
+        report("improving", step, seen.steps)
+        if step % seen.every and step != seen.steps:
+            return True
+        found = bench.look(records, CHOOSING)
+        seen.by_step.append((step, found))
+        if found.kl > seen.leash:
+            seen.stopped = f"the leash was passed after {step} steps"
+            return False
+        best = seen.best[1] if seen.best else seen.by_step[0][1]
+        if found.worth(seen.beta) > best.worth(seen.beta):
+            seen.best = step, found, _arrays(bench.policy)
+        return True
+
+    return look
+
+
+def _arrays(policy: Whole) -> dict[str, torch.Tensor]:
+    arrays = policy.model.named_parameters()
+    return {n: p.detach().clone() for n, p in arrays if "lora_" in n and ".default." in n}
+
+
+@torch.no_grad()
+def _restore(policy: Whole, arrays: dict[str, torch.Tensor]) -> None:
+    own = dict(policy.model.named_parameters())
+    for name, value in arrays.items():
+        own[name].copy_(value)
+
+
+# -------------------------------------------------------------------------------- measuring
+
+
+@dataclass
+class Bench:
+    """Measures a policy against where it started, by the reward model."""
+
+    policy: Whole
+    start: Whole
+    judge: Scored
+    study: Study
+    how: Schedule
+    mean: float = 0.0
+    spread: float = 1.0
+
+    def centre(self, records: Sequence[Record]) -> Look:
+        """Rewards are counted from the mean of the start's answers to public prompts, in their
+        standard deviations. Never from a private record. Returns where the start stands."""
+        found = self._answers(records, CHOOSING)
+        scores = [score for score, _ in found if score is not None]
+        if not scores or not np.isfinite(scores).all():
+            raise DataError("the reward model gives no finite score to the run's answers")
+        self.mean, self.spread = float(np.mean(scores)), float(np.std(scores)) or 1.0
+        return self._mean(found)
+
+    def look(self, records: Sequence[Record], draws: bytes) -> Look:
+        """The same draws each time, so that two looks differ by their policies alone."""
+        return self._mean(self._answers(records, draws))
+
+    def rewards(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        return [*map(self._reward, self._scores(prompts, answers))]
+
+    def _mean(self, found: Sequence[tuple[float | None, float]]) -> Look:
+        scores, divergences = zip(*found, strict=True)
+        rewards = [*map(self._reward, scores)]
+        without = scores.count(None) / len(scores)
+        return Look(float(np.mean(rewards)), float(np.mean(divergences)), without)
+
+    def _reward(self, score: float | None) -> float:
+        return UNSCORED if score is None else (score - self.mean) / self.spread
+
+    def _scores(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
+        """None where an answer is empty, or too long for the reward model."""
+        passages: dict[int, np.ndarray] = {}
+        for at, pair in enumerate(zip(prompts, answers, strict=True)):
+            with suppress(Rejected):
+                passages[at] = self.judge.passage(*pair)
+        given = self.judge.model.scores_all([*passages.values()])[:, 0] if passages else ()
+        by_place = dict(zip(passages, map(float, given), strict=True))
+        return [by_place.get(at) for at in range(len(answers))]
+
+    def _answers(self, records: Sequence[Record], draws: bytes) -> list[tuple[float | None, float]]:
+        """(score, KL) of sampled answers; the KL at each token is exact, over the vocabulary."""
+        records = records[:LOOKED_AT]
+        read, how, words = self.study.objective, self.how, self.policy.tokenizer
+        asked = [prompt_ids(record.prompt, read, words) for record in records]
+        stream = b"%d\n%d\n%s" % (how.seed, len(records), draws)
+        written = self.policy.write_all(asked, SAMPLES, how.new_tokens, stream, how.temperature)
+        found: list[tuple[float | None, float]] = []
+        for record, ids, answers in zip(records, asked, written, strict=True):
+            texts = [str(words.decode(answer, skip_special_tokens=True)) for answer in answers]
+            whole = [np.array([*ids, *answer], np.int32) for answer in answers]
+            at = [np.arange(len(ids) - 1, len(one)) for one in whole]  # and what ends the answer
+            said = (m.next_tokens_all(whole, at) for m in (self.policy, self.start))
+            kl = [
+                float((ours.exp() * (ours - start)).sum())
+                for ours, start in zip(*said, strict=True)
+            ]
+            found += zip(self._scores([record.prompt] * len(texts), texts), kl, strict=True)
+        return found
+
+
+# ---------------------------------------------------------------------------------- report
+
+
+def _body(
+    study: Study,
+    policy: Whole,
+    seen: Progress,
+    before: Sequence[Look],
+    after: Sequence[Look],
+    prompts: Prompts,
+    how: Schedule,
+) -> dict[str, Any]:
+    assert seen.best is not None
+    base = policy.base
+    table = study.lora.model_dump(mode="json", exclude_none=True) if study.lora else {}
+    return {
+        "fedtune": fedtune.__version__,
+        "study": study.study.name,
+        "plan_digest": study.digest,
+        "base": {
+            "name": study.base.model,
+            "digest": base.digest,
+            "licence": base.licence,
+            "dtype": str(policy.model.dtype).removeprefix("torch."),
+        },
+        "adapter": {"folder": "adapter"} | table,
+        "rounds": [],
+        "quality": {
+            "metric": "reward",
+            "on": "public prompts that it learned on, answers drawn anew; reward in standard "
+            "deviations from the run's mean, KL in nats an answer; by round: the looks by which "
+            "the policy was chosen",
+            "columns": ["the run", "improved"],
+            "before": vars(before[0]),
+            "after": vars(after[0]),
+            "by_round": [{"round": at, **vars(look)} for at, look in seen.by_step],
+        },
+        "derived": {
+            "step": "improved",
+            "prompts": prompts.about,
+            "settings": vars(how) | {"leash": seen.leash, "algorithm": "RLOO (trl)"},
+            "measured": {
+                "steps kept": seen.best[0],
+                "ended": seen.stopped,
+                "answers without a score, before": before[0].unscored,
+                "answers without a score, after": after[0].unscored,
+                "reward on prompts held out, before": before[1].reward,
+                "reward on prompts held out, after": after[1].reward,
+                "KL on prompts held out": after[1].kl,
+            },
+        },
+    }

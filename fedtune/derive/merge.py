@@ -1,0 +1,277 @@
+"""One adapter from several finished runs: `fedtune merge`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fedtune
+from fedtune import report
+from fedtune.config import LoraTable, Study
+from fedtune.derive import composed_epsilon
+from fedtune.derive.merge_exported import exported, merge_models
+from fedtune.derive.merge_methods import Adapter, Method, Moments, merge
+from fedtune.errors import ConfigError
+from fedtune.files.writing import drafted, replace
+from fedtune.models import lora
+from fedtune.models.adapter_files import load_adapter, picked, save_adapter
+from fedtune.models.lora import Arrays
+from fedtune.run_folder import load_plan, named, read_report
+
+if TYPE_CHECKING:
+    from fedtune.evaluation.evaluator import Evaluator
+
+
+@dataclass(frozen=True, repr=False)
+class Parent:
+    """A finished run: its plan as it ran, its report's body, its adapter by the network's names."""
+
+    run: Path
+    study: Study
+    report: dict[str, Any]
+    arrays: Arrays
+
+    @property
+    def table(self) -> LoraTable:
+        assert self.study.lora is not None  # load_parent saw to it
+        return self.study.lora
+
+    @property
+    def adapter(self) -> Adapter:
+        return Adapter(self.arrays, self.table.scaling)
+
+
+def load_parent(run: Path) -> Parent:
+    """Errors: InputError, ConfigError, ModelError where `run` is unfinished or has no adapter."""
+    study = load_plan(run)
+    if study.lora is None:
+        raise ConfigError(
+            f"{run}: trained a head and no adapter", "a run with a [lora] table", "leave it out"
+        )
+    return Parent(run, study, read_report(run, "base"), load_adapter(run / "adapter"))
+
+
+def merge_runs(
+    runs: Sequence[Path],
+    out: Path,
+    *,
+    method: Method = "linear",
+    weights: Sequence[float] = (),
+    density: float = 0.5,
+    rank: int | None = None,
+    seed: int = 0,
+    disjoint: bool = False,
+    measure: bool = True,
+) -> dict[str, Any]:
+    """Merge the adapters of `runs` into the new folder `out`, which looks like a run; returns the
+    report's body. Where all of them are exported models, they are merged whole (merging_whole).
+
+    weights: one for each run, or none: 1 each (the updates add up), for slerp equal shares.
+    disjoint: whoever calls states that no person is in two of the runs. measure: on each parent's
+    evaluation file, where it is on this machine, base, parent and merged adapter.
+    Guarantee: post-processing of released adapters; ε as budgets.composed says. `out` is whole or
+    not there. Errors: InputError, ConfigError, ModelError, InfrastructureError."""
+    if out.exists():
+        raise ConfigError(f"{out}: exists", "a new folder", "choose another --out")
+    if len(runs) < 2:
+        raise ConfigError(f"{len(runs)} run given", "two or more to merge")
+    whole = [exported(run) for run in runs]
+    if all(whole):
+        return merge_models(
+            runs, out, method=method, weights=weights, density=density, seed=seed,
+            disjoint=disjoint,
+        )  # fmt: skip
+    if any(whole):
+        raise ConfigError(
+            f"{runs[whole.index(True)]}: an exported model, beside runs", "runs alone, or models"
+        )
+    parents = [load_parent(run) for run in runs]
+    _one_base(parents)
+    shares = list(weights) or [1.0] * len(parents)
+    moments = [_moments(parent) for parent in parents] if method == "regmean" else []
+    arrays, found_rank = merge(
+        [parent.adapter for parent in parents], shares, method,
+        density=density, rank=rank, seed=seed, moments=moments,
+    )  # fmt: skip
+    table = _table(parents, found_rank)
+    study = _study(parents, table, out)
+    settings: dict[str, Any] = {"method": method, "weights": shares, "rank": found_rank}
+    settings |= {"density": density} if method in ("ties", "dare") else {}
+    settings |= {"seed": seed} if method == "dare" else {}
+    body = _body(parents, study, arrays, settings, disjoint)
+    if measure:
+        body["merge"]["kept"] = _kept(parents, table, arrays)
+    _write(out, parents[0], study, arrays, body)
+    return body
+
+
+def _one_base(parents: Sequence[Parent]) -> None:
+    """Errors: ConfigError where the parents do not share one base, by digest."""
+    first = parents[0]
+    for parent in parents:
+        mine, other = first.study.base.digest, parent.study.base.digest
+        if mine is None or mine != other:
+            raise ConfigError(
+                f"{first.run} and {parent.run}: trained on different bases ({mine}, {other})",
+                "runs whose plans pin the same base.digest",
+                "an adapter is a difference from its own base and means nothing on another",
+            )
+        if parent.study.base.quantisation != first.study.base.quantisation:
+            raise ConfigError(f"{first.run} and {parent.run}: bases quantised in other ways")
+    seen: dict[str, Path] = {}
+    for parent in parents:
+        digest = lora.digest(parent.arrays)
+        if digest in seen:
+            raise ConfigError(f"{seen[digest]} and {parent.run}: hold the same adapter", "two")
+        seen[digest] = parent.run
+
+
+def _table(parents: Sequence[Parent], rank: int) -> LoraTable:
+    """What the merged adapter looks like, as a plan says it; the scaling is 1."""
+    last = [parent.table.last_layers for parent in parents]
+    return LoraTable(
+        rank=rank,
+        alpha=float(rank),
+        modules=tuple(dict.fromkeys(m for parent in parents for m in parent.table.modules)),
+        last_layers=None if None in last else max(n for n in last if n),
+        train="AB",
+    )
+
+
+def _study(parents: Sequence[Parent], table: LoraTable, out: Path) -> Study:
+    """The first parent's plan with the merged adapter's shape: what `fedtune evaluate` and
+    `generate` read. What was spent stands in the report alone."""
+    first = parents[0].study
+    return named(first, out, "merged").model_copy(update={"lora": table})
+
+
+def _body(
+    parents: Sequence[Parent],
+    study: Study,
+    arrays: Arrays,
+    settings: dict[str, Any],
+    disjoint: bool,
+) -> dict[str, Any]:
+    open_ = [parent for parent in parents if not parent.report.get("private")]
+    if open_:
+        which = ", ".join(str(parent.report.get("study")) for parent in open_)
+        privacy = {"mode": "off", "warning": f"trained without privacy: {which}"}
+    else:
+        reports = [parent.report for parent in parents]
+        privacy = composed_epsilon.composed(reports, disjoint=disjoint)
+    return {
+        "fedtune": fedtune.__version__,
+        "study": study.study.name,
+        "plan_digest": study.digest,
+        "private": not open_,
+        "privacy": privacy,
+        "base": parents[0].report["base"],
+        "adapter": {
+            "folder": "adapter",
+            "digest": lora.digest(arrays),
+            "parameters": int(sum(array.size for array in arrays.values())),
+            **(study.lora.model_dump(mode="json", exclude_none=True) if study.lora else {}),
+        },
+        "rounds": [],
+        "merge": settings
+        | {
+            "parents": [
+                {
+                    "study": parent.report.get("study"),
+                    "plan_digest": parent.report.get("plan_digest"),
+                    "adapter_digest": lora.digest(parent.arrays),
+                    "epsilon": parent.report["privacy"].get("epsilon"),
+                    "delta": parent.report["privacy"].get("delta"),
+                    "weight": weight,
+                }
+                for parent, weight in zip(parents, settings["weights"], strict=True)
+            ],
+        },
+    }
+
+
+# ------------------------------------------------------------------------------------ measure
+
+
+def _kept(parents: Sequence[Parent], table: LoraTable, arrays: Arrays) -> list[dict[str, Any]]:
+    """For each parent whose evaluation file is here, its metric for base, parent and merged, and
+    the share of the parent's gain that is left (None where the parent gained nothing)."""
+    found = []
+    for number, parent in enumerate(parents, 1):
+        asked = parent.study.evaluation
+        if asked is None or not asked.path.exists():
+            continue
+        base, own = _measured(parent.study, parent.table, parent.arrays)
+        _, now = _measured(parent.study, table, arrays)
+        gain = own - base
+        kept = (now - base) / gain if gain else None
+        found.append(
+            {"parent": number, "metric": asked.metric, "base": base, "alone": own, "merged": now}
+            | {"kept": kept}
+        )
+    return found
+
+
+def _measured(study: Study, table: LoraTable, arrays: Arrays) -> tuple[float, float]:
+    """The study's metric of the base and of `arrays`."""
+    ready = evaluator(study, table, arrays)
+    trained = picked(arrays, ready.network.parameters(), Path("adapter"))
+    base, after = ready.measure(None), ready.measure(trained)
+    return base[ready.metric], after[ready.metric]
+
+
+def evaluator(study: Study, table: LoraTable, arrays: Arrays) -> Evaluator:
+    """The study's evaluation records, for adapters of the shape `table`."""
+    from fedtune.evaluation.evaluator import Evaluator
+
+    return Evaluator(_saved(study, table), _frozen(arrays))
+
+
+def _moments(parent: Parent) -> Moments:
+    """Second moments of what the parent's layers see of its own public text, with its adapter on.
+    Free of ε: the text is public, the adapter was released. Errors: ConfigError without the text.
+    """
+    from fedtune.data.load import load_dataset
+    from fedtune.models.network import build
+    from fedtune.models.public_factor import moments
+
+    study = parent.study
+    if study.public is None or not study.public.path.exists():
+        raise ConfigError(
+            f"{parent.run}: regmean needs the public text of its study",
+            "a [public] table, and its file on this machine",
+            "merge where the study ran, or by another method",
+        )
+    network = build(_saved(study, parent.table))
+    text = load_dataset(study.public, study, network.tokenizer, labelled=False)
+    before = network.trainable()
+    network.load_frozen(_frozen(parent.arrays))
+    network.load_trainable(picked(parent.arrays, network.parameters(), parent.run / "adapter"))
+    try:
+        found = moments(network, text)
+    finally:
+        network.load_trainable(before)
+    return {name.removesuffix(".lora_A.default.weight"): value for name, value in found.items()}
+
+
+def _saved(study: Study, table: LoraTable) -> Study:
+    """The study with an adapter of this shape, whose A is the saved one wherever it came from."""
+    saved = table.model_copy(update={"a_init": "public", "a_digest": None})
+    return study.model_copy(update={"lora": saved})
+
+
+def _frozen(arrays: Arrays) -> Arrays:
+    return {name: value for name, value in arrays.items() if "lora_A" in name}
+
+
+# -------------------------------------------------------------------------------------- write
+
+
+def _write(out: Path, like: Parent, study: Study, arrays: Arrays, body: dict[str, Any]) -> None:
+    """Errors: InfrastructureError where the disk refuses; `out` is then not there."""
+    with drafted(out) as draft:
+        save_adapter(draft / "adapter", like.run / "adapter", study, arrays)
+        replace(draft / "plan.json", (study.model_dump_json(indent=2) + "\n").encode())
+        report.write(draft, body)

@@ -1,0 +1,153 @@
+"""One model from several exported ones: `fedtune merge` on what `fedtune export --to hf` wrote."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import fedtune
+from fedtune import report
+from fedtune.bases.digest import digest
+from fedtune.bases.find import find_base
+from fedtune.derive import composed_epsilon
+from fedtune.derive.export import TOKENIZER
+from fedtune.derive.merge_methods import Method
+from fedtune.errors import ConfigError, ModelError
+from fedtune.files.writing import drafted
+from fedtune.models.loaded import PLAN
+from fedtune.run_folder import read_report
+
+
+def exported(folder: Path) -> bool:
+    """Whether `fedtune export --to hf` wrote it: a model with a report and no plan."""
+    files = ("config.json", "report.json")
+    return all((folder / name).is_file() for name in files) and not (folder / PLAN).exists()
+
+
+def merge_models(
+    folders: Sequence[Path],
+    out: Path,
+    *,
+    method: Method,
+    weights: Sequence[float],
+    density: float,
+    seed: int,
+    disjoint: bool,
+) -> dict[str, Any]:
+    """Merge exported models of one base into the new folder `out`; returns its report's body.
+
+    Guarantee: as merging.merge_runs. Errors: ConfigError, ModelError, InfrastructureError."""
+    reports = [read_report(each, "base", "base.name", "base.digest") for each in folders]
+    bases = {body["base"]["digest"]: body["base"]["name"] for body in reports}
+    if len(bases) != 1:
+        raise ConfigError(
+            "the models were made of different bases", "exported runs of one base.digest"
+        )
+    ((pinned, name),) = bases.items()
+    if any(body["base"].get("quantisation") for body in reports):
+        raise ConfigError("a model of a quantised base: its differences are from other weights")
+    base = find_base(name, pinned)
+    digests = [digest(folder) for folder in folders]
+    if len(set(digests)) != len(digests):
+        raise ConfigError("two of the models are the same", "models that differ")
+    open_ = [str(body.get("study")) for body in reports if not body.get("private")]
+    warning = {"mode": "off", "warning": f"trained without privacy: {', '.join(open_)}"}
+    shares = list(weights) or [1.0] * len(folders)
+    body: dict[str, Any] = {
+        "fedtune": fedtune.__version__,
+        "study": out.name,
+        "plan_digest": None,
+        "private": not open_,
+        "privacy": warning if open_ else composed_epsilon.composed(reports, disjoint=disjoint),
+        "base": reports[0]["base"],
+        "rounds": [],
+        "merge": {
+            "method": f"{method} (mergekit, whole models)",
+            "weights": shares,
+            "parents": [
+                {
+                    "study": each.get("study"),
+                    "plan_digest": each.get("plan_digest"),
+                    "adapter_digest": found,
+                    "epsilon": each["privacy"].get("epsilon"),
+                    "delta": each["privacy"].get("delta"),
+                    "weight": share,
+                }
+                for each, found, share in zip(reports, digests, shares, strict=True)
+            ],
+        },
+    }
+    with drafted(out) as draft:
+        try:
+            merge_whole(base.path, folders, draft, shares, method, density, seed)
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise ModelError(f"mergekit cannot merge them ({type(error).__name__})") from None
+        (draft / "mergekit_config.yml").unlink(missing_ok=True)  # this machine's paths
+        for name in (*TOKENIZER, "generation_config.json"):
+            if (base.path / name).is_file():
+                shutil.copyfile(base.path / name, draft / name)
+        report.write(draft, body)
+        (draft / "report.md").rename(draft / "README.md")
+    return body
+
+
+# mergekit's names; all but slerp work on differences from the base.
+_NAMES = {"linear": "task_arithmetic", "ties": "ties", "dare": "dare_linear", "slerp": "slerp"}
+
+
+def merge_whole(
+    base: Path,
+    models: Sequence[Path],
+    out: Path,
+    weights: Sequence[float],
+    method: Method,
+    density: float,
+    seed: int,
+) -> None:
+    """Merge transformers folders that were fine-tuned from `base` into the folder `out`, fp32.
+
+    Errors: ConfigError (no such method for whole models, or mergekit is missing)."""
+    if method not in _NAMES:
+        raise ConfigError(
+            f"--method {method}: works on adapters", f"one of {', '.join(_NAMES)}",
+            "merge the runs themselves, before they are exported",
+        )  # fmt: skip
+    if method == "slerp" and len(models) != 2:
+        raise ConfigError("slerp: an arc has two ends", "two models", "use linear")
+    try:
+        with warnings.catch_warnings():  # of its own use of NumPy's inner names
+            warnings.simplefilter("ignore", DeprecationWarning)
+            from mergekit.config import MergeConfiguration
+            from mergekit.merge import run_merge
+            from mergekit.options import MergeOptions
+    except ImportError:
+        raise ConfigError(
+            "merging whole models needs mergekit, which is not here",
+            todo="pip install 'fedtune[merge]', or merge the runs before they are exported",
+        ) from None
+    logging.getLogger("mergekit").setLevel(logging.ERROR)
+    each: list[dict[str, Any]] = [
+        {"model": str(model), "parameters": {"weight": weight, "density": density}}
+        for model, weight in zip(models, weights, strict=True)
+    ]
+    body: dict[str, Any] = {
+        "merge_method": _NAMES[method],
+        "base_model": str(base),
+        "models": each,
+        "dtype": "float32",
+    }
+    if method == "slerp":
+        share = weights[1] / sum(weights)
+        body |= {"base_model": str(models[0]), "parameters": {"t": share}}
+        body["models"] = [{"model": str(model)} for model in models]
+    else:
+        body["parameters"] = {"normalize": False}
+    config = MergeConfiguration.model_validate(body)
+    options = MergeOptions(
+        random_seed=seed, quiet=True, write_model_card=False, copy_tokenizer=False
+    )
+    run_merge(config, str(out), options)

@@ -1,0 +1,223 @@
+"""Several adapters of one base made into one, layer for layer; by PEFT where it has the method."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel
+from torch import nn
+
+from fedtune.errors import ConfigError
+from fedtune.models.lora import Arrays
+
+Method = Literal["linear", "svd", "ties", "dare", "slerp", "regmean"]
+# PEFT's names. Its "linear" adds up A and B apart, which is the sum of no updates; "cat" is exact.
+_PEFT = {"linear": "cat", "svd": "svd", "ties": "ties_svd", "dare": "dare_linear_svd"}
+RIDGE = 0.01  # of the mean second moment, added to each input's
+Moments = Mapping[str, torch.Tensor]  # by layer: E[x xᵀ] of its inputs, fp64
+_NAME = re.compile(r"(.+)\.lora_([AB])\.default\.weight")
+_LAYER = re.compile(r"(.*\.layers?\.)(\d+)\.(.+)")
+
+
+class Factors(NamedTuple):
+    """One layer of one adapter: its update is scaling · B A. a (r, inputs), b (outputs, r)."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+
+
+@dataclass(frozen=True, repr=False)
+class Adapter:
+    """arrays: as fedtune.models.adapter_files.load_adapter gives them; scaling: alpha / rank."""
+
+    arrays: Arrays
+    scaling: float
+
+    def layers(self) -> dict[str, Factors]:
+        """Its layers by module name. Errors: ConfigError where it holds more than LoRA."""
+        parts: dict[str, dict[str, torch.Tensor]] = {}
+        for name, array in self.arrays.items():
+            found = _NAME.fullmatch(name)
+            if not found:
+                raise ConfigError(
+                    f"an adapter holds {name.removesuffix('.weight')}, which cannot be merged",
+                    "LoRA adapters alone",
+                    "heads of two studies name different classes: keep the runs apart",
+                )
+            parts.setdefault(found[1], {})[found[2]] = torch.from_numpy(np.array(array))
+        return {name: Factors(ab["A"], ab["B"], self.scaling) for name, ab in parts.items()}
+
+
+def merge(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    method: Method,
+    *,
+    density: float = 0.5,
+    rank: int | None = None,
+    seed: int = 0,
+    moments: Sequence[Moments] = (),
+) -> tuple[Arrays, int]:
+    """(arrays, rank): one adapter with scaling 1, fp32, of the same rank in every layer.
+
+    | linear | Σ wᵢ·updateᵢ, exact; rank Σ rᵢ                                            |
+    | svd    | the same, cut to `rank` (without it the largest rᵢ) by singular values    |
+    | ties   | the largest `density` of each, where they agree in sign; as svd, but Σ rᵢ |
+    | dare   | a random `density` of each, scaled up; cut as in ties                     |
+    | slerp  | of two: along the arc between them, by the second's share of the weights  |
+    | regmean | on each adapter's own inputs (`moments`, one dict for each) as near as    |
+    |        | possible to what it does there; weights are what nearness counts; Σ rᵢ    |
+    A layer that an adapter does not have is left as the base has it: an update of zero.
+    Errors: ConfigError. References: Ilharco et al. 2023 (task arithmetic); Yadav et al. 2023 (TIES,
+    section 4); Yu et al. 2024 (DARE, section 3); Shoemake 1985 (slerp); Jin et al. 2023 (RegMean,
+    equation 2)."""
+    _check(adapters, weights, method, density)
+    layers = [adapter.layers() for adapter in adapters]
+    ranks = [len(next(iter(each.values())).a) for each in layers]
+    wanted = rank or (max(ranks) if method == "svd" else sum(ranks))
+    merged: dict[str, Factors] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name in sorted(set().union(*layers)):
+            like = next(each[name] for each in layers if name in each)
+            parts = [each.get(name) or _nothing(like) for each in layers]
+            if method == "regmean":
+                parts = _regressed(parts, weights, [each.get(name) for each in moments])
+            merged[name] = _layer(parts, weights, method, density, wanted)
+    return _arrays(_whole(merged))
+
+
+def _check(
+    adapters: Sequence[Adapter], weights: Sequence[float], method: Method, density: float
+) -> None:
+    if len(adapters) < 2 or len(weights) != len(adapters):
+        raise ConfigError(
+            f"{len(adapters)} adapters and {len(weights)} weights", "two or more, one weight each"
+        )
+    if not all(math.isfinite(w) for w in weights):
+        raise ConfigError("weights: not finite", "a number for each adapter")
+    if method == "slerp" and (len(adapters) != 2 or min(weights) < 0 or sum(weights) <= 0):
+        raise ConfigError(
+            "slerp: an arc has two ends", "two adapters with weights of at least 0", "use linear"
+        )
+    if method == "regmean" and min(weights) <= 0:
+        raise ConfigError("regmean: weights say how much each adapter counts", "above 0")
+    if not 0 < density <= 1:
+        raise ConfigError(f"density = {density}", "above 0, at most 1")
+
+
+def _nothing(like: Factors) -> Factors:
+    """An update of zero, of the shape of `like`."""
+    return Factors(torch.zeros_like(like.a), torch.zeros_like(like.b), 1.0)
+
+
+def _regressed(
+    parts: Sequence[Factors], weights: Sequence[float], moments: Sequence[torch.Tensor | None]
+) -> list[Factors]:
+    """The factors whose sum is nearest to each update on its own inputs: with Gᵢ = wᵢ E[x xᵀ] it is
+    Σ Bᵢ Aᵢ Gᵢ (Σ Gⱼ)⁻¹, so each B stays and its A turns away from the others' inputs."""
+    size = parts[0].a.shape[1]
+    each = [
+        torch.zeros(size, size, dtype=torch.float64) if moment is None else weight * moment
+        for weight, moment in zip(weights, moments, strict=True)
+    ]
+    total = torch.stack(each).sum(dim=0)
+    total += RIDGE * total.diagonal().mean() * torch.eye(size, dtype=torch.float64)
+    return [
+        Factors(torch.linalg.solve(total, moment @ part.a.double().T).T.float(), part.b, s)
+        for part, moment, s in zip(parts, each, (part.scaling for part in parts), strict=True)
+    ]
+
+
+def _layer(
+    parts: Sequence[Factors], weights: Sequence[float], method: Method, density: float, rank: int
+) -> Factors:
+    if method == "slerp":
+        weights, method = _on_the_arc(parts[0], parts[1], weights[1] / sum(weights)), "linear"
+    if method == "regmean":
+        weights, method = [1.0] * len(parts), "linear"
+    model = _peft(parts)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The density .* no pruning will be performed")
+        model.base_model.add_weighted_adapter(
+            [str(number) for number in range(len(parts))],
+            list(weights),
+            "merged",
+            _PEFT[method],
+            svd_rank=min(rank, parts[0].a.shape[1], len(parts[0].b)),
+            svd_full_matrices=False,
+            density=density,
+        )
+    layer = model.base_model.model.layer
+    a, b = layer.lora_A["merged"].weight, layer.lora_B["merged"].weight
+    return Factors(a.detach(), b.detach(), 1.0)
+
+
+def _peft(parts: Sequence[Factors]) -> Any:
+    """One linear layer with `parts` as its adapters "0", "1", …; its own weight is never read."""
+    holder, skip_init = nn.Module(), cast(Any, nn.utils.skip_init)
+    holder.layer = skip_init(nn.Linear, parts[0].a.shape[1], len(parts[0].b), bias=False)
+    model: Any = None
+    for number, part in enumerate(parts):
+        name, rank = str(number), len(part.a)
+        alpha: Any = part.scaling * rank  # PEFT says int and computes with a float
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["layer"])
+        if model is None:
+            model = PeftModel(holder, config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+        layer = model.base_model.model.layer
+        layer.lora_A[name].weight.data = part.a.float()
+        layer.lora_B[name].weight.data = part.b.float()
+    return model
+
+
+def _on_the_arc(one: Factors, other: Factors, t: float) -> tuple[float, float]:
+    """What the two updates are multiplied by: at an angle θ, sin((1-t)θ)/sin θ and sin(tθ)/sin θ;
+    on the line between them where they have no angle.
+
+    ⟨B₁A₁, B₂A₂⟩ = Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ), so no update is ever formed."""
+
+    def inner(p: Factors, q: Factors) -> float:
+        product = (p.b.double().T @ q.b.double()) * (p.a.double() @ q.a.double().T)
+        return p.scaling * q.scaling * float(product.sum())
+
+    length = math.sqrt(inner(one, one) * inner(other, other))
+    cosine = inner(one, other) / length if length else 1.0
+    angle = math.acos(max(-1.0, min(1.0, cosine)))
+    if math.sin(angle) < 1e-4:
+        return 1 - t, t
+    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+
+
+def _whole(merged: dict[str, Factors]) -> dict[str, Factors]:
+    """With every kind of layer in every block that has any: what modules × last_layers says."""
+    places = {name: found for name in merged if (found := _LAYER.fullmatch(name))}
+    kinds = {found[3]: merged[name] for name, found in places.items()}
+    blocks = {(found[1], found[2]) for found in places.values()}
+    product = {
+        f"{stem}{number}.{kind}": _nothing(like)
+        for stem, number in blocks
+        for kind, like in kinds.items()
+    }
+    return product | merged
+
+
+def _arrays(merged: dict[str, Factors]) -> tuple[Arrays, int]:
+    """Of one rank: rows and columns of zeros change no update."""
+    rank = max(len(factors.a) for factors in merged.values())
+    arrays: Arrays = {}
+    for name, (a, b, _) in merged.items():
+        rows, columns = np.zeros((rank, a.shape[1])), np.zeros((len(b), rank))
+        rows[: len(a)], columns[:, : len(a)] = a.numpy(), b.numpy()
+        arrays[f"{name}.lora_A.default.weight"] = rows.astype(np.float32)
+        arrays[f"{name}.lora_B.default.weight"] = columns.astype(np.float32)
+    return arrays, rank

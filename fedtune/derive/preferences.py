@@ -1,0 +1,223 @@
+"""Preferences made by models at the site (RLAIF), so that no text leaves: two answers to each
+record's prompt, and which of them a judge prefers.
+
+Guarantee: what is written of a record depends on that record, the models, the rubric and the seed
+alone. Models see one record at a time and no example of another; nothing is batched, normalised or
+counted over records. So a unit's lines are that unit's own, and training on them under DP protects
+the unit as training on its records would.
+References: Bai et al. 2022, "Constitutional AI", section 4; Lee et al. 2023, "RLAIF", section 2
+(both orders)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from fedtune.config import DataFile, ObjectiveTable
+from fedtune.data.files import Rejected
+from fedtune.data.records import Record, read_records, table_of
+from fedtune.data.tokenize import passage_of, prompt_ids
+from fedtune.derive.lineage import require_private
+from fedtune.errors import ConfigError, DataError, InputError
+from fedtune.files.writing import replace
+from fedtune.models.loaded import Whole, load
+from fedtune.progress import report
+
+RUBRIC = "Which answer is more accurate, complete and clearly written?"
+ABOUT = ".about.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """new_tokens: of an answer at most; max_length: of prompt and answer together, tokens; seed:
+    of the draws, with the record's own prompt; template: round the prompt, as in the DPO study."""
+
+    new_tokens: int = 64
+    max_length: int = 1024
+    temperature: float = 1.0
+    seed: int = 0
+    template: str | None = None
+
+    @property
+    def objective(self) -> ObjectiveTable:
+        return ObjectiveTable(
+            name="causal_lm", max_length=self.max_length, template=self.template, append_eos=True
+        )
+
+
+class Judge(Protocol):
+    def margin(self, prompt: str, first: str, second: str) -> float:
+        """Above 0 where `first` is the better answer; exactly the opposite with both swapped."""
+
+
+@dataclass(frozen=True, repr=False)
+class Verdict:
+    """A language model that is asked "A or B?", once in each order: what it likes about a place
+    in the question cancels."""
+
+    model: Whole
+    rubric: str = RUBRIC
+
+    def margin(self, prompt: str, first: str, second: str) -> float:
+        return (self._odds(prompt, first, second) - self._odds(prompt, second, first)) / 2
+
+    def _odds(self, prompt: str, a: str, b: str) -> float:
+        """log P("A") - log P("B") as the next token."""
+        asked = (
+            f"{self.rubric}\n\nQuestion:\n{prompt.strip()}\n\nAnswer A:\n{a.strip()}\n\n"
+            f"Answer B:\n{b.strip()}\n\nSay A or B."
+        )
+        tokenizer: Any = self.model.tokenizer
+        if tokenizer.chat_template:
+            turns = [{"role": "user", "content": asked}]
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            ids, space = tokenizer.encode(text, add_special_tokens=False), ""
+        else:
+            ids, space = tokenizer.encode(asked + "\nThe better answer is"), " "
+        if len(ids) > self.model.room:
+            raise Rejected("too long")
+        said = [tokenizer.encode(space + letter, add_special_tokens=False)[-1] for letter in "AB"]
+        # In fp32: what it thinks of two answers often differs by less than a step of bf16.
+        odds = self.model.next_tokens(np.array(ids), np.array([len(ids) - 1]))[0, said]
+        return float(odds[0] - odds[1])
+
+
+@dataclass(frozen=True, repr=False)
+class Scored:
+    """A finished run of objective reward."""
+
+    model: Whole
+
+    def margin(self, prompt: str, first: str, second: str) -> float:
+        return self.score(prompt, first) - self.score(prompt, second)
+
+    def score(self, prompt: str, answer: str) -> float:
+        return float(self.model.scores(self.passage(prompt, answer))[0])
+
+    def passage(self, prompt: str, answer: str) -> np.ndarray:
+        """The tokens, as training saw a prompt and a completion. Errors: Rejected."""
+        assert self.model.study is not None
+        return passage_of(
+            prompt, answer, self.model.study.objective, self.model.tokenizer
+        ).input_ids
+
+
+def judge_of(source: str, digest: str | None = None, rubric: str = RUBRIC) -> Judge:
+    """A reward run by its score, any other model by its verdict. Errors: ConfigError, ModelError,
+    Refused (a run without privacy)."""
+    model = load(source, digest)
+    require_private(model, "judge")
+    if model.study is not None and model.study.objective.name == "reward":
+        return Scored(model)
+    return Verdict(_writer(model, "judge"), rubric)
+
+
+def writer_of(source: str, digest: str | None = None) -> Whole:
+    """A model that can write. Errors: ConfigError, ModelError, Refused (a run without privacy)."""
+    model = load(source, digest)
+    require_private(model, "generator")
+    return _writer(model, "generator")
+
+
+def template_of(writer: Whole) -> str | None:
+    """What stands round a prompt: as the run was trained; of a base that was tuned to chat, a turn
+    of its own chat, without which it hardly answers."""
+    if writer.study is not None:
+        return writer.study.objective.template
+    tokenizer: Any = writer.tokenizer
+    if not tokenizer.chat_template:
+        return None
+    turn = [{"role": "user", "content": "{text}"}]
+    text = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    if tokenizer.bos_token_id is not None and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]:
+        text = text.removeprefix(tokenizer.bos_token)  # it is put in front in any case
+    return text if "{text}" in text else None
+
+
+def label(
+    file: DataFile,
+    out: Path,
+    writer: Whole,
+    judge: Judge,
+    settings: Settings = Settings(),
+    *,
+    without: Callable[[str], bool] = lambda unit: False,
+) -> dict[str, Any]:
+    """Write `out`: a line for each record, {"prompt", "chosen", "rejected"} and, where the file
+    names patients, "patient"; and `out`.about.json: which models, what was left out and why.
+
+    without: units to leave out (withdrawn consent). Both files are for this user alone and written
+    whole at the end. Returns what about.json holds. Errors: ConfigError, DataError."""
+    columns = file.columns
+    if not columns.prompt:
+        table = table_of(file)
+        raise ConfigError("the file names no prompt", f"{table}.columns.prompt, or --column prompt")
+    if out.suffix != ".jsonl":
+        raise InputError(f"{out}: unsupported suffix", ".jsonl")
+    patients = bool(columns.patient)
+    unit = "patient" if patients else "record"
+    records, rejected = read_records(file, unit="patient" if patients else "record", labelled=False)
+    left_out = Counter(rejected)
+    lines = []
+    for number, record in enumerate(records):
+        if not without(record.unit):
+            try:
+                row = preference(record, writer, judge, settings)
+                key = {"patient": record.unit} if patients else {}
+                lines.append(json.dumps(row | key, ensure_ascii=False))
+            except Rejected as error:
+                left_out[error.reason] += 1
+        report("writing and judging", number + 1, len(records))
+    if not lines:
+        counts = ", ".join(f"{n} {reason}" for reason, n in left_out.most_common())
+        raise DataError(f"{file.path}: no preference came out ({counts})", "at least 1")
+    about = {
+        "unit": unit,
+        "preferences": len(lines),
+        "left_out": dict(left_out),
+        "generator": writer.digest,
+        "judge": getattr(getattr(judge, "model", None), "digest", None),
+        "judged_by": "score" if isinstance(judge, Scored) else "verdict, both orders",
+        "rubric": hashlib.sha256(getattr(judge, "rubric", "").encode()).hexdigest(),
+        "settings": vars(settings),
+    }
+    replace(out, "".join(line + "\n" for line in lines).encode(), private=True)
+    text = json.dumps(about, indent=2, sort_keys=True, ensure_ascii=False)
+    replace(out.with_name(out.name + ABOUT), (text + "\n").encode(), private=True)
+    return about
+
+
+def preference(record: Record, writer: Whole, judge: Judge, settings: Settings) -> dict[str, str]:
+    """One record's own preference. Errors: Rejected."""
+    ids = prompt_ids(record.prompt, settings.objective, writer.tokenizer)
+    if len(ids) + settings.new_tokens > min(settings.max_length, writer.room):
+        raise Rejected("too long")
+    stream = f"{settings.seed}\n{record.prompt}".encode()
+    written = writer.write(ids, 2, settings.new_tokens, stream, settings.temperature)
+    first, second = (_text(writer, answer) for answer in written)
+    if not first.strip() or not second.strip():
+        raise Rejected("an empty answer")
+    if first == second:
+        raise Rejected("two answers alike")
+    margin = judge.margin(record.prompt, first, second)
+    if margin == 0 or margin != margin:
+        raise Rejected("no preference")
+    better, worse = (first, second) if margin > 0 else (second, first)
+    return {"prompt": record.prompt, "chosen": better, "rejected": worse}
+
+
+def _text(writer: Whole, ids: list[int]) -> str:
+    return str(writer.tokenizer.decode(ids, skip_special_tokens=True)).replace("\0", "")
+
+
+def _writer(model: Whole, what: str) -> Whole:
+    if model.base.kind != "causal" or model.head is not None:
+        raise ConfigError(f"the {what} {model.base.name} writes no text", "a language model")
+    return model

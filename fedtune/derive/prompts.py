@@ -1,0 +1,82 @@
+"""A file of public prompts at the coordinator: its records, and what a report says of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fedtune.config import ObjectiveTable, PublicTable
+from fedtune.data.files import Rejected
+from fedtune.data.records import Record, read_records
+from fedtune.data.tokenize import prompt_ids
+from fedtune.errors import ConfigError, DataError
+from fedtune.models.loaded import Whole
+from fedtune.progress import report
+
+
+@dataclass(frozen=True, repr=False)
+class Prompts:
+    """records: each with a prompt; about: digest, licence and count, for the report."""
+
+    records: list[Record]
+    about: dict[str, Any]
+
+
+def read(file: PublicTable) -> Prompts:
+    """Errors: DataError (file), ConfigError (no licence, no prompt column)."""
+    if not file.licence.strip():
+        raise ConfigError("--licence is empty", "under what the prompts may be used, e.g. CC0-1.0")
+    if file.columns.messages or not (file.columns.prompt or file.columns.text):
+        raise ConfigError("the prompts have no prompt column", "--column prompt=NAME")
+    records, rejected = read_records(file, labelled=False)
+    records = [r if r.prompt else replace(r, prompt=r.completion, completion="") for r in records]
+    body = hashlib.sha256()
+    for record in records:
+        for part in (record.prompt, record.completion):
+            body.update(hashlib.sha256(part.encode()).digest())
+    if len(records) < 4:
+        raise DataError(f"{file.path}: {len(records)} usable prompts", "at least 4")
+    about = {
+        "digest": "sha256:" + body.hexdigest(),
+        "licence": file.licence,
+        "prompts": len(records),
+        "left_out": sum(rejected.values()),
+    }
+    return Prompts(records, about)
+
+
+def completed(
+    records: list[Record], writer: Whole, objective: ObjectiveTable, new_tokens: int, seed: int
+) -> tuple[list[Record], Counter[str]]:
+    """The records, what `writer` says in place of a missing completion; and what was left out."""
+    found: list[Record] = []
+    left_out: Counter[str] = Counter()
+    for number, record in enumerate(records):
+        try:
+            if not record.completion:
+                record = _written(record, writer, objective, new_tokens, seed)
+            found.append(record)
+        except Rejected as error:
+            left_out[error.reason] += 1
+        report("the teacher is writing", number + 1, len(records))
+    if not found:
+        counts = ", ".join(f"{n} {reason}" for reason, n in left_out.most_common())
+        raise DataError(
+            f"no prompt got an answer ({counts})", todo="fewer --new-tokens, or shorter prompts"
+        )
+    return found, left_out
+
+
+def _written(
+    record: Record, writer: Whole, objective: ObjectiveTable, new_tokens: int, seed: int
+) -> Record:
+    ids = prompt_ids(record.prompt, objective, writer.tokenizer)
+    if len(ids) + new_tokens > min(objective.max_length, writer.room):
+        raise Rejected("too long")
+    (said,) = writer.write(ids, 1, new_tokens, f"{seed}\n{record.prompt}".encode())
+    text = str(writer.tokenizer.decode(said, skip_special_tokens=True))
+    if not text.strip():
+        raise Rejected("an empty answer")
+    return replace(record, completion=text)

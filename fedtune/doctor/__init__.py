@@ -1,0 +1,1 @@
+"""Checks of a machine and its network before anything runs."""

@@ -1,0 +1,179 @@
+"""What `fedtune doctor` looks at on either side: one check, one function.
+
+A check returns what it found, in words, or raises a FedtuneError that says what is wrong and what
+to do. Guarantee: nothing is made, fetched, changed or sent.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+from packaging.requirements import Requirement
+from safetensors import safe_open
+
+from fedtune import __version__
+from fedtune.bases.digest import weights
+from fedtune.bases.find import verify
+from fedtune.config import Study
+from fedtune.errors import ConfigError, FedtuneError, InfrastructureError, ModelError
+from fedtune.wire.protocol import PROTOCOL
+
+SHOWN = ("flwr", "torch", "transformers", "peft", "opacus")
+OPEN = 0o077  # the mode bits that let other users in
+ROOM = 1.5e9  # bytes of memory: Python, torch, transformers and Flower's processes
+COPIES = 6  # of the adapter in memory: as held, sent, received, summed, and its frozen half
+FREE = 2e9  # bytes of disk: logs, the ledger, Flower's database
+MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+Check = Callable[[], str]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: `says` is for this side's own eyes; a site's may hold counts of its records."""
+
+    name: str
+    good: bool
+    says: str
+
+
+def findings(checks: Iterable[tuple[str, Check]]) -> Iterator[Finding]:
+    """Each check as soon as it is done."""
+    for name, check in checks:
+        try:
+            yield Finding(name, True, check())
+        except FedtuneError as error:
+            yield Finding(name, False, str(error))
+
+
+def versions() -> str:
+    """What is installed. Errors: InfrastructureError where fedtune asks for another version."""
+    said = f"fedtune {__version__}, protocol {PROTOCOL}, python {platform.python_version()}"
+    try:
+        asked = [Requirement(text) for text in metadata.requires("fedtune") or ()]
+    except metadata.PackageNotFoundError:
+        asked = []
+    found = {name: _installed(name) for name in SHOWN}
+    for each in asked:
+        if each.marker is None and not each.specifier.contains(_installed(each.name) or "0"):
+            raise InfrastructureError(
+                f"{said}: {each.name} {_installed(each.name) or 'is missing'}",
+                f"{each.name}{each.specifier}",
+                f"pip install '{each.name}{each.specifier}'",
+            )
+    return ", ".join([said, *(f"{name} {version}" for name, version in found.items())])
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def secrets(files: Iterable[Path]) -> str:
+    """Errors: ConfigError where other users can read one of those that are there."""
+    there = [path for path in files if path.exists()]
+    for path in there:
+        if path.stat().st_mode & OPEN:
+            raise ConfigError(
+                f"{path}: other users can read it",
+                "a file for this user alone",
+                "treat it as lost, or chmod 600 if nobody else was on this machine",
+            )
+    return f"{len(there)} files, for this user alone"
+
+
+class Need(NamedTuple):
+    """Bytes in memory. base: in the study's own type (auto: fp32 at most); adapter: fp32."""
+
+    base: float
+    adapter: float
+
+    @property
+    def memory(self) -> float:
+        return ROOM + self.base + COPIES * self.adapter
+
+
+def need(study: Study, folder: Path) -> Need:
+    """What a study's base and adapter take, from the headers of the base's files. An adapter is
+    counted on every layer, so it is rather too large. Errors: ModelError."""
+    shapes, rank = list(_shapes(folder)), study.lora.rank if study.lora else 0
+    ends = tuple(f"{name}.weight" for name in study.lora.modules) if study.lora else ()
+    rows = sum(sum(shape) for name, shape in shapes if name.endswith(ends))
+    width = 2 if study.base.dtype == "bfloat16" else 4
+    return Need(width * sum(math.prod(shape) for _, shape in shapes), 4 * rank * rows)
+
+
+def _shapes(folder: Path) -> Iterator[tuple[str, list[int]]]:
+    for path in weights(folder):
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118  (not a mapping)
+                yield name, file.get_slice(name).get_shape()
+
+
+def base(study: Study, source: str | None = None) -> Path:
+    """The folder of the study's base on this machine. Errors: ModelError (absent, another)."""
+    found = verify(source or study.base.model)
+    if study.base.digest not in (None, found.digest):
+        raise ModelError(
+            f"{found.name}: the digest of the base here is {found.digest}",
+            f"{study.base.digest}, as in the study",
+            "use the copy that the study was made with, or start a new study with this one",
+        )
+    return found.path
+
+
+def disk(place: Path, least: float) -> str:
+    """Errors: InfrastructureError where fewer bytes are free, or none can be written."""
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < least:
+        raise InfrastructureError(
+            f"{place}: {_gb(free)} free", f"{_gb(least)} at least", "free the disk, or move it"
+        )
+    if not os.access(place, os.W_OK):
+        raise InfrastructureError(f"{place}: cannot be written", todo="fix its permissions")
+    return f"{_gb(free)} free, {_gb(least)} wanted"
+
+
+def memory(least: float) -> str:
+    """Errors: InfrastructureError where less than `least` bytes are to be had."""
+    free = available()
+    if free is None:
+        return f"{_gb(least)} wanted; this system does not say what is free"
+    if free < least:
+        raise InfrastructureError(
+            f"{_gb(free)} of memory to be had",
+            f"{_gb(least)} at least for this study's base and adapter",
+            'end other programs, raise the container\'s limit, or set base.dtype = "bfloat16"',
+        )
+    return f"{_gb(free)} to be had, {_gb(least)} wanted"
+
+
+def available() -> float | None:
+    """Bytes that a new program could have: the system's word, and a container's limit."""
+    try:
+        lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+        free = 1024.0 * int(lines["MemAvailable"].split()[0])
+    except (OSError, ValueError, KeyError):
+        return None
+    try:
+        limit = (CGROUP / "memory.max").read_text().strip()
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        used = int((CGROUP / "memory.current").read_text()) - int(stat["inactive_file"])
+        return free if limit == "max" else min(free, int(limit) - used)
+    except (OSError, ValueError, KeyError):
+        return free
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"

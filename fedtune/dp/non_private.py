@@ -1,0 +1,43 @@
+"""NOT PRIVATE: the same step without noise or accounting, for `privacy = "off"` alone.
+
+It exists to show what privacy costs and is marked in every output; the default policy refuses it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fedtune.config import ClippingTable, Study
+from fedtune.dp import clip, sampling
+from fedtune.dp.calibration import sampling_rate
+from fedtune.dp.plan import RowGradients
+from fedtune.dp.steplog import StepLog
+
+
+@dataclass(frozen=True)
+class PlainPlan:
+    """A mean of unit gradients, clipped like the private twin if the study has [clipping]."""
+
+    sampling_rate: float
+    divisor: float
+    clipping: ClippingTable | None
+
+    def step(
+        self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
+    ) -> torch.Tensor:
+        """The un-noised mean gradient, fp32 (dimension,). No guarantee whatsoever."""
+        sampled = sampling.poisson(n_rows, self.sampling_rate)
+        total = torch.zeros(dimension, dtype=torch.float64)
+        for chunk in gradients(sampled) if sampled else ():
+            rows, c = chunk.flat(), self.clipping
+            if c is not None:
+                rows = clip.clip(rows, c.max_grad_norm, c.mode, c.gamma)
+            total += rows.sum(dim=0, dtype=torch.float64).cpu()
+        return (total / self.divisor).float()
+
+
+def plain_plan(study: Study, declared_size: int) -> PlainPlan:
+    rate = sampling_rate(study, declared_size)
+    return PlainPlan(rate, rate * declared_size, study.clipping)

@@ -1,0 +1,260 @@
+"""How good the model is on public or released records: per round, and of a finished run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from fedtune import modalities
+from fedtune.bases.find import find_base, load_tokenizer
+from fedtune.config import EvaluationTable, Study
+from fedtune.data.dataset import NO_TARGET, Dataset, Example
+from fedtune.data.load import load_dataset
+from fedtune.errors import ConfigError, DataError
+from fedtune.evaluation.metrics import CHOSEN, LOWER, Compared, Scores, _resamples
+from fedtune.models.cache import Cached
+from fedtune.models.lora import Arrays
+from fedtune.models.network import Network, build
+from fedtune.objectives import find
+from fedtune.objectives._interface import Batch, Shape
+from fedtune.objectives._tokens import likelihood
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROWS = 512  # positions whose logits over the vocabulary are held at once
+
+
+def check_evaluation(study: Study) -> None:
+    """Whether the study's [evaluation], if it has one, can be measured: its metric, columns and
+    choices, from the file and the base's tokenizer alone.
+
+    Errors: ConfigError, DataError, as Evaluator's."""
+    table, objective = study.evaluation, find(study.objective)
+    if table is None:
+        return
+    _check(table, study.objective.name, objective.shape)
+    base = find_base(study.base.model, study.base.digest)
+    tokenizer = load_tokenizer(base)
+    data = load_dataset(table, study, tokenizer, reader=modalities.reader(base, tokenizer))
+    if table.metric in CHOSEN and objective.shape != "label":
+        _spelled(tokenizer, data, table.choices, study.objective.max_length)
+
+
+class Evaluator:
+    """The study's [evaluation] records, ready to be measured again and again.
+
+    What is frozen below the adapters is computed once, here. Errors: ConfigError where the metric
+    does not fit the objective, DataError for the file."""
+
+    def __init__(self, study: Study, frozen: Arrays | None = None) -> None:
+        table = study.evaluation
+        if table is None:
+            raise ConfigError("the study has no [evaluation] table", "one, with path and columns")
+        self._objective = find(study.objective)
+        self.metric, self.classify = table.metric, self._objective.shape == "label"
+        self.paired = self._objective.shape in ("pair", "judged")
+        _check(table, study.objective.name, self._objective.shape)
+        self.network: Network = build(study)
+        self._factor = self.network.adopt(study, frozen or {})
+        data = load_dataset(table, study, self.network.tokenizer, reader=self.network.reader)
+        self.rejected = data.rejected
+        self._records = Cached(self.network, data)
+        self._gold = np.array([e.label if self.classify else -1 for e in data.examples])
+        self._single: torch.Tensor | None = None  # the token of each choice, where each has one
+        self._spelled: Cached | None = None  # else every record with every choice
+        self._choices = len(table.choices)
+        if self.metric in CHOSEN and not self.classify:
+            self._read_choices(data, table.choices, study.objective.max_length)
+        assess = self._pairs if self.paired else self._classes if self.classify else self._tokens
+        self._assess: Callable[[Batch, Scores], None] = assess
+        for cached in (self._records, self._spelled):
+            if cached is not None:
+                cached.warm()
+
+    def __len__(self) -> int:
+        return len(self._gold)
+
+    def measure(self, adapter: Arrays | None) -> dict[str, float]:
+        """The study's metric and the loss (nats, mean over records) with `adapter`; None is the
+        untouched base (a trained head counts as untouched at its public start, zero)."""
+        scores = self.scores(adapter)
+        return {name: scores.value(name) for name in dict.fromkeys((self.metric, "loss"))}
+
+    def compare(self, champion: Arrays, challenger: Arrays) -> Compared:
+        """A paired bootstrap over the records (Efron & Tibshirani 1993, chapter 16); a tie is not
+        better. The same adapters on the same records always give the same answer."""
+        before, after = self.scores(champion), self.scores(challenger)
+        sign = -1 if self.metric in LOWER else 1
+        better = [
+            sign * (after.value(self.metric, rows) - before.value(self.metric, rows)) > 0
+            for rows in _resamples(len(self))
+        ]
+        pair = before.value(self.metric), after.value(self.metric)
+        return Compared(*pair, float(np.mean(better)))
+
+    @torch.no_grad()
+    def scores(self, adapter: Arrays | None) -> Scores:
+        """Every record's own figures. The network's arrays are put back afterwards."""
+        self.network.load_frozen(self._factor)  # the network may have served another study since
+        before = self.network.trainable()
+        zero = {name: np.zeros_like(value) for name, value in before.items()}
+        self.network.load_trainable(zero if adapter is None else adapter)
+        try:
+            n = len(self)
+            exact, chosen = np.zeros(n, bool), np.full(n, -1)
+            scores = Scores(np.zeros(n), np.ones(n), exact, chosen, self._gold, np.zeros(n))
+            for batch in self._records.batches(range(n)):
+                self._assess(batch, scores)
+            if self._spelled is not None:
+                scores.chosen = self._most_likely(self._spelled)
+            return scores
+        finally:
+            self.network.load_trainable(before)
+
+    # ------------------------------------------------------------------------------ one batch
+
+    def _classes(self, batch: Batch, scores: Scores) -> None:
+        hidden = self.network.hidden(batch.prefix, batch.mask, seen=batch.seen)
+        logits = self.network.logits(self.network.pool(hidden, batch.mask))
+        index = batch.index.numpy()
+        loss = functional.cross_entropy(logits, batch.label, reduction="none")
+        scores.loss[index] = loss.double().cpu().numpy()
+        scores.chosen[index] = logits.argmax(dim=1).cpu().numpy()
+        scores.exact[index] = scores.chosen[index] == scores.gold[index]
+
+    def _pairs(self, batch: Batch, scores: Scores) -> None:
+        """Preferred is what the model scores higher (a trained head) or would rather write: the
+        higher likelihood per token, so that neither a short nor a long completion gains by it."""
+        index = batch.index.numpy()
+        if self.network.head is None:
+            said = likelihood(self.network, batch).mean
+        else:
+            hidden = self.network.hidden(batch.prefix, batch.mask, seen=batch.seen)
+            said = self.network.logits(self.network.pool(hidden, batch.mask))[:, 0]
+        better, worse = said.view(-1, 2).unbind(dim=1)
+        scores.margin[index] = (better - worse).double().cpu().numpy()
+        if self._objective.shape == "pair":
+            losses = self._objective.losses(self.network, batch)
+        else:  # judgements are evaluated on pairs: how likely the better completion is
+            losses = -better
+        scores.loss[index] = losses.double().cpu().numpy()
+
+    def _tokens(self, batch: Batch, scores: Scores) -> None:
+        hidden = self.network.hidden(batch.prefix, batch.mask, seen=batch.seen)
+        total, count, right = self._by_record(hidden, batch)
+        index = batch.index.numpy()
+        scores.loss[index], scores.tokens[index] = total / count, count
+        scores.exact[index] = right == count
+        if self._single is not None:
+            first = (batch.target_ids != NO_TARGET).int().argmax(dim=1)
+            rows = torch.arange(len(first), device=first.device)
+            logits = self.network.logits(hidden[rows, first], self._single)
+            scores.chosen[index] = logits.argmax(dim=1).cpu().numpy()
+
+    def _by_record(
+        self, hidden: torch.Tensor, batch: Batch
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(summed loss, targets, targets that are the most likely token), each (B,).
+
+        Greedy decoding gives the completion exactly where every target is the most likely token
+        after the targets before it, so one pass over the true text tells, without decoding."""
+        rows, at = torch.nonzero(batch.target_ids != NO_TARGET, as_tuple=True)
+        loss, hit = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.bool)
+        for i in range(0, len(rows), ROWS):
+            part = slice(i, i + ROWS)
+            target = batch.target_ids[rows[part], at[part]]
+            logits = self.network.logits(hidden[rows[part], at[part]])
+            loss[part] = functional.cross_entropy(logits, target, reduction="none")
+            hit[part] = logits.argmax(dim=1) == target
+        size, of = len(batch.index), rows.cpu().numpy()
+        total = np.bincount(of, loss.double().numpy(), size)
+        right = np.bincount(of, hit.double().numpy(), size)
+        return total, np.bincount(of, minlength=size), right
+
+    def _most_likely(self, spelled: Cached) -> np.ndarray:
+        """The choice of highest log-likelihood, summed over its tokens, (n,)."""
+        likelihood = np.zeros(len(self) * self._choices)
+        for batch in spelled.batches(range(len(likelihood))):
+            hidden = self.network.hidden(batch.prefix, batch.mask, seen=batch.seen)
+            likelihood[batch.index.numpy()] = -self._by_record(hidden, batch)[0]
+        best: np.ndarray = likelihood.reshape(-1, self._choices).argmax(axis=1)
+        return best
+
+    # -------------------------------------------------------------------------------- choices
+
+    def _read_choices(self, data: Dataset, choices: Sequence[str], max_length: int) -> None:
+        ids, gold = _spelled(self.network.tokenizer, data, choices, max_length)
+        self._gold[:] = gold
+        if all(len(i) == 1 for i in ids):
+            self._single = torch.tensor([i[0] for i in ids], device=self.network.device)
+        else:
+            every = [_spell(example, i) for example in data.examples for i in ids]
+            self._spelled = Cached(self.network, Dataset(every, data.n_units, data.rejected))
+
+
+def _spelled(
+    tokenizer: PreTrainedTokenizerBase, data: Dataset, choices: Sequence[str], max_length: int
+) -> tuple[list[list[int]], list[int]]:
+    """The tokens of each choice, and which of them each record's completion is.
+
+    Errors: ConfigError (choices that are no choices), DataError (a completion that is none)."""
+    ids = [tokenizer.encode(choice, add_special_tokens=False) for choice in choices]
+    if len({tuple(i) for i in ids}) < len(ids) or not all(ids):
+        raise ConfigError("evaluation.choices: two are the same to this base, or one is empty")
+    end, gold, cut = [tokenizer.eos_token_id], [], 0
+    for example in data.examples:
+        target = example.target_ids[example.target_ids != NO_TARGET].tolist()
+        found = next((k for k, i in enumerate(ids) if target in (i, i + end)), -1)
+        full = len(example.input_ids) >= max_length - 1
+        cut += found < 0 and full and any(target == i[: len(target)] for i in ids)
+        gold.append(found)
+    of, strange = len(gold), gold.count(-1) - cut
+    if strange:
+        raise DataError(
+            f"evaluation: {strange} of {of} completions are none of evaluation.choices",
+            "each completion exactly as one of the choices, spaces included",
+        )
+    if cut:
+        raise DataError(
+            f"evaluation: objective.max_length = {max_length} cuts {cut} of {of} completions off",
+            "room for each prompt with its whole completion",
+            "raise objective.max_length, or shorten the prompts",
+        )
+    return ids, gold
+
+
+def _spell(example: Example, choice: list[int]) -> Example:
+    """The example's prompt, completed with `choice` in place of its own completion."""
+    prompt = example.input_ids[: int((example.target_ids != NO_TARGET).argmax()) + 1]
+    ids = np.concatenate([prompt, np.array(choice[:-1], np.int32)])
+    targets = np.full(len(ids), NO_TARGET, np.int32)
+    targets[len(prompt) - 1 :] = choice
+    return replace(example, input_ids=ids, target_ids=targets)
+
+
+def _check(table: EvaluationTable, objective: str, shape: Shape) -> None:
+    classify = shape == "label"
+    if (table.metric == "preference") != (shape in ("pair", "judged")) and table.metric != "loss":
+        raise ConfigError(
+            f'evaluation.metric = "{table.metric}" does not fit objective {objective}',
+            "loss or preference" if shape in ("pair", "judged") else "another metric",
+        )
+    if classify and table.metric in ("perplexity", "exact_match"):
+        raise ConfigError(
+            f'evaluation.metric = "{table.metric}" does not fit objective classify',
+            "loss, accuracy or f1",
+        )
+    if table.metric in CHOSEN and not classify and len(table.choices) < 2:
+        raise ConfigError(
+            f'evaluation.metric = "{table.metric}" needs evaluation.choices',
+            "the possible completions, at least two",
+        )
+
+
+# ----------------------------------------------------------------------------- a finished run

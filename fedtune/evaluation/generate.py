@@ -1,0 +1,121 @@
+"""Let base and adapter write, side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedtune.data.files import Rejected
+from fedtune.errors import ConfigError, DataError
+from fedtune.objectives import find
+from fedtune.run_folder import load_plan
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedtune.config import ObjectiveTable
+    from fedtune.data.reader import Reader
+
+
+def generate(
+    run: Path,
+    prompt: str,
+    max_new_tokens: int = 64,
+    *,
+    chat: bool | None = None,
+    file: Path | None = None,
+) -> tuple[str, str]:
+    """(base alone, with the adapter) after `prompt`, greedily; loaded as anybody would, by PEFT.
+    file: the image or recording, for a base that reads one.
+
+    chat: put the prompt into the model's chat template; None: where the study's evaluation records
+    are conversations, or where it has none; else the prompt goes in as training saw it, in
+    objective.template. Errors: ConfigError (no language model), ModelError."""
+    import torch
+
+    from fedtune import modalities
+    from fedtune.bases.architecture import inputs as seen_as
+    from fedtune.bases.find import find_base, load_backbone, load_tokenizer
+    from fedtune.models.loaded import adapted, room
+
+    study = load_plan(run)
+    base = find_base(study.base.model, study.base.digest)
+    if base.kind == "encoder" or find(study.objective).outputs:
+        raise ConfigError(
+            f"{run}: this run trained a head, which writes no text",
+            "a run of an objective on text, such as causal_lm or dpo",
+            f"`fedtune evaluate {run} --data FILE` measures it",
+        )
+    tokenizer: Any = load_tokenizer(base)
+    reader = modalities.reader(base, tokenizer)
+    shown, prompt = _shown(reader, file, prompt, study.objective)
+    backbone: Any = load_backbone(base, torch.float32)
+    if study.base.quantisation:
+        from fedtune.bases.quantise import rounded
+
+        rounded(backbone, study.base.quantisation, getattr(torch, study.base.dtype))
+    model = adapted(backbone, run / "adapter")
+    if chat is None:
+        chat = study.evaluation is None or bool(study.evaluation.columns.messages)
+    if chat and tokenizer.chat_template:
+        turns = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        text = (study.objective.template or "{text}").replace("{text}", prompt)
+        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not reader.starts)
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    asked, most = inputs["input_ids"].shape[1], room(backbone)
+    if asked + max_new_tokens > most:
+        raise ConfigError(
+            f"the prompt has {asked} tokens, and {max_new_tokens} new ones were asked for",
+            f"at most {most} together, which is all that the base reads",
+            "a shorter prompt, or a smaller --max-new-tokens",
+        )
+    if shown is not None:
+        inputs |= seen_as(backbone, base.kind, shown, inputs["input_ids"])
+    start = "input_ids"
+    if base.kind == "speech":  # its text is the decoder's; what it reads besides is sound
+        start = "decoder_input_ids"
+        inputs = {"input_features": inputs["input_features"], start: inputs["input_ids"]}
+
+    def write() -> str:
+        out = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        new = out[0, inputs[start].shape[1] :]
+        return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
+
+    with torch.no_grad():
+        after = write()
+        with model.disable_adapter():
+            return write(), after
+
+
+def _shown(
+    reader: Reader, file: Path | None, prompt: str, objective: ObjectiveTable
+) -> tuple[torch.Tensor | None, str]:
+    """What the base's tower reads of `file`, and the prompt with its place-holders."""
+    from fedtune.data.media import load
+    from fedtune.data.records import Record
+
+    if reader.column is None:
+        if file is not None:
+            raise ConfigError("--file is given, and the base reads text alone", "--prompt")
+        if not prompt:
+            raise ConfigError("no prompt", "--prompt TEXT")
+        return None, prompt
+    if file is None:
+        raise ConfigError(f"the base reads {reader.column} and text", "--file PATH")
+    if not file.is_file():
+        raise DataError(f"{file}: no such file", f"a file of {reader.column}")
+    try:
+        media = load(file, reader.column)
+        record, _ = reader.place(Record("", prompt, media=media), objective)
+    except Rejected as error:
+        raise DataError(f"{file}: {error.reason}") from None
+    return reader.tensor(media), record.prompt

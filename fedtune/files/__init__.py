@@ -1,0 +1,1 @@
+"""Reading and writing files: bounded, whole, or not at all."""

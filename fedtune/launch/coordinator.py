@@ -1,0 +1,295 @@
+"""The coordinator: `fedtune server`, which runs a study over TLS with sites on other machines.
+
+    serve() ── starts ──> gateway (the only exposed port) <── site ── `fedtune client`
+       ├── starts ──> SuperLink (loopback, node keys) <── gateway
+       └── claims the run's ServerApp task and calls fedtune.server.rounds.run with its Grid
+
+The rounds run in this process, from the installed package. The app bundle that Flower wants for a
+run holds a pyproject.toml and no code, so there is nothing in it that a site could run. A gateway
+that ends is started again; without its SuperLink the study stops, and --resume goes on.
+
+Layout of the coordinator's home (made at the first start; ca.pem and signing.key want a backup):
+
+    ca.pem              the consortium's CA; stays the same for its whole life
+    server.pem          the gateway's certificate and key; renewed by itself (certs.py)
+    signing.key         signs plans, orders and receipts
+    address             what sites call the coordinator by; `fedtune admit` writes it into answers
+    nodes/SITE.json     the keys of every admitted site (enrol.py)
+    leaves/SITE.pem     its newest certificate, for `fedtune doctor`
+    flower/             state of the running SuperLink and gateway; made anew at every start
+
+Flower's Control API (who may start and stop runs) asks for no credentials, and shares the
+SuperLink's port, a random one on loopback. It is locked (api.Locked): whoever else has an account
+on this machine lacks the secret, which is in flower/.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import secrets
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from flwr.serverapp import Grid
+
+from fedtune.config import load_study
+from fedtune.errors import ConfigError, InfrastructureError
+from fedtune.files.writing import replace
+from fedtune.flower import allowance, api, certs, enrol
+from fedtune.flower.processes import (
+    EVERYWHERE,
+    STOP_SECONDS,
+    Child,
+    Stopped,
+    alone,
+    bypass_proxy,
+    free_port,
+    interruptible,
+    own_name,
+    reachable,
+)
+from fedtune.wire.keys import SigningKey
+
+Event = Callable[[str, dict[str, Any]], None]
+Run = Callable[..., dict[str, Any]]  # fedtune.server.rounds.run, or a stand-in
+CLAIM_SECONDS = 30.0
+WATCH_SECONDS = 0.5  # between two looks at the gateway and the registry
+
+
+def serve(
+    study_path: Path,
+    out: Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8443,
+    names: Sequence[str] = (),
+    home: Path,
+    resume: bool = False,
+    on_event: Event | None = None,
+    run: Run | None = None,
+) -> dict[str, Any]:
+    """Run the study with the sites that are admitted, now or while it runs; return the report.
+
+    host, port: where the gateway listens. names: what sites call it by (they go into its
+    certificate). run: in place of server/rounds.py's. Errors: ConfigError; InfrastructureError when
+    the SuperLink ends, nothing can listen, or SIGTERM stops the study; KeyboardInterrupt."""
+    study = load_study(study_path)
+    bypass_proxy()
+    try:
+        with alone(home / "flower", "fedtune server") as killed, interruptible():
+            prepare(home, host, port, names, STOP_SECONDS if killed else 0.0)
+            rounds = run or _installed_rounds(home)
+            with superlink(home) as link:
+                try:
+                    with study_grid(link, home) as grid, door(link, home, host, port):
+                        return rounds(grid, study, out, resume=resume, on_event=on_event)
+                except (httpx.HTTPError, InfrastructureError) as error:
+                    raise _blame(link.child, error) from None
+    except Stopped as stop:
+        if stop.name == "SIGINT":  # a person's own doing: not an error
+            raise KeyboardInterrupt from None
+        raise InfrastructureError(
+            f"stopped by {stop.name} before the study was done", todo="start it with --resume"
+        ) from None
+
+
+def prepare(
+    home: Path, host: str, port: int, names: Sequence[str] = (), patience: float = 0.0
+) -> None:
+    """Make what the home lacks; see the layout above. patience: seconds until the port must be
+    free; the gateway of a server that was killed ends by itself.
+
+    Errors: ConfigError, InfrastructureError."""
+    deadline = time.monotonic() + patience
+    while reachable(own_name(host), port):
+        if time.monotonic() > deadline:
+            raise InfrastructureError(
+                f"port {port} of {host} is taken", todo="choose another with --port"
+            )
+        time.sleep(0.1)
+    certs.ca(home)
+    SigningKey.at(home / "signing.key")
+    own = [] if host in EVERYWHERE else [host]
+    certs.server_leaf(home, [*names, *own])
+    for name in [*names, *own][:1]:
+        address = f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
+        replace(home / "address", address.encode(), private=True)
+
+
+@dataclass(frozen=True)
+class Link:
+    """A running SuperLink: its process, its loopback address, its throw-away certificate, and the
+    secret that opens it."""
+
+    child: Child
+    address: str
+    certificate: Path
+    secret: bytes
+
+    @property
+    def ca(self) -> bytes:
+        return self.certificate.read_bytes()
+
+
+@contextmanager
+def superlink(home: Path) -> Iterator[Link]:
+    """A SuperLink on loopback that admits registered nodes only, and starts no process.
+
+    Its database is new each time: what must outlive it is in the study's own folder."""
+    state, port = home / "flower", free_port()
+    for old in state.glob("state.db*"):
+        old.unlink()
+    secret = secrets.token_bytes(32)
+    secret_file = replace(state / "executor.secret", secret, private=True)
+    certificate, key = certs.loopback(state)
+    # fmt: off
+    options = [
+        "--host", "127.0.0.1", "--port", str(port),
+        "--ssl-certfile", str(certificate), "--ssl-keyfile", str(key),
+        "--ssl-ca-certfile", str(certificate),
+        "--enable-supernode-auth",
+        "--isolation", "process", "--superexec-auth-secret-file", str(secret_file),
+        "--database", str(state / "state.db"),
+        "--disable-runtime-dependency-installation",
+    ]
+    # fmt: on
+    with Child("superlink", options, home=state, log=state / "superlink.log") as child:
+        child.wait_for_port("127.0.0.1", port)
+        yield Link(child, f"127.0.0.1:{port}", certificate, secret)
+
+
+@contextmanager
+def door(link: Link, home: Path, host: str, port: int) -> Iterator[None]:
+    """The gateway, started again when it ends, and the sites that are admitted meanwhile."""
+    state, done = home / "flower", threading.Event()
+    options = [str(home), host, str(port), f"https://{link.address}", str(link.certificate)]
+
+    def start() -> Child:
+        return Child("gateway", options, home=state, log=state / "gateway.log")
+
+    known: set[str] = set()
+    register_new(link, home, known)
+    gateway = start()
+
+    def supervise() -> None:
+        nonlocal gateway
+        began, again, pause = time.monotonic(), 0.0, WATCH_SECONDS
+        while not done.wait(WATCH_SECONDS):
+            now = time.monotonic()
+            with suppress(httpx.HTTPError, ConfigError, OSError):  # the next look tries again
+                if not gateway.alive and now >= again:
+                    pause = WATCH_SECONDS if now - began > 60 else min(2 * pause, 16.0)
+                    began, again = now, now + pause
+                    gateway.stop()
+                    gateway = start()
+                register_new(link, home, known)
+
+    watch = threading.Thread(target=supervise, daemon=True)
+    try:
+        gateway.wait_for_port(own_name(host), port)
+        watch.start()
+        yield
+    finally:
+        done.set()
+        if watch.ident:
+            watch.join()
+        gateway.stop()
+
+
+def register_new(link: Link, home: Path, known: set[str]) -> None:
+    """Tell the SuperLink of every admitted node key that is not in `known`, and remember it."""
+    new = {r.name: r.node.encode() for r in enrol.registry(home).values() if r.node not in known}
+    for name, key in new.items():
+        api.register(link.address, link.ca, link.secret, {name: key})
+        known.add(key.decode())
+
+
+@contextmanager
+def study_grid(link: Link, home: Path) -> Iterator[Grid]:
+    """Start a run and claim its ServerApp task: the Grid to run the rounds on."""
+    content = bundle()
+    digest = hashlib.sha256(content).hexdigest()
+    api.start_run(link.address, link.ca, link.secret, content, digest)
+    runtime = api.Runtime(link.address, link.secret, link.ca)
+    try:
+        deadline = time.monotonic() + CLAIM_SECONDS
+        while (claim := runtime.acquire([api.SERVER_APP])) is None:
+            if time.monotonic() > deadline:
+                raise InfrastructureError("the SuperLink gives out no task for its run")
+            time.sleep(0.1)
+    finally:
+        runtime.close()
+    child = link.child
+    with api.server_grid(link.address, link.ca, claim, give_up=lambda: not child.alive) as grid:
+        yield grid
+
+
+def bundle() -> bytes:
+    """The app bundle of every run: names and no code, because every machine has its own."""
+    project = (
+        '[project]\nname = "fedtune"\nversion = "1.0.0"\n'
+        '[tool.flwr.app]\npublisher = "fedtune"\n'
+        "[tool.flwr.app.components]\n"
+        'serverapp = "fedtune.server.app:app"\nclientapp = "fedtune.client.app:app"\n'
+        "[tool.flwr.app.config]\n"
+    )
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("pyproject.toml", project)
+    return buffer.getvalue()
+
+
+def _blame(link: Child, error: httpx.HTTPError | InfrastructureError) -> InfrastructureError:
+    if not link.alive:
+        return link.ended()
+    if isinstance(error, InfrastructureError):
+        return error
+    return InfrastructureError(
+        f"the SuperLink refused a request ({type(error).__name__})", todo=f"read {link.log}"
+    )
+
+
+class Members:
+    """Who each node is, as of now: the SuperLink vouches for a node's key, the registry for the
+    key's name. A node keeps its key, so one that has just left is still known."""
+
+    def __init__(self, home: Path) -> None:
+        self._home, self._keys, self._asked = home, dict[int, str](), dict[str, tuple[int, int]]()
+        allowance.write(home, self._asked)
+
+    def __call__(self, grid: Grid) -> dict[int, enrol.Member]:
+        self._keys |= api.node_keys(grid)
+        known = {r.node: r for r in enrol.registry(self._home).values()}
+        found = {node: known[key] for node, key in self._keys.items() if key in known}
+        return {node: enrol.Member(r.name, r.signing) for node, r in found.items()}
+
+    def expect(self, grid: Grid, nodes: Iterable[int], most: int) -> None:
+        """Have the gateway let these nodes, and no others, push an answer of `most` bytes."""
+        members = self(grid)
+        for name in {members[node].name for node in nodes if node in members}:
+            count, _ = self._asked.get(name, (0, 0))
+            self._asked[name] = (count + 1, most)
+        allowance.write(self._home, self._asked)
+
+
+def _installed_rounds(home: Path) -> Run:
+    from fedtune.server import rounds
+    from fedtune.server.parts import Parts
+
+    members = Members(home)
+    parts = Parts(
+        key=SigningKey.at(home / "signing.key"),
+        receipts=home / "receipts.json",
+        enrolled=members,
+        expect=members.expect,
+    )
+    return functools.partial(rounds.run, parts=parts)

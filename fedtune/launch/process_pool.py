@@ -1,0 +1,186 @@
+"""The in-process Grid with its sites in several processes, which train at the same time.
+
+    coordinator: ProcessGrid ── socket pair, bytes of Flower's own messages ──> main(): some sites
+
+Each site has one process for the whole run: its data and its ledger are opened there alone. The
+base's weights are mapped, so that all processes share one copy. No pickle passes: JSON and bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Error, Message
+
+from fedtune import errors
+from fedtune.client.app import app, trouble
+from fedtune.errors import FedtuneError
+from fedtune.flower import api
+from fedtune.flower.grid import InProcessGrid, answer, contexts_of, decode
+from fedtune.flower.processes import Child
+
+Sites = dict[int, str]  # node number -> site file
+PAUSE = 0.05  # seconds that one look for a reply may take
+
+
+class ProcessGrid(InProcessGrid):
+    """As InProcessGrid, but the sites answer in `processes` processes; a context manager that ends
+    them. trouble: what the sites' own errors were, by site file.
+
+    Guarantee: at most one reply is held here, one more in each process. A process that ends is the
+    failure of the site that it was working for; the next message to its sites starts a new one."""
+
+    def __init__(self, sites: Sequence[Path], processes: int, logs: Path) -> None:
+        super().__init__(sites, app)
+        self.trouble: dict[str, FedtuneError] = {}
+        parts: list[Sites] = [{} for _ in range(min(processes, len(sites)))]
+        for at, (node, context) in enumerate(self._contexts.items()):
+            parts[at % len(parts)][node] = str(context.node_config["site"])
+        self._workers = [_Worker(n, part, len(parts), logs) for n, part in enumerate(parts)]
+        self._of = {node: worker for worker in self._workers for node in worker.sites}
+        self._replies: dict[str, bytes] = {}
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        pushed = []
+        for message in messages:
+            (identity,) = super().push_messages([message])
+            self._of[message.metadata.dst_node_id].queue.append(identity)
+            pushed.append(identity)
+        return pushed
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
+        """The replies that are there, each once."""
+        for identity in message_ids:
+            self._move()
+            reply = self._replies.pop(identity, None)
+            if reply is not None:
+                yield decode(reply)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        waiting, replies = self.push_messages(messages), list[Message]()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while waiting and (deadline is None or time.monotonic() < deadline):
+            for reply in self.pull_messages(waiting):
+                waiting.remove(reply.metadata.reply_to_message_id)
+                replies.append(reply)
+        return replies
+
+    def __enter__(self) -> ProcessGrid:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.stop()
+
+    def _move(self) -> None:
+        """Give work to whoever has none, and take one reply if none is held."""
+        for worker in self._workers:
+            self._feed(worker)
+        if self._replies:
+            return
+        busy = {w.connection: w for w in self._workers if w.busy and w.connection}
+        for ready in wait(list(busy), PAUSE)[:1] if busy else ():
+            worker = next(w for connection, w in busy.items() if connection is ready)
+            self._take(worker)
+            self._feed(worker)
+
+    def _feed(self, worker: _Worker) -> None:
+        if not worker.busy and worker.queue:
+            identity = worker.queue.popleft()
+            worker.give(identity, self._waiting.pop(identity))
+
+    def _take(self, worker: _Worker) -> None:
+        identity, asked = worker.busy, decode(worker.body)
+        try:
+            assert worker.connection is not None
+            trouble = json.loads(worker.connection.recv_bytes())
+            reply = worker.connection.recv_bytes()
+        except (EOFError, OSError):
+            worker.stop()
+            trouble = {}
+            gone = Message(Error(api.ErrorCode.CLIENT_APP_CRASHED), reply_to=asked)
+            reply = api.message_to_proto(gone).SerializeToString()
+        worker.busy, worker.body = "", b""
+        self.trouble |= {site: _error(said) for site, said in trouble.items()}
+        self.bytes_up[asked.metadata.dst_node_id] += len(reply)
+        self._replies[identity] = reply
+
+
+class _Worker:
+    """One process and the sites that it answers for; started with its first message."""
+
+    def __init__(self, number: int, sites: Sites, processes: int, logs: Path) -> None:
+        self._number, self.sites, self._processes, self._logs = number, sites, processes, logs
+        self._child: Child | None = None
+        self.connection: Connection | None = None
+        self.queue: deque[str] = deque()
+        self.busy, self.body = "", b""  # the message that it is answering
+
+    def give(self, identity: str, body: bytes) -> None:
+        connection = self.connection or self._started()
+        self.busy, self.body = identity, body
+        with suppress(OSError):  # it ended: seen when its reply is awaited
+            connection.send_bytes(body)
+
+    def _started(self) -> Connection:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            options = [str(theirs.fileno()), str(self._number), str(self._processes)]
+            log = self._logs / f"sites-{self._number}.log"
+            keep = [theirs.fileno()]
+            self._child = Child("sites", options, home=self._logs, log=log, keep=keep)
+        self.connection = Connection(ours.detach())
+        self.connection.send_bytes(json.dumps(self.sites).encode())
+        return self.connection
+
+    def stop(self) -> None:
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
+        if self._child is not None:
+            self._child.stop()
+            self._child = None
+
+
+def _error(said: list[str]) -> FedtuneError:
+    kind, *words = said
+    found = getattr(errors, kind, None)
+    known = isinstance(found, type) and issubclass(found, FedtuneError)
+    return (found if known else FedtuneError)(*words)  # type: ignore[misc]
+
+
+# ----------------------------------------------------------------------------- a site's process
+
+
+def main(options: list[str]) -> None:
+    """DESCRIPTOR NUMBER PROCESSES: answer what comes in over a socket until that closes."""
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
+    descriptor, number, processes = map(int, options)
+    connection = Connection(descriptor)
+    sites = {int(node): Path(path) for node, path in json.loads(connection.recv_bytes()).items()}
+    from fedtune.training.data_parallel import share_machine
+
+    share_machine(number, processes)
+    contexts = contexts_of(sites)
+    with suppress(EOFError, OSError):
+        while True:
+            reply = answer(app, contexts, connection.recv_bytes())
+            said: dict[str, Any] = {
+                site: [type(e).__name__, e.happened, e.expected, e.todo]
+                for site, e in trouble.items()
+            }
+            trouble.clear()
+            connection.send_bytes(json.dumps(said).encode())
+            connection.send_bytes(reply)

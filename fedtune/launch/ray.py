@@ -1,0 +1,122 @@
+"""The same study in Flower's own simulation runtime (Ray): sites in several processes at once."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedtune.config import Study
+from fedtune.errors import FedtuneError, InfrastructureError
+from fedtune.server import rounds
+from fedtune.server.parts import Parts
+
+LOOPBACK = "127.0.0.1"
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray replaces 127.0.0.1 by an address that other machines reach, unless it may not cluster.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
+
+
+def simulate_ray(
+    study: Study,
+    sites: Sequence[Path],
+    out: Path,
+    *,
+    resume: bool = False,
+    on_event: Callable[[str, dict[str, Any]], None] | None = None,
+    parts: Parts | None = None,
+    processes: int = 1,
+) -> dict[str, Any]:
+    """As simulate; each of `processes` Ray workers keeps its own copy of the base in memory.
+
+    Errors: as server.rounds.run; InfrastructureError where Ray is not installed or fails."""
+    if importlib.util.find_spec("ray") is None:
+        raise InfrastructureError(
+            "the ray engine is not installed", todo="pip install 'fedtune[ray]'"
+        )
+    os.environ.update(QUIET)
+    from flwr.simulation import run_simulation
+
+    result: dict[str, Any] = {}
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        try:
+            result["body"] = rounds.run(
+                grid, study, out, resume=resume, on_event=on_event, parts=parts
+            )
+        except FedtuneError as error:
+            result["error"] = error
+
+    client = site_app([str(path.resolve()) for path in sites])
+    try:
+        run_simulation(server, client, len(sites), backend_config=_backend(processes))
+    except Exception as error:
+        raise InfrastructureError(f"the ray engine failed ({type(error).__name__})") from error
+    if "error" in result:
+        raise result["error"]
+    body: dict[str, Any] = result["body"]
+    return body
+
+
+def site_app(sites: list[str]) -> ClientApp:
+    """The installed ClientApp with the site file of each partition filled in.
+
+    Ray hands a site's messages to any worker, so the plan is kept in the node's own context and
+    given to a worker that does not know it yet."""
+    app = ClientApp()
+
+    @app.query("prepare")
+    def prepare(message: Message, context: Context) -> Message:
+        context.state.update(message.content)
+        return _answer(message, context, sites)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return _prepared(message, context, sites)
+
+    @app.query("evaluate")
+    def evaluate(message: Message, context: Context) -> Message:
+        return _prepared(message, context, sites)
+
+    return app
+
+
+def _prepared(message: Message, context: Context, sites: list[str]) -> Message:
+    """The site's answer; a worker that does not know the plan is given it first."""
+    reply = _answer(message, context, sites)
+    status = reply.content.config_records["site"]["status"]
+    if status == "unprepared" and "plan" in context.state:
+        from fedtune.client.app import prepare as prepare_here
+
+        prepare_here(Message(context.state, reply_to=message), context)
+        reply = _answer(message, context, sites)
+    return reply
+
+
+def _answer(message: Message, context: Context, sites: list[str]) -> Message:
+    from fedtune.client.app import app as installed
+
+    context.node_config["site"] = sites[int(context.node_config["partition-id"])]
+    return installed(message, context)
+
+
+def _backend(processes: int) -> dict[str, Any]:
+    init = {
+        "num_cpus": processes,
+        "include_dashboard": False,
+        "log_to_driver": False,
+        "_node_ip_address": LOOPBACK,
+    }
+    return {"init_args": init, "client_resources": {"num_cpus": 1, "num_gpus": 0.0}}

@@ -1,0 +1,242 @@
+"""A site: `fedtune client`, which answers a coordinator's messages with the installed ClientApp.
+
+    gateway <── forwarder <── SuperNode ── loopback, secret ──> join(): this process
+
+The forwarder (forwarder.py) runs in this process too: it holds the site's certificate.
+
+join() stands where Flower would start a process per message that unpacks the coordinator's app
+bundle and runs it. Guarantee: only the ClientApp installed here runs; a bundle is never opened.
+Other tasks and other kinds of message get a refusal. The process stays, and so does the model that
+it has loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedtune.config import load_site
+from fedtune.errors import InfrastructureError
+from fedtune.files.writing import replace
+from fedtune.flower import api
+from fedtune.flower.forwarder import Forwarder, Link
+from fedtune.flower.forwarder import link as forwarder_link
+from fedtune.flower.processes import (
+    Child,
+    Stopped,
+    alone,
+    bypass_proxy,
+    free_port,
+    interruptible,
+)
+from fedtune.observe.log import strict_here
+
+log = logging.getLogger("fedtune.client")
+Event = Callable[[str, dict[str, Any]], None]
+App = Callable[[Message, Context], Message]
+ANSWERED = ("query.prepare", "train", "query.evaluate")  # the kinds of message that a site answers
+REFUSAL = "this site answers query.prepare, train and query.evaluate, no more"
+POLL_SECONDS = 0.2  # between two looks for a task, on loopback
+GONE_SECONDS = 6.0  # a coordinator that cannot be reached for so long is not there
+LONG_SECONDS = 30.0  # a SuperNode that lasted so long was waiting, not failing
+BACKOFF_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0)
+
+
+def join(
+    site_path: Path,
+    *,
+    once: bool = False,
+    watch: bool = False,
+    on_event: Event | None = None,
+    client_app: ClientApp | App | None = None,
+    patience: float = 90.0,
+) -> None:
+    """Take part in the coordinator's studies until a signal comes; reconnect as often as needed.
+
+    once: return when a coordinator that gave this site work has gone. watch: take part in studies
+    without a last round, and in no others. client_app: in place of
+    client.app:app. patience: seconds to go on being refused; after a crash Flower refuses a site
+    for about 60 s, until the old session has expired. Events: "joined", "answered" {kind, and what
+    fedtune.client.told says of it}, "refused" {kind}, "failed" {kind, error}, "waiting" {address},
+    "connected" (again), "reconnecting" {seconds}; each has a text for people.
+    Errors: ConfigError; InfrastructureError when the coordinator goes on refusing this site."""
+    site = load_site(site_path)
+    link = forwarder_link(site, site_path)
+    executor = _Executor(
+        site_path.resolve(), client_app or _installed_app(), on_event or _ignore, once
+    )
+    executor.coordinator, executor.watch = link.answer.coordinator, watch
+    bypass_proxy()
+    state = site.site.state / "flower"
+    try:
+        with interruptible(), alone(state, "fedtune client"), Forwarder(link, state) as forwarder:
+            failures: list[float] = []  # when, since the last success or long wait
+            while True:
+                began = time.monotonic()
+                problem = executor.attend(state, forwarder)
+                if problem is None:
+                    return
+                ended = time.monotonic()
+                if executor.joined or ended - began > LONG_SECONDS:
+                    failures = []
+                failures.append(ended)
+                if not executor.joined and ended - failures[0] > patience:
+                    raise problem
+                wait = BACKOFF_SECONDS[min(len(failures), len(BACKOFF_SECONDS)) - 1]
+                executor.tell("reconnecting", {"seconds": wait, "text": "connecting again"})
+                time.sleep(wait)
+    except Stopped:
+        return
+
+
+class _Executor:
+    """Answers the tasks of one SuperNode after another."""
+
+    def __init__(self, site_path: Path, app: ClientApp | App, tell: Event, once: bool) -> None:
+        self._site_path, self._app, self.tell, self._once = site_path, app, tell, once
+        self.coordinator = ""  # the signing key that this site enrolled with
+        self.watch = False  # whether it takes part in studies without a last round
+        self.joined = False  # whether the coordinator accepted the last SuperNode
+        self._worked = False
+
+    def attend(self, state: Path, way: Forwarder) -> InfrastructureError | None:
+        """Run one SuperNode until it ends, and say why; None: `once` is fulfilled."""
+        self.joined, problem = False, None
+        if way.refusal:
+            return _refusal(way)  # asked again by the forwarder, until that changes
+        secret, port = secrets.token_bytes(32), free_port()
+        secret_file = replace(state / "executor.secret", secret, private=True)
+        # fmt: off
+        options = [
+            "--superlink", f"127.0.0.1:{way.port}", "--root-certificates", str(way.certificate),
+            "--auth-supernode-private-key", str(way.link.keys / "node.key"),
+            "--host", "127.0.0.1", "--port", str(port),
+            "--isolation", "process", "--superexec-auth-secret-file", str(secret_file),
+        ]
+        # fmt: on
+        with Child("supernode", options, home=state, log=state / "supernode.log") as node:
+            runtime = api.Runtime(f"127.0.0.1:{port}", secret)
+            try:
+                node.wait_for_port("127.0.0.1", port)
+                if self._work(node, runtime, f"127.0.0.1:{port}", way):
+                    return None
+            except InfrastructureError as error:
+                problem = error
+            except Exception as error:  # the SuperNode ended, or waits for an answer in vain: anew
+                if node.alive:
+                    self._failed("connection", error)
+            finally:
+                runtime.close()
+                node.stop()
+            if way.distrust:
+                raise _distrust(way.link)
+            if way.refusal or node.said(api.SUPERNODE_REFUSED):
+                return _refusal(way)
+            return problem or node.ended()
+
+    def _work(self, node: Child, runtime: api.Runtime, address: str, way: Forwarder) -> bool:
+        """Answer task after task: False when the SuperNode ends or the gateway refuses this site,
+        True when `once` is fulfilled."""
+        coordinator, waiting = way.link.address, False
+        while node.alive and not (way.refusal or way.distrust):
+            if not self.joined and node.said(api.SUPERNODE_JOINED):
+                self.joined = True
+                self.tell("joined", {"text": "connected; waiting for work"})
+            if claim := runtime.acquire([api.CLIENT_APP, api.AGENT_APP]):
+                self._answer(node, address, claim)
+            elif self._once and self._worked:
+                if way.away > GONE_SECONDS:
+                    return True
+            elif waiting != (way.away > GONE_SECONDS):
+                waiting = not waiting
+                text = f"waiting for the coordinator at {coordinator}"
+                if waiting:
+                    self.tell("waiting", {"address": coordinator, "text": text})
+                elif self.joined:
+                    self.tell("connected", {"text": "connected again; waiting for work"})
+            time.sleep(POLL_SECONDS)
+        return False
+
+    def _answer(self, node: Child, address: str, claim: api.Claim) -> None:
+        with api.ClientTask(address, claim, give_up=lambda: not node.alive) as task:
+            message, context = task.pull()
+            task.push(self.reply(claim.kind, message, context))
+        self._worked = True
+
+    def reply(self, task_kind: str, message: Message, context: Context) -> Message:
+        """The installed app's reply, or a refusal; of an exception only the class is told."""
+        kind = message.metadata.message_type
+        if task_kind != api.CLIENT_APP or kind not in ANSWERED:
+            self.tell("refused", {"kind": kind, "text": f"REFUSED {kind}: {REFUSAL}"})
+            return api.error_reply(message, REFUSAL)
+        context.run_config = {}  # the coordinator's; the site's own file is all that counts here
+        context.node_config = {"site": str(self._site_path), "coordinator": self.coordinator}
+        context.node_config["watch"] = self.watch
+        try:
+            reply = self._app(message, context)
+        except Exception as error:
+            self._failed(kind, error)
+            return api.error_reply(message, type(error).__name__)
+        self.tell(
+            "answered",
+            {"kind": kind, "text": f"{kind}: answered", **_told(message, reply, context)},
+        )
+        return reply
+
+    def _failed(self, kind: str, error: Exception) -> None:
+        name = type(error).__name__
+        self.tell("failed", {"kind": kind, "error": name, "text": f"{kind}: FAILED: {name}"})
+
+
+def _told(message: Message, reply: Message, context: Context) -> dict[str, Any]:
+    """What the site did, for its own screen and log; whatever goes wrong here, the reply goes."""
+    from fedtune.client.told import told
+
+    try:
+        return told(message, reply, context)
+    except Exception as error:
+        if strict_here():
+            raise
+        log.warning("this answer cannot be told of: %s", type(error).__name__)
+        return {}
+
+
+def _refusal(way: Forwarder) -> InfrastructureError:
+    why = f" ({way.refusal})" if way.refusal else ""
+    if way.clock:
+        return InfrastructureError(
+            f"no connection to the coordinator at {way.link.address}{why}",
+            "clocks that agree, here and there",
+            "set the clocks of both ends (NTP); `fedtune doctor` compares them",
+        )
+    return InfrastructureError(
+        f"the coordinator at {way.link.address} refuses this site{why}",
+        "an admitted site whose keys no other process uses",
+        "`fedtune enroll` again, and have the request admitted",
+    )
+
+
+def _distrust(link: Link) -> InfrastructureError:
+    return InfrastructureError(
+        f"the certificate of {link.address} does not verify",
+        "one for this address by the CA in the coordinator's answer",
+        "ask the coordinator to start with --name and this address, or for a new answer; a proxy "
+        "that opens TLS must let this address through",
+    )
+
+
+def _installed_app() -> ClientApp:
+    from fedtune.client.app import app
+
+    return app
+
+
+def _ignore(_name: str, _facts: dict[str, Any]) -> None:
+    pass

@@ -1,0 +1,1 @@
+"""What a site has spent, on disk, before anything is released."""

@@ -1,0 +1,101 @@
+"""What a ledger holds: charges, acceptances and cohorts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedtune.dp.accountant import Steps
+
+EVERY = "*"  # the dataset of a charge that counts against all of them
+
+
+# By which rules a unit's records are chosen. 1: which of a patient's records train, and who arrived
+# when, could follow from other patients' records, so the ε of those rounds is not known. 2: from
+# the unit's own.
+RULES = 2
+
+
+Permit = Callable[[list["Charge"]], None]
+
+
+@dataclass(frozen=True)
+class Charge:
+    """One round's noised steps, as reserved. Every value is public: it follows from the plan.
+
+    noise_multiplier: σ in multiples of C, 0.0 without privacy; sampling_rate: q; records: k, rows
+    of one unit in a step; order: the Rényi order of the site's filter when this was charged; rules:
+    RULES of the release that charged."""
+
+    study: str  # plan digest
+    name: str
+    round: int
+    noise_multiplier: float
+    sampling_rate: float
+    steps: int
+    records: int
+    max_grad_norm: float
+    unit: str
+    cohort: str
+    order: float = 2.0
+    rules: int = RULES
+
+    @classmethod
+    def read(cls, body: Mapping[str, Any]) -> Charge:
+        """From a ledger entry; one without rules is from before there were any."""
+        return cls(**{"rules": 1, **body})
+
+    def known(self, unit: str) -> bool:
+        """Whether it says what one `unit` spent: not where it is of another unit, or where the
+        records were chosen by the RULES of an earlier release."""
+        return self.rules == RULES and self.unit in (unit, "any")
+
+    @property
+    def event(self) -> Steps:
+        return Steps(self.noise_multiplier, self.sampling_rate, self.steps, self.records)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """A charge in the ledger: which entry, when (UTC seconds), and whether its update was released.
+
+    kind: reserve, or restore (charged for what was lost)."""
+
+    seq: int
+    kind: str
+    dataset: str
+    charge: Charge
+    adapter: str
+    time: int
+    released: bool
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """That somebody at the site goes on although what was charged up to entry `upto` is not known.
+
+    time: UTC seconds; why: in that person's words."""
+
+    upto: int
+    who: str
+    why: str
+    time: int
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Units of a dataset that arrived together, and all that counts against each of them.
+
+    arrival: the entry that says so; 0: with the first charge, or at a time that nobody knows, and
+    then units, how many, is 0 as well."""
+
+    arrival: int
+    name: str
+    time: int
+    units: int
+    spent: list[Spent]
+
+    @property
+    def charges(self) -> list[Charge]:
+        return [spent.charge for spent in self.spent]

@@ -1,0 +1,181 @@
+"""The ledger's plain files: signing and reading the anchor, the receipts and the salt.
+
+Guarantee: a head that this site's key did not sign is never returned.
+Errors: LedgerError; what the disk says (ledger_store.named makes it one).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from fedtune.errors import InfrastructureError
+from fedtune.files import reading
+from fedtune.files.writing import replace
+from fedtune.wire.keys import SigningKey, canonical, verifies
+
+DATABASE, HEAD, RECEIPT, NEW = "ledger.db", "ledger.head", "ledger.receipt", "ledger.new"
+KEY, SALT, OUTBOX, STEPS = "site.key", "salt", "outbox", "steps.jsonl"
+RESTORE = "`fedtune ledger --restore` (it charges what cannot be read as spent)"
+
+
+class LedgerError(InfrastructureError):
+    """The privacy ledger cannot be read, written or believed; nothing is trained meanwhile."""
+
+
+class NewerLedger(LedgerError):
+    """A whole ledger in a format that this release does not know; nothing was written to it."""
+
+
+class Head(NamedTuple):
+    seq: int
+    hash: str
+
+
+def signed_head(seq: int, hash_: str) -> bytes:
+    """What the anchor's and a head statement's signature is over."""
+    return canonical({"ledger_hash": hash_, "ledger_seq": seq})
+
+
+def head_in(body: Any, public: str) -> Head | None:
+    """The head in {seq, hash, signature}; None where it is not one signed by `public`."""
+    try:
+        head = Head(body["seq"], body["hash"])
+        good = type(head.seq) is int and isinstance(head.hash, str)
+        return head if good and verifies(public, signed_head(*head), body["signature"]) else None
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def sealed_token(key: SigningKey, statement: dict[str, Any]) -> str:
+    """A head statement that this site alone can read, always of one length (hex).
+
+    In clear its sequence number would tell the coordinator that the data changed, or that a
+    patient withdrew. AES-256-GCM under a key derived from the site's own."""
+    text = f"{statement['seq']:012d}{statement['hash']}{statement['signature']}".encode()
+    nonce = os.urandom(12)
+    return (nonce + AESGCM(key.derive("ledger token")).encrypt(nonce, text, None)).hex()
+
+
+def opened_token(key: SigningKey, token: object) -> dict[str, Any]:
+    """The statement in a token; {} where it is not one of this site's."""
+    try:
+        body = bytes.fromhex(str(token))
+        text = AESGCM(key.derive("ledger token")).decrypt(body[:12], body[12:], None).decode()
+        return {"seq": int(text[:12]), "hash": text[12:76], "signature": text[76:]}
+    except (ValueError, InvalidTag):
+        return {}
+
+
+def read_head(path: Path, public: str) -> Head | None:
+    """The head in the anchor file; None where it is torn, edited or of another key."""
+    try:
+        return head_in(json.loads(_content(path)), public)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _content(path: Path) -> bytes:
+    return reading.content(path, "a file of the ledger", RESTORE, LedgerError)
+
+
+class Receipt(NamedTuple):
+    """A head of this site that `coordinator` countersigned, and this site's signature of it."""
+
+    coordinator: str
+    head: Head
+    signature: str
+
+
+class Receipts(NamedTuple):
+    """accepted: each coordinator's newest; refused: those that the chain had no entry for."""
+
+    accepted: tuple[Receipt, ...] = ()
+    refused: tuple[Receipt, ...] = ()
+
+    @property
+    def every(self) -> tuple[Receipt, ...]:
+        return self.accepted + self.refused
+
+    def plus(self, new: Receipt, known: bool) -> Receipts:
+        """With `new` among them; an accepted one only where it is its coordinator's newest."""
+        if not known:
+            return self._replace(refused=(*(r for r in self.refused if r != new), new))
+        older = [r for r in self.accepted if r.coordinator == new.coordinator]
+        if older and older[0].head.seq >= new.head.seq:
+            return self
+        others = (r for r in self.accepted if r.coordinator != new.coordinator)
+        return self._replace(accepted=(*others, new))
+
+    @property
+    def packed(self) -> bytes:
+        return canonical(
+            {
+                name: [
+                    {"coordinator": r.coordinator, **r.head._asdict(), "signature": r.signature}
+                    for r in listed
+                ]
+                for name, listed in self._asdict().items()
+            }
+        )
+
+
+def read_receipts(path: Path, public: str) -> Receipts | None:
+    """The receipts kept in `path`, none where there is no file; None where it was altered."""
+    if not path.exists():
+        return Receipts()
+    lists: list[tuple[Receipt, ...]] = []
+    try:
+        body = json.loads(_content(path))
+        for name in Receipts._fields:
+            found = []
+            for row in body[name]:
+                if (head := head_in(row, public)) is None:
+                    return None
+                found.append(Receipt(str(row["coordinator"]), head, row["signature"]))
+            lists.append(tuple(found))
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return Receipts(*lists)
+
+
+def traces(folder: Path) -> list[str]:
+    """Which files of a ledger are in the folder."""
+    found = [n for n in (DATABASE, HEAD, RECEIPT, KEY, SALT, STEPS) if (folder / n).exists()]
+    if any((folder / OUTBOX).glob("*.bin")):
+        found.append(OUTBOX)
+    return found
+
+
+def prepare(folder: Path) -> None:
+    """Say aloud that a ledger begins here, or check that the one that began is whole."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = traces(folder)
+    if not found:
+        # Nothing is charged before this file is gone again.
+        replace(folder / NEW, b"", private=True)
+    begun = (folder / NEW).exists() and not {HEAD, RECEIPT, OUTBOX, STEPS} & set(found)
+    if begun:
+        os.close(os.open(folder / DATABASE, os.O_WRONLY | os.O_CREAT, 0o600))
+    for name in (DATABASE, KEY, SALT):
+        if name not in traces(folder) and not begun:
+            raise LedgerError(
+                f"{folder / name}: missing, but {', '.join(found)} is there",
+                expected="the ledger whole, or nothing of it",
+                todo=RESTORE,
+            )
+
+
+def salt_at(path: Path) -> bytes:
+    if not os.path.lexists(path):
+        replace(path, secrets.token_bytes(32), private=True)
+    salt = _content(path)
+    if len(salt) != 32:
+        raise LedgerError(f"{path}: torn: not a salt of 32 bytes", todo=RESTORE)
+    return salt

@@ -1,0 +1,349 @@
+"""Backup of the ledger, and a restore that charges upward.
+
+Guarantee: what a restored ledger charges is at least what was spent.
+1. Base: the longest chain that verifies, of the backup and what is left in the folder.
+2. Every noised step in the step log beyond the base's charges is charged, whole rounds at a time.
+3. Each entry known to be lost (anchor, receipts, readable rows beyond the base) that 2 does not
+   explain is charged as a round with the least σ and the most q, steps and k known.
+| no anchor, no receipt, and no step log as old as the base | exhausted: charged as σ = 0     |
+| lost entries, but no round known to price them            | exhausted                       |
+| the step log is behind the base, and entries are lost     | exhausted: two records are gone |
+Restored charges count against every dataset. The sequence jumps past what was lost, so a receipt
+for a lost entry is known as paid for. 2 alone covers what left the site as long as the step log is
+whole; where log and ledger were rolled back together, 3 assumes that no lost round cost more than
+the costliest one known. No worker of the site may run meanwhile.
+Errors: LedgerError where the backup is not one of this site, or the site's key is lost;
+NewerLedger where a newer release wrote what is there: it is whole, and not this one's to judge.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sqlite3
+import time
+from collections import Counter
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedtune.dp.steplog import Step, StepLog
+from fedtune.errors import InfrastructureError
+from fedtune.files.writing import replace, sync_folder
+from fedtune.ledger.chain import (
+    SCHEMA,
+    Entry,
+    Transaction,
+    chain,
+    check_first,
+    check_members,
+    check_signature,
+    connect,
+    first_body,
+    named,
+)
+from fedtune.ledger.entries import EVERY, RULES, Charge
+from fedtune.ledger.files import (
+    DATABASE,
+    HEAD,
+    KEY,
+    NEW,
+    RECEIPT,
+    SALT,
+    STEPS,
+    Head,
+    LedgerError,
+    NewerLedger,
+    Receipts,
+    read_head,
+    read_receipts,
+    signed_head,
+)
+from fedtune.wire.keys import SigningKey, canonical
+
+EXHAUSTED = Charge("restore", "lost", 0, 0.0, 1.0, 1, 1, 0.0, "any", "any")
+
+
+@dataclass(frozen=True)
+class _Base:
+    """A chain that verifies. path None: none does, so a new one is begun."""
+
+    path: Path | None
+    salt: bytes
+    entries: list[Entry] = field(default_factory=list)
+
+    @property
+    def seq(self) -> int:
+        return self.entries[-1].seq if self.entries else 0
+
+    @property
+    def charges(self) -> list[Charge]:
+        found = [Charge.read(e.body["charge"]) for e in self.entries if e.kind == "reserve"]
+        for entry in self.entries:
+            if entry.kind == "restore":
+                found += [Charge.read(charge) for charge in entry.body["charges"]]
+        return found
+
+    @property
+    def released(self) -> Counter[tuple[Any, ...]]:
+        """Noised steps behind the updates that were released, by what they were."""
+        rows = {e.seq: Charge.read(e.body["charge"]) for e in self.entries if e.kind == "reserve"}
+        total: Counter[tuple[Any, ...]] = Counter()
+        for entry in self.entries:
+            if entry.kind == "release" and rows[entry.body["reservation"]].noise_multiplier > 0:
+                charge = rows[entry.body["reservation"]]
+                total[_what(charge)] += charge.steps
+        return total
+
+    def holds(self, head: Head) -> bool:
+        for entry in self.entries:
+            if entry.kind == "restore":
+                body = entry.body
+                if body["base"] < head.seq <= body["highest"] or [*head] in body["settled"]:
+                    return True
+        return any((entry.seq, entry.hash) == head for entry in self.entries)
+
+
+def backup(folder: Path, to: Path, key: bool) -> None:
+    """Copy entries and salt (and the private key) into the new folder `to`, all 0600."""
+    with named(to):
+        to.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if (to / DATABASE).exists():
+            raise LedgerError(f"{to / DATABASE}: already there", todo="name a new folder")
+        _copied(folder / DATABASE, to / DATABASE)
+        replace(to / SALT, (folder / SALT).read_bytes(), private=True)
+        if key:
+            replace(to / KEY, (folder / KEY).read_bytes(), private=True)
+
+
+def restore(folder: Path, from_: Path | None) -> None:
+    """Put the longest chain that verifies in place, and charge what it lacks (see above)."""
+    with named(folder):
+        key = _key(folder, from_)
+        base = _base(folder, from_, key.public)
+        receipts = read_receipts(folder / RECEIPT, key.public)
+        body = _priced(folder, base, receipts, key.public)
+        draft = folder / "ledger.restoring"
+        draft.unlink(missing_ok=True)
+        if base.path is not None:
+            _copied(base.path, draft)
+        with closing(connect(draft)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            last = base.entries[-1] if base.entries else None
+            writer = Transaction(connection, key, Head(last.seq, last.hash) if last else None)
+            if last is None:
+                for statement in SCHEMA:
+                    connection.execute(statement)
+                writer.append("open", first_body(key.public, base.salt))
+            writer.append("restore", body, seq=body["highest"] + 1)
+            connection.execute("COMMIT")
+        assert writer.head is not None
+        _put(folder, draft, base.salt, key, writer.head, receipts)
+
+
+def _put(
+    folder: Path, draft: Path, salt: bytes, key: SigningKey, head: Head, receipts: Receipts | None
+) -> None:
+    """The new files in place of the old, which are kept under another name."""
+    aside = f".lost-{time.time_ns()}"
+    for name in (DATABASE, f"{DATABASE}-journal", HEAD, *([RECEIPT] if receipts is None else [])):
+        if (folder / name).exists():
+            os.replace(folder / name, folder / f"{name}{aside}")
+    if not (folder / SALT).exists() or (folder / SALT).read_bytes() != salt:
+        replace(folder / SALT, salt, private=True)
+    sync_folder(folder)
+    os.replace(draft, folder / DATABASE)
+    sync_folder(folder)
+    signature = key.sign(signed_head(*head))
+    anchor = canonical({**head._asdict(), "signature": signature})
+    replace(folder / HEAD, anchor, private=True)
+    (folder / NEW).unlink(missing_ok=True)
+
+
+def _copied(source: Path, to: Path) -> None:
+    os.close(os.open(to, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    with closing(connect(source)) as here, closing(connect(to)) as there:
+        here.backup(there)
+
+
+def _key(folder: Path, from_: Path | None) -> SigningKey:
+    if not (folder / KEY).exists() and from_ is not None and (from_ / KEY).exists():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        replace(folder / KEY, (from_ / KEY).read_bytes(), private=True)
+    if not (folder / KEY).exists():
+        raise LedgerError(
+            f"{folder / KEY}: the site's key is lost; no entry can be signed in its place",
+            todo="restore from a backup that was made with the key",
+        )
+    return SigningKey.at(folder / KEY)
+
+
+def _base(folder: Path, from_: Path | None, public: str) -> _Base:
+    here = _verified(folder, public)
+    if from_ is None:
+        salt = folder / SALT
+        kept = salt.read_bytes() if salt.exists() else b""
+        return here or _Base(None, kept if len(kept) == 32 else os.urandom(32))
+    there = _verified(from_, public)
+    if there is None:
+        raise LedgerError(
+            f"{from_}: not a whole backup of this site's ledger",
+            expected=f"{DATABASE} and {SALT}, signed by {KEY}",
+            todo="name another backup, or none to go on from what is left",
+        )
+    return here if here is not None and here.seq > there.seq else there
+
+
+def _verified(folder: Path, public: str) -> _Base | None:
+    """The ledger of a folder if every entry, signature and member digest in it is right."""
+    path, salt = folder / DATABASE, folder / SALT
+    if not (path.exists() and salt.exists()):
+        return None
+    entries, members = [], {}
+    try:
+        with named(folder), closing(connect(path)) as connection:
+            for entry, signature in chain(connection, path, None):
+                check_signature(path, public, Head(entry.seq, entry.hash), signature)
+                entries.append(entry)
+                if entry.kind == "declare":
+                    members[entry.body["dataset"]] = entry.body["members"]
+            check_members(path, Transaction(connection, None, None), members)
+        check_first(path, entries[0], public, salt.read_bytes())
+    except NewerLedger:
+        raise
+    except (LedgerError, IndexError):
+        return None
+    return _Base(path, salt.read_bytes(), entries)
+
+
+def _priced(folder: Path, base: _Base, receipts: Receipts | None, public: str) -> dict[str, Any]:
+    """The body of the restore entry."""
+    kept = receipts or Receipts()
+    anchor = read_head(folder / HEAD, public) if (folder / HEAD).exists() else None
+    left, top = _left(folder / DATABASE)
+    heads = [r.head for r in kept.every] + ([anchor] if anchor else [])
+    unknown = [head for head in heads if not base.holds(head)]
+    lost = _lost(base, anchor, kept, top)
+    logged, whole = _logged(folder / STEPS, base)
+    known = [c for c in (*base.charges, *left, *logged) if c.study != EXHAUSTED.study]
+    charges = list(logged)
+    unexplained = max(0, lost - len(logged))
+    counted = anchor is not None or bool(kept.every)
+    if (not whole and (lost or not counted)) or (unexplained and not known):
+        charges.append(EXHAUSTED)
+    elif unexplained:
+        charges.append(_costliest(known, unexplained))
+    # What was lost was chosen by the rules of whoever charged it; in doubt, by the oldest known.
+    rules = min((c.rules for c in (*base.charges, *left)), default=RULES)
+    charges = [dataclasses.replace(charge, rules=rules) for charge in charges]
+    return {
+        "base": base.seq,
+        "highest": max([base.seq, top, *(head.seq for head in heads)]),
+        "lost": lost,
+        "settled": [[*head] for head in unknown],
+        "dataset": EVERY,
+        "charges": [vars(charge) for charge in charges],
+    }
+
+
+def _lost(base: _Base, anchor: Head | None, receipts: Receipts, top: int) -> int:
+    """The most entries that the base can lack."""
+
+    def beyond(head: Head) -> int:  # at or below the base's end it is of another branch: all of it
+        return head.seq - base.seq if head.seq > base.seq else head.seq
+
+    on = [r.head for r in receipts.accepted] + ([anchor] if anchor else [])
+    straight = [beyond(head) for head in on if not base.holds(head)] + [top - base.seq, 0]
+    # A refused receipt is of a branch that left this one after the same coordinator's last
+    # accepted one; from there on everything in it may be missing here.
+    last = {r.coordinator: min(r.head.seq, base.seq) for r in receipts.accepted}
+    branch = [
+        r.head.seq - last.get(r.coordinator, 0) for r in receipts.refused if not base.holds(r.head)
+    ]
+    return max(straight) + max([0, *branch])
+
+
+def _left(path: Path) -> tuple[list[Charge], int]:
+    """Charges and the highest number in whatever rows of a damaged ledger can still be read."""
+    found: list[Charge] = []
+    top = 0
+    if not path.exists():
+        return found, top
+    try:
+        with closing(connect(path)) as connection:
+            for seq, kind, body in connection.execute("SELECT seq, kind, body FROM entries"):
+                top = max(top, int(seq))
+                if kind == "reserve":
+                    found.append(Charge.read(json.loads(body)["charge"]))
+    except (sqlite3.Error, ValueError, TypeError, KeyError):
+        pass  # what was read until here stands
+    return found, top
+
+
+def _logged(path: Path, base: _Base) -> tuple[list[Charge], bool]:
+    """A charge for every round with more noised steps in the log than the base charged, and whether
+    the log is there and holds every step that the base released."""
+    try:
+        steps = StepLog(path).steps()
+    except InfrastructureError:
+        return [], False
+    ran = Counter(_of(step) for step in steps)
+    lines = Counter({_what(charge): count for charge, count in ran.items()})
+    whole = path.exists() and not base.released - lines
+    paid: Counter[tuple[Any, ...]] = Counter()
+    usual: Counter[str] = Counter()  # steps of a round of the study
+    for charge in base.charges:
+        paid[_what(charge)] += charge.steps
+        usual[charge.study] = max(usual[charge.study], charge.steps)
+    for charge, count in ran.items():
+        usual[charge.study] = max(usual[charge.study], count)
+    names = {charge.study: charge.name for charge in base.charges}
+    order = base.charges[0].order if base.charges else EXHAUSTED.order
+    found = []
+    for charge, count in ran.items():
+        if (more := count - paid[_what(charge)]) > 0:
+            steps_, name = max(more, usual[charge.study]), names.get(charge.study, "restored")
+            found.append(dataclasses.replace(charge, steps=steps_, name=name, order=order))
+    return found, whole
+
+
+def _of(step: Step) -> Charge:
+    """What a line of the log is part of (its count of steps is not known from it)."""
+    return Charge(
+        study=step.study,
+        name="",
+        round=step.round,
+        noise_multiplier=step.noise_multiplier,
+        sampling_rate=step.sampling_rate,
+        steps=0,
+        records=step.records,
+        max_grad_norm=step.max_grad_norm,
+        unit=step.unit,
+        cohort="any",
+    )
+
+
+def _what(charge: Charge) -> tuple[Any, ...]:
+    return (
+        charge.study, charge.round, charge.noise_multiplier, charge.sampling_rate, charge.records,
+        charge.max_grad_norm, charge.unit,
+    )  # fmt: skip
+
+
+def _costliest(known: list[Charge], times: int) -> Charge:
+    """At least as costly as `times` of any known round: ε falls in σ, grows in the rest."""
+    return Charge(
+        study="restore",
+        name="lost",
+        round=0,
+        noise_multiplier=min(charge.noise_multiplier for charge in known),
+        sampling_rate=max(charge.sampling_rate for charge in known),
+        steps=times * max(charge.steps for charge in known),
+        records=max(charge.records for charge in known),
+        max_grad_norm=max(charge.max_grad_norm for charge in known),
+        unit="any",
+        cohort="any",
+        order=known[0].order,
+    )

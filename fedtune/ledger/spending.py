@@ -1,0 +1,108 @@
+"""What a dataset has spent: a line for each study, and the whole against the policy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedtune.config import PolicyTable
+from fedtune.dp import accountant
+from fedtune.dp.accountant import Steps
+from fedtune.dp.filter import total_epsilon
+from fedtune.ledger.entries import Cohort, Spent
+
+
+@dataclass(frozen=True)
+class StudyLine:
+    """One study's share of a dataset's budget. epsilon: of this study alone, at the δ asked for.
+
+    rounds: distinct rounds; charged: reservations, more than rounds where one was paid twice;
+    first, last: UTC seconds; known: whether ε is known (Charge.known)."""
+
+    name: str
+    study: str
+    dataset: str
+    unit: str
+    rounds: int
+    charged: int
+    released: int
+    steps: int
+    sigma: tuple[float, float]  # least and most
+    rate: tuple[float, float]
+    records: int
+    epsilon: float
+    first: int
+    last: int
+    known: bool = True
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A dataset's total, as the ceiling is enforced on it, and the same composed by PLD.
+
+    epsilon: at 2 · delta; pld: at delta, which is policy.max_delta; remaining: of
+    policy.max_epsilon, never below 0."""
+
+    dataset: str
+    epsilon: float
+    how: str
+    pld: float
+    ceiling: float
+    delta: float
+
+    @property
+    def remaining(self) -> float:
+        return max(0.0, self.ceiling - self.epsilon)
+
+
+def study_lines(spent: Sequence[Spent], delta: float, unit: str | None = None) -> list[StudyLine]:
+    """One line per study and dataset, in the order of their first charge. unit: whose ε; None: that
+    of each study."""
+    groups: dict[tuple[str, str], list[Spent]] = {}
+    for one in spent:
+        groups.setdefault((one.charge.study, one.dataset), []).append(one)
+    return [_line(group, delta, unit) for group in groups.values()]
+
+
+def _line(group: Sequence[Spent], delta: float, unit: str | None) -> StudyLine:
+    charges = [one.charge for one in group]
+    sigmas, rates = [c.noise_multiplier for c in charges], [c.sampling_rate for c in charges]
+    return StudyLine(
+        name=charges[-1].name,
+        study=charges[0].study,
+        dataset=group[0].dataset,
+        unit=charges[0].unit,
+        rounds=len({c.round for c in charges}),
+        charged=len(charges),
+        released=sum(one.released and one.kind == "reserve" for one in group),
+        steps=sum(c.steps for c in charges),
+        sigma=(min(sigmas), max(sigmas)),
+        rate=(min(rates), max(rates)),
+        records=max(c.records for c in charges),
+        epsilon=_epsilon([c.event for c in charges], delta),
+        first=min(one.time for one in group),
+        last=max(one.time for one in group),
+        known=all(charge.known(unit or charge.unit) for charge in charges),
+    )
+
+
+def budget(dataset: str, spent: Sequence[Spent], policy: PolicyTable) -> Budget:
+    """What everything in `spent` costs the dataset, against the policy's ceiling."""
+    events = [one.charge.event for one in spent]
+    order = spent[0].charge.order if spent else 2.0
+    total = total_epsilon(events, order, policy.max_delta)
+    pld = _epsilon(events, policy.max_delta)
+    return Budget(dataset, total.epsilon, total.how, pld, policy.max_epsilon, policy.max_delta)
+
+
+def heaviest(dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable) -> Budget:
+    """The dataset's budget: that of whoever has spent most."""
+    found = [budget(dataset, cohort.spent, policy) for cohort in cohorts]
+    return max(found, key=lambda each: each.epsilon)
+
+
+def _epsilon(events: Sequence[Steps], delta: float) -> float:
+    if any(event.noise_multiplier == 0 for event in events):
+        return math.inf
+    return accountant.epsilon(events, delta)

@@ -1,0 +1,88 @@
+"""An adapter's files in a run folder: PEFT's own, and a head beside them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedtune.config import Study
+from fedtune.errors import ModelError
+from fedtune.files import reading
+from fedtune.files.writing import replace
+from fedtune.models.lora import Arrays
+
+if TYPE_CHECKING:
+    pass
+
+if TYPE_CHECKING:
+    from fedtune.config import Study
+    from fedtune.models.lora import Arrays
+
+
+HEAD = "head.safetensors"
+
+
+ADAPTER = "adapter_model.safetensors"  # PEFT's own name
+
+
+AGAIN = "copy the run's folder again"
+
+
+def load_adapter(folder: Path) -> Arrays:
+    """All arrays saved in `folder` (PEFT's format, head.safetensors or both), by the network's
+    names: the trained ones and the frozen factor. Errors: ModelError."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    from fedtune.models.adapter_files import HEAD
+
+    found: Arrays = {}
+    for file in (ADAPTER, HEAD):
+        path = folder / file
+        if not os.path.lexists(path):
+            continue
+        reading.regular(path, "the adapter of a run", AGAIN, ModelError)
+        try:
+            arrays = load_file(path)
+        except (OSError, SafetensorError, ValueError, KeyError, MemoryError) as error:
+            raise ModelError(
+                f"{path}: not a whole safetensors file ({type(error).__name__})", todo=AGAIN
+            ) from None
+        for name, value in arrays.items():
+            own = name.removesuffix(".weight") + ".default.weight"
+            found[own if file == ADAPTER else f"head.{name}"] = value
+    if not found:
+        raise ModelError(f"{folder}: holds no adapter", f"{ADAPTER} or {HEAD}", AGAIN)
+    return found
+
+
+def picked(saved: Arrays, names: Iterable[str], folder: Path) -> Arrays:
+    """Those of the arrays in `folder` that a network calls by these names. Errors: ModelError."""
+    wanted = list(names)
+    if missing := [name for name in wanted if name not in saved]:
+        raise ModelError(
+            f"{folder}: {len(missing)} arrays are missing, the first is {missing[0]}",
+            "every array that the run's plan names",
+            AGAIN,
+        )
+    return {name: saved[name] for name in wanted}
+
+
+def save_adapter(folder: Path, like: Path, study: Study, arrays: Arrays) -> None:
+    """`arrays` as PEFT saves an adapter, with the settings of the one in `like` but for its shape.
+    Errors: OSError."""
+    from peft import LoraConfig
+    from safetensors.numpy import save
+
+    table = study.lora
+    assert table is not None
+    config = LoraConfig.from_pretrained(str(like))
+    numbers = {int(part) for n in arrays for part in n.split(".") if part.isdigit()}
+    config.r, config.lora_alpha, config.use_rslora = table.rank, table.rank, False
+    config.target_modules = set(table.modules)
+    config.layers_to_transform = sorted(numbers) if table.last_layers else None
+    config.save_pretrained(str(folder))
+    body = {n.replace(".default.weight", ".weight"): array for n, array in arrays.items()}
+    replace(folder / ADAPTER, save(body, {"format": "pt"}))

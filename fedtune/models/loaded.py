@@ -1,0 +1,268 @@
+"""A whole model as anybody would load it: a base in transformers, a run's adapter by PEFT, a run's
+head beside them. For writing, judging and teaching, one record at a time: no figure of a record
+depends on who else is asked."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from fedtune.bases import known_here
+from fedtune.bases.find import (
+    Base,
+    base_of_plan,
+    cache_dir,
+    find_base,
+    load_backbone,
+    load_tokenizer,
+    place_of,
+)
+from fedtune.bases.find import verify as verify_base
+from fedtune.bases.quantise import rounded
+from fedtune.config import BaseTable, Study
+from fedtune.errors import ModelError
+from fedtune.files.reading import regular
+from fedtune.models import lora
+from fedtune.models.adapter_files import ADAPTER, AGAIN, load_adapter
+from fedtune.models.network import pooled
+from fedtune.run_folder import BASE, load_plan
+
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Whole:
+    """model: a transformers model, or a PeftModel round it, in eval mode; head: a trained one,
+    if the run has it; study: the run's plan; digest: of everything that it computes with."""
+
+    base: Base
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    head: nn.Linear | None
+    study: Study | None
+    digest: str
+
+    @torch.no_grad()
+    def next_tokens(self, ids: np.ndarray, at: np.ndarray) -> torch.Tensor:
+        """Log-probabilities of what follows the positions `at` of `ids`, (n, V) fp32."""
+        return next(self.next_tokens_all([ids], [at]))
+
+    @torch.no_grad()
+    def next_tokens_all(
+        self, passages: Sequence[np.ndarray], at: Sequence[np.ndarray]
+    ) -> Iterator[torch.Tensor]:
+        """As `next_tokens`, of several passages in one pass: for public text alone."""
+        weight = self._inner.lm_head.weight
+        for states, places in zip(self._states(passages)[0], at, strict=True):
+            chosen = states[torch.from_numpy(places)]
+            yield torch.log_softmax((chosen @ weight.T).float(), dim=1)
+
+    @torch.no_grad()
+    def scores(self, ids: np.ndarray) -> torch.Tensor:
+        """The head's logits for one passage, (outputs,) fp32. Errors: ModelError (no head)."""
+        return self.scores_all([ids])[0]
+
+    @torch.no_grad()
+    def scores_all(self, passages: Sequence[np.ndarray]) -> torch.Tensor:
+        """As `scores`, of several passages in one pass, (n, outputs): for public text alone."""
+        if self.head is None:
+            raise ModelError(f"{self.base.name}: has no trained head", "a run that trained one")
+        found: torch.Tensor = self.head(pooled(*self._states(passages), self.base.kind))
+        return found
+
+    def write(
+        self, ids: list[int], count: int, new_tokens: int, stream: bytes, temperature: float = 1.0
+    ) -> list[list[int]]:
+        """`count` continuations of one prompt, each up to and without its eos.
+
+        stream: what the draws depend on, and nothing else; temperature 0: the likeliest one."""
+        return self.write_all([ids], count, new_tokens, stream, temperature)[0]
+
+    @torch.no_grad()
+    def write_all(
+        self,
+        prompts: Sequence[list[int]],
+        count: int,
+        new_tokens: int,
+        stream: bytes,
+        temperature: float = 1.0,
+    ) -> list[list[list[int]]]:
+        """As `write`, of several prompts at once, which is faster and couples them: for public
+        prompts alone. Errors: ModelError where the model's figures are not finite."""
+        wide = max(map(len, prompts))
+        pad = self.tokenizer.pad_token_id
+        rows = torch.tensor([[pad] * (wide - len(ids)) + ids for ids in prompts])
+        mask = torch.tensor([[0] * (wide - len(ids)) + [1] * len(ids) for ids in prompts])
+        drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int.from_bytes(hashlib.sha256(stream).digest()[:7], "big"))
+            try:
+                out = self.model.generate(
+                    input_ids=rows.to(self.model.device),
+                    attention_mask=mask.to(self.model.device),
+                    max_new_tokens=new_tokens,
+                    num_return_sequences=count,
+                    pad_token_id=pad,
+                    **(drawn if temperature else {"do_sample": False}),
+                )
+            except RuntimeError as error:
+                if "probability tensor" not in str(error):
+                    raise
+                raise ModelError(
+                    f"{self.base.name}: what it computes is not finite",
+                    "a whole model",
+                    "fetch or copy it again",
+                ) from None
+        said = [self._until_eos(row[wide:].tolist()) for row in out]
+        return [said[at : at + count] for at in range(0, len(said), count)]
+
+    def base_only(self) -> Any:
+        """The base with the adapter off."""
+        return self.model.disable_adapter() if self.adapted else nullcontext()
+
+    @property
+    def adapted(self) -> bool:
+        return self._inner is not self.model
+
+    @property
+    def room(self) -> int:
+        """Positions that the base has."""
+        return room(self._inner)
+
+    @property
+    def _inner(self) -> Any:
+        """The transformers model, with the adapter in it."""
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
+    def _states(self, passages: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Last hidden states (n, L, H), and which of them are of a passage's own tokens."""
+        inner = self._inner
+        causal = self.base.kind == "causal"
+        rows = [torch.from_numpy(np.asarray(ids, dtype=np.int64)) for ids in passages]
+        ids = pad_sequence(rows, batch_first=True).to(inner.device)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(ids)
+        body = inner.model if causal else inner
+        # What comes before never sees what comes after, so that a causal base needs no mask.
+        seen = {} if causal else {"attention_mask": mask}
+        return body(input_ids=ids, **seen).last_hidden_state, mask.bool()
+
+    def _until_eos(self, ids: list[int]) -> list[int]:
+        ends = self.model.generation_config.eos_token_id
+        ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+        return ids[: next((at for at, token in enumerate(ids) if token in ends), len(ids))]
+
+
+def load(
+    source: str | Path,
+    digest: str | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trainable: bool = False,
+    sent: bool = False,
+) -> Whole:
+    """The base or the run folder that `source` names. sent: somebody else wrote that run, so its
+    base is found by digest, or is in the run itself.
+
+    Guarantee: with `digest` given, what computes anything else is refused.
+    Errors: ModelError (not found, other digest, not to be loaded), ConfigError (plan.json);
+    PolicyRefused (sent, and its base is not here)."""
+    run = place_of(str(source))
+    study = load_plan(run) if (run / PLAN).is_file() else None
+    if study and sent:
+        model, inside = study.base.model, str(run / BASE)
+        base = base_of_plan(study.base.digest, inside if model == inside else None)
+    else:
+        base = find_base(study.base.model, study.base.digest) if study else find_base(str(source))
+    adapter = run / "adapter" if study else None
+    found = digest_of(base, adapter, study.base if study else None)
+    if digest is not None and digest != found:
+        raise ModelError(
+            f"{base.name if adapter is None else run}: the digest of what is here is {found}",
+            digest,
+            "use the copy that the digest was taken of",
+        )
+    if adapter is not None:
+        known_here.note(cache_dir(), found, run.name, run)
+    network: Any = load_backbone(base, dtype)
+    if base.kind == "causal":
+        network.lm_head.register_forward_pre_hook(_in_one_piece)
+    if study is not None and study.base.quantisation:
+        rounded(network, study.base.quantisation, getattr(torch, study.base.dtype))
+    head = None
+    if adapter is not None:
+        if (adapter / ADAPTER).is_file():
+            network = adapted(network, adapter, trainable)
+        head = _head(adapter)
+    return Whole(base, network, load_tokenizer(base), head, study, found)
+
+
+def verify(source: str) -> tuple[str, str]:
+    """Name and digest of a base, or of a run, on this machine; fetches nothing. Errors: ModelError,
+    ConfigError (plan.json)."""
+    run = place_of(source)
+    if not (run / PLAN).is_file():
+        base = verify_base(source)
+        return base.name, base.digest
+    study = load_plan(run)
+    found = digest_of(verify_base(study.base.model), run / "adapter", study.base)
+    known_here.note(cache_dir(), found, run.name, run)
+    return study.study.name, found
+
+
+def digest_of(base: Base, adapter: Path | None, asked: BaseTable | None = None) -> str:
+    """The base's digest; with an adapter folder, one of the base and all arrays in it, and of how
+    the base is quantised, if it is."""
+    if adapter is None:
+        return base.digest
+    both = f"{base.digest}\n{lora.digest(load_adapter(adapter))}"
+    if asked and asked.quantisation:
+        both += f"\n{asked.dtype} {asked.quantisation.model_dump_json()}"
+    return "sha256:" + hashlib.sha256(both.encode()).hexdigest()
+
+
+def _in_one_piece(_: nn.Module, states: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """transformers hands the head a view, each passage's last state; for a view PyTorch copies the
+    head's whole weight for each passage: 2.7 GB for 48 of SmolLM2, and most of writing's time."""
+    return (states[0].contiguous(),)
+
+
+def room(model: Any) -> int:
+    """Positions that a transformers model has for text; a huge number where it does not say."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", 2**31))
+
+
+def adapted(model: Any, adapter: Path, trainable: bool = False) -> Any:
+    """`model` with the adapter that is saved in a folder, by PEFT. Errors: ModelError."""
+    from peft import PeftModel
+
+    for name in ("adapter_config.json", ADAPTER):
+        regular(adapter / name, "an adapter as PEFT saves it", AGAIN, ModelError)
+    try:
+        loaded = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+    except Exception as error:  # a file with values of other types: whatever PEFT stumbles over
+        raise ModelError(
+            f"{adapter}: PEFT cannot load it ({type(error).__name__})", todo=AGAIN
+        ) from None
+    return loaded.eval()
+
+
+def _head(adapter: Path) -> nn.Linear | None:
+    arrays = {n: v for n, v in load_adapter(adapter).items() if n.startswith("head.")}
+    if not arrays:
+        return None
+    outputs, inputs = arrays["head.weight"].shape
+    head = nn.Linear(inputs, outputs)
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            parameter.copy_(torch.from_numpy(arrays[f"head.{name}"]))
+    return head.requires_grad_(False)

@@ -1,0 +1,37 @@
+"""Cells, figures and tables in Markdown."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from fedtune.report.claim import (
+    number,
+)
+
+
+def cell(value: Any) -> str:
+    """One value as inert Markdown on one line, at most 200 characters."""
+    if value is None:
+        return "–"
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    text = text if len(text) <= 200 else text[:199] + "…"
+    return re.sub(r"([\\`*\[\]<>|#!])", r"\\\1", text)
+
+
+def figure(value: Any) -> str:
+    """A number with four significant figures; text as it is."""
+    n = number(value)
+    if n is None or not math.isfinite(n):
+        return cell(value)
+    return f"{int(n):,}" if n == int(n) and abs(n) < 1e15 else f"{n:.4g}"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]], *, numbers: bool = True) -> str:
+    """A Markdown table; the first column left, the others right where they hold numbers."""
+    names = list(head)
+    rule = "---:" if numbers else "---"
+    lines = [names, ["---", *[rule] * (len(names) - 1)], *[list(row) for row in rows]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

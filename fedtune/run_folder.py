@@ -1,0 +1,123 @@
+"""A run folder: where it lies, and what is read back from it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedtune.errors import ConfigError, InputError
+from fedtune.files import reading
+
+if TYPE_CHECKING:
+    from fedtune.config import Study
+
+PRINTED = "name the folder that a run printed; if it is damaged, copy it again"
+# What is read of a report, an outer key before its inner ones.
+REPORT = {"private": bool, "study": str, "privacy": dict, "base": dict}
+REPORT |= {"base.name": str, "base.digest": str}
+BASE = "base"  # a run's own base, inside it
+
+
+def folder_for(name: str, *, resume: bool) -> Path:
+    """runs/NAME, or the first free runs/NAME-2, -3, …; with `resume` the last one there."""
+    last = fresh = Path("runs") / name
+    number = 1
+    while fresh.exists():
+        number += 1
+        last, fresh = fresh, Path("runs") / f"{name}-{number}"
+    return last if resume else fresh
+
+
+def finished(study: Study) -> Path | None:
+    """The newest finished run of this very study under runs/, whatever its plan had filled in
+    when it started; None for a study without a last round."""
+    from fedtune.dp.calibration import with_rounds
+
+    if study.continuous:
+        return None
+    name = study.study.name
+    own = re.compile(re.escape(name) + r"(-\d+)?")
+    found = [run for run in Path("runs").glob("*") if own.fullmatch(run.name)]
+    for run in sorted(found, key=lambda run: (len(run.name), run.name), reverse=True):
+        if not (run / "report.json").is_file():
+            continue
+        plan = load_plan(run)
+        base = study.base.model_copy(update={"digest": study.base.digest or plan.base.digest})
+        same = study.model_copy(update={"base": base})
+        if study.lora and plan.lora:
+            pinned = {"a_digest": study.lora.a_digest or plan.lora.a_digest}
+            same = same.model_copy(update={"lora": study.lora.model_copy(update=pinned)})
+        if with_rounds(same).digest == plan.digest:
+            return run
+    return None
+
+
+def new_run(study: Study, out: Path | None, *, resume: bool) -> Path:
+    """The folder of a run that starts or goes on. Errors: ConfigError where no folder was named and
+    this very study is finished: asked for again, it would only be refused, or paid for twice."""
+    if out is None and not resume and (run := finished(study)):
+        raise ConfigError(
+            f"this study is finished; {run} is there",
+            todo=f"read {run}/report.md. Another study: change study.toml (study.name names its "
+            "folder); it is paid from what `fedtune ledger SITE` shows as left. The same again, "
+            "paid again where it must be trained again: --out DIR",
+        )
+    return out or folder_for(study.study.name, resume=resume)
+
+
+def load_plan(run: Path) -> Study:
+    """The study of a run. Errors: InputError, ConfigError."""
+    from fedtune.config import study_from_json
+
+    path = run / "plan.json"
+    if not os.path.lexists(path):
+        raise InputError(f"{run}: not a run folder", "plan.json in it", PRINTED)
+    text = reading.text(path, "the plan of a run", PRINTED)
+    try:
+        study = study_from_json(text)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.happened}", "the plan of a run", PRINTED) from None
+    if study.base.model == BASE and (run / BASE).is_dir():
+        own = study.base.model_copy(update={"model": str(run / BASE)})
+        return study.model_copy(update={"base": own})
+    return study
+
+
+def named(study: Study, out: Path, otherwise: str) -> Study:
+    """`study` under the name of the folder of what was made of it: the letters of `out` that a name
+    may have, else `otherwise`. The seed stays: what is drawn again is drawn as it was."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", out.name).strip("._-")[:64] or otherwise
+    return study.model_copy(update={"study": study.study.model_copy(update={"name": name})})
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A draft of the new folder `out`, which is there whole when this ends well, else not at all.
+
+    Errors: ConfigError (it exists), InfrastructureError (disk)."""
+    from fedtune.files.writing import drafted
+
+    if out.exists():
+        raise ConfigError(f"{out}: exists", "a new folder", "choose another --out")
+    with drafted(out) as draft:
+        draft.mkdir()
+        yield draft
+
+
+def read_report(run: Path, *needed: str) -> dict[str, Any]:
+    """The body of a finished run's report. needed: what must be in it, of those in REPORT.
+
+    Errors: InputError."""
+    path, expected = run / "report.json", "the report of a finished run"
+    todo = "finish the run with --resume; if the file is damaged, copy it again"
+    body = reading.json_in(path, expected, todo)
+    for key, kind in REPORT.items():
+        outer, _, last = key.rpartition(".")
+        table = body.get(outer, {}) if outer else body
+        if (last in table or key in ("privacy", *needed)) and not isinstance(table.get(last), kind):
+            raise InputError(f"{path}: {key} is not what a report says", expected, todo)
+    return body

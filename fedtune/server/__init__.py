@@ -1,0 +1,1 @@
+"""The coordinator: admission, rounds, the store and what is released."""

@@ -1,0 +1,139 @@
+"""How far an honest site's update can go: what the plan's noise, clipping and rates imply.
+
+With η the learning rate, T = local_steps, λ weight decay, μ the proximal term, w₀ the adapter that
+was sent, D = q·k·n the divisor (n: declared size) and d coordinates, a step's noised mean is
+g = (S + Z) / D, ‖S‖ ≤ B·C for B sampled rows, and Z ~ N(0, (σC)² I) independent of everything
+before it.
+
+SGD (no momentum): Δ ← cΔ - ηg - ηλw₀ with c = 1 - η(λ + μ). Two bounds hold; the smaller counts.
+
+(a) The weighted sum of the T noises is one Gaussian, so with χ = √(d + 2√(dx) + 2x)
+    (Laurent & Massart 2000, lemma 1: the norm of a standard Gaussian but for probability e⁻ˣ)
+
+        ‖Δ‖ ≤ η/D · √(Σ c²ʲ) · σC · χ  +  η/D · Σ|c|ʲ · B*C  +  ηλ |Σ cʲ| ‖w₀‖,    j = 0 … T-1
+
+(b) Given the past, a step adds a Gaussian of deviation s = ησC/D to a vector of norm at most
+    b = |c|R + ηB*C/D + ηλ‖w₀‖, R being the bound so far, so that (Birgé 2001, lemma 8.1, for the
+    noncentral χ²) R² ← s²d + b² + 2s√((s²d + 2b²)x) + 2s²x. Signal and noise, being nearly
+    orthogonal, add as squares here; (a) is smaller where steps are many.
+
+B* bounds every step's B ~ Binomial(M, q) by Bernstein's inequality (Boucheron, Lugosi & Massart
+2013, theorem 2.10), for M = ROWS · k · n rows at most: the true number is private and may exceed
+the declared one.
+
+AdamW: by Cauchy–Schwarz a coordinate's step m̂/√v̂ is at most r_t = √(Σ wᵢ²/uᵢ), w and u being the
+bias-corrected weights of the two running means (7.3 in the limit for 0.9 and 0.999; Kingma & Ba
+2015, section 2.1, give the rougher (1-β₁)/√(1-β₂)), whatever the gradients are. So
+‖Δ‖ ≤ η√d Σ (1-ηλ)^(T-t) r_t + (1 - (1-ηλ)^T) ‖w₀‖; no noise enters, and no probability.
+
+Guarantee: an honest site with at most ROWS times its declared size in units passes, except with
+probability FAILURE per update. What the bound says costs no ε: it reads what was noised already.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from fedtune.config import Study
+
+FAILURE = 1e-12
+ROWS = 2  # times the declared size; beyond it `fedtune doctor` asks for another declaration
+BETA1, BETA2 = 0.9, 0.999  # torch.optim.AdamW's defaults, which sites use
+GRID = 2.0**-20  # the noise's grid is at most so many σC
+
+
+class Budget(Protocol):
+    """fedtune.dp.calibration.Budget."""
+
+    @property
+    def sampling_rate(self) -> float: ...
+    @property
+    def noise_multiplier(self) -> float: ...
+    @property
+    def rounds(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the plan demands of one site's noised steps. divisor: q · k · declared size."""
+
+    sampling_rate: float
+    noise_multiplier: float
+    max_grad_norm: float
+    records: int
+    divisor: float
+    steps: int
+
+
+def terms(study: Study, budget: Budget, declared: int) -> Terms:
+    """The terms of a site with `declared` units in a private study."""
+    assert study.clipping is not None  # Study: a private study clips
+    k = study.records_per_draw
+    return Terms(
+        sampling_rate=budget.sampling_rate,
+        noise_multiplier=budget.noise_multiplier,
+        max_grad_norm=study.clipping.max_grad_norm,
+        records=k,
+        divisor=budget.sampling_rate * k * declared,
+        steps=budget.rounds * study.training.local_steps,
+    )
+
+
+def norm_bound(study: Study, site: Terms, dimension: int, start: float) -> float:
+    """The largest ‖Δ‖ of an honest update from an adapter of norm `start`, `dimension` numbers."""
+    kind = _sgd if study.training.optimizer == "sgd" else _adamw
+    bound, growth = kind(study, site, dimension, start)
+    return bound * (1 + 1e-5) + growth * 2.0**-22 * (start + bound)  # rounding to fp32
+
+
+def _sgd(study: Study, site: Terms, dimension: int, start: float) -> tuple[float, float]:
+    """The bound before rounding, and Σ|c|ʲ."""
+    t = study.training
+    eta, c = t.learning_rate, 1 - t.learning_rate * (t.weight_decay + t.proximal_mu)
+    x = math.log(2 * t.local_steps / FAILURE)  # half for the noise, half for B*
+    # Rounding to the grid moves a row, and the noise, by at most √d/2 grid steps each.
+    rounding = math.sqrt(dimension) * GRID * site.noise_multiplier * site.max_grad_norm
+    reach = site.max_grad_norm + rounding
+    noise = eta / site.divisor * site.noise_multiplier * reach
+    drift = eta / site.divisor * (_rows(site, x) * reach + rounding)
+    decay = eta * t.weight_decay * start
+    powers = c ** np.arange(t.local_steps, dtype=np.float64)
+    total = float(np.abs(powers).sum())
+    chi = math.sqrt(_squared(1.0, dimension, 0.0, math.log(2 / FAILURE)))
+    at_once = noise * math.sqrt(float((powers**2).sum())) * chi + total * drift
+    at_once += decay * abs(float(powers.sum()))
+    stepwise = 0.0
+    for _ in range(t.local_steps):
+        mean = abs(c) * stepwise + drift + decay
+        stepwise = math.sqrt(_squared(noise, dimension, mean, x))
+    return min(at_once, stepwise), total
+
+
+def _squared(deviation: float, dimension: int, mean: float, x: float) -> float:
+    """What ‖mean + N(0, deviation² I)‖² exceeds with probability at most e⁻ˣ."""
+    center, spread = deviation**2 * dimension, deviation * math.sqrt(x)
+    return center + mean**2 + 2 * spread * math.sqrt(center + 2 * mean**2) + 2 * spread**2
+
+
+def _adamw(study: Study, _: Terms, dimension: int, start: float) -> tuple[float, float]:
+    """The bound before rounding, and the number of steps."""
+    t = study.training
+    keep = 1 - t.learning_rate * t.weight_decay
+    step = np.arange(1, t.local_steps + 1, dtype=np.float64)
+    ratio = BETA1**2 / BETA2
+    spread = (1 - BETA1) ** 2 / (1 - BETA2) * (1 - ratio**step) / (1 - ratio)
+    reach = np.sqrt(spread * (1 - BETA2**step)) / (1 - BETA1**step)
+    total = float((abs(keep) ** (t.local_steps - step) * reach).sum())
+    bound = t.learning_rate * math.sqrt(dimension) * total
+    return bound + abs(1 - keep**t.local_steps) * start, float(t.local_steps)
+
+
+def _rows(site: Terms, x: float) -> float:
+    """How many rows a step may have drawn."""
+    q = site.sampling_rate
+    most = ROWS * site.divisor / q
+    return min(most, most * q + math.sqrt(2 * most * q * (1 - q) * x) + x / 3)

@@ -1,0 +1,218 @@
+"""What could go wrong at the coordinator, looked at before it does. Nothing leaves this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+from cryptography import x509
+
+from fedtune.config import Study, load_study
+from fedtune.doctor import machine, tls
+from fedtune.doctor.machine import Check, Finding, findings
+from fedtune.dp.accountant import Steps, epsilon
+from fedtune.dp.calibration import resolve, with_rounds
+from fedtune.errors import ConfigError, FedtuneError, InfrastructureError
+from fedtune.files import reading
+from fedtune.flower import certs, enrol
+from fedtune.flower.processes import own_name, reachable
+
+ROUNDS_KEPT = 4  # adapters on disk per site: sent and received, while Flower keeps both
+RESTORE = "restore it from a backup: sites trust no other"
+START = "`fedtune server` renews it when it starts, and while it runs"
+
+
+class Place(NamedTuple):
+    """The coordinator's machine, as `fedtune server` is told of it."""
+
+    home: Path
+    host: str
+    port: int
+    names: Sequence[str]
+
+    @property
+    def known(self) -> list[str]:
+        """What sites call it by: --name, else the address that answers name."""
+        file = self.home / "address"
+        if self.names or not os.path.lexists(file):
+            return list(self.names)
+        said = reading.text(file, "host:port", "start the server with --name", ConfigError)
+        return list(filter(None, [said.strip().rpartition(":")[0].strip("[]")]))
+
+
+def examine(path: Path, place: Place) -> Iterator[Finding]:
+    """Each check as soon as it is done.
+
+    Errors: ConfigError where study.toml cannot be read; all else is a finding."""
+    study = load_study(path)
+    yield Finding("study file", True, f"{path}: {study.study.name}")
+    yield from findings(
+        [
+            ("versions", machine.versions),
+            ("plan", lambda: _plan(study)),
+            ("public files", lambda: _files(study)),
+        ]
+    )
+    yield from _for_study(study, place)
+    if (place.home / "ca.pem").exists():
+        yield from _consortium(place)
+    else:
+        yield Finding("home", True, f"{place.home}: none yet; `fedtune server` makes it")
+    yield from findings([("port", lambda: _port(place))])
+
+
+def _plan(study: Study) -> str:
+    """σ, q, rounds and ε, where they are the same for every site; else what they hang on."""
+    if isinstance(study.privacy, str):
+        return "NOT PRIVATE"
+    resolved = with_rounds(study)
+    if study.training.sampling_rate is None:
+        return "σ and q follow from each site's size: `fedtune plan` shows them (--size N)"
+    plan, k = resolve(resolved, declared_size=1), study.records_per_draw
+    steps = plan.rounds * study.training.local_steps
+    spent = epsilon(
+        [Steps(plan.noise_multiplier, plan.sampling_rate, steps, k)], study.privacy.delta
+    )
+    asked = study.privacy.epsilon
+    if asked is not None and spent > asked:
+        raise ConfigError(f"ε = {spent:.4f} after {plan.rounds} rounds", f"{asked} at most")
+    return f"σ = {plan.noise_multiplier}, {plan.rounds} rounds, ε = {spent:.3f}"
+
+
+def _files(study: Study) -> str:
+    named = {"public": study.public, "evaluation": study.evaluation}
+    for table, file in named.items():
+        if file is not None and not file.path.is_file():
+            raise ConfigError(f"{file.path}: no such file", todo=f"put it there, or see [{table}]")
+    return ", ".join(table for table, file in named.items() if file) or "none in the study"
+
+
+def _for_study(study: Study, place: Place) -> Iterator[Finding]:
+    try:
+        base = machine.base(study)
+        need = machine.need(study, base)
+    except FedtuneError as error:
+        yield Finding("base", False, str(error))
+        yield from findings([("disk", lambda: machine.disk(place.home, machine.FREE))])
+        return
+    yield Finding("base", True, f"{base}: {study.base.digest or 'no digest in the study yet'}")
+    sites = max(study.strategy.min_sites, len(list((place.home / "nodes").glob("*.json"))))
+    least = machine.FREE + ROUNDS_KEPT * need.adapter * sites
+    yield from findings(
+        [
+            ("disk", lambda: machine.disk(place.home, least)),
+            ("memory", lambda: machine.memory(need.memory)),
+        ]
+    )
+
+
+def _consortium(place: Place) -> Iterator[Finding]:
+    """The CA, the gateway's certificate, the keys and the registry."""
+    home = place.home
+    yield from findings([("secrets", lambda: _private(home))])
+    try:
+        authority = certs.certificate_in(home / "ca.pem", RESTORE)
+        yield from findings([("CA", lambda: _ca(authority)), ("clock", lambda: _clock(home))])
+        leaf = certs.certificate_in(home / "server.pem", "delete it: a new one is made")
+    except FedtuneError as error:
+        yield Finding("certificates", False, str(error))
+        return
+    listed: list[tuple[str, Check]] = [
+        ("certificate", lambda: tls.certificate(leaf, authority, tls.LEAF_LEFT, START)),
+        ("names", lambda: _names(leaf, place)),
+        ("sites", lambda: _sites(home)),
+    ]
+    yield from findings(listed)
+
+
+def _private(home: Path) -> str:
+    kept = ("ca.pem", "server.pem", "signing.key", "flower/executor.secret", "flower/loopback.key")
+    return machine.secrets(home / name for name in kept)
+
+
+def _ca(authority: x509.Certificate) -> str:
+    new = "it cannot be renewed: plan a new consortium, in which every site enrolls again"
+    return tls.certificate(authority, authority, tls.CA_LEFT, new)
+
+
+def _names(leaf: x509.Certificate, place: Place) -> str:
+    if not place.known:
+        return "nobody has been told an address yet: start with --name, or admit with --address"
+    return "; ".join(tls.names(leaf, name) for name in place.known)
+
+
+def _clock(home: Path) -> str:
+    """The clock against the past that is on record here. Errors: ConfigError where it was set
+    back: certificates and signed requests are then refused as not yet valid."""
+    now = certs.now()
+    past = {record.name: datetime.fromisoformat(record.admitted) for record in _records(home)}
+    past["ca.pem"] = certs.certificate_in(home / "ca.pem", "").not_valid_before_utc
+    if (home / "server.pem").exists():
+        past["server.pem"] = certs.certificate_in(home / "server.pem", "").not_valid_before_utc
+    name, latest = max(past.items(), key=lambda each: each[1])
+    if now < latest - certs.SKEW:
+        raise ConfigError(
+            f"{now:%Y-%m-%d %H:%M} UTC here, and {name} is of {latest:%Y-%m-%d %H:%M}",
+            "a clock that goes forward",
+            "set this machine's clock (NTP)",
+        )
+    return f"{now:%Y-%m-%d %H:%M} UTC, later than all that is on record here"
+
+
+def _records(home: Path) -> list[enrol.Record]:
+    return [*enrol.registry(home).values(), *enrol.revoked(home)]
+
+
+def _sites(home: Path) -> str:
+    """Errors: ConfigError for a site whose certificate ran out, or whose client does not renew."""
+    admitted = enrol.registry(home)
+    for name, record in admitted.items():
+        leaf = enrol.leaf_of(home, record)
+        if leaf is None:
+            continue
+        left = leaf.not_valid_after_utc - certs.now()
+        if left < timedelta(0):
+            raise ConfigError(
+                f"{name}: its certificate ran out on {leaf.not_valid_after_utc:%Y-%m-%d}",
+                todo=f"ask {name} to run `fedtune enroll` again, and admit the request",
+            )
+        if left < tls.LEAF_LEFT:
+            raise ConfigError(
+                f"{name}: its certificate ends on {leaf.not_valid_after_utc:%Y-%m-%d %H:%M}, and "
+                "was not renewed",
+                todo=f"ask {name} to start `fedtune client`, which renews it by itself",
+            )
+    gone = {record.name for record in enrol.revoked(home)} - set(admitted)
+    return f"{len(admitted)} admitted ({', '.join(admitted) or 'nobody'}), {len(gone)} revoked"
+
+
+def _port(place: Place) -> str:
+    """Errors: InfrastructureError where another program has the port, or nobody can listen."""
+    host, port = place.host, place.port
+    at = f"{host}:{port}"
+    if not reachable(own_name(host), port):
+        try:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            socket.create_server((host, port), family=family).close()
+        except OSError as error:
+            raise InfrastructureError(
+                f"{at}: cannot be listened on ({error.strerror})",
+                todo="choose another with --host or --port",
+            ) from None
+        return f"{at}: free"
+    shown = tls.presented(
+        lambda context: asyncio.open_connection(own_name(host), port, ssl=context), at
+    )
+    file = place.home / "server.pem"
+    if not file.exists() or certs.certificate_in(file, "").public_key() != shown.public_key():
+        raise InfrastructureError(
+            f"{at}: taken by a server with another certificate",
+            "nobody there, or this consortium's gateway",
+            "choose another with --port, or name that gateway's --home",
+        )
+    return f"{at}: the gateway answers, with the certificate above"

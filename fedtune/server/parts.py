@@ -1,0 +1,153 @@
+"""The parts of fedtune that the coordinator calls on, imported when first used; tests swap them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from flwr.serverapp import Grid
+
+from fedtune.config import Study
+from fedtune.flower.arrays import Arrays
+from fedtune.flower.enrol import Member
+from fedtune.server.bound import Budget
+from fedtune.server.schedule import Clock, Wall
+from fedtune.wire.keys import SigningKey
+
+Events = list[tuple[float, float, int, int]]  # (σ, q, steps, records of one unit)
+
+
+class Started(Protocol):
+    """fedtune.models.start.Start."""
+
+    @property
+    def study(self) -> Study: ...
+    @property
+    def adapter(self) -> Arrays: ...
+    @property
+    def frozen(self) -> Arrays: ...
+
+
+class Compared(Protocol):
+    """fedtune.evaluation.metrics.Compared."""
+
+    @property
+    def before(self) -> float: ...
+    @property
+    def after(self) -> float: ...
+    @property
+    def sure(self) -> float: ...
+
+
+class Measures(Protocol):
+    """fedtune.evaluation.evaluator.Evaluator."""
+
+    def measure(self, adapter: Arrays | None) -> dict[str, float]: ...
+    def compare(self, champion: Arrays, challenger: Arrays) -> Compared: ...
+
+
+def _start(study: Study) -> Started:
+    from fedtune.evaluation.evaluator import check_evaluation
+    from fedtune.models.start import start
+
+    check_evaluation(study)  # in seconds; A from public text takes minutes
+    return start(study)
+
+
+def _evaluator(study: Study, frozen: Arrays) -> Measures:
+    from fedtune.evaluation.evaluator import Evaluator
+
+    return Evaluator(study, frozen)
+
+
+def _epsilon(events: Events, delta: float) -> float:
+    from fedtune.dp.accountant import Steps, cross_check
+
+    return cross_check([Steps(*event) for event in events], delta)
+
+
+def _budget(study: Study, declared: int) -> Budget:
+    from fedtune.dp.calibration import resolve
+
+    return resolve(study, declared)
+
+
+def _accountant() -> str:
+    from fedtune.dp.accountant import ACCOUNTANT
+
+    return ACCOUNTANT
+
+
+def _engine(study: Study) -> str:
+    from fedtune.models.network import build
+    from fedtune.training.engines import choose
+
+    network = build(study)
+    return choose(study.training.engine, network.trained, list(network.parameters().values())).name
+
+
+def _licence(study: Study) -> str:
+    from fedtune.bases.find import find_base
+
+    return find_base(study.base.model, study.base.digest).licence
+
+
+def _save(study: Study, adapter: Arrays, frozen: Arrays, folder: Path) -> None:
+    from fedtune.models.network import build
+
+    network = build(study)
+    network.adopt(study, frozen)
+    network.load_trainable(adapter)
+    network.save(folder)
+
+
+def _load(folder: Path) -> Arrays:
+    from fedtune.models.adapter_files import load_adapter
+
+    return load_adapter(folder)
+
+
+def _fingerprint(path: Path) -> str:
+    from fedtune.files.reading import fingerprint
+
+    return fingerprint(path)
+
+
+def _report(out: Path, body: dict[str, Any]) -> None:
+    from fedtune.report import write
+
+    write(out, body)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """key: the coordinator's signing key; enrolled: who each node of a grid is, of those that may
+    take part now (None: whoever is connected); receipts: file for the sites' newest receipts
+    beyond one run (None: only in the run's checkpoint); patience: seconds to wait at the start
+    until strategy.min_sites sites admit the plan; pause: seconds before the first retry of a round
+    (twice that before the second, and so on); clock, upto: of a study without a last round, the
+    time of day, and the round to stop after (None: somebody stops it); skip: leave a round out
+    that too few delivered, and go on with the next slot's."""
+
+    start: Callable[[Study], Started] = _start
+    evaluator: Callable[[Study, Arrays], Measures] = _evaluator
+    epsilon: Callable[[Events, float], float] = _epsilon
+    budget: Callable[[Study, int], Budget] = _budget
+    accountant: Callable[[], str] = _accountant
+    engine: Callable[[Study], str] = _engine
+    licence: Callable[[Study], str] = _licence
+    save: Callable[[Study, Arrays, Arrays, Path], None] = _save
+    load: Callable[[Path], Arrays] = _load
+    fingerprint: Callable[[Path], str] = _fingerprint
+    report: Callable[[Path, dict[str, Any]], None] = _report
+    key: SigningKey = field(default_factory=SigningKey)
+    enrolled: Callable[[Grid], Mapping[int, Member]] | None = None
+    expect: Callable[[Grid, Iterable[int], int], None] = lambda grid, nodes, most: None
+    receipts: Path | None = None
+    patience: float = 120.0
+    pause: float = 10.0
+    clock: Clock = field(default_factory=Wall)
+    upto: int | None = None
+    skip: bool = True

@@ -1,0 +1,143 @@
+"""Private evaluation: what the sites' held-out records say of a round, asked for and pooled.
+
+Each site sends two noised sums, Σ likelihood and Σ 1 over its units, and no other number. No quorum
+is needed, and nothing that goes wrong here stops a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from flwr.app import ConfigRecord, RecordDict
+
+from fedtune.flower.arrays import Arrays, to_record
+from fedtune.server.admission import Outcome, Roster, outcome
+from fedtune.server.bound import Terms
+from fedtune.server.exchange import size
+from fedtune.server.store import Phase, Progress
+from fedtune.wire import codec, seal
+from fedtune.wire.keys import SigningKey
+
+LIKE: Arrays = {"sums": np.zeros(2, np.float32)}
+TOO_NOISY = 4.0  # a pooled count below so many of its own standard deviations tells nothing
+
+
+class Queries:
+    """The queries of one run; what they find goes into the newest entry of its history."""
+
+    def __init__(self, progress: Progress, roster: Roster, key: SigningKey) -> None:
+        self.progress, self.roster, self.key = progress, roster, key
+        self.study = progress.study
+
+    def due(self) -> bool:
+        """Whether the plan asks about the last round, and nobody has yet."""
+        return self.progress.phase is Phase.KEPT and self.progress.round in self.study.queries
+
+    def ask(self) -> dict[str, Any]:
+        """Ask every willing site about the newest adapter; returns what the history keeps:
+        likelihood, its noise_sd, the sites that answered, and missing: site -> why not.
+
+        Errors: InfrastructureError where the grid fails."""
+        entry, missing = self.progress.history[-1], self.roster.out()
+        answers: dict[str, Outcome] = {}
+        self._ask(self.roster.willing(), entry, answers, missing)
+        for name, got in answers.items():
+            self.progress.queries[name] = got.events
+            self.progress.receipts[name] = seal.receipt(self.key, got.ledger)
+        found = pooled(answers.values()) | {"sites": sorted(answers), "missing": missing}
+        entry["private_quality"] = found
+        return found
+
+    def _ask(
+        self,
+        names: list[str],
+        entry: dict[str, Any],
+        answers: dict[str, Outcome],
+        missing: dict[str, str],
+        again: bool = True,
+    ) -> None:
+        adapter = to_record(codec.encode(self.progress.adapter, self.study.wire.adapter))
+        nonce = secrets.token_hex(16)
+        named = {self.roster.nodes[name]: name for name in names}
+        contents = {
+            node: RecordDict({"order": self._order(name, nonce), "adapter": adapter})
+            for node, name in named.items()
+        }
+        unprepared, group = [], f"query {self.progress.round}"
+        for reply in self.roster.ask("query.evaluate", contents, group):
+            name = named[reply.node]
+            _add(entry["bytes_down"], name, size(contents[reply.node]))
+            _add(entry["bytes_up"], name, reply.size)
+            before = sum(event["steps"] for event in self.progress.queries.get(name, []))
+            key, wanted = self.progress.keys.get(name, ""), self._wanted(name, nonce)
+            kind: dict[str, Any] = {"record": "answer", "done": "answered", "terms": self.terms}
+            got = outcome(reply, LIKE, True, before, key, wanted, **kind)
+            if got.status == "answered":
+                answers[name] = got
+                missing.pop(name, None)
+            else:
+                missing[name] = f"{got.status}: {got.reason}"
+            if got.status == "unprepared":
+                unprepared.append(name)
+        if unprepared and again:
+            self.roster.prepare(self.roster.nodes[name] for name in unprepared)
+            ready = [name for name in unprepared if name in self.roster.willing()]
+            self._ask(ready, entry, answers, missing, again=False)
+
+    @property
+    def terms(self) -> Terms | None:
+        """What the plan demands of an answer's noise."""
+        table = self.study.private_evaluation
+        if table is None:
+            return None
+        steps = len(self.study.queries)
+        return Terms(1.0, table.noise_multiplier, math.sqrt(2), 1, 1.0, steps)
+
+    def _order(self, name: str, nonce: str) -> ConfigRecord:
+        receipt = self.progress.receipts.get(name)
+        text, plan = json.dumps(receipt) if receipt else "", self.study.queries_digest
+        return ConfigRecord(seal.order(self.key, plan, self.progress.round, nonce, text))
+
+    def _wanted(self, name: str, nonce: str) -> seal.Header:
+        return seal.Header(
+            plan=self.study.digest,
+            round=self.progress.round,
+            base=self.study.base.digest or "",
+            site=name,
+            receiver=self.key.public,
+            nonce=nonce,
+            body="",
+            ledger={},
+        )
+
+
+def pooled(answers: Iterable[Outcome]) -> dict[str, float | None]:
+    """The mean likelihood over all units of all sites, and the standard deviation that the noise
+    gives it, to first order (delta method): √(v · (1 + r²)) / n, for the ratio r of two sums whose
+    noise has variance v each, n the pooled count. Nothing about sampling of records is in it.
+
+    | nobody answered, or n within TOO_NOISY standard deviations of 0 | None, None |
+    | the noise carries it outside [0, 1]                             | the nearer end |"""
+    total, variance = np.zeros(2), 0.0
+    for got in answers:
+        total += got.update["sums"].astype(np.float64)
+        variance += _variance(got.events)
+    count = float(total[1])
+    if count <= TOO_NOISY * math.sqrt(variance) or count <= 0:
+        return {"likelihood": None, "noise_sd": None}
+    ratio = float(total[0]) / count
+    deviation = math.sqrt(variance * (1 + ratio**2)) / count
+    return {"likelihood": min(max(ratio, 0.0), 1.0), "noise_sd": deviation}
+
+
+def _variance(events: list[dict[str, Any]]) -> float:
+    """Of the noise in one number of an answer: (σC)², by the site's own log."""
+    return float(max((e["sigma"] * e["max_grad_norm"]) ** 2 for e in events))
+
+
+def _add(counts: dict[str, int], name: str, more: int) -> None:
+    counts[name] = counts.get(name, 0) + more

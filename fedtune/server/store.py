@@ -1,0 +1,360 @@
+"""What survives a crash: where a run is, in SQLite, and its arrays beside it.
+
+    out/checkpoint/run.db                the run, its rounds and its sites; a transaction per phase
+    out/checkpoint/frozen.safetensors    what the adapter never trains; written once
+    out/checkpoint/round-K.safetensors   adapter and strategy state after round K
+
+Guarantee: arrays are on disk before the transaction that names them by file and sha256, and older
+ones go after it. So whatever crashes and when, the old state or the new one is there and whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as from_bytes
+from safetensors.numpy import save as to_bytes
+
+from fedtune.config import Study, study_from_json
+from fedtune.errors import ConfigError, InfrastructureError, InputError
+from fedtune.files.writing import replace
+from fedtune.flower.arrays import Arrays
+from fedtune.strategies import State
+
+FORMAT = "fedtune-run-3"
+FOLDER, DATABASE, FROZEN = "checkpoint", "run.db", "frozen.safetensors"
+PRAGMAS = ("synchronous = EXTRA", "trusted_schema = OFF")  # EXTRA: as in dp/ledger_store.py
+PER_SITE = ("sizes", "keys", "receipts", "events", "queries", "admission")
+SCHEMA = (
+    "CREATE TABLE run (format TEXT, phase TEXT, round INTEGER, asked TEXT, study TEXT, "
+    "before TEXT, files TEXT, sha256 TEXT)",  # one row; sha256 over every other value of the tables
+    "CREATE TABLE rounds (round INTEGER PRIMARY KEY, entry TEXT NOT NULL)",
+    f"CREATE TABLE sites (name TEXT PRIMARY KEY, {' TEXT, '.join(PER_SITE)} TEXT)",
+)
+DISK = {
+    *(sqlite3.SQLITE_BUSY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL),
+    *(sqlite3.SQLITE_IOERR, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY),
+}
+Rows = tuple[list[Any], list[list[Any]], list[list[Any]]]  # run, rounds, sites
+
+
+class CheckpointError(InputError):
+    """A checkpoint that is damaged, or of another study."""
+
+
+class Phase(StrEnum):
+    """Where a run is: (round + 1) was asked for, or what was done since `round` was kept.
+
+    started → asked → kept [→ queried] → asked → … → finished"""
+
+    STARTED = "started"
+    ASKED = "asked"
+    KEPT = "kept"
+    QUERIED = "queried"
+    FINISHED = "finished"
+
+
+FOLLOWS = {
+    Phase.STARTED: {Phase.ASKED},
+    Phase.ASKED: {Phase.KEPT},
+    Phase.KEPT: {Phase.ASKED, Phase.QUERIED, Phase.FINISHED},
+    Phase.QUERIED: {Phase.ASKED, Phase.FINISHED},
+    Phase.FINISHED: {Phase.FINISHED},
+}
+
+
+@dataclass
+class Progress:
+    """A run between two phases.
+
+    asked: digest of the study as it was given; study: the same, resolved; round: the last one
+    kept, with which alone adapter and strategy change; events: site -> its step log for this study
+    so far; queries: the same for its answers about held-out records; keys: site -> its public
+    signing key; receipts: site -> its newest receipt, sent back with the next order; history: one
+    entry per round kept.
+    Guarantee: everything in it is public or was noised at a site before it was sent."""
+
+    asked: str
+    study: Study
+    adapter: Arrays
+    frozen: Arrays
+    phase: Phase = Phase.STARTED
+    round: int = 0
+    strategy: State = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    receipts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    events: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    queries: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    before: dict[str, float] = field(default_factory=dict)
+    admission: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def enter(self, phase: Phase) -> None:
+        assert phase in FOLLOWS[self.phase], f"{phase} does not follow {self.phase}"
+        self.phase = phase
+
+
+def save(out: Path, progress: Progress) -> None:
+    """Make the run's state last. Errors: InfrastructureError when the disk refuses (the state
+    before is then whole); CheckpointError where the database is damaged."""
+    folder = out / FOLDER
+    groups: dict[str, dict[str, Any]] = {
+        FROZEN: {"frozen": progress.frozen},
+        _arrays(progress.round): {"adapter": progress.adapter, "strategy": progress.strategy},
+    }
+    there = _files(folder / DATABASE)
+    files = {n: there.get(n) or _put(folder / n, each) for n, each in groups.items()}
+    _commit(folder / DATABASE, _rows(progress, files))
+    _prune(folder, files)
+
+
+def load(out: Path, study: Study) -> Progress | None:
+    """The run of `study` in `out`, or None where none was saved.
+
+    Errors: CheckpointError (damaged, or another study's); InfrastructureError."""
+    folder = out / FOLDER
+    path = folder / DATABASE
+    if not path.exists():
+        first = {FROZEN, _arrays(0)}  # what a crash within the first save leaves
+        if folder.exists() and any(
+            p.name not in first and p.suffix != ".new" for p in folder.iterdir()
+        ):
+            _damaged(path)
+        return None
+    with _named(path, OSError, SafetensorError, ValueError):
+        run, rounds, sites = _read(path)
+        _, phase, round_, asked, resolved, before, files = run
+        arrays: dict[str, Any] = {"adapter": {}, "frozen": {}, "strategy": {}}
+        for name, sha256 in json.loads(files).items():
+            for key, array in _get(folder / name, sha256).items():
+                group, _, inner = key.partition("/")
+                arrays[group][inner] = array
+    if asked != study.digest:
+        raise CheckpointError(
+            f"{path}: belongs to another study ({asked[:19]}…)",
+            f"this one ({study.digest[:19]}…)",
+            "go back to the study it was made with, or choose another --out",
+        )
+    here = {"public": study.public, "evaluation": study.evaluation}  # files may have moved
+    return Progress(
+        asked=asked,
+        study=study_from_json(resolved).model_copy(update=here),
+        phase=Phase(phase),
+        round=round_,
+        before=json.loads(before),
+        history=[json.loads(entry) for _, entry in rounds],
+        **arrays,
+        **{
+            key: {row[0]: json.loads(row[n]) for row in sites if row[n] is not None}
+            for n, key in enumerate(PER_SITE, 1)
+        },
+    )
+
+
+def open_folder(out: Path, study: Study, *, resume: bool) -> Progress | None:
+    """Make `out`, for this user alone, or find the run that it holds.
+
+    Errors: ConfigError where a run is there and `resume` was not asked for; CheckpointError."""
+    if not resume and any((out / name).exists() for name in (FOLDER, "report.json")):
+        raise ConfigError(
+            f"{out}: a run is already there",
+            "an empty folder",
+            "continue that run with --resume, or choose another --out",
+        )
+    try:
+        out.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise InfrastructureError(
+            f"{out}: cannot be made ({error.strerror})", todo="free the disk or fix the rights"
+        ) from None
+    return load(out, study) if resume else None
+
+
+class Receipts:
+    """The newest receipt of each site, by its public key, beyond any one run; None: kept nowhere.
+
+    A site that was restored from an old copy is told by the first order of the next study what it
+    must already have signed. Errors: CheckpointError where the file is damaged."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        if self.path is None or not self.path.exists():
+            return {}
+        try:
+            found = json.loads(self.path.read_text())
+            if isinstance(found, dict) and all(isinstance(r, dict) for r in found.values()):
+                return found
+        except (OSError, ValueError, RecursionError):
+            pass
+        raise CheckpointError(
+            f"{self.path}: damaged",
+            "the receipts as they were written",
+            "restore it from a copy; without it a site that was rolled back is noticed later",
+        )
+
+    def keep(self, receipts: dict[str, dict[str, Any]]) -> None:
+        """Add these to what is there, whole or not at all. Errors: InfrastructureError."""
+        if self.path is not None and receipts:
+            there = self.read()
+            if there | receipts != there:
+                text = json.dumps(there | receipts, sort_keys=True)
+                replace(self.path, text.encode(), private=True)
+
+
+# ------------------------------------------------------------------------------------ database
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """A connection that commits to disk, by hand (no implicit transactions)."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    for pragma in PRAGMAS:
+        connection.execute(f"PRAGMA {pragma}")
+    return connection
+
+
+def _rows(progress: Progress, files: dict[str, str]) -> Rows:
+    """All that the tables hold, but its own sha256."""
+    study, before = progress.study.model_dump_json(), json.dumps(progress.before)
+    run = [FORMAT, str(progress.phase), progress.round, progress.asked, study, before]
+    rounds = [[n, json.dumps(entry)] for n, entry in enumerate(progress.history, 1)]
+    found = [getattr(progress, key) for key in PER_SITE]
+    names = sorted({name for each in found for name in each})
+    sites = [
+        [name, *(json.dumps(each[name]) if name in each else None for each in found)]
+        for name in names
+    ]
+    return [*run, json.dumps(files)], rounds, sites
+
+
+def _commit(path: Path, rows: Rows) -> None:
+    """A database that exists was committed: the first one is put in place whole."""
+    if not path.exists():
+        with closing(sqlite3.connect(":memory:", isolation_level=None)) as sql:
+            for statement in SCHEMA:
+                sql.execute(statement)
+            _fill(sql, rows)
+            replace(path, sql.serialize())
+        return
+    with _named(path), closing(connect(path)) as sql:
+        sql.execute("BEGIN IMMEDIATE")
+        _fill(sql, rows)
+        sql.execute("COMMIT")
+
+
+def _fill(sql: sqlite3.Connection, rows: Rows) -> None:
+    run, rounds, sites = rows
+    ((known,),) = sql.execute("SELECT count(*) FROM rounds")
+    sql.execute("DELETE FROM run")
+    sql.execute("INSERT INTO run VALUES (?, ?, ?, ?, ?, ?, ?, ?)", [*run, _sha256(rows)])
+    # Of the rounds that are there, the newest may have been asked about since.
+    sql.executemany("INSERT OR REPLACE INTO rounds VALUES (?, ?)", rounds[max(known - 1, 0) :])
+    places = ", ".join("?" * (1 + len(PER_SITE)))
+    sql.executemany(f"INSERT OR REPLACE INTO sites VALUES ({places})", sites)
+
+
+def _read(path: Path) -> Rows:
+    with closing(connect(path)) as sql:
+        if [*sql.execute("PRAGMA integrity_check")] != [("ok",)]:
+            _damaged(path)
+        ((*run, sha256),) = sql.execute("SELECT * FROM run")
+        rounds = [list(row) for row in sql.execute("SELECT * FROM rounds ORDER BY round")]
+        sites = [list(row) for row in sql.execute("SELECT * FROM sites ORDER BY name")]
+    rows = run, rounds, sites
+    if sha256 != _sha256(rows):
+        _damaged(path)
+    if run[0] != FORMAT:
+        raise CheckpointError(
+            f"{path}: written by another fedtune (format {run[0]})",
+            FORMAT,
+            "resume it with the release that wrote it; nothing was changed",
+        )
+    return rows
+
+
+def _sha256(rows: Rows) -> str:
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+# -------------------------------------------------------------------------------------- arrays
+
+
+def _arrays(round_: int) -> str:
+    return f"round-{round_}.safetensors"
+
+
+def _files(path: Path) -> dict[str, str]:
+    """file -> sha256, as the last transaction named them; {} before the first."""
+    if not path.exists():
+        return {}
+    with _named(path, ValueError, TypeError), closing(connect(path)) as sql:
+        ((files,),) = sql.execute("SELECT files FROM run")
+        found: dict[str, str] = json.loads(files)
+        return found
+
+
+def _put(path: Path, groups: dict[str, Any]) -> str:
+    """Write the arrays, make them last, and return the file's sha256."""
+    body = to_bytes(
+        {
+            f"{group}/{name}": np.asarray(array, order="C")
+            for group, arrays in groups.items()
+            for name, array in arrays.items()
+        }
+    )
+    replace(path, body)
+    return hashlib.sha256(body).hexdigest()
+
+
+def _get(path: Path, sha256: str) -> dict[str, Any]:
+    body = path.read_bytes()
+    if hashlib.sha256(body).hexdigest() != sha256:
+        _damaged(path)
+    return from_bytes(body)
+
+
+def _prune(folder: Path, files: dict[str, str]) -> None:
+    """Remove the arrays of earlier rounds, and what a crash left half-written."""
+    for path in folder.iterdir():
+        if path.suffix in (".safetensors", ".new") and path.name not in files:
+            with suppress(OSError):  # then the next save does
+                os.unlink(path)
+
+
+@contextmanager
+def _named(path: Path, *damage: type[Exception]) -> Iterator[None]:
+    """sqlite's errors, by what is to do about them; `damage`: what else says that it is damaged."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in DISK:
+            raise InfrastructureError(
+                f"{path}: cannot be written ({error})",
+                todo="free the disk, fix the rights or stop the other process, then --resume",
+            ) from None
+        _damaged(path)
+    except sqlite3.Error:
+        _damaged(path)
+    except damage:
+        _damaged(path)
+
+
+def _damaged(path: Path) -> NoReturn:
+    raise CheckpointError(
+        f"{path}: damaged, or not a checkpoint of this version of fedtune",
+        "the file as it was written",
+        "restore it from a copy, or start again in another --out",
+    ) from None

@@ -1,0 +1,230 @@
+"""The report's body, from what the run's progress holds; every ε from what the sites logged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import fedtune
+from fedtune.config import PrivacyTable
+from fedtune.models.rank_slice import turn
+from fedtune.server.parts import Parts
+from fedtune.server.store import Progress
+
+RELATION = "add or remove one unit"
+WARNING = 'privacy = "off": nothing was clipped for a guarantee and no noise was added'
+
+
+def epsilons(progress: Progress, parts: Parts) -> dict[str, float]:
+    """ε of each site so far, at the study's δ; empty where privacy is off.
+
+    Of a study without a last round: of a patient who was there in every round, up to the lifetime
+    in the plan, at which the site leaves a patient out. The site's own ledger may say less."""
+    privacy = progress.study.privacy
+    if isinstance(privacy, str):
+        return {}
+    found = {
+        name: _epsilon(events, parts, privacy) for name, events in sorted(progress.events.items())
+    }
+    if progress.study.continuous and privacy.epsilon is not None:
+        found = {name: min(spent, privacy.epsilon) for name, spent in found.items()}
+    return found
+
+
+def _epsilon(events: list[dict[str, Any]], parts: Parts, privacy: PrivacyTable) -> float:
+    return parts.epsilon(
+        [(e["sigma"], e["q"], e["steps"], e["records"]) for e in events], privacy.delta
+    )
+
+
+def body(progress: Progress, parts: Parts) -> dict[str, Any]:
+    """The body of report.json."""
+    study, history = progress.study, progress.history
+    keys = (
+        *("round", "participants", "missing", "late", "epsilon", "private_quality"),
+        *("bytes_up", "bytes_down", "seconds"),
+    )
+    private = isinstance(study.privacy, PrivacyTable)
+    extra = {"lora_ranks": _ranks(progress), "weights": _capped(progress)}
+    return {key: found for key, found in extra.items() if found} | {
+        "fedtune": fedtune.__version__,
+        "study": study.study.name,
+        "plan_digest": study.digest,
+        "private": private,
+        "privacy": _privacy(progress, parts) if private else {"mode": "off", "warning": WARNING},
+        "quality": _quality(progress),
+        "base": {
+            "name": study.base.model,
+            "digest": study.base.digest,
+            "licence": parts.licence(study),
+            "dtype": study.base.dtype,
+        },
+        "adapter": _adapter(progress) | {"engine": parts.engine(study)},
+        "wire": study.wire.model_dump(mode="json"),
+        "sites": dict(sorted(progress.admission.items())),
+        "absences": absences(history),
+        "rounds": [{key: entry[key] for key in keys if key in entry} for entry in history],
+    }
+
+
+def lora_ranks(history: list[dict[str, Any]]) -> dict[str, int]:
+    """site -> how many ranks it trained, by the rounds kept; empty where sites have no choice."""
+    return {name: rank for entry in history for name, rank in entry.get("lora_ranks", {}).items()}
+
+
+def _ranks(progress: Progress) -> dict[str, Any]:
+    """Where sites trained fewer ranks: who how many, and for each range of B's columns, summed over
+    the rounds, the share of the mean's weight that trained them, and the noise there against what
+    it would be had every site trained them (None: none, or AdamW's, or other than a plain mean's).
+
+    The divisor is everybody's weight, so the signal falls as the share, and noise by less."""
+    study, history, ranks = progress.study, progress.history, lora_ranks(progress.history)
+    if study.lora is None or set(ranks.values()) <= {study.lora.rank}:
+        return {}
+    declared = study.strategy.weights == "declared"
+    weights = {name: progress.sizes[name] if declared else 1 for name in ranks}
+    share, noise, most = np.zeros(study.lora.rank), np.zeros(study.lora.rank), 0.0
+    for entry in history:
+        here = entry["lora_ranks"]
+        counted = weights | entry.get("weights", {})
+        total = sum(counted[name] for name in here)
+        for name, rank in here.items():
+            columns, part = turn(study.lora, rank, entry["round"]), counted[name] / total
+            share[columns] += part / len(history)
+            noise[columns] += (part * _noise(progress, name)) ** 2
+            most += (part * _noise(progress, name)) ** 2
+    told = study.private and study.training.optimizer == "sgd" and study.strategy.name == "fedavg"
+    rows: list[dict[str, Any]] = []
+    for column, each in enumerate(zip(share, np.sqrt(noise / most), strict=True), 1):
+        found = [round(float(value), 9) for value in each]
+        if not rows or [rows[-1]["share"], rows[-1]["noise"]] != found:
+            rows.append({"first": column, "share": found[0], "noise": found[1]})
+        rows[-1]["last"] = column
+    for row in () if told else rows:
+        row["noise"] = None
+    return {"sites": dict(sorted(ranks.items())), "of": study.lora.rank, "columns": rows}
+
+
+def _noise(progress: Progress, name: str) -> float:
+    """Of one number in a site's update with SGD, but for a factor that all sites share."""
+    events = progress.events.get(name)
+    if not events:
+        return 1.0
+    divisor = max(e["q"] for e in events) * progress.sizes[name]
+    return float(min(e["sigma"] for e in events) / divisor)
+
+
+def capped(weight: int, declared: int) -> str:
+    return f"counts as {weight} of {declared} declared: no more than a multiple of the median"
+
+
+def _capped(progress: Progress) -> dict[str, str]:
+    """Whose declared size counted for less than it says, as in the newest such round."""
+    found: dict[str, int] = {}
+    for entry in progress.history:
+        found |= entry.get("weights", {})
+    return {name: capped(most, progress.sizes[name]) for name, most in sorted(found.items())}
+
+
+def absences(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """site -> rounds missed, the longest absence, and how often each reason was the last one.
+
+    The seconds of an absence are those of the rounds in it, by a clock that no change of the time
+    of day moves. A round that a site was not asked in neither ends an absence nor is one."""
+    found: dict[str, dict[str, Any]] = {}
+    now: dict[str, tuple[int, float]] = {}  # the absence in progress: rounds, seconds
+    for entry in history:
+        for name in entry["participants"]:
+            now.pop(name, None)
+        for name, why in sorted(entry["missing"].items()):
+            site = found.setdefault(
+                name, {"rounds": 0, "longest_rounds": 0, "longest_seconds": 0.0, "reasons": {}}
+            )
+            rounds, seconds = now.get(name, (0, 0.0))
+            now[name] = rounds + 1, seconds + entry["seconds"]
+            site["rounds"] += 1
+            site["longest_rounds"] = max(site["longest_rounds"], now[name][0])
+            site["longest_seconds"] = round(max(site["longest_seconds"], now[name][1]), 3)
+            site["reasons"][why] = site["reasons"].get(why, 0) + 1
+    return dict(sorted(found.items()))
+
+
+def _privacy(progress: Progress, parts: Parts) -> dict[str, Any]:
+    study = progress.study
+    assert isinstance(study.privacy, PrivacyTable)
+    common = {
+        "delta": study.privacy.delta,
+        "unit": study.privacy.unit,
+        "sampling": study.privacy.sampling,
+        "records_per_unit": study.records_per_draw,
+        "relation": RELATION,
+        "accountant": parts.accountant(),
+        "clipping": study.clipping.mode if study.clipping else None,
+    }
+    sites = {}
+    for name, epsilon in epsilons(progress, parts).items():
+        events = progress.events[name]
+        sites[name] = common | {
+            "epsilon": epsilon,
+            "noise_multiplier": min(e["sigma"] for e in events),
+            "max_grad_norm": max(e["max_grad_norm"] for e in events),
+            "sampling_rate": max(e["q"] for e in events),
+            "steps": sum(e["steps"] for e in events),
+            "key": progress.keys.get(name),
+        }
+    worst = max(
+        sites.values(), key=lambda site: site["epsilon"], default={**common, "epsilon": 0.0}
+    )
+    found = {**{k: v for k, v in worst.items() if k != "key"}, "sites": sites}
+    if study.private_evaluation is not None:
+        found["evaluation"] = _evaluation(progress, parts, study.privacy)
+    return found
+
+
+def _evaluation(progress: Progress, parts: Parts, privacy: PrivacyTable) -> dict[str, Any]:
+    """What the answers about held-out records cost those records. with_training: for somebody
+    whose records are in both files of a site, which a coordinator cannot rule out."""
+    table = progress.study.private_evaluation
+    assert table is not None
+    common = {
+        "delta": privacy.delta,
+        "unit": privacy.unit,
+        "noise_multiplier": table.noise_multiplier,
+        "steps": 0,
+    }
+    sites = {}
+    for name, events in sorted(progress.queries.items()):
+        both = [*progress.events.get(name, []), *events]
+        sites[name] = common | {
+            "epsilon": _epsilon(events, parts, privacy),
+            "with_training": _epsilon(both, parts, privacy),
+            "noise_multiplier": min(e["sigma"] for e in events),
+            "steps": sum(e["steps"] for e in events),
+        }
+    nothing = {**common, "epsilon": 0.0}
+    worst = max(sites.values(), key=lambda site: site["epsilon"], default=nothing)
+    whole = max((site["with_training"] for site in sites.values()), default=0.0)
+    return {**worst, "with_training": whole, "sites": sites}
+
+
+def _quality(progress: Progress) -> dict[str, Any]:
+    table = progress.study.evaluation
+    if table is None:
+        return {}
+    measured = [{"round": h["round"], **h["quality"]} for h in progress.history if h["quality"]]
+    return {
+        "metric": table.metric,
+        "before": progress.before,
+        "after": {k: v for k, v in measured[-1].items() if k != "round"} if measured else {},
+        "by_round": measured,
+    }
+
+
+def _adapter(progress: Progress) -> dict[str, Any]:
+    lora = progress.study.lora
+    found: dict[str, Any] = {
+        "folder": "adapter",
+        "parameters": int(sum(array.size for array in progress.adapter.values())),
+    }
+    return found | lora.model_dump(mode="json", exclude_none=True) if lora else found

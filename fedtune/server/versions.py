@@ -1,0 +1,206 @@
+"""The adapters that a study without a last round released, and which of them is in use.
+
+    out/versions/index.json   what was decided about every version, and the champion
+    out/versions/N/           version N (the adapter after round N), for each that was ever released
+    out/adapter               a link to the champion's folder
+
+Guarantee: a version's files are on disk before the index names it, the index before the link moves,
+and the link moves in one step: who opens out/adapter finds one released version, whole, whatever
+crashes and when. A version that was kept back has no folder at all.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter
+
+from fedtune.errors import InputError
+from fedtune.files import reading, writing
+from fedtune.server.store import CheckpointError
+
+FORMAT = "fedtune-versions-1"
+FOLDER, INDEX, LINK = "versions", "index.json", "adapter"
+Decision = Literal["first", "released", "kept back", "pinned"]
+
+
+@dataclass(frozen=True)
+class Version:
+    """One adapter and what was decided about it.
+
+    number: of the round that made it; at: when that was scheduled (UTC); value: the study's metric
+    on the public records; champion, champion_value: what was in use then, on the same records;
+    sure: share of resamples in which this one is better; public: sha256 of those records;
+    decision: pinned: another was rolled back to, and nothing is released meanwhile."""
+
+    number: int
+    at: str
+    decision: Decision
+    metric: str = ""
+    value: float | None = None
+    champion: int | None = None
+    champion_value: float | None = None
+    sure: float | None = None
+    public: str = ""
+
+
+@dataclass(frozen=True)
+class Index:
+    """champion: the version in use; pinned: whether a person chose it, so that it stays."""
+
+    champion: int
+    pinned: bool
+    versions: tuple[Version, ...]
+
+    @property
+    def judged(self) -> int:
+        """The newest version that something was decided about."""
+        return self.versions[-1].number
+
+    @property
+    def kept(self) -> list[int]:
+        """The versions that can be rolled back to."""
+        return [v.number for v in self.versions if v.decision in ("first", "released")]
+
+
+_INDEX = TypeAdapter(Index)
+
+
+class Versions:
+    """The versions of the run in `out`. Several processes may open one; each change is one step."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.folder = out, out / FOLDER
+
+    def index(self) -> Index | None:
+        """None where nothing was ever released. Errors: CheckpointError."""
+        path, expected = self.folder / INDEX, "the file as it was written"
+        if not os.path.lexists(path):
+            return None
+        todo = "restore it from a copy; the released adapters beside it are whole"
+        body = reading.json_in(path, expected, todo, CheckpointError)
+        try:
+            if body.pop("format") != FORMAT:
+                raise ValueError
+            return _INDEX.validate_python({**body, "versions": tuple(body["versions"])})
+        except (ValueError, TypeError, KeyError):
+            raise CheckpointError(
+                f"{path}: damaged, or of another version of fedtune", expected, todo
+            ) from None
+
+    def at(self, number: int) -> Path:
+        """Where a released version lies."""
+        return self.folder / str(number)
+
+    def begin(self, version: Version, save: Callable[[Path], None]) -> None:
+        """Release the first version, unless there is one; in any case settle what a crash left."""
+        with self._alone():
+            if (index := self.index()) is None:
+                self._put(version.number, save)
+                index = Index(version.number, False, (version,))
+                self._write(index)
+            self._settle(index)
+
+    def add(self, version: Version, save: Callable[[Path], None]) -> Version | None:
+        """Enter what was decided about `version`, and release it where that was the decision.
+
+        None, and nothing is done, where another champion than the one that it was compared with is
+        in use by now. A pinned champion stays: the decision is then "pinned"."""
+        with self._alone():
+            index = self.index()
+            assert index is not None  # begun before anything is judged
+            if index.champion != version.champion:
+                return None
+            if index.pinned:
+                version = replace(version, decision="pinned")
+            champion = index.champion
+            if version.decision == "released":
+                self._put(version.number, save)
+                champion = version.number
+            index = replace(index, champion=champion, versions=(*index.versions, version))
+            self._write(index)
+            self._settle(index)
+            return version
+
+    def roll_back(self, number: int) -> Index:
+        """Use version `number` from now on, and keep to it until `unpin`. Errors: InputError."""
+        with self._alone():
+            index = self._known()
+            if number not in index.kept:
+                kept = ", ".join(map(str, index.kept))
+                raise InputError(f"version {number} was never released", f"one of {kept}")
+            index = replace(index, champion=number, pinned=True)
+            self._write(index)
+            self._settle(index)
+            return index
+
+    def unpin(self) -> Index:
+        """Let new versions be released again. Errors: InputError."""
+        with self._alone():
+            index = replace(self._known(), pinned=False)
+            self._write(index)
+            return index
+
+    # ------------------------------------------------------------------------------- helpers
+
+    def _known(self) -> Index:
+        if (index := self.index()) is None:
+            raise InputError(f"{self.out}: no versions here", "a run of a study with a [schedule]")
+        return index
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The coordinator and `fedtune versions` may both be at work."""
+        if not self.out.is_dir():
+            self._known()
+        self.folder.mkdir(exist_ok=True)
+        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _put(self, number: int, save: Callable[[Path], None]) -> None:
+        """The version's folder, whole and on disk."""
+        draft, place = self.folder / f"{number}.new", self.at(number)
+        shutil.rmtree(draft, ignore_errors=True)
+        save(draft)
+        for path in draft.rglob("*"):
+            if path.is_file():
+                _sync(path)
+        writing.sync_folder(draft)
+        shutil.rmtree(place, ignore_errors=True)  # of a crash: the index does not name it
+        draft.rename(place)
+        writing.sync_folder(self.folder)
+
+    def _write(self, index: Index) -> None:
+        body = {"format": FORMAT, **asdict(index)}
+        writing.replace(self.folder / INDEX, json.dumps(body, indent=1).encode())
+
+    def _settle(self, index: Index) -> None:
+        """Point the link at the champion."""
+        link, target = self.out / LINK, Path(FOLDER, str(index.champion))
+        if link.is_symlink() and Path(os.readlink(link)) == target:
+            return
+        draft = self.out / f"{LINK}.new"
+        draft.unlink(missing_ok=True)
+        draft.symlink_to(target)
+        os.replace(draft, link)
+        writing.sync_folder(self.out)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

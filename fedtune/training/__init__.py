@@ -1,0 +1,1 @@
+"""A round at a site: per-unit gradients, clipped, noised and summed."""
