@@ -67,9 +67,9 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_bert(tmp_path_factory.mktemp("bases") / "tiny-bert")
 
 
-def tiny_llama(folder: Path) -> Path:
-    """A random Llama (4 layers, hidden 32, 300 tokens) with pad, end and start tokens and a chat
-    template; always the same weights."""
+def tiny_llama(folder: Path, hidden: int = 32, layers: int = 4) -> Path:
+    """A random Llama (300 tokens) with pad, end and start tokens and a chat template; always the
+    same weights."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_bpe(["<|pad|>", "<|start|>", "<|end|>"], 300),
         pad_token="<|pad|>",
@@ -80,9 +80,9 @@ def tiny_llama(folder: Path) -> Path:
     tokenizer.chat_template = CHAT
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,

@@ -9,7 +9,7 @@ Edits = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Mutant:
-    """trap: its number in the list of traps, or a word for what is on no list. edits: (old, new)
+    """trap: its number in the table of traps, or a word for what is on no list. edits: (old, new)
     pairs in `file`, each `old` there exactly once. tests: pytest node ids, narrow and quick."""
 
     trap: int | str

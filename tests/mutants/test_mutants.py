@@ -8,7 +8,6 @@ from tests.mutants.catalogue import MUTANTS, SAMPLING, T_SAMPLING
 from tests.mutants.mutant import Mutant
 from tests.mutants.run import ROOT, Stale, mutated, try_all
 
-LATER = {m.trap for m in MUTANTS if isinstance(m.trap, int) and m.trap > 30}
 REFUSED = (T_SAMPLING + "test_full_batch_is_everyone",)
 NOTHING = Mutant(
     "twin", "only-a-comment", SAMPLING, (("def poisson(", "# nothing\ndef poisson("),), REFUSED, ""
@@ -31,8 +30,7 @@ def test_a_mutant_applies_and_its_tests_exist(mutant: Mutant) -> None:
         assert f"def {name.split('[')[0]}(" in code or not name
 
 
-def test_every_trap_has_a_mutant_and_names_are_unique() -> None:
-    assert {m.trap for m in MUTANTS if isinstance(m.trap, int)} == set(range(1, 31)) | LATER
+def test_names_are_unique() -> None:
     assert len({m.name for m in MUTANTS}) == len(MUTANTS)
 
 

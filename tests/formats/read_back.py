@@ -1,0 +1,106 @@
+"""What the public functions read from a set of files: written down when the set is made, and asked
+of every later release."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fedtune.config import load_site, load_study
+from fedtune.dp.ledger import Ledger
+from fedtune.dp.steplog import StepLog
+from fedtune.ledger_view import budget
+from fedtune.models.whole import verify
+from fedtune.observe.status import look
+from fedtune.runs import load_plan, read_report
+from server.store import load
+from server.versions import Versions
+
+SITES = ("north", "south")
+FINISHED = ("notes", "triage", "daily")
+STUDIES = (*FINISHED, "broken")
+
+
+def expected(folder: Path) -> dict[str, Any]:
+    """Everything below; `folder` must be the working directory, since the plans name the base
+    relative to it."""
+    return {
+        "sites": {name: site(folder / f"site-{name}.toml") for name in SITES},
+        "runs": {name: run(folder / name) for name in FINISHED},
+        "versions": versions(folder / "daily"),
+        "checkpoint": checkpoint(folder / "broken", folder / "broken.toml"),
+    }
+
+
+def site(path: Path) -> dict[str, Any]:
+    """What a site's ledger and step log say it spent, on whom, and whether it was sent."""
+    here = load_site(path)
+    ledger, dataset = Ledger(here.site.state), here.data.name
+    ledger.verify()
+    spent = ledger.spending(dataset)
+    steps = Counter(step.study for step in StepLog(here.site.state / "steps.jsonl").steps())
+    plans = [load_plan(path.parent / study).digest for study in STUDIES]
+    return {
+        "head": list(ledger.head),
+        "datasets": ledger.datasets,
+        "charges": [
+            {"seq": s.seq, "kind": s.kind, "released": s.released, **asdict(s.charge)}
+            for s in spent
+        ],
+        "epsilon": budget(dataset, spent, here.policy).epsilon,
+        "cohorts": [
+            {
+                "units": cohort.units,
+                "charges": len(cohort.spent),
+                "epsilon": budget(dataset, cohort.spent, here.policy).epsilon,
+            }
+            for cohort in ledger.cohorts(dataset)
+        ],
+        "unknown": len(ledger.unknown(dataset, "patient")),
+        "withdrawn": len(ledger.withdrawn()),
+        "admitted": [plan for plan in plans if ledger.admitted(plan)],
+        "kept_updates": sum(
+            ledger.released(s.charge.study, s.charge.round, s.adapter) is not None for s in spent
+        ),
+        "steps": dict(sorted(steps.items())),
+    }
+
+
+def run(folder: Path) -> dict[str, Any]:
+    """What a finished run's plan, report, metrics, status and adapter say."""
+    body = read_report(folder)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    name, digest = verify(str(folder))
+    return {
+        "name": name,
+        "digest": digest,
+        "plan": load_plan(folder).digest,
+        "privacy": body["privacy"],
+        "quality": body["quality"],
+        "rounds": [json.loads(line)["round"] for line in lines],
+        "state": look(folder).state,
+    }
+
+
+def versions(folder: Path) -> list[list[Any]]:
+    """What was decided about each version, and which is in use."""
+    index = Versions(folder).index()
+    assert index is not None
+    return [[v.number, v.decision, v.number == index.champion] for v in index.versions]
+
+
+def checkpoint(folder: Path, study: Path) -> dict[str, Any]:
+    """Where an interrupted run is."""
+    kept = load(folder, load_study(study))
+    assert kept is not None
+    return {
+        "phase": str(kept.phase),
+        "round": kept.round,
+        "rounds": kept.history,
+        "state": look(folder).state,
+        "sites": kept.sizes,
+        "receipts": sorted(kept.receipts),
+    }
