@@ -22,14 +22,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fedtune.launch.simulate import simulate
 from fedtune.observe import observer
-from fedtune.simulate import simulate
 from tests.conftest import tiny_llama
 from tests.formats.read_back import expected
 
 DATA = Path(__file__).parent / "data"
 FOLDER = Path("/tmp/fedtune-formats")
-FEDTUNE = "from fedtune.cli import main; main()"
+FEDTUNE = "from fedtune.cli.main import main; main()"
 NAMES = ("north", "south")
 STUDY = """
 [study]

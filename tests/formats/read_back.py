@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import load_site, load_study
-from fedtune.dp.ledger import Ledger
 from fedtune.dp.steplog import StepLog
-from fedtune.ledger_view import budget
-from fedtune.models.whole import verify
+from fedtune.ledger.ledger import Ledger
+from fedtune.ledger.spending import budget
+from fedtune.models.loaded import verify
 from fedtune.observe.status import look
-from fedtune.runs import load_plan, read_report
-from server.store import load
-from server.versions import Versions
+from fedtune.run_folder import load_plan, read_report
+from fedtune.server.store import load
+from fedtune.server.versions import Versions
 
 SITES = ("north", "south")
 FINISHED = ("notes", "triage", "daily")

@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM
 
 from fedtune import report
 from fedtune.config import load_site
-from fedtune.dp.ledger import Ledger
-from fedtune.dp.ledger_files import LedgerError
-from fedtune.ledger_view import budget
-from fedtune.models.whole import load
+from fedtune.ledger.files import LedgerError
+from fedtune.ledger.ledger import Ledger
+from fedtune.ledger.spending import budget
+from fedtune.models.loaded import load
 from fedtune.report.claim import rounded_up
-from fedtune.runs import read_report
-from server.store import CheckpointError
+from fedtune.run_folder import read_report
+from fedtune.server.store import CheckpointError
 from tests.formats import read_back
 from tests.test_cli import run
 
