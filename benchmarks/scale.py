@@ -70,7 +70,7 @@ class SharedGrid(InProcessGrid):
     """Keeps the one adapter of all waiting orders once, as the SuperLink's database does."""
 
     def __init__(self, sites: list[Path]) -> None:
-        super().__init__(sites)
+        super().__init__(sites, fedtune.client.app.app, str)
         self._orders: dict[str, Message] = {}
         self._next = itertools.count(1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,8 +30,13 @@ class InProcessGrid(Grid):
     reply that names its class alone (and a FedtuneError's own words).
     """
 
-    def __init__(self, sites: Sequence[Path], app: ClientApp) -> None:
-        self._app = app
+    def __init__(
+        self,
+        sites: Sequence[Path],
+        app: ClientApp,
+        name_of: Callable[[Path], str] = lambda path: load_site(path).site.name,
+    ) -> None:
+        self._app, self._name_of = app, name_of
         self._contexts = contexts_of(dict(enumerate(sites, api.SUPERLINK_NODE_ID + 1)))
         self._waiting: dict[str, bytes] = {}
         self._numbers = itertools.count(1)
@@ -54,8 +59,7 @@ class InProcessGrid(Grid):
         found = {}
         for node, context in self._contexts.items():
             with suppress(FedtuneError):
-                site = load_site(Path(str(context.node_config["site"])))
-                found[node] = Member(site.site.name)
+                found[node] = Member(self._name_of(Path(str(context.node_config["site"]))))
         return found
 
     def create_message(

@@ -10,6 +10,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
+from fedtune.client.app import app
 from fedtune.client.site import worker
 from fedtune.config import load_study
 from fedtune.flower import api
@@ -87,7 +88,7 @@ class Recorder(InProcessGrid):
     replies: list[Message] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        super().__init__(self.files)
+        super().__init__(self.files, app)
 
     def _answer(self, body: bytes) -> Message:
         reply = super()._answer(body)

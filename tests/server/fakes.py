@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -164,6 +164,11 @@ def make_parts(**changes: Any) -> Parts:
     return Parts(**(parts | changes))
 
 
+def grid_of(names: Iterable[str], kind: type[InProcessGrid] = InProcessGrid) -> InProcessGrid:
+    """Nodes whose site files are names alone."""
+    return kind([Path(name) for name in names], fedtune.client.app.app, str)
+
+
 @dataclass
 class Trial:
     """Sites, and everything that `run` needs to go over them."""
@@ -173,7 +178,7 @@ class Trial:
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
     def grid(self) -> InProcessGrid:
-        return InProcessGrid([Path(site.name) for site in self.sites], fedtune.client.app.app)
+        return grid_of(site.name for site in self.sites)
 
     def run(self, study: Study | None = None, *, grid: Any = None, **options: Any) -> Any:
         options.setdefault("parts", make_parts())

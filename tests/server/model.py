@@ -125,7 +125,7 @@ class Network(InProcessGrid):
     away: nodes that are not connected."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        super().__init__([Path(name) for name in names])
+        super().__init__([Path(name) for name in names], fedtune.client.app.app, str)
         self.faults: dict[int, str] = {}
         self.away: set[int] = set()
         self.old: dict[int, RecordDict] = {}  # node -> its first answer

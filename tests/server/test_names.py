@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +15,7 @@ from fedtune.errors import FedtuneError, Refused
 from fedtune.flower.enrol import Member
 from fedtune.flower.grid import InProcessGrid
 from fedtune.server import store
-from tests.server.fakes import FakeSite, Trial, make_parts, make_study
+from tests.server.fakes import FakeSite, Trial, grid_of, make_parts, make_study
 
 
 class Impostor(FakeSite):
@@ -129,7 +128,7 @@ class Strangers(InProcessGrid):
 def test_where_nobody_vouches_a_name_is_who_had_it_first(trial, says):
     north, south = FakeSite("north", size=50), impostor("south", says)
     run = trial(north, south)
-    grid = Strangers([Path("north"), Path("south")])
+    grid = grid_of(["north", "south"], Strangers)
     assert went(run, grid=grid) == [["north"]] * 4
     assert set(missing(run)) == {"node 3"}
 
@@ -153,9 +152,9 @@ def test_where_nobody_vouches_a_name_keeps_its_key_over_resume(trial):
     north, south = FakeSite("north"), impostor("south", CLAIMS)
     run = trial(north, south)
     study = make_study(min_sites=1)
-    grid = Strangers([Path("north")])
+    grid = grid_of(["north"], Strangers)
     with pytest.raises(KeyboardInterrupt):
         run.run(study, grid=grid, on_event=_stop_after_a_round)
     south.says = Admission(True, "", "north", north.size)
-    grid = Strangers([Path("south"), Path("north")])
+    grid = grid_of(["south", "north"], Strangers)
     assert went(run, study, grid=grid, resume=True) == [["north"]] * 4
