@@ -22,7 +22,7 @@ from fedtune.cli.columns import data_file
 from fedtune.config import Columns, PublicTable
 from fedtune.demo import run_demo
 from fedtune.demo.generate import public_notes
-from fedtune.derive.distill import Settings, distill
+from fedtune.derive.distill import DistillSettings, distill
 from fedtune.evaluation.run import evaluate
 
 
@@ -52,7 +52,7 @@ def measured(run: Path, data: Path) -> tuple[float, float]:
 
 
 def student(
-    out: Path, seed: int, layers: int, settings: Settings, count: int | None, held_out: str
+    out: Path, seed: int, layers: int, settings: DistillSettings, count: int | None, held_out: str
 ) -> dict[str, float]:
     """One row of the table at one seed. kept: of the teacher's gain over its own base."""
     run = teacher(out, seed)
@@ -105,14 +105,14 @@ def main() -> None:
         "--last-layers", type=int, help="that get an adapter (default: as the teacher)"
     )
     parser.add_argument("--rank", type=int, help="of the adapter (default: the teacher's)")
-    parser.add_argument("--epochs", type=int, default=Settings.epochs)
-    parser.add_argument("--rate", type=float, default=Settings.learning_rate)
+    parser.add_argument("--epochs", type=int, default=DistillSettings.epochs)
+    parser.add_argument("--rate", type=float, default=DistillSettings.learning_rate)
     parser.add_argument("--prompts", type=int, help="public notes (default: the demo's own 180)")
     parser.add_argument("--held-out", choices=("test", "validation"), default="test")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     out = args.out.resolve()
-    settings = Settings(
+    settings = DistillSettings(
         rank=args.rank,
         last_layers=args.last_layers,
         epochs=args.epochs,

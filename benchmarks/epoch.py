@@ -26,7 +26,7 @@ from benchmarks.measure import Bound, Table
 from benchmarks.variants import MODULES, RATE, Setting, World, step_log
 from fedtune.data.dataset import NO_TARGET, Dataset
 from fedtune.dp.plan import DpPlan
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.training.local_round import local_round
 
 SFT, SFT_AGAIN, SFT_DEFAULT = (
@@ -142,7 +142,7 @@ def ours(
         delta=1e-5,
         divisor=rate * number,
     )
-    data, counted = Cached(network, dataset), Counted(plan, dataset)
+    data, counted = CachedDataset(network, dataset), Counted(plan, dataset)
     if budget:
         data.batches = partial(data.batches, token_budget=budget)  # type: ignore[method-assign]
     again = {"recompute": True} if arm == OURS_AGAIN else {}

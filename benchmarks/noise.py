@@ -23,7 +23,7 @@ from fedtune.bases.find import find_base
 from fedtune.config import LoraTable
 from fedtune.data.dataset import Dataset, Example
 from fedtune.dp import clip, noise
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.objectives import causal_lm
 from fedtune.training.unit_gradients import UnitGradientEngine
@@ -51,7 +51,9 @@ def measure(base: str, train: Literal["B", "AB"], records: int, repeats: int) ->
     lora = LoraTable(rank=8, alpha=16.0, modules=("q_proj", "v_proj"), train=train)
     network = Network(find_base(base), torch.float32, lora, labels=0)
     vocabulary = len(network.tokenizer)
-    engine = UnitGradientEngine(Cached(network, random_records(records, vocabulary)), causal_lm)
+    engine = UnitGradientEngine(
+        CachedDataset(network, random_records(records, vocabulary)), causal_lm
+    )
     d, grid = engine.dimension, clip.grid_for(1.0)
     steps, noises, whole, log = [], [], plan(records), step_log()
     whole.step(records, d, engine, log, 1)  # what is paid once: caches, memory

@@ -31,7 +31,7 @@ from fedtune.data.dataset import Dataset
 from fedtune.data.load import load_dataset
 from fedtune.demo import generate
 from fedtune.models import cache
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.objectives import causal_lm
 from fedtune.objectives._shapes import padded_length
@@ -160,7 +160,7 @@ def _seconds(network: Network, few: Dataset) -> float:
         return torch.randn(*ids.shape, network.hidden_size).to(network.dtype)
 
     with patch.object(network, "prefix", states):
-        data = Cached(network, few)
+        data = CachedDataset(network, few)
         data.warm()
     start = time.process_time()
     for batch in data.batches(range(len(few.examples)), BUDGET):

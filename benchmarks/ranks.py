@@ -25,10 +25,10 @@ from fedtune.audit.selftest import MemoryLog
 from fedtune.config import Study
 from fedtune.demo.generate import write
 from fedtune.dp.plan import plan_for_site
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.network import build
 from fedtune.models.random_records import random_records
-from fedtune.models.rank_slice import turn
+from fedtune.models.rank_slice import rank_slice
 from fedtune.training.local_round import local_round
 from fedtune.wire import codec
 
@@ -85,9 +85,9 @@ def step(rank: int) -> dict[str, float]:
         strict=False,
     )
     network = build(study)
-    data = Cached(network, random_records(network, study, RECORDS, TOKENS))
+    data = CachedDataset(network, random_records(network, study, RECORDS, TOKENS))
     plan, adapter, log = plan_for_site(study, RECORDS), network.trainable(), MemoryLog()
-    given = (study, data, plan, log, 1, adapter, False, turn(study.lora, rank, 1))
+    given = (study, data, plan, log, 1, adapter, False, rank_slice(study.lora, rank, 1))
     local_round(*given)  # the base's pages, and what PyTorch keeps
     loaded = measure.reset_peak()
     took = measure.seconds(lambda: local_round(*given))

@@ -29,7 +29,7 @@ from fedtune.client.site import Admission, Update
 from fedtune.config import Study
 from fedtune.flower.grid import InProcessGrid
 from fedtune.server import rounds
-from fedtune.server.parts import Parts
+from fedtune.server.parts import Dependencies
 from fedtune.wire.codec import Shapes, encode, shapes
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import Header, seal
@@ -129,7 +129,7 @@ def measure(sites: int, megabytes: float) -> dict[int, float]:
         frozen={},
         adapter={n: np.zeros(s, np.float32) for n, s in shape.items()},
     )
-    parts = Parts(
+    parts = Dependencies(
         start=lambda _: start, epsilon=lambda events, delta: 1.0, licence=lambda _: "none",
         engine=lambda _: "none",
         save=lambda study, adapter, frozen, folder: folder.mkdir(), report=lambda out, body: None,

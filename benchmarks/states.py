@@ -22,9 +22,9 @@ from benchmarks.padding import BASE, SETS, read
 from fedtune.bases.find import find_base
 from fedtune.config import LoraTable
 from fedtune.data.dataset import Dataset
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
-from fedtune.models.prefix_store import STORE
+from fedtune.models.prefix_store import PREFIX_STORE
 from fedtune.objectives import causal_lm
 from fedtune.training.unit_gradients import UnitGradientEngine
 
@@ -33,26 +33,26 @@ WAYS = {"in memory": 2**50, "in the file": 0, "not kept": None}
 
 def rows(network: Network, name: str, data: Dataset, repeats: int) -> Iterator[str]:
     count, tokens = len(data.examples), sum(len(e.input_ids) for e in data.examples)
-    kept: dict[str, Cached | None] = {}
+    kept: dict[str, CachedDataset | None] = {}
     sizes: dict[str, int] = {}
     for way, memory in WAYS.items():
-        before = STORE.in_memory + STORE.on_disk
+        before = PREFIX_STORE.in_memory + PREFIX_STORE.on_disk
         network.states.clear()  # each way has states of its own
-        kept[way] = None if memory is None else Cached(network, data, memory)
+        kept[way] = None if memory is None else CachedDataset(network, data, memory)
         if cached := kept[way]:
             cached.warm()
-        sizes[way] = STORE.in_memory + STORE.on_disk - before
+        sizes[way] = PREFIX_STORE.in_memory + PREFIX_STORE.on_disk - before
     found: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(repeats):
         for way, cached in kept.items():
             network.states.clear()
-            found[way].append(_seconds(cached or Cached(network, data)))
+            found[way].append(_seconds(cached or CachedDataset(network, data)))
     for way, seconds in found.items():
         each, speed = sizes[way] / count / 1024, tokens / median(seconds)
         yield f"| {name} | {way} | {count} | {tokens / count:.0f} | {each:.1f} | {speed:.0f} |"
 
 
-def _seconds(data: Cached) -> float:
+def _seconds(data: CachedDataset) -> float:
     engine = UnitGradientEngine(data, causal_lm, by="record")
     start = time.process_time()
     for chunk in engine(list(range(engine.n_rows))):

@@ -42,7 +42,7 @@ from fedtune.data.dataset import NO_TARGET, Dataset, Example
 from fedtune.dp.plan import DpPlan
 from fedtune.dp.steplog import StepLog
 from fedtune.models import network as network_module
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.objectives import causal_lm
 from fedtune.training.engines import one_pass as one_pass_module
@@ -310,7 +310,7 @@ class Ours:
     name = "ours"
 
     def __init__(self, world: World) -> None:
-        self.data = Cached(world.network(), world.dataset)
+        self.data = CachedDataset(world.network(), world.dataset)
         self.engine = UnitGradientEngine(self.data, causal_lm)
         self.optimizer = world.optimizer(self.engine.parameters)
         self.plan = plan(len(world.ids))

@@ -134,9 +134,9 @@ def tiny_bert(folder: Path) -> Path:
 def together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several records to a block, however long: a bug that couples them has some to couple."""
 
-    from fedtune.models.cache import Cached
+    from fedtune.models.cache import CachedDataset
 
-    def blocks(self: Cached, indices: list[int], most: int | None = None) -> Any:
+    def blocks(self: CachedDataset, indices: list[int], most: int | None = None) -> Any:
         return self.batches(indices)
 
-    monkeypatch.setattr(Cached, "blocks", blocks)
+    monkeypatch.setattr(CachedDataset, "blocks", blocks)

@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from fedtune.bases.find import find_base
 from fedtune.config import Columns, LoraTable, PublicTable
 from fedtune.data.records import Record
-from fedtune.derive.distill import Settings, _table, distill
+from fedtune.derive.distill import DistillSettings, _table, distill
 from fedtune.derive.pruned_base import shallow
 from fedtune.errors import ConfigError
 from fedtune.evaluation.generate import generate
@@ -33,7 +33,7 @@ from tests.dp.conftest import study
 from tests.test_cli import run
 from tests.test_end_to_end import lay_out
 
-QUICK = Settings(rank=4, epochs=15, batch=8, learning_rate=1e-2, new_tokens=3)
+QUICK = DistillSettings(rank=4, epochs=15, batch=8, learning_rate=1e-2, new_tokens=3)
 
 
 def prompts(folder: Path, count: int = 32) -> Path:
@@ -263,8 +263,8 @@ def test_its_adapter_sits_where_its_teachers_sat(tiny_base: Path) -> None:
     """In those of the teacher's last layers that stayed; another place only if it is asked for."""
     base, taught = find_base(str(tiny_base)), LoraTable(rank=3, modules=("up_proj",), last_layers=3)
     kept = [0, 1, 2, 3, 4, 6, 7]  # of eight
-    found = _table(base, taught, kept, Settings())
+    found = _table(base, taught, kept, DistillSettings())
     assert (found.rank, found.modules, found.last_layers) == (3, ("up_proj",), 2)
-    asked = _table(base, taught, kept, Settings(rank=5, last_layers=0))
+    asked = _table(base, taught, kept, DistillSettings(rank=5, last_layers=0))
     assert asked.rank == 5 and asked.last_layers is None and "q_proj" in asked.modules
-    assert _table(base, taught, None, Settings()).last_layers is None
+    assert _table(base, taught, None, DistillSettings()).last_layers is None

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedtune.bases.find import find_base
 from fedtune.config import Columns, PublicTable
-from fedtune.derive.improve import Bench, Look, Progress, _watching, improve
-from fedtune.derive.rloo import Schedule
+from fedtune.derive.improve import Bench, Look, PolicyScores, _watching, improve
+from fedtune.derive.rloo import RlooSettings
 from fedtune.errors import ConfigError, Refused
 from fedtune.launch.simulate import simulate
 from fedtune.models.loaded import load
@@ -29,7 +29,7 @@ from tests.test_cli import run
 from tests.test_end_to_end import lay_out
 
 pytest.importorskip("trl")
-HOW = Schedule(steps=12, prompts=4, answers=6, new_tokens=6, learning_rate=1e-2, beta=0.02)
+HOW = RlooSettings(steps=12, prompts=4, answers=6, new_tokens=6, learning_rate=1e-2, beta=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_nobody_is_told_that_a_machine_trains(
     monkeypatch.setattr(_telemetry._TELEMETRY_QUEUE, "put", sent.append)
     if told:
         monkeypatch.setattr("fedtune.bases.wheel.quiet", lambda: None)
-    once = Schedule(steps=1, prompts=2, answers=2, new_tokens=2, learning_rate=3e-2)
+    once = RlooSettings(steps=1, prompts=2, answers=2, new_tokens=2, learning_rate=3e-2)
     with contextlib.suppress(Refused):
         improve(policy, reward, prompts, tmp_path / "out", every=1, how=once)
     assert bool(sent) == told
@@ -145,7 +145,7 @@ def test_what_is_kept_is_worth_most_by_reward_less_the_price_of_its_kl() -> None
     looks = iter([Look(0.5, 0.5, 0.0), Look(0.9, 3.0, 0.0), Look(0.6, 0.8, 0.0)])
     policy = SimpleNamespace(model=torch.nn.Linear(1, 1))
     bench = SimpleNamespace(look=lambda *_: next(looks), policy=policy)
-    seen = Progress(leash=4.0, beta=0.2, every=1, steps=3, by_step=[(0, Look(0.0, 0.0, 0.0))])
+    seen = PolicyScores(leash=4.0, beta=0.2, every=1, steps=3, by_step=[(0, Look(0.0, 0.0, 0.0))])
     look = _watching(seen, cast(Bench, bench), [])
     assert all(look(step) for step in (1, 2, 3))
     assert seen.best is not None and seen.best[0] == 3  # 0.44; the highest reward is worth 0.3

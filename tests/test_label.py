@@ -15,15 +15,22 @@ from tokenizers.processors import TemplateProcessing
 
 from fedtune.config import Columns, DataFile
 from fedtune.data.tokenize import prompt_ids
-from fedtune.derive.preferences import Settings, Verdict, judge_of, label, template_of, writer_of
+from fedtune.derive.preferences import (
+    LabelSettings,
+    Verdict,
+    judge_of,
+    label,
+    template_of,
+    writer_of,
+)
 from fedtune.errors import ConfigError, DataError, Refused
 from fedtune.launch.simulate import simulate
 from fedtune.ledger.ledger import Ledger
-from fedtune.models.loaded import Whole
+from fedtune.models.loaded import LoadedModel
 from tests.test_cli import run
 from tests.test_end_to_end import lay_out
 
-FAST = Settings(new_tokens=6, max_length=256)
+FAST = LabelSettings(new_tokens=6, max_length=256)
 ROWS = [
     {"who": "ann", "q": "The patient was seen with fever."},
     {"who": "bob", "q": "Does aspirin lower the risk of stroke?"},
@@ -44,7 +51,7 @@ def records(folder: Path, rows: list[dict[str, str]] = ROWS) -> DataFile:
 
 
 @pytest.fixture(scope="module")
-def model(tiny_base: Path) -> Whole:
+def model(tiny_base: Path) -> LoadedModel:
     return writer_of(str(tiny_base))
 
 
@@ -76,7 +83,9 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_another_units_records_change_no_byte(tmp_path: Path, model: Whole, change: str) -> None:
+def test_another_units_records_change_no_byte(
+    tmp_path: Path, model: LoadedModel, change: str
+) -> None:
     before = others(tmp_path, Verdict(model), ROWS)
     assert len(before) == 3
     assert others(tmp_path, Verdict(model), CHANGES[change]) == before
@@ -93,7 +102,7 @@ class FewShot(Verdict):
         return found
 
 
-def test_a_few_shot_from_the_unit_before_is_caught(tmp_path: Path, model: Whole) -> None:
+def test_a_few_shot_from_the_unit_before_is_caught(tmp_path: Path, model: LoadedModel) -> None:
     seen = []
     for rows in (ROWS, CHANGES["altered"]):
         FewShot.before = ""
@@ -101,7 +110,7 @@ def test_a_few_shot_from_the_unit_before_is_caught(tmp_path: Path, model: Whole)
     assert seen[0] != seen[1]
 
 
-def test_what_a_place_is_worth_cancels(model: Whole) -> None:
+def test_what_a_place_is_worth_cancels(model: LoadedModel) -> None:
     """The tiny judge, as any, likes one of the letters; asked in both orders it is fair."""
     judge = Verdict(model)
     one, two = " No acute findings.", " Fever, a cough."
@@ -111,7 +120,9 @@ def test_what_a_place_is_worth_cancels(model: Whole) -> None:
 
 
 @pytest.mark.parametrize("starts", [False, True])
-def test_a_base_that_was_tuned_to_chat_is_asked_in_its_own_chat(model: Whole, starts: bool) -> None:
+def test_a_base_that_was_tuned_to_chat_is_asked_in_its_own_chat(
+    model: LoadedModel, starts: bool
+) -> None:
     """starts: the tokenizer puts a start token in front of whatever it reads, as the chat does."""
     tokenizer: Any = copy.deepcopy(model.tokenizer)
     if starts:
@@ -121,7 +132,7 @@ def test_a_base_that_was_tuned_to_chat_is_asked_in_its_own_chat(model: Whole, st
     asked = "Does aspirin lower the risk of stroke?"
     turn = [{"role": "user", "content": asked}]
     whole = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    settings = Settings(template=template_of(replace(model, tokenizer=tokenizer)))
+    settings = LabelSettings(template=template_of(replace(model, tokenizer=tokenizer)))
     ids = prompt_ids(asked, settings.objective, tokenizer)
     assert ids == tokenizer.encode(whole, add_special_tokens=False)  # one start token, not two
 
@@ -167,9 +178,11 @@ def test_who_withdrew_is_left_out(tmp_path: Path, tiny_base: Path) -> None:
     assert "3" not in units and "4" in units
 
 
-def test_the_same_seed_writes_the_same_and_another_does_not(tmp_path: Path, model: Whole) -> None:
+def test_the_same_seed_writes_the_same_and_another_does_not(
+    tmp_path: Path, model: LoadedModel
+) -> None:
     def written(seed: int) -> bytes:
-        settings = Settings(new_tokens=6, max_length=256, seed=seed)
+        settings = LabelSettings(new_tokens=6, max_length=256, seed=seed)
         label(records(tmp_path), tmp_path / "out.jsonl", model, Verdict(model), settings)
         return (tmp_path / "out.jsonl").read_bytes()
 
@@ -193,9 +206,9 @@ def test_a_run_without_privacy_neither_writes_nor_judges(tmp_path: Path, tiny_ba
             use(str(tmp_path / "run"))
 
 
-def test_nothing_is_left_where_nothing_comes_out(tmp_path: Path, model: Whole) -> None:
+def test_nothing_is_left_where_nothing_comes_out(tmp_path: Path, model: LoadedModel) -> None:
     out = tmp_path / "out.jsonl"
-    tight = Settings(new_tokens=250, max_length=251)
+    tight = LabelSettings(new_tokens=250, max_length=251)
     with pytest.raises(DataError, match="5 too long"):
         label(records(tmp_path), out, model, Verdict(model), tight)
     with pytest.raises(ConfigError, match="no prompt"):

@@ -28,9 +28,9 @@ from fedtune.dp.steplog import StepLog
 from fedtune.errors import ConfigError, PolicyRefused
 from fedtune.launch.simulate import simulate
 from fedtune.ledger.ledger import Ledger
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network, build
-from fedtune.models.rank_slice import ALL, narrowed, own, turn
+from fedtune.models.rank_slice import ALL, rank_slice, slice_update, trained_slice
 from fedtune.models.start import start
 from fedtune.objectives import causal_lm
 from fedtune.strategies import build as strategy_of
@@ -204,7 +204,7 @@ def network(tiny_base: Path) -> Network:
 
 
 def engine_of(network: Network, wanted: Any, columns: slice) -> UnitGradientEngine:
-    data = Cached(network, records([1, 3, 2, 1, 4, 2]))
+    data = CachedDataset(network, records([1, 3, 2, 1, 4, 2]))
     return UnitGradientEngine(data, causal_lm, engine=wanted, columns=columns)
 
 
@@ -293,7 +293,7 @@ def test_noise_is_full_on_every_number_that_the_site_trains(
         lora=LORA,
         training={"rounds": 1, "sampling_rate": 1.0, "learning_rate": 1.0},
     )
-    data, given = Cached(network, records([])), network.trainable()
+    data, given = CachedDataset(network, records([])), network.trainable()
     ran = make_plan(noise_multiplier=3.0, max_grad_norm=0.5, divisor=6.0, rounds=40)
     log = StepLog(tmp_path / "log")
     drawn = [local_round(plan, data, ran, log, n, given, False, slice(3, 5)) for n in range(1, 41)]
@@ -324,10 +324,10 @@ def test_nothing_moves_the_columns_that_a_site_does_not_train(
 
     def watched(arrays: dict[str, np.ndarray], columns: slice) -> dict[str, np.ndarray]:
         seen.append(arrays)
-        return narrowed(arrays, columns)
+        return slice_update(arrays, columns)
 
     monkeypatch.setattr(fedtune.training.local_round, "narrowed", watched)
-    data = Cached(network, records([1] * 4))
+    data = CachedDataset(network, records([1] * 4))
     log = StepLog(tmp_path / "log")
     local_round(plan, data, plain_plan(plan, 4), log, 1, network.trainable(), False, slice(2, 5))
     for delta in seen[0].values():
@@ -426,8 +426,8 @@ def test_a_site_declares_its_rank_and_keeps_it_for_the_study(ranked: Path, tiny_
     assert worker.prepare(made.study, made.frozen).lora_rank == 3
     delta = worker.train(made.study.digest, 1, made.adapter).delta
     sent = {n: (a.dtype.name, a.shape) for n, a in delta.items()}
-    first = turn(made.study.lora, 3, 1)
-    assert sent == layout(shapes(narrowed(made.adapter, first)), "int8")
+    first = rank_slice(made.study.lora, 3, 1)
+    assert sent == layout(shapes(slice_update(made.adapter, first)), "int8")
     again = worker.train(made.study.digest, 1, made.adapter).delta
     assert all((again[n] == delta[n]).all() for n in delta)
     assert len(worker.log.steps()) == 1
@@ -460,9 +460,9 @@ def test_a_review_says_what_the_site_trains(ranked: Path, tiny_base: Path) -> No
 
 def test_what_a_site_trains_of_a_head_is_all_of_it() -> None:
     head = np.zeros((3, 8), np.float32)
-    assert own("head.weight", head, slice(0, 2)) is head
-    assert own("layer.lora_B.default.weight", head, slice(0, 2)).shape == (3, 2)
-    assert own("layer.lora_B.default.weight", head, ALL).shape == head.shape
+    assert trained_slice("head.weight", head, slice(0, 2)) is head
+    assert trained_slice("layer.lora_B.default.weight", head, slice(0, 2)).shape == (3, 2)
+    assert trained_slice("layer.lora_B.default.weight", head, ALL).shape == head.shape
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ from fedtune.evaluation.metrics import intervals, wilson
 from fedtune.evaluation.run import evaluate
 from fedtune.models.lora import Arrays
 from fedtune.models.network import Network, build
-from fedtune.server.parts import Parts
+from fedtune.server.parts import Dependencies
 
 PROMPTS = ("The patient was seen with", "Blood pressure", "Question: does aspirin", "No acute")
 ANSWERS = (" yes", " no", " maybe", " yes", " fever and a cough", " no")
@@ -299,7 +299,7 @@ def test_choices_are_checked_before_the_base_is_loaded(tmp_path: Path, tiny_base
     records(file, (" yes", " no", " maybe"))
     base = without_weights(tiny_base, tmp_path / "base")
     study = study_of(base, file, "accuracy", (" yes", " no"))
-    for check in (check_evaluation, Parts().start):
+    for check in (check_evaluation, Dependencies().start):
         with pytest.raises(DataError, match="8 of 24 completions are none"):
             check(study)
     check_evaluation(study_of(base, file, "accuracy", (" yes", " no", " maybe")))
@@ -334,4 +334,4 @@ def test_columns_are_checked_before_the_base_is_loaded(tmp_path: Path, tiny_base
     file.write_text('{"question": "a", "completion": " yes"}\n')
     study = study_of(without_weights(tiny_base, tmp_path / "base"), file, "loss")
     with pytest.raises(DataError, match="no column 'prompt'"):
-        Parts().start(study)
+        Dependencies().start(study)

@@ -11,9 +11,9 @@ import torch
 from fedtune.config import Study
 from fedtune.dp.non_private import plain_plan
 from fedtune.dp.steplog import StepLog
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network, build
-from fedtune.objectives import find
+from fedtune.objectives import resolve
 from fedtune.training.local_round import local_round
 from tests.dp.conftest import records, study
 
@@ -32,8 +32,8 @@ def made(base: Path, **changes: object) -> Study:
     return study(**(body | changes))
 
 
-def loss(network: Network, data: Cached, plan: Study) -> float:
-    objective = find(plan.objective)
+def loss(network: Network, data: CachedDataset, plan: Study) -> float:
+    objective = resolve(plan.objective)
     with torch.no_grad():
         each = [
             objective.losses(network, b) for b in data.batches(range(len(data.dataset.examples)))
@@ -65,7 +65,7 @@ def test_a_round_lowers_the_loss_of_its_own_records(
     plan = made(tiny_base, **changes)
     network = build(plan)
     start = network.initial(network.draw_factor(0))
-    data = Cached(network, records([1] * 8))
+    data = CachedDataset(network, records([1] * 8))
     network.load_trainable(start)
     before = loss(network, data, plan)
     delta = local_round(plan, data, plain_plan(plan, 8), StepLog(tmp_path / "log"), 1, start)
@@ -81,7 +81,7 @@ def test_the_proximal_term_holds_the_update_back(tiny_base: Path, tmp_path: Path
         plan = made(tiny_base, training=TRAINING | {"proximal_mu": mu})
         network = build(plan)
         start = network.initial(network.draw_factor(0))
-        data = Cached(network, records([1] * 8))
+        data = CachedDataset(network, records([1] * 8))
         delta = local_round(plan, data, plain_plan(plan, 8), StepLog(tmp_path / "log"), 1, start)
         lengths.append(sum(float(np.square(d).sum()) for d in delta.values()))
     assert lengths[1] < 0.8 * lengths[0]
@@ -100,7 +100,7 @@ def test_a_head_alone_learns_to_classify(tiny_encoder: Path, tmp_path: Path) -> 
         type(e)(e.input_ids, np.full_like(e.target_ids, -100), e.unit % 2, e.unit)
         for e in dataset.examples
     ]
-    data, start = Cached(network, dataset), network.initial({})
+    data, start = CachedDataset(network, dataset), network.initial({})
     network.load_trainable(start)
     before = loss(network, data, plan)
     delta = local_round(plan, data, plain_plan(plan, 8), StepLog(tmp_path / "log"), 1, start)
@@ -116,7 +116,7 @@ def test_a_site_that_recomputes_sends_the_same_update(
     """Opacus' hooks would give no gradient there (traps/test_trap_11_layers.py), and go without."""
     plan = made(tiny_base, training=FAST | {"engine": engine})
     network = build(plan)
-    data, ran = Cached(network, records([1, 2, 3])), plain_plan(plan, 3)
+    data, ran = CachedDataset(network, records([1, 2, 3])), plain_plan(plan, 3)
     asked: list[bool] = []
     inside = network.recomputing
     monkeypatch.setattr(network, "recomputing", lambda w: asked.append(w) or inside(w))

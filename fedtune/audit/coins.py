@@ -18,11 +18,11 @@ from fedtune.data.dataset import Dataset
 from fedtune.dp import accountant, clip
 from fedtune.dp.plan import DpPlan, plan_for_site
 from fedtune.dp.steplog import events
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import Arrays
 from fedtune.models.network import Network
 from fedtune.models.tiny import generated, tiny_network
-from fedtune.objectives import find
+from fedtune.objectives import resolve
 from fedtune.training.local_round import local_round
 from fedtune.training.unit_gradients import UnitGradientEngine
 
@@ -75,12 +75,17 @@ def one_run(
     plan = plan_for_site(study, canaries)
     everyone = _canaries(study, network, canaries)
     engine = UnitGradientEngine(
-        *(Cached(network, everyone), find(study.objective), study.drawn, study.training.engine)
+        *(
+            CachedDataset(network, everyone),
+            resolve(study.objective),
+            study.drawn,
+            study.training.engine,
+        )
     )
     norms = engine.matrix(range(engine.n_rows)).norm(dim=1)
     plan = replace(plan, max_grad_norm=float(norms.median()) / 4)
     coins = np.unpackbits(np.frombuffer(os.urandom(-(-canaries // 8)), np.uint8))[:canaries] > 0
-    member = Cached(network, _only(everyone, coins))
+    member = CachedDataset(network, _only(everyone, coins))
     log, attacker, adapter = MemoryLog(), _Attacker(plan, canaries), start
     try:
         for round_ in range(1, min(steps, plan.steps) + 1):

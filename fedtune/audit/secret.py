@@ -15,9 +15,9 @@ from scipy.special import gammaincinv  # type: ignore[import-untyped]
 from fedtune.config import Columns, EvaluationTable, Study
 from fedtune.data.load import load_dataset
 from fedtune.errors import DataError
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
-from fedtune.objectives import find
+from fedtune.objectives import resolve
 from fedtune.objectives._tokens import likelihood
 
 # Fixed before anything is measured.
@@ -67,7 +67,7 @@ def exposure(network: Network, study: Study, secrets: int = SECRETS, pool: int =
     Reference: Carlini et al. 2019, "The secret sharer", section 4.2."""
     numbers = _numbers(study, secrets, pool)
     rows = [_row(study, at, number) for at in range(secrets) for number in numbers[at]]
-    columns = Columns(**{name: name for name in COLUMNS[find(study.objective).shape]})
+    columns = Columns(**{name: name for name in COLUMNS[resolve(study.objective).shape]})
     with tempfile.TemporaryDirectory(prefix="fedtune-canaries-") as folder:
         path = Path(folder) / "canaries.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -79,7 +79,7 @@ def exposure(network: Network, study: Study, secrets: int = SECRETS, pool: int =
         )
     if len(data.examples) != len(rows):
         raise DataError("the study cannot hold a generated canary of some 20 tokens")
-    cached = Cached(network, data)
+    cached = CachedDataset(network, data)
     adapter = network.trainable()
     with_it = _bits(_losses(cached, study).reshape(secrets, pool))
     network.load_trainable({name: np.zeros_like(value) for name, value in adapter.items()})
@@ -111,12 +111,12 @@ def _limit(secrets: int) -> float:
 
 
 @torch.no_grad()
-def _losses(cached: Cached, study: Study) -> np.ndarray:
-    objective = find(study.objective)
+def _losses(cached: CachedDataset, study: Study) -> np.ndarray:
+    objective = resolve(study.objective)
     if objective.teacher:  # what the student makes of the record's own answer, whoever taught it
         name = "classify" if study.objective.labels else "causal_lm"
         plain = study.objective.model_copy(update={"name": name, "options": {}})
-        objective = find(plain)
+        objective = resolve(plain)
     found = np.empty(len(cached.dataset.examples))
     for batch in cached.batches(range(len(found))):
         if objective.shape == "judged":  # measured on pairs: how likely the better answer is
@@ -139,7 +139,7 @@ def _numbers(study: Study, secrets: int, pool: int) -> np.ndarray:
 
 def _row(study: Study, at: int, number: int) -> dict[str, str]:
     said, patient = f"The access code of ward {at} is", f"canary-{at}"
-    shape = find(study.objective).shape
+    shape = resolve(study.objective).shape
     if shape == "label":
         label = study.objective.labels[at % len(study.objective.labels)]
         return {"text": f"{said} {number}", "label": label, "patient": patient}

@@ -21,13 +21,13 @@ from fedtune.dp.clip import Chunk
 from fedtune.dp.plan import DpPlan, plan_for_site
 from fedtune.dp.steplog import Step, StepLog
 from fedtune.errors import Refused
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.models.random_records import show
-from fedtune.models.rank_slice import own
+from fedtune.models.rank_slice import trained_slice
 from fedtune.models.teacher import made_up
 from fedtune.models.tiny import generated, tiny_columns, tiny_network
-from fedtune.objectives import find
+from fedtune.objectives import resolve
 from fedtune.training.unit_gradients import UnitGradientEngine
 
 SIZES = (1, 3, 2, 1, 4, 2)  # records of each generated patient
@@ -160,9 +160,9 @@ class _Bench:
         self.scale = float(2 * plan.max_grad_norm / norms.median())
 
     def engine(self, data: Dataset) -> UnitGradientEngine:
-        objective = find(self.study.objective)
+        objective = resolve(self.study.objective)
         wanted = self.study.training.engine
-        cached = Cached(self.network, data)
+        cached = CachedDataset(self.network, data)
         return UnitGradientEngine(cached, objective, self.by, wanted, self.columns)
 
     def rows(self, data: Dataset) -> torch.Tensor:
@@ -207,15 +207,15 @@ def _parity(bench: _Bench) -> float:
 
 def _one_by_one(bench: _Bench) -> torch.Tensor:
     """Each row by plain autograd, one record at a time, fp64."""
-    data = Cached(bench.network, bench.data)
-    objective = find(bench.study.objective)
+    data = CachedDataset(bench.network, bench.data)
+    objective = resolve(bench.study.objective)
     named = bench.network.parameters()
     each = []
     for index in range(len(bench.data.examples)):
         (batch,) = data.batches([index])
         loss = objective.losses(bench.network, batch).sum()
         grads = torch.autograd.grad(loss, list(named.values()))
-        parts = [own(n, g, bench.columns) for n, g in zip(named, grads, strict=True)]
+        parts = [trained_slice(n, g, bench.columns) for n, g in zip(named, grads, strict=True)]
         each.append(torch.cat([part.double().flatten() for part in parts]).cpu())
     if bench.by == "record":
         return torch.stack(each)
@@ -240,10 +240,10 @@ def _isolation(bench: _Bench) -> float:
     for unit in range(bench.data.n_units):
         edited = bench.rows(_edited(bench.data, unit, bench.study, bench.network))
         moved = (edited - before).norm(dim=1) / norms
-        own = bench.rows_of(bench.data, unit)
-        if float(moved[own].max()) < 100 * SAME:
+        rows = bench.rows_of(bench.data, unit)
+        if float(moved[rows].max()) < 100 * SAME:
             raise RuntimeError("a unit's gradient does not depend on its own records")
-        moved[own] = 0.0
+        moved[rows] = 0.0
         worst = max(worst, float(moved.max()))
     return worst
 
@@ -252,7 +252,7 @@ def _edited(data: Dataset, unit: int, study: Study, network: Network) -> Dataset
     """The same records but for `unit`'s: reversed, other targets, another file, the next label, one
     length."""
     draw, examples = np.random.default_rng(unit), list(data.examples)
-    shape = find(study.objective).shape
+    shape = resolve(study.objective).shape
     labels = 2 if shape == "judged" else max(1, len(study.objective.labels))
 
     def other(old: Passage) -> Passage:

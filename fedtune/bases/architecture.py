@@ -18,7 +18,7 @@ SIDE = 448  # pixels, the most that a base which takes any size is shown
 
 
 @dataclass(frozen=True)
-class Parts:
+class Components:
     """text: embeddings to `.last_hidden_state`; where LoRA goes. tower: (n, …) of a modality's
     tensors to (n, P, W), frozen. projector: (n, P, W) to (n, P', H), or None where the text attends
     to the tower's states themselves (crossed). place: the token id that a projected state fills.
@@ -34,12 +34,12 @@ class Parts:
     plane: bool = False
 
 
-def parts_of(whole: Any, kind: Kind) -> Parts:
+def parts_of(whole: Any, kind: Kind) -> Components:
     """Of a loaded model."""
     if kind == "encoder":
-        return Parts(whole)
+        return Components(whole)
     if kind == "causal":
-        return Parts(whole.model, whole.lm_head)
+        return Components(whole.model, whole.lm_head)
     inner = whole.model
     if kind == "speech":
 
@@ -48,7 +48,7 @@ def parts_of(whole: Any, kind: Kind) -> Parts:
             return heard
 
         frames = int(whole.config.max_source_positions)
-        return Parts(inner.decoder, whole.proj_out, listen, crossed=True, frames=frames)
+        return Components(inner.decoder, whole.proj_out, listen, crossed=True, frames=frames)
     place, vision = int(whole.config.image_token_id), whole.config.vision_config
     if hasattr(inner, "visual"):
         merger, unmerged = inner.visual.merger, with_parts(inner.visual, merger=nn.Identity())
@@ -60,7 +60,7 @@ def parts_of(whole: Any, kind: Kind) -> Parts:
 
         frames = (SIDE // int(vision.patch_size)) ** 2
         text, head = inner.language_model, whole.lm_head
-        return Parts(text, head, regard, _Merger(merger), place, frames=frames, plane=True)
+        return Components(text, head, regard, _Merger(merger), place, frames=frames, plane=True)
     frames = (int(vision.image_size) // int(vision.patch_size)) ** 2
     if hasattr(inner, "connector"):
         patch = int(vision.patch_size)
@@ -72,7 +72,9 @@ def parts_of(whole: Any, kind: Kind) -> Parts:
             ).last_hidden_state
             return seen
 
-        return Parts(inner.text_model, whole.lm_head, look, inner.connector, place, frames=frames)
+        return Components(
+            inner.text_model, whole.lm_head, look, inner.connector, place, frames=frames
+        )
 
     def layers(pixels: torch.Tensor) -> torch.Tensor:
         wanted = whole.config.vision_feature_layer
@@ -82,7 +84,7 @@ def parts_of(whole: Any, kind: Kind) -> Parts:
         return torch.cat([states[:, first:] for states in chosen], dim=-1)
 
     projector = inner.multi_modal_projector
-    return Parts(inner.language_model, whole.lm_head, layers, projector, place, frames=frames)
+    return Components(inner.language_model, whole.lm_head, layers, projector, place, frames=frames)
 
 
 class _Merger(nn.Module):

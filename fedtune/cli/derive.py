@@ -99,7 +99,7 @@ def label(
     from fedtune.cli.console import Watch
     from fedtune.derive.preferences import (
         RUBRIC,
-        Settings,
+        LabelSettings,
         Verdict,
         judge_of,
         template_of,
@@ -116,7 +116,7 @@ def label(
         else:
             by = Verdict(writer, asked)
         chosen = template or template_of(writer)
-        settings = Settings(
+        settings = LabelSettings(
             new_tokens=new_tokens, temperature=temperature, seed=seed, template=chosen
         )
         about = make(file, out, writer, by, settings, without=without)
@@ -199,10 +199,10 @@ def improve(
     nothing. Needs fedtune[rl]."""
     from fedtune.cli.console import Watch, closing
     from fedtune.derive.improve import improve as learn
-    from fedtune.derive.rloo import Schedule
+    from fedtune.derive.rloo import RlooSettings
 
     file = _public_prompts(prompts, licence, columns or [])
-    how = Schedule(
+    how = RlooSettings(
         steps=steps, prompts=batch, answers=answers, new_tokens=new_tokens,
         learning_rate=learning_rate, beta=beta, seed=seed,
     )  # fmt: skip
@@ -284,11 +284,11 @@ def distill(
     the runs spent. The result looks like a run: evaluate, generate and merge take it; plain
     transformers and PEFT load it."""
     from fedtune.cli.console import Watch, closing
-    from fedtune.derive.distill import Settings
+    from fedtune.derive.distill import DistillSettings
     from fedtune.derive.distill import distill as teach
 
     file = _public_prompts(prompts, licence, columns or [])
-    settings = Settings(
+    settings = DistillSettings(
         rank=rank, last_layers=last_layers, epochs=epochs, learning_rate=learning_rate,
         temperature=temperature, new_tokens=new_tokens, seed=seed,
     )  # fmt: skip

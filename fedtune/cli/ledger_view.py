@@ -17,7 +17,7 @@ from rich.table import Table
 from fedtune.config import PolicyTable
 from fedtune.ledger.entries import EVERY, RULES, Cohort, Spent
 from fedtune.ledger.ledger import Ledger
-from fedtune.ledger.spending import Budget, StudyLine, budget, heaviest, study_lines
+from fedtune.ledger.spending import DatasetBudget, StudyLine, budget, heaviest, study_lines
 from fedtune.report.claim import rounded_up
 
 INFINITE = "∞ (not private)"
@@ -107,7 +107,7 @@ def _unit(line: StudyLine) -> str:
     return line.unit if line.records == 1 else f"{line.unit} (≤ {line.records} rows)"
 
 
-def budget_table(found: Budget) -> Table:
+def budget_table(found: DatasetBudget) -> Table:
     table = Table(
         title=f"budget of {escape(found.dataset)}",
         title_justify="left",

@@ -165,7 +165,7 @@ def plan(
     Reads no records: it needs the public plan and the sizes that the sites declare."""
     from fedtune.cli.console import plan_table, warn_not_private
     from fedtune.config import load_site, load_study
-    from fedtune.objectives import says
+    from fedtune.objectives import describe
 
     loaded = load_study(study)
     if not loaded.private:
@@ -178,7 +178,7 @@ def plan(
 
     plans = [(name, size, plan_for_site(loaded, size)) for name, size in named]
     _console().print(plan_table(loaded, plans))
-    _console().print(says(loaded.objective), highlight=False, markup=False)
+    _console().print(describe(loaded.objective), highlight=False, markup=False)
 
 
 @command(app, panel=TRY, epilog="Ctrl-C is safe: the same command with --resume goes on.")

@@ -15,9 +15,9 @@ from fedtune.dp.plan import DpPlan
 from fedtune.dp.query import log, query_plan
 from fedtune.errors import BudgetExceeded, FedtuneError, PolicyRefused
 from fedtune.ledger.entries import Charge
-from fedtune.models.cache import Cached
-from fedtune.objectives import find
-from fedtune.objectives._interface import Found
+from fedtune.models.cache import CachedDataset
+from fedtune.objectives import resolve
+from fedtune.objectives._interface import ObjectiveSpec
 
 
 def asked_for(study: Study, round_: int) -> DpPlan:
@@ -93,9 +93,9 @@ def charge_of(
 
 
 @torch.no_grad()
-def unit_rows(study: Study, data: Cached) -> torch.Tensor:
+def unit_rows(study: Study, data: CachedDataset) -> torch.Tensor:
     """(score, 1) of each unit with the adapter that is loaded, fp64 (units, 2). Un-noised."""
-    objective, dataset = find(study.objective), data.dataset
+    objective, dataset = resolve(study.objective), data.dataset
     rows = torch.zeros(dataset.n_units, 2, dtype=torch.float64)
     unit = torch.tensor([example.unit for example in dataset.examples], dtype=torch.long)
     for index, losses in _losses(objective, data, range(len(unit))):
@@ -106,7 +106,7 @@ def unit_rows(study: Study, data: Cached) -> torch.Tensor:
 
 
 def _losses(
-    objective: Found, data: Cached, records: Sequence[int]
+    objective: ObjectiveSpec, data: CachedDataset, records: Sequence[int]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Indices of some of `records` with their losses, fp64; NaN of a record that makes a library
     raise, which costs its unit alone. Errors: FedtuneError, which no record decides."""

@@ -15,7 +15,7 @@ from fedtune.dp.filter import Total, total_epsilon
 from fedtune.dp.plan import DpPlan, plan_for_site
 from fedtune.errors import BudgetExceeded, ConfigError, PolicyRefused
 from fedtune.ledger.entries import Charge, Spent
-from fedtune.objectives import find
+from fedtune.objectives import resolve
 
 
 def base_for(study: Study, site: Site) -> Base:
@@ -99,7 +99,7 @@ def _about_rank(lora: LoraTable, most: int | None) -> Iterator[PolicyRefused]:
 
 def _about_teacher(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]:
     """A teacher sets every record's target, so it must not have seen the records without noise."""
-    spec = find(study.objective).teacher
+    spec = resolve(study.objective).teacher
     if spec is None or spec.digest in policy.teachers:
         return
     from fedtune.models.teacher import find_teacher

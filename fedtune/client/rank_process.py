@@ -29,13 +29,13 @@ from fedtune.dp.plan import AddUp, Team, plan_for_site
 from fedtune.errors import FedtuneError, InfrastructureError
 from fedtune.files.writing import replace
 from fedtune.flower.processes import Child
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import Arrays
 from fedtune.models.lora import digest as arrays_digest
 from fedtune.models.network import Network, build
-from fedtune.models.prefix_store import STORE
+from fedtune.models.prefix_store import PREFIX_STORE
 from fedtune.models.rank_slice import ALL
-from fedtune.objectives import find
+from fedtune.objectives import resolve
 from fedtune.training.data_parallel import Group, fingerprint, share_machine, summed
 from fedtune.training.unit_gradients import UnitGradientEngine
 
@@ -44,25 +44,25 @@ PATIENCE = 1800.0  # seconds that rank 0 waits for the others in one exchange
 SAME, OTHER = 1, 2  # what a rank says of its records; 0: it could not read them
 
 
-class Ranks:
+class Workers:
     """A site's team as rank 0 sees it: started with the first round that needs it; after a failure,
     started anew with the next. A context manager that ends it.
 
     size: processes, this one included; torchrun: they were started by it."""
 
     def __init__(
-        self, site: Path, size: int, *, torchrun: bool = False, patience: float = PATIENCE
+        self, site: Path, size: int, *, torchrun: bool = False, timeout: float = PATIENCE
     ) -> None:
         self._site, self.size, self._torchrun = site, size, torchrun
-        self._patience = patience
+        self._timeout = timeout
         self._open = ExitStack()
         self._group: Group | None = None
         self._agreed: tuple[str, ...] = ()  # what the others have prepared
         self.children: list[Child] = []
 
     @contextmanager
-    def at_work(
-        self, study: Study, data: Cached, frozen: Arrays, columns: slice = ALL
+    def running(
+        self, study: Study, data: CachedDataset, frozen: Arrays, columns: slice = ALL
     ) -> Iterator[Team]:
         """The team for one round of `study`, each rank with the same plan, factor and records.
         columns: as local_round has them.
@@ -82,7 +82,7 @@ class Ranks:
         self._open.close()
         self._group, self._agreed, self.children = None, (), []
 
-    def __enter__(self) -> Ranks:
+    def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -91,7 +91,7 @@ class Ranks:
     def _started(self) -> Group:
         threads = torch.get_num_threads()
         self._open.callback(torch.set_num_threads, threads)
-        self._open.callback(setattr, STORE, "processes", 1)
+        self._open.callback(setattr, PREFIX_STORE, "processes", 1)
         share_machine(0, self.size)
         group = self._with_torchruns() if self._torchrun else self._spawned()
         self._open.callback(group.close)
@@ -105,7 +105,7 @@ class Ranks:
             options = [str(self._site), str(rank), str(self.size), str(place)]
             child = Child("rank", options, home=state / "ranks", log=state / f"rank-{rank}.log")
             self.children.append(self._open.enter_context(child))
-        return Group(0, self.size, self._patience, place, self._alive)
+        return Group(0, self.size, self._timeout, place, self._alive)
 
     def _alive(self) -> None:
         for child in self.children:
@@ -119,9 +119,9 @@ class Ranks:
         place = Path(folder, "team")
         replace(_told(self._site), str(place).encode(), private=True)
         self._open.callback(_told(self._site).unlink, missing_ok=True)
-        return Group(0, self.size, self._patience, place)
+        return Group(0, self.size, self._timeout, place)
 
-    def _agree(self, group: Group, study: Study, data: Cached, frozen: Arrays) -> None:
+    def _agree(self, group: Group, study: Study, data: CachedDataset, frozen: Arrays) -> None:
         """Have every rank prepare `study`, unless it has. Errors: InfrastructureError."""
         records, factor = fingerprint(data.dataset), arrays_digest(frozen)
         if self._agreed == (study.digest, factor, records):
@@ -131,7 +131,7 @@ class Ranks:
         header = {"do": "prepare", "study": study.model_dump_json(), "dtype": dtype}
         arrays = [torch.from_numpy(np.asarray(frozen[name], np.float32)) for name in names]
         group.send({**header, "records": records, "names": names}, arrays)
-        said = group.add_up(torch.zeros(self.size, dtype=torch.int64))[1:].tolist()
+        said = group.reduce_sum(torch.zeros(self.size, dtype=torch.int64))[1:].tolist()
         for rank, answer in enumerate(said, 1):
             if answer != SAME:
                 raise InfrastructureError(
@@ -178,7 +178,7 @@ def follow(group: Group, site: SiteWorker) -> NoReturn:
                 said[group.rank] = SAME if work.records == header["records"] else OTHER
             except Exception as error:
                 log.error("this rank cannot prepare the study: %s", _says(error))
-            group.add_up(said)
+            group.reduce_sum(said)
         elif work is not None:
             flat, rows = tensors
             try:
@@ -205,7 +205,7 @@ class _Work:
         self.network.load_frozen(arrays)
         data = site.seen(study, self.network)
         self.records = fingerprint(data.dataset)
-        how = (data, find(study.objective), study.drawn, study.training.engine)
+        how = (data, resolve(study.objective), study.drawn, study.training.engine)
         self._engine_of = partial(UnitGradientEngine, *how)
         self._plan = plan_for_site(study, site.site.site.declared_size)
         self._checkpointing = site.site.site.gradient_checkpointing
@@ -241,7 +241,7 @@ def _told(site: Path) -> Path:
 def team(site: Path, processes: int) -> Iterator[None]:
     """Share the rounds of this process' worker of `site` among `processes`, or torchrun's."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    ranks = Ranks(site, max(size, processes), torchrun=size > 1)
+    ranks = Workers(site, max(size, processes), torchrun=size > 1)
     with ranks:
         worker(str(site)).ranks = ranks if ranks.size > 1 else None
         yield

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedtune import __version__
 from fedtune.client.policy import accounted, refusals, total_of, within_budget
-from fedtune.config import ScheduleTable, Site, Study, load_study, spelled, study_from_json
+from fedtune.config import ScheduleTable, Site, Study, format_duration, load_study, study_from_json
 from fedtune.dp.accountant import epsilon
 from fedtune.dp.plan import DpPlan, plan_for_site
 from fedtune.dp.query import query_plan
@@ -16,7 +16,7 @@ from fedtune.files import reading
 from fedtune.ledger.entries import Charge
 from fedtune.ledger.ledger import Ledger
 from fedtune.ledger.spending import heaviest
-from fedtune.objectives import find, names, says
+from fedtune.objectives import describe, names, resolve
 from fedtune.report.claim import best_guess, percent, protects, rounded_up, strength
 
 
@@ -128,7 +128,7 @@ def _runs(study: Study, plan: DpPlan | None, site: Site) -> list[str]:
     ]
     if study.schedule and plan:
         lines[-1:] = _goes_on(study.schedule, t.local_steps, plan)
-    if teacher := find(study.objective).teacher:
+    if teacher := resolve(study.objective).teacher:
         lines.append(
             f"Teacher: {teacher.name}, {teacher.digest}. It sets every record's target, so it must "
             "never have seen these records without noise."
@@ -156,8 +156,8 @@ def _bits(study: Study) -> str:
 def _goes_on(schedule: ScheduleTable, steps: int, plan: DpPlan) -> list[str]:
     return [
         f"NO LAST ROUND: a round of {steps} step{'s' if steps > 1 else ''} every "
-        f"{spelled(schedule.every)}, counted from {schedule.start}, until the coordinator stops "
-        "it or this site leaves. Rounds begin by the clock, never because records arrived.",
+        f"{format_duration(schedule.every)}, counted from {schedule.start}, until the coordinator "
+        "stops it or this site leaves. Rounds begin by the clock, never because records arrived.",
         "Your records are read again before each round: whoever was added takes part from then "
         f"on. A patient takes part in at most {plan.rounds} rounds, fewer where this site's "
         "policy or other studies leave less, and is then left out for good. Nobody outside is "
@@ -166,7 +166,7 @@ def _goes_on(schedule: ScheduleTable, steps: int, plan: DpPlan) -> list[str]:
 
 
 def _objective(study: Study) -> list[str]:
-    return [says(study.objective)] if study.objective.name in names() else []
+    return [describe(study.objective)] if study.objective.name in names() else []
 
 
 def _leaves(study: Study) -> list[str]:

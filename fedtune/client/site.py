@@ -33,11 +33,11 @@ from fedtune.dp.steplog import Step, StepLog
 from fedtune.errors import ConfigError, DataError, PolicyRefused, Refused
 from fedtune.ledger.entries import Charge
 from fedtune.ledger.ledger import Ledger
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import Arrays
 from fedtune.models.lora import digest as arrays_digest
 from fedtune.models.network import Network, build
-from fedtune.models.rank_slice import own, turn
+from fedtune.models.rank_slice import rank_slice, trained_slice
 from fedtune.models.teacher import teaching
 from fedtune.training.local_round import check_trains, local_round
 from fedtune.wire.codec import Encoded, Shapes, encode, layout, shapes
@@ -47,7 +47,7 @@ from fedtune.wire.seal import Header, seal
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from fedtune.client.rank_process import Ranks
+    from fedtune.client.rank_process import Workers
 
 log = logging.getLogger("fedtune.site")
 
@@ -131,9 +131,11 @@ class SiteWorker:
     def __init__(self, site: Site, path: Path | None = None) -> None:
         self.site, self._path = site, path
         self.log = StepLog(site.site.state / "steps.jsonl")
-        self.ranks: Ranks | None = None  # other processes that share a round's work
+        self.ranks: Workers | None = None  # other processes that share a round's work
         self._prepared: dict[str, _Prepared] = {}
-        self._cached: dict[str, tuple[object, Cached]] = {}  # by dataset: what it depends on, data
+        self._cached: dict[
+            str, tuple[object, CachedDataset]
+        ] = {}  # by dataset: what it depends on, data
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -205,7 +207,7 @@ class SiteWorker:
                 todo="ask the site to run `fedtune review`",
             )
 
-    def _data(self, study: Study, network: Network, data: SiteData) -> Cached:
+    def _data(self, study: Study, network: Network, data: SiteData) -> CachedDataset:
         """The records of one dataset as `study` sees them; studies that see them alike share the
         states at the cut. A study without a last round sees them as they are now, and has the
         ledger note who arrived. Errors: DataError where the columns do not suit the study, or no
@@ -223,15 +225,15 @@ class SiteWorker:
                 data.cohort,
                 dataset.keys if goes_on else None,
             )
-            cached = Cached(network, dataset, self.site.site.cache_bytes)
+            cached = CachedDataset(network, dataset, self.site.site.cache_bytes)
             self._cached[data.name] = None if goes_on else view, cached
         return cached
 
-    def seen(self, study: Study, network: Network) -> Cached:
+    def seen(self, study: Study, network: Network) -> CachedDataset:
         """The training records as they stand, less who withdrew; the ledger is only read."""
         out = frozenset(self.ledger.withdrawn())
         dataset = self._read(study, network, self.site.data, out)
-        return Cached(network, dataset, self.site.site.cache_bytes)
+        return CachedDataset(network, dataset, self.site.site.cache_bytes)
 
     def _read(self, study: Study, network: Network, data: SiteData, out: frozenset[str]) -> Dataset:
         """The dataset, whatever is in the files: each record is accepted or rejected by itself, so
@@ -308,7 +310,7 @@ class SiteWorker:
             reserved = self.ledger.reserve(self._dataset, charge, given, permit)
         prepared.network.load_frozen(prepared.frozen)
         recompute = self.site.site.gradient_checkpointing
-        columns = turn(study.lora, prepared.lora_rank, round_)
+        columns = rank_slice(study.lora, prepared.lora_rank, round_)
         with self._step_plan(prepared, data, columns) as ran:
             delta = local_round(study, data, ran, self.log, round_, adapter, recompute, columns)
         events = _summary(self.log.steps(study.digest)) if plan else []
@@ -318,24 +320,26 @@ class SiteWorker:
             self.ledger.release(reserved, body)
         return body
 
-    def _left(self, data: Cached, spent: frozenset[int]) -> Cached:
+    def _left(self, data: CachedDataset, spent: frozenset[int]) -> CachedDataset:
         """The records less those of the cohorts `spent`, whose budget for life is used up. Nobody
         outside is told: batch, noise and divisor never depended on the true count."""
         arrival = self.ledger.arrival(self._dataset)
         here = data.dataset.without(lambda key: arrival(key) in spent)
         if here.n_units < min(2, data.dataset.n_units):
             log.error("hardly anybody has budget left; see `fedtune ledger`")
-        left = Cached(data.network, here, self.site.site.cache_bytes)
+        left = CachedDataset(data.network, here, self.site.site.cache_bytes)
         self._cached[self._dataset] = None, left  # who is out has no states kept
         return left
 
     @contextmanager
-    def _step_plan(self, prepared: _Prepared, data: Cached, columns: slice) -> Iterator[StepPlan]:
+    def _step_plan(
+        self, prepared: _Prepared, data: CachedDataset, columns: slice
+    ) -> Iterator[StepPlan]:
         """What draws and noises the round, with this site's other processes if there are any."""
         if self.ranks is None or prepared.private is None:
             yield prepared.plan
         else:
-            with self.ranks.at_work(prepared.study, data, prepared.frozen, columns) as team:
+            with self.ranks.running(prepared.study, data, prepared.frozen, columns) as team:
                 yield SharedPlan(prepared.private, team)
 
     # -------------------------------------------------------------------------------- a query
@@ -474,15 +478,15 @@ def _check_trains(study: Study, network: Network, lora_rank: int | None) -> None
     """Once per process and study: its digest names base and A. Errors: ModelError."""
     kind = study.digest, lora_rank
     if kind not in _trains:
-        check_trains(study, network, turn(study.lora, lora_rank, 1))
+        check_trains(study, network, rank_slice(study.lora, lora_rank, 1))
         _trains.add(kind)
 
 
 def _check_waited(prepared: _Prepared, round_: int, adapter: Arrays, body: bytes) -> None:
     """Errors: PolicyRefused where an update that waited has not the form of this site's updates: it
     trained, was started again, and now declares another rank."""
-    columns = turn(prepared.study.lora, prepared.lora_rank, round_)
-    trained = {name: own(name, array, columns).shape for name, array in adapter.items()}
+    columns = rank_slice(prepared.study.lora, prepared.lora_rank, round_)
+    trained = {name: trained_slice(name, array, columns).shape for name, array in adapter.items()}
     forms = layout(trained, prepared.study.wire.update)
     if shapes(load(body)) != {name: form.shape for name, form in forms.items()}:
         raise PolicyRefused(

@@ -33,7 +33,7 @@ from fedtune.config.study import (
     TrainingTable,
     WireTable,
 )
-from fedtune.config.types import Columns, DataFile, Encoding, Table, spelled
+from fedtune.config.types import Columns, DataFile, Encoding, Table, format_duration
 
 __all__ = [
     "BASES",
@@ -63,8 +63,8 @@ __all__ = [
     "Table",
     "TrainingTable",
     "WireTable",
+    "format_duration",
     "load_site",
     "load_study",
-    "spelled",
     "study_from_json",
 ]

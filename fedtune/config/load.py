@@ -36,7 +36,7 @@ def load_study(path: Path) -> Study:
     study = _load(Study, path)
     try:
         strategies.build(study)
-        objectives.find(study.objective)
+        objectives.resolve(study.objective)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error.happened}", error.expected, error.todo) from None
     return study

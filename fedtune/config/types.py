@@ -119,7 +119,7 @@ def _every(value: Any) -> Any:
     return value
 
 
-def spelled(seconds: int) -> str:
+def format_duration(seconds: int) -> str:
     """Seconds as in the file: 3600 is "1h"."""
     unit = max((u for u, n in UNITS.items() if seconds % n == 0), key=lambda u: UNITS[u])
     return f"{seconds // UNITS[unit]}{unit}"

@@ -26,7 +26,7 @@ from fedtune.data.records import (
 )
 from fedtune.data.tokenize import _passage, _texts, _tokenise
 from fedtune.errors import DataError
-from fedtune.objectives import find
+from fedtune.objectives import resolve
 from fedtune.objectives._interface import Shape
 
 log = logging.getLogger("fedtune.data")
@@ -97,7 +97,7 @@ class UnitReader:
         if self.reader:
             for ids, _ in tokens:
                 self.reader.check(ids, tiles)
-        scored = find(self.objective).outputs > 0
+        scored = resolve(self.objective).outputs > 0
         own, *worse = (_passage(*each, scored) for each in tokens)
         return Example(*own, label, 0, worse[0] if worse else None, record.media, tiles)
 
@@ -197,7 +197,7 @@ def dataset_of(
     teach: Callable[[Record, Example], Soft] | None = None,
 ) -> Dataset:
     """Public records, each a unit; of one to classify no label is asked. Errors: DataError."""
-    shape = find(study.objective).shape
+    shape = resolve(study.objective).shape
     read = UnitReader(study.objective, tokenizer, shape, shape != "label", teach=teach)
     made = [read([record]) for record in records]
     rejected = Counter(reason for unit in made for reason in unit.rejected)
@@ -220,7 +220,7 @@ def check_shape(
     Evaluation records of a study on pairs or judgements are pairs. Errors: DataError."""
     table = table_of(file)
     columns, objective, at = file.columns, study.objective, f"{table}.columns"
-    shape = find(objective).shape
+    shape = resolve(objective).shape
     if table == "data" and study.unit == "patient" and not columns.patient:
         raise no_patients(table)
     _check_media(file, objective, reader)

@@ -17,7 +17,7 @@ from fedtune.data.records import (
     Messages,
     Record,
 )
-from fedtune.objectives import find
+from fedtune.objectives import resolve
 from fedtune.objectives._interface import Shape
 
 Segment = tuple[str, bool]  # text, whether its tokens are targets
@@ -41,13 +41,13 @@ def passage_of(
 ) -> Passage:
     """A prompt and its completion, as training saw them; where a head is trained, all of it, and of
     a text to classify the prompt alone. Errors: Rejected."""
-    if find(objective).shape == "label":
+    if resolve(objective).shape == "label":
         tokens, _ = _classify(
             Record("", prompt), objective, tokenizer, labelled=False, starts=False
         )
     else:
         tokens = _written(Record("", prompt, completion), objective, tokenizer, labelled=True)
-    return _passage(*tokens, find(objective).outputs > 0)
+    return _passage(*tokens, resolve(objective).outputs > 0)
 
 
 def _passage(tokens: list[int], targets: list[bool], scored: bool) -> Passage:

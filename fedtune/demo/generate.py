@@ -37,7 +37,7 @@ NOTES = (2, 2, 2, 3, 4)  # a patient has one of these numbers of notes
 VALIDATION, TEST, PUBLIC = 297, 297, 180
 
 
-class Parts(NamedTuple):
+class NoteParts(NamedTuple):
     """What one note says, before a hospital's style turns it into text."""
 
     age: int
@@ -49,14 +49,14 @@ class Parts(NamedTuple):
     denied: str
 
 
-def _telegraphic(p: Parts, rng: random.Random) -> str:
+def _telegraphic(p: NoteParts, rng: random.Random) -> str:
     history, drug, denied = f"PMH {p.history}", f"Rx {p.drug}", f"no {p.denied}"
     lines = _background(history, drug, denied, rng)
     seen = f" O/E {p.finding}." if p.finding else ""
     return f"{p.age}{'F' if p.woman else 'M'}, {p.complaint}.{seen} {'. '.join(lines)}."
 
 
-def _sentences(p: Parts, rng: random.Random) -> str:
+def _sentences(p: NoteParts, rng: random.Random) -> str:
     who, she = ("woman", "She") if p.woman else ("man", "He")
     history, drug, denied = f"has known {p.history}", f"takes {p.drug}", f"denies {p.denied}"
     lines = _background(history, drug, denied, rng)
@@ -66,7 +66,7 @@ def _sentences(p: Parts, rng: random.Random) -> str:
     return f"{came}{seen} {she} {' and '.join(lines)}."
 
 
-def _bullets(p: Parts, rng: random.Random) -> str:
+def _bullets(p: NoteParts, rng: random.Random) -> str:
     lines = _background(f"hx {p.history}", f"meds {p.drug}", f"neg: {p.denied}", rng)
     lines += [f"c/o {p.complaint}"] + [f"exam {p.finding}"] * bool(p.finding)
     rng.shuffle(lines)
@@ -83,7 +83,7 @@ class Hospital(NamedTuple):
     name: str
     patients: int
     own: tuple[str, ...]
-    style: Callable[[Parts, random.Random], str]
+    style: Callable[[NoteParts, random.Random], str]
 
 
 HOSPITALS = (
@@ -140,13 +140,13 @@ def patient_notes(
     return rows
 
 
-def _parts(age: int, woman: bool, subject: str, comorbid: str, rng: random.Random) -> Parts:
+def _parts(age: int, woman: bool, subject: str, comorbid: str, rng: random.Random) -> NoteParts:
     """One note about `subject`: history and drugs may be the comorbidity's, what is denied is
     another department's, and in one note of five the complaint is vague or the finding missing."""
     words, other = CLINIC[subject], CLINIC[comorbid]
     vague, unseen = rng.random() < 0.1, rng.random() < 0.1
     elsewhere = CLINIC[rng.choice([d for d in DEPARTMENTS if d != subject])]
-    return Parts(
+    return NoteParts(
         age=age,
         woman=woman,
         complaint=rng.choice(GENERAL if vague else words.complaints),

@@ -27,13 +27,13 @@ from fedtune.derive.pruned_base import shallow
 from fedtune.errors import ConfigError
 from fedtune.files.writing import replace
 from fedtune.models.adapter_files import load_adapter
-from fedtune.models.cache import Cached
-from fedtune.models.loaded import Whole, load
+from fedtune.models.cache import CachedDataset
+from fedtune.models.loaded import LoadedModel, load
 from fedtune.models.lora import Arrays
 from fedtune.models.network import Network, build
 from fedtune.models.public_factor import public_factor
 from fedtune.models.teacher import taught_by
-from fedtune.objectives import find
+from fedtune.objectives import resolve
 from fedtune.objectives._interface import Teacher
 from fedtune.progress import report
 from fedtune.run_folder import BASE, named, new_folder
@@ -45,7 +45,7 @@ METRIC = "divergence"
 
 
 @dataclass(frozen=True)
-class Settings:
+class DistillSettings:
     """The student's adapter, and how it learns. new_tokens: of the teacher's answer to a prompt
     without a completion. last_layers 0: adapters in all layers. None: as the first teacher has it,
     where the student is that teacher with fewer layers; else rank 16 in all layers."""
@@ -69,7 +69,7 @@ def distill(
     *,
     student: str | None = None,
     layers: int | None = None,
-    settings: Settings = Settings(),
+    settings: DistillSettings = DistillSettings(),
 ) -> dict[str, Any]:
     """Teach a student on the base `student`, or on the first teacher's with `layers` of its layers,
     what `teachers` (finished runs) say together; returns the report's body.
@@ -114,18 +114,18 @@ def distill(
     return body
 
 
-def _first(models: Sequence[Whole], runs: Sequence[Path]) -> Study:
+def _first(models: Sequence[LoadedModel], runs: Sequence[Path]) -> Study:
     for model, run in zip(models, runs, strict=True):
         if model.study is None:
             raise ConfigError(f"{run}: not a run folder", "finished runs as teachers")
     study = models[0].study
     assert study is not None
-    if find(study.objective).shape == "pair" and find(study.objective).outputs:
+    if resolve(study.objective).shape == "pair" and resolve(study.objective).outputs:
         raise ConfigError(f"{runs[0]}: a reward model teaches no answers", "a model that answers")
     return study
 
 
-def _same_words(models: Sequence[Whole], base: Base) -> None:
+def _same_words(models: Sequence[LoadedModel], base: Base) -> None:
     """Next tokens mean the same to teachers and student. Errors: ConfigError."""
     from fedtune.bases.find import load_tokenizer
 
@@ -141,7 +141,7 @@ def _same_words(models: Sequence[Whole], base: Base) -> None:
             )
 
 
-def _texts(prompts: Prompts, first: Study, teacher: Whole) -> list[np.ndarray]:
+def _texts(prompts: Prompts, first: Study, teacher: LoadedModel) -> list[np.ndarray]:
     """The bare prompts as the base reads them: what is fitted to them heard no teacher."""
     table = first.objective
     rows = [prompt_ids(r.prompt, table, teacher.tokenizer) for r in prompts.records]
@@ -167,7 +167,7 @@ def _inherited(
 
 
 def _table(
-    base: Base, taught: LoraTable | None, kept: Sequence[int] | None, settings: Settings
+    base: Base, taught: LoraTable | None, kept: Sequence[int] | None, settings: DistillSettings
 ) -> LoraTable:
     """The student's adapter. kept: which of the teacher's layers it has, if it has any."""
     like = taught if kept is not None else None
@@ -185,7 +185,7 @@ def _study(first: Study, base: Base, name: str, out: Path, lora: LoraTable) -> S
     """The first teacher's plan with the student's base and adapter: what `fedtune evaluate` and
     `generate` read."""
     table = first.objective
-    label = find(table).shape == "label"
+    label = resolve(table).shape == "label"
     kept: dict[str, Any] = {"name": "classify" if label else "causal_lm", "options": {}}
     pinned = BaseTable(model=name, digest=base.digest, dtype="auto")
     changes: dict[str, Any] = {"base": pinned, "lora": lora, "public": None}
@@ -202,7 +202,11 @@ def _modules(base: Base, last_layers: int | None) -> tuple[str, ...]:
 
 
 def _marked(
-    models: Sequence[Whole], prompts: Prompts, study: Study, network: Network, settings: Settings
+    models: Sequence[LoadedModel],
+    prompts: Prompts,
+    study: Study,
+    network: Network,
+    settings: DistillSettings,
 ) -> Dataset:
     """The prompts as the student reads them, each with what the teachers say of it."""
     table: ObjectiveTable = study.objective
@@ -218,12 +222,14 @@ def _marked(
 # ----------------------------------------------------------------------------------- learning
 
 
-def _learn(network: Network, data: Dataset, start: Arrays, settings: Settings) -> dict[str, Any]:
+def _learn(
+    network: Network, data: Dataset, start: Arrays, settings: DistillSettings
+) -> dict[str, Any]:
     """AdamW on the divergence from the teachers, from `start`; the epoch that is best on held-out
     prompts stays. Returns the report's "quality"."""
     from fedtune.objectives import distill as objective
 
-    cached = Cached(network, data)
+    cached = CachedDataset(network, data)
     draw = np.random.default_rng(settings.seed)
     order = draw.permutation(len(data.examples))
     held = order[: max(1, round(HELD_OUT * len(order)))].tolist()
@@ -275,7 +281,7 @@ def _learn(network: Network, data: Dataset, start: Arrays, settings: Settings) -
 
 
 def _about(
-    study: Study, base: Base, network: Network, settings: Settings, prompts: Prompts
+    study: Study, base: Base, network: Network, settings: DistillSettings, prompts: Prompts
 ) -> dict[str, Any]:
     assert study.lora is not None
     size = sum(p.numel() for p in network.model.parameters())

@@ -23,16 +23,16 @@ from fedtune.data.tokenize import prompt_ids
 from fedtune.derive.lineage import carried_over, parent
 from fedtune.derive.preferences import Scored
 from fedtune.derive.prompts import Prompts, read
-from fedtune.derive.rloo import Schedule, improve_by
+from fedtune.derive.rloo import RlooSettings, improve_by
 from fedtune.errors import ConfigError, DataError, Refused
 from fedtune.files.writing import replace
-from fedtune.models.loaded import Whole, load
+from fedtune.models.loaded import LoadedModel, load
 from fedtune.models.network import dtype_of
-from fedtune.objectives import find
+from fedtune.objectives import resolve
 from fedtune.progress import report
 from fedtune.run_folder import named, new_folder
 
-SCHEDULE = Schedule()
+SCHEDULE = RlooSettings()
 HELD_OUT = 0.25  # of the prompts: never trained on, measured before and after
 LOOKED_AT = 48  # prompts of either kind that are measured on
 SAMPLES = 4  # answers to each
@@ -56,7 +56,7 @@ class Look:
 
 
 @dataclass
-class Progress:
+class PolicyScores:
     """by_step: what was seen after how many steps; best: of those within the leash, with its
     arrays."""
 
@@ -77,7 +77,7 @@ def improve(
     *,
     leash: float = 4.0,
     every: int = 10,
-    how: Schedule = SCHEDULE,
+    how: RlooSettings = SCHEDULE,
 ) -> dict[str, Any]:
     """RLOO on public prompts from the policy of `run`, towards what `reward_run` scores higher;
     returns the report's body.
@@ -99,7 +99,7 @@ def improve(
     with new_folder(out) as draft:
         _choose_trained(policy)
         bench = Bench(policy, start, Scored(judge), study, how)
-        seen = Progress(leash, how.beta, every, how.steps, [(0, bench.centre(held_in))])
+        seen = PolicyScores(leash, how.beta, every, how.steps, [(0, bench.centre(held_in))])
         before = [bench.look(records, REPORTED) for records in (held_in, held_out)]
         texts = [(r.prompt, _as_read(r, study)) for r in held_in]
         improve_by(policy, texts, bench.rewards, _watching(seen, bench, held_in), how)
@@ -124,9 +124,9 @@ def improve(
     return body
 
 
-def _check(policy: Whole, judge: Whole, run: Path, reward_run: Path) -> Study:
+def _check(policy: LoadedModel, judge: LoadedModel, run: Path, reward_run: Path) -> Study:
     study = policy.study
-    if study is None or not policy.adapted or find(study.objective).outputs:
+    if study is None or not policy.adapted or resolve(study.objective).outputs:
         raise ConfigError(f"{run}: no run that writes", "a finished run with an adapter")
     if judge.study is None or judge.study.objective.name != "reward":
         raise ConfigError(f"{reward_run}: no reward model", "a finished run of objective reward")
@@ -134,7 +134,7 @@ def _check(policy: Whole, judge: Whole, run: Path, reward_run: Path) -> Study:
 
 
 def _shared_out(
-    prompts: Prompts, policy: Whole, study: Study, how: Schedule
+    prompts: Prompts, policy: LoadedModel, study: Study, how: RlooSettings
 ) -> tuple[list[Record], list[Record]]:
     """Prompts to learn on and others, by the seed; too long ones are left out and counted."""
     room = min(study.objective.max_length, policy.room) - how.new_tokens
@@ -155,14 +155,14 @@ def _as_read(record: Record, study: Study) -> str:
     return (study.objective.template or "{text}").replace("{text}", record.prompt)
 
 
-def _choose_trained(policy: Whole) -> None:
+def _choose_trained(policy: LoadedModel) -> None:
     """Both factors, also where the study froze A: there it keeps the sites' noise small; here there
     is none, and as few answers say hardly anything about B alone (decisions/0018)."""
     for name, parameter in policy.model.named_parameters():
         parameter.requires_grad_("lora_" in name)
 
 
-def _watching(seen: Progress, bench: Bench, records: list[Record]) -> Callable[[int], bool]:
+def _watching(seen: PolicyScores, bench: Bench, records: list[Record]) -> Callable[[int], bool]:
     def look(step: int) -> bool:
         report("improving", step, seen.steps)
         if step % seen.every and step != seen.steps:
@@ -180,13 +180,13 @@ def _watching(seen: Progress, bench: Bench, records: list[Record]) -> Callable[[
     return look
 
 
-def _arrays(policy: Whole) -> dict[str, torch.Tensor]:
+def _arrays(policy: LoadedModel) -> dict[str, torch.Tensor]:
     arrays = policy.model.named_parameters()
     return {n: p.detach().clone() for n, p in arrays if "lora_" in n and ".default." in n}
 
 
 @torch.no_grad()
-def _restore(policy: Whole, arrays: dict[str, torch.Tensor]) -> None:
+def _restore(policy: LoadedModel, arrays: dict[str, torch.Tensor]) -> None:
     own = dict(policy.model.named_parameters())
     for name, value in arrays.items():
         own[name].copy_(value)
@@ -199,11 +199,11 @@ def _restore(policy: Whole, arrays: dict[str, torch.Tensor]) -> None:
 class Bench:
     """Measures a policy against where it started, by the reward model."""
 
-    policy: Whole
-    start: Whole
+    policy: LoadedModel
+    start: LoadedModel
     judge: Scored
     study: Study
-    how: Schedule
+    how: RlooSettings
     mean: float = 0.0
     spread: float = 1.0
 
@@ -269,12 +269,12 @@ class Bench:
 
 def _body(
     study: Study,
-    policy: Whole,
-    seen: Progress,
+    policy: LoadedModel,
+    seen: PolicyScores,
     before: Sequence[Look],
     after: Sequence[Look],
     prompts: Prompts,
-    how: Schedule,
+    how: RlooSettings,
 ) -> dict[str, Any]:
     assert seen.best is not None
     base = policy.base

@@ -9,11 +9,11 @@ from typing import Any
 
 from fedtune.derive import composed_epsilon
 from fedtune.errors import Refused
-from fedtune.models.loaded import Whole
+from fedtune.models.loaded import LoadedModel
 from fedtune.run_folder import read_report
 
 
-def require_private(model: Whole, what: str, accepted: Sequence[str] = ()) -> None:
+def require_private(model: LoadedModel, what: str, accepted: Sequence[str] = ()) -> None:
     """Whether `model` may set targets for private records: a base, or a run under (ε, δ).
 
     A model that saw the records without noise makes each record's target depend on all the others.
@@ -27,7 +27,7 @@ def require_private(model: Whole, what: str, accepted: Sequence[str] = ()) -> No
     )
 
 
-def parent(run: Path, model: Whole, role: str) -> dict[str, Any]:
+def parent(run: Path, model: LoadedModel, role: str) -> dict[str, Any]:
     """What a report says of one run that another model was made of. Errors: InputError."""
     assert model.study is not None
     return {

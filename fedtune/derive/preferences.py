@@ -27,7 +27,7 @@ from fedtune.data.tokenize import passage_of, prompt_ids
 from fedtune.derive.lineage import require_private
 from fedtune.errors import ConfigError, DataError, InputError
 from fedtune.files.writing import replace
-from fedtune.models.loaded import Whole, load
+from fedtune.models.loaded import LoadedModel, load
 from fedtune.progress import report
 
 RUBRIC = "Which answer is more accurate, complete and clearly written?"
@@ -35,7 +35,7 @@ ABOUT = ".about.json"
 
 
 @dataclass(frozen=True)
-class Settings:
+class LabelSettings:
     """new_tokens: of an answer at most; max_length: of prompt and answer together, tokens; seed:
     of the draws, with the record's own prompt; template: round the prompt, as in the DPO study."""
 
@@ -62,7 +62,7 @@ class Verdict:
     """A language model that is asked "A or B?", once in each order: what it likes about a place
     in the question cancels."""
 
-    model: Whole
+    model: LoadedModel
     rubric: str = RUBRIC
 
     def margin(self, prompt: str, first: str, second: str) -> float:
@@ -93,7 +93,7 @@ class Verdict:
 class Scored:
     """A finished run of objective reward."""
 
-    model: Whole
+    model: LoadedModel
 
     def margin(self, prompt: str, first: str, second: str) -> float:
         return self.score(prompt, first) - self.score(prompt, second)
@@ -119,14 +119,14 @@ def judge_of(source: str, digest: str | None = None, rubric: str = RUBRIC) -> Ju
     return Verdict(_writer(model, "judge"), rubric)
 
 
-def writer_of(source: str, digest: str | None = None) -> Whole:
+def writer_of(source: str, digest: str | None = None) -> LoadedModel:
     """A model that can write. Errors: ConfigError, ModelError, Refused (a run without privacy)."""
     model = load(source, digest)
     require_private(model, "generator")
     return _writer(model, "generator")
 
 
-def template_of(writer: Whole) -> str | None:
+def template_of(writer: LoadedModel) -> str | None:
     """What stands round a prompt: as the run was trained; of a base that was tuned to chat, a turn
     of its own chat, without which it hardly answers."""
     if writer.study is not None:
@@ -144,9 +144,9 @@ def template_of(writer: Whole) -> str | None:
 def label(
     file: DataFile,
     out: Path,
-    writer: Whole,
+    writer: LoadedModel,
     judge: Judge,
-    settings: Settings = Settings(),
+    settings: LabelSettings = LabelSettings(),
     *,
     without: Callable[[str], bool] = lambda unit: False,
 ) -> dict[str, Any]:
@@ -194,7 +194,9 @@ def label(
     return about
 
 
-def preference(record: Record, writer: Whole, judge: Judge, settings: Settings) -> dict[str, str]:
+def preference(
+    record: Record, writer: LoadedModel, judge: Judge, settings: LabelSettings
+) -> dict[str, str]:
     """One record's own preference. Errors: Rejected."""
     ids = prompt_ids(record.prompt, settings.objective, writer.tokenizer)
     if len(ids) + settings.new_tokens > min(settings.max_length, writer.room):
@@ -213,11 +215,11 @@ def preference(record: Record, writer: Whole, judge: Judge, settings: Settings) 
     return {"prompt": record.prompt, "chosen": better, "rejected": worse}
 
 
-def _text(writer: Whole, ids: list[int]) -> str:
+def _text(writer: LoadedModel, ids: list[int]) -> str:
     return str(writer.tokenizer.decode(ids, skip_special_tokens=True)).replace("\0", "")
 
 
-def _writer(model: Whole, what: str) -> Whole:
+def _writer(model: LoadedModel, what: str) -> LoadedModel:
     if model.base.kind != "causal" or model.head is not None:
         raise ConfigError(f"the {what} {model.base.name} writes no text", "a language model")
     return model

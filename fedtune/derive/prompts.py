@@ -12,7 +12,7 @@ from fedtune.data.files import Rejected
 from fedtune.data.records import Record, read_records
 from fedtune.data.tokenize import prompt_ids
 from fedtune.errors import ConfigError, DataError
-from fedtune.models.loaded import Whole
+from fedtune.models.loaded import LoadedModel
 from fedtune.progress import report
 
 
@@ -48,7 +48,11 @@ def read(file: PublicTable) -> Prompts:
 
 
 def completed(
-    records: list[Record], writer: Whole, objective: ObjectiveTable, new_tokens: int, seed: int
+    records: list[Record],
+    writer: LoadedModel,
+    objective: ObjectiveTable,
+    new_tokens: int,
+    seed: int,
 ) -> tuple[list[Record], Counter[str]]:
     """The records, what `writer` says in place of a missing completion; and what was left out."""
     found: list[Record] = []
@@ -70,7 +74,7 @@ def completed(
 
 
 def _written(
-    record: Record, writer: Whole, objective: ObjectiveTable, new_tokens: int, seed: int
+    record: Record, writer: LoadedModel, objective: ObjectiveTable, new_tokens: int, seed: int
 ) -> Record:
     ids = prompt_ids(record.prompt, objective, writer.tokenizer)
     if len(ids) + new_tokens > min(objective.max_length, writer.room):

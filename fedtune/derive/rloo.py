@@ -14,14 +14,14 @@ import torch
 
 from fedtune.bases import wheel
 from fedtune.errors import ConfigError
-from fedtune.models.loaded import Whole
+from fedtune.models.loaded import LoadedModel
 
 Reward = Callable[[Sequence[str], Sequence[str]], list[float]]  # prompts, answers -> rewards
 Look = Callable[[int], bool]  # after so many steps: go on?
 
 
 @dataclass(frozen=True)
-class Schedule:
+class RlooSettings:
     """steps of `prompts` prompts with `answers` answers each; beta: what a nat of KL to the start
     costs in units of reward; temperature: of the answers."""
 
@@ -36,7 +36,11 @@ class Schedule:
 
 
 def improve_by(
-    policy: Whole, prompts: Sequence[tuple[str, str]], reward: Reward, look: Look, how: Schedule
+    policy: LoadedModel,
+    prompts: Sequence[tuple[str, str]],
+    reward: Reward,
+    look: Look,
+    how: RlooSettings,
 ) -> None:
     """Train `policy`'s adapter in place; `prompts`: each as it stands, and as the model reads it.
     The policy at the start is the reference of the KL, a frozen copy of its adapter.

@@ -9,7 +9,7 @@ from fedtune.dp import accountant
 from fedtune.errors import ConfigError
 
 
-class Budget(NamedTuple):
+class Calibration(NamedTuple):
     sampling_rate: float  # q
     noise_multiplier: float  # σ, in multiples of the sensitivity
     rounds: int  # of a study without a last one: the most that one unit takes part in
@@ -24,7 +24,7 @@ def sampling_rate(study: Study, declared_size: int) -> float:
     return min(1.0, training.expected_batch / declared_size)
 
 
-def resolve(study: Study, declared_size: int, most: int | None = None) -> Budget:
+def resolve(study: Study, declared_size: int, most: int | None = None) -> Calibration:
     """What a site with `declared_size` units (public) runs, rounded towards caution. most: steps
     beyond which none are counted.
 
@@ -51,7 +51,7 @@ def resolve(study: Study, declared_size: int, most: int | None = None) -> Budget
                 f"noise_multiplier = {sigma}",
                 todo="raise noise_multiplier or epsilon, or lower local_steps",
             )
-    return Budget(rate, sigma, rounds)
+    return Calibration(rate, sigma, rounds)
 
 
 def with_rounds(study: Study) -> Study:

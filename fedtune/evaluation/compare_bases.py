@@ -28,7 +28,7 @@ from fedtune.config import (
 )
 from fedtune.data.dataset import NO_TARGET, Dataset, Example
 from fedtune.errors import ConfigError, FedtuneError
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.progress import report
 
@@ -154,14 +154,14 @@ def measure(study: Study, sites: int, size: int, epsilons: Sequence[float]) -> R
     from fedtune.data.load import load_dataset
     from fedtune.evaluation.evaluator import Evaluator
     from fedtune.models.start import start
-    from fedtune.objectives import find
+    from fedtune.objectives import resolve
     from fedtune.wire.codec import layout, shapes
 
     began = start(study)
-    study, objective = began.study, find(study.objective)
+    study, objective = began.study, resolve(study.objective)
     assert study.evaluation is not None  # `fit` saw to it
     network = _network(study, began.frozen)
-    data = Cached(network, load_dataset(study.evaluation, study, network.tokenizer))
+    data = CachedDataset(network, load_dataset(study.evaluation, study, network.tokenizer))
     everything = range(len(data.dataset.examples))
     tokens = sum(len(p.input_ids) for e in data.dataset.examples for p in e.passages)
     before = time.perf_counter()
@@ -205,7 +205,12 @@ def _network(study: Study, frozen: Any) -> Network:
 
 
 def _predicted(
-    study: Study, network: Network, data: Cached, sites: int, size: int, epsilons: Sequence[float]
+    study: Study,
+    network: Network,
+    data: CachedDataset,
+    sites: int,
+    size: int,
+    epsilons: Sequence[float],
 ) -> tuple[float, dict[str, float] | None]:
     """(records a second through a step, ε -> share of records that one pass gets right).
 
@@ -213,10 +218,10 @@ def _predicted(
     given it, with the noise of all their steps in one: σ/(q√T) a site. A record of the other half
     gets the class whose own gradient points along v most. Both halves are tried, and averaged.
     It told hopeless settings from learnable ones, and foretold 0.49 where a run reached 0.77."""
-    from fedtune.objectives import find
+    from fedtune.objectives import resolve
     from fedtune.training.unit_gradients import UnitGradientEngine
 
-    objective, table = find(study.objective), study.evaluation
+    objective, table = resolve(study.objective), study.evaluation
     engine = UnitGradientEngine(data, objective)
     n = len(data.dataset.examples)
     halves = [torch.arange(n) % 2 == 0, torch.arange(n) % 2 == 1]
@@ -228,7 +233,7 @@ def _predicted(
         return rate, None
     every, gold = classes
     of = len(every.examples) // n
-    engine = UnitGradientEngine(Cached(network, every), objective)
+    engine = UnitGradientEngine(CachedDataset(network, every), objective)
     draw = torch.Generator().manual_seed(study.study.seed)
     c = study.clipping.max_grad_norm if study.clipping else 1.0
     noise = [c * math.sqrt(sites) * _noise(study, size, e) for e in epsilons]

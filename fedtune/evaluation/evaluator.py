@@ -17,10 +17,10 @@ from fedtune.data.dataset import NO_TARGET, Dataset, Example
 from fedtune.data.load import load_dataset
 from fedtune.errors import ConfigError, DataError
 from fedtune.evaluation.metrics import CHOSEN, LOWER, Compared, Scores, _resamples
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import Arrays
 from fedtune.models.network import Network, build
-from fedtune.objectives import find
+from fedtune.objectives import resolve
 from fedtune.objectives._interface import Batch, Shape
 from fedtune.objectives._tokens import likelihood
 
@@ -35,7 +35,7 @@ def check_evaluation(study: Study) -> None:
     choices, from the file and the base's tokenizer alone.
 
     Errors: ConfigError, DataError, as Evaluator's."""
-    table, objective = study.evaluation, find(study.objective)
+    table, objective = study.evaluation, resolve(study.objective)
     if table is None:
         return
     _check(table, study.objective.name, objective.shape)
@@ -56,7 +56,7 @@ class Evaluator:
         table = study.evaluation
         if table is None:
             raise ConfigError("the study has no [evaluation] table", "one, with path and columns")
-        self._objective = find(study.objective)
+        self._objective = resolve(study.objective)
         self.metric, self.classify = table.metric, self._objective.shape == "label"
         self.paired = self._objective.shape in ("pair", "judged")
         _check(table, study.objective.name, self._objective.shape)
@@ -64,10 +64,10 @@ class Evaluator:
         self._factor = self.network.adopt(study, frozen or {})
         data = load_dataset(table, study, self.network.tokenizer, reader=self.network.reader)
         self.rejected = data.rejected
-        self._records = Cached(self.network, data)
+        self._records = CachedDataset(self.network, data)
         self._gold = np.array([e.label if self.classify else -1 for e in data.examples])
         self._single: torch.Tensor | None = None  # the token of each choice, where each has one
-        self._spelled: Cached | None = None  # else every record with every choice
+        self._spelled: CachedDataset | None = None  # else every record with every choice
         self._choices = len(table.choices)
         if self.metric in CHOSEN and not self.classify:
             self._read_choices(data, table.choices, study.objective.max_length)
@@ -177,7 +177,7 @@ class Evaluator:
         right = np.bincount(of, hit.double().numpy(), size)
         return total, np.bincount(of, minlength=size), right
 
-    def _most_likely(self, spelled: Cached) -> np.ndarray:
+    def _most_likely(self, spelled: CachedDataset) -> np.ndarray:
         """The choice of highest log-likelihood, summed over its tokens, (n,)."""
         likelihood = np.zeros(len(self) * self._choices)
         for batch in spelled.batches(range(len(likelihood))):
@@ -195,7 +195,7 @@ class Evaluator:
             self._single = torch.tensor([i[0] for i in ids], device=self.network.device)
         else:
             every = [_spell(example, i) for example in data.examples for i in ids]
-            self._spelled = Cached(self.network, Dataset(every, data.n_units, data.rejected))
+            self._spelled = CachedDataset(self.network, Dataset(every, data.n_units, data.rejected))
 
 
 def _spelled(

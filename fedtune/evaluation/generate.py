@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.data.files import Rejected
 from fedtune.errors import ConfigError, DataError
-from fedtune.objectives import find
+from fedtune.objectives import resolve
 from fedtune.run_folder import load_plan
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def generate(
 
     study = load_plan(run)
     base = find_base(study.base.model, study.base.digest)
-    if base.kind == "encoder" or find(study.objective).outputs:
+    if base.kind == "encoder" or resolve(study.objective).outputs:
         raise ConfigError(
             f"{run}: this run trained a head, which writes no text",
             "a run of an objective on text, such as causal_lm or dpo",

@@ -90,7 +90,7 @@ def serve(
             rounds = run or _installed_rounds(home)
             with superlink(home) as link:
                 try:
-                    with study_grid(link, home) as grid, door(link, home, host, port):
+                    with study_grid(link, home) as grid, supervised_gateway(link, home, host, port):
                         return rounds(grid, study, out, resume=resume, on_event=on_event)
                 except (httpx.HTTPError, InfrastructureError) as error:
                     raise _blame(link.child, error) from None
@@ -168,7 +168,7 @@ def superlink(home: Path) -> Iterator[Link]:
 
 
 @contextmanager
-def door(link: Link, home: Path, host: str, port: int) -> Iterator[None]:
+def supervised_gateway(link: Link, home: Path, host: str, port: int) -> Iterator[None]:
     """The gateway, started again when it ends, and the sites that are admitted meanwhile."""
     state, done = home / "flower", threading.Event()
     options = [str(home), host, str(port), f"https://{link.address}", str(link.certificate)]
@@ -283,10 +283,10 @@ class Members:
 
 def _installed_rounds(home: Path) -> Run:
     from fedtune.server import rounds
-    from fedtune.server.parts import Parts
+    from fedtune.server.parts import Dependencies
 
     members = Members(home)
-    parts = Parts(
+    parts = Dependencies(
         key=SigningKey.at(home / "signing.key"),
         receipts=home / "receipts.json",
         enrolled=members,

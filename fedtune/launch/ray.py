@@ -15,7 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedtune.config import Study
 from fedtune.errors import FedtuneError, InfrastructureError
 from fedtune.server import rounds
-from fedtune.server.parts import Parts
+from fedtune.server.parts import Dependencies
 
 LOOPBACK = "127.0.0.1"
 QUIET = {
@@ -34,7 +34,7 @@ def simulate_ray(
     *,
     resume: bool = False,
     on_event: Callable[[str, dict[str, Any]], None] | None = None,
-    parts: Parts | None = None,
+    parts: Dependencies | None = None,
     processes: int = 1,
 ) -> dict[str, Any]:
     """As simulate; each of `processes` Ray workers keeps its own copy of the base in memory.

@@ -40,7 +40,7 @@ def simulate(
     from fedtune.client.site import check_data
     from fedtune.models.teacher import own_teacher
     from fedtune.server import rounds as machine
-    from fedtune.server.parts import Parts
+    from fedtune.server.parts import Dependencies
     from fedtune.server.schedule import Quick
 
     study = load_study(study_path)
@@ -50,7 +50,7 @@ def simulate(
     for path in sites:  # here the sites are the user's own: say now what is wrong with their files
         check_data(load_site(path), study)
     # Nobody is on the way: who fails now fails again.
-    at_once = Parts(patience=0.0, pause=0.0, clock=Quick(), upto=rounds, skip=False)
+    at_once = Dependencies(patience=0.0, pause=0.0, clock=Quick(), upto=rounds, skip=False)
     if engine == "ray":
         from fedtune.launch.ray import simulate_ray
 
@@ -60,7 +60,7 @@ def simulate(
             out,
             resume=resume,
             on_event=on_event,
-            parts=Parts(pause=1.0, clock=Quick(), upto=rounds, skip=False),
+            parts=Dependencies(pause=1.0, clock=Quick(), upto=rounds, skip=False),
             processes=processes,
         )
     files = [path.resolve() for path in sites]

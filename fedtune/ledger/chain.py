@@ -43,7 +43,7 @@ from fedtune.ledger.files import (
     Head,
     LedgerError,
     NewerLedger,
-    Receipts,
+    ReceiptLog,
     prepare,
     read_head,
     read_receipts,
@@ -192,7 +192,7 @@ class Transaction:
         return int(shared)
 
 
-class Store:
+class Database:
     """The files in `folder`, made on first use; `fold` sees every entry once, verified."""
 
     def __init__(self, folder: Path, fold: Callable[[Entry], None]) -> None:
@@ -318,7 +318,7 @@ class Store:
             return True
         return head.hash == Transaction(connection, None, None).hash_at(head.seq)
 
-    def check_receipts(self, connection: sqlite3.Connection) -> Receipts:
+    def check_receipts(self, connection: sqlite3.Connection) -> ReceiptLog:
         """The newest receipts. Errors: LedgerError where the chain lacks one of their entries."""
         path = self.folder / RECEIPT
         receipts = read_receipts(path, self.key.public)

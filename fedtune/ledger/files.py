@@ -93,7 +93,7 @@ class Receipt(NamedTuple):
     signature: str
 
 
-class Receipts(NamedTuple):
+class ReceiptLog(NamedTuple):
     """accepted: each coordinator's newest; refused: those that the chain had no entry for."""
 
     accepted: tuple[Receipt, ...] = ()
@@ -103,7 +103,7 @@ class Receipts(NamedTuple):
     def every(self) -> tuple[Receipt, ...]:
         return self.accepted + self.refused
 
-    def plus(self, new: Receipt, known: bool) -> Receipts:
+    def plus(self, new: Receipt, known: bool) -> ReceiptLog:
         """With `new` among them; an accepted one only where it is its coordinator's newest."""
         if not known:
             return self._replace(refused=(*(r for r in self.refused if r != new), new))
@@ -126,14 +126,14 @@ class Receipts(NamedTuple):
         )
 
 
-def read_receipts(path: Path, public: str) -> Receipts | None:
+def read_receipts(path: Path, public: str) -> ReceiptLog | None:
     """The receipts kept in `path`, none where there is no file; None where it was altered."""
     if not path.exists():
-        return Receipts()
+        return ReceiptLog()
     lists: list[tuple[Receipt, ...]] = []
     try:
         body = json.loads(_content(path))
-        for name in Receipts._fields:
+        for name in ReceiptLog._fields:
             found = []
             for row in body[name]:
                 if (head := head_in(row, public)) is None:
@@ -142,7 +142,7 @@ def read_receipts(path: Path, public: str) -> Receipts | None:
             lists.append(tuple(found))
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
-    return Receipts(*lists)
+    return ReceiptLog(*lists)
 
 
 def traces(folder: Path) -> list[str]:

@@ -34,7 +34,7 @@ from typing import Any
 
 from fedtune.errors import Refused
 from fedtune.files.writing import replace
-from fedtune.ledger.chain import Entry, Store, Transaction, check_members, named
+from fedtune.ledger.chain import Database, Entry, Transaction, check_members, named
 from fedtune.ledger.cohorts import Arrivals
 from fedtune.ledger.entries import EVERY, RULES, Accepted, Charge, Cohort, Permit, Spent
 from fedtune.ledger.files import (
@@ -95,7 +95,7 @@ class Ledger:
         # Datasets that are disjoint now: the entry before which they bore each other's charges.
         self._apart_since: dict[frozenset[str], int] = {}
         self._arrivals = Arrivals()
-        self._store = Store(folder, self._fold)
+        self._store = Database(folder, self._fold)
         with self._store.writing() as writer:
             self._check_members(writer)
 

@@ -56,7 +56,7 @@ from fedtune.ledger.files import (
     Head,
     LedgerError,
     NewerLedger,
-    Receipts,
+    ReceiptLog,
     read_head,
     read_receipts,
     signed_head,
@@ -144,7 +144,7 @@ def restore(folder: Path, from_: Path | None) -> None:
 
 
 def _put(
-    folder: Path, draft: Path, salt: bytes, key: SigningKey, head: Head, receipts: Receipts | None
+    folder: Path, draft: Path, salt: bytes, key: SigningKey, head: Head, receipts: ReceiptLog | None
 ) -> None:
     """The new files in place of the old, which are kept under another name."""
     aside = f".lost-{time.time_ns()}"
@@ -218,9 +218,9 @@ def _verified(folder: Path, public: str) -> _Base | None:
     return _Base(path, salt.read_bytes(), entries)
 
 
-def _priced(folder: Path, base: _Base, receipts: Receipts | None, public: str) -> dict[str, Any]:
+def _priced(folder: Path, base: _Base, receipts: ReceiptLog | None, public: str) -> dict[str, Any]:
     """The body of the restore entry."""
-    kept = receipts or Receipts()
+    kept = receipts or ReceiptLog()
     anchor = read_head(folder / HEAD, public) if (folder / HEAD).exists() else None
     left, top = _left(folder / DATABASE)
     heads = [r.head for r in kept.every] + ([anchor] if anchor else [])
@@ -248,7 +248,7 @@ def _priced(folder: Path, base: _Base, receipts: Receipts | None, public: str) -
     }
 
 
-def _lost(base: _Base, anchor: Head | None, receipts: Receipts, top: int) -> int:
+def _lost(base: _Base, anchor: Head | None, receipts: ReceiptLog, top: int) -> int:
     """The most entries that the base can lack."""
 
     def beyond(head: Head) -> int:  # at or below the base's end it is of another branch: all of it

@@ -38,7 +38,7 @@ class StudyLine:
 
 
 @dataclass(frozen=True)
-class Budget:
+class DatasetBudget:
     """A dataset's total, as the ceiling is enforced on it, and the same composed by PLD.
 
     epsilon: at 2 · delta; pld: at delta, which is policy.max_delta; remaining: of
@@ -87,16 +87,18 @@ def _line(group: Sequence[Spent], delta: float, unit: str | None) -> StudyLine:
     )
 
 
-def budget(dataset: str, spent: Sequence[Spent], policy: PolicyTable) -> Budget:
+def budget(dataset: str, spent: Sequence[Spent], policy: PolicyTable) -> DatasetBudget:
     """What everything in `spent` costs the dataset, against the policy's ceiling."""
     events = [one.charge.event for one in spent]
     order = spent[0].charge.order if spent else 2.0
     total = total_epsilon(events, order, policy.max_delta)
     pld = _epsilon(events, policy.max_delta)
-    return Budget(dataset, total.epsilon, total.how, pld, policy.max_epsilon, policy.max_delta)
+    return DatasetBudget(
+        dataset, total.epsilon, total.how, pld, policy.max_epsilon, policy.max_delta
+    )
 
 
-def heaviest(dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable) -> Budget:
+def heaviest(dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable) -> DatasetBudget:
     """The dataset's budget: that of whoever has spent most."""
     found = [budget(dataset, cohort.spent, policy) for cohort in cohorts]
     return max(found, key=lambda each: each.epsilon)

@@ -21,7 +21,7 @@ from fedtune.data.dataset import Dataset, Passage
 from fedtune.data.media import Media
 from fedtune.errors import FedtuneError
 from fedtune.models.network import Network
-from fedtune.models.prefix_store import STORE, Altered, State
+from fedtune.models.prefix_store import PREFIX_STORE, Altered, HiddenStates
 from fedtune.objectives._interface import Batch
 from fedtune.objectives._shapes import padded_length
 from fedtune.progress import report
@@ -50,7 +50,7 @@ class Bucket(NamedTuple):
     full: bool = False
 
 
-class Cached:
+class CachedDataset:
     """A dataset seen through a network.
 
     Where something below the adapters is frozen, each record's states are computed once, kept
@@ -80,7 +80,9 @@ class Cached:
             _name(s, kept, media[at // self._each])
             for at, (s, kept) in enumerate(zip(self._passages, self._kept, strict=True))
         ]
-        self._seen: dict[bytes, State] = {}  # what the tower makes of each file, by its digest
+        self._seen: dict[
+            bytes, HiddenStates
+        ] = {}  # what the tower makes of each file, by its digest
         self._states = [network.states.get(name) for name in self._names]
         self._failed: set[int] = set()  # passages that nothing can be computed of
         self._before = torch.full((len(dataset.examples), self._each), torch.nan)
@@ -156,7 +158,7 @@ class Cached:
         states = found.cpu()  # a GPU's memory holds none
         for row, index in enumerate(rows):
             name, kept = self._names[index], torch.from_numpy(self._kept[index])
-            state = STORE.keep(states[row, kept], name, self._memory)
+            state = PREFIX_STORE.keep(states[row, kept], name, self._memory)
             self.network.states[name] = self._states[index] = state
 
     def batches(self, indices: Indices, token_budget: int = 4096) -> Iterator[Batch]:
@@ -255,12 +257,12 @@ class Cached:
             kept = self._seen.get(name) or self.network.states.get(name)
             if kept is None:
                 new = self.network.see(self.network.reader.tensor(file)).cpu()
-                kept = self.network.states[name] = STORE.keep(new, name, self._memory)
+                kept = self.network.states[name] = PREFIX_STORE.keep(new, name, self._memory)
             self._seen[name] = kept
             states.append(self._intact(kept, name, file))
         return torch.stack(states).to(self.network.device)
 
-    def _intact(self, kept: State, name: bytes, file: Media) -> torch.Tensor:
+    def _intact(self, kept: HiddenStates, name: bytes, file: Media) -> torch.Tensor:
         try:
             return kept.read()
         except Altered as error:

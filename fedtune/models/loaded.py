@@ -41,7 +41,7 @@ PLAN = "plan.json"
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Whole:
+class LoadedModel:
     """model: a transformers model, or a PeftModel round it, in eval mode; head: a trained one,
     if the run has it; study: the run's plan; digest: of everything that it computes with."""
 
@@ -169,7 +169,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     trainable: bool = False,
     sent: bool = False,
-) -> Whole:
+) -> LoadedModel:
     """The base or the run folder that `source` names. sent: somebody else wrote that run, so its
     base is found by digest, or is in the run itself.
 
@@ -203,7 +203,7 @@ def load(
         if (adapter / ADAPTER).is_file():
             network = adapted(network, adapter, trainable)
         head = _head(adapter)
-    return Whole(base, network, load_tokenizer(base), head, study, found)
+    return LoadedModel(base, network, load_tokenizer(base), head, study, found)
 
 
 def verify(source: str) -> tuple[str, str]:

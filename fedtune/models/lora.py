@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from fedtune.bases.architecture import PROJECTOR, Parts
+from fedtune.bases.architecture import PROJECTOR, Components
 from fedtune.config import LoraTable
 from fedtune.errors import ConfigError
 
@@ -24,7 +24,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def attach(
-    model: PreTrainedModel, lora: LoraTable, base_name: str, parts: Parts | None = None
+    model: PreTrainedModel, lora: LoraTable, base_name: str, parts: Components | None = None
 ) -> PeftModel:
     """PEFT's LoRA on `model` with B zero; only `lora.train` is trainable. parts: of a base that has
     a tower besides its text, on which no adapter ever sits.
@@ -71,7 +71,7 @@ def blocks(text: torch.nn.Module) -> int:
 
 
 def _by_name(
-    model: PreTrainedModel, parts: Parts, lora: LoraTable, layers: list[int] | None
+    model: PreTrainedModel, parts: Components, lora: LoraTable, layers: list[int] | None
 ) -> list[str]:
     """Full names, since a tower's layers bear the same last names as the text's."""
     named = {id(module): name for name, module in model.named_modules()}

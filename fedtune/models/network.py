@@ -34,9 +34,9 @@ from fedtune.models import lora as lora_module
 from fedtune.models.adapter_files import HEAD
 from fedtune.models.lora import Arrays
 from fedtune.models.loss import head_loss
-from fedtune.models.prefix_store import State
+from fedtune.models.prefix_store import HiddenStates
 from fedtune.models.split import Split, cut
-from fedtune.objectives import find
+from fedtune.objectives import resolve
 
 # No entry of an adapter, a head or a frozen factor is larger: what is turns the last digit of a
 # product into another answer.
@@ -49,7 +49,7 @@ def build(study: Study, base: Base | None = None) -> Network:
 
     Errors: ModelError (base missing or of another digest), ConfigError (no such module)."""
     base = base or find_base(study.base.model, study.base.digest)
-    outputs = find(study.objective).outputs
+    outputs = resolve(study.objective).outputs
     # Neither A's values nor their origin, nor who trains how much of it, change the network:
     # studies that differ in them share it.
     apart = {"a_digest": None, "a_init": "seed", "min_rank": None}
@@ -138,7 +138,7 @@ class Network:
         self._fills = self._projects or (self._parts.plane and not (self.pooled or self._split))
         # States at the cut, and what a tower makes of a file, by what went in; shared by everyone
         # who sees the same record; gone as soon as nobody holds them.
-        self.states: WeakValueDictionary[bytes, State] = WeakValueDictionary()
+        self.states: WeakValueDictionary[bytes, HiddenStates] = WeakValueDictionary()
         self._adopted: dict[str, Arrays] = {}  # by digest; shared by everyone who trains over it
         self._loaded: tuple[Arrays, list[int]] | None = None  # as A, and A's versions since
         self.draw_factor(seed=0)

@@ -32,7 +32,7 @@ class Altered(InfrastructureError):
     """A block of the file is not what was written there; nothing of it was used."""
 
 
-class State(Protocol):
+class HiddenStates(Protocol):
     """One record's states at the cut, (positions, H), kept for as long as somebody holds this."""
 
     def read(self) -> torch.Tensor:
@@ -48,7 +48,7 @@ def default_limit() -> int:
     return memory // 4
 
 
-class Store:
+class PrefixStore:
     """What this process keeps; the limit is the process', whoever's records they are.
 
     First come, first in memory: every record is drawn equally often, so it does not matter which
@@ -72,7 +72,7 @@ class Store:
         """Bytes of blocks in the file that somebody holds."""
         return self._file.used if self._file else 0
 
-    def keep(self, states: torch.Tensor, record: bytes, limit: int | None = None) -> State:
+    def keep(self, states: torch.Tensor, record: bytes, limit: int | None = None) -> HiddenStates:
         """`states` (positions, H) of `record`, in memory if the process then holds at most `limit`
         bytes (None: its share of a quarter of the machine's memory). Errors: InfrastructureError
         (disk)."""
@@ -88,7 +88,7 @@ class Store:
         return _seal(states, record, self._file)
 
 
-STORE = Store()
+PREFIX_STORE = PrefixStore()
 
 
 @dataclass(frozen=True, repr=False, eq=False)

@@ -16,7 +16,7 @@ from torch import nn
 
 from fedtune.data.dataset import Dataset
 from fedtune.errors import ConfigError
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import Arrays
 from fedtune.models.network import Network
 from fedtune.objectives._interface import Batch
@@ -45,7 +45,7 @@ def moments(network: Network, dataset: Dataset) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def _inputs(network: Network, dataset: Dataset) -> dict[str, torch.Tensor]:
     """By name of A: what reaches its layer, (positions, inputs) fp32."""
-    data, inputs = Cached(network, dataset), dict[str, list[torch.Tensor]]()
+    data, inputs = CachedDataset(network, dataset), dict[str, list[torch.Tensor]]()
     with _recording(network, inputs) as position:
         for batch in data.batches(range(len(dataset.examples))):
             position.batch = batch

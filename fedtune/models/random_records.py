@@ -14,7 +14,7 @@ from fedtune.data.media import Media
 from fedtune.data.records import Record
 from fedtune.models.network import Network
 from fedtune.models.teacher import made_up
-from fedtune.objectives import find
+from fedtune.objectives import resolve
 
 
 class Shown(NamedTuple):
@@ -59,7 +59,7 @@ def words(
 def random_records(network: Network, study: Study, count: int = 8, length: int = 16) -> Dataset:
     """`count` units of one record each, drawn from the study's public seed."""
     draw = np.random.default_rng(study.study.seed)
-    shape = find(study.objective).shape
+    shape = resolve(study.objective).shape
     labels = 2 if shape == "judged" else max(1, len(study.objective.labels))
 
     def passage(shown: Shown) -> Passage:

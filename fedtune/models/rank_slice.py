@@ -20,7 +20,7 @@ Arrays = dict[str, npt.NDArray[np.float32]]
 ALL = slice(None)
 
 
-def turn(lora: LoraTable | None, rank: int | None, round_: int) -> slice:
+def rank_slice(lora: LoraTable | None, rank: int | None, round_: int) -> slice:
     """The columns of each B that a site of `rank` trains in round `round_` (from 1); None: all.
 
     Block after block, the last of which ends with the last column, then from the first again. It
@@ -32,18 +32,22 @@ def turn(lora: LoraTable | None, rank: int | None, round_: int) -> slice:
     return slice(start, start + rank)
 
 
-def own(name: str, values: Any, columns: slice) -> Any:
+def trained_slice(name: str, values: Any, columns: slice) -> Any:
     """The part of trainable tensor `name` that is trained, as a view: of a B these columns, of
     anything else all."""
     return values[:, columns] if ".lora_B." in name else values
 
 
-def narrowed(arrays: Mapping[str, npt.NDArray[np.float32]], columns: slice) -> Arrays:
+def slice_update(arrays: Mapping[str, npt.NDArray[np.float32]], columns: slice) -> Arrays:
     """Of each array what is trained: the names and shapes of an update."""
-    return {name: np.ascontiguousarray(own(name, a, columns)) for name, a in arrays.items()}
+    return {
+        name: np.ascontiguousarray(trained_slice(name, a, columns)) for name, a in arrays.items()
+    }
 
 
-def widened(update: Arrays, like: Mapping[str, npt.NDArray[np.float32]], columns: slice) -> Arrays:
+def pad_update(
+    update: Arrays, like: Mapping[str, npt.NDArray[np.float32]], columns: slice
+) -> Arrays:
     """`update` in the shapes of `like`: zeros where its site trained nothing."""
     found: Arrays = {}
     for name, array in update.items():

@@ -21,8 +21,8 @@ from fedtune.data.dataset import NO_TARGET, Dataset, Example, Soft
 from fedtune.data.records import Record
 from fedtune.data.tokenize import passage_of
 from fedtune.errors import ConfigError
-from fedtune.models.loaded import Whole, load
-from fedtune.objectives import find
+from fedtune.models.loaded import LoadedModel, load
+from fedtune.objectives import resolve
 from fedtune.objectives._interface import Teacher
 
 Teach = Callable[[Record, Example], Soft]
@@ -32,11 +32,11 @@ def teaching(study: Study) -> Teach | None:
     """What marks a site's records for `study`; None where its objective has no teacher.
 
     Errors: ModelError (no teacher here, or of another digest), ConfigError (of another kind)."""
-    spec = find(study.objective).teacher
+    spec = resolve(study.objective).teacher
     return None if spec is None else taught_by([find_teacher(spec)], study.objective, spec)
 
 
-def taught_by(models: Sequence[Whole], objective: ObjectiveTable, spec: Teacher) -> Teach:
+def taught_by(models: Sequence[LoadedModel], objective: ObjectiveTable, spec: Teacher) -> Teach:
     """The mean of several teachers' probabilities, at temperature `spec.temperature`; of next
     tokens the `spec.top` likeliest. Errors: ConfigError where they cannot teach this objective."""
     labels = objective.labels
@@ -57,7 +57,7 @@ def taught_by(models: Sequence[Whole], objective: ObjectiveTable, spec: Teacher)
 
 
 @lru_cache(maxsize=1)
-def find_teacher(spec: Teacher) -> Whole:
+def find_teacher(spec: Teacher) -> LoadedModel:
     """The teacher by its digest alone, from what this machine's people have named before, or its
     cache holds under teachers/DIGEST; what the plan calls it is not looked at.
 
@@ -76,7 +76,7 @@ def own_teacher(study: Study) -> None:
     found by its digest from now on.
 
     Errors: ModelError."""
-    spec = find(study.objective).teacher
+    spec = resolve(study.objective).teacher
     if spec is not None:
         load(spec.name, spec.digest)
 
@@ -85,7 +85,7 @@ def made_up(data: Dataset, study: Study, vocabulary: int, seed: int = 0) -> Data
     """`data` with random targets where the study has a teacher: for checks on generated records.
 
     Each record's are drawn from its own tokens."""
-    if find(study.objective).teacher is None:
+    if resolve(study.objective).teacher is None:
         return data
     labels = len(study.objective.labels)
     outcomes = labels or min(8, vocabulary)
@@ -104,7 +104,7 @@ def made_up(data: Dataset, study: Study, vocabulary: int, seed: int = 0) -> Data
     return replace(data, examples=[marked(example) for example in data.examples])
 
 
-def _check(model: Whole, labels: Sequence[str]) -> None:
+def _check(model: LoadedModel, labels: Sequence[str]) -> None:
     if not labels and (model.base.kind != "causal" or model.head is not None):
         raise ConfigError(f"the teacher {model.base.name} writes no text", "a language model")
     if labels:
@@ -116,7 +116,9 @@ def _check(model: Whole, labels: Sequence[str]) -> None:
             )
 
 
-def _said(model: Whole, record: Record, example: Example, labels: Sequence[str]) -> torch.Tensor:
+def _said(
+    model: LoadedModel, record: Record, example: Example, labels: Sequence[str]
+) -> torch.Tensor:
     """Log-probabilities of one record: (targets, V), or (1, labels)."""
     if labels:
         assert model.study is not None

@@ -18,10 +18,10 @@ from fedtune.config import LoraTable, Study
 from fedtune.data.dataset import NO_TARGET, Dataset, Example, Passage
 from fedtune.models.network import Network
 from fedtune.models.random_records import Shown, show, words
-from fedtune.models.rank_slice import ALL, turn
+from fedtune.models.rank_slice import ALL, rank_slice
 from fedtune.models.teacher import made_up
 from fedtune.models.tiny_media import shrink
-from fedtune.objectives import find
+from fedtune.objectives import resolve
 
 HIDDEN, INNER, HEADS, LAYERS, VOCABULARY, RANK = 32, 64, 4, 4, 96, 4
 _NAMES = ("<pad>", "<start>", "<end>", "<unknown>")
@@ -43,7 +43,7 @@ def tiny_network(study: Study, base: Base) -> Network:
     Errors: whatever transformers raises where the architecture cannot be made this small."""
     with tempfile.TemporaryDirectory(prefix="fedtune-tiny-") as name:
         layers = _write(base, Path(name), study.study.seed)
-        outputs = find(study.objective).outputs
+        outputs = resolve(study.objective).outputs
         lora = study.lora and _scaled(study.lora, *layers)
         small = find_base(name)
         network = Network(small, torch.float32, lora, outputs, study.base.quantisation)
@@ -60,7 +60,7 @@ def tiny_columns(study: Study, lora_rank: int | None) -> slice:
     if study.lora is None or lora_rank is None or lora_rank >= study.lora.rank:
         return ALL
     tiny = study.lora.model_copy(update={"rank": min(study.lora.rank, RANK)})
-    return turn(tiny, min(lora_rank, tiny.rank - 1), round_=2)
+    return rank_slice(tiny, min(lora_rank, tiny.rank - 1), round_=2)
 
 
 def generated(study: Study, network: Network, sizes: Sequence[int], stream: int = 0) -> Dataset:
@@ -68,7 +68,7 @@ def generated(study: Study, network: Network, sizes: Sequence[int], stream: int 
     units share batches; behind a file of noise, where the base reads files. The same study and
     stream give the same records."""
     draw = np.random.default_rng([study.study.seed, stream])
-    shape = find(study.objective).shape
+    shape = resolve(study.objective).shape
     labels = 2 if shape == "judged" else max(1, len(study.objective.labels))
 
     def passage(shown: Shown) -> Passage:

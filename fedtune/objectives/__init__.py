@@ -23,7 +23,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fedtune.errors import ConfigError
-from fedtune.objectives._interface import READS, Found
+from fedtune.objectives._interface import READS, ObjectiveSpec
 
 if TYPE_CHECKING:
     from fedtune.config import ObjectiveTable
@@ -34,7 +34,7 @@ def names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
-def find(table: ObjectiveTable) -> Found:
+def resolve(table: ObjectiveTable) -> ObjectiveSpec:
     """Errors: ConfigError listing what exists: the objectives, or this one's options."""
     if table.name not in names():
         raise ConfigError(f"objective.name = {table.name!r}", f"one of {', '.join(names())}")
@@ -55,14 +55,14 @@ def find(table: ObjectiveTable) -> Found:
     outputs = module.outputs(table.labels) if hasattr(module, "outputs") else 0
     shape = module.shape(table.labels) if hasattr(module, "shape") else module.SHAPE
     teacher = module.taught(**table.options) if hasattr(module, "taught") else None
-    return Found(shape, outputs, losses, teacher)
+    return ObjectiveSpec(shape, outputs, losses, teacher)
 
 
-def says(table: ObjectiveTable) -> str:
+def describe(table: ObjectiveTable) -> str:
     """The objective in plain words: what it does, what it reads and what it trains.
 
     Errors: ConfigError, as `find`."""
-    found = find(table)
+    found = resolve(table)
     does = " ".join((importlib.import_module(f"{__name__}.{table.name}").__doc__ or "").split())
     head = " A head is trained, which writes no text." if found.outputs else ""
     return f"Objective {table.name}. {does} It reads {READS[found.shape]}.{head}"

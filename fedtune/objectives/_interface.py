@@ -98,7 +98,7 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class Found:
+class ObjectiveSpec:
     """An objective with the study's options. outputs: rows of the head that it trains, or 0."""
 
     shape: Shape

@@ -109,7 +109,7 @@ class Roster:
         found |= {name: f"refused: {why}" for name, why in self.refused.items()}
         return dict(sorted(found.items()))
 
-    def unless_refused(self) -> None:
+    def raise_if_refused(self) -> None:
         """Errors: Refused where refusals alone put strategy.min_sites out of reach."""
         possible = len(self.willing()) + len(self.absent)
         if self.refused and possible < self.study.strategy.min_sites:
@@ -129,7 +129,7 @@ class Roster:
         """Send the plan to `nodes` and note who admits it."""
         contents = dict.fromkeys(sorted(nodes), self.plan)
         for reply in self.ask("query.prepare", contents, "prepare"):
-            self._hear(reply)
+            self._on_admission_reply(reply)
 
     def ask(
         self, kind: str, contents: Mapping[int, RecordDict], group: str, arrays: int = 0
@@ -145,7 +145,7 @@ class Roster:
             return False
         return self.enrolled().get(node) != Member(name, self.keys.get(name, ""))
 
-    def _hear(self, reply: Reply) -> None:
+    def _on_admission_reply(self, reply: Reply) -> None:
         said, known = _admission(reply), set(self.nodes.values())
         name, status, reason = self._name_of(reply.node, said), said.status, said.reason
         rank = _lora_rank(reply, self.study.lora)

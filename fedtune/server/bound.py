@@ -46,8 +46,8 @@ BETA1, BETA2 = 0.9, 0.999  # torch.optim.AdamW's defaults, which sites use
 GRID = 2.0**-20  # the noise's grid is at most so many σC
 
 
-class Budget(Protocol):
-    """fedtune.dp.calibration.Budget."""
+class Mechanism(Protocol):
+    """fedtune.dp.calibration.Calibration."""
 
     @property
     def sampling_rate(self) -> float: ...
@@ -69,7 +69,7 @@ class Terms:
     steps: int
 
 
-def terms(study: Study, budget: Budget, declared: int) -> Terms:
+def terms(study: Study, budget: Mechanism, declared: int) -> Terms:
     """The terms of a site with `declared` units in a private study."""
     assert study.clipping is not None  # Study: a private study clips
     k = study.records_per_draw

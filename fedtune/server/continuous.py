@@ -15,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedtune.config import spelled
+from fedtune.config import format_duration
 from fedtune.errors import DataError
 from fedtune.server import schedule
-from fedtune.server.parts import Measures, Parts
+from fedtune.server.parts import Dependencies, Measures
 from fedtune.server.store import Progress
 from fedtune.server.versions import Version, Versions
 
@@ -28,7 +28,7 @@ Event = Callable[..., None]
 class Continuous:
     """slot: of the last round that ran or was tried."""
 
-    def __init__(self, out: Path, progress: Progress, parts: Parts, event: Event) -> None:
+    def __init__(self, out: Path, progress: Progress, parts: Dependencies, event: Event) -> None:
         assert progress.study.schedule is not None and progress.study.evaluation is not None
         self.table, self.evaluation = progress.study.schedule, progress.study.evaluation
         self.progress, self.parts, self.event = progress, parts, event
@@ -105,7 +105,7 @@ class Continuous:
         assert index is not None
         released = [v.number for v in index.versions if v.decision == "released"]
         return {
-            "round every": f"{spelled(self.table.every)}, from {self.table.start}",
+            "round every": f"{format_duration(self.table.every)}, from {self.table.start}",
             "version in use": index.champion,
             "chosen by a person": index.pinned,
             "versions released": released,

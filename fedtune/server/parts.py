@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from fedtune.config import Study
 from fedtune.flower.arrays import Arrays
 from fedtune.flower.enrol import Member
-from fedtune.server.bound import Budget
+from fedtune.server.bound import Mechanism
 from fedtune.server.schedule import Clock, Wall
 from fedtune.wire.keys import SigningKey
 
@@ -68,7 +68,7 @@ def _epsilon(events: Events, delta: float) -> float:
     return cross_check([Steps(*event) for event in events], delta)
 
 
-def _budget(study: Study, declared: int) -> Budget:
+def _budget(study: Study, declared: int) -> Mechanism:
     from fedtune.dp.calibration import resolve
 
     return resolve(study, declared)
@@ -122,7 +122,7 @@ def _report(out: Path, body: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Parts:
+class Dependencies:
     """key: the coordinator's signing key; enrolled: who each node of a grid is, of those that may
     take part now (None: whoever is connected); receipts: file for the sites' newest receipts
     beyond one run (None: only in the run's checkpoint); patience: seconds to wait at the start
@@ -134,7 +134,7 @@ class Parts:
     start: Callable[[Study], Started] = _start
     evaluator: Callable[[Study, Arrays], Measures] = _evaluator
     epsilon: Callable[[Events, float], float] = _epsilon
-    budget: Callable[[Study, int], Budget] = _budget
+    budget: Callable[[Study, int], Mechanism] = _budget
     accountant: Callable[[], str] = _accountant
     engine: Callable[[Study], str] = _engine
     licence: Callable[[Study], str] = _licence

@@ -29,13 +29,13 @@ from fedtune.config import Study
 from fedtune.errors import ConfigError, InfrastructureError
 from fedtune.files.writing import replace
 from fedtune.flower.arrays import Arrays, to_record
-from fedtune.models.rank_slice import narrowed, turn, widened
+from fedtune.models.rank_slice import pad_update, rank_slice, slice_update
 from fedtune.server import store, summary
 from fedtune.server.admission import NOT_ENROLLED, Outcome, Roster, Tally, outcome, plan_message
 from fedtune.server.bound import Terms, norm_bound, terms
 from fedtune.server.continuous import Continuous
 from fedtune.server.exchange import Reply, size
-from fedtune.server.parts import Measures, Parts
+from fedtune.server.parts import Dependencies, Measures
 from fedtune.server.queries import Queries
 from fedtune.server.store import Phase, Progress
 from fedtune.wire import codec, seal
@@ -53,13 +53,13 @@ def run(
     *,
     resume: bool = False,
     on_event: OnEvent | None = None,
-    parts: Parts | None = None,
+    parts: Dependencies | None = None,
 ) -> dict[str, Any]:
     """Run `study` over the nodes of `grid`, write all to `out`; returns the report's body.
 
     Errors: ConfigError, CheckpointError (exit 2); Refused, where the sites said no (exit 3);
     InfrastructureError, where they did not answer (exit 4)."""
-    parts, on_event = parts or Parts(), on_event or (lambda kind, data: None)
+    parts, on_event = parts or Dependencies(), on_event or (lambda kind, data: None)
     strategy = strategies.build(study)
     progress = store.open_folder(out, study, resume=resume)
     fresh = progress is None
@@ -84,7 +84,7 @@ class _Run:
         self,
         grid: Grid,
         out: Path,
-        parts: Parts,
+        parts: Dependencies,
         on_event: OnEvent,
         strategy: strategies.Strategy,
         progress: Progress,
@@ -171,7 +171,7 @@ class _Run:
             if len(self.roster.willing()) >= self.asks.min_sites:
                 return
             if time.monotonic() >= deadline:
-                self.roster.unless_refused()
+                self.roster.raise_if_refused()
                 raise self.roster.too_few(InfrastructureError)
             time.sleep(min(POLL, self.parts.patience))
 
@@ -182,7 +182,7 @@ class _Run:
             if attempt:
                 time.sleep(self.parts.pause * attempt)
             self.roster.join()
-            self.roster.unless_refused()
+            self.roster.raise_if_refused()
             if len({*self.roster.willing(), *tally.participants}) < least:
                 continue  # nobody spends budget on a round that cannot count
             if self.progress.phase is not Phase.ASKED:
@@ -190,7 +190,7 @@ class _Run:
             self._train(self._choose(tally), tally)
             if len(tally.participants) >= least:
                 return self._keep(tally)
-        self.roster.unless_refused()
+        self.roster.raise_if_refused()
         tally.missing = self.roster.out() | tally.missing
         reasons = "; ".join(f"{name}: {why}" for name, why in sorted(tally.missing.items()))
         raise TooFew(
@@ -264,8 +264,8 @@ class _Run:
             ledger={},
         )
         adapter, key = self.progress.adapter, self.progress.keys.get(name, "")
-        columns = turn(self.study.lora, self.roster.lora_ranks.get(name), tally.number)
-        part = narrowed(adapter, columns)
+        columns = rank_slice(self.study.lora, self.roster.lora_ranks.get(name), tally.number)
+        part = slice_update(adapter, columns)
         try:
             limits = self._limits(name, part, start)
             limits["encoding"] = self.study.wire.update
@@ -280,7 +280,7 @@ class _Run:
             if weight < declared:
                 tally.weights[name] = weight
                 got = replace_fields(got, reason=self._said_once(name, weight, declared))
-            self.strategy.add(widened(got.update, adapter, columns), float(weight))
+            self.strategy.add(pad_update(got.update, adapter, columns), float(weight))
             self.progress.events[name] = got.events
             tally.count(self.study.digest, name)
         else:

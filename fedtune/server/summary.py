@@ -8,15 +8,15 @@ import numpy as np
 
 import fedtune
 from fedtune.config import PrivacyTable
-from fedtune.models.rank_slice import turn
-from fedtune.server.parts import Parts
+from fedtune.models.rank_slice import rank_slice
+from fedtune.server.parts import Dependencies
 from fedtune.server.store import Progress
 
 RELATION = "add or remove one unit"
 WARNING = 'privacy = "off": nothing was clipped for a guarantee and no noise was added'
 
 
-def epsilons(progress: Progress, parts: Parts) -> dict[str, float]:
+def epsilons(progress: Progress, parts: Dependencies) -> dict[str, float]:
     """ε of each site so far, at the study's δ; empty where privacy is off.
 
     Of a study without a last round: of a patient who was there in every round, up to the lifetime
@@ -32,13 +32,13 @@ def epsilons(progress: Progress, parts: Parts) -> dict[str, float]:
     return found
 
 
-def _epsilon(events: list[dict[str, Any]], parts: Parts, privacy: PrivacyTable) -> float:
+def _epsilon(events: list[dict[str, Any]], parts: Dependencies, privacy: PrivacyTable) -> float:
     return parts.epsilon(
         [(e["sigma"], e["q"], e["steps"], e["records"]) for e in events], privacy.delta
     )
 
 
-def body(progress: Progress, parts: Parts) -> dict[str, Any]:
+def body(progress: Progress, parts: Dependencies) -> dict[str, Any]:
     """The body of report.json."""
     study, history = progress.study, progress.history
     keys = (
@@ -90,7 +90,7 @@ def _ranks(progress: Progress) -> dict[str, Any]:
         counted = weights | entry.get("weights", {})
         total = sum(counted[name] for name in here)
         for name, rank in here.items():
-            columns, part = turn(study.lora, rank, entry["round"]), counted[name] / total
+            columns, part = rank_slice(study.lora, rank, entry["round"]), counted[name] / total
             share[columns] += part / len(history)
             noise[columns] += (part * _noise(progress, name)) ** 2
             most += (part * _noise(progress, name)) ** 2
@@ -150,7 +150,7 @@ def absences(history: list[dict[str, Any]]) -> dict[str, Any]:
     return dict(sorted(found.items()))
 
 
-def _privacy(progress: Progress, parts: Parts) -> dict[str, Any]:
+def _privacy(progress: Progress, parts: Dependencies) -> dict[str, Any]:
     study = progress.study
     assert isinstance(study.privacy, PrivacyTable)
     common = {
@@ -182,7 +182,7 @@ def _privacy(progress: Progress, parts: Parts) -> dict[str, Any]:
     return found
 
 
-def _evaluation(progress: Progress, parts: Parts, privacy: PrivacyTable) -> dict[str, Any]:
+def _evaluation(progress: Progress, parts: Dependencies, privacy: PrivacyTable) -> dict[str, Any]:
     """What the answers about held-out records cost those records. with_training: for somebody
     whose records are in both files of a site, which a coordinator cannot rule out."""
     table = progress.study.private_evaluation

@@ -25,9 +25,9 @@ import torch
 from fedtune.data.dataset import Dataset
 from fedtune.dp.plan import AddUp
 from fedtune.errors import InfrastructureError
-from fedtune.models.prefix_store import STORE
+from fedtune.models.prefix_store import PREFIX_STORE
 
-MEETING_SECONDS = 1800.0  # that a rank without patience looks for rank 0
+RENDEZVOUS_SECONDS = 1800.0  # that a rank without patience looks for rank 0
 
 
 class Group:
@@ -44,16 +44,16 @@ class Group:
         self,
         rank: int,
         size: int,
-        patience: float | None,
+        timeout: float | None,
         place: Path,
         alive: Callable[[], None] = lambda: None,
     ) -> None:
         self.rank, self.size, self._leads = rank, size, rank == 0
         with _named():
             if self._leads:
-                self._ends = _gathered(place, size, patience, alive)
+                self._ends = _gathered(place, size, timeout, alive)
             else:
-                self._ends = [_joined(place, rank, patience)]
+                self._ends = [_joined(place, rank, timeout)]
 
     def send(self, header: dict[str, Any], tensors: Sequence[torch.Tensor] = ()) -> None:
         """Rank 0: `header` (JSON) and `tensors` to all others."""
@@ -76,7 +76,7 @@ class Group:
                 _filled(end, _bytes_of(tensor))
         return header, tensors
 
-    def add_up(self, mine: torch.Tensor) -> torch.Tensor:
+    def reduce_sum(self, mine: torch.Tensor) -> torch.Tensor:
         """Σ over all processes of `mine`, which is overwritten: at rank 0 by the sum, at the others
         by zeros."""
         with _named():
@@ -96,11 +96,11 @@ class Group:
 
 
 def _gathered(
-    place: Path, size: int, patience: float | None, alive: Callable[[], None]
+    place: Path, size: int, timeout: float | None, alive: Callable[[], None]
 ) -> list[socket.socket]:
     """The other processes, by rank; who is of another user, or no rank, is turned away."""
     ends: dict[int, socket.socket] = {}
-    deadline = None if patience is None else time.monotonic() + patience
+    deadline = None if timeout is None else time.monotonic() + timeout
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(str(place))
         try:
@@ -114,7 +114,7 @@ def _gathered(
                     end, _ = door.accept()
                     rank = _greeted(end)
                     if 0 < rank < size and rank not in ends:
-                        end.settimeout(patience)
+                        end.settimeout(timeout)
                         ends[rank] = end
                     else:
                         end.close()
@@ -145,8 +145,8 @@ def _user(end: socket.socket) -> int:
     return int(struct.unpack("3i", told)[1])
 
 
-def _joined(place: Path, rank: int, patience: float | None) -> socket.socket:
-    deadline = time.monotonic() + (MEETING_SECONDS if patience is None else patience)
+def _joined(place: Path, rank: int, timeout: float | None) -> socket.socket:
+    deadline = time.monotonic() + (RENDEZVOUS_SECONDS if timeout is None else timeout)
     while True:
         end = socket.socket(socket.AF_UNIX)
         try:
@@ -160,7 +160,7 @@ def _joined(place: Path, rank: int, patience: float | None) -> socket.socket:
     if _user(end) != os.getuid():
         end.close()
         raise ConnectionError
-    end.settimeout(patience)
+    end.settimeout(timeout)
     end.sendall(struct.pack("!Q", rank))
     return end
 
@@ -202,7 +202,7 @@ def summed(group: Group, sampled: list[int], dimension: int, own: AddUp) -> torc
         mine[dimension:][share] = 1
     except Exception as error:
         failure = error
-    whole = group.add_up(mine)
+    whole = group.reduce_sum(mine)
     if failure is not None:
         raise failure
     if group.rank == 0 and not bool((whole[dimension:] == 1).all()):
@@ -243,7 +243,7 @@ def fingerprint(dataset: Dataset) -> str:
 def share_machine(number: int, size: int) -> None:
     """Be number `number` of `size` processes that do the same work on this machine: a share of its
     cores and of the memory for states, and a GPU of its own as far as there are some."""
-    STORE.processes = size
+    PREFIX_STORE.processes = size
     torch.set_num_threads(max(1, torch.get_num_threads() // size))
     if torch.cuda.is_available():
         torch.cuda.set_device(number % torch.cuda.device_count())

@@ -8,18 +8,18 @@ from fedtune.config import Study
 from fedtune.dp.plan import StepPlan
 from fedtune.dp.steplog import StepLog
 from fedtune.errors import ModelError
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import Arrays
 from fedtune.models.network import LARGEST, Network
 from fedtune.models.random_records import random_records
-from fedtune.models.rank_slice import ALL, narrowed
-from fedtune.objectives import find
+from fedtune.models.rank_slice import ALL, slice_update
+from fedtune.objectives import resolve
 from fedtune.training.unit_gradients import UnitGradientEngine
 
 
 def local_round(
     study: Study,
-    data: Cached,
+    data: CachedDataset,
     plan: StepPlan,
     log: StepLog,
     round_: int,
@@ -38,7 +38,7 @@ def local_round(
     network.load_trainable(adapter)
     engine = UnitGradientEngine(
         data,
-        find(study.objective),
+        resolve(study.objective),
         by=study.drawn,
         engine=study.training.engine,
         columns=columns,
@@ -58,7 +58,7 @@ def local_round(
             part.clamp_(-LARGEST, LARGEST)
     trained = network.trainable()
     network.load_trainable(adapter)
-    return narrowed({name: trained[name] - adapter[name] for name in trained}, columns)
+    return slice_update({name: trained[name] - adapter[name] for name in trained}, columns)
 
 
 def _optimizer(study: Study, parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
@@ -74,8 +74,8 @@ def check_trains(study: Study, network: Network, columns: slice = ALL) -> None:
     Under DP the noise moves every adapter, so movement in a real round proves nothing; a wiring
     fault that spends ε and learns nothing shows here, before any is spent.
     Errors: ModelError."""
-    data = Cached(network, random_records(network, study))
-    objective, wanted = find(study.objective), study.training.engine
+    data = CachedDataset(network, random_records(network, study))
+    objective, wanted = resolve(study.objective), study.training.engine
     engine = UnitGradientEngine(data, objective, engine=wanted, columns=columns)
     before = network.trainable()
     try:
@@ -107,7 +107,11 @@ def check_trains(study: Study, network: Network, columns: slice = ALL) -> None:
 
 
 def _loss_after(
-    data: Cached, study: Study, engine: UnitGradientEngine, gradient: torch.Tensor, rate: float
+    data: CachedDataset,
+    study: Study,
+    engine: UnitGradientEngine,
+    gradient: torch.Tensor,
+    rate: float,
 ) -> float:
     start = [t.clone() for t in engine.trained]
     pieces = torch.split(gradient, [t.numel() for t in engine.trained])
@@ -120,8 +124,8 @@ def _loss_after(
 
 
 @torch.no_grad()
-def _mean_loss(data: Cached, study: Study) -> float:
-    objective = find(study.objective)
+def _mean_loss(data: CachedDataset, study: Study) -> float:
+    objective = resolve(study.objective)
     everything = range(len(data.dataset.examples))
     return float(
         torch.cat([objective.losses(data.network, b) for b in data.batches(everything)]).mean()

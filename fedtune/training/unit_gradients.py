@@ -10,8 +10,8 @@ import torch
 
 from fedtune.dp.clip import Chunk
 from fedtune.errors import FedtuneError, ModelError
-from fedtune.models.cache import Cached
-from fedtune.models.rank_slice import ALL, own
+from fedtune.models.cache import CachedDataset
+from fedtune.models.rank_slice import ALL, trained_slice
 from fedtune.objectives._interface import Batch, Objective
 from fedtune.training import engines
 
@@ -33,7 +33,7 @@ class UnitGradientEngine:
 
     def __init__(
         self,
-        data: Cached,
+        data: CachedDataset,
         objective: Objective,
         by: Literal["unit", "record"] = "unit",
         engine: engines.Wanted = "auto",
@@ -43,7 +43,7 @@ class UnitGradientEngine:
         named = data.network.parameters()
         self.parameters = list(named.values())
         self.trained: list[torch.Tensor] = [
-            own(name, parameter.detach(), columns) for name, parameter in named.items()
+            trained_slice(name, parameter.detach(), columns) for name, parameter in named.items()
         ]
         self.dimension = sum(t.numel() for t in self.trained)
         self._each = engines.choose(engine, data.network.trained, self.parameters, columns)
@@ -115,8 +115,8 @@ class UnitGradientEngine:
         """Rows of one record each: a micro-batch is a chunk, as it is."""
         row_of = {self._members[row][0]: row for row in rows}
         for batch in self.data.blocks(list(row_of), self._most):
-            own = batch.index[: batch.count].tolist()
-            yield Chunk([row_of[i] for i in own], self._per_record(batch))
+            indices = batch.index[: batch.count].tolist()
+            yield Chunk([row_of[i] for i in indices], self._per_record(batch))
 
     def _means(self, rows: list[int]) -> Chunk:
         """Rows of several records each, whose gradients are averaged over micro-batches."""

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from fedtune.client.rank_process import Ranks, team
+from fedtune.client.rank_process import Workers, team
 from fedtune.client.site import SiteWorker
 from fedtune.client.site import worker as worker_of
 from fedtune.client.withdraw import withdraw
@@ -72,7 +72,7 @@ def path(tmp_path: Path) -> Path:
 def worker(path: Path) -> Iterator[SiteWorker]:
     """A site whose rounds two processes share."""
     made = SiteWorker(load_site(path), path)
-    with Ranks(path, 2, patience=60.0) as made.ranks:
+    with Workers(path, 2, patience=60.0) as made.ranks:
         yield made
 
 
@@ -115,7 +115,7 @@ def test_two_processes_train_as_few_ranks_as_their_site(
         assert each_worker.prepare(made.study, made.frozen).lora_rank == 2
     monkeypatch.setattr(noise, "gaussian_on_grid", lambda d, std, grid: torch.zeros(d).long())
     path.write_text(SITE.replace("[data]", "lora_rank = 3\n[data]"))
-    with Ranks(path, 2, patience=60.0) as shared.ranks:
+    with Workers(path, 2, patience=60.0) as shared.ranks:
         both = [w.train(made.study.digest, 1, made.adapter).delta for w in (alone, shared)]
     half = sum(array.size for array in made.adapter.values()) // 2
     assert [update[VALUES].size for update in both] == [half, half]
@@ -156,7 +156,7 @@ def test_ranks_that_read_other_records_are_refused(
     assert fingerprint(worker.seen(made.study, data.network).dataset) != before
     with (
         pytest.raises(InfrastructureError, match="rank 1 of this site reads other records"),
-        worker.ranks.at_work(made.study, data, prepared.frozen),  # type: ignore[union-attr]
+        worker.ranks.running(made.study, data, prepared.frozen),  # type: ignore[union-attr]
     ):
         pass
     assert worker.log.steps() == []

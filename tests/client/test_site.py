@@ -24,10 +24,10 @@ from fedtune.dp.filter import best_order
 from fedtune.dp.plan import plan_for_site
 from fedtune.errors import BudgetExceeded, ConfigError, DataError, ModelError, PolicyRefused
 from fedtune.ledger.entries import RULES, Charge
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import digest as arrays_digest
 from fedtune.models.network import Network, build
-from fedtune.models.prefix_store import STORE
+from fedtune.models.prefix_store import PREFIX_STORE
 from fedtune.models.start import Start, start
 from fedtune.training.local_round import local_round
 from fedtune.wire.codec import layout, shapes
@@ -222,10 +222,10 @@ def test_a_signed_admission_is_for_one_plan(tmp_path: Path, tiny_base: Path) -> 
 def test_a_withdrawn_patient_is_in_no_later_round(
     worker: SiteWorker, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[weakref.ref[Cached]] = []
+    seen: list[weakref.ref[CachedDataset]] = []
     sizes: list[int] = []
 
-    def spy(study: Study, data: Cached, *rest: Any) -> dict[str, np.ndarray]:
+    def spy(study: Study, data: CachedDataset, *rest: Any) -> dict[str, np.ndarray]:
         sizes.append(data.dataset.n_units)
         seen.append(weakref.ref(data))
         return local_round(study, data, *rest)
@@ -270,13 +270,13 @@ def test_a_withdrawn_patients_states_are_erased_and_the_others_kept(
     worker.prepare(made.study, made.frozen)
     trains(worker, made, 1)
     states = build(made.study).states
-    everyone, size = set(states), STORE.in_memory + STORE.on_disk
-    assert size > 0 and (STORE.on_disk > 0) == (memory == 0)
+    everyone, size = set(states), PREFIX_STORE.in_memory + PREFIX_STORE.on_disk
+    assert size > 0 and (PREFIX_STORE.on_disk > 0) == (memory == 0)
     withdraw(worker.site, "p4", worker.ledger)
     trains(worker, made, 2)
     gc.collect()
     (gone,) = everyone - set(states)  # p4's other notes read as other patients' do
-    assert set(states) == everyone - {gone} and STORE.in_memory + STORE.on_disk < size
+    assert set(states) == everyone - {gone} and PREFIX_STORE.in_memory + PREFIX_STORE.on_disk < size
 
 
 def test_each_study_must_learn_before_it_costs_anything_and_is_tried_once(
@@ -556,7 +556,7 @@ def test_a_patient_in_two_disjoint_datasets_is_left_out_of_the_later_and_nothing
     """Nor does the old dataset's spending count, whose patients are not in the new."""
     units: list[int] = []
 
-    def spy(study: Study, data: Cached, *rest: Any) -> dict[str, np.ndarray]:
+    def spy(study: Study, data: CachedDataset, *rest: Any) -> dict[str, np.ndarray]:
         units.append(data.dataset.n_units)
         return local_round(study, data, *rest)
 

@@ -24,7 +24,7 @@ from fedtune.launch.site import _Executor, _installed_app
 from fedtune.observe import observer
 from fedtune.observe.status import look
 from fedtune.server import rounds
-from fedtune.server.parts import Parts
+from fedtune.server.parts import Dependencies
 from tests.guarantee.world import NAMES, lay_out, patients
 
 Event = Callable[[str, dict[str, Any]], None]
@@ -34,7 +34,7 @@ def through_the_executor(study: Path, tell: Event, on_event: Event) -> None:
     """The study, each site's answers given as `fedtune client` gives them; `tell`: the north's."""
     worker.cache_clear()
     files = {name: study.parent / f"site-{name}.toml" for name in NAMES}
-    parts = Parts(patience=0.0, pause=0.0)
+    parts = Dependencies(patience=0.0, pause=0.0)
     executors = {
         str(path): _Executor(path, _installed_app(), tell if name == "north" else _quiet, False)
         for name, path in files.items()

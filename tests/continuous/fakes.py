@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.config import Study
-from fedtune.server.parts import Parts
+from fedtune.server.parts import Dependencies
 from fedtune.server.schedule import Quick
 from tests.server.fakes import FakeEvaluator, FakeSite, Trial, make_parts, make_study
 
@@ -44,7 +44,7 @@ def load(folder: Path) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def parts(upto: int, clock: Quick | None = None, **changes: Any) -> Parts:
+def parts(upto: int, clock: Quick | None = None, **changes: Any) -> Dependencies:
     usual = {
         "evaluator": lambda study, frozen: Judge(),
         "load": load,

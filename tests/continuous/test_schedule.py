@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedtune.client.policy import check_watch
-from fedtune.config import ScheduleTable, Study, load_study, spelled
+from fedtune.config import ScheduleTable, Study, format_duration, load_study
 from fedtune.errors import ConfigError, InfrastructureError, PolicyRefused
 from fedtune.launch.simulate import check_rounds
 from fedtune.server.schedule import Quick, begins, next_slot, shown, wait
@@ -30,7 +30,7 @@ def table(**keys: Any) -> ScheduleTable:
 )
 def test_every_is_read_and_spelled(written: Any, seconds: int) -> None:
     assert table(every=written).every == seconds
-    assert table(every=spelled(seconds)).every == seconds
+    assert table(every=format_duration(seconds)).every == seconds
 
 
 def test_slots_are_counted_from_the_public_start() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from fedtune.client.site import worker
 from fedtune.config import load_study
 from fedtune.server import rounds
-from fedtune.server.parts import Parts
+from fedtune.server.parts import Dependencies
 from fedtune.server.schedule import Quick
 from tests.guarantee.world import ANSWERS, NAMES, SITE, STUDY, Recorder, Row, patients
 
@@ -71,7 +71,7 @@ def run(
 
     parts.setdefault("report", lambda out, body: None)  # its picture takes longest
     parts.setdefault("skip", False)  # what fails now fails again, for ever
-    made = Parts(patience=0.0, pause=0.0, clock=clock or Quick(1.8e9), upto=upto, **parts)
+    made = Dependencies(patience=0.0, pause=0.0, clock=clock or Quick(1.8e9), upto=upto, **parts)
     out = study.parent / "run"
     rounds.run(grid, load_study(study), out, resume=True, parts=made, on_event=on_event)
     return grid

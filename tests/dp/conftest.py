@@ -13,7 +13,7 @@ from fedtune.bases.find import find_base
 from fedtune.config import LoraTable, Study
 from fedtune.data.dataset import Dataset, Example
 from fedtune.dp.plan import DpPlan
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.objectives import causal_lm
 from fedtune.training.unit_gradients import UnitGradientEngine
@@ -50,7 +50,7 @@ def network(request: pytest.FixtureRequest, tiny_base: Path) -> Network:
 
 @pytest.fixture(params=["auto", "opacus"])
 def engine(request: pytest.FixtureRequest, network: Network) -> UnitGradientEngine:
-    data = Cached(network, records([1, 3, 2, 1, 4, 2]))
+    data = CachedDataset(network, records([1, 3, 2, 1, 4, 2]))
     return UnitGradientEngine(data, causal_lm, engine=request.param)
 
 

@@ -22,7 +22,7 @@ from fedtune.bases.find import find_base
 from fedtune.config import LoraTable, Study
 from fedtune.dp import clip, noise
 from fedtune.errors import ConfigError, InputError
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.objectives import causal_lm
 from fedtune.report.audit import section
@@ -240,7 +240,7 @@ def test_a_memorised_secret_is_exposed(network: Network, tiny_base: Path, tmp_pa
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     columns = Columns(prompt="prompt", completion="completion")
     data = load_dataset(EvaluationTable(path=path, columns=columns), made, network.tokenizer)
-    cached = Cached(network, data)
+    cached = CachedDataset(network, data)
     optimizer = torch.optim.AdamW(network.parameters().values(), lr=0.03)
     for _ in range(80):
         for batch in cached.batches(range(3)):

@@ -25,11 +25,11 @@ from fedtune.dp import clip
 from fedtune.errors import ConfigError, PolicyRefused
 from fedtune.launch.simulate import simulate
 from fedtune.ledger.ledger import Ledger
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.loaded import load
 from fedtune.models.network import Network
 from fedtune.models.teacher import Teach, find_teacher, taught_by, teaching
-from fedtune.objectives import distill, find
+from fedtune.objectives import distill, resolve
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import study
 from tests.test_end_to_end import lay_out
@@ -88,7 +88,7 @@ def read(folder: Path, made: Study, found: list[dict[str, str]], teach: Teach | 
 
 
 def network_of(made: Study) -> Network:
-    labels = find(made.objective).outputs
+    labels = resolve(made.objective).outputs
     made_network = Network(find_base(made.base.model), torch.float32, made.lora, labels)
     draw = np.random.default_rng(1)
     made_network.load_trainable(
@@ -101,7 +101,7 @@ def network_of(made: Study) -> Network:
 
 
 def clipped(network: Network, made: Study, data: Dataset) -> torch.Tensor:
-    engine = UnitGradientEngine(Cached(network, data), find(made.objective))
+    engine = UnitGradientEngine(CachedDataset(network, data), resolve(made.objective))
     each = engine.matrix(range(engine.n_rows)).double()
     return clip.clip(each.float(), C).sum(dim=0).double()
 
@@ -143,7 +143,7 @@ def fitted(base: Path) -> Callable[[list[dict[str, str]]], Teach]:
         body.requires_grad_(False)
         digest = find_base(str(base)).digest
         made = plan(base, digest)
-        spec = find(made.objective).teacher
+        spec = resolve(made.objective).teacher
         assert spec is not None
         return taught_by([model], made.objective, spec)
 
@@ -184,12 +184,12 @@ def test_the_targets_are_the_teachers_probabilities(tmp_path: Path, text: Study)
 @torch.no_grad()
 def test_a_student_like_its_teacher_has_no_loss(tmp_path: Path, text: Study) -> None:
     network = Network(find_base(text.base.model), torch.float32, text.lora, 0)  # B is zero
-    data = Cached(network, read(tmp_path, text, rows(), teaching(text)))
-    found = find(text.objective)
+    data = CachedDataset(network, read(tmp_path, text, rows(), teaching(text)))
+    found = resolve(text.objective)
     for batch in data.batches(range(len(data.dataset.examples))):
         assert float(found.losses(network, batch).abs().max()) < 1e-5
     moved_away = network_of(text)
-    data = Cached(moved_away, data.dataset)
+    data = CachedDataset(moved_away, data.dataset)
     for batch in data.batches(range(len(data.dataset.examples))):
         assert float(found.losses(moved_away, batch).min()) > 1e-4
 
@@ -201,10 +201,10 @@ def test_the_loss_is_the_written_out_divergence(tmp_path: Path, tiny_base: Path)
     options = {"temperature": 2.0, "hard": 0.25, "top": 10_000.0}
     made = plan(tiny_base, digest, options=options)
     network = network_of(made)
-    data = Cached(network, read(tmp_path, made, rows(3), teaching(made)))
+    data = CachedDataset(network, read(tmp_path, made, rows(3), teaching(made)))
     teacher = load(str(tiny_base)).model
     for batch in data.batches(range(len(data.dataset.examples))):
-        found = find(made.objective).losses(network, batch)
+        found = resolve(made.objective).losses(network, batch)
         for row, index in enumerate(batch.index.tolist()):
             example = data.dataset.examples[index]
             ids = torch.from_numpy(example.input_ids.astype(np.int64))[None]
@@ -340,7 +340,7 @@ def test_another_teacher_than_the_plans_is_refused(tmp_path: Path, tiny_base: Pa
     with pytest.raises(PolicyRefused, match="does not have"):
         teaching(made)
     with pytest.raises(ConfigError, match="teacher"):
-        find(made.objective.model_copy(update={"options": {}}))
+        resolve(made.objective.model_copy(update={"options": {}}))
 
 
 def test_a_study_distils_a_paid_teacher_into_a_student(tmp_path: Path, tiny_base: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from fedtune.client.evaluation import unit_rows
 from fedtune.errors import InfrastructureError
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.objectives import causal_lm
 from fedtune.objectives._interface import Batch
@@ -34,24 +34,24 @@ class Raises:
         return causal_lm.losses(network, batch)
 
 
-def first(data: Cached, unit: int) -> int:
+def first(data: CachedDataset, unit: int) -> int:
     return data.dataset.by_unit[unit][0]
 
 
-def rows(data: Cached, objective: Any, engine: Wanted) -> torch.Tensor:
+def rows(data: CachedDataset, objective: Any, engine: Wanted) -> torch.Tensor:
     made = UnitGradientEngine(data, objective, engine=engine)
     return made.matrix(range(data.dataset.n_units))
 
 
 @pytest.fixture
-def data(network: Network) -> Cached:
-    return Cached(network, records(SIZES))
+def data(network: Network) -> CachedDataset:
+    return CachedDataset(network, records(SIZES))
 
 
 @pytest.mark.parametrize("engine", ["auto", "opacus"])
 @pytest.mark.parametrize("unit", [BAD, 4])
 def test_a_record_that_raises_costs_its_own_unit(
-    data: Cached, engine: Wanted, unit: int, caplog: pytest.LogCaptureFixture
+    data: CachedDataset, engine: Wanted, unit: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One that shares its block with others, and one of a unit of several."""
     usual = rows(data, causal_lm, engine)
@@ -68,9 +68,9 @@ def test_a_record_that_raises_costs_its_own_unit(
 def test_a_record_whose_states_cannot_be_computed_costs_its_own_unit(
     network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usual = rows(Cached(network, records(SIZES)), causal_lm, "auto")
+    usual = rows(CachedDataset(network, records(SIZES)), causal_lm, "auto")
     network.states.clear()
-    honest, data = Network.prefix, Cached(network, records(SIZES))
+    honest, data = Network.prefix, CachedDataset(network, records(SIZES))
     bad = data.dataset.examples[first(data, BAD)].input_ids.tolist()
 
     def prefix(self: Network, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -88,7 +88,7 @@ def test_a_record_whose_states_cannot_be_computed_costs_its_own_unit(
 
 
 def test_a_held_out_record_that_raises_costs_its_own_unit(
-    data: Cached, monkeypatch: pytest.MonkeyPatch
+    data: CachedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = study()
     usual = unit_rows(plan, data)
@@ -105,6 +105,6 @@ def test_a_held_out_record_that_raises_costs_its_own_unit(
     assert not torch.isfinite(found[BAD]).all()  # and so is nothing, not even one unit
 
 
-def test_what_no_record_decides_is_still_an_error(data: Cached) -> None:
+def test_what_no_record_decides_is_still_an_error(data: CachedDataset) -> None:
     with pytest.raises(InfrastructureError):
         rows(data, Raises(first(data, BAD), InfrastructureError), "auto")

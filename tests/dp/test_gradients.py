@@ -11,7 +11,7 @@ import torch
 
 from fedtune.dp import clip
 from fedtune.errors import ModelError
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.objectives import causal_lm
 from fedtune.objectives._interface import Batch
@@ -54,7 +54,7 @@ def test_parity_with_micro_batches_of_one(engine: UnitGradientEngine) -> None:
 
 
 def test_parity_catches_a_loss_averaged_over_the_batch(network: Network) -> None:
-    broken = UnitGradientEngine(Cached(network, records([1, 3, 2, 1, 4, 2])), BatchMean())
+    broken = UnitGradientEngine(CachedDataset(network, records([1, 3, 2, 1, 4, 2])), BatchMean())
     ours, plain = all_rows(broken).double(), one_by_one(broken)
     assert float((ours - plain).norm(dim=1).max() / plain.norm(dim=1).max()) > 0.1
 
@@ -75,7 +75,7 @@ def moved_rows(engine: UnitGradientEngine, unit: int) -> torch.Tensor:
     old = changed.examples[index]
     targets = draw.integers(3, 280, size=len(old.input_ids)).astype(np.int32)
     changed.examples[index] = type(old)(old.input_ids[::-1].copy(), targets, -100, unit)
-    engine.data = Cached(engine.data.network, changed)
+    engine.data = CachedDataset(engine.data.network, changed)
     return (all_rows(engine) - before).norm(dim=1) / before.norm(dim=1)
 
 
@@ -95,12 +95,12 @@ def test_row_isolation_catches_a_loss_averaged_over_the_batch(network: Network) 
         targets = np.roll(ids, -1)
         targets[:2] = -100
         dataset.examples[unit] = type(dataset.examples[0])(ids, targets, -100, unit)
-    engine = UnitGradientEngine(Cached(network, dataset), BatchMean())
+    engine = UnitGradientEngine(CachedDataset(network, dataset), BatchMean())
     before = all_rows(engine)
     shorter = dataset.examples[1].target_ids.copy()
     shorter[:3] = -100
     dataset.examples[1] = type(dataset.examples[1])(dataset.examples[1].input_ids, shorter, -100, 1)
-    engine.data = Cached(network, dataset)
+    engine.data = CachedDataset(network, dataset)
     after = all_rows(engine)
     assert (
         float((after[0] - before[0]).norm() / before[0].norm()) > 1e-3
@@ -162,7 +162,7 @@ def test_equal_to_opacus_own_optimizer(network: Network) -> None:
     from opacus.grad_sample import GradSampleModule
     from opacus.optimizers import DPOptimizer
 
-    data = Cached(network, records([1] * 6))
+    data = CachedDataset(network, records([1] * 6))
     engine = UnitGradientEngine(data, causal_lm)
     ours = clip.clip(all_rows(engine), 0.05).sum(dim=0) / 6
     watched = GradSampleModule(network.trained, loss_reduction="sum", strict=False)

@@ -25,7 +25,7 @@ from fedtune.dp.steplog import Step, StepLog
 from fedtune.errors import BudgetExceeded
 from fedtune.ledger import chain
 from fedtune.ledger.entries import RULES, Charge
-from fedtune.ledger.files import Head, Receipt, Receipts, sealed_token
+from fedtune.ledger.files import Head, Receipt, ReceiptLog, sealed_token
 from fedtune.ledger.ledger import Ledger, LedgerError
 from fedtune.wire.keys import SigningKey, canonical
 from fedtune.wire.seal import receipt
@@ -650,7 +650,7 @@ def test_updates_before_a_counted_one_are_kept_no_longer_and_never_free_again(
 def test_pruning_without_a_receipt_is_caught(used: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin: the coordinator may have lost what is pruned, and the site pays for it again."""
     head = Receipt("a", Head(10**9, ""), "")
-    monkeypatch.setattr(chain.Store, "check_receipts", lambda *_: Receipts((head,)))
+    monkeypatch.setattr(chain.Database, "check_receipts", lambda *_: ReceiptLog((head,)))
     used.prune(STUDY, "a")
     assert kept(used) == [5]
 

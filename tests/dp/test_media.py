@@ -20,7 +20,7 @@ from fedtune.data.dataset import NO_TARGET, Dataset, Example
 from fedtune.errors import ModelError
 from fedtune.models import cache
 from fedtune.models import network as network_module
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.models.random_records import show
 from fedtune.objectives import causal_lm
@@ -146,7 +146,7 @@ def test_tiles_are_added_up_before_any_norm(
     bases: Callable[[Make], Path], make: Make, tiles: int, wanted: Any
 ) -> None:
     network = projecting(bases(make))
-    data = Cached(network, shown(network))
+    data = CachedDataset(network, shown(network))
     (batch,) = data.batches(range(6))
     assert batch.tiles == tiles and batch.seen is not None
     assert batch.seen.shape[:2] == (6, tiles)
@@ -157,7 +157,7 @@ def test_tiles_are_added_up_before_any_norm(
 
 def test_records_of_other_tile_counts_are_in_other_batches(bases: Callable[[Make], Path]) -> None:
     network = projecting(bases(idefics3))
-    data = Cached(network, shown(network, 12, square=False))
+    data = CachedDataset(network, shown(network, 12, square=False))
     found = {
         tuple(data.dataset.examples[i].tiles for i in b.index) for b in data.batches(range(12))
     }
@@ -192,14 +192,14 @@ class Interleaved(UnitGradientEngine):
 @pytest.mark.parametrize("twin", [FirstTile, Interleaved])
 def test_lost_and_mixed_tiles_are_caught(bases: Callable[[Make], Path], twin: Any) -> None:
     network = projecting(bases(idefics3))
-    assert apart(twin(Cached(network, shown(network)), causal_lm)) > 0.1
+    assert apart(twin(CachedDataset(network, shown(network)), causal_lm)) > 0.1
 
 
 def test_an_undeclared_number_of_tiles_is_an_error(
     bases: Callable[[Make], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = projecting(bases(idefics3))
-    engine = UnitGradientEngine(Cached(network, shown(network)), causal_lm)
+    engine = UnitGradientEngine(CachedDataset(network, shown(network)), causal_lm)
     monkeypatch.setattr(Network, "meets_tiles", lambda *_: False)
     with pytest.raises(ModelError, match="no per-record gradient"):
         all_rows(engine)
@@ -208,14 +208,16 @@ def test_an_undeclared_number_of_tiles_is_an_error(
 def test_a_records_image_reaches_no_other_record(bases: Callable[[Make], Path]) -> None:
     network = projecting(bases(idefics3))
     before = shown(network)
-    rows = all_rows(UnitGradientEngine(Cached(network, before), causal_lm))
+    rows = all_rows(UnitGradientEngine(CachedDataset(network, before), causal_lm))
     other = show(network, ObjectiveTable(name="causal_lm"), np.random.default_rng(77),
                  before.examples[2].media)  # fmt: skip
     old = before.examples[2]
     before.examples[2] = Example(
         old.input_ids, old.target_ids, -100, 2, None, other.media, other.tiles
     )
-    moved = (all_rows(UnitGradientEngine(Cached(network, before), causal_lm)) - rows).norm(dim=1)
+    moved = (all_rows(UnitGradientEngine(CachedDataset(network, before), causal_lm)) - rows).norm(
+        dim=1
+    )
     assert float(moved[2]) > 1e-4
     assert float(moved[[0, 1, 3, 4, 5]].max()) == 0.0
 
@@ -226,7 +228,7 @@ def test_an_image_put_into_the_next_records_places_is_caught(
 ) -> None:
     """The twin: states are filled in from one row on."""
     network = projecting(bases(idefics3))
-    data = Cached(network, shown(network))
+    data = CachedDataset(network, shown(network))
     plain = one_by_one(UnitGradientEngine(data, causal_lm))
     honest = network_module.fill
     monkeypatch.setattr(network_module, "fill", lambda s, f: honest(s, f.roll(1, dims=0)))

@@ -231,7 +231,7 @@ def joins(place: Path, *first: bytes) -> threading.Thread:
                     assert end.recv(1) == b"", "it was not turned away"
         with suppress(InfrastructureError):
             group = Group(1, 2, 10.0, place)
-            group.add_up(torch.ones(3, dtype=torch.int64))
+            group.reduce_sum(torch.ones(3, dtype=torch.int64))
             group.close()
 
     thread = threading.Thread(target=work)
@@ -243,7 +243,7 @@ def joins(place: Path, *first: bytes) -> threading.Thread:
 def test_who_is_no_rank_is_turned_away(place: Path, number: int) -> None:
     thread = joins(place, struct.pack("!Q", number))
     group = Group(0, 2, 20.0, place)
-    assert group.add_up(torch.ones(3, dtype=torch.int64)).tolist() == [2, 2, 2]
+    assert group.reduce_sum(torch.ones(3, dtype=torch.int64)).tolist() == [2, 2, 2]
     thread.join(20)
     group.close()
 

@@ -82,7 +82,7 @@ def test_a_gateway_that_is_killed_is_started_again(world: World) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(coordinator, "Child", Watched)
         with coordinator.superlink(world.home) as behind, world.forwarder() as way:
-            with coordinator.door(behind, world.home, "127.0.0.1", world.port):
+            with coordinator.supervised_gateway(behind, world.home, "127.0.0.1", world.port):
                 until(lambda: way.away == 0 and status(way).status_code == 200)
                 children[-1]._process.kill()
                 until(lambda: children[-1].pid != children[1].pid)

@@ -132,7 +132,7 @@ class World:
         digest = hashlib.sha256(b"").hexdigest()
         with coordinator.superlink(self.home) as link:
             api.start_run(link.address, link.ca, link.secret, coordinator.bundle(), digest)
-            with coordinator.door(link, self.home, "127.0.0.1", self.port):
+            with coordinator.supervised_gateway(link, self.home, "127.0.0.1", self.port):
                 until(lambda: all(self.log(name).count("joined") == 2 for name in ("a", "b")), 60)
                 enrol.revoke(self.home, "b")
                 until(lambda: "refuses this site (revoked)" in self.log("b"), 60)
@@ -268,7 +268,9 @@ def test_a_coordinator_that_is_stopped_takes_its_superlink_along(
 def test_a_coordinator_with_another_ca_is_not_trusted(alone: World, tmp_path: Path) -> None:
     with (
         coordinator.superlink(alone.home) as link,
-        coordinator.door(link, other_home(tmp_path / "other"), "127.0.0.1", alone.port),
+        coordinator.supervised_gateway(
+            link, other_home(tmp_path / "other"), "127.0.0.1", alone.port
+        ),
         pytest.raises(InfrastructureError, match="does not verify"),
     ):
         site_executor.join(alone.files["a"], client_app=tls_roles.app)

@@ -64,7 +64,7 @@ class Coordinator:
             assert all(e["sigma"] >= 1.4 and e["records"] == 1 for e in got.events)
         else:
             assert got.reason and len(got.reason) <= 400 and not got.update and not got.events
-        self.roster._hear(Reply(2, content, "" if content else "no answer"))
+        self.roster._on_admission_reply(Reply(2, content, "" if content else "no answer"))
         assert len(self.roster.nodes) <= 1
         if len(self.roster.refused) > 50:
             self.roster = self.fresh()

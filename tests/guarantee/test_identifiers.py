@@ -16,7 +16,7 @@ import torch
 from transformers import AutoTokenizer
 
 from fedtune.models import prefix_store
-from fedtune.models.prefix_store import STORE, State
+from fedtune.models.prefix_store import PREFIX_STORE, HiddenStates
 from tests.guarantee.search import Finder, forms
 from tests.guarantee.world import ANSWERS, NAMES, Row, lay_out, run
 from tests.models.test_states import InTheClear
@@ -123,21 +123,21 @@ def test_the_file_of_states_gives_nothing_away(
     if not sealed:
         monkeypatch.setattr(prefix_store, "AESGCM", InTheClear)
     raw: list[tuple[str, bytes]] = []
-    honest = STORE.keep
+    honest = PREFIX_STORE.keep
 
-    def keep(found: torch.Tensor, name: bytes, limit: int | None) -> State:
+    def keep(found: torch.Tensor, name: bytes, limit: int | None) -> HiddenStates:
         raw.extend(("states", position.numpy().tobytes()) for position in found)
         return honest(found, name, limit)
 
-    monkeypatch.setattr(STORE, "keep", keep)
+    monkeypatch.setattr(PREFIX_STORE, "keep", keep)
     study = lay_out(tmp_path, tiny_base, records(PLANTED[:100]), records(PLANTED[100:200]))
     for name in NAMES:
         site = tmp_path / f"site-{name}.toml"
         site.write_text(site.read_text().replace("[data]", "cache_memory = 0.0\n[data]"))
     run(study)
-    assert STORE._file is not None and STORE.on_disk > 0
-    body = Path(f"/proc/self/fd/{STORE._file.number}").read_bytes()
-    assert len(body) >= STORE.on_disk
+    assert PREFIX_STORE._file is not None and PREFIX_STORE.on_disk > 0
+    body = Path(f"/proc/self/fd/{PREFIX_STORE._file.number}").read_bytes()
+    assert len(body) >= PREFIX_STORE.on_disk
     assert finder.found(body) == []
     assert (Finder(raw).found(body) == []) == sealed
 

@@ -25,7 +25,7 @@ from fedtune.data.media import load
 from fedtune.errors import ConfigError, DataError, ModelError
 from fedtune.models import network as network_module
 from fedtune.models import tiny
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from tests.dp.conftest import study
 from tests.media import BASES, idefics3, image, llava, qwen2_vl, recording, whisper
@@ -95,7 +95,7 @@ def test_logits_are_those_of_transformers_own_model(folder: Path, kind: str) -> 
     network = network_of(folder, name, **lora)
     data = read(folder, network, columns)
     assert len(data.examples) == 6
-    cached = Cached(network, data)
+    cached = CachedDataset(network, data)
     for index, example in enumerate(data.examples):
         (batch,) = cached.batches([index])
         hidden = network.hidden(batch.prefix, batch.mask, None, batch.seen)
@@ -179,7 +179,7 @@ def test_states_are_the_files_own(folder: Path) -> None:
     network.reader.tensor = lambda m: looked.append(m.digest) or honest(m)  # type: ignore
     one, two = data.examples[0], data.examples[1]
     same = type(one)(one.input_ids, one.target_ids, -100, 1, None, two.media, two.tiles)
-    cached = Cached(network, Dataset([one, same, one], 2, data.rejected))
+    cached = CachedDataset(network, Dataset([one, same, one], 2, data.rejected))
     (batch,) = cached.batches([0, 1, 2])
     assert torch.equal(batch.prefix[0], batch.prefix[2])
     assert not torch.equal(batch.prefix[0], batch.prefix[1])
@@ -198,9 +198,9 @@ def test_states_without_the_file_in_their_name_are_caught(
     one, two = read(folder, network, ASK).examples[:2]
     same = type(one)(one.input_ids, one.target_ids, -100, 1, None, two.media, two.tiles)
     nothing = read(folder, network, ASK).rejected
-    first = Cached(network, Dataset([one], 1, nothing))
+    first = CachedDataset(network, Dataset([one], 1, nothing))
     first.warm()
-    second = Cached(network, Dataset([same], 1, nothing))
+    second = CachedDataset(network, Dataset([same], 1, nothing))
     (a,), (b,) = first.batches([0]), second.batches([0])
     assert torch.equal(a.prefix, b.prefix)
 

@@ -15,7 +15,7 @@ from fedtune.config import LoraTable, Study
 from fedtune.errors import ConfigError, ModelError
 from fedtune.models import lora as lora_module
 from fedtune.models import network as network_module
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network, build
 from fedtune.models.public_factor import public_factor
 from fedtune.models.split import cut
@@ -84,7 +84,7 @@ def test_adapters_in_the_last_mlp_need_the_target_positions_alone(tiny_base: Pat
     dataset = records([1, 2, 1, 3])
     both = []
     for network in (deep, flat):
-        data = Cached(network, dataset)
+        data = CachedDataset(network, dataset)
         engine = UnitGradientEngine(data, causal_lm)
         names = network.parameters()
         rows = engine.matrix(range(4))
@@ -288,7 +288,7 @@ def test_states_at_the_cut_are_computed_once(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = make(tiny_base, last_layers=2)
-    data = Cached(network, records([1, 2, 3]))
+    data = CachedDataset(network, records([1, 2, 3]))
     list(data.batches(range(6)))
     monkeypatch.setattr(network, "prefix", lambda *_: pytest.fail("computed twice"))
     assert sum(len(b.index) for b in data.batches(range(6))) == 6
@@ -312,7 +312,7 @@ def test_a_head_alone_sees_one_pooled_vector(tiny_encoder: Path) -> None:
 
 def test_who_sees_the_same_record_shares_its_states_and_nobody_keeps_them(tiny_base: Path) -> None:
     network = make(tiny_base, last_layers=2)
-    one, two = Cached(network, records([1, 2])), Cached(network, records([1, 2]))
+    one, two = CachedDataset(network, records([1, 2])), CachedDataset(network, records([1, 2]))
     one.warm()
     assert len(network.states) == 3
     two.warm()
@@ -326,7 +326,7 @@ def test_recomputing_changes_no_gradient_and_keeps_no_activations(
     tiny_base: Path, last_layers: int | None
 ) -> None:
     network = make(tiny_base, last_layers=last_layers)
-    data = Cached(network, records([1, 2, 3]))
+    data = CachedDataset(network, records([1, 2, 3]))
     engine = UnitGradientEngine(data, causal_lm)
     plain, kept = engine.matrix(range(3)), saved_numbers(data)
     with network.recomputing(True):
@@ -337,7 +337,7 @@ def test_recomputing_changes_no_gradient_and_keeps_no_activations(
         assert saved_numbers(data) == kept
 
 
-def saved_numbers(data: Cached) -> int:
+def saved_numbers(data: CachedDataset) -> int:
     """How many numbers one forward pass keeps for the backward pass."""
     total = 0
 
@@ -358,7 +358,7 @@ def test_states_at_some_positions_are_those_of_all(
 ) -> None:
     """With the last blocks adapted, the last MLP runs at these positions and nowhere else."""
     network = make(tiny_base, last_layers=last_layers)
-    (batch, *_) = Cached(network, records([3])).batches([0, 1, 2])
+    (batch, *_) = CachedDataset(network, records([3])).batches([0, 1, 2])
     keep = torch.tensor([[0, 2]]).expand(len(batch.index), 2)
     ran: list[int] = []
     last = network.trained.get_submodule("backbone.layers")[-1].mlp  # type: ignore[index, union-attr]

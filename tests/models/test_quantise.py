@@ -24,11 +24,11 @@ from fedtune.config import LoraTable, QuantisationTable, Study
 from fedtune.data.dataset import NO_TARGET
 from fedtune.derive.export import export
 from fedtune.errors import ConfigError
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network, build
 from fedtune.models.public_factor import public_factor
 from fedtune.models.tiny import generated
-from fedtune.objectives import find
+from fedtune.objectives import resolve
 from fedtune.training.local_round import check_trains
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.client.test_site import make_site
@@ -77,7 +77,7 @@ def test_gradients_are_those_of_the_dequantised_weights(tiny_base: Path) -> None
     study = study_of(tiny_base, "nf4")
     network = moved(build(study))
     data = generated(study, network, [1, 1, 1, 1, 1])
-    engine = UnitGradientEngine(Cached(network, data), find(study.objective))
+    engine = UnitGradientEngine(CachedDataset(network, data), resolve(study.objective))
     assert engine.name == "one-pass"
     found = engine.matrix(range(5)).double()
     plain: Any = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
@@ -109,12 +109,12 @@ def test_a_pass_without_gradients_changes_no_gradient(tiny_base: Path, method: s
     """bitsandbytes repacks 4-bit weights at the first such pass on some processors, for good."""
     study = study_of(tiny_base, method)
     network = moved(build(study))
-    data = Cached(network, generated(study, network, [1, 1, 1]))
-    engine = UnitGradientEngine(data, find(study.objective))
+    data = CachedDataset(network, generated(study, network, [1, 1, 1]))
+    engine = UnitGradientEngine(data, resolve(study.objective))
     before = engine.matrix(range(3))
     (batch, *_) = data.batches([0])
     with torch.no_grad():
-        find(study.objective).losses(network, batch)
+        resolve(study.objective).losses(network, batch)
     assert torch.allclose(engine.matrix(range(3)), before, atol=1e-6)
 
 

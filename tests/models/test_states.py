@@ -24,9 +24,9 @@ from fedtune.dp import noise, sampling
 from fedtune.dp.steplog import StepLog
 from fedtune.errors import InfrastructureError
 from fedtune.models import cache, prefix_store
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
-from fedtune.models.prefix_store import STORE, Altered, Store
+from fedtune.models.prefix_store import PREFIX_STORE, Altered, PrefixStore
 from fedtune.objectives import causal_lm
 from fedtune.objectives._shapes import padded_length
 from fedtune.training.unit_gradients import UnitGradientEngine
@@ -55,15 +55,15 @@ def network(request: pytest.FixtureRequest, tiny_base: Path) -> Network:
 @pytest.fixture(autouse=True)
 def everything_is_dropped() -> Iterator[None]:
     """What other tests of this process still hold is put aside meanwhile."""
-    outside = dict(vars(STORE))
-    vars(STORE).update(vars(prefix_store.Store()))
+    outside = dict(vars(PREFIX_STORE))
+    vars(PREFIX_STORE).update(vars(prefix_store.PrefixStore()))
     yield
     gc.collect()
-    assert (STORE.in_memory, STORE.on_disk) == (0, 0)
-    vars(STORE).update(outside)
+    assert (PREFIX_STORE.in_memory, PREFIX_STORE.on_disk) == (0, 0)
+    vars(PREFIX_STORE).update(outside)
 
 
-def gradients(network: Network, data: Cached) -> list[torch.Tensor]:
+def gradients(network: Network, data: CachedDataset) -> list[torch.Tensor]:
     """Each record's own gradient, from its micro-batch of one."""
     found = []
     for index in range(len(data.dataset.examples)):
@@ -88,15 +88,15 @@ def without_a_cache(network: Network, dataset: Dataset) -> list[torch.Tensor]:
 
 def test_the_same_gradients_in_memory_in_the_file_and_without_a_cache(network: Network) -> None:
     dataset = records([1, 3, 2, 1])
-    held = gradients(network, inside := Cached(network, dataset, EVERYTHING))
-    assert STORE.in_memory > 0 and STORE.on_disk == 0
+    held = gradients(network, inside := CachedDataset(network, dataset, EVERYTHING))
+    assert PREFIX_STORE.in_memory > 0 and PREFIX_STORE.on_disk == 0
     size = sum(state.read().nbytes for state in network.states.values())
-    assert STORE.in_memory == size
+    assert PREFIX_STORE.in_memory == size
     del inside
-    spilled = gradients(network, outside := Cached(network, dataset, NOTHING))
-    assert STORE.in_memory == 0 and STORE.on_disk > size
+    spilled = gradients(network, outside := CachedDataset(network, dataset, NOTHING))
+    assert PREFIX_STORE.in_memory == 0 and PREFIX_STORE.on_disk > size
     del outside
-    half = gradients(network, Cached(network, dataset, size // 2))
+    half = gradients(network, CachedDataset(network, dataset, size // 2))
     whole = without_a_cache(network, dataset)
     for one, two, three, plain in zip(held, spilled, half, whole, strict=True):
         assert torch.equal(one, two) and torch.equal(one, three)
@@ -105,10 +105,10 @@ def test_the_same_gradients_in_memory_in_the_file_and_without_a_cache(network: N
 
 def test_some_in_memory_and_the_rest_in_the_file(network: Network) -> None:
     dataset = records([1] * 12)
-    Cached(network, dataset, EVERYTHING).warm()
-    data = Cached(network, dataset, limit := 4096)
+    CachedDataset(network, dataset, EVERYTHING).warm()
+    data = CachedDataset(network, dataset, limit := 4096)
     data.warm()
-    assert 0 < STORE.in_memory <= limit and STORE.on_disk > 0
+    assert 0 < PREFIX_STORE.in_memory <= limit and PREFIX_STORE.on_disk > 0
     assert sum(len(batch.index) for batch in data.batches(range(12))) == 12
 
 
@@ -126,8 +126,8 @@ def test_the_default_is_a_quarter_of_the_machine_or_the_container(
 
 
 def the_file() -> int:
-    assert STORE._file is not None
-    return STORE._file.number
+    assert PREFIX_STORE._file is not None
+    return PREFIX_STORE._file.number
 
 
 def content() -> bytes:
@@ -135,7 +135,7 @@ def content() -> bytes:
 
 
 def test_the_file_has_no_name_and_is_the_owners_alone(network: Network) -> None:
-    data = Cached(network, records([2, 2]), NOTHING)
+    data = CachedDataset(network, records([2, 2]), NOTHING)
     data.warm()
     found = os.fstat(the_file())
     assert stat.S_IMODE(found.st_mode) == 0o600 and found.st_nlink == 0 and found.st_size > 0
@@ -150,7 +150,7 @@ def readable(network: Network) -> bool:
 
 
 def test_what_is_in_the_file_is_not_readable(network: Network) -> None:
-    data = Cached(network, records([2, 2]), NOTHING)
+    data = CachedDataset(network, records([2, 2]), NOTHING)
     data.warm()
     assert not readable(network)
     keys = [state.key for state in data._states]
@@ -177,18 +177,18 @@ def test_states_written_in_the_clear_are_caught(
     network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prefix_store, "AESGCM", InTheClear)
-    data = Cached(network, records([2, 2]), NOTHING)
+    data = CachedDataset(network, records([2, 2]), NOTHING)
     data.warm()
     assert readable(network)
 
 
-def flip(data: Cached, at: int) -> None:
+def flip(data: CachedDataset, at: int) -> None:
     body = bytearray(content())
     body[at] ^= 1
     os.pwrite(the_file(), body, 0)
 
 
-def swap(data: Cached, _: int) -> None:
+def swap(data: CachedDataset, _: int) -> None:
     """Two whole blocks of one size change places."""
     sealed = list(data._states)
     body = bytearray(content())
@@ -198,7 +198,7 @@ def swap(data: Cached, _: int) -> None:
     os.pwrite(the_file(), body, 0)
 
 
-def cut_off(data: Cached, _: int) -> None:
+def cut_off(data: CachedDataset, _: int) -> None:
     os.ftruncate(the_file(), os.fstat(the_file()).st_size - 5)
 
 
@@ -208,14 +208,14 @@ def cut_off(data: Cached, _: int) -> None:
 def test_an_altered_block_is_noticed_and_its_states_computed_again(
     network: Network,
     caplog: pytest.LogCaptureFixture,
-    spoil: Callable[[Cached, int], None],
+    spoil: Callable[[CachedDataset, int], None],
     at: int,
 ) -> None:
     dataset = records([1] * 6)
     dataset = Dataset([*dataset.examples, *records([1] * 6, seed=0).examples], 12, dataset.rejected)
     for example in dataset.examples[6:]:
         example.input_ids[0] += 1  # other records of the same lengths
-    data = Cached(network, dataset, NOTHING)
+    data = CachedDataset(network, dataset, NOTHING)
     right = gradients(network, data)
     spoil(data, at)
     altered = 0
@@ -239,7 +239,7 @@ def test_an_altered_block_is_noticed_and_its_states_computed_again(
 
 def test_a_block_is_bound_to_its_record(network: Network) -> None:
     """Even under the same key."""
-    store = Store()
+    store = PrefixStore()
     kept = store.keep(torch.ones(3, 4), b"one", NOTHING)
     assert torch.equal(kept.read(), torch.ones(3, 4))
     object.__setattr__(kept, "record", b"two")
@@ -248,7 +248,7 @@ def test_a_block_is_bound_to_its_record(network: Network) -> None:
 
 
 def test_dropped_room_is_used_again_and_given_back() -> None:
-    store = Store()
+    store = PrefixStore()
     body = torch.randn(5, 8, dtype=torch.float32)
     kept = [store.keep(body + n, bytes([n]), NOTHING) for n in range(4)]
     full = store.on_disk
@@ -266,7 +266,7 @@ def test_dropped_room_is_used_again_and_given_back() -> None:
 
 
 def test_a_fork_writes_into_a_file_of_its_own() -> None:
-    store = Store()
+    store = PrefixStore()
     mine = store.keep(torch.full((2, 3), 1.0), b"mine", NOTHING)
     child = os.fork()
     if not child:
@@ -283,9 +283,9 @@ def test_a_folder_that_cannot_be_written_is_said_in_words(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(STORE, "_file", None)
+    monkeypatch.setattr(PREFIX_STORE, "_file", None)
     with pytest.raises(InfrastructureError, match=r"cache_memory"):
-        Cached(network, records([1]), NOTHING).warm()
+        CachedDataset(network, records([1]), NOTHING).warm()
 
 
 # ------------------------------------------------------------------------- whose states they are
@@ -298,9 +298,12 @@ def test_the_same_tokens_with_other_targets_have_states_of_their_own(network: Ne
     early[3:6], late[15:18] = ids[3:6], ids[15:18]
     none = records([1]).rejected
     first, then = (Dataset([Example(ids, t, -100, 0)], 1, none) for t in (early, late))
-    held = Cached(network, first)
+    held = CachedDataset(network, first)
     gradients(network, held)
-    (found,), (plain,) = gradients(network, Cached(network, then)), without_a_cache(network, then)
+    (found,), (plain,) = (
+        gradients(network, CachedDataset(network, then)),
+        without_a_cache(network, then),
+    )
     assert float((found - plain).norm() / plain.norm()) < 1e-5
 
 
@@ -317,7 +320,7 @@ def test_what_reads_the_same_is_computed_once(
         return honest(ids, mask, *seen)
 
     monkeypatch.setattr(network, "prefix", counted)
-    data = Cached(network, twice)
+    data = CachedDataset(network, twice)
     found = gradients(network, data)
     assert sum(computed) == 4
     assert len({id(state) for state in data._states}) == 4
@@ -331,14 +334,14 @@ def test_a_record_that_nobody_sees_any_more_is_erased_and_the_others_stay(
 ) -> None:
     """As when a patient withdraws: the site reads its records anew, and drops the old view."""
     dataset = records([1, 2, 3])
-    data = Cached(network, dataset, memory)
+    data = CachedDataset(network, dataset, memory)
     data.warm()
-    before = STORE.in_memory + STORE.on_disk
+    before = PREFIX_STORE.in_memory + PREFIX_STORE.on_disk
     rest = Dataset(dataset.examples[1:], 2, dataset.rejected)
-    fewer = Cached(network, rest, memory)
+    fewer = CachedDataset(network, rest, memory)
     del data
     gc.collect()
-    assert len(network.states) == 5 and STORE.in_memory + STORE.on_disk < before
+    assert len(network.states) == 5 and PREFIX_STORE.in_memory + PREFIX_STORE.on_disk < before
     monkeypatch.setattr(network, "prefix", lambda *_: pytest.fail("computed twice"))
     assert sum(len(batch.index) for batch in fewer.batches(range(5))) == 5
 
@@ -365,7 +368,7 @@ def test_below_the_cut_nothing_is_trained_and_nothing_is_dropped(
     mask = torch.ones_like(ids, dtype=torch.bool)
     before = network.prefix(ids, mask)
     randomise(network)
-    engine = UnitGradientEngine(Cached(network, records([1, 1])), causal_lm)
+    engine = UnitGradientEngine(CachedDataset(network, records([1, 1])), causal_lm)
     for _ in engine([0, 1]):
         assert not any(module.training for module in below)
         assert torch.equal(network.prefix(ids, mask), before)
@@ -383,7 +386,7 @@ def test_every_record_is_in_one_micro_batch_of_its_own_length(
     for unit, length in enumerate(lengths):
         ids = draw.integers(3, 280, size=length, dtype=np.int32)
         examples.append(Example(ids, ids.copy(), -100, unit))
-    data = Cached(network, Dataset(examples, len(lengths), records([1]).rejected))
+    data = CachedDataset(network, Dataset(examples, len(lengths), records([1]).rejected))
     for budget in (1, 64, 4096):
         seen = []
         for batch in data.batches(range(len(lengths)), budget):
@@ -399,7 +402,7 @@ def summed(
     network: Network, order: list[int], budget: int, folder: Path, patch: pytest.MonkeyPatch
 ) -> torch.Tensor:
     """One step's integer sum over records in that order, in blocks of that many positions."""
-    data = Cached(network, records([1] * 8))
+    data = CachedDataset(network, records([1] * 8))
     engine = UnitGradientEngine(data, causal_lm)
     plan = make_plan(divisor=8.0)  # a power of two, so that fp32 carries the integers exactly
     with patch.context() as p:

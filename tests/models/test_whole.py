@@ -10,14 +10,14 @@ import torch
 
 from fedtune.bases.find import find_base
 from fedtune.errors import ModelError
-from fedtune.models.loaded import Whole, load
+from fedtune.models.loaded import LoadedModel, load
 from fedtune.models.network import Network
 from tests.dp.conftest import study
 
 PASSAGES = [np.array(ids, np.int32) for ids in ([5, 6, 7, 8, 9], [7], [9, 5, 5])]
 
 
-def with_head(folder: Path, base: Path, objective: dict[str, object]) -> Whole:
+def with_head(folder: Path, base: Path, objective: dict[str, object]) -> LoadedModel:
     made = study(base={"model": str(base)}, lora=None, objective=objective)
     network = Network(find_base(str(base)), torch.float32, None, 2)
     draw = np.random.default_rng(0)

@@ -518,7 +518,7 @@ MODEL_MUTANTS = (
         "states", "withdrawn-states-are-held", CACHE,
         "self.network.states[name] = self._states[index] = state",
         'self.network.states[name] = self._states[index] = state\n'
-        '            STORE.__dict__.setdefault("all", []).append(state)',
+        '            PREFIX_STORE.__dict__.setdefault("all", []).append(state)',
         "tests/client/test_site.py::"
         "test_a_withdrawn_patients_states_are_erased_and_the_others_kept",
         "who withdrew stays in memory and file",
@@ -1049,7 +1049,8 @@ RANK_MUTANTS = (  # of sites that train fewer ranks of one adapter
     ),
     _one(
         "ranks", "a-site-trains-every-column", GRADIENTS,
-        "own(name, parameter.detach(), columns) for", "own(name, parameter.detach(), ALL) for",
+        "trained_slice(name, parameter.detach(), columns)",
+        "trained_slice(name, parameter.detach(), ALL)",
         T_RANKS + "test_rows_are_columns_of_the_whole_rows",
         "clipped and noised over numbers that are not sent",
     ),
@@ -1061,9 +1062,9 @@ RANK_MUTANTS = (  # of sites that train fewer ranks of one adapter
     ),
     _one(
         "ranks", "few-numbers-weigh-less", ROUNDS,
-        "self.strategy.add(widened(got.update, adapter, columns), float(weight))",
+        "self.strategy.add(pad_update(got.update, adapter, columns), float(weight))",
         "weight *= sum(a.size for a in part.values())\n"
-        "            self.strategy.add(widened(got.update, adapter, columns), float(weight))",
+        "            self.strategy.add(pad_update(got.update, adapter, columns), float(weight))",
         T_NARROW + "test_the_aggregate_is_the_mean_with_zeros_for_what_a_site_does_not_train",
         "the aggregate is no longer the weighted mean of what the sites changed",
     ),

@@ -18,11 +18,11 @@ from fedtune.bases.find import find_base
 from fedtune.config import ObjectiveTable, Study
 from fedtune.data.dataset import Dataset
 from fedtune.dp import clip
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.models.tiny import generated, tiny_network
 from fedtune.objectives import _tokens, causal_lm, classify, distill, dpo, kto, orpo, reward
-from fedtune.objectives._interface import Batch, Found
+from fedtune.objectives._interface import Batch, ObjectiveSpec
 from fedtune.training.engines import Wanted
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import make_plan, study
@@ -56,14 +56,14 @@ class Case:
     """An objective at its options, on records of the kind that it learns from."""
 
     study: Study
-    found: Found
+    found: ObjectiveSpec
     network: Network
     data: Dataset
     wanted: Wanted = "auto"
     by: By = "unit"
 
     def engine(self, data: Dataset | None = None) -> UnitGradientEngine:
-        cached = Cached(self.network, self.data if data is None else data)
+        cached = CachedDataset(self.network, self.data if data is None else data)
         return UnitGradientEngine(cached, self.found, self.by, self.wanted)
 
     def rows(self, data: Dataset | None = None) -> torch.Tensor:
@@ -83,7 +83,7 @@ def case_of(
     if name == "classify" or (name == "distill" and adapter == "head alone"):
         table["labels"] = LABELS
     made = study(base={"model": str(base)}, objective=table, lora=ADAPTERS[adapter])
-    found = objectives.find(made.objective)
+    found = objectives.resolve(made.objective)
     key = (adapter, found.outputs)
     if key not in NETWORKS:
         NETWORKS[key] = tiny_network(made, find_base(str(base)))
@@ -97,7 +97,7 @@ def every(name: str, options: dict[str, float | str] | None = None) -> dict[str,
 
 def heads(name: str) -> bool:
     table = ObjectiveTable(name=name, labels=("a", "b"), options=every(name))
-    return objectives.find(table).outputs > 0
+    return objectives.resolve(table).outputs > 0
 
 
 HEADED = [name for name in NAMES if heads(name)]
@@ -141,7 +141,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def one_by_one(case: Case) -> torch.Tensor:
     """Each row by plain autograd, one record at a time, fp64."""
-    data, each = Cached(case.network, case.data), []
+    data, each = CachedDataset(case.network, case.data), []
     parameters = list(case.network.parameters().values())
     for index in range(len(case.data.examples)):
         (batch,) = data.batches([index])
@@ -203,7 +203,7 @@ def test_leaving_a_unit_out_moves_the_sum_by_at_most_c(case: Case) -> None:
 
 def test_a_loss_is_the_same_in_any_company_and_at_any_time(case: Case) -> None:
     """(B,), fp32; no dropout, nothing of the batch: alone, together and again."""
-    data = Cached(case.network, case.data)
+    data = CachedDataset(case.network, case.data)
     with torch.no_grad():
         for batch in data.batches(range(len(case.data.examples))):
             together = case.found.losses(case.network, batch)

@@ -43,7 +43,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_a_wrong_option_names_itself_and_what_would_do(how: str) -> None:
     name, options, expected = WRONG[how]
     with pytest.raises(ConfigError) as caught:
-        objectives.find(ObjectiveTable.model_construct(name=name, options=options, labels=()))
+        objectives.resolve(ObjectiveTable.model_construct(name=name, options=options, labels=()))
     assert expected in str(caught.value)
     assert (next(iter(options)) if options else "ppo") in str(caught.value)
 
@@ -92,7 +92,7 @@ def test_columns_of_another_objective_are_refused_by_name(
 
 def test_what_an_objective_does_and_reads_is_said_in_words() -> None:
     said = {
-        name: objectives.says(ObjectiveTable(name=name, options=every(name)))
+        name: objectives.describe(ObjectiveTable(name=name, options=every(name)))
         for name in objectives.names()
     }
     assert "a better and a worse answer" in said["dpo"] and "clipped once" in said["dpo"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.objectives import _tokens
 from fedtune.objectives._interface import Batch
@@ -19,7 +19,7 @@ from tests.objectives.test_contract import case_of
 def test_the_reference_is_the_policy_at_the_start(tiny_base: Path, adapter: str) -> None:
     case = case_of(tiny_base, "dpo", adapter)
     trained = case.network.trainable()
-    (batch, *_) = Cached(case.network, case.data).batches(range(len(case.data.examples)))
+    (batch, *_) = CachedDataset(case.network, case.data).batches(range(len(case.data.examples)))
     assert batch.label.shape[0] * 2 == batch.mask.shape[0]
     with torch.no_grad():
         found, now = (f(case.network, batch).total for f in (_tokens.reference, _tokens.likelihood))
@@ -38,14 +38,14 @@ def test_the_reference_is_computed_once_and_stays_each_records_own(
     tiny_base: Path, adapter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = case_of(tiny_base, "dpo", adapter)
-    data, trained = Cached(case.network, case.data), case.network.trainable()
+    data, trained = CachedDataset(case.network, case.data), case.network.trainable()
     asked, likelihood = [0], _tokens.likelihood
 
     def counted(network: Network, batch: Batch) -> _tokens.Likelihood:
         asked[0] += len(batch.index)
         return likelihood(network, batch)
 
-    def each(records: list[int], data: Cached) -> dict[int, torch.Tensor]:
+    def each(records: list[int], data: CachedDataset) -> dict[int, torch.Tensor]:
         return {
             i: pair
             for batch in data.batches(records)
@@ -57,7 +57,7 @@ def test_the_reference_is_computed_once_and_stays_each_records_own(
         }
 
     everyone = list(range(len(case.data.examples)))
-    expected = each(everyone, Cached(case.network, case.data))
+    expected = each(everyone, CachedDataset(case.network, case.data))
     monkeypatch.setattr(_tokens, "likelihood", counted)
     each(everyone[::-2], data)
     case.network.load_trainable({n: a + 0.5 for n, a in trained.items()})  # as after some steps

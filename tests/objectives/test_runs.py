@@ -24,7 +24,7 @@ from fedtune.evaluation.generate import generate
 from fedtune.evaluation.run import evaluate
 from fedtune.launch.simulate import simulate
 from fedtune.models.adapter_files import load_adapter
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.network import build
 from fedtune.objectives import reward
 
@@ -154,7 +154,7 @@ def test_a_score_is_read_off_the_last_token(tmp_path: Path, tiny_base: Path) -> 
     try:
         found = torch.zeros(2 * len(data.examples))
         with torch.no_grad():
-            for batch in Cached(network, data).batches(range(len(data.examples))):
+            for batch in CachedDataset(network, data).batches(range(len(data.examples))):
                 scores = reward.rewards(network, batch)
                 found[torch.stack([2 * batch.index, 2 * batch.index + 1], dim=1).flatten()] = scores
     finally:

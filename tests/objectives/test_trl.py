@@ -20,7 +20,7 @@ from fedtune.bases.find import find_base
 from fedtune.config import LoraTable
 from fedtune.data.dataset import Dataset, Example
 from fedtune.data.tokenize import _passage
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.objectives import dpo, kto, orpo, reward
 
@@ -140,7 +140,7 @@ def ours(
 ) -> list[float]:
     found = torch.empty(len(data.examples))
     with torch.no_grad():
-        for batch in Cached(network, data).batches(range(len(found))):
+        for batch in CachedDataset(network, data).batches(range(len(found))):
             found[batch.index] = losses(network, batch, **options)
     return found.tolist()
 
@@ -268,7 +268,7 @@ def test_a_reward_models_loss(
     mine = ours(made, data, reward.losses, margin=margin, centring=centring)
     scores = torch.empty(2, N, 1)
     with torch.no_grad():
-        for batch in Cached(made, data).batches(range(N)):
+        for batch in CachedDataset(made, data).batches(range(N)):
             scores[:, batch.index] = reward.rewards(made, batch).view(-1, 2).T[:, :, None]
 
     def theirs(rows: list[int]) -> float:

@@ -16,7 +16,7 @@ from fedtune.client.site import Admission, Unprepared, Update
 from fedtune.config import Encoding, Study
 from fedtune.flower.grid import InProcessGrid
 from fedtune.server import rounds
-from fedtune.server.parts import Parts
+from fedtune.server.parts import Dependencies
 from fedtune.wire.codec import Shapes, decode, encode
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import Header, seal
@@ -148,7 +148,7 @@ def save(study: Study, adapter: Any, frozen: Any, folder: Path) -> None:
     np.savez(folder / "adapter.npz", **adapter)
 
 
-def make_parts(**changes: Any) -> Parts:
+def make_parts(**changes: Any) -> Dependencies:
     parts: dict[str, Any] = {
         "start": lambda study: SimpleNamespace(study=study, adapter=zeros(), frozen={}),
         "evaluator": lambda study, frozen: FakeEvaluator(),
@@ -161,7 +161,7 @@ def make_parts(**changes: Any) -> Parts:
         "patience": 0.0,
         "pause": 0.0,
     }
-    return Parts(**(parts | changes))
+    return Dependencies(**(parts | changes))
 
 
 def grid_of(names: Iterable[str], kind: type[InProcessGrid] = InProcessGrid) -> InProcessGrid:

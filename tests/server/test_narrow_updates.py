@@ -11,7 +11,7 @@ import pytest
 from fedtune.client.site import Admission, Update
 from fedtune.config import LoraTable, Study
 from fedtune.errors import Refused
-from fedtune.models.rank_slice import ALL, narrowed, turn, widened
+from fedtune.models.rank_slice import ALL, pad_update, rank_slice, slice_update
 from fedtune.observe.log import cleaned
 from fedtune.report.markdown import markdown
 from fedtune.server.bound import norm_bound, terms
@@ -39,7 +39,9 @@ class Ranked(FakeSite):
         self, digest: str, round_: int, adapter: dict[str, np.ndarray], receipt: str
     ) -> Update:
         made = super().train(digest, round_, adapter, receipt)
-        self.sent.append(narrowed(decode(made.delta, SHAPES), turn(LORA, self.rank, round_)))
+        self.sent.append(
+            slice_update(decode(made.delta, SHAPES), rank_slice(LORA, self.rank, round_))
+        )
         return Update(encode(self.sent[-1], self.encoding), made.events)
 
     def shapes(self, digest: str) -> Shapes:
@@ -72,7 +74,7 @@ def test_the_aggregate_is_the_mean_with_zeros_for_what_a_site_does_not_train(tri
             count = np.zeros(shape)
             mean = np.zeros(shape)
             for site in sites:
-                columns = turn(LORA, site.rank, round_ + 1) if name == B else ALL
+                columns = rank_slice(LORA, site.rank, round_ + 1) if name == B else ALL
                 mean[:, columns] += share[site.name] * site.sent[round_][name]
                 count[:, columns] += share[site.name]
             total[name] += mean / sum(share.values())
@@ -130,7 +132,7 @@ def test_an_update_longer_than_its_own_numbers_allow_is_dropped(trial, monkeypat
     plan = study()
     both = []
     for rank in (2, 8):
-        size = sum(a.size for a in narrowed(zeros(), turn(LORA, rank, 1)).values())
+        size = sum(a.size for a in slice_update(zeros(), rank_slice(LORA, rank, 1)).values())
         site = terms(plan, parts().budget(plan, 100), 100)
         both.append(norm_bound(plan, site, size, 0.0))
     assert both[0] < both[1]
@@ -187,11 +189,11 @@ def test_ranks_that_nobody_got_to_are_told(trial):
 def test_in_turn_a_site_trains_every_column(rank, of):
     lora = LoraTable(rank=of, min_rank=1)
     blocks = -(-of // rank)
-    found = [range(of)[turn(lora, rank, round_)] for round_ in range(1, 3 * blocks + 1)]
+    found = [range(of)[rank_slice(lora, rank, round_)] for round_ in range(1, 3 * blocks + 1)]
     assert all(len(block) == rank for block in found)
     assert {column for block in found[:blocks] for column in block} == set(range(of))
     assert found[:blocks] == found[blocks : 2 * blocks] == found[2 * blocks :]
-    assert turn(lora, None, 5) == turn(None, 3, 5) == ALL
+    assert rank_slice(lora, None, 5) == rank_slice(None, 3, 5) == ALL
 
 
 def test_where_every_site_trains_all_the_report_is_as_ever(trial):
@@ -207,8 +209,8 @@ def test_when_none_is_allowed_the_study_ends_refused(trial):
 def test_widening_undoes_narrowing_but_for_the_columns_that_are_out():
     draw, columns = np.random.default_rng(0), slice(2, 5)
     whole = {n: draw.standard_normal(s).astype(np.float32) for n, s in SHAPES.items()}
-    again = widened(narrowed(whole, columns), whole, columns)
+    again = pad_update(slice_update(whole, columns), whole, columns)
     np.testing.assert_array_equal(again[B][:, columns], whole[B][:, columns])
     assert not again[B][:, :2].any() and not again[B][:, 5:].any()
     np.testing.assert_array_equal(again[HEAD], whole[HEAD])
-    np.testing.assert_array_equal(widened(narrowed(whole, ALL), whole, ALL)[B], whole[B])
+    np.testing.assert_array_equal(pad_update(slice_update(whole, ALL), whole, ALL)[B], whole[B])

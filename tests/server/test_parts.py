@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.network import build
-from fedtune.objectives import find
-from fedtune.server.parts import Parts
+from fedtune.objectives import resolve
+from fedtune.server.parts import Dependencies
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import records, study
 
@@ -18,6 +18,6 @@ from tests.dp.conftest import records, study
 def test_the_engine_in_the_report(tiny_base: Path, wanted: str, named: str) -> None:
     training = {"rounds": 1, "sampling_rate": 1.0, "learning_rate": 0.1, "engine": wanted}
     plan = study(base={"model": str(tiny_base), "dtype": "float32"}, training=training)
-    data, objective = Cached(build(plan), records([1, 1])), find(plan.objective)
+    data, objective = CachedDataset(build(plan), records([1, 1])), resolve(plan.objective)
     ran = UnitGradientEngine(data, objective, engine=plan.training.engine)
-    assert Parts().engine(plan) == ran.name == named
+    assert Dependencies().engine(plan) == ran.name == named

@@ -12,7 +12,7 @@ from fedtune.bases.find import find_base
 from fedtune.config import LoraTable
 from fedtune.dp.clip import Chunk
 from fedtune.dp.steplog import StepLog
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.objectives import causal_lm
 from fedtune.training.unit_gradients import UnitGradientEngine
@@ -47,10 +47,10 @@ def test_the_engine_starts_clean_after_an_aborted_step(tiny_base: Path) -> None:
             return found
 
     objective = Fails()
-    engine = UnitGradientEngine(Cached(network, records([1, 2, 1])), objective)
+    engine = UnitGradientEngine(CachedDataset(network, records([1, 2, 1])), objective)
     with pytest.raises(KeyboardInterrupt):
         list(engine([0, 1, 2]))
     objective.armed = False
     again = engine.matrix([0, 1, 2])
-    fresh = UnitGradientEngine(Cached(network, records([1, 2, 1])), causal_lm)
+    fresh = UnitGradientEngine(CachedDataset(network, records([1, 2, 1])), causal_lm)
     assert torch.equal(again, fresh.matrix([0, 1, 2]))

@@ -12,7 +12,7 @@ import torch
 from fedtune.bases.find import find_base
 from fedtune.config import LoraTable
 from fedtune.data.dataset import Dataset
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.objectives import classify
 from fedtune.training.engines import Wanted
@@ -41,7 +41,7 @@ def encoder(base: Path, kind: str) -> Network:
 
 
 def rows(network: Network, dataset: Dataset, wanted: Wanted = "auto") -> torch.Tensor:
-    engine = UnitGradientEngine(Cached(network, dataset), classify, engine=wanted)
+    engine = UnitGradientEngine(CachedDataset(network, dataset), classify, engine=wanted)
     return engine.matrix(range(dataset.n_units))
 
 
@@ -74,7 +74,9 @@ def test_no_dropout_mask_is_drawn(tiny_encoder: Path, wanted: Wanted) -> None:
 def test_padding_is_a_records_own(tiny_base: Path) -> None:
     """Trap 19: the length that a record is padded to does not depend on who else is drawn."""
     lora = LoraTable(rank=2, alpha=4.0, modules=("q_proj",))
-    data = Cached(Network(find_base(str(tiny_base)), torch.float32, lora, labels=0), records([9]))
+    data = CachedDataset(
+        Network(find_base(str(tiny_base)), torch.float32, lora, labels=0), records([9])
+    )
     everyone = range(len(data.dataset.examples))
     together = {
         i: batch.mask.shape[1] for batch in data.batches(everyone) for i in batch.index.tolist()

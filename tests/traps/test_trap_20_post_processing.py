@@ -16,7 +16,7 @@ from fedtune.config import Study
 from fedtune.dp.clip import Chunk
 from fedtune.dp.plan import RELATION, RowGradients
 from fedtune.dp.steplog import Step, StepLog
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.network import build
 from fedtune.training.local_round import local_round
 from tests.dp.conftest import make_plan, records, study
@@ -60,7 +60,7 @@ def test_the_update_depends_on_the_noised_sums_alone(
     start = network.initial(network.draw_factor(0))
     updates = []
     for seed, sizes in ((1, [1, 2, 3]), (2, [2, 1, 1, 4])):
-        given, data = Given(), Cached(network, records(sizes, seed))
+        given, data = Given(), CachedDataset(network, records(sizes, seed))
         log = StepLog(tmp_path / "log")
         updates.append(local_round(plan, data, given, log, 1, start))
         assert given.asked == [len(sizes)] * 3  # whole patients are drawn, not their records

@@ -11,7 +11,7 @@ import torch
 from fedtune.bases.find import find_base
 from fedtune.config import LoraTable
 from fedtune.dp.steplog import StepLog
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network, build
 from fedtune.objectives import causal_lm
 from fedtune.training.local_round import local_round
@@ -36,7 +36,7 @@ def test_one_unit_moves_the_sum_by_at_most_c(
             crafted = (scale * draw.normal(size=tuple(parameter.shape))).astype(np.float32)
             parameter.copy_(torch.from_numpy(crafted))
     for seed in range(3):
-        engine = UnitGradientEngine(Cached(network, records([2], seed)), causal_lm)
+        engine = UnitGradientEngine(CachedDataset(network, records([2], seed)), causal_lm)
         for c in (1e-6, 1.0):
             plan = make_plan(noise_multiplier=1e-4, max_grad_norm=c, divisor=1.0)
             moved = plan.step(1, engine.dimension, engine, StepLog(tmp_path / "log"), 1)
@@ -59,7 +59,7 @@ def test_one_unit_moves_the_update_by_at_most_c(
         for n, a in network.trainable().items()
     }
     plan = make_plan(noise_multiplier=1e-4, max_grad_norm=1e-3, divisor=1.0)
-    data, log = Cached(network, records([2])), StepLog(tmp_path / "log")
+    data, log = CachedDataset(network, records([2])), StepLog(tmp_path / "log")
     delta = local_round(made, data, plan, log, 1, start)
     moved = sum(float(np.square(d, dtype=np.float64).sum()) for d in delta.values()) ** 0.5
     assert moved <= 1.1e-3  # noise and the adapter's own fp32 add less than a tenth

@@ -20,7 +20,7 @@ from fedtune.data.dataset import Dataset, Example
 from fedtune.dp.clip import Chunk
 from fedtune.dp.steplog import StepLog
 from fedtune.errors import ModelError
-from fedtune.models.cache import Cached
+from fedtune.models.cache import CachedDataset
 from fedtune.models.network import LARGEST, Network
 from fedtune.objectives import classify
 from fedtune.objectives._interface import Batch
@@ -40,7 +40,7 @@ def crafted(network: Network, others: int) -> tuple[Dataset, torch.Tensor, torch
     none = np.full(12, -100, np.int32)
     examples = [Example(shared, none, 0, unit) for unit in range(others)]
     dataset = Dataset([*examples, Example(own, none, 2, others)], others + 1, Counter())
-    (batch,) = Cached(network, dataset).batches([0])
+    (batch,) = CachedDataset(network, dataset).batches([0])
     state = network.pool(network.hidden(batch.prefix, batch.mask), batch.mask)[0]
     for seed in range(200):
         direction = torch.randn(len(state), generator=torch.Generator().manual_seed(seed))
@@ -81,7 +81,7 @@ def moved(network: Network, folder: Path, others: int, kind: type[UnitGradientEn
     sums = [
         plan.step(d.n_units, e.dimension, e, StepLog(folder / "log"), 1).double()
         for d in (dataset, Dataset(dataset.examples[:-1], others, Counter()), alone)
-        for e in [kind(Cached(network, d), classify)]
+        for e in [kind(CachedDataset(network, d), classify)]
     ]
     return float((sums[0] - sums[1] - sums[2]).norm()) / C
 
@@ -117,7 +117,7 @@ def test_records_of_other_counts_of_targets_share_no_block(tiny_base: Path) -> N
         targets = np.full(16, -100, np.int32)
         targets[-count:] = 7
         examples.append(Example(ids, targets, -100, unit))
-    data = Cached(network, Dataset(examples, len(examples), Counter()))
+    data = CachedDataset(network, Dataset(examples, len(examples), Counter()))
     found = [b.index[: b.count].tolist() for b in data.blocks(range(len(examples)))]
     assert found == [[0, 6], [1], [2, 3], [4, 5]]
 
