@@ -127,7 +127,8 @@ PREFERENCE_MUTANTS = (
     _one(
         27, "rewards-of-pairs-centred-over-the-batch", "fedtune/objectives/reward.py",
         "centring * (better + worse) ** 2", "0.1 * (better + worse).mean() ** 2",
-        T_ORACLES + "[reward-auto-patient]", "one mean for every pair",
+        T_CONTRACT + "test_a_loss_is_the_same_in_any_company_and_at_any_time[reward cut-auto-unit]",
+        "one mean for every pair",
     ),
     _one(
         26, "the-reference-has-the-adapter-on", "fedtune/objectives/_tokens.py",
