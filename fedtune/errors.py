@@ -13,13 +13,13 @@
     ├── Refused               exit 3   a rule said no, before data was read
     │   ├── PolicyRefused              the site's policy
     │   ├── BudgetExceeded             the privacy budget
-    │   ├── SelfTestFailed             the guarantee does not hold here (dp/selftest.py)
+    │   ├── SelfTestFailed             the guarantee does not hold here (audit/selftest.py)
     │   ├── Unprepared                 the site does not know the plan (fedtune/client/site.py)
     │   └── OtherProtocol              the other side is of another release (wire/protocol.py)
     ├── InfrastructureError   exit 4   network, disk, another process
-    │   ├── LedgerError                the privacy ledger (dp/ledger_files.py)
-    │   │   └── NewerLedger            written by a newer release (dp/ledger_files.py)
-    │   ├── Altered                    what the site keeps of its records (models/states.py)
+    │   ├── LedgerError                the privacy ledger (ledger/files.py)
+    │   │   └── NewerLedger            written by a newer release (ledger/files.py)
+    │   ├── Altered                    what the site keeps of its records (models/prefix_store.py)
     │   └── TooFew                     strategy.min_sites are not there (fedtune/server/rounds.py)
     └── AccountantsDisagree   exit 4   two computations of ε contradict each other
 

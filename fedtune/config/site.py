@@ -112,7 +112,7 @@ class Site(Table):
 
     @model_validator(mode="after")
     def possible(self) -> Site:
-        if 2 * self.policy.max_delta >= 1 / self.site.declared_size:  # the total's δ: dp/ceiling.py
+        if 2 * self.policy.max_delta >= 1 / self.site.declared_size:  # the total's δ: dp/filter.py
             raise ValueError(
                 f"policy.max_delta = {self.policy.max_delta}: twice it, where max_epsilon holds, "
                 "must be below 1 / site.declared_size: a larger one lets a whole record out"

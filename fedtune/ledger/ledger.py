@@ -18,7 +18,7 @@ for rounds that left the cohort out; of every other charge all.
 | a unit known before arrivals were kept | arrived with the first charge |
 A charge that an earlier release made (`Charge.rules`), or one for another unit, says nothing about
 what a unit spent: `unknown` lists those that nobody at the site has accepted.
-Files, anchor and receipts: ledger_store. Restore: ledger_restore.
+The database and its chain: chain.py; anchor and receipts: files.py; restore: restore.py.
 Errors: LedgerError (exit code 4); BudgetExceeded and other refusals come from `permit`.
 Reference: Rogers et al. 2016 and Feldman & Zrnic 2021 (privacy filters, which `permit` applies).
 """

@@ -2,7 +2,7 @@
 
 A module offers
 
-    KINDS                       the kinds of base that it serves (models/known.py)
+    KINDS                       the kinds of base that it serves (config/known_bases.py)
     reader(base, tokenizer)     a Reader
 
 A modality writes place-holders into a record's text and turns its file into the tensor that the

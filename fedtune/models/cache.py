@@ -54,7 +54,7 @@ class CachedDataset:
     """A dataset seen through a network.
 
     Where something below the adapters is frozen, each record's states are computed once, kept
-    unpadded (2 · positions · H bytes in bf16; models/states.py), and every later step starts at the
+    unpadded (2 · positions · H bytes in bf16; models/prefix_store.py), and every later step starts at the
     cut. Exact: there is no dropout and no adapter below it. Kept are all positions, or those with a
     target where above the cut each position stands for itself (of a record without one, the last).
     Guarantee: states at the cut, and what a block (`blocks`) makes of a record, come from products

@@ -34,7 +34,7 @@ from fedtune.strategies import State
 
 FORMAT = "fedtune-run-3"
 FOLDER, DATABASE, FROZEN = "checkpoint", "run.db", "frozen.safetensors"
-PRAGMAS = ("synchronous = EXTRA", "trusted_schema = OFF")  # EXTRA: as in dp/ledger_store.py
+PRAGMAS = ("synchronous = EXTRA", "trusted_schema = OFF")  # EXTRA: as in ledger/chain.py
 PER_SITE = ("sizes", "keys", "receipts", "events", "queries", "admission")
 SCHEMA = (
     "CREATE TABLE run (format TEXT, phase TEXT, round INTEGER, asked TEXT, study TEXT, "

@@ -449,7 +449,10 @@ def test_a_record_is_named_by_what_it_says_and_not_by_where_it_stands(
     assert len(set(keys)) == 4
     fewer = load(jsonl(*rows[1:]), TEXT, study(), tokenizer).keys
     assert set(fewer) < set(keys) and len(fewer) == 3
-    withdrawn = load(jsonl(*rows), TEXT, study(), tokenizer, without=lambda unit: True)
+    others = load(jsonl({"t": "u v"}, {"t": "w x"}), TEXT, study(), tokenizer).keys
+    assert not set(others) & set(keys)
+    calls = iter([True, True, False, False])  # who is asked whether a record has withdrawn
+    withdrawn = load(jsonl(*rows), TEXT, study(), tokenizer, without=lambda unit: next(calls))
     assert withdrawn.n_units == 4  # patients withdraw; a record has no key of a patient
 
 

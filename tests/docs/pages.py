@@ -98,6 +98,15 @@ def broken_links(path: Path) -> Iterator[str]:
             yield target
 
 
+def missing_files(path: Path) -> Iterator[str]:
+    """Files of the code that the page names and that are not there: `x/y.py`, from the root or in
+    fedtune/."""
+    text = path.read_text(encoding="utf-8")
+    for named in re.findall(r"`([a-z_0-9]+(?:/[a-z_0-9]+)+\.py)\b", text):
+        if not any((ROOT / top / named).exists() for top in (".", "fedtune")):
+            yield named
+
+
 def run(block: Block, folder: Path) -> None:
     """Whether the block holds; `folder` is empty, and the current one."""
     if block.why:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 import pytest
 
-from tests.docs.pages import NOT_RUN, ROOT, broken_links, read, run
+from tests.docs.pages import NOT_RUN, ROOT, broken_links, missing_files, read, run
 
 FOLDERS = (".", "docs", "docs/decisions", "deploy", "examples/*", ".github")
 PAGES = sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.md"))
@@ -30,6 +30,18 @@ def test_the_readme_is_one_page() -> None:
 @pytest.mark.parametrize("path", PAGES, ids=name)
 def test_links_lead_somewhere(path: Path) -> None:
     assert list(broken_links(path)) == []
+
+
+@pytest.mark.parametrize("path", [p for p in PAGES if p.parent.name != "decisions"], ids=name)
+def test_files_that_are_named_are_there(path: Path) -> None:
+    """Decisions tell what was true then."""
+    assert list(missing_files(path)) == []
+
+
+def test_twin_a_file_that_is_not_there_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("`dp/clip.py`, `fedtune/dp/clip.py`, `dp/no_such.py`, `Step`\n")
+    assert list(missing_files(page)) == ["dp/no_such.py"]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name)
