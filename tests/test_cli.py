@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from fedtune import __version__
 from fedtune.cli.console import Watch
-from fedtune.cli.main import app
+from fedtune.cli.main import app, main
 from fedtune.client.site import worker
 from fedtune.demo import run as demo
 from fedtune.errors import (
@@ -189,6 +189,23 @@ def test_a_wrong_argument_is_exit_code_2(
 def test_usage_errors_are_exit_code_2() -> None:
     for arguments in (("simulate",), ("nonsense",), ("simulate", "a", "--engine", "magic")):
         assert run(*arguments).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "new"),
+    [
+        (["fit", "study.toml", "--target", "1"], "fedtune choose-base"),
+        (["improve", "runs/a", "--leash", "4"], "--max-kl"),
+        (["improve", "runs/a", "--beta=0.2"], "--kl-coef"),
+    ],
+)
+def test_an_old_name_is_refused_with_the_new_one(
+    words: list[str], new: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["fedtune", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and f"to do: use {new}\n" in capsys.readouterr().err
 
 
 def test_init_writes_a_study_once(tmp_path: Path) -> None:

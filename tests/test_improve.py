@@ -1,4 +1,4 @@
-"""A run learns to please a reward model on public prompts, on a leash; no record is read."""
+"""A run learns to please a reward model on public prompts, with a KL penalty; no record is read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.test_cli import run
 from tests.test_end_to_end import lay_out
 
 pytest.importorskip("trl")
-HOW = RlooSettings(steps=12, prompts=4, answers=6, new_tokens=6, learning_rate=1e-2, beta=0.02)
+HOW = RlooSettings(steps=12, prompts=4, answers=6, new_tokens=6, learning_rate=1e-2, kl_coef=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def prompts(tmp_path: Path) -> PublicTable:
     return PublicTable(path=path, columns=Columns(prompt="prompt"), licence="CC0-1.0")
 
 
-def test_the_reward_rises_within_the_leash(
+def test_the_reward_rises_within_max_kl(
     tmp_path: Path,
     policy: Path,
     reward: Path,
@@ -85,7 +85,7 @@ def test_the_reward_rises_within_the_leash(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
-    body = improve(policy, reward, prompts, out, leash=5.0, every=3, how=HOW)
+    body = improve(policy, reward, prompts, out, max_kl=5.0, eval_every=3, how=HOW)
     assert "train_runtime" not in capsys.readouterr().out  # trl's own figures
     before, after = body["quality"]["before"], body["quality"]["after"]
     looks = body["quality"]["by_round"]
@@ -137,7 +137,7 @@ def test_nobody_is_told_that_a_machine_trains(
         monkeypatch.setattr("fedtune.bases.wheel.quiet", lambda: None)
     once = RlooSettings(steps=1, prompts=2, answers=2, new_tokens=2, learning_rate=3e-2)
     with contextlib.suppress(Refused):
-        improve(policy, reward, prompts, tmp_path / "out", every=1, how=once)
+        improve(policy, reward, prompts, tmp_path / "out", eval_every=1, how=once)
     assert bool(sent) == told
 
 
@@ -145,17 +145,19 @@ def test_what_is_kept_is_worth_most_by_reward_less_the_price_of_its_kl() -> None
     looks = iter([Look(0.5, 0.5, 0.0), Look(0.9, 3.0, 0.0), Look(0.6, 0.8, 0.0)])
     policy = SimpleNamespace(model=torch.nn.Linear(1, 1))
     bench = SimpleNamespace(look=lambda *_: next(looks), policy=policy)
-    seen = PolicyScores(leash=4.0, beta=0.2, every=1, steps=3, by_step=[(0, Look(0.0, 0.0, 0.0))])
+    seen = PolicyScores(
+        max_kl=4.0, kl_coef=0.2, eval_every=1, steps=3, by_step=[(0, Look(0.0, 0.0, 0.0))]
+    )
     look = _watching(seen, cast(Bench, bench), [])
     assert all(look(step) for step in (1, 2, 3))
     assert seen.best is not None and seen.best[0] == 3  # 0.44; the highest reward is worth 0.3
 
 
-def test_past_the_leash_nothing_is_kept(
+def test_past_max_kl_nothing_is_kept(
     tmp_path: Path, policy: Path, reward: Path, prompts: PublicTable
 ) -> None:
-    with pytest.raises(Refused, match="within the leash"):
-        improve(policy, reward, prompts, tmp_path / "out", leash=1e-6, every=3, how=HOW)
+    with pytest.raises(Refused, match="no checkpoint with KL"):
+        improve(policy, reward, prompts, tmp_path / "out", max_kl=1e-6, eval_every=3, how=HOW)
     assert {p.name for p in tmp_path.iterdir()} == {"public.jsonl"}
 
 
@@ -165,7 +167,9 @@ def test_without_privacy_it_says_so(
     body = json.loads((reward / "report.json").read_text())
     (reward / "report.json").write_text(json.dumps(body | {"private": False}))
     try:
-        found = improve(policy, reward, prompts, tmp_path / "out", every=6, how=HOW, leash=50.0)
+        found = improve(
+            policy, reward, prompts, tmp_path / "out", eval_every=6, how=HOW, max_kl=50.0
+        )
     finally:
         (reward / "report.json").write_text(json.dumps(body))
     assert not found["private"]

@@ -30,7 +30,7 @@ COLUMNS = Annotated[
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands on `app`."""
-    for each in (label, improve, distill, merge, export, fit):
+    for each in (label, improve, distill, merge, export, choose_base):
         command(app, panel=PANEL)(each)
 
 
@@ -176,14 +176,17 @@ def improve(
         Path, typer.Option("--out", metavar="DIR", help="The new run folder.", show_default=False)
     ],
     columns: COLUMNS = None,
-    leash: Annotated[
-        float, typer.Option(metavar="NATS", help="KL from the run, of an answer, at most.")
+    max_kl: Annotated[
+        float, typer.Option(metavar="NATS", help="Largest KL of an answer from the run.")
     ] = 4.0,
-    beta: Annotated[
-        float, typer.Option(min=0, metavar="PRICE", help="Of a nat, in standard rewards.")
+    kl_coef: Annotated[
+        float,
+        typer.Option(min=0, metavar="PRICE", help="Penalty of a nat of KL, in standard rewards."),
     ] = 0.2,
     steps: Annotated[int, typer.Option(min=1, metavar="N", help="At most.")] = 60,
-    every: Annotated[int, typer.Option(min=1, metavar="N", help="Steps between looks.")] = 10,
+    eval_every: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Steps between evaluations.")
+    ] = 10,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts in a step.")] = 8,
     answers: Annotated[int, typer.Option(min=2, metavar="N", help="To each prompt.")] = 4,
     new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Of an answer.")] = 32,
@@ -194,9 +197,9 @@ def improve(
 
     At the coordinator, and post-processing: it reads two finished runs and public prompts, so it
     costs no ε, and the report carries over what both runs spent. The reward is counted from the
-    run's own mean on the public prompts. Training ends when the policy has gone further than the
-    leash; what is kept is the policy within it with the highest reward less the price of its KL, or
-    nothing. Needs fedtune[rl]."""
+    run's own mean on the public prompts. Training ends when the policy's
+    KL from the run exceeds --max-kl; what is kept is the checkpoint below it with the highest
+    KL-penalised reward, or nothing. Needs fedtune[rl]."""
     from fedtune.cli.console import Watch, closing
     from fedtune.derive.improve import improve as learn
     from fedtune.derive.rloo import RlooSettings
@@ -204,11 +207,11 @@ def improve(
     file = _public_prompts(prompts, licence, columns or [])
     how = RlooSettings(
         steps=steps, prompts=batch, answers=answers, new_tokens=new_tokens,
-        learning_rate=learning_rate, beta=beta, seed=seed,
+        learning_rate=learning_rate, kl_coef=kl_coef, seed=seed,
     )  # fmt: skip
     console = Console()
     with Watch(console, "loading the run and the reward model"):
-        body = learn(run, reward, file, out, leash=leash, every=every, how=how)
+        body = learn(run, reward, file, out, max_kl=max_kl, eval_every=eval_every, how=how)
     closing(console, out, body)
 
 
@@ -410,7 +413,7 @@ def export(
     typer.echo(f"wrote {made}")
 
 
-def fit(
+def choose_base(
     study: Annotated[Path, typer.Argument(metavar="STUDY", help="The public plan, study.toml.")],
     target: Annotated[
         float, typer.Option(metavar="X", help="What the study's metric should reach.")
@@ -446,7 +449,7 @@ def fit(
     from fedtune.cli.console import Watch, fit_table
     from fedtune.config import load_study
     from fedtune.config.known_bases import KNOWN, PREFIX
-    from fedtune.evaluation.compare_bases import fit as measure
+    from fedtune.evaluation.compare_bases import choose_base as measure
     from fedtune.files.writing import replace
 
     known = [PREFIX + name for name, entry in KNOWN.items() if entry.kind == "causal"]

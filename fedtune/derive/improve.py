@@ -1,7 +1,7 @@
 """A finished run learns to please a federated reward model: `fedtune improve`, at the coordinator.
 
 Guarantee: reads two finished runs and public prompts alone. What comes out has at most the (ε, δ)
-of both runs together, and strays from its start by at most the leash."""
+of both runs together, and its KL from the start is at most max_kl."""
 
 from __future__ import annotations
 
@@ -50,19 +50,19 @@ class Look:
     kl: float
     unscored: float
 
-    def worth(self, beta: float) -> float:
+    def worth(self, kl_coef: float) -> float:
         """What the training strives for: the reward less the price of the KL."""
-        return self.reward - beta * self.kl
+        return self.reward - kl_coef * self.kl
 
 
 @dataclass
 class PolicyScores:
-    """by_step: what was seen after how many steps; best: of those within the leash, with its
-    arrays."""
+    """by_step: what was seen after how many steps; best: of those with KL ≤ max_kl, with
+    its arrays."""
 
-    leash: float
-    beta: float
-    every: int
+    max_kl: float
+    kl_coef: float
+    eval_every: int
     steps: int
     by_step: list[tuple[int, Look]] = field(default_factory=list)
     best: tuple[int, Look, dict[str, torch.Tensor]] | None = None
@@ -75,21 +75,21 @@ def improve(
     file: PublicTable,
     out: Path,
     *,
-    leash: float = 4.0,
-    every: int = 10,
+    max_kl: float = 4.0,
+    eval_every: int = 10,
     how: RlooSettings = SCHEDULE,
 ) -> dict[str, Any]:
     """RLOO on public prompts from the policy of `run`, towards what `reward_run` scores higher;
     returns the report's body.
 
-    leash: nats of KL an answer, from the policy of `run`. Measured every so many steps: past it the
-    training ends, and what is kept is the policy within it with the highest reward less how.beta a
-    nat of KL. The report's figures come from answers that were drawn anew, as the best of several
-    looks is also the luckiest.
-    `out` looks like a run, and is whole or not there. Errors: Refused (no better policy within the
-    leash), ConfigError, DataError, ModelError, InfrastructureError."""
-    if not leash > 0:
-        raise ConfigError(f"--leash {leash}", "nats above 0")
+    max_kl: nats of KL an answer, from the policy of `run`. It is measured every `eval_every` steps:
+    past it the training ends, and what is kept is the checkpoint with KL ≤ max_kl whose reward less
+    how.kl_coef · KL is highest. The report's figures come from answers drawn anew, because the best
+    of several evaluations is biased upwards.
+    `out` looks like a run, and is whole or not there. Errors: Refused (no better
+    checkpoint with KL ≤ max_kl), ConfigError, DataError, ModelError, InfrastructureError."""
+    if not max_kl > 0:
+        raise ConfigError(f"--max-kl {max_kl}", "nats above 0")
     quick = dtype_of("auto")  # of the bases; adapters and head stay in fp32
     policy, start = (load(run, dtype=quick, trainable=learns) for learns in (True, False))
     judge = load(reward_run, dtype=quick)
@@ -99,15 +99,18 @@ def improve(
     with new_folder(out) as draft:
         _choose_trained(policy)
         bench = Bench(policy, start, Scored(judge), study, how)
-        seen = PolicyScores(leash, how.beta, every, how.steps, [(0, bench.centre(held_in))])
+        seen = PolicyScores(
+            max_kl, how.kl_coef, eval_every, how.steps, [(0, bench.centre(held_in))]
+        )
         before = [bench.look(records, REPORTED) for records in (held_in, held_out)]
         texts = [(r.prompt, _as_read(r, study)) for r in held_in]
         improve_by(policy, texts, bench.rewards, _watching(seen, bench, held_in), how)
         if seen.best is None:
             raise Refused(
-                "no policy within the leash was worth more than the run (reward less price of KL)",
-                f"KL at most {leash:g} nats an answer",
-                "more steps, a smaller learning rate, a longer leash, or a smaller --beta",
+                f"no checkpoint with KL ≤ {max_kl:g} nats had a higher KL-penalised reward than "
+                "the run",
+                f"reward - {how.kl_coef:g} · KL above that of the starting policy",
+                "more steps, a smaller learning rate, a larger --max-kl, or a smaller --kl-coef",
             )
         _restore(policy, seen.best[2])
         after = [bench.look(records, REPORTED) for records in (held_in, held_out)]
@@ -165,15 +168,15 @@ def _choose_trained(policy: LoadedModel) -> None:
 def _watching(seen: PolicyScores, bench: Bench, records: list[Record]) -> Callable[[int], bool]:
     def look(step: int) -> bool:
         report("improving", step, seen.steps)
-        if step % seen.every and step != seen.steps:
+        if step % seen.eval_every and step != seen.steps:
             return True
         found = bench.look(records, CHOOSING)
         seen.by_step.append((step, found))
-        if found.kl > seen.leash:
-            seen.stopped = f"the leash was passed after {step} steps"
+        if found.kl > seen.max_kl:
+            seen.stopped = f"KL exceeded {seen.max_kl:g} nats after {step} steps"
             return False
         best = seen.best[1] if seen.best else seen.by_step[0][1]
-        if found.worth(seen.beta) > best.worth(seen.beta):
+        if found.worth(seen.kl_coef) > best.worth(seen.kl_coef):
             seen.best = step, found, _arrays(bench.policy)
         return True
 
@@ -267,6 +270,12 @@ class Bench:
 # ---------------------------------------------------------------------------------- report
 
 
+def _settings(how: RlooSettings, max_kl: float) -> dict[str, Any]:
+    """As the report has them, under the names of its format."""
+    named = {{"kl_coef": "beta"}.get(name, name): value for name, value in vars(how).items()}
+    return {**named, "leash": max_kl, "algorithm": "RLOO (trl)"}
+
+
 def _body(
     study: Study,
     policy: LoadedModel,
@@ -294,8 +303,8 @@ def _body(
         "quality": {
             "metric": "reward",
             "on": "public prompts that it learned on, answers drawn anew; reward in standard "
-            "deviations from the run's mean, KL in nats an answer; by round: the looks by which "
-            "the policy was chosen",
+            "deviations from the run's mean, KL in nats an answer; by round: the evaluations by "
+            "which the policy was chosen",
             "columns": ["the run", "improved"],
             "before": vars(before[0]),
             "after": vars(after[0]),
@@ -304,7 +313,7 @@ def _body(
         "derived": {
             "step": "improved",
             "prompts": prompts.about,
-            "settings": vars(how) | {"leash": seen.leash, "algorithm": "RLOO (trl)"},
+            "settings": _settings(how, seen.max_kl),
             "measured": {
                 "steps kept": seen.best[0],
                 "ended": seen.stopped,

@@ -22,15 +22,15 @@ Look = Callable[[int], bool]  # after so many steps: go on?
 
 @dataclass(frozen=True)
 class RlooSettings:
-    """steps of `prompts` prompts with `answers` answers each; beta: what a nat of KL to the start
-    costs in units of reward; temperature: of the answers."""
+    """steps of `prompts` prompts with `answers` answers each; kl_coef: what a nat of KL to the
+    start costs in units of reward; temperature: of the answers."""
 
     steps: int = 60
     prompts: int = 8
     answers: int = 4
     new_tokens: int = 32
     learning_rate: float = 2e-4
-    beta: float = 0.2
+    kl_coef: float = 0.2
     temperature: float = 1.0
     seed: int = 0
 
@@ -82,7 +82,7 @@ def improve_by(
                 max_completion_length=how.new_tokens,
                 temperature=how.temperature,
                 top_k=0,
-                beta=how.beta,
+                beta=how.kl_coef,
                 learning_rate=how.learning_rate,
                 lr_scheduler_type="constant",
                 seed=how.seed,

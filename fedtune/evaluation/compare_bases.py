@@ -69,7 +69,7 @@ class Fit:
         return json.dumps(asdict(self), indent=2, sort_keys=True)
 
 
-def fit(
+def choose_base(
     study_path: Path,
     models: Sequence[str],
     target: float,

@@ -72,7 +72,7 @@ def path(tmp_path: Path) -> Path:
 def worker(path: Path) -> Iterator[SiteWorker]:
     """A site whose rounds two processes share."""
     made = SiteWorker(load_site(path), path)
-    with Workers(path, 2, patience=60.0) as made.ranks:
+    with Workers(path, 2, timeout=60.0) as made.ranks:
         yield made
 
 
@@ -115,7 +115,7 @@ def test_two_processes_train_as_few_ranks_as_their_site(
         assert each_worker.prepare(made.study, made.frozen).lora_rank == 2
     monkeypatch.setattr(noise, "gaussian_on_grid", lambda d, std, grid: torch.zeros(d).long())
     path.write_text(SITE.replace("[data]", "lora_rank = 3\n[data]"))
-    with Workers(path, 2, patience=60.0) as shared.ranks:
+    with Workers(path, 2, timeout=60.0) as shared.ranks:
         both = [w.train(made.study.digest, 1, made.adapter).delta for w in (alone, shared)]
     half = sum(array.size for array in made.adapter.values()) // 2
     assert [update[VALUES].size for update in both] == [half, half]

@@ -93,7 +93,7 @@ def test_a_held_out_record_that_raises_costs_its_own_unit(
     plan = study()
     usual = unit_rows(plan, data)
     monkeypatch.setattr(
-        "fedtune.dp.query.find",
+        "fedtune.client.evaluation.resolve",
         lambda table: SimpleNamespace(losses=Raises(first(data, BAD)).losses),
     )
     try:

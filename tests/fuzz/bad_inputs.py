@@ -181,7 +181,7 @@ READ_BY: dict[str, tuple[dict[str, Damage], tuple[tuple[str, ...], ...]]] = {
             SERVE,
             ("doctor", PLAN),
             ("review", PLAN, "--site", SITE),
-            ("fit", PLAN, "--target", "1"),
+            ("choose-base", PLAN, "--target", "1"),
             ("audit", PLAN, "--out", "new"),
         ),
     ),
@@ -435,7 +435,7 @@ def arguments() -> Iterator[Case]:
         ("ledger", SITE, "--backup", LONG), ("ledger", SITE, "--restore", "--from", LONG),
         ("label", LONG, "--column", "prompt=q", *BASE), (*SERVE, "--home", LONG),
         ("label", "north.jsonl", "--column", "prompt=q", "--rubric", LONG, *BASE),
-        ("admit", LONG), ("fit", PLAN, "--target", "1", "--json", LONG),
+        ("admit", LONG), ("choose-base", PLAN, "--target", "1", "--json", LONG),
     )  # fmt: skip
     for command in long:
         name = " ".join(command).replace(LONG, "LONG").replace("a/" * 3000, "DEEP")
@@ -478,8 +478,8 @@ def arguments() -> Iterator[Case]:
                   ("--student", LONG)):  # fmt: skip
         yield Case(f"distill {' '.join(extra)[:60]}", nothing, (*distilled, *extra))
     improved = ("improve", RUN, "--reward", "other", *PROMPTS)
-    for extra in ((), ("--leash", "nan"), ("--leash", "0"), ("--leash", "-1"), ("--beta", "nan"),
-                  ("--learning-rate", "nan"), ("--seed", "-1")):  # fmt: skip
+    for extra in ((), ("--max-kl", "nan"), ("--max-kl", "0"), ("--max-kl", "-1"),
+                  ("--kl-coef", "nan"), ("--learning-rate", "nan"), ("--seed", "-1")):  # fmt: skip
         yield Case(f"improve {' '.join(extra)}", nothing, (*improved, *extra))
     labelled = ("label", "north.jsonl", "--column", "prompt=q", "--generator", "./base")
     for extra in (("--temperature", "nan"), ("--temperature", "inf"), ("--judge", "nowhere"),
@@ -487,10 +487,22 @@ def arguments() -> Iterator[Case]:
                   ("--judge", LONG), ("--new-tokens", "10000000")):  # fmt: skip
         out = () if "--out" in extra else ("--out", "new.jsonl")
         yield Case(f"label {' '.join(extra)[:40]}", nothing, (*labelled, *out, *extra))
-    yield Case("fit: --base", nothing, ("fit", PLAN, "--target", "nan"))
-    yield Case("fit: --epsilon", nothing, ("fit", PLAN, "--target", "1", "--epsilon", "nan"))
-    yield Case("fit: --epsilon 0", nothing, ("fit", PLAN, "--target", "1", "--epsilon", "-1"))
-    yield Case("fit: --quantised", nothing, ("fit", PLAN, "--target", "1", "--quantised", "int3"))
+    yield Case("choose-base: --base", nothing, ("choose-base", PLAN, "--target", "nan"))
+    yield Case(
+        "choose-base: --epsilon",
+        nothing,
+        ("choose-base", PLAN, "--target", "1", "--epsilon", "nan"),
+    )
+    yield Case(
+        "choose-base: --epsilon 0",
+        nothing,
+        ("choose-base", PLAN, "--target", "1", "--epsilon", "-1"),
+    )
+    yield Case(
+        "choose-base: --quantised",
+        nothing,
+        ("choose-base", PLAN, "--target", "1", "--quantised", "int3"),
+    )
     yield Case("generate: too long", nothing, ("generate", RUN, "--prompt", "word " * 20_000))
     yield Case("generate: more than fits", nothing,
                ("generate", RUN, "--prompt", "a", "--max-new-tokens", "100000"))  # fmt: skip

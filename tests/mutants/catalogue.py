@@ -840,29 +840,29 @@ MADE_MUTANTS = (
         "states a hundred times as large drown all others",
     ),
     _one(
-        "leash", "a-policy-past-the-leash-is-kept", "fedtune/derive/improve.py",
-        "if found.kl > seen.leash:", "if False:",
-        "tests/test_improve.py::test_past_the_leash_nothing_is_kept",
+        "max_kl", "a-policy-past-the-leash-is-kept", "fedtune/derive/improve.py",
+        "if found.kl > seen.max_kl:", "if False:",
+        "tests/test_improve.py::test_past_max_kl_nothing_is_kept",
         "the policy goes as far as the reward takes it",
     ),
     _one(
-        "leash", "the-price-of-the-kl-is-forgotten", "fedtune/derive/improve.py",
-        "return self.reward - beta * self.kl", "return self.reward",
+        "max_kl", "the-price-of-the-kl-is-forgotten", "fedtune/derive/improve.py",
+        "return self.reward - kl_coef * self.kl", "return self.reward",
         "tests/test_improve.py::"
         "test_what_is_kept_is_worth_most_by_reward_less_the_price_of_its_kl",
         "the policy that strays most is kept, and not what the training strives for",
     ),
     _one(
-        "leash", "the-luckiest-look-is-reported", "fedtune/derive/improve.py",
+        "max_kl", "the-luckiest-look-is-reported", "fedtune/derive/improve.py",
         'b"what the report says"', 'b"which policy to keep"',
-        "tests/test_improve.py::test_the_reward_rises_within_the_leash",
+        "tests/test_improve.py::test_the_reward_rises_within_max_kl",
         "the best of several looks is told as what the policy does",
     ),
     _one(
         "parents", "one-parent-pays-for-all", "fedtune/derive/lineage.py",
         "privacy = composed_epsilon.composed(list(found.values()))",
         "privacy = next(iter(found.values()))[\"privacy\"]",
-        "tests/test_improve.py::test_the_reward_rises_within_the_leash",
+        "tests/test_improve.py::test_the_reward_rises_within_max_kl",
         "what two runs spent on the same people is not added up",
     ),
     _one(
