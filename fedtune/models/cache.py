@@ -55,8 +55,9 @@ class CachedDataset:
 
     Where something below the adapters is frozen, each record's states are computed once, kept
     unpadded (2 · positions · H bytes in bf16; models/prefix_store.py), and every later step starts
-    at the cut. Exact: there is no dropout and no adapter below it. Kept are all positions, or those with a
-    target where above the cut each position stands for itself (of a record without one, the last).
+    at the cut. Exact: there is no dropout and no adapter below it. Kept are all positions, or those
+    with a target where above the cut each position stands for itself (of a record without one, the
+    last).
     Guarantee: states at the cut, and what a block (`blocks`) makes of a record, come from products
     whose shapes follow from the record's own bucket, whoever else is in the dataset.
     memory: bytes of states that the process may hold before more go to the encrypted file; None: a
