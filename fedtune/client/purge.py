@@ -19,8 +19,8 @@ from fedtune.config import Site, study_from_json
 from fedtune.errors import ConfigError, FedtuneError, InfrastructureError, InputError
 from fedtune.files.writing import sync_folder
 from fedtune.flower.processes import alone
-from fedtune.ledger.files import DATABASE, OUTBOX, traces
-from fedtune.ledger.ledger import Ledger, outbox_prefix
+from fedtune.ledger.files import DATABASE, OUTBOX, outbox_prefix, traces
+from fedtune.ledger.ledger import Ledger
 from fedtune.observe.status import LOCK
 
 KINDS = {  # what people call it -> patterns of paths in the state folder; "*" goes into folders too

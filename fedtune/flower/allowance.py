@@ -12,6 +12,7 @@ implies]. Written before a message goes out, so that whoever answers finds it.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,3 +42,37 @@ def most(answer: int) -> int:
 
 def _file(home: Path) -> Path:
     return home / "flower" / "allowance.json"
+
+
+class Quota:
+    """What each site may still do at the gateway that serves `home`: a token bucket for requests
+    (`burst` at once, `rate` a second), and the bytes that the coordinator asked it for."""
+
+    def __init__(self, home: Path, burst: int, rate: float) -> None:
+        self._home, self._burst, self._rate = home, burst, rate
+        self.tokens: dict[str, tuple[float, float]] = {}  # site -> what is left, and when
+        self._pushed: dict[str, tuple[int, int]] = {}  # site -> which asking, bytes since
+
+    def request(self, name: str) -> bool:
+        """Count a request; False: it is one too many."""
+        tokens, then = self.tokens.get(name, (float(self._burst), 0.0))
+        now = time.monotonic()
+        tokens = min(self._burst, tokens + (now - then) * self._rate) - 1
+        self.tokens[name] = (max(tokens, 0.0), now)
+        return tokens >= 0
+
+    def push(self, name: str, size: int) -> bool:
+        """Count what a site pushes against what it was asked for; False: it is more than that."""
+        try:
+            asked = read(self._home)
+        except (OSError, ValueError, TypeError):
+            asked = {}
+        if asked is None:
+            return True
+        count, answer = asked.get(name, (0, 0))
+        before, spent = self._pushed.get(name, (0, 0))
+        spent = size + (spent if before == count else 0)
+        if count == 0 or spent > most(answer):
+            return False
+        self._pushed[name] = (count, spent)
+        return True

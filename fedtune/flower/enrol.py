@@ -101,9 +101,6 @@ class Answer:
         return consortium(self.ca, self.coordinator)
 
 
-# ------------------------------------------------------------------------------- at the site
-
-
 def enroll(name: str, keys: Path, signing: SigningKey, out: Path) -> str:
     """Make the keys that `keys` lacks (node.key, tls.key), write a request to `out`.
 
@@ -150,9 +147,6 @@ def answer(path: Path, tls: EC, name: str, expected: str = "") -> Answer:
             "call the coordinator; somebody may have replaced the file",
         )
     return found
-
-
-# ------------------------------------------------------------------------------ at the coordinator
 
 
 def read_request(path: Path) -> Request:
@@ -296,9 +290,6 @@ def tls_digest(key: EC) -> str:
 def consortium(ca: str, coordinator: str) -> str:
     """The consortium's fingerprint: of its CA's certificate and its coordinator's signing key."""
     return _fingerprint({"ca": ca, "coordinator": coordinator})
-
-
-# ------------------------------------------------------------------------------------ helpers
 
 
 def _distinct(new: Record, other: Record) -> None:

@@ -31,22 +31,28 @@ import signal
 import socket
 import ssl
 import time
-from base64 import b64decode
 from collections import Counter
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta
-from ipaddress import IPv4Address, ip_address, ip_network
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import h11
 import httpx
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedtune.errors import FedtuneError
 from fedtune.flower import allowance, certs, enrol
+from fedtune.flower.peers import (
+    HEAD,
+    Denied,
+    Limits,
+    Peer,
+    content_length,
+    decoded,
+    network_of,
+    peer_of,
+    tls_reason,
+)
 from fedtune.wire.protocol import spoken
 
 FLEET = frozenset(
@@ -62,49 +68,7 @@ STATUS, RENEW = "/fedtune/status", "/fedtune/renew"
 NODE_KEY = b"flwr-public-key"  # base64 of the key in PEM; the SuperLink checks its signature
 PASSED = (b"content-type", b"accept", b"content-length")  # and every flwr-...
 CHUNK = 65_536
-HEAD = 16_384  # bytes of a request's line and headers
 RENEWAL_SECONDS = 3600.0  # between two looks at the server's own certificate
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one site, or everybody, may take. Times in seconds."""
-
-    request_bytes: int = 16 << 20  # Flower's largest part of a message is 5 MiB
-    words: int = 256 << 10  # of any other request; an answer's 3,000 parts are announced in it
-    response_bytes: int = 16 << 20
-    rate: float = 100.0  # requests a second, per site, after a burst
-    burst: int = 1000
-    per_site: int = 32  # open connections
-    connections: int = 2048
-    handshakes: int = 128  # unfinished; who has shown no certificate yet
-    per_network: int = 16  # of them: an address, or an IPv6 /64
-    silent: float = 3.0  # until the first byte
-    handshake: float = 10.0
-    renewal: float = 60.0  # from one certificate of a site to its next
-    idle: float = 120.0  # of a connection between two requests
-    stall: float = 60.0  # of a request or response that has begun
-    age: float = 3600.0  # of a connection; the next one shows the site's newest certificate
-
-
-@dataclass(eq=False)
-class Peer:
-    """One connection of a site."""
-
-    name: str
-    tls: str
-    until: datetime
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-    http: h11.Connection
-    since: float = field(default_factory=time.monotonic)
-
-
-class Denied(Exception):
-    """A request that gets `status` and one line that says why."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        self.status, self.reason = status, reason
 
 
 class Gateway:
@@ -116,8 +80,7 @@ class Gateway:
         self.home, self.limits = home, limits or Limits()
         self.refused: Counter[str] = Counter()
         self._peers: set[Peer] = set()
-        self._tokens: dict[str, tuple[float, float]] = {}
-        self._pushed: dict[str, tuple[int, int]] = {}  # site -> which asking, bytes since
+        self._quota = allowance.Quota(home, self.limits.burst, self.limits.rate)
         self._renewed: dict[str, float] = {}  # site -> when
         self._tasks: set[asyncio.Task[None]] = set()
         self._shaking: dict[asyncio.Task[None], str] = {}  # oldest first, and where from
@@ -148,7 +111,7 @@ class Gateway:
                 except OSError:  # no file descriptor left: wait for one
                     await asyncio.sleep(0.1)
                     continue
-                self._make_room(network := _network(address[0]))
+                self._make_room(network := network_of(address[0]))
                 task = loop.create_task(self._welcome(accepted))
                 self._shaking[task] = network
                 self._tasks.add(task)
@@ -160,8 +123,6 @@ class Gateway:
             await asyncio.gather(watch, *self._tasks, return_exceptions=True)
             await self._client.aclose()
             await asyncio.sleep(0.01)  # sockets of failed handshakes close in the next turn
-
-    # --------------------------------------------------------------------- one connection
 
     def _make_room(self, network: str) -> None:
         """For one more unfinished handshake: the oldest one ends where there are too many."""
@@ -188,7 +149,7 @@ class Gateway:
                 ssl_shutdown_timeout=2.0,
             )
         except ssl.SSLError as error:
-            return self._count(_tls_reason(error))
+            return self._count(tls_reason(error))
         except OSError:  # left, or was too slow
             return self._count("handshake not finished")
         except asyncio.CancelledError:
@@ -198,7 +159,7 @@ class Gateway:
         finally:
             self._shaking.pop(task, None)
         writer = asyncio.StreamWriter(transport, protocol, reader, loop)
-        peer = _peer(reader, writer)
+        peer = peer_of(reader, writer)
         self._peers.add(peer)
         try:
             # Between one and two times its share a site is told so; beyond, and idle ones, closed.
@@ -249,7 +210,7 @@ class Gateway:
     async def _answer(self, peer: Peer, record: enrol.Record, request: h11.Request) -> None:
         """Serve one request of an admitted site. Errors: Denied."""
         call = (request.method, request.target.decode("ascii", "replace"))
-        size = _length(request)
+        size = content_length(request)
         if call == (b"GET", STATUS):
             about: dict[str, Any] = {"name": record.name, "until": peer.until.isoformat()}
             about |= {"now": certs.now().isoformat(), **spoken()}
@@ -270,15 +231,15 @@ class Gateway:
         if request.method != b"POST" or call[1] not in FLEET:
             raise Denied(403, "not a path of the Fleet API")
         keys = [value for name, value in request.headers if name == NODE_KEY]
-        if len(keys) != 1 or _decoded(keys[0]) != record.node.encode():
+        if len(keys) != 1 or decoded(keys[0]) != record.node.encode():
             raise Denied(403, "the node key is not the one admitted with this certificate")
         if size is None:
             raise Denied(411, "a request says its length")
         most = self.limits.request_bytes if call[1] == PART else self.limits.words
         if size > most:
             raise Denied(413, f"a request has at most {most} bytes")
-        if call[1] in PUSHES:
-            self._spend(record.name, size)
+        if call[1] in PUSHES and not self._quota.push(record.name, size):
+            raise Denied(413, "more than the coordinator asked for")
         await self._forward(peer, request, call[1])
 
     def _admit(self, peer: Peer) -> enrol.Record:
@@ -291,28 +252,9 @@ class Gateway:
             raise Denied(403, "the certificate has expired")
         if self._open(peer.name) > self.limits.per_site:
             raise Denied(503, "too many connections of this site")
-        tokens, then = self._tokens.get(peer.name, (float(self.limits.burst), 0.0))
-        now = time.monotonic()
-        tokens = min(self.limits.burst, tokens + (now - then) * self.limits.rate) - 1
-        self._tokens[peer.name] = (max(tokens, 0.0), now)
-        if tokens < 0:
+        if not self._quota.request(peer.name):
             raise Denied(429, "too many requests of this site")
         return record
-
-    def _spend(self, name: str, size: int) -> None:
-        """Count what a site pushes against what it was asked for. Errors: Denied."""
-        try:
-            asked = allowance.read(self.home)
-        except (OSError, ValueError, TypeError):
-            asked = {}
-        if asked is None:
-            return
-        count, answer = asked.get(name, (0, 0))
-        before, spent = self._pushed.get(name, (0, 0))
-        spent = size + (spent if before == count else 0)
-        if count == 0 or spent > allowance.most(answer):
-            raise Denied(413, "more than the coordinator asked for")
-        self._pushed[name] = (count, spent)
 
     def _open(self, name: str) -> int:
         return sum(each.name == name for each in self._peers)
@@ -344,8 +286,6 @@ class Gateway:
             await self._send(peer, h11.EndOfMessage())
         finally:
             await response.aclose()
-
-    # ---------------------------------------------------------------------------- HTTP
 
     async def _next(self, peer: Peer, seconds: float) -> Any:
         """The next event of the request. Errors: TimeoutError, h11.RemoteProtocolError, OSError."""
@@ -408,8 +348,6 @@ class Gateway:
                 while await peer.reader.read(CHUNK):
                     pass
 
-    # ----------------------------------------------------------------------- upkeep
-
     async def _watch(self) -> None:
         """Close what was revoked; renew the server's own certificate."""
         looked = time.monotonic()
@@ -446,52 +384,6 @@ class Gateway:
         if count & (count - 1) == 0:
             said = {"at": certs.now().isoformat(), "refused": reason, "site": site, "count": count}
             print(json.dumps(said), flush=True)
-
-
-def _peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Peer:
-    """Who the certificate says it is; the handshake has verified it."""
-    body = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
-    leaf = x509.load_der_x509_certificate(body)
-    key = leaf.public_key()
-    digest = enrol.tls_digest(key) if isinstance(key, ec.EllipticCurvePublicKey) else ""
-    http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD)
-    name = certs.common_name(leaf.subject)
-    return Peer(name, digest, leaf.not_valid_after_utc, reader, writer, http)
-
-
-def _network(address: str) -> str:
-    """What one host can choose its addresses from: an IPv4 address, or an IPv6 /64."""
-    found = ip_address(address.partition("%")[0])
-    if isinstance(found, IPv4Address):
-        return str(found)
-    return str(found.ipv4_mapped or ip_network((found, 64), strict=False))
-
-
-def _tls_reason(error: ssl.SSLError) -> str:
-    """A handshake's failure, in words."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"certificate: {error.verify_message}"
-    words = {
-        "PEER_DID_NOT_RETURN_A_CERTIFICATE": "no certificate",
-        "UNSUPPORTED_PROTOCOL": "older than TLS 1.3",
-        "HTTP_REQUEST": "plain HTTP",
-    }
-    reason = error.reason or "unknown"
-    return words.get(reason, f"TLS: {reason.lower().replace('_', ' ')}")
-
-
-def _length(request: h11.Request) -> int | None:
-    """The announced length of the body (h11 admits digits alone); None: not, or not only, so."""
-    headers = dict(request.headers)
-    found = headers.get(b"content-length")
-    return int(found) if found is not None and b"transfer-encoding" not in headers else None
-
-
-def _decoded(value: bytes) -> bytes:
-    try:
-        return b64decode(value, validate=True)
-    except ValueError:
-        return b""
 
 
 def main(arguments: list[str]) -> None:

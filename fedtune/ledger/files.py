@@ -6,6 +6,7 @@ Errors: LedgerError; what the disk says (ledger_store.named makes it one).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -179,3 +180,10 @@ def salt_at(path: Path) -> bytes:
     if len(salt) != 32:
         raise LedgerError(f"{path}: torn: not a salt of 32 bytes", todo=RESTORE)
     return salt
+
+
+def outbox_prefix(digest: str) -> str:
+    """16 hexadecimal digits for a file name, whatever the digest is called."""
+    tail = digest.rpartition(":")[2][:16]
+    good = len(tail) == 16 and all(c in "0123456789abcdef" for c in tail)
+    return tail if good else hashlib.sha256(digest.encode()).hexdigest()[:16]

@@ -28,14 +28,14 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fedtune.errors import Refused
 from fedtune.files.writing import replace
-from fedtune.ledger.chain import Database, Entry, Transaction, check_members, named
-from fedtune.ledger.cohorts import Arrivals
+from fedtune.ledger.account import Account
+from fedtune.ledger.chain import Database, Transaction, check_members, named
 from fedtune.ledger.entries import EVERY, RULES, Accepted, Charge, Cohort, Permit, Spent
 from fedtune.ledger.files import (
     DATABASE,
@@ -46,6 +46,7 @@ from fedtune.ledger.files import (
     Receipt,
     head_in,
     opened_token,
+    outbox_prefix,
     sealed_token,
 )
 from fedtune.wire.keys import SigningKey, canonical, verifies
@@ -63,39 +64,14 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class _Reservation:
-    dataset: str
-    charge: Charge
-    adapter: str
-    time: int
-    out: frozenset[int] = frozenset()  # the cohorts that the round leaves out
-
-    @property
-    def slot(self) -> tuple[str, int, str]:
-        """What may leave the site once."""
-        return self.charge.study, self.charge.round, self.adapter
-
-
 class Ledger:
     """The ledger in `folder`, begun on first use. One object may serve several threads, and several
     processes may open one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._declared: dict[str, dict[str, Any]] = {}
-        self._reserved: dict[int, _Reservation] = {}
-        self._restored: list[tuple[int, Charge, int]] = []
-        self._sent: dict[tuple[str, int, str], str] = {}  # slot -> sha256 of the newest release
-        self._released: dict[tuple[str, int, str], int] = {}  # slot -> entry of that release
-        self._done: set[int] = set()  # released reservations
-        self._withdrawn: set[str] = set()
-        self._admitted: dict[str, str] = {}
-        self._accepted: dict[str, list[Accepted]] = {}  # by dataset
-        # Datasets that are disjoint now: the entry before which they bore each other's charges.
-        self._apart_since: dict[frozenset[str], int] = {}
-        self._arrivals = Arrivals()
-        self._store = Database(folder, self._fold)
+        self._account = Account()
+        self._store = Database(folder, self._account.fold)
         with self._store.writing() as writer:
             self._check_members(writer)
 
@@ -112,8 +88,6 @@ class Ledger:
         self._store.verify()
         with self._store.writing() as writer:
             self._check_members(writer)
-
-    # ------------------------------------------------------------------------------- datasets
 
     def declare(
         self,
@@ -133,11 +107,11 @@ class Ledger:
         unit's records are, and whoever else has the same."""
         hashes = sorted({self._salted(member) for member in members})
         with self._store.writing() as writer:
-            known = self._declared.get(dataset, {})
+            known = self._account.declared.get(dataset, {})
             arrival = None
             if keys is not None:
                 here = [self._salted(key) for key in keys]
-                arrival = self._arrivals.entry(dataset, writer.hashes(dataset), here)
+                arrival = self._account.arrivals.entry(dataset, writer.hashes(dataset), here)
             writer.add_members(dataset, hashes)
             body: dict[str, Any] = {
                 "dataset": dataset,
@@ -165,7 +139,9 @@ class Ledger:
         """Of a patient's key, whether a dataset that shares no patient with `dataset` has it: who
         is in both takes part where the key was first, or, declared so afterwards, nowhere."""
         with self._store.writing() as writer:
-            names = [name for name in self._declared if self._apart(dataset, name)]
+            names = [
+                name for name in self._account.declared if self._account.disjoint(dataset, name)
+            ]
             hashes = set().union(*(writer.hashes(name) for name in names))
         return lambda key: self._salted(key) in hashes
 
@@ -173,7 +149,7 @@ class Ledger:
     def disjoint(self) -> list[tuple[str, str]]:
         """The pairs of datasets that are declared to share no patient."""
         self._read()
-        return sorted((min(pair), max(pair)) for pair in self._apart_since)
+        return sorted((min(pair), max(pair)) for pair in self._account.apart_since)
 
     def overlap(self, one: str, other: str) -> int:
         """How many members the two datasets were ever seen to share: patients, records, files and
@@ -191,7 +167,7 @@ class Ledger:
     def accepted(self, dataset: str) -> list[Accepted]:
         """Who accepted that what was charged until then is not known, oldest first."""
         self._read()
-        return list(self._accepted.get(dataset, []))
+        return list(self._account.accepted.get(dataset, []))
 
     def accept(self, dataset: str, who: str, reason: str = "") -> None:
         """Enter that a person at the site knows that what was spent on `dataset` until now is not
@@ -207,30 +183,28 @@ class Ledger:
     def spending(self, dataset: str | None = None) -> list[Spent]:
         """The same with entry, time and release; None: every charge in the ledger."""
         with self._store.writing():
-            return self._spent() if dataset is None else self._against(dataset)
+            return self._account.spent() if dataset is None else self._account.against(dataset)
 
     def cohorts(self, dataset: str) -> list[Cohort]:
         """The units of `dataset` by arrival, oldest first; with no arrival known, one cohort."""
         with self._store.writing():
-            return self._cohorts(dataset)
+            return self._account.cohorts(dataset)
 
     def newcomer(self, dataset: str) -> list[Charge]:
         """What would count against a unit that arrives now."""
         with self._store.writing():
-            return self._newcomer(dataset)
+            return self._account.newcomer(dataset)
 
     def arrival(self, dataset: str) -> Callable[[bytes], int]:
         """Of a unit's key, the arrival of its cohort."""
         self._read()
-        return lambda key: self._arrivals.of(dataset, self.hashed(key))
+        return lambda key: self._account.arrivals.of(dataset, self.hashed(key))
 
     @property
     def datasets(self) -> list[str]:
         """Every name that was declared here."""
         self._read()
-        return sorted(self._declared)
-
-    # ---------------------------------------------------------------------------------- rounds
+        return sorted(self._account.declared)
 
     def reserve(self, dataset: str, charge: Charge, adapter: str, permit: Permit) -> int:
         """Charge `dataset` with one round from the adapter of digest `adapter`, if `permit` allows.
@@ -240,13 +214,13 @@ class Ledger:
         against, while others wait; it must not call this ledger. Returns the reservation's number.
         Errors: what `permit` raises (nothing is charged); LedgerError."""
         with self._store.writing() as writer:
-            if dataset not in self._declared:
+            if dataset not in self._account.declared:
                 raise LedgerError(f"{self.folder}: dataset {dataset!r} was never declared")
             asked: list[list[int]] = []
-            for other in sorted(self._declared, key=lambda name: (name != dataset, name)):
-                if self._apart(dataset, other):
+            for other in sorted(self._account.declared, key=lambda name: (name != dataset, name)):
+                if self._account.disjoint(dataset, other):
                     continue
-                spent = self._against(other)
+                spent = self._account.against(other)
                 entries = [s.seq for s in spent]
                 if entries not in asked:
                     asked.append(entries)
@@ -265,14 +239,14 @@ class Ledger:
         from a record; and the charge is made even where nobody is left.
         Errors: what `permit` raises for a newcomer, or for another dataset; LedgerError."""
         with self._store.writing() as writer:
-            if dataset not in self._declared:
+            if dataset not in self._account.declared:
                 raise LedgerError(f"{self.folder}: dataset {dataset!r} was never declared")
-            permit(self._newcomer(dataset))
-            for other in sorted(set(self._declared) - {dataset}):
-                if not self._apart(dataset, other):
-                    permit([spent.charge for spent in self._against(other)])
+            permit(self._account.newcomer(dataset))
+            for other in sorted(set(self._account.declared) - {dataset}):
+                if not self._account.disjoint(dataset, other):
+                    permit([spent.charge for spent in self._account.against(other)])
             out = set()
-            for cohort in self._cohorts(dataset):
+            for cohort in self._account.cohorts(dataset):
                 try:
                     permit(cohort.charges)
                 except Refused:
@@ -286,8 +260,8 @@ class Ledger:
         Errors: LedgerError where the reservation is unknown or used, or another process released
         this round first (send what `released` gives)."""
         with self._store.writing() as writer:
-            held = self._reserved.get(reservation)
-            if held is None or reservation in self._done:
+            held = self._account.reserved.get(reservation)
+            if held is None or reservation in self._account.done:
                 raise LedgerError(f"{self.folder}: entry {reservation} is not an open reservation")
             if self._kept(held.slot) is not None:
                 raise LedgerError(
@@ -304,8 +278,6 @@ class Ledger:
         Bytes that are gone or altered are None too: the round is then reserved, and paid, again."""
         self._read()
         return self._kept((study, round_, adapter))
-
-    # -------------------------------------------------------------------------------- receipts
 
     def head_statement(self) -> dict[str, Any]:
         """{token}: the newest entry, signed, for the coordinator to countersign; opaque to it."""
@@ -350,13 +322,13 @@ class Ledger:
             accepted = self._store.check_receipts(writer.sql).accepted
             heads = [r.head.seq for r in accepted if r.coordinator == coordinator_public]
             upto = max(heads, default=-1)
-            mine = [slot for slot in self._sent if slot[0] == study]
-            counted = max((slot[1] for slot in mine if self._released[slot] <= upto), default=0)
+            mine = [slot for slot in self._account.sent if slot[0] == study]
+            counted = max(
+                (slot[1] for slot in mine if self._account.released[slot] <= upto), default=0
+            )
             for slot in mine:
                 if slot[1] < counted:
                     self._path(slot).unlink(missing_ok=True)
-
-    # ------------------------------------------------------------------- consent and admission
 
     def hashed(self, unit_key: bytes) -> str:
         """The salted hash of a unit's key; means nothing outside this site."""
@@ -365,24 +337,22 @@ class Ledger:
     def withdraw(self, unit_key: bytes) -> None:
         """Enter that a unit's consent was withdrawn. Charges stay: what was released stays out."""
         with self._store.writing() as writer:
-            if self.hashed(unit_key) not in self._withdrawn:
+            if self.hashed(unit_key) not in self._account.withdrawn:
                 writer.append("withdraw", {"unit": self.hashed(unit_key)})
 
     def withdrawn(self) -> set[str]:
         self._read()
-        return set(self._withdrawn)
+        return set(self._account.withdrawn)
 
     def admit(self, plan_digest: str, who: str) -> None:
         """Enter that a person at the site agreed to a plan."""
         with self._store.writing() as writer:
-            if plan_digest not in self._admitted:
+            if plan_digest not in self._account.admitted:
                 writer.append("admit", {"plan": plan_digest, "by": who})
 
     def admitted(self, plan_digest: str) -> bool:
         self._read()
-        return plan_digest in self._admitted
-
-    # ---------------------------------------------------------------------- backup and restore
+        return plan_digest in self._account.admitted
 
     def backup(self, to: Path, key: bool = False) -> None:
         """A consistent copy of entries and salt in the new folder `to`; with the private key only
@@ -400,8 +370,6 @@ class Ledger:
         restore(folder, from_)
         return cls(folder)
 
-    # --------------------------------------------------------------------------------- helpers
-
     def _read(self) -> Head:
         with self._store.writing():
             return self._store.head
@@ -415,95 +383,13 @@ class Ledger:
         return self.folder / OUTBOX / name
 
     def _kept(self, slot: tuple[str, int, str]) -> bytes | None:
-        path, sha256 = self._path(slot), self._sent.get(slot)
+        path, sha256 = self._path(slot), self._account.sent.get(slot)
         if sha256 is None or not path.exists():
             return None
         with named(self.folder):
             body = path.read_bytes()
         return body if hashlib.sha256(body).hexdigest() == sha256 else None
 
-    def _apart(self, one: str, other: str) -> bool:
-        """Whether the two are declared disjoint, as they stand now."""
-        return frozenset((one, other)) in self._apart_since
-
-    def _against(self, dataset: str) -> list[Spent]:
-        """All that counts against `dataset`, oldest first."""
-        return [spent for spent in self._spent() if self._counts(spent, dataset)]
-
-    def _counts(self, spent: Spent, dataset: str) -> bool:
-        since = self._apart_since.get(frozenset((spent.dataset, dataset)))
-        return since is None or spent.seq < since
-
-    def _spent(self) -> list[Spent]:
-        rows = [
-            Spent(seq, "reserve", r.dataset, r.charge, r.adapter, r.time, seq in self._done)
-            for seq, r in self._reserved.items()
-        ]
-        rows += [Spent(seq, "restore", EVERY, c, "", at, True) for seq, c, at in self._restored]
-        return sorted(rows, key=lambda row: row.seq)
-
-    def _cohorts(self, dataset: str) -> list[Cohort]:
-        spent = self._against(dataset)
-        return [
-            Cohort(seq, *arrival, [s for s in spent if s.dataset != dataset or self._bears(s, seq)])
-            for seq, arrival in self._arrivals.cohorts(dataset).items()
-        ]
-
-    def _bears(self, spent: Spent, arrival: int) -> bool:
-        """Whether who arrived with entry `arrival` took part in that round of their dataset."""
-        return spent.seq > arrival and arrival not in self._reserved[spent.seq].out
-
-    def _newcomer(self, dataset: str) -> list[Charge]:
-        return [spent.charge for spent in self._against(dataset) if spent.dataset != dataset]
-
-    def _separate(self, seq: int, body: Mapping[str, Any]) -> None:
-        """Take a declaration into account: which datasets are disjoint from now on, and whether
-        they were one until now."""
-        dataset, new = body["dataset"], body["dataset"] not in self._declared
-        for other, about in self._declared.items():
-            pair = frozenset((dataset, other))
-            if other == dataset:
-                continue
-            if other not in body["disjoint_from"] and dataset not in about["disjoint_from"]:
-                self._apart_since.pop(pair, None)
-            elif pair not in self._apart_since:
-                self._apart_since[pair] = 0 if new else seq
-
     def _check_members(self, writer: Transaction) -> None:
-        members = {name: body["members"] for name, body in self._declared.items()}
+        members = {name: body["members"] for name, body in self._account.declared.items()}
         check_members(self.folder / DATABASE, writer, members)
-
-    def _fold(self, entry: Entry) -> None:
-        """Take one verified entry into account."""
-        body, time = entry.body, entry.body.get("time", 0)
-        if entry.kind == "declare":
-            self._separate(entry.seq, body)
-            self._declared[body["dataset"]] = {k: v for k, v in body.items() if k != "time"}
-        elif entry.kind == "reserve":
-            charge, out = Charge.read(body["charge"]), frozenset(body.get("out", ()))
-            what = body["dataset"], charge, body["adapter"]
-            self._reserved[entry.seq] = _Reservation(*what, time, out)
-        elif entry.kind == "arrive":
-            self._arrivals.fold(entry)
-        elif entry.kind == "release":
-            self._done.add(body["reservation"])
-            slot = self._reserved[body["reservation"]].slot
-            self._sent[slot], self._released[slot] = body["sha256"], entry.seq
-        elif entry.kind == "restore":
-            self._restored += [(entry.seq, Charge.read(c), time) for c in body["charges"]]
-        elif entry.kind == "withdraw":
-            self._withdrawn.add(body["unit"])
-        elif entry.kind == "admit":
-            self._admitted[body["plan"]] = body["by"]
-        elif entry.kind == "accept":
-            one = Accepted(body["upto"], body["by"], body["why"], time)
-            self._accepted.setdefault(body["dataset"], []).append(one)
-        elif entry.kind != "open":
-            raise KeyError(entry.kind)  # what it charges is not known here
-
-
-def outbox_prefix(digest: str) -> str:
-    """16 hexadecimal digits for a file name, whatever the digest is called."""
-    tail = digest.rpartition(":")[2][:16]
-    good = len(tail) == 16 and all(c in "0123456789abcdef" for c in tail)
-    return tail if good else hashlib.sha256(digest.encode()).hexdigest()[:16]

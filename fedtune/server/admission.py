@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 
 from fedtune.config import Encoding, LoraTable, Study
 from fedtune.errors import FedtuneError, Refused
-from fedtune.flower import api
+from fedtune.flower import replies
 from fedtune.flower.arrays import (
     Arrays,
     WireError,
@@ -135,7 +135,7 @@ class Roster:
         self, kind: str, contents: Mapping[int, RecordDict], group: str, arrays: int = 0
     ) -> Iterator[Reply]:
         """As server.exchange.ask, of nodes whose answers have `arrays` bytes of numbers at most."""
-        most, timeout = api.WORDS + arrays, self.study.strategy.round_timeout
+        most, timeout = replies.WORDS + arrays, self.study.strategy.round_timeout
         self.expect(contents, most)
         return ask(self.grid, kind, contents, group, timeout, most)
 

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from fedtune.errors import FedtuneError, InfrastructureError
-from fedtune.flower import api
+from fedtune.flower import api, replies
 
 UNREADABLE = (  # what reading a hostile message may raise; a lost connection is none of these
     *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError),
@@ -49,7 +49,7 @@ def ask(
     contents: Mapping[int, RecordDict],
     group: str,
     timeout: float,
-    most: int = api.WORDS,
+    most: int = replies.WORDS,
 ) -> Iterator[Reply]:
     """Send each node its content and yield exactly one Reply per node, as they arrive.
 
@@ -60,12 +60,12 @@ def ask(
     Errors: InfrastructureError when the grid fails.
     """
     try:
-        waiting: dict[int, api.Answer] = {}
+        waiting: dict[int, replies.Answer] = {}
         for node, content in contents.items():
             message = grid.create_message(content, kind, node, group, ttl=timeout)
             for pushed in grid.push_messages([message]):
                 if pushed:
-                    waiting[node] = api.Answer(grid, str(pushed), most)
+                    waiting[node] = replies.Answer(grid, str(pushed), most)
         lost = set(contents) - set(waiting)
         yield from (Reply(node, None, "the message could not be sent") for node in sorted(lost))
         yield from _collect(waiting, most, time.monotonic() + timeout)
@@ -78,7 +78,7 @@ def ask(
         ) from error
 
 
-def _collect(waiting: dict[int, api.Answer], most: int, deadline: float) -> Iterator[Reply]:
+def _collect(waiting: dict[int, replies.Answer], most: int, deadline: float) -> Iterator[Reply]:
     pause = 0.05
     while waiting:
         heard = len(waiting)
@@ -99,7 +99,7 @@ def _collect(waiting: dict[int, api.Answer], most: int, deadline: float) -> Iter
             return
 
 
-def _pulled(node: int, answer: api.Answer, most: int) -> Reply | None:
+def _pulled(node: int, answer: replies.Answer, most: int) -> Reply | None:
     """A node's answer, if it is there. One at a time: Flower loses all that it pulled beside a
     message that it cannot read, and two large answers need not be held together."""
     try:
@@ -109,9 +109,9 @@ def _pulled(node: int, answer: api.Answer, most: int) -> Reply | None:
         reply = _reply(node, message)
         if reply.size <= most:
             return reply
-    except api.TooLong:
+    except replies.TooLong:
         answer.drop()
-    except api.Lost:
+    except replies.Lost:
         return Reply(node, None, TROUBLE[api.ErrorCode.REPLY_MESSAGE_UNAVAILABLE])
     except UNREADABLE:
         return Reply(node, None, "its answer cannot be read")

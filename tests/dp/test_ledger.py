@@ -248,8 +248,8 @@ def test_a_declaration_of_what_is_disjoint_keeps_content_and_cohort(ledger: Ledg
     ledger.declare("notes", [])
     assert ledger.head == before
     ledger.declare("notes", ["scans"])
-    assert ledger._declared["notes"]["content"] == "sha256:7"
-    assert ledger._declared["notes"]["cohort"] == "second"
+    assert ledger._account.declared["notes"]["content"] == "sha256:7"
+    assert ledger._account.declared["notes"]["cohort"] == "second"
 
 
 @pytest.mark.parametrize(

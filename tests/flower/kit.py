@@ -17,7 +17,8 @@ from cryptography import x509
 from fedtune.config import load_site
 from fedtune.flower import certs, enrol
 from fedtune.flower.forwarder import Link, link, newest
-from fedtune.flower.gateway import Gateway, Limits
+from fedtune.flower.gateway import Gateway
+from fedtune.flower.peers import Limits
 from fedtune.wire.keys import SigningKey
 
 SITE = """[site]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, RecordDict
 
-from fedtune.flower import allowance, api, enrol
+from fedtune.flower import allowance, enrol, replies
 from fedtune.flower.processes import free_port
 from fedtune.launch import coordinator
 from fedtune.server.exchange import Reply, ask
@@ -59,7 +59,7 @@ def test_an_answer_of_a_hundred_times_the_agreed_size(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     port, found = free_port(), dict[str, Any]()
-    home, most = tmp_path / "home", api.WORDS + MIB
+    home, most = tmp_path / "home", replies.WORDS + MIB
     (tmp_path / "study.toml").write_text(STUDY)
 
     def rounds(grid: Any, *_: Any, **__: Any) -> dict[str, Any]:

@@ -265,7 +265,7 @@ def test_a_proxy_that_refuses_is_not_gone_around(world: World) -> None:
         with world.forwarder(through) as way:
             until(lambda: way.away > 0 and len(middle.asked) >= 2)
             assert status(way).status_code == 503
-        assert not door._tokens
+        assert not door._quota.tokens
 
 
 def test_a_proxy_that_opens_tls_is_refused(world: World) -> None:
@@ -275,7 +275,7 @@ def test_a_proxy_that_opens_tls_is_refused(world: World) -> None:
         through = replace(world.link, port=port, proxy=f"http://127.0.0.1:{middle.port}")
         with world.forwarder(through) as way:
             until(lambda: way.distrust)
-        assert not door._tokens
+        assert not door._quota.tokens
 
 
 def test_the_environments_proxy_counts_unless_it_is_told_off(

@@ -30,7 +30,8 @@ from fedtune.errors import Refused
 from fedtune.flower import allowance, certs, enrol
 from fedtune.flower import gateway as module
 from fedtune.flower.forwarder import Link
-from fedtune.flower.gateway import Gateway, Limits
+from fedtune.flower.gateway import Gateway
+from fedtune.flower.peers import Limits
 from fedtune.flower.processes import Child, free_port
 from tests.flower import kit
 
@@ -461,7 +462,7 @@ def test_a_body_that_is_on_its_way_is_cut_off_by_revocation(world: World) -> Non
         line.putheader("content-length", str(2 * MIB))
         line.endheaders()
         line.send(b"x" * MIB)
-        until(lambda: bool(door._tokens))  # the request was let in
+        until(lambda: bool(door._quota.tokens))  # the request was let in
         enrol.revoke(world.home, "a")
         until(lambda: door.refused["revoked"] >= 1)
         with pytest.raises(BROKEN):

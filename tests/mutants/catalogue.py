@@ -945,9 +945,9 @@ T_VERSIONS = "tests/continuous/test_versions.py::"
 
 CONTINUOUS_MUTANTS = (
     _one(
-        "late", "who-arrives-late-pays-nothing", "fedtune/ledger/ledger.py",
-        "return spent.seq > arrival and arrival not in self._reserved[spent.seq].out",
-        "return arrival < 3 and arrival not in self._reserved[spent.seq].out",
+        "late", "who-arrives-late-pays-nothing", "fedtune/ledger/account.py",
+        "return spent.seq > arrival and arrival not in self.reserved[spent.seq].out",
+        "return arrival < 3 and arrival not in self.reserved[spent.seq].out",
         T_ARRIVALS + "test_each_unit_bears_the_rounds_it_was_in",
         "only the first cohort is charged",
     ),

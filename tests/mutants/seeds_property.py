@@ -50,19 +50,12 @@ MUTANTS = (
         36, "a-text-decides-what-is-composed", "fedtune/ledger/ledger.py",
         (
             (
-                "            writer.add_members(dataset, hashes)\n",
-                "            writer.add_members(dataset, hashes)\n"
-                "            self._shared = {\n"
-                "                frozenset((dataset, other))\n"
-                "                for other in self._declared\n"
-                "                if other != dataset and writer.overlap(dataset, other)\n"
-                "            }\n",
-            ),
-            (
-                "return since is None or spent.seq < since",
-                "here = frozenset((spent.dataset, dataset))\n"
-                "        return since is None or spent.seq < since or "
-                "here in getattr(self, \"_shared\", ())",
+                "            if arrival:\n                writer.append(",
+                "            for other in self._account.declared:\n"
+                "                if other != dataset and writer.overlap(dataset, other):\n"
+                "                    pair = frozenset((dataset, other))\n"
+                "                    self._account.apart_since.pop(pair, None)\n"
+                "            if arrival:\n                writer.append(",
             ),
         ),
         (f"{ONCE}[a-text-in-two-datasets]",),

@@ -58,22 +58,22 @@ LONGER = "test_an_answer_that_is_longer_than_agreed_is_dropped_before_it_is_put_
 
 SIZE_MUTANTS = (
     _one(
-        "size", "an-answer-is-fetched-whole", API,
+        "size", "an-answer-is-fetched-whole", "fedtune/flower/replies.py",
         "            if self._seen > self._most:\n                raise TooLong\n", "",
         T_EXCHANGE + LONGER, "one reply fills the coordinator's memory",
     ),
     _one(
-        "size", "a-part-counts-once", API,
+        "size", "a-part-counts-once", "fedtune/flower/replies.py",
         "        if unfolded(self._root) > self._most:\n            raise TooLong\n", "",
         T_EXCHANGE + LONGER, "a small message unfolds into a large one",
     ),
     _one(
-        "size", "words-count-as-numbers", API,
+        "size", "words-count-as-numbers", "fedtune/flower/replies.py",
         "        if words > WORDS:\n            raise TooLong\n", "",
         T_EXCHANGE + LONGER, "an update's bytes spent on what becomes objects, tenfold",
     ),
     _one(
-        "size", "any-number-of-parts", API,
+        "size", "any-number-of-parts", "fedtune/flower/replies.py",
         "len(self._parts) > PARTS + self._most // PART", "len(self._parts) > 10**9",
         T_EXCHANGE + "test_an_answer_of_too_many_parts_is_not_begun", "a request for each of them",
     ),
@@ -90,13 +90,13 @@ SIZE_MUTANTS = (
         "the rule holds on one grid alone",
     ),
     _one(
-        "size", "pushes-are-not-counted", GATEWAY,
+        "size", "pushes-are-not-counted", "fedtune/flower/allowance.py",
         "spent = size + (spent if before == count else 0)", "spent = size",
         T_GATEWAY + "test_a_site_pushes_no_more_than_it_was_asked_for",
         "a site fills the SuperLink's disk part by part",
     ),
     _one(
-        "size", "who-was-not-asked-may-push", GATEWAY,
+        "size", "who-was-not-asked-may-push", "fedtune/flower/allowance.py",
         "if count == 0 or spent >", "if spent >",
         T_GATEWAY + "test_a_site_pushes_no_more_than_it_was_asked_for", "allowed by default",
     ),
@@ -124,7 +124,7 @@ DOOR_MUTANTS = (
         "a silent socket costs nothing and stays",
     ),
     _one(
-        "door", "a-host-is-its-whole-address", GATEWAY,
+        "door", "a-host-is-its-whole-address", "fedtune/flower/peers.py",
         "ip_network((found, 64), strict=False)", "found",
         T_GATEWAY + "test_a_host_is_known_by_what_it_cannot_choose",
         "one IPv6 host is 2^64 of them",

@@ -27,8 +27,8 @@ MUTANTS = (
     ),
     one(
         31, "arrival-by-what-others-have", LEDGER,
-        "self._arrivals.entry(dataset, writer.hashes(dataset), here)",
-        "self._arrivals.entry(\n"
+        "self._account.arrivals.entry(dataset, writer.hashes(dataset), here)",
+        "self._account.arrivals.entry(\n"
         "                    dataset, writer.hashes(dataset) | (set(here) if set(hashes) & "
         "writer.hashes(dataset) else set()), here\n                )",
         "tests/dp/test_arrivals.py::"
@@ -150,8 +150,8 @@ MUTANTS = (
         "a patient in two disjoint datasets pays in one",
     ),
     one(
-        36, "told-apart-afterwards-is-free", LEDGER,
-        "self._apart_since[pair] = 0 if new else seq", "self._apart_since[pair] = 0",
+        36, "told-apart-afterwards-is-free", "fedtune/ledger/account.py",
+        "self.apart_since[pair] = 0 if new else seq", "self.apart_since[pair] = 0",
         T_LEDGER
         + "test_what_was_spent_before_two_datasets_were_told_apart_counts_against_both",
         "a declaration takes back what was spent",

@@ -19,7 +19,7 @@ from flwr.proto.runtime_pb2 import PullAppMessagesResponse
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
 from fedtune.errors import InfrastructureError
-from fedtune.flower import api
+from fedtune.flower import api, replies
 from fedtune.flower.arrays import to_record
 from fedtune.flower.grid import InProcessGrid
 from fedtune.server.exchange import _collect, ask, clean
@@ -223,7 +223,7 @@ def noise(size: int) -> np.ndarray:
 MIB = 1 << 20
 
 
-def ended(answer: api.Answer) -> type[Exception] | None:
+def ended(answer: replies.Answer) -> type[Exception] | None:
     """How a look for the answer fails."""
     try:
         answer.take()
@@ -235,7 +235,7 @@ def ended(answer: api.Answer) -> type[Exception] | None:
 def test_an_answer_is_there_when_its_last_part_is(monkeypatch):
     link = SuperLink(answering(noise(20 * MIB)))  # four numbers' parts, and five objects around
     *_, last = link.objects
-    answer = api.Answer(link, "1", 21 * MIB)
+    answer = replies.Answer(link, "1", 21 * MIB)
     for missing in [set(link.objects), {last}, {last}]:
         link.coming = missing
         assert answer.take() is None
@@ -260,8 +260,8 @@ def test_an_answer_that_is_longer_than_agreed_is_dropped_before_it_is_put_togeth
 ) -> None:
     link, built = SuperLink(answering(*content)), []
     monkeypatch.setattr(api, "inflate_object_from_contents", lambda *_: built.append(1))
-    answer = api.Answer(link, "1", 12 * MIB)
-    assert ended(answer) is api.TooLong
+    answer = replies.Answer(link, "1", 12 * MIB)
+    assert ended(answer) is replies.TooLong
     assert not built
     fetched = sum(len(link.objects[name]) for name in link.pulled)
     assert fetched <= 12 * MIB + 6 * MIB
@@ -273,7 +273,7 @@ def test_an_answer_of_too_many_parts_is_not_begun() -> None:
     link = SuperLink(answering(noise(1)))
     for n in range(2000):
         link.trees[0].children.add(object_id=f"{n:064x}")
-    assert ended(api.Answer(link, "1", 10 * MIB)) is api.TooLong
+    assert ended(replies.Answer(link, "1", 10 * MIB)) is replies.TooLong
     assert not link.pulled
 
 
@@ -287,7 +287,7 @@ def test_who_never_finishes_holds_nobody_up_and_is_deleted_at_the_deadline() -> 
     )
     link = SuperLink(stuck, quick)
     link.coming = {stuck.metadata.message_id}
-    waiting = {int(name): api.Answer(link, name, MIB) for name in "12"}
+    waiting = {int(name): replies.Answer(link, name, MIB) for name in "12"}
     first, last = _collect(waiting, MIB, time.monotonic() + 0.3)
     assert first.node == 2 and first.content is not None
     assert (last.node, last.reason) == (1, "no answer in time")
@@ -297,7 +297,7 @@ def test_who_never_finishes_holds_nobody_up_and_is_deleted_at_the_deadline() -> 
 def test_a_lost_part_is_its_senders_failure() -> None:
     link = SuperLink(answering(noise(1)))
     link.lost = {next(iter(link.objects))}
-    assert ended(api.Answer(link, "1", MIB)) is api.Lost
+    assert ended(replies.Answer(link, "1", MIB)) is replies.Lost
 
 
 def test_a_longer_answer_in_this_process_is_dropped_too():

@@ -1,0 +1,106 @@
+"""Who is at the other end of a connection to the gateway, and what it may use."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import time
+from base64 import b64decode
+from dataclasses import dataclass, field
+from datetime import datetime
+from ipaddress import IPv4Address, ip_address, ip_network
+
+import h11
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fedtune.flower import certs, enrol
+
+HEAD = 16_384  # bytes of a request's line and headers
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one site, or everybody, may take. Times in seconds."""
+
+    request_bytes: int = 16 << 20  # Flower's largest part of a message is 5 MiB
+    words: int = 256 << 10  # of any other request; an answer's 3,000 parts are announced in it
+    response_bytes: int = 16 << 20
+    rate: float = 100.0  # requests a second, per site, after a burst
+    burst: int = 1000
+    per_site: int = 32  # open connections
+    connections: int = 2048
+    handshakes: int = 128  # unfinished; who has shown no certificate yet
+    per_network: int = 16  # of them: an address, or an IPv6 /64
+    silent: float = 3.0  # until the first byte
+    handshake: float = 10.0
+    renewal: float = 60.0  # from one certificate of a site to its next
+    idle: float = 120.0  # of a connection between two requests
+    stall: float = 60.0  # of a request or response that has begun
+    age: float = 3600.0  # of a connection; the next one shows the site's newest certificate
+
+
+@dataclass(eq=False)
+class Peer:
+    """One connection of a site."""
+
+    name: str
+    tls: str
+    until: datetime
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    http: h11.Connection
+    since: float = field(default_factory=time.monotonic)
+
+
+class Denied(Exception):
+    """A request that gets `status` and one line that says why."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        self.status, self.reason = status, reason
+
+
+def peer_of(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Peer:
+    """Who the certificate says it is; the handshake has verified it."""
+    body = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    leaf = x509.load_der_x509_certificate(body)
+    key = leaf.public_key()
+    digest = enrol.tls_digest(key) if isinstance(key, ec.EllipticCurvePublicKey) else ""
+    http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD)
+    name = certs.common_name(leaf.subject)
+    return Peer(name, digest, leaf.not_valid_after_utc, reader, writer, http)
+
+
+def network_of(address: str) -> str:
+    """What one host can choose its addresses from: an IPv4 address, or an IPv6 /64."""
+    found = ip_address(address.partition("%")[0])
+    if isinstance(found, IPv4Address):
+        return str(found)
+    return str(found.ipv4_mapped or ip_network((found, 64), strict=False))
+
+
+def tls_reason(error: ssl.SSLError) -> str:
+    """A handshake's failure, in words."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"certificate: {error.verify_message}"
+    words = {
+        "PEER_DID_NOT_RETURN_A_CERTIFICATE": "no certificate",
+        "UNSUPPORTED_PROTOCOL": "older than TLS 1.3",
+        "HTTP_REQUEST": "plain HTTP",
+    }
+    reason = error.reason or "unknown"
+    return words.get(reason, f"TLS: {reason.lower().replace('_', ' ')}")
+
+
+def content_length(request: h11.Request) -> int | None:
+    """The announced length of the body (h11 admits digits alone); None: not, or not only, so."""
+    headers = dict(request.headers)
+    found = headers.get(b"content-length")
+    return int(found) if found is not None and b"transfer-encoding" not in headers else None
+
+
+def decoded(value: bytes) -> bytes:
+    try:
+        return b64decode(value, validate=True)
+    except ValueError:
+        return b""
