@@ -13,12 +13,11 @@ is valid now. Each request is then refused unless
 | its pace     | is within Limits.rate, per site                                                  |
 
 Two calls are the gateway's own: GET STATUS (with its clock and protocol, for `fedtune doctor`),
-and POST RENEW (a signing request for the same key; one in Limits.renewal seconds: 429 otherwise).
+and POST RENEW (a signing request for the same key; one in Limits.renewal seconds, else 429).
 Guarantee: bodies are streamed and never held; memory grows with open connections alone, and these
 are bounded, in total and per site. Revocation closes a site's open connections within a second.
 Who has shown no certificate keeps nobody out: of unfinished handshakes the oldest gives way, first
-among those of its own network.
-Nothing of a request is parsed but its head; h11 does that.
+among those of its own network. Nothing of a request is parsed but its head; h11 does that.
 Errors: a refusal is counted by its reason in Gateway.refused, and told to the site in one line.
 """
 
@@ -379,8 +378,7 @@ class Gateway:
 
     def _count(self, reason: str, site: str = "") -> None:
         """Count a refusal; print the 1st, 2nd, 4th, 8th ..., so that nobody can fill the disk."""
-        self.refused[reason] += 1
-        count = self.refused[reason]
+        count = self.refused[reason] = self.refused[reason] + 1
         if count & (count - 1) == 0:
             said = {"at": certs.now().isoformat(), "refused": reason, "site": site, "count": count}
             print(json.dumps(said), flush=True)

@@ -259,7 +259,7 @@ def test_an_answer_that_is_longer_than_agreed_is_dropped_before_it_is_put_togeth
     content: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     link, built = SuperLink(answering(*content)), []
-    monkeypatch.setattr(api, "inflate_object_from_contents", lambda *_: built.append(1))
+    monkeypatch.setattr(replies, "inflate_object_from_contents", lambda *_: built.append(1))
     answer = replies.Answer(link, "1", 12 * MIB)
     assert ended(answer) is replies.TooLong
     assert not built
