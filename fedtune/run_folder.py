@@ -20,20 +20,21 @@ PRINTED = "name the folder that a run printed; if it is damaged, copy it again"
 REPORT = {"private": bool, "study": str, "privacy": dict, "base": dict}
 REPORT |= {"base.name": str, "base.digest": str}
 BASE = "base"  # a run's own base, inside it
+RUNS = Path("runs")
 
 
-def folder_for(name: str, *, resume: bool) -> Path:
+def folder_for(name: str, *, resume: bool, runs: Path = RUNS) -> Path:
     """runs/NAME, or the first free runs/NAME-2, -3, …; with `resume` the last one there."""
-    last = fresh = Path("runs") / name
+    last = fresh = runs / name
     number = 1
     while fresh.exists():
         number += 1
-        last, fresh = fresh, Path("runs") / f"{name}-{number}"
+        last, fresh = fresh, runs / f"{name}-{number}"
     return last if resume else fresh
 
 
-def finished(study: Study) -> Path | None:
-    """The newest finished run of this very study under runs/, whatever its plan had filled in
+def finished(study: Study, runs: Path = RUNS) -> Path | None:
+    """The newest finished run of this very study under `runs`, whatever its plan had filled in
     when it started; None for a study without a last round."""
     from fedtune.dp.calibration import with_rounds
 
@@ -41,7 +42,7 @@ def finished(study: Study) -> Path | None:
         return None
     name = study.study.name
     own = re.compile(re.escape(name) + r"(-\d+)?")
-    found = [run for run in Path("runs").glob("*") if own.fullmatch(run.name)]
+    found = [run for run in runs.glob("*") if own.fullmatch(run.name)]
     for run in sorted(found, key=lambda run: (len(run.name), run.name), reverse=True):
         if not (run / "report.json").is_file():
             continue
@@ -56,17 +57,19 @@ def finished(study: Study) -> Path | None:
     return None
 
 
-def new_run(study: Study, out: Path | None, *, resume: bool) -> Path:
-    """The folder of a run that starts or goes on. Errors: ConfigError where no folder was named and
-    this very study is finished: asked for again, it would only be refused, or paid for twice."""
-    if out is None and not resume and (run := finished(study)):
+def new_run(study: Study, out: Path | None, *, resume: bool, runs: Path = RUNS) -> Path:
+    """The folder of a run that starts or goes on: `out`, else one under `runs`.
+
+    Errors: ConfigError where no folder was named and this very study is finished: asked for again,
+    it would only be refused, or paid for twice."""
+    if out is None and not resume and (run := finished(study, runs)):
         raise ConfigError(
             f"this study is finished; {run} is there",
             todo=f"read {run}/report.md. Another study: change study.toml (study.name names its "
             "folder); it is paid from what `fedtune ledger SITE` shows as left. The same again, "
             "paid again where it must be trained again: --out DIR",
         )
-    return out or folder_for(study.study.name, resume=resume)
+    return out or folder_for(study.study.name, resume=resume, runs=runs)
 
 
 def load_plan(run: Path) -> Study:

@@ -287,7 +287,7 @@ def test_a_study_that_is_finished_is_not_run_again_by_the_same_command(study: Pa
     again = run("simulate", study)
     assert again.exit_code == 2 and "this study is finished; runs/tiny is there" in again.stderr
     assert "ceiling" not in again.stderr and not Path("runs/tiny-2").exists()
-    assert run("server", study).stderr == again.stderr
+    assert run("server", study.name).stderr == again.stderr
     assert (study.parent / "north" / "state" / "ledger.head").read_bytes() == spent
     worker.cache_clear()  # as another process would begin
     named = run("simulate", study, "--out", "again")

@@ -150,6 +150,7 @@ WRONG: dict[str, tuple[Callable[[Hub], Any], str, str]] = {
     "set back since": (from_the_future, "clock", "a is of.*goes forward"),
     "another CA": (another_ca, "certificate", "not signed by this consortium's CA"),
     "no CA": (lambda h: (h.home / "ca.pem").write_bytes(b""), "certificates", "from a backup"),
+    "lost CA": (lambda h: (h.home / "ca.pem").unlink(), "certificates", "ca.pem.*from a backup"),
     "wrong SAN": (
         lambda h: h.names.append("other.example.org"),
         "names",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fedtune.config import load_study
 from fedtune.errors import ConfigError
 from fedtune.flower import enrol
 from fedtune.launch import coordinator
@@ -70,21 +71,27 @@ def test_no_second_home_is_made_by_being_in_another_folder(
     assert run("revoke", "a", "--home", site.parent / "coordinator").exit_code == 0
 
 
-def test_the_servers_home_is_beside_its_study_wherever_it_is_started(
+def test_the_servers_home_and_run_are_beside_its_study_wherever_it_is_started(
     site: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study, elsewhere, homes = site.parent.parent / "study.toml", site.parent / "x", list[Path]()
+    runs = list[Path]()
     study.write_text(STUDY)
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
 
-    def serve(*_: object, home: Path, **__: object) -> None:
+    def serve(_: Path, out: Path, *, home: Path, **__: object) -> None:
         homes.append(home)
+        runs.append(out)
         raise ConfigError("enough")
 
     monkeypatch.setattr(coordinator, "serve", serve)
     assert run("server", study).exit_code == run("server", study, "--home", "h").exit_code == 2
-    assert homes == [study.parent / "coordinator", Path("h")]
+    assert run("server", study, "--out", "r").exit_code == 2
+    beside = study.parent / "coordinator"
+    assert homes == [beside, Path("h"), beside]
+    own = study.parent / "runs" / load_study(study).study.name
+    assert [each.resolve() for each in runs] == [own, own, elsewhere / "r"]
 
 
 def test_a_fingerprint_that_differs_is_refused(site: Path) -> None:

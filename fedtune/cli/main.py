@@ -274,7 +274,12 @@ def server(
             show_default=False,
         ),
     ] = None,
-    out: OUT = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Where the run goes. Without it: runs/NAME, beside STUDY."
+        ),
+    ] = None,
     resume: RESUME = False,
     metrics_port: METRICS = None,
 ) -> None:
@@ -288,7 +293,7 @@ def server(
     from fedtune.config import load_study
 
     loaded, home = load_study(study), home or study.parent / "coordinator"
-    folder = new_run(loaded, out, resume=resume)
+    folder = new_run(loaded, out, resume=resume, runs=study.parent / "runs")
     if not loaded.private:
         warn_not_private(_console())
     from fedtune.observe import observer

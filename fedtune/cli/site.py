@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markdown import Markdown
 from rich.markup import escape
 from rich.padding import Padding
 
@@ -271,6 +270,8 @@ def audit(
     """Attack a plan on generated records: a lower bound on ε beside the ε that is claimed.
 
     No site's records are read. A bound above the claim means that something is broken: exit 3."""
+    from rich.markdown import Markdown
+
     from fedtune.errors import Refused
 
     with Console().status("attacking"):

@@ -1,13 +1,17 @@
-"""Clip each unit's gradient and add it up on the integer grid on which sums are exact."""
+"""Clip each unit's gradient and add it up on the integer grid on which sums are exact.
+
+torch is imported where tensors are computed, not before: the commands that show what a plan costs
+need the numbers alone, and answer in a second without it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Mode = Literal["flat", "normalised"]
 Relation = Literal["add or remove one unit", "replace one unit"]
@@ -28,6 +32,8 @@ class Chunk:
 
     def flat(self) -> torch.Tensor:
         """(rows, d), a copy."""
+        import torch
+
         return torch.cat([part.flatten(1) for part in self.parts], dim=1)
 
     def wipe(self) -> None:
@@ -74,6 +80,8 @@ def scales(
     | non-finite row          | 0: such a unit contributes nothing |
     | norm overflows fp64     | 0 |
     """
+    import torch
+
     squares = torch.zeros(len(parts[0]), dtype=torch.float64, device=parts[0].device)
     for block, _, _ in _blocks(parts):
         squares += torch.linalg.vector_norm(block, dim=1).square_()
@@ -91,6 +99,8 @@ def clip(
     gradients: torch.Tensor, max_grad_norm: float, mode: Mode = "flat", gamma: float = 0.01
 ) -> torch.Tensor:
     """The rows of `gradients` (units, d), each scaled by `scales`; fp64, a copy."""
+    import torch
+
     scale = scales([gradients], max_grad_norm, mode, gamma)
     exact = gradients.to(torch.float64, copy=True)
     exact[scale == 0] = 0.0  # 0 · NaN is NaN
@@ -110,6 +120,8 @@ def add_clipped(
     Guarantee: integers add exactly, so the sum does not depend on order or chunking, and no
     floating-point difference between neighbours survives (Mironov 2012). Nothing un-noised but the
     sum is left in memory: the chunk and every buffer are overwritten."""
+    import torch
+
     try:
         scale = scales(chunk.parts, max_grad_norm, mode, gamma)[:, None]
         dropped = scale == 0  # 0 · NaN is NaN
@@ -125,6 +137,8 @@ def add_clipped(
 
 def _blocks(parts: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, int, int]]:
     """Copies in fp64 of some columns at a time, all rows, and where in (d,) they lie."""
+    import torch
+
     start = 0
     for part in parts:
         flat = part.flatten(1)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+if TYPE_CHECKING:
+    import torch
 
 _BLOCK = 2**14  # pairs drawn at once: the working set stays in the processor's cache
 
@@ -32,6 +35,8 @@ def gaussian_on_grid(dimension: int, std: float, grid: float) -> torch.Tensor:
     Errors: ValueError when std or grid is not positive and finite, or their ratio does not fit the
     integers: there is no noiseless call.
     """
+    import torch  # here alone, as in clip.py
+
     scale = std / grid if std > 0 and grid > 0 else math.nan
     if not (math.isfinite(std) and math.isfinite(grid) and 0 < scale < 2.0**59):
         raise ValueError("noise needs a positive standard deviation and grid")

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from fedtune.config import Study
 from fedtune.dp import accountant, clip, noise, sampling
@@ -17,6 +15,9 @@ from fedtune.dp.accountant import Steps
 from fedtune.dp.calibration import resolve
 from fedtune.dp.clip import Chunk
 from fedtune.dp.steplog import Step, StepLog
+
+if TYPE_CHECKING:
+    import torch
 
 RELATION: clip.Relation = "add or remove one unit"
 
@@ -111,6 +112,8 @@ class DpPlan:
         """Σ of the clipped rows in multiples of `grid`, int64 (dimension,). Not noised.
 
         Errors: RuntimeError as in `step`."""
+        import torch
+
         total = torch.zeros(dimension, dtype=torch.int64)
         seen: list[int] = []
         for chunk in gradients(sampled) if sampled else ():
@@ -177,7 +180,7 @@ def plan_for_site(study: Study, declared_size: int, most: int | None = None) -> 
     )
 
 
-AddUp = Callable[[list[int]], torch.Tensor]  # rows -> their clipped sum, int64 (d,)
+AddUp = Callable[[list[int]], "torch.Tensor"]  # rows -> their clipped sum, int64 (d,)
 
 
 class Team(Protocol):

@@ -18,13 +18,15 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-
-import torch
+from typing import TYPE_CHECKING
 
 from fedtune.config import PrivacyTable, Study
 from fedtune.dp.clip import Chunk
 from fedtune.dp.plan import DpPlan
 from fedtune.dp.steplog import StepLog
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger("fedtune.dp")
 NORM = math.sqrt(2)  # of the largest row, (1, 1)

@@ -3,7 +3,8 @@
 One CA for the consortium's whole life; leaves are short-lived and issued again without a new kit.
 Every key here is P-384. A secret file is readable by its owner alone.
 
-    ca(home)                        ca.pem: key and certificate; made once, never replaced
+    ca(home)                        ca.pem: key and certificate; made first of all in a new home,
+                                    never replaced
     server_leaf(home, names)        server.pem: key and leaf; renewed at half of its life
     issue(home, key, name, ...)     a leaf for somebody else's public key
     node_key(path), tls_key(path)   a site's keys, made at the site
@@ -37,6 +38,7 @@ CA_DAYS, LEAF_DAYS = 3650, 30
 SKEW = timedelta(minutes=5)  # a clock may be a little behind
 EC = ec.EllipticCurvePrivateKey
 PEM = serialization.Encoding.PEM
+UNDER_CA = ("signing.key", "server.pem", "nodes")  # of a home: made after its CA, never before
 
 
 def now() -> datetime:
@@ -44,11 +46,26 @@ def now() -> datetime:
 
 
 def ca(home: Path) -> tuple[EC, x509.Certificate]:
-    """The consortium's CA in home/ca.pem (key and certificate); made where there is none."""
-    file = home / "ca.pem"
+    """The consortium's CA in home/ca.pem (key and certificate); made in a home that is new.
+
+    Errors: ConfigError where it is missing beside what only a CA leaves: a second one would cut off
+    every site that was admitted under the first."""
+    file, begun = home / "ca.pem", has_begun(home)
     if not os.path.lexists(file):
+        if begun:
+            raise ConfigError(
+                f"{file}: missing, in the home of a consortium that exists",
+                "the CA under which its sites were admitted",
+                "restore it from a backup; without one, begin with a new home (--home DIR), and "
+                "every site enrols again",
+            )
         _make_ca(file)
     return read_key(file), certificate_in(file, "restore it from a backup")
+
+
+def has_begun(home: Path) -> bool:
+    """Whether the home holds what is made after its CA alone."""
+    return any((home / name).exists() for name in UNDER_CA)
 
 
 def server_leaf(home: Path, names: Sequence[str] = ()) -> Path:

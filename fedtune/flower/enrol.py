@@ -190,13 +190,14 @@ def compare(request: Request, fingerprint: str) -> None:
 
 def admit(home: Path, request: Request, address: str) -> Answer:
     """Register the site and sign its certificate. Errors: Refused, as the table above says;
-    ConfigError where `address` is none."""
+    ConfigError where `address` is none, or a consortium's CA is missing."""
     try:
         host_and_port(address)
     except ValueError as error:
         raise ConfigError(
             f"{address[:80]!r}: sites cannot connect there: it {error}", todo="--address HOST:PORT"
         ) from None
+    pem = certs.ca(home)[1].public_bytes(certs.PEM).decode()
     tls = tls_digest(request.tls)
     known = lookup(home, request.name)
     new = Record(request.name, request.node, tls, request.signing, certs.now().isoformat())
@@ -210,7 +211,6 @@ def admit(home: Path, request: Request, address: str) -> Answer:
             todo=f"where its keys are lost or changed: fedtune revoke {request.name} first",
         )
     leaf = _issued(home, request.tls, request.name)
-    pem = certs.ca(home)[1].public_bytes(certs.PEM).decode()
     signing = SigningKey.at(home / "signing.key").public
     return Answer(request.name, address, pem, leaf.decode(), signing)
 

@@ -59,7 +59,7 @@ def examine(path: Path, place: Place) -> Iterator[Finding]:
         ]
     )
     yield from _for_study(study, place)
-    if (place.home / "ca.pem").exists():
+    if (place.home / "ca.pem").exists() or certs.has_begun(place.home):
         yield from _consortium(place)
     else:
         yield Finding("home", True, f"{place.home}: none yet; `fedtune server` makes it")

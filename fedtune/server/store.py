@@ -29,8 +29,8 @@ from safetensors.numpy import save as to_bytes
 from fedtune.config import Study, study_from_json
 from fedtune.errors import ConfigError, InfrastructureError, InputError
 from fedtune.files.writing import replace
-from fedtune.flower.arrays import Arrays
 from fedtune.strategies import State
+from fedtune.wire.codec import Arrays
 
 FORMAT = "fedtune-run-3"
 FOLDER, DATABASE, FROZEN = "checkpoint", "run.db", "frozen.safetensors"

@@ -16,6 +16,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fedtune.config import load_site
 from fedtune.errors import ConfigError, Refused
 from fedtune.flower import certs, enrol
+from fedtune.flower.processes import free_port
+from fedtune.launch.coordinator import prepare
 from fedtune.wire.keys import SigningKey, canonical
 from tests.flower import kit
 
@@ -189,6 +191,22 @@ def test_two_processes_make_one_ca(tmp_path: Path) -> None:
         thread.join()
     assert len(found) == 8 and len(set(found)) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["ca.pem"]
+
+
+def test_a_lost_ca_is_not_replaced_by_a_new_one(tmp_path: Path) -> None:
+    """Its answers would be of no use to the site, nor the sites' certificates to the gateway."""
+    site, home = kit.site_file(tmp_path / "a", "a", 1), tmp_path / "home"
+    kit.join_up(home, site, 1)
+    other = kit.ask(kit.site_file(tmp_path / "b", "b", 1))
+    kept = (home / "ca.pem").rename(tmp_path / "backup")
+    with pytest.raises(ConfigError, match=r"ca\.pem: missing.*restore it from a backup"):
+        enrol.admit(home, other, "x:1")
+    with pytest.raises(ConfigError, match=r"ca\.pem: missing"):
+        prepare(home, "127.0.0.1", free_port())
+    assert not (home / "ca.pem").exists() and list(enrol.registry(home)) == ["a"]
+    kept.rename(home / "ca.pem")
+    first = json.loads((site.parent / "answer.json").read_text())
+    assert enrol.admit(home, other, "x:1").ca == first["ca"]
 
 
 def test_a_key_that_others_can_read_is_not_used(tmp_path: Path) -> None:
