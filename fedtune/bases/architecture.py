@@ -35,7 +35,7 @@ class Components:
 
 
 def parts_of(whole: Any, kind: Kind) -> Components:
-    """Of a loaded model."""
+    """Find text model, head, tower and projector in a loaded model of this kind."""
     if kind == "encoder":
         return Components(whole)
     if kind == "causal":

@@ -106,7 +106,7 @@ def _reading(base: Base) -> tuple[PreTrainedTokenizerBase, Reader]:
 
 
 def check_records(site: Site) -> None:
-    """The same before any study is known. Errors: DataError."""
+    """Read the site's records before any study is known. Errors: DataError."""
     unit: Literal["patient", "record"] = "patient" if site.data.columns.patient else "record"
     records, _ = read_records(site.data, unit=unit)
     if len({record.unit for record in records}) < 2:
@@ -417,7 +417,7 @@ class SiteWorker:
         return seal(self.key, header)
 
     def shapes(self, digest: str) -> Shapes:
-        """Of the adapter's tensors, by name. Errors: Unprepared."""
+        """Shapes of the adapter's tensors, by name. Errors: Unprepared."""
         parameters = self._known(digest).network.parameters()
         return {name: tuple(parameter.shape) for name, parameter in parameters.items()}
 

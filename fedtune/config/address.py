@@ -14,7 +14,7 @@ def is_host(name: str) -> bool:
 
 
 def host_and_port(text: str) -> tuple[str, int]:
-    """Of "host:port" or "[IPv6]:port". Errors: ValueError."""
+    """Split "host:port" or "[IPv6]:port". Errors: ValueError."""
     host, _, port = text.rpartition(":")
     if host[:1] == "[" and host[-1:] == "]":
         host = host[1:-1]

@@ -77,7 +77,7 @@ class Dataset:
     keys: tuple[bytes, ...] = ()
 
     def without(self, out: Callable[[bytes], bool]) -> Dataset:
-        """The same less the units whose key `out` is true of. Members stay: they were there."""
+        """Leave out the units whose key `out` is true of. Members stay: they were there."""
         kept = [number for number, key in enumerate(self.keys) if not out(key)]
         new = {number: index for index, number in enumerate(kept)}
         examples = [replace(e, unit=new[e.unit]) for e in self.examples if e.unit in new]

@@ -221,7 +221,8 @@ class Bench:
         return self._mean(found)
 
     def look(self, records: Sequence[Record], draws: bytes) -> Look:
-        """The same draws each time, so that two looks differ by their policies alone."""
+        """Evaluate the policy with the same draws each time, so that two evaluations differ by
+        their policies alone."""
         return self._mean(self._answers(records, draws))
 
     def rewards(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:

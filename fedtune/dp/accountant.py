@@ -65,7 +65,7 @@ def epsilon(events: Iterable[Steps], delta: float) -> float:
 
 
 def rdp_epsilon(events: Iterable[Steps], delta: float) -> float:
-    """The same by Rényi DP (Mironov 2017): a looser bound, computed only as a cross-check.
+    """Compose ε by Rényi DP (Mironov 2017): a looser bound, computed only as a cross-check.
 
     Errors: as `epsilon`; and ValueError where RDP is not defined here (k > 1 with q < 1)."""
     return _rdp_epsilon(merged(events), delta)

@@ -151,7 +151,8 @@ class SharedPlan:
     def step(
         self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
     ) -> torch.Tensor:
-        """As DpPlan.step. Errors: those of Team.total besides."""
+        """Run one DP-SGD step as DpPlan.step does, with workers. Errors: also those of
+        Team.total."""
         return self.plan.step(n_rows, dimension, gradients, log, round_, self.team)
 
 

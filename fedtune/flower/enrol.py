@@ -97,7 +97,8 @@ class Answer:
 
     @property
     def fingerprint(self) -> str:
-        """Of the consortium: the same for every site, to be compared by phone as well."""
+        """Fingerprint of the consortium: the same for every site, to be compared by phone as
+        well."""
         return consortium(self.ca, self.coordinator)
 
 

@@ -34,8 +34,8 @@ PAUSE = 0.05  # seconds that one look for a reply may take
 
 
 class ProcessGrid(InProcessGrid):
-    """As InProcessGrid, but the sites answer in `processes` processes; a context manager that ends
-    them. trouble: what the sites' own errors were, by site file.
+    """A grid whose sites answer in `processes` processes; a context manager that ends them.
+    trouble: what the sites' own errors were, by site file.
 
     Guarantee: at most one reply is held here, one more in each process. A process that ends is the
     failure of the site that it was working for; the next message to its sites starts a new one."""

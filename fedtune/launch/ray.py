@@ -37,7 +37,8 @@ def simulate_ray(
     parts: Dependencies | None = None,
     processes: int = 1,
 ) -> dict[str, Any]:
-    """As simulate; each of `processes` Ray workers keeps its own copy of the base in memory.
+    """Simulate in Flower's own runtime; each of `processes` Ray workers keeps its own copy of the
+    base in memory.
 
     Errors: as server.rounds.run; InfrastructureError where Ray is not installed or fails."""
     if importlib.util.find_spec("ray") is None:

@@ -130,14 +130,14 @@ class Ledger:
         return self.known(dataset)(member)
 
     def known(self, dataset: str) -> Callable[[bytes], bool]:
-        """The same as a test of many members, against the dataset as it is now."""
+        """Build a test of whether a member was ever declared as the dataset's, as it stands now."""
         with self._store.writing() as writer:
             hashes = writer.hashes(dataset)
         return lambda member: self._salted(member) in hashes
 
     def elsewhere(self, dataset: str) -> Callable[[bytes], bool]:
-        """Of a patient's key, whether a dataset that shares no patient with `dataset` has it: who
-        is in both takes part where the key was first, or, declared so afterwards, nowhere."""
+        """Build a test of whether a dataset disjoint from `dataset` has a patient's key: who is in
+        both takes part where the key was first, or, declared so afterwards, nowhere."""
         with self._store.writing() as writer:
             names = [
                 name for name in self._account.declared if self._account.disjoint(dataset, name)
@@ -181,7 +181,8 @@ class Ledger:
         return [spent.charge for spent in self.spending(dataset)]
 
     def spending(self, dataset: str | None = None) -> list[Spent]:
-        """The same with entry, time and release; None: every charge in the ledger."""
+        """Everything that counts against `dataset`, with entry, time and release; None: all of
+        it."""
         with self._store.writing():
             return self._account.spent() if dataset is None else self._account.against(dataset)
 
@@ -196,7 +197,7 @@ class Ledger:
             return self._account.newcomer(dataset)
 
     def arrival(self, dataset: str) -> Callable[[bytes], int]:
-        """Of a unit's key, the arrival of its cohort."""
+        """Build a lookup from a unit's key to the arrival of its cohort."""
         self._read()
         return lambda key: self._account.arrivals.of(dataset, self.hashed(key))
 
@@ -231,9 +232,9 @@ class Ledger:
     def reserve_for(
         self, dataset: str, charge: Charge, adapter: str, permit: Permit
     ) -> tuple[int, frozenset[int]]:
-        """The same for those of the dataset whom `permit` allows: it is asked cohort by cohort, and
-        a cohort that it refuses is left out of the round and pays nothing for it. Also returns the
-        arrivals of who is out.
+        """Charge the units of `dataset` whom `permit` allows with one round, cohort by cohort: a
+        cohort that it refuses is left out of the round and pays nothing for it. Returns the
+        reservation's number and the arrivals of who is out.
 
         Guarantee: who is out follows from public charges, the policy and the time of arrival, never
         from a record; and the charge is made even where nobody is left.

@@ -59,7 +59,7 @@ def load_adapter(folder: Path) -> Arrays:
 
 
 def picked(saved: Arrays, names: Iterable[str], folder: Path) -> Arrays:
-    """Those of the arrays in `folder` that a network calls by these names. Errors: ModelError."""
+    """Pick the saved arrays that a network calls by these names. Errors: ModelError."""
     wanted = list(names)
     if missing := [name for name in wanted if name not in saved]:
         raise ModelError(

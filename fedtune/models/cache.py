@@ -175,9 +175,9 @@ class CachedDataset:
             yield self._batch(bucket, records, len(records))
 
     def blocks(self, indices: Indices, most: int | None = None) -> Iterator[Batch]:
-        """The same, each micro-batch a block: of a bucket always as many records, at most `most`,
-        filled with the first again. For whatever is added up over units and noised; on a block of
-        several records no more than THREADS work, until the next is asked for."""
+        """Yield micro-batches of a fixed shape, blocks: of a bucket always as many records, at most
+        `most`, filled with the first again. For whatever is added up over units and noised; on a
+        block of several records no more than THREADS work, until the next is asked for."""
         self._warmed(indices)
 
         def size(bucket: Bucket) -> int:

@@ -61,7 +61,8 @@ class LoadedModel:
     def next_tokens_all(
         self, passages: Sequence[np.ndarray], at: Sequence[np.ndarray]
     ) -> Iterator[torch.Tensor]:
-        """As `next_tokens`, of several passages in one pass: for public text alone."""
+        """Compute next-token log-probabilities of several passages in one pass: for public text
+        alone."""
         weight = self._inner.lm_head.weight
         for states, places in zip(self._states(passages)[0], at, strict=True):
             chosen = states[torch.from_numpy(places)]
@@ -74,7 +75,7 @@ class LoadedModel:
 
     @torch.no_grad()
     def scores_all(self, passages: Sequence[np.ndarray]) -> torch.Tensor:
-        """As `scores`, of several passages in one pass, (n, outputs): for public text alone."""
+        """Score several passages in one pass, (n, outputs): for public text alone."""
         if self.head is None:
             raise ModelError(f"{self.base.name}: has no trained head", "a run that trained one")
         found: torch.Tensor = self.head(pooled(*self._states(passages), self.base.kind))
@@ -97,7 +98,7 @@ class LoadedModel:
         stream: bytes,
         temperature: float = 1.0,
     ) -> list[list[list[int]]]:
-        """As `write`, of several prompts at once, which is faster and couples them: for public
+        """Complete several prompts at once, which is faster and couples them: for public
         prompts alone. Errors: ModelError where the model's figures are not finite."""
         wide = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id

@@ -197,7 +197,7 @@ class Network:
         return self._fills or self._parts.crossed
 
     def frames(self, tiles: int) -> int:
-        """Of a file of so many tiles, the tower's states; 0 where there is no tower."""
+        """Count the tower's states of a file with so many tiles; 0 where there is no tower."""
         return self._parts.frames * tiles
 
     def meets_tiles(self, parameter: nn.Parameter) -> bool:

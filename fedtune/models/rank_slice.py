@@ -39,7 +39,7 @@ def trained_slice(name: str, values: Any, columns: slice) -> Any:
 
 
 def slice_update(arrays: Mapping[str, npt.NDArray[np.float32]], columns: slice) -> Arrays:
-    """Of each array what is trained: the names and shapes of an update."""
+    """Slice the trained columns out of each array: the names and shapes of an update."""
     return {
         name: np.ascontiguousarray(trained_slice(name, a, columns)) for name, a in arrays.items()
     }

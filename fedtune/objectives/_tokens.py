@@ -11,7 +11,7 @@ from fedtune.objectives._shapes import padded_length
 
 
 class Likelihood(NamedTuple):
-    """Of each passage (R,): the log-likelihood of its targets (nats, fp32), and how many."""
+    """Log-likelihood of each passage's targets (R,), nats in fp32, and how many targets."""
 
     total: torch.Tensor
     targets: torch.Tensor
@@ -38,9 +38,9 @@ def likelihood(network: Network, batch: Batch) -> Likelihood:
 
 
 def reference(network: Network, batch: Batch) -> Likelihood:
-    """The same under the policy at the study's start: the frozen base, the adapter off. Never a
-    second model, and never one that saw a record. So it is the same in every step, and is computed
-    when a record is first asked for."""
+    """Compute likelihoods under the policy at the study's start: the frozen base, adapter off.
+    Never a second model, and never one that saw a record. So it is the same in every step, and is
+    computed when a record is first asked for."""
     targets = (batch.target_ids != -100).sum(dim=1)
     known = None if batch.before is None else batch.before[batch.index]
     if known is None or bool(known.isnan().any()):

@@ -134,7 +134,8 @@ class Roster:
     def ask(
         self, kind: str, contents: Mapping[int, RecordDict], group: str, arrays: int = 0
     ) -> Iterator[Reply]:
-        """As server.exchange.ask, of nodes whose answers have `arrays` bytes of numbers at most."""
+        """Send each node its message and yield the replies, each at most `arrays` bytes of numbers
+        and what surrounds them."""
         most, timeout = replies.WORDS + arrays, self.study.strategy.round_timeout
         self.expect(contents, most)
         return ask(self.grid, kind, contents, group, timeout, most)

@@ -102,8 +102,8 @@ class UnitGradientEngine:
                 yield self._means(several[start : start + self._most])
 
     def matrix(self, rows: Sequence[int]) -> torch.Tensor:
-        """The same as one tensor, (rows, d), in the order of `rows`: for tests, on records that
-        are nobody's."""
+        """Compute the gradients of `rows` as one tensor (rows, d), in their order: for tests, on
+        records that are nobody's."""
         found = torch.empty(len(rows), self.dimension)
         place = {row: at for at, row in enumerate(rows)}
         for chunk in self(list(rows)):

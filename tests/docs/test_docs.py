@@ -9,7 +9,7 @@ import pytest
 
 from tests.docs.pages import NOT_RUN, ROOT, broken_links, missing_files, read, run
 
-FOLDERS = (".", "docs", "docs/decisions", "deploy", "examples/*", ".github")
+FOLDERS = (".", "client", "server", "docs", "docs/decisions", "deploy", "examples/*", ".github")
 PAGES = sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.md"))
 
 
