@@ -33,8 +33,9 @@ probability FAILURE per update. What the bound says costs no ε: it reads what w
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -137,3 +138,29 @@ def _rows(site: Terms, x: float) -> float:
     q = site.sampling_rate
     most = ROWS * site.divisor / q
     return min(most, most * q + math.sqrt(2 * most * q * (1 - q) * x) + x / 3)
+
+
+class Limits:
+    """What the plan implies for each site's updates. budget: from study and declared size to the
+    mechanism; computed once for each size."""
+
+    def __init__(self, study: Study, budget: Callable[[Study, int], Mechanism]) -> None:
+        self._study, self._budget = study, budget
+        self._terms: dict[int, Terms] = {}  # by declared size
+
+    def of(self, declared: int, dimension: int, start: float, done: int | None) -> dict[str, Any]:
+        """The limits on an update of `dimension` numbers from an adapter as long as `start`, of a
+        site of this declared size; nothing where the plan adds no noise. done: rounds so far of a
+        study without a last one, where the budget's rounds are one unit's.
+
+        Errors: ConfigError where no mechanism fits the declared size."""
+        if not self._study.private:
+            return {}
+        if declared not in self._terms:
+            self._terms[declared] = terms(
+                self._study, self._budget(self._study, declared), declared
+            )
+        site = self._terms[declared]
+        if done is not None:
+            site = replace(site, steps=(done + 1) * self._study.training.local_steps)
+        return {"terms": site, "longest": norm_bound(self._study, site, dimension, start)}

@@ -28,11 +28,11 @@ from fedtune import strategies
 from fedtune.config import Study
 from fedtune.errors import ConfigError, InfrastructureError
 from fedtune.files.writing import replace
-from fedtune.flower.arrays import Arrays, to_record
+from fedtune.flower.arrays import to_record
 from fedtune.models.rank_slice import pad_update, rank_slice, slice_update
 from fedtune.server import store, summary
 from fedtune.server.admission import NOT_ENROLLED, Outcome, Roster, Tally, outcome, plan_message
-from fedtune.server.bound import Terms, norm_bound, terms
+from fedtune.server.bound import Limits
 from fedtune.server.continuous import Continuous
 from fedtune.server.exchange import Reply, size
 from fedtune.server.parts import Dependencies, Measures
@@ -93,11 +93,11 @@ class _Run:
         self.strategy, self.progress, self.study = strategy, progress, progress.study
         self.rounds = self.study.training.rounds  # None: it goes on until somebody stops it
         self.asks = self.study.strategy
-        self.terms: dict[int, Terms] = {}  # by declared size
+        self.limits = Limits(self.study, parts.budget)
         self.receipts = store.Receipts(parts.receipts)
         mine = parts.key.public  # a site takes a receipt for what it is only from who signed it
-        earlier = self.receipts.read()
-        self.earlier = {k: r for k, r in earlier.items() if r.get("coordinator") == mine}
+        earlier = self.receipts.read().items()
+        self.earlier = {k: r for k, r in earlier if r.get("coordinator") == mine}
         kept = progress.receipts.items()  # a simulation that is resumed has another key
         progress.receipts = {n: r for n, r in kept if r.get("coordinator") == mine}
         plan = plan_message(self.study, progress.frozen, parts.key)
@@ -108,17 +108,14 @@ class _Run:
             summary.lora_ranks(progress.history),
         )
         self.queries = Queries(self.progress, self.roster, parts.key)
-        self.continuous = (
-            Continuous(out, progress, parts, self._event) if self.study.continuous else None
-        )
+        goes_on = self.study.continuous
+        self.continuous = Continuous(out, progress, parts, self._event) if goes_on else None
         own = self.study.evaluation and not self.continuous
         self._evaluator = parts.evaluator(self.study, progress.frozen) if own else None
 
     @property
     def evaluator(self) -> Measures | None:
         return self.continuous.evaluator if self.continuous else self._evaluator
-
-    # ------------------------------------------------------------------------------ phases
 
     def go(self, fresh: bool) -> dict[str, Any]:
         done = self.progress.round
@@ -211,8 +208,6 @@ class _Run:
         left.sort(key=lambda name: tally.failures[name])
         return left[: max(target - len(tally.participants), 0)]
 
-    # ------------------------------------------------------------------------------- a round
-
     def _train(self, names: list[str], tally: Tally, again: bool = True) -> None:
         """Ask `names` for an update and take each in as it arrives.
 
@@ -267,7 +262,9 @@ class _Run:
         columns = rank_slice(self.study.lora, self.roster.lora_ranks.get(name), tally.number)
         part = slice_update(adapter, columns)
         try:
-            limits = self._limits(name, part, start)
+            dimension = sum(array.size for array in part.values())
+            done = self.progress.round if self.continuous else None
+            limits = self.limits.of(self.progress.sizes[name], dimension, start, done)
             limits["encoding"] = self.study.wire.update
             got = outcome(reply, part, self.study.private, before, key, wanted, **limits)
         except ConfigError as error:  # an honest site of such a size says so itself, when it joins
@@ -276,7 +273,8 @@ class _Run:
             got = Outcome("refused", NOT_ENROLLED)
         if got.status == "trained":
             self.progress.receipts[name] = seal.receipt(self.parts.key, got.ledger)
-            weight, declared = self._weight(name, tally)
+            declared = self.progress.sizes[name] if self.asks.weights == "declared" else 1
+            weight = min(declared, self._most(tally))
             if weight < declared:
                 tally.weights[name] = weight
                 got = replace_fields(got, reason=self._said_once(name, weight, declared))
@@ -291,34 +289,16 @@ class _Run:
         self._tell(name, got.status, got.reason, tally.number)
         return got.status
 
-    def _weight(self, name: str, tally: Tally) -> tuple[int, int]:
-        """What the site's update counts for in this round, and for how much it would by itself."""
-        if self.asks.weights == "equal":
-            return 1, 1
-        sizes = self.progress.sizes
+    def _most(self, tally: Tally) -> int:
+        """What a site counts for at most, whatever it declares; the same all round."""
         if not tally.largest:
+            sizes = self.progress.sizes
             tally.largest = LARGEST * median_low(sizes[each] for each in self.roster.willing())
-        return min(sizes[name], tally.largest), sizes[name]
+        return tally.largest
 
     def _said_once(self, name: str, weight: int, declared: int) -> str:
         said = any(name in entry.get("weights", {}) for entry in self.progress.history)
         return "" if said else summary.capped(weight, declared)
-
-    def _limits(self, name: str, part: Arrays, start: float) -> dict[str, Any]:
-        """What the plan implies for this site's updates, of the numbers in `part`, from an adapter
-        as long as `start`; nothing where it adds no noise."""
-        if not self.study.private:
-            return {}
-        declared = self.progress.sizes[name]
-        if declared not in self.terms:
-            self.terms[declared] = terms(
-                self.study, self.parts.budget(self.study, declared), declared
-            )
-        site, dimension = self.terms[declared], sum(a.size for a in part.values())
-        if self.continuous:  # the budget's rounds are one unit's
-            steps = (self.progress.round + 1) * self.study.training.local_steps
-            site = replace_fields(site, steps=steps)
-        return {"terms": site, "longest": norm_bound(self.study, site, dimension, start)}
 
     def _keep(self, tally: Tally) -> None:
         """Apply the round, measure it, and make it last."""
@@ -383,22 +363,17 @@ class _Run:
             return {}
         return evaluator.measure(self.progress.adapter)
 
-    # ------------------------------------------------------------------------------- results
-
     def _finish(self) -> dict[str, Any]:
-        if self.continuous:  # its adapters are released already, and it may go on
-            body = self._body()
-            self.parts.report(self.out, body)
-            self._event("done", out=str(self.out), privacy=body["privacy"], quality=body["quality"])
-            return body
-        progress, folder, draft = self.progress, self.out / "adapter", self.out / "adapter.new"
-        shutil.rmtree(draft, ignore_errors=True)
-        self.parts.save(self.study, progress.adapter, progress.frozen, draft)
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
+        if not self.continuous:  # its adapters are released already
+            progress, folder, draft = self.progress, self.out / "adapter", self.out / "adapter.new"
+            shutil.rmtree(draft, ignore_errors=True)
+            self.parts.save(self.study, progress.adapter, progress.frozen, draft)
+            shutil.rmtree(folder, ignore_errors=True)
+            draft.rename(folder)
         body = self._body()
         self.parts.report(self.out, body)
-        self._enter(Phase.FINISHED)
+        if not self.continuous:  # it may go on
+            self._enter(Phase.FINISHED)
         self._event("done", out=str(self.out), privacy=body["privacy"], quality=body["quality"])
         return body
 
@@ -415,11 +390,11 @@ class _Run:
         replace(self.out / "metrics.jsonl", "".join(lines).encode())
 
     def _tell(self, name: str, status: str, reason: str, round_: int | None = None) -> None:
-        at = self.progress.round + 1 if round_ is None else round_
         if round_ is None and status != "failed":
-            said = status if status == "admitted" else f"{status}: {reason}"
-            self.progress.admission[name] = said
-        self._event("site", name=name, status=status, reason=reason, round=at)
+            said = "" if status == "admitted" else f": {reason}"
+            self.progress.admission[name] = status + said
+        number = round_ or self.progress.round + 1
+        self._event("site", name=name, status=status, reason=reason, round=number)
 
     def _event(self, kind: str, **data: Any) -> None:
         self.on_event(kind, {"private": self.study.private, "rounds": self.rounds, **data})

@@ -612,8 +612,8 @@ WIRE_MUTANTS = (
         "tests/traps/test_trap_22_site_counts.py", "weighting by the true number of units",
     ),
     _one(
-        22, "weights-even-where-equal-is-said", ROUNDS, 'if self.asks.weights == "equal":',
-        'if self.asks.weights == "none":',
+        22, "weights-even-where-equal-is-said", ROUNDS,
+        'if self.asks.weights == "declared" else 1', 'if self.asks.weights != "none" else 1',
         "tests/traps/test_trap_22_weights.py", "a larger site counts more than the plan says",
     ),
     _one(
@@ -668,9 +668,9 @@ ENCODING_MUTANTS = (
         "one tensor's numbers are another's",
     ),
     _one(
-        "wire", "the-bound-counts-from-nothing", ROUNDS,
-        "norm_bound(self.study, site, dimension, start)",
-        "norm_bound(self.study, site, dimension, 0.0)",
+        "wire", "the-bound-counts-from-nothing", "fedtune/server/bound.py",
+        "norm_bound(self._study, site, dimension, start)",
+        "norm_bound(self._study, site, dimension, 0.0)",
         "tests/server/test_wire.py::"
         "test_the_bound_on_an_update_counts_from_the_adapter_that_was_sent",
         "honest sites are dropped where weights decay",
@@ -1071,7 +1071,8 @@ RANK_MUTANTS = (  # of sites that train fewer ranks of one adapter
     ),
     _one(
         "ranks", "bound-over-numbers-not-trained", ROUNDS,
-        "sum(a.size for a in part.values())", "sum(a.size for a in self.progress.adapter.values())",
+        "sum(array.size for array in part.values())",
+        "sum(array.size for array in adapter.values())",
         T_NARROW + "test_an_update_longer_than_its_own_numbers_allow_is_dropped",
         "a site of few ranks may send longer updates than its noise explains",
     ),

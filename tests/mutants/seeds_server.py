@@ -148,8 +148,7 @@ ROUNDS, T_ROUNDS = "fedtune/server/rounds.py", "tests/server/test_rounds.py::"
 WEIGHT_MUTANTS = (
     _one(
         "weights", "a-declared-size-has-no-end", ROUNDS,
-        "return min(sizes[name], tally.largest), sizes[name]",
-        "return sizes[name], sizes[name]",
+        "weight = min(declared, self._most(tally))", "weight = declared",
         T_ROUNDS + "test_one_declared_size_outweighs_nobody", "one site outweighs all others",
     ),
     _one(

@@ -12,7 +12,7 @@ import pytest
 from fedtune.client.site import Update
 from fedtune.config import Encoding, PublicTable, Study
 from fedtune.models.lora import digest
-from fedtune.server import rounds, store, summary
+from fedtune.server import bound, store, summary
 from fedtune.wire import codec
 from tests.server.fakes import SHAPES, FakeSite, make_parts, make_study
 
@@ -95,13 +95,13 @@ def test_the_bound_on_an_update_counts_from_the_adapter_that_was_sent(
     trial: Any, encoding: Encoding, monkeypatch: pytest.MonkeyPatch
 ):
     """Decay and the proximal term pull by as much as it is long; rounded, it may be longer."""
-    honest, starts = rounds.norm_bound, list[float]()
+    honest, starts = bound.norm_bound, list[float]()
 
     def seen(asked: Study, site: Any, dimension: int, start: float) -> float:
         starts.append(start)
         return honest(asked, site, dimension, start)
 
-    monkeypatch.setattr(rounds, "norm_bound", seen)
+    monkeypatch.setattr(bound, "norm_bound", seen)
     _, (a, _) = ran(trial, encoding)
     assert len(starts) == 2 * ROUNDS
     for start, given in zip(starts[::2], a.given, strict=True):
