@@ -25,7 +25,7 @@ from fedtune.data.dataset import Dataset, Example
 from fedtune.dp import clip, noise
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
-from fedtune.objectives import causal_lm
+from fedtune.objectives.causal_lm import CausalLM
 from fedtune.training.unit_gradients import UnitGradientEngine
 
 TOKENS = 128
@@ -52,7 +52,7 @@ def measure(base: str, train: Literal["B", "AB"], records: int, repeats: int) ->
     network = Network(find_base(base), torch.float32, lora, labels=0)
     vocabulary = len(network.tokenizer)
     engine = UnitGradientEngine(
-        CachedDataset(network, random_records(records, vocabulary)), causal_lm
+        CachedDataset(network, random_records(records, vocabulary)), CausalLM()
     )
     d, grid = engine.dimension, clip.grid_for(1.0)
     steps, noises, whole, log = [], [], plan(records), step_log()

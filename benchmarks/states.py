@@ -25,7 +25,7 @@ from fedtune.data.dataset import Dataset
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.models.prefix_store import PREFIX_STORE
-from fedtune.objectives import causal_lm
+from fedtune.objectives.causal_lm import CausalLM
 from fedtune.training.unit_gradients import UnitGradientEngine
 
 WAYS = {"in memory": 2**50, "in the file": 0, "not kept": None}
@@ -53,7 +53,7 @@ def rows(network: Network, name: str, data: Dataset, repeats: int) -> Iterator[s
 
 
 def _seconds(data: CachedDataset) -> float:
-    engine = UnitGradientEngine(data, causal_lm, by="record")
+    engine = UnitGradientEngine(data, CausalLM(), by="record")
     start = time.process_time()
     for chunk in engine(list(range(engine.n_rows))):
         chunk.wipe()

@@ -44,7 +44,7 @@ from fedtune.dp.steplog import StepLog
 from fedtune.models import network as network_module
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
-from fedtune.objectives import causal_lm
+from fedtune.objectives.causal_lm import CausalLM
 from fedtune.training.engines import one_pass as one_pass_module
 from fedtune.training.engines.one_pass import OnePass
 from fedtune.training.unit_gradients import UnitGradientEngine
@@ -311,7 +311,7 @@ class Ours:
 
     def __init__(self, world: World) -> None:
         self.data = CachedDataset(world.network(), world.dataset)
-        self.engine = UnitGradientEngine(self.data, causal_lm)
+        self.engine = UnitGradientEngine(self.data, CausalLM())
         self.optimizer = world.optimizer(self.engine.parameters)
         self.plan = plan(len(world.ids))
         self.log = step_log()
@@ -338,7 +338,7 @@ class OursNotPrivate(Ours):
         total = [torch.zeros(p.shape) for p in self.engine.parameters]
         with one_pass.watching(), patch.object(one_pass_module, "per_record", _summed):
             for batch in self.data.batches(range(count)):
-                found = one_pass(causal_lm.losses(network, batch))
+                found = one_pass(CausalLM().losses(network, batch))
                 for mean, part in zip(total, found, strict=True):
                     mean += part[0] / count
         for parameter, mean in zip(self.engine.parameters, total, strict=True):

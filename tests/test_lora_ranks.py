@@ -32,7 +32,7 @@ from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network, build
 from fedtune.models.rank_slice import ALL, rank_slice, slice_update, trained_slice
 from fedtune.models.start import start
-from fedtune.objectives import causal_lm
+from fedtune.objectives.causal_lm import CausalLM
 from fedtune.strategies import build as strategy_of
 from fedtune.training import unit_gradients
 from fedtune.training.local_round import local_round
@@ -205,7 +205,7 @@ def network(tiny_base: Path) -> Network:
 
 def engine_of(network: Network, wanted: Any, columns: slice) -> UnitGradientEngine:
     data = CachedDataset(network, records([1, 3, 2, 1, 4, 2]))
-    return UnitGradientEngine(data, causal_lm, engine=wanted, columns=columns)
+    return UnitGradientEngine(data, CausalLM(), engine=wanted, columns=columns)
 
 
 @pytest.mark.parametrize("wanted", ENGINES)

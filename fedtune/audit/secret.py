@@ -27,8 +27,8 @@ DIGITS = 8
 COLUMNS = {  # of the canaries that are ranked
     "text": ("prompt", "completion"),
     "label": ("text", "label"),
-    "pair": ("prompt", "chosen", "rejected"),
-    "judged": ("prompt", "chosen", "rejected"),
+    "preference": ("prompt", "chosen", "rejected"),
+    "unpaired_preference": ("prompt", "chosen", "rejected"),
 }
 
 
@@ -67,7 +67,7 @@ def exposure(network: Network, study: Study, secrets: int = SECRETS, pool: int =
     Reference: Carlini et al. 2019, "The secret sharer", section 4.2."""
     numbers = _numbers(study, secrets, pool)
     rows = [_row(study, at, number) for at in range(secrets) for number in numbers[at]]
-    columns = Columns(**{name: name for name in COLUMNS[resolve(study.objective).shape]})
+    columns = Columns(**{name: name for name in COLUMNS[resolve(study.objective).record_format]})
     with tempfile.TemporaryDirectory(prefix="fedtune-canaries-") as folder:
         path = Path(folder) / "canaries.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -113,13 +113,14 @@ def _limit(secrets: int) -> float:
 @torch.no_grad()
 def _losses(cached: CachedDataset, study: Study) -> np.ndarray:
     objective = resolve(study.objective)
-    if objective.teacher:  # what the student makes of the record's own answer, whoever taught it
+    if objective.taught_by:  # what the student makes of the record's own answer, whoever taught it
         name = "classify" if study.objective.labels else "causal_lm"
         plain = study.objective.model_copy(update={"name": name, "options": {}})
         objective = resolve(plain)
     found = np.empty(len(cached.dataset.examples))
     for batch in cached.batches(range(len(found))):
-        if objective.shape == "judged":  # measured on pairs: how likely the better answer is
+        if objective.record_format == "unpaired_preference":
+            # Measured on pairs: how likely the better answer is.
             losses = -likelihood(cached.network, batch).mean.view(-1, 2)[:, 0]
         else:
             losses = objective.losses(cached.network, batch)
@@ -139,11 +140,11 @@ def _numbers(study: Study, secrets: int, pool: int) -> np.ndarray:
 
 def _row(study: Study, at: int, number: int) -> dict[str, str]:
     said, patient = f"The access code of ward {at} is", f"canary-{at}"
-    shape = resolve(study.objective).shape
-    if shape == "label":
+    record_format = resolve(study.objective).record_format
+    if record_format == "label":
         label = study.objective.labels[at % len(study.objective.labels)]
         return {"text": f"{said} {number}", "label": label, "patient": patient}
     row = {"prompt": said, "completion": f" {number}", "patient": patient}
-    if shape == "text":
+    if record_format == "text":
         return row
     return row | {"label": "yes", "chosen": f" {number}", "rejected": " not known"}

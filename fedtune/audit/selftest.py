@@ -252,8 +252,8 @@ def _edited(data: Dataset, unit: int, study: Study, network: Network) -> Dataset
     """The same records but for `unit`'s: reversed, other targets, another file, the next label, one
     length."""
     draw, examples = np.random.default_rng(unit), list(data.examples)
-    shape = resolve(study.objective).shape
-    labels = 2 if shape == "judged" else max(1, len(study.objective.labels))
+    record_format = resolve(study.objective).record_format
+    labels = 2 if record_format == "unpaired_preference" else max(1, len(study.objective.labels))
 
     def other(old: Passage) -> Passage:
         targets = np.roll(old.input_ids, 3)

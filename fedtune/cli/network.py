@@ -219,8 +219,9 @@ def doctor(
     else:
         from fedtune.client.doctor import examine
         from fedtune.client.review import read_plan
+        from fedtune.config import load_site
 
-        found = examine(file, read_plan(study) if study else None)
+        found = examine(file, read_plan(study, load_site(file)) if study else None)
     bad = 0
     for finding in found:
         mark = "[green]ok  [/green]" if finding.good else "[red]BAD [/red]"

@@ -57,7 +57,8 @@ def review(
     from fedtune.errors import PolicyRefused, plain
     from fedtune.ledger.ledger import Ledger
 
-    here, plan = load_site(site), read_plan(study)
+    here = load_site(site)
+    plan = read_plan(study, here)
     book = Ledger(here.site.state)
     found = look(plan, here, book)
     console = Console()

@@ -17,7 +17,7 @@ from fedtune.errors import BudgetExceeded, FedtuneError, PolicyRefused
 from fedtune.ledger.entries import Charge
 from fedtune.models.cache import CachedDataset
 from fedtune.objectives import resolve
-from fedtune.objectives._interface import ObjectiveSpec
+from fedtune.objectives._interface import Objective
 
 
 def asked_for(study: Study, round_: int) -> DpPlan:
@@ -106,7 +106,7 @@ def unit_rows(study: Study, data: CachedDataset) -> torch.Tensor:
 
 
 def _losses(
-    objective: ObjectiveSpec, data: CachedDataset, records: Sequence[int]
+    objective: Objective, data: CachedDataset, records: Sequence[int]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Indices of some of `records` with their losses, fp64; NaN of a record that makes a library
     raise, which costs its unit alone. Errors: FedtuneError, which no record decides."""

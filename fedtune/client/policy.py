@@ -5,17 +5,20 @@ A refusal names the rule and public values only, so the coordinator may see it."
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fedtune.bases.find import Base, base_of_plan
-from fedtune.config import BASES, LoraTable, PolicyTable, PrivacyTable, Site, Study
+from fedtune.config import BASES, RELEASE, LoraTable, PolicyTable, PrivacyTable, Site, Study
 from fedtune.dp import accountant
 from fedtune.dp.calibration import sampling_rate
 from fedtune.dp.filter import Total, total_epsilon
 from fedtune.dp.plan import DpPlan, plan_for_site
 from fedtune.errors import BudgetExceeded, ConfigError, PolicyRefused
 from fedtune.ledger.entries import Charge, Spent
-from fedtune.objectives import resolve
+from fedtune.modalities import MODALITIES
+from fedtune.objectives import OBJECTIVES, resolve
+from fedtune.registry import Group
+from fedtune.strategies import STRATEGIES
 
 
 def base_for(study: Study, site: Site) -> Base:
@@ -53,11 +56,8 @@ def refusals(
     study: Study, site: Site, plan: DpPlan | None, coordinator: str = ""
 ) -> Iterator[PolicyRefused]:
     """Every rule that the plan breaks. Nothing of the data is looked at."""
-    policy = site.policy
-    listed: list[tuple[str, str, Sequence[str]]] = [
-        ("objectives", study.objective.name, policy.objectives),
-        ("strategies", study.strategy.name, policy.strategies),
-    ]
+    policy, listed = site.policy, list[tuple[str, str, Sequence[str]]]()
+    yield from _about_plugins(study, policy)
     if policy.bases != "any":
         listed.append(("bases", study.base.digest or "a base without digest", policy.bases))
     if policy.coordinators:
@@ -73,7 +73,37 @@ def refusals(
             yield PolicyRefused("the plan does not pin lora.a_digest")
         yield from _about_rank(study.lora, site.site.lora_rank)
     yield from _about_privacy(study, site, plan)
-    yield from _about_teacher(study, policy)
+    if may_resolve(study, policy):
+        yield from _about_teacher(study, policy)
+
+
+def permit_plugins(study: Study, site: Site) -> None:
+    """Return if the site's policy names every plug-in of the study, before one is imported.
+
+    Errors: PolicyRefused."""
+    for refusal in _about_plugins(study, site.policy):
+        raise refusal
+
+
+def may_resolve(study: Study, policy: PolicyTable) -> bool:
+    """Whether more than the name of the study's objective may be looked at here: it is this
+    release's, or the policy names it."""
+    return study.objective.name in OBJECTIVES.release() or not any(_about_plugins(study, policy))
+
+
+def _about_plugins(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]:
+    """Names alone are compared: what another distribution brings is code that has not run here."""
+    asked: list[tuple[Group[Any], str | None, Sequence[str]]] = [
+        (OBJECTIVES, study.objective.name, policy.objectives),
+        (STRATEGIES, study.strategy.name, policy.strategies),
+        (MODALITIES, study.base.modality, policy.modalities),
+    ]
+    for group, name, listed in asked:
+        allowed = [listed] if isinstance(listed, str) else list(listed)
+        if RELEASE in allowed:
+            allowed += group.release()
+        if name is not None and name not in allowed:
+            yield PolicyRefused(f"policy.{group.name} does not list {name!r}")
 
 
 def _about_rank(lora: LoraTable, most: int | None) -> Iterator[PolicyRefused]:
@@ -99,7 +129,7 @@ def _about_rank(lora: LoraTable, most: int | None) -> Iterator[PolicyRefused]:
 
 def _about_teacher(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]:
     """A teacher sets every record's target, so it must not have seen the records without noise."""
-    spec = resolve(study.objective).teacher
+    spec = resolve(study.objective).taught_by
     if spec is None or spec.digest in policy.teachers:
         return
     from fedtune.models.teacher import find_teacher

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedtune import __version__
-from fedtune.client.policy import accounted, refusals, total_of, within_budget
+from fedtune.client.policy import (
+    accounted,
+    may_resolve,
+    permit_plugins,
+    refusals,
+    total_of,
+    within_budget,
+)
 from fedtune.config import ScheduleTable, Site, Study, format_duration, load_study, study_from_json
 from fedtune.dp.accountant import epsilon
 from fedtune.dp.plan import DpPlan, plan_for_site
@@ -16,7 +23,7 @@ from fedtune.files import reading
 from fedtune.ledger.entries import Charge
 from fedtune.ledger.ledger import Ledger
 from fedtune.ledger.spending import heaviest
-from fedtune.objectives import describe, names, resolve
+from fedtune.objectives import describe, resolve
 from fedtune.report.claim import best_guess, percent, protects, rounded_up, strength
 
 
@@ -31,18 +38,19 @@ class Review:
     verdict: str
 
 
-def read_plan(path: Path) -> Study:
+def read_plan(path: Path, site: Site) -> Study:
     """A plan from study.toml, or as a coordinator sent it or its run folder keeps it (JSON).
 
     A study.toml is resolved first (the base's digest, the adapter's frozen factor, the rounds):
     only a resolved plan has the digest that a site is asked to run.
-    Errors: ConfigError; ModelError where the base is not to be had."""
+    Errors: ConfigError; ModelError where the base is not to be had; PolicyRefused where it names a
+    plug-in that the site's policy does not, of which nothing is imported."""
     if path.suffix == ".json":
         return study_from_json(reading.text(path, "a plan as JSON, or study.toml"))
     from fedtune.models.start import start
     from fedtune.models.teacher import own_teacher
 
-    study = load_study(path)
+    study = load_study(path, lambda study: permit_plugins(study, site))
     own_teacher(study)
     return start(study).study
 
@@ -123,16 +131,11 @@ def _runs(study: Study, plan: DpPlan | None, site: Site) -> list[str]:
         f"Code: fedtune {__version__} as installed here. Nothing the coordinator sends is run.",
         f"Base: {study.base.model}, {study.base.digest or 'digest not pinned'}{_bits(study)}.",
         f"Trained: {where}; objective {study.objective.name}.",
-        *_objective(study),
+        *_objective(study, site),
         f"{t.rounds} rounds of {t.local_steps} step{'s' if t.local_steps > 1 else ''} each.",
     ]
     if study.schedule and plan:
         lines[-1:] = _goes_on(study.schedule, t.local_steps, plan)
-    if teacher := resolve(study.objective).teacher:
-        lines.append(
-            f"Teacher: {teacher.name}, {teacher.digest}. It sets every record's target, so it must "
-            "never have seen these records without noise."
-        )
     if plan is None:
         return [*lines, "NOT PRIVATE: no noise is added and nothing is promised."]
     drawn = "record" if plan.records > 1 else plan.unit
@@ -165,8 +168,16 @@ def _goes_on(schedule: ScheduleTable, steps: int, plan: DpPlan) -> list[str]:
     ]
 
 
-def _objective(study: Study) -> list[str]:
-    return [describe(study.objective)] if study.objective.name in names() else []
+def _objective(study: Study, site: Site) -> list[str]:
+    if not may_resolve(study, site.policy):
+        return []
+    lines = [describe(study.objective)]
+    if teacher := resolve(study.objective).taught_by:
+        lines.append(
+            f"Teacher: {teacher.name}, {teacher.digest}. It sets every record's target, so it must "
+            "never have seen these records without noise."
+        )
+    return lines
 
 
 def _leaves(study: Study) -> list[str]:

@@ -23,7 +23,7 @@ from fedtune.client.policy import accounted, admit, base_for, order_of, planned,
 from fedtune.client.review import pending
 from fedtune.config import Site, SiteData, Study, load_site
 from fedtune.data.dataset import Dataset
-from fedtune.data.load import check_shape, load_dataset
+from fedtune.data.load import check_columns, load_dataset
 from fedtune.data.reader import Reader
 from fedtune.data.records import read_records, unit_member
 from fedtune.dp.non_private import PlainPlan, plain_plan
@@ -94,15 +94,15 @@ def check_data(site: Site, study: Study, base: Base | None = None) -> None:
     """What only the site may know: whether its records suit the study. base: without it, the one
     that the study names: for one's own studies. Errors: DataError."""
     base = base or find_base(site.site.base or study.base.model, study.base.digest)
-    tokenizer, reader = _reading(base)
+    tokenizer, reader = _reading(base, study.base.modality)
     load_dataset(site.data, study, tokenizer, reader=reader)
 
 
 @lru_cache(maxsize=1)
-def _reading(base: Base) -> tuple[PreTrainedTokenizerBase, Reader]:
+def _reading(base: Base, modality: str | None) -> tuple[PreTrainedTokenizerBase, Reader]:
     """How a base reads records; once for all simulated sites."""
     tokenizer = load_tokenizer(base)
-    return tokenizer, modalities.reader(base, tokenizer)
+    return tokenizer, modalities.reader(base, tokenizer, modality)
 
 
 def check_records(site: Site) -> None:
@@ -241,7 +241,7 @@ class SiteWorker:
         noise alone. Errors: DataError where no file is there or its columns do not suit the study,
         which no record decides."""
         ledger = self.ledger
-        check_shape(data, study, network.tokenizer, reader=network.reader)
+        check_columns(data, study, network.tokenizer, reader=network.reader)
         if not data.path.exists():
             raise DataError(f"{data.path}: no such file", "the site's records")
         elsewhere = ledger.elsewhere(data.name)

@@ -9,6 +9,7 @@ from fedtune.config.load import load_site, load_study, study_from_json
 from fedtune.config.site import (
     BASES,
     MODULES,
+    RELEASE,
     CoordinatorTable,
     PolicyTable,
     Site,
@@ -38,6 +39,7 @@ from fedtune.config.types import Columns, DataFile, Encoding, Table, format_dura
 __all__ = [
     "BASES",
     "MODULES",
+    "RELEASE",
     "BaseTable",
     "ClippingTable",
     "Columns",

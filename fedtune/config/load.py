@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -27,13 +28,16 @@ WORDS = {  # a pattern, as a person would say it
 }
 
 
-def load_study(path: Path) -> Study:
+def load_study(path: Path, permit: Callable[[Study], None] = lambda study: None) -> Study:
     """Read study.toml; relative paths are relative to the file.
 
-    Errors: ConfigError naming the file and the key."""
+    permit: whether the plug-ins that the study names may be imported; it raises if not. Without it
+    they may, as in a study of one's own.
+    Errors: ConfigError naming the file and the key; as `permit` has it."""
     from fedtune import objectives, strategies
 
     study = _load(Study, path)
+    permit(study)
     try:
         strategies.build(study)
         objectives.resolve(study.objective)

@@ -36,6 +36,12 @@ MODULES = (
 )
 
 
+# "release": every one of this release, which alone, or among names, stands for them all. An entry
+# point of another distribution is named, or it is not even imported.
+Plugins = tuple[str, ...] | Literal["release"]
+RELEASE: Literal["release"] = "release"
+
+
 class SiteTable(Table):
     name: Name
     declared_size: Count  # units, as a person declares it; public; no code derives it from the data
@@ -83,10 +89,9 @@ class PolicyTable(Table):
     max_steps: Count = 10_000  # of one study
     max_rank: Rank = 64
     modules: tuple[str, ...] = MODULES  # that an adapter may sit on
-    objectives: tuple[str, ...] = (
-        *("causal_lm", "classify", "distill", "dpo", "kto", "orpo", "reward"),
-    )
-    strategies: tuple[str, ...] = ("fedavg", "fedadam", "fedprox", "trimmed_mean")
+    objectives: Plugins = RELEASE
+    strategies: Plugins = RELEASE
+    modalities: Plugins = RELEASE
     bases: tuple[Digest, ...] | Literal["any"] = BASES  # "any": whatever verifies
     teachers: tuple[Digest, ...] = ()  # taken here to be public, whatever they say of themselves
     coordinators: tuple[str, ...] = ()  # public signing keys; empty: whoever TLS lets through

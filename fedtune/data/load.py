@@ -27,7 +27,7 @@ from fedtune.data.records import (
 from fedtune.data.tokenize import _passage, _texts, _tokenise
 from fedtune.errors import DataError
 from fedtune.objectives import resolve
-from fedtune.objectives._interface import Shape
+from fedtune.objectives._interface import RecordFormat
 
 log = logging.getLogger("fedtune.data")
 
@@ -48,14 +48,15 @@ class Unit(NamedTuple):
 class UnitReader:
     """Makes one unit's records into examples: tokenised, capped, taught.
 
-    It is given one unit at a time and holds nothing but public things. most: records of one unit,
-    at most; None: all.
+    It is given one unit at a time and holds nothing but public things. scored: a head reads the
+    text to its end; most: records of one unit, at most; None: all.
     Guarantee: which of a unit's records train, and as what, follows from that unit's records and
     their own past alone; whatever one of them makes a library do costs that record alone."""
 
     objective: ObjectiveTable
     tokenizer: PreTrainedTokenizerBase
-    shape: Shape
+    record_format: RecordFormat
+    scored: bool
     labelled: bool = True
     reader: Reader | None = None
     teach: Callable[[Record, Example], Soft] | None = None
@@ -92,13 +93,12 @@ class UnitReader:
             placed, tiles = self.reader.place(record, self.objective)
             starts = self.reader.starts
         tokens, label = _tokenise(
-            placed, self.objective, self.tokenizer, self.shape, self.labelled, starts
+            placed, self.objective, self.tokenizer, self.record_format, self.labelled, starts
         )
         if self.reader:
             for ids, _ in tokens:
                 self.reader.check(ids, tiles)
-        scored = resolve(self.objective).outputs > 0
-        own, *worse = (_passage(*each, scored) for each in tokens)
+        own, *worse = (_passage(*each, self.scored) for each in tokens)
         return Example(*own, label, 0, worse[0] if worse else None, record.media, tiles)
 
     def _taught(self, record: Record, example: Example) -> Example:
@@ -149,7 +149,8 @@ def load_dataset(
     Guarantee: if not strict, what a unit trains on, and whether, follows from its own rows and its
     own past alone (UnitReader): with one unit more or less, nothing of the others changes."""
     table = table_of(file)
-    shape = check_shape(file, study, tokenizer, labelled, reader)
+    objective = resolve(study.objective)
+    record_format = check_columns(file, study, tokenizer, labelled, reader)
     unit = study.unit if table == "data" else "record"
     records, counted = read_records(file, unit=unit, labelled=labelled, strict=strict)
     rejected = counted.copy()
@@ -157,7 +158,10 @@ def load_dataset(
     for record in records:
         of_unit.setdefault(record.unit, []).append(record)
     most = study.max_records_per_unit if unit == "patient" else None
-    read = UnitReader(study.objective, tokenizer, shape, labelled, reader, teach, most)
+    scored = objective.outputs > 0
+    read = UnitReader(
+        study.objective, tokenizer, record_format, scored, labelled, reader, teach, most
+    )
     units: dict[str, Unit] = {}
     for key, own in of_unit.items():
         if unit == "patient" and without(key):
@@ -197,8 +201,11 @@ def dataset_of(
     teach: Callable[[Record, Example], Soft] | None = None,
 ) -> Dataset:
     """Public records, each a unit; of one to classify no label is asked. Errors: DataError."""
-    shape = resolve(study.objective).shape
-    read = UnitReader(study.objective, tokenizer, shape, shape != "label", teach=teach)
+    objective = resolve(study.objective)
+    labelled, scored = objective.record_format != "label", objective.outputs > 0
+    read = UnitReader(
+        study.objective, tokenizer, objective.record_format, scored, labelled, teach=teach
+    )
     made = [read([record]) for record in records]
     rejected = Counter(reason for unit in made for reason in unit.rejected)
     found = [example for unit in made for example in unit.examples]
@@ -208,30 +215,30 @@ def dataset_of(
     return Dataset(examples, len(examples), rejected)
 
 
-def check_shape(
+def check_columns(
     file: DataFile,
     study: Study,
     tokenizer: PreTrainedTokenizerBase,
     labelled: bool = True,
     reader: Reader | None = None,
-) -> Shape:
+) -> RecordFormat:
     """Whether the file's columns suit the study, and what they hold; nothing is read.
 
     Evaluation records of a study on pairs or judgements are pairs. Errors: DataError."""
     table = table_of(file)
     columns, objective, at = file.columns, study.objective, f"{table}.columns"
-    shape = resolve(objective).shape
+    record_format = resolve(objective).record_format
     if table == "data" and study.unit == "patient" and not columns.patient:
         raise no_patients(table)
     _check_media(file, objective, reader)
-    if shape == "label":
+    if record_format == "label":
         if columns.messages or (labelled and not columns.label):
             raise DataError(
                 "objective classify cannot use these columns", f"{at}.text and {at}.label"
             )
         if labelled and not objective.labels:
             raise DataError("objective.labels is empty", "the public list of classes")
-        return shape
+        return record_format
     if objective.template is not None and "{text}" not in objective.template:
         raise DataError("objective.template has no place for the prompt", "{text} in it")
     if columns.messages and not tokenizer.chat_template:
@@ -239,12 +246,13 @@ def check_shape(
             f"the base has no chat template and {at}.messages is given",
             f"{at}.prompt and {at}.completion, or a chat base",
         )
-    if labelled and shape != "text":
-        needed = ("completion", "label") if shape == "judged" and table == "data" else _PAIR
+    if labelled and record_format != "text":
+        judged = record_format == "unpaired_preference" and table == "data"
+        needed = ("completion", "label") if judged else _PAIR
         if not all(getattr(columns, name) for name in needed):
             expected = ", ".join(f"{at}.{name}" for name in ("prompt", *needed))
             raise DataError(f"objective {objective.name} cannot use these columns", expected)
-        return "judged" if needed != _PAIR else "pair"
+        return "unpaired_preference" if judged else "preference"
     if labelled and columns.prompt and not columns.completion:
         raise DataError(f"{at}.prompt is given without {at}.completion", "both")
     return "text"

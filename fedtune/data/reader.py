@@ -20,9 +20,11 @@ class Reader(Protocol):
     text's own beginning, so the tokenizer adds none; avoid: token ids that no other text may hold.
     """
 
-    column: Literal["image", "audio"] | None
     starts: bool
     avoid: frozenset[int]
+
+    @property
+    def column(self) -> Literal["image", "audio"] | None: ...
 
     def place(self, record: Record, objective: ObjectiveTable) -> tuple[Record, int]:
         """The record with place-holders in its text, and its number of tiles (1 where there is

@@ -18,7 +18,7 @@ from fedtune.data.records import (
     Record,
 )
 from fedtune.objectives import resolve
-from fedtune.objectives._interface import Shape
+from fedtune.objectives._interface import RecordFormat
 
 Segment = tuple[str, bool]  # text, whether its tokens are targets
 
@@ -41,13 +41,14 @@ def passage_of(
 ) -> Passage:
     """A prompt and its completion, as training saw them; where a head is trained, all of it, and of
     a text to classify the prompt alone. Errors: Rejected."""
-    if resolve(objective).shape == "label":
+    kind = resolve(objective)
+    if kind.record_format == "label":
         tokens, _ = _classify(
             Record("", prompt), objective, tokenizer, labelled=False, starts=False
         )
     else:
         tokens = _written(Record("", prompt, completion), objective, tokenizer, labelled=True)
-    return _passage(*tokens, resolve(objective).outputs > 0)
+    return _passage(*tokens, kind.outputs > 0)
 
 
 def _passage(tokens: list[int], targets: list[bool], scored: bool) -> Passage:
@@ -62,18 +63,20 @@ def _tokenise(
     record: Record,
     objective: ObjectiveTable,
     tokenizer: PreTrainedTokenizerBase,
-    shape: Shape,
+    record_format: RecordFormat,
     labelled: bool,
     starts: bool,
 ) -> tuple[list[Tokens], int]:
     """Token ids of at most max_length with their targets, of a pair the worse ones too; and the
     label's index."""
-    if shape == "label":
+    if record_format == "label":
         tokens, label = _classify(record, objective, tokenizer, labelled, starts)
         return [tokens], label
     tokens = _written(record, objective, tokenizer, labelled)
-    if shape != "pair":
-        return [tokens], int(record.label) if shape == "judged" else NO_TARGET
+    if record_format == "unpaired_preference":
+        return [tokens], int(record.label)
+    if record_format == "text":
+        return [tokens], NO_TARGET
     worse = replace(record, completion=record.rejected)
     return [tokens, _written(worse, objective, tokenizer, labelled)], NO_TARGET
 

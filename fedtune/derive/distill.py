@@ -120,7 +120,7 @@ def _first(models: Sequence[LoadedModel], runs: Sequence[Path]) -> Study:
             raise ConfigError(f"{run}: not a run folder", "finished runs as teachers")
     study = models[0].study
     assert study is not None
-    if resolve(study.objective).shape == "pair" and resolve(study.objective).outputs:
+    if resolve(study.objective).record_format == "preference" and resolve(study.objective).outputs:
         raise ConfigError(f"{runs[0]}: a reward model teaches no answers", "a model that answers")
     return study
 
@@ -185,7 +185,7 @@ def _study(first: Study, base: Base, name: str, out: Path, lora: LoraTable) -> S
     """The first teacher's plan with the student's base and adapter: what `fedtune evaluate` and
     `generate` read."""
     table = first.objective
-    label = resolve(table).shape == "label"
+    label = resolve(table).record_format == "label"
     kept: dict[str, Any] = {"name": "classify" if label else "causal_lm", "options": {}}
     pinned = BaseTable(model=name, digest=base.digest, dtype="auto")
     changes: dict[str, Any] = {"base": pinned, "lora": lora, "public": None}
@@ -227,7 +227,7 @@ def _learn(
 ) -> dict[str, Any]:
     """AdamW on the divergence from the teachers, from `start`; the epoch that is best on held-out
     prompts stays. Returns the report's "quality"."""
-    from fedtune.objectives import distill as objective
+    from fedtune.objectives.distill import divergence
 
     cached = CachedDataset(network, data)
     draw = np.random.default_rng(settings.seed)
@@ -243,7 +243,7 @@ def _learn(
 
     def losses(rows: list[int]) -> list[torch.Tensor]:
         batches = cached.batches(rows, 2048)
-        return [objective.losses(network, b, temperature=settings.temperature) for b in batches]
+        return [divergence(network, b, settings.temperature) for b in batches]
 
     @torch.no_grad()
     def measured() -> float:
@@ -258,7 +258,7 @@ def _learn(
         for at in range(0, len(shuffled), settings.batch):
             rows = shuffled[at : at + settings.batch]
             for batch in cached.batches(rows, 2048):
-                each = objective.losses(network, batch, temperature=settings.temperature)
+                each = divergence(network, batch, settings.temperature)
                 torch.autograd.backward(each.sum() / len(rows))
             optimizer.step()
             optimizer.zero_grad()

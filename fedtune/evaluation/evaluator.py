@@ -21,12 +21,13 @@ from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import Arrays
 from fedtune.models.network import Network, build
 from fedtune.objectives import resolve
-from fedtune.objectives._interface import Batch, Shape
+from fedtune.objectives._interface import Batch, RecordFormat
 from fedtune.objectives._tokens import likelihood
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+PREFERENCES = ("preference", "unpaired_preference")
 ROWS = 512  # positions whose logits over the vocabulary are held at once
 
 
@@ -38,11 +39,12 @@ def check_evaluation(study: Study) -> None:
     table, objective = study.evaluation, resolve(study.objective)
     if table is None:
         return
-    _check(table, study.objective.name, objective.shape)
+    _check(table, study.objective.name, objective.record_format)
     base = find_base(study.base.model, study.base.digest)
     tokenizer = load_tokenizer(base)
-    data = load_dataset(table, study, tokenizer, reader=modalities.reader(base, tokenizer))
-    if table.metric in CHOSEN and objective.shape != "label":
+    reader = modalities.reader(base, tokenizer, study.base.modality)
+    data = load_dataset(table, study, tokenizer, reader=reader)
+    if table.metric in CHOSEN and objective.record_format != "label":
         _spelled(tokenizer, data, table.choices, study.objective.max_length)
 
 
@@ -57,9 +59,9 @@ class Evaluator:
         if table is None:
             raise ConfigError("the study has no [evaluation] table", "one, with path and columns")
         self._objective = resolve(study.objective)
-        self.metric, self.classify = table.metric, self._objective.shape == "label"
-        self.paired = self._objective.shape in ("pair", "judged")
-        _check(table, study.objective.name, self._objective.shape)
+        self.metric, self.classify = table.metric, self._objective.record_format == "label"
+        self.paired = self._objective.record_format in PREFERENCES
+        _check(table, study.objective.name, self._objective.record_format)
         self.network: Network = build(study)
         self._factor = self.network.adopt(study, frozen or {})
         data = load_dataset(table, study, self.network.tokenizer, reader=self.network.reader)
@@ -139,7 +141,7 @@ class Evaluator:
             said = self.network.logits(self.network.pool(hidden, batch.mask))[:, 0]
         better, worse = said.view(-1, 2).unbind(dim=1)
         scores.margin[index] = (better - worse).double().cpu().numpy()
-        if self._objective.shape == "pair":
+        if self._objective.record_format == "preference":
             losses = self._objective.losses(self.network, batch)
         else:  # judgements are evaluated on pairs: how likely the better completion is
             losses = -better
@@ -238,12 +240,12 @@ def _spell(example: Example, choice: list[int]) -> Example:
     return replace(example, input_ids=ids, target_ids=targets)
 
 
-def _check(table: EvaluationTable, objective: str, shape: Shape) -> None:
-    classify = shape == "label"
-    if (table.metric == "preference") != (shape in ("pair", "judged")) and table.metric != "loss":
+def _check(table: EvaluationTable, objective: str, record_format: RecordFormat) -> None:
+    classify = record_format == "label"
+    if (table.metric == "preference") != (record_format in PREFERENCES) and table.metric != "loss":
         raise ConfigError(
             f'evaluation.metric = "{table.metric}" does not fit objective {objective}',
-            "loss or preference" if shape in ("pair", "judged") else "another metric",
+            "loss or preference" if record_format in PREFERENCES else "another metric",
         )
     if classify and table.metric in ("perplexity", "exact_match"):
         raise ConfigError(

@@ -47,7 +47,7 @@ def generate(
             f"`fedtune evaluate {run} --data FILE` measures it",
         )
     tokenizer: Any = load_tokenizer(base)
-    reader = modalities.reader(base, tokenizer)
+    reader = modalities.reader(base, tokenizer, study.base.modality)
     shown, prompt = _shown(reader, file, prompt, study.objective)
     backbone: Any = load_backbone(base, torch.float32)
     if study.base.quantisation:

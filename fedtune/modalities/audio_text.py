@@ -1,14 +1,11 @@
-"""A recording and what is said in it, for Whisper.
-
-The base folder's own feature extractor makes log-mel spectrograms of one length. The decoder's text
-begins with Whisper's own start tokens; a transcript, or nothing, follows."""
+"""A recording and what is said in it."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import wave
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,8 +18,8 @@ from fedtune.data.files import Rejected
 from fedtune.data.media import Media, sound
 from fedtune.data.records import Record
 from fedtune.errors import ModelError
+from fedtune.modalities._interface import Modality
 
-KINDS = ("speech",)
 _START = "<|startoftranscript|>"
 
 
@@ -70,8 +67,17 @@ class Speech:
         return Media("audio", file.getvalue(), hashlib.sha256(file.getvalue()).digest())
 
 
-def reader(base: Base, tokenizer: PreTrainedTokenizerBase) -> Speech:
-    return Speech(base, tokenizer)
+@dataclass(frozen=True)
+class AudioText(Modality):
+    """A recording and what is said in it, for Whisper.
+
+    The base folder's own feature extractor makes log-mel spectrograms of one length. The decoder's
+    text begins with Whisper's own start tokens; a transcript, or nothing, follows."""
+
+    kinds = ("speech",)
+
+    def reader(self, base: Base, tokenizer: PreTrainedTokenizerBase) -> Speech:
+        return Speech(base, tokenizer)
 
 
 def _start(tokenizer: Any) -> str:

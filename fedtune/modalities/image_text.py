@@ -1,16 +1,11 @@
-"""An image and a text about it, for Idefics3, SmolVLM, LLaVA and Qwen2-VL.
-
-The base folder's own image processor resizes, normalises and, where it says so, splits an image
-into tiles. For each tile the text holds a run of image tokens, which the network fills in with what
-its tower and projector make of that tile. Qwen2-VL takes an image of any size; here it is always
-shown on one square, so that where the text stands does not depend on the image."""
+"""An image and a text about it."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -25,8 +20,8 @@ from fedtune.data.files import Rejected
 from fedtune.data.media import EXTRA, Media, picture
 from fedtune.data.records import Record
 from fedtune.errors import ConfigError, ModelError
+from fedtune.modalities._interface import Modality
 
-KINDS = ("image_text",)
 _FAKE, _GLOBAL = "<fake_token_around_image>", "<global-img>"
 
 
@@ -160,11 +155,22 @@ class Square(Images):
         return self._marks[0] + self._token * self._run + self._marks[1]
 
 
-def reader(base: Base, tokenizer: PreTrainedTokenizerBase) -> Images:
-    config = _config(base)
-    if hasattr(config, "vision_start_token_id"):
-        return Square(base, tokenizer)
-    return (Tiled if hasattr(config, "scale_factor") else Images)(base, tokenizer)
+@dataclass(frozen=True)
+class ImageText(Modality):
+    """An image and a text about it, for Idefics3, SmolVLM, LLaVA and Qwen2-VL.
+
+    The base folder's own image processor resizes, normalises and, where it says so, splits an image
+    into tiles. For each tile the text holds a run of image tokens, which the network fills in with
+    what its tower and projector make of that tile. Qwen2-VL takes an image of any size; here it is
+    always shown on one square, so that where the text stands does not depend on the image."""
+
+    kinds = ("image_text",)
+
+    def reader(self, base: Base, tokenizer: PreTrainedTokenizerBase) -> Images:
+        config = _config(base)
+        if hasattr(config, "vision_start_token_id"):
+            return Square(base, tokenizer)
+        return (Tiled if hasattr(config, "scale_factor") else Images)(base, tokenizer)
 
 
 @lru_cache(maxsize=4)

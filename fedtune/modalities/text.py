@@ -1,6 +1,8 @@
-"""Text alone: nothing to place."""
+"""Text alone."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,8 +12,7 @@ from fedtune.bases.find import Base
 from fedtune.config import ObjectiveTable
 from fedtune.data.media import Media
 from fedtune.data.records import Record
-
-KINDS = ("causal", "encoder")
+from fedtune.modalities._interface import Modality
 
 
 class Text:
@@ -31,8 +32,11 @@ class Text:
         return None
 
 
-def reader(base: Base, tokenizer: PreTrainedTokenizerBase) -> Text:
-    return Text()
+@dataclass(frozen=True)
+class TextModality(Modality):
+    """Text alone: nothing to place."""
 
+    kinds = ("causal", "encoder")
 
-TEXT = Text()
+    def reader(self, base: Base, tokenizer: PreTrainedTokenizerBase) -> Text:
+        return Text()

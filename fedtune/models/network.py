@@ -55,7 +55,7 @@ def build(study: Study, base: Base | None = None) -> Network:
     apart = {"a_digest": None, "a_init": "seed", "min_rank": None}
     lora = study.lora and study.lora.model_copy(update=apart)
     dtype, stored = dtype_of(study.base.dtype), study.base.quantisation
-    return _build(base, dtype, lora, outputs, stored)
+    return _build(base, dtype, lora, outputs, stored, study.base.modality)
 
 
 @lru_cache(maxsize=1)
@@ -65,8 +65,9 @@ def _build(
     lora: LoraTable | None,
     outputs: int,
     quantisation: QuantisationTable | None,
+    modality: str | None,
 ) -> Network:
-    return Network(base, dtype, lora, outputs, quantisation)
+    return Network(base, dtype, lora, outputs, quantisation, modality)
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -105,12 +106,13 @@ class Network:
         lora: LoraTable | None,
         labels: int,
         quantisation: QuantisationTable | None = None,
+        modality: str | None = None,
     ) -> None:
         if not lora and not labels:
             raise ConfigError("nothing to train", "a [lora] table, or objective classify or reward")
         self.base, self.dtype, self.kind = base, dtype, base.kind
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(base)
-        self.reader = modalities.reader(base, self.tokenizer)
+        self.reader = modalities.reader(base, self.tokenizer, modality)
         whole = load_backbone(base, dtype)
         # A processor here unless there is a GPU; CUDA_VISIBLE_DEVICES says which, as anywhere.
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

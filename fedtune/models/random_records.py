@@ -59,8 +59,8 @@ def words(
 def random_records(network: Network, study: Study, count: int = 8, length: int = 16) -> Dataset:
     """`count` units of one record each, drawn from the study's public seed."""
     draw = np.random.default_rng(study.study.seed)
-    shape = resolve(study.objective).shape
-    labels = 2 if shape == "judged" else max(1, len(study.objective.labels))
+    record_format = resolve(study.objective).record_format
+    labels = 2 if record_format == "unpaired_preference" else max(1, len(study.objective.labels))
 
     def passage(shown: Shown) -> Passage:
         ids = words(network, draw, length + 1)
@@ -71,6 +71,6 @@ def random_records(network: Network, study: Study, count: int = 8, length: int =
     examples = []
     for unit in range(count):
         shown = show(network, study.objective, draw)
-        own, worse = passage(shown), passage(shown) if shape == "pair" else None
+        own, worse = passage(shown), passage(shown) if record_format == "preference" else None
         examples.append(Example(*own, unit % labels, unit, worse, shown.media, shown.tiles))
     return made_up(Dataset(examples, count, Counter()), study, network.vocabulary)

@@ -32,7 +32,7 @@ def teaching(study: Study) -> Teach | None:
     """What marks a site's records for `study`; None where its objective has no teacher.
 
     Errors: ModelError (no teacher here, or of another digest), ConfigError (of another kind)."""
-    spec = resolve(study.objective).teacher
+    spec = resolve(study.objective).taught_by
     return None if spec is None else taught_by([find_teacher(spec)], study.objective, spec)
 
 
@@ -76,7 +76,7 @@ def own_teacher(study: Study) -> None:
     found by its digest from now on.
 
     Errors: ModelError."""
-    spec = resolve(study.objective).teacher
+    spec = resolve(study.objective).taught_by
     if spec is not None:
         load(spec.name, spec.digest)
 
@@ -85,7 +85,7 @@ def made_up(data: Dataset, study: Study, vocabulary: int, seed: int = 0) -> Data
     """`data` with random targets where the study has a teacher: for checks on generated records.
 
     Each record's are drawn from its own tokens."""
-    if resolve(study.objective).teacher is None:
+    if resolve(study.objective).taught_by is None:
         return data
     labels = len(study.objective.labels)
     outcomes = labels or min(8, vocabulary)

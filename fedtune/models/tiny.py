@@ -46,7 +46,8 @@ def tiny_network(study: Study, base: Base) -> Network:
         outputs = resolve(study.objective).outputs
         lora = study.lora and _scaled(study.lora, *layers)
         small = find_base(name)
-        network = Network(small, torch.float32, lora, outputs, study.base.quantisation)
+        stored, modality = study.base.quantisation, study.base.modality
+        network = Network(small, torch.float32, lora, outputs, stored, modality)
     draw = np.random.default_rng(study.study.seed)
     network.load_trainable(
         {n: draw.normal(size=a.shape).astype(np.float32) for n, a in network.trainable().items()}
@@ -68,8 +69,8 @@ def generated(study: Study, network: Network, sizes: Sequence[int], stream: int 
     units share batches; behind a file of noise, where the base reads files. The same study and
     stream give the same records."""
     draw = np.random.default_rng([study.study.seed, stream])
-    shape = resolve(study.objective).shape
-    labels = 2 if shape == "judged" else max(1, len(study.objective.labels))
+    record_format = resolve(study.objective).record_format
+    labels = 2 if record_format == "unpaired_preference" else max(1, len(study.objective.labels))
 
     def passage(shown: Shown) -> Passage:
         length = int(draw.integers(9, 25))
@@ -83,7 +84,7 @@ def generated(study: Study, network: Network, sizes: Sequence[int], stream: int 
         for _ in range(size):
             shown = show(network, study.objective, draw)
             own = passage(shown)
-            worse = passage(shown) if shape == "pair" else None
+            worse = passage(shown) if record_format == "preference" else None
             label = int(draw.integers(labels))
             examples.append(Example(*own, label, unit, worse, shown.media, shown.tiles))
     return made_up(Dataset(examples, len(sizes), Counter()), study, network.vocabulary)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -68,22 +68,20 @@ class Batch:
     before: torch.Tensor | None = None
 
 
-# text: prompt and completion, or plain text; label: text and one of the labels; pair: a prompt,
-# the better and the worse completion; judged: a completion and whether it is desirable.
-Shape = Literal["text", "label", "pair", "judged"]
+# text: prompt and completion, or plain text; label: text and one of the labels; preference: a
+# prompt, the better and the worse completion; unpaired_preference: a completion and whether it is
+# desirable.
+RecordFormat = Literal["text", "label", "preference", "unpaired_preference"]
 
 
-READS: dict[Shape, str] = {
+READS: dict[RecordFormat, str] = {
     "text": "prompts with their completions, conversations, or plain text",
     "label": "texts, each with one of the study's labels",
-    "pair": "pairs, a prompt with a better and a worse answer (columns prompt, chosen, rejected); "
-    "a pair is one record: what its two answers add up to is clipped once",
-    "judged": "judged answers, each desirable or not (columns prompt, completion, label)",
+    "preference": "pairs, a prompt with a better and a worse answer (columns prompt, chosen, "
+    "rejected); a pair is one record: what its two answers add up to is clipped once",
+    "unpaired_preference": "judged answers, each desirable or not (columns prompt, completion, "
+    "label)",
 }
-
-
-class Objective(Protocol):
-    def losses(self, network: Network, batch: Batch) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -97,14 +95,36 @@ class Teacher:
     top: int = 64
 
 
-@dataclass(frozen=True)
-class ObjectiveSpec:
-    """An objective with the study's options. outputs: rows of the head that it trains, or 0."""
+@dataclass(frozen=True, kw_only=True)
+class Objective(ABC):
+    """What is learned from a record, and from which.
 
-    shape: Shape
-    outputs: int
-    losses: Callable[[Network, Batch], torch.Tensor]
-    teacher: Teacher | None = None
+    Subclasses are frozen dataclasses. The fields that they add are study.objective.options, whose
+    defaults say of which type each is; `__post_init__` checks their range. The first paragraph of
+    their docstring is what a site reads of it before it signs. labels: objective.labels.
+    Guarantee that a subclass must keep, and `fedtune check-plugin` measures: a record's loss
+    depends on that record alone, and comes out the same each time."""
+
+    labels: tuple[str, ...] = ()
+
+    @property
+    @abstractmethod
+    def record_format(self) -> RecordFormat:
+        """What a record must say. Most subclasses have a class attribute."""
+
+    @property
+    def outputs(self) -> int:
+        """Rows of the head that is trained; 0: the model's own head."""
+        return 0
+
+    @property
+    def taught_by(self) -> Teacher | None:
+        """Whose figures each record carries as targets."""
+        return None
+
+    @abstractmethod
+    def losses(self, network: Network, batch: Batch) -> torch.Tensor:
+        """The loss of each record, (B,) fp32."""
 
 
 def require(condition: bool, option: str, expected: str) -> None:

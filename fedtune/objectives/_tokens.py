@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
-from fedtune.objectives._interface import Batch, Network
 from fedtune.objectives._shapes import padded_length
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedtune.objectives._interface import Batch, Network
 
 
 class Likelihood(NamedTuple):
@@ -28,6 +30,8 @@ def likelihood(network: Network, batch: Batch) -> Likelihood:
 
     | a passage without targets | 0.0, and no gradient |
     """
+    import torch
+
     keep, targets = labelled(batch.target_ids)
     hidden = network.hidden(batch.prefix, batch.mask, keep, batch.seen)
     wanted = targets != -100
@@ -41,6 +45,9 @@ def reference(network: Network, batch: Batch) -> Likelihood:
     """Compute likelihoods under the policy at the study's start: the frozen base, adapter off.
     Never a second model, and never one that saw a record. So it is the same in every step, and is
     computed when a record is first asked for."""
+
+    import torch
+
     targets = (batch.target_ids != -100).sum(dim=1)
     known = None if batch.before is None else batch.before[batch.index]
     if known is None or bool(known.isnan().any()):
@@ -56,6 +63,8 @@ def labelled(target_ids: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tenso
     """Positions with a target, first in each row, (R, K), and what is there, -100 on padding; all
     positions, as None, where most of them have one: choosing would cost more than it saves. K is
     the same for every record of a bucket."""
+    import torch
+
     wanted = target_ids != -100
     most = padded_length(max(1, int(wanted.sum(dim=1).max())))
     if most > 0.75 * target_ids.shape[1]:

@@ -1,18 +1,26 @@
-"""Next-token cross-entropy on the labelled positions alone."""
+"""Next-token prediction."""
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-from fedtune.objectives._interface import Batch, Network
+from fedtune.objectives._interface import Batch, Network, Objective, RecordFormat
 from fedtune.objectives._tokens import likelihood
 
-SHAPE = "text"
+if TYPE_CHECKING:
+    import torch
 
 
-def losses(network: Network, batch: Batch) -> torch.Tensor:
-    """Mean negative log-likelihood (nats) of each record's own target tokens, (B,) fp32.
+@dataclass(frozen=True)
+class CausalLM(Objective):
+    """Next-token cross-entropy on the labelled positions alone."""
 
-    | a record without targets | 0.0, and no gradient |
-    """
-    return -likelihood(network, batch).mean
+    record_format: ClassVar[RecordFormat] = "text"
+
+    def losses(self, network: Network, batch: Batch) -> torch.Tensor:
+        """Mean negative log-likelihood (nats) of each record's own target tokens, (B,) fp32.
+
+        | a record without targets | 0.0, and no gradient |
+        """
+        return -likelihood(network, batch).mean

@@ -1,21 +1,30 @@
-"""Cross-entropy of a linear head on one vector per record."""
+"""Classification."""
 
 from __future__ import annotations
 
-import torch
-from torch.nn import functional
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-from fedtune.objectives._interface import Batch, Network
+from fedtune.objectives._interface import Batch, Network, Objective, RecordFormat
 
-SHAPE = "label"
-
-
-def outputs(labels: tuple[str, ...]) -> int:
-    return len(labels)
+if TYPE_CHECKING:
+    import torch
 
 
-def losses(network: Network, batch: Batch) -> torch.Tensor:
-    """Negative log-likelihood (nats) of each record's label, (B,) fp32."""
-    hidden = network.hidden(batch.prefix, batch.mask, seen=batch.seen)
-    logits = network.logits(network.pool(hidden, batch.mask))
-    return functional.cross_entropy(logits, batch.label, reduction="none")
+@dataclass(frozen=True)
+class Classify(Objective):
+    """Cross-entropy of a linear head on one vector per record."""
+
+    record_format: ClassVar[RecordFormat] = "label"
+
+    @property
+    def outputs(self) -> int:
+        return len(self.labels)
+
+    def losses(self, network: Network, batch: Batch) -> torch.Tensor:
+        """Negative log-likelihood (nats) of each record's label, (B,) fp32."""
+        from torch.nn import functional
+
+        hidden = network.hidden(batch.prefix, batch.mask, seen=batch.seen)
+        logits = network.logits(network.pool(hidden, batch.mask))
+        return functional.cross_entropy(logits, batch.label, reduction="none")

@@ -1,70 +1,82 @@
-"""Distillation: a small student learns a frozen teacher's whole distribution, not its answer alone.
-
-At the sites the teacher must be public, or trained under (ε, δ) itself: one that was fitted to the
-records makes each record's target depend on all the others, and no clipping of the student's
-gradients bounds that."""
+"""Distillation."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
-
-from fedtune.objectives._interface import Batch, Network, Shape, Teacher, require
+from fedtune.objectives._interface import (
+    Batch,
+    Network,
+    Objective,
+    RecordFormat,
+    Teacher,
+    require,
+)
 from fedtune.objectives._shapes import even
 from fedtune.objectives._tokens import labelled
+
+if TYPE_CHECKING:
+    import torch
 
 ROWS = 256  # positions whose logits over the vocabulary are held at once
 LEAST = 1e-6  # of a probability that all other outcomes share
 
 
-def shape(labels: tuple[str, ...]) -> Shape:
-    return "label" if labels else "text"
+@dataclass(frozen=True)
+class Distill(Objective):
+    """Distillation: a small student learns a frozen teacher's whole distribution, not its answer
+    alone. At the sites the teacher must be public, or trained under (ε, δ) itself: one that was
+    fitted to the records makes each record's target depend on all the others, and no clipping of
+    the student's gradients bounds that.
+
+    hard: how much of the loss is the record's own answer; top: how many of the teacher's next
+    tokens are heard.
+    References: Hinton et al. 2015, section 2 (T²); Kim and Rush 2016, section 3."""
+
+    teacher: str = ""
+    digest: str = ""
+    temperature: float = 1.0
+    hard: float = 0.0
+    top: float = 64
+
+    def __post_init__(self) -> None:
+        require(bool(self.teacher), "teacher", "a base, or a finished run's folder")
+        known = bool(re.fullmatch(r"sha256:[0-9a-f]{64}", self.digest))
+        require(known, "digest", "the teacher's, as `fedtune models verify` prints it")
+        require(0 < self.temperature <= 100, "temperature", "a number above 0")
+        require(0 <= self.hard < 1, "hard", "at least 0 and below 1")
+        whole = self.top >= 2 and self.top == int(self.top)
+        require(whole, "top", "a whole number of at least 2")
+
+    @property
+    def record_format(self) -> RecordFormat:
+        return "label" if self.labels else "text"
+
+    @property
+    def outputs(self) -> int:
+        return len(self.labels)
+
+    @property
+    def taught_by(self) -> Teacher:
+        return Teacher(self.teacher, self.digest, self.temperature, int(self.top))
+
+    def losses(self, network: Network, batch: Batch) -> torch.Tensor:
+        return divergence(network, batch, self.temperature, self.hard)
 
 
-def outputs(labels: tuple[str, ...]) -> int:
-    return len(labels)
-
-
-def check(
-    *,
-    teacher: str = "",
-    digest: str = "",
-    temperature: float = 1.0,
-    hard: float = 0.0,
-    top: float = 64,
-) -> None:
-    require(bool(teacher), "teacher", "a base, or a finished run's folder")
-    known = bool(re.fullmatch(r"sha256:[0-9a-f]{64}", digest))
-    require(known, "digest", "the teacher's, as `fedtune models verify` prints it")
-    require(0 < temperature <= 100, "temperature", "a number above 0")
-    require(0 <= hard < 1, "hard", "at least 0 and below 1")
-    require(top >= 2 and top == int(top), "top", "a whole number of at least 2")
-
-
-def taught(
-    *, teacher: str, digest: str, temperature: float = 1.0, hard: float = 0.0, top: float = 64
-) -> Teacher:
-    return Teacher(teacher, digest, temperature, int(top))
-
-
-def losses(
-    network: Network,
-    batch: Batch,
-    *,
-    teacher: str = "",
-    digest: str = "",
-    temperature: float = 1.0,
-    hard: float = 0.0,
-    top: float = 64,
+def divergence(
+    network: Network, batch: Batch, temperature: float = 1.0, hard: float = 0.0
 ) -> torch.Tensor:
     """(1 - hard) · T² · KL(teacher ‖ student) + hard · cross-entropy of each record, (B,) fp32: the
-    mean over its own targets. Next tokens beyond the teacher's `top` likeliest are one outcome.
+    mean over its own targets. Next tokens beyond the teacher's likeliest are one outcome.
 
     | a record without targets | 0.0, and no gradient |
-    References: Hinton et al. 2015, section 2 (T²); Kim and Rush 2016, section 3."""
+    """
+    import torch
+    from torch.nn import functional
+
     assert batch.soft is not None  # models/teacher.py marked every record
     tokens, wanted = batch.soft
     if network.has_head:
@@ -97,6 +109,10 @@ def _next_tokens(
     heard: tuple[float, float],
 ) -> torch.Tensor:
     """The loss of each position, (n,); logits over the vocabulary are formed again going back."""
+    import torch
+    from torch.nn import functional
+    from torch.utils.checkpoint import checkpoint
+
     temperature, hard = heard
 
     def chosen(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,6 +130,8 @@ def _next_tokens(
 
 def _with_rest(logp: torch.Tensor) -> torch.Tensor:
     """(n, k) and, as one more outcome, all others."""
+    import torch
+
     rest = (1 - logp.exp().sum(dim=1, keepdim=True)).clamp_min(LEAST).log()
     return torch.cat([logp, rest], dim=1)
 

@@ -65,6 +65,7 @@ PHRASES = (
     "policy.allow_privacy_off", "policy.admission", "policy.min_noise_multiplier",
     "policy.min_units", "policy.max_grad_norm", "policy.max_sampling_rate", "policy.max_steps",
     "policy.max_rank", "policy.modules", "policy.objectives", "policy.strategies",
+    "policy.modalities",
     "does not run with --watch", "the plan has no [schedule]", "the plan's own lifetime",
     "policy.bases", "policy.coordinators", "policy.release", "policy.teachers",
     "every charge is of the study's own unit", "the plan leaves training.rounds open",

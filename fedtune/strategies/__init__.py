@@ -1,45 +1,30 @@
-"""Aggregation strategies, one file each. A new one is a new file here with one Strategy class."""
+"""Aggregation strategies: one module each, a dataclass whose fields are study.strategy.options."""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from typing import TYPE_CHECKING
 
-from fedtune.errors import ConfigError
+from fedtune.registry import Group
 from fedtune.strategies._base import Arrays, State, Strategy
 
 if TYPE_CHECKING:
     from fedtune.config import Study
 
 
-__all__ = ["Arrays", "State", "Strategy", "build", "find", "names"]
+__all__ = ["STRATEGIES", "Arrays", "State", "Strategy", "build", "names"]
+
+STRATEGIES = Group("strategies", "strategy.name", __name__, Strategy)  # type: ignore[type-abstract]
 
 
 def names() -> list[str]:
-    """Every strategy in this package."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
-
-
-def find(name: str) -> type[Strategy]:
-    """The Strategy class of the module `name`. Errors: ConfigError listing the names there are."""
-    if name not in names():
-        raise ConfigError(f"strategy.name = {name!r} is not known", "one of " + ", ".join(names()))
-    module = importlib.import_module(f"{__name__}.{name}")
-    (found,) = (
-        value
-        for value in vars(module).values()
-        if isinstance(value, type)
-        and issubclass(value, Strategy)
-        and value.__module__ == module.__name__
-    )
-    return found
+    """Every strategy of this release."""
+    return STRATEGIES.release()
 
 
 def build(study: Study) -> Strategy:
     """The study's strategy with its options.
 
     Errors: ConfigError (unknown strategy or option, value out of range, clash with the study)."""
-    strategy = find(study.strategy.name).from_options(study.strategy.options)
+    strategy = STRATEGIES.build(study.strategy.name, study.strategy.options)
     strategy.check(study)
     return strategy

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,23 +21,14 @@ State = dict[str, npt.NDArray[np.float64]]
 class Strategy(ABC):
     """Turns a round's updates (fp32 differences from the adapter that was sent) into an adapter.
 
-    Subclasses are dataclasses whose fields are the options of study.strategy.options.
+    Subclasses are dataclasses whose fields are the options of study.strategy.options; what they
+    keep of a round, and from round to round, is not among the fields.
     | no update was added      | `apply` returns the adapter as it was, and the state stays |
     | updates in another order | the same result, to 1e-12 of the largest value             |
     Guarantee: post-processing of what the sites sent; costs no ε.
     """
 
     averages: ClassVar[bool] = True  # n identical updates move the adapter by exactly that update
-
-    @classmethod
-    def from_options(cls, options: Mapping[str, float]) -> Self:
-        """Errors: ConfigError naming the option."""
-        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        for name in options:
-            if name not in known:
-                expected = "one of " + ", ".join(known) if known else "no options"
-                raise ConfigError(f"strategy.options.{name} is not known", expected)
-        return cls(**options)
 
     def check(self, study: Study) -> None:  # noqa: B027 - a hook that most leave empty
         """Errors: ConfigError where the rest of the study does not fit this strategy."""

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from fedtune.bases import digest as digest_module
+from fedtune.bases import find as base_module
 from fedtune.bases import known_here
-from fedtune.bases import resolve as base_module
 from fedtune.bases.find import base_of_plan, find_base
 from fedtune.client.policy import base_for
 from fedtune.client.site import SiteWorker
@@ -222,7 +222,7 @@ def test_ones_own_teacher_is_found_by_its_name_once(tmp_path: Path, tiny_base: P
 def _teacher(study: Study) -> Any:
     from fedtune.objectives import resolve
 
-    return resolve(study.objective).teacher
+    return resolve(study.objective).taught_by
 
 
 def run(code: str, folder: Path, **environment: str) -> str:

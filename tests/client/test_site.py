@@ -207,7 +207,7 @@ def test_a_signed_admission_is_for_one_plan(tmp_path: Path, tiny_base: Path) -> 
     refused = worker.prepare(made.study, made.frozen)
     assert not refused.admitted and "nobody at the site has signed" in refused.reason
     (waiting,) = (tmp_path / "state" / "plans").glob("*.json")
-    plan = read_plan(waiting)
+    plan = read_plan(waiting, worker.site)
     assert plan.digest == made.study.digest
     seen = review(plan, worker.site, worker.ledger)
     assert seen.refusals == [] and seen.digest == plan.digest

@@ -61,7 +61,7 @@ def test_the_ledger_shows_who_arrived_when_and_who_is_out(world: Path) -> None:
 
 def test_the_review_says_that_there_is_no_last_round(world: Path) -> None:
     site = load_site(world / "site-north.toml")
-    found = review(read_plan(world / "run" / "plan.json"), site, Ledger(site.site.state))
+    found = review(read_plan(world / "run" / "plan.json", site), site, Ledger(site.site.state))
     text = " ".join(line for _, lines in found.sections for line in lines)
     assert "NO LAST ROUND: a round of 1 step every 1h" in text and "at most 5 rounds" in text
     assert "None rounds" not in text and "never because records arrived" in text
@@ -70,7 +70,7 @@ def test_the_review_says_that_there_is_no_last_round(world: Path) -> None:
     assert found.refusals == []
     tight = site.policy.model_copy(update={"max_epsilon": 1.0})
     refused = review(
-        read_plan(world / "run" / "plan.json"),
+        read_plan(world / "run" / "plan.json", site),
         site.model_copy(update={"policy": tight}),
         Ledger(site.site.state),
     )

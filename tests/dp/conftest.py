@@ -15,7 +15,7 @@ from fedtune.data.dataset import Dataset, Example
 from fedtune.dp.plan import DpPlan
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
-from fedtune.objectives import causal_lm
+from fedtune.objectives.causal_lm import CausalLM
 from fedtune.training.unit_gradients import UnitGradientEngine
 
 
@@ -51,7 +51,7 @@ def network(request: pytest.FixtureRequest, tiny_base: Path) -> Network:
 @pytest.fixture(params=["auto", "opacus"])
 def engine(request: pytest.FixtureRequest, network: Network) -> UnitGradientEngine:
     data = CachedDataset(network, records([1, 3, 2, 1, 4, 2]))
-    return UnitGradientEngine(data, causal_lm, engine=request.param)
+    return UnitGradientEngine(data, CausalLM(), engine=request.param)
 
 
 @pytest.fixture

@@ -48,12 +48,12 @@ def engine(base: str, each_alone: bool) -> UnitGradientEngine:
     from fedtune.config import LoraTable
     from fedtune.models.cache import CachedDataset
     from fedtune.models.network import Network
-    from fedtune.objectives import causal_lm
+    from fedtune.objectives.causal_lm import CausalLM
     from tests.dp.conftest import records
 
     lora = LoraTable(rank=4, alpha=8.0, modules=("q_proj", "gate_proj"), last_layers=2)
     network = Network(find_base(base), torch.float32, lora, labels=0)
-    made = UnitGradientEngine(CachedDataset(network, records(SIZES)), causal_lm)
+    made = UnitGradientEngine(CachedDataset(network, records(SIZES)), CausalLM())
     if each_alone:
         made._most = 1
     return made

@@ -24,7 +24,7 @@ from fedtune.dp import clip, noise
 from fedtune.errors import ConfigError, InputError
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
-from fedtune.objectives import causal_lm
+from fedtune.objectives.causal_lm import CausalLM
 from fedtune.report.audit import section
 from tests.dp.conftest import make_plan, study
 
@@ -244,7 +244,7 @@ def test_a_memorised_secret_is_exposed(network: Network, tiny_base: Path, tmp_pa
     optimizer = torch.optim.AdamW(network.parameters().values(), lr=0.03)
     for _ in range(80):
         for batch in cached.batches(range(3)):
-            torch.autograd.backward(causal_lm.losses(network, batch).sum())
+            torch.autograd.backward(CausalLM().losses(network, batch).sum())
         optimizer.step()
         optimizer.zero_grad()
     before = network.trainable()

@@ -29,7 +29,8 @@ from fedtune.models.cache import CachedDataset
 from fedtune.models.loaded import load
 from fedtune.models.network import Network
 from fedtune.models.teacher import Teach, find_teacher, taught_by, teaching
-from fedtune.objectives import distill, resolve
+from fedtune.objectives import resolve
+from fedtune.objectives.distill import Distill, divergence
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import study
 from tests.test_end_to_end import lay_out
@@ -143,7 +144,7 @@ def fitted(base: Path) -> Callable[[list[dict[str, str]]], Teach]:
         body.requires_grad_(False)
         digest = find_base(str(base)).digest
         made = plan(base, digest)
-        spec = resolve(made.objective).teacher
+        spec = resolve(made.objective).taught_by
         assert spec is not None
         return taught_by([model], made.objective, spec)
 
@@ -237,23 +238,14 @@ def test_the_self_test_catches_targets_shared_by_a_batch(
     def centred(
         network: Network,
         batch: Any,
-        *,
-        teacher: str = "",
-        digest: str = "",
-        temperature: float = 1.0,
-        hard: float = 0.0,
-        top: float = 64,
     ) -> torch.Tensor:
         tokens, logp = batch.soft
         mean = torch.log_softmax(logp - logp.mean(dim=0, keepdim=True), dim=2)
-        return LOSSES(network, replace(batch, soft=(tokens, mean)))
+        return divergence(network, replace(batch, soft=(tokens, mean)))
 
-    monkeypatch.setattr(distill, "losses", centred)
+    monkeypatch.setattr(Distill, "losses", staticmethod(centred))
     failed = {r.name for r in selftest.run(text) if not r.passed}
     assert {"parity", "isolation"} & failed
-
-
-LOSSES = distill.losses
 
 
 def test_classes_are_taught_by_a_run_and_the_student_learns(

@@ -12,8 +12,8 @@ from fedtune.client.evaluation import unit_rows
 from fedtune.errors import InfrastructureError
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
-from fedtune.objectives import causal_lm
 from fedtune.objectives._interface import Batch
+from fedtune.objectives.causal_lm import CausalLM
 from fedtune.training.engines import Wanted
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import records, study
@@ -31,7 +31,7 @@ class Raises:
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
         if self.bad in batch.index.tolist():
             raise self.error(NAME)
-        return causal_lm.losses(network, batch)
+        return CausalLM().losses(network, batch)
 
 
 def first(data: CachedDataset, unit: int) -> int:
@@ -54,7 +54,7 @@ def test_a_record_that_raises_costs_its_own_unit(
     data: CachedDataset, engine: Wanted, unit: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One that shares its block with others, and one of a unit of several."""
-    usual = rows(data, causal_lm, engine)
+    usual = rows(data, CausalLM(), engine)
     try:
         found = rows(data, Raises(first(data, unit)), engine)
     except MemoryError:
@@ -68,7 +68,7 @@ def test_a_record_that_raises_costs_its_own_unit(
 def test_a_record_whose_states_cannot_be_computed_costs_its_own_unit(
     network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usual = rows(CachedDataset(network, records(SIZES)), causal_lm, "auto")
+    usual = rows(CachedDataset(network, records(SIZES)), CausalLM(), "auto")
     network.states.clear()
     honest, data = Network.prefix, CachedDataset(network, records(SIZES))
     bad = data.dataset.examples[first(data, BAD)].input_ids.tolist()
@@ -80,7 +80,7 @@ def test_a_record_whose_states_cannot_be_computed_costs_its_own_unit(
 
     monkeypatch.setattr(Network, "prefix", prefix)
     try:
-        found = rows(data, causal_lm, "auto")
+        found = rows(data, CausalLM(), "auto")
     except (IndexError, RuntimeError):
         pytest.fail("one record's error is the step's")
     others = [at for at in range(len(SIZES)) if at != BAD]

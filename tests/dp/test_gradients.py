@@ -13,8 +13,8 @@ from fedtune.dp import clip
 from fedtune.errors import ModelError
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
-from fedtune.objectives import causal_lm
 from fedtune.objectives._interface import Batch
+from fedtune.objectives.causal_lm import CausalLM
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import records
 
@@ -23,7 +23,7 @@ class BatchMean:
     """The twin: a language model's built-in loss, which averages over the batch's tokens."""
 
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
-        each = causal_lm.losses(network, batch)
+        each = CausalLM().losses(network, batch)
         tokens = (batch.target_ids != -100).sum(dim=1)
         return each * tokens / tokens.sum()
 
@@ -164,7 +164,7 @@ def test_equal_to_opacus_own_optimizer(network: Network) -> None:
     from opacus.optimizers import DPOptimizer
 
     data = CachedDataset(network, records([1] * 6))
-    engine = UnitGradientEngine(data, causal_lm)
+    engine = UnitGradientEngine(data, CausalLM())
     ours = clip.clip(all_rows(engine), 0.05).sum(dim=0) / 6
     watched = GradSampleModule(network.trained, loss_reduction="sum", strict=False)
     watched.train()
@@ -178,7 +178,7 @@ def test_equal_to_opacus_own_optimizer(network: Network) -> None:
     try:
         with pytest.warns(UserWarning, match="Full backward hook"):
             for batch in data.batches(range(6)):
-                causal_lm.losses(network, batch).sum().backward()
+                CausalLM().losses(network, batch).sum().backward()
         # Several micro-batches leave a list of per-record gradients; DPOptimizer takes it so.
         for parameter in engine.parameters:
             if isinstance(parameter.grad_sample, list):

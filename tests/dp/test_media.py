@@ -23,7 +23,7 @@ from fedtune.models import network as network_module
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.models.random_records import show
-from fedtune.objectives import causal_lm
+from fedtune.objectives.causal_lm import CausalLM
 from fedtune.training.local_round import check_trains
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import study
@@ -150,7 +150,7 @@ def test_tiles_are_added_up_before_any_norm(
     (batch,) = data.batches(range(6))
     assert batch.tiles == tiles and batch.seen is not None
     assert batch.seen.shape[:2] == (6, tiles)
-    engine = UnitGradientEngine(data, causal_lm, engine=wanted)
+    engine = UnitGradientEngine(data, CausalLM(), engine=wanted)
     assert engine.name == ("opacus" if wanted == "opacus" else "one-pass")
     assert apart(engine) < 1e-5
 
@@ -162,7 +162,7 @@ def test_records_of_other_tile_counts_are_in_other_batches(bases: Callable[[Make
         tuple(data.dataset.examples[i].tiles for i in b.index) for b in data.batches(range(12))
     }
     assert {len(set(tiles)) for tiles in found} == {1} and {t[0] for t in found} == {3, 5}
-    assert apart(UnitGradientEngine(data, causal_lm)) < 1e-5
+    assert apart(UnitGradientEngine(data, CausalLM())) < 1e-5
 
 
 class FirstTile(UnitGradientEngine):
@@ -192,14 +192,14 @@ class Interleaved(UnitGradientEngine):
 @pytest.mark.parametrize("twin", [FirstTile, Interleaved])
 def test_lost_and_mixed_tiles_are_caught(bases: Callable[[Make], Path], twin: Any) -> None:
     network = projecting(bases(idefics3))
-    assert apart(twin(CachedDataset(network, shown(network)), causal_lm)) > 0.1
+    assert apart(twin(CachedDataset(network, shown(network)), CausalLM())) > 0.1
 
 
 def test_an_undeclared_number_of_tiles_is_an_error(
     bases: Callable[[Make], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = projecting(bases(idefics3))
-    engine = UnitGradientEngine(CachedDataset(network, shown(network)), causal_lm)
+    engine = UnitGradientEngine(CachedDataset(network, shown(network)), CausalLM())
     monkeypatch.setattr(Network, "meets_tiles", lambda *_: False)
     with pytest.raises(ModelError, match="no per-record gradient"):
         all_rows(engine)
@@ -208,14 +208,14 @@ def test_an_undeclared_number_of_tiles_is_an_error(
 def test_a_records_image_reaches_no_other_record(bases: Callable[[Make], Path]) -> None:
     network = projecting(bases(idefics3))
     before = shown(network)
-    rows = all_rows(UnitGradientEngine(CachedDataset(network, before), causal_lm))
+    rows = all_rows(UnitGradientEngine(CachedDataset(network, before), CausalLM()))
     other = show(network, ObjectiveTable(name="causal_lm"), np.random.default_rng(77),
                  before.examples[2].media)  # fmt: skip
     old = before.examples[2]
     before.examples[2] = Example(
         old.input_ids, old.target_ids, -100, 2, None, other.media, other.tiles
     )
-    moved = (all_rows(UnitGradientEngine(CachedDataset(network, before), causal_lm)) - rows).norm(
+    moved = (all_rows(UnitGradientEngine(CachedDataset(network, before), CausalLM())) - rows).norm(
         dim=1
     )
     assert float(moved[2]) > 1e-4
@@ -229,10 +229,10 @@ def test_an_image_put_into_the_next_records_places_is_caught(
     """The twin: states are filled in from one row on."""
     network = projecting(bases(idefics3))
     data = CachedDataset(network, shown(network))
-    plain = one_by_one(UnitGradientEngine(data, causal_lm))
+    plain = one_by_one(UnitGradientEngine(data, CausalLM()))
     honest = network_module.fill
     monkeypatch.setattr(network_module, "fill", lambda s, f: honest(s, f.roll(1, dims=0)))
-    ours = all_rows(UnitGradientEngine(data, causal_lm)).double()
+    ours = all_rows(UnitGradientEngine(data, CausalLM())).double()
     assert float(((ours - plain).norm(dim=1) / plain.norm(dim=1)).max()) > 1e-3
 
 

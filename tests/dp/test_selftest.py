@@ -18,8 +18,8 @@ from fedtune.dp.plan import DpPlan
 from fedtune.errors import Refused
 from fedtune.models.network import Network
 from fedtune.models.tiny import tiny_network
-from fedtune.objectives import causal_lm
 from fedtune.objectives._interface import Batch
+from fedtune.objectives.causal_lm import CausalLM
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import study
 
@@ -190,7 +190,7 @@ SCALES, NOISE, ADD = clip.scales, noise.gaussian_on_grid, clip.add_clipped
 HIDDEN, CALL = Network.hidden, UnitGradientEngine.__call__
 
 TWINS: dict[str, tuple[object, str, Callable[..., Any], set[str]]] = {
-    "mean over the batch": (causal_lm, "losses", batch_mean, {"parity", "isolation"}),
+    "mean over the batch": (CausalLM, "losses", staticmethod(batch_mean), {"parity", "isolation"}),
     "states centred": (Network, "hidden", centred, {"parity", "isolation"}),
     "records summed": (UnitGradientEngine, "__call__", sums_records, {"parity"}),
     "clip at 2 C": (clip, "scales", clip_at(2.0), {"parity", "sensitivity"}),

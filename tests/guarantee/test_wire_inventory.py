@@ -16,8 +16,8 @@ from fedtune.data.records import unit_member
 from fedtune.flower import api
 from fedtune.ledger.ledger import Ledger
 from fedtune.models.network import Network
-from fedtune.objectives import causal_lm
 from fedtune.objectives._interface import Batch
+from fedtune.objectives.causal_lm import CausalLM
 from fedtune.wire.codec import layout
 from tests.guarantee.world import Recorder, lay_out, leaves, patients, run
 
@@ -205,14 +205,14 @@ def test_the_wire_looks_the_same_whatever_the_pairs(
 def test_a_record_that_makes_the_loss_nan_is_not_seen(
     usual: Recorder, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest, whole = causal_lm.losses, fedtune.client.site.local_round
+    honest, whole = CausalLM().losses, fedtune.client.site.local_round
 
     def losses(network: Network, batch: Batch) -> torch.Tensor:
         return honest(network, batch) * torch.where(batch.index == 3, torch.nan, 1.0)
 
     def with_nan(*arguments: Any) -> Any:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(causal_lm, "losses", losses)
+            patch.setattr(CausalLM, "losses", staticmethod(losses))
             return whole(*arguments)
 
     monkeypatch.setattr(fedtune.client.site, "local_round", with_nan)

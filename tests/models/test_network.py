@@ -20,8 +20,8 @@ from fedtune.models.network import Network, build
 from fedtune.models.public_factor import public_factor
 from fedtune.models.split import cut
 from fedtune.models.start import start
-from fedtune.objectives import causal_lm
 from fedtune.objectives._shapes import padded_length
+from fedtune.objectives.causal_lm import CausalLM
 from fedtune.training.local_round import check_trains
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import records, study
@@ -85,7 +85,7 @@ def test_adapters_in_the_last_mlp_need_the_target_positions_alone(tiny_base: Pat
     both = []
     for network in (deep, flat):
         data = CachedDataset(network, dataset)
-        engine = UnitGradientEngine(data, causal_lm)
+        engine = UnitGradientEngine(data, CausalLM())
         names = network.parameters()
         rows = engine.matrix(range(4))
         pieces = torch.split(rows, [p.numel() for p in names.values()], dim=1)
@@ -93,7 +93,7 @@ def test_adapters_in_the_last_mlp_need_the_target_positions_alone(tiny_base: Pat
         with torch.no_grad():
             order = {}
             for batch in data.batches(range(7)):
-                losses = causal_lm.losses(network, batch)
+                losses = CausalLM().losses(network, batch)
                 order |= dict(zip(batch.index.tolist(), losses.tolist(), strict=True))
         both.append((found, order))
     (mine, my_losses), (theirs, their_losses) = both
@@ -327,7 +327,7 @@ def test_recomputing_changes_no_gradient_and_keeps_no_activations(
 ) -> None:
     network = make(tiny_base, last_layers=last_layers)
     data = CachedDataset(network, records([1, 2, 3]))
-    engine = UnitGradientEngine(data, causal_lm)
+    engine = UnitGradientEngine(data, CausalLM())
     plain, kept = engine.matrix(range(3)), saved_numbers(data)
     with network.recomputing(True):
         assert torch.allclose(engine.matrix(range(3)), plain, rtol=1e-5, atol=1e-8)
@@ -348,7 +348,7 @@ def saved_numbers(data: CachedDataset) -> int:
 
     (batch, *_) = data.batches(range(3))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        causal_lm.losses(data.network, batch)
+        CausalLM().losses(data.network, batch)
     return total
 
 

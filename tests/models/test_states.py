@@ -27,8 +27,8 @@ from fedtune.models import cache, prefix_store
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.models.prefix_store import PREFIX_STORE, Altered, PrefixStore
-from fedtune.objectives import causal_lm
 from fedtune.objectives._shapes import padded_length
+from fedtune.objectives.causal_lm import CausalLM
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import make_plan, records
 from tests.models.test_network import MODULES, randomise
@@ -68,7 +68,7 @@ def gradients(network: Network, data: CachedDataset) -> list[torch.Tensor]:
     found = []
     for index in range(len(data.dataset.examples)):
         (batch,) = data.batches([index])
-        loss = causal_lm.losses(network, batch).sum()
+        loss = CausalLM().losses(network, batch).sum()
         each = torch.autograd.grad(loss, list(network.parameters().values()))
         found.append(torch.cat([g.flatten() for g in each]))
     return found
@@ -368,7 +368,7 @@ def test_below_the_cut_nothing_is_trained_and_nothing_is_dropped(
     mask = torch.ones_like(ids, dtype=torch.bool)
     before = network.prefix(ids, mask)
     randomise(network)
-    engine = UnitGradientEngine(CachedDataset(network, records([1, 1])), causal_lm)
+    engine = UnitGradientEngine(CachedDataset(network, records([1, 1])), CausalLM())
     for _ in engine([0, 1]):
         assert not any(module.training for module in below)
         assert torch.equal(network.prefix(ids, mask), before)
@@ -403,7 +403,7 @@ def summed(
 ) -> torch.Tensor:
     """One step's integer sum over records in that order, in blocks of that many positions."""
     data = CachedDataset(network, records([1] * 8))
-    engine = UnitGradientEngine(data, causal_lm)
+    engine = UnitGradientEngine(data, CausalLM())
     plan = make_plan(divisor=8.0)  # a power of two, so that fp32 carries the integers exactly
     with patch.context() as p:
         p.setitem(cache.STEP, "cpu", budget)

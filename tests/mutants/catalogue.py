@@ -75,7 +75,7 @@ LOSS_MUTANTS = (
     _one(
         1, "loss-averages-over-the-batch", CAUSAL, MEAN,
         "found = likelihood(network, batch)\n"
-        "    return -found.total / found.targets.sum().clamp_min(1) * len(batch.label)",
+        "        return -found.total / found.targets.sum().clamp_min(1) * len(batch.label)",
         f"{T_PARITY} {T_ISOLATION}", "the built-in loss of a language model",
     ),
     _one(
@@ -89,20 +89,20 @@ LOSS_MUTANTS = (
         18, "batch-norm-on-pooled-vectors", CLASSIFY,
         "logits = network.logits(network.pool(hidden, batch.mask))",
         "pooled = network.pool(hidden, batch.mask)\n"
-        "    logits = network.logits((pooled - pooled.mean(0)) / (pooled.std(0) + 1e-6))",
+        "        logits = network.logits((pooled - pooled.mean(0)) / (pooled.std(0) + 1e-6))",
         T_ROWS + "test_a_classifiers_rows_are_their_own", "the same in the classifier",
     ),
     _one(
         26, "weights-from-a-model-of-the-batch", CAUSAL, MEAN,
         "own = -likelihood(network, batch).mean\n"
-        "    teacher = torch.softmax(-own.detach(), dim=0)\n"
-        "    return own * teacher * len(own)",
+        "        teacher = torch.softmax(-own.detach(), dim=0)\n"
+        "        return own * teacher * len(own)",
         f"{T_PARITY} {T_ISOLATION}", "a judge fitted to the same records",
     ),
     _one(
         27, "loss-minus-the-batch-mean", CAUSAL, MEAN,
         "own = -likelihood(network, batch).mean\n"
-        "    return (own - own.mean()) ** 2",
+        "        return (own - own.mean()) ** 2",
         f"{T_PARITY} {T_ISOLATION}", "a group-normalised advantage",
     ),
     _one(
@@ -120,13 +120,13 @@ T_ORACLES = T_CONTRACT + "test_the_four_oracles_pass"
 PREFERENCE_MUTANTS = (
     _one(
         27, "reference-point-from-the-batch", "fedtune/objectives/kto.py",
-        "gain = beta * (ratio - reference_point)",
-        "gain = beta * (ratio - ratio.detach().mean().clamp(min=0))",
+        "gain = self.beta * (ratio - self.reference_point)",
+        "gain = self.beta * (ratio - ratio.detach().mean().clamp(min=0))",
         T_ORACLES + "[kto-auto-patient]", "KTO as it is usually run",
     ),
     _one(
         27, "rewards-of-pairs-centred-over-the-batch", "fedtune/objectives/reward.py",
-        "centring * (better + worse) ** 2", "0.1 * (better + worse).mean() ** 2",
+        "self.centring * (better + worse) ** 2", "0.1 * (better + worse).mean() ** 2",
         T_CONTRACT + "test_a_loss_is_the_same_in_any_company_and_at_any_time[reward cut-auto-unit]",
         "one mean for every pair",
     ),

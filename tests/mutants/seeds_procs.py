@@ -8,6 +8,7 @@ T_COSTS = "tests/client/test_costs.py::"
 COSTLY = T_COSTS + "test_a_costly_plan_is_refused_before_anything_is_computed"
 
 T_ELSEWHERE = "tests/client/test_from_elsewhere.py::"
+T_PLUGINS = "tests/client/test_plugins.py::"
 T_BOOT = "tests/flower/test_boot.py::"
 
 # fmt: off
@@ -35,6 +36,19 @@ MUTANTS = (
         "(mean - 4 * spread)", "(mean + 4 * spread)",
         T_COSTS + "test_the_quick_figure_is_never_above_epsilon",
         "an admissible plan is refused",
+    ),
+    one(
+        "elsewhere", "a-plan-imports-what-it-names", "fedtune/client/policy.py",
+        "    return study.objective.name in OBJECTIVES.release() or not any(",
+        "    return True or any(",
+        T_PLUGINS + "test_a_foreign_name_is_refused_and_nothing_of_it_is_imported",
+        "code of a distribution that the site's policy does not name runs because a plan names it",
+    ),
+    one(
+        "elsewhere", "a-study-imports-before-the-policy", "fedtune/config/load.py",
+        "    permit(study)\n", "",
+        T_PLUGINS + "test_a_study_toml_is_refused_before_it_is_resolved",
+        "the same of a study.toml that somebody at the site looks at",
     ),
     one(
         "elsewhere", "a-plan-names-the-base", "fedtune/client/policy.py",

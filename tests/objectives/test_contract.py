@@ -21,8 +21,10 @@ from fedtune.dp import clip
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.models.tiny import generated, tiny_network
-from fedtune.objectives import _tokens, causal_lm, classify, distill, dpo, kto, orpo, reward
-from fedtune.objectives._interface import Batch, ObjectiveSpec
+from fedtune.objectives import _tokens
+from fedtune.objectives._interface import Batch, Objective
+from fedtune.objectives.distill import divergence
+from fedtune.objectives.reward import rewards
 from fedtune.training.engines import Wanted
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import make_plan, study
@@ -56,7 +58,7 @@ class Case:
     """An objective at its options, on records of the kind that it learns from."""
 
     study: Study
-    found: ObjectiveSpec
+    found: Objective
     network: Network
     data: Dataset
     wanted: Wanted = "auto"
@@ -263,7 +265,7 @@ def batch_divergence(network: Network, batch: Batch) -> torch.Tensor:
 
 def reward_centred(network: Network, batch: Batch) -> torch.Tensor:
     """Rewards drawn to zero mean over the batch."""
-    found = reward.rewards(network, batch)
+    found = rewards(network, batch)
     better, worse = found.view(-1, 2).unbind(dim=1)
     return -functional.logsigmoid(better - worse) + 0.1 * found.mean() ** 2
 
@@ -294,25 +296,22 @@ def logits_centred(network: Network, batch: Batch) -> torch.Tensor:
     return functional.cross_entropy(logits - logits.mean(dim=0) / 2, batch.label, reduction="none")
 
 
-def teacher_centred(
-    network: Network, batch: Batch, *, teacher: str = "", digest: str = ""
-) -> torch.Tensor:
+def teacher_centred(network: Network, batch: Batch) -> torch.Tensor:
     """The teacher's figures counted from their mean over the batch."""
     assert batch.soft is not None
     tokens, logp = batch.soft
     found = torch.log_softmax(logp - logp.mean(dim=0, keepdim=True), dim=2)
-    return HONEST(network, replace(batch, soft=(tokens, found)))
+    return divergence(network, replace(batch, soft=(tokens, found)))
 
 
-HONEST = distill.losses
-TWINS: dict[str, tuple[object, Callable[..., torch.Tensor]]] = {
-    "distill": (distill, teacher_centred),
-    "causal_lm": (causal_lm, batch_mean),
-    "classify": (classify, logits_centred),
-    "dpo": (dpo, margin_centred),
-    "kto": (kto, batch_divergence),
-    "orpo": (orpo, in_batch_negatives),
-    "reward": (reward, reward_centred),
+TWINS: dict[str, Callable[..., torch.Tensor]] = {
+    "distill": teacher_centred,
+    "causal_lm": batch_mean,
+    "classify": logits_centred,
+    "dpo": margin_centred,
+    "kto": batch_divergence,
+    "orpo": in_batch_negatives,
+    "reward": reward_centred,
 }
 
 
@@ -325,8 +324,8 @@ def test_every_objective_has_a_twin() -> None:
 def test_a_loss_that_couples_records_is_caught(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    module, broken = TWINS[name]
-    monkeypatch.setattr(module, "losses", broken)
+    kind = objectives.OBJECTIVES.load(name)
+    monkeypatch.setattr(kind, "losses", staticmethod(TWINS[name]))
     case = case_of(tiny_base, name, "cut", by="record")
     assert apart(case.rows(), one_by_one(case)) > 1e-3
     assert max(moved(case, unit)[1] for unit in range(case.data.n_units)) > 1e-3

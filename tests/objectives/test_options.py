@@ -10,8 +10,9 @@ import pytest
 
 from fedtune import objectives
 from fedtune.bases.find import find_base, load_tokenizer
+from fedtune.client.policy import _about_plugins, may_resolve
 from fedtune.config import Columns, DataFile, ObjectiveTable, PolicyTable
-from fedtune.data.load import check_shape
+from fedtune.data.load import check_columns
 from fedtune.errors import ConfigError, DataError
 from tests.dp.conftest import study
 from tests.objectives.test_contract import every
@@ -48,21 +49,22 @@ def test_a_wrong_option_names_itself_and_what_would_do(how: str) -> None:
     assert (next(iter(options)) if options else "ppo") in str(caught.value)
 
 
-def test_every_option_has_a_check_and_the_same_default() -> None:
-    """`check` and `losses` take the same arguments, so none goes unchecked."""
-    import importlib
-    import inspect
+def test_a_site_admits_every_objective_of_the_release_unless_it_names_some() -> None:
+    asked = study()
 
-    for name in objectives.names():
-        module = importlib.import_module(f"fedtune.objectives.{name}")
-        asked = inspect.signature(module.losses).parameters.values()
-        options = {p.name: p.default for p in asked if p.kind is p.KEYWORD_ONLY}
-        checked = inspect.signature(module.check).parameters if options else {}
-        assert {n: p.default for n, p in checked.items()} == options
+    def refused(name: str, policy: PolicyTable) -> bool:
+        table = asked.objective.model_copy(update={"name": name})
+        return not may_resolve(asked.model_copy(update={"objective": table}), policy) or any(
+            "policy.objectives" in str(refusal)
+            for refusal in _about_plugins(asked.model_copy(update={"objective": table}), policy)
+        )
 
-
-def test_a_site_admits_every_objective_that_is_installed() -> None:
-    assert set(PolicyTable().objectives) == set(objectives.names())
+    assert not any(refused(name, PolicyTable()) for name in objectives.names())
+    assert refused("ppo", PolicyTable())
+    assert not refused("ppo", PolicyTable(objectives=("release", "ppo")))
+    assert not refused("dpo", PolicyTable(objectives=("release", "ppo")))
+    assert refused("dpo", PolicyTable(objectives=("kto",)))
+    assert refused("rel", PolicyTable())  # part of the word "release"
 
 
 PAIRS = Columns(prompt="p", chosen="c", rejected="r")
@@ -86,7 +88,7 @@ def test_columns_of_another_objective_are_refused_by_name(
     asked = study(objective={"name": name})
     tokenizer = load_tokenizer(find_base(str(tiny_base)))
     with pytest.raises(DataError) as caught:
-        check_shape(DataFile(path=Path("x.jsonl"), columns=columns), asked, tokenizer)
+        check_columns(DataFile(path=Path("x.jsonl"), columns=columns), asked, tokenizer)
     assert f"objective {name}" in str(caught.value) and expected in str(caught.value)
 
 

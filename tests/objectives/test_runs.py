@@ -26,7 +26,7 @@ from fedtune.launch.simulate import simulate
 from fedtune.models.adapter_files import load_adapter
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import build
-from fedtune.objectives import reward
+from fedtune.objectives.reward import rewards
 
 STUDY = """
 privacy = {privacy}
@@ -155,7 +155,7 @@ def test_a_score_is_read_off_the_last_token(tmp_path: Path, tiny_base: Path) -> 
         found = torch.zeros(2 * len(data.examples))
         with torch.no_grad():
             for batch in CachedDataset(network, data).batches(range(len(data.examples))):
-                scores = reward.rewards(network, batch)
+                scores = rewards(network, batch)
                 found[torch.stack([2 * batch.index, 2 * batch.index + 1], dim=1).flatten()] = scores
     finally:
         network.load_trainable(start)

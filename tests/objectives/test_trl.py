@@ -22,7 +22,11 @@ from fedtune.data.dataset import Dataset, Example
 from fedtune.data.tokenize import _passage
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
-from fedtune.objectives import dpo, kto, orpo, reward
+from fedtune.objectives._interface import Objective
+from fedtune.objectives.dpo import DPO
+from fedtune.objectives.kto import KTO
+from fedtune.objectives.orpo import ORPO
+from fedtune.objectives.reward import Reward, rewards
 
 pytest.importorskip("trl", reason="trl is in the extra `bench`")
 pytestmark = pytest.mark.filterwarnings("ignore")  # other projects' words to each other
@@ -135,13 +139,11 @@ def judged(read: list[Any], labels: Any) -> Dataset:
     return Dataset(made, len(made), Counter())
 
 
-def ours(
-    network: Network, data: Dataset, losses: Callable[..., torch.Tensor], **options: Any
-) -> list[float]:
+def ours(network: Network, data: Dataset, objective: Objective) -> list[float]:
     found = torch.empty(len(data.examples))
     with torch.no_grad():
         for batch in CachedDataset(network, data).batches(range(len(found))):
-            found[batch.index] = losses(network, batch, **options)
+            found[batch.index] = objective.losses(network, batch)
     return found.tolist()
 
 
@@ -159,13 +161,13 @@ def theirs(network: Network, tmp_path: Path) -> Iterator[Callable[..., Theirs]]:
 
 def test_dpo(network: Network, theirs: Callable[..., Theirs]) -> None:
     trl = theirs("DPO", PAIRS, beta=BETA, loss_type="sigmoid")
-    agree(ours(network, trl.examples(), dpo.losses, beta=BETA), trl.each(), trl.loss(trl.batch))
+    agree(ours(network, trl.examples(), DPO(beta=BETA)), trl.each(), trl.loss(trl.batch))
 
 
 def test_ipo(network: Network, theirs: Callable[..., Theirs]) -> None:
     """trl divides each completion's log-ratio by its own tokens; so do we."""
     trl = theirs("DPO", PAIRS, beta=BETA, loss_type="ipo")
-    mine = ours(network, trl.examples(), dpo.losses, beta=BETA, variant="ipo")
+    mine = ours(network, trl.examples(), DPO(beta=BETA, variant="ipo"))
     agree(mine, trl.each(), trl.loss(trl.batch))
 
 
@@ -183,7 +185,7 @@ def test_conservative_dpo(network: Network, theirs: Callable[..., Theirs]) -> No
     assert [e.input_ids.tolist() for e in data.examples] == [
         e.input_ids.tolist() for e in robust.examples().examples
     ]
-    mine = ours(network, data, dpo.losses, beta=BETA, label_smoothing=s)
+    mine = ours(network, data, DPO(beta=BETA, label_smoothing=s))
     each = [combined(*both) for both in zip(plain.each(), robust.each(), strict=True)]
     agree(mine, each, combined(plain.loss(plain.batch), robust.loss(robust.batch)))
 
@@ -200,10 +202,8 @@ def test_kto_with_its_divergence_fixed(
         estimates.append(0.0)
         return torch.full((len(batch["label"]),), z if len(estimates) % 2 else 0.0)
 
-    mine = ours(
-        network, trl.examples(), kto.losses, beta=BETA, reference_point=z,
-        lambda_desirable=1.3, lambda_undesirable=0.7,
-    )  # fmt: skip
+    objective = KTO(beta=BETA, reference_point=z, lambda_desirable=1.3, lambda_undesirable=0.7)
+    mine = ours(network, trl.examples(), objective)
     as_it_comes = trl.loss(trl.batch)
     monkeypatch.setattr(trl.trainer, "_compute_kl_logps", fixed)
     agree(mine, trl.each(), trl.loss(trl.batch))
@@ -223,8 +223,8 @@ def test_orpo(network: Network, theirs: Callable[..., Theirs]) -> None:
             for i, m, t in zip(ids, mask, labels, strict=True)
         ]
     data = pairs(found)
-    mine = ours(network, data, orpo.losses, weight=BETA)
-    only_likelihood = ours(network, data, orpo.losses, weight=0.0)
+    mine = ours(network, data, ORPO(weight=BETA))
+    only_likelihood = ours(network, data, ORPO(weight=0.0))
     with torch.no_grad():
         better, worse, *_ = trl.trainer.concatenated_forward(trl.trainer.model, trl.batch)
         odds = -trl.trainer.odds_ratio_loss(better, worse)[0]
@@ -244,7 +244,7 @@ def test_orpo(network: Network, theirs: Callable[..., Theirs]) -> None:
             one[f"{which}_labels"] = torch.tensor([[-100, *ids[1:]]])
         with torch.no_grad():
             each.append(float(trl.trainer.get_batch_loss_metrics(trl.trainer.model, one)[0]))
-    assert ours(network, short, orpo.losses, weight=BETA) == pytest.approx(each, rel=1e-5)
+    assert ours(network, short, ORPO(weight=BETA)) == pytest.approx(each, rel=1e-5)
 
 
 @pytest.mark.parametrize(("margin", "centring"), [(0.0, 0.0), (0.5, 0.1)])
@@ -265,11 +265,11 @@ def test_a_reward_models_loss(
         for i in range(2 * N)
     ]
     data = pairs(read)
-    mine = ours(made, data, reward.losses, margin=margin, centring=centring)
+    mine = ours(made, data, Reward(margin=margin, centring=centring))
     scores = torch.empty(2, N, 1)
     with torch.no_grad():
         for batch in CachedDataset(made, data).batches(range(N)):
-            scores[:, batch.index] = reward.rewards(made, batch).view(-1, 2).T[:, :, None]
+            scores[:, batch.index] = rewards(made, batch).view(-1, 2).T[:, :, None]
 
     def theirs(rows: list[int]) -> float:
         same = SimpleNamespace(

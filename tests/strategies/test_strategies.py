@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fedtune import strategies
 from fedtune.config import Study
 from fedtune.errors import ConfigError
-from fedtune.strategies import _mean, find, names
+from fedtune.strategies import STRATEGIES, _mean, names
 from fedtune.strategies._mean import RunningMean
 from fedtune.strategies.fedadam import FedAdam
 from fedtune.strategies.fedavg import FedAvg
@@ -57,9 +57,9 @@ def study(**changes) -> Study:
 
 @EVERY
 def test_no_update_changes_nothing(name):
-    strategy, adapter = find(name)(), draw(0)
+    strategy, adapter = STRATEGIES.load(name)(), draw(0)
     same(strategy.apply(adapter), adapter)
-    assert strategy.state() == find(name)().state()
+    assert strategy.state() == STRATEGIES.load(name)().state()
     moved = one_round(strategy, adapter, [draw(1)])
     state = strategy.state()
     same(strategy.apply(moved), moved)  # nor later, whatever momentum there is
@@ -70,10 +70,10 @@ def test_no_update_changes_nothing(name):
 @given(count=st.integers(1, 7), seed=st.integers(0, 99))
 @settings(max_examples=15, deadline=None)
 def test_identical_updates_move_the_adapter_by_that_update(name, count, seed):
-    if not find(name).averages:
+    if not STRATEGIES.load(name).averages:
         pytest.skip("does not average")
     adapter, update = draw(seed), draw(seed + 1)
-    moved = one_round(find(name)(), adapter, [update] * count)
+    moved = one_round(STRATEGIES.load(name)(), adapter, [update] * count)
     same(moved, {n: adapter[n] + update[n] for n in adapter}, rtol=2e-7)
 
 
@@ -84,7 +84,7 @@ def test_order_of_arrival_does_not_matter(name, count, seed):
     updates = [draw(seed + k) for k in range(count)]
     weights = [1.0 + k for k in range(count)]
     order = np.random.default_rng(seed).permutation(count)
-    one, other = find(name)(), find(name)()
+    one, other = STRATEGIES.load(name)(), STRATEGIES.load(name)()
     first = one_round(one, draw(999), updates, weights)
     second = one_round(other, draw(999), [updates[k] for k in order], [weights[k] for k in order])
     same(first, second, rtol=2e-7)  # fp32 results: one rounding at most
@@ -94,7 +94,7 @@ def test_order_of_arrival_does_not_matter(name, count, seed):
 @EVERY
 def test_inputs_are_left_as_they_were(name):
     adapter, updates = draw(0), [draw(1), draw(2)]
-    one_round(find(name)(), adapter, updates)
+    one_round(STRATEGIES.load(name)(), adapter, updates)
     same(adapter, draw(0))
     for k, update in enumerate(updates, 1):
         same(update, draw(k))
@@ -102,7 +102,7 @@ def test_inputs_are_left_as_they_were(name):
 
 @EVERY
 def test_names_shapes_and_type_stay(name):
-    moved = one_round(find(name)(), draw(0), [draw(1), draw(2), draw(3)])
+    moved = one_round(STRATEGIES.load(name)(), draw(0), [draw(1), draw(2), draw(3)])
     assert {n: (a.shape, a.dtype) for n, a in moved.items()} == {
         n: (shape, np.dtype(np.float32)) for n, shape in SHAPES.items()
     }
@@ -111,9 +111,9 @@ def test_names_shapes_and_type_stay(name):
 @EVERY
 def test_state_carries_on_after_a_restart(name):
     options = {"momentum": 0.9} if name in ("fedavg", "fedprox") else {}
-    through = find(name).from_options(options)
+    through = STRATEGIES.build(name, options)
     adapter = one_round(through, draw(0), [draw(1), draw(2)])
-    restarted = find(name).from_options(options)
+    restarted = STRATEGIES.build(name, options)
     restarted.load_state({n: a.copy() for n, a in through.state().items()})
     for array in through.state().values():
         assert array.dtype == np.float64
@@ -126,7 +126,7 @@ def test_state_carries_on_after_a_restart(name):
 
 @EVERY
 def test_a_round_leaves_nothing_behind(name):
-    used, fresh = find(name)(), find(name)()
+    used, fresh = STRATEGIES.load(name)(), STRATEGIES.load(name)()
     one_round(used, draw(0), [draw(1)])
     fresh.load_state(used.state())
     same(one_round(used, draw(5), [draw(6)]), one_round(fresh, draw(5), [draw(6)]))
@@ -135,15 +135,15 @@ def test_a_round_leaves_nothing_behind(name):
 @EVERY
 def test_an_unknown_option_is_an_error_that_lists_the_known(name):
     with pytest.raises(ConfigError, match=r"strategy\.options\.speed"):
-        find(name).from_options({"speed": 1.0})
+        STRATEGIES.build(name, {"speed": 1.0})
 
 
 def test_an_unknown_strategy_is_an_error_that_lists_the_known():
     with pytest.raises(ConfigError, match="fedadam, fedavg, fedprox, trimmed_mean"):
-        find("fedmagic")
+        STRATEGIES.load("fedmagic")
     for sly in ("_base", "__init__", "os", "fedavg.FedAvg", ""):
         with pytest.raises(ConfigError):
-            find(sly)
+            STRATEGIES.load(sly)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_an_unknown_strategy_is_an_error_that_lists_the_known():
 )
 def test_options_out_of_range_are_errors(name, option, value):
     with pytest.raises(ConfigError, match=option):
-        find(name).from_options({option: value})
+        STRATEGIES.build(name, {option: value})
 
 
 # ------------------------------------------------------------------------------- one by one

@@ -14,7 +14,7 @@ from fedtune.dp.clip import Chunk
 from fedtune.dp.steplog import StepLog
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
-from fedtune.objectives import causal_lm
+from fedtune.objectives.causal_lm import CausalLM
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import make_plan, records
 
@@ -40,7 +40,7 @@ def test_the_engine_starts_clean_after_an_aborted_step(tiny_base: Path) -> None:
         armed = True
 
         def losses(self, network, batch):  # type: ignore[no-untyped-def]
-            found = causal_lm.losses(network, batch)
+            found = CausalLM().losses(network, batch)
             if self.armed:
                 found.sum().backward()
                 raise KeyboardInterrupt
@@ -52,5 +52,5 @@ def test_the_engine_starts_clean_after_an_aborted_step(tiny_base: Path) -> None:
         list(engine([0, 1, 2]))
     objective.armed = False
     again = engine.matrix([0, 1, 2])
-    fresh = UnitGradientEngine(CachedDataset(network, records([1, 2, 1])), causal_lm)
+    fresh = UnitGradientEngine(CachedDataset(network, records([1, 2, 1])), CausalLM())
     assert torch.equal(again, fresh.matrix([0, 1, 2]))

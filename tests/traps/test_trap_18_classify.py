@@ -14,7 +14,7 @@ from fedtune.config import LoraTable
 from fedtune.data.dataset import Dataset
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
-from fedtune.objectives import classify
+from fedtune.objectives.classify import Classify
 from fedtune.training.engines import Wanted
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import records
@@ -41,7 +41,7 @@ def encoder(base: Path, kind: str) -> Network:
 
 
 def rows(network: Network, dataset: Dataset, wanted: Wanted = "auto") -> torch.Tensor:
-    engine = UnitGradientEngine(CachedDataset(network, dataset), classify, engine=wanted)
+    engine = UnitGradientEngine(CachedDataset(network, dataset), Classify(), engine=wanted)
     return engine.matrix(range(dataset.n_units))
 
 

@@ -13,7 +13,7 @@ from fedtune.config import LoraTable
 from fedtune.dp.steplog import StepLog
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network, build
-from fedtune.objectives import causal_lm
+from fedtune.objectives.causal_lm import CausalLM
 from fedtune.training.local_round import local_round
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import make_plan, records, study
@@ -36,7 +36,7 @@ def test_one_unit_moves_the_sum_by_at_most_c(
             crafted = (scale * draw.normal(size=tuple(parameter.shape))).astype(np.float32)
             parameter.copy_(torch.from_numpy(crafted))
     for seed in range(3):
-        engine = UnitGradientEngine(CachedDataset(network, records([2], seed)), causal_lm)
+        engine = UnitGradientEngine(CachedDataset(network, records([2], seed)), CausalLM())
         for c in (1e-6, 1.0):
             plan = make_plan(noise_multiplier=1e-4, max_grad_norm=c, divisor=1.0)
             moved = plan.step(1, engine.dimension, engine, StepLog(tmp_path / "log"), 1)

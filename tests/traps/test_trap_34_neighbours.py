@@ -22,8 +22,8 @@ from fedtune.dp.steplog import StepLog
 from fedtune.errors import ModelError
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import LARGEST, Network
-from fedtune.objectives import classify
 from fedtune.objectives._interface import Batch
+from fedtune.objectives.classify import Classify
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import make_plan
 from tests.traps import neighbour_rows
@@ -81,7 +81,7 @@ def moved(network: Network, folder: Path, others: int, kind: type[UnitGradientEn
     sums = [
         plan.step(d.n_units, e.dimension, e, StepLog(folder / "log"), 1).double()
         for d in (dataset, Dataset(dataset.examples[:-1], others, Counter()), alone)
-        for e in [kind(CachedDataset(network, d), classify)]
+        for e in [kind(CachedDataset(network, d), Classify())]
     ]
     return float((sums[0] - sums[1] - sums[2]).norm()) / C
 

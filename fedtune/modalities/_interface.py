@@ -1,0 +1,29 @@
+"""What a modality is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from fedtune.bases.find import Base
+    from fedtune.config.known_bases import Kind
+    from fedtune.data.reader import Reader
+
+
+@dataclass(frozen=True)
+class Modality(ABC):
+    """How a record becomes tensors.
+
+    It writes place-holders into a record's text and turns its file into the tensor that the frozen
+    tower reads. All else (targets, caps, units, gradients) is as for text. kinds: of base that it
+    serves. A plan has no options for it, so fields of a subclass have defaults."""
+
+    kinds: ClassVar[tuple[Kind, ...]]
+
+    @abstractmethod
+    def reader(self, base: Base, tokenizer: PreTrainedTokenizerBase) -> Reader:
+        """How `base` reads records. Errors: ModelError, ConfigError (an extra is missing)."""
