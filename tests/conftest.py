@@ -140,3 +140,39 @@ def together(monkeypatch: pytest.MonkeyPatch) -> None:
         return self.batches(indices)
 
     monkeypatch.setattr(CachedDataset, "blocks", blocks)
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> tuple[Path, Any]:
+    """A study with held-out records that ran, and what crossed its wire."""
+    from tests.guarantee.world import run
+    from tests.private_evaluation_kit import world
+
+    study = world(tmp_path_factory.mktemp("usual"), tiny_base, 3.0)
+    return study, run(study)
+
+
+@pytest.fixture
+def no_worker_is_left() -> Any:
+    from fedtune.client.site import worker
+
+    worker.cache_clear()
+    yield
+    worker.cache_clear()
+
+
+@pytest.fixture
+def compose() -> Any:
+    import yaml
+
+    from tests.deploy_kit import COMPOSE
+
+    return yaml.safe_load(COMPOSE.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A coordinator's home that is well."""
+    from tests.doctor_kit import Hub
+
+    return Hub(tmp_path, tiny_base, monkeypatch)

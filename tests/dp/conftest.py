@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from fedtune.bases.find import find_base
 from fedtune.config import LoraTable, Study
 from fedtune.data.dataset import Dataset, Example
 from fedtune.dp.plan import DpPlan
+from fedtune.ledger.ledger import Ledger
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.objectives.causal_lm import CausalLM
 from fedtune.training.unit_gradients import UnitGradientEngine
+from tests.dp.ledger_kit import run_round
 
 
 def records(sizes: list[int], seed: int = 0) -> Dataset:
@@ -87,3 +90,31 @@ def study(**changes: object) -> Study:
         "privacy": {"epsilon": 8.0, "delta": 1e-4},
     }
     return Study.model_validate(body | changes, strict=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "state"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ledgers to copy: `new`, with one dataset declared, and `used`, with five rounds released."""
+    models = tmp_path_factory.mktemp("models")
+    Ledger(models / "new").declare("notes", [], "sha256:0", [b"ann", b"bob"])
+    shutil.copytree(models / "new", models / "used")
+    for round_ in range(1, 6):
+        run_round(Ledger(models / "used"), round_)
+    return models
+
+
+@pytest.fixture
+def ledger(folder: Path, models: Path) -> Ledger:
+    shutil.copytree(models / "new", folder)
+    return Ledger(folder)
+
+
+@pytest.fixture
+def used(folder: Path, models: Path) -> Ledger:
+    shutil.copytree(models / "used", folder)
+    return Ledger(folder)

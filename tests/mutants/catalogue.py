@@ -127,7 +127,7 @@ PREFERENCE_MUTANTS = (
     _one(
         27, "rewards-of-pairs-centred-over-the-batch", "fedtune/objectives/reward.py",
         "self.centring * (better + worse) ** 2", "0.1 * (better + worse).mean() ** 2",
-        T_CONTRACT + "test_a_loss_is_the_same_in_any_company_and_at_any_time[reward cut-auto-unit]",
+        T_CONTRACT + "test_a_loss_is_the_same_in_any_company_and_at_any_time",
         "one mean for every pair",
     ),
     _one(
@@ -471,7 +471,7 @@ MODEL_MUTANTS = (
         "states", "states-without-their-positions", CACHE,
         "parts = (passage.input_ids.tobytes(), kept.tobytes(), *",
         "parts = (passage.input_ids.tobytes(), *",
-        T_STATES + "test_the_same_tokens_with_other_targets_have_states_of_their_own",
+        "tests/models/test_states_shared.py::test_the_same_tokens_with_other_targets_have_states_of_their_own",
         "a record trains on the states of another one's targets",
     ),
     _one(
@@ -527,7 +527,7 @@ MODEL_MUTANTS = (
     _one(
         "states", "an-adapter-below-the-cut", "fedtune/models/split.py",
         "at = len(layers) - lora.last_layers", "at = len(layers) - lora.last_layers + 1",
-        T_STATES + "test_below_the_cut_nothing_is_trained_and_nothing_is_dropped",
+        "tests/models/test_states_shared.py::test_below_the_cut_nothing_is_trained_and_nothing_is_dropped",
         "what is kept changes as the adapter learns",
     ),
     _one(
@@ -678,7 +678,7 @@ ENCODING_MUTANTS = (
     _one(
         "wire", "what-waited-is-sent-whatever-its-form", SITE,
         "            _check_waited(prepared, round_, adapter, body)", "            pass",
-        "tests/test_lora_ranks.py::test_a_site_declares_its_rank_and_keeps_it_for_the_study",
+        "tests/test_lora_ranks_plans.py::test_a_site_declares_its_rank_and_keeps_it_for_the_study",
         "another rank's update under this one's name",
     ),
     _one(
@@ -1091,7 +1091,7 @@ RANK_MUTANTS = (  # of sites that train fewer ranks of one adapter
     _one(
         "ranks", "fewer-ranks-than-the-plan-wants", POLICY,
         "    if rank >= least:\n", "    if rank > 0:\n",
-        T_RANKS + "test_a_site_trains_fewer_ranks_only_where_the_plan_counts_on_it",
+        "tests/test_lora_ranks_plans.py::test_a_site_trains_fewer_ranks_only_where_the_plan_counts_on_it",
         "budget is spent on updates that no coordinator takes",
     ),
 )  # fmt: skip

@@ -113,20 +113,21 @@ DOOR_MUTANTS = (
         "door", "silent-ones-of-one-host-are-many", GATEWAY,
         "        if len(same) >= self.limits.per_network or len(self._shaking)",
         "        if len(self._shaking)",
-        T_GATEWAY + "test_the_oldest_unfinished_handshake_gives_way_among_its_own_first",
+        "tests/flower/test_gateway_handshake.py::test_the_oldest_unfinished_handshake_gives_way_among_its_own_first",
         "one host holds every place before the handshake",
     ),
     _one(
         "door", "who-says-nothing-has-a-minute", GATEWAY,
         "asyncio.timeout(self.limits.silent)", "asyncio.timeout(60.0)",
-        T_GATEWAY + "test_two_hundred_silent_sockets_keep_no_site_waiting "
-        + T_GATEWAY + "test_who_says_nothing_has_seconds",
+        "tests/flower/test_gateway_handshake.py::"
+        "test_two_hundred_silent_sockets_keep_no_site_waiting "
+        "tests/flower/test_gateway_handshake.py::test_who_says_nothing_has_seconds",
         "a silent socket costs nothing and stays",
     ),
     _one(
         "door", "a-host-is-its-whole-address", "fedtune/flower/peers.py",
         "ip_network((found, 64), strict=False)", "found",
-        T_GATEWAY + "test_a_host_is_known_by_what_it_cannot_choose",
+        "tests/flower/test_gateway_handshake.py::test_a_host_is_known_by_what_it_cannot_choose",
         "one IPv6 host is 2^64 of them",
     ),
     _one(

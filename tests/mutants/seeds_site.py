@@ -15,7 +15,10 @@ T_TOKENS, T_RECORDS = "tests/data/test_data_tokens.py::", "tests/data/test_data_
 T_LEDGER, T_SITE = "tests/dp/test_ledger.py::", "tests/client/test_site.py::"
 T_FOLDER = T_RECORDS + "test_one_patients_file_is_nothing_to_the_others"
 T_ERRORS = "tests/dp/test_errors.py::"
-T_LENGTH = T_SITE + "test_a_length_that_the_base_cannot_read_is_refused_before_any_record_is_read"
+T_LENGTH = (
+    "tests/client/test_site_refusals.py::"
+    + "test_a_length_that_the_base_cannot_read_is_refused_before_any_record_is_read"
+)
 T_ALONE = T_TOKENS + "test_what_one_record_makes_a_library_do_costs_that_record_alone"
 
 MUTANTS = (
@@ -60,7 +63,7 @@ MUTANTS = (
         "paid", "an-adapter-is-refused-after-it-is-paid", SITE,
         "        prepared.network.load_trainable(adapter)  # one that is refused must not have "
         "cost anything\n        data = ", "        data = ",
-        T_SITE + "test_an_adapter_that_is_refused_costs_nothing",
+        "tests/client/test_site_refusals.py::test_an_adapter_that_is_refused_costs_nothing",
         "an adapter that diverged spends a budget on nothing",
     ),
     one(
@@ -140,7 +143,7 @@ MUTANTS = (
         35, "the-site-composes-what-it-does-not-know", SITE,
         "        accounted(data.name, study.unit, self.ledger.unknown(data.name, study.unit))\n",
         "",
-        T_SITE + "test_what_was_charged_for_another_unit_is_not_composed_with_a_study",
+        "tests/client/test_site_refusals.py::test_what_was_charged_for_another_unit_is_not_composed_with_a_study",
         "the ledger knows and the site does not ask",
     ),
     one(

@@ -1,0 +1,206 @@
+"""Several processes at one ledger, and a ledger that comes back from a backup."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from fedtune.ledger.ledger import Ledger, LedgerError
+from tests.dp.ledger_kit import charge, covers, run_round, total, yes
+from tests.dp.ledger_kit2 import CHAOS
+
+
+def racing(folder: Path, mode: str, processes: int, ceiling: int) -> int:
+    """How many reservations succeeded under a ceiling of `ceiling` charges."""
+    children = [
+        subprocess.Popen(
+            [sys.executable, CHAOS, mode, folder, str(ceiling)], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(processes)
+    ]
+    return sum(int(child.communicate(timeout=60)[0]) for child in children)
+
+
+def test_two_processes_reserve_exactly_what_is_affordable(ledger: Ledger, folder: Path) -> None:
+    assert racing(folder, "race", 2, ceiling=7) == 7
+    assert len(Ledger(folder).charges("notes")) == 7
+
+
+def test_two_processes_that_check_outside_the_lock_are_caught(ledger: Ledger, folder: Path) -> None:
+    """The twin: the ceiling looked at first and the charge made afterwards overspends, sooner or
+    later: how the processes meet is up to the machine."""
+    made = 0
+    for ceiling in range(7, 7 * 20, 7):
+        made += racing(folder, "race-unlocked", 4, ceiling)
+        if made > ceiling:
+            return
+    pytest.fail("the unlocked twin never overspent")
+
+
+def test_threads_share_one_ledger(ledger: Ledger) -> None:
+    def spend() -> None:
+        for round_ in range(3):
+            ledger.reserve("notes", charge(round_), "adapter", yes)
+
+    threads = [threading.Thread(target=spend) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(ledger.charges("notes")) == 9
+    ledger.verify()
+
+
+def test_two_processes_open_a_new_folder_at_once(folder: Path) -> None:
+    racing(folder, "open", 3, ceiling=0)
+    assert Ledger(folder).head.seq == 0
+
+
+def lose(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+
+
+LOSSES: dict[str, tuple[str, ...]] = {
+    "database": ("ledger.db",),
+    "database and anchor": ("ledger.db", "ledger.head"),
+    "database and step log": ("ledger.db", "steps.jsonl"),
+    "all but the key": ("ledger.db", "ledger.head", "ledger.receipt", "steps.jsonl", "salt"),
+    "anchor": ("ledger.head",),
+    "anchor and step log": ("ledger.head", "steps.jsonl"),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("backed_up", ["none", "after round 2"])
+def test_a_restored_ledger_charges_at_least_what_was_spent(
+    ledger: Ledger, folder: Path, tmp_path: Path, loss: str, backed_up: str
+) -> None:
+    run_round(ledger, 1)
+    run_round(ledger, 2)
+    ledger.backup(tmp_path / "backup")
+    run_round(ledger, 3)
+    ledger.reserve("notes", charge(4), "adapter 4", yes)  # a crash: paid, not run
+    run_round(ledger, 4)
+    truth = total(ledger)
+    assert truth == {1.0: 20}
+    if loss == "database and anchor":
+        truth = {
+            1.0: 16
+        }  # that a round was paid for and not run is known from nothing that is left
+    lose(folder, *LOSSES[loss])
+    with pytest.raises(LedgerError, match="--restore"):
+        Ledger(folder)
+    restored = Ledger.restore(folder, tmp_path / "backup" if backed_up != "none" else None)
+    assert covers(total(restored), truth)
+    assert Ledger(folder).charges("notes") == restored.charges("notes")
+    restored.verify()
+    restored.declare("notes", [], "sha256:0", [b"ann", b"bob"])
+    before = total(restored)
+    run_round(restored, 5)
+    assert covers(total(restored), before)
+
+
+def test_a_restore_is_no_more_than_needed_where_the_records_are_there(
+    ledger: Ledger, folder: Path, tmp_path: Path
+) -> None:
+    run_round(ledger, 1)
+    ledger.backup(tmp_path / "backup")
+    run_round(ledger, 2)
+    lose(folder, "ledger.db")
+    restored = Ledger.restore(folder, tmp_path / "backup")
+    # Two entries were lost: the step log explains one, the other is charged as a round.
+    assert total(restored) == {1.0: 12}
+
+
+def test_a_costlier_study_that_was_lost_is_charged_at_its_own_cost(
+    ledger: Ledger, folder: Path, tmp_path: Path
+) -> None:
+    run_round(ledger, 1)
+    ledger.backup(tmp_path / "backup")
+    costly = charge(1, sigma=0.5, study="sha256:" + "c0" * 32, steps=9)
+    run_round(ledger, 7, done=costly)
+    truth = total(ledger)
+    lose(folder, "ledger.db", "ledger.head")
+    assert covers(total(Ledger.restore(folder, tmp_path / "backup")), truth)
+
+
+def test_a_restore_that_forgets_the_losses_is_caught(
+    ledger: Ledger, folder: Path, tmp_path: Path
+) -> None:
+    """The twin: a backup put in place as it is."""
+    run_round(ledger, 1)
+    ledger.backup(tmp_path / "backup")
+    run_round(ledger, 2)
+    truth = total(ledger)
+    lose(folder, "ledger.db", "ledger.head")
+    shutil.copy2(tmp_path / "backup" / "ledger.db", folder / "ledger.db")
+    with pytest.raises(LedgerError, match=r"ledger\.head: missing"):
+        Ledger(folder)
+    assert not covers({1.0: 4}, truth)
+
+
+def test_a_backup_is_consistent_private_and_named(used: Ledger, tmp_path: Path) -> None:
+    used.backup(tmp_path / "a")
+    used.backup(tmp_path / "b", key=True)
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {"ledger.db", "salt"}
+    assert {p.name for p in (tmp_path / "b").iterdir()} == {"ledger.db", "salt", "site.key"}
+    assert all(p.stat().st_mode & 0o077 == 0 for p in tmp_path.glob("[ab]/*"))
+    with pytest.raises(LedgerError, match="already there"):
+        used.backup(tmp_path / "a")
+
+
+def test_a_machine_that_died_comes_back_exhausted_from_a_backup_with_the_key(
+    used: Ledger, folder: Path, tmp_path: Path
+) -> None:
+    used.backup(tmp_path / "backup", key=True)
+    shutil.rmtree(folder)
+    assert total(Ledger.restore(folder, tmp_path / "backup")) == {0.0: math.inf}
+
+
+def test_what_cannot_be_a_backup_is_refused(used: Ledger, folder: Path, tmp_path: Path) -> None:
+    stranger = Ledger(tmp_path / "stranger")
+    stranger.backup(tmp_path / "theirs")
+    for wrong in (tmp_path / "theirs", tmp_path / "nowhere"):
+        with pytest.raises(LedgerError, match="not a whole backup of this site"):
+            Ledger.restore(folder, wrong)
+    lose(folder, "site.key")
+    with pytest.raises(LedgerError, match="key is lost"):
+        Ledger.restore(folder)
+    assert (folder / "ledger.db").exists()
+
+
+def test_restoring_twice_still_covers(used: Ledger, folder: Path, tmp_path: Path) -> None:
+    used.backup(tmp_path / "backup")
+    run_round(used, 6)
+    truth = total(used)
+    for _ in range(2):
+        lose(folder, "ledger.db")
+        restored = Ledger.restore(folder, tmp_path / "backup")
+        assert covers(total(restored), truth)
+        truth = total(restored)
+
+
+def grown(folder: Path, entries: int) -> None:
+    """Entries as the ledger itself writes them, in one transaction."""
+    ledger = Ledger(folder)
+    ledger.declare("notes", [], "sha256:0", [b"ann"])
+    body = {"dataset": "notes", "charge": vars(charge()), "adapter": "a" * 64}
+    with ledger._store.writing() as writer:
+        for _ in range(entries):
+            writer.append("reserve", body)
+
+
+@pytest.mark.parametrize("entries", [2_000, pytest.param(100_000, marks=pytest.mark.long)])
+def test_a_long_ledger_opens_in_seconds(folder: Path, entries: int) -> None:
+    grown(folder, entries)
+    start = time.process_time()
+    assert len(Ledger(folder).charges("notes")) == entries
+    assert time.process_time() - start < 10
