@@ -109,11 +109,11 @@ def _write(base: Base, folder: Path, seed: int) -> tuple[int, int]:
 def random_base(folder: Path, seed: int = 0) -> Path:
     """Write a random Llama of this size to `folder`: for checks that need some base, and no file of
     a real one."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import LlamaConfig
 
     config = LlamaConfig(num_hidden_layers=LAYERS, num_key_value_heads=HEADS)
     _shrink(config)
-    _save(config, AutoModelForCausalLM, _NAMES, folder, seed)
+    _save(config, auto_class("causal"), _NAMES, folder, seed)
     return folder
 
 
