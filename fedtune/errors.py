@@ -4,7 +4,7 @@
     ├── InputError            exit 2   something that a person wrote must change
     │   ├── ConfigError                study.toml or site.toml
     │   ├── DataError                  the site's records
-    │   │   └── NotWellFormed          CSV with broken quoting (data/files.py)
+    │   │   └── NotWellFormed          CSV with broken quoting (data/sources)
     │   ├── ModelError                 the base model or the adapter
     │   ├── CheckpointError            a run's checkpoint (fedtune/server/store.py)
     │   ├── WireError                  arrays on the wire (flower/arrays.py)

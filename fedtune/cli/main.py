@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from fedtune.cli import derive, network
+from fedtune.cli import derive, network, plugin
 from fedtune.cli import site as cli_site
 from fedtune.cli import status as cli_observe
 from fedtune.cli.columns import data_file
@@ -518,6 +518,7 @@ def verify(
 network.add_to(app)
 cli_site.add_to(app)
 derive.add_to(app)
+plugin.add_to(app)
 cli_observe.add_to(app, LOOK)
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import (
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from fedtune.config.known_bases import KNOWN
 from fedtune.config.types import (
@@ -16,6 +14,7 @@ from fedtune.config.types import (
     DataFile,
     Delta,
     Digest,
+    Finite,
     Fraction,
     Name,
     NotNegative,
@@ -63,6 +62,15 @@ class SiteData(DataFile):
     name: Name = "records"  # the budget's name; a dataset that grows keeps it
     disjoint_from: tuple[Name, ...] = ()  # datasets of this site that share no patient with it
     cohort: Name = "first"  # of arrival: change it when new patients are added
+    # What reads the files: of this release, or of an entry point fedtune.sources; None: by suffix.
+    source: Name | None = None
+    options: dict[str, bool | Finite | str] = Field(default_factory=dict)  # of the source
+
+    @model_validator(mode="after")
+    def whose(self) -> SiteData:
+        if self.options and self.source is None:
+            raise ValueError('options: belong to a source; name it, as in source = "csv"')
+        return self
 
 
 class SiteEvaluation(SiteData):

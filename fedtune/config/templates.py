@@ -108,6 +108,8 @@ state = "state"        # the ledger of what privacy was spent, and the site's ke
 [data]                 # .jsonl, .csv or .parquet, or a folder of them
 path = "data.jsonl"
 name = "records"       # the privacy budget's name: a dataset that grows keeps it
+# source = "csv"       # else by suffix; another is named here, or one to give it options:
+# options = { delimiter = ";" }
 # disjoint_from = ["other"]   # datasets of this site that share no patient with this one
 [data.columns]         # the column that holds each part; give one of these shapes:
 prompt = "prompt"      #   prompt + completion

@@ -8,9 +8,11 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fedtune.config import Columns, DataFile, EvaluationTable, PublicTable
-from fedtune.data.files import Rejected, Row, rows, unclean
+from fedtune.config import Columns, DataFile, EvaluationTable, PublicTable, SiteData
+from fedtune.data.files import Rejected, rows
 from fedtune.data.media import Folder, Media
+from fedtune.data.sources import SOURCES
+from fedtune.data.sources._interface import Row, unclean
 from fedtune.errors import ConfigError, DataError
 
 TRUTH = ("true", "false", "1", "0", "yes", "no")  # a judgement: desirable or not, in turn
@@ -76,7 +78,8 @@ def read_records(
     labelled=False admits records without completion, label or assistant turn (public text). Where
     the unit is the record, it goes by what it says and, of several that say the same, by which of
     them it is: a row number would change when another row is added or taken out.
-    Errors: DataError as `rows` has it, and if strict where the file holds no record.
+    Errors: DataError as `rows` has it, and if strict where the file holds no record; ConfigError
+    where a site names a source that is not installed, or options that it does not have.
     Guarantee: if not strict, a record is made of its own row alone, whatever the others are."""
     table = table_of(file)
     if unit == "patient" and not file.columns.patient:
@@ -87,7 +90,10 @@ def read_records(
     rejected: Counter[str] = Counter()
     alike: Counter[bytes] = Counter()
     folder = Folder(file.path if file.path.is_dir() else file.path.parent)
-    for row in rows(file.path, keys, strict=strict):
+    source = None
+    if isinstance(file, SiteData) and file.source:
+        source = SOURCES.build(file.source, file.options)
+    for row in rows(file.path, keys, strict=strict, source=source):
         try:
             if isinstance(row, str):
                 raise Rejected(row)

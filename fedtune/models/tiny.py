@@ -92,8 +92,7 @@ def generated(study: Study, network: Network, sizes: Sequence[int], stream: int 
 
 def _write(base: Base, folder: Path, seed: int) -> tuple[int, int]:
     """The tiny base as a folder; returns (layers of the real one, layers of this one)."""
-    from tokenizers import Tokenizer, models
-    from transformers import AutoConfig, PreTrainedTokenizerFast
+    from transformers import AutoConfig
 
     auto = auto_class(base.kind)
     config = AutoConfig.from_pretrained(base.path, local_files_only=True)
@@ -103,6 +102,27 @@ def _write(base: Base, folder: Path, seed: int) -> tuple[int, int]:
     if not speech:
         _shrink(text)
     names = (*_NAMES, *shrink(config, base, folder, _SIZES, len(_NAMES)))
+    _save(config, auto, names, folder, seed)
+    return before, int(config.decoder_layers if speech else text.num_hidden_layers)
+
+
+def random_base(folder: Path, seed: int = 0) -> Path:
+    """Write a random Llama of this size to `folder`: for checks that need some base, and no file of
+    a real one."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(num_hidden_layers=LAYERS, num_key_value_heads=HEADS)
+    _shrink(config)
+    _save(config, auto_class("causal"), _NAMES, folder, seed)
+    return folder
+
+
+def _save(config: Any, auto: Any, names: tuple[str, ...], folder: Path, seed: int) -> None:
+    """The random model of `config`, and a tokenizer that knows `names`."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    text = config.get_text_config(decoder=True)
     for each in {id(c): c for c in (config, text)}.values():
         _renumber(each)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -118,7 +138,6 @@ def _write(base: Base, folder: Path, seed: int) -> tuple[int, int]:
         bos_token=_NAMES[1],
         eos_token=_NAMES[2],
     ).save_pretrained(folder)
-    return before, int(config.decoder_layers if speech else text.num_hidden_layers)
 
 
 def _renumber(config: Any) -> None:

@@ -16,8 +16,17 @@ from types import TracebackType
 from typing import Any
 
 from fedtune.errors import InputError, Refused
-from fedtune.observe.log import JsonLog, NotLoggable, OnEvent, Role, logger, strict_here
+from fedtune.observe.log import (
+    JsonLog,
+    NotLoggable,
+    OnEvent,
+    Role,
+    cleaned,
+    logger,
+    strict_here,
+)
 from fedtune.observe.status import FILE, LOCK, StatusFile
+from fedtune.observe.trackers import Tracker
 
 __all__ = ["JsonLog", "NotLoggable", "Observer", "OnEvent", "StatusFile", "observer"]
 
@@ -93,6 +102,18 @@ class Observer:
             _forget(self._run)
 
 
+class _Tracked:
+    """A tracker as a sink: it is told what the log may hold, steps of a progress bar left out."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker, self.close = tracker, tracker.close
+
+    def __call__(self, event: str, data: dict[str, Any]) -> None:
+        if event != "step":
+            record = cleaned(event, data, strict=strict_here())
+            self._tracker.on_event(record.pop("event"), record)
+
+
 def _forget(run: Path) -> None:
     """A run that no site admitted has no plan in its folder, and leaves no folder behind."""
     with suppress(OSError):
@@ -111,15 +132,17 @@ def observer(
     home: Path | None = None,
     site: Path | None = None,
     early: bool = False,
+    trackers: Sequence[Tracker] = (),
 ) -> Observer:
     """The sinks of a role, joined with `then` (the console's Watch).
 
     folder: of the run, or the site's state; home: the coordinator's, which gets a status too;
-    site: the site.toml, for the metrics; early: write to a run's folder before the run begins.
+    site: the site.toml, for the metrics; early: write to a run's folder before the run begins;
+    trackers: of a coordinator's run.
     Errors: as metrics.Metrics."""
     kept = [JsonLog(folder / LOG, role=role), StatusFile(folder, role=role)]
     waits = role == "coordinator" and not early
-    now: list[Any] = [] if waits else kept
+    now: list[Any] = [*map(_Tracked, trackers), *([] if waits else kept)]
     if home is not None:
         now.append(StatusFile(home, role=role))
     if metrics_port is not None:

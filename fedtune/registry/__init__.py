@@ -91,6 +91,12 @@ class Group(Generic[T]):
                 raise ConfigError(f"{at}.{option} = {value!r}", f"such as {default!r}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{at}.{option} = {value!r}", "a finite number")
+        options = {
+            option: int(value)
+            if type(known[option].default) is int and float(value).is_integer()
+            else value
+            for option, value in options.items()
+        }
         for option, field in known.items():
             if option not in options and field.default is dataclasses.MISSING:
                 raise ConfigError(f"{at}.{option} is missing", f"a value; {name} has no default")

@@ -14,11 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedtune.config import Columns, DataFile, EvaluationTable
-from fedtune.data import files
 from fedtune.data.records import Record, read_records
+from fedtune.data.sources import jsonl as jsonl_module
+from fedtune.data.sources._interface import Names
+from fedtune.data.sources.jsonl import Jsonl
 from fedtune.errors import DataError
 
-Jsonl = Callable[..., Path]
+Lines = Callable[..., Path]
 
 SECRET = "Zaphod-Beeblebrox-1979"
 PAIR = Columns(prompt="p", completion="c", patient="who")
@@ -77,7 +79,7 @@ GOOD = {"p": "x", "c": "y", "who": 1, "t": "x", "y": "z", "m": [said("user"), sa
 
 @pytest.mark.parametrize(("columns", "row", "reason"), REASONS)
 def test_a_bad_record_is_counted_by_its_reason(
-    jsonl: Jsonl, columns: Columns, row: Any, reason: str
+    jsonl: Lines, columns: Columns, row: Any, reason: str
 ) -> None:
     file = DataFile(path=jsonl(GOOD, row, GOOD), columns=columns)
     records, rejected = read_records(file, unit="patient" if columns.patient else "record")
@@ -85,7 +87,7 @@ def test_a_bad_record_is_counted_by_its_reason(
     assert rejected == {reason: 1}
 
 
-def test_shapes(jsonl: Jsonl) -> None:
+def test_shapes(jsonl: Lines) -> None:
     row = {"p": " a ", "c": "b\n", "t": "c", "y": 7, "m": [said("system", ""), *GOOD["m"]]}
 
     def read(columns: Columns) -> Record:
@@ -98,7 +100,7 @@ def test_shapes(jsonl: Jsonl) -> None:
     assert read(CHAT).messages == (("system", ""), ("user", "x"), ("assistant", "x"))
 
 
-def test_public_text_needs_nothing_to_predict(jsonl: Jsonl) -> None:
+def test_public_text_needs_nothing_to_predict(jsonl: Lines) -> None:
     for columns, row in [
         (Columns(prompt="p"), {"p": "x"}),
         (Columns(prompt="p", completion="c"), {"p": "x", "c": None}),
@@ -110,14 +112,14 @@ def test_public_text_needs_nothing_to_predict(jsonl: Jsonl) -> None:
         assert (len(records), rejected) == (1, {})
 
 
-def test_a_patient_is_the_same_however_the_key_is_typed(jsonl: Jsonl) -> None:
+def test_a_patient_is_the_same_however_the_key_is_typed(jsonl: Lines) -> None:
     keys = [7, "7", 7.0, " 7 "]
     file = DataFile(path=jsonl(*({"p": "x", "c": "y", "who": k} for k in keys)), columns=PAIR)
     assert {record.unit for record in read_records(file, unit="patient")[0]} == {"7"}
     assert len({record.unit for record in read_records(file)[0]}) == 4
 
 
-def test_blank_lines_and_bom_are_no_records(jsonl: Jsonl) -> None:
+def test_blank_lines_and_bom_are_no_records(jsonl: Lines) -> None:
     path = jsonl(b'\xef\xbb\xbf{"t": "x"}', b"", b"  ", {"t": "y\u2028z"})
     records, rejected = read_records(DataFile(path=path, columns=TEXT))
     assert [record.completion for record in records] == ["x", "y\u2028z"]
@@ -162,7 +164,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert rejected == {"missing value": 1}
 
 
-def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path, jsonl: Jsonl) -> None:
+def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path, jsonl: Lines) -> None:
     jsonl({"t": "second"}, name="b.jsonl")
     jsonl({"t": "first"}, name="a.jsonl")
     (tmp_path / "README.md").write_text("not data")
@@ -227,14 +229,14 @@ def test_a_file_that_makes_a_library_raise_is_nothing_to_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     a_file_a_patient(tmp_path / "with", "jsonl", [{"t": SECRET, "y": "a"}])
-    honest = files.READERS[".jsonl"]
+    honest = Jsonl.rows
 
-    def reader(path: Path, *rest: Any) -> Any:
+    def rows(self: Jsonl, path: Path, names: Names) -> Any:
         if "odd" in path.name:
             raise error(SECRET)
-        return honest(path, *rest)
+        return honest(self, path, names)
 
-    monkeypatch.setitem(files.READERS, ".jsonl", reader)
+    monkeypatch.setattr(Jsonl, "rows", rows)
     file = DataFile(path=tmp_path / "with", columns=LABELLED)
     try:
         records, rejected = read_records(file, strict=False)
@@ -249,21 +251,21 @@ def test_a_file_that_decides_about_all_is_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The twin: a column that one file lacks is an error of the dataset."""
-    honest = files.Names.header
+    honest = Names.header
 
-    def header(self: files.Names, names: list[str], shown: bool = True) -> None:
+    def header(self: Names, names: list[str], shown: bool = True) -> None:
         honest(self, names, shown)
         if "y" not in names:
             raise DataError("no column 'y'")
 
-    monkeypatch.setattr(files.Names, "header", header)
+    monkeypatch.setattr(Names, "header", header)
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         test_one_patients_file_is_nothing_to_the_others(
             tmp_path, "csv", [{"t": "no label"}], {"missing value": 1}
         )
 
 
-def test_once_it_takes_part_a_site_reads_what_it_can(tmp_path: Path, jsonl: Jsonl) -> None:
+def test_once_it_takes_part_a_site_reads_what_it_can(tmp_path: Path, jsonl: Lines) -> None:
     """The guarantee of CSV begins at a well-formed file; before it joins, a site is told."""
     path = tmp_path / "data.csv"
     path.write_text('t\nx\n"a quote" inside\ny\n')
@@ -279,9 +281,9 @@ def test_once_it_takes_part_a_site_reads_what_it_can(tmp_path: Path, jsonl: Json
 
 
 def test_a_line_without_end_is_one_record_too_long(
-    jsonl: Jsonl, monkeypatch: pytest.MonkeyPatch
+    jsonl: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "LINE", 100)
+    monkeypatch.setattr(jsonl_module, "LINE", 100)
     path = jsonl({"t": "x"}, {"t": "long " * 200}, {"t": "y"}, {"t": "z" * 85}, {"t": "é" * 300})
     records, rejected = read_records(DataFile(path=path, columns=TEXT))
     assert [r.completion for r in records] == ["x", "y", "z" * 85] and rejected == {"too long": 2}
@@ -295,7 +297,7 @@ def error_of(path: Path, columns: Columns = TEXT, **options: Any) -> DataError:
     return caught.value
 
 
-def test_errors_of_the_file(tmp_path: Path, jsonl: Jsonl) -> None:
+def test_errors_of_the_file(tmp_path: Path, jsonl: Lines) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n\n")
     folder = tmp_path / "folder"
@@ -307,7 +309,7 @@ def test_errors_of_the_file(tmp_path: Path, jsonl: Jsonl) -> None:
     assert "no such file" in str(error_of(tmp_path / "absent.jsonl"))
     assert "no records" in str(error_of(empty))
     assert "no data file" in str(error_of(folder))
-    assert "unsupported suffix; expected .jsonl, .csv, .parquet" in str(error_of(other))
+    assert "unsupported suffix; expected .csv, .jsonl, .parquet" in str(error_of(other))
     assert "not a readable Parquet file" in str(error_of(broken))
     for content in ("", "t\n"):
         (tmp_path / "empty.csv").write_text(content)
@@ -315,7 +317,7 @@ def test_errors_of_the_file(tmp_path: Path, jsonl: Jsonl) -> None:
 
 
 def test_an_absent_column_is_named_with_its_key_and_the_others_listed(
-    tmp_path: Path, jsonl: Jsonl
+    tmp_path: Path, jsonl: Lines
 ) -> None:
     columns = Columns(text="t", label="diagnosis")
     row = {"t": SECRET, "y": SECRET}
@@ -331,7 +333,7 @@ def test_an_absent_column_is_named_with_its_key_and_the_others_listed(
         read_records(table)
 
 
-def test_what_may_be_a_record_is_not_listed_as_a_column(tmp_path: Path, jsonl: Jsonl) -> None:
+def test_what_may_be_a_record_is_not_listed_as_a_column(tmp_path: Path, jsonl: Lines) -> None:
     headerless = tmp_path / "data.csv"
     headerless.write_text(f"{SECRET},yes\nother,no\n")
     assert "a first line that names the columns" in str(error_of(headerless))
@@ -339,7 +341,7 @@ def test_what_may_be_a_record_is_not_listed_as_a_column(tmp_path: Path, jsonl: J
     assert "expected one of 'n'" in str(error_of(by_name))
 
 
-def test_an_absent_patient_column_is_named(jsonl: Jsonl) -> None:
+def test_an_absent_patient_column_is_named(jsonl: Lines) -> None:
     message = str(error_of(jsonl({"t": SECRET}), unit="patient"))
     assert "data.columns.patient" in message
     columns = Columns(text="t", patient="mrn")
@@ -355,12 +357,12 @@ def test_broken_csv_stops_at_its_line(tmp_path: Path) -> None:
     assert "occurs twice" in str(error_of(path))
 
 
-def test_a_file_inside_a_folder_is_not_named(tmp_path: Path, jsonl: Jsonl) -> None:
+def test_a_file_inside_a_folder_is_not_named(tmp_path: Path, jsonl: Lines) -> None:
     jsonl({"n": "x"}, name=f"{SECRET}.jsonl")
     assert str(tmp_path) in str(error_of(tmp_path))
 
 
-def test_a_record_shows_nothing_of_itself(jsonl: Jsonl) -> None:
+def test_a_record_shows_nothing_of_itself(jsonl: Lines) -> None:
     path = jsonl({"p": SECRET, "c": SECRET, "who": SECRET})
     records, rejected = read_records(DataFile(path=path, columns=PAIR), unit="patient")
     assert records[0].unit == SECRET

@@ -39,10 +39,10 @@ MUTANTS = (
     ),
     one(
         32, "a-file-without-a-column-is-everybodys", "fedtune/data/files.py",
-        "    if strict:\n        names.require(where, keys)\n",
-        "        own = Names()\n"
-        "        list(READERS[path.suffix.lower()](path, where, keys, own))\n"
-        "        own.require(where, keys)\n",
+        "    if strict:\n        names.require()\n",
+        "        own = Names(where, keys)\n"
+        "        list(readers[path.suffix.lower()].rows(path, own))\n"
+        "        own.require()\n",
         f"{ONCE}[a-file-of-ones-own-jsonl]",
         "one patient's file switches the site to noise",
     ),

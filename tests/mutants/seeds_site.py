@@ -40,10 +40,10 @@ MUTANTS = (
     ),
     one(
         32, "every-file-must-have-every-column", FILES,
-        "            yield from READERS[path.suffix.lower()](path, where, keys, names)\n",
-        "            yield from READERS[path.suffix.lower()](path, where, keys, own := Names())\n"
-        "            names.header(sorted(own.headers | set(own.keys)))\n"
-        "            own.require(path, keys)\n",
+        "                yield _checked(row)\n",
+        "                yield _checked(row)\n            own = Names(where, keys)\n"
+        "            list(readers[path.suffix.lower()].rows(path, own))\n"
+        "            own.require()\n",
         T_FOLDER, "one patient's file switches the site to noise",
     ),
     one(

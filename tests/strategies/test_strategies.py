@@ -8,13 +8,12 @@ import weakref
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fedtune import strategies
+from fedtune.audit import contracts
 from fedtune.config import Study
 from fedtune.errors import ConfigError
-from fedtune.strategies import STRATEGIES, _mean, names
+from fedtune.strategies import STRATEGIES, Strategy, _mean, names
 from fedtune.strategies._mean import RunningMean
 from fedtune.strategies.fedadam import FedAdam
 from fedtune.strategies.fedavg import FedAvg
@@ -56,72 +55,59 @@ def study(**changes) -> Study:
 
 
 @EVERY
-def test_no_update_changes_nothing(name):
-    strategy, adapter = STRATEGIES.load(name)(), draw(0)
-    same(strategy.apply(adapter), adapter)
-    assert strategy.state() == STRATEGIES.load(name)().state()
-    moved = one_round(strategy, adapter, [draw(1)])
-    state = strategy.state()
-    same(strategy.apply(moved), moved)  # nor later, whatever momentum there is
-    same(strategy.state(), state)
-
-
-@EVERY
-@given(count=st.integers(1, 7), seed=st.integers(0, 99))
-@settings(max_examples=15, deadline=None)
-def test_identical_updates_move_the_adapter_by_that_update(name, count, seed):
-    if not STRATEGIES.load(name).averages:
-        pytest.skip("does not average")
-    adapter, update = draw(seed), draw(seed + 1)
-    moved = one_round(STRATEGIES.load(name)(), adapter, [update] * count)
-    same(moved, {n: adapter[n] + update[n] for n in adapter}, rtol=2e-7)
-
-
-@EVERY
-@given(count=st.integers(2, 6), seed=st.integers(0, 99))
-@settings(max_examples=15, deadline=None)
-def test_order_of_arrival_does_not_matter(name, count, seed):
-    updates = [draw(seed + k) for k in range(count)]
-    weights = [1.0 + k for k in range(count)]
-    order = np.random.default_rng(seed).permutation(count)
-    one, other = STRATEGIES.load(name)(), STRATEGIES.load(name)()
-    first = one_round(one, draw(999), updates, weights)
-    second = one_round(other, draw(999), [updates[k] for k in order], [weights[k] for k in order])
-    same(first, second, rtol=2e-7)  # fp32 results: one rounding at most
-    same(one.state(), other.state(), rtol=1e-12)  # fp64 sums
-
-
-@EVERY
-def test_inputs_are_left_as_they_were(name):
-    adapter, updates = draw(0), [draw(1), draw(2)]
-    one_round(STRATEGIES.load(name)(), adapter, updates)
-    same(adapter, draw(0))
-    for k, update in enumerate(updates, 1):
-        same(update, draw(k))
-
-
-@EVERY
-def test_names_shapes_and_type_stay(name):
-    moved = one_round(STRATEGIES.load(name)(), draw(0), [draw(1), draw(2), draw(3)])
-    assert {n: (a.shape, a.dtype) for n, a in moved.items()} == {
-        n: (shape, np.dtype(np.float32)) for n, shape in SHAPES.items()
-    }
-
-
-@EVERY
-def test_state_carries_on_after_a_restart(name):
+def test_a_strategy_keeps_every_contract(name):
     options = {"momentum": 0.9} if name in ("fedavg", "fedprox") else {}
-    through = STRATEGIES.build(name, options)
-    adapter = one_round(through, draw(0), [draw(1), draw(2)])
-    restarted = STRATEGIES.build(name, options)
-    restarted.load_state({n: a.copy() for n, a in through.state().items()})
-    for array in through.state().values():
-        assert array.dtype == np.float64
-    same(
-        one_round(restarted, adapter, [draw(3), draw(4)]),
-        one_round(through, adapter, [draw(3), draw(4)]),
-    )
-    same(restarted.state(), through.state())
+    for given in ({}, options):
+        results = list(contracts.strategy(lambda given=given: STRATEGIES.build(name, given)))
+        averages = STRATEGIES.load(name).averages
+        assert len(results) == 5 + averages
+        assert [r for r in results if not r.passed] == []
+
+
+class Broken(Strategy):
+    """A mean of the updates that breaks one contract at a time."""
+
+    def __init__(self, how):
+        self.how, self.updates, self.kept = how, [], {}
+
+    def add(self, update, weight):
+        self.updates.append(update)
+        if self.how == "an update is changed":
+            update["layer.B"] += 1.0
+
+    def apply(self, adapter):
+        updates, count = self.updates, len(self.updates)
+        self.updates = [] if self.how != "updates stay" else updates
+        if not count:
+            return {n: a + 1e-3 for n, a in adapter.items()} if self.how == "drifts" else adapter
+        if self.how == "the last one counts":
+            updates, count = updates[-1:], 1
+        step = {n: sum(u[n].astype(np.float64) for u in updates) / count for n in adapter}
+        if self.how == "momentum is not kept":
+            step = {n: step[n] + 0.5 * self.kept.get(n, 0.0) for n in step}
+            self.kept = step
+        if self.how == "adds up":
+            step = {n: s * count for n, s in step.items()}
+        moved = {n: a + step[n] for n, a in adapter.items()}
+        return moved if self.how == "fp64" else {n: a.astype(np.float32) for n, a in moved.items()}
+
+
+@pytest.mark.parametrize(
+    ("how", "failed"),
+    [
+        ("", set()),
+        ("drifts", {"no update"}),
+        ("updates stay", {"no update", "state"}),
+        ("adds up", {"identical updates"}),
+        ("the last one counts", {"order of arrival"}),
+        ("an update is changed", {"inputs"}),
+        ("fp64", {"names, shapes and type"}),
+        ("momentum is not kept", {"state"}),
+    ],
+)
+def test_a_strategy_that_breaks_a_contract_is_caught(how, failed):
+    found = {r.name for r in contracts.strategy(lambda: Broken(how)) if not r.passed}
+    assert failed <= found and bool(failed) == bool(found)
 
 
 @EVERY

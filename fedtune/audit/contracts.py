@@ -1,0 +1,393 @@
+"""What every plug-in must keep, measured on generated records: of this release, which the tests
+hold to it, or of another distribution, which `fedtune check-plugin` does."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedtune.audit import selftest
+from fedtune.audit.selftest import Result, timed
+from fedtune.bases.find import find_base
+from fedtune.config import Study
+from fedtune.data.files import Rejected, rows
+from fedtune.data.sources import SOURCES, Source
+from fedtune.data.sources._interface import REASONS
+from fedtune.errors import ConfigError, DataError
+from fedtune.modalities import MODALITIES
+from fedtune.models.cache import CachedDataset
+from fedtune.models.network import Network
+from fedtune.models.random_records import show
+from fedtune.models.tiny import generated, random_base, tiny_network
+from fedtune.objectives import OBJECTIVES, resolve
+from fedtune.observe.trackers import TRACKERS, Tracker
+from fedtune.registry import Group
+from fedtune.strategies import STRATEGIES, Arrays, Strategy
+
+GROUPS: dict[str, Group[Any]] = {
+    group.name: group for group in (OBJECTIVES, STRATEGIES, MODALITIES, SOURCES, TRACKERS)
+}
+SHAPES = {"layer.B": (3, 2), "head.weight": (5,)}  # of an adapter that strategies are tried on
+ROUNDING = 2e-7  # relative: one rounding to fp32
+COMPANY = 1e-4  # relative: a loss beside others, in fp32
+SECRET = "Zaphod-Beeblebrox-1979"  # in a file that cannot be read; no message may repeat it
+
+
+def check(
+    group: str,
+    name: str,
+    options: Mapping[str, Any] | None = None,
+    base: str | None = None,
+    file: Path | None = None,
+) -> Iterator[Result]:
+    """Each contract of the plug-in `name` as soon as it is measured.
+
+    base: whose architecture an objective or a modality is tried on; None: a small random text
+    model. file: what a source reads. No record of a site is touched, nothing is charged.
+    Errors: ConfigError where there is no such plug-in, or an option that it does not have."""
+    options = options or {}
+    plugin = GROUPS[group].build(name, options)
+    if group == "objectives":
+        yield from _with_base(base, lambda found: objective(name, options, found))
+    elif group == "modalities":
+        yield from _with_base(base, lambda found: modality(name, found))
+    elif group == "strategies":
+        yield from strategy(lambda: STRATEGIES.build(name, options))
+    elif group == "trackers":
+        yield from tracker(plugin)
+    elif file is None:
+        suffixes = ", ".join(plugin.suffixes)
+        raise ConfigError("a source is checked on a file", f"--file, of {suffixes}")
+    else:
+        yield from source(plugin, file)
+
+
+def _with_base(base: str | None, checks: Callable[[str], Iterator[Result]]) -> Iterator[Result]:
+    if base is not None:
+        yield from checks(base)
+        return
+    with tempfile.TemporaryDirectory(prefix="fedtune-check-") as folder:
+        yield from checks(str(random_base(Path(folder))))
+
+
+# ------------------------------------------------------------- objectives and modalities
+
+
+def study_for(
+    base: str,
+    name: str = "causal_lm",
+    options: Mapping[str, Any] | None = None,
+    modality: str | None = None,
+    engine: str = "auto",
+) -> Study:
+    """A private study on `base`: patients, an adapter in the last two blocks."""
+    table: dict[str, object] = {"name": name, "options": dict(options or {}), "max_length": 64}
+    if OBJECTIVES.build(name, options or {}).record_format == "label":
+        table["labels"] = ["yes", "no", "maybe"]
+    tables = {
+        "study": {"name": "check-plugin"},
+        "base": {"model": base, "dtype": "float32", "modality": modality},
+        "objective": table,
+        "lora": {"rank": 4, "modules": ["q_proj"], "last_layers": 2},
+        "training": {"rounds": 4, "sampling_rate": 1.0, "learning_rate": 0.1, "engine": engine},
+        "clipping": {},
+        "privacy": {"noise_multiplier": 1.6, "delta": 1e-4, "unit": "patient"},
+    }
+    return Study.model_validate_json(json.dumps(tables))
+
+
+def objective(name: str, options: Mapping[str, Any], base: str) -> Iterator[Result]:
+    """| parity, isolation, sensitivity, noise | the self-test, with each engine |
+    | one loss a record | (B,) fp32, finite |
+    | repeatable | the same loss again, to the last bit: no dropout, no state |
+    | in any company | the same loss alone and beside others |
+    """
+    for engine in ("auto", "opacus"):
+        for result in selftest.run(study_for(base, name, options, engine=engine)):
+            yield replace(result, name=f"{result.name} ({engine})")
+    study = study_for(base, name, options)
+    network = tiny_network(study, find_base(base))
+    data = CachedDataset(network, generated(study, network, selftest.SIZES))
+    yield timed("one loss a record", 0, lambda: _shape(study, data))
+    yield timed("repeatable", 0, lambda: _repeated(study, data))
+    yield timed("in any company", COMPANY, lambda: _company(study, data))
+
+
+@torch.no_grad()
+def _shape(study: Study, data: CachedDataset) -> float:
+    """How many batches have other losses than one finite fp32 number for each record."""
+    found, wrong = resolve(study.objective), 0
+    for batch in data.batches(range(len(data.dataset.examples))):
+        losses = found.losses(data.network, batch)
+        whole = losses.shape == batch.label.shape and losses.dtype == torch.float32
+        wrong += not (whole and bool(torch.isfinite(losses).all()))
+    return wrong
+
+
+@torch.no_grad()
+def _repeated(study: Study, data: CachedDataset) -> float:
+    found, most = resolve(study.objective), 0.0
+    for batch in data.batches(range(len(data.dataset.examples))):
+        again = found.losses(data.network, batch) - found.losses(data.network, batch)
+        most = max(most, float(again.abs().max()))
+    return most
+
+
+@torch.no_grad()
+def _company(study: Study, data: CachedDataset) -> float:
+    found, most = resolve(study.objective), 0.0
+    for batch in data.batches(range(len(data.dataset.examples))):
+        together = found.losses(data.network, batch)
+        for at, index in enumerate(batch.index.tolist()):
+            (single,) = data.batches([index])
+            alone = found.losses(data.network, single)[0]
+            most = max(most, float((together[at] - alone).abs() / alone.abs().clamp_min(1.0)))
+    return most
+
+
+def modality(name: str, base: str) -> Iterator[Result]:
+    """| place-holders | those of a generated record pass its own check |
+    | too few | a record with one place-holder less is rejected |
+    | tensor | of a file: fp32, finite, one row a tile, the same again |
+    | parity, isolation, sensitivity, noise | the self-test on records with generated files |
+    """
+    study = study_for(base, modality=name)
+    network = tiny_network(study, find_base(base))
+    yield timed("place-holders", 0, lambda: _placed(study, network))
+    yield timed("too few", 0, lambda: _too_few(study, network))
+    yield timed("tensor", 0, lambda: _tensors(study, network))
+    yield from selftest.run(study)
+
+
+def _placed(study: Study, network: Network) -> float:
+    """How many generated records fail the modality's own check."""
+    wrong = 0
+    for seed in range(8):
+        shown = show(network, study.objective, np.random.default_rng(seed))
+        try:
+            network.reader.check(shown.ids, shown.tiles)
+        except Rejected:
+            wrong += 1
+    return wrong
+
+
+def _too_few(study: Study, network: Network) -> float:
+    """How many records pass that lack a place-holder; 0 where the text has none."""
+    passed = 0
+    for seed in range(8):
+        shown = show(network, study.objective, np.random.default_rng(seed))
+        held = [at for at, token in enumerate(shown.ids) if token in network.reader.avoid]
+        if not held:
+            continue
+        try:
+            network.reader.check(shown.ids[: held[0]] + shown.ids[held[0] + 1 :], shown.tiles)
+            passed += 1
+        except Rejected:
+            continue
+    return passed
+
+
+def _tensors(study: Study, network: Network) -> float:
+    """How many generated files become a tensor of another form than promised."""
+    wrong, reader = 0, network.reader
+    for seed in range(8):
+        draw = np.random.default_rng(seed)
+        shown = show(network, study.objective, draw)
+        if shown.media is None:
+            continue
+        first, again = reader.tensor(shown.media), reader.tensor(shown.media)
+        alike = reader.generated(draw, shown.media)
+        good = first.dtype == torch.float32 and bool(torch.isfinite(first).all())
+        good = good and len(first) == shown.tiles and torch.equal(first, again)
+        wrong += not (good and alike and reader.tensor(alike).shape == first.shape)
+    return wrong
+
+
+# ------------------------------------------------------------------------------ strategies
+
+
+def strategy(made: Callable[[], Strategy]) -> Iterator[Result]:
+    """made: the strategy, fresh each time.
+
+    | no update | the adapter stays as it was, and so does the state, at first and later |
+    | identical updates | move the adapter by that update, where the strategy averages |
+    | order of arrival | does not matter: one rounding of fp32, 10⁻¹² of the fp64 state |
+    | inputs | are left as they were |
+    | names, shapes and type | stay |
+    | state | carries on after a restart as if there had been none |
+    """
+    yield timed("no update", 0, lambda: _no_update(made))
+    if made().averages:
+        yield timed("identical updates", ROUNDING, lambda: _identical(made))
+    yield timed("order of arrival", ROUNDING, lambda: _order(made))
+    yield timed("inputs", 0, lambda: _inputs(made))
+    yield timed("names, shapes and type", 0, lambda: _forms(made))
+    yield timed("state", 0, lambda: _restarted(made))
+
+
+def _drawn(seed: int) -> Arrays:
+    draw = np.random.default_rng(seed)
+    return {n: draw.standard_normal(shape).astype(np.float32) for n, shape in SHAPES.items()}
+
+
+def _round(strategy: Strategy, adapter: Arrays, updates: list[Arrays]) -> Arrays:
+    for weight, update in zip(itertools.count(1.0), updates, strict=False):
+        strategy.add(update, weight)
+    return strategy.apply(adapter)
+
+
+def _apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """The largest difference, in the largest value or 1; infinite where the names differ."""
+    if one.keys() != other.keys():
+        return math.inf
+    most = 0.0
+    for name, array in one.items():
+        scale = max(1.0, float(np.abs(array).max(initial=0.0)))
+        gap = float(np.abs(array - other[name]).max(initial=0.0)) / scale
+        most = max(most, math.inf if math.isnan(gap) else gap)
+    return most
+
+
+def _no_update(made: Callable[[], Strategy]) -> float:
+    fresh, adapter = made(), _drawn(0)
+    first = _apart(fresh.apply(adapter), adapter) + _apart(fresh.state(), made().state())
+    moved = _round(fresh, adapter, [_drawn(1)])
+    state = copy.deepcopy(fresh.state())
+    return first + _apart(fresh.apply(moved), moved) + _apart(fresh.state(), state)
+
+
+def _identical(made: Callable[[], Strategy]) -> float:
+    worst = 0.0
+    for count, seed in itertools.product((1, 2, 7), range(5)):
+        adapter, update = _drawn(seed), _drawn(seed + 1)
+        moved = _round(made(), adapter, [update] * count)
+        worst = max(worst, _apart(moved, {n: adapter[n] + update[n] for n in adapter}))
+    return worst
+
+
+def _order(made: Callable[[], Strategy]) -> float:
+    worst = 0.0
+    for count, seed in itertools.product((2, 3, 6), range(5)):
+        one, other, adapter = made(), made(), _drawn(999)
+        sent = [(_drawn(seed + k), 1.0 + k) for k in range(count)]
+        for update, weight in sent:
+            one.add(update, weight)
+        for k in np.random.default_rng(seed).permutation(count):
+            other.add(*sent[k])
+        worst = max(worst, _apart(one.apply(adapter), other.apply(adapter)))
+        if _apart(one.state(), other.state()) > 1e-12:
+            return math.inf
+    return worst
+
+
+def _inputs(made: Callable[[], Strategy]) -> float:
+    adapter, updates = _drawn(0), [_drawn(1), _drawn(2)]
+    _round(made(), adapter, updates)
+    return sum(_apart(given, _drawn(k)) for k, given in enumerate([adapter, *updates]))
+
+
+def _forms(made: Callable[[], Strategy]) -> float:
+    moved = _round(made(), _drawn(0), [_drawn(1), _drawn(2), _drawn(3)])
+    forms = {name: (array.shape, array.dtype) for name, array in moved.items()}
+    return float(forms != {name: (shape, np.dtype("float32")) for name, shape in SHAPES.items()})
+
+
+def _restarted(made: Callable[[], Strategy]) -> float:
+    through, restarted = made(), made()
+    adapter = _round(through, _drawn(0), [_drawn(1), _drawn(2)])
+    state = through.state()
+    if any(array.dtype != np.float64 for array in state.values()):
+        return math.inf
+    restarted.load_state(copy.deepcopy(state))
+    first, second = (_round(each, adapter, [_drawn(3), _drawn(4)]) for each in (through, restarted))
+    return _apart(first, second) + _apart(through.state(), restarted.state())
+
+
+# --------------------------------------------------------------------- sources and trackers
+
+
+def source(plugin: Source, file: Path) -> Iterator[Result]:
+    """| rows | the file has some, each a dict by column or one of our reasons |
+    | repeatable | the same rows again |
+    | one row at a time | a line less takes that line's row along and changes no other |
+    | broken files | are an error for a person, without content, and a reason for a site |
+    """
+    found = list(rows(file, {}, source=plugin))
+    wrong = [row for row in found if isinstance(row, str) and row not in REASONS]
+    yield timed("rows", 0, lambda: len(wrong) if found else math.inf)
+    yield timed("repeatable", 0, lambda: list(rows(file, {}, source=plugin)) != found)
+    with tempfile.TemporaryDirectory(prefix="fedtune-check-") as name:
+        copied = Path(name) / f"copy{file.suffix}"
+        yield timed("one row at a time", 0, lambda: _line_less(plugin, file, copied, found))
+        yield timed("broken files", 0, lambda: _broken(plugin, copied))
+
+
+def _line_less(plugin: Source, file: Path, copied: Path, found: list[Any]) -> float:
+    """How many rows change beside the one that is taken out.
+
+    Errors: DataError where the file's rows are not its lines, so that none can be taken out."""
+    lines = file.read_bytes().splitlines(keepends=True)
+    first = len(lines) - len(found)
+    if first not in (0, 1):
+        raise DataError(
+            "its rows are not its lines: nothing was tested", "a file of one row a line"
+        )
+    changed = 0
+    for at in range(first, min(len(lines), first + 50)):
+        copied.write_bytes(b"".join(lines[:at] + lines[at + 1 :]))
+        left = list(rows(copied, {}, strict=False, source=plugin))
+        changed += left != found[: at - first] + found[at - first + 1 :]
+    return changed
+
+
+def _broken(plugin: Source, copied: Path) -> float:
+    """How many broken files escape as another error than a DataError, or are quoted in one."""
+    wrong = 0
+    draw = np.random.default_rng(0)
+    for body in (b"", SECRET.encode(), draw.bytes(4096) + SECRET.encode(), b'"' + SECRET.encode()):
+        copied.write_bytes(body)
+        said = [row for row in rows(copied, {}, strict=False, source=plugin) if type(row) is str]
+        try:
+            list(rows(copied, {}, strict=True, source=plugin))
+        except DataError as error:
+            said.append(str(error))
+        wrong += any(SECRET in text for text in said)
+    return wrong
+
+
+def tracker(plugin: Tracker) -> Iterator[Result]:
+    """| events | those of a run are taken |
+    | data | is left as it was |
+    | close | may come at any time, and twice |
+    """
+    events: list[tuple[str, dict[str, Any]]] = [
+        ("start", {"study": "check-plugin", "rounds": 2, "private": True}),
+        ("round", {"round": 1, "participants": ["north", "south"], "quality": {"loss": 1.5}}),
+        ("done", {"rounds": 2}),
+    ]
+
+    def taken() -> float:
+        for kind, data in events:
+            plugin.on_event(kind, data)
+        return 0
+
+    before = copy.deepcopy(events)
+    yield timed("events", 0, taken)
+    yield timed("data", 0, lambda: events != before)
+
+    def closed() -> float:
+        plugin.close()
+        plugin.close()
+        return 0
+
+    yield timed("close", 0, closed)

@@ -1,0 +1,92 @@
+"""The command for whoever writes a plug-in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from fedtune.cli.exit_codes import command
+
+Groups = Literal["objectives", "strategies", "modalities", "sources", "trackers"]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command on `app`."""
+    command(app, "check-plugin", panel="Write a plug-in")(check_plugin)
+
+
+def check_plugin(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="Of this release, or an entry point that is installed."
+        ),
+    ],
+    group: Annotated[
+        Groups, typer.Option(help="What it is: the group is fedtune.GROUP.")
+    ] = "objectives",
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="An option of the plug-in; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Whose architecture an objective or a modality is tried on, at tiny size. "
+            "Without it: a small random text model.",
+            show_default=False,
+        ),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Generated records that a source reads; of a text format, one row a line.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Hold a plug-in to what every one of its kind must keep, on generated records.
+
+    objectives and modalities: rows equal a loop of one record, no record moves another's row, a
+    removed unit moves the sum by at most C, losses repeat to the last bit. strategies: no update,
+    order of arrival, restart. sources: one row at a time, broken files. trackers: events.
+    One line for each check, with what was measured and the bound; docs/extending.md shows a plug-in
+    of each kind. A check that passes is a measurement, not a proof."""
+    from fedtune.audit.contracts import check
+    from fedtune.errors import InputError, plain
+
+    console, bad = Console(), 0
+    for result in check(group, name, _options(option or []), base, file):
+        mark = "[green]ok  [/green]" if result.passed else "[red]BAD [/red]"
+        says = plain(result.note) or f"{result.figure:.3g}, at most {result.bound:g}"
+        console.print(f"{mark} {result.name}: {escape(says)}", highlight=False, soft_wrap=True)
+        bad += not result.passed
+    if bad:
+        checks = "1 check fails" if bad == 1 else f"{bad} checks fail"
+        raise InputError(f"{name}: {checks}", todo="do not train with it")
+
+
+def _options(given: list[str]) -> dict[str, Any]:
+    """{"beta": 0.1} of beta=0.1; a text stays one. Errors: ConfigError."""
+    from fedtune.errors import ConfigError
+
+    found: dict[str, Any] = {}
+    for each in given:
+        key, equals, value = each.partition("=")
+        if not equals:
+            raise ConfigError(f"--option {each}", "KEY=VALUE")
+        try:
+            found[key] = float(value)
+        except ValueError:
+            found[key] = {"true": True, "false": False}.get(value, value)
+    return found

@@ -1,0 +1,98 @@
+"""What a source of records is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from fedtune.errors import DataError
+
+Row = dict[str, object]
+Keys = Mapping[str, str]  # a configuration key, "data.columns.text", to the column that it names
+
+SHOWN = 20  # column names in a message
+# Why a row cannot be used. No other words of a source are kept, since they may quote the row.
+REASONS = (
+    *("not JSON", "not UTF-8", "NUL byte", "too long", "wrong type", "wrong column count"),
+    *("missing value", "empty text", "cannot be read"),
+)
+
+
+@dataclass
+class Names:
+    """A dataset's path, the columns asked of it, and the column names met in all its files; of
+    these, which a message may show: a key of a few JSON records may itself be content, and so may
+    the first line of a CSV file without one."""
+
+    where: Path
+    keys: Keys
+    headers: set[str] = field(default_factory=set)
+    shown: list[str] = field(default_factory=list)
+    keys_met: Counter[str] = field(default_factory=Counter)
+    objects: int = 0
+
+    def header(self, names: list[str], shown: bool = True) -> None:
+        """A file's columns. shown: whether they may be in a message."""
+        self.headers.update(names)
+        if shown:
+            self.shown += [name for name in names if name not in self.shown]
+
+    def object(self, row: Row) -> None:
+        """The keys of one row, of a format whose files have no header."""
+        self.objects += 1
+        self.keys_met.update(row.keys())
+
+    def require(self) -> None:
+        """Errors: DataError for a column that was asked for and no file has."""
+        present = self.headers | set(self.keys_met)
+        absent = [(key, column) for key, column in self.keys.items() if column not in present]
+        if not absent or not present:
+            return
+        key, column = absent[0]
+        listed = self.shown + [name for name, n in self.keys_met.items() if 2 * n >= self.objects]
+        if listed:
+            more = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
+            expected = "one of " + ", ".join(repr(name[:40]) for name in listed[:SHOWN]) + more
+        else:
+            expected = "a first line that names the columns, separated by commas"
+        raise DataError(
+            f"{self.where}: no column {column!r}, which {key} names", expected, f"correct {key}"
+        )
+
+
+class NotWellFormed(DataError):
+    """CSV whose quoting is broken: nobody knows where a record ends and the next begins."""
+
+
+@dataclass(frozen=True)
+class Source(ABC):
+    """How the rows of one kind of file are read.
+
+    Subclasses are frozen dataclasses whose fields are [data.options] of site.toml. suffixes: of the
+    files that it reads, in small letters."""
+
+    suffixes: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def rows(self, path: Path, names: Names) -> Iterator[Row | str]:
+        """Each row of `path` as a dict by column, or why it is rejected, one of REASONS, in order.
+
+        It tells `names` which columns the file has (`Names.header`), and reads one row at a time:
+        what is said of a row follows from that row alone. Whatever it raises makes the file one
+        that cannot be read; a DataError must name `names.where`, never `path`, which may bear a
+        patient's name, and no content."""
+
+
+def unclean(text: str) -> str:
+    """Why a string cannot be used whatever it says, or "". Lone surrogates count as not UTF-8."""
+    if "\0" in text:
+        return "NUL byte"
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return "not UTF-8"
+    return ""

@@ -1,0 +1,99 @@
+"""What reads a site's files: by suffix, or as its own site.toml says."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.config import Columns, SiteData, load_site, load_study
+from fedtune.data.records import read_records
+from fedtune.data.sources import SOURCES, by_suffix
+from fedtune.errors import ConfigError, DataError
+from tests.plugins import install
+
+SECRET = "Zaphod-Beeblebrox-1979"
+TEXT = Columns(text="t")
+CODE = f"""
+from dataclasses import dataclass
+from fedtune.data.sources import Source
+
+@dataclass(frozen=True)
+class Odd(Source):
+    suffixes = (".odd",)
+    times: int = 1
+
+    def rows(self, path, names):
+        names.header(["t"])
+        yield {{"t": "x" * self.times}}
+        yield "the record of {SECRET} is broken"
+        yield ["{SECRET}"]
+        yield {{"t": None}}
+"""
+
+
+def dataset(path: Path, source: str | None, **options: Any) -> SiteData:
+    return SiteData(path=path, columns=TEXT, source=source, options=options)
+
+
+def test_each_suffix_has_one_source() -> None:
+    assert sorted(by_suffix()) == [".csv", ".jsonl", ".parquet"]
+    assert SOURCES.release() == ["csv", "jsonl", "parquet"]
+
+
+def test_a_csv_file_may_have_another_delimiter(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text('t;u\n"a;b";1\nc;2\n')
+    records, rejected = read_records(dataset(path, "csv", delimiter=";"))
+    assert [record.completion for record in records] == ["a;b", "c"] and not rejected
+    with pytest.raises(DataError, match="not well-formed CSV at line 2"):
+        read_records(dataset(path, None))
+    for wrong, said in (
+        ({"delimiter": ";;"}, "one character"),
+        ({"delimiter": 1.0}, "such as ','"),
+        ({"delimeter": ";"}, "one of delimiter"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            read_records(dataset(path, "csv", **wrong))
+
+
+def test_a_foreign_source_is_read_where_site_toml_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = {"fedtune.sources": {"odd": "odd_source:Odd"}}
+    install(tmp_path / "installed", monkeypatch, "odd_source", CODE, points)
+    path = tmp_path / "data.odd"
+    path.write_text("")
+    with pytest.raises(DataError, match=r"unsupported suffix; expected \.csv"):
+        read_records(dataset(path, None))
+    assert "odd_source" not in sys.modules
+    records, rejected = read_records(dataset(path, "odd", times=3.0), strict=False)
+    assert [record.completion for record in records] == ["xxx"]
+    # Its own words about a row may quote the row, and are not kept.
+    assert rejected == {"cannot be read": 1, "wrong type": 1, "missing value": 1}
+    (tmp_path / "data.csv").write_text("t\nx\n")
+    with pytest.raises(DataError, match=r"expected \.odd"):
+        read_records(dataset(tmp_path / "data.csv", "odd"))
+    with pytest.raises(ConfigError, match="one of csv, jsonl, parquet, odd"):
+        read_records(dataset(path, "even"))
+
+
+def test_a_plan_names_no_source_and_options_need_one(tmp_path: Path) -> None:
+    site = tmp_path / "site.toml"
+    site.write_text(
+        '[site]\nname = "s"\ndeclared_size = 10\n[data]\npath = "d.csv"\n'
+        'options = { delimiter = ";" }\n[data.columns]\ntext = "t"\n'
+    )
+    with pytest.raises(ConfigError, match="belong to a source"):
+        load_site(site)
+    study = tmp_path / "study.toml"
+    study.write_text(
+        'privacy = "off"\n[study]\nname = "s"\n[base]\nmodel = "m"\n[objective]\n'
+        'name = "causal_lm"\n[lora]\n[training]\nrounds = 1\nsampling_rate = 1.0\n'
+        'learning_rate = 1.0\n[public]\npath = "p.csv"\nlicence = "CC0"\nsource = "csv"\n'
+        '[public.columns]\ntext = "t"\n'
+    )
+    with pytest.raises(ConfigError, match=r"public\.source: unknown key"):
+        load_study(study)
