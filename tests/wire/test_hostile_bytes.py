@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import tracemalloc
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from fedtune.flower import api
 from fedtune.flower.arrays import WireError, from_record
 from fedtune.flower.grid import InProcessGrid
 from fedtune.wire.codec import VALUES
-from tests.server.fakes import SHAPES, FakeSite, make_parts, make_study, zeros
+from tests.server.fakes import SHAPES, FakeSite, grid_of, make_parts, make_study, zeros
 from tests.wire.hostile_kit import (
     LIES,
     body_of,
@@ -146,7 +145,7 @@ class Replayer(InProcessGrid):
 
 def replayed(trial: Any, swap: Any, *, twice: bool = False) -> tuple[Any, dict[str, Any]]:
     run = trial(FakeSite("a"), FakeSite("b"), FakeSite("c"))
-    grid = Replayer([Path(s.name) for s in run.sites])
+    grid = grid_of((s.name for s in run.sites), Replayer)
     grid.swap, grid.twice = swap, twice
     return run, run.run(make_study(wire=wire.encoding, min_sites=2), grid=grid)
 
@@ -184,7 +183,7 @@ def test_another_runs_answers_are_dropped(trial):
 
     def go(folder: str, swap: Any) -> tuple[Any, dict[str, Any]]:
         run = trial(*sites, folder=folder)
-        grid = Replayer([Path(s.name) for s in run.sites])
+        grid = grid_of((s.name for s in run.sites), Replayer)
         grid.swap = swap
         return grid, run.run(make_study(wire=wire.encoding, min_sites=2), grid=grid, parts=parts)
 
