@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import subprocess
@@ -10,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import typer
-from click.testing import Result
-from typer.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from fedtune import __version__
 from fedtune.cli.console import Watch
@@ -75,8 +76,15 @@ allow_privacy_off = {off}
 """
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
+def run(*arguments: object, on: typer.Typer = app) -> Result:
+    """Run a command in this process, as it is typed."""
+    return CliRunner().invoke(tree(on), [str(a) for a in arguments])
+
+
+@functools.cache
+def tree(of: typer.Typer) -> click.Command:
+    """click's tree of the commands; it takes longer to make than most commands to run."""
+    return typer.main.get_command(of)
 
 
 @pytest.fixture
@@ -422,10 +430,10 @@ def _raw(help_: str | None) -> list[str]:
 def _holes(app_: typer.Typer, *path: str) -> list[str]:
     """Words of a command's help, or of an option's, that its screen does not show, in order."""
     found: list[str] = []
-    command = typer.main.get_command(app_)
+    command = tree(app_)
     for name in path:
         command = command.commands[name]  # type: ignore[attr-defined]
-    shown = CliRunner().invoke(app_, [*path, "--help"], env={"COLUMNS": "400"}).output
+    shown = CliRunner().invoke(tree(app_), [*path, "--help"], env={"COLUMNS": "400"}).output
     flat = " ".join(shown.replace("│", " ").split())
     texts = [command.help, getattr(command, "epilog", None)]
     texts += [getattr(each, "help", None) for each in command.params]

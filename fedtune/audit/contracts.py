@@ -49,11 +49,13 @@ def check(
     options: Mapping[str, Any] | None = None,
     base: str | None = None,
     file: Path | None = None,
+    less: Path | None = None,
 ) -> Iterator[Result]:
     """Each contract of the plug-in `name` as soon as it is measured.
 
     base: whose architecture an objective or a modality is tried on; None: a small random text
-    model. file: what a source reads. No record of a site is touched, nothing is charged.
+    model. file: what a source reads; less: the same with one record left out, where its rows are
+    not its lines. No record of a site is touched, nothing is charged.
     Errors: ConfigError where there is no such plug-in, or an option that it does not have."""
     options = options or {}
     plugin = GROUPS[group].build(name, options)
@@ -69,7 +71,7 @@ def check(
         suffixes = ", ".join(plugin.suffixes)
         raise ConfigError("a source is checked on a file", f"--file, of {suffixes}")
     else:
-        yield from source(plugin, file)
+        yield from source(plugin, file, less)
 
 
 def _with_base(base: str | None, checks: Callable[[str], Iterator[Result]]) -> Iterator[Result]:
@@ -316,10 +318,10 @@ def _restarted(made: Callable[[], Strategy]) -> float:
 # --------------------------------------------------------------------- sources and trackers
 
 
-def source(plugin: Source, file: Path) -> Iterator[Result]:
+def source(plugin: Source, file: Path, less: Path | None = None) -> Iterator[Result]:
     """| rows | the file has some, each a dict by column or one of our reasons |
     | repeatable | the same rows again |
-    | one row at a time | a line less takes that line's row along and changes no other |
+    | one row at a time | a record less takes its row along and changes no other |
     | broken files | are an error for a person, without content, and a reason for a site |
     """
     found = list(rows(file, {}, source=plugin))
@@ -328,20 +330,22 @@ def source(plugin: Source, file: Path) -> Iterator[Result]:
     yield timed("repeatable", 0, lambda: list(rows(file, {}, source=plugin)) != found)
     with tempfile.TemporaryDirectory(prefix="fedtune-check-") as name:
         copied = Path(name) / f"copy{file.suffix}"
-        yield timed("one row at a time", 0, lambda: _line_less(plugin, file, copied, found))
+        yield timed("one row at a time", 0, lambda: _one_less(plugin, file, copied, less))
         yield timed("broken files", 0, lambda: _broken(plugin, copied))
 
 
-def _line_less(plugin: Source, file: Path, copied: Path, found: list[Any]) -> float:
+def _one_less(plugin: Source, file: Path, copied: Path, less: Path | None) -> float:
     """How many rows change beside the one that is taken out.
 
     Errors: DataError where the file's rows are not its lines, so that none can be taken out."""
+    found = list(rows(file, {}, strict=False, source=plugin))
+    if less is not None:
+        left = list(rows(less, {}, strict=False, source=plugin))
+        return float(all(left != found[:at] + found[at + 1 :] for at in range(len(found))))
     lines = file.read_bytes().splitlines(keepends=True)
     first = len(lines) - len(found)
     if first not in (0, 1):
-        raise DataError(
-            "its rows are not its lines: nothing was tested", "a file of one row a line"
-        )
+        raise DataError("its rows are not its lines", "--less, the file with one record left out")
     changed = 0
     for at in range(first, min(len(lines), first + 50)):
         copied.write_bytes(b"".join(lines[:at] + lines[at + 1 :]))

@@ -50,7 +50,15 @@ def check_plugin(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Generated records that a source reads; of a text format, one row a line.",
+            help="Generated records that a source reads.",
+            show_default=False,
+        ),
+    ] = None,
+    less: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The same with one record left out; needed where a line is not a record.",
             show_default=False,
         ),
     ] = None,
@@ -66,7 +74,7 @@ def check_plugin(
     from fedtune.errors import InputError, plain
 
     console, bad = Console(), 0
-    for result in check(group, name, _options(option or []), base, file):
+    for result in check(group, name, _options(option or []), base, file, less):
         mark = "[green]ok  [/green]" if result.passed else "[red]BAD [/red]"
         says = plain(result.note) or f"{result.figure:.3g}, at most {result.bound:g}"
         console.print(f"{mark} {result.name}: {escape(says)}", highlight=False, soft_wrap=True)

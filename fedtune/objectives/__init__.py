@@ -9,11 +9,35 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fedtune.objectives._interface import READS, Objective
+from fedtune.objectives._interface import (
+    READS,
+    Batch,
+    Network,
+    Objective,
+    RecordFormat,
+    Teacher,
+    require,
+)
+from fedtune.objectives._tokens import likelihood, reference
 from fedtune.registry import Group, summary
 
 if TYPE_CHECKING:
     from fedtune.config import ObjectiveTable
+
+__all__ = [
+    "OBJECTIVES",
+    "Batch",
+    "Network",
+    "Objective",
+    "RecordFormat",
+    "Teacher",
+    "describe",
+    "likelihood",
+    "names",
+    "reference",
+    "require",
+    "resolve",
+]
 
 OBJECTIVES = Group("objectives", "objective.name", __name__, Objective)  # type: ignore[type-abstract]
 

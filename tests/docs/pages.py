@@ -125,7 +125,7 @@ def run(block: Block, folder: Path) -> None:
 
 def run_python(text: str) -> None:
     names: dict[str, object] = {"__name__": "documentation"}
-    exec(compile(text, "documentation", "exec"), names)
+    exec(compile(text, "documentation", "exec", dont_inherit=True), names)
     runner = doctest.DocTestRunner(verbose=False)
     for name, value in names.items():
         source = getattr(value, "__doc__", None)

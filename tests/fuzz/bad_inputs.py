@@ -435,6 +435,9 @@ def arguments() -> Iterator[Case]:
         ("ledger", SITE, "--backup", LONG), ("ledger", SITE, "--restore", "--from", LONG),
         ("label", LONG, "--column", "prompt=q", *BASE), (*SERVE, "--home", LONG),
         ("label", "north.jsonl", "--column", "prompt=q", "--rubric", LONG, *BASE),
+        ("check-plugin", LONG), ("check-plugin", "../x"),
+        ("check-plugin", "causal_lm", "--option", "x"),
+        ("check-plugin", "fedavg", "--group", "strategies", "--file", LONG),
         ("admit", LONG), ("choose-base", PLAN, "--target", "1", "--json", LONG),
     )  # fmt: skip
     for command in long:

@@ -15,7 +15,6 @@ import pytest
 import typer
 from click.testing import Result
 from safetensors.numpy import load_file, save_file
-from typer.testing import CliRunner
 
 from fedtune.cli.exit_codes import command
 from fedtune.cli.main import app
@@ -27,6 +26,7 @@ from fedtune.server.versions import Version, Versions
 from tests.flower import kit
 from tests.fuzz import bad_inputs
 from tests.fuzz.bad_inputs import Case
+from tests.test_cli import run
 
 SECONDS = 60  # far more than any of them takes on a loaded machine: who waits for ever is caught
 MEMORY = 4 * 2**30  # bytes more than before: who reads without end is caught
@@ -170,7 +170,7 @@ def ends_well(case: Case, world: Path, on: typer.Typer = app) -> str:
     if words[0] == "admit-rightly":
         request = enrol.read_request(world / "north.request")
         words[:1] = ["admit", "north.request", "--fingerprint", request.fingerprint]
-    found = CliRunner().invoke(on, words)
+    found = run(*words, on=on)
     return _wrong(found, case) or _left(world, before, found)
 
 
@@ -213,6 +213,7 @@ def test_the_corpus_is_large_and_no_two_are_the_same() -> None:
     assert len({case.name for case in CASES}) == len(CASES) >= 400
     commands = {case.command[0] for case in CASES} - {"admit-rightly"}
     every = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    every = {name.replace("_", "-") for name in every}
     assert every | {"models"} <= commands | {"demo"}  # a demo reads nothing of anybody's
 
 
@@ -268,5 +269,5 @@ def test_a_command_that_ends_otherwise_is_seen(world: Path, way: str, says: str)
 
 def test_a_prompt_that_the_base_cannot_read_is_counted_before_it_is_read(world: Path) -> None:
     for words in (("--prompt", "word " * 2000), ("--prompt", "a", "--max-new-tokens", "9999")):
-        found = CliRunner().invoke(app, ["generate", "run", *words])
+        found = run("generate", "run", *words)
         assert found.exit_code == 2 and "at most 512 together" in found.stderr, found.stderr

@@ -1,0 +1,40 @@
+"""Commands that only read import nothing that trains: they answer in a second, in little memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks import startup
+
+TRAINS = {"torch", "transformers", "peft", "opacus", "flwr", "datasets", "matplotlib"}
+COMPUTES = {"numpy", "scipy", "dp_accounting", "pydantic", "pyarrow", "cryptography"}
+# All in one process, in this order: what one of them imports is there for the next.
+READ = """
+import json, sys
+from contextlib import redirect_stdout, suppress
+from io import StringIO
+from fedtune.cli.main import app
+for command in json.loads(sys.argv[1]):
+    with suppress(SystemExit), redirect_stdout(StringIO()) as said:
+        code = app(command, prog_name="fedtune", standalone_mode=False)
+    assert said.getvalue() and not code, (command, code)
+    print(json.dumps([command, sorted(sys.modules)]))
+"""
+
+
+def test_what_only_reads_imports_nothing_that_trains(tmp_path: Path) -> None:
+    here = startup.world(tmp_path / "world")
+    commands = [*startup.COMMANDS]
+    commands.remove(startup.RESOLVES)
+    words = [sys.executable, "-c", READ, json.dumps(commands)]
+    done = subprocess.run(words, cwd=here, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [tuple(command) for command, _ in found] == commands
+    for command, modules in found:
+        assert not TRAINS & set(modules), command
+    first = set(found[0][1])
+    assert found[0][0] == ["--help"] and not COMPUTES & first
