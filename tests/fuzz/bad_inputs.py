@@ -6,31 +6,27 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-Damage = Callable[[Path], None]
-FILE, REFUSED = frozenset({2}), frozenset({2, 3})
-DEEP = 100_000
-LONG = "n" * 300
+from tests.fuzz.bad_arguments import arguments
+from tests.fuzz.case import (
+    BASE,
+    DEEP,
+    DISK,
+    FILE,
+    LONG,
+    PLAN,
+    PROMPTS,
+    RUN,
+    SERVE,
+    SITE,
+    Case,
+    Damage,
+)
+
 ESC = "\x1b[31m[/x]\x07"
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is damaged, by whose command it is read, and the exit codes that are documented for it.
-    The first group of `name` is the file or option, so that one of each makes a short test."""
-
-    name: str
-    damage: Callable[[Path], None]
-    command: tuple[str, ...]
-    codes: frozenset[int] = FILE
-
-
-def nothing(_: Path) -> None:
-    pass
 
 
 # ------------------------------------------------------------------------------- damage to files
@@ -167,11 +163,7 @@ def _at(file: str, damage: Damage) -> Damage:
 
 # ------------------------------------------------------------------------------------- the files
 
-SITE, PLAN, RUN = "site-north.toml", "study.toml", "run"
-PROMPTS = ("--prompts", "prompts.jsonl", "--licence", "CC0-1.0", "--out", "new")
 ADMIT = ("admit", "north.request", "--address", "hub.example:8443", "--fingerprint", "00")
-BASE = ("--generator", "./base")
-SERVE = ("server", PLAN, "--port", "18999", "--out", "new")
 READ_BY: dict[str, tuple[dict[str, Damage], tuple[tuple[str, ...], ...]]] = {
     PLAN: (
         TOML,
@@ -304,7 +296,6 @@ READ_BY: dict[str, tuple[dict[str, Damage], tuple[tuple[str, ...], ...]]] = {
     "state-north/site.key": (ANY | {"empty": _as(b"")}, (("ledger", SITE),)),
     "state-north/salt": (ANY | {"empty": _as(b"")}, (("ledger", SITE),)),
 }  # fmt: skip
-DISK = frozenset({2, 4})  # 4: the disk, or a ledger that cannot be believed
 MAY_PASS = frozenset({0, 2})  # shown as far as it can be read
 READABLE = {
     ("coordinator/address", "doctor"),  # what sites call the machine is then not checked
@@ -416,121 +407,6 @@ def bounds() -> Iterator[Case]:
                 if value == '"north.jsonl"' and command[0] == "plan":
                     continue
                 yield Case(f"site {key} = {shown}: {command[0]}", damage, command, codes)
-
-
-def arguments() -> Iterator[Case]:
-    """Paths, names and numbers that no file system and no network has."""
-    long = (
-        ("init", LONG), ("init", "a/" * 3000), ("models", "fetch", LONG),
-        ("models", "verify", LONG),
-        ("models", "verify", ""), ("models", "fetch", "a/b/c"), ("models", "verify", "pypi:"),
-        ("models", "verify", "pypi:../x"), ("plan", LONG), ("doctor", LONG), ("ledger", LONG),
-        ("simulate", PLAN, "--out", LONG), ("export", RUN, "--out", LONG),
-        ("export", LONG, "--out", "new"), ("generate", LONG, "--prompt", "a"),
-        ("merge", RUN, LONG, "--out", "new"), ("merge", RUN, "other", "--out", LONG),
-        ("evaluate", RUN, "--data", LONG), ("status", LONG), ("versions", LONG),
-        ("revoke", LONG), ("revoke", ""), ("revoke", "../x"), ("revoke", "a\nb"),
-        ("withdraw", SITE, "--file", LONG), ("review", LONG, "--site", SITE),
-        ("audit", PLAN, "--run", LONG, "--out", "new"), ("enroll", SITE, "--out", LONG),
-        ("ledger", SITE, "--backup", LONG), ("ledger", SITE, "--restore", "--from", LONG),
-        ("label", LONG, "--column", "prompt=q", *BASE), (*SERVE, "--home", LONG),
-        ("label", "north.jsonl", "--column", "prompt=q", "--rubric", LONG, *BASE),
-        ("check-plugin", LONG), ("check-plugin", "../x"),
-        ("check-plugin", "causal_lm", "--option", "x"),
-        ("check-plugin", "fedavg", "--group", "strategies", "--file", LONG),
-        ("admit", LONG), ("choose-base", PLAN, "--target", "1", "--json", LONG),
-    )  # fmt: skip
-    for command in long:
-        name = " ".join(command).replace(LONG, "LONG").replace("a/" * 3000, "DEEP")
-        yield Case(f"argument: {name}", nothing, command, REFUSED)
-    for address in ("x", "x:", ":1", "x:0", "x:99999", "x:²", "x:1 2", "a b:1", "x:-1", "[::1",
-                    "é:1", "x\n:1", LONG + ":1", "x/y:1", "u@x:1", "\x1b[31m:1"):  # fmt: skip
-        command = ("admit-rightly", "--address", address)
-        yield Case(f"address: {address[:12]!r}", nothing, command)
-    for name in (
-        "a b",
-        "",
-        "é",
-        "a\nb",
-        LONG,
-        "*",
-        "a:b",
-        "a/b",
-        "-a",
-        "\x1b[31m",
-        "x" * 64 + ".org",
-    ):
-        yield Case(f"--name {name[:12]!r}", nothing, (*SERVE, "--name", name))
-    for weights in ("x", "1", "1,2,3", "nan,1", "inf,1", ",", "1;2", "1e400,1"):
-        yield Case(f"--weights {weights}", nothing, ("merge", RUN, "other", "--weights", weights,
-                                                    "--no-measure", "--out", "new"))  # fmt: skip
-    for density in ("nan", "0", "-1", "2", "inf"):
-        yield Case(f"--density {density}", nothing, ("merge", RUN, "other", "--method", "ties",
-                   "--density", density, "--no-measure", "--out", "new"))  # fmt: skip
-    for pair in ("x", "prompt", "=", "prompt=", "patient=", "os=q", "prompt=nothing-there",
-                 "prompt=q\0"):  # fmt: skip
-        yield Case(f"--column {pair!r}", nothing,
-                   ("evaluate", RUN, "--data", "evaluation.jsonl", "--column", pair))  # fmt: skip
-    distilled = ("distill", RUN, *PROMPTS)
-    for extra in (("--layers", "99"), ("--layers", "2", "--student", "./base"), (),
-                  ("--layers", "2", "--temperature", "0"),
-                  ("--layers", "2", "--temperature", "nan"),
-                  ("--layers", "2", "--learning-rate", "nan"), ("--layers", "2", "--licence", " "),
-                  ("--layers", "2", "--seed", "-1"), ("--layers", "2", "--rank", "1000000"),
-                  ("--layers", "2", "--new-tokens", "10000000"), ("--student", "nowhere/no"),
-                  ("--student", LONG)):  # fmt: skip
-        yield Case(f"distill {' '.join(extra)[:60]}", nothing, (*distilled, *extra))
-    improved = ("improve", RUN, "--reward", "other", *PROMPTS)
-    for extra in ((), ("--max-kl", "nan"), ("--max-kl", "0"), ("--max-kl", "-1"),
-                  ("--kl-coef", "nan"), ("--learning-rate", "nan"), ("--seed", "-1")):  # fmt: skip
-        yield Case(f"improve {' '.join(extra)}", nothing, (*improved, *extra))
-    labelled = ("label", "north.jsonl", "--column", "prompt=q", "--generator", "./base")
-    for extra in (("--temperature", "nan"), ("--temperature", "inf"), ("--judge", "nowhere"),
-                  ("--judge-digest", "x"), ("--generator-digest", "x"), ("--out", "new.txt"),
-                  ("--judge", LONG), ("--new-tokens", "10000000")):  # fmt: skip
-        out = () if "--out" in extra else ("--out", "new.jsonl")
-        yield Case(f"label {' '.join(extra)[:40]}", nothing, (*labelled, *out, *extra))
-    yield Case("choose-base: --base", nothing, ("choose-base", PLAN, "--target", "nan"))
-    yield Case(
-        "choose-base: --epsilon",
-        nothing,
-        ("choose-base", PLAN, "--target", "1", "--epsilon", "nan"),
-    )
-    yield Case(
-        "choose-base: --epsilon 0",
-        nothing,
-        ("choose-base", PLAN, "--target", "1", "--epsilon", "-1"),
-    )
-    yield Case(
-        "choose-base: --quantised",
-        nothing,
-        ("choose-base", PLAN, "--target", "1", "--quantised", "int3"),
-    )
-    yield Case("generate: too long", nothing, ("generate", RUN, "--prompt", "word " * 20_000))
-    yield Case("generate: more than fits", nothing,
-               ("generate", RUN, "--prompt", "a", "--max-new-tokens", "100000"))  # fmt: skip
-    yield Case("generate: no prompt", nothing, ("generate", RUN))
-    yield Case("generate: --file", nothing, ("generate", RUN, "--prompt", "a", "--file", "x.png"))
-    yield Case("generate: surrogate", nothing, ("generate", RUN, "--prompt", "\udc80"))
-    for metric in ("accuracy", "f1", "preference"):
-        yield Case(f"evaluate: {metric}", nothing,
-                   ("evaluate", RUN, "--data", "evaluation.jsonl", "--metric", metric))  # fmt: skip
-    yield Case("simulate: --rounds", nothing, ("simulate", PLAN, "--rounds", "2", "--out", "new"))
-    yield Case("simulate: two of a name", nothing,
-               ("simulate", PLAN, SITE, SITE, "--out", "new"))  # fmt: skip
-    yield Case("versions: both", nothing, ("versions", "versions", "--unpin", "--rollback", "1"))
-    yield Case("versions: none such", nothing, ("versions", "versions", "--rollback", "99"))
-    yield Case("merge: one", nothing, ("merge", RUN, "--out", "new"))
-    yield Case("merge: the same", nothing, ("merge", RUN, RUN, "--out", "new"))
-    yield Case("export: there", nothing, ("export", RUN, "--out", "other"))
-    yield Case("export: q8_0 in hf", nothing, ("export", RUN, "--out", "new", "--dtype", "q8_0"))
-    yield Case("doctor: --home at a site", nothing, ("doctor", SITE, "--home", "coordinator"))
-    below = "below a file"  # the disk's refusal
-    yield Case(f"enroll: {below}", nothing, ("enroll", SITE, "--out", "keys.txt/a"), DISK)
-    yield Case(f"init: {below}", nothing, ("init", "keys.txt/a"), DISK)
-    yield Case("init: there", nothing, ("init", "."))
-    yield Case("client: not enrolled", nothing, ("client", SITE))
-    yield Case("withdraw: nobody", nothing, ("withdraw", SITE))
 
 
 def cases() -> list[Case]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from tests.guarantee.property_world import CLASSIFIES, COLUMNS, Case, Op, Place, Plan, Row
+from tests.guarantee.property_plans import CLASSIFIES, COLUMNS, Case, Op, Place, Plan, Row
 
 WHAT: dict[str, dict[str, Any]] = {
     "text": {},

@@ -13,17 +13,8 @@ from torch.nn import functional
 
 from fedtune.client.site import worker
 from fedtune.models.network import build
-from tests.guarantee.property_world import (
-    CLASSIFIES,
-    COLUMNS,
-    Case,
-    Crafted,
-    Ids,
-    Place,
-    Plan,
-    Row,
-    World,
-)
+from tests.guarantee.property_plans import CLASSIFIES, COLUMNS, Case, Crafted, Ids, Place, Plan, Row
+from tests.guarantee.property_world import World
 
 X = "No acute findings. Discharged home."
 

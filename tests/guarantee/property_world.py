@@ -16,24 +16,19 @@ to the last bit, and what was summed before it is seen as it was.
 from __future__ import annotations
 
 import contextlib
-import csv
 import hashlib
-import io
 import json
 import logging
 import math
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
@@ -43,215 +38,28 @@ from fedtune.audit.bounds import gaussian_epsilon
 from fedtune.audit.selftest import MemoryLog
 from fedtune.client.rank_process import team
 from fedtune.client.site import worker
-from fedtune.config import Study
 from fedtune.data.records import unit_member
 from fedtune.dp import noise, sampling
 from fedtune.dp.filter import total_epsilon
 from fedtune.dp.plan import DpPlan
 from fedtune.flower.arrays import bodies, to_record
 from fedtune.ledger.ledger import Ledger
-from fedtune.models.network import build
-from fedtune.models.start import Start, start
+from fedtune.models.start import Start
 from fedtune.server.admission import plan_message
 from fedtune.wire.codec import encode
-from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import order
-from tests.conftest import tiny_bert, tiny_llama
+from tests.guarantee.property_files import WRITERS
+from tests.guarantee.property_plans import COORDINATOR, Case, Crafted, Ids, Op, Row, begun, path_of
 from tests.guarantee.world import Recorder
-from tests.media import image, llava, recording, whisper
+from tests.media import image, recording
 
 SHM = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # no disk waits for each reservation
-COORDINATOR = SigningKey()
-SIZE = 12  # declared
 ELSEWHERE = ("key", "signature")  # of the site's own key, and other ones in either world
 WOBBLE = 1e-6  # of C: room for a last bit of another row's fp32
-Ids = Mapping[str, Path]  # bases by name
-CLASSIFIES = "classifier"  # among them: a run that learnt the labels
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of a file, there from version `since` to before `until`. body: its columns, a line as
-    it stands (JSONL), or a list of cells (CSV). A value (kind, seed, shape …) is a media file."""
-
-    owner: str
-    body: Any
-    since: int = 0
-    until: int = 99
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A study, by what matters to who is summed."""
-
-    name: str = "one"
-    objective: str = "causal_lm"
-    base: str = "llama"
-    unit: str = "patient"
-    drawn: str = "unit"
-    q: float = 1.0
-    cap: int = 2
-    steps: int = 1
-    rounds: int = 3
-    sigma: float = 4.0
-    engine: str = "auto"
-    lora: str = "cut"  # cut, whole, narrow (by site) or none: a head alone
-    mode: str = "flat"
-    overflow: str = "reject"
-    max_length: int = 48
-    template: str | None = None
-    life: float | None = None  # ε of a study without a last round
-    queries: bool = False
-    clip: float = 0.5
-    rate: float = 0.1
-    asked: float = 4.0  # σ of a query
-    teacher: str | None = None  # of distill: a base, or a run that classifies
-
-    @property
-    def labelled(self) -> bool:
-        return self.teacher == CLASSIFIES
-
-    def study(self, bases: Ids) -> Study:
-        privacy: dict[str, Any] = {"delta": 1e-4, "unit": self.unit, "noise_multiplier": self.sigma}
-        privacy |= {"sampling": self.drawn, "max_records_per_unit": self.cap}
-        training: dict[str, Any] = {"sampling_rate": self.q, "learning_rate": self.rate}
-        training |= {"local_steps": self.steps, "engine": self.engine}
-        objective: dict[str, Any] = {"name": self.objective, "max_length": self.max_length}
-        objective |= {"template": self.template, "overflow": self.overflow}
-        if self.objective == "distill":
-            teacher = str(bases[self.teacher or self.base])
-            objective["options"] = {"teacher": teacher, "digest": digest_of(teacher)}
-        if self.objective == "classify" or self.labelled:
-            objective["labels"] = ["y", "n"]
-        body: dict[str, Any] = {
-            "study": {"name": self.name},
-            "base": {"model": str(bases[self.base]), "dtype": "float32"},
-            "objective": objective,
-            "training": training,
-            "clipping": {"max_grad_norm": self.clip, "mode": self.mode},
-            "privacy": privacy,
-            "wire": {"adapter": "float32"},
-        }
-        if self.lora != "none":
-            modules = ["query", "value"] if self.base == "bert" else ["q_proj", "v_proj"]
-            modules = ["q_proj", "projector"] if self.base == "llava" else modules
-            body["lora"] = {"rank": 2, "alpha": 4.0, "modules": modules}
-            if self.lora == "cut":
-                body["lora"]["last_layers"] = 1
-            if self.lora == "narrow":
-                body["lora"]["min_rank"] = 1
-        if self.life is not None:
-            privacy["epsilon"] = self.life
-            body["schedule"] = {"every": "1h"}
-            columns = {"prompt": "q", "completion": "a"}
-            body["evaluation"] = {"path": "public.jsonl", "columns": columns}
-        else:
-            training["rounds"] = self.rounds
-        if self.queries:
-            body["private_evaluation"] = {"noise_multiplier": self.asked, "every": 1}
-        return Study.model_validate(body, strict=False)
-
-
-@lru_cache
-def digest_of(base: str) -> str:
-    from fedtune.models.loaded import load
-
-    return load(base).digest
-
-
-@lru_cache
-def begun(plan: Plan, bases: tuple[tuple[str, Path], ...]) -> Start:
-    """As an honest coordinator begins, but for a length that it would not ask for."""
-    made = start(replace(plan, max_length=min(plan.max_length, 48)).study(dict(bases)))
-    objective = made.study.objective.model_copy(update={"max_length": plan.max_length})
-    return replace(made, study=made.study.model_copy(update={"objective": objective}))
-
-
-COLUMNS = {
-    "causal_lm": 'prompt = "q", completion = "a"',
-    "distill": 'prompt = "q", completion = "a"',
-    "classify": 'text = "q", label = "a"',
-    "kto": 'prompt = "q", completion = "a", label = "l"',
-    "dpo": 'prompt = "q", chosen = "a", rejected = "b"',
-    "orpo": 'prompt = "q", chosen = "a", rejected = "b"',
-    "reward": 'prompt = "q", chosen = "a", rejected = "b"',
-    "image": 'image = "file", completion = "a", prompt = "q"',
-    "audio": 'audio = "file", text = "a"',
-}
-
-
-@dataclass(frozen=True)
-class Place:
-    """A site file: which files it reads, under which names. All places share name and ledger."""
-
-    columns: str = COLUMNS["causal_lm"]
-    data: str = "records"
-    patient: bool = True
-    apart: tuple[str, ...] = ()
-    held_out: str | None = None  # the file of [evaluation]
-    held_apart: bool = False
-    rank: int | None = None
-    policy: str = ""
-
-    def toml(self, kinds: Mapping[str, str], teachers: list[str]) -> str:
-        columns = self.columns + (', patient = "who"' if self.patient else "")
-        lines = ["[site]", 'name = "a"', f"declared_size = {SIZE}", 'state = "state"']
-        lines += [f"lora_rank = {self.rank}"] if self.rank else []
-        lines += ["[data]", f'name = "{self.data}"', f'path = "{path_of(self.data, kinds)}"']
-        lines += [f"columns = {{ {columns} }}", f"disjoint_from = {json.dumps(self.apart)}"]
-        if self.held_out:
-            lines += ["[evaluation]", f'name = "{self.held_out}"', f"columns = {{ {columns} }}"]
-            lines += [f'path = "{path_of(self.held_out, kinds)}"']
-            lines += [f'disjoint_from = ["{self.data}"]'] if self.held_apart else []
-        lines += ["[policy]", 'bases = "any"', "max_delta = 1e-4", "min_noise_multiplier = 0.0"]
-        lines += ['release = ["evaluation"]', self.policy or WIDE]
-        lines += [f"teachers = {json.dumps(teachers)}"]
-        return "\n".join(lines) + "\n"
-
-
-WIDE = "max_epsilon = 1e6\nmax_epsilon_per_study = 1e6\nmax_steps = 10000000"
-
-
-def path_of(data: str, kinds: Mapping[str, str]) -> str:
-    kind = kinds.get(data, "jsonl")
-    return f"{data}/rows" if kind.startswith("folder") else f"{data}/rows.{kind}"
-
-
-Op = tuple[Any, ...]
 """("prepare", plan) ("train", plan, round, adapter) ("query", plan, round) ("files", version)
 ("withdraw", key) ("restart",) ("place", number); plan: its number in the case; adapter: a number"""
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Crafted:
-    """An adapter made for one case."""
-
-    arrays: Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Case:
-    """What both worlds live through. files: rows by dataset; kinds: jsonl, csv, parquet or one of
-    them in a folder of a file for each owner; unit: whom one of the worlds lacks."""
-
-    plans: tuple[Plan, ...]
-    files: Mapping[str, tuple[Row, ...]]
-    ops: tuple[Op, ...]
-    unit: str
-    places: tuple[Place, ...] = (Place(),)
-    kinds: Mapping[str, str] = field(default_factory=dict)
-    processes: int = 1
-
-    def here(self, version: int) -> bool:
-        """Whether the unit has a row in any file of that version."""
-        every = (row for rows in self.files.values() for row in rows)
-        return any(r.owner == self.unit and r.since <= version < r.until for r in every)
-
-    @property
-    def rows(self) -> int:
-        """The most rows that the unit has at a time."""
-        mine = [r for rows in self.files.values() for r in rows if r.owner == self.unit]
-        return max((sum(o.since <= r.since < o.until for o in mine) for r in mine), default=0)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -479,100 +287,6 @@ class World:
                 body = body | {"file": made.name}
             found.append(body)
         return found
-
-
-def _jsonl(rows: Sequence[Any], _: bool) -> bytes:
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    return "".join(line + "\n" for line in lines).encode()
-
-
-def _columns(rows: Sequence[Any], shared: bool) -> list[str]:
-    """Those of a file that several share, whatever is in it; of a file of one's own, one's own."""
-    return list(
-        EVERY if shared else dict.fromkeys(k for row in rows if isinstance(row, dict) for k in row)
-    )
-
-
-def _csv(rows: Sequence[Any], shared: bool) -> bytes:
-    """Quoted as it should be, line breaks inside cells too; what is no row is one cell."""
-    keys = _columns(rows, shared)
-    writer = csv.writer(out := io.StringIO())
-    writer.writerow(keys)
-    for row in rows:
-        writer.writerow([row.get(key) for key in keys] if isinstance(row, dict) else [row])
-    return out.getvalue().encode("utf-8", "replace")
-
-
-def _parquet(rows: Sequence[Any], shared: bool) -> bytes:
-    """Every column as text; what is no row is left out."""
-    keys = _columns(rows, shared)
-    good = [row for row in rows if isinstance(row, dict)]
-    table = pa.table({k: pa.array([_cell(row.get(k)) for row in good], pa.string()) for k in keys})
-    pq.write_table(table, out := io.BytesIO())
-    return out.getvalue()
-
-
-def _cell(value: Any) -> str | None:
-    if value is None:
-        return None
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text.encode("utf-8", "replace").decode()
-
-
-EVERY = ("who", "q", "a", "b", "l", "file")
-WRITERS = {"jsonl": _jsonl, "csv": _csv, "parquet": _parquet}
-
-
-def positions(folder: Path, kind: str, tokenizer: Path, width: int = 32) -> Path:
-    """A random base of two blocks that learnt 64 positions and has no 65th."""
-    from transformers import AutoTokenizer, BertConfig, BertModel, OPTConfig, OPTForCausalLM
-
-    words = AutoTokenizer.from_pretrained(tokenizer)
-    size = {"vocab_size": len(words), "hidden_size": width, "num_hidden_layers": 2}
-    size |= {"num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        if kind == "bert":
-            made: Any = BertModel(BertConfig(**size, intermediate_size=64))
-        else:
-            more = {
-                "ffn_dim": 64,
-                "word_embed_proj_dim": width,
-                "bos_token_id": 1,
-                "eos_token_id": 2,
-            }
-            made = OPTForCausalLM(OPTConfig(**size, **more))
-        made.save_pretrained(folder)
-    words.save_pretrained(folder)
-    return folder
-
-
-def classifier(folder: Path, base: Path, max_length: int = 16) -> Path:
-    """A run that classifies, of texts of at most so many tokens."""
-    made = start(
-        Plan("taught", objective="classify", max_length=max_length).study({"llama": base})
-    ).study
-    build(made).save(folder / "adapter")
-    (folder / "plan.json").write_text(made.model_dump_json())
-    return folder
-
-
-def made_bases(folder: Path) -> dict[str, Path]:
-    """All tiny bases, new in `folder`."""
-    llama, encoder = tiny_llama(folder / "llama"), tiny_bert(folder / "encoder")
-    return bases_of(folder, llama, encoder)
-
-
-def bases_of(folder: Path, llama: Path, encoder: Path) -> dict[str, Path]:
-    return {
-        "llama": llama,
-        "bert": positions(folder / "bert", "bert", encoder),
-        "wide": positions(folder / "wide", "bert", encoder, 128),
-        "opt": positions(folder / "opt", "opt", llama),
-        "llava": llava(folder / "llava"),
-        "whisper": whisper(folder / "whisper"),
-        CLASSIFIES: classifier(folder / "classifier", llama),
-    }
 
 
 def crafted(made: Start, adapter: int | Crafted) -> dict[str, np.ndarray]:

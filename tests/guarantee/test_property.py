@@ -21,7 +21,9 @@ from fedtune.dp.plan import DpPlan
 from fedtune.models import network
 from tests.guarantee import property_pins as pins
 from tests.guarantee.property_cases import STORIES, cases
-from tests.guarantee.property_world import Case, bases_of, check
+from tests.guarantee.property_files import bases_of
+from tests.guarantee.property_plans import Case
+from tests.guarantee.property_world import check
 
 EXAMPLES = 10  # of each story in the short form; FEDTUNE_PROPERTY_EXAMPLES in the long one
 PROFILE: dict[str, Any] = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedtune.dp import noise
-from tests.guarantee.property_world import bases_of
+from tests.guarantee.property_files import bases_of
 from tests.guarantee.wire_audits import MODES, ROUNDS, Found, audit, unhurried
 
 NOISE = noise.gaussian_on_grid

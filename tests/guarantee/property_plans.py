@@ -1,0 +1,208 @@
+"""What a case of the property is: rows, a plan, a place and what happens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedtune.config import Study
+from fedtune.models.start import Start, start
+from fedtune.wire.keys import SigningKey
+
+COORDINATOR = SigningKey()
+
+
+SIZE = 12  # declared
+CLASSIFIES = "classifier"  # a base: a run that learnt the labels
+
+
+Ids = Mapping[str, Path]  # bases by name
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a file, there from version `since` to before `until`. body: its columns, a line as
+    it stands (JSONL), or a list of cells (CSV). A value (kind, seed, shape …) is a media file."""
+
+    owner: str
+    body: Any
+    since: int = 0
+    until: int = 99
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study, by what matters to who is summed."""
+
+    name: str = "one"
+    objective: str = "causal_lm"
+    base: str = "llama"
+    unit: str = "patient"
+    drawn: str = "unit"
+    q: float = 1.0
+    cap: int = 2
+    steps: int = 1
+    rounds: int = 3
+    sigma: float = 4.0
+    engine: str = "auto"
+    lora: str = "cut"  # cut, whole, narrow (by site) or none: a head alone
+    mode: str = "flat"
+    overflow: str = "reject"
+    max_length: int = 48
+    template: str | None = None
+    life: float | None = None  # ε of a study without a last round
+    queries: bool = False
+    clip: float = 0.5
+    rate: float = 0.1
+    asked: float = 4.0  # σ of a query
+    teacher: str | None = None  # of distill: a base, or a run that classifies
+
+    @property
+    def labelled(self) -> bool:
+        return self.teacher == CLASSIFIES
+
+    def study(self, bases: Ids) -> Study:
+        privacy: dict[str, Any] = {"delta": 1e-4, "unit": self.unit, "noise_multiplier": self.sigma}
+        privacy |= {"sampling": self.drawn, "max_records_per_unit": self.cap}
+        training: dict[str, Any] = {"sampling_rate": self.q, "learning_rate": self.rate}
+        training |= {"local_steps": self.steps, "engine": self.engine}
+        objective: dict[str, Any] = {"name": self.objective, "max_length": self.max_length}
+        objective |= {"template": self.template, "overflow": self.overflow}
+        if self.objective == "distill":
+            teacher = str(bases[self.teacher or self.base])
+            objective["options"] = {"teacher": teacher, "digest": digest_of(teacher)}
+        if self.objective == "classify" or self.labelled:
+            objective["labels"] = ["y", "n"]
+        body: dict[str, Any] = {
+            "study": {"name": self.name},
+            "base": {"model": str(bases[self.base]), "dtype": "float32"},
+            "objective": objective,
+            "training": training,
+            "clipping": {"max_grad_norm": self.clip, "mode": self.mode},
+            "privacy": privacy,
+            "wire": {"adapter": "float32"},
+        }
+        if self.lora != "none":
+            modules = ["query", "value"] if self.base == "bert" else ["q_proj", "v_proj"]
+            modules = ["q_proj", "projector"] if self.base == "llava" else modules
+            body["lora"] = {"rank": 2, "alpha": 4.0, "modules": modules}
+            if self.lora == "cut":
+                body["lora"]["last_layers"] = 1
+            if self.lora == "narrow":
+                body["lora"]["min_rank"] = 1
+        if self.life is not None:
+            privacy["epsilon"] = self.life
+            body["schedule"] = {"every": "1h"}
+            columns = {"prompt": "q", "completion": "a"}
+            body["evaluation"] = {"path": "public.jsonl", "columns": columns}
+        else:
+            training["rounds"] = self.rounds
+        if self.queries:
+            body["private_evaluation"] = {"noise_multiplier": self.asked, "every": 1}
+        return Study.model_validate(body, strict=False)
+
+
+@lru_cache
+def digest_of(base: str) -> str:
+    from fedtune.models.loaded import load
+
+    return load(base).digest
+
+
+@lru_cache
+def begun(plan: Plan, bases: tuple[tuple[str, Path], ...]) -> Start:
+    """As an honest coordinator begins, but for a length that it would not ask for."""
+    made = start(replace(plan, max_length=min(plan.max_length, 48)).study(dict(bases)))
+    objective = made.study.objective.model_copy(update={"max_length": plan.max_length})
+    return replace(made, study=made.study.model_copy(update={"objective": objective}))
+
+
+COLUMNS = {
+    "causal_lm": 'prompt = "q", completion = "a"',
+    "distill": 'prompt = "q", completion = "a"',
+    "classify": 'text = "q", label = "a"',
+    "kto": 'prompt = "q", completion = "a", label = "l"',
+    "dpo": 'prompt = "q", chosen = "a", rejected = "b"',
+    "orpo": 'prompt = "q", chosen = "a", rejected = "b"',
+    "reward": 'prompt = "q", chosen = "a", rejected = "b"',
+    "image": 'image = "file", completion = "a", prompt = "q"',
+    "audio": 'audio = "file", text = "a"',
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A site file: which files it reads, under which names. All places share name and ledger."""
+
+    columns: str = COLUMNS["causal_lm"]
+    data: str = "records"
+    patient: bool = True
+    apart: tuple[str, ...] = ()
+    held_out: str | None = None  # the file of [evaluation]
+    held_apart: bool = False
+    rank: int | None = None
+    policy: str = ""
+
+    def toml(self, kinds: Mapping[str, str], teachers: list[str]) -> str:
+        columns = self.columns + (', patient = "who"' if self.patient else "")
+        lines = ["[site]", 'name = "a"', f"declared_size = {SIZE}", 'state = "state"']
+        lines += [f"lora_rank = {self.rank}"] if self.rank else []
+        lines += ["[data]", f'name = "{self.data}"', f'path = "{path_of(self.data, kinds)}"']
+        lines += [f"columns = {{ {columns} }}", f"disjoint_from = {json.dumps(self.apart)}"]
+        if self.held_out:
+            lines += ["[evaluation]", f'name = "{self.held_out}"', f"columns = {{ {columns} }}"]
+            lines += [f'path = "{path_of(self.held_out, kinds)}"']
+            lines += [f'disjoint_from = ["{self.data}"]'] if self.held_apart else []
+        lines += ["[policy]", 'bases = "any"', "max_delta = 1e-4", "min_noise_multiplier = 0.0"]
+        lines += ['release = ["evaluation"]', self.policy or WIDE]
+        lines += [f"teachers = {json.dumps(teachers)}"]
+        return "\n".join(lines) + "\n"
+
+
+WIDE = "max_epsilon = 1e6\nmax_epsilon_per_study = 1e6\nmax_steps = 10000000"
+
+
+def path_of(data: str, kinds: Mapping[str, str]) -> str:
+    kind = kinds.get(data, "jsonl")
+    return f"{data}/rows" if kind.startswith("folder") else f"{data}/rows.{kind}"
+
+
+Op = tuple[Any, ...]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Crafted:
+    """An adapter made for one case."""
+
+    arrays: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What both worlds live through. files: rows by dataset; kinds: jsonl, csv, parquet or one of
+    them in a folder of a file for each owner; unit: whom one of the worlds lacks."""
+
+    plans: tuple[Plan, ...]
+    files: Mapping[str, tuple[Row, ...]]
+    ops: tuple[Op, ...]
+    unit: str
+    places: tuple[Place, ...] = (Place(),)
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    processes: int = 1
+
+    def here(self, version: int) -> bool:
+        """Whether the unit has a row in any file of that version."""
+        every = (row for rows in self.files.values() for row in rows)
+        return any(r.owner == self.unit and r.since <= version < r.until for r in every)
+
+    @property
+    def rows(self) -> int:
+        """The most rows that the unit has at a time."""
+        mine = [r for rows in self.files.values() for r in rows if r.owner == self.unit]
+        return max((sum(o.since <= r.since < o.until for o in mine) for r in mine), default=0)
