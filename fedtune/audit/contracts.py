@@ -120,13 +120,13 @@ def objective(name: str, options: Mapping[str, Any], base: str) -> Iterator[Resu
     study = study_for(base, name, options)
     network = tiny_network(study, find_base(base))
     data = CachedDataset(network, generated(study, network, selftest.SIZES))
-    yield timed("one loss a record", 0, lambda: _shape(study, data))
-    yield timed("repeatable", 0, lambda: _repeated(study, data))
-    yield timed("in any company", COMPANY, lambda: _company(study, data))
+    yield timed("one loss a record", 0, lambda: malformed_losses(study, data))
+    yield timed("repeatable", 0, lambda: unrepeatable(study, data))
+    yield timed("in any company", COMPANY, lambda: moved_by_company(study, data))
 
 
 @torch.no_grad()
-def _shape(study: Study, data: CachedDataset) -> float:
+def malformed_losses(study: Study, data: CachedDataset) -> float:
     """How many batches have other losses than one finite fp32 number for each record."""
     found, wrong = resolve(study.objective), 0
     for batch in data.batches(range(len(data.dataset.examples))):
@@ -137,7 +137,8 @@ def _shape(study: Study, data: CachedDataset) -> float:
 
 
 @torch.no_grad()
-def _repeated(study: Study, data: CachedDataset) -> float:
+def unrepeatable(study: Study, data: CachedDataset) -> float:
+    """The most that a loss differs when it is computed again."""
     found, most = resolve(study.objective), 0.0
     for batch in data.batches(range(len(data.dataset.examples))):
         again = found.losses(data.network, batch) - found.losses(data.network, batch)
@@ -146,7 +147,8 @@ def _repeated(study: Study, data: CachedDataset) -> float:
 
 
 @torch.no_grad()
-def _company(study: Study, data: CachedDataset) -> float:
+def moved_by_company(study: Study, data: CachedDataset) -> float:
+    """The most that a loss beside others differs from the same alone, in the loss or 1."""
     found, most = resolve(study.objective), 0.0
     for batch in data.batches(range(len(data.dataset.examples))):
         together = found.losses(data.network, batch)

@@ -73,7 +73,7 @@ class Observer:
         except Exception as error:
             if strict_here():
                 raise
-            name = type(sink).__name__
+            name = getattr(sink, "name", type(sink).__name__)
             if name not in self._warned:
                 self._warned.add(name)
                 logger.warning("%s: %s; the study goes on", name, type(error).__name__)
@@ -106,12 +106,20 @@ class _Tracked:
     """A tracker as a sink: it is told what the log may hold, steps of a progress bar left out."""
 
     def __init__(self, tracker: Tracker) -> None:
-        self._tracker, self.close = tracker, tracker.close
+        self._tracker, self.name = tracker, type(tracker).__name__
 
     def __call__(self, event: str, data: dict[str, Any]) -> None:
         if event != "step":
             record = cleaned(event, data, strict=strict_here())
             self._tracker.on_event(record.pop("event"), record)
+
+    def close(self) -> None:
+        try:
+            self._tracker.close()
+        except Exception as error:
+            if strict_here():
+                raise
+            logger.warning("%s: %s when it was closed", self.name, type(error).__name__)
 
 
 def _forget(run: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from fedtune import objectives
-from fedtune.audit import selftest
+from fedtune.audit import contracts, selftest
 from fedtune.bases.find import find_base
 from fedtune.config import ObjectiveTable, Study
 from fedtune.data.dataset import Dataset
@@ -206,15 +206,9 @@ def test_leaving_a_unit_out_moves_the_sum_by_at_most_c(case: Case) -> None:
 def test_a_loss_is_the_same_in_any_company_and_at_any_time(case: Case) -> None:
     """(B,), fp32; no dropout, nothing of the batch: alone, together and again."""
     data = CachedDataset(case.network, case.data)
-    with torch.no_grad():
-        for batch in data.batches(range(len(case.data.examples))):
-            together = case.found.losses(case.network, batch)
-            assert (together.shape, together.dtype) == (batch.label.shape, torch.float32)
-            assert torch.equal(together, case.found.losses(case.network, batch))
-            for at, index in enumerate(batch.index.tolist()):
-                (single,) = data.batches([index])
-                alone = case.found.losses(case.network, single)
-                torch.testing.assert_close(together[at : at + 1], alone, rtol=1e-4, atol=1e-5)
+    assert contracts.malformed_losses(case.study, data) == 0
+    assert contracts.unrepeatable(case.study, data) == 0
+    assert contracts.moved_by_company(case.study, data) <= contracts.COMPANY
 
 
 def test_nobody_drawn_and_nobody_there_are_steps_of_noise(case: Case) -> None:
@@ -331,6 +325,40 @@ def test_a_loss_that_couples_records_is_caught(
     assert max(moved(case, unit)[1] for unit in range(case.data.n_units)) > 1e-3
     failed = {r.name for r in selftest.run(private(tiny_base, name, "patient")) if not r.passed}
     assert {"parity", "isolation"} <= failed
+
+
+def dropped(network: Network, batch: Batch) -> torch.Tensor:
+    found = _tokens.likelihood(network, batch).mean
+    return -functional.dropout(found, 0.5)
+
+
+def summed(network: Network, batch: Batch) -> torch.Tensor:
+    return batch_mean(network, batch).sum()
+
+
+def double(network: Network, batch: Batch) -> torch.Tensor:
+    return -_tokens.likelihood(network, batch).mean.double()
+
+
+@pytest.mark.usefixtures("together")
+@pytest.mark.parametrize(
+    ("broken", "check"),
+    [
+        (dropped, contracts.unrepeatable),
+        (summed, contracts.malformed_losses),
+        (double, contracts.malformed_losses),
+        (batch_mean, contracts.moved_by_company),
+    ],
+)
+def test_a_loss_that_breaks_a_contract_is_caught(
+    tiny_base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    broken: Callable[..., torch.Tensor],
+    check: Callable[..., float],
+) -> None:
+    monkeypatch.setattr(objectives.OBJECTIVES.load("causal_lm"), "losses", staticmethod(broken))
+    case = case_of(tiny_base, "causal_lm", "cut")
+    assert check(case.study, CachedDataset(case.network, case.data)) > contracts.COMPANY
 
 
 SINGLE = ("causal_lm", "classify", "distill", "kto")
