@@ -176,6 +176,7 @@ def test_the_order_of_records_is_part_of_what_must_agree(path: Path, tiny_base: 
     assert fingerprint(first) != fingerprint(second)
 
 
+@pytest.mark.long  # three processes; by default: two that the site starts itself
 def test_torchrun_starts_the_ranks_too(path: Path, tmp_path: Path, tiny_base: Path) -> None:
     out = tmp_path / "update.safetensors"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]

@@ -6,8 +6,6 @@ import base64
 import json
 import logging
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,7 @@ from fedtune.models.prefix_store import PREFIX_STORE, HiddenStates
 from tests.guarantee.search import Finder, forms
 from tests.guarantee.world import ANSWERS, NAMES, Row, lay_out, run
 from tests.models.test_states import InTheClear
+from tests.test_cli import run as command
 
 
 def identifiers(count: int = 1000) -> list[str]:
@@ -144,7 +143,13 @@ def test_the_file_of_states_gives_nothing_away(
 
 @pytest.mark.parametrize("spoil", ["a broken record", "no such column", "one patient"])
 def test_no_identifier_is_in_an_error_or_a_traceback(
-    tmp_path: Path, tiny_base: Path, finder: Finder, spoil: str
+    tmp_path: Path,
+    tiny_base: Path,
+    finder: Finder,
+    spoil: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The command's own words, with tracebacks switched on."""
     rows = records(PLANTED[:20])
@@ -157,19 +162,8 @@ def test_no_identifier_is_in_an_error_or_a_traceback(
         site.write_text(site.read_text().replace('completion = "a"', 'completion = "z"'))
     else:
         (tmp_path / "north.jsonl").write_text(json.dumps({**rows[0], "q": PLANTED[1]}) + "\n")
-    command = [
-        sys.executable,
-        "-c",
-        "from fedtune.cli.main import main; main()",
-        "simulate",
-        str(study),
-    ]
-    ended = subprocess.run(
-        [*command, "--out", str(tmp_path / "run")],
-        capture_output=True,
-        env={"PATH": "/usr/bin:/bin", "FEDTUNE_DEBUG": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-        check=False,
-    )
-    assert ended.returncode == 2, ended.stderr[-500:]
-    assert finder.found(ended.stdout + ended.stderr) == []
+    monkeypatch.setenv("FEDTUNE_DEBUG", "1")
+    ended = command("simulate", study, "--out", tmp_path / "run")
+    assert ended.exit_code == 2, ended.stderr[-500:]
+    shown = (ended.stdout, ended.stderr, caplog.text, *capfd.readouterr())
+    assert finder.found("".join(shown).encode()) == []

@@ -142,6 +142,7 @@ def everybody_paid_once(made: Consortium, rounds: int) -> None:
         assert all(each.released for each in spent), name
 
 
+@pytest.mark.long  # by default: messages that are lost (tests/server/test_model.py), sent again
 def test_a_site_that_is_cut_off_in_a_round_comes_back_and_pays_once(
     spread: Consortium, network: Network, tiny_base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
 from fedtune.flower.processes import free_port
@@ -37,6 +38,7 @@ def simulated(made: Consortium, folder: Path, ranks: bool) -> dict[str, np.ndarr
     return load_file(folder / "run" / "adapter" / "adapter_model.safetensors")
 
 
+@pytest.mark.long  # by default: one rank over TLS (tests/test_end_to_end.py), many in one process
 def test_sites_of_other_ranks_over_tls_equal_one_process(tmp_path: Path, tiny_base: Path) -> None:
     with consortium(tmp_path, "127.0.0.1", free_port()) as made:
         set_ranks(made, tiny_base)
