@@ -17,6 +17,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from fedtune import process_cache
+
 TEXT = (
     "The patient was seen in the clinic with fever and a cough. Blood pressure 120 over 80.",
     "Question: does aspirin lower the risk of stroke? Answer: yes, no or maybe.",
@@ -154,11 +156,9 @@ def usual(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> tuple[Pa
 
 @pytest.fixture
 def no_worker_is_left() -> Any:
-    from fedtune.client.site import worker
-
-    worker.cache_clear()
+    process_cache.clear("workers")
     yield
-    worker.cache_clear()
+    process_cache.clear("workers")
 
 
 @pytest.fixture

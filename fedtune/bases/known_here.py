@@ -9,10 +9,11 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
+from fedtune import process_cache
 from fedtune.errors import InfrastructureError
 from fedtune.files.writing import replace
 
-_noted: dict[tuple[Path, str], tuple[str, Path]] = {}
+_noted: dict[tuple[Path, str], tuple[str, Path]] = process_cache.kept("places of bases", {})
 
 
 def note(cache: Path, digest: str, name: str, folder: Path) -> None:

@@ -7,14 +7,14 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors.numpy import load, save
 
-from fedtune import modalities
+from fedtune import modalities, process_cache
 from fedtune.audit import selftest
 from fedtune.bases.find import Base, find_base, load_tokenizer
 from fedtune.client import evaluation
@@ -98,7 +98,7 @@ def check_data(site: Site, study: Study, base: Base | None = None) -> None:
     load_dataset(site.data, study, tokenizer, reader=reader)
 
 
-@lru_cache(maxsize=1)
+@process_cache.cached("readers")
 def _reading(base: Base, modality: str | None) -> tuple[PreTrainedTokenizerBase, Reader]:
     """How a base reads records; once for all simulated sites."""
     tokenizer = load_tokenizer(base)
@@ -117,10 +117,22 @@ def check_records(site: Site) -> None:
         )
 
 
-@cache
+_workers: dict[str, SiteWorker] = process_cache.kept("workers", {})
+
+
 def worker(path: str) -> SiteWorker:
     """The one worker of a site file in this process: data and model stay loaded between rounds."""
-    return SiteWorker(load_site(Path(path)), Path(path))
+    if path not in _workers:
+        _workers[path] = SiteWorker(load_site(Path(path)), Path(path))
+    return _workers[path]
+
+
+def refreshed(path: Path) -> None:
+    """Let go of a site file's worker if the file says something else by now: a new run in this
+    process takes the site as it is. Errors: ConfigError."""
+    known = _workers.get(str(path))
+    if known and known.site != load_site(path):
+        del _workers[str(path)]
 
 
 class SiteWorker:
@@ -154,8 +166,12 @@ class SiteWorker:
         try:
             plan = planned(study, self._current(), coordinator)
             self._permit(study, plan, coordinator)
-            if study.digest not in self._prepared:
-                self._prepared[study.digest] = self._made(study, plan, frozen, coordinator)
+            known = self._prepared.get(study.digest)
+            if known is None:
+                known = self._made(study, plan, frozen, coordinator)
+            # The same plan may come from another coordinator that this site admits: its orders are
+            # signed by another key, and receipts are its own. What was prepared stays good.
+            self._prepared[study.digest] = replace(known, coordinator=coordinator)
         except Refused as refusal:
             return self._says(False, str(refusal))
         lora = study.lora
@@ -450,9 +466,10 @@ class SiteWorker:
         return Admission(admitted, reason, self.site.site.name, self._size, lora_rank)
 
 
-_tested: set[str] = set()  # in this process; the code does not change while it runs
-_trains: set[tuple[str, int | None]] = set()
-_reads: set[str] = set()
+# In this process; the code does not change while it runs.
+_tested: set[str] = process_cache.kept("self-tests", set())
+_trains: set[tuple[str, int | None]] = process_cache.kept("training checks", set())
+_reads: set[str] = process_cache.kept("length checks", set())
 
 
 def _self_test(study: Study, network: Network, size: int, lora_rank: int | None) -> None:

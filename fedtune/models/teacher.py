@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
 
 import numpy as np
 import torch
 
+from fedtune import process_cache
 from fedtune.bases import known_here
 from fedtune.bases.find import base_of_plan, cache_dir
 from fedtune.config import ObjectiveTable, Study
@@ -56,7 +56,7 @@ def taught_by(models: Sequence[LoadedModel], objective: ObjectiveTable, spec: Te
     return teach
 
 
-@lru_cache(maxsize=1)
+@process_cache.cached("teachers")
 def find_teacher(spec: Teacher) -> LoadedModel:
     """The teacher by its digest alone, from what this machine's people have named before, or its
     cache holds under teachers/DIGEST; what the plan calls it is not looked at.

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from fedtune import process_cache
 from fedtune.bases import digest as digest_module
 from fedtune.bases import find as base_module
-from fedtune.bases import known_here
 from fedtune.bases.find import base_of_plan, find_base
 from fedtune.client.policy import base_for
 from fedtune.client.site import SiteWorker
@@ -48,7 +48,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     monkeypatch.setattr(base_module.wheel, "download", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path / "cache"))
-    find_teacher.cache_clear()
+    process_cache.clear("teachers")
     return asked
 
 
@@ -119,7 +119,7 @@ def test_a_base_that_has_changed_since_it_was_named_is_not_here(
 
 def test_a_note_is_seen_by_other_processes(tmp_path: Path, tiny_base: Path) -> None:
     digest = find_base(str(tiny_base)).digest
-    known_here._noted.clear()
+    process_cache.clear("places of bases")
     assert base_of_plan(digest, None).path == tiny_base.resolve()
 
 
@@ -128,7 +128,7 @@ def test_where_the_cache_cannot_be_written_this_process_still_knows(
     tmp_path: Path, tiny_base: Path, what: str
 ) -> None:
     digest = find_base(str(tiny_base)).digest
-    known_here._noted.clear()
+    process_cache.clear("places of bases")
     folder = base_module.cache_dir() / "here"
     shutil.rmtree(folder)
     if what == "no folder":
@@ -210,7 +210,7 @@ def test_ones_own_teacher_is_found_by_its_name_once(tmp_path: Path, tiny_base: P
     study = begun(tiny_base).study
     run = run_of(tmp_path / "run", study)
     here_digest = loaded.load(run).digest
-    known_here._noted.clear()
+    process_cache.clear("places of bases")
     shutil.rmtree(base_module.cache_dir() / "here")
     plan = distilled(study, str(run), here_digest)
     with pytest.raises(PolicyRefused):

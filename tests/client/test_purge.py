@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from fedtune import process_cache
 from fedtune.client import purge as purger
 from fedtune.client.purge import KEPT, KINDS, listing, purge
-from fedtune.client.site import SiteWorker, worker
+from fedtune.client.site import SiteWorker
 from fedtune.config import load_site, load_study
 from fedtune.flower.processes import alone
 from fedtune.ledger.ledger import Ledger
@@ -135,7 +136,7 @@ def test_of_one_study_alone(site: Path, asked: str) -> None:
     SITE.write_text(SITE.read_text().replace('admission = "signed"', "max_epsilon = 40.0"))
     digest = Ledger(STATE).spending()[0].charge.study
     Path("run").rename("run-1")
-    worker.cache_clear()
+    process_cache.clear("workers")
     run_study(study)
     both = {path.name for path in (STATE / "outbox").glob("*.bin")}
     assert first < both

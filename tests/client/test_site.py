@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedtune import process_cache
 from fedtune.client.review import read_plan, review
 from fedtune.client.site import SiteWorker, Unprepared
-from fedtune.client.site import worker as site_worker
 from fedtune.client.withdraw import UnknownPatient, withdraw
 from fedtune.config import Study
 from fedtune.dp import noise
@@ -212,7 +212,7 @@ def test_a_withdrawn_patients_states_are_erased_and_the_others_kept(
     tmp_path: Path, tiny_base: Path, memory: float | None
 ) -> None:
     """In memory, and in the file."""
-    site_worker.cache_clear()  # nobody else's states are counted
+    process_cache.clear("workers")  # nobody else's states are counted
     gc.collect()
     with notes(tmp_path).open("a") as file:
         file.write(json.dumps({"who": "p4", "note": "a rare finding", "answer": "no"}) + "\n")
@@ -236,7 +236,7 @@ def test_a_withdrawn_patients_states_are_erased_and_the_others_kept(
 def test_each_study_must_learn_before_it_costs_anything_and_is_tried_once(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedtune.client.site._trains", set())
+    process_cache.clear("training checks")
     tried: list[str] = []
 
     def check(study: Study, *_: object) -> None:
@@ -260,7 +260,7 @@ def test_each_study_must_learn_before_it_costs_anything_and_is_tried_once(
 def test_a_failed_self_test_refuses_the_round(
     worker: SiteWorker, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedtune.client.site._tested", set())
+    process_cache.clear("self-tests")
     honest = noise.gaussian_on_grid
     monkeypatch.setattr(noise, "gaussian_on_grid", lambda d, std, grid: honest(d, std * 0.9, grid))
     made = begun(tiny_base)

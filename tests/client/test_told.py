@@ -13,6 +13,7 @@ import pytest
 from flwr.app import Context, Message
 from rich.console import Console
 
+from fedtune import process_cache
 from fedtune.cli.console import Watch
 from fedtune.client.site import worker
 from fedtune.config import load_study
@@ -32,7 +33,7 @@ Event = Callable[[str, dict[str, Any]], None]
 
 def through_the_executor(study: Path, tell: Event, on_event: Event) -> None:
     """The study, each site's answers given as `fedtune client` gives them; `tell`: the north's."""
-    worker.cache_clear()
+    process_cache.clear("workers")
     files = {name: study.parent / f"site-{name}.toml" for name in NAMES}
     parts = Dependencies(patience=0.0, pause=0.0)
     executors = {

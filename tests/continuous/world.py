@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedtune.client.site import worker
+from fedtune import process_cache
 from fedtune.config import load_study
 from fedtune.server import rounds
 from fedtune.server.parts import Dependencies
@@ -62,7 +62,7 @@ def run(
     **parts: Any,
 ) -> Recorder:
     """Rounds up to `upto`, going on from where the run stands; on_round: after each of them."""
-    worker.cache_clear()
+    process_cache.clear("workers")
     grid = Recorder([study.parent / f"site-{name}.toml" for name in NAMES])
 
     def on_event(kind: str, data: dict[str, Any]) -> None:

@@ -34,10 +34,10 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from PIL import Image
 
+from fedtune import process_cache
 from fedtune.audit.bounds import gaussian_epsilon
 from fedtune.audit.selftest import MemoryLog
 from fedtune.client.rank_process import team
-from fedtune.client.site import worker
 from fedtune.data.records import unit_member
 from fedtune.dp import noise, sampling
 from fedtune.dp.filter import total_epsilon
@@ -175,7 +175,7 @@ class World:
         for number, place in enumerate(case.places):
             (folder / f"site-{number}.toml").write_text(place.toml(case.kinds, teachers))
         self._write()
-        worker.cache_clear()
+        process_cache.clear("workers")
 
     @property
     def ledger(self) -> Ledger:
@@ -197,10 +197,10 @@ class World:
         elif kind == "withdraw":
             self.ledger.withdraw(unit_member(rest[0]))
         elif kind == "restart":
-            worker.cache_clear()
+            process_cache.clear("workers")
         elif kind == "place":
             self.place = rest[0]
-            worker.cache_clear()
+            process_cache.clear("workers")
         else:
             reply, size = self.ask(kind, *rest)
             said = facts(reply) | {"bytes": size}
@@ -341,7 +341,7 @@ def check(case: Case, bases: Ids) -> list[tuple[list[Seen], list[Seen]]]:
                 worlds.append((world, seen, claims(world.ledger)))
     finally:
         logging.disable(logging.NOTSET)
-        worker.cache_clear()
+        process_cache.clear("workers")
     (_, with_it, claimed), (_, without_it, _) = worlds
     moved = 0.0
     for one, other in zip(with_it, without_it, strict=True):

@@ -26,8 +26,8 @@ from scipy.stats import norm
 
 import fedtune.client.evaluation
 import fedtune.client.site
+from fedtune import process_cache
 from fedtune.audit.bounds import gaussian_epsilon, gaussian_mu, rate_upper
-from fedtune.client.site import worker
 from fedtune.dp import accountant, clip
 from fedtune.dp.plan import DpPlan
 from fedtune.flower.arrays import from_record
@@ -284,7 +284,7 @@ def unhurried() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
-        worker.cache_clear()
+        process_cache.clear("workers")
 
 
 def main() -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
+from fedtune import process_cache
 from fedtune.client.app import app
-from fedtune.client.site import worker
 from fedtune.config import load_study
 from fedtune.flower import api
 from fedtune.flower.grid import InProcessGrid
@@ -117,7 +117,7 @@ def lay_out(
 
 def run(study: Path, between: Callable[[str], None] | None = None) -> Recorder:
     """The whole study as between machines: sites are not asked about their files beforehand."""
-    worker.cache_clear()
+    process_cache.clear("workers")
     grid = Recorder([study.parent / f"site-{name}.toml" for name in NAMES])
 
     def on_event(kind: str, _: dict[str, Any]) -> None:

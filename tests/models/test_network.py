@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedtune import process_cache
 from fedtune.bases.find import find_base
 from fedtune.config import LoraTable, Study
 from fedtune.errors import ConfigError, ModelError
@@ -380,10 +381,10 @@ def test_bf16_where_it_is_native_and_measures_faster(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
     monkeypatch.setattr(network_module.timeit, "repeat", lambda *_, **__: [next(took)])
-    network_module._bf16_is_faster.cache_clear()
+    process_cache.clear("speed of bf16")
     expected = torch.bfloat16 if native and seconds == (1.0, 2.0) else torch.float32
     try:
         assert network_module.dtype_of("auto") == expected
     finally:
-        network_module._bf16_is_faster.cache_clear()
+        process_cache.clear("speed of bf16")
     assert network_module.dtype_of("bfloat16") == torch.bfloat16

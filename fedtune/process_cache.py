@@ -1,0 +1,36 @@
+"""What a process keeps for as long as it runs, each cache by its name, so that a test or a program
+that lives long begins anew with one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, TypeVar
+
+T = TypeVar("T", dict[Any, Any], set[Any])
+F = TypeVar("F", bound=Callable[..., Any])
+
+_clear: dict[str, Callable[[], None]] = {}
+
+
+def kept(name: str, cache: T) -> T:
+    """Register a dict or a set under `name`; returns it."""
+    _clear[name] = cache.clear
+    return cache
+
+
+def cached(name: str, maxsize: int | None = 1) -> Callable[[F], F]:
+    """Keep a function's last results, as functools.lru_cache does, under `name`."""
+
+    def decorate(function: F) -> F:
+        wrapped: Any = lru_cache(maxsize=maxsize)(function)
+        _clear[name] = wrapped.cache_clear
+        return wrapped  # type: ignore[no-any-return]
+
+    return decorate
+
+
+def clear(*names: str) -> None:
+    """Empty the caches of these names, or every cache: as if the process had just begun."""
+    for name in names or _clear:
+        _clear[name]()
