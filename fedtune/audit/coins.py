@@ -87,15 +87,13 @@ def one_run(
     coins = np.unpackbits(np.frombuffer(os.urandom(-(-canaries // 8)), np.uint8))[:canaries] > 0
     member = CachedDataset(network, _only(everyone, coins))
     log, attacker, adapter = MemoryLog(), _Attacker(plan, canaries), start
-    try:
+    with network.loaded(trainable=start):
         for round_ in range(1, min(steps, plan.steps) + 1):
             known = _clipped(engine, everyone, plan)
             update = local_round(loop, member, plan, log, round_, adapter)
             attacker.sees(known, _sum(update, adapter, plan, training.learning_rate))
             adapter = {name: adapter[name] + update[name] for name in adapter}
             network.load_trainable(adapter)
-    finally:
-        network.load_trainable(start)
     claimed = accountant.epsilon(events(log.steps()), plan.delta)
     return _result(attacker.scores(), coins, len(log.lines), plan.delta, claimed)
 

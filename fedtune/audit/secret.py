@@ -80,13 +80,9 @@ def exposure(network: Network, study: Study, secrets: int = SECRETS, pool: int =
     if len(data.examples) != len(rows):
         raise DataError("the study cannot hold a generated canary of some 20 tokens")
     cached = CachedDataset(network, data)
-    adapter = network.trainable()
     with_it = _bits(_losses(cached, study).reshape(secrets, pool))
-    network.load_trainable({name: np.zeros_like(value) for name, value in adapter.items()})
-    try:
+    with network.loaded(trainable=network.zero()):
         base = _bits(_losses(cached, study).reshape(secrets, pool))
-    finally:
-        network.load_trainable(adapter)
     return Exposure(
         secrets=secrets,
         pool=pool,

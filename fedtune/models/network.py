@@ -10,7 +10,7 @@ import math
 import timeit
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fedtune import modalities
+from fedtune import modalities, process_cache
 from fedtune.bases.architecture import PROJECTOR, fill, parts_of, plane_positions
 from fedtune.bases.find import Base, find_base, load_backbone, load_tokenizer
 from fedtune.bases.quantise import quantise
@@ -58,7 +58,7 @@ def build(study: Study, base: Base | None = None) -> Network:
     return _build(base, dtype, lora, outputs, stored, study.base.modality)
 
 
-@lru_cache(maxsize=1)
+@process_cache.cached("networks")
 def _build(
     base: Base,
     dtype: torch.dtype,
@@ -76,7 +76,7 @@ def dtype_of(name: str) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-@lru_cache(maxsize=1)
+@process_cache.cached("speed of bf16")
 def _bf16_is_faster() -> bool:
     """Whether the GPU or processor multiplies bf16 natively; for the processor, whether that is
     faster, measured once per process."""
@@ -367,6 +367,10 @@ class Network:
     def trainable(self) -> Arrays:
         return {n: p.detach().float().cpu().numpy().copy() for n, p in self.parameters().items()}
 
+    def zero(self) -> Arrays:
+        """The trainable arrays of the untouched base: a head's public start is zero too."""
+        return {n: np.zeros(tuple(p.shape), np.float32) for n, p in self.parameters().items()}
+
     def load_trainable(self, arrays: Arrays) -> None:
         """Errors: ModelError when names or shapes differ from this network's, or an entry is not
         finite, or larger than LARGEST."""
@@ -410,6 +414,24 @@ class Network:
         if self._loaded is None or self._loaded[0] is not arrays or self._loaded[1] != self._now():
             _load(self._factor, arrays)
             self._loaded = arrays, self._now()
+
+    @contextmanager
+    def loaded(
+        self, frozen: Arrays | None = None, trainable: Arrays | None = None
+    ) -> Iterator[None]:
+        """Load arrays, and load what was there again afterwards; None: they stay as they are.
+        Errors: as `load_trainable`."""
+        before = self.frozen_factor() if frozen is not None else None, self.trainable()
+        try:
+            if frozen is not None:
+                self.load_frozen(frozen)
+            if trainable is not None:
+                self.load_trainable(trainable)
+            yield
+        finally:
+            if before[0] is not None:
+                self.load_frozen(before[0])
+            self.load_trainable(before[1])
 
     def _now(self) -> list[int]:
         """A's versions: PyTorch counts what is written to a tensor."""

@@ -77,8 +77,7 @@ def check_trains(study: Study, network: Network, columns: slice = ALL) -> None:
     data = CachedDataset(network, random_records(network, study))
     objective, wanted = resolve(study.objective), study.training.engine
     engine = UnitGradientEngine(data, objective, engine=wanted, columns=columns)
-    before = network.trainable()
-    try:
+    with network.loaded():
         loss = _mean_loss(data, study)
         n = data.dataset.n_units
         rows, some = engine.matrix(range(n)), list(range(n - 1, n // 3, -1))
@@ -90,8 +89,6 @@ def check_trains(study: Study, network: Network, columns: slice = ALL) -> None:
             _loss_after(data, study, engine, gradient, length / norm) < loss
             for length in (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
         )
-    finally:
-        network.load_trainable(before)
     if study.private and not same:
         raise ModelError(
             "this machine gives a record another gradient when others are beside it",
