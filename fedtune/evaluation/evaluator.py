@@ -16,7 +16,8 @@ from fedtune.config import EvaluationTable, Study
 from fedtune.data.dataset import NO_TARGET, Dataset, Example
 from fedtune.data.load import load_dataset
 from fedtune.errors import ConfigError, DataError
-from fedtune.evaluation.metrics import CHOSEN, LOWER, Compared, Scores, _resamples
+from fedtune.evaluation.metrics import Compared, Scores, _resamples
+from fedtune.metrics import METRICS
 from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import Arrays
 from fedtune.models.network import Network, build
@@ -44,7 +45,7 @@ def check_evaluation(study: Study) -> None:
     tokenizer = load_tokenizer(base)
     reader = modalities.reader(base, tokenizer, study.base.modality)
     data = load_dataset(table, study, tokenizer, reader=reader)
-    if table.metric in CHOSEN and objective.record_format != "label":
+    if METRICS[table.metric].by_class and objective.record_format != "label":
         _spelled(tokenizer, data, table.choices, study.objective.max_length)
 
 
@@ -71,7 +72,7 @@ class Evaluator:
         self._single: torch.Tensor | None = None  # the token of each choice, where each has one
         self._spelled: CachedDataset | None = None  # else every record with every choice
         self._choices = len(table.choices)
-        if self.metric in CHOSEN and not self.classify:
+        if METRICS[self.metric].by_class and not self.classify:
             self._read_choices(data, table.choices, study.objective.max_length)
         assess = self._pairs if self.paired else self._classes if self.classify else self._tokens
         self._assess: Callable[[Batch, Scores], None] = assess
@@ -92,7 +93,7 @@ class Evaluator:
         """A paired bootstrap over the records (Efron & Tibshirani 1993, chapter 16); a tie is not
         better. The same adapters on the same records always give the same answer."""
         before, after = self.scores(champion), self.scores(challenger)
-        sign = -1 if self.metric in LOWER else 1
+        sign = 1 if METRICS[self.metric].higher_is_better else -1
         better = [
             sign * (after.value(self.metric, rows) - before.value(self.metric, rows)) > 0
             for rows in _resamples(len(self))
@@ -104,10 +105,8 @@ class Evaluator:
     def scores(self, adapter: Arrays | None) -> Scores:
         """Every record's own figures. The network's arrays are put back afterwards."""
         self.network.load_frozen(self._factor)  # the network may have served another study since
-        before = self.network.trainable()
-        zero = {name: np.zeros_like(value) for name, value in before.items()}
-        self.network.load_trainable(zero if adapter is None else adapter)
-        try:
+        asked = self.network.zero() if adapter is None else adapter
+        with self.network.loaded(trainable=asked):
             n = len(self)
             exact, chosen = np.zeros(n, bool), np.full(n, -1)
             scores = Scores(np.zeros(n), np.ones(n), exact, chosen, self._gold, np.zeros(n))
@@ -116,8 +115,6 @@ class Evaluator:
             if self._spelled is not None:
                 scores.chosen = self._most_likely(self._spelled)
             return scores
-        finally:
-            self.network.load_trainable(before)
 
     # ------------------------------------------------------------------------------ one batch
 
@@ -252,7 +249,7 @@ def _check(table: EvaluationTable, objective: str, record_format: RecordFormat) 
             f'evaluation.metric = "{table.metric}" does not fit objective classify',
             "loss, accuracy or f1",
         )
-    if table.metric in CHOSEN and not classify and len(table.choices) < 2:
+    if METRICS[table.metric].by_class and not classify and len(table.choices) < 2:
         raise ConfigError(
             f'evaluation.metric = "{table.metric}" needs evaluation.choices',
             "the possible completions, at least two",

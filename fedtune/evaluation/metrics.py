@@ -5,19 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    pass
-
-
-LOWER = ("loss", "perplexity")  # is better
-
-
-CHOSEN = ("accuracy", "f1")  # need a choice per record
-
+from fedtune.metrics import METRICS
 
 RESAMPLES = 1000
 
@@ -83,7 +74,7 @@ def intervals(before: Scores, after: Scores, metric: str) -> dict[str, tuple[flo
         "after": (float(low[1]), float(high[1])),
         "change": (float(change[0]), float(change[1])),
     }
-    if metric in ("accuracy", "exact_match", "preference"):
+    if METRICS[metric].share:
         for name, scores in (("before", before), ("after", after)):
             found[name] = wilson(scores.value(metric), n)
     return found

@@ -28,8 +28,9 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
+from fedtune.metrics import METRICS
+
 Role = Literal["coordinator", "site"]
-OnEvent = Callable[[str, dict[str, Any]], None]
 Record = dict[str, Any]
 
 STRICT = "FEDTUNE_STRICT"
@@ -58,7 +59,7 @@ KINDS = frozenset({
     "query.prepare", "query.evaluate", "query", "train", "evaluate", "connection", "serverapp",
     "superlink", "supernode", "gateway", "forwarder",
 })
-METRICS = frozenset({"loss", "perplexity", "exact_match", "accuracy", "f1", "preference"})
+LOGGABLE = frozenset(name for name, each in METRICS.items() if each.loggable)
 # The first that is found in a reason is what is kept of it.
 PHRASES = (
     "policy.max_epsilon_per_study", "policy.max_epsilon", "policy.max_delta",
@@ -211,7 +212,7 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "participants": _names,
     "missing": by(_name, reason_of),
     "late": by(_name, reason_of),
-    "quality": by(_one_of(METRICS), _number),
+    "quality": by(_one_of(LOGGABLE), _number),
     "epsilon": by(_name, _epsilon),
     "bytes": _count,
     "bytes_up": by(_name, _count),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fedtune.metrics import metric as known_metric
 from fedtune.report.claim import (
     best_guess,
     limits,
@@ -15,7 +16,6 @@ from fedtune.report.claim import (
 )
 from fedtune.report.text import cell, figure, table
 
-LOWER_IS_BETTER = ("loss", "perplexity", "divergence", "kl")
 HELD_OUT = "the study's held-out records"
 BEFORE_AFTER = ("base alone", "with the adapter")
 WAYS = ("bytes_up", "bytes_down")
@@ -101,7 +101,7 @@ def _quality(quality: dict[str, Any]) -> str:
     for name in names:
         b, a = number(before.get(name)), number(after.get(name))
         change = "–" if b is None or a is None else f"{a - b:+.4g}"
-        arrow = "lower is better" if name in LOWER_IS_BETTER else "higher is better"
+        arrow = "higher is better" if known_metric(name).higher_is_better else "lower is better"
         rows.append(
             [f"{cell(name)} ({arrow})", figure(before.get(name)), figure(after.get(name)), change]
         )

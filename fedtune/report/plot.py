@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+from fedtune.metrics import metric as known_metric
 from fedtune.report.claim import number, rounded_up
 
 INK, FAINT, GOOD, COST, ALARM = "#222222", "#b8b8b8", "#1f6feb", "#b35900", "#c00000"
@@ -68,9 +69,10 @@ def _quality(axes: Any, body: dict[str, Any]) -> None:
         f"{values[-1]:.3g}", (rounds[-1], values[-1]), xytext=(0, 6), ha="right",
         textcoords="offset points", color=GOOD, weight="bold",
     )  # fmt: skip
-    lower = " (lower is better)" if metric in ("loss", "perplexity") else ""
+    known = known_metric(metric)
+    lower = " (lower is better)" if not known.higher_is_better else ""
     axes.set_title(f"{str(metric).replace('_', ' ')}{lower}", loc="left", color=INK)
-    if metric in ("accuracy", "f1", "exact_match", "preference"):
+    if known.bounded:
         axes.set_ylim(0, 1.02)
     axes.margins(y=0.15)
     axes.set_xlim(0, max(rounds[-1], 1))
