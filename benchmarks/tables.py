@@ -23,12 +23,10 @@ from typing import Any
 from benchmarks.measure import at_least, mean_sd
 from benchmarks.sets import FSDD, MTS, PREFERENCE, QUAD, VQA, DataSet
 from examples.write import Table, merged, toml
-from fedtune.client.site import worker
-from fedtune.config import Study, load_site, load_study
+from fedtune import Site, Study, load_site, load_study, process_cache, simulate
 from fedtune.dp.accountant import epsilon
 from fedtune.dp.steplog import StepLog, events
 from fedtune.evaluation.evaluator import Evaluator
-from fedtune.launch.simulate import simulate
 from fedtune.models import lora
 from fedtune.models.adapter_files import load_adapter
 
@@ -49,7 +47,7 @@ class Bench:
     _evaluator: Evaluator | None = None
 
     def __post_init__(self) -> None:
-        worker.cache_clear()
+        process_cache.clear("workers")
         shutil.rmtree(self.folder, ignore_errors=True)
         self.sites = self.dataset.write(self.folder / "data", self.seed)
 
@@ -73,13 +71,12 @@ class Bench:
     def run(self, name: str, tables: Table, only: int | None = None) -> tuple[Path, dict[str, Any]]:
         """One federated study, or site number `only` alone. Each arm has site files with ledgers of
         their own: it asks what it alone would cost."""
-        study_path = self.folder / "data" / "plan-trained.toml"
-        study = self._plan(tables, study_path.stem, None)
+        study = self._plan(tables, "plan-trained", None)
         sites = [self._site(path, study.private, name) for path in self.sites]
         sites = sites if only is None else sites[only : only + 1]
         out, started = self.folder / "runs" / name, time.monotonic()
-        simulate(study_path, sites, out)
-        logs = [StepLog(load_site(site).site.state / "steps.jsonl") for site in sites]
+        simulate(study, sites, out)
+        logs = [StepLog(site.site.state / "steps.jsonl") for site in sites]
         spent = max((epsilon(events(log.steps()), self.dataset.delta) for log in logs), default=0.0)
         sigma = max((s.noise_multiplier for log in logs for s in log.steps()), default=0.0)
         took = round(time.monotonic() - started, 1)
@@ -91,16 +88,11 @@ class Bench:
         toml(path, merged(tables, {"evaluation": evaluation}), "written by benchmarks.tables")
         return load_study(path)
 
-    def _site(self, strict: Path, private: bool, arm: str) -> Path:
+    def _site(self, strict: Path, private: bool, arm: str) -> Site:
         """The site's own file, or the one whose policy admits privacy = "off", for one arm."""
         open_ = strict.parents[2] / "open" / strict.parent.name / strict.name
-        source = strict if private else open_
-        twin = source.with_name(f"site-{arm}.toml")
-        text = source.read_text(encoding="utf-8")
-        twin.write_text(
-            text.replace("[site]", f'[site]\nstate = "state-{arm}"', 1), encoding="utf-8"
-        )
-        return twin
+        site = load_site(strict if private else open_)
+        return site.changed(site={"state": site.site.state.with_name(f"state-{arm}")})
 
 
 def arm(bench: Bench, name: str) -> dict[str, Any]:

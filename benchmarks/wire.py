@@ -20,8 +20,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from benchmarks import measure
-from benchmarks.demo import _arm
+from benchmarks import demo, measure
 from fedtune.demo.generate import write
 
 ARMS = {
@@ -32,19 +31,19 @@ ARMS = {
 }
 
 
-def one_arm(seed: int, arm: str, out: Path) -> dict[str, Any]:
+def one_arm(seed: int, name: str, out: Path) -> dict[str, Any]:
     """Accuracy, and bytes by round and site (means) up and down, and of a plain LoRA one way."""
     write(out / "data", seed=seed)
-    update, adapter = ARMS[arm]
-    table = f'[wire]\nupdate = "{update}"\nadapter = "{adapter}"\n\n[strategy]'
-    accuracy = _arm(out, arm, [("[strategy]", table)])
-    body = json.loads((out / arm / "report.json").read_text())
+    update, adapter = ARMS[name]
+    changes = {"wire": {"update": update, "adapter": adapter}}
+    accuracy = demo.arm(out, name, changes)
+    body = json.loads((out / name / "report.json").read_text())
     rounds, sites = len(body["rounds"]), len(body["rounds"][0]["bytes_up"])
     found: dict[str, Any] = {"accuracy": accuracy, "epsilon": body["privacy"]["epsilon"]}
     for way in ("bytes_up", "bytes_down"):
         total = sum(sum(entry[way].values()) for entry in body["rounds"])
         found[way] = total / rounds / sites
-    return found | {"plain": _plain(out / arm / "adapter")}
+    return found | {"plain": _plain(out / name / "adapter")}
 
 
 def _plain(adapter: Path) -> int:

@@ -1,8 +1,82 @@
-"""fedtune: fine-tune a language model across hospitals without moving a record."""
+"""fedtune: fine-tune a language model across hospitals without moving a record.
 
+What `__all__` names is the library; a name is imported when it is first used."""
+
+import importlib
 import logging
+from typing import TYPE_CHECKING, Any
 
 from fedtune.boot import cut_off
+
+if TYPE_CHECKING:
+    from fedtune.audit import audit_study
+    from fedtune.audit.contracts import check as check_plugin
+    from fedtune.bases.find import Base, find_base
+    from fedtune.bases.find import list_known as list_bases
+    from fedtune.client.purge import listing as purgeable
+    from fedtune.client.purge import purge
+    from fedtune.client.review import review
+    from fedtune.client.withdraw import withdraw
+    from fedtune.config import (
+        BaseTable,
+        ClippingTable,
+        Columns,
+        CoordinatorTable,
+        DataFile,
+        EvaluationTable,
+        LoraTable,
+        ObjectiveTable,
+        PolicyTable,
+        PrivacyTable,
+        PrivateEvaluationTable,
+        PublicTable,
+        QuantisationTable,
+        ScheduleTable,
+        Site,
+        SiteData,
+        SiteEvaluation,
+        SiteTable,
+        StrategyTable,
+        Study,
+        StudyTable,
+        TrainingTable,
+        WireTable,
+        load_site,
+        load_sites,
+        load_study,
+        save,
+    )
+    from fedtune.config.templates import init
+    from fedtune.demo import run_demo
+    from fedtune.derive.distill import distill
+    from fedtune.derive.export import export
+    from fedtune.derive.improve import improve
+    from fedtune.derive.label import label
+    from fedtune.derive.merge import merge_runs as merge
+    from fedtune.derive.merge_exported import merge_models
+    from fedtune.derive.settings import DistillSettings, LabelSettings, RlooSettings
+    from fedtune.dp.costs import Plan, SitePlan, plan
+    from fedtune.errors import (
+        BudgetExceeded,
+        ConfigError,
+        DataError,
+        FedtuneError,
+        InfrastructureError,
+        InputError,
+        ModelError,
+        PolicyRefused,
+        Refused,
+    )
+    from fedtune.evaluation.compare_bases import Fit, choose_base
+    from fedtune.evaluation.generate import generate
+    from fedtune.evaluation.run import evaluate
+    from fedtune.launch.simulate import simulate
+    from fedtune.ledger.ledger import Ledger
+    from fedtune.models.loaded import verify as verify_model
+    from fedtune.observe.status import look as status
+    from fedtune.progress import OnEvent
+    from fedtune.run import Run
+    from fedtune.server.versions import Versions
 
 __version__ = "0.1.0"
 
@@ -11,3 +85,136 @@ cut_off()
 # Where the optional bitsandbytes is installed it warns at its import, by whoever imports it first,
 # that a hub's code is missing, and at each int8 layer that it rounds, as it was asked to.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+# Where each name comes from: "name=other" where it is called otherwise there.
+_MODULES = {
+    "fedtune.audit": "audit_study",
+    "fedtune.audit.contracts": "check_plugin=check",
+    "fedtune.bases.find": "Base find_base list_bases=list_known",
+    "fedtune.client.purge": "purgeable=listing purge",
+    "fedtune.client.review": "review",
+    "fedtune.client.withdraw": "withdraw",
+    "fedtune.config": (
+        "BaseTable ClippingTable Columns CoordinatorTable DataFile EvaluationTable "
+        "LoraTable ObjectiveTable PolicyTable PrivacyTable PrivateEvaluationTable "
+        "PublicTable QuantisationTable ScheduleTable Site SiteData SiteEvaluation "
+        "SiteTable StrategyTable Study StudyTable TrainingTable WireTable load_site "
+        "load_sites load_study save"
+    ),
+    "fedtune.config.templates": "init",
+    "fedtune.demo": "run_demo",
+    "fedtune.derive.distill": "distill",
+    "fedtune.derive.export": "export",
+    "fedtune.derive.improve": "improve",
+    "fedtune.derive.label": "label",
+    "fedtune.derive.merge": "merge=merge_runs",
+    "fedtune.derive.merge_exported": "merge_models",
+    "fedtune.derive.settings": "DistillSettings LabelSettings RlooSettings",
+    "fedtune.dp.costs": "Plan SitePlan plan",
+    "fedtune.errors": (
+        "BudgetExceeded ConfigError DataError FedtuneError InfrastructureError InputError "
+        "ModelError PolicyRefused Refused"
+    ),
+    "fedtune.evaluation.compare_bases": "Fit choose_base",
+    "fedtune.evaluation.generate": "generate",
+    "fedtune.evaluation.run": "evaluate",
+    "fedtune.launch.simulate": "simulate",
+    "fedtune.ledger.ledger": "Ledger",
+    "fedtune.models.loaded": "verify_model=verify",
+    "fedtune.observe.status": "status=look",
+    "fedtune.progress": "OnEvent",
+    "fedtune.run": "Run",
+    "fedtune.server.versions": "Versions",
+}
+_ORIGINS = {
+    name: (module, other or name)
+    for module, names in _MODULES.items()
+    for name, _, other in (entry.partition("=") for entry in names.split())
+}
+
+__all__ = [
+    "Base",
+    "BaseTable",
+    "BudgetExceeded",
+    "ClippingTable",
+    "Columns",
+    "ConfigError",
+    "CoordinatorTable",
+    "DataError",
+    "DataFile",
+    "DistillSettings",
+    "EvaluationTable",
+    "FedtuneError",
+    "Fit",
+    "InfrastructureError",
+    "InputError",
+    "LabelSettings",
+    "Ledger",
+    "LoraTable",
+    "ModelError",
+    "ObjectiveTable",
+    "OnEvent",
+    "Plan",
+    "PolicyRefused",
+    "PolicyTable",
+    "PrivacyTable",
+    "PrivateEvaluationTable",
+    "PublicTable",
+    "QuantisationTable",
+    "Refused",
+    "RlooSettings",
+    "Run",
+    "ScheduleTable",
+    "Site",
+    "SiteData",
+    "SiteEvaluation",
+    "SitePlan",
+    "SiteTable",
+    "StrategyTable",
+    "Study",
+    "StudyTable",
+    "TrainingTable",
+    "Versions",
+    "WireTable",
+    "__version__",
+    "audit_study",
+    "check_plugin",
+    "choose_base",
+    "distill",
+    "evaluate",
+    "export",
+    "find_base",
+    "generate",
+    "improve",
+    "init",
+    "label",
+    "list_bases",
+    "load_site",
+    "load_sites",
+    "load_study",
+    "merge",
+    "merge_models",
+    "plan",
+    "purge",
+    "purgeable",
+    "review",
+    "run_demo",
+    "save",
+    "simulate",
+    "status",
+    "verify_model",
+    "withdraw",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of `__all__` at its first use."""
+    if name not in _ORIGINS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, there = _ORIGINS[name]
+    value = globals()[name] = getattr(importlib.import_module(module), there)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

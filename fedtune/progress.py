@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
+OnEvent = Callable[[str, dict[str, Any]], None]  # what happened, and its public facts
 Listener = Callable[[str, int, int], None]  # what, done, total
 
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
@@ -26,3 +28,18 @@ def listening(listener: Listener) -> Iterator[None]:
         yield
     finally:
         _listener.reset(token)
+
+
+@contextmanager
+def told(on_event: OnEvent | None) -> Iterator[None]:
+    """Reports made inside reach `on_event` as "step" events; without one, who listened before."""
+    if on_event is None:
+        yield
+        return
+    tell = on_event
+
+    def listener(text: str, done: int, total: int) -> None:
+        tell("step", {"text": text, "done": done, "total": total})
+
+    with listening(listener):
+        yield

@@ -90,11 +90,10 @@ def load_plan(run: Path) -> Study:
     return study
 
 
-def named(study: Study, out: Path, otherwise: str) -> Study:
-    """`study` under the name of the folder of what was made of it: the letters of `out` that a name
-    may have, else `otherwise`. The seed stays: what is drawn again is drawn as it was."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", out.name).strip("._-")[:64] or otherwise
-    return study.model_copy(update={"study": study.study.model_copy(update={"name": name})})
+def check_new(out: Path) -> None:
+    """Errors: ConfigError where `out` is there already."""
+    if out.exists():
+        raise ConfigError(f"{out}: exists", "a new folder", "choose another --out")
 
 
 @contextmanager
@@ -104,8 +103,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     Errors: ConfigError (it exists), InfrastructureError (disk)."""
     from fedtune.files.writing import drafted
 
-    if out.exists():
-        raise ConfigError(f"{out}: exists", "a new folder", "choose another --out")
+    check_new(out)
     with drafted(out) as draft:
         draft.mkdir()
         yield draft

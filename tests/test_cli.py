@@ -16,10 +16,9 @@ import pytest
 import typer
 from click.testing import CliRunner, Result
 
-from fedtune import __version__
+from fedtune import __version__, process_cache
 from fedtune.cli.console import Watch
 from fedtune.cli.main import app, main
-from fedtune.client.site import worker
 from fedtune.demo import run as demo
 from fedtune.errors import (
     BudgetExceeded,
@@ -297,11 +296,11 @@ def test_a_study_that_is_finished_is_not_run_again_by_the_same_command(study: Pa
     assert "ceiling" not in again.stderr and not Path("runs/tiny-2").exists()
     assert run("server", study.name).stderr == again.stderr
     assert (study.parent / "north" / "state" / "ledger.head").read_bytes() == spent
-    worker.cache_clear()  # as another process would begin
+    process_cache.clear("workers")  # as another process would begin
     named = run("simulate", study, "--out", "again")
     assert named.exit_code == 0, named.stderr  # what was sent is sent again
     study.write_text(study.read_text().replace("learning_rate = 0.1", "learning_rate = 0.2"))
-    worker.cache_clear()
+    process_cache.clear("workers")
     other = run("simulate", study)
     assert other.exit_code == 3 and "is finished" not in other.stderr, other.output
 

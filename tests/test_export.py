@@ -25,6 +25,7 @@ from fedtune.derive import gguf as gguf_file
 from fedtune.derive.export import export
 from fedtune.derive.gguf import write_gguf
 from fedtune.errors import ConfigError, InputError
+from fedtune.run import Run
 from tests.conftest import TEXT
 from tests.test_cli import run as command
 from tests.test_merging import study
@@ -66,7 +67,7 @@ def greedy(model: Any, ids: list[int], count: int) -> list[int]:
 def test_plain_transformers_gives_the_logits_of_base_and_adapter(
     finished: Path, adapted: Any, tiny_base: Path, tmp_path: Path
 ) -> None:
-    out = export(finished, tmp_path / "model", "hf")
+    out = export(Run(finished), tmp_path / "model", "hf")
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(out)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
@@ -82,7 +83,7 @@ def test_plain_transformers_gives_the_logits_of_base_and_adapter(
 
 
 def test_the_card_says_what_the_report_says(finished: Path, tmp_path: Path) -> None:
-    out = export(finished, tmp_path / "model", "hf", "bfloat16")
+    out = export(Run(finished), tmp_path / "model", "hf", "bfloat16")
     card = (out / "README.md").read_text()
     body = json.loads((finished / "report.json").read_text())
     assert card.startswith("---\nlicense:")
@@ -94,7 +95,7 @@ def test_the_card_says_what_the_report_says(finished: Path, tmp_path: Path) -> N
 
 def test_the_card_of_a_run_without_privacy_warns(tmp_path: Path, tiny_base: Path) -> None:
     leaky = study(tmp_path / "leaky", tiny_base, "leaky", privacy='"off"')
-    card = (export(leaky, tmp_path / "model", "hf") / "README.md").read_text()
+    card = (export(Run(leaky), tmp_path / "model", "hf") / "README.md").read_text()
     assert "NOT PRIVATE" in card and '"differential-privacy"' not in card
 
 
@@ -109,7 +110,7 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
 def test_transformers_own_reader_gives_the_same_logits(
     finished: Path, adapted: Any, tmp_path: Path
 ) -> None:
-    out = export(finished, tmp_path / "model.gguf", "gguf", "float32")
+    out = export(Run(finished), tmp_path / "model.gguf", "gguf", "float32")
     model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=out.name, dtype=torch.float32)
     ids = torch.arange(3, 40)[None]
     assert torch.allclose(logits(model, ids), logits(adapted, ids), atol=1e-4)
@@ -119,8 +120,8 @@ def test_transformers_own_reader_gives_the_same_logits(
     ("stored", "room"), [("float16", 1e-3), ("bfloat16", 8e-3), ("q8_0", 8e-3)]
 )
 def test_smaller_storage_is_near(finished: Path, tmp_path: Path, stored: Any, room: float) -> None:
-    exact = tensors(export(finished, tmp_path / "exact.gguf", "gguf", "float32"))
-    small = tensors(export(finished, tmp_path / "small.gguf", "gguf", stored))
+    exact = tensors(export(Run(finished), tmp_path / "exact.gguf", "gguf", "float32"))
+    small = tensors(export(Run(finished), tmp_path / "small.gguf", "gguf", stored))
     assert exact.keys() == small.keys()
     for name, expected in exact.items():
         found = small[name].reshape(expected.shape)
@@ -131,7 +132,7 @@ def test_smaller_storage_is_near(finished: Path, tmp_path: Path, stored: Any, ro
 
 
 def test_what_a_reader_is_told(finished: Path, tmp_path: Path) -> None:
-    reader = gguf.GGUFReader(export(finished, tmp_path / "model.gguf", "gguf"))
+    reader = gguf.GGUFReader(export(Run(finished), tmp_path / "model.gguf", "gguf"))
     told = {name: field.contents() for name, field in reader.fields.items()}
     assert told["general.architecture"] == "llama" and told["general.name"] == "clinic"
     assert "differentially private: ε = " in told["general.description"]
@@ -254,7 +255,7 @@ def test_an_encoder_and_a_head_are_refused(
     plan = json.loads((twin / "plan.json").read_text()) | {"lora": None}
     (twin / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(ConfigError, match="trained a head"):
-        export(twin, tmp_path / "out", "gguf")
+        export(Run(twin), tmp_path / "out", "gguf")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".exporting*"))
 
 
@@ -277,12 +278,12 @@ def test_other_kinds_of_base_are_refused_in_words(tmp_path: Path, tiny_base: Pat
 
 def test_refusals_leave_nothing(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a storage of GGUF"):
-        export(finished, tmp_path / "out", "hf", "q8_0")
+        export(Run(finished), tmp_path / "out", "hf", "q8_0")
     with pytest.raises(InputError, match="not a run folder"):
-        export(tmp_path, tmp_path / "out", "hf")
+        export(Run(tmp_path), tmp_path / "out", "hf")
     (tmp_path / "there").mkdir()
     with pytest.raises(ConfigError, match="exists"):
-        export(finished, tmp_path / "there", "hf")
+        export(Run(finished), tmp_path / "there", "hf")
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
 
 

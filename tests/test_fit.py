@@ -130,7 +130,7 @@ def test_the_smallest_that_meets_the_target_is_named(
 ) -> None:
     known = rows(("large", 900, 0.9), ("small", 100, 0.6), ("middle", 500, 0.75))
     monkeypatch.setattr(fit_module, "_apart", lambda study, model, *_: known[model])
-    found = choose_base(lay_out(tmp_path, tiny_base), list(known), target)
+    found = choose_base(load_study(lay_out(tmp_path, tiny_base)), target, list(known))
     assert found.chosen == chosen and found.by == "predicted at ε = 8"
     assert [row.model for row in found.rows] == ["small", "middle", "large", "broken"]
 
@@ -143,9 +143,9 @@ def test_where_lower_is_better_lower_is_better(
     known = {n: replace(r, predicted=None, base=b) for (n, r), b in zip(
         rows(("a", 1, 0), ("b", 2, 0)).items(), (3.0, 2.0, 9.0), strict=True)}  # fmt: skip
     monkeypatch.setattr(fit_module, "_apart", lambda study, model, *_: known[model])
-    assert choose_base(path, ["a", "b"], 2.5).chosen == "b"
-    assert choose_base(path, ["a", "b"], 3.5).chosen == "a"
-    assert choose_base(path, ["a", "b"], 1.0).chosen is None
+    assert choose_base(load_study(path), 2.5, ["a", "b"]).chosen == "b"
+    assert choose_base(load_study(path), 3.5, ["a", "b"]).chosen == "a"
+    assert choose_base(load_study(path), 1.0, ["a", "b"]).chosen is None
 
 
 def test_the_command(tmp_path: Path, tiny_base: Path) -> None:
@@ -186,7 +186,9 @@ def test_the_table_fits_eighty_columns_with_its_heads_whole(epsilons: tuple[str,
 def test_each_base_in_few_bits_too(tmp_path: Path, tiny_base: Path) -> None:
     pytest.importorskip("bitsandbytes")
     study = lay_out(tmp_path / "study", tiny_base)
-    plain, *small = choose_base(study, [str(tiny_base)], 0.6, quantised=["nf4", "int8"]).rows
+    plain, *small = choose_base(
+        load_study(study), 0.6, [str(tiny_base)], quantised=["nf4", "int8"]
+    ).rows
     assert not any(row.failed for row in (plain, *small)), small
     assert {plain.model, *(row.model for row in small)} == {
         str(tiny_base), f"{tiny_base}, nf4", f"{tiny_base}, int8",
@@ -207,7 +209,7 @@ def test_it_needs_public_records_to_measure_on(tmp_path: Path, tiny_base: Path) 
     path = lay_out(tmp_path, tiny_base)
     path.write_text(path.read_text().partition("[evaluation]")[0])
     with pytest.raises(ConfigError, match="no \\[evaluation\\]"):
-        choose_base(path, [str(tiny_base)], 0.5)
+        choose_base(load_study(path), 0.5, [str(tiny_base)])
 
 
 def test_a_study_without_privacy_is_judged_by_its_base(
@@ -224,5 +226,5 @@ def test_a_study_without_privacy_is_judged_by_its_base(
         return known[model]
 
     monkeypatch.setattr(fit_module, "_apart", apart)
-    found = choose_base(path, ["a", "b"], 0.7)
+    found = choose_base(load_study(path), 0.7, ["a", "b"])
     assert (found.chosen, found.by) == ("b", "of the untouched base") and len(seen) == 2

@@ -18,13 +18,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fedtune.bases.find import find_base
 from fedtune.config import Columns, PublicTable
 from fedtune.derive.improve import Bench, Look, PolicyScores, _watching, improve
-from fedtune.derive.rloo import RlooSettings
+from fedtune.derive.settings import RlooSettings
 from fedtune.errors import ConfigError, Refused
-from fedtune.launch.simulate import simulate
 from fedtune.models.loaded import load
 from fedtune.models.network import Network
+from fedtune.run import Run
 from fedtune.run_folder import load_plan
 from tests.dp.conftest import study
+from tests.simulated import simulate
 from tests.test_cli import run
 from tests.test_end_to_end import lay_out
 
@@ -85,7 +86,7 @@ def test_the_reward_rises_within_max_kl(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
-    body = improve(policy, reward, prompts, out, max_kl=5.0, eval_every=3, how=HOW)
+    body = improve(Run(policy), Run(reward), prompts, out, max_kl=5.0, eval_every=3, how=HOW).report
     assert "train_runtime" not in capsys.readouterr().out  # trl's own figures
     before, after = body["quality"]["before"], body["quality"]["after"]
     looks = body["quality"]["by_round"]
@@ -137,7 +138,7 @@ def test_nobody_is_told_that_a_machine_trains(
         monkeypatch.setattr("fedtune.bases.wheel.quiet", lambda: None)
     once = RlooSettings(steps=1, prompts=2, answers=2, new_tokens=2, learning_rate=3e-2)
     with contextlib.suppress(Refused):
-        improve(policy, reward, prompts, tmp_path / "out", eval_every=1, how=once)
+        improve(Run(policy), Run(reward), prompts, tmp_path / "out", eval_every=1, how=once)
     assert bool(sent) == told
 
 
@@ -157,7 +158,8 @@ def test_past_max_kl_nothing_is_kept(
     tmp_path: Path, policy: Path, reward: Path, prompts: PublicTable
 ) -> None:
     with pytest.raises(Refused, match="no checkpoint with KL"):
-        improve(policy, reward, prompts, tmp_path / "out", max_kl=1e-6, eval_every=3, how=HOW)
+        out = tmp_path / "out"
+        improve(Run(policy), Run(reward), prompts, out, max_kl=1e-6, eval_every=3, how=HOW)
     assert {p.name for p in tmp_path.iterdir()} == {"public.jsonl"}
 
 
@@ -168,8 +170,8 @@ def test_without_privacy_it_says_so(
     (reward / "report.json").write_text(json.dumps(body | {"private": False}))
     try:
         found = improve(
-            policy, reward, prompts, tmp_path / "out", eval_every=6, how=HOW, max_kl=50.0
-        )
+            Run(policy), Run(reward), prompts, tmp_path / "out", eval_every=6, how=HOW, max_kl=50.0
+        ).report
     finally:
         (reward / "report.json").write_text(json.dumps(body))
     assert not found["private"]
@@ -178,7 +180,7 @@ def test_without_privacy_it_says_so(
 
 def test_only_a_reward_run_judges(tmp_path: Path, policy: Path, prompts: PublicTable) -> None:
     with pytest.raises(ConfigError, match="no reward model"):
-        improve(policy, policy, prompts, tmp_path / "out", how=HOW)
+        improve(Run(policy), Run(policy), prompts, tmp_path / "out", how=HOW)
 
 
 def test_the_command_stops_clean(

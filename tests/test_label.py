@@ -16,17 +16,17 @@ from tokenizers.processors import TemplateProcessing
 from fedtune.config import Columns, DataFile
 from fedtune.data.tokenize import prompt_ids
 from fedtune.derive.preferences import (
-    LabelSettings,
     Verdict,
     judge_of,
-    label,
     template_of,
+    write_preferences,
     writer_of,
 )
+from fedtune.derive.settings import LabelSettings
 from fedtune.errors import ConfigError, DataError, Refused
-from fedtune.launch.simulate import simulate
 from fedtune.ledger.ledger import Ledger
 from fedtune.models.loaded import LoadedModel
+from tests.simulated import simulate
 from tests.test_cli import run
 from tests.test_end_to_end import lay_out
 
@@ -69,7 +69,7 @@ class Noting:
 def others(folder: Path, judge: Verdict, rows: list[dict[str, str]]) -> list[Any]:
     """What is written of everybody but bob: each line's bytes, and the judge's margin."""
     noting, out = Noting(judge), folder / "out.jsonl"
-    label(records(folder, rows), out, judge.model, noting, FAST)
+    write_preferences(records(folder, rows), out, judge.model, noting, FAST)
     found = [(line, json.loads(line)) for line in out.read_bytes().splitlines()]
     return [(line, noting.said[row["prompt"]]) for line, row in found if row["patient"] != "bob"]
 
@@ -183,7 +183,9 @@ def test_the_same_seed_writes_the_same_and_another_does_not(
 ) -> None:
     def written(seed: int) -> bytes:
         settings = LabelSettings(new_tokens=6, max_length=256, seed=seed)
-        label(records(tmp_path), tmp_path / "out.jsonl", model, Verdict(model), settings)
+        write_preferences(
+            records(tmp_path), tmp_path / "out.jsonl", model, Verdict(model), settings
+        )
         return (tmp_path / "out.jsonl").read_bytes()
 
     assert written(0) == written(0) != written(1)
@@ -210,8 +212,8 @@ def test_nothing_is_left_where_nothing_comes_out(tmp_path: Path, model: LoadedMo
     out = tmp_path / "out.jsonl"
     tight = LabelSettings(new_tokens=250, max_length=251)
     with pytest.raises(DataError, match="5 too long"):
-        label(records(tmp_path), out, model, Verdict(model), tight)
+        write_preferences(records(tmp_path), out, model, Verdict(model), tight)
     with pytest.raises(ConfigError, match="no prompt"):
         text = DataFile(path=tmp_path / "records.jsonl", columns=Columns(text="q"))
-        label(text, out, model, Verdict(model), FAST)
+        write_preferences(text, out, model, Verdict(model), FAST)
     assert not out.exists()

@@ -19,7 +19,6 @@ from fedtune.config.sites import sites_in
 from fedtune.dp import clip
 from fedtune.dp.non_private import plain_plan
 from fedtune.dp.steplog import StepLog
-from fedtune.launch.simulate import simulate
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network, build
 from fedtune.models.rank_slice import ALL, slice_update
@@ -29,6 +28,7 @@ from fedtune.training.local_round import local_round
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import make_plan, records, study
 from tests.lora_ranks_kit import LORA, RANKS, lay_out
+from tests.simulated import simulate
 
 pytestmark = pytest.mark.usefixtures("no_worker_is_left")
 

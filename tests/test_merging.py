@@ -17,8 +17,9 @@ from fedtune.derive.merge import merge_runs
 from fedtune.errors import ConfigError, InputError
 from fedtune.evaluation.generate import generate
 from fedtune.evaluation.run import evaluate
-from fedtune.launch.simulate import simulate
+from fedtune.run import Run
 from fedtune.run_folder import load_plan
+from tests.simulated import simulate
 from tests.test_cli import run
 from tests.test_end_to_end import by_the_library, lay_out
 
@@ -51,7 +52,7 @@ def parents(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> list[P
 @pytest.fixture(scope="module")
 def merged(parents: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("merged") / "both"
-    merge_runs(parents, out)
+    merge_runs([*map(Run, parents)], out)
     return out
 
 
@@ -116,10 +117,10 @@ def test_what_was_kept_is_measured_on_each_parents_own_records(merged: Path) -> 
 def test_the_other_commands_read_it_as_a_run(parents: list[Path], merged: Path) -> None:
     table = load_plan(merged).evaluation
     assert table is not None
-    found = evaluate(merged, DataFile(path=table.path, columns=table.columns))
+    found = evaluate(Run(merged), DataFile(path=table.path, columns=table.columns))
     (kept, _) = body(merged)["merge"]["kept"]
     assert found["after"]["loss"] == pytest.approx(kept["merged"], rel=1e-5)
-    before, after = generate(merged, "fever", 4, chat=False)
+    before, after = generate(Run(merged), "fever", 4, chat=False)
     assert isinstance(before, str) and isinstance(after, str)
 
 
@@ -134,21 +135,21 @@ columns = { prompt = "q" }
     changes = {"[strategy]": public, "last_layers = 2": 'last_layers = 2\na_init = "public"'}
     runs = [study(folder, tiny_base, "first", **changes)]
     runs.append(study(folder, tiny_base, "second", **changes, **{"rank = 4": "rank = 3"}))
-    found = merge_runs(runs, tmp_path / "out", method="regmean")
+    found = merge_runs([*map(Run, runs)], tmp_path / "out", method="regmean").report
     assert found["merge"]["rank"] == 7
     one, other, both = (deltas(tiny_base, p / "adapter") for p in (*runs, tmp_path / "out"))
     name = next(n for n in both if both[n].abs().max() > 0)
     assert not torch.allclose(both[name], one[name] + other[name], atol=1e-4)
     (folder / "test.jsonl").unlink()
     with pytest.raises(ConfigError, match="needs the public text"):
-        merge_runs(runs, tmp_path / "again", method="regmean")
+        merge_runs([*map(Run, runs)], tmp_path / "again", method="regmean")
 
 
 def test_a_parent_without_privacy_makes_the_merger_not_private(
     tmp_path: Path, tiny_base: Path, parents: list[Path]
 ) -> None:
     leaky = study(tmp_path / "leaky", tiny_base, "leaky", privacy='"off"')
-    found = merge_runs([parents[0], leaky], tmp_path / "out", measure=False)
+    found = merge_runs([Run(parents[0]), Run(leaky)], tmp_path / "out", measure=False).report
     assert not found["private"]
     assert "NOT PRIVATE" in (tmp_path / "out" / "report.md").read_text()
     assert "leaky" in found["privacy"]["warning"]
@@ -163,22 +164,22 @@ def test_parents_of_other_bases_are_refused(tmp_path: Path, parents: list[Path])
     plan["base"]["digest"] = "sha256:" + "0" * 64
     (twin / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(ConfigError, match="different bases"):
-        merge_runs([parents[0], twin], tmp_path / "out")
+        merge_runs([Run(parents[0]), Run(twin)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_refusals_leave_nothing(tmp_path: Path, parents: list[Path], merged: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(ConfigError, match="exists"):
-        merge_runs(parents, merged)
+        merge_runs([*map(Run, parents)], merged)
     with pytest.raises(ConfigError, match="two or more"):
-        merge_runs(parents[:1], out)
+        merge_runs([Run(parents[0])], out)
     with pytest.raises(ConfigError, match="the same adapter"):
-        merge_runs([parents[0], parents[0]], out)
+        merge_runs([Run(parents[0]), Run(parents[0])], out)
     with pytest.raises(InputError, match="not a run folder"):
-        merge_runs([parents[0], tmp_path], out)
+        merge_runs([Run(parents[0]), Run(tmp_path)], out)
     with pytest.raises(ConfigError, match="one weight each"):
-        merge_runs(parents, out, weights=[1.0])
+        merge_runs([*map(Run, parents)], out, weights=[1.0])
     assert list(tmp_path.iterdir()) == []
 
 

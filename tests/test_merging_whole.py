@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedtune.derive.export import export
 from fedtune.derive.merge import merge_runs
+from fedtune.derive.merge_exported import merge_models
 from fedtune.derive.merge_methods import Method
 from fedtune.errors import ConfigError
+from fedtune.run import Run
 from tests.test_merging import parents  # noqa: F401  (a fixture)
 
 pytest.importorskip("mergekit", reason="pip install 'fedtune[merge]'")
@@ -22,7 +24,7 @@ pytest.importorskip("mergekit", reason="pip install 'fedtune[merge]'")
 @pytest.fixture(scope="module")
 def models(parents: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:  # noqa: F811
     folder = tmp_path_factory.mktemp("models")
-    return [export(run, folder / run.name, "hf") for run in parents]
+    return [export(Run(run), folder / run.name, "hf") for run in parents]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -39,7 +41,7 @@ def test_whole_models_are_merged_and_the_budgets_with_them(
     method: Method,
 ) -> None:
     out = tmp_path / "both"
-    body = merge_runs(models, out, method=method)
+    body = merge_models(models, out, method=method)
     merged, base = weights(out), weights(tiny_base)
     one, other = (weights(model) for model in models)
     moved = [n for n in base if "down_proj" in n and not torch.equal(one[n], base[n])]
@@ -49,7 +51,7 @@ def test_whole_models_are_merged_and_the_budgets_with_them(
         assert torch.allclose(merged[name], expected, atol=1e-5)
     assert not torch.allclose(merged[moved[0]], one[moved[0]], atol=1e-5)
     assert AutoTokenizer.from_pretrained(out)("fever").input_ids
-    again = merge_runs(parents, tmp_path / "runs", measure=False)
+    again = merge_runs([*map(Run, parents)], tmp_path / "runs", measure=False).report
     assert body["privacy"]["epsilon"] == pytest.approx(again["privacy"]["epsilon"])
     assert json.loads((out / "report.json").read_text())["merge"]["parents"][1]["epsilon"]
     assert "Merged from 2 runs" in (out / "README.md").read_text()
@@ -59,11 +61,11 @@ def test_whole_models_are_merged_and_the_budgets_with_them(
 def test_refusals(parents: list[Path], models: list[Path], tmp_path: Path) -> None:  # noqa: F811
     out = tmp_path / "out"
     with pytest.raises(ConfigError, match="works on adapters"):
-        merge_runs(models, out, method="svd")
-    with pytest.raises(ConfigError, match="beside runs"):
-        merge_runs([models[0], parents[1]], out)
+        merge_models(models, out, method="svd")
+    with pytest.raises(ConfigError, match="other: no exported model"):
+        merge_models([models[0], parents[1]], out)
     with pytest.raises(ConfigError, match="are the same"):
-        merge_runs([models[0], models[0]], out)
+        merge_models([models[0], models[0]], out)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -74,5 +76,5 @@ def test_without_the_extra_it_says_which(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "mergekit", None)
     with pytest.raises(ConfigError, match=r"mergekit.*fedtune\[merge\]"):
-        merge_runs(models, tmp_path / "out")
+        merge_models(models, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

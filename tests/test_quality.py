@@ -25,6 +25,7 @@ from fedtune.evaluation.metrics import intervals, wilson
 from fedtune.evaluation.run import evaluate
 from fedtune.models.lora import Arrays
 from fedtune.models.network import Network, build
+from fedtune.run import Run
 from fedtune.server.parts import Dependencies
 
 PROMPTS = ("The patient was seen with", "Blood pressure", "Question: does aspirin", "No acute")
@@ -227,7 +228,7 @@ def test_a_run_is_evaluated_from_its_folder(
 ) -> None:
     folder, study, adapter = run
     columns = Columns(prompt="prompt", completion="completion")
-    found = evaluate(folder, DataFile(path=tmp_path / "e.jsonl", columns=columns))
+    found = evaluate(Run(folder), DataFile(path=tmp_path / "e.jsonl", columns=columns))
     evaluator = Evaluator(study)
     assert found["metric"] == "loss" and found["records"] == 24
     assert found["before"] == evaluator.measure(None)
@@ -238,17 +239,17 @@ def test_a_run_is_evaluated_from_its_folder(
     low, high = found["interval"]["change"]
     assert low < found["after"]["loss"] - found["before"]["loss"] < high
     with pytest.raises(InputError, match="not a run folder"):
-        evaluate(tmp_path, DataFile(path=tmp_path / "e.jsonl", columns=columns))
+        evaluate(Run(tmp_path), DataFile(path=tmp_path / "e.jsonl", columns=columns))
     (folder / "adapter" / "adapter_model.safetensors").unlink()
     with pytest.raises(ModelError, match="holds no adapter"):
-        evaluate(folder, DataFile(path=tmp_path / "e.jsonl", columns=columns))
+        evaluate(Run(folder), DataFile(path=tmp_path / "e.jsonl", columns=columns))
 
 
 def test_base_and_adapter_write_side_by_side(
     run: tuple[Path, Study, Arrays], tiny_base: Path
 ) -> None:
     folder, _, _ = run
-    before, after = generate(folder, PROMPTS[0], max_new_tokens=8)
+    before, after = generate(Run(folder), PROMPTS[0], max_new_tokens=8)
     model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
 
@@ -263,7 +264,7 @@ def test_base_and_adapter_write_side_by_side(
         return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 
     assert before == write(model, False)
-    chatted = generate(folder, PROMPTS[0], 8, chat=True)[0]
+    chatted = generate(Run(folder), PROMPTS[0], 8, chat=True)[0]
     assert chatted == write(model, True)
     adapted = PeftModel.from_pretrained(model, str(folder / "adapter"))
     assert after == write(adapted, False) != before

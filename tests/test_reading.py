@@ -9,10 +9,10 @@ import pytest
 
 from fedtune.config import load_site, load_study
 from fedtune.config.address import host_and_port, is_host
+from fedtune.derive.derived_run import derived_study
 from fedtune.errors import ConfigError, InputError, ModelError
 from fedtune.files import reading
 from fedtune.flower import certs
-from fedtune.run_folder import named
 from tests.server.fakes import make_study
 
 
@@ -99,7 +99,7 @@ def test_an_address_is_a_host_and_a_port() -> None:
 def test_a_derived_run_has_a_name_that_opens_again(folder: str, name: str) -> None:
     study = make_study()
     seeded = study.model_copy(update={"study": study.study.model_copy(update={"seed": 7})})
-    made = named(seeded, Path("runs") / folder, "x")
+    made = derived_study(seeded, Path("runs") / folder, "x")
     assert (made.study.name, made.study.seed) == (name, 7)
     assert type(made).model_validate_json(made.model_dump_json()) == made
 

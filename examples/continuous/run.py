@@ -16,25 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from examples.continuous.prepare import LIFE, write
-from fedtune.client.site import worker
-from fedtune.config import load_site
-from fedtune.config.sites import sites_in
-from fedtune.launch.simulate import simulate
-from fedtune.ledger.ledger import Ledger
+from fedtune import Ledger, Site, Versions, load_sites, load_study, process_cache, simulate
 from fedtune.ledger.spending import heaviest
-from fedtune.server.versions import Version, Versions
+from fedtune.server.versions import Version
 
 
 def run(out: Path, seed: int = 0, *, arrive: bool = True, patients: float = 1.0) -> dict[str, Any]:
     """The whole play under `out`. Between its halves everything is shut down and resumed."""
-    study = write(out / "data", seed, patients)
-    sites = sites_in(out / "data" / "sites")
+    plan = write(out / "data", seed, patients)
+    study, sites = load_study(plan), load_sites(out / "data" / "sites")
     simulate(study, sites, out / "run", rounds=LIFE)
-    worker.cache_clear()  # each site starts anew, from its files and its ledger
-    later = study.parent / "later"
-    (later / "evaluation.jsonl").replace(study.parent / "evaluation.jsonl")
+    process_cache.clear("workers")  # each site starts anew, from its files and its ledger
+    later = plan.parent / "later"
+    (later / "evaluation.jsonl").replace(plan.parent / "evaluation.jsonl")
     for site in sites if arrive else ():
-        shutil.copy(later / f"{site.parent.name}.jsonl", site.parent / "notes.jsonl")
+        shutil.copy(later / f"{site.site.name}.jsonl", site.data.path)
     simulate(study, sites, out / "run", rounds=2 * LIFE, resume=True)
     return {"seed": seed, "arrive": arrive, **_found(out / "run"), "epsilon": _spent(sites)}
 
@@ -61,10 +57,9 @@ def _released(version: Version) -> float:
     return value
 
 
-def _spent(sites: list[Path]) -> float:
+def _spent(sites: list[Site]) -> float:
     found = []
-    for path in sites:
-        site = load_site(path)
+    for site in sites:
         cohorts = Ledger(site.site.state).cohorts(site.data.name)
         found.append(heaviest(site.data.name, cohorts, site.policy).epsilon)
     return max(found)

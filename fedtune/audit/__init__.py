@@ -16,12 +16,14 @@ from fedtune.audit.coins import OneRun, one_run
 from fedtune.audit.gaussian import OneStep, one_step
 from fedtune.audit.secret import Exposure, exposure
 from fedtune.bases.find import find_base
-from fedtune.config import Study, load_study
+from fedtune.config import Study
 from fedtune.dp.plan import DpPlan, plan_for_site
 from fedtune.errors import ConfigError, InputError
 from fedtune.files.writing import replace as write_file
+from fedtune.models.adapter_files import picked
 from fedtune.models.network import build
 from fedtune.models.tiny import tiny_network
+from fedtune.run import Run
 
 TRIALS = 10_000
 DATA = "generated records alone; nothing of a site was read"
@@ -30,20 +32,26 @@ __all__ += ["one_step"]
 
 
 def audit_study(
-    study_path: Path,
-    out: Path,
+    study: Study,
+    out: Path | str,
     trials: int = TRIALS,
-    run: Path | None = None,
+    run: Run | None = None,
     declared_size: int = 100,
 ) -> dict[str, Any]:
-    """All audits of a study, written to `out`/audit.json and returned.
+    """Attack a study on generated records: lower bounds on ε beside the ε that is claimed.
 
-    run: a finished run of it; then σ and C are the smallest and the largest that its report
-    counted, the exposure of its adapter is added, and the audit goes into its report.
-    declared_size matters only where the study gives expected_batch. Nothing here costs ε: the
-    records are generated, and an adapter that was released is public.
-    Errors: ConfigError (no privacy to audit), InputError (not a run folder), ModelError."""
-    study = load_study(study_path)
+    Args:
+        out: the folder of audit.json, which is also returned.
+        trials: of the one-step audit.
+        run: a finished run of the study; then σ and C are the smallest and the largest that its
+            report counted, the exposure of its adapter is added, and the audit goes into its
+            report.
+        declared_size: matters only where the study gives expected_batch.
+
+    Costs no ε: the records are generated, and an adapter that was released is public.
+
+    Errors: ConfigError (no privacy to audit), InputError (a run of another study), ModelError."""
+    out = Path(out)
     if not study.private:
         raise ConfigError(
             'privacy = "off": there is no ε to audit', "a [privacy] table", "audit the private twin"
@@ -71,16 +79,14 @@ def audit_study(
     if run and report:
         from fedtune.report import write
 
-        write(run, report | {"audit": body})
+        write(run.folder, report | {"audit": body})
     return body
 
 
-def _report(run: Path, study: Study) -> dict[str, Any]:
-    from fedtune.run_folder import load_plan, read_report
-
-    if load_plan(run).study.name != study.study.name:
-        raise InputError(f"{run}: is a run of another study", f"one of {study.study.name}")
-    return read_report(run)
+def _report(run: Run, study: Study) -> dict[str, Any]:
+    if run.study.study.name != study.study.name:
+        raise InputError(f"{run.folder}: is a run of another study", f"one of {study.study.name}")
+    return run.report
 
 
 def _as_it_ran(plan: DpPlan, report: dict[str, Any]) -> DpPlan:
@@ -95,18 +101,8 @@ def _as_it_ran(plan: DpPlan, report: dict[str, Any]) -> DpPlan:
     )
 
 
-def _exposure(run: Path) -> Exposure:
-    from fedtune.models.adapter_files import load_adapter, picked
-    from fedtune.run_folder import load_plan
-
-    study = load_plan(run)
-    network = build(study)
-    saved = load_adapter(run / "adapter")
-    before, factor = network.trainable(), network.frozen_factor()
-    try:
-        network.load_frozen(picked(saved, factor, run / "adapter"))
-        network.load_trainable(picked(saved, before, run / "adapter"))
-        return exposure(network, study)
-    finally:
-        network.load_frozen(factor)
-        network.load_trainable(before)
+def _exposure(run: Run) -> Exposure:
+    network, saved, folder = build(run.study), run.adapter(), run.folder / "adapter"
+    factor = picked(saved, network.frozen_factor(), folder)
+    with network.loaded(factor, picked(saved, network.trainable(), folder)):
+        return exposure(network, run.study)

@@ -51,7 +51,7 @@ def check(
     file: Path | None = None,
     less: Path | None = None,
 ) -> Iterator[Result]:
-    """Each contract of the plug-in `name` as soon as it is measured.
+    """Measure a plug-in against each contract of its group, one result after another.
 
     base: whose architecture an objective or a modality is tried on; None: a small random text
     model. file: what a source reads; less: the same with one record left out, where its rows are

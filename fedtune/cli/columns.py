@@ -9,21 +9,6 @@ from fedtune.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedtune.config import DataFile
-from fedtune.run_folder import load_plan
-
-
-def data_file(run: Path, data: Path, pairs: list[str]) -> DataFile:
-    """`data` with its columns named by KEY=NAME pairs, or as the run's study names its own.
-
-    Errors: ConfigError, InputError."""
-    from fedtune.config import DataFile
-
-    table = load_plan(run).evaluation
-    if pairs:
-        return named_columns(data, pairs)
-    if table is None:
-        raise ConfigError("the study names no columns", todo="--column prompt=NAME, and so on")
-    return DataFile(path=data, columns=table.columns)
 
 
 def named_columns(data: Path, pairs: list[str]) -> DataFile:

@@ -19,12 +19,12 @@ from rich.text import Text
 
 from fedtune.errors import plain
 from fedtune.progress import listening
-from fedtune.report.claim import best_guess, percent, rounded_up
+from fedtune.report.claim import percent, rounded_up
 
 if TYPE_CHECKING:
     from fedtune.bases.find import Row
     from fedtune.config import Study
-    from fedtune.dp.plan import DpPlan
+    from fedtune.dp.costs import Plan
     from fedtune.evaluation.compare_bases import Fit
     from fedtune.server.versions import Index
 
@@ -216,14 +216,14 @@ def _size(value: Any) -> str:
     return f"{total:.3g} GB"
 
 
-def plan_table(study: Study, plans: Sequence[tuple[str, int, DpPlan]]) -> Table:
+def plan_table(study: Study, plan: Plan) -> Table:
     """One row per site: what it will run and what that costs."""
-    unit = study.unit
+    unit = plan.unit
     table = Table(
-        title=f"{escape(study.study.name)}: what it costs",
-        caption=f"ε protects one {unit}, at δ = {plans[0][2].delta:g}. risk: an attacker who knows "
-        f"every other record is right about one {unit}'s presence at most so often (50 %: knows "
-        "nothing).",
+        title=f"{escape(plan.study)}: what it costs",
+        caption=f"ε protects one {unit}, at δ = {plan.sites[0].delta:g}. risk: an attacker who "
+        f"knows every other record is right about one {unit}'s presence at most so often (50 %: "
+        "knows nothing).",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -233,13 +233,11 @@ def plan_table(study: Study, plans: Sequence[tuple[str, int, DpPlan]]) -> Table:
     rounds = "rounds at most" if study.continuous else "rounds"  # of one patient
     for head in (f"{unit}s", rounds, "steps", "q", "batch", "noise σ", "ε", "risk"):
         table.add_column(head, justify="right", no_wrap=True)
-    for name, size, plan in plans:
-        spent = plan.epsilon
-        facts = {"epsilon": spent, "delta": plan.delta, "sampling_rate": plan.sampling_rate}
-        facts |= {"noise_multiplier": plan.noise_multiplier, "steps": plan.steps}
-        numbers = (f"{size:,}", str(plan.rounds), str(plan.steps), f"{plan.sampling_rate:.3g}")
-        costs = (f"{plan.divisor:.4g}", f"{plan.noise_multiplier:.4g}", rounded_up(spent))
-        table.add_row(escape(name), *numbers, *costs, percent(best_guess(facts)))
+    for row in plan.sites:
+        numbers = (f"{row.declared_size:,}", str(row.rounds), str(row.steps))
+        noise = (f"{row.sampling_rate:.3g}", f"{row.batch:.4g}", f"{row.noise_multiplier:.4g}")
+        costs = (rounded_up(row.epsilon), percent(row.risk))
+        table.add_row(escape(row.site), *numbers, *noise, *costs)
     return table
 
 

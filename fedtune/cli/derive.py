@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
+from fedtune.cli.columns import named_columns
 from fedtune.cli.exit_codes import command
+from fedtune.derive.settings import RUBRIC, DistillSettings, LabelSettings, RlooSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from fedtune.config import DataFile, PublicTable
+    from fedtune.config import PublicTable
 
 PANEL = "Make more of models"
 SEEDS = 2**63 - 1
@@ -81,13 +81,13 @@ def label(
     ] = None,
     new_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", help="Of an answer, at most.")
-    ] = 64,
+    ] = LabelSettings.new_tokens,
     temperature: Annotated[
         float, typer.Option(min=0.1, metavar="T", help="Of both answers; lower is tamer.")
-    ] = 1.0,
+    ] = LabelSettings.temperature,
     seed: Annotated[
         int, typer.Option(min=0, max=SEEDS, help="Of the answers, with each record's own prompt.")
-    ] = 0,
+    ] = LabelSettings.seed,
     columns: COLUMNS = None,
 ) -> None:
     """Make preferences from this site's prompts with models on this machine (RLAIF).
@@ -97,29 +97,25 @@ def label(
     patient's preferences are that patient's own: name the same patient column in the DPO study.
     Withdrawn patients are left out. A run that was trained without privacy is refused."""
     from fedtune.cli.console import Watch
-    from fedtune.derive.preferences import (
-        RUBRIC,
-        LabelSettings,
-        Verdict,
-        judge_of,
-        template_of,
-        writer_of,
-    )
-    from fedtune.derive.preferences import label as make
+    from fedtune.config import load_site
+    from fedtune.derive.label import label as make
 
-    asked = _public_text(rubric) if rubric else RUBRIC
-    file, without = _records(source, columns or [])
+    found = load_site(source) if source.suffix == ".toml" else named_columns(source, columns or [])
+    settings = LabelSettings(
+        new_tokens=new_tokens, temperature=temperature, seed=seed, template=template
+    )
     with Watch(Console(), "loading models"):
-        writer = writer_of(generator, generator_digest)
-        if judge or judge_digest:
-            by = judge_of(judge or generator, judge_digest, asked)
-        else:
-            by = Verdict(writer, asked)
-        chosen = template or template_of(writer)
-        settings = LabelSettings(
-            new_tokens=new_tokens, temperature=temperature, seed=seed, template=chosen
+        about = make(
+            found,
+            out,
+            generator=generator,
+            judge=judge,
+            generator_digest=generator_digest,
+            judge_digest=judge_digest,
+            rubric=_public_text(rubric) if rubric else RUBRIC,
+            settings=settings,
         )
-        about = make(file, out, writer, by, settings, without=without)
+    chosen = about["settings"]["template"]
     left = ", ".join(f"{n} {reason}" for reason, n in sorted(about["left_out"].items()))
     typer.echo(
         f"wrote {about['preferences']} preferences to {out}"
@@ -136,23 +132,6 @@ def label(
         typer.echo(
             f"       in study.toml\n       [objective]\n       template = {json.dumps(chosen)}"
         )
-
-
-def _records(source: Path, pairs: list[str]) -> tuple[DataFile, Callable[[str], bool]]:
-    """A site's records without those who withdrew, or a file's."""
-    from fedtune.cli.columns import named_columns
-    from fedtune.config import load_site
-    from fedtune.data.records import unit_member
-    from fedtune.ledger.ledger import Ledger
-
-    if source.suffix != ".toml":
-        return named_columns(source, pairs), lambda unit: False
-    site = load_site(source)
-    if not site.site.state.exists():  # no ledger yet, so nobody has withdrawn
-        return site.data, lambda unit: False
-    book = Ledger(site.site.state)
-    out = frozenset(book.withdrawn())
-    return site.data, lambda unit: book.hashed(unit_member(unit)) in out
 
 
 def _public_text(path: Path) -> str:
@@ -182,16 +161,26 @@ def improve(
     kl_coef: Annotated[
         float,
         typer.Option(min=0, metavar="PRICE", help="Penalty of a nat of KL, in standard rewards."),
-    ] = 0.2,
-    steps: Annotated[int, typer.Option(min=1, metavar="N", help="At most.")] = 60,
+    ] = RlooSettings.kl_coef,
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="At most.")] = RlooSettings.steps,
     eval_every: Annotated[
         int, typer.Option(min=1, metavar="N", help="Steps between evaluations.")
     ] = 10,
-    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts in a step.")] = 8,
-    answers: Annotated[int, typer.Option(min=2, metavar="N", help="To each prompt.")] = 4,
-    new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Of an answer.")] = 32,
-    learning_rate: Annotated[float, typer.Option(metavar="RATE", help="AdamW's.")] = 2e-4,
-    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Of prompts and answers.")] = 0,
+    batch: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Prompts in a step.")
+    ] = RlooSettings.prompts,
+    answers: Annotated[
+        int, typer.Option(min=2, metavar="N", help="To each prompt.")
+    ] = RlooSettings.answers,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Of an answer.")
+    ] = RlooSettings.new_tokens,
+    learning_rate: Annotated[
+        float, typer.Option(metavar="RATE", help="AdamW's.")
+    ] = RlooSettings.learning_rate,
+    seed: Annotated[
+        int, typer.Option(min=0, max=SEEDS, help="Of prompts and answers.")
+    ] = RlooSettings.seed,
 ) -> None:
     """Let a run's model learn what a federated reward model likes, on public prompts (RLOO).
 
@@ -202,7 +191,7 @@ def improve(
     KL-penalised reward, or nothing. Needs fedtune[rl]."""
     from fedtune.cli.console import Watch, closing
     from fedtune.derive.improve import improve as learn
-    from fedtune.derive.rloo import RlooSettings
+    from fedtune.run import Run
 
     file = _public_prompts(prompts, licence, columns or [])
     how = RlooSettings(
@@ -211,8 +200,10 @@ def improve(
     )  # fmt: skip
     console = Console()
     with Watch(console, "loading the run and the reward model"):
-        body = learn(run, reward, file, out, max_kl=max_kl, eval_every=eval_every, how=how)
-    closing(console, out, body)
+        made = learn(
+            Run(run), Run(reward), file, out, max_kl=max_kl, eval_every=eval_every, how=how
+        )
+    closing(console, out, made.report)
 
 
 def distill(
@@ -249,7 +240,7 @@ def distill(
     columns: COLUMNS = None,
     epochs: Annotated[
         int, typer.Option(min=0, metavar="N", help="Over the prompts; 0: it stays as it begins.")
-    ] = 10,
+    ] = DistillSettings.epochs,
     rank: Annotated[
         int | None,
         typer.Option(
@@ -271,13 +262,17 @@ def distill(
     ] = None,
     learning_rate: Annotated[
         float, typer.Option(metavar="RATE", help="AdamW's, at its peak.")
-    ] = 1e-3,
-    temperature: Annotated[float, typer.Option(metavar="T", help="Of both distributions.")] = 1.0,
+    ] = DistillSettings.learning_rate,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", help="Of both distributions.")
+    ] = DistillSettings.temperature,
     new_tokens: Annotated[
         int,
         typer.Option(min=1, metavar="N", help="The teacher's answer to a bare prompt, at most."),
-    ] = 64,
-    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="Of answers, order and adapter.")] = 0,
+    ] = DistillSettings.new_tokens,
+    seed: Annotated[
+        int, typer.Option(min=0, max=SEEDS, help="Of answers, order and adapter.")
+    ] = DistillSettings.seed,
 ) -> None:
     """Teach a small student what finished runs say, on public prompts, at the coordinator.
 
@@ -287,8 +282,8 @@ def distill(
     the runs spent. The result looks like a run: evaluate, generate and merge take it; plain
     transformers and PEFT load it."""
     from fedtune.cli.console import Watch, closing
-    from fedtune.derive.distill import DistillSettings
     from fedtune.derive.distill import distill as teach
+    from fedtune.run import Run
 
     file = _public_prompts(prompts, licence, columns or [])
     settings = DistillSettings(
@@ -297,12 +292,12 @@ def distill(
     )  # fmt: skip
     console = Console()
     with Watch(console, "loading teachers"):
-        body = teach(teachers, file, out, student=student, layers=layers, settings=settings)
-    closing(console, out, body)
+        runs = [Run(folder) for folder in teachers]
+        made = teach(runs, file, out, student=student, layers=layers, settings=settings)
+    closing(console, out, made.report)
 
 
 def _public_prompts(path: Path, licence: str, pairs: list[str]) -> PublicTable:
-    from fedtune.cli.columns import named_columns
     from fedtune.config import PublicTable
 
     return PublicTable(path=path, columns=named_columns(path, pairs).columns, licence=licence)
@@ -363,14 +358,20 @@ def merge(
 
     from fedtune.cli.console import closing
     from fedtune.derive.merge import merge_runs
+    from fedtune.derive.merge_exported import exported, merge_models
     from fedtune.report.merged import section
+    from fedtune.run import Run
+    from fedtune.run_folder import read_report
 
-    console = Console()
+    console, shares = Console(), numbers(weights)
+    common: dict[str, Any] = {"method": method, "weights": shares, "density": density, "seed": seed}
     with console.status("merging"):
-        body = merge_runs(
-            runs, out, method=method, weights=numbers(weights), density=density, rank=rank,
-            seed=seed, disjoint=disjoint, measure=measure,
-        )  # fmt: skip
+        if any(map(exported, runs)):
+            merge_models(runs, out, disjoint=disjoint, **common)
+        else:
+            parents = [Run(folder) for folder in runs]
+            merge_runs(parents, out, rank=rank, disjoint=disjoint, measure=measure, **common)
+    body = read_report(out)
     console.print(Markdown("\n\n".join(section(body["merge"], body["privacy"]))))
     closing(console, out, body)
 
@@ -407,9 +408,10 @@ def export(
 
     Spends nothing. The model's guarantee, its limits and the base's licence go with it."""
     from fedtune.derive.export import export as write
+    from fedtune.run import Run
 
     with Console().status("merging base and adapter"):
-        made = write(run, out, to, dtype)
+        made = write(Run(run), out, to, dtype)
     typer.echo(f"wrote {made}")
 
 
@@ -448,17 +450,14 @@ def choose_base(
     a prediction from one pass: it tells hopeless from learnable, and little more."""
     from fedtune.cli.console import Watch, fit_table
     from fedtune.config import load_study
-    from fedtune.config.known_bases import KNOWN, PREFIX
     from fedtune.evaluation.compare_bases import choose_base as measure
     from fedtune.files.writing import replace
 
-    known = [PREFIX + name for name, entry in KNOWN.items() if entry.kind == "causal"]
-    asked = models or list(dict.fromkeys([load_study(study).base.model, *known]))
-    console = Console()
+    console, loaded = Console(), load_study(study)
     with Watch(console, "measuring bases, one process each"):
         found = measure(
-            study, asked, target, sites=sites, size=size, epsilons=epsilons or [],
-            quantised=quantised or [],
+            loaded, target, models or (), sites=sites, size=size, epsilons=epsilons or (),
+            quantised=quantised or (),
         )  # fmt: skip
     console.print(fit_table(found))
     said = f"the smallest that meets {found.metric} {found.target:g} ({found.by})"

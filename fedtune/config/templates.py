@@ -159,10 +159,15 @@ release = []           # what may leave besides noised updates: "evaluation", no
 """
 
 
-def write(folder: Path) -> list[Path]:
-    """Write study.toml and site.toml to `folder`; returns their paths.
+def init(folder: Path | str) -> list[Path]:
+    """Write study.toml and site.toml, commented line by line, to a folder; returns both paths.
+
+    >>> import fedtune
+    >>> [path.name for path in fedtune.init("my-study")]
+    ['study.toml', 'site.toml']
 
     Errors: ConfigError where one exists already (nothing is written), InfrastructureError."""
+    folder = Path(folder)
     files = {folder / "study.toml": STUDY, folder / "site.toml": SITE}
     for path in files:
         if path.exists():

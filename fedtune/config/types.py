@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -13,6 +14,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationInfo,
     model_validator,
 )
 
@@ -77,7 +79,13 @@ Noise = Annotated[float, Field(gt=0), _between(1e-3, 1e6)]  # σ; the accountant
 MOST_ROWS = 1000  # of one unit in a step: the accountant's work grows with it
 
 
-Place = Annotated[Path, BeforeValidator(_file)]
+def _place(value: Any, info: ValidationInfo) -> Any:
+    """A path in memory may be text; of a file's text pydantic makes a path itself."""
+    text = isinstance(_file(value), str) and info.mode == "python"
+    return Path(value) if text else value
+
+
+Place = Annotated[Path, BeforeValidator(_place)]
 
 
 Source = Annotated[str, BeforeValidator(_file)]  # of a model: a folder, or a name
@@ -141,14 +149,43 @@ Every = Annotated[int, BeforeValidator(_every), Field(ge=1, le=31_622_400)]
 Moment = Annotated[str, AfterValidator(_moment)]
 
 
+def _merged(body: Any, changes: Any) -> Any:
+    if not isinstance(changes, dict) or not isinstance(body, dict):
+        return changes
+    return body | {key: _merged(body.get(key), value) for key, value in changes.items()}
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else str(value)
+
+
 class Table(BaseModel):
     """A TOML table: frozen, strict, and closed to unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
+    def changed(self, **changes: Any) -> Self:
+        """The same table with other values, checked as a whole: a dict changes a table inside it,
+        as in `study.changed(training={"rounds": 3}, privacy={"epsilon": 3.0})`.
+
+        Errors: pydantic.ValidationError."""
+        body = _merged(self.model_dump(mode="json"), changes)
+        return type(self).model_validate_json(json.dumps(body, default=_plain))
+
+    def anchored(self, folder: Path) -> Self:
+        """The same table with every path in it absolute, relative ones against `folder`."""
+        changes: dict[str, Any] = {}
+        for key in type(self).model_fields:
+            value = getattr(self, key)
+            if isinstance(value, Path):
+                changes[key] = folder / value
+            elif isinstance(value, Table):
+                changes[key] = value.anchored(folder)
+        return self.model_copy(update=changes)
+
 
 class Columns(Table):
-    """Which column of the file holds what. Exactly one way of giving the text must be named:
+    """The columns of a file of records. Exactly one way of giving the text must be named:
     `messages`, `prompt` + `completion`, `prompt` + `chosen` + `rejected` (a preference), `prompt` +
     `completion` + `label` (a judgement), `text`, or `text` + `label`. `image` or `audio` holds the
     path of a file, relative to the data file's folder and inside it; `label` may then stand

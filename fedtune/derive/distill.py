@@ -6,27 +6,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-import fedtune
-from fedtune import report as reports
 from fedtune.bases.find import Base, find_base
 from fedtune.config import BaseTable, LoraTable, ObjectiveTable, PublicTable, Study
 from fedtune.data.dataset import Dataset
 from fedtune.data.load import dataset_of
 from fedtune.data.records import Record
 from fedtune.data.tokenize import prompt_ids
+from fedtune.derive import derived_run
 from fedtune.derive.lineage import carried_over, parent
 from fedtune.derive.prompts import Prompts, completed, read
 from fedtune.derive.pruned_base import shallow
+from fedtune.derive.settings import DistillSettings
 from fedtune.errors import ConfigError
-from fedtune.files.writing import replace
-from fedtune.models.adapter_files import load_adapter
 from fedtune.models.cache import CachedDataset
 from fedtune.models.loaded import LoadedModel, load
 from fedtune.models.lora import Arrays
@@ -35,8 +32,9 @@ from fedtune.models.public_factor import public_factor
 from fedtune.models.teacher import taught_by
 from fedtune.objectives import resolve
 from fedtune.objectives._interface import Teacher
-from fedtune.progress import report
-from fedtune.run_folder import BASE, named, new_folder
+from fedtune.progress import OnEvent, report, told
+from fedtune.run import Run
+from fedtune.run_folder import BASE, new_folder
 
 _LAYER = re.compile(r"(\.layers?\.)(\d+)\.")
 RANK = 16
@@ -44,47 +42,36 @@ HELD_OUT = 0.15  # of the prompts, to choose the epoch by: they are public, so c
 METRIC = "divergence"
 
 
-@dataclass(frozen=True)
-class DistillSettings:
-    """The student's adapter, and how it learns. new_tokens: of the teacher's answer to a prompt
-    without a completion. last_layers 0: adapters in all layers. None: as the first teacher has it,
-    where the student is that teacher with fewer layers; else rank 16 in all layers."""
-
-    rank: int | None = None
-    last_layers: int | None = None
-    modules: tuple[str, ...] = ()
-    epochs: int = 10
-    batch: int = 8
-    learning_rate: float = 1e-3
-    temperature: float = 1.0
-    top: int = 64
-    new_tokens: int = 64
-    seed: int = 0
-
-
 def distill(
-    teachers: Sequence[Path],
-    file: PublicTable,
-    out: Path,
+    teachers: Sequence[Run],
+    prompts: PublicTable,
+    out: Path | str,
     *,
     student: str | None = None,
     layers: int | None = None,
-    settings: DistillSettings = DistillSettings(),
-) -> dict[str, Any]:
-    """Teach a student on the base `student`, or on the first teacher's with `layers` of its layers,
-    what `teachers` (finished runs) say together; returns the report's body.
+    settings: DistillSettings | None = None,
+    on_event: OnEvent | None = None,
+) -> Run:
+    """Teach a small student what finished runs say together, on public prompts.
 
-    `out` looks like a run, and is whole or not there. Errors: ConfigError, DataError, ModelError,
-    InfrastructureError."""
-    models = [load(run) for run in teachers]
-    first = _first(models, teachers)
+    Args:
+        prompts: public prompts, with or without completions.
+        out: the new run's folder; it is whole or not there.
+        student: the student's base.
+        layers: or how many of the first teacher's layers the student has.
+        on_event: called with ("step", {…}) as the work goes on.
+
+    Errors: ConfigError, DataError, ModelError, InfrastructureError."""
+    out, settings = Path(out), settings or DistillSettings()
+    first = _first(teachers)
+    models = [load(run.folder) for run in teachers]
     if (student is None) == (layers is None):
         raise ConfigError("both or neither of --student and --layers", "exactly one of the two")
-    prompts = read(file)
-    with new_folder(out) as draft:
+    read_prompts = read(prompts)
+    with told(on_event), new_folder(out) as draft:
         kept = None
         if layers is not None:
-            texts = _texts(prompts, first, models[0])
+            texts = _texts(read_prompts, first, models[0])
             kept = shallow(models[0].base, layers, draft / BASE, texts)
         base = find_base(student or str(draft / BASE))
         _same_words(models, base)
@@ -92,36 +79,33 @@ def distill(
         study = _study(first, base, student or BASE, out, table)
         network = build(study, base)
         network.draw_factor(settings.seed)
-        marked = _marked(models, prompts, study, network, settings)
+        marked = _marked(models, read_prompts, study, network, settings)
         if base.kind == "causal" and len(marked.examples) > table.rank:
             # A where public text varies: a random one learns far less from as few prompts
             network.load_frozen(public_factor(network, marked, table.rank))
         start = network.initial(network.frozen_factor())
         network.load_trainable(start)
         if kept is not None:
-            start |= _inherited(start, load_adapter(teachers[0] / "adapter"), first, study, kept)
-        body = _learn(network, marked, start, settings)
+            start |= _inherited(start, teachers[0].adapter(), first, study, kept)
+        quality = _learn(network, marked, start, settings)
         network.save(draft / "adapter")
-        replace(draft / "plan.json", (study.model_dump_json(indent=2) + "\n").encode())
-        body |= _about(study, base, network, settings, prompts)
+        body = quality | _about(study, base, network, settings, read_prompts)
         if kept is not None:
             body["derived"]["settings"]["layers"] = ", ".join(map(str, kept))
         pairs = zip(teachers, models, strict=True)
         came = carried_over([parent(run, model, "teacher") for run, model in pairs])
         body["derived"]["parents"] = came.pop("parents")
-        body |= came
-        reports.write(draft, body)
-    return body
+        derived_run.write(draft, study, body | came)
+    return Run(out)
 
 
-def _first(models: Sequence[LoadedModel], runs: Sequence[Path]) -> Study:
-    for model, run in zip(models, runs, strict=True):
-        if model.study is None:
-            raise ConfigError(f"{run}: not a run folder", "finished runs as teachers")
-    study = models[0].study
-    assert study is not None
-    if resolve(study.objective).record_format == "preference" and resolve(study.objective).outputs:
-        raise ConfigError(f"{runs[0]}: a reward model teaches no answers", "a model that answers")
+def _first(teachers: Sequence[Run]) -> Study:
+    study = teachers[0].study
+    objective = resolve(study.objective)
+    if objective.record_format == "preference" and objective.outputs:
+        raise ConfigError(
+            f"{teachers[0].folder}: a reward model teaches no answers", "a model that answers"
+        )
     return study
 
 
@@ -190,7 +174,7 @@ def _study(first: Study, base: Base, name: str, out: Path, lora: LoraTable) -> S
     pinned = BaseTable(model=name, digest=base.digest, dtype="auto")
     changes: dict[str, Any] = {"base": pinned, "lora": lora, "public": None}
     changes["objective"] = table.model_copy(update=kept)
-    return named(first, out, "student").model_copy(update=changes)
+    return derived_run.derived_study(first, out, "student", **changes)
 
 
 def _modules(base: Base, last_layers: int | None) -> tuple[str, ...]:
@@ -286,9 +270,6 @@ def _about(
     assert study.lora is not None
     size = sum(p.numel() for p in network.model.parameters())
     return {
-        "fedtune": fedtune.__version__,
-        "study": study.study.name,
-        "plan_digest": study.digest,
         "base": {
             "name": study.base.model,
             "digest": base.digest,
@@ -296,8 +277,7 @@ def _about(
             "dtype": str(network.dtype).removeprefix("torch."),
             "parameters": size,
         },
-        "adapter": {"folder": "adapter"} | study.lora.model_dump(mode="json", exclude_none=True),
-        "rounds": [],
+        "adapter": derived_run.adapter_facts(study.lora),
         "derived": {
             "step": "distilled",
             "prompts": prompts.about,

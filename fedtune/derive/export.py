@@ -14,9 +14,9 @@ from fedtune.derive.gguf import Stored
 from fedtune.errors import ConfigError
 from fedtune.files import reading
 from fedtune.files.writing import drafted
-from fedtune.models.adapter_files import ADAPTER, AGAIN
+from fedtune.models.adapter_files import ADAPTER, AGAIN, HEAD
 from fedtune.report.claim import rounded_up
-from fedtune.run_folder import load_plan, read_report
+from fedtune.run import Run
 
 Kind = Literal["hf", "gguf"]
 # Copied from the base as they are, so that text becomes the same tokens.
@@ -26,20 +26,25 @@ TOKENIZER = (
 )
 
 
-def export(run: Path, out: Path, to: Kind, stored: Stored | None = None) -> Path:
-    """Base and adapter of `run`, made one: a transformers folder or a GGUF file at `out`.
+def export(run: Run, out: Path | str, to: Kind = "hf", stored: Stored | None = None) -> Path:
+    """Make base and adapter of a run one model that other programs load; returns its path.
 
-    stored: how the weights are kept; without it float32 (hf), float16 (gguf). Merging is
-    post-processing: the model's guarantee is the run's. Guarantee: `out` is whole or not there.
+    Args:
+        out: the new transformers folder (hf) or file (gguf).
+        stored: how the weights are kept; without it float32 (hf), float16 (gguf).
+
+    Merging is post-processing: the model's guarantee is the run's. Guarantee: `out` is whole or not
+    there.
+
     Errors: InputError, ConfigError (no language model; `out` exists; the format cannot hold it),
     ModelError, InfrastructureError."""
     stored = stored or ("float32" if to == "hf" else "float16")
     if to == "hf" and stored == "q8_0":
         raise ConfigError("--dtype q8_0: a storage of GGUF", "float32, bfloat16 or float16")
+    out = Path(out)
     if out.exists():
         raise ConfigError(f"{out}: exists", "a new name", "choose another --out")
-    load_plan(run)  # says what is wrong where this is no run at all
-    report = read_report(run)
+    report = run.report
     _check(run)
     with drafted(out) as draft:
         if to == "hf":
@@ -54,27 +59,27 @@ def export(run: Path, out: Path, to: Kind, stored: Stored | None = None) -> Path
     return out
 
 
-def _check(run: Path) -> None:
+def _check(run: Run) -> None:
     """Errors: ConfigError where the run is no language model with an adapter."""
-    study = load_plan(run)
-    headed = study.lora is None or not (run / "adapter" / ADAPTER).is_file()
-    if headed or (run / "adapter" / "head.safetensors").is_file():
+    adapter = run.folder / "adapter"
+    headed = run.study.lora is None or not (adapter / ADAPTER).is_file()
+    if headed or (adapter / HEAD).is_file():
         raise ConfigError(
-            f"{run}: trained a head, which is no part of a language model",
+            f"{run.folder}: trained a head, which is no part of a language model",
             "a run of a language model",
-            f"{run / 'adapter'} holds it: head.safetensors, and the adapter (if any) for PEFT",
+            f"{adapter} holds it: {HEAD}, and the adapter (if any) for PEFT",
         )
 
 
-def _folder(run: Path, into: Path, stored: str) -> Base:
+def _folder(run: Run, into: Path, stored: str) -> Base:
     """The merged model with the base's own tokenizer files; merged in fp32, then stored."""
     import torch
 
     from fedtune.models.loaded import load
 
-    whole = load(run, dtype=torch.float32)
+    whole = load(run.folder, dtype=torch.float32)
     if whole.base.kind != "causal":
-        raise ConfigError(f"{run}: its base is an encoder", "a run of a language model")
+        raise ConfigError(f"{run.folder}: its base is an encoder", "a run of a language model")
     merged: Any = whole.model.merge_and_unload().to(getattr(torch, stored))
     merged.save_pretrained(str(into))
     for name in (*TOKENIZER, "generation_config.json"):
@@ -116,9 +121,9 @@ def _origin(study: Study) -> list[str]:
     ]
 
 
-def _card(folder: Path, run: Path, report: dict[str, Any], base: Base) -> None:
+def _card(folder: Path, run: Run, report: dict[str, Any], base: Base) -> None:
     """README.md: what hubs read, how to load it, and the run's report."""
-    text = reading.text(run / "report.md", "the report of a finished run", AGAIN)
+    text = reading.text(run.folder / "report.md", "the report of a finished run", AGAIN)
     found = text.splitlines()
     head = {
         "license": base.licence.lower() if base.licence != "unknown" else "unknown",
@@ -134,17 +139,17 @@ def _card(folder: Path, run: Path, report: dict[str, Any], base: Base) -> None:
         "",
         f"Base and adapter as one model; {_claim(report)}. The base's licence ({base.licence}) "
         "holds for this model too.",
-        *_origin(load_plan(run)),
+        *_origin(run.study),
         "",
         '    AutoModelForCausalLM.from_pretrained("THIS FOLDER")',
         "",
         *found[1:],  # its own title is above
     ]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    table = load_plan(run).base.quantisation
+    table = run.study.base.quantisation
     if table:
         report = report | {"base": report["base"] | {"quantisation": table.model_dump()}}
     text = json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
-    if (run / "progress.png").is_file():
-        shutil.copyfile(run / "progress.png", folder / "progress.png")
+    if (run.folder / "progress.png").is_file():
+        shutil.copyfile(run.folder / "progress.png", folder / "progress.png")

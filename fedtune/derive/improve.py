@@ -14,25 +14,24 @@ from typing import Any
 import numpy as np
 import torch
 
-import fedtune
-from fedtune import report as reports
 from fedtune.config import PublicTable, Study
 from fedtune.data.files import Rejected
 from fedtune.data.records import Record
 from fedtune.data.tokenize import prompt_ids
+from fedtune.derive import derived_run
 from fedtune.derive.lineage import carried_over, parent
 from fedtune.derive.preferences import Scored
 from fedtune.derive.prompts import Prompts, read
-from fedtune.derive.rloo import RlooSettings, improve_by
+from fedtune.derive.rloo import improve_by
+from fedtune.derive.settings import RlooSettings
 from fedtune.errors import ConfigError, DataError, Refused
-from fedtune.files.writing import replace
 from fedtune.models.loaded import LoadedModel, load
 from fedtune.models.network import dtype_of
 from fedtune.objectives import resolve
-from fedtune.progress import report
-from fedtune.run_folder import named, new_folder
+from fedtune.progress import OnEvent, report, told
+from fedtune.run import Run
+from fedtune.run_folder import new_folder
 
-SCHEDULE = RlooSettings()
 HELD_OUT = 0.25  # of the prompts: never trained on, measured before and after
 LOOKED_AT = 48  # prompts of either kind that are measured on
 SAMPLES = 4  # answers to each
@@ -70,33 +69,41 @@ class PolicyScores:
 
 
 def improve(
-    run: Path,
-    reward_run: Path,
-    file: PublicTable,
-    out: Path,
+    run: Run,
+    reward_run: Run,
+    prompts: PublicTable,
+    out: Path | str,
     *,
     max_kl: float = 4.0,
     eval_every: int = 10,
-    how: RlooSettings = SCHEDULE,
-) -> dict[str, Any]:
-    """RLOO on public prompts from the policy of `run`, towards what `reward_run` scores higher;
-    returns the report's body.
+    how: RlooSettings | None = None,
+    on_event: OnEvent | None = None,
+) -> Run:
+    """Train a run's model on public prompts towards what a reward run scores higher (RLOO).
 
-    max_kl: nats of KL an answer, from the policy of `run`. It is measured every `eval_every` steps:
-    past it the training ends, and what is kept is the checkpoint with KL ≤ max_kl whose reward less
-    how.kl_coef · KL is highest. The report's figures come from answers drawn anew, because the best
-    of several evaluations is biased upwards.
-    `out` looks like a run, and is whole or not there. Errors: Refused (no better
-    checkpoint with KL ≤ max_kl), ConfigError, DataError, ModelError, InfrastructureError."""
+    Args:
+        out: the new run's folder; it is whole or not there.
+        max_kl: nats of KL an answer, from the policy of `run`. Past it the training ends, and what
+            is kept is the checkpoint with KL ≤ max_kl whose reward less how.kl_coef · KL is
+            highest.
+        eval_every: steps between two evaluations.
+        on_event: called with ("step", {…}) as the work goes on.
+
+    The report's figures come from answers drawn anew, because the best of several evaluations is
+    biased upwards.
+
+    Errors: Refused (no better checkpoint with KL ≤ max_kl), ConfigError, DataError, ModelError,
+    InfrastructureError."""
+    out, how = Path(out), how or RlooSettings()
     if not max_kl > 0:
         raise ConfigError(f"--max-kl {max_kl}", "nats above 0")
     quick = dtype_of("auto")  # of the bases; adapters and head stay in fp32
-    policy, start = (load(run, dtype=quick, trainable=learns) for learns in (True, False))
-    judge = load(reward_run, dtype=quick)
+    policy, start = (load(run.folder, dtype=quick, trainable=learns) for learns in (True, False))
+    judge = load(reward_run.folder, dtype=quick)
     study = _check(policy, judge, run, reward_run)
-    prompts = read(file)
-    held_in, held_out = _shared_out(prompts, policy, study, how)
-    with new_folder(out) as draft:
+    public = read(prompts)
+    held_in, held_out = _shared_out(public, policy, study, how)
+    with told(on_event), new_folder(out) as draft:
         _choose_trained(policy)
         bench = Bench(policy, start, Scored(judge), study, how)
         seen = PolicyScores(
@@ -116,24 +123,23 @@ def improve(
         after = [bench.look(records, REPORTED) for records in (held_in, held_out)]
         policy.model.save_pretrained(str(draft / "adapter"), selected_adapters=["default"])
         (draft / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty template
-        made = named(study, out, "improved")
-        replace(draft / "plan.json", (made.model_dump_json(indent=2) + "\n").encode())
+        made = derived_run.derived_study(study, out, "improved")
         parents = [parent(run, policy, "policy"), parent(reward_run, judge, "reward")]
-        body = _body(made, policy, seen, before, after, prompts, how)
+        body = _body(made, policy, seen, before, after, public, how)
         came = carried_over(parents)
         body["derived"]["parents"] = came.pop("parents")
-        body |= came
-        reports.write(draft, body)
-    return body
+        derived_run.write(draft, made, body | came)
+    return Run(out)
 
 
-def _check(policy: LoadedModel, judge: LoadedModel, run: Path, reward_run: Path) -> Study:
-    study = policy.study
-    if study is None or not policy.adapted or resolve(study.objective).outputs:
-        raise ConfigError(f"{run}: no run that writes", "a finished run with an adapter")
+def _check(policy: LoadedModel, judge: LoadedModel, run: Run, reward_run: Run) -> Study:
+    if not policy.adapted or resolve(run.study.objective).outputs:
+        raise ConfigError(f"{run.folder}: no run that writes", "a finished run with an adapter")
     if judge.study is None or judge.study.objective.name != "reward":
-        raise ConfigError(f"{reward_run}: no reward model", "a finished run of objective reward")
-    return study
+        raise ConfigError(
+            f"{reward_run.folder}: no reward model", "a finished run of objective reward"
+        )
+    return run.study
 
 
 def _shared_out(
@@ -288,19 +294,14 @@ def _body(
 ) -> dict[str, Any]:
     assert seen.best is not None
     base = policy.base
-    table = study.lora.model_dump(mode="json", exclude_none=True) if study.lora else {}
     return {
-        "fedtune": fedtune.__version__,
-        "study": study.study.name,
-        "plan_digest": study.digest,
         "base": {
             "name": study.base.model,
             "digest": base.digest,
             "licence": base.licence,
             "dtype": str(policy.model.dtype).removeprefix("torch."),
         },
-        "adapter": {"folder": "adapter"} | table,
-        "rounds": [],
+        "adapter": derived_run.adapter_facts(study.lora),
         "quality": {
             "metric": "reward",
             "on": "public prompts that it learned on, answers drawn anew; reward in standard "

@@ -4,13 +4,12 @@ used beside private records."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from fedtune.derive import composed_epsilon
 from fedtune.errors import Refused
 from fedtune.models.loaded import LoadedModel
-from fedtune.run_folder import read_report
+from fedtune.run import Run
 
 
 def require_private(model: LoadedModel, what: str, accepted: Sequence[str] = ()) -> None:
@@ -27,15 +26,14 @@ def require_private(model: LoadedModel, what: str, accepted: Sequence[str] = ())
     )
 
 
-def parent(run: Path, model: LoadedModel, role: str) -> dict[str, Any]:
+def parent(run: Run, model: LoadedModel, role: str) -> dict[str, Any]:
     """What a report says of one run that another model was made of. Errors: InputError."""
-    assert model.study is not None
     return {
-        "name": model.study.study.name,
+        "name": run.study.study.name,
         "role": role,
-        "plan": model.study.digest,
+        "plan": run.study.digest,
         "digest": model.digest,
-        "report": read_report(run),
+        "report": run.report,
     }
 
 

@@ -7,18 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import fedtune
-from fedtune import report
 from fedtune.config import LoraTable, Study
-from fedtune.derive import composed_epsilon
-from fedtune.derive.merge_exported import exported, merge_models
+from fedtune.derive import composed_epsilon, derived_run
 from fedtune.derive.merge_methods import Adapter, Method, Moments, merge
 from fedtune.errors import ConfigError
-from fedtune.files.writing import drafted, replace
 from fedtune.models import lora
-from fedtune.models.adapter_files import load_adapter, picked, save_adapter
+from fedtune.models.adapter_files import picked, save_adapter
 from fedtune.models.lora import Arrays
-from fedtune.run_folder import load_plan, named, read_report
+from fedtune.run import Run
+from fedtune.run_folder import check_new, new_folder, read_report
 
 if TYPE_CHECKING:
     from fedtune.evaluation.evaluator import Evaluator
@@ -28,7 +25,7 @@ if TYPE_CHECKING:
 class Parent:
     """A finished run: its plan as it ran, its report's body, its adapter by the network's names."""
 
-    run: Path
+    run: Run
     study: Study
     report: dict[str, Any]
     arrays: Arrays
@@ -43,19 +40,20 @@ class Parent:
         return Adapter(self.arrays, self.table.scaling)
 
 
-def load_parent(run: Path) -> Parent:
+def load_parent(run: Run) -> Parent:
     """Errors: InputError, ConfigError, ModelError where `run` is unfinished or has no adapter."""
-    study = load_plan(run)
-    if study.lora is None:
+    if run.study.lora is None:
         raise ConfigError(
-            f"{run}: trained a head and no adapter", "a run with a [lora] table", "leave it out"
+            f"{run.folder}: trained a head and no adapter",
+            "a run with a [lora] table",
+            "leave it out",
         )
-    return Parent(run, study, read_report(run, "base"), load_adapter(run / "adapter"))
+    return Parent(run, run.study, read_report(run.folder, "base"), run.adapter())
 
 
 def merge_runs(
-    runs: Sequence[Path],
-    out: Path,
+    runs: Sequence[Run],
+    out: Path | str,
     *,
     method: Method = "linear",
     weights: Sequence[float] = (),
@@ -64,29 +62,27 @@ def merge_runs(
     seed: int = 0,
     disjoint: bool = False,
     measure: bool = True,
-) -> dict[str, Any]:
-    """Merge the adapters of `runs` into the new folder `out`, which looks like a run; returns the
-    report's body. Where all of them are exported models, they are merged whole (merging_whole).
+) -> Run:
+    """Merge the adapters of finished runs of one base into a new run.
 
-    weights: one for each run, or none: 1 each (the updates add up), for slerp equal shares.
-    disjoint: whoever calls states that no person is in two of the runs. measure: on each parent's
-    evaluation file, where it is on this machine, base, parent and merged adapter.
-    Guarantee: post-processing of released adapters; ε as budgets.composed says. `out` is whole or
-    not there. Errors: InputError, ConfigError, ModelError, InfrastructureError."""
-    if out.exists():
-        raise ConfigError(f"{out}: exists", "a new folder", "choose another --out")
+    Args:
+        out: the new run's folder; it is whole or not there.
+        method: linear: the updates add up, exactly. svd: the same at a smaller rank. ties, dare:
+            part of each update. slerp: two, along the arc between them. regmean: each acts on what
+            its own public text looks like.
+        weights: one for each run, or none: 1 each, for slerp equal shares.
+        density: ties, dare: the share of each update that stays.
+        rank: svd, ties, dare: the merged rank.
+        disjoint: whoever calls states that no person is in two of the runs.
+        measure: base, parent and merged adapter on each parent's evaluation file, where it is here.
+
+    Guarantee: post-processing of released adapters; its ε as composed_epsilon.composed says.
+
+    Errors: InputError, ConfigError, ModelError, InfrastructureError."""
+    out = Path(out)
+    check_new(out)
     if len(runs) < 2:
         raise ConfigError(f"{len(runs)} run given", "two or more to merge")
-    whole = [exported(run) for run in runs]
-    if all(whole):
-        return merge_models(
-            runs, out, method=method, weights=weights, density=density, seed=seed,
-            disjoint=disjoint,
-        )  # fmt: skip
-    if any(whole):
-        raise ConfigError(
-            f"{runs[whole.index(True)]}: an exported model, beside runs", "runs alone, or models"
-        )
     parents = [load_parent(run) for run in runs]
     _one_base(parents)
     shares = list(weights) or [1.0] * len(parents)
@@ -96,36 +92,40 @@ def merge_runs(
         density=density, rank=rank, seed=seed, moments=moments,
     )  # fmt: skip
     table = _table(parents, found_rank)
-    study = _study(parents, table, out)
+    # The merged adapter's shape; what was spent stands in the report alone.
+    study = derived_run.derived_study(parents[0].study, out, "merged", lora=table)
     settings: dict[str, Any] = {"method": method, "weights": shares, "rank": found_rank}
     settings |= {"density": density} if method in ("ties", "dare") else {}
     settings |= {"seed": seed} if method == "dare" else {}
     body = _body(parents, study, arrays, settings, disjoint)
     if measure:
         body["merge"]["kept"] = _kept(parents, table, arrays)
-    _write(out, parents[0], study, arrays, body)
-    return body
+    with new_folder(out) as draft:
+        save_adapter(draft / "adapter", runs[0].folder / "adapter", study, arrays)
+        derived_run.write(draft, study, body)
+    return Run(out)
 
 
 def _one_base(parents: Sequence[Parent]) -> None:
     """Errors: ConfigError where the parents do not share one base, by digest."""
     first = parents[0]
     for parent in parents:
+        both = f"{first.run.folder} and {parent.run.folder}"
         mine, other = first.study.base.digest, parent.study.base.digest
         if mine is None or mine != other:
             raise ConfigError(
-                f"{first.run} and {parent.run}: trained on different bases ({mine}, {other})",
+                f"{both}: trained on different bases ({mine}, {other})",
                 "runs whose plans pin the same base.digest",
                 "an adapter is a difference from its own base and means nothing on another",
             )
         if parent.study.base.quantisation != first.study.base.quantisation:
-            raise ConfigError(f"{first.run} and {parent.run}: bases quantised in other ways")
+            raise ConfigError(f"{both}: bases quantised in other ways")
     seen: dict[str, Path] = {}
     for parent in parents:
-        digest = lora.digest(parent.arrays)
+        digest, folder = lora.digest(parent.arrays), parent.run.folder
         if digest in seen:
-            raise ConfigError(f"{seen[digest]} and {parent.run}: hold the same adapter", "two")
-        seen[digest] = parent.run
+            raise ConfigError(f"{seen[digest]} and {folder}: hold the same adapter", "two")
+        seen[digest] = folder
 
 
 def _table(parents: Sequence[Parent], rank: int) -> LoraTable:
@@ -138,13 +138,6 @@ def _table(parents: Sequence[Parent], rank: int) -> LoraTable:
         last_layers=None if None in last else max(n for n in last if n),
         train="AB",
     )
-
-
-def _study(parents: Sequence[Parent], table: LoraTable, out: Path) -> Study:
-    """The first parent's plan with the merged adapter's shape: what `fedtune evaluate` and
-    `generate` read. What was spent stands in the report alone."""
-    first = parents[0].study
-    return named(first, out, "merged").model_copy(update={"lora": table})
 
 
 def _body(
@@ -162,19 +155,14 @@ def _body(
         reports = [parent.report for parent in parents]
         privacy = composed_epsilon.composed(reports, disjoint=disjoint)
     return {
-        "fedtune": fedtune.__version__,
-        "study": study.study.name,
-        "plan_digest": study.digest,
         "private": not open_,
         "privacy": privacy,
         "base": parents[0].report["base"],
         "adapter": {
-            "folder": "adapter",
             "digest": lora.digest(arrays),
             "parameters": int(sum(array.size for array in arrays.values())),
-            **(study.lora.model_dump(mode="json", exclude_none=True) if study.lora else {}),
+            **derived_run.adapter_facts(study.lora),
         },
-        "rounds": [],
         "merge": settings
         | {
             "parents": [
@@ -240,19 +228,15 @@ def _moments(parent: Parent) -> Moments:
     study = parent.study
     if study.public is None or not study.public.path.exists():
         raise ConfigError(
-            f"{parent.run}: regmean needs the public text of its study",
+            f"{parent.run.folder}: regmean needs the public text of its study",
             "a [public] table, and its file on this machine",
             "merge where the study ran, or by another method",
         )
     network = build(_saved(study, parent.table))
     text = load_dataset(study.public, study, network.tokenizer, labelled=False)
-    before = network.trainable()
-    network.load_frozen(_frozen(parent.arrays))
-    network.load_trainable(picked(parent.arrays, network.parameters(), parent.run / "adapter"))
-    try:
+    adapter = picked(parent.arrays, network.parameters(), parent.run.folder / "adapter")
+    with network.loaded(_frozen(parent.arrays), adapter):
         found = moments(network, text)
-    finally:
-        network.load_trainable(before)
     return {name.removesuffix(".lora_A.default.weight"): value for name, value in found.items()}
 
 
@@ -264,14 +248,3 @@ def _saved(study: Study, table: LoraTable) -> Study:
 
 def _frozen(arrays: Arrays) -> Arrays:
     return {name: value for name, value in arrays.items() if "lora_A" in name}
-
-
-# -------------------------------------------------------------------------------------- write
-
-
-def _write(out: Path, like: Parent, study: Study, arrays: Arrays, body: dict[str, Any]) -> None:
-    """Errors: InfrastructureError where the disk refuses; `out` is then not there."""
-    with drafted(out) as draft:
-        save_adapter(draft / "adapter", like.run / "adapter", study, arrays)
-        replace(draft / "plan.json", (study.model_dump_json(indent=2) + "\n").encode())
-        report.write(draft, body)

@@ -14,12 +14,13 @@ from fedtune import report
 from fedtune.bases.digest import digest
 from fedtune.bases.find import find_base
 from fedtune.derive import composed_epsilon
+from fedtune.derive.derived_run import name_of
 from fedtune.derive.export import TOKENIZER
 from fedtune.derive.merge_methods import Method
 from fedtune.errors import ConfigError, ModelError
 from fedtune.files.writing import drafted
 from fedtune.models.loaded import PLAN
-from fedtune.run_folder import read_report
+from fedtune.run_folder import check_new, read_report
 
 
 def exported(folder: Path) -> bool:
@@ -30,17 +31,26 @@ def exported(folder: Path) -> bool:
 
 def merge_models(
     folders: Sequence[Path],
-    out: Path,
+    out: Path | str,
     *,
-    method: Method,
-    weights: Sequence[float],
-    density: float,
-    seed: int,
-    disjoint: bool,
+    method: Method = "linear",
+    weights: Sequence[float] = (),
+    density: float = 0.5,
+    seed: int = 0,
+    disjoint: bool = False,
 ) -> dict[str, Any]:
-    """Merge exported models of one base into the new folder `out`; returns its report's body.
+    """Merge models that `export` wrote, of one base, into the new folder `out`.
 
-    Guarantee: as merging.merge_runs. Errors: ConfigError, ModelError, InfrastructureError."""
+    The arguments are those of `merge`. Returns the new model's report. Guarantee: as merge_runs.
+
+    Errors: ConfigError, ModelError, InfrastructureError."""
+    out = Path(out)
+    check_new(out)
+    if len(folders) < 2:
+        raise ConfigError(f"{len(folders)} model given", "two or more to merge")
+    if not all(map(exported, folders)):
+        odd = next(folder for folder in folders if not exported(folder))
+        raise ConfigError(f"{odd}: no exported model", "runs alone, or exported models alone")
     reports = [read_report(each, "base", "base.name", "base.digest") for each in folders]
     bases = {body["base"]["digest"]: body["base"]["name"] for body in reports}
     if len(bases) != 1:
@@ -59,7 +69,7 @@ def merge_models(
     shares = list(weights) or [1.0] * len(folders)
     body: dict[str, Any] = {
         "fedtune": fedtune.__version__,
-        "study": out.name,
+        "study": name_of(out, "merged"),
         "plan_digest": None,
         "private": not open_,
         "privacy": warning if open_ else composed_epsilon.composed(reports, disjoint=disjoint),

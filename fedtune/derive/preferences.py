@@ -20,36 +20,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fedtune.config import DataFile, ObjectiveTable
+from fedtune.config import DataFile
 from fedtune.data.files import Rejected
 from fedtune.data.records import Record, read_records, table_of
 from fedtune.data.tokenize import passage_of, prompt_ids
 from fedtune.derive.lineage import require_private
+from fedtune.derive.settings import RUBRIC, LabelSettings
 from fedtune.errors import ConfigError, DataError, InputError
 from fedtune.files.writing import replace
 from fedtune.models.loaded import LoadedModel, load
 from fedtune.progress import report
 
-RUBRIC = "Which answer is more accurate, complete and clearly written?"
 ABOUT = ".about.json"
-
-
-@dataclass(frozen=True)
-class LabelSettings:
-    """new_tokens: of an answer at most; max_length: of prompt and answer together, tokens; seed:
-    of the draws, with the record's own prompt; template: round the prompt, as in the DPO study."""
-
-    new_tokens: int = 64
-    max_length: int = 1024
-    temperature: float = 1.0
-    seed: int = 0
-    template: str | None = None
-
-    @property
-    def objective(self) -> ObjectiveTable:
-        return ObjectiveTable(
-            name="causal_lm", max_length=self.max_length, template=self.template, append_eos=True
-        )
 
 
 class Judge(Protocol):
@@ -141,12 +123,12 @@ def template_of(writer: LoadedModel) -> str | None:
     return text if "{text}" in text else None
 
 
-def label(
+def write_preferences(
     file: DataFile,
     out: Path,
     writer: LoadedModel,
     judge: Judge,
-    settings: LabelSettings = LabelSettings(),
+    settings: LabelSettings,
     *,
     without: Callable[[str], bool] = lambda unit: False,
 ) -> dict[str, Any]:

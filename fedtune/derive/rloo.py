@@ -7,32 +7,17 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fedtune.bases import wheel
+from fedtune.derive.settings import RlooSettings
 from fedtune.errors import ConfigError
 from fedtune.models.loaded import LoadedModel
 
 Reward = Callable[[Sequence[str], Sequence[str]], list[float]]  # prompts, answers -> rewards
 Look = Callable[[int], bool]  # after so many steps: go on?
-
-
-@dataclass(frozen=True)
-class RlooSettings:
-    """steps of `prompts` prompts with `answers` answers each; kl_coef: what a nat of KL to the
-    start costs in units of reward; temperature: of the answers."""
-
-    steps: int = 60
-    prompts: int = 8
-    answers: int = 4
-    new_tokens: int = 32
-    learning_rate: float = 2e-4
-    kl_coef: float = 0.2
-    temperature: float = 1.0
-    seed: int = 0
 
 
 def improve_by(

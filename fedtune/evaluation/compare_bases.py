@@ -13,26 +13,20 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from fedtune import boot
-from fedtune.config import (
-    PrivacyTable,
-    Study,
-    load_study,
-    study_from_json,
-)
+from fedtune.config import PrivacyTable, Study, study_from_json
+from fedtune.config.known_bases import KNOWN, PREFIX
 from fedtune.data.dataset import NO_TARGET, Dataset, Example
 from fedtune.errors import ConfigError, FedtuneError
+from fedtune.metrics import METRICS
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
-from fedtune.progress import report
-
-LOWER_IS_BETTER = ("loss", "perplexity")
+from fedtune.progress import OnEvent, report, told
 
 
 @dataclass(frozen=True)
@@ -56,8 +50,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Fit:
-    """rows: by number of parameters; chosen: the smallest whose figure meets the target, or None;
-    by: which figure that is."""
+    """Bases measured against a target.
+
+    rows: by number of parameters; chosen: the smallest whose figure meets the target, or None; by:
+    which figure that is."""
 
     metric: str
     target: float
@@ -70,21 +66,31 @@ class Fit:
 
 
 def choose_base(
-    study_path: Path,
-    models: Sequence[str],
+    study: Study,
     target: float,
+    models: Sequence[str] = (),
     *,
     sites: int = 3,
     size: int = 200,
     epsilons: Sequence[float] = (),
     quantised: Sequence[str] = (),
+    on_event: OnEvent | None = None,
 ) -> Fit:
-    """Measure each of `models` in the place of the study's base, one process after another.
+    """Measure bases in the place of the study's own, and name the smallest that meets a target.
 
-    sites, size: how many sites of which declared size to predict for; epsilons: besides the
-    study's own; quantised: methods by which each base is measured too, besides as the study has it.
+    Args:
+        target: what the study's metric should reach.
+        models: the candidates; without any, the study's base and those that need no model hub.
+        sites, size: how many sites of which declared size to predict for.
+        epsilons: predict at these too, besides the study's own.
+        quantised: methods by which each base is measured too, besides as the study has it.
+        on_event: called with ("step", {…}) as the work goes on.
+
+    Reads the study's public text and evaluation records, and no record of a site. Each base is
+    measured in a process of its own.
+
     Errors: ConfigError (no [evaluation], no such file)."""
-    study = load_study(study_path)
+    models = models or known_bases(study)
     if study.evaluation is None:
         raise ConfigError("fit: the study has no [evaluation] table", "one, with path and columns")
     if unknown := set(quantised) - {"nf4", "int8"}:
@@ -92,9 +98,10 @@ def choose_base(
     asked = sorted({*epsilons, *_own(study)}, reverse=True)
     rows: list[Row] = []
     candidates = [(model, method) for model in models for method in (None, *quantised)]
-    for number, (model, method) in enumerate(candidates):
-        report("measuring bases, one process each", number, len(candidates))
-        rows.append(_apart(study, model, method, sites, size, asked))
+    with told(on_event):
+        for number, (model, method) in enumerate(candidates):
+            report("measuring bases, one process each", number, len(candidates))
+            rows.append(_apart(study, model, method, sites, size, asked))
     rows.sort(key=lambda row: (row.parameters or math.inf, row.memory))
     metric = study.evaluation.metric
     own = _own(study)
@@ -105,9 +112,15 @@ def choose_base(
         for row in rows
         if not row.failed and (row.predicted or not foretold)
     ]
-    low = metric in LOWER_IS_BETTER
-    meets = [m for m, v in figures if v is not None and (v <= target if low else v >= target)]
+    high = METRICS[metric].higher_is_better
+    meets = [m for m, v in figures if v is not None and (v >= target if high else v <= target)]
     return Fit(metric, target, by, rows, meets[0] if meets else None)
+
+
+def known_bases(study: Study) -> list[str]:
+    """The study's own base, and every language model that needs no hub."""
+    known = [PREFIX + name for name, entry in KNOWN.items() if entry.kind == "causal"]
+    return list(dict.fromkeys([study.base.model, *known]))
 
 
 def _own(study: Study) -> list[float]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune.data.files import Rejected
 from fedtune.errors import ConfigError, DataError
 from fedtune.objectives import resolve
-from fedtune.run_folder import load_plan
+from fedtune.run import Run
 
 if TYPE_CHECKING:
     import torch
@@ -18,19 +18,24 @@ if TYPE_CHECKING:
 
 
 def generate(
-    run: Path,
+    run: Run,
     prompt: str,
     max_new_tokens: int = 64,
     *,
     chat: bool | None = None,
     file: Path | None = None,
 ) -> tuple[str, str]:
-    """(base alone, with the adapter) after `prompt`, greedily; loaded as anybody would, by PEFT.
-    file: the image or recording, for a base that reads one.
+    """Let the base alone, and the base with a run's adapter, continue a prompt, greedily.
 
-    chat: put the prompt into the model's chat template; None: where the study's evaluation records
-    are conversations, or where it has none; else the prompt goes in as training saw it, in
-    objective.template. Errors: ConfigError (no language model), ModelError."""
+    Args:
+        file: the image or recording, for a base that reads one.
+        chat: put the prompt into the model's chat template. None: where the study's evaluation
+            records are conversations, or where it has none; else the prompt goes in as training
+            saw it, in objective.template.
+
+    Returns both texts. The model is loaded as anybody would load it, by PEFT.
+
+    Errors: ConfigError (no language model), ModelError."""
     import torch
 
     from fedtune import modalities
@@ -38,13 +43,13 @@ def generate(
     from fedtune.bases.find import find_base, load_backbone, load_tokenizer
     from fedtune.models.loaded import adapted, room
 
-    study = load_plan(run)
+    study = run.study
     base = find_base(study.base.model, study.base.digest)
     if base.kind == "encoder" or resolve(study.objective).outputs:
         raise ConfigError(
-            f"{run}: this run trained a head, which writes no text",
+            f"{run.folder}: this run trained a head, which writes no text",
             "a run of an objective on text, such as causal_lm or dpo",
-            f"`fedtune evaluate {run} --data FILE` measures it",
+            f"`fedtune evaluate {run.folder} --data FILE` measures it",
         )
     tokenizer: Any = load_tokenizer(base)
     reader = modalities.reader(base, tokenizer, study.base.modality)
@@ -54,7 +59,7 @@ def generate(
         from fedtune.bases.quantise import rounded
 
         rounded(backbone, study.base.quantisation, getattr(torch, study.base.dtype))
-    model = adapted(backbone, run / "adapter")
+    model = adapted(backbone, run.folder / "adapter")
     if chat is None:
         chat = study.evaluation is None or bool(study.evaluation.columns.messages)
     if chat and tokenizer.chat_template:

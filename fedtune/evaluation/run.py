@@ -4,30 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fedtune.config import DataFile, EvaluationTable
-from fedtune.evaluation.metrics import intervals
-
-if TYPE_CHECKING:
-    pass
+from fedtune.config import DataFile, EvaluationTable, Study
+from fedtune.errors import ConfigError
 from fedtune.evaluation.evaluator import Evaluator, check_evaluation
+from fedtune.evaluation.metrics import intervals
+from fedtune.models.adapter_files import picked
+from fedtune.run import Run
 
 
 def evaluate(
-    run: Path, data: DataFile, metric: str | None = None, choices: Sequence[str] = ()
+    run: Run, data: DataFile | Path | str, metric: str | None = None, choices: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Base and adapter of a finished run on the records of `data`.
+    """Measure base and adapter of a finished run on a file of records.
 
-    `metric` and `choices` are the study's own where left out. Returns metric, records, rejected,
-    before and after (measures by name) and interval: 95 % intervals of before, after (Wilson for a
-    share of records, else bootstrap over records) and change (paired bootstrap).
+    Args:
+        data: the file and its columns, or its path alone: the columns are then the study's.
+        metric, choices: without them, the study's own.
+
+    Returns metric, records, rejected, before and after (measures by name), and interval: 95 %
+    intervals of before, after (Wilson for a share of records, else bootstrap over records) and
+    change (paired bootstrap).
+
     Errors: ConfigError, DataError, ModelError."""
-    from fedtune.models.adapter_files import load_adapter, picked
-    from fedtune.run_folder import load_plan
-
-    study = load_plan(run)
+    study = run.study
     old = study.evaluation
+    if not isinstance(data, DataFile):
+        data = with_columns_of(study, Path(data))
     table = EvaluationTable.model_validate(
         {
             "path": data.path,
@@ -36,7 +40,7 @@ def evaluate(
             "choices": tuple(choices) or (old.choices if old else ()),
         }
     )
-    saved = load_adapter(run / "adapter")
+    saved = run.adapter()
     changes: dict[str, Any] = {"evaluation": table}
     if study.lora:  # what was saved is what counts, wherever A came from and whether it was trained
         changes["lora"] = study.lora.model_copy(update={"a_init": "public", "a_digest": None})
@@ -44,7 +48,7 @@ def evaluate(
     study = study.model_copy(update=changes)
     check_evaluation(study)
     evaluator = Evaluator(study, frozen)
-    after = evaluator.scores(picked(saved, evaluator.network.parameters(), run / "adapter"))
+    after = evaluator.scores(picked(saved, evaluator.network.parameters(), run.folder / "adapter"))
     before = evaluator.scores(None)
     names = tuple(dict.fromkeys((table.metric, "loss")))
     return {
@@ -55,3 +59,12 @@ def evaluate(
         "after": {name: after.value(name) for name in names},
         "interval": intervals(before, after, table.metric),
     }
+
+
+def with_columns_of(study: Study, data: Path) -> DataFile:
+    """A file whose columns are called as those of the study's evaluation file.
+
+    Errors: ConfigError."""
+    if study.evaluation is None:
+        raise ConfigError("the study names no columns", todo="--column prompt=NAME, and so on")
+    return DataFile(path=data, columns=study.evaluation.columns)

@@ -86,6 +86,20 @@ def json_in(
     return _table(path, json.loads, "JSON", expected, todo, kind, most)
 
 
+def json_lines_in(path: Path, expected: str, todo: str = "") -> list[dict[str, Any]]:
+    """The JSON objects in the file, one a line. Errors: as above."""
+
+    def parse(said: str) -> dict[str, Any]:
+        rows = [json.loads(line) for line in said.splitlines()]
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError
+        return {"rows": rows}
+
+    body = _table(path, parse, "JSON lines", expected, todo, InputError, LARGE)
+    rows: list[dict[str, Any]] = body["rows"]
+    return rows
+
+
 def toml_in(path: Path, expected: str, todo: str = "", kind: Kind = InputError) -> dict[str, Any]:
     """The tables in the file. Errors: as above."""
     return _table(path, _toml, "TOML", expected, todo, kind, SMALL)

@@ -41,7 +41,7 @@ from typing import Any
 import httpx
 from flwr.serverapp import Grid
 
-from fedtune.config import load_study
+from fedtune.config import Study
 from fedtune.errors import ConfigError, InfrastructureError
 from fedtune.files.writing import replace
 from fedtune.flower import allowance, api, certs, enrol
@@ -57,16 +57,16 @@ from fedtune.flower.processes import (
     own_name,
     reachable,
 )
+from fedtune.progress import OnEvent
 from fedtune.wire.keys import SigningKey
 
-Event = Callable[[str, dict[str, Any]], None]
 Run = Callable[..., dict[str, Any]]  # fedtune.server.rounds.run, or a stand-in
 CLAIM_SECONDS = 30.0
 WATCH_SECONDS = 0.5  # between two looks at the gateway and the registry
 
 
 def serve(
-    study_path: Path,
+    study: Study,
     out: Path,
     *,
     host: str = "127.0.0.1",
@@ -74,7 +74,7 @@ def serve(
     names: Sequence[str] = (),
     home: Path,
     resume: bool = False,
-    on_event: Event | None = None,
+    on_event: OnEvent | None = None,
     run: Run | None = None,
 ) -> dict[str, Any]:
     """Run the study with the sites that are admitted, now or while it runs; return the report.
@@ -82,7 +82,6 @@ def serve(
     host, port: where the gateway listens. names: what sites call it by (they go into its
     certificate). run: in place of server/rounds.py's. Errors: ConfigError; InfrastructureError when
     the SuperLink ends, nothing can listen, or SIGTERM stops the study; KeyboardInterrupt."""
-    study = load_study(study_path)
     bypass_proxy()
     try:
         with alone(home / "flower", "fedtune server") as killed, interruptible():

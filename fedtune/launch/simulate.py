@@ -3,76 +3,98 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from fedtune.config import Study, load_site, load_study
-from fedtune.config.sites import sites_in
+from fedtune.config import Site, Study, checked, load_site, save
 from fedtune.errors import ConfigError, FedtuneError, InfrastructureError, InputError
+from fedtune.progress import OnEvent
+from fedtune.run import Run
+from fedtune.run_folder import new_run
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
-__all__ = ["check", "simulate", "sites_in"]
-
-OnEvent = Callable[[str, dict[str, Any]], None]
-
 
 def simulate(
-    study_path: Path,
-    sites: Sequence[Path],
-    out: Path,
+    study: Study,
+    sites: Sequence[Site],
+    out: Path | str | None = None,
     *,
     resume: bool = False,
     on_event: OnEvent | None = None,
     engine: Literal["in-process", "ray"] = "in-process",
     processes: int = 1,
     rounds: int | None = None,
-) -> dict[str, Any]:
-    """Run a study over site files; returns the report's body.
+) -> Run:
+    """Run a whole study on this machine, with the server, client and ledgers of a deployment.
 
-    Sites answer one after another in this process; with `processes`, at once in so many of them,
-    which share the base's weights; with engine "ray", in Flower's own runtime.
-    rounds: of a study without a last one, the round to stop after; no time is waited.
-    Errors: as fedtune.server.rounds.run; ConfigError where the sites cannot make up a study."""
-    from fedtune.client.site import check_data
+    Args:
+        out: the run's folder; without it runs/NAME, by the study's name.
+        resume: continue the run in `out` after its last whole round.
+        on_event: called with ("round", {…}) and the like, in this process.
+        engine: "ray" is Flower's own simulation runtime.
+        processes: how many sites train at once, in processes that share the base's weights.
+        rounds: of a study with a [schedule], the round to stop after; no time is waited.
+
+    A site reads its file again before each round. One that was made or changed in memory is written
+    to site.toml in its state folder first.
+
+    Errors: ConfigError where the sites cannot make up the study, DataError where a site's records
+    do not suit it, and what a run may raise: Refused, ModelError, InfrastructureError."""
+    from fedtune.client.site import check_data, refreshed
     from fedtune.models.teacher import own_teacher
     from fedtune.server import rounds as machine
     from fedtune.server.parts import Dependencies
     from fedtune.server.schedule import Quick
 
-    study = load_study(study_path)
+    study = checked(study)
     check(study, sites)
     check_rounds(study, rounds)
+    out = new_run(study, None if out is None else Path(out), resume=resume)
     own_teacher(study)
-    for path in sites:  # here the sites are the user's own: say now what is wrong with their files
-        check_data(load_site(path), study)
+    for site in sites:  # here the sites are the user's own: say now what is wrong with their files
+        check_data(site, study)
+    files = [site_file(site) for site in sites]
     # Nobody is on the way: who fails now fails again.
     at_once = Dependencies(patience=0.0, pause=0.0, clock=Quick(), upto=rounds, skip=False)
     if engine == "ray":
         from fedtune.launch.ray import simulate_ray
 
-        return simulate_ray(
+        simulate_ray(
             study,
-            sites,
+            files,
             out,
             resume=resume,
             on_event=on_event,
             parts=Dependencies(pause=1.0, clock=Quick(), upto=rounds, skip=False),
             processes=processes,
         )
-    files = [path.resolve() for path in sites]
+        return Run(out)
+    for path in files:
+        refreshed(path)
     with _grid(files, processes, out) as (grid, trouble):
         try:
-            return machine.run(grid, study, out, resume=resume, on_event=on_event, parts=at_once)
+            machine.run(grid, study, out, resume=resume, on_event=on_event, parts=at_once)
         except InfrastructureError:
             # Here the sites are the user's own: say what is wrong with their files.
             own = [error for path in files if (error := trouble.get(str(path)))]
             if own and all(isinstance(error, InputError) for error in own):
                 raise own[0] from None
             raise
+    return Run(out)
+
+
+def site_file(site: Site) -> Path:
+    """The file that a site's worker reads: the one it was loaded from, while that says the same;
+    else site.toml in the site's state folder, written now. Errors: InfrastructureError."""
+    if site.file is not None:
+        with suppress(ConfigError):
+            if load_site(site.file) == site:
+                return site.file
+    return save(site, site.site.state.absolute() / "site.toml")
 
 
 def check_rounds(study: Study, rounds: int | None) -> None:
@@ -111,15 +133,26 @@ def _grid(
         yield InProcessGrid(files, app), trouble
 
 
-def check(study: Study, sites: Sequence[Path]) -> None:
-    """Errors: ConfigError (a site file is wrong, two share a name, fewer than min_sites)."""
-    files: dict[str, Path] = {}
-    for path in sites:
-        name = load_site(path).site.name
-        if name in files:
-            raise ConfigError(f"{files[name]} and {path}: both are called {name}", "its own name")
-        files[name] = path
-    if len(files) < study.strategy.min_sites:
+def check(study: Study, sites: Sequence[Site]) -> None:
+    """Errors: ConfigError (two share a name or a ledger, or fewer than min_sites are given)."""
+    names: dict[str, Site] = {}
+    states: dict[Path, Site] = {}
+    for site in sites:
+        name, state = site.site.name, site.site.state.absolute()
+        if other := names.get(name):
+            both = f"{_where(other)} and {_where(site)}: both are called {name}"
+            raise ConfigError(both, "its own name")
+        if other := states.get(state):
+            raise ConfigError(
+                f"{_where(other)} and {_where(site)}: both keep their ledger in {state}",
+                "site.state: a folder of its own for each site",
+            )
+        names[name], states[state] = site, site
+    if len(names) < study.strategy.min_sites:
         raise ConfigError(
-            f"{len(files)} sites given", f"at least strategy.min_sites = {study.strategy.min_sites}"
+            f"{len(names)} sites given", f"at least strategy.min_sites = {study.strategy.min_sites}"
         )
+
+
+def _where(site: Site) -> str:
+    return str(site.file or f"site {site.site.name}")

@@ -37,9 +37,10 @@ from fedtune.flower.processes import (
     interruptible,
 )
 from fedtune.observe.log import strict_here
+from fedtune.progress import OnEvent
 
 log = logging.getLogger("fedtune.client")
-Event = Callable[[str, dict[str, Any]], None]
+
 App = Callable[[Message, Context], Message]
 ANSWERED = ("query.prepare", "train", "query.evaluate")  # the kinds of message that a site answers
 REFUSAL = "this site answers query.prepare, train and query.evaluate, no more"
@@ -54,7 +55,7 @@ def join(
     *,
     once: bool = False,
     watch: bool = False,
-    on_event: Event | None = None,
+    on_event: OnEvent | None = None,
     client_app: ClientApp | App | None = None,
     patience: float = 90.0,
 ) -> None:
@@ -99,7 +100,7 @@ def join(
 class _Executor:
     """Answers the tasks of one SuperNode after another."""
 
-    def __init__(self, site_path: Path, app: ClientApp | App, tell: Event, once: bool) -> None:
+    def __init__(self, site_path: Path, app: ClientApp | App, tell: OnEvent, once: bool) -> None:
         self._site_path, self._app, self.tell, self._once = site_path, app, tell, once
         self.coordinator = ""  # the signing key that this site enrolled with
         self.watch = False  # whether it takes part in studies without a last round

@@ -19,7 +19,6 @@ from fedtune.errors import InputError, Refused
 from fedtune.observe.log import (
     JsonLog,
     NotLoggable,
-    OnEvent,
     Role,
     cleaned,
     logger,
@@ -27,6 +26,7 @@ from fedtune.observe.log import (
 )
 from fedtune.observe.status import FILE, LOCK, StatusFile
 from fedtune.observe.trackers import Tracker
+from fedtune.progress import OnEvent
 
 __all__ = ["JsonLog", "NotLoggable", "Observer", "OnEvent", "StatusFile", "observer"]
 

@@ -12,7 +12,6 @@ import random
 import secrets
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace as replace_fields
 from functools import partial
@@ -30,6 +29,7 @@ from fedtune.errors import ConfigError, InfrastructureError
 from fedtune.files.writing import replace
 from fedtune.flower.arrays import to_record
 from fedtune.models.rank_slice import pad_update, rank_slice, slice_update
+from fedtune.progress import OnEvent
 from fedtune.server import store, summary
 from fedtune.server.admission import NOT_ENROLLED, Outcome, Roster, Tally, outcome, plan_message
 from fedtune.server.bound import Limits
@@ -43,7 +43,6 @@ from fedtune.wire import codec, seal
 RETRIES = 3  # of a round that too few sites delivered
 LARGEST = 4  # times the median declared size: what a larger one counts for
 POLL = 2.0  # seconds between looks for sites that have yet to connect
-OnEvent = Callable[[str, dict[str, Any]], None]
 
 
 def run(

@@ -21,16 +21,17 @@ from fedtune.client.site import SiteWorker
 from fedtune.client.site import worker as worker_of
 from fedtune.client.withdraw import withdraw
 from fedtune.config import load_site
+from fedtune.config.sites import sites_in
 from fedtune.data.dataset import Dataset, Example, Passage
 from fedtune.dp import noise
 from fedtune.errors import InfrastructureError
 from fedtune.flower.processes import free_port
-from fedtune.launch.simulate import simulate, sites_in
 from fedtune.models.start import Start
 from fedtune.training.data_parallel import fingerprint
 from fedtune.wire.codec import VALUES
 from tests.client.test_site import begun, notes
 from tests.server.test_simulate import world as world_of_two
+from tests.simulated import simulate
 
 ROOT = Path(__file__).resolve().parents[2]
 world = world_of_two

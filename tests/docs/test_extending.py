@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 from fedtune.cli.main import app
 from fedtune.config.sites import sites_in
 from fedtune.errors import Refused
-from fedtune.launch.simulate import simulate
 from fedtune.observe import observer
 from fedtune.observe.trackers import TRACKERS
 from tests.docs.pages import ROOT, Block, read
 from tests.plugins import install
+from tests.simulated import simulate
 
 BLOCKS = read((ROOT / "docs/extending.md").read_text(encoding="utf-8")).blocks
 (POINTS,) = (

@@ -11,8 +11,10 @@ import pytest
 
 from fedtune import audit
 from fedtune.audit import coins, gaussian
+from fedtune.config import load_study
 from fedtune.errors import ConfigError, InputError
 from fedtune.report.audit import section
+from fedtune.run import Run
 
 STUDY = """
 [study]
@@ -45,7 +47,7 @@ def study_file(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_audit_of_a_study(study_file: Path, tmp_path: Path) -> None:
-    body = audit.audit_study(study_file, tmp_path / "out", trials=1000)
+    body = audit.audit_study(load_study(study_file), tmp_path / "out", trials=1000)
     written = json.loads((tmp_path / "out" / "audit.json").read_text())
     assert written == json.loads(json.dumps(body))
     assert body["passed"]
@@ -58,7 +60,6 @@ def test_audit_of_a_study(study_file: Path, tmp_path: Path) -> None:
 def test_audit_of_a_run_stands_beside_its_claim(
     study_file: Path, tmp_path: Path, tiny_base: Path
 ) -> None:
-    from fedtune.config import load_study
     from fedtune.models.network import build
     from fedtune.report import write
 
@@ -68,7 +69,7 @@ def test_audit_of_a_run_stands_beside_its_claim(
     (run / "plan.json").write_text(made.model_dump_json())
     site = {"noise_multiplier": 0.8, "max_grad_norm": 0.5, "epsilon": 9.0, "delta": 1e-5}
     write(run, {"study": "audited", "private": True, "privacy": {"sites": {"a": site}}})
-    body = audit.audit_study(study_file, tmp_path / "out", trials=1000, run=run)
+    body = audit.audit_study(load_study(study_file), tmp_path / "out", trials=1000, run=Run(run))
     assert body["one_step"]["noise_multiplier"] == 0.8
     assert not body["exposure"]["exposed"]
     report = json.loads((run / "report.json").read_text())
@@ -80,12 +81,12 @@ def test_a_plan_without_privacy_has_nothing_to_audit(study_file: Path, tmp_path:
     text = study_file.read_text().split("[clipping]")[0]
     study_file.write_text('privacy = "off"\n' + text)
     with pytest.raises(ConfigError, match="no ε to audit"):
-        audit.audit_study(study_file, tmp_path / "out")
+        audit.audit_study(load_study(study_file), tmp_path / "out")
 
 
 def test_a_folder_that_is_no_run_is_refused(study_file: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a run folder"):
-        audit.audit_study(study_file, tmp_path / "out", run=tmp_path)
+        audit.audit_study(load_study(study_file), tmp_path / "out", run=Run(tmp_path))
 
 
 def test_the_section_names_assumption_scope_and_verdict() -> None:

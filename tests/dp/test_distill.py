@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from fedtune import process_cache
 from fedtune.audit import selftest
 from fedtune.bases.find import find_base
 from fedtune.client.policy import refusals
@@ -23,16 +24,16 @@ from fedtune.data.dataset import Dataset
 from fedtune.data.load import load_dataset
 from fedtune.dp import clip
 from fedtune.errors import ConfigError, PolicyRefused
-from fedtune.launch.simulate import simulate
 from fedtune.ledger.ledger import Ledger
 from fedtune.models.cache import CachedDataset
 from fedtune.models.loaded import load
 from fedtune.models.network import Network
-from fedtune.models.teacher import Teach, find_teacher, taught_by, teaching
+from fedtune.models.teacher import Teach, taught_by, teaching
 from fedtune.objectives import resolve
 from fedtune.objectives.distill import Distill, divergence
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import study
+from tests.simulated import simulate
 from tests.test_end_to_end import lay_out
 
 LABELS = ["yes", "no", "maybe"]
@@ -337,7 +338,7 @@ def test_another_teacher_than_the_plans_is_refused(tmp_path: Path, tiny_base: Pa
 
 def test_a_study_distils_a_paid_teacher_into_a_student(tmp_path: Path, tiny_base: Path) -> None:
     """The whole way: a DP run teaches a second DP study at the same sites."""
-    find_teacher.cache_clear()
+    process_cache.clear("teachers")
     run, digest = of(tmp_path, tiny_base, "{ epsilon = 2.0, delta = 1e-3, unit = 'patient' }")
     folder = tmp_path / "before"
     path = folder / "study.toml"

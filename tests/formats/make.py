@@ -22,10 +22,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fedtune.launch.simulate import simulate
 from fedtune.observe import observer
 from tests.conftest import tiny_llama
 from tests.formats.read_back import expected
+from tests.simulated import simulate
 
 DATA = Path(__file__).parent / "data"
 FOLDER = Path("/tmp/fedtune-formats")

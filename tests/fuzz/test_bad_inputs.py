@@ -21,11 +21,11 @@ from fedtune.cli.main import app
 from fedtune.errors import ConfigError
 from fedtune.flower import enrol
 from fedtune.launch import coordinator
-from fedtune.launch.simulate import simulate
 from fedtune.server.versions import Version, Versions
 from tests.flower import kit
 from tests.fuzz import bad_inputs
 from tests.fuzz.bad_inputs import Case
+from tests.simulated import simulate
 from tests.test_cli import run
 
 SECONDS = 60  # far more than any of them takes on a loaded machine: who waits for ever is caught

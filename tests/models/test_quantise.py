@@ -29,6 +29,7 @@ from fedtune.models.network import Network, build
 from fedtune.models.public_factor import public_factor
 from fedtune.models.tiny import generated
 from fedtune.objectives import resolve
+from fedtune.run import Run
 from fedtune.training.local_round import check_trains
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.client.test_site import make_site
@@ -174,7 +175,7 @@ def test_a_finished_run_is_exported_with_the_weights_it_was_trained_on(
     old = 'dtype = "float32"'
     made = {old: f'{old}\nquantisation = {{ method = "{method}" }}'}
     run = finished_study(tmp_path / "study", tiny_base, "small4", **made)
-    out = export(run, tmp_path / "model", "hf")
+    out = export(Run(run), tmp_path / "model", "hf")
     assert "quantised" in (out / "README.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     study = Study.model_validate_json((run / "plan.json").read_text())

@@ -56,14 +56,14 @@ MUTANTS = (
         "the certificate names no machine, or none can be made",
     ),
     _one(
-        "inputs", "a-run-is-called-as-its-folder", "fedtune/run_folder.py",
-        'name = re.sub(r"[^A-Za-z0-9._-]+", "-", out.name)', "name = out.name",
+        "inputs", "a-run-is-called-as-its-folder", "fedtune/derive/derived_run.py",
+        're.sub(r"[^A-Za-z0-9._-]+", "-", out.name)', "out.name",
         T_NAME, "a derived run that nothing opens again",
     ),
     _one(
-        "inputs", "a-derived-run-has-no-seed", "fedtune/run_folder.py",
-        'study.study.model_copy(update={"name": name})',
-        'study.study.model_validate({"name": name})',
+        "inputs", "a-derived-run-has-no-seed", "fedtune/derive/derived_run.py",
+        'first.study.model_copy(update={"name": name_of(out, otherwise)})',
+        'first.study.model_validate({"name": name_of(out, otherwise)})',
         T_NAME, "a merged run draws otherwise than its parents",
     ),
     _one(

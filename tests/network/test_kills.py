@@ -22,8 +22,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedtune.flower.processes import free_port
-from fedtune.launch.simulate import simulate
 from tests.network.kit import OFF, PRIVATE, SITES, Consortium, children, consortium, end, until
+from tests.simulated import simulate
 
 ADAPTER = "adapter/adapter_model.safetensors"
 Victim = tuple[str, str]  # the machine, and the program there ("": what the supervisor started)

@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedtune.flower.processes import free_port
-from fedtune.launch.simulate import simulate
 from tests.network.kit import OFF, SITES, Consortium, consortium, until
+from tests.simulated import simulate
 
 RANKS = {"east": 2, "north": 3, "south": 4}
 

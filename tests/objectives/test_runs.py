@@ -13,7 +13,6 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedtune.cli.columns import data_file
 from fedtune.config import load_study
 from fedtune.config.sites import sites_in
 from fedtune.data.dataset import NO_TARGET
@@ -22,11 +21,12 @@ from fedtune.errors import ConfigError
 from fedtune.evaluation.evaluator import Evaluator
 from fedtune.evaluation.generate import generate
 from fedtune.evaluation.run import evaluate
-from fedtune.launch.simulate import simulate
 from fedtune.models.adapter_files import load_adapter
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import build
 from fedtune.objectives.reward import rewards
+from fedtune.run import Run
+from tests.simulated import simulate
 
 STUDY = """
 privacy = {privacy}
@@ -133,11 +133,11 @@ def test_a_reward_model_from_files_to_its_saved_head(
     head = load_file(out / "adapter" / "head.safetensors")
     assert {n: a.shape for n, a in head.items()} == {"weight": (1, 32), "bias": (1,)}
     assert (out / "adapter" / "adapter_model.safetensors").is_file() == bool(lora)
-    again = evaluate(out, data_file(out, tmp_path / "test.jsonl", []))
+    again = evaluate(Run(out), tmp_path / "test.jsonl")
     for name, value in again["after"].items():
         assert value == pytest.approx(body["quality"]["after"][name], rel=1e-5)
     with pytest.raises(ConfigError, match="trained a head, which writes no text"):
-        generate(out, "day 3: ")
+        generate(Run(out), "day 3: ")
 
 
 def test_a_score_is_read_off_the_last_token(tmp_path: Path, tiny_base: Path) -> None:

@@ -20,13 +20,13 @@ from typer.testing import CliRunner
 from fedtune.cli.status import add_to
 from fedtune.config.sites import sites_in
 from fedtune.errors import InfrastructureError, InputError
-from fedtune.launch.simulate import simulate
 from fedtune.observe import StatusFile, observer
 from fedtune.observe import status as status_module
 from fedtune.observe.log import STRICT
 from fedtune.observe.status import held, look
 from tests.guarantee.world import lay_out, patients
 from tests.observe.test_log import NOTE, ROUND, lines
+from tests.simulated import simulate
 
 app = typer.Typer()
 app.callback()(lambda: None)

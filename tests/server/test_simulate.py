@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedtune.client.site import worker
+from fedtune import process_cache
+from fedtune.config.sites import sites_in
 from fedtune.errors import ConfigError
-from fedtune.launch.simulate import simulate, sites_in
+from tests.simulated import simulate
 
 STUDY = """
 [study]
@@ -93,7 +94,7 @@ def test_a_simulation_that_was_stopped_is_resumed_by_a_new_process(world: Path):
     sites = sites_in(world)
     with pytest.raises(KeyboardInterrupt):
         simulate(world / "study.toml", sites, world / "out", on_event=stop)
-    worker.cache_clear()  # the sites' state is all that a new process finds
+    process_cache.clear("workers")  # the sites' state is all that a new process finds
     body = simulate(world / "study.toml", sites, world / "out", resume=True)
     assert [entry["participants"] for entry in body["rounds"]] == [["a", "b"]] * 2
     assert all(site["steps"] == 2 for site in body["privacy"]["sites"].values())

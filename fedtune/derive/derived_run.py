@@ -1,0 +1,46 @@
+"""A run that was made of other runs: its name, its files, the head of its report."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import fedtune
+from fedtune import report
+from fedtune.config import LoraTable, Study
+from fedtune.files.writing import replace
+
+
+def name_of(out: Path, otherwise: str) -> str:
+    """What is made into the folder `out` is called: by the letters of it that a name may have."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", out.name).strip("._-")[:64] or otherwise
+
+
+def derived_study(first: Study, out: Path, otherwise: str, **changes: Any) -> Study:
+    """The first parent's plan under the name of `out`, with the tables that changed: what
+    `fedtune evaluate` and `generate` read. The seed stays: what is drawn again is as it was."""
+    named = first.study.model_copy(update={"name": name_of(out, otherwise)})
+    return first.model_copy(update={"study": named, **changes})
+
+
+def adapter_facts(table: LoraTable | None) -> dict[str, Any]:
+    """What a report says of the adapter."""
+    shape = table.model_dump(mode="json", exclude_none=True) if table else {}
+    return {"folder": "adapter"} | shape
+
+
+def write(draft: Path, study: Study, sections: Mapping[str, Any]) -> None:
+    """Write plan.json and the report into the draft of a run folder that holds its adapter already.
+
+    sections: base, adapter, private, privacy and what else the report has.
+    Errors: InfrastructureError."""
+    head = {
+        "fedtune": fedtune.__version__,
+        "study": study.study.name,
+        "plan_digest": study.digest,
+        "rounds": [],
+    }
+    replace(draft / "plan.json", (study.model_dump_json(indent=2) + "\n").encode())
+    report.write(draft, head | dict(sections))

@@ -1,0 +1,94 @@
+"""What a study costs before it runs: `fedtune plan`, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fedtune.config import Site, Study, checked
+from fedtune.dp.plan import plan_for_site
+from fedtune.objectives import describe
+from fedtune.report.claim import best_guess
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What one site will run, and what that costs.
+
+    sampling_rate: q; batch: the expected batch, q · declared size; noise_multiplier: σ; risk: how
+    often, at the most, an attacker who knows every other record is right about one unit's presence.
+
+    >>> import fedtune
+    >>> study_file, site_file = fedtune.init("my-study")
+    >>> (north,) = fedtune.plan(fedtune.load_study(study_file), [200]).sites
+    >>> north.declared_size, north.epsilon < 8.0
+    (200, True)
+    """
+
+    site: str
+    declared_size: int
+    rounds: int
+    steps: int
+    sampling_rate: float
+    batch: float
+    noise_multiplier: float
+    epsilon: float
+    delta: float
+    risk: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study costs at each of some sites. unit: whom ε protects; objective: in words.
+
+    >>> import fedtune
+    >>> study_file, site_file = fedtune.init("my-study")
+    >>> fedtune.plan(fedtune.load_study(study_file), [200, 400]).columns()["declared_size"]
+    [200, 400]
+    """
+
+    study: str
+    unit: str
+    objective: str
+    sites: tuple[SitePlan, ...]
+
+    def columns(self) -> dict[str, list[Any]]:
+        """The sites as columns of equal length, as a DataFrame takes them."""
+        rows = [asdict(site) for site in self.sites]
+        return {name: [row[name] for row in rows] for name in SitePlan.__dataclass_fields__}
+
+
+def plan(study: Study, sites: Iterable[Site | int]) -> Plan:
+    """Compute what a study costs before it runs: σ, ε and rounds for sites of given sizes.
+
+    Args:
+        sites: sites, or declared sizes alone. No record is read.
+
+    >>> import fedtune
+    >>> study_file, site_file = fedtune.init("my-study")
+    >>> costs = fedtune.plan(fedtune.load_study(study_file), [fedtune.load_site(site_file)])
+    >>> costs.sites[0].site
+    'my-hospital'
+
+    Errors: ConfigError where the study is not private, or nothing fits its budget."""
+    study = checked(study)
+    named = [
+        ("any", site) if isinstance(site, int) else (site.site.name, site.site.declared_size)
+        for site in sites
+    ]
+    found = tuple(_of_site(study, name, size) for name, size in named)
+    return Plan(study.study.name, study.unit, describe(study.objective), found)
+
+
+def _of_site(study: Study, name: str, size: int) -> SitePlan:
+    own = plan_for_site(study, size)
+    facts: dict[str, Any] = {
+        "epsilon": own.epsilon,
+        "delta": own.delta,
+        "sampling_rate": own.sampling_rate,
+        "noise_multiplier": own.noise_multiplier,
+        "steps": own.steps,
+    }
+    risk = best_guess(facts)
+    return SitePlan(name, size, rounds=own.rounds, batch=own.divisor, risk=risk, **facts)

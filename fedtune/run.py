@@ -1,0 +1,91 @@
+"""A run, read from its folder."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from fedtune.config import Study
+from fedtune.files import reading
+from fedtune.models.adapter_files import load_adapter
+from fedtune.models.lora import Arrays
+from fedtune.run_folder import PRINTED, load_plan, read_report
+
+
+class Run:
+    """A run in its folder: its study, its report, its adapter, its metrics by round.
+
+    What is read is what lies in the folder: a run that still goes on has metrics and no report yet.
+
+    >>> import fedtune
+    >>> fedtune.Run("runs/none")
+    Traceback (most recent call last):
+      ...
+    fedtune.errors.InputError: ...
+
+    Errors: InputError or ConfigError where the folder holds no run."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.study: Study = load_plan(self.folder)
+
+    @cached_property
+    def report(self) -> dict[str, Any]:
+        """The report of a finished run, as report.json holds it. Errors: InputError."""
+        return read_report(self.folder)
+
+    @property
+    def private(self) -> bool:
+        """Whether the run was under (ε, δ), and all that it was made of. Errors: InputError."""
+        return bool(self.report.get("private"))
+
+    @property
+    def epsilon(self) -> dict[str, float]:
+        """ε that each site spent in this run, at the study's δ; empty without privacy.
+
+        Errors: InputError."""
+        sites = self.report["privacy"].get("sites") or {}
+        return {name: site["epsilon"] for name, site in sites.items()}
+
+    def adapter(self) -> Arrays:
+        """The arrays by name: adapter, frozen factor, a head if any. Errors: ModelError."""
+        return load_adapter(self.folder / "adapter")
+
+    @property
+    def metrics(self) -> dict[str, list[Any]]:
+        """The rounds as columns of equal length, as a DataFrame takes them: "round", "seconds",
+        "quality.loss", "epsilon.north", …; None where a round has no such figure.
+
+        Errors: InputError."""
+        path = self.folder / "metrics.jsonl"
+        rows = [*map(_flat, reading.json_lines_in(path, "the metrics of a run", PRINTED))]
+        names = dict.fromkeys(name for row in rows for name in row)
+        return {name: [row.get(name) for row in rows] for name in names}
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r})"
+
+    def _repr_html_(self) -> str:
+        return f"<code>{escape(repr(self))}</code> {escape(self._line())}"
+
+    def _line(self) -> str:
+        """The run on one line: its study, and how far it is or what came out."""
+        name = self.study.study.name
+        if not (self.folder / "report.json").is_file():
+            return f"{name}: not finished"
+        quality = self.report.get("quality") or {}
+        metric, before, after = (quality.get(key) for key in ("metric", "before", "after"))
+        if not isinstance(before, dict) or not isinstance(after, dict) or metric not in after:
+            return f"{name}: finished"
+        return f"{name}: {metric} {before.get(metric):.3g} → {after[metric]:.3g}"
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """A round's figures by one name each: those of {"epsilon": {"north": …}} by "epsilon.north"."""
+    flat: dict[str, Any] = {}
+    for name, value in row.items():
+        inner = value if isinstance(value, dict) else {"": value}
+        flat |= {f"{name}.{key}" if key else name: figure for key, figure in inner.items()}
+    return flat
