@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import server
+from fedtune import server
 from fedtune.config import PolicyTable
 from fedtune.errors import BudgetExceeded
 from fedtune.observe import JsonLog, NotLoggable
