@@ -95,10 +95,10 @@ def test_review_signs_what_is_refused_only_where_told(world: Path) -> None:
     site = world / "site-north.toml"
     site.write_text(site.read_text() + "max_rank = 2\n")
     asked = ("review", "study.toml", "--site", site, "--sign")
-    assert run(*asked).exit_code == 3 and not Ledger(world / "state-north")._admitted
+    assert run(*asked).exit_code == 3 and not Ledger(world / "state-north")._account.admitted
     signed = run(*asked, "--anyway")
     assert signed.exit_code == 0 and "This site refuses it" in signed.output
-    assert Ledger(world / "state-north")._admitted
+    assert Ledger(world / "state-north")._account.admitted
 
 
 def test_review_names_every_rule_that_says_no_and_does_not_sign(world: Path) -> None:
