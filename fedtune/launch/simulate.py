@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedtune.config import Site, Study, checked, load_site, save
 from fedtune.errors import ConfigError, FedtuneError, InfrastructureError, InputError
@@ -58,28 +58,21 @@ def simulate(
     for site in sites:  # here the sites are the user's own: say now what is wrong with their files
         check_data(site, study)
     files = [site_file(site) for site in sites]
-    # Nobody is on the way: who fails now fails again.
-    at_once = Dependencies(patience=0.0, pause=0.0, clock=Quick(), upto=rounds, skip=False)
     if engine == "ray":
         from fedtune.launch.ray import simulate_ray
 
-        simulate_ray(
-            study,
-            files,
-            out,
-            resume=resume,
-            on_event=on_event,
-            parts=Dependencies(pause=1.0, clock=Quick(), upto=rounds, skip=False),
-            processes=processes,
-        )
+        parts = Dependencies(pause=1.0, clock=Quick(), upto=rounds, skip=False)
+        common: dict[str, Any] = {"resume": resume, "on_event": on_event, "parts": parts}
+        simulate_ray(study, files, out, processes=processes, **common)
         return Run(out)
+    # Nobody is on the way: who fails now fails again.
+    at_once = Dependencies(patience=0.0, pause=0.0, clock=Quick(), upto=rounds, skip=False)
     for path in files:
         refreshed(path)
     with _grid(files, processes, out) as (grid, trouble):
         try:
             machine.run(grid, study, out, resume=resume, on_event=on_event, parts=at_once)
         except InfrastructureError:
-            # Here the sites are the user's own: say what is wrong with their files.
             own = [error for path in files if (error := trouble.get(str(path)))]
             if own and all(isinstance(error, InputError) for error in own):
                 raise own[0] from None
