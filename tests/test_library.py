@@ -208,8 +208,9 @@ def test_two_sites_never_share_a_ledger(tmp_path: Path, tiny_base: Path) -> None
     north = site("north", tmp_path)
     table = north.site.model_copy(update={"name": "south"})
     twin = north.model_copy(update={"site": table})
-    with pytest.raises(ConfigError, match="both keep their ledger in"):
+    with pytest.raises(fedtune.FedtuneError) as error:
         fedtune.simulate(study(tiny_base), [north, twin], tmp_path / "run")
+    assert "both keep their ledger in" in str(error.value)
     assert not (tmp_path / "run").exists()
 
 
@@ -234,7 +235,10 @@ def test_a_run_again_in_one_process_has_another_coordinator(
     with pytest.raises(KeyboardInterrupt):
         fedtune.simulate(loaded, sites, tmp_path / "first", on_event=stop)
     before = worker(str(sites[0].file))
-    run = fedtune.simulate(loaded, sites, tmp_path / "second")
+    try:
+        run = fedtune.simulate(loaded, sites, tmp_path / "second")
+    except fedtune.FedtuneError as error:
+        pytest.fail(str(error))
     assert worker(str(sites[0].file)) is before  # what was read stays
     assert len(run.metrics["round"]) == 3
     resumed = fedtune.simulate(loaded, sites, tmp_path / "first", resume=True)
