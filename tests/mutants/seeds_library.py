@@ -58,7 +58,7 @@ MUTANTS = (
         "a-site-as-it-was",
         SITE,
         "    if known and known.site != load_site(path):\n",
-        "    if known is None:\n",
+        "    if known and known.site is None:\n",
         TEST + "test_a_site_whose_file_changed_is_read_anew",
         "a second run in one process takes a site as it was at the first",
     ),
