@@ -1,0 +1,75 @@
+"""Files and tests that seeded bugs name, and lines of code that several change."""
+
+from __future__ import annotations
+
+CLIP, NOISE, SAMPLING = "fedtune/dp/clip.py", "fedtune/dp/noise.py", "fedtune/dp/sampling.py"
+PLAN, GRADIENTS = "fedtune/dp/plan.py", "fedtune/training/unit_gradients.py"
+OPACUS, ONE_PASS = "fedtune/training/engines/opacus.py", "fedtune/training/engines/one_pass.py"
+ACCOUNTANT, STEPLOG = "fedtune/dp/accountant.py", "fedtune/dp/steplog.py"
+TOKENS, CACHE, LORA = "fedtune/data/load.py", "fedtune/models/cache.py", "fedtune/models/lora.py"
+NETWORK, TRAINING = "fedtune/models/network.py", "fedtune/training/local_round.py"
+STATES = "fedtune/models/prefix_store.py"
+CAUSAL, CLASSIFY = "fedtune/objectives/causal_lm.py", "fedtune/objectives/classify.py"
+SITE, POLICY, ANSWERS = (
+    "fedtune/client/site.py",
+    "fedtune/client/policy.py",
+    "fedtune/client/answers.py",
+)
+ROUNDS, SUMMARY = "fedtune/server/rounds.py", "fedtune/server/summary.py"
+T_CLIP, T_NOISE, T_SAMPLING = (f"tests/dp/test_{x}.py::" for x in ("clip", "noise", "sampling"))
+T_PLAN, T_GRADIENTS = "tests/dp/test_plan.py::", "tests/dp/test_gradients.py::"
+T_LAYERS = "tests/traps/test_trap_11_layers.py"
+T_PARITY = T_GRADIENTS + "test_parity_with_micro_batches_of_one"
+T_ISOLATION = T_GRADIENTS + "test_row_isolation"
+T_ROWS = "tests/traps/test_trap_18_classify.py::"
+T_POST = "tests/traps/test_trap_20_post_processing.py::"
+T_ACCOUNTANT = "tests/dp/test_accountant.py::"
+T_STATES = "tests/models/test_states.py::"
+T_NETWORK = "tests/models/test_network.py::"
+T_CHUNKS = T_PLAN + "test_noise_is_added_once_and_divided_by_the_plan"
+MEAN = "return -likelihood(network, batch).mean"
+GUARD = "            if each is None or each.shape[0] not in known:\n"
+RAISE = 'raise ModelError("a trainable layer gave no per-record gradient")'
+DONE = "        return self._add_noise(total, log, round_)\n"
+DRAW = "noise.gaussian_on_grid(len(total), self.noise_multiplier * bound, grid)"
+BOUND = "total, chunk, self.grid, self.max_grad_norm, self.clipping, self.gamma"
+TOTAL = "        total = torch.zeros(dimension, dtype=torch.int64)\n"
+SEEN = "            seen += chunk.rows\n"
+POISSON = "sampled = sampling.poisson(n_rows, self.sampling_rate)"
+STREAM = "yield np.frombuffer(encryptor.update(bytes(8 * size)), dtype=np.uint64)"
+URANDOM = "np.frombuffer(os.urandom(8 * n_units), dtype=np.uint64)"
+CHOSEN = "np.flatnonzero(draws < np.uint64(int(sampling_rate * 2.0**53))).tolist()"
+NORMS = "squares += torch.linalg.vector_norm(block, dim=1).square_()"
+REPORTED = "return float(_composed(events).get_epsilon_for_delta(delta))"
+CALIBRATED = "    return found / 1000"
+FIRST_FIELD = "                study=self.study,\n"
+GDP = """if not events:
+        return 0.0
+    from scipy.optimize import brentq
+    from scipy.stats import norm
+
+    mu = math.sqrt(sum(n * (q * k) ** 2 * math.expm1(1 / s**2) for s, q, n, k in events))
+
+    def gap(e: float) -> float:
+        above = norm.cdf(mu / 2 - e / mu) - math.exp(e) * norm.cdf(-mu / 2 - e / mu)
+        return float(above - delta)
+
+    return float(brentq(gap, 0, 200)) if gap(0) > 0 else 0.0"""
+T_CONTRACT = "tests/objectives/test_contract.py::"
+T_REFERENCE = "tests/objectives/test_reference.py::"
+T_ORACLES = T_CONTRACT + "test_the_four_oracles_pass"
+SITES = "tests/client/test_site.py::"
+CODEC = "fedtune/wire/codec.py"
+T_CODEC, T_LIES = "tests/wire/test_codec.py::", "tests/wire/test_hostile.py::"
+SEALS = "tests/server/test_apps.py::"
+TEAM = "fedtune/training/data_parallel.py"
+PART = "        mine[:dimension] = part\n"
+LABEL = "fedtune/derive/preferences.py"
+BUDGETS, MERGE = "fedtune/derive/composed_epsilon.py", "fedtune/derive/merge_methods.py"
+T_BUDGETS, T_MERGE = "tests/test_budgets.py::", "tests/models/test_merge.py::"
+ARRIVALS, CONTINUOUS = "fedtune/ledger/cohorts.py", "fedtune/server/continuous.py"
+T_ARRIVALS, T_COHORTS = "tests/dp/test_arrivals.py::", "tests/continuous/test_cohorts.py::"
+T_VERSIONS = "tests/continuous/test_versions.py::"
+MEDIA, PARTS = "fedtune/data/media.py", "fedtune/bases/architecture.py"
+T_SEEN, T_TILES = "tests/models/test_media.py::", "tests/dp/test_media.py::"
+T_RANKS, T_NARROW = "tests/test_lora_ranks.py::", "tests/server/test_narrow_updates.py::"

@@ -1,0 +1,218 @@
+"""Seeded bugs of derived models and of studies without a last round."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import one as _one
+from tests.mutants.places import (
+    BUDGETS,
+    CONTINUOUS,
+    LABEL,
+    LORA,
+    MERGE,
+    NETWORK,
+    SITE,
+    T_ARRIVALS,
+    T_BUDGETS,
+    T_COHORTS,
+    T_MERGE,
+    T_VERSIONS,
+)
+
+MADE_MUTANTS = (
+    _one(
+        26, "the-judge-sees-the-record-before", LABEL,
+        "        tokenizer: Any = self.model.tokenizer\n",
+        "        asked, globals()['_before'] = globals().get('_before', '') + asked, asked\n"
+        "        tokenizer: Any = self.model.tokenizer\n",
+        "tests/test_label.py::test_another_units_records_change_no_byte",
+        "a few-shot taken from another patient",
+    ),
+    _one(
+        26, "the-teacher-is-centred-over-the-batch", "fedtune/objectives/distill.py",
+        "    tokens, wanted = batch.soft\n",
+        "    tokens, wanted = batch.soft\n"
+        "    wanted = torch.log_softmax(wanted - wanted.mean(dim=0, keepdim=True), dim=2)\n",
+        "tests/dp/test_distill.py::test_the_self_test_passes",
+        "every target depends on whoever is in the batch",
+    ),
+    _one(
+        26, "a-teacher-without-privacy-is-heard", "fedtune/client/policy.py",
+        "if teacher.study is not None and not teacher.study.private:", "if False:",
+        "tests/dp/test_distill.py::"
+        "test_a_teacher_without_privacy_is_refused_unless_declared_public",
+        "a model that was fitted to the records sets their targets",
+    ),
+    _one(
+        "students", "the-students-base-hears-the-teacher", "fedtune/derive/distill.py",
+        "    rows = [prompt_ids(r.prompt, table, teacher.tokenizer) for r in prompts.records]\n",
+        "    told, _ = completed(prompts.records, teacher, table, 2, 0)\n"
+        "    asked = [r.prompt + r.completion for r in told]\n"
+        "    rows = [prompt_ids(text, table, teacher.tokenizer) for text in asked]\n",
+        "tests/test_distill.py::test_the_students_base_heard_no_teacher",
+        "base/, which the report calls free of the teacher, follows from what it says",
+    ),
+    _one(
+        "students", "the-teachers-adapter-without-its-scale", "fedtune/derive/distill.py",
+        'value * (scale if "lora_B" in name else 1.0)', "value",
+        "tests/test_distill.py::test_it_begins_where_its_teacher_stands",
+        "the student begins somewhere else than its teacher stands",
+    ),
+    _one(
+        "students", "the-first-gap-is-the-best", "fedtune/derive/depth_pruning.py",
+        "if best is None or divergence < best.divergence:", "if best is None:",
+        "tests/models/test_gap.py::test_layers_that_do_nothing_are_the_ones_left_out",
+        "which layers go is not measured",
+    ),
+    _one(
+        "students", "the-first-position-is-all-that-is-fitted", "fedtune/derive/depth_pruning.py",
+        "    size = wanted.float().pow(2).mean(dim=1, keepdim=True)\n",
+        "    size = torch.ones(len(x), 1)\n",
+        "tests/models/test_gap.py::test_a_position_counts_by_its_own_size",
+        "states a hundred times as large drown all others",
+    ),
+    _one(
+        "max_kl", "a-policy-past-the-leash-is-kept", "fedtune/derive/improve.py",
+        "if found.kl > seen.max_kl:", "if False:",
+        "tests/test_improve.py::test_past_max_kl_nothing_is_kept",
+        "the policy goes as far as the reward takes it",
+    ),
+    _one(
+        "max_kl", "the-price-of-the-kl-is-forgotten", "fedtune/derive/improve.py",
+        "return self.reward - kl_coef * self.kl", "return self.reward",
+        "tests/test_improve.py::"
+        "test_what_is_kept_is_worth_most_by_reward_less_the_price_of_its_kl",
+        "the policy that strays most is kept, and not what the training strives for",
+    ),
+    _one(
+        "max_kl", "the-luckiest-look-is-reported", "fedtune/derive/improve.py",
+        'b"what the report says"', 'b"which policy to keep"',
+        "tests/test_improve.py::test_the_reward_rises_within_max_kl",
+        "the best of several looks is told as what the policy does",
+    ),
+    _one(
+        "parents", "one-parent-pays-for-all", "fedtune/derive/lineage.py",
+        "privacy = composed_epsilon.composed(list(found.values()))",
+        "privacy = next(iter(found.values()))[\"privacy\"]",
+        "tests/test_improve.py::test_the_reward_rises_within_max_kl",
+        "what two runs spent on the same people is not added up",
+    ),
+    _one(
+        "label", "the-judge-is-asked-in-one-order", LABEL,
+        "return (self._odds(prompt, first, second) - self._odds(prompt, second, first)) / 2",
+        "return self._odds(prompt, first, second)",
+        "tests/test_label.py::test_what_a_place_is_worth_cancels",
+        "a judge that likes the first answer labels by the order",
+    ),
+    _one(
+        "label", "the-chat-starts-twice", LABEL,
+        "text = text.removeprefix(tokenizer.bos_token)", "pass",
+        "tests/test_label.py::test_a_base_that_was_tuned_to_chat_is_asked_in_its_own_chat",
+        "the generator is asked in another way than the study trains",
+    ),
+)  # fmt: skip
+
+
+MERGE_MUTANTS = (
+    _one(
+        "merge", "the-larger-where-the-data-was-the-same", BUDGETS, "events += more",
+        "events = max(events, list(more), key=lambda e: cross_check(e, delta))",
+        T_BUDGETS + "test_the_same_site_pays_for_both",
+        "a merged adapter claims less than what was spent on one person",
+    ),
+    _one(
+        "merge", "what-is-not-known-is-apart", BUDGETS,
+        "return APART if one.key and other.key and one.site and other.site else UNKNOWN",
+        "return APART",
+        T_BUDGETS + "test_what_is_not_known_is_composed", "hope in place of caution",
+    ),
+    _one(
+        "merge", "a-merged-parent-counts-once", BUDGETS,
+        'for event in site["events"])', 'for event in site["events"][:1])',
+        T_BUDGETS + "test_a_merged_adapter_may_be_merged_again",
+        "the grandparents' other kinds of steps are forgotten",
+    ),
+    _one(
+        "merge", "factors-are-added-apart", MERGE, '"linear": "cat"', '"linear": "linear"',
+        T_MERGE + "test_linear_is_the_weighted_sum_of_the_updates[ranks0]",
+        "cross terms between one run's A and another's B",
+    ),
+    _one(
+        18, "outliers-of-the-whole-batch", "fedtune/bases/quantise.py",
+        "OUTLIERS = 0.0", "OUTLIERS = 6.0",
+        "tests/models/test_quantise.py::test_no_record_decides_how_anothers_numbers_are_rounded",
+        "LLM.int8()'s own setting: one record decides how another is rounded",
+    ),
+    _one(
+        "quantise", "the-plans-bits-are-forgotten", NETWORK,
+        "dtype_of(study.base.dtype), study.base.quantisation", "dtype_of(study.base.dtype), None",
+        "tests/models/test_quantise.py::test_weights_are_held_in_few_bits_and_the_head_is_not",
+        "a plan that names 4 bits trains on another base",
+    ),
+    _one(
+        "lora", "rank-stabilised-in-the-plan-alone", LORA,
+        'use_rslora=lora.variant == "rslora"', "use_rslora=False",
+        "tests/models/test_variants.py::test_rslora_is_a_scaling_and_the_oracles_pass",
+        "merging and export scale by another number than training did",
+    ),
+    _one(
+        "export", "rotary-halves-stay-apart", "fedtune/derive/gguf.py",
+        "tensor = interleaved(tensor, shared)", "pass",
+        "tests/test_export.py::test_transformers_own_reader_gives_the_same_logits",
+        "a file that loads and writes nonsense",
+    ),
+    _one(
+        "export", "the-base-alone-is-exported", "fedtune/derive/export.py",
+        "whole.model.merge_and_unload()", "whole.model.unload()",
+        "tests/test_export.py::test_plain_transformers_gives_the_logits_of_base_and_adapter",
+        "what was trained is left behind",
+    ),
+)  # fmt: skip
+
+
+CONTINUOUS_MUTANTS = (
+    _one(
+        "late", "who-arrives-late-pays-nothing", "fedtune/ledger/account.py",
+        "return spent.seq > arrival and arrival not in self.reserved[spent.seq].out",
+        "return arrival < 3 and arrival not in self.reserved[spent.seq].out",
+        T_ARRIVALS + "test_each_unit_bears_the_rounds_it_was_in",
+        "only the first cohort is charged",
+    ),
+    _one(
+        "late", "who-is-out-pays-all-the-same-and-never-ends", "fedtune/ledger/ledger.py",
+        "                    out.add(cohort.arrival)\n", "                    continue\n",
+        T_ARRIVALS + "test_each_unit_bears_the_rounds_it_was_in",
+        "a cohort that the filter refuses is not left out",
+    ),
+    _one(
+        "late", "the-spent-stay-in", SITE, "lambda key: arrival(key) in spent",
+        "lambda key: arrival(key) in ()",
+        T_COHORTS + "test_who_has_spent_everything_is_out_and_the_others_go_on",
+        "the ledger leaves a cohort out and its records train on",
+    ),
+    _one(
+        29, "rounds-begin-by-a-count", "fedtune/config/types.py",
+        "if COUNTS.search(value):", "if False:",
+        "tests/continuous/test_schedule.py::test_a_round_that_a_count_begins_is_refused",
+        "every so many records",
+    ),
+    _one(
+        "release", "any-challenger-is-released", CONTINUOUS,
+        "better = found.sure >= self.table.confidence", "better = True",
+        T_VERSIONS + "test_only_what_is_better_is_released", "a worse adapter is promoted",
+    ),
+    _one(
+        "release", "a-rollback-does-not-hold", "fedtune/server/versions.py",
+        "            if index.pinned:\n", "            if index.pinned and not index.versions:\n",
+        T_VERSIONS + "test_a_rollback_holds_over_restarts_until_it_is_undone",
+        "the next round releases again what a person took back",
+    ),
+    _one(
+        "release", "the-link-before-the-index", "fedtune/server/versions.py",
+        "self._write(index)\n            self._settle(index)\n            return version\n",
+        "self._settle(index)\n            self._write(index)\n            return version\n",
+        T_VERSIONS + "test_a_kill_loses_nothing_and_releases_nothing_else[the-index-before]",
+        "killed in between, what is released is on no list",
+    ),
+)  # fmt: skip
+
+MUTANTS = (*MADE_MUTANTS, *MERGE_MUTANTS, *CONTINUOUS_MUTANTS)

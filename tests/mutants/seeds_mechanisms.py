@@ -1,0 +1,266 @@
+"""Seeded bugs of clip, noise, sampling and what a budget counts."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import Mutant
+from tests.mutants.mutant import one as _one
+from tests.mutants.places import (
+    ACCOUNTANT,
+    BOUND,
+    CALIBRATED,
+    CHOSEN,
+    CLIP,
+    DONE,
+    DRAW,
+    GDP,
+    NOISE,
+    NORMS,
+    PLAN,
+    POISSON,
+    POLICY,
+    REPORTED,
+    SAMPLING,
+    SEEN,
+    STEPLOG,
+    STREAM,
+    T_ACCOUNTANT,
+    T_CHUNKS,
+    T_CLIP,
+    T_NOISE,
+    T_PLAN,
+    T_POST,
+    T_SAMPLING,
+    TOTAL,
+    TRAINING,
+    URANDOM,
+)
+
+CLIP_MUTANTS = (
+    _one(
+        4, "nan-passes-the-clip", CLIP, "usable = torch.isfinite(norms)",
+        "usable = torch.ones_like(norms, dtype=torch.bool)",
+        T_CLIP + "test_a_non_finite_unit_contributes_zero", "min(1, C/nan) is 1",
+    ),
+    _one(
+        15, "the-first-layers-norm", CLIP, "scale = scales(chunk.parts, max_grad_norm,",
+        "scale = scales(chunk.parts[:1], max_grad_norm,",
+        "tests/dp/test_sensitivity.py::test_crafted_pairs", "one layer's norm for the whole",
+    ),
+    _one(
+        15, "norms-in-bf16", CLIP, NORMS,
+        NORMS.replace("block", "block.bfloat16()", 1),
+        T_CLIP + "test_norms_in_bf16_would_break_the_bound", "norms reach 1.005 C",
+    ),
+    _one(
+        23, "replace-one-costs-no-more", CLIP, '(2 if relation == "replace one unit" else 1)', "1",
+        T_POST + "test_noise_covers_what_the_relation_says", "2C under the noise of C",
+    ),
+    _one(
+        30, "a-large-gradient-is-clipped-less", CLIP, "norms.clamp_min(1e-300)",
+        "norms.clamp(1e-300, 1e3 * max_grad_norm)",
+        "tests/traps/test_trap_30_crafted_adapter.py", "depends on the weights that were sent",
+    ),
+    _one(
+        30, "a-zero-adapter-is-not-clipped", TRAINING,
+        "    optimizer = _optimizer(study, engine.trained)\n",
+        "    optimizer = _optimizer(study, engine.trained)\n"
+        "    if not any(array.any() for array in adapter.values()):\n"
+        '        plan = plan.__class__(**{**vars(plan), "max_grad_norm": 1e6})\n',
+        "tests/traps/test_trap_30_crafted_adapter.py", "round 0 is taken to be harmless",
+    ),
+    _one(
+        20, "clip-at-the-median", PLAN, BOUND,
+        BOUND.replace("self.max_grad_norm", "float(chunk.flat().norm(dim=1).median())"),
+        T_PLAN + "test_signal_is_the_clipped_mean", "adaptive clipping without paying",
+    ),
+    _one(
+        "2C", "clip-at-twice-c", PLAN, BOUND,
+        BOUND.replace("self.max_grad_norm", "2 * self.max_grad_norm"),
+        T_PLAN + "test_signal_is_the_clipped_mean", "noise for C",
+    ),
+    _one(
+        "grid", "rounding-is-not-covered", CLIP, "max_grad_norm + math.sqrt(dimension) * grid / 2",
+        "max_grad_norm",
+        T_CLIP + "test_sensitivity_covers_the_rounding", "the grid's own error",
+    ),
+)  # fmt: skip
+
+
+NOISE_MUTANTS = (
+    _one(
+        "noise", "neither-noise-nor-its-log-line", PLAN, DONE,
+        "        return (total.double() * (self.grid / self.divisor)).float()\n",
+        T_CHUNKS, "the step is un-noised and the log does not say so",
+    ),
+    _one(
+        "noise", "sigma-times-0.99", NOISE, "scale = std / grid if", "scale = 0.99 * std / grid if",
+        T_NOISE + "test_zero_signal_variance_is_within_0_3_percent", "1 % too little",
+    ),
+    _one(
+        5, "noise-follows-manual_seed", NOISE, STREAM,
+        "yield np.frombuffer(torch.randint(0, 256, (8 * size,), dtype=torch.uint8).numpy()"
+        ".tobytes(), dtype=np.uint64)",
+        T_NOISE + "test_no_seed_replays_it", "anyone can take the noise off again",
+    ),
+    Mutant(
+        5, "forked-workers-share-a-key", NOISE,
+        (
+            ("def _keystream(", "_SHARED: list[bytes] = []\n\n\ndef _keystream("),
+            (
+                "    encryptor = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(os.urandom(16)))",
+                "    _SHARED or _SHARED.append(os.urandom(48))\n"
+                "    _SHARED[0] = _SHARED[0][1:] + _SHARED[0][:1]\n"
+                "    key = _SHARED[0]\n"
+                "    encryptor = Cipher(algorithms.AES(key[:32]), modes.CTR(key[32:]))",
+            ),
+        ),
+        ("tests/traps/test_trap_05_forked_workers.py::test_forked_workers_draw_apart",),
+        "a generator that is state of the process",
+    ),
+    _one(
+        6, "secure-mode-is-switched-off", NOISE, STREAM,
+        "yield np.random.default_rng().integers(0, 2**64, size, dtype=np.uint64)",
+        "tests/traps/test_trap_05_forked_workers.py::"
+        "test_the_noise_is_a_function_of_the_systems_key_alone",
+        "unseeded, but not cryptographic",
+    ),
+    _one(
+        17, "noise-in-every-chunk", PLAN, SEEN,
+        SEEN + "            total += noise.gaussian_on_grid(\n"
+        "                dimension, self.noise_multiplier * self.max_grad_norm, self.grid\n"
+        "            )\n",
+        T_CHUNKS, "the variance grows with the number of chunks",
+    ),
+    _one(
+        17, "noise-divided-by-the-batch", PLAN, DRAW,
+        DRAW.replace("bound", "bound / self.divisor"), T_CHUNKS, "noise of the mean, on the sum",
+    ),
+    _one(
+        3, "an-aborted-step-leaves-its-sum", PLAN, TOTAL,
+        "        total = self.__dict__.setdefault(\n"
+        '            "held", torch.zeros(dimension, dtype=torch.int64)\n'
+        "        )\n",
+        "tests/traps/test_trap_03_aborted_step.py", "the next step holds more units than it drew",
+    ),
+)  # fmt: skip
+
+
+SAMPLING_MUTANTS = (
+    _one(
+        2, "divisor-is-the-true-batch", PLAN, DONE,
+        DONE.rstrip() + " * (self.divisor / max(1, len(sampled)))\n",
+        "tests/traps/test_trap_02_size.py", "N leaks through the scale of the noise",
+    ),
+    _one(
+        2, "rate-from-the-true-size", PLAN, POISSON,
+        "sampled = sampling.poisson(n_rows, min(1.0, self.divisor / n_rows))",
+        "tests/traps/test_trap_02_size.py", "q = 1/len(loader)",
+    ),
+    _one(
+        8, "an-empty-batch-is-dropped", PLAN, DONE,
+        "        if not sampled:\n            return torch.zeros(dimension)\n" + DONE,
+        T_PLAN + "test_an_empty_sample_is_a_noise_only_step", "no noise, no line in the log",
+    ),
+    _one(
+        9, "batches-of-fixed-size", SAMPLING, CHOSEN,
+        "np.sort(np.argsort(draws)[: round(sampling_rate * n_units)]).tolist()",
+        T_SAMPLING + "test_the_sampler_is_poisson",
+        "accounted as Poisson",
+    ),
+    Mutant(
+        9, "shuffled-epochs", SAMPLING,
+        (
+            ("def poisson(", "_LEFT: list[int] = []\n\n\ndef poisson("),
+            (
+                "    return " + CHOSEN,
+                "    size = len(np.flatnonzero(draws < np.uint64(int(sampling_rate * 2.0**53))))\n"
+                "    if len(_LEFT) < size or max(_LEFT) >= n_units:\n"
+                "        _LEFT[:] = np.argsort(draws).tolist()\n"
+                "    taken, _LEFT[:] = _LEFT[:size], _LEFT[size:]\n"
+                "    return sorted(taken)",
+            ),
+        ),
+        (T_SAMPLING + "test_the_sampler_is_poisson",),
+        "sizes are binomial, members are not independent",
+    ),
+    _one(
+        25, "sampler-follows-a-seed", SAMPLING, URANDOM,
+        "np.frombuffer(np.random.bytes(8 * n_units), dtype=np.uint64)",
+        T_SAMPLING + "test_no_seed_replays_it", "a plan seed replays who was drawn",
+    ),
+    _one(
+        25, "inclusion-in-the-step-log", PLAN, POISSON,
+        POISSON + "\n        self.__dict__['study'] = f\"{self.study.split()[0]} {sampled}\"",
+        T_POST + "test_nothing_of_who_was_drawn_is_written", "amplification is gone",
+    ),
+    _one(
+        25, "inclusion-beside-the-step-log", PLAN, POISSON,
+        POISSON + '\n        log.path.with_suffix(".sampled").write_text(str(sampled))',
+        T_POST + "test_nothing_of_who_was_drawn_is_written", "a debugging file",
+    ),
+    _one(
+        16, "a-missing-row-is-no-error", PLAN,
+        "if sorted(seen) != sorted(sampled):", "if len(seen) > 10**9:",
+        T_PLAN + "test_a_missing_or_doubled_unit_releases_nothing", "a step over nothing passes",
+    ),
+    _one(
+        16, "rows-are-only-counted", PLAN,
+        "if sorted(seen) != sorted(sampled):", "if len(seen) != len(sampled):",
+        T_PLAN + "test_a_missing_or_doubled_unit_releases_nothing", "one missed, one doubled",
+    ),
+)  # fmt: skip
+
+
+BUDGET_MUTANTS = (
+    _one(
+        10, "gdp-instead-of-pld", ACCOUNTANT, REPORTED, GDP,
+        "tests/traps/test_trap_10_accountant.py", "the central limit is optimistic",
+    ),
+    _one(
+        10, "the-loudest-gaussian-alone", ACCOUNTANT,
+        "math.hypot(*(_mu(event) for event in events))", "max(_mu(event) for event in events)",
+        T_ACCOUNTANT + "test_gaussians_of_several_lengths_are_one",
+        "several noises in one study",
+    ),
+    _one(
+        24, "sigma-rounded-down", ACCOUNTANT, CALIBRATED,
+        CALIBRATED.replace("found", "(found - 1)"),
+        T_ACCOUNTANT + "test_calibrated_noise_stays_below_the_target_and_is_tight",
+        "ε a hair above the plan's",
+    ),
+    _one(
+        29, "sigma-rounded-to-nearest", ACCOUNTANT,
+        "Steps(thousandths / 1000, sampling_rate, steps, records)",
+        "Steps((thousandths + 0.5) / 1000, sampling_rate, steps, records)",
+        T_ACCOUNTANT + "test_calibrated_noise_stays_below_the_target_and_is_tight",
+        "1.536 is ε 8.0003",
+    ),
+    _one(
+        24, "epsilon-rounded-down-in-the-report", "fedtune/report/claim.py",
+        "up = math.ceil(round(n * scale, 6)) / scale", "up = round(n * scale) / scale",
+        "tests/report/test_report.py::test_epsilon_is_rounded_up", "what people read",
+    ),
+    Mutant(
+        24, "the-line-comes-after-the-noise", PLAN,
+        (
+            ("        log.append(\n", "        line = (\n"),
+            ("        total += " + DRAW, "        total += " + DRAW + "\n        log.append(line)"),
+        ),
+        ("tests/traps/test_trap_24_crash.py",),
+        "a crash in between is free",
+    ),
+    _one(
+        24, "a-round-again-is-free", POLICY,
+        "max(plan.steps - sum(event.steps for event in mine), at_least)",
+        "max(plan.steps - sum(event.steps for event in mine), 0)",
+        "tests/client/test_site.py::test_a_round_from_another_adapter_is_paid_for_until_the_ceiling",
+        "trained again without room for it",
+    ),
+    _one(
+        "log", "the-log-is-overwritten", STEPLOG, "os.O_WRONLY | os.O_APPEND | os.O_CREAT",
+        "os.O_WRONLY | os.O_TRUNC | os.O_CREAT",
+        T_PLAN + "test_epsilon_of_the_log_is_epsilon_of_the_plan", "only the last step is charged",
+    ),
+)  # fmt: skip
+
+MUTANTS = (*CLIP_MUTANTS, *NOISE_MUTANTS, *SAMPLING_MUTANTS, *BUDGET_MUTANTS)

@@ -1,0 +1,255 @@
+"""Seeded bugs of bases, adapters, files and ranks by site."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import Mutant
+from tests.mutants.mutant import one as _one
+from tests.mutants.places import (
+    CACHE,
+    GRADIENTS,
+    MEDIA,
+    NETWORK,
+    PARTS,
+    POLICY,
+    ROUNDS,
+    STATES,
+    T_NARROW,
+    T_NETWORK,
+    T_POST,
+    T_RANKS,
+    T_SEEN,
+    T_STATES,
+    T_TILES,
+    TOKENS,
+    TRAINING,
+)
+
+MODEL_MUTANTS = (
+    _one(
+        "states", "states-without-their-positions", CACHE,
+        "parts = (passage.input_ids.tobytes(), kept.tobytes(), *",
+        "parts = (passage.input_ids.tobytes(), *",
+        "tests/models/test_states_shared.py::test_the_same_tokens_with_other_targets_have_states_of_their_own",
+        "a record trains on the states of another one's targets",
+    ),
+    _one(
+        "media", "an-image-in-one-line", "fedtune/bases/architecture.py",
+        "torch.stack([time, time + within // side, time + within % side])",
+        "torch.stack([time, time, time])",
+        "tests/models/test_media.py::test_positions_round_an_image_are_transformers_own",
+        "an image's rows and columns are not seen as such",
+    ),
+    _one(
+        "loaded", "another-studys-factor-stays", NETWORK,
+        "or self._loaded[1] != self._now():", "or False:",
+        T_NETWORK + "test_a_is_loaded_again_only_after_something_wrote_to_it",
+        "a site trains over the A of the study before it",
+    ),
+    _one(
+        "states", "the-file-is-not-authenticated", STATES,
+        "body = AESGCM(self.key).decrypt(_NONCE, block, self.record)",
+        "from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes\n"
+        '            counter = modes.CTR(_NONCE + (2).to_bytes(4, "big"))\n'
+        "            cipher = Cipher(algorithms.AES(self.key), counter)\n"
+        "            body = cipher.decryptor().update(block[:-16])",
+        T_STATES + "test_an_altered_block_is_noticed_and_its_states_computed_again",
+        "trains on whatever somebody wrote there",
+    ),
+    Mutant(
+        "states", "the-file-is-in-the-clear", STATES,
+        (
+            ("block = AESGCM(key).encrypt(_NONCE, body, record)", "block = body"),
+            ("body = AESGCM(self.key).decrypt(_NONCE, block, self.record)", "body = block"),
+        ),
+        (T_STATES + "test_what_is_in_the_file_is_not_readable",),
+        "hidden states can be turned back into text",
+    ),
+    Mutant(
+        "states", "a-block-passes-for-anothers", STATES,
+        (
+            ("encrypt(_NONCE, body, record)", "encrypt(_NONCE, body, None)"),
+            ("decrypt(_NONCE, block, self.record)", "decrypt(_NONCE, block, None)"),
+        ),
+        (T_STATES + "test_a_block_is_bound_to_its_record",),
+        "the seal says nothing of whose states they are",
+    ),
+    _one(
+        "states", "withdrawn-states-are-held", CACHE,
+        "self.network.states[name] = self._states[index] = state",
+        'self.network.states[name] = self._states[index] = state\n'
+        '            PREFIX_STORE.__dict__.setdefault("all", []).append(state)',
+        "tests/client/test_site.py::"
+        "test_a_withdrawn_patients_states_are_erased_and_the_others_kept",
+        "who withdrew stays in memory and file",
+    ),
+    _one(
+        "states", "an-adapter-below-the-cut", "fedtune/models/split.py",
+        "at = len(layers) - lora.last_layers", "at = len(layers) - lora.last_layers + 1",
+        "tests/models/test_states_shared.py::test_below_the_cut_nothing_is_trained_and_nothing_is_dropped",
+        "what is kept changes as the adapter learns",
+    ),
+    _one(
+        12, "any-module-may-be-adapted", POLICY,
+        'listed += [("modules", module, policy.modules) for module in study.lora.modules]',
+        "pass",
+        "tests/traps/test_trap_12_peft_options.py::"
+        "test_a_module_outside_the_allow_list_is_refused",
+        "embed_tokens has no per-record gradient",
+    ),
+    _one(
+        12, "a-start-read-off-the-data", "fedtune/config/study.py",
+        'a_init: Literal["seed", "public"]', 'a_init: Literal["seed", "public", "eva", "pissa"]',
+        "tests/traps/test_trap_12_peft_options.py::"
+        "test_an_option_outside_the_allow_list_is_unknown",
+        "EVA looks at private records",
+    ),
+    _one(
+        14, "the-check-before-training-is-blind", TRAINING, "    if not lowered:\n",
+        "    if norm < 0:\n",
+        "tests/models/test_network.py::test_the_check_catches_a_gradient_of_the_wrong_sign",
+        "ε accrues and nothing is learnt",
+    ),
+    _one(
+        14, "the-optimiser-never-steps", TRAINING, "        optimizer.step()\n", "",
+        "tests/test_training.py::test_a_round_lowers_the_loss_of_its_own_records[sgd]",
+        "opacus issue 820",
+    ),
+    _one(
+        14, "saved-under-a-wrapper's-names", NETWORK,
+        "self.model.save_pretrained(str(folder), save_embedding_layers=False)",
+        "self.model.save_pretrained(str(folder), save_embedding_layers=False, state_dict={\n"
+        '                f"_module.{n}": p for n, p in self.model.state_dict().items()})',
+        "tests/models/test_network.py::"
+        "test_plain_peft_in_a_fresh_process_gives_the_same_logits[B]",
+        "an adapter that does not load",
+    ),
+    _one(
+        20, "learning-rate-from-the-private-loss", TRAINING, "        optimizer.step()\n",
+        '        optimizer.param_groups[0]["lr"] *= min(1.0, _mean_loss(data, study) / 10)\n'
+        "        optimizer.step()\n",
+        T_POST + "test_the_update_depends_on_the_noised_sums_alone", "a schedule that is not paid",
+    ),
+    Mutant(
+        20, "stops-where-the-private-loss-rises", TRAINING,
+        (
+            (
+                "    for _ in range(study.training.local_steps):\n",
+                "    best = _mean_loss(data, study)\n"
+                "    for _ in range(study.training.local_steps):\n",
+            ),
+            (
+                "        optimizer.zero_grad()\n",
+                "        optimizer.zero_grad()\n"
+                "        if _mean_loss(data, study) >= best:\n"
+                "            break\n",
+            ),
+        ),
+        (T_POST + "test_the_update_depends_on_the_noised_sums_alone",), "early stopping",
+    ),
+)  # fmt: skip
+
+
+MEDIA_MUTANTS = (
+    _one(
+        28, "one-tile-of-a-projector-counts", GRADIENTS,
+        "whole = parts.sum(dim=1).flatten(1)", "whole = parts[:, 0].flatten(1)",
+        T_TILES + "test_tiles_are_added_up_before_any_norm", "four fifths of an image are lost",
+    ),
+    _one(
+        28, "tiles-of-two-records-are-added", GRADIENTS,
+        "parts = each.view(records, len(each) // records, *each.shape[1:])",
+        "parts = each.view(len(each) // records, records, *each.shape[1:]).transpose(0, 1)",
+        T_TILES + "test_tiles_are_added_up_before_any_norm", "a unit's clip holds another's tiles",
+    ),
+    _one(
+        28, "an-image-fills-the-next-records-places", PARTS,
+        "taken = features.gather(", "taken = features.roll(1, 0).gather(",
+        T_TILES + "test_a_records_image_reaches_no_other_record", "a record's loss reads another",
+    ),
+    _one(
+        28, "tile-counts-share-a-batch", CACHE,
+        "members.setdefault(bucket_of(index), [])",
+        "members.setdefault(bucket_of(index)._replace(tiles=1), [])",
+        T_TILES + "test_one_batch_has_one_number_of_tiles",
+        "what is declared for the batch is wrong for some of it",
+    ),
+    _one(
+        "media", "states-go-by-the-text-alone", CACHE, "*([media] if media else [])", "",
+        T_SEEN + "test_states_are_the_files_own", "a record trains on another record's image",
+    ),
+    _one(
+        "media", "links-lead-out-of-the-folder", MEDIA,
+        "path = (self._root / name).resolve()", "path = self._root / name",
+        "tests/data/test_media.py::test_paths_stay_inside_the_folder",
+        "a data file reads what lies elsewhere on the machine",
+    ),
+    _one(
+        "media", "the-ledger-does-not-know-the-file", TOKENS,
+        'found.add(b"media\\0" + record.media.digest)', "pass",
+        T_SEEN + "test_members_of_the_ledger_know_the_file",
+        "the same image under other words passes for a new one",
+    ),
+    _one(
+        "media", "more-places-than-the-image-has", "fedtune/modalities/image_text.py",
+        "        if found != expected:\n", "        if found < expected:\n",
+        T_SEEN + "test_place_holders_are_counted", "a text that writes image tokens of its own",
+    ),
+)  # fmt: skip
+
+
+RANK_MUTANTS = (  # of sites that train fewer ranks of one adapter
+    _one(
+        "ranks", "the-first-columns-alone-are-trained", "fedtune/models/rank_slice.py",
+        "start = min((round_ - 1) % blocks * rank,", "start = min(0 * blocks,",
+        T_RANKS + "test_the_released_change_is_the_weighted_mean_of_the_sites_own",
+        "a site of few ranks never trains the others",
+    ),
+    _one(
+        "ranks", "a-site-trains-every-column", GRADIENTS,
+        "trained_slice(name, parameter.detach(), columns)",
+        "trained_slice(name, parameter.detach(), ALL)",
+        T_RANKS + "test_rows_are_columns_of_the_whole_rows",
+        "clipped and noised over numbers that are not sent",
+    ),
+    _one(
+        "ranks", "columns-left-out-stay-in-memory", GRADIENTS,
+        "    kept = each[..., columns].clone()\n    each.zero_()\n",
+        "    kept = each[..., columns].clone()\n",
+        T_RANKS + "test_columns_that_are_not_trained_are_wiped", "gradients nobody noised are kept",
+    ),
+    _one(
+        "ranks", "few-numbers-weigh-less", ROUNDS,
+        "self.strategy.add(pad_update(got.update, adapter, columns), float(weight))",
+        "weight *= sum(a.size for a in part.values())\n"
+        "            self.strategy.add(pad_update(got.update, adapter, columns), float(weight))",
+        T_NARROW + "test_the_aggregate_is_the_mean_with_zeros_for_what_a_site_does_not_train",
+        "the aggregate is no longer the weighted mean of what the sites changed",
+    ),
+    _one(
+        "ranks", "bound-over-numbers-not-trained", ROUNDS,
+        "sum(array.size for array in part.values())",
+        "sum(array.size for array in adapter.values())",
+        T_NARROW + "test_an_update_longer_than_its_own_numbers_allow_is_dropped",
+        "a site of few ranks may send longer updates than its noise explains",
+    ),
+    _one(
+        "ranks", "any-rank-is-taken", "fedtune/server/admission.py",
+        "lora.min_rank <= said <= lora.rank else 0", "True else 0",
+        T_NARROW + "test_a_rank_that_the_plan_does_not_allow_is_refused",
+        "a site chooses its own shapes",
+    ),
+    _one(
+        "ranks", "a-rank-changes-on-the-way", "fedtune/server/admission.py",
+        "self.lora_ranks.get(name, rank) != rank", "self.lora_ranks.update({name: rank})",
+        T_NARROW + "test_a_rank_stays_for_the_study_also_over_a_restart_of_the_coordinator",
+        "what the report says of a site is not what it trained",
+    ),
+    _one(
+        "ranks", "fewer-ranks-than-the-plan-wants", POLICY,
+        "    if rank >= least:\n", "    if rank > 0:\n",
+        "tests/test_lora_ranks_plans.py::test_a_site_trains_fewer_ranks_only_where_the_plan_counts_on_it",
+        "budget is spent on updates that no coordinator takes",
+    ),
+)  # fmt: skip
+
+MUTANTS = (*MODEL_MUTANTS, *MEDIA_MUTANTS, *RANK_MUTANTS)

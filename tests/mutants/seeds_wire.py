@@ -1,0 +1,212 @@
+"""Seeded bugs of the wire, its encodings and a site's processes."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import one as _one
+from tests.mutants.places import (
+    ANSWERS,
+    CODEC,
+    PART,
+    POLICY,
+    ROUNDS,
+    SEALS,
+    SITE,
+    SITES,
+    SUMMARY,
+    T_CODEC,
+    T_LIES,
+    TEAM,
+    TOKENS,
+)
+
+WIRE_MUTANTS = (
+    _one(
+        21, "the-reply-carries-a-loss", ANSWERS, 'said |= {"header": "", "signature": ""}',
+        'said |= {"header": "", "signature": "", "loss": "0.0"}',
+        "tests/server/test_apps.py::"
+        "test_train_gives_update_status_and_step_log_and_nothing_else",
+        "one more field",
+    ),
+    _one(
+        21, "an-errors-words-leave", ANSWERS, 'return "failed", type(error).__name__',
+        'return "failed", str(error)',
+        "tests/server/test_apps.py::test_only_a_refusals_words_leave_the_site",
+        "a record's text in an exception",
+    ),
+    _one(
+        22, "the-size-is-counted", SITE,
+        "return Admission(admitted, reason, self.site.site.name, self._size, lora_rank)",
+        "n = next(iter(self._cached.values()))[1].dataset.n_units if self._cached else 0\n"
+        "        return Admission(admitted, reason, self.site.site.name, n)",
+        "tests/traps/test_trap_22_site_counts.py", "weighting by the true number of units",
+    ),
+    _one(
+        22, "weights-even-where-equal-is-said", ROUNDS,
+        'if self.asks.weights == "declared" else 1', 'if self.asks.weights != "none" else 1',
+        "tests/traps/test_trap_22_weights.py", "a larger site counts more than the plan says",
+    ),
+    _one(
+        25, "choice-of-sites-as-amplification", SUMMARY,
+        'name: _epsilon(events, parts, privacy) for',
+        'name: _epsilon([e | {"q": e["q"] * progress.study.strategy.fraction} for e in events], '
+        'parts, privacy) for',
+        "tests/traps/test_trap_22_weights.py", "the coordinator's draw is public",
+    ),
+    _one(
+        23, "records-where-there-are-patients", POLICY,
+        'if site.data.columns.patient and study.unit == "record":', "if False:",
+        "tests/traps/test_trap_12_peft_options.py::"
+        "test_records_are_not_enough_where_there_are_patients",
+        "ε of a record read as a patient's",
+    ),
+    _one(
+        "cap", "the-cap-follows-the-file's-order", TOKENS,
+        "(not kept(record), hashlib.sha256(content_of(record)).hexdigest(), index)", "(index,)",
+        "tests/data/test_data_tokens.py::test_the_cap_depends_on_the_patients_own_records_alone",
+        "which records are kept depends on others",
+    ),
+    _one(
+        29, "too-few-units-is-a-failure", SITE, "        if dataset.n_units < 2:\n",
+        "        if dataset.n_units < 2:\n"
+        '            raise DataError("too few usable records")\n',
+        "tests/traps/test_trap_22_site_counts.py", "a round that a count triggers",
+    ),
+)  # fmt: skip
+
+
+ENCODING_MUTANTS = (
+    _one(
+        "wire", "cut-off-not-rounded", CODEC, "np.rint(codes, ", "np.trunc(codes, ",
+        T_CODEC + "test_every_number_comes_back_within_the_stated_error",
+        "twice the stated error, and always towards zero",
+    ),
+    _one(
+        "wire", "the-message-says-how-many-blocks", CODEC,
+        "if scales.shape != starts.shape:",
+        "scales = np.resize(scales, starts.shape)\n    if False:",
+        T_CODEC + "test_what_is_no_encoding_is_refused",
+        "scales of other blocks, or of none",
+    ),
+    _one(
+        "wire", "tensors-end-to-end-in-no-order", CODEC,
+        "    for name, shape in sorted(agreed.items()):\n        found[name]",
+        "    for name, shape in agreed.items():\n        found[name]",
+        T_CODEC + "test_each_tensor_gets_its_own_numbers_back",
+        "one tensor's numbers are another's",
+    ),
+    _one(
+        "wire", "the-bound-counts-from-nothing", "fedtune/server/bound.py",
+        "norm_bound(self._study, site, dimension, start)",
+        "norm_bound(self._study, site, dimension, 0.0)",
+        "tests/server/test_wire.py::"
+        "test_the_bound_on_an_update_counts_from_the_adapter_that_was_sent",
+        "honest sites are dropped where weights decay",
+    ),
+    _one(
+        "wire", "what-waited-is-sent-whatever-its-form", SITE,
+        "            _check_waited(prepared, round_, adapter, body)", "            pass",
+        "tests/test_lora_ranks_plans.py::test_a_site_declares_its_rank_and_keeps_it_for_the_study",
+        "another rank's update under this one's name",
+    ),
+    _one(
+        "wire", "any-scale-will-do", CODEC,
+        "if not (np.isfinite(scales) & (scales > 0)).all():", "if False:",
+        T_CODEC + "test_what_is_not_finite_stays_so_and_is_refused",
+        "a diverged update looks like numbers",
+    ),
+    _one(
+        "wire", "any-encoding-will-do", "fedtune/server/admission.py",
+        "        check_agreed(arrays, codec.layout(agreed, encoding))\n", "",
+        T_LIES + "test_a_lie_is_dropped_with_its_own_reason",
+        "arrays are read before they are compared with the plan",
+    ),
+    _one(
+        "wire", "rounding-is-a-reason-to-drop", "fedtune/server/admission.py",
+        "longest * codec.GROWTH[encoding]", "longest",
+        T_LIES + "test_rounding_is_no_reason_to_drop_an_honest_update",
+        "honest sites are dropped where noise is large",
+    ),
+    _one(
+        "wire", "the-adapter-is-kept-as-it-was-sent", ROUNDS,
+        "adapter = self.strategy.apply(progress.adapter)",
+        "adapter = codec.decode(codec.encode(\n"
+        "            self.strategy.apply(progress.adapter), self.study.wire.adapter),\n"
+        "            codec.shapes(progress.adapter))",
+        "tests/server/test_wire.py::test_rounding_does_not_add_up_over_rounds",
+        "updates below half a unit of the rounded adapter are lost, round after round",
+    ),
+    _one(
+        "wire", "rounded-before-the-ledger-but-sent-whole", SITE,
+        "sent = encode(delta, study.wire.update)", "sent = encode(delta, \"float32\")",
+        SITES + "test_an_admitted_plan_trains_and_every_step_is_in_the_log",
+        "the outbox holds other bytes than the plan says",
+    ),
+    _one(
+        "wire", "a-part-sent-twice-ends-the-upload", "fedtune/flower/api.py",
+        "return PushObjectResponse(stored=True) if repeated else answer", "return answer",
+        "tests/flower/test_upload.py::test_a_part_is_sent_until_it_has_arrived",
+        "one lost answer, and the whole update is sent again three minutes later",
+    ),
+)  # fmt: skip
+
+
+GUARANTEE_MUTANTS = (
+    _one(
+        "filter", "the-order-follows-the-plan", POLICY, "    if charges:\n", "    if not plan:\n",
+        SITES + "test_a_second_study_is_held_to_the_first_ones_order",
+        "the filter's order is chosen after results were seen",
+    ),
+    _one(
+        "filter", "several-kinds-as-if-planned-at-once", "fedtune/dp/filter.py",
+        "if len({event._replace(steps=0) for event in events}) <= 1:", "if events:",
+        "tests/dp/test_ceiling.py::"
+        "test_two_kinds_are_filtered_at_the_order_given_and_cost_no_less_than_pld",
+        "studies chosen after results are added up as if all had been planned",
+    ),
+    _one(
+        "ledger", "a-round-is-trained-again", "fedtune/ledger/ledger.py",
+        "        if sha256 is None or not path.exists():", "        if True:",
+        SITES + "test_a_round_asked_for_again_is_sent_again_and_not_paid_again",
+        "a retry trains again",
+    ),
+    _one(
+        "seal", "any-signature-will-do", "fedtune/wire/seal.py",
+        "if not verifies(public, signed, signature):",
+        "if not verifies(public, signed, signature) and not signature:",
+        SEALS + "test_an_update_signed_by_another_or_altered_is_dropped",
+        "an update that somebody else signed is counted",
+    ),
+    _one(
+        "query", "the-count-is-not-clipped", "fedtune/dp/query.py", "NORM = math.sqrt(2)",
+        "NORM = 1.0",
+        "tests/test_private_evaluation.py::"
+        "test_epsilon_of_the_queries_is_the_accountants_of_the_step_log",
+        "a query's sensitivity is another than the ledger pays for",
+    ),
+    _one(
+        "query", "whoever-asks-is-answered", "fedtune/client/evaluation.py",
+        'if "evaluation" not in site.policy.release:', "if False:",
+        "tests/test_private_evaluation.py::"
+        "test_a_site_that_does_not_release_refuses_by_name_of_the_rule",
+        "private evaluation without the policy's leave",
+    ),
+)  # fmt: skip
+
+
+TEAM_MUTANTS = (
+    _one(
+        17, "noise-on-every-rank", TEAM, PART,
+        PART + "        from fedtune.dp import noise\n\n"
+        "        mine[:dimension] += noise.gaussian_on_grid(dimension, 1.7, 2.0**-20)\n",
+        "tests/dp/test_team.py::test_noise_is_added_once_whatever_the_number_of_ranks",
+        "the variance grows with the number of processes",
+    ),
+    _one(
+        8, "a-rank-drops-a-row", TEAM, "part = own(sampled[share])",
+        "part = own(sampled[share][1:])",
+        "tests/dp/test_team.py::test_the_sum_is_that_of_one_process_bit_for_bit",
+        "each rank rounds its share down",
+    ),
+)  # fmt: skip
+
+MUTANTS = (*WIRE_MUTANTS, *ENCODING_MUTANTS, *GUARANTEE_MUTANTS, *TEAM_MUTANTS)
