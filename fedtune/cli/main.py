@@ -250,37 +250,41 @@ def simulate(
 # ------------------------------------------------------------------------- between machines
 
 
+SERVER_HOME = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Certificates and admitted sites; made at the first start. "
+        "Without it: coordinator, beside STUDY.",
+    ),
+]
+SERVER_HOST = Annotated[
+    str,
+    typer.Option(metavar="ADDRESS", help="Where to listen; 127.0.0.1: this machine alone."),
+]
+SERVER_NAMES = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--name",
+        metavar="NAME",
+        help="A name or address that sites call this machine by; repeatable.",
+        show_default=False,
+    ),
+]
+SERVER_OUT = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Where the run goes. Without it: runs/NAME, beside STUDY."),
+]
+
+
 @command(app, panel=RUN, epilog="Ctrl-C is safe: the same command with --resume goes on.")
 def server(
     study: STUDY,
-    home: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Certificates and admitted sites; made at the first start. "
-            "Without it: coordinator, beside STUDY.",
-        ),
-    ] = None,
-    host: Annotated[
-        str,
-        typer.Option(metavar="ADDRESS", help="Where to listen; 127.0.0.1: this machine alone."),
-    ] = "127.0.0.1",
+    home: SERVER_HOME = None,
+    host: SERVER_HOST = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, metavar="N", help="The port.")] = 8443,
-    names: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--name",
-            metavar="NAME",
-            help="A name or address that sites call this machine by; repeatable.",
-            show_default=False,
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Where the run goes. Without it: runs/NAME, beside STUDY."
-        ),
-    ] = None,
+    names: SERVER_NAMES = None,
+    out: SERVER_OUT = None,
     resume: RESUME = False,
     metrics_port: METRICS = None,
 ) -> None:
@@ -451,23 +455,27 @@ def versions(
     typer.echo(f"released: version {index.champion}, {run / 'adapter'}{pinned}")
 
 
+GENERATE_FILE = Annotated[
+    Path | None,
+    typer.Option(metavar="PATH", help="The image or recording, for a base that reads one."),
+]
+GENERATE_CHAT = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--plain",
+        help="Put it into the model's chat template, or not. Without: as in training.",
+        show_default=False,
+    ),
+]
+
+
 @command(app, panel=LOOK)
 def generate(
     run: RUN_FOLDER,
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to continue or answer.")] = "",
-    file: Annotated[
-        Path | None,
-        typer.Option(metavar="PATH", help="The image or recording, for a base that reads one."),
-    ] = None,
+    file: GENERATE_FILE = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="At most so many.")] = 64,
-    chat: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat/--plain",
-            help="Put it into the model's chat template, or not. Without: as in training.",
-            show_default=False,
-        ),
-    ] = None,
+    chat: GENERATE_CHAT = None,
 ) -> None:
     """Let the base and the adapter answer the same prompt, side by side."""
     from fedtune.cli.console import side_by_side

@@ -147,42 +147,50 @@ def revoke(
     typer.echo(f"revoked {name} at {record.revoked}; its keys are refused from now on")
 
 
+DOCTOR_FILE = Annotated[
+    Path,
+    typer.Argument(metavar="FILE", help="A site's site.toml, or the coordinator's study.toml."),
+]
+DOCTOR_STUDY = Annotated[
+    Path | None,
+    typer.Option(
+        "--study",
+        metavar="STUDY",
+        help="Site: also base, plan, records for it, and the self-test of the guarantee.",
+    ),
+]
+DOCTOR_HOME = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="Coordinator: its home. Without it: coordinator, beside FILE."
+    ),
+]
+DOCTOR_HOST = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Coordinator: where it listens. As of `server`."),
+]
+DOCTOR_PORT = Annotated[
+    int | None,
+    typer.Option(min=1, max=65535, metavar="N", help="Coordinator: the port. As of `server`."),
+]
+DOCTOR_NAMES = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--name",
+        metavar="NAME",
+        help="Coordinator: what sites call it by. Without it: what answers say.",
+        show_default=False,
+    ),
+]
+
+
 def doctor(
-    file: Annotated[
-        Path,
-        typer.Argument(metavar="FILE", help="A site's site.toml, or the coordinator's study.toml."),
-    ],
-    study: Annotated[
-        Path | None,
-        typer.Option(
-            "--study",
-            metavar="STUDY",
-            help="Site: also base, plan, records for it, and the self-test of the guarantee.",
-        ),
-    ] = None,
-    home: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Coordinator: its home. Without it: coordinator, beside FILE."
-        ),
-    ] = None,
-    host: Annotated[
-        str | None,
-        typer.Option(metavar="ADDRESS", help="Coordinator: where it listens. As of `server`."),
-    ] = None,
-    port: Annotated[
-        int | None,
-        typer.Option(min=1, max=65535, metavar="N", help="Coordinator: the port. As of `server`."),
-    ] = None,
-    names: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--name",
-            metavar="NAME",
-            help="Coordinator: what sites call it by. Without it: what answers say.",
-            show_default=False,
-        ),
-    ] = None,
+    file: DOCTOR_FILE,
+    study: DOCTOR_STUDY = None,
+    home: DOCTOR_HOME = None,
+    host: DOCTOR_HOST = None,
+    port: DOCTOR_PORT = None,
+    names: DOCTOR_NAMES = None,
 ) -> None:
     """Look for what could go wrong on this machine, before it does; say what to do about it.
 

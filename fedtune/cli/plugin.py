@@ -19,49 +19,53 @@ def add_to(app: typer.Typer) -> None:
     command(app, "check-plugin", panel="Write a plug-in")(check_plugin)
 
 
+CHECK_PLUGIN_NAME = Annotated[
+    str,
+    typer.Argument(metavar="NAME", help="Of this release, or an entry point that is installed."),
+]
+CHECK_PLUGIN_GROUP = Annotated[Groups, typer.Option(help="What it is: the group is fedtune.GROUP.")]
+CHECK_PLUGIN_OPTION = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=VALUE",
+        help="An option of the plug-in; may be repeated.",
+        show_default=False,
+    ),
+]
+CHECK_PLUGIN_BASE = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="Whose architecture an objective or a modality is tried on, at tiny size. "
+        "Without it: a small random text model.",
+        show_default=False,
+    ),
+]
+CHECK_PLUGIN_FILE = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Generated records that a source reads.",
+        show_default=False,
+    ),
+]
+CHECK_PLUGIN_LESS = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="The same with one record left out; needed where a line is not a record.",
+        show_default=False,
+    ),
+]
+
+
 def check_plugin(
-    name: Annotated[
-        str,
-        typer.Argument(
-            metavar="NAME", help="Of this release, or an entry point that is installed."
-        ),
-    ],
-    group: Annotated[
-        Groups, typer.Option(help="What it is: the group is fedtune.GROUP.")
-    ] = "objectives",
-    option: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE",
-            help="An option of the plug-in; may be repeated.",
-            show_default=False,
-        ),
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="Whose architecture an objective or a modality is tried on, at tiny size. "
-            "Without it: a small random text model.",
-            show_default=False,
-        ),
-    ] = None,
-    file: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Generated records that a source reads.",
-            show_default=False,
-        ),
-    ] = None,
-    less: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="The same with one record left out; needed where a line is not a record.",
-            show_default=False,
-        ),
-    ] = None,
+    name: CHECK_PLUGIN_NAME,
+    group: CHECK_PLUGIN_GROUP = "objectives",
+    option: CHECK_PLUGIN_OPTION = None,
+    base: CHECK_PLUGIN_BASE = None,
+    file: CHECK_PLUGIN_FILE = None,
+    less: CHECK_PLUGIN_LESS = None,
 ) -> None:
     """Hold a plug-in to what every one of its kind must keep, on generated records.
 

@@ -170,15 +170,10 @@ def load_dataset(
         rejected.update(made.rejected)
         if made.records:
             units[key] = made
-    if not units and strict:
+    if strict and not units:
         raise _nothing_left(file.path, rejected, study.objective)
-    if labelled and table == "data" and len(units) < 2 and strict:
-        raise DataError(
-            f"{file.path}: all usable records are one {unit}'s, which can be neither protected "
-            "nor trained on",
-            f"at least 2 {unit}s",
-            f"add records, or check {table}.columns.patient",
-        )
+    if strict and labelled and table == "data" and len(units) < 2:
+        raise _one_unit(file.path, unit)
     examples = [
         replace(example, unit=number)
         for number, made in enumerate(units.values())
@@ -186,9 +181,8 @@ def load_dataset(
     ]
     if table != "data":
         return Dataset(examples, len(units), rejected)
-    keys = tuple(
-        unit_member(key) if unit == "patient" else b"row\0" + key.encode() for key in units
-    )
+    member = unit_member if unit == "patient" else _row_member
+    keys = tuple(map(member, units))
     training = [record for made in units.values() for record in made.records]
     members = _members(training) | (frozenset(keys) if unit == "patient" else frozenset())
     return Dataset(examples, len(units), rejected, members, keys)
@@ -280,6 +274,19 @@ def _check_media(file: DataFile, objective: ObjectiveTable, reader: Reader | Non
                 f"a speech base reads no prompt ({', '.join(given) or 'objective.template'})",
                 f"{at}.audio with {at}.text (what is said) or {at}.label (classify)",
             )
+
+
+def _row_member(key: str) -> bytes:
+    return b"row\0" + key.encode()
+
+
+def _one_unit(path: Path, unit: str) -> DataError:
+    return DataError(
+        f"{path}: all usable records are one {unit}'s, which can be neither protected nor trained "
+        "on",
+        f"at least 2 {unit}s",
+        "add records, or check data.columns.patient",
+    )
 
 
 def _nothing_left(path: Path, rejected: Counter[str], objective: ObjectiveTable) -> DataError:

@@ -113,12 +113,7 @@ def improve(
         texts = [(r.prompt, _as_read(r, study)) for r in held_in]
         improve_by(policy, texts, bench.rewards, _watching(seen, bench, held_in), how)
         if seen.best is None:
-            raise Refused(
-                f"no checkpoint with KL ≤ {max_kl:g} nats had a higher KL-penalised reward than "
-                "the run",
-                f"reward - {how.kl_coef:g} · KL above that of the starting policy",
-                "more steps, a smaller learning rate, a larger --max-kl, or a smaller --kl-coef",
-            )
+            raise _nothing_better(max_kl, how)
         _restore(policy, seen.best[2])
         after = [bench.look(records, REPORTED) for records in (held_in, held_out)]
         policy.model.save_pretrained(str(draft / "adapter"), selected_adapters=["default"])
@@ -130,6 +125,14 @@ def improve(
         body["derived"]["parents"] = came.pop("parents")
         derived_run.write(draft, made, body | came)
     return Run(out)
+
+
+def _nothing_better(max_kl: float, how: RlooSettings) -> Refused:
+    return Refused(
+        f"no checkpoint with KL ≤ {max_kl:g} nats had a higher KL-penalised reward than the run",
+        f"reward - {how.kl_coef:g} · KL above that of the starting policy",
+        "more steps, a smaller learning rate, a larger --max-kl, or a smaller --kl-coef",
+    )
 
 
 def _check(policy: LoadedModel, judge: LoadedModel, run: Run, reward_run: Run) -> Study:

@@ -46,21 +46,8 @@ def merge_models(
     Errors: ConfigError, ModelError, InfrastructureError."""
     out = Path(out)
     check_new(out)
-    if len(folders) < 2:
-        raise ConfigError(f"{len(folders)} model given", "two or more to merge")
-    if not all(map(exported, folders)):
-        odd = next(folder for folder in folders if not exported(folder))
-        raise ConfigError(f"{odd}: no exported model", "runs alone, or exported models alone")
-    reports = [read_report(each, "base", "base.name", "base.digest") for each in folders]
-    bases = {body["base"]["digest"]: body["base"]["name"] for body in reports}
-    if len(bases) != 1:
-        raise ConfigError(
-            "the models were made of different bases", "exported runs of one base.digest"
-        )
-    ((pinned, name),) = bases.items()
-    if any(body["base"].get("quantisation") for body in reports):
-        raise ConfigError("a model of a quantised base: its differences are from other weights")
-    base = find_base(name, pinned)
+    reports = _reports(folders)
+    base = find_base(reports[0]["base"]["name"], reports[0]["base"]["digest"])
     digests = [digest(folder) for folder in folders]
     if len(set(digests)) != len(digests):
         raise ConfigError("two of the models are the same", "models that differ")
@@ -78,17 +65,7 @@ def merge_models(
         "merge": {
             "method": f"{method} (mergekit, whole models)",
             "weights": shares,
-            "parents": [
-                {
-                    "study": each.get("study"),
-                    "plan_digest": each.get("plan_digest"),
-                    "adapter_digest": found,
-                    "epsilon": each["privacy"].get("epsilon"),
-                    "delta": each["privacy"].get("delta"),
-                    "weight": share,
-                }
-                for each, found, share in zip(reports, digests, shares, strict=True)
-            ],
+            "parents": [_parent(*each) for each in zip(reports, digests, shares, strict=True)],
         },
     }
     with drafted(out) as draft:
@@ -103,6 +80,34 @@ def merge_models(
         report.write(draft, body)
         (draft / "report.md").rename(draft / "README.md")
     return body
+
+
+def _parent(report: dict[str, Any], adapter: str, weight: float) -> dict[str, Any]:
+    return {
+        "study": report.get("study"),
+        "plan_digest": report.get("plan_digest"),
+        "adapter_digest": adapter,
+        "epsilon": report["privacy"].get("epsilon"),
+        "delta": report["privacy"].get("delta"),
+        "weight": weight,
+    }
+
+
+def _reports(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """The reports of exported models of one base. Errors: ConfigError."""
+    if len(folders) < 2:
+        raise ConfigError(f"{len(folders)} model given", "two or more to merge")
+    if not all(map(exported, folders)):
+        odd = next(folder for folder in folders if not exported(folder))
+        raise ConfigError(f"{odd}: no exported model", "runs alone, or exported models alone")
+    reports = [read_report(each, "base", "base.name", "base.digest") for each in folders]
+    if len({body["base"]["digest"] for body in reports}) != 1:
+        raise ConfigError(
+            "the models were made of different bases", "exported runs of one base.digest"
+        )
+    if any(body["base"].get("quantisation") for body in reports):
+        raise ConfigError("a model of a quantised base: its differences are from other weights")
+    return reports
 
 
 # mergekit's names; all but slerp work on differences from the base.

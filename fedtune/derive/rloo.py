@@ -35,7 +35,7 @@ def improve_by(
     try:
         from datasets import Dataset
         from transformers import PrinterCallback, TrainerCallback
-        from trl import RLOOConfig, RLOOTrainer
+        from trl import RLOOTrainer
     except ImportError:
         raise ConfigError("trl is not installed", todo="pip install 'fedtune[rl]'") from None
 
@@ -59,27 +59,34 @@ def improve_by(
             ),
             optimizers=(torch.optim.AdamW(trained, how.learning_rate, weight_decay=0.0), None),
             callbacks=[Watching()],
-            args=RLOOConfig(
-                output_dir=folder,
-                max_steps=how.steps,
-                per_device_train_batch_size=how.prompts * how.answers,
-                num_generations=how.answers,
-                max_completion_length=how.new_tokens,
-                temperature=how.temperature,
-                top_k=0,
-                beta=how.kl_coef,
-                learning_rate=how.learning_rate,
-                lr_scheduler_type="constant",
-                seed=how.seed,
-                bf16=False,
-                use_cpu=not torch.cuda.is_available(),
-                gradient_checkpointing=False,
-                save_strategy="no",
-                logging_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-            ),
+            args=_arguments(folder, how),
         )
         trainer.remove_callback(PrinterCallback)  # it prints at the end, whatever is logged
         trainer.train()
     policy.model.eval()
+
+
+def _arguments(folder: str, how: RlooSettings) -> Any:
+    """trl's settings: no file, log or tracker of its own."""
+    from trl import RLOOConfig
+
+    return RLOOConfig(
+        output_dir=folder,
+        max_steps=how.steps,
+        per_device_train_batch_size=how.prompts * how.answers,
+        num_generations=how.answers,
+        max_completion_length=how.new_tokens,
+        temperature=how.temperature,
+        top_k=0,
+        beta=how.kl_coef,
+        learning_rate=how.learning_rate,
+        lr_scheduler_type="constant",
+        seed=how.seed,
+        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=False,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )

@@ -46,11 +46,7 @@ def generate(
     study = run.study
     base = find_base(study.base.model, study.base.digest)
     if base.kind == "encoder" or resolve(study.objective).outputs:
-        raise ConfigError(
-            f"{run.folder}: this run trained a head, which writes no text",
-            "a run of an objective on text, such as causal_lm or dpo",
-            f"`fedtune evaluate {run.folder} --data FILE` measures it",
-        )
+        raise _writes_nothing(run.folder)
     tokenizer: Any = load_tokenizer(base)
     reader = modalities.reader(base, tokenizer, study.base.modality)
     shown, prompt = _shown(reader, file, prompt, study.objective)
@@ -62,22 +58,8 @@ def generate(
     model = adapted(backbone, run.folder / "adapter")
     if chat is None:
         chat = study.evaluation is None or bool(study.evaluation.columns.messages)
-    if chat and tokenizer.chat_template:
-        turns = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        text = (study.objective.template or "{text}").replace("{text}", prompt)
-        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not reader.starts)
-    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    asked, most = inputs["input_ids"].shape[1], room(backbone)
-    if asked + max_new_tokens > most:
-        raise ConfigError(
-            f"the prompt has {asked} tokens, and {max_new_tokens} new ones were asked for",
-            f"at most {most} together, which is all that the base reads",
-            "a shorter prompt, or a smaller --max-new-tokens",
-        )
+    inputs = _tokens(tokenizer, prompt, study.objective, chat, reader)
+    _check_room(inputs["input_ids"].shape[1], max_new_tokens, room(backbone))
     if shown is not None:
         inputs |= seen_as(backbone, base.kind, shown, inputs["input_ids"])
     start = "input_ids"
@@ -99,6 +81,39 @@ def generate(
         after = write()
         with model.disable_adapter():
             return write(), after
+
+
+def _writes_nothing(folder: Path) -> ConfigError:
+    return ConfigError(
+        f"{folder}: this run trained a head, which writes no text",
+        "a run of an objective on text, such as causal_lm or dpo",
+        f"`fedtune evaluate {folder} --data FILE` measures it",
+    )
+
+
+def _check_room(asked: int, max_new_tokens: int, most: int) -> None:
+    """Errors: ConfigError where prompt and answer are more than the base reads."""
+    if asked + max_new_tokens > most:
+        raise ConfigError(
+            f"the prompt has {asked} tokens, and {max_new_tokens} new ones were asked for",
+            f"at most {most} together, which is all that the base reads",
+            "a shorter prompt, or a smaller --max-new-tokens",
+        )
+
+
+def _tokens(
+    tokenizer: Any, prompt: str, objective: ObjectiveTable, chat: bool, reader: Reader
+) -> dict[str, Any]:
+    """The prompt's token ids and mask, as a chat where the model has a template for one."""
+    if chat and tokenizer.chat_template:
+        turns = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        text = (objective.template or "{text}").replace("{text}", prompt)
+        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not reader.starts)
+    return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
 
 def _shown(

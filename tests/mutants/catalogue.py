@@ -3,7 +3,7 @@
 Every numbered trap has at least one. Where a trap cannot exist here by design (there is no
 BatchMemoryManager, no GDP accountant, no set_seed), the mutant brings it in.
 
-Each area has a module, `seeds_AREA.py`, with its MUTANTS; places.py has what several of them name."""
+Each area has a module, `seeds_AREA.py`, with its MUTANTS; what several name is in places.py."""
 
 from __future__ import annotations
 
