@@ -35,7 +35,7 @@ from examples.write import Table as Toml
 from examples.write import jsonl, merged, read_jsonl, toml
 from fedtune import load_site, load_study, simulate
 from fedtune.demo.generate import write
-from fedtune.models.network import build
+from fedtune.models.build import build
 from fedtune.strategies.fedavg import FedAvg
 
 ROUNDS = 4

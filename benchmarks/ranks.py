@@ -24,8 +24,8 @@ from fedtune.audit.selftest import MemoryLog
 from fedtune.config import Study
 from fedtune.demo.generate import write
 from fedtune.dp.plan import plan_for_site
+from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
-from fedtune.models.network import build
 from fedtune.models.random_records import random_records
 from fedtune.models.rank_slice import rank_slice
 from fedtune.training.local_round import local_round

@@ -25,7 +25,7 @@ import numpy as np
 from flwr.app import Message
 
 import fedtune.client.app
-from fedtune.client.site import Admission, Update
+from fedtune.client.prepared import Admission, Update
 from fedtune.config import Study
 from fedtune.flower.grid import InProcessGrid
 from fedtune.server import rounds

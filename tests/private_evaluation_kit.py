@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.client.site import Update
+from fedtune.client.prepared import Update
 from fedtune.dp.steplog import StepLog
 from fedtune.wire.codec import VALUES
 from tests.guarantee.world import NAMES, lay_out, patients

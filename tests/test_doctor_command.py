@@ -9,7 +9,7 @@ import pytest
 
 from fedtune.config import load_study
 from fedtune.doctor import machine
-from fedtune.models.network import build
+from fedtune.models.build import build
 from tests.doctor_kit import Hub
 from tests.test_cli import run
 

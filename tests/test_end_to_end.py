@@ -261,7 +261,7 @@ def same_logits_by_plain_peft(run: Path) -> None:
 
     from fedtune.config import study_from_json
     from fedtune.models.adapter_files import load_adapter
-    from fedtune.models.network import build
+    from fedtune.models.build import build
 
     network = build(study_from_json((run / "plan.json").read_text()))
     saved = load_adapter(run / "adapter")

@@ -19,8 +19,9 @@ from fedtune.config.sites import sites_in
 from fedtune.dp import clip
 from fedtune.dp.non_private import plain_plan
 from fedtune.dp.steplog import StepLog
+from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network, build
+from fedtune.models.network import Network
 from fedtune.models.rank_slice import ALL, slice_update
 from fedtune.objectives.causal_lm import CausalLM
 from fedtune.training import unit_gradients

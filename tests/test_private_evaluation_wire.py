@@ -14,7 +14,8 @@ import torch
 from scipy.stats import chi2
 
 import fedtune.client.app
-from fedtune.client.site import SiteWorker, Unprepared, Update
+from fedtune.client.prepared import Unprepared, Update
+from fedtune.client.site import SiteWorker
 from fedtune.config import Study, load_site, load_study, templates
 from fedtune.dp import noise, query
 from fedtune.dp.accountant import epsilon

@@ -23,8 +23,9 @@ from fedtune.evaluation.evaluator import Evaluator, _spelled, check_evaluation
 from fedtune.evaluation.generate import generate
 from fedtune.evaluation.metrics import intervals, wilson
 from fedtune.evaluation.run import evaluate
+from fedtune.models.build import build
 from fedtune.models.lora import Arrays
-from fedtune.models.network import Network, build
+from fedtune.models.network import Network
 from fedtune.run import Run
 from fedtune.server.parts import Dependencies
 

@@ -11,8 +11,9 @@ import torch
 from fedtune.config import Study
 from fedtune.dp.non_private import plain_plan
 from fedtune.dp.steplog import StepLog
+from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network, build
+from fedtune.models.network import Network
 from fedtune.objectives import resolve
 from fedtune.training.local_round import local_round
 from tests.dp.conftest import records, study

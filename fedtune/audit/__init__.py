@@ -21,7 +21,7 @@ from fedtune.dp.plan import DpPlan, plan_for_site
 from fedtune.errors import ConfigError, InputError
 from fedtune.files.writing import replace as write_file
 from fedtune.models.adapter_files import picked
-from fedtune.models.network import build
+from fedtune.models.build import build
 from fedtune.models.tiny import tiny_network
 from fedtune.run import Run
 

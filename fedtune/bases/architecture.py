@@ -154,3 +154,28 @@ def with_parts(model: nn.Module, /, **modules: nn.Module) -> nn.Module:
     twin = copy.copy(model)
     object.__setattr__(twin, "_modules", {**model._modules, **modules})
     return twin
+
+
+POSITIONS = ("max_position_embeddings", "max_target_positions", "n_positions")  # in a config
+
+
+def pooled(hidden: torch.Tensor, mask: torch.Tensor, kind: Kind) -> torch.Tensor:
+    """One vector per record (B, H) fp32: the last token's; of an encoder the mean over tokens."""
+    if kind != "encoder":
+        last = mask.sum(dim=1) - 1
+        return hidden[torch.arange(len(hidden), device=last.device), last].float()
+    weights = mask.float()[:, :, None]
+    mean = (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)
+    # Length √H: what a layer norm gives, so that one learning rate serves every base.
+    return nn.functional.normalize(mean, dim=1) * math.sqrt(hidden.shape[2])
+
+
+def positions_of(model: Any) -> int | None:
+    """Count the positions that a text model has; None where its config does not say."""
+    sizes = (getattr(model.config, name, None) for name in POSITIONS)
+    known = [size for size in sizes if isinstance(size, int) and size > 0]
+    if not known:
+        return None
+    # RoBERTa's way: positions are counted from the padding's own number.
+    first = getattr(getattr(model, "embeddings", None), "padding_idx", None)
+    return min(known) - (0 if first is None else first + 1)

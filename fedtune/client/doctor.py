@@ -15,7 +15,7 @@ from fedtune.audit import selftest
 from fedtune.bases.find import Base
 from fedtune.client.policy import base_for
 from fedtune.client.review import unsigned, would_refuse
-from fedtune.client.site import check_data
+from fedtune.client.site_checks import check_data
 from fedtune.config import Site, Study, load_site
 from fedtune.data.load import LONG, text_members
 from fedtune.data.records import read_records, unit_member
@@ -36,7 +36,7 @@ from fedtune.flower.forwarder import (
 )
 from fedtune.ledger.files import KEY, SALT, traces
 from fedtune.ledger.ledger import Ledger
-from fedtune.models.network import build
+from fedtune.models.build import build
 from fedtune.wire.protocol import check_peer
 
 RENEW = (

@@ -29,10 +29,11 @@ from fedtune.dp.plan import AddUp, Team, plan_for_site
 from fedtune.errors import FedtuneError, InfrastructureError
 from fedtune.files.writing import replace
 from fedtune.flower.processes import Child
+from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import Arrays
 from fedtune.models.lora import digest as arrays_digest
-from fedtune.models.network import Network, build
+from fedtune.models.network import Network
 from fedtune.models.prefix_store import PREFIX_STORE
 from fedtune.models.rank_slice import ALL
 from fedtune.objectives import resolve

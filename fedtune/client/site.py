@@ -7,116 +7,55 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from safetensors.numpy import load, save
 
-from fedtune import modalities, process_cache
-from fedtune.audit import selftest
-from fedtune.bases.find import Base, find_base, load_tokenizer
+from fedtune import process_cache
 from fedtune.client import evaluation
 from fedtune.client.evaluation import unit_rows
 from fedtune.client.policy import accounted, admit, base_for, order_of, planned, within_budget
+from fedtune.client.prepared import (
+    Admission,
+    Prepared,
+    Unprepared,
+    Update,
+    check_waited,
+    metadata_of,
+    step_summary,
+)
 from fedtune.client.review import pending
+from fedtune.client.site_checks import check_learns, check_reads, self_test
 from fedtune.config import Site, SiteData, Study, load_site
 from fedtune.data.dataset import Dataset
 from fedtune.data.load import check_columns, load_dataset
-from fedtune.data.reader import Reader
-from fedtune.data.records import read_records, unit_member
-from fedtune.dp.non_private import PlainPlan, plain_plan
+from fedtune.data.records import unit_member
+from fedtune.dp.non_private import plain_plan
 from fedtune.dp.plan import DpPlan, SharedPlan, StepPlan
 from fedtune.dp.query import answer
-from fedtune.dp.steplog import Step, StepLog
-from fedtune.errors import ConfigError, DataError, PolicyRefused, Refused
+from fedtune.dp.steplog import StepLog
+from fedtune.errors import DataError, PolicyRefused, Refused
 from fedtune.ledger.entries import Charge
 from fedtune.ledger.ledger import Ledger
+from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import Arrays
 from fedtune.models.lora import digest as arrays_digest
-from fedtune.models.network import Network, build
-from fedtune.models.rank_slice import rank_slice, trained_slice
+from fedtune.models.network import Network
+from fedtune.models.rank_slice import rank_slice
 from fedtune.models.teacher import teaching
-from fedtune.training.local_round import check_trains, local_round
-from fedtune.wire.codec import Encoded, Shapes, encode, layout, shapes
+from fedtune.training.local_round import local_round
+from fedtune.wire.codec import Shapes, encode
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import Header, seal
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from fedtune.client.rank_process import Workers
 
 log = logging.getLogger("fedtune.site")
-
-
-class Unprepared(Refused):
-    """This site does not know the plan (it was restarted, or joined late): send it again."""
-
-
-@dataclass(frozen=True)
-class Admission:
-    """What a site says of a plan. Every field is public."""
-
-    admitted: bool
-    reason: str
-    name: str
-    declared_size: int
-    lora_rank: int | None = None  # how many ranks it trains, where the plan lets sites choose
-
-
-@dataclass(frozen=True, repr=False)
-class Update:
-    """delta: trained minus given, as the plan has it travel; events: the steps this study ran here
-    so far."""
-
-    delta: Encoded
-    events: list[dict[str, float | int]]
-
-
-@dataclass(frozen=True, repr=False)
-class _Prepared:
-    study: Study
-    network: Network
-    plan: DpPlan | PlainPlan
-    frozen: Arrays
-    coordinator: str
-    lora_rank: int | None  # as declared: it stays for the study, whatever site.toml says since
-
-    @property
-    def private(self) -> DpPlan | None:
-        return self.plan if isinstance(self.plan, DpPlan) else None
-
-
-def check_data(site: Site, study: Study, base: Base | None = None) -> None:
-    """What only the site may know: whether its records suit the study. base: without it, the one
-    that the study names: for one's own studies. Errors: DataError."""
-    base = base or find_base(site.site.base or study.base.model, study.base.digest)
-    tokenizer, reader = _reading(base, study.base.modality)
-    load_dataset(site.data, study, tokenizer, reader=reader)
-
-
-@process_cache.cached("readers")
-def _reading(base: Base, modality: str | None) -> tuple[PreTrainedTokenizerBase, Reader]:
-    """How a base reads records; once for all simulated sites."""
-    tokenizer = load_tokenizer(base)
-    return tokenizer, modalities.reader(base, tokenizer, modality)
-
-
-def check_records(site: Site) -> None:
-    """Read the site's records before any study is known. Errors: DataError."""
-    unit: Literal["patient", "record"] = "patient" if site.data.columns.patient else "record"
-    records, _ = read_records(site.data, unit=unit)
-    if len({record.unit for record in records}) < 2:
-        raise DataError(
-            f"{site.data.path}: fewer than 2 usable {unit}s",
-            f"at least 2 {unit}s",
-            "add records, or check data.columns",
-        )
-
-
 _workers: dict[str, SiteWorker] = process_cache.kept("workers", {})
 
 
@@ -144,10 +83,9 @@ class SiteWorker:
         self.site, self._path = site, path
         self.log = StepLog(site.site.state / "steps.jsonl")
         self.ranks: Workers | None = None  # other processes that share a round's work
-        self._prepared: dict[str, _Prepared] = {}
-        self._cached: dict[
-            str, tuple[object, CachedDataset]
-        ] = {}  # by dataset: what it depends on, data
+        self._prepared: dict[str, Prepared] = {}
+        # By dataset: what it depends on, and the data.
+        self._cached: dict[str, tuple[object, CachedDataset]] = {}
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -156,8 +94,6 @@ class SiteWorker:
     @property
     def key(self) -> SigningKey:
         return self.ledger.key
-
-    # ------------------------------------------------------------------------------- the plan
 
     def prepare(self, study: Study, frozen: Arrays, coordinator: str = "") -> Admission:
         """Admit or refuse `study`; on admission the data is read and the model is ready.
@@ -180,17 +116,17 @@ class SiteWorker:
 
     def _made(
         self, study: Study, plan: DpPlan | None, frozen: Arrays, coordinator: str
-    ) -> _Prepared:
+    ) -> Prepared:
         network = build(study, base_for(study, self.site))
-        _check_reads(study, network)
+        check_reads(study, network)
         rank = study.lora.rank_at(self.site.site.lora_rank) if study.lora else None
         if plan:
-            _self_test(study, network, self._size, rank)
+            self_test(study, network, self._size, rank)
         frozen = network.adopt(study, frozen)
-        _check_trains(study, network, rank)
+        check_learns(study, network, rank)
         self._data(study, network, self.site.data)  # not kept here: somebody may withdraw
         ran = plan or plain_plan(study, self._size)
-        return _Prepared(study, network, ran, frozen, coordinator, rank)
+        return Prepared(study, network, ran, frozen, coordinator, rank)
 
     def _permit(
         self, study: Study, plan: DpPlan | None, coordinator: str, at_least: int = 0
@@ -287,8 +223,6 @@ class SiteWorker:
             log.error("%s: too few usable records; this site sends noise alone", data.path)
         return dataset
 
-    # ------------------------------------------------------------------------------ one round
-
     def train(self, digest: str, round_: int, adapter: Arrays, receipt: str = "") -> Update:
         """One local round: the update of this round from this adapter, trained once.
 
@@ -305,10 +239,10 @@ class SiteWorker:
         if body is None:
             body = self._trained(prepared, round_, adapter, given)
         else:
-            _check_waited(prepared, round_, adapter, body)
-        return Update(load(body), json.loads(_metadata(body)["events"]))
+            check_waited(prepared, round_, adapter, body)
+        return Update(load(body), json.loads(metadata_of(body)["events"]))
 
-    def _trained(self, prepared: _Prepared, round_: int, adapter: Arrays, given: str) -> bytes:
+    def _trained(self, prepared: Prepared, round_: int, adapter: Arrays, given: str) -> bytes:
         study, plan = prepared.study, prepared.private
         steps = study.training.local_steps
         site = self._permit(study, plan, prepared.coordinator, steps)
@@ -329,7 +263,7 @@ class SiteWorker:
         columns = rank_slice(study.lora, prepared.lora_rank, round_)
         with self._step_plan(prepared, data, columns) as ran:
             delta = local_round(study, data, ran, self.log, round_, adapter, recompute, columns)
-        events = _summary(self.log.steps(study.digest)) if plan else []
+        events = step_summary(self.log.steps(study.digest)) if plan else []
         sent = encode(delta, study.wire.update)  # after the noise, before the ledger
         body = save(sent, {"events": json.dumps(events)})
         if plan:  # without noise nothing is kept on disk; asked again, it is trained again
@@ -349,7 +283,7 @@ class SiteWorker:
 
     @contextmanager
     def _step_plan(
-        self, prepared: _Prepared, data: CachedDataset, columns: slice
+        self, prepared: Prepared, data: CachedDataset, columns: slice
     ) -> Iterator[StepPlan]:
         """What draws and noises the round, with this site's other processes if there are any."""
         if self.ranks is None or prepared.private is None:
@@ -357,8 +291,6 @@ class SiteWorker:
         else:
             with self.ranks.running(prepared.study, data, prepared.frozen, columns) as team:
                 yield SharedPlan(prepared.private, team)
-
-    # -------------------------------------------------------------------------------- a query
 
     def evaluate(self, digest: str, round_: int, adapter: Arrays, receipt: str = "") -> Update:
         """The noised answer about this site's held-out records with `adapter`, paid for once.
@@ -373,10 +305,10 @@ class SiteWorker:
         body = self.ledger.released(plan.study, round_, given)
         if body is None:
             body = self._answered(prepared, plan, round_, adapter, given)
-        return Update(load(body), json.loads(_metadata(body)["events"]))
+        return Update(load(body), json.loads(metadata_of(body)["events"]))
 
     def _answered(
-        self, prepared: _Prepared, plan: DpPlan, round_: int, adapter: Arrays, given: str
+        self, prepared: Prepared, plan: DpPlan, round_: int, adapter: Arrays, given: str
     ) -> bytes:
         study, site, training = prepared.study, self._current(), prepared.private
         assert training is not None  # a study with queries is private
@@ -394,12 +326,10 @@ class SiteWorker:
         reserved = self.ledger.reserve(held_out.name, charge, given, permit)
         prepared.network.load_frozen(prepared.frozen)
         sums = answer(plan, unit_rows(study, data), self.log, round_)
-        events = _summary(self.log.steps(plan.study))
+        events = step_summary(self.log.steps(plan.study))
         body = save(encode({"sums": sums.numpy()}, "float32"), {"events": json.dumps(events)})
         self.ledger.release(reserved, body)
         return body
-
-    # --------------------------------------------------------------------------------- helpers
 
     def _charge(self, study: Study, plan: DpPlan | None, site: Site, round_: int) -> Charge:
         charges = self.ledger.charges(self._dataset)
@@ -445,7 +375,7 @@ class SiteWorker:
         """The public key that signed the plan. Errors: Unprepared."""
         return self._known(digest).coordinator
 
-    def _known(self, digest: str) -> _Prepared:
+    def _known(self, digest: str) -> Prepared:
         if (prepared := self._prepared.get(digest)) is None:
             raise Unprepared("this site does not know the plan", todo="send it again")
         return prepared
@@ -464,66 +394,3 @@ class SiteWorker:
 
     def _says(self, admitted: bool, reason: str, lora_rank: int | None = None) -> Admission:
         return Admission(admitted, reason, self.site.site.name, self._size, lora_rank)
-
-
-# In this process; the code does not change while it runs.
-_tested: set[str] = process_cache.kept("self-tests", set())
-_trains: set[tuple[str, int | None]] = process_cache.kept("training checks", set())
-_reads: set[str] = process_cache.kept("length checks", set())
-
-
-def _self_test(study: Study, network: Network, size: int, lora_rank: int | None) -> None:
-    """Once per process and kind of study. Errors: SelfTestFailed."""
-    tables = dict.fromkeys(("base", "lora", "objective", "clipping", "privacy"), True)
-    kind = study.model_dump_json(include={**tables, "training": {"engine"}}) + f" {lora_rank}"
-    if kind not in _tested:
-        selftest.require(study, network, size, lora_rank)
-        _tested.add(kind)
-
-
-def _check_reads(study: Study, network: Network) -> None:
-    """Once per process and study. Errors: PolicyRefused; base and length are public."""
-    if study.digest not in _reads:
-        try:
-            network.check_length(study.objective.max_length)
-        except ConfigError as error:
-            raise PolicyRefused(error.happened, error.expected, error.todo) from None
-        _reads.add(study.digest)
-
-
-def _check_trains(study: Study, network: Network, lora_rank: int | None) -> None:
-    """Once per process and study: its digest names base and A. Errors: ModelError."""
-    kind = study.digest, lora_rank
-    if kind not in _trains:
-        check_trains(study, network, rank_slice(study.lora, lora_rank, 1))
-        _trains.add(kind)
-
-
-def _check_waited(prepared: _Prepared, round_: int, adapter: Arrays, body: bytes) -> None:
-    """Errors: PolicyRefused where an update that waited has not the form of this site's updates: it
-    trained, was started again, and now declares another rank."""
-    columns = rank_slice(prepared.study.lora, prepared.lora_rank, round_)
-    trained = {name: trained_slice(name, array, columns).shape for name, array in adapter.items()}
-    forms = layout(trained, prepared.study.wire.update)
-    if shapes(load(body)) != {name: form.shape for name, form in forms.items()}:
-        raise PolicyRefused(
-            "site.lora_rank was changed while an update of this round waits to be sent",
-            todo="set it back for this study",
-        )
-
-
-def _summary(steps: list[Step]) -> list[dict[str, Any]]:
-    counts = Counter(
-        (s.noise_multiplier, s.sampling_rate, s.max_grad_norm, s.records) for s in steps
-    )
-    return [
-        {"sigma": sigma, "q": rate, "max_grad_norm": norm, "records": records, "steps": count}
-        for (sigma, rate, norm, records), count in counts.items()
-    ]
-
-
-def _metadata(body: bytes) -> dict[str, str]:
-    """The strings in a safetensors header."""
-    length = int.from_bytes(body[:8], "little")
-    found: dict[str, str] = json.loads(body[8 : 8 + length])["__metadata__"]
-    return found

@@ -24,10 +24,11 @@ from fedtune.derive.prompts import Prompts, completed, read
 from fedtune.derive.pruned_base import shallow
 from fedtune.derive.settings import DistillSettings
 from fedtune.errors import ConfigError
+from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
 from fedtune.models.loaded import LoadedModel, load
 from fedtune.models.lora import Arrays
-from fedtune.models.network import Network, build
+from fedtune.models.network import Network
 from fedtune.models.public_factor import public_factor
 from fedtune.models.teacher import taught_by
 from fedtune.objectives import resolve

@@ -25,8 +25,8 @@ from fedtune.derive.prompts import Prompts, read
 from fedtune.derive.rloo import improve_by
 from fedtune.derive.settings import RlooSettings
 from fedtune.errors import ConfigError, DataError, Refused
+from fedtune.models.build import dtype_of
 from fedtune.models.loaded import LoadedModel, load
-from fedtune.models.network import dtype_of
 from fedtune.objectives import resolve
 from fedtune.progress import OnEvent, report, told
 from fedtune.run import Run

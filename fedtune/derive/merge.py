@@ -222,7 +222,7 @@ def _moments(parent: Parent) -> Moments:
     Free of ε: the text is public, the adapter was released. Errors: ConfigError without the text.
     """
     from fedtune.data.load import load_dataset
-    from fedtune.models.network import build
+    from fedtune.models.build import build
     from fedtune.models.public_factor import moments
 
     study = parent.study

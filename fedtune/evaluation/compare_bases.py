@@ -210,7 +210,7 @@ def _numbers(parameter: torch.nn.Parameter) -> int:
 
 
 def _network(study: Study, frozen: Any) -> Network:
-    from fedtune.models.network import build
+    from fedtune.models.build import build
 
     network = build(study)
     network.adopt(study, frozen)

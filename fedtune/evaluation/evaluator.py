@@ -18,9 +18,10 @@ from fedtune.data.load import load_dataset
 from fedtune.errors import ConfigError, DataError
 from fedtune.evaluation.metrics import Compared, Scores, _resamples
 from fedtune.metrics import METRICS
+from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import Arrays
-from fedtune.models.network import Network, build
+from fedtune.models.network import Network
 from fedtune.objectives import resolve
 from fedtune.objectives._interface import Batch, RecordFormat
 from fedtune.objectives._tokens import likelihood

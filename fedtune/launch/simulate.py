@@ -44,7 +44,8 @@ def simulate(
 
     Errors: ConfigError where the sites cannot make up the study, DataError where a site's records
     do not suit it, and what a run may raise: Refused, ModelError, InfrastructureError."""
-    from fedtune.client.site import check_data, refreshed
+    from fedtune.client.site import refreshed
+    from fedtune.client.site_checks import check_data
     from fedtune.models.teacher import own_teacher
     from fedtune.server import rounds as machine
     from fedtune.server.parts import Dependencies

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from fedtune.bases import known_here
+from fedtune.bases.architecture import pooled
 from fedtune.bases.find import (
     Base,
     base_of_plan,
@@ -34,7 +35,6 @@ from fedtune.errors import ModelError
 from fedtune.files.reading import regular
 from fedtune.models import lora
 from fedtune.models.adapter_files import ADAPTER, AGAIN, load_adapter
-from fedtune.models.network import pooled
 from fedtune.run_folder import BASE, load_plan
 
 PLAN = "plan.json"

@@ -14,11 +14,12 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import PreTrainedModel
 
 from fedtune.bases.architecture import PROJECTOR, Components
 from fedtune.config import LoraTable
-from fedtune.errors import ConfigError
+from fedtune.errors import ConfigError, ModelError
 
 Arrays = dict[str, np.ndarray]
 
@@ -122,3 +123,25 @@ def digest(arrays: Mapping[str, np.ndarray]) -> str:
         body.update(f"{name} {value.shape}\n".encode())
         body.update(value.data)
     return "sha256:" + body.hexdigest()
+
+
+# No entry of an adapter, a head or a frozen factor is larger: what is turns the last digit of a
+# product into another answer.
+LARGEST = 1e3
+
+
+def load_into(parameters: dict[str, nn.Parameter], arrays: Arrays) -> None:
+    if set(parameters) != set(arrays):
+        raise ModelError("the adapter's tensors have other names than this base's", "the same plan")
+    for name, parameter in parameters.items():
+        if tuple(parameter.shape) != arrays[name].shape or not np.isfinite(arrays[name]).all():
+            raise ModelError(f"adapter tensor {name}: wrong shape or not finite", "the same plan")
+        if np.abs(arrays[name]).max(initial=0.0) > LARGEST:
+            raise ModelError(
+                f"adapter tensor {name}: an entry is larger than {LARGEST:g}",
+                "an adapter that has not diverged",
+                "lower training.learning_rate",
+            )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.from_numpy(np.array(arrays[name], dtype=np.float32)))

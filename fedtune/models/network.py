@@ -6,8 +6,6 @@ above it, logits. Adapters are swapped by loading arrays."""
 from __future__ import annotations
 
 import json
-import math
-import timeit
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -23,76 +21,25 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fedtune import modalities, process_cache
-from fedtune.bases.architecture import PROJECTOR, fill, parts_of, plane_positions
-from fedtune.bases.find import Base, find_base, load_backbone, load_tokenizer
+from fedtune import modalities
+from fedtune.bases.architecture import (
+    PROJECTOR,
+    fill,
+    parts_of,
+    plane_positions,
+    pooled,
+    positions_of,
+)
+from fedtune.bases.find import Base, load_backbone, load_tokenizer
 from fedtune.bases.quantise import quantise
 from fedtune.config import LoraTable, QuantisationTable, Study
-from fedtune.config.known_bases import Kind
 from fedtune.errors import ConfigError, ModelError
 from fedtune.models import lora as lora_module
 from fedtune.models.adapter_files import HEAD
-from fedtune.models.lora import Arrays
+from fedtune.models.lora import Arrays, load_into
 from fedtune.models.loss import head_loss
 from fedtune.models.prefix_store import HiddenStates
 from fedtune.models.split import Split, cut
-from fedtune.objectives import resolve
-
-# No entry of an adapter, a head or a frozen factor is larger: what is turns the last digit of a
-# product into another answer.
-LARGEST = 1e3
-
-
-def build(study: Study, base: Base | None = None) -> Network:
-    """The network of a study; one per process and setting, so that simulated sites share it.
-    base: without it, the one that the study names, fetched if need be: for one's own studies.
-
-    Errors: ModelError (base missing or of another digest), ConfigError (no such module)."""
-    base = base or find_base(study.base.model, study.base.digest)
-    outputs = resolve(study.objective).outputs
-    # Neither A's values nor their origin, nor who trains how much of it, change the network:
-    # studies that differ in them share it.
-    apart = {"a_digest": None, "a_init": "seed", "min_rank": None}
-    lora = study.lora and study.lora.model_copy(update=apart)
-    dtype, stored = dtype_of(study.base.dtype), study.base.quantisation
-    return _build(base, dtype, lora, outputs, stored, study.base.modality)
-
-
-@process_cache.cached("networks")
-def _build(
-    base: Base,
-    dtype: torch.dtype,
-    lora: LoraTable | None,
-    outputs: int,
-    quantisation: QuantisationTable | None,
-    modality: str | None,
-) -> Network:
-    return Network(base, dtype, lora, outputs, quantisation, modality)
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """bfloat16 where it is faster here, unless the study says otherwise."""
-    fast = _bf16_is_faster() if name == "auto" else name == "bfloat16"
-    return torch.bfloat16 if fast else torch.float32
-
-
-@process_cache.cached("speed of bf16")
-def _bf16_is_faster() -> bool:
-    """Whether the GPU or processor multiplies bf16 natively; for the processor, whether that is
-    faster, measured once per process."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported())
-    if not torch.cpu._is_avx512_bf16_supported():
-        return False
-
-    def seconds(dtype: torch.dtype) -> float:
-        left, right = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-        return min(timeit.repeat(lambda: left @ right.T, number=1, repeat=7))
-
-    return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
-
-
-POSITIONS = ("max_position_embeddings", "max_target_positions", "n_positions")  # in a config
 
 
 class Network:
@@ -148,14 +95,7 @@ class Network:
     @cached_property
     def positions(self) -> int | None:
         """The most tokens that a text may have for the base; None where it does not say."""
-        config = self._backbone.config
-        sizes = (getattr(config, name, None) for name in POSITIONS)
-        known = [size for size in sizes if isinstance(size, int) and size > 0]
-        if not known:
-            return None
-        # RoBERTa's way: positions are counted from the padding's own number.
-        first = getattr(getattr(self._backbone, "embeddings", None), "padding_idx", None)
-        return min(known) - (0 if first is None else first + 1)
+        return positions_of(self._backbone)
 
     @torch.no_grad()
     def check_length(self, length: int) -> None:
@@ -168,10 +108,8 @@ class Network:
             )
         if self.reader.column is not None:
             return
-        ids, mask = (
-            torch.zeros(1, length, dtype=torch.long),
-            torch.ones(1, length, dtype=torch.bool),
-        )
+        ids = torch.zeros(1, length, dtype=torch.long)
+        mask = torch.ones(1, length, dtype=torch.bool)
         try:
             self.hidden(self.prefix(ids, mask), mask.to(self.device))
         except Exception as error:
@@ -220,8 +158,6 @@ class Network:
             holder["head"] = self.head
         return holder
 
-    # ------------------------------------------------------------------------------- forward
-
     @torch.no_grad()
     def see(self, tensor: torch.Tensor) -> torch.Tensor:
         """What the frozen tower makes of one file, (tiles, P, W), from its modality's tensor."""
@@ -245,7 +181,7 @@ class Network:
             given |= self._placed(input_ids == self._parts.place)
         if self.pooled:
             states = self._run(self._backbone, mask, **given, **self._crossed(seen))
-            return self._pool(states, mask)[:, None]
+            return pooled(states, mask, self.kind)[:, None]
         if self._split:
             return self._run(self._split.prefix, mask, **given, **self._crossed(seen))
         return self._embedded(input_ids, seen)
@@ -323,10 +259,7 @@ class Network:
     def pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """One vector per record (B, H) fp32: mean over tokens (encoder) or the last one.
         A head alone on a speech base: the mean over the tower's frames."""
-        return hidden[:, 0] if self.pooled else self._pool(hidden, mask)
-
-    def _pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return pooled(hidden, mask, self.kind)
+        return hidden[:, 0] if self.pooled else pooled(hidden, mask, self.kind)
 
     def _run(self, part: nn.Module, mask: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         # Records are padded on the right, so in a causal base no token can see padding: leaving
@@ -351,8 +284,6 @@ class Network:
             for block in blocks:
                 del block.forward
 
-    # -------------------------------------------------------------------------------- arrays
-
     def parameters(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by name, in name order: the layout of every update."""
         return self._trainable
@@ -374,7 +305,7 @@ class Network:
     def load_trainable(self, arrays: Arrays) -> None:
         """Errors: ModelError when names or shapes differ from this network's, or an entry is not
         finite, or larger than LARGEST."""
-        _load(self.parameters(), arrays)
+        load_into(self.parameters(), arrays)
 
     def draw_factor(self, seed: int) -> Arrays:
         """LoRA's A from a public seed, the same on every machine; loaded and returned."""
@@ -412,7 +343,7 @@ class Network:
         """Free where the same arrays were loaded last and nothing wrote to A since.
         Errors: as `load_trainable`."""
         if self._loaded is None or self._loaded[0] is not arrays or self._loaded[1] != self._now():
-            _load(self._factor, arrays)
+            load_into(self._factor, arrays)
             self._loaded = arrays, self._now()
 
     @contextmanager
@@ -465,31 +396,3 @@ class Network:
         if self.head is not None:
             body = {n: p.detach().contiguous() for n, p in self.head.named_parameters()}
             save_file(body, folder / HEAD, {"base": json.dumps(self.base.name)})
-
-
-def pooled(hidden: torch.Tensor, mask: torch.Tensor, kind: Kind) -> torch.Tensor:
-    """One vector per record (B, H) fp32: the last token's; of an encoder the mean over tokens."""
-    if kind != "encoder":
-        last = mask.sum(dim=1) - 1
-        return hidden[torch.arange(len(hidden), device=last.device), last].float()
-    weights = mask.float()[:, :, None]
-    mean = (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)
-    # Length √H: what a layer norm gives, so that one learning rate serves every base.
-    return nn.functional.normalize(mean, dim=1) * math.sqrt(hidden.shape[2])
-
-
-def _load(parameters: dict[str, nn.Parameter], arrays: Arrays) -> None:
-    if set(parameters) != set(arrays):
-        raise ModelError("the adapter's tensors have other names than this base's", "the same plan")
-    for name, parameter in parameters.items():
-        if tuple(parameter.shape) != arrays[name].shape or not np.isfinite(arrays[name]).all():
-            raise ModelError(f"adapter tensor {name}: wrong shape or not finite", "the same plan")
-        if np.abs(arrays[name]).max(initial=0.0) > LARGEST:
-            raise ModelError(
-                f"adapter tensor {name}: an entry is larger than {LARGEST:g}",
-                "an adapter that has not diverged",
-                "lower training.learning_rate",
-            )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(torch.from_numpy(np.array(arrays[name], dtype=np.float32)))

@@ -8,8 +8,8 @@ from fedtune.config import Study
 from fedtune.data.load import load_dataset
 from fedtune.dp.calibration import with_rounds
 from fedtune.models import lora
+from fedtune.models.build import build
 from fedtune.models.lora import Arrays
-from fedtune.models.network import build
 from fedtune.models.public_factor import public_factor
 
 

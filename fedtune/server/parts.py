@@ -81,7 +81,7 @@ def _accountant() -> str:
 
 
 def _engine(study: Study) -> str:
-    from fedtune.models.network import build
+    from fedtune.models.build import build
     from fedtune.training.engines import choose
 
     network = build(study)
@@ -95,7 +95,7 @@ def _licence(study: Study) -> str:
 
 
 def _save(study: Study, adapter: Arrays, frozen: Arrays, folder: Path) -> None:
-    from fedtune.models.network import build
+    from fedtune.models.build import build
 
     network = build(study)
     network.adopt(study, frozen)

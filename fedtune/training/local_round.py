@@ -9,8 +9,8 @@ from fedtune.dp.plan import StepPlan
 from fedtune.dp.steplog import StepLog
 from fedtune.errors import ModelError
 from fedtune.models.cache import CachedDataset
-from fedtune.models.lora import Arrays
-from fedtune.models.network import LARGEST, Network
+from fedtune.models.lora import LARGEST, Arrays
+from fedtune.models.network import Network
 from fedtune.models.random_records import random_records
 from fedtune.models.rank_slice import ALL, slice_update
 from fedtune.objectives import resolve

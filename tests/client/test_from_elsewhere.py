@@ -177,7 +177,7 @@ def test_a_plan_cannot_make_a_site_fetch_or_read_a_teacher(
 
 def run_of(folder: Path, study: Study) -> Path:
     """A finished run with a base's adapter."""
-    from fedtune.models.network import build
+    from fedtune.models.build import build
 
     network = build(study)
     network.save(folder / "adapter")

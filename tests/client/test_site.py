@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from fedtune import process_cache
+from fedtune.client.prepared import Unprepared
 from fedtune.client.review import read_plan, review
-from fedtune.client.site import SiteWorker, Unprepared
+from fedtune.client.site import SiteWorker
 from fedtune.client.withdraw import UnknownPatient, withdraw
 from fedtune.config import Study
 from fedtune.dp import noise
@@ -21,9 +22,9 @@ from fedtune.dp.accountant import Steps, epsilon
 from fedtune.dp.filter import best_order
 from fedtune.dp.plan import plan_for_site
 from fedtune.errors import BudgetExceeded, ModelError, PolicyRefused
+from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import digest as arrays_digest
-from fedtune.models.network import build
 from fedtune.models.prefix_store import PREFIX_STORE
 from fedtune.training.local_round import local_round
 from fedtune.wire.codec import layout, shapes

@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.client.site import SiteWorker, Unprepared
+from fedtune.client.prepared import Unprepared
+from fedtune.client.site import SiteWorker
 from fedtune.client.site import worker as site_worker
 from fedtune.config import Study
 from fedtune.data.records import unit_member
 from fedtune.errors import BudgetExceeded, ConfigError, DataError, ModelError
 from fedtune.ledger.entries import RULES, Charge
+from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network, build
+from fedtune.models.network import Network
 from fedtune.training.local_round import local_round
 from tests.client.site_kit import begun, make_site, notes, trains
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from examples.continuous import prepare
-from fedtune.client.site import Update
+from fedtune.client.prepared import Update
 from fedtune.config import load_site, load_study
 from fedtune.dp.plan import plan_for_site
 from fedtune.server.versions import Index, Versions

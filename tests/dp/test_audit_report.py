@@ -60,7 +60,7 @@ def test_audit_of_a_study(study_file: Path, tmp_path: Path) -> None:
 def test_audit_of_a_run_stands_beside_its_claim(
     study_file: Path, tmp_path: Path, tiny_base: Path
 ) -> None:
-    from fedtune.models.network import build
+    from fedtune.models.build import build
     from fedtune.report import write
 
     made, run = load_study(study_file), tmp_path / "run"

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from fedtune.models.network import build
+from fedtune.models.build import build
 from fedtune.models.start import start
 from tests.conftest import tiny_bert, tiny_llama
 from tests.guarantee.property_plans import CLASSIFIES, Plan

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from fedtune.client.site import worker
-from fedtune.models.network import build
+from fedtune.models.build import build
 from tests.guarantee.property_plans import CLASSIFIES, COLUMNS, Case, Crafted, Ids, Place, Plan, Row
 from tests.guarantee.property_world import World
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 
+import fedtune.client.prepared
 import fedtune.client.site
 from fedtune.audit import selftest
 from fedtune.client.site import SiteWorker
@@ -108,7 +109,7 @@ def by_the_true_count(patch: pytest.MonkeyPatch) -> None:
 
 def says_how_many(patch: pytest.MonkeyPatch) -> None:
     """Names a count among what it ran."""
-    honest, seen = fedtune.client.site._summary, list[int]()
+    honest, seen = fedtune.client.prepared.step_summary, list[int]()
 
     def read(self: SiteWorker, study: Study, *rest: Any) -> Dataset:
         dataset: Dataset = honest_read(self, study, *rest)
@@ -118,7 +119,7 @@ def says_how_many(patch: pytest.MonkeyPatch) -> None:
     honest_read = SiteWorker._read
     patch.setattr(SiteWorker, "_read", read)
     patch.setattr(
-        fedtune.client.site, "_summary", lambda s: [e | {"units": seen[-1]} for e in honest(s)]
+        fedtune.client.site, "step_summary", lambda s: [e | {"units": seen[-1]} for e in honest(s)]
     )
 
 

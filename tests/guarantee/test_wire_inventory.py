@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+import fedtune.client.prepared
 import fedtune.client.site
 from fedtune.data.records import unit_member
 from fedtune.flower import api
@@ -145,10 +146,10 @@ def test_an_added_field_is_caught(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The twin: a site that also sends its number of units."""
-    honest = fedtune.client.site._summary
+    honest = fedtune.client.prepared.step_summary
     monkeypatch.setattr(
         fedtune.client.site,
-        "_summary",
+        "step_summary",
         lambda steps: [{**event, "units": 12} for event in honest(steps)],
     )
     monkeypatch.setattr(

@@ -16,8 +16,9 @@ from fedtune.config import LoraTable, Study
 from fedtune.errors import ConfigError, ModelError
 from fedtune.models import lora as lora_module
 from fedtune.models import network as network_module
+from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network, build
+from fedtune.models.network import Network
 from fedtune.models.public_factor import public_factor
 from fedtune.models.split import cut
 from fedtune.models.start import start

@@ -24,8 +24,9 @@ from fedtune.config import LoraTable, QuantisationTable, Study
 from fedtune.data.dataset import NO_TARGET
 from fedtune.derive.export import export
 from fedtune.errors import ConfigError
+from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network, build
+from fedtune.models.network import Network
 from fedtune.models.public_factor import public_factor
 from fedtune.models.tiny import generated
 from fedtune.objectives import resolve

@@ -9,7 +9,6 @@ from tests.mutants.places import (
     LABEL,
     LORA,
     MERGE,
-    NETWORK,
     SITE,
     T_ARRIVALS,
     T_BUDGETS,
@@ -143,7 +142,7 @@ MERGE_MUTANTS = (
         "LLM.int8()'s own setting: one record decides how another is rounded",
     ),
     _one(
-        "quantise", "the-plans-bits-are-forgotten", NETWORK,
+        "quantise", "the-plans-bits-are-forgotten", "fedtune/models/build.py",
         "dtype_of(study.base.dtype), study.base.quantisation", "dtype_of(study.base.dtype), None",
         "tests/models/test_quantise.py::test_weights_are_held_in_few_bits_and_the_head_is_not",
         "a plan that names 4 bits trains on another base",

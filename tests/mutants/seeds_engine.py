@@ -15,7 +15,7 @@ MUTANTS: list[Mutant] = [
         "a product's rows depend on how many there are",
     ),
     one(
-        34, "no-bound-on-the-adapters-values", "fedtune/models/network.py",
+        34, "no-bound-on-the-adapters-values", "fedtune/models/lora.py",
         "max(initial=0.0) > LARGEST", "max(initial=0.0) > np.inf",
         T + "test_an_adapter_that_could_tell_last_digits_is_refused",
         "weights that amplify last digits are loaded",

@@ -32,8 +32,8 @@ MUTANTS = (
     ),
     one(
         31, "arrival-by-the-first-note", "fedtune/data/load.py",
-        'unit_member(key) if unit == "patient" else b"row\\0" + key.encode() for key in units',
-        'b"record\\0" + content_of(units[key].records[0]) for key in units',
+        "keys = tuple(map(member, units))",
+        'keys = tuple(b"record\\0" + content_of(units[key].records[0]) for key in units)',
         f"{ONCE}[a-newcomer-was-there-before]",
         "a newcomer with a note that somebody had is there from the first",
     ),

@@ -74,7 +74,7 @@ MUTANTS = (
     ),
     one(
         33, "any-length-is-admitted", SITE,
-        "        _check_reads(study, network)\n", "",
+        "        check_reads(study, network)\n", "",
         T_LENGTH, "the longest record is told by an error",
     ),
     one(

@@ -12,7 +12,7 @@ from tests.network.kit import OFF, SITES, consortium, until
 
 AS_NORTH = """
 import fedtune.client.site
-says = fedtune.client.site.Admission(False, "policy.max_epsilon", "north", 7)
+says = fedtune.client.prepared.Admission(False, "policy.max_epsilon", "north", 7)
 fedtune.client.site.SiteWorker.prepare = lambda self, *_: says
 """
 

@@ -105,7 +105,7 @@ def test_what_an_objective_does_and_reads_is_said_in_words() -> None:
 @pytest.mark.parametrize("name", objectives.names())
 def test_a_planted_secret_can_be_ranked_whatever_the_objective(tiny_base: Path, name: str) -> None:
     from fedtune.audit.secret import exposure, planted
-    from fedtune.models.network import build
+    from fedtune.models.build import build
 
     asked = study(
         base={"model": str(tiny_base), "dtype": "float32"},

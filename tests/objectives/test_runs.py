@@ -22,8 +22,8 @@ from fedtune.evaluation.evaluator import Evaluator
 from fedtune.evaluation.generate import generate
 from fedtune.evaluation.run import evaluate
 from fedtune.models.adapter_files import load_adapter
+from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
-from fedtune.models.network import build
 from fedtune.objectives.reward import rewards
 from fedtune.run import Run
 from tests.simulated import simulate

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import fedtune.client.app
-from fedtune.client.site import Admission, Unprepared, Update
+from fedtune.client.prepared import Admission, Unprepared, Update
 from fedtune.config import Encoding, Study
 from fedtune.flower.grid import InProcessGrid
 from fedtune.server import rounds

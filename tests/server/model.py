@@ -22,7 +22,7 @@ from flwr.app import Message, RecordDict
 from safetensors.numpy import load, save
 
 import fedtune.client.app
-from fedtune.client.site import Update
+from fedtune.client.prepared import Update
 from fedtune.config import Study
 from fedtune.errors import FedtuneError, PolicyRefused
 from fedtune.flower import grid as grid_module

@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 import fedtune.client.app
-from fedtune.client.site import Unprepared
+from fedtune.client.prepared import Unprepared
 from fedtune.errors import BudgetExceeded, ConfigError, ModelError, Refused
 from fedtune.flower.arrays import bodies, to_record
 from fedtune.flower.enrol import Member

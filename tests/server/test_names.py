@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.client.site import Admission
+from fedtune.client.prepared import Admission
 from fedtune.config import Study
 from fedtune.errors import FedtuneError, Refused
 from fedtune.flower.enrol import Member

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.client.site import Admission, Update
+from fedtune.client.prepared import Admission, Update
 from fedtune.config import LoraTable, Study
 from fedtune.errors import Refused
 from fedtune.models.rank_slice import ALL, pad_update, rank_slice, slice_update

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
-from fedtune.models.network import build
 from fedtune.objectives import resolve
 from fedtune.server.parts import Dependencies
 from fedtune.training.unit_gradients import UnitGradientEngine

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.client.site import Update
+from fedtune.client.prepared import Update
 from fedtune.errors import (
     DataError,
     InfrastructureError,

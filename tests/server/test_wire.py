@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.client.site import Update
+from fedtune.client.prepared import Update
 from fedtune.config import Encoding, PublicTable, Study
 from fedtune.models.lora import digest
 from fedtune.server import bound, store, summary

@@ -16,8 +16,8 @@ from fedtune.config import Study
 from fedtune.dp.clip import Chunk
 from fedtune.dp.plan import RELATION, RowGradients
 from fedtune.dp.steplog import Step, StepLog
+from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
-from fedtune.models.network import build
 from fedtune.training.local_round import local_round
 from tests.dp.conftest import make_plan, records, study
 

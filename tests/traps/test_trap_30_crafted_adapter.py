@@ -11,8 +11,9 @@ import torch
 from fedtune.bases.find import find_base
 from fedtune.config import LoraTable
 from fedtune.dp.steplog import StepLog
+from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network, build
+from fedtune.models.network import Network
 from fedtune.objectives.causal_lm import CausalLM
 from fedtune.training.local_round import local_round
 from fedtune.training.unit_gradients import UnitGradientEngine

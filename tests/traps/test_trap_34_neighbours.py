@@ -21,7 +21,8 @@ from fedtune.dp.clip import Chunk
 from fedtune.dp.steplog import StepLog
 from fedtune.errors import ModelError
 from fedtune.models.cache import CachedDataset
-from fedtune.models.network import LARGEST, Network
+from fedtune.models.lora import LARGEST
+from fedtune.models.network import Network
 from fedtune.objectives._interface import Batch
 from fedtune.objectives.classify import Classify
 from fedtune.training.unit_gradients import UnitGradientEngine

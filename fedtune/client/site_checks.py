@@ -1,0 +1,84 @@
+"""What a site checks before a round costs anything: its files, the plan, its own code."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from fedtune import modalities, process_cache
+from fedtune.audit import selftest
+from fedtune.bases.find import Base, find_base, load_tokenizer
+from fedtune.config import Site, Study
+from fedtune.data.load import load_dataset
+from fedtune.data.reader import Reader
+from fedtune.data.records import read_records
+from fedtune.errors import ConfigError, DataError, PolicyRefused
+from fedtune.models.network import Network
+from fedtune.models.rank_slice import rank_slice
+from fedtune.training.local_round import check_trains
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def check_data(site: Site, study: Study, base: Base | None = None) -> None:
+    """What only the site may know: whether its records suit the study. base: without it, the one
+    that the study names: for one's own studies. Errors: DataError."""
+    base = base or find_base(site.site.base or study.base.model, study.base.digest)
+    tokenizer, reader = reading_of(base, study.base.modality)
+    load_dataset(site.data, study, tokenizer, reader=reader)
+
+
+@process_cache.cached("readers")
+def reading_of(base: Base, modality: str | None) -> tuple[PreTrainedTokenizerBase, Reader]:
+    """How a base reads records; once for all simulated sites."""
+    tokenizer = load_tokenizer(base)
+    return tokenizer, modalities.reader(base, tokenizer, modality)
+
+
+def check_records(site: Site) -> None:
+    """Read the site's records before any study is known. Errors: DataError."""
+    unit: Literal["patient", "record"] = "patient" if site.data.columns.patient else "record"
+    records, _ = read_records(site.data, unit=unit)
+    if len({record.unit for record in records}) < 2:
+        raise DataError(
+            f"{site.data.path}: fewer than 2 usable {unit}s",
+            f"at least 2 {unit}s",
+            "add records, or check data.columns",
+        )
+
+
+# In this process; the code does not change while it runs.
+_tested: set[str] = process_cache.kept("self-tests", set())
+
+
+_trains: set[tuple[str, int | None]] = process_cache.kept("training checks", set())
+
+
+_reads: set[str] = process_cache.kept("length checks", set())
+
+
+def self_test(study: Study, network: Network, size: int, lora_rank: int | None) -> None:
+    """Once per process and kind of study. Errors: SelfTestFailed."""
+    tables = dict.fromkeys(("base", "lora", "objective", "clipping", "privacy"), True)
+    kind = study.model_dump_json(include={**tables, "training": {"engine"}}) + f" {lora_rank}"
+    if kind not in _tested:
+        selftest.require(study, network, size, lora_rank)
+        _tested.add(kind)
+
+
+def check_reads(study: Study, network: Network) -> None:
+    """Once per process and study. Errors: PolicyRefused; base and length are public."""
+    if study.digest not in _reads:
+        try:
+            network.check_length(study.objective.max_length)
+        except ConfigError as error:
+            raise PolicyRefused(error.happened, error.expected, error.todo) from None
+        _reads.add(study.digest)
+
+
+def check_learns(study: Study, network: Network, lora_rank: int | None) -> None:
+    """Once per process and study: its digest names base and A. Errors: ModelError."""
+    kind = study.digest, lora_rank
+    if kind not in _trains:
+        check_trains(study, network, rank_slice(study.lora, lora_rank, 1))
+        _trains.add(kind)
