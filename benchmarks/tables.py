@@ -23,12 +23,13 @@ from typing import Any
 from benchmarks.measure import at_least, mean_sd
 from benchmarks.sets import FSDD, MTS, PREFERENCE, QUAD, VQA, DataSet
 from examples.write import Table, merged, toml
-from fedtune import Site, Study, load_site, load_study, process_cache, simulate
+from fedtune import Site, Study, load_site, load_study, simulate
 from fedtune.dp.accountant import epsilon
 from fedtune.dp.steplog import StepLog, events
 from fedtune.evaluation.evaluator import Evaluator
 from fedtune.models import lora
 from fedtune.models.adapter_files import load_adapter
+from fedtune.registry import process_cache
 
 SETS = {each.name: each for each in (QUAD, MTS, VQA, FSDD, *PREFERENCE)}
 TWIN, LOCAL = "non-private", "local"

@@ -73,9 +73,9 @@ if TYPE_CHECKING:
     from fedtune.launch.simulate import simulate
     from fedtune.ledger.ledger import Ledger
     from fedtune.models.loaded import verify as verify_model
+    from fedtune.models.run import Run
     from fedtune.observe.status import look as status
     from fedtune.progress import OnEvent
-    from fedtune.run import Run
     from fedtune.server.versions import Versions
 
 __version__ = "0.1.0"
@@ -123,7 +123,7 @@ _MODULES = {
     "fedtune.models.loaded": "verify_model=verify",
     "fedtune.observe.status": "status=look",
     "fedtune.progress": "OnEvent",
-    "fedtune.run": "Run",
+    "fedtune.models.run": "Run",
     "fedtune.server.versions": "Versions",
 }
 _ORIGINS = {

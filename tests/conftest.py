@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fedtune import process_cache
+from fedtune.registry import process_cache
 
 TEXT = (
     "The patient was seen in the clinic with fever and a cough. Blood pressure 120 over 80.",
@@ -176,3 +177,24 @@ def hub(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Any
     from tests.doctor_kit import Hub
 
     return Hub(tmp_path, tiny_base, monkeypatch)
+
+
+@pytest.fixture
+def study(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """study.toml beside two sites' folders; the working directory is this one."""
+    from tests.cli_kit import PRIVACY, SITE, STUDY
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    rows = [
+        json.dumps({"prompt": f"Record {i}: is it so?", "completion": (" yes", " no")[i % 2]})
+        for i in range(12)
+    ]
+    for name in ("north", "south"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data.jsonl").write_text("\n".join(rows))
+        (tmp_path / name / "site.toml").write_text(SITE.format(name=name, most=8, off="false"))
+    (tmp_path / "evaluation.jsonl").write_text("\n".join(rows))
+    path = tmp_path / "study.toml"
+    path.write_text(STUDY.format(base=tiny_base, privacy=PRIVACY, privacy_off=""))
+    return path

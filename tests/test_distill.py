@@ -26,9 +26,9 @@ from fedtune.errors import ConfigError, InputError
 from fedtune.evaluation.generate import generate
 from fedtune.models.loaded import load
 from fedtune.models.network import Network
+from fedtune.models.run import Run
 from fedtune.models.teacher import taught_by
 from fedtune.objectives._interface import Teacher
-from fedtune.run import Run
 from fedtune.run_folder import load_plan
 from tests.dp.conftest import study
 from tests.simulated import simulate

@@ -25,7 +25,7 @@ from fedtune.derive import gguf as gguf_file
 from fedtune.derive.export import export
 from fedtune.derive.gguf import write_gguf
 from fedtune.errors import ConfigError, InputError
-from fedtune.run import Run
+from fedtune.models.run import Run
 from tests.conftest import TEXT
 from tests.test_cli import run as command
 from tests.test_merging import study

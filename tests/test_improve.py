@@ -22,7 +22,7 @@ from fedtune.derive.settings import RlooSettings
 from fedtune.errors import ConfigError, Refused
 from fedtune.models.loaded import load
 from fedtune.models.network import Network
-from fedtune.run import Run
+from fedtune.models.run import Run
 from fedtune.run_folder import load_plan
 from tests.dp.conftest import study
 from tests.simulated import simulate

@@ -17,7 +17,7 @@ from fedtune.derive.merge import merge_runs
 from fedtune.errors import ConfigError, InputError
 from fedtune.evaluation.generate import generate
 from fedtune.evaluation.run import evaluate
-from fedtune.run import Run
+from fedtune.models.run import Run
 from fedtune.run_folder import load_plan
 from tests.simulated import simulate
 from tests.test_cli import run

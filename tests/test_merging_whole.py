@@ -15,7 +15,7 @@ from fedtune.derive.merge import merge_runs
 from fedtune.derive.merge_exported import merge_models
 from fedtune.derive.merge_methods import Method
 from fedtune.errors import ConfigError
-from fedtune.run import Run
+from fedtune.models.run import Run
 from tests.test_merging import parents  # noqa: F401  (a fixture)
 
 pytest.importorskip("mergekit", reason="pip install 'fedtune[merge]'")

@@ -26,7 +26,7 @@ from fedtune.evaluation.run import evaluate
 from fedtune.models.build import build
 from fedtune.models.lora import Arrays
 from fedtune.models.network import Network
-from fedtune.run import Run
+from fedtune.models.run import Run
 from fedtune.server.parts import Dependencies
 
 PROMPTS = ("The patient was seen with", "Blood pressure", "Question: does aspirin", "No acute")

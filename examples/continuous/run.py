@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from examples.continuous.prepare import LIFE, write
-from fedtune import Ledger, Site, Versions, load_sites, load_study, process_cache, simulate
+from fedtune import Ledger, Site, Versions, load_sites, load_study, simulate
 from fedtune.ledger.spending import heaviest
+from fedtune.registry import process_cache
 from fedtune.server.versions import Version
 
 

@@ -22,8 +22,8 @@ from fedtune.errors import ConfigError, InputError
 from fedtune.files.writing import replace as write_file
 from fedtune.models.adapter_files import picked
 from fedtune.models.build import build
+from fedtune.models.run import Run
 from fedtune.models.tiny import tiny_network
-from fedtune.run import Run
 
 TRIALS = 10_000
 DATA = "generated records alone; nothing of a site was read"

@@ -9,9 +9,9 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
-from fedtune import process_cache
 from fedtune.errors import InfrastructureError
 from fedtune.files.writing import replace
+from fedtune.registry import process_cache
 
 _noted: dict[tuple[Path, str], tuple[str, Path]] = process_cache.kept("places of bases", {})
 

@@ -111,7 +111,7 @@ def distill(
     transformers and PEFT load it."""
     from fedtune.cli.console import Watch, closing
     from fedtune.derive.distill import distill as teach
-    from fedtune.run import Run
+    from fedtune.models.run import Run
 
     file = public_prompts(prompts, licence, columns or [])
     settings = DistillSettings(
@@ -192,8 +192,8 @@ def merge(
     from fedtune.cli.console import closing
     from fedtune.derive.merge import merge_runs
     from fedtune.derive.merge_exported import exported, merge_models
+    from fedtune.models.run import Run
     from fedtune.report.merged import section
-    from fedtune.run import Run
     from fedtune.run_folder import read_report
 
     console, shares = Console(), numbers(weights)
@@ -241,7 +241,7 @@ def export(
 
     Spends nothing. The model's guarantee, its limits and the base's licence go with it."""
     from fedtune.derive.export import export as write
-    from fedtune.run import Run
+    from fedtune.models.run import Run
 
     with Console().status("merging base and adapter"):
         made = write(Run(run), out, to, dtype)

@@ -230,7 +230,7 @@ def improve(
     KL-penalised reward, or nothing. Needs fedtune[rl]."""
     from fedtune.cli.console import Watch, closing
     from fedtune.derive.improve import improve as learn
-    from fedtune.run import Run
+    from fedtune.models.run import Run
 
     file = public_prompts(prompts, licence, columns or [])
     how = RlooSettings(

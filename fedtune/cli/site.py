@@ -278,8 +278,8 @@ def audit(
     with Console().status("attacking"):
         from fedtune.audit import audit_study
         from fedtune.config import load_study
+        from fedtune.models.run import Run
         from fedtune.report.audit import section
-        from fedtune.run import Run
 
         found = audit_study(load_study(study), out, trials=trials, run=Run(run) if run else None)
     Console().print(Markdown("\n\n".join(section(found))))

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fedtune.cli.columns import named_columns
 from fedtune.cli.exit_codes import command
-from fedtune.metrics import MetricName
+from fedtune.config.metrics import MetricName
 
 RUN_FOLDER = Annotated[
     Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)
@@ -50,7 +50,7 @@ def evaluate(
 
     with Console().status("measuring base and adapter"):
         from fedtune.evaluation.run import evaluate as measure
-        from fedtune.run import Run
+        from fedtune.models.run import Run
 
         file = named_columns(data, columns) if columns else data
         found = measure(Run(run), file, metric, choices or [])
@@ -122,7 +122,7 @@ def generate(
 
     with Console().status("writing"):
         from fedtune.evaluation.generate import generate as write
-        from fedtune.run import Run
+        from fedtune.models.run import Run
 
         before, after = write(Run(run), prompt, max_new_tokens, chat=chat, file=file)
     Console().print(side_by_side(before, after))

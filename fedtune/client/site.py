@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from safetensors.numpy import load, save
 
-from fedtune import process_cache
 from fedtune.client import evaluation
 from fedtune.client.evaluation import unit_rows
 from fedtune.client.policy import accounted, admit, base_for, order_of, planned, within_budget
@@ -47,6 +46,7 @@ from fedtune.models.lora import digest as arrays_digest
 from fedtune.models.network import Network
 from fedtune.models.rank_slice import rank_slice
 from fedtune.models.teacher import teaching
+from fedtune.registry import process_cache
 from fedtune.training.local_round import local_round
 from fedtune.wire.codec import Shapes, encode
 from fedtune.wire.keys import SigningKey

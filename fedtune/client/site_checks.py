@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from fedtune import modalities, process_cache
+from fedtune import modalities
 from fedtune.audit import selftest
 from fedtune.bases.find import Base, find_base, load_tokenizer
 from fedtune.config import Site, Study
@@ -14,6 +14,7 @@ from fedtune.data.records import read_records
 from fedtune.errors import ConfigError, DataError, PolicyRefused
 from fedtune.models.network import Network
 from fedtune.models.rank_slice import rank_slice
+from fedtune.registry import process_cache
 from fedtune.training.local_round import check_trains
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from pydantic import (
     model_validator,
 )
 
+from fedtune.config.metrics import MetricName
 from fedtune.config.types import (
     BY_COUNT,
     COUNTS,
@@ -35,7 +36,6 @@ from fedtune.config.types import (
     Source,
     Table,
 )
-from fedtune.metrics import MetricName
 
 
 class StudyTable(Table):

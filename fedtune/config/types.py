@@ -165,7 +165,7 @@ class Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     def changed(self, **changes: Any) -> Self:
-        """The same table with other values, checked as a whole: a dict changes a table inside it,
+        """Change some values, and check the table as a whole: a dict changes a table inside it,
         as in `study.changed(training={"rounds": 3}, privacy={"epsilon": 3.0})`.
 
         Errors: pydantic.ValidationError."""
@@ -173,7 +173,7 @@ class Table(BaseModel):
         return type(self).model_validate_json(json.dumps(body, default=_plain))
 
     def anchored(self, folder: Path) -> Self:
-        """The same table with every path in it absolute, relative ones against `folder`."""
+        """Make every path in the table absolute, relative ones against `folder`."""
         changes: dict[str, Any] = {}
         for key in type(self).model_fields:
             value = getattr(self, key)

@@ -9,8 +9,8 @@ from fedtune import report
 from fedtune.config import Site, Study, load_sites, load_study
 from fedtune.demo.generate import write
 from fedtune.launch.simulate import simulate
+from fedtune.models.run import Run
 from fedtune.progress import OnEvent
-from fedtune.run import Run
 
 
 def run_demo(

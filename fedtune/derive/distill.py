@@ -30,11 +30,11 @@ from fedtune.models.loaded import LoadedModel, load
 from fedtune.models.lora import Arrays
 from fedtune.models.network import Network
 from fedtune.models.public_factor import public_factor
+from fedtune.models.run import Run
 from fedtune.models.teacher import taught_by
 from fedtune.objectives import resolve
 from fedtune.objectives._interface import Teacher
 from fedtune.progress import OnEvent, report, told
-from fedtune.run import Run
 from fedtune.run_folder import BASE, new_folder
 
 _LAYER = re.compile(r"(\.layers?\.)(\d+)\.")

@@ -15,8 +15,8 @@ from fedtune.errors import ConfigError
 from fedtune.files import reading
 from fedtune.files.writing import drafted
 from fedtune.models.adapter_files import ADAPTER, AGAIN, HEAD
+from fedtune.models.run import Run
 from fedtune.report.claim import rounded_up
-from fedtune.run import Run
 
 Kind = Literal["hf", "gguf"]
 # Copied from the base as they are, so that text becomes the same tokens.

@@ -27,9 +27,9 @@ from fedtune.derive.settings import RlooSettings
 from fedtune.errors import ConfigError, DataError, Refused
 from fedtune.models.build import dtype_of
 from fedtune.models.loaded import LoadedModel, load
+from fedtune.models.run import Run
 from fedtune.objectives import resolve
 from fedtune.progress import OnEvent, report, told
-from fedtune.run import Run
 from fedtune.run_folder import new_folder
 
 HELD_OUT = 0.25  # of the prompts: never trained on, measured before and after

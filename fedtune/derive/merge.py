@@ -14,7 +14,7 @@ from fedtune.errors import ConfigError
 from fedtune.models import lora
 from fedtune.models.adapter_files import picked, save_adapter
 from fedtune.models.lora import Arrays
-from fedtune.run import Run
+from fedtune.models.run import Run
 from fedtune.run_folder import check_new, new_folder, read_report
 
 if TYPE_CHECKING:

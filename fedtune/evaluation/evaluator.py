@@ -13,11 +13,11 @@ from torch.nn import functional
 from fedtune import modalities
 from fedtune.bases.find import find_base, load_tokenizer
 from fedtune.config import EvaluationTable, Study
+from fedtune.config.metrics import METRICS
 from fedtune.data.dataset import NO_TARGET, Dataset, Example
 from fedtune.data.load import load_dataset
 from fedtune.errors import ConfigError, DataError
 from fedtune.evaluation.metrics import Compared, Scores, _resamples
-from fedtune.metrics import METRICS
 from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import Arrays

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.data.files import Rejected
 from fedtune.errors import ConfigError, DataError
+from fedtune.models.run import Run
 from fedtune.objectives import resolve
-from fedtune.run import Run
 
 if TYPE_CHECKING:
     import torch
@@ -67,20 +67,24 @@ def generate(
         start = "decoder_input_ids"
         inputs = {"input_features": inputs["input_features"], start: inputs["input_ids"]}
 
-    def write() -> str:
-        out = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        new = out[0, inputs[start].shape[1] :]
-        return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
-
     with torch.no_grad():
-        after = write()
+        after = _written(model, tokenizer, inputs, start, max_new_tokens)
         with model.disable_adapter():
-            return write(), after
+            return _written(model, tokenizer, inputs, start, max_new_tokens), after
+
+
+def _written(
+    model: Any, tokenizer: Any, inputs: dict[str, Any], start: str, max_new_tokens: int
+) -> str:
+    """What the model writes behind the tokens under `start`, greedily."""
+    out = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    new = out[0, inputs[start].shape[1] :]
+    return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
 
 
 def _writes_nothing(folder: Path) -> ConfigError:

@@ -11,7 +11,7 @@ from fedtune.errors import ConfigError
 from fedtune.evaluation.evaluator import Evaluator, check_evaluation
 from fedtune.evaluation.metrics import intervals
 from fedtune.models.adapter_files import picked
-from fedtune.run import Run
+from fedtune.models.run import Run
 
 
 def evaluate(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedtune.config import Site, Study, checked, load_site, save
 from fedtune.errors import ConfigError, FedtuneError, InfrastructureError, InputError
+from fedtune.models.run import Run
 from fedtune.progress import OnEvent
-from fedtune.run import Run
 from fedtune.run_folder import new_run
 
 if TYPE_CHECKING:
@@ -74,11 +74,16 @@ def simulate(
         try:
             machine.run(grid, study, out, resume=resume, on_event=on_event, parts=at_once)
         except InfrastructureError:
-            own = [error for path in files if (error := trouble.get(str(path)))]
-            if own and all(isinstance(error, InputError) for error in own):
-                raise own[0] from None
+            if bad := _bad_files(files, trouble):
+                raise bad from None
             raise
     return Run(out)
+
+
+def _bad_files(files: Sequence[Path], errors: Mapping[str, FedtuneError]) -> FedtuneError | None:
+    """The first site's own error, where all that failed is somebody's files."""
+    own = [error for path in files if (error := errors.get(str(path)))]
+    return own[0] if own and all(isinstance(error, InputError) for error in own) else None
 
 
 def site_file(site: Site) -> Path:

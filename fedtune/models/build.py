@@ -6,11 +6,11 @@ import timeit
 
 import torch
 
-from fedtune import process_cache
 from fedtune.bases.find import Base, find_base
 from fedtune.config import LoraTable, QuantisationTable, Study
 from fedtune.models.network import Network
 from fedtune.objectives import resolve
+from fedtune.registry import process_cache
 
 
 def build(study: Study, base: Base | None = None) -> Network:

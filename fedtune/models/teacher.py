@@ -13,7 +13,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from fedtune import process_cache
 from fedtune.bases import known_here
 from fedtune.bases.find import base_of_plan, cache_dir
 from fedtune.config import ObjectiveTable, Study
@@ -24,6 +23,7 @@ from fedtune.errors import ConfigError
 from fedtune.models.loaded import LoadedModel, load
 from fedtune.objectives import resolve
 from fedtune.objectives._interface import Teacher
+from fedtune.registry import process_cache
 
 Teach = Callable[[Record, Example], Soft]
 

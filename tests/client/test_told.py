@@ -13,7 +13,6 @@ import pytest
 from flwr.app import Context, Message
 from rich.console import Console
 
-from fedtune import process_cache
 from fedtune.cli.console import Watch
 from fedtune.client.site import worker
 from fedtune.config import load_study
@@ -24,6 +23,7 @@ from fedtune.flower.grid import InProcessGrid
 from fedtune.launch.site import _Executor, _installed_app
 from fedtune.observe import observer
 from fedtune.observe.status import look
+from fedtune.registry import process_cache
 from fedtune.server import rounds
 from fedtune.server.parts import Dependencies
 from tests.guarantee.world import NAMES, lay_out, patients

@@ -17,6 +17,7 @@ from fedtune.data.dataset import Dataset
 from fedtune.data.records import unit_member
 from fedtune.dp.accountant import Steps, epsilon
 from fedtune.errors import Refused
+from fedtune.ledger.account import Account
 from fedtune.ledger.ledger import Ledger
 from fedtune.ledger.spending import heaviest
 from fedtune.server.store import load
@@ -98,7 +99,7 @@ def test_the_twin_that_charges_late_patients_nothing_is_caught(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = lay_out(tmp_path, tiny_base, patients(12))
-    monkeypatch.setattr(Ledger, "_bears", lambda self, spent, arrival: arrival < 4)
+    monkeypatch.setattr(Account, "_bears", lambda self, spent, arrival: arrival < 4)
     with watched(tmp_path) as seen:
         run(study, 2, growing(tmp_path, {1: patients(13)}))
     assert under_charged(tmp_path, seen, named(0, 12)) == ["patient-12"]

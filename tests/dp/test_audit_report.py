@@ -13,8 +13,8 @@ from fedtune import audit
 from fedtune.audit import coins, gaussian
 from fedtune.config import load_study
 from fedtune.errors import ConfigError, InputError
+from fedtune.models.run import Run
 from fedtune.report.audit import section
-from fedtune.run import Run
 
 STUDY = """
 [study]

@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from fedtune import process_cache
 from fedtune.audit import selftest
 from fedtune.bases.find import find_base
 from fedtune.client.policy import refusals
@@ -31,6 +30,7 @@ from fedtune.models.network import Network
 from fedtune.models.teacher import Teach, taught_by, teaching
 from fedtune.objectives import resolve
 from fedtune.objectives.distill import Distill, divergence
+from fedtune.registry import process_cache
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import study
 from tests.simulated import simulate

@@ -4,8 +4,6 @@ are damaged; keys with absurd values; arguments that are no path, no name and no
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,70 +23,21 @@ from tests.fuzz.case import (
     Case,
     Damage,
 )
+from tests.fuzz.damage import (
+    _as,
+    _fifo,
+    _folder,
+    _gone,
+    _half,
+    _huge,
+    _latin,
+    _link,
+    _loop,
+    _nul,
+    _utf16,
+)
 
 ESC = "\x1b[31m[/x]\x07"
-
-
-# ------------------------------------------------------------------------------- damage to files
-
-
-def _gone(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _as(body: bytes) -> Damage:
-    def damage(path: Path) -> None:
-        _gone(path)
-        path.write_bytes(body)
-
-    return damage
-
-
-def _folder(path: Path) -> None:
-    _gone(path)
-    path.mkdir()
-
-
-def _fifo(path: Path) -> None:
-    _gone(path)
-    os.mkfifo(path)
-
-
-def _link(target: str) -> Damage:
-    def damage(path: Path) -> None:
-        _gone(path)
-        path.symlink_to(target)
-
-    return damage
-
-
-def _half(path: Path) -> None:
-    body = path.read_bytes()
-    path.write_bytes(body[: len(body) // 2])
-
-
-def _huge(path: Path) -> None:
-    os.truncate(path, 2**42)
-
-
-def _utf16(path: Path) -> None:
-    path.write_bytes(path.read_bytes().decode("utf-8", "replace").encode("utf-16"))
-
-
-def _latin(path: Path) -> None:
-    path.write_bytes(path.read_bytes() + b"\n\xe9\xff\n")
-
-
-def _nul(path: Path) -> None:
-    path.write_bytes(b"\0" * 64 + path.read_bytes())
-
-
-def _loop(path: Path) -> None:
-    _gone(path)
-    path.symlink_to(path.name)
 
 
 NOISE = bytes((7 * n * n + 13 * n) % 256 for n in range(999))
@@ -160,8 +109,6 @@ def _edit(old: str, new: str) -> Damage:
 def _at(file: str, damage: Damage) -> Damage:
     return lambda world: damage(world / file)
 
-
-# ------------------------------------------------------------------------------------- the files
 
 ADMIT = ("admit", "north.request", "--address", "hub.example:8443", "--fingerprint", "00")
 READ_BY: dict[str, tuple[dict[str, Damage], tuple[tuple[str, ...], ...]]] = {

@@ -24,7 +24,7 @@ from fedtune.launch import coordinator
 from fedtune.server.versions import Version, Versions
 from tests.flower import kit
 from tests.fuzz import bad_inputs
-from tests.fuzz.bad_inputs import Case
+from tests.fuzz.case import Case, nothing
 from tests.simulated import simulate
 from tests.test_cli import run
 
@@ -263,7 +263,7 @@ def _fault(way: str) -> None:
 def test_a_command_that_ends_otherwise_is_seen(world: Path, way: str, says: str) -> None:
     made = typer.Typer()
     command(made)(_fault)
-    found = ends_well(Case(way, bad_inputs.nothing, (way,)), world, made)
+    found = ends_well(Case(way, nothing, (way,)), world, made)
     assert says in found and bool(says) == bool(found)
 
 

@@ -34,7 +34,6 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from PIL import Image
 
-from fedtune import process_cache
 from fedtune.audit.bounds import gaussian_epsilon
 from fedtune.audit.selftest import MemoryLog
 from fedtune.client.rank_process import team
@@ -45,6 +44,7 @@ from fedtune.dp.plan import DpPlan
 from fedtune.flower.arrays import bodies, to_record
 from fedtune.ledger.ledger import Ledger
 from fedtune.models.start import Start
+from fedtune.registry import process_cache
 from fedtune.server.admission import plan_message
 from fedtune.wire.codec import encode
 from fedtune.wire.seal import order

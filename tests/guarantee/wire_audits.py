@@ -26,11 +26,11 @@ from scipy.stats import norm
 
 import fedtune.client.evaluation
 import fedtune.client.site
-from fedtune import process_cache
 from fedtune.audit.bounds import gaussian_epsilon, gaussian_mu, rate_upper
 from fedtune.dp import accountant, clip
 from fedtune.dp.plan import DpPlan
 from fedtune.flower.arrays import from_record
+from fedtune.registry import process_cache
 from fedtune.wire.codec import decode
 from tests.guarantee.property_files import made_bases
 from tests.guarantee.property_plans import COLUMNS, Case, Crafted, Ids, Place, Plan, Row

@@ -10,11 +10,11 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
-from fedtune import process_cache
 from fedtune.client.app import app
 from fedtune.config import load_study
 from fedtune.flower import api
 from fedtune.flower.grid import InProcessGrid
+from fedtune.registry import process_cache
 from fedtune.server import rounds
 from fedtune.server.parts import Dependencies
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune import process_cache
 from fedtune.bases.find import find_base
 from fedtune.config import LoraTable, Study
 from fedtune.errors import ConfigError, ModelError
@@ -24,6 +23,7 @@ from fedtune.models.split import cut
 from fedtune.models.start import start
 from fedtune.objectives._shapes import padded_length
 from fedtune.objectives.causal_lm import CausalLM
+from fedtune.registry import process_cache
 from fedtune.training.local_round import check_trains
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import records, study

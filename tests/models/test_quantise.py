@@ -28,9 +28,9 @@ from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.models.public_factor import public_factor
+from fedtune.models.run import Run
 from fedtune.models.tiny import generated
 from fedtune.objectives import resolve
-from fedtune.run import Run
 from fedtune.training.local_round import check_trains
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.client.test_site import make_site

@@ -29,13 +29,14 @@ MUTANTS = (
     _one(
         "inputs", "arguments-are-not-looked-at", "fedtune/cli/exit_codes.py",
         "                    _check(name, value)\n", "                    pass\n",
-        T_CLI + "test_what_no_command_can_use_is_refused_before_it_runs",
+        "tests/test_cli_runs.py::test_what_no_command_can_use_is_refused_before_it_runs",
         "a path that no file has ends as a fault of the system",
     ),
     _one(
         "inputs", "an-error-moves-the-terminal", "fedtune/errors.py",
         'c if c.isprintable() else "?" for c in text', "c for c in text",
-        T_CLI + "test_no_error_moves_the_terminal", "a file's name or key is obeyed by a terminal",
+        "tests/test_cli_runs.py::"
+        "test_no_error_moves_the_terminal", "a file's name or key is obeyed by a terminal",
     ),
     _one(
         "inputs", "a-status-is-believed", STATUS,
@@ -76,6 +77,6 @@ MUTANTS = (
     _one(
         "inputs", "help-is-markup", "fedtune/cli/main.py",
         'rich_markup_mode="markdown"', 'rich_markup_mode="rich"',
-        T_CLI + "test_no_help_has_a_hole", "[schedule] and [rl] are lost",
+        "tests/test_cli_runs.py::test_no_help_has_a_hole", "[schedule] and [rl] are lost",
     ),
 )  # fmt: skip

@@ -253,7 +253,8 @@ BUDGET_MUTANTS = (
         24, "a-round-again-is-free", POLICY,
         "max(plan.steps - sum(event.steps for event in mine), at_least)",
         "max(plan.steps - sum(event.steps for event in mine), 0)",
-        "tests/client/test_site.py::test_a_round_from_another_adapter_is_paid_for_until_the_ceiling",
+        "tests/client/test_site.py::"
+        "test_a_round_from_another_adapter_is_paid_for_until_the_ceiling",
         "trained again without room for it",
     ),
     _one(

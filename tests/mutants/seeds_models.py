@@ -29,7 +29,8 @@ MODEL_MUTANTS = (
         "states", "states-without-their-positions", CACHE,
         "parts = (passage.input_ids.tobytes(), kept.tobytes(), *",
         "parts = (passage.input_ids.tobytes(), *",
-        "tests/models/test_states_shared.py::test_the_same_tokens_with_other_targets_have_states_of_their_own",
+        "tests/models/test_states_shared.py::"
+        "test_the_same_tokens_with_other_targets_have_states_of_their_own",
         "a record trains on the states of another one's targets",
     ),
     _one(
@@ -85,7 +86,8 @@ MODEL_MUTANTS = (
     _one(
         "states", "an-adapter-below-the-cut", "fedtune/models/split.py",
         "at = len(layers) - lora.last_layers", "at = len(layers) - lora.last_layers + 1",
-        "tests/models/test_states_shared.py::test_below_the_cut_nothing_is_trained_and_nothing_is_dropped",
+        "tests/models/test_states_shared.py::"
+        "test_below_the_cut_nothing_is_trained_and_nothing_is_dropped",
         "what is kept changes as the adapter learns",
     ),
     _one(
@@ -247,7 +249,8 @@ RANK_MUTANTS = (  # of sites that train fewer ranks of one adapter
     _one(
         "ranks", "fewer-ranks-than-the-plan-wants", POLICY,
         "    if rank >= least:\n", "    if rank > 0:\n",
-        "tests/test_lora_ranks_plans.py::test_a_site_trains_fewer_ranks_only_where_the_plan_counts_on_it",
+        "tests/test_lora_ranks_plans.py::"
+        "test_a_site_trains_fewer_ranks_only_where_the_plan_counts_on_it",
         "budget is spent on updates that no coordinator takes",
     ),
 )  # fmt: skip

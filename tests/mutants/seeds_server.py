@@ -92,13 +92,14 @@ SIZE_MUTANTS = (
     _one(
         "size", "pushes-are-not-counted", "fedtune/flower/allowance.py",
         "spent = size + (spent if before == count else 0)", "spent = size",
-        T_GATEWAY + "test_a_site_pushes_no_more_than_it_was_asked_for",
+        "tests/flower/test_gateway_asked.py::test_a_site_pushes_no_more_than_it_was_asked_for",
         "a site fills the SuperLink's disk part by part",
     ),
     _one(
         "size", "who-was-not-asked-may-push", "fedtune/flower/allowance.py",
         "if count == 0 or spent >", "if spent >",
-        T_GATEWAY + "test_a_site_pushes_no_more_than_it_was_asked_for", "allowed by default",
+        "tests/flower/test_gateway_asked.py::"
+        "test_a_site_pushes_no_more_than_it_was_asked_for", "allowed by default",
     ),
     _one(
         "size", "a-tree-of-any-size", GATEWAY,
@@ -113,7 +114,8 @@ DOOR_MUTANTS = (
         "door", "silent-ones-of-one-host-are-many", GATEWAY,
         "        if len(same) >= self.limits.per_network or len(self._shaking)",
         "        if len(self._shaking)",
-        "tests/flower/test_gateway_handshake.py::test_the_oldest_unfinished_handshake_gives_way_among_its_own_first",
+        "tests/flower/test_gateway_handshake.py::"
+        "test_the_oldest_unfinished_handshake_gives_way_among_its_own_first",
         "one host holds every place before the handshake",
     ),
     _one(
@@ -133,13 +135,15 @@ DOOR_MUTANTS = (
     _one(
         "door", "renewed-as-often-as-it-likes", GATEWAY,
         "now - before < self.limits.renewal", "now < before",
-        T_GATEWAY + "test_a_site_renews_once_a_minute", "a signature and a file for each request",
+        "tests/flower/test_gateway_asked.py::"
+        "test_a_site_renews_once_a_minute", "a signature and a file for each request",
     ),
     _one(
         "door", "all-wait-for-a-signature", GATEWAY,
         "await asyncio.to_thread(enrol.renew, self.home, record, body)",
         "enrol.renew(self.home, record, body)",
-        T_GATEWAY + "test_a_renewal_that_takes_long_is_waited_for_by_its_site_alone",
+        "tests/flower/test_gateway_asked.py::"
+        "test_a_renewal_that_takes_long_is_waited_for_by_its_site_alone",
         "one site slows all others",
     ),
 )  # fmt: skip

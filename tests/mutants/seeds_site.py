@@ -19,13 +19,16 @@ T_LENGTH = (
     "tests/client/test_site_refusals.py::"
     + "test_a_length_that_the_base_cannot_read_is_refused_before_any_record_is_read"
 )
-T_ALONE = T_TOKENS + "test_what_one_record_makes_a_library_do_costs_that_record_alone"
+T_ALONE = (
+    "tests/data/test_data_units.py::test_what_one_record_makes_a_library_do_costs_that_record_alone"
+)
 
 MUTANTS = (
     one(
         31, "patients-share-the-caps-memory", TOKENS,
         'return b"kept\\0" + whose + content_of(record)', 'return b"kept\\0" + content_of(record)',
-        T_TOKENS + "test_what_a_patient_keeps_follows_from_that_patients_past_alone",
+        "tests/data/test_data_units.py::"
+        "test_what_a_patient_keeps_follows_from_that_patients_past_alone",
         "one patient's boilerplate decides which notes of others train",
     ),
     one(
@@ -143,7 +146,8 @@ MUTANTS = (
         35, "the-site-composes-what-it-does-not-know", SITE,
         "        accounted(data.name, study.unit, self.ledger.unknown(data.name, study.unit))\n",
         "",
-        "tests/client/test_site_refusals.py::test_what_was_charged_for_another_unit_is_not_composed_with_a_study",
+        "tests/client/test_site_refusals.py::"
+        "test_what_was_charged_for_another_unit_is_not_composed_with_a_study",
         "the ledger knows and the site does not ask",
     ),
     one(
@@ -162,13 +166,15 @@ MUTANTS = (
     one(
         37, "records-go-by-their-row", RECORDS,
         'unit=f"{said.hexdigest()} {alike[said.digest()]}"', "unit=str(len(records))",
-        T_TOKENS + "test_a_record_is_named_by_what_it_says_and_not_by_where_it_stands",
+        "tests/data/test_data_units.py::"
+        "test_a_record_is_named_by_what_it_says_and_not_by_where_it_stands",
         "one record less renames the others",
     ),
     one(
         37, "records-withdraw-by-a-patients-key", TOKENS,
         '        if unit == "patient" and without(key):\n', "        if without(key):\n",
-        T_TOKENS + "test_a_record_is_named_by_what_it_says_and_not_by_where_it_stands",
+        "tests/data/test_data_units.py::"
+        "test_a_record_is_named_by_what_it_says_and_not_by_where_it_stands",
         "a patient who left takes a row of somebody else along",
     ),
 )  # fmt: skip

@@ -24,8 +24,8 @@ from fedtune.evaluation.run import evaluate
 from fedtune.models.adapter_files import load_adapter
 from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
+from fedtune.models.run import Run
 from fedtune.objectives.reward import rewards
-from fedtune.run import Run
 from tests.simulated import simulate
 
 STUDY = """

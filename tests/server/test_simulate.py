@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedtune import process_cache
 from fedtune.config.sites import sites_in
 from fedtune.errors import ConfigError
+from fedtune.registry import process_cache
 from tests.simulated import simulate
 
 STUDY = """

@@ -11,11 +11,11 @@ from flwr.app import ConfigRecord, RecordDict
 
 import fedtune.client.app
 import fedtune.server.admission
-from fedtune import process_cache
 from fedtune.errors import Refused
 from fedtune.flower.arrays import to_record
 from fedtune.flower.grid import InProcessGrid
 from fedtune.models.start import start
+from fedtune.registry import process_cache
 from fedtune.server.admission import plan_message
 from fedtune.wire import protocol
 from fedtune.wire.keys import SigningKey

@@ -1,0 +1,262 @@
+"""A study from `init` to `generate`, and what is shown meanwhile."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from click.testing import CliRunner
+
+from fedtune.cli.console import Watch
+from fedtune.cli.main import app
+from fedtune.demo import run as demo
+from fedtune.errors import (
+    ConfigError,
+)
+from fedtune.launch import simulate
+from fedtune.registry import process_cache
+from tests.cli_kit import SITE, STUDY, run, tree
+
+
+def test_a_study_from_simulate_to_generate(study: Path) -> None:
+    found = run("simulate", study)
+    assert found.exit_code == 0, found.output + found.stderr
+    folder = Path("runs/tiny")
+    assert "2/2" in found.output and "ε = " in found.output and "NOT PRIVATE" not in found.output
+    assert str(folder / "report.md") in found.output and "next" in found.output
+    body = json.loads((folder / "report.json").read_text())
+    assert body["adapter"]["engine"] == "one-pass"
+    assert body["private"] and body["privacy"]["epsilon"] <= 8
+    assert {len(row["epsilon"]) for row in body["rounds"]} == {2}
+    again = run("simulate", study, "--out", folder)
+    assert again.exit_code == 2 and "--resume" in again.stderr
+
+    measured = run("evaluate", folder, "--data", "evaluation.jsonl", "--metric", "loss")
+    assert measured.exit_code == 0 and "12 records" in measured.output
+    wrong = run("evaluate", folder, "--data", "evaluation.jsonl", "--column", "prompts=prompt")
+    assert wrong.exit_code == 2 and "no such part of a record" in wrong.stderr
+    wrote = run("generate", folder, "--prompt", "Record 3: is it so?", "--max-new-tokens", 4)
+    assert wrote.exit_code == 0 and "with the adapter" in wrote.output
+
+
+def test_sites_that_refuse_are_exit_code_3(study: Path) -> None:
+    for name in ("north", "south"):
+        (study.parent / name / "site.toml").write_text(SITE.format(name=name, most=1, off="false"))
+    found = run("simulate", study)
+    assert found.exit_code == 3 and "max_epsilon" in found.stderr
+
+
+def test_a_refused_run_leaves_no_folder_and_says_why_once(
+    study: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (study.parent / "north" / "site.toml").write_text(
+        SITE.format(name="north", most=1, off="false")
+    )
+    study.write_text(study.read_text() + "[strategy]\nmin_sites = 2\n")
+    found = run("simulate", study, "--out", "refused")
+    assert found.exit_code == 3, found.output
+    assert not Path("refused").exists() and not Path("runs").exists()
+    why = "the study would take this dataset past policy.max_epsilon"
+    said = " ".join((found.stdout + found.stderr + caplog.text).split())
+    assert said.count(why) == 1, said
+    assert found.stderr.count("\n") == 1 and why in found.stderr
+
+
+def test_a_study_that_is_finished_is_not_run_again_by_the_same_command(study: Path) -> None:
+    """What it would meet is the ceiling that the first run came up to."""
+    assert run("simulate", study).exit_code == 0
+    spent = (study.parent / "north" / "state" / "ledger.head").read_bytes()
+    again = run("simulate", study)
+    assert again.exit_code == 2 and "this study is finished; runs/tiny is there" in again.stderr
+    assert "ceiling" not in again.stderr and not Path("runs/tiny-2").exists()
+    assert run("server", study.name).stderr == again.stderr
+    assert (study.parent / "north" / "state" / "ledger.head").read_bytes() == spent
+    process_cache.clear("workers")  # as another process would begin
+    named = run("simulate", study, "--out", "again")
+    assert named.exit_code == 0, named.stderr  # what was sent is sent again
+    study.write_text(study.read_text().replace("learning_rate = 0.1", "learning_rate = 0.2"))
+    process_cache.clear("workers")
+    other = run("simulate", study)
+    assert other.exit_code == 3 and "is finished" not in other.stderr, other.output
+
+
+def test_the_demo_can_be_watched_and_says_what_it_does_in_a_pipe(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With other hospitals, of two rounds: the demo's own fetch a base and take minutes."""
+    states: list[str] = []
+
+    def write(folder: Path, seed: int = 0) -> Path:
+        states.append(run("status", "runs/demo", "--once").output)
+        for name in ("north", "south", "west"):
+            home = folder / "sites" / name
+            home.mkdir(parents=True)
+            (home / "site.toml").write_text(SITE.format(name=name, most=8, off="false"))
+            (home / "data.jsonl").write_bytes((study.parent / "north/data.jsonl").read_bytes())
+        (folder / "evaluation.jsonl").write_bytes((study.parent / "evaluation.jsonl").read_bytes())
+        path = folder / "study.toml"
+        path.write_text(study.read_text() + "[strategy]\nmin_sites = 3\n")
+        return path
+
+    def alone(*given: Any) -> float:
+        states.append(run("status", "runs/demo", "--once").output)
+        return one(*given)
+
+    one = demo._alone
+    monkeypatch.setattr(demo, "write", write)
+    monkeypatch.setattr(demo, "_alone", alone)
+    found = run("demo")
+    assert found.exit_code == 0, found.output
+    lines = found.stdout.splitlines()
+    assert lines[:2] == ["preparing", "inventing three hospitals"]
+    assert any("north alone, for comparison" in line for line in lines)
+    before, *during = (state.split("\n")[0] for state in states)
+    assert "waiting" in before and len(during) == 3
+    assert all("running" in state and "round 2/2" in state for state in during)
+    after = run("status", "runs/demo", "--once").output
+    assert after.startswith("tiny  done  round 2/2"), after
+    assert len(Path("runs/demo/log.jsonl").read_text().splitlines()) > 3
+
+
+def test_privacy_off_is_said_in_red_before_and_after(study: Path, tiny_base: Path) -> None:
+    text = STUDY.format(base=tiny_base, privacy="", privacy_off='privacy = "off"')
+    study.write_text(text)
+    assert run("simulate", study, "--out", "refused").exit_code == 3
+    willing: list[object] = []
+    for name in ("north", "south"):
+        path = study.parent / name / "willing.toml"
+        path.write_text(SITE.format(name=name, most=8, off="true"))
+        willing.append(path)
+    found = run("simulate", study, "--sites", *willing)  # as a shell fills in */willing.toml
+    assert found.exit_code == 0, found.stderr
+    assert found.output.count("NOT PRIVATE") == 2
+    assert "NOT PRIVATE" in run("plan", study).output
+
+
+@pytest.fixture
+def watched() -> tuple[Watch, Callable[[], str]]:
+    from rich.console import Console
+
+    console = Console(record=True, width=100, file=io.StringIO())
+    return Watch(console, "x"), console.export_text
+
+
+def test_events_from_sites_are_shown_as_plain_text(
+    watched: tuple[Watch, Callable[[], str]],
+) -> None:
+    watch, text = watched
+    with watch:
+        watch("start", {"rounds": 3})
+        watch("cache", {"text": "reading [red]x[/red]", "done": 3, "total": 9})
+        watch("site", {"name": "a[b]", "status": "refused", "reason": "no\n[/red] more"})
+        watch("site", {"name": "c", "status": "trained", "reason": ""})
+        spent = {"a": 1.2341, "b": 0.5}
+        quality = {"loss": float("nan")}
+        watch("round", {"round": 1, "rounds": 3, "quality": quality, "epsilon": spent,
+                        "participants": ["a", "b"], "bytes": 1_500_000})  # fmt: skip
+        watch("round", {"round": 2, "rounds": 3})
+        watch("done", {})
+    shown = text()
+    assert "a[b]: refused: no [/red] more" in shown
+    assert "1.235" in shown and "1.5 MB" in shown and "nan" in shown
+
+
+def test_a_pipe_gets_each_step_as_a_line_once(
+    watched: tuple[Watch, Callable[[], str]],
+) -> None:
+    watch, text = watched
+    with watch:
+        for done in range(3):
+            watch("step", {"text": "reading [b]records", "done": done, "total": 9})
+        watch("waiting", {"text": "waiting for the coordinator"})
+    lines = [line for line in text().split("\n") if line]
+    assert lines == ["x", "reading [b]records 0%", "waiting for the coordinator"]
+
+
+def test_what_a_site_did_is_a_line_that_stays_on_a_terminal_too() -> None:
+    from rich.console import Console
+
+    file = io.StringIO()
+    console = Console(file=file, width=100, force_terminal=True, color_system=None)
+    with Watch(console, "connecting") as watch:
+        watch("joined", {"text": "connected; waiting for work"})
+        watch("answered", {"text": "tiny: round 1 of 2 trained", "status": "trained"})
+        watch("answered", {"text": "tiny: round 2 of 2 REFUSED: [x]", "status": "refused"})
+    shown = file.getvalue()
+    assert "tiny: round 1 of 2 trained\n" in shown
+    assert "tiny: round 2 of 2 REFUSED: [x]\n" in shown
+
+
+def test_the_version_is_one() -> None:
+    import tomllib
+
+    import fedtune
+
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert project["version"] == fedtune.__version__
+
+
+def _raw(help_: str | None) -> list[str]:
+    """The words of a help text as they are written, without the marks of emphasis."""
+    return (help_ or "").replace("**", "").replace("`", "").split()
+
+
+def _holes(app_: typer.Typer, *path: str) -> list[str]:
+    """Words of a command's help, or of an option's, that its screen does not show, in order."""
+    found: list[str] = []
+    command = tree(app_)
+    for name in path:
+        command = command.commands[name]  # type: ignore[attr-defined]
+    shown = CliRunner().invoke(tree(app_), [*path, "--help"], env={"COLUMNS": "400"}).output
+    flat = " ".join(shown.replace("│", " ").split())
+    texts = [command.help, getattr(command, "epilog", None)]
+    texts += [getattr(each, "help", None) for each in command.params]
+    found += [text for text in texts if " ".join(_raw(text)) not in flat]
+    for name in getattr(command, "commands", {}):
+        found += _holes(app_, *path, name)
+    return [str(text) for text in found]
+
+
+def test_no_help_has_a_hole() -> None:
+    """Rich takes [word] for a style and drops it."""
+    assert _holes(app) == []
+
+
+def test_a_hole_in_a_help_is_seen() -> None:
+    made = typer.Typer(rich_markup_mode="rich")
+
+    @made.callback()
+    def root() -> None: ...
+
+    @made.command()
+    def one() -> None:
+        """A study with a [schedule], and more."""
+
+    assert _holes(made) == ["A study with a [schedule], and more."]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("init", "n" * 300),
+        ("revoke", "\udc80"),
+        ("merge", "a", "b", "--density", "nan", "--out", "c"),
+    ],
+)
+def test_what_no_command_can_use_is_refused_before_it_runs(words: tuple[str, ...]) -> None:
+    found = run(*words)
+    assert found.exit_code == 2 and found.stderr.startswith("fedtune: "), found.stderr
+    assert "; expected " in found.stderr and "internal error" not in found.stderr
+
+
+def test_no_error_moves_the_terminal(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise ConfigError("a\x1b[31m\x07\u202eb")
+
+    monkeypatch.setattr(simulate, "simulate", fails)
+    assert run("simulate", study).stderr == "fedtune: a?[31m??b\n"
