@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fedtune.cli.columns import named_columns
 from fedtune.cli.exit_codes import command
-from fedtune.config.metrics import MetricName
+from fedtune.registry.metrics import MetricName
 
 RUN_FOLDER = Annotated[
     Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)

@@ -12,7 +12,6 @@ from pydantic import (
     model_validator,
 )
 
-from fedtune.config.metrics import MetricName
 from fedtune.config.types import (
     BY_COUNT,
     COUNTS,
@@ -36,6 +35,7 @@ from fedtune.config.types import (
     Source,
     Table,
 )
+from fedtune.registry.metrics import MetricName
 
 
 class StudyTable(Table):

@@ -21,12 +21,12 @@ import torch
 from fedtune import boot
 from fedtune.config import PrivacyTable, Study, study_from_json
 from fedtune.config.known_bases import KNOWN, PREFIX
-from fedtune.config.metrics import METRICS
 from fedtune.data.dataset import NO_TARGET, Dataset, Example
 from fedtune.errors import ConfigError, FedtuneError
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.progress import OnEvent, report, told
+from fedtune.registry.metrics import METRICS
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from torch.nn import functional
 from fedtune import modalities
 from fedtune.bases.find import find_base, load_tokenizer
 from fedtune.config import EvaluationTable, Study
-from fedtune.config.metrics import METRICS
 from fedtune.data.dataset import NO_TARGET, Dataset, Example
 from fedtune.data.load import load_dataset
 from fedtune.errors import ConfigError, DataError
@@ -25,6 +24,7 @@ from fedtune.models.network import Network
 from fedtune.objectives import resolve
 from fedtune.objectives._interface import Batch, RecordFormat
 from fedtune.objectives._tokens import likelihood
+from fedtune.registry.metrics import METRICS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,7 +8,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from fedtune.config.metrics import METRICS
+from fedtune.registry.metrics import METRICS
 
 RESAMPLES = 1000
 

@@ -28,7 +28,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
-from fedtune.config.metrics import METRICS
+from fedtune.registry.metrics import METRICS
 
 Role = Literal["coordinator", "site"]
 Record = dict[str, Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedtune.config.metrics import metric as known_metric
+from fedtune.registry.metrics import metric as known_metric
 from fedtune.report.claim import (
     best_guess,
     limits,

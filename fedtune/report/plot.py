@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from fedtune.config.metrics import metric as known_metric
+from fedtune.registry.metrics import metric as known_metric
 from fedtune.report.claim import number, rounded_up
 
 INK, FAINT, GOOD, COST, ALARM = "#222222", "#b8b8b8", "#1f6feb", "#b35900", "#c00000"
