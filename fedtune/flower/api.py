@@ -2,8 +2,7 @@
 
 A Runtime API hands out tasks: the SuperLink's a ServerApp task per run, a SuperNode's a ClientApp
 task per message. Whoever claims one holds its token, keeps it alive with heartbeats, and says how
-it ended.
-"""
+it ended."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import httpx
 from flwr.app import Context, Error, Message
@@ -36,13 +35,16 @@ from flwr.common.serde import (
     run_from_proto,
 )
 from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest
-from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    PullObjectRequest,
     PushObjectRequest,
     PushObjectResponse,
 )
+from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
+    PullAppMessagesRequest,
     PullTaskInputRequest,
     PushTaskOutputRequest,
     SendTaskHeartbeatRequest,
@@ -52,6 +54,13 @@ from flwr.supercore.constant import TaskType
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_object import (
+    get_object_body,
+    get_object_head_values_from_object_content,
+    iterate_object_tree,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry as inflatable
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -64,9 +73,6 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = [
     "AGENT_APP",
     "CLIENT_APP",
@@ -77,11 +83,19 @@ __all__ = [
     "SUPERNODE_REFUSED",
     "Claim",
     "ClientTask",
+    "ConfirmMessageReceivedRequest",
     "ErrorCode",
     "ProtoMessage",
+    "PullAppMessagesRequest",
+    "PullObjectRequest",
     "Run",
     "Runtime",
     "error_reply",
+    "get_object_body",
+    "get_object_head_values_from_object_content",
+    "inflatable",
+    "inflate_object_from_contents",
+    "iterate_object_tree",
     "make_message",
     "message_from_proto",
     "message_to_proto",
@@ -106,8 +120,7 @@ OUTAGE_SECONDS = 600.0  # how long a SuperLink or a SuperNode may go without ans
 
 def run_program(name: Literal["superlink", "supernode"]) -> None:
     """Be Flower's own SuperLink or SuperNode, with the options in sys.argv; does not return."""
-    # Both bring a web server along, which no other process of ours should have to load.
-    if name == "superlink":
+    if name == "superlink":  # both bring a web server, which no other process of ours should load
         from flwr.superlink import extensions
         from flwr.superlink.cli import flower_superlink
         from starlette.middleware import Middleware

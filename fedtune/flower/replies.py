@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from typing import TYPE_CHECKING, cast
+from typing import Any
 
 from flwr.app import Message
-from flwr.proto.message_pb2 import (
-    ConfirmMessageReceivedRequest,
-    PullObjectRequest,
-)
-from flwr.proto.runtime_pb2 import (
-    PullAppMessagesRequest,
-)
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_object import (
+
+from fedtune.flower.api import (
+    ConfirmMessageReceivedRequest,
+    PullAppMessagesRequest,
+    PullObjectRequest,
     get_object_body,
     get_object_head_values_from_object_content,
+    inflatable,
+    inflate_object_from_contents,
     iterate_object_tree,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry as inflatable
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-
-if TYPE_CHECKING:
-    from flwr.superlink.grid import HttpGrid
 
 WORDS = 1 << 20  # bytes of a message beside its arrays' numbers, at most
 
@@ -81,8 +75,8 @@ class Answer:
             self._link._runtime_client.ConfirmMessageReceived(said)
 
     @property
-    def _link(self) -> HttpGrid:
-        return cast("HttpGrid", self._grid)
+    def _link(self) -> Any:  # Flower's HttpGrid, whose module brings a web server along
+        return self._grid
 
     def _announced(self) -> bool:
         """Whether an answer was announced, and so which parts it has."""

@@ -149,7 +149,7 @@ def test_the_oldest_unfinished_handshake_gives_way_among_its_own_first(world: Wo
     ],
 )
 def test_a_host_is_known_by_what_it_cannot_choose(address: str, network: str) -> None:
-    assert module._network(address) == network
+    assert module.network_of(address) == network
 
 
 def test_who_says_nothing_has_seconds(world: World) -> None:
