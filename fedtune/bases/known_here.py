@@ -30,10 +30,12 @@ def note(cache: Path, digest: str, name: str, folder: Path) -> None:
 
 
 def noted(cache: Path, digest: str) -> tuple[str, Path] | None:
-    """Name and folder, as somebody here gave them; what lies there now is not looked at."""
+    """Name and folder, as somebody here gave them; what lies there now is not looked at. Where the
+    folder that anybody noted last is gone, the one that this process knows."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         body = json.loads(_file(cache, digest).read_text(encoding="utf-8"))
-        return str(body["name"]), Path(body["folder"])
+        if (folder := Path(body["folder"])).is_dir():
+            return str(body["name"]), folder
     return _noted.get((cache, digest))
 
 

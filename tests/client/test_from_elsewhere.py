@@ -15,6 +15,7 @@ import pytest
 
 from fedtune.bases import digest as digest_module
 from fedtune.bases import find as base_module
+from fedtune.bases import known_here
 from fedtune.bases.find import base_of_plan, find_base
 from fedtune.client.policy import base_for
 from fedtune.client.site import SiteWorker
@@ -277,3 +278,15 @@ def test_the_hub_is_asked_for_what_a_person_names_and_not_where_they_switched_it
     assert run(code, kernels).split() == ["False", "True"]
     assert run(code, kernels, HF_HUB_OFFLINE="0").split() == ["False", "True"]
     assert run(code, kernels, HF_HUB_OFFLINE="1").split() == ["True", "True"]
+
+
+def test_a_place_that_is_gone_gives_way_to_one_that_this_process_knows(tmp_path: Path) -> None:
+    """Two processes with one cache note one digest; the other's folder was for a while only."""
+    mine, gone = tmp_path / "mine", tmp_path / "gone"
+    mine.mkdir()
+    known_here.note(tmp_path, "sha256:1", "mine", mine)
+    file = tmp_path / "here" / "1.json"
+    file.write_text(json.dumps({"name": "other", "folder": str(gone)}))
+    assert known_here.noted(tmp_path, "sha256:1") == ("mine", mine)
+    gone.mkdir()
+    assert known_here.noted(tmp_path, "sha256:1") == ("other", gone)
