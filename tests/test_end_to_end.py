@@ -248,8 +248,8 @@ PLAIN = """
 import sys, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-base, adapter, out = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+base, adapter, out, dtype = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
 model = PeftModel.from_pretrained(model, adapter).eval()
 with torch.no_grad():
     torch.save(model(input_ids=torch.arange(100, 140)[None]).logits.float(), out)
@@ -267,7 +267,8 @@ def same_logits_by_plain_peft(run: Path) -> None:
     saved = load_adapter(run / "adapter")
     network.load_frozen({n: v for n, v in saved.items() if "lora_A" in n})
     network.load_trainable({n: saved[n] for n in network.parameters()})
-    arguments = [str(network.base.path), str(run / "adapter"), str(run / "logits")]
+    dtype = str(network.dtype).removeprefix("torch.")  # as it measures faster at this moment
+    arguments = [str(network.base.path), str(run / "adapter"), str(run / "logits"), dtype]
     subprocess.run([sys.executable, "-c", PLAIN, *arguments], check=True, capture_output=True)
     theirs = torch.load(run / "logits", weights_only=True)
     ids = torch.arange(100, 140)[None]

@@ -247,7 +247,7 @@ def test_nothing_moves_the_columns_that_a_site_does_not_train(
         seen.append(arrays)
         return slice_update(arrays, columns)
 
-    monkeypatch.setattr(fedtune.training.local_round, "narrowed", watched)
+    monkeypatch.setattr(fedtune.training.local_round, "slice_update", watched)
     data = CachedDataset(network, records([1] * 4))
     log = StepLog(tmp_path / "log")
     local_round(plan, data, plain_plan(plan, 4), log, 1, network.trainable(), False, slice(2, 5))

@@ -27,7 +27,9 @@ from fedtune.server.admission import Outcome
 from tests.guarantee.test_wire_inventory import FROM_THE_PLAN, HEADER, shape
 from tests.guarantee.world import Recorder, leaves, run
 from tests.private_evaluation_kit import found, held_out, sums, world
-from tests.server.fakes import QUERY, FakeSite, Trial, make_study
+from tests.server.fakes import QUERY, FakeSite, Trial, make_study, trial
+
+__all__ = ["trial"]  # the fixture
 
 ALLOWED = {
     "metadata.message_type": "query.evaluate",
