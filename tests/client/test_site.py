@@ -245,7 +245,7 @@ def test_each_study_must_learn_before_it_costs_anything_and_is_tried_once(
         if study.training.learning_rate != 0.1:
             raise ModelError("a step did not lower the loss")
 
-    monkeypatch.setattr("fedtune.client.site.check_trains", check)
+    monkeypatch.setattr("fedtune.client.site_checks.check_trains", check)
     good = begun(tiny_base)
     training = {"rounds": 2, "sampling_rate": 0.5, "learning_rate": 0.2}
     bad = begun(tiny_base, training=training)

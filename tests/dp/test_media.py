@@ -20,6 +20,7 @@ from fedtune.data.dataset import NO_TARGET, Dataset, Example
 from fedtune.errors import ModelError
 from fedtune.models import cache
 from fedtune.models import network as network_module
+from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.models.random_records import show
@@ -104,7 +105,7 @@ def test_a_step_on_generated_files_lowers_the_loss(
 ) -> None:
     make, changes = CASES[case]
     plan = study(**{"base": {"model": str(bases(make))}, "privacy": PRIVACY} | changes)
-    check_trains(plan, network_module.build(plan))
+    check_trains(plan, build(plan))
 
 
 # --------------------------------------------------------- the study's own size, tile by tile

@@ -19,7 +19,7 @@ from fedtune.client.site import SiteWorker
 from fedtune.config import Study
 from fedtune.data.dataset import Dataset
 from fedtune.dp.plan import DpPlan
-from fedtune.models import network
+from fedtune.models import lora
 from tests.guarantee import property_pins as pins
 from tests.guarantee.property_cases import STORIES, cases
 from tests.guarantee.property_files import bases_of
@@ -46,12 +46,12 @@ def test_a_case_that_broke_the_guarantee_once(name: str, bases: dict[str, Path])
     check(pins.PINNED[name], bases)
 
 
-@pytest.mark.parametrize("largest", [network.LARGEST, float("inf")])
+@pytest.mark.parametrize("largest", [lora.LARGEST, float("inf")])
 def test_rows_that_are_computed_beside_others_do_not_know_them(
     largest: float, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the bound on an adapter's values, and by the shapes alone."""
-    monkeypatch.setattr(network, "LARGEST", largest)
+    monkeypatch.setattr(lora, "LARGEST", largest)
     case = pins.teetering(bases, 1e10)
     if case is None:
         pytest.skip("on this machine no kernel of this size depends on the number of rows")

@@ -13,8 +13,8 @@ import torch
 from fedtune.bases.find import find_base
 from fedtune.config import LoraTable, Study
 from fedtune.errors import ConfigError, ModelError
+from fedtune.models import build as build_module
 from fedtune.models import lora as lora_module
-from fedtune.models import network as network_module
 from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
@@ -381,11 +381,11 @@ def test_bf16_where_it_is_native_and_measures_faster(
     took = iter(seconds)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
-    monkeypatch.setattr(network_module.timeit, "repeat", lambda *_, **__: [next(took)])
+    monkeypatch.setattr(build_module.timeit, "repeat", lambda *_, **__: [next(took)])
     process_cache.clear("speed of bf16")
     expected = torch.bfloat16 if native and seconds == (1.0, 2.0) else torch.float32
     try:
-        assert network_module.dtype_of("auto") == expected
+        assert build_module.dtype_of("auto") == expected
     finally:
         process_cache.clear("speed of bf16")
-    assert network_module.dtype_of("bfloat16") == torch.bfloat16
+    assert build_module.dtype_of("bfloat16") == torch.bfloat16

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.mutants.catalogue import MUTANTS, SAMPLING, T_SAMPLING
+from tests.mutants.catalogue import MUTANTS
 from tests.mutants.mutant import Mutant
+from tests.mutants.places import SAMPLING, T_SAMPLING
 from tests.mutants.run import ROOT, Stale, mutated, try_all
 
 REFUSED = (T_SAMPLING + "test_full_batch_is_everyone",)
