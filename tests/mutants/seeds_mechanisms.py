@@ -98,7 +98,8 @@ NOISE_MUTANTS = (
     ),
     _one(
         5, "noise-follows-manual_seed", NOISE, STREAM,
-        "yield np.frombuffer(torch.randint(0, 256, (8 * size,), dtype=torch.uint8).numpy()"
+        "import torch\n\n"
+        "        yield np.frombuffer(torch.randint(0, 256, (8 * size,), dtype=torch.uint8).numpy()"
         ".tobytes(), dtype=np.uint64)",
         T_NOISE + "test_no_seed_replays_it", "anyone can take the noise off again",
     ),
