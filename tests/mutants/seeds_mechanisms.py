@@ -159,7 +159,8 @@ SAMPLING_MUTANTS = (
     ),
     _one(
         8, "an-empty-batch-is-dropped", PLAN, DONE,
-        "        if not sampled:\n            import torch\n\n            return torch.zeros(dimension)\n" + DONE,
+        "        if not sampled:\n            import torch\n\n"
+        "            return torch.zeros(dimension)\n" + DONE,
         T_PLAN + "test_an_empty_sample_is_a_noise_only_step", "no noise, no line in the log",
     ),
     _one(
