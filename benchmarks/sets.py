@@ -119,8 +119,6 @@ PREFERENCE = [
     for objective in source.tuned
 ]
 MEDIA_ROWS = {name: ROWS[name] for name in ("base", "local", "epsilon-8", "non-private")}
-
-
 VQA = DataSet(
     "vqa_rad",
     "VQA-RAD, closed questions",

@@ -47,6 +47,7 @@ OURS = "FEDTUNE_OFFLINE"  # the hub was switched off here, not by the user
 
 
 def cut_off() -> None:
+    """Ask no model hub, and load no code of one, in this process and its children."""
     if os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0"):
         os.environ[OURS] = "1"
     os.environ |= {"HF_HUB_OFFLINE": "1", "USE_HUB_KERNELS": "0"}

@@ -40,8 +40,6 @@ completion = "completion"
 
 
 PRIVACY = "[privacy]\nepsilon = 8\ndelta = 1e-4\n"
-
-
 SITE = """
 [site]
 name = "{name}"

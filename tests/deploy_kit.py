@@ -7,17 +7,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-
-
 COMPOSE = ROOT / "docker-compose.yml"
-
-
 DOCKERFILES = ("server/Dockerfile", "client/Dockerfile")
-
-
 Compose = dict[str, Any]
-
-
 Words = list[str]
 
 

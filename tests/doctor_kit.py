@@ -19,8 +19,6 @@ from tests.flower import kit
 from tests.network.kit import PRIVATE, STUDY
 
 HUB = "hub.example.org"
-
-
 DAY = timedelta(days=1)
 
 

@@ -6,11 +6,7 @@ import json
 from pathlib import Path
 
 RANKS = {"north": 8, "south": 4, "west": 2}
-
-
 LORA = {"rank": 8, "alpha": 12.0, "modules": ["q_proj", "down_proj"], "min_rank": 2}
-
-
 STUDY = """
 privacy = "off"
 [study]

@@ -16,8 +16,6 @@ from tests.guarantee.world import NAMES, lay_out, patients
 from tests.server.fakes import Trial
 
 WILLING = 'release = ["evaluation"]\n'
-
-
 HELD_OUT = """[evaluation]
 path = "held-{name}.jsonl"
 columns = {{ prompt = "q", completion = "a", patient = "who" }}

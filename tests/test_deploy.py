@@ -22,8 +22,6 @@ from fedtune.config import load_site, load_study
 from tests.deploy_kit import DOCKERFILES, ROOT, Compose, Words, instructions
 
 SITES = ("north", "south", "west")
-
-
 WRITABLE = {  # what a service may write to, besides /tmp
     "coordinator": {"/coordinator", "/runs"},
     "models": {"/models"},
@@ -179,11 +177,7 @@ def _add(value: str, *path: str) -> Callable[[Compose], None]:
 
 
 S = "services"
-
-
 DATA = "./deploy/north/data:/data:ro"
-
-
 TWINS: list[tuple[str, Callable[[Compose], None]]] = [
     ("coordinator: its root can be written", _drop(S, "coordinator", "read_only")),
     ("north: no bounded /tmp", _put(["/tmp"], S, "north", "tmpfs")),

@@ -81,8 +81,6 @@ def newer_record(hub: Hub) -> None:
 
 
 BASE_TABLE = 'dtype = "float32"'
-
-
 WRONG: dict[str, tuple[Callable[[Hub], Any], str, str]] = {
     "expired": (lambda h: h.leaf(-30 * DAY, -DAY), "certificate", "expired.*fedtune server"),
     "near its end": (lambda h: h.leaf(-30 * DAY, DAY), "certificate", "about to expire"),

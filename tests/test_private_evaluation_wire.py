@@ -82,8 +82,6 @@ def test_a_third_number_is_caught(
 
 
 BROKEN = [{"who": "p", "q": "", "a": "y"}, {"who": "p", "a": "y"}]
-
-
 VARIANTS = {11: held_out(11), 1: held_out(1), 0: [], "broken": BROKEN}
 
 

@@ -37,8 +37,6 @@ def named_columns(data: Path, pairs: list[str]) -> DataFile:
 
 
 SEEDS = 2**63 - 1
-
-
 COLUMNS = Annotated[
     list[str] | None,
     typer.Option(

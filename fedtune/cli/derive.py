@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -12,9 +12,6 @@ from fedtune.cli.columns import COLUMNS, SEEDS, public_prompts
 from fedtune.cli.exit_codes import command
 from fedtune.cli.feedback import improve, label
 from fedtune.derive.settings import DistillSettings
-
-if TYPE_CHECKING:
-    pass
 
 PANEL = "Make more of models"
 

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from fedtune.cli.columns import named_columns
+from fedtune.cli.columns import COLUMNS, SEEDS, named_columns, public_prompts
 from fedtune.derive.settings import RUBRIC, LabelSettings, RlooSettings
-
-if TYPE_CHECKING:
-    pass
-from fedtune.cli.columns import COLUMNS, SEEDS, public_prompts
 
 LABEL_SOURCE = Annotated[
     Path,
@@ -77,8 +73,6 @@ LABEL_TEMPLATE = Annotated[
 
 
 LABEL_NEW_TOKENS = Annotated[int, typer.Option(min=1, metavar="N", help="Of an answer, at most.")]
-
-
 LABEL_TEMPERATURE = Annotated[
     float, typer.Option(min=0.1, metavar="T", help="Of both answers; lower is tamer.")
 ]
@@ -190,17 +184,9 @@ IMPROVE_EVAL_EVERY = Annotated[
 
 
 IMPROVE_BATCH = Annotated[int, typer.Option(min=1, metavar="N", help="Prompts in a step.")]
-
-
 IMPROVE_ANSWERS = Annotated[int, typer.Option(min=2, metavar="N", help="To each prompt.")]
-
-
 IMPROVE_NEW_TOKENS = Annotated[int, typer.Option(min=1, metavar="N", help="Of an answer.")]
-
-
 IMPROVE_LEARNING_RATE = Annotated[float, typer.Option(metavar="RATE", help="AdamW's.")]
-
-
 IMPROVE_SEED = Annotated[int, typer.Option(min=0, max=SEEDS, help="Of prompts and answers.")]
 
 

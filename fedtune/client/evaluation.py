@@ -3,6 +3,7 @@ policy, paid from those records' budget, and never from what the study's trainin
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -12,12 +13,14 @@ from fedtune.client.policy import admit, order_of, within_budget
 from fedtune.config import Site, SiteEvaluation, Study
 from fedtune.dp import accountant
 from fedtune.dp.plan import DpPlan
-from fedtune.dp.query import log, query_plan
+from fedtune.dp.query import query_plan
 from fedtune.errors import BudgetExceeded, FedtuneError, PolicyRefused
 from fedtune.ledger.entries import Charge
 from fedtune.models.cache import CachedDataset
 from fedtune.objectives import resolve
 from fedtune.objectives._interface import Objective
+
+log = logging.getLogger("fedtune.site")
 
 
 def asked_for(study: Study, round_: int) -> DpPlan:

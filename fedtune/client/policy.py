@@ -11,7 +11,7 @@ from fedtune.bases.find import Base, base_of_plan
 from fedtune.config import BASES, RELEASE, LoraTable, PolicyTable, PrivacyTable, Site, Study
 from fedtune.dp import accountant
 from fedtune.dp.calibration import sampling_rate
-from fedtune.dp.filter import Total, total_epsilon
+from fedtune.dp.filter import Total, best_order, total_epsilon
 from fedtune.dp.plan import DpPlan, plan_for_site
 from fedtune.errors import BudgetExceeded, ConfigError, PolicyRefused
 from fedtune.ledger.entries import Charge, Spent
@@ -313,8 +313,6 @@ def total_of(site: Site, plan: DpPlan, charges: Sequence[Charge], ahead: int) ->
 def order_of(site: Site, plan: DpPlan, charges: Sequence[Charge]) -> float:
     """The filter's order: that of the dataset's first charge, fixed before any result was seen;
     for a dataset without charges, the one that leaves most room for this plan."""
-    from fedtune.dp.filter import best_order
-
     if charges:
         return charges[0].order
     return best_order(plan.events(plan.steps), site.policy.max_epsilon, site.policy.max_delta)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors.numpy import load
 
@@ -18,9 +18,6 @@ from fedtune.models.lora import Arrays
 from fedtune.models.network import Network
 from fedtune.models.rank_slice import rank_slice, trained_slice
 from fedtune.wire.codec import Encoded, layout, shapes
-
-if TYPE_CHECKING:
-    pass
 
 
 class Unprepared(Refused):
@@ -49,6 +46,8 @@ class Update:
 
 @dataclass(frozen=True, repr=False)
 class Prepared:
+    """A study that this site admitted, ready to train."""
+
     study: Study
     network: Network
     plan: DpPlan | PlainPlan
@@ -75,6 +74,7 @@ def check_waited(prepared: Prepared, round_: int, adapter: Arrays, body: bytes) 
 
 
 def step_summary(steps: list[Step]) -> list[dict[str, Any]]:
+    """Count the noised steps by (σ, q, C, k): what the step log says, and no figure of a record."""
     counts = Counter(
         (s.noise_multiplier, s.sampling_rate, s.max_grad_norm, s.records) for s in steps
     )

@@ -50,11 +50,7 @@ def check_records(site: Site) -> None:
 
 # In this process; the code does not change while it runs.
 _tested: set[str] = process_cache.kept("self-tests", set())
-
-
 _trains: set[tuple[str, int | None]] = process_cache.kept("training checks", set())
-
-
 _reads: set[str] = process_cache.kept("length checks", set())
 
 

@@ -19,8 +19,6 @@ from fedtune.errors import ConfigError
 from fedtune.files import reading
 
 T = TypeVar("T", Study, Site)
-
-
 WORDS = {  # a pattern, as a person would say it
     r"^sha256:[0-9a-f]{64}$": 'must be "sha256:" and 64 hexadecimal digits',
     r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$": "must be 1 to 64 letters, digits, dots, dashes or "

@@ -28,8 +28,6 @@ from fedtune.config.types import (
 )
 
 BASES = tuple(wheel.digest for wheel in KNOWN.values())
-
-
 MODULES = (
     *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     *("query", "key", "value", "dense"),

@@ -47,35 +47,15 @@ def _address(value: str) -> str:
 
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _between(1e-9, 1e9)]
-
-
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _between(0, 1e9)]
-
-
 Fraction = Annotated[float, Field(gt=0, le=1), _between(1e-6, 1)]
-
-
 Delta = Annotated[float, Field(gt=0, lt=1), _between(1e-12, 1)]
-
-
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-
-
 Count = Annotated[int, Field(ge=1, le=10**9)]
-
-
 Rank = Annotated[int, Field(ge=1, le=8192)]
-
-
 Layers = Annotated[int, Field(ge=1, le=10_000)]
-
-
 Number = Annotated[int, Field(ge=1, le=10**6)]  # of what a plan makes a site do that often
-
-
 Noise = Annotated[float, Field(gt=0), _between(1e-3, 1e6)]  # σ; the accountant knows no others
-
-
 MOST_ROWS = 1000  # of one unit in a step: the accountant's work grows with it
 
 
@@ -86,26 +66,12 @@ def _place(value: Any, info: ValidationInfo) -> Any:
 
 
 Place = Annotated[Path, BeforeValidator(_place)]
-
-
 Source = Annotated[str, BeforeValidator(_file)]  # of a model: a folder, or a name
-
-
 Address = Annotated[str, AfterValidator(_address)]
-
-
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
-
-
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-
-
 Encoding = Literal["float32", "float16", "int8"]
-
-
 COUNTS = re.compile(r"record|patient|unit|count|new|arriv|least|batch|threshold|size|after")
-
-
 BY_COUNT = (
     "rounds begin by the clock alone; one that begins when enough records are there publishes "
     "how many there are"
@@ -144,8 +110,6 @@ def _moment(value: str) -> str:
 
 
 Every = Annotated[int, BeforeValidator(_every), Field(ge=1, le=31_622_400)]
-
-
 Moment = Annotated[str, AfterValidator(_moment)]
 
 

@@ -15,8 +15,6 @@ import numpy.typing as npt
 from fedtune.data.media import Media
 
 Ids = npt.NDArray[np.int32]
-
-
 NO_TARGET = -100
 
 

@@ -21,11 +21,7 @@ from fedtune.objectives import resolve
 from fedtune.objectives._interface import RecordFormat
 
 Segment = tuple[str, bool]  # text, whether its tokens are targets
-
-
 Tokens = tuple[list[int], list[bool]]  # token ids, whether each is a target
-
-
 CHARS = 40  # characters per token of max_length beyond which a text is not even tokenised
 
 

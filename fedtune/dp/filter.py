@@ -157,6 +157,4 @@ def total_epsilon(events: Sequence[Steps], order: float, delta: float) -> Total:
         return Total(math.inf, "a study without privacy")
     if len({event._replace(steps=0) for event in events}) <= 1:
         return Total(accountant.epsilon(events, delta), "PLD")
-    from fedtune.dp.filter import filtered_epsilon
-
     return Total(filtered_epsilon(events, order, delta), f"Rényi filter, order {order:g}")

@@ -15,7 +15,6 @@ Reference: Dwork & Roth 2014, appendix A (the Gaussian mechanism).
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -28,7 +27,6 @@ from fedtune.dp.steplog import StepLog
 if TYPE_CHECKING:
     import torch
 
-log = logging.getLogger("fedtune.dp")
 NORM = math.sqrt(2)  # of the largest row, (1, 1)
 
 

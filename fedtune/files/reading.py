@@ -17,13 +17,9 @@ import re
 import stat
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedtune.errors import FedtuneError, InputError
-
-if TYPE_CHECKING:
-    pass
-
 
 SMALL = 16 * 2**20  # bytes: of plans, keys, reports
 LARGE = 2**28  # of a model's JSON files: a tokenizer's has tens of megabytes

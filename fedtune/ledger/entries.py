@@ -15,8 +15,6 @@ EVERY = "*"  # the dataset of a charge that counts against all of them
 # when, could follow from other patients' records, so the ε of those rounds is not known. 2: from
 # the unit's own.
 RULES = 2
-
-
 Permit = Callable[[list["Charge"]], None]
 
 

@@ -14,19 +14,12 @@ from fedtune.files.writing import replace
 from fedtune.models.lora import Arrays
 
 if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
     from fedtune.config import Study
     from fedtune.models.lora import Arrays
 
 
 HEAD = "head.safetensors"
-
-
 ADAPTER = "adapter_model.safetensors"  # PEFT's own name
-
-
 AGAIN = "copy the run's folder again"
 
 

@@ -72,8 +72,6 @@ class Batch:
 # prompt, the better and the worse completion; unpaired_preference: a completion and whether it is
 # desirable.
 RecordFormat = Literal["text", "label", "preference", "unpaired_preference"]
-
-
 READS: dict[RecordFormat, str] = {
     "text": "prompts with their completions, conversations, or plain text",
     "label": "texts, each with one of the study's labels",

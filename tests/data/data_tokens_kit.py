@@ -18,29 +18,13 @@ from fedtune.data.load import load_dataset
 from fedtune.errors import DataError
 
 Jsonl = Callable[..., Path]
-
-
 MakeStudy = Callable[..., Study]
-
-
 MakeTok = Callable[..., PreTrainedTokenizerBase]
-
-
 Tok = PreTrainedTokenizerBase
-
-
 SECRET = "Zaphod-Beeblebrox-1979"
-
-
 PAIR = Columns(prompt="p", completion="c")
-
-
 TEXT = Columns(text="t")
-
-
 LABELLED = Columns(text="t", label="y")
-
-
 MESSAGES = Columns(messages="m")
 
 

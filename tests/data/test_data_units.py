@@ -83,11 +83,7 @@ def test_the_cap_depends_on_the_patients_own_records_alone(
 
 
 CAP = {"unit": "patient", "max_records_per_unit": 2}
-
-
 WHO = Columns(text="t", patient="who")
-
-
 NOTE = "no acute findings; discharged home"  # of many patients, word for word
 
 

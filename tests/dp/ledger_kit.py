@@ -1,15 +1,17 @@
-"""What test_ledger.py and test_ledger_files.py share."""
+"""What the ledger's tests share."""
 
 from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 
 from fedtune.dp.steplog import Step, StepLog
 from fedtune.ledger.entries import Charge
 from fedtune.ledger.ledger import Ledger
 
 STUDY = "sha256:" + "5d" * 32
+CHAOS = Path(__file__).with_name("chaos.py")
 
 
 def charge(round_: int = 1, sigma: float = 1.0, study: str = STUDY, steps: int = 4) -> Charge:

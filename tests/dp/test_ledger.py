@@ -18,8 +18,7 @@ from fedtune.errors import BudgetExceeded
 from fedtune.ledger import chain
 from fedtune.ledger.entries import RULES, Charge
 from fedtune.ledger.ledger import Ledger, LedgerError
-from tests.dp.ledger_kit import STUDY, charge, run_round, yes
-from tests.dp.ledger_kit2 import CHAOS
+from tests.dp.ledger_kit import CHAOS, STUDY, charge, run_round, yes
 
 
 def test_a_reservation_counts_before_it_is_released_and_after_a_restart(

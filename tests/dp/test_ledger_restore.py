@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.ledger.ledger import Ledger, LedgerError
-from tests.dp.ledger_kit import charge, covers, run_round, total, yes
-from tests.dp.ledger_kit2 import CHAOS
+from tests.dp.ledger_kit import CHAOS, charge, covers, run_round, total, yes
 
 
 def racing(folder: Path, mode: str, processes: int, ceiling: int) -> int:

@@ -72,8 +72,6 @@ def upload(root: Path, at: list[int]) -> tuple[np.ndarray, list[int], int]:
 
 
 CUTS = {"none": [], "one": [3 * PART + PART // 2], "three": [2 * PART, 5 * PART, 9 * PART]}
-
-
 LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("none", "three")]
 
 

@@ -38,8 +38,6 @@ from tests.fuzz.damage import (
 )
 
 ESC = "\x1b[31m[/x]\x07"
-
-
 NOISE = bytes((7 * n * n + 13 * n) % 256 for n in range(999))
 ANY: dict[str, Damage] = {
     "missing": _gone,

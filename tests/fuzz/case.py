@@ -13,8 +13,6 @@ FILE, REFUSED = frozenset({2}), frozenset({2, 3})
 
 
 DEEP = 100_000
-
-
 LONG = "n" * 300
 
 
@@ -37,12 +35,6 @@ SITE, PLAN, RUN = "site-north.toml", "study.toml", "run"
 
 
 PROMPTS = ("--prompts", "prompts.jsonl", "--licence", "CC0-1.0", "--out", "new")
-
-
 BASE = ("--generator", "./base")
-
-
 SERVE = ("server", PLAN, "--port", "18999", "--out", "new")
-
-
 DISK = frozenset({2, 4})  # 4: the disk, or a ledger that cannot be believed

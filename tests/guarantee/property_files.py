@@ -59,8 +59,6 @@ def _cell(value: Any) -> str | None:
 
 
 EVERY = ("who", "q", "a", "b", "l", "file")
-
-
 WRITERS = {"jsonl": _jsonl, "csv": _csv, "parquet": _parquet}
 
 

@@ -16,12 +16,8 @@ from fedtune.models.start import Start, start
 from fedtune.wire.keys import SigningKey
 
 COORDINATOR = SigningKey()
-
-
 SIZE = 12  # declared
 CLASSIFIES = "classifier"  # a base: a run that learnt the labels
-
-
 Ids = Mapping[str, Path]  # bases by name
 
 

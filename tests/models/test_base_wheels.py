@@ -28,8 +28,6 @@ from fedtune.errors import ModelError
 from tests.models.base_kit import _one_weight, edit
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-
-
 INFO = "tiny_base-1.0.dist-info"
 
 

@@ -38,8 +38,6 @@ def query(kind: str, content: RecordDict) -> RecordDict:
 
 KEY = SigningKey()  # the coordinator's
 WANTED = seal.Header(STUDY.digest, 1, "", "a", KEY.public, "n", "", {})
-
-
 SAID = {"status": "trained", "events": "[]"}
 
 
