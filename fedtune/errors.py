@@ -53,6 +53,8 @@ class FedtuneError(Exception):
 
 
 class InputError(FedtuneError):
+    """Something that a person wrote or named must change; the parent of the errors of input."""
+
     exit_code = 2
 
 
@@ -69,6 +71,8 @@ class ModelError(InputError):
 
 
 class Refused(FedtuneError):
+    """A rule said no, before any record was read; the parent of the refusals."""
+
     exit_code = 3
 
 
@@ -81,4 +85,6 @@ class BudgetExceeded(Refused):
 
 
 class InfrastructureError(FedtuneError):
+    """The network, a disk or another process failed."""
+
     exit_code = 4

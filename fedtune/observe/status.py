@@ -189,7 +189,9 @@ def folder_of(path: Path) -> Path:
 
 
 def look(folder: Path) -> Seen:
-    """Errors: InputError where no status was ever written, or it is not what fedtune writes."""
+    """Read how far the work in `folder` is, as the process that does it wrote it.
+
+    Errors: InputError where no status was ever written, or it is not what fedtune writes."""
     path, expected = folder / FILE, "a status as fedtune writes it"
     if not os.path.lexists(path):
         raise InputError(
