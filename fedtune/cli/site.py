@@ -179,7 +179,7 @@ def withdraw(
                 f"  {found.in_file} records are still in {here.data.path}; they are not read into "
                 "training any more, and deleting them is up to their owner"
             )
-        if not found.seen:
+        if not found.trained_on:
             typer.echo("  no study was ever prepared with this patient's records")
         for release in found.releases:
             typer.echo(
@@ -238,7 +238,7 @@ def purge(
     from fedtune.errors import InputError
 
     found = purger.listing(load_site(site), study)
-    Console().print(files_table(found.state, found.found))
+    Console().print(files_table(found.state, found.deletable))
     for digest, name in found.studies.items():
         typer.echo(f"{name}  {digest}")
     for path in found.unknown:

@@ -1,4 +1,4 @@
-"""A coordinator's order in, a site's sealed answer out, whatever the work."""
+"""Answer a coordinator's order, to train or to evaluate, with a sealed message."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from fedtune.flower.arrays import Arrays, bodies, read_agreed, to_record
 from fedtune.wire.seal import SealError, body_digest, check_order
 
 log = logging.getLogger("fedtune.client")
-trouble: dict[str, FedtuneError] = {}  # by site file, for this process alone; `simulate` shows it
-INTERNAL = "internal error"  # in words: what kind of error is for the site's own log
+site_errors: dict[
+    str, FedtuneError
+] = {}  # by site file, for this process alone; `simulate` shows it
+INTERNAL = "internal error"  # what is sent; the site's own log has the class
 Work = Callable[[SiteWorker, str, int, Arrays, str], Update]
 
 
@@ -31,32 +33,33 @@ def sealed(
     done: str,
     order_for: str = "",
 ) -> Message:
-    """Do the ordered work and seal what it made: its arrays as `record`, its status `done`.
+    """Check an order, run `work` and seal its result: arrays as `record`, status `done`.
 
     order_for: what follows the plan's digest in an order for this kind of work, so that an order
     for one kind is never taken for another."""
-    said = {"name": "", "status": done, "reason": "", "events": "[]"}
-    said |= {"header": "", "signature": ""}
+    answer = {"name": "", "status": done, "reason": "", "events": "[]"}
+    answer |= {"header": "", "signature": ""}
     arrays = ArrayRecord()
 
     def attempt() -> None:
         nonlocal arrays
         site = site_of(context)
-        said["name"] = site.site.site.name
+        answer["name"] = site.site.site.name
         order = message.content.config_records["order"]
         digest, number = _plan_of(order["plan"], order_for), int(str(order["round"]))
         check_order(order, site.coordinator_of(digest))
         adapter = read_agreed(message.content.array_records["adapter"], site.shapes(digest))
-        made = work(site, digest, number, adapter, str(order["receipt"]))
-        made_arrays = to_record(made.delta)
-        filled = said | {"events": json.dumps(made.events)}
-        body = body_digest(bodies(made_arrays), filled)
-        said.update(filled, **site.sealed(digest, number, str(order["nonce"]), body))
-        arrays = made_arrays
+        update = work(site, digest, number, adapter, str(order["receipt"]))
+        update_arrays = to_record(update.delta)
+        complete = answer | {"events": json.dumps(update.events)}
+        content_digest = body_digest(bodies(update_arrays), complete)
+        answer.update(complete, **site.sealed(digest, number, str(order["nonce"]), content_digest))
+        arrays = update_arrays
 
     if failure := guarded(attempt, context):
-        said["status"], said["reason"] = failure
-    return Message(RecordDict({record: arrays, "site": ConfigRecord(dict(said))}), reply_to=message)
+        answer["status"], answer["reason"] = failure
+    content = RecordDict({record: arrays, "site": ConfigRecord(dict(answer))})
+    return Message(content, reply_to=message)
 
 
 def _plan_of(named: Any, order_for: str) -> str:
@@ -67,19 +70,21 @@ def _plan_of(named: Any, order_for: str) -> str:
 
 
 def guarded(attempt: Callable[[], None], context: Context) -> tuple[str, str] | None:
-    """Status and reason of what went wrong, if anything. Guarantee: only a refusal's words leave
-    the site (rules and public values); of our own errors the class, and of any other exception
-    that there was one: what a library raises may follow from a record."""
+    """Run `attempt` and return the status and reason of its failure, None if it succeeded.
+
+    Guarantee: only a refusal's text leaves the site (rules and public values); of a FedtuneError
+    its class, of any other exception that there was one: a library's error may quote a record."""
     try:
         attempt()
     except Unprepared as error:
         return "unprepared", str(error)
     except Refused as error:
         return "refused", str(error)
+    except FedtuneError as error:
+        site_errors[str(context.node_config.get("site"))] = error
+        log.warning("%s: %s", type(error).__name__, error)  # stays at the site
+        return "failed", type(error).__name__
     except Exception as error:
-        if isinstance(error, FedtuneError):
-            trouble[str(context.node_config.get("site"))] = error
-        own = isinstance(error, FedtuneError)
-        log.warning("%s: %s", type(error).__name__, error if own else "")  # for the site's own eyes
-        return "failed", type(error).__name__ if own else INTERNAL
+        log.warning("%s", type(error).__name__)
+        return "failed", INTERNAL
     return None

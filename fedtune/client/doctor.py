@@ -1,5 +1,6 @@
-"""What could go wrong at this site, looked at before it does. Nothing leaves this machine but a
-greeting to the coordinator, where the site is enrolled with one."""
+"""Check a site before a study: files, ledger, certificates, network, plan, self-test.
+
+Nothing leaves this machine but a status request to the coordinator that it is enrolled with."""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ RENEW = (
 
 
 def examine(path: Path, study: Study | None = None) -> Iterator[Finding]:
-    """Each check as soon as it is done; with a study also its plan, its data and the self-test.
+    """Yield each check's finding as it ends; with a study also its plan, data and self-test.
 
     Errors: ConfigError where site.toml cannot be read; all else is a finding."""
     site = load_site(path)
@@ -75,11 +76,11 @@ def _for_study(site: Site, study: Study) -> Iterator[Finding]:
     except FedtuneError as error:
         yield Finding("base", False, str(error))
         return
-    kept = need.adapter * (study.training.rounds or 0)  # every update stays in the outbox
+    outbox_bytes = need.adapter * (study.training.rounds or 0)  # every update stays in the outbox
     yield Finding("base", True, f"{base.path}: {base.digest}")
     yield from findings(
         [
-            ("disk", lambda: machine.disk(site.site.state, machine.FREE + kept)),
+            ("disk", lambda: machine.disk(site.site.state, machine.FREE + outbox_bytes)),
             ("memory", lambda: machine.memory(need.memory)),
             ("plan", lambda: _plan(study, site)),
             ("records for the plan", lambda: _fits(site, study, base)),
@@ -92,61 +93,65 @@ def _for_study(site: Site, study: Study) -> Iterator[Finding]:
         return
     rank = study.lora.rank_at(site.site.lora_rank) if study.lora else None
     for result in selftest.run(study, network, site.site.declared_size, rank):
-        says = result.note or f"{result.figure:.3g}, at most {result.bound:g}"
-        yield Finding(f"self-test: {result.name}", result.passed, says)
+        detail = result.note or f"{result.figure:.3g}, at most {result.bound:g}"
+        yield Finding(f"self-test: {result.name}", result.passed, detail)
 
 
 def _network(site: Site, path: Path) -> Iterator[Finding]:
-    """Enrolment, both certificates, and the way to the gateway, as `fedtune client` goes."""
+    """Check enrolment, both certificates and the client's connection to the gateway."""
     try:
-        found = link(site, path)
-        authority = x509.load_pem_x509_certificate(found.answer.ca.encode())
-        own = newest(found)
+        site_link = link(site, path)
+        answer = site_link.answer
+        authority = x509.load_pem_x509_certificate(answer.ca.encode())
+        leaf = newest(site_link)
     except FedtuneError as error:
         yield Finding("enrolment", False, str(error))
         return
-    yield Finding("enrolment", True, f"{found.name}, in the consortium {found.answer.fingerprint}")
-    mine = lambda: tls.certificate(own, authority, tls.LEAF_LEFT, RENEW)  # noqa: E731
-    yield from findings([("certificate", mine)])
+    yield Finding("enrolment", True, f"{site_link.name}, in the consortium {answer.fingerprint}")
+    check = lambda: tls.certificate(leaf, authority, tls.LEAF_LEFT, RENEW)  # noqa: E731
+    yield from findings([("certificate", check)])
     try:
-        proxy = proxy_of(found)
-        way = lambda context: dial(found, proxy, context)  # noqa: E731
-        leaf = tls.presented(way, found.address)
+        proxy = proxy_of(site_link)
+        connect = lambda context: dial(site_link, proxy, context)  # noqa: E731
+        server_leaf = tls.presented(connect, site_link.address)
     except FedtuneError as error:
         yield Finding("coordinator", False, str(error))
         return
-    strange = "the address may be another's; else ask the coordinator to run `fedtune doctor`"
+    advice = "the address may be another's; else ask the coordinator to run `fedtune doctor`"
     yield from findings(
         [
-            ("names", lambda: tls.names(leaf, found.host)),
-            ("its certificate", lambda: tls.certificate(leaf, authority, timedelta(0), strange)),
+            ("names", lambda: tls.names(server_leaf, site_link.host)),
+            (
+                "its certificate",
+                lambda: tls.certificate(server_leaf, authority, timedelta(0), advice),
+            ),
         ]
     )
     try:
-        status, clock = _greet(found, way)
+        status, clock = _greet(site_link, connect)
     except FedtuneError as error:
         yield Finding("coordinator", False, str(error))
         return
-    yield Finding("coordinator", True, f"{found.address}: answers, and lets this site in")
+    yield Finding("coordinator", True, f"{site_link.address}: answers, and lets this site in")
     yield from findings(
         [("clock", lambda: tls.clock(clock)), ("protocol", lambda: _protocol(status))]
     )
 
 
-def _greet(found: Link, way: tls.Dial) -> tuple[dict[str, Any], float]:
-    """What the gateway says of itself, and by how many seconds this clock is ahead of its own.
+def _greet(site_link: Link, connect: tls.Dial) -> tuple[dict[str, Any], float]:
+    """Return the gateway's status and by how many seconds this clock is ahead of its clock.
 
     Errors: InfrastructureError where it does not answer, or turns this site away."""
     sent = certs.now()
-    code, body = tls.got(way, far_context(found), found.address, STATUS)
+    code, body = tls.got(connect, far_context(site_link), site_link.address, STATUS)
     received = certs.now()
     if code == 403:
-        raise InfrastructureError(f"{found.address}: refuses this site: {body.decode()}")
+        raise InfrastructureError(f"{site_link.address}: refuses this site: {body.decode()}")
     if code != 200:
-        raise InfrastructureError(f"{found.address}: answers {code}: {body.decode()}")
+        raise InfrastructureError(f"{site_link.address}: answers {code}: {body.decode()}")
     status: dict[str, Any] = json.loads(body)
-    there = str(status.get("now", received.isoformat()))
-    return status, tls.ahead_of(sent, there, received)
+    gateway_time = str(status.get("now", received.isoformat()))
+    return status, tls.ahead_of(sent, gateway_time, received)
 
 
 def _protocol(status: dict[str, Any]) -> str:
@@ -160,24 +165,24 @@ def _secrets(site: Site) -> str:
 
 
 def _records(site: Site) -> str:
-    """The true count beside the declared one: the one place where the two meet."""
+    """Compare the count of usable units with declared_size; nothing else compares the two."""
     by_patient = site.data.columns.patient is not None
     records, rejected = read_records(site.data, unit="patient" if by_patient else "record")
     units = len({record.unit for record in records})
     unit = "patients" if by_patient else "records"
     declared, left_out = site.site.declared_size, sum(rejected.values())
-    says = f"{len(records)} usable records, {units} {unit}; declared_size = {declared}"
+    counts = f"{len(records)} usable records, {units} {unit}; declared_size = {declared}"
     if left_out:
-        says += "; left out: " + ", ".join(f"{n} {why}" for why, n in rejected.most_common())
+        counts += "; left out: " + ", ".join(f"{n} {why}" for why, n in rejected.most_common())
     if units < 2:
-        raise FedtuneError(says, "at least 2", "without them this site sends noise alone")
+        raise FedtuneError(counts, "at least 2", "without them this site sends noise alone")
     if not declared / 2 <= units <= 2 * declared:
         raise FedtuneError(
-            says,
+            counts,
             "a declared size within a factor of two",
             "declare another round figure by hand; what is declared is public",
         )
-    return says
+    return counts
 
 
 def _ledger(site: Site) -> str:
@@ -189,35 +194,36 @@ def _ledger(site: Site) -> str:
 
 
 def _same_people(site: Site) -> str:
-    """What the guarantee cannot see, for a person to judge: a patient under a second key, and texts
-    that datasets share which were declared to share no patient. Boilerplate does both."""
+    """List signs that one patient has two keys, or that datasets declared disjoint share records.
+
+    No guarantee covers these and boilerplate texts cause both signs, so a person has to judge."""
     if not traces(site.site.state):
         return "nobody has taken part here as yet"
     ledger, data = Ledger(site.site.state), site.data
-    says = [
-        f"datasets {one} and {other} are declared disjoint and share {shared} patients, records or "
-        "longer texts"
-        for one, other in ledger.disjoint
-        if (shared := ledger.overlap(one, other))
+    signs = [
+        f"datasets {first} and {second} are declared disjoint and share {shared} patients, records "
+        "or longer texts"
+        for first, second in ledger.disjoint
+        if (shared := ledger.overlap(first, second))
     ]
     if data.columns.patient:
-        known, texts = ledger.known(data.name), dict[str, bool]()
+        is_known_member, texts = ledger.known(data.name), dict[str, bool]()
         for record in read_records(data, unit="patient", strict=False)[0]:
-            if not known(unit_member(record.unit)):
-                same = any(map(known, text_members(record)))
-                texts[record.unit] = texts.get(record.unit, False) or same
+            if not is_known_member(unit_member(record.unit)):
+                has_known_text = any(map(is_known_member, text_members(record)))
+                texts[record.unit] = texts.get(record.unit, False) or has_known_text
         if old := sum(texts.values()):
-            says.append(
+            signs.append(
                 f"{old} of {len(texts)} new patients have a text of {LONG} characters or more that "
                 "somebody before them had; under a new key a patient's budget begins anew"
             )
-    return "; ".join(says) or "no sign of a patient under two keys or in two datasets"
+    return "; ".join(signs) or "no sign of a patient under two keys or in two datasets"
 
 
 def _plan(study: Study, site: Site) -> str:
-    """What `fedtune review` says of the plan, ledger and signature included."""
+    """Check the plan as `fedtune review` does, ledger and signature included."""
     plan = plan_for_site(study, site.site.declared_size) if study.private else None
-    ledger = Ledger(site.site.state) if traces(site.site.state) else None  # a look begins none
+    ledger = Ledger(site.site.state) if traces(site.site.state) else None  # a check creates none
     for refusal in would_refuse(study, site, plan, ledger):
         raise refusal
     if unsigned(study, site, ledger):

@@ -1,5 +1,5 @@
-"""A site's rules for a query about its held-out records: asked for by the plan, released by the
-policy, paid from those records' budget, and never from what the study's training still needs."""
+"""A site's rules for a private evaluation query: the plan has to ask for it, the policy has to
+release it, and the held-out records' budget pays, less what the study's training still needs."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from fedtune.objectives._interface import Objective
 log = logging.getLogger("fedtune.site")
 
 
-def asked_for(study: Study, round_: int) -> DpPlan:
-    """The plan of the study's queries. Errors: PolicyRefused where there is none after `round_`."""
+def plan_of_queries(study: Study, round_: int) -> DpPlan:
+    """Return the plan of the study's queries. Errors: PolicyRefused: none follows `round_`."""
     if round_ not in study.queries:
         raise PolicyRefused(f"a query after round {round_} is not in the plan")
     return query_plan(study)
 
 
-def allowed(study: Study, site: Site, plan: DpPlan, coordinator: str) -> SiteEvaluation:
-    """The records that may be asked about. Errors: PolicyRefused naming the first rule against."""
+def check_release(study: Study, site: Site, plan: DpPlan, coordinator: str) -> SiteEvaluation:
+    """Return the held-out records that the policy lets the study query. Errors: PolicyRefused."""
     if "evaluation" not in site.policy.release:
         raise PolicyRefused('policy.release does not list "evaluation"')
     if site.evaluation is None:
@@ -40,25 +40,25 @@ def allowed(study: Study, site: Site, plan: DpPlan, coordinator: str) -> SiteEva
     return site.evaluation
 
 
-def payable(
+def check_budget(
     site: Site, study: Study, training: DpPlan, plan: DpPlan, charges: Sequence[Charge]
 ) -> None:
-    """Within both ceilings, with the queries ahead; and where the same people may be in the
-    training records, with all that the study's training has spent and has yet to spend.
+    """Check that the remaining queries keep below both ceilings; where the same people may be in
+    the training records, together with all that the study's training has spent and has yet to.
 
     Errors: BudgetExceeded."""
-    assert site.evaluation is not None  # allowed() saw to it
+    assert site.evaluation is not None  # see check_release
     trained = [charge for charge in charges if charge.study == study.digest]
     if trained or not _apart(site):
-        left = training.steps - sum(charge.steps for charge in trained)
-        if left > 0:
-            ahead = replace(charge_of(study, training, site, 0, charges), steps=left)
+        remaining = training.steps - sum(charge.steps for charge in trained)
+        if remaining > 0:
+            ahead = replace(charge_of(study, training, site, 0, charges), steps=remaining)
             charges, trained = [*charges, ahead], [*trained, ahead]
     within_budget(site, plan, charges, plan.local_steps)
     mine = [charge.event for charge in charges if charge.study == plan.study]
     queries = plan.events(max(plan.steps - sum(event.steps for event in mine), plan.local_steps))
-    whole = [*(charge.event for charge in trained), *mine, *queries]
-    if accountant.epsilon(whole, plan.delta) > site.policy.max_epsilon_per_study:
+    events = [*(charge.event for charge in trained), *mine, *queries]
+    if accountant.epsilon(events, plan.delta) > site.policy.max_epsilon_per_study:
         raise BudgetExceeded(
             "training and queries together would go past policy.max_epsilon_per_study",
             f"at most ε = {site.policy.max_epsilon_per_study} at this site",
@@ -68,7 +68,7 @@ def payable(
 
 
 def _apart(site: Site) -> bool:
-    """Whether the site says that nobody is in both files; the ledger holds it to that."""
+    """Return whether the site declared both files disjoint, which the ledger enforces."""
     held_out, data = site.evaluation, site.data
     assert held_out is not None
     return data.name in held_out.disjoint_from or held_out.name in data.disjoint_from
@@ -77,7 +77,7 @@ def _apart(site: Site) -> bool:
 def charge_of(
     study: Study, plan: DpPlan, site: Site, round_: int, charges: Sequence[Charge]
 ) -> Charge:
-    """One query after `round_`, as the ledger keeps it."""
+    """Return the ledger's charge for one query after `round_`."""
     assert site.evaluation is not None
     queries = plan.study != study.digest
     return Charge(
@@ -97,7 +97,7 @@ def charge_of(
 
 @torch.no_grad()
 def unit_rows(study: Study, data: CachedDataset) -> torch.Tensor:
-    """(score, 1) of each unit with the adapter that is loaded, fp64 (units, 2). Un-noised."""
+    """Compute (score, 1) for each unit with the loaded adapter, fp64 (units, 2). Un-noised."""
     objective, dataset = resolve(study.objective), data.dataset
     rows = torch.zeros(dataset.n_units, 2, dtype=torch.float64)
     unit = torch.tensor([example.unit for example in dataset.examples], dtype=torch.long)
@@ -111,22 +111,22 @@ def unit_rows(study: Study, data: CachedDataset) -> torch.Tensor:
 def _losses(
     objective: Objective, data: CachedDataset, records: Sequence[int]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Indices of some of `records` with their losses, fp64; NaN of a record that makes a library
-    raise, which costs its unit alone. Errors: FedtuneError, which no record decides."""
-    left = dict.fromkeys(records)
+    """Yield indices of some of `records` with their losses, fp64; NaN for a record that makes a
+    library raise, which affects its unit alone. Errors: FedtuneError, which no record decides."""
+    pending = dict.fromkeys(records)
     try:
         for batch in data.blocks(records):
             index = batch.index[: batch.count]
             losses = objective.losses(data.network, batch)[: batch.count].double().cpu()
             for record in index.tolist():
-                del left[record]
+                del pending[record]
             yield index, losses
         return
     except FedtuneError:
         raise
-    except Exception as error:  # its words may quote a record
+    except Exception as error:  # its text may quote a record
         log.error("held-out records failed (%s)", type(error).__name__)
-    for record in left:
+    for record in pending:
         if len(records) > 1:
             yield from _losses(objective, data, [record])
         else:

@@ -22,7 +22,7 @@ from fedtune.strategies import STRATEGIES
 
 
 def base_for(study: Study, site: Site) -> Base:
-    """The base of a plan that a coordinator sent, as this site has it; see `base_of_plan`.
+    """Find this site's copy of the base that a plan names by digest; see `base_of_plan`.
 
     Errors: PolicyRefused, ModelError, InfrastructureError."""
     listed = () if site.policy.bases == "any" else site.policy.bases
@@ -30,8 +30,8 @@ def base_for(study: Study, site: Site) -> Base:
 
 
 def planned(study: Study, site: Site, coordinator: str = "") -> DpPlan | None:
-    """What the site would run; None where privacy = "off". Whatever a rule can say of the study as
-    it came is said before anything is computed from it, since its figures may be of any size.
+    """Compute the plan that the site would run; None where privacy = "off". The study's stated
+    figures are checked first, since computing anything from unbounded ones may take for ever.
 
     Errors: PolicyRefused."""
     admit(study, site, None, coordinator)
@@ -55,7 +55,7 @@ def admit(study: Study, site: Site, plan: DpPlan | None, coordinator: str = "") 
 def refusals(
     study: Study, site: Site, plan: DpPlan | None, coordinator: str = ""
 ) -> Iterator[PolicyRefused]:
-    """Every rule that the plan breaks. Nothing of the data is looked at."""
+    """Yield a refusal for every rule that the plan breaks, without reading any data."""
     policy, listed = site.policy, list[tuple[str, str, Sequence[str]]]()
     yield from _about_plugins(study, policy)
     if policy.bases != "any":
@@ -86,13 +86,13 @@ def permit_plugins(study: Study, site: Site) -> None:
 
 
 def may_resolve(study: Study, policy: PolicyTable) -> bool:
-    """Whether more than the name of the study's objective may be looked at here: it is this
-    release's, or the policy names it."""
+    """Return whether the study's objective may be imported: it is this release's, or the policy
+    names it."""
     return study.objective.name in OBJECTIVES.release() or not any(_about_plugins(study, policy))
 
 
 def _about_plugins(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]:
-    """Names alone are compared: what another distribution brings is code that has not run here."""
+    """Compare names alone: importing another distribution's plug-in would run its code."""
     asked: list[tuple[Group[Any], str | None, Sequence[str]]] = [
         (OBJECTIVES, study.objective.name, policy.objectives),
         (STRATEGIES, study.strategy.name, policy.strategies),
@@ -107,7 +107,7 @@ def _about_plugins(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]
 
 
 def _about_rank(lora: LoraTable, most: int | None) -> Iterator[PolicyRefused]:
-    """Fewer ranks than the adapter has are trained only where the plan counts on it."""
+    """Refuse where the site trains fewer LoRA ranks than the plan's minimum."""
     rank = lora.rank_at(most)
     least = lora.rank if lora.min_rank is None else lora.min_rank
     if rank >= least:
@@ -121,22 +121,22 @@ def _about_rank(lora: LoraTable, most: int | None) -> Iterator[PolicyRefused]:
         )
     yield PolicyRefused(
         f"this site trains at most {rank} of an adapter's ranks (site.lora_rank) and the plan "
-        f"wants at least {least}",
-        f"a plan that wants at most {rank}",
+        f"requires at least {least}",
+        f"a plan that requires at most {rank}",
         todo,
     )
 
 
 def _about_teacher(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]:
-    """A teacher sets every record's target, so it must not have seen the records without noise."""
+    """Refuse a teacher, which sets each record's target, if it may have seen them without noise."""
     spec = resolve(study.objective).taught_by
     if spec is None or spec.digest in policy.teachers:
         return
     from fedtune.models.teacher import find_teacher
 
     teacher = find_teacher(spec)
-    known = BASES if policy.bases == "any" else policy.bases  # "any" says nothing of teachers
-    if teacher.base.digest not in known:
+    trusted = BASES if policy.bases == "any" else policy.bases  # "any" does not extend to teachers
+    if teacher.base.digest not in trusted:
         yield PolicyRefused(
             f"nothing says that the teacher's base {teacher.base.digest} never saw these records",
             "its digest in policy.bases, or the teacher's in policy.teachers",
@@ -164,8 +164,8 @@ def _about_privacy(study: Study, site: Site, plan: DpPlan | None) -> Iterator[Po
                 'privacy = "off" is not allowed here', "policy.allow_privacy_off = true at the site"
             )
         return
-    given = plan or _given(study, size)
-    sigma = given.noise_multiplier
+    stated = plan or _stated_figures(study, size)
+    sigma = stated.noise_multiplier
     if sigma is not None and sigma < policy.min_noise_multiplier:
         yield PolicyRefused(
             f"noise_multiplier {sigma} is below policy.min_noise_multiplier "
@@ -175,21 +175,21 @@ def _about_privacy(study: Study, site: Site, plan: DpPlan | None) -> Iterator[Po
         yield PolicyRefused(
             f"site.declared_size {size} is below policy.min_units {policy.min_units}"
         )
-    yield from _at_most("max_grad_norm", given.max_grad_norm, "max_grad_norm", policy)
-    yield from _at_most("sampling_rate", given.sampling_rate, "max_sampling_rate", policy)
-    if given.steps is not None:
-        yield from _at_most("steps", given.steps, "max_steps", policy)
+    yield from _at_most("max_grad_norm", stated.max_grad_norm, "max_grad_norm", policy)
+    yield from _at_most("sampling_rate", stated.sampling_rate, "max_sampling_rate", policy)
+    if stated.steps is not None:
+        yield from _at_most("steps", stated.steps, "max_steps", policy)
     elif not study.continuous:
         yield PolicyRefused("the plan leaves training.rounds open", "a plan as a server sends it")
-    yield from _at_most("delta", given.delta, "max_delta", policy)
-    if given.delta >= 1 / size:
-        yield PolicyRefused(f"delta {given.delta} is not below 1 / site.declared_size ({size})")
+    yield from _at_most("delta", stated.delta, "max_delta", policy)
+    if stated.delta >= 1 / size:
+        yield PolicyRefused(f"delta {stated.delta} is not below 1 / site.declared_size ({size})")
     if plan is None:
-        yield from _about_cost(study, _given(study, size), policy)
+        yield from _about_cost(study, _stated_figures(study, size), policy)
 
 
-class _Given(NamedTuple):
-    """The figures of a private study as it came, before any that is left open is computed."""
+class _StatedFigures(NamedTuple):
+    """The figures that a private study states, before those left open are computed."""
 
     noise_multiplier: float | None
     max_grad_norm: float
@@ -198,10 +198,10 @@ class _Given(NamedTuple):
     delta: float
 
 
-def _given(study: Study, size: int) -> _Given:
+def _stated_figures(study: Study, size: int) -> _StatedFigures:
     privacy, clipping, training = study.privacy, study.clipping, study.training
     assert isinstance(privacy, PrivacyTable) and clipping is not None  # Study: required
-    return _Given(
+    return _StatedFigures(
         privacy.noise_multiplier,
         clipping.max_grad_norm,
         sampling_rate(study, size),
@@ -210,16 +210,18 @@ def _given(study: Study, size: int) -> _Given:
     )
 
 
-def _about_cost(study: Study, given: _Given, policy: PolicyTable) -> Iterator[PolicyRefused]:
-    """An ε that is out of the question is not computed: how long that takes grows with it."""
+def _about_cost(
+    study: Study, stated: _StatedFigures, policy: PolicyTable
+) -> Iterator[PolicyRefused]:
+    """Refuse by a lower bound on ε, before computing ε itself takes a time that grows with it."""
     privacy, least = study.privacy, 0.0
     assert isinstance(privacy, PrivacyTable)
     if study.continuous:
         return
-    if given.noise_multiplier is not None and given.steps is not None:
+    if stated.noise_multiplier is not None and stated.steps is not None:
         k = study.records_per_draw
-        steps = accountant.Steps(given.noise_multiplier, given.sampling_rate, given.steps, k)
-        least = accountant.at_least(steps, given.delta)
+        steps = accountant.Steps(stated.noise_multiplier, stated.sampling_rate, stated.steps, k)
+        least = accountant.at_least(steps, stated.delta)
     if max(privacy.epsilon or 0.0, least) > policy.max_epsilon_per_study:
         yield PolicyRefused(
             "the study would go past policy.max_epsilon_per_study",
@@ -234,7 +236,7 @@ def _at_most(name: str, value: float, rule: str, policy: PolicyTable) -> Iterato
 
 
 def check_watch(study: Study, watch: object) -> None:
-    """A study without a last round runs where a person chose so, and nothing else does there.
+    """Refuse a continuous study unless the client runs with --watch, and any other where it does.
 
     watch: whether `fedtune client` was started with --watch; None: nobody was asked (simulation).
     Errors: PolicyRefused."""
@@ -253,7 +255,7 @@ def check_watch(study: Study, watch: object) -> None:
 
 
 def accounted(dataset: str, unit: str, unknown: Sequence[Spent]) -> None:
-    """Nothing runs on top of a cost that nobody knows, unless somebody at the site signed for it.
+    """Refuse to add charges to a dataset with charges of unknown cost that nobody signed for.
 
     unknown: `Ledger.unknown` of the dataset, for the study's unit; public, as every charge is.
     Errors: BudgetExceeded."""
@@ -271,13 +273,14 @@ def accounted(dataset: str, unit: str, unknown: Sequence[Spent]) -> None:
 def within_budget(
     site: Site, plan: DpPlan | None, charges: Sequence[Charge], at_least: int = 0
 ) -> None:
-    """What `charges` hold against the dataset, plus what the plan has yet to run, stays under both
-    ceilings of the policy. at_least: steps about to run, which count even where the plan's are all
-    spent: a round trained again is paid for again, one sent again is not.
+    """Check that `charges` plus the plan's remaining steps keep below both ceilings of the policy.
+
+    at_least: steps about to run, which count even where the plan's are all spent: a round trained
+    again is paid for again, one sent again is not.
 
     Where the plan has no last round, `charges` are a cohort's, only what is about to run is ahead,
     and the plan's own lifetime is a ceiling too.
-    Where privacy is off there is no ceiling left to hold: the policy allowed it.
+    Where privacy is off no ceiling applies: the policy allowed it.
     Errors: BudgetExceeded."""
     if plan is None:
         return
@@ -305,14 +308,14 @@ def within_budget(
 
 
 def total_of(site: Site, plan: DpPlan, charges: Sequence[Charge], ahead: int) -> Total:
-    """The dataset's total with `ahead` more steps of `plan`, at 2 · policy.max_delta."""
+    """Compute the dataset's total ε with `ahead` more steps of `plan`, at 2 · policy.max_delta."""
     events = [charge.event for charge in charges] + (plan.events(ahead) if ahead else [])
     return total_epsilon(events, order_of(site, plan, charges), site.policy.max_delta)
 
 
 def order_of(site: Site, plan: DpPlan, charges: Sequence[Charge]) -> float:
-    """The filter's order: that of the dataset's first charge, fixed before any result was seen;
-    for a dataset without charges, the one that leaves most room for this plan."""
+    """Return the privacy filter's order: that of the dataset's first charge, fixed before any
+    result; for a dataset without charges, the one that admits most steps of this plan."""
     if charges:
         return charges[0].order
     return best_order(plan.events(plan.steps), site.policy.max_epsilon, site.policy.max_delta)

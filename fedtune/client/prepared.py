@@ -1,4 +1,4 @@
-"""What a site keeps of a plan that it admitted, and what it says in return."""
+"""A site's state for a plan that it admitted, and its answers: admission and update."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Unprepared(Refused):
 
 @dataclass(frozen=True)
 class Admission:
-    """What a site says of a plan. Every field is public."""
+    """A site's answer to a plan. Every field is public."""
 
     admitted: bool
     reason: str
@@ -37,8 +37,8 @@ class Admission:
 
 @dataclass(frozen=True, repr=False)
 class Update:
-    """delta: trained minus given, as the plan has it travel; events: the steps this study ran here
-    so far."""
+    """delta: trained minus received adapter, in the plan's encoding; events: the steps that this
+    study ran here so far."""
 
     delta: Encoded
     events: list[dict[str, float | int]]
@@ -60,13 +60,14 @@ class Prepared:
         return self.plan if isinstance(self.plan, DpPlan) else None
 
 
-def check_waited(prepared: Prepared, round_: int, adapter: Arrays, body: bytes) -> None:
-    """Errors: PolicyRefused where an update that waited has not the form of this site's updates: it
-    trained, was started again, and now declares another rank."""
+def check_waiting_update(prepared: Prepared, round_: int, adapter: Arrays, payload: bytes) -> None:
+    """Check that a stored update still has the shapes that this site would send.
+
+    Errors: PolicyRefused where the site was restarted with another rank after it trained."""
     columns = rank_slice(prepared.study.lora, prepared.lora_rank, round_)
     trained = {name: trained_slice(name, array, columns).shape for name, array in adapter.items()}
-    forms = layout(trained, prepared.study.wire.update)
-    if shapes(load(body)) != {name: form.shape for name, form in forms.items()}:
+    expected = layout(trained, prepared.study.wire.update)
+    if shapes(load(payload)) != {name: form.shape for name, form in expected.items()}:
         raise PolicyRefused(
             "site.lora_rank was changed while an update of this round waits to be sent",
             todo="set it back for this study",
@@ -74,7 +75,7 @@ def check_waited(prepared: Prepared, round_: int, adapter: Arrays, body: bytes) 
 
 
 def step_summary(steps: list[Step]) -> list[dict[str, Any]]:
-    """Count the noised steps by (σ, q, C, k): what the step log says, and no figure of a record."""
+    """Count the step log's noised steps by (σ, q, C, k); no figure depends on a record."""
     counts = Counter(
         (s.noise_multiplier, s.sampling_rate, s.max_grad_norm, s.records) for s in steps
     )
@@ -84,8 +85,8 @@ def step_summary(steps: list[Step]) -> list[dict[str, Any]]:
     ]
 
 
-def metadata_of(body: bytes) -> dict[str, str]:
-    """The strings in a safetensors header."""
-    length = int.from_bytes(body[:8], "little")
-    found: dict[str, str] = json.loads(body[8 : 8 + length])["__metadata__"]
-    return found
+def metadata_of(payload: bytes) -> dict[str, str]:
+    """Parse the metadata in a safetensors header."""
+    length = int.from_bytes(payload[:8], "little")
+    metadata: dict[str, str] = json.loads(payload[8 : 8 + length])["__metadata__"]
+    return metadata

@@ -1,9 +1,9 @@
-"""What a site keeps of its studies beside the ledger, and how it is deleted after them.
+"""Delete the files that a site's studies left beside the ledger.
 
-Deleted: what KINDS lists. Never: what KEPT lists, which the ledger, the guarantee and this site's
-enrolment need; nor anything that fedtune does not know, which is listed for a person to look at.
-Guarantee: the ledger and what it charges are as before. An update that was deleted cannot be sent
-again: who asks for its round again has it trained, and paid for, again.
+Deleted: what KINDS lists. Never: what NEVER_DELETED lists, which the ledger, the guarantee and the
+site's enrolment need; nor files that fedtune did not write, which are listed for a person.
+Guarantee: the ledger and its charges are unchanged. A deleted update cannot be sent again: if its
+round is ordered again, it is trained and charged again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ KINDS = {  # what people call it -> patterns of paths in the state folder; "*" g
     "drafts of a process that was killed": ("*.new",),
 }
 OF_A_STUDY = ("updates that were released", "plans that waited for a signature")
-KEPT = (
+NEVER_DELETED = (
     "ledger.*",  # entries, anchor, receipts, and what a restore put aside
     *("site.key", "salt", "steps.jsonl"),  # steps.jsonl: a restore charges by it
     *("keys/*", "keys.old-*"),  # the site's way into its consortium
@@ -45,68 +45,69 @@ DRAFT = re.compile(r"\.(\d+)\.new")
 
 @dataclass
 class Listing:
-    """What is in a state folder. found: the files of each kind; unknown: what fedtune did not
-    write, a ledger's backup included; studies: digest -> name, where one was chosen."""
+    """A state folder's files. deletable: by kind; unknown: what fedtune did not write, a ledger's
+    backup included; studies: digest -> name, where one was chosen."""
 
     state: Path
-    found: dict[str, list[Path]] = field(default_factory=dict)
+    deletable: dict[str, list[Path]] = field(default_factory=dict)
     unknown: list[Path] = field(default_factory=list)
     studies: dict[str, str] = field(default_factory=dict)
 
     @property
     def files(self) -> list[Path]:
-        return [path for paths in self.found.values() for path in paths]
+        return [path for paths in self.deletable.values() for path in paths]
 
 
 def listing(site: Site, study: str | None = None) -> Listing:
-    """What `purge` would delete: of every study, or of those whose digest or name is `study`.
+    """List what `purge` would delete: of every study, or of those whose digest or name is `study`.
 
     Errors: ConfigError where there is no state folder; InputError where no study is called so;
     LedgerError."""
     state = site.site.state
     if not state.is_dir():
         raise ConfigError(f"{state}: no such folder", todo="nothing was kept here as yet")
-    found = Listing(state)
+    contents = Listing(state)
     for path in _walk(state):
         kind = _kind(path.relative_to(state).as_posix())
         if path.is_symlink() or kind is None:
-            found.unknown.append(path)
+            contents.unknown.append(path)
         elif kind and not _being_written(path):
-            found.found.setdefault(kind, []).append(path)
+            contents.deletable.setdefault(kind, []).append(path)
     if study is not None:
-        found.studies = _studies(site, found.found.get(OF_A_STUDY[1], []), study)
-        found.unknown = []
-        own = {kind: _of(found.found.get(kind, []), found.studies) for kind in OF_A_STUDY}
-        found.found = {kind: paths for kind, paths in own.items() if paths}
-    return found
+        contents.studies = _studies(site, contents.deletable.get(OF_A_STUDY[1], []), study)
+        contents.unknown = []
+        files = contents.deletable
+        of_study = {kind: _of(files.get(kind, []), contents.studies) for kind in OF_A_STUDY}
+        contents.deletable = {kind: paths for kind, paths in of_study.items() if paths}
+    return contents
 
 
-def purge(found: Listing) -> None:
-    """Delete what was listed, and the folders that it leaves empty.
+def purge(contents: Listing) -> None:
+    """Delete the listed files and the folders that become empty.
 
     Errors: InfrastructureError where a client runs on this state, or the disk refuses."""
-    with alone(found.state / "flower", "fedtune client"):
+    with alone(contents.state / "flower", "fedtune client"):
         try:
-            for path in found.files:
+            for path in contents.files:
                 path.unlink(missing_ok=True)
-            for folder in sorted({path.parent for path in found.files}, reverse=True):
-                _remove_empty(folder, found.state)
-            sync_folder(found.state)
+            for folder in sorted({path.parent for path in contents.files}, reverse=True):
+                _remove_empty(folder, contents.state)
+            sync_folder(contents.state)
         except OSError as error:
             raise InfrastructureError(
                 f"{error.filename}: cannot be deleted ({error.strerror})",
                 todo="fix the permissions and run it again",
             ) from None
-    if traces(found.state):
-        Ledger(found.state).verify()
+    if traces(contents.state):
+        Ledger(contents.state).verify()
 
 
 # ---------------------------------------------------------------------------------- one file
 
 
 def _kind(name: str) -> str | None:
-    """What a file is; "" for what is kept, None for what is not known."""
-    if not DRAFT.search(name) and any(fnmatchcase(name, pattern) for pattern in KEPT):
+    """Classify a file: "" if it is never deleted, None if fedtune did not write it."""
+    if not DRAFT.search(name) and any(fnmatchcase(name, pattern) for pattern in NEVER_DELETED):
         return ""
     for kind, patterns in KINDS.items():
         if any(fnmatchcase(name, pattern) for pattern in patterns):
@@ -115,19 +116,19 @@ def _kind(name: str) -> str | None:
 
 
 def _walk(state: Path) -> Iterator[Path]:
-    """Every file; of a folder with a ledger in it, a backup, its name alone."""
-    for place, folders, files in os.walk(state):
-        here = Path(place)
-        if here != state and DATABASE in files:
+    """Yield every file; of a folder that holds a ledger (a backup), the folder alone."""
+    for root, folders, files in os.walk(state):
+        folder = Path(root)
+        if folder != state and DATABASE in files:
             folders.clear()
-            yield here
+            yield folder
             continue
-        links = [name for name in folders if (here / name).is_symlink()]
-        yield from (here / name for name in sorted([*files, *links]))
+        links = [name for name in folders if (folder / name).is_symlink()]
+        yield from (folder / name for name in sorted([*files, *links]))
 
 
 def _being_written(path: Path) -> bool:
-    """Whether it is the draft of a process that lives."""
+    """Return whether a running process is still writing this draft."""
     draft = DRAFT.search(path.name)
     try:
         if draft:
@@ -148,34 +149,34 @@ def _remove_empty(folder: Path, top: Path) -> None:
 # ---------------------------------------------------------------------------------- one study
 
 
-def _studies(site: Site, plans: list[Path], asked: str) -> dict[str, str]:
-    """Digest and name of the studies that `asked` may mean. Errors: InputError where none is."""
+def _studies(site: Site, plans: list[Path], name_or_digest: str) -> dict[str, str]:
+    """Return digest and name of the studies that match. Errors: InputError where none does."""
     state = site.site.state
     spent = Ledger(state).spending() if traces(state) else []
-    known = {each.charge.study: each.charge.name for each in spent}
+    names = {entry.charge.study: entry.charge.name for entry in spent}
     for path in plans:
         try:
             plan = study_from_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, FedtuneError):
             continue
-        known[plan.digest] = plan.study.name
-    digest = asked.removeprefix("sha256:")
-    found = {
-        each: name
-        for each, name in known.items()
-        if asked in (name, name.removesuffix(" (evaluation)"))
-        or (len(digest) >= 8 and each.removeprefix("sha256:").startswith(digest))
+        names[plan.digest] = plan.study.name
+    digest = name_or_digest.removeprefix("sha256:")
+    matches = {
+        study: name
+        for study, name in names.items()
+        if name_or_digest in (name, name.removesuffix(" (evaluation)"))
+        or (len(digest) >= 8 and study.removeprefix("sha256:").startswith(digest))
     }
-    if not found:
+    if not matches:
         raise InputError(
-            f"{state}: no study {asked!r} here",
+            f"{state}: no study {name_or_digest!r} here",
             "its name, or at least 8 digits of its digest",
             "`fedtune ledger SITE` lists them",
         )
-    return found
+    return matches
 
 
 def _of(paths: list[Path], studies: dict[str, str]) -> list[Path]:
-    """Those that carry one of the digests in their names."""
+    """Select the files whose names begin with one of the studies' digests."""
     starts = [outbox_prefix(digest) for digest in studies]
     return [path for path in paths if path.name.startswith(tuple(starts))]

@@ -1,8 +1,8 @@
-"""The other processes of a site: each clips and adds up a share of every step's rows.
+"""Data-parallel processes of a site: each clips and sums a share of every step's rows.
 
     rank 0   the client: talks to Flower, keeps the ledger, draws, adds noise, writes the log
-    rank n   reads the same site.toml and the same records; is given the plan, the adapter and the
-             rows by rank 0, and gives back an integer sum
+    rank n   reads the same site.toml and the same records; receives the plan, the adapter and the
+             rows from rank 0, and returns an integer sum
 
 `fedtune client SITE --processes N` starts them itself; under torchrun they are there already."""
 
@@ -41,35 +41,35 @@ from fedtune.training.data_parallel import Group, fingerprint, share_machine, su
 from fedtune.training.unit_gradients import UnitGradientEngine
 
 log = logging.getLogger("fedtune.site")
-PATIENCE = 1800.0  # seconds that rank 0 waits for the others in one exchange
-SAME, OTHER = 1, 2  # what a rank says of its records; 0: it could not read them
+TIMEOUT = 1800.0  # seconds that rank 0 waits for the others in one exchange
+SAME, OTHER = 1, 2  # a rank's records against rank 0's; 0: it could not read them
 
 
 class Workers:
-    """A site's team as rank 0 sees it: started with the first round that needs it; after a failure,
-    started anew with the next. A context manager that ends it.
+    """A site's worker processes: rank 0 starts them with the first round that needs them, and again
+    after a failure. A context manager that ends them.
 
-    size: processes, this one included; torchrun: they were started by it."""
+    size: processes, this one included; torchrun: torchrun started them."""
 
     def __init__(
-        self, site: Path, size: int, *, torchrun: bool = False, timeout: float = PATIENCE
+        self, site: Path, size: int, *, torchrun: bool = False, timeout: float = TIMEOUT
     ) -> None:
         self._site, self.size, self._torchrun = site, size, torchrun
         self._timeout = timeout
         self._open = ExitStack()
         self._group: Group | None = None
-        self._agreed: tuple[str, ...] = ()  # what the others have prepared
+        self._agreed: tuple[str, ...] = ()  # the study, factor and records that all have prepared
         self.children: list[Child] = []
 
     @contextmanager
     def running(
         self, study: Study, data: CachedDataset, frozen: Arrays, columns: slice = ALL
     ) -> Iterator[Team]:
-        """The team for one round of `study`, each rank with the same plan, factor and records.
-        columns: as local_round has them.
+        """Provide the team for one round of `study`, all ranks with the same plan, factor and
+        records. columns: as in local_round.
 
-        Errors: InfrastructureError where a rank fails, is gone, is silent, or reads other records
-        than this process; whatever goes wrong, the team is ended."""
+        Errors: InfrastructureError where a rank fails, ends, does not answer in time, or reads
+        other records than this process. Any error ends the team."""
         try:
             group = self._group = self._group or self._started()
             self._agree(group, study, data, frozen)
@@ -79,7 +79,7 @@ class Workers:
             raise
 
     def close(self) -> None:
-        """End the others: they see that the connection closes."""
+        """End the other ranks by closing their connections."""
         self._open.close()
         self._group, self._agreed, self.children = None, (), []
 
@@ -101,12 +101,12 @@ class Workers:
     def _spawned(self) -> Group:
         state = load_site(self._site).site.state
         folder = self._open.enter_context(tempfile.TemporaryDirectory(prefix="fedtune-ranks-"))
-        place = Path(folder, "team")
+        socket_path = Path(folder, "team")
         for rank in range(1, self.size):
-            options = [str(self._site), str(rank), str(self.size), str(place)]
+            options = [str(self._site), str(rank), str(self.size), str(socket_path)]
             child = Child("rank", options, home=state / "ranks", log=state / f"rank-{rank}.log")
             self.children.append(self._open.enter_context(child))
-        return Group(0, self.size, self._timeout, place, self._alive)
+        return Group(0, self.size, self._timeout, socket_path, self._alive)
 
     def _alive(self) -> None:
         for child in self.children:
@@ -114,13 +114,13 @@ class Workers:
                 raise child.ended()
 
     def _with_torchruns(self) -> Group:
-        """The socket is in a folder of its own, since a path to one must be short; where it is, the
-        others read in the state folder, which is this user's alone."""
+        """Listen in a temporary folder, since a socket's path must be short, and write that path to
+        the state folder, which only this user can read."""
         folder = self._open.enter_context(tempfile.TemporaryDirectory(prefix="fedtune-ranks-"))
-        place = Path(folder, "team")
-        replace(_told(self._site), str(place).encode(), private=True)
-        self._open.callback(_told(self._site).unlink, missing_ok=True)
-        return Group(0, self.size, self._timeout, place)
+        socket_path = Path(folder, "team")
+        replace(_rendezvous_file(self._site), str(socket_path).encode(), private=True)
+        self._open.callback(_rendezvous_file(self._site).unlink, missing_ok=True)
+        return Group(0, self.size, self._timeout, socket_path)
 
     def _agree(self, group: Group, study: Study, data: CachedDataset, frozen: Arrays) -> None:
         """Have every rank prepare `study`, unless it has. Errors: InfrastructureError."""
@@ -132,12 +132,12 @@ class Workers:
         header = {"do": "prepare", "study": study.model_dump_json(), "dtype": dtype}
         arrays = [torch.from_numpy(np.asarray(frozen[name], np.float32)) for name in names]
         group.send({**header, "records": records, "names": names}, arrays)
-        said = group.reduce_sum(torch.zeros(self.size, dtype=torch.int64))[1:].tolist()
-        for rank, answer in enumerate(said, 1):
-            if answer != SAME:
+        statuses = group.reduce_sum(torch.zeros(self.size, dtype=torch.int64))[1:].tolist()
+        for rank, status in enumerate(statuses, 1):
+            if status != SAME:
                 raise InfrastructureError(
                     f"rank {rank} of this site "
-                    + ("reads other records" if answer == OTHER else "could not prepare the study"),
+                    + ("reads other records" if status == OTHER else "could not prepare the study"),
                     "the records of rank 0",
                     f"see that its files do not change while it trains; read rank-{rank}.log",
                 )
@@ -151,47 +151,47 @@ class _Lead:
         self._group, self._network = group, network
         self._columns = [columns.start, columns.stop]
 
-    def total(self, sampled: list[int], dimension: int, own: AddUp) -> torch.Tensor:
+    def total(self, sampled: list[int], dimension: int, add_up: AddUp) -> torch.Tensor:
         parameters = self._network.parameters().values()
         flat = torch.cat([p.detach().flatten().cpu() for p in parameters])
         rows = torch.tensor(sampled, dtype=torch.int64)
         header = {"do": "add", "dimension": dimension, "columns": self._columns}
         self._group.send(header, [flat, rows])
-        return summed(self._group, sampled, dimension, own)
+        return summed(self._group, sampled, dimension, add_up)
 
 
 # ------------------------------------------------------------------------------ the other ranks
 
 
 def follow(group: Group, site: SiteWorker) -> NoReturn:
-    """Do what rank 0 says, until InfrastructureError says that it is gone.
+    """Serve rank 0's requests until InfrastructureError says that it has ended.
 
     Guarantee: charges nothing, draws nothing, adds no noise, writes no step log; of the ledger it
     reads who has withdrawn and which records are known."""
-    work: _Work | None = None
+    prepared: _StudyAtRank | None = None
     while True:
         header, tensors = group.receive()
         if header["do"] == "prepare":
-            said = torch.zeros(group.size, dtype=torch.int64)
-            work = None  # frees the old before the new is read
+            statuses = torch.zeros(group.size, dtype=torch.int64)
+            prepared = None  # frees the old before the new is read
             try:
-                work = _Work(site, header, tensors)
-                said[group.rank] = SAME if work.records == header["records"] else OTHER
+                prepared = _StudyAtRank(site, header, tensors)
+                statuses[group.rank] = SAME if prepared.records == header["records"] else OTHER
             except Exception as error:
-                log.error("this rank cannot prepare the study: %s", _says(error))
-            group.reduce_sum(said)
-        elif work is not None:
+                log.error("this rank cannot prepare the study: %s", _describe_error(error))
+            group.reduce_sum(statuses)
+        elif prepared is not None:
             flat, rows = tensors
             try:
-                own = work.with_parameters(flat, slice(*header["columns"]))
-                summed(group, rows.tolist(), header["dimension"], own)
+                add_up = prepared.summing_with(flat, slice(*header["columns"]))
+                summed(group, rows.tolist(), header["dimension"], add_up)
             except InfrastructureError:
                 raise
-            except Exception as error:  # rank 0 saw that the rows are missing
-                log.error("this rank did not add up its rows: %s", _says(error))
+            except Exception as error:  # rank 0 notices that the rows are missing
+                log.error("this rank did not add up its rows: %s", _describe_error(error))
 
 
-class _Work:
+class _StudyAtRank:
     """One study at one rank: network, records, engine and the plan's own clipping."""
 
     def __init__(
@@ -199,23 +199,23 @@ class _Work:
     ) -> None:
         study = study_from_json(header["study"])
         base = study.base.model_copy(update={"dtype": header["dtype"]})
-        # As rank 0 has it: where the study leaves the dtype open, each process measures for itself.
+        # rank 0's dtype: where the study leaves it open, each process would measure its own.
         measured = study.model_copy(update={"base": base})
         self.network = build(measured, base_for(study, site.site))
         arrays = {n: t.numpy() for n, t in zip(header["names"], frozen, strict=True)}
         self.network.load_frozen(arrays)
-        data = site.seen(study, self.network)
+        data = site.current_dataset(study, self.network)
         self.records = fingerprint(data.dataset)
-        how = (data, resolve(study.objective), study.drawn, study.training.engine)
-        self._engine_of = partial(UnitGradientEngine, *how)
+        engine_arguments = (data, resolve(study.objective), study.drawn, study.training.engine)
+        self._engine_of = partial(UnitGradientEngine, *engine_arguments)
         self._plan = plan_for_site(study, site.site.site.declared_size)
         self._checkpointing = site.site.site.gradient_checkpointing
 
-    def with_parameters(self, flat: torch.Tensor, columns: slice) -> AddUp:
-        """What adds up rows with the parameters `flat`, all in their order, of whose B's these
-        columns are trained."""
+    def summing_with(self, flat: torch.Tensor, columns: slice) -> AddUp:
+        """Return a function that sums rows' clipped gradients at the parameters `flat`, all in
+        order, where these columns of each B are trained."""
 
-        def own(rows: list[int]) -> torch.Tensor:
+        def clipped_sum(rows: list[int]) -> torch.Tensor:
             engine = self._engine_of(columns)
             pieces = torch.split(flat, [p.numel() for p in engine.parameters])
             with torch.no_grad():
@@ -224,23 +224,23 @@ class _Work:
             with self.network.recomputing(self._checkpointing and engine.name == "one-pass"):
                 return self._plan.clipped_sum(rows, engine.dimension, engine)
 
-        return own
+        return clipped_sum
 
 
-def _says(error: Exception) -> str:
-    """The class, and the words of our own errors: they hold no record."""
-    words = f": {error}" if isinstance(error, FedtuneError) else ""
-    return type(error).__name__ + words
+def _describe_error(error: Exception) -> str:
+    """Name the error's class, with the message of a FedtuneError alone: it quotes no record."""
+    message = f": {error}" if isinstance(error, FedtuneError) else ""
+    return type(error).__name__ + message
 
 
-def _told(site: Path) -> Path:
-    """Where rank 0 says under torchrun where its socket is."""
+def _rendezvous_file(site: Path) -> Path:
+    """Return the file in which rank 0, under torchrun, writes its socket's path."""
     return load_site(site).site.state / "ranks" / os.environ.get("TORCHELASTIC_RUN_ID", "team")
 
 
 @contextmanager
 def team(site: Path, processes: int) -> Iterator[None]:
-    """Share the rounds of this process' worker of `site` among `processes`, or torchrun's."""
+    """Share the rounds of this process' worker for `site` among `processes`, or torchrun's."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     ranks = Workers(site, max(size, processes), torchrun=size > 1)
     with ranks:
@@ -249,36 +249,36 @@ def team(site: Path, processes: int) -> Iterator[None]:
 
 
 def follow_torchrun(site: Path) -> None:
-    """Be one of the other ranks that torchrun started, until rank 0 ends."""
+    """Run as one of the ranks ≥ 1 that torchrun started, until rank 0 ends."""
     _follow(site, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), None)
 
 
-def _follow(site: Path, rank: int, size: int, place: Path | None) -> None:
+def _follow(site: Path, rank: int, size: int, socket_path: Path | None) -> None:
     share_machine(rank, size)
-    here = SiteWorker(load_site(site), site)
-    group = Group(rank, size, None, place or _found(site))
+    site_worker = SiteWorker(load_site(site), site)
+    group = Group(rank, size, None, socket_path or _await_rank_0(site))
     try:
-        follow(group, here)
+        follow(group, site_worker)
     except InfrastructureError as error:
-        log.info("%s", error)  # rank 0 is gone, and this process with it
+        log.info("%s", error)  # rank 0 has ended, and so does this process
     finally:
         group.close()
 
 
-def _found(site: Path) -> Path:
-    """Where torchrun's rank 0 listens. Errors: InfrastructureError where it never says so."""
-    deadline = time.monotonic() + PATIENCE
+def _await_rank_0(site: Path) -> Path:
+    """Wait for the socket of torchrun's rank 0. Errors: InfrastructureError after TIMEOUT."""
+    deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline:
         with suppress(OSError):
-            place = Path(_told(site).read_text(encoding="utf-8"))
-            if place.exists():  # else it is what a team before left behind
-                return place
+            socket_path = Path(_rendezvous_file(site).read_text(encoding="utf-8"))
+            if socket_path.exists():  # else an earlier team left the file
+                return socket_path
         time.sleep(0.1)
     raise InfrastructureError("rank 0 of this site's team does not say where it is")
 
 
 def main(options: list[str]) -> None:
-    """SITE RANK SIZE SOCKET: one of the ranks that rank 0 started."""
+    """Run as a rank that rank 0 started. options: SITE RANK SIZE SOCKET."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO)
-    site, rank, size, place = options
-    _follow(Path(site), int(rank), int(size), Path(place))
+    site, rank, size, socket_path = options
+    _follow(Path(site), int(rank), int(size), Path(socket_path))

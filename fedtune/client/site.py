@@ -22,7 +22,7 @@ from fedtune.client.prepared import (
     Prepared,
     Unprepared,
     Update,
-    check_waited,
+    check_waiting_update,
     metadata_of,
     step_summary,
 )
@@ -66,11 +66,10 @@ def worker(path: str) -> SiteWorker:
     return _workers[path]
 
 
-def refreshed(path: Path) -> None:
-    """Let go of a site file's worker if the file says something else by now: a new run in this
-    process takes the site as it is. Errors: ConfigError."""
-    known = _workers.get(str(path))
-    if known and known.site != load_site(path):
+def drop_if_changed(path: Path) -> None:
+    """Drop a site file's worker if the file changed since it was loaded. Errors: ConfigError."""
+    current = _workers.get(str(path))
+    if current and current.site != load_site(path):
         del _workers[str(path)]
 
 
@@ -84,7 +83,7 @@ class SiteWorker:
         self.log = StepLog(site.site.state / "steps.jsonl")
         self.ranks: Workers | None = None  # other processes that share a round's work
         self._prepared: dict[str, Prepared] = {}
-        # By dataset: what it depends on, and the data.
+        # By dataset: the view that it was loaded for, and the data.
         self._cached: dict[str, tuple[object, CachedDataset]] = {}
 
     @cached_property
@@ -96,25 +95,25 @@ class SiteWorker:
         return self.ledger.key
 
     def prepare(self, study: Study, frozen: Arrays, coordinator: str = "") -> Admission:
-        """Admit or refuse `study`; on admission the data is read and the model is ready.
+        """Admit or refuse `study`; on admission, read the data and build the model.
 
         Errors: DataError, ModelError: the site cannot take part (details stay local)."""
         try:
             plan = planned(study, self._current(), coordinator)
             self._permit(study, plan, coordinator)
-            known = self._prepared.get(study.digest)
-            if known is None:
-                known = self._made(study, plan, frozen, coordinator)
-            # The same plan may come from another coordinator that this site admits: its orders are
-            # signed by another key, and receipts are its own. What was prepared stays good.
-            self._prepared[study.digest] = replace(known, coordinator=coordinator)
+            prepared = self._prepared.get(study.digest)
+            if prepared is None:
+                prepared = self._prepare_model(study, plan, frozen, coordinator)
+            # Another admitted coordinator may send the same plan: its orders are signed by another
+            # key and its receipts are its own, but what was prepared stays valid.
+            self._prepared[study.digest] = replace(prepared, coordinator=coordinator)
         except Refused as refusal:
-            return self._says(False, str(refusal))
+            return self._admission(False, str(refusal))
         lora = study.lora
         chosen = self._prepared[study.digest].lora_rank if lora and lora.min_rank else None
-        return self._says(True, "", chosen)
+        return self._admission(True, "", chosen)
 
-    def _made(
+    def _prepare_model(
         self, study: Study, plan: DpPlan | None, frozen: Arrays, coordinator: str
     ) -> Prepared:
         network = build(study, base_for(study, self.site))
@@ -124,30 +123,30 @@ class SiteWorker:
             self_test(study, network, self._size, rank)
         frozen = network.adopt(study, frozen)
         check_learns(study, network, rank)
-        self._data(study, network, self.site.data)  # not kept here: somebody may withdraw
+        self._data(study, network, self.site.data)  # not stored here: somebody may withdraw
         ran = plan or plain_plan(study, self._size)
         return Prepared(study, network, ran, frozen, coordinator, rank)
 
     def _permit(
         self, study: Study, plan: DpPlan | None, coordinator: str, at_least: int = 0
     ) -> Site:
-        """The site's rules and ceilings as they stand now, where they allow the study: one reading
-        for all of a round. Errors: Refused."""
+        """Check the study against the site file as it is now, and return that site, so that a round
+        reads it once. Errors: Refused."""
         site = self._current()
         admit(study, site, plan, coordinator)
         self._signed(study, site)
         self._declare(self.site.data, study)
         charges = self.ledger.charges(self._dataset)
-        if study.continuous:  # somebody who arrives now must be able to take part
+        if study.continuous:  # a unit that arrives now must have budget to take part
             charges = self.ledger.newcomer(self._dataset)
             at_least = study.training.local_steps
         within_budget(site, plan, charges, at_least)
         return site
 
     def _declare(self, data: SiteData, study: Study) -> None:
-        """Enter what the site says of a dataset before anybody asks what counts against it.
+        """Enter the site's declarations about a dataset before its charges are read.
 
-        Errors: BudgetExceeded where nobody knows what earlier rounds on it cost."""
+        Errors: BudgetExceeded where the cost of earlier rounds on it is not known."""
         self.ledger.declare(data.name, data.disjoint_from, cohort=data.cohort)
         accounted(data.name, study.unit, self.ledger.unknown(data.name, study.unit))
 
@@ -160,45 +159,45 @@ class SiteWorker:
             )
 
     def _data(self, study: Study, network: Network, data: SiteData) -> CachedDataset:
-        """The records of one dataset as `study` sees them; studies that see them alike share the
-        states at the cut. A study without a last round sees them as they are now, and has the
-        ledger note who arrived. Errors: DataError where the columns do not suit the study, or no
-        file is there."""
-        out, goes_on = frozenset(self.ledger.withdrawn()), study.continuous
-        view = (data, network, study.objective, study.unit, study.max_records_per_unit, out)
-        known, cached = self._cached.get(data.name, (None, None))
-        if goes_on or known != view or cached is None:
-            dataset = self._read(study, network, data, out)
+        """Load one dataset for `study`; studies with the same view share the states at the cut. A
+        continuous study reads the files anew, and the ledger records who arrived.
+
+        Errors: DataError where the columns do not suit the study, or there is no file."""
+        withdrawn, is_open_ended = frozenset(self.ledger.withdrawn()), study.continuous
+        view = (data, network, study.objective, study.unit, study.max_records_per_unit, withdrawn)
+        cached_view, cached = self._cached.get(data.name, (None, None))
+        if is_open_ended or cached_view != view or cached is None:
+            dataset = self._read(study, network, data, withdrawn)
             self.ledger.declare(
                 data.name,
                 data.disjoint_from,
                 dataset.content_hash,
                 dataset.members,
                 data.cohort,
-                dataset.keys if goes_on else None,
+                dataset.keys if is_open_ended else None,
             )
             cached = CachedDataset(network, dataset, self.site.site.cache_bytes)
-            self._cached[data.name] = None if goes_on else view, cached
+            self._cached[data.name] = None if is_open_ended else view, cached
         return cached
 
-    def seen(self, study: Study, network: Network) -> CachedDataset:
-        """The training records as they stand, less who withdrew; the ledger is only read."""
-        out = frozenset(self.ledger.withdrawn())
-        dataset = self._read(study, network, self.site.data, out)
+    def current_dataset(self, study: Study, network: Network) -> CachedDataset:
+        """Load the current training records less withdrawn patients; the ledger is only read."""
+        withdrawn = frozenset(self.ledger.withdrawn())
+        dataset = self._read(study, network, self.site.data, withdrawn)
         return CachedDataset(network, dataset, self.site.site.cache_bytes)
 
     def _read(self, study: Study, network: Network, data: SiteData, out: frozenset[str]) -> Dataset:
-        """The dataset, whatever is in the files: each record is accepted or rejected by itself, so
-        one more or less, or a broken one, is not seen from outside. Too few units are a matter of
-        noise alone. Errors: DataError where no file is there or its columns do not suit the study,
-        which no record decides."""
+        """Read the dataset less the units `out`. Each record is accepted or rejected by itself, so
+        one more or less, or a broken one, cannot be observed from outside; with too few units the
+        site sends noise alone. Errors: DataError where there is no file or its columns do not suit
+        the study, which no record decides."""
         ledger = self.ledger
         check_columns(data, study, network.tokenizer, reader=network.reader)
         if not data.path.exists():
             raise DataError(f"{data.path}: no such file", "the site's records")
         elsewhere = ledger.elsewhere(data.name)
 
-        def left_out(patient: str) -> bool:
+        def is_excluded(patient: str) -> bool:
             key = unit_member(patient)
             return ledger.hashed(key) in out or elsewhere(key)
 
@@ -207,7 +206,7 @@ class SiteWorker:
                 data,
                 study,
                 network.tokenizer,
-                without=left_out,
+                without=is_excluded,
                 known=ledger.known(data.name),
                 strict=False,
                 teach=teaching(study),
@@ -224,29 +223,29 @@ class SiteWorker:
         return dataset
 
     def train(self, digest: str, round_: int, adapter: Arrays, receipt: str = "") -> Update:
-        """One local round: the update of this round from this adapter, trained once.
+        """Train one local round from this adapter, or return its stored update if it was trained.
 
         Errors: Unprepared, BudgetExceeded, PolicyRefused, ModelError, LedgerError."""
-        prepared = self._known(digest)
+        prepared = self._require(digest)
         study = prepared.study
         if round_ < 1 or not (study.continuous or round_ <= (study.training.rounds or 0)):
             raise PolicyRefused(f"round {round_} is not in the plan")
         if receipt:
             self.ledger.accept_receipt(json.loads(receipt), prepared.coordinator)
             self.ledger.prune(digest, prepared.coordinator)
-        given = arrays_digest(adapter)
-        body = self.ledger.released(digest, round_, given)
-        if body is None:
-            body = self._trained(prepared, round_, adapter, given)
+        adapter_digest = arrays_digest(adapter)
+        payload = self.ledger.released(digest, round_, adapter_digest)
+        if payload is None:
+            payload = self._trained(prepared, round_, adapter, adapter_digest)
         else:
-            check_waited(prepared, round_, adapter, body)
-        return Update(load(body), json.loads(metadata_of(body)["events"]))
+            check_waiting_update(prepared, round_, adapter, payload)
+        return Update(load(payload), json.loads(metadata_of(payload)["events"]))
 
-    def _trained(self, prepared: Prepared, round_: int, adapter: Arrays, given: str) -> bytes:
+    def _trained(self, prepared: Prepared, round_: int, adapter: Arrays, digest: str) -> bytes:
         study, plan = prepared.study, prepared.private
         steps = study.training.local_steps
         site = self._permit(study, plan, prepared.coordinator, steps)
-        prepared.network.load_trainable(adapter)  # one that is refused must not have cost anything
+        prepared.network.load_trainable(adapter)  # before the charge: a refused one costs nothing
         data = self._data(study, prepared.network, self.site.data)  # somebody may have withdrawn
         charge = self._charge(study, plan, site, round_)
 
@@ -254,10 +253,10 @@ class SiteWorker:
             within_budget(site, plan, charges, steps)
 
         if study.continuous:
-            reserved, spent = self.ledger.reserve_for(self._dataset, charge, given, permit)
-            data = self._left(data, spent)
+            reserved, spent = self.ledger.reserve_for(self._dataset, charge, digest, permit)
+            data = self._with_budget_left(data, spent)
         else:
-            reserved = self.ledger.reserve(self._dataset, charge, given, permit)
+            reserved = self.ledger.reserve(self._dataset, charge, digest, permit)
         prepared.network.load_frozen(prepared.frozen)
         recompute = self.site.site.gradient_checkpointing
         columns = rank_slice(study.lora, prepared.lora_rank, round_)
@@ -265,27 +264,27 @@ class SiteWorker:
             delta = local_round(study, data, ran, self.log, round_, adapter, recompute, columns)
         events = step_summary(self.log.steps(study.digest)) if plan else []
         sent = encode(delta, study.wire.update)  # after the noise, before the ledger
-        body = save(sent, {"events": json.dumps(events)})
-        if plan:  # without noise nothing is kept on disk; asked again, it is trained again
-            self.ledger.release(reserved, body)
-        return body
+        payload = save(sent, {"events": json.dumps(events)})
+        if plan:  # an update without noise is not stored; ordered again, it is trained again
+            self.ledger.release(reserved, payload)
+        return payload
 
-    def _left(self, data: CachedDataset, spent: frozenset[int]) -> CachedDataset:
-        """The records less those of the cohorts `spent`, whose budget for life is used up. Nobody
-        outside is told: batch, noise and divisor never depended on the true count."""
+    def _with_budget_left(self, data: CachedDataset, spent: frozenset[int]) -> CachedDataset:
+        """Leave out the cohorts `spent`, whose lifetime budget is used up. This cannot be observed
+        from outside: batch, noise and divisor do not depend on the true count."""
         arrival = self.ledger.arrival(self._dataset)
-        here = data.dataset.without(lambda key: arrival(key) in spent)
-        if here.n_units < min(2, data.dataset.n_units):
-            log.error("hardly anybody has budget left; see `fedtune ledger`")
-        left = CachedDataset(data.network, here, self.site.site.cache_bytes)
-        self._cached[self._dataset] = None, left  # who is out has no states kept
-        return left
+        remaining = data.dataset.without(lambda key: arrival(key) in spent)
+        if remaining.n_units < min(2, data.dataset.n_units):
+            log.error("fewer than 2 units have budget left; see `fedtune ledger`")
+        cached = CachedDataset(data.network, remaining, self.site.site.cache_bytes)
+        self._cached[self._dataset] = None, cached  # drops the states of those left out
+        return cached
 
     @contextmanager
     def _step_plan(
         self, prepared: Prepared, data: CachedDataset, columns: slice
     ) -> Iterator[StepPlan]:
-        """What draws and noises the round, with this site's other processes if there are any."""
+        """Provide the round's step plan, shared with this site's other processes if it has any."""
         if self.ranks is None or prepared.private is None:
             yield prepared.plan
         else:
@@ -293,26 +292,26 @@ class SiteWorker:
                 yield SharedPlan(prepared.private, team)
 
     def evaluate(self, digest: str, round_: int, adapter: Arrays, receipt: str = "") -> Update:
-        """The noised answer about this site's held-out records with `adapter`, paid for once.
+        """Evaluate `adapter` on the held-out records with noise, or return the stored answer.
 
         Errors: as `train`."""
-        prepared = self._known(digest)
-        plan = evaluation.asked_for(prepared.study, round_)
+        prepared = self._require(digest)
+        plan = evaluation.plan_of_queries(prepared.study, round_)
         if receipt:
             self.ledger.accept_receipt(json.loads(receipt), prepared.coordinator)
             self.ledger.prune(plan.study, prepared.coordinator)
-        given = arrays_digest(adapter)
-        body = self.ledger.released(plan.study, round_, given)
-        if body is None:
-            body = self._answered(prepared, plan, round_, adapter, given)
-        return Update(load(body), json.loads(metadata_of(body)["events"]))
+        adapter_digest = arrays_digest(adapter)
+        payload = self.ledger.released(plan.study, round_, adapter_digest)
+        if payload is None:
+            payload = self._answered(prepared, plan, round_, adapter, adapter_digest)
+        return Update(load(payload), json.loads(metadata_of(payload)["events"]))
 
     def _answered(
-        self, prepared: Prepared, plan: DpPlan, round_: int, adapter: Arrays, given: str
+        self, prepared: Prepared, plan: DpPlan, round_: int, adapter: Arrays, digest: str
     ) -> bytes:
         study, site, training = prepared.study, self._current(), prepared.private
         assert training is not None  # a study with queries is private
-        held_out = evaluation.allowed(study, site, plan, prepared.coordinator)
+        held_out = evaluation.check_release(study, site, plan, prepared.coordinator)
         self._signed(study, site)
         self._declare(held_out, study)
         data = self._data(study, prepared.network, held_out)
@@ -320,16 +319,16 @@ class SiteWorker:
         charge = evaluation.charge_of(study, plan, site, round_, charges)
 
         def permit(charges: list[Charge]) -> None:
-            evaluation.payable(site, study, training, plan, charges)
+            evaluation.check_budget(site, study, training, plan, charges)
 
-        prepared.network.load_trainable(adapter)  # one that is refused must not have cost anything
-        reserved = self.ledger.reserve(held_out.name, charge, given, permit)
+        prepared.network.load_trainable(adapter)  # before the charge: a refused one costs nothing
+        reserved = self.ledger.reserve(held_out.name, charge, digest, permit)
         prepared.network.load_frozen(prepared.frozen)
         sums = answer(plan, unit_rows(study, data), self.log, round_)
         events = step_summary(self.log.steps(plan.study))
-        body = save(encode({"sums": sums.numpy()}, "float32"), {"events": json.dumps(events)})
-        self.ledger.release(reserved, body)
-        return body
+        payload = save(encode({"sums": sums.numpy()}, "float32"), {"events": json.dumps(events)})
+        self.ledger.release(reserved, payload)
+        return payload
 
     def _charge(self, study: Study, plan: DpPlan | None, site: Site, round_: int) -> Charge:
         charges = self.ledger.charges(self._dataset)
@@ -347,9 +346,9 @@ class SiteWorker:
             order=order_of(site, plan, charges) if plan else 2.0,
         )
 
-    def sealed(self, digest: str, round_: int, nonce: str, body: str) -> dict[str, str]:
-        """The seal of an update whose arrays have the digest `body`."""
-        prepared = self._known(digest)
+    def sealed(self, digest: str, round_: int, nonce: str, content_digest: str) -> dict[str, str]:
+        """Seal an update whose arrays have this digest."""
+        prepared = self._require(digest)
         header = Header(
             plan=digest,
             round=round_,
@@ -357,31 +356,31 @@ class SiteWorker:
             site=self.site.site.name,
             receiver=prepared.coordinator,
             nonce=nonce,
-            body=body,
+            body=content_digest,
             ledger=self.ledger.head_statement(),
         )
         return seal(self.key, header)
 
     def shapes(self, digest: str) -> Shapes:
-        """Shapes of the adapter's tensors, by name. Errors: Unprepared."""
-        parameters = self._known(digest).network.parameters()
+        """Return the shapes of the adapter's tensors, by name. Errors: Unprepared."""
+        parameters = self._require(digest).network.parameters()
         return {name: tuple(parameter.shape) for name, parameter in parameters.items()}
 
     def study_of(self, digest: str) -> Study:
-        """Errors: Unprepared."""
-        return self._known(digest).study
+        """Return the plan with this digest. Errors: Unprepared."""
+        return self._require(digest).study
 
     def coordinator_of(self, digest: str) -> str:
-        """The public key that signed the plan. Errors: Unprepared."""
-        return self._known(digest).coordinator
+        """Return the public key that signed the plan. Errors: Unprepared."""
+        return self._require(digest).coordinator
 
-    def _known(self, digest: str) -> Prepared:
+    def _require(self, digest: str) -> Prepared:
         if (prepared := self._prepared.get(digest)) is None:
             raise Unprepared("this site does not know the plan", todo="send it again")
         return prepared
 
     def _current(self) -> Site:
-        """The site file as it stands now: a policy that was tightened holds from the next round."""
+        """Load the site file as it is now: a tightened policy applies from the next round."""
         return self.site if self._path is None else load_site(self._path)
 
     @property
@@ -392,5 +391,5 @@ class SiteWorker:
     def _size(self) -> int:
         return self.site.site.declared_size
 
-    def _says(self, admitted: bool, reason: str, lora_rank: int | None = None) -> Admission:
+    def _admission(self, admitted: bool, reason: str, lora_rank: int | None = None) -> Admission:
         return Admission(admitted, reason, self.site.site.name, self._size, lora_rank)

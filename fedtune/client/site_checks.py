@@ -1,4 +1,4 @@
-"""What a site checks before a round costs anything: its files, the plan, its own code."""
+"""Check a site's files, its plan and its code before a round is charged."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 def check_data(site: Site, study: Study, base: Base | None = None) -> None:
-    """What only the site may know: whether its records suit the study. base: without it, the one
-    that the study names: for one's own studies. Errors: DataError."""
+    """Check that the site's records suit the study; only the site may know. base: by default the
+    one that the study names, for one's own studies. Errors: DataError."""
     base = base or find_base(site.site.base or study.base.model, study.base.digest)
     tokenizer, reader = reading_of(base, study.base.modality)
     load_dataset(site.data, study, tokenizer, reader=reader)
@@ -31,13 +31,13 @@ def check_data(site: Site, study: Study, base: Base | None = None) -> None:
 
 @process_cache.cached("readers")
 def reading_of(base: Base, modality: str | None) -> tuple[PreTrainedTokenizerBase, Reader]:
-    """How a base reads records; once for all simulated sites."""
+    """Load a base's tokenizer and reader, once for all simulated sites."""
     tokenizer = load_tokenizer(base)
     return tokenizer, modalities.reader(base, tokenizer, modality)
 
 
 def check_records(site: Site) -> None:
-    """Read the site's records before any study is known. Errors: DataError."""
+    """Check that the site's records are usable, before there is a study. Errors: DataError."""
     unit: Literal["patient", "record"] = "patient" if site.data.columns.patient else "record"
     records, _ = read_records(site.data, unit=unit)
     if len({record.unit for record in records}) < 2:
@@ -48,14 +48,14 @@ def check_records(site: Site) -> None:
         )
 
 
-# In this process; the code does not change while it runs.
+# Checks already passed in this process; the code does not change while it runs.
 _tested: set[str] = process_cache.kept("self-tests", set())
 _trains: set[tuple[str, int | None]] = process_cache.kept("training checks", set())
 _reads: set[str] = process_cache.kept("length checks", set())
 
 
 def self_test(study: Study, network: Network, size: int, lora_rank: int | None) -> None:
-    """Once per process and kind of study. Errors: SelfTestFailed."""
+    """Run the self-test, once per process and kind of study. Errors: SelfTestFailed."""
     tables = dict.fromkeys(("base", "lora", "objective", "clipping", "privacy"), True)
     kind = study.model_dump_json(include={**tables, "training": {"engine"}}) + f" {lora_rank}"
     if kind not in _tested:
@@ -64,7 +64,9 @@ def self_test(study: Study, network: Network, size: int, lora_rank: int | None) 
 
 
 def check_reads(study: Study, network: Network) -> None:
-    """Once per process and study. Errors: PolicyRefused; base and length are public."""
+    """Check that the base can read records of the study's length, once per process and study.
+
+    Errors: PolicyRefused; base and length are public."""
     if study.digest not in _reads:
         try:
             network.check_length(study.objective.max_length)
@@ -74,7 +76,9 @@ def check_reads(study: Study, network: Network) -> None:
 
 
 def check_learns(study: Study, network: Network, lora_rank: int | None) -> None:
-    """Once per process and study: its digest names base and A. Errors: ModelError."""
+    """Check that the adapter trains, once per study (its digest names base and A) and rank.
+
+    Errors: ModelError."""
     kind = study.digest, lora_rank
     if kind not in _trains:
         check_trains(study, network, rank_slice(study.lora, lora_rank, 1))

@@ -1,4 +1,4 @@
-"""Which site file a node of Flower's stands for."""
+"""Find the site file of one of Flower's nodes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedtune.errors import ConfigError
 
 
 def site_file(context: Context) -> str:
-    """node_config["site"], else (in Flower's simulation) the n-th site file of the folder
+    """Return node_config["site"], else (in Flower's simulation) the n-th site file of the folder
     run_config["sites"], n being the partition. Errors: ConfigError."""
     path = context.node_config.get("site")
     if path is not None:
@@ -19,7 +19,7 @@ def site_file(context: Context) -> str:
     folder, number = context.run_config.get("sites"), context.node_config.get("partition-id")
     if folder is None or number is None:
         raise ConfigError("this node does not know its site file", 'node_config["site"]')
-    found = sites_in(Path(str(folder)))
-    if not 0 <= int(number) < len(found):
+    files = sites_in(Path(str(folder)))
+    if not 0 <= int(number) < len(files):
         raise ConfigError(f"{folder}: no site file for partition {number}")
-    return str(found[int(number)])
+    return str(files[int(number)])

@@ -1,4 +1,4 @@
-"""A patient withdraws consent: left out from now on; and what was released before."""
+"""Withdraw a patient's consent: leave the records out from now on, and list earlier releases."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Release:
 @dataclass(frozen=True)
 class Withdrawal:
     """in_file: records of the patient that the site's files still hold, None where they cannot be
-    read; seen: whether the patient was ever trained on here; releases: studies whose adapters may
-    still reflect the patient."""
+    read; trained_on: whether the patient was ever trained on here; releases: studies whose adapters
+    may still reflect the patient."""
 
     in_file: int | None
-    seen: bool
+    trained_on: bool
     releases: list[Release]
 
 
@@ -37,7 +37,7 @@ class UnknownPatient(InputError):
 
 
 def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> Withdrawal:
-    """Enter the withdrawal and say what it cannot undo.
+    """Enter the withdrawal in the ledger and list the releases that it cannot undo.
 
     From the next round on, the patient's records are left out, states kept in memory for them are
     dropped, and nothing on the wire changes: batch, noise and divisor never depended on the true
@@ -55,14 +55,14 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
         )
     key = unit_member(patient.strip())
     tables = [table for table in (site.data, site.evaluation) if table]
-    seen = {table.name for table in tables if ledger.holds(table.name, key)}
+    datasets = {table.name for table in tables if ledger.holds(table.name, key)}
     in_file: int | None = None
     try:
         in_file = sum(_count(table, patient.strip()) for table in tables)
     except DataError:
-        if not (seen or unseen):
+        if not (datasets or unseen):
             raise
-    if not (seen or in_file or unseen):
+    if not (datasets or in_file or unseen):
         raise UnknownPatient(
             "no usable record and no study here has this key; nothing was entered",
             f"a key as it stands in the column {site.data.columns.patient!r}",
@@ -70,7 +70,7 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
             "record as yet",
         )
     ledger.withdraw(key)
-    return Withdrawal(in_file, bool(seen), _releases(site, ledger, seen))
+    return Withdrawal(in_file, bool(datasets), _releases(site, ledger, datasets))
 
 
 def _count(table: SiteData, patient: str) -> int:
@@ -79,13 +79,14 @@ def _count(table: SiteData, patient: str) -> int:
 
 
 def _releases(site: Site, ledger: Ledger, datasets: set[str]) -> list[Release]:
-    found: dict[str, list[tuple[str, Steps]]] = {}
+    by_study: dict[str, list[tuple[str, Steps]]] = {}
     for spent in ledger.spending():
         sent = spent.released or not spent.charge.noise_multiplier
         if sent and spent.dataset in datasets:
-            found.setdefault(spent.charge.study, []).append((spent.charge.name, spent.charge.event))
+            charge = spent.charge
+            by_study.setdefault(charge.study, []).append((charge.name, charge.event))
     releases = []
-    for digest, entries in found.items():
+    for digest, entries in by_study.items():
         events = [event for _, event in entries]
         private = all(event.noise_multiplier > 0 for event in events)
         cost = epsilon(events, site.policy.max_delta) if private else float("inf")

@@ -23,7 +23,7 @@ from typing import Any
 from flwr.app import Error, Message
 
 from fedtune import errors
-from fedtune.client.app import app, trouble
+from fedtune.client.app import app, site_errors
 from fedtune.errors import FedtuneError
 from fedtune.flower import api
 from fedtune.flower.grid import InProcessGrid, answer, contexts_of, decode
@@ -42,7 +42,7 @@ class ProcessGrid(InProcessGrid):
 
     def __init__(self, sites: Sequence[Path], processes: int, logs: Path) -> None:
         super().__init__(sites, app)
-        self.trouble: dict[str, FedtuneError] = {}
+        self.site_errors: dict[str, FedtuneError] = {}
         parts: list[Sites] = [{} for _ in range(min(processes, len(sites)))]
         for at, (node, context) in enumerate(self._contexts.items()):
             parts[at % len(parts)][node] = str(context.node_config["site"])
@@ -105,15 +105,15 @@ class ProcessGrid(InProcessGrid):
         identity, asked = worker.busy, decode(worker.body)
         try:
             assert worker.connection is not None
-            trouble = json.loads(worker.connection.recv_bytes())
+            site_errors = json.loads(worker.connection.recv_bytes())
             reply = worker.connection.recv_bytes()
         except (EOFError, OSError):
             worker.stop()
-            trouble = {}
+            site_errors = {}
             gone = Message(Error(api.ErrorCode.CLIENT_APP_CRASHED), reply_to=asked)
             reply = api.message_to_proto(gone).SerializeToString()
         worker.busy, worker.body = "", b""
-        self.trouble |= {site: _error(said) for site, said in trouble.items()}
+        self.site_errors |= {site: _error(said) for site, said in site_errors.items()}
         self.bytes_up[asked.metadata.dst_node_id] += len(reply)
         self._replies[identity] = reply
 
@@ -179,8 +179,8 @@ def main(options: list[str]) -> None:
             reply = answer(app, contexts, connection.recv_bytes())
             said: dict[str, Any] = {
                 site: [type(e).__name__, e.happened, e.expected, e.todo]
-                for site, e in trouble.items()
+                for site, e in site_errors.items()
             }
-            trouble.clear()
+            site_errors.clear()
             connection.send_bytes(json.dumps(said).encode())
             connection.send_bytes(reply)

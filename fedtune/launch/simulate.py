@@ -44,7 +44,7 @@ def simulate(
 
     Errors: ConfigError where the sites cannot make up the study, DataError where a site's records
     do not suit it, and what a run may raise: Refused, ModelError, InfrastructureError."""
-    from fedtune.client.site import refreshed
+    from fedtune.client.site import drop_if_changed
     from fedtune.client.site_checks import check_data
     from fedtune.models.teacher import own_teacher
     from fedtune.server import rounds as machine
@@ -69,12 +69,12 @@ def simulate(
     # Nobody is on the way: who fails now fails again.
     at_once = Dependencies(patience=0.0, pause=0.0, clock=Quick(), upto=rounds, skip=False)
     for path in files:
-        refreshed(path)
-    with _grid(files, processes, out) as (grid, trouble):
+        drop_if_changed(path)
+    with _grid(files, processes, out) as (grid, site_errors):
         try:
             machine.run(grid, study, out, resume=resume, on_event=on_event, parts=at_once)
         except InfrastructureError:
-            if bad := _bad_files(files, trouble):
+            if bad := _bad_files(files, site_errors):
                 raise bad from None
             raise
     return Run(out)
@@ -119,17 +119,17 @@ def _grid(
         logs = out / "processes"
         try:
             with ProcessGrid(files, processes, logs) as pool:
-                yield pool, pool.trouble
+                yield pool, pool.site_errors
         except FedtuneError:
             if not (out / "plan.json").exists():  # a run that never began leaves nothing
                 shutil.rmtree(logs, ignore_errors=True)
             raise
     else:
-        from fedtune.client.app import app, trouble
+        from fedtune.client.app import app, site_errors
         from fedtune.flower.grid import InProcessGrid
 
-        trouble.clear()
-        yield InProcessGrid(files, app), trouble
+        site_errors.clear()
+        yield InProcessGrid(files, app), site_errors
 
 
 def check(study: Study, sites: Sequence[Site]) -> None:

@@ -64,8 +64,8 @@ def join(
     once: return when a coordinator that gave this site work has gone. watch: take part in studies
     without a last round, and in no others. client_app: in place of
     client.app:app. patience: seconds to go on being refused; after a crash Flower refuses a site
-    for about 60 s, until the old session has expired. Events: "joined", "answered" {kind, and what
-    fedtune.client.told says of it}, "refused" {kind}, "failed" {kind, error}, "waiting" {address},
+    for about 60 s, until the old session has expired. Events: "joined", "answered" {kind, and
+    client.reply_facts'}, "refused" {kind}, "failed" {kind, error}, "waiting" {address},
     "connected" (again), "reconnecting" {seconds}; each has a text for people.
     Errors: ConfigError; InfrastructureError when the coordinator goes on refusing this site."""
     site = load_site(site_path)
@@ -198,10 +198,10 @@ class _Executor:
 
 def _told(message: Message, reply: Message, context: Context) -> dict[str, Any]:
     """What the site did, for its own screen and log; whatever goes wrong here, the reply goes."""
-    from fedtune.client.told import told
+    from fedtune.client.reply_facts import reply_facts
 
     try:
-        return told(message, reply, context)
+        return reply_facts(message, reply, context)
     except Exception as error:
         if strict_here():
             raise

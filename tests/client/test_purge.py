@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.client import purge as purger
-from fedtune.client.purge import KEPT, KINDS, listing, purge
+from fedtune.client.purge import KINDS, NEVER_DELETED, listing, purge
 from fedtune.client.site import SiteWorker
 from fedtune.config import load_site, load_study
 from fedtune.flower.processes import alone
@@ -62,7 +62,7 @@ def found_in(folder: Path) -> set[str]:
 
 def test_nothing_is_left_of_a_study_but_what_the_guarantee_needs(site: Path) -> None:
     known = listing(load_site(site))
-    assert set(known.found) == set(KINDS) and known.unknown == []
+    assert set(known.deletable) == set(KINDS) and known.unknown == []
     assert len(found_in(STATE)) == len(known.files) >= len(BY_HAND) + 5
     before = Ledger(STATE)
     head, charges = before.head, before.charges("records")
@@ -165,4 +165,4 @@ def test_kept_is_never_a_kind() -> None:
     state = ("ledger.db", "ledger.db-journal", "ledger.receipt", "ledger.new", "ledger.head.lost-1")
     for name in (*state, "site.key", "salt", "steps.jsonl", "keys/tls.key", "keys.old-1/node.key"):
         assert purger._kind(name) == "", name
-    assert KEPT and purger._kind("anything") is None
+    assert NEVER_DELETED and purger._kind("anything") is None

@@ -154,7 +154,7 @@ def test_ranks_that_read_other_records_are_refused(
     lines = notes_file.read_text().splitlines()
     changed = json.loads(lines[3]) | {"note": "something else altogether"}
     notes_file.write_text("\n".join([*lines[:3], json.dumps(changed), *lines[4:]]) + "\n")
-    assert fingerprint(worker.seen(made.study, data.network).dataset) != before
+    assert fingerprint(worker.current_dataset(made.study, data.network).dataset) != before
     with (
         pytest.raises(InfrastructureError, match="rank 1 of this site reads other records"),
         worker.ranks.running(made.study, data, prepared.frozen),  # type: ignore[union-attr]
@@ -169,10 +169,10 @@ def test_the_order_of_records_is_part_of_what_must_agree(path: Path, tiny_base: 
     worker = SiteWorker(load_site(path), path)
     worker.prepare(made.study, made.frozen)
     network = worker._prepared[made.study.digest].network
-    first = worker.seen(made.study, network).dataset
+    first = worker.current_dataset(made.study, network).dataset
     notes_file = path.with_name("notes.jsonl")
     notes_file.write_text("\n".join(reversed(notes_file.read_text().splitlines())) + "\n")
-    second = worker.seen(made.study, network).dataset
+    second = worker.current_dataset(made.study, network).dataset
     assert first.content_hash == second.content_hash
     assert fingerprint(first) != fingerprint(second)
 

@@ -190,7 +190,7 @@ def test_a_withdrawn_patient_is_in_no_later_round(
     worker.prepare(made.study, made.frozen)
     trains(worker, made, 1)
     found = withdraw(worker.site, "p4", worker.ledger)
-    assert found.seen and found.in_file == 2
+    assert found.trained_on and found.in_file == 2
     ((release),) = found.releases
     assert (release.rounds, release.digest) == (1, made.study.digest)
     trains(worker, made, 2)
@@ -205,7 +205,7 @@ def test_a_withdrawn_patient_is_in_no_later_round(
         withdraw(worker.site, "stranger", worker.ledger)
     assert "stranger" not in str(raised.value) and len(worker.ledger.withdrawn()) == 1
     never = withdraw(worker.site, "stranger", worker.ledger, unseen=True)
-    assert (never.seen, never.in_file, never.releases) == (False, 0, [])
+    assert (never.trained_on, never.in_file, never.releases) == (False, 0, [])
 
 
 @pytest.mark.parametrize("memory", [None, 0.0])

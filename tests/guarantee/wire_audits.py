@@ -280,7 +280,7 @@ def unhurried() -> Iterator[None]:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fedtune.client.site, "within_budget", nothing)
-            patch.setattr(fedtune.client.evaluation, "payable", nothing)
+            patch.setattr(fedtune.client.evaluation, "check_budget", nothing)
             yield
     finally:
         logging.disable(logging.NOTSET)

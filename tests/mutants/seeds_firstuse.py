@@ -19,7 +19,7 @@ PURGE_MUTANTS = (
     ),
     _one(
         "retention", "purge-skips-what-was-listed", PURGE,
-        "            for path in found.files:\n", "            for path in found.files[1:]:\n",
+        "for path in contents.files:\n", "for path in contents.files[1:]:\n",
         LEFT, "one file of those listed stays behind",
     ),
     _one(
@@ -29,14 +29,14 @@ PURGE_MUTANTS = (
     ),
     _one(
         "retention", "purge-while-a-client-runs", PURGE,
-        'with alone(found.state / "flower", "fedtune client"):', "if found.state:",
+        'with alone(contents.state / "flower", "fedtune client"):', "if contents.state:",
         T_PURGE + "test_not_while_a_client_runs", "files go from under a running client",
     ),
 )  # fmt: skip
 DECIDING_MUTANTS = (
     _one(
         "withdrawal", "a-mistyped-key-is-a-withdrawal", WITHDRAW,
-        "    if not (seen or in_file or unseen):\n", "    if not (seen or in_file is not None):\n",
+        "if not (datasets or in_file or unseen):\n", "if not (datasets or in_file is not None):\n",
         T_CLI + "test_withdraw_of_a_key_that_nothing_here_has_is_an_error",
         "the patient stays in, and the person at the site believes otherwise",
     ),
@@ -54,9 +54,9 @@ DECIDING_MUTANTS = (
         "a plan that the ceiling refuses is found good",
     ),
     _one(
-        "refusal", "a-refusal-reads-as-done", "fedtune/client/told.py",
+        "refusal", "a-refusal-reads-as-done", "fedtune/client/reply_facts.py",
         'if status not in DONE:', 'if status == "failed":',
-        "tests/client/test_told.py::test_a_refused_site_is_told_why",
+        "tests/client/test_reply_facts.py::test_a_refused_site_is_told_why",
         "the site's own screen says nothing of why it is out",
     ),
 )  # fmt: skip

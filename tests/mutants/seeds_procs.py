@@ -21,7 +21,7 @@ MUTANTS = (
     ),
     one(
         "costs", "an-epsilon-out-of-the-question-is-computed", "fedtune/client/policy.py",
-        "least = accountant.at_least(steps, given.delta)", "least = 0.0", COSTLY,
+        "least = accountant.at_least(steps, stated.delta)", "least = 0.0", COSTLY,
         "ten thousand steps without noise worth the name take 3.4 GB to account",
     ),
     one(

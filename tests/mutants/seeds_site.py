@@ -64,8 +64,8 @@ MUTANTS = (
     ),
     one(
         "paid", "an-adapter-is-refused-after-it-is-paid", SITE,
-        "        prepared.network.load_trainable(adapter)  # one that is refused must not have "
-        "cost anything\n        data = ", "        data = ",
+        "        prepared.network.load_trainable(adapter)  # before the charge: a refused one "
+        "costs nothing\n        data = ", "        data = ",
         "tests/client/test_site_refusals.py::test_an_adapter_that_is_refused_costs_nothing",
         "an adapter that diverged spends a budget on nothing",
     ),
@@ -82,7 +82,7 @@ MUTANTS = (
     ),
     one(
         33, "the-kind-of-an-internal-error-leaves", ANSWERS,
-        "else INTERNAL", "else type(error).__name__",
+        'return "failed", INTERNAL', 'return "failed", type(error).__name__',
         "tests/server/test_apps.py::test_only_a_refusals_words_leave_the_site",
         "what a library raises may follow from a record",
     ),

@@ -21,8 +21,8 @@ from tests.mutants.places import (
 
 WIRE_MUTANTS = (
     _one(
-        21, "the-reply-carries-a-loss", ANSWERS, 'said |= {"header": "", "signature": ""}',
-        'said |= {"header": "", "signature": "", "loss": "0.0"}',
+        21, "the-reply-carries-a-loss", ANSWERS, 'answer |= {"header": "", "signature": ""}',
+        'answer |= {"header": "", "signature": "", "loss": "0.0"}',
         "tests/server/test_apps.py::"
         "test_train_gives_update_status_and_step_log_and_nothing_else",
         "one more field",
@@ -104,7 +104,7 @@ ENCODING_MUTANTS = (
     ),
     _one(
         "wire", "what-waited-is-sent-whatever-its-form", SITE,
-        "            check_waited(prepared, round_, adapter, body)", "            pass",
+        "            check_waiting_update(prepared, round_, adapter, payload)", "            pass",
         "tests/test_lora_ranks_plans.py::test_a_site_declares_its_rank_and_keeps_it_for_the_study",
         "another rank's update under this one's name",
     ),

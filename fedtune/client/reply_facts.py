@@ -1,4 +1,4 @@
-"""What a site tells whoever operates it about each answer that it gave; nothing of it is sent."""
+"""Describe each of a site's replies to its operator, on this machine alone; nothing is sent."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from fedtune.report.claim import rounded_up
 DONE = ("admitted", "trained", "answered")
 
 
-def told(message: Message, reply: Message, context: Context) -> dict[str, Any]:
-    """study, round, status, reason and what the study has cost so far, with a line for people.
+def reply_facts(message: Message, reply: Message, context: Context) -> dict[str, Any]:
+    """Return a reply's study, round, status and reason, the study's ε so far, and a line of text.
 
-    epsilon: of all rounds of the study that the ledger was charged with, one that was interrupted
-    included, at the plan's δ. {} where the reply is none of the app's."""
-    said = _said(reply)
-    if said is None:
+    epsilon: of all charged rounds of the study, interrupted ones included, at the plan's δ.
+    {} where the reply is not the app's."""
+    record = _status_record(reply)
+    if record is None:
         return {}
-    site, status, reason = worker(site_file(context)), str(said["status"]), str(said["reason"])
+    site, status, reason = worker(site_file(context)), str(record["status"]), str(record["reason"])
     facts: dict[str, Any] = {"site": site.site.site.name, "status": status, "reason": reason}
     study, facts["plan_digest"] = _study(message, site)
     name, place = "a plan", ""
@@ -41,16 +41,16 @@ def told(message: Message, reply: Message, context: Context) -> dict[str, Any]:
     return facts
 
 
-def _said(reply: Message) -> ConfigRecord | None:
+def _status_record(reply: Message) -> ConfigRecord | None:
     if reply.has_error():
         return None
     records = reply.content.config_records
-    found = records.get("admission") or records.get("site")
-    return found if found is not None and {"status", "reason"} <= set(found) else None
+    record = records.get("admission") or records.get("site")
+    return record if record is not None and {"status", "reason"} <= set(record) else None
 
 
 def _study(message: Message, site: SiteWorker) -> tuple[Study | None, str | None]:
-    """The study that a message is about, and its digest, as far as they can be told."""
+    """Return the study that a message is about, and its digest; None where unknown."""
     records = message.content.config_records
     try:
         if "plan" in records:
