@@ -53,7 +53,7 @@ def rows(network: Network, name: str, data: Dataset, repeats: int) -> Iterator[s
 
 
 def _seconds(data: CachedDataset) -> float:
-    engine = UnitGradientEngine(data, CausalLM(), by="record")
+    engine = UnitGradientEngine(data, CausalLM(), sampling_unit="record")
     start = time.process_time()
     for chunk in engine(list(range(engine.n_rows))):
         chunk.wipe()

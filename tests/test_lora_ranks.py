@@ -147,7 +147,7 @@ def test_rows_are_columns_of_the_whole_rows(network: Network, wanted: Any, colum
 
 def test_columns_that_are_not_trained_are_wiped() -> None:
     each = torch.ones(1, 1, 4)  # of one record and one output: a slice of it would be a view
-    kept = unit_gradients._cut(each, 2, slice(1, 3))
+    kept = unit_gradients._slice_columns(each, 2, slice(1, 3))
     assert kept.tolist() == [[[1.0, 1.0]]] and not each.any()
 
 
@@ -200,7 +200,7 @@ def test_the_self_test_catches_other_columns(
         privacy={"noise_multiplier": 1.6, "delta": 1e-4},
     )
     first = lambda each, width, _: each[..., :width].clone()  # noqa: E731
-    monkeypatch.setattr(unit_gradients, "_cut", first)
+    monkeypatch.setattr(unit_gradients, "_slice_columns", first)
     failed = [r.name for r in selftest.run(plan, lora_rank=2) if not r.passed]
     assert failed == ["parity"]
 

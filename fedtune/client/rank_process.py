@@ -25,7 +25,7 @@ import torch
 from fedtune.client.policy import base_for
 from fedtune.client.site import SiteWorker, worker
 from fedtune.config import Study, load_site, study_from_json
-from fedtune.dp.plan import AddUp, Team, plan_for_site
+from fedtune.dp.plan import ClippedSum, Team, plan_for_site
 from fedtune.errors import FedtuneError, InfrastructureError
 from fedtune.files.writing import replace
 from fedtune.flower.processes import Child
@@ -37,7 +37,7 @@ from fedtune.models.network import Network
 from fedtune.models.prefix_store import PREFIX_STORE
 from fedtune.models.rank_slice import ALL
 from fedtune.objectives import resolve
-from fedtune.training.data_parallel import Group, fingerprint, share_machine, summed
+from fedtune.training.data_parallel import Group, fingerprint, share_machine, sum_over_workers
 from fedtune.training.unit_gradients import UnitGradientEngine
 
 log = logging.getLogger("fedtune.site")
@@ -151,13 +151,13 @@ class _Lead:
         self._group, self._network = group, network
         self._columns = [columns.start, columns.stop]
 
-    def total(self, sampled: list[int], dimension: int, add_up: AddUp) -> torch.Tensor:
+    def total(self, sampled: list[int], dimension: int, clipped_sum: ClippedSum) -> torch.Tensor:
         parameters = self._network.parameters().values()
         flat = torch.cat([p.detach().flatten().cpu() for p in parameters])
         rows = torch.tensor(sampled, dtype=torch.int64)
         header = {"do": "add", "dimension": dimension, "columns": self._columns}
         self._group.send(header, [flat, rows])
-        return summed(self._group, sampled, dimension, add_up)
+        return sum_over_workers(self._group, sampled, dimension, clipped_sum)
 
 
 # ------------------------------------------------------------------------------ the other ranks
@@ -183,8 +183,8 @@ def follow(group: Group, site: SiteWorker) -> NoReturn:
         elif prepared is not None:
             flat, rows = tensors
             try:
-                add_up = prepared.summing_with(flat, slice(*header["columns"]))
-                summed(group, rows.tolist(), header["dimension"], add_up)
+                clipped_sum = prepared.summing_with(flat, slice(*header["columns"]))
+                sum_over_workers(group, rows.tolist(), header["dimension"], clipped_sum)
             except InfrastructureError:
                 raise
             except Exception as error:  # rank 0 notices that the rows are missing
@@ -211,7 +211,7 @@ class _StudyAtRank:
         self._plan = plan_for_site(study, site.site.site.declared_size)
         self._checkpointing = site.site.site.gradient_checkpointing
 
-    def summing_with(self, flat: torch.Tensor, columns: slice) -> AddUp:
+    def summing_with(self, flat: torch.Tensor, columns: slice) -> ClippedSum:
         """Return a function that sums rows' clipped gradients at the parameters `flat`, all in
         order, where these columns of each B are trained."""
 

@@ -97,8 +97,8 @@ class DpPlan:
         if team is None:
             total = self.clipped_sum(sampled, dimension, gradients)
         else:
-            own: AddUp = lambda rows: self.clipped_sum(rows, dimension, gradients)  # noqa: E731
-            total = team.total(sampled, dimension, own)
+            partial = lambda rows: self.clipped_sum(rows, dimension, gradients)  # noqa: E731
+            total = team.total(sampled, dimension, partial)
         return self._add_noise(total, log, round_)
 
     @property
@@ -181,16 +181,16 @@ def plan_for_site(study: Study, declared_size: int, most: int | None = None) -> 
     )
 
 
-AddUp = Callable[[list[int]], "torch.Tensor"]  # rows -> their clipped sum, int64 (d,)
+ClippedSum = Callable[[list[int]], "torch.Tensor"]  # rows -> their clipped sum, int64 (d,)
 
 
 class Team(Protocol):
     """What a step asks of the processes beside it."""
 
-    def total(self, sampled: list[int], dimension: int, own: AddUp) -> torch.Tensor:
-        """Σ of the clipped rows `sampled` over all processes, int64 (dimension,); `own` adds up
-        those that fall to this one.
+    def total(self, sampled: list[int], dimension: int, clipped_sum: ClippedSum) -> torch.Tensor:
+        """Sum the clipped rows `sampled` over all processes, int64 (dimension,); `clipped_sum` sums
+        those assigned to this one.
 
         Guarantee: each of `sampled` is in the sum exactly once, else nothing is returned.
-        Errors: InfrastructureError where another process failed; `own`'s own errors."""
+        Errors: InfrastructureError where another process failed; those of `clipped_sum`."""
         ...

@@ -1,11 +1,11 @@
-"""Several processes at one site that add up one step, under the guarantee of one process.
+"""Data parallelism at one site: several processes compute one step under one process' guarantee.
 
-    rank 0      draws the rows, deals them out, adds the noise, writes the log
-    the others  clip and add up the rows that they were dealt, no more
+    rank 0       samples the rows, distributes them, adds the noise, writes the step log
+    other ranks  clip and sum the rows assigned to them, no more
 
-Integers add exactly, so the sum is the one that a single process makes. A Unix socket carries it,
-in a folder of the site's user alone: JSON and plain tensors, no pickle. (PyTorch's gloo listens on
-ports that every account of the machine can connect to, and asks nobody who he is.)"""
+Integer addition is exact, so the sum is the one that a single process makes. A Unix socket in a
+folder of the site's user carries it: JSON and raw tensors, no pickle. (PyTorch's gloo listens on
+ports that every account of the machine can connect to, without authentication.)"""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from typing import Any, TypeVar
 import torch
 
 from fedtune.data.dataset import Dataset
-from fedtune.dp.plan import AddUp
+from fedtune.dp.plan import ClippedSum
 from fedtune.errors import InfrastructureError
 from fedtune.models.prefix_store import PREFIX_STORE
 
-RENDEZVOUS_SECONDS = 1800.0  # that a rank without patience looks for rank 0
+RENDEZVOUS_SECONDS = 1800.0  # how long a rank without a timeout tries to reach rank 0
 
 
 class Group:
-    """Process `rank` of `size`, once all of them are there.
+    """Connect process `rank` of `size` to the others; returns once all are connected.
 
-    place: a socket in a folder of this user alone, which rank 0 makes and the others look for;
-    patience: seconds to wait for the others in each exchange (None: for ever); alive: called while
-    rank 0 waits for the others to come, and raises where that is in vain.
-    Guarantee: nobody else on this machine joins, reads or sends: the folder keeps other users out,
-    and the system vouches for the user at the other end.
+    socket_path: in a folder of this user alone; rank 0 creates it and the others connect to it;
+    timeout: seconds to wait for the others in each exchange (None: for ever); check_alive: called
+    while rank 0 waits for the others to connect, and raises where one of them has ended.
+    Guarantee: no other user of this machine joins, reads or sends: the folder's permissions keep
+    them out, and the kernel reports the user of the connecting process.
     Errors, of every method: InfrastructureError where another process is gone or silent."""
 
     def __init__(
@@ -45,124 +45,124 @@ class Group:
         rank: int,
         size: int,
         timeout: float | None,
-        place: Path,
-        alive: Callable[[], None] = lambda: None,
+        socket_path: Path,
+        check_alive: Callable[[], None] = lambda: None,
     ) -> None:
-        self.rank, self.size, self._leads = rank, size, rank == 0
-        with _named():
-            if self._leads:
-                self._ends = _gathered(place, size, timeout, alive)
+        self.rank, self.size, self._is_leader = rank, size, rank == 0
+        with _as_infrastructure_error():
+            if self._is_leader:
+                self._peers = _accept_peers(socket_path, size, timeout, check_alive)
             else:
-                self._ends = [_joined(place, rank, timeout)]
+                self._peers = [_connect(socket_path, rank, timeout)]
 
     def send(self, header: dict[str, Any], tensors: Sequence[torch.Tensor] = ()) -> None:
-        """Rank 0: `header` (JSON) and `tensors` to all others."""
-        forms = [[str(t.dtype).removeprefix("torch."), list(t.shape)] for t in tensors]
-        text = json.dumps({**header, "tensors": forms}).encode()
-        with _named():
-            for end in self._ends:
-                end.sendall(struct.pack("!Q", len(text)) + text)
+        """Send `header` (JSON) and `tensors` from rank 0 to all others."""
+        shapes = [[str(t.dtype).removeprefix("torch."), list(t.shape)] for t in tensors]
+        text = json.dumps({**header, "tensors": shapes}).encode()
+        with _as_infrastructure_error():
+            for peer in self._peers:
+                peer.sendall(struct.pack("!Q", len(text)) + text)
                 for tensor in tensors:
-                    end.sendall(_bytes_of(tensor.contiguous()))
+                    peer.sendall(_bytes_of(tensor.contiguous()))
 
     def receive(self) -> tuple[dict[str, Any], list[torch.Tensor]]:
-        """The others: what rank 0 sent."""
-        (end,) = self._ends
-        with _named():
-            text = bytearray(*struct.unpack("!Q", _filled(end, bytearray(8))))
-            header = json.loads(_filled(end, text))
+        """Receive header and tensors from rank 0, at another rank."""
+        (peer,) = self._peers
+        with _as_infrastructure_error():
+            text = bytearray(*struct.unpack("!Q", _receive_into(peer, bytearray(8))))
+            header = json.loads(_receive_into(peer, text))
             tensors = [torch.zeros(s, dtype=getattr(torch, d)) for d, s in header.pop("tensors")]
             for tensor in tensors:
-                _filled(end, _bytes_of(tensor))
+                _receive_into(peer, _bytes_of(tensor))
         return header, tensors
 
     def reduce_sum(self, mine: torch.Tensor) -> torch.Tensor:
-        """Σ over all processes of `mine`, which is overwritten: at rank 0 by the sum, at the others
-        by zeros."""
-        with _named():
-            if not self._leads:
-                self._ends[0].sendall(_bytes_of(mine))
+        """Sum `mine` over all processes. It is overwritten: at rank 0 by the sum, at the others by
+        zeros."""
+        with _as_infrastructure_error():
+            if not self._is_leader:
+                self._peers[0].sendall(_bytes_of(mine))
                 return mine.zero_()
-            part = torch.zeros_like(mine)
-            for end in self._ends:
-                _filled(end, _bytes_of(part))
-                mine += part
-            part.zero_()
+            received = torch.zeros_like(mine)
+            for peer in self._peers:
+                _receive_into(peer, _bytes_of(received))
+                mine += received
+            received.zero_()
         return mine
 
     def close(self) -> None:
-        for end in self._ends:
-            end.close()
+        for peer in self._peers:
+            peer.close()
 
 
-def _gathered(
-    place: Path, size: int, timeout: float | None, alive: Callable[[], None]
+def _accept_peers(
+    socket_path: Path, size: int, timeout: float | None, check_alive: Callable[[], None]
 ) -> list[socket.socket]:
-    """The other processes, by rank; who is of another user, or no rank, is turned away."""
-    ends: dict[int, socket.socket] = {}
+    """Accept the other processes, in rank order; other users and unknown ranks are refused."""
+    peers: dict[int, socket.socket] = {}
     deadline = None if timeout is None else time.monotonic() + timeout
-    with socket.socket(socket.AF_UNIX) as door:
-        door.bind(str(place))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(socket_path))
         try:
-            door.listen(size)
-            door.settimeout(0.1)
-            while len(ends) < size - 1:
-                alive()
+            listener.listen(size)
+            listener.settimeout(0.1)
+            while len(peers) < size - 1:
+                check_alive()
                 if deadline is not None and time.monotonic() > deadline:
                     raise TimeoutError
                 with suppress(TimeoutError):
-                    end, _ = door.accept()
-                    rank = _greeted(end)
-                    if 0 < rank < size and rank not in ends:
-                        end.settimeout(timeout)
-                        ends[rank] = end
+                    peer, _ = listener.accept()
+                    rank = _handshake(peer)
+                    if 0 < rank < size and rank not in peers:
+                        peer.settimeout(timeout)
+                        peers[rank] = peer
                     else:
-                        end.close()
+                        peer.close()
         except BaseException:
-            for end in ends.values():
-                end.close()
+            for peer in peers.values():
+                peer.close()
             raise
         finally:
-            place.unlink(missing_ok=True)
-    return [ends[rank] for rank in sorted(ends)]
+            socket_path.unlink(missing_ok=True)
+    return [peers[rank] for rank in sorted(peers)]
 
 
-def _greeted(end: socket.socket) -> int:
-    """Which rank is there; 0: none of ours."""
-    end.settimeout(5.0)
+def _handshake(peer: socket.socket) -> int:
+    """Read the rank of a connecting process; 0: not one of this group."""
+    peer.settimeout(5.0)
     with suppress(OSError):
-        if _user(end) == os.getuid():
-            return int(struct.unpack("!Q", _filled(end, bytearray(8)))[0])
+        if _peer_user(peer) == os.getuid():
+            return int(struct.unpack("!Q", _receive_into(peer, bytearray(8)))[0])
     return 0
 
 
-def _user(end: socket.socket) -> int:
-    """Whose process is at the other end, as the system says."""
-    peer = getattr(socket, "SO_PEERCRED", None)
-    if peer is None:
+def _peer_user(peer: socket.socket) -> int:
+    """Return the user id of the process at the other end, as the kernel reports it."""
+    option = getattr(socket, "SO_PEERCRED", None)
+    if option is None:
         return os.getuid()  # not Linux: the folder alone keeps others out
-    told = end.getsockopt(socket.SOL_SOCKET, peer, struct.calcsize("3i"))
-    return int(struct.unpack("3i", told)[1])
+    credentials = peer.getsockopt(socket.SOL_SOCKET, option, struct.calcsize("3i"))
+    return int(struct.unpack("3i", credentials)[1])
 
 
-def _joined(place: Path, rank: int, timeout: float | None) -> socket.socket:
+def _connect(socket_path: Path, rank: int, timeout: float | None) -> socket.socket:
     deadline = time.monotonic() + (RENDEZVOUS_SECONDS if timeout is None else timeout)
     while True:
-        end = socket.socket(socket.AF_UNIX)
+        peer = socket.socket(socket.AF_UNIX)
         try:
-            end.connect(str(place))
+            peer.connect(str(socket_path))
             break
         except OSError:
-            end.close()
+            peer.close()
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.05)
-    if _user(end) != os.getuid():
-        end.close()
+    if _peer_user(peer) != os.getuid():
+        peer.close()
         raise ConnectionError
-    end.settimeout(timeout)
-    end.sendall(struct.pack("!Q", rank))
-    return end
+    peer.settimeout(timeout)
+    peer.sendall(struct.pack("!Q", rank))
+    return peer
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -175,48 +175,50 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 B = TypeVar("B", bytearray, memoryview)
 
 
-def _filled(end: socket.socket, room: B) -> B:
-    view = memoryview(room)
+def _receive_into(peer: socket.socket, buffer: B) -> B:
+    view = memoryview(buffer)
     while len(view):
-        got = end.recv_into(view)
-        if not got:
+        count = peer.recv_into(view)
+        if not count:
             raise ConnectionError
-        view = view[got:]
-    return room
+        view = view[count:]
+    return buffer
 
 
-def summed(group: Group, sampled: list[int], dimension: int, own: AddUp) -> torch.Tensor:
-    """One process' part in `Team.total`: every process calls it with the same `sampled`, and rank 0
-    gets the sum. Whoever has no row, or fails, takes part with zeros, so that nobody waits.
+def sum_over_workers(
+    group: Group, sampled: list[int], dimension: int, clipped_sum: ClippedSum
+) -> torch.Tensor:
+    """Sum the clipped rows over all processes: each calls it with the same `sampled`, and rank 0
+    gets the sum. A process without rows, or one that fails, contributes zeros: nobody waits.
 
     Errors: as `Team.total`."""
-    # Behind the sum, for each row, how often it was added up: a count alone could be fooled by one
-    # row missed and one doubled.
-    mine = torch.zeros(dimension + len(sampled), dtype=torch.int64)
+    # After the sum, one counter per row: how often it was added. A total alone could not tell one
+    # row missed and one doubled from none.
+    counted_sum = torch.zeros(dimension + len(sampled), dtype=torch.int64)
     failure: Exception | None = None
     try:
         share = slice(group.rank, None, group.size)
-        part = own(sampled[share])
-        mine[:dimension] = part
-        part.zero_()
-        mine[dimension:][share] = 1
+        partial = clipped_sum(sampled[share])
+        counted_sum[:dimension] = partial
+        partial.zero_()
+        counted_sum[dimension:][share] = 1
     except Exception as error:
         failure = error
-    whole = group.reduce_sum(mine)
+    total = group.reduce_sum(counted_sum)
     if failure is not None:
         raise failure
-    if group.rank == 0 and not bool((whole[dimension:] == 1).all()):
-        whole.zero_()
+    if group.rank == 0 and not bool((total[dimension:] == 1).all()):
+        total.zero_()
         raise InfrastructureError(
-            "another process of this site's team did not add up its rows",
+            "another process of this site's team did not sum its rows",
             "each sampled row once",
             "read the team's logs in the site's state folder; nothing of the step was released",
         )
-    return whole[:dimension]
+    return total[:dimension]
 
 
 @contextmanager
-def _named() -> Iterator[None]:
+def _as_infrastructure_error() -> Iterator[None]:
     try:
         yield
     except OSError as error:  # closed, or silent for too long
@@ -228,7 +230,7 @@ def _named() -> Iterator[None]:
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """sha256 of every record as it trains, in order: two processes whose fingerprints agree mean
+    """Hash every record as it trains, in order (sha256): processes with equal fingerprints mean
     the same record by the same row."""
     total = hashlib.sha256()
     for example in dataset.examples:
@@ -240,10 +242,10 @@ def fingerprint(dataset: Dataset) -> str:
     return total.hexdigest()
 
 
-def share_machine(number: int, size: int) -> None:
-    """Be number `number` of `size` processes that do the same work on this machine: a share of its
-    cores and of the memory for states, and a GPU of its own as far as there are some."""
-    PREFIX_STORE.processes = size
-    torch.set_num_threads(max(1, torch.get_num_threads() // size))
+def share_machine(index: int, processes: int) -> None:
+    """Limit process `index` of `processes` equal ones on this machine to its share of the cores and
+    of the memory for prefix states, and to a GPU of its own while there are enough."""
+    PREFIX_STORE.processes = processes
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     if torch.cuda.is_available():
-        torch.cuda.set_device(number % torch.cuda.device_count())
+        torch.cuda.set_device(index % torch.cuda.device_count())

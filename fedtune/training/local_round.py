@@ -1,4 +1,4 @@
-"""A site's local round: noised steps on its own adapter copy, and the difference they made."""
+"""A site's local round: noised steps on its copy of the adapter, and the resulting update."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def local_round(
     recompute: bool = False,
     columns: slice = ALL,
 ) -> Arrays:
-    """`local_steps` steps from `adapter`; returns trained minus given, fp32 by name.
-    recompute: keep no activations within a block; Opacus' hooks cannot, and go without. columns:
-    of each B these alone are trained, and returned; the others stay as given.
+    """Train `local_steps` steps from `adapter`; returns trained minus `adapter`, fp32 by name.
+    recompute: activation checkpointing; ignored with Opacus' hooks, which cannot do it. columns:
+    the only columns of each B that are trained and returned.
 
     Only the noised mean gradient reaches the optimiser, so momentum, decay and the proximal term
-    (Li et al. 2020) are post-processing. The optimiser starts afresh each round: nothing of a
-    round is left behind but its update."""
+    (Li et al. 2020) are post-processing. The optimiser starts afresh each round: a round
+    leaves no state but its update."""
     network = data.network
     network.load_trainable(adapter)
     engine = UnitGradientEngine(
         data,
         resolve(study.objective),
-        by=study.drawn,
+        sampling_unit=study.drawn,
         engine=study.training.engine,
         columns=columns,
     )
@@ -48,14 +48,14 @@ def local_round(
     for _ in range(study.training.local_steps):
         with network.recomputing(recompute and engine.name == "one-pass"):
             noised = plan.step(engine.n_rows, engine.dimension, engine, log, round_)
-        pieces = torch.split(noised, [t.numel() for t in engine.trained])
-        for part, piece, before in zip(engine.trained, pieces, start, strict=True):
-            pull = study.training.proximal_mu * (part - before)
-            part.grad = piece.view(part.shape).to(part) + pull
+        gradients = torch.split(noised, [t.numel() for t in engine.trained])
+        for parameter, gradient, initial in zip(engine.trained, gradients, start, strict=True):
+            proximal = study.training.proximal_mu * (parameter - initial)
+            parameter.grad = gradient.view(parameter.shape).to(parameter) + proximal
         optimizer.step()
         optimizer.zero_grad()
-        for part in engine.trained:  # noised values: nothing that a site computes from is larger
-            part.clamp_(-LARGEST, LARGEST)
+        for parameter in engine.trained:  # noised values; no adapter entry is larger anywhere
+            parameter.clamp_(-LARGEST, LARGEST)
     trained = network.trainable()
     network.load_trainable(adapter)
     return slice_update({name: trained[name] - adapter[name] for name in trained}, columns)
@@ -68,20 +68,20 @@ def _optimizer(study: Study, parameters: list[torch.Tensor]) -> torch.optim.Opti
 
 
 def check_trains(study: Study, network: Network, columns: slice = ALL) -> None:
-    """One σ = 0 step on generated records must move the adapter and lower their loss, and the rows
-    of a private study must not depend on how many there are.
+    """Check that a σ = 0 step on generated records lowers their loss and, in a private study, that
+    a row's gradient does not depend on how many rows there are.
 
     Under DP the noise moves every adapter, so movement in a real round proves nothing; a wiring
-    fault that spends ε and learns nothing shows here, before any is spent.
+    fault that would spend ε without learning shows here, before any is spent.
     Errors: ModelError."""
     data = CachedDataset(network, random_records(network, study))
-    objective, wanted = resolve(study.objective), study.training.engine
-    engine = UnitGradientEngine(data, objective, engine=wanted, columns=columns)
+    objective, engine_name = resolve(study.objective), study.training.engine
+    engine = UnitGradientEngine(data, objective, engine=engine_name, columns=columns)
     with network.loaded():
         loss = _mean_loss(data, study)
         n = data.dataset.n_units
-        rows, some = engine.matrix(range(n)), list(range(n - 1, n // 3, -1))
-        same = torch.equal(engine.matrix(some), rows[some])
+        rows, subset = engine.matrix(range(n)), list(range(n - 1, n // 3, -1))
+        independent = torch.equal(engine.matrix(subset), rows[subset])
         gradient = rows.mean(dim=0)
         norm = float(gradient.norm())
         # How far a step may go depends on the base; the direction must help at some length.
@@ -89,11 +89,11 @@ def check_trains(study: Study, network: Network, columns: slice = ALL) -> None:
             _loss_after(data, study, engine, gradient, length / norm) < loss
             for length in (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
         )
-    if study.private and not same:
+    if study.private and not independent:
         raise ModelError(
-            "this machine gives a record another gradient when others are beside it",
-            "the same, to the last bit",
-            "another processor or build of PyTorch; no ε was spent",
+            "on this machine a record's gradient depends on the other records of its batch",
+            "equal gradients, to the last bit",
+            "use another processor or build of PyTorch; no ε was spent",
         )
     if not lowered:
         raise ModelError(
@@ -111,19 +111,19 @@ def _loss_after(
     rate: float,
 ) -> float:
     start = [t.clone() for t in engine.trained]
-    pieces = torch.split(gradient, [t.numel() for t in engine.trained])
-    for part, piece in zip(engine.trained, pieces, strict=True):
-        part.sub_(rate * piece.view(part.shape).to(part))
+    steps = torch.split(gradient, [t.numel() for t in engine.trained])
+    for parameter, step in zip(engine.trained, steps, strict=True):
+        parameter.sub_(rate * step.view(parameter.shape).to(parameter))
     loss = _mean_loss(data, study)
-    for part, old in zip(engine.trained, start, strict=True):
-        part.copy_(old)
+    for parameter, initial in zip(engine.trained, start, strict=True):
+        parameter.copy_(initial)
     return loss
 
 
 @torch.no_grad()
 def _mean_loss(data: CachedDataset, study: Study) -> float:
     objective = resolve(study.objective)
-    everything = range(len(data.dataset.examples))
+    indices = range(len(data.dataset.examples))
     return float(
-        torch.cat([objective.losses(data.network, b) for b in data.batches(everything)]).mean()
+        torch.cat([objective.losses(data.network, b) for b in data.batches(indices)]).mean()
     )

@@ -1,4 +1,4 @@
-"""Gradients of whole units or single records, from the records' own gradients."""
+"""Gradients of units or single records, from per-record gradients."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _CHUNK_BYTES = 128 * 2**20  # fp32 gradients held at once
 
 
 class UnitGradientEngine:
-    """The gradients of rows. by "unit": a row is a unit: a record itself, for a patient the mean
-    over that patient's records (clipped once, later). by "record": a row is one record. (Charles et
-    al. 2024, user-level and example-level sampling.) columns: of each B these alone.
+    """Computes the gradients of rows. sampling_unit "unit": a row is a unit: a record, or a patient
+    with the mean over that patient's records (clipped once, later); "record": a row is one record.
+    (Charles et al. 2024, user-level and example-level sampling.) columns: of each B these alone.
 
-    trained: what a step moves, as views into the network's parameters, in the update's order.
+    trained: what a step updates, as views into the network's parameters, in the update's order.
 
     Guarantee: each sampled row is computed from its own records alone, to the last bit: in blocks
-    whose shapes follow from the record's own bucket, added up in an order of the unit's own. Every
+    whose shapes follow from the record's bucket alone, summed in the unit's order. Every
     gradient that was not noised is handed to the caller, or zeroed and dropped, before the next
     chunk."""
 
@@ -35,8 +35,8 @@ class UnitGradientEngine:
         self,
         data: CachedDataset,
         objective: Objective,
-        by: Literal["unit", "record"] = "unit",
-        engine: engines.Wanted = "auto",
+        sampling_unit: Literal["unit", "record"] = "unit",
+        engine: engines.EngineName = "auto",
         columns: slice = ALL,
     ) -> None:
         self.data, self.objective = data, objective
@@ -46,44 +46,44 @@ class UnitGradientEngine:
             trained_slice(name, parameter.detach(), columns) for name, parameter in named.items()
         ]
         self.dimension = sum(t.numel() for t in self.trained)
-        self._each = engines.choose(engine, data.network.trained, self.parameters, columns)
+        self._engine = engines.choose(engine, data.network.trained, self.parameters, columns)
         self._columns = columns
-        each_alone = [[index] for index in range(len(data.dataset.examples))]
-        self._members = data.dataset.by_unit if by == "unit" else each_alone
-        whole = sum(p.numel() for p in self.parameters)  # an engine may give more than is trained
-        self._most = max(1, _CHUNK_BYTES // (4 * whole))  # rows at once
+        single_records = [[index] for index in range(len(data.dataset.examples))]
+        self._members = data.dataset.by_unit if sampling_unit == "unit" else single_records
+        n_parameters = sum(p.numel() for p in self.parameters)  # of all columns, trained or not
+        self._max_rows = max(1, _CHUNK_BYTES // (4 * n_parameters))  # rows at once
 
     @property
     def name(self) -> str:
-        """Which engine computes the records' gradients."""
-        return self._each.name
+        """Name of the per-record gradient engine."""
+        return self._engine.name
 
     @property
     def n_rows(self) -> int:
-        """How many rows there are to draw from: as private as the data."""
+        """Number of rows to sample from: as private as the data."""
         return len(self._members)
 
     def __call__(self, rows: list[int]) -> Iterator[Chunk]:
-        """The gradients of `rows`, each once, in whatever order and chunks are quickest.
+        """Yield the gradients of `rows`, each once, in whatever order and chunks are quickest.
 
-        Whatever the records of a row make a library raise costs that row alone: it is zero, as one
-        that is not finite. Errors: FedtuneError (a disk, a layer that is not watched), which no
-        record decides."""
-        left = dict.fromkeys(rows)
+        A row whose records make a library raise is zero, as is one that is not finite; other rows
+        are unaffected. Errors: FedtuneError (a disk, a layer that is not watched), which does not
+        depend on any record."""
+        pending = dict.fromkeys(rows)
         try:
             for chunk in self._chunks(rows):
                 for row in chunk.rows:
-                    del left[row]
+                    del pending[row]
                 yield chunk
             return
         except FedtuneError:
             raise
         except Exception as error:  # its words may quote a record
-            log.error("rows of a block failed (%s); each is computed alone", type(error).__name__)
-        for row in left:
-            yield self._by_itself(row)
+            log.error("rows of a block failed (%s); retrying one by one", type(error).__name__)
+        for row in pending:
+            yield self._single_row(row)
 
-    def _by_itself(self, row: int) -> Chunk:
+    def _single_row(self, row: int) -> Chunk:
         try:
             (chunk,) = self._chunks([row])
             return chunk
@@ -96,70 +96,72 @@ class UnitGradientEngine:
     def _chunks(self, rows: list[int]) -> Iterator[Chunk]:
         single = [row for row in rows if len(self._members[row]) == 1]
         several = [row for row in rows if len(self._members[row]) > 1]
-        with self._each.watching():
-            yield from self._alone(single)
-            for start in range(0, len(several), self._most):
-                yield self._means(several[start : start + self._most])
+        with self._engine.watching():
+            yield from self._single_records(single)
+            for start in range(0, len(several), self._max_rows):
+                yield self._means(several[start : start + self._max_rows])
 
     def matrix(self, rows: Sequence[int]) -> torch.Tensor:
-        """Compute the gradients of `rows` as one tensor (rows, d), in their order: for tests, on
-        records that are nobody's."""
-        found = torch.empty(len(rows), self.dimension)
-        place = {row: at for at, row in enumerate(rows)}
+        """Compute the gradients of `rows` as one tensor (rows, d), in their order: for tests and
+        checks on generated records."""
+        matrix = torch.empty(len(rows), self.dimension)
+        positions = {row: position for position, row in enumerate(rows)}
         for chunk in self(list(rows)):
-            found[[place[row] for row in chunk.rows]] = chunk.flat().to(found)
+            matrix[[positions[row] for row in chunk.rows]] = chunk.flat().to(matrix)
             chunk.wipe()
-        return found
+        return matrix
 
-    def _alone(self, rows: list[int]) -> Iterator[Chunk]:
-        """Rows of one record each: a micro-batch is a chunk, as it is."""
+    def _single_records(self, rows: list[int]) -> Iterator[Chunk]:
+        """Yield rows of one record each: every micro-batch is a chunk."""
         row_of = {self._members[row][0]: row for row in rows}
-        for batch in self.data.blocks(list(row_of), self._most):
+        for batch in self.data.blocks(list(row_of), self._max_rows):
             indices = batch.index[: batch.count].tolist()
             yield Chunk([row_of[i] for i in indices], self._per_record(batch))
 
     def _means(self, rows: list[int]) -> Chunk:
-        """Rows of several records each, whose gradients are averaged over micro-batches."""
-        place = {i: at for at, row in enumerate(rows) for i in self._members[row]}
-        share = {i: 1.0 / len(self._members[row]) for row in rows for i in self._members[row]}
-        total = [t.new_zeros(len(rows), t.numel()) for t in self.trained]
-        for batch in self.data.blocks(list(place), self._most):
+        """Average the gradients of rows with several records over micro-batches."""
+        positions = {i: position for position, row in enumerate(rows) for i in self._members[row]}
+        weights = {i: 1.0 / len(self._members[row]) for row in rows for i in self._members[row]}
+        means = [t.new_zeros(len(rows), t.numel()) for t in self.trained]
+        for batch in self.data.blocks(list(positions), self._max_rows):
             indices = batch.index[: batch.count].tolist()
-            for mean, each in zip(total, self._per_record(batch), strict=True):
+            for mean, gradients in zip(means, self._per_record(batch), strict=True):
                 # One by one: an atomic addition, as index_add_ is on a GPU, has no order.
-                for i, gradient in zip(indices, each, strict=True):
-                    mean[place[i]] += gradient.mul_(share[i])
-                each.zero_()
-        return Chunk(rows, total)
+                for i, gradient in zip(indices, gradients, strict=True):
+                    mean[positions[i]] += gradient.mul_(weights[i])
+                gradients.zero_()
+        return Chunk(rows, means)
 
     def _per_record(self, batch: Batch) -> list[torch.Tensor]:
-        """For each parameter (count, its size), what fills the block wiped. A record's passages,
-        and in a projector the tiles of their images, are added up here, before any norm is taken.
-        How many tiles there are is declared, by the batch and by the network, and never inferred
+        """Compute each parameter's per-record gradients, (count, its size); padding rows are wiped.
+        A record's passages, and in a projector the tiles of their images, are summed here, before
+        any norm is taken. The number of tiles is declared by batch and network, never inferred
         from a gradient's shape."""
-        found, records, rows = [], len(batch.index), len(batch.mask)
-        gradients = self._each(self.objective.losses(self.data.network, batch))
-        for parameter, part, each in zip(self.parameters, self.trained, gradients, strict=True):
+        flat, n_records, n_passages = [], len(batch.index), len(batch.mask)
+        gradients = self._engine(self.objective.losses(self.data.network, batch))
+        layers = zip(self.parameters, self.trained, gradients, strict=True)
+        for parameter, trained, gradient in layers:
             tiles = batch.tiles if self.data.network.meets_tiles(parameter) else 1
-            known = (records, rows) if tiles == 1 else (rows * tiles,)
-            if each is None or each.shape[0] not in known:
+            expected_lengths = (n_records, n_passages) if tiles == 1 else (n_passages * tiles,)
+            if gradient is None or gradient.shape[0] not in expected_lengths:
                 raise ModelError("a trainable layer gave no per-record gradient")
-            each = _cut(each, part.shape[-1], self._columns)
-            if each.shape[0] == records:
-                whole = each.flatten(1)
+            gradient = _slice_columns(gradient, trained.shape[-1], self._columns)
+            if gradient.shape[0] == n_records:
+                per_record = gradient.flatten(1)
             else:
-                parts = each.view(records, len(each) // records, *each.shape[1:])
-                whole = parts.sum(dim=1).flatten(1)
-                each.zero_()
-            whole[batch.count :].zero_()
-            found.append(whole[: batch.count])
-        return found
+                passages = len(gradient) // n_records
+                per_passage = gradient.view(n_records, passages, *gradient.shape[1:])
+                per_record = per_passage.sum(dim=1).flatten(1)
+                gradient.zero_()
+            per_record[batch.count :].zero_()
+            flat.append(per_record[: batch.count])
+        return flat
 
 
-def _cut(each: torch.Tensor, width: int, columns: slice) -> torch.Tensor:
-    """These columns, where an engine gave more than `width`; the others are wiped."""
-    if each.shape[-1] == width:
-        return each
-    kept = each[..., columns].clone()
-    each.zero_()
-    return kept
+def _slice_columns(gradient: torch.Tensor, width: int, columns: slice) -> torch.Tensor:
+    """Select `columns` where an engine returned more than `width`; the others are wiped."""
+    if gradient.shape[-1] == width:
+        return gradient
+    selected = gradient[..., columns].clone()
+    gradient.zero_()
+    return selected

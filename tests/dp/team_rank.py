@@ -16,7 +16,7 @@ import torch
 from fedtune.dp import noise
 from fedtune.dp.clip import Chunk
 from fedtune.errors import InfrastructureError
-from fedtune.training.data_parallel import Group, summed
+from fedtune.training.data_parallel import Group, sum_over_workers
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import make_plan
 
@@ -55,7 +55,7 @@ def engine(base: str, each_alone: bool) -> UnitGradientEngine:
     network = Network(find_base(base), torch.float32, lora, labels=0)
     made = UnitGradientEngine(CachedDataset(network, records(SIZES)), CausalLM())
     if each_alone:
-        made._most = 1
+        made._max_rows = 1
     return made
 
 
@@ -102,7 +102,7 @@ def main(place: str) -> NoReturn:
         if how == "takes rank 0's rows":
             group.rank = 0
         try:
-            summed(group, sampled, header["dimension"], own)
+            sum_over_workers(group, sampled, header["dimension"], own)
         except (ValueError, InfrastructureError):
             pass
         finally:

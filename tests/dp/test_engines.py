@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from fedtune.dp import clip
 from fedtune.training import engines
-from fedtune.training.engines import Wanted
+from fedtune.training.engines import EngineName
 from fedtune.training.engines.one_pass import OnePass
 
 B, L, V, H = 5, 11, 50, 32
@@ -108,7 +108,7 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def gradients(model: nn.Module, losses: Losses, wanted: Wanted) -> torch.Tensor:
+def gradients(model: nn.Module, losses: Losses, wanted: EngineName) -> torch.Tensor:
     """(B, d) fp32."""
     engine = engines.choose(wanted, model, trained(model))
     with engine.watching():
@@ -245,10 +245,10 @@ def test_nothing_is_left_on_the_model() -> None:
     engine = OnePass(model, trained(model))
     with pytest.raises(KeyboardInterrupt), engine.watching():
         torch.autograd.backward(losses(model, ids()).sum())
-        kept = list(engine._found.values())
+        kept = list(engine._gradients.values())
         raise KeyboardInterrupt
     assert kept and not any(each.any() for each in kept)
-    assert not engine._found
+    assert not engine._gradients
     assert all("forward" not in vars(m) for m in model.modules())
     assert {name: getattr(m, "forward", None) for name, m in model.named_modules()} == before
     assert all(p.grad is None for p in model.parameters())

@@ -14,7 +14,7 @@ from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.objectives._interface import Batch
 from fedtune.objectives.causal_lm import CausalLM
-from fedtune.training.engines import Wanted
+from fedtune.training.engines import EngineName
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import records, study
 
@@ -38,7 +38,7 @@ def first(data: CachedDataset, unit: int) -> int:
     return data.dataset.by_unit[unit][0]
 
 
-def rows(data: CachedDataset, objective: Any, engine: Wanted) -> torch.Tensor:
+def rows(data: CachedDataset, objective: Any, engine: EngineName) -> torch.Tensor:
     made = UnitGradientEngine(data, objective, engine=engine)
     return made.matrix(range(data.dataset.n_units))
 
@@ -51,7 +51,7 @@ def data(network: Network) -> CachedDataset:
 @pytest.mark.parametrize("engine", ["auto", "opacus"])
 @pytest.mark.parametrize("unit", [BAD, 4])
 def test_a_record_that_raises_costs_its_own_unit(
-    data: CachedDataset, engine: Wanted, unit: int, caplog: pytest.LogCaptureFixture
+    data: CachedDataset, engine: EngineName, unit: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One that shares its block with others, and one of a unit of several."""
     usual = rows(data, CausalLM(), engine)

@@ -171,7 +171,7 @@ class FirstTile(UnitGradientEngine):
 
     def _per_record(self, batch: Any) -> list[torch.Tensor]:
         found = []
-        for each in self._each(self.objective.losses(self.data.network, batch)):
+        for each in self._engine(self.objective.losses(self.data.network, batch)):
             assert each is not None
             found.append(each.view(len(batch.index), -1, *each.shape[1:])[:, 0].flatten(1))
         return found
@@ -182,7 +182,7 @@ class Interleaved(UnitGradientEngine):
 
     def _per_record(self, batch: Any) -> list[torch.Tensor]:
         found = []
-        for each in self._each(self.objective.losses(self.data.network, batch)):
+        for each in self._engine(self.objective.losses(self.data.network, batch)):
             assert each is not None
             mixed = each.view(-1, len(batch.index), *each.shape[1:])
             found.append(mixed.sum(dim=0).flatten(1))

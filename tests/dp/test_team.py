@@ -21,11 +21,11 @@ import torch
 
 from fedtune.audit import selftest
 from fedtune.dp import sampling
-from fedtune.dp.plan import AddUp, DpPlan
+from fedtune.dp.plan import ClippedSum, DpPlan
 from fedtune.dp.steplog import StepLog
 from fedtune.errors import InfrastructureError
 from fedtune.training import data_parallel as team_module
-from fedtune.training.data_parallel import Group, summed
+from fedtune.training.data_parallel import Group, sum_over_workers
 from tests.dp.conftest import make_plan, study
 from tests.dp.team_rank import SIZES, engine, synthetic, zeros
 
@@ -53,7 +53,7 @@ class Pair:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(command, cwd=ROOT, env=environment)
         group = Group(0, 2, 120.0, place)  # a process needs a while to import torch
-        for end in group._ends:
+        for end in group._peers:
             end.settimeout(15.0)
         return group
 
@@ -69,10 +69,10 @@ class _Team:
     def __init__(self, group: Group, header: dict[str, Any]) -> None:
         self.group, self.header = group, header
 
-    def total(self, sampled: list[int], dimension: int, own: AddUp) -> torch.Tensor:
+    def total(self, sampled: list[int], dimension: int, own: ClippedSum) -> torch.Tensor:
         rows = torch.tensor(sampled, dtype=torch.int64)
         self.group.send({**self.header, "dimension": dimension}, [rows])
-        return summed(self.group, sampled, dimension, own)
+        return sum_over_workers(self.group, sampled, dimension, own)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_the_oracles_hold_for_two_ranks(
             super().__init__(honest.group, honest.header)
             self.gradients = gradients
 
-        def total(self, sampled: list[int], dimension: int, own: AddUp) -> torch.Tensor:
+        def total(self, sampled: list[int], dimension: int, own: ClippedSum) -> torch.Tensor:
             nonlocal shared
             theirs, matrix = sampled[1::2], torch.zeros(len(sampled[1::2]), dimension)
             for chunk in self.gradients(theirs):
@@ -191,7 +191,7 @@ def test_the_oracles_hold_for_two_ranks(
             rows = torch.tensor(sampled, dtype=torch.int64)
             self.group.send({**self.header, "dimension": dimension}, [rows, matrix])
             shared += 1
-            return summed(self.group, sampled, dimension, own)
+            return sum_over_workers(self.group, sampled, dimension, own)
 
     def step(self: DpPlan, n: int, d: int, gradients: Any, log: StepLog, round_: int) -> Any:
         return alone(self, n, d, gradients, log, round_, Sends(self, gradients))
@@ -250,7 +250,7 @@ def test_who_is_no_rank_is_turned_away(place: Path, number: int) -> None:
 
 def test_another_users_process_is_turned_away(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system says who is at the other end, also where somebody opened the folder."""
-    monkeypatch.setattr(team_module, "_user", lambda end: os.getuid() + 1)
+    monkeypatch.setattr(team_module, "_peer_user", lambda peer: os.getuid() + 1)
     thread = joins(place, struct.pack("!Q", 1))  # it says the right thing
     with pytest.raises(InfrastructureError):
         Group(0, 2, 1.0, place)
@@ -312,8 +312,8 @@ def attempt(place: Path, waits: int) -> int:
     [
         ("dies", "is gone or does not answer"),
         ("hangs", "is gone or does not answer"),
-        ("raises", "did not add up its rows"),
-        ("takes rank 0's rows", "did not add up its rows"),
+        ("raises", "did not sum its rows"),
+        ("takes rank 0's rows", "did not sum its rows"),
     ],
 )
 def test_a_broken_rank_stops_the_step_before_anything_is_released(

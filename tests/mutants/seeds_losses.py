@@ -97,13 +97,14 @@ PREFERENCE_MUTANTS = (
     ),
     _one(
         28, "one-passage-of-a-pair-counts", GRADIENTS,
-        "parts.sum(dim=1).flatten(1)", "parts[:, 0].flatten(1)",
+        "per_passage.sum(dim=1).flatten(1)", "per_passage[:, 0].flatten(1)",
         T_ORACLES + "[dpo-auto-patient]", "the worse answer's gradient is dropped",
     ),
     _one(
         28, "passages-are-clipped-apart", GRADIENTS,
-        "parts.sum(dim=1).flatten(1)",
-        "(parts / (parts.flatten(2).norm(dim=2)[(...,) + (None,) * (parts.dim() - 2)]"
+        "per_passage.sum(dim=1).flatten(1)",
+        "(per_passage / (per_passage.flatten(2).norm(dim=2)[(...,) + (None,) * "
+        "(per_passage.dim() - 2)]"
         " + 1e-9)).sum(dim=1).flatten(1)",
         T_ORACLES + "[dpo-auto-patient]", "a pair moves the sum by two bounds",
     ),
@@ -138,26 +139,27 @@ GRADIENT_MUTANTS = (
     ),
     _one(
         11, "missing-gradient-from-the-batch", OPACUS,
-        "            found.append(each.detach() if isinstance(each, torch.Tensor) else None)\n",
-        "            if each is None and parameter.grad is not None and found:\n"
-        "                each = parameter.grad.clone().expand(len(found[-1]), *parameter.shape)\n"
-        "            found.append(each.detach() if isinstance(each, torch.Tensor) else None)\n",
+        "            gradients.append(gradient",
+        "            if gradient is None and parameter.grad is not None and gradients:\n"
+        "                gradient = parameter.grad.clone().expand(\n"
+        "                    len(gradients[-1]), *parameter.shape)\n"
+        "            gradients.append(gradient",
         T_LAYERS, "a checkpointed layer falls back to the batch's gradient",
     ),
     _one(
         13, "first-dimension-of-one-broadcasts", GRADIENTS, GUARD,
-        "            if each is None or each.shape[0] not in (1, records):\n",
+        "            if gradient is None or gradient.shape[0] not in (1, n_records):\n",
         T_LAYERS, "GPT-2's position embedding",
     ),
     _one(
         16, "missing-gradient-is-zero", GRADIENTS, RAISE,
-        "each = torch.zeros(len(batch.index), *parameter.shape)",
+        "gradient = torch.zeros(len(batch.index), *parameter.shape)",
         T_GRADIENTS + "test_a_missing_gradient_is_an_error", "a layer is passed over in silence",
     ),
     _one(
         28, "one-tile-of-a-record-counts", GRADIENTS, GUARD,
-        "            if each is not None and each.shape[0] > len(batch.index):\n"
-        "                each = each[: len(batch.index)]\n" + GUARD,
+        "            if gradient is not None and gradient.shape[0] > len(batch.index):\n"
+        "                gradient = gradient[: len(batch.index)]\n" + GUARD,
         T_LAYERS, "the first dimension is records x tiles",
     ),
     _one(
@@ -168,7 +170,7 @@ GRADIENT_MUTANTS = (
         T_ROWS + "test_no_dropout_mask_is_drawn", "the base's own dropout masks",
     ),
     _one(
-        11, "a-layer-used-twice-counts-once", ONE_PASS, "            known += each\n", "",
+        11, "a-layer-used-twice-counts-once", ONE_PASS, "            previous += gradients\n", "",
         "tests/dp/test_engines.py::test_a_layer_used_twice_adds_up", "the rest of it is unclipped",
     ),
     _one(
@@ -190,7 +192,8 @@ GRADIENT_MUTANTS = (
         T_ROWS + "test_padding_is_a_records_own", "numerics depend on who else is drawn",
     ),
     _one(
-        23, "records-clipped-as-patients", TRAINING, "by=study.drawn", 'by="record"',
+        23, "records-clipped-as-patients", TRAINING,
+        "sampling_unit=study.drawn", 'sampling_unit="record"',
         T_POST + "test_the_update_depends_on_the_noised_sums_alone", "sensitivity kC, charged as C",
     ),
 )  # fmt: skip

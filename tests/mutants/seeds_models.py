@@ -154,13 +154,13 @@ MODEL_MUTANTS = (
 MEDIA_MUTANTS = (
     _one(
         28, "one-tile-of-a-projector-counts", GRADIENTS,
-        "whole = parts.sum(dim=1).flatten(1)", "whole = parts[:, 0].flatten(1)",
+        "per_record = per_passage.sum(dim=1)", "per_record = per_passage[:, 0]",
         T_TILES + "test_tiles_are_added_up_before_any_norm", "four fifths of an image are lost",
     ),
     _one(
         28, "tiles-of-two-records-are-added", GRADIENTS,
-        "parts = each.view(records, len(each) // records, *each.shape[1:])",
-        "parts = each.view(len(each) // records, records, *each.shape[1:]).transpose(0, 1)",
+        "per_passage = gradient.view(n_records, passages, *gradient.shape[1:])",
+        "per_passage = gradient.view(passages, n_records, *gradient.shape[1:]).transpose(0, 1)",
         T_TILES + "test_tiles_are_added_up_before_any_norm", "a unit's clip holds another's tiles",
     ),
     _one(
@@ -215,8 +215,8 @@ RANK_MUTANTS = (  # of sites that train fewer ranks of one adapter
     ),
     _one(
         "ranks", "columns-left-out-stay-in-memory", GRADIENTS,
-        "    kept = each[..., columns].clone()\n    each.zero_()\n",
-        "    kept = each[..., columns].clone()\n",
+        "    selected = gradient[..., columns].clone()\n    gradient.zero_()\n",
+        "    selected = gradient[..., columns].clone()\n",
         T_RANKS + "test_columns_that_are_not_trained_are_wiped", "gradients nobody noised are kept",
     ),
     _one(

@@ -124,7 +124,7 @@ MUTANTS = (
     ),
     one(
         "processes", "another-users-process-joins", "fedtune/training/data_parallel.py",
-        "        if _user(end) == os.getuid():\n", "        if True:\n",
+        "        if _peer_user(peer) == os.getuid():\n", "        if True:\n",
         "tests/dp/test_team.py::test_another_users_process_is_turned_away",
         "who reaches the socket reads and writes what is not noised",
     ),

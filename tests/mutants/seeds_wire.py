@@ -197,13 +197,13 @@ TEAM_MUTANTS = (
     _one(
         17, "noise-on-every-rank", TEAM, PART,
         PART + "        from fedtune.dp import noise\n\n"
-        "        mine[:dimension] += noise.gaussian_on_grid(dimension, 1.7, 2.0**-20)\n",
+        "        counted_sum[:dimension] += noise.gaussian_on_grid(dimension, 1.7, 2.0**-20)\n",
         "tests/dp/test_team.py::test_noise_is_added_once_whatever_the_number_of_ranks",
         "the variance grows with the number of processes",
     ),
     _one(
-        8, "a-rank-drops-a-row", TEAM, "part = own(sampled[share])",
-        "part = own(sampled[share][1:])",
+        8, "a-rank-drops-a-row", TEAM, "partial = clipped_sum(sampled[share])",
+        "partial = clipped_sum(sampled[share][1:])",
         "tests/dp/test_team.py::test_the_sum_is_that_of_one_process_bit_for_bit",
         "each rank rounds its share down",
     ),

@@ -25,7 +25,7 @@ from fedtune.objectives import _tokens
 from fedtune.objectives._interface import Batch, Objective
 from fedtune.objectives.distill import divergence
 from fedtune.objectives.reward import rewards
-from fedtune.training.engines import Wanted
+from fedtune.training.engines import EngineName
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import make_plan, study
 
@@ -61,7 +61,7 @@ class Case:
     found: Objective
     network: Network
     data: Dataset
-    wanted: Wanted = "auto"
+    wanted: EngineName = "auto"
     by: By = "unit"
 
     def engine(self, data: Dataset | None = None) -> UnitGradientEngine:
@@ -78,7 +78,7 @@ def case_of(
     name: str,
     adapter: str,
     options: dict[str, float | str] | None = None,
-    wanted: Wanted = "auto",
+    wanted: EngineName = "auto",
     by: By = "unit",
 ) -> Case:
     table: dict[str, object] = {"name": name, "max_length": 64, "options": every(name, options)}
@@ -113,8 +113,8 @@ EVERY = [
 
 
 @pytest.fixture(params=["auto", "opacus"])
-def wanted(request: pytest.FixtureRequest) -> Wanted:
-    found: Wanted = request.param
+def wanted(request: pytest.FixtureRequest) -> EngineName:
+    found: EngineName = request.param
     return found
 
 
@@ -130,7 +130,7 @@ def case(
     name: str,
     options: dict[str, float | str],
     adapter: str,
-    wanted: Wanted,
+    wanted: EngineName,
     by: By,
 ) -> Case:
     return case_of(tiny_base, name, adapter, options, wanted, by)

@@ -15,11 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 from fedtune.errors import ModelError
 from fedtune.objectives._interface import Batch
-from fedtune.training.engines import Wanted
+from fedtune.training.engines import EngineName
 from fedtune.training.unit_gradients import UnitGradientEngine
 
 B, L, H = 4, 3, 5
-ENGINES: tuple[Wanted, ...] = ("auto", "opacus")
+ENGINES: tuple[EngineName, ...] = ("auto", "opacus")
 
 
 class Sound(nn.Module):
@@ -89,13 +89,13 @@ class Objective:
         return network.trained(batch.prefix)  # type: ignore[no-any-return]
 
 
-def rows_of(module: nn.Module, engine: Wanted) -> torch.Tensor:
+def rows_of(module: nn.Module, engine: EngineName) -> torch.Tensor:
     found = UnitGradientEngine(Data(module), Objective(), engine=engine)  # type: ignore[arg-type]
     return found.matrix(range(B))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_stand_in_is_sound(engine: Wanted) -> None:
+def test_the_stand_in_is_sound(engine: EngineName) -> None:
     """The twin: without a trap the same stand-in gives each record's own gradient."""
     module = Sound()
     assert_own(module, rows_of(module, engine))
@@ -119,7 +119,7 @@ def assert_own(module: nn.Module, rows: torch.Tensor) -> None:
     [(Checkpointed, "opacus"), *((k, e) for k in (Positions, Tiles) for e in ENGINES)],
 )
 def test_a_layer_without_one_gradient_per_record_stops_the_step(
-    kind: type[nn.Module], engine: Wanted
+    kind: type[nn.Module], engine: EngineName
 ) -> None:
     with pytest.raises(ModelError, match="per-record gradient"):
         rows_of(kind(), engine)

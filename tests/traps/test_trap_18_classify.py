@@ -15,7 +15,7 @@ from fedtune.data.dataset import Dataset
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.objectives.classify import Classify
-from fedtune.training.engines import Wanted
+from fedtune.training.engines import EngineName
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import records
 
@@ -40,7 +40,7 @@ def encoder(base: Path, kind: str) -> Network:
     return network
 
 
-def rows(network: Network, dataset: Dataset, wanted: Wanted = "auto") -> torch.Tensor:
+def rows(network: Network, dataset: Dataset, wanted: EngineName = "auto") -> torch.Tensor:
     engine = UnitGradientEngine(CachedDataset(network, dataset), Classify(), engine=wanted)
     return engine.matrix(range(dataset.n_units))
 
@@ -49,7 +49,7 @@ def rows(network: Network, dataset: Dataset, wanted: Wanted = "auto") -> torch.T
 @pytest.mark.parametrize("kind", ["head", "adapter"])
 @pytest.mark.parametrize("unit", [0, 1], ids=["one record", "several"])
 def test_a_classifiers_rows_are_their_own(
-    tiny_encoder: Path, kind: str, wanted: Wanted, unit: int
+    tiny_encoder: Path, kind: str, wanted: EngineName, unit: int
 ) -> None:
     """Units of one record share batches with each other, and units of several with each other: of
     either kind one is changed, and others are there."""
@@ -64,7 +64,7 @@ def test_a_classifiers_rows_are_their_own(
 
 
 @pytest.mark.parametrize("wanted", ["auto", "opacus"])
-def test_no_dropout_mask_is_drawn(tiny_encoder: Path, wanted: Wanted) -> None:
+def test_no_dropout_mask_is_drawn(tiny_encoder: Path, wanted: EngineName) -> None:
     """Trap 19: this base has dropout in its configuration; a mask is shared by a batch's rows."""
     network, dataset = encoder(tiny_encoder, "adapter"), labelled([1, 2, 1, 1])
     assert network.model.config.hidden_dropout_prob > 0

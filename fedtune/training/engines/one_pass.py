@@ -1,7 +1,7 @@
 """Per-record gradients of LoRA's small factors, as batched matrix products in the backward pass.
 
 A record's gradient of B is a (outputs, rank) matrix and that of A a (rank, inputs) one: far smaller
-than the activations they come from. So they are formed where autograd passes by, layer for layer,
+than the activations they come from. So they are formed layer by layer during the backward pass,
 without hooks, without the sum that autograd would form besides, and without a second pass. With A
 frozen the layer keeps only the rank-r activation, never its input. Of B's columns those alone are
 formed that a site trains (fedtune/models/rank_slice.py)."""
@@ -23,18 +23,18 @@ from torch.nn import functional
 from fedtune.errors import ModelError
 from fedtune.models.rank_slice import ALL
 
-Take = Callable[[nn.Parameter, torch.Tensor], None]
+GradientSink = Callable[[nn.Parameter, torch.Tensor], None]
 # PEFT's adapters over a linear layer, of any storage: x -> base(x) + scaling · B A x
 _LORA = ("Linear", "Linear4bit", "Linear8bitLt")
 
 
 class OnePass:
-    """LoRA over a linear base of any kind (bf16, 4-bit, Conv1D), and trainable linear layers; LoRA
-    with dropout or bias as the two linear layers that it is made of. An adapter that is switched
-    off or merged is left to PEFT, and then gives no gradient. Works under non-reentrant activation
+    """Serves LoRA over a linear base of any kind (bf16, 4-bit, Conv1D) and trainable linear layers;
+    LoRA with dropout or bias as its two linear layers. A disabled or merged adapter is left to
+    PEFT, and then gives no gradient. Works under non-reentrant activation
     checkpointing.
 
-    missing: parameters that it cannot serve; where there are any, it must not be used.
+    missing: parameters that it cannot serve; if there are any, it must not be used.
     | a layer used twice in one pass | its contributions add up                              |
     | a layer not used               | None in its place, never zeros                        |
     | a first axis that is no record | the caller compares it with the batch, and refuses    |
@@ -49,17 +49,17 @@ class OnePass:
         parameters: Sequence[nn.Parameter],
         columns: slice = ALL,
     ) -> None:
-        self._parameters, self._found = parameters, dict[int, torch.Tensor]()
+        self._parameters, self._gradients = parameters, dict[int, torch.Tensor]()
         self._forwards: list[tuple[nn.Module, Callable[..., torch.Tensor]]] = []
         served: set[int] = set()
         for module in trained.modules():
-            forward = _forward_of(module, self._take, columns)
+            forward = _forward_of(module, self._collect, columns)
             if forward is None:
                 continue
-            own = {id(p) for p in module.parameters() if p.requires_grad}
-            if own - served:
+            trainable = {id(p) for p in module.parameters() if p.requires_grad}
+            if trainable - served:
                 self._forwards.append((module, forward))
-                served |= own
+                served |= trainable
         self.missing = [p for p in parameters if id(p) not in served]
 
     @contextmanager
@@ -71,27 +71,27 @@ class OnePass:
         finally:
             for module, _ in self._forwards:
                 del module.forward
-            self._forget()
+            self._clear()
 
     def __call__(self, losses: torch.Tensor) -> list[torch.Tensor | None]:
-        self._forget()
+        self._clear()
         torch.autograd.backward(losses.sum())
-        return [self._found.pop(id(p), None) for p in self._parameters]
+        return [self._gradients.pop(id(p), None) for p in self._parameters]
 
-    def _take(self, parameter: nn.Parameter, each: torch.Tensor) -> None:
-        known = self._found.get(id(parameter))
-        if known is None:
-            self._found[id(parameter)] = each
-        elif known.shape == each.shape:
-            known += each
-            each.zero_()
+    def _collect(self, parameter: nn.Parameter, gradients: torch.Tensor) -> None:
+        previous = self._gradients.get(id(parameter))
+        if previous is None:
+            self._gradients[id(parameter)] = gradients
+        elif previous.shape == gradients.shape:
+            previous += gradients
+            gradients.zero_()
         else:
             raise ModelError("a layer gave no per-record gradient: two passes of other sizes")
 
-    def _forget(self) -> None:
-        for each in self._found.values():
-            each.zero_()
-        self._found.clear()
+    def _clear(self) -> None:
+        for gradients in self._gradients.values():
+            gradients.zero_()
+        self._gradients.clear()
 
 
 def per_record(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -102,18 +102,20 @@ def per_record(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def _forward_of(
-    module: nn.Module, take: Take, columns: slice
+    module: nn.Module, sink: GradientSink, columns: slice
 ) -> Callable[..., torch.Tensor] | None:
-    """What computes the module and hands out its gradients; None where it is of another kind."""
+    """Build the module's forward that passes gradients to `sink`; None: unsupported module."""
     if isinstance(module, LoraLayer):
         original = type(module).forward
-        return partial(_adapted, module, original, take, columns) if _plain(module) else None
+        if not _is_vanilla_lora(module):
+            return None
+        return partial(_adapted, module, original, sink, columns)
     if type(module) is nn.Linear and module.weight.requires_grad:
-        return partial(_linear, module, take)
+        return partial(_linear, module, sink)
     return None
 
 
-def _plain(layer: Any) -> bool:
+def _is_vanilla_lora(layer: Any) -> bool:
     """Whether the layer is one vanilla LoRA adapter."""
     if type(layer).__name__ not in _LORA or len(layer.active_adapters) != 1:
         return False
@@ -130,11 +132,11 @@ def _plain(layer: Any) -> bool:
 
 
 def _adapted(
-    layer: Any, original: Any, take: Take, columns: slice, x: torch.Tensor, **more: Any
+    layer: Any, original: Any, sink: GradientSink, columns: slice, x: torch.Tensor, **more: Any
 ) -> torch.Tensor:
     if layer.disable_adapters or layer.merged or not torch.is_grad_enabled() or more:
-        kept: torch.Tensor = original(layer, x, **more)
-        return kept
+        output: torch.Tensor = original(layer, x, **more)
+        return output
     (name,) = layer.active_adapters
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     base = layer.base_layer
@@ -142,15 +144,15 @@ def _adapted(
     weight, bias = (base.weight, base.bias) if fused else (None, None)
     out = None if fused else base(x)
     scaling = layer.scaling[name]
-    found: torch.Tensor = _apply(_Lora, x, out, weight, bias, a, b, scaling, take, columns)
-    return found
+    adapted: torch.Tensor = _apply(_Lora, x, out, weight, bias, a, b, scaling, sink, columns)
+    return adapted
 
 
-def _linear(layer: nn.Linear, take: Take, x: torch.Tensor) -> torch.Tensor:
+def _linear(layer: nn.Linear, sink: GradientSink, x: torch.Tensor) -> torch.Tensor:
     if not torch.is_grad_enabled():
         return functional.linear(x, layer.weight, layer.bias)
-    found: torch.Tensor = _apply(_Linear, x, layer.weight, layer.bias, take)
-    return found
+    output: torch.Tensor = _apply(_Linear, x, layer.weight, layer.bias, sink)
+    return output
 
 
 def _apply(kind: Any, *inputs: Any) -> Any:
@@ -168,8 +170,8 @@ class _Lora(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, out: torch.Tensor | None, weight: torch.Tensor | None,
-        bias: torch.Tensor | None, a: nn.Parameter, b: nn.Parameter, scaling: float, take: Take,
-        columns: slice,
+        bias: torch.Tensor | None, a: nn.Parameter, b: nn.Parameter, scaling: float,
+        sink: GradientSink, columns: slice,
     ) -> torch.Tensor:  # fmt: skip
         low = functional.linear(x.to(a.dtype), a).mul_(scaling)
         result = functional.linear(x, weight, bias) if out is None else out.clone()  # type: ignore[arg-type]
@@ -179,7 +181,7 @@ class _Lora(torch.autograd.Function):
         else:  # one rounding, as in PEFT: the sum in fp32, then the base's type
             flat.add_(thin @ b.T)
         ctx.save_for_backward(low, x if a.requires_grad else None, weight)
-        ctx.factors, ctx.scaling, ctx.take, ctx.columns = (a, b), scaling, take, columns
+        ctx.factors, ctx.scaling, ctx.sink, ctx.columns = (a, b), scaling, sink, columns
         return result
 
     @staticmethod
@@ -188,19 +190,19 @@ class _Lora(torch.autograd.Function):
         low, x, weight = ctx.saved_tensors
         a, b = ctx.factors
         exact = _rows(grad)
-        ctx.take(b, per_record(exact, _rows(low)[..., ctx.columns]))
-        into = None
+        ctx.sink(b, per_record(exact, _rows(low)[..., ctx.columns]))
+        grad_input = None
         if a.requires_grad or ctx.needs_input_grad[0]:
             thin = (exact @ b).mul_(ctx.scaling)
             if a.requires_grad:
-                ctx.take(a, per_record(thin, _rows(x)))
+                ctx.sink(a, per_record(thin, _rows(x)))
             if ctx.needs_input_grad[0]:
-                into = _into(grad, thin, a, weight)
-        below = grad if ctx.needs_input_grad[1] else None
-        return into, below, None, None, None, None, None, None, None
+                grad_input = _input_gradient(grad, thin, a, weight)
+        grad_out = grad if ctx.needs_input_grad[1] else None
+        return grad_input, grad_out, None, None, None, None, None, None, None
 
 
-def _into(
+def _input_gradient(
     grad: torch.Tensor, thin: torch.Tensor, a: torch.Tensor, weight: torch.Tensor | None
 ) -> torch.Tensor:
     """The gradient at the layer's input: through A, and through W where it is the layer's own."""
@@ -208,10 +210,10 @@ def _into(
     flat = thin.view(-1, thin.shape[-1])
     if weight is None:
         return (flat @ a).to(grad.dtype).view(shape)
-    into = (grad @ weight).view(-1, a.shape[1])
-    if into.dtype == flat.dtype:
-        return into.addmm_(flat, a).view(shape)
-    return into.add_(flat @ a).view(shape)
+    grad_input = (grad @ weight).view(-1, a.shape[1])
+    if grad_input.dtype == flat.dtype:
+        return grad_input.addmm_(flat, a).view(shape)
+    return grad_input.add_(flat @ a).view(shape)
 
 
 class _Linear(torch.autograd.Function):
@@ -219,10 +221,14 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: nn.Parameter, bias: nn.Parameter | None, take: Take
+        ctx: Any,
+        x: torch.Tensor,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        sink: GradientSink,
     ) -> torch.Tensor:
         ctx.save_for_backward(x)
-        ctx.trained, ctx.take = (weight, bias), take
+        ctx.trained, ctx.sink = (weight, bias), sink
         return functional.linear(x, weight, bias)
 
     @staticmethod
@@ -230,7 +236,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x,), (weight, bias) = ctx.saved_tensors, ctx.trained
         exact = _rows(grad)
-        ctx.take(weight, per_record(exact, _rows(x)))
+        ctx.sink(weight, per_record(exact, _rows(x)))
         if bias is not None and bias.requires_grad:
-            ctx.take(bias, exact.sum(dim=1))
+            ctx.sink(bias, exact.sum(dim=1))
         return grad @ weight if ctx.needs_input_grad[0] else None, None, None, None

@@ -38,25 +38,24 @@ class OpacusHooks:
                 warnings.filterwarnings("ignore", "Full backward hook is firing")
                 yield
         finally:
-            for each in self._taken():
-                if each is not None:
-                    each.zero_()
+            for gradient in self._take_gradients():
+                if gradient is not None:
+                    gradient.zero_()
             watcher.cleanup()
             self._trained.eval()
 
     def __call__(self, losses: torch.Tensor) -> list[torch.Tensor | None]:
         torch.autograd.backward(losses.sum())
-        return self._taken()
+        return self._take_gradients()
 
-    def _taken(self) -> list[torch.Tensor | None]:
-        """What Opacus left on the parameters, which then hold nothing; autograd's own sums are
-        zeroed."""
-        found: list[torch.Tensor | None] = []
+    def _take_gradients(self) -> list[torch.Tensor | None]:
+        """Detach Opacus' per-sample gradients from the parameters; autograd's sums are zeroed."""
+        gradients: list[torch.Tensor | None] = []
         for parameter in self._parameters:
-            each = getattr(parameter, "grad_sample", None)
-            found.append(each.detach() if isinstance(each, torch.Tensor) else None)
+            gradient = getattr(parameter, "grad_sample", None)
+            gradients.append(gradient.detach() if isinstance(gradient, torch.Tensor) else None)
             if parameter.grad is not None:
                 parameter.grad.detach().zero_()
             parameter.grad = None
             parameter.grad_sample = None  # type: ignore[attr-defined]
-        return found
+        return gradients
