@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -30,26 +31,40 @@ BY_HAND = (  # what other processes leave, as it is called there
 )  # fmt: skip
 
 
-@pytest.fixture
-def site(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     """A site after a study: its plan waited for a signature, and got it; the text is in its records
     and, so that a file which was forgotten is found, in each file that purge knows."""
-    monkeypatch.chdir(tmp_path)
-    study = lay_out(
-        tmp_path, tiny_base, [{**row, "q": f"{TEXT}: {row['q']}"} for row in patients(12)]
-    )
-    SITE.write_text(SITE.read_text() + 'admission = "signed"\n')
-    with observer("site", STATE) as seen, pytest.raises(Exception, match="nobody at the site"):
-        seen("joined", {})
+    folder = tmp_path_factory.mktemp("studied")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("FEDTUNE_STRICT", "1")
+        patch.setenv("FEDTUNE_CACHE", str(folder / "cache"))
+        study = lay_out(
+            folder, tiny_base, [{**row, "q": f"{TEXT}: {row['q']}"} for row in patients(12)]
+        )
+        SITE.write_text(SITE.read_text() + 'admission = "signed"\n')
+        with observer("site", STATE) as seen, pytest.raises(Exception, match="nobody at the site"):
+            seen("joined", {})
+            run_study(study)
+        Ledger(STATE).admit(start(load_study(study)).study.digest, "somebody")
         run_study(study)
-    Ledger(STATE).admit(start(load_study(study)).study.digest, "somebody")
-    run_study(study)
-    for name in BY_HAND:
-        (STATE / name).parent.mkdir(parents=True, exist_ok=True)
-        (STATE / name).touch()
-    for path in listing(load_site(SITE)).files:
-        with path.open("a") as file:
-            file.write(TEXT)
+        for name in BY_HAND:
+            (STATE / name).parent.mkdir(parents=True, exist_ok=True)
+            (STATE / name).touch()
+        for path in listing(load_site(SITE)).files:
+            with path.open("a") as file:
+                file.write(TEXT)
+        process_cache.clear("workers")
+    return folder
+
+
+@pytest.fixture
+def site(tmp_path: Path, studied: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, and of its cache, to purge."""
+    shutil.copytree(studied, tmp_path, dirs_exist_ok=True, symlinks=True)
+    monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
     return SITE
 
 

@@ -29,7 +29,7 @@ PRIVACY = f"epsilon = 3.0\nnoise_multiplier = {SIGMA}\n"
 
 def study_text(base: Path, **changes: str) -> str:
     text = STUDY.format(base=base, objective="causal_lm").replace("rounds = 3\n", "")
-    text = text.replace("epsilon = 5.0\n", changes.get("privacy", PRIVACY))
+    text = text.replace("noise_multiplier = 0.849\n", changes.get("privacy", PRIVACY))
     text = text.replace("sampling_rate = 0.5", "sampling_rate = 1.0")
     return text + changes.get("schedule", SCHEDULE)
 

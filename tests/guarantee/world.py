@@ -39,7 +39,7 @@ learning_rate = 0.5
 [clipping]
 max_grad_norm = 0.5
 [privacy]
-epsilon = 5.0
+noise_multiplier = 0.849
 delta = 1e-3
 unit = "patient"
 max_records_per_unit = 4
