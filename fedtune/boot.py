@@ -1,13 +1,13 @@
-"""How a process of fedtune begins: only code that is installed here runs, and no hub is asked.
+"""Start a fedtune process: only installed code runs, and no model hub is contacted.
 
 `python -P boot.py MODULE OPTIONS` runs a module of this copy of fedtune in a process of its own.
-The packages beside this file are found behind the standard library, and nothing is found in the
-current folder: what lies beside somebody's study.toml is never run, whatever its name.
+The packages beside this file are found behind the standard library, and nothing is imported from
+the current folder: a module beside a user's study.toml is never run, whatever its name.
 
 transformers and bitsandbytes fetch compiled kernels from a hub at import where the package
-`kernels` is installed, and many a loader asks the hub for news of a file that it has. `cut_off`
-runs before any of them is imported, here and in every child; fetching a base that a person named
-is the one thing for which the hub is asked (bases/find.py)."""
+`kernels` is installed, and loaders ask the hub whether a cached file has changed. `cut_off` runs
+before any of them is imported, here and in every child; the hub is contacted only to fetch a base
+that a person named (bases/find.py)."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ STANDARD = os.path.dirname(os.__file__)
 
 
 def command(module: str, *options: str) -> list[str]:
-    """What starts `module` as __main__, under `environment`."""
+    """The command line that runs `module` as __main__, under `environment`."""
     return [sys.executable, "-P", __file__, module, *options]
 
 
 def environment() -> dict[str, str]:
-    """This process' own, without what would let a child find modules in the current folder."""
-    here = os.path.realpath(os.curdir)
-    asked = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    kept = [each for each in asked if os.path.isabs(each) and os.path.realpath(each) != here]
-    safe = {"PYTHONPATH": os.pathsep.join(kept), "PYTHONSAFEPATH": "1"}
+    """This process' environment, without import paths that reach the current folder."""
+    current = os.path.realpath(os.curdir)
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    allowed = [path for path in paths if os.path.isabs(path) and os.path.realpath(path) != current]
+    safe = {"PYTHONPATH": os.pathsep.join(allowed), "PYTHONSAFEPATH": "1"}
     return {**os.environ, **safe}
 
 
@@ -43,11 +43,11 @@ def main() -> None:
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
-OURS = "FEDTUNE_OFFLINE"  # the hub was switched off here, not by the user
+OURS = "FEDTUNE_OFFLINE"  # set where fedtune switched the hub off, not the user
 
 
 def cut_off() -> None:
-    """Ask no model hub, and load no code of one, in this process and its children."""
+    """Switch model hubs and their code off, in this process and its children."""
     if os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0"):
         os.environ[OURS] = "1"
     os.environ |= {"HF_HUB_OFFLINE": "1", "USE_HUB_KERNELS": "0"}
@@ -56,7 +56,7 @@ def cut_off() -> None:
 
 @contextmanager
 def online() -> Iterator[None]:
-    """The hub may be asked in the block, unless the user's own HF_HUB_OFFLINE says no."""
+    """Allow the hub in the block, unless the user set HF_HUB_OFFLINE."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE

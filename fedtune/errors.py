@@ -30,12 +30,12 @@ from __future__ import annotations
 
 
 def plain(text: str) -> str:
-    """Text that a terminal shows and does not obey."""
+    """Replace control characters, so that a terminal shows text without interpreting it."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
 class FedtuneError(Exception):
-    """What happened; what was expected; what to do. Printed on one line."""
+    """An error with what happened, what was expected and what to do; printed on one line."""
 
     exit_code = 4
 

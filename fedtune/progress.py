@@ -1,4 +1,4 @@
-"""Where a long step says how far it is, and whoever draws it listens."""
+"""Report the progress of long steps to a listener."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 def report(text: str, done: int, total: int) -> None:
-    """Tell the listener, if there is one. Only counts of work are ever told, never content, and
-    they go to this machine's screen alone."""
+    """Notify the listener, if there is one, of counts of work, never of content; they go to this
+    machine's screen alone."""
     if listener := _listener.get():
         listener(text, done, total)
 
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """`listener` hears every report made inside."""
+    """Call `listener` for every report made in the block."""
     token = _listener.set(listener)
     try:
         yield
@@ -32,14 +32,14 @@ def listening(listener: Listener) -> Iterator[None]:
 
 @contextmanager
 def told(on_event: OnEvent | None) -> Iterator[None]:
-    """Reports made inside reach `on_event` as "step" events; without one, who listened before."""
+    """Send reports made in the block to `on_event` as "step" events; None: the outer listener."""
     if on_event is None:
         yield
         return
-    tell = on_event
+    notify = on_event
 
     def listener(text: str, done: int, total: int) -> None:
-        tell("step", {"text": text, "done": done, "total": total})
+        notify("step", {"text": text, "done": done, "total": total})
 
     with listening(listener):
         yield

@@ -1,4 +1,4 @@
-"""A run folder: where it lies, and what is read back from it."""
+"""A run folder: its path, and the plan and report read from it."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def folder_for(name: str, *, resume: bool, runs: Path = RUNS) -> Path:
 
 
 def finished(study: Study, runs: Path = RUNS) -> Path | None:
-    """The newest finished run of this very study under `runs`, whatever its plan had filled in
+    """Find the newest finished run of this study under `runs`, whatever digests were filled in
     when it started; None for a study without a last round."""
     from fedtune.dp.calibration import with_rounds
 
     if study.continuous:
         return None
     name = study.study.name
-    own = re.compile(re.escape(name) + r"(-\d+)?")
-    found = [run for run in runs.glob("*") if own.fullmatch(run.name)]
-    for run in sorted(found, key=lambda run: (len(run.name), run.name), reverse=True):
+    run_name = re.compile(re.escape(name) + r"(-\d+)?")
+    candidates = [run for run in runs.glob("*") if run_name.fullmatch(run.name)]
+    for run in sorted(candidates, key=lambda run: (len(run.name), run.name), reverse=True):
         if not (run / "report.json").is_file():
             continue
         plan = load_plan(run)
@@ -58,10 +58,10 @@ def finished(study: Study, runs: Path = RUNS) -> Path | None:
 
 
 def new_run(study: Study, out: Path | None, *, resume: bool, runs: Path = RUNS) -> Path:
-    """The folder of a run that starts or goes on: `out`, else one under `runs`.
+    """Choose the folder of a run that starts or resumes: `out`, else one under `runs`.
 
-    Errors: ConfigError where no folder was named and this very study is finished: asked for again,
-    it would only be refused, or paid for twice."""
+    Errors: ConfigError where no folder was named and this study is finished: run again it would be
+    refused, or charged twice."""
     if out is None and not resume and (run := finished(study, runs)):
         raise ConfigError(
             f"this study is finished; {run} is there",
@@ -73,7 +73,7 @@ def new_run(study: Study, out: Path | None, *, resume: bool, runs: Path = RUNS) 
 
 
 def load_plan(run: Path) -> Study:
-    """The study of a run. Errors: InputError, ConfigError."""
+    """Load the study of a run. Errors: InputError, ConfigError."""
     from fedtune.config import study_from_json
 
     path = run / "plan.json"
@@ -85,20 +85,20 @@ def load_plan(run: Path) -> Study:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error.happened}", "the plan of a run", PRINTED) from None
     if study.base.model == BASE and (run / BASE).is_dir():
-        own = study.base.model_copy(update={"model": str(run / BASE)})
-        return study.model_copy(update={"base": own})
+        base_table = study.base.model_copy(update={"model": str(run / BASE)})
+        return study.model_copy(update={"base": base_table})
     return study
 
 
 def check_new(out: Path) -> None:
-    """Errors: ConfigError where `out` is there already."""
+    """Check that `out` does not exist. Errors: ConfigError."""
     if out.exists():
         raise ConfigError(f"{out}: exists", "a new folder", "choose another --out")
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A draft of the new folder `out`, which is there whole when this ends well, else not at all.
+    """Yield a draft that becomes the new folder `out` on success, and is removed otherwise.
 
     Errors: ConfigError (it exists), InfrastructureError (disk)."""
     from fedtune.files.writing import drafted
@@ -110,15 +110,15 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def read_report(run: Path, *needed: str) -> dict[str, Any]:
-    """The body of a finished run's report. needed: what must be in it, of those in REPORT.
+    """Read a finished run's report. needed: keys of REPORT that must be in it.
 
     Errors: InputError."""
     path, expected = run / "report.json", "the report of a finished run"
     todo = "finish the run with --resume; if the file is damaged, copy it again"
-    body = reading.json_in(path, expected, todo)
+    report = reading.json_in(path, expected, todo)
     for key, kind in REPORT.items():
         outer, _, last = key.rpartition(".")
-        table = body.get(outer, {}) if outer else body
+        table = report.get(outer, {}) if outer else report
         if (last in table or key in ("privacy", *needed)) and not isinstance(table.get(last), kind):
             raise InputError(f"{path}: {key} is not what a report says", expected, todo)
-    return body
+    return report

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.derive.composed_epsilon import APART, SAME, SAYS, STATED, UNKNOWN, composed
+from fedtune.derive.composed_epsilon import APART, DESCRIPTIONS, SAME, STATED, UNKNOWN, composed
 from tests.test_end_to_end import by_the_library
 
 Event = tuple[float, float, int]  # σ, q, steps
@@ -41,7 +41,7 @@ def test_the_same_site_pays_for_both() -> None:
     found = composed([report({"north": (A, "k1")}), report({"north": (B, "k1")})])
     assert close(found["epsilon"], alone(A, B))
     assert found["epsilon"] > 1.1 * max(alone(A), alone(B))
-    assert found["decided"] == [{"parents": [1, 2], "how": SAYS[SAME]}]
+    assert found["decided"] == [{"parents": [1, 2], "how": DESCRIPTIONS[SAME]}]
 
 
 def test_one_key_under_two_names_is_one_site() -> None:
@@ -60,14 +60,14 @@ def test_other_sites_are_apart_and_the_larger_counts() -> None:
     assert close(found["epsilon"], max(alone(A), alone(B)))
     for name, event in (("north", A), ("south", B)):
         assert close(found["sites"][name]["epsilon"], alone(event))
-    assert found["decided"][0]["how"] == SAYS[APART]
+    assert found["decided"][0]["how"] == DESCRIPTIONS[APART]
 
 
 @pytest.mark.parametrize("keys", [("", "k2"), ("k1", ""), ("", "")])
 def test_what_is_not_known_is_composed(keys: tuple[str, str]) -> None:
     found = composed([report({"north": (A, keys[0])}), report({"south": (B, keys[1])})])
     assert close(found["epsilon"], alone(A, B))
-    assert found["decided"][0]["how"] == SAYS[UNKNOWN]
+    assert found["decided"][0]["how"] == DESCRIPTIONS[UNKNOWN]
 
 
 def test_a_report_without_sites_is_of_nobody_knows_whom() -> None:
@@ -90,7 +90,7 @@ def test_stated_disjoint_is_the_larger_and_says_so() -> None:
     parents = [report({"north": (A, "k1")}), report({"north": (B, "k1")})]
     found = composed(parents, disjoint=True)
     assert close(found["epsilon"], max(alone(A), alone(B)))
-    assert found["decided"] == [{"parents": [1, 2], "how": SAYS[STATED]}]
+    assert found["decided"] == [{"parents": [1, 2], "how": DESCRIPTIONS[STATED]}]
 
 
 def test_a_merged_adapter_may_be_merged_again() -> None:

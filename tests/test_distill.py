@@ -19,8 +19,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from fedtune.bases.find import find_base
 from fedtune.config import Columns, LoraTable, PublicTable
 from fedtune.data.records import Record
-from fedtune.derive.distill import _table, distill
-from fedtune.derive.pruned_base import shallow
+from fedtune.derive.distill import _student_lora, distill
+from fedtune.derive.pruned_base import write_pruned_base
 from fedtune.derive.settings import DistillSettings
 from fedtune.errors import ConfigError, InputError
 from fedtune.evaluation.generate import generate
@@ -155,14 +155,14 @@ def test_a_classifier_teaches_a_smaller_one(tmp_path: Path, tiny_encoder: Path) 
 
 def test_fewer_layers_are_the_first_ones_and_the_last(tmp_path: Path, tiny_base: Path) -> None:
     base = find_base(str(tiny_base))
-    assert shallow(base, 3, tmp_path / "small") == [0, 1, 3]
+    assert write_pruned_base(base, 3, tmp_path / "small") == [0, 1, 3]
     whole: Any = AutoModelForCausalLM.from_pretrained(tiny_base)
     small: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     for ours, theirs in ((0, 0), (1, 1), (2, 3)):
         one = small.model.layers[ours].mlp.up_proj.weight
         assert torch.equal(one, whole.model.layers[theirs].mlp.up_proj.weight)
     with pytest.raises(ConfigError, match="has 4"):
-        shallow(base, 4, tmp_path / "same")
+        write_pruned_base(base, 4, tmp_path / "same")
 
 
 def changed(run: Path, out: Path, seed: int) -> Path:
@@ -248,7 +248,7 @@ def test_a_stop_leaves_nothing(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_learn", stop)
+    monkeypatch.setattr(module, "_train_student", stop)
     told = run(
         "distill", teacher, "--prompts", prompts(tmp_path), "--licence", "CC0-1.0",
         "--layers", "3", "--out", tmp_path / "out", "--new-tokens", "2",
@@ -271,8 +271,8 @@ def test_its_adapter_sits_where_its_teachers_sat(tiny_base: Path) -> None:
     """In those of the teacher's last layers that stayed; another place only if it is asked for."""
     base, taught = find_base(str(tiny_base)), LoraTable(rank=3, modules=("up_proj",), last_layers=3)
     kept = [0, 1, 2, 3, 4, 6, 7]  # of eight
-    found = _table(base, taught, kept, DistillSettings())
+    found = _student_lora(base, taught, kept, DistillSettings())
     assert (found.rank, found.modules, found.last_layers) == (3, ("up_proj",), 2)
-    asked = _table(base, taught, kept, DistillSettings(rank=5, last_layers=0))
+    asked = _student_lora(base, taught, kept, DistillSettings(rank=5, last_layers=0))
     assert asked.rank == 5 and asked.last_layers is None and "q_proj" in asked.modules
-    assert _table(base, taught, None, DistillSettings()).last_layers is None
+    assert _student_lora(base, taught, None, DistillSettings()).last_layers is None

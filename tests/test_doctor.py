@@ -250,7 +250,7 @@ def test_the_window_is_flowers_own() -> None:
 
 def test_a_coordinator_of_another_protocol_is_named(hub: Hub) -> None:
     said = {"protocol": PROTOCOL + 1, "release": "9.9"}
-    hub.patch.setattr(gateway_module, "spoken", lambda: said)
+    hub.patch.setattr(gateway_module, "version_fields", lambda: said)
     with open_door(hub):
         assert f"protocol {PROTOCOL + 1} (fedtune 9.9)" in bad(site_look(hub))["protocol"]
 

@@ -129,7 +129,7 @@ def test_the_smallest_that_meets_the_target_is_named(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, target: float, chosen: str
 ) -> None:
     known = rows(("large", 900, 0.9), ("small", 100, 0.6), ("middle", 500, 0.75))
-    monkeypatch.setattr(fit_module, "_apart", lambda study, model, *_: known[model])
+    monkeypatch.setattr(fit_module, "_measure_apart", lambda study, model, *_: known[model])
     found = choose_base(load_study(lay_out(tmp_path, tiny_base)), target, list(known))
     assert found.chosen == chosen and found.by == "predicted at ε = 8"
     assert [row.model for row in found.rows] == ["small", "middle", "large", "broken"]
@@ -142,7 +142,7 @@ def test_where_lower_is_better_lower_is_better(
     path.write_text(path.read_text().replace('metric = "accuracy"', 'metric = "loss"'))
     known = {n: replace(r, predicted=None, base=b) for (n, r), b in zip(
         rows(("a", 1, 0), ("b", 2, 0)).items(), (3.0, 2.0, 9.0), strict=True)}  # fmt: skip
-    monkeypatch.setattr(fit_module, "_apart", lambda study, model, *_: known[model])
+    monkeypatch.setattr(fit_module, "_measure_apart", lambda study, model, *_: known[model])
     assert choose_base(load_study(path), 2.5, ["a", "b"]).chosen == "b"
     assert choose_base(load_study(path), 3.5, ["a", "b"]).chosen == "a"
     assert choose_base(load_study(path), 1.0, ["a", "b"]).chosen is None
@@ -225,6 +225,6 @@ def test_a_study_without_privacy_is_judged_by_its_base(
         seen.append(study)
         return known[model]
 
-    monkeypatch.setattr(fit_module, "_apart", apart)
+    monkeypatch.setattr(fit_module, "_measure_apart", apart)
     found = choose_base(load_study(path), 0.7, ["a", "b"])
     assert (found.chosen, found.by) == ("b", "of the untouched base") and len(seen) == 2

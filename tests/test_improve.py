@@ -17,7 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedtune.bases.find import find_base
 from fedtune.config import Columns, PublicTable
-from fedtune.derive.improve import Bench, Look, PolicyScores, _watching, improve
+from fedtune.derive.improve import (
+    PolicyEvaluation,
+    PolicyEvaluator,
+    PolicyScores,
+    _step_callback,
+    improve,
+)
 from fedtune.derive.settings import RlooSettings
 from fedtune.errors import ConfigError, Refused
 from fedtune.models.loaded import load
@@ -86,14 +92,16 @@ def test_the_reward_rises_within_max_kl(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
-    body = improve(Run(policy), Run(reward), prompts, out, max_kl=5.0, eval_every=3, how=HOW).report
+    body = improve(
+        Run(policy), Run(reward), prompts, out, max_kl=5.0, eval_every=3, settings=HOW
+    ).report
     assert "train_runtime" not in capsys.readouterr().out  # trl's own figures
     before, after = body["quality"]["before"], body["quality"]["after"]
-    looks = body["quality"]["by_round"]
-    assert abs(looks[0]["reward"]) < 1e-6  # centred on the run's own answers
+    evaluations = body["quality"]["by_round"]
+    assert abs(evaluations[0]["reward"]) < 1e-6  # centred on the run's own answers
     assert abs(before["reward"]) < 0.5 and before["kl"] == 0
     # The report's answers are others than those by which the policy was chosen.
-    assert after["reward"] not in [look["reward"] for look in looks]
+    assert after["reward"] not in [row["reward"] for row in evaluations]
     assert after["reward"] > 0.3
     assert 0 < after["kl"] <= 5.0
     own = json.loads((policy / "report.json").read_text())["privacy"]["epsilon"]
@@ -138,20 +146,30 @@ def test_nobody_is_told_that_a_machine_trains(
         monkeypatch.setattr("fedtune.bases.wheel.quiet", lambda: None)
     once = RlooSettings(steps=1, prompts=2, answers=2, new_tokens=2, learning_rate=3e-2)
     with contextlib.suppress(Refused):
-        improve(Run(policy), Run(reward), prompts, tmp_path / "out", eval_every=1, how=once)
+        improve(Run(policy), Run(reward), prompts, tmp_path / "out", eval_every=1, settings=once)
     assert bool(sent) == told
 
 
 def test_what_is_kept_is_worth_most_by_reward_less_the_price_of_its_kl() -> None:
-    looks = iter([Look(0.5, 0.5, 0.0), Look(0.9, 3.0, 0.0), Look(0.6, 0.8, 0.0)])
-    policy = SimpleNamespace(model=torch.nn.Linear(1, 1))
-    bench = SimpleNamespace(look=lambda *_: next(looks), policy=policy)
-    seen = PolicyScores(
-        max_kl=4.0, kl_coef=0.2, eval_every=1, steps=3, by_step=[(0, Look(0.0, 0.0, 0.0))]
+    evaluations = iter(
+        [
+            PolicyEvaluation(0.5, 0.5, 0.0),
+            PolicyEvaluation(0.9, 3.0, 0.0),
+            PolicyEvaluation(0.6, 0.8, 0.0),
+        ]
     )
-    look = _watching(seen, cast(Bench, bench), [])
-    assert all(look(step) for step in (1, 2, 3))
-    assert seen.best is not None and seen.best[0] == 3  # 0.44; the highest reward is worth 0.3
+    policy = SimpleNamespace(model=torch.nn.Linear(1, 1))
+    evaluator = SimpleNamespace(evaluate=lambda *_: next(evaluations), policy=policy)
+    scores = PolicyScores(
+        max_kl=4.0,
+        kl_coef=0.2,
+        eval_every=1,
+        steps=3,
+        by_step=[(0, PolicyEvaluation(0.0, 0.0, 0.0))],
+    )
+    on_step = _step_callback(scores, cast(PolicyEvaluator, evaluator), [])
+    assert all(on_step(step) for step in (1, 2, 3))
+    assert scores.best is not None and scores.best[0] == 3  # 0.44; the highest reward is worth 0.3
 
 
 def test_past_max_kl_nothing_is_kept(
@@ -159,7 +177,7 @@ def test_past_max_kl_nothing_is_kept(
 ) -> None:
     with pytest.raises(Refused, match="no checkpoint with KL"):
         out = tmp_path / "out"
-        improve(Run(policy), Run(reward), prompts, out, max_kl=1e-6, eval_every=3, how=HOW)
+        improve(Run(policy), Run(reward), prompts, out, max_kl=1e-6, eval_every=3, settings=HOW)
     assert {p.name for p in tmp_path.iterdir()} == {"public.jsonl"}
 
 
@@ -170,7 +188,13 @@ def test_without_privacy_it_says_so(
     (reward / "report.json").write_text(json.dumps(body | {"private": False}))
     try:
         found = improve(
-            Run(policy), Run(reward), prompts, tmp_path / "out", eval_every=6, how=HOW, max_kl=50.0
+            Run(policy),
+            Run(reward),
+            prompts,
+            tmp_path / "out",
+            eval_every=6,
+            settings=HOW,
+            max_kl=50.0,
         ).report
     finally:
         (reward / "report.json").write_text(json.dumps(body))
@@ -180,7 +204,7 @@ def test_without_privacy_it_says_so(
 
 def test_only_a_reward_run_judges(tmp_path: Path, policy: Path, prompts: PublicTable) -> None:
     with pytest.raises(ConfigError, match="no reward model"):
-        improve(Run(policy), Run(policy), prompts, tmp_path / "out", how=HOW)
+        improve(Run(policy), Run(policy), prompts, tmp_path / "out", settings=HOW)
 
 
 def test_the_command_stops_clean(
@@ -191,7 +215,7 @@ def test_the_command_stops_clean(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "improve_by", stop)
+    monkeypatch.setattr(module, "train_rloo", stop)
     told = run(
         "improve", policy, "--reward", reward, "--prompts", prompts.path,
         "--licence", "CC0-1.0", "--out", tmp_path / "out", "--new-tokens", "4",

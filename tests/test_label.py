@@ -16,11 +16,11 @@ from tokenizers.processors import TemplateProcessing
 from fedtune.config import Columns, DataFile
 from fedtune.data.tokenize import prompt_ids
 from fedtune.derive.preferences import (
-    Verdict,
-    judge_of,
-    template_of,
+    VerdictJudge,
+    load_generator,
+    load_judge,
+    prompt_template,
     write_preferences,
-    writer_of,
 )
 from fedtune.derive.settings import LabelSettings
 from fedtune.errors import ConfigError, DataError, Refused
@@ -52,13 +52,13 @@ def records(folder: Path, rows: list[dict[str, str]] = ROWS) -> DataFile:
 
 @pytest.fixture(scope="module")
 def model(tiny_base: Path) -> LoadedModel:
-    return writer_of(str(tiny_base))
+    return load_generator(str(tiny_base))
 
 
 class Noting:
     """A judge, and what it said of each prompt."""
 
-    def __init__(self, judge: Verdict) -> None:
+    def __init__(self, judge: VerdictJudge) -> None:
         self.judge, self.said = judge, dict[str, float]()
 
     def margin(self, prompt: str, first: str, second: str) -> float:
@@ -66,7 +66,7 @@ class Noting:
         return self.said[prompt]
 
 
-def others(folder: Path, judge: Verdict, rows: list[dict[str, str]]) -> list[Any]:
+def others(folder: Path, judge: VerdictJudge, rows: list[dict[str, str]]) -> list[Any]:
     """What is written of everybody but bob: each line's bytes, and the judge's margin."""
     noting, out = Noting(judge), folder / "out.jsonl"
     write_preferences(records(folder, rows), out, judge.model, noting, FAST)
@@ -86,12 +86,12 @@ CHANGES = {
 def test_another_units_records_change_no_byte(
     tmp_path: Path, model: LoadedModel, change: str
 ) -> None:
-    before = others(tmp_path, Verdict(model), ROWS)
+    before = others(tmp_path, VerdictJudge(model), ROWS)
     assert len(before) == 3
-    assert others(tmp_path, Verdict(model), CHANGES[change]) == before
+    assert others(tmp_path, VerdictJudge(model), CHANGES[change]) == before
 
 
-class FewShot(Verdict):
+class FewShot(VerdictJudge):
     """The twin: the judge is shown what it judged before, whoever's it was."""
 
     before = ""
@@ -112,7 +112,7 @@ def test_a_few_shot_from_the_unit_before_is_caught(tmp_path: Path, model: Loaded
 
 def test_what_a_place_is_worth_cancels(model: LoadedModel) -> None:
     """The tiny judge, as any, likes one of the letters; asked in both orders it is fair."""
-    judge = Verdict(model)
+    judge = VerdictJudge(model)
     one, two = " No acute findings.", " Fever, a cough."
     assert judge._odds("Why?", one, one) != 0
     assert judge.margin("Why?", one, one) == 0
@@ -132,7 +132,7 @@ def test_a_base_that_was_tuned_to_chat_is_asked_in_its_own_chat(
     asked = "Does aspirin lower the risk of stroke?"
     turn = [{"role": "user", "content": asked}]
     whole = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    settings = LabelSettings(template=template_of(replace(model, tokenizer=tokenizer)))
+    settings = LabelSettings(template=prompt_template(replace(model, tokenizer=tokenizer)))
     ids = prompt_ids(asked, settings.objective, tokenizer)
     assert ids == tokenizer.encode(whole, add_special_tokens=False)  # one start token, not two
 
@@ -184,7 +184,7 @@ def test_the_same_seed_writes_the_same_and_another_does_not(
     def written(seed: int) -> bytes:
         settings = LabelSettings(new_tokens=6, max_length=256, seed=seed)
         write_preferences(
-            records(tmp_path), tmp_path / "out.jsonl", model, Verdict(model), settings
+            records(tmp_path), tmp_path / "out.jsonl", model, VerdictJudge(model), settings
         )
         return (tmp_path / "out.jsonl").read_bytes()
 
@@ -203,7 +203,7 @@ def test_another_digest_is_refused_before_anything_is_read(tmp_path: Path, tiny_
 def test_a_run_without_privacy_neither_writes_nor_judges(tmp_path: Path, tiny_base: Path) -> None:
     study = lay_out(tmp_path, tiny_base, '"off"')
     simulate(study, sorted(tmp_path.glob("site-*.toml")), tmp_path / "run")
-    for use in (writer_of, judge_of):
+    for use in (load_generator, load_judge):
         with pytest.raises(Refused, match='privacy = "off"'):
             use(str(tmp_path / "run"))
 
@@ -212,8 +212,8 @@ def test_nothing_is_left_where_nothing_comes_out(tmp_path: Path, model: LoadedMo
     out = tmp_path / "out.jsonl"
     tight = LabelSettings(new_tokens=250, max_length=251)
     with pytest.raises(DataError, match="5 too long"):
-        write_preferences(records(tmp_path), out, model, Verdict(model), tight)
+        write_preferences(records(tmp_path), out, model, VerdictJudge(model), tight)
     with pytest.raises(ConfigError, match="no prompt"):
         text = DataFile(path=tmp_path / "records.jsonl", columns=Columns(text="q"))
-        write_preferences(text, out, model, Verdict(model), FAST)
+        write_preferences(text, out, model, VerdictJudge(model), FAST)
     assert not out.exists()

@@ -280,7 +280,7 @@ def test_a_run_that_goes_on_has_metrics_and_no_report(tmp_path: Path, tiny_base:
 
 
 def test_caches_of_the_process_are_emptied_by_name() -> None:
-    found: dict[str, int] = process_cache.kept("a test's", {})
+    found: dict[str, int] = process_cache.register("a test's", {})
     calls: list[int] = []
 
     @process_cache.cached("a test's function")

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fedtune.config import Columns, DataFile, Study
 from fedtune.data.dataset import NO_TARGET, Dataset, Example
 from fedtune.errors import ConfigError, DataError, InputError, ModelError
-from fedtune.evaluation.evaluator import Evaluator, _spelled, check_evaluation
+from fedtune.evaluation.evaluator import Evaluator, _choice_tokens, check_evaluation
 from fedtune.evaluation.generate import generate
 from fedtune.evaluation.metrics import intervals, wilson
 from fedtune.evaluation.run import evaluate
@@ -328,7 +328,7 @@ def test_an_answer_that_was_cut_off_is_not_called_a_wrong_one(
     second = whole[:2] if kept == 2 else other[::-1][:9]
     data = Dataset([example(whole, 40), example(second, 12)], 2, Counter())
     with pytest.raises(DataError, match=says):
-        _spelled(tokenizer, data, choices, 12)
+        _choice_tokens(tokenizer, data, choices, 12)
 
 
 def test_columns_are_checked_before_the_base_is_loaded(tmp_path: Path, tiny_base: Path) -> None:

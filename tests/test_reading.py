@@ -70,7 +70,7 @@ def test_depth_is_counted_exactly() -> None:
     inside: object = 1
     for _ in range(reading.DEPTH - 1):
         inside = [inside]
-    assert reading.sound(inside) and not reading.sound([inside])
+    assert reading.is_sound(inside) and not reading.is_sound([inside])
 
 
 def test_a_key_of_very_many_parts_costs_no_time(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def one_run(
         *(
             CachedDataset(network, everyone),
             resolve(study.objective),
-            study.drawn,
+            study.sampling_unit,
             study.training.engine,
         )
     )

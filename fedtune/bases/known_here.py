@@ -13,7 +13,7 @@ from fedtune.errors import InfrastructureError
 from fedtune.files.writing import replace
 from fedtune.registry import process_cache
 
-_noted: dict[tuple[Path, str], tuple[str, Path]] = process_cache.kept("places of bases", {})
+_noted: dict[tuple[Path, str], tuple[str, Path]] = process_cache.register("places of bases", {})
 
 
 def note(cache: Path, digest: str, name: str, folder: Path) -> None:

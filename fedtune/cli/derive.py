@@ -188,7 +188,7 @@ def merge(
 
     from fedtune.cli.console import closing
     from fedtune.derive.merge import merge_runs
-    from fedtune.derive.merge_exported import exported, merge_models
+    from fedtune.derive.merge_exported import is_exported, merge_models
     from fedtune.models.run import Run
     from fedtune.report.merged import section
     from fedtune.run_folder import read_report
@@ -196,7 +196,7 @@ def merge(
     console, shares = Console(), numbers(weights)
     common: dict[str, Any] = {"method": method, "weights": shares, "density": density, "seed": seed}
     with console.status("merging"):
-        if any(map(exported, runs)):
+        if any(map(is_exported, runs)):
             merge_models(runs, out, disjoint=disjoint, **common)
         else:
             parents = [Run(folder) for folder in runs]

@@ -67,7 +67,7 @@ def _check(name: str, value: Any) -> None:
     if isinstance(value, list | tuple):
         for each in value:
             _check(name, each)
-    elif isinstance(value, str) and ("\0" in value or not reading.sound(value)):
+    elif isinstance(value, str) and ("\0" in value or not reading.is_sound(value)):
         raise ConfigError(f"{name}: not valid text", "UTF-8")
     elif isinstance(value, Path) and (why := reading.unusable(value)):
         raise ConfigError(f"{str(value)[:80]}: {why}", "a path", "choose another")

@@ -226,6 +226,6 @@ def improve(
     console = Console()
     with Watch(console, "loading the run and the reward model"):
         made = learn(
-            Run(run), Run(reward), file, out, max_kl=max_kl, eval_every=eval_every, how=how
+            Run(run), Run(reward), file, out, max_kl=max_kl, eval_every=eval_every, settings=how
         )
     closing(console, out, made.report)

@@ -130,7 +130,7 @@ def budget_table(found: DatasetBudget) -> Table:
 
 def not_known(ledger: Ledger, dataset: str, spent: Sequence[Spent], unit: str) -> list[str]:
     """Which rounds the figures above say nothing about, and who accepted that."""
-    rounds = [one for one in spent if not one.charge.known(unit)]
+    rounds = [one for one in spent if not one.charge.is_known_for(unit)]
     if not rounds:
         return []
     older = [one for one in rounds if one.charge.rules < RULES]

@@ -12,7 +12,7 @@ from fedtune.client.site_file import site_file
 from fedtune.config import study_from_json
 from fedtune.errors import ConfigError, PolicyRefused
 from fedtune.flower.arrays import read_frozen
-from fedtune.wire.protocol import check_peer, spoken
+from fedtune.wire.protocol import check_peer, version_fields
 from fedtune.wire.seal import check_plan
 
 __all__ = ["app", "evaluate", "prepare", "site_errors", "site_of", "train"]
@@ -23,7 +23,7 @@ app = ClientApp()
 def prepare(message: Message, context: Context) -> Message:
     """Answer a plan with this site's admission."""
     answer: dict[str, str | int] = {"name": "", "key": "", "declared_size": 0, "status": "admitted"}
-    answer |= {"reason": "", **spoken()}
+    answer |= {"reason": "", **version_fields()}
 
     def attempt() -> None:
         site = site_of(context)

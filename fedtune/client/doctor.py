@@ -207,7 +207,7 @@ def _same_people(site: Site) -> str:
         if (shared := ledger.overlap(first, second))
     ]
     if data.columns.patient:
-        is_known_member, texts = ledger.known(data.name), dict[str, bool]()
+        is_known_member, texts = ledger.member_test(data.name), dict[str, bool]()
         for record in read_records(data, unit="patient", strict=False)[0]:
             if not is_known_member(unit_member(record.unit)):
                 has_known_text = any(map(is_known_member, text_members(record)))

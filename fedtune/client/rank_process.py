@@ -206,7 +206,12 @@ class _StudyAtRank:
         self.network.load_frozen(arrays)
         data = site.current_dataset(study, self.network)
         self.records = fingerprint(data.dataset)
-        engine_arguments = (data, resolve(study.objective), study.drawn, study.training.engine)
+        engine_arguments = (
+            data,
+            resolve(study.objective),
+            study.sampling_unit,
+            study.training.engine,
+        )
         self._engine_of = partial(UnitGradientEngine, *engine_arguments)
         self._plan = plan_for_site(study, site.site.site.declared_size)
         self._checkpointing = site.site.site.gradient_checkpointing

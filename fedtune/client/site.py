@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from fedtune.client.rank_process import Workers
 
 log = logging.getLogger("fedtune.site")
-_workers: dict[str, SiteWorker] = process_cache.kept("workers", {})
+_workers: dict[str, SiteWorker] = process_cache.register("workers", {})
 
 
 def worker(path: str) -> SiteWorker:
@@ -195,7 +195,7 @@ class SiteWorker:
         check_columns(data, study, network.tokenizer, reader=network.reader)
         if not data.path.exists():
             raise DataError(f"{data.path}: no such file", "the site's records")
-        elsewhere = ledger.elsewhere(data.name)
+        elsewhere = ledger.disjoint_member_test(data.name)
 
         def is_excluded(patient: str) -> bool:
             key = unit_member(patient)
@@ -207,7 +207,7 @@ class SiteWorker:
                 study,
                 network.tokenizer,
                 without=is_excluded,
-                known=ledger.known(data.name),
+                known=ledger.member_test(data.name),
                 strict=False,
                 teach=teaching(study),
                 reader=network.reader,

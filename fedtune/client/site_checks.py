@@ -49,9 +49,9 @@ def check_records(site: Site) -> None:
 
 
 # Checks already passed in this process; the code does not change while it runs.
-_tested: set[str] = process_cache.kept("self-tests", set())
-_trains: set[tuple[str, int | None]] = process_cache.kept("training checks", set())
-_reads: set[str] = process_cache.kept("length checks", set())
+_tested: set[str] = process_cache.register("self-tests", set())
+_trains: set[tuple[str, int | None]] = process_cache.register("training checks", set())
+_reads: set[str] = process_cache.register("length checks", set())
 
 
 def self_test(study: Study, network: Network, size: int, lora_rank: int | None) -> None:

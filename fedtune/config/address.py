@@ -1,4 +1,4 @@
-"""Where a machine is reached: a host name or IP address, and a port."""
+"""Parse a machine's address: a host name or IP address, and a port."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]{0,251}[A-Za-z0-9_.])?")  # DNS'
 
 
 def is_host(name: str) -> bool:
-    """Whether it can be a host's name or IP address."""
+    """Whether `name` is a valid host name or IP address."""
     return (bool(_HOST.fullmatch(name)) and max(map(len, name.split("."))) <= 63) or _is_v6(name)
 
 

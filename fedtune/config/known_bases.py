@@ -11,8 +11,8 @@ from typing import Literal
 
 Kind = Literal["causal", "encoder", "image_text", "speech"]
 PREFIX = "pypi:"
-# Architectures of more than text, by what config.json calls them. Whatever else ends on
-# ForConditionalGeneration is refused, never guessed.
+# Multimodal architectures by their name in config.json. Any other ForConditionalGeneration is
+# refused.
 MEDIA: dict[str, Kind] = {
     "Idefics3ForConditionalGeneration": "image_text",
     "SmolVLMForConditionalGeneration": "image_text",

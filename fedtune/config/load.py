@@ -1,4 +1,4 @@
-"""study.toml and site.toml, read."""
+"""Load study.toml and site.toml."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ WORDS = {  # a pattern, as a person would say it
 def load_study(path: Path | str, permit: Callable[[Study], None] = lambda study: None) -> Study:
     """Read a study from study.toml; relative paths in it are relative to the file.
 
-    permit: whether the plug-ins that the study names may be imported; it raises if not. Without it
-    they may, as in a study of one's own.
+    permit: raises where the plug-ins that the study names may not be imported; by default they
+    may, as for a study that the caller wrote.
 
     >>> import fedtune
     >>> study_file, site_file = fedtune.init("my-study")
     >>> fedtune.load_study(study_file).study.name
     'my-study'
 
-    Errors: ConfigError naming the file and the key; as `permit` has it."""
+    Errors: ConfigError naming the file and the key; what `permit` raises."""
     study = _load(Study, Path(path))
     permit(study)
     _check_modules(study, str(path))
@@ -60,7 +60,7 @@ def load_site(path: Path | str) -> Site:
 
 
 def checked(study: Study) -> Study:
-    """The study, validated as one from a file is: `model_copy` validates nothing.
+    """Validate a study as one from a file is: `model_copy` validates nothing.
 
     Errors: ConfigError naming the key."""
     try:
@@ -72,7 +72,7 @@ def checked(study: Study) -> Study:
 
 
 def _check_modules(study: Study, where: str) -> None:
-    """Errors: ConfigError where the strategy or the objective does not take its options."""
+    """Check strategy and objective against their options. Errors: ConfigError."""
     from fedtune import objectives, strategies
 
     try:
@@ -83,7 +83,7 @@ def _check_modules(study: Study, where: str) -> None:
 
 
 def study_from_json(text: str) -> Study:
-    """The plan as it came over the wire. Errors: ConfigError."""
+    """Parse a plan received over the wire. Errors: ConfigError."""
     try:
         return Study.model_validate_json(text)
     except ValidationError as error:
@@ -93,9 +93,9 @@ def study_from_json(text: str) -> Study:
 
 def _load(kind: type[T], path: Path) -> T:
     expected = "a study.toml" if kind is Study else "a site.toml"
-    body = reading.toml_in(path, expected, "`fedtune init DIR` writes one", ConfigError)
+    tables = reading.toml_in(path, expected, "`fedtune init DIR` writes one", ConfigError)
     try:
-        loaded = kind.model_validate_json(json.dumps(body, default=str))
+        loaded = kind.model_validate_json(json.dumps(tables, default=str))
     except ValidationError as error:
         line = f"{path}: {_first(error, kind)}"
         raise ConfigError(line, todo="see the comments of `fedtune init`") from None
@@ -103,7 +103,7 @@ def _load(kind: type[T], path: Path) -> T:
 
 
 def _nearest(kind: type[BaseModel], steps: list[str]) -> str:
-    """Which known key a mistyped one resembles, e.g. ' (did you mean rounds?)'."""
+    """Suggest the known key that a mistyped one resembles, e.g. ' (did you mean rounds?)'."""
     table: Any = kind
     for step in steps[:-1]:
         field = table.model_fields[step].annotation
@@ -113,22 +113,22 @@ def _nearest(kind: type[BaseModel], steps: list[str]) -> str:
 
 
 def _first(error: ValidationError, kind: type[BaseModel]) -> str:
-    """The first problem on one line: the key, what is wrong, and how many more there are."""
+    """Format the first problem on one line: the key, what is wrong, and how many more there are."""
     problems = [p for p in error.errors() if "literal['off']" not in p["loc"]]
     problems.sort(key=lambda p: p["type"] != "extra_forbidden")  # a typo explains a missing key
     first = problems[0]
     alternatives = ("PrivacyTable", "tuple[")  # of a union: no key of the file
     steps = [str(s) for s in first["loc"] if not str(s).startswith(alternatives)]
     key = ".".join(steps)
-    says = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    says = says.replace("a valid array", "a list").replace("an object", "a table")
+    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    message = message.replace("a valid array", "a list").replace("an object", "a table")
     if first["type"] == "missing":
-        says = "key is missing"
+        message = "key is missing"
     elif first["type"] == "extra_forbidden":
-        says = "unknown key" + _nearest(kind, steps)
+        message = "unknown key" + _nearest(kind, steps)
     elif first["type"] == "string_pattern_mismatch":
-        says = WORDS.get(first["ctx"]["pattern"], says)
+        message = WORDS.get(first["ctx"]["pattern"], message)
     elif key == "privacy":
-        says = 'must be a [privacy] table, or privacy = "off" above the first table'
+        message = 'must be a [privacy] table, or privacy = "off" above the first table'
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{key}: {says}{more}" if key else f"{says}{more}"
+    return f"{key}: {message}{more}" if key else f"{message}{more}"

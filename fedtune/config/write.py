@@ -12,7 +12,7 @@ from fedtune.files.writing import replace
 
 
 def save(table: Study | Site, path: Path | str) -> Path:
-    """Write a study or a site as TOML that loads as an equal object; returns the path.
+    """Save a study or a site as TOML that loads as an equal object; returns the path.
 
     Every key is written, defaults too, so that a later release reads the same. Relative paths are
     taken from the current folder and written absolute. A site's file is for this user alone (0600).
@@ -24,5 +24,5 @@ def save(table: Study | Site, path: Path | str) -> Path:
     True
 
     Errors: InfrastructureError where the file cannot be written."""
-    body = table.anchored(Path.cwd()).model_dump(mode="json", exclude_none=True)
-    return replace(Path(path), tomli_w.dumps(body).encode(), private=isinstance(table, Site))
+    tables = table.anchored(Path.cwd()).model_dump(mode="json", exclude_none=True)
+    return replace(Path(path), tomli_w.dumps(tables).encode(), private=isinstance(table, Site))

@@ -23,34 +23,34 @@ def run_demo(
 
     Errors: ModelError where the base cannot be fetched, InfrastructureError."""
     out = Path(out)
-    ended: list[tuple[str, dict[str, Any]]] = []
+    done_events: list[tuple[str, dict[str, Any]]] = []
 
-    def tell(event: str, data: dict[str, Any]) -> None:
-        """The demo is done when the hospitals alone are."""
+    def forward(event: str, data: dict[str, Any]) -> None:
+        """Hold "done" back until the hospitals alone have run too."""
         if event == "done":
-            ended.append((event, data))
+            done_events.append((event, data))
         elif on_event:
             on_event(event, data)
 
-    tell("step", {"text": "inventing three hospitals"})
+    forward("step", {"text": "inventing three hospitals"})
     study = load_study(write(out / "data", seed=seed))
     sites = load_sites(out / "data" / "sites")
-    run = simulate(study, sites, out, on_event=tell)
+    run = simulate(study, sites, out, on_event=forward)
     if alone:
         accuracy = {
             site.site.name: _alone(study, site, out / "alone" / site.site.name, on_event)
             for site in sites
         }
         report.write(out, run.report | {"alone": accuracy})
-    for event in ended:
+    for event in done_events:
         if on_event:
             on_event(*event)
     return Run(out)
 
 
 def _alone(study: Study, site: Site, out: Path, on_event: OnEvent | None) -> float:
-    """The same study with one hospital. It keeps another step log: in one log the two studies would
-    add up, and the hospital's own ceiling would rightly refuse the second."""
+    """Run the study with one hospital, with a ledger of its own: in one ledger the two studies
+    would add up, and the hospital's policy would refuse the second."""
     name, state = site.site.name, site.site.state.with_name("state-alone")
 
     def quietly(event: str, data: dict[str, Any]) -> None:

@@ -1,19 +1,20 @@
-"""What an adapter that was made from others has spent: their budgets, put together by caution.
+"""Compose the privacy cost of an adapter that was derived from several finished runs.
 
-Making it is post-processing and free. But whoever holds it holds something of every parent, and a
-person whose records went into several parents is charged by all of them together."""
+Deriving it is post-processing and costs no ε of its own, but it depends on every parent: a person
+whose records trained several parents is charged the composition of all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from fedtune.dp.accountant import ACCOUNTANT, Steps, cross_check, merged
 from fedtune.errors import InputError
 
 SAME, APART, UNKNOWN, STATED = "same", "apart", "unknown", "stated"
-SAYS = {
+DESCRIPTIONS = {
     SAME: "the same site took part in both (by name or signing key): composed",
     APART: "sites of other names and other signing keys: the larger",
     UNKNOWN: "sites of other names, keys not known: composed, to be cautious",
@@ -33,13 +34,13 @@ class Share:
 
 
 def shares(report: dict[str, Any], parent: int) -> list[Share]:
-    """The sites of a parent's report.json; one of an unknown name where it names none.
+    """List the sites of a parent's report.json; one of an unknown name where it names none.
 
     Errors: InputError where the report does not say what ran."""
     privacy = report["privacy"]
     try:
         sites = privacy.get("sites") or {"": privacy}
-        found = [
+        site_shares = [
             Share(parent, name, str(site.get("key") or ""), merged(_events(site)))
             for name, site in sorted(sites.items())
         ]
@@ -51,11 +52,11 @@ def shares(report: dict[str, Any], parent: int) -> list[Share]:
             "the report of a finished run, as it was written",
             "copy the run's folder again",
         ) from None
-    return found
+    return site_shares
 
 
 def _events(site: dict[str, Any]) -> tuple[Steps, ...]:
-    """Of an adapter that was itself made from others, all that its own parents ran."""
+    """What a site ran; of an adapter that was itself derived, all that its own parents ran."""
     if "events" in site:
         return tuple(Steps(*event) for event in site["events"])
     if not site.get("steps"):
@@ -64,25 +65,26 @@ def _events(site: dict[str, Any]) -> tuple[Steps, ...]:
     return (Steps(sigma, rate, int(site["steps"]), int(site.get("records_per_unit") or 1)),)
 
 
-def relation(one: Share, other: Share, disjoint: bool = False) -> str:
-    """Whether two sites of two parents may have trained on the same people."""
+def relation(first: Share, second: Share, disjoint: bool = False) -> str:
+    """Classify whether two sites of two parents may have trained on the same people."""
     if disjoint:
         return STATED
-    if (one.site and one.site == other.site) or (one.key and one.key == other.key):
+    if (first.site and first.site == second.site) or (first.key and first.key == second.key):
         return SAME
-    return APART if one.key and other.key and one.site and other.site else UNKNOWN
+    return APART if first.key and second.key and first.site and second.site else UNKNOWN
 
 
 def composed(reports: Sequence[dict[str, Any]], *, disjoint: bool = False) -> dict[str, Any]:
-    """The "privacy" of a report, from those of its parents, all of them private.
+    """Compose a report's "privacy" from those of its parents, all of them private.
 
-    For each site, what ran there in every parent: of another parent, its site that is the same, or
-    else the worst of those that may be. ε by PLD at the smallest of the parents' δ; the weakest of
-    their units. disjoint: somebody states that no person is in two parents.
+    Each site is charged what it ran in its own parent and, of every other parent, what the same
+    site ran there, or else the worst of the sites that may share people with it. ε by PLD at the
+    smallest of the parents' δ; the weakest of their units. disjoint: the caller states that no
+    person is in two parents.
     Guarantee: at least the ε of everything that any one person, at any one site, took part in."""
-    everywhere = [shares(report, number) for number, report in enumerate(reports)]
+    by_parent = [shares(report, number) for number, report in enumerate(reports)]
     privacy = [report["privacy"] for report in reports]
-    delta = min(float(each["delta"]) for each in privacy)
+    delta = min(float(p["delta"]) for p in privacy)
     common = {
         "delta": delta,
         "unit": "patient" if all(p.get("unit") == "patient" for p in privacy) else "record",
@@ -92,35 +94,35 @@ def composed(reports: Sequence[dict[str, Any]], *, disjoint: bool = False) -> di
     }
     sites: dict[str, dict[str, Any]] = {}
     decided: set[tuple[int, int, str]] = set()
-    for own in (share for each in everywhere for share in each):
-        events = list(own.events)
-        for other in everywhere:
-            if other[0].parent != own.parent:
-                more, why = _of_another(own, other, delta, disjoint)
+    for share in chain.from_iterable(by_parent):
+        events = list(share.events)
+        for other in by_parent:
+            if other[0].parent != share.parent:
+                more, why = _events_in_parent(share, other, delta, disjoint)
                 events += more
-                first, second = sorted((own.parent, other[0].parent))
+                first, second = sorted((share.parent, other[0].parent))
                 decided.add((first, second, why))
-        found = common | {
+        site = common | {
             "epsilon": cross_check(events, delta),
             "steps": sum(event.steps for event in events),
             "events": [list(event) for event in events],
-            "key": own.key or None,
+            "key": share.key or None,
         }
-        name = own.site or f"parent {own.parent + 1}"
-        if found["epsilon"] >= sites.get(name, {"epsilon": -1.0})["epsilon"]:
-            sites[name] = found
-    worst = max(sites.values(), key=lambda site: float(site["epsilon"]))
-    how = [{"parents": [a + 1, b + 1], "how": SAYS[why]} for a, b, why in sorted(decided)]
-    kept = {key: value for key, value in worst.items() if key not in ("events", "key")}
-    return {**kept, "sites": sites, "decided": how}
+        name = share.site or f"parent {share.parent + 1}"
+        if site["epsilon"] >= sites.get(name, {"epsilon": -1.0})["epsilon"]:
+            sites[name] = site
+    worst = max(sites.values(), key=lambda row: float(row["epsilon"]))
+    how = [{"parents": [a + 1, b + 1], "how": DESCRIPTIONS[why]} for a, b, why in sorted(decided)]
+    total = {key: value for key, value in worst.items() if key not in ("events", "key")}
+    return {**total, "sites": sites, "decided": how}
 
 
-def _of_another(
-    own: Share, other: Sequence[Share], delta: float, disjoint: bool
+def _events_in_parent(
+    site: Share, other: Sequence[Share], delta: float, disjoint: bool
 ) -> tuple[tuple[Steps, ...], str]:
-    """What another parent may have run on the people of `own`, and how that was decided."""
-    by = [(relation(own, share, disjoint), share) for share in other]
-    for wanted in (SAME, UNKNOWN):  # a site takes part in a study under one name
-        if found := [share for why, share in by if why == wanted]:
-            return max((s.events for s in found), key=lambda e: cross_check(e, delta)), wanted
+    """What another parent may have run on the people of `site`, and how that was decided."""
+    by_relation = [(relation(site, share, disjoint), share) for share in other]
+    for why in (SAME, UNKNOWN):  # a site takes part in a study under one name
+        if matching := [share for kind, share in by_relation if kind == why]:
+            return max((s.events for s in matching), key=lambda e: cross_check(e, delta)), why
     return (), STATED if disjoint else APART

@@ -13,20 +13,20 @@ from fedtune.config import LoraTable, Study
 from fedtune.files.writing import replace
 
 
-def name_of(out: Path, otherwise: str) -> str:
-    """What is made into the folder `out` is called: by the letters of it that a name may have."""
+def derived_name(out: Path, otherwise: str) -> str:
+    """Derive a study name from the folder `out`, of the characters that a name may have."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", out.name).strip("._-")[:64] or otherwise
 
 
 def derived_study(first: Study, out: Path, otherwise: str, **changes: Any) -> Study:
-    """The first parent's plan under the name of `out`, with the tables that changed: what
-    `fedtune evaluate` and `generate` read. The seed stays: what is drawn again is as it was."""
-    named = first.study.model_copy(update={"name": name_of(out, otherwise)})
+    """Copy the first parent's plan under the name of `out`, with the tables that changed: what
+    `fedtune evaluate` and `generate` read. The seed stays, so that draws can be repeated."""
+    named = first.study.model_copy(update={"name": derived_name(out, otherwise)})
     return first.model_copy(update={"study": named, **changes})
 
 
 def adapter_facts(table: LoraTable | None) -> dict[str, Any]:
-    """What a report says of the adapter."""
+    """Describe an adapter for a report: its folder and its LoRA table."""
     shape = table.model_dump(mode="json", exclude_none=True) if table else {}
     return {"folder": "adapter"} | shape
 

@@ -1,4 +1,4 @@
-"""A finished run as one model for others' programs: `fedtune export`."""
+"""Export a finished run as one merged model: `fedtune export`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOKENIZER = (
 
 
 def export(run: Run, out: Path | str, to: Kind = "hf", stored: Stored | None = None) -> Path:
-    """Make base and adapter of a run one model that other programs load; returns its path.
+    """Merge a run's base and adapter into one model that other programs load; returns its path.
 
     Args:
         out: the new transformers folder (hf) or file (gguf).
@@ -48,14 +48,14 @@ def export(run: Run, out: Path | str, to: Kind = "hf", stored: Stored | None = N
     _check(run)
     with drafted(out) as draft:
         if to == "hf":
-            base = _folder(run, draft, stored)
+            base = _write_merged(run, draft, stored)
             _card(draft, run, report, base)
         else:
             from fedtune.derive.gguf import write_gguf
 
             with tempfile.TemporaryDirectory(dir=out.parent, prefix=".exporting-") as name:
-                base = _folder(run, Path(name), "float32")
-                write_gguf(Path(name), draft, stored, _about(report, base), base.licence)
+                base = _write_merged(run, Path(name), "float32")
+                write_gguf(Path(name), draft, stored, _gguf_metadata(report, base), base.licence)
     return out
 
 
@@ -71,28 +71,28 @@ def _check(run: Run) -> None:
         )
 
 
-def _folder(run: Run, into: Path, stored: str) -> Base:
+def _write_merged(run: Run, into: Path, stored: str) -> Base:
     """The merged model with the base's own tokenizer files; merged in fp32, then stored."""
     import torch
 
     from fedtune.models.loaded import load
 
-    whole = load(run.folder, dtype=torch.float32)
-    if whole.base.kind != "causal":
+    loaded = load(run.folder, dtype=torch.float32)
+    if loaded.base.kind != "causal":
         raise ConfigError(f"{run.folder}: its base is an encoder", "a run of a language model")
-    merged: Any = whole.model.merge_and_unload().to(getattr(torch, stored))
+    merged: Any = loaded.model.merge_and_unload().to(getattr(torch, stored))
     merged.save_pretrained(str(into))
     for name in (*TOKENIZER, "generation_config.json"):
-        if (whole.base.path / name).is_file():
-            shutil.copyfile(whole.base.path / name, into / name)
-    return whole.base
+        if (loaded.base.path / name).is_file():
+            shutil.copyfile(loaded.base.path / name, into / name)
+    return loaded.base
 
 
 # ------------------------------------------------------------------------------------- labels
 
 
-def _claim(report: dict[str, Any]) -> str:
-    """One line about privacy, as strong as the report's."""
+def _privacy_line(report: dict[str, Any]) -> str:
+    """One line with the report's privacy guarantee."""
     if not report.get("private"):
         return "NOT PRIVATE: it may repeat the records that it was trained on"
     p = report["privacy"]
@@ -102,15 +102,15 @@ def _claim(report: dict[str, Any]) -> str:
     )
 
 
-def _about(report: dict[str, Any], base: Base) -> dict[str, str]:
+def _gguf_metadata(report: dict[str, Any], base: Base) -> dict[str, str]:
     return {
         "name": str(report.get("study")),
-        "description": f"{base.name} fine-tuned with fedtune; {_claim(report)}",
+        "description": f"{base.name} fine-tuned with fedtune; {_privacy_line(report)}",
     }
 
 
-def _origin(study: Study) -> list[str]:
-    """Whose weights these are, where they are not the base's own."""
+def _quantisation_note(study: Study) -> list[str]:
+    """State that the weights are those of a quantised base, where they are."""
     table = study.base.quantisation
     if table is None:
         return []
@@ -124,7 +124,7 @@ def _origin(study: Study) -> list[str]:
 def _card(folder: Path, run: Run, report: dict[str, Any], base: Base) -> None:
     """README.md: what hubs read, how to load it, and the run's report."""
     text = reading.text(run.folder / "report.md", "the report of a finished run", AGAIN)
-    found = text.splitlines()
+    report_lines = text.splitlines()
     head = {
         "license": base.licence.lower() if base.licence != "unknown" else "unknown",
         "base_model": base.name,
@@ -137,13 +137,13 @@ def _card(folder: Path, run: Run, report: dict[str, Any], base: Base) -> None:
     lines += [
         f"# {report.get('study')}: {base.name}, fine-tuned",
         "",
-        f"Base and adapter as one model; {_claim(report)}. The base's licence ({base.licence}) "
-        "holds for this model too.",
-        *_origin(run.study),
+        f"Base and adapter as one model; {_privacy_line(report)}. The base's licence "
+        f"({base.licence}) holds for this model too.",
+        *_quantisation_note(run.study),
         "",
         '    AutoModelForCausalLM.from_pretrained("THIS FOLDER")',
         "",
-        *found[1:],  # its own title is above
+        *report_lines[1:],  # its own title is above
     ]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     table = run.study.base.quantisation

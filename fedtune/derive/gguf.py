@@ -1,7 +1,7 @@
-"""A transformers folder as a GGUF file, for llama.cpp and what is built on it (Ollama, LM Studio).
+"""Convert a transformers folder to a GGUF file, for llama.cpp, Ollama and LM Studio.
 
-What each key and tensor must be is llama.cpp's own business; this follows its
-convert_hf_to_gguf.py for the architecture "llama" with a byte-level BPE tokenizer."""
+Keys and tensors follow llama.cpp's convert_hf_to_gguf.py for the architecture "llama" with a
+byte-level BPE tokenizer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedtune.bases.digest import read_json
 from fedtune.errors import ConfigError
 
 Stored = Literal["float32", "float16", "bfloat16", "q8_0"]
-# How llama.cpp calls a way of splitting text before BPE: its regular expressions are built in.
+# llama.cpp's names of pre-tokenizers: their regular expressions are built into it.
 _DIGITS = {"type": "Digits", "individual_digits": True}
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -32,7 +32,7 @@ _SPLITS = {_LLAMA3: "llama-bpe", _QWEN2: "qwen2"}
 def write_gguf(
     folder: Path, out: Path, stored: Stored, about: dict[str, str], licence: str
 ) -> None:
-    """`folder` (config.json, model.safetensors in fp32, tokenizer) as the GGUF file `out`.
+    """Write `folder` (config.json, model.safetensors in fp32, tokenizer) as the GGUF file `out`.
 
     stored: of the matrices; vectors stay fp32, and what q8_0's blocks do not fit becomes float16.
     about: general.name, general.description and so on. Errors: ConfigError where llama.cpp would
@@ -50,10 +50,10 @@ def write_gguf(
     _vocabulary(writer, folder, config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, int(config["num_hidden_layers"]))
     for name, tensor in _tensors(folder, config):
-        found = names.get_name(name, try_suffixes=(".weight",))
-        if found is None:
+        gguf_name = names.get_name(name, try_suffixes=(".weight",))
+        if gguf_name is None:
             raise ConfigError(f"tensor {name}: GGUF has no name for it", "a plain Llama")
-        _add(writer, found, tensor, stored)
+        _add(writer, gguf_name, tensor, stored)
     if (frequencies := _rope_factors(config)) is not None:
         writer.add_tensor("rope_freqs.weight", frequencies)
     writer.write_header_to_file()
@@ -83,9 +83,9 @@ def _check(config: dict[str, Any]) -> None:
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """By transformers' present name, or its old one."""
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return {"rope_theta": config.get("rope_theta", 10000.0), **found}
+    """The rotary settings, under transformers' current key or its older one."""
+    settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return {"rope_theta": config.get("rope_theta", 10000.0), **settings}
 
 
 def _head(config: dict[str, Any]) -> int:
@@ -179,16 +179,16 @@ def _add(writer: Any, name: str, tensor: torch.Tensor, stored: Stored) -> None:
 def _vocabulary(writer: Any, folder: Path, config: dict[str, Any]) -> None:
     import gguf
 
-    body = read_json(folder / "tokenizer.json")
+    tokenizer = read_json(folder / "tokenizer.json")
     settings = read_json(folder / "tokenizer_config.json")
-    model, kinds = body["model"], gguf.TokenType
-    pre = _pre_tokenizer(body)
+    model, kinds = tokenizer["model"], gguf.TokenType
+    pre = _pre_tokenizer(tokenizer)
     size = int(config["vocab_size"])
     tokens = [f"[PAD{at}]" for at in range(size)]
     types = [int(kinds.UNUSED)] * size
     for token, at in model["vocab"].items():
         tokens[at], types[at] = token, int(kinds.NORMAL)
-    for added in body.get("added_tokens") or []:
+    for added in tokenizer.get("added_tokens") or []:
         kind = kinds.CONTROL if added["special"] else kinds.USER_DEFINED
         tokens[added["id"]], types[added["id"]] = added["content"], int(kind)
     writer.add_tokenizer_model("gpt2")
@@ -204,34 +204,34 @@ def _vocabulary(writer: Any, folder: Path, config: dict[str, Any]) -> None:
         if token in ids:
             getattr(writer, f"add_{role}_token_id")(ids[token])
     # What transformers puts in front is the tokenizer's own template.
-    template = json.dumps((body.get("post_processor") or {}).get("special_tokens") or {})
-    writer.add_add_bos_token(bool(settings.get("bos_token")) and _named(settings) in template)
+    template = json.dumps((tokenizer.get("post_processor") or {}).get("special_tokens") or {})
+    writer.add_add_bos_token(bool(settings.get("bos_token")) and _bos_token(settings) in template)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
     if (chat := _chat(folder, settings)) is not None:
         writer.add_chat_template(chat)
 
 
-def _named(settings: dict[str, Any]) -> str:
+def _bos_token(settings: dict[str, Any]) -> str:
     token = settings["bos_token"]
     return json.dumps(token["content"] if isinstance(token, dict) else token)
 
 
-def _pre_tokenizer(body: dict[str, Any]) -> str:
-    """llama.cpp's name for the way text is split. Errors: ConfigError where it has none."""
-    model, pre = body["model"], body.get("pre_tokenizer") or {}
+def _pre_tokenizer(tokenizer: dict[str, Any]) -> str:
+    """llama.cpp's name of the pre-tokenizer. Errors: ConfigError where it has none."""
+    model, pre = tokenizer["model"], tokenizer.get("pre_tokenizer") or {}
     parts = pre.get("pretokenizers") or [pre]
     last = parts[-1]
-    plain = (
+    byte_level_bpe = (
         model.get("type") == "BPE"
         and not model.get("byte_fallback")
-        and body.get("normalizer") is None
+        and tokenizer.get("normalizer") is None
         and last.get("type") == "ByteLevel"
         and not last.get("add_prefix_space")
     )
-    if plain and len(parts) == 1 and last.get("use_regex", True):
+    if byte_level_bpe and len(parts) == 1 and last.get("use_regex", True):
         return "gpt-2"
-    if plain and len(parts) == 2:
+    if byte_level_bpe and len(parts) == 2:
         if parts[0] == _DIGITS and last.get("use_regex", True):
             return "smollm"
         pattern = (parts[0].get("pattern") or {}).get("Regex")
@@ -246,5 +246,7 @@ def _pre_tokenizer(body: dict[str, Any]) -> str:
 
 def _chat(folder: Path, settings: dict[str, Any]) -> str | None:
     jinja = folder / "chat_template.jinja"
-    found = jinja.read_text(encoding="utf-8") if jinja.is_file() else settings.get("chat_template")
-    return found if isinstance(found, str) else None
+    template = (
+        jinja.read_text(encoding="utf-8") if jinja.is_file() else settings.get("chat_template")
+    )
+    return template if isinstance(template, str) else None

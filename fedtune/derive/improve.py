@@ -1,7 +1,7 @@
-"""A finished run learns to please a federated reward model: `fedtune improve`, at the coordinator.
+"""Train a finished run against a federated reward model by RLOO: `fedtune improve`.
 
-Guarantee: reads two finished runs and public prompts alone. What comes out has at most the (ε, δ)
-of both runs together, and its KL from the start is at most max_kl."""
+Guarantee: reads two finished runs and public prompts alone, at the coordinator. The result has at
+most the (ε, δ) of both runs together, and its KL from the starting policy is at most max_kl."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from fedtune.data.files import Rejected
 from fedtune.data.records import Record
 from fedtune.data.tokenize import prompt_ids
 from fedtune.derive import derived_run
-from fedtune.derive.lineage import carried_over, parent
-from fedtune.derive.preferences import Scored
+from fedtune.derive.lineage import combined_lineage, parent
+from fedtune.derive.preferences import RewardJudge
 from fedtune.derive.prompts import Prompts, read
-from fedtune.derive.rloo import improve_by
+from fedtune.derive.rloo import train_rloo
 from fedtune.derive.settings import RlooSettings
 from fedtune.errors import ConfigError, DataError, Refused
 from fedtune.models.build import dtype_of
@@ -33,38 +33,38 @@ from fedtune.progress import OnEvent, report, told
 from fedtune.run_folder import new_folder
 
 HELD_OUT = 0.25  # of the prompts: never trained on, measured before and after
-LOOKED_AT = 48  # prompts of either kind that are measured on
+MAX_EVALUATED = 48  # prompts of either kind that are measured on
 SAMPLES = 4  # answers to each
 CHOOSING, REPORTED = b"which policy to keep", b"what the report says"  # draws of answers
 UNSCORED = -3.0  # the reward of an answer that is empty, or too long for the reward model
 
 
 @dataclass(frozen=True)
-class Look:
-    """Means over the answers that were sampled: reward, in standard deviations of the start's
-    rewards from their mean; kl: nats an answer, from the start; unscored: the share of answers that
-    are empty or too long, since a reward may rise by these alone."""
+class PolicyEvaluation:
+    """Means over sampled answers. reward: in standard deviations of the starting policy's rewards
+    from their mean; kl: nats an answer, from the starting policy; unscored: the share of answers
+    that are empty or too long for the reward model."""
 
     reward: float
     kl: float
     unscored: float
 
-    def worth(self, kl_coef: float) -> float:
-        """What the training strives for: the reward less the price of the KL."""
+    def penalised_reward(self, kl_coef: float) -> float:
+        """The training's objective: reward - kl_coef · KL."""
         return self.reward - kl_coef * self.kl
 
 
 @dataclass
 class PolicyScores:
-    """by_step: what was seen after how many steps; best: of those with KL ≤ max_kl, with
-    its arrays."""
+    """by_step: (steps, evaluation); best: of those with KL ≤ max_kl the one of the highest
+    penalised reward, with its arrays."""
 
     max_kl: float
     kl_coef: float
     eval_every: int
     steps: int
-    by_step: list[tuple[int, Look]] = field(default_factory=list)
-    best: tuple[int, Look, dict[str, torch.Tensor]] | None = None
+    by_step: list[tuple[int, PolicyEvaluation]] = field(default_factory=list)
+    best: tuple[int, PolicyEvaluation, dict[str, torch.Tensor]] | None = None
     stopped: str = "all steps were taken"
 
 
@@ -76,7 +76,7 @@ def improve(
     *,
     max_kl: float = 4.0,
     eval_every: int = 10,
-    how: RlooSettings | None = None,
+    settings: RlooSettings | None = None,
     on_event: OnEvent | None = None,
 ) -> Run:
     """Train a run's model on public prompts towards what a reward run scores higher (RLOO).
@@ -84,7 +84,7 @@ def improve(
     Args:
         out: the new run's folder; it is whole or not there.
         max_kl: nats of KL an answer, from the policy of `run`. Past it the training ends, and what
-            is kept is the checkpoint with KL ≤ max_kl whose reward less how.kl_coef · KL is
+            is kept is the checkpoint with KL ≤ max_kl whose reward - settings.kl_coef · KL is
             highest.
         eval_every: steps between two evaluations.
         on_event: called with ("step", {…}) as the work goes on.
@@ -94,43 +94,45 @@ def improve(
 
     Errors: Refused (no better checkpoint with KL ≤ max_kl), ConfigError, DataError, ModelError,
     InfrastructureError."""
-    out, how = Path(out), how or RlooSettings()
+    out, settings = Path(out), settings or RlooSettings()
     if not max_kl > 0:
         raise ConfigError(f"--max-kl {max_kl}", "nats above 0")
-    quick = dtype_of("auto")  # of the bases; adapters and head stay in fp32
-    policy, start = (load(run.folder, dtype=quick, trainable=learns) for learns in (True, False))
-    judge = load(reward_run.folder, dtype=quick)
+    dtype = dtype_of("auto")  # of the bases; adapters and head stay in fp32
+    policy, start = (load(run.folder, dtype=dtype, trainable=learns) for learns in (True, False))
+    judge = load(reward_run.folder, dtype=dtype)
     study = _check(policy, judge, run, reward_run)
     public = read(prompts)
-    held_in, held_out = _shared_out(public, policy, study, how)
+    held_in, held_out = _split_prompts(public, policy, study, settings)
     with told(on_event), new_folder(out) as draft:
-        _choose_trained(policy)
-        bench = Bench(policy, start, Scored(judge), study, how)
-        seen = PolicyScores(
-            max_kl, how.kl_coef, eval_every, how.steps, [(0, bench.centre(held_in))]
+        _train_both_factors(policy)
+        evaluator = PolicyEvaluator(policy, start, RewardJudge(judge), study, settings)
+        scores = PolicyScores(
+            max_kl, settings.kl_coef, eval_every, settings.steps, [(0, evaluator.centre(held_in))]
         )
-        before = [bench.look(records, REPORTED) for records in (held_in, held_out)]
-        texts = [(r.prompt, _as_read(r, study)) for r in held_in]
-        improve_by(policy, texts, bench.rewards, _watching(seen, bench, held_in), how)
-        if seen.best is None:
-            raise _nothing_better(max_kl, how)
-        _restore(policy, seen.best[2])
-        after = [bench.look(records, REPORTED) for records in (held_in, held_out)]
+        before = [evaluator.evaluate(records, REPORTED) for records in (held_in, held_out)]
+        texts = [(r.prompt, _templated_prompt(r, study)) for r in held_in]
+        train_rloo(
+            policy, texts, evaluator.rewards, _step_callback(scores, evaluator, held_in), settings
+        )
+        if scores.best is None:
+            raise _no_better_checkpoint(max_kl, settings)
+        _restore(policy, scores.best[2])
+        after = [evaluator.evaluate(records, REPORTED) for records in (held_in, held_out)]
         policy.model.save_pretrained(str(draft / "adapter"), selected_adapters=["default"])
         (draft / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty template
-        made = derived_run.derived_study(study, out, "improved")
+        derived_study = derived_run.derived_study(study, out, "improved")
         parents = [parent(run, policy, "policy"), parent(reward_run, judge, "reward")]
-        body = _body(made, policy, seen, before, after, public, how)
-        came = carried_over(parents)
-        body["derived"]["parents"] = came.pop("parents")
-        derived_run.write(draft, made, body | came)
+        sections = _report_sections(derived_study, policy, scores, before, after, public, settings)
+        lineage = combined_lineage(parents)
+        sections["derived"]["parents"] = lineage.pop("parents")
+        derived_run.write(draft, derived_study, sections | lineage)
     return Run(out)
 
 
-def _nothing_better(max_kl: float, how: RlooSettings) -> Refused:
+def _no_better_checkpoint(max_kl: float, settings: RlooSettings) -> Refused:
     return Refused(
         f"no checkpoint with KL ≤ {max_kl:g} nats had a higher KL-penalised reward than the run",
-        f"reward - {how.kl_coef:g} · KL above that of the starting policy",
+        f"reward - {settings.kl_coef:g} · KL above that of the starting policy",
         "more steps, a smaller learning rate, a larger --max-kl, or a smaller --kl-coef",
     )
 
@@ -145,11 +147,11 @@ def _check(policy: LoadedModel, judge: LoadedModel, run: Run, reward_run: Run) -
     return run.study
 
 
-def _shared_out(
-    prompts: Prompts, policy: LoadedModel, study: Study, how: RlooSettings
+def _split_prompts(
+    prompts: Prompts, policy: LoadedModel, study: Study, settings: RlooSettings
 ) -> tuple[list[Record], list[Record]]:
-    """Prompts to learn on and others, by the seed; too long ones are left out and counted."""
-    room = min(study.objective.max_length, policy.room) - how.new_tokens
+    """Split prompts by the seed into training and held-out ones; too long ones are only counted."""
+    room = min(study.objective.max_length, policy.room) - settings.new_tokens
     fit = [
         record
         for record in prompts.records
@@ -158,78 +160,80 @@ def _shared_out(
     prompts.about["too_long"] = len(prompts.records) - len(fit)
     if len(fit) < 4:
         raise DataError(f"{len(fit)} prompts leave room for an answer", "at least 4")
-    order = np.random.default_rng(how.seed).permutation(len(fit)).tolist()
-    apart = max(1, round(HELD_OUT * len(fit)))
-    return [fit[i] for i in order[apart:]], [fit[i] for i in order[:apart]]
+    order = np.random.default_rng(settings.seed).permutation(len(fit)).tolist()
+    held_out_count = max(1, round(HELD_OUT * len(fit)))
+    return [fit[i] for i in order[held_out_count:]], [fit[i] for i in order[:held_out_count]]
 
 
-def _as_read(record: Record, study: Study) -> str:
+def _templated_prompt(record: Record, study: Study) -> str:
     return (study.objective.template or "{text}").replace("{text}", record.prompt)
 
 
-def _choose_trained(policy: LoadedModel) -> None:
-    """Both factors, also where the study froze A: there it keeps the sites' noise small; here there
-    is none, and as few answers say hardly anything about B alone (decisions/0018)."""
+def _train_both_factors(policy: LoadedModel) -> None:
+    """Train both factors, also where the study froze A: freezing A keeps the sites' noise small,
+    but here no noise is added, and B alone learns little from so few answers (decisions/0018)."""
     for name, parameter in policy.model.named_parameters():
         parameter.requires_grad_("lora_" in name)
 
 
-def _watching(seen: PolicyScores, bench: Bench, records: list[Record]) -> Callable[[int], bool]:
-    def look(step: int) -> bool:
-        report("improving", step, seen.steps)
-        if step % seen.eval_every and step != seen.steps:
+def _step_callback(
+    scores: PolicyScores, evaluator: PolicyEvaluator, records: list[Record]
+) -> Callable[[int], bool]:
+    def on_step(step: int) -> bool:
+        report("improving", step, scores.steps)
+        if step % scores.eval_every and step != scores.steps:
             return True
-        found = bench.look(records, CHOOSING)
-        seen.by_step.append((step, found))
-        if found.kl > seen.max_kl:
-            seen.stopped = f"KL exceeded {seen.max_kl:g} nats after {step} steps"
+        evaluation = evaluator.evaluate(records, CHOOSING)
+        scores.by_step.append((step, evaluation))
+        if evaluation.kl > scores.max_kl:
+            scores.stopped = f"KL exceeded {scores.max_kl:g} nats after {step} steps"
             return False
-        best = seen.best[1] if seen.best else seen.by_step[0][1]
-        if found.worth(seen.kl_coef) > best.worth(seen.kl_coef):
-            seen.best = step, found, _arrays(bench.policy)
+        best = scores.best[1] if scores.best else scores.by_step[0][1]
+        if evaluation.penalised_reward(scores.kl_coef) > best.penalised_reward(scores.kl_coef):
+            scores.best = step, evaluation, _adapter_copy(evaluator.policy)
         return True
 
-    return look
+    return on_step
 
 
-def _arrays(policy: LoadedModel) -> dict[str, torch.Tensor]:
+def _adapter_copy(policy: LoadedModel) -> dict[str, torch.Tensor]:
     arrays = policy.model.named_parameters()
     return {n: p.detach().clone() for n, p in arrays if "lora_" in n and ".default." in n}
 
 
 @torch.no_grad()
 def _restore(policy: LoadedModel, arrays: dict[str, torch.Tensor]) -> None:
-    own = dict(policy.model.named_parameters())
+    parameters = dict(policy.model.named_parameters())
     for name, value in arrays.items():
-        own[name].copy_(value)
+        parameters[name].copy_(value)
 
 
 # -------------------------------------------------------------------------------- measuring
 
 
 @dataclass
-class Bench:
-    """Measures a policy against where it started, by the reward model."""
+class PolicyEvaluator:
+    """Measures reward and KL of a policy, relative to the starting policy."""
 
     policy: LoadedModel
     start: LoadedModel
-    judge: Scored
+    judge: RewardJudge
     study: Study
-    how: RlooSettings
+    settings: RlooSettings
     mean: float = 0.0
     spread: float = 1.0
 
-    def centre(self, records: Sequence[Record]) -> Look:
-        """Rewards are counted from the mean of the start's answers to public prompts, in their
-        standard deviations. Never from a private record. Returns where the start stands."""
-        found = self._answers(records, CHOOSING)
-        scores = [score for score, _ in found if score is not None]
+    def centre(self, records: Sequence[Record]) -> PolicyEvaluation:
+        """Set the rewards' origin and scale to the mean and standard deviation of the starting
+        policy's answers to public prompts, never to private ones; returns its evaluation."""
+        answers = self._answers(records, CHOOSING)
+        scores = [score for score, _ in answers if score is not None]
         if not scores or not np.isfinite(scores).all():
             raise DataError("the reward model gives no finite score to the run's answers")
         self.mean, self.spread = float(np.mean(scores)), float(np.std(scores)) or 1.0
-        return self._mean(found)
+        return self._mean(answers)
 
-    def look(self, records: Sequence[Record], draws: bytes) -> Look:
+    def evaluate(self, records: Sequence[Record], draws: bytes) -> PolicyEvaluation:
         """Evaluate the policy with the same draws each time, so that two evaluations differ by
         their policies alone."""
         return self._mean(self._answers(records, draws))
@@ -237,11 +241,13 @@ class Bench:
     def rewards(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         return [*map(self._reward, self._scores(prompts, answers))]
 
-    def _mean(self, found: Sequence[tuple[float | None, float]]) -> Look:
-        scores, divergences = zip(*found, strict=True)
+    def _mean(self, answers: Sequence[tuple[float | None, float]]) -> PolicyEvaluation:
+        scores, divergences = zip(*answers, strict=True)
         rewards = [*map(self._reward, scores)]
-        without = scores.count(None) / len(scores)
-        return Look(float(np.mean(rewards)), float(np.mean(divergences)), without)
+        unscored_share = scores.count(None) / len(scores)
+        return PolicyEvaluation(
+            float(np.mean(rewards)), float(np.mean(divergences)), unscored_share
+        )
 
     def _reward(self, score: float | None) -> float:
         return UNSCORED if score is None else (score - self.mean) / self.spread
@@ -252,50 +258,55 @@ class Bench:
         for at, pair in enumerate(zip(prompts, answers, strict=True)):
             with suppress(Rejected):
                 passages[at] = self.judge.passage(*pair)
-        given = self.judge.model.scores_all([*passages.values()])[:, 0] if passages else ()
-        by_place = dict(zip(passages, map(float, given), strict=True))
-        return [by_place.get(at) for at in range(len(answers))]
+        scores = self.judge.model.scores_all([*passages.values()])[:, 0] if passages else ()
+        by_index = dict(zip(passages, map(float, scores), strict=True))
+        return [by_index.get(at) for at in range(len(answers))]
 
     def _answers(self, records: Sequence[Record], draws: bytes) -> list[tuple[float | None, float]]:
         """(score, KL) of sampled answers; the KL at each token is exact, over the vocabulary."""
-        records = records[:LOOKED_AT]
-        read, how, words = self.study.objective, self.how, self.policy.tokenizer
-        asked = [prompt_ids(record.prompt, read, words) for record in records]
-        stream = b"%d\n%d\n%s" % (how.seed, len(records), draws)
-        written = self.policy.write_all(asked, SAMPLES, how.new_tokens, stream, how.temperature)
-        found: list[tuple[float | None, float]] = []
-        for record, ids, answers in zip(records, asked, written, strict=True):
-            texts = [str(words.decode(answer, skip_special_tokens=True)) for answer in answers]
-            whole = [np.array([*ids, *answer], np.int32) for answer in answers]
-            at = [np.arange(len(ids) - 1, len(one)) for one in whole]  # and what ends the answer
-            said = (m.next_tokens_all(whole, at) for m in (self.policy, self.start))
+        records = records[:MAX_EVALUATED]
+        objective, settings, tokenizer = self.study.objective, self.settings, self.policy.tokenizer
+        prompt_tokens = [prompt_ids(record.prompt, objective, tokenizer) for record in records]
+        stream = b"%d\n%d\n%s" % (settings.seed, len(records), draws)
+        written = self.policy.write_all(
+            prompt_tokens, SAMPLES, settings.new_tokens, stream, settings.temperature
+        )
+        scored_answers: list[tuple[float | None, float]] = []
+        for record, ids, answers in zip(records, prompt_tokens, written, strict=True):
+            texts = [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
+            sequences = [np.array([*ids, *answer], np.int32) for answer in answers]
+            # The positions that predict the answer's tokens and its end.
+            at = [np.arange(len(ids) - 1, len(sequence)) for sequence in sequences]
+            log_probs = (m.next_tokens_all(sequences, at) for m in (self.policy, self.start))
             kl = [
                 float((ours.exp() * (ours - start)).sum())
-                for ours, start in zip(*said, strict=True)
+                for ours, start in zip(*log_probs, strict=True)
             ]
-            found += zip(self._scores([record.prompt] * len(texts), texts), kl, strict=True)
-        return found
+            scored_answers += zip(
+                self._scores([record.prompt] * len(texts), texts), kl, strict=True
+            )
+        return scored_answers
 
 
 # ---------------------------------------------------------------------------------- report
 
 
-def _settings(how: RlooSettings, max_kl: float) -> dict[str, Any]:
-    """As the report has them, under the names of its format."""
-    named = {{"kl_coef": "beta"}.get(name, name): value for name, value in vars(how).items()}
+def _settings(settings: RlooSettings, max_kl: float) -> dict[str, Any]:
+    """The settings under the names of the report's format."""
+    named = {{"kl_coef": "beta"}.get(name, name): value for name, value in vars(settings).items()}
     return {**named, "leash": max_kl, "algorithm": "RLOO (trl)"}
 
 
-def _body(
+def _report_sections(
     study: Study,
     policy: LoadedModel,
-    seen: PolicyScores,
-    before: Sequence[Look],
-    after: Sequence[Look],
+    scores: PolicyScores,
+    before: Sequence[PolicyEvaluation],
+    after: Sequence[PolicyEvaluation],
     prompts: Prompts,
-    how: RlooSettings,
+    settings: RlooSettings,
 ) -> dict[str, Any]:
-    assert seen.best is not None
+    assert scores.best is not None
     base = policy.base
     return {
         "base": {
@@ -313,15 +324,15 @@ def _body(
             "columns": ["the run", "improved"],
             "before": vars(before[0]),
             "after": vars(after[0]),
-            "by_round": [{"round": at, **vars(look)} for at, look in seen.by_step],
+            "by_round": [{"round": at, **vars(row)} for at, row in scores.by_step],
         },
         "derived": {
             "step": "improved",
             "prompts": prompts.about,
-            "settings": _settings(how, seen.max_kl),
+            "settings": _settings(settings, scores.max_kl),
             "measured": {
-                "steps kept": seen.best[0],
-                "ended": seen.stopped,
+                "steps kept": scores.best[0],
+                "ended": scores.stopped,
                 "answers without a score, before": before[0].unscored,
                 "answers without a score, after": after[0].unscored,
                 "reward on prompts held out, before": before[1].reward,

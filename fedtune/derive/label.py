@@ -1,4 +1,4 @@
-"""Preferences from a site's own prompts, by models on this machine: `fedtune label`."""
+"""Label preferences of a site's own prompts by models on this machine: `fedtune label`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fedtune.config import DataFile, Site
 from fedtune.data.records import unit_member
 from fedtune.derive.preferences import (
     Judge,
-    Verdict,
-    judge_of,
-    template_of,
+    VerdictJudge,
+    load_generator,
+    load_judge,
+    prompt_template,
     write_preferences,
-    writer_of,
 )
 from fedtune.derive.settings import RUBRIC, LabelSettings
 from fedtune.ledger.ledger import Ledger
@@ -44,34 +44,36 @@ def label(
         out: a .jsonl file, for this user alone; {out}.about.json says how it was made.
         generator, judge: pypi:NAME, a folder, a hub id or a run; without a judge the generator
             judges. A run of objective reward judges by its score.
-        generator_digest, judge_digest: what they must be.
+        generator_digest, judge_digest: pins; another model is refused.
         on_event: called with ("step", {…}) as the work goes on.
 
     Returns what about.json holds.
 
     Errors: Refused (a run without privacy, which would carry one record into another), ConfigError,
     DataError, ModelError."""
-    file, without = _records(records)
+    file, exclude_unit = _file_and_exclusion(records)
     with told(on_event):
-        writer = writer_of(_source(generator), generator_digest)
-        by: Judge = Verdict(writer, rubric)
+        writer = load_generator(_source(generator), generator_digest)
+        labelling_judge: Judge = VerdictJudge(writer, rubric)
         if judge is not None or judge_digest is not None:
-            by = judge_of(_source(judge or generator), judge_digest, rubric)
+            labelling_judge = load_judge(_source(judge or generator), judge_digest, rubric)
         how = settings or LabelSettings()
-        how = replace(how, template=how.template or template_of(writer))
-        return write_preferences(file, Path(out), writer, by, how, without=without)
+        how = replace(how, template=how.template or prompt_template(writer))
+        return write_preferences(
+            file, Path(out), writer, labelling_judge, how, exclude_unit=exclude_unit
+        )
 
 
 def _source(model: str | Run) -> str:
     return str(model.folder) if isinstance(model, Run) else model
 
 
-def _records(records: Site | DataFile) -> tuple[DataFile, Callable[[str], bool]]:
-    """The file, and which units of it are left out."""
+def _file_and_exclusion(records: Site | DataFile) -> tuple[DataFile, Callable[[str], bool]]:
+    """The file of records, and a test of which units are excluded because they withdrew."""
     if isinstance(records, DataFile):
         return records, lambda unit: False
     if not records.site.state.exists():  # no ledger yet, so nobody has withdrawn
         return records.data, lambda unit: False
-    book = Ledger(records.site.state)
-    out = frozenset(book.withdrawn())
-    return records.data, lambda unit: book.hashed(unit_member(unit)) in out
+    ledger = Ledger(records.site.state)
+    withdrawn = frozenset(ledger.withdrawn())
+    return records.data, lambda unit: ledger.hashed(unit_member(unit)) in withdrawn

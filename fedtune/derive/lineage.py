@@ -1,5 +1,5 @@
-"""Where a model comes from: the runs that it was made of, what they cost, and whether they may be
-used beside private records."""
+"""The lineage of a derived model: its parent runs, their privacy cost, and whether they may set
+targets for private records."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fedtune.models.run import Run
 
 
 def require_private(model: LoadedModel, what: str, accepted: Sequence[str] = ()) -> None:
-    """Whether `model` may set targets for private records: a base, or a run under (ε, δ).
+    """Refuse a model as a source of targets for private records unless it is a base or a DP run.
 
-    A model that saw the records without noise makes each record's target depend on all the others.
+    A model trained on the records without noise makes each record's target depend on all others.
     accepted: digests that the user declares to be public. Errors: Refused."""
     if model.study is None or model.study.private or model.digest in accepted:
         return
@@ -27,7 +27,7 @@ def require_private(model: LoadedModel, what: str, accepted: Sequence[str] = ())
 
 
 def parent(run: Run, model: LoadedModel, role: str) -> dict[str, Any]:
-    """What a report says of one run that another model was made of. Errors: InputError."""
+    """Describe one parent run for the report of a derived model. Errors: InputError."""
     return {
         "name": run.study.study.name,
         "role": role,
@@ -37,17 +37,17 @@ def parent(run: Run, model: LoadedModel, role: str) -> dict[str, Any]:
     }
 
 
-def carried_over(parents: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The body's `private` and `privacy` of what was made of `parents`, and `parents` as "derived"
-    keeps them: each run counts once."""
-    found = {p["digest"]: p["report"] for p in parents}
-    private = all(body.get("private") for body in found.values())
+def combined_lineage(parents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The `private` and `privacy` sections of a model derived from `parents`, and `parents` as its
+    report lists them. A run that occurs twice is charged once."""
+    reports = {p["digest"]: p["report"] for p in parents}
+    private = all(report.get("private") for report in reports.values())
     privacy: dict[str, Any] = {"warning": "one of its runs was trained without privacy"}
     if private:
-        privacy = composed_epsilon.composed(list(found.values()))
-    said = [
+        privacy = composed_epsilon.composed(list(reports.values()))
+    entries = [
         {key: value for key, value in p.items() if key != "report"}
         | {"privacy": {k: p["report"].get("privacy", {}).get(k) for k in ("epsilon", "delta")}}
         for p in parents
     ]
-    return {"private": private, "privacy": privacy, "parents": said}
+    return {"private": private, "privacy": privacy, "parents": entries}

@@ -1,4 +1,4 @@
-"""One adapter from several finished runs: `fedtune merge`."""
+"""Merge the adapters of several finished runs: `fedtune merge`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Parent:
-    """A finished run: its plan as it ran, its report's body, its adapter by the network's names."""
+    """A finished run to merge: its plan, its report, its adapter's arrays by parameter name."""
 
     run: Run
     study: Study
@@ -41,7 +41,9 @@ class Parent:
 
 
 def load_parent(run: Run) -> Parent:
-    """Errors: InputError, ConfigError, ModelError where `run` is unfinished or has no adapter."""
+    """Load a finished run for merging.
+
+    Errors: InputError, ConfigError, ModelError where it is unfinished or has no adapter."""
     if run.study.lora is None:
         raise ConfigError(
             f"{run.folder}: trained a head and no adapter",
@@ -67,14 +69,15 @@ def merge_runs(
 
     Args:
         out: the new run's folder; it is whole or not there.
-        method: linear: the updates add up, exactly. svd: the same at a smaller rank. ties, dare:
-            part of each update. slerp: two, along the arc between them. regmean: each acts on what
-            its own public text looks like.
+        method: linear: the weighted sum of the updates, exactly. svd: the same at a smaller rank.
+            ties, dare: part of each update. slerp: two, along the arc between them. regmean: least
+            squares on the inputs that each parent sees of its own public text.
         weights: one for each run, or none: 1 each, for slerp equal shares.
         density: ties, dare: the share of each update that stays.
         rank: svd, ties, dare: the merged rank.
-        disjoint: whoever calls states that no person is in two of the runs.
-        measure: base, parent and merged adapter on each parent's evaluation file, where it is here.
+        disjoint: the caller states that no person is in two of the runs.
+        measure: evaluate base, parent and merged adapter on each parent's evaluation file, where
+            it exists.
 
     Guarantee: post-processing of released adapters; its ε as composed_epsilon.composed says.
 
@@ -84,29 +87,29 @@ def merge_runs(
     if len(runs) < 2:
         raise ConfigError(f"{len(runs)} run given", "two or more to merge")
     parents = [load_parent(run) for run in runs]
-    _one_base(parents)
+    _check_same_base(parents)
     shares = list(weights) or [1.0] * len(parents)
     moments = [_moments(parent) for parent in parents] if method == "regmean" else []
-    arrays, found_rank = merge(
+    arrays, merged_rank = merge(
         [parent.adapter for parent in parents], shares, method,
         density=density, rank=rank, seed=seed, moments=moments,
     )  # fmt: skip
-    table = _table(parents, found_rank)
-    # The merged adapter's shape; what was spent stands in the report alone.
+    table = _merged_lora(parents, merged_rank)
+    # The plan describes the merged adapter's shape; the privacy cost is in the report alone.
     study = derived_run.derived_study(parents[0].study, out, "merged", lora=table)
-    settings: dict[str, Any] = {"method": method, "weights": shares, "rank": found_rank}
+    settings: dict[str, Any] = {"method": method, "weights": shares, "rank": merged_rank}
     settings |= {"density": density} if method in ("ties", "dare") else {}
     settings |= {"seed": seed} if method == "dare" else {}
-    body = _body(parents, study, arrays, settings, disjoint)
+    sections = _report_sections(parents, study, arrays, settings, disjoint)
     if measure:
-        body["merge"]["kept"] = _kept(parents, table, arrays)
+        sections["merge"]["kept"] = _measure_parents(parents, table, arrays)
     with new_folder(out) as draft:
         save_adapter(draft / "adapter", runs[0].folder / "adapter", study, arrays)
-        derived_run.write(draft, study, body)
+        derived_run.write(draft, study, sections)
     return Run(out)
 
 
-def _one_base(parents: Sequence[Parent]) -> None:
+def _check_same_base(parents: Sequence[Parent]) -> None:
     """Errors: ConfigError where the parents do not share one base, by digest."""
     first = parents[0]
     for parent in parents:
@@ -120,16 +123,18 @@ def _one_base(parents: Sequence[Parent]) -> None:
             )
         if parent.study.base.quantisation != first.study.base.quantisation:
             raise ConfigError(f"{both}: bases quantised in other ways")
-    seen: dict[str, Path] = {}
+    folder_by_digest: dict[str, Path] = {}
     for parent in parents:
         digest, folder = lora.digest(parent.arrays), parent.run.folder
-        if digest in seen:
-            raise ConfigError(f"{seen[digest]} and {folder}: hold the same adapter", "two")
-        seen[digest] = folder
+        if digest in folder_by_digest:
+            raise ConfigError(
+                f"{folder_by_digest[digest]} and {folder}: hold the same adapter", "two"
+            )
+        folder_by_digest[digest] = folder
 
 
-def _table(parents: Sequence[Parent], rank: int) -> LoraTable:
-    """What the merged adapter looks like, as a plan says it; the scaling is 1."""
+def _merged_lora(parents: Sequence[Parent], rank: int) -> LoraTable:
+    """The merged adapter's LoRA table; its scaling is 1."""
     last = [parent.table.last_layers for parent in parents]
     return LoraTable(
         rank=rank,
@@ -140,22 +145,22 @@ def _table(parents: Sequence[Parent], rank: int) -> LoraTable:
     )
 
 
-def _body(
+def _report_sections(
     parents: Sequence[Parent],
     study: Study,
     arrays: Arrays,
     settings: dict[str, Any],
     disjoint: bool,
 ) -> dict[str, Any]:
-    open_ = [parent for parent in parents if not parent.report.get("private")]
-    if open_:
-        which = ", ".join(str(parent.report.get("study")) for parent in open_)
-        privacy = {"mode": "off", "warning": f"trained without privacy: {which}"}
+    non_private = [parent for parent in parents if not parent.report.get("private")]
+    if non_private:
+        names = ", ".join(str(parent.report.get("study")) for parent in non_private)
+        privacy = {"mode": "off", "warning": f"trained without privacy: {names}"}
     else:
         reports = [parent.report for parent in parents]
         privacy = composed_epsilon.composed(reports, disjoint=disjoint)
     return {
-        "private": not open_,
+        "private": not non_private,
         "privacy": privacy,
         "base": parents[0].report["base"],
         "adapter": {
@@ -183,23 +188,25 @@ def _body(
 # ------------------------------------------------------------------------------------ measure
 
 
-def _kept(parents: Sequence[Parent], table: LoraTable, arrays: Arrays) -> list[dict[str, Any]]:
-    """For each parent whose evaluation file is here, its metric for base, parent and merged, and
-    the share of the parent's gain that is left (None where the parent gained nothing)."""
-    found = []
+def _measure_parents(
+    parents: Sequence[Parent], table: LoraTable, arrays: Arrays
+) -> list[dict[str, Any]]:
+    """For each parent whose evaluation file exists, its metric of base, parent and merged adapter,
+    and the share of the parent's gain that is kept (None where the parent gained nothing)."""
+    rows = []
     for number, parent in enumerate(parents, 1):
-        asked = parent.study.evaluation
-        if asked is None or not asked.path.exists():
+        evaluation = parent.study.evaluation
+        if evaluation is None or not evaluation.path.exists():
             continue
-        base, own = _measured(parent.study, parent.table, parent.arrays)
-        _, now = _measured(parent.study, table, arrays)
-        gain = own - base
-        kept = (now - base) / gain if gain else None
-        found.append(
-            {"parent": number, "metric": asked.metric, "base": base, "alone": own, "merged": now}
-            | {"kept": kept}
+        base, alone = _measured(parent.study, parent.table, parent.arrays)
+        _, merged = _measured(parent.study, table, arrays)
+        gain = alone - base
+        kept = (merged - base) / gain if gain else None
+        rows.append(
+            {"parent": number, "metric": evaluation.metric, "base": base}
+            | {"alone": alone, "merged": merged, "kept": kept}
         )
-    return found
+    return rows
 
 
 def _measured(study: Study, table: LoraTable, arrays: Arrays) -> tuple[float, float]:
@@ -214,11 +221,11 @@ def evaluator(study: Study, table: LoraTable, arrays: Arrays) -> Evaluator:
     """The study's evaluation records, for adapters of the shape `table`."""
     from fedtune.evaluation.evaluator import Evaluator
 
-    return Evaluator(_saved(study, table), _frozen(arrays))
+    return Evaluator(_with_saved_factor(study, table), _frozen(arrays))
 
 
 def _moments(parent: Parent) -> Moments:
-    """Second moments of what the parent's layers see of its own public text, with its adapter on.
+    """Second moments of the parent's layer inputs on its own public text, with its adapter loaded.
     Free of ε: the text is public, the adapter was released. Errors: ConfigError without the text.
     """
     from fedtune.data.load import load_dataset
@@ -232,16 +239,18 @@ def _moments(parent: Parent) -> Moments:
             "a [public] table, and its file on this machine",
             "merge where the study ran, or by another method",
         )
-    network = build(_saved(study, parent.table))
+    network = build(_with_saved_factor(study, parent.table))
     text = load_dataset(study.public, study, network.tokenizer, labelled=False)
     adapter = picked(parent.arrays, network.parameters(), parent.run.folder / "adapter")
     with network.loaded(_frozen(parent.arrays), adapter):
-        found = moments(network, text)
-    return {name.removesuffix(".lora_A.default.weight"): value for name, value in found.items()}
+        layer_moments = moments(network, text)
+    return {
+        name.removesuffix(".lora_A.default.weight"): value for name, value in layer_moments.items()
+    }
 
 
-def _saved(study: Study, table: LoraTable) -> Study:
-    """The study with an adapter of this shape, whose A is the saved one wherever it came from."""
+def _with_saved_factor(study: Study, table: LoraTable) -> Study:
+    """The study with an adapter of this shape, whose A is loaded rather than initialised."""
     saved = table.model_copy(update={"a_init": "public", "a_digest": None})
     return study.model_copy(update={"lora": saved})
 

@@ -1,4 +1,4 @@
-"""One model from several exported ones: `fedtune merge` on what `fedtune export --to hf` wrote."""
+"""Merge exported models: `fedtune merge` on what `fedtune export --to hf` wrote."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedtune import report
 from fedtune.bases.digest import digest
 from fedtune.bases.find import find_base
 from fedtune.derive import composed_epsilon
-from fedtune.derive.derived_run import name_of
+from fedtune.derive.derived_run import derived_name
 from fedtune.derive.export import TOKENIZER
 from fedtune.derive.merge_methods import Method
 from fedtune.errors import ConfigError, ModelError
@@ -23,7 +23,7 @@ from fedtune.models.loaded import PLAN
 from fedtune.run_folder import check_new, read_report
 
 
-def exported(folder: Path) -> bool:
+def is_exported(folder: Path) -> bool:
     """Whether `fedtune export --to hf` wrote it: a model with a report and no plan."""
     files = ("config.json", "report.json")
     return all((folder / name).is_file() for name in files) and not (folder / PLAN).exists()
@@ -51,35 +51,37 @@ def merge_models(
     digests = [digest(folder) for folder in folders]
     if len(set(digests)) != len(digests):
         raise ConfigError("two of the models are the same", "models that differ")
-    open_ = [str(body.get("study")) for body in reports if not body.get("private")]
-    warning = {"mode": "off", "warning": f"trained without privacy: {', '.join(open_)}"}
+    non_private = [str(r.get("study")) for r in reports if not r.get("private")]
+    privacy = {"mode": "off", "warning": f"trained without privacy: {', '.join(non_private)}"}
+    if not non_private:
+        privacy = composed_epsilon.composed(reports, disjoint=disjoint)
     shares = list(weights) or [1.0] * len(folders)
-    body: dict[str, Any] = {
+    merged_report: dict[str, Any] = {
         "fedtune": fedtune.__version__,
-        "study": name_of(out, "merged"),
+        "study": derived_name(out, "merged"),
         "plan_digest": None,
-        "private": not open_,
-        "privacy": warning if open_ else composed_epsilon.composed(reports, disjoint=disjoint),
+        "private": not non_private,
+        "privacy": privacy,
         "base": reports[0]["base"],
         "rounds": [],
         "merge": {
             "method": f"{method} (mergekit, whole models)",
             "weights": shares,
-            "parents": [_parent(*each) for each in zip(reports, digests, shares, strict=True)],
+            "parents": [_parent(*parent) for parent in zip(reports, digests, shares, strict=True)],
         },
     }
     with drafted(out) as draft:
         try:
-            merge_whole(base.path, folders, draft, shares, method, density, seed)
+            _run_mergekit(base.path, folders, draft, shares, method, density, seed)
         except (ValueError, RuntimeError, KeyError) as error:
             raise ModelError(f"mergekit cannot merge them ({type(error).__name__})") from None
         (draft / "mergekit_config.yml").unlink(missing_ok=True)  # this machine's paths
         for name in (*TOKENIZER, "generation_config.json"):
             if (base.path / name).is_file():
                 shutil.copyfile(base.path / name, draft / name)
-        report.write(draft, body)
+        report.write(draft, merged_report)
         (draft / "report.md").rename(draft / "README.md")
-    return body
+    return merged_report
 
 
 def _parent(report: dict[str, Any], adapter: str, weight: float) -> dict[str, Any]:
@@ -97,15 +99,15 @@ def _reports(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """The reports of exported models of one base. Errors: ConfigError."""
     if len(folders) < 2:
         raise ConfigError(f"{len(folders)} model given", "two or more to merge")
-    if not all(map(exported, folders)):
-        odd = next(folder for folder in folders if not exported(folder))
+    if not all(map(is_exported, folders)):
+        odd = next(folder for folder in folders if not is_exported(folder))
         raise ConfigError(f"{odd}: no exported model", "runs alone, or exported models alone")
-    reports = [read_report(each, "base", "base.name", "base.digest") for each in folders]
-    if len({body["base"]["digest"] for body in reports}) != 1:
+    reports = [read_report(folder, "base", "base.name", "base.digest") for folder in folders]
+    if len({report_body["base"]["digest"] for report_body in reports}) != 1:
         raise ConfigError(
             "the models were made of different bases", "exported runs of one base.digest"
         )
-    if any(body["base"].get("quantisation") for body in reports):
+    if any(report_body["base"].get("quantisation") for report_body in reports):
         raise ConfigError("a model of a quantised base: its differences are from other weights")
     return reports
 
@@ -114,7 +116,7 @@ def _reports(folders: Sequence[Path]) -> list[dict[str, Any]]:
 _NAMES = {"linear": "task_arithmetic", "ties": "ties", "dare": "dare_linear", "slerp": "slerp"}
 
 
-def merge_whole(
+def _run_mergekit(
     base: Path,
     models: Sequence[Path],
     out: Path,
@@ -141,27 +143,27 @@ def merge_whole(
             from mergekit.options import MergeOptions
     except ImportError:
         raise ConfigError(
-            "merging whole models needs mergekit, which is not here",
+            "merging whole models needs mergekit, which is not installed",
             todo="pip install 'fedtune[merge]', or merge the runs before they are exported",
         ) from None
     logging.getLogger("mergekit").setLevel(logging.ERROR)
-    each: list[dict[str, Any]] = [
+    model_entries: list[dict[str, Any]] = [
         {"model": str(model), "parameters": {"weight": weight, "density": density}}
         for model, weight in zip(models, weights, strict=True)
     ]
-    body: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "merge_method": _NAMES[method],
         "base_model": str(base),
-        "models": each,
+        "models": model_entries,
         "dtype": "float32",
     }
     if method == "slerp":
         share = weights[1] / sum(weights)
-        body |= {"base_model": str(models[0]), "parameters": {"t": share}}
-        body["models"] = [{"model": str(model)} for model in models]
+        settings |= {"base_model": str(models[0]), "parameters": {"t": share}}
+        settings["models"] = [{"model": str(model)} for model in models]
     else:
-        body["parameters"] = {"normalize": False}
-    config = MergeConfiguration.model_validate(body)
+        settings["parameters"] = {"normalize": False}
+    config = MergeConfiguration.model_validate(settings)
     options = MergeOptions(
         random_seed=seed, quiet=True, write_model_card=False, copy_tokenizer=False
     )

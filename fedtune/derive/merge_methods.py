@@ -1,4 +1,4 @@
-"""Several adapters of one base made into one, layer for layer; by PEFT where it has the method."""
+"""Merge adapters of one base layer by layer; by PEFT where it has the method."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ class Adapter:
         """Its layers by module name. Errors: ConfigError where it holds more than LoRA."""
         parts: dict[str, dict[str, torch.Tensor]] = {}
         for name, array in self.arrays.items():
-            found = _NAME.fullmatch(name)
-            if not found:
+            match = _NAME.fullmatch(name)
+            if not match:
                 raise ConfigError(
                     f"an adapter holds {name.removesuffix('.weight')}, which cannot be merged",
                     "LoRA adapters alone",
                     "heads of two studies name different classes: keep the runs apart",
                 )
-            parts.setdefault(found[1], {})[found[2]] = torch.from_numpy(np.array(array))
+            parts.setdefault(match[1], {})[match[2]] = torch.from_numpy(np.array(array))
         return {name: Factors(ab["A"], ab["B"], self.scaling) for name, ab in parts.items()}
 
 
@@ -66,7 +66,7 @@ def merge(
     seed: int = 0,
     moments: Sequence[Moments] = (),
 ) -> tuple[Arrays, int]:
-    """(arrays, rank): one adapter with scaling 1, fp32, of the same rank in every layer.
+    """Merge adapters into one of scaling 1, fp32, of the same rank in every layer: (arrays, rank).
 
     | linear | Σ wᵢ·updateᵢ, exact; rank Σ rᵢ                                            |
     | svd    | the same, cut to `rank` (without it the largest rᵢ) by singular values    |
@@ -81,18 +81,20 @@ def merge(
     equation 2)."""
     _check(adapters, weights, method, density)
     layers = [adapter.layers() for adapter in adapters]
-    ranks = [len(next(iter(each.values())).a) for each in layers]
-    wanted = rank or (max(ranks) if method == "svd" else sum(ranks))
+    ranks = [len(next(iter(layer_map.values())).a) for layer_map in layers]
+    target_rank = rank or (max(ranks) if method == "svd" else sum(ranks))
     merged: dict[str, Factors] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name in sorted(set().union(*layers)):
-            like = next(each[name] for each in layers if name in each)
-            parts = [each.get(name) or _nothing(like) for each in layers]
+            like = next(layer_map[name] for layer_map in layers if name in layer_map)
+            parts = [layer_map.get(name) or _zero_update(like) for layer_map in layers]
             if method == "regmean":
-                parts = _regressed(parts, weights, [each.get(name) for each in moments])
-            merged[name] = _layer(parts, weights, method, density, wanted)
-    return _arrays(_whole(merged))
+                parts = _regmean_factors(
+                    parts, weights, [layer_map.get(name) for layer_map in moments]
+                )
+            merged[name] = _layer(parts, weights, method, density, target_rank)
+    return _arrays(_fill_missing_layers(merged))
 
 
 def _check(
@@ -114,26 +116,26 @@ def _check(
         raise ConfigError(f"density = {density}", "above 0, at most 1")
 
 
-def _nothing(like: Factors) -> Factors:
+def _zero_update(like: Factors) -> Factors:
     """An update of zero, of the shape of `like`."""
     return Factors(torch.zeros_like(like.a), torch.zeros_like(like.b), 1.0)
 
 
-def _regressed(
+def _regmean_factors(
     parts: Sequence[Factors], weights: Sequence[float], moments: Sequence[torch.Tensor | None]
 ) -> list[Factors]:
     """The factors whose sum is nearest to each update on its own inputs: with Gᵢ = wᵢ E[x xᵀ] it is
-    Σ Bᵢ Aᵢ Gᵢ (Σ Gⱼ)⁻¹, so each B stays and its A turns away from the others' inputs."""
+    Σ Bᵢ Aᵢ Gᵢ (Σ Gⱼ)⁻¹, so each B stays and its A is multiplied by Gᵢ (Σ Gⱼ)⁻¹."""
     size = parts[0].a.shape[1]
-    each = [
+    weighted = [
         torch.zeros(size, size, dtype=torch.float64) if moment is None else weight * moment
         for weight, moment in zip(weights, moments, strict=True)
     ]
-    total = torch.stack(each).sum(dim=0)
+    total = torch.stack(weighted).sum(dim=0)
     total += RIDGE * total.diagonal().mean() * torch.eye(size, dtype=torch.float64)
     return [
         Factors(torch.linalg.solve(total, moment @ part.a.double().T).T.float(), part.b, s)
-        for part, moment, s in zip(parts, each, (part.scaling for part in parts), strict=True)
+        for part, moment, s in zip(parts, weighted, (part.scaling for part in parts), strict=True)
     ]
 
 
@@ -141,7 +143,7 @@ def _layer(
     parts: Sequence[Factors], weights: Sequence[float], method: Method, density: float, rank: int
 ) -> Factors:
     if method == "slerp":
-        weights, method = _on_the_arc(parts[0], parts[1], weights[1] / sum(weights)), "linear"
+        weights, method = _slerp_weights(parts[0], parts[1], weights[1] / sum(weights)), "linear"
     if method == "regmean":
         weights, method = [1.0] * len(parts), "linear"
     model = _peft(parts)
@@ -180,9 +182,9 @@ def _peft(parts: Sequence[Factors]) -> Any:
     return model
 
 
-def _on_the_arc(one: Factors, other: Factors, t: float) -> tuple[float, float]:
-    """What the two updates are multiplied by: at an angle θ, sin((1-t)θ)/sin θ and sin(tθ)/sin θ;
-    on the line between them where they have no angle.
+def _slerp_weights(first: Factors, second: Factors, t: float) -> tuple[float, float]:
+    """Slerp's weights of two updates: at an angle θ, sin((1-t)θ)/sin θ and sin(tθ)/sin θ; linear
+    interpolation where they are parallel.
 
     ⟨B₁A₁, B₂A₂⟩ = Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ), so no update is ever formed."""
 
@@ -190,21 +192,21 @@ def _on_the_arc(one: Factors, other: Factors, t: float) -> tuple[float, float]:
         product = (p.b.double().T @ q.b.double()) * (p.a.double() @ q.a.double().T)
         return p.scaling * q.scaling * float(product.sum())
 
-    length = math.sqrt(inner(one, one) * inner(other, other))
-    cosine = inner(one, other) / length if length else 1.0
+    length = math.sqrt(inner(first, first) * inner(second, second))
+    cosine = inner(first, second) / length if length else 1.0
     angle = math.acos(max(-1.0, min(1.0, cosine)))
     if math.sin(angle) < 1e-4:
         return 1 - t, t
     return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
 
-def _whole(merged: dict[str, Factors]) -> dict[str, Factors]:
-    """With every kind of layer in every block that has any: what modules × last_layers says."""
-    places = {name: found for name in merged if (found := _LAYER.fullmatch(name))}
-    kinds = {found[3]: merged[name] for name, found in places.items()}
-    blocks = {(found[1], found[2]) for found in places.values()}
+def _fill_missing_layers(merged: dict[str, Factors]) -> dict[str, Factors]:
+    """Add zero updates so that every block has every kind of layer, as modules × last_layers."""
+    places = {name: match for name in merged if (match := _LAYER.fullmatch(name))}
+    kinds = {match[3]: merged[name] for name, match in places.items()}
+    blocks = {(match[1], match[2]) for match in places.values()}
     product = {
-        f"{stem}{number}.{kind}": _nothing(like)
+        f"{stem}{number}.{kind}": _zero_update(like)
         for stem, number in blocks
         for kind, like in kinds.items()
     }
@@ -212,7 +214,7 @@ def _whole(merged: dict[str, Factors]) -> dict[str, Factors]:
 
 
 def _arrays(merged: dict[str, Factors]) -> tuple[Arrays, int]:
-    """Of one rank: rows and columns of zeros change no update."""
+    """Pad every layer with zero rows and columns to one rank, which changes no update."""
     rank = max(len(factors.a) for factors in merged.values())
     arrays: Arrays = {}
     for name, (a, b, _) in merged.items():

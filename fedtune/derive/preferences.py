@@ -1,10 +1,10 @@
-"""Preferences made by models at the site (RLAIF), so that no text leaves: two answers to each
+"""Preferences labelled by models at the site (RLAIF), so that no text leaves: two answers to each
 record's prompt, and which of them a judge prefers.
 
 Guarantee: what is written of a record depends on that record, the models, the rubric and the seed
 alone. Models see one record at a time and no example of another; nothing is batched, normalised or
-counted over records. So a unit's lines are that unit's own, and training on them under DP protects
-the unit as training on its records would.
+counted over records. So each output line depends on one unit, and training on them under DP
+protects the unit as training on its records would.
 References: Bai et al. 2022, "Constitutional AI", section 4; Lee et al. 2023, "RLAIF", section 2
 (both orders)."""
 
@@ -40,9 +40,9 @@ class Judge(Protocol):
 
 
 @dataclass(frozen=True, repr=False)
-class Verdict:
-    """A language model that is asked "A or B?", once in each order: what it likes about a place
-    in the question cancels."""
+class VerdictJudge:
+    """A language model that is asked "A or B?", once in each order, so that its position bias
+    cancels."""
 
     model: LoadedModel
     rubric: str = RUBRIC
@@ -52,27 +52,29 @@ class Verdict:
 
     def _odds(self, prompt: str, a: str, b: str) -> float:
         """log P("A") - log P("B") as the next token."""
-        asked = (
+        question = (
             f"{self.rubric}\n\nQuestion:\n{prompt.strip()}\n\nAnswer A:\n{a.strip()}\n\n"
             f"Answer B:\n{b.strip()}\n\nSay A or B."
         )
         tokenizer: Any = self.model.tokenizer
         if tokenizer.chat_template:
-            turns = [{"role": "user", "content": asked}]
+            turns = [{"role": "user", "content": question}]
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
             ids, space = tokenizer.encode(text, add_special_tokens=False), ""
         else:
-            ids, space = tokenizer.encode(asked + "\nThe better answer is"), " "
+            ids, space = tokenizer.encode(question + "\nThe better answer is"), " "
         if len(ids) > self.model.room:
             raise Rejected("too long")
-        said = [tokenizer.encode(space + letter, add_special_tokens=False)[-1] for letter in "AB"]
-        # In fp32: what it thinks of two answers often differs by less than a step of bf16.
-        odds = self.model.next_tokens(np.array(ids), np.array([len(ids) - 1]))[0, said]
+        letter_ids = [
+            tokenizer.encode(space + letter, add_special_tokens=False)[-1] for letter in "AB"
+        ]
+        # In fp32: the log-odds of two answers often differ by less than bf16 resolves.
+        odds = self.model.next_tokens(np.array(ids), np.array([len(ids) - 1]))[0, letter_ids]
         return float(odds[0] - odds[1])
 
 
 @dataclass(frozen=True, repr=False)
-class Scored:
+class RewardJudge:
     """A finished run of objective reward."""
 
     model: LoadedModel
@@ -84,33 +86,36 @@ class Scored:
         return float(self.model.scores(self.passage(prompt, answer))[0])
 
     def passage(self, prompt: str, answer: str) -> np.ndarray:
-        """The tokens, as training saw a prompt and a completion. Errors: Rejected."""
+        """Tokenise prompt and answer as in the reward run's training. Errors: Rejected."""
         assert self.model.study is not None
         return passage_of(
             prompt, answer, self.model.study.objective, self.model.tokenizer
         ).input_ids
 
 
-def judge_of(source: str, digest: str | None = None, rubric: str = RUBRIC) -> Judge:
-    """A reward run by its score, any other model by its verdict. Errors: ConfigError, ModelError,
-    Refused (a run without privacy)."""
+def load_judge(source: str, digest: str | None = None, rubric: str = RUBRIC) -> Judge:
+    """Load a judge: a reward run judges by its score, any other model by its verdict.
+
+    Errors: ConfigError, ModelError, Refused (a run without privacy)."""
     model = load(source, digest)
     require_private(model, "judge")
     if model.study is not None and model.study.objective.name == "reward":
-        return Scored(model)
-    return Verdict(_writer(model, "judge"), rubric)
+        return RewardJudge(model)
+    return VerdictJudge(_require_writer(model, "judge"), rubric)
 
 
-def writer_of(source: str, digest: str | None = None) -> LoadedModel:
-    """A model that can write. Errors: ConfigError, ModelError, Refused (a run without privacy)."""
+def load_generator(source: str, digest: str | None = None) -> LoadedModel:
+    """Load a language model that writes answers.
+
+    Errors: ConfigError, ModelError, Refused (a run without privacy)."""
     model = load(source, digest)
     require_private(model, "generator")
-    return _writer(model, "generator")
+    return _require_writer(model, "generator")
 
 
-def template_of(writer: LoadedModel) -> str | None:
-    """What stands round a prompt: as the run was trained; of a base that was tuned to chat, a turn
-    of its own chat, without which it hardly answers."""
+def prompt_template(writer: LoadedModel) -> str | None:
+    """The template round a prompt: a run's own; of a chat-tuned base, a user turn of its chat
+    template, without which it hardly answers."""
     if writer.study is not None:
         return writer.study.objective.template
     tokenizer: Any = writer.tokenizer
@@ -130,13 +135,13 @@ def write_preferences(
     judge: Judge,
     settings: LabelSettings,
     *,
-    without: Callable[[str], bool] = lambda unit: False,
+    exclude_unit: Callable[[str], bool] = lambda unit: False,
 ) -> dict[str, Any]:
     """Write `out`: a line for each record, {"prompt", "chosen", "rejected"} and, where the file
     names patients, "patient"; and `out`.about.json: which models, what was left out and why.
 
-    without: units to leave out (withdrawn consent). Both files are for this user alone and written
-    whole at the end. Returns what about.json holds. Errors: ConfigError, DataError."""
+    exclude_unit: whether to leave a unit out (withdrawn consent). Both files are for this user
+    alone and written at the end. Returns what about.json holds. Errors: ConfigError, DataError."""
     columns = file.columns
     if not columns.prompt:
         table = table_of(file)
@@ -149,7 +154,7 @@ def write_preferences(
     left_out = Counter(rejected)
     lines = []
     for number, record in enumerate(records):
-        if not without(record.unit):
+        if not exclude_unit(record.unit):
             try:
                 row = preference(record, writer, judge, settings)
                 key = {"patient": record.unit} if patients else {}
@@ -166,7 +171,7 @@ def write_preferences(
         "left_out": dict(left_out),
         "generator": writer.digest,
         "judge": getattr(getattr(judge, "model", None), "digest", None),
-        "judged_by": "score" if isinstance(judge, Scored) else "verdict, both orders",
+        "judged_by": "score" if isinstance(judge, RewardJudge) else "verdict, both orders",
         "rubric": hashlib.sha256(getattr(judge, "rubric", "").encode()).hexdigest(),
         "settings": vars(settings),
     }
@@ -179,7 +184,7 @@ def write_preferences(
 def preference(
     record: Record, writer: LoadedModel, judge: Judge, settings: LabelSettings
 ) -> dict[str, str]:
-    """One record's own preference. Errors: Rejected."""
+    """Write two answers to one record's prompt and judge them. Errors: Rejected."""
     ids = prompt_ids(record.prompt, settings.objective, writer.tokenizer)
     if len(ids) + settings.new_tokens > min(settings.max_length, writer.room):
         raise Rejected("too long")
@@ -201,7 +206,7 @@ def _text(writer: LoadedModel, ids: list[int]) -> str:
     return str(writer.tokenizer.decode(ids, skip_special_tokens=True)).replace("\0", "")
 
 
-def _writer(model: LoadedModel, what: str) -> LoadedModel:
+def _require_writer(model: LoadedModel, what: str) -> LoadedModel:
     if model.base.kind != "causal" or model.head is not None:
         raise ConfigError(f"the {what} {model.base.name} writes no text", "a language model")
     return model

@@ -25,21 +25,23 @@ class Prompts:
 
 
 def read(file: PublicTable) -> Prompts:
-    """Errors: DataError (file), ConfigError (no licence, no prompt column)."""
+    """Read a file of public prompts.
+
+    Errors: DataError (file), ConfigError (no licence, no prompt column)."""
     if not file.licence.strip():
         raise ConfigError("--licence is empty", "under what the prompts may be used, e.g. CC0-1.0")
     if file.columns.messages or not (file.columns.prompt or file.columns.text):
         raise ConfigError("the prompts have no prompt column", "--column prompt=NAME")
     records, rejected = read_records(file, labelled=False)
     records = [r if r.prompt else replace(r, prompt=r.completion, completion="") for r in records]
-    body = hashlib.sha256()
+    digest = hashlib.sha256()
     for record in records:
         for part in (record.prompt, record.completion):
-            body.update(hashlib.sha256(part.encode()).digest())
+            digest.update(hashlib.sha256(part.encode()).digest())
     if len(records) < 4:
         raise DataError(f"{file.path}: {len(records)} usable prompts", "at least 4")
     about = {
-        "digest": "sha256:" + body.hexdigest(),
+        "digest": "sha256:" + digest.hexdigest(),
         "licence": file.licence,
         "prompts": len(records),
         "left_out": sum(rejected.values()),
@@ -47,40 +49,40 @@ def read(file: PublicTable) -> Prompts:
     return Prompts(records, about)
 
 
-def completed(
+def complete_prompts(
     records: list[Record],
     writer: LoadedModel,
     objective: ObjectiveTable,
     new_tokens: int,
     seed: int,
 ) -> tuple[list[Record], Counter[str]]:
-    """The records, what `writer` says in place of a missing completion; and what was left out."""
-    found: list[Record] = []
+    """Let `writer` complete the records without a completion; also returns what was left out."""
+    completed_records: list[Record] = []
     left_out: Counter[str] = Counter()
     for number, record in enumerate(records):
         try:
             if not record.completion:
-                record = _written(record, writer, objective, new_tokens, seed)
-            found.append(record)
+                record = _complete(record, writer, objective, new_tokens, seed)
+            completed_records.append(record)
         except Rejected as error:
             left_out[error.reason] += 1
         report("the teacher is writing", number + 1, len(records))
-    if not found:
+    if not completed_records:
         counts = ", ".join(f"{n} {reason}" for reason, n in left_out.most_common())
         raise DataError(
             f"no prompt got an answer ({counts})", todo="fewer --new-tokens, or shorter prompts"
         )
-    return found, left_out
+    return completed_records, left_out
 
 
-def _written(
+def _complete(
     record: Record, writer: LoadedModel, objective: ObjectiveTable, new_tokens: int, seed: int
 ) -> Record:
     ids = prompt_ids(record.prompt, objective, writer.tokenizer)
     if len(ids) + new_tokens > min(objective.max_length, writer.room):
         raise Rejected("too long")
-    (said,) = writer.write(ids, 1, new_tokens, f"{seed}\n{record.prompt}".encode())
-    text = str(writer.tokenizer.decode(said, skip_special_tokens=True))
+    (token_ids,) = writer.write(ids, 1, new_tokens, f"{seed}\n{record.prompt}".encode())
+    text = str(writer.tokenizer.decode(token_ids, skip_special_tokens=True))
     if not text.strip():
         raise Rejected("an empty answer")
     return replace(record, completion=text)

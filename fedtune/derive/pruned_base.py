@@ -14,42 +14,46 @@ from torch import nn
 from fedtune.bases.digest import weights
 from fedtune.bases.find import Base, load_backbone, load_tokenizer
 from fedtune.bases.shared_memory import stored_as
-from fedtune.derive.depth_pruning import best_gap, fewer, fits
+from fedtune.derive.depth_pruning import choose_pruned_layers, pruned_config, supports_refit
 from fedtune.errors import ConfigError, ModelError
 
-KEPT = ("README.md", "LICENSE")
+COPIED_FILES = ("README.md", "LICENSE")
 
 
-def shallow(base: Base, layers: int, folder: Path, texts: Sequence[np.ndarray] = ()) -> list[int]:
+def write_pruned_base(
+    base: Base, layers: int, folder: Path, texts: Sequence[np.ndarray] = ()
+) -> list[int]:
     """Write `base` with `layers` of its layers to `folder`, in the dtype that it is stored in;
-    returns which layers stayed.
+    returns the indices of the layers that stay.
 
-    texts: token ids of public texts, which say where to leave layers out, and to which the layer
-    before the gap is fitted (gap.py). Without them, or where an architecture cannot be fitted so,
-    the first layers stay, and the very last, which prepares the answer.
+    texts: token ids of public texts, which choose the layers to drop and to which the layer before
+    them is refitted (depth_pruning.py). Without them, or where an architecture does not support
+    the refit, the first layers stay, and the very last, whose output the head reads.
     Errors: ConfigError (not fewer), ModelError (an architecture without a list of layers)."""
-    files, halves = weights(base.path), (torch.bfloat16, torch.float16)
-    dtype = next((kind for kind in halves if stored_as(files, kind)), torch.float32)
+    files, half_dtypes = weights(base.path), (torch.bfloat16, torch.float16)
+    dtype = next((kind for kind in half_dtypes if stored_as(files, kind)), torch.float32)
     model: Any = load_backbone(base, dtype)
     holder, name = _layers(model, base)
-    own = getattr(holder, name)
-    total = len(own)
+    layer_list = getattr(holder, name)
+    total = len(layer_list)
     if not 1 < layers < total:
         raise ConfigError(f"--layers {layers}: {base.name} has {total}", f"2 to {total - 1}")
-    gap = range(layers - 1, total - 1)
-    if texts and fits(model):
-        found = best_gap(model, total - layers, texts)
-        gap = range(found.first, found.first + found.width)
-        own[found.first - 1].mlp.down_proj.weight = nn.Parameter(found.weight, requires_grad=False)
-    kept = [at for at in range(total) if at not in gap]
-    setattr(holder, name, nn.ModuleList([own[at] for at in kept]))
-    model.config = fewer(model.config, kept, total)
+    dropped = range(layers - 1, total - 1)
+    if texts and supports_refit(model):
+        pruned = choose_pruned_layers(model, total - layers, texts)
+        dropped = range(pruned.first, pruned.first + pruned.width)
+        layer_list[pruned.first - 1].mlp.down_proj.weight = nn.Parameter(
+            pruned.weight, requires_grad=False
+        )
+    kept_layers = [at for at in range(total) if at not in dropped]
+    setattr(holder, name, nn.ModuleList([layer_list[at] for at in kept_layers]))
+    model.config = pruned_config(model.config, kept_layers, total)
     model.save_pretrained(folder)
     load_tokenizer(base).save_pretrained(folder)
-    for each in KEPT:
-        if (base.path / each).is_file():
-            shutil.copy(base.path / each, folder / each)
-    return kept
+    for file_name in COPIED_FILES:
+        if (base.path / file_name).is_file():
+            shutil.copy(base.path / file_name, folder / file_name)
+    return kept_layers
 
 
 def _layers(model: nn.Module, base: Base) -> tuple[Any, str]:

@@ -17,18 +17,18 @@ from fedtune.errors import ConfigError
 from fedtune.models.loaded import LoadedModel
 
 Reward = Callable[[Sequence[str], Sequence[str]], list[float]]  # prompts, answers -> rewards
-Look = Callable[[int], bool]  # after so many steps: go on?
+OnStep = Callable[[int], bool]  # steps done -> whether to continue
 
 
-def improve_by(
+def train_rloo(
     policy: LoadedModel,
     prompts: Sequence[tuple[str, str]],
     reward: Reward,
-    look: Look,
-    how: RlooSettings,
+    on_step: OnStep,
+    settings: RlooSettings,
 ) -> None:
-    """Train `policy`'s adapter in place; `prompts`: each as it stands, and as the model reads it.
-    The policy at the start is the reference of the KL, a frozen copy of its adapter.
+    """Train `policy`'s adapter in place on `prompts`: (raw, templated) pairs. The KL's reference is
+    a frozen copy of the starting adapter. on_step: called after each step; False ends training.
 
     Errors: ConfigError (trl is not installed)."""
     wheel.quiet()
@@ -41,47 +41,47 @@ def improve_by(
 
     trained = [p for p in policy.model.parameters() if p.requires_grad]
 
-    def scored(completions: list[str], asked: list[str], **_: Any) -> list[float]:
+    def reward_of(completions: list[str], asked: list[str], **_: Any) -> list[float]:
         return reward(asked, completions)
 
-    class Watching(TrainerCallback):
+    class StepCallback(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            control.should_training_stop |= not look(int(state.global_step))
+            control.should_training_stop |= not on_step(int(state.global_step))
 
     with tempfile.TemporaryDirectory(prefix="fedtune-rl-") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = RLOOTrainer(
             model=policy.model,
             processing_class=policy.tokenizer,
-            reward_funcs=scored,
+            reward_funcs=reward_of,
             train_dataset=Dataset.from_list(
-                [{"prompt": seen, "asked": raw} for raw, seen in prompts]
+                [{"prompt": templated, "asked": raw} for raw, templated in prompts]
             ),
-            optimizers=(torch.optim.AdamW(trained, how.learning_rate, weight_decay=0.0), None),
-            callbacks=[Watching()],
-            args=_arguments(folder, how),
+            optimizers=(torch.optim.AdamW(trained, settings.learning_rate, weight_decay=0.0), None),
+            callbacks=[StepCallback()],
+            args=_arguments(folder, settings),
         )
         trainer.remove_callback(PrinterCallback)  # it prints at the end, whatever is logged
         trainer.train()
     policy.model.eval()
 
 
-def _arguments(folder: str, how: RlooSettings) -> Any:
+def _arguments(folder: str, settings: RlooSettings) -> Any:
     """trl's settings: no file, log or tracker of its own."""
     from trl import RLOOConfig
 
     return RLOOConfig(
         output_dir=folder,
-        max_steps=how.steps,
-        per_device_train_batch_size=how.prompts * how.answers,
-        num_generations=how.answers,
-        max_completion_length=how.new_tokens,
-        temperature=how.temperature,
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.prompts * settings.answers,
+        num_generations=settings.answers,
+        max_completion_length=settings.new_tokens,
+        temperature=settings.temperature,
         top_k=0,
-        beta=how.kl_coef,
-        learning_rate=how.learning_rate,
+        beta=settings.kl_coef,
+        learning_rate=settings.learning_rate,
         lr_scheduler_type="constant",
-        seed=how.seed,
+        seed=settings.seed,
         bf16=False,
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=False,

@@ -1,4 +1,4 @@
-"""How models are made of other models: every setting with its default, read by the command line."""
+"""Settings of labelling, RLOO and distillation, with the defaults that the command line reads."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class RlooSettings:
 
 @dataclass(frozen=True)
 class DistillSettings:
-    """The student's adapter, and how it learns.
+    """The student's adapter, and how it is trained.
 
     new_tokens: of the teacher's answer to a prompt without a completion. last_layers 0: adapters in
     all layers. None: as the first teacher has it, where the student is that teacher with fewer

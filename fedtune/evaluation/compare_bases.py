@@ -1,7 +1,7 @@
-"""Which base is large enough: candidates measured here, and the smallest that meets a target.
+"""Compare candidate bases on this machine, and choose the smallest that meets a target.
 
-Reads the study's public files alone: its plan, its public text, its evaluation records. What is
-said of ε is a prediction, from one pass over half of the evaluation records; no site is asked."""
+Reads the study's public files alone: its plan, its public text, its evaluation records. The metric
+at an ε is a prediction, from one pass over half of the evaluation records; no site is asked."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from fedtune.registry.metrics import METRICS
 
 @dataclass(frozen=True)
 class Row:
-    """One candidate. memory: bytes at the most, of a process that does all of this; tokens: a
-    second, at first sight of a record; step: records a second through a training step;
-    base: the untouched base's metric; predicted: ε -> the metric after the study, a prediction
-    (None where nothing was predicted); up, down: bytes a round and site. failed: why it cannot."""
+    """One candidate. memory: peak bytes of the process that measured it; tokens: a second, through
+    a record's first forward pass; step: records a second through a training step; base: the
+    untouched base's metric; predicted: ε -> the predicted metric after the study (None where
+    nothing was predicted); up, down: bytes a round and site; failed: why it was not measured."""
 
     model: str
     parameters: int = 0
@@ -76,14 +76,14 @@ def choose_base(
     quantised: Sequence[str] = (),
     on_event: OnEvent | None = None,
 ) -> Fit:
-    """Measure bases in the place of the study's own, and name the smallest that meets a target.
+    """Measure candidate bases for a study, and name the smallest that meets a target.
 
     Args:
         target: what the study's metric should reach.
         models: the candidates; without any, the study's base and those that need no model hub.
         sites, size: how many sites of which declared size to predict for.
         epsilons: predict at these too, besides the study's own.
-        quantised: methods by which each base is measured too, besides as the study has it.
+        quantised: quantisation methods to measure each base with too, besides the study's own.
         on_event: called with ("step", {…}) as the work goes on.
 
     Reads the study's public text and evaluation records, and no record of a site. Each base is
@@ -92,25 +92,32 @@ def choose_base(
     Errors: ConfigError (no [evaluation], no such file)."""
     models = models or known_bases(study)
     if study.evaluation is None:
-        raise ConfigError("fit: the study has no [evaluation] table", "one, with path and columns")
+        raise ConfigError("the study has no [evaluation] table", "one, with path and columns")
     if unknown := set(quantised) - {"nf4", "int8"}:
         raise ConfigError(f"--quantised {min(unknown)}: no such method", "nf4 or int8")
-    asked = sorted({*epsilons, *_own(study)}, reverse=True)
+    all_epsilons = sorted({*epsilons, *_study_epsilons(study)}, reverse=True)
     rows: list[Row] = []
     candidates = [(model, method) for model in models for method in (None, *quantised)]
     with told(on_event):
         for number, (model, method) in enumerate(candidates):
             report("measuring bases, one process each", number, len(candidates))
-            rows.append(_apart(study, model, method, sites, size, asked))
+            rows.append(_measure_apart(study, model, method, sites, size, all_epsilons))
     rows.sort(key=lambda row: (row.parameters or math.inf, row.memory))
     metric = study.evaluation.metric
-    own = _own(study)
-    foretold = any(row.predicted for row in rows)
-    by = f"predicted at ε = {own[0]:g}" if own and foretold else "of the untouched base"
+    own_epsilons = _study_epsilons(study)
+    any_predicted = any(row.predicted for row in rows)
+    by = (
+        f"predicted at ε = {own_epsilons[0]:g}"
+        if own_epsilons and any_predicted
+        else "of the untouched base"
+    )
     figures = [
-        (row.model, row.predicted[f"{own[0]:g}"] if own and row.predicted else row.base)
+        (
+            row.model,
+            row.predicted[f"{own_epsilons[0]:g}"] if own_epsilons and row.predicted else row.base,
+        )
         for row in rows
-        if not row.failed and (row.predicted or not foretold)
+        if not row.failed and (row.predicted or not any_predicted)
     ]
     high = METRICS[metric].higher_is_better
     meets = [m for m, v in figures if v is not None and (v >= target if high else v <= target)]
@@ -119,80 +126,80 @@ def choose_base(
 
 def known_bases(study: Study) -> list[str]:
     """The study's own base, and every language model that needs no hub."""
-    known = [PREFIX + name for name, entry in KNOWN.items() if entry.kind == "causal"]
-    return list(dict.fromkeys([study.base.model, *known]))
+    carried = [PREFIX + name for name, entry in KNOWN.items() if entry.kind == "causal"]
+    return list(dict.fromkeys([study.base.model, *carried]))
 
 
-def _own(study: Study) -> list[float]:
+def _study_epsilons(study: Study) -> list[float]:
     from fedtune.dp.plan import plan_for_site
 
     if not study.private:
         return []
-    given = study.privacy.epsilon if isinstance(study.privacy, PrivacyTable) else None
-    return [given or round(plan_for_site(study, 10**6).epsilon, 3)]
+    epsilon = study.privacy.epsilon if isinstance(study.privacy, PrivacyTable) else None
+    return [epsilon or round(plan_for_site(study, 10**6).epsilon, 3)]
 
 
-def _apart(
+def _measure_apart(
     study: Study, model: str, method: str | None, sites: int, size: int, epsilons: list[float]
 ) -> Row:
-    """Measured in a process of its own, so that its peak of memory is this candidate's."""
-    body = study.model_dump(mode="json")
-    body["base"] |= {"model": model, "digest": None}
+    """Measure a candidate in a process of its own, so that peak memory is this candidate's."""
+    plan = study.model_dump(mode="json")
+    plan["base"] |= {"model": model, "digest": None}
     name = model
     if method:
         dtype = "bfloat16" if study.base.dtype == "auto" else study.base.dtype
-        body["base"] |= {"dtype": dtype, "quantisation": {"method": method}}
+        plan["base"] |= {"dtype": dtype, "quantisation": {"method": method}}
         name = f"{model}, {method}"
-    if body["lora"]:
-        body["lora"]["a_digest"] = None
-    asked = {"study": json.dumps(body), "sites": sites, "size": size, "epsilons": epsilons}
-    done = subprocess.run(
+    if plan["lora"]:
+        plan["lora"]["a_digest"] = None
+    request = {"study": json.dumps(plan), "sites": sites, "size": size, "epsilons": epsilons}
+    process = subprocess.run(
         boot.command("fedtune.evaluation.compare_bases"),
         env=boot.environment(),
-        input=json.dumps(asked),
+        input=json.dumps(request),
         capture_output=True,
         text=True,
     )
     try:
-        return Row(model=name, **json.loads(done.stdout.splitlines()[-1]))
+        return Row(model=name, **json.loads(process.stdout.splitlines()[-1]))
     except (IndexError, ValueError, TypeError):
-        return Row(name, failed=f"the process that measured it ended with {done.returncode}")
+        return Row(name, failed=f"the process that measured it ended with {process.returncode}")
 
 
 # ------------------------------------------------------------------------------- one candidate
 
 
 def measure(study: Study, sites: int, size: int, epsilons: Sequence[float]) -> Row:
-    """This candidate, in this process. Errors: ModelError, ConfigError, DataError."""
+    """Measure one candidate in this process. Errors: ModelError, ConfigError, DataError."""
     from fedtune.data.load import load_dataset
     from fedtune.evaluation.evaluator import Evaluator
     from fedtune.models.start import start
     from fedtune.objectives import resolve
     from fedtune.wire.codec import layout, shapes
 
-    began = start(study)
-    study, objective = began.study, resolve(study.objective)
+    initial = start(study)
+    study, objective = initial.study, resolve(study.objective)
     assert study.evaluation is not None  # `fit` saw to it
-    network = _network(study, began.frozen)
+    network = _network(study, initial.frozen)
     data = CachedDataset(network, load_dataset(study.evaluation, study, network.tokenizer))
-    everything = range(len(data.dataset.examples))
+    all_rows = range(len(data.dataset.examples))
     tokens = sum(len(p.input_ids) for e in data.dataset.examples for p in e.passages)
     before = time.perf_counter()
     with torch.no_grad():
-        for batch in data.batches(everything):
+        for batch in data.batches(all_rows):
             objective.losses(network, batch)
     seconds = time.perf_counter() - before
-    evaluator = Evaluator(study, began.frozen)
+    evaluator = Evaluator(study, initial.frozen)
     base = evaluator.measure(None)[evaluator.metric]
-    network.load_trainable(began.adapter)
+    network.load_trainable(initial.adapter)
     step, predicted = _predicted(study, network, data, sites, size, epsilons)
     up, down = (
-        sum(form.nbytes for form in layout(shapes(began.adapter), encoding).values())
+        sum(form.nbytes for form in layout(shapes(initial.adapter), encoding).values())
         for encoding in (study.wire.update, study.wire.adapter)
     )
     return Row(
         model=study.base.model,
-        parameters=sum(map(_numbers, network.model.parameters())),
+        parameters=sum(map(_weight_count, network.model.parameters())),
         memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         tokens=tokens / seconds,
         step=step,
@@ -203,8 +210,8 @@ def measure(study: Study, sites: int, size: int, epsilons: Sequence[float]) -> R
     )
 
 
-def _numbers(parameter: torch.nn.Parameter) -> int:
-    """How many weights; in 4 bits, two are held as one."""
+def _weight_count(parameter: torch.nn.Parameter) -> int:
+    """Count the weights; a 4-bit parameter packs two into each element."""
     state = getattr(parameter, "quant_state", None)
     return math.prod(state.shape) if state else parameter.numel()
 
@@ -225,12 +232,13 @@ def _predicted(
     size: int,
     epsilons: Sequence[float],
 ) -> tuple[float, dict[str, float] | None]:
-    """(records a second through a step, ε -> share of records that one pass gets right).
+    """(records a second through a step, ε -> predicted accuracy after one pass).
 
-    v is the clipped sum over half of the evaluation records, as if `sites` times `size` units had
-    given it, with the noise of all their steps in one: σ/(q√T) a site. A record of the other half
-    gets the class whose own gradient points along v most. Both halves are tried, and averaged.
-    It told hopeless settings from learnable ones, and foretold 0.49 where a run reached 0.77."""
+    v is the clipped sum over half of the evaluation records, scaled to `sites` times `size` units,
+    with the noise of all their steps in one: σ/(q√T) a site. A record of the other half gets the
+    class whose gradient has the largest inner product with v; averaged over both halves. A rough
+    guide: it separated hopeless from learnable settings, and predicted 0.49 where a run reached
+    0.77."""
     from fedtune.objectives import resolve
     from fedtune.training.unit_gradients import UnitGradientEngine
 
@@ -244,29 +252,33 @@ def _predicted(
     classes = _classes(study, network, data.dataset)
     if classes is None or table is None or table.metric != "accuracy" or not epsilons:
         return rate, None
-    every, gold = classes
-    of = len(every.examples) // n
-    engine = UnitGradientEngine(CachedDataset(network, every), objective)
-    draw = torch.Generator().manual_seed(study.study.seed)
+    candidates, gold = classes
+    class_count = len(candidates.examples) // n
+    engine = UnitGradientEngine(CachedDataset(network, candidates), objective)
+    generator = torch.Generator().manual_seed(study.study.seed)
     c = study.clipping.max_grad_norm if study.clipping else 1.0
     noise = [c * math.sqrt(sites) * _noise(study, size, e) for e in epsilons]
-    right = torch.zeros(len(epsilons))
-    for given, asked in (halves, halves[::-1]):
-        mean = sums[0 if given is halves[0] else 1] * (sites * size / int(given.sum()))
-        drawn = torch.randn(len(mean), generator=draw)
-        along = torch.stack([mean + sigma * drawn for sigma in noise], dim=1)
-        rows = [r * of + k for r in torch.nonzero(asked)[:, 0].tolist() for k in range(of)]
+    correct = torch.zeros(len(epsilons))
+    for fit_half, test_half in (halves, halves[::-1]):
+        mean = sums[0 if fit_half is halves[0] else 1] * (sites * size / int(fit_half.sum()))
+        noise_direction = torch.randn(len(mean), generator=generator)
+        directions = torch.stack([mean + sigma * noise_direction for sigma in noise], dim=1)
+        rows = [
+            r * class_count + k
+            for r in torch.nonzero(test_half)[:, 0].tolist()
+            for k in range(class_count)
+        ]
         place = {row: at for at, row in enumerate(rows)}
         scores = torch.empty(len(rows), len(noise))
         for chunk in engine(rows):
-            scores[[place[row] for row in chunk.rows]] = chunk.flat().cpu() @ along
-        best = scores.view(-1, of, len(noise)).argmax(dim=1)
-        right += (best == torch.from_numpy(gold)[asked][:, None]).float().sum(dim=0)
-    return rate, {f"{e:g}": float(right[at]) / n for at, e in enumerate(epsilons)}
+            scores[[place[row] for row in chunk.rows]] = chunk.flat().cpu() @ directions
+        best = scores.view(-1, class_count, len(noise)).argmax(dim=1)
+        correct += (best == torch.from_numpy(gold)[test_half][:, None]).float().sum(dim=0)
+    return rate, {f"{e:g}": float(correct[at]) / n for at, e in enumerate(epsilons)}
 
 
 def _clipped(engine: Any, half: torch.Tensor, study: Study) -> torch.Tensor:
-    """The sum of the clipped gradients of some records, (d,)."""
+    """Sum the clipped gradients of the records in `half`, (d,)."""
     from fedtune.dp.clip import scales
 
     total = torch.zeros(engine.dimension)
@@ -280,7 +292,7 @@ def _clipped(engine: Any, half: torch.Tensor, study: Study) -> torch.Tensor:
 
 
 def _noise(study: Study, size: int, epsilon: float) -> float:
-    """σ/(q√T): the noise of a site's whole study in one pass, in C, at this ε."""
+    """σ/(q√T): a site's noise over the whole study as if in one pass, in units of C, at this ε."""
     from fedtune.dp.plan import plan_for_site
 
     assert isinstance(study.privacy, PrivacyTable)
@@ -291,35 +303,35 @@ def _noise(study: Study, size: int, epsilon: float) -> float:
 
 
 def _classes(study: Study, network: Network, data: Dataset) -> tuple[Dataset, np.ndarray] | None:
-    """Every record once with each class, one after another, and which is right; None where the
+    """Every record with each of its classes in turn, and the true class indices; None where the
     study has no classes."""
-    from fedtune.evaluation.evaluator import _spell
+    from fedtune.evaluation.evaluator import _with_choice
 
     table = study.evaluation
     labels = range(len(study.objective.labels))
     if study.objective.name == "classify" and labels:
-        each = [
+        candidates = [
             Example(e.input_ids, e.target_ids, k, e.unit) for e in data.examples for k in labels
         ]
         gold = np.array([e.label for e in data.examples])
     elif study.objective.name == "causal_lm" and table is not None and len(table.choices) > 1:
         ids = [network.tokenizer.encode(c, add_special_tokens=False) for c in table.choices]
         end = [network.tokenizer.eos_token_id] * study.objective.append_eos
-        each = [_spell(e, i + end) for e in data.examples for i in ids]
+        candidates = [_with_choice(e, i + end) for e in data.examples for i in ids]
         true = [e.target_ids[e.target_ids != NO_TARGET].tolist() for e in data.examples]
         gold = np.array([next((k for k, i in enumerate(ids) if t == i + end), -1) for t in true])
     else:
         return None
-    units = [Example(e.input_ids, e.target_ids, e.label, u) for u, e in enumerate(each)]
+    units = [Example(e.input_ids, e.target_ids, e.label, u) for u, e in enumerate(candidates)]
     return Dataset(units, len(units), data.rejected), gold
 
 
 def main() -> None:
-    """One candidate: the question on standard input, the row on standard output's last line."""
-    asked = json.load(sys.stdin)
+    """Measure one candidate: request on standard input, row on the last line of standard output."""
+    request = json.load(sys.stdin)
     try:
-        study = study_from_json(asked["study"])
-        row = asdict(measure(study, asked["sites"], asked["size"], asked["epsilons"]))
+        study = study_from_json(request["study"])
+        row = asdict(measure(study, request["sites"], request["size"], request["epsilons"]))
     except FedtuneError as error:
         row = asdict(Row("", failed=str(error)))
     row.pop("model")

@@ -1,4 +1,4 @@
-"""How good the model is on public or released records: per round, and of a finished run."""
+"""Evaluate a model on public or released records: per round, and of a finished run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROWS = 512  # positions whose logits over the vocabulary are held at once
 
 
 def check_evaluation(study: Study) -> None:
-    """Whether the study's [evaluation], if it has one, can be measured: its metric, columns and
+    """Check that the study's [evaluation], if it has one, can be measured: its metric, columns and
     choices, from the file and the base's tokenizer alone.
 
     Errors: ConfigError, DataError, as Evaluator's."""
@@ -47,14 +47,14 @@ def check_evaluation(study: Study) -> None:
     reader = modalities.reader(base, tokenizer, study.base.modality)
     data = load_dataset(table, study, tokenizer, reader=reader)
     if METRICS[table.metric].by_class and objective.record_format != "label":
-        _spelled(tokenizer, data, table.choices, study.objective.max_length)
+        _choice_tokens(tokenizer, data, table.choices, study.objective.max_length)
 
 
 class Evaluator:
-    """The study's [evaluation] records, ready to be measured again and again.
+    """Evaluates adapters on the study's [evaluation] records, as often as needed.
 
-    What is frozen below the adapters is computed once, here. Errors: ConfigError where the metric
-    does not fit the objective, DataError for the file."""
+    The frozen layers below the adapters are computed once, here. Errors: ConfigError where the
+    metric does not fit the objective, DataError for the file."""
 
     def __init__(self, study: Study, frozen: Arrays | None = None) -> None:
         table = study.evaluation
@@ -71,13 +71,13 @@ class Evaluator:
         self._records = CachedDataset(self.network, data)
         self._gold = np.array([e.label if self.classify else -1 for e in data.examples])
         self._single: torch.Tensor | None = None  # the token of each choice, where each has one
-        self._spelled: CachedDataset | None = None  # else every record with every choice
+        self._with_choices: CachedDataset | None = None  # else every record with every choice
         self._choices = len(table.choices)
         if METRICS[self.metric].by_class and not self.classify:
             self._read_choices(data, table.choices, study.objective.max_length)
         assess = self._pairs if self.paired else self._classes if self.classify else self._tokens
         self._assess: Callable[[Batch, Scores], None] = assess
-        for cached in (self._records, self._spelled):
+        for cached in (self._records, self._with_choices):
             if cached is not None:
                 cached.warm()
 
@@ -91,8 +91,8 @@ class Evaluator:
         return {name: scores.value(name) for name in dict.fromkeys((self.metric, "loss"))}
 
     def compare(self, champion: Arrays, challenger: Arrays) -> Compared:
-        """A paired bootstrap over the records (Efron & Tibshirani 1993, chapter 16); a tie is not
-        better. The same adapters on the same records always give the same answer."""
+        """Compare two adapters by a paired bootstrap over the records (Efron & Tibshirani 1993,
+        chapter 16); a tie is not better. Deterministic: the resamples have a fixed seed."""
         before, after = self.scores(champion), self.scores(challenger)
         sign = 1 if METRICS[self.metric].higher_is_better else -1
         better = [
@@ -104,17 +104,17 @@ class Evaluator:
 
     @torch.no_grad()
     def scores(self, adapter: Arrays | None) -> Scores:
-        """Every record's own figures. The network's arrays are put back afterwards."""
+        """Score every record with `adapter`. The network's arrays are restored afterwards."""
         self.network.load_frozen(self._factor)  # the network may have served another study since
-        asked = self.network.zero() if adapter is None else adapter
-        with self.network.loaded(trainable=asked):
+        trainable = self.network.zero() if adapter is None else adapter
+        with self.network.loaded(trainable=trainable):
             n = len(self)
             exact, chosen = np.zeros(n, bool), np.full(n, -1)
             scores = Scores(np.zeros(n), np.ones(n), exact, chosen, self._gold, np.zeros(n))
             for batch in self._records.batches(range(n)):
                 self._assess(batch, scores)
-            if self._spelled is not None:
-                scores.chosen = self._most_likely(self._spelled)
+            if self._with_choices is not None:
+                scores.chosen = self._most_likely(self._with_choices)
             return scores
 
     # ------------------------------------------------------------------------------ one batch
@@ -129,15 +129,15 @@ class Evaluator:
         scores.exact[index] = scores.chosen[index] == scores.gold[index]
 
     def _pairs(self, batch: Batch, scores: Scores) -> None:
-        """Preferred is what the model scores higher (a trained head) or would rather write: the
-        higher likelihood per token, so that neither a short nor a long completion gains by it."""
+        """A completion is preferred where its score (a trained head) or its likelihood per token
+        is higher; per token, so that length gives no advantage."""
         index = batch.index.numpy()
         if self.network.head is None:
-            said = likelihood(self.network, batch).mean
+            preference = likelihood(self.network, batch).mean
         else:
             hidden = self.network.hidden(batch.prefix, batch.mask, seen=batch.seen)
-            said = self.network.logits(self.network.pool(hidden, batch.mask))[:, 0]
-        better, worse = said.view(-1, 2).unbind(dim=1)
+            preference = self.network.logits(self.network.pool(hidden, batch.mask))[:, 0]
+        better, worse = preference.view(-1, 2).unbind(dim=1)
         scores.margin[index] = (better - worse).double().cpu().numpy()
         if self._objective.record_format == "preference":
             losses = self._objective.losses(self.network, batch)
@@ -163,7 +163,7 @@ class Evaluator:
         """(summed loss, targets, targets that are the most likely token), each (B,).
 
         Greedy decoding gives the completion exactly where every target is the most likely token
-        after the targets before it, so one pass over the true text tells, without decoding."""
+        after the targets before it, so one pass over the true text suffices, without decoding."""
         rows, at = torch.nonzero(batch.target_ids != NO_TARGET, as_tuple=True)
         loss, hit = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.bool)
         for i in range(0, len(rows), ROWS):
@@ -172,15 +172,15 @@ class Evaluator:
             logits = self.network.logits(hidden[rows[part], at[part]])
             loss[part] = functional.cross_entropy(logits, target, reduction="none")
             hit[part] = logits.argmax(dim=1) == target
-        size, of = len(batch.index), rows.cpu().numpy()
-        total = np.bincount(of, loss.double().numpy(), size)
-        right = np.bincount(of, hit.double().numpy(), size)
-        return total, np.bincount(of, minlength=size), right
+        size, record_of = len(batch.index), rows.cpu().numpy()
+        total = np.bincount(record_of, loss.double().numpy(), size)
+        right = np.bincount(record_of, hit.double().numpy(), size)
+        return total, np.bincount(record_of, minlength=size), right
 
-    def _most_likely(self, spelled: CachedDataset) -> np.ndarray:
+    def _most_likely(self, with_choices: CachedDataset) -> np.ndarray:
         """The choice of highest log-likelihood, summed over its tokens, (n,)."""
         likelihood = np.zeros(len(self) * self._choices)
-        for batch in spelled.batches(range(len(likelihood))):
+        for batch in with_choices.batches(range(len(likelihood))):
             hidden = self.network.hidden(batch.prefix, batch.mask, seen=batch.seen)
             likelihood[batch.index.numpy()] = -self._by_record(hidden, batch)[0]
         best: np.ndarray = likelihood.reshape(-1, self._choices).argmax(axis=1)
@@ -189,16 +189,18 @@ class Evaluator:
     # -------------------------------------------------------------------------------- choices
 
     def _read_choices(self, data: Dataset, choices: Sequence[str], max_length: int) -> None:
-        ids, gold = _spelled(self.network.tokenizer, data, choices, max_length)
+        ids, gold = _choice_tokens(self.network.tokenizer, data, choices, max_length)
         self._gold[:] = gold
         if all(len(i) == 1 for i in ids):
             self._single = torch.tensor([i[0] for i in ids], device=self.network.device)
         else:
-            every = [_spell(example, i) for example in data.examples for i in ids]
-            self._spelled = CachedDataset(self.network, Dataset(every, data.n_units, data.rejected))
+            examples = [_with_choice(example, i) for example in data.examples for i in ids]
+            self._with_choices = CachedDataset(
+                self.network, Dataset(examples, data.n_units, data.rejected)
+            )
 
 
-def _spelled(
+def _choice_tokens(
     tokenizer: PreTrainedTokenizerBase, data: Dataset, choices: Sequence[str], max_length: int
 ) -> tuple[list[list[int]], list[int]]:
     """The tokens of each choice, and which of them each record's completion is.
@@ -210,14 +212,14 @@ def _spelled(
     end, gold, cut = [tokenizer.eos_token_id], [], 0
     for example in data.examples:
         target = example.target_ids[example.target_ids != NO_TARGET].tolist()
-        found = next((k for k, i in enumerate(ids) if target in (i, i + end)), -1)
+        choice_index = next((k for k, i in enumerate(ids) if target in (i, i + end)), -1)
         full = len(example.input_ids) >= max_length - 1
-        cut += found < 0 and full and any(target == i[: len(target)] for i in ids)
-        gold.append(found)
-    of, strange = len(gold), gold.count(-1) - cut
-    if strange:
+        cut += choice_index < 0 and full and any(target == i[: len(target)] for i in ids)
+        gold.append(choice_index)
+    of, unmatched = len(gold), gold.count(-1) - cut
+    if unmatched:
         raise DataError(
-            f"evaluation: {strange} of {of} completions are none of evaluation.choices",
+            f"evaluation: {unmatched} of {of} completions are none of evaluation.choices",
             "each completion exactly as one of the choices, spaces included",
         )
     if cut:
@@ -229,7 +231,7 @@ def _spelled(
     return ids, gold
 
 
-def _spell(example: Example, choice: list[int]) -> Example:
+def _with_choice(example: Example, choice: list[int]) -> Example:
     """The example's prompt, completed with `choice` in place of its own completion."""
     prompt = example.input_ids[: int((example.target_ids != NO_TARGET).argmax()) + 1]
     ids = np.concatenate([prompt, np.array(choice[:-1], np.int32)])

@@ -1,4 +1,4 @@
-"""Let base and adapter write, side by side."""
+"""Generate text with the base alone and with a run's adapter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def generate(
     chat: bool | None = None,
     file: Path | None = None,
 ) -> tuple[str, str]:
-    """Let the base alone, and the base with a run's adapter, continue a prompt, greedily.
+    """Continue a prompt greedily, by the base alone and by the base with a run's adapter.
 
     Args:
         file: the image or recording, for a base that reads one.
@@ -33,23 +33,23 @@ def generate(
             records are conversations, or where it has none; else the prompt goes in as training
             saw it, in objective.template.
 
-    Returns both texts. The model is loaded as anybody would load it, by PEFT.
+    Returns both texts. The model is loaded by PEFT, as any user of the adapter would load it.
 
     Errors: ConfigError (no language model), ModelError."""
     import torch
 
     from fedtune import modalities
-    from fedtune.bases.architecture import inputs as seen_as
+    from fedtune.bases.architecture import inputs as media_inputs
     from fedtune.bases.find import find_base, load_backbone, load_tokenizer
     from fedtune.models.loaded import adapted, room
 
     study = run.study
     base = find_base(study.base.model, study.base.digest)
     if base.kind == "encoder" or resolve(study.objective).outputs:
-        raise _writes_nothing(run.folder)
+        raise _not_a_language_model(run.folder)
     tokenizer: Any = load_tokenizer(base)
     reader = modalities.reader(base, tokenizer, study.base.modality)
-    shown, prompt = _shown(reader, file, prompt, study.objective)
+    media, prompt = _media_and_prompt(reader, file, prompt, study.objective)
     backbone: Any = load_backbone(base, torch.float32)
     if study.base.quantisation:
         from fedtune.bases.quantise import rounded
@@ -60,23 +60,23 @@ def generate(
         chat = study.evaluation is None or bool(study.evaluation.columns.messages)
     inputs = _tokens(tokenizer, prompt, study.objective, chat, reader)
     _check_room(inputs["input_ids"].shape[1], max_new_tokens, room(backbone))
-    if shown is not None:
-        inputs |= seen_as(backbone, base.kind, shown, inputs["input_ids"])
+    if media is not None:
+        inputs |= media_inputs(backbone, base.kind, media, inputs["input_ids"])
     start = "input_ids"
-    if base.kind == "speech":  # its text is the decoder's; what it reads besides is sound
+    if base.kind == "speech":  # text goes to the decoder, sound to the encoder
         start = "decoder_input_ids"
         inputs = {"input_features": inputs["input_features"], start: inputs["input_ids"]}
 
     with torch.no_grad():
-        after = _written(model, tokenizer, inputs, start, max_new_tokens)
+        after = _completion(model, tokenizer, inputs, start, max_new_tokens)
         with model.disable_adapter():
-            return _written(model, tokenizer, inputs, start, max_new_tokens), after
+            return _completion(model, tokenizer, inputs, start, max_new_tokens), after
 
 
-def _written(
+def _completion(
     model: Any, tokenizer: Any, inputs: dict[str, Any], start: str, max_new_tokens: int
 ) -> str:
-    """What the model writes behind the tokens under `start`, greedily."""
+    """The model's greedy continuation of the tokens under `start`."""
     out = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
@@ -87,7 +87,7 @@ def _written(
     return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
 
 
-def _writes_nothing(folder: Path) -> ConfigError:
+def _not_a_language_model(folder: Path) -> ConfigError:
     return ConfigError(
         f"{folder}: this run trained a head, which writes no text",
         "a run of an objective on text, such as causal_lm or dpo",
@@ -95,12 +95,12 @@ def _writes_nothing(folder: Path) -> ConfigError:
     )
 
 
-def _check_room(asked: int, max_new_tokens: int, most: int) -> None:
-    """Errors: ConfigError where prompt and answer are more than the base reads."""
-    if asked + max_new_tokens > most:
+def _check_room(prompt_length: int, max_new_tokens: int, most: int) -> None:
+    """Check that prompt and answer fit the base's context. Errors: ConfigError."""
+    if prompt_length + max_new_tokens > most:
         raise ConfigError(
-            f"the prompt has {asked} tokens, and {max_new_tokens} new ones were asked for",
-            f"at most {most} together, which is all that the base reads",
+            f"the prompt has {prompt_length} tokens, and {max_new_tokens} new ones were asked for",
+            f"at most {most} together, the base's context",
             "a shorter prompt, or a smaller --max-new-tokens",
         )
 
@@ -120,10 +120,10 @@ def _tokens(
     return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
 
-def _shown(
+def _media_and_prompt(
     reader: Reader, file: Path | None, prompt: str, objective: ObjectiveTable
 ) -> tuple[torch.Tensor | None, str]:
-    """What the base's tower reads of `file`, and the prompt with its place-holders."""
+    """The media tensor of `file` for the base's encoder, and the prompt with place-holders."""
     from fedtune.data.media import load
     from fedtune.data.records import Record
 

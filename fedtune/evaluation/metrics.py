@@ -1,4 +1,4 @@
-"""Metrics of a model on records, with their intervals."""
+"""Metrics of a model on records, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ RESAMPLES = 1000
 @dataclass
 class Scores:
     """Per record: loss (n,) nats, mean over its targets (of a pair or a judged completion, the
-    objective's own); tokens (n,) targets; exact (n,) greedy decoding gives the completion; chosen
-    (n,) and gold (n,) class indices, -1 where not asked; margin (n,) by which the better completion
+    objective's loss); tokens (n,) targets; exact (n,) greedy decoding gives the completion; chosen
+    (n,) and gold (n,) class indices, -1 without classes; margin (n,) by which the better completion
     of a pair is preferred."""
 
     loss: np.ndarray
@@ -55,33 +55,33 @@ class Compared:
 
 def _f1(chosen: np.ndarray, gold: np.ndarray) -> float:
     """Macro F1 over the classes that occur in `gold` or `chosen`."""
-    each = [
+    per_class = [
         2 * ((chosen == k) & (gold == k)).sum() / ((chosen == k).sum() + (gold == k).sum())
         for k in np.union1d(chosen, gold)
     ]
-    return float(np.mean(each))
+    return float(np.mean(per_class))
 
 
 def intervals(before: Scores, after: Scores, metric: str) -> dict[str, tuple[float, float]]:
     """95 % intervals of both figures and of their difference on the same records."""
     n = len(before.loss)
-    drawn = _resamples(n)
-    pairs = np.array([[s.value(metric, rows) for s in (before, after)] for rows in drawn])
+    resamples = _resamples(n)
+    pairs = np.array([[s.value(metric, rows) for s in (before, after)] for rows in resamples])
     low, high = np.quantile(pairs, (0.025, 0.975), axis=0)
     change = np.quantile(pairs[:, 1] - pairs[:, 0], (0.025, 0.975))
-    found = {
+    bounds = {
         "before": (float(low[0]), float(high[0])),
         "after": (float(low[1]), float(high[1])),
         "change": (float(change[0]), float(change[1])),
     }
     if METRICS[metric].share:
         for name, scores in (("before", before), ("after", after)):
-            found[name] = wilson(scores.value(metric), n)
-    return found
+            bounds[name] = wilson(scores.value(metric), n)
+    return bounds
 
 
 def _resamples(n: int) -> list[np.ndarray]:
-    """Rows drawn with replacement, always the same ones."""
+    """Draw bootstrap samples of n rows, from a fixed seed."""
     random = np.random.default_rng(0)
     return [random.integers(0, n, n) for _ in range(RESAMPLES)]
 

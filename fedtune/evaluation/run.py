@@ -1,4 +1,4 @@
-"""A finished run, measured on a file of records."""
+"""Evaluate a finished run on a file of records."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def evaluate(
 
     Errors: ConfigError, DataError, ModelError."""
     study = run.study
-    old = study.evaluation
+    configured = study.evaluation
     if not isinstance(data, DataFile):
         data = with_columns_of(study, Path(data))
     table = EvaluationTable.model_validate(
         {
             "path": data.path,
             "columns": data.columns,
-            "metric": metric or (old.metric if old else "loss"),
-            "choices": tuple(choices) or (old.choices if old else ()),
+            "metric": metric or (configured.metric if configured else "loss"),
+            "choices": tuple(choices) or (configured.choices if configured else ()),
         }
     )
     saved = run.adapter()
     changes: dict[str, Any] = {"evaluation": table}
-    if study.lora:  # what was saved is what counts, wherever A came from and whether it was trained
+    if study.lora:  # the saved A is loaded, however it was initialised and whether it was trained
         changes["lora"] = study.lora.model_copy(update={"a_init": "public", "a_digest": None})
     frozen = {name: value for name, value in saved.items() if "lora_A" in name}
     study = study.model_copy(update=changes)
@@ -62,7 +62,7 @@ def evaluate(
 
 
 def with_columns_of(study: Study, data: Path) -> DataFile:
-    """A file whose columns are called as those of the study's evaluation file.
+    """Describe a file whose columns have the names of those of the study's evaluation file.
 
     Errors: ConfigError."""
     if study.evaluation is None:

@@ -1,11 +1,11 @@
-"""A file that a person named, read in one way: a regular file, up to a bound, and else a sentence.
+"""Read a file that a person named: a regular file up to a bound, else an error on one line.
 
-| not there, a folder, a pipe, a device, links in a circle | refused: no waiting, nothing endless |
+| missing, a folder, a pipe, a device, a symlink loop      | refused without blocking             |
 | larger than `most`                                       | refused before it is in memory       |
 | not UTF-8, JSON or TOML; nested deeper than DEPTH;       | refused                              |
 | a lone surrogate, which no file could hold again         | refused                              |
 
-Errors: `kind`, an InputError unless the caller has a closer one; it names the file alone.
+Errors: `kind`, an InputError unless the caller names a subclass; it holds the path, no content.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _DOTTED = re.compile(rf"{_PART}(?:[ \t]*\.[ \t]*{_PART}){{{DEPTH}}}")  # a key o
 
 
 def unusable(path: str | Path) -> str:
-    """Why no file can have this path, or ""."""
+    """Say why no file can have this path, or ""."""
     try:
         name = os.fsencode(path)
     except UnicodeEncodeError:
@@ -44,7 +44,7 @@ def unusable(path: str | Path) -> str:
 
 
 def regular(path: Path, expected: str, todo: str = "", kind: Kind = InputError) -> Path:
-    """`path`, which is a file that can be read. Errors: as above."""
+    """Check that `path` is a readable regular file; returns it. Errors: as above."""
     os.close(_opened(path, expected, todo, kind))
     return path
 
@@ -52,23 +52,23 @@ def regular(path: Path, expected: str, todo: str = "", kind: Kind = InputError) 
 def content(
     path: Path, expected: str, todo: str = "", kind: Kind = InputError, most: int = SMALL
 ) -> bytes:
-    """What is in the file. expected, todo: for the error. Errors: as above."""
+    """Read the file's bytes. expected, todo: for the error. Errors: as above."""
     try:
         with open(_opened(path, expected, todo, kind), "rb") as file:
-            body = file.read(most + 1)
+            data = file.read(most + 1)
     except OSError as error:
         raise kind(f"{path}: cannot be read ({error.strerror})", expected, todo) from None
     except MemoryError:
         raise kind(f"{path}: too large for this machine's memory", expected, todo) from None
-    if len(body) > most:
+    if len(data) > most:
         raise kind(f"{path}: larger than {most // 2**20} MiB", expected, todo)
-    return body
+    return data
 
 
 def text(
     path: Path, expected: str, todo: str = "", kind: Kind = InputError, most: int = SMALL
 ) -> str:
-    """The file's text, from UTF-8. Errors: as above."""
+    """Read the file as UTF-8 text. Errors: as above."""
     try:
         return content(path, expected, todo, kind, most).decode("utf-8")
     except UnicodeDecodeError:
@@ -78,32 +78,32 @@ def text(
 def json_in(
     path: Path, expected: str, todo: str = "", kind: Kind = InputError, most: int = SMALL
 ) -> dict[str, Any]:
-    """The JSON object in the file. Errors: as above."""
+    """Read the JSON object in the file. Errors: as above."""
     return _table(path, json.loads, "JSON", expected, todo, kind, most)
 
 
 def json_lines_in(path: Path, expected: str, todo: str = "") -> list[dict[str, Any]]:
-    """The JSON objects in the file, one a line. Errors: as above."""
+    """Read the JSON objects in the file, one a line. Errors: as above."""
 
-    def parse(said: str) -> dict[str, Any]:
-        rows = [json.loads(line) for line in said.splitlines()]
+    def parse(source: str) -> dict[str, Any]:
+        rows = [json.loads(line) for line in source.splitlines()]
         if not all(isinstance(row, dict) for row in rows):
             raise ValueError
         return {"rows": rows}
 
-    body = _table(path, parse, "JSON lines", expected, todo, InputError, LARGE)
-    rows: list[dict[str, Any]] = body["rows"]
+    table = _table(path, parse, "JSON lines", expected, todo, InputError, LARGE)
+    rows: list[dict[str, Any]] = table["rows"]
     return rows
 
 
 def toml_in(path: Path, expected: str, todo: str = "", kind: Kind = InputError) -> dict[str, Any]:
-    """The tables in the file. Errors: as above."""
+    """Read the TOML tables in the file. Errors: as above."""
     return _table(path, _toml, "TOML", expected, todo, kind, SMALL)
 
 
-def sound(body: Any) -> bool:
-    """Whether a parsed value is nested no deeper than DEPTH and holds text that UTF-8 can."""
-    level = [body]
+def is_sound(parsed: Any) -> bool:
+    """Whether a parsed value is nested no deeper than DEPTH and its text encodes as UTF-8."""
+    level = [parsed]
     for _ in range(DEPTH):
         if not level:
             return True
@@ -129,29 +129,29 @@ def _encodes(value: str) -> bool:
     return True
 
 
-def _toml(said: str) -> Any:
-    if _DOTTED.search(said):  # tomllib takes a time that is quadratic in a key's parts
+def _toml(source: str) -> Any:
+    if _DOTTED.search(source):  # tomllib takes a time that is quadratic in a key's parts
         raise RecursionError
-    return tomllib.loads(said)
+    return tomllib.loads(source)
 
 
 def _table(
     path: Path, parse: Any, form: str, expected: str, todo: str, kind: Kind, most: int
 ) -> dict[str, Any]:
-    said = text(path, expected, todo, kind, most)
+    source = text(path, expected, todo, kind, most)
     try:
-        body = parse(said)
+        parsed = parse(source)
     except RecursionError:
         raise kind(f"{path}: nested too deep", expected, todo) from None
     except tomllib.TOMLDecodeError as error:  # says where; of a plan, which holds no record
         raise kind(f"{path}: not valid TOML: {error}", expected, todo) from None
     except (ValueError, MemoryError):  # also a number of thousands of digits
         raise kind(f"{path}: not valid {form}", expected, todo) from None
-    if not isinstance(body, dict):
+    if not isinstance(parsed, dict):
         raise kind(f"{path}: not a JSON object", expected, todo)
-    if not sound(body):
+    if not is_sound(parsed):
         raise kind(f"{path}: nested too deep, or not valid text", expected, todo)
-    return body
+    return parsed
 
 
 def _opened(path: Path, expected: str, todo: str, kind: Kind) -> int:
@@ -159,25 +159,25 @@ def _opened(path: Path, expected: str, todo: str, kind: Kind) -> int:
     if why := unusable(path):
         raise kind(f"{str(path)[:80]}: {why}", expected, todo)
     try:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise kind(f"{path}: no such file", expected, todo) from None
     except OSError as error:
         raise kind(f"{path}: cannot be read ({error.strerror})", expected, todo) from None
-    mode = os.fstat(file).st_mode
+    mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
-        return file
-    os.close(file)
-    what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
-    raise kind(f"{path}: is {what}", expected, todo)
+        return descriptor
+    os.close(descriptor)
+    file_kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+    raise kind(f"{path}: is {file_kind}", expected, todo)
 
 
 def fingerprint(path: Path) -> str:
-    """sha256 of a file, or of the files in a folder by name; "" where nothing is there."""
-    found = sorted(path.iterdir()) if path.is_dir() else [path]
+    """sha256 of a file, or of the files in a folder by name; "" where there is none."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
     total = hashlib.sha256()
-    for each in found:
-        if each.is_file():
-            content = hashlib.sha256(each.read_bytes()).hexdigest()
-            total.update(f"{each.name} {content}\n".encode())
-    return total.hexdigest() if any(each.is_file() for each in found) else ""
+    for file in files:
+        if file.is_file():
+            content = hashlib.sha256(file.read_bytes()).hexdigest()
+            total.update(f"{file.name} {content}\n".encode())
+    return total.hexdigest() if any(file.is_file() for file in files) else ""

@@ -1,4 +1,4 @@
-"""A file is replaced whole, or stays as it was; what is new is there whole, or not at all."""
+"""Atomic writes: a file is replaced as a whole or unchanged, a new one complete or absent."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fedtune.errors import InfrastructureError
 
 
 def replace(path: Path, content: bytes, *, private: bool = False) -> Path:
-    """`content` in `path`, whole or not at all, on disk when this returns; returns `path`.
+    """Write `content` to `path` atomically and durably (fsync); returns `path`.
 
     A missing folder is made. private: file (0600) and a folder made here for this user alone.
-    Errors: InfrastructureError when the disk refuses; the file is then as it was."""
+    Errors: InfrastructureError where the write fails; the file is then unchanged."""
     draft = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         _folder(path.parent, 0o700 if private else 0o777)
@@ -36,7 +36,7 @@ def replace(path: Path, content: bytes, *, private: bool = False) -> Path:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make last which files are in `folder`. Errors: OSError."""
+    """Make the folder's directory entries durable (fsync). Errors: OSError."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -45,7 +45,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _folder(path: Path, mode: int) -> None:
-    """Make `path` and what is missing above it, each to last."""
+    """Make `path` and its missing parents, each durably."""
     if not path.is_dir():
         _folder(path.parent, mode)
         path.mkdir(mode, exist_ok=True)
@@ -65,8 +65,8 @@ def _write(path: Path, content: bytes, mode: int) -> None:
 
 @contextmanager
 def drafted(out: Path) -> Iterator[Path]:
-    """A path beside `out`, for a file or a folder, that becomes it when all went well; else nothing
-    is left. Errors: InfrastructureError."""
+    """Yield a path beside `out`, for a file or a folder, that is renamed to it on success and
+    removed on an exception. Errors: InfrastructureError."""
     draft = out.with_name(f"{out.name}.{os.getpid()}.new")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -52,7 +52,7 @@ from fedtune.flower.peers import (
     peer_of,
     tls_reason,
 )
-from fedtune.wire.protocol import spoken
+from fedtune.wire.protocol import version_fields
 
 FLEET = frozenset(
     "/v1/fleet/" + call
@@ -212,7 +212,7 @@ class Gateway:
         size = content_length(request)
         if call == (b"GET", STATUS):
             about: dict[str, Any] = {"name": record.name, "until": peer.until.isoformat()}
-            about |= {"now": certs.now().isoformat(), **spoken()}
+            about |= {"now": certs.now().isoformat(), **version_fields()}
             return await self._say(peer, 200, json.dumps(about).encode())
         if call == (b"POST", RENEW):
             if size is None or size > HEAD:

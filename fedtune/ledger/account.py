@@ -1,4 +1,4 @@
-"""What a ledger's verified entries add up to, in memory: charges, cohorts, declarations.
+"""The state that a ledger's verified entries fold into: charges, cohorts, declarations.
 
 Nothing here reads or writes a file; ledger.py does, and folds every entry in once."""
 
@@ -23,7 +23,7 @@ class Reservation:
 
     @property
     def slot(self) -> tuple[str, int, str]:
-        """What may leave the site once."""
+        """(study, round, adapter): at most one update leaves the site for it."""
         return self.charge.study, self.charge.round, self.adapter
 
 
@@ -40,7 +40,7 @@ class Account:
         self.withdrawn: set[str] = set()
         self.admitted: dict[str, str] = {}
         self.accepted: dict[str, list[Accepted]] = {}  # by dataset
-        # Datasets that are disjoint now: the entry before which they bore each other's charges.
+        # Pairs of disjoint datasets -> the entry before which charges count against both.
         self.apart_since: dict[frozenset[str], int] = {}
         self.arrivals = Arrivals()
 
@@ -48,12 +48,13 @@ class Account:
         """Take one verified entry into account."""
         body, time = entry.body, entry.body.get("time", 0)
         if entry.kind == "declare":
-            self._separate(entry.seq, body)
+            self._update_disjoint(entry.seq, body)
             self.declared[body["dataset"]] = {k: v for k, v in body.items() if k != "time"}
         elif entry.kind == "reserve":
             charge, out = Charge.read(body["charge"]), frozenset(body.get("out", ()))
-            what = body["dataset"], charge, body["adapter"]
-            self.reserved[entry.seq] = Reservation(*what, time, out)
+            self.reserved[entry.seq] = Reservation(
+                dataset=body["dataset"], charge=charge, adapter=body["adapter"], time=time, out=out
+            )
         elif entry.kind == "arrive":
             self.arrivals.fold(entry)
         elif entry.kind == "release":
@@ -67,17 +68,17 @@ class Account:
         elif entry.kind == "admit":
             self.admitted[body["plan"]] = body["by"]
         elif entry.kind == "accept":
-            one = Accepted(body["upto"], body["by"], body["why"], time)
-            self.accepted.setdefault(body["dataset"], []).append(one)
+            acceptance = Accepted(body["upto"], body["by"], body["why"], time)
+            self.accepted.setdefault(body["dataset"], []).append(acceptance)
         elif entry.kind != "open":
-            raise KeyError(entry.kind)  # what it charges is not known here
+            raise KeyError(entry.kind)  # a kind of a newer release: it may hold a charge
 
-    def disjoint(self, one: str, other: str) -> bool:
-        """Whether the two are declared disjoint, as they stand now."""
-        return frozenset((one, other)) in self.apart_since
+    def disjoint(self, first: str, second: str) -> bool:
+        """Whether the two datasets are currently declared disjoint."""
+        return frozenset((first, second)) in self.apart_since
 
     def against(self, dataset: str) -> list[Spent]:
-        """All that counts against `dataset`, oldest first."""
+        """List the charges that count against `dataset`, oldest first."""
         return [spent for spent in self.spent() if self._counts(spent, dataset)]
 
     def _counts(self, spent: Spent, dataset: str) -> bool:
@@ -95,26 +96,28 @@ class Account:
     def cohorts(self, dataset: str) -> list[Cohort]:
         spent = self.against(dataset)
         return [
-            Cohort(seq, *arrival, [s for s in spent if s.dataset != dataset or self._bears(s, seq)])
+            Cohort(seq, *arrival, [s for s in spent if self._is_charged(s, dataset, seq)])
             for seq, arrival in self.arrivals.cohorts(dataset).items()
         ]
 
-    def _bears(self, spent: Spent, arrival: int) -> bool:
-        """Whether who arrived with entry `arrival` took part in that round of their dataset."""
+    def _is_charged(self, spent: Spent, dataset: str, arrival: int) -> bool:
+        """Whether the cohort of `dataset` that arrived with entry `arrival` bears the charge."""
+        if spent.dataset != dataset:
+            return True
         return spent.seq > arrival and arrival not in self.reserved[spent.seq].out
 
     def newcomer(self, dataset: str) -> list[Charge]:
         return [spent.charge for spent in self.against(dataset) if spent.dataset != dataset]
 
-    def _separate(self, seq: int, body: Mapping[str, Any]) -> None:
-        """Take a declaration into account: which datasets are disjoint from now on, and whether
-        they were one until now."""
-        dataset, new = body["dataset"], body["dataset"] not in self.declared
-        for other, about in self.declared.items():
+    def _update_disjoint(self, seq: int, declaration: Mapping[str, Any]) -> None:
+        """Update which datasets are disjoint after a declaration, and since which entry."""
+        dataset, new = declaration["dataset"], declaration["dataset"] not in self.declared
+        for other, declared in self.declared.items():
             pair = frozenset((dataset, other))
             if other == dataset:
                 continue
-            if other not in body["disjoint_from"] and dataset not in about["disjoint_from"]:
+            named = other in declaration["disjoint_from"] or dataset in declared["disjoint_from"]
+            if not named:
                 self.apart_since.pop(pair, None)
             elif pair not in self.apart_since:
                 self.apart_since[pair] = 0 if new else seq

@@ -53,10 +53,10 @@ from fedtune.ledger.files import (
 from fedtune.wire.keys import SigningKey, canonical, verifies
 
 BUSY = 60.0  # seconds to wait for another process
-# PRAGMA user_version; raised when an older release could misread an entry. 0: as 1; 2: charges say
-# by which rules records were chosen, and what is not known may be accepted.
+# PRAGMA user_version; raised when an older release could misread an entry. 0: as 1; 2: charges hold
+# the rules by which records were chosen, and a charge of unknown ε may be accepted.
 FORMAT = 2
-FORMATS = 1000  # none is above: such a number is a flipped bit, and the entries speak for it
+FORMATS = 1000  # a larger number is a flipped bit: the entries are verified instead
 PRAGMAS = ("synchronous = EXTRA", "trusted_schema = OFF")
 START = "0" * 64  # prev of the first entry
 SCHEMA = (
@@ -80,20 +80,20 @@ def entry_hash(prev: str, kind: str, body: bytes) -> str:
 
 
 def signed_entry(hash_: str) -> bytes:
-    """What an entry's signature is over."""
+    """The bytes that an entry's signature signs."""
     return canonical({"ledger_entry": hash_})
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """A connection that commits to disk, by hand (no implicit transactions)."""
+    """Open a connection without implicit transactions that commits durably."""
     connection = sqlite3.connect(path, timeout=BUSY, isolation_level=None)
     try:
         for pragma in PRAGMAS:
             connection.execute(f"PRAGMA {pragma}")
-        ((found,),) = connection.execute("PRAGMA user_version")
-        if FORMAT < found < FORMATS:
+        ((version,),) = connection.execute("PRAGMA user_version")
+        if FORMAT < version < FORMATS:
             raise NewerLedger(
-                f"{path}: written by a newer fedtune (format {found})",
+                f"{path}: written by a newer fedtune (format {version})",
                 f"format {FORMAT} at most",
                 "upgrade fedtune again; nothing was changed",
             )
@@ -105,7 +105,7 @@ def connect(path: Path) -> sqlite3.Connection:
 
 @contextmanager
 def named(folder: Path) -> Iterator[None]:
-    """sqlite's and the system's errors, as LedgerErrors that say what to do."""
+    """Raise SQLite's and the system's errors as LedgerErrors that say what to do."""
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -126,18 +126,18 @@ def named(folder: Path) -> Iterator[None]:
 
 
 def _operational(folder: Path, error: sqlite3.OperationalError) -> LedgerError:
-    says, path = str(error), folder / DATABASE
-    if "locked" in says:
+    message, path = str(error), folder / DATABASE
+    if "locked" in message:
         return LedgerError(
             f"{path}: another process has been writing for {BUSY:.0f} s",
             todo="wait for it, or find out why it hangs; then run again",
         )
-    if "full" in says or "readonly" in says or "unable to open" in says or "I/O" in says:
+    if any(cause in message for cause in ("full", "readonly", "unable to open", "I/O")):
         return LedgerError(
-            f"{path}: cannot be written ({says})",
+            f"{path}: cannot be written ({message})",
             todo="free the disk or fix the permissions, then run again",
         )
-    return LedgerError(f"{path}: cannot be read as a ledger ({says})", todo=RESTORE)
+    return LedgerError(f"{path}: cannot be read as a ledger ({message})", todo=RESTORE)
 
 
 class Transaction:
@@ -164,8 +164,8 @@ class Transaction:
         return number
 
     def hash_at(self, seq: int) -> str | None:
-        found = list(self.sql.execute("SELECT hash FROM entries WHERE seq = ?", (seq,)))
-        return found[0][0] if found else None
+        rows = list(self.sql.execute("SELECT hash FROM entries WHERE seq = ?", (seq,)))
+        return rows[0][0] if rows else None
 
     def add_members(self, dataset: str, hashes: Iterable[bytes]) -> None:
         rows = ((hash_, dataset) for hash_ in hashes)
@@ -176,19 +176,19 @@ class Transaction:
         return {hash_ for (hash_,) in self.sql.execute(query, (dataset,))}
 
     def members(self, dataset: str) -> str:
-        """Digest of every member hash that the dataset ever had."""
+        """Digest all member hashes that the dataset ever had."""
         digest = hashlib.sha256()
         query = "SELECT hash FROM members WHERE dataset = ? ORDER BY hash"
         for (hash_,) in self.sql.execute(query, (dataset,)):
             digest.update(hash_)
         return digest.hexdigest()
 
-    def overlap(self, one: str, other: str) -> int:
+    def overlap(self, first: str, second: str) -> int:
         query = (
             "SELECT COUNT(*) FROM members a JOIN members b ON b.hash = a.hash AND b.dataset = ? "
             "WHERE a.dataset = ?"
         )
-        ((shared,),) = self.sql.execute(query, (other, one))
+        ((shared,),) = self.sql.execute(query, (second, first))
         return int(shared)
 
 
@@ -216,8 +216,8 @@ class Database:
 
     @contextmanager
     def writing(self) -> Iterator[Transaction]:
-        """One transaction, by one writer at a time; what it appends is on disk, and the anchor
-        names it, when the block is left. An exception in the block undoes it."""
+        """Open a transaction of one writer at a time. When the block is left, its entries are on
+        disk and the anchor names the newest; an exception in the block rolls it back."""
         with self._mutex, named(self.folder):
             connection = connect(self.path)
             try:
@@ -235,7 +235,7 @@ class Database:
                 connection.close()
 
     def verify(self) -> None:
-        """Every entry, hash and signature from the first on. Errors: LedgerError."""
+        """Verify every entry, hash and signature from the first on. Errors: LedgerError."""
         with self._mutex, named(self.folder):
             connection = connect(self.path)
             try:
@@ -250,18 +250,18 @@ class Database:
                 connection.close()
 
     def _catch_up(self, connection: sqlite3.Connection) -> None:
-        """Verify and fold what is new since the last transaction; then compare the anchor."""
+        """Verify and fold the entries since the last transaction; then compare the anchor."""
         if not list(connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'entries'")):
             self._create(connection)
         ((written,),) = connection.execute("PRAGMA user_version")
-        if written < FORMAT:  # from here on an older release must not write into it
+        if written < FORMAT:  # from now on an older release must not write to it
             connection.execute(f"PRAGMA user_version = {FORMAT}")
         last: tuple[Head, str] | None = None
         for entry, signature in chain(connection, self.path, self._head):
             head = Head(entry.seq, entry.hash)
             last = head, signature
             if self._head is not None and entry.seq <= self._head.seq:
-                continue  # the entry known before: same hash, as `chain` checked
+                continue  # already folded: same hash, as `chain` checked
             if entry.seq == 0:
                 check_first(self.path, entry, self.key.public, self.salt)
             if entry.kind == "restore":
@@ -271,7 +271,7 @@ class Database:
                 self._fold(entry)
             except (TypeError, KeyError) as error:
                 raise LedgerError(
-                    f"{self.path}: entry {entry.seq} means nothing here ({type(error).__name__})",
+                    f"{self.path}: entry {entry.seq} is not understood ({type(error).__name__})",
                     todo="use the version of fedtune that wrote it, or a newer one",
                 ) from None
             self._head = head
@@ -319,7 +319,7 @@ class Database:
         return head.hash == Transaction(connection, None, None).hash_at(head.seq)
 
     def check_receipts(self, connection: sqlite3.Connection) -> ReceiptLog:
-        """The newest receipts. Errors: LedgerError where the chain lacks one of their entries."""
+        """Read the newest receipts. Errors: LedgerError where the chain lacks their entries."""
         path = self.folder / RECEIPT
         receipts = read_receipts(path, self.key.public)
         if receipts is None:
@@ -335,15 +335,15 @@ class Database:
 
 
 def first_body(public: str, salt: bytes) -> dict[str, Any]:
-    """The first entry: it binds key and salt (another salt would hide overlapping members)."""
+    """Build the first entry's body, which binds key and salt (another salt would hide overlaps)."""
     return {"public": public, "salt": hashlib.sha256(salt).hexdigest()}
 
 
 def chain(
     connection: sqlite3.Connection, path: Path, after: Head | None
 ) -> Iterator[tuple[Entry, str]]:
-    """Entries from `after` on (itself first; from the start where None), each linked to the one
-    before it, with its signature unchecked. Errors: LedgerError at the first that does not fit."""
+    """Yield entries from `after` on (inclusive; from the start where None), each checked against
+    the one before it, its signature unchecked. Errors: LedgerError at the first broken link."""
     query = "SELECT seq, kind, body, prev, hash, signature FROM entries WHERE seq >= ? ORDER BY seq"
     last = after
     for seq, kind, packed, prev, hash_, signature in connection.execute(
@@ -351,17 +351,17 @@ def chain(
     ):
         try:
             body = json.loads(packed)
-            fits = entry_hash(prev, kind, packed) == hash_
+            valid = entry_hash(prev, kind, packed) == hash_
             if after is not None and last is after and seq == after.seq:
-                fits = fits and hash_ == after.hash
+                valid = valid and hash_ == after.hash
             else:
                 number = last.seq + 1 if last else 0
                 if kind == "restore" and last:
                     number = max(number, body["highest"] + 1)
-                fits = fits and (seq, prev) == (number, last.hash if last else START)
+                valid = valid and (seq, prev) == (number, last.hash if last else START)
         except (ValueError, TypeError, AttributeError, KeyError):
-            fits = False
-        if not fits:
+            valid = False
+        if not valid:
             raise _damaged(path, f"entry {seq} was edited, moved or follows a deleted one")
         last = Head(seq, hash_)
         yield Entry(seq, kind, body, hash_), signature
@@ -369,8 +369,8 @@ def chain(
         raise _damaged(path, f"entry {after.seq} was deleted")
 
 
-def _damaged(path: Path, what: str) -> LedgerError:
-    return LedgerError(f"{path}: damaged: {what}", todo=RESTORE)
+def _damaged(path: Path, detail: str) -> LedgerError:
+    return LedgerError(f"{path}: damaged: {detail}", todo=RESTORE)
 
 
 def check_signature(path: Path, public: str, head: Head, signature: str) -> None:
@@ -379,9 +379,9 @@ def check_signature(path: Path, public: str, head: Head, signature: str) -> None
 
 
 def check_first(path: Path, entry: Entry, public: str, salt: bytes) -> None:
-    found = {key: entry.body.get(key) for key in ("public", "salt")}
+    bound = {key: entry.body.get(key) for key in ("public", "salt")}
     for key, name in (("public", KEY), ("salt", SALT)):
-        if entry.kind != "open" or found[key] != first_body(public, salt)[key]:
+        if entry.kind != "open" or bound[key] != first_body(public, salt)[key]:
             raise LedgerError(
                 f"{path}: made with another {name} than the one beside it",
                 todo=f"put the right {name} back, or {RESTORE}",
@@ -389,7 +389,7 @@ def check_first(path: Path, entry: Entry, public: str, salt: bytes) -> None:
 
 
 def check_members(path: Path, reader: Transaction, members: Mapping[str, str]) -> None:
-    """Whether each dataset's members are those of its newest declaration. Errors: LedgerError."""
+    """Check each dataset's members against its newest declaration. Errors: LedgerError."""
     for dataset, digest in members.items():
         if reader.members(dataset) != digest:
             raise _damaged(path, f"the members of dataset {dataset!r} were edited")

@@ -1,7 +1,7 @@
-"""Who arrived when: a dataset's units by the ledger entry that first names them.
+"""Arrivals of units: a dataset's units by the ledger entry that first names them.
 
-Only studies without a last round keep arrivals. A unit of which none is known has been there since
-the first charge, as far as anybody can tell: it bears everything, never less."""
+Only studies without a last round keep arrivals. A unit without a known arrival is treated as
+present since the first charge, so it is charged for everything."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FIRST = 0  # the arrival of a unit that no entry names
 
 
 class Arrival(NamedTuple):
-    """cohort: its name; time: UTC seconds; units: how many, 0 where nobody counted."""
+    """cohort: its name; time: UTC seconds; units: how many, 0 where not counted."""
 
     cohort: str
     time: int
@@ -42,26 +42,26 @@ class Arrivals:
         return self._of.get(dataset, {}).get(unit, FIRST)
 
     def cohorts(self, dataset: str) -> dict[int, Arrival]:
-        """Every cohort that somebody may be in, oldest first."""
-        found = dict(sorted(self._cohorts.get(dataset, {}).items()))
-        if not found or dataset in self._older:
-            found = {FIRST: Arrival("first", 0, 0), **found}
-        return found
+        """List every cohort that may have units, oldest first."""
+        cohorts = dict(sorted(self._cohorts.get(dataset, {}).items()))
+        if not cohorts or dataset in self._older:
+            cohorts = {FIRST: Arrival("first", 0, 0), **cohorts}
+        return cohorts
 
     def entry(
-        self, dataset: str, known: Collection[bytes], keys: Sequence[bytes]
+        self, dataset: str, members: Collection[bytes], keys: Sequence[bytes]
     ) -> dict[str, Any] | None:
-        """What to enter before the units `keys` become the dataset's, if anything; all is salted.
+        """Build the entry to append before the units `keys` join the dataset, or None; all salted.
 
-        known: the dataset's members so far. A unit's arrival follows from its own key alone: what
-        others' records are, and whether they are the same, decides nothing.
+        members: the dataset's members so far. A unit's arrival depends on its own key alone, never
+        on other units' records.
 
         | a key that was never a member  | arrives now                                           |
         | a known key that arrived       | arrived when it did                                   |
         | a known key that never arrived | there from the first, in a study without arrivals |"""
-        here = self._of.get(dataset, {})
-        new = sorted({key.hex() for key in keys if key not in known})
-        older = any(key in known and key.hex() not in here for key in keys)
+        arrived = self._of.get(dataset, {})
+        new = sorted({key.hex() for key in keys if key not in members})
+        older = any(key in members and key.hex() not in arrived for key in keys)
         if not new and (not older or dataset in self._older):
             return None
         return {"dataset": dataset, "units": new, "older": older}

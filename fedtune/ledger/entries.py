@@ -1,4 +1,4 @@
-"""What a ledger holds: charges, acceptances and cohorts."""
+"""The contents of a ledger: charges, acceptances and cohorts."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fedtune.dp.accountant import Steps
 EVERY = "*"  # the dataset of a charge that counts against all of them
 
 
-# By which rules a unit's records are chosen. 1: which of a patient's records train, and who arrived
-# when, could follow from other patients' records, so the ε of those rounds is not known. 2: from
-# the unit's own.
+# Version of the rules by which a unit's records are chosen. 1: the choice of a patient's records,
+# and arrivals, could depend on other patients' records, so the ε of those rounds is not known. 2:
+# they depend on the unit's own records alone.
 RULES = 2
 Permit = Callable[[list["Charge"]], None]
 
@@ -40,12 +40,12 @@ class Charge:
     rules: int = RULES
 
     @classmethod
-    def read(cls, body: Mapping[str, Any]) -> Charge:
-        """From a ledger entry; one without rules is from before there were any."""
-        return cls(**{"rules": 1, **body})
+    def read(cls, fields: Mapping[str, Any]) -> Charge:
+        """Read a charge from a ledger entry; one without rules predates them: version 1."""
+        return cls(**{"rules": 1, **fields})
 
-    def known(self, unit: str) -> bool:
-        """Whether it says what one `unit` spent: not where it is of another unit, or where the
+    def is_known_for(self, unit: str) -> bool:
+        """Whether its ε holds for one `unit`: not where it is of another unit, or where the
         records were chosen by the RULES of an earlier release."""
         return self.rules == RULES and self.unit in (unit, "any")
 
@@ -71,7 +71,7 @@ class Spent:
 
 @dataclass(frozen=True)
 class Accepted:
-    """That somebody at the site goes on although what was charged up to entry `upto` is not known.
+    """A person's decision to go on although the ε of charges up to entry `upto` is not known.
 
     time: UTC seconds; why: in that person's words."""
 
@@ -83,10 +83,10 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Cohort:
-    """Units of a dataset that arrived together, and all that counts against each of them.
+    """Units of a dataset that arrived together, and the charges that count against each of them.
 
-    arrival: the entry that says so; 0: with the first charge, or at a time that nobody knows, and
-    then units, how many, is 0 as well."""
+    arrival: the entry that records it; 0: with the first charge, or at an unknown time; units is
+    then 0 as well."""
 
     arrival: int
     name: str

@@ -1,7 +1,7 @@
 """The ledger's plain files: signing and reading the anchor, the receipts and the salt.
 
 Guarantee: a head that this site's key did not sign is never returned.
-Errors: LedgerError; what the disk says (ledger_store.named makes it one).
+Errors: LedgerError; OSError (chain.named makes it one).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RESTORE = "`fedtune ledger --restore` (it charges what cannot be read as spent)"
 
 
 class LedgerError(InfrastructureError):
-    """The privacy ledger cannot be read, written or believed; nothing is trained meanwhile."""
+    """The privacy ledger cannot be read, written or verified; nothing is trained meanwhile."""
 
 
 class NewerLedger(LedgerError):
@@ -40,24 +40,26 @@ class Head(NamedTuple):
 
 
 def signed_head(seq: int, hash_: str) -> bytes:
-    """What the anchor's and a head statement's signature is over."""
+    """The bytes that the anchor and a head statement sign."""
     return canonical({"ledger_hash": hash_, "ledger_seq": seq})
 
 
-def head_in(body: Any, public: str) -> Head | None:
+def head_in(statement: Any, public: str) -> Head | None:
     """The head in {seq, hash, signature}; None where it is not one signed by `public`."""
     try:
-        head = Head(body["seq"], body["hash"])
-        good = type(head.seq) is int and isinstance(head.hash, str)
-        return head if good and verifies(public, signed_head(*head), body["signature"]) else None
+        head = Head(statement["seq"], statement["hash"])
+        if type(head.seq) is int and isinstance(head.hash, str):
+            signed = verifies(public, signed_head(*head), statement["signature"])
+            return head if signed else None
     except (ValueError, TypeError, KeyError):
-        return None
+        pass
+    return None
 
 
 def sealed_token(key: SigningKey, statement: dict[str, Any]) -> str:
-    """A head statement that this site alone can read, always of one length (hex).
+    """Encrypt a head statement so that this site alone can read it; of constant length (hex).
 
-    In clear its sequence number would tell the coordinator that the data changed, or that a
+    In clear its sequence number would reveal to the coordinator that the data changed, or that a
     patient withdrew. AES-256-GCM under a key derived from the site's own."""
     text = f"{statement['seq']:012d}{statement['hash']}{statement['signature']}".encode()
     nonce = os.urandom(12)
@@ -67,8 +69,8 @@ def sealed_token(key: SigningKey, statement: dict[str, Any]) -> str:
 def opened_token(key: SigningKey, token: object) -> dict[str, Any]:
     """The statement in a token; {} where it is not one of this site's."""
     try:
-        body = bytes.fromhex(str(token))
-        text = AESGCM(key.derive("ledger token")).decrypt(body[:12], body[12:], None).decode()
+        raw = bytes.fromhex(str(token))
+        text = AESGCM(key.derive("ledger token")).decrypt(raw[:12], raw[12:], None).decode()
         return {"seq": int(text[:12]), "hash": text[12:76], "signature": text[76:]}
     except (ValueError, InvalidTag):
         return {}
@@ -95,7 +97,7 @@ class Receipt(NamedTuple):
 
 
 class ReceiptLog(NamedTuple):
-    """accepted: each coordinator's newest; refused: those that the chain had no entry for."""
+    """accepted: each coordinator's newest; refused: those whose entry the chain lacked."""
 
     accepted: tuple[Receipt, ...] = ()
     refused: tuple[Receipt, ...] = ()
@@ -104,9 +106,9 @@ class ReceiptLog(NamedTuple):
     def every(self) -> tuple[Receipt, ...]:
         return self.accepted + self.refused
 
-    def plus(self, new: Receipt, known: bool) -> ReceiptLog:
-        """With `new` among them; an accepted one only where it is its coordinator's newest."""
-        if not known:
+    def plus(self, new: Receipt, in_chain: bool) -> ReceiptLog:
+        """Add `new`; an accepted one only where it is its coordinator's newest."""
+        if not in_chain:
             return self._replace(refused=(*(r for r in self.refused if r != new), new))
         older = [r for r in self.accepted if r.coordinator == new.coordinator]
         if older and older[0].head.seq >= new.head.seq:
@@ -133,41 +135,41 @@ def read_receipts(path: Path, public: str) -> ReceiptLog | None:
         return ReceiptLog()
     lists: list[tuple[Receipt, ...]] = []
     try:
-        body = json.loads(_content(path))
+        content = json.loads(_content(path))
         for name in ReceiptLog._fields:
-            found = []
-            for row in body[name]:
+            receipts = []
+            for row in content[name]:
                 if (head := head_in(row, public)) is None:
                     return None
-                found.append(Receipt(str(row["coordinator"]), head, row["signature"]))
-            lists.append(tuple(found))
+                receipts.append(Receipt(str(row["coordinator"]), head, row["signature"]))
+            lists.append(tuple(receipts))
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return ReceiptLog(*lists)
 
 
 def traces(folder: Path) -> list[str]:
-    """Which files of a ledger are in the folder."""
-    found = [n for n in (DATABASE, HEAD, RECEIPT, KEY, SALT, STEPS) if (folder / n).exists()]
+    """List the files of a ledger that are in the folder."""
+    names = [n for n in (DATABASE, HEAD, RECEIPT, KEY, SALT, STEPS) if (folder / n).exists()]
     if any((folder / OUTBOX).glob("*.bin")):
-        found.append(OUTBOX)
-    return found
+        names.append(OUTBOX)
+    return names
 
 
 def prepare(folder: Path) -> None:
-    """Say aloud that a ledger begins here, or check that the one that began is whole."""
+    """Mark the folder as a new ledger's, or check that an existing ledger is complete."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = traces(folder)
-    if not found:
+    present = traces(folder)
+    if not present:
         # Nothing is charged before this file is gone again.
         replace(folder / NEW, b"", private=True)
-    begun = (folder / NEW).exists() and not {HEAD, RECEIPT, OUTBOX, STEPS} & set(found)
+    begun = (folder / NEW).exists() and not {HEAD, RECEIPT, OUTBOX, STEPS} & set(present)
     if begun:
         os.close(os.open(folder / DATABASE, os.O_WRONLY | os.O_CREAT, 0o600))
     for name in (DATABASE, KEY, SALT):
         if name not in traces(folder) and not begun:
             raise LedgerError(
-                f"{folder / name}: missing, but {', '.join(found)} is there",
+                f"{folder / name}: missing, but {', '.join(present)} is there",
                 expected="the ledger whole, or nothing of it",
                 todo=RESTORE,
             )
@@ -183,7 +185,7 @@ def salt_at(path: Path) -> bytes:
 
 
 def outbox_prefix(digest: str) -> str:
-    """16 hexadecimal digits for a file name, whatever the digest is called."""
+    """16 hexadecimal digits of a digest for a file name; of another string, of its sha256."""
     tail = digest.rpartition(":")[2][:16]
     good = len(tail) == 16 and all(c in "0123456789abcdef" for c in tail)
     return tail if good else hashlib.sha256(digest.encode()).hexdigest()[:16]

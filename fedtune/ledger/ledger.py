@@ -1,23 +1,23 @@
-"""The site's privacy ledger: what was spent on which dataset, before it is spent.
+"""The site's privacy ledger: charges each round to a dataset before the round trains.
 
 Guarantee: a reservation is on disk before `reserve` returns, and counts from then on, released or
 not; an update that left the site has an entry, and its bytes can be sent again but never trained
-again for free. Whatever goes wrong charges more, never less: a crash between reservation and
-release, a restore, a name that turns out to hold another's patients.
+again for free. Every failure charges more, never less: a crash between reservation and release, a
+restore, a dataset name that turns out to hold another dataset's patients.
 
 What counts against a dataset: its own charges and those of every other dataset of the site, except
 datasets that were declared disjoint (by either). Two that were first composed and later declared
-disjoint bear what either had spent until then. All of that follows from what a person at the site
-declares, never from a record. A patient whose key is in both is left out of the later one
-(`elsewhere`).
-| σ = 0 (a study without privacy)   | charged as σ = 0: the dataset's ε is infinite               |
-| a reservation that is asked again | is charged again                                            |
-| a charge against a neighbour      | is permitted only if the neighbour may bear it too          |
-Who arrived later bears less (`cohorts`): of the dataset's own charges those after the arrival, but
-for rounds that left the cohort out; of every other charge all.
+disjoint are both charged for what either had spent until then. All of that follows from what a
+person at the site declares, never from a record. A patient whose key is in both is left out of the
+later one (`disjoint_member_test`).
+| σ = 0 (a study without privacy)      | charged as σ = 0: the dataset's ε is infinite             |
+| a round that is reserved again       | is charged again                                          |
+| a charge that counts against another | is permitted only if that dataset's budget permits it too |
+Units that arrived later (`cohorts`) are charged only for the dataset's rounds after their arrival,
+except rounds that left the cohort out, and for every charge of other datasets.
 | a unit known before arrivals were kept | arrived with the first charge |
-A charge that an earlier release made (`Charge.rules`), or one for another unit, says nothing about
-what a unit spent: `unknown` lists those that nobody at the site has accepted.
+A charge by an earlier release (`Charge.rules`), or one for another unit, gives no ε for a unit:
+`unknown` lists those that nobody at the site has accepted.
 The database and its chain: chain.py; anchor and receipts: files.py; restore: restore.py.
 Errors: LedgerError (exit code 4); BudgetExceeded and other refusals come from `permit`.
 Reference: Rogers et al. 2016 and Feldman & Zrnic 2021 (privacy filters, which `permit` applies).
@@ -84,7 +84,7 @@ class Ledger:
         return self._read()
 
     def verify(self) -> None:
-        """Read all of it again, with every signature. Errors: LedgerError."""
+        """Verify the whole ledger again, with every signature. Errors: LedgerError."""
         self._store.verify()
         with self._store.writing() as writer:
             self._check_members(writer)
@@ -98,46 +98,47 @@ class Ledger:
         cohort: str = "first",
         keys: Iterable[bytes] | None = None,
     ) -> None:
-        """Sign what `dataset` is: the others it shares no patient with, its content's hash, and its
-        members (patient keys, record bytes), of which only salted hashes are kept.
+        """Sign a declaration of `dataset`: the others it shares no patient with, its content's
+        hash, and its members (patient keys, record bytes), of which only salted hashes are kept.
 
         Cheap where nothing changed; a member that was ever in the dataset stays its member; without
         a content hash, content and cohort stay as they were. keys: of each unit, where arrivals are
-        kept. A key that was never a member arrives now, in a cohort of all such keys; whatever the
-        unit's records are, and whoever else has the same."""
+        kept. A key that was never a member arrives now, in a cohort of all such keys, whatever its
+        or other units' records are."""
         hashes = sorted({self._salted(member) for member in members})
         with self._store.writing() as writer:
-            known = self._account.declared.get(dataset, {})
+            previous = self._account.declared.get(dataset, {})
             arrival = None
             if keys is not None:
-                here = [self._salted(key) for key in keys]
-                arrival = self._account.arrivals.entry(dataset, writer.hashes(dataset), here)
+                salted_keys = [self._salted(key) for key in keys]
+                arrival = self._account.arrivals.entry(dataset, writer.hashes(dataset), salted_keys)
             writer.add_members(dataset, hashes)
-            body: dict[str, Any] = {
+            declaration: dict[str, Any] = {
                 "dataset": dataset,
                 "disjoint_from": sorted(set(disjoint_from)),
-                "content": known.get("content", "") if content_hash is None else content_hash,
-                "cohort": known.get("cohort", cohort) if content_hash is None else cohort,
+                "content": previous.get("content", "") if content_hash is None else content_hash,
+                "cohort": previous.get("cohort", cohort) if content_hash is None else cohort,
                 "members": writer.members(dataset),
             }
-            if body != known:
-                writer.append("declare", body)
+            if declaration != previous:
+                writer.append("declare", declaration)
             if arrival:
                 writer.append("arrive", {**arrival, "cohort": cohort})
 
     def holds(self, dataset: str, member: bytes) -> bool:
         """Whether `member` was ever declared as the dataset's."""
-        return self.known(dataset)(member)
+        return self.member_test(dataset)(member)
 
-    def known(self, dataset: str) -> Callable[[bytes], bool]:
+    def member_test(self, dataset: str) -> Callable[[bytes], bool]:
         """Build a test of whether a member was ever declared as the dataset's, as it stands now."""
         with self._store.writing() as writer:
             hashes = writer.hashes(dataset)
         return lambda member: self._salted(member) in hashes
 
-    def elsewhere(self, dataset: str) -> Callable[[bytes], bool]:
-        """Build a test of whether a dataset disjoint from `dataset` has a patient's key: who is in
-        both takes part where the key was first, or, declared so afterwards, nowhere."""
+    def disjoint_member_test(self, dataset: str) -> Callable[[bytes], bool]:
+        """Build a test of whether a dataset disjoint from `dataset` has a patient's key: a patient
+        in both takes part where the key was first, or, if they were declared disjoint afterwards,
+        in neither."""
         with self._store.writing() as writer:
             names = [
                 name for name in self._account.declared if self._account.disjoint(dataset, name)
@@ -147,52 +148,51 @@ class Ledger:
 
     @property
     def disjoint(self) -> list[tuple[str, str]]:
-        """The pairs of datasets that are declared to share no patient."""
+        """List the pairs of datasets that are declared to share no patient."""
         self._read()
         return sorted((min(pair), max(pair)) for pair in self._account.apart_since)
 
-    def overlap(self, one: str, other: str) -> int:
-        """How many members the two datasets were ever seen to share: patients, records, files and
-        longer texts. For a person at the site; nothing else follows from it."""
+    def overlap(self, first: str, second: str) -> int:
+        """Count the members that the two datasets ever shared: patients, records, files and longer
+        texts. Shown to a person at the site; no charge depends on it."""
         with self._store.writing() as writer:
-            return writer.overlap(one, other)
+            return writer.overlap(first, second)
 
     def unknown(self, dataset: str, unit: str) -> list[Spent]:
-        """Charges against `dataset` of which nobody knows what they cost one `unit`, and that
-        nobody at the site accepted."""
-        upto = max((one.upto for one in self.accepted(dataset)), default=-1)
+        """List charges against `dataset` whose ε for one `unit` is not known, and that nobody at
+        the site has accepted."""
+        upto = max((acceptance.upto for acceptance in self.accepted(dataset)), default=-1)
         spending = self.spending(dataset)
-        return [s for s in spending if s.seq > upto and not s.charge.known(unit)]
+        return [s for s in spending if s.seq > upto and not s.charge.is_known_for(unit)]
 
     def accepted(self, dataset: str) -> list[Accepted]:
-        """Who accepted that what was charged until then is not known, oldest first."""
+        """List the acceptances of charges whose ε is not known, oldest first."""
         self._read()
         return list(self._account.accepted.get(dataset, []))
 
     def accept(self, dataset: str, who: str, reason: str = "") -> None:
-        """Enter that a person at the site knows that what was spent on `dataset` until now is not
-        known, and goes on."""
+        """Enter that a person at the site accepts that the ε spent on `dataset` until now is not
+        known."""
         with self._store.writing() as writer:
             upto = self._store.head.seq
             writer.append("accept", {"dataset": dataset, "upto": upto, "by": who, "why": reason})
 
     def charges(self, dataset: str) -> list[Charge]:
-        """Everything that counts against `dataset`, oldest first."""
+        """List the charges that count against `dataset`, oldest first."""
         return [spent.charge for spent in self.spending(dataset)]
 
     def spending(self, dataset: str | None = None) -> list[Spent]:
-        """Everything that counts against `dataset`, with entry, time and release; None: all of
-        it."""
+        """List the charges against `dataset` with entry, time and release; None: all charges."""
         with self._store.writing():
             return self._account.spent() if dataset is None else self._account.against(dataset)
 
     def cohorts(self, dataset: str) -> list[Cohort]:
-        """The units of `dataset` by arrival, oldest first; with no arrival known, one cohort."""
+        """Group the units of `dataset` by arrival, oldest first; without arrivals, one cohort."""
         with self._store.writing():
             return self._account.cohorts(dataset)
 
     def newcomer(self, dataset: str) -> list[Charge]:
-        """What would count against a unit that arrives now."""
+        """List the charges that would count against a unit that arrives now."""
         with self._store.writing():
             return self._account.newcomer(dataset)
 
@@ -203,7 +203,7 @@ class Ledger:
 
     @property
     def datasets(self) -> list[str]:
-        """Every name that was declared here."""
+        """List the names of all datasets that were declared."""
         self._read()
         return sorted(self._account.declared)
 
@@ -211,8 +211,8 @@ class Ledger:
         """Charge `dataset` with one round from the adapter of digest `adapter`, if `permit` allows.
 
         `permit` gets all charges that count against a dataset, without the new one, and raises
-        to refuse. It is asked for `dataset` and for every other that the charge would count
-        against, while others wait; it must not call this ledger. Returns the reservation's number.
+        to refuse. It is called for `dataset` and for every other that the charge would count
+        against, under the write lock; it must not call this ledger. Returns the entry's number.
         Errors: what `permit` raises (nothing is charged); LedgerError."""
         with self._store.writing() as writer:
             if dataset not in self._account.declared:
@@ -226,18 +226,18 @@ class Ledger:
                 if entries not in asked:
                     asked.append(entries)
                     permit([s.charge for s in spent])
-            body = {"dataset": dataset, "charge": asdict(charge), "adapter": adapter}
-            return writer.append("reserve", body)
+            entry = {"dataset": dataset, "charge": asdict(charge), "adapter": adapter}
+            return writer.append("reserve", entry)
 
     def reserve_for(
         self, dataset: str, charge: Charge, adapter: str, permit: Permit
     ) -> tuple[int, frozenset[int]]:
-        """Charge the units of `dataset` whom `permit` allows with one round, cohort by cohort: a
-        cohort that it refuses is left out of the round and pays nothing for it. Returns the
-        reservation's number and the arrivals of who is out.
+        """Charge one round to the cohorts of `dataset` that `permit` allows: a cohort that it
+        refuses is left out of the round and not charged for it. Returns the reservation's number
+        and the arrivals of the cohorts left out.
 
-        Guarantee: who is out follows from public charges, the policy and the time of arrival, never
-        from a record; and the charge is made even where nobody is left.
+        Guarantee: who is left out follows from public charges, the policy and the time of arrival,
+        never from a record; and the charge is made even where no cohort remains.
         Errors: what `permit` raises for a newcomer, or for another dataset; LedgerError."""
         with self._store.writing() as writer:
             if dataset not in self._account.declared:
@@ -252,33 +252,33 @@ class Ledger:
                     permit(cohort.charges)
                 except Refused:
                     out.add(cohort.arrival)
-            body = {"dataset": dataset, "charge": asdict(charge), "adapter": adapter}
-            return writer.append("reserve", {**body, "out": sorted(out)}), frozenset(out)
+            entry = {"dataset": dataset, "charge": asdict(charge), "adapter": adapter}
+            return writer.append("reserve", {**entry, "out": sorted(out)}), frozenset(out)
 
-    def release(self, reservation: int, body: bytes) -> None:
-        """Keep an update's bytes, then enter that it may be sent. Send it only afterwards.
+    def release(self, reservation: int, update: bytes) -> None:
+        """Store an update's bytes, then enter that it may be sent. Send it only afterwards.
 
         Errors: LedgerError where the reservation is unknown or used, or another process released
-        this round first (send what `released` gives)."""
+        this round first (send what `released` returns)."""
         with self._store.writing() as writer:
-            held = self._account.reserved.get(reservation)
-            if held is None or reservation in self._account.done:
+            reserved = self._account.reserved.get(reservation)
+            if reserved is None or reservation in self._account.done:
                 raise LedgerError(f"{self.folder}: entry {reservation} is not an open reservation")
-            if self._kept(held.slot) is not None:
+            if self._released_bytes(reserved.slot) is not None:
                 raise LedgerError(
-                    f"{self.folder}: round {held.charge.round} was released by another process",
+                    f"{self.folder}: round {reserved.charge.round} was released by another process",
                     todo="nothing: it is sent again as it was released",
                 )
-            replace(self._path(held.slot), body, private=True)
-            kept = hashlib.sha256(body).hexdigest()
-            writer.append("release", {"reservation": reservation, "sha256": kept})
+            replace(self._path(reserved.slot), update, private=True)
+            digest = hashlib.sha256(update).hexdigest()
+            writer.append("release", {"reservation": reservation, "sha256": digest})
 
     def released(self, study: str, round_: int, adapter: str) -> bytes | None:
         """The bytes released for this round and adapter, or None.
 
-        Bytes that are gone or altered are None too: the round is then reserved, and paid, again."""
+        None as well where the bytes are missing or altered: the round is then charged again."""
         self._read()
-        return self._kept((study, round_, adapter))
+        return self._released_bytes((study, round_, adapter))
 
     def head_statement(self) -> dict[str, Any]:
         """{token}: the newest entry, signed, for the coordinator to countersign; opaque to it."""
@@ -291,8 +291,8 @@ class Ledger:
         or where the ledger lacks the entry: it was rolled back, and reserves nothing from now on,
         in any process, until it is restored."""
         token = {"token": receipt.get("token")}
-        said = opened_token(self.key, token["token"])
-        head = head_in(said, self.key.public)
+        statement = opened_token(self.key, token["token"])
+        head = head_in(statement, self.key.public)
         counter = str(receipt.get("countersignature"))
         if (
             head is None
@@ -307,7 +307,7 @@ class Ledger:
             )
         with self._store.writing() as writer:
             receipts = self._store.check_receipts(writer.sql)
-            new = Receipt(coordinator_public, head, str(said["signature"]))
+            new = Receipt(coordinator_public, head, str(statement["signature"]))
             after = receipts.plus(new, self._store.knows(writer.sql, new.head))
             if after != receipts:
                 replace(self.folder / RECEIPT, after.packed, private=True)
@@ -317,8 +317,8 @@ class Ledger:
         """Remove the bytes of every round of `study` before the newest that the coordinator gave a
         receipt for: it counts a round only after all earlier ones.
 
-        Who asks for one of them all the same is answered as for any bytes that are gone: the round
-        is reserved, and paid, again."""
+        A later request for one of them is handled as for missing bytes: the round is charged
+        again."""
         with self._store.writing() as writer:
             accepted = self._store.check_receipts(writer.sql).accepted
             heads = [r.head.seq for r in accepted if r.coordinator == coordinator_public]
@@ -332,11 +332,11 @@ class Ledger:
                     self._path(slot).unlink(missing_ok=True)
 
     def hashed(self, unit_key: bytes) -> str:
-        """The salted hash of a unit's key; means nothing outside this site."""
+        """Hash a unit's key with this site's salt."""
         return self._salted(unit_key).hex()
 
     def withdraw(self, unit_key: bytes) -> None:
-        """Enter that a unit's consent was withdrawn. Charges stay: what was released stays out."""
+        """Enter that a unit's consent was withdrawn. Charges stay, since releases stay released."""
         with self._store.writing() as writer:
             if self.hashed(unit_key) not in self._account.withdrawn:
                 writer.append("withdraw", {"unit": self.hashed(unit_key)})
@@ -356,8 +356,8 @@ class Ledger:
         return plan_digest in self._account.admitted
 
     def backup(self, to: Path, key: bool = False) -> None:
-        """A consistent copy of entries and salt in the new folder `to`; with the private key only
-        where asked. Errors: LedgerError, also where `to` already holds a ledger."""
+        """Copy entries and salt consistently into the new folder `to`; the private key only where
+        `key`. Errors: LedgerError, also where `to` already holds a ledger."""
         from fedtune.ledger.restore import backup
 
         with self._store.writing():
@@ -365,7 +365,7 @@ class Ledger:
 
     @classmethod
     def restore(cls, folder: Path, from_: Path | None = None) -> Ledger:
-        """Begin again from a backup (or from what is left), charging what is lost as spent."""
+        """Restore from a backup (or from the files left), charging lost entries as spent."""
         from fedtune.ledger.restore import restore
 
         restore(folder, from_)
@@ -383,14 +383,16 @@ class Ledger:
         name = f"{outbox_prefix(study)}-{round_}-{outbox_prefix(adapter)}.bin"
         return self.folder / OUTBOX / name
 
-    def _kept(self, slot: tuple[str, int, str]) -> bytes | None:
+    def _released_bytes(self, slot: tuple[str, int, str]) -> bytes | None:
         path, sha256 = self._path(slot), self._account.sent.get(slot)
         if sha256 is None or not path.exists():
             return None
         with named(self.folder):
-            body = path.read_bytes()
-        return body if hashlib.sha256(body).hexdigest() == sha256 else None
+            content = path.read_bytes()
+        return content if hashlib.sha256(content).hexdigest() == sha256 else None
 
     def _check_members(self, writer: Transaction) -> None:
-        members = {name: body["members"] for name, body in self._account.declared.items()}
+        members = {
+            name: declaration["members"] for name, declaration in self._account.declared.items()
+        }
         check_members(self.folder / DATABASE, writer, members)

@@ -1,4 +1,4 @@
-"""What a dataset has spent: a line for each study, and the whole against the policy."""
+"""Summarise a dataset's spending: by study, and in total against the policy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class StudyLine:
     """One study's share of a dataset's budget. epsilon: of this study alone, at the δ asked for.
 
     rounds: distinct rounds; charged: reservations, more than rounds where one was paid twice;
-    first, last: UTC seconds; known: whether ε is known (Charge.known)."""
+    first, last: UTC seconds; known: whether ε is known (Charge.is_known_for)."""
 
     name: str
     study: str
@@ -39,7 +39,7 @@ class StudyLine:
 
 @dataclass(frozen=True)
 class DatasetBudget:
-    """A dataset's total, as the ceiling is enforced on it, and the same composed by PLD.
+    """A dataset's total ε as the privacy filter bounds it, and the same composed by PLD.
 
     epsilon: at 2 · delta; pld: at delta, which is policy.max_delta; remaining: of
     policy.max_epsilon, never below 0."""
@@ -60,13 +60,13 @@ def study_lines(spent: Sequence[Spent], delta: float, unit: str | None = None) -
     """One line per study and dataset, in the order of their first charge. unit: whose ε; None: that
     of each study."""
     groups: dict[tuple[str, str], list[Spent]] = {}
-    for one in spent:
-        groups.setdefault((one.charge.study, one.dataset), []).append(one)
+    for entry in spent:
+        groups.setdefault((entry.charge.study, entry.dataset), []).append(entry)
     return [_line(group, delta, unit) for group in groups.values()]
 
 
 def _line(group: Sequence[Spent], delta: float, unit: str | None) -> StudyLine:
-    charges = [one.charge for one in group]
+    charges = [entry.charge for entry in group]
     sigmas, rates = [c.noise_multiplier for c in charges], [c.sampling_rate for c in charges]
     return StudyLine(
         name=charges[-1].name,
@@ -75,21 +75,21 @@ def _line(group: Sequence[Spent], delta: float, unit: str | None) -> StudyLine:
         unit=charges[0].unit,
         rounds=len({c.round for c in charges}),
         charged=len(charges),
-        released=sum(one.released and one.kind == "reserve" for one in group),
+        released=sum(entry.released and entry.kind == "reserve" for entry in group),
         steps=sum(c.steps for c in charges),
         sigma=(min(sigmas), max(sigmas)),
         rate=(min(rates), max(rates)),
         records=max(c.records for c in charges),
         epsilon=_epsilon([c.event for c in charges], delta),
-        first=min(one.time for one in group),
-        last=max(one.time for one in group),
-        known=all(charge.known(unit or charge.unit) for charge in charges),
+        first=min(entry.time for entry in group),
+        last=max(entry.time for entry in group),
+        known=all(charge.is_known_for(unit or charge.unit) for charge in charges),
     )
 
 
 def budget(dataset: str, spent: Sequence[Spent], policy: PolicyTable) -> DatasetBudget:
-    """What everything in `spent` costs the dataset, against the policy's ceiling."""
-    events = [one.charge.event for one in spent]
+    """Compose the charges in `spent`, against the policy's ceiling."""
+    events = [entry.charge.event for entry in spent]
     order = spent[0].charge.order if spent else 2.0
     total = total_epsilon(events, order, policy.max_delta)
     pld = _epsilon(events, policy.max_delta)
@@ -99,9 +99,9 @@ def budget(dataset: str, spent: Sequence[Spent], policy: PolicyTable) -> Dataset
 
 
 def heaviest(dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable) -> DatasetBudget:
-    """The dataset's budget: that of whoever has spent most."""
-    found = [budget(dataset, cohort.spent, policy) for cohort in cohorts]
-    return max(found, key=lambda each: each.epsilon)
+    """The dataset's budget: that of the cohort with the largest ε."""
+    budgets = [budget(dataset, cohort.spent, policy) for cohort in cohorts]
+    return max(budgets, key=lambda total: total.epsilon)
 
 
 def _epsilon(events: Sequence[Steps], delta: float) -> float:

@@ -1,4 +1,4 @@
-"""Plug-ins: what a name in study.toml or site.toml stands for.
+"""Plug-ins: resolve a name in study.toml or site.toml to a class.
 
 A plug-in is a dataclass whose fields are its options. It is a module of this release, or an entry
 point of a distribution that is installed beside it, and is imported when asked for by its name."""
@@ -35,20 +35,20 @@ class Group(Generic[T]):
     kind: type[T]
 
     def release(self) -> list[str]:
-        """Every plug-in of this release. Nothing of them is imported."""
+        """List the plug-ins of this release without importing them."""
         path = importlib.import_module(self.package).__path__
         return sorted(m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_"))
 
     def installed(self) -> list[str]:
-        """Every foreign plug-in that is installed. Nothing of them is imported."""
-        own, points = self.release(), metadata.entry_points(group=f"fedtune.{self.name}")
-        return sorted({point.name for point in points} - set(own))
+        """List the installed foreign plug-ins without importing them."""
+        release_names, points = self.release(), metadata.entry_points(group=f"fedtune.{self.name}")
+        return sorted({point.name for point in points} - set(release_names))
 
     def load(self, name: str) -> type[T]:
-        """The class of the plug-in `name`.
+        """Import and return the class of the plug-in `name`.
 
-        | a foreign name that two distributions offer | ConfigError: nobody knows which is meant |
-        Errors: ConfigError listing the names there are, or where it is none of this kind."""
+        | a foreign name that two distributions offer | ConfigError: it is ambiguous |
+        Errors: ConfigError listing the available names, or where it is not of this kind."""
         if name in self.release():
             return self._of_module(f"{self.package}.{name}")
         points = metadata.entry_points(group=f"fedtune.{self.name}", name=name)
@@ -60,63 +60,63 @@ class Group(Generic[T]):
             raise ConfigError(f"{self.key} = {name!r} is installed more than once ({offers})")
         (point,) = points
         try:
-            found = point.load()
+            plugin = point.load()
         except Exception as error:  # whatever the other distribution's code does when imported
             raise ConfigError(
                 f"{self.key} = {name!r}: {point.value} cannot be imported "
                 f"({type(error).__name__}: {error})"
             ) from error
-        if not (isinstance(found, type) and issubclass(found, self.kind)):
+        if not (isinstance(plugin, type) and issubclass(plugin, self.kind)):
             raise ConfigError(
                 f"{self.key} = {name!r}: {point.value} is none of the fedtune.{self.name}",
                 f"a class that extends {self.kind.__module__}.{self.kind.__qualname__}",
             )
-        return found
+        return plugin
 
-    def build(self, name: str, options: Mapping[str, Any], **given: Any) -> T:
-        """The plug-in `name` with its options. given: fields that `kind` itself has.
+    def build(self, name: str, options: Mapping[str, Any], **kind_fields: Any) -> T:
+        """Build the plug-in `name` with its options. kind_fields: fields that `kind` itself has.
 
-        Errors: ConfigError as `load` has it; or listing the options, or by a value of one."""
-        found: Any = self.load(name)
-        own = {field.name for field in dataclasses.fields(found)}
-        own -= set(getattr(self.kind, "__dataclass_fields__", ()))
-        known = {field.name: field for field in dataclasses.fields(found) if field.name in own}
-        at = self.key.rpartition(".")[0] + ".options"
+        Errors: ConfigError as for `load`; or listing the options, or for a value of one."""
+        plugin: Any = self.load(name)
+        option_names = {field.name for field in dataclasses.fields(plugin)}
+        option_names -= set(getattr(self.kind, "__dataclass_fields__", ()))
+        fields = {f.name: f for f in dataclasses.fields(plugin) if f.name in option_names}
+        table = self.key.rpartition(".")[0] + ".options"
         for option, value in options.items():
-            if option not in known:
-                expected = "one of " + ", ".join(known) if known else "no options"
-                raise ConfigError(f"{at}.{option} is not known", expected)
-            default = known[option].default
-            if default is not dataclasses.MISSING and _sort(default) is not _sort(value):
-                raise ConfigError(f"{at}.{option} = {value!r}", f"such as {default!r}")
+            if option not in fields:
+                expected = "one of " + ", ".join(fields) if fields else "no options"
+                raise ConfigError(f"{table}.{option} is not known", expected)
+            default = fields[option].default
+            if default is not dataclasses.MISSING and _toml_kind(default) is not _toml_kind(value):
+                raise ConfigError(f"{table}.{option} = {value!r}", f"such as {default!r}")
             if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(f"{at}.{option} = {value!r}", "a finite number")
+                raise ConfigError(f"{table}.{option} = {value!r}", "a finite number")
         options = {
             option: int(value)
-            if type(known[option].default) is int and float(value).is_integer()
+            if type(fields[option].default) is int and float(value).is_integer()
             else value
             for option, value in options.items()
         }
-        for option, field in known.items():
+        for option, field in fields.items():
             if option not in options and field.default is dataclasses.MISSING:
-                raise ConfigError(f"{at}.{option} is missing", f"a value; {name} has no default")
-        built: T = found(**given, **options)
+                raise ConfigError(f"{table}.{option} is missing", f"a value; {name} has no default")
+        built: T = plugin(**kind_fields, **options)
         return built
 
     def _of_module(self, path: str) -> type[T]:
         module = importlib.import_module(path)
-        (found,) = (
+        (plugin,) = (
             value
             for value in vars(module).values()
             if isinstance(value, type)
             and issubclass(value, self.kind)
             and value.__module__ == module.__name__
         )
-        return found
+        return plugin
 
 
-def _sort(value: object) -> type:
-    """What TOML tells apart: a text, a truth, a number."""
+def _toml_kind(value: object) -> type:
+    """The kind of value that TOML distinguishes: text, boolean, number."""
     return type(value) if isinstance(value, str | bool) else float
 
 

@@ -1,11 +1,11 @@
-"""The metrics that a report may hold: one table of what each of them is."""
+"""One table of the metrics that a report may hold: direction, bounds, interval, loggable."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-# What [evaluation] may ask for.
+# Values of evaluation.metric.
 MetricName = Literal["loss", "perplexity", "exact_match", "accuracy", "f1", "preference"]
 
 
@@ -40,5 +40,5 @@ OTHER = Metric(higher_is_better=True, loggable=False)  # of a report by another 
 
 
 def metric(name: object) -> Metric:
-    """What is known of the metric of this name."""
+    """Look up a metric by name; OTHER where this release does not know it."""
     return METRICS.get(str(name), OTHER)

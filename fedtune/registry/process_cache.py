@@ -1,5 +1,4 @@
-"""What a process keeps for as long as it runs, each cache by its name, so that a test or a program
-that lives long begins anew with one call."""
+"""Caches that live as long as the process, registered by name so that one call clears them."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _clear: dict[str, Callable[[], None]] = {}
 
 
-def kept(name: str, cache: T) -> T:
+def register(name: str, cache: T) -> T:
     """Register a dict or a set under `name`; returns it."""
     _clear[name] = cache.clear
     return cache
@@ -31,6 +30,6 @@ def cached(name: str, maxsize: int | None = 1) -> Callable[[F], F]:
 
 
 def clear(*names: str) -> None:
-    """Empty the caches of these names, or every cache: as if the process had just begun."""
+    """Empty the caches of these names, or every cache, as at the start of the process."""
     for name in names or _clear:
         _clear[name]()

@@ -15,27 +15,27 @@ BANNER = "NOT PRIVATE"
 __all__ = ["BANNER", "write"]
 
 
-def write(out: Path, body: dict[str, Any]) -> None:
+def write(out: Path, report: dict[str, Any]) -> None:
     """Write report.json, report.md and progress.png to `out` from one dict; each file is replaced
     whole or not at all, so a reader never sees half a report.
 
     The JSON is canonical: keys sorted, UTF-8, numbers finite (others become "nan" or "inf").
     Errors: InfrastructureError where the folder cannot be written."""
-    plain = _plain(body)
-    if not plain.get("private", False):
-        plain["banner"] = BANNER
-    text = json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    jsonable = _jsonable(report)
+    if not jsonable.get("private", False):
+        jsonable["banner"] = BANNER
+    text = json.dumps(jsonable, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     replace(out / "report.json", (text + "\n").encode())
-    replace(out / "report.md", markdown(plain).encode())
-    replace(out / "progress.png", png(plain))
+    replace(out / "report.md", markdown(jsonable).encode())
+    replace(out / "progress.png", png(jsonable))
 
 
-def _plain(value: Any) -> Any:
+def _jsonable(value: Any) -> Any:
     """The same value in JSON's own types."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        items = [_plain(item) for item in value]
+        items = [_jsonable(item) for item in value]
         return sorted(items, key=str) if isinstance(value, set | frozenset) else items
     if hasattr(value, "item"):  # a NumPy or torch scalar
         value = value.item()

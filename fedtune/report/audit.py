@@ -1,4 +1,4 @@
-"""The report's section on audits: what an attacker found, beside what is claimed."""
+"""The report's section on audits: ε found by attacks beside the ε claimed."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def section(audit: dict[str, Any]) -> list[str]:
 _AUDITS = {"one_step": "one step, a worst-case unit", "one_run": "one training run, coin by coin"}
 
 
-def _row(name: str, found: dict[str, Any]) -> list[str]:
-    verdict = "holds" if found.get("passed") else "broken"
-    if verdict == "broken" and found.get("weak"):
+def _row(name: str, result: dict[str, Any]) -> list[str]:
+    verdict = "holds" if result.get("passed") else "broken"
+    if verdict == "broken" and result.get("weak"):
         verdict = "too weak"
-    bounds = [figure(found.get(key)) for key in ("audited", "ceiling", "delta")]
-    return [name, rounded_up(found.get("claimed")), *bounds, verdict]
+    bounds = [figure(result.get(key)) for key in ("audited", "ceiling", "delta")]
+    return [name, rounded_up(result.get("claimed")), *bounds, verdict]
 
 
 def _notes(audit: dict[str, Any]) -> list[str]:
@@ -50,11 +50,12 @@ def _notes(audit: dict[str, Any]) -> list[str]:
             "run. A verdict of “too weak” means that less than 80 % of a claim of at least 3 was "
             "found, so that the step is not the one described."
         )
-    if whole := audit.get("one_run"):
+    if one_run := audit.get("one_run"):
         notes.append(
-            f"One run: {figure(whole.get('correct'))} of {figure(whole.get('guesses'))} guesses "
-            f"about {figure(whole.get('m'))} units were right after {figure(whole.get('steps'))} "
-            "steps (Steinke et al. 2023; no assumption, and far from tight)."
+            f"One run: {figure(one_run.get('correct'))} of {figure(one_run.get('guesses'))} "
+            f"guesses about {figure(one_run.get('m'))} units were right after "
+            f"{figure(one_run.get('steps'))} steps (Steinke et al. 2023; no assumption, and far "
+            "from tight)."
         )
     if secret := audit.get("exposure"):
         mean, limit = number(secret.get("mean")), number(secret.get("limit"))

@@ -1,4 +1,4 @@
-"""What a guarantee means, in words and odds that need no statistics."""
+"""Explain a privacy guarantee in words and odds that need no statistics."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 
 
 def best_guess(privacy: dict[str, Any]) -> float:
-    """How often an attacker can be right about one unit's presence, at most (a coin: 0.5).
+    """Bound an attacker's accuracy at guessing one unit's presence (a coin: 0.5).
 
     The attacker knows every other record and sees all that left the sites. The smaller of two
     bounds, over the worst site: (e^ε + δ) / (1 + e^ε) (Kairouz et al. 2015, region of an (ε, δ)
     test), and, where every step takes every unit (q = 1), Φ(√steps / 2σ), exact for the Gaussian
     mechanism (Dong et al. 2019, Corollary 3.3)."""
     sites = list(privacy.get("sites", {}).values()) or [privacy]
-    return max(_one(site) for site in sites)
+    return max(_site_guess(site) for site in sites)
 
 
-def _one(site: dict[str, Any]) -> float:
+def _site_guess(site: dict[str, Any]) -> float:
     epsilon, delta = number(site.get("epsilon")), number(site.get("delta"))
     if epsilon is None or delta is None:
         return 1.0
@@ -35,7 +35,7 @@ def percent(value: float) -> str:
 
 
 def rounded_up(value: Any, digits: int = 3) -> str:
-    """ε for people: never smaller than it is."""
+    """Format ε rounded up, so that the figure shown is never below the true one."""
     n = number(value)
     if n is None or not math.isfinite(n):
         return "none" if value is None else str(value)
@@ -50,7 +50,7 @@ def number(value: Any) -> float | None:
 
 
 def strength(epsilon: Any) -> str:
-    """Where ε stands in common practice (Ponomareva et al. 2023, "How to DP-fy ML", 5.2)."""
+    """Classify ε by common practice (Ponomareva et al. 2023, "How to DP-fy ML", 5.2)."""
     n = number(epsilon)
     if n is None:
         return "not known"
@@ -60,13 +60,13 @@ def strength(epsilon: Any) -> str:
 
 
 def protects(unit: str) -> str:
-    """What is protected, as a noun phrase."""
+    """Name what is protected, as a noun phrase."""
     return "all records of one patient" if unit == "patient" else f"one {unit}"
 
 
 def limits(unit: str) -> list[str]:
-    """What the guarantee does not cover; said in every report."""
-    rest = [
+    """List what the guarantee does not cover, for every report."""
+    common = [
         "What is true of the population. If these records show that a drug helps, the model may "
         "say so, and would have said so without any one of them.",
         "The same records in other studies, or one patient at several hospitals: the ε of each "
@@ -83,6 +83,6 @@ def limits(unit: str) -> list[str]:
             "A patient with several records. The protected unit is one record; for a patient with "
             "k records ε is up to k times as large. Use the patient unit where there is a patient "
             "column.",
-            *rest,
+            *common,
         ]
-    return rest
+    return common

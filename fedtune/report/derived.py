@@ -1,4 +1,4 @@
-"""The report of a model that was made at the coordinator from finished runs and public prompts."""
+"""The report's section on a model derived at the coordinator from runs and public prompts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from fedtune.report.claim import rounded_up
 from fedtune.report.text import cell, figure, table
 
 NOTE = (
-    "It was made from finished runs and public prompts alone, after the sites had released what "
-    "they released. Whatever is computed from that has at most the runs' own (ε, δ) "
+    "It was made from finished runs and public prompts alone, after the sites had released their "
+    "updates. Whatever is computed from these has at most the runs' own (ε, δ) "
     "(post-processing), so this step cost no ε."
 )
 
@@ -30,9 +30,9 @@ def section(derived: dict[str, Any]) -> list[str]:
         for parent in derived.get("parents") or []
     ]
     prompts = derived.get("prompts") or {}
-    found = [
+    paragraphs = [
         f"## How it was {cell(derived.get('step'))}\n\n{NOTE} The ε above is that of the runs "
-        "below, put together.",
+        "below, composed.",
         table(["run", "as", "ε", "δ", "plan", "base and adapter"], rows),
         f"Public prompts: {figure(prompts.get('prompts'))}, licence "
         f"{cell(prompts.get('licence'))}, `{cell(prompts.get('digest'))}`.",
@@ -40,5 +40,5 @@ def section(derived: dict[str, Any]) -> list[str]:
     for name in ("settings", "measured"):
         if values := derived.get(name):
             lines = [[cell(key), figure(value)] for key, value in sorted(values.items())]
-            found.append(table([name, ""], lines, numbers=False))
-    return found
+            paragraphs.append(table([name, ""], lines, numbers=False))
+    return paragraphs

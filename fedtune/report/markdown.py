@@ -1,4 +1,4 @@
-"""report.md: the claim first, then the numbers behind it."""
+"""Render report.md: the privacy claim first, then the numbers behind it."""
 
 from __future__ import annotations
 
@@ -18,42 +18,44 @@ from fedtune.report.text import cell, figure, table
 
 HELD_OUT = "the study's held-out records"
 BEFORE_AFTER = ("base alone", "with the adapter")
-WAYS = ("bytes_up", "bytes_down")
+DIRECTIONS = ("bytes_up", "bytes_down")
 MOST_COLUMNS = 6  # of sites beside each other
 
 
-def markdown(body: dict[str, Any]) -> str:
+def markdown(report: dict[str, Any]) -> str:
     """The whole report as Markdown. Text that came from a site is escaped and cut to one line."""
     from fedtune.report.audit import section  # which writes with this module's cell and table
     from fedtune.report.derived import section as derived
     from fedtune.report.merged import section as merged
 
-    ran = not {"merge", "derived"} & body.keys()  # else no round was
+    ran = not {"merge", "derived"} & report.keys()  # else no round was
 
     parts = [
-        f"# {cell(body.get('study', 'study'))}: report",
-        _claim(body) if body.get("private") else _banner(body),
-        _quality(body.get("quality") or {}) if "merge" not in body else "",  # told of each parent
-        *derived(body.get("derived") or {}),
-        *merged(body.get("merge") or {}, body.get("privacy") or {}),
-        _private_quality(body) if body.get("private") else "",
-        _alone(body["quality"]["metric"], body["alone"]) if body.get("alone") else "",
-        _sites(body.get("privacy") or {}) if body.get("private") else "",
-        *section(body.get("audit") or {}),
-        _ranks(body.get("lora_ranks") or {}),
-        _rounds(body.get("rounds") or []) if ran else "",
-        _wire(body.get("wire") or {}, body.get("rounds") or []),
-        _missing(body.get("rounds") or [], body.get("sites") or {}) if ran else "",
-        _absences(body.get("absences") or {}, len(body.get("rounds") or [])),
-        _base(body),
-        f"Written by fedtune {cell(body.get('fedtune', ''))}; plan "
-        f"`{cell(body.get('plan_digest'))}`. The same numbers for machines: report.json.",
+        f"# {cell(report.get('study', 'study'))}: report",
+        _claim(report) if report.get("private") else _banner(report),
+        _quality(report.get("quality") or {})
+        if "merge" not in report
+        else "",  # told of each parent
+        *derived(report.get("derived") or {}),
+        *merged(report.get("merge") or {}, report.get("privacy") or {}),
+        _private_quality(report) if report.get("private") else "",
+        _alone(report["quality"]["metric"], report["alone"]) if report.get("alone") else "",
+        _sites(report.get("privacy") or {}) if report.get("private") else "",
+        *section(report.get("audit") or {}),
+        _ranks(report.get("lora_ranks") or {}),
+        _rounds(report.get("rounds") or []) if ran else "",
+        _wire(report.get("wire") or {}, report.get("rounds") or []),
+        _missing(report.get("rounds") or [], report.get("sites") or {}) if ran else "",
+        _absences(report.get("absences") or {}, len(report.get("rounds") or [])),
+        _base(report),
+        f"Written by fedtune {cell(report.get('fedtune', ''))}; plan "
+        f"`{cell(report.get('plan_digest'))}`. The same numbers for machines: report.json.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _claim(body: dict[str, Any]) -> str:
-    p = body["privacy"]
+def _claim(report: dict[str, Any]) -> str:
+    p = report["privacy"]
     unit = str(p.get("unit", "record"))
     epsilon, delta = rounded_up(p.get("epsilon")), figure(p.get("delta"))
     who = f"{protects(unit)} at any one site"
@@ -69,7 +71,7 @@ def _claim(body: dict[str, Any]) -> str:
         "(50 % is no knowledge, 100 % is certainty). This is a proven upper bound for the worst "
         "case, not the result of an attack that was tried. As a level of protection, ε = "
         f"{epsilon} is {strength(p.get('epsilon'))}.\n\n"
-        f"{_for_life(body)}{_held_out(p)}"
+        f"{_for_life(report)}{_held_out(p)}"
         f"ε is counted by {cell(p.get('accountant'))} from the log that each site writes as it "
         "adds the noise, not from the plan. δ is the probability set aside for outcomes that the "
         "bound on ε does not describe.\n\n"
@@ -77,8 +79,8 @@ def _claim(body: dict[str, Any]) -> str:
     )
 
 
-def _banner(body: dict[str, Any]) -> str:
-    warning = (body.get("privacy") or {}).get("warning")
+def _banner(report: dict[str, Any]) -> str:
+    warning = (report.get("privacy") or {}).get("warning")
     return (
         "> # ⚠ NOT PRIVATE\n>\n"
         "> **Privacy was switched off for this run.** No noise was added. The updates and the "
@@ -113,39 +115,39 @@ def _quality(quality: dict[str, Any]) -> str:
     )
 
 
-def _for_life(body: dict[str, Any]) -> str:
+def _for_life(report: dict[str, Any]) -> str:
     """Of a study without a last round; a paragraph, or nothing."""
-    if not body.get("continuous"):
+    if not report.get("continuous"):
         return ""
     return (
         "The study has no last round. ε is what a patient who was there in every round so far has "
         "paid, and never more than the plan's ε: at that a site leaves a patient out, for good. "
-        "Who arrived later has paid for the rounds since. Which patients are out is known at their "
-        "site alone.\n\n"
+        "A patient who arrived later has paid for the rounds after the arrival alone. Which "
+        "patients are out is known at their site alone.\n\n"
     )
 
 
 def _held_out(privacy: dict[str, Any]) -> str:
     """The claim about records that were only asked about; a paragraph, or nothing."""
-    found = privacy.get("evaluation") or {}
-    if not found.get("steps"):
+    evaluation = privacy.get("evaluation") or {}
+    if not evaluation.get("steps"):
         return ""
     return (
-        f"The sites' held-out records have ε = {rounded_up(found.get('epsilon'))} of their own "
-        "(private evaluation, below). For whoever is among both the training and the held-out "
-        f"records of a site it is ε = {rounded_up(found.get('with_training'))}.\n\n"
+        f"The sites' held-out records have ε = {rounded_up(evaluation.get('epsilon'))} of their "
+        "own (private evaluation, below). For whoever is among both the training and the held-out "
+        f"records of a site it is ε = {rounded_up(evaluation.get('with_training'))}.\n\n"
     )
 
 
-def _private_quality(body: dict[str, Any]) -> str:
-    found = (body.get("privacy") or {}).get("evaluation") or {}
-    asked = [
-        (r, r["private_quality"]) for r in body.get("rounds") or [] if r.get("private_quality")
+def _private_quality(report: dict[str, Any]) -> str:
+    evaluation = (report.get("privacy") or {}).get("evaluation") or {}
+    answered = [
+        (r, r["private_quality"]) for r in report.get("rounds") or [] if r.get("private_quality")
     ]
-    if not found or not asked:
+    if not evaluation or not answered:
         return ""
     rows = []
-    for r, q in asked:
+    for r, q in answered:
         value, deviation = number(q.get("likelihood")), number(q.get("noise_sd"))
         shown = "lost in the noise" if value is None else f"{value:.4f}"
         spread = "–" if deviation is None else f"± {2 * deviation:.4f}"
@@ -157,10 +159,10 @@ def _private_quality(body: dict[str, Any]) -> str:
         "## Private evaluation\n\nOn held-out records that stay at the sites: the mean probability "
         "that the model gives their answers (the geometric mean over an answer's tokens; higher is "
         "better). Each site sent two noised sums. "
-        f"For {protects(str(found.get('unit', 'record')))} there, all answers together have "
-        f"ε = {rounded_up(found.get('epsilon'))} at δ = {figure(found.get('delta'))}, "
-        f"from {figure(found.get('steps'))} answers with noise σ = "
-        f"{figure(found.get('noise_multiplier'))}.\n\n{table(head, rows)}"
+        f"For {protects(str(evaluation.get('unit', 'record')))} there, all answers together have "
+        f"ε = {rounded_up(evaluation.get('epsilon'))} at δ = {figure(evaluation.get('delta'))}, "
+        f"from {figure(evaluation.get('steps'))} answers with noise σ = "
+        f"{figure(evaluation.get('noise_multiplier'))}.\n\n{table(head, rows)}"
     )
 
 
@@ -196,10 +198,10 @@ def _sites(privacy: dict[str, Any]) -> str:
 
 
 def _ranks(ranks: dict[str, Any]) -> str:
-    """Who trained how many ranks; nothing where every site trained all of them."""
+    """How many ranks each site trained; nothing where every site trained all of them."""
     if not ranks:
         return ""
-    each = [f"{cell(name)} {figure(rank)}" for name, rank in sorted(ranks["sites"].items())]
+    trained = [f"{cell(name)} {figure(rank)}" for name, rank in sorted(ranks["sites"].items())]
     rows = []
     for band in ranks["columns"]:
         share, noise = number(band.get("share")), number(band.get("noise"))
@@ -209,8 +211,9 @@ def _ranks(ranks: dict[str, Any]) -> str:
     head = ["ranks", "share of the mean", "noise", "noise / share"]
     return (
         f"## Ranks by site\n\nOf {figure(ranks['of'])} ranks, a site trained in each round, in "
-        f"turn: {', '.join(each)}. Every update is divided by everybody's weight, so the aggregate "
-        "is the exact mean of what the sites changed: ranks that fewer train move by their share. "
+        f"turn: {', '.join(trained)}. Every update is divided by the sum of all weights, so the "
+        "aggregate is the exact mean of the sites' changes: ranks that fewer sites train move by "
+        "their share. "
         "Over all rounds, against a run in which every site trains all ranks (noise: the standard "
         f"deviation in one of the adapter's numbers):\n\n{table(head, rows)}"
     )
@@ -235,27 +238,30 @@ def _rounds(rounds: list[dict[str, Any]]) -> str:
 
 
 def _wire(wire: dict[str, Any], rounds: list[dict[str, Any]]) -> str:
-    """How numbers travelled, and each site's bytes: by round, or in all where sites are many."""
-    names = sorted({n for r in rounds for way in WAYS for n in r.get(way) or {}})
+    """The wire encodings, and each site's bytes: by round, or in total where sites are many."""
+    names = sorted({n for r in rounds for direction in DIRECTIONS for n in r.get(direction) or {}})
     if not names:
         return ""
-    by_round = [[figure(r.get("round")), *_each(names, [r])] for r in rounds]
-    whole = _each(names, rounds)
+    by_round = [[figure(r.get("round")), *_site_bytes(names, [r])] for r in rounds]
+    totals = _site_bytes(names, rounds)
     if len(names) <= MOST_COLUMNS:
-        found = table(["round", *map(cell, names)], [*by_round, ["all", *whole]])
+        bytes_table = table(["round", *map(cell, names)], [*by_round, ["all", *totals]])
     else:
-        found = table(["site", "all rounds"], zip(map(cell, names), whole, strict=True))
+        bytes_table = table(["site", "all rounds"], zip(map(cell, names), totals, strict=True))
     return (
         f"## Bytes by site\n\nFrom the site / to the site, as sent: updates as "
         f"{cell(wire.get('update'))}, the adapter as {cell(wire.get('adapter'))}. A plan, with the "
-        f"adapter's frozen factor, counts in the round that it was sent for.\n\n{found}"
+        f"adapter's frozen factor, counts in the round that it was sent for.\n\n{bytes_table}"
     )
 
 
-def _each(names: list[str], rounds: list[dict[str, Any]]) -> list[str]:
+def _site_bytes(names: list[str], rounds: list[dict[str, Any]]) -> list[str]:
     """For each site its bytes up and down, summed over `rounds`."""
     return [
-        " / ".join(figure(sum((r.get(way) or {}).get(name, 0) for r in rounds)) for way in WAYS)
+        " / ".join(
+            figure(sum((r.get(direction) or {}).get(name, 0) for r in rounds))
+            for direction in DIRECTIONS
+        )
         for name in names
     ]
 
@@ -265,20 +271,22 @@ def _bytes(by_site: Any) -> float:
 
 
 def _missing(rounds: list[dict[str, Any]], sites: dict[str, Any]) -> str:
-    seen: dict[tuple[str, str], list[int]] = {}
+    rounds_by_reason: dict[tuple[str, str], list[int]] = {}
     for r in rounds:
         late = {n: f"late: {why}" for n, why in (r.get("late") or {}).items()}
         for name, reason in ((r.get("missing") or {}) | late).items():
-            seen.setdefault((str(name), str(reason)), []).append(int(r.get("round") or 0))
-    named = {name for name, _ in seen}
+            rounds_by_reason.setdefault((str(name), str(reason)), []).append(
+                int(r.get("round") or 0)
+            )
+    named = {name for name, _ in rounds_by_reason}
     rows = [
-        [cell(name), "all", cell(said)]
-        for name, said in sorted(sites.items())
-        if said != "admitted" and name not in named
+        [cell(name), "all", cell(admission)]
+        for name, admission in sorted(sites.items())
+        if admission != "admitted" and name not in named
     ]
     rows += [
         [cell(name), cell(", ".join(map(str, at))), cell(reason)]
-        for (name, reason), at in sorted(seen.items())
+        for (name, reason), at in sorted(rounds_by_reason.items())
     ]
     if not rows:
         return "## Who was missing\n\nNobody: every site that was asked trained in every round."
@@ -289,24 +297,24 @@ def _absences(absences: dict[str, Any], rounds: int) -> str:
     rows = [
         [
             cell(name),
-            f"{figure(gone.get('rounds'))} of {rounds}",
-            figure(gone.get("longest_rounds")),
-            figure(gone.get("longest_seconds")),
+            f"{figure(absence.get('rounds'))} of {rounds}",
+            figure(absence.get("longest_rounds")),
+            figure(absence.get("longest_seconds")),
         ]
-        for name, gone in sorted(absences.items())
+        for name, absence in sorted(absences.items())
     ]
     head = ["site", "rounds missed", "longest absence, rounds", "longest absence, s"]
     return table(head, rows) if rows else ""
 
 
-def _base(body: dict[str, Any]) -> str:
-    base, parts = body.get("base") or {}, []
+def _base(report: dict[str, Any]) -> str:
+    base, parts = report.get("base") or {}, []
     rows = [[cell(key), cell(base.get(key))] for key in ("name", "digest", "licence", "dtype")]
     parts.append(f"## Base model\n\n{table(['', ''], rows, numbers=False)}")
-    known = {"privacy", "quality", "base", "rounds", "sites", "audit", "absences", "wire"}
-    known |= {"merge", "derived", "lora_ranks"}
-    for key, value in sorted(body.items()):
-        if key not in known and isinstance(value, dict) and value:
+    handled = {"privacy", "quality", "base", "rounds", "sites", "audit", "absences", "wire"}
+    handled |= {"merge", "derived", "lora_ranks"}
+    for key, value in sorted(report.items()):
+        if key not in handled and isinstance(value, dict) and value:
             rows = [[cell(name), _setting(item)] for name, item in sorted(value.items())]
             settings = table(["setting", "value"], rows, numbers=False)
             parts.append(f"## {cell(key).capitalize()}\n\n{settings}")

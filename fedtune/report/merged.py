@@ -1,4 +1,4 @@
-"""The report of an adapter that was merged from others: what it may claim, and from whom."""
+"""The report's section on a merged adapter: its parents, and how their ε were composed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def section(merge: dict[str, Any], privacy: dict[str, Any]) -> list[str]:
         "record was read, so nothing was spent by merging.",
         table(head, rows),
         *_budget(privacy),
-        *_kept(merge.get("kept") or []),
+        *_gains(merge.get("kept") or []),
     ]
 
 
@@ -42,23 +42,23 @@ def _budget(privacy: dict[str, Any]) -> list[str]:
     decided = privacy.get("decided") or []
     if not decided:
         return []
-    rows = [[" and ".join(map(str, each["parents"])), cell(each["how"])] for each in decided]
+    rows = [[" and ".join(map(str, pair["parents"])), cell(pair["how"])] for pair in decided]
     return [
-        "### How the budgets were put together\n\nNoised answers about held-out records are no "
+        "### How the budgets were composed\n\nNoised answers about held-out records are no "
         "part of an adapter: their ε stands in the parents' own reports.",
         table(["parents", "what is known of their data"], rows, numbers=False),
     ]
 
 
-def _kept(kept: list[dict[str, Any]]) -> list[str]:
+def _gains(measured: list[dict[str, Any]]) -> list[str]:
     rows = [
         [
-            str(each["parent"]),
-            cell(each["metric"]),
-            *(figure(each[name]) for name in ("base", "alone", "merged")),
-            "–" if each.get("kept") is None else f"{100 * each['kept']:.0f} %",
+            str(row["parent"]),
+            cell(row["metric"]),
+            *(figure(row[name]) for name in ("base", "alone", "merged")),
+            "–" if row.get("kept") is None else f"{100 * row['kept']:.0f} %",
         ]
-        for each in kept
+        for row in measured
     ]
     if not rows:
         return []

@@ -11,23 +11,23 @@ from fedtune.report.claim import number, rounded_up
 INK, FAINT, GOOD, COST, ALARM = "#222222", "#b8b8b8", "#1f6feb", "#b35900", "#c00000"
 
 
-def png(body: dict[str, Any]) -> bytes:
+def png(report: dict[str, Any]) -> bytes:
     """The picture as PNG bytes, drawn without a display (Agg)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    asked = _asked(body)
-    public = bool((body.get("quality") or {}).get("metric")) or not asked
-    panels = 1 + public + bool(asked)
+    private = _private_evaluations(report)
+    public = bool((report.get("quality") or {}).get("metric")) or not private
+    panels = 1 + public + bool(private)
     figure = Figure(figsize=(4.5 * panels, 3.6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     *shown, right = figure.subplots(1, panels)
     if public:
-        _quality(shown[0], body)
-    if asked:
-        _likelihood(shown[-1], asked)
-    if body.get("private"):
-        _epsilon(right, body)
+        _quality(shown[0], report)
+    if private:
+        _likelihood(shown[-1], private)
+    if report.get("private"):
+        _epsilon(right, report)
     else:
         _alarm(right)
         figure.suptitle(
@@ -41,10 +41,10 @@ def png(body: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _quality(axes: Any, body: dict[str, Any]) -> None:
+def _quality(axes: Any, report: dict[str, Any]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    quality = body.get("quality") or {}
+    quality = report.get("quality") or {}
     metric = quality.get("metric")
     points = [
         (row["round"], value)
@@ -69,10 +69,10 @@ def _quality(axes: Any, body: dict[str, Any]) -> None:
         f"{values[-1]:.3g}", (rounds[-1], values[-1]), xytext=(0, 6), ha="right",
         textcoords="offset points", color=GOOD, weight="bold",
     )  # fmt: skip
-    known = known_metric(metric)
-    lower = " (lower is better)" if not known.higher_is_better else ""
+    about = known_metric(metric)
+    lower = " (lower is better)" if not about.higher_is_better else ""
     axes.set_title(f"{str(metric).replace('_', ' ')}{lower}", loc="left", color=INK)
-    if known.bounded:
+    if about.bounded:
         axes.set_ylim(0, 1.02)
     axes.margins(y=0.15)
     axes.set_xlim(0, max(rounds[-1], 1))
@@ -80,21 +80,21 @@ def _quality(axes: Any, body: dict[str, Any]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _asked(body: dict[str, Any]) -> list[tuple[int, float, float]]:
-    """(round, likelihood, noise sd) of each private evaluation that told something."""
-    found = []
-    for row in body.get("rounds") or []:
-        told = row.get("private_quality") or {}
-        value, deviation = number(told.get("likelihood")), number(told.get("noise_sd"))
+def _private_evaluations(report: dict[str, Any]) -> list[tuple[int, float, float]]:
+    """(round, likelihood, noise sd) of each private evaluation that was not lost in the noise."""
+    points = []
+    for row in report.get("rounds") or []:
+        answer = row.get("private_quality") or {}
+        value, deviation = number(answer.get("likelihood")), number(answer.get("noise_sd"))
         if value is not None and deviation is not None:
-            found.append((int(row["round"]), value, deviation))
-    return found
+            points.append((int(row["round"]), value, deviation))
+    return points
 
 
-def _likelihood(axes: Any, asked: list[tuple[int, float, float]]) -> None:
+def _likelihood(axes: Any, private: list[tuple[int, float, float]]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    rounds, values, deviations = zip(*asked, strict=True)
+    rounds, values, deviations = zip(*private, strict=True)
     axes.errorbar(
         rounds, values, yerr=[2 * sd for sd in deviations], color=GOOD, marker="o", markersize=4,
         capsize=3, elinewidth=1, ecolor=FAINT,
@@ -106,13 +106,13 @@ def _likelihood(axes: Any, asked: list[tuple[int, float, float]]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _epsilon(axes: Any, body: dict[str, Any]) -> None:
+def _epsilon(axes: Any, report: dict[str, Any]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    privacy = body.get("privacy") or {}
+    privacy = report.get("privacy") or {}
     final = number(privacy.get("epsilon"))
     by_site: dict[str, list[tuple[int, float]]] = {}
-    for row in body.get("rounds") or []:
+    for row in report.get("rounds") or []:
         spent = row.get("epsilon")
         for name, value in spent.items() if isinstance(spent, dict) else [("", spent)]:
             if (n := number(value)) is not None:
@@ -121,7 +121,7 @@ def _epsilon(axes: Any, body: dict[str, Any]) -> None:
     if final is None:
         return _empty(axes, "ε", "not known")
     if not by_site:  # the rounds did not carry it: draw the one figure that is known
-        last = max([1, *[int(row["round"]) for row in body.get("rounds") or []]])
+        last = max([1, *[int(row["round"]) for row in report.get("rounds") or []]])
         by_site = {"": [(last, final)]}
     for points in by_site.values():
         rounds, values = zip(*points, strict=True)
@@ -148,8 +148,8 @@ def _alarm(axes: Any) -> None:
     axes.set_yticks([])
 
 
-def _empty(axes: Any, title: str, says: str) -> None:
+def _empty(axes: Any, title: str, text: str) -> None:
     axes.set_title(title, loc="left", color=INK)
-    axes.text(0.5, 0.5, says, ha="center", va="center", color="#777777", transform=axes.transAxes)
+    axes.text(0.5, 0.5, text, ha="center", va="center", color="#777777", transform=axes.transAxes)
     axes.set_xticks([])
     axes.set_yticks([])

@@ -31,7 +31,7 @@ from fedtune.server.bound import Terms
 from fedtune.server.exchange import Reply, ask, clean, size
 from fedtune.wire import codec
 from fedtune.wire.keys import SigningKey
-from fedtune.wire.protocol import OtherProtocol, check_peer, spoken
+from fedtune.wire.protocol import OtherProtocol, check_peer, version_fields
 from fedtune.wire.seal import Header, SealError, body_digest, opened, sign_plan
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -53,7 +53,7 @@ def plan_message(study: Study, frozen: Arrays, key: SigningKey) -> RecordDict:
     sent = study.model_copy(update=changes)
     signed = sign_plan(key, study.digest)
     plan = ConfigRecord(
-        {"study": sent.model_dump_json(), "digest": study.digest, **signed, **spoken()}
+        {"study": sent.model_dump_json(), "digest": study.digest, **signed, **version_fields()}
     )
     return RecordDict({"plan": plan, "frozen": to_record(frozen)})
 

@@ -51,13 +51,13 @@ class Quick:
 
 def next_slot(table: ScheduleTable, last: int | None, now: float) -> int:
     """The slot of the next round, the newest that has begun unless it had its round (`last`)."""
-    current = max(0, math.floor((now - table.begins) / table.every))
+    current = max(0, math.floor((now - table.start_timestamp) / table.every))
     return current if last is None else max(current, last + 1)
 
 
 def begins(table: ScheduleTable, slot: int) -> float:
     """Seconds since 1970."""
-    return table.begins + slot * table.every
+    return table.start_timestamp + slot * table.every
 
 
 def wait(clock: Clock, until: float) -> None:

@@ -39,7 +39,7 @@ def local_round(
     engine = UnitGradientEngine(
         data,
         resolve(study.objective),
-        sampling_unit=study.drawn,
+        sampling_unit=study.sampling_unit,
         engine=study.training.engine,
         columns=columns,
     )

@@ -1,4 +1,4 @@
-"""Updates and adapters as they travel: plain fp32, fp16, or int8 in blocks.
+"""Encode updates and adapters for the wire: fp32, fp16, or int8 in blocks.
 
     float32   the numbers themselves
     float16   each BLOCK numbers over a power of two that brings the largest just below 2¹⁵
@@ -17,7 +17,7 @@ For a number x, m the largest magnitude in its block, both finite:
 
 (int8: ‖error‖² ≤ Σ BLOCK · (m/254)² over the blocks, and no block's m is above its norm.)
 Guarantee: the same numbers give the same bytes. A number that is not finite makes its block's scale
-not finite, which `decode` refuses. All of it works on what was noised already: no ε.
+not finite, which `decode` refuses. Post-processing of noised updates: no ε.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ _SMALLEST = np.float32(2.0**-126)  # of a scale; smaller ones would not be norma
 
 
 class WireError(InputError):
-    """Arrays that came over the wire and are not what was agreed; names and shapes, no values."""
+    """Arrays received that do not have the agreed form; names and shapes, no values."""
 
 
 class Form(NamedTuple):
-    """Type (as NumPy names it) and shape of an array that is yet to be read."""
+    """Type (NumPy's name) and shape of an array that is not read yet."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -67,14 +67,14 @@ def shapes(arrays: Mapping[str, npt.NDArray[Any]]) -> Shapes:
 
 
 def length(arrays: Arrays) -> float:
-    """Euclidean, over all numbers, in fp64; not finite where one of them is not."""
+    """Euclidean norm over all numbers, in fp64; not finite where one of them is not."""
     # No sum of squares of fp32 numbers overflows in fp64. A dot product would wake BLAS' threads.
     squares = (np.square(array, dtype=np.float64).sum() for array in arrays.values())
     return math.sqrt(sum(map(float, squares)))
 
 
 def layout(agreed: Shapes, encoding: Encoding) -> dict[str, Form]:
-    """What tensors of the `agreed` shapes travel as: `encode`, without the numbers."""
+    """Type and shape of the arrays that `encode` makes of tensors of the `agreed` shapes."""
     forms = {VALUES: Form(encoding, (_size(agreed),))}
     if encoding != "float32":
         forms[SCALES] = Form("float32", _starts(agreed).shape)
@@ -82,7 +82,7 @@ def layout(agreed: Shapes, encoding: Encoding) -> dict[str, Form]:
 
 
 def encode(arrays: Mapping[str, npt.NDArray[np.float32]], encoding: Encoding) -> Encoded:
-    """fp32 arrays as they travel."""
+    """Encode fp32 arrays for the wire."""
     parts = [np.asarray(array, np.float32).ravel() for _, array in sorted(arrays.items())]
     flat = np.concatenate([np.zeros(0, np.float32), *parts])
     if encoding == "float32":
@@ -102,7 +102,7 @@ def encode(arrays: Mapping[str, npt.NDArray[np.float32]], encoding: Encoding) ->
 
 
 def decode(encoded: Encoded, agreed: Shapes) -> Arrays:
-    """The inverse of `encode`, in fp32; the encoding is told by the arrays' type.
+    """Decode what `encode` made, in fp32; the encoding follows from the arrays' type.
 
     Guarantee: how many numbers and blocks there are follows from the `agreed` shapes alone.
     Errors: WireError where there are other numbers than agreed, or the scales are not one positive
@@ -116,11 +116,11 @@ def decode(encoded: Encoded, agreed: Shapes) -> Arrays:
         raise WireError("numbers without their scales")
     if scales is not None:
         values = _scaled(values, scales, _starts(agreed))
-    found, at = Arrays(), 0
+    tensors, at = Arrays(), 0
     for name, shape in sorted(agreed.items()):
-        found[name] = values[at : at + math.prod(shape)].reshape(shape)
+        tensors[name] = values[at : at + math.prod(shape)].reshape(shape)
         at += math.prod(shape)
-    return found
+    return tensors
 
 
 def _scaled(
@@ -133,9 +133,9 @@ def _scaled(
     if not (np.isfinite(scales) & (scales > 0)).all():
         raise WireError("a scale that is not a positive number")
     with np.errstate(over="ignore", invalid="ignore"):  # a hostile code: caught as not finite
-        found = _spread(scales, starts, values.size)
-        found *= values
-    return found
+        decoded = _spread(scales, starts, values.size)
+        decoded *= values
+    return decoded
 
 
 def _size(agreed: Shapes) -> int:
@@ -159,8 +159,7 @@ def _spread(
 
 
 def _int8_scale(largest: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The largest fp32 of which 127 times is not above `largest`: nothing overflows on the way
-    back."""
+    """The largest fp32 scale with 127 · scale ≤ `largest`, so that decoding cannot overflow."""
     exact = largest.astype(np.float64)
     scale = (exact / 127).astype(np.float32)
     above = scale.astype(np.float64) * 127 > exact

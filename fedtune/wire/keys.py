@@ -42,13 +42,13 @@ class SigningKey:
         try:
             if not os.path.lexists(path):
                 return cls._made(path)
-            body = reading.content(path, KEY, RESTORE, InfrastructureError)
+            key_bytes = reading.content(path, KEY, RESTORE, InfrastructureError)
             if path.stat().st_mode & 0o077:
                 raise InfrastructureError(
                     f"{path}: other users can read this private key",
                     todo="treat it as lost, or chmod 600 if nobody else was on this machine",
                 )
-            return cls(Ed25519PrivateKey.from_private_bytes(body))
+            return cls(Ed25519PrivateKey.from_private_bytes(key_bytes))
         except (OSError, ValueError) as error:
             raise InfrastructureError(
                 f"{path}: cannot be used as a signing key ({type(error).__name__})", KEY, RESTORE
@@ -73,9 +73,9 @@ class SigningKey:
             draft.unlink()
         return key
 
-    def sign(self, body: bytes) -> str:
+    def sign(self, message: bytes) -> str:
         """Hexadecimal signature of `body`."""
-        return self._private.sign(body).hex()
+        return self._private.sign(message).hex()
 
     def derive(self, purpose: str) -> bytes:
         """A 32-byte secret for one purpose, from the private half (HKDF-SHA256, RFC 5869)."""
@@ -84,7 +84,7 @@ class SigningKey:
 
 
 @lru_cache(maxsize=256)  # a ledger's head and receipts are read again at every transaction
-def verifies(public: str, body: bytes, signature: str) -> bool:
+def verifies(public: str, message: bytes, signature: str) -> bool:
     """Whether `signature` over `body` is by the key `public`, both in lower-case hexadecimal;
     malformed: False. One signature has one spelling: upper case and spaces are not hexadecimal
     here."""
@@ -92,15 +92,15 @@ def verifies(public: str, body: bytes, signature: str) -> bool:
         return False
     try:
         key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))
-        key.verify(bytes.fromhex(signature), body)
+        key.verify(bytes.fromhex(signature), message)
     except (InvalidSignature, ValueError):
         return False
     return True
 
 
-def canonical(body: dict[str, Any]) -> bytes:
+def canonical(value: dict[str, Any]) -> bytes:
     """The one byte string of a JSON object: sorted keys, no spaces, UTF-8, finite numbers."""
     text = json.dumps(
-        body, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )
     return text.encode()

@@ -1,4 +1,4 @@
-"""Which language coordinator and site speak: one number, raised when one could misread the other.
+"""The protocol version of coordinator and site, raised when one could misread the other.
 
 It covers all that crosses the wire: plans, admissions, orders, updates, seals, receipts and
 enrolment files. A release of fedtune that changes none of them keeps the number, and may replace
@@ -30,22 +30,25 @@ class OtherProtocol(Refused):
     """The peer speaks another version of the protocol."""
 
 
-def spoken() -> dict[str, int | str]:
-    """What this end says of itself. Guarantee: public, and the same for every site."""
+def version_fields() -> dict[str, int | str]:
+    """The protocol and release that this end states. Guarantee: public, the same at every site."""
     return {"protocol": PROTOCOL, "release": __version__}
 
 
-def check_peer(who: str, said: Mapping[str, Any], here: str) -> None:
-    """Errors: OtherProtocol where `who`, which said `said`, speaks another protocol than `here`."""
-    theirs = said.get("protocol")
-    if type(theirs) is int and theirs == PROTOCOL:
+def check_peer(peer: str, message: Mapping[str, Any], own_role: str) -> None:
+    """Check the protocol that `peer` states in `message` against that of this end, `own_role`.
+
+    Errors: OtherProtocol where they differ."""
+    protocol = message.get("protocol")
+    if type(protocol) is int and protocol == PROTOCOL:
         return
-    number = str(theirs) if type(theirs) is int and 0 <= theirs < 10**6 else "unknown"
-    named = said.get("release")
-    known = isinstance(named, str) and _RELEASE.fullmatch(named) is not None
+    number = str(protocol) if type(protocol) is int and 0 <= protocol < 10**6 else "unknown"
+    release = message.get("release")
+    well_formed = isinstance(release, str) and _RELEASE.fullmatch(release) is not None
+    shown = release if well_formed else "unknown"
     raise OtherProtocol(
-        f"{who} speaks protocol {number} (fedtune {named if known else 'unknown'}), {here} "
-        f"protocol {PROTOCOL} (fedtune {__version__})",
+        f"{peer} speaks protocol {number} (fedtune {shown}), {own_role} protocol {PROTOCOL} "
+        f"(fedtune {__version__})",
         "the same protocol at both ends",
         "install a release with that protocol here or there; what was spent stays spent, and the "
         "study goes on with --resume",

@@ -1,4 +1,4 @@
-"""Seals of updates, orders of rounds, receipts: what binds bytes to who sent them, for what.
+"""Seals of updates, orders of rounds, receipts: signatures that bind bytes to sender and purpose.
 
 coordinator ── order: plan, round, nonce ──> site
 coordinator <── seal over header + body ──── site     header names the site's ledger head
@@ -22,7 +22,7 @@ OUTSIDE = ("header", "signature")
 
 
 class SealError(InputError):
-    """A message that is not what its signature says, or is signed by someone else."""
+    """A message that does not match its signature, or is signed by another key."""
 
 
 @dataclass(frozen=True)
@@ -42,34 +42,34 @@ class Header:
     ledger: dict[str, Any]
 
 
-def body_digest(arrays: Mapping[str, bytes], said: Mapping[str, Any] | None = None) -> str:
-    """sha256 over every array's name, length and bytes, sorted by name, and over all that the
-    message says beside them (`said`, without the header and the signature themselves).
+def body_digest(arrays: Mapping[str, bytes], fields: Mapping[str, Any] | None = None) -> str:
+    """sha256 over every array's name, length and bytes, sorted by name, and over the message's
+    text fields (without the header and the signature themselves).
 
-    Errors: SealError where `said` holds anything but short text."""
+    Errors: SealError where `fields` holds anything but short text."""
     total = hashlib.sha256()
-    for name, body in sorted(arrays.items()):
-        total.update(f"{len(name.encode())}:{name}:{len(body)}:".encode())
-        total.update(body)
-    if said is not None:
-        words = {name: text for name, text in said.items() if name not in OUTSIDE}
-        if not all(isinstance(text, str) and len(text) <= LONGEST for text in words.values()):
+    for name, content in sorted(arrays.items()):
+        total.update(f"{len(name.encode())}:{name}:{len(content)}:".encode())
+        total.update(content)
+    if fields is not None:
+        texts = {name: text for name, text in fields.items() if name not in OUTSIDE}
+        if not all(isinstance(text, str) and len(text) <= LONGEST for text in texts.values()):
             raise SealError("what its answer says beside its arrays is malformed")
         try:
-            total.update(b"said:" + canonical(words))
+            total.update(b"said:" + canonical(texts))
         except UnicodeEncodeError:
             raise SealError("what its answer says beside its arrays is malformed") from None
     return total.hexdigest()
 
 
 def seal(key: SigningKey, header: Header) -> dict[str, str]:
-    """The header as JSON, and its signature."""
-    body = canonical(asdict(header))
-    return {"header": body.decode(), "signature": key.sign(b"fedtune update\0" + body)}
+    """Encode the header as JSON and sign it."""
+    signed = canonical(asdict(header))
+    return {"header": signed.decode(), "signature": key.sign(b"fedtune update\0" + signed)}
 
 
 def opened(sealed: Mapping[str, Any], public: str, expected: Header) -> dict[str, Any]:
-    """The site's ledger statement, where the seal is by `public` and says what was expected.
+    """Verify a seal by `public` with the `expected` header; returns the site's ledger statement.
 
     `expected.ledger` is ignored. Nothing of the body is parsed. Errors: SealError."""
     text, signature = sealed.get("header"), sealed.get("signature")
@@ -84,53 +84,53 @@ def opened(sealed: Mapping[str, Any], public: str, expected: Header) -> dict[str
     if not verifies(public, signed, signature):
         raise SealError("its update is not signed by the key that it was admitted with")
     try:
-        said = json.loads(text)
-        if canonical(said).decode() != text:  # a name given twice, or another spelling
+        header = json.loads(text)
+        if canonical(header).decode() != text:  # a name given twice, or another spelling
             raise ValueError
-        ledger = said.pop("ledger")
+        ledger = header.pop("ledger")
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise SealError("the header of its update is malformed") from None
-    wanted = asdict(expected)
-    del wanted["ledger"]
-    for name, value in wanted.items():
-        if type(said.get(name)) is not type(value) or said[name] != value:
+    required = asdict(expected)
+    del required["ledger"]
+    for name, value in required.items():
+        if type(header.get(name)) is not type(value) or header[name] != value:
             raise SealError(f"its update is sealed for another {name}")
-    if set(said) != set(wanted) or not isinstance(ledger, dict):
+    if set(header) != set(required) or not isinstance(ledger, dict):
         raise SealError("the header of its update is malformed")
     return ledger
 
 
 def order(key: SigningKey, plan: str, round_: int, nonce: str, receipt: str) -> dict[str, Any]:
-    """The coordinator's signed demand for one round."""
-    body = {"plan": plan, "round": round_, "nonce": nonce, "receipt": receipt}
-    return body | {"signature": key.sign(b"fedtune order\0" + canonical(body))}
+    """Sign the coordinator's request for one round."""
+    fields = {"plan": plan, "round": round_, "nonce": nonce, "receipt": receipt}
+    return fields | {"signature": key.sign(b"fedtune order\0" + canonical(fields))}
 
 
-def check_order(said: Mapping[str, Any], public: str) -> None:
-    """Errors: SealError where the order is not by the coordinator that sent the plan."""
-    body = {name: said.get(name) for name in ("plan", "round", "nonce", "receipt")}
-    signed = b"fedtune order\0" + canonical(body)
-    if not verifies(public, signed, str(said.get("signature"))):
+def check_order(message: Mapping[str, Any], public: str) -> None:
+    """Verify an order. Errors: SealError where it is not by the coordinator that sent the plan."""
+    fields = {name: message.get(name) for name in ("plan", "round", "nonce", "receipt")}
+    signed = b"fedtune order\0" + canonical(fields)
+    if not verifies(public, signed, str(message.get("signature"))):
         raise SealError("the order is not signed by the coordinator that sent the plan")
 
 
 def sign_plan(key: SigningKey, digest: str) -> dict[str, str]:
-    """The coordinator's public key, and its signature over a plan's digest."""
+    """Sign a plan's digest; returns the coordinator's public key and the signature."""
     return {"coordinator": key.public, "signature": key.sign(b"fedtune plan\0" + digest.encode())}
 
 
-def check_plan(said: Mapping[str, Any], digest: str) -> str:
-    """The public key of the coordinator that signed the plan. Errors: SealError."""
-    public, signature = str(said.get("coordinator")), str(said.get("signature"))
+def check_plan(message: Mapping[str, Any], digest: str) -> str:
+    """Verify a plan's signature; returns the coordinator's public key. Errors: SealError."""
+    public, signature = str(message.get("coordinator")), str(message.get("signature"))
     if not verifies(public, b"fedtune plan\0" + digest.encode(), signature):
         raise SealError("the plan is not signed by the coordinator that it names")
     return public
 
 
 def receipt(key: SigningKey, statement: Mapping[str, Any]) -> dict[str, Any]:
-    """A site's ledger statement {token}, countersigned by the coordinator, which cannot read it."""
-    body = {"token": statement.get("token")}
-    return body | {
+    """Countersign a site's ledger statement {token}, which the coordinator cannot read."""
+    fields = {"token": statement.get("token")}
+    return fields | {
         "coordinator": key.public,
-        "countersignature": key.sign(b"fedtune receipt\0" + canonical(body)),
+        "countersignature": key.sign(b"fedtune receipt\0" + canonical(fields)),
     }

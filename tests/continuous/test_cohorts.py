@@ -99,7 +99,7 @@ def test_the_twin_that_charges_late_patients_nothing_is_caught(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = lay_out(tmp_path, tiny_base, patients(12))
-    monkeypatch.setattr(Account, "_bears", lambda self, spent, arrival: arrival < 4)
+    monkeypatch.setattr(Account, "_is_charged", lambda self, spent, dataset, arrival: arrival < 4)
     with watched(tmp_path) as seen:
         run(study, 2, growing(tmp_path, {1: patients(13)}))
     assert under_charged(tmp_path, seen, named(0, 12)) == ["patient-12"]

@@ -35,7 +35,7 @@ def test_every_is_read_and_spelled(written: Any, seconds: int) -> None:
 
 def test_slots_are_counted_from_the_public_start() -> None:
     plan = table(start="2026-01-05T02:00:00+02:00")
-    first = plan.begins
+    first = plan.start_timestamp
     assert shown(first) == "2026-01-05T00:00:00Z"
     assert next_slot(plan, None, first - 100) == 0  # before the start: wait for it
     assert next_slot(plan, None, first + 30 * 60) == 0  # within a slot: now

@@ -118,7 +118,11 @@ def test_what_counts_against_whom_follows_from_declarations_alone(
     run_round(ledger, 1)
     ledger.declare("fresh", ["notes"], "sha256:9", members)
     assert ledger.charges("fresh") == []
-    assert [ledger.elsewhere("fresh")(key) for key in (b"ann", b"bob", b"eve")] == [1, 1, 0]
+    assert [ledger.disjoint_member_test("fresh")(key) for key in (b"ann", b"bob", b"eve")] == [
+        1,
+        1,
+        0,
+    ]
     assert ledger.overlap("fresh", "notes") == len(members) - 1  # for a person at the site
 
 
@@ -131,7 +135,9 @@ def test_what_was_spent_before_two_datasets_were_told_apart_counts_against_both(
     run_round(ledger, 2)
     for book in (ledger, Ledger(folder)):
         assert [charge.round for charge in book.charges("scans")] == [1]
-        assert book.elsewhere("scans")(b"ann") and book.elsewhere("notes")(b"ann")
+        assert book.disjoint_member_test("scans")(b"ann") and book.disjoint_member_test("notes")(
+            b"ann"
+        )
     ledger.declare("scans", [], "sha256:2", [b"ann"])
     assert [charge.round for charge in ledger.charges("scans")] == [1, 2]
 
@@ -184,7 +190,7 @@ def test_a_member_that_left_the_data_is_still_kept_out_of_the_other(ledger: Ledg
     run_round(ledger, 1)
     ledger.declare("notes", [], "sha256:less", [b"ann"])
     ledger.declare("fresh", ["notes"], "sha256:9", [b"eve"])
-    assert ledger.elsewhere("fresh")(b"bob")
+    assert ledger.disjoint_member_test("fresh")(b"bob")
 
 
 def test_a_withdrawn_disjointness_counts_from_then_on(ledger: Ledger) -> None:

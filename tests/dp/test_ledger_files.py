@@ -177,7 +177,7 @@ def test_a_flipped_bit_in_the_number_locks_nobody_out(used: Ledger, folder: Path
 
 def test_an_entry_of_an_unknown_kind_is_not_passed_over(used: Ledger, folder: Path) -> None:
     """A newer release that forgot to raise the format."""
-    with pytest.raises(LedgerError, match="means nothing here"), used._store.writing() as writer:
+    with pytest.raises(LedgerError, match="is not understood"), used._store.writing() as writer:
         writer.append("charge twice", {})
     with pytest.raises(LedgerError, match="use the version of fedtune that wrote it"):
         Ledger(folder)

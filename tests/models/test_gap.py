@@ -21,7 +21,7 @@ from transformers import (
 
 from fedtune.bases.find import find_base
 from fedtune.derive import depth_pruning
-from fedtune.derive.pruned_base import shallow
+from fedtune.derive.pruned_base import write_pruned_base
 
 LAYERS, WORDS, HIDDEN = 8, 50, 32
 
@@ -53,7 +53,7 @@ def idle(model: Any, *layers: int) -> None:
 def test_layers_that_do_nothing_are_the_ones_left_out(model: Any, first: int) -> None:
     idle(model, first, first + 1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = depth_pruning.best_gap(model, 2, texts())
+    found = depth_pruning.choose_pruned_layers(model, 2, texts())
     assert (found.first, found.width) == (first, 2)
     assert found.divergence < 1e-6
     # Nothing is missing, so nothing is made up for; and the model is as it was.
@@ -61,13 +61,13 @@ def test_layers_that_do_nothing_are_the_ones_left_out(model: Any, first: int) ->
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def missed(model: Any, found: depth_pruning.Gap, weight: torch.Tensor) -> float:
+def missed(model: Any, found: depth_pruning.PrunedLayers, weight: torch.Tensor) -> float:
     """KL of what the shortened model says from what the whole one says, on texts of its own."""
     fresh = texts(64)[48:]
-    said = depth_pruning._said(model, fresh)
-    with depth_pruning._replaced(model.model.layers[found.first - 1].mlp.down_proj, weight):
-        now = depth_pruning._said(
-            depth_pruning.without(model, range(found.first, found.first + found.width)), fresh
+    said = depth_pruning._next_token_log_probs(model, fresh)
+    with depth_pruning._temporary_weight(model.model.layers[found.first - 1].mlp.down_proj, weight):
+        now = depth_pruning._next_token_log_probs(
+            depth_pruning.drop_layers(model, range(found.first, found.first + found.width)), fresh
         )
     return float((said.exp() * (said - now)).sum(dim=1).mean())
 
@@ -82,7 +82,7 @@ def test_the_mlp_before_the_gap_does_the_work_of_what_is_left_out(
     layers[3].mlp.down_proj.register_forward_pre_hook(lambda _, args: inner.append(args[0]))
     layers[4].register_forward_hook(lambda _, args, out: out + inner[-1] @ extra.T)
     monkeypatch.setattr(depth_pruning, "RIDGE", 1e-6)
-    found = depth_pruning.best_gap(model, 2, texts())
+    found = depth_pruning.choose_pruned_layers(model, 2, texts())
     assert found.first == 4
     own = layers[3].mlp.down_proj.weight
     assert missed(model, found, found.weight) < 1e-3 < 0.05 < missed(model, found, own)
@@ -97,8 +97,8 @@ def test_a_position_counts_by_its_own_size(model: Any) -> None:
     into, found = (torch.randn(400, HIDDEN, generator=draw) for _ in range(2))
     wanted = found + torch.randn(400, HIDDEN, generator=draw) * 0.1
     wanted[0] *= 1e6
-    with_it = depth_pruning._fitted(layer, into, found, wanted)
-    without_it = depth_pruning._fitted(layer, into[1:], found[1:], wanted[1:])
+    with_it = depth_pruning._refit(layer, into, found, wanted)
+    without_it = depth_pruning._refit(layer, into[1:], found[1:], wanted[1:])
     assert (
         float((with_it - without_it).norm() / (without_it - layer.mlp.down_proj.weight).norm()) < 1
     )
@@ -115,8 +115,8 @@ def post_normed() -> Any:
 
 
 def test_only_a_base_that_adds_its_mlps_output_is_fitted(model: Any) -> None:
-    assert depth_pruning.fits(model)
-    assert not depth_pruning.fits(post_normed().requires_grad_(False).eval())
+    assert depth_pruning.supports_refit(model)
+    assert not depth_pruning.supports_refit(post_normed().requires_grad_(False).eval())
 
 
 def written(base: Path, make: Callable[[], Any], folder: Path) -> Path:
@@ -127,7 +127,7 @@ def written(base: Path, make: Callable[[], Any], folder: Path) -> Path:
 
 def test_another_base_keeps_the_first_layers_and_the_last(tmp_path: Path, tiny_base: Path) -> None:
     base = find_base(str(written(tiny_base, post_normed, tmp_path / "gemma")))
-    assert shallow(base, 3, tmp_path / "small", texts()) == [0, 1, 3]
+    assert write_pruned_base(base, 3, tmp_path / "small", texts()) == [0, 1, 3]
     small: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert len(small.model.layers) == 3 and len(small.config.layer_types) == 3
 
@@ -137,8 +137,8 @@ def test_what_is_written_is_the_base_without_the_gap_and_says_what_was_chosen(
 ) -> None:
     idle(model, 4, 5)
     base = find_base(str(written(tiny_base, lambda: model, tmp_path / "base")))
-    kept = shallow(base, 6, tmp_path / "small", texts())
+    kept = write_pruned_base(base, 6, tmp_path / "small", texts())
     assert kept == [0, 1, 2, 3, 6, 7]
     small: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
-    found = depth_pruning._said(small, texts(4))
-    assert torch.allclose(found, depth_pruning._said(model, texts(4)), atol=1e-4)
+    found = depth_pruning._next_token_log_probs(small, texts(4))
+    assert torch.allclose(found, depth_pruning._next_token_log_probs(model, texts(4)), atol=1e-4)

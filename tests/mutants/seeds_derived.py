@@ -64,14 +64,14 @@ MADE_MUTANTS = (
     ),
     _one(
         "students", "the-first-position-is-all-that-is-fitted", "fedtune/derive/depth_pruning.py",
-        "    size = wanted.float().pow(2).mean(dim=1, keepdim=True)\n",
+        "    size = target.float().pow(2).mean(dim=1, keepdim=True)\n",
         "    size = torch.ones(len(x), 1)\n",
         "tests/models/test_gap.py::test_a_position_counts_by_its_own_size",
         "states a hundred times as large drown all others",
     ),
     _one(
         "max_kl", "a-policy-past-the-leash-is-kept", "fedtune/derive/improve.py",
-        "if found.kl > seen.max_kl:", "if False:",
+        "if evaluation.kl > scores.max_kl:", "if False:",
         "tests/test_improve.py::test_past_max_kl_nothing_is_kept",
         "the policy goes as far as the reward takes it",
     ),
@@ -90,8 +90,8 @@ MADE_MUTANTS = (
     ),
     _one(
         "parents", "one-parent-pays-for-all", "fedtune/derive/lineage.py",
-        "privacy = composed_epsilon.composed(list(found.values()))",
-        "privacy = next(iter(found.values()))[\"privacy\"]",
+        "privacy = composed_epsilon.composed(list(reports.values()))",
+        "privacy = next(iter(reports.values()))[\"privacy\"]",
         "tests/test_improve.py::test_the_reward_rises_within_max_kl",
         "what two runs spent on the same people is not added up",
     ),
@@ -120,7 +120,7 @@ MERGE_MUTANTS = (
     ),
     _one(
         "merge", "what-is-not-known-is-apart", BUDGETS,
-        "return APART if one.key and other.key and one.site and other.site else UNKNOWN",
+        "return APART if first.key and second.key and first.site and second.site else UNKNOWN",
         "return APART",
         T_BUDGETS + "test_what_is_not_known_is_composed", "hope in place of caution",
     ),
@@ -161,7 +161,7 @@ MERGE_MUTANTS = (
     ),
     _one(
         "export", "the-base-alone-is-exported", "fedtune/derive/export.py",
-        "whole.model.merge_and_unload()", "whole.model.unload()",
+        "loaded.model.merge_and_unload()", "loaded.model.unload()",
         "tests/test_export.py::test_plain_transformers_gives_the_logits_of_base_and_adapter",
         "what was trained is left behind",
     ),

@@ -17,7 +17,7 @@ MUTANTS = (
     ),
     _one(
         "inputs", "a-file-has-no-bound", READING,
-        "if len(body) > most:", "if len(body) > 2**62:",
+        "if len(data) > most:", "if len(data) > 2**62:",
         T_READING + "test_a_regular_file_is_read_whole_up_to_the_bound",
         "what is too large is taken for whole",
     ),
@@ -63,13 +63,13 @@ MUTANTS = (
     ),
     _one(
         "inputs", "a-derived-run-has-no-seed", "fedtune/derive/derived_run.py",
-        'first.study.model_copy(update={"name": name_of(out, otherwise)})',
-        'first.study.model_validate({"name": name_of(out, otherwise)})',
+        'first.study.model_copy(update={"name": derived_name(out, otherwise)})',
+        'first.study.model_validate({"name": derived_name(out, otherwise)})',
         T_NAME, "a merged run draws otherwise than its parents",
     ),
     _one(
         "inputs", "a-prompt-has-any-length", "fedtune/evaluation/generate.py",
-        "if asked + max_new_tokens > most:", "if max_new_tokens < 1:",
+        "if prompt_length + max_new_tokens > most:", "if max_new_tokens < 1:",
         "tests/fuzz/test_bad_inputs.py::"
         "test_a_prompt_that_the_base_cannot_read_is_counted_before_it_is_read",
         "positions that the base never saw, and minutes of work",

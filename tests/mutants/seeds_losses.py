@@ -193,7 +193,7 @@ GRADIENT_MUTANTS = (
     ),
     _one(
         23, "records-clipped-as-patients", TRAINING,
-        "sampling_unit=study.drawn", 'sampling_unit="record"',
+        "sampling_unit=study.sampling_unit", 'sampling_unit="record"',
         T_POST + "test_the_update_depends_on_the_noised_sums_alone", "sensitivity kC, charged as C",
     ),
 )  # fmt: skip

@@ -84,8 +84,8 @@ MUTANTS = (
     ),
     one(
         "processes", "an-empty-entry-on-the-path", "fedtune/boot.py",
-        "kept = [each for each in asked if os.path.isabs(each) and os.path.realpath(each) != here]",
-        "kept = asked",
+        "[path for path in paths if os.path.isabs(path) and os.path.realpath(path) != current]",
+        "paths",
         T_BOOT + "test_a_child_runs_nothing_of_the_current_folder",
         "secrets.py beside study.toml runs in the process that holds the CA's key",
     ),

@@ -33,10 +33,10 @@ MUTANTS = (
     ),
     one(
         31, "arrival-by-what-others-have", LEDGER,
-        "self._account.arrivals.entry(dataset, writer.hashes(dataset), here)",
+        "self._account.arrivals.entry(dataset, writer.hashes(dataset), salted_keys)",
         "self._account.arrivals.entry(\n"
-        "                    dataset, writer.hashes(dataset) | (set(here) if set(hashes) & "
-        "writer.hashes(dataset) else set()), here\n                )",
+        "                    dataset, writer.hashes(dataset) | (set(salted_keys) if set(hashes) & "
+        "writer.hashes(dataset) else set()), salted_keys\n                )",
         "tests/dp/test_arrivals.py::"
         "test_when_somebody_arrived_follows_from_their_own_key_alone",
         "a newcomer with a note that somebody had is there from the first",

@@ -89,8 +89,8 @@ ENCODING_MUTANTS = (
     ),
     _one(
         "wire", "tensors-end-to-end-in-no-order", CODEC,
-        "    for name, shape in sorted(agreed.items()):\n        found[name]",
-        "    for name, shape in agreed.items():\n        found[name]",
+        "    for name, shape in sorted(agreed.items()):\n        tensors[name]",
+        "    for name, shape in agreed.items():\n        tensors[name]",
         T_CODEC + "test_each_tensor_gets_its_own_numbers_back",
         "one tensor's numbers are another's",
     ),

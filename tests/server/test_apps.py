@@ -24,7 +24,7 @@ from fedtune.server.exchange import Reply
 from fedtune.wire import seal
 from fedtune.wire.codec import VALUES, encode
 from fedtune.wire.keys import SigningKey
-from fedtune.wire.protocol import spoken
+from fedtune.wire.protocol import version_fields
 from tests.server.fakes import FakeSite, make_parts, make_study, zeros
 
 STUDY = make_study()
@@ -59,7 +59,7 @@ def test_prepare_gives_name_and_declared_size_and_nothing_else(trial):
     reply = query("query.prepare", plan_message(STUDY, {}, SigningKey()))
     assert dict(reply["admission"]) == {
         "admitted": True, "reason": "", "status": "admitted", "name": "a", "declared_size": 42,
-        "key": site.key.public, **spoken(),
+        "key": site.key.public, **version_fields(),
     }  # fmt: skip
     assert list(reply) == ["admission"]
 
@@ -105,7 +105,7 @@ def test_a_plan_that_is_not_what_it_claims_to_be_is_not_prepared(trial):
 
 
 @pytest.mark.parametrize(
-    "content", [RecordDict(), RecordDict({"plan": ConfigRecord({**spoken()})})]
+    "content", [RecordDict(), RecordDict({"plan": ConfigRecord({**version_fields()})})]
 )
 def test_malformed_messages_fail_without_a_crash(trial, content):
     trial(FakeSite("a"))
@@ -168,7 +168,7 @@ def admitted_by(answer: dict[str, Any] | None) -> Roster:
 
 
 GOOD = {"admitted": True, "reason": "", "name": "a", "declared_size": 9, "key": "0" * 64}
-GOOD |= spoken()
+GOOD |= version_fields()
 
 
 def test_a_good_answer_is_admitted():

@@ -19,7 +19,7 @@ from fedtune.registry import process_cache
 from fedtune.server.admission import plan_message
 from fedtune.wire import protocol
 from fedtune.wire.keys import SigningKey
-from fedtune.wire.protocol import PROTOCOL, OtherProtocol, check_peer, spoken
+from fedtune.wire.protocol import PROTOCOL, OtherProtocol, check_peer, version_fields
 from tests.dp.conftest import study
 from tests.server.fakes import FakeSite, make_study, trial
 
@@ -61,7 +61,7 @@ def asked(folder: Path, base: Path, **said: Any) -> ConfigRecord:
     base_table = {"model": str(base), "dtype": "float32"}
     begun = start(study(base=base_table, privacy=privacy))
     content = plan_message(begun.study, begun.frozen, SigningKey())
-    plan = {key: value for key, value in content["plan"].items() if key not in spoken()}
+    plan = {key: value for key, value in content["plan"].items() if key not in version_fields()}
     grid = InProcessGrid([folder / "site.toml"], fedtune.client.app.app)
     sent = RecordDict({"plan": ConfigRecord(plan | said), "frozen": to_record(begun.frozen)})
     (node,) = grid.get_node_ids()
@@ -100,7 +100,7 @@ def test_without_the_check_the_site_looks_for_its_records(
 def newer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A site of the next protocol, which would take this one's plans."""
     said = {"protocol": PROTOCOL + 1, "release": "9.9"}
-    monkeypatch.setattr(fedtune.client.app, "spoken", lambda: said)
+    monkeypatch.setattr(fedtune.client.app, "version_fields", lambda: said)
 
 
 def test_a_coordinator_sends_no_order_to_a_site_of_another_protocol(
@@ -129,6 +129,8 @@ def test_a_study_outlives_another_release_at_a_site(
 ) -> None:
     monkeypatch.setattr(protocol, "__version__", "9.9.9")
     run = trial(FakeSite("a"), FakeSite("b"))
-    monkeypatch.setattr(fedtune.server.admission, "spoken", lambda: spoken() | {"release": "0.0.1"})
+    monkeypatch.setattr(
+        fedtune.server.admission, "version_fields", lambda: version_fields() | {"release": "0.0.1"}
+    )
     run.run(make_study(min_sites=2))
     assert [len(site.calls) for site in run.sites] == [4, 4]
