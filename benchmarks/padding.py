@@ -102,7 +102,9 @@ def padding(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> tuple[f
     counts = []
     for batch in batches:
         shape = lambda i: cache.Bucket(cache.padded_length(lengths[i]))  # noqa: E731
-        groups = list(cache._grouped(batch, shape, lambda bucket: max(1, BUDGET // bucket.length)))
+        groups = list(
+            cache._group_by_bucket(batch, shape, lambda bucket: max(1, BUDGET // bucket.length))
+        )
         padded += sum(len(rows) * bucket.length for bucket, rows in groups)
         real += sum(lengths[i] for i in batch)
         counts.append(len(groups))

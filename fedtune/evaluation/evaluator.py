@@ -120,7 +120,7 @@ class Evaluator:
     # ------------------------------------------------------------------------------ one batch
 
     def _classes(self, batch: Batch, scores: Scores) -> None:
-        hidden = self.network.hidden(batch.prefix, batch.mask, seen=batch.seen)
+        hidden = self.network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
         logits = self.network.logits(self.network.pool(hidden, batch.mask))
         index = batch.index.numpy()
         loss = functional.cross_entropy(logits, batch.label, reduction="none")
@@ -135,7 +135,7 @@ class Evaluator:
         if self.network.head is None:
             preference = likelihood(self.network, batch).mean
         else:
-            hidden = self.network.hidden(batch.prefix, batch.mask, seen=batch.seen)
+            hidden = self.network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
             preference = self.network.logits(self.network.pool(hidden, batch.mask))[:, 0]
         better, worse = preference.view(-1, 2).unbind(dim=1)
         scores.margin[index] = (better - worse).double().cpu().numpy()
@@ -146,7 +146,7 @@ class Evaluator:
         scores.loss[index] = losses.double().cpu().numpy()
 
     def _tokens(self, batch: Batch, scores: Scores) -> None:
-        hidden = self.network.hidden(batch.prefix, batch.mask, seen=batch.seen)
+        hidden = self.network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
         total, count, right = self._by_record(hidden, batch)
         index = batch.index.numpy()
         scores.loss[index], scores.tokens[index] = total / count, count
@@ -181,7 +181,7 @@ class Evaluator:
         """The choice of highest log-likelihood, summed over its tokens, (n,)."""
         likelihood = np.zeros(len(self) * self._choices)
         for batch in with_choices.batches(range(len(likelihood))):
-            hidden = self.network.hidden(batch.prefix, batch.mask, seen=batch.seen)
+            hidden = self.network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
             likelihood[batch.index.numpy()] = -self._by_record(hidden, batch)[0]
         best: np.ndarray = likelihood.reshape(-1, self._choices).argmax(axis=1)
         return best

@@ -1,7 +1,7 @@
 """Micro-batches of a dataset, with the states below the cut computed once per record.
 
-Which kernel multiplies two matrices, and in what order it adds, is chosen by their shapes, so the
-last digits of a record's figures follow from how many others are beside it. What is added up under
+The kernel of a matrix product, and its order of addition, depend on the matrices' shapes, so the
+last digits of a record's figures depend on the number of records beside it. What is summed under
 the guarantee is therefore computed in blocks: micro-batches whose every shape is a function of the
 record's own bucket (docs/decisions/0025-fixed-shapes.md)."""
 
@@ -29,20 +29,20 @@ from fedtune.progress import report
 log = logging.getLogger("fedtune.models")
 
 Indices = Sequence[int]
-# Positions of a block: enough for a matrix product to be quick, and few to fill; few where a
-# processor has more threads than may share a block of several records. A pass through the frozen
-# part is made once, of everything, so that it may fill more.
-STEP, MANY_THREADS = {"cpu": 256, "cuda": 1024}, 64
-ONCE = {"cpu": 256, "cuda": 4096}
-# On a processor, threads that share a block of several records. With more, a product's terms are
-# added in an order that follows from the row's place, and so do an activation's last digits.
+# Positions of a block: enough for a quick matrix product, with little padding; MANY_THREADS on a
+# CPU with more threads than may share a block of several records. Passes through the frozen part
+# run once over all records, so that they may pad more.
+BLOCK_POSITIONS, MANY_THREADS = {"cpu": 256, "cuda": 1024}, 64
+PREFIX_POSITIONS = {"cpu": 256, "cuda": 4096}
+# On a CPU, threads that share a block of several records. With more, a product's order of addition
+# depends on the row's place, and so do an activation's last digits.
 THREADS = 2
 
 
 class Bucket(NamedTuple):
-    """What a record shares a micro-batch by; a function of that record alone. length: of its
-    longest passage, padded; targets: the most that a passage has, padded in the same way; full: of
-    an encoder, to which padding is told by a mask, whether there is none."""
+    """Shapes shared by the records of a micro-batch; a function of each record alone. length: of
+    its longest passage, padded; targets: most targets of a passage, padded likewise; full: for an
+    encoder, which reads a padding mask, whether there is no padding."""
 
     length: int
     tiles: int = 1
@@ -51,45 +51,42 @@ class Bucket(NamedTuple):
 
 
 class CachedDataset:
-    """A dataset seen through a network.
+    """A dataset with cached prefix states of a network.
 
     Where something below the adapters is frozen, each record's states are computed once, kept
     unpadded (2 · positions · H bytes in bf16; models/prefix_store.py), and every later step starts
-    at the cut. Exact: there is no dropout and no adapter below it. Kept are all positions, or those
-    with a target where above the cut each position stands for itself (of a record without one, the
-    last).
+    at the cut. Exact: there is no dropout and no adapter below it. All positions are kept or,
+    where no layer above the cut mixes positions, those with a target (else the record's last).
     Guarantee: states at the cut, and what a block (`blocks`) makes of a record, come from products
     whose shapes follow from the record's own bucket, whoever else is in the dataset.
     memory: bytes of states that the process may hold before more go to the encrypted file; None: a
     quarter of the machine's.
 
-    Whoever sees the same record through the same network shares its states. Their name there is the
-    digest of token ids, kept positions and file: the ids say what tokenizer, template and length
-    made of the record, and the network is one base, dtype, quantisation and cut.
+    Datasets that hold the same record over the same network share its states, under the digest of
+    token ids, kept positions and file: the ids reflect tokenizer, template and length, and a
+    network is one base, dtype, quantisation and cut.
     """
 
     def __init__(self, network: Network, dataset: Dataset, memory: int | None = None) -> None:
         self.network, self.dataset, self._memory = network, dataset, memory
-        # Passages, k of each record, one record's after another's.
+        # k passages of each record, record by record.
         self._passages = [s for example in dataset.examples for s in example.passages]
-        self._each = len(dataset.examples[0].passages) if dataset.examples else 1
-        assert len(self._passages) == self._each * len(dataset.examples)
-        self._kept = [self._positions(passage) for passage in self._passages]
+        self._n_passages = len(dataset.examples[0].passages) if dataset.examples else 1
+        assert len(self._passages) == self._n_passages * len(dataset.examples)
+        self._positions = [self._positions_to_keep(passage) for passage in self._passages]
         self._tiles = [example.tiles for example in dataset.examples]
         media = [e.media.digest if e.media else b"" for e in dataset.examples]
         self._names = [
-            _name(s, kept, media[at // self._each])
-            for at, (s, kept) in enumerate(zip(self._passages, self._kept, strict=True))
+            _name(s, positions, media[row // self._n_passages])
+            for row, (s, positions) in enumerate(zip(self._passages, self._positions, strict=True))
         ]
-        self._seen: dict[
-            bytes, HiddenStates
-        ] = {}  # what the tower makes of each file, by its digest
+        self._tower_states: dict[bytes, HiddenStates] = {}  # by the file's digest
         self._states = [network.states.get(name) for name in self._names]
-        self._failed: set[int] = set()  # passages that nothing can be computed of
-        self._before = torch.full((len(dataset.examples), self._each), torch.nan)
+        self._failed: set[int] = set()  # passages whose states cannot be computed
+        self._logps = torch.full((len(dataset.examples), self._n_passages), torch.nan)
         self._buckets = [self._bucket(record) for record in range(len(dataset.examples))]
 
-    def _positions(self, passage: Passage) -> npt.NDArray[np.int64]:
+    def _positions_to_keep(self, passage: Passage) -> npt.NDArray[np.int64]:
         if self.network.pooled:
             return np.zeros(1, dtype=np.int64)
         length = len(passage.input_ids)
@@ -100,49 +97,51 @@ class CachedDataset:
 
     def _bucket(self, record: int) -> Bucket:
         rows = self._rows([record])
-        length = padded_length(max(len(self._kept[at]) for at in rows))
+        length = padded_length(max(len(self._positions[row]) for row in rows))
         tiles = self._tiles[record]
         if self.network.pooled:
             return Bucket(length, tiles)
-        most = max(int((self._passages[at].target_ids != -100).sum()) for at in rows)
-        full = self.network.kind == "encoder" and all(len(self._kept[at]) == length for at in rows)
-        return Bucket(length, tiles, padded_length(most) if most else 0, full)
+        max_targets = max(int((self._passages[row].target_ids != -100).sum()) for row in rows)
+        full = self.network.kind == "encoder" and all(
+            len(self._positions[row]) == length for row in rows
+        )
+        return Bucket(length, tiles, padded_length(max_targets) if max_targets else 0, full)
 
-    def _read_bucket(self, row: int) -> Bucket:
-        """That of a passage on its way through the frozen part."""
+    def _prefix_bucket(self, row: int) -> Bucket:
+        """Return the bucket of a passage in the pass through the frozen part."""
         length = len(self._passages[row].input_ids)
         padded = padded_length(length)
         full = self.network.kind == "encoder" and length == padded
-        return Bucket(padded, self._tiles[row // self._each], full=full)
+        return Bucket(padded, self._tiles[row // self._n_passages], full=full)
 
-    def _read_block(self, bucket: Bucket) -> int:
-        """Passages of a block of the frozen part."""
-        if self._crowded:
+    def _prefix_block(self, bucket: Bucket) -> int:
+        """Return the number of passages of a block in the frozen part."""
+        if self._one_record_per_block:
             return 1
         positions = bucket.length + self.network.frames(bucket.tiles)
-        return max(1, ONCE[self.network.device.type] // positions)
+        return max(1, PREFIX_POSITIONS[self.network.device.type] // positions)
 
     def warm(self) -> None:
         """Fill the cache now, reporting progress by records. Errors: InfrastructureError (disk)."""
         if not self.network.cached:
             return
         self._states = [self.network.states.get(name) for name in self._names]
-        missing = (at for at, state in enumerate(self._states) if state is None)
-        # One answer may be in several pairs: what reads the same is computed once.
-        new = list({self._names[at]: at for at in missing}.values())
+        missing = (row for row, state in enumerate(self._states) if state is None)
+        # One answer may be in several pairs: equal passages are computed once.
+        new = list({self._names[row]: row for row in missing}.values())
         done = 0
-        for _, rows in _grouped(new, self._read_bucket, self._read_block):
-            self._compute_each(rows)
+        for _, rows in _group_by_bucket(new, self._prefix_bucket, self._prefix_block):
+            self._compute_or_skip(rows)
             done += len(rows)
             report("reading records once through the frozen layers", done, len(new))
         self._states = [self.network.states.get(name) for name in self._names]
-        self._failed = {at for at, state in enumerate(self._states) if state is None}
-        if not self.network.sees:
-            self._seen.clear()
+        self._failed = {row for row, state in enumerate(self._states) if state is None}
+        if not self.network.reads_tower:
+            self._tower_states.clear()
 
-    def _compute_each(self, rows: list[int]) -> None:
-        """As `_compute`; what one record makes a library raise costs that record alone, which fails
-        again when it is asked for."""
+    def _compute_or_skip(self, rows: list[int]) -> None:
+        """Compute states as `_compute`; a record that makes a library raise is left out alone, and
+        fails again when it is read."""
         try:
             self._compute(rows)
         except FedtuneError:
@@ -150,91 +149,95 @@ class CachedDataset:
         except Exception as error:  # its words may quote a record
             log.error("a record cannot be read by the base (%s)", type(error).__name__)
             for row in rows if len(rows) > 1 else ():
-                self._compute_each([row])
+                self._compute_or_skip([row])
 
     def _compute(self, rows: list[int]) -> None:
-        """States of passages of one bucket, at most a block, from their tokens."""
-        filled = _filled(rows, self._read_block(self._read_bucket(rows[0])))
-        found = self.network.prefix(*self._tokens(filled), self._look(filled))
-        states = found.cpu()  # a GPU's memory holds none
+        """Compute and store the states of passages of one bucket, at most a block."""
+        filled = _fill_block(rows, self._prefix_block(self._prefix_bucket(rows[0])))
+        hidden = self.network.prefix(*self._tokens(filled), self._encode_media(filled))
+        states = hidden.cpu()  # none stay in a GPU's memory
         for row, index in enumerate(rows):
-            name, kept = self._names[index], torch.from_numpy(self._kept[index])
-            state = PREFIX_STORE.keep(states[row, kept], name, self._memory)
+            name, positions = self._names[index], torch.from_numpy(self._positions[index])
+            state = PREFIX_STORE.keep(states[row, positions], name, self._memory)
             self.network.states[name] = self._states[index] = state
 
     def batches(self, indices: Indices, token_budget: int = 4096) -> Iterator[Batch]:
-        """The records `indices`, each once, in micro-batches of one bucket and at most
-        `token_budget` positions (always at least one record). For what is public or one's own: the
-        last digits follow from the others in the batch."""
-        self._warmed(indices)
+        """Yield the records `indices`, each once, in micro-batches of one bucket and at most
+        `token_budget` positions (always at least one record). For public or local results: their
+        last digits depend on the batch."""
+        self._ensure_warm(indices)
 
         def size(bucket: Bucket) -> int:
-            return max(1, token_budget // self._positions_of(bucket))
+            return max(1, token_budget // self._positions_per_record(bucket))
 
-        for bucket, records in _grouped(indices, self._buckets.__getitem__, size):
+        for bucket, records in _group_by_bucket(indices, self._buckets.__getitem__, size):
             yield self._batch(bucket, records, len(records))
 
-    def blocks(self, indices: Indices, most: int | None = None) -> Iterator[Batch]:
-        """Yield micro-batches of a fixed shape, blocks: of a bucket always as many records, at most
-        `most`, filled with the first again. For whatever is added up over units and noised; on a
-        block of several records no more than THREADS work, until the next is asked for."""
-        self._warmed(indices)
+    def blocks(self, indices: Indices, limit: int | None = None) -> Iterator[Batch]:
+        """Yield micro-batches of a fixed shape, blocks: always as many records of a bucket, at most
+        `limit`, filled up with the first. For whatever is summed over units and noised; at most
+        THREADS threads work on a block of several records, until the next is requested."""
+        self._ensure_warm(indices)
 
         def size(bucket: Bucket) -> int:
-            positions = MANY_THREADS if self._crowded else STEP[self.network.device.type]
-            found = max(1, positions // self._positions_of(bucket))
+            budget = (
+                MANY_THREADS
+                if self._one_record_per_block
+                else BLOCK_POSITIONS[self.network.device.type]
+            )
+            count = max(1, budget // self._positions_per_record(bucket))
             if self.network.head is not None and not self.network.pooled:
-                found = 1  # a few rows by a few labels: here a row's place counts
-            return min(found, most or found)
+                count = 1  # for few rows and labels, results depend on a row's place
+            return min(count, limit or count)
 
-        for bucket, records in _grouped(indices, self._buckets.__getitem__, size):
-            filled = _filled(records, size(bucket))
-            with _threads(None if len(filled) == 1 else THREADS):
+        for bucket, records in _group_by_bucket(indices, self._buckets.__getitem__, size):
+            filled = _fill_block(records, size(bucket))
+            with _limit_threads(None if len(filled) == 1 else THREADS):
                 yield self._batch(bucket, filled, len(records))
 
     @property
-    def _crowded(self) -> bool:
-        """Whether more threads work than may share a block of several records."""
+    def _one_record_per_block(self) -> bool:
+        """Whether PyTorch uses more threads than may share a block of several records."""
         return self.network.device.type == "cpu" and torch.get_num_threads() > THREADS
 
-    def _warmed(self, indices: Indices) -> None:
+    def _ensure_warm(self, indices: Indices) -> None:
         rows = set(self._rows(indices)) - self._failed
         if self.network.cached and any(self._states[at] is None for at in rows):
             self.warm()
 
-    def _positions_of(self, bucket: Bucket) -> int:
-        """Of a record, those of its file among them where they are held."""
-        held = self.network.sees or not self.network.cached
+    def _positions_per_record(self, bucket: Bucket) -> int:
+        """Count a record's positions in memory, including its file's."""
+        held = self.network.reads_tower or not self.network.cached
         frames = self.network.frames(bucket.tiles) if held else 0
-        return self._each * (bucket.length + frames)
+        return self._n_passages * (bucket.length + frames)
 
     def _batch(self, bucket: Bucket, records: list[int], count: int) -> Batch:
         rows = self._rows(records)
-        seen = self._look(rows) if self.network.sees else None
+        tower_states = self._encode_media(rows) if self.network.reads_tower else None
         mask = torch.zeros(len(rows), bucket.length, dtype=torch.bool)
         targets = torch.full((len(rows), bucket.length), -100, dtype=torch.long)
-        for row, at in enumerate(rows):
-            kept = self._kept[at]
-            mask[row, : len(kept)] = True
+        for row, passage in enumerate(rows):
+            positions = self._positions[passage]
+            mask[row, : len(positions)] = True
             if not self.network.pooled:
-                real = np.asarray(self._passages[at].target_ids, dtype=np.int64)[kept]
-                targets[row, : len(kept)] = torch.from_numpy(real)
+                real = np.asarray(self._passages[passage].target_ids, dtype=np.int64)[positions]
+                targets[row, : len(positions)] = torch.from_numpy(real)
         device, examples = self.network.device, self.dataset.examples
         return Batch(
-            prefix=self._prefix(rows, bucket.length, seen).to(device),
+            prefix=self._prefix(rows, bucket.length, tower_states).to(device),
             mask=mask.to(device),
             target_ids=targets.to(device),
             label=torch.tensor([examples[i].label for i in records], device=device),
             index=torch.tensor(records),
             soft=self._soft(records),
-            seen=seen,
+            tower_states=tower_states,
             tiles=bucket.tiles,
             count=count,
-            before=self._before,
+            reference_logps=self._logps,
         )
 
     def _soft(self, records: Indices) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """What a teacher expects of `records`, each one's own."""
+        """Pad the teacher's soft targets of `records` to one shape."""
         marks = [mark for i in records if (mark := self.dataset.examples[i].soft) is not None]
         if not marks:
             return None
@@ -245,42 +248,46 @@ class CachedDataset:
             logp[row, : len(mark.logp)] = torch.from_numpy(mark.logp)
         return tokens.to(self.network.device), logp.to(self.network.device)
 
-    def _look(self, rows: list[int]) -> torch.Tensor | None:
-        """The tower's states of the files of passages with one number of tiles, (rows, tiles, P,
-        W); each file is looked at once."""
-        files = [self.dataset.examples[at // self._each].media for at in rows]
+    def _encode_media(self, rows: list[int]) -> torch.Tensor | None:
+        """Compute the tower's states of the passages' files, all of one number of tiles: (rows,
+        tiles, P, W). Each file is encoded once."""
+        files = [self.dataset.examples[row // self._n_passages].media for row in rows]
         if files[0] is None:
             return None
         states = []
         for file in files:
-            assert file is not None  # of a base that reads files every record has one
+            assert file is not None  # every record of a multimodal base has one
             name = hashlib.sha256(b"seen" + file.digest).digest()
-            kept = self._seen.get(name) or self.network.states.get(name)
-            if kept is None:
-                new = self.network.see(self.network.reader.tensor(file)).cpu()
-                kept = self.network.states[name] = PREFIX_STORE.keep(new, name, self._memory)
-            self._seen[name] = kept
-            states.append(self._intact(kept, name, file))
+            stored = self._tower_states.get(name) or self.network.states.get(name)
+            if stored is None:
+                encoded = self.network.encode_media(self.network.reader.tensor(file)).cpu()
+                stored = self.network.states[name] = PREFIX_STORE.keep(encoded, name, self._memory)
+            self._tower_states[name] = stored
+            states.append(self._intact(stored, name, file))
         return torch.stack(states).to(self.network.device)
 
-    def _intact(self, kept: HiddenStates, name: bytes, file: Media) -> torch.Tensor:
+    def _intact(self, stored: HiddenStates, name: bytes, file: Media) -> torch.Tensor:
         try:
-            return kept.read()
+            return stored.read()
         except Altered as error:
             log.warning("%s; they are computed again. Check this machine's disk", error)
-            del self._seen[name]
-            return self.network.see(self.network.reader.tensor(file)).cpu()
+            del self._tower_states[name]
+            return self.network.encode_media(self.network.reader.tensor(file)).cpu()
 
     def _rows(self, records: Indices) -> list[int]:
-        """The passages of some records."""
-        return [i * self._each + k for i in records for k in range(self._each)]
+        """Return the rows (passages) of `records`."""
+        return [
+            record * self._n_passages + k for record in records for k in range(self._n_passages)
+        ]
 
-    def _prefix(self, rows: list[int], length: int, seen: torch.Tensor | None) -> torch.Tensor:
-        """(rows, length, H), zero on padding."""
+    def _prefix(
+        self, rows: list[int], length: int, tower_states: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return states at the cut (rows, length, H), zero on padding."""
         if not self.network.cached:
-            if seen is None:
-                seen = self._look(rows)
-            return self.network.prefix(*self._tokens(rows, length), seen)
+            if tower_states is None:
+                tower_states = self._encode_media(rows)
+            return self.network.prefix(*self._tokens(rows, length), tower_states)
         states = [self._read(index) for index in rows]
         padded = torch.zeros(len(rows), length, states[0].shape[-1], dtype=states[0].dtype)
         for row, state in enumerate(states):
@@ -288,7 +295,7 @@ class CachedDataset:
         return padded
 
     def _read(self, index: int) -> torch.Tensor:
-        """One passage's states; computed again where the file does not hold what was written."""
+        """Read one passage's states; recompute them where the file was altered."""
         state = self._states[index]
         if state is None:
             raise RuntimeError("a record that the base could not read")
@@ -300,48 +307,48 @@ class CachedDataset:
             return self._read(index)
 
     def _tokens(self, rows: list[int], length: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and mask (rows, length) of passages of one bucket, padded to its length."""
-        texts = [self._passages[at].input_ids for at in rows]
-        length = length or padded_length(max(map(len, texts)))
+        """Pad passages of one bucket to token ids and mask (rows, length)."""
+        passages = [self._passages[row].input_ids for row in rows]
+        length = length or padded_length(max(map(len, passages)))
         ids = torch.zeros(len(rows), length, dtype=torch.long)
         mask = torch.zeros(ids.shape, dtype=torch.bool)
-        for row, text in enumerate(texts):
+        for row, text in enumerate(passages):
             ids[row, : len(text)] = torch.from_numpy(np.asarray(text, dtype=np.int64))
             mask[row, : len(text)] = True
         return ids, mask
 
 
-def _grouped(
+def _group_by_bucket(
     indices: Iterable[int], bucket_of: Callable[[int], Bucket], size: Callable[[Bucket], int]
 ) -> Iterator[tuple[Bucket, list[int]]]:
-    """`indices` in groups of one bucket, of at most its `size`."""
+    """Group `indices` by bucket, at most `size(bucket)` in each group."""
     members: dict[Bucket, list[int]] = {}
     for index in indices:
         members.setdefault(bucket_of(index), []).append(index)
-    for bucket, every in sorted(members.items()):
-        most = size(bucket)
-        for start in range(0, len(every), most):
-            yield bucket, every[start : start + most]
+    for bucket, grouped in sorted(members.items()):
+        limit = size(bucket)
+        for start in range(0, len(grouped), limit):
+            yield bucket, grouped[start : start + limit]
 
 
 @contextmanager
-def _threads(most: int | None) -> Iterator[None]:
+def _limit_threads(limit: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
-    if most is None or before <= most:
+    if limit is None or before <= limit:
         yield
         return
-    torch.set_num_threads(most)
+    torch.set_num_threads(limit)
     try:
         yield
     finally:
         torch.set_num_threads(before)
 
 
-def _filled(indices: list[int], size: int) -> list[int]:
+def _fill_block(indices: list[int], size: int) -> list[int]:
     return indices + indices[:1] * (size - len(indices))
 
 
-def _name(passage: Passage, kept: npt.NDArray[np.int64], media: bytes = b"") -> bytes:
-    """What a passage's states go by: token ids, kept positions and file, apart from each other."""
-    parts = (passage.input_ids.tobytes(), kept.tobytes(), *([media] if media else []))
+def _name(passage: Passage, positions: npt.NDArray[np.int64], media: bytes = b"") -> bytes:
+    """Digest that names a passage's states: of token ids, kept positions and file, separately."""
+    parts = (passage.input_ids.tobytes(), positions.tobytes(), *([media] if media else []))
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()

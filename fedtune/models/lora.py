@@ -1,7 +1,7 @@
 """The adapter: PEFT's LoRA with A frozen and only B trained by default (FFA-LoRA).
 
-With A fixed and shared, the mean of the sites' B is exactly the mean of their updates B·A, half the
-bytes travel, and noise never multiplies noise (Sun et al. 2024, section 3)."""
+With A fixed and shared, the mean of the sites' B is exactly the mean of their updates B·A, updates
+are half as large, and noise never multiplies noise (Sun et al. 2024, section 3)."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ Arrays = dict[str, np.ndarray]
 def attach(
     model: PreTrainedModel, lora: LoraTable, base_name: str, parts: Components | None = None
 ) -> PeftModel:
-    """PEFT's LoRA on `model` with B zero; only `lora.train` is trainable. parts: of a base that has
-    a tower besides its text, on which no adapter ever sits.
+    """Attach PEFT's LoRA to `model` with B zero; only `lora.train` is trainable. parts: for a base
+    with a tower, which never gets an adapter.
 
     Errors: ConfigError when a named module does not exist in this architecture."""
     text = parts.text if parts else model
@@ -51,20 +51,20 @@ def attach(
         task_type="CAUSAL_LM" if "CausalLM" in type(model).__name__ else None,
     )
     try:
-        with warnings.catch_warnings():  # PEFT asks transformers by an old name; not ours to mend
+        with warnings.catch_warnings():  # PEFT uses an old name of transformers
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             adapted = get_peft_model(model, config)
     except ValueError:
         raise _not_found(lora, text) from None
     adapted.peft_config["default"].base_model_name_or_path = base_name
     for name, parameter in adapted.named_parameters():
-        trains = "lora_B" in name or ("lora_A" in name and lora.train == "AB")
-        parameter.requires_grad_(trains)
+        is_trained = "lora_B" in name or ("lora_A" in name and lora.train == "AB")
+        parameter.requires_grad_(is_trained)
     return adapted
 
 
 def blocks(text: torch.nn.Module) -> int:
-    """How many transformer blocks there are to put an adapter on."""
+    """Count the transformer blocks that an adapter can be put on."""
     layers = getattr(text, "layers", None)
     if isinstance(layers, torch.nn.ModuleList):
         return len(layers)
@@ -74,23 +74,23 @@ def blocks(text: torch.nn.Module) -> int:
 def _by_name(
     model: PreTrainedModel, parts: Components, lora: LoraTable, layers: list[int] | None
 ) -> list[str]:
-    """Full names, since a tower's layers bear the same last names as the text's."""
+    """Full names of the target modules, since a tower's layers share the text's last names."""
     named = {id(module): name for name, module in model.named_modules()}
-    text, found = list(parts.text.named_modules()), list[torch.nn.Module]()
-    for wanted in lora.modules:
-        if wanted == PROJECTOR:
-            new = list((parts.projector or torch.nn.Module()).modules())
+    text, modules = list(parts.text.named_modules()), list[torch.nn.Module]()
+    for name in lora.modules:
+        if name == PROJECTOR:
+            matching = list((parts.projector or torch.nn.Module()).modules())
         else:
-            new = [m for n, m in text if n.rsplit(".", 1)[-1] == wanted and _within(n, layers)]
-        new = [module for module in new if isinstance(module, torch.nn.Linear)]
-        if not new:
+            matching = [m for n, m in text if n.rsplit(".", 1)[-1] == name and _within(n, layers)]
+        matching = [module for module in matching if isinstance(module, torch.nn.Linear)]
+        if not matching:
             raise _not_found(lora, parts.text, *([PROJECTOR] if parts.projector else []))
-        found += new
-    return [named[id(module)] for module in found]
+        modules += matching
+    return [named[id(module)] for module in modules]
 
 
 def _within(name: str, layers: list[int] | None) -> bool:
-    """Whether a module of the text lies in one of the blocks."""
+    """Whether a module of the text lies in one of the blocks `layers`."""
     match = re.match(r"layers\.(\d+)\.", name)
     return layers is None or (match is not None and int(match[1]) in layers)
 
@@ -105,28 +105,28 @@ def _not_found(lora: LoraTable, text: torch.nn.Module, *more: str) -> ConfigErro
 
 
 def draw(factor: Mapping[str, torch.nn.Parameter], seed: int) -> Arrays:
-    """A from a public seed, uniform in ±1/√inputs as PEFT draws it; the same on every machine."""
+    """Draw A from a public seed, uniform in ±1/√inputs as PEFT does; equal on every machine."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = {}
+    arrays = {}
     for name in sorted(factor):
         shape = factor[name].shape
         bound = 1 / math.sqrt(shape[1])
-        drawn[name] = torch.empty(shape).uniform_(-bound, bound, generator=generator).numpy()
-    return drawn
+        arrays[name] = torch.empty(shape).uniform_(-bound, bound, generator=generator).numpy()
+    return arrays
 
 
 def digest(arrays: Mapping[str, np.ndarray]) -> str:
-    """sha256 over names, shapes and fp32 bytes, in name order."""
-    body = hashlib.sha256()
+    """Compute the sha256 over names, shapes and fp32 bytes, in name order."""
+    sha256 = hashlib.sha256()
     for name in sorted(arrays):
         value = np.ascontiguousarray(arrays[name], dtype=np.float32)
-        body.update(f"{name} {value.shape}\n".encode())
-        body.update(value.data)
-    return "sha256:" + body.hexdigest()
+        sha256.update(f"{name} {value.shape}\n".encode())
+        sha256.update(value.data)
+    return "sha256:" + sha256.hexdigest()
 
 
-# No entry of an adapter, a head or a frozen factor is larger: what is turns the last digit of a
-# product into another answer.
+# Bound on every entry of an adapter, a head or a frozen factor: larger ones amplify the last digits
+# of a product into another output.
 LARGEST = 1e3
 
 

@@ -1,6 +1,6 @@
 """One copy of the base in memory, cut into a frozen prefix and a trainable part.
 
-Sites and coordinator see the same few methods, whatever the base: states at the cut, hidden states
+Sites and coordinator use the same methods, whatever the base: states at the cut, hidden states
 above it, logits. Adapters are swapped by loading arrays."""
 
 from __future__ import annotations
@@ -60,15 +60,15 @@ class Network:
         self.base, self.dtype, self.kind = base, dtype, base.kind
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(base)
         self.reader = modalities.reader(base, self.tokenizer, modality)
-        whole = load_backbone(base, dtype)
-        # A processor here unless there is a GPU; CUDA_VISIBLE_DEVICES says which, as anywhere.
+        backbone = load_backbone(base, dtype)
+        # The CPU unless there is a GPU; CUDA_VISIBLE_DEVICES selects one.
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model: PreTrainedModel | PeftModel = nn.Module.to(whole, self.device)
+        self.model: PreTrainedModel | PeftModel = nn.Module.to(backbone, self.device)
         if quantisation:
-            quantise(whole, quantisation, dtype)
-        self._parts = parts_of(whole, base.kind)
+            quantise(backbone, quantisation, dtype)
+        self._parts = parts_of(backbone, base.kind)
         self._backbone, self._lm_head = self._parts.text, self._parts.lm_head
-        text = whole.config.get_text_config()
+        text = backbone.config.get_text_config()
         self.hidden_size, self.vocabulary = int(text.hidden_size), int(text.vocab_size)
         self.head = nn.Linear(self.hidden_size, labels, device=self.device) if labels else None
         if self.head is not None:
@@ -80,27 +80,27 @@ class Network:
             if base.kind != "encoder" and not self._projects:
                 self._split = cut(self._backbone, lora)
             if self._parts.plane and not self.positionwise:
-                self._split = None  # above it, nobody knew where the image stands
-            self.model = lora_module.attach(whole, lora, base.name, self._parts)
-        self.pooled = not lora  # a head alone: the record's one vector is all that training needs
-        # Whether `hidden` fills in the image: its projector is trained, or all of the text runs.
+                self._split = None  # above it, the image's positions would be unknown
+            self.model = lora_module.attach(backbone, lora, base.name, self._parts)
+        self.pooled = not lora  # a head alone: training needs one vector per record
+        # Whether `hidden` fills in the image: its projector is trained, or no text layer is cut.
         self._fills = self._projects or (self._parts.plane and not (self.pooled or self._split))
-        # States at the cut, and what a tower makes of a file, by what went in; shared by everyone
-        # who sees the same record; gone as soon as nobody holds them.
+        # States at the cut, and a tower's states of a file, by a digest of their input; shared by
+        # all datasets with the same record; freed with their last holder.
         self.states: WeakValueDictionary[bytes, HiddenStates] = WeakValueDictionary()
-        self._adopted: dict[str, Arrays] = {}  # by digest; shared by everyone who trains over it
-        self._loaded: tuple[Arrays, list[int]] | None = None  # as A, and A's versions since
+        self._adopted: dict[str, Arrays] = {}  # A by digest, shared by all who train over it
+        self._loaded: tuple[Arrays, list[int]] | None = None  # A, and its tensors' versions
         self.draw_factor(seed=0)
 
     @cached_property
     def positions(self) -> int | None:
-        """The most tokens that a text may have for the base; None where it does not say."""
+        """Longest text of the base in tokens; None where its config does not say."""
         return positions_of(self._backbone)
 
     @torch.no_grad()
     def check_length(self, length: int) -> None:
-        """Whether the base reads texts of `length` tokens here, seen before any record is read: one
-        that is too long would fail, and tell by that how long it is. Errors: ConfigError."""
+        """Check that the base reads texts of `length` tokens here, before any record is read: a
+        record that is too long would fail, and so disclose its length. Errors: ConfigError."""
         if self.positions is not None and length > self.positions:
             raise ConfigError(
                 f"objective.max_length = {length} is more than the base can read",
@@ -126,25 +126,25 @@ class Network:
 
     @property
     def positionwise(self) -> bool:
-        """Whether above the cut each position stands for itself."""
+        """Whether no layer above the cut mixes positions."""
         return self._split is not None and self._split.positionwise
 
     @property
-    def sees(self) -> bool:
-        """Whether the part above the cut reads the tower's states itself."""
+    def reads_tower(self) -> bool:
+        """Whether the part above the cut needs the tower's states."""
         if self.pooled or self.positionwise:
             return False
         return self._fills or self._parts.crossed
 
     def frames(self, tiles: int) -> int:
-        """Count the tower's states of a file with so many tiles; 0 where there is no tower."""
+        """Number of the tower's states for a file of `tiles` tiles; 0 without a tower."""
         return self._parts.frames * tiles
 
-    def meets_tiles(self, parameter: nn.Parameter) -> bool:
-        """Whether each tile is a row of its layer's input: in the projector; else a passage is."""
+    def has_row_per_tile(self, parameter: nn.Parameter) -> bool:
+        """Whether a row of the layer's input is a tile (in the projector) and not a passage."""
         if not self._projects or self._parts.projector is None:
             return False
-        return any(parameter is own for own in self._parts.projector.parameters())
+        return any(parameter is p for p in self._parts.projector.parameters())
 
     @property
     def trained(self) -> nn.Module:
@@ -159,56 +159,57 @@ class Network:
         return holder
 
     @torch.no_grad()
-    def see(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What the frozen tower makes of one file, (tiles, P, W), from its modality's tensor."""
+    def encode_media(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Run the frozen tower on one file's tensor: (tiles, P, W)."""
         assert self._parts.tower is not None
         return self._parts.tower(tensor.to(self.device, self.dtype))
 
     @torch.no_grad()
     def prefix(
-        self, input_ids: torch.Tensor, mask: torch.Tensor, seen: torch.Tensor | None = None
+        self, input_ids: torch.Tensor, mask: torch.Tensor, tower_states: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """States at the cut, (B, L, H); (B, 1, H) fp32 where a head alone is trained. seen: the
-        tower's states of each passage's file, (B, tiles, P, W). Where `hidden` fills in what the
-        projector makes of them, its places are NaN until then."""
+        """Compute states at the cut, (B, L, H); (B, 1, H) fp32 where a head alone is trained.
+        tower_states: those of each passage's file, (B, tiles, P, W). Place-holders that `hidden`
+        fills with the projector's output are NaN until then."""
         input_ids, mask = input_ids.to(self.device), mask.to(self.device)
         if self.pooled and self._parts.crossed:
-            assert seen is not None  # a head on the tower itself: the mean over all frames
-            return pooled(seen[:, 0], torch.ones_like(seen[:, 0, :, 0]), "encoder")[:, None]
-        given = {"input_ids": input_ids}
+            assert tower_states is not None  # a head on the tower itself: the mean over all frames
+            frames = tower_states[:, 0]
+            return pooled(frames, torch.ones_like(frames[..., 0]), "encoder")[:, None]
+        if not (self.pooled or self._split):
+            return self._embed(input_ids, tower_states)
+        inputs = {"input_ids": input_ids}
         if self._parts.projector is not None:
-            given = {"inputs_embeds": self._embedded(input_ids, seen)}
-            given |= self._placed(input_ids == self._parts.place)
-        if self.pooled:
-            states = self._run(self._backbone, mask, **given, **self._crossed(seen))
-            return pooled(states, mask, self.kind)[:, None]
+            inputs = {"inputs_embeds": self._embed(input_ids, tower_states)}
+            inputs |= self._position_ids(input_ids == self._parts.place)
+        inputs |= self._cross_inputs(tower_states)
         if self._split:
-            return self._run(self._split.prefix, mask, **given, **self._crossed(seen))
-        return self._embedded(input_ids, seen)
+            return self._run(self._split.prefix, mask, **inputs)
+        return pooled(self._run(self._backbone, mask, **inputs), mask, self.kind)[:, None]
 
-    def _embedded(self, input_ids: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+    def _embed(self, input_ids: torch.Tensor, tower_states: torch.Tensor | None) -> torch.Tensor:
         embed: nn.Module = self.model.get_input_embeddings()
         states: torch.Tensor = embed(input_ids)
         if self._parts.projector is None:
             return states
         states = states.masked_fill((input_ids == self._parts.place)[:, :, None], torch.nan)
-        return states if self._fills else self._filled(states, seen)
+        return states if self._fills else self._fill(states, tower_states)
 
-    def _placed(self, holes: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Where each position stands, for a base to which that is more than its number."""
-        return {"position_ids": plane_positions(holes)} if self._parts.plane else {}
+    def _position_ids(self, is_placeholder: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Position ids for a base whose positions are two-dimensional (M-RoPE); else nothing."""
+        return {"position_ids": plane_positions(is_placeholder)} if self._parts.plane else {}
 
-    def _filled(self, states: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
-        """With what the projector makes of each record's tiles in the places for it."""
-        assert seen is not None and self._parts.projector is not None
-        features = self._parts.projector(seen.flatten(0, 1))  # (B · tiles, P', H)
-        return fill(states, features.reshape(len(seen), -1, features.shape[-1]))
+    def _fill(self, states: torch.Tensor, tower_states: torch.Tensor | None) -> torch.Tensor:
+        """Fill each record's place-holders with the projector's output for its tiles."""
+        assert tower_states is not None and self._parts.projector is not None
+        features = self._parts.projector(tower_states.flatten(0, 1))  # (B · tiles, P', H)
+        return fill(states, features.reshape(len(tower_states), -1, features.shape[-1]))
 
-    def _crossed(self, seen: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    def _cross_inputs(self, tower_states: torch.Tensor | None) -> dict[str, torch.Tensor]:
         if not self._parts.crossed:
             return {}
-        assert seen is not None
-        return {"encoder_hidden_states": seen[:, 0]}
+        assert tower_states is not None
+        return {"encoder_hidden_states": tower_states[:, 0]}
 
     @property
     def has_head(self) -> bool:
@@ -220,26 +221,26 @@ class Network:
         prefix: torch.Tensor,
         mask: torch.Tensor,
         keep: torch.Tensor | None = None,
-        seen: torch.Tensor | None = None,
+        tower_states: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Last hidden states from the states at the cut, adapters applied, (B, L, H); only those at
-        the positions `keep` (B, K), if given, (B, K, H). seen: as in `prefix`, where `sees`."""
+        """Compute last hidden states from those at the cut, adapters applied, (B, L, H); only at
+        the positions `keep` (B, K) if given, (B, K, H). tower_states: needed if `reads_tower`."""
         if self.pooled:
             return prefix
-        more = self._crossed(seen) if self.sees else {}
+        extra = self._cross_inputs(tower_states) if self.reads_tower else {}
         if self._fills:
-            more |= self._placed(prefix[..., 0].isnan())
-            prefix = self._filled(prefix, seen)
+            extra |= self._position_ids(prefix[..., 0].isnan())
+            prefix = self._fill(prefix, tower_states)
         tail = self._split.tail if self._split else self._backbone
         if keep is None:
-            return self._run(tail, mask, inputs_embeds=prefix, **more)
+            return self._run(tail, mask, inputs_embeds=prefix, **extra)
         if self._split and self._split.narrows:
-            return self._run(tail, mask, inputs_embeds=prefix, keep=keep, **more)
-        whole = self._run(tail, mask, inputs_embeds=prefix, **more)
-        return whole.gather(1, keep[:, :, None].expand(-1, -1, whole.shape[2]))
+            return self._run(tail, mask, inputs_embeds=prefix, keep=keep, **extra)
+        states = self._run(tail, mask, inputs_embeds=prefix, **extra)
+        return states.gather(1, keep[:, :, None].expand(-1, -1, states.shape[2]))
 
     def logits(self, selected: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
-        """Selected states (n, H) to next-token logits (n, V) fp32, over `tokens` alone if given;
+        """Compute next-token logits (n, V) fp32 of states (n, H), over `tokens` alone if given;
         where a head is trained, its class logits."""
         if self.head is not None:
             scores: torch.Tensor = self.head(selected.float())
@@ -248,16 +249,16 @@ class Network:
         weight: torch.Tensor = self._lm_head.weight  # type: ignore[assignment]
         if tokens is not None:
             selected, weight = selected.float(), weight[tokens].float()
-        found: torch.Tensor = (selected @ weight.T).float()
-        return found
+        logits: torch.Tensor = (selected @ weight.T).float()
+        return logits
 
     def token_losses(self, selected: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Negative log-likelihood (nats) of next tokens, from selected states (n, H); fp32 (n,)."""
+        """Compute next tokens' negative log-likelihood (nats) from states (n, H), fp32 (n,)."""
         assert self._lm_head is not None
         return head_loss(selected, self._lm_head.weight, targets)  # type: ignore[arg-type]
 
     def pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """One vector per record (B, H) fp32: mean over tokens (encoder) or the last one.
+        """Pool to one vector per record (B, H) fp32: mean over tokens (encoder) or the last one.
         A head alone on a speech base: the mean over the tower's frames."""
         return hidden[:, 0] if self.pooled else pooled(hidden, mask, self.kind)
 
@@ -270,14 +271,14 @@ class Network:
         return states
 
     @contextmanager
-    def recomputing(self, wanted: bool) -> Iterator[None]:
-        """If wanted, blocks with an adapter keep their inputs alone and run again in the backward
-        pass: the memory of one block for a third more time. The same gradients."""
+    def recomputing(self, enabled: bool) -> Iterator[None]:
+        """Checkpoint activations if `enabled`: blocks with an adapter keep only their inputs and
+        run again in the backward pass, with equal gradients: a third more time."""
         blocks = [m for m in self.trained.modules() if isinstance(m, GradientCheckpointingLayer)]
-        blocks = [m for m in blocks if wanted and any(p.requires_grad for p in m.parameters())]
-        for block in blocks:  # not by the block's own switch, which asks for training mode
-            again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-            block.forward = partial(again, block.forward)
+        blocks = [m for m in blocks if enabled and any(p.requires_grad for p in m.parameters())]
+        for block in blocks:  # the block's own switch would need training mode
+            recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            block.forward = partial(recompute, block.forward)
         try:
             yield
         finally:
@@ -289,7 +290,7 @@ class Network:
         return self._trainable
 
     @cached_property
-    def _trainable(self) -> dict[str, nn.Parameter]:  # asked for many times a round
+    def _trainable(self) -> dict[str, nn.Parameter]:  # read many times a round
         named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         if self.head is not None:
             named |= {f"head.{n}": p for n, p in self.head.named_parameters()}
@@ -299,16 +300,16 @@ class Network:
         return {n: p.detach().float().cpu().numpy().copy() for n, p in self.parameters().items()}
 
     def zero(self) -> Arrays:
-        """The trainable arrays of the untouched base: a head's public start is zero too."""
+        """Return zero trainable arrays, those of the base itself: a head starts at zero too."""
         return {n: np.zeros(tuple(p.shape), np.float32) for n, p in self.parameters().items()}
 
     def load_trainable(self, arrays: Arrays) -> None:
-        """Errors: ModelError when names or shapes differ from this network's, or an entry is not
-        finite, or larger than LARGEST."""
+        """Load the trainable arrays. Errors: ModelError when names or shapes differ from this
+        network's, or an entry is not finite, or larger than LARGEST."""
         load_into(self.parameters(), arrays)
 
     def draw_factor(self, seed: int) -> Arrays:
-        """LoRA's A from a public seed, the same on every machine; loaded and returned."""
+        """Draw LoRA's A from a public seed, equal on every machine; load and return it."""
         drawn = lora_module.draw(self._factor, seed)
         self.load_frozen(drawn)
         return drawn
@@ -328,7 +329,7 @@ class Network:
         return factor
 
     def initial(self, factor: Arrays) -> Arrays:
-        """The trainable arrays of round 0: B and head zero, so nothing of the base changes yet;
+        """Return the trainable arrays of round 0: B and head zero, so that the base is unchanged;
         A as in `factor` where it is trained too."""
         return {
             n: factor[n] if n in factor else np.zeros(tuple(p.shape), dtype=np.float32)
@@ -336,23 +337,24 @@ class Network:
         }
 
     def frozen_factor(self) -> Arrays:
-        """LoRA's A by name; empty for a head alone."""
+        """Return LoRA's A by name; empty for a head alone."""
         return {n: p.detach().float().cpu().numpy().copy() for n, p in self._factor.items()}
 
     def load_frozen(self, arrays: Arrays) -> None:
-        """Free where the same arrays were loaded last and nothing wrote to A since.
-        Errors: as `load_trainable`."""
-        if self._loaded is None or self._loaded[0] is not arrays or self._loaded[1] != self._now():
+        """Load LoRA's A; does nothing where the same arrays were loaded last and A is unchanged
+        since. Errors: as `load_trainable`."""
+        versions = self._factor_versions()
+        if self._loaded is None or self._loaded[0] is not arrays or self._loaded[1] != versions:
             load_into(self._factor, arrays)
-            self._loaded = arrays, self._now()
+            self._loaded = arrays, self._factor_versions()
 
     @contextmanager
     def loaded(
         self, frozen: Arrays | None = None, trainable: Arrays | None = None
     ) -> Iterator[None]:
-        """Load arrays, and load what was there again afterwards; None: they stay as they are.
+        """Load arrays within the block, and restore the previous ones after it; None: unchanged.
         Errors: as `load_trainable`."""
-        before = self.frozen_factor() if frozen is not None else None, self.trainable()
+        previous = self.frozen_factor() if frozen is not None else None, self.trainable()
         try:
             if frozen is not None:
                 self.load_frozen(frozen)
@@ -360,12 +362,12 @@ class Network:
                 self.load_trainable(trainable)
             yield
         finally:
-            if before[0] is not None:
-                self.load_frozen(before[0])
-            self.load_trainable(before[1])
+            if previous[0] is not None:
+                self.load_frozen(previous[0])
+            self.load_trainable(previous[1])
 
-    def _now(self) -> list[int]:
-        """A's versions: PyTorch counts what is written to a tensor."""
+    def _factor_versions(self) -> list[int]:
+        """Versions of A's tensors: PyTorch counts writes to a tensor."""
         return [parameter._version for parameter in self._factor.values()]
 
     @cached_property
@@ -374,25 +376,25 @@ class Network:
 
     @contextmanager
     def base_only(self) -> Iterator[None]:
-        """The untouched base: adapters off."""
+        """Disable adapters within the block."""
         if isinstance(self.model, PeftModel):
             adapter = [*self._trainable.values(), *self._factor.values()]
-            trains = [p.requires_grad for p in adapter]
+            trainable_before = [p.requires_grad for p in adapter]
             try:
                 with self.model.disable_adapter():
                     yield
-            finally:  # PEFT switches an adapter on again with all of it trainable, A too
-                for parameter, wanted in zip(adapter, trains, strict=True):
-                    parameter.requires_grad_(wanted)
+            finally:  # PEFT enables an adapter with all of it trainable, A too
+                for parameter, requires_grad in zip(adapter, trainable_before, strict=True):
+                    parameter.requires_grad_(requires_grad)
         else:
             yield
 
     def save(self, folder: Path) -> None:
-        """PEFT's own format; a head (if any) beside it as head.safetensors."""
+        """Save the adapter in PEFT's format; a head (if any) beside it as head.safetensors."""
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(self.model, PeftModel):
             self.model.save_pretrained(str(folder), save_embedding_layers=False)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty template
         if self.head is not None:
-            body = {n: p.detach().contiguous() for n, p in self.head.named_parameters()}
-            save_file(body, folder / HEAD, {"base": json.dumps(self.base.name)})
+            tensors = {n: p.detach().contiguous() for n, p in self.head.named_parameters()}
+            save_file(tensors, folder / HEAD, {"base": json.dumps(self.base.name)})

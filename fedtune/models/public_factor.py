@@ -1,8 +1,8 @@
 """LoRA's frozen factor built from the activations of public text.
 
-A random A sees a random slice of each layer's input; under DP there is no budget to make up for
-that. Here A's rows are the directions in which public text of the same kind really varies at the
-positions where the loss is computed. Free of ε: neither text nor base saw the private data."""
+A random A projects each layer's input onto random directions, and the noise of DP leaves no room to
+make up for that. Here A's rows are the directions in which activations of similar public text vary
+most at the positions where the loss is computed. Costs no ε: no private data is used."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _MAX_POSITIONS = 8192  # per layer; enough for principal components of a few tho
 
 
 def public_factor(network: Network, dataset: Dataset, rank: int) -> Arrays:
-    """A (rank, inputs) by name: one row along the mean input (activation 0.5 on it), the others
-    whitened principal components orthogonal to it (activation of unit variance).
+    """Compute A (rank, inputs) by name: one row along the mean input (activation 0.5 on it), the
+    others whitened principal components orthogonal to it (activation of unit variance).
 
     Positions: those with a target; of a record without one, its last token.
     Errors: ConfigError when the public text has too few positions for this rank."""
@@ -36,20 +36,20 @@ def public_factor(network: Network, dataset: Dataset, rank: int) -> Arrays:
 
 
 def moments(network: Network, dataset: Dataset) -> dict[str, torch.Tensor]:
-    """By name of A: E[x xᵀ] (inputs, inputs) fp64 of what reaches its layer from public text, at
-    the positions as above, with the network's adapter as it is loaded."""
-    found = {name: x.double() for name, x in _inputs(network, dataset).items()}
-    return {name: x.T @ x / len(x) for name, x in found.items()}
+    """Compute E[x xᵀ] (inputs, inputs) fp64 of each adapted layer's input on public text, by name
+    of its A, at the positions of `public_factor`, with the adapter that is loaded."""
+    inputs = {name: x.double() for name, x in _inputs(network, dataset).items()}
+    return {name: x.T @ x / len(x) for name, x in inputs.items()}
 
 
 @torch.no_grad()
 def _inputs(network: Network, dataset: Dataset) -> dict[str, torch.Tensor]:
-    """By name of A: what reaches its layer, (positions, inputs) fp32."""
+    """Collect each adapted layer's inputs (positions, inputs) fp32, by name of its A."""
     data, inputs = CachedDataset(network, dataset), dict[str, list[torch.Tensor]]()
     with _recording(network, inputs) as position:
         for batch in data.batches(range(len(dataset.examples))):
             position.batch = batch
-            network.hidden(batch.prefix, batch.mask, seen=batch.seen)
+            network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
     return {name: torch.cat(parts)[:_MAX_POSITIONS].cpu() for name, parts in inputs.items()}
 
 
@@ -63,15 +63,19 @@ def _recording(network: Network, inputs: dict[str, list[torch.Tensor]]) -> Itera
     handles = []
     for name, module in network.model.named_modules():
         if isinstance(module, LoraLayer):
-            into = inputs.setdefault(f"{name}.lora_A.default.weight", [])
+            collected = inputs.setdefault(f"{name}.lora_A.default.weight", [])
 
             def record(
-                _: nn.Module, args: tuple[torch.Tensor, ...], into: list[torch.Tensor] = into
+                _: nn.Module,
+                args: tuple[torch.Tensor, ...],
+                collected: list[torch.Tensor] = collected,
             ) -> None:
-                where = _where(position.batch)
-                if args[0].shape[:2] != where.shape:  # a projector: every patch of every tile
-                    where = torch.ones(args[0].shape[:2], dtype=torch.bool, device=where.device)
-                into.append(args[0][where].float())
+                selected = _where(position.batch)
+                if args[0].shape[:2] != selected.shape:  # a projector: every patch of every tile
+                    selected = torch.ones(
+                        args[0].shape[:2], dtype=torch.bool, device=selected.device
+                    )
+                collected.append(args[0][selected].float())
 
             handles.append(module.register_forward_pre_hook(record))
     try:
@@ -82,20 +86,20 @@ def _recording(network: Network, inputs: dict[str, list[torch.Tensor]]) -> Itera
 
 
 def _where(batch: Batch) -> torch.Tensor:
-    """Boolean (B, L)."""
+    """Mask (B, L) of the positions with a target; of a record without one, its last token."""
     targets = batch.target_ids != -100
     last = torch.zeros_like(targets)
     last[range(len(last)), batch.mask.sum(dim=1) - 1] = True
     return torch.where(targets.any(dim=1, keepdim=True), targets, last)
 
 
-def _rows(seen: torch.Tensor, rank: int) -> np.ndarray:
-    """(rank, inputs) fp32 from inputs (n, inputs)."""
-    if len(seen) <= rank:
+def _rows(inputs: torch.Tensor, rank: int) -> np.ndarray:
+    """Compute A's rows (rank, inputs) fp32 from inputs (n, inputs)."""
+    if len(inputs) <= rank:
         raise ConfigError(
-            f"public: {len(seen)} positions for lora.rank = {rank}", f"more than {rank} records"
+            f"public: {len(inputs)} positions for lora.rank = {rank}", f"more than {rank} records"
         )
-    x = seen.double()
+    x = inputs.double()
     mean = x.mean(dim=0)
     direction = mean / mean.norm()
     centred = x - mean

@@ -1,9 +1,9 @@
-"""Which numbers of an adapter a site trains that has room for fewer ranks than the plan's.
+"""Slices of an adapter's ranks, for a site that trains fewer ranks than the plan's adapter has.
 
 With A frozen and shared, an adapted layer changes by s·B A, and column j of B meets row j of A
-alone. A site of rank k trains k columns of each B in a round, at the plan's own scale s, and sends
-these; the next round it trains the next k, so that in time it trains all. With zeros elsewhere the
-weighted mean of the sites' updates is the mean of their own changes s·ΔBᵢ A: linear in B, so exact.
+alone. A site of rank k trains k columns of each B in a round, at the plan's scale s, and sends
+these; the next round it trains the next k, and so all of them over the rounds. With zeros elsewhere
+the weighted mean of the sites' updates is that of their changes s·ΔBᵢ A: linear in B, so exact.
 Where A is trained too, a mean of products is no product of means (docs/decisions/0024-ranks.md)."""
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ ALL = slice(None)
 
 
 def rank_slice(lora: LoraTable | None, rank: int | None, round_: int) -> slice:
-    """The columns of each B that a site of `rank` trains in round `round_` (from 1); None: all.
+    """Return the columns of each B that a site of `rank` trains in round `round_` (from 1).
 
-    Block after block, the last of which ends with the last column, then from the first again. It
-    follows from the round's number and two public figures alone."""
+    rank None: all. Block after block, the last of which ends with the last column, then from the
+    first again. Depends on the round's number and two public figures alone."""
     if lora is None or rank is None:
         return ALL
     blocks = -(-lora.rank // rank)
@@ -33,8 +33,8 @@ def rank_slice(lora: LoraTable | None, rank: int | None, round_: int) -> slice:
 
 
 def trained_slice(name: str, values: Any, columns: slice) -> Any:
-    """The part of trainable tensor `name` that is trained, as a view: of a B these columns, of
-    anything else all."""
+    """Select the trained part of tensor `name`, as a view: `columns` of a B, all of anything
+    else."""
     return values[:, columns] if ".lora_B." in name else values
 
 
@@ -48,11 +48,11 @@ def slice_update(arrays: Mapping[str, npt.NDArray[np.float32]], columns: slice) 
 def pad_update(
     update: Arrays, like: Mapping[str, npt.NDArray[np.float32]], columns: slice
 ) -> Arrays:
-    """`update` in the shapes of `like`: zeros where its site trained nothing."""
-    found: Arrays = {}
+    """Pad `update` to the shapes of `like`, with zeros where its site trained nothing."""
+    padded: Arrays = {}
     for name, array in update.items():
-        found[name] = array
+        padded[name] = array
         if array.shape != like[name].shape:
-            found[name] = np.zeros_like(like[name])
-            found[name][:, columns] = array
-    return found
+            padded[name] = np.zeros_like(like[name])
+            padded[name][:, columns] = array
+    return padded

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Network(Protocol):
-    """What an objective asks of a network: states, logits and losses, adapter on or off.
+    """The network's methods that an objective uses: states, logits, losses, adapter on or off.
 
     Shapes: B records, L positions, H hidden, n selected positions, V vocabulary or classes."""
 
@@ -27,34 +27,40 @@ class Network(Protocol):
         prefix: torch.Tensor,
         mask: torch.Tensor,
         keep: torch.Tensor | None = None,
-        seen: torch.Tensor | None = None,
+        tower_states: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Last hidden states (B, L, H), or at the positions `keep` alone."""
+        """Compute last hidden states (B, L, H), or at the positions `keep` alone."""
 
     def pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """One vector per record, (B, H) fp32."""
+        """Pool to one vector per record, (B, H) fp32."""
 
     def logits(self, selected: torch.Tensor) -> torch.Tensor:
-        """Logits (n, V) fp32 of selected states (n, H)."""
+        """Compute logits (n, V) fp32 of states (n, H)."""
 
     def token_losses(self, selected: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Negative log-likelihood (nats) of next tokens, (n,) fp32."""
+        """Compute the negative log-likelihood (nats) of next tokens, (n,) fp32."""
 
     def base_only(self) -> AbstractContextManager[None]:
-        """The frozen base in the block, the adapter off."""
+        """Disable the adapter within the block."""
 
 
 @dataclass(frozen=True, repr=False)
 class Batch:
-    """B records of k passages each, one record's after another, padded on the right to one length
-    L: R = B·k rows. prefix (R, L, H); mask (R, L) bool, False on padding; target_ids (R, L), -100
-    where no loss; label (B,), -100 where none; index (B,), on the processor, the others on the
-    network's device; soft: of a taught record's P targets the outcomes and log-probabilities, each
-    (R, P, k), zero beyond its own. seen: (R, tiles, P, W), the tower's states of each passage's
-    file, where the network above the cut reads them; every record of a batch has the same number
-    of tiles. count: how many records are meant; those beyond it are the first one again, which
-    fill a block and count for nobody. before: (N, k), on the processor, of all N records of the
-    dataset: what each passage's log-likelihood is to the frozen base, NaN until somebody asked."""
+    """B records of k passages each, record by record, padded on the right to one length L: R = B·k
+    rows. On the network's device, but for index and reference_logps, which are on the CPU.
+
+    prefix           (R, L, H) states at the cut
+    mask             (R, L) bool, False on padding
+    target_ids       (R, L), -100 where no loss
+    label            (B,), -100 where none
+    index            (B,) of the records in their dataset
+    soft             a teacher's outcomes and log-probabilities at P targets, each (R, P, k), zero
+                     beyond a record's last target
+    tower_states     (R, tiles, P, W) of each passage's file, where `reads_tower`
+    tiles            of every record of the batch
+    count            number of real records; those beyond it repeat the first, to fill a block
+    reference_logps  (N, k) for all N records of the dataset: each passage's log-likelihood under
+                     the frozen base, NaN until it is computed"""
 
     prefix: torch.Tensor
     mask: torch.Tensor
@@ -62,10 +68,10 @@ class Batch:
     label: torch.Tensor
     index: torch.Tensor
     soft: tuple[torch.Tensor, torch.Tensor] | None = None
-    seen: torch.Tensor | None = None
+    tower_states: torch.Tensor | None = None
     tiles: int = 1
     count: int = 0
-    before: torch.Tensor | None = None
+    reference_logps: torch.Tensor | None = None
 
 
 # text: prompt and completion, or plain text; label: text and one of the labels; preference: a
@@ -84,8 +90,8 @@ READS: dict[RecordFormat, str] = {
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen model by name and digest; at what temperature it is heard, and how many of its next
-    tokens."""
+    """A frozen model by name and digest, the temperature of its soft targets, and the number of
+    next tokens in each."""
 
     name: str
     digest: str
@@ -95,37 +101,37 @@ class Teacher:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective(ABC):
-    """What is learned from a record, and from which.
+    """A per-record loss, and the record format that it reads.
 
-    Subclasses are frozen dataclasses. The fields that they add are study.objective.options, whose
-    defaults say of which type each is; `__post_init__` checks their range. The first paragraph of
-    their docstring is what a site reads of it before it signs. labels: objective.labels.
+    Subclasses are frozen dataclasses. The fields that they add are study.objective.options, typed
+    by their defaults; `__post_init__` checks their range. A site is shown the first paragraph of
+    their docstring before it signs. labels: objective.labels.
     Guarantee that a subclass must keep, and `fedtune check-plugin` measures: a record's loss
-    depends on that record alone, and comes out the same each time."""
+    depends on that record alone, and is deterministic."""
 
     labels: tuple[str, ...] = ()
 
     @property
     @abstractmethod
     def record_format(self) -> RecordFormat:
-        """What a record must say. Most subclasses have a class attribute."""
+        """Format of a record. Most subclasses have a class attribute."""
 
     @property
     def outputs(self) -> int:
-        """Rows of the head that is trained; 0: the model's own head."""
+        """Number of outputs of the trained head; 0: the model's own head."""
         return 0
 
     @property
     def taught_by(self) -> Teacher | None:
-        """Whose figures each record carries as targets."""
+        """The teacher whose soft targets each record carries."""
         return None
 
     @abstractmethod
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
-        """The loss of each record, (B,) fp32."""
+        """Compute the loss of each record, (B,) fp32."""
 
 
 def require(condition: bool, option: str, expected: str) -> None:
-    """Errors: ConfigError unless `condition`."""
+    """Raise ConfigError for `option` unless `condition`."""
     if not condition:
         raise ConfigError(f"objective.options.{option} is out of range", expected)

@@ -33,7 +33,7 @@ def likelihood(network: Network, batch: Batch) -> Likelihood:
     import torch
 
     keep, targets = labelled(batch.target_ids)
-    hidden = network.hidden(batch.prefix, batch.mask, keep, batch.seen)
+    hidden = network.hidden(batch.prefix, batch.mask, keep, batch.tower_states)
     wanted = targets != -100
     aims = targets.masked_fill(~wanted, 0).flatten()
     each = network.token_losses(hidden.flatten(0, 1), aims).view(targets.shape)
@@ -49,12 +49,12 @@ def reference(network: Network, batch: Batch) -> Likelihood:
     import torch
 
     targets = (batch.target_ids != -100).sum(dim=1)
-    known = None if batch.before is None else batch.before[batch.index]
+    known = None if batch.reference_logps is None else batch.reference_logps[batch.index]
     if known is None or bool(known.isnan().any()):
         with torch.no_grad(), network.base_only():
             found = likelihood(network, batch).total
-        if batch.before is not None:
-            batch.before[batch.index] = found.cpu().view(len(batch.index), -1)
+        if batch.reference_logps is not None:
+            batch.reference_logps[batch.index] = found.cpu().view(len(batch.index), -1)
         return Likelihood(found, targets)
     return Likelihood(known.flatten().to(targets.device), targets)
 

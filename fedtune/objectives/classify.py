@@ -25,6 +25,6 @@ class Classify(Objective):
         """Negative log-likelihood (nats) of each record's label, (B,) fp32."""
         from torch.nn import functional
 
-        hidden = network.hidden(batch.prefix, batch.mask, seen=batch.seen)
+        hidden = network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
         logits = network.logits(network.pool(hidden, batch.mask))
         return functional.cross_entropy(logits, batch.label, reduction="none")

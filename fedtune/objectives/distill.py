@@ -80,14 +80,14 @@ def divergence(
     assert batch.soft is not None  # models/teacher.py marked every record
     tokens, wanted = batch.soft
     if network.has_head:
-        hidden = network.hidden(batch.prefix, batch.mask, seen=batch.seen)
+        hidden = network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
         logits = network.logits(network.pool(hidden, batch.mask))
         found = torch.log_softmax(logits / temperature, dim=1)
         each = _divergence(wanted[:, 0], found) * temperature**2
         true = functional.cross_entropy(logits, batch.label, reduction="none") if hard else each
         return (1 - hard) * each + hard * true
     keep, targets = labelled(batch.target_ids)
-    hidden = network.hidden(batch.prefix, batch.mask, keep, batch.seen)
+    hidden = network.hidden(batch.prefix, batch.mask, keep, batch.tower_states)
     there = targets != -100
     nth = (there.cumsum(dim=1) - 1).clamp_min(0)[:, :, None].expand(-1, -1, tokens.shape[2])
     states, aims = hidden.flatten(0, 1), targets.masked_fill(~there, 0).flatten()

@@ -45,5 +45,5 @@ class Reward(Objective):
 
 def rewards(network: Network, batch: Batch) -> torch.Tensor:
     """The score of each passage, (R,) fp32, read off its last token."""
-    hidden = network.hidden(batch.prefix, batch.mask, seen=batch.seen)
+    hidden = network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
     return network.logits(network.pool(hidden, batch.mask))[:, 0]

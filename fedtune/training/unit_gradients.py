@@ -141,7 +141,7 @@ class UnitGradientEngine:
         gradients = self._engine(self.objective.losses(self.data.network, batch))
         layers = zip(self.parameters, self.trained, gradients, strict=True)
         for parameter, trained, gradient in layers:
-            tiles = batch.tiles if self.data.network.meets_tiles(parameter) else 1
+            tiles = batch.tiles if self.data.network.has_row_per_tile(parameter) else 1
             expected_lengths = (n_records, n_passages) if tiles == 1 else (n_passages * tiles,)
             if gradient is None or gradient.shape[0] not in expected_lengths:
                 raise ModelError("a trainable layer gave no per-record gradient")

@@ -149,8 +149,8 @@ def test_tiles_are_added_up_before_any_norm(
     network = projecting(bases(make))
     data = CachedDataset(network, shown(network))
     (batch,) = data.batches(range(6))
-    assert batch.tiles == tiles and batch.seen is not None
-    assert batch.seen.shape[:2] == (6, tiles)
+    assert batch.tiles == tiles and batch.tower_states is not None
+    assert batch.tower_states.shape[:2] == (6, tiles)
     engine = UnitGradientEngine(data, CausalLM(), engine=wanted)
     assert engine.name == ("opacus" if wanted == "opacus" else "one-pass")
     assert apart(engine) < 1e-5
@@ -201,7 +201,7 @@ def test_an_undeclared_number_of_tiles_is_an_error(
 ) -> None:
     network = projecting(bases(idefics3))
     engine = UnitGradientEngine(CachedDataset(network, shown(network)), CausalLM())
-    monkeypatch.setattr(Network, "meets_tiles", lambda *_: False)
+    monkeypatch.setattr(Network, "has_row_per_tile", lambda *_: False)
     with pytest.raises(ModelError, match="no per-record gradient"):
         all_rows(engine)
 
@@ -240,5 +240,5 @@ def test_an_image_put_into_the_next_records_places_is_caught(
 def test_one_batch_has_one_number_of_tiles() -> None:
     """Also where both records are of one length."""
     tiles = [1, 5, 1]
-    groups = cache._grouped([0, 1, 2], lambda i: cache.Bucket(8, tiles[i]), lambda _: 512)
+    groups = cache._group_by_bucket([0, 1, 2], lambda i: cache.Bucket(8, tiles[i]), lambda _: 512)
     assert [members for _, members in groups] == [[0, 2], [1]]

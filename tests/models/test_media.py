@@ -98,7 +98,7 @@ def test_logits_are_those_of_transformers_own_model(folder: Path, kind: str) -> 
     cached = CachedDataset(network, data)
     for index, example in enumerate(data.examples):
         (batch,) = cached.batches([index])
-        hidden = network.hidden(batch.prefix, batch.mask, None, batch.seen)
+        hidden = network.hidden(batch.prefix, batch.mask, None, batch.tower_states)
         ours = network.logits(hidden[0][batch.target_ids[0] != -100])
         whole = network.model(**inputs(network, example)).logits[0]
         plain = whole[torch.from_numpy(example.target_ids != -100)]

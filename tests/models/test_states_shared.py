@@ -142,7 +142,7 @@ def summed(
     engine = UnitGradientEngine(data, CausalLM())
     plan = make_plan(divisor=8.0)  # a power of two, so that fp32 carries the integers exactly
     with patch.context() as p:
-        p.setitem(cache.STEP, "cpu", budget)
+        p.setitem(cache.BLOCK_POSITIONS, "cpu", budget)
         p.setattr(sampling, "poisson", lambda *_: order)
         p.setattr(noise, "gaussian_on_grid", lambda d, *_: torch.zeros(d, dtype=torch.int64))
         found = plan.step(8, engine.dimension, engine, StepLog(folder / "log"), 1)

@@ -36,8 +36,8 @@ LOSS_MUTANTS = (
     ),
     _one(
         18, "batch-norm-on-hidden-states", "fedtune/objectives/_tokens.py",
-        "hidden = network.hidden(batch.prefix, batch.mask, keep, batch.seen)",
-        "hidden = network.hidden(batch.prefix, batch.mask, keep, batch.seen)\n"
+        "hidden = network.hidden(batch.prefix, batch.mask, keep, batch.tower_states)",
+        "hidden = network.hidden(batch.prefix, batch.mask, keep, batch.tower_states)\n"
         "    hidden = hidden - hidden.mean(dim=0, keepdim=True)",
         f"{T_PARITY} {T_ISOLATION}", "statistics over the records of a batch",
     ),
@@ -91,7 +91,8 @@ PREFERENCE_MUTANTS = (
     ),
     _one(
         26, "a-reference-kept-by-place-in-the-batch", "fedtune/objectives/_tokens.py",
-        "batch.before[batch.index] = found", "batch.before[: len(batch.index)] = found",
+        "batch.reference_logps[batch.index] = found",
+        "batch.reference_logps[: len(batch.index)] = found",
         T_REFERENCE + "test_the_reference_is_computed_once_and_stays_each_records_own",
         "a record's reference is another record's",
     ),
@@ -187,8 +188,8 @@ GRADIENT_MUTANTS = (
     ),
     _one(
         19, "pad-to-the-longest", CACHE,
-        "length = padded_length(max(len(self._kept[at]) for at in rows))",
-        "length = padded_length(max(map(len, self._kept)))",
+        "length = padded_length(max(len(self._positions[row]) for row in rows))",
+        "length = padded_length(max(map(len, self._positions)))",
         T_ROWS + "test_padding_is_a_records_own", "numerics depend on who else is drawn",
     ),
     _one(

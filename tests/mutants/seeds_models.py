@@ -27,7 +27,7 @@ from tests.mutants.places import (
 MODEL_MUTANTS = (
     _one(
         "states", "states-without-their-positions", CACHE,
-        "parts = (passage.input_ids.tobytes(), kept.tobytes(), *",
+        "parts = (passage.input_ids.tobytes(), positions.tobytes(), *",
         "parts = (passage.input_ids.tobytes(), *",
         "tests/models/test_states_shared.py::"
         "test_the_same_tokens_with_other_targets_have_states_of_their_own",
@@ -42,7 +42,7 @@ MODEL_MUTANTS = (
     ),
     _one(
         "loaded", "another-studys-factor-stays", NETWORK,
-        "or self._loaded[1] != self._now():", "or False:",
+        "or self._loaded[1] != versions:", "or False:",
         T_NETWORK + "test_a_is_loaded_again_only_after_something_wrote_to_it",
         "a site trains over the A of the study before it",
     ),

@@ -71,7 +71,7 @@ class Data:
         self.network = SimpleNamespace(
             trained=module,
             parameters=lambda: dict(module.named_parameters()),
-            meets_tiles=lambda parameter: False,
+            has_row_per_tile=lambda parameter: False,
         )
         self.dataset = SimpleNamespace(by_unit=[[i] for i in range(B)], examples=[None] * B)
         self.states = torch.randn(B, L, H, generator=torch.Generator().manual_seed(1))
