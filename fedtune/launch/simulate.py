@@ -49,7 +49,7 @@ def simulate(
     from fedtune.models.teacher import own_teacher
     from fedtune.server import rounds as machine
     from fedtune.server.parts import Dependencies
-    from fedtune.server.schedule import Quick
+    from fedtune.server.schedule import SimulatedClock
 
     study = checked(study)
     check(study, sites)
@@ -62,12 +62,12 @@ def simulate(
     if engine == "ray":
         from fedtune.launch.ray import simulate_ray
 
-        parts = Dependencies(pause=1.0, clock=Quick(), upto=rounds, skip=False)
+        parts = Dependencies(pause=1.0, clock=SimulatedClock(), upto=rounds, skip=False)
         common: dict[str, Any] = {"resume": resume, "on_event": on_event, "parts": parts}
         simulate_ray(study, files, out, processes=processes, **common)
         return Run(out)
     # Nobody is on the way: who fails now fails again.
-    at_once = Dependencies(patience=0.0, pause=0.0, clock=Quick(), upto=rounds, skip=False)
+    at_once = Dependencies(patience=0.0, pause=0.0, clock=SimulatedClock(), upto=rounds, skip=False)
     for path in files:
         drop_if_changed(path)
     with _grid(files, processes, out) as (grid, site_errors):

@@ -1,4 +1,4 @@
-"""Who takes part, and what is accepted from them. Every field that a site sends is checked here."""
+"""Admit sites and validate their replies; every field that a site sends is checked here."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from fedtune.wire.seal import Header, SealError, body_digest, opened, sign_plan
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 NOT_ENROLLED = "it is not enrolled with this signing key, or was revoked"
 KEY = re.compile(r"[0-9a-f]{64}")
-MOST_UNITS = 10**10  # that a site may declare: more than there are people
+MOST_UNITS = 10**10  # the largest declared size: more than there are people
 SIGMA_SLACK = 0.02  # of σ: another version of the accountant may calibrate a little differently
 REPEATS = 100  # times the plan's steps: rounds that were lost and trained again are logged too
-Tell = Callable[[str, str, str], None]  # site, status, reason
+OnStatus = Callable[[str, str, str], None]  # site, status, reason
 
 
 def plan_message(study: Study, frozen: Arrays, key: SigningKey) -> RecordDict:
-    """The plan as sites get it, signed; of the coordinator's paths only the last part is left."""
+    """Build the signed plan message for sites; of the coordinator's paths only file names stay."""
     changes = {}
     for table in (study.public, study.evaluation):
         if table is not None:
@@ -60,22 +60,22 @@ def plan_message(study: Study, frozen: Arrays, key: SigningKey) -> RecordDict:
 
 @dataclass
 class Roster:
-    """Nodes and the sites behind them.
+    """The sites of a run and their nodes.
 
-    sizes, keys: site -> declared size and public key, fixed once heard; lora_ranks: likewise how
-    many ranks it trains, where the plan lets sites choose; enrolled: who each node is, as of now
-    (None: anybody); expect: told which nodes are asked, for an answer of how many bytes; refused:
-    site -> why, for the rest of the run; absent: what failed or kept silent, asked again each
-    round; down, up: bytes by site.
+    sizes, keys: site -> declared size and public key, fixed by its first admission; lora_ranks:
+    likewise how many ranks it trains, where the plan lets sites choose; enrolled: each node's
+    member at present (None: anybody); expect: called with the nodes that are asked and the bytes
+    that an answer may have; refused: site -> reason, for the rest of the run; absent: sites that
+    failed or did not answer, asked again each round; down, up: bytes by site.
 
-    Guarantee: what a node says changes nothing for any name but its own."""
+    Guarantee: a node's reply changes nothing for any site but its own."""
 
     grid: Grid
     study: Study
     plan: RecordDict
     sizes: dict[str, int]
     keys: dict[str, str]
-    tell: Tell
+    on_status: OnStatus
     enrolled: Callable[[], Mapping[int, Member]] | None = None
     expect: Callable[[Iterable[int], int], None] = lambda nodes, most: None
     lora_ranks: dict[str, int] = field(default_factory=dict)
@@ -90,33 +90,33 @@ class Roster:
         self.named: Callable[[], Mapping[int, Member]] = getattr(self.grid, "members", None) or dict
 
     def willing(self) -> list[str]:
-        """Admitted sites that have not refused since, by name."""
+        """Return the admitted sites that have not refused since, by name."""
         return sorted(set(self.nodes) - set(self.refused))
 
     def join(self) -> None:
         """Ask every node that has not answered yet, so that a site may come late."""
-        here = set(self.grid.get_node_ids())
-        self.nodes = {name: node for name, node in self.nodes.items() if node in here}
-        self._asked &= here
+        connected = set(self.grid.get_node_ids())
+        self.nodes = {name: node for name, node in self.nodes.items() if node in connected}
+        self._asked &= connected
         self.absent = {}
-        self.prepare(here - self._asked)
+        self.prepare(connected - self._asked)
         for name in set(self.sizes) - set(self.nodes) - set(self.refused):
             self.absent.setdefault(name, "the site is not connected")
 
     def out(self) -> dict[str, str]:
-        """Who cannot be asked now, and why."""
-        found = {name: f"failed: {why}" for name, why in self.absent.items()}
-        found |= {name: f"refused: {why}" for name, why in self.refused.items()}
-        return dict(sorted(found.items()))
+        """Return the sites that cannot be asked now, with the reason."""
+        reasons = {name: f"failed: {why}" for name, why in self.absent.items()}
+        reasons |= {name: f"refused: {why}" for name, why in self.refused.items()}
+        return dict(sorted(reasons.items()))
 
     def raise_if_refused(self) -> None:
-        """Errors: Refused where refusals alone put strategy.min_sites out of reach."""
-        possible = len(self.willing()) + len(self.absent)
-        if self.refused and possible < self.study.strategy.min_sites:
+        """Raise Refused where refusals alone put strategy.min_sites out of reach."""
+        reachable = len(self.willing()) + len(self.absent)
+        if self.refused and reachable < self.study.strategy.min_sites:
             raise self.too_few(Refused)
 
     def too_few(self, kind: type[FedtuneError]) -> FedtuneError:
-        """The error that says who is missing, and why."""
+        """Build the error that lists the missing sites with their reasons."""
         out = self.out()
         reasons = "; ".join(f"{name}: {why}" for name, why in out.items())
         return kind(
@@ -134,23 +134,23 @@ class Roster:
     def ask(
         self, kind: str, contents: Mapping[int, RecordDict], group: str, arrays: int = 0
     ) -> Iterator[Reply]:
-        """Send each node its message and yield the replies, each at most `arrays` bytes of numbers
-        and what surrounds them."""
+        """Send each node its message and yield the replies, each with at most `arrays` bytes of
+        arrays, besides the rest of the message."""
         most, timeout = replies.WORDS + arrays, self.study.strategy.round_timeout
         self.expect(contents, most)
         return ask(self.grid, kind, contents, group, timeout, most)
 
-    def stranger(self, node: int, name: str) -> bool:
-        """Whether the node is not enrolled under this name and signing key, as of now."""
+    def is_stranger(self, node: int, name: str) -> bool:
+        """Return whether the node is not enrolled under this name and signing key at present."""
         if self.enrolled is None:
             return False
         return self.enrolled().get(node) != Member(name, self.keys.get(name, ""))
 
     def _on_admission_reply(self, reply: Reply) -> None:
-        said, known = _admission(reply), set(self.nodes.values())
-        name, status, reason = self._name_of(reply.node, said), said.status, said.reason
+        claim, earlier_nodes = _parse_admission(reply), set(self.nodes.values())
+        name, status, reason = self._name_of(reply.node, claim), claim.status, claim.reason
         rank = _lora_rank(reply, self.study.lora)
-        if status == "admitted" and (objection := self._objection(reply.node, name, said, rank)):
+        if status == "admitted" and (objection := self._objection(reply.node, name, claim, rank)):
             status, reason = "refused", objection
         self.down[name] += size(self.plan)
         self.up[name] += reply.size
@@ -161,34 +161,34 @@ class Roster:
         if status == "refused":
             self.refused[name] = reason
         elif status == "admitted":
-            self.sizes[name], self.keys[name] = said.declared, said.key
+            self.sizes[name], self.keys[name] = claim.declared, claim.key
             if rank:
                 self.lora_ranks[name] = rank
             self.nodes[name] = reply.node
-        if reply.node not in known or status != "admitted":
-            self.tell(name, status, reason)
+        if reply.node not in earlier_nodes or status != "admitted":
+            self.on_status(name, status, reason)
 
-    def _name_of(self, node: int, said: _Said) -> str:
-        """Who the node is, whatever it says: by the registry, or by its site file in a simulation.
-        Where nobody vouches for it, the name that it was first admitted with, if that was free."""
+    def _name_of(self, node: int, claim: _Claim) -> str:
+        """Identify the node's site, by the registry or in a simulation by its site file, not by its
+        claim; without either, by the name that it was first admitted with, if that was free."""
         vouched = (self.enrolled or self.named)().get(node)
         if vouched and self.enrolled:
             return vouched.name
-        first = {at: name for name, at in self.nodes.items()}.get(node, "")
+        first = {node_of: name for name, node_of in self.nodes.items()}.get(node, "")
         name = vouched.name if vouched else first
-        if not name and not self.enrolled and said.status == "admitted":
-            name = said.name if self.keys.get(said.name, said.key) == said.key else ""
+        if not name and not self.enrolled and claim.status == "admitted":
+            name = claim.name if self.keys.get(claim.name, claim.key) == claim.key else ""
         return name if name and self.nodes.get(name, node) == node else f"node {node}"
 
-    def _objection(self, node: int, name: str, said: _Said, rank: int | None) -> str:
-        """Why a site that admits the plan may not take part; "" where it may."""
-        if self.enrolled is not None and self.enrolled().get(node) != Member(name, said.key):
+    def _objection(self, node: int, name: str, claim: _Claim, rank: int | None) -> str:
+        """Return why a site that admits the plan may not take part; "" where it may."""
+        if self.enrolled is not None and self.enrolled().get(node) != Member(name, claim.key):
             return NOT_ENROLLED
-        if said.name != name:
-            return f"{said.name} is another node's name"
-        if self.sizes.get(name, said.declared) != said.declared:
+        if claim.name != name:
+            return f"{claim.name} is another node's name"
+        if self.sizes.get(name, claim.declared) != claim.declared:
             return "its declared_size changed during the study"
-        if self.keys.get(name, said.key) != said.key:
+        if self.keys.get(name, claim.key) != claim.key:
             return "its signing key changed during the study"
         if rank == 0:
             return "its lora_rank is not one that the plan allows"
@@ -197,8 +197,8 @@ class Roster:
         return ""
 
 
-class _Said(NamedTuple):
-    """What a node says in reply to the plan; its name is a claim."""
+class _Claim(NamedTuple):
+    """A node's reply to the plan, before its name has been verified."""
 
     status: str
     reason: str = ""
@@ -207,42 +207,42 @@ class _Said(NamedTuple):
     key: str = ""
 
 
-def _admission(reply: Reply) -> _Said:
+def _parse_admission(reply: Reply) -> _Claim:
     if reply.content is None:
-        return _Said("failed", reply.reason)
+        return _Claim("failed", reply.reason)
     record = reply.content.get("admission")
     if not isinstance(record, ConfigRecord):
-        return _Said("failed", "its answer to the plan is malformed")
+        return _Claim("failed", "its answer to the plan is malformed")
     if record.get("admitted") is not True:
         status = "failed" if record.get("status") == "failed" else "refused"
-        return _Said(status, clean(record.get("reason")) or "no reason given")
+        return _Claim(status, clean(record.get("reason")) or "no reason given")
     try:
         check_peer("the site", record, "this coordinator")
     except OtherProtocol as refusal:
-        return _Said("refused", str(refusal))
+        return _Claim("refused", str(refusal))
     name, declared, key = record.get("name"), record.get("declared_size"), record.get("key")
     named = isinstance(name, str) and NAME.fullmatch(name) is not None
     keyed = isinstance(key, str) and KEY.fullmatch(key) is not None
     if not named or not keyed or type(declared) is not int or not 1 <= declared <= MOST_UNITS:
-        return _Said("failed", "its answer to the plan is malformed")
-    return _Said("admitted", "", str(name), declared, str(key))
+        return _Claim("failed", "its answer to the plan is malformed")
+    return _Claim("admitted", "", str(name), declared, str(key))
 
 
 def _lora_rank(reply: Reply, lora: LoraTable | None) -> int | None:
-    """How many ranks the site says that it trains; None where sites have no choice, 0 where it says
-    what the plan does not allow."""
+    """Parse how many ranks the site trains; None where the plan leaves no choice, 0 where the value
+    is not one that the plan allows."""
     if lora is None or lora.min_rank is None or reply.content is None:
         return None
     record = reply.content.get("admission")
-    said = record.get("lora_rank") if isinstance(record, ConfigRecord) else None
-    return said if type(said) is int and lora.min_rank <= said <= lora.rank else 0
+    rank = record.get("lora_rank") if isinstance(record, ConfigRecord) else None
+    return rank if type(rank) is int and lora.min_rank <= rank <= lora.rank else 0
 
 
 @dataclass
 class Tally:
-    """One round in the making. failures: how often each site was asked in vain; counted: what was
-    taken in, by its idempotency key: a retry is a new message, and so is a replay; largest: what
-    one site may count for (0: not asked yet); weights: site -> that, where it declared more."""
+    """One round in progress. failures: how often each site failed to deliver; counted: accepted
+    updates by idempotency key, since a retry and a replay are both new messages; largest: a site's
+    largest weight (0: not computed yet); weights: site -> that weight, where it declared more."""
 
     number: int
     participants: list[str] = field(default_factory=list)
@@ -255,7 +255,7 @@ class Tally:
     weights: dict[str, int] = field(default_factory=dict)
 
     def has(self, study: str, name: str) -> bool:
-        """Whether (study, round, site) is in already, whatever arrives again."""
+        """Return whether an update of (study, round, site) was counted already."""
         return (study, self.number, name) in self.counted
 
     def count(self, study: str, name: str) -> None:
@@ -268,8 +268,8 @@ class Tally:
 
 @dataclass(frozen=True, repr=False)
 class Outcome:
-    """What one site made of a round, or of a query after it. status: trained, answered, refused,
-    unprepared, failed or dropped."""
+    """A site's validated reply to an order. status: trained, answered, refused, unprepared, failed
+    or dropped."""
 
     status: str
     reason: str = ""
@@ -284,7 +284,7 @@ def outcome(
     private: bool,
     steps_before: int,
     key: str,
-    wanted: Header,
+    expected: Header,
     *,
     record: str = "update",
     done: str = "trained",
@@ -292,8 +292,8 @@ def outcome(
     terms: Terms | None = None,
     longest: float = math.inf,
 ) -> Outcome:
-    """Judge a reply to train, or to another order (`record` and `done` as it names them). In this
-    order, each with a reason of its own:
+    """Validate a reply to an order to train, or to another (`record`, `done`: its names). In this
+    order, each with its own reason:
 
     | the seal    | by `key`, for this plan, round, base, site, receiver and nonce        |
     | the arrays  | names, shapes, type and bytes as `like` in `encoding`, before any is read |
@@ -310,48 +310,46 @@ def outcome(
         return Outcome("failed", "its answer holds more than was asked for")
     status = site.get("status")
     if status != done:
-        known = status if status in ("refused", "unprepared") else "failed"
-        return Outcome(str(known), clean(site.get("reason")) or "no reason given")
+        reported = status if status in ("refused", "unprepared") else "failed"
+        return Outcome(str(reported), clean(site.get("reason")) or "no reason given")
     try:
-        ledger = _opened(site, arrays, key, wanted)
+        ledger = _opened(site, arrays, key, expected)
         agreed = codec.shapes(like)
         check_agreed(arrays, codec.layout(agreed, encoding))
         update = codec.decode(from_record(arrays), agreed)
         _check_numbers(update, longest * codec.GROWTH[encoding])
         events = _events(site.get("events")) if private else []
         _check_log(events, steps_before, terms)
-    except _Unfit as unfit:
-        return Outcome("dropped", str(unfit))
-    except SealError as error:
+    except (_DroppedUpdate, SealError) as error:
         return Outcome("dropped", str(error))
     except WireError as error:
         return Outcome("dropped", clean(f"its update is not as agreed: {error}"))
     return Outcome(done, "", update, events, ledger)
 
 
-class _Unfit(Exception):
-    """Why an update is dropped."""
+class _DroppedUpdate(Exception):
+    """An update is dropped, for this reason."""
 
 
-def _opened(site: ConfigRecord, arrays: ArrayRecord, key: str, wanted: Header) -> dict[str, Any]:
-    """The ledger statement of a sealed update. Errors: SealError."""
-    return opened(site, key, replace(wanted, body=body_digest(bodies(arrays), site)))
+def _opened(site: ConfigRecord, arrays: ArrayRecord, key: str, expected: Header) -> dict[str, Any]:
+    """Verify a sealed update and return its ledger statement. Errors: SealError."""
+    return opened(site, key, replace(expected, body=body_digest(bodies(arrays), site)))
 
 
 def _check_numbers(update: Arrays, longest: float) -> None:
-    """Errors: _Unfit."""
-    found = codec.length(update)
-    if not math.isfinite(found):
-        raise _Unfit("its update has a value that is not finite")
-    if found > longest:
-        raise _Unfit(
-            f"its update is longer ({found:.3g}) than the plan's noise, clipping and "
+    """Check that the update is finite and not longer than allowed. Errors: _DroppedUpdate."""
+    norm = codec.length(update)
+    if not math.isfinite(norm):
+        raise _DroppedUpdate("its update has a value that is not finite")
+    if norm > longest:
+        raise _DroppedUpdate(
+            f"its update is longer ({norm:.3g}) than the plan's noise, clipping and "
             f"rates allow ({longest:.3g})"
         )
 
 
 def _check_log(events: list[dict[str, Any]], steps_before: int, terms: Terms | None) -> None:
-    """Errors: _Unfit where the log is not that of this plan, or shows no new step."""
+    """Check that the log is of this plan and shows a new step. Errors: _DroppedUpdate."""
     if terms is None:
         return
     for event in events:
@@ -362,32 +360,32 @@ def _check_log(events: list[dict[str, Any]], steps_before: int, terms: Terms | N
         )
         ratio = event["sigma"] / terms.noise_multiplier
         if not same or not 1 - SIGMA_SLACK <= ratio <= 1 + SIGMA_SLACK:
-            raise _Unfit("its step log shows other noise than the plan's")
+            raise _DroppedUpdate("its step log shows other noise than the plan's")
     steps = sum(event["steps"] for event in events)
     if steps <= steps_before:
-        raise _Unfit("its step log shows no new noised step for this update")
+        raise _DroppedUpdate("its step log shows no new noised step for this update")
     if steps > REPEATS * terms.steps:
-        raise _Unfit("its step log shows far more steps than the plan has")
+        raise _DroppedUpdate("its step log shows far more steps than the plan has")
 
 
 def _events(text: Any) -> list[dict[str, Any]]:
-    """The site's step log summary. Errors: _Unfit."""
+    """Parse the site's step log summary. Errors: _DroppedUpdate."""
     try:
         return _parsed(text)
     except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
-        raise _Unfit("its step log is malformed") from None
+        raise _DroppedUpdate("its step log is malformed") from None
 
 
 def _parsed(text: Any) -> list[dict[str, Any]]:
     if not isinstance(text, str) or len(text) > 100_000:
         raise ValueError("events")
-    found = []
+    events = []
     for raw in json.loads(text):
         event = {key: float(raw[key]) for key in ("sigma", "q", "max_grad_norm")}
         finite = all(math.isfinite(value) and value > 0 for value in event.values())
         counts = {key: raw[key] for key in ("records", "steps")}
-        whole = all(type(n) is int and 0 < n < 10**9 for n in counts.values())
-        if not finite or event["q"] > 1 or not whole:
+        counted = all(type(n) is int and 0 < n < 10**9 for n in counts.values())
+        if not finite or event["q"] > 1 or not counted:
             raise ValueError("events")
-        found.append({**event, **counts})
-    return found
+        events.append({**event, **counts})
+    return events

@@ -1,4 +1,4 @@
-"""The ServerApp: what `flwr run` starts at the coordinator. Everything happens in rounds.py."""
+"""The ServerApp that `flwr run` starts at the coordinator; see rounds.py for what it does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """run_config: study (path of study.toml), out (folder), resume (true or false).
+    """Run the study. run_config: study (path of study.toml), out (folder), resume (true or false).
 
     Errors: as fedtune.server.rounds.run; ConfigError where a key is missing."""
     settings = context.run_config

@@ -1,4 +1,4 @@
-"""How far an honest site's update can go: what the plan's noise, clipping and rates imply.
+"""Bound the norm of an honest site's update by the plan's noise, clipping and rates.
 
 With η the learning rate, T = local_steps, λ weight decay, μ the proximal term, w₀ the adapter that
 was sent, D = q·k·n the divisor (n: declared size) and d coordinates, a step's noised mean is
@@ -60,7 +60,7 @@ class Mechanism(Protocol):
 
 @dataclass(frozen=True)
 class Terms:
-    """What the plan demands of one site's noised steps. divisor: q · k · declared size."""
+    """The plan's requirements for one site's noised steps. divisor: q · k · declared size."""
 
     sampling_rate: float
     noise_multiplier: float
@@ -71,7 +71,7 @@ class Terms:
 
 
 def terms(study: Study, budget: Mechanism, declared: int) -> Terms:
-    """The terms of a site with `declared` units in a private study."""
+    """Derive the terms of a site with `declared` units in a private study."""
     assert study.clipping is not None  # Study: a private study clips
     k = study.records_per_draw
     return Terms(
@@ -85,14 +85,14 @@ def terms(study: Study, budget: Mechanism, declared: int) -> Terms:
 
 
 def norm_bound(study: Study, site: Terms, dimension: int, start: float) -> float:
-    """The largest ‖Δ‖ of an honest update from an adapter of norm `start`, `dimension` numbers."""
+    """Bound ‖Δ‖ of an honest update of an adapter with norm `start` and `dimension` numbers."""
     kind = _sgd if study.training.optimizer == "sgd" else _adamw
     bound, growth = kind(study, site, dimension, start)
     return bound * (1 + 1e-5) + growth * 2.0**-22 * (start + bound)  # rounding to fp32
 
 
 def _sgd(study: Study, site: Terms, dimension: int, start: float) -> tuple[float, float]:
-    """The bound before rounding, and Σ|c|ʲ."""
+    """Return the bound for SGD before rounding, and Σ|c|ʲ."""
     t = study.training
     eta, c = t.learning_rate, 1 - t.learning_rate * (t.weight_decay + t.proximal_mu)
     x = math.log(2 * t.local_steps / FAILURE)  # half for the noise, half for B*
@@ -115,13 +115,13 @@ def _sgd(study: Study, site: Terms, dimension: int, start: float) -> tuple[float
 
 
 def _squared(deviation: float, dimension: int, mean: float, x: float) -> float:
-    """What ‖mean + N(0, deviation² I)‖² exceeds with probability at most e⁻ˣ."""
+    """Return a value that ‖mean + N(0, deviation² I)‖² exceeds with probability at most e⁻ˣ."""
     center, spread = deviation**2 * dimension, deviation * math.sqrt(x)
     return center + mean**2 + 2 * spread * math.sqrt(center + 2 * mean**2) + 2 * spread**2
 
 
 def _adamw(study: Study, _: Terms, dimension: int, start: float) -> tuple[float, float]:
-    """The bound before rounding, and the number of steps."""
+    """Return the bound for AdamW before rounding, and the number of steps."""
     t = study.training
     keep = 1 - t.learning_rate * t.weight_decay
     step = np.arange(1, t.local_steps + 1, dtype=np.float64)
@@ -134,24 +134,24 @@ def _adamw(study: Study, _: Terms, dimension: int, start: float) -> tuple[float,
 
 
 def _rows(site: Terms, x: float) -> float:
-    """How many rows a step may have drawn."""
+    """Bound the number of rows that a step may have drawn (B*)."""
     q = site.sampling_rate
     most = ROWS * site.divisor / q
     return min(most, most * q + math.sqrt(2 * most * q * (1 - q) * x) + x / 3)
 
 
 class Limits:
-    """What the plan implies for each site's updates. budget: from study and declared size to the
-    mechanism; computed once for each size."""
+    """Limits on each site's updates that follow from the plan. budget: from study and declared size
+    to the mechanism; computed once for each size."""
 
     def __init__(self, study: Study, budget: Callable[[Study, int], Mechanism]) -> None:
         self._study, self._budget = study, budget
         self._terms: dict[int, Terms] = {}  # by declared size
 
     def of(self, declared: int, dimension: int, start: float, done: int | None) -> dict[str, Any]:
-        """The limits on an update of `dimension` numbers from an adapter as long as `start`, of a
-        site of this declared size; nothing where the plan adds no noise. done: rounds so far of a
-        study without a last one, where the budget's rounds are one unit's.
+        """Return the limits on an update of `dimension` numbers of an adapter with norm `start`,
+        from a site of this declared size; {} where the plan adds no noise. done: rounds so far of a
+        continuous study, where the budget's rounds are one unit's.
 
         Errors: ConfigError where no mechanism fits the declared size."""
         if not self._study.private:

@@ -1,12 +1,11 @@
-"""What a study without a last round does besides its rounds: waits, judges, releases.
+"""Schedule the rounds of a study without a last one, and decide which adapters to release.
 
 The rule: a new adapter (the challenger) is released in place of the one in use (the champion) where
 it is better on the public [evaluation] records in at least schedule.confidence of 1,000 resamples
 of those records, both measured on the same ones (a paired bootstrap). The champion is measured
-anew each time: where the public file was replaced, drift shows as its fall on the new one.
-Training goes on from the newest adapter, released or not: what is kept back is not lost, only not
-in use, and once it has become better than the champion it is released. All of it is post-processing
-of noised sums, on public records: no ε.
+anew each time: where the public file was replaced, drift shows as a lower metric on the new one.
+Training continues from the newest adapter, released or not; a later adapter that is better than the
+champion is released. All of it is post-processing of noised sums, on public records: no ε.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from fedtune.server.parts import Dependencies, Measures
 from fedtune.server.store import Progress
 from fedtune.server.versions import Version, Versions
 
-Event = Callable[..., None]
+Emit = Callable[..., None]
 
 
 class Continuous:
-    """slot: of the last round that ran or was tried."""
+    """A continuous study's schedule and versions. slot: of the last round that was tried."""
 
-    def __init__(self, out: Path, progress: Progress, parts: Dependencies, event: Event) -> None:
+    def __init__(self, out: Path, progress: Progress, parts: Dependencies, event: Emit) -> None:
         assert progress.study.schedule is not None and progress.study.evaluation is not None
         self.table, self.evaluation = progress.study.schedule, progress.study.evaluation
         self.progress, self.parts, self.event = progress, parts, event
@@ -40,18 +39,18 @@ class Continuous:
     # ------------------------------------------------------------------------------- the clock
 
     def wait(self) -> None:
-        """Sleep until the next round's time; `slot` is then its own."""
+        """Sleep until the next round's slot begins, and set `slot` to it."""
         slot = schedule.next_slot(self.table, self.slot, self.parts.clock.now())
-        at = schedule.shown(schedule.begins(self.table, slot))
+        at = schedule.format_utc(schedule.slot_start(self.table, slot))
         self.event("waiting", next=at, champion=self.champion, text=f"next round at {at}")
-        schedule.wait(self.parts.clock, schedule.begins(self.table, slot))
+        schedule.wait(self.parts.clock, schedule.slot_start(self.table, slot))
         self.slot = slot
 
     # --------------------------------------------------------------------------- the public set
 
     @property
     def evaluator(self) -> Measures:
-        """Over the public records as they are now; as they last were, where they cannot be read."""
+        """The evaluator on the public records as they are now, or, if unreadable, last were."""
         public = self.parts.fingerprint(self.evaluation.path)
         if self._evaluator is None or public != self._public:
             try:
@@ -70,37 +69,37 @@ class Continuous:
         return index.champion if index else 0
 
     def begin(self) -> None:
-        """Release what the study starts from; after a crash, judge what was not."""
+        """Release the study's first adapter; after a crash, judge the newest if it was not."""
         self.versions.begin(Version(self.progress.round, self._at, "first"), self._save)
         self.judge()
 
     def judge(self) -> None:
-        """Decide about the newest adapter, once."""
+        """Compare the newest adapter with the champion, once, and release it if it is better."""
         progress = self.progress
         while (index := self.versions.index()) is not None and index.judged < progress.round:
             evaluator = self.evaluator
             in_use = self.parts.load(self.versions.at(index.champion))
             champion = {name: in_use[name] for name in progress.adapter}
-            found = evaluator.compare(champion, progress.adapter)
-            better = found.sure >= self.table.confidence
+            comparison = evaluator.compare(champion, progress.adapter)
+            better = comparison.sure >= self.table.confidence
             version = Version(
                 number=progress.round,
                 at=self._at,
                 decision="released" if better else "kept back",
                 metric=self.evaluation.metric,
-                value=found.after,
+                value=comparison.after,
                 champion=index.champion,
-                champion_value=found.before,
-                sure=found.sure,
+                champion_value=comparison.before,
+                sure=comparison.sure,
                 public=self._public,
             )
-            if done := self.versions.add(version, self._save):
-                said = f"version {done.number}: {done.decision}"
-                promoted = done.decision == "released"
-                self.event("version", champion=self.champion, promoted=promoted, text=said)
+            if entered := self.versions.add(version, self._save):
+                text = f"version {entered.number}: {entered.decision}"
+                promoted = entered.decision == "released"
+                self.event("version", champion=self.champion, promoted=promoted, text=text)
 
-    def body(self) -> dict[str, Any]:
-        """What the report says of it."""
+    def report(self) -> dict[str, Any]:
+        """Return the report's table about the schedule and the versions."""
         index = self.versions.index()
         assert index is not None
         released = [v.number for v in index.versions if v.decision == "released"]
@@ -114,7 +113,7 @@ class Continuous:
         }
 
     def after(self) -> dict[str, float]:
-        """The metric of the adapter in use, as last measured."""
+        """Return the champion's metric as last measured."""
         index = self.versions.index()
         last = index.versions[-1] if index else None
         if last is None or index is None:
@@ -128,5 +127,5 @@ class Continuous:
 
     @property
     def _at(self) -> str:
-        begun = None if self.slot is None else schedule.begins(self.table, self.slot)
-        return "" if begun is None else schedule.shown(begun)
+        begun = None if self.slot is None else schedule.slot_start(self.table, self.slot)
+        return "" if begun is None else schedule.format_utc(begun)

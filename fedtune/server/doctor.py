@@ -1,4 +1,4 @@
-"""What could go wrong at the coordinator, looked at before it does. Nothing leaves this machine."""
+"""Check the coordinator before a study; nothing leaves this machine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ START = "`fedtune server` renews it when it starts, and while it runs"
 
 
 class Place(NamedTuple):
-    """The coordinator's machine, as `fedtune server` is told of it."""
+    """The coordinator's home folder, listening address and names, as given to `fedtune server`."""
 
     home: Path
     host: str
@@ -36,17 +36,17 @@ class Place(NamedTuple):
     names: Sequence[str]
 
     @property
-    def known(self) -> list[str]:
-        """What sites call it by: --name, else the address that answers name."""
+    def hostnames(self) -> list[str]:
+        """The names by which sites connect: --name, else that in the address given to sites."""
         file = self.home / "address"
         if self.names or not os.path.lexists(file):
             return list(self.names)
-        said = reading.text(file, "host:port", "start the server with --name", ConfigError)
-        return list(filter(None, [said.strip().rpartition(":")[0].strip("[]")]))
+        address = reading.text(file, "host:port", "start the server with --name", ConfigError)
+        return list(filter(None, [address.strip().rpartition(":")[0].strip("[]")]))
 
 
 def examine(path: Path, place: Place) -> Iterator[Finding]:
-    """Each check as soon as it is done.
+    """Yield each check's finding as it ends.
 
     Errors: ConfigError where study.toml cannot be read; all else is a finding."""
     study = load_study(path)
@@ -67,7 +67,7 @@ def examine(path: Path, place: Place) -> Iterator[Finding]:
 
 
 def _plan(study: Study) -> str:
-    """σ, q, rounds and ε, where they are the same for every site; else what they hang on."""
+    """Describe σ, rounds and ε where they are the same for every site, else what they depend on."""
     if isinstance(study.privacy, str):
         return "NOT PRIVATE"
     resolved = with_rounds(study)
@@ -78,9 +78,9 @@ def _plan(study: Study) -> str:
     spent = epsilon(
         [Steps(plan.noise_multiplier, plan.sampling_rate, steps, k)], study.privacy.delta
     )
-    asked = study.privacy.epsilon
-    if asked is not None and spent > asked:
-        raise ConfigError(f"ε = {spent:.4f} after {plan.rounds} rounds", f"{asked} at most")
+    target = study.privacy.epsilon
+    if target is not None and spent > target:
+        raise ConfigError(f"ε = {spent:.4f} after {plan.rounds} rounds", f"{target} at most")
     return f"σ = {plan.noise_multiplier}, {plan.rounds} rounds, ε = {spent:.3f}"
 
 
@@ -112,7 +112,7 @@ def _for_study(study: Study, place: Place) -> Iterator[Finding]:
 
 
 def _consortium(place: Place) -> Iterator[Finding]:
-    """The CA, the gateway's certificate, the keys and the registry."""
+    """Check the CA, the gateway's certificate, the keys and the registry."""
     home = place.home
     yield from findings([("secrets", lambda: _private(home))])
     try:
@@ -131,8 +131,8 @@ def _consortium(place: Place) -> Iterator[Finding]:
 
 
 def _private(home: Path) -> str:
-    kept = ("ca.pem", "server.pem", "signing.key", "flower/executor.secret", "flower/loopback.key")
-    return machine.secrets(home / name for name in kept)
+    names = ("ca.pem", "server.pem", "signing.key", "flower/executor.secret", "flower/loopback.key")
+    return machine.secrets(home / name for name in names)
 
 
 def _ca(authority: x509.Certificate) -> str:
@@ -141,20 +141,20 @@ def _ca(authority: x509.Certificate) -> str:
 
 
 def _names(leaf: x509.Certificate, place: Place) -> str:
-    if not place.known:
+    if not place.hostnames:
         return "nobody has been told an address yet: start with --name, or admit with --address"
-    return "; ".join(tls.names(leaf, name) for name in place.known)
+    return "; ".join(tls.names(leaf, name) for name in place.hostnames)
 
 
 def _clock(home: Path) -> str:
-    """The clock against the past that is on record here. Errors: ConfigError where it was set
-    back: certificates and signed requests are then refused as not yet valid."""
+    """Check that the clock is not behind any date on record here. Errors: ConfigError where it was
+    set back: certificates and signed requests are then refused as not yet valid."""
     now = certs.now()
     past = {record.name: datetime.fromisoformat(record.admitted) for record in _records(home)}
     past["ca.pem"] = certs.certificate_in(home / "ca.pem", "").not_valid_before_utc
     if (home / "server.pem").exists():
         past["server.pem"] = certs.certificate_in(home / "server.pem", "").not_valid_before_utc
-    name, latest = max(past.items(), key=lambda each: each[1])
+    name, latest = max(past.items(), key=lambda entry: entry[1])
     if now < latest - certs.SKEW:
         raise ConfigError(
             f"{now:%Y-%m-%d %H:%M} UTC here, and {name} is of {latest:%Y-%m-%d %H:%M}",
@@ -169,19 +169,19 @@ def _records(home: Path) -> list[enrol.Record]:
 
 
 def _sites(home: Path) -> str:
-    """Errors: ConfigError for a site whose certificate ran out, or whose client does not renew."""
+    """Check each site's certificate. Errors: ConfigError where one expired or is not renewed."""
     admitted = enrol.registry(home)
     for name, record in admitted.items():
         leaf = enrol.leaf_of(home, record)
         if leaf is None:
             continue
-        left = leaf.not_valid_after_utc - certs.now()
-        if left < timedelta(0):
+        remaining = leaf.not_valid_after_utc - certs.now()
+        if remaining < timedelta(0):
             raise ConfigError(
                 f"{name}: its certificate ran out on {leaf.not_valid_after_utc:%Y-%m-%d}",
                 todo=f"ask {name} to run `fedtune enroll` again, and admit the request",
             )
-        if left < tls.LEAF_LEFT:
+        if remaining < tls.LEAF_LEFT:
             raise ConfigError(
                 f"{name}: its certificate ends on {leaf.not_valid_after_utc:%Y-%m-%d %H:%M}, and "
                 "was not renewed",
@@ -192,7 +192,7 @@ def _sites(home: Path) -> str:
 
 
 def _port(place: Place) -> str:
-    """Errors: InfrastructureError where another program has the port, or nobody can listen."""
+    """Check that the port is free or this gateway's. Errors: InfrastructureError."""
     host, port = place.host, place.port
     at = f"{host}:{port}"
     if not reachable(own_name(host), port):

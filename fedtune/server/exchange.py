@@ -1,4 +1,4 @@
-"""Messages out, replies in, one at a time, over any Flower Grid."""
+"""Send messages and receive replies, one at a time, over any Flower Grid."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UNREADABLE = (  # what reading a hostile message may raise; a lost connection is
 )
 LONGEST_PAUSE = 1.0  # seconds between polls
 CLASS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,79}")
-TROUBLE = {
+ERROR_TEXT = {
     api.ErrorCode.LOAD_CLIENT_APP_EXCEPTION: "the site could not load its app",
     api.ErrorCode.CLIENT_APP_RAISED_EXCEPTION: "the site's app raised an error",
     api.ErrorCode.MESSAGE_UNAVAILABLE: "the message was lost on the way",
@@ -33,8 +33,8 @@ TROUBLE = {
 
 @dataclass(frozen=True)
 class Reply:
-    """One node's answer: content, or why there is none; then status is "failed", or "dropped" where
-    it was longer than agreed. size: bytes of the content on the wire."""
+    """One node's answer: content, or the reason that there is none; then status is "failed", or
+    "dropped" where it was longer than agreed. size: bytes of the content on the wire."""
 
     node: int
     content: RecordDict | None
@@ -53,8 +53,8 @@ def ask(
 ) -> Iterator[Reply]:
     """Send each node its content and yield exactly one Reply per node, as they arrive.
 
-    most: bytes that an answer may have. A node is told apart by the message it answers, never by
-    what the answer says.
+    most: bytes that an answer may have. A node is identified by the message it answers, never by
+    the answer's content.
     Guarantee: at most one reply is held, of at most `most` bytes; one that is longer, cannot be
     read or is never whole is that node's failure alone, and no other waits for it.
     Errors: InfrastructureError when the grid fails.
@@ -81,13 +81,13 @@ def ask(
 def _collect(waiting: dict[int, replies.Answer], most: int, deadline: float) -> Iterator[Reply]:
     pause = 0.05
     while waiting:
-        heard = len(waiting)
+        count = len(waiting)
         for node in list(waiting):
             reply = _pulled(node, waiting[node], most)
             if reply is not None:
                 del waiting[node]
                 yield reply
-        if len(waiting) < heard:
+        if len(waiting) < count:
             pause = 0.05
         elif time.monotonic() < deadline:
             time.sleep(pause)
@@ -100,7 +100,7 @@ def _collect(waiting: dict[int, replies.Answer], most: int, deadline: float) -> 
 
 
 def _pulled(node: int, answer: replies.Answer, most: int) -> Reply | None:
-    """A node's answer, if it is there. One at a time: Flower loses all that it pulled beside a
+    """Pull a node's answer, if it arrived. One at a time: Flower loses all that it pulled beside a
     message that it cannot read, and two large answers need not be held together."""
     try:
         message = answer.take()
@@ -112,28 +112,28 @@ def _pulled(node: int, answer: replies.Answer, most: int) -> Reply | None:
     except replies.TooLong:
         answer.drop()
     except replies.Lost:
-        return Reply(node, None, TROUBLE[api.ErrorCode.REPLY_MESSAGE_UNAVAILABLE])
+        return Reply(node, None, ERROR_TEXT[api.ErrorCode.REPLY_MESSAGE_UNAVAILABLE])
     except UNREADABLE:
         return Reply(node, None, "its answer cannot be read")
-    words = f"its answer is not as agreed: more than {most} bytes"
-    return Reply(node, None, words, status="dropped")
+    reason = f"its answer is not as agreed: more than {most} bytes"
+    return Reply(node, None, reason, status="dropped")
 
 
 def _reply(node: int, message: Message) -> Reply:
     if message.has_error():
-        known = TROUBLE.get(message.error.code, "the site's app failed")
+        text = ERROR_TEXT.get(message.error.code, "the site's app failed")
         detail = message.error.reason or ""
-        return Reply(node, None, f"{known} ({detail})" if CLASS_NAME.fullmatch(detail) else known)
+        return Reply(node, None, f"{text} ({detail})" if CLASS_NAME.fullmatch(detail) else text)
     return Reply(node, message.content, size=size(message.content))
 
 
 def size(content: RecordDict) -> int:
-    """Bytes of a content in Flower's protobuf form; the same on every grid."""
+    """Compute a content's bytes in Flower's protobuf form, the same on every grid."""
     return int(api.recorddict_to_proto(content).ByteSize())
 
 
 def clean(text: object, longest: int = 300) -> str:
-    """A site's words on one line: printable, and no longer than `longest`."""
+    """Reduce a site's text to one printable line, no longer than `longest`."""
     start = text[: 10 * longest] if isinstance(text, str) else ""
     printable = "".join(c if c.isprintable() else " " for c in start)
     return " ".join(printable.split())[:longest]

@@ -1,4 +1,4 @@
-"""The parts of fedtune that the coordinator calls on, imported when first used; tests swap them."""
+"""The coordinator's dependencies, imported when first used; tests replace them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedtune.config import Study
 from fedtune.flower.arrays import Arrays
 from fedtune.flower.enrol import Member
 from fedtune.server.bound import Mechanism
-from fedtune.server.schedule import Clock, Wall
+from fedtune.server.schedule import Clock, SystemClock
 from fedtune.wire.keys import SigningKey
 
 Events = list[tuple[float, float, int, int]]  # (σ, q, steps, records of one unit)
@@ -115,21 +115,21 @@ def _fingerprint(path: Path) -> str:
     return fingerprint(path)
 
 
-def _report(out: Path, body: dict[str, Any]) -> None:
+def _report(out: Path, report: dict[str, Any]) -> None:
     from fedtune.report import write
 
-    write(out, body)
+    write(out, report)
 
 
 @dataclass(frozen=True)
 class Dependencies:
-    """key: the coordinator's signing key; enrolled: who each node of a grid is, of those that may
+    """key: the coordinator's signing key; enrolled: the member behind each node of a grid that may
     take part now (None: whoever is connected); receipts: file for the sites' newest receipts
     beyond one run (None: only in the run's checkpoint); patience: seconds to wait at the start
     until strategy.min_sites sites admit the plan; pause: seconds before the first retry of a round
-    (twice that before the second, and so on); clock, upto: of a study without a last round, the
-    time of day, and the round to stop after (None: somebody stops it); skip: leave a round out
-    that too few delivered, and go on with the next slot's."""
+    (twice that before the second, and so on); clock, upto: of a continuous study, the time of day,
+    and the round to stop after (None: until it is stopped); skip: leave out a round that too few
+    sites delivered, and continue with the next slot's."""
 
     start: Callable[[Study], Started] = _start
     evaluator: Callable[[Study, Arrays], Measures] = _evaluator
@@ -148,6 +148,6 @@ class Dependencies:
     receipts: Path | None = None
     patience: float = 120.0
     pause: float = 10.0
-    clock: Clock = field(default_factory=Wall)
+    clock: Clock = field(default_factory=SystemClock)
     upto: int | None = None
     skip: bool = True

@@ -1,4 +1,4 @@
-"""Private evaluation: what the sites' held-out records say of a round, asked for and pooled.
+"""Private evaluation: query the sites' held-out records about a round and pool the answers.
 
 Each site sends two noised sums, Σ likelihood and Σ 1 over its units, and no other number. No quorum
 is needed, and nothing that goes wrong here stops a run."""
@@ -27,30 +27,30 @@ TOO_NOISY = 4.0  # a pooled count below so many of its own standard deviations t
 
 
 class Queries:
-    """The queries of one run; what they find goes into the newest entry of its history."""
+    """The queries of one run; a pooled answer goes into the newest entry of its history."""
 
     def __init__(self, progress: Progress, roster: Roster, key: SigningKey) -> None:
         self.progress, self.roster, self.key = progress, roster, key
         self.study = progress.study
 
     def due(self) -> bool:
-        """Whether the plan asks about the last round, and nobody has yet."""
+        """Return whether the plan has a query after the last round that was not made yet."""
         return self.progress.phase is Phase.KEPT and self.progress.round in self.study.queries
 
     def ask(self) -> dict[str, Any]:
-        """Ask every willing site about the newest adapter; returns what the history keeps:
-        likelihood, its noise_sd, the sites that answered, and missing: site -> why not.
+        """Ask every willing site about the newest adapter and return the history's entry:
+        likelihood, its noise_sd, the sites that answered, and missing: site -> reason.
 
         Errors: InfrastructureError where the grid fails."""
         entry, missing = self.progress.history[-1], self.roster.out()
         answers: dict[str, Outcome] = {}
         self._ask(self.roster.willing(), entry, answers, missing)
-        for name, got in answers.items():
-            self.progress.queries[name] = got.events
-            self.progress.receipts[name] = seal.receipt(self.key, got.ledger)
-        found = pooled(answers.values()) | {"sites": sorted(answers), "missing": missing}
-        entry["private_quality"] = found
-        return found
+        for name, answer in answers.items():
+            self.progress.queries[name] = answer.events
+            self.progress.receipts[name] = seal.receipt(self.key, answer.ledger)
+        pool = pooled(answers.values()) | {"sites": sorted(answers), "missing": missing}
+        entry["private_quality"] = pool
+        return pool
 
     def _ask(
         self,
@@ -73,15 +73,15 @@ class Queries:
             _add(entry["bytes_down"], name, size(contents[reply.node]))
             _add(entry["bytes_up"], name, reply.size)
             before = sum(event["steps"] for event in self.progress.queries.get(name, []))
-            key, wanted = self.progress.keys.get(name, ""), self._wanted(name, nonce)
+            key, expected = self.progress.keys.get(name, ""), self._expected_header(name, nonce)
             kind: dict[str, Any] = {"record": "answer", "done": "answered", "terms": self.terms}
-            got = outcome(reply, LIKE, True, before, key, wanted, **kind)
-            if got.status == "answered":
-                answers[name] = got
+            answer = outcome(reply, LIKE, True, before, key, expected, **kind)
+            if answer.status == "answered":
+                answers[name] = answer
                 missing.pop(name, None)
             else:
-                missing[name] = f"{got.status}: {got.reason}"
-            if got.status == "unprepared":
+                missing[name] = f"{answer.status}: {answer.reason}"
+            if answer.status == "unprepared":
                 unprepared.append(name)
         if unprepared and again:
             self.roster.prepare(self.roster.nodes[name] for name in unprepared)
@@ -90,7 +90,7 @@ class Queries:
 
     @property
     def terms(self) -> Terms | None:
-        """What the plan demands of an answer's noise."""
+        """The plan's requirements for an answer's noise."""
         table = self.study.private_evaluation
         if table is None:
             return None
@@ -102,7 +102,7 @@ class Queries:
         text, plan = json.dumps(receipt) if receipt else "", self.study.queries_digest
         return ConfigRecord(seal.order(self.key, plan, self.progress.round, nonce, text))
 
-    def _wanted(self, name: str, nonce: str) -> seal.Header:
+    def _expected_header(self, name: str, nonce: str) -> seal.Header:
         return seal.Header(
             plan=self.study.digest,
             round=self.progress.round,
@@ -116,16 +116,16 @@ class Queries:
 
 
 def pooled(answers: Iterable[Outcome]) -> dict[str, float | None]:
-    """The mean likelihood over all units of all sites, and the standard deviation that the noise
-    gives it, to first order (delta method): √(v · (1 + r²)) / n, for the ratio r of two sums whose
-    noise has variance v each, n the pooled count. Nothing about sampling of records is in it.
+    """Pool the answers: the mean likelihood over all units of all sites, and the noise's standard
+    deviation in it, to first order (delta method): √(v · (1 + r²)) / n, for the ratio r of two sums
+    whose noise has variance v each, n the pooled count. It leaves out the records' sampling error.
 
     | nobody answered, or n within TOO_NOISY standard deviations of 0 | None, None |
     | the noise carries it outside [0, 1]                             | the nearer end |"""
     total, variance = np.zeros(2), 0.0
-    for got in answers:
-        total += got.update["sums"].astype(np.float64)
-        variance += _variance(got.events)
+    for answer in answers:
+        total += answer.update["sums"].astype(np.float64)
+        variance += _variance(answer.events)
     count = float(total[1])
     if count <= TOO_NOISY * math.sqrt(variance) or count <= 0:
         return {"likelihood": None, "noise_sd": None}
@@ -135,7 +135,7 @@ def pooled(answers: Iterable[Outcome]) -> dict[str, float | None]:
 
 
 def _variance(events: list[dict[str, Any]]) -> float:
-    """Of the noise in one number of an answer: (σC)², by the site's own log."""
+    """Compute the noise's variance in one number of an answer: (σC)², by the site's step log."""
     return float(max((e["sigma"] * e["max_grad_norm"]) ** 2 for e in events))
 
 

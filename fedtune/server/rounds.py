@@ -1,4 +1,4 @@
-"""A run, step by step: start -> admit -> (ask, aggregate, measure, keep, query) each -> report.
+"""Run a study: start -> admit -> (train, aggregate, measure, save, query) per round -> report.
 
 Guarantee: a round that fewer than strategy.min_sites delivered is never counted; a crash or Ctrl-C
 loses at most the round in progress, and `resume` goes on from there.
@@ -42,7 +42,7 @@ from fedtune.wire import codec, seal
 
 RETRIES = 3  # of a round that too few sites delivered
 LARGEST = 4  # times the median declared size: what a larger one counts for
-POLL = 2.0  # seconds between looks for sites that have yet to connect
+POLL = 2.0  # seconds between checks for sites that have yet to connect
 
 
 def run(
@@ -91,26 +91,27 @@ class _Run:
         self.grid, self.out, self.parts, self.on_event = grid, out, parts, on_event
         self.strategy, self.progress, self.study = strategy, progress, progress.study
         self.rounds = self.study.training.rounds  # None: it goes on until somebody stops it
-        self.asks = self.study.strategy
+        self.table = self.study.strategy
         self.limits = Limits(self.study, parts.budget)
         self.receipts = store.Receipts(parts.receipts)
-        mine = parts.key.public  # a site takes a receipt for what it is only from who signed it
+        own_key = parts.key.public  # a site accepts a receipt only from the key that signed it
         earlier = self.receipts.read().items()
-        self.earlier = {k: r for k, r in earlier if r.get("coordinator") == mine}
-        kept = progress.receipts.items()  # a simulation that is resumed has another key
-        progress.receipts = {n: r for n, r in kept if r.get("coordinator") == mine}
+        self.earlier = {k: r for k, r in earlier if r.get("coordinator") == own_key}
+        receipts = progress.receipts.items()  # a resumed simulation has another key
+        progress.receipts = {n: r for n, r in receipts if r.get("coordinator") == own_key}
         plan = plan_message(self.study, progress.frozen, parts.key)
         self.roster = Roster(
-            *(grid, self.study, plan, progress.sizes, progress.keys, self._tell),
+            *(grid, self.study, plan, progress.sizes, progress.keys, self._on_status),
             partial(parts.enrolled, grid) if parts.enrolled else None,
             partial(parts.expect, grid),
             summary.lora_ranks(progress.history),
         )
         self.queries = Queries(self.progress, self.roster, parts.key)
-        goes_on = self.study.continuous
-        self.continuous = Continuous(out, progress, parts, self._event) if goes_on else None
-        own = self.study.evaluation and not self.continuous
-        self._evaluator = parts.evaluator(self.study, progress.frozen) if own else None
+        self.continuous = self._evaluator = None
+        if self.study.continuous:
+            self.continuous = Continuous(out, progress, parts, self._event)
+        elif self.study.evaluation:
+            self._evaluator = parts.evaluator(self.study, progress.frozen)
 
     @property
     def evaluator(self) -> Measures | None:
@@ -119,7 +120,7 @@ class _Run:
     def go(self, fresh: bool) -> dict[str, Any]:
         done = self.progress.round
         self._event("start", study=self.study.study.name, plan_digest=self.study.digest, done=done)
-        if not self._over:
+        if not self._is_over:
             self._admit()
         plan = self.study.model_dump_json(indent=2) + "\n"
         replace(self.out / "plan.json", plan.encode())
@@ -133,17 +134,17 @@ class _Run:
         self._write_metrics()
         if self.continuous:
             self.continuous.begin()
-        while not self._over:
+        while not self._is_over:
             self._next(self.progress.round + 1)
         return self._finish()
 
     @property
-    def _over(self) -> bool:
+    def _is_over(self) -> bool:
         last = self.parts.upto if self.continuous else self.rounds
         return last is not None and self.progress.round >= last
 
     def _next(self, number: int) -> None:
-        """One round; where there is a schedule, in its time, and one that fails is left out."""
+        """Run one round; with a schedule, wait for its slot, and skip a round that fails."""
         if self.continuous is None:
             return self._round(number)
         self.continuous.wait()
@@ -157,14 +158,14 @@ class _Run:
             self._event("step", text=str(error))
             return
         self.continuous.judge()
-        self.parts.report(self.out, self._body())
+        self.parts.report(self.out, self._report())
 
     def _admit(self) -> None:
-        """Errors: Refused or InfrastructureError where fewer than min_sites admit the plan."""
+        """Wait for min_sites to admit the plan. Errors: Refused, InfrastructureError."""
         deadline = time.monotonic() + self.parts.patience
         while True:
             self.roster.join()
-            if len(self.roster.willing()) >= self.asks.min_sites:
+            if len(self.roster.willing()) >= self.table.min_sites:
                 return
             if time.monotonic() >= deadline:
                 self.roster.raise_if_refused()
@@ -173,7 +174,7 @@ class _Run:
 
     def _round(self, number: int) -> None:
         tally = Tally(number)
-        least = self.asks.min_sites
+        least = self.table.min_sites
         for attempt in range(1 + RETRIES):
             if attempt:
                 time.sleep(self.parts.pause * attempt)
@@ -192,26 +193,26 @@ class _Run:
         raise TooFew(
             f"round {number}: {len(tally.participants)} sites delivered after {RETRIES} retries "
             f"({reasons or 'nobody could be asked'})",
-            f"at least strategy.min_sites = {self.asks.min_sites}",
+            f"at least strategy.min_sites = {self.table.min_sites}",
             f"see to these sites, then --resume goes on after round {number - 1}",
         )
 
     def _choose(self, tally: Tally) -> list[str]:
-        """The sites to ask now: a share of the willing, drawn from the public seed; on a retry,
-        first those that did not fail. A public draw: it never counts as amplification."""
+        """Draw the sites to ask from the willing, with the public seed; on a retry, prefer those
+        that did not fail. The draw is public, so it never counts as amplification."""
         willing = self.roster.willing()
-        target = max(self.asks.min_sites, math.ceil(self.asks.fraction * len(willing) - 1e-9))
+        target = max(self.table.min_sites, math.ceil(self.table.fraction * len(willing) - 1e-9))
         seed = f"{self.study.study.seed}:{tally.number}"
         order = random.Random(seed).sample(willing, len(willing))
-        left = [name for name in order if name not in tally.participants]
-        left.sort(key=lambda name: tally.failures[name])
-        return left[: max(target - len(tally.participants), 0)]
+        remaining = [name for name in order if name not in tally.participants]
+        remaining.sort(key=lambda name: tally.failures[name])
+        return remaining[: max(target - len(tally.participants), 0)]
 
     def _train(self, names: list[str], tally: Tally, again: bool = True) -> None:
         """Ask `names` for an update and take each in as it arrives.
 
-        The sites train from the adapter as it was sent; their updates move the one that is kept
-        here, in fp32. So what rounding takes from an adapter is there again in the next."""
+        The sites train from the adapter as it was encoded; their updates are applied to the fp32
+        adapter here, so that rounding errors do not accumulate over rounds."""
         encoding = self.study.wire.adapter
         adapter = to_record(codec.encode(self.progress.adapter, encoding))
         start = codec.length(self.progress.adapter) * codec.GROWTH[encoding]
@@ -242,12 +243,13 @@ class _Run:
         return ConfigRecord(seal.order(self.parts.key, self.study.digest, number, nonce, text))
 
     def _take(self, name: str, reply: Reply, tally: Tally, nonce: str, start: float) -> str:
-        """start: how long the adapter may be that the site was given."""
+        """Check a reply and count it, once. start: upper bound on the sent adapter's norm."""
         if tally.has(self.study.digest, name):
-            self._tell(name, "dropped", "its update of this round is counted already", tally.number)
+            reason = "its update of this round is counted already"
+            self._on_status(name, "dropped", reason, tally.number)
             return "dropped"
         before = sum(event["steps"] for event in self.progress.events.get(name, []))
-        wanted = seal.Header(
+        expected = seal.Header(
             plan=self.study.digest,
             round=tally.number,
             base=self.study.base.digest or "",
@@ -265,42 +267,42 @@ class _Run:
             done = self.progress.round if self.continuous else None
             limits = self.limits.of(self.progress.sizes[name], dimension, start, done)
             limits["encoding"] = self.study.wire.update
-            got = outcome(reply, part, self.study.private, before, key, wanted, **limits)
+            result = outcome(reply, part, self.study.private, before, key, expected, **limits)
         except ConfigError as error:  # an honest site of such a size says so itself, when it joins
-            got = Outcome("dropped", f"its declared size does not fit the plan: {error}")
-        if got.status == "trained" and self.roster.stranger(reply.node, name):
-            got = Outcome("refused", NOT_ENROLLED)
-        if got.status == "trained":
-            self.progress.receipts[name] = seal.receipt(self.parts.key, got.ledger)
-            declared = self.progress.sizes[name] if self.asks.weights == "declared" else 1
-            weight = min(declared, self._most(tally))
+            result = Outcome("dropped", f"its declared size does not fit the plan: {error}")
+        if result.status == "trained" and self.roster.is_stranger(reply.node, name):
+            result = Outcome("refused", NOT_ENROLLED)
+        if result.status == "trained":
+            self.progress.receipts[name] = seal.receipt(self.parts.key, result.ledger)
+            declared = self.progress.sizes[name] if self.table.weights == "declared" else 1
+            weight = min(declared, self._weight_cap(tally))
             if weight < declared:
                 tally.weights[name] = weight
-                got = replace_fields(got, reason=self._said_once(name, weight, declared))
-            self.strategy.add(pad_update(got.update, adapter, columns), float(weight))
-            self.progress.events[name] = got.events
+                result = replace_fields(result, reason=self._cap_reason(name, weight, declared))
+            self.strategy.add(pad_update(result.update, adapter, columns), float(weight))
+            self.progress.events[name] = result.events
             tally.count(self.study.digest, name)
         else:
-            tally.failures[name] += got.status != "unprepared"
-            tally.missing[name] = f"{got.status}: {got.reason}"
-            if got.status == "refused":
-                self.roster.refused[name] = got.reason
-        self._tell(name, got.status, got.reason, tally.number)
-        return got.status
+            tally.failures[name] += result.status != "unprepared"
+            tally.missing[name] = f"{result.status}: {result.reason}"
+            if result.status == "refused":
+                self.roster.refused[name] = result.reason
+        self._on_status(name, result.status, result.reason, tally.number)
+        return result.status
 
-    def _most(self, tally: Tally) -> int:
-        """What a site counts for at most, whatever it declares; the same all round."""
+    def _weight_cap(self, tally: Tally) -> int:
+        """Return the largest weight of a site, whatever it declares; constant within a round."""
         if not tally.largest:
             sizes = self.progress.sizes
-            tally.largest = LARGEST * median_low(sizes[each] for each in self.roster.willing())
+            tally.largest = LARGEST * median_low(sizes[name] for name in self.roster.willing())
         return tally.largest
 
-    def _said_once(self, name: str, weight: int, declared: int) -> str:
-        said = any(name in entry.get("weights", {}) for entry in self.progress.history)
-        return "" if said else summary.capped(weight, declared)
+    def _cap_reason(self, name: str, weight: int, declared: int) -> str:
+        reported = any(name in entry.get("weights", {}) for entry in self.progress.history)
+        return "" if reported else summary.capped(weight, declared)
 
     def _keep(self, tally: Tally) -> None:
-        """Apply the round, measure it, and make it last."""
+        """Apply the round's mean update, measure the adapter and save the checkpoint."""
         progress, number = self.progress, tally.number
         adapter = self.strategy.apply(progress.adapter)
         if not all(np.isfinite(array).all() for array in adapter.values()):
@@ -338,11 +340,10 @@ class _Run:
         self._event("round", **{**entry, "bytes": moved})
 
     def _query(self) -> None:
-        """Ask the sites about the round just kept, and make the answer last. A crash in between
-        asks again, and the sites send what they sent before."""
-        found = self.queries.ask()
+        """Run the newest round's private evaluation; asked again, sites resend their answers."""
+        answer = self.queries.ask()
         self._enter(Phase.QUERIED)
-        for name, why in found["missing"].items():
+        for name, why in answer["missing"].items():
             status, _, reason = why.partition(": ")
             self._event("site", name=name, status=status, reason=f"private evaluation: {reason}")
 
@@ -369,29 +370,29 @@ class _Run:
             self.parts.save(self.study, progress.adapter, progress.frozen, draft)
             shutil.rmtree(folder, ignore_errors=True)
             draft.rename(folder)
-        body = self._body()
-        self.parts.report(self.out, body)
+        report = self._report()
+        self.parts.report(self.out, report)
         if not self.continuous:  # it may go on
             self._enter(Phase.FINISHED)
-        self._event("done", out=str(self.out), privacy=body["privacy"], quality=body["quality"])
-        return body
+        self._event("done", out=str(self.out), privacy=report["privacy"], quality=report["quality"])
+        return report
 
-    def _body(self) -> dict[str, Any]:
-        body = summary.body(self.progress, self.parts)
+    def _report(self) -> dict[str, Any]:
+        report = summary.report(self.progress, self.parts)
         if self.continuous:
-            body |= {"continuous": self.continuous.body()}
-            body["quality"] = {**body["quality"], "after": self.continuous.after()}
-        return body
+            report |= {"continuous": self.continuous.report()}
+            report["quality"] = {**report["quality"], "after": self.continuous.after()}
+        return report
 
     def _write_metrics(self) -> None:
-        """metrics.jsonl, whole: after a crash it agrees with the checkpoint again."""
+        """Write metrics.jsonl anew: after a crash it agrees with the checkpoint again."""
         lines = [json.dumps(entry, sort_keys=True) + "\n" for entry in self.progress.history]
         replace(self.out / "metrics.jsonl", "".join(lines).encode())
 
-    def _tell(self, name: str, status: str, reason: str, round_: int | None = None) -> None:
+    def _on_status(self, name: str, status: str, reason: str, round_: int | None = None) -> None:
         if round_ is None and status != "failed":
-            said = "" if status == "admitted" else f": {reason}"
-            self.progress.admission[name] = status + said
+            suffix = "" if status == "admitted" else f": {reason}"
+            self.progress.admission[name] = status + suffix
         number = round_ or self.progress.round + 1
         self._event("site", name=name, status=status, reason=reason, round=number)
 

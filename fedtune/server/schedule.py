@@ -1,10 +1,10 @@
-"""When the rounds of a study without a last one begin.
+"""Compute when the rounds of a study without a last one begin.
 
     slot k begins at start + k · every; a round runs in a slot, at most one in each
 
 | the coordinator was away, or a round took longer than `every` | what was missed is not made up |
 | started within a slot that has had no round                   | that slot's round begins now   |
-Guarantee: the clock and the plan alone say when; nothing that a site sends does.
+Guarantee: the times follow from the clock and the plan alone, from nothing that a site sends.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Clock(Protocol):
     def sleep(self, seconds: float) -> None: ...
 
 
-class Wall:
-    """This machine's."""
+class SystemClock:
+    """This machine's clock."""
 
     def now(self) -> float:
         return time.time()
@@ -36,8 +36,8 @@ class Wall:
         time.sleep(seconds)
 
 
-class Quick:
-    """Starts at `at` and goes on only when somebody sleeps, which takes no time."""
+class SimulatedClock:
+    """A clock that starts at `at` and advances only by `sleep`, which takes no time."""
 
     def __init__(self, at: float | None = None) -> None:
         self.at = time.time() if at is None else at
@@ -50,21 +50,21 @@ class Quick:
 
 
 def next_slot(table: ScheduleTable, last: int | None, now: float) -> int:
-    """The slot of the next round, the newest that has begun unless it had its round (`last`)."""
+    """Return the next round's slot: the newest begun, unless it had its round already (`last`)."""
     current = max(0, math.floor((now - table.start_timestamp) / table.every))
     return current if last is None else max(current, last + 1)
 
 
-def begins(table: ScheduleTable, slot: int) -> float:
-    """Seconds since 1970."""
+def slot_start(table: ScheduleTable, slot: int) -> float:
+    """Return when a slot begins, in seconds since 1970."""
     return table.start_timestamp + slot * table.every
 
 
 def wait(clock: Clock, until: float) -> None:
-    while (left := until - clock.now()) > 0:
-        clock.sleep(min(left, LONGEST))
+    while (remaining := until - clock.now()) > 0:
+        clock.sleep(min(remaining, LONGEST))
 
 
-def shown(at: float) -> str:
-    """To the second, in UTC, as logs have it."""
+def format_utc(at: float) -> str:
+    """Format a timestamp to the second, in UTC, as logs do."""
     return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,11 +1,11 @@
-"""What survives a crash: where a run is, in SQLite, and its arrays beside it.
+"""A run's checkpoint: its state in SQLite, and its arrays beside it.
 
     out/checkpoint/run.db                the run, its rounds and its sites; a transaction per phase
     out/checkpoint/frozen.safetensors    what the adapter never trains; written once
     out/checkpoint/round-K.safetensors   adapter and strategy state after round K
 
 Guarantee: arrays are on disk before the transaction that names them by file and sha256, and older
-ones go after it. So whatever crashes and when, the old state or the new one is there and whole.
+ones go after it. So after a crash at any time the old state or the new one is there, complete.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class CheckpointError(InputError):
 
 
 class Phase(StrEnum):
-    """Where a run is: (round + 1) was asked for, or what was done since `round` was kept.
+    """A run's phase: (round + 1) was ordered, or what was done since `round` was kept.
 
     started → asked → kept [→ queried] → asked → … → finished"""
 
@@ -107,21 +107,21 @@ class Progress:
 
 
 def save(out: Path, progress: Progress) -> None:
-    """Make the run's state last. Errors: InfrastructureError when the disk refuses (the state
-    before is then whole); CheckpointError where the database is damaged."""
+    """Save the run's state durably. Errors: InfrastructureError when the disk refuses (the previous
+    state is then intact); CheckpointError where the database is damaged."""
     folder = out / FOLDER
     groups: dict[str, dict[str, Any]] = {
         FROZEN: {"frozen": progress.frozen},
         _arrays(progress.round): {"adapter": progress.adapter, "strategy": progress.strategy},
     }
-    there = _files(folder / DATABASE)
-    files = {n: there.get(n) or _put(folder / n, each) for n, each in groups.items()}
+    saved = _files(folder / DATABASE)
+    files = {n: saved.get(n) or _put(folder / n, arrays) for n, arrays in groups.items()}
     _commit(folder / DATABASE, _rows(progress, files))
     _prune(folder, files)
 
 
 def load(out: Path, study: Study) -> Progress | None:
-    """The run of `study` in `out`, or None where none was saved.
+    """Load the run of `study` from `out`, or None where none was saved.
 
     Errors: CheckpointError (damaged, or another study's); InfrastructureError."""
     folder = out / FOLDER
@@ -133,7 +133,7 @@ def load(out: Path, study: Study) -> Progress | None:
         ):
             _damaged(path)
         return None
-    with _named(path, OSError, SafetensorError, ValueError):
+    with _sqlite_errors(path, OSError, SafetensorError, ValueError):
         run, rounds, sites = _read(path)
         _, phase, round_, asked, resolved, before, files = run
         arrays: dict[str, Any] = {"adapter": {}, "frozen": {}, "strategy": {}}
@@ -147,10 +147,10 @@ def load(out: Path, study: Study) -> Progress | None:
             f"this one ({study.digest[:19]}…)",
             "go back to the study it was made with, or choose another --out",
         )
-    here = {"public": study.public, "evaluation": study.evaluation}  # files may have moved
+    tables = {"public": study.public, "evaluation": study.evaluation}  # files may have moved
     return Progress(
         asked=asked,
-        study=study_from_json(resolved).model_copy(update=here),
+        study=study_from_json(resolved).model_copy(update=tables),
         phase=Phase(phase),
         round=round_,
         before=json.loads(before),
@@ -164,7 +164,7 @@ def load(out: Path, study: Study) -> Progress | None:
 
 
 def open_folder(out: Path, study: Study, *, resume: bool) -> Progress | None:
-    """Make `out`, for this user alone, or find the run that it holds.
+    """Create `out`, for this user alone, or load the run that it holds.
 
     Errors: ConfigError where a run is there and `resume` was not asked for; CheckpointError."""
     if not resume and any((out / name).exists() for name in (FOLDER, "report.json")):
@@ -183,10 +183,10 @@ def open_folder(out: Path, study: Study, *, resume: bool) -> Progress | None:
 
 
 class Receipts:
-    """The newest receipt of each site, by its public key, beyond any one run; None: kept nowhere.
+    """The newest receipt of each site, by its public key, beyond any one run; None: not stored.
 
-    A site that was restored from an old copy is told by the first order of the next study what it
-    must already have signed. Errors: CheckpointError where the file is damaged."""
+    They let the first order of the next study show a site restored from an old copy what it had
+    already signed. Errors: CheckpointError where the file is damaged."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -195,9 +195,9 @@ class Receipts:
         if self.path is None or not self.path.exists():
             return {}
         try:
-            found = json.loads(self.path.read_text())
-            if isinstance(found, dict) and all(isinstance(r, dict) for r in found.values()):
-                return found
+            receipts = json.loads(self.path.read_text())
+            if isinstance(receipts, dict) and all(isinstance(r, dict) for r in receipts.values()):
+                return receipts
         except (OSError, ValueError, RecursionError):
             pass
         raise CheckpointError(
@@ -207,11 +207,11 @@ class Receipts:
         )
 
     def keep(self, receipts: dict[str, dict[str, Any]]) -> None:
-        """Add these to what is there, whole or not at all. Errors: InfrastructureError."""
+        """Add these to the file, atomically. Errors: InfrastructureError."""
         if self.path is not None and receipts:
-            there = self.read()
-            if there | receipts != there:
-                text = json.dumps(there | receipts, sort_keys=True)
+            saved = self.read()
+            if saved | receipts != saved:
+                text = json.dumps(saved | receipts, sort_keys=True)
                 replace(self.path, text.encode(), private=True)
 
 
@@ -219,7 +219,7 @@ class Receipts:
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """A connection that commits to disk, by hand (no implicit transactions)."""
+    """Open a connection that commits durably, by hand (no implicit transactions)."""
     connection = sqlite3.connect(path, isolation_level=None)
     for pragma in PRAGMAS:
         connection.execute(f"PRAGMA {pragma}")
@@ -227,21 +227,22 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def _rows(progress: Progress, files: dict[str, str]) -> Rows:
-    """All that the tables hold, but its own sha256."""
+    """Build the tables' rows, all but their sha256."""
     study, before = progress.study.model_dump_json(), json.dumps(progress.before)
     run = [FORMAT, str(progress.phase), progress.round, progress.asked, study, before]
     rounds = [[n, json.dumps(entry)] for n, entry in enumerate(progress.history, 1)]
-    found = [getattr(progress, key) for key in PER_SITE]
-    names = sorted({name for each in found for name in each})
+    columns = [getattr(progress, key) for key in PER_SITE]
+    names = sorted({name for column in columns for name in column})
     sites = [
-        [name, *(json.dumps(each[name]) if name in each else None for each in found)]
+        [name, *(json.dumps(column[name]) if name in column else None for column in columns)]
         for name in names
     ]
     return [*run, json.dumps(files)], rounds, sites
 
 
 def _commit(path: Path, rows: Rows) -> None:
-    """A database that exists was committed: the first one is put in place whole."""
+    """Commit the rows. The first database is put in place as one file, so one that exists was
+    committed."""
     if not path.exists():
         with closing(sqlite3.connect(":memory:", isolation_level=None)) as sql:
             for statement in SCHEMA:
@@ -249,7 +250,7 @@ def _commit(path: Path, rows: Rows) -> None:
             _fill(sql, rows)
             replace(path, sql.serialize())
         return
-    with _named(path), closing(connect(path)) as sql:
+    with _sqlite_errors(path), closing(connect(path)) as sql:
         sql.execute("BEGIN IMMEDIATE")
         _fill(sql, rows)
         sql.execute("COMMIT")
@@ -257,11 +258,11 @@ def _commit(path: Path, rows: Rows) -> None:
 
 def _fill(sql: sqlite3.Connection, rows: Rows) -> None:
     run, rounds, sites = rows
-    ((known,),) = sql.execute("SELECT count(*) FROM rounds")
+    ((stored,),) = sql.execute("SELECT count(*) FROM rounds")
     sql.execute("DELETE FROM run")
     sql.execute("INSERT INTO run VALUES (?, ?, ?, ?, ?, ?, ?, ?)", [*run, _sha256(rows)])
-    # Of the rounds that are there, the newest may have been asked about since.
-    sql.executemany("INSERT OR REPLACE INTO rounds VALUES (?, ?)", rounds[max(known - 1, 0) :])
+    # Of the stored rounds, the newest may have been queried since.
+    sql.executemany("INSERT OR REPLACE INTO rounds VALUES (?, ?)", rounds[max(stored - 1, 0) :])
     places = ", ".join("?" * (1 + len(PER_SITE)))
     sql.executemany(f"INSERT OR REPLACE INTO sites VALUES ({places})", sites)
 
@@ -297,37 +298,37 @@ def _arrays(round_: int) -> str:
 
 
 def _files(path: Path) -> dict[str, str]:
-    """file -> sha256, as the last transaction named them; {} before the first."""
+    """Read file -> sha256 of the last transaction; {} before the first."""
     if not path.exists():
         return {}
-    with _named(path, ValueError, TypeError), closing(connect(path)) as sql:
+    with _sqlite_errors(path, ValueError, TypeError), closing(connect(path)) as sql:
         ((files,),) = sql.execute("SELECT files FROM run")
-        found: dict[str, str] = json.loads(files)
-        return found
+        digests: dict[str, str] = json.loads(files)
+        return digests
 
 
 def _put(path: Path, groups: dict[str, Any]) -> str:
-    """Write the arrays, make them last, and return the file's sha256."""
-    body = to_bytes(
+    """Write the arrays durably and return the file's sha256."""
+    data = to_bytes(
         {
             f"{group}/{name}": np.asarray(array, order="C")
             for group, arrays in groups.items()
             for name, array in arrays.items()
         }
     )
-    replace(path, body)
-    return hashlib.sha256(body).hexdigest()
+    replace(path, data)
+    return hashlib.sha256(data).hexdigest()
 
 
 def _get(path: Path, sha256: str) -> dict[str, Any]:
-    body = path.read_bytes()
-    if hashlib.sha256(body).hexdigest() != sha256:
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != sha256:
         _damaged(path)
-    return from_bytes(body)
+    return from_bytes(data)
 
 
 def _prune(folder: Path, files: dict[str, str]) -> None:
-    """Remove the arrays of earlier rounds, and what a crash left half-written."""
+    """Remove the arrays of earlier rounds, and partial files of a crash."""
     for path in folder.iterdir():
         if path.suffix in (".safetensors", ".new") and path.name not in files:
             with suppress(OSError):  # then the next save does
@@ -335,8 +336,8 @@ def _prune(folder: Path, files: dict[str, str]) -> None:
 
 
 @contextmanager
-def _named(path: Path, *damage: type[Exception]) -> Iterator[None]:
-    """sqlite's errors, by what is to do about them; `damage`: what else says that it is damaged."""
+def _sqlite_errors(path: Path, *damage: type[Exception]) -> Iterator[None]:
+    """Map sqlite's errors to ours; `damage`: further exceptions that mean a damaged file."""
     try:
         yield
     except sqlite3.OperationalError as error:

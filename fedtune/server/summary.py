@@ -1,4 +1,4 @@
-"""The report's body, from what the run's progress holds; every ε from what the sites logged."""
+"""Build a run's report from its progress; every ε comes from the sites' step logs."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ WARNING = 'privacy = "off": nothing was clipped for a guarantee and no noise was
 
 
 def epsilons(progress: Progress, parts: Dependencies) -> dict[str, float]:
-    """ε of each site so far, at the study's δ; empty where privacy is off.
+    """Compute each site's ε so far, at the study's δ; empty where privacy is off.
 
-    Of a study without a last round: of a patient who was there in every round, up to the lifetime
-    in the plan, at which the site leaves a patient out. The site's own ledger may say less."""
+    In a continuous study: for a patient who was there in every round, up to the plan's lifetime ε,
+    at which the site leaves a patient out. The site's own ledger may show less."""
     privacy = progress.study.privacy
     if isinstance(privacy, str):
         return {}
-    found = {
+    by_site = {
         name: _epsilon(events, parts, privacy) for name, events in sorted(progress.events.items())
     }
     if progress.study.continuous and privacy.epsilon is not None:
-        found = {name: min(spent, privacy.epsilon) for name, spent in found.items()}
-    return found
+        by_site = {name: min(spent, privacy.epsilon) for name, spent in by_site.items()}
+    return by_site
 
 
 def _epsilon(events: list[dict[str, Any]], parts: Dependencies, privacy: PrivacyTable) -> float:
@@ -38,8 +38,8 @@ def _epsilon(events: list[dict[str, Any]], parts: Dependencies, privacy: Privacy
     )
 
 
-def body(progress: Progress, parts: Dependencies) -> dict[str, Any]:
-    """The body of report.json."""
+def report(progress: Progress, parts: Dependencies) -> dict[str, Any]:
+    """Build the content of report.json."""
     study, history = progress.study, progress.history
     keys = (
         *("round", "participants", "missing", "late", "epsilon", "private_quality"),
@@ -69,16 +69,16 @@ def body(progress: Progress, parts: Dependencies) -> dict[str, Any]:
 
 
 def lora_ranks(history: list[dict[str, Any]]) -> dict[str, int]:
-    """site -> how many ranks it trained, by the rounds kept; empty where sites have no choice."""
+    """Return site -> ranks that it trained in the rounds kept; empty where there is no choice."""
     return {name: rank for entry in history for name, rank in entry.get("lora_ranks", {}).items()}
 
 
 def _ranks(progress: Progress) -> dict[str, Any]:
-    """Where sites trained fewer ranks: who how many, and for each range of B's columns, summed over
-    the rounds, the share of the mean's weight that trained them, and the noise there against what
-    it would be had every site trained them (None: none, or AdamW's, or other than a plain mean's).
+    """Report where sites trained fewer ranks: ranks by site, and for each range of B's columns, of
+    all rounds, the share of the mean's weight that trained them and the noise relative to every
+    site training them (None: no noise, AdamW, or a strategy other than fedavg).
 
-    The divisor is everybody's weight, so the signal falls as the share, and noise by less."""
+    The divisor is all sites' weight, so the signal falls with the share, and noise by less."""
     study, history, ranks = progress.study, progress.history, lora_ranks(progress.history)
     if study.lora is None or set(ranks.values()) <= {study.lora.rank}:
         return {}
@@ -86,28 +86,30 @@ def _ranks(progress: Progress) -> dict[str, Any]:
     weights = {name: progress.sizes[name] if declared else 1 for name in ranks}
     share, noise, most = np.zeros(study.lora.rank), np.zeros(study.lora.rank), 0.0
     for entry in history:
-        here = entry["lora_ranks"]
+        trained = entry["lora_ranks"]
         counted = weights | entry.get("weights", {})
-        total = sum(counted[name] for name in here)
-        for name, rank in here.items():
+        total = sum(counted[name] for name in trained)
+        for name, rank in trained.items():
             columns, part = rank_slice(study.lora, rank, entry["round"]), counted[name] / total
             share[columns] += part / len(history)
             noise[columns] += (part * _noise(progress, name)) ** 2
             most += (part * _noise(progress, name)) ** 2
-    told = study.private and study.training.optimizer == "sgd" and study.strategy.name == "fedavg"
+    is_known = (
+        study.private and study.training.optimizer == "sgd" and study.strategy.name == "fedavg"
+    )
     rows: list[dict[str, Any]] = []
-    for column, each in enumerate(zip(share, np.sqrt(noise / most), strict=True), 1):
-        found = [round(float(value), 9) for value in each]
-        if not rows or [rows[-1]["share"], rows[-1]["noise"]] != found:
-            rows.append({"first": column, "share": found[0], "noise": found[1]})
+    for column, pair in enumerate(zip(share, np.sqrt(noise / most), strict=True), 1):
+        values = [round(float(value), 9) for value in pair]
+        if not rows or [rows[-1]["share"], rows[-1]["noise"]] != values:
+            rows.append({"first": column, "share": values[0], "noise": values[1]})
         rows[-1]["last"] = column
-    for row in () if told else rows:
+    for row in () if is_known else rows:
         row["noise"] = None
     return {"sites": dict(sorted(ranks.items())), "of": study.lora.rank, "columns": rows}
 
 
 def _noise(progress: Progress, name: str) -> float:
-    """Of one number in a site's update with SGD, but for a factor that all sites share."""
+    """Compute the noise of one number in a site's SGD update, up to a factor common to all."""
     events = progress.events.get(name)
     if not events:
         return 1.0
@@ -120,34 +122,34 @@ def capped(weight: int, declared: int) -> str:
 
 
 def _capped(progress: Progress) -> dict[str, str]:
-    """Whose declared size counted for less than it says, as in the newest such round."""
-    found: dict[str, int] = {}
+    """Describe the sites whose declared size was capped, as in the newest such round."""
+    weights: dict[str, int] = {}
     for entry in progress.history:
-        found |= entry.get("weights", {})
-    return {name: capped(most, progress.sizes[name]) for name, most in sorted(found.items())}
+        weights |= entry.get("weights", {})
+    return {name: capped(most, progress.sizes[name]) for name, most in sorted(weights.items())}
 
 
 def absences(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """site -> rounds missed, the longest absence, and how often each reason was the last one.
+    """Count per site the rounds missed, the longest absence, and each final reason.
 
-    The seconds of an absence are those of the rounds in it, by a clock that no change of the time
-    of day moves. A round that a site was not asked in neither ends an absence nor is one."""
-    found: dict[str, dict[str, Any]] = {}
-    now: dict[str, tuple[int, float]] = {}  # the absence in progress: rounds, seconds
+    The seconds of an absence are those of its rounds, by a monotonic clock. A round in which a site
+    was not asked neither ends an absence nor is one."""
+    sites: dict[str, dict[str, Any]] = {}
+    ongoing: dict[str, tuple[int, float]] = {}  # the absence in progress: rounds, seconds
     for entry in history:
         for name in entry["participants"]:
-            now.pop(name, None)
+            ongoing.pop(name, None)
         for name, why in sorted(entry["missing"].items()):
-            site = found.setdefault(
+            counts = sites.setdefault(
                 name, {"rounds": 0, "longest_rounds": 0, "longest_seconds": 0.0, "reasons": {}}
             )
-            rounds, seconds = now.get(name, (0, 0.0))
-            now[name] = rounds + 1, seconds + entry["seconds"]
-            site["rounds"] += 1
-            site["longest_rounds"] = max(site["longest_rounds"], now[name][0])
-            site["longest_seconds"] = round(max(site["longest_seconds"], now[name][1]), 3)
-            site["reasons"][why] = site["reasons"].get(why, 0) + 1
-    return dict(sorted(found.items()))
+            rounds, seconds = ongoing.get(name, (0, 0.0))
+            ongoing[name] = rounds + 1, seconds + entry["seconds"]
+            counts["rounds"] += 1
+            counts["longest_rounds"] = max(counts["longest_rounds"], ongoing[name][0])
+            counts["longest_seconds"] = round(max(counts["longest_seconds"], ongoing[name][1]), 3)
+            counts["reasons"][why] = counts["reasons"].get(why, 0) + 1
+    return dict(sorted(sites.items()))
 
 
 def _privacy(progress: Progress, parts: Dependencies) -> dict[str, Any]:
@@ -176,15 +178,15 @@ def _privacy(progress: Progress, parts: Dependencies) -> dict[str, Any]:
     worst = max(
         sites.values(), key=lambda site: site["epsilon"], default={**common, "epsilon": 0.0}
     )
-    found = {**{k: v for k, v in worst.items() if k != "key"}, "sites": sites}
+    privacy = {**{k: v for k, v in worst.items() if k != "key"}, "sites": sites}
     if study.private_evaluation is not None:
-        found["evaluation"] = _evaluation(progress, parts, study.privacy)
-    return found
+        privacy["evaluation"] = _evaluation(progress, parts, study.privacy)
+    return privacy
 
 
 def _evaluation(progress: Progress, parts: Dependencies, privacy: PrivacyTable) -> dict[str, Any]:
-    """What the answers about held-out records cost those records. with_training: for somebody
-    whose records are in both files of a site, which a coordinator cannot rule out."""
+    """Report the held-out records' cost of the queries. with_training: for a unit in both files of
+    a site, which the coordinator cannot rule out."""
     table = progress.study.private_evaluation
     assert table is not None
     common = {
@@ -204,8 +206,8 @@ def _evaluation(progress: Progress, parts: Dependencies, privacy: PrivacyTable) 
         }
     nothing = {**common, "epsilon": 0.0}
     worst = max(sites.values(), key=lambda site: site["epsilon"], default=nothing)
-    whole = max((site["with_training"] for site in sites.values()), default=0.0)
-    return {**worst, "with_training": whole, "sites": sites}
+    both_files = max((site["with_training"] for site in sites.values()), default=0.0)
+    return {**worst, "with_training": both_files, "sites": sites}
 
 
 def _quality(progress: Progress) -> dict[str, Any]:
@@ -223,8 +225,8 @@ def _quality(progress: Progress) -> dict[str, Any]:
 
 def _adapter(progress: Progress) -> dict[str, Any]:
     lora = progress.study.lora
-    found: dict[str, Any] = {
+    table: dict[str, Any] = {
         "folder": "adapter",
         "parameters": int(sum(array.size for array in progress.adapter.values())),
     }
-    return found | lora.model_dump(mode="json", exclude_none=True) if lora else found
+    return table | lora.model_dump(mode="json", exclude_none=True) if lora else table

@@ -1,12 +1,12 @@
-"""The adapters that a study without a last round released, and which of them is in use.
+"""The released adapters of a study without a last round, and which of them is in use.
 
     out/versions/index.json   what was decided about every version, and the champion
     out/versions/N/           version N (the adapter after round N), for each that was ever released
     out/adapter               a link to the champion's folder
 
 Guarantee: a version's files are on disk before the index names it, the index before the link moves,
-and the link moves in one step: who opens out/adapter finds one released version, whole, whatever
-crashes and when. A version that was kept back has no folder at all.
+and the link moves atomically: out/adapter is always one complete released version, also after a
+crash. A version that was kept back has no folder at all.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ Decision = Literal["first", "released", "kept back", "pinned"]
 
 @dataclass(frozen=True)
 class Version:
-    """One adapter and what was decided about it.
+    """One adapter and the decision about it.
 
-    number: of the round that made it; at: when that was scheduled (UTC); value: the study's metric
-    on the public records; champion, champion_value: what was in use then, on the same records;
+    number: the round that made it; at: when that was scheduled (UTC); value: the study's metric on
+    the public records; champion, champion_value: the version in use then, on the same records;
     sure: share of resamples in which this one is better; public: sha256 of those records;
-    decision: pinned: another was rolled back to, and nothing is released meanwhile."""
+    decision: pinned: the champion was pinned by a rollback, so nothing is released meanwhile."""
 
     number: int
     at: str
@@ -62,12 +62,12 @@ class Index:
 
     @property
     def judged(self) -> int:
-        """The newest version that something was decided about."""
+        """The newest version with a decision."""
         return self.versions[-1].number
 
     @property
-    def kept(self) -> list[int]:
-        """The versions that can be rolled back to."""
+    def rollback_targets(self) -> list[int]:
+        """The versions that a rollback can choose."""
         return [v.number for v in self.versions if v.decision in ("first", "released")]
 
 
@@ -81,27 +81,27 @@ class Versions:
         self.out, self.folder = out, out / FOLDER
 
     def index(self) -> Index | None:
-        """None where nothing was ever released. Errors: CheckpointError."""
+        """Read the index; None where nothing was ever released. Errors: CheckpointError."""
         path, expected = self.folder / INDEX, "the file as it was written"
         if not os.path.lexists(path):
             return None
-        todo = "restore it from a copy; the released adapters beside it are whole"
-        body = reading.json_in(path, expected, todo, CheckpointError)
+        todo = "restore it from a copy; the released adapters beside it are intact"
+        document = reading.json_in(path, expected, todo, CheckpointError)
         try:
-            if body.pop("format") != FORMAT:
+            if document.pop("format") != FORMAT:
                 raise ValueError
-            return _INDEX.validate_python({**body, "versions": tuple(body["versions"])})
+            return _INDEX.validate_python({**document, "versions": tuple(document["versions"])})
         except (ValueError, TypeError, KeyError):
             raise CheckpointError(
                 f"{path}: damaged, or of another version of fedtune", expected, todo
             ) from None
 
     def at(self, number: int) -> Path:
-        """Where a released version lies."""
+        """Return a released version's folder."""
         return self.folder / str(number)
 
     def begin(self, version: Version, save: Callable[[Path], None]) -> None:
-        """Release the first version, unless there is one; in any case settle what a crash left."""
+        """Release the first version, unless there is one, and complete what a crash interrupted."""
         with self._alone():
             if (index := self.index()) is None:
                 self._put(version.number, save)
@@ -110,10 +110,10 @@ class Versions:
             self._settle(index)
 
     def add(self, version: Version, save: Callable[[Path], None]) -> Version | None:
-        """Enter what was decided about `version`, and release it where that was the decision.
+        """Enter the decision about `version`, and release it if that was the decision.
 
-        None, and nothing is done, where another champion than the one that it was compared with is
-        in use by now. A pinned champion stays: the decision is then "pinned"."""
+        Return None and change nothing where the champion is no longer the one that it was compared
+        with. A pinned champion stays: the decision is then "pinned"."""
         with self._alone():
             index = self.index()
             assert index is not None  # begun before anything is judged
@@ -131,12 +131,12 @@ class Versions:
             return version
 
     def roll_back(self, number: int) -> Index:
-        """Use version `number` from now on, and keep to it until `unpin`. Errors: InputError."""
+        """Make version `number` the champion and pin it until `unpin`. Errors: InputError."""
         with self._alone():
-            index = self._known()
-            if number not in index.kept:
-                kept = ", ".join(map(str, index.kept))
-                raise InputError(f"version {number} was never released", f"one of {kept}")
+            index = self._require_index()
+            if number not in index.rollback_targets:
+                targets = ", ".join(map(str, index.rollback_targets))
+                raise InputError(f"version {number} was never released", f"one of {targets}")
             index = replace(index, champion=number, pinned=True)
             self._write(index)
             self._settle(index)
@@ -145,22 +145,22 @@ class Versions:
     def unpin(self) -> Index:
         """Let new versions be released again. Errors: InputError."""
         with self._alone():
-            index = replace(self._known(), pinned=False)
+            index = replace(self._require_index(), pinned=False)
             self._write(index)
             return index
 
     # ------------------------------------------------------------------------------- helpers
 
-    def _known(self) -> Index:
+    def _require_index(self) -> Index:
         if (index := self.index()) is None:
             raise InputError(f"{self.out}: no versions here", "a run of a study with a [schedule]")
         return index
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """The coordinator and `fedtune versions` may both be at work."""
+        """Lock the folder: the coordinator and `fedtune versions` may run at the same time."""
         if not self.out.is_dir():
-            self._known()
+            self._require_index()
         self.folder.mkdir(exist_ok=True)
         descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -170,7 +170,7 @@ class Versions:
             os.close(descriptor)
 
     def _put(self, number: int, save: Callable[[Path], None]) -> None:
-        """The version's folder, whole and on disk."""
+        """Write the version's folder durably, and put it in place complete."""
         draft, place = self.folder / f"{number}.new", self.at(number)
         shutil.rmtree(draft, ignore_errors=True)
         save(draft)
@@ -183,8 +183,8 @@ class Versions:
         writing.sync_folder(self.folder)
 
     def _write(self, index: Index) -> None:
-        body = {"format": FORMAT, **asdict(index)}
-        writing.replace(self.folder / INDEX, json.dumps(body, indent=1).encode())
+        document = {"format": FORMAT, **asdict(index)}
+        writing.replace(self.folder / INDEX, json.dumps(document, indent=1).encode())
 
     def _settle(self, index: Index) -> None:
         """Point the link at the champion."""

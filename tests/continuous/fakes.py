@@ -10,7 +10,7 @@ import numpy as np
 
 from fedtune.config import Study
 from fedtune.server.parts import Dependencies
-from fedtune.server.schedule import Quick
+from fedtune.server.schedule import SimulatedClock
 from tests.server.fakes import FakeEvaluator, FakeSite, Trial, make_parts, make_study
 
 START = 1.8e9  # a multiple of an hour
@@ -44,12 +44,12 @@ def load(folder: Path) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def parts(upto: int, clock: Quick | None = None, **changes: Any) -> Dependencies:
+def parts(upto: int, clock: SimulatedClock | None = None, **changes: Any) -> Dependencies:
     usual = {
         "evaluator": lambda study, frozen: Judge(),
         "load": load,
         "fingerprint": lambda path: "public",
-        "clock": clock or Quick(START),
+        "clock": clock or SimulatedClock(START),
         "upto": upto,
         "skip": False,
     }
@@ -60,6 +60,6 @@ def sites() -> list[FakeSite]:
     return [FakeSite("a"), FakeSite("b")]
 
 
-def go(trial: Trial, upto: int, clock: Quick | None = None, **changes: Any) -> Any:
+def go(trial: Trial, upto: int, clock: SimulatedClock | None = None, **changes: Any) -> Any:
     """Rounds up to `upto`, from wherever the run stands."""
     return trial.run(continuous(), resume=True, parts=parts(upto, clock, **changes))

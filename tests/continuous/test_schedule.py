@@ -12,7 +12,7 @@ from fedtune.client.policy import check_watch
 from fedtune.config import ScheduleTable, Study, format_duration, load_study
 from fedtune.errors import ConfigError, InfrastructureError, PolicyRefused
 from fedtune.launch.simulate import check_rounds
-from fedtune.server.schedule import Quick, begins, next_slot, shown, wait
+from fedtune.server.schedule import SimulatedClock, format_utc, next_slot, slot_start, wait
 from tests.continuous.fakes import START, continuous, go, parts, sites
 from tests.continuous.world import SCHEDULE, study_text
 from tests.server.fakes import FakeSite, make_study
@@ -36,17 +36,17 @@ def test_every_is_read_and_spelled(written: Any, seconds: int) -> None:
 def test_slots_are_counted_from_the_public_start() -> None:
     plan = table(start="2026-01-05T02:00:00+02:00")
     first = plan.start_timestamp
-    assert shown(first) == "2026-01-05T00:00:00Z"
+    assert format_utc(first) == "2026-01-05T00:00:00Z"
     assert next_slot(plan, None, first - 100) == 0  # before the start: wait for it
     assert next_slot(plan, None, first + 30 * 60) == 0  # within a slot: now
     assert next_slot(plan, 0, first + 30 * 60) == 1
     assert next_slot(plan, 0, first + 5.5 * HOUR) == 5  # what was missed is not made up
     assert next_slot(plan, 7, first) == 7 + 1  # a clock that was set back
-    assert begins(plan, 5) == first + 5 * HOUR
+    assert slot_start(plan, 5) == first + 5 * HOUR
 
 
 def test_waiting_ends_at_the_time() -> None:
-    clock = Quick(10.0)
+    clock = SimulatedClock(10.0)
     wait(clock, 95.0)
     assert clock.now() == 95.0
     wait(clock, 5.0)
@@ -151,18 +151,18 @@ def slots(run: Any) -> list[int]:
 
 
 def test_one_round_in_each_slot_until_it_is_stopped(trial: Any) -> None:
-    run, clock = trial(*sites()), Quick(START + 10)
+    run, clock = trial(*sites()), SimulatedClock(START + 10)
     go(run, 3, clock)
     assert slots(run) == [0, 1, 2] and clock.now() == START + 2 * HOUR
     told = [data for kind, data in run.events if kind == "waiting"]
-    assert [data["next"] for data in told] == [shown(START + n * HOUR) for n in range(3)]
+    assert [data["next"] for data in told] == [format_utc(START + n * HOUR) for n in range(3)]
 
 
 def test_a_restart_has_no_second_round_in_a_slot_and_makes_nothing_up(trial: Any) -> None:
     run = trial(*sites())
-    go(run, 2, Quick(START))
-    go(run, 3, Quick(START + HOUR + 60))  # within the slot of round 2
-    go(run, 4, Quick(START + 9.5 * HOUR))  # after six missed ones
+    go(run, 2, SimulatedClock(START))
+    go(run, 3, SimulatedClock(START + HOUR + 60))  # within the slot of round 2
+    go(run, 4, SimulatedClock(START + 9.5 * HOUR))  # after six missed ones
     assert slots(run) == [0, 1, 2, 9]
     assert run.sites[0].calls == [1, 2, 3, 4]
 
@@ -197,6 +197,6 @@ def test_the_report_states_the_lifetime_at_most(trial: Any) -> None:
     dear = {"epsilon": lambda events, delta: 3.0 * sum(n for _, _, n, _ in events)}
     run = trial(*sites())
     assert go(run, 2, **dear)["privacy"]["epsilon"] == 6.0
-    body = go(run, 5, Quick(START + 9 * HOUR), **dear)
+    body = go(run, 5, SimulatedClock(START + 9 * HOUR), **dear)
     assert body["privacy"]["epsilon"] == 8.0  # the plan's; sites leave who has spent it out
     assert body["continuous"]["version in use"] == 5 or body["continuous"]["versions kept back"]

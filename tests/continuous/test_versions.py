@@ -14,7 +14,7 @@ from fedtune.errors import DataError, InputError
 from fedtune.files import writing
 from fedtune.server import rounds, store, versions
 from fedtune.server.continuous import Continuous
-from fedtune.server.schedule import Quick
+from fedtune.server.schedule import SimulatedClock
 from fedtune.server.versions import Version, Versions
 from tests.continuous.fakes import START, Judge, go, load, loss, parts, sites
 from tests.server.test_resume import Killed, fail_at
@@ -112,7 +112,7 @@ def test_a_kill_loses_nothing_and_releases_nothing_else(
         with pytest.raises(Killed):
             go(run, ROUNDS)
     holds(run.folder / "out")
-    go(run, ROUNDS, Quick(START))
+    go(run, ROUNDS, SimulatedClock(START))
     holds(run.folder / "out")
     found = Versions(run.folder / "out").index()
     assert found is not None and expected is not None
@@ -132,12 +132,12 @@ def test_a_rollback_holds_over_restarts_until_it_is_undone(trial: Any) -> None:
     assert before is not None and before.champion != 0
     book.roll_back(0)
     assert loss(released(out)) == 0.0
-    go(run, ROUNDS + 3, Quick(START + 1e6))
+    go(run, ROUNDS + 3, SimulatedClock(START + 1e6))
     index = book.index()
     assert index is not None and index.champion == 0 and loss(released(out)) == 0.0
     assert {v.decision for v in index.versions[ROUNDS + 1 :]} == {"pinned"}
     book.unpin()
-    go(run, ROUNDS + 9, Quick(START + 2e6))
+    go(run, ROUNDS + 9, SimulatedClock(START + 2e6))
     index = book.index()
     assert index is not None and index.champion != 0
     holds(out)
@@ -174,7 +174,7 @@ def test_a_rollback_while_a_version_is_measured_is_not_undone(trial: Any) -> Non
     go(run, ROUNDS)
     last = Versions(out).index()
     assert last is not None and last.champion != 0
-    go(run, ROUNDS + 1, Quick(START + 1e6), evaluator=lambda study, frozen: Slow())
+    go(run, ROUNDS + 1, SimulatedClock(START + 1e6), evaluator=lambda study, frozen: Slow())
     index = Versions(out).index()
     assert index is not None and index.champion == 0 and len(seen) == 2
     assert index.versions[-1].champion == 0 and index.versions[-1].decision == "pinned"
@@ -185,7 +185,7 @@ def test_a_damaged_index_is_an_error_and_not_a_new_beginning(trial: Any) -> None
     go(run, 2)
     (run.folder / "out" / "versions" / "index.json").write_text("{")
     with pytest.raises(store.CheckpointError, match="damaged"):
-        go(run, 3, Quick(START + 1e6))
+        go(run, 3, SimulatedClock(START + 1e6))
 
 
 # ------------------------------------------------------------------------------- the public set

@@ -11,7 +11,7 @@ from fedtune.config import load_study
 from fedtune.registry import process_cache
 from fedtune.server import rounds
 from fedtune.server.parts import Dependencies
-from fedtune.server.schedule import Quick
+from fedtune.server.schedule import SimulatedClock
 from tests.guarantee.world import ANSWERS, NAMES, SITE, STUDY, Recorder, Row, patients
 
 SCHEDULE = """
@@ -58,7 +58,7 @@ def run(
     study: Path,
     upto: int,
     on_round: Callable[[int], None] | None = None,
-    clock: Quick | None = None,
+    clock: SimulatedClock | None = None,
     **parts: Any,
 ) -> Recorder:
     """Rounds up to `upto`, going on from where the run stands; on_round: after each of them."""
@@ -71,7 +71,9 @@ def run(
 
     parts.setdefault("report", lambda out, body: None)  # its picture takes longest
     parts.setdefault("skip", False)  # what fails now fails again, for ever
-    made = Dependencies(patience=0.0, pause=0.0, clock=clock or Quick(1.8e9), upto=upto, **parts)
+    made = Dependencies(
+        patience=0.0, pause=0.0, clock=clock or SimulatedClock(1.8e9), upto=upto, **parts
+    )
     out = study.parent / "run"
     rounds.run(grid, load_study(study), out, resume=True, parts=made, on_event=on_event)
     return grid

@@ -27,9 +27,9 @@ def test_every_name_is_there(name):
 
 
 def test_the_error_codes_are_those_the_coordinator_explains():
-    from fedtune.server.exchange import TROUBLE
+    from fedtune.server.exchange import ERROR_TEXT
 
-    assert all(isinstance(code, int) for code in TROUBLE) and len(TROUBLE) == 6
+    assert all(isinstance(code, int) for code in ERROR_TEXT) and len(ERROR_TEXT) == 6
 
 
 def test_a_message_survives_protobuf():

@@ -196,7 +196,7 @@ CONTINUOUS_MUTANTS = (
     ),
     _one(
         "release", "any-challenger-is-released", CONTINUOUS,
-        "better = found.sure >= self.table.confidence", "better = True",
+        "better = comparison.sure >= self.table.confidence", "better = True",
         T_VERSIONS + "test_only_what_is_better_is_released", "a worse adapter is promoted",
     ),
     _one(

@@ -221,9 +221,9 @@ RANK_MUTANTS = (  # of sites that train fewer ranks of one adapter
     ),
     _one(
         "ranks", "few-numbers-weigh-less", ROUNDS,
-        "self.strategy.add(pad_update(got.update, adapter, columns), float(weight))",
+        "self.strategy.add(pad_update(result.update, adapter, columns), float(weight))",
         "weight *= sum(a.size for a in part.values())\n"
-        "            self.strategy.add(pad_update(got.update, adapter, columns), float(weight))",
+        "            self.strategy.add(pad_update(result.update, adapter, columns), float(weight))",
         T_NARROW + "test_the_aggregate_is_the_mean_with_zeros_for_what_a_site_does_not_train",
         "the aggregate is no longer the weighted mean of what the sites changed",
     ),
@@ -236,7 +236,7 @@ RANK_MUTANTS = (  # of sites that train fewer ranks of one adapter
     ),
     _one(
         "ranks", "any-rank-is-taken", "fedtune/server/admission.py",
-        "lora.min_rank <= said <= lora.rank else 0", "True else 0",
+        "lora.min_rank <= rank <= lora.rank else 0", "True else 0",
         T_NARROW + "test_a_rank_that_the_plan_does_not_allow_is_refused",
         "a site chooses its own shapes",
     ),

@@ -14,10 +14,10 @@ NAME_MUTANTS = (
     Mutant(
         "names", "a-refusal-counts-for-whom-it-names", ADMISSION,
         (
-            ('return _Said(status, clean(record.get("reason")) or "no reason given")',
-             'return _Said(status, clean(record.get("reason")), str(record.get("name")))'),
-            ("self._name_of(reply.node, said), said.status",
-             "said.name or self._name_of(reply.node, said), said.status"),
+            ('return _Claim(status, clean(record.get("reason")) or "no reason given")',
+             'return _Claim(status, clean(record.get("reason")), str(record.get("name")))'),
+            ("self._name_of(reply.node, claim), claim.status",
+             "said.name or self._name_of(reply.node, claim), claim.status"),
         ),
         (NOBODY,), "one admitted site throws another out of the run",
     ),
@@ -28,12 +28,12 @@ NAME_MUTANTS = (
     ),
     _one(
         "names", "any-name-may-be-claimed", ADMISSION,
-        "if said.name != name:", "if not said.name:",
+        "if claim.name != name:", "if not claim.name:",
         NOBODY, "an answer in another's name is taken in",
     ),
     _one(
         "names", "an-enrolled-name-has-any-key", ADMISSION,
-        "self.enrolled().get(node) != Member(name, said.key)",
+        "self.enrolled().get(node) != Member(name, claim.key)",
         "getattr(self.enrolled().get(node), 'name', '') != name",
         "tests/server/test_apps.py::"
         "test_only_an_enrolled_key_is_admitted_and_a_revoked_one_is_not_counted",
@@ -41,8 +41,8 @@ NAME_MUTANTS = (
     ),
     _one(
         "names", "a-name-of-yesterday-is-anybodys", ADMISSION,
-        'name = said.name if self.keys.get(said.name, said.key) == said.key else ""',
-        "name = said.name",
+        'name = claim.name if self.keys.get(claim.name, claim.key) == claim.key else ""',
+        "name = claim.name",
         T_NAMES + "test_where_nobody_vouches_a_name_keeps_its_key_over_resume",
         "over --resume, a name goes to whoever asks first",
     ),
@@ -153,7 +153,7 @@ ROUNDS, T_ROUNDS = "fedtune/server/rounds.py", "tests/server/test_rounds.py::"
 WEIGHT_MUTANTS = (
     _one(
         "weights", "a-declared-size-has-no-end", ROUNDS,
-        "weight = min(declared, self._most(tally))", "weight = declared",
+        "weight = min(declared, self._weight_cap(tally))", "weight = declared",
         T_ROUNDS + "test_one_declared_size_outweighs_nobody", "one site outweighs all others",
     ),
     _one(

@@ -42,7 +42,7 @@ WIRE_MUTANTS = (
     ),
     _one(
         22, "weights-even-where-equal-is-said", ROUNDS,
-        'if self.asks.weights == "declared" else 1', 'if self.asks.weights != "none" else 1',
+        'if self.table.weights == "declared" else 1', 'if self.table.weights != "none" else 1',
         "tests/traps/test_trap_22_weights.py", "a larger site counts more than the plan says",
     ),
     _one(

@@ -20,7 +20,7 @@ from fedtune.errors import BudgetExceeded
 from fedtune.observe import JsonLog, NotLoggable
 from fedtune.observe import log as log_module
 from fedtune.observe.log import FIELDS, OTHER, PHRASES, STRICT, cleaned, reason_of
-from fedtune.server.exchange import TROUBLE
+from fedtune.server.exchange import ERROR_TEXT
 
 NOTE = "Mrs Ackroyd, 71, seen with fever; HIV positive"  # what must never be in a log
 DIGEST = "sha256:" + "5d" * 32
@@ -129,7 +129,7 @@ def test_the_reasons_that_the_policy_gives_are_told_apart() -> None:
 
 
 RULE = "max_rank"
-TELLERS = {"Outcome", "_Unfit", "Reply", "SealError", "PolicyRefused", "BudgetExceeded"}
+TELLERS = {"Outcome", "_DroppedUpdate", "Reply", "SealError", "PolicyRefused", "BudgetExceeded"}
 
 
 def own_reasons() -> Iterator[tuple[str, str]]:
@@ -150,7 +150,7 @@ def own_reasons() -> Iterator[tuple[str, str]]:
 
 
 def test_a_reason_that_the_code_gives_has_a_phrase_in_the_log() -> None:
-    reasons = [*own_reasons(), *(("TROUBLE", text) for text in TROUBLE.values())]
+    reasons = [*own_reasons(), *(("ERROR_TEXT", text) for text in ERROR_TEXT.values())]
     assert len(reasons) > 20
     unknown = [where for where in reasons if reason_of(where[1]) == OTHER]
     assert not unknown, f"give it a phrase in fedtune/observe/log.py: {unknown}"

@@ -261,8 +261,8 @@ def test_the_twin_that_takes_any_round_and_nonce_is_caught(
 def test_the_twin_without_a_quorum_is_caught(world: World, monkeypatch: pytest.MonkeyPatch):
     world.advance(1)
     table = world.study.strategy.model_copy(update={"min_sites": 1})
-    monkeypatch.setattr("fedtune.server.rounds._Run.asks", table, raising=False)
-    monkeypatch.setattr("fedtune.server.rounds._Run.__setattr__", _all_but("asks"), raising=False)
+    monkeypatch.setattr("fedtune.server.rounds._Run.table", table, raising=False)
+    monkeypatch.setattr("fedtune.server.rounds._Run.__setattr__", _all_but("table"), raising=False)
     for name in NAMES[1:]:
         world.network.away.add(world.nodes[name])
     world.advance(1)

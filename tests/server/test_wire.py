@@ -119,7 +119,7 @@ def test_the_report_says_how_numbers_travelled(trial: Any, tmp_path: Path):
     run, _ = ran(trial, "int8")
     kept = store.load(run.folder / "out", study("int8"))
     assert kept is not None
-    body = summary.body(kept, make_parts())
+    body = summary.report(kept, make_parts())
     assert body["wire"] == {"update": "int8", "adapter": "int8"}
     assert all(set(r["bytes_up"]) == {"a", "b"} for r in body["rounds"])
 
