@@ -73,7 +73,7 @@ COUNTS = [
 def test_a_round_that_a_count_begins_is_refused(tmp_path: Path, line: str) -> None:
     every = line.startswith("every")
     old = 'every = "1h"'
-    with pytest.raises(ConfigError, match="publishes how many there are"):
+    with pytest.raises(ConfigError, match="publishes their number"):
         written(tmp_path, old, line if every else f"{old}\n{line}")
 
 
