@@ -1,10 +1,10 @@
-"""With the last blocks adapted, states at the cut are kept: what an epoch after the first gains.
+"""Measure the speed-up of later epochs from cached hidden states, with the last blocks adapted.
 
     python -m benchmarks.cached [--data DATA]
 
 LoRA on the last 2 of SmolLM2's 30 blocks; the demo's notes (one target token each) and, with DATA,
 MedQuAD's answers. All arms pass over the same records, in turns: plain PEFT on all blocks, plain
-PEFT on the same two (it computes the frozen blocks again), ours from the states it kept. Writes
+PEFT on the same two (it computes the frozen blocks again), ours from cached states. Writes
 OUT/cached.md and .json."""
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ LAST = 2
 
 def arms(setting: Setting, dataset: Dataset) -> list[Any]:
     """Each passes over the whole dataset in one `step()`; ours has been through the first epoch."""
-    whole = World(setting, dataset)
-    same = World(replace(setting, last_layers=LAST), dataset, whole.model)
-    found = [PlainPeft(whole), PlainPeft(same), Ours(same)]
-    for arm, name in zip(found, (ALL, SAME, OURS), strict=True):
+    full_world = World(setting, dataset)
+    last_blocks_world = World(replace(setting, last_layers=LAST), dataset, full_world.model)
+    all_arms = [PlainPeft(full_world), PlainPeft(last_blocks_world), Ours(last_blocks_world)]
+    for arm, name in zip(all_arms, (ALL, SAME, OURS), strict=True):
         arm.name = name
-    found[-1].data.warm()
-    return found
+    all_arms[-1].data.warm()
+    return all_arms
 
 
 def rows(setting: Setting, name: str, dataset: Dataset, rounds: int) -> list[dict[str, Any]]:
@@ -58,9 +58,9 @@ def run(setting: Setting, sets: dict[str, Dataset], rounds: int) -> Table:
     table = Table("cached", f"Epochs after the first, {rounds} paired passes (median, range)")
     gains: dict[str, dict[str, Any]] = {}
     for name, dataset in sets.items():
-        found = rows(setting, name, dataset, rounds)
-        table.rows += found
-        gains[name] = found[-1]
+        measured_rows = rows(setting, name, dataset, rounds)
+        table.rows += measured_rows
+        gains[name] = measured_rows[-1]
         mean = texts.tokens(dataset) / len(dataset.examples)
         table.notes.append(f"{name}: {len(dataset.examples)} records of {mean:.0f} tokens.")
 

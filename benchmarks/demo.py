@@ -32,17 +32,17 @@ ROWS = ("base", "one hospital alone, ε = 8", "together, ε = 8")
 
 def one_seed(seed: int, out: Path) -> dict[str, float]:
     """Accuracy on held-out patients, by arm."""
-    body = run_demo(out, seed=seed).report
-    found = {
-        "base": body["quality"]["before"]["accuracy"],
-        "one hospital alone, ε = 8": mean(body["alone"].values()),
-        "together, ε = 8": body["quality"]["after"]["accuracy"],
-        "ε spent": body["privacy"]["epsilon"],
+    report = run_demo(out, seed=seed).report
+    accuracy = {
+        "base": report["quality"]["before"]["accuracy"],
+        "one hospital alone, ε = 8": mean(report["alone"].values()),
+        "together, ε = 8": report["quality"]["after"]["accuracy"],
+        "ε spent": report["privacy"]["epsilon"],
     }
     for name, changes in ARMS.items():
-        found[f"together, {name}"] = arm(out, name, changes)
-    found["together, not private (σ = 0)"] = arm(out, "off", OFF)
-    return found
+        accuracy[f"together, {name}"] = arm(out, name, changes)
+    accuracy["together, not private (σ = 0)"] = arm(out, "off", OFF)
+    return accuracy
 
 
 def arm(out: Path, name: str, changes: Changes, at_site: dict[str, Changes] | None = None) -> float:
@@ -52,8 +52,10 @@ def arm(out: Path, name: str, changes: Changes, at_site: dict[str, Changes] | No
     study = load_study(out / "data" / "study.toml").changed(**changes)
     sites = []
     for site in load_sites(out / "data" / "sites"):
-        own = {"state": site.site.state.with_name(label)} | (at_site or {}).get(site.site.name, {})
-        sites.append(site.changed(site=own, policy={"allow_privacy_off": True}))
+        site_changes = {"state": site.site.state.with_name(label)} | (at_site or {}).get(
+            site.site.name, {}
+        )
+        sites.append(site.changed(site=site_changes, policy={"allow_privacy_off": True}))
     run = simulate(study, sites, out / label)
     return float(run.report["quality"]["after"]["accuracy"])
 

@@ -1,5 +1,5 @@
-"""What deployment adds to a round: a coordinator and three sites as processes, with TLS, gateway,
-ledgers and seals, on one machine.
+"""Measure what deployment adds to a round: a coordinator and three sites as processes, with TLS,
+gateway, ledgers and seals, on one machine.
 
     python -m benchmarks.deployed [--rounds 10]
 
@@ -24,21 +24,21 @@ def seconds(base: str, privacy: str, rounds: int) -> tuple[list[float], list[int
     """Of each round, and the bytes that each site sent in it."""
     with (
         tempfile.TemporaryDirectory() as name,
-        consortium(Path(name), "127.0.0.1", free_port()) as made,
+        consortium(Path(name), "127.0.0.1", free_port()) as deployment,
     ):
-        made.lay_out(base, privacy, rounds)
-        server = made.server()
-        until(made.listens, 120, made.told)
+        deployment.lay_out(base, privacy, rounds)
+        server = deployment.server()
+        until(deployment.listens, 120, deployment.told)
         clients = []
         for site in SITES:
-            made.join(site)
-            clients.append(made.client(site, "--once"))
+            deployment.join(site)
+            clients.append(deployment.client(site, "--once"))
         if server.wait(1200) != 0:
-            raise SystemExit(made.told())
+            raise SystemExit(deployment.told())
         for client in clients:
             client.wait(60)
-        body = made.report()
-    entries = body["rounds"]
+        report = deployment.report()
+    entries = report["rounds"]
     return [e["seconds"] for e in entries], [n for e in entries for n in e["bytes_up"].values()]
 
 

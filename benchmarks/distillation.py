@@ -1,11 +1,11 @@
-"""How small a student may be: the demo's run, taught to its own base with fewer layers.
+"""Measure students of several sizes: the demo's run distilled into its base with fewer layers.
 
     python -m benchmarks.distillation --seeds 0 1 2 --layers 24 20 --out runs/students
 
-Each seed: the demo's three hospitals at ε = 8 are the teacher; a student learns from public notes
-(the demo's own 180, or --prompts of the same kind) what the teacher says, and is measured on the
-test patients. Settings are chosen with --held-out validation. Writes OUT/results.json and
-OUT/table.md; teachers and rows that are there are not run again.
+Each seed: the run of the demo's three hospitals at ε = 8 is the teacher; a student is distilled on
+public notes (the demo's own 180, or --prompts of the same kind) and measured on the test patients.
+Settings are chosen with --held-out validation. Writes OUT/results.json and OUT/table.md; existing
+teachers and rows are not run again.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def prompts(out: Path, run: Path, seed: int, count: int | None) -> Path:
 
 def measured(run: Path, data: Path) -> tuple[float, float]:
     """Accuracy of the run's base and of its adapter."""
-    found = evaluate(Run(run), data)
-    return found["before"]["accuracy"], found["after"]["accuracy"]
+    result = evaluate(Run(run), data)
+    return result["before"]["accuracy"], result["after"]["accuracy"]
 
 
 def student(
@@ -53,18 +53,23 @@ def student(
     """One row of the table at one seed. kept: of the teacher's gain over its own base."""
     run = teacher(out, seed)
     test = run / "data" / f"{held_out}.jsonl"
-    base, taught = measured(run, test)
+    base, teacher_accuracy = measured(run, test)
     file = PublicTable(
         path=prompts(out, run, seed, count), columns=Columns(prompt="note"), licence="CC0-1.0"
     )
     folder, started = out / "student", time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)
-    body = distill([Run(run)], file, folder, layers=layers, settings=settings).report
+    report = distill([Run(run)], file, folder, layers=layers, settings=settings).report
     took = time.monotonic() - started
-    own, learned = measured(folder, test)
-    size = body["base"]["parameters"]
-    return {"teacher": taught, "base": own, "student": learned, "parameters": size} | {
-        "kept": (learned - base) / (taught - base),
+    student_base, student_accuracy = measured(folder, test)
+    size = report["base"]["parameters"]
+    return {
+        "teacher": teacher_accuracy,
+        "base": student_base,
+        "student": student_accuracy,
+        "parameters": size,
+    } | {
+        "kept": (student_accuracy - base) / (teacher_accuracy - base),
         "seconds": round(took, 1),
     }
 
@@ -85,9 +90,9 @@ def table(results: measure.Results) -> str:
     for name, seeds in results.items():
         rows = list(seeds.values())
         cells = [over(rows, figure) for figure in ("student", "base", "teacher", "kept")]
-        kept = [row["kept"] for row in rows]
+        shares = [row["kept"] for row in rows]
         took = [row["seconds"] for row in rows]
-        cells = [name, ", ".join(seeds), *cells, f"{min(kept):.3f}", measure.at_least(kept)]
+        cells = [name, ", ".join(seeds), *cells, f"{min(shares):.3f}", measure.at_least(shares)]
         cells.append(f"{min(took):.0f}–{max(took):.0f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -1,13 +1,13 @@
-"""A student that hospitals teach together: the objective `distill`, beside learning from labels.
+"""Compare federated distillation (objective `distill`) with federated training on labels.
 
     python -m benchmarks.distilled_sites --seeds 0 1 2 --layers 27 --out runs/distilled-sites
 
 The demo's hospitals. In the first arm they train a teacher on the demo's base at ε = 4 per patient
-and then, from its word alone, a student with fewer layers, again at ε = 4: both are in one ledger
-and add up. Beside it the same small base learns from the hospitals' labels, at ε = 8 and at the
-student's own ε = 4. All are measured on the test patients; steps, rates, clipping and adapter are
-the demo's, so that no setting was chosen for any arm. Writes OUT/results.json and OUT/table.md; an
-arm that is there is not run again.
+and then, from its predictions alone, a student with fewer layers, again at ε = 4: both are charged
+to one ledger. In the other arms the same small base is trained on the hospitals' labels, at ε = 8
+and at ε = 4. All are measured on the test patients; steps, rates, clipping and adapter are the
+demo's, so that no setting was tuned for any arm. Writes OUT/results.json and OUT/table.md; an
+existing arm is not run again.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ def arm(out: Path, seed: int, layers: int, name: str) -> dict[str, float]:
         run = out / f"teacher-{seed}"
         options = {"teacher": str(run), "digest": verify_model(str(run))[1]}
         study = study.changed(objective={"name": "distill", "options": options})
-    # Teacher and student are paid from one ledger; each of the others asks what it alone would be.
+    # Teacher and student are charged to one ledger; each other arm has a ledger of its own.
     state = "state-taught" if name in ("teacher", "taught") else f"state-{name}"
     sites = [_site(site, state) for site in load_sites(data / "sites")]
     out = out / f"{name}-{seed}"
     shutil.rmtree(out, ignore_errors=True)
-    body = simulate(study, sites, out).report
+    report = simulate(study, sites, out).report
     logs = [StepLog(site.site.state / "steps.jsonl") for site in sites]
     spent = max(epsilon(events(log.steps()), DELTA) for log in logs)
-    before, after = (body["quality"][when]["accuracy"] for when in ("before", "after"))
+    before, after = (report["quality"][when]["accuracy"] for when in ("before", "after"))
     return {"before": before, "accuracy": after, "epsilon": spent}
 
 
@@ -71,7 +71,7 @@ def table(results: measure.Results) -> str:
         "|---|" + "---|" * 4,
     ]
     for name, title in ARMS.items():
-        seeds = {seed: found[name] for seed, found in results.items() if name in found}
+        seeds = {seed: by_arm[name] for seed, by_arm in results.items() if name in by_arm}
         if not seeds:
             continue
         values = [row["accuracy"] for row in seeds.values()]
@@ -95,8 +95,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     out = args.out.resolve()
-    wanted = [(str(seed), name) for seed in args.seeds for name in ARMS]
-    measure.resume(out, wanted, lambda seed, name: arm(out, int(seed), args.layers, name), table)
+    pairs = [(str(seed), name) for seed in args.seeds for name in ARMS]
+    measure.resume(out, pairs, lambda seed, name: arm(out, int(seed), args.layers, name), table)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""A site's private epoch over MedQuAD beside the epoch that people run today without privacy.
+"""Compare a site's private epoch over MedQuAD with a usual epoch without privacy.
 
     python -m benchmarks.epoch --data DATA [--records 200]
 
-trl's SFTTrainer gets the very tokens and targets that we get, the same LoRA, optimiser and dtype;
-batches of 8 as it likes them. Ours draws Poisson batches: as large as private training wants them,
-and as small as SFTTrainer's. Each arm in a fresh process; seconds are those of the training loop.
+trl's SFTTrainer gets the same tokens and targets as ours, the same LoRA, optimiser and dtype, in
+batches of 8. Ours draws Poisson batches: as large as private training needs them, and as small as
+SFTTrainer's. Each arm in a fresh process; seconds are those of the training loop.
 Needs `pip install trl` (`pip install -e .[bench]`). Writes OUT/epoch.md and .json."""
 
 from __future__ import annotations
@@ -100,25 +100,25 @@ def sft(setting: Setting, dataset: Dataset, batch: int, arm: str) -> dict[str, f
         loaded = measure.reset_peak(setting.device)
         took = measure.seconds(trainer.train, setting.device)
     assert trainer.state.global_step == -(-len(rows) // batch)
-    return _found(took, texts.tokens(dataset), loaded, setting)
+    return _figures(took, texts.tokens(dataset), loaded, setting)
 
 
 # --------------------------------------------------------------------------------------- ours
 
 
 class Counted:
-    """A plan that counts the tokens of the records it drew: the batches of a Poisson epoch hold
-    more or fewer of them than the epoch. A count like this is private; these records are not."""
+    """A plan that counts the tokens of the records it drew, since a Poisson epoch draws more or
+    fewer than the data set has. Such a count is private; these records are public."""
 
     def __init__(self, plan: DpPlan, dataset: Dataset) -> None:
         self.plan, self.lengths, self.tokens = plan, [len(e.input_ids) for e in dataset.examples], 0
 
-    def step(self, n_rows: int, dimension: int, gradients: Any, *rest: Any) -> torch.Tensor:
+    def step(self, n_rows: int, dimension: int, gradients: Any, *arguments: Any) -> torch.Tensor:
         def counted(rows: list[int]) -> Iterator[Any]:
             self.tokens += sum(self.lengths[row] for row in rows)
             return gradients(rows)
 
-        return self.plan.step(n_rows, dimension, counted, *rest)
+        return self.plan.step(n_rows, dimension, counted, *arguments)
 
 
 def ours(
@@ -128,7 +128,7 @@ def ours(
     number = len(dataset.examples)
     rate = min(1.0, expected / number)
     steps = max(1, round(1 / rate))
-    study = texts.study(setting, steps, rate, {"max_length": texts.WHOLE})
+    study = texts.study(setting, steps, rate, {"max_length": texts.LONGEST})
     plan = DpPlan(
         study=study.digest,
         unit="record",
@@ -151,10 +151,10 @@ def ours(
     took = measure.seconds(
         lambda: local_round(study, data, counted, log, 1, adapter, **again), setting.device
     )
-    return _found(took, counted.tokens, loaded, setting)
+    return _figures(took, counted.tokens, loaded, setting)
 
 
-def _found(took: float, tokens: int, loaded: float, setting: Setting) -> dict[str, float]:
+def _figures(took: float, tokens: int, loaded: float, setting: Setting) -> dict[str, float]:
     peak = measure.peak(setting.device)
     return {"seconds": took, "tokens": tokens, "base": loaded, "peak": peak}
 
@@ -162,7 +162,7 @@ def _found(took: float, tokens: int, loaded: float, setting: Setting) -> dict[st
 # -------------------------------------------------------------------------------------- table
 
 
-def one(chosen: argparse.Namespace) -> dict[str, float]:
+def run_arm(chosen: argparse.Namespace) -> dict[str, float]:
     """One arm, in this process."""
     dataset = texts.medquad(chosen.data, chosen.records)
     setting, arm = Setting(**json.loads(chosen.setting)), chosen.arm
@@ -177,52 +177,52 @@ def run(chosen: argparse.Namespace) -> Table:
     numbers = {key: getattr(chosen, key) for key in ("records", "batch", "expected", "budget")}
     passed = [f"--{key}={value}" for key, value in numbers.items() if value]
     table = Table("epoch", "An epoch over MedQuAD, each arm in a fresh process")
-    found: dict[str, dict[str, Any]] = {}
+    by_arm: dict[str, dict[str, Any]] = {}
     for arm in chosen.arms:
         began = time.monotonic()
         try:
-            found[arm] = measure.fresh(
+            by_arm[arm] = measure.fresh(
                 "benchmarks.epoch", "--data", str(chosen.data), *passed,
                 "--arm", arm, "--setting", setting.text,
             )  # fmt: skip
         except RuntimeError as error:
             table.notes.append(f"{arm}: did not run: {error}")
             continue
-        print(f"{arm}: {found[arm]} ({time.monotonic() - began:.0f} s)", flush=True)
-    table.rows = [_row(arm, found, setting) for arm in found]
+        print(f"{arm}: {by_arm[arm]} ({time.monotonic() - began:.0f} s)", flush=True)
+    table.rows = [_row(arm, by_arm, setting) for arm in by_arm]
     for off, on in ((SFT, SFT_AGAIN), (SFT_OWN, SFT_OWN_AGAIN)):
-        both = _over(found, OURS_AGAIN, on, "peak")
+        both = _over(by_arm, OURS_AGAIN, on, "peak")
         table.bounds += [
-            Bound(f"epoch, time over {off}", _over(found, OURS, off), 0.75),
-            Bound(f"epoch, memory over {off}", _over(found, OURS, off, "peak"), 0.8),
+            Bound(f"epoch, time over {off}", _over(by_arm, OURS, off), 0.75),
+            Bound(f"epoch, memory over {off}", _over(by_arm, OURS, off, "peak"), 0.8),
             Bound(f"epoch, both checkpoint, memory over {on}", both, 0.8),
         ]
     table.notes.append(_note(chosen))
     return table
 
 
-def _over(found: dict[str, Any], a: str, b: str, key: str = "seconds") -> float | None:
+def _over(by_arm: dict[str, Any], a: str, b: str, key: str = "seconds") -> float | None:
     """Of time: by token, since a Poisson epoch draws more or fewer of them."""
-    if a not in found or b not in found:
+    if a not in by_arm or b not in by_arm:
         return None
     if key == "peak":
-        return float(found[a][key] / found[b][key])
-    first, second = (found[arm]["seconds"] / found[arm]["tokens"] for arm in (a, b))
+        return float(by_arm[a][key] / by_arm[b][key])
+    first, second = (by_arm[arm]["seconds"] / by_arm[arm]["tokens"] for arm in (a, b))
     return float(first / second)
 
 
-def _row(arm: str, found: dict[str, Any], setting: Setting) -> dict[str, Any]:
-    one = found[arm]
+def _row(arm: str, by_arm: dict[str, Any], setting: Setting) -> dict[str, Any]:
+    figures = by_arm[arm]
     return {
         "arm": arm,
         "trained": setting.train,
-        "seconds": round(one["seconds"], 1),
-        "tokens": one["tokens"],
-        "tokens/s": one["tokens"] / one["seconds"],
-        "time / SFTTrainer": _over(found, arm, SFT),
-        "base, MiB": round(one["base"]),
-        "peak, MiB": round(one["peak"]),
-        "memory / SFTTrainer": _over(found, arm, SFT, "peak"),
+        "seconds": round(figures["seconds"], 1),
+        "tokens": figures["tokens"],
+        "tokens/s": figures["tokens"] / figures["seconds"],
+        "time / SFTTrainer": _over(by_arm, arm, SFT),
+        "base, MiB": round(figures["base"]),
+        "peak, MiB": round(figures["peak"]),
+        "memory / SFTTrainer": _over(by_arm, arm, SFT, "peak"),
         "machine": measure.machine(setting.weights, setting.device),
     }
 
@@ -255,7 +255,7 @@ def main() -> None:
     chosen = parser.parse_args()
     measure.start(chosen)
     if chosen.arm:
-        measure.answer(one(chosen))
+        measure.answer(run_arm(chosen))
         return
     if chosen.quick:
         chosen.records = chosen.records or 32

@@ -71,20 +71,20 @@ def prepare(folder: Path, sites: int, records: int, lora: str) -> tuple[Path, li
         for path in sorted((folder / "demo" / "sites").glob("*/notes.jsonl"))
         for row in read_jsonl(path)
     ]
-    turn = itertools.cycle(notes)
+    notes_cycle = itertools.cycle(notes)
     files = []
     for number in range(sites):
         home = folder / "sites" / f"site-{number:04d}"
-        rows = [dict(next(turn), patient=f"{number}-{k}") for k in range(records)]
+        rows = [dict(next(notes_cycle), patient=f"{number}-{k}") for k in range(records)]
         jsonl(home / "notes.jsonl", rows)
         columns = {"prompt": "note", "completion": "desk", "patient": "patient"}
-        body: Toml = {
+        tables: Toml = {
             "site": {"name": home.name, "declared_size": max(10, records)},
             "data": {"path": "notes.jsonl", "columns": columns},
         }
-        files.append(toml(home / "site.toml", body, "generated"))
-    body = merged(STUDY, {"lora": LORA[lora], "strategy": {"min_sites": sites}})
-    return toml(folder / "study.toml", body, "generated"), files
+        files.append(toml(home / "site.toml", tables, "generated"))
+    tables = merged(STUDY, {"lora": LORA[lora], "strategy": {"min_sites": sites}})
+    return toml(folder / "study.toml", tables, "generated"), files
 
 
 def simulation(sites: int, records: int, lora: str) -> dict[str, Any]:
@@ -93,15 +93,15 @@ def simulation(sites: int, records: int, lora: str) -> dict[str, Any]:
     training = 0.0
     inner = fedtune.client.site.local_round
 
-    def timed(*given: Any, **named: Any) -> Any:
+    def timed(*arguments: Any, **keywords: Any) -> Any:
         nonlocal training
         began = time.perf_counter()
         try:
-            return inner(*given, **named)
+            return inner(*arguments, **keywords)
         finally:
             training += time.perf_counter() - began
 
-    found: list[dict[str, float]] = []
+    rounds: list[dict[str, float]] = []
     with (
         tempfile.TemporaryDirectory() as name,
         patch.object(fedtune.client.site, "local_round", timed),
@@ -116,15 +116,15 @@ def simulation(sites: int, records: int, lora: str) -> dict[str, Any]:
             if kind != "round":
                 return
             wall = time.perf_counter() - last
-            found.append({"wall": wall, "training": training, "peak": measure.peak()})
-            found[-1]["resident"] = measure.reset_peak()
+            rounds.append({"wall": wall, "training": training, "peak": measure.peak()})
+            rounds[-1]["resident"] = measure.reset_peak()
             training, last = 0.0, time.perf_counter()
 
         simulate(load_study(study), [*map(load_site, files)], Path(name) / "out", on_event=on_event)
-        first = found[0]
+        first = rounds[0]
         # All before the first training belongs to no round; what a round costs is seen from 2 on.
-        before = first["wall"] - median(entry["wall"] for entry in found[1:])
-    return {"base": loaded, "before": before, "rounds": found, "took": time.perf_counter() - began}
+        before = first["wall"] - median(entry["wall"] for entry in rounds[1:])
+    return {"base": loaded, "before": before, "rounds": rounds, "took": time.perf_counter() - began}
 
 
 def simulations(sizes: list[int], records: int, patients: int, many: int) -> Table:
@@ -132,23 +132,23 @@ def simulations(sizes: list[int], records: int, patients: int, many: int) -> Tab
     site of the second study."""
     table = Table("federation", f"Simulated rounds, all sites on one base, {ROUNDS} rounds")
     shares = [(min(sizes), records), (HOSPITALS, patients)]
-    measured = [(*each, SHARE) for each in shares] + [(n, many, SCALE) for n in sizes]
-    found = {}
-    for number, each, lora in measured:
-        arguments = json.dumps({"sites": number, "records": each, "lora": lora})
-        ran = measure.fresh("benchmarks.federation", "--one", arguments)
-        found[number, each, lora] = ran
-        table.rows.append(_row(number, each, lora, ran))
-    for number, each in shares:
-        later = found[number, each, SHARE]["rounds"][1:]
+    settings = [(*share, SHARE) for share in shares] + [(n, many, SCALE) for n in sizes]
+    results = {}
+    for number, patients_each, lora in settings:
+        arguments = json.dumps({"sites": number, "records": patients_each, "lora": lora})
+        result = measure.fresh("benchmarks.federation", "--one", arguments)
+        results[number, patients_each, lora] = result
+        table.rows.append(_row(number, patients_each, lora, result))
+    for number, patients_each in shares:
+        later = results[number, patients_each, SHARE]["rounds"][1:]
         outside = median(1 - entry["training"] / entry["wall"] for entry in later)
-        name = f"round, outside training, {number} sites of {each} patients"
+        name = f"round, outside training, {number} sites of {patients_each} patients"
         table.bounds.append(Bound(name, 100 * outside, 2.0, unit=" %"))
     for number in sizes:
-        ran = found[number, many, SCALE]
-        peaks = [entry["peak"] for entry in ran["rounds"]]
+        result = results[number, many, SCALE]
+        peaks = [entry["peak"] for entry in result["rounds"]]
         if number >= 100:
-            over = max(peaks) - ran["base"]
+            over = max(peaks) - result["base"]
             table.bounds.append(Bound(f"{number} sites, peak over base", over, 600, unit=" MiB"))
         grown = max(peaks[2:]) / peaks[1]
         table.bounds.append(Bound(f"{number} sites, later peaks over round 2's", grown, 1.01))
@@ -159,19 +159,19 @@ def simulations(sizes: list[int], records: int, patients: int, many: int) -> Tab
     return table
 
 
-def _row(sites: int, records: int, lora: str, found: dict[str, Any]) -> dict[str, Any]:
-    rounds = found["rounds"]
+def _row(sites: int, records: int, lora: str, result: dict[str, Any]) -> dict[str, Any]:
+    rounds = result["rounds"]
     later = rounds[1:]
     outside = [entry["wall"] - entry["training"] for entry in later]
     return {
         "sites": sites,
         "records each": records,
         "adapters": lora,
-        "before, s": found["before"],
+        "before, s": result["before"],
         "round, s": measure.spread([entry["wall"] for entry in later], 2),
         "training, s": measure.spread([entry["training"] for entry in later], 2),
         "outside, ms a site": 1000 * median(outside) / sites,
-        "base, MiB": round(found["base"]),
+        "base, MiB": round(result["base"]),
         "peak by round, MiB": ", ".join(str(round(entry["peak"])) for entry in rounds),
         "machine": measure.machine("bfloat16"),
     }
@@ -180,7 +180,7 @@ def _row(sites: int, records: int, lora: str, found: dict[str, Any]) -> dict[str
 # ------------------------------------------------------------------------------- coordinator's sum
 
 RING = 48  # different updates in memory: more than a processor's cache holds
-TURN = 56  # updates in a row, of each kind in turn
+BATCH = 56  # updates in a row, of each kind in turn
 PARTS = 8  # arrays of an update
 
 
@@ -216,11 +216,11 @@ def aggregation(sites: int, megabytes: float) -> dict[str, Any]:
             "copy, all cores": together,
             "mean": lambda at: strategy.add(ring[at], 1.0),
         }
-        for turn in range(-(-sites // TURN)):
+        for batch in range(-(-sites // BATCH)):
             for name, call in kinds.items():
-                places = [k % RING for k in range(turn * TURN, (turn + 1) * TURN)]
+                places = [k % RING for k in range(batch * BATCH, (batch + 1) * BATCH)]
                 took = measure.seconds(lambda c=call, p=places: [c(at) for at in p])
-                speeds[name].append(TURN * number * PARTS * 4 / 1e9 / took)
+                speeds[name].append(BATCH * number * PARTS * 4 / 1e9 / took)
             resident.append(measure.in_use())
     mean = strategy.apply({name: np.zeros(number, np.float32) for name in ring[0]})
     assert all(np.isfinite(array).all() for array in mean.values())
@@ -228,27 +228,29 @@ def aggregation(sites: int, megabytes: float) -> dict[str, Any]:
 
 
 def sums(sites: int, megabytes: float) -> Table:
-    given = json.dumps({"sites": sites, "megabytes": megabytes})
-    found = measure.fresh("benchmarks.federation", "--sum", given)
-    speeds, resident = found["speeds"], found["resident"]
+    request = json.dumps({"sites": sites, "megabytes": megabytes})
+    result = measure.fresh("benchmarks.federation", "--sum", request)
+    speeds, resident = result["speeds"], result["resident"]
     title = f"The coordinator's mean: {sites} updates of {megabytes:g} MB, streamed"
     table = Table("aggregation", title)
-    for name, each in speeds.items():
+    for name, rates in speeds.items():
         table.rows.append(
             {
                 "what": name,
-                "GB/s": measure.spread(each, 2),
-                "of copying, one thread": 1 / measure.ratio(speeds["copy, one thread"], each),
-                "of copying, all cores": 1 / measure.ratio(speeds["copy, all cores"], each),
+                "GB/s": measure.spread(rates, 2),
+                "of copying, one thread": 1 / measure.ratio(speeds["copy, one thread"], rates),
+                "of copying, all cores": 1 / measure.ratio(speeds["copy, all cores"], rates),
                 "machine": measure.machine("float32 updates, float64 sum"),
             }
         )
-    share, whole = (table.rows[-1][f"of copying, {by}"] for by in ("one thread", "all cores"))
+    of_one_thread, of_all_cores = (
+        table.rows[-1][f"of copying, {by}"] for by in ("one thread", "all cores")
+    )
     grown = max(resident) - resident[0]
     table.bounds = [
-        Bound("mean, share of one thread's copying", share, 0.6, least=True),
-        Bound("mean, share of all cores' copying", whole, 0.6, least=True),
-        Bound(f"mean, growth over the last {sites - TURN} updates", grown, 16, unit=" MiB"),
+        Bound("mean, share of one thread's copying", of_one_thread, 0.6, least=True),
+        Bound("mean, share of all cores' copying", of_all_cores, 0.6, least=True),
+        Bound(f"mean, growth over the last {sites - BATCH} updates", grown, 16, unit=" MiB"),
     ]
     return table
 

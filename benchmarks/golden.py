@@ -68,8 +68,8 @@ def full_batch(sigma: float, steps: int, records: int, delta: float) -> Interval
         first, second = log_ndtr(mu / 2 - eps / mu), eps + log_ndtr(-mu / 2 - eps / mu)
         return float(first + np.log(-np.expm1(second - first)) - math.log(delta))
 
-    found = brentq(gap, 1e-12, 2 * mu * mu + 60 * mu, xtol=1e-13, rtol=1e-13)
-    return Interval(found * (1 - 1e-9), found * (1 + 1e-9))
+    epsilon = brentq(gap, 1e-12, 2 * mu * mu + 60 * mu, xtol=1e-13, rtol=1e-13)
+    return Interval(epsilon * (1 - 1e-9), epsilon * (1 + 1e-9))
 
 
 class Pair:
@@ -96,8 +96,8 @@ class Pair:
         sign = -1.0 if above else 1.0
         if self.reverse:
             return np.asarray(ndtr(sign * x / self.sigma))
-        each = ndtr(sign * (x[:, None] - self.rows) / self.sigma)
-        return np.asarray(each @ np.exp(self.log_weight))
+        masses = ndtr(sign * (x[:, None] - self.rows) / self.sigma)
+        return np.asarray(masses @ np.exp(self.log_weight))
 
     def range(self) -> tuple[float, float]:
         """x beyond which less than 10⁻¹⁸ of the first distribution lies on either side."""
@@ -147,8 +147,8 @@ def one_step(pair: Pair, width: float) -> Losses:
 
 
 def _chunked(pair: Pair, losses: Array, low: float, high: float) -> tuple[Array, float]:
-    few = np.array_split(losses, len(losses) // 50_000 + 1)
-    parts = [pair.invert(part, low, high) for part in few]
+    chunks = np.array_split(losses, len(losses) // 50_000 + 1)
+    parts = [pair.invert(part, low, high) for part in chunks]
     return np.concatenate([x for x, _ in parts]), max(residual for _, residual in parts)
 
 
@@ -188,13 +188,13 @@ def _window(values: Array, mass: Array, steps: int) -> tuple[float, float]:
             for t in np.geomspace(0.05, 200, 40)
         ]
         ends.append(sign * min(bounds))
-    whole = (steps * values[0], steps * values[-1])
-    return max(ends[0], whole[0]), min(ends[1], whole[1])
+    full_range = (steps * values[0], steps * values[-1])
+    return max(ends[0], full_range[0]), min(ends[1], full_range[1])
 
 
 def epsilon_at(composed: Composed, delta: float, up: bool) -> float:
     """The ε with δ(ε) = delta: from above (losses moved up, slack against us) or from below."""
-    shift, wanted = (
+    shift, target = (
         (composed.shift, delta - composed.slack) if up else (0.0, delta + composed.slack)
     )
     losses = composed.losses + shift
@@ -202,7 +202,7 @@ def epsilon_at(composed: Composed, delta: float, up: bool) -> float:
     def gap(eps: float) -> float:
         start = int(np.searchsorted(losses, eps))
         tail = -np.expm1(eps - losses[start:])
-        return float(tail @ composed.mass[start:]) - wanted
+        return float(tail @ composed.mass[start:]) - target
 
     if gap(0.0) <= 0:
         return 0.0
@@ -211,10 +211,10 @@ def epsilon_at(composed: Composed, delta: float, up: bool) -> float:
 
 def sampled(rate: float, sigma: float, steps: int, records: int) -> list[Interval]:
     """One interval per δ of DELTAS: the larger of the two directions."""
-    found = [_direction(Pair(rate, sigma, records, r), steps) for r in (False, True)]
+    directions = [_direction(Pair(rate, sigma, records, r), steps) for r in (False, True)]
     return [
-        Interval(max(i.low for i in each), max(i.high for i in each))
-        for each in zip(*found, strict=True)
+        Interval(max(i.low for i in bounds), max(i.high for i in bounds))
+        for bounds in zip(*directions, strict=True)
     ]
 
 
@@ -257,12 +257,12 @@ def _point(
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    found = []
+    grid = []
     chosen = parser.parse_args()
     for point in points():
-        found.append(point)
+        grid.append(point)
         print(json.dumps(point), flush=True)
-    lines = ",\n".join(json.dumps(point) for point in found)
+    lines = ",\n".join(json.dumps(point) for point in grid)
     chosen.out.write_text(f"[\n{lines}\n]\n")
 
 

@@ -1,4 +1,4 @@
-"""Clocks, memory and rows: how every benchmark here measures, and what each row says.
+"""Measure time and memory, and write the rows of every benchmark here.
 
 Times: all variants in one process with one thread count, in turns whose order rotates, so that what
 slows the machine for a while slows all of them; medians, ranges, and the median of paired ratios.
@@ -38,7 +38,7 @@ class Step(Protocol):
 
 
 def seconds(call: Callable[[], object], device: str = "cpu") -> float:
-    """How long one call takes; on a GPU, by its own clock."""
+    """Time one call; on a GPU, by its own clock."""
     if not device.startswith("cuda"):
         start = time.perf_counter()
         call()
@@ -56,9 +56,9 @@ def interleaved(
     steps: Sequence[Step], rounds: int, device: str = "cpu", warm: int = 1
 ) -> dict[str, list[float]]:
     """Seconds of each round by name. Every round runs every variant once; its order is the last
-    one's rotated by one, and turned about every other time, so that nobody always follows the same
-    neighbour."""
-    found: dict[str, list[float]] = {step.name: [] for step in steps}
+    one's rotated by one, and reversed every other time, so that no variant always follows the same
+    one."""
+    times: dict[str, list[float]] = {step.name: [] for step in steps}
     for number in range(-warm, rounds):
         at = number % len(steps)
         order = [*steps[at:], *steps[:at]][:: -1 if number % 2 else 1]
@@ -66,8 +66,8 @@ def interleaved(
             gc.collect()  # one variant's garbage must not be swept on another's time
             took = seconds(step.step, device)
             if number >= 0:
-                found[step.name].append(took)
-    return found
+                times[step.name].append(took)
+    return times
 
 
 def ratio(of: Sequence[float], to: Sequence[float]) -> float:
@@ -84,7 +84,7 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
 
 
 def reset_peak(device: str = "cpu") -> float:
-    """Forget the highest memory so far; MiB in use now."""
+    """Reset the peak of memory; returns the MiB in use now."""
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
@@ -102,10 +102,10 @@ def in_use(device: str = "cpu") -> float:
 
 
 def peak(device: str = "cpu") -> float:
-    """MiB at most since `reset_peak`.
+    """Peak MiB since `reset_peak`.
 
-    Linux's own mark and not ru_maxrss: the latter cannot be reset, so the transient of loading a
-    model hides what a step needs, and across exec it keeps what the parent had."""
+    Linux's VmHWM rather than ru_maxrss: the latter cannot be reset, so the transient of loading a
+    model hides what a step needs, and across exec it keeps the parent's peak."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
     if sys.platform == "linux":
@@ -121,23 +121,23 @@ def _status(key: str) -> float:
 
 
 def fresh(module: str, *arguments: str) -> dict[str, Any]:
-    """What `python -m module arguments` answers with `answer`, in a process of its own with as many
-    threads.
+    """Run `python -m module arguments` in a process of its own with as many threads; returns what
+    it passed to `answer`.
 
-    Errors: RuntimeError with the last line of what it wrote, where it fails."""
+    Errors: RuntimeError with the last line of its output, where it fails."""
     command = [sys.executable, "-m", module, *arguments]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
-    for line in done.stdout.splitlines():
+    process = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
+    for line in process.stdout.splitlines():
         if line.startswith(RESULT):
-            found: dict[str, Any] = json.loads(line.removeprefix(RESULT))
-            return found
-    last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+            result: dict[str, Any] = json.loads(line.removeprefix(RESULT))
+            return result
+    last = (process.stderr.strip() or process.stdout.strip() or "no output").splitlines()[-1]
     raise RuntimeError(last)
 
 
-def answer(found: Mapping[str, Any]) -> None:
-    print(RESULT + json.dumps(found), flush=True)
+def answer(result: Mapping[str, Any]) -> None:
+    print(RESULT + json.dumps(result), flush=True)
 
 
 # ------------------------------------------------------------------------------------------ rows
@@ -187,8 +187,8 @@ class Table:
         """OUT/name.md and OUT/name.json."""
         out.mkdir(parents=True, exist_ok=True)
         bounds = [vars(b) | {"verdict": b.verdict} for b in self.bounds]
-        body = {"title": self.title, "rows": self.rows, "bounds": bounds, "notes": self.notes}
-        text = json.dumps(body, indent=1, ensure_ascii=False)
+        content = {"title": self.title, "rows": self.rows, "bounds": bounds, "notes": self.notes}
+        text = json.dumps(content, indent=1, ensure_ascii=False)
         (out / f"{self.name}.json").write_text(text + "\n", encoding="utf-8")
         (out / f"{self.name}.md").write_text(self.markdown(), encoding="utf-8")
 
@@ -206,7 +206,7 @@ def _shown(value: object) -> str:
 
 
 def machine(dtype: str, device: str = "cpu") -> str:
-    """What a row was measured on, in one cell."""
+    """Describe the machine that a row was measured on, in one cell."""
     if device.startswith("cuda"):
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {dtype}"
     model = platform.processor() or platform.machine()
@@ -252,20 +252,20 @@ Results = dict[str, dict[str, dict[str, Any]]]
 
 def resume(
     out: Path,
-    wanted: Iterable[tuple[str, str]],
+    pairs: Iterable[tuple[str, str]],
     run: Callable[[str, str], dict[str, Any]],
     table: Callable[[Results], str],
 ) -> None:
     """`run` each pair that OUT/results.json lacks; results.json and table.md are written after
     each. At the end the table is printed."""
     out.mkdir(parents=True, exist_ok=True)
-    kept = out / "results.json"
-    results: Results = json.loads(kept.read_text()) if kept.exists() else {}
-    for one, other in wanted:
-        found = results.setdefault(one, {})
-        if other not in found:
-            found[other] = run(one, other)
-            print(f"{one}, {other}: {json.dumps(found[other])}", flush=True)
-            kept.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    results_file = out / "results.json"
+    results: Results = json.loads(results_file.read_text()) if results_file.exists() else {}
+    for row, column in pairs:
+        by_column = results.setdefault(row, {})
+        if column not in by_column:
+            by_column[column] = run(row, column)
+            print(f"{row}, {column}: {json.dumps(by_column[column])}", flush=True)
+            results_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             (out / "table.md").write_text(table(results), encoding="utf-8")
     print(table(results))

@@ -1,4 +1,4 @@
-"""What is left of two specialists when they are merged into one adapter.
+"""Measure how much of two specialists' gains is kept when they are merged into one adapter.
 
     python -m benchmarks.merging --data DATA --seeds 0 1 2 --out runs/merging
 
@@ -27,7 +27,7 @@ from fedtune.derive.merge import evaluator, load_parent
 from fedtune.derive.merge_methods import Method
 from fedtune.evaluation.evaluator import Evaluator
 
-WAYS: dict[str, tuple[Method, list[float]]] = {
+METHODS: dict[str, tuple[Method, list[float]]] = {
     "regmean": ("regmean", [1.0, 1.0]),
     "linear 1, 1": ("linear", [1.0, 1.0]),
     "linear ½, ½": ("linear", [0.5, 0.5]),
@@ -49,14 +49,16 @@ def paragraphs(folder: Path, data: Path, seed: int) -> Path:
     letter = dict(zip(KINDS, draw.sample(LETTERS, len(KINDS)), strict=True))
     documents = sorted({row["doc_id"] for row in rows})
     draw.shuffle(documents)
-    apart = set(documents[: round(HELD_OUT * len(documents))])
+    held_out_documents = set(documents[: round(HELD_OUT * len(documents))])
     home = {document: f"site-{i % 3}" for i, document in enumerate(documents)}
     sets: dict[str, list[dict[str, str]]] = {}
     for kind in KINDS:
-        own = [row for row in rows if row["qtype"] == kind]
-        draw.shuffle(own)
+        of_kind = [row for row in rows if row["qtype"] == kind]
+        draw.shuffle(of_kind)
         for held_out, most in ((True, TEST), (False, TRAIN)):
-            for row in [r for r in own if (r["doc_id"] in apart) == held_out][:most]:
+            for row in [r for r in of_kind if (r["doc_id"] in held_out_documents) == held_out][
+                :most
+            ]:
                 text = " ".join(row["answer"].split())[:CHARS]
                 line = {"document": row["doc_id"], "text": text, "kind": f" {letter[kind]}"}
                 sets.setdefault("test" if held_out else home[row["doc_id"]], []).append(line)
@@ -134,46 +136,51 @@ def measured(out: Path, data: Path, seed: int) -> dict[str, Any]:
     runs = specialists(out, data, seed)
     parents = dict(zip((DESKS, KIND), map(load_parent, runs), strict=True))
     evaluators: dict[tuple[str, int], Evaluator] = {}  # what is frozen is computed once for all
-    found = {}
-    for way, (method, weights) in WAYS.items():
+    results = {}
+    for label, (method, weights) in METHODS.items():
         shutil.rmtree(out / "merged", ignore_errors=True)
-        made = merge(runs, out / "merged", method=method, weights=weights, measure=False)
-        found[way] = {"epsilon": made.report["privacy"]["epsilon"]}
-        merged = load_parent(made)
+        merged_run = merge(runs, out / "merged", method=method, weights=weights, measure=False)
+        results[label] = {"epsilon": merged_run.report["privacy"]["epsilon"]}
+        merged = load_parent(merged_run)
         for task, parent in parents.items():
             key = task, merged.table.rank
             if key not in evaluators:
                 evaluators[key] = evaluator(parent.study, merged.table, merged.arrays)
-            now = evaluators[key].measure(merged.arrays)["accuracy"]
+            after = evaluators[key].measure(merged.arrays)["accuracy"]
             quality = parent.report["quality"]
             base, alone = (quality[name]["accuracy"] for name in ("before", "after"))
-            kept = (now - base) / (alone - base)
-            found[way][task] = {"base": base, "alone": alone, "merged": now, "kept": kept}
-        print(seed, way, {task: round(found[way][task]["kept"], 3) for task in parents}, flush=True)
-    return found
+            kept = (after - base) / (alone - base)
+            results[label][task] = {"base": base, "alone": alone, "merged": after, "kept": kept}
+        print(
+            seed,
+            label,
+            {task: round(results[label][task]["kept"], 3) for task in parents},
+            flush=True,
+        )
+    return results
 
 
 def table(results: dict[str, Any]) -> str:
     """Means and standard deviations over the seeds, as Markdown."""
     seeds = list(results.values())
 
-    def over(way: str, task: str, figure: str) -> str:
-        values = [seed[way][task][figure] for seed in seeds]
+    def over(label: str, task: str, figure: str) -> str:
+        values = [seed[label][task][figure] for seed in seeds]
         return measure.mean_sd(values)
 
-    head = ["merged by", *(f"{task}: {what}" for task in (DESKS, KIND)
-            for what in ("accuracy", "of its gain", "least of a seed"))]  # fmt: skip
+    head = ["merged by", *(f"{task}: {figure_name}" for task in (DESKS, KIND)
+            for figure_name in ("accuracy", "of its gain", "least of a seed"))]  # fmt: skip
     lines = [head, ["---"] * len(head)]
-    first = next(iter(WAYS))
+    first = next(iter(METHODS))
     for label, figure in (("base alone", "base"), ("the specialist", "alone")):
         row = [[over(first, task, figure), "", ""] for task in (DESKS, KIND)]
         lines.append([label, *row[0], *row[1]])
-    for way in WAYS:
+    for label in METHODS:
         row = []
         for task in (DESKS, KIND):
-            least = min(seed[way][task]["kept"] for seed in seeds)
-            row += [over(way, task, "merged"), over(way, task, "kept"), f"{least:.2f}"]
-        lines.append([way, *row])
+            least = min(seed[label][task]["kept"] for seed in seeds)
+            row += [over(label, task, "merged"), over(label, task, "kept"), f"{least:.2f}"]
+        lines.append([label, *row])
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
@@ -183,12 +190,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    kept = options.out / "results.json"
-    results: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    results_file = options.out / "results.json"
+    results: dict[str, Any] = json.loads(results_file.read_text()) if results_file.exists() else {}
     for seed in options.seeds:
         if str(seed) not in results:
             results[str(seed)] = measured(options.out.resolve(), options.data, seed)
-        kept.write_text(json.dumps(results, indent=1))
+        results_file.write_text(json.dumps(results, indent=1))
         (options.out / "table.md").write_text(table(results))
     print(table(results))
 

@@ -1,4 +1,4 @@
-"""What the noise costs beside the training step that it belongs to.
+"""Measure the cost of the noise relative to its training step.
 
     OMP_NUM_THREADS=1 python -m benchmarks.noise
 
@@ -55,10 +55,10 @@ def measure(base: str, train: Literal["B", "AB"], records: int, repeats: int) ->
         CachedDataset(network, random_records(records, vocabulary)), CausalLM()
     )
     d, grid = engine.dimension, clip.grid_for(1.0)
-    steps, noises, whole, log = [], [], plan(records), step_log()
-    whole.step(records, d, engine, log, 1)  # what is paid once: caches, memory
+    steps, noises, dp_plan, log = [], [], plan(records), step_log()
+    dp_plan.step(records, d, engine, log, 1)  # what is paid once: caches, memory
     for _ in range(repeats):
-        steps.append(_seconds(lambda: whole.step(records, d, engine, log, 1)))
+        steps.append(_seconds(lambda: dp_plan.step(records, d, engine, log, 1)))
         noises += [_seconds(lambda: noise.gaussian_on_grid(d, 1.0, grid)) for _ in range(5)]
     return Cost(train, d, median(steps), median(noises))
 

@@ -1,4 +1,4 @@
-"""What padding costs, by how finely lengths are cut into buckets.
+"""Measure the cost of padding, by how finely lengths are divided into buckets.
 
     OMP_NUM_THREADS=2 python -m benchmarks.padding --data DATA
 
@@ -117,11 +117,11 @@ def sizes(data: Path) -> Iterator[str]:
     for name, columns, limit in SETS:
         lengths = [len(e.input_ids) for e in read(data, name, columns, limit).examples]
         draw = np.random.default_rng(0)
-        drawn = [[list(range(len(lengths)))]]
-        drawn += [[poisson(len(lengths), n, draw) for _ in range(50)] for n in (32, 256)]
+        batch_sets = [[list(range(len(lengths)))]]
+        batch_sets += [[poisson(len(lengths), n, draw) for _ in range(50)] for n in (32, 256)]
         for grain, function in GRAINS.items():
             with patch.object(cache, "padded_length", function):
-                cells = [padding(lengths, batches) for batches in drawn]
+                cells = [padding(lengths, batches) for batches in batch_sets]
             shown = " | ".join(f"{ratio:.3f}, {count:.1f}" for ratio, count in cells)
             yield f"| {name} | {limit} | {grain} | {shown} |"
 
@@ -135,37 +135,37 @@ def speeds(data: Path, dtype: torch.dtype, repeats: int) -> Iterator[str]:
     for name, columns, limit in SETS[:3]:  # records long enough fill a micro-batch anyhow
         dataset = read(data, name, columns, limit)
         draw = np.random.default_rng(1)
-        found = dict.fromkeys(GRAINS, 0.0)
+        seconds_by_grain = dict.fromkeys(GRAINS, 0.0)
         tokens = 0
         for _ in range(BATCHES):
             batch = poisson(len(dataset.examples), 32, draw)
-            few = Dataset([dataset.examples[i] for i in batch], len(batch), dataset.rejected)
-            tokens += sum(len(e.input_ids) for e in few.examples)
-            for grain, best in _quickest(network, few, repeats).items():
-                found[grain] += best
-        for grain, seconds in found.items():
+            drawn = Dataset([dataset.examples[i] for i in batch], len(batch), dataset.rejected)
+            tokens += sum(len(e.input_ids) for e in drawn.examples)
+            for grain, best in _quickest(network, drawn, repeats).items():
+                seconds_by_grain[grain] += best
+        for grain, seconds in seconds_by_grain.items():
             yield f"| {name} | {limit} | {grain} | {tokens / seconds:.0f} |"
 
 
-def _quickest(network: Network, few: Dataset, repeats: int) -> dict[str, float]:
+def _quickest(network: Network, dataset: Dataset, repeats: int) -> dict[str, float]:
     """The least seconds of each way to cut, all in turns."""
-    found: dict[str, float] = {}
+    best: dict[str, float] = {}
     for _ in range(repeats):
         for grain, function in GRAINS.items():
             with patch.object(cache, "padded_length", function):
-                found[grain] = min(found.get(grain, math.inf), _seconds(network, few))
-    return found
+                best[grain] = min(best.get(grain, math.inf), _seconds(network, dataset))
+    return best
 
 
-def _seconds(network: Network, few: Dataset) -> float:
+def _seconds(network: Network, dataset: Dataset) -> float:
     def states(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return torch.randn(*ids.shape, network.hidden_size).to(network.dtype)
 
     with patch.object(network, "prefix", states):
-        data = CachedDataset(network, few)
+        data = CachedDataset(network, dataset)
         data.warm()
     start = time.process_time()
-    for batch in data.batches(range(len(few.examples)), BUDGET):
+    for batch in data.batches(range(len(dataset.examples)), BUDGET):
         CausalLM().losses(network, batch).sum().backward()
     return (time.process_time() - start) / torch.get_num_threads()
 

@@ -1,4 +1,4 @@
-"""What the demo learns, and sends, where hospitals train different ranks of one adapter.
+"""Measure the demo's accuracy and bytes where hospitals train different ranks of one adapter.
 
     python -m benchmarks.ranks --seeds 0 1 2 --out runs/ranks
     python -m benchmarks.ranks --seeds 1 --arms 8-4-2 --out runs/ranks   # one arm; the rest is kept
@@ -41,9 +41,9 @@ def one_arm(seed: int, arm: str, out: Path) -> dict[str, Any]:
     ranks = zip(HOSPITALS, ARMS[arm], strict=True)
     at_site = {name: {"lora_rank": rank} for name, rank in ranks}
     accuracy = demo.arm(out, arm, {"lora": {"min_rank": 2}}, at_site)
-    body = json.loads((out / arm / "report.json").read_text())
-    up = {name: mean(entry["bytes_up"][name] for entry in body["rounds"]) for name in HOSPITALS}
-    return {"accuracy": accuracy, "epsilon": body["privacy"]["epsilon"], "up": up}
+    report = json.loads((out / arm / "report.json").read_text())
+    up = {name: mean(entry["bytes_up"][name] for entry in report["rounds"]) for name in HOSPITALS}
+    return {"accuracy": accuracy, "epsilon": report["privacy"]["epsilon"], "up": up}
 
 
 def table(results: measure.Results) -> str:
@@ -53,15 +53,17 @@ def table(results: measure.Results) -> str:
         "|---|---|---|---|",
     ]
     for arm, ranks in ARMS.items():
-        found = [by_arm[arm] for by_arm in results.values() if arm in by_arm]
-        if not found:
+        results_of_arm = [by_arm[arm] for by_arm in results.values() if arm in by_arm]
+        if not results_of_arm:
             continue
-        values = [each["accuracy"] for each in found]
+        values = [result["accuracy"] for result in results_of_arm]
         by_seed = ", ".join(f"{value:.3f}" for value in values)
-        up = ", ".join(f"{mean(each['up'][name] for each in found):,.0f}" for name in HOSPITALS)
+        up = ", ".join(
+            f"{mean(result['up'][name] for result in results_of_arm):,.0f}" for name in HOSPITALS
+        )
         named = ", ".join(map(str, ranks))
         lines.append(f"| {named} | {measure.mean_sd(values)} | {by_seed} | {up} |")
-    worst = max(each["epsilon"] for by_arm in results.values() for each in by_arm.values())
+    worst = max(result["epsilon"] for by_arm in results.values() for result in by_arm.values())
     return "\n".join([*lines, "", f"Largest ε of any hospital: {worst:.4f}."]) + "\n"
 
 
@@ -87,13 +89,17 @@ def step(rank: int) -> dict[str, float]:
     network = build(study)
     data = CachedDataset(network, random_records(network, study, RECORDS, TOKENS))
     plan, adapter, log = plan_for_site(study, RECORDS), network.trainable(), MemoryLog()
-    given = (study, data, plan, log, 1, adapter, False, rank_slice(study.lora, rank, 1))
-    local_round(*given)  # the base's pages, and what PyTorch keeps
+    arguments = (study, data, plan, log, 1, adapter, False, rank_slice(study.lora, rank, 1))
+    local_round(*arguments)  # the base's pages, and what PyTorch keeps
     loaded = measure.reset_peak()
-    took = measure.seconds(lambda: local_round(*given))
-    held = measure.peak() - loaded
-    sent = codec.encode(local_round(*given), "int8").values()
-    return {"MiB": held, "seconds": took, "bytes": float(sum(array.nbytes for array in sent))}
+    took = measure.seconds(lambda: local_round(*arguments))
+    step_memory = measure.peak() - loaded
+    sent = codec.encode(local_round(*arguments), "int8").values()
+    return {
+        "MiB": step_memory,
+        "seconds": took,
+        "bytes": float(sum(array.nbytes for array in sent)),
+    }
 
 
 def memory(ranks: list[int]) -> str:
@@ -102,9 +108,9 @@ def memory(ranks: list[int]) -> str:
         "|---|---:|---:|---:|",
     ]
     for rank in ranks:
-        found = measure.fresh("benchmarks.ranks", "--step", str(rank))
-        sent = found["bytes"] / 2**20
-        lines.append(f"| {rank} | {found['MiB']:,.0f} | {found['seconds']:.1f} | {sent:.2f} |")
+        result = measure.fresh("benchmarks.ranks", "--step", str(rank))
+        sent = result["bytes"] / 2**20
+        lines.append(f"| {rank} | {result['MiB']:,.0f} | {result['seconds']:.1f} | {sent:.2f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -126,8 +132,8 @@ def main() -> None:
     def run(seed: str, arm: str) -> dict[str, Any]:
         return one_arm(int(seed), arm, chosen.out / f"seed-{seed}")
 
-    wanted = [(str(seed), arm) for seed in chosen.seeds for arm in chosen.arms]
-    measure.resume(chosen.out, wanted, run, table)
+    pairs = [(str(seed), arm) for seed in chosen.seeds for arm in chosen.arms]
+    measure.resume(chosen.out, pairs, run, table)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A thousand sites with a 10 MB adapter each: the coordinator's memory must not grow with them.
+"""Measure the coordinator's memory, which must not grow with the sites: a thousand, 10 MB each.
 
     python -m benchmarks.scale [--sites 1000] [--megabytes 10]
 
@@ -114,15 +114,15 @@ def measure(sites: int, megabytes: float) -> dict[int, float]:
     scale = SIGMA / (RATE * SIZE)
     update = {n: (scale * rng.standard_normal(s)).astype(np.float32) for n, s in shape.items()}
     by_name = {f"site-{k:05d}": Site(f"site-{k:05d}", update) for k in range(sites)}
-    found: dict[int, float] = {}
+    memory_by_sites: dict[int, float] = {}
     taken = 0
 
     def on_event(kind: str, data: dict[str, Any]) -> None:
         nonlocal taken
         taken += kind == "site" and data["status"] == "trained"
-        if taken in MARKS and taken not in found:
-            found[taken] = resident()
-            print(f"{taken:>6} sites  {found[taken]:8.1f} MiB", flush=True)
+        if taken in MARKS and taken not in memory_by_sites:
+            memory_by_sites[taken] = resident()
+            print(f"{taken:>6} sites  {memory_by_sites[taken]:8.1f} MiB", flush=True)
 
     start = SimpleNamespace(
         study=study(sites),
@@ -141,7 +141,7 @@ def measure(sites: int, megabytes: float) -> dict[int, float]:
         patch.object(fedtune.client.app, "worker", by_name.__getitem__),
     ):
         rounds.run(grid, start.study, Path(folder) / "out", parts=parts, on_event=on_event)
-    return found
+    return memory_by_sites
 
 
 def main() -> None:
@@ -150,8 +150,11 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=10.0)
     chosen = parser.parse_args()
     began = time.monotonic()
-    found = measure(chosen.sites, chosen.megabytes)
-    grown = max(found.values()) - found[min(k for k in found if k >= min(10, chosen.sites))]
+    memory_by_sites = measure(chosen.sites, chosen.megabytes)
+    grown = (
+        max(memory_by_sites.values())
+        - memory_by_sites[min(k for k in memory_by_sites if k >= min(10, chosen.sites))]
+    )
     print(
         f"{chosen.sites} sites × {chosen.megabytes:g} MB: {grown:+.1f} MiB after the first ten, "
         f"{time.monotonic() - began:.0f} s"

@@ -1,4 +1,4 @@
-"""What a command costs that reads and computes nothing large: processor time and memory.
+"""Measure processor time and memory of commands that read and compute nothing large.
 
     OMP_NUM_THREADS=1 python -m benchmarks.startup [--repeats 5]
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-KEPT = Path(__file__).parents[1] / "tests" / "formats" / "data" / "1"
+STORED_RUN = Path(__file__).parents[1] / "tests" / "formats" / "data" / "1"
 # A study.toml has no digest to sign before its base is loaded and the adapter's frozen factor made.
 RESOLVES = ("review", "triage.toml", "--site", "site-north.toml")
 COMMANDS = (
@@ -42,7 +42,7 @@ class Cost(NamedTuple):
 
 def world(folder: Path) -> Path:
     """A new study and a copy of the kept run, its secrets readable by their owner alone."""
-    shutil.copytree(KEPT, folder, symlinks=True)
+    shutil.copytree(STORED_RUN, folder, symlinks=True)
     for secret in (*folder.glob("state-*/site.key"), *folder.glob("state-*/salt")):
         secret.chmod(0o600)
     once(("init", "new"), folder)
@@ -51,14 +51,14 @@ def world(folder: Path) -> Path:
 
 def once(command: tuple[str, ...], folder: Path) -> Cost:
     """Run `command` in `folder`. Errors: RuntimeError where it fails."""
-    words = [sys.executable, "-m", "fedtune.cli.main", *command]
-    with tempfile.TemporaryFile() as said:
-        child = subprocess.Popen(words, cwd=folder, stdout=said, stderr=subprocess.STDOUT)
+    arguments = [sys.executable, "-m", "fedtune.cli.main", *command]
+    with tempfile.TemporaryFile() as output:
+        child = subprocess.Popen(arguments, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
         _, status, used = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         if child.returncode:
-            said.seek(0)
-            raise RuntimeError(f"{' '.join(command)}: {said.read().decode()[-500:]}")
+            output.seek(0)
+            raise RuntimeError(f"{' '.join(command)}: {output.read().decode()[-500:]}")
     return Cost(used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
 
 
@@ -68,9 +68,9 @@ def main() -> None:
     chosen = parser.parse_args()
     print("| command | processor time, s | memory, MiB |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        here = world(Path(folder) / "world")
+        folder_of_world = world(Path(folder) / "world")
         for command in COMMANDS:
-            costs = [once(command, here) for _ in range(chosen.repeats)]
+            costs = [once(command, folder_of_world) for _ in range(chosen.repeats)]
             seconds, memory = (median(column) for column in zip(*costs, strict=True))
             print(f"| `fedtune {' '.join(command)}` | {seconds:.2f} | {memory:.0f} |", flush=True)
 

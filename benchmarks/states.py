@@ -1,4 +1,4 @@
-"""Training from states at the cut: kept in memory, kept in the encrypted file, or not kept.
+"""Measure training from cached hidden states: in memory, in the encrypted file, or not cached.
 
     OMP_NUM_THREADS=2 python -m benchmarks.states --data DATA
 
@@ -28,28 +28,28 @@ from fedtune.models.prefix_store import PREFIX_STORE
 from fedtune.objectives.causal_lm import CausalLM
 from fedtune.training.unit_gradients import UnitGradientEngine
 
-WAYS = {"in memory": 2**50, "in the file": 0, "not kept": None}
+STORAGES = {"in memory": 2**50, "in the file": 0, "not kept": None}
 
 
 def rows(network: Network, name: str, data: Dataset, repeats: int) -> Iterator[str]:
     count, tokens = len(data.examples), sum(len(e.input_ids) for e in data.examples)
-    kept: dict[str, CachedDataset | None] = {}
+    caches: dict[str, CachedDataset | None] = {}
     sizes: dict[str, int] = {}
-    for way, memory in WAYS.items():
+    for storage, memory in STORAGES.items():
         before = PREFIX_STORE.in_memory + PREFIX_STORE.on_disk
         network.states.clear()  # each way has states of its own
-        kept[way] = None if memory is None else CachedDataset(network, data, memory)
-        if cached := kept[way]:
+        caches[storage] = None if memory is None else CachedDataset(network, data, memory)
+        if cached := caches[storage]:
             cached.warm()
-        sizes[way] = PREFIX_STORE.in_memory + PREFIX_STORE.on_disk - before
-    found: dict[str, list[float]] = {way: [] for way in WAYS}
+        sizes[storage] = PREFIX_STORE.in_memory + PREFIX_STORE.on_disk - before
+    times: dict[str, list[float]] = {storage: [] for storage in STORAGES}
     for _ in range(repeats):
-        for way, cached in kept.items():
+        for storage, cached in caches.items():
             network.states.clear()
-            found[way].append(_seconds(cached or CachedDataset(network, data)))
-    for way, seconds in found.items():
-        each, speed = sizes[way] / count / 1024, tokens / median(seconds)
-        yield f"| {name} | {way} | {count} | {tokens / count:.0f} | {each:.1f} | {speed:.0f} |"
+            times[storage].append(_seconds(cached or CachedDataset(network, data)))
+    for storage, seconds in times.items():
+        kib, speed = sizes[storage] / count / 1024, tokens / median(seconds)
+        yield f"| {name} | {storage} | {count} | {tokens / count:.0f} | {kib:.1f} | {speed:.0f} |"
 
 
 def _seconds(data: CachedDataset) -> float:
@@ -72,9 +72,9 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for name, columns, limit in SETS:
         if limit in (64, 256):
-            whole = read(chosen.data, name, columns, limit)
-            some = whole.examples[:: max(1, len(whole.examples) // chosen.records)]
-            data = Dataset(some[: chosen.records], len(whole.examples), whole.rejected)
+            dataset = read(chosen.data, name, columns, limit)
+            some = dataset.examples[:: max(1, len(dataset.examples) // chosen.records)]
+            data = Dataset(some[: chosen.records], len(dataset.examples), dataset.rejected)
             for row in rows(network, name, data, chosen.repeats):
                 print(row, flush=True)
 

@@ -55,7 +55,7 @@ def rows(setting: Setting, names: list[str], rounds: int) -> list[dict[str, Any]
             used[name] = measure.fresh(
                 "benchmarks.steps", "--memory", name, "--setting", setting.text
             )
-    found = []
+    table_rows = []
     positions = setting.records * setting.tokens
     for name in names:
         row: dict[str, Any] = {"base": setting.base, "trained": setting.train, "variant": name}
@@ -71,34 +71,36 @@ def rows(setting: Setting, names: list[str], rounds: int) -> list[dict[str, Any]
             row["peak, MiB"] = round(used[name]["peak"])
             row["memory / plain PEFT"] = used[name]["peak"] / used[PLAIN]["peak"]
         row["machine"] = measure.machine(setting.weights, setting.device)
-        found.append(row)
-    return found
+        table_rows.append(row)
+    return table_rows
 
 
-def bounds(setting: Setting, found: list[dict[str, Any]]) -> list[Bound]:
-    by = {row["variant"]: row for row in found}
-    what = f"{setting.base}, {setting.train}, {setting.weights}: "
+def bounds(setting: Setting, table_rows: list[dict[str, Any]]) -> list[Bound]:
+    by_variant = {row["variant"]: row for row in table_rows}
+    prefix = f"{setting.base}, {setting.train}, {setting.weights}: "
 
     def compare(a: str, b: str, column: str) -> float | None:
-        first, second = (by.get(name, {}).get(column) for name in (a, b))
+        first, second = (by_variant.get(name, {}).get(column) for name in (a, b))
         return first / second if first and second else None
 
     time, used = "time / plain PEFT", "memory / plain PEFT"
     return [
-        Bound(what + "step, time over not private", compare(OURS, OPEN, time), 1.05),
-        Bound(what + "step, memory over not private", compare(OURS, OPEN, used), 1.02),
-        Bound(what + "step, time over plain PEFT", compare(OURS, PLAIN, time), 1.0),
-        Bound(what + "step, time over Opacus hooks", compare(OURS, HOOKS, time), 1.0),
-        Bound(what + "step, times faster than ghost", compare(GHOST, OURS, time), 1.4, least=True),
+        Bound(prefix + "step, time over not private", compare(OURS, OPEN, time), 1.05),
+        Bound(prefix + "step, memory over not private", compare(OURS, OPEN, used), 1.02),
+        Bound(prefix + "step, time over plain PEFT", compare(OURS, PLAIN, time), 1.0),
+        Bound(prefix + "step, time over Opacus hooks", compare(OURS, HOOKS, time), 1.0),
+        Bound(
+            prefix + "step, times faster than ghost", compare(GHOST, OURS, time), 1.4, least=True
+        ),
     ]
 
 
 def run(settings: list[Setting], names: list[str], rounds: int) -> Table:
     table = Table("steps", f"A step, medians of {rounds} paired steps (range)")
     for setting in settings:
-        found = rows(setting, names, rounds)
-        table.rows += found
-        table.bounds += bounds(setting, found)
+        table_rows = rows(setting, names, rounds)
+        table.rows += table_rows
+        table.bounds += bounds(setting, table_rows)
     first = settings[0]
     table.notes.append(
         f"{first.records} records of {first.tokens} tokens, {first.labelled:.0%} of them targets; "
@@ -109,11 +111,11 @@ def run(settings: list[Setting], names: list[str], rounds: int) -> Table:
 
 
 def settings_of(chosen: argparse.Namespace) -> list[Setting]:
-    found = []
+    settings = []
     for base in chosen.base:
         for dtype in chosen.dtype:
             for train in chosen.train:
-                found.append(
+                settings.append(
                     Setting(
                         base=base,
                         dtype=dtype,
@@ -128,8 +130,8 @@ def settings_of(chosen: argparse.Namespace) -> list[Setting]:
     if chosen.four_bit:
         if find_spec("bitsandbytes") is None:
             raise SystemExit("--four-bit needs bitsandbytes: pip install bitsandbytes")
-        found += [replace(s, four_bit=True) for s in found if s.base in SHAPES]
-    return found
+        settings += [replace(s, four_bit=True) for s in settings if s.base in SHAPES]
+    return settings
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What privacy costs on real data: every arm of an example, over several seeds, in one process.
+"""Measure the cost of privacy on real data: every arm of an example, over seeds, in one process.
 
     python -m benchmarks.tables mts_dialog --data DATA --seeds 0 1 2 --out runs/mts
     python -m benchmarks.tables medquad --data DATA --seeds 0 --out runs/tune --tune
@@ -104,15 +104,15 @@ def arm(bench: Bench, name: str) -> dict[str, Any]:
     if name != LOCAL:
         adapter, ran = bench.run(name, tables)
         return ran | bench.measure(tables, adapter)
-    each = []
+    by_site = []
     for number, site in enumerate(bench.sites):
         adapter, ran = bench.run(f"{LOCAL}-{site.parent.name}", tables, only=number)
-        each.append(ran | bench.measure(tables, adapter))
-    found = {key: mean(one[key] for one in each) for key in each[0]}
-    found["seconds"] = sum(one["seconds"] for one in each)
+        by_site.append(ran | bench.measure(tables, adapter))
+    means = {key: mean(row[key] for row in by_site) for key in by_site[0]}
+    means["seconds"] = sum(row["seconds"] for row in by_site)
     names = [site.parent.name for site in bench.sites]
-    return found | {
-        "sites": dict(zip(names, (one[bench.dataset.metric] for one in each), strict=True))
+    return means | {
+        "sites": dict(zip(names, (row[bench.dataset.metric] for row in by_site), strict=True))
     }
 
 
@@ -137,28 +137,30 @@ def table(dataset: DataSet, results: dict[str, dict[str, Any]]) -> str:
         gains = [sign * (results[s][name][metric] - results[s]["base"][metric]) for s in runs]
         full = [sign * (results[s][TWIN][metric] - results[s]["base"][metric]) for s in runs]
         spent = max(results[seed][name].get("epsilon", 0.0) for seed in runs)
-        kept = "" if name == "base" else f"{mean(gains) / mean(full):.0%}" if mean(full) else "–"
+        share = "" if name == "base" else f"{mean(gains) / mean(full):.0%}" if mean(full) else "–"
         gain = "" if name == "base" else mean_sd(gains, "+")
         low = "" if name == "base" else at_least(gains, "+")
         title += f" ({len(runs)} of {len(have)} seeds)" if len(runs) < len(have) else ""
         shown = f"{spent:.2f}" if spent else ("–" if name == "base" else "none: not private")
-        lines.append(f"| {title} | {shown} | {mean_sd(values)} | {gain} | {low} | {kept} |")
+        lines.append(f"| {title} | {shown} | {mean_sd(values)} | {gain} | {low} | {share} |")
     return "\n".join(lines) + "\n"
 
 
 def compare(dataset: DataSet, seeds: list[int], out: Path, arms: list[str]) -> str:
     """Run what is missing, arm by arm; returns the table."""
-    kept = out / "results.json"
-    results: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else {}
+    results_file = out / "results.json"
+    results: dict[str, dict[str, Any]] = (
+        json.loads(results_file.read_text()) if results_file.exists() else {}
+    )
     for seed in seeds:
-        found = results.setdefault(str(seed), {})
-        missing = [name for name in dataset.rows_in_order if name in arms and name not in found]
+        by_arm = results.setdefault(str(seed), {})
+        missing = [name for name in dataset.rows_in_order if name in arms and name not in by_arm]
         bench = Bench(dataset, seed, out / f"seed-{seed}", "test.jsonl") if missing else None
         for name in missing:
             assert bench is not None
-            found[name] = arm(bench, name)
-            print(f"seed {seed}, {name}: {json.dumps(found[name])}", flush=True)
-            kept.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            by_arm[name] = arm(bench, name)
+            print(f"seed {seed}, {name}: {json.dumps(by_arm[name])}", flush=True)
+            results_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             (out / "table.md").write_text(table(dataset, results), encoding="utf-8")
     return table(dataset, results)
 

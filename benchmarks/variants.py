@@ -213,10 +213,10 @@ def random_dataset(setting: Setting, vocabulary: int) -> Dataset:
 
 
 def _padded(rows: list[Any], length: int, value: int) -> torch.Tensor:
-    found = torch.full((len(rows), length), value, dtype=torch.long)
+    padded = torch.full((len(rows), length), value, dtype=torch.long)
     for at, row in enumerate(rows):
-        found[at, : len(row)] = torch.from_numpy(np.asarray(row, dtype=np.int64))
-    return found
+        padded[at, : len(row)] = torch.from_numpy(np.asarray(row, dtype=np.int64))
+    return padded
 
 
 # -------------------------------------------------------------------------------------- variants
@@ -253,9 +253,9 @@ class PerRecord:
         states = causal.model(input_ids=world.ids, use_cache=False).last_hidden_state
         rows, positions = torch.nonzero(world.targets != NO_TARGET, as_tuple=True)
         logits = causal.lm_head(states[rows, positions]).float()
-        each = functional.cross_entropy(logits, world.targets[rows, positions], reduction="none")
+        losses = functional.cross_entropy(logits, world.targets[rows, positions], reduction="none")
         count = torch.bincount(rows, minlength=len(world.ids)).clamp_min(1)
-        return torch.zeros(len(world.ids), device=each.device).index_add(0, rows, each) / count
+        return torch.zeros(len(world.ids), device=losses.device).index_add(0, rows, losses) / count
 
 
 class OpacusHooks:
@@ -338,8 +338,8 @@ class OursNotPrivate(Ours):
         total = [torch.zeros(p.shape) for p in self.engine.parameters]
         with one_pass.watching(), patch.object(one_pass_module, "per_record", _summed):
             for batch in self.data.batches(range(count)):
-                found = one_pass(CausalLM().losses(network, batch))
-                for mean, part in zip(total, found, strict=True):
+                gradients = one_pass(CausalLM().losses(network, batch))
+                for mean, part in zip(total, gradients, strict=True):
                     mean += part[0] / count
         for parameter, mean in zip(self.engine.parameters, total, strict=True):
             parameter.grad = mean.to(parameter.device)

@@ -37,16 +37,16 @@ def one_arm(seed: int, name: str, out: Path) -> dict[str, Any]:
     update, adapter = ARMS[name]
     changes = {"wire": {"update": update, "adapter": adapter}}
     accuracy = demo.arm(out, name, changes)
-    body = json.loads((out / name / "report.json").read_text())
-    rounds, sites = len(body["rounds"]), len(body["rounds"][0]["bytes_up"])
-    found: dict[str, Any] = {"accuracy": accuracy, "epsilon": body["privacy"]["epsilon"]}
-    for way in ("bytes_up", "bytes_down"):
-        total = sum(sum(entry[way].values()) for entry in body["rounds"])
-        found[way] = total / rounds / sites
-    return found | {"plain": _plain(out / name / "adapter")}
+    report = json.loads((out / name / "report.json").read_text())
+    rounds, sites = len(report["rounds"]), len(report["rounds"][0]["bytes_up"])
+    result: dict[str, Any] = {"accuracy": accuracy, "epsilon": report["privacy"]["epsilon"]}
+    for direction in ("bytes_up", "bytes_down"):
+        total = sum(sum(entry[direction].values()) for entry in report["rounds"])
+        result[direction] = total / rounds / sites
+    return result | {"plain": _fp32_bytes(out / name / "adapter")}
 
 
-def _plain(adapter: Path) -> int:
+def _fp32_bytes(adapter: Path) -> int:
     """Bytes of A and B in fp32, by their shapes."""
     with safe_open(adapter / "adapter_model.safetensors", framework="np") as file:
         shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
@@ -58,19 +58,22 @@ def table(results: measure.Results) -> str:
     head = "| wire: update, adapter | accuracy | by seed | up | down | of A+B in fp32 |"
     lines = [head, "|---|---|---|---:|---:|---:|"]
     for arm, names in ARMS.items():
-        found = [by_arm[arm] for by_arm in results.values() if arm in by_arm]
-        if not found:
+        results_of_arm = [by_arm[arm] for by_arm in results.values() if arm in by_arm]
+        if not results_of_arm:
             continue
-        values = [each["accuracy"] for each in found]
-        up, down = (mean(each[way] for each in found) for way in ("bytes_up", "bytes_down"))
-        share = (up + down) / 2 / found[0]["plain"]
+        values = [result["accuracy"] for result in results_of_arm]
+        up, down = (
+            mean(result[direction] for result in results_of_arm)
+            for direction in ("bytes_up", "bytes_down")
+        )
+        share = (up + down) / 2 / results_of_arm[0]["plain"]
         by_seed = ", ".join(f"{value:.3f}" for value in values)
         lines.append(
             f"| {', '.join(names)} | {measure.mean_sd(values)} | {by_seed} | {up:,.0f} "
             f"| {down:,.0f} | {share:.3f} |"
         )
-    plain = next(each["plain"] for by_arm in results.values() for each in by_arm.values())
-    note = f"Bytes by round and site. A and B in fp32: {plain:,} each way."
+    fp32_bytes = next(result["plain"] for by_arm in results.values() for result in by_arm.values())
+    note = f"Bytes by round and site. A and B in fp32: {fp32_bytes:,} each way."
     return "\n".join([*lines, "", note]) + "\n"
 
 
@@ -84,8 +87,8 @@ def main() -> None:
     def run(seed: str, arm: str) -> dict[str, Any]:
         return one_arm(int(seed), arm, chosen.out / f"seed-{seed}")
 
-    wanted = [(str(seed), arm) for seed in chosen.seeds for arm in chosen.arms]
-    measure.resume(chosen.out, wanted, run, table)
+    pairs = [(str(seed), arm) for seed in chosen.seeds for arm in chosen.arms]
+    measure.resume(chosen.out, pairs, run, table)
 
 
 if __name__ == "__main__":

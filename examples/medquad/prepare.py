@@ -115,19 +115,19 @@ def write(data: Path, public: Path, out: Path, seed: int) -> list[Path]:
     """Write everything under `out`; returns the site files. The same seed writes the same bytes."""
     held_out: dict[str, list[Table]] = {"test": [], "validation": []}
     sites = []
-    found = _by_document(read_jsonl(data))
-    fixed, drawn = _shuffled(found, FIRST), _shuffled(found, seed)
-    for source, rows in drawn.items():
+    by_document = _by_document(read_jsonl(data))
+    fixed, shuffled = _shuffled(by_document, FIRST), _shuffled(by_document, seed)
+    for source, rows in shuffled.items():
         test = list(fixed[source])[: round(TEST * len(rows))]
-        rest = [name for name in rows if name not in test]
+        others = [name for name in rows if name not in test]
         validation = round(VALIDATION * len(rows))
         held_out["test"] += [row for name in test for row in fixed[source][name]]
-        held_out["validation"] += [row for name in rest[:validation] for row in rows[name]]
+        held_out["validation"] += [row for name in others[:validation] for row in rows[name]]
         mine = out / "sites" / source / "train.jsonl"
-        jsonl(mine, (row for name in rest[validation:] for row in rows[name]))
+        jsonl(mine, (row for name in others[validation:] for row in rows[name]))
         sites.append(_site(out, source))
-    for part, kept in held_out.items():
-        jsonl(out / f"{part}.jsonl", kept)
+    for part, rows_of_part in held_out.items():
+        jsonl(out / f"{part}.jsonl", rows_of_part)
     articles = random.Random(f"medquad:public:{seed}").sample(read_jsonl(public), PUBLIC)
     jsonl(
         out / "public.jsonl",
@@ -139,19 +139,21 @@ def write(data: Path, public: Path, out: Path, seed: int) -> list[Path]:
 
 
 def _by_document(rows: list[Table]) -> dict[str, dict[str, list[Table]]]:
-    found: dict[str, dict[str, list[Table]]] = {source: defaultdict(list) for source in DOCUMENTS}
+    by_source: dict[str, dict[str, list[Table]]] = {
+        source: defaultdict(list) for source in DOCUMENTS
+    }
     for row in rows:
-        found[row["site"]][row["doc_id"]].append(row)
-    return {source: documents for source, documents in found.items() if documents}
+        by_source[row["site"]][row["doc_id"]].append(row)
+    return {source: documents for source, documents in by_source.items() if documents}
 
 
 def _shuffled(
-    found: dict[str, dict[str, list[Table]]], seed: int
+    by_source: dict[str, dict[str, list[Table]]], seed: int
 ) -> dict[str, dict[str, list[Table]]]:
     """By source and document, in an order drawn by `seed`, the rows that are kept."""
     rng = random.Random(f"medquad:{seed}")
     shuffled = {}
-    for source, documents in found.items():
+    for source, documents in by_source.items():
         names = sorted(documents)
         rng.shuffle(names)
         shuffled[source] = {name: _rows(name, documents[name], rng) for name in names}

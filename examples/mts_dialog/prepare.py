@@ -107,15 +107,19 @@ def study(arm: str, seed: int, evaluation: str | None = "test.jsonl") -> Table:
 
 def write(data: Path, out: Path, seed: int) -> list[Path]:
     """Write everything under `out`; returns the site files. The same seed writes the same bytes."""
-    found = [{key: row[key] for key in ("dialogue", "section")} for row in read_jsonl(data)]
+    all_rows = [{key: row[key] for key in ("dialogue", "section")} for row in read_jsonl(data)]
     rng, first = np.random.default_rng([seed, 20]), np.random.default_rng([FIRST, 20])
-    test = first.permutation(len(found))[: round(len(found) * TEST / 1501)].tolist()
-    heard = {found[i]["dialogue"] for i in test}  # a few dialogues occur twice
-    rest = [i for i in rng.permutation(len(found)).tolist() if found[i]["dialogue"] not in heard]
-    validation = round(len(found) * VALIDATION / 1501)
-    jsonl(out / "test.jsonl", [found[i] for i in test])
-    jsonl(out / "validation.jsonl", [found[i] for i in rest[:validation]])
-    rows = [found[i] for i in rest[validation:]]
+    test = first.permutation(len(all_rows))[: round(len(all_rows) * TEST / 1501)].tolist()
+    test_dialogues = {all_rows[i]["dialogue"] for i in test}  # a few dialogues occur twice
+    others = [
+        i
+        for i in rng.permutation(len(all_rows)).tolist()
+        if all_rows[i]["dialogue"] not in test_dialogues
+    ]
+    validation = round(len(all_rows) * VALIDATION / 1501)
+    jsonl(out / "test.jsonl", [all_rows[i] for i in test])
+    jsonl(out / "validation.jsonl", [all_rows[i] for i in others[:validation]])
+    rows = [all_rows[i] for i in others[validation:]]
     shares = {section: rng.dirichlet([CONCENTRATION] * len(SITES)) for section in SECTIONS}
     homes = [rng.choice(len(SITES), p=shares[row["section"]]) for row in rows]
     sites = []

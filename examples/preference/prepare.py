@@ -52,38 +52,38 @@ class Source:
 
 
 def _generated(_: Path, seed: int) -> dict[str, list[Table]]:
-    found = {}
+    by_site = {}
     for name, count in (("north", 667), ("south", 667), ("west", 666)):
         rows = formulary.pairs(count, f"{name}:{seed}")
-        found[name] = [{"unit": f"{name}-{i}", **row} for i, row in enumerate(rows)]
-    return found
+        by_site[name] = [{"unit": f"{name}-{i}", **row} for i, row in enumerate(rows)]
+    return by_site
 
 
 def _medec(data: Path, _: int) -> dict[str, list[Table]]:
-    found: dict[str, list[Table]] = {"management": [], "diagnosis": [], "other": []}
+    by_site: dict[str, list[Table]] = {"management": [], "diagnosis": [], "other": []}
     for row in read_jsonl(data / "medec_preference" / "train.jsonl"):
-        site = row["error_type"] if row["error_type"] in found else "other"
+        site = row["error_type"] if row["error_type"] in by_site else "other"
         before, _, after = row["prompt"].partition("\n\nLater in the note: ")
         before = before.partition("\n\nNote so far: ")[2]
         later = f"Later in the note: {_end(after, 80)}\n" if after else ""
         prompt = f"{later}The note: {_end(before, 160)}"
-        found[site].append({"unit": row["id"], **_pair(prompt, row["chosen"], row["rejected"])})
-    return found
+        by_site[site].append({"unit": row["id"], **_pair(prompt, row["chosen"], row["rejected"])})
+    return by_site
 
 
 def _mts(data: Path, seed: int) -> dict[str, list[Table]]:
     sites = ("alder", "birch", "cedar")
-    found: dict[str, list[Table]] = {name: [] for name in sites}
+    by_site: dict[str, list[Table]] = {name: [] for name in sites}
     rows = read_jsonl(data / "mts_preference" / "train.jsonl")
     units = sorted({row["unit"] for row in rows})
     random.Random(f"mts:{seed}").shuffle(units)
     home = {unit: sites[i % len(sites)] for i, unit in enumerate(units)}
     for row in rows:
-        said = row["prompt"].partition("\n\n")[2]
-        prompt = f"{_end(said, CHARS)}\nSection of the note:"
+        dialogue = row["prompt"].partition("\n\n")[2]
+        prompt = f"{_end(dialogue, CHARS)}\nSection of the note:"
         pair = _pair(prompt, row["chosen"], row["rejected"])
-        found[home[row["unit"]]].append({"unit": row["unit"], **pair})
-    return found
+        by_site[home[row["unit"]]].append({"unit": row["unit"], **pair})
+    return by_site
 
 
 BASIC = ("Anatomy", "Biochemistry", "Microbiology", "Pathology", "Pharmacology", "Physiology")
@@ -91,15 +91,15 @@ BASIC = ("Anatomy", "Biochemistry", "Microbiology", "Pathology", "Pharmacology",
 
 def _medmcqa(data: Path, _: int) -> dict[str, list[Table]]:
     """A question is a unit: its right option beside each of the wrong ones."""
-    found: dict[str, list[Table]] = {"dental": [], "basic": [], "clinical": []}
+    by_site: dict[str, list[Table]] = {"dental": [], "basic": [], "clinical": []}
     for row in read_jsonl(data / "medmcqa_dev" / "train.jsonl"):
         subject = row["subject"]
         site = "dental" if subject == "Dental" else "basic" if subject in BASIC else "clinical"
         right = row["options"][row["answer"]]
         wrong = sorted({option.strip() for option in row["options"]} - {right.strip()})
         prompt = f"Question: {_end(row['question'], CHARS)}\nAnswer:"
-        found[site] += [{"unit": row["id"], **_pair(prompt, right, worse)} for worse in wrong]
-    return found
+        by_site[site] += [{"unit": row["id"], **_pair(prompt, right, worse)} for worse in wrong]
+    return by_site
 
 
 def _pair(prompt: str, chosen: str, rejected: str) -> Table:
@@ -179,17 +179,17 @@ def study(
 ) -> Table:
     """The plan of one arm; `evaluation` names the held-out file, None leaves it out."""
     source = SOURCES[name]
-    asked = {"epsilon": 8.0, "delta": source.delta, "unit": source.unit}
+    private = {"epsilon": 8.0, "delta": source.delta, "unit": source.unit}
     off = {"privacy": "off", "clipping": {"unit": source.unit}}  # as epsilon-8, σ = 0
     tables: Table = merged(STUDY, {} if objective == "reward" else ADAPTER)
-    tables = merged(tables, off if arm == "non-private" else {"privacy": asked})
-    own = {
+    tables = merged(tables, off if arm == "non-private" else {"privacy": private})
+    own_tables = {
         "study": {"name": f"preference-{name}", "seed": seed},
         # A remedy is one word: with an end after each, half of a pair's tokens would be alike.
         "objective": {"name": objective, "append_eos": name != "formulary"},
         "evaluation": {"path": evaluation} if evaluation else None,
     }
-    return merged(merged(tables, own), source.tuned[objective])
+    return merged(merged(tables, own_tables), source.tuned[objective])
 
 
 def write(name: str, data: Path, out: Path, seed: int) -> list[Path]:
@@ -218,21 +218,21 @@ def _split(
     source: Source, data: Path, seed: int
 ) -> tuple[list[Table], list[Table], dict[str, list[Table]]]:
     """(test, validation, rows by site to train on)."""
-    found = source.read(data, seed)
+    by_site = source.read(data, seed)
     if not source.test:  # generated: as many more as are wanted
-        apart = (("test", FIRST, 300), ("validation", seed, 200))
-        held_out = [formulary.pairs(count, f"{part}:{at}") for part, at, count in apart]
-        return held_out[0], held_out[1], found
-    everyone = [row for rows in found.values() for row in rows]
+        parts = (("test", FIRST, 300), ("validation", seed, 200))
+        held_out = [formulary.pairs(count, f"{part}:{at}") for part, at, count in parts]
+        return held_out[0], held_out[1], by_site
+    everyone = [row for rows in by_site.values() for row in rows]
     units = sorted({row["unit"] for row in everyone})
-    fixed, drawn = list(units), list(units)
+    fixed, shuffled = list(units), list(units)
     random.Random(f"test:{FIRST}").shuffle(fixed)
-    random.Random(f"split:{seed}").shuffle(drawn)
+    random.Random(f"split:{seed}").shuffle(shuffled)
     test = set(fixed[: round(source.test * len(units))])
-    rest = [unit for unit in drawn if unit not in test]
-    validation = set(rest[: round(source.validation * len(units))])
+    others = [unit for unit in shuffled if unit not in test]
+    validation = set(others[: round(source.validation * len(units))])
     train: dict[str, list[Table]] = defaultdict(list)
-    for site, rows in found.items():
+    for site, rows in by_site.items():
         train[site] = [row for row in rows if row["unit"] not in test | validation]
     by_unit = sorted(everyone, key=lambda row: str(row["unit"]))  # whatever site it came from
     return (

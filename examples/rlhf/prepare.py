@@ -129,36 +129,36 @@ def write(
     same arguments write the same bytes. epsilon: of each study; None: no noise, and the clinics
     admit it."""
     draw = random.Random(seed)
-    made = []
+    site_files = []
     complaints = [c for words in CLINIC.values() for c in words.complaints]
     for name in SITES:
         rows = [_pair(complaints, draw) | {"patient": f"{name}-{n}"} for n in range(patients)]
         jsonl(out / "sites" / name / "pairs.jsonl", rows)
-        made += [_site(out, name, kind, patients, epsilon is None) for kind in COLUMNS]
+        site_files += [_site(out, name, kind, patients, epsilon is None) for kind in COLUMNS]
     answers = (OTHER_CALM, OTHER_RETURN, OTHER_WORSE)
     jsonl(out / "pairs.jsonl", [_pair(complaints, draw, *answers) for _ in range(PAIRS)])
     public = [c for noticed, _ in LIBRARY.values() for c in noticed]
-    asked = [public[n % len(public)] for n in range(PROMPTS)]
+    complaints_asked = [public[n % len(public)] for n in range(PROMPTS)]
     more = ["", " again", " since Monday", " at night"]
     jsonl(
         out / "prompts.jsonl",
         [
             {"prompt": ASK.format(a=text + more[n // len(public) % len(more)])}
-            for n, text in enumerate(asked)
+            for n, text in enumerate(complaints_asked)
         ],
     )
     private: Table = {"privacy": {"epsilon": epsilon}}
     if epsilon is None:
         private = {"privacy": "off", "clipping": {"unit": "patient"}}
     named = merged({"study": {"seed": seed}}, private)
-    for changes, said in (
+    for changes, comment in (
         ({}, "the policy: how the clinics answer"),
         (REWARD, "the reward: what they prefer"),
         (DPO, "the policy, from pairs that models made at the clinics"),
     ):
         study = merged(merged(STUDY, changes), named)
-        toml(out / f"{study['study']['name']}.toml", study, said)
-    return made
+        toml(out / f"{study['study']['name']}.toml", study, comment)
+    return site_files
 
 
 def _pair(

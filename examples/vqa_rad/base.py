@@ -41,16 +41,16 @@ def write(out: Path, seed: int = 0) -> Path:
         tie_word_embeddings=True,
     )
     torch.manual_seed(seed)
-    whole: Any = Idefics3ForConditionalGeneration(config)
+    model: Any = Idefics3ForConditionalGeneration(config)
     words = language.model.embed_tokens.weight
     new = words.mean(dim=0, keepdim=True).expand(len(tokenizer) - len(words), -1)
     state = {n: p for n, p in language.model.state_dict().items() if n != "embed_tokens.weight"}
     state["embed_tokens.weight"] = torch.cat([words, new])
-    whole.model.text_model.load_state_dict(state)
-    whole.tie_weights()
-    _see(whole.eval(), float(words.pow(2).mean().sqrt()))
+    model.model.text_model.load_state_dict(state)
+    model.tie_weights()
+    _see(model.eval(), float(words.pow(2).mean().sqrt()))
     out.mkdir(parents=True, exist_ok=True)
-    whole.save_pretrained(out)
+    model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     side = {"longest_edge": SIDE}
     Idefics3ImageProcessorPil(
@@ -61,15 +61,15 @@ def write(out: Path, seed: int = 0) -> Path:
 
 
 @torch.no_grad()
-def _see(whole: Any, size: float) -> None:
+def _see(model: Any, size: float) -> None:
     """Wider patch weights, so that patches differ, and a projector whose output has the root mean
     square `size` on noise."""
-    tower, projector = whole.model.vision_model, whole.model.connector.modality_projection.proj
+    tower, projector = model.model.vision_model, model.model.connector.modality_projection.proj
     patches = tower.embeddings.patch_embedding
     torch.nn.init.normal_(patches.weight, std=2 / patches.weight[0].numel() ** 0.5)
     torch.nn.init.normal_(projector.weight)
     pixels = torch.randn(1, 1, 3, SIDE, SIDE)
-    features = whole.model.get_image_features(pixels, return_dict=True).pooler_output[0]
+    features = model.model.get_image_features(pixels, return_dict=True).pooler_output[0]
     projector.weight.mul_(size / features.pow(2).mean().sqrt())
 
 
@@ -78,8 +78,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--seed", type=int, default=0, help="of the tower (default: 0)")
     args = parser.parse_args()
-    found = find_base(str(write(args.out, args.seed)))
-    print(f"{found.path}: {found.digest}")
+    base = find_base(str(write(args.out, args.seed)))
+    print(f"{base.path}: {base.digest}")
 
 
 if __name__ == "__main__":
