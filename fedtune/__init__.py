@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from fedtune.ledger.ledger import Ledger
     from fedtune.models.loaded import verify as verify_model
     from fedtune.models.run import Run
-    from fedtune.observe.status import look as status
+    from fedtune.observe.status import read_status as status
     from fedtune.progress import OnEvent
     from fedtune.server.versions import Versions
 
@@ -121,7 +121,7 @@ _MODULES = {
     "fedtune.launch.simulate": "simulate",
     "fedtune.ledger.ledger": "Ledger",
     "fedtune.models.loaded": "verify_model=verify",
-    "fedtune.observe.status": "status=look",
+    "fedtune.observe.status": "status=read_status",
     "fedtune.progress": "OnEvent",
     "fedtune.models.run": "Run",
     "fedtune.server.versions": "Versions",

@@ -38,24 +38,24 @@ def status(
 ) -> None:
     """Show how a run or a site is doing, live, until it ends. Reads files; asks nobody."""
     from fedtune.errors import InfrastructureError
-    from fedtune.observe.status import folder_of, look
+    from fedtune.observe.status import folder_of, read_status
 
     folder = folder_of(path)
-    seen = look(folder)
+    snapshot = read_status(folder)
     if check:
-        if seen.state in ("gone", "stopped"):
-            raise InfrastructureError(f"{folder}: {seen.state}", "a process that runs")
+        if snapshot.state in ("gone", "stopped"):
+            raise InfrastructureError(f"{folder}: {snapshot.state}", "a process that runs")
         return typer.echo("ok")
     from fedtune.cli.status_view import BudgetView, view
 
     budget = BudgetView(path) if path.suffix == ".toml" else None
     console = Console()
     if once or not console.is_terminal:
-        return console.print(view(seen, budget() if budget else None))
+        return console.print(view(snapshot, budget() if budget else None))
     with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
         while True:
-            live.update(view(seen, budget() if budget else None), refresh=True)
-            if seen.over:
+            live.update(view(snapshot, budget() if budget else None), refresh=True)
+            if snapshot.over:
                 return
             time.sleep(EVERY)
-            seen = look(folder)
+            snapshot = read_status(folder)

@@ -1,4 +1,4 @@
-"""What `fedtune status` draws from a status file and, at a site, from the ledger."""
+"""Draw `fedtune status` from a status file and, at a site, from the ledger."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from rich.text import Text
 
 from fedtune.cli.console import _short, _size
 from fedtune.errors import FedtuneError
-from fedtune.observe.status import Seen
+from fedtune.observe.status import Snapshot
 from fedtune.report.claim import rounded_up
 
 STYLES = {"running": "green", "done": "green", "waiting": "yellow", "stopped": "red", "gone": "red"}
 GONE = "its process is no more; start it again (a coordinator: with --resume)"
 
 
-def view(seen: Seen, budget: RenderableType | None = None) -> Group:
-    """The whole picture. Values are those that status.look let through, and are shown as text."""
-    parts: list[RenderableType] = [head(seen)]
-    if seen.status["sites"]:
-        parts.append(sites_table(seen.status["sites"]))
+def view(snapshot: Snapshot, budget: RenderableType | None = None) -> Group:
+    """Draw a status. Values are those that read_status let through, and are shown as text."""
+    parts: list[RenderableType] = [head(snapshot)]
+    if snapshot.status["sites"]:
+        parts.append(sites_table(snapshot.status["sites"]))
     if budget is not None:
         parts.append(budget)
-    parts.append(events_table(seen.status["last"]))
+    parts.append(events_table(snapshot.status["last"]))
     return Group(*parts)
 
 
-def head(seen: Seen) -> Text:
-    status, line = seen.status, Text()
+def head(snapshot: Snapshot) -> Text:
+    status, line = snapshot.status, Text()
     line.append(str(status.get("study") or status["role"]), style="bold")
     line.append("  ")
-    line.append(seen.state, style=STYLES.get(seen.state, ""))
+    line.append(snapshot.state, style=STYLES.get(snapshot.state, ""))
     if status.get("rounds"):
         line.append(f"  round {status.get('round', 0)}/{status['rounds']}")
     elif status.get("next"):
@@ -49,9 +49,9 @@ def head(seen: Seen) -> Text:
         line.append(f"  {status['seconds']:.0f} s a round")
     if status.get("error"):
         line.append(f"  {status['error']}", style="red")
-    if seen.state == "gone":
+    if snapshot.state == "gone":
         line.append(f"\n{GONE}")
-    line.append(f"\n{seen.folder}; last told {status.get('updated', '')}", style="dim")
+    line.append(f"\n{snapshot.folder}; last told {status.get('updated', '')}", style="dim")
     return line
 
 
@@ -76,12 +76,12 @@ def sites_table(sites: dict[str, dict[str, Any]]) -> Table:
 
 def events_table(last: list[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
-    for each in last:
-        rest = {k: v for k, v in each.items() if k not in ("time", "event")}
-        told = "  ".join(f"{key} {value}" for key, value in rest.items())
+    for event in last:
+        fields = {k: v for k, v in event.items() if k not in ("time", "event")}
+        told = "  ".join(f"{key} {value}" for key, value in fields.items())
         table.add_row(
-            Text(str(each.get("time", "")), style="dim"),
-            Text(str(each.get("event", ""))),
+            Text(str(event.get("time", "")), style="dim"),
+            Text(str(event.get("event", ""))),
             Text(told),
         )
     return table
@@ -105,12 +105,12 @@ class BudgetView:
         database = site.site.state / "ledger.db"
         if not database.exists():
             return self._shown
-        now = (database.stat().st_mtime_ns, self._site.stat().st_mtime_ns)
-        if now != self._at:
+        changed_at = (database.stat().st_mtime_ns, self._site.stat().st_mtime_ns)
+        if changed_at != self._at:
             try:
                 cohorts = Ledger(site.site.state).cohorts(site.data.name)
                 self._shown = budget_table(heaviest(site.data.name, cohorts, site.policy))
             except FedtuneError as error:
                 self._shown = Text(str(error), style="red")
-            self._at = now
+            self._at = changed_at
         return self._shown

@@ -143,7 +143,7 @@ def _greet(site_link: Link, connect: tls.Dial) -> tuple[dict[str, Any], float]:
 
     Errors: InfrastructureError where it does not answer, or turns this site away."""
     sent = certs.now()
-    code, body = tls.got(connect, far_context(site_link), site_link.address, STATUS)
+    code, body = tls.get(connect, far_context(site_link), site_link.address, STATUS)
     received = certs.now()
     if code == 403:
         raise InfrastructureError(f"{site_link.address}: refuses this site: {body.decode()}")

@@ -1,7 +1,7 @@
-"""What `fedtune doctor` looks at on either side: one check, one function.
+"""Checks of `fedtune doctor` on either side's machine: one function each.
 
-A check returns what it found, in words, or raises a FedtuneError that says what is wrong and what
-to do. Guarantee: nothing is made, fetched, changed or sent.
+A check returns its finding as text, or raises a FedtuneError that says what is wrong and what to
+do. Guarantee: nothing is created, fetched, changed or sent.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Finding:
 
 
 def findings(checks: Iterable[tuple[str, Check]]) -> Iterator[Finding]:
-    """Each check as soon as it is done."""
+    """Run the checks and yield each one's finding as it ends."""
     for name, check in checks:
         try:
             yield Finding(name, True, check())
@@ -54,21 +54,23 @@ def findings(checks: Iterable[tuple[str, Check]]) -> Iterator[Finding]:
 
 
 def versions() -> str:
-    """What is installed. Errors: InfrastructureError where fedtune asks for another version."""
-    said = f"fedtune {__version__}, protocol {PROTOCOL}, python {platform.python_version()}"
+    """List installed versions. Errors: InfrastructureError where fedtune requires another."""
+    installed = f"fedtune {__version__}, protocol {PROTOCOL}, python {platform.python_version()}"
     try:
-        asked = [Requirement(text) for text in metadata.requires("fedtune") or ()]
+        requirements = [Requirement(text) for text in metadata.requires("fedtune") or ()]
     except metadata.PackageNotFoundError:
-        asked = []
-    found = {name: _installed(name) for name in SHOWN}
-    for each in asked:
-        if each.marker is None and not each.specifier.contains(_installed(each.name) or "0"):
+        requirements = []
+    shown = {name: _installed(name) for name in SHOWN}
+    for requirement in requirements:
+        name, specifier = requirement.name, requirement.specifier
+        version = _installed(name)
+        if requirement.marker is None and not specifier.contains(version or "0"):
             raise InfrastructureError(
-                f"{said}: {each.name} {_installed(each.name) or 'is missing'}",
-                f"{each.name}{each.specifier}",
-                f"pip install '{each.name}{each.specifier}'",
+                f"{installed}: {name} {version or 'is missing'}",
+                f"{name}{specifier}",
+                f"pip install '{name}{specifier}'",
             )
-    return ", ".join([said, *(f"{name} {version}" for name, version in found.items())])
+    return ", ".join([installed, *(f"{name} {version}" for name, version in shown.items())])
 
 
 def _installed(name: str) -> str | None:
@@ -79,16 +81,16 @@ def _installed(name: str) -> str | None:
 
 
 def secrets(files: Iterable[Path]) -> str:
-    """Errors: ConfigError where other users can read one of those that are there."""
-    there = [path for path in files if path.exists()]
-    for path in there:
+    """Check that no other user can read one of the existing files. Errors: ConfigError."""
+    existing = [path for path in files if path.exists()]
+    for path in existing:
         if path.stat().st_mode & OPEN:
             raise ConfigError(
                 f"{path}: other users can read it",
                 "a file for this user alone",
                 "treat it as lost, or chmod 600 if nobody else was on this machine",
             )
-    return f"{len(there)} files, for this user alone"
+    return f"{len(existing)} files, for this user alone"
 
 
 class Need(NamedTuple):
@@ -103,8 +105,8 @@ class Need(NamedTuple):
 
 
 def need(study: Study, folder: Path) -> Need:
-    """What a study's base and adapter take, from the headers of the base's files. An adapter is
-    counted on every layer, so it is rather too large. Errors: ModelError."""
+    """Estimate a study's memory for base and adapter from the headers of the base's files. An
+    adapter is counted on every layer, so the estimate is an upper bound. Errors: ModelError."""
     shapes, rank = list(_shapes(folder)), study.lora.rank if study.lora else 0
     ends = tuple(f"{name}.weight" for name in study.lora.modules) if study.lora else ()
     rows = sum(sum(shape) for name, shape in shapes if name.endswith(ends))
@@ -120,33 +122,33 @@ def _shapes(folder: Path) -> Iterator[tuple[str, list[int]]]:
 
 
 def base(study: Study, source: str | None = None) -> Path:
-    """The folder of the study's base on this machine. Errors: ModelError (absent, another)."""
-    found = verify(source or study.base.model)
-    if study.base.digest not in (None, found.digest):
+    """Find the folder of the study's base on this machine. Errors: ModelError (absent, another)."""
+    source_base = verify(source or study.base.model)
+    if study.base.digest not in (None, source_base.digest):
         raise ModelError(
-            f"{found.name}: the digest of the base here is {found.digest}",
+            f"{source_base.name}: the digest of the base here is {source_base.digest}",
             f"{study.base.digest}, as in the study",
             "use the copy that the study was made with, or start a new study with this one",
         )
-    return found.path
+    return source_base.path
 
 
-def disk(place: Path, least: float) -> str:
-    """Errors: InfrastructureError where fewer bytes are free, or none can be written."""
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+def disk(folder: Path, least: float) -> str:
+    """Check that `least` bytes are free and can be written. Errors: InfrastructureError."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
     if free < least:
         raise InfrastructureError(
-            f"{place}: {_gb(free)} free", f"{_gb(least)} at least", "free the disk, or move it"
+            f"{folder}: {_gb(free)} free", f"{_gb(least)} at least", "free the disk, or move it"
         )
-    if not os.access(place, os.W_OK):
-        raise InfrastructureError(f"{place}: cannot be written", todo="fix its permissions")
+    if not os.access(folder, os.W_OK):
+        raise InfrastructureError(f"{folder}: cannot be written", todo="fix its permissions")
     return f"{_gb(free)} free, {_gb(least)} wanted"
 
 
 def memory(least: float) -> str:
-    """Errors: InfrastructureError where less than `least` bytes are to be had."""
+    """Check that `least` bytes of memory are available. Errors: InfrastructureError."""
     free = available()
     if free is None:
         return f"{_gb(least)} wanted; this system does not say what is free"
@@ -160,7 +162,7 @@ def memory(least: float) -> str:
 
 
 def available() -> float | None:
-    """Bytes that a new program could have: the system's word, and a container's limit."""
+    """Return the bytes available to a new program, by the system and a container's limit."""
     try:
         lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
         free = 1024.0 * int(lines["MemAvailable"].split()[0])

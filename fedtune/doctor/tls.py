@@ -1,6 +1,6 @@
-"""What `fedtune doctor` looks at on the wire: a certificate, its names, and the clocks of two ends.
+"""Checks of `fedtune doctor` on the wire: a certificate, its names, and the clocks of two ends.
 
-As in fedtune/doctor/machine.py: words, or a FedtuneError. Dates are in UTC.
+As in fedtune/doctor/machine.py, each returns text or raises a FedtuneError. Dates are in UTC.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ Dial = Callable[[ssl.SSLContext], Awaitable[Streams]]
 
 
 def presented(dial: Dial, address: str) -> x509.Certificate:
-    """The certificate that whoever answers `dial` shows; nothing is believed of it yet.
+    """Fetch the certificate that the server behind `dial` presents, without verifying it.
 
     Errors: InfrastructureError where nobody answers, or nobody who speaks TLS 1.3."""
 
-    async def look() -> bytes | None:
+    async def fetch() -> bytes | None:
         async with asyncio.timeout(SECONDS):
             _, writer = await dial(_trusting())
             try:
-                body: bytes | None = writer.get_extra_info("ssl_object").getpeercert(True)
-                return body
+                der: bytes | None = writer.get_extra_info("ssl_object").getpeercert(True)
+                return der
             finally:
                 writer.transport.abort()
-                await asyncio.sleep(0.01)  # what was cut closes in the next turns
+                await asyncio.sleep(0.01)  # the aborted transport closes in the loop's next turns
 
     try:
-        return x509.load_der_x509_certificate(asyncio.run(look()) or b"")
+        return x509.load_der_x509_certificate(asyncio.run(fetch()) or b"")
     except (ssl.SSLError, ValueError):
         raise InfrastructureError(
             f"{address}: answers, but not as a gateway does", "TLS 1.3 with a certificate",
@@ -54,8 +54,8 @@ def presented(dial: Dial, address: str) -> x509.Certificate:
         ) from None
 
 
-def got(dial: Dial, context: ssl.SSLContext, address: str, path: str) -> tuple[int, bytes]:
-    """Status and body of GET `path` from the gateway, once `context` has verified it.
+def get(dial: Dial, context: ssl.SSLContext, address: str, path: str) -> tuple[int, bytes]:
+    """GET `path` from the gateway, which `context` verifies; return status and body.
 
     Errors: InfrastructureError where it does not answer, is not to be trusted, or hangs up."""
 
@@ -88,15 +88,15 @@ async def _http(
 ) -> tuple[int, bytes]:
     http, status, body = h11.Connection(h11.CLIENT), 0, b""
     headers = [("host", host), ("connection", "close")]
-    for said in (h11.Request(method="GET", target=path, headers=headers), h11.EndOfMessage()):
-        writer.write(http.send(said) or b"")
-    while not isinstance(event := http.next_event(), h11.EndOfMessage):
-        if event is h11.NEED_DATA:
+    for event in (h11.Request(method="GET", target=path, headers=headers), h11.EndOfMessage()):
+        writer.write(http.send(event) or b"")
+    while not isinstance(received := http.next_event(), h11.EndOfMessage):
+        if received is h11.NEED_DATA:
             http.receive_data(await reader.read(65_536))
-        elif isinstance(event, h11.Response):
-            status = event.status_code
-        elif isinstance(event, h11.Data) and len(body) < LONGEST:
-            body += bytes(event.data)
+        elif isinstance(received, h11.Response):
+            status = received.status_code
+        elif isinstance(received, h11.Data) and len(body) < LONGEST:
+            body += bytes(received.data)
     return status, body
 
 
@@ -110,8 +110,8 @@ def _trusting() -> ssl.SSLContext:
 def certificate(
     leaf: x509.Certificate, authority: x509.Certificate, least: timedelta, todo: str
 ) -> str:
-    """Errors: ConfigError where `authority` did not sign it, or it is not valid now, or has less
-    than `least` to go; then `todo` is to be done."""
+    """Check that `authority` signed the certificate and that it is valid now and for at least
+    `least`. Errors: ConfigError, with `todo`."""
     start, end, now = leaf.not_valid_before_utc, leaf.not_valid_after_utc, certs.now()
     span = f"valid from {start:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M}"
     try:
@@ -133,42 +133,43 @@ def certificate(
 
 
 def names(leaf: x509.Certificate, host: str) -> str:
-    """Errors: ConfigError where the certificate is not for `host`, a name or an address."""
+    """Check that the certificate is for `host`, a name or an address. Errors: ConfigError."""
     try:
         held = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         held = x509.SubjectAlternativeName([])
-    said = ", ".join(str(name.value) for name in held) or "nobody"
+    listed = ", ".join(str(name.value) for name in held) or "nobody"
     try:
         good = ip_address(host) in held.get_values_for_type(x509.IPAddress)
     except ValueError:
-        known = held.get_values_for_type(x509.DNSName)
-        good = host.lower() in (name.lower() for name in known)
+        dns_names = held.get_values_for_type(x509.DNSName)
+        good = host.lower() in (name.lower() for name in dns_names)
     if not good:
         raise ConfigError(
-            f"the coordinator's certificate is for {said}",
+            f"the coordinator's certificate is for {listed}",
             f"{host} among them, as sites call it",
             f"`fedtune server --name {host}`, or use one of these names in the address",
         )
-    return f"{host} is among {said}"
+    return f"{host} is among {listed}"
 
 
 def clock(ahead: float) -> str:
-    """ahead: seconds that this site's clock is before the coordinator's.
+    """Check the clock's offset. ahead: seconds that this site's is before the coordinator's.
 
     Errors: ConfigError outside the window in which Flower takes a site's signed requests."""
     early, late = api.CLOCK_WINDOW
-    said = f"{abs(ahead):.1f} s {'ahead of' if ahead >= 0 else 'behind'} the coordinator's"
+    offset = f"{abs(ahead):.1f} s {'ahead of' if ahead >= 0 else 'behind'} the coordinator's"
     if not -late < ahead < -early:
         raise ConfigError(
-            f"this site's clock is {said}",
+            f"this site's clock is {offset}",
             f"less than {-early} s ahead and less than {late} s behind: Flower refuses other nodes",
             "set the clock of this machine and the coordinator's (NTP), then start again",
         )
-    return said
+    return offset
 
 
-def ahead_of(sent: datetime, there: str, received: datetime) -> float:
-    """Seconds that the clock here is before the one that said `there` (ISO 8601) in between."""
+def ahead_of(sent: datetime, other_time: str, received: datetime) -> float:
+    """Compute how many seconds this clock is ahead of one that read `other_time` (ISO 8601) between
+    `sent` and `received`."""
     half = (received - sent) / 2
-    return (sent + half - datetime.fromisoformat(there)).total_seconds()
+    return (sent + half - datetime.fromisoformat(other_time)).total_seconds()

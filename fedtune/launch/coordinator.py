@@ -79,7 +79,7 @@ def serve(
 ) -> dict[str, Any]:
     """Run the study with the sites that are admitted, now or while it runs; return the report.
 
-    host, port: where the gateway listens. names: what sites call it by (they go into its
+    host, port: where the gateway listens. names: by which sites connect (they go into its
     certificate). run: in place of server/rounds.py's. Errors: ConfigError; InfrastructureError when
     the SuperLink ends, nothing can listen, or SIGTERM stops the study; KeyboardInterrupt."""
     bypass_proxy()
@@ -104,8 +104,8 @@ def serve(
 def prepare(
     home: Path, host: str, port: int, names: Sequence[str] = (), patience: float = 0.0
 ) -> None:
-    """Make what the home lacks; see the layout above. patience: seconds until the port must be
-    free; the gateway of a server that was killed ends by itself.
+    """Create what is missing in the home; see the layout above. patience: seconds until the port
+    must be free; the gateway of a server that was killed ends by itself.
 
     Errors: ConfigError, InfrastructureError."""
     deadline = time.monotonic() + patience
@@ -117,9 +117,9 @@ def prepare(
         time.sleep(0.1)
     certs.ca(home)
     SigningKey.at(home / "signing.key")
-    own = [] if host in EVERYWHERE else [host]
-    certs.server_leaf(home, [*names, *own])
-    for name in [*names, *own][:1]:
+    hosts = [] if host in EVERYWHERE else [host]
+    certs.server_leaf(home, [*names, *hosts])
+    for name in [*names, *hosts][:1]:
         address = f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
         replace(home / "address", address.encode(), private=True)
 
@@ -141,7 +141,7 @@ class Link:
 
 @contextmanager
 def superlink(home: Path) -> Iterator[Link]:
-    """A SuperLink on loopback that admits registered nodes only, and starts no process.
+    """Run a SuperLink on loopback that admits registered nodes only, and starts no process.
 
     Its database is new each time: what must outlive it is in the study's own folder."""
     state, port = home / "flower", free_port()
@@ -168,29 +168,29 @@ def superlink(home: Path) -> Iterator[Link]:
 
 @contextmanager
 def supervised_gateway(link: Link, home: Path, host: str, port: int) -> Iterator[None]:
-    """The gateway, started again when it ends, and the sites that are admitted meanwhile."""
+    """Run the gateway, restart it when it ends, and register sites that are admitted meanwhile."""
     state, done = home / "flower", threading.Event()
     options = [str(home), host, str(port), f"https://{link.address}", str(link.certificate)]
 
     def start() -> Child:
         return Child("gateway", options, home=state, log=state / "gateway.log")
 
-    known: set[str] = set()
-    register_new(link, home, known)
+    registered: set[str] = set()
+    register_new(link, home, registered)
     gateway = start()
 
     def supervise() -> None:
         nonlocal gateway
-        began, again, pause = time.monotonic(), 0.0, WATCH_SECONDS
+        last_start, next_start, pause = time.monotonic(), 0.0, WATCH_SECONDS
         while not done.wait(WATCH_SECONDS):
             now = time.monotonic()
-            with suppress(httpx.HTTPError, ConfigError, OSError):  # the next look tries again
-                if not gateway.alive and now >= again:
-                    pause = WATCH_SECONDS if now - began > 60 else min(2 * pause, 16.0)
-                    began, again = now, now + pause
+            with suppress(httpx.HTTPError, ConfigError, OSError):  # the next pass tries again
+                if not gateway.alive and now >= next_start:
+                    pause = WATCH_SECONDS if now - last_start > 60 else min(2 * pause, 16.0)
+                    last_start, next_start = now, now + pause
                     gateway.stop()
                     gateway = start()
-                register_new(link, home, known)
+                register_new(link, home, registered)
 
     watch = threading.Thread(target=supervise, daemon=True)
     try:
@@ -204,17 +204,18 @@ def supervised_gateway(link: Link, home: Path, host: str, port: int) -> Iterator
         gateway.stop()
 
 
-def register_new(link: Link, home: Path, known: set[str]) -> None:
-    """Tell the SuperLink of every admitted node key that is not in `known`, and remember it."""
-    new = {r.name: r.node.encode() for r in enrol.registry(home).values() if r.node not in known}
-    for name, key in new.items():
-        api.register(link.address, link.ca, link.secret, {name: key})
-        known.add(key.decode())
+def register_new(link: Link, home: Path, registered: set[str]) -> None:
+    """Register every admitted node key that is not in `registered` with the SuperLink."""
+    for record in enrol.registry(home).values():
+        if record.node not in registered:
+            key = {record.name: record.node.encode()}
+            api.register(link.address, link.ca, link.secret, key)
+            registered.add(record.node)
 
 
 @contextmanager
 def study_grid(link: Link, home: Path) -> Iterator[Grid]:
-    """Start a run and claim its ServerApp task: the Grid to run the rounds on."""
+    """Start a run, claim its ServerApp task, and provide the Grid to run the rounds on."""
     content = bundle()
     digest = hashlib.sha256(content).hexdigest()
     api.start_run(link.address, link.ca, link.secret, content, digest)
@@ -233,7 +234,7 @@ def study_grid(link: Link, home: Path) -> Iterator[Grid]:
 
 
 def bundle() -> bytes:
-    """The app bundle of every run: names and no code, because every machine has its own."""
+    """Build the app bundle of every run: names and no code, since every machine has its own."""
     project = (
         '[project]\nname = "fedtune"\nversion = "1.0.0"\n'
         '[tool.flwr.app]\npublisher = "fedtune"\n'
@@ -258,8 +259,8 @@ def _blame(link: Child, error: httpx.HTTPError | InfrastructureError) -> Infrast
 
 
 class Members:
-    """Who each node is, as of now: the SuperLink vouches for a node's key, the registry for the
-    key's name. A node keeps its key, so one that has just left is still known."""
+    """Identifies each node's member at present: the SuperLink knows a node's key, the registry the
+    key's site. A node keeps its key, so one that has just left is still known."""
 
     def __init__(self, home: Path) -> None:
         self._home, self._keys, self._asked = home, dict[int, str](), dict[str, tuple[int, int]]()
@@ -267,12 +268,12 @@ class Members:
 
     def __call__(self, grid: Grid) -> dict[int, enrol.Member]:
         self._keys |= api.node_keys(grid)
-        known = {r.node: r for r in enrol.registry(self._home).values()}
-        found = {node: known[key] for node, key in self._keys.items() if key in known}
-        return {node: enrol.Member(r.name, r.signing) for node, r in found.items()}
+        records = {r.node: r for r in enrol.registry(self._home).values()}
+        members = {node: records[key] for node, key in self._keys.items() if key in records}
+        return {node: enrol.Member(r.name, r.signing) for node, r in members.items()}
 
     def expect(self, grid: Grid, nodes: Iterable[int], most: int) -> None:
-        """Have the gateway let these nodes, and no others, push an answer of `most` bytes."""
+        """Allow these nodes, and no others, to push an answer of `most` bytes to the gateway."""
         members = self(grid)
         for name in {members[node].name for node in nodes if node in members}:
             count, _ = self._asked.get(name, (0, 0))

@@ -30,12 +30,12 @@ from fedtune.flower.grid import InProcessGrid, answer, contexts_of, decode
 from fedtune.flower.processes import Child
 
 Sites = dict[int, str]  # node number -> site file
-PAUSE = 0.05  # seconds that one look for a reply may take
+PAUSE = 0.05  # seconds to wait for a reply
 
 
 class ProcessGrid(InProcessGrid):
     """A grid whose sites answer in `processes` processes; a context manager that ends them.
-    trouble: what the sites' own errors were, by site file.
+    site_errors: the sites' own errors, by site file.
 
     Guarantee: at most one reply is held here, one more in each process. A process that ends is the
     failure of the site that it was working for; the next message to its sites starts a new one."""
@@ -59,7 +59,7 @@ class ProcessGrid(InProcessGrid):
         return pushed
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
-        """The replies that are there, each once."""
+        """Yield the replies that have arrived, each once."""
         for identity in message_ids:
             self._move()
             reply = self._replies.pop(identity, None)
@@ -85,7 +85,7 @@ class ProcessGrid(InProcessGrid):
             worker.stop()
 
     def _move(self) -> None:
-        """Give work to whoever has none, and take one reply if none is held."""
+        """Send a message to each idle worker, and take one reply if none is held."""
         for worker in self._workers:
             self._feed(worker)
         if self._replies:
@@ -99,10 +99,10 @@ class ProcessGrid(InProcessGrid):
     def _feed(self, worker: _Worker) -> None:
         if not worker.busy and worker.queue:
             identity = worker.queue.popleft()
-            worker.give(identity, self._waiting.pop(identity))
+            worker.send(identity, self._waiting.pop(identity))
 
     def _take(self, worker: _Worker) -> None:
-        identity, asked = worker.busy, decode(worker.body)
+        identity, message = worker.busy, decode(worker.message_bytes)
         try:
             assert worker.connection is not None
             site_errors = json.loads(worker.connection.recv_bytes())
@@ -110,29 +110,29 @@ class ProcessGrid(InProcessGrid):
         except (EOFError, OSError):
             worker.stop()
             site_errors = {}
-            gone = Message(Error(api.ErrorCode.CLIENT_APP_CRASHED), reply_to=asked)
-            reply = api.message_to_proto(gone).SerializeToString()
-        worker.busy, worker.body = "", b""
-        self.site_errors |= {site: _error(said) for site, said in site_errors.items()}
-        self.bytes_up[asked.metadata.dst_node_id] += len(reply)
+            crashed = Message(Error(api.ErrorCode.CLIENT_APP_CRASHED), reply_to=message)
+            reply = api.message_to_proto(crashed).SerializeToString()
+        worker.busy, worker.message_bytes = "", b""
+        self.site_errors |= {site: _error(fields) for site, fields in site_errors.items()}
+        self.bytes_up[message.metadata.dst_node_id] += len(reply)
         self._replies[identity] = reply
 
 
 class _Worker:
-    """One process and the sites that it answers for; started with its first message."""
+    """One process and its sites; started with its first message."""
 
     def __init__(self, number: int, sites: Sites, processes: int, logs: Path) -> None:
         self._number, self.sites, self._processes, self._logs = number, sites, processes, logs
         self._child: Child | None = None
         self.connection: Connection | None = None
         self.queue: deque[str] = deque()
-        self.busy, self.body = "", b""  # the message that it is answering
+        self.busy, self.message_bytes = "", b""  # the message that it is answering
 
-    def give(self, identity: str, body: bytes) -> None:
+    def send(self, identity: str, message_bytes: bytes) -> None:
         connection = self.connection or self._started()
-        self.busy, self.body = identity, body
-        with suppress(OSError):  # it ended: seen when its reply is awaited
-            connection.send_bytes(body)
+        self.busy, self.message_bytes = identity, message_bytes
+        with suppress(OSError):  # the process ended: noticed when its reply is awaited
+            connection.send_bytes(message_bytes)
 
     def _started(self) -> Connection:
         ours, theirs = socket.socketpair()
@@ -154,18 +154,18 @@ class _Worker:
             self._child = None
 
 
-def _error(said: list[str]) -> FedtuneError:
-    kind, *words = said
-    found = getattr(errors, kind, None)
-    known = isinstance(found, type) and issubclass(found, FedtuneError)
-    return (found if known else FedtuneError)(*words)  # type: ignore[misc]
+def _error(fields: list[str]) -> FedtuneError:
+    kind, *words = fields
+    error_class = getattr(errors, kind, None)
+    is_ours = isinstance(error_class, type) and issubclass(error_class, FedtuneError)
+    return (error_class if is_ours else FedtuneError)(*words)  # type: ignore[misc]
 
 
 # ----------------------------------------------------------------------------- a site's process
 
 
 def main(options: list[str]) -> None:
-    """DESCRIPTOR NUMBER PROCESSES: answer what comes in over a socket until that closes."""
+    """Answer messages from a socket until it closes. options: DESCRIPTOR NUMBER PROCESSES."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
     descriptor, number, processes = map(int, options)
     connection = Connection(descriptor)
@@ -177,10 +177,10 @@ def main(options: list[str]) -> None:
     with suppress(EOFError, OSError):
         while True:
             reply = answer(app, contexts, connection.recv_bytes())
-            said: dict[str, Any] = {
+            errors_by_site: dict[str, Any] = {
                 site: [type(e).__name__, e.happened, e.expected, e.todo]
                 for site, e in site_errors.items()
             }
             site_errors.clear()
-            connection.send_bytes(json.dumps(said).encode())
+            connection.send_bytes(json.dumps(errors_by_site).encode())
             connection.send_bytes(reply)

@@ -1,4 +1,4 @@
-"""The same study in Flower's own simulation runtime (Ray): sites in several processes at once."""
+"""Simulate a study in Flower's own runtime (Ray): sites in several processes at once."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ def simulate_ray(
         raise InfrastructureError(f"the ray engine failed ({type(error).__name__})") from error
     if "error" in result:
         raise result["error"]
-    body: dict[str, Any] = result["body"]
-    return body
+    report: dict[str, Any] = result["body"]
+    return report
 
 
 def site_app(sites: list[str]) -> ClientApp:
-    """The installed ClientApp with the site file of each partition filled in.
+    """Wrap the installed ClientApp so that each partition has its site file.
 
     Ray hands a site's messages to any worker, so the plan is kept in the node's own context and
     given to a worker that does not know it yet."""
@@ -95,7 +95,7 @@ def site_app(sites: list[str]) -> ClientApp:
 
 
 def _prepared(message: Message, context: Context, sites: list[str]) -> Message:
-    """The site's answer; a worker that does not know the plan is given it first."""
+    """Return the site's answer, after sending the plan to a worker that does not know it."""
     reply = _answer(message, context, sites)
     status = reply.content.config_records["site"]["status"]
     if status == "unprepared" and "plan" in context.state:

@@ -1,4 +1,4 @@
-"""A whole study on one machine: the same server, the same client, the same bytes."""
+"""Simulate a study on one machine, with the server, client and messages of a deployment."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def simulate(
     from fedtune.client.site import drop_if_changed
     from fedtune.client.site_checks import check_data
     from fedtune.models.teacher import own_teacher
-    from fedtune.server import rounds as machine
+    from fedtune.server import rounds as server_rounds
     from fedtune.server.parts import Dependencies
     from fedtune.server.schedule import SimulatedClock
 
@@ -66,13 +66,13 @@ def simulate(
         common: dict[str, Any] = {"resume": resume, "on_event": on_event, "parts": parts}
         simulate_ray(study, files, out, processes=processes, **common)
         return Run(out)
-    # Nobody is on the way: who fails now fails again.
+    # In this process a site that fails now fails again: no waiting for sites, no pauses.
     at_once = Dependencies(patience=0.0, pause=0.0, clock=SimulatedClock(), upto=rounds, skip=False)
     for path in files:
         drop_if_changed(path)
     with _grid(files, processes, out) as (grid, site_errors):
         try:
-            machine.run(grid, study, out, resume=resume, on_event=on_event, parts=at_once)
+            server_rounds.run(grid, study, out, resume=resume, on_event=on_event, parts=at_once)
         except InfrastructureError:
             if bad := _bad_files(files, site_errors):
                 raise bad from None
@@ -81,14 +81,15 @@ def simulate(
 
 
 def _bad_files(files: Sequence[Path], errors: Mapping[str, FedtuneError]) -> FedtuneError | None:
-    """The first site's own error, where all that failed is somebody's files."""
-    own = [error for path in files if (error := errors.get(str(path)))]
-    return own[0] if own and all(isinstance(error, InputError) for error in own) else None
+    """Return the first site's error, where every site error is about its files."""
+    found_errors = [error for path in files if (error := errors.get(str(path)))]
+    all_inputs = all(isinstance(error, InputError) for error in found_errors)
+    return found_errors[0] if found_errors and all_inputs else None
 
 
 def site_file(site: Site) -> Path:
-    """The file that a site's worker reads: the one it was loaded from, while that says the same;
-    else site.toml in the site's state folder, written now. Errors: InfrastructureError."""
+    """Return the file that a site's worker reads: the one it was loaded from, if unchanged, else
+    site.toml in the site's state folder, written now. Errors: InfrastructureError."""
     if site.file is not None:
         with suppress(ConfigError):
             if load_site(site.file) == site:
@@ -97,7 +98,7 @@ def site_file(site: Site) -> Path:
 
 
 def check_rounds(study: Study, rounds: int | None) -> None:
-    """Errors: ConfigError unless the study ends, or is ended by `rounds`."""
+    """Check that the study ends, by itself or after `rounds`. Errors: ConfigError."""
     if study.continuous and rounds is None:
         raise ConfigError(
             "a study with a [schedule] has no last round", "--rounds N, to stop after round N here"
@@ -112,7 +113,7 @@ def check_rounds(study: Study, rounds: int | None) -> None:
 def _grid(
     files: list[Path], processes: int, out: Path
 ) -> Iterator[tuple[Grid, dict[str, FedtuneError]]]:
-    """The sites' grid, and where it keeps their own errors by site file."""
+    """Provide the sites' grid and its table of their errors by site file."""
     if processes > 1:
         from fedtune.launch.process_pool import ProcessGrid
 
@@ -133,7 +134,7 @@ def _grid(
 
 
 def check(study: Study, sites: Sequence[Site]) -> None:
-    """Errors: ConfigError (two share a name or a ledger, or fewer than min_sites are given)."""
+    """Check that the sites suffice and share neither name nor ledger. Errors: ConfigError."""
     names: dict[str, Site] = {}
     states: dict[Path, Site] = {}
     for site in sites:

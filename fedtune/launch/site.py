@@ -1,4 +1,4 @@
-"""A site: `fedtune client`, which answers a coordinator's messages with the installed ClientApp.
+"""Run a site (`fedtune client`): answer a coordinator's messages with the installed ClientApp.
 
     gateway <── forwarder <── SuperNode ── loopback, secret ──> join(): this process
 
@@ -44,7 +44,7 @@ log = logging.getLogger("fedtune.client")
 App = Callable[[Message, Context], Message]
 ANSWERED = ("query.prepare", "train", "query.evaluate")  # the kinds of message that a site answers
 REFUSAL = "this site answers query.prepare, train and query.evaluate, no more"
-POLL_SECONDS = 0.2  # between two looks for a task, on loopback
+POLL_SECONDS = 0.2  # between two polls for a task, on loopback
 GONE_SECONDS = 6.0  # a coordinator that cannot be reached for so long is not there
 LONG_SECONDS = 30.0  # a SuperNode that lasted so long was waiting, not failing
 BACKOFF_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0)
@@ -81,7 +81,7 @@ def join(
             failures: list[float] = []  # when, since the last success or long wait
             while True:
                 began = time.monotonic()
-                problem = executor.attend(state, forwarder)
+                problem = executor.run_supernode(state, forwarder)
                 if problem is None:
                     return
                 ended = time.monotonic()
@@ -91,7 +91,7 @@ def join(
                 if not executor.joined and ended - failures[0] > patience:
                     raise problem
                 wait = BACKOFF_SECONDS[min(len(failures), len(BACKOFF_SECONDS)) - 1]
-                executor.tell("reconnecting", {"seconds": wait, "text": "connecting again"})
+                executor.notify("reconnecting", {"seconds": wait, "text": "connecting again"})
                 time.sleep(wait)
     except Stopped:
         return
@@ -100,24 +100,25 @@ def join(
 class _Executor:
     """Answers the tasks of one SuperNode after another."""
 
-    def __init__(self, site_path: Path, app: ClientApp | App, tell: OnEvent, once: bool) -> None:
-        self._site_path, self._app, self.tell, self._once = site_path, app, tell, once
+    def __init__(self, site_path: Path, app: ClientApp | App, notify: OnEvent, once: bool) -> None:
+        self._site_path, self._app, self.notify, self._once = site_path, app, notify, once
         self.coordinator = ""  # the signing key that this site enrolled with
         self.watch = False  # whether it takes part in studies without a last round
         self.joined = False  # whether the coordinator accepted the last SuperNode
         self._worked = False
 
-    def attend(self, state: Path, way: Forwarder) -> InfrastructureError | None:
-        """Run one SuperNode until it ends, and say why; None: `once` is fulfilled."""
+    def run_supernode(self, state: Path, forwarder: Forwarder) -> InfrastructureError | None:
+        """Run one SuperNode until it ends and return the reason; None: `once` is fulfilled."""
         self.joined, problem = False, None
-        if way.refusal:
-            return _refusal(way)  # asked again by the forwarder, until that changes
+        if forwarder.refusal:
+            return _refusal(forwarder)  # asked again by the forwarder, until that changes
         secret, port = secrets.token_bytes(32), free_port()
         secret_file = replace(state / "executor.secret", secret, private=True)
         # fmt: off
         options = [
-            "--superlink", f"127.0.0.1:{way.port}", "--root-certificates", str(way.certificate),
-            "--auth-supernode-private-key", str(way.link.keys / "node.key"),
+            "--superlink", f"127.0.0.1:{forwarder.port}",
+            "--root-certificates", str(forwarder.certificate),
+            "--auth-supernode-private-key", str(forwarder.link.keys / "node.key"),
             "--host", "127.0.0.1", "--port", str(port),
             "--isolation", "process", "--superexec-auth-secret-file", str(secret_file),
         ]
@@ -126,42 +127,42 @@ class _Executor:
             runtime = api.Runtime(f"127.0.0.1:{port}", secret)
             try:
                 node.wait_for_port("127.0.0.1", port)
-                if self._work(node, runtime, f"127.0.0.1:{port}", way):
+                if self._work(node, runtime, f"127.0.0.1:{port}", forwarder):
                     return None
             except InfrastructureError as error:
                 problem = error
-            except Exception as error:  # the SuperNode ended, or waits for an answer in vain: anew
+            except Exception as error:  # the SuperNode ended, or its wait failed: start another
                 if node.alive:
                     self._failed("connection", error)
             finally:
                 runtime.close()
                 node.stop()
-            if way.distrust:
-                raise _distrust(way.link)
-            if way.refusal or node.said(api.SUPERNODE_REFUSED):
-                return _refusal(way)
+            if forwarder.distrust:
+                raise _distrust(forwarder.link)
+            if forwarder.refusal or node.said(api.SUPERNODE_REFUSED):
+                return _refusal(forwarder)
             return problem or node.ended()
 
-    def _work(self, node: Child, runtime: api.Runtime, address: str, way: Forwarder) -> bool:
-        """Answer task after task: False when the SuperNode ends or the gateway refuses this site,
-        True when `once` is fulfilled."""
-        coordinator, waiting = way.link.address, False
-        while node.alive and not (way.refusal or way.distrust):
+    def _work(self, node: Child, runtime: api.Runtime, address: str, forwarder: Forwarder) -> bool:
+        """Answer tasks until the SuperNode ends or the gateway refuses this site (False), or `once`
+        is fulfilled (True)."""
+        coordinator, waiting = forwarder.link.address, False
+        while node.alive and not (forwarder.refusal or forwarder.distrust):
             if not self.joined and node.said(api.SUPERNODE_JOINED):
                 self.joined = True
-                self.tell("joined", {"text": "connected; waiting for work"})
+                self.notify("joined", {"text": "connected; waiting for work"})
             if claim := runtime.acquire([api.CLIENT_APP, api.AGENT_APP]):
                 self._answer(node, address, claim)
             elif self._once and self._worked:
-                if way.away > GONE_SECONDS:
+                if forwarder.away > GONE_SECONDS:
                     return True
-            elif waiting != (way.away > GONE_SECONDS):
+            elif waiting != (forwarder.away > GONE_SECONDS):
                 waiting = not waiting
                 text = f"waiting for the coordinator at {coordinator}"
                 if waiting:
-                    self.tell("waiting", {"address": coordinator, "text": text})
+                    self.notify("waiting", {"address": coordinator, "text": text})
                 elif self.joined:
-                    self.tell("connected", {"text": "connected again; waiting for work"})
+                    self.notify("connected", {"text": "connected again; waiting for work"})
             time.sleep(POLL_SECONDS)
         return False
 
@@ -172,10 +173,10 @@ class _Executor:
         self._worked = True
 
     def reply(self, task_kind: str, message: Message, context: Context) -> Message:
-        """The installed app's reply, or a refusal; of an exception only the class is told."""
+        """Return the installed app's reply, or a refusal; of an exception only its class."""
         kind = message.metadata.message_type
         if task_kind != api.CLIENT_APP or kind not in ANSWERED:
-            self.tell("refused", {"kind": kind, "text": f"REFUSED {kind}: {REFUSAL}"})
+            self.notify("refused", {"kind": kind, "text": f"REFUSED {kind}: {REFUSAL}"})
             return api.error_reply(message, REFUSAL)
         context.run_config = {}  # the coordinator's; the site's own file is all that counts here
         context.node_config = {"site": str(self._site_path), "coordinator": self.coordinator}
@@ -185,19 +186,19 @@ class _Executor:
         except Exception as error:
             self._failed(kind, error)
             return api.error_reply(message, type(error).__name__)
-        self.tell(
+        self.notify(
             "answered",
-            {"kind": kind, "text": f"{kind}: answered", **_told(message, reply, context)},
+            {"kind": kind, "text": f"{kind}: answered", **_reply_facts(message, reply, context)},
         )
         return reply
 
     def _failed(self, kind: str, error: Exception) -> None:
         name = type(error).__name__
-        self.tell("failed", {"kind": kind, "error": name, "text": f"{kind}: FAILED: {name}"})
+        self.notify("failed", {"kind": kind, "error": name, "text": f"{kind}: FAILED: {name}"})
 
 
-def _told(message: Message, reply: Message, context: Context) -> dict[str, Any]:
-    """What the site did, for its own screen and log; whatever goes wrong here, the reply goes."""
+def _reply_facts(message: Message, reply: Message, context: Context) -> dict[str, Any]:
+    """Describe the reply for the site's screen and log; an error here does not stop the reply."""
     from fedtune.client.reply_facts import reply_facts
 
     try:
@@ -205,20 +206,20 @@ def _told(message: Message, reply: Message, context: Context) -> dict[str, Any]:
     except Exception as error:
         if strict_here():
             raise
-        log.warning("this answer cannot be told of: %s", type(error).__name__)
+        log.warning("this answer cannot be described: %s", type(error).__name__)
         return {}
 
 
-def _refusal(way: Forwarder) -> InfrastructureError:
-    why = f" ({way.refusal})" if way.refusal else ""
-    if way.clock:
+def _refusal(forwarder: Forwarder) -> InfrastructureError:
+    why = f" ({forwarder.refusal})" if forwarder.refusal else ""
+    if forwarder.clock:
         return InfrastructureError(
-            f"no connection to the coordinator at {way.link.address}{why}",
+            f"no connection to the coordinator at {forwarder.link.address}{why}",
             "clocks that agree, here and there",
             "set the clocks of both ends (NTP); `fedtune doctor` compares them",
         )
     return InfrastructureError(
-        f"the coordinator at {way.link.address} refuses this site{why}",
+        f"the coordinator at {forwarder.link.address} refuses this site{why}",
         "an admitted site whose keys no other process uses",
         "`fedtune enroll` again, and have the request admitted",
     )

@@ -1,10 +1,10 @@
-"""What a run or a site tells whoever operates it: a log, a status file, metrics. Nothing private.
+"""Report a run's or site's events to its operator: a log, a status file, metrics. Nothing private.
 
     with observer("coordinator", folder, then=watch, metrics_port=9464) as seen:
         serve(..., on_event=seen)
 
-Nothing here touches the wire, and no sink can stop a study: what goes wrong in one is warned of
-once. In strict mode (FEDTUNE_STRICT=1: the tests) it raises instead.
+Nothing here touches the wire, and no sink can stop a study: an error in one is logged once. In
+strict mode (FEDTUNE_STRICT=1: the tests) it raises instead.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ EARLY = 200  # events kept for a run folder that does not exist yet
 
 
 class Observer:
-    """Passes each event to `then` and to every sink; as a context manager it also tells of the end.
+    """Passes each event to `then` and to every sink; as a context manager also the end.
 
-    late: sinks whose folder the run has yet to make: they get the earlier events at "start", so
-    that a run that never began leaves nothing behind. run: its folder, where one is made."""
+    late: sinks whose folder the run has yet to create: they get the earlier events at "start", so
+    that a run that never began leaves nothing behind. run: its folder, where one is created."""
 
     def __init__(
         self,
@@ -61,8 +61,8 @@ class Observer:
             self._early = [*self._early, (event, data)][-EARLY:]
             if event == "start":
                 for sink in self._late:
-                    for each in self._early:
-                        self._pass(sink, *each)
+                    for pair in self._early:
+                        self._pass(sink, *pair)
                 self._sinks, self._late, self._early = [*self._sinks, *self._late], [], []
         if self._then:
             self._then(event, data)
@@ -90,7 +90,7 @@ class Observer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        then, self._then = self._then, None  # the screen has its own way to tell of it
+        then, self._then = self._then, None  # the screen shows the end itself
         if kind is not None or not self._ended:
             failed = kind is not None and kind is not KeyboardInterrupt  # which a person asked for
             self("stopped", {"error": kind.__name__} if kind and failed else {})
@@ -103,7 +103,7 @@ class Observer:
 
 
 class _Tracked:
-    """A tracker as a sink: it is told what the log may hold, steps of a progress bar left out."""
+    """A tracker as a sink: it gets what the log may hold, without steps of a progress bar."""
 
     def __init__(self, tracker: Tracker) -> None:
         self._tracker, self.name = tracker, type(tracker).__name__
@@ -123,7 +123,7 @@ class _Tracked:
 
 
 def _forget(run: Path) -> None:
-    """A run that no site admitted has no plan in its folder, and leaves no folder behind."""
+    """Remove the folder of a run that no site admitted: it has no plan in it."""
     with suppress(OSError):
         if not (run / PLAN).exists():
             for name in (LOG, FILE, LOCK):
@@ -142,19 +142,19 @@ def observer(
     early: bool = False,
     trackers: Sequence[Tracker] = (),
 ) -> Observer:
-    """The sinks of a role, joined with `then` (the console's Watch).
+    """Build a role's observer of all its sinks, joined with `then` (the console's Watch).
 
     folder: of the run, or the site's state; home: the coordinator's, which gets a status too;
     site: the site.toml, for the metrics; early: write to a run's folder before the run begins;
     trackers: of a coordinator's run.
     Errors: as metrics.Metrics."""
-    kept = [JsonLog(folder / LOG, role=role), StatusFile(folder, role=role)]
-    waits = role == "coordinator" and not early
-    now: list[Any] = [*map(_Tracked, trackers), *([] if waits else kept)]
+    files = [JsonLog(folder / LOG, role=role), StatusFile(folder, role=role)]
+    is_late = role == "coordinator" and not early
+    sinks: list[Any] = [*map(_Tracked, trackers), *([] if is_late else files)]
     if home is not None:
-        now.append(StatusFile(home, role=role))
+        sinks.append(StatusFile(home, role=role))
     if metrics_port is not None:
         from fedtune.observe.metrics import Metrics
 
-        now.append(Metrics(role, port=metrics_port, site=site))
-    return Observer(now, then, late=kept if waits else (), run=folder if waits else None)
+        sinks.append(Metrics(role, port=metrics_port, site=site))
+    return Observer(sinks, then, late=files if is_late else (), run=folder if is_late else None)

@@ -1,4 +1,4 @@
-"""One JSON line per event, from an allow-list of fields; record text cannot be passed.
+"""Log one JSON line per event, from an allow-list of fields; record text cannot be passed.
 
     {"time": "2026-05-04T09:30:00Z", "role": "coordinator", "event": "round", "round": 3, ...}
 
@@ -60,7 +60,7 @@ KINDS = frozenset({
     "superlink", "supernode", "gateway", "forwarder",
 })
 LOGGABLE = frozenset(name for name, each in METRICS.items() if each.loggable)
-# The first that is found in a reason is what is kept of it.
+# Of a reason, the first of these that it contains is logged.
 PHRASES = (
     "policy.max_epsilon_per_study", "policy.max_epsilon", "policy.max_delta",
     "policy.allow_privacy_off", "policy.admission", "policy.min_noise_multiplier",
@@ -134,7 +134,7 @@ def _number(value: Any) -> float | None:
 
 
 def _epsilon(value: Any) -> float | None:
-    """Rounded up: an ε is never written smaller than it is."""
+    """Round an ε up, so that it is never written smaller than it is."""
     number = _number(value)
     return None if number is None else math.ceil(float(value) * 1e6) / 1e6
 
@@ -148,48 +148,48 @@ def _matching(pattern: re.Pattern[str]) -> Callable[[Any], str]:
     return check
 
 
-def _one_of(known: frozenset[str]) -> Callable[[Any], str]:
-    """Words of other machines too: an unknown one is not an error, and is not repeated."""
+def _one_of(allowed: frozenset[str]) -> Callable[[Any], str]:
+    """Build a rule for a fixed set of words; an unknown one becomes "other", without an error."""
 
     def check(value: Any) -> str:
         if not isinstance(value, str):
             raise TypeError
-        return value if value in known else OTHER
+        return value if value in allowed else OTHER
 
     return check
 
 
 def reason_of(value: Any) -> str:
-    """The phrase of ours in somebody's reason, or "other"; "" for none. Errors: TypeError."""
+    """Reduce a reason to its phrase of PHRASES, or "other"; "" for none. Errors: TypeError."""
     if not isinstance(value, str):
         raise TypeError
     return next((phrase for phrase in PHRASES if phrase in value), OTHER) if value else ""
 
 
 def _exception(value: Any) -> str:
-    """The name of an exception class that this process has; nothing else looks like one."""
+    """Return the name if it is an exception class of this process, else "other"."""
     if not isinstance(value, str):
         raise TypeError
-    known, left = set(), [BaseException]
-    while left:
-        for kind in type.__subclasses__(left.pop()):
-            if kind.__name__ not in known:
-                known.add(kind.__name__)
-                left.append(kind)
-    return value if value in known else OTHER
+    names, pending = set(), [BaseException]
+    while pending:
+        for kind in type.__subclasses__(pending.pop()):
+            if kind.__name__ not in names:
+                names.add(kind.__name__)
+                pending.append(kind)
+    return value if value in names else OTHER
 
 
 def _names(value: Any) -> list[str]:
     if not isinstance(value, list | tuple | set | frozenset) or len(value) > MANY:
         raise TypeError
-    return sorted(_name(each) for each in value)
+    return sorted(_name(name) for name in value)
 
 
 def by(key: Callable[[Any], str], rule: Callable[[Any], Any]) -> Callable[[Any], Record]:
     def check(value: Any) -> Record:
         if not isinstance(value, Mapping) or len(value) > MANY:
             raise TypeError
-        return {key(name): rule(each) for name, each in value.items()}
+        return {key(name): rule(entry) for name, entry in value.items()}
 
     return check
 
@@ -234,7 +234,7 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
 
 
 def cleaned(event: str, data: Mapping[str, Any], *, strict: bool) -> Record:
-    """What of an event may be kept. Errors: NotLoggable, where strict."""
+    """Reduce an event to its loggable fields. Errors: NotLoggable, where strict."""
     record: Record = {"event": event if event in EVENTS else OTHER}
     dropped = set() if event in EVENTS else {"event"}
     for key, value in data.items():

@@ -89,8 +89,8 @@ def _library() -> Any:
 
 
 def _coordinator(kinds: Any, registry: CollectorRegistry) -> Callable[[Record], None]:
-    def gauge(name: str, says: str, labels: tuple[str, ...] = ()) -> Any:
-        return kinds.Gauge(f"fedtune_{name}", says, labels, registry=registry)
+    def gauge(name: str, text: str, labels: tuple[str, ...] = ()) -> Any:
+        return kinds.Gauge(f"fedtune_{name}", text, labels, registry=registry)
 
     done = gauge("rounds_done", "Rounds that count, of this study")
     planned = gauge("rounds_planned", "Rounds in the plan")
@@ -160,7 +160,7 @@ class LedgerFigures:
     def __init__(self, site: Path) -> None:
         self._path, self._mutex = site, threading.Lock()
         self._ledger: Ledger | None = None
-        self._known: _Spent | None = None
+        self._cached: _Spent | None = None
 
     def describe(self) -> list[GaugeMetricFamily]:
         return []  # nothing is read before the first scrape
@@ -175,8 +175,8 @@ class LedgerFigures:
                 figures = None
         readable = "1: the ledger verifies, and the figures below are its own"
         yield GaugeMetricFamily("fedtune_ledger_readable", readable, value=figures is not None)
-        for name, (says, value) in (figures or {}).items():
-            yield GaugeMetricFamily(f"fedtune_{name}", says, value=value)
+        for name, (text, value) in (figures or {}).items():
+            yield GaugeMetricFamily(f"fedtune_{name}", text, value=value)
 
     def _figures(self) -> dict[str, tuple[str, float]]:
         from fedtune.config import load_site
@@ -204,15 +204,15 @@ class LedgerFigures:
         from fedtune.dp.filter import total_epsilon
 
         head = book.head.hash
-        if self._known is None or (self._known.head, self._known.delta) != (head, delta):
+        if self._cached is None or (self._cached.head, self._cached.delta) != (head, delta):
             charges, epsilon = book.spending(dataset), 0.0
-            for cohort in book.cohorts(dataset):  # whoever bears most
+            for cohort in book.cohorts(dataset):  # the cohort that spent most
                 order = cohort.charges[0].order if cohort.charges else 2.0
                 events = [charge.event for charge in cohort.charges]
                 epsilon = max(epsilon, total_epsilon(events, order, delta).epsilon)
             rounds = sum(c.released for c in charges if c.kind == "reserve")
-            self._known = _Spent(head, delta, epsilon, rounds)
-        return self._known
+            self._cached = _Spent(head, delta, epsilon, rounds)
+        return self._cached
 
 
 # -------------------------------------------------------------------------------- serving

@@ -1,10 +1,10 @@
-"""Where a run or a site stands: written at each event, read by `fedtune status`.
+"""The status file of a run or a site: written at each event, read by `fedtune status`.
 
-    status.json   what `cleaned` let through of the events so far, replaced whole
+    status.json   what `cleaned` let through of the events so far, replaced atomically
     status.lock   locked for as long as the process that writes it lives
 
-Guarantee: a reader never sees half a file, and never takes a process that was killed for a running
-one: the lock goes with the process, whatever ended it.
+Guarantee: a reader never sees a partial file, and never takes a process that was killed for a
+running one: the lock is released with the process, whatever ended it.
 | state    | meaning                                                               |
 | waiting  | it runs, and waits for the other side                                 |
 | running  | it runs, and works                                                    |
@@ -34,8 +34,8 @@ LAST = 12  # events kept in the file
 ENDED = frozenset({"done", "stopped"})
 QUIET = frozenset({"step"})
 TOTALS = ("bytes_up", "bytes_down")
-# Of whatever event tells them.
-KEPT = ("study", "plan_digest", "private", "rounds", "address", "next", "champion")
+# Fields taken over from any event that has them.
+CARRIED = ("study", "plan_digest", "private", "rounds", "address", "next", "champion")
 
 
 class StatusFile:
@@ -54,18 +54,18 @@ class StatusFile:
         record = cleaned(event, data, strict=self._strict)
         if event in QUIET:
             return
-        self._status = folded(self._status, {"time": now(), **record})
+        self._status = updated(self._status, {"time": now(), **record})
         self.write()
 
     def write(self) -> None:
-        """What is known so far, also before the first event."""
+        """Write the status so far, also before the first event."""
         draft = self.folder / f"{FILE}.{os.getpid()}.new"
-        body = json.dumps({**self._status, "updated": now()}, allow_nan=False).encode()
+        text = json.dumps({**self._status, "updated": now()}, allow_nan=False).encode()
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._hold()
             with open(draft, "wb", opener=_private) as file:
-                file.write(body)
+                file.write(text)
             draft.replace(self.folder / FILE)
         except OSError as error:
             with suppress(OSError):
@@ -77,7 +77,7 @@ class StatusFile:
     def _hold(self) -> None:
         if self._lock is None:
             self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            with suppress(BlockingIOError):  # another process of this role holds it: that lives
+            with suppress(BlockingIOError):  # another live process of this role holds it
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def close(self) -> None:
@@ -90,11 +90,11 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def folded(status: Record, record: Record) -> Record:
-    """The status after one more event, already cleaned."""
+def updated(status: Record, record: Record) -> Record:
+    """Return the status after one more event, already cleaned."""
     event, sites = record["event"], {name: dict(s) for name, s in status["sites"].items()}
     new: Record = {**status, "sites": sites}
-    new |= {key: record[key] for key in KEPT if key in record}
+    new |= {key: record[key] for key in CARRIED if key in record}
     new["last"] = [*status["last"], _brief(record)][-LAST:]
     if event == "start":
         new |= {"state": "running", "round": record.get("done", 0)}
@@ -116,7 +116,7 @@ def folded(status: Record, record: Record) -> Record:
 
 
 def _answer(new: Record, record: Record) -> None:
-    """What a site told of its own answer: to a plan, an order or a query."""
+    """Enter a site's facts about its own answer: to a plan, an order or a query."""
     new["round"] = record.get("round", new["round"])
     if "site" in record:
         name = record["site"]
@@ -156,8 +156,8 @@ def _brief(record: Record) -> Record:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a folder says. alive: whether the process that writes it still runs."""
+class Snapshot:
+    """A status as read. alive: whether the process that writes it still runs."""
 
     folder: Path
     status: Record
@@ -165,8 +165,8 @@ class Seen:
 
     @property
     def state(self) -> str:
-        said = str(self.status.get("state", ""))
-        return said if self.alive or said in ENDED else "gone"
+        state = str(self.status.get("state", ""))
+        return state if self.alive or state in ENDED else "gone"
 
     @property
     def over(self) -> bool:
@@ -174,7 +174,7 @@ class Seen:
 
 
 def folder_of(path: Path) -> Path:
-    """The folder that `path` (a run, a coordinator's home, a site.toml) keeps its status in.
+    """Find the folder in which `path` (a run, a home, a site.toml) keeps its status.
 
     Errors: ConfigError, InputError."""
     if path.is_dir():
@@ -188,8 +188,8 @@ def folder_of(path: Path) -> Path:
     )
 
 
-def look(folder: Path) -> Seen:
-    """Read how far the work in `folder` is, as the process that does it wrote it.
+def read_status(folder: Path) -> Snapshot:
+    """Read the status in `folder` that its process wrote.
 
     Errors: InputError where no status was ever written, or it is not what fedtune writes."""
     path, expected = folder / FILE, "a status as fedtune writes it"
@@ -207,14 +207,14 @@ def look(folder: Path) -> Seen:
         checked = {}
     if any(checked.get(key) is None for key in ("role", "state", "sites", "last")):
         raise InputError(f"{path}: not a status", expected, todo)
-    return Seen(folder, checked, held(folder / LOCK))
+    return Snapshot(folder, checked, held(folder / LOCK))
 
 
 Rule = Callable[[Any], Any]
 
 
 def _word(value: Any) -> str:
-    """A word of ours, such as the name of an error's class: nothing that a terminal would obey."""
+    """Check a fixed word, such as an error's class: no control characters for a terminal."""
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z_ .]{0,64}", value):
         raise TypeError
     return value
@@ -224,7 +224,7 @@ def _keys(rules: Mapping[str, Rule]) -> Rule:
     def check(value: Any) -> Record:
         if not isinstance(value, dict):
             raise TypeError
-        return {key: each if each is None else rules[key](each) for key, each in value.items()}
+        return {key: entry if entry is None else rules[key](entry) for key, entry in value.items()}
 
     return check
 
@@ -233,7 +233,7 @@ def _list(rule: Rule) -> Rule:
     def check(value: Any) -> list[Any]:
         if not isinstance(value, list):
             raise TypeError
-        return [rule(each) for each in value]
+        return [rule(entry) for entry in value]
 
     return check
 
@@ -258,7 +258,7 @@ _STATUS = _keys(
 
 
 def held(path: Path) -> bool:
-    """Whether a living process holds the lock."""
+    """Return whether a live process holds the lock."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

@@ -22,7 +22,7 @@ from fedtune.flower import api
 from fedtune.flower.grid import InProcessGrid
 from fedtune.launch.site import _Executor, _installed_app
 from fedtune.observe import observer
-from fedtune.observe.status import look
+from fedtune.observe.status import read_status
 from fedtune.registry import process_cache
 from fedtune.server import rounds
 from fedtune.server.parts import Dependencies
@@ -80,7 +80,7 @@ def test_each_round_is_told_with_its_number_and_what_was_paid(
     paid = [entry["epsilon"]["north"] for entry in log if entry.get("status") == "trained"]
     assert len(paid) == 3 and paid == sorted(paid)
     assert paid[-1] == pytest.approx(epsilon([c.event for c in charges], 1e-3), abs=2e-6)
-    assert look(tmp_path / "state-north").status["round"] == 3
+    assert read_status(tmp_path / "state-north").status["round"] == 3
 
 
 def test_a_refused_site_is_told_why(tmp_path: Path, tiny_base: Path) -> None:
@@ -105,5 +105,5 @@ def test_a_refused_site_is_told_why(tmp_path: Path, tiny_base: Path) -> None:
     entries = (tmp_path / "state-north/log.jsonl").read_text().splitlines()
     said = next(e for e in map(json.loads, entries) if e.get("status") == "refused")
     assert said["round"] == 3 and said["reason"].startswith("policy.max_epsilon")
-    north = look(tmp_path / "state-north").status["sites"]["north"]
+    north = read_status(tmp_path / "state-north").status["sites"]["north"]
     assert north["status"] == "refused" and north["reason"] == said["reason"]

@@ -20,7 +20,7 @@ from fedtune.dp.accountant import Steps, epsilon
 from fedtune.evaluation.evaluator import Evaluator
 from fedtune.files.reading import fingerprint
 from fedtune.ledger.ledger import Ledger
-from fedtune.observe.status import look
+from fedtune.observe.status import read_status
 from fedtune.report.claim import rounded_up
 from fedtune.report.markdown import markdown
 from fedtune.server.store import load
@@ -114,7 +114,7 @@ def test_the_status_shows_the_next_round_and_the_version_in_use(trial: Any) -> N
         from tests.continuous.fakes import continuous, parts
 
         fake.run(continuous(), resume=True, parts=parts(2), on_event=seen)
-    said = shown(view(look(out)))
+    said = shown(view(read_status(out)))
     assert "round 2, next at 2027-01-15T09:00:00Z" in said and "is released" in said
     assert START == 1.8e9
 

@@ -167,7 +167,7 @@ def test_a_gateway_out_of_its_time_is_a_matter_of_clocks(
             with world.gateway():
                 until(lambda: says in (way.refusal or ""))
                 assert way.clock and not way.distrust
-                told = str(executor.attend(world.root / "state", way))
+                told = str(executor.run_supernode(world.root / "state", way))
                 assert "compare the clocks" in told and "NTP" in told
                 assert "--name" not in told and "enroll" not in told
             (world.home / "server.pem").write_bytes(good)

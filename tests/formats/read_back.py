@@ -14,7 +14,7 @@ from fedtune.dp.steplog import StepLog
 from fedtune.ledger.ledger import Ledger
 from fedtune.ledger.spending import budget
 from fedtune.models.loaded import verify
-from fedtune.observe.status import look
+from fedtune.observe.status import read_status
 from fedtune.run_folder import load_plan, read_report
 from fedtune.server.store import load
 from fedtune.server.versions import Versions
@@ -81,7 +81,7 @@ def run(folder: Path) -> dict[str, Any]:
         "privacy": body["privacy"],
         "quality": body["quality"],
         "rounds": [json.loads(line)["round"] for line in lines],
-        "state": look(folder).state,
+        "state": read_status(folder).state,
     }
 
 
@@ -100,7 +100,7 @@ def checkpoint(folder: Path, study: Path) -> dict[str, Any]:
         "phase": str(kept.phase),
         "round": kept.round,
         "rounds": kept.history,
-        "state": look(folder).state,
+        "state": read_status(folder).state,
         "sites": kept.sizes,
         "receipts": sorted(kept.receipts),
     }

@@ -23,7 +23,7 @@ from fedtune.errors import InfrastructureError, InputError
 from fedtune.observe import StatusFile, observer
 from fedtune.observe import status as status_module
 from fedtune.observe.log import STRICT
-from fedtune.observe.status import held, look
+from fedtune.observe.status import held, read_status
 from tests.guarantee.world import lay_out, patients
 from tests.observe.test_log import NOTE, ROUND, lines
 from tests.simulated import simulate
@@ -50,7 +50,7 @@ def test_a_whole_study_leaves_a_log_and_a_status_without_a_word_of_a_record(
         "start", *["round"] * 3, "done",
     ]  # fmt: skip
     assert heard[0] == "start" and heard[-1] == "done"
-    kept = look(out)
+    kept = read_status(out)
     assert (kept.state, kept.status["round"], kept.status["rounds"]) == ("done", 3, 3)
     north = kept.status["sites"]["north"]
     assert north["epsilon"] > 0 and north["bytes_up"] > 0 and north["status"] == "trained"
@@ -95,7 +95,7 @@ def test_a_run_that_breaks_off_says_so(tmp_path: Path) -> None:
     with pytest.raises(InfrastructureError), observer("coordinator", tmp_path / "run") as seen:
         seen("start", {"study": "inventory", "rounds": 8, "done": 0})
         raise InfrastructureError(NOTE)
-    kept = look(tmp_path / "run")
+    kept = read_status(tmp_path / "run")
     assert (kept.state, kept.status["error"]) == ("stopped", "InfrastructureError")
     assert lines(tmp_path / "run" / "log.jsonl")[-1]["error"] == "InfrastructureError"
     assert "Ackroyd" not in (tmp_path / "run" / "status.json").read_text()
@@ -122,13 +122,13 @@ def killed(folder: Path) -> None:
     try:
         assert child.stdout and child.stdout.readline() == "ready\n"
         for place in (folder, folder / "run"):
-            assert look(place).state == "running"
+            assert read_status(place).state == "running"
             assert run(place, "--check").output == "ok\n"
     finally:
         child.send_signal(signal.SIGKILL)
         child.communicate()
     for place in (folder, folder / "run"):
-        assert look(place).state == "gone"
+        assert read_status(place).state == "gone"
         assert run(place, "--check").exit_code == 4
         assert "its process is no more" in run(place, "--once").output
 
@@ -164,7 +164,7 @@ def test_a_reader_never_sees_half_a_status(tmp_path: Path) -> None:
     sink.close()
     assert alive and len(out) > 10 and seen > 10, err.decode()
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".new")] == []
-    assert look(tmp_path).status["sites"]["west"]["missed"] == seen
+    assert read_status(tmp_path).status["sites"]["west"]["missed"] == seen
 
 
 LIVE = """
@@ -212,7 +212,7 @@ def test_what_is_not_a_status_is_said(tmp_path: Path) -> None:
         (tmp_path / "status.json").write_text(body)
         assert run(tmp_path, "--once").exit_code == 2
     with pytest.raises(InputError):
-        look(tmp_path / "nowhere")
+        read_status(tmp_path / "nowhere")
     assert run(tmp_path / "nowhere").exit_code == 2
     assert not held(tmp_path / "nowhere")
 
@@ -263,4 +263,4 @@ def test_a_status_that_fedtune_did_not_write_is_not_shown(
     assert run(tmp_path, "--once").exit_code == 0
     (tmp_path / "status.json").write_text(json.dumps(body | {key: value}))
     with pytest.raises(InputError, match="not a status"):
-        look(tmp_path)
+        read_status(tmp_path)
