@@ -211,8 +211,8 @@ def __getattr__(name: str) -> Any:
     """Import a name of `__all__` at its first use."""
     if name not in _ORIGINS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, there = _ORIGINS[name]
-    value = globals()[name] = getattr(importlib.import_module(module), there)
+    module, attribute = _ORIGINS[name]
+    value = globals()[name] = getattr(importlib.import_module(module), attribute)
     return value
 
 

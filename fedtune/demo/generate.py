@@ -52,18 +52,18 @@ class NoteParts(NamedTuple):
 def _telegraphic(p: NoteParts, rng: random.Random) -> str:
     history, drug, denied = f"PMH {p.history}", f"Rx {p.drug}", f"no {p.denied}"
     lines = _background(history, drug, denied, rng)
-    seen = f" O/E {p.finding}." if p.finding else ""
-    return f"{p.age}{'F' if p.woman else 'M'}, {p.complaint}.{seen} {'. '.join(lines)}."
+    finding = f" O/E {p.finding}." if p.finding else ""
+    return f"{p.age}{'F' if p.woman else 'M'}, {p.complaint}.{finding} {'. '.join(lines)}."
 
 
 def _sentences(p: NoteParts, rng: random.Random) -> str:
     who, she = ("woman", "She") if p.woman else ("man", "He")
     history, drug, denied = f"has known {p.history}", f"takes {p.drug}", f"denies {p.denied}"
     lines = _background(history, drug, denied, rng)
-    seen = f" We found {p.finding}." if p.finding else ""
+    finding = f" We found {p.finding}." if p.finding else ""
     article = "An" if 80 <= p.age <= 89 else "A"
     came = f"{article} {p.age}-year-old {who} came with {p.complaint}."
-    return f"{came}{seen} {she} {' and '.join(lines)}."
+    return f"{came}{finding} {she} {' and '.join(lines)}."
 
 
 def _bullets(p: NoteParts, rng: random.Random) -> str:
@@ -102,8 +102,8 @@ def write(folder: Path, seed: int = 0) -> Path:
         site = folder / "sites" / hospital.name
         rows: list[dict[str, str]] = []
         for number in range(1, hospital.patients + 1):
-            own = rng.random() < OWN_SHARE
-            pool = [d for d in DEPARTMENTS if (d in hospital.own) == own]
+            from_own_departments = rng.random() < OWN_SHARE
+            pool = [d for d in DEPARTMENTS if (d in hospital.own) == from_own_departments]
             rows += patient_notes(hospital, number, rng.choice(pool), rng.choice(NOTES), desk, rng)
         _jsonl(site / "notes.jsonl", rows)
         _text(site / "site.toml", SITE.format(name=hospital.name, patients=hospital.patients))
@@ -168,8 +168,8 @@ def public_notes(rng: random.Random, count: int = PUBLIC) -> list[dict[str, str]
     )
     rows = []
     for i in range(count):
-        noticed, seen = LIBRARY[DEPARTMENTS[i % len(DEPARTMENTS)]]
-        (a, b), (c, d) = rng.sample(noticed, 2), rng.sample(seen, 2)
+        complaints, findings = LIBRARY[DEPARTMENTS[i % len(DEPARTMENTS)]]
+        (a, b), (c, d) = rng.sample(complaints, 2), rng.sample(findings, 2)
         rows.append({"note": rng.choice(frames).format(a=a, b=b, c=c, d=d)})
     return rows
 

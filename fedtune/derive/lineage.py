@@ -12,7 +12,7 @@ from fedtune.models.loaded import LoadedModel
 from fedtune.models.run import Run
 
 
-def require_private(model: LoadedModel, what: str, accepted: Sequence[str] = ()) -> None:
+def require_private(model: LoadedModel, role: str, accepted: Sequence[str] = ()) -> None:
     """Refuse a model as a source of targets for private records unless it is a base or a DP run.
 
     A model trained on the records without noise makes each record's target depend on all others.
@@ -20,7 +20,7 @@ def require_private(model: LoadedModel, what: str, accepted: Sequence[str] = ())
     if model.study is None or model.study.private or model.digest in accepted:
         return
     raise Refused(
-        f'the {what} is a run with privacy = "off" ({model.digest})',
+        f'the {role} is a run with privacy = "off" ({model.digest})',
         "a base, or a run that was trained under (ε, δ)",
         "if it never saw a private record, declare its digest as public",
     )

@@ -206,7 +206,7 @@ def _text(writer: LoadedModel, ids: list[int]) -> str:
     return str(writer.tokenizer.decode(ids, skip_special_tokens=True)).replace("\0", "")
 
 
-def _require_writer(model: LoadedModel, what: str) -> LoadedModel:
+def _require_writer(model: LoadedModel, role: str) -> LoadedModel:
     if model.base.kind != "causal" or model.head is not None:
-        raise ConfigError(f"the {what} {model.base.name} writes no text", "a language model")
+        raise ConfigError(f"the {role} {model.base.name} writes no text", "a language model")
     return model
