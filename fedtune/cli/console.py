@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-from fedtune.errors import plain
+from fedtune.errors import printable
 from fedtune.progress import listening
 from fedtune.report.claim import percent, rounded_up
 
@@ -262,7 +262,7 @@ def versions_table(index: Index) -> Table:
         other = "–" if v.champion is None else f"{_short(v.champion_value)} ({v.champion})"
         at = v.at[:16].replace("T", " ") or "–"
         row = (f"{v.number}{mark}", at, _short(v.value), other, _short(v.sure), v.public[:8] or "–")
-        table.add_row(*(escape(plain(cell)) for cell in (*row, v.decision)))
+        table.add_row(*(escape(printable(cell)) for cell in (*row, v.decision)))
     return table
 
 

@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import typer
 
-from fedtune.errors import ConfigError, FedtuneError, plain
+from fedtune.errors import ConfigError, FedtuneError, printable
 from fedtune.files import reading
 
 P = ParamSpec("P")
@@ -53,7 +53,7 @@ def command(
                     f"{_fault(error)}; to do: set {DEBUG}=1 for the "
                     "traceback, and mind that a traceback may show records"
                 )
-            typer.echo(f"fedtune: {plain(' '.join(line.split()))}", err=True)
+            typer.echo(f"fedtune: {printable(' '.join(line.split()))}", err=True)
             raise typer.Exit(code)
 
         on.command(name, rich_help_panel=panel, epilog=epilog)(guarded)

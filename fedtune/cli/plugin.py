@@ -75,12 +75,12 @@ def check_plugin(
     One line for each check, with what was measured and the bound; docs/extending.md shows a plug-in
     of each kind. A check that passes is a measurement, not a proof."""
     from fedtune.audit.contracts import check
-    from fedtune.errors import InputError, plain
+    from fedtune.errors import InputError, printable
 
     console, bad = Console(), 0
     for result in check(group, name, _options(option or []), base, file, less):
         mark = "[green]ok  [/green]" if result.passed else "[red]BAD [/red]"
-        says = plain(result.note) or f"{result.figure:.3g}, at most {result.bound:g}"
+        says = printable(result.note) or f"{result.figure:.3g}, at most {result.bound:g}"
         console.print(f"{mark} {result.name}: {escape(says)}", highlight=False, soft_wrap=True)
         bad += not result.passed
     if bad:

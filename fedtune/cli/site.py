@@ -54,7 +54,7 @@ def review(
     from fedtune.client.review import read_plan
     from fedtune.client.review import review as look
     from fedtune.config import load_site
-    from fedtune.errors import PolicyRefused, plain
+    from fedtune.errors import PolicyRefused, printable
     from fedtune.ledger.ledger import Ledger
 
     here = load_site(site)
@@ -66,11 +66,11 @@ def review(
     for heading, lines in found.sections:
         console.print(f"\n[bold]{heading}[/bold]")
         for line in lines:
-            console.print(Padding(escape(plain(line)), (0, 0, 0, 2)), highlight=False)
+            console.print(Padding(escape(printable(line)), (0, 0, 0, 2)), highlight=False)
     style = "bold red" if found.refusals else "bold"
     console.print(f"\n[{style}]{escape(found.verdict)}[/{style}]", highlight=False)
     for line in found.refusals:
-        console.print(Padding(escape(plain(line)), (0, 0, 0, 2)), highlight=False)
+        console.print(Padding(escape(printable(line)), (0, 0, 0, 2)), highlight=False)
     if sign:
         if found.refusals and not anyway:
             raise PolicyRefused(
