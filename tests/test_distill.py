@@ -27,7 +27,7 @@ from fedtune.evaluation.generate import generate
 from fedtune.models.loaded import load
 from fedtune.models.network import Network
 from fedtune.models.run import Run
-from fedtune.models.teacher import taught_by
+from fedtune.models.teacher import soft_targets_of
 from fedtune.objectives._interface import Teacher
 from fedtune.run_folder import load_plan
 from tests.dp.conftest import study
@@ -120,7 +120,7 @@ def test_several_teachers_are_heard_as_their_mean(tmp_path: Path, teacher: Path)
     targets = np.full(len(ids), -100, np.int32)
     targets[-1] = 5
     example = Example(ids, targets, -100, 0)
-    both = taught_by([one, base], one.study.objective, Teacher("", "", 1.0, 10_000))
+    both = soft_targets_of([one, base], one.study.objective, Teacher("", "", 1.0, 10_000))
     soft = both(Record(""), example)
     at = np.array([len(ids) - 1])
     mean = (one.next_tokens(ids, at).exp() + base.next_tokens(ids, at).exp()) / 2

@@ -17,7 +17,7 @@ from fedtune.audit import selftest
 from fedtune.config import load_study
 from fedtune.config.sites import sites_in
 from fedtune.dp import clip
-from fedtune.dp.non_private import plain_plan
+from fedtune.dp.non_private import non_private_plan
 from fedtune.dp.steplog import StepLog
 from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
@@ -250,7 +250,9 @@ def test_nothing_moves_the_columns_that_a_site_does_not_train(
     monkeypatch.setattr(fedtune.training.local_round, "slice_update", watched)
     data = CachedDataset(network, records([1] * 4))
     log = StepLog(tmp_path / "log")
-    local_round(plan, data, plain_plan(plan, 4), log, 1, network.trainable(), False, slice(2, 5))
+    local_round(
+        plan, data, non_private_plan(plan, 4), log, 1, network.trainable(), False, slice(2, 5)
+    )
     for delta in seen[0].values():
         assert (np.abs(delta[:, 2:5]).max(axis=0) > 0).all()
         assert not delta[:, :2].any() and not delta[:, 5:].any()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedtune.config import Study
-from fedtune.dp.non_private import plain_plan
+from fedtune.dp.non_private import non_private_plan
 from fedtune.dp.steplog import StepLog
 from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
@@ -69,7 +69,7 @@ def test_a_round_lowers_the_loss_of_its_own_records(
     data = CachedDataset(network, records([1] * 8))
     network.load_trainable(start)
     before = loss(network, data, plan)
-    delta = local_round(plan, data, plain_plan(plan, 8), StepLog(tmp_path / "log"), 1, start)
+    delta = local_round(plan, data, non_private_plan(plan, 8), StepLog(tmp_path / "log"), 1, start)
     assert loss(network, data, plan) == pytest.approx(before)  # the adapter is put back
     network.load_trainable({n: start[n] + delta[n] for n in start})
     assert loss(network, data, plan) < before - 1e-3
@@ -83,7 +83,9 @@ def test_the_proximal_term_holds_the_update_back(tiny_base: Path, tmp_path: Path
         network = build(plan)
         start = network.initial(network.draw_factor(0))
         data = CachedDataset(network, records([1] * 8))
-        delta = local_round(plan, data, plain_plan(plan, 8), StepLog(tmp_path / "log"), 1, start)
+        delta = local_round(
+            plan, data, non_private_plan(plan, 8), StepLog(tmp_path / "log"), 1, start
+        )
         lengths.append(sum(float(np.square(d).sum()) for d in delta.values()))
     assert lengths[1] < 0.8 * lengths[0]
 
@@ -104,7 +106,7 @@ def test_a_head_alone_learns_to_classify(tiny_encoder: Path, tmp_path: Path) -> 
     data, start = CachedDataset(network, dataset), network.initial({})
     network.load_trainable(start)
     before = loss(network, data, plan)
-    delta = local_round(plan, data, plain_plan(plan, 8), StepLog(tmp_path / "log"), 1, start)
+    delta = local_round(plan, data, non_private_plan(plan, 8), StepLog(tmp_path / "log"), 1, start)
     network.load_trainable({n: start[n] + delta[n] for n in start})
     assert before == pytest.approx(float(np.log(2)))
     assert loss(network, data, plan) < before - 1e-2
@@ -117,7 +119,7 @@ def test_a_site_that_recomputes_sends_the_same_update(
     """Opacus' hooks would give no gradient there (traps/test_trap_11_layers.py), and go without."""
     plan = made(tiny_base, training=FAST | {"engine": engine})
     network = build(plan)
-    data, ran = CachedDataset(network, records([1, 2, 3])), plain_plan(plan, 3)
+    data, ran = CachedDataset(network, records([1, 2, 3])), non_private_plan(plan, 3)
     asked: list[bool] = []
     inside = network.recomputing
     monkeypatch.setattr(network, "recomputing", lambda w: asked.append(w) or inside(w))

@@ -27,7 +27,7 @@ from fedtune.errors import ConfigError, DataError
 from fedtune.modalities import MODALITIES
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
-from fedtune.models.random_records import show
+from fedtune.models.random_records import generate_file
 from fedtune.models.tiny import generated, random_base, tiny_network
 from fedtune.objectives import OBJECTIVES, resolve
 from fedtune.observe.trackers import TRACKERS, Tracker
@@ -177,7 +177,7 @@ def _placed(study: Study, network: Network) -> float:
     """How many generated records fail the modality's own check."""
     wrong = 0
     for seed in range(8):
-        shown = show(network, study.objective, np.random.default_rng(seed))
+        shown = generate_file(network, study.objective, np.random.default_rng(seed))
         try:
             network.reader.check(shown.ids, shown.tiles)
         except Rejected:
@@ -189,7 +189,7 @@ def _too_few(study: Study, network: Network) -> float:
     """How many records pass that lack a place-holder; 0 where the text has none."""
     passed = 0
     for seed in range(8):
-        shown = show(network, study.objective, np.random.default_rng(seed))
+        shown = generate_file(network, study.objective, np.random.default_rng(seed))
         held = [at for at, token in enumerate(shown.ids) if token in network.reader.avoid]
         if not held:
             continue
@@ -206,7 +206,7 @@ def _tensors(study: Study, network: Network) -> float:
     wrong, reader = 0, network.reader
     for seed in range(8):
         draw = np.random.default_rng(seed)
-        shown = show(network, study.objective, draw)
+        shown = generate_file(network, study.objective, draw)
         if shown.media is None:
             continue
         first, again = reader.tensor(shown.media), reader.tensor(shown.media)

@@ -109,7 +109,9 @@ def _limit(secrets: int) -> float:
 @torch.no_grad()
 def _losses(cached: CachedDataset, study: Study) -> np.ndarray:
     objective = resolve(study.objective)
-    if objective.taught_by:  # what the student makes of the record's own answer, whoever taught it
+    if (
+        objective.teacher_spec
+    ):  # what the student makes of the record's own answer, whoever taught it
         name = "classify" if study.objective.labels else "causal_lm"
         plain = study.objective.model_copy(update={"name": name, "options": {}})
         objective = resolve(plain)

@@ -24,9 +24,9 @@ from fedtune.dp.steplog import Step, StepLog
 from fedtune.errors import Refused
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
-from fedtune.models.random_records import show
+from fedtune.models.random_records import generate_file
 from fedtune.models.rank_slice import trained_slice
-from fedtune.models.teacher import made_up
+from fedtune.models.teacher import with_random_targets
 from fedtune.models.tiny import generated, tiny_columns, tiny_network
 from fedtune.objectives import resolve
 from fedtune.training.unit_gradients import UnitGradientEngine
@@ -266,10 +266,12 @@ def _edited(data: Dataset, unit: int, study: Study, network: Network) -> Dataset
         old = examples[index]
         own, *worse = map(other, old.passages)
         label = (old.label + 1) % labels
-        media = show(network, study.objective, draw, old.media).media
+        media = generate_file(network, study.objective, draw, old.media).media
         pair = worse[0] if worse else None
         examples[index] = Example(*own, label, unit, pair, media, old.tiles)
-    return made_up(Dataset(examples, data.n_units, Counter()), study, network.vocabulary)
+    return with_random_targets(
+        Dataset(examples, data.n_units, Counter()), study, network.vocabulary
+    )
 
 
 def _sensitivity(bench: _Bench) -> float:

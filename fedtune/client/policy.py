@@ -129,7 +129,7 @@ def _about_rank(lora: LoraTable, most: int | None) -> Iterator[PolicyRefused]:
 
 def _about_teacher(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]:
     """Refuse a teacher, which sets each record's target, if it may have seen them without noise."""
-    spec = resolve(study.objective).taught_by
+    spec = resolve(study.objective).teacher_spec
     if spec is None or spec.digest in policy.teachers:
         return
     from fedtune.models.teacher import find_teacher

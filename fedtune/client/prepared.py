@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.numpy import load
 
 from fedtune.config import Study
-from fedtune.dp.non_private import PlainPlan
+from fedtune.dp.non_private import NonPrivatePlan
 from fedtune.dp.plan import DpPlan
 from fedtune.dp.steplog import Step
 from fedtune.errors import PolicyRefused, Refused
@@ -50,7 +50,7 @@ class Prepared:
 
     study: Study
     network: Network
-    plan: DpPlan | PlainPlan
+    plan: DpPlan | NonPrivatePlan
     frozen: Arrays
     coordinator: str
     lora_rank: int | None  # as declared: it stays for the study, whatever site.toml says since

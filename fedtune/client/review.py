@@ -48,10 +48,10 @@ def read_plan(path: Path, site: Site) -> Study:
     if path.suffix == ".json":
         return study_from_json(reading.text(path, "a plan as JSON, or study.toml"))
     from fedtune.models.start import start
-    from fedtune.models.teacher import own_teacher
+    from fedtune.models.teacher import register_teacher
 
     study = load_study(path, lambda study: permit_plugins(study, site))
-    own_teacher(study)
+    register_teacher(study)
     return start(study).study
 
 
@@ -172,7 +172,7 @@ def _objective(study: Study, site: Site) -> list[str]:
     if not may_resolve(study, site.policy):
         return []
     lines = [describe(study.objective)]
-    if teacher := resolve(study.objective).taught_by:
+    if teacher := resolve(study.objective).teacher_spec:
         lines.append(
             f"Teacher: {teacher.name}, {teacher.digest}. It sets every record's target, so it must "
             "never have seen these records without noise."

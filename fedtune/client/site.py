@@ -32,7 +32,7 @@ from fedtune.config import Site, SiteData, Study, load_site
 from fedtune.data.dataset import Dataset
 from fedtune.data.load import check_columns, load_dataset
 from fedtune.data.records import unit_member
-from fedtune.dp.non_private import plain_plan
+from fedtune.dp.non_private import non_private_plan
 from fedtune.dp.plan import DpPlan, SharedPlan, StepPlan
 from fedtune.dp.query import answer
 from fedtune.dp.steplog import StepLog
@@ -45,7 +45,7 @@ from fedtune.models.lora import Arrays
 from fedtune.models.lora import digest as arrays_digest
 from fedtune.models.network import Network
 from fedtune.models.rank_slice import rank_slice
-from fedtune.models.teacher import teaching
+from fedtune.models.teacher import teacher_for
 from fedtune.registry import process_cache
 from fedtune.training.local_round import local_round
 from fedtune.wire.codec import Shapes, encode
@@ -124,7 +124,7 @@ class SiteWorker:
         frozen = network.adopt(study, frozen)
         check_learns(study, network, rank)
         self._data(study, network, self.site.data)  # not stored here: somebody may withdraw
-        ran = plan or plain_plan(study, self._size)
+        ran = plan or non_private_plan(study, self._size)
         return Prepared(study, network, ran, frozen, coordinator, rank)
 
     def _permit(
@@ -206,10 +206,10 @@ class SiteWorker:
                 data,
                 study,
                 network.tokenizer,
-                without=is_excluded,
-                known=ledger.member_test(data.name),
+                exclude_unit=is_excluded,
+                is_known_member=ledger.member_test(data.name),
                 strict=False,
-                teach=teaching(study),
+                soft_targets=teacher_for(study),
                 reader=network.reader,
             )
         except DataError as error:  # a folder without a file, a path of another kind
@@ -273,7 +273,7 @@ class SiteWorker:
         """Leave out the cohorts `spent`, whose lifetime budget is used up. This cannot be observed
         from outside: batch, noise and divisor do not depend on the true count."""
         arrival = self.ledger.arrival(self._dataset)
-        remaining = data.dataset.without(lambda key: arrival(key) in spent)
+        remaining = data.dataset.exclude_units(lambda key: arrival(key) in spent)
         if remaining.n_units < min(2, data.dataset.n_units):
             log.error("fewer than 2 units have budget left; see `fedtune ledger`")
         cached = CachedDataset(data.network, remaining, self.site.site.cache_bytes)

@@ -26,9 +26,9 @@ class Passage(NamedTuple):
     target_ids: Ids
 
 
-class Soft(NamedTuple):
-    """What a teacher expects: outcomes (P, k) int32 (tokens, or labels) and their log-probabilities
-    (P, k) fp32, at each of a record's P targets in turn; of a label, P = 1."""
+class SoftTargets(NamedTuple):
+    """A teacher's outcomes (P, k) int32 (tokens, or labels) and their log-probabilities (P, k) fp32
+    at each of a record's P targets; for a label, P = 1."""
 
     tokens: Ids
     logp: npt.NDArray[np.float32]
@@ -38,10 +38,10 @@ class Soft(NamedTuple):
 class Example:
     """input_ids, target_ids: as in Passage; label: index in objective.labels, 1 or 0 of what is
     desirable or not, or -100; unit in 0..n_units-1; rejected: of a pair, the same prompt with the
-    worse completion; media: the record's image or recording, of so many tiles; soft: what a teacher
-    expects of it.
+    worse completion; media: the record's image or recording, of `tiles` tiles; soft: a teacher's
+    targets.
 
-    The last target is not an input: nothing is computed that no loss reads."""
+    The last target is not an input, since no loss reads its state."""
 
     input_ids: Ids
     target_ids: Ids
@@ -50,13 +50,13 @@ class Example:
     rejected: Passage | None = None
     media: Media | None = None
     tiles: int = 1
-    soft: Soft | None = None
+    soft: SoftTargets | None = None
 
     @property
     def passages(self) -> tuple[Passage, ...]:
-        """What the network reads of this record: one passage, or of a pair two."""
-        own = Passage(self.input_ids, self.target_ids)
-        return (own,) if self.rejected is None else (own, self.rejected)
+        """The record's passages: one, or the two of a pair."""
+        passage = Passage(self.input_ids, self.target_ids)
+        return (passage,) if self.rejected is None else (passage, self.rejected)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -74,13 +74,15 @@ class Dataset:
     members: frozenset[bytes] = frozenset()
     keys: tuple[bytes, ...] = ()
 
-    def without(self, out: Callable[[bytes], bool]) -> Dataset:
-        """Leave out the units whose key `out` is true of. Members stay: they were there."""
-        kept = [number for number, key in enumerate(self.keys) if not out(key)]
-        new = {number: index for index, number in enumerate(kept)}
-        examples = [replace(e, unit=new[e.unit]) for e in self.examples if e.unit in new]
-        keys = tuple(self.keys[number] for number in kept)
-        return replace(self, examples=examples, n_units=len(kept), keys=keys)
+    def exclude_units(self, is_excluded: Callable[[bytes], bool]) -> Dataset:
+        """Return the dataset without the units whose key `is_excluded`; `members` is unchanged."""
+        remaining = [old for old, key in enumerate(self.keys) if not is_excluded(key)]
+        new_index = {old: index for index, old in enumerate(remaining)}
+        examples = [
+            replace(e, unit=new_index[e.unit]) for e in self.examples if e.unit in new_index
+        ]
+        keys = tuple(self.keys[old] for old in remaining)
+        return replace(self, examples=examples, n_units=len(remaining), keys=keys)
 
     @cached_property
     def content_hash(self) -> str:

@@ -49,8 +49,8 @@ def rows(
             yield "not well-formed CSV"
         except Exception as error:  # whatever one file makes a library do is that file's matter
             if strict and where.is_file():
-                own = error if isinstance(error, DataError) else _unreadable(where, error)
-                raise own from None
+                data_error = error if isinstance(error, DataError) else _unreadable(where, error)
+                raise data_error from None
             yield "unreadable file"
     if strict:
         names.require()
@@ -76,10 +76,12 @@ def _paths(where: Path, suffixes: list[str]) -> list[Path]:
     if not where.is_dir():
         raise DataError(f"{where}: no such file", f"a file or a folder of {kinds}")
     try:
-        inside = sorted(where.iterdir())
+        entries = sorted(where.iterdir())
     except OSError as error:
         raise _unreadable(where, error) from None
-    found = [p for p in inside if p.suffix.lower() in suffixes and p.name[0] != "." and p.is_file()]
-    if not found:
+    files = [
+        p for p in entries if p.suffix.lower() in suffixes and p.name[0] != "." and p.is_file()
+    ]
+    if not files:
         raise DataError(f"{where}: the folder has no data file", f"files of one of {kinds}")
-    return found
+    return files

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from fedtune.config import DataFile, ObjectiveTable, Study
-from fedtune.data.dataset import Dataset, Example, Soft
+from fedtune.data.dataset import Dataset, Example, SoftTargets
 from fedtune.data.files import Rejected
 from fedtune.data.reader import Reader
 from fedtune.data.records import (
@@ -46,10 +46,10 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class UnitReader:
-    """Makes one unit's records into examples: tokenised, capped, taught.
+    """Turns one unit's records into examples: tokenised, capped, with soft targets.
 
-    It is given one unit at a time and holds nothing but public things. scored: a head reads the
-    text to its end; most: records of one unit, at most; None: all.
+    It reads one unit at a time and holds public values alone. scored: a head reads the text to its
+    end; max_records: of one unit; None: all.
     Guarantee: which of a unit's records train, and as what, follows from that unit's records and
     their own past alone; whatever one of them makes a library do costs that record alone."""
 
@@ -59,26 +59,26 @@ class UnitReader:
     scored: bool
     labelled: bool = True
     reader: Reader | None = None
-    teach: Callable[[Record, Example], Soft] | None = None
-    most: int | None = None
+    soft_targets: Callable[[Record, Example], SoftTargets] | None = None
+    max_records: int | None = None
 
     def __call__(
-        self, records: Sequence[Record], kept: Callable[[Record], bool] = lambda record: False
+        self, records: Sequence[Record], is_kept: Callable[[Record], bool] = lambda record: False
     ) -> Unit:
-        """records: of one unit, in the file's order; kept: whether this unit trained on a record
-        before: such records stay, then come those of the smallest sha256."""
+        """Read the records of one unit, in the file's order. is_kept: whether this unit trained on
+        a record before: the cap keeps these first, then those of the smallest sha256."""
         rejected: list[str] = []
         examples = [(record, self._attempt(self._example, record)) for record in records]
         usable = _passed(examples, rejected)
-        if self.most is not None:
-            usable = _capped(usable, self.most, kept)
-        if self.teach is not None:
-            taught = [(record, self._attempt(self._taught, record, e)) for record, e in usable]
-            usable = _passed(taught, rejected)
+        if self.max_records is not None:
+            usable = _capped(usable, self.max_records, is_kept)
+        if self.soft_targets is not None:
+            pairs = [(record, self._attempt(self._add_targets, record, e)) for record, e in usable]
+            usable = _passed(pairs, rejected)
         return Unit([record for record, _ in usable], [e for _, e in usable], rejected)
 
     def _attempt(self, make: Callable[..., Example], *of: Any) -> Example | str:
-        """What `make` makes, or the reason why it cannot."""
+        """Call `make`; return its example, or the reason why there is none."""
         try:
             return make(*of)
         except Rejected as error:
@@ -98,32 +98,39 @@ class UnitReader:
         if self.reader:
             for ids, _ in tokens:
                 self.reader.check(ids, tiles)
-        own, *worse = (_passage(*each, self.scored) for each in tokens)
-        return Example(*own, label, 0, worse[0] if worse else None, record.media, tiles)
+        passage, *rejected_passage = (_passage(*sequence, self.scored) for sequence in tokens)
+        return Example(
+            *passage,
+            label,
+            0,
+            rejected_passage[0] if rejected_passage else None,
+            record.media,
+            tiles,
+        )
 
-    def _taught(self, record: Record, example: Example) -> Example:
-        assert self.teach is not None
-        return replace(example, soft=self.teach(record, example))
+    def _add_targets(self, record: Record, example: Example) -> Example:
+        assert self.soft_targets is not None
+        return replace(example, soft=self.soft_targets(record, example))
 
 
 def _passed(
-    made: list[tuple[Record, Example | str]], rejected: list[str]
+    outcomes: list[tuple[Record, Example | str]], rejected: list[str]
 ) -> list[tuple[Record, Example]]:
-    """Those that became examples; the reasons of the others go to `rejected`."""
-    rejected += [example for _, example in made if isinstance(example, str)]
-    return [(record, example) for record, example in made if not isinstance(example, str)]
+    """Select the usable examples; the reasons of the others are appended to `rejected`."""
+    rejected += [example for _, example in outcomes if isinstance(example, str)]
+    return [(record, example) for record, example in outcomes if not isinstance(example, str)]
 
 
 def _capped(
-    usable: list[tuple[Record, Example]], most: int, kept: Callable[[Record], bool]
+    usable: list[tuple[Record, Example]], limit: int, is_kept: Callable[[Record], bool]
 ) -> list[tuple[Record, Example]]:
-    """At most `most` of one unit's records, in order: those kept before, then those of smallest
-    sha256."""
+    """Select at most `limit` of one unit's records, in order: those kept before, then those of
+    the smallest sha256."""
     order = sorted(
-        (not kept(record), hashlib.sha256(content_of(record)).hexdigest(), index)
+        (not is_kept(record), hashlib.sha256(content_of(record)).hexdigest(), index)
         for index, (record, _) in enumerate(usable)
     )
-    return [usable[index] for index in sorted(index for *_, index in order[:most])]
+    return [usable[index] for index in sorted(index for *_, index in order[:limit])]
 
 
 def load_dataset(
@@ -132,18 +139,18 @@ def load_dataset(
     tokenizer: PreTrainedTokenizerBase,
     *,
     labelled: bool = True,
-    without: Callable[[str], bool] = lambda unit: False,
-    known: Callable[[bytes], bool] = lambda member: False,
+    exclude_unit: Callable[[str], bool] = lambda unit: False,
+    is_known_member: Callable[[bytes], bool] = lambda member: False,
     strict: bool = True,
-    teach: Callable[[Record, Example], Soft] | None = None,
+    soft_targets: Callable[[Record, Example], SoftTargets] | None = None,
     reader: Reader | None = None,
 ) -> Dataset:
     """Read, tokenise and cap. reader: how the base reads records, where it reads more than text
     (modalities). labelled=False admits records that have nothing to predict.
 
-    without: patients to leave out; known: members of earlier loads of the same dataset; strict: for
-    a person who can correct the files; teach: what a teacher says of one record. [public] and
-    [evaluation] files hold nobody's private records: their unit is the record.
+    exclude_unit: patients to leave out; is_known_member: of earlier loads of the same dataset;
+    strict: for a person who can correct the files; soft_targets: a teacher's, of one record.
+    [public] and [evaluation] files hold no private records: their unit is the record.
     Errors: DataError for a path or a shape that cannot be used; if strict, as `rows` has it, and
     where fewer than two units are left.
     Guarantee: if not strict, what a unit trains on, and whether, follows from its own rows and its
@@ -152,38 +159,38 @@ def load_dataset(
     objective = resolve(study.objective)
     record_format = check_columns(file, study, tokenizer, labelled, reader)
     unit = study.unit if table == "data" else "record"
-    records, counted = read_records(file, unit=unit, labelled=labelled, strict=strict)
-    rejected = counted.copy()
-    of_unit: dict[str, list[Record]] = {}
+    records, rejections = read_records(file, unit=unit, labelled=labelled, strict=strict)
+    rejected = rejections.copy()
+    by_unit: dict[str, list[Record]] = {}
     for record in records:
-        of_unit.setdefault(record.unit, []).append(record)
-    most = study.max_records_per_unit if unit == "patient" else None
+        by_unit.setdefault(record.unit, []).append(record)
+    cap = study.max_records_per_unit if unit == "patient" else None
     scored = objective.outputs > 0
-    read = UnitReader(
-        study.objective, tokenizer, record_format, scored, labelled, reader, teach, most
+    unit_reader = UnitReader(
+        study.objective, tokenizer, record_format, scored, labelled, reader, soft_targets, cap
     )
     units: dict[str, Unit] = {}
-    for key, own in of_unit.items():
-        if unit == "patient" and without(key):
+    for key, unit_records in by_unit.items():
+        if unit == "patient" and exclude_unit(key):
             continue
-        made = read(own, lambda record: known(_kept(record)))
-        rejected.update(made.rejected)
-        if made.records:
-            units[key] = made
+        unit_result = unit_reader(unit_records, lambda record: is_known_member(_kept(record)))
+        rejected.update(unit_result.rejected)
+        if unit_result.records:
+            units[key] = unit_result
     if strict and not units:
         raise _nothing_left(file.path, rejected, study.objective)
     if strict and labelled and table == "data" and len(units) < 2:
         raise _one_unit(file.path, unit)
     examples = [
         replace(example, unit=number)
-        for number, made in enumerate(units.values())
-        for example in made.examples
+        for number, unit_result in enumerate(units.values())
+        for example in unit_result.examples
     ]
     if table != "data":
         return Dataset(examples, len(units), rejected)
     member = unit_member if unit == "patient" else _row_member
     keys = tuple(map(member, units))
-    training = [record for made in units.values() for record in made.records]
+    training = [record for unit_result in units.values() for record in unit_result.records]
     members = _members(training) | (frozenset(keys) if unit == "patient" else frozenset())
     return Dataset(examples, len(units), rejected, members, keys)
 
@@ -192,18 +199,23 @@ def dataset_of(
     records: list[Record],
     study: Study,
     tokenizer: PreTrainedTokenizerBase,
-    teach: Callable[[Record, Example], Soft] | None = None,
+    soft_targets: Callable[[Record, Example], SoftTargets] | None = None,
 ) -> Dataset:
-    """Public records, each a unit; of one to classify no label is asked. Errors: DataError."""
+    """Build a dataset of public records, each a unit; labels are optional. Errors: DataError."""
     objective = resolve(study.objective)
     labelled, scored = objective.record_format != "label", objective.outputs > 0
-    read = UnitReader(
-        study.objective, tokenizer, objective.record_format, scored, labelled, teach=teach
+    unit_reader = UnitReader(
+        study.objective,
+        tokenizer,
+        objective.record_format,
+        scored,
+        labelled,
+        soft_targets=soft_targets,
     )
-    made = [read([record]) for record in records]
-    rejected = Counter(reason for unit in made for reason in unit.rejected)
-    found = [example for unit in made for example in unit.examples]
-    examples = [replace(example, unit=number) for number, example in enumerate(found)]
+    units = [unit_reader([record]) for record in records]
+    rejected = Counter(reason for unit in units for reason in unit.rejected)
+    usable = [example for unit in units for example in unit.examples]
+    examples = [replace(example, unit=number) for number, example in enumerate(usable)]
     if not examples:
         raise DataError(f"none of {len(records)} public records can be used ({dict(rejected)})")
     return Dataset(examples, len(examples), rejected)
@@ -216,7 +228,7 @@ def check_columns(
     labelled: bool = True,
     reader: Reader | None = None,
 ) -> RecordFormat:
-    """Whether the file's columns suit the study, and what they hold; nothing is read.
+    """Check that the file's columns suit the study, and return their format; reads no file.
 
     Evaluation records of a study on pairs or judgements are pairs. Errors: DataError."""
     table = table_of(file)
@@ -253,25 +265,25 @@ def check_columns(
 
 
 def _check_media(file: DataFile, objective: ObjectiveTable, reader: Reader | None) -> None:
-    """Whether the base reads the kind of file that the columns name. Errors: DataError."""
-    at, wanted = f"{table_of(file)}.columns", reader.column if reader else None
+    """Check that the base reads the kind of file that the columns name. Errors: DataError."""
+    at, required = f"{table_of(file)}.columns", reader.column if reader else None
     for kind in ("image", "audio"):
-        if getattr(file.columns, kind) and kind != wanted:
+        if getattr(file.columns, kind) and kind != required:
             raise DataError(
                 f"{at}.{kind} is given, and the base reads no {kind}",
-                f"{at}.{wanted}" if wanted else "text alone",
+                f"{at}.{required}" if required else "text alone",
                 "name a base that reads it, or leave the column out",
             )
-        if kind == wanted and not getattr(file.columns, kind):
+        if kind == required and not getattr(file.columns, kind):
             raise DataError(
                 f"the base reads {kind} and text, and no {kind} column is named", f"{at}.{kind}"
             )
-    if wanted == "audio":
-        given = [key for key in ("prompt", "messages") if getattr(file.columns, key)]
-        given += ["text"] if file.columns.text and file.columns.label else []
-        if given or objective.template is not None:
+    if required == "audio":
+        unsupported = [key for key in ("prompt", "messages") if getattr(file.columns, key)]
+        unsupported += ["text"] if file.columns.text and file.columns.label else []
+        if unsupported or objective.template is not None:
             raise DataError(
-                f"a speech base reads no prompt ({', '.join(given) or 'objective.template'})",
+                f"a speech base reads no prompt ({', '.join(unsupported) or 'objective.template'})",
                 f"{at}.audio with {at}.text (what is said) or {at}.label (classify)",
             )
 
@@ -304,7 +316,7 @@ def _nothing_left(path: Path, rejected: Counter[str], objective: ObjectiveTable)
 
 
 def _kept(record: Record) -> bytes:
-    """That this unit trains on this record. Who else has the same record has another."""
+    """Return the member "this unit trains on this record"; it differs between units."""
     whose = hashlib.sha256(unit_member(record.unit)).digest()
     return b"kept\0" + whose + content_of(record)
 
@@ -313,17 +325,17 @@ def _members(records: list[Record]) -> frozenset[bytes]:
     """Of each record that it is its unit's; and for `fedtune doctor`, which compares datasets, the
     record, its file and each of its longer texts, whoever's they are: the same text or file under
     another column or shape is still the same."""
-    found = set()
+    members = set()
     for record in records:
-        found |= {_kept(record), b"record\0" + content_of(record)}
+        members |= {_kept(record), b"record\0" + content_of(record)}
         if record.media:
-            found.add(b"media\0" + record.media.digest)
-        found |= text_members(record)
-    return frozenset(found)
+            members.add(b"media\0" + record.media.digest)
+        members |= text_members(record)
+    return frozenset(members)
 
 
 def text_members(record: Record) -> set[bytes]:
-    """The record's longer texts, as the ledger keeps them, hashed."""
+    """Return the record's longer texts, as members that the ledger hashes."""
     return {b"text\0" + text.encode() for text in _texts(record) if len(text) >= LONG}
 
 

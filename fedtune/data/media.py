@@ -49,20 +49,20 @@ class Folder:
     """The files under one folder. Each is read and decoded once, however many records name it."""
 
     def __init__(self, root: Path) -> None:
-        self._root, self._known = root.resolve(), dict[tuple[Path, str], Media | str]()
+        self._root, self._cache = root.resolve(), dict[tuple[Path, str], Media | str]()
 
     def read(self, name: str, kind: Kind) -> Media:
         """Errors: Rejected; ConfigError where the extra that decodes it is not installed."""
         path = self._inside(name)
-        if (path, kind) not in self._known:
+        if (path, kind) not in self._cache:
             try:
-                self._known[path, kind] = load(path, kind)
+                self._cache[path, kind] = load(path, kind)
             except Rejected as error:
-                self._known[path, kind] = error.reason
-        found = self._known[path, kind]
-        if isinstance(found, str):
-            raise Rejected(found)
-        return found
+                self._cache[path, kind] = error.reason
+        media = self._cache[path, kind]
+        if isinstance(media, str):
+            raise Rejected(media)
+        return media
 
     def _inside(self, name: str) -> Path:
         try:
@@ -80,12 +80,12 @@ def load(path: Path, kind: Kind) -> Media:
     """The file at `path`, decoded once to see that it can be. Errors: as Folder.read."""
     try:
         with path.open("rb") as file:
-            body = file.read(BYTES + 1)
+            content = file.read(BYTES + 1)
     except OSError:
         raise Rejected(f"unreadable {kind}") from None
-    if len(body) > BYTES:
+    if len(content) > BYTES:
         raise Rejected(f"{kind} too large")
-    media = Media(kind, body, hashlib.sha256(body).digest())
+    media = Media(kind, content, hashlib.sha256(content).digest())
     if kind == "image":
         picture(media)
     else:
@@ -105,10 +105,10 @@ def picture(media: Media) -> Image:
                 raise Rejected("image too large")
             if max(image.size) > ASPECT * max(min(image.size), 1):
                 raise Rejected("image too narrow")
-            turned = ImageOps.exif_transpose(image)
-            if turned.mode.startswith("I") or turned.mode == "F":  # 16 bits and more: X-rays
-                turned = _eight_bits(turned)
-            return turned.convert("RGB")
+            oriented = ImageOps.exif_transpose(image)
+            if oriented.mode.startswith("I") or oriented.mode == "F":  # 16 bits and more: X-rays
+                oriented = _eight_bits(oriented)
+            return oriented.convert("RGB")
     except Rejected:
         raise
     except Exception as error:  # Pillow raises whatever a broken file makes it raise
@@ -131,17 +131,17 @@ def sound(media: Media, rate: int | None = None) -> Samples:
     """The recording as one channel in ±1, (samples,), at `rate` a second if given, else its own.
 
     Errors: Rejected."""
-    samples, own = _waveform(media.body)
-    if not RATES[0] <= own <= RATES[1] or not len(samples) or not np.isfinite(samples).all():
+    samples, file_rate = _waveform(media.body)
+    if not RATES[0] <= file_rate <= RATES[1] or not len(samples) or not np.isfinite(samples).all():
         raise Rejected("unreadable audio")
-    if len(samples) > SECONDS * own:
+    if len(samples) > SECONDS * file_rate:
         raise Rejected("audio too long")
-    if rate is None or rate == own:
+    if rate is None or rate == file_rate:
         return samples
     from scipy.signal import resample_poly  # type: ignore[import-untyped]
 
-    common = int(np.gcd(rate, own))
-    return np.asarray(resample_poly(samples, rate // common, own // common), dtype=np.float32)
+    common = int(np.gcd(rate, file_rate))
+    return np.asarray(resample_poly(samples, rate // common, file_rate // common), dtype=np.float32)
 
 
 def _waveform(body: bytes) -> tuple[Samples, int]:

@@ -88,7 +88,7 @@ def read_records(
     keys = {f"{table}.columns.{key}": column for key, column in named.items() if column}
     records: list[Record] = []
     rejected: Counter[str] = Counter()
-    alike: Counter[bytes] = Counter()
+    copies: Counter[bytes] = Counter()
     folder = Folder(file.path if file.path.is_dir() else file.path.parent)
     source = None
     if isinstance(file, SiteData) and file.source:
@@ -103,9 +103,9 @@ def read_records(
                 kind: Literal["image", "audio"] = "image" if file.columns.image else "audio"
                 record = replace(record, media=folder.read(_text(row.get(column)), kind))
             if unit == "record":
-                said = hashlib.sha256(content_of(record))
-                record = replace(record, unit=f"{said.hexdigest()} {alike[said.digest()]}")
-                alike[said.digest()] += 1
+                digest = hashlib.sha256(content_of(record))
+                record = replace(record, unit=f"{digest.hexdigest()} {copies[digest.digest()]}")
+                copies[digest.digest()] += 1
             records.append(record)
         except Rejected as error:
             rejected[error.reason] += 1
@@ -133,13 +133,13 @@ def _record(row: Row, unit: str, columns: Columns, labelled: bool) -> Record:
         return Record(unit, messages=_messages(row.get(columns.messages), labelled))
     if columns.prompt:
         prompt = _text(row.get(columns.prompt))
-        rest = row.get(columns.completion or columns.chosen or "")
-        absent = rest is None or (isinstance(rest, str) and not rest.strip())
-        completion = "" if absent and not labelled else _text(rest)
+        answer = row.get(columns.completion or columns.chosen or "")
+        absent = answer is None or (isinstance(answer, str) and not answer.strip())
+        completion = "" if absent and not labelled else _text(answer)
         if columns.chosen and labelled:
             return Record(unit, prompt, completion, _text(row.get(columns.rejected or "")))
-        judged = _truth(row.get(columns.label)) if columns.label and labelled else ""
-        return Record(unit, prompt, completion, label=judged)
+        desirable = _truth(row.get(columns.label)) if columns.label and labelled else ""
+        return Record(unit, prompt, completion, label=desirable)
     text = _text(row.get(columns.text)) if columns.text else ""
     if not columns.label:
         return Record(unit, completion=text)
@@ -181,10 +181,10 @@ def _key(value: object) -> str:
 
 def _truth(value: object) -> str:
     """Whether a completion is desirable, "1" or "0"."""
-    said = str(value).lower() if isinstance(value, bool) else _key(value).lower()
-    if said not in TRUTH:
+    value_text = str(value).lower() if isinstance(value, bool) else _key(value).lower()
+    if value_text not in TRUTH:
         raise Rejected("unknown label")
-    return "1" if TRUTH.index(said) % 2 == 0 else "0"
+    return "1" if TRUTH.index(value_text) % 2 == 0 else "0"
 
 
 def _messages(value: object, labelled: bool) -> Messages:

@@ -158,18 +158,18 @@ def _prompted(
 
 def _chat(messages: Messages, max_length: int, tokenizer: PreTrainedTokenizerBase) -> Tokens:
     """The model's own template; the assistant turns, up to their eos, are targets."""
-    turns = [{"role": role, "content": content} for role, content in messages]
+    messages_ = [{"role": role, "content": content} for role, content in messages]
     try:
         if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
-            marked: Any = tokenizer.apply_chat_template(
-                turns,
+            encoded: Any = tokenizer.apply_chat_template(
+                messages_,
                 return_assistant_tokens_mask=True,
                 truncation=True,
                 max_length=max_length + 1,
                 tokenizer_kwargs={"verbose": False},
             )
-            return list(marked["input_ids"]), [bool(hit) for hit in marked["assistant_masks"]]
-        segments = _turns(turns, tokenizer)
+            return list(encoded["input_ids"]), [bool(hit) for hit in encoded["assistant_masks"]]
+        segments = _turns(messages_, tokenizer)
     except (TemplateError, ValueError, TypeError):
         raise Rejected("bad message roles") from None
     return _joined(segments, [], max_length, tokenizer, continued=True)
@@ -193,14 +193,16 @@ def _turns(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> l
         if turn["role"] != "assistant":
             continue
         through = render(index + 1)
-        heads = [head for head in (render(index, True), render(index)) if through.startswith(head)]
-        if not heads or not full.startswith(through) or len(heads[0]) < at:
+        contexts = [
+            head for head in (render(index, True), render(index)) if through.startswith(head)
+        ]
+        if not contexts or not full.startswith(through) or len(contexts[0]) < at:
             raise Rejected("turns altered by the chat template")
-        answer = through[len(heads[0]) :]
+        answer = through[len(contexts[0]) :]
         if eos and eos in answer:
             answer = answer[: answer.rindex(eos) + len(eos)]
-        segments += [(full[at : len(heads[0])], False), (answer, True)]
-        at = len(heads[0]) + len(answer)
+        segments += [(full[at : len(contexts[0])], False), (answer, True)]
+        at = len(contexts[0]) + len(answer)
     return segments or [(full, False)]
 
 
@@ -213,24 +215,24 @@ def _joined(
 ) -> Tokens:
     """Segments tokenised one by one, until there are more than max_length tokens. continued: as
     the text before them would have it, for tokenizers that put a space in front of a text."""
-    ids, hits, before = list(start), [False] * len(start), ""
+    ids, hits, prefix = list(start), [False] * len(start), ""
     for text, hit in segments:
         if len(ids) > max_length:
             break
         text = text[: CHARS * max_length]
-        new: list[int] = tokenizer.encode(before + text, add_special_tokens=False, verbose=False)
+        new: list[int] = tokenizer.encode(prefix + text, add_special_tokens=False, verbose=False)
         if continued:
-            known = len(ids)
-            if new[:known] == ids:
-                new = new[known:]
+            length = len(ids)
+            if new[:length] == ids:
+                new = new[length:]
             else:
                 new = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-            before += text
+            prefix += text
         ids += new
         hits += [hit] * len(new)
     return ids, hits
 
 
 def _texts(record: Record) -> list[str]:
-    said = (content for _, content in record.messages)
-    return [record.prompt, record.completion, record.rejected, *said]
+    contents = (content for _, content in record.messages)
+    return [record.prompt, record.completion, record.rejected, *contents]

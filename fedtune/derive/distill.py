@@ -31,7 +31,7 @@ from fedtune.models.lora import Arrays
 from fedtune.models.network import Network
 from fedtune.models.public_factor import public_factor
 from fedtune.models.run import Run
-from fedtune.models.teacher import taught_by
+from fedtune.models.teacher import soft_targets_of
 from fedtune.objectives import resolve
 from fedtune.objectives._interface import Teacher
 from fedtune.progress import OnEvent, report, told
@@ -207,7 +207,7 @@ def _teacher_dataset(
         )
         prompts.about["without_an_answer"] = sum(left_out.values())
     spec = Teacher("", "", settings.temperature, settings.top)
-    soft_targets = taught_by(models, table, spec)
+    soft_targets = soft_targets_of(models, table, spec)
     return dataset_of(records, study, network.tokenizer, soft_targets)
 
 

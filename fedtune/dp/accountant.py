@@ -1,4 +1,4 @@
-"""ε of what ran: privacy loss distributions (PLD) from dp-accounting, rounded towards caution."""
+"""ε of the steps that ran, by privacy loss distributions (PLD) of dp-accounting, rounded up."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ ACCOUNTANT = f"PLD (dp-accounting {version('dp-accounting')})"
 _INTERVAL = 1e-4  # the grid of privacy losses, unless one step (or all with q = 1) would then need
 _POINTS = 2**18  # more points than this,
 _MIXTURE_POINTS = 5_000  # or a mixture more than this: its loss is inverted point by point, slowly
-MOST = 10**8  # steps, or thousandths of σ, that are looked at
+MOST = 10**8  # steps, or thousandths of σ, that a search covers
 _TAIL = 10.0  # dp-accounting cuts a Gaussian at mass e⁻⁵⁰/2, 9.8 standard deviations
 
 
 class AccountantsDisagree(FedtuneError):
-    """PLD above RDP: one of the two is wrong, so neither number may be stated."""
+    """PLD exceeds RDP: one of the two is wrong, so neither may be reported."""
 
 
 class Steps(NamedTuple):
@@ -45,7 +45,7 @@ class Steps(NamedTuple):
 
 
 def epsilon(events: Iterable[Steps], delta: float) -> float:
-    """ε at `delta` of all `events` composed, add-or-remove-one relation, by PLD.
+    """Compose all `events` to ε at `delta`, add-or-remove-one relation, by PLD.
 
     Guarantee: never below the true ε of the composed mechanisms (the PLD estimate is pessimistic,
     whatever the grid). The grid is 10⁻⁴ where that is affordable, else a power of two times it.
@@ -86,12 +86,11 @@ def _rdp_epsilon(events: tuple[Steps, ...], delta: float) -> float:
 
 
 def at_least(event: Steps, delta: float) -> float:
-    """A figure that ε is never below, from no distribution: a test of whether the sum of all steps
-    is above a threshold tells with and without one unit apart (Chebyshev with it, the normal tail
-    without it)."""
+    """Lower bound on ε without a PLD: a threshold test on the sum of all steps that distinguishes
+    the data with one unit from those without it (Chebyshev with it, the normal tail without)."""
     sigma, rate, steps, k = event
-    one = math.hypot(sigma, math.sqrt(k * rate * (1 - rate)))
-    mean, spread = k * steps * rate, math.sqrt(steps) * one
+    deviation = math.hypot(sigma, math.sqrt(k * rate * (1 - rate)))
+    mean, spread = k * steps * rate, math.sqrt(steps) * deviation
     threshold = (mean - 4 * spread) / (sigma * math.sqrt(steps))
     hit = 1 - 1 / 16 - delta
     if threshold <= 0 or hit <= 0:
@@ -100,28 +99,28 @@ def at_least(event: Steps, delta: float) -> float:
 
 
 def cross_check(events: Iterable[Steps], delta: float) -> float:
-    """PLD's ε, after RDP has confirmed that it is not above the looser bound.
+    """Compute PLD's ε and check that it does not exceed the looser RDP bound.
 
     | RDP not defined (k > 1, q < 1) | PLD's ε; an independent integral checks it in the tests |
     Errors: AccountantsDisagree when PLD exceeds RDP by more than discretisation (1 % + 0.001)."""
     folded = merged(events)
-    found = epsilon(folded, delta)
+    pld_epsilon = epsilon(folded, delta)
     if any(event.records > 1 and event.sampling_rate < 1 for event in folded):
-        return found
+        return pld_epsilon
     bound = rdp_epsilon(folded, delta)
-    if not found <= 1.01 * bound + 1e-3:
+    if not pld_epsilon <= 1.01 * bound + 1e-3:
         raise AccountantsDisagree(
-            f"PLD gives ε = {found:.6g} and RDP only {bound:.6g}",
+            f"PLD gives ε = {pld_epsilon:.6g} and RDP only {bound:.6g}",
             "PLD at most RDP",
             "reinstall dp-accounting at the pinned version and run the tests; release nothing",
         )
-    return found
+    return pld_epsilon
 
 
 def calibrate(
     target: float, delta: float, sampling_rate: float, steps: int, records: int = 1
 ) -> float:
-    """The smallest σ on a 10⁻³ grid, rounded up, with ε(σ, q, steps, k) ≤ target.
+    """Find the smallest σ on a 10⁻³ grid, rounded up, with ε(σ, q, steps, k) ≤ target.
 
     Guarantee: computed with the accountant that reports, and checked after rounding."""
 
@@ -129,13 +128,13 @@ def calibrate(
         return epsilon([Steps(thousandths / 1000, sampling_rate, steps, records)], delta) <= target
 
     start = 1000 * max(records, records * sampling_rate * math.sqrt(steps) / _shift(target, delta))
-    found = _first(enough, start, MOST)
-    if found is None:
+    smallest = _first(enough, start, MOST)
+    if smallest is None:
         raise ConfigError(
             f"no noise_multiplier up to {MOST // 1000} reaches epsilon = {target}",
             todo="raise epsilon, or lower rounds or sampling_rate",
         )
-    return found / 1000
+    return smallest / 1000
 
 
 def affordable_steps(
@@ -146,7 +145,7 @@ def affordable_steps(
     records: int = 1,
     most: int = MOST,
 ) -> int:
-    """The most steps with ε ≤ target; 0 when not even one fits.
+    """Find the most steps with ε ≤ target; 0 when not even one fits.
 
     Errors: ConfigError where more fit than `most`."""
 
@@ -154,26 +153,26 @@ def affordable_steps(
         return epsilon([Steps(sigma, sampling_rate, steps, records)], delta) > target
 
     start = (_shift(target, delta) * sigma / (sampling_rate * records)) ** 2
-    found = _first(too_many, start, most + 1)
-    if found is None:
+    first_too_many = _first(too_many, start, most + 1)
+    if first_too_many is None:
         raise ConfigError(
             f"epsilon = {target} pays for more than {most} steps at noise_multiplier = {sigma} and "
             f"sampling_rate = {sampling_rate}",
             todo="lower epsilon or noise_multiplier, or raise sampling_rate",
         )
-    return found - 1
+    return first_too_many - 1
 
 
 def _shift(target: float, delta: float) -> float:
-    """About how many standard deviations a sum may move under ε = target: where to begin looking,
-    since far below the right noise an ε is dear to compute."""
+    """Estimate how many standard deviations a sum may move under ε = target: where a search starts,
+    since ε is expensive to compute far below the right noise."""
     z = math.sqrt(-2 * math.log(delta))
     return 2 * target / (z + math.sqrt(z * z + 2 * target))
 
 
 def _first(predicate: Callable[[int], bool], start: float, most: int) -> int | None:
-    """The smallest n from 1 to `most` with predicate(n), for a predicate that turns true once and
-    stays so; looked for from about `start` on. None: there is none."""
+    """Find the smallest n from 1 to `most` with predicate(n), for a monotone predicate, from about
+    `start` on; None: there is none."""
     low, high = 0, int(min(max(start, 1), most))
     while not predicate(high):
         if high == most:
@@ -189,10 +188,10 @@ def _first(predicate: Callable[[int], bool], start: float, most: int) -> int | N
 
 
 def merged(events: Iterable[Steps]) -> tuple[Steps, ...]:
-    """Equal (σ, q, k) folded together and sorted, so that one log always gives one number."""
+    """Merge events of equal (σ, q, k) and sort them, so that a log always gives the same ε."""
     counts: dict[tuple[float, float, int], int] = {}
     for event in events:
-        if not _possible(event):
+        if not _is_valid(event):
             raise ValueError(
                 "an event is Steps(σ, q, steps, records) with 0 < σ < ∞, 0 < q ≤ 1, "
                 "a whole count ≥ 0 and whole records ≥ 1; no other mechanism is accounted"
@@ -202,7 +201,7 @@ def merged(events: Iterable[Steps]) -> tuple[Steps, ...]:
     return tuple(Steps(s, q, n, k) for (s, q, k), n in sorted(counts.items()) if n)
 
 
-def _possible(event: object) -> bool:
+def _is_valid(event: object) -> bool:
     if not isinstance(event, Steps):
         return False
     sigma, rate, count, records = event
@@ -245,7 +244,7 @@ def _computed(events: tuple[Steps, ...], delta: float) -> float:
 
 
 def _mu(event: Steps) -> float:
-    """Of steps with q = 1, how many standard deviations a unit moves their sum."""
+    """Number of standard deviations that a unit moves the sum of steps with q = 1."""
     return event.records * math.sqrt(event.steps) / event.noise_multiplier
 
 
@@ -272,12 +271,12 @@ def _composed(events: tuple[Steps, ...]) -> pld.PrivacyLossDistribution:
     for event in events:
         sigma, rate, count, records = event
         if rate == 1:
-            each = pld.from_gaussian_mechanism(
+            composed = pld.from_gaussian_mechanism(
                 1 / _mu(event), value_discretization_interval=interval
             )
         else:
-            each = _one_step(sigma, rate, records, interval).self_compose(count)
-        total = total.compose(each)
+            composed = _one_step(sigma, rate, records, interval).self_compose(count)
+        total = total.compose(composed)
     return total
 
 

@@ -127,10 +127,10 @@ def add_clipped(
         dropped = scale == 0  # 0 · NaN is NaN
         for block, first, last in _blocks(chunk.parts):
             block.masked_fill_(dropped, 0.0).mul_(scale / grid).round_()
-            whole = block.to(torch.int64)
-            total[first:last] += whole.sum(dim=0).to(total.device)
+            integers = block.to(torch.int64)
+            total[first:last] += integers.sum(dim=0).to(total.device)
             block.zero_()
-            whole.zero_()
+            integers.zero_()
     finally:
         chunk.wipe()
 
@@ -145,6 +145,6 @@ def _blocks(parts: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, int, 
         block = _BLOCK if flat.device.type == "cpu" else 64 * _BLOCK  # GPUs want more at once
         step = max(1, block // max(1, len(flat)))
         for first in range(0, flat.shape[1], step):
-            some = flat[:, first : first + step].to(torch.float64, copy=True)
-            yield some, start + first, start + first + some.shape[1]
+            columns = flat[:, first : first + step].to(torch.float64, copy=True)
+            yield columns, start + first, start + first + columns.shape[1]
         start += flat.shape[1]

@@ -77,18 +77,20 @@ def plan(study: Study, sites: Iterable[Site | int]) -> Plan:
         ("any", site) if isinstance(site, int) else (site.site.name, site.site.declared_size)
         for site in sites
     ]
-    found = tuple(_of_site(study, name, size) for name, size in named)
-    return Plan(study.study.name, study.unit, describe(study.objective), found)
+    costs = tuple(_of_site(study, name, size) for name, size in named)
+    return Plan(study.study.name, study.unit, describe(study.objective), costs)
 
 
 def _of_site(study: Study, name: str, size: int) -> SitePlan:
-    own = plan_for_site(study, size)
+    site_plan = plan_for_site(study, size)
     facts: dict[str, Any] = {
-        "epsilon": own.epsilon,
-        "delta": own.delta,
-        "sampling_rate": own.sampling_rate,
-        "noise_multiplier": own.noise_multiplier,
-        "steps": own.steps,
+        "epsilon": site_plan.epsilon,
+        "delta": site_plan.delta,
+        "sampling_rate": site_plan.sampling_rate,
+        "noise_multiplier": site_plan.noise_multiplier,
+        "steps": site_plan.steps,
     }
     risk = best_guess(facts)
-    return SitePlan(name, size, rounds=own.rounds, batch=own.divisor, risk=risk, **facts)
+    return SitePlan(
+        name, size, rounds=site_plan.rounds, batch=site_plan.divisor, risk=risk, **facts
+    )

@@ -40,7 +40,7 @@ def gaussian_on_grid(dimension: int, std: float, grid: float) -> torch.Tensor:
     scale = std / grid if std > 0 and grid > 0 else math.nan
     if not (math.isfinite(std) and math.isfinite(grid) and 0 < scale < 2.0**59):
         raise ValueError("noise needs a positive standard deviation and grid")
-    drawn = np.empty(dimension, dtype=np.int64)
+    noise = np.empty(dimension, dtype=np.int64)
     starts = range(0, dimension, 2 * _BLOCK)
     pairs = [min(_BLOCK, (dimension - start + 1) // 2) for start in starts]
     for start, bits in zip(starts, _keystream(2 * n for n in pairs), strict=True):
@@ -50,7 +50,7 @@ def gaussian_on_grid(dimension: int, std: float, grid: float) -> torch.Tensor:
         radius *= scale
         angle = (2.0 * np.pi * 2.0**-53) * uniform[half:]
         # Each pair's cosine and sine go half a block apart; an odd dimension drops the last sine.
-        drawn[start : start + half] = np.rint(radius * np.cos(angle))
-        rest = drawn[start + half : start + 2 * half]
-        rest[:] = np.rint(radius * np.sin(angle))[: len(rest)]
-    return torch.from_numpy(drawn)
+        noise[start : start + half] = np.rint(radius * np.cos(angle))
+        sines = noise[start + half : start + 2 * half]
+        sines[:] = np.rint(radius * np.sin(angle))[: len(sines)]
+    return torch.from_numpy(noise)

@@ -1,6 +1,6 @@
-"""NOT PRIVATE: the same step without noise or accounting, for `privacy = "off"` alone.
+"""NOT PRIVATE: a step without noise or accounting, for `privacy = "off"` alone.
 
-It exists to show what privacy costs and is marked in every output; the default policy refuses it.
+It shows what privacy costs and is marked in every output; the default policy refuses it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from fedtune.dp.steplog import StepLog
 
 
 @dataclass(frozen=True)
-class PlainPlan:
-    """A mean of unit gradients, clipped like the private twin if the study has [clipping]."""
+class NonPrivatePlan:
+    """A mean of unit gradients, clipped as in a private study if the study has [clipping]."""
 
     sampling_rate: float
     divisor: float
@@ -27,7 +27,7 @@ class PlainPlan:
     def step(
         self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
     ) -> torch.Tensor:
-        """The un-noised mean gradient, fp32 (dimension,). No guarantee whatsoever."""
+        """Compute the un-noised mean gradient, fp32 (dimension,). No guarantee."""
         sampled = sampling.poisson(n_rows, self.sampling_rate)
         total = torch.zeros(dimension, dtype=torch.float64)
         for chunk in gradients(sampled) if sampled else ():
@@ -38,6 +38,6 @@ class PlainPlan:
         return (total / self.divisor).float()
 
 
-def plain_plan(study: Study, declared_size: int) -> PlainPlan:
+def non_private_plan(study: Study, declared_size: int) -> NonPrivatePlan:
     rate = sampling_rate(study, declared_size)
-    return PlainPlan(rate, rate * declared_size, study.clipping)
+    return NonPrivatePlan(rate, rate * declared_size, study.clipping)

@@ -1,4 +1,4 @@
-"""The one place where sampler, clip, noise and accountant meet, so that they cannot disagree.
+"""DP-SGD: the one place that combines sampler, clip, noise and accountant.
 
 The shape follows google-deepmind/jax_privacy's execution plan: a frozen description that both
 computes ε and runs the step."""
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 RELATION: clip.Relation = "add or remove one unit"
 
-# The gradients of the drawn rows, some at a time, in any order. A row is a whole unit, or, where
-# records are drawn, one record.
+# The gradients of the sampled rows, some at a time, in any order. A row is a unit or, where records
+# are sampled, one record.
 RowGradients = Callable[[list[int]], Iterator[Chunk]]
 
 
 class StepPlan(Protocol):
-    """What training asks of a plan, private or not."""
+    """A plan's method that training calls, private or not."""
 
     def step(
         self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
@@ -86,11 +86,11 @@ class DpPlan:
         round_: int,
         team: Team | None = None,
     ) -> torch.Tensor:
-        """One noised mean gradient, fp32 (dimension,), for a site with `n_rows` rows to draw from.
+        """Run one DP-SGD step: a noised mean gradient, fp32 (dimension,), of `n_rows` rows.
 
         `gradients` is called once with the sampled rows and yields each of them exactly once; its
         tensors are zeroed after use. An empty sample is a noise-only step. team: other processes
-        that add up some of the rows; drawn and noised is here alone, once.
+        that sum some of the rows; sampling and noise happen in this process alone, once.
         Errors: RuntimeError when a row is missing or doubled: nothing is released then.
         """
         sampled = sampling.poisson(n_rows, self.sampling_rate)
@@ -109,17 +109,17 @@ class DpPlan:
     def clipped_sum(
         self, sampled: list[int], dimension: int, gradients: RowGradients
     ) -> torch.Tensor:
-        """Σ of the clipped rows in multiples of `grid`, int64 (dimension,). Not noised.
+        """Sum the clipped rows in multiples of `grid`, int64 (dimension,). Not noised.
 
         Errors: RuntimeError as in `step`."""
         import torch
 
         total = torch.zeros(dimension, dtype=torch.int64)
-        seen: list[int] = []
+        returned: list[int] = []
         for chunk in gradients(sampled) if sampled else ():
-            seen += chunk.rows
+            returned += chunk.rows
             clip.add_clipped(total, chunk, self.grid, self.max_grad_norm, self.clipping, self.gamma)
-        if sorted(seen) != sorted(sampled):
+        if sorted(returned) != sorted(sampled):
             raise RuntimeError("the gradient engine did not return each sampled row once")
         return total
 
@@ -143,7 +143,7 @@ class DpPlan:
 
 @dataclass(frozen=True)
 class SharedPlan:
-    """A private plan whose rows several processes add up."""
+    """A private plan whose rows several processes sum."""
 
     plan: DpPlan
     team: Team
@@ -157,25 +157,25 @@ class SharedPlan:
 
 
 def plan_for_site(study: Study, declared_size: int, most: int | None = None) -> DpPlan:
-    """The plan of a site with `declared_size` units (public), of at most `most` steps.
+    """Build the plan of a site with `declared_size` units (public), of at most `most` steps.
 
     Errors: ConfigError where the study is not private, nothing fits the budget, or more steps do
     than `most`."""
-    budget = resolve(study, declared_size, most)
+    calibration = resolve(study, declared_size, most)
     privacy, clipping = study.privacy, study.clipping
-    assert not isinstance(privacy, str) and clipping is not None  # resolve and Study saw to it
+    assert not isinstance(privacy, str) and clipping is not None  # checked by resolve and Study
     return DpPlan(
         study=study.digest,
         unit=privacy.unit,
-        sampling_rate=budget.sampling_rate,
-        noise_multiplier=budget.noise_multiplier,
+        sampling_rate=calibration.sampling_rate,
+        noise_multiplier=calibration.noise_multiplier,
         max_grad_norm=clipping.max_grad_norm,
         clipping=clipping.mode,
         gamma=clipping.gamma,
-        rounds=budget.rounds,
+        rounds=calibration.rounds,
         local_steps=study.training.local_steps,
         delta=privacy.delta,
-        divisor=budget.sampling_rate * study.records_per_draw * declared_size,
+        divisor=calibration.sampling_rate * study.records_per_draw * declared_size,
         records=study.records_per_draw,
         lifetime=privacy.epsilon if study.continuous else None,
     )
@@ -185,7 +185,7 @@ ClippedSum = Callable[[list[int]], "torch.Tensor"]  # rows -> their clipped sum,
 
 
 class Team(Protocol):
-    """What a step asks of the processes beside it."""
+    """The other processes that share a step."""
 
     def total(self, sampled: list[int], dimension: int, clipped_sum: ClippedSum) -> torch.Tensor:
         """Sum the clipped rows `sampled` over all processes, int64 (dimension,); `clipped_sum` sums

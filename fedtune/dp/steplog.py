@@ -55,16 +55,16 @@ class StepLog:
         """All steps, or those of one plan digest, in order."""
         if not self.path.exists():
             return []
-        found = []
+        steps = []
         for number, line in enumerate(self.path.read_text().splitlines(), 1):
             try:
-                found.append(Step(**json.loads(line)))
+                steps.append(Step(**json.loads(line)))
             except (ValueError, TypeError):
                 raise InfrastructureError(
                     f"{self.path}: line {number} is not a step",
                     todo="restore the file from a backup; without it no budget can be stated",
                 ) from None
-        return [step for step in found if study in (None, step.study)]
+        return [step for step in steps if study in (None, step.study)]
 
 
 def events(steps: list[Step]) -> list[Steps]:

@@ -46,7 +46,7 @@ def simulate(
     do not suit it, and what a run may raise: Refused, ModelError, InfrastructureError."""
     from fedtune.client.site import drop_if_changed
     from fedtune.client.site_checks import check_data
-    from fedtune.models.teacher import own_teacher
+    from fedtune.models.teacher import register_teacher
     from fedtune.server import rounds as server_rounds
     from fedtune.server.parts import Dependencies
     from fedtune.server.schedule import SimulatedClock
@@ -55,7 +55,7 @@ def simulate(
     check(study, sites)
     check_rounds(study, rounds)
     out = new_run(study, None if out is None else Path(out), resume=resume)
-    own_teacher(study)
+    register_teacher(study)
     for site in sites:  # here the sites are the user's own: say now what is wrong with their files
         check_data(site, study)
     files = [site_file(site) for site in sites]

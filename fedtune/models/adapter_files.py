@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fedtune.config import Study
 from fedtune.errors import ModelError
@@ -13,25 +12,18 @@ from fedtune.files import reading
 from fedtune.files.writing import replace
 from fedtune.models.lora import Arrays
 
-if TYPE_CHECKING:
-    from fedtune.config import Study
-    from fedtune.models.lora import Arrays
-
-
 HEAD = "head.safetensors"
 ADAPTER = "adapter_model.safetensors"  # PEFT's own name
 AGAIN = "copy the run's folder again"
 
 
 def load_adapter(folder: Path) -> Arrays:
-    """All arrays saved in `folder` (PEFT's format, head.safetensors or both), by the network's
+    """Load all arrays saved in `folder` (PEFT's format, head.safetensors or both) by the network's
     names: the trained ones and the frozen factor. Errors: ModelError."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    from fedtune.models.adapter_files import HEAD
-
-    found: Arrays = {}
+    adapter: Arrays = {}
     for file in (ADAPTER, HEAD):
         path = folder / file
         if not os.path.lexists(path):
@@ -44,11 +36,11 @@ def load_adapter(folder: Path) -> Arrays:
                 f"{path}: not a whole safetensors file ({type(error).__name__})", todo=AGAIN
             ) from None
         for name, value in arrays.items():
-            own = name.removesuffix(".weight") + ".default.weight"
-            found[own if file == ADAPTER else f"head.{name}"] = value
-    if not found:
+            peft_name = name.removesuffix(".weight") + ".default.weight"
+            adapter[peft_name if file == ADAPTER else f"head.{name}"] = value
+    if not adapter:
         raise ModelError(f"{folder}: holds no adapter", f"{ADAPTER} or {HEAD}", AGAIN)
-    return found
+    return adapter
 
 
 def picked(saved: Arrays, names: Iterable[str], folder: Path) -> Arrays:
@@ -64,7 +56,7 @@ def picked(saved: Arrays, names: Iterable[str], folder: Path) -> Arrays:
 
 
 def save_adapter(folder: Path, like: Path, study: Study, arrays: Arrays) -> None:
-    """`arrays` as PEFT saves an adapter, with the settings of the one in `like` but for its shape.
+    """Save `arrays` as PEFT does, with the settings of the adapter in `like` but for its shape.
     Errors: OSError."""
     from peft import LoraConfig
     from safetensors.numpy import save

@@ -78,8 +78,8 @@ class LoadedModel:
         """Score several passages in one pass, (n, outputs): for public text alone."""
         if self.head is None:
             raise ModelError(f"{self.base.name}: has no trained head", "a run that trained one")
-        found: torch.Tensor = self.head(pooled(*self._states(passages), self.base.kind))
-        return found
+        logits: torch.Tensor = self.head(pooled(*self._states(passages), self.base.kind))
+        return logits
 
     def write(
         self, ids: list[int], count: int, new_tokens: int, stream: bytes, temperature: float = 1.0
@@ -100,11 +100,11 @@ class LoadedModel:
     ) -> list[list[list[int]]]:
         """Complete several prompts at once, which is faster and couples them: for public
         prompts alone. Errors: ModelError where the model's figures are not finite."""
-        wide = max(map(len, prompts))
+        width = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id
-        rows = torch.tensor([[pad] * (wide - len(ids)) + ids for ids in prompts])
-        mask = torch.tensor([[0] * (wide - len(ids)) + [1] * len(ids) for ids in prompts])
-        drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        rows = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts])
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int.from_bytes(hashlib.sha256(stream).digest()[:7], "big"))
             try:
@@ -114,7 +114,7 @@ class LoadedModel:
                     max_new_tokens=new_tokens,
                     num_return_sequences=count,
                     pad_token_id=pad,
-                    **(drawn if temperature else {"do_sample": False}),
+                    **(sampling if temperature else {"do_sample": False}),
                 )
             except RuntimeError as error:
                 if "probability tensor" not in str(error):
@@ -124,8 +124,8 @@ class LoadedModel:
                     "a whole model",
                     "fetch or copy it again",
                 ) from None
-        said = [self._until_eos(row[wide:].tolist()) for row in out]
-        return [said[at : at + count] for at in range(0, len(said), count)]
+        completions = [self._until_eos(row[width:].tolist()) for row in out]
+        return [completions[at : at + count] for at in range(0, len(completions), count)]
 
     def base_only(self) -> Any:
         """The base with the adapter off."""
@@ -152,10 +152,10 @@ class LoadedModel:
         rows = [torch.from_numpy(np.asarray(ids, dtype=np.int64)) for ids in passages]
         ids = pad_sequence(rows, batch_first=True).to(inner.device)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(ids)
-        body = inner.model if causal else inner
+        backbone = inner.model if causal else inner
         # What comes before never sees what comes after, so that a causal base needs no mask.
-        seen = {} if causal else {"attention_mask": mask}
-        return body(input_ids=ids, **seen).last_hidden_state, mask.bool()
+        attention = {} if causal else {"attention_mask": mask}
+        return backbone(input_ids=ids, **attention).last_hidden_state, mask.bool()
 
     def _until_eos(self, ids: list[int]) -> list[int]:
         ends = self.model.generation_config.eos_token_id
@@ -185,15 +185,15 @@ def load(
     else:
         base = find_base(study.base.model, study.base.digest) if study else find_base(str(source))
     adapter = run / "adapter" if study else None
-    found = digest_of(base, adapter, study.base if study else None)
-    if digest is not None and digest != found:
+    actual_digest = digest_of(base, adapter, study.base if study else None)
+    if digest is not None and digest != actual_digest:
         raise ModelError(
-            f"{base.name if adapter is None else run}: the digest of what is here is {found}",
+            f"{base.name if adapter is None else run}: the digest here is {actual_digest}",
             digest,
             "use the copy that the digest was taken of",
         )
     if adapter is not None:
-        known_here.note(cache_dir(), found, run.name, run)
+        known_here.note(cache_dir(), actual_digest, run.name, run)
     network: Any = load_backbone(base, dtype)
     if base.kind == "causal":
         network.lm_head.register_forward_pre_hook(_in_one_piece)
@@ -204,7 +204,7 @@ def load(
         if (adapter / ADAPTER).is_file():
             network = adapted(network, adapter, trainable)
         head = _head(adapter)
-    return LoadedModel(base, network, load_tokenizer(base), head, study, found)
+    return LoadedModel(base, network, load_tokenizer(base), head, study, actual_digest)
 
 
 def verify(source: str) -> tuple[str, str]:
@@ -215,9 +215,9 @@ def verify(source: str) -> tuple[str, str]:
         base = verify_base(source)
         return base.name, base.digest
     study = load_plan(run)
-    found = digest_of(verify_base(study.base.model), run / "adapter", study.base)
-    known_here.note(cache_dir(), found, run.name, run)
-    return study.study.name, found
+    actual_digest = digest_of(verify_base(study.base.model), run / "adapter", study.base)
+    known_here.note(cache_dir(), actual_digest, run.name, run)
+    return study.study.name, actual_digest
 
 
 def digest_of(base: Base, adapter: Path | None, asked: BaseTable | None = None) -> str:

@@ -21,8 +21,8 @@ def head_loss(states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor)
     states: (n, H); weight: the frozen head's, (V, H), in the same type. Products in that type,
     softmax and loss in fp32, as with the head and cross_entropy apart.
     Reference: Hsu et al. 2024, "Liger kernel", section 3.2 (FusedLinearCrossEntropy)."""
-    found: torch.Tensor = _apply(states, weight, targets)
-    return found
+    losses: torch.Tensor = _apply(states, weight, targets)
+    return losses
 
 
 def _apply(*inputs: torch.Tensor) -> Any:
@@ -35,23 +35,23 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any, states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
         losses = torch.empty(len(states), dtype=torch.float32, device=states.device)
-        wanted = ctx.needs_input_grad[0]
-        slopes = torch.empty_like(states) if wanted else None
+        needs_gradient = ctx.needs_input_grad[0]
+        gradients = torch.empty_like(states) if needs_gradient else None
         rows = max(1, _CHUNK_BYTES // (4 * len(weight)))
         for part, _ in even(len(states), rows):
             logits = (states[part] @ weight.T).float()
             at = targets[part, None]
             total = torch.logsumexp(logits, dim=1, keepdim=True)
             losses[part] = (total - logits.gather(1, at))[:, 0]
-            if slopes is not None:  # softmax minus one at the target
+            if gradients is not None:  # softmax minus one at the target
                 probabilities = logits.sub_(total).exp_()
                 probabilities.scatter_add_(1, at, torch.full_like(total, -1.0))
-                slopes[part] = probabilities.to(weight.dtype) @ weight
-        ctx.save_for_backward(slopes)
+                gradients[part] = probabilities.to(weight.dtype) @ weight
+        ctx.save_for_backward(gradients)
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
-        (slopes,) = ctx.saved_tensors
-        return slopes * grad[:, None].to(slopes.dtype), None, None
+        (gradients,) = ctx.saved_tensors
+        return gradients * grad[:, None].to(gradients.dtype), None, None

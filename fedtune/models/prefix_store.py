@@ -76,13 +76,13 @@ class PrefixStore:
         """`states` (positions, H) of `record`, in memory if the process then holds at most `limit`
         bytes (None: its share of a quarter of the machine's memory). Errors: InfrastructureError
         (disk)."""
-        kept: _InMemory | _Sealed
-        room = default_limit() // self.processes if limit is None else limit
-        if self.in_memory + states.nbytes <= room:
+        stored: _InMemory | _Sealed
+        available = default_limit() // self.processes if limit is None else limit
+        if self.in_memory + states.nbytes <= available:
             self._used += states.nbytes
-            kept = _InMemory(states)
-            weakref.finalize(kept, self._dropped.append, states.nbytes).atexit = False
-            return kept
+            stored = _InMemory(states)
+            weakref.finalize(stored, self._dropped.append, states.nbytes).atexit = False
+            return stored
         if self._file is None or self._file.owner != os.getpid():  # a fork shares the file's end
             self._file = _File(cache_dir())
         return _seal(states, record, self._file)
@@ -114,22 +114,22 @@ class _Sealed:
     def read(self) -> torch.Tensor:
         block = self.file.read(self.at, self.size)
         try:
-            body = AESGCM(self.key).decrypt(_NONCE, block, self.record)
+            plaintext = AESGCM(self.key).decrypt(_NONCE, block, self.record)
         except InvalidTag:
             raise Altered(
                 "the file of states at the cut was altered", "the block that was written"
             ) from None
-        return torch.frombuffer(bytearray(body), dtype=self.dtype).view(self.shape)
+        return torch.frombuffer(bytearray(plaintext), dtype=self.dtype).view(self.shape)
 
 
 def _seal(states: torch.Tensor, record: bytes, file: _File) -> _Sealed:
     key = AESGCM.generate_key(256)
-    body = states.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    block = AESGCM(key).encrypt(_NONCE, body, record)
+    plaintext = states.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    block = AESGCM(key).encrypt(_NONCE, plaintext, record)
     at = file.write(block)
-    kept = _Sealed(file, at, len(block), key, record, states.shape, states.dtype)
-    weakref.finalize(kept, file.dropped.append, (at, len(block))).atexit = False
-    return kept
+    sealed = _Sealed(file, at, len(block), key, record, states.shape, states.dtype)
+    weakref.finalize(sealed, file.dropped.append, (at, len(block))).atexit = False
+    return sealed
 
 
 class _File:
@@ -167,8 +167,8 @@ class _File:
             self._free.clear()
             self._end = 0
             os.ftruncate(self.number, 0)
-        size, room = len(block), self._free[len(block)]
-        at = room.pop() if room else self._end
+        size, free = len(block), self._free[len(block)]
+        at = free.pop() if free else self._end
         try:
             if os.pwrite(self.number, block, at) != size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -43,21 +43,23 @@ def cut(model: Any, lora: LoraTable) -> Split | None:
     if not lora.last_layers or not isinstance(layers, nn.ModuleList) or not last:
         return None
     # A decoder with a table of positions adds them to its input: above the cut they are there.
-    placed = {"embed_positions": _Nowhere()} if hasattr(model, "embed_positions") else {}
-    end = {last: nn.Identity()}
+    without_positions = {"embed_positions": _Nowhere()} if hasattr(model, "embed_positions") else {}
+    without_norm = {last: nn.Identity()}
     halves, candidates = _halves(layers[-1]), []
     if halves and lora.last_layers == 1 and halves.holds(lora.modules):
         frozen = nn.ModuleList([*layers[:-1], halves.first])
         tail = _Mlp(halves, getattr(model, last))
-        candidates.append(Split(with_parts(model, layers=frozen, **end), tail, True))
-    at = len(layers) - lora.last_layers
-    prefix = with_parts(model, layers=layers[:at], **end)
+        candidates.append(Split(with_parts(model, layers=frozen, **without_norm), tail, True))
+    first_adapted = len(layers) - lora.last_layers
+    prefix = with_parts(model, layers=layers[:first_adapted], **without_norm)
     if halves:
-        ends = nn.ModuleList([*layers[at:-1], _Narrow(halves)])
+        ends = nn.ModuleList([*layers[first_adapted:-1], _Narrow(halves)])
         candidates.append(
-            Split(prefix, with_parts(model, layers=ends, **placed), False, narrows=True)
+            Split(prefix, with_parts(model, layers=ends, **without_positions), False, narrows=True)
         )
-    candidates.append(Split(prefix, with_parts(model, layers=layers[at:], **placed), False))
+    candidates.append(
+        Split(prefix, with_parts(model, layers=layers[first_adapted:], **without_positions), False)
+    )
     return next((split for split in candidates if _exact(model, split)), None)
 
 
@@ -82,8 +84,8 @@ def _halves(layer: Any) -> _Halves | None:
         return all(hasattr(layer, part) for part in parts)
 
     if has("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"):
-        own = frozenset(_last_names(layer.mlp) - _last_names(layer.self_attn))
-        return _Halves(_Attention(layer), layer.post_attention_layernorm, layer.mlp, own)
+        inside = frozenset(_last_names(layer.mlp) - _last_names(layer.self_attn))
+        return _Halves(_Attention(layer), layer.post_attention_layernorm, layer.mlp, inside)
     if has("self_attn_layer_norm", "encoder_attn", "final_layer_norm", "activation_fn", "fc1"):
         inside = frozenset(("fc1", "fc2"))
         return _Halves(_Crossed(layer), layer.final_layer_norm, _Feed(layer), inside)
@@ -115,17 +117,17 @@ class _Crossed(nn.Module):
         kwargs = {k: v for k, v in kwargs.items() if k not in ("use_cache", "cache")}
         kwargs.pop("encoder_attention_mask", None)
         layer: Any = self.layer
-        own = layer.self_attn(
+        self_attended = layer.self_attn(
             layer.self_attn_layer_norm(hidden_states), attention_mask=mask, **kwargs
         )
-        states = hidden_states + own[0]
-        other = layer.encoder_attn(
+        states = hidden_states + self_attended[0]
+        cross_attended = layer.encoder_attn(
             layer.encoder_attn_layer_norm(states),
             key_value_states=heard,
             attention_mask=None,
             **kwargs,
         )
-        return states + other[0]  # type: ignore[no-any-return]
+        return states + cross_attended[0]  # type: ignore[no-any-return]
 
 
 class _Feed(nn.Module):
@@ -187,15 +189,15 @@ class _Mlp(nn.Module):
 @torch.no_grad()
 def _exact(model: Any, split: Split) -> bool:
     probe = (torch.arange(1, 17) % model.config.vocab_size).unsqueeze(0).to(model.device)
-    more: dict[str, Any] = {"use_cache": False}
+    inputs: dict[str, Any] = {"use_cache": False}
     if hasattr(model.config, "max_source_positions"):  # of a decoder that attends to a recording
         size = (1, 8, int(model.config.d_model))
-        heard = torch.sin(torch.arange(math.prod(size), device=probe.device)).view(size)
-        more["encoder_hidden_states"] = heard.to(model.dtype)
-    whole = model(input_ids=probe, **more).last_hidden_state
+        tower_states = torch.sin(torch.arange(math.prod(size), device=probe.device)).view(size)
+        inputs["encoder_hidden_states"] = tower_states.to(model.dtype)
+    expected = model(input_ids=probe, **inputs).last_hidden_state
     try:
-        states = split.prefix(input_ids=probe, **more).last_hidden_state
-        parts = split.tail(inputs_embeds=states, **more).last_hidden_state
+        states = split.prefix(input_ids=probe, **inputs).last_hidden_state
+        actual = split.tail(inputs_embeds=states, **inputs).last_hidden_state
     except (TypeError, ValueError, AttributeError):  # a block of another make
         return False
-    return torch.equal(whole, parts)
+    return torch.equal(expected, actual)

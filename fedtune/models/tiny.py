@@ -17,9 +17,9 @@ from fedtune.bases.find import Base, auto_class, find_base
 from fedtune.config import LoraTable, Study
 from fedtune.data.dataset import NO_TARGET, Dataset, Example, Passage
 from fedtune.models.network import Network
-from fedtune.models.random_records import Shown, show, words
+from fedtune.models.random_records import GeneratedFile, generate_file, random_ids
 from fedtune.models.rank_slice import ALL, rank_slice
-from fedtune.models.teacher import made_up
+from fedtune.models.teacher import with_random_targets
 from fedtune.models.tiny_media import shrink
 from fedtune.objectives import resolve
 
@@ -34,8 +34,8 @@ _SIZES = {  # of a tower
 
 
 def tiny_network(study: Study, base: Base) -> Network:
-    """`base`'s architecture with hidden 32 and at most 4 layers, fp32, and the study's adapter on
-    it (rank at most 4; last_layers in proportion, so that the same cut is used).
+    """Build `base`'s architecture with hidden 32 and at most 4 layers, fp32, and the study's
+    adapter on it (rank at most 4; last_layers in proportion, so that the same cut is used).
 
     Weights come from the study's public seed; the trained ones are moved far from zero, because a
     guarantee must hold at any weights, not only at the start, and a loss that couples records
@@ -56,8 +56,8 @@ def tiny_network(study: Study, base: Base) -> Network:
 
 
 def tiny_columns(study: Study, lora_rank: int | None) -> slice:
-    """What a site of `lora_rank` trains of the tiny adapter: fewer columns than all, and not the
-    first, where it is so in the study."""
+    """Return the columns of the tiny adapter that a site of `lora_rank` trains: fewer than all, and
+    not the first, where it is so in the study."""
     if study.lora is None or lora_rank is None or lora_rank >= study.lora.rank:
         return ALL
     tiny = study.lora.model_copy(update={"rank": min(study.lora.rank, RANK)})
@@ -65,33 +65,33 @@ def tiny_columns(study: Study, lora_rank: int | None) -> slice:
 
 
 def generated(study: Study, network: Network, sizes: Sequence[int], stream: int = 0) -> Dataset:
-    """Random tokens: `sizes[u]` records of 9 to 24 tokens for unit u, so that records of different
-    units share batches; behind a file of noise, where the base reads files. The same study and
+    """Generate `sizes[u]` records of 9 to 24 random tokens for unit u, so that records of different
+    units share batches; after a file of noise, where the base reads files. The same study and
     stream give the same records."""
     draw = np.random.default_rng([study.study.seed, stream])
     record_format = resolve(study.objective).record_format
     labels = 2 if record_format == "unpaired_preference" else max(1, len(study.objective.labels))
 
-    def passage(shown: Shown) -> Passage:
+    def passage(file: GeneratedFile) -> Passage:
         length = int(draw.integers(9, 25))
-        ids = words(network, draw, length + 1, len(_NAMES))
+        ids = random_ids(network, draw, length + 1, len(_NAMES))
         targets = ids[1:].copy()
         targets[: int(draw.integers(0, length))] = NO_TARGET
-        return shown.before(ids[:-1].copy(), targets)
+        return file.prepend_to(ids[:-1].copy(), targets)
 
     examples = []
     for unit, size in enumerate(sizes):
         for _ in range(size):
-            shown = show(network, study.objective, draw)
-            own = passage(shown)
-            worse = passage(shown) if record_format == "preference" else None
+            file = generate_file(network, study.objective, draw)
+            better = passage(file)
+            worse = passage(file) if record_format == "preference" else None
             label = int(draw.integers(labels))
-            examples.append(Example(*own, label, unit, worse, shown.media, shown.tiles))
-    return made_up(Dataset(examples, len(sizes), Counter()), study, network.vocabulary)
+            examples.append(Example(*better, label, unit, worse, file.media, file.tiles))
+    return with_random_targets(Dataset(examples, len(sizes), Counter()), study, network.vocabulary)
 
 
 def _write(base: Base, folder: Path, seed: int) -> tuple[int, int]:
-    """The tiny base as a folder; returns (layers of the real one, layers of this one)."""
+    """Write the tiny base to `folder`; returns (layers of the real one, layers of this one)."""
     from transformers import AutoConfig
 
     auto = auto_class(base.kind)
@@ -118,20 +118,20 @@ def random_base(folder: Path, seed: int = 0) -> Path:
 
 
 def _save(config: Any, auto: Any, names: tuple[str, ...], folder: Path, seed: int) -> None:
-    """The random model of `config`, and a tokenizer that knows `names`."""
+    """Save a random model of `config`, and a tokenizer with the tokens `names`."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     text = config.get_text_config(decoder=True)
-    for each in {id(c): c for c in (config, text)}.values():
-        _renumber(each)
+    for section in {id(c): c for c in (config, text)}.values():
+        _renumber(section)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         auto.from_config(config, dtype=torch.float32).save_pretrained(folder)
     numbers = {name: number for number, name in enumerate(names)}
-    fast: Any = PreTrainedTokenizerFast
-    fast(
+    tokenizer: Any = PreTrainedTokenizerFast
+    tokenizer(
         tokenizer_object=Tokenizer(models.WordLevel(numbers, unk_token=_NAMES[3])),
         additional_special_tokens=list(names[len(_NAMES) :]),
         pad_token=_NAMES[0],
@@ -150,18 +150,18 @@ def _shrink(config: Any) -> None:
     """Sizes and the weights' scale change; activation, norms, tying, positions and masks stay the
     base's own."""
     layers = int(config.num_hidden_layers)
-    kept = min(LAYERS, layers)
+    layers_left = min(LAYERS, layers)
     heads = int(config.num_attention_heads)
-    shared = int(getattr(config, "num_key_value_heads", None) or heads)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     for name, value in list(vars(config).items()):  # one entry for each layer
         if isinstance(value, list) and len(value) == layers and layers > 1:
-            setattr(config, name, value[layers - kept :])
+            setattr(config, name, value[layers - layers_left :])
     sizes = {
         "hidden_size": HIDDEN,
         "intermediate_size": INNER,
-        "num_hidden_layers": kept,
+        "num_hidden_layers": layers_left,
         "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS if shared == heads else 1 if shared == 1 else HEADS // 2,
+        "num_key_value_heads": HEADS if kv_heads == heads else 1 if kv_heads == 1 else HEADS // 2,
         "head_dim": HIDDEN // HEADS,
         "embedding_size": HIDDEN,
         "initializer_range": HIDDEN**-0.5,  # states and logits of the size that trained ones have

@@ -58,7 +58,7 @@ def describe(table: ObjectiveTable) -> str:
     """The objective in plain words: what it does, what it reads and what it trains.
 
     Errors: ConfigError, as `resolve`."""
-    found = resolve(table)
-    head = " A head is trained, which writes no text." if found.outputs else ""
-    reads = READS[found.record_format]
-    return f"Objective {table.name}. {summary(type(found))} It reads {reads}.{head}"
+    objective = resolve(table)
+    head = " A head is trained, which writes no text." if objective.outputs else ""
+    reads = READS[objective.record_format]
+    return f"Objective {table.name}. {summary(type(objective))} It reads {reads}.{head}"

@@ -122,7 +122,7 @@ class Objective(ABC):
         return 0
 
     @property
-    def taught_by(self) -> Teacher | None:
+    def teacher_spec(self) -> Teacher | None:
         """The teacher whose soft targets each record carries."""
         return None
 

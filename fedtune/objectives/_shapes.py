@@ -15,11 +15,11 @@ def padded_length(length: int) -> int:
     return -(-length // step) * step
 
 
-def even(total: int, most: int) -> Iterator[tuple[slice, int]]:
+def even(total: int, limit: int) -> Iterator[tuple[slice, int]]:
     """0 to `total` in parts of one size, at most `most`: what a product of matrices makes of a row
     follows from how many there are. The last part reaches back; with each comes how many of its
     last places are new."""
-    size = -(-total // max(1, -(-total // most)))
+    size = -(-total // max(1, -(-total // limit)))
     for start in range(0, total, max(1, size)):
         stop = min(start + size, total)
         yield slice(stop - size, stop), stop - start

@@ -34,11 +34,11 @@ def likelihood(network: Network, batch: Batch) -> Likelihood:
 
     keep, targets = labelled(batch.target_ids)
     hidden = network.hidden(batch.prefix, batch.mask, keep, batch.tower_states)
-    wanted = targets != -100
-    aims = targets.masked_fill(~wanted, 0).flatten()
-    each = network.token_losses(hidden.flatten(0, 1), aims).view(targets.shape)
-    total = torch.where(wanted, -each, 0.0).sum(dim=1)
-    return Likelihood(total, wanted.sum(dim=1))
+    is_target = targets != -100
+    target_ids = targets.masked_fill(~is_target, 0).flatten()
+    losses = network.token_losses(hidden.flatten(0, 1), target_ids).view(targets.shape)
+    total = torch.where(is_target, -losses, 0.0).sum(dim=1)
+    return Likelihood(total, is_target.sum(dim=1))
 
 
 def reference(network: Network, batch: Batch) -> Likelihood:
@@ -49,14 +49,14 @@ def reference(network: Network, batch: Batch) -> Likelihood:
     import torch
 
     targets = (batch.target_ids != -100).sum(dim=1)
-    known = None if batch.reference_logps is None else batch.reference_logps[batch.index]
-    if known is None or bool(known.isnan().any()):
+    cached = None if batch.reference_logps is None else batch.reference_logps[batch.index]
+    if cached is None or bool(cached.isnan().any()):
         with torch.no_grad(), network.base_only():
-            found = likelihood(network, batch).total
+            logps = likelihood(network, batch).total
         if batch.reference_logps is not None:
-            batch.reference_logps[batch.index] = found.cpu().view(len(batch.index), -1)
-        return Likelihood(found, targets)
-    return Likelihood(known.flatten().to(targets.device), targets)
+            batch.reference_logps[batch.index] = logps.cpu().view(len(batch.index), -1)
+        return Likelihood(logps, targets)
+    return Likelihood(cached.flatten().to(targets.device), targets)
 
 
 def labelled(target_ids: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -65,9 +65,9 @@ def labelled(target_ids: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tenso
     the same for every record of a bucket."""
     import torch
 
-    wanted = target_ids != -100
-    most = padded_length(max(1, int(wanted.sum(dim=1).max())))
-    if most > 0.75 * target_ids.shape[1]:
+    is_target = target_ids != -100
+    width = padded_length(max(1, int(is_target.sum(dim=1).max())))
+    if width > 0.75 * target_ids.shape[1]:
         return None, target_ids
-    keep = torch.argsort(wanted.int(), dim=1, descending=True, stable=True)[:, :most]
+    keep = torch.argsort(is_target.int(), dim=1, descending=True, stable=True)[:, :width]
     return keep, target_ids.gather(1, keep)

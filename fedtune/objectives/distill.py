@@ -43,12 +43,12 @@ class Distill(Objective):
 
     def __post_init__(self) -> None:
         require(bool(self.teacher), "teacher", "a base, or a finished run's folder")
-        known = bool(re.fullmatch(r"sha256:[0-9a-f]{64}", self.digest))
-        require(known, "digest", "the teacher's, as `fedtune models verify` prints it")
+        is_digest = bool(re.fullmatch(r"sha256:[0-9a-f]{64}", self.digest))
+        require(is_digest, "digest", "the teacher's, as `fedtune models verify` prints it")
         require(0 < self.temperature <= 100, "temperature", "a number above 0")
         require(0 <= self.hard < 1, "hard", "at least 0 and below 1")
-        whole = self.top >= 2 and self.top == int(self.top)
-        require(whole, "top", "a whole number of at least 2")
+        is_whole_number = self.top >= 2 and self.top == int(self.top)
+        require(is_whole_number, "top", "a whole number of at least 2")
 
     @property
     def record_format(self) -> RecordFormat:
@@ -59,7 +59,7 @@ class Distill(Objective):
         return len(self.labels)
 
     @property
-    def taught_by(self) -> Teacher:
+    def teacher_spec(self) -> Teacher:
         return Teacher(self.teacher, self.digest, self.temperature, int(self.top))
 
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
@@ -78,53 +78,61 @@ def divergence(
     from torch.nn import functional
 
     assert batch.soft is not None  # models/teacher.py marked every record
-    tokens, wanted = batch.soft
+    tokens, teacher_logp = batch.soft
     if network.has_head:
         hidden = network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
         logits = network.logits(network.pool(hidden, batch.mask))
-        found = torch.log_softmax(logits / temperature, dim=1)
-        each = _divergence(wanted[:, 0], found) * temperature**2
-        true = functional.cross_entropy(logits, batch.label, reduction="none") if hard else each
-        return (1 - hard) * each + hard * true
+        student_logp = torch.log_softmax(logits / temperature, dim=1)
+        soft_loss = _divergence(teacher_logp[:, 0], student_logp) * temperature**2
+        hard_loss = (
+            functional.cross_entropy(logits, batch.label, reduction="none") if hard else soft_loss
+        )
+        return (1 - hard) * soft_loss + hard * hard_loss
     keep, targets = labelled(batch.target_ids)
     hidden = network.hidden(batch.prefix, batch.mask, keep, batch.tower_states)
-    there = targets != -100
-    nth = (there.cumsum(dim=1) - 1).clamp_min(0)[:, :, None].expand(-1, -1, tokens.shape[2])
-    states, aims = hidden.flatten(0, 1), targets.masked_fill(~there, 0).flatten()
-    tokens, wanted = (soft.gather(1, nth).flatten(0, 1) for soft in (tokens, wanted))
+    is_target = targets != -100
+    nth = (is_target.cumsum(dim=1) - 1).clamp_min(0)[:, :, None].expand(-1, -1, tokens.shape[2])
+    states, target_ids = hidden.flatten(0, 1), targets.masked_fill(~is_target, 0).flatten()
+    tokens, teacher_logp = (soft.gather(1, nth).flatten(0, 1) for soft in (tokens, teacher_logp))
     parts = []
-    for part, new in even(len(states), ROWS):
-        own = (states[part], aims[part], tokens[part], wanted[part])
-        parts.append(_next_tokens(network, *own, (temperature, hard))[-new:])
-    each = torch.cat(parts).view(targets.shape)
-    return torch.where(there, each, 0.0).sum(dim=1) / there.sum(dim=1).clamp_min(1)
+    for rows, new in even(len(states), ROWS):
+        block = (states[rows], target_ids[rows], tokens[rows], teacher_logp[rows])
+        parts.append(_next_tokens(network, *block, (temperature, hard))[-new:])
+    soft_loss = torch.cat(parts).view(targets.shape)
+    return torch.where(is_target, soft_loss, 0.0).sum(dim=1) / is_target.sum(dim=1).clamp_min(1)
 
 
 def _next_tokens(
     network: Network,
     states: torch.Tensor,
-    aims: torch.Tensor,
+    target_ids: torch.Tensor,
     tokens: torch.Tensor,
-    wanted: torch.Tensor,
-    heard: tuple[float, float],
+    teacher_logp: torch.Tensor,
+    weights: tuple[float, float],
 ) -> torch.Tensor:
     """The loss of each position, (n,); logits over the vocabulary are formed again going back."""
     import torch
     from torch.nn import functional
     from torch.utils.checkpoint import checkpoint
 
-    temperature, hard = heard
+    temperature, hard = weights
 
     def chosen(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = network.logits(states)
-        soft = logits / temperature
-        found = soft.gather(1, tokens) - torch.logsumexp(soft, dim=1, keepdim=True)
-        true = functional.cross_entropy(logits, aims, reduction="none") if hard else found[:, 0]
-        return found, true
+        scaled = logits / temperature
+        student_logp = scaled.gather(1, tokens) - torch.logsumexp(scaled, dim=1, keepdim=True)
+        hard_loss = (
+            functional.cross_entropy(logits, target_ids, reduction="none")
+            if hard
+            else student_logp[:, 0]
+        )
+        return student_logp, hard_loss
 
-    found, true = checkpoint(chosen, states, use_reentrant=False, preserve_rng_state=False)
-    each = _divergence(_with_rest(wanted), _with_rest(found)) * temperature**2
-    loss: torch.Tensor = (1 - hard) * each + hard * true
+    student_logp, hard_loss = checkpoint(
+        chosen, states, use_reentrant=False, preserve_rng_state=False
+    )
+    soft_loss = _divergence(_with_rest(teacher_logp), _with_rest(student_logp)) * temperature**2
+    loss: torch.Tensor = (1 - hard) * soft_loss + hard * hard_loss
     return loss
 
 
@@ -132,10 +140,10 @@ def _with_rest(logp: torch.Tensor) -> torch.Tensor:
     """(n, k) and, as one more outcome, all others."""
     import torch
 
-    rest = (1 - logp.exp().sum(dim=1, keepdim=True)).clamp_min(LEAST).log()
-    return torch.cat([logp, rest], dim=1)
+    others = (1 - logp.exp().sum(dim=1, keepdim=True)).clamp_min(LEAST).log()
+    return torch.cat([logp, others], dim=1)
 
 
-def _divergence(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+def _divergence(teacher_logp: torch.Tensor, student_logp: torch.Tensor) -> torch.Tensor:
     """KL (nats) of log-probabilities (n, k), (n,)."""
-    return (wanted.exp() * (wanted - found)).sum(dim=1)
+    return (teacher_logp.exp() * (teacher_logp - student_logp)).sum(dim=1)

@@ -32,8 +32,8 @@ class DPO(Objective):
         require(self.beta > 0, "beta", "a number above 0")
         require(0 <= self.label_smoothing < 0.5, "label_smoothing", "at least 0 and below 0.5")
         require(self.variant in VARIANTS, "variant", " or ".join(VARIANTS))
-        apart = self.variant == "sigmoid" or self.label_smoothing == 0
-        require(apart, "label_smoothing", 'variant = "sigmoid", the only one that has it')
+        is_supported = self.variant == "sigmoid" or self.label_smoothing == 0
+        require(is_supported, "label_smoothing", 'variant = "sigmoid", the only one that has it')
 
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
         """The loss of each pair, (B,) fp32, from its own two passages.
@@ -44,11 +44,13 @@ class DPO(Objective):
         """
         from torch.nn.functional import logsigmoid
 
-        now, before = likelihood(network, batch), reference(network, batch)
-        ratio = now.mean - before.mean if self.variant == "ipo" else now.total - before.total
+        policy, initial = likelihood(network, batch), reference(network, batch)
+        ratio = (
+            policy.mean - initial.mean if self.variant == "ipo" else policy.total - initial.total
+        )
         better, worse = ratio.view(-1, 2).unbind(dim=1)
-        gained = better - worse
+        margin = better - worse
         if self.variant == "ipo":
-            return (gained - 1 / (2 * self.beta)) ** 2
+            return (margin - 1 / (2 * self.beta)) ** 2
         s = self.label_smoothing
-        return -(1 - s) * logsigmoid(self.beta * gained) - s * logsigmoid(-self.beta * gained)
+        return -(1 - s) * logsigmoid(self.beta * margin) - s * logsigmoid(-self.beta * margin)

@@ -45,7 +45,7 @@ class KTO(Objective):
 
         ratio = likelihood(network, batch).total - reference(network, batch).total
         gain = self.beta * (ratio - self.reference_point)
-        wanted = batch.label == 1
-        loss = 1 - torch.sigmoid(torch.where(wanted, gain, -gain))
-        weight = torch.where(wanted, self.lambda_desirable, self.lambda_undesirable)
+        is_desirable = batch.label == 1
+        loss = 1 - torch.sigmoid(torch.where(is_desirable, gain, -gain))
+        weight = torch.where(is_desirable, self.lambda_desirable, self.lambda_undesirable)
         return weight * loss

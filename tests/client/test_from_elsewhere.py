@@ -23,7 +23,7 @@ from fedtune.config import Study
 from fedtune.config.known_bases import KNOWN
 from fedtune.errors import ModelError, PolicyRefused
 from fedtune.models import loaded
-from fedtune.models.teacher import find_teacher, own_teacher, teaching
+from fedtune.models.teacher import find_teacher, register_teacher, teacher_for
 from fedtune.registry import process_cache
 from tests.client.test_site import begun, make_site, notes
 
@@ -170,7 +170,7 @@ def test_a_plan_cannot_make_a_site_fetch_or_read_a_teacher(
         assert digest in reason and "fedtune models" in reason
         assert teacher not in reason
         with pytest.raises(PolicyRefused, match=digest):  # where the policy need not look at it
-            teaching(plan)
+            teacher_for(plan)
         # the twin: what somebody here has named is found, whatever the plan calls it
         assert find_teacher(_teacher(distilled(made.study, teacher, own))).digest == own
     assert not no_network
@@ -216,14 +216,14 @@ def test_ones_own_teacher_is_found_by_its_name_once(tmp_path: Path, tiny_base: P
     plan = distilled(study, str(run), here_digest)
     with pytest.raises(PolicyRefused):
         find_teacher(_teacher(plan))
-    own_teacher(plan)
+    register_teacher(plan)
     assert find_teacher(_teacher(plan)).digest == here_digest
 
 
 def _teacher(study: Study) -> Any:
     from fedtune.objectives import resolve
 
-    return resolve(study.objective).taught_by
+    return resolve(study.objective).teacher_spec
 
 
 def run(code: str, folder: Path, **environment: str) -> str:

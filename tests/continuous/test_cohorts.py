@@ -123,7 +123,7 @@ def test_who_has_spent_everything_is_out_and_the_others_go_on(
 def test_the_twin_that_lets_the_spent_stay_is_caught(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Dataset, "without", lambda self, out: self)
+    monkeypatch.setattr(Dataset, "exclude_units", lambda self, out: self)
     study = lay_out(tmp_path, tiny_base, patients(12), TWO)
     with watched(tmp_path) as seen:
         run(study, 3)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fedtune.config import Columns, Study
 from fedtune.data import load as tokens
-from fedtune.data.dataset import Example, Soft
+from fedtune.data.dataset import Example, SoftTargets
 from fedtune.data.files import Rejected
 from fedtune.data.records import Record, unit_member
 from tests.data.data_tokens_kit import (
@@ -97,7 +97,7 @@ def grown(
     before = load(jsonl(*first, *others), WHO, plan, tok)
     more = [{"t": t, "who": p} for p in range(8) for t in (NOTE, f"another {p} of {p % 3}")]
     memory = before.members.__contains__
-    after = load(jsonl(*first, *others, *more), WHO, plan, tok, known=memory)
+    after = load(jsonl(*first, *others, *more), WHO, plan, tok, is_known_member=memory)
     texts = [[after.examples[i].input_ids.tolist() for i in unit] for unit in after.by_unit]
     return dict(zip(after.keys, texts, strict=True))
 
@@ -128,7 +128,7 @@ def test_a_patient_keeps_what_was_kept(jsonl: Jsonl, study: MakeStudy, tokenizer
     nine = load(
         jsonl(*rows, {"t": "x", "who": "b"}),
         *(WHO, plan, tokenizer),
-        known=two.members.__contains__,
+        is_known_member=two.members.__contains__,
     )
     assert [e.input_ids.tolist() for e in nine.examples] == [
         e.input_ids.tolist() for e in two.examples
@@ -146,7 +146,7 @@ def test_a_record_is_named_by_what_it_says_and_not_by_where_it_stands(
     others = load(jsonl({"t": "u v"}, {"t": "w x"}), TEXT, study(), tokenizer).keys
     assert not set(others) & set(keys)
     calls = iter([True, True, False, False])  # who is asked whether a record has withdrawn
-    withdrawn = load(jsonl(*rows), TEXT, study(), tokenizer, without=lambda unit: next(calls))
+    withdrawn = load(jsonl(*rows), TEXT, study(), tokenizer, exclude_unit=lambda unit: next(calls))
     assert withdrawn.n_units == 4  # patients withdraw; a record has no key of a patient
 
 
@@ -172,7 +172,7 @@ def test_what_one_record_makes_a_library_do_costs_that_record_alone(
 
     def read(tok: Any, teach: Any = None) -> tuple[int, Any]:
         try:
-            data = load(path, TEXT, study(), tok, teach=teach)
+            data = load(path, TEXT, study(), tok, soft_targets=teach)
         except (MemoryError, Rejected):
             pytest.fail("one record's error is everybody's")
         return len(data.examples), data.rejected
@@ -180,10 +180,10 @@ def test_what_one_record_makes_a_library_do_costs_that_record_alone(
     assert read(Fails(tokenizer)) == (2, {"cannot be read": 1})
     assert "MemoryError" in caplog.text and SECRET not in caplog.text
 
-    def teach(record: Record, example: Example) -> Soft:
+    def teach(record: Record, example: Example) -> SoftTargets:
         if record.completion == "x":
             raise Rejected("too long")
-        return Soft(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32))
+        return SoftTargets(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32))
 
     assert read(tokenizer, teach) == (2, {"too long": 1})
 

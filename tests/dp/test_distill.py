@@ -27,7 +27,7 @@ from fedtune.ledger.ledger import Ledger
 from fedtune.models.cache import CachedDataset
 from fedtune.models.loaded import load
 from fedtune.models.network import Network
-from fedtune.models.teacher import Teach, taught_by, teaching
+from fedtune.models.teacher import TeacherFunction, soft_targets_of, teacher_for
 from fedtune.objectives import resolve
 from fedtune.objectives.distill import Distill, divergence
 from fedtune.registry import process_cache
@@ -78,7 +78,9 @@ def rows(units: int = 8) -> list[dict[str, str]]:
     ]
 
 
-def read(folder: Path, made: Study, found: list[dict[str, str]], teach: Teach | None) -> Dataset:
+def read(
+    folder: Path, made: Study, found: list[dict[str, str]], teach: TeacherFunction | None
+) -> Dataset:
     path = folder / "records.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in found))
     columns = Columns(prompt="q", completion="a", patient="who")
@@ -86,7 +88,9 @@ def read(folder: Path, made: Study, found: list[dict[str, str]], teach: Teach | 
     private = made.model_copy(
         update={"privacy": made.privacy.model_copy(update={"unit": "patient"})}  # type: ignore[union-attr]
     )
-    return load_dataset(SiteData(path=path, columns=columns), private, tokenizer, teach=teach)
+    return load_dataset(
+        SiteData(path=path, columns=columns), private, tokenizer, soft_targets=teach
+    )
 
 
 def network_of(made: Study) -> Network:
@@ -109,7 +113,7 @@ def clipped(network: Network, made: Study, data: Dataset) -> torch.Tensor:
 
 
 def moved(
-    folder: Path, made: Study, teacher: Callable[[list[dict[str, str]]], Teach], gone: str
+    folder: Path, made: Study, teacher: Callable[[list[dict[str, str]]], TeacherFunction], gone: str
 ) -> float:
     """How far the clipped sum moves, in C, when one unit is removed."""
     network, found = network_of(made), rows()
@@ -121,17 +125,17 @@ def moved(
 
 
 def test_removing_any_unit_moves_the_sum_by_at_most_c(tmp_path: Path, text: Study) -> None:
-    teach = teaching(text)
+    teach = teacher_for(text)
     assert teach is not None
     for gone in ("0", "3", "7"):
         figure = moved(tmp_path, text, lambda _: teach, gone)
         assert 0.5 < figure <= 1 + 1e-3
 
 
-def fitted(base: Path) -> Callable[[list[dict[str, str]]], Teach]:
+def fitted(base: Path) -> Callable[[list[dict[str, str]]], TeacherFunction]:
     """The twin: a teacher trained without noise on the very records that it then teaches."""
 
-    def teacher(found: list[dict[str, str]]) -> Teach:
+    def teacher(found: list[dict[str, str]]) -> TeacherFunction:
         model = load(str(base))
         body = model.model.requires_grad_(True)
         step = torch.optim.Adam(body.parameters(), lr=3e-3)
@@ -145,9 +149,9 @@ def fitted(base: Path) -> Callable[[list[dict[str, str]]], Teach]:
         body.requires_grad_(False)
         digest = find_base(str(base)).digest
         made = plan(base, digest)
-        spec = resolve(made.objective).taught_by
+        spec = resolve(made.objective).teacher_spec
         assert spec is not None
-        return taught_by([model], made.objective, spec)
+        return soft_targets_of([model], made.objective, spec)
 
     return teacher
 
@@ -159,7 +163,7 @@ def test_a_teacher_trained_on_the_records_is_caught(
 
 
 def test_a_records_targets_are_its_own(tmp_path: Path, text: Study) -> None:
-    teach, found = teaching(text), rows()
+    teach, found = teacher_for(text), rows()
     before = read(tmp_path, text, found, teach)
     other = [row | {"a": " something else."} if row["who"] == "3" else row for row in found]
     after = read(tmp_path, text, other, teach)
@@ -172,7 +176,7 @@ def test_a_records_targets_are_its_own(tmp_path: Path, text: Study) -> None:
 
 
 def test_the_targets_are_the_teachers_probabilities(tmp_path: Path, text: Study) -> None:
-    data = read(tmp_path, text, rows(2), teaching(text))
+    data = read(tmp_path, text, rows(2), teacher_for(text))
     example = data.examples[0]
     model = load(text.base.model)
     ids = torch.from_numpy(example.input_ids.astype(np.int64))[None]
@@ -186,7 +190,7 @@ def test_the_targets_are_the_teachers_probabilities(tmp_path: Path, text: Study)
 @torch.no_grad()
 def test_a_student_like_its_teacher_has_no_loss(tmp_path: Path, text: Study) -> None:
     network = Network(find_base(text.base.model), torch.float32, text.lora, 0)  # B is zero
-    data = CachedDataset(network, read(tmp_path, text, rows(), teaching(text)))
+    data = CachedDataset(network, read(tmp_path, text, rows(), teacher_for(text)))
     found = resolve(text.objective)
     for batch in data.batches(range(len(data.dataset.examples))):
         assert float(found.losses(network, batch).abs().max()) < 1e-5
@@ -203,7 +207,7 @@ def test_the_loss_is_the_written_out_divergence(tmp_path: Path, tiny_base: Path)
     options = {"temperature": 2.0, "hard": 0.25, "top": 10_000.0}
     made = plan(tiny_base, digest, options=options)
     network = network_of(made)
-    data = CachedDataset(network, read(tmp_path, made, rows(3), teaching(made)))
+    data = CachedDataset(network, read(tmp_path, made, rows(3), teacher_for(made)))
     teacher = load(str(tiny_base)).model
     for batch in data.batches(range(len(data.dataset.examples))):
         found = resolve(made.objective).losses(network, batch)
@@ -278,7 +282,10 @@ def test_classes_are_taught_by_a_run_and_the_student_learns(
     path.write_text("".join(json.dumps({"t": r["q"], "y": "no"}) + "\n" for r in rows()))
     file = DataFile(path=path, columns=Columns(text="t", label="y"))
     data = load_dataset(
-        SiteData(path=path, columns=file.columns), made, run.tokenizer, teach=teaching(made)
+        SiteData(path=path, columns=file.columns),
+        made,
+        run.tokenizer,
+        soft_targets=teacher_for(made),
     )
     said = [run.scores(e.input_ids) for e in data.examples]
     for example, logits in zip(data.examples, said, strict=True):
@@ -331,7 +338,7 @@ def test_a_base_that_nobody_vouches_for_is_no_teacher(tmp_path: Path, tiny_base:
 def test_another_teacher_than_the_plans_is_refused(tmp_path: Path, tiny_base: Path) -> None:
     made = plan(tiny_base, "sha256:" + "0" * 64)
     with pytest.raises(PolicyRefused, match="does not have"):
-        teaching(made)
+        teacher_for(made)
     with pytest.raises(ConfigError, match="teacher"):
         resolve(made.objective.model_copy(update={"options": {}}))
 

@@ -23,7 +23,7 @@ from fedtune.models import network as network_module
 from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
-from fedtune.models.random_records import show
+from fedtune.models.random_records import generate_file
 from fedtune.objectives.causal_lm import CausalLM
 from fedtune.training.local_round import check_trains
 from fedtune.training.unit_gradients import UnitGradientEngine
@@ -125,13 +125,13 @@ def shown(network: Network, count: int = 6, seed: int = 0, square: bool = True) 
     draw, examples = np.random.default_rng(seed), list[Example]()
     objective = ObjectiveTable(name="causal_lm")
     while len(examples) < count:
-        found = show(network, objective, draw)
+        found = generate_file(network, objective, draw)
         if found.media is None or (square and found.tiles not in (1, 5)):
             continue
         ids = draw.integers(20, 280, size=9, dtype=np.int32)
         targets = ids[1:].copy()
         targets[:3] = NO_TARGET
-        passage = found.before(ids[:-1].copy(), targets)
+        passage = found.prepend_to(ids[:-1].copy(), targets)
         examples.append(Example(*passage, -100, len(examples), None, found.media, found.tiles))
     return Dataset(examples, count, Counter())
 
@@ -210,7 +210,7 @@ def test_a_records_image_reaches_no_other_record(bases: Callable[[Make], Path]) 
     network = projecting(bases(idefics3))
     before = shown(network)
     rows = all_rows(UnitGradientEngine(CachedDataset(network, before), CausalLM()))
-    other = show(network, ObjectiveTable(name="causal_lm"), np.random.default_rng(77),
+    other = generate_file(network, ObjectiveTable(name="causal_lm"), np.random.default_rng(77),
                  before.examples[2].media)  # fmt: skip
     old = before.examples[2]
     before.examples[2] = Example(

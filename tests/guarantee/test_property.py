@@ -130,7 +130,7 @@ def drops_one_more(patch: pytest.MonkeyPatch) -> None:
     def read(self: SiteWorker, study: Study, *rest: Any) -> Dataset:
         dataset: Dataset = honest(self, study, *rest)
         last = dataset.keys[-1] if dataset.n_units % 2 else None
-        return dataset.without(lambda key: key == last)
+        return dataset.exclude_units(lambda key: key == last)
 
     patch.setattr(SiteWorker, "_read", read)
 

@@ -28,9 +28,10 @@ MADE_MUTANTS = (
     ),
     _one(
         26, "the-teacher-is-centred-over-the-batch", "fedtune/objectives/distill.py",
-        "    tokens, wanted = batch.soft\n",
-        "    tokens, wanted = batch.soft\n"
-        "    wanted = torch.log_softmax(wanted - wanted.mean(dim=0, keepdim=True), dim=2)\n",
+        "    tokens, teacher_logp = batch.soft\n",
+        "    tokens, teacher_logp = batch.soft\n"
+        "    teacher_logp = torch.log_softmax(\n"
+        "        teacher_logp - teacher_logp.mean(dim=0, keepdim=True), dim=2)\n",
         "tests/dp/test_distill.py::test_the_self_test_passes",
         "every target depends on whoever is in the batch",
     ),

@@ -91,8 +91,8 @@ PREFERENCE_MUTANTS = (
     ),
     _one(
         26, "a-reference-kept-by-place-in-the-batch", "fedtune/objectives/_tokens.py",
-        "batch.reference_logps[batch.index] = found",
-        "batch.reference_logps[: len(batch.index)] = found",
+        "batch.reference_logps[batch.index] = logps",
+        "batch.reference_logps[: len(batch.index)] = logps",
         T_REFERENCE + "test_the_reference_is_computed_once_and_stays_each_records_own",
         "a record's reference is another record's",
     ),

@@ -202,12 +202,12 @@ SAMPLING_MUTANTS = (
     ),
     _one(
         16, "a-missing-row-is-no-error", PLAN,
-        "if sorted(seen) != sorted(sampled):", "if len(seen) > 10**9:",
+        "if sorted(returned) != sorted(sampled):", "if len(returned) > 10**9:",
         T_PLAN + "test_a_missing_or_doubled_unit_releases_nothing", "a step over nothing passes",
     ),
     _one(
         16, "rows-are-only-counted", PLAN,
-        "if sorted(seen) != sorted(sampled):", "if len(seen) != len(sampled):",
+        "if sorted(returned) != sorted(sampled):", "if len(returned) != len(sampled):",
         T_PLAN + "test_a_missing_or_doubled_unit_releases_nothing", "one missed, one doubled",
     ),
 )  # fmt: skip
@@ -226,7 +226,7 @@ BUDGET_MUTANTS = (
     ),
     _one(
         24, "sigma-rounded-down", ACCOUNTANT, CALIBRATED,
-        CALIBRATED.replace("found", "(found - 1)"),
+        CALIBRATED.replace("smallest", "(smallest - 1)"),
         T_ACCOUNTANT + "test_calibrated_noise_stays_below_the_target_and_is_tight",
         "ε a hair above the plan's",
     ),

@@ -48,19 +48,22 @@ MODEL_MUTANTS = (
     ),
     _one(
         "states", "the-file-is-not-authenticated", STATES,
-        "body = AESGCM(self.key).decrypt(_NONCE, block, self.record)",
+        "plaintext = AESGCM(self.key).decrypt(_NONCE, block, self.record)",
         "from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes\n"
         '            counter = modes.CTR(_NONCE + (2).to_bytes(4, "big"))\n'
         "            cipher = Cipher(algorithms.AES(self.key), counter)\n"
-        "            body = cipher.decryptor().update(block[:-16])",
+        "            plaintext = cipher.decryptor().update(block[:-16])",
         T_STATES + "test_an_altered_block_is_noticed_and_its_states_computed_again",
         "trains on whatever somebody wrote there",
     ),
     Mutant(
         "states", "the-file-is-in-the-clear", STATES,
         (
-            ("block = AESGCM(key).encrypt(_NONCE, body, record)", "block = body"),
-            ("body = AESGCM(self.key).decrypt(_NONCE, block, self.record)", "body = block"),
+            ("block = AESGCM(key).encrypt(_NONCE, plaintext, record)", "block = plaintext"),
+            (
+                "plaintext = AESGCM(self.key).decrypt(_NONCE, block, self.record)",
+                "plaintext = block",
+            ),
         ),
         (T_STATES + "test_what_is_in_the_file_is_not_readable",),
         "hidden states can be turned back into text",
@@ -68,7 +71,7 @@ MODEL_MUTANTS = (
     Mutant(
         "states", "a-block-passes-for-anothers", STATES,
         (
-            ("encrypt(_NONCE, body, record)", "encrypt(_NONCE, body, None)"),
+            ("encrypt(_NONCE, plaintext, record)", "encrypt(_NONCE, plaintext, None)"),
             ("decrypt(_NONCE, block, self.record)", "decrypt(_NONCE, block, None)"),
         ),
         (T_STATES + "test_a_block_is_bound_to_its_record",),
@@ -85,7 +88,8 @@ MODEL_MUTANTS = (
     ),
     _one(
         "states", "an-adapter-below-the-cut", "fedtune/models/split.py",
-        "at = len(layers) - lora.last_layers", "at = len(layers) - lora.last_layers + 1",
+        "first_adapted = len(layers) - lora.last_layers",
+        "first_adapted = len(layers) - lora.last_layers + 1",
         "tests/models/test_states_shared.py::"
         "test_below_the_cut_nothing_is_trained_and_nothing_is_dropped",
         "what is kept changes as the adapter learns",
@@ -187,7 +191,7 @@ MEDIA_MUTANTS = (
     ),
     _one(
         "media", "the-ledger-does-not-know-the-file", TOKENS,
-        'found.add(b"media\\0" + record.media.digest)', "pass",
+        'members.add(b"media\\0" + record.media.digest)', "pass",
         T_SEEN + "test_members_of_the_ledger_know_the_file",
         "the same image under other words passes for a new one",
     ),

@@ -72,7 +72,7 @@ MUTANTS = (
     ),
     one(
         "elsewhere", "a-teachers-run-names-its-base", "fedtune/models/teacher.py",
-        "return load(place, spec.digest, sent=True)", "return load(place, spec.digest)",
+        "return load(path, spec.digest, sent=True)", "return load(path, spec.digest)",
         T_ELSEWHERE + "test_a_teachers_run_that_was_sent_names_no_base_either",
         "a run's folder that came by mail makes the site fetch",
     ),

@@ -94,9 +94,9 @@ MUTANTS = (
     ),
     one(
         33, "a-teachers-refusal-is-everybodys", TOKENS,
-        "            taught = [(record, self._attempt(self._taught, record, e)) "
+        "            pairs = [(record, self._attempt(self._add_targets, record, e)) "
         "for record, e in usable]\n",
-        "            taught = [(record, self._taught(record, e)) for record, e in usable]\n",
+        "            pairs = [(record, self._add_targets(record, e)) for record, e in usable]\n",
         T_ALONE, "the same of a record that is too long for the teacher",
     ),
     one(
@@ -165,14 +165,14 @@ MUTANTS = (
     ),
     one(
         37, "records-go-by-their-row", RECORDS,
-        'unit=f"{said.hexdigest()} {alike[said.digest()]}"', "unit=str(len(records))",
+        'unit=f"{digest.hexdigest()} {copies[digest.digest()]}"', "unit=str(len(records))",
         "tests/data/test_data_units.py::"
         "test_a_record_is_named_by_what_it_says_and_not_by_where_it_stands",
         "one record less renames the others",
     ),
     one(
         37, "records-withdraw-by-a-patients-key", TOKENS,
-        '        if unit == "patient" and without(key):\n', "        if without(key):\n",
+        '        if unit == "patient" and exclude_unit(key):\n', "        if exclude_unit(key):\n",
         "tests/data/test_data_units.py::"
         "test_a_record_is_named_by_what_it_says_and_not_by_where_it_stands",
         "a patient who left takes a row of somebody else along",

@@ -61,7 +61,7 @@ WIRE_MUTANTS = (
     ),
     _one(
         "cap", "the-cap-follows-the-file's-order", TOKENS,
-        "(not kept(record), hashlib.sha256(content_of(record)).hexdigest(), index)", "(index,)",
+        "(not is_kept(record), hashlib.sha256(content_of(record)).hexdigest(), index)", "(index,)",
         "tests/data/test_data_units.py::test_the_cap_depends_on_the_patients_own_records_alone",
         "which records are kept depends on others",
     ),

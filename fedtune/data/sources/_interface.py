@@ -55,8 +55,8 @@ class Names:
         key, column = absent[0]
         listed = self.shown + [name for name, n in self.keys_met.items() if 2 * n >= self.objects]
         if listed:
-            more = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
-            expected = "one of " + ", ".join(repr(name[:40]) for name in listed[:SHOWN]) + more
+            omitted = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
+            expected = "one of " + ", ".join(repr(name[:40]) for name in listed[:SHOWN]) + omitted
         else:
             expected = "a first line that names the columns, separated by commas"
         raise DataError(

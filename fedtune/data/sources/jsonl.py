@@ -35,9 +35,9 @@ class Jsonl(Source):
 def _lines(handle: BinaryIO) -> Iterator[bytes]:
     """The lines; of one above LINE bytes the beginning alone, which is above it too."""
     while line := handle.readline(LINE + 1):
-        rest = line
-        while len(rest) > LINE and not rest.endswith(b"\n"):
-            rest = handle.readline(LINE + 1)
+        tail = line
+        while len(tail) > LINE and not tail.endswith(b"\n"):
+            tail = handle.readline(LINE + 1)
         yield line
 
 

@@ -28,8 +28,8 @@ class Parquet(Source):
             with pq.ParquetFile(path) as source:
                 present = source.schema_arrow.names
                 names.header(present)
-                wanted = sorted(set(names.keys.values()) & set(present))
-                for batch in source.iter_batches(batch_size=1024, columns=wanted):
+                columns = sorted(set(names.keys.values()) & set(present))
+                for batch in source.iter_batches(batch_size=1024, columns=columns):
                     yield from (_row(batch, index) for index in range(batch.num_rows))
         except (pa.ArrowException, OSError) as error:
             kind = type(error).__name__
