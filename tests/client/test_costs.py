@@ -46,6 +46,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     accountant._epsilon.cache_clear()
 
 
+ORDINARY: dict[str, Any] = {"privacy": DELTA | {"noise_multiplier": 4.0}} | training()
 COSTLY: list[tuple[str, dict[str, Any]]] = [
     (
         "training.rounds open",
@@ -75,7 +76,7 @@ def test_a_costly_plan_is_refused_before_anything_is_computed(
     assert not answer.admitted and rule in answer.reason, answer.reason
     assert not counted
     # the twin: what counts the distributions sees those of a plan that may cost something
-    assert worker.prepare(altered(made.study, training()), made.frozen).admitted
+    assert worker.prepare(altered(made.study, ORDINARY), made.frozen).admitted
     assert counted
 
 

@@ -72,12 +72,16 @@ def test_subsampling_amplifies_and_rdp_agrees_within_its_slack() -> None:
 
 
 @pytest.mark.parametrize(
-    ("q", "steps", "k"), [(1.0, 8, 1), (0.25, 40, 1), (1.0, 8, 4), (0.1, 9, 4)]
+    ("target", "q", "steps", "k"),
+    # Where rows are sampled, a target that few points of a grid are needed for.
+    [(8.0, 1.0, 8, 1), (1.0, 0.25, 40, 1), (8.0, 1.0, 8, 4), (4.0, 0.1, 9, 4)],
 )
-def test_calibrated_noise_stays_below_the_target_and_is_tight(q: float, steps: int, k: int) -> None:
-    sigma = calibrate(8.0, 1e-4, q, steps, k)
-    assert epsilon([Steps(sigma, q, steps, k)], 1e-4) <= 8.0
-    assert epsilon([Steps(sigma - 0.002, q, steps, k)], 1e-4) > 8.0
+def test_calibrated_noise_stays_below_the_target_and_is_tight(
+    target: float, q: float, steps: int, k: int
+) -> None:
+    sigma = calibrate(target, 1e-4, q, steps, k)
+    assert epsilon([Steps(sigma, q, steps, k)], 1e-4) <= target
+    assert epsilon([Steps(sigma - 0.002, q, steps, k)], 1e-4) > target
 
 
 def test_affordable_steps_fit_and_one_more_does_not() -> None:

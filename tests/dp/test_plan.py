@@ -151,7 +151,10 @@ def test_a_budget_for_no_round_says_so() -> None:
 
 
 def test_expected_batch_over_the_declared_size_is_the_rate() -> None:
-    made = study(training={"rounds": 4, "expected_batch": 50, "learning_rate": 0.1})
+    made = study(
+        training={"rounds": 4, "expected_batch": 50, "learning_rate": 0.1},
+        privacy={"noise_multiplier": 1.6, "delta": 1e-4},
+    )
     assert plan_for_site(made, 200).sampling_rate == 0.25
     small = plan_for_site(made, 30)
     assert (small.sampling_rate, small.divisor) == (1.0, 30.0)

@@ -203,6 +203,8 @@ def test_leaving_a_unit_out_moves_the_sum_by_at_most_c(case: Case) -> None:
     assert 0.9 < removed(case, c) < 1 + 1e-3
 
 
+@pytest.mark.parametrize("wanted", ["auto"])  # no engine and no row is asked
+@pytest.mark.parametrize("by", ["unit"])
 def test_a_loss_is_the_same_in_any_company_and_at_any_time(case: Case) -> None:
     """(B,), fp32; no dropout, nothing of the batch: alone, together and again."""
     data = CachedDataset(case.network, case.data)
