@@ -61,26 +61,26 @@ def audit_study(
     if report:
         plan = _as_it_ran(plan, report)
     network = tiny_network(study, find_base(study.base.model, study.base.digest))
-    step, whole = one_step(plan, trials), one_run(study, network, coins.CANARIES)
-    body: dict[str, Any] = {
+    step_audit, run_audit = one_step(plan, trials), one_run(study, network, coins.CANARIES)
+    audit: dict[str, Any] = {
         "fedtune": __version__,
         "study": study.study.name,
         "data": DATA,
-        "passed": step.passed and whole.passed,
-        "one_step": asdict(step) | {"passed": step.passed, "weak": step.weak},
-        "one_run": asdict(whole) | {"passed": whole.passed},
+        "passed": step_audit.passed and run_audit.passed,
+        "one_step": asdict(step_audit) | {"passed": step_audit.passed, "weak": step_audit.weak},
+        "one_run": asdict(run_audit) | {"passed": run_audit.passed},
         "exposure": None,
     }
     if run and report:
-        found = _exposure(run)
-        body["exposure"] = asdict(found) | {"exposed": found.exposed}
-    text = json.dumps(body, indent=2, sort_keys=True, ensure_ascii=False)
+        exposed = _exposure(run)
+        audit["exposure"] = asdict(exposed) | {"exposed": exposed.exposed}
+    text = json.dumps(audit, indent=2, sort_keys=True, ensure_ascii=False)
     write_file(out / "audit.json", (text + "\n").encode())
     if run and report:
         from fedtune.report import write
 
-        write(run.folder, report | {"audit": body})
-    return body
+        write(run.folder, report | {"audit": audit})
+    return audit
 
 
 def _report(run: Run, study: Study) -> dict[str, Any]:

@@ -73,10 +73,10 @@ def one_run(
     )
     loop = study.model_copy(update={"training": training})
     plan = plan_for_site(study, canaries)
-    everyone = _canaries(study, network, canaries)
+    canary_units = _canaries(study, network, canaries)
     engine = UnitGradientEngine(
         *(
-            CachedDataset(network, everyone),
+            CachedDataset(network, canary_units),
             resolve(study.objective),
             study.sampling_unit,
             study.training.engine,
@@ -85,13 +85,13 @@ def one_run(
     norms = engine.matrix(range(engine.n_rows)).norm(dim=1)
     plan = replace(plan, max_grad_norm=float(norms.median()) / 4)
     coins = np.unpackbits(np.frombuffer(os.urandom(-(-canaries // 8)), np.uint8))[:canaries] > 0
-    member = CachedDataset(network, _only(everyone, coins))
+    member = CachedDataset(network, _only(canary_units, coins))
     log, attacker, adapter = MemoryLog(), _Attacker(plan, canaries), start
     with network.loaded(trainable=start):
         for round_ in range(1, min(steps, plan.steps) + 1):
-            known = _clipped(engine, everyone, plan)
+            clipped = _clipped(engine, canary_units, plan)
             update = local_round(loop, member, plan, log, round_, adapter)
-            attacker.sees(known, _sum(update, adapter, plan, training.learning_rate))
+            attacker.observe(clipped, _sum(update, adapter, plan, training.learning_rate))
             adapter = {name: adapter[name] + update[name] for name in adapter}
             network.load_trainable(adapter)
     claimed = accountant.epsilon(events(log.steps()), plan.delta)
@@ -101,10 +101,10 @@ def one_run(
 def _result(
     scores: np.ndarray, coins: np.ndarray, steps: int, delta: float, claimed: float
 ) -> OneRun:
-    each = max(1, int(len(coins) * GUESSED / 2))
+    per_side = max(1, int(len(coins) * GUESSED / 2))
     order = np.argsort(scores)
-    correct = int(coins[order[-each:]].sum() + (~coins[order[:each]]).sum())
-    m, guesses = len(coins), 2 * each
+    correct = int(coins[order[-per_side:]].sum() + (~coins[order[:per_side]]).sum())
+    m, guesses = len(coins), 2 * per_side
     return OneRun(
         m=m,
         guesses=guesses,
@@ -131,15 +131,15 @@ class _Attacker:
         self._precision = 4.0 * np.eye(canaries)
         self._evidence = np.zeros(canaries)
 
-    def sees(self, gradients: torch.Tensor, noised_sum: np.ndarray) -> None:
+    def observe(self, gradients: torch.Tensor, noised_sum: np.ndarray) -> None:
         """gradients (canaries, d): what each adds when it is drawn; noised_sum (d,)."""
-        known = gradients.numpy() * self._rate
-        gram, toward = known @ known.T, known @ noised_sum
+        expected = gradients.numpy() * self._rate
+        gram, projection = expected @ expected.T, expected @ noised_sum
         ridge = 1e-9 * np.trace(gram) / len(gram) * np.eye(len(gram))
-        outside = noised_sum @ noised_sum - toward @ np.linalg.solve(gram + ridge, toward)
-        variance = max(self._least, float(outside) / (known.shape[1] - len(known)))
+        outside = noised_sum @ noised_sum - projection @ np.linalg.solve(gram + ridge, projection)
+        variance = max(self._least, float(outside) / (expected.shape[1] - len(expected)))
         self._precision += gram / variance
-        self._evidence += (toward - gram.sum(axis=1) / 2) / variance
+        self._evidence += (projection - gram.sum(axis=1) / 2) / variance
 
     def scores(self) -> np.ndarray:
         return np.asarray(np.linalg.solve(self._precision, self._evidence))
@@ -153,9 +153,9 @@ def _canaries(study: Study, network: Network, count: int) -> Dataset:
 
 
 def _only(everyone: Dataset, coins: np.ndarray) -> Dataset:
-    number = np.cumsum(coins) - 1
-    kept = [e for e in everyone.examples if coins[e.unit]]
-    renamed = [replace(e, unit=int(number[e.unit])) for e in kept]
+    new_index = np.cumsum(coins) - 1
+    members = [e for e in everyone.examples if coins[e.unit]]
+    renamed = [replace(e, unit=int(new_index[e.unit])) for e in members]
     return Dataset(renamed, int(coins.sum()), Counter())
 
 

@@ -1,5 +1,5 @@
-"""What every plug-in must keep, measured on generated records: of this release, which the tests
-hold to it, or of another distribution, which `fedtune check-plugin` does."""
+"""Contracts of every plug-in, measured on generated records: for those of this release by the
+tests, for those of another distribution by `fedtune check-plugin`."""
 
 from __future__ import annotations
 
@@ -128,35 +128,35 @@ def objective(name: str, options: Mapping[str, Any], base: str) -> Iterator[Resu
 @torch.no_grad()
 def malformed_losses(study: Study, data: CachedDataset) -> float:
     """How many batches have other losses than one finite fp32 number for each record."""
-    found, wrong = resolve(study.objective), 0
+    objective, wrong = resolve(study.objective), 0
     for batch in data.batches(range(len(data.dataset.examples))):
-        losses = found.losses(data.network, batch)
-        whole = losses.shape == batch.label.shape and losses.dtype == torch.float32
-        wrong += not (whole and bool(torch.isfinite(losses).all()))
+        losses = objective.losses(data.network, batch)
+        well_formed = losses.shape == batch.label.shape and losses.dtype == torch.float32
+        wrong += not (well_formed and bool(torch.isfinite(losses).all()))
     return wrong
 
 
 @torch.no_grad()
 def unrepeatable(study: Study, data: CachedDataset) -> float:
     """The most that a loss differs when it is computed again."""
-    found, most = resolve(study.objective), 0.0
+    objective, largest = resolve(study.objective), 0.0
     for batch in data.batches(range(len(data.dataset.examples))):
-        again = found.losses(data.network, batch) - found.losses(data.network, batch)
-        most = max(most, float(again.abs().max()))
-    return most
+        again = objective.losses(data.network, batch) - objective.losses(data.network, batch)
+        largest = max(largest, float(again.abs().max()))
+    return largest
 
 
 @torch.no_grad()
 def moved_by_company(study: Study, data: CachedDataset) -> float:
     """The most that a loss beside others differs from the same alone, in the loss or 1."""
-    found, most = resolve(study.objective), 0.0
+    objective, largest = resolve(study.objective), 0.0
     for batch in data.batches(range(len(data.dataset.examples))):
-        together = found.losses(data.network, batch)
+        together = objective.losses(data.network, batch)
         for at, index in enumerate(batch.index.tolist()):
             (single,) = data.batches([index])
-            alone = found.losses(data.network, single)[0]
-            most = max(most, float((together[at] - alone).abs() / alone.abs().clamp_min(1.0)))
-    return most
+            alone = objective.losses(data.network, single)[0]
+            largest = max(largest, float((together[at] - alone).abs() / alone.abs().clamp_min(1.0)))
+    return largest
 
 
 def modality(name: str, base: str) -> Iterator[Result]:
@@ -239,7 +239,7 @@ def strategy(made: Callable[[], Strategy]) -> Iterator[Result]:
     yield timed("state", 0, lambda: _restarted(made))
 
 
-def _drawn(seed: int) -> Arrays:
+def _arrays(seed: int) -> Arrays:
     draw = np.random.default_rng(seed)
     return {n: draw.standard_normal(shape).astype(np.float32) for n, shape in SHAPES.items()}
 
@@ -250,22 +250,22 @@ def _round(strategy: Strategy, adapter: Arrays, updates: list[Arrays]) -> Arrays
     return strategy.apply(adapter)
 
 
-def _apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+def _apart(left: Mapping[str, Any], right: Mapping[str, Any]) -> float:
     """The largest difference, in the largest value or 1; infinite where the names differ."""
-    if one.keys() != other.keys():
+    if left.keys() != right.keys():
         return math.inf
-    most = 0.0
-    for name, array in one.items():
+    largest = 0.0
+    for name, array in left.items():
         scale = max(1.0, float(np.abs(array).max(initial=0.0)))
-        gap = float(np.abs(array - other[name]).max(initial=0.0)) / scale
-        most = max(most, math.inf if math.isnan(gap) else gap)
-    return most
+        gap = float(np.abs(array - right[name]).max(initial=0.0)) / scale
+        largest = max(largest, math.inf if math.isnan(gap) else gap)
+    return largest
 
 
 def _no_update(made: Callable[[], Strategy]) -> float:
-    fresh, adapter = made(), _drawn(0)
+    fresh, adapter = made(), _arrays(0)
     first = _apart(fresh.apply(adapter), adapter) + _apart(fresh.state(), made().state())
-    moved = _round(fresh, adapter, [_drawn(1)])
+    moved = _round(fresh, adapter, [_arrays(1)])
     state = copy.deepcopy(fresh.state())
     return first + _apart(fresh.apply(moved), moved) + _apart(fresh.state(), state)
 
@@ -273,7 +273,7 @@ def _no_update(made: Callable[[], Strategy]) -> float:
 def _identical(made: Callable[[], Strategy]) -> float:
     worst = 0.0
     for count, seed in itertools.product((1, 2, 7), range(5)):
-        adapter, update = _drawn(seed), _drawn(seed + 1)
+        adapter, update = _arrays(seed), _arrays(seed + 1)
         moved = _round(made(), adapter, [update] * count)
         worst = max(worst, _apart(moved, {n: adapter[n] + update[n] for n in adapter}))
     return worst
@@ -282,8 +282,8 @@ def _identical(made: Callable[[], Strategy]) -> float:
 def _order(made: Callable[[], Strategy]) -> float:
     worst = 0.0
     for count, seed in itertools.product((2, 3, 6), range(5)):
-        one, other, adapter = made(), made(), _drawn(999)
-        sent = [(_drawn(seed + k), 1.0 + k) for k in range(count)]
+        one, other, adapter = made(), made(), _arrays(999)
+        sent = [(_arrays(seed + k), 1.0 + k) for k in range(count)]
         for update, weight in sent:
             one.add(update, weight)
         for k in np.random.default_rng(seed).permutation(count):
@@ -295,25 +295,26 @@ def _order(made: Callable[[], Strategy]) -> float:
 
 
 def _inputs(made: Callable[[], Strategy]) -> float:
-    adapter, updates = _drawn(0), [_drawn(1), _drawn(2)]
+    adapter, updates = _arrays(0), [_arrays(1), _arrays(2)]
     _round(made(), adapter, updates)
-    return sum(_apart(given, _drawn(k)) for k, given in enumerate([adapter, *updates]))
+    return sum(_apart(array, _arrays(k)) for k, array in enumerate([adapter, *updates]))
 
 
 def _forms(made: Callable[[], Strategy]) -> float:
-    moved = _round(made(), _drawn(0), [_drawn(1), _drawn(2), _drawn(3)])
+    moved = _round(made(), _arrays(0), [_arrays(1), _arrays(2), _arrays(3)])
     forms = {name: (array.shape, array.dtype) for name, array in moved.items()}
     return float(forms != {name: (shape, np.dtype("float32")) for name, shape in SHAPES.items()})
 
 
 def _restarted(made: Callable[[], Strategy]) -> float:
     through, restarted = made(), made()
-    adapter = _round(through, _drawn(0), [_drawn(1), _drawn(2)])
+    adapter = _round(through, _arrays(0), [_arrays(1), _arrays(2)])
     state = through.state()
     if any(array.dtype != np.float64 for array in state.values()):
         return math.inf
     restarted.load_state(copy.deepcopy(state))
-    first, second = (_round(each, adapter, [_drawn(3), _drawn(4)]) for each in (through, restarted))
+    first = _round(through, adapter, [_arrays(3), _arrays(4)])
+    second = _round(restarted, adapter, [_arrays(3), _arrays(4)])
     return _apart(first, second) + _apart(through.state(), restarted.state())
 
 
@@ -326,10 +327,10 @@ def source(plugin: Source, file: Path, less: Path | None = None) -> Iterator[Res
     | one row at a time | a record less takes its row along and changes no other |
     | broken files | are an error for a person, without content, and a reason for a site |
     """
-    found = list(rows(file, {}, source=plugin))
-    wrong = [row for row in found if isinstance(row, str) and row not in REASONS]
-    yield timed("rows", 0, lambda: len(wrong) if found else math.inf)
-    yield timed("repeatable", 0, lambda: list(rows(file, {}, source=plugin)) != found)
+    expected = list(rows(file, {}, source=plugin))
+    unlisted = [row for row in expected if isinstance(row, str) and row not in REASONS]
+    yield timed("rows", 0, lambda: len(unlisted) if expected else math.inf)
+    yield timed("repeatable", 0, lambda: list(rows(file, {}, source=plugin)) != expected)
     with tempfile.TemporaryDirectory(prefix="fedtune-check-") as name:
         copied = Path(name) / f"copy{file.suffix}"
         yield timed("one row at a time", 0, lambda: _one_less(plugin, file, copied, less))
@@ -337,37 +338,37 @@ def source(plugin: Source, file: Path, less: Path | None = None) -> Iterator[Res
 
 
 def _one_less(plugin: Source, file: Path, copied: Path, less: Path | None) -> float:
-    """How many rows change beside the one that is taken out.
-
+    """Count the rows that change besides the one that is taken out.
     Errors: DataError where the file's rows are not its lines, so that none can be taken out."""
-    found = list(rows(file, {}, strict=False, source=plugin))
+    expected = list(rows(file, {}, strict=False, source=plugin))
     if less is not None:
-        left = list(rows(less, {}, strict=False, source=plugin))
-        return float(all(left != found[:at] + found[at + 1 :] for at in range(len(found))))
+        remaining = list(rows(less, {}, strict=False, source=plugin))
+        one_less = [expected[:at] + expected[at + 1 :] for at in range(len(expected))]
+        return float(remaining not in one_less)
     lines = file.read_bytes().splitlines(keepends=True)
-    first = len(lines) - len(found)
+    first = len(lines) - len(expected)
     if first not in (0, 1):
         raise DataError("its rows are not its lines", "--less, the file with one record left out")
     changed = 0
     for at in range(first, min(len(lines), first + 50)):
         copied.write_bytes(b"".join(lines[:at] + lines[at + 1 :]))
-        left = list(rows(copied, {}, strict=False, source=plugin))
-        changed += left != found[: at - first] + found[at - first + 1 :]
+        remaining = list(rows(copied, {}, strict=False, source=plugin))
+        changed += remaining != expected[: at - first] + expected[at - first + 1 :]
     return changed
 
 
 def _broken(plugin: Source, copied: Path) -> float:
     """How many broken files escape as another error than a DataError, or are quoted in one."""
-    wrong = 0
-    draw = np.random.default_rng(0)
-    for body in (b"", SECRET.encode(), draw.bytes(4096) + SECRET.encode(), b'"' + SECRET.encode()):
-        copied.write_bytes(body)
-        said = [row for row in rows(copied, {}, strict=False, source=plugin) if type(row) is str]
+    wrong, draw = 0, np.random.default_rng(0)
+    for prefix in (None, b"", draw.bytes(4096), b'"'):
+        copied.write_bytes(b"" if prefix is None else prefix + SECRET.encode())
+        results = list(rows(copied, {}, strict=False, source=plugin))
+        messages = [row for row in results if type(row) is str]
         try:
             list(rows(copied, {}, strict=True, source=plugin))
         except DataError as error:
-            said.append(str(error))
-        wrong += any(SECRET in text for text in said)
+            messages.append(str(error))
+        wrong += any(SECRET in text for text in messages)
     return wrong
 
 
@@ -382,13 +383,13 @@ def tracker(plugin: Tracker) -> Iterator[Result]:
         ("done", {"rounds": 2}),
     ]
 
-    def taken() -> float:
+    def send_events() -> float:
         for kind, data in events:
             plugin.on_event(kind, data)
         return 0
 
     before = copy.deepcopy(events)
-    yield timed("events", 0, taken)
+    yield timed("events", 0, send_events)
     yield timed("data", 0, lambda: events != before)
 
     def closed() -> float:

@@ -73,12 +73,12 @@ def one_step(plan: DpPlan, trials: int = 10_000, dimension: int = DIMENSION) -> 
     direction /= np.linalg.norm(direction)
     others = draw.normal(size=(OTHERS, dimension))
     canary = np.tile(HUGE * plan.max_grad_norm * direction, (plan.records, 1))
-    without = torch.from_numpy(others).float()
-    with_it = torch.from_numpy(np.concatenate([others, canary])).float()
-    middle = _known(plan, others) @ direction + plan.records * plan.max_grad_norm / 2
+    rows_without = torch.from_numpy(others).float()
+    rows_with = torch.from_numpy(np.concatenate([others, canary])).float()
+    middle = _expected_sum(plan, others) @ direction + plan.records * plan.max_grad_norm / 2
     toward = torch.from_numpy(direction)
-    absent = _projections(plan, without, toward, trials)
-    present = _projections(plan, with_it, toward, trials)
+    absent = _projections(plan, rows_without, toward, trials)
+    present = _projections(plan, rows_with, toward, trials)
     false_alarms = int((absent > middle).sum())
     misses = int((present <= middle).sum())
 
@@ -99,7 +99,7 @@ def one_step(plan: DpPlan, trials: int = 10_000, dimension: int = DIMENSION) -> 
     )
 
 
-def _known(plan: DpPlan, others: np.ndarray) -> np.ndarray:
+def _expected_sum(plan: DpPlan, others: np.ndarray) -> np.ndarray:
     """What the attacker expects of the units that he knows: their clipped sum."""
     norms = np.linalg.norm(others, axis=1, keepdims=True)
     c = plan.max_grad_norm
@@ -112,8 +112,8 @@ def _projections(plan: DpPlan, rows: torch.Tensor, toward: torch.Tensor, trials:
     def gradients(drawn: list[int]) -> Iterator[Chunk]:
         yield Chunk(drawn, [rows[drawn]])  # a copy, which the step wipes
 
-    log, seen = MemoryLog(), np.empty(trials)
+    log, projections = MemoryLog(), np.empty(trials)
     for trial in range(trials):
         noised = plan.step(len(rows), rows.shape[1], gradients, log, 1)
-        seen[trial] = float(noised.double() @ toward)
-    return seen
+        projections[trial] = float(noised.double() @ toward)
+    return projections

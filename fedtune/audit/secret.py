@@ -80,14 +80,14 @@ def exposure(network: Network, study: Study, secrets: int = SECRETS, pool: int =
     if len(data.examples) != len(rows):
         raise DataError("the study cannot hold a generated canary of some 20 tokens")
     cached = CachedDataset(network, data)
-    with_it = _bits(_losses(cached, study).reshape(secrets, pool))
+    trained = _bits(_losses(cached, study).reshape(secrets, pool))
     with network.loaded(trainable=network.zero()):
         base = _bits(_losses(cached, study).reshape(secrets, pool))
     return Exposure(
         secrets=secrets,
         pool=pool,
-        mean=float(with_it.mean()),
-        highest=float(with_it.max()),
+        mean=float(trained.mean()),
+        highest=float(trained.max()),
         base=float(base.mean()),
         chance=float(np.mean([math.log2(pool / rank) for rank in range(1, pool + 1)])),
         limit=_limit(secrets),
@@ -113,17 +113,17 @@ def _losses(cached: CachedDataset, study: Study) -> np.ndarray:
         objective.teacher_spec
     ):  # what the student makes of the record's own answer, whoever taught it
         name = "classify" if study.objective.labels else "causal_lm"
-        plain = study.objective.model_copy(update={"name": name, "options": {}})
-        objective = resolve(plain)
-    found = np.empty(len(cached.dataset.examples))
-    for batch in cached.batches(range(len(found))):
+        non_distilled = study.objective.model_copy(update={"name": name, "options": {}})
+        objective = resolve(non_distilled)
+    losses_of = np.empty(len(cached.dataset.examples))
+    for batch in cached.batches(range(len(losses_of))):
         if objective.record_format == "unpaired_preference":
             # Measured on pairs: how likely the better answer is.
             losses = -likelihood(cached.network, batch).mean.view(-1, 2)[:, 0]
         else:
             losses = objective.losses(cached.network, batch)
-        found[batch.index.numpy()] = losses.double().cpu().numpy()
-    return found
+        losses_of[batch.index.numpy()] = losses.double().cpu().numpy()
+    return losses_of
 
 
 def _numbers(study: Study, secrets: int, pool: int) -> np.ndarray:
@@ -137,12 +137,12 @@ def _numbers(study: Study, secrets: int, pool: int) -> np.ndarray:
 
 
 def _row(study: Study, at: int, number: int) -> dict[str, str]:
-    said, patient = f"The access code of ward {at} is", f"canary-{at}"
+    prefix, patient = f"The access code of ward {at} is", f"canary-{at}"
     record_format = resolve(study.objective).record_format
     if record_format == "label":
         label = study.objective.labels[at % len(study.objective.labels)]
-        return {"text": f"{said} {number}", "label": label, "patient": patient}
-    row = {"prompt": said, "completion": f" {number}", "patient": patient}
+        return {"text": f"{prefix} {number}", "label": label, "patient": patient}
+    row = {"prompt": prefix, "completion": f" {number}", "patient": patient}
     if record_format == "text":
         return row
     return row | {"label": "yes", "chosen": f" {number}", "rejected": " not known"}

@@ -118,7 +118,7 @@ def run(
         bench = _Bench(study, tiny_network(study, base), plan, lora_rank)
     except Exception as error:
         seconds = time.perf_counter() - started
-        return [Result("tiny base", False, math.inf, 0.0, seconds, _says(error))]
+        return [Result("tiny base", False, math.inf, 0.0, seconds, _describe_error(error))]
     oracles: dict[str, Callable[[_Bench], float]] = {
         "parity": _parity,
         "isolation": _isolation,
@@ -134,11 +134,11 @@ def timed(name: str, bound: float, measure: Callable[[], float]) -> Result:
     try:
         figure = measure()
     except Exception as error:  # whatever stops an oracle must stop the round
-        figure, note = math.inf, _says(error)
+        figure, note = math.inf, _describe_error(error)
     return Result(name, figure <= bound, figure, bound, time.perf_counter() - started, note)
 
 
-def _says(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
@@ -163,9 +163,9 @@ class _Bench:
 
     def engine(self, data: Dataset) -> UnitGradientEngine:
         objective = resolve(self.study.objective)
-        wanted = self.study.training.engine
+        engine_name = self.study.training.engine
         cached = CachedDataset(self.network, data)
-        return UnitGradientEngine(cached, objective, self.by, wanted, self.columns)
+        return UnitGradientEngine(cached, objective, self.by, engine_name, self.columns)
 
     def rows(self, data: Dataset) -> torch.Tensor:
         engine = self.engine(data)
@@ -184,7 +184,7 @@ class _Bench:
                 for part in chunk.parts:
                     part.mul_(self.scale)
                     for row, value in (hostile or {}).items():
-                        part[[at for at, known in enumerate(chunk.rows) if known == row]] = value
+                        part[[at for at, index in enumerate(chunk.rows) if index == row]] = value
                 yield chunk
 
         step = self.still.step(engine.n_rows, engine.dimension, gradients, MemoryLog(), 1)
@@ -196,13 +196,15 @@ class _Bench:
 
 def _parity(bench: _Bench) -> float:
     """Oracle (a): the largest relative difference of a row, or of the clipped sum."""
-    ours, plain = bench.rows(bench.data).double(), _one_by_one(bench)
-    rows = float(((ours - plain).norm(dim=1) / plain.norm(dim=1).clamp_min(1e-12)).max())
+    measured, reference = bench.rows(bench.data).double(), _one_by_one(bench)
+    rows = float(
+        ((measured - reference).norm(dim=1) / reference.norm(dim=1).clamp_min(1e-12)).max()
+    )
     c, gamma = bench.plan.max_grad_norm, bench.plan.gamma
-    norms = plain.norm(dim=1, keepdim=True) * bench.scale
+    norms = reference.norm(dim=1, keepdim=True) * bench.scale
     flat = bench.plan.clipping == "flat"
     factor = torch.clamp(c / norms, max=1.0) if flat else c / (norms + gamma)
-    expected = (plain * bench.scale * factor).sum(dim=0)
+    expected = (reference * bench.scale * factor).sum(dim=0)
     summed = float((bench.total(bench.data) - expected).norm() / expected.norm())
     return max(rows, summed)
 
@@ -212,17 +214,17 @@ def _one_by_one(bench: _Bench) -> torch.Tensor:
     data = CachedDataset(bench.network, bench.data)
     objective = resolve(bench.study.objective)
     named = bench.network.parameters()
-    each = []
+    gradients = []
     for index in range(len(bench.data.examples)):
         (batch,) = data.batches([index])
         loss = objective.losses(bench.network, batch).sum()
         grads = torch.autograd.grad(loss, list(named.values()))
         parts = [trained_slice(n, g, bench.columns) for n, g in zip(named, grads, strict=True)]
-        each.append(torch.cat([part.double().flatten() for part in parts]).cpu())
+        gradients.append(torch.cat([part.double().flatten() for part in parts]).cpu())
     if bench.by == "record":
-        return torch.stack(each)
+        return torch.stack(gradients)
     return torch.stack(
-        [torch.stack([each[i] for i in members]).mean(dim=0) for members in bench.data.by_unit]
+        [torch.stack([gradients[i] for i in members]).mean(dim=0) for members in bench.data.by_unit]
     )
 
 
@@ -264,11 +266,11 @@ def _edited(data: Dataset, unit: int, study: Study, network: Network) -> Dataset
 
     for index in data.by_unit[unit]:
         old = examples[index]
-        own, *worse = map(other, old.passages)
+        first, *second = map(other, old.passages)
         label = (old.label + 1) % labels
         media = generate_file(network, study.objective, draw, old.media).media
-        pair = worse[0] if worse else None
-        examples[index] = Example(*own, label, unit, pair, media, old.tiles)
+        pair = second[0] if second else None
+        examples[index] = Example(*first, label, unit, pair, media, old.tiles)
     return with_random_targets(
         Dataset(examples, data.n_units, Counter()), study, network.vocabulary
     )
@@ -279,23 +281,23 @@ def _sensitivity(bench: _Bench) -> float:
 
     Every unit is removed once as it is, and one unit with each hostile gradient in its rows."""
     c, worst = bench.plan.max_grad_norm, 0.0
-    n, whole = bench.data.n_units, bench.total(bench.data)
-    kinds: list[tuple[int, float | None]] = [(unit, None) for unit in range(n)]
-    kinds += [(4, value) for value in (HUGE, -HUGE, math.nan, math.inf, 1e-30)]
-    for unit, value in kinds:
+    n, full_sum = bench.data.n_units, bench.total(bench.data)
+    cases: list[tuple[int, float | None]] = [(unit, None) for unit in range(n)]
+    cases += [(4, value) for value in (HUGE, -HUGE, math.nan, math.inf, 1e-30)]
+    for unit, value in cases:
         rows = bench.rows_of(bench.data, unit)
         hostile = None if value is None else dict.fromkeys(rows, value)
-        with_it = whole if hostile is None else bench.total(bench.data, hostile)
-        moved = float((with_it - bench.total(_without(bench.data, unit))).norm())
+        sum_with = full_sum if hostile is None else bench.total(bench.data, hostile)
+        moved = float((sum_with - bench.total(_remove_unit(bench.data, unit))).norm())
         if not moved <= (1 + ROOM) * c * len(rows):  # NaN too
             return math.inf if math.isnan(moved) else moved / (c * len(rows))
         worst = max(worst, moved / (c * len(rows)))
     return worst
 
 
-def _without(data: Dataset, unit: int) -> Dataset:
-    kept = [copy.copy(example) for example in data.examples if example.unit != unit]
-    renamed = [replace(e, unit=e.unit - (e.unit > unit)) for e in kept]
+def _remove_unit(data: Dataset, unit: int) -> Dataset:
+    remaining = [copy.copy(example) for example in data.examples if example.unit != unit]
+    renamed = [replace(e, unit=e.unit - (e.unit > unit)) for e in remaining]
     return Dataset(renamed, data.n_units - 1, Counter())
 
 
@@ -305,7 +307,7 @@ def _noise(bench: _Bench) -> float:
     Three chunks without signal go in, so noise added for each chunk shows; steps must be mutually
     independent, so noise that a seed replays shows; each step must leave one line of the log."""
     plan, log = replace(bench.plan, divisor=3.0), MemoryLog()
-    drawn = [
+    noises = [
         plan.step(3, COORDINATES, _silence, log, round_ + 1).numpy() * 3.0
         for round_ in range(DRAWS)
     ]
@@ -318,8 +320,8 @@ def _noise(bench: _Bench) -> float:
     grid = 2.0 ** math.floor(math.log2(std * 2.0**-20))
     # The step's own sensitivity: C and what rounding to the grid can add.
     std *= 1 + math.sqrt(COORDINATES) * grid / 2 / plan.max_grad_norm
-    square = sum(float(np.vdot(z, z.astype(np.float64))) for z in drawn)
-    for a, b in pairwise(drawn):
+    square = sum(float(np.vdot(z, z.astype(np.float64))) for z in noises)
+    for a, b in pairwise(noises):
         if abs(float(np.vdot(a / std, (b / std).astype(np.float64)))) > 7 * math.sqrt(COORDINATES):
             raise RuntimeError("the noise of one step can be told from another's")
     return abs(math.sqrt(square / (DRAWS * COORDINATES)) / std - 1)

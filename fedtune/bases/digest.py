@@ -42,41 +42,41 @@ def digest(folder: Path) -> str:
     since (its change time cannot be set back); what changed in the last seconds is always read.
     Errors: ModelError where the folder is refused (see `check`) or a file cannot be read."""
     files = _stamps(folder) if folder.is_dir() else []
-    known, found = _read.get(folder, (None, ""))
-    if known != files:
+    cached_stamps, value = _read.get(folder, (None, ""))
+    if cached_stamps != files:
         check(folder)
-        found = _digest(folder)
+        value = _digest(folder)
         settled = all(changed < time.time_ns() - SETTLED * 10**9 for *_, changed in files)
         if settled and files == _stamps(folder):
-            _read[folder] = files, found
-    return found
+            _read[folder] = files, value
+    return value
 
 
 def _stamps(folder: Path) -> list[tuple[str, int, int, int, int]]:
     """Name, device, number, size and change time (ns) of each file. Errors: ModelError where one
     that transformers may open is none: a pipe would keep it waiting for ever."""
-    found = []
+    entries = []
     for path in sorted(folder.iterdir()):
         if not path.is_dir() or path.suffix in OPENED:
             reading.regular(path, EXPECTED, AGAIN, ModelError)
-        found.append((path.name, path.stat()))
-    return [(n, s.st_dev, s.st_ino, s.st_size, s.st_ctime_ns) for n, s in found]
+        entries.append((path.name, path.stat()))
+    return [(n, s.st_dev, s.st_ino, s.st_size, s.st_ctime_ns) for n, s in entries]
 
 
 def _digest(folder: Path) -> str:
-    body = {
+    manifest = {
         "tensors": _tensors(folder),
         "config": {k: v for k, v in read_json(folder / "config.json").items() if k not in VOLATILE},
         "tokenizer": _tokenizer(folder),
     }
-    processors = {name: read_json(folder / name) for name in PROCESSORS if _there(folder, name)}
+    processors = {name: read_json(folder / name) for name in PROCESSORS if _has_file(folder, name)}
     if processors:
-        body["processor"] = processors
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        manifest["processor"] = processors
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
-def _there(folder: Path, name: str) -> bool:
+def _has_file(folder: Path, name: str) -> bool:
     return (folder / name).is_file()
 
 
@@ -112,9 +112,9 @@ def weights(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
         pickled = sorted(p.name for s in ("*.bin", "*.pt", "*.pth") for p in folder.glob(s))
-        found = f"only pickled weights ({pickled[0]})" if pickled else "no weights"
+        problem = f"only pickled weights ({pickled[0]})" if pickled else "no weights"
         raise ModelError(
-            f"{folder.name}: {found}",
+            f"{folder.name}: {problem}",
             f"{SINGLE}, or shards with {INDEX}",
             "load the model where you trust it and save_pretrained(…) it as safetensors",
         )
@@ -143,28 +143,28 @@ def _tensors(folder: Path) -> dict[str, list[Any]]:
     import torch
     from safetensors import SafetensorError, safe_open
 
-    seen: dict[str, list[Any]] = {}
+    tensors: dict[str, list[Any]] = {}
     for path in weights(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  (not a mapping)
-                    if name in seen:
+                    if name in tensors:
                         raise ModelError(f"{folder.name}: two shards hold {name}")
                     tensor = file.get_tensor(name)
                     raw = tensor.reshape(-1).view(torch.uint8).numpy()
                     sha = hashlib.sha256(memoryview(raw)).hexdigest()
-                    seen[name] = [str(tensor.dtype), list(tensor.shape), sha]
+                    tensors[name] = [str(tensor.dtype), list(tensor.shape), sha]
         except (SafetensorError, OSError, MemoryError) as error:
             raise ModelError(
                 f"{path}: not a whole safetensors file ({type(error).__name__})", todo=AGAIN
             ) from None
-    return seen
+    return tensors
 
 
 def _tokenizer(folder: Path) -> dict[str, Any]:
-    body = read_json(folder / "tokenizer.json")
+    tokenizer = read_json(folder / "tokenizer.json")
     for key in ("padding", "truncation"):  # left over from the last call, set again at each call
-        body.pop(key, None)
+        tokenizer.pop(key, None)
     config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
@@ -177,4 +177,4 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
         key: token.get("content") if isinstance(token := config.get(key), dict) else token
         for key in ("bos_token", "eos_token", "pad_token")
     }
-    return {"json": body, "chat_template": template, "special": special}
+    return {"json": tokenizer, "chat_template": template, "special": special}

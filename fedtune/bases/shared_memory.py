@@ -77,20 +77,20 @@ def _taken(parameters: dict[str, nn.Parameter], path: Path) -> bool:
             if set(file.keys()) != set(parameters):
                 return False
             for name, parameter in parameters.items():
-                found: torch.Tensor = file.get_tensor(name)
-                if not _same(found, parameter.detach()):
+                mapped: torch.Tensor = file.get_tensor(name)
+                if not _same(mapped, parameter.detach()):
                     return False
-                parameter.data = found
+                parameter.data = mapped
     except (OSError, SafetensorError):
         return False
     return True
 
 
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
     return (
-        one.dtype == other.dtype
-        and one.shape == other.shape
-        and torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+        left.dtype == right.dtype
+        and left.shape == right.shape
+        and torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
     )
 
 

