@@ -27,13 +27,13 @@ def named_columns(data: Path, pairs: list[str]) -> DataFile:
 
     by_part = dict(pair.partition("=")[::2] for pair in pairs or ["prompt=prompt"])
     if unknown := set(by_part) - set(Columns.model_fields):
-        known = ", ".join(Columns.model_fields)
-        raise ConfigError(f"--column {min(unknown)}: no such part of a record", f"one of {known}")
+        names = ", ".join(Columns.model_fields)
+        raise ConfigError(f"--column {min(unknown)}: no such part of a record", f"one of {names}")
     try:
         return DataFile(path=data, columns=Columns(**by_part))
     except ValidationError as error:
-        said = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"--column: {said}", "such as prompt=question") from None
+        message = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"--column: {message}", "such as prompt=question") from None
 
 
 SEEDS = 2**63 - 1

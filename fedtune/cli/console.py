@@ -61,7 +61,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         self._bar.start()
-        self._plain(self._title)
+        self._print_line(self._title)
         self._heard = listening(self._long)
         self._heard.__enter__()
         return self
@@ -74,7 +74,7 @@ class Watch:
     ) -> None:
         self._heard.__exit__(kind, error, trace)
         self._bar.stop()
-        self._let_go(str(error))
+        self._release_held(str(error))
 
     def _long(self, text: str, done: int, total: int) -> None:
         self._step(text, {"done": done, "total": total})
@@ -83,7 +83,7 @@ class Watch:
         if event == "site":
             self._site(data)
         elif event == "round":
-            self._let_go("")
+            self._release_held("")
             self._round(data)
         elif event in ("answered", "refused", "failed"):
             self._answered(event, data)
@@ -99,7 +99,7 @@ class Watch:
         text = str(data.get("text") or event)
         done, total = data.get("done"), data.get("total")
         count = f"{done:,}/{total:,}" if done is not None and total else ""
-        self._plain(text, f"{done / total:.0%}" if done is not None and total else "")
+        self._print_line(text, f"{done / total:.0%}" if done is not None and total else "")
         self._bar.update(
             self._task, description=escape(text), total=total, completed=done or 0, count=count
         )
@@ -110,18 +110,18 @@ class Watch:
             line = f"{name}: {status}" + (f": {reason}" if reason else "")
             self._held.append((" ".join(line.split()), reason))
             if not self._hold:
-                self._let_go("")
+                self._release_held("")
         else:
             self._bar.update(self._task, description=escape(f"{name}: {status}"))
 
-    def _let_go(self, said: str) -> None:
-        """Show what was held back, but for what `said` says too."""
+    def _release_held(self, error_text: str) -> None:
+        """Print the lines held back, except those whose reason `error_text` contains."""
         held, self._held = self._held, []
         for line, reason in dict.fromkeys(held):
-            if not (said and reason and reason in said):
+            if not (error_text and reason and reason in error_text):
                 self.console.print(line, style="yellow", markup=False, soft_wrap=True)
 
-    def _plain(self, text: str, share: str = "") -> None:
+    def _print_line(self, text: str, share: str = "") -> None:
         """share: in per cent, since a service's log keeps no count of a site's records."""
         if self.console.is_terminal:
             return
@@ -164,19 +164,19 @@ class Watch:
         )
 
 
-def closing(console: Console, out: Path, body: dict[str, Any]) -> None:
-    """What came out, where it lies, and what to do next."""
-    quality = body.get("quality") or {}
+def closing(console: Console, out: Path, report: dict[str, Any]) -> None:
+    """Print a finished run's result, its folder and the next step."""
+    quality = report.get("quality") or {}
     metric, before, after = (quality.get(k) for k in ("metric", "before", "after"))
     before = before.get(metric) if isinstance(before, dict) else before
     after = after.get(metric) if isinstance(after, dict) else after
     console.print()
     if metric:
         console.print(f"{metric}: {_short(before)} → [bold]{_short(after)}[/bold]", highlight=False)
-    for name, alone in (body.get("alone") or {}).items():
+    for name, alone in (report.get("alone") or {}).items():
         console.print(f"  {name} alone, at the same ε: {_short(alone)}", markup=False)
-    if body.get("private"):
-        p = body["privacy"]
+    if report.get("private"):
+        p = report["privacy"]
         console.print(
             f"private: ε = {rounded_up(p.get('epsilon'))}, δ = {p.get('delta')} "
             f"per {p.get('unit')}",
@@ -266,13 +266,13 @@ def versions_table(index: Index) -> Table:
     return table
 
 
-def evaluation_table(found: dict[str, Any]) -> Table:
-    """Base and adapter of a run, with their intervals."""
-    metric, interval = found["metric"], found["interval"]
-    left_out = sum(found["rejected"].values())
-    caption = f"{found['records']:,} records" + (f", {left_out:,} left out" if left_out else "")
+def evaluation_table(result: dict[str, Any]) -> Table:
+    """Build the table of a run's base and adapter, with their intervals."""
+    metric, interval = result["metric"], result["interval"]
+    left_out = sum(result["rejected"].values())
+    caption = f"{result['records']:,} records" + (f", {left_out:,} left out" if left_out else "")
     table = Table("", metric, "95 % interval", caption=caption, caption_justify="left")
-    before, after = found["before"][metric], found["after"][metric]
+    before, after = result["before"][metric], result["after"][metric]
     rows = (("base alone", before), ("with the adapter", after), ("change", after - before))
     for (label, value), key in zip(rows, ("before", "after", "change"), strict=True):
         low, high = interval[key]
@@ -281,11 +281,11 @@ def evaluation_table(found: dict[str, Any]) -> Table:
     return table
 
 
-def fit_table(found: Fit) -> Group:
-    """One row per candidate, the smallest first; below, what cannot be used, and why."""
-    epsilons = next((list(row.predicted) for row in found.rows if row.predicted), [])
+def fit_table(fit: Fit) -> Group:
+    """Build one row per candidate, smallest first; below, those that cannot be used, and why."""
+    epsilons = next((list(row.predicted) for row in fit.rows if row.predicted), [])
     table = Table(
-        title=f"bases, by size; {found.metric}",
+        title=f"bases, by size; {fit.metric}",
         caption="size: parameters. memory: most that a process held. tokens, records: a second, at "
         "first sight and through a training step. alone: the untouched base. ε: predicted from "
         "one pass over public records, not measured. up, down: a round and site.",
@@ -299,26 +299,26 @@ def fit_table(found: Fit) -> Group:
     heads = ("size", "memory", "tokens,\nrecords", "alone", *(f"ε = {e}" for e in epsilons))
     for head in (*heads, "up,\ndown"):
         table.add_column(head, justify="right", no_wrap=True)
-    for row in found.rows:
+    for row in fit.rows:
         if not row.failed:
             cost = (f"{row.parameters / 1e6:,.4g} M", _size(row.memory))
             speed = f"{row.tokens:,.0f}\n{row.step:,.0f}"
-            told = [_short((row.predicted or {}).get(e)) for e in epsilons]
+            predictions = [_short((row.predicted or {}).get(e)) for e in epsilons]
             wire = f"{_size(row.up)}\n{_size(row.down)}"
-            table.add_row(escape(row.model), *cost, speed, _short(row.base), *told, wire)
-    unfit = [Text(f"{row.model}: {row.failed}", "yellow") for row in found.rows if row.failed]
+            table.add_row(escape(row.model), *cost, speed, _short(row.base), *predictions, wire)
+    unfit = [Text(f"{row.model}: {row.failed}", "yellow") for row in fit.rows if row.failed]
     return Group(table, *unfit)
 
 
-def files_table(folder: Path, found: dict[str, list[Path]]) -> Table:
-    """What is kept in a folder, by kind."""
+def files_table(folder: Path, paths_by_kind: dict[str, list[Path]]) -> Table:
+    """Build the table of a folder's files, by kind."""
     table = Table(
         title=escape(str(folder)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
     )
     table.add_column("what")
     for head in ("files", "size"):
         table.add_column(head, justify="right", no_wrap=True)
-    for kind, paths in found.items():
+    for kind, paths in paths_by_kind.items():
         size = sum(path.lstat().st_size for path in paths)
         table.add_row(kind, f"{len(paths):,}", _size(size))
     return table

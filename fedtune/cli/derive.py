@@ -18,8 +18,8 @@ PANEL = "Make more of models"
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands on `app`."""
-    for each in (label, improve, distill, merge, export, choose_base):
-        command(app, panel=PANEL)(each)
+    for function in (label, improve, distill, merge, export, choose_base):
+        command(app, panel=PANEL)(function)
 
 
 DISTILL_TEACHERS = Annotated[
@@ -285,13 +285,13 @@ def choose_base(
 
     console, loaded = Console(), load_study(study)
     with Watch(console, "measuring bases, one process each"):
-        found = measure(
+        comparison = measure(
             loaded, target, models or (), sites=sites, size=size, epsilons=epsilons or (),
             quantised=quantised or (),
         )  # fmt: skip
-    console.print(fit_table(found))
-    said = f"the smallest that meets {found.metric} {found.target:g} ({found.by})"
-    typer.echo(f"{said}: {found.chosen or 'none of them'}")
+    console.print(fit_table(comparison))
+    text = f"the smallest that meets {comparison.metric} {comparison.target:g} ({comparison.by})"
+    typer.echo(f"{text}: {comparison.chosen or 'none of them'}")
     if json_file:
-        replace(json_file, (found.as_json() + "\n").encode())
+        replace(json_file, (comparison.as_json() + "\n").encode())
         typer.echo(f"wrote {json_file}")

@@ -65,8 +65,8 @@ def command(
 def _check(name: str, value: Any) -> None:
     """Errors: ConfigError."""
     if isinstance(value, list | tuple):
-        for each in value:
-            _check(name, each)
+        for item in value:
+            _check(name, item)
     elif isinstance(value, str) and ("\0" in value or not reading.is_sound(value)):
         raise ConfigError(f"{name}: not valid text", "UTF-8")
     elif isinstance(value, Path) and (why := reading.unusable(value)):
@@ -76,7 +76,7 @@ def _check(name: str, value: Any) -> None:
 
 
 def _fault(error: Exception) -> str:
-    """What the system refused, by its own word for it; else a fault of fedtune's."""
+    """Describe what the system refused, in its words; else name an internal error."""
     if isinstance(error, MemoryError):
         return "there is not enough memory"
     if isinstance(error, OSError) and error.errno:

@@ -107,13 +107,15 @@ def label(
     from fedtune.config import load_site
     from fedtune.derive.label import label as make
 
-    found = load_site(source) if source.suffix == ".toml" else named_columns(source, columns or [])
+    source_data = (
+        load_site(source) if source.suffix == ".toml" else named_columns(source, columns or [])
+    )
     settings = LabelSettings(
         new_tokens=new_tokens, temperature=temperature, seed=seed, template=template
     )
     with Watch(Console(), "loading models"):
         about = make(
-            found,
+            source_data,
             out,
             generator=generator,
             judge=judge,
@@ -123,10 +125,10 @@ def label(
             settings=settings,
         )
     chosen = about["settings"]["template"]
-    left = ", ".join(f"{n} {reason}" for reason, n in sorted(about["left_out"].items()))
+    left_out = ", ".join(f"{n} {reason}" for reason, n in sorted(about["left_out"].items()))
     typer.echo(
         f"wrote {about['preferences']} preferences to {out}"
-        + (f"; left out: {left}" if left else "")
+        + (f"; left out: {left_out}" if left_out else "")
     )
     patient = ', patient = "patient"' if about["unit"] == "patient" else ""
     typer.echo(

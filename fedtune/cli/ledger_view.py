@@ -75,8 +75,8 @@ def studies_table(lines: Sequence[StudyLine], delta: float) -> Table:
 def cohorts_table(
     dataset: str, spent: Sequence[Spent], cohorts: Sequence[Cohort], policy: PolicyTable
 ) -> Table:
-    """Who arrived when, what that cost each of them, and who is out by now."""
-    last = max((one.seq for one in spent if one.dataset == dataset), default=0)
+    """Build the table of cohorts: arrival, size, ε of each unit, and which are left out by now."""
+    last = max((entry.seq for entry in spent if entry.dataset == dataset), default=0)
     table = Table(
         title="patients by arrival",
         caption="ε is one patient's, over the rounds since the arrival. Who was left out of the "
@@ -91,12 +91,12 @@ def cohorts_table(
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("")
     for cohort in cohorts:
-        own = [one for one in cohort.spent if one.dataset == dataset]
-        out = last > cohort.arrival and last not in {one.seq for one in own}
+        charged = [entry for entry in cohort.spent if entry.dataset == dataset]
+        out = last > cohort.arrival and last not in {entry.seq for entry in charged}
         table.add_row(
             f"{_date(cohort.time)} ({escape(cohort.name)})" if cohort.arrival else "before",
             str(cohort.units or "?"),
-            str(len(own)),
+            str(len(charged)),
             _shown(budget(dataset, cohort.spent, policy).epsilon),
             "spent: left out" if out else "",
         )
@@ -107,9 +107,9 @@ def _unit(line: StudyLine) -> str:
     return line.unit if line.records == 1 else f"{line.unit} (≤ {line.records} rows)"
 
 
-def budget_table(found: DatasetBudget) -> Table:
+def budget_table(total: DatasetBudget) -> Table:
     table = Table(
-        title=f"budget of {escape(found.dataset)}",
+        title=f"budget of {escape(total.dataset)}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -118,47 +118,53 @@ def budget_table(found: DatasetBudget) -> Table:
     table.add_column()
     table.add_column(justify="right", no_wrap=True)
     table.add_column()
-    whole, half = f"at δ = {2 * found.delta:g}", f"at δ = {found.delta:g}"
-    table.add_row("spent", _shown(found.epsilon), f"{whole}: what the ceiling holds ({found.how})")
-    table.add_row("", _shown(found.pld), f"{half}, as if all had been planned at once (PLD)")
-    table.add_row("ceiling", f"{found.ceiling:g}", "policy.max_epsilon")
+    full_delta, half_delta = f"at δ = {2 * total.delta:g}", f"at δ = {total.delta:g}"
     table.add_row(
-        "remains", _floor(found.remaining), "" if found.remaining else "nothing more runs"
+        "spent", _shown(total.epsilon), f"{full_delta}: what the ceiling holds ({total.how})"
+    )
+    table.add_row("", _shown(total.pld), f"{half_delta}, as if all had been planned at once (PLD)")
+    table.add_row("ceiling", f"{total.ceiling:g}", "policy.max_epsilon")
+    table.add_row(
+        "remains", _floor(total.remaining), "" if total.remaining else "nothing more runs"
     )
     return table
 
 
 def not_known(ledger: Ledger, dataset: str, spent: Sequence[Spent], unit: str) -> list[str]:
-    """Which rounds the figures above say nothing about, and who accepted that."""
-    rounds = [one for one in spent if not one.charge.is_known_for(unit)]
+    """Describe the rounds of unknown cost, and who accepted them."""
+    rounds = [entry for entry in spent if not entry.charge.is_known_for(unit)]
     if not rounds:
         return []
-    older = [one for one in rounds if one.charge.rules < RULES]
-    said = [
+    earlier = [entry for entry in rounds if entry.charge.rules < RULES]
+    sentences = [
         f"NOT KNOWN: what {len(rounds)} of the rounds above cost one {unit}. They are counted as "
         "if it were."
     ]
-    if older:
-        said.append(
-            f"{len(older)} were charged by an earlier release: which records of a patient trained, "
-            "and whether they trained at all, could follow from other patients' records, so the "
-            "ε beside them is not what it cost."
+    if earlier:
+        sentences.append(
+            f"{len(earlier)} were charged by an earlier release: which records of a patient "
+            "trained, and whether they trained at all, could follow from other patients' records, "
+            "so the ε beside them is not what it cost."
         )
-    if len(older) < len(rounds):
-        said.append(f"{len(rounds) - len(older)} were charged per another unit than the {unit}.")
-    for one in ledger.accepted(dataset):
-        why = f": {one.why}" if one.why else ""
-        said.append(f"Accepted by {one.who} on {_date(one.time)}, up to entry {one.upto}{why}")
+    if len(earlier) < len(rounds):
+        sentences.append(
+            f"{len(rounds) - len(earlier)} were charged per another unit than the {unit}."
+        )
+    for entry in ledger.accepted(dataset):
+        why = f": {entry.why}" if entry.why else ""
+        sentences.append(
+            f"Accepted by {entry.who} on {_date(entry.time)}, up to entry {entry.upto}{why}"
+        )
     if ledger.unknown(dataset, unit):
-        said.append(
+        sentences.append(
             "Until somebody at this site accepts it, no round runs on this dataset: "
             f"fedtune ledger SITE --accept {dataset} --reason TEXT"
         )
-    return [escape(" ".join(said))]
+    return [escape(" ".join(sentences))]
 
 
 def footer(ledger: Ledger, dataset: str) -> str:
-    """Where the ledger stands, on one line."""
+    """Describe the ledger's head on one line."""
     head = ledger.head
     others = [name for name in ledger.datasets if name != dataset]
     beside = f"; other datasets here: {', '.join(others)}" if others else ""

@@ -32,7 +32,7 @@ app = typer.Typer(
     "Start with **fedtune demo**: three invented hospitals, one adapter, a report.",
     epilog="A study of your own: fedtune init → plan → simulate → server and client.",
 )
-TRY, RUN, LOOK = "Try it here", "Between machines", "Use a run"
+TRY, RUN, USE = "Try it here", "Between machines", "Use a run"
 
 
 STUDY = Annotated[
@@ -75,8 +75,8 @@ RESUME = Annotated[
 ]
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(show: bool) -> None:
+    if show:
         from fedtune import __version__
 
         typer.echo(f"fedtune {__version__}")
@@ -124,11 +124,11 @@ def demo(out: OUT = None) -> None:
 
     with (
         Watch(_console(), "preparing") as watch,
-        observer("coordinator", folder, then=watch, early=True) as seen,
+        observer("coordinator", folder, then=watch, early=True) as events,
     ):
         from fedtune.demo import run_demo
 
-        done = run_demo(folder, seen)
+        done = run_demo(folder, events)
     closing(_console(), folder, done.report)
 
 
@@ -178,11 +178,11 @@ def plan(
     asked: list[Site | int] = [*(sizes or [])]
     if sites or more or not asked:
         asked += _sites(study, sites, more)
-    from fedtune.dp.costs import plan as costs
+    from fedtune.dp.costs import plan as compute_costs
 
-    found = costs(loaded, asked)
-    _console().print(plan_table(loaded, found))
-    _console().print(found.objective, highlight=False, markup=False)
+    costs = compute_costs(loaded, asked)
+    _console().print(plan_table(loaded, costs))
+    _console().print(costs.objective, highlight=False, markup=False)
 
 
 @command(app, panel=TRY, epilog="Ctrl-C is safe: the same command with --resume goes on.")
@@ -217,20 +217,20 @@ def simulate(
     from fedtune.config import load_study
 
     loaded = load_study(study)
-    found, folder = _sites(study, sites, more), new_run(loaded, out, resume=resume)
+    loaded_sites, folder = _sites(study, sites, more), new_run(loaded, out, resume=resume)
     if not loaded.private:
         warn_not_private(_console())
     from fedtune.observe import observer
 
     with (
         Watch(_console(), "preparing", hold=True) as watch,
-        observer("coordinator", folder, then=watch) as seen,
+        observer("coordinator", folder, then=watch) as events,
     ):
         from fedtune.launch.simulate import simulate as run
 
         done = run(
-            loaded, found, folder,
-            resume=resume, on_event=seen, engine=engine, processes=processes, rounds=rounds,
+            loaded, loaded_sites, folder,
+            resume=resume, on_event=events, engine=engine, processes=processes, rounds=rounds,
         )  # fmt: skip
     closing(_console(), folder, done.report)
 
@@ -290,11 +290,11 @@ def server(
 
     with (
         Watch(_console(), f"waiting for sites at {host}:{port}") as watch,
-        observer("coordinator", folder, then=watch, home=home, metrics_port=metrics_port) as seen,
+        observer("coordinator", folder, then=watch, home=home, metrics_port=metrics_port) as events,
     ):
         from fedtune.launch.coordinator import serve
 
-        body = serve(
+        report = serve(
             loaded,
             folder,
             host=host,
@@ -302,9 +302,9 @@ def server(
             names=names or [],
             home=home,
             resume=resume,
-            on_event=seen,
+            on_event=events,
         )
-    closing(_console(), folder, body)
+    closing(_console(), folder, report)
 
 
 @command(app, panel=RUN)
@@ -339,7 +339,7 @@ def client(
     from fedtune.errors import ConfigError
     from fedtune.observe import observer
 
-    here, path = load_site(site), site.resolve()
+    loaded, path = load_site(site), site.resolve()
     if watch and (processes > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1):
         raise ConfigError("--watch and several processes", "one of the two", "not together as yet")
     if os.environ.get("RANK", "0") != "0":
@@ -347,28 +347,28 @@ def client(
 
         return follow_torchrun(path)
     with (
-        Watch(_console(), "connecting") as seen_here,
+        Watch(_console(), "connecting") as screen,
         observer(
-            "site", here.site.state, then=seen_here, site=site, metrics_port=metrics_port
-        ) as seen,
+            "site", loaded.site.state, then=screen, site=site, metrics_port=metrics_port
+        ) as events,
     ):
         from fedtune.client.rank_process import team
         from fedtune.client.site_checks import check_records
         from fedtune.launch.site import join
 
-        check_records(here)
+        check_records(loaded)
         with team(path, processes):
-            join(site, once=once, watch=watch, on_event=seen)
+            join(site, once=once, watch=watch, on_event=events)
     typer.echo(f"left; `fedtune ledger {site}` shows what was spent")
 
 
-use_run.add_to(app, LOOK)
-models.add_to(app, LOOK)
+use_run.add_to(app, USE)
+models.add_to(app, USE)
 network.add_to(app)
 cli_site.add_to(app)
 derive.add_to(app)
 plugin.add_to(app)
-cli_observe.add_to(app, LOOK)
+cli_observe.add_to(app, USE)
 
 
 @functools.cache
@@ -378,10 +378,10 @@ def _console() -> Console:
     return Console()
 
 
-def _sites(study: Path, *given: list[Path] | None) -> list[Site]:
+def _sites(study: Path, *groups: list[Path] | None) -> list[Site]:
     from fedtune.config import load_sites
 
-    return load_sites([path for paths in given for path in paths or ()] or study.parent)
+    return load_sites([path for paths in groups for path in paths or ()] or study.parent)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ HOME = Annotated[
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands on `app`."""
-    for each in (enroll, admit, revoke, doctor):
-        command(app, panel=PANEL)(each)
+    for function in (enroll, admit, revoke, doctor):
+        command(app, panel=PANEL)(function)
 
 
 def enroll(
@@ -51,14 +51,14 @@ def enroll(
     from fedtune.flower.forwarder import keys_folder
     from fedtune.ledger.ledger import Ledger
 
-    here = load_site(site)
-    keys = keys_folder(here)
+    loaded = load_site(site)
+    keys = keys_folder(loaded)
     if new_keys and keys.exists():
         old = next(p for n in range(1, 1000) if not (p := Path(f"{keys}.old-{n}")).exists())
         keys.rename(old)
         typer.echo(f"put the present keys aside: {old}; delete them once the new ones are admitted")
-    file = out or site.resolve().parent / f"{here.site.name}.request"
-    fingerprint = enrol.enroll(here.site.name, keys, Ledger(here.site.state).key, file)
+    file = out or site.resolve().parent / f"{loaded.site.name}.request"
+    fingerprint = enrol.enroll(loaded.site.name, keys, Ledger(loaded.site.state).key, file)
     typer.echo(
         f"wrote {file}: send it to the coordinator (it holds no secret)\n"
         f"fingerprint   {fingerprint}\n"
@@ -120,16 +120,18 @@ def admit(
             )
     else:
         enrol.compare(asked, fingerprint)
-    known = home / "address"
-    if address is None and not known.exists():
+    address_file = home / "address"
+    if address is None and not address_file.exists():
         raise ConfigError("it is not known where sites connect", todo="give --address HOST:PORT")
     if address is None:
-        address = reading.text(known, "where sites connect", "give --address HOST:PORT").strip()
-    found = enrol.admit(home, asked, address)
-    file = replace(out or Path(f"{asked.name}.answer"), json.dumps(asdict(found)).encode())
+        address = reading.text(
+            address_file, "where sites connect", "give --address HOST:PORT"
+        ).strip()
+    answer = enrol.admit(home, asked, address)
+    file = replace(out or Path(f"{asked.name}.answer"), json.dumps(asdict(answer)).encode())
     typer.echo(
         f"admitted {asked.name}\nwrote {file}: send it to the site (it holds no secret)\n"
-        f"consortium   {found.fingerprint}\n"
+        f"consortium   {answer.fingerprint}\n"
         "next   read this line out to the site, for coordinator.fingerprint in its site.toml"
     )
 
@@ -207,9 +209,9 @@ def doctor(
 
     from fedtune.errors import ConfigError
 
-    given = {"--study": study, "--home": home, "--host": host, "--port": port, "--name": names}
+    options = {"--study": study, "--home": home, "--host": host, "--port": port, "--name": names}
     coordinator = _kind(file) == "study"
-    for option, value in given.items():
+    for option, value in options.items():
         if value is not None and (option == "--study") == coordinator:
             side = "a site" if option == "--study" else "the coordinator"
             raise ConfigError(
@@ -223,21 +225,21 @@ def doctor(
         place = Place(
             home or file.parent / "coordinator", host or "127.0.0.1", port or 8443, names or []
         )
-        found = examine_coordinator(file, place)
+        findings = examine_coordinator(file, place)
     else:
         from fedtune.client.doctor import examine
         from fedtune.client.review import read_plan
         from fedtune.config import load_site
 
-        found = examine(file, read_plan(study, load_site(file)) if study else None)
+        findings = examine(file, read_plan(study, load_site(file)) if study else None)
     bad = 0
-    for finding in found:
+    for finding in findings:
         mark = "[green]ok  [/green]" if finding.good else "[red]BAD [/red]"
         Console().print(f"{mark} {finding.name}: {escape(finding.says)}", highlight=False)
         bad += not finding.good
     if bad:
-        checks = "1 check" if bad == 1 else f"{bad} checks"
-        raise ConfigError(f"{checks} failed", todo="see above, then run it again")
+        counted = "1 check" if bad == 1 else f"{bad} checks"
+        raise ConfigError(f"{counted} failed", todo="see above, then run it again")
 
 
 def _kind(file: Path) -> str:

@@ -80,25 +80,25 @@ def check_plugin(
     console, bad = Console(), 0
     for result in check(group, name, _options(option or []), base, file, less):
         mark = "[green]ok  [/green]" if result.passed else "[red]BAD [/red]"
-        says = printable(result.note) or f"{result.figure:.3g}, at most {result.bound:g}"
-        console.print(f"{mark} {result.name}: {escape(says)}", highlight=False, soft_wrap=True)
+        detail = printable(result.note) or f"{result.figure:.3g}, at most {result.bound:g}"
+        console.print(f"{mark} {result.name}: {escape(detail)}", highlight=False, soft_wrap=True)
         bad += not result.passed
     if bad:
-        checks = "1 check fails" if bad == 1 else f"{bad} checks fail"
-        raise InputError(f"{name}: {checks}", todo="do not train with it")
+        counted = "1 check fails" if bad == 1 else f"{bad} checks fail"
+        raise InputError(f"{name}: {counted}", todo="do not train with it")
 
 
-def _options(given: list[str]) -> dict[str, Any]:
+def _options(options: list[str]) -> dict[str, Any]:
     """{"beta": 0.1} of beta=0.1; a text stays one. Errors: ConfigError."""
     from fedtune.errors import ConfigError
 
-    found: dict[str, Any] = {}
-    for each in given:
-        key, equals, value = each.partition("=")
+    values: dict[str, Any] = {}
+    for option in options:
+        key, equals, value = option.partition("=")
         if not equals:
-            raise ConfigError(f"--option {each}", "KEY=VALUE")
+            raise ConfigError(f"--option {option}", "KEY=VALUE")
         try:
-            found[key] = float(value)
+            values[key] = float(value)
         except ValueError:
-            found[key] = {"true": True, "false": False}.get(value, value)
-    return found
+            values[key] = {"true": True, "false": False}.get(value, value)
+    return values

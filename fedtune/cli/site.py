@@ -26,8 +26,8 @@ PLAN = Annotated[
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands on `app`."""
-    for each in (review, ledger, withdraw, purge, audit):
-        command(app, panel=PANEL)(each)
+    for function in (review, ledger, withdraw, purge, audit):
+        command(app, panel=PANEL)(function)
 
 
 def review(
@@ -52,32 +52,32 @@ def review(
     Reads no record. A site whose policy.admission is "signed" keeps each plan that it was sent in
     its state folder, under plans/; --sign admits it."""
     from fedtune.client.review import read_plan
-    from fedtune.client.review import review as look
+    from fedtune.client.review import review as review_plan
     from fedtune.config import load_site
     from fedtune.errors import PolicyRefused, printable
     from fedtune.ledger.ledger import Ledger
 
-    here = load_site(site)
-    plan = read_plan(study, here)
-    book = Ledger(here.site.state)
-    found = look(plan, here, book)
+    loaded = load_site(site)
+    plan = read_plan(study, loaded)
+    book = Ledger(loaded.site.state)
+    outcome = review_plan(plan, loaded, book)
     console = Console()
-    console.print(f"[bold]{escape(plan.study.name)}[/bold]  {found.digest}", highlight=False)
-    for heading, lines in found.sections:
+    console.print(f"[bold]{escape(plan.study.name)}[/bold]  {outcome.digest}", highlight=False)
+    for heading, lines in outcome.sections:
         console.print(f"\n[bold]{heading}[/bold]")
         for line in lines:
             console.print(Padding(escape(printable(line)), (0, 0, 0, 2)), highlight=False)
-    style = "bold red" if found.refusals else "bold"
-    console.print(f"\n[{style}]{escape(found.verdict)}[/{style}]", highlight=False)
-    for line in found.refusals:
+    style = "bold red" if outcome.refusals else "bold"
+    console.print(f"\n[{style}]{escape(outcome.verdict)}[/{style}]", highlight=False)
+    for line in outcome.refusals:
         console.print(Padding(escape(printable(line)), (0, 0, 0, 2)), highlight=False)
     if sign:
-        if found.refusals and not anyway:
+        if outcome.refusals and not anyway:
             raise PolicyRefused(
                 "a plan that this site refuses is not signed",
                 todo="change site.toml first, or sign it with --anyway",
             )
-        book.admit(found.digest, getpass.getuser())
+        book.admit(outcome.digest, getpass.getuser())
         console.print(f"\nsigned by {getpass.getuser()}: this plan, and no other, is admitted")
 
 
@@ -119,8 +119,8 @@ def ledger(
     from fedtune.errors import ConfigError
     from fedtune.ledger.ledger import Ledger
 
-    here = load_site(site)
-    folder = here.site.state
+    loaded = load_site(site)
+    folder = loaded.site.state
     if not folder.exists() and not restore:
         raise ConfigError(f"{folder}: no ledger yet", todo="it begins with the first study")
     book = Ledger.restore(folder, copy) if restore else Ledger(folder)
@@ -128,14 +128,14 @@ def ledger(
     if backup:
         book.backup(backup)
         typer.echo(f"copied to {backup}, without this site's private key")
-    unit = "patient" if here.data.columns.patient else "record"
+    unit = "patient" if loaded.data.columns.patient else "record"
     if accept is not None:
         if not book.unknown(accept, unit):
             raise ConfigError(
                 f"nothing of dataset {accept!r} is unknown", "a dataset with such rounds"
             )
         book.accept(accept, getpass.getuser(), reason)
-    Console().print(ledger_view(book, accept or here.data.name, here.policy, unit))
+    Console().print(ledger_view(book, accept or loaded.data.name, loaded.policy, unit))
 
 
 def withdraw(
@@ -161,27 +161,27 @@ def withdraw(
     from fedtune.ledger.ledger import Ledger
     from fedtune.report.claim import rounded_up
 
-    here = load_site(site)
+    loaded = load_site(site)
     keys = _keys(file)
-    book, unknown = Ledger(here.site.state), 0
+    book, unknown = Ledger(loaded.site.state), 0
     for number, key in enumerate(keys, 1):
         try:
-            found = leave_out(here, key, book, unseen)
+            withdrawal = leave_out(loaded, key, book, unseen)
         except UnknownPatient as error:
             unknown += 1
             typer.echo(f"patient {number}: NOT KNOWN HERE: {error}")
             continue
         typer.echo(f"patient {number}: left out from the next round on")
-        if found.in_file is None:
-            typer.echo(f"  {here.data.path} cannot be read, so it may still hold records")
-        elif found.in_file:
+        if withdrawal.in_file is None:
+            typer.echo(f"  {loaded.data.path} cannot be read, so it may still hold records")
+        elif withdrawal.in_file:
             typer.echo(
-                f"  {found.in_file} records are still in {here.data.path}; they are not read into "
-                "training any more, and deleting them is up to their owner"
+                f"  {withdrawal.in_file} records are still in {loaded.data.path}; they are not "
+                "read into training any more, and deleting them is up to their owner"
             )
-        if not found.trained_on:
+        if not withdrawal.trained_on:
             typer.echo("  no study was ever prepared with this patient's records")
-        for release in found.releases:
+        for release in withdrawal.releases:
             typer.echo(
                 f"  {release.name} ({release.digest[7:19]}…): {release.rounds} updates were sent, "
                 f"ε = {rounded_up(release.epsilon)}; its adapter keeps at most that much"
@@ -237,13 +237,13 @@ def purge(
     from fedtune.config import load_site
     from fedtune.errors import InputError
 
-    found = purger.listing(load_site(site), study)
-    Console().print(files_table(found.state, found.deletable))
-    for digest, name in found.studies.items():
+    listing = purger.listing(load_site(site), study)
+    Console().print(files_table(listing.state, listing.deletable))
+    for digest, name in listing.studies.items():
         typer.echo(f"{name}  {digest}")
-    for path in found.unknown:
+    for path in listing.unknown:
         typer.echo(f"not fedtune's, left as it is: {path}")
-    if not found.files:
+    if not listing.files:
         return typer.echo("nothing to delete")
     typer.echo(
         "the ledger, the step log and this site's keys stay; a round that is asked for again is "
@@ -251,8 +251,8 @@ def purge(
     )
     if not yes and not (sys.stdin.isatty() and typer.confirm("delete these files?")):
         raise InputError("nothing was deleted", "a person who says yes", "run it with --yes")
-    purger.purge(found)
-    typer.echo(f"deleted {len(found.files)} files; the ledger is whole")
+    purger.purge(listing)
+    typer.echo(f"deleted {len(listing.files)} files; the ledger is whole")
 
 
 def audit(
@@ -281,8 +281,8 @@ def audit(
         from fedtune.models.run import Run
         from fedtune.report.audit import section
 
-        found = audit_study(load_study(study), out, trials=trials, run=Run(run) if run else None)
-    Console().print(Markdown("\n\n".join(section(found))))
+        result = audit_study(load_study(study), out, trials=trials, run=Run(run) if run else None)
+    Console().print(Markdown("\n\n".join(section(result))))
     typer.echo(f"wrote {out / 'audit.json'}" + (f" and {run / 'report.md'}" if run else ""))
-    if not found["passed"]:
+    if not result["passed"]:
         raise Refused("an audit contradicts the claim", todo="do not release; run `fedtune doctor`")

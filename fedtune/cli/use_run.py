@@ -19,8 +19,8 @@ RUN_FOLDER = Annotated[
 
 def add_to(app: typer.Typer, panel: str) -> None:
     """Register the commands on `app`."""
-    for each in (evaluate, versions, generate):
-        command(app, panel=panel)(each)
+    for function in (evaluate, versions, generate):
+        command(app, panel=panel)(function)
 
 
 def evaluate(
@@ -53,8 +53,8 @@ def evaluate(
         from fedtune.models.run import Run
 
         file = named_columns(data, columns) if columns else data
-        found = measure(Run(run), file, metric, choices or [])
-    Console().print(evaluation_table(found))
+        result = measure(Run(run), file, metric, choices or [])
+    Console().print(evaluation_table(result))
 
 
 def versions(
@@ -87,8 +87,8 @@ def versions(
         index = book.roll_back(rollback)
     elif unpin:
         index = book.unpin()
-    elif (known := book.index()) is not None:
-        index = known
+    elif (current := book.index()) is not None:
+        index = current
     else:
         raise InputError(f"{run}: no versions here", "a run of a study with a [schedule]")
     Console().print(versions_table(index))

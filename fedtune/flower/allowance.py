@@ -1,4 +1,4 @@
-"""How much each site may push, by what it was last asked for: the server tells the gateway.
+"""Limit how much each site may push, by what it was last asked for; the server informs the gateway.
 
 home/flower/allowance.json: site -> [how often it was asked, bytes of the answer that the plan
 implies]. Written before a message goes out, so that whoever answers finds it.
@@ -27,12 +27,12 @@ def write(home: Path, asked: Asked) -> None:
 
 
 def read(home: Path) -> Asked | None:
-    """Errors: OSError, ValueError where the file cannot be read."""
+    """Read the allowances. Errors: OSError, ValueError where the file cannot be read."""
     try:
-        said = json.loads(_file(home).read_bytes())
+        allowed = json.loads(_file(home).read_bytes())
     except FileNotFoundError:
         return None
-    return {str(name): (int(count), int(most)) for name, (count, most) in said.items()}
+    return {str(name): (int(count), int(most)) for name, (count, most) in allowed.items()}
 
 
 def most(answer: int) -> int:

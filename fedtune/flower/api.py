@@ -154,8 +154,8 @@ class Locked:
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] != "lifespan" and not scope["path"].startswith(self.OPEN):
-            given = dict(scope["headers"]).get(CONTROL_HEADER.encode(), b"")
-            if not hmac.compare_digest(given, self._key):
+            secret = dict(scope["headers"]).get(CONTROL_HEADER.encode(), b"")
+            if not hmac.compare_digest(secret, self._key):
                 await send({"type": "http.response.start", "status": 401, "headers": []})
                 await send({"type": "http.response.body", "body": b""})
                 return
@@ -163,7 +163,7 @@ class Locked:
 
 
 class _Key:
-    """What opens a locked SuperLink, on each request."""
+    """Adds the secret that a locked SuperLink requires to each request."""
 
     def __init__(self, secret: bytes) -> None:
         self._key = _control_key(secret)

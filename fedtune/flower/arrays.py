@@ -117,18 +117,18 @@ def from_record(record: ArrayRecord) -> Encoded:
     return {name: _decode(name, array.dtype, array.data) for name, array in record.items()}
 
 
-def _decode(name: str, dtype: str, body: bytes) -> npt.NDArray[Any]:
+def _decode(name: str, dtype: str, data: bytes) -> npt.NDArray[Any]:
     shown = f"array {name[:80]!r}"
-    if body[: len(_MAGIC)] != _MAGIC or len(body) < _START:
+    if data[: len(_MAGIC)] != _MAGIC or len(data) < _START:
         raise WireError(f"{shown} is not in .npy format 1.0")
-    start = _START + int.from_bytes(body[len(_MAGIC) : _START], "little")
-    found = None
+    start = _START + int.from_bytes(data[len(_MAGIC) : _START], "little")
+    header = None
     if start <= _START + _LONGEST_HEADER:
-        found = _HEADER.fullmatch(body[_START:start])
-    if found is None or _TYPES.get(dtype) != found[1].decode():
+        header = _HEADER.fullmatch(data[_START:start])
+    if header is None or _TYPES.get(dtype) != header[1].decode():
         raise WireError(f"{shown} is not plain {dtype[:20]} by its header")
-    shape = tuple(int(axis) for axis in found[2].split(b",") if axis.strip())
+    shape = tuple(int(axis) for axis in header[2].split(b",") if axis.strip())
     kind = np.dtype(_TYPES[dtype])
-    if len(body) - start != kind.itemsize * math.prod(shape):
+    if len(data) - start != kind.itemsize * math.prod(shape):
         raise WireError(f"{shown} has not the bytes of its stated shape")
-    return np.frombuffer(body, dtype=kind, offset=start).reshape(shape).copy()
+    return np.frombuffer(data, dtype=kind, offset=start).reshape(shape).copy()

@@ -87,11 +87,11 @@ def server_leaf(home: Path, names: Sequence[str] = ()) -> Path:
         leaf = certificate_in(file, "delete it: a new one is made, for the names given with --name")
         read_key(file)
         had, fresh = _names(leaf), not spent(leaf, 0.5)
-    wanted = list(dict.fromkeys([*had, "localhost", "127.0.0.1", *names]))
-    if fresh and had == wanted:
+    required = list(dict.fromkeys([*had, "localhost", "127.0.0.1", *names]))
+    if fresh and had == required:
         return file
     key = ec.generate_private_key(ec.SECP384R1())
-    leaf = issue(home, key.public_key(), "fedtune coordinator", wanted)
+    leaf = issue(home, key.public_key(), "fedtune coordinator", required)
     # Key and certificate are one file, so that no reader meets a half-renewed pair.
     return replace(file, _pem(key) + leaf.public_bytes(PEM), private=True)
 
@@ -148,14 +148,14 @@ def tls_key(path: Path) -> EC:
 def read_key(path: Path) -> EC:
     """A P-384 private key, in either format. Errors: ConfigError."""
     todo = "restore it from a backup"
-    body = reading.content(path, "a P-384 private key", todo, ConfigError)
+    data = reading.content(path, "a P-384 private key", todo, ConfigError)
     try:
         load = (
             serialization.load_ssh_private_key
-            if b"OPENSSH" in body
+            if b"OPENSSH" in data
             else serialization.load_pem_private_key
         )
-        key = load(body, None)
+        key = load(data, None)
         if not (isinstance(key, EC) and key.curve.name == "secp384r1"):
             raise ValueError
     except (ValueError, TypeError, UnsupportedAlgorithm):
@@ -170,9 +170,9 @@ def read_key(path: Path) -> EC:
 
 def certificate_in(path: Path, todo: str) -> x509.Certificate:
     """The first certificate in a PEM file. Errors: ConfigError."""
-    body = reading.content(path, "a certificate", todo, ConfigError)
+    data = reading.content(path, "a certificate", todo, ConfigError)
     try:
-        return x509.load_pem_x509_certificate(body)
+        return x509.load_pem_x509_certificate(data)
     except ValueError:
         raise ConfigError(f"{path}: no readable certificate", "PEM", todo) from None
 

@@ -107,81 +107,81 @@ def enroll(name: str, keys: Path, signing: SigningKey, out: Path) -> str:
 
     Returns the fingerprint to read out."""
     node, tls = certs.node_key(keys / "node.key"), certs.tls_key(keys / "tls.key")
-    body: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "name": name,
         "node": certs.public_pem(node.public_key()).decode(),
         "csr": certs.request(tls, name).decode(),
         "signing": signing.public,
     }
-    signed = PURPOSE + canonical(body)
+    signed = PURPOSE + canonical(fields)
     node_signature = node.sign(signed, ec.ECDSA(hashes.SHA384())).hex()
     signatures = {"node_signature": node_signature, "signature": signing.sign(signed)}
-    writing.replace(out, json.dumps(body | signatures, indent=1).encode() + b"\n")
-    return _of_keys(name, body["node"], tls.public_key(), signing.public)
+    writing.replace(out, json.dumps(fields | signatures, indent=1).encode() + b"\n")
+    return _of_keys(name, fields["node"], tls.public_key(), signing.public)
 
 
 def answer(path: Path, tls: EC, name: str, expected: str = "") -> Answer:
-    """The coordinator's answer, if it is for this name and key and whole.
+    """Read the coordinator's answer, and check that it is complete and for this name and key.
 
     expected: the consortium's fingerprint as it was read out; "": not compared."""
-    said = _read(path)
-    if set(said) != set(Answer.__dataclass_fields__):
+    fields = _read(path)
+    if set(fields) != set(Answer.__dataclass_fields__):
         raise ConfigError(f"{path}: not an answer", "the file that `fedtune admit` wrote")
-    found = Answer(**said)
+    received = Answer(**fields)
     try:
-        leaf = x509.load_pem_x509_certificate(found.certificate.encode())
-        leaf.verify_directly_issued_by(x509.load_pem_x509_certificate(found.ca.encode()))
+        leaf = x509.load_pem_x509_certificate(received.certificate.encode())
+        leaf.verify_directly_issued_by(x509.load_pem_x509_certificate(received.ca.encode()))
     except (ValueError, TypeError, InvalidSignature):
         raise ConfigError(
             f"{path}: its certificate is not by its CA", todo="ask the coordinator for it again"
         ) from None
-    if found.name != name or leaf.public_key() != tls:
+    if received.name != name or leaf.public_key() != tls:
         raise ConfigError(
             f"{path}: the answer to another request",
             f"one for the site {name} and its present keys",
             "`fedtune enroll` writes a new request; have it admitted",
         )
-    if expected and _plain(expected) != _plain(found.fingerprint):
+    if expected and _normalised(expected) != _normalised(received.fingerprint):
         raise Refused(
-            f"{path}: the consortium's fingerprint is {found.fingerprint}",
+            f"{path}: the consortium's fingerprint is {received.fingerprint}",
             f"{expected}, as in coordinator.fingerprint",
             "call the coordinator; somebody may have replaced the file",
         )
-    return found
+    return received
 
 
 def read_request(path: Path) -> Request:
-    """The request in a file. Errors: ConfigError where a signature or a key is not what it says."""
-    said = _read(path)
-    if set(said) != FIELDS | SIGNATURES:
+    """Read and verify a request. Errors: ConfigError where a signature or a key is not valid."""
+    fields = _read(path)
+    if set(fields) != FIELDS | SIGNATURES:
         raise ConfigError(f"{path}: not a request", "the file that `fedtune enroll` wrote")
-    body = {key: said[key] for key in sorted(FIELDS)}
+    payload = {key: fields[key] for key in sorted(FIELDS)}
     try:
-        signed = PURPOSE + canonical(body)
-        node = _p384(serialization.load_pem_public_key(said["node"].encode()))
-        csr = x509.load_pem_x509_csr(said["csr"].encode())
+        signed = PURPOSE + canonical(payload)
+        node = _p384(serialization.load_pem_public_key(fields["node"].encode()))
+        csr = x509.load_pem_x509_csr(fields["csr"].encode())
         tls = _p384(csr.public_key())
-        node.verify(bytes.fromhex(said["node_signature"]), signed, ec.ECDSA(hashes.SHA384()))
-        whole = csr.is_signature_valid and certs.common_name(csr.subject) == said["name"]
-        whole = whole and verifies(said["signing"], signed, said["signature"])
-        whole = whole and certs.public_pem(node).decode() == said["node"] and node != tls
+        node.verify(bytes.fromhex(fields["node_signature"]), signed, ec.ECDSA(hashes.SHA384()))
+        valid = csr.is_signature_valid and certs.common_name(csr.subject) == fields["name"]
+        valid = valid and verifies(fields["signing"], signed, fields["signature"])
+        valid = valid and certs.public_pem(node).decode() == fields["node"] and node != tls
     except (InvalidSignature, ValueError, TypeError):
-        whole = False
-    if not whole:
+        valid = False
+    if not valid:
         raise ConfigError(
-            f"{path}: the request was altered, or is not whole",
+            f"{path}: the request was altered, or is not complete",
             "one that each of its keys signed",
             "ask the site for it again",
         )
-    if not _is_name(said["name"]):
+    if not _is_name(fields["name"]):
         raise ConfigError(f"{path}: not a site's name", "letters, digits, dots, dashes")
-    fingerprint = _of_keys(said["name"], said["node"], tls, said["signing"])
-    return Request(said["name"], said["node"], said["signing"], tls, fingerprint)
+    fingerprint = _of_keys(fields["name"], fields["node"], tls, fields["signing"])
+    return Request(fields["name"], fields["node"], fields["signing"], tls, fingerprint)
 
 
 def compare(request: Request, fingerprint: str) -> None:
     """Errors: Refused where the fingerprint that was read out is another one."""
-    if _plain(fingerprint) != _plain(request.fingerprint):
+    if _normalised(fingerprint) != _normalised(request.fingerprint):
         raise Refused(
             f"the request's fingerprint is {request.fingerprint}",
             fingerprint,
@@ -200,13 +200,13 @@ def admit(home: Path, request: Request, address: str) -> Answer:
         ) from None
     pem = certs.ca(home)[1].public_bytes(certs.PEM).decode()
     tls = tls_digest(request.tls)
-    known = lookup(home, request.name)
+    present = lookup(home, request.name)
     new = Record(request.name, request.node, tls, request.signing, certs.now().isoformat())
-    if known is None:
+    if present is None:
         for other in (*registry(home).values(), *_revoked(home)):
             _distinct(new, other)
-        writing.replace(_file(home, request.name), _kept(new), private=True)
-    elif (known.node, known.tls, known.signing) != (new.node, new.tls, new.signing):
+        writing.replace(_file(home, request.name), _record_json(new), private=True)
+    elif (present.node, present.tls, present.signing) != (new.node, new.tls, new.signing):
         raise Refused(
             f"a site named {request.name} is admitted already, with other keys",
             todo=f"where its keys are lost or changed: fedtune revoke {request.name} first",
@@ -217,14 +217,14 @@ def admit(home: Path, request: Request, address: str) -> Answer:
 
 
 def revoke(home: Path, name: str) -> Record:
-    """End a site's part; its record is kept under nodes/revoked/. Errors: ConfigError."""
+    """Revoke a site; its record moves to nodes/revoked/. Errors: ConfigError."""
     record = lookup(home, name)
     if record is None:
         names = ", ".join(registry(home)) or "nobody"
         raise ConfigError(f"no site named {name} is admitted", f"one of: {names}")
     ended = replace(record, revoked=certs.now().isoformat())
     file = home / "nodes" / "revoked" / f"{name}-{record.tls[:16]}.json"
-    writing.replace(file, _kept(ended), private=True)
+    writing.replace(file, _record_json(ended), private=True)
     _file(home, name).unlink()
     return ended
 
@@ -254,7 +254,7 @@ def revoked(home: Path) -> list[Record]:
 
 
 def leaf_of(home: Path, record: Record) -> x509.Certificate | None:
-    """The newest certificate that was signed for the record's key; None: not known."""
+    """Return the newest certificate signed for the record's key; None: not known."""
     try:
         leaf = x509.load_pem_x509_certificate(_leaf(home, record.name).read_bytes())
     except (OSError, ValueError):
@@ -317,33 +317,35 @@ def _record(file: Path) -> Record:
     """Errors: FileNotFoundError; ConfigError."""
     expected, todo = "a record of `fedtune admit`", "restore a backup"
     try:
-        said = reading.json_in(file, expected, todo, ConfigError, MAX_BYTES)
+        fields = reading.json_in(file, expected, todo, ConfigError, MAX_BYTES)
     except ConfigError:
         if os.path.lexists(file):
             raise
         raise FileNotFoundError from None  # revoked, maybe at this moment
     try:
-        found = said.pop("format", 1)
-        if type(found) is int and found > FORMAT:
+        version = fields.pop("format", 1)
+        if type(version) is int and version > FORMAT:
             raise ConfigError(
-                f"{file}: written by a newer fedtune (format {found})",
+                f"{file}: written by a newer fedtune (format {version})",
                 f"format {FORMAT} at most",
                 "upgrade fedtune again; nothing was changed",
             )
-        record = Record(**said)
-        if not all(isinstance(value, str) for value in said.values()) or not _is_name(record.name):
+        record = Record(**fields)
+        if not all(isinstance(value, str) for value in fields.values()) or not _is_name(
+            record.name
+        ):
             raise TypeError
         return record
     except TypeError:
         raise ConfigError(f"{file}: not readable", expected, todo) from None
 
 
-def _kept(record: Record) -> bytes:
+def _record_json(record: Record) -> bytes:
     return _json({"format": FORMAT, **asdict(record)})
 
 
 def _issued(home: Path, key: EC, name: str) -> bytes:
-    """A new certificate (PEM)."""
+    """Issue a new certificate (PEM)."""
     leaf = certs.issue(home, key, name).public_bytes(certs.PEM)
     with suppress(InfrastructureError):  # a full disk keeps nobody from a renewal
         writing.replace(_leaf(home, name), leaf, private=True)
@@ -355,16 +357,16 @@ def _leaf(home: Path, name: str) -> Path:
 
 
 def _read(path: Path) -> dict[str, str]:
-    """A small JSON object of strings."""
+    """Read a small JSON object of strings."""
     expected, todo = "a file of `fedtune enroll` or `fedtune admit`", "ask for it again"
-    said = reading.json_in(path, expected, todo, ConfigError, MAX_BYTES)
-    if not all(isinstance(value, str) for value in said.values()):
+    fields = reading.json_in(path, expected, todo, ConfigError, MAX_BYTES)
+    if not all(isinstance(value, str) for value in fields.values()):
         raise ConfigError(f"{path}: holds something else than texts", expected, todo)
-    return said
+    return fields
 
 
-def _json(body: dict[str, Any]) -> bytes:
-    return json.dumps(body, indent=1).encode() + b"\n"
+def _json(fields: dict[str, Any]) -> bytes:
+    return json.dumps(fields, indent=1).encode() + b"\n"
 
 
 def _file(home: Path, name: str) -> Path:
@@ -383,15 +385,15 @@ def _p384(key: object) -> EC:
 
 
 def _of_keys(name: str, node: str, tls: EC, signing: str) -> str:
-    """Of a site: its name and its three keys; the same however often it asks."""
+    """Compute a site's fingerprint over its name and three keys; equal for each of its requests."""
     keys = {"name": name, "node": node, "tls": tls_digest(tls), "signing": signing}
     return _fingerprint(keys)
 
 
-def _fingerprint(body: dict[str, Any]) -> str:
-    digits = hashlib.sha256(PURPOSE + canonical(body)).hexdigest()[:20]
+def _fingerprint(fields: dict[str, Any]) -> str:
+    digits = hashlib.sha256(PURPOSE + canonical(fields)).hexdigest()[:20]
     return " ".join(digits[i : i + 4] for i in range(0, 20, 4))
 
 
-def _plain(fingerprint: str) -> str:
+def _normalised(fingerprint: str) -> str:
     return "".join(fingerprint.split()).replace("-", "").lower()

@@ -86,16 +86,16 @@ def link(site: Site, path: Path) -> Link:
 
 
 def keys_folder(site: Site) -> Path:
-    """Where a site's network keys are: with its ledger, in its state folder."""
+    """Return the folder of a site's network keys, in its state folder beside the ledger."""
     return site.site.state / "keys"
 
 
 class Forwarder:
-    """Runs in a thread of its own while the block lasts. `port` and `certificate` are for the
-    SuperNode: where to connect, and what to trust there."""
+    """Forwards a SuperNode's connections to the gateway, in a thread that ends with the block.
+    `port` and `certificate`: where the SuperNode connects, and what it trusts there."""
 
-    def __init__(self, found: Link, state: Path, watch: float = WATCH_SECONDS) -> None:
-        self.link, self._watch_seconds = found, watch
+    def __init__(self, link: Link, state: Path, watch: float = WATCH_SECONDS) -> None:
+        self.link, self._watch_seconds = link, watch
         self.refusal: str | None = None  # why the gateway turns this site away
         self.distrust = False  # the gateway's certificate does not verify
         self.clock = False  # the refusal is a matter of time: one of the two clocks may be wrong
@@ -106,16 +106,16 @@ class Forwarder:
         self._near.minimum_version = ssl.TLSVersion.TLSv1_3
         self._near.load_cert_chain(self.certificate, key)
         self._trust = ssl.create_default_context(cafile=str(self.certificate))
-        self._leaf = newest(found)
-        self._far = far_context(found)
-        self._proxy = proxy_of(found)
+        self._leaf = newest(link)
+        self._far = far_context(link)
+        self._proxy = proxy_of(link)
         self._ready = threading.Event()
         self._relays: set[asyncio.Task[None]] = set()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     @property
     def away(self) -> float:
-        """For how many seconds the gateway has not answered."""
+        """Seconds since the gateway last answered; 0 while it does."""
         return time.monotonic() - self._since if self._since is not None else 0.0
 
     def __enter__(self) -> Forwarder:
@@ -149,8 +149,8 @@ class Forwarder:
             await self._watch()
         finally:
             server.close()
-            for each in self._relays:
-                each.cancel()
+            for relay in self._relays:
+                relay.cancel()
             await asyncio.gather(*self._relays, return_exceptions=True)
             await asyncio.sleep(0.01)  # what was cut closes in the next turn
 
@@ -252,9 +252,9 @@ class Forwarder:
 
 
 async def _cut(tasks: set[asyncio.Task[None]]) -> None:
-    """End what came in while the rest was ended: handshakes, and the relays that follow them."""
-    for each in tasks:
-        each.cancel()
+    """Cancel tasks that began during shutdown: handshakes, and the relays that follow them."""
+    for task in tasks:
+        task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     await asyncio.sleep(0.01)  # what was cut closes in the next turn
 
@@ -262,7 +262,7 @@ async def _cut(tasks: set[asyncio.Task[None]]) -> None:
 async def dial(
     far: Link, proxy: urllib.parse.SplitResult | None, context: ssl.SSLContext
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A connection to the gateway under `context`, through the proxy if there is one.
+    """Connect to the gateway under `context`, through the proxy if there is one.
 
     Errors: OSError, EOFError, ValueError."""
     if proxy is None:
@@ -270,9 +270,9 @@ async def dial(
             far.host, far.port, ssl=context, server_hostname=far.host, limit=CHUNK
         )
     secure = proxy.scheme == "https"
-    own = ssl.create_default_context(cafile=far.proxy_ca) if secure else None
+    proxy_context = ssl.create_default_context(cafile=far.proxy_ca) if secure else None
     reader, writer = await asyncio.open_connection(
-        proxy.hostname, proxy.port or (443 if secure else 80), ssl=own, limit=CHUNK
+        proxy.hostname, proxy.port or (443 if secure else 80), ssl=proxy_context, limit=CHUNK
     )
     try:
         writer.write(_connect(far, proxy))
@@ -297,18 +297,22 @@ async def _close(*writers: asyncio.StreamWriter) -> None:
             writer.transport.abort()
 
 
-def newest(found: Link) -> x509.Certificate:
-    """The certificate that is valid longest: the answer's, or a renewal of it, for the same key.
+def newest(link: Link) -> x509.Certificate:
+    """Return the certificate that is valid longest: the answer's, or a renewal for the same key.
 
     It is (again) in link.certificate afterwards."""
-    best = x509.load_pem_x509_certificate(found.answer.certificate.encode())
+    best = x509.load_pem_x509_certificate(link.answer.certificate.encode())
     with contextlib.suppress(OSError, ValueError):
-        kept = x509.load_pem_x509_certificate(found.certificate.read_bytes())
-        authority = x509.load_pem_x509_certificate(found.answer.ca.encode())
-        newer = kept.not_valid_after_utc > best.not_valid_after_utc
-        if newer and kept.public_key() == best.public_key() and kept.issuer == authority.subject:
-            return kept
-    replace(found.certificate, best.public_bytes(certs.PEM), private=True)
+        stored = x509.load_pem_x509_certificate(link.certificate.read_bytes())
+        authority = x509.load_pem_x509_certificate(link.answer.ca.encode())
+        newer = stored.not_valid_after_utc > best.not_valid_after_utc
+        if (
+            newer
+            and stored.public_key() == best.public_key()
+            and stored.issuer == authority.subject
+        ):
+            return stored
+    replace(link.certificate, best.public_bytes(certs.PEM), private=True)
     return best
 
 
@@ -317,11 +321,11 @@ UNTIMELY = {9: "not valid yet", 10: "expired"}
 
 
 def _untimely(error: Exception, leaf: x509.Certificate) -> str | None:
-    """Which of the two certificates is out of its time by the clock here, the gateway's or this
-    site's `leaf` (a gateway says nothing of it in a handshake)."""
+    """Describe which certificate is outside its validity by this clock: the gateway's, or this
+    site's `leaf` (a gateway gives no reason in a handshake)."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        found = UNTIMELY.get(error.verify_code)
-        return found and f"its certificate is {found} by the clock here: compare the clocks"
+        problem = UNTIMELY.get(error.verify_code)
+        return problem and f"its certificate is {problem} by the clock here: compare the clocks"
     if leaf.not_valid_after_utc < certs.now():
         return "this site's certificate has expired, or the clock here is wrong"
     if leaf.not_valid_before_utc > certs.now():
@@ -329,18 +333,18 @@ def _untimely(error: Exception, leaf: x509.Certificate) -> str | None:
     return None
 
 
-def far_context(found: Link) -> ssl.SSLContext:
+def far_context(link: Link) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks certificate and host name
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_verify_locations(cadata=found.answer.ca)
-    context.load_cert_chain(found.certificate, found.keys / "tls.key")
+    context.load_verify_locations(cadata=link.answer.ca)
+    context.load_cert_chain(link.certificate, link.keys / "tls.key")
     return context
 
 
-def proxy_of(found: Link) -> urllib.parse.SplitResult | None:
-    """site.toml's proxy, or the environment's HTTPS_PROXY unless NO_PROXY names the host."""
-    url = found.proxy
-    if url is None and not urllib.request.proxy_bypass(found.host):
+def proxy_of(link: Link) -> urllib.parse.SplitResult | None:
+    """Return site.toml's proxy, or the environment's HTTPS_PROXY unless NO_PROXY names the host."""
+    url = link.proxy
+    if url is None and not urllib.request.proxy_bypass(link.host):
         url = os.environ.get("https_proxy") or os.environ.get("HTTPS_PROXY")
     if not url:
         return None
@@ -353,9 +357,9 @@ def proxy_of(found: Link) -> urllib.parse.SplitResult | None:
     return parts
 
 
-def _connect(found: Link, proxy: urllib.parse.SplitResult) -> bytes:
-    host = f"[{found.host}]" if ":" in found.host else found.host
-    lines = [f"CONNECT {host}:{found.port} HTTP/1.1", f"Host: {host}:{found.port}"]
+def _connect(link: Link, proxy: urllib.parse.SplitResult) -> bytes:
+    host = f"[{link.host}]" if ":" in link.host else link.host
+    lines = [f"CONNECT {host}:{link.port} HTTP/1.1", f"Host: {host}:{link.port}"]
     if proxy.username:
         user = urllib.parse.unquote(f"{proxy.username}:{proxy.password or ''}")
         lines.append(f"Proxy-Authorization: Basic {base64.b64encode(user.encode()).decode()}")

@@ -117,8 +117,8 @@ class Gateway:
                 task.add_done_callback(self._tasks.discard)
                 await asyncio.sleep(0)  # it begins: what never began would leave its socket open
         finally:
-            for each in (watch, *self._tasks):
-                each.cancel()
+            for task in (watch, *self._tasks):
+                task.cancel()
             await asyncio.gather(watch, *self._tasks, return_exceptions=True)
             await self._client.aclose()
             await asyncio.sleep(0.01)  # sockets of failed handshakes close in the next turn
@@ -217,13 +217,13 @@ class Gateway:
         if call == (b"POST", RENEW):
             if size is None or size > HEAD:
                 raise Denied(413, "a signing request is smaller")
-            body = b"".join([chunk async for chunk in self._body(peer)])
+            signing_request = b"".join([chunk async for chunk in self._body(peer)])
             before, now = self._renewed.get(record.name), time.monotonic()
             if before is not None and now - before < self.limits.renewal:
                 raise Denied(429, "this site's certificate was renewed just now")
             self._renewed[record.name] = now
             try:  # in a thread: others need not wait for its signature and its disk
-                leaf = await asyncio.to_thread(enrol.renew, self.home, record, body)
+                leaf = await asyncio.to_thread(enrol.renew, self.home, record, signing_request)
                 return await self._say(peer, 200, leaf)
             except FedtuneError as error:
                 raise Denied(403, str(error)) from None
@@ -242,7 +242,7 @@ class Gateway:
         await self._forward(peer, request, call[1])
 
     def _admit(self, peer: Peer) -> enrol.Record:
-        """The peer's record as it is on disk now, if it may ask. Errors: Denied."""
+        """Read the peer's record from disk and check that it may send requests. Errors: Denied."""
         record = self._record(peer.name)
         if record is None or record.tls != peer.tls:
             revoked = enrol.was_revoked(self.home, peer.tls)
@@ -256,7 +256,7 @@ class Gateway:
         return record
 
     def _open(self, name: str) -> int:
-        return sum(each.name == name for each in self._peers)
+        return sum(peer.name == name for peer in self._peers)
 
     async def _forward(self, peer: Peer, request: h11.Request, path: str) -> None:
         """Stream the request to the SuperLink and its response back. Errors: Denied."""
@@ -272,13 +272,13 @@ class Gateway:
         except httpx.HTTPError:
             raise Denied(502, "the SuperLink does not answer") from None
         try:
-            left = self.limits.response_bytes
-            if int(response.headers.get("content-length", "0")) > left:
+            remaining = self.limits.response_bytes
+            if int(response.headers.get("content-length", "0")) > remaining:
                 raise Denied(502, "the SuperLink's answer is too long")
             await self._send(peer, self._head(peer, response.status_code, response.headers.raw))
             async for chunk in response.aiter_raw(CHUNK):
-                left -= len(chunk)
-                if left < 0:
+                remaining -= len(chunk)
+                if remaining < 0:
                     self._count("the SuperLink's answer is too long", peer.name)
                     raise ConnectionError
                 await self._send(peer, h11.Data(data=chunk))
@@ -303,17 +303,17 @@ class Gateway:
             yield bytes(event.data)
 
     async def _send(self, peer: Peer, event: Any) -> None:
-        if body := peer.http.send(event):
-            peer.writer.write(body)
+        if data := peer.http.send(event):
+            peer.writer.write(data)
             async with asyncio.timeout(self.limits.stall):
                 await peer.writer.drain()
 
     def _head(self, peer: Peer, status: int, headers: list[tuple[bytes, bytes]]) -> h11.Response:
-        kept = (b"content-type", b"content-length", b"content-encoding")
+        names = (b"content-type", b"content-length", b"content-encoding")
         passed = [
             (name, value)
             for name, value in ((name.lower(), value) for name, value in headers)
-            if name in kept or name.startswith(b"flwr-")
+            if name in names or name.startswith(b"flwr-")
         ]
         if b"content-length" not in dict(passed):
             passed.append((b"transfer-encoding", b"chunked"))
@@ -323,7 +323,7 @@ class Gateway:
         return h11.Response(status_code=status, headers=passed)
 
     async def _say(self, peer: Peer, status: int, body: bytes) -> None:
-        """An answer of the gateway's own."""
+        """Send a response that the gateway itself makes."""
         if peer.http.their_state is h11.SEND_BODY:
             async for _ in self._body(peer):
                 pass
@@ -333,8 +333,8 @@ class Gateway:
         await self._send(peer, h11.EndOfMessage())
 
     async def _deny(self, peer: Peer, denied: Denied) -> None:
-        """Say why, then close. What is still arriving is read and dropped for a moment: closing
-        with unread bytes would take the answer away."""
+        """Send the reason, then close. What is still arriving is read and dropped for a moment:
+        closing with unread bytes would lose the response."""
         if peer.http.our_state is not h11.SEND_RESPONSE:
             raise ConnectionError
         body = denied.reason.encode()
@@ -380,12 +380,12 @@ class Gateway:
         """Count a refusal; print the 1st, 2nd, 4th, 8th ..., so that nobody can fill the disk."""
         count = self.refused[reason] = self.refused[reason] + 1
         if count & (count - 1) == 0:
-            said = {"at": certs.now().isoformat(), "refused": reason, "site": site, "count": count}
-            print(json.dumps(said), flush=True)
+            line = {"at": certs.now().isoformat(), "refused": reason, "site": site, "count": count}
+            print(json.dumps(line), flush=True)
 
 
 def main(arguments: list[str]) -> None:
-    """HOME HOST PORT UPSTREAM TRUST: be the gateway until SIGTERM."""
+    """Run the gateway until SIGTERM. arguments: HOME HOST PORT UPSTREAM TRUST."""
     home, host, port, upstream, trust = arguments
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, int(port)), family=family, backlog=256)

@@ -55,12 +55,12 @@ class InProcessGrid(Grid):
         return list(self._contexts)
 
     def members(self) -> dict[int, Member]:
-        """Who each node is by its site file; one whose file cannot be read is nobody."""
-        found = {}
+        """Identify each node by its site file; one whose file cannot be read is left out."""
+        members = {}
         for node, context in self._contexts.items():
             with suppress(FedtuneError):
-                found[node] = Member(self._name_of(Path(str(context.node_config["site"]))))
-        return found
+                members[node] = Member(self._name_of(Path(str(context.node_config["site"]))))
+        return members
 
     def create_message(
         self,
@@ -100,43 +100,43 @@ class InProcessGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
         """Run each message when its reply is taken from the iterator; each is delivered once."""
         for identity in message_ids:
-            body = self._waiting.pop(identity, None)
-            if body is not None:
-                yield self._answer(body)
+            message_bytes = self._waiting.pop(identity, None)
+            if message_bytes is not None:
+                yield self._answer(message_bytes)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
         return list(self.pull_messages(self.push_messages(messages)))
 
-    def _answer(self, body: bytes) -> Message:
-        sent = answer(self._app, self._contexts, body)
+    def _answer(self, message_bytes: bytes) -> Message:
+        sent = answer(self._app, self._contexts, message_bytes)
         reply = decode(sent)
         self.bytes_up[reply.metadata.src_node_id] += len(sent)
         return reply
 
 
 def contexts_of(sites: Mapping[int, Path]) -> dict[int, Context]:
-    """A node for each site file, by its number."""
+    """Build a node's context for each site file, by its number."""
     return {
         number: Context(RUN_ID, number, {"site": str(path)}, RecordDict(), {})
         for number, path in sites.items()
     }
 
 
-def answer(app: ClientApp, contexts: Mapping[int, Context], body: bytes) -> bytes:
+def answer(app: ClientApp, contexts: Mapping[int, Context], message_bytes: bytes) -> bytes:
     """The reply of the node that `body` is for; an exception is an error reply."""
-    message = decode(body)
+    message = decode(message_bytes)
     try:
         reply = app(message, contexts[message.metadata.dst_node_id])
     except Exception as error:
-        words = f": {error}" if isinstance(error, FedtuneError) else ""
+        detail = f": {error}" if isinstance(error, FedtuneError) else ""
         code = api.ErrorCode.CLIENT_APP_RAISED_EXCEPTION
-        reply = Message(Error(code, type(error).__name__ + words), reply_to=message)
+        reply = Message(Error(code, type(error).__name__ + detail), reply_to=message)
     sent: bytes = api.message_to_proto(reply).SerializeToString()
     return sent
 
 
-def decode(body: bytes) -> Message:
-    """A message from its wire format."""
-    return api.message_from_proto(api.ProtoMessage.FromString(body))
+def decode(message_bytes: bytes) -> Message:
+    """Parse a message from its wire format."""
+    return api.message_from_proto(api.ProtoMessage.FromString(message_bytes))

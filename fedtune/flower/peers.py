@@ -61,9 +61,9 @@ class Denied(Exception):
 
 
 def peer_of(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Peer:
-    """Who the certificate says it is; the handshake has verified it."""
-    body = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
-    leaf = x509.load_der_x509_certificate(body)
+    """Read the peer's identity from its certificate, which the handshake has verified."""
+    der = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    leaf = x509.load_der_x509_certificate(der)
     key = leaf.public_key()
     digest = enrol.tls_digest(key) if isinstance(key, ec.EllipticCurvePublicKey) else ""
     http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD)
@@ -72,11 +72,11 @@ def peer_of(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Peer:
 
 
 def network_of(address: str) -> str:
-    """What one host can choose its addresses from: an IPv4 address, or an IPv6 /64."""
-    found = ip_address(address.partition("%")[0])
-    if isinstance(found, IPv4Address):
-        return str(found)
-    return str(found.ipv4_mapped or ip_network((found, 64), strict=False))
+    """Return the network within which one host chooses its addresses: IPv4 address or IPv6 /64."""
+    ip = ip_address(address.partition("%")[0])
+    if isinstance(ip, IPv4Address):
+        return str(ip)
+    return str(ip.ipv4_mapped or ip_network((ip, 64), strict=False))
 
 
 def tls_reason(error: ssl.SSLError) -> str:
@@ -95,8 +95,8 @@ def tls_reason(error: ssl.SSLError) -> str:
 def content_length(request: h11.Request) -> int | None:
     """The announced length of the body (h11 admits digits alone); None: not, or not only, so."""
     headers = dict(request.headers)
-    found = headers.get(b"content-length")
-    return int(found) if found is not None and b"transfer-encoding" not in headers else None
+    length = headers.get(b"content-length")
+    return int(length) if length is not None and b"transfer-encoding" not in headers else None
 
 
 def decoded(value: bytes) -> bytes:

@@ -32,7 +32,7 @@ QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
 Program = Literal["superlink", "supernode", "gateway", "rank", "sites"]
-OWN = {  # of these programs, ours: the module whose main() it is, and what people call it
+OWN_PROGRAMS = {  # of these programs, ours: the module whose main() it is, and what people call it
     "gateway": ("fedtune.flower.gateway", "the gateway"),
     "rank": ("fedtune.client.rank_process", "a process of this site's team"),
     "sites": ("fedtune.launch.process_pool", "a process of the simulation"),
@@ -65,13 +65,13 @@ def interruptible() -> Iterator[None]:
             raise Stopped(signum)
 
     signals = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(each, handle) for each in signals]
+    before = [signal.signal(number, handle) for number in signals]
     try:
         yield
     finally:
         stopping = True
-        for each, handler in zip(signals, before, strict=True):
-            signal.signal(each, handler)
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
 
 
 class Child:
@@ -91,7 +91,7 @@ class Child:
         keep: Sequence[int] = (),
     ) -> None:
         self.program, self.log = program, log
-        self._name = OWN[program][1] if program in OWN else f"flower-{program}"
+        self._name = OWN_PROGRAMS[program][1] if program in OWN_PROGRAMS else f"flower-{program}"
         private_folder(home)
         private_folder(log.parent)
         environment = {
@@ -119,12 +119,12 @@ class Child:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def said(self, text: str) -> bool:
-        """Whether the child's output holds `text`."""
+    def has_logged(self, text: str) -> bool:
+        """Return whether the child's output contains `text`."""
         return text.encode() in self.log.read_bytes()
 
     def ended(self) -> InfrastructureError:
-        """The error that says that this child ended by itself."""
+        """Build the error that this child ended by itself."""
         return InfrastructureError(
             f"{self._name} ended by itself (exit status {self._process.poll()})",
             todo=f"read {self.log}",
@@ -241,8 +241,8 @@ def _end_with_parent() -> None:
 def _main(program: str) -> None:
     """Be the program named, with the options in sys.argv; does not return."""
     _end_with_parent()
-    if program in OWN:
-        import_module(OWN[program][0]).main(sys.argv[1:])
+    if program in OWN_PROGRAMS:
+        import_module(OWN_PROGRAMS[program][0]).main(sys.argv[1:])
         return
 
     api.run_program("superlink" if program == "superlink" else "supernode")
@@ -258,5 +258,5 @@ EVERYWHERE = ("0.0.0.0", "::")
 
 
 def own_name(host: str) -> str:
-    """The name that this machine calls its own gateway by: loopback where it listens there."""
+    """Return the host by which this machine connects to its own gateway: loopback if it can."""
     return "127.0.0.1" if host in {*EVERYWHERE, "localhost"} else host

@@ -44,14 +44,16 @@ class Answer:
 
     def __init__(self, grid: Grid, asked: str, most: int) -> None:
         self._grid, self._asked, self._most = grid, asked, most
-        self._root, self._parts, self._unseen, self._seen = "", list[str](), deque[str](), 0
+        self._root, self._parts, self._pending, self._received = "", list[str](), deque[str](), 0
 
     def take(self) -> Message | None:
-        """The message, once it is there. Errors: TooLong, Lost; what a crafted message makes
-        Flower's reader raise."""
+        """Return the message once it has arrived. Errors: TooLong, Lost; whatever a crafted message
+        makes Flower's reader raise."""
         if getattr(self._grid, "_runtime_client", None) is None:  # sites in this process, or Ray's
-            found = self._grid.pull_messages([self._asked])
-            return next((m for m in found if m.metadata.reply_to_message_id == self._asked), None)
+            messages = self._grid.pull_messages([self._asked])
+            return next(
+                (m for m in messages if m.metadata.reply_to_message_id == self._asked), None
+            )
         if not self._root and not self._announced():
             return None
         contents = self._contents()
@@ -66,84 +68,84 @@ class Answer:
         return message
 
     def drop(self) -> None:
-        """Delete at the SuperLink what was announced of the answer."""
+        """Delete the announced answer at the SuperLink."""
         if self._root:
             node, run = self._link.node, self._link.run.run_id
-            said = ConfirmMessageReceivedRequest(
+            confirmation = ConfirmMessageReceivedRequest(
                 node=node, run_id=run, message_object_id=self._root
             )
-            self._link._runtime_client.ConfirmMessageReceived(said)
+            self._link._runtime_client.ConfirmMessageReceived(confirmation)
 
     @property
     def _link(self) -> Any:  # Flower's HttpGrid, whose module brings a web server along
         return self._grid
 
     def _announced(self) -> bool:
-        """Whether an answer was announced, and so which parts it has."""
-        asked = PullAppMessagesRequest(message_ids=[self._asked])
-        reply = self._link._runtime_client.PullMessages(asked)
+        """Return whether an answer was announced, and note its parts."""
+        request = PullAppMessagesRequest(message_ids=[self._asked])
+        reply = self._link._runtime_client.PullMessages(request)
         for message, tree in zip(reply.messages_list, reply.message_object_trees, strict=True):
             if message.metadata.reply_to_message_id == self._asked:
                 self._root = message.metadata.message_id
                 self._parts = list(dict.fromkeys(t.object_id for t in iterate_object_tree(tree)))
-                self._unseen = deque(self._parts)
+                self._pending = deque(self._parts)
         if len(self._parts) > PARTS + self._most // PART:
             raise TooLong
         return bool(self._root)
 
     def _contents(self) -> dict[str, bytes] | None:
-        """Every part; None where one is still missing. No part is fetched more than twice."""
-        found, missing = dict[str, bytes](), 0
-        for _ in range(len(self._unseen)):
-            part = self._unseen.popleft()
+        """Fetch every part; None where one is still missing. No part is fetched more than twice."""
+        contents, missing = dict[str, bytes](), 0
+        for _ in range(len(self._pending)):
+            part = self._pending.popleft()
             content = self._pulled(part)
             if content is None:
-                self._unseen.append(part)
+                self._pending.append(part)
                 missing += 1
                 if missing == MISSING:
                     break
                 continue
-            self._seen += len(content)
-            if self._seen > self._most:
+            self._received += len(content)
+            if self._received > self._most:
                 raise TooLong
-            found[part] = content
-        if self._unseen:
+            contents[part] = content
+        if self._pending:
             return None
-        for part in self._parts:  # what an earlier look has seen
-            if part not in found:
-                found[part] = self._pulled(part) or b""
-        return found
+        for part in self._parts:  # parts that arrived in an earlier poll
+            if part not in contents:
+                contents[part] = self._pulled(part) or b""
+        return contents
 
     def _pulled(self, part: str) -> bytes | None:
         node, run = self._link.node, self._link.run.run_id
-        asked = PullObjectRequest(node=node, run_id=run, object_id=part)
-        found = self._link._runtime_client.PullObject(asked)
-        if not found.object_found:
+        request = PullObjectRequest(node=node, run_id=run, object_id=part)
+        response = self._link._runtime_client.PullObject(request)
+        if not response.object_found:
             raise Lost
-        return found.object_content if found.object_available else None
+        return response.object_content if response.object_available else None
 
     def _check(self, contents: dict[str, bytes]) -> None:
-        """Errors: TooLong where it is mostly words, or grows when it is put together."""
+        """Check the size besides arrays and after assembly. Errors: TooLong."""
         kinds = {n: get_object_head_values_from_object_content(c) for n, c in contents.items()}
         words = sum(len(contents[n]) for n, (kind, *_) in kinds.items() if kind != "ArrayChunk")
         if words > WORDS:
             raise TooLong
-        whole: dict[str, int] = {}
+        sizes: dict[str, int] = {}
 
         def unfolded(name: str) -> int:
             """Bytes of an object and all that it names, as often as it names it."""
-            if name not in whole:
+            if name not in sizes:
                 kind, named, _ = kinds[name]
                 if kind in ("RecordDict", "ArrayRecord", "Array"):
-                    said = json.loads(get_object_body(contents[name], inflatable[kind]))
+                    references = json.loads(get_object_body(contents[name], inflatable[kind]))
                     by_number = kind == "Array"
                     named = (
-                        [named[n] for n in said["arraychunk_ids"]]
+                        [named[n] for n in references["arraychunk_ids"]]
                         if by_number
-                        else list(said.values())
+                        else list(references.values())
                     )
-                whole[name] = len(contents[name]) + sum(map(unfolded, named))
-            return whole[name]
+                sizes[name] = len(contents[name]) + sum(map(unfolded, named))
+            return sizes[name]
 
         if unfolded(self._root) > self._most:
             raise TooLong

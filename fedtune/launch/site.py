@@ -139,7 +139,7 @@ class _Executor:
                 node.stop()
             if forwarder.distrust:
                 raise _distrust(forwarder.link)
-            if forwarder.refusal or node.said(api.SUPERNODE_REFUSED):
+            if forwarder.refusal or node.has_logged(api.SUPERNODE_REFUSED):
                 return _refusal(forwarder)
             return problem or node.ended()
 
@@ -148,7 +148,7 @@ class _Executor:
         is fulfilled (True)."""
         coordinator, waiting = forwarder.link.address, False
         while node.alive and not (forwarder.refusal or forwarder.distrust):
-            if not self.joined and node.said(api.SUPERNODE_JOINED):
+            if not self.joined and node.has_logged(api.SUPERNODE_JOINED):
                 self.joined = True
                 self.notify("joined", {"text": "connected; waiting for work"})
             if claim := runtime.acquire([api.CLIENT_APP, api.AGENT_APP]):

@@ -118,7 +118,7 @@ MUTANTS = (
     ),
     one(
         "processes", "a-child-outlives-its-parent", "fedtune/flower/processes.py",
-        "    _end_with_parent()\n    if program in OWN:", "    if program in OWN:",
+        "_end_with_parent()\n    if program in OWN_PROGRAMS:", "if program in OWN_PROGRAMS:",
         "tests/flower/test_alone.py::test_a_child_ends_with_its_parent_whatever_ends_that",
         "after kill -9 of the server its SuperLink and gateway go on",
     ),

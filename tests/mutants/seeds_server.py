@@ -59,7 +59,7 @@ LONGER = "test_an_answer_that_is_longer_than_agreed_is_dropped_before_it_is_put_
 SIZE_MUTANTS = (
     _one(
         "size", "an-answer-is-fetched-whole", "fedtune/flower/replies.py",
-        "            if self._seen > self._most:\n                raise TooLong\n", "",
+        "            if self._received > self._most:\n                raise TooLong\n", "",
         T_EXCHANGE + LONGER, "one reply fills the coordinator's memory",
     ),
     _one(
@@ -128,7 +128,7 @@ DOOR_MUTANTS = (
     ),
     _one(
         "door", "a-host-is-its-whole-address", "fedtune/flower/peers.py",
-        "ip_network((found, 64), strict=False)", "found",
+        "ip_network((ip, 64), strict=False)", "found",
         "tests/flower/test_gateway_handshake.py::test_a_host_is_known_by_what_it_cannot_choose",
         "one IPv6 host is 2^64 of them",
     ),
@@ -140,8 +140,8 @@ DOOR_MUTANTS = (
     ),
     _one(
         "door", "all-wait-for-a-signature", GATEWAY,
-        "await asyncio.to_thread(enrol.renew, self.home, record, body)",
-        "enrol.renew(self.home, record, body)",
+        "await asyncio.to_thread(enrol.renew, self.home, record, signing_request)",
+        "enrol.renew(self.home, record, signing_request)",
         "tests/flower/test_gateway_asked.py::"
         "test_a_renewal_that_takes_long_is_waited_for_by_its_site_alone",
         "one site slows all others",
