@@ -247,7 +247,7 @@ def test_each_study_must_learn_before_it_costs_anything_and_is_tried_once(
 
     monkeypatch.setattr("fedtune.client.site_checks.check_trains", check)
     good = begun(tiny_base)
-    training = {"rounds": 2, "sampling_rate": 0.5, "learning_rate": 0.2}
+    training = {"rounds": 2, "sampling_rate": 1.0, "learning_rate": 0.2}
     bad = begun(tiny_base, training=training)
     for number in range(2):
         notes(tmp_path / str(number))

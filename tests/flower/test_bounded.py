@@ -29,8 +29,8 @@ SITES = {"honest": (MIB,), "large": (100 * MIB,), "folded": (100 * MIB, "zeros")
 
 @contextmanager
 def sites(root: Path, port: int) -> Iterator[None]:
-    """Parts of 256 KiB: of the folded answer's 400 all are the same one, which travels once."""
-    parts = {"FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(MIB // 4)}
+    """Parts of 1 MiB: of the folded answer's hundred all are the same one, which travels once."""
+    parts = {"FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(MIB)}
     environment = {**os.environ, **parts, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     running = []
     with ExitStack() as logs:
