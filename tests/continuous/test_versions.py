@@ -34,7 +34,7 @@ def holds(out: Path) -> None:
     index = Versions(out).index()
     assert index is not None
     number = int((out / "adapter").resolve().name)
-    assert number in index.kept
+    assert number in index.rollback_targets
     arrays = released(out)
     for version in index.versions:
         if version.number == number and version.value is not None:
@@ -42,7 +42,7 @@ def holds(out: Path) -> None:
     there = {path.name for path in (out / "versions").iterdir() if path.is_dir()}
     drafts = {name for name in there if name.endswith(".new")}
     newest = {str(index.judged + 1)}  # a crash between a version's files and the index
-    assert there - drafts <= set(map(str, index.kept)) | newest
+    assert there - drafts <= set(map(str, index.rollback_targets)) | newest
 
 
 def test_only_what_is_better_is_released(trial: Any) -> None:
