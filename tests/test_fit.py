@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -183,8 +185,19 @@ def test_the_table_fits_eighty_columns_with_its_heads_whole(epsilons: tuple[str,
     assert "expected a folder with a model" in " ".join(text.split())
 
 
-def test_each_base_in_few_bits_too(tmp_path: Path, tiny_base: Path) -> None:
+def in_this_process(*_: Any, input: str, **__: Any) -> SimpleNamespace:
+    """What a candidate's own process prints (test_the_command starts some), for no imports."""
+    with redirect_stdout(io.StringIO()) as said, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdin", io.StringIO(input))
+        fit_module.main()
+    return SimpleNamespace(stdout=said.getvalue(), returncode=0)
+
+
+def test_each_base_in_few_bits_too(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(fit_module, "subprocess", SimpleNamespace(run=in_this_process))
     study = lay_out(tmp_path / "study", tiny_base)
     plain, *small = choose_base(
         load_study(study), 0.6, [str(tiny_base)], quantised=["nf4", "int8"]
