@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         LoraTable,
         ObjectiveTable,
         PolicyTable,
+        PreconditionerTable,
         PrivacyTable,
         PrivateEvaluationTable,
         PublicTable,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         SiteData,
         SiteEvaluation,
         SiteTable,
+        StartTable,
         StrategyTable,
         Study,
         StudyTable,
@@ -96,10 +98,10 @@ _MODULES = {
     "fedtune.client.withdraw": "withdraw",
     "fedtune.config": (
         "BaseTable ClippingTable Columns CoordinatorTable DataFile EvaluationTable "
-        "LoraTable ObjectiveTable PolicyTable PrivacyTable PrivateEvaluationTable "
-        "PublicTable QuantisationTable ScheduleTable Site SiteData SiteEvaluation "
-        "SiteTable StrategyTable Study StudyTable TrainingTable WireTable load_site "
-        "load_sites load_study save"
+        "LoraTable ObjectiveTable PolicyTable PreconditionerTable PrivacyTable "
+        "PrivateEvaluationTable PublicTable QuantisationTable ScheduleTable Site SiteData "
+        "SiteEvaluation SiteTable StartTable StrategyTable Study StudyTable TrainingTable "
+        "WireTable load_site load_sites load_study save"
     ),
     "fedtune.config.templates": "init",
     "fedtune.demo": "run_demo",
@@ -157,6 +159,7 @@ __all__ = [
     "Plan",
     "PolicyRefused",
     "PolicyTable",
+    "PreconditionerTable",
     "PrivacyTable",
     "PrivateEvaluationTable",
     "PublicTable",
@@ -170,6 +173,7 @@ __all__ = [
     "SiteEvaluation",
     "SitePlan",
     "SiteTable",
+    "StartTable",
     "StrategyTable",
     "Study",
     "StudyTable",

@@ -16,8 +16,8 @@ from fedtune.dp.plan import plan_for_site
 from fedtune.errors import ConfigError, PolicyRefused
 from fedtune.ledger.ledger import Ledger
 from fedtune.models.rank_slice import ALL, rank_slice, slice_update, trained_slice
-from fedtune.models.start import start
 from fedtune.strategies import build as strategy_of
+from fedtune.training.start import start
 from fedtune.wire.codec import layout, shapes
 from tests.client.test_site import make_site, notes
 from tests.dp.conftest import study

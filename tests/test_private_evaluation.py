@@ -24,9 +24,9 @@ from fedtune.evaluation.evaluator import Evaluator
 from fedtune.flower.arrays import to_record
 from fedtune.flower.grid import InProcessGrid
 from fedtune.ledger.ledger import Ledger
-from fedtune.models.start import start
 from fedtune.report.plot import png
 from fedtune.server import store
+from fedtune.training.start import start
 from fedtune.wire.codec import VALUES, encode
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import order

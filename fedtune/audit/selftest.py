@@ -24,6 +24,7 @@ from fedtune.dp.steplog import Step, StepLog
 from fedtune.errors import Refused
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
+from fedtune.models.preconditioner import identity_part, name_for
 from fedtune.models.random_records import generate_file
 from fedtune.models.rank_slice import trained_slice
 from fedtune.models.teacher import with_random_targets
@@ -219,13 +220,25 @@ def _one_by_one(bench: _Bench) -> torch.Tensor:
         (batch,) = data.batches([index])
         loss = objective.losses(bench.network, batch).sum()
         grads = torch.autograd.grad(loss, list(named.values()))
-        parts = [trained_slice(n, g, bench.columns) for n, g in zip(named, grads, strict=True)]
-        gradients.append(torch.cat([part.double().flatten() for part in parts]).cpu())
+        parts = [
+            _preconditioned(bench, name, trained_slice(name, gradient, bench.columns).double())
+            for name, gradient in zip(named, grads, strict=True)
+        ]
+        gradients.append(torch.cat([part.flatten() for part in parts]).cpu())
     if bench.by == "record":
         return torch.stack(gradients)
     return torch.stack(
         [torch.stack([gradients[i] for i in members]).mean(dim=0) for members in bench.data.by_unit]
     )
+
+
+def _preconditioned(bench: _Bench, name: str, gradient: torch.Tensor) -> torch.Tensor:
+    """M times the gradient of a B, M written out in full, fp64."""
+    factor = bench.network.preconditioner.get(name_for(name)) if ".lora_B." in name else None
+    if factor is None:
+        return gradient
+    wide = torch.from_numpy(factor).to(gradient)
+    return (identity_part(factor) * torch.eye(len(wide)).to(gradient) - wide @ wide.T) @ gradient
 
 
 def _isolation(bench: _Bench) -> float:

@@ -38,8 +38,7 @@ def prepare(message: Message, context: Context) -> Message:
         if context.node_config.get("coordinator", coordinator) != coordinator:
             raise PolicyRefused("the plan is not signed by the coordinator this site enrolled with")
         check_watch(study, context.node_config.get("watch"))
-        sent = study.lora.rank if study.lora and study.lora.a_init == "public" else None
-        frozen = read_frozen(message.content.array_records["frozen"], sent)
+        frozen = read_frozen(message.content.array_records["frozen"], study.lora)
         admission = site.prepare(study, frozen, coordinator)
         answer.update(name=admission.name, declared_size=admission.declared_size)
         if admission.lora_rank is not None:

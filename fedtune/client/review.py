@@ -47,8 +47,8 @@ def read_plan(path: Path, site: Site) -> Study:
     plug-in that the site's policy does not, of which nothing is imported."""
     if path.suffix == ".json":
         return study_from_json(reading.text(path, "a plan as JSON, or study.toml"))
-    from fedtune.models.start import start
     from fedtune.models.teacher import register_teacher
+    from fedtune.training.start import start
 
     study = load_study(path, lambda study: permit_plugins(study, site))
     register_teacher(study)

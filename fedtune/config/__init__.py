@@ -18,6 +18,7 @@ from fedtune.config.site import (
     SiteTable,
 )
 from fedtune.config.sites import load_sites
+from fedtune.config.start import PreconditionerTable, StartTable
 from fedtune.config.study import (
     BaseTable,
     ClippingTable,
@@ -52,6 +53,7 @@ __all__ = [
     "LoraTable",
     "ObjectiveTable",
     "PolicyTable",
+    "PreconditionerTable",
     "PrivacyTable",
     "PrivateEvaluationTable",
     "PublicTable",
@@ -61,6 +63,7 @@ __all__ = [
     "SiteData",
     "SiteEvaluation",
     "SiteTable",
+    "StartTable",
     "StrategyTable",
     "Study",
     "StudyTable",

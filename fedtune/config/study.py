@@ -12,6 +12,7 @@ from pydantic import (
     model_validator,
 )
 
+from fedtune.config.start import PreconditionerTable, StartTable
 from fedtune.config.types import (
     BY_COUNT,
     COUNTS,
@@ -83,6 +84,9 @@ class LoraTable(Table):
     variant: Literal["lora", "rslora"] = "lora"  # rslora: alpha/√rank (Kalajdzievski 2023)
     a_init: Literal["seed", "public"] = "seed"
     a_digest: Digest | None = None  # filled in when the study starts
+    preconditioner: PreconditionerTable | None = Field(
+        default=None, exclude_if=lambda table: table is None
+    )
     # The fewest ranks that a site may train in a round, by its own site.lora_rank; None: all.
     min_rank: Rank | None = Field(default=None, exclude_if=lambda least: least is None)
 
@@ -238,6 +242,7 @@ class Study(Table):
     lora: LoraTable | None = None  # None: a head alone on a frozen encoder
     objective: ObjectiveTable
     public: PublicTable | None = None
+    start: StartTable | None = Field(default=None, exclude_if=lambda table: table is None)
     training: TrainingTable
     clipping: ClippingTable | None = None  # None only where privacy = "off": no clipping
     privacy: PrivacyTable | Literal["off"]
@@ -308,6 +313,7 @@ class Study(Table):
             raise ValueError("training: give exactly one of sampling_rate and expected_batch")
         if self.lora and self.lora.a_init == "public" and not self.public:
             raise ValueError('lora.a_init = "public" needs a [public] table')
+        self._check_public_start()
         if self.continuous:
             self._check_continuous()
         if isinstance(self.privacy, str):
@@ -337,6 +343,24 @@ class Study(Table):
             if self.clipping.unit is not None:
                 raise ValueError("clipping.unit: a private study names its unit in privacy.unit")
         return self
+
+    def _check_public_start(self) -> None:
+        """Check what is built from public text. Errors: ValueError where it does not fit."""
+        start = self.start or StartTable()
+        if start.steps and not self.public:
+            raise ValueError("start.steps: needs a [public] table, text with answers")
+        if start.head == "labels" and not self.objective.labels:
+            raise ValueError('start.head = "labels": needs objective.labels')
+        if unknown := sorted(set(start.descriptions) - set(self.objective.labels)):
+            raise ValueError(f"start.descriptions: {unknown[0]!r} is none of objective.labels")
+        if self.lora and self.lora.preconditioner:
+            if not self.public:
+                raise ValueError("lora.preconditioner: needs a [public] table, text with answers")
+            if self.training.weight_decay:
+                raise ValueError(
+                    "training.weight_decay: must be 0 with lora.preconditioner, whose steps are "
+                    "taken in other coordinates than the adapter's"
+                )
 
     def _check_continuous(self) -> None:
         """Check a study with a [schedule]. Errors: ValueError where it cannot run without end."""

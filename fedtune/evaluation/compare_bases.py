@@ -173,8 +173,8 @@ def measure(study: Study, sites: int, size: int, epsilons: Sequence[float]) -> R
     """Measure one candidate in this process. Errors: ModelError, ConfigError, DataError."""
     from fedtune.data.load import load_dataset
     from fedtune.evaluation.evaluator import Evaluator
-    from fedtune.models.start import start
     from fedtune.objectives import resolve
+    from fedtune.training.start import start
     from fedtune.wire.codec import layout, shapes
 
     initial = start(study)

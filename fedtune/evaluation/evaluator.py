@@ -65,7 +65,10 @@ class Evaluator:
         self.paired = self._objective.record_format in PREFERENCES
         _check(table, study.objective.name, self._objective.record_format)
         self.network: Network = build(study)
-        self._factor = self.network.adopt(study, frozen or {})
+        # An adapter is the same with and without the preconditioner that trained it.
+        lora = study.lora and study.lora.model_copy(update={"preconditioner": None})
+        plain = study.model_copy(update={"lora": lora})
+        self._factor = self.network.adopt(plain, frozen or {})
         data = load_dataset(table, study, self.network.tokenizer, reader=self.network.reader)
         self.rejected = data.rejected
         self._records = CachedDataset(self.network, data)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord
 
+from fedtune.config import LoraTable
 from fedtune.wire.codec import (
     GROWTH,
     VALUES,
@@ -93,19 +94,26 @@ def read_agreed(record: ArrayRecord, agreed: Shapes) -> Arrays:
     return decode(from_record(record), agreed)
 
 
-def read_frozen(record: ArrayRecord, rank: int | None) -> Arrays:
-    """LoRA's A: fp32 matrices of `rank` rows (None: the plan sends none), checked before any is
-    read. Errors: WireError."""
+def read_frozen(record: ArrayRecord, lora: LoraTable | None) -> Arrays:
+    """What a plan sends and never trains, fp32, checked before any is read: LoRA's A, of `rank`
+    rows, where it comes from public text, and the preconditioner's W. Errors: WireError."""
     shapes = {name: tuple(array.shape) for name, array in record.items()}
-    if rank is None and shapes:
+    if shapes and (lora is None or (lora.a_init == "seed" and not lora.preconditioner)):
         raise WireError("arrays that the plan has no use for")
     if len(shapes) > MATRICES or any(len(name) > LONGEST_NAME for name in shapes):
         raise WireError("more matrices, or longer names, than a network has")
-    for shape in shapes.values():
-        if len(shape) != 2 or shape[0] != rank or not 0 < shape[1] <= WIDEST:
-            raise WireError("a matrix of another shape than the plan's rank gives it")
+    for name, shape in shapes.items():
+        if lora is None or len(shape) != 2 or not _fits(name, *shape, lora):
+            raise WireError("a matrix of another shape than the plan gives it")
     check_agreed(record, {name: Form("float32", shape) for name, shape in shapes.items()})
     return from_record(record)
+
+
+def _fits(name: str, rows: int, columns: int, lora: LoraTable) -> bool:
+    if ".lora_M." not in name:
+        return lora.a_init == "public" and rows == lora.rank and 0 < columns <= WIDEST
+    table = lora.preconditioner
+    return table is not None and 0 < columns == min(table.rank, rows - 1) and rows <= WIDEST
 
 
 def from_record(record: ArrayRecord) -> Encoded:

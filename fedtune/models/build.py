@@ -22,7 +22,7 @@ def build(study: Study, base: Base | None = None) -> Network:
     outputs = resolve(study.objective).outputs
     # Neither A's values nor their origin, nor who trains how much of it, change the network:
     # studies that differ in them share it.
-    apart = {"a_digest": None, "a_init": "seed", "min_rank": None}
+    apart = {"a_digest": None, "a_init": "seed", "min_rank": None, "preconditioner": None}
     lora = study.lora and study.lora.model_copy(update=apart)
     dtype, stored = dtype_of(study.base.dtype), study.base.quantisation
     return _build(base, dtype, lora, outputs, stored, study.base.modality)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from fedtune.bases.architecture import PROJECTOR, Components
 from fedtune.config import LoraTable
 from fedtune.errors import ConfigError, ModelError
+from fedtune.models import preconditioner
 
 Arrays = dict[str, np.ndarray]
 
@@ -123,6 +124,34 @@ def digest(arrays: Mapping[str, np.ndarray]) -> str:
         sha256.update(f"{name} {value.shape}\n".encode())
         sha256.update(value.data)
     return "sha256:" + sha256.hexdigest()
+
+
+def frozen_of_plan(
+    table: LoraTable, factor: Arrays, outputs: Arrays, trained: Mapping[str, nn.Parameter]
+) -> Arrays:
+    """Check that A (`factor`) and W (`outputs`) are the plan's, and return W: empty where the plan
+    has no preconditioner. trained: the trainable parameters by name.
+
+    Errors: ModelError; no record was read before it."""
+    if table.a_digest not in (None, digest(factor)):
+        raise ModelError("the adapter's frozen factor is not the plan's", "lora.a_digest")
+    wanted = table.preconditioner
+    if wanted is None:
+        return {}
+    expected = {
+        preconditioner.name_for(name): (len(b), preconditioner.rank_of(len(b), wanted.rank))
+        for name, b in trained.items()
+        if ".lora_B." in name
+    }
+    if {name: array.shape for name, array in outputs.items()} != expected:
+        raise ModelError("the plan's preconditioner has other shapes than its adapter", "the same")
+    for array in outputs.values():
+        if not np.isfinite(array).all():
+            raise ModelError("the plan's preconditioner is not finite", "finite numbers")
+        preconditioner.identity_part(array)
+    if wanted.digest not in (None, digest(outputs)):
+        raise ModelError("the preconditioner is not the plan's", "lora.preconditioner.digest")
+    return outputs
 
 
 # Bound on every entry of an adapter, a head or a frozen factor: larger ones amplify the last digits

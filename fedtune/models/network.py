@@ -33,8 +33,9 @@ from fedtune.bases.architecture import (
 from fedtune.bases.find import Base, load_backbone, load_tokenizer
 from fedtune.bases.quantise import quantise
 from fedtune.config import LoraTable, QuantisationTable, Study
-from fedtune.errors import ConfigError, ModelError
+from fedtune.errors import ConfigError
 from fedtune.models import lora as lora_module
+from fedtune.models import preconditioner
 from fedtune.models.adapter_files import HEAD
 from fedtune.models.lora import Arrays, load_into
 from fedtune.models.loss import head_loss
@@ -90,6 +91,7 @@ class Network:
         self.states: WeakValueDictionary[bytes, HiddenStates] = WeakValueDictionary()
         self._adopted: dict[str, Arrays] = {}  # A by digest, shared by all who train over it
         self._loaded: tuple[Arrays, list[int]] | None = None  # A, and its tensors' versions
+        self.preconditioner: Arrays = {}  # W by name, loaded with A
         self.draw_factor(seed=0)
 
     @cached_property
@@ -315,37 +317,34 @@ class Network:
         return drawn
 
     def adopt(self, study: Study, received: Arrays) -> Arrays:
-        """Load LoRA's A for `study` and return it: drawn from the public seed, or `received` where
-        it was built from public text. Errors: ModelError when it is not the plan's."""
+        """Load and return what `study` never trains: A, drawn from the public seed or as received,
+        and the preconditioner, if the plan has one. Errors: ModelError where it is another's."""
         if study.lora is None:
             return {}
-        drawn = study.lora.a_init == "seed"
-        factor = self.draw_factor(study.study.seed) if drawn else received
-        digest = lora_module.digest(factor)
-        if study.lora.a_digest not in (None, digest):
-            raise ModelError("the adapter's frozen factor is not the plan's", "lora.a_digest")
-        factor = self._adopted.setdefault(digest, factor)
+        factor, outputs = preconditioner.divided(received)
+        if study.lora.a_init == "seed":
+            factor = self.draw_factor(study.study.seed)
+        factor |= lora_module.frozen_of_plan(study.lora, factor, outputs, self.parameters())
+        factor = self._adopted.setdefault(lora_module.digest(factor), factor)
         self.load_frozen(factor)
         return factor
 
     def initial(self, factor: Arrays) -> Arrays:
         """Return the trainable arrays of round 0: B and head zero, so that the base is unchanged;
         A as in `factor` where it is trained too."""
-        return {
-            n: factor[n] if n in factor else np.zeros(tuple(p.shape), dtype=np.float32)
-            for n, p in self.parameters().items()
-        }
+        return {n: factor.get(n, array) for n, array in self.zero().items()}
 
     def frozen_factor(self) -> Arrays:
         """Return LoRA's A by name; empty for a head alone."""
         return {n: p.detach().float().cpu().numpy().copy() for n, p in self._factor.items()}
 
     def load_frozen(self, arrays: Arrays) -> None:
-        """Load LoRA's A; does nothing where the same arrays were loaded last and A is unchanged
-        since. Errors: as `load_trainable`."""
+        """Load A, and the preconditioner among `arrays` or none; does nothing where the same were
+        loaded last and A is unchanged since. Errors: as `load_trainable`."""
         versions = self._factor_versions()
         if self._loaded is None or self._loaded[0] is not arrays or self._loaded[1] != versions:
-            load_into(self._factor, arrays)
+            factor, self.preconditioner = preconditioner.divided(arrays)
+            load_into(self._factor, factor)
             self._loaded = arrays, self._factor_versions()
 
     @contextmanager
@@ -354,7 +353,8 @@ class Network:
     ) -> Iterator[None]:
         """Load arrays within the block, and restore the previous ones after it; None: unchanged.
         Errors: as `load_trainable`."""
-        previous = self.frozen_factor() if frozen is not None else None, self.trainable()
+        held = None if frozen is None else self.frozen_factor() | self.preconditioner
+        trained = self.trainable()
         try:
             if frozen is not None:
                 self.load_frozen(frozen)
@@ -362,9 +362,9 @@ class Network:
                 self.load_trainable(trainable)
             yield
         finally:
-            if previous[0] is not None:
-                self.load_frozen(previous[0])
-            self.load_trainable(previous[1])
+            if held is not None:
+                self.load_frozen(held)
+            self.load_trainable(trained)
 
     def _factor_versions(self) -> list[int]:
         """Versions of A's tensors: PyTorch counts writes to a tensor."""

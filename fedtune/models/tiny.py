@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fedtune.bases.find import Base, auto_class, find_base
 from fedtune.config import LoraTable, Study
 from fedtune.data.dataset import NO_TARGET, Dataset, Example, Passage
 from fedtune.models.network import Network
+from fedtune.models.preconditioner import factor_of, name_for
 from fedtune.models.random_records import GeneratedFile, generate_file, random_ids
 from fedtune.models.rank_slice import ALL, rank_slice
 from fedtune.models.teacher import with_random_targets
@@ -49,10 +51,23 @@ def tiny_network(study: Study, base: Base) -> Network:
         stored, modality = study.base.quantisation, study.base.modality
         network = Network(small, torch.float32, lora, outputs, stored, modality)
     draw = np.random.default_rng(study.study.seed)
+    if study.lora and (table := study.lora.preconditioner):
+        made = {
+            name_for(name): factor_of(_moment(draw, len(b)), table.rank, table.damping)
+            for name, b in network.trainable().items()
+            if ".lora_B." in name
+        }
+        network.load_frozen(network.frozen_factor() | made)
     network.load_trainable(
         {n: draw.normal(size=a.shape).astype(np.float32) for n, a in network.trainable().items()}
     )
     return network
+
+
+def _moment(draw: np.random.Generator, size: int) -> npt.NDArray[np.float64]:
+    """Second moments of random vectors, of which some directions are far longer than others."""
+    rows = draw.normal(size=(size, size)) * np.geomspace(10, 0.1, size)[:, None]
+    return rows.T @ rows
 
 
 def tiny_columns(study: Study, lora_rank: int | None) -> slice:

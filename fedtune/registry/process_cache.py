@@ -30,6 +30,8 @@ def cached(name: str, maxsize: int | None = 1) -> Callable[[F], F]:
 
 
 def clear(*names: str) -> None:
-    """Empty the caches of these names, or every cache, as at the start of the process."""
+    """Empty the caches of these names, or every cache: as if the process had just begun. A cache
+    whose module is not imported yet holds nothing."""
     for name in names or _clear:
-        _clear[name]()
+        if name in _clear:
+            _clear[name]()

@@ -111,8 +111,18 @@ def _quality(quality: dict[str, Any]) -> str:
         f"## Quality\n\nOn {cell(quality.get('on') or HELD_OUT)}, at the "
         "coordinator.\n\n"
         + table(["measure", *map(cell, quality.get("columns") or BEFORE_AFTER), "change"], rows)
+        + _started(quality, names)
         + "\n\n![Quality and ε by round](progress.png)"
     )
+
+
+def _started(quality: dict[str, Any], names: list[str]) -> str:
+    """What the public start alone gives; a paragraph, or nothing."""
+    start = quality.get("start")
+    if not isinstance(start, dict):
+        return ""
+    figures = ", ".join(f"{cell(n)} {figure(start[n])}" for n in names if n in start)
+    return f"\n\nBefore the first round, from public text alone and for no ε: {figures}."
 
 
 def _for_life(report: dict[str, Any]) -> str:

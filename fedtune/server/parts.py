@@ -20,7 +20,7 @@ Events = list[tuple[float, float, int, int]]  # (σ, q, steps, records of one un
 
 
 class Started(Protocol):
-    """fedtune.models.start.Start."""
+    """fedtune.training.start.Start."""
 
     @property
     def study(self) -> Study: ...
@@ -50,7 +50,7 @@ class Measures(Protocol):
 
 def _start(study: Study) -> Started:
     from fedtune.evaluation.evaluator import check_evaluation
-    from fedtune.models.start import start
+    from fedtune.training.start import start
 
     check_evaluation(study)  # in seconds; A from public text takes minutes
     return start(study)

@@ -28,6 +28,7 @@ from fedtune.config import Study
 from fedtune.errors import ConfigError, InfrastructureError
 from fedtune.files.writing import replace
 from fedtune.flower.arrays import to_record
+from fedtune.models import preconditioner
 from fedtune.models.rank_slice import pad_update, rank_slice, slice_update
 from fedtune.progress import OnEvent
 from fedtune.server import store, summary
@@ -125,8 +126,7 @@ class _Run:
         plan = self.study.model_dump_json(indent=2) + "\n"
         replace(self.out / "plan.json", plan.encode())
         if fresh:
-            if self.evaluator:
-                self.progress.before = self.evaluator.measure(None)
+            summary.measure_start(self.progress, self.evaluator)
             self._save()
         if self.queries.due():  # the run broke off between a round and the query after it
             self.roster.join()
@@ -304,7 +304,7 @@ class _Run:
     def _keep(self, tally: Tally) -> None:
         """Apply the round's mean update, measure the adapter and save the checkpoint."""
         progress, number = self.progress, tally.number
-        adapter = self.strategy.apply(progress.adapter)
+        adapter = preconditioner.stepped(self.strategy.apply, progress.adapter, progress.frozen)
         if not all(np.isfinite(array).all() for array in adapter.values()):
             raise InfrastructureError(f"round {number}: the aggregate is not finite")
         progress.adapter, progress.round = adapter, number

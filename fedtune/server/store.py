@@ -82,7 +82,8 @@ class Progress:
     kept, with which alone adapter and strategy change; events: site -> its step log for this study
     so far; queries: the same for its answers about held-out records; keys: site -> its public
     signing key; receipts: site -> its newest receipt, sent back with the next order; history: one
-    entry per round kept.
+    entry per round kept; before, started: quality of the base, and of what public text makes of it
+    before the first round.
     Guarantee: everything in it is public or was noised at a site before it was sent."""
 
     asked: str
@@ -98,6 +99,7 @@ class Progress:
     events: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     queries: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     before: dict[str, float] = field(default_factory=dict)
+    started: dict[str, float] = field(default_factory=dict)
     admission: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -141,6 +143,7 @@ def load(out: Path, study: Study) -> Progress | None:
             for key, array in _get(folder / name, sha256).items():
                 group, _, inner = key.partition("/")
                 arrays[group][inner] = array
+    measured = json.loads(before)
     if asked != study.digest:
         raise CheckpointError(
             f"{path}: belongs to another study ({asked[:19]}…)",
@@ -153,7 +156,8 @@ def load(out: Path, study: Study) -> Progress | None:
         study=study_from_json(resolved).model_copy(update=tables),
         phase=Phase(phase),
         round=round_,
-        before=json.loads(before),
+        before=measured.get("base", measured),  # without a public start: the base's alone
+        started=measured.get("start", {}),
         history=[json.loads(entry) for _, entry in rounds],
         **arrays,
         **{
@@ -228,7 +232,9 @@ def connect(path: Path) -> sqlite3.Connection:
 
 def _rows(progress: Progress, files: dict[str, str]) -> Rows:
     """Build the tables' rows, all but their sha256."""
-    study, before = progress.study.model_dump_json(), json.dumps(progress.before)
+    measured = {"base": progress.before, "start": progress.started}
+    before = json.dumps(measured if progress.started else progress.before)
+    study = progress.study.model_dump_json()
     run = [FORMAT, str(progress.phase), progress.round, progress.asked, study, before]
     rounds = [[n, json.dumps(entry)] for n, entry in enumerate(progress.history, 1)]
     columns = [getattr(progress, key) for key in PER_SITE]

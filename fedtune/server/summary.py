@@ -9,7 +9,7 @@ import numpy as np
 import fedtune
 from fedtune.config import PrivacyTable
 from fedtune.models.rank_slice import rank_slice
-from fedtune.server.parts import Dependencies
+from fedtune.server.parts import Dependencies, Measures
 from fedtune.server.store import Progress
 
 RELATION = "add or remove one unit"
@@ -210,14 +210,26 @@ def _evaluation(progress: Progress, parts: Dependencies, privacy: PrivacyTable) 
     return {**worst, "with_training": both_files, "sites": sites}
 
 
+def measure_start(progress: Progress, evaluator: Measures | None) -> None:
+    """Measure the base alone and, where the plan trains on public text first, what that start
+    gives, on the evaluation set."""
+    if evaluator is None:
+        return
+    progress.before = evaluator.measure(None)
+    if progress.study.start:
+        progress.started = evaluator.measure(progress.adapter)
+
+
 def _quality(progress: Progress) -> dict[str, Any]:
     table = progress.study.evaluation
     if table is None:
         return {}
     measured = [{"round": h["round"], **h["quality"]} for h in progress.history if h["quality"]]
+    started = {"start": progress.started} if progress.started else {}
     return {
         "metric": table.metric,
         "before": progress.before,
+        **started,
         "after": {k: v for k, v in measured[-1].items() if k != "round"} if measured else {},
         "by_round": measured,
     }

@@ -12,7 +12,7 @@ from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import LARGEST, Arrays
 from fedtune.models.network import Network
 from fedtune.models.random_records import random_records
-from fedtune.models.rank_slice import ALL, slice_update
+from fedtune.models.rank_slice import ALL
 from fedtune.objectives import resolve
 from fedtune.training.unit_gradients import UnitGradientEngine
 
@@ -27,7 +27,9 @@ def local_round(
     recompute: bool = False,
     columns: slice = ALL,
 ) -> Arrays:
-    """Train `local_steps` steps from `adapter`; returns trained minus `adapter`, fp32 by name.
+    """Train `local_steps` steps from `adapter`; returns trained minus `adapter`, fp32 by name; of
+    a B with a public preconditioner M that change before M, on which the noise is the same in every
+    direction.
     recompute: activation checkpointing; ignored with Opacus' hooks, which cannot do it. columns:
     the only columns of each B that are trained and returned.
 
@@ -56,9 +58,11 @@ def local_round(
         optimizer.zero_grad()
         for parameter in engine.trained:  # noised values; no adapter entry is larger anywhere
             parameter.clamp_(-LARGEST, LARGEST)
-    trained = network.trainable()
+        engine.write()
+    changes = zip(network.parameters(), engine.trained, start, strict=True)
+    update = {name: (now - before).cpu().numpy() for name, now, before in changes}
     network.load_trainable(adapter)
-    return slice_update({name: trained[name] - adapter[name] for name in trained}, columns)
+    return update
 
 
 def _optimizer(study: Study, parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
@@ -114,9 +118,11 @@ def _loss_after(
     steps = torch.split(gradient, [t.numel() for t in engine.trained])
     for parameter, step in zip(engine.trained, steps, strict=True):
         parameter.sub_(rate * step.view(parameter.shape).to(parameter))
+    engine.write()
     loss = _mean_loss(data, study)
     for parameter, initial in zip(engine.trained, start, strict=True):
         parameter.copy_(initial)
+    engine.write()
     return loss
 
 

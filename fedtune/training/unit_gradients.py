@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 from fedtune.dp.clip import Chunk
 from fedtune.errors import FedtuneError, ModelError
 from fedtune.models.cache import CachedDataset
+from fedtune.models.lora import LARGEST
+from fedtune.models.network import Network
+from fedtune.models.preconditioner import identity_part, name_for
 from fedtune.models.rank_slice import ALL, trained_slice
 from fedtune.objectives._interface import Batch, Objective
 from fedtune.training import engines
@@ -19,12 +22,49 @@ log = logging.getLogger("fedtune.dp")
 _CHUNK_BYTES = 128 * 2**20  # fp32 gradients held at once
 
 
+class _Factor(NamedTuple):
+    """M = identity · I - wide wideᵀ, on the output of a B; wide: (1, outputs, rank)."""
+
+    identity: float
+    wide: torch.Tensor
+
+    def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Multiply (n, outputs, columns) by M in place. One product a row: no row's result depends
+        on where it stands or who is beside it."""
+        wide = self.wide.expand(len(gradient), -1, -1)
+        low = torch.bmm(wide.transpose(1, 2), gradient)
+        projected = torch.bmm(wide, low)
+        gradient.mul_(self.identity).sub_(projected)
+        low.zero_()
+        projected.zero_()
+        return gradient
+
+
+class _Move(NamedTuple):
+    """A B's trained columns as they are and were, and the change to them before M."""
+
+    view: torch.Tensor
+    before: torch.Tensor
+    change: torch.Tensor
+    factor: _Factor
+
+
+def _factor(network: Network, name: str, parameter: torch.Tensor) -> _Factor | None:
+    """The preconditioner of the trainable tensor `name`; None where it has none."""
+    array = network.preconditioner.get(name_for(name)) if ".lora_B." in name else None
+    if array is None:
+        return None
+    return _Factor(identity_part(array), torch.from_numpy(array).to(parameter)[None])
+
+
 class UnitGradientEngine:
     """Computes the gradients of rows. sampling_unit "unit": a row is a unit: a record, or a patient
     with the mean over that patient's records (clipped once, later); "record": a row is one record.
     (Charles et al. 2024, user-level and example-level sampling.) columns: of each B these alone.
 
-    trained: what a step updates, as views into the network's parameters, in the update's order.
+    trained: what a step updates, in the update's order: views into the network's parameters; of a B
+    with a public preconditioner M the change to it before M, zero at first, whose gradient is M g.
+    `write` brings that change to the network.
 
     Guarantee: each sampled row is computed from its own records alone, to the last bit: in blocks
     whose shapes follow from the record's bucket alone, summed in the unit's order. Every
@@ -42,9 +82,16 @@ class UnitGradientEngine:
         self.data, self.objective = data, objective
         named = data.network.parameters()
         self.parameters = list(named.values())
-        self.trained: list[torch.Tensor] = [
-            trained_slice(name, parameter.detach(), columns) for name, parameter in named.items()
-        ]
+        views = [trained_slice(name, p.detach(), columns) for name, p in named.items()]
+        self._factors = [_factor(data.network, name, p) for name, p in named.items()]
+        self.trained: list[torch.Tensor] = []
+        self._moves: list[_Move] = []
+        for view, factor in zip(views, self._factors, strict=True):
+            if factor is not None:
+                self._moves.append(
+                    _Move(view, view.clone(), torch.zeros(view.shape).to(view), factor)
+                )
+            self.trained.append(view if factor is None else self._moves[-1].change)
         self.dimension = sum(t.numel() for t in self.trained)
         self._engine = engines.choose(engine, data.network.trained, self.parameters, columns)
         self._columns = columns
@@ -82,6 +129,11 @@ class UnitGradientEngine:
             log.error("rows of a block failed (%s); retrying one by one", type(error).__name__)
         for row in pending:
             yield self._single_row(row)
+
+    def write(self) -> None:
+        """Write the changes that `trained` holds to the network: B as it was, plus M times them."""
+        for view, before, change, factor in self._moves:
+            view.copy_(factor(change.clone()[None])[0].add_(before).clamp_(-LARGEST, LARGEST))
 
     def _single_row(self, row: int) -> Chunk:
         try:
@@ -139,8 +191,8 @@ class UnitGradientEngine:
         from a gradient's shape."""
         flat, n_records, n_passages = [], len(batch.index), len(batch.mask)
         gradients = self._engine(self.objective.losses(self.data.network, batch))
-        layers = zip(self.parameters, self.trained, gradients, strict=True)
-        for parameter, trained, gradient in layers:
+        layers = zip(self.parameters, self.trained, gradients, self._factors, strict=True)
+        for parameter, trained, gradient, factor in layers:
             tiles = batch.tiles if self.data.network.has_row_per_tile(parameter) else 1
             expected_lengths = (n_records, n_passages) if tiles == 1 else (n_passages * tiles,)
             if gradient is None or gradient.shape[0] not in expected_lengths:
@@ -153,6 +205,8 @@ class UnitGradientEngine:
                 per_passage = gradient.view(n_records, passages, *gradient.shape[1:])
                 per_record = per_passage.sum(dim=1).flatten(1)
                 gradient.zero_()
+            if factor is not None:
+                factor(per_record.view(n_records, *trained.shape))
             per_record[batch.count :].zero_()
             flat.append(per_record[: batch.count])
         return flat

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedtune.client.site import SiteWorker
 from fedtune.config import Site
-from fedtune.models.start import Start, start
+from fedtune.training.start import Start, start
 from tests.dp.conftest import study
 
 

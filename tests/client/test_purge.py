@@ -14,9 +14,9 @@ from fedtune.client.site import SiteWorker
 from fedtune.config import load_site, load_study
 from fedtune.flower.processes import alone
 from fedtune.ledger.ledger import Ledger
-from fedtune.models.start import start
 from fedtune.observe import observer
 from fedtune.registry import process_cache
+from fedtune.training.start import start
 from tests.client.test_site import begun, make_site, notes, trains
 from tests.guarantee.search import Finder, forms
 from tests.guarantee.world import lay_out, patients

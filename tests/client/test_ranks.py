@@ -26,8 +26,8 @@ from fedtune.data.dataset import Dataset, Example, Passage
 from fedtune.dp import noise
 from fedtune.errors import InfrastructureError
 from fedtune.flower.processes import free_port
-from fedtune.models.start import Start
 from fedtune.training.data_parallel import fingerprint
+from fedtune.training.start import Start
 from fedtune.wire.codec import VALUES
 from tests.client.test_site import begun, notes
 from tests.server.test_simulate import world as world_of_two

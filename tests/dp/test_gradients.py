@@ -153,6 +153,7 @@ def test_a_missing_gradient_is_an_error(engine: UnitGradientEngine) -> None:
     stray.grad_sample = None  # type: ignore[attr-defined]
     engine.parameters.append(stray)
     engine.trained.append(stray.detach())
+    engine._factors.append(None)
     engine.dimension += stray.numel()
     with pytest.raises(ModelError, match="no per-record gradient"):
         all_rows(engine)

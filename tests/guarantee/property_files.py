@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 
 from fedtune.models.build import build
-from fedtune.models.start import start
+from fedtune.training.start import start
 from tests.conftest import tiny_bert, tiny_llama
 from tests.guarantee.property_plans import CLASSIFIES, Plan
 from tests.media import llava, whisper

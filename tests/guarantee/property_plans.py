@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.config import Study
-from fedtune.models.start import Start, start
+from fedtune.training.start import Start, start
 from fedtune.wire.keys import SigningKey
 
 COORDINATOR = SigningKey()

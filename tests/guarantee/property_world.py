@@ -43,9 +43,9 @@ from fedtune.dp.filter import total_epsilon
 from fedtune.dp.plan import DpPlan
 from fedtune.flower.arrays import bodies, to_record
 from fedtune.ledger.ledger import Ledger
-from fedtune.models.start import Start
 from fedtune.registry import process_cache
 from fedtune.server.admission import plan_message
+from fedtune.training.start import Start
 from fedtune.wire.codec import encode
 from fedtune.wire.seal import order
 from tests.guarantee.property_files import WRITERS

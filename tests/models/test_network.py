@@ -20,11 +20,11 @@ from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.models.public_factor import public_factor
 from fedtune.models.split import cut
-from fedtune.models.start import start
 from fedtune.objectives._shapes import padded_length
 from fedtune.objectives.causal_lm import CausalLM
 from fedtune.registry import process_cache
 from fedtune.training.local_round import check_trains
+from fedtune.training.start import start
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import records, study
 

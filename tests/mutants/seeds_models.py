@@ -212,8 +212,8 @@ RANK_MUTANTS = (  # of sites that train fewer ranks of one adapter
     ),
     _one(
         "ranks", "a-site-trains-every-column", GRADIENTS,
-        "trained_slice(name, parameter.detach(), columns)",
-        "trained_slice(name, parameter.detach(), ALL)",
+        "trained_slice(name, p.detach(), columns)",
+        "trained_slice(name, p.detach(), ALL)",
         T_RANKS + "test_rows_are_columns_of_the_whole_rows",
         "clipped and noised over numbers that are not sent",
     ),

@@ -173,7 +173,7 @@ ARRAYS, T_FROZEN = "fedtune/flower/arrays.py", "tests/wire/test_frozen.py::"
 ARRAY_MUTANTS = (
     _one(
         "arrays", "a-factor-of-any-shape", ARRAYS,
-        "if len(shape) != 2 or shape[0] != rank or not 0 < shape[1] <= WIDEST:",
+        "if lora is None or len(shape) != 2 or not _fits(name, *shape, lora):",
         "if shape == (0,):",
         T_FROZEN + "test_a_factor_that_is_not_the_plans_is_not_read",
         "a site reads what no plan asks for",

@@ -128,7 +128,7 @@ ENCODING_MUTANTS = (
     ),
     _one(
         "wire", "the-adapter-is-kept-as-it-was-sent", ROUNDS,
-        "adapter = self.strategy.apply(progress.adapter)",
+        "adapter = preconditioner.stepped(self.strategy.apply, progress.adapter, progress.frozen)",
         "adapter = codec.decode(codec.encode(\n"
         "            self.strategy.apply(progress.adapter), self.study.wire.adapter),\n"
         "            codec.shapes(progress.adapter))",

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord
 
+from fedtune.config import LoraTable, PreconditionerTable
 from fedtune.flower import arrays as module
 from fedtune.flower.arrays import WireError, read_agreed, read_frozen, to_record
 from fedtune.wire.codec import encode, layout
@@ -39,13 +40,21 @@ def said(**changes: Any) -> ArrayRecord:
     return record
 
 
+def plan(rank: int | None, directions: int | None = None) -> LoraTable | None:
+    """None: without an adapter. directions: of the preconditioner."""
+    if rank is None:
+        return None
+    table = directions and PreconditionerTable(rank=directions)
+    return LoraTable(rank=rank, a_init="public", preconditioner=table or None)
+
+
 def many(count: int) -> ArrayRecord:
     one = Array(np.zeros((RANK, 1), np.float32))
     return ArrayRecord({f"layer.{n}.A": one for n in range(count)})
 
 
 def test_what_the_plan_sends_is_read(read: list[str]) -> None:
-    found = read_frozen(to_record(factor()), RANK)
+    found = read_frozen(to_record(factor()), plan(RANK))
     assert {n: a.tolist() for n, a in found.items()} == {n: a.tolist() for n, a in factor().items()}
     assert read == sorted(factor()) and read_frozen(ArrayRecord(), None) == {}
 
@@ -73,7 +82,21 @@ def test_a_factor_that_is_not_the_plans_is_not_read(
     record: ArrayRecord, rank: int | None, read: list[str]
 ) -> None:
     with pytest.raises(WireError):
-        read_frozen(record, rank)
+        read_frozen(record, plan(rank))
+    assert not read
+
+
+def test_a_preconditioner_is_read_in_the_shape_of_the_plan_alone(read: list[str]) -> None:
+    wide, thin = np.zeros((9, 3), np.float32), np.zeros((3, 2), np.float32)  # 2 of 3: no more fit
+    sent = to_record({"l.lora_A.w": factor()["layer.0.A"], "l.lora_M.w": wide, "k.lora_M.w": thin})
+    assert set(read_frozen(sent, plan(RANK, 3))) == set(sent)
+    read.clear()
+    for asked in (plan(RANK), plan(RANK, 4), plan(RANK, 2)):
+        with pytest.raises(WireError):
+            read_frozen(sent, asked)
+    long = to_record({"l.lora_M.w": np.zeros((3, 9), np.float32)})
+    with pytest.raises(WireError):
+        read_frozen(long, plan(RANK, 9))
     assert not read
 
 

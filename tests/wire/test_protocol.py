@@ -14,9 +14,9 @@ import fedtune.server.admission
 from fedtune.errors import Refused
 from fedtune.flower.arrays import to_record
 from fedtune.flower.grid import InProcessGrid
-from fedtune.models.start import start
 from fedtune.registry import process_cache
 from fedtune.server.admission import plan_message
+from fedtune.training.start import start
 from fedtune.wire import protocol
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.protocol import PROTOCOL, OtherProtocol, check_peer, version_fields

@@ -1,0 +1,29 @@
+"""Tables of study.toml for what is made of public text before the first round."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fedtune.config.types import Digest, Positive, Rank, Table
+
+
+class PreconditionerTable(Table):
+    """The public output preconditioner of an adapter, built from [public] with its answers."""
+
+    rank: Rank = 64  # directions of each layer's output that are kept; all others count as one
+    damping: Positive = 1.0  # in multiples of the mean curvature: the larger, the closer to none
+    digest: Digest | None = None  # filled in when the study starts
+
+
+class StartTable(Table):
+    """What is trained before the first round, from public things alone: for no ε."""
+
+    steps: Annotated[int, Field(ge=0, le=10_000)] = 0  # of AdamW on all of [public], its answers
+    learning_rate: Positive = 1e-3  # of these steps
+    # A head starts at zero, or at what the base makes of the classes' names (or descriptions).
+    head: Literal["zero", "labels"] = "zero"
+    scale: Positive = 10.0  # length of each class's vector in the head
+    descriptions: dict[str, str] = Field(default_factory=dict)  # class -> words in its name's place
+    digest: Digest | None = None  # filled in when the study starts

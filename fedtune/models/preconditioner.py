@@ -1,0 +1,107 @@
+"""The public output preconditioner: to a layer's output what whitening A is to its input.
+
+Gradients of B are large along a few directions of a layer's output and small along most, and noise
+is the same along all. With M = b I - W Wᵀ, known to everybody before a record is read, a site clips
+M g in place of g, adds its noise to that, and the adapter moves by M times the noised mean: steps
+where gradients of public text are small are longer, and cost no more noise. Clipping and noise act
+on M g alone, so the guarantee does not depend on M; and the adapter stays plain LoRA, since M has
+been applied to what is added to B.
+
+Only W (outputs, rank) travels, so M is symmetric by its form. b follows from W: the mean square of
+M's eigenvalues is 1, so that a step is as long as without M.
+
+References: Martens and Grosse 2015, "Optimizing neural networks with Kronecker-factored approximate
+curvature", section 3 (the output factor); Li et al. 2022, "Private adaptive optimization with side
+information" (preconditioning by public data before clipping)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.errors import ModelError
+
+Arrays = dict[str, npt.NDArray[np.float32]]
+LEAST = 1e-2  # no eigenvalue of M is smaller; by its form and scale none is larger than √(d/(d-k))
+_IN_B, _IN_M = ".lora_B.", ".lora_M."
+
+
+def name_for(name: str) -> str:
+    """Name the factor W of the B called `name`."""
+    return name.replace(_IN_B, _IN_M)
+
+
+def divided(frozen: Mapping[str, npt.NDArray[np.float32]]) -> tuple[Arrays, Arrays]:
+    """Separate a plan's frozen arrays into LoRA's A and the preconditioner's W."""
+    factors = {name: array for name, array in frozen.items() if _IN_M in name}
+    return {n: a for n, a in frozen.items() if n not in factors}, factors
+
+
+def identity_part(factor: npt.NDArray[np.float32]) -> float:
+    """b of M = b I - W Wᵀ, so that the mean square of M's d eigenvalues is 1.
+
+    Errors: ModelError where no M of this scale has all its eigenvalues at LEAST or above: W comes
+    from the coordinator and may be anything."""
+    outputs, rank = factor.shape
+    values = np.linalg.eigvalsh(factor.T.astype(np.float64) @ factor.astype(np.float64))
+    total, squares = float(values.sum()), float((values**2).sum())
+    root = total**2 - outputs * (squares - outputs)
+    b = (total + math.sqrt(root)) / outputs if root >= 0 else math.nan
+    if not (rank < outputs and b - float(values.max(initial=0.0)) >= LEAST):  # NaN too
+        raise ModelError(
+            "the plan's preconditioner is out of range",
+            f"eigenvalues of at least {LEAST:g} and a mean square of 1",
+            "ask the coordinator for a plan that fedtune made",
+        )
+    return b
+
+
+def rank_of(outputs: int, rank: int) -> int:
+    """The columns of W for a layer with so many outputs: fewer than there are outputs."""
+    return min(rank, outputs - 1)
+
+
+def stepped(apply: Callable[[Arrays], Arrays], adapter: Arrays, frozen: Arrays) -> Arrays:
+    """The adapter after a round: what `apply` makes of it, each B's change multiplied by its M,
+    summed in fp64. Without a preconditioner in `frozen`: apply(adapter)."""
+    _, factors = divided(frozen)
+    if not factors:
+        return apply(adapter)
+    step = apply({name: np.zeros_like(array) for name, array in adapter.items()})
+    found = {}
+    for name, array in adapter.items():
+        change, factor = step[name].astype(np.float64), factors.get(name_for(name))
+        if factor is not None and _IN_B in name:
+            wide = factor.astype(np.float64)
+            change = identity_part(factor) * change - wide @ (wide.T @ change)
+        found[name] = (array.astype(np.float64) + change).astype(np.float32)
+    return found
+
+
+def factor_of(
+    moment: npt.NDArray[np.float64], rank: int, damping: float
+) -> npt.NDArray[np.float32]:
+    """W (outputs, rank) of M = (G/ḡ + damping · I)^(-1/2), scaled to a mean square of 1.
+
+    moment: G (outputs, outputs), the sum of g gᵀ over public gradients; ḡ: its mean eigenvalue. The
+    `rank` largest eigenvalues of G are kept; the others count as one, by their root mean square.
+    Errors: ModelError where G is zero or not finite."""
+    outputs = len(moment)
+    scale = float(np.trace(moment)) / outputs
+    if not (math.isfinite(scale) and scale > 0):
+        raise ModelError(
+            "public text gives no gradient to precondition with",
+            "text with answers that the base does not know already",
+            "see [public]",
+        )
+    values, vectors = np.linalg.eigh(moment / scale)  # ascending
+    shrunk = 1 / np.sqrt(values.clip(min=0) + damping)
+    shrunk /= math.sqrt(float((shrunk**2).mean()))
+    kept = rank_of(outputs, rank)
+    rest = math.sqrt(float((shrunk[:-kept] ** 2).mean()))
+    lowered = np.sqrt((rest - shrunk[-kept:]).clip(min=0))
+    factor: npt.NDArray[np.float32] = (vectors[:, -kept:] * lowered).astype(np.float32)
+    return factor

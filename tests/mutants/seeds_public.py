@@ -1,0 +1,54 @@
+"""Seeded bugs in what is made of public text: the preconditioner and what a study starts at."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import Mutant, one
+
+GRADIENTS = "fedtune/training/unit_gradients.py"
+MODULE, LORA = "fedtune/models/preconditioner.py", "fedtune/models/lora.py"
+T = "tests/test_preconditioner.py::"
+
+MUTANTS: list[Mutant] = [
+    Mutant(
+        "preconditioner", "applied-after-the-clip", GRADIENTS,
+        (
+            ("                factor(per_record.view(n_records, *trained.shape))\n",
+             "                pass\n"),
+            ("view.copy_(factor(change.clone()[None])[0]", "view.copy_(factor(change[None])[0]"),
+        ),
+        (T + "test_what_leaves_is_clipped_after_m",),
+        "a unit moves what is sent by the largest eigenvalue of M times C",
+    ),
+    one(
+        "preconditioner", "from-the-sites-own-records", GRADIENTS,
+        "return _Factor(identity_part(array),",
+        "return _Factor(identity_part(array) + 1e-4 * len(network.states),",
+        T + "test_m_does_not_follow_from_who_is_there", "every row follows from who is there",
+    ),
+    one(
+        "preconditioner", "of-any-spectrum", MODULE,
+        "if not (rank < outputs and b - float(values.max(initial=0.0)) >= LEAST):",
+        "if not rank < outputs:",
+        T + "test_what_a_hostile_coordinator_sends_is_refused",
+        "a coordinator makes a site compute with an M of any condition",
+    ),
+    one(
+        "preconditioner", "not-the-plans", LORA,
+        "if wanted.digest not in (None, digest(outputs)):", "if False:",
+        T + "test_the_digest_binds_it",
+        "a site trains with another M than the plan that was signed",
+    ),
+    one(
+        "preconditioner", "left-out-of-the-step", MODULE,
+        "    if not factors:\n", "    if True:\n",
+        T + "test_a_round_is_the_round_written_out",
+        "gradients are preconditioned and the step is not: half of the gain",
+    ),
+    one(
+        "preconditioner", "left-out-of-local-steps", GRADIENTS,
+        "[0].add_(before).clamp_(-LARGEST, LARGEST))",
+        "[0].zero_().add_(change).add_(before).clamp_(-LARGEST, LARGEST))",
+        T + "test_a_round_is_the_round_written_out",
+        "the second step of a round starts elsewhere than the coordinator thinks",
+    ),
+]  # fmt: skip
