@@ -34,7 +34,7 @@ DOCUMENTS = {
     "NIHSeniorHealth": 39,
     "NINDS": 110,
 }
-RECORDS = 1  # of a document, drawn by seed
+RECORDS = 4  # of a document at a site, drawn by seed; of a held-out document the first of them
 VALIDATION, TEST = 0.10, 0.15  # of a source's documents
 PUBLIC = 64  # texts
 FIRST = 0  # the seed whose test documents are everybody's
@@ -121,8 +121,8 @@ def write(data: Path, public: Path, out: Path, seed: int) -> list[Path]:
         test = list(fixed[source])[: round(TEST * len(rows))]
         others = [name for name in rows if name not in test]
         validation = round(VALIDATION * len(rows))
-        held_out["test"] += [row for name in test for row in fixed[source][name]]
-        held_out["validation"] += [row for name in others[:validation] for row in rows[name]]
+        held_out["test"] += [fixed[source][name][0] for name in test]
+        held_out["validation"] += [rows[name][0] for name in others[:validation]]
         mine = out / "sites" / source / "train.jsonl"
         jsonl(mine, (row for name in others[validation:] for row in rows[name]))
         sites.append(_site(out, source))
@@ -161,7 +161,10 @@ def _shuffled(
 
 
 def _rows(document: str, rows: list[Table], rng: random.Random) -> list[Table]:
-    chosen = rng.sample(rows, min(RECORDS, len(rows)))
+    (first,) = rng.sample(rows, 1)
+    others = [row for row in rows if row is not first]
+    more = random.Random(f"medquad:{document}").sample(others, min(RECORDS - 1, len(others)))
+    chosen = [first, *more]
     return [
         {"document": document, "question": r["question"], "answer": r["answer"]} for r in chosen
     ]

@@ -172,7 +172,7 @@ class StrategyTable(Table):
     """How the coordinator aggregates updates, and which sites it waits for."""
 
     name: str = "fedavg"  # of this release, or of an entry point fedtune.strategies
-    weights: Literal["equal", "declared"] = "equal"  # declared: at most 4 times the median
+    weights: Literal["equal", "declared"] = "declared"  # at most 4 times the median size
     fraction: Fraction = 1.0  # of the sites asked per round; never counted as amplification
     min_sites: Number = 1  # below it the round is retried, then the study stops
     round_timeout: Annotated[Positive, Field(le=31_622_400)] = 3600.0  # seconds

@@ -68,7 +68,7 @@ unit = "record"        # "patient": all of a patient's records together; needs a
 
 [strategy]
 name = "fedavg"
-weights = "equal"      # "declared": by each site's declared_size
+weights = "declared"   # each site counts by its declared_size; "equal": all alike
 min_sites = 1          # a round with fewer is repeated, then the run stops
 round_timeout = 3600   # seconds
 

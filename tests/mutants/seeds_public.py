@@ -51,4 +51,11 @@ MUTANTS: list[Mutant] = [
         T + "test_a_round_is_the_round_written_out",
         "the second step of a round starts elsewhere than the coordinator thinks",
     ),
+    one(
+        "start", "not-in-the-plan", "fedtune/training/start.py",
+        'pinned = study.start.model_copy(update={"digest": lora.digest(adapter)})',
+        'pinned = study.start.model_copy(update={"digest": None})',
+        "tests/test_public_start.py::test_it_costs_no_epsilon_and_is_bound_by_the_digest",
+        "a site cannot tell what the study that it signed started at",
+    ),
 ]  # fmt: skip

@@ -1,0 +1,121 @@
+"""What is made of public text before the first round: bound in the plan, free of ε, reported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fedtune.config import Study, load_study
+from fedtune.config.sites import sites_in
+from fedtune.dp.plan import plan_for_site
+from fedtune.evaluation.evaluator import Evaluator
+from fedtune.models.lora import digest
+from fedtune.models.preconditioner import divided, identity_part
+from fedtune.run_folder import load_plan
+from fedtune.server import store
+from fedtune.training.start import start
+from tests.dp.conftest import study
+from tests.simulated import simulate
+from tests.test_end_to_end import PRIVATE, lay_out
+
+PUBLIC = """
+[public]
+path = "public.jsonl"
+licence = "CC0"
+columns = { prompt = "q", completion = "a" }
+"""
+START = "[start]\nsteps = 4\nlearning_rate = 0.01\n"
+PRECONDITIONER = "[lora.preconditioner]\nrank = 12\n"
+
+
+@pytest.fixture
+def laid_out(tmp_path: Path, tiny_base: Path) -> Path:
+    path = lay_out(tmp_path, tiny_base, PRIVATE)
+    path.write_text(path.read_text() + PUBLIC + START + PRECONDITIONER)
+    rows = [{"q": f"cough week {n}", "a": "yn"[n % 2]} for n in range(12)]
+    (tmp_path / "public.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_whole_run_with_both(laid_out: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    report = simulate(laid_out, sites_in(tmp_path), out)
+    plan = load_plan(out)
+    assert plan.lora and plan.lora.preconditioner and plan.start
+    progress = store.load(out, load_study(laid_out))
+    assert progress is not None
+    _, factors = divided(progress.frozen)
+    assert digest(factors) == plan.lora.preconditioner.digest
+    assert all(f.shape[1] == 12 and identity_part(f) > 1 for f in factors.values())
+    quality = report["quality"]
+    assert quality["start"]["loss"] != quality["before"]["loss"]
+    assert f"{quality['start']['loss']:.4g}" in (out / "report.md").read_text()
+    saved = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert {name.split(".")[-2] for name in saved} == {"lora_A", "lora_B"}  # plain LoRA
+    # The saved adapter, in an evaluator that knows no preconditioner, is what was measured.
+    after = Evaluator(progress.study, progress.frozen).measure(progress.adapter)
+    assert after == pytest.approx(quality["after"])
+
+
+def test_it_costs_no_epsilon_and_is_bound_by_the_digest(laid_out: Path) -> None:
+    given = load_study(laid_out)
+    made = start(given)
+    plain = start(given.changed(start=None, lora={"preconditioner": None}))
+    assert plan_for_site(made.study, 20).epsilon == plan_for_site(plain.study, 20).epsilon
+    assert made.study.start and made.study.start.digest == digest(made.adapter)
+    assert any(array.any() for array in made.adapter.values())
+    assert not any(array.any() for array in plain.adapter.values())
+    assert start(given).study.digest == made.study.digest != plain.study.digest
+    other = start(given.changed(start={"steps": 5}))
+    assert other.study.digest != made.study.digest
+    evaluator = Evaluator(made.study, made.frozen)
+    assert evaluator.measure(made.adapter) != evaluator.measure(plain.adapter)
+
+
+def test_a_run_that_is_resumed_keeps_what_it_started_at(laid_out: Path, tmp_path: Path) -> None:
+    report = simulate(laid_out, sites_in(tmp_path), tmp_path / "run")
+    again = simulate(laid_out, sites_in(tmp_path), tmp_path / "run", resume=True)
+    assert again["quality"]["start"] == report["quality"]["start"]
+    assert again["quality"]["before"] == report["quality"]["before"]
+
+
+# ------------------------------------------------------------------------------------------ heads
+
+
+def classes(base: Path, **changes: Any) -> Study:
+    objective = {"name": "classify", "labels": ["fever", "cough", "rash"], "max_length": 16}
+    body: dict[str, Any] = {
+        "base": {"model": str(base), "dtype": "float32"}, "lora": None, "objective": objective,
+        "start": {"head": "labels", "scale": 5.0},
+    }  # fmt: skip
+    return study(**(body | changes))
+
+
+def test_a_head_starts_at_the_classes_names(tiny_encoder: Path) -> None:
+    made = start(classes(tiny_encoder))
+    weight, bias = made.adapter["head.weight"], made.adapter["head.bias"]
+    assert np.allclose(np.linalg.norm(weight, axis=1), 5.0, rtol=1e-5) and not bias.any()
+    assert made.study.start and made.study.start.digest == digest(made.adapter)
+    described = start(
+        classes(
+            tiny_encoder,
+            start={"head": "labels", "scale": 5.0, "descriptions": {"rash": "red skin"}},
+        )
+    )
+    other = described.adapter["head.weight"]
+    assert not np.allclose(weight, other)
+    assert described.study.digest != made.study.digest
+
+
+def test_what_does_not_fit_is_refused(tiny_encoder: Path) -> None:
+    with pytest.raises(ValueError, match=r"start\.steps"):
+        classes(tiny_encoder, start={"steps": 3})
+    with pytest.raises(ValueError, match="descriptions"):
+        classes(tiny_encoder, start={"head": "labels", "descriptions": {"none": "x"}})
+    with pytest.raises(ValueError, match="labels"):
+        classes(tiny_encoder, objective={"name": "causal_lm"}, start={"head": "labels"})
