@@ -48,7 +48,7 @@ class Bench:
     _evaluator: Evaluator | None = None
 
     def __post_init__(self) -> None:
-        process_cache.clear("workers")
+        process_cache.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
         self.sites = self.dataset.write(self.folder / "data", self.seed)
 

@@ -52,7 +52,11 @@ def test_the_study_file_names_the_key(tmp_path: Path, tiny_base: Path) -> None:
 def test_a_trimmed_mean_takes_no_mixed_ranks(tiny_base: Path) -> None:
     plan = plan_of(tiny_base)
     trimmed = plan.model_copy(
-        update={"strategy": plan.strategy.model_copy(update={"name": "trimmed_mean"})}
+        update={
+            "strategy": plan.strategy.model_copy(
+                update={"name": "trimmed_mean", "weights": "equal"}
+            )
+        }
     )
     with pytest.raises(ConfigError, match=r"trimmed_mean cannot use lora\.min_rank"):
         strategy_of(trimmed)

@@ -30,8 +30,6 @@ def cached(name: str, maxsize: int | None = 1) -> Callable[[F], F]:
 
 
 def clear(*names: str) -> None:
-    """Empty the caches of these names, or every cache: as if the process had just begun. A cache
-    whose module is not imported yet holds nothing."""
+    """Empty the caches of these names, or every cache: as if the process had just begun."""
     for name in names or _clear:
-        if name in _clear:
-            _clear[name]()
+        _clear[name]()
