@@ -1,4 +1,4 @@
-"""Which part of an architecture is what: the one place that knows their names."""
+"""Locate text model, head, tower and projector in each supported architecture, by its names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ SIDE = 448  # pixels, the most that a base which takes any size is shown
 
 @dataclass(frozen=True)
 class Components:
-    """text: embeddings to `.last_hidden_state`; where LoRA goes. tower: (n, …) of a modality's
+    """The parts of a loaded model.
+
+    text: embeddings to `.last_hidden_state`; where LoRA goes. tower: (n, …) of a modality's
     tensors to (n, P, W), frozen. projector: (n, P, W) to (n, P', H), or None where the text attends
     to the tower's states themselves (crossed). place: the token id that a projected state fills.
     frames: P, or more. plane: the text's positions have an image's height and width (M-RoPE)."""
@@ -34,57 +36,64 @@ class Components:
     plane: bool = False
 
 
-def parts_of(whole: Any, kind: Kind) -> Components:
+def parts_of(model: Any, kind: Kind) -> Components:
     """Find text model, head, tower and projector in a loaded model of this kind."""
     if kind == "encoder":
-        return Components(whole)
+        return Components(model)
     if kind == "causal":
-        return Components(whole.model, whole.lm_head)
-    inner = whole.model
+        return Components(model.model, model.lm_head)
+    inner = model.model
     if kind == "speech":
 
-        def listen(mel: torch.Tensor) -> torch.Tensor:
-            heard: torch.Tensor = inner.encoder(mel).last_hidden_state
-            return heard
+        def encode_audio(mel: torch.Tensor) -> torch.Tensor:
+            states: torch.Tensor = inner.encoder(mel).last_hidden_state
+            return states
 
-        frames = int(whole.config.max_source_positions)
-        return Components(inner.decoder, whole.proj_out, listen, crossed=True, frames=frames)
-    place, vision = int(whole.config.image_token_id), whole.config.vision_config
+        frames = int(model.config.max_source_positions)
+        return Components(inner.decoder, model.proj_out, encode_audio, crossed=True, frames=frames)
+    place, vision = int(model.config.image_token_id), model.config.vision_config
     if hasattr(inner, "visual"):
         merger, unmerged = inner.visual.merger, with_parts(inner.visual, merger=nn.Identity())
 
-        def regard(patches: torch.Tensor) -> torch.Tensor:
+        def encode_patches(patches: torch.Tensor) -> torch.Tensor:
             grid = _grid(patches).to(patches.device)
             states: torch.Tensor = unmerged(patches.flatten(0, 1), grid_thw=grid).last_hidden_state
             return states.view(*patches.shape[:2], -1)
 
         frames = (SIDE // int(vision.patch_size)) ** 2
-        text, head = inner.language_model, whole.lm_head
-        return Components(text, head, regard, _Merger(merger), place, frames=frames, plane=True)
+        return Components(
+            text=inner.language_model,
+            lm_head=model.lm_head,
+            tower=encode_patches,
+            projector=_Merger(merger),
+            place=place,
+            frames=frames,
+            plane=True,
+        )
     frames = (int(vision.image_size) // int(vision.patch_size)) ** 2
     if hasattr(inner, "connector"):
         patch = int(vision.patch_size)
 
-        def look(pixels: torch.Tensor) -> torch.Tensor:
-            shown = pixels[:, 3].unfold(1, patch, patch).unfold(2, patch, patch)
-            seen: torch.Tensor = inner.vision_model(
-                pixel_values=pixels[:, :3], patch_attention_mask=(shown > 0).any(-1).any(-1)
+        def encode_pixels(pixels: torch.Tensor) -> torch.Tensor:
+            mask = pixels[:, 3].unfold(1, patch, patch).unfold(2, patch, patch)
+            states: torch.Tensor = inner.vision_model(
+                pixel_values=pixels[:, :3], patch_attention_mask=(mask > 0).any(-1).any(-1)
             ).last_hidden_state
-            return seen
+            return states
 
         return Components(
-            inner.text_model, whole.lm_head, look, inner.connector, place, frames=frames
+            inner.text_model, model.lm_head, encode_pixels, inner.connector, place, frames=frames
         )
 
-    def layers(pixels: torch.Tensor) -> torch.Tensor:
-        wanted = whole.config.vision_feature_layer
-        found = inner.vision_tower(pixels[:, :3], output_hidden_states=True).hidden_states
-        chosen = [found[at] for at in ([wanted] if isinstance(wanted, int) else wanted)]
-        first = int(whole.config.vision_feature_select_strategy == "default")
+    def feature_layers(pixels: torch.Tensor) -> torch.Tensor:
+        layers = model.config.vision_feature_layer
+        hidden = inner.vision_tower(pixels[:, :3], output_hidden_states=True).hidden_states
+        chosen = [hidden[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
+        first = int(model.config.vision_feature_select_strategy == "default")
         return torch.cat([states[:, first:] for states in chosen], dim=-1)
 
-    projector = inner.multi_modal_projector
-    return Components(inner.language_model, whole.lm_head, layers, projector, place, frames=frames)
+    text, projector = inner.language_model, inner.multi_modal_projector
+    return Components(text, model.lm_head, feature_layers, projector, place, frames=frames)
 
 
 class _Merger(nn.Module):
@@ -96,20 +105,20 @@ class _Merger(nn.Module):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         merger: Any = self.merger
-        near = merger.ln_q(states).reshape(len(states), -1, merger.hidden_size)
-        return merger.mlp(near)  # type: ignore[no-any-return]
+        neighbours = merger.ln_q(states).reshape(len(states), -1, merger.hidden_size)
+        return merger.mlp(neighbours)  # type: ignore[no-any-return]
 
 
 def _grid(patches: torch.Tensor) -> torch.Tensor:
-    """Of square images as (n, P, …) patches: (time, height, width) in patches, (n, 3)."""
+    """Compute (time, height, width) in patches, (n, 3), of square images given as (n, P, …)."""
     side = math.isqrt(patches.shape[1])
     return torch.tensor([[1, side, side]] * len(patches))
 
 
 def plane_positions(holes: torch.Tensor) -> torch.Tensor:
-    """(3, B, L): time, height and width of each position, as Qwen2-VL counts them, where a row's
-    `holes` (B, L) are one run that stands for a square image. What follows the image goes on after
-    its longest side. Reference: Wang et al. 2024, section 2.1 (M-RoPE)."""
+    """Compute Qwen2-VL's positions, (3, B, L): time, height and width of each token, where a row's
+    `holes` (B, L) are one run that stands for a square image. Text after the image continues from
+    the image's longest side. Reference: Wang et al. 2024, section 2.1 (M-RoPE)."""
     number = holes.sum(dim=1, keepdim=True)
     side = number.sqrt().round().long().clamp_min(1)
     nth = holes.cumsum(dim=1) - 1
@@ -121,36 +130,39 @@ def plane_positions(holes: torch.Tensor) -> torch.Tensor:
 
 
 def inputs(
-    whole: Any, kind: Kind, tensor: torch.Tensor, ids: torch.Tensor
+    model: Any, kind: Kind, tensor: torch.Tensor, ids: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """A modality's tensor of one file under the names that transformers' own model gives it.
-    ids: of the text round it, (1, L)."""
+    """Name a modality's tensor of one file as the arguments of the transformers model.
+    ids: the tokens of the record's text, (1, L)."""
     if kind == "speech":
         return {"input_features": tensor}
-    if hasattr(whole.config, "vision_start_token_id"):
-        kinds = (ids == whole.config.image_token_id).int()
-        seen = {"pixel_values": tensor.flatten(0, 1), "image_grid_thw": _grid(tensor)}
-        return {**seen, "mm_token_type_ids": kinds}
-    if hasattr(whole.config, "scale_factor"):
+    if hasattr(model.config, "vision_start_token_id"):
+        return {
+            "pixel_values": tensor.flatten(0, 1),
+            "image_grid_thw": _grid(tensor),
+            "mm_token_type_ids": (ids == model.config.image_token_id).int(),
+        }
+    if hasattr(model.config, "scale_factor"):
         return {"pixel_values": tensor[None, :, :3], "pixel_attention_mask": tensor[None, :, 3] > 0}
     return {"pixel_values": tensor[:, :3]}
 
 
 def fill(states: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """`states` (R, L, H) with row r's NaN positions filled in order with row r's `features`
-    (R, K, H); a row takes from itself alone.
+    """Fill row r's NaN positions of `states` (R, L, H), in order, with row r's `features`
+    (R, K, H).
 
+    Guarantee: a row's result depends on that row alone.
     Errors: RuntimeError where a row has another number of place-holders than features."""
     holes = states[..., 0].isnan()
     if bool((holes.sum(dim=1) != features.shape[1]).any()):
         raise RuntimeError("a record has other place-holders than its image has tokens")
     order = (holes.cumsum(dim=1) - 1).clamp_min(0)
-    taken = features.gather(1, order[:, :, None].expand(-1, -1, features.shape[2]))
-    return torch.where(holes[:, :, None], taken.to(states.dtype), states)
+    ordered = features.gather(1, order[:, :, None].expand(-1, -1, features.shape[2]))
+    return torch.where(holes[:, :, None], ordered.to(states.dtype), states)
 
 
 def with_parts(model: nn.Module, /, **modules: nn.Module) -> nn.Module:
-    """A shallow copy of `model` with some children replaced; the rest is shared, not copied."""
+    """Copy `model` shallowly with some children replaced; the others are shared, not copied."""
     twin = copy.copy(model)
     object.__setattr__(twin, "_modules", {**model._modules, **modules})
     return twin
@@ -160,7 +172,8 @@ POSITIONS = ("max_position_embeddings", "max_target_positions", "n_positions")  
 
 
 def pooled(hidden: torch.Tensor, mask: torch.Tensor, kind: Kind) -> torch.Tensor:
-    """One vector per record (B, H) fp32: the last token's; of an encoder the mean over tokens."""
+    """Pool hidden states to one vector per record, (B, H) fp32: the last token's, or of an encoder
+    the mean over tokens."""
     if kind != "encoder":
         last = mask.sum(dim=1) - 1
         return hidden[torch.arange(len(hidden), device=last.device), last].float()
@@ -173,9 +186,9 @@ def pooled(hidden: torch.Tensor, mask: torch.Tensor, kind: Kind) -> torch.Tensor
 def positions_of(model: Any) -> int | None:
     """Count the positions that a text model has; None where its config does not say."""
     sizes = (getattr(model.config, name, None) for name in POSITIONS)
-    known = [size for size in sizes if isinstance(size, int) and size > 0]
-    if not known:
+    positions = [size for size in sizes if isinstance(size, int) and size > 0]
+    if not positions:
         return None
-    # RoBERTa's way: positions are counted from the padding's own number.
-    first = getattr(getattr(model, "embeddings", None), "padding_idx", None)
-    return min(known) - (0 if first is None else first + 1)
+    # RoBERTa counts positions from padding_idx + 1.
+    padding = getattr(getattr(model, "embeddings", None), "padding_idx", None)
+    return min(positions) - (0 if padding is None else padding + 1)

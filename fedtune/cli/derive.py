@@ -201,9 +201,9 @@ def merge(
         else:
             parents = [Run(folder) for folder in runs]
             merge_runs(parents, out, rank=rank, disjoint=disjoint, measure=measure, **common)
-    body = read_report(out)
-    console.print(Markdown("\n\n".join(section(body["merge"], body["privacy"]))))
-    closing(console, out, body)
+    report = read_report(out)
+    console.print(Markdown("\n\n".join(section(report["merge"], report["privacy"]))))
+    closing(console, out, report)
 
 
 def numbers(text: str | None) -> list[float]:

@@ -1,4 +1,4 @@
-"""Records to tokens and targets, the contribution of each unit capped."""
+"""Turn records into tokens and targets, and cap the contribution of each unit."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ _PAIR = ("chosen", "rejected")
 
 
 class Unit(NamedTuple):
-    """What trains of one unit: records and their examples, numbered later; and the reasons why
-    others of its records do not."""
+    """One unit's records that train and their examples, numbered later; and the reasons why its
+    other records were rejected."""
 
     records: list[Record]
     examples: list[Example]
@@ -50,8 +50,8 @@ class UnitReader:
 
     It reads one unit at a time and holds public values alone. scored: a head reads the text to its
     end; max_records: of one unit; None: all.
-    Guarantee: which of a unit's records train, and as what, follows from that unit's records and
-    their own past alone; whatever one of them makes a library do costs that record alone."""
+    Guarantee: which of a unit's records train, and as what, depends on that unit's records and
+    their history alone; a record on which a library fails is rejected, and no other one is."""
 
     objective: ObjectiveTable
     tokenizer: PreTrainedTokenizerBase
@@ -66,7 +66,7 @@ class UnitReader:
         self, records: Sequence[Record], is_kept: Callable[[Record], bool] = lambda record: False
     ) -> Unit:
         """Read the records of one unit, in the file's order. is_kept: whether this unit trained on
-        a record before: the cap keeps these first, then those of the smallest sha256."""
+        a record before; the cap prefers these, then those of the smallest sha256."""
         rejected: list[str] = []
         examples = [(record, self._attempt(self._example, record)) for record in records]
         usable = _passed(examples, rejected)
@@ -77,13 +77,13 @@ class UnitReader:
             usable = _passed(pairs, rejected)
         return Unit([record for record, _ in usable], [e for _, e in usable], rejected)
 
-    def _attempt(self, make: Callable[..., Example], *of: Any) -> Example | str:
+    def _attempt(self, make: Callable[..., Example], *arguments: Any) -> Example | str:
         """Call `make`; return its example, or the reason why there is none."""
         try:
-            return make(*of)
+            return make(*arguments)
         except Rejected as error:
             return error.reason
-        except Exception as error:  # of a library: its words may quote the record
+        except Exception as error:  # of a library: its message may quote the record
             log.warning("a record cannot be read (%s)", type(error).__name__)
             return "cannot be read"
 
@@ -98,14 +98,15 @@ class UnitReader:
         if self.reader:
             for ids, _ in tokens:
                 self.reader.check(ids, tiles)
-        passage, *rejected_passage = (_passage(*sequence, self.scored) for sequence in tokens)
+        passages = [_passage(ids, targets, self.scored) for ids, targets in tokens]
         return Example(
-            *passage,
-            label,
-            0,
-            rejected_passage[0] if rejected_passage else None,
-            record.media,
-            tiles,
+            input_ids=passages[0].input_ids,
+            target_ids=passages[0].target_ids,
+            label=label,
+            unit=0,
+            rejected=passages[1] if len(passages) > 1 else None,
+            media=record.media,
+            tiles=tiles,
         )
 
     def _add_targets(self, record: Record, example: Example) -> Example:
@@ -130,7 +131,7 @@ def _capped(
         (not is_kept(record), hashlib.sha256(content_of(record)).hexdigest(), index)
         for index, (record, _) in enumerate(usable)
     )
-    return [usable[index] for index in sorted(index for *_, index in order[:limit])]
+    return [usable[index] for index in sorted(index for _, _, index in order[:limit])]
 
 
 def load_dataset(
@@ -153,19 +154,17 @@ def load_dataset(
     [public] and [evaluation] files hold no private records: their unit is the record.
     Errors: DataError for a path or a shape that cannot be used; if strict, as `rows` has it, and
     where fewer than two units are left.
-    Guarantee: if not strict, what a unit trains on, and whether, follows from its own rows and its
-    own past alone (UnitReader): with one unit more or less, nothing of the others changes."""
+    Guarantee: if not strict, what a unit trains on, and whether, depends on its own rows and its
+    own history alone (UnitReader): adding or removing a unit changes nothing of the others."""
     table = table_of(file)
-    objective = resolve(study.objective)
     record_format = check_columns(file, study, tokenizer, labelled, reader)
     unit = study.unit if table == "data" else "record"
-    records, rejections = read_records(file, unit=unit, labelled=labelled, strict=strict)
-    rejected = rejections.copy()
+    records, rejected = read_records(file, unit=unit, labelled=labelled, strict=strict)
     by_unit: dict[str, list[Record]] = {}
     for record in records:
         by_unit.setdefault(record.unit, []).append(record)
     cap = study.max_records_per_unit if unit == "patient" else None
-    scored = objective.outputs > 0
+    scored = resolve(study.objective).outputs > 0
     unit_reader = UnitReader(
         study.objective, tokenizer, record_format, scored, labelled, reader, soft_targets, cap
     )
@@ -173,7 +172,9 @@ def load_dataset(
     for key, unit_records in by_unit.items():
         if unit == "patient" and exclude_unit(key):
             continue
-        unit_result = unit_reader(unit_records, lambda record: is_known_member(_kept(record)))
+        unit_result = unit_reader(
+            unit_records, lambda record: is_known_member(_trained_member(record))
+        )
         rejected.update(unit_result.rejected)
         if unit_result.records:
             units[key] = unit_result
@@ -232,7 +233,8 @@ def check_columns(
 
     Evaluation records of a study on pairs or judgements are pairs. Errors: DataError."""
     table = table_of(file)
-    columns, objective, at = file.columns, study.objective, f"{table}.columns"
+    columns, objective = file.columns, study.objective
+    at = f"{table}.columns"
     record_format = resolve(objective).record_format
     if table == "data" and study.unit == "patient" and not columns.patient:
         raise no_patients(table)
@@ -315,19 +317,19 @@ def _nothing_left(path: Path, rejected: Counter[str], objective: ObjectiveTable)
     return DataError(f"{path}: all records are rejected ({counts})", "at least 2 usable ones", todo)
 
 
-def _kept(record: Record) -> bytes:
+def _trained_member(record: Record) -> bytes:
     """Return the member "this unit trains on this record"; it differs between units."""
-    whose = hashlib.sha256(unit_member(record.unit)).digest()
-    return b"kept\0" + whose + content_of(record)
+    unit_hash = hashlib.sha256(unit_member(record.unit)).digest()
+    return b"kept\0" + unit_hash + content_of(record)
 
 
 def _members(records: list[Record]) -> frozenset[bytes]:
-    """Of each record that it is its unit's; and for `fedtune doctor`, which compares datasets, the
-    record, its file and each of its longer texts, whoever's they are: the same text or file under
-    another column or shape is still the same."""
+    """Return each record's members: that its unit trains on it; and, whatever the unit, the record,
+    its file and its longer texts, by which `fedtune doctor` compares datasets even where a text or
+    file stands in another column or format."""
     members = set()
     for record in records:
-        members |= {_kept(record), b"record\0" + content_of(record)}
+        members |= {_trained_member(record), b"record\0" + content_of(record)}
         if record.media:
             members.add(b"media\0" + record.media.digest)
         members |= text_members(record)

@@ -1,4 +1,4 @@
-"""Arrays to and from Flower records, strictly: no pickle, no more memory than was sent."""
+"""Convert arrays to and from Flower records: no pickle, no more memory than was sent."""
 
 from __future__ import annotations
 
@@ -51,22 +51,23 @@ _HEADER = re.compile(
 
 
 def to_record(arrays: Mapping[str, npt.NDArray[Any]]) -> ArrayRecord:
-    """Arrays by name (little-endian NumPy .npy bodies on the wire); what is neither fp16 nor int8
+    """Encode arrays by name as little-endian NumPy .npy bodies; what is neither fp16 nor int8
     becomes fp32."""
-    return ArrayRecord({n: Array(_plain(a)) for n, a in sorted(arrays.items())})
+    return ArrayRecord({n: Array(_wire_array(a)) for n, a in sorted(arrays.items())})
 
 
-def _plain(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _wire_array(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.array(array, dtype=_TYPES.get(array.dtype.name, "<f4"), order="C")
 
 
 def bodies(record: ArrayRecord) -> dict[str, bytes]:
-    """The bytes of each array as they travel, not parsed: what a seal covers."""
+    """Return the bytes of each array as they travel, not parsed: what a seal covers."""
     return {name: array.data for name, array in record.items()}
 
 
 def check_agreed(record: ArrayRecord, agreed: Mapping[str, Form]) -> None:
-    """Compare what a record says of itself with what was agreed, before any body is read.
+    """Compare the names, types and shapes that a record declares with the agreed ones, before any
+    body is read.
 
     | more, fewer or other names         | WireError                                 |
     | another shape or type              | WireError                                 |
@@ -85,8 +86,8 @@ def check_agreed(record: ArrayRecord, agreed: Mapping[str, Form]) -> None:
 
 
 def read_agreed(record: ArrayRecord, agreed: Shapes) -> Arrays:
-    """Tensors of the `agreed` shapes, in whichever encoding they travel; nothing is read before
-    check_agreed has passed. Errors: WireError."""
+    """Decode tensors of the `agreed` shapes, in whichever encoding they travel; nothing is read
+    before check_agreed has passed. Errors: WireError."""
     encoding = record[VALUES].dtype if VALUES in record else ""
     if encoding not in GROWTH:
         raise WireError("numbers in no known encoding")
@@ -95,7 +96,7 @@ def read_agreed(record: ArrayRecord, agreed: Shapes) -> Arrays:
 
 
 def read_frozen(record: ArrayRecord, lora: LoraTable | None) -> Arrays:
-    """What a plan sends and never trains, fp32, checked before any is read: LoRA's A, of `rank`
+    """Decode the frozen arrays of a plan, fp32, checked before any is read: LoRA's A, of `rank`
     rows, where it comes from public text, and the preconditioner's W. Errors: WireError."""
     shapes = {name: tuple(array.shape) for name, array in record.items()}
     if shapes and (lora is None or (lora.a_init == "seed" and not lora.preconditioner)):
@@ -117,7 +118,7 @@ def _fits(name: str, rows: int, columns: int, lora: LoraTable) -> bool:
 
 
 def from_record(record: ArrayRecord) -> Encoded:
-    """The arrays of a record.
+    """Decode the arrays of a record.
 
     Guarantee: a body is decoded only if its own header says the record's type, C order and exactly
     the number of bytes that follow, so a small message cannot claim a large array; pickle is never
@@ -126,17 +127,17 @@ def from_record(record: ArrayRecord) -> Encoded:
 
 
 def _decode(name: str, dtype: str, data: bytes) -> npt.NDArray[Any]:
-    shown = f"array {name[:80]!r}"
+    label = f"array {name[:80]!r}"
     if data[: len(_MAGIC)] != _MAGIC or len(data) < _START:
-        raise WireError(f"{shown} is not in .npy format 1.0")
+        raise WireError(f"{label} is not in .npy format 1.0")
     start = _START + int.from_bytes(data[len(_MAGIC) : _START], "little")
     header = None
     if start <= _START + _LONGEST_HEADER:
         header = _HEADER.fullmatch(data[_START:start])
     if header is None or _TYPES.get(dtype) != header[1].decode():
-        raise WireError(f"{shown} is not plain {dtype[:20]} by its header")
+        raise WireError(f"{label} is not plain {dtype[:20]} by its header")
     shape = tuple(int(axis) for axis in header[2].split(b",") if axis.strip())
     kind = np.dtype(_TYPES[dtype])
     if len(data) - start != kind.itemsize * math.prod(shape):
-        raise WireError(f"{shown} has not the bytes of its stated shape")
+        raise WireError(f"{label} has not the bytes of its stated shape")
     return np.frombuffer(data, dtype=kind, offset=start).reshape(shape).copy()

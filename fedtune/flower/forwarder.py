@@ -1,4 +1,4 @@
-"""A site's way out: from the SuperNode on loopback to the gateway, with the site's certificate.
+"""Forward a site's SuperNode from loopback to the gateway, with the site's certificate.
 
     SuperNode ── TLS, loopback ──> forwarder ── [HTTP CONNECT proxy] ── TLS 1.3, mTLS ──> gateway
 
@@ -67,7 +67,8 @@ class Link:
 
 
 def link(site: Site, path: Path) -> Link:
-    """What site.toml's [coordinator] table and the answer say. Errors: ConfigError, Refused."""
+    """Read the link from site.toml's [coordinator] table and the answer file.
+    Errors: ConfigError, Refused."""
     table: CoordinatorTable | None = site.coordinator
     if table is None:
         raise ConfigError(
@@ -183,9 +184,9 @@ class Forwarder:
                 await asyncio.gather(*pumps, return_exceptions=True)
             await _close(writer, far_writer)
         finally:
-            for each in writers:
-                each.close()
-                each.transport.abort()  # does nothing where it is closed
+            for open_writer in writers:
+                open_writer.close()
+                open_writer.transport.abort()  # does nothing where it is closed
 
     async def _pump(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, heard: bool = False
@@ -198,7 +199,8 @@ class Forwarder:
                 await writer.drain()
 
     async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A TLS connection to the gateway. Errors: OSError, EOFError, ValueError, TimeoutError."""
+        """Open a TLS connection to the gateway.
+        Errors: OSError, EOFError, ValueError, TimeoutError."""
         async with asyncio.timeout(CONNECT_SECONDS):
             return await dial(self.link, self._proxy, self._far)
 
@@ -217,19 +219,19 @@ class Forwarder:
             verify=self._trust,
             trust_env=False,
             timeout=CONNECT_SECONDS + 5,
-            limits=httpx.Limits(max_keepalive_connections=0),  # each look with the newest leaf
+            limits=httpx.Limits(max_keepalive_connections=0),  # each poll with the newest leaf
         ) as client:
             while True:
                 try:
-                    await self._look(client)
-                except httpx.HTTPError as error:  # closed without a word
+                    await self._poll_status(client)
+                except httpx.HTTPError as error:  # closed without a reply
                     self._failed(error)
                 except (FedtuneError, OSError):  # a full disk, a lost key: the present leaf counts
                     pass
                 pause = 1.0 if self._since is not None else self._watch_seconds
                 await asyncio.sleep(min(pause, self._watch_seconds))
 
-    async def _look(self, client: httpx.AsyncClient) -> None:
+    async def _poll_status(self, client: httpx.AsyncClient) -> None:
         reply = await client.get(STATUS)
         if reply.status_code == 503:
             return  # our own: the gateway cannot be reached

@@ -22,12 +22,12 @@ MODALITIES = Group("modalities", "base.modality", __name__, Modality)  # type: i
 
 
 def reader(base: Base, tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> Reader:
-    """How `base` reads records. name: the study's base.modality.
+    """Build the reader of records for `base`. name: the study's base.modality.
 
     Errors: ModelError, ConfigError (no such modality, or an extra is not installed)."""
-    for each in [name] if name else MODALITIES.release():
-        found = MODALITIES.load(each)
-        if base.kind in found.kinds:
-            return found().reader(base, tokenizer)
+    for candidate in [name] if name else MODALITIES.release():
+        modality = MODALITIES.load(candidate)
+        if base.kind in modality.kinds:
+            return modality().reader(base, tokenizer)
     who = f"modality {name}" if name else "no modality"
     raise ModelError(f"{base.name}: {who} reads records for a base of kind {base.kind}")

@@ -1,4 +1,4 @@
-"""What a modality is."""
+"""Define the interface of a modality."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Modality(ABC):
-    """How a record becomes tensors.
+    """Turns a record into tensors.
 
     It writes place-holders into a record's text and turns its file into the tensor that the frozen
-    tower reads. All else (targets, caps, units, gradients) is as for text. kinds: of base that it
+    tower reads. Targets, caps, units and gradients are as for text. kinds: of base that it
     serves. A plan has no options for it, so fields of a subclass have defaults."""
 
     kinds: ClassVar[tuple[Kind, ...]]
 
     @abstractmethod
     def reader(self, base: Base, tokenizer: PreTrainedTokenizerBase) -> Reader:
-        """How `base` reads records. Errors: ModelError, ConfigError (an extra is missing)."""
+        """Build the reader for `base`. Errors: ModelError, ConfigError (an extra is missing)."""

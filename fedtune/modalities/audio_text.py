@@ -1,4 +1,4 @@
-"""A recording and what is said in it."""
+"""Read a recording and its transcript, for Whisper."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ _START = "<|startoftranscript|>"
 
 
 class Speech:
-    """Recordings longer than the base's window are rejected, or with overflow = "truncate" cut."""
+    """Reads recordings; those longer than the base's window are rejected, or with
+    overflow = "truncate" cut."""
 
     column: Literal["audio"] = "audio"
     starts = True
@@ -48,13 +49,13 @@ class Speech:
     def check(self, ids: list[int], tiles: int) -> None: ...
 
     def tensor(self, media: Media) -> torch.Tensor:
-        """(1, mel bins, frames)."""
+        """Compute the log-mel spectrogram, (1, mel bins, frames)."""
         samples = sound(media, self._rate)
-        found = self._extractor(samples, sampling_rate=self._rate, return_tensors="np")
-        return torch.from_numpy(np.asarray(found["input_features"], dtype=np.float32))
+        features = self._extractor(samples, sampling_rate=self._rate, return_tensors="np")
+        return torch.from_numpy(np.asarray(features["input_features"], dtype=np.float32))
 
     def generated(self, draw: np.random.Generator, like: Media | None = None) -> Media | None:
-        """White noise with a tone in it, a fifth of a second to one second."""
+        """Generate white noise with a tone in it, a fifth of a second to one second."""
         count = int(self._rate * draw.uniform(0.2, 1.0))
         tone = np.sin(np.arange(count) * draw.uniform(0.05, 1.0))
         values = (8000 * tone + 4000 * draw.standard_normal(count)).clip(-32768, 32767)
@@ -69,7 +70,7 @@ class Speech:
 
 @dataclass(frozen=True)
 class AudioText(Modality):
-    """A recording and what is said in it, for Whisper.
+    """A recording and its transcript, for Whisper.
 
     The base folder's own feature extractor makes log-mel spectrograms of one length. The decoder's
     text begins with Whisper's own start tokens; a transcript, or nothing, follows."""
@@ -81,7 +82,7 @@ class AudioText(Modality):
 
 
 def _start(tokenizer: Any) -> str:
-    """The tokens that the decoder's text begins with, as text."""
+    """Return the tokens that the decoder's text begins with, as text."""
     ids = getattr(tokenizer, "prefix_tokens", None)
     if ids:
         return "".join(tokenizer.convert_ids_to_tokens(ids))

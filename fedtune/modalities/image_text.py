@@ -1,4 +1,4 @@
-"""An image and a text about it."""
+"""Read an image and a text about it, for Idefics3, SmolVLM, LLaVA and Qwen2-VL."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _FAKE, _GLOBAL = "<fake_token_around_image>", "<global-img>"
 
 
 class Images:
-    """LLaVA's way: one tile. The place-holders go in front of the prompt (of a conversation's first
-    turn by the user), so that objective.template stands round both."""
+    """Reads an image as LLaVA does, as one tile. The place-holders go in front of the prompt (of a
+    conversation's first user message), inside objective.template."""
 
     column: Literal["image"] = "image"
     starts = False
@@ -45,26 +45,26 @@ class Images:
         if record.media is None:
             raise Rejected("missing value")
         rows, columns = self._layout(record.media)
-        held = self._text(rows, columns)
+        placeholders = self._text(rows, columns)
         if record.messages:
-            turns = list(record.messages)
-            at = [role for role, _ in turns].index("user")
-            turns[at] = ("user", held + turns[at][1])
-            return replace(record, messages=tuple(turns)), rows * columns + 1
-        return replace(record, prompt=held + record.prompt), rows * columns + 1
+            messages = list(record.messages)
+            first = [role for role, _ in messages].index("user")
+            messages[first] = ("user", placeholders + messages[first][1])
+            return replace(record, messages=tuple(messages)), rows * columns + 1
+        return replace(record, prompt=placeholders + record.prompt), rows * columns + 1
 
     def check(self, ids: list[int], tiles: int) -> None:
-        found, expected = ids.count(self._id), tiles * self._run
-        if found != expected:
-            raise Rejected("too long" if found < expected else "image token in the text")
+        actual, expected = ids.count(self._id), tiles * self._run
+        if actual != expected:
+            raise Rejected("too long" if actual < expected else "image token in the text")
 
     def tensor(self, media: Media) -> torch.Tensor:
-        """(tiles, 4, height, width): colours, and 1 where there is image, 0 on padding."""
+        """Compute (tiles, 4, height, width): colours, and a mask that is 0 on padding."""
         pixels = self._processor(images=[picture(media)], return_tensors="pt")["pixel_values"]
         return torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1).float()
 
     def generated(self, draw: np.random.Generator, like: Media | None = None) -> Media | None:
-        """Noise: square, wide or high, so that records have different numbers of tiles."""
+        """Generate noise: square, wide or high, so that records differ in their number of tiles."""
         from PIL import Image
 
         shapes = ((24, 24), (24, 72), (72, 24))
@@ -75,12 +75,12 @@ class Images:
         return Media("image", file.getvalue(), hashlib.sha256(file.getvalue()).digest())
 
     def _run_of(self, config: Any) -> int:
-        """How many image tokens stand for one tile."""
+        """Count the image tokens that stand for one tile."""
         patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
         return int(patches) + int(config.vision_feature_select_strategy == "full")
 
     def _layout(self, media: Media) -> tuple[int, int]:
-        """Rows and columns of tiles besides the whole image; 0, 0 where it is not split."""
+        """Count rows and columns of tiles besides the whole image; 0, 0 where it is not split."""
         return 0, 0
 
     def _text(self, rows: int, columns: int) -> str:
@@ -88,15 +88,15 @@ class Images:
 
 
 class Tiled(Images):
-    """Idefics3's and SmolVLM's way: the whole image, and where it is large its tiles."""
+    """Reads an image as Idefics3 and SmolVLM do: the whole image, and its tiles if it is large."""
 
     def __init__(self, base: Base, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(base, tokenizer)
         self._layouts: dict[bytes, tuple[int, int]] = {}
 
     def tensor(self, media: Media) -> torch.Tensor:
-        found = self._processor(images=[[picture(media)]], return_tensors="pt")
-        pixels, mask = found["pixel_values"][0], found["pixel_attention_mask"][0]
+        processed = self._processor(images=[[picture(media)]], return_tensors="pt")
+        pixels, mask = processed["pixel_values"][0], processed["pixel_attention_mask"][0]
         return torch.cat([pixels, mask[:, None].to(pixels)], dim=1).float()
 
     def _run_of(self, config: Any) -> int:
@@ -105,24 +105,25 @@ class Tiled(Images):
 
     def _layout(self, media: Media) -> tuple[int, int]:
         if media.digest not in self._layouts:
-            found = self._processor(images=[[picture(media)]], return_row_col_info=True)
-            self._layouts[media.digest] = int(found["rows"][0][0]), int(found["cols"][0][0])
+            processed = self._processor(images=[[picture(media)]], return_row_col_info=True)
+            rows, columns = int(processed["rows"][0][0]), int(processed["cols"][0][0])
+            self._layouts[media.digest] = rows, columns
         return self._layouts[media.digest]
 
     def _text(self, rows: int, columns: int) -> str:
-        """As Idefics3Processor.replace_image_token writes it."""
+        """Write the image tokens as Idefics3Processor.replace_image_token does."""
         run = self._token * self._run
-        whole = f"{_FAKE}{_GLOBAL}{run}{_FAKE}"
+        whole_image = f"{_FAKE}{_GLOBAL}{run}{_FAKE}"
         lines = (
             "".join(f"{_FAKE}<row_{row + 1}_col_{column + 1}>{run}" for column in range(columns))
             for row in range(rows)
         )
-        return "".join(line + "\n" for line in lines) + ("\n" if rows else "") + whole
+        return "".join(line + "\n" for line in lines) + ("\n" if rows else "") + whole_image
 
 
 class Square(Images):
-    """Qwen2-VL's way, on one square: the largest of at most SIDE pixels that the base's processor
-    leaves as it is, the image in its middle, the mean colour round it."""
+    """Reads an image as Qwen2-VL does, on one square: the largest of at most SIDE pixels that the
+    base's processor does not resize, the image centred on the mean colour."""
 
     def __init__(self, base: Base, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(base, tokenizer)
@@ -130,14 +131,14 @@ class Square(Images):
         self._marks: list[str] = list(tokenizer.convert_ids_to_tokens(marks))
 
     def tensor(self, media: Media) -> torch.Tensor:
-        """(1, P, values of a patch)."""
+        """Compute the patches, (1, P, values of a patch)."""
         from PIL import ImageOps
 
         prepare = self._processor
         side = math.isqrt(self._run) * prepare.patch_size * prepare.merge_size
-        grey = tuple(round(255 * mean) for mean in prepare.image_mean)
-        shown = ImageOps.pad(picture(media), (side, side), color=grey)
-        patches: torch.Tensor = prepare(images=[shown], return_tensors="pt")["pixel_values"]
+        mean_colour = tuple(round(255 * mean) for mean in prepare.image_mean)
+        padded = ImageOps.pad(picture(media), (side, side), color=mean_colour)
+        patches: torch.Tensor = prepare(images=[padded], return_tensors="pt")["pixel_values"]
         return patches[None].float()
 
     def _run_of(self, config: Any) -> int:
@@ -159,10 +160,10 @@ class Square(Images):
 class ImageText(Modality):
     """An image and a text about it, for Idefics3, SmolVLM, LLaVA and Qwen2-VL.
 
-    The base folder's own image processor resizes, normalises and, where it says so, splits an image
-    into tiles. For each tile the text holds a run of image tokens, which the network fills in with
-    what its tower and projector make of that tile. Qwen2-VL takes an image of any size; here it is
-    always shown on one square, so that where the text stands does not depend on the image."""
+    The base folder's own image processor resizes, normalises and, where so configured, splits an
+    image into tiles. For each tile the text holds a run of image tokens, which the network replaces
+    by its projected tower states. Qwen2-VL takes an image of any size; here it is always padded to
+    one square, so that the positions of the text do not depend on the image."""
 
     kinds = ("image_text",)
 

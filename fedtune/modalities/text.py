@@ -1,4 +1,4 @@
-"""Text alone."""
+"""Read records of text alone."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ KINDS = frozenset({
     "query.prepare", "query.evaluate", "query", "train", "evaluate", "connection", "serverapp",
     "superlink", "supernode", "gateway", "forwarder",
 })
-LOGGABLE = frozenset(name for name, each in METRICS.items() if each.loggable)
+LOGGABLE = frozenset(name for name, metric in METRICS.items() if metric.loggable)
 # Of a reason, the first of these that it contains is logged.
 PHRASES = (
     "policy.max_epsilon_per_study", "policy.max_epsilon", "policy.max_delta",

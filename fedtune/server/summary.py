@@ -47,7 +47,7 @@ def report(progress: Progress, parts: Dependencies) -> dict[str, Any]:
     )
     private = isinstance(study.privacy, PrivacyTable)
     extra = {"lora_ranks": _ranks(progress), "weights": _capped(progress)}
-    return {key: found for key, found in extra.items() if found} | {
+    return {key: by_site for key, by_site in extra.items() if by_site} | {
         "fedtune": fedtune.__version__,
         "study": study.study.name,
         "plan_digest": study.digest,

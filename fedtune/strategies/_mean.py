@@ -1,4 +1,4 @@
-"""A weighted mean that holds its running sum and, for a moment, a few updates."""
+"""Compute a weighted mean as a running sum, with a few updates buffered."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from fedtune.strategies._base import Arrays, State
 
-_WAITING = 64 * 2**20  # bytes of updates that are added up together, the sum read once for all
+_BUFFER = 64 * 2**20  # bytes of updates that are added up in one pass over the sum
 _BLOCK = 2**17  # numbers in work at once, in fp64: long enough for two threads, and in the cache
 _THREADS = min(4, os.cpu_count() or 1)
 
@@ -33,41 +33,42 @@ class RunningMean:
     def __init__(self) -> None:
         self._sum: State = {}
         self._weight = 0.0
-        self._waiting: list[tuple[Arrays, float]] = []
+        self._buffer: list[tuple[Arrays, float]] = []
         self._bytes = 0
 
     def add(self, update: Arrays, weight: float) -> None:
-        self._waiting.append((update, weight))
+        self._buffer.append((update, weight))
         self._weight += weight
         self._bytes += sum(array.nbytes for array in update.values())
-        if self._bytes >= _WAITING:
+        if self._bytes >= _BUFFER:
             self._add_up()
 
     def take(self) -> State | None:
-        """The mean, or None where nothing was added; starts over."""
+        """Return the mean, or None where nothing was added, and start over."""
         self._add_up()
         total, weight = self._sum, self._weight
         self._sum, self._weight = {}, 0.0
         return {name: array / weight for name, array in total.items()} if weight else None
 
     def _add_up(self) -> None:
-        waiting, self._waiting, self._bytes = self._waiting, [], 0
+        updates = self._buffer
+        self._buffer, self._bytes = [], 0
         blocks: list[_Block] = []
-        for name in dict.fromkeys(name for update, _ in waiting for name in update):
-            terms = [(u[name].reshape(-1), weight) for u, weight in waiting if name in u]
-            shape = next(u[name].shape for u, _ in waiting if name in u)
+        for name in dict.fromkeys(name for update, _ in updates for name in update):
+            terms = [(u[name].reshape(-1), weight) for u, weight in updates if name in u]
+            shape = next(u[name].shape for u, _ in updates if name in u)
             total = self._sum.setdefault(name, np.zeros(shape)).reshape(-1)
-            for at in range(0, len(total), _BLOCK):
-                part = slice(at, at + _BLOCK)
+            for start in range(0, len(total), _BLOCK):
+                part = slice(start, start + _BLOCK)
                 blocks.append(_Block(total[part], [(array[part], w) for array, w in terms]))
-        with ThreadPoolExecutor(_THREADS) as pool:  # numpy lets go of the interpreter in each block
-            list(pool.map(_accumulate, [blocks[at::_THREADS] for at in range(_THREADS)]))
+        with ThreadPoolExecutor(_THREADS) as pool:  # numpy releases the GIL in each block
+            list(pool.map(_accumulate, [blocks[n::_THREADS] for n in range(_THREADS)]))
 
 
 def _accumulate(blocks: list[_Block]) -> None:
-    exact = np.empty(_BLOCK)
+    scratch = np.empty(_BLOCK)
     for total, terms in blocks:
-        term = exact[: len(total)]
+        term = scratch[: len(total)]
         for array, weight in terms:
             term[...] = array
             if weight != 1.0:

@@ -116,7 +116,9 @@ def test_a_memory_that_patients_share_is_caught(
     jsonl: Jsonl, study: MakeStudy, tokenizer: Tok, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The twin: kept before, by anybody."""
-    monkeypatch.setattr(tokens, "_kept", lambda record: b"kept" + tokens.content_of(record))
+    monkeypatch.setattr(
+        tokens, "_trained_member", lambda record: b"kept" + tokens.content_of(record)
+    )
     with pytest.raises(AssertionError):
         test_what_a_patient_keeps_follows_from_that_patients_past_alone(jsonl, study, tokenizer)
 

@@ -26,7 +26,8 @@ T_ALONE = (
 MUTANTS = (
     one(
         31, "patients-share-the-caps-memory", TOKENS,
-        'return b"kept\\0" + whose + content_of(record)', 'return b"kept\\0" + content_of(record)',
+        'return b"kept\\0" + unit_hash + content_of(record)',
+        'return b"kept\\0" + content_of(record)',
         "tests/data/test_data_units.py::"
         "test_what_a_patient_keeps_follows_from_that_patients_past_alone",
         "one patient's boilerplate decides which notes of others train",
@@ -88,7 +89,7 @@ MUTANTS = (
     ),
     one(
         33, "a-librarys-error-is-everybodys", TOKENS,
-        "        except Exception as error:  # of a library: its words may quote the record\n",
+        "        except Exception as error:  # of a library: its message may quote the record\n",
         "        except ArithmeticError as error:\n", T_ALONE,
         "one record that a tokenizer chokes on switches the site to noise",
     ),

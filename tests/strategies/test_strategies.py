@@ -194,7 +194,7 @@ def test_fedadam_refuses_another_strategys_state():
 
 @pytest.mark.parametrize("waiting, block", [(1, 2), (60, 2), (10**9, 2), (60, 2**15)])
 def test_the_mean_is_that_of_one_fp64_sum(monkeypatch, waiting, block):
-    monkeypatch.setattr(_mean, "_WAITING", waiting)
+    monkeypatch.setattr(_mean, "_BUFFER", waiting)
     monkeypatch.setattr(_mean, "_BLOCK", block)
     updates, weights = [draw(k) for k in range(11)], [1.0, 0.25, 7.0] * 4
     mean = RunningMean()
@@ -212,7 +212,7 @@ def test_the_mean_is_that_of_one_fp64_sum(monkeypatch, waiting, block):
 
 def test_a_running_mean_holds_few_updates_however_many_come(monkeypatch):
     each = sum(array.nbytes for array in draw(0).values())
-    monkeypatch.setattr(_mean, "_WAITING", 3 * each)
+    monkeypatch.setattr(_mean, "_BUFFER", 3 * each)
     mean, alive = RunningMean(), []
     for k in range(20):
         update = draw(k)
