@@ -1,7 +1,7 @@
-"""Empirical audits: what an attacker finds, beside what is claimed, on generated data alone.
+"""Audit a claimed ε empirically: attack a study on generated records alone.
 
-An audit gives a LOWER bound on ε. It can show that a claim is broken, never that it holds: that is
-the proof's work."""
+An audit gives a LOWER bound on ε. It can show that a claim is false, never that it holds; only the
+proof does."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _report(run: Run, study: Study) -> dict[str, Any]:
 
 
 def _as_it_ran(plan: DpPlan, report: dict[str, Any]) -> DpPlan:
-    """`plan` with the weakest σ and the largest C that a site's step log counted."""
+    """Return `plan` with the smallest σ and the largest C that any site's step log counted."""
     sites = list((report.get("privacy") or {}).get("sites", {}).values())
     sigmas = [s["noise_multiplier"] for s in sites if s.get("noise_multiplier")]
     norms = [s["max_grad_norm"] for s in sites if s.get("max_grad_norm")]

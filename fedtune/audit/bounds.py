@@ -1,4 +1,4 @@
-"""From counted guesses to a lower bound on ε."""
+"""Compute lower bounds on ε from an attacker's error counts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from scipy.stats import beta, binom  # type: ignore[import-untyped]
 
 
 def rate_upper(errors: int, trials: int, confidence: float) -> float:
-    """Clopper–Pearson: with this confidence an error rate is at most this (one-sided)."""
+    """Compute the one-sided Clopper–Pearson upper bound on an error rate."""
     if not 0 <= errors <= trials or trials < 1:
         raise ValueError("errors must be between 0 and the number of trials")
     if errors == trials:
@@ -18,9 +18,10 @@ def rate_upper(errors: int, trials: int, confidence: float) -> float:
 
 
 def gaussian_mu(false_alarms: int, misses: int, trials: int, confidence: float) -> float:
-    """Lower bound on μ of a Gaussian trade-off from a test's two error counts, each of `trials`.
+    """Bound μ of a Gaussian trade-off from below by a test's two error counts, each of `trials`.
 
-    β ≥ Φ(Φ⁻¹(1-α) - μ), so μ ≥ -Φ⁻¹(α) - Φ⁻¹(β); each rate takes half the doubt. At least 0.
+    β ≥ Φ(Φ⁻¹(1-α) - μ), so μ ≥ -Φ⁻¹(α) - Φ⁻¹(β); each rate is bounded at half of 1 - confidence.
+    At least 0.
     Reference: Dong, Roth & Su 2022, definition 2.6; Nasr et al. 2023, section 4."""
     half = 1 - (1 - confidence) / 2
     alpha = rate_upper(false_alarms, trials, half)
@@ -29,9 +30,9 @@ def gaussian_mu(false_alarms: int, misses: int, trials: int, confidence: float) 
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
-    """ε at δ of a Gaussian mechanism of sensitivity over deviation μ, exact.
+    """Compute the exact ε at δ of a Gaussian mechanism with μ = sensitivity / standard deviation.
 
-    | nothing told apart (μ = 0, or δ covers it) | 0.0 |
+    | μ = 0, or (0, δ)-DP already | 0.0 |
     Reference: Balle & Wang 2018, theorem 8."""
     if mu <= 0 or _delta(0.0, mu) <= delta:
         return 0.0
@@ -50,31 +51,31 @@ def _delta(epsilon: float, mu: float) -> float:
 
 
 def one_run_epsilon(m: int, guesses: int, correct: int, delta: float, confidence: float) -> float:
-    """Lower bound on ε from `correct` of `guesses` about m independent fair coins, one run; 0.0
-    where guessing blindly explains it.
+    """Bound ε from below by `correct` of `guesses` about m independent fair coins in one run; 0.0
+    where random guessing explains them.
 
     Reference: Steinke, Nasr & Jagielski 2023, theorem 5.2 and appendix D."""
     if not 0 <= correct <= guesses <= m:
         raise ValueError("correct must be at most guesses, and guesses at most m")
-    doubt = 1 - confidence
-    if _one_run_p(m, guesses, correct, 0.0, delta) >= doubt:
+    significance = 1 - confidence
+    if _one_run_p(m, guesses, correct, 0.0, delta) >= significance:
         return 0.0
     low, high = 0.0, 1.0
-    while _one_run_p(m, guesses, correct, high, delta) < doubt:
+    while _one_run_p(m, guesses, correct, high, delta) < significance:
         low, high = high, high + 1
     for _ in range(40):
         middle = (low + high) / 2
-        surprised = _one_run_p(m, guesses, correct, middle, delta) < doubt
-        low, high = (middle, high) if surprised else (low, middle)
+        rejected = _one_run_p(m, guesses, correct, middle, delta) < significance
+        low, high = (middle, high) if rejected else (low, middle)
     return low
 
 
 def _one_run_p(m: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
-    """How probable so many correct guesses are at most, if (ε, δ) holds."""
-    right = 1 / (1 + math.exp(-epsilon))
-    tail = float(binom.sf(correct - 1, guesses, right))
+    """Bound the p-value of so many correct guesses under (ε, δ)-DP from above."""
+    p_correct = 1 / (1 + math.exp(-epsilon))
+    tail = float(binom.sf(correct - 1, guesses, p_correct))
     mass = steepest = 0.0
-    masses = binom.pmf(range(correct), guesses, right)
+    masses = binom.pmf(range(correct), guesses, p_correct)
     for back in range(1, correct + 1):
         mass += float(masses[correct - back])
         steepest = max(steepest, mass / back)

@@ -1,4 +1,4 @@
-"""One training run with canaries that fair coins put in or leave out: how many can be told."""
+"""Audit one training run: guess which canaries fair coins have included."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fedtune.training.unit_gradients import UnitGradientEngine
 
 # Fixed before anything is measured.
 CANARIES = 1024
-GUESSED = 0.25  # of the canaries: the surest guesses, half "in", half "out"
+GUESSED = 0.25  # of the canaries: the most confident guesses, half "in", half "out"
 MOST_STEPS = 20  # the claim is that of the steps that ran
 
 
@@ -75,12 +75,10 @@ def one_run(
     plan = plan_for_site(study, canaries)
     canary_units = _canaries(study, network, canaries)
     engine = UnitGradientEngine(
-        *(
-            CachedDataset(network, canary_units),
-            resolve(study.objective),
-            study.sampling_unit,
-            study.training.engine,
-        )
+        CachedDataset(network, canary_units),
+        resolve(study.objective),
+        study.sampling_unit,
+        study.training.engine,
     )
     norms = engine.matrix(range(engine.n_rows)).norm(dim=1)
     plan = replace(plan, max_grad_norm=float(norms.median()) / 4)
@@ -118,11 +116,11 @@ def _result(
 
 
 class _Attacker:
-    """Linear estimate of who took part: noised sums on the canaries' clipped gradients.
+    """Estimates which canaries took part, by regressing noised sums on their clipped gradients.
 
-    Each sum is q G'b + noise, and the noise's deviation is what is left outside the span of G, so
-    that a run with less noise than claimed is read as sharply as it can be. The posterior mean of
-    the coins b under a Gaussian prior of variance 1/4 is the best linear score, and rounds add up.
+    Each sum is q G'b + noise. The noise's standard deviation is estimated outside the span of G, so
+    that a run with less noise than claimed is attacked at its actual noise. The posterior mean of
+    the coins b under a Gaussian prior of variance 1/4 is the best linear score; rounds add up.
     """
 
     def __init__(self, plan: DpPlan, canaries: int) -> None:
@@ -132,7 +130,8 @@ class _Attacker:
         self._evidence = np.zeros(canaries)
 
     def observe(self, gradients: torch.Tensor, noised_sum: np.ndarray) -> None:
-        """gradients (canaries, d): what each adds when it is drawn; noised_sum (d,)."""
+        """Add one step's evidence. gradients (canaries, d): what each adds when it is drawn;
+        noised_sum (d,)."""
         expected = gradients.numpy() * self._rate
         gram, projection = expected @ expected.T, expected @ noised_sum
         ridge = 1e-9 * np.trace(gram) / len(gram) * np.eye(len(gram))
@@ -160,13 +159,13 @@ def _only(everyone: Dataset, coins: np.ndarray) -> Dataset:
 
 
 def _clipped(engine: UnitGradientEngine, everyone: Dataset, plan: DpPlan) -> torch.Tensor:
-    """(canaries, d) fp64: each unit's clipped contribution, its rows added up."""
+    """Compute each unit's clipped contribution, the sum of its rows; fp64 (canaries, d)."""
     rows = engine.matrix(range(engine.n_rows))
     parts = clip.clip(rows, plan.max_grad_norm, plan.clipping, plan.gamma)
     return parts.view(everyone.n_units, plan.records, -1).sum(dim=1)
 
 
 def _sum(update: Arrays, adapter: Arrays, plan: DpPlan, learning_rate: float) -> np.ndarray:
-    """The noised sum (d,) behind one SGD step."""
+    """Recover the noised sum (d,) from one SGD step's update."""
     flat = np.concatenate([update[name].ravel() for name in sorted(adapter)])
     return flat.astype(np.float64) * (-plan.divisor / learning_rate)

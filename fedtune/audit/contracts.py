@@ -1,4 +1,4 @@
-"""Contracts of every plug-in, measured on generated records: for those of this release by the
+"""Check the contracts of every plug-in on generated records: for those of this release in the
 tests, for those of another distribution by `fedtune check-plugin`."""
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ def check(
 ) -> Iterator[Result]:
     """Measure a plug-in against each contract of its group, one result after another.
 
-    base: whose architecture an objective or a modality is tried on; None: a small random text
+    base: whose architecture an objective or a modality is tested on; None: a small random text
     model. file: what a source reads; less: the same with one record left out, where its rows are
-    not its lines. No record of a site is touched, nothing is charged.
+    not its lines. No record of a site is read, nothing is charged.
     Errors: ConfigError where there is no such plug-in, or an option that it does not have."""
     options = options or {}
     plugin = GROUPS[group].build(name, options)
     if group == "objectives":
-        yield from _with_base(base, lambda found: objective(name, options, found))
+        yield from _with_base(base, lambda model: objective(name, options, model))
     elif group == "modalities":
-        yield from _with_base(base, lambda found: modality(name, found))
+        yield from _with_base(base, lambda model: modality(name, model))
     elif group == "strategies":
         yield from strategy(lambda: STRATEGIES.build(name, options))
     elif group == "trackers":
@@ -74,12 +74,12 @@ def check(
         yield from source(plugin, file, less)
 
 
-def _with_base(base: str | None, checks: Callable[[str], Iterator[Result]]) -> Iterator[Result]:
+def _with_base(base: str | None, contracts: Callable[[str], Iterator[Result]]) -> Iterator[Result]:
     if base is not None:
-        yield from checks(base)
+        yield from contracts(base)
         return
     with tempfile.TemporaryDirectory(prefix="fedtune-check-") as folder:
-        yield from checks(str(random_base(Path(folder))))
+        yield from contracts(str(random_base(Path(folder))))
 
 
 # ------------------------------------------------------------- objectives and modalities
@@ -92,7 +92,7 @@ def study_for(
     modality: str | None = None,
     engine: str = "auto",
 ) -> Study:
-    """A private study on `base`: patients, an adapter in the last two blocks."""
+    """Make a private study on `base`: unit patient, an adapter in the last two blocks."""
     table: dict[str, object] = {"name": name, "options": dict(options or {}), "max_length": 64}
     if OBJECTIVES.build(name, options or {}).record_format == "label":
         table["labels"] = ["yes", "no", "maybe"]
@@ -127,7 +127,7 @@ def objective(name: str, options: Mapping[str, Any], base: str) -> Iterator[Resu
 
 @torch.no_grad()
 def malformed_losses(study: Study, data: CachedDataset) -> float:
-    """How many batches have other losses than one finite fp32 number for each record."""
+    """Count the batches whose losses are not one finite fp32 number for each record."""
     objective, wrong = resolve(study.objective), 0
     for batch in data.batches(range(len(data.dataset.examples))):
         losses = objective.losses(data.network, batch)
@@ -138,7 +138,7 @@ def malformed_losses(study: Study, data: CachedDataset) -> float:
 
 @torch.no_grad()
 def unrepeatable(study: Study, data: CachedDataset) -> float:
-    """The most that a loss differs when it is computed again."""
+    """Compute the largest difference of a loss when it is computed again."""
     objective, largest = resolve(study.objective), 0.0
     for batch in data.batches(range(len(data.dataset.examples))):
         again = objective.losses(data.network, batch) - objective.losses(data.network, batch)
@@ -148,7 +148,7 @@ def unrepeatable(study: Study, data: CachedDataset) -> float:
 
 @torch.no_grad()
 def moved_by_company(study: Study, data: CachedDataset) -> float:
-    """The most that a loss beside others differs from the same alone, in the loss or 1."""
+    """Compute the largest relative difference of a loss in a batch from the same alone."""
     objective, largest = resolve(study.objective), 0.0
     for batch in data.batches(range(len(data.dataset.examples))):
         together = objective.losses(data.network, batch)
@@ -174,7 +174,7 @@ def modality(name: str, base: str) -> Iterator[Result]:
 
 
 def _placed(study: Study, network: Network) -> float:
-    """How many generated records fail the modality's own check."""
+    """Count the generated records that fail the modality's own check."""
     wrong = 0
     for seed in range(8):
         shown = generate_file(network, study.objective, np.random.default_rng(seed))
@@ -186,15 +186,15 @@ def _placed(study: Study, network: Network) -> float:
 
 
 def _too_few(study: Study, network: Network) -> float:
-    """How many records pass that lack a place-holder; 0 where the text has none."""
+    """Count the records that pass though they lack a place-holder; 0 where the text has none."""
     passed = 0
     for seed in range(8):
         shown = generate_file(network, study.objective, np.random.default_rng(seed))
-        held = [at for at, token in enumerate(shown.ids) if token in network.reader.avoid]
-        if not held:
+        first = next((at for at, t in enumerate(shown.ids) if t in network.reader.avoid), None)
+        if first is None:
             continue
         try:
-            network.reader.check(shown.ids[: held[0]] + shown.ids[held[0] + 1 :], shown.tiles)
+            network.reader.check(shown.ids[:first] + shown.ids[first + 1 :], shown.tiles)
             passed += 1
         except Rejected:
             continue
@@ -202,7 +202,7 @@ def _too_few(study: Study, network: Network) -> float:
 
 
 def _tensors(study: Study, network: Network) -> float:
-    """How many generated files become a tensor of another form than promised."""
+    """Count the generated files whose tensor is malformed or differs between two calls."""
     wrong, reader = 0, network.reader
     for seed in range(8):
         draw = np.random.default_rng(seed)
@@ -250,14 +250,14 @@ def _round(strategy: Strategy, adapter: Arrays, updates: list[Arrays]) -> Arrays
     return strategy.apply(adapter)
 
 
-def _apart(left: Mapping[str, Any], right: Mapping[str, Any]) -> float:
-    """The largest difference, in the largest value or 1; infinite where the names differ."""
-    if left.keys() != right.keys():
+def _apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
+    """Compute the largest relative difference; infinite where the names differ."""
+    if a.keys() != b.keys():
         return math.inf
     largest = 0.0
-    for name, array in left.items():
+    for name, array in a.items():
         scale = max(1.0, float(np.abs(array).max(initial=0.0)))
-        gap = float(np.abs(array - right[name]).max(initial=0.0)) / scale
+        gap = float(np.abs(array - b[name]).max(initial=0.0)) / scale
         largest = max(largest, math.inf if math.isnan(gap) else gap)
     return largest
 
@@ -282,14 +282,14 @@ def _identical(made: Callable[[], Strategy]) -> float:
 def _order(made: Callable[[], Strategy]) -> float:
     worst = 0.0
     for count, seed in itertools.product((2, 3, 6), range(5)):
-        one, other, adapter = made(), made(), _arrays(999)
-        sent = [(_arrays(seed + k), 1.0 + k) for k in range(count)]
-        for update, weight in sent:
-            one.add(update, weight)
+        in_order, shuffled, adapter = made(), made(), _arrays(999)
+        updates = [(_arrays(seed + k), 1.0 + k) for k in range(count)]
+        for update, weight in updates:
+            in_order.add(update, weight)
         for k in np.random.default_rng(seed).permutation(count):
-            other.add(*sent[k])
-        worst = max(worst, _apart(one.apply(adapter), other.apply(adapter)))
-        if _apart(one.state(), other.state()) > 1e-12:
+            shuffled.add(*updates[k])
+        worst = max(worst, _apart(in_order.apply(adapter), shuffled.apply(adapter)))
+        if _apart(in_order.state(), shuffled.state()) > 1e-12:
             return math.inf
     return worst
 
@@ -358,7 +358,7 @@ def _one_less(plugin: Source, file: Path, copied: Path, less: Path | None) -> fl
 
 
 def _broken(plugin: Source, copied: Path) -> float:
-    """How many broken files escape as another error than a DataError, or are quoted in one."""
+    """Count the broken files that raise anything but a DataError, or that a message quotes."""
     wrong, draw = 0, np.random.default_rng(0)
     for prefix in (None, b"", draw.bytes(4096), b'"'):
         copied.write_bytes(b"" if prefix is None else prefix + SECRET.encode())

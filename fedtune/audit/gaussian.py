@@ -1,4 +1,4 @@
-"""One noised step against a worst-case unit: an empirical lower bound on that step's ε."""
+"""Audit one noised step against a worst-case unit: an empirical lower bound on its ε."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DIMENSION, OTHERS = 64, 3
 class OneStep:
     """claimed: ε of ONE step with every unit in it, at `delta`; audited: its lower bound at 95 %;
     ceiling: the same at 99.9 %. broken: the ceiling is above the claim. weak: the bound stayed
-    below 80 % of a claim of at least 3, so the step is not what was described, or was not tested.
+    below 80 % of a claim of at least 3, so the step is not the one claimed, or was not tested.
     """
 
     trials: int
@@ -55,12 +55,12 @@ class OneStep:
 
 
 def one_step(plan: DpPlan, trials: int = 10_000, dimension: int = DIMENSION) -> OneStep:
-    """`trials` steps of `plan` with a canary and as many without, told apart by one projection.
+    """Run `trials` steps of `plan` with a canary and as many without; separate by one projection.
 
     The canary is a unit whose k rows all point the same way and are longer than C, among three
-    generated units that the attacker knows. Every unit is in the step (q = 1): whether sampling
-    hides a unit is the sampler's own test, and the claim is taken at q = 1 too. The threshold is
-    half of the move that the plan allows, μ/2: from theory, fixed before a trial is run.
+    generated units that the attacker knows. Every unit is in the step (q = 1), and the claim is
+    taken at q = 1 too; the sampler has its own test. The threshold is half of the shift that the
+    plan allows, μ/2: from theory, fixed before a trial is run.
     Guarantee: the steps are the shipped ones; their log lines go to memory, because they touch no
     record. A right step is called broken with probability below 10⁻⁵.
     Errors: ValueError on trials < 1.
@@ -100,7 +100,7 @@ def one_step(plan: DpPlan, trials: int = 10_000, dimension: int = DIMENSION) -> 
 
 
 def _expected_sum(plan: DpPlan, others: np.ndarray) -> np.ndarray:
-    """What the attacker expects of the units that he knows: their clipped sum."""
+    """Compute the clipped sum of the units that the attacker knows."""
     norms = np.linalg.norm(others, axis=1, keepdims=True)
     c = plan.max_grad_norm
     flat = plan.clipping == "flat"

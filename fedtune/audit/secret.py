@@ -1,4 +1,4 @@
-"""Does a released adapter know a generated secret better than the secrets it could have been?"""
+"""Measure the exposure of generated secrets in a released adapter."""
 
 from __future__ import annotations
 
@@ -52,15 +52,15 @@ class Exposure:
 
 
 def planted(study: Study, secrets: int = SECRETS) -> list[dict[str, str]]:
-    """Rows that hold the secrets, to put among GENERATED records before a run: prompt and
+    """Generate rows that hold the secrets, to put among GENERATED records before a run: prompt and
     completion, or text and label; each its own patient. They follow from the study's public seed,
-    so they are secret from nobody and must never stand in for a real record."""
+    so anybody can compute them: never use them in place of real records."""
     return [_row(study, at, number) for at, number in enumerate(_numbers(study, secrets, 1)[:, 0])]
 
 
 def exposure(network: Network, study: Study, secrets: int = SECRETS, pool: int = POOL) -> Exposure:
-    """Exposure of the planted secrets in `network` as it stands, each ranked by its loss among
-    random secrets of the same form.
+    """Rank each planted secret by its loss in `network` among random secrets of the same form, and
+    return their exposure.
 
     | the secrets were not planted | the mean is that of chance |
     Errors: DataError where the study's tokenizer or length cannot hold such a record.
@@ -95,30 +95,28 @@ def exposure(network: Network, study: Study, secrets: int = SECRETS, pool: int =
 
 
 def _bits(losses: np.ndarray) -> np.ndarray:
-    """Exposure of each row's first column; a tie counts against the secret being known."""
+    """Compute the exposure of each row's first column; a tie ranks the secret lower."""
     ranks = 1 + (losses[:, 1:] <= losses[:, :1]).sum(axis=1)
     return np.asarray(np.log2(losses.shape[1] / ranks))
 
 
 def _limit(secrets: int) -> float:
-    """By chance rank/pool is at least a uniform variable, so bits are at most exponential ones with
-    mean 1/ln 2, and their sum at most a gamma variable."""
+    """Bound the mean exposure that chance gives: rank/pool is stochastically at least uniform, so
+    bits are at most exponential with mean 1/ln 2, and their sum at most a gamma variable."""
     return float(gammaincinv(secrets, CONFIDENCE)) / secrets / math.log(2)
 
 
 @torch.no_grad()
 def _losses(cached: CachedDataset, study: Study) -> np.ndarray:
     objective = resolve(study.objective)
-    if (
-        objective.teacher_spec
-    ):  # what the student makes of the record's own answer, whoever taught it
+    if objective.teacher_spec:  # the student's loss on the record's answer, not on the teacher's
         name = "classify" if study.objective.labels else "causal_lm"
         non_distilled = study.objective.model_copy(update={"name": name, "options": {}})
         objective = resolve(non_distilled)
     losses_of = np.empty(len(cached.dataset.examples))
     for batch in cached.batches(range(len(losses_of))):
         if objective.record_format == "unpaired_preference":
-            # Measured on pairs: how likely the better answer is.
+            # Evaluation records are pairs: the loss is that of the better answer.
             losses = -likelihood(cached.network, batch).mean.view(-1, 2)[:, 0]
         else:
             losses = objective.losses(cached.network, batch)
@@ -127,7 +125,7 @@ def _losses(cached: CachedDataset, study: Study) -> np.ndarray:
 
 
 def _numbers(study: Study, secrets: int, pool: int) -> np.ndarray:
-    """(secrets, pool) different numbers; the first of a row is the secret whatever the pool."""
+    """Draw (secrets, pool) different numbers; a row begins with the secret, whatever the pool."""
     low, high = 10 ** (DIGITS - 1), 10**DIGITS
     rows = []
     for at in range(secrets):

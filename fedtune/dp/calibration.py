@@ -1,4 +1,4 @@
-"""Give any two of ε, σ and rounds: the third follows."""
+"""Derive the third of ε, σ and rounds from the other two."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Calibration(NamedTuple):
 
 
 def sampling_rate(study: Study, declared_size: int) -> float:
-    """q: the plan's own, or expected batch over declared size, at most 1."""
+    """Compute q: the plan's, or the expected batch over the declared size, at most 1."""
     training = study.training
     if training.sampling_rate is not None:
         return training.sampling_rate
@@ -25,8 +25,8 @@ def sampling_rate(study: Study, declared_size: int) -> float:
 
 
 def resolve(study: Study, declared_size: int, most: int | None = None) -> Calibration:
-    """What a site with `declared_size` units (public) runs, rounded towards caution. most: steps
-    beyond which none are counted.
+    """Compute q, σ and rounds for a site with `declared_size` units, rounded so that ε is not
+    exceeded. most: stop counting affordable steps here.
 
     Errors: ConfigError where the study is not private, nothing fits the budget, or more steps do
     than `most`."""
@@ -55,8 +55,8 @@ def resolve(study: Study, declared_size: int, most: int | None = None) -> Calibr
 
 
 def with_rounds(study: Study) -> Study:
-    """The study with training.rounds filled in where ε and σ were given (ε then follows from the
-    other two, so it is left out of the plan).
+    """Fill in training.rounds where ε and σ were given; ε then follows from the other two and is
+    left out of the plan.
 
     Errors: ConfigError where rounds would differ between sites."""
     if study.training.rounds is not None or isinstance(study.privacy, str) or study.continuous:

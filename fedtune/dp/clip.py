@@ -24,26 +24,26 @@ _BLOCK = 2**18  # numbers in work at once, in fp64: they stay in the processor's
 
 @dataclass(frozen=True, repr=False)
 class Chunk:
-    """Gradients of some rows. rows: which of the drawn ones, in the chunk's order; parts: for each
-    parameter in the update's order, (len(rows), its size); fp32 or fp64."""
+    """Gradients of some rows. rows: indices into the drawn rows, in the chunk's order; parts: for
+    each parameter in the update's order, (len(rows), its size); fp32 or fp64."""
 
     rows: Sequence[int]
     parts: Sequence[torch.Tensor]
 
     def flat(self) -> torch.Tensor:
-        """(rows, d), a copy."""
+        """Concatenate the parts to (rows, d), a copy."""
         import torch
 
         return torch.cat([part.flatten(1) for part in self.parts], dim=1)
 
     def wipe(self) -> None:
-        """Overwrite what was not noised."""
+        """Overwrite the un-noised gradients with zeros."""
         for part in self.parts:
             part.zero_()
 
 
 def grid_for(noise_std: float) -> float:
-    """The largest power of two ≤ 2⁻²⁰ · noise_std: the unit of the integer sum."""
+    """Return the unit of the integer sum: the largest power of two ≤ 2⁻²⁰ · noise_std."""
     return 2.0 ** math.floor(math.log2(noise_std * 2.0**-20))
 
 
@@ -55,8 +55,9 @@ def sensitivity(
     rows: int = 1,
     relation: Relation = "add or remove one unit",
 ) -> float:
-    """L2 sensitivity of the integer sum, in gradient units, to one unit with at most `rows` rows.
+    """Bound the L2 sensitivity of the integer sum to one unit with at most `rows` rows.
 
+    The result is in the units of the gradient:
     | add or remove one unit | rows · (C + what rounding `dimension` coordinates to the grid adds) |
     | replace one unit       | twice that |
     Reference: Dwork & Roth 2014, definition 3.8; Kifer & Machanavajjhala 2011 for the relations."""
@@ -70,8 +71,8 @@ def scales(
     mode: Mode = "flat",
     gamma: float = 0.01,
 ) -> torch.Tensor:
-    """What each row of `parts` is multiplied by so that its L2 norm over all parts is at most
-    `max_grad_norm`; fp64 (rows,).
+    """Compute each row's clipping factor: multiplied by it, the row's L2 norm over all `parts` is
+    at most `max_grad_norm`; fp64 (rows,).
 
     flat: min(1, C/‖g‖) (Abadi et al. 2016, algorithm 1);
     normalised: C/(‖g‖+γ) (Bu et al. 2023, AUTO-S).
@@ -98,7 +99,7 @@ def scales(
 def clip(
     gradients: torch.Tensor, max_grad_norm: float, mode: Mode = "flat", gamma: float = 0.01
 ) -> torch.Tensor:
-    """The rows of `gradients` (units, d), each scaled by `scales`; fp64, a copy."""
+    """Scale each row of `gradients` (units, d) by its factor of `scales`; fp64, a copy."""
     import torch
 
     scale = scales([gradients], max_grad_norm, mode, gamma)
@@ -136,7 +137,8 @@ def add_clipped(
 
 
 def _blocks(parts: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, int, int]]:
-    """Copies in fp64 of some columns at a time, all rows, and where in (d,) they lie."""
+    """Yield fp64 copies of a few columns at a time, all rows, with their first and last index in
+    (d,)."""
     import torch
 
     start = 0

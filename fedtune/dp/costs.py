@@ -1,4 +1,4 @@
-"""What a study costs before it runs: `fedtune plan`, as data."""
+"""Compute what a study costs before it runs: `fedtune plan`, as data."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fedtune.report.claim import best_guess
 
 @dataclass(frozen=True)
 class SitePlan:
-    """What one site will run, and what that costs.
+    """One site's rounds, steps and noise, and their ε.
 
-    sampling_rate: q; batch: the expected batch, q · declared size; noise_multiplier: σ; risk: how
-    often, at the most, an attacker who knows every other record is right about one unit's presence.
+    sampling_rate: q; batch: the expected batch, q · declared size; noise_multiplier: σ; risk: the
+    highest accuracy with which an attacker who knows all other records guesses a unit's presence.
 
     >>> import fedtune
     >>> study_file, site_file = fedtune.init("my-study")
@@ -40,7 +40,7 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study costs at each of some sites. unit: whom ε protects; objective: in words.
+    """A study's cost at each of some sites. unit: whom ε protects; objective: in words.
 
     >>> import fedtune
     >>> study_file, site_file = fedtune.init("my-study")
@@ -54,7 +54,7 @@ class Plan:
     sites: tuple[SitePlan, ...]
 
     def columns(self) -> dict[str, list[Any]]:
-        """The sites as columns of equal length, as a DataFrame takes them."""
+        """Return the sites as columns of equal length, as a DataFrame takes them."""
         rows = [asdict(site) for site in self.sites]
         return {name: [row[name] for row in rows] for name in SitePlan.__dataclass_fields__}
 

@@ -1,4 +1,4 @@
-"""A Rényi privacy filter: what many studies have spent when each was chosen after earlier results.
+"""Account for adaptively chosen studies with a Rényi privacy filter.
 
 Why one order, and why before any result: a filter adds up ρ_i(α), where event i may have been
 chosen because of earlier outputs, and the sum is a bound only if α is a constant of the proof. The
@@ -39,12 +39,12 @@ _CHUNK = 2**14  # points of an integral at once
 
 
 def best_order(events: Iterable[Steps], epsilon: float, delta: float) -> float:
-    """The order of `ORDERS` at which `events`, the plan known now, leave most room below `epsilon`.
+    """Choose the order of `ORDERS` at which the planned `events` fit most often within `epsilon`.
 
-    Room is what the budget allows over what the plan costs, ρ(ε, α)/ρ_plan(α): how many times the
-    plan would fit. Call it once per dataset, before any result is seen, and store the answer.
+    That number is the budget over the plan's cost, ρ(ε, α)/ρ_plan(α). Call it once per dataset,
+    before any result is released, and store the order.
     | no events | the order that allows the most ρ per unit of order: best for large σ, q = 1 |
-    Errors: ValueError when epsilon or delta is impossible, or no order leaves any budget."""
+    Errors: ValueError when epsilon or delta is out of range, or no order leaves any budget."""
     if not (epsilon > 0 and math.isfinite(epsilon)):
         raise ValueError("epsilon must be positive and finite")
     planned = merged(events) or (Steps(1.0, 1.0, 1),)
@@ -56,7 +56,7 @@ def best_order(events: Iterable[Steps], epsilon: float, delta: float) -> float:
 
 
 def rdp(events: Iterable[Steps], order: float) -> float:
-    """Σ ρ_i(order): add-or-remove-one Rényi divergence of all events, in nats.
+    """Add up the Rényi divergence of all events under add-or-remove-one, Σ ρ_i(order), in nats.
 
     | q = 1 | order · steps · (k/σ)² / 2 |
     | q < 1 | of N(0, σ²) and Σ_j Binomial(k, q)(j) · N(j, σ²), the larger of both directions |
@@ -76,14 +76,14 @@ def rdp(events: Iterable[Steps], order: float) -> float:
 
 @lru_cache(maxsize=65536)
 def _sampled(sigma: float, rate: float, records: int, order: float) -> float:
-    """ρ(order) of one step with q < 1."""
+    """Compute ρ(order) of one step with q < 1."""
     remove = _log_moment(sigma, rate, records, order)
     add = _log_moment(sigma, rate, records, 1 - order)
     return (max(remove, add, 0.0) + 1e-12) / (order - 1)
 
 
 def _log_moment(sigma: float, rate: float, records: int, power: float) -> float:
-    """log E[(mixture(x)/normal(x))^power] for x ~ N(0, σ²), by the trapezoidal rule.
+    """Integrate log E[(mixture(x)/normal(x))^power] for x ~ N(0, σ²) by the trapezoidal rule.
 
     The ratio Σ_j p_j exp((jx − j²/2)/σ²) has only zeros with |imaginary part| = πσ² (its polynomial
     in exp(x/σ²) has negative roots alone), and the integrand falls like a Gaussian of width σ, so a
@@ -104,7 +104,7 @@ def _log_moment(sigma: float, rate: float, records: int, power: float) -> float:
 
 
 def epsilon_of(rdp: float, order: float, delta: float) -> float:
-    """ε at `delta` of a mechanism with Rényi divergence `rdp` at `order`; 0 when rdp is 0.
+    """Convert the Rényi divergence `rdp` at `order` to ε at `delta`; 0 when rdp is 0.
 
     Reference: Canonne, Kamath & Steinke 2020, proposition 12."""
     if not (rdp >= 0 and 0 < delta < 1):
@@ -113,14 +113,14 @@ def epsilon_of(rdp: float, order: float, delta: float) -> float:
 
 
 def budget(epsilon: float, order: float, delta: float) -> float:
-    """The largest ρ at `order` with ε(ρ) ≤ `epsilon` by the conversion's formula; ≤ 0 is none."""
+    """Compute the largest ρ at `order` that converts to at most `epsilon`; ≤ 0: there is none."""
     if not 0 < delta < 1:
         raise ValueError("delta must be in (0, 1)")
     return epsilon - math.log1p(-1 / order) + math.log(delta * order) / (order - 1)
 
 
 def filtered_epsilon(events: Iterable[Steps], order: float, delta: float) -> float:
-    """ε at `delta` of `events`, each possibly chosen because of the results of those before.
+    """Compute ε at `delta` of `events`, each of which may depend on the results of earlier ones.
 
     Guarantee: a rule that refuses every event which would take this past a ceiling E keeps all
     that was released (E, delta)-DP, provided `order` was fixed before the first result.
@@ -140,7 +140,7 @@ class Total(NamedTuple):
 
 
 def total_epsilon(events: Sequence[Steps], order: float, delta: float) -> Total:
-    """ε of everything in `events`, which may have been chosen adaptively; stated at 2 · `delta`.
+    """Compute ε at 2 · `delta` of all `events`, which may have been chosen adaptively.
 
     One kind of step (σ, q, k), however often: composed exactly (PLD) at `delta`, since stopping a
     fixed composition early is post-processing. Several kinds: a Rényi filter at the one `order`

@@ -1,4 +1,4 @@
-"""Gaussian noise on an integer grid from a keystream that no seed can replay."""
+"""Draw Gaussian noise on an integer grid, from a keystream that no seed can replay."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _BLOCK = 2**14  # pairs drawn at once: the working set stays in the processor's 
 
 
 def _keystream(sizes: Iterator[int]) -> Iterator[npt.NDArray[np.uint64]]:
-    """Arrays of that many uint64, one AES-256-CTR keystream under a fresh key from the system."""
+    """Yield arrays of `sizes` uint64 from one AES-256-CTR keystream under a fresh system key."""
     encryptor = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(os.urandom(16))).encryptor()
     for size in sizes:
         yield np.frombuffer(encryptor.update(bytes(8 * size)), dtype=np.uint64)
 
 
 def gaussian_on_grid(dimension: int, std: float, grid: float) -> torch.Tensor:
-    """round(N(0, std²) / grid), int64 (dimension,): add it to an integer sum on the same grid.
+    """Draw round(N(0, std²) / grid), int64 (dimension,), to add to an integer sum on that grid.
 
     Box–Muller in fp64 on 53-bit uniforms; the tail ends at 8.5 std (mass 2·10⁻¹⁷).
     Guarantee: the summands lie on the grid, so the result equals a rounded continuous Gaussian
@@ -33,7 +33,7 @@ def gaussian_on_grid(dimension: int, std: float, grid: float) -> torch.Tensor:
     call has a key of its own; nothing that a caller passes or sets reaches the draw.
     | dimension | at most 2¹⁴ pairs are in work at once, besides the result's 8 bytes each |
     Errors: ValueError when std or grid is not positive and finite, or their ratio does not fit the
-    integers: there is no noiseless call.
+    integers: no argument gives zero noise.
     """
     import torch  # here alone, as in clip.py
 

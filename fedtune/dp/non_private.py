@@ -1,6 +1,7 @@
-"""NOT PRIVATE: a step without noise or accounting, for `privacy = "off"` alone.
+"""Take a NON-PRIVATE step, without noise or accounting, for `privacy = "off"` alone.
 
-It shows what privacy costs and is marked in every output; the default policy refuses it.
+It serves to measure the cost of privacy, is marked in every output, and the default policy refuses
+it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A noised answer about held-out records: how likely the model finds what they say.
+"""Answer a query: a noised sum of the model's scores on held-out records.
 
 A unit's row is (score, 1), its score in [0, 1]: the geometric mean probability of a record's
 targets, or the probability of its label (exp of minus the loss), averaged over the unit's records.
@@ -31,7 +31,7 @@ NORM = math.sqrt(2)  # of the largest row, (1, 1)
 
 
 def query_plan(study: Study) -> DpPlan:
-    """All queries of a private study with [private_evaluation]; a round of it is one query."""
+    """Plan all queries of a private study with [private_evaluation]; a round of it is one query."""
     table, privacy = study.private_evaluation, study.privacy
     assert table is not None and isinstance(privacy, PrivacyTable)
     return DpPlan(
@@ -50,12 +50,12 @@ def query_plan(study: Study) -> DpPlan:
 
 
 def answer(plan: DpPlan, rows: torch.Tensor, log: StepLog, round_: int) -> torch.Tensor:
-    """(Σ score, Σ 1), noised, fp32 (2,). rows: (units, 2); zeroed."""
+    """Compute the noised sums (Σ score, Σ 1), fp32 (2,). rows: (units, 2), zeroed afterwards."""
 
-    def chosen(units: list[int]) -> Iterator[Chunk]:
+    def drawn_rows(units: list[int]) -> Iterator[Chunk]:
         yield Chunk(units, [rows[units]])
 
     try:
-        return plan.step(len(rows), 2, chosen, log, round_)
+        return plan.step(len(rows), 2, drawn_rows, log, round_)
     finally:
         rows.zero_()

@@ -1,4 +1,4 @@
-"""Poisson sampling over units, from the operating system's generator."""
+"""Sample units by independent draws (Poisson sampling) from the system's random generator."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 
 
 def poisson(n_units: int, sampling_rate: float) -> list[int]:
-    """Indices in 0..n_units-1, each included independently with probability `sampling_rate`.
+    """Sample indices of 0..n_units-1, each independently with probability `sampling_rate`.
 
-    Guarantee: who was sampled is as secret as the noise: there is no seed, nothing is logged.
+    Guarantee: the sample is as secret as the noise: there is no seed, nothing is logged.
     | sampling_rate = 1 | every unit, always |
     | no unit drawn     | an empty list: the caller takes a noise-only step |
     Reference: Mironov, Talwar & Zhang 2019, section 3 (sampled Gaussian mechanism).

@@ -1,4 +1,4 @@
-"""The step log: one line per noised step, append-only, kept at the site."""
+"""Write and read the step log: one line per noised step, append-only, kept at the site."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedtune.errors import InfrastructureError
 
 @dataclass(frozen=True)
 class Step:
-    """What one noised step did. Every value is public: it follows from the plan and from the
+    """One noised step's parameters. Every value is public: it follows from the plan and the
     declared size, never from the data."""
 
     study: str  # plan digest
@@ -52,7 +52,7 @@ class StepLog:
             ) from None
 
     def steps(self, study: str | None = None) -> list[Step]:
-        """All steps, or those of one plan digest, in order."""
+        """Read all steps, or those of one plan digest, in order."""
         if not self.path.exists():
             return []
         steps = []
@@ -68,6 +68,6 @@ class StepLog:
 
 
 def events(steps: list[Step]) -> list[Steps]:
-    """The accountant's view of a log."""
+    """Count equal steps of a log as events for the accountant."""
     counts = Counter((s.noise_multiplier, s.sampling_rate, s.records) for s in steps)
     return [Steps(sigma, rate, count, records) for (sigma, rate, records), count in counts.items()]
