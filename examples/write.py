@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,15 @@ def _lines(table: Table, name: str) -> list[str]:
     for key, value in table.items():
         if value is not None and not isinstance(value, dict):
             # JSON's strings, numbers, booleans and lists are TOML's.
-            lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
+            lines.append(f"{_key(key)} = {json.dumps(value, ensure_ascii=False)}")
     for key, value in table.items():
         if isinstance(value, dict):
-            lines += ["", *_lines(value, f"{name}.{key}" if name else key)]
+            lines += ["", *_lines(value, f"{name}.{_key(key)}" if name else _key(key))]
     return lines
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
 
 
 def _text(path: Path, text: str) -> Path:

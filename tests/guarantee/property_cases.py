@@ -13,6 +13,8 @@ WHAT: dict[str, dict[str, Any]] = {
     "text": {},
     "text, all blocks": {"lora": "whole"},
     "text, fewer ranks": {"lora": "narrow"},
+    "text, from public text": {"public": True},
+    "dpo, from public text": {"objective": "dpo", "public": True},
     "text, 64 positions": {"base": "opt", "lora": "whole"},
     "text, 64 positions, last block": {"base": "opt"},
     "classify, head": {"objective": "classify", "base": "bert", "lora": "none"},

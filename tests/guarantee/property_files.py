@@ -16,7 +16,7 @@ import torch
 from fedtune.models.build import build
 from fedtune.training.start import start
 from tests.conftest import tiny_bert, tiny_llama
-from tests.guarantee.property_plans import CLASSIFIES, Plan
+from tests.guarantee.property_plans import CLASSIFIES, PUBLIC, Plan
 from tests.media import llava, whisper
 
 
@@ -111,4 +111,11 @@ def bases_of(folder: Path, llama: Path, encoder: Path) -> dict[str, Path]:
         "llava": llava(folder / "llava"),
         "whisper": whisper(folder / "whisper"),
         CLASSIFIES: classifier(folder / "classifier", llama),
+        PUBLIC: public_text(folder / "public.jsonl"),
     }
+
+
+def public_text(path: Path) -> Path:
+    rows = [{"q": f"cough day {n}", "a": "yn"[n % 2], "b": "ny"[n % 2]} for n in range(9)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -17,6 +17,7 @@ from fedtune.wire.keys import SigningKey
 
 COORDINATOR = SigningKey()
 SIZE = 12  # declared
+PUBLIC = "public"  # among the bases: a file of public text
 CLASSIFIES = "classifier"  # a base: a run that learnt the labels
 Ids = Mapping[str, Path]  # bases by name
 
@@ -58,6 +59,7 @@ class Plan:
     rate: float = 0.1
     asked: float = 4.0  # σ of a query
     teacher: str | None = None  # of distill: a base, or a run that classifies
+    public: bool = False  # a preconditioner, and an adapter that starts trained
 
     @property
     def labelled(self) -> bool:
@@ -92,6 +94,12 @@ class Plan:
                 body["lora"]["last_layers"] = 1
             if self.lora == "narrow":
                 body["lora"]["min_rank"] = 1
+        if self.public:
+            columns = {"prompt": "q", "chosen": "a", "rejected": "b"}
+            columns = {"prompt": "q", "completion": "a"} if self.objective != "dpo" else columns
+            body["public"] = {"path": str(bases[PUBLIC]), "licence": "CC0", "columns": columns}
+            body["lora"]["preconditioner"] = {"rank": 8}
+            body["start"] = {"steps": 2, "learning_rate": 0.01}
         if self.life is not None:
             privacy["epsilon"] = self.life
             body["schedule"] = {"every": "1h"}
@@ -114,7 +122,8 @@ def digest_of(base: str) -> str:
 @lru_cache
 def begun(plan: Plan, bases: tuple[tuple[str, Path], ...]) -> Start:
     """As an honest coordinator begins, but for a length that it would not ask for."""
-    made = start(replace(plan, max_length=min(plan.max_length, 48)).study(dict(bases)))
+    length = 48 if plan.public else min(plan.max_length, 48)  # a short one leaves no public text
+    made = start(replace(plan, max_length=length).study(dict(bases)))
     objective = made.study.objective.model_copy(update={"max_length": plan.max_length})
     return replace(made, study=made.study.model_copy(update={"objective": objective}))
 
