@@ -29,7 +29,7 @@ from fedtune.client.prepared import Admission, Update
 from fedtune.config import Study
 from fedtune.flower.grid import InProcessGrid
 from fedtune.server import rounds
-from fedtune.server.parts import Dependencies
+from fedtune.server.parts import Dependencies, Settings
 from fedtune.wire.codec import Shapes, encode, shapes
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import Header, seal
@@ -133,7 +133,7 @@ def measure(sites: int, megabytes: float) -> dict[int, float]:
         start=lambda _: start, epsilon=lambda events, delta: 1.0, licence=lambda _: "none",
         engine=lambda _: "none",
         save=lambda study, adapter, frozen, folder: folder.mkdir(), report=lambda out, body: None,
-        patience=0.0, pause=0.0,
+        settings=Settings(patience=0.0, pause=0.0),
     )  # fmt: skip
     grid = SharedGrid([Path(name) for name in by_name])
     with (

@@ -283,13 +283,13 @@ class Members:
 
 def _installed_rounds(home: Path) -> Run:
     from fedtune.server import rounds
-    from fedtune.server.parts import Dependencies
+    from fedtune.server.parts import Dependencies, Settings
 
     members = Members(home)
+    key, receipts = SigningKey.at(home / "signing.key"), home / "receipts.json"
     parts = Dependencies(
-        key=SigningKey.at(home / "signing.key"),
-        receipts=home / "receipts.json",
         enrolled=members,
         expect=members.expect,
+        settings=Settings(key=key, receipts=receipts),
     )
     return functools.partial(rounds.run, parts=parts)

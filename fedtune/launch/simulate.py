@@ -48,7 +48,7 @@ def simulate(
     from fedtune.client.site_checks import check_data
     from fedtune.models.teacher import register_teacher
     from fedtune.server import rounds as server_rounds
-    from fedtune.server.parts import Dependencies
+    from fedtune.server.parts import Dependencies, Settings
     from fedtune.server.schedule import SimulatedClock
 
     study = checked(study)
@@ -62,12 +62,14 @@ def simulate(
     if engine == "ray":
         from fedtune.launch.ray import simulate_ray
 
-        parts = Dependencies(pause=1.0, clock=SimulatedClock(), upto=rounds, skip=False)
+        settings = Settings(pause=1.0, clock=SimulatedClock(), upto=rounds, skip=False)
+        parts = Dependencies(settings=settings)
         common: dict[str, Any] = {"resume": resume, "on_event": on_event, "parts": parts}
         simulate_ray(study, files, out, processes=processes, **common)
         return Run(out)
     # In this process a site that fails now fails again: no waiting for sites, no pauses.
-    at_once = Dependencies(patience=0.0, pause=0.0, clock=SimulatedClock(), upto=rounds, skip=False)
+    settings = Settings(patience=0.0, pause=0.0, clock=SimulatedClock(), upto=rounds, skip=False)
+    at_once = Dependencies(settings=settings)
     for path in files:
         drop_if_changed(path)
     with _grid(files, processes, out) as (grid, site_errors):

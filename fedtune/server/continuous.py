@@ -40,10 +40,10 @@ class Continuous:
 
     def wait(self) -> None:
         """Sleep until the next round's slot begins, and set `slot` to it."""
-        slot = schedule.next_slot(self.table, self.slot, self.parts.clock.now())
+        slot = schedule.next_slot(self.table, self.slot, self.parts.settings.clock.now())
         at = schedule.format_utc(schedule.slot_start(self.table, slot))
         self.event("waiting", next=at, champion=self.champion, text=f"next round at {at}")
-        schedule.wait(self.parts.clock, schedule.slot_start(self.table, slot))
+        schedule.wait(self.parts.settings.clock, schedule.slot_start(self.table, slot))
         self.slot = slot
 
     # --------------------------------------------------------------------------- the public set

@@ -122,14 +122,28 @@ def _report(out: Path, report: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
+class Settings:
+    """How a coordinator runs a study. key: its signing key; receipts: file for the sites' newest
+    receipts beyond one run (None: only in the run's checkpoint); patience: seconds to wait at the
+    start until strategy.min_sites sites admit the plan; pause: seconds before the first retry of a
+    round (twice that before the second, and so on); clock, upto: of a continuous study, the time of
+    day, and the round to stop after (None: until it is stopped); skip: leave out a round that too
+    few sites delivered, and continue with the next slot's."""
+
+    key: SigningKey = field(default_factory=SigningKey)
+    receipts: Path | None = None
+    patience: float = 120.0
+    pause: float = 10.0
+    clock: Clock = field(default_factory=SystemClock)
+    upto: int | None = None
+    skip: bool = True
+
+
+@dataclass(frozen=True)
 class Dependencies:
-    """key: the coordinator's signing key; enrolled: the member behind each node of a grid that may
-    take part now (None: whoever is connected); receipts: file for the sites' newest receipts
-    beyond one run (None: only in the run's checkpoint); patience: seconds to wait at the start
-    until strategy.min_sites sites admit the plan; pause: seconds before the first retry of a round
-    (twice that before the second, and so on); clock, upto: of a continuous study, the time of day,
-    and the round to stop after (None: until it is stopped); skip: leave out a round that too few
-    sites delivered, and continue with the next slot's."""
+    """What a run calls. enrolled: the member behind each node of a grid that may take part now
+    (None: whoever is connected); expect: told which nodes are asked, and how long an answer may
+    be."""
 
     start: Callable[[Study], Started] = _start
     evaluator: Callable[[Study, Arrays], Measures] = _evaluator
@@ -142,12 +156,6 @@ class Dependencies:
     load: Callable[[Path], Arrays] = _load
     fingerprint: Callable[[Path], str] = _fingerprint
     report: Callable[[Path, dict[str, Any]], None] = _report
-    key: SigningKey = field(default_factory=SigningKey)
     enrolled: Callable[[Grid], Mapping[int, Member]] | None = None
     expect: Callable[[Grid, Iterable[int], int], None] = lambda grid, nodes, most: None
-    receipts: Path | None = None
-    patience: float = 120.0
-    pause: float = 10.0
-    clock: Clock = field(default_factory=SystemClock)
-    upto: int | None = None
-    skip: bool = True
+    settings: Settings = field(default_factory=Settings)

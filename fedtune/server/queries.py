@@ -5,21 +5,19 @@ is needed, and nothing that goes wrong here stops a run."""
 
 from __future__ import annotations
 
-import json
 import math
-import secrets
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
-from flwr.app import ConfigRecord, RecordDict
 
-from fedtune.flower.arrays import Arrays, to_record
+from fedtune.flower.arrays import Arrays
 from fedtune.server.admission import Outcome, Roster, outcome
 from fedtune.server.bound import Terms
-from fedtune.server.exchange import size
+from fedtune.server.orders import Answer, Order, exchange
 from fedtune.server.store import Phase, Progress
-from fedtune.wire import codec, seal
+from fedtune.wire import seal
 from fedtune.wire.keys import SigningKey
 
 LIKE: Arrays = {"sums": np.zeros(2, np.float32)}
@@ -44,7 +42,16 @@ class Queries:
         Errors: InfrastructureError where the grid fails."""
         entry, missing = self.progress.history[-1], self.roster.out()
         answers: dict[str, Outcome] = {}
-        self._ask(self.roster.willing(), entry, answers, missing)
+        number = self.progress.round
+        order = Order(
+            "query.evaluate",
+            self.study.queries_digest,
+            number,
+            f"query {number}",
+            self.progress.receipts.get,
+        )
+        take = partial(self._take, entry, answers, missing)
+        exchange(self.progress, self.roster, self.key, self.roster.willing(), order, take)
         for name, answer in answers.items():
             self.progress.queries[name] = answer.events
             self.progress.receipts[name] = seal.receipt(self.key, answer.ledger)
@@ -52,41 +59,27 @@ class Queries:
         entry["private_quality"] = pool
         return pool
 
-    def _ask(
+    def _take(
         self,
-        names: list[str],
         entry: dict[str, Any],
         answers: dict[str, Outcome],
         missing: dict[str, str],
-        again: bool = True,
-    ) -> None:
-        adapter = to_record(codec.encode(self.progress.adapter, self.study.wire.adapter))
-        nonce = secrets.token_hex(16)
-        named = {self.roster.nodes[name]: name for name in names}
-        contents = {
-            node: RecordDict({"order": self._order(name, nonce), "adapter": adapter})
-            for node, name in named.items()
-        }
-        unprepared, group = [], f"query {self.progress.round}"
-        for reply in self.roster.ask("query.evaluate", contents, group):
-            name = named[reply.node]
-            _add(entry["bytes_down"], name, size(contents[reply.node]))
-            _add(entry["bytes_up"], name, reply.size)
-            before = sum(event["steps"] for event in self.progress.queries.get(name, []))
-            key, expected = self.progress.keys.get(name, ""), self._expected_header(name, nonce)
-            kind: dict[str, Any] = {"record": "answer", "done": "answered", "terms": self.terms}
-            answer = outcome(reply, LIKE, True, before, key, expected, **kind)
-            if answer.status == "answered":
-                answers[name] = answer
-                missing.pop(name, None)
-            else:
-                missing[name] = f"{answer.status}: {answer.reason}"
-            if answer.status == "unprepared":
-                unprepared.append(name)
-        if unprepared and again:
-            self.roster.prepare(self.roster.nodes[name] for name in unprepared)
-            ready = [name for name in unprepared if name in self.roster.willing()]
-            self._ask(ready, entry, answers, missing, again=False)
+        answer: Answer,
+    ) -> str:
+        """Check one reply and count it."""
+        name, reply = answer.name, answer.reply
+        _add(entry["bytes_down"], name, answer.sent)
+        _add(entry["bytes_up"], name, reply.size)
+        before = sum(event["steps"] for event in self.progress.queries.get(name, []))
+        key = self.progress.keys.get(name, "")
+        kind: dict[str, Any] = {"record": "answer", "done": "answered", "terms": self.terms}
+        checked = outcome(reply, LIKE, True, before, key, answer.expected, **kind)
+        if checked.status == "answered":
+            answers[name] = checked
+            missing.pop(name, None)
+        else:
+            missing[name] = f"{checked.status}: {checked.reason}"
+        return checked.status
 
     @property
     def terms(self) -> Terms | None:
@@ -96,23 +89,6 @@ class Queries:
             return None
         steps = len(self.study.queries)
         return Terms(1.0, table.noise_multiplier, math.sqrt(2), 1, 1.0, steps)
-
-    def _order(self, name: str, nonce: str) -> ConfigRecord:
-        receipt = self.progress.receipts.get(name)
-        text, plan = json.dumps(receipt) if receipt else "", self.study.queries_digest
-        return ConfigRecord(seal.order(self.key, plan, self.progress.round, nonce, text))
-
-    def _expected_header(self, name: str, nonce: str) -> seal.Header:
-        return seal.Header(
-            plan=self.study.digest,
-            round=self.progress.round,
-            base=self.study.base.digest or "",
-            site=name,
-            receiver=self.key.public,
-            nonce=nonce,
-            body="",
-            ledger={},
-        )
 
 
 def pooled(answers: Iterable[Outcome]) -> dict[str, float | None]:

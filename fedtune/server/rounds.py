@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import secrets
 import shutil
 import time
 from contextlib import suppress
@@ -20,14 +19,12 @@ from statistics import median_low
 from typing import Any
 
 import numpy as np
-from flwr.app import ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedtune import strategies
 from fedtune.config import Study
 from fedtune.errors import ConfigError, InfrastructureError
 from fedtune.files.writing import replace
-from fedtune.flower.arrays import to_record
 from fedtune.models import preconditioner
 from fedtune.models.rank_slice import pad_update, rank_slice, slice_update
 from fedtune.progress import OnEvent
@@ -35,7 +32,7 @@ from fedtune.server import store, summary
 from fedtune.server.admission import NOT_ENROLLED, Outcome, Roster, Tally, outcome, plan_message
 from fedtune.server.bound import Limits
 from fedtune.server.continuous import Continuous
-from fedtune.server.exchange import Reply, size
+from fedtune.server.orders import Answer, Order, exchange
 from fedtune.server.parts import Dependencies, Measures
 from fedtune.server.queries import Queries
 from fedtune.server.store import Phase, Progress
@@ -94,20 +91,23 @@ class _Run:
         self.rounds = self.study.training.rounds  # None: it goes on until somebody stops it
         self.table = self.study.strategy
         self.limits = Limits(self.study, parts.budget)
-        self.receipts = store.Receipts(parts.receipts)
-        own_key = parts.key.public  # a site accepts a receipt only from the key that signed it
+        self.settings = parts.settings
+        self.receipts = store.Receipts(self.settings.receipts)
+        own_key = (
+            self.settings.key.public
+        )  # a site accepts a receipt only from the key that signed it
         earlier = self.receipts.read().items()
         self.earlier = {k: r for k, r in earlier if r.get("coordinator") == own_key}
         receipts = progress.receipts.items()  # a resumed simulation has another key
         progress.receipts = {n: r for n, r in receipts if r.get("coordinator") == own_key}
-        plan = plan_message(self.study, progress.frozen, parts.key)
+        plan = plan_message(self.study, progress.frozen, self.settings.key)
         self.roster = Roster(
             *(grid, self.study, plan, progress.sizes, progress.keys, self._on_status),
             partial(parts.enrolled, grid) if parts.enrolled else None,
             partial(parts.expect, grid),
             summary.lora_ranks(progress.history),
         )
-        self.queries = Queries(self.progress, self.roster, parts.key)
+        self.queries = Queries(self.progress, self.roster, self.settings.key)
         self.continuous = self._evaluator = None
         if self.study.continuous:
             self.continuous = Continuous(out, progress, parts, self._event)
@@ -140,7 +140,7 @@ class _Run:
 
     @property
     def _is_over(self) -> bool:
-        last = self.parts.upto if self.continuous else self.rounds
+        last = self.settings.upto if self.continuous else self.rounds
         return last is not None and self.progress.round >= last
 
     def _next(self, number: int) -> None:
@@ -151,7 +151,7 @@ class _Run:
         try:
             self._round(number)
         except TooFew as error:
-            if not self.parts.skip:
+            if not self.settings.skip:
                 raise
             self.strategy = strategies.build(self.study)  # less what some delivered
             self.strategy.load_state(self.progress.strategy)
@@ -162,7 +162,7 @@ class _Run:
 
     def _admit(self) -> None:
         """Wait for min_sites to admit the plan. Errors: Refused, InfrastructureError."""
-        deadline = time.monotonic() + self.parts.patience
+        deadline = time.monotonic() + self.settings.patience
         while True:
             self.roster.join()
             if len(self.roster.willing()) >= self.table.min_sites:
@@ -170,14 +170,14 @@ class _Run:
             if time.monotonic() >= deadline:
                 self.roster.raise_if_refused()
                 raise self.roster.too_few(InfrastructureError)
-            time.sleep(min(POLL, self.parts.patience))
+            time.sleep(min(POLL, self.settings.patience))
 
     def _round(self, number: int) -> None:
         tally = Tally(number)
         least = self.table.min_sites
         for attempt in range(1 + RETRIES):
             if attempt:
-                time.sleep(self.parts.pause * attempt)
+                time.sleep(self.settings.pause * attempt)
             self.roster.join()
             self.roster.raise_if_refused()
             if len({*self.roster.willing(), *tally.participants}) < least:
@@ -208,57 +208,33 @@ class _Run:
         remaining.sort(key=lambda name: tally.failures[name])
         return remaining[: max(target - len(tally.participants), 0)]
 
-    def _train(self, names: list[str], tally: Tally, again: bool = True) -> None:
+    def _train(self, names: list[str], tally: Tally) -> None:
         """Ask `names` for an update and take each in as it arrives.
 
         The sites train from the adapter as it was encoded; their updates are applied to the fp32
         adapter here, so that rounding errors do not accumulate over rounds."""
-        encoding = self.study.wire.adapter
-        adapter = to_record(codec.encode(self.progress.adapter, encoding))
-        start = codec.length(self.progress.adapter) * codec.GROWTH[encoding]
-        nonce = secrets.token_hex(16)
-        named = {self.roster.nodes[name]: name for name in names}
-        contents = {
-            node: RecordDict({"order": self._order(name, tally.number, nonce), "adapter": adapter})
-            for node, name in named.items()
-        }
-        unprepared, shared = [], size(RecordDict({"adapter": adapter}))
-        agreed = codec.layout(codec.shapes(self.progress.adapter), self.study.wire.update)
+        wire, adapter, number = self.study.wire, self.progress.adapter, tally.number
+        agreed = codec.layout(codec.shapes(adapter), wire.update)
         arrays = sum(form.nbytes for form in agreed.values())
-        for reply in self.roster.ask("train", contents, str(tally.number), arrays):
-            name, order = named[reply.node], contents[reply.node]["order"]
-            self.roster.down[name] += shared + size(RecordDict({"order": order}))
-            self.roster.up[name] += reply.size
-            if self._take(name, reply, tally, nonce, start) == "unprepared":
-                unprepared.append(name)
-        if unprepared and again:
-            self.roster.prepare(self.roster.nodes[name] for name in unprepared)
-            ready = [name for name in unprepared if name in self.roster.willing()]
-            self._train(ready, tally, again=False)
+        order = Order("train", self.study.digest, number, str(number), self._receipt, arrays)
+        start = codec.length(adapter) * codec.GROWTH[wire.adapter]
+        take = partial(self._take, tally, start)
+        exchange(self.progress, self.roster, self.settings.key, names, order, take)
 
-    def _order(self, name: str, number: int, nonce: str) -> ConfigRecord:
+    def _receipt(self, name: str) -> dict[str, Any] | None:
         earlier = self.earlier.get(self.progress.keys.get(name, ""))
-        receipt = self.progress.receipts.get(name, earlier)
-        text = json.dumps(receipt) if receipt else ""
-        return ConfigRecord(seal.order(self.parts.key, self.study.digest, number, nonce, text))
+        return self.progress.receipts.get(name, earlier)
 
-    def _take(self, name: str, reply: Reply, tally: Tally, nonce: str, start: float) -> str:
+    def _take(self, tally: Tally, start: float, answer: Answer) -> str:
         """Check a reply and count it, once. start: upper bound on the sent adapter's norm."""
+        name, reply = answer.name, answer.reply
+        self.roster.down[name] += answer.sent
+        self.roster.up[name] += reply.size
         if tally.has(self.study.digest, name):
             reason = "its update of this round is counted already"
             self._on_status(name, "dropped", reason, tally.number)
             return "dropped"
         before = sum(event["steps"] for event in self.progress.events.get(name, []))
-        expected = seal.Header(
-            plan=self.study.digest,
-            round=tally.number,
-            base=self.study.base.digest or "",
-            site=name,
-            receiver=self.parts.key.public,
-            nonce=nonce,
-            body="",
-            ledger={},
-        )
         adapter, key = self.progress.adapter, self.progress.keys.get(name, "")
         columns = rank_slice(self.study.lora, self.roster.lora_ranks.get(name), tally.number)
         part = slice_update(adapter, columns)
@@ -267,13 +243,15 @@ class _Run:
             done = self.progress.round if self.continuous else None
             limits = self.limits.of(self.progress.sizes[name], dimension, start, done)
             limits["encoding"] = self.study.wire.update
-            result = outcome(reply, part, self.study.private, before, key, expected, **limits)
+            result = outcome(
+                reply, part, self.study.private, before, key, answer.expected, **limits
+            )
         except ConfigError as error:  # an honest site of such a size says so itself, when it joins
             result = Outcome("dropped", f"its declared size does not fit the plan: {error}")
         if result.status == "trained" and self.roster.is_stranger(reply.node, name):
             result = Outcome("refused", NOT_ENROLLED)
         if result.status == "trained":
-            self.progress.receipts[name] = seal.receipt(self.parts.key, result.ledger)
+            self.progress.receipts[name] = seal.receipt(self.settings.key, result.ledger)
             declared = self.progress.sizes[name] if self.table.weights == "declared" else 1
             weight = min(declared, self._weight_cap(tally))
             if weight < declared:

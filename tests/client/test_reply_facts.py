@@ -25,7 +25,7 @@ from fedtune.observe import observer
 from fedtune.observe.status import read_status
 from fedtune.registry import process_cache
 from fedtune.server import rounds
-from fedtune.server.parts import Dependencies
+from fedtune.server.parts import Dependencies, Settings
 from tests.guarantee.world import NAMES, lay_out, patients
 
 Event = Callable[[str, dict[str, Any]], None]
@@ -35,13 +35,13 @@ def through_the_executor(study: Path, tell: Event, on_event: Event) -> None:
     """The study, each site's answers given as `fedtune client` gives them; `tell`: the north's."""
     process_cache.clear("workers")
     files = {name: study.parent / f"site-{name}.toml" for name in NAMES}
-    parts = Dependencies(patience=0.0, pause=0.0)
+    parts = Dependencies(settings=Settings(patience=0.0, pause=0.0))
     executors = {
         str(path): _Executor(path, _installed_app(), tell if name == "north" else _quiet, False)
         for name, path in files.items()
     }
     for each in executors.values():
-        each.coordinator = parts.key.public
+        each.coordinator = parts.settings.key.public
 
     def app(message: Message, context: Context) -> Message:
         executor = executors[str(context.node_config["site"])]

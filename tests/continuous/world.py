@@ -10,7 +10,7 @@ from typing import Any
 from fedtune.config import load_study
 from fedtune.registry import process_cache
 from fedtune.server import rounds
-from fedtune.server.parts import Dependencies
+from fedtune.server.parts import Dependencies, Settings
 from fedtune.server.schedule import SimulatedClock
 from tests.guarantee.world import ANSWERS, NAMES, SITE, STUDY, Recorder, Row, patients
 
@@ -71,9 +71,10 @@ def run(
 
     parts.setdefault("report", lambda out, body: None)  # its picture takes longest
     parts.setdefault("skip", False)  # what fails now fails again, for ever
-    made = Dependencies(
-        patience=0.0, pause=0.0, clock=clock or SimulatedClock(1.8e9), upto=upto, **parts
-    )
+    how = {name: parts.pop(name) for name in ("skip", "key", "receipts") if name in parts}
+    clock = clock or SimulatedClock(1.8e9)
+    settings = Settings(patience=0.0, pause=0.0, clock=clock, upto=upto, **how)
+    made = Dependencies(settings=settings, **parts)
     out = study.parent / "run"
     rounds.run(grid, load_study(study), out, resume=True, parts=made, on_event=on_event)
     return grid

@@ -16,7 +16,7 @@ from fedtune.flower import api
 from fedtune.flower.grid import InProcessGrid
 from fedtune.registry import process_cache
 from fedtune.server import rounds
-from fedtune.server.parts import Dependencies
+from fedtune.server.parts import Dependencies, Settings
 
 STUDY = """
 [study]
@@ -124,7 +124,7 @@ def run(study: Path, between: Callable[[str], None] | None = None) -> Recorder:
         if between:
             between(kind)
 
-    parts = Dependencies(patience=0.0, pause=0.0)
+    parts = Dependencies(settings=Settings(patience=0.0, pause=0.0))
     rounds.run(grid, load_study(study), study.parent / "run", parts=parts, on_event=on_event)
     return grid
 

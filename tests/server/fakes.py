@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,7 @@ from fedtune.client.prepared import Admission, Unprepared, Update
 from fedtune.config import Encoding, Study
 from fedtune.flower.grid import InProcessGrid
 from fedtune.server import rounds
-from fedtune.server.parts import Dependencies
+from fedtune.server.parts import Dependencies, Settings
 from fedtune.wire.codec import Shapes, decode, encode
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import Header, seal
@@ -158,10 +158,12 @@ def make_parts(**changes: Any) -> Dependencies:
         "licence": lambda study: "apache-2.0",
         "save": save,
         "report": lambda out, body: None,
-        "patience": 0.0,
-        "pause": 0.0,
+        "settings": Settings(patience=0.0, pause=0.0),
     }
-    return Dependencies(**(parts | changes))
+    names = {field.name for field in fields(Settings)}
+    how = {name: changes.pop(name) for name in names & set(changes)}
+    made = Dependencies(**(parts | changes))
+    return replace(made, settings=replace(made.settings, **how))
 
 
 def grid_of(names: Iterable[str], kind: type[InProcessGrid] = InProcessGrid) -> InProcessGrid:

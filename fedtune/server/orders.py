@@ -1,0 +1,94 @@
+"""One exchange with the sites, for training and for queries: signed orders out, replies in."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from flwr.app import ConfigRecord, RecordDict
+
+from fedtune.flower.arrays import to_record
+from fedtune.server.admission import Roster
+from fedtune.server.exchange import Reply, size
+from fedtune.server.store import Progress
+from fedtune.wire import codec, seal
+from fedtune.wire.keys import SigningKey
+
+
+@dataclass(frozen=True)
+class Order:
+    """kind: of message; plan: digest under which the site enters the work; round; group: of the
+    messages; receipt: a site's name to the receipt that goes with its order; arrays: bytes of
+    arrays that an answer may have."""
+
+    kind: str
+    plan: str
+    round: int
+    group: str
+    receipt: Callable[[str], dict[str, Any] | None]
+    arrays: int = 0
+
+
+class Answer(NamedTuple):
+    """One site's reply; expected: what its seal must say; sent: bytes that went to the site."""
+
+    name: str
+    reply: Reply
+    expected: seal.Header
+    sent: int
+
+
+def exchange(
+    progress: Progress,
+    roster: Roster,
+    key: SigningKey,
+    names: list[str],
+    order: Order,
+    take: Callable[[Answer], str],
+) -> None:
+    """Send `order` with the newest adapter to `names` and hand each reply to `take`, which returns
+    its status. Sites that were "unprepared" get the plan again and are asked once more.
+
+    Errors: InfrastructureError where the grid fails."""
+    adapter = to_record(codec.encode(progress.adapter, progress.study.wire.adapter))
+    shared = size(RecordDict({"adapter": adapter}))
+    for last in (False, True):
+        nonce, named = secrets.token_hex(16), {roster.nodes[name]: name for name in names}
+        orders = {node: _signed(key, order, name, nonce) for node, name in named.items()}
+        contents = {
+            node: RecordDict({"order": record, "adapter": adapter})
+            for node, record in orders.items()
+        }
+        unprepared = []
+        for reply in roster.ask(order.kind, contents, order.group, order.arrays):
+            name = named[reply.node]
+            sent = shared + size(RecordDict({"order": orders[reply.node]}))
+            expected = _header(progress, key, order.round, name, nonce)
+            if take(Answer(name, reply, expected, sent)) == "unprepared":
+                unprepared.append(name)
+        if last or not unprepared:
+            return
+        roster.prepare(roster.nodes[name] for name in unprepared)
+        names = [name for name in unprepared if name in roster.willing()]
+
+
+def _signed(key: SigningKey, order: Order, name: str, nonce: str) -> ConfigRecord:
+    receipt = order.receipt(name)
+    text = json.dumps(receipt) if receipt else ""
+    return ConfigRecord(seal.order(key, order.plan, order.round, nonce, text))
+
+
+def _header(progress: Progress, key: SigningKey, round_: int, name: str, nonce: str) -> seal.Header:
+    return seal.Header(
+        plan=progress.study.digest,
+        round=round_,
+        base=progress.study.base.digest or "",
+        site=name,
+        receiver=key.public,
+        nonce=nonce,
+        body="",
+        ledger={},
+    )
