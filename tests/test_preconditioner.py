@@ -24,7 +24,14 @@ from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import Arrays
 from fedtune.models.network import Network
-from fedtune.models.preconditioner import LEAST, factor_of, identity_part, name_for, stepped
+from fedtune.models.preconditioner import (
+    LEAST,
+    factor_of,
+    factor_of_columns,
+    identity_part,
+    name_for,
+    stepped,
+)
 from fedtune.models.rank_slice import pad_update
 from fedtune.objectives.causal_lm import CausalLM
 from fedtune.training import unit_gradients
@@ -100,6 +107,13 @@ def test_m_is_the_damped_inverse_root_of_the_curvature() -> None:
     assert (spectrum**2).mean() == pytest.approx(1, abs=1e-6)
     assert np.allclose(few, few.T) and LEAST < spectrum.min() < 0.5 < spectrum.max() < 2
     assert np.ptp(spectrum[6:]) < 1e-6  # beyond the directions that are kept all count as one
+
+
+@pytest.mark.parametrize("rank", [3, 6, 12])
+def test_of_a_wide_layer_the_columns_give_the_same_m(rank: int) -> None:
+    columns = np.random.default_rng(0).normal(size=(24, 9)) * np.geomspace(9, 0.1, 9)
+    whole = written_out(factor_of(columns @ columns.T, rank, 0.5))
+    assert np.abs(written_out(factor_of_columns(columns, rank, 0.5)) - whole).max() < 1e-5
 
 
 def test_public_text_without_a_gradient_is_refused() -> None:

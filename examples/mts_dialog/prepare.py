@@ -44,6 +44,33 @@ SECTIONS = (
     "PROCEDURES",
     "LABS",
 )
+# What each header stands for, written once: the head starts at what the base makes of these words.
+DESCRIPTIONS = {
+    "FAM/SOCHX": "family history and social history: smoking, alcohol, drugs, work, marriage, "
+    "relatives' illnesses",
+    "GENHX": "history of the present illness: symptoms, when they began, what makes them better or "
+    "worse",
+    "PASTMEDICALHX": "past medical history: earlier illnesses and chronic conditions such as "
+    "diabetes or high blood pressure",
+    "CC": "chief complaint: the reason for today's visit",
+    "ROS": "review of systems: fever, chills, chest pain, shortness of breath, nausea, denied or "
+    "reported",
+    "PASTSURGICAL": "past surgical history: operations and when they were",
+    "ALLERGY": "allergies to medications, food or latex",
+    "MEDICATIONS": "current medications and doses",
+    "ASSESSMENT": "assessment: what the doctor thinks of the patient's condition and progress",
+    "EXAM": "physical examination: findings of heart, lungs, abdomen, extremities",
+    "DIAGNOSIS": "diagnosis: the name of the disease",
+    "DISPOSITION": "disposition: discharged, admitted, condition at leaving",
+    "PLAN": "plan: treatment, follow-up, prescriptions and referrals",
+    "EDCOURSE": "emergency department course: what was done and given in the emergency room",
+    "IMMUNIZATIONS": "immunizations and vaccines, up to date",
+    "IMAGING": "imaging: x-ray, CT, MRI or ultrasound results",
+    "GYNHX": "gynecologic and obstetric history: pregnancies, periods",
+    "OTHER_HISTORY": "other history",
+    "PROCEDURES": "procedures performed",
+    "LABS": "laboratory results: blood tests and urine tests",
+}
 SITES = ("alder", "birch", "cedar", "elm", "fir")
 CONCENTRATION = 1.0  # of the Dirichlet draw: the smaller, the less alike the sites
 VALIDATION, TEST = 150, 301
@@ -61,6 +88,7 @@ STUDY: Table = {
         "overflow": "truncate",
         "labels": list(SECTIONS),
     },
+    "start": {"head": "labels", "scale": 2.0, "descriptions": DESCRIPTIONS},
     "training": {"rounds": 20, "sampling_rate": 1.0, "learning_rate": 0.8},
     "clipping": {"max_grad_norm": 1.0, "mode": "flat"},
     "strategy": {"weights": "declared", "options": {"momentum": 0.9}},
@@ -81,8 +109,8 @@ def private(epsilon: float, **tables: Any) -> Table:
 ARMS: dict[str, Table] = {
     "non-private": {"privacy": "off", "clipping": {"unit": "record"}},  # as epsilon-8, σ = 0
     "epsilon-8": private(8.0),
-    "epsilon-3": private(3.0, training={"learning_rate": 0.4}),
-    "epsilon-1": private(1.0, training={"learning_rate": 0.2}),
+    "epsilon-3": private(3.0, training={"learning_rate": 0.3}),
+    "epsilon-1": private(1.0, training={"learning_rate": 0.1}),
     "local": private(8.0, training={"learning_rate": 0.2}),  # one site alone
     "best-head": {"privacy": "off", "clipping": None, "training": {"learning_rate": 0.1}},
 }
@@ -91,8 +119,8 @@ TUNING: dict[str, list[Table]] = {
     arm: [{"training": {"learning_rate": rate}} for rate in rates]
     for arm, rates in {
         "epsilon-8": (0.4, 0.8, 1.6),
-        "epsilon-3": (0.2, 0.4, 0.8),
-        "epsilon-1": (0.1, 0.15, 0.2),
+        "epsilon-3": (0.2, 0.3, 0.4),
+        "epsilon-1": (0.05, 0.1, 0.15),
         "local": (0.2, 0.4, 0.8),
         "best-head": (0.03, 0.1, 0.3),
     }.items()

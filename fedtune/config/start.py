@@ -24,6 +24,6 @@ class StartTable(Table):
     learning_rate: Positive = 1e-3  # of these steps
     # A head starts at zero, or at what the base makes of the classes' names (or descriptions).
     head: Literal["zero", "labels"] = "zero"
-    scale: Positive = 10.0  # length of each class's vector in the head
+    scale: Positive = 2.0  # length of each class's vector in the head
     descriptions: dict[str, str] = Field(default_factory=dict)  # class -> words in its name's place
     digest: Digest | None = None  # filled in when the study starts

@@ -38,6 +38,14 @@ a_init = "seed"        # "public": A from the [public] text below, which learns 
 # licence = "CC-BY-4.0"
 # [public.columns]
 # prompt = "prompt"
+# completion = "completion"
+
+# With answers in [public], for no ε: steps that follow the curvature of public text, and an adapter
+# that is trained on it before the first round. At small ε most of what is learnt.
+# [lora.preconditioner]
+# rank = 64
+# [start]
+# steps = 20
 
 [objective]
 name = "causal_lm"     # prompt -> completion; "classify": text -> label. Preferences:

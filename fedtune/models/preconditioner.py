@@ -84,24 +84,48 @@ def stepped(apply: Callable[[Arrays], Arrays], adapter: Arrays, frozen: Arrays) 
 def factor_of(
     moment: npt.NDArray[np.float64], rank: int, damping: float
 ) -> npt.NDArray[np.float32]:
-    """W (outputs, rank) of M = (G/ḡ + damping · I)^(-1/2), scaled to a mean square of 1.
+    """Compute W (outputs, rank) of M = (G/ḡ + damping · I)^(-1/2), scaled to a mean square of 1.
 
     moment: G (outputs, outputs), the sum of g gᵀ over public gradients; ḡ: its mean eigenvalue. The
     `rank` largest eigenvalues of G are kept; the others count as one, by their root mean square.
     Errors: ModelError where G is zero or not finite."""
-    outputs = len(moment)
-    scale = float(np.trace(moment)) / outputs
-    if not (math.isfinite(scale) and scale > 0):
-        raise ModelError(
-            "public text gives no gradient to precondition with",
-            "text with answers that the base does not know already",
-            "see [public]",
-        )
-    values, vectors = np.linalg.eigh(moment / scale)  # ascending
-    shrunk = 1 / np.sqrt(values.clip(min=0) + damping)
+    values, vectors = np.linalg.eigh(_finite(moment))  # ascending
+    return _factor(values, vectors, rank, damping)
+
+
+def factor_of_columns(
+    columns: npt.NDArray[np.float64], rank: int, damping: float
+) -> npt.NDArray[np.float32]:
+    """Compute W as `factor_of` does, of G = columns columnsᵀ for (outputs, n) with n < outputs: of
+    a wide layer G itself would take too much memory. Errors: as `factor_of`."""
+    vectors, singular, _ = np.linalg.svd(_finite(columns), full_matrices=False)
+    return _factor(singular[::-1] ** 2, vectors[:, ::-1], rank, damping)
+
+
+def _finite(array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    if np.isfinite(array).all() and array.any():
+        return array
+    raise ModelError(
+        "public text gives no gradient to precondition with",
+        "text with answers that the base does not know already",
+        "see [public]",
+    )
+
+
+def _factor(
+    values: npt.NDArray[np.float64], vectors: npt.NDArray[np.float64], rank: int, damping: float
+) -> npt.NDArray[np.float32]:
+    """W, from the largest eigenvalues of G (ascending) and their vectors; the others are zero."""
+    outputs, known = vectors.shape
+    mean = float(values.sum()) / outputs
+    shrunk = 1 / np.sqrt(
+        np.concatenate([np.zeros(outputs - known), values.clip(0) / mean]) + damping
+    )
     shrunk /= math.sqrt(float((shrunk**2).mean()))
-    kept = rank_of(outputs, rank)
-    rest = math.sqrt(float((shrunk[:-kept] ** 2).mean()))
-    lowered = np.sqrt((rest - shrunk[-kept:]).clip(min=0))
-    factor: npt.NDArray[np.float32] = (vectors[:, -kept:] * lowered).astype(np.float32)
+    rank = rank_of(outputs, rank)
+    rest = math.sqrt(float((shrunk[:-rank] ** 2).mean()))
+    lowered = np.sqrt((rest - shrunk[-rank:]).clip(0))
+    factor = np.zeros((outputs, rank), np.float32)
+    most = min(rank, known)
+    factor[:, -most:] = vectors[:, -most:] * lowered[-most:]
     return factor

@@ -4,24 +4,28 @@ private data."""
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fedtune.config import PreconditionerTable, Study
-from fedtune.errors import ConfigError
+from fedtune.errors import ConfigError, ModelError
 from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import LARGEST, Arrays
 from fedtune.models.network import Network
-from fedtune.models.preconditioner import factor_of, name_for
+from fedtune.models.preconditioner import factor_of, factor_of_columns, name_for
 from fedtune.objectives import resolve
+from fedtune.objectives._interface import Batch
 from fedtune.progress import report
 from fedtune.training import engines
 
+_CHUNK_BYTES = 128 * 2**20  # fp32 gradients held at once
+
 
 def output_factors(study: Study, data: CachedDataset, table: PreconditionerTable) -> Arrays:
-    """The preconditioner's W (outputs, rank) for each B, by the name that it is sent under.
+    """Compute the preconditioner's W (outputs, rank) of each B, by the name that it is sent under.
 
-    G = Σ g gᵀ over the columns g of each public record's gradient of that B, all of a record's
-    gradient scaled to length 1, at the network's present adapter (B = 0 before the first round).
+    G = Σ g gᵀ over the columns g of each public record's gradient of that B, with the gradient of
+    all B's scaled to length 1, at the network's present adapter (B = 0 before the first round).
     Errors: ModelError where the public records give no gradient, or of a layer that is not watched;
     ConfigError where B sits on a projector, of whose input a record has several rows."""
     network, objective = data.network, resolve(study.objective)
@@ -29,34 +33,62 @@ def output_factors(study: Study, data: CachedDataset, table: PreconditionerTable
     if any(network.has_row_per_tile(parameter) for parameter in named.values()):
         raise ConfigError("lora.preconditioner", "an adapter on the text's layers alone")
     engine = engines.choose(study.training.engine, network.trained, list(named.values()))
-    moments = {
-        name: torch.zeros(len(parameter), len(parameter), dtype=torch.float64)
-        for name, parameter in named.items()
+    total = len(data.dataset.examples)
+    curvatures = {
+        name: _Curvature(len(b), b.shape[1], total)
+        for name, b in named.items()
         if ".lora_B." in name
     }
-    done, total = 0, len(data.dataset.examples)
+    rows, done = max(1, _CHUNK_BYTES // (4 * sum(p.numel() for p in named.values()))), 0
     with engine.watching():
-        for batch in data.batches(range(total)):
+        for batch in data.blocks(range(total), rows):
             gradients = engine(objective.losses(network, batch))
-            layers = [_by_record(g, len(batch.index)) for g in gradients if g is not None]
-            squares = torch.stack([layer.flatten(1).square().sum(dim=1) for layer in layers])
+            layers = {
+                name: _by_record(gradient, batch)
+                for name, gradient in zip(named, gradients, strict=True)
+                if name in curvatures
+            }
+            squares = torch.stack([g.flatten(1).square().sum(dim=1) for g in layers.values()])
             lengths = squares.sum(dim=0).sqrt().clamp_min(1e-30)
-            for name, layer in zip(named, layers, strict=True):
-                if name in moments:
-                    columns = (layer / lengths[:, None, None]).transpose(0, 1).flatten(1).double()
-                    moments[name] += (columns @ columns.T).cpu()
-            done += len(batch.index)
+            for name, gradient in layers.items():
+                curvatures[name].add(gradient / lengths[:, None, None])
+            done += batch.count
             report("measuring gradients of public text", done, total)
     return {
-        name_for(name): factor_of(moment.numpy(), table.rank, table.damping)
-        for name, moment in moments.items()
+        name_for(name): curvature.factor(table.rank, table.damping)
+        for name, curvature in curvatures.items()
     }
 
 
-def _by_record(gradient: torch.Tensor, records: int) -> torch.Tensor:
-    """(records, …): a record's passages added up."""
+class _Curvature:
+    """G of one layer; where it would be larger than the gradients that it is made of, those."""
+
+    def __init__(self, outputs: int, columns: int, records: int) -> None:
+        self._columns: list[torch.Tensor] = []
+        wide = outputs > columns * records
+        self._moment = None if wide else torch.zeros(outputs, outputs, dtype=torch.float64)
+
+    def add(self, gradients: torch.Tensor) -> None:
+        """gradients: (records, outputs, columns)."""
+        columns = gradients.transpose(0, 1).flatten(1).double().cpu()
+        if self._moment is None:
+            self._columns.append(columns)
+        else:
+            self._moment += columns @ columns.T
+
+    def factor(self, rank: int, damping: float) -> npt.NDArray[np.float32]:
+        if self._moment is None:
+            return factor_of_columns(torch.cat(self._columns, dim=1).numpy(), rank, damping)
+        return factor_of(self._moment.numpy(), rank, damping)
+
+
+def _by_record(gradient: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+    """(count, outputs, columns): a record's passages added up, what fills the block left out."""
+    if gradient is None:
+        raise ModelError("a trainable layer gave no per-record gradient")
+    records = len(batch.index)
     passages = len(gradient) // records
-    return gradient.view(records, passages, *gradient.shape[1:]).sum(dim=1)
+    return gradient.view(records, passages, *gradient.shape[1:]).sum(dim=1)[: batch.count]
 
 
 def trained_on(study: Study, data: CachedDataset, adapter: Arrays) -> Arrays:

@@ -56,6 +56,7 @@ MODES: dict[str, Mode] = {
     "record": Mode(Plan(unit="record"), replace(TEXT, patient=False)),
     "patient, cap 3 of 5": Mode(Plan(cap=3), TEXT, 5),
     "records drawn, k = 3": Mode(Plan(drawn="record", cap=3), TEXT, 5),
+    "from public text": Mode(Plan(public=True), TEXT),
     "dpo": Mode(Plan(objective="dpo"), Place(columns=COLUMNS["dpo"])),
     "kto": Mode(Plan(objective="kto"), Place(columns=COLUMNS["kto"])),
     "orpo": Mode(Plan(objective="orpo"), Place(columns=COLUMNS["orpo"])),
