@@ -29,7 +29,7 @@ path = "public.jsonl"
 licence = "CC0"
 columns = { prompt = "q", completion = "a" }
 """
-START = "[start]\nsteps = 4\nlearning_rate = 0.01\n"
+START = "[start]\nsteps = 4\nlearning_rate = 5.0\n"
 PRECONDITIONER = "[lora.preconditioner]\nrank = 12\n"
 
 

@@ -20,8 +20,9 @@ class PreconditionerTable(Table):
 class StartTable(Table):
     """What is trained before the first round, from public things alone: for no ε."""
 
-    steps: Annotated[int, Field(ge=0, le=10_000)] = 0  # of AdamW on all of [public], its answers
-    learning_rate: Positive = 1e-3  # of these steps
+    # Steps on all of [public] with its answers, each as a site without noise would take it.
+    steps: Annotated[int, Field(ge=0, le=10_000)] = 0
+    learning_rate: Positive = 1.0  # of these steps; as training.learning_rate
     # A head starts at zero, or at what the base makes of the classes' names (or descriptions).
     head: Literal["zero", "labels"] = "zero"
     scale: Positive = 2.0  # length of each class's vector in the head

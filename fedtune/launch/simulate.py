@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -59,22 +60,21 @@ def simulate(
     for site in sites:  # here the sites are the user's own: say now what is wrong with their files
         check_data(site, study)
     files = [site_file(site) for site in sites]
+    settings = Settings(pause=1.0, clock=SimulatedClock(), upto=rounds, skip=False)
+    common: dict[str, Any] = {"resume": resume, "on_event": on_event}
     if engine == "ray":
         from fedtune.launch.ray import simulate_ray
 
-        settings = Settings(pause=1.0, clock=SimulatedClock(), upto=rounds, skip=False)
         parts = Dependencies(settings=settings)
-        common: dict[str, Any] = {"resume": resume, "on_event": on_event, "parts": parts}
-        simulate_ray(study, files, out, processes=processes, **common)
+        simulate_ray(study, files, out, processes=processes, parts=parts, **common)
         return Run(out)
     # In this process a site that fails now fails again: no waiting for sites, no pauses.
-    settings = Settings(patience=0.0, pause=0.0, clock=SimulatedClock(), upto=rounds, skip=False)
-    at_once = Dependencies(settings=settings)
+    at_once = Dependencies(settings=replace(settings, patience=0.0, pause=0.0))
     for path in files:
         drop_if_changed(path)
     with _grid(files, processes, out) as (grid, site_errors):
         try:
-            server_rounds.run(grid, study, out, resume=resume, on_event=on_event, parts=at_once)
+            server_rounds.run(grid, study, out, parts=at_once, **common)
         except InfrastructureError:
             if bad := _bad_files(files, site_errors):
                 raise bad from None

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -70,15 +71,27 @@ def stepped(apply: Callable[[Arrays], Arrays], adapter: Arrays, frozen: Arrays) 
     _, factors = divided(frozen)
     if not factors:
         return apply(adapter)
-    step = apply({name: np.zeros_like(array) for name, array in adapter.items()})
-    found = {}
-    for name, array in adapter.items():
-        change, factor = step[name].astype(np.float64), factors.get(name_for(name))
-        if factor is not None and _IN_B in name:
-            wide = factor.astype(np.float64)
-            change = identity_part(factor) * change - wide @ (wide.T @ change)
-        found[name] = (array.astype(np.float64) + change).astype(np.float32)
-    return found
+    return moved(adapter, apply({n: np.zeros_like(a) for n, a in adapter.items()}), factors)
+
+
+def moved(adapter: Arrays, step: Mapping[str, npt.NDArray[Any]], factors: Arrays) -> Arrays:
+    """Move `adapter` by M times `step`, summed in fp64."""
+    return {
+        name: (array + multiplied(step[name].astype(np.float64), name, factors)).astype(np.float32)
+        for name, array in adapter.items()
+    }
+
+
+def multiplied(
+    values: npt.NDArray[np.float64], name: str, factors: Arrays
+) -> npt.NDArray[np.float64]:
+    """M times `values` (…, outputs, columns) of the trained tensor `name`; as they are, if it has
+    no W among `factors`."""
+    factor = factors.get(name_for(name)) if _IN_B in name else None
+    if factor is None:
+        return values
+    wide = factor.astype(np.float64)
+    return identity_part(factor) * values - wide @ (wide.T @ values)
 
 
 def factor_of(

@@ -3,6 +3,8 @@ private data."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -12,7 +14,13 @@ from fedtune.errors import ConfigError, ModelError
 from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import LARGEST, Arrays
 from fedtune.models.network import Network
-from fedtune.models.preconditioner import factor_of, factor_of_columns, name_for
+from fedtune.models.preconditioner import (
+    factor_of,
+    factor_of_columns,
+    moved,
+    multiplied,
+    name_for,
+)
 from fedtune.objectives import resolve
 from fedtune.objectives._interface import Batch
 from fedtune.progress import report
@@ -25,39 +33,85 @@ def output_factors(study: Study, data: CachedDataset, table: PreconditionerTable
     """Compute the preconditioner's W (outputs, rank) of each B, by the name that it is sent under.
 
     G = Σ g gᵀ over the columns g of each public record's gradient of that B, with the gradient of
-    all B's scaled to length 1, at the network's present adapter (B = 0 before the first round).
+    everything that is trained scaled to length 1, at the network's present adapter.
     Errors: ModelError where the public records give no gradient, or of a layer that is not watched;
     ConfigError where B sits on a projector, of whose input a record has several rows."""
-    network, objective = data.network, resolve(study.objective)
-    named = network.parameters()
-    if any(network.has_row_per_tile(parameter) for parameter in named.values()):
-        raise ConfigError("lora.preconditioner", "an adapter on the text's layers alone")
-    engine = engines.choose(study.training.engine, network.trained, list(named.values()))
-    total = len(data.dataset.examples)
+    named, total = data.network.parameters(), len(data.dataset.examples)
     curvatures = {
         name: _Curvature(len(b), b.shape[1], total)
         for name, b in named.items()
         if ".lora_B." in name
     }
-    rows, done = max(1, _CHUNK_BYTES // (4 * sum(p.numel() for p in named.values()))), 0
-    with engine.watching():
-        for batch in data.blocks(range(total), rows):
-            gradients = engine(objective.losses(network, batch))
-            layers = {
-                name: _by_record(gradient, batch)
-                for name, gradient in zip(named, gradients, strict=True)
-                if name in curvatures
-            }
-            squares = torch.stack([g.flatten(1).square().sum(dim=1) for g in layers.values()])
-            lengths = squares.sum(dim=0).sqrt().clamp_min(1e-30)
-            for name, gradient in layers.items():
-                curvatures[name].add(gradient / lengths[:, None, None])
-            done += batch.count
-            report("measuring gradients of public text", done, total)
+    for gradients in _gradients(study, data, "measuring gradients of public text"):
+        lengths = _lengths(gradients)
+        for name, curvature in curvatures.items():
+            curvature.add(gradients[name] / lengths[:, None, None])
     return {
         name_for(name): curvature.factor(table.rank, table.damping)
         for name, curvature in curvatures.items()
     }
+
+
+def trained_on(study: Study, data: CachedDataset, adapter: Arrays) -> Arrays:
+    """`adapter` after start.steps steps on all public records, each as a site without noise would
+    take it: the mean of the records' preconditioned gradients, all of one length C, times
+    start.learning_rate; the adapter moves by M times that.
+
+    Reference: Li et al. 2022, "Large language models can be strong differentially private
+    learners", section 2 (public pre-training costs no ε)."""
+    table = study.start
+    assert table is not None
+    frozen, bound = (
+        data.network.preconditioner,
+        study.clipping.max_grad_norm if study.clipping else 1.0,
+    )
+    for step in range(1, table.steps + 1):
+        change = {name: np.zeros(array.shape) for name, array in adapter.items()}
+        with data.network.loaded(trainable=adapter):
+            for gradients in _gradients(study, data, f"training on public text, step {step}"):
+                rows = {
+                    n: multiplied(g.double().cpu().numpy(), n, frozen) for n, g in gradients.items()
+                }
+                squares = sum((g.reshape(len(g), -1) ** 2).sum(axis=1) for g in rows.values())
+                scale = bound / np.maximum(np.sqrt(squares), 1e-30) / len(data.dataset.examples)
+                for name, g in rows.items():
+                    change[name] -= table.learning_rate * np.tensordot(scale, g, axes=1)
+        adapter = moved(adapter, change, frozen)
+    return {name: np.clip(array, -LARGEST, LARGEST) for name, array in adapter.items()}
+
+
+def _gradients(study: Study, data: CachedDataset, label: str) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the gradients of some public records by parameter, (records, …), until all are done."""
+    network, objective = data.network, resolve(study.objective)
+    named = network.parameters()
+    if any(network.has_row_per_tile(parameter) for parameter in named.values()):
+        raise ConfigError("a public start", "an adapter on the text's layers alone")
+    engine = engines.choose(study.training.engine, network.trained, list(named.values()))
+    rows, done = max(1, _CHUNK_BYTES // (4 * sum(p.numel() for p in named.values()))), 0
+    total = len(data.dataset.examples)
+    with engine.watching():
+        for batch in data.blocks(range(total), rows):
+            gradients = engine(objective.losses(network, batch))
+            yield {
+                name: _by_record(gradient, batch)
+                for name, gradient in zip(named, gradients, strict=True)
+            }
+            done += batch.count
+            report(label, done, total)
+
+
+def _lengths(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    squares = torch.stack([g.flatten(1).square().sum(dim=1) for g in gradients.values()])
+    return squares.sum(dim=0).sqrt().clamp_min(1e-30)
+
+
+def _by_record(gradient: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+    """(count, outputs, columns): a record's passages added up, what fills the block left out."""
+    if gradient is None:
+        raise ModelError("a trainable layer gave no per-record gradient")
+    records = len(batch.index)
+    passages = len(gradient) // records
+    return gradient.view(records, passages, *gradient.shape[1:]).sum(dim=1)[: batch.count]
 
 
 class _Curvature:
@@ -80,39 +134,6 @@ class _Curvature:
         if self._moment is None:
             return factor_of_columns(torch.cat(self._columns, dim=1).numpy(), rank, damping)
         return factor_of(self._moment.numpy(), rank, damping)
-
-
-def _by_record(gradient: torch.Tensor | None, batch: Batch) -> torch.Tensor:
-    """(count, outputs, columns): a record's passages added up, what fills the block left out."""
-    if gradient is None:
-        raise ModelError("a trainable layer gave no per-record gradient")
-    records = len(batch.index)
-    passages = len(gradient) // records
-    return gradient.view(records, passages, *gradient.shape[1:]).sum(dim=1)[: batch.count]
-
-
-def trained_on(study: Study, data: CachedDataset, adapter: Arrays) -> Arrays:
-    """`adapter` after start.steps steps of AdamW on the mean loss of all public records.
-
-    Reference: Li et al. 2022, "Large language models can be strong differentially private
-    learners", section 2 (public pre-training costs no ε)."""
-    table = study.start
-    assert table is not None
-    network, objective = data.network, resolve(study.objective)
-    everything, parameters = range(len(data.dataset.examples)), network.parameters()
-    with network.loaded(trainable=adapter):
-        optimizer = torch.optim.AdamW(parameters.values(), lr=table.learning_rate, weight_decay=0.0)
-        for step in range(table.steps):
-            for batch in data.batches(everything):
-                loss = objective.losses(network, batch).sum() / len(everything)
-                torch.autograd.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-            report("training on public text", step + 1, table.steps)
-        with torch.no_grad():
-            for parameter in parameters.values():
-                parameter.clamp_(-LARGEST, LARGEST)
-        return network.trainable()
 
 
 @torch.no_grad()

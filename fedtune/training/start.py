@@ -64,7 +64,8 @@ def _frozen(study: Study, network: Network) -> tuple[Study, Arrays]:
     factor = network.adopt(unpinned, frozen)
     pinned = pinned.model_copy(update={"a_digest": lora.digest(factor)})
     if table := study.lora.preconditioner:
-        outputs = output_factors(study, _public(study, network), table)
+        with network.loaded(trainable=network.initial(factor)):  # who used it last does not count
+            outputs = output_factors(study, _public(study, network), table)
         table = table.model_copy(update={"digest": lora.digest(outputs)})
         pinned, frozen = pinned.model_copy(update={"preconditioner": table}), frozen | outputs
     return study.model_copy(update={"lora": pinned}), frozen

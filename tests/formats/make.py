@@ -57,6 +57,7 @@ noise_multiplier = 4.0
 unit = "patient"
 {epsilon}
 [strategy]
+weights = "equal"
 min_sites = 2
 [evaluation]
 path = "public.jsonl"

@@ -16,7 +16,8 @@ def test_equal_weights_are_equal_whatever_the_sites_declare(trial: Callable[...,
     run = trial(FakeSite("a", size=1_000_000), FakeSite("b", size=20))
     study = make_study(min_sites=2)
     once = study.training.model_copy(update={"rounds": 1})
-    run.run(study.model_copy(update={"training": once}))
+    equal = study.strategy.model_copy(update={"weights": "equal"})
+    run.run(study.model_copy(update={"training": once, "strategy": equal}))
     a, b = (update_of(n)["layer.C"] for n in "ab")
     np.testing.assert_allclose(run.adapter()["layer.C"], (a + b) / 2, rtol=1e-6)
 
