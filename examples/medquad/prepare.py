@@ -51,6 +51,7 @@ STUDY: Table = {
         "last_layers": 3,
         "train": "B",
         "a_init": "public",
+        "preconditioner": {"rank": 64, "damping": 1.0},
     },
     "objective": {
         "name": "causal_lm",
@@ -63,9 +64,9 @@ STUDY: Table = {
         "licence": "MIT",
         "columns": {"prompt": "question", "completion": "answer"},
     },
-    "training": {"rounds": 3, "sampling_rate": 1.0, "learning_rate": 32.0},
+    "training": {"rounds": 1, "sampling_rate": 1.0, "learning_rate": 200.0},
     "clipping": {"max_grad_norm": 1.0, "mode": "normalised"},
-    "strategy": {"weights": "declared", "options": {"momentum": 0.5}},
+    "strategy": {"weights": "declared"},
     "evaluation": {
         "path": "test.jsonl",
         "metric": METRIC,
@@ -83,23 +84,25 @@ def private(epsilon: float, **tables: Any) -> Table:
 ARMS: dict[str, Table] = {
     "non-private": {"privacy": "off", "clipping": {"unit": "patient"}},  # as epsilon-8, σ = 0
     "epsilon-8": private(8.0),
-    "epsilon-3": private(3.0, training={"learning_rate": 12.0}),
-    "epsilon-1": private(1.0, training={"learning_rate": 2.0}),
-    "local": private(8.0, training={"learning_rate": 4.0}),  # one site alone
+    "epsilon-3": private(3.0, training={"learning_rate": 120.0}),
+    "epsilon-1": private(1.0, training={"learning_rate": 25.0}),
+    "local": private(8.0, training={"learning_rate": 25.0}),  # one site alone
     "best-lora": {
         "privacy": "off",
         # A bound that nothing reaches: it only says that the unit is the document.
         "clipping": {"max_grad_norm": 1e6, "mode": "flat", "unit": "patient"},
+        "lora": {"preconditioner": None},
         "training": {"rounds": 5, "learning_rate": 100.0},
+        "strategy": {"options": {"momentum": 0.5}},
     },
 }
 TUNING: dict[str, list[Table]] = {
     arm: [{"training": {"learning_rate": rate}} for rate in rates]
     for arm, rates in {
-        "epsilon-8": (16.0, 32.0, 64.0),
-        "epsilon-3": (6.0, 12.0, 24.0),
-        "epsilon-1": (2.0, 4.0, 8.0),
-        "local": (2.0, 4.0, 8.0),
+        "epsilon-8": (120.0, 200.0, 300.0),
+        "epsilon-3": (60.0, 120.0, 200.0),
+        "epsilon-1": (15.0, 25.0, 40.0),
+        "local": (15.0, 25.0, 40.0),
         "best-lora": (50.0, 100.0, 300.0),
     }.items()
 }

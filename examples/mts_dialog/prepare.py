@@ -105,11 +105,11 @@ def private(epsilon: float, **tables: Any) -> Table:
     return merged({"privacy": asked}, tables)
 
 
-# Each rate is the best of TUNING on the validation records of seed 0.
+# Each rate is the best of TUNING on the validation records.
 ARMS: dict[str, Table] = {
     "non-private": {"privacy": "off", "clipping": {"unit": "record"}},  # as epsilon-8, σ = 0
     "epsilon-8": private(8.0),
-    "epsilon-3": private(3.0, training={"learning_rate": 0.3}),
+    "epsilon-3": private(3.0, training={"learning_rate": 0.4}),
     "epsilon-1": private(1.0, training={"learning_rate": 0.1}),
     "local": private(8.0, training={"learning_rate": 0.2}),  # one site alone
     "best-head": {"privacy": "off", "clipping": None, "training": {"learning_rate": 0.1}},
@@ -119,7 +119,7 @@ TUNING: dict[str, list[Table]] = {
     arm: [{"training": {"learning_rate": rate}} for rate in rates]
     for arm, rates in {
         "epsilon-8": (0.4, 0.8, 1.6),
-        "epsilon-3": (0.2, 0.3, 0.4),
+        "epsilon-3": (0.3, 0.4, 0.6),
         "epsilon-1": (0.05, 0.1, 0.15),
         "local": (0.2, 0.4, 0.8),
         "best-head": (0.03, 0.1, 0.3),
