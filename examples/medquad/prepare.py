@@ -34,7 +34,7 @@ DOCUMENTS = {
     "NIHSeniorHealth": 39,
     "NINDS": 110,
 }
-RECORDS = 4  # of a document at a site, drawn by seed; of a held-out document the first of them
+RECORDS = 1  # of a document at a site, drawn by seed; of a held-out document the first of them
 VALIDATION, TEST = 0.10, 0.15  # of a source's documents
 PUBLIC = 64  # texts
 FIRST = 0  # the seed whose test documents are everybody's
@@ -51,7 +51,6 @@ STUDY: Table = {
         "last_layers": 3,
         "train": "B",
         "a_init": "public",
-        "preconditioner": {"rank": 64, "damping": 1.0},
     },
     "objective": {
         "name": "causal_lm",
@@ -64,9 +63,9 @@ STUDY: Table = {
         "licence": "MIT",
         "columns": {"prompt": "question", "completion": "answer"},
     },
-    "training": {"rounds": 1, "sampling_rate": 1.0, "learning_rate": 200.0},
+    "training": {"rounds": 3, "sampling_rate": 1.0, "learning_rate": 32.0},
     "clipping": {"max_grad_norm": 1.0, "mode": "normalised"},
-    "strategy": {"weights": "declared"},
+    "strategy": {"weights": "declared", "options": {"momentum": 0.5}},
     "evaluation": {
         "path": "test.jsonl",
         "metric": METRIC,
@@ -84,25 +83,23 @@ def private(epsilon: float, **tables: Any) -> Table:
 ARMS: dict[str, Table] = {
     "non-private": {"privacy": "off", "clipping": {"unit": "patient"}},  # as epsilon-8, σ = 0
     "epsilon-8": private(8.0),
-    "epsilon-3": private(3.0, training={"learning_rate": 120.0}),
-    "epsilon-1": private(1.0, training={"learning_rate": 25.0}),
-    "local": private(8.0, training={"learning_rate": 25.0}),  # one site alone
+    "epsilon-3": private(3.0, training={"learning_rate": 12.0}),
+    "epsilon-1": private(1.0, training={"learning_rate": 2.0}),
+    "local": private(8.0, training={"learning_rate": 4.0}),  # one site alone
     "best-lora": {
         "privacy": "off",
         # A bound that nothing reaches: it only says that the unit is the document.
         "clipping": {"max_grad_norm": 1e6, "mode": "flat", "unit": "patient"},
-        "lora": {"preconditioner": None},
         "training": {"rounds": 5, "learning_rate": 100.0},
-        "strategy": {"options": {"momentum": 0.5}},
     },
 }
 TUNING: dict[str, list[Table]] = {
     arm: [{"training": {"learning_rate": rate}} for rate in rates]
     for arm, rates in {
-        "epsilon-8": (120.0, 200.0, 300.0),
-        "epsilon-3": (60.0, 120.0, 200.0),
-        "epsilon-1": (15.0, 25.0, 40.0),
-        "local": (15.0, 25.0, 40.0),
+        "epsilon-8": (16.0, 32.0, 64.0),
+        "epsilon-3": (6.0, 12.0, 24.0),
+        "epsilon-1": (2.0, 4.0, 8.0),
+        "local": (2.0, 4.0, 8.0),
         "best-lora": (50.0, 100.0, 300.0),
     }.items()
 }
