@@ -45,7 +45,6 @@ def simulate(
 
     Errors: ConfigError where the sites cannot make up the study, DataError where a site's records
     do not suit it, and what a run may raise: Refused, ModelError, InfrastructureError."""
-    from fedtune.client.site import drop_if_changed
     from fedtune.client.site_checks import check_data
     from fedtune.models.teacher import register_teacher
     from fedtune.server import rounds as server_rounds
@@ -57,21 +56,19 @@ def simulate(
     check_rounds(study, rounds)
     out = new_run(study, None if out is None else Path(out), resume=resume)
     register_teacher(study)
-    for site in sites:  # here the sites are the user's own: say now what is wrong with their files
+    for site in sites:  # the sites are the user's own: report errors in their files now
         check_data(site, study)
-    files = [site_file(site) for site in sites]
-    settings = Settings(pause=1.0, clock=SimulatedClock(), upto=rounds, skip=False)
+    files = list(map(site_file, sites))
     common: dict[str, Any] = {"resume": resume, "on_event": on_event}
+    settings = Settings(pause=1.0, clock=SimulatedClock(), upto=rounds, skip=False)
     if engine == "ray":
         from fedtune.launch.ray import simulate_ray
 
-        parts = Dependencies(settings=settings)
-        simulate_ray(study, files, out, processes=processes, parts=parts, **common)
+        common["parts"] = Dependencies(settings=settings)
+        simulate_ray(study, files, out, processes=processes, **common)
         return Run(out)
     # In this process a site that fails now fails again: no waiting for sites, no pauses.
     at_once = Dependencies(settings=replace(settings, patience=0.0, pause=0.0))
-    for path in files:
-        drop_if_changed(path)
     with _grid(files, processes, out) as (grid, site_errors):
         try:
             server_rounds.run(grid, study, out, parts=at_once, **common)
@@ -116,6 +113,10 @@ def _grid(
     files: list[Path], processes: int, out: Path
 ) -> Iterator[tuple[Grid, dict[str, FedtuneError]]]:
     """Provide the sites' grid and its table of their errors by site file."""
+    from fedtune.client.site import drop_if_changed
+
+    for path in files:
+        drop_if_changed(path)
     if processes > 1:
         from fedtune.launch.process_pool import ProcessGrid
 
