@@ -1,4 +1,4 @@
-"""What a base folder computes, as one hash; and the folders that are refused before any is read.
+"""Digest of what a base folder computes; and refusal of unsafe folders before any file is read.
 
 The digest does not depend on how files are laid out (shards, key order, file names), only on what a
 site would compute with them:
@@ -36,7 +36,7 @@ CODE = ("config.json", "tokenizer_config.json", *PROCESSORS)
 
 
 def digest(folder: Path) -> str:
-    """One hash, "sha256:<64 hex>", of what `folder` computes; 1 to 4 s per GB.
+    """Hash what `folder` computes, as "sha256:<64 hex>"; 1 to 4 s per GB.
 
     Read once per process, and again when the system says that any file was changed or replaced
     since (its change time cannot be set back); what changed in the last seconds is always read.
@@ -53,8 +53,8 @@ def digest(folder: Path) -> str:
 
 
 def _stamps(folder: Path) -> list[tuple[str, int, int, int, int]]:
-    """Name, device, number, size and change time (ns) of each file. Errors: ModelError where one
-    that transformers may open is none: a pipe would keep it waiting for ever."""
+    """Return name, device, number, size and change time (ns) of each file. Errors: ModelError where
+    one that transformers may open is no regular file: a pipe would block for ever."""
     entries = []
     for path in sorted(folder.iterdir()):
         if not path.is_dir() or path.suffix in OPENED:
@@ -106,8 +106,8 @@ def check(folder: Path) -> None:
 
 
 def weights(folder: Path) -> list[Path]:
-    """The safetensors files that transformers loads from `folder`: the single one, else the shards
-    that the index names. Errors: ModelError."""
+    """Return the safetensors files that transformers loads from `folder`: the single one, else the
+    shards that the index names. Errors: ModelError."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
@@ -133,7 +133,7 @@ def weights(folder: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Errors: ModelError naming the file."""
+    """Read the JSON object in `path`. Errors: ModelError naming the file."""
     if not os.path.lexists(path):
         raise ModelError(f"{path.parent.name}: has no {path.name}", EXPECTED, SAVE)
     return reading.json_in(path, EXPECTED, AGAIN, ModelError, reading.LARGE)

@@ -1,4 +1,4 @@
-"""Find a base model, know it by its digest, load it frozen.
+"""Base models: find one, identify it by its digest, load it frozen.
 
 A base is named in one of three ways:
 
@@ -60,13 +60,13 @@ class Row(NamedTuple):
 
 
 def cache_dir() -> Path:
-    """$FEDTUNE_CACHE, else ~/.cache/fedtune."""
+    """Return $FEDTUNE_CACHE, else ~/.cache/fedtune."""
     named = os.environ.get("FEDTUNE_CACHE")
     return Path(named).expanduser() if named else Path.home() / ".cache" / "fedtune"
 
 
 def find_base(model: str, digest: str | None = None) -> Base:
-    """The base that `model` names, fetched if needed, and hashed if any file of it changed.
+    """Find the base that `model` names; fetch it if needed, hash it if any file of it changed.
 
     Guarantee: with `digest` given, a base that computes anything else is refused.
     Errors: ModelError (not found, refused, other digest); InfrastructureError (disk)."""
@@ -81,9 +81,9 @@ def find_base(model: str, digest: str | None = None) -> Base:
 
 
 def base_of_plan(digest: str | None, site_base: str | None, listed: Collection[str] = ()) -> Base:
-    """The base of a plan that came from elsewhere: the site's `own` (site.base), else by digest
-    alone, from what this machine's people have named before. What the plan calls it is not looked
-    at. Fetched is only a wheel that fedtune itself pins and whose digest the site has `listed`.
+    """Find the base of a received plan: `site_base` (site.base), else by digest alone among bases
+    named on this machine before. The plan's name for it is ignored. Fetched is only a wheel that
+    fedtune itself pins and whose digest the site has `listed`.
 
     Errors: PolicyRefused where it is not here; ModelError, InfrastructureError as `find_base`."""
     if site_base:
@@ -103,14 +103,14 @@ def base_of_plan(digest: str | None, site_base: str | None, listed: Collection[s
 
 
 def verify(model: str) -> Base:
-    """Hash again what is on this machine; fetches nothing.
+    """Hash a base on this machine again; fetches nothing.
 
     Errors: ModelError where the base is absent, or a pinned one has changed."""
     return _find(model, fetch=False)
 
 
 def list_known() -> list[Row]:
-    """The bases that need no model hub, and whether each is in the cache."""
+    """List the bases that need no model hub, and whether each is in the cache."""
     return [
         Row(
             PREFIX + name,
@@ -125,8 +125,8 @@ def list_known() -> list[Row]:
 
 
 def load_backbone(base: Base, dtype: torch.dtype) -> PreTrainedModel:
-    """The frozen network in `dtype`, in eval mode; causal: with its LM head. Its weights are mapped
-    from disk, so that all processes of this machine share one copy.
+    """Load the frozen network in `dtype`, in eval mode; causal: with its LM head. Its weights are
+    mapped from disk, so that all processes of this machine share one copy.
 
     Errors: ModelError where weights are missing, of other shapes, or of an unknown architecture."""
     from fedtune.bases import shared_memory
@@ -151,7 +151,7 @@ def _backbone(base: Base, dtype: torch.dtype) -> PreTrainedModel:
             local_files_only=True,
             output_loading_info=True,
         )
-    except Exception as error:  # a config with values of other types: whatever it stumbles over
+    except Exception as error:  # may raise anything on a config with values of other types
         raise ModelError(
             f"{base.name}: transformers cannot load it ({type(error).__name__})",
             "an architecture that this transformers version has built in",
@@ -168,7 +168,7 @@ def _backbone(base: Base, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def auto_class(kind: Kind) -> Any:
-    """What of transformers loads a base of this kind, or makes one from a config."""
+    """Return the transformers class that loads a base of this kind, or makes one from a config."""
     import transformers
 
     wheel.quiet()
@@ -182,7 +182,7 @@ def auto_class(kind: Kind) -> Any:
 
 
 def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with a pad token: its own, else its eos.
+    """Load the base's tokenizer, with a pad token: its own, else its eos.
 
     Pad and eos may be the same token (SmolLM2), so what is padding must come from the mask, never
     from the token's id. Errors: ModelError."""
@@ -256,11 +256,11 @@ def _from_hub(model: str, fetch: bool) -> Path:
 
 
 def place_of(model: str) -> Path:
-    """The folder that `model` names, if it names one. Errors: ModelError where nothing can."""
+    """Return the folder that `model` names. Errors: ModelError where it cannot be a path."""
     try:
         if model and not reading.unusable(model):
             return Path(model).expanduser()
-    except RuntimeError:  # ~somebody who is not here
+    except RuntimeError:  # ~USER of an unknown user
         pass
     raise _no_name(model)
 
@@ -299,7 +299,7 @@ def _kind(folder: Path) -> Kind:
 
 
 def _licence(folder: Path) -> str:
-    """The licence that the folder's model card declares in its first block, else "unknown"."""
+    """Read the licence that the folder's model card declares in its first block, else "unknown"."""
     card = folder / "README.md"
     lines = card.read_text("utf-8", "replace").splitlines() if card.is_file() else []
     if lines[:1] == ["---"]:

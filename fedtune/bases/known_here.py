@@ -1,6 +1,6 @@
-"""Which folder of this machine holds the base, or the run, of a digest.
+"""Folders on this machine of bases and runs, by digest.
 
-Noted in the cache whenever somebody here names one: by a command, a study.toml or a site.toml. So a
+Noted in the cache whenever a user names one: by a command, a study.toml or a site.toml. So a
 plan from elsewhere finds by digest what this machine's own people chose, and names nothing."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _noted: dict[tuple[Path, str], tuple[str, Path]] = process_cache.register("place
 
 
 def note(cache: Path, digest: str, name: str, folder: Path) -> None:
-    """Keep where `digest` lies; the last place counts. In a cache that cannot be written, for this
+    """Record the folder of `digest`; the last one counts. If the cache is not writable, for this
     process alone."""
     location = name, folder.resolve()
     if _noted.get((cache, digest)) == location:
@@ -30,8 +30,8 @@ def note(cache: Path, digest: str, name: str, folder: Path) -> None:
 
 
 def noted(cache: Path, digest: str) -> tuple[str, Path] | None:
-    """Name and folder, as somebody here gave them; what lies there now is not looked at. Where the
-    folder that anybody noted last is gone, the one that this process knows."""
+    """Return name and folder as noted; its present content is not checked. Where the folder noted
+    last is gone, the one that this process noted."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         entry = json.loads(_file(cache, digest).read_text(encoding="utf-8"))
         if (folder := Path(entry["folder"])).is_dir():

@@ -1,6 +1,6 @@
-"""A frozen base in 4 or 8 bits (QLoRA), by bitsandbytes: on a GPU, and on a processor too.
+"""Quantisation of a frozen base to 4 or 8 bits (QLoRA), by bitsandbytes: on a GPU or a processor.
 
-What may not be: that a record's numbers depend on who else is in the micro-batch. bitsandbytes'
+A record's numbers must not depend on the other records of the micro-batch. bitsandbytes'
 int8 keeps "outlier" columns apart, and a column is one as soon as any record makes it so; here the
 threshold is 0, so that each position is rounded by itself alone.
 
@@ -59,8 +59,8 @@ def quantise(model: nn.Module, table: QuantisationTable, dtype: torch.dtype) -> 
 
 
 def rounded(model: nn.Module, table: QuantisationTable, dtype: torch.dtype) -> None:
-    """The weights that `quantise` makes of a base loaded in `dtype`, as plain numbers of the type
-    that `model` is in: what an adapter trained on it belongs to. Errors: as `quantise`."""
+    """Return the weights that `quantise` makes of a base loaded in `dtype`, as plain numbers of the
+    type that `model` is in: what an adapter trained on it belongs to. Errors: as `quantise`."""
     functional = _library(table).functional
 
     def dequantise(layer: nn.Linear) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Records as they train."""
+"""Tokenised records and the dataset that training reads."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ NO_TARGET = -100
 
 
 class Passage(NamedTuple):
-    """input_ids (L,) int32; target_ids (L,) int32: the token that position t must predict, or -100
-    where there is no loss."""
+    """A token sequence and its targets: input_ids (L,) int32; target_ids (L,) int32: the token that
+    position t must predict, or -100 where there is no loss."""
 
     input_ids: Ids
     target_ids: Ids
@@ -36,10 +36,10 @@ class SoftTargets(NamedTuple):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Example:
-    """input_ids, target_ids: as in Passage; label: index in objective.labels, 1 or 0 of what is
-    desirable or not, or -100; unit in 0..n_units-1; rejected: of a pair, the same prompt with the
-    worse completion; media: the record's image or recording, of `tiles` tiles; soft: a teacher's
-    targets.
+    """A tokenised record. input_ids, target_ids: as in Passage; label: index in objective.labels, 1
+    or 0 of what is desirable or not, or -100; unit in 0..n_units-1; rejected: of a pair, the same
+    prompt with the worse completion; media: the record's image or recording, of `tiles` tiles;
+    soft: a teacher's targets.
 
     The last target is not an input, since no loss reads its state."""
 
@@ -54,7 +54,7 @@ class Example:
 
     @property
     def passages(self) -> tuple[Passage, ...]:
-        """The record's passages: one, or the two of a pair."""
+        """Return the record's passages: one, or the two of a pair."""
         passage = Passage(self.input_ids, self.target_ids)
         return (passage,) if self.rejected is None else (passage, self.rejected)
 
@@ -93,7 +93,7 @@ class Dataset:
 
     @cached_property
     def by_unit(self) -> list[list[int]]:
-        """The indices of each unit's examples."""
+        """Return the indices of each unit's examples."""
         groups: list[list[int]] = [[] for _ in range(self.n_units)]
         for index, example in enumerate(self.examples):
             groups[example.unit].append(index)

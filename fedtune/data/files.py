@@ -17,7 +17,7 @@ from fedtune.errors import DataError
 
 
 class Rejected(Exception):
-    """One record cannot be used; the only argument is the reason, a fixed string."""
+    """Error of one unusable record; the only argument is the reason, a fixed string."""
 
     @property
     def reason(self) -> str:
@@ -27,7 +27,7 @@ class Rejected(Exception):
 def rows(
     where: Path, keys: Keys, *, strict: bool = True, source: Source | None = None
 ) -> Iterator[Row | str]:
-    """Each row as a dict, or the reason why it is rejected, in the order of the sorted files.
+    """Yield each row as a dict, or the reason why it is rejected, in the order of the sorted files.
 
     strict: for a person who can correct the files before they are used. source: what reads them;
     None: by each file's suffix.
@@ -57,7 +57,7 @@ def rows(
 
 
 def _checked(row: object) -> Row | str:
-    """What a source says of a row, where it says one of the things that it may."""
+    """Return a source's row or its reason; a fixed reason in place of anything else."""
     if isinstance(row, str):
         return row if row in REASONS else "cannot be read"
     return row if isinstance(row, dict) else "wrong type"

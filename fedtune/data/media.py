@@ -1,8 +1,8 @@
 """Image and audio files that records name: read once, checked, known by their digest.
 
 A path is relative to the data file's folder and must lie inside it once every link is followed. A
-file that cannot be used is a reason from a fixed list, as for a row; neither its name nor what it
-holds is shown."""
+file that cannot be used is a reason from a fixed list, as for a row; neither its name nor its
+content is shown."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ Samples = npt.NDArray[np.float32]
 
 BYTES = 64 * 2**20  # of one file
 PIXELS = 40_000_000  # of one image, from its header, before any is decoded
-# The longer side by the shorter: an image processor that makes the shorter side one length would
-# make of a line of pixels an image of any size.
+# The longer side by the shorter: an image processor that scales the shorter side to a fixed length
+# would turn a line of pixels into an image of any size.
 ASPECT = 20
 SECONDS = 30.0  # of one recording
 RATES = (4_000, 192_000)  # samples a second
@@ -38,7 +38,8 @@ EXTRA = "pip install 'fedtune[media]'"
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Media:
-    """body: the file as it lies on disk; it decodes. digest: sha256 of body."""
+    """An image or audio file. body: the file as it lies on disk; it decodes. digest: sha256 of
+    body."""
 
     kind: Kind
     body: bytes
@@ -52,7 +53,8 @@ class Folder:
         self._root, self._cache = root.resolve(), dict[tuple[Path, str], Media | str]()
 
     def read(self, name: str, kind: Kind) -> Media:
-        """Errors: Rejected; ConfigError where the extra that decodes it is not installed."""
+        """Read and check one file. Errors: Rejected; ConfigError where the extra that decodes it is
+        not installed."""
         path = self._inside(name)
         if (path, kind) not in self._cache:
             try:
@@ -77,7 +79,8 @@ class Folder:
 
 
 def load(path: Path, kind: Kind) -> Media:
-    """The file at `path`, decoded once to see that it can be. Errors: as Folder.read."""
+    """Read the file at `path`, and decode it once to check that this is possible. Errors: as
+    Folder.read."""
     try:
         with path.open("rb") as file:
             content = file.read(BYTES + 1)
@@ -94,7 +97,7 @@ def load(path: Path, kind: Kind) -> Media:
 
 
 def picture(media: Media) -> Image:
-    """The image, RGB. Errors: Rejected; ConfigError without Pillow."""
+    """Decode the image, RGB. Errors: Rejected; ConfigError without Pillow."""
     try:
         from PIL import Image, ImageOps
     except ImportError:
@@ -111,13 +114,13 @@ def picture(media: Media) -> Image:
             return oriented.convert("RGB")
     except Rejected:
         raise
-    except Exception as error:  # Pillow raises whatever a broken file makes it raise
+    except Exception as error:  # Pillow may raise anything on a broken file
         large = isinstance(error, MemoryError) or "DecompressionBomb" in type(error).__name__
         raise Rejected("image too large" if large else "unreadable image") from None
 
 
 def _eight_bits(image: Any) -> Image:
-    """From the image's own darkest to its own brightest pixel."""
+    """Scale to 8 bits, from the image's own darkest to its own brightest pixel."""
     from PIL import Image
 
     values = np.asarray(image, dtype=np.float64)
@@ -128,7 +131,8 @@ def _eight_bits(image: Any) -> Image:
 
 
 def sound(media: Media, rate: int | None = None) -> Samples:
-    """The recording as one channel in ±1, (samples,), at `rate` a second if given, else its own.
+    """Decode the recording to one channel in ±1, (samples,), at `rate` a second if given, else its
+    own.
 
     Errors: Rejected."""
     samples, file_rate = _waveform(media.body)
@@ -145,7 +149,7 @@ def sound(media: Media, rate: int | None = None) -> Samples:
 
 
 def _waveform(body: bytes) -> tuple[Samples, int]:
-    """PCM WAV by the standard library; all else by soundfile, where it is installed."""
+    """Decode PCM WAV by the standard library; all else by soundfile, where it is installed."""
     try:
         with wave.open(io.BytesIO(body)) as file:
             width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
@@ -174,7 +178,7 @@ def _waveform(body: bytes) -> tuple[Samples, int]:
 
 
 def _pcm(raw: bytes, width: int, channels: int) -> Samples:
-    """Whole frames of little-endian PCM, averaged over channels."""
+    """Decode whole frames of little-endian PCM, averaged over channels."""
     raw = raw[: len(raw) - len(raw) % (width * channels)]
     if width == 1:
         values = np.frombuffer(raw, np.uint8).astype(np.float32) - np.float32(128)

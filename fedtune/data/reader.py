@@ -1,4 +1,4 @@
-"""How a base reads a record that comes with a file."""
+"""Interface by which a base reads a record with an image or audio file."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ class Reader(Protocol):
     def column(self) -> Literal["image", "audio"] | None: ...
 
     def place(self, record: Record, objective: ObjectiveTable) -> tuple[Record, int]:
-        """The record with place-holders in its text, and its number of tiles (1 where there is
-        nothing to count). Errors: Rejected."""
+        """Return the record with place-holders in its text, and its number of tiles (1 where a base
+        has none). Errors: Rejected."""
 
     def check(self, ids: list[int], tiles: int) -> None:
-        """Errors: Rejected unless `ids` hold the place-holders of so many tiles, and no others."""
+        """Check token ids. Errors: Rejected unless `ids` hold the place-holders of so many tiles,
+        and no others."""
 
     def tensor(self, media: Media) -> torch.Tensor:
-        """What the tower reads, fp32, (tiles, ...), of this file alone."""
+        """Compute the tower's input, fp32, (tiles, ...), of this file alone."""
 
     def generated(self, draw: np.random.Generator, like: Media | None = None) -> Media | None:
-        """A file of noise, for checks that must not see a real one; with as many tiles as `like`.
-        None where no file is read."""
+        """Generate a file of noise, for checks that must not read a real one; with as many tiles as
+        `like`. None where no file is read."""

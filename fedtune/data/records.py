@@ -1,4 +1,4 @@
-"""Records: what a row says, checked. A record that cannot be used is counted, never shown."""
+"""Records: validated rows of a data file. An unusable record is counted, never shown."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Messages = tuple[tuple[str, str], ...]  # (role, content)
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Record:
-    """One record; "" or () where the file has no such thing.
+    """One record; "" or () where the file has no such field.
 
     | columns          | fields                 |
     |------------------|------------------------|
@@ -47,12 +47,12 @@ class Record:
 
 
 def unit_member(unit: str) -> bytes:
-    """A patient's key, as the site's ledger hashes it."""
+    """Return a patient's key in the form that the site's ledger hashes."""
     return b"unit\0" + unit.encode()
 
 
 def content_of(record: Record) -> bytes:
-    """What the record says, whoever's it is."""
+    """Return the record's content without its patient."""
     more = [record.rejected] if record.rejected else []
     more += [record.media.digest.hex()] if record.media else []
     said = [record.prompt, record.completion, record.label, record.messages, *more]
@@ -60,7 +60,7 @@ def content_of(record: Record) -> bytes:
 
 
 def table_of(file: DataFile) -> str:
-    """The table of study.toml or site.toml that describes the file, as errors name it."""
+    """Name the table of study.toml or site.toml that describes the file, for error messages."""
     if isinstance(file, EvaluationTable):
         return "evaluation"
     return "public" if isinstance(file, PublicTable) else "data"
@@ -73,7 +73,7 @@ def read_records(
     labelled: bool = True,
     strict: bool = True,
 ) -> tuple[list[Record], Counter[str]]:
-    """The usable records in file order, and how many were rejected for which reason.
+    """Read the usable records in file order, and count the rejected ones by reason.
 
     labelled=False admits records without completion, label or assistant turn (public text). Where
     the unit is the record, it goes by what it says and, of several that say the same, by which of
@@ -111,7 +111,7 @@ def read_records(
             rejected[error.reason] += 1
         except ConfigError:  # an extra is not installed
             raise
-        except Exception:  # whatever one row can make a library do is that row's matter
+        except Exception:  # a library may raise anything on a bad row: reject that row alone
             rejected["cannot be read"] += 1
     if not records and not rejected and strict:
         raise DataError(
@@ -148,7 +148,7 @@ def _record(row: Row, unit: str, columns: Columns, labelled: bool) -> Record:
 
 
 def _text(value: object) -> str:
-    """The string as it stands, spaces included."""
+    """Return the string unchanged, spaces included."""
     text = _string(value)
     if not text.strip():
         raise Rejected("empty text")
@@ -166,7 +166,8 @@ def _string(value: object) -> str:
 
 
 def _key(value: object) -> str:
-    """A label or a patient's key: "7", " 7", 7 and 7.0 (a nullable integer column) are the same."""
+    """Normalise a label or a patient's key: "7", " 7", 7 and 7.0 (a nullable integer column) are
+    the same."""
     if isinstance(value, float):
         if value != value:
             raise Rejected("missing value")
@@ -180,7 +181,7 @@ def _key(value: object) -> str:
 
 
 def _truth(value: object) -> str:
-    """Whether a completion is desirable, "1" or "0"."""
+    """Return whether a completion is desirable, "1" or "0"."""
     value_text = str(value).lower() if isinstance(value, bool) else _key(value).lower()
     if value_text not in TRUTH:
         raise Rejected("unknown label")
@@ -188,7 +189,8 @@ def _truth(value: object) -> str:
 
 
 def _messages(value: object, labelled: bool) -> Messages:
-    """Roles: an optional system message, then user first; an assistant turn where labelled."""
+    """Read chat messages. Roles: an optional system message, then user first; an assistant turn
+    where labelled."""
     if isinstance(value, str):  # a CSV cell, or a Parquet string column
         try:
             value = json.loads(value)

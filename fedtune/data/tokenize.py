@@ -1,4 +1,4 @@
-"""Text to tokens and targets."""
+"""Tokenisation: from a record's text to tokens and targets."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ CHARS = 40  # characters per token of max_length beyond which a text is not even
 def prompt_ids(
     prompt: str, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    """What stands before a completion of `prompt`, as training saw it."""
+    """Tokenise `prompt` as in training: the tokens before its completion."""
     return _prompted(Record("", prompt), objective, tokenizer, append_eos=False)[0]
 
 
 def passage_of(
     prompt: str, completion: str, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase
 ) -> Passage:
-    """A prompt and its completion, as training saw them; where a head is trained, all of it, and of
-    a text to classify the prompt alone. Errors: Rejected."""
+    """Tokenise a prompt and its completion as in training; where a head is trained, all of it, and
+    of a text to classify the prompt alone. Errors: Rejected."""
     kind = resolve(objective)
     if kind.record_format == "label":
         tokens, _ = _classify(
@@ -48,7 +48,8 @@ def passage_of(
 
 
 def _passage(tokens: list[int], targets: list[bool], scored: bool) -> Passage:
-    """scored: a head reads the whole text, its last token too, and predicts no token of it."""
+    """Make a passage. scored: a head reads the whole text with its last token, and predicts no
+    token."""
     ids, hits = np.array(tokens, np.int32), np.array(targets, bool)
     if scored or not hits.any():
         return Passage(ids, np.full_like(ids, NO_TARGET))
@@ -63,7 +64,7 @@ def _tokenise(
     labelled: bool,
     starts: bool,
 ) -> tuple[list[Tokens], int]:
-    """Token ids of at most max_length with their targets, of a pair the worse ones too; and the
+    """Return at most max_length token ids with their targets, of a pair the worse ones too; and the
     label's index."""
     if record_format == "label":
         tokens, label = _classify(record, objective, tokenizer, labelled, starts)
@@ -80,7 +81,7 @@ def _tokenise(
 def _written(
     record: Record, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase, labelled: bool
 ) -> Tokens:
-    """A prompt and what was written after it."""
+    """Tokenise a prompt and its completion."""
     huge = sum(map(len, _texts(record))) > CHARS * objective.max_length
     if huge and objective.overflow == "reject":
         raise Rejected("too long")
@@ -110,8 +111,8 @@ def _classify(
     labelled: bool,
     starts: bool,
 ) -> tuple[Tokens, int]:
-    """The text with the tokenizer's own special tokens, which truncation leaves in place; without
-    them where it `starts` with them already."""
+    """Tokenise text with the tokenizer's own special tokens, which truncation keeps; without them
+    where it `starts` with them already."""
     if labelled and record.label not in objective.labels:
         raise Rejected("unknown label")
     text = record.prompt or record.completion
@@ -141,8 +142,8 @@ def _prompted(
     tokenizer: PreTrainedTokenizerBase,
     append_eos: bool,
 ) -> Tokens:
-    """Prompt, then completion, tokenised apart so that the boundary is the one met when generating.
-    The completion and its eos are targets; plain text is a completion without prompt."""
+    """Tokenise prompt and completion separately, so that the boundary is as in generation. The
+    completion and its eos are targets; plain text is a completion without prompt."""
     prompt, completion = record.prompt, record.completion or record.label
     if prompt and objective.template is not None:
         prompt = objective.template.replace("{text}", prompt)
@@ -157,7 +158,7 @@ def _prompted(
 
 
 def _chat(messages: Messages, max_length: int, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """The model's own template; the assistant turns, up to their eos, are targets."""
+    """Apply the model's own template; the assistant turns, up to their eos, are targets."""
     messages_ = [{"role": role, "content": content} for role, content in messages]
     try:
         if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
@@ -177,7 +178,7 @@ def _chat(messages: Messages, max_length: int, tokenizer: PreTrainedTokenizerBas
 
 def _turns(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
     """Split the rendered chat at the ends of the assistant turns. What the template puts in front
-    (a system prompt, role headers) and after an answer's eos, which nobody generates, is context.
+    (a system prompt, role headers) and after an answer's eos, which is never generated, is context.
     """
 
     def render(count: int, header: bool = False) -> str:
@@ -213,8 +214,8 @@ def _joined(
     tokenizer: PreTrainedTokenizerBase,
     continued: bool,
 ) -> Tokens:
-    """Segments tokenised one by one, until there are more than max_length tokens. continued: as
-    the text before them would have it, for tokenizers that put a space in front of a text."""
+    """Tokenise segments one by one, until there are more than max_length tokens. continued: as if
+    after other text, for tokenizers that put a space in front of a text."""
     ids, hits, prefix = list(start), [False] * len(start), ""
     for text, hit in segments:
         if len(ids) > max_length:

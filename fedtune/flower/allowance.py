@@ -1,4 +1,5 @@
-"""Limit how much each site may push, by what it was last asked for; the server informs the gateway.
+"""Upload limits: how much a site may push, by what it was last asked for; the server informs the
+gateway.
 
 home/flower/allowance.json: site -> [how often it was asked, bytes of the answer that the plan
 implies]. Written before a message goes out, so that whoever answers finds it.
@@ -36,7 +37,7 @@ def read(home: Path) -> Asked | None:
 
 
 def most(answer: int) -> int:
-    """Bytes that may be pushed, in all, for an answer of so many."""
+    """Return the bytes that may be pushed, in all, for an answer of so many."""
     return REPEATS * answer + SLACK
 
 
@@ -45,7 +46,7 @@ def _file(home: Path) -> Path:
 
 
 class Quota:
-    """What each site may still do at the gateway that serves `home`: a token bucket for requests
+    """Remaining quota of each site at the gateway that serves `home`: a token bucket for requests
     (`burst` at once, `rate` a second), and the bytes that the coordinator asked it for."""
 
     def __init__(self, home: Path, burst: int, rate: float) -> None:

@@ -114,12 +114,12 @@ SUPERNODE_REFUSED = "Failed to initialize the connection to the SuperLink"
 # Seconds between a node's signed timestamp and the SuperLink's clock, from and to.
 CLOCK_WINDOW = (-SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE)
 CONTROL_HEADER = "x-fedtune-control"
-LOOK_SECONDS = 1.0  # between two looks of an idle SuperNode for work; Flower's own are 3
+LOOK_SECONDS = 1.0  # between an idle SuperNode's polls for work; Flower's default is 3
 OUTAGE_SECONDS = 600.0  # how long a SuperLink or a SuperNode may go without answering
 
 
 def run_program(name: Literal["superlink", "supernode"]) -> None:
-    """Be Flower's own SuperLink or SuperNode, with the options in sys.argv; does not return."""
+    """Run Flower's own SuperLink or SuperNode, with the options in sys.argv; does not return."""
     if name == "superlink":  # both bring a web server, which no other process of ours should load
         from flwr.superlink import extensions
         from flwr.superlink.cli import flower_superlink
@@ -163,7 +163,7 @@ class Locked:
 
 
 class _Key:
-    """Adds the secret that a locked SuperLink requires to each request."""
+    """Transport that adds a locked SuperLink's secret to each request."""
 
     def __init__(self, secret: bytes) -> None:
         self._key = _control_key(secret)
@@ -178,7 +178,7 @@ def _control_key(secret: bytes) -> str:
 
 
 class _Impatient:
-    """The module `time`, less patient: every round waits for the site that looks last."""
+    """The module `time` with shorter sleeps: a round waits for the site that polls last."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(time, name)
@@ -192,7 +192,7 @@ Push = Callable[[Any, PushObjectRequest], PushObjectResponse]
 
 
 def resumable(push: Push) -> Push:
-    """A SuperNode's push of one part of a message, so that a cut costs that part alone.
+    """Wrap a SuperNode's push of one part of a message, so that a cut costs that part alone.
 
     Flower repeats a part whose answer was lost, is told that nobody waits for it (it arrived), and
     then drops the whole message: here that answer to a repeated part counts as "stored". It also
@@ -224,7 +224,7 @@ class Claim:
 
 
 class Runtime:
-    """A Runtime API as an executor sees it: it gives out tasks to whoever holds the secret.
+    """A Runtime API as an executor sees it: it gives out tasks to holders of the secret.
 
     ca: PEM that the server's certificate must chain to; None: plain HTTP, for loopback only."""
 
@@ -277,7 +277,7 @@ def _control(address: str, ca: bytes, secret: bytes) -> ControlHttpClient:
 def server_grid(
     address: str, ca: bytes, claim: Claim, give_up: Callable[[], bool]
 ) -> Iterator[Grid]:
-    """The Grid of a claimed ServerApp task; leaving the block ends the run.
+    """Open the Grid of a claimed ServerApp task; leaving the block ends the run.
 
     An outage is waited out for OUTAGE_SECONDS, or until give_up() says that it will not end."""
     from flwr.superlink.grid import HttpGrid  # brings the SuperLink's web server along
@@ -302,7 +302,7 @@ def server_grid(
 
 
 def node_keys(grid: Grid) -> dict[int, str]:
-    """The key (PEM) of each connected node, as the SuperLink verified it. Errors:
+    """Return each connected node's key (PEM), verified by the SuperLink. Errors:
     httpx.HTTPError."""
     return {node.node_id: node.public_key.decode() for node in grid.get_nodes()}
 
@@ -326,7 +326,7 @@ class ClientTask:
         self._status = SubStatus.FAILED
 
     def pull(self) -> tuple[Message, Context]:
-        """The message to answer, and the context to answer it in. Errors: httpx.HTTPError."""
+        """Return the message to answer and its context. Errors: httpx.HTTPError."""
         message, self._context, _, _ = pull_task_input(self._client)
         return message, self._context
 
@@ -347,12 +347,12 @@ class ClientTask:
 
 
 def error_reply(message: Message, reason: str) -> Message:
-    """An answer that says only why there is none; `reason` is a fixed text."""
+    """Build an error reply; `reason` is a fixed text."""
     return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
 
 def _patience(give_up: Callable[[], bool]) -> RetryInvoker:
-    """Repeat what may pass. Flower's own never gives up, and sends SIGINT when a task is lost."""
+    """Retry temporary errors. Flower's own never gives up, and sends SIGINT when a task is lost."""
     return RetryInvoker(
         lambda: exponential(max_delay=5),
         httpx.HTTPError,
@@ -394,7 +394,7 @@ def _finish(client: RuntimeHttpClient, status: str) -> None:
 
 
 def _passing(error: Exception) -> bool:
-    """Whether the same request may succeed later."""
+    """Return whether the same request may succeed later."""
     if isinstance(error, httpx.HTTPStatusError):
         return error.response.status_code in {502, 503, 504}
     return isinstance(error, httpx.TransportError) and "certificate" not in str(error).lower()

@@ -46,7 +46,7 @@ def now() -> datetime:
 
 
 def ca(home: Path) -> tuple[EC, x509.Certificate]:
-    """The consortium's CA in home/ca.pem (key and certificate); made in a home that is new.
+    """Return the consortium's CA in home/ca.pem (key and certificate); made in a home that is new.
 
     Errors: ConfigError where it is missing beside what only a CA leaves: a second one would cut off
     every site that was admitted under the first."""
@@ -64,12 +64,13 @@ def ca(home: Path) -> tuple[EC, x509.Certificate]:
 
 
 def has_begun(home: Path) -> bool:
-    """Whether the home holds what is made after its CA alone."""
+    """Return whether the home holds what is made after its CA alone."""
     return any((home / name).exists() for name in UNDER_CA)
 
 
 def server_leaf(home: Path, names: Sequence[str] = ()) -> Path:
-    """home/server.pem for `names` (what sites call the coordinator by) and the names that it had.
+    """Return home/server.pem for `names` (what sites call the coordinator by) and the names that it
+    had.
 
     A new key and leaf where there is none, where a name is missing, or at half of its life.
     Errors: ConfigError."""
@@ -104,7 +105,7 @@ def issue(
     start: datetime | None = None,
     end: datetime | None = None,
 ) -> x509.Certificate:
-    """A leaf for `key`, from `start` (five minutes ago) to `end` (LEAF_DAYS from now).
+    """Issue a leaf for `key`, from `start` (five minutes ago) to `end` (LEAF_DAYS from now).
 
     hosts: a server's names and addresses; without them it is a client's leaf for site `name`."""
     ca_key, authority = ca(home)
@@ -124,29 +125,29 @@ def issue(
 
 
 def spent(leaf: x509.Certificate, share: float) -> bool:
-    """Whether `share` of the leaf's life is over."""
+    """Return whether `share` of the leaf's life is over."""
     life = leaf.not_valid_after_utc - leaf.not_valid_before_utc
     return now() >= leaf.not_valid_before_utc + share * life
 
 
 def common_name(subject: x509.Name) -> str:
-    """The one common name of a subject; "" where there is none."""
+    """Return the one common name of a subject; "" where there is none."""
     names = subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     return str(names[0].value) if len(names) == 1 else ""
 
 
 def node_key(path: Path) -> EC:
-    """The site's key for Flower in `path` (OpenSSH format); made where there is none."""
+    """Return the site's Flower key in `path` (OpenSSH format); made where there is none."""
     return _key_at(path, serialization.PrivateFormat.OpenSSH)
 
 
 def tls_key(path: Path) -> EC:
-    """The site's key for TLS in `path` (PKCS 8); made where there is none."""
+    """Return the site's TLS key in `path` (PKCS 8); made where there is none."""
     return _key_at(path, serialization.PrivateFormat.PKCS8)
 
 
 def read_key(path: Path) -> EC:
-    """A P-384 private key, in either format. Errors: ConfigError."""
+    """Read a P-384 private key, in either format. Errors: ConfigError."""
     todo = "restore it from a backup"
     data = reading.content(path, "a P-384 private key", todo, ConfigError)
     try:
@@ -169,7 +170,7 @@ def read_key(path: Path) -> EC:
 
 
 def certificate_in(path: Path, todo: str) -> x509.Certificate:
-    """The first certificate in a PEM file. Errors: ConfigError."""
+    """Read the first certificate in a PEM file. Errors: ConfigError."""
     data = reading.content(path, "a certificate", todo, ConfigError)
     try:
         return x509.load_pem_x509_certificate(data)
@@ -178,18 +179,18 @@ def certificate_in(path: Path, todo: str) -> x509.Certificate:
 
 
 def public_pem(key: ec.EllipticCurvePublicKey) -> bytes:
-    """What Flower sends and compares as a node's key."""
+    """Encode a public key as Flower sends and compares a node's key."""
     return key.public_bytes(PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
 def request(key: EC, name: str) -> bytes:
-    """A certificate signing request (PEM): `name` asks for a leaf for `key`."""
+    """Make a certificate signing request (PEM) of `name` for a leaf for `key`."""
     builder = x509.CertificateSigningRequestBuilder().subject_name(_name(name))
     return builder.sign(key, hashes.SHA384()).public_bytes(PEM)
 
 
 def loopback(folder: Path) -> tuple[Path, Path]:
-    """A new certificate for 127.0.0.1 and its key, in `folder`; only its reader trusts it."""
+    """Make a certificate for 127.0.0.1 and its key in `folder`; only its reader trusts it."""
     key = ec.generate_private_key(ec.SECP384R1())
     name = _name("fedtune loopback")
     certificate = (

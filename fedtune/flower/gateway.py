@@ -71,7 +71,7 @@ RENEWAL_SECONDS = 3600.0  # between two looks at the server's own certificate
 
 
 class Gateway:
-    """Serves one coordinator's home. upstream: the SuperLink's URL; trust: its certificate."""
+    """Server for one coordinator's home. upstream: the SuperLink's URL; trust: its certificate."""
 
     def __init__(
         self, home: Path, upstream: str, trust: Path, limits: Limits | None = None
@@ -124,7 +124,7 @@ class Gateway:
             await asyncio.sleep(0.01)  # sockets of failed handshakes close in the next turn
 
     def _make_room(self, network: str) -> None:
-        """For one more unfinished handshake: the oldest one ends where there are too many."""
+        """Make room for a new unfinished handshake: above the limit the oldest one ends."""
         same = [task for task, its in self._shaking.items() if its == network]
         if len(same) >= self.limits.per_network or len(self._shaking) >= self.limits.handshakes:
             oldest = same[0] if len(same) >= self.limits.per_network else next(iter(self._shaking))
@@ -132,7 +132,7 @@ class Gateway:
             oldest.cancel()
 
     async def _welcome(self, accepted: socket.socket) -> None:
-        """The handshake, then requests until one of the two leaves."""
+        """Run the handshake, then serve requests until one side closes."""
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
         reader = asyncio.StreamReader(limit=CHUNK)
@@ -287,7 +287,7 @@ class Gateway:
             await response.aclose()
 
     async def _next(self, peer: Peer, seconds: float) -> Any:
-        """The next event of the request. Errors: TimeoutError, h11.RemoteProtocolError, OSError."""
+        """Read the request's next event. Errors: TimeoutError, h11.RemoteProtocolError, OSError."""
         async with asyncio.timeout(seconds):
             while (event := peer.http.next_event()) is h11.NEED_DATA:
                 peer.http.receive_data(await peer.reader.read(CHUNK))
@@ -366,7 +366,7 @@ class Gateway:
                     self._count(f"own certificate not renewed ({type(error).__name__})")
 
     def _record(self, name: str) -> enrol.Record | None:
-        """As on disk now; a record that cannot be read admits nobody."""
+        """Read the record on disk; an unreadable one is not admitted."""
         try:
             return enrol.lookup(self.home, name)
         except FedtuneError:
@@ -377,7 +377,7 @@ class Gateway:
         self._tls.load_cert_chain(certs.server_leaf(self.home))
 
     def _count(self, reason: str, site: str = "") -> None:
-        """Count a refusal; print the 1st, 2nd, 4th, 8th ..., so that nobody can fill the disk."""
+        """Count a refusal; print the 1st, 2nd, 4th, 8th ..., so that the disk cannot be filled."""
         count = self.refused[reason] = self.refused[reason] + 1
         if count & (count - 1) == 0:
             line = {"at": certs.now().isoformat(), "refused": reason, "site": site, "count": count}

@@ -125,7 +125,7 @@ def contexts_of(sites: Mapping[int, Path]) -> dict[int, Context]:
 
 
 def answer(app: ClientApp, contexts: Mapping[int, Context], message_bytes: bytes) -> bytes:
-    """The reply of the node that `body` is for; an exception is an error reply."""
+    """Return the reply of the node that `body` is for; an exception is an error reply."""
     message = decode(message_bytes)
     try:
         reply = app(message, contexts[message.metadata.dst_node_id])

@@ -1,4 +1,4 @@
-"""Who is at the other end of a connection to the gateway, and what it may use."""
+"""Peers of the gateway: identity from the certificate, and limits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEAD = 16_384  # bytes of a request's line and headers
 
 @dataclass(frozen=True)
 class Limits:
-    """What one site, or everybody, may take. Times in seconds."""
+    """Limits for one site, or for all connections. Times in seconds."""
 
     request_bytes: int = 16 << 20  # Flower's largest part of a message is 5 MiB
     words: int = 256 << 10  # of any other request; an answer's 3,000 parts are announced in it
@@ -54,7 +54,7 @@ class Peer:
 
 
 class Denied(Exception):
-    """A request that gets `status` and one line that says why."""
+    """Refusal of a request: HTTP `status` and a one-line reason."""
 
     def __init__(self, status: int, reason: str) -> None:
         self.status, self.reason = status, reason
@@ -80,7 +80,7 @@ def network_of(address: str) -> str:
 
 
 def tls_reason(error: ssl.SSLError) -> str:
-    """A handshake's failure, in words."""
+    """Describe a handshake's failure."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate: {error.verify_message}"
     words = {
@@ -93,7 +93,7 @@ def tls_reason(error: ssl.SSLError) -> str:
 
 
 def content_length(request: h11.Request) -> int | None:
-    """The announced length of the body (h11 admits digits alone); None: not, or not only, so."""
+    """Read the body's announced length (h11 admits digits alone); None: not, or not only, so."""
     headers = dict(request.headers)
     length = headers.get(b"content-length")
     return int(length) if length is not None and b"transfer-encoding" not in headers else None

@@ -41,7 +41,7 @@ STOP_SECONDS = 10.0  # from SIGTERM to SIGKILL
 
 
 class Stopped(BaseException):
-    """SIGTERM or SIGINT arrived: unwind, stop what was started."""
+    """Exception for SIGTERM or SIGINT: unwind, stop what was started."""
 
     def __init__(self, signum: int) -> None:
         self.name = signal.Signals(signum).name
@@ -213,7 +213,7 @@ def bypass_proxy() -> None:
 
 
 def reachable(host: str, port: int) -> bool:
-    """Whether something accepts TCP connections there."""
+    """Return whether something accepts TCP connections there."""
     try:
         socket.create_connection((host, port), timeout=1.0).close()
     except OSError:
@@ -239,7 +239,7 @@ def _end_with_parent() -> None:
 
 
 def _main(program: str) -> None:
-    """Be the program named, with the options in sys.argv; does not return."""
+    """Run the program named, with the options in sys.argv; does not return."""
     _end_with_parent()
     if program in OWN_PROGRAMS:
         import_module(OWN_PROGRAMS[program][0]).main(sys.argv[1:])

@@ -28,11 +28,11 @@ MISSING = 20  # parts that one look for an answer may find to be still on their 
 
 
 class TooLong(Exception):
-    """An answer of more bytes than were agreed."""
+    """Error of an answer of more bytes than were agreed."""
 
 
 class Lost(Exception):
-    """A part of an answer is gone: its upload was given up."""
+    """Error of a lost part of an answer: its upload was given up."""
 
 
 class Answer:

@@ -1,6 +1,6 @@
-"""A whole model as anybody would load it: a base in transformers, a run's adapter by PEFT, a run's
-head beside them. For writing, judging and teaching, one record at a time: no figure of a record
-depends on who else is asked."""
+"""Whole models as users load them: a base in transformers, a run's adapter by PEFT, a run's head
+beside them. For generation, scoring and soft targets, one record at a time: no result of a record
+depends on other records."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ PLAN = "plan.json"
 
 @dataclass(frozen=True, repr=False, eq=False)
 class LoadedModel:
-    """model: a transformers model, or a PeftModel round it, in eval mode; head: a trained one,
-    if the run has it; study: the run's plan; digest: of everything that it computes with."""
+    """A base or run, ready to use. model: a transformers model, or a PeftModel round it, in eval
+    mode; head: a trained one, if the run has it; study: the run's plan; digest: of everything that
+    it computes with."""
 
     base: Base
     model: Any
@@ -54,7 +55,8 @@ class LoadedModel:
 
     @torch.no_grad()
     def next_tokens(self, ids: np.ndarray, at: np.ndarray) -> torch.Tensor:
-        """Log-probabilities of what follows the positions `at` of `ids`, (n, V) fp32."""
+        """Compute log-probabilities of the tokens after the positions `at` of `ids`, (n, V)
+        fp32."""
         return next(self.next_tokens_all([ids], [at]))
 
     @torch.no_grad()
@@ -70,7 +72,8 @@ class LoadedModel:
 
     @torch.no_grad()
     def scores(self, ids: np.ndarray) -> torch.Tensor:
-        """The head's logits for one passage, (outputs,) fp32. Errors: ModelError (no head)."""
+        """Compute the head's logits for one passage, (outputs,) fp32. Errors: ModelError (no
+        head)."""
         return self.scores_all([ids])[0]
 
     @torch.no_grad()
@@ -84,7 +87,7 @@ class LoadedModel:
     def write(
         self, ids: list[int], count: int, new_tokens: int, stream: bytes, temperature: float = 1.0
     ) -> list[list[int]]:
-        """`count` continuations of one prompt, each up to and without its eos.
+        """Generate `count` continuations of one prompt, each up to and without its eos.
 
         stream: what the draws depend on, and nothing else; temperature 0: the likeliest one."""
         return self.write_all([ids], count, new_tokens, stream, temperature)[0]
@@ -98,8 +101,8 @@ class LoadedModel:
         stream: bytes,
         temperature: float = 1.0,
     ) -> list[list[list[int]]]:
-        """Complete several prompts at once, which is faster and couples them: for public
-        prompts alone. Errors: ModelError where the model's figures are not finite."""
+        """Complete several prompts at once, which is faster and couples them: for public prompts
+        alone. Errors: ModelError where the model's figures are not finite."""
         width = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id
         rows = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts])
@@ -128,7 +131,7 @@ class LoadedModel:
         return [completions[at : at + count] for at in range(0, len(completions), count)]
 
     def base_only(self) -> Any:
-        """The base with the adapter off."""
+        """Disable the adapter within the block."""
         return self.model.disable_adapter() if self.adapted else nullcontext()
 
     @property
@@ -137,23 +140,23 @@ class LoadedModel:
 
     @property
     def room(self) -> int:
-        """Positions that the base has."""
+        """Return the base's number of positions."""
         return room(self._inner)
 
     @property
     def _inner(self) -> Any:
-        """The transformers model, with the adapter in it."""
+        """Return the transformers model, with the adapter in it."""
         return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
 
     def _states(self, passages: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Last hidden states (n, L, H), and which of them are of a passage's own tokens."""
+        """Compute last hidden states (n, L, H), and the mask of each passage's own tokens."""
         inner = self._inner
         causal = self.base.kind == "causal"
         rows = [torch.from_numpy(np.asarray(ids, dtype=np.int64)) for ids in passages]
         ids = pad_sequence(rows, batch_first=True).to(inner.device)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(ids)
         backbone = inner.model if causal else inner
-        # What comes before never sees what comes after, so that a causal base needs no mask.
+        # A position never attends to later ones, so that a causal base needs no mask.
         attention = {} if causal else {"attention_mask": mask}
         return backbone(input_ids=ids, **attention).last_hidden_state, mask.bool()
 
@@ -171,8 +174,8 @@ def load(
     trainable: bool = False,
     sent: bool = False,
 ) -> LoadedModel:
-    """The base or the run folder that `source` names. sent: somebody else wrote that run, so its
-    base is found by digest, or is in the run itself.
+    """Load the base or the run folder that `source` names. sent: the run was received, so its base
+    is found by digest, or is in the run itself.
 
     Guarantee: with `digest` given, what computes anything else is refused.
     Errors: ModelError (not found, other digest, not to be loaded), ConfigError (plan.json);
@@ -208,7 +211,7 @@ def load(
 
 
 def verify(source: str) -> tuple[str, str]:
-    """Name and digest of a base, or of a run, on this machine; fetches nothing. Errors: ModelError,
+    """Return name and digest of a base or run on this machine; fetches nothing. Errors: ModelError,
     ConfigError (plan.json)."""
     run = place_of(source)
     if not (run / PLAN).is_file():
@@ -221,8 +224,8 @@ def verify(source: str) -> tuple[str, str]:
 
 
 def digest_of(base: Base, adapter: Path | None, asked: BaseTable | None = None) -> str:
-    """The base's digest; with an adapter folder, one of the base and all arrays in it, and of how
-    the base is quantised, if it is."""
+    """Return the base's digest; with an adapter folder, one of the base and all arrays in it, and
+    of how the base is quantised, if it is."""
     if adapter is None:
         return base.digest
     both = f"{base.digest}\n{lora.digest(load_adapter(adapter))}"
@@ -232,25 +235,26 @@ def digest_of(base: Base, adapter: Path | None, asked: BaseTable | None = None) 
 
 
 def _in_one_piece(_: nn.Module, states: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    """transformers hands the head a view, each passage's last state; for a view PyTorch copies the
-    head's whole weight for each passage: 2.7 GB for 48 of SmolLM2, and most of writing's time."""
+    """Make the head's input contiguous. transformers passes a view of each passage's last state,
+    for which PyTorch copies the head's whole weight for each passage: 2.7 GB for 48 of SmolLM2, and
+    most of writing's time."""
     return (states[0].contiguous(),)
 
 
 def room(model: Any) -> int:
-    """Positions that a transformers model has for text; a huge number where it does not say."""
+    """Return a transformers model's number of text positions; a huge number if not declared."""
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", 2**31))
 
 
 def adapted(model: Any, adapter: Path, trainable: bool = False) -> Any:
-    """`model` with the adapter that is saved in a folder, by PEFT. Errors: ModelError."""
+    """Load the adapter in a folder onto `model`, by PEFT. Errors: ModelError."""
     from peft import PeftModel
 
     for name in ("adapter_config.json", ADAPTER):
         regular(adapter / name, "an adapter as PEFT saves it", AGAIN, ModelError)
     try:
         loaded = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
-    except Exception as error:  # a file with values of other types: whatever PEFT stumbles over
+    except Exception as error:  # PEFT may raise anything on a file with values of other types
         raise ModelError(
             f"{adapter}: PEFT cannot load it ({type(error).__name__})", todo=AGAIN
         ) from None

@@ -16,7 +16,8 @@ _CHUNK_BYTES = 32 * 2**20  # fp32 logits held at once: enough rows for a matrix 
 
 
 def head_loss(states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood (nats) of `targets` (n,) under softmax(states Wᵀ), fp32 (n,).
+    """Compute the negative log-likelihood (nats) of `targets` (n,) under softmax(states Wᵀ), fp32
+    (n,).
 
     states: (n, H); weight: the frozen head's, (V, H), in the same type. Products in that type,
     softmax and loss in fp32, as with the head and cross_entropy apart.

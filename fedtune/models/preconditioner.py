@@ -1,7 +1,7 @@
-"""The public output preconditioner: to a layer's output what whitening A is to its input.
+"""Public output preconditioner: it is to a layer's output what whitening A is to its input.
 
 Gradients of B are large along a few directions of a layer's output and small along most, and noise
-is the same along all. With M = b I - W Wᵀ, known to everybody before a record is read, a site clips
+is the same along all. With M = b I - W Wᵀ, public before a record is read, a site clips
 M g in place of g, adds its noise to that, and the adapter moves by M times the noised mean: steps
 where gradients of public text are small are longer, and cost no more noise. Clipping and noise act
 on M g alone, so the guarantee does not depend on M; and the adapter stays plain LoRA, since M has
@@ -42,7 +42,7 @@ def divided(frozen: Mapping[str, npt.NDArray[np.float32]]) -> tuple[Arrays, Arra
 
 
 def identity_part(factor: npt.NDArray[np.float32]) -> float:
-    """b of M = b I - W Wᵀ, so that the mean square of M's d eigenvalues is 1.
+    """Compute b of M = b I - W Wᵀ, so that the mean square of M's d eigenvalues is 1.
 
     Errors: ModelError where no M of this scale has all its eigenvalues at LEAST or above: W comes
     from the coordinator and may be anything."""
@@ -61,12 +61,12 @@ def identity_part(factor: npt.NDArray[np.float32]) -> float:
 
 
 def rank_of(outputs: int, rank: int) -> int:
-    """The columns of W for a layer with so many outputs: fewer than there are outputs."""
+    """Return W's number of columns for a layer's outputs: fewer than there are outputs."""
     return min(rank, outputs - 1)
 
 
 def stepped(apply: Callable[[Arrays], Arrays], adapter: Arrays, frozen: Arrays) -> Arrays:
-    """The adapter after a round: what `apply` makes of it, each B's change multiplied by its M,
+    """Step the adapter by one round: the result of `apply`, each B's change multiplied by its M,
     summed in fp64. Without a preconditioner in `frozen`: apply(adapter)."""
     _, factors = divided(frozen)
     if not factors:
@@ -85,8 +85,8 @@ def moved(adapter: Arrays, step: Mapping[str, npt.NDArray[Any]], factors: Arrays
 def multiplied(
     values: npt.NDArray[np.float64], name: str, factors: Arrays
 ) -> npt.NDArray[np.float64]:
-    """M times `values` (…, outputs, columns) of the trained tensor `name`; as they are, if it has
-    no W among `factors`."""
+    """Multiply M by `values` (…, outputs, columns) of the trained tensor `name`; unchanged if it
+    has no W among `factors`."""
     factor = factors.get(name_for(name)) if _IN_B in name else None
     if factor is None:
         return values
@@ -128,7 +128,8 @@ def _finite(array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def _factor(
     values: npt.NDArray[np.float64], vectors: npt.NDArray[np.float64], rank: int, damping: float
 ) -> npt.NDArray[np.float32]:
-    """W, from the largest eigenvalues of G (ascending) and their vectors; the others are zero."""
+    """Compute W from the largest eigenvalues of G (ascending) and their vectors; the others are
+    zero."""
     outputs, known = vectors.shape
     mean = float(values.sum()) / outputs
     shrunk = 1 / np.sqrt(

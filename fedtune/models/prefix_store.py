@@ -1,4 +1,5 @@
-"""Records' states at the cut: in memory up to a limit, then in an encrypted file without a name.
+"""Store of records' states at the cut: in memory up to a limit, then in an encrypted file without a
+name.
 
 Hidden states can be turned back into text, so what does not fit into memory is sealed before it is
 written: AES-256-GCM, for each block a key of its own that exists in this process' memory alone.
@@ -24,24 +25,25 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from fedtune.bases.find import cache_dir
 from fedtune.errors import InfrastructureError
 
-_NONCE = bytes(12)  # a key seals one block and no other, so there is nothing to tell apart
+_NONCE = bytes(12)  # constant: a key seals one block and no other
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 class Altered(InfrastructureError):
-    """A block of the file is not what was written there; nothing of it was used."""
+    """Error of a block that was changed in the file; nothing of it was used."""
 
 
 class HiddenStates(Protocol):
-    """One record's states at the cut, (positions, H), kept for as long as somebody holds this."""
+    """One record's states at the cut, (positions, H), kept for as long as this object is
+    referenced."""
 
     def read(self) -> torch.Tensor:
-        """Errors: Altered."""
+        """Read the states. Errors: Altered."""
 
 
 @lru_cache(maxsize=1)
 def default_limit() -> int:
-    """Bytes: a quarter of the memory that this machine, or container, has."""
+    """Return a quarter of this machine's or container's memory, in bytes."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with suppress(OSError, ValueError):  # no such file, or "max"
         memory = min(memory, int(_CGROUP.read_text()))
@@ -49,7 +51,7 @@ def default_limit() -> int:
 
 
 class PrefixStore:
-    """What this process keeps; the limit is the process', whoever's records they are.
+    """Hidden states kept by this process; the limit is the process', for all records together.
 
     First come, first in memory: every record is drawn equally often, so it does not matter which
     ones are there, and nothing is moved."""
@@ -62,20 +64,20 @@ class PrefixStore:
 
     @property
     def in_memory(self) -> int:
-        """Bytes of states held in memory."""
+        """Return the bytes of states held in memory."""
         while self._dropped:
             self._used -= self._dropped.popleft()
         return self._used
 
     @property
     def on_disk(self) -> int:
-        """Bytes of blocks in the file that somebody holds."""
+        """Return the bytes of referenced blocks in the file."""
         return self._file.used if self._file else 0
 
     def keep(self, states: torch.Tensor, record: bytes, limit: int | None = None) -> HiddenStates:
-        """`states` (positions, H) of `record`, in memory if the process then holds at most `limit`
-        bytes (None: its share of a quarter of the machine's memory). Errors: InfrastructureError
-        (disk)."""
+        """Store `states` (positions, H) of `record`, in memory if the process then holds at most
+        `limit` bytes (None: its share of a quarter of the machine's memory). Errors:
+        InfrastructureError (disk)."""
         stored: _InMemory | _Sealed
         available = default_limit() // self.processes if limit is None else limit
         if self.in_memory + states.nbytes <= available:
@@ -101,7 +103,8 @@ class _InMemory:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class _Sealed:
-    """record: bound into the seal, so that no block passes for another record's."""
+    """States in an encrypted block. record: bound into the seal, so that no block passes for
+    another record's."""
 
     file: _File
     at: int
@@ -134,7 +137,7 @@ def _seal(states: torch.Tensor, record: bytes, file: _File) -> _Sealed:
 
 class _File:
     """Blocks in a file of mode 0600 that has no name (where the platform permits), so that no crash
-    leaves it behind. The room of a block that nobody holds is used again for one of its size."""
+    leaves it behind. The room of an unreferenced block is used again for one of its size."""
 
     def __init__(self, folder: Path) -> None:
         self.owner, self._end, self._used = os.getpid(), 0, 0
@@ -149,7 +152,7 @@ class _File:
 
     @property
     def used(self) -> int:
-        """Bytes of the blocks that somebody holds."""
+        """Return the bytes of referenced blocks."""
         while self.dropped:
             at, size = self.dropped.popleft()
             self._free[size].append(at)
@@ -158,11 +161,11 @@ class _File:
 
     @property
     def number(self) -> int:
-        """The file's descriptor."""
+        """Return the file's descriptor."""
         return self._file.fileno()
 
     def write(self, block: bytes) -> int:
-        """Where the block went."""
+        """Write a block and return its offset."""
         if self.used == 0:  # everything was dropped, and goes from the disk too
             self._free.clear()
             self._end = 0

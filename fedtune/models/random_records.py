@@ -26,7 +26,7 @@ class GeneratedFile(NamedTuple):
     tiles: int
 
     def prepend_to(self, ids: npt.NDArray[np.int32], targets: npt.NDArray[np.int32]) -> Passage:
-        """The place-holders, then a text."""
+        """Put the place-holders before a text."""
         placeholders = np.array(self.ids, np.int32)
         no_targets = np.full(len(placeholders), NO_TARGET, np.int32)
         return Passage(np.concatenate([placeholders, ids]), np.concatenate([no_targets, targets]))
@@ -38,7 +38,7 @@ def generate_file(
     generator: np.random.Generator,
     like: Media | None = None,
 ) -> GeneratedFile:
-    """A file of noise as `network` reads it, with as many tiles as `like`."""
+    """Generate a file of noise as `network` reads it, with as many tiles as `like`."""
     media = network.reader.generated(generator, like)
     if media is None:
         return GeneratedFile(None, [], 1)
@@ -50,14 +50,14 @@ def generate_file(
 def random_ids(
     network: Network, generator: np.random.Generator, count: int, lowest: int = 0
 ) -> npt.NDArray[np.int32]:
-    """Random token ids, none of which stands for an image."""
+    """Draw random token ids, none of them an image place-holder."""
     ids = generator.integers(lowest, network.vocabulary, size=count, dtype=np.int32)
     ids[np.isin(ids, list(network.reader.avoid))] = lowest
     return ids
 
 
 def random_records(network: Network, study: Study, count: int = 8, length: int = 16) -> Dataset:
-    """`count` units of one record each, drawn from the study's public seed."""
+    """Generate `count` units of one record each, drawn from the study's public seed."""
     draw = np.random.default_rng(study.study.seed)
     record_format = resolve(study.objective).record_format
     labels = 2 if record_format == "unpaired_preference" else max(1, len(study.objective.labels))

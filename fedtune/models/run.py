@@ -1,4 +1,4 @@
-"""A run, read from its folder."""
+"""Run folders: a run's report, adapter and metrics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedtune.run_folder import PRINTED, load_plan, read_report
 
 
 class Run:
-    """A run in its folder: its study, its report, its adapter, its metrics by round.
+    """A run, read from its folder: its study, its report, its adapter, its metrics by round.
 
     What is read is what lies in the folder: a run that still goes on has metrics and no report yet.
 
@@ -33,30 +33,31 @@ class Run:
 
     @cached_property
     def report(self) -> dict[str, Any]:
-        """The report of a finished run, as report.json holds it. Errors: InputError."""
+        """Read the report of a finished run, as in report.json. Errors: InputError."""
         return read_report(self.folder)
 
     @property
     def private(self) -> bool:
-        """Whether the run was under (ε, δ), and all that it was made of. Errors: InputError."""
+        """Return whether the run and all that it was made of were under (ε, δ). Errors:
+        InputError."""
         return bool(self.report.get("private"))
 
     @property
     def epsilon(self) -> dict[str, float]:
-        """ε that each site spent in this run, at the study's δ; empty without privacy.
+        """Return each site's ε of this run, at the study's δ; empty without privacy.
 
         Errors: InputError."""
         sites = self.report["privacy"].get("sites") or {}
         return {name: site["epsilon"] for name, site in sites.items()}
 
     def adapter(self) -> Arrays:
-        """The arrays by name: adapter, frozen factor, a head if any. Errors: ModelError."""
+        """Read the arrays by name: adapter, frozen factor, a head if any. Errors: ModelError."""
         return load_adapter(self.folder / "adapter")
 
     @property
     def metrics(self) -> dict[str, list[Any]]:
-        """The rounds as columns of equal length, as a DataFrame takes them: "round", "seconds",
-        "quality.loss", "epsilon.north", …; None where a round has no such figure.
+        """Return the rounds as columns of equal length, as a DataFrame takes them: "round",
+        "seconds", "quality.loss", "epsilon.north", …; None where a round has no such figure.
 
         Errors: InputError."""
         path = self.folder / "metrics.jsonl"
@@ -71,7 +72,7 @@ class Run:
         return f"<code>{escape(repr(self))}</code> {escape(self._line())}"
 
     def _line(self) -> str:
-        """The run on one line: its study, and how far it is or what came out."""
+        """Format the run on one line: its study, and its progress or result."""
         name = self.study.study.name
         if not (self.folder / "report.json").is_file():
             return f"{name}: not finished"
@@ -83,7 +84,8 @@ class Run:
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    """A round's figures by one name each: those of {"epsilon": {"north": …}} by "epsilon.north"."""
+    """Flatten a round's figures to one name each: those of {"epsilon": {"north": …}} by
+    "epsilon.north"."""
     flat: dict[str, Any] = {}
     for name, value in row.items():
         inner = value if isinstance(value, dict) else {"": value}

@@ -1,4 +1,4 @@
-"""Cut a decoder into a frozen prefix and a tail, sharing every weight with the whole model.
+"""Split of a decoder into a frozen prefix and a tail, sharing every weight with the whole model.
 
 With adapters in the last k blocks only, the states at the cut are the same in every step: they are
 computed once per record, and each later step runs the tail alone. With adapters in the last
@@ -23,7 +23,8 @@ from fedtune.config import LoraTable
 
 @dataclass(frozen=True)
 class Split:
-    """prefix(input_ids=…) and tail(inputs_embeds=states), each with `.last_hidden_state`.
+    """A decoder in two: prefix(input_ids=…) and tail(inputs_embeds=states), each with
+    `.last_hidden_state`.
     positionwise: the tail treats each position by itself. narrows: the tail takes keep=(B, K) and
     gives the states at these positions alone."""
 
@@ -34,7 +35,7 @@ class Split:
 
 
 def cut(model: Any, lora: LoraTable) -> Split | None:
-    """The deepest cut below all adapters of a decoder backbone, or None where there is none.
+    """Find the deepest cut below all adapters of a decoder backbone, or None where there is none.
 
     Guarantee: tail(prefix(x)) equals the whole backbone bit for bit on a probe, or the cut is not
     used. Call before the adapter is attached."""
@@ -78,7 +79,7 @@ class _Halves:
 
 
 def _halves(layer: Any) -> _Halves | None:
-    """Of the usual makes: LLaMA's, and Whisper's, which attends to the recording too."""
+    """Split a block of a known architecture: LLaMA's, or Whisper's with cross-attention."""
 
     def has(*parts: str) -> bool:
         return all(hasattr(layer, part) for part in parts)
@@ -97,7 +98,7 @@ def _last_names(module: nn.Module) -> set[str]:
 
 
 class _Nowhere(nn.Module):
-    """Positions that were added already."""
+    """Position embedding of zero: positions were added already."""
 
     def forward(self, embedded: torch.Tensor, **_: Any) -> torch.Tensor:
         return torch.zeros_like(embedded)
@@ -190,7 +191,7 @@ class _Mlp(nn.Module):
 def _exact(model: Any, split: Split) -> bool:
     probe = (torch.arange(1, 17) % model.config.vocab_size).unsqueeze(0).to(model.device)
     inputs: dict[str, Any] = {"use_cache": False}
-    if hasattr(model.config, "max_source_positions"):  # of a decoder that attends to a recording
+    if hasattr(model.config, "max_source_positions"):  # cross-attention to a recording
         size = (1, 8, int(model.config.d_model))
         tower_states = torch.sin(torch.arange(math.prod(size), device=probe.device)).view(size)
         inputs["encoder_hidden_states"] = tower_states.to(model.dtype)
@@ -198,6 +199,6 @@ def _exact(model: Any, split: Split) -> bool:
     try:
         states = split.prefix(input_ids=probe, **inputs).last_hidden_state
         actual = split.tail(inputs_embeds=states, **inputs).last_hidden_state
-    except (TypeError, ValueError, AttributeError):  # a block of another make
+    except (TypeError, ValueError, AttributeError):  # a block of another architecture
         return False
     return torch.equal(expected, actual)

@@ -1,4 +1,4 @@
-"""A frozen teacher's soft targets for a record, computed from that record alone.
+"""Soft targets of a frozen teacher for a record, computed from that record alone.
 
 Soft targets are stored with the record, not with the network, so that no cache and no batch
 couples records through the teacher.
@@ -39,8 +39,8 @@ def teacher_for(study: Study) -> TeacherFunction | None:
 def soft_targets_of(
     models: Sequence[LoadedModel], objective: ObjectiveTable, spec: Teacher
 ) -> TeacherFunction:
-    """Average several teachers' probabilities at temperature `spec.temperature`; of next tokens
-    the `spec.top` likeliest. Errors: ConfigError where they cannot teach this objective."""
+    """Average several teachers' probabilities at temperature `spec.temperature`; of next tokens the
+    `spec.top` likeliest. Errors: ConfigError where they do not fit this objective."""
     labels = objective.labels
     for model in models:
         _check(model, labels)

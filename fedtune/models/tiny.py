@@ -1,5 +1,5 @@
-"""A base of a study's own architecture, shrunk, with random weights: for checks that must be quick
-and must not see a real record."""
+"""Tiny base of a study's own architecture with random weights: for quick checks without real
+records."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def tiny_network(study: Study, base: Base) -> Network:
 
 
 def _moment(draw: np.random.Generator, size: int) -> npt.NDArray[np.float64]:
-    """Second moments of random vectors, of which some directions are far longer than others."""
+    """Generate second moments of random vectors, with some directions far longer than others."""
     rows = draw.normal(size=(size, size)) * np.geomspace(10, 0.1, size)[:, None]
     return rows.T @ rows
 
@@ -162,8 +162,8 @@ def _renumber(config: Any) -> None:
 
 
 def _shrink(config: Any) -> None:
-    """Sizes and the weights' scale change; activation, norms, tying, positions and masks stay the
-    base's own."""
+    """Shrink a config: sizes and the weights' scale change; activation, norms, tying, positions and
+    masks stay the base's own."""
     layers = int(config.num_hidden_layers)
     layers_left = min(LAYERS, layers)
     heads = int(config.num_attention_heads)

@@ -1,5 +1,5 @@
-"""What tiny.py shrinks besides the text, of a base that reads images or recordings: the tower, the
-projector, and what prepares a file for them."""
+"""Tiny image and audio parts of a base: the tower, the projector, and the processor that prepares a
+file for them (the text part: tiny.py)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _PATCH, _TILE = 4, 2  # pixels of a patch; of image tokens of one tile, the root
 
 
 def shrink(config: Any, base: Base, folder: Path, sizes: dict[str, int], names: int) -> list[str]:
-    """Shrinks the tower in `config`, writes the processor's files to `folder`, and returns the
-    tokens that the vocabulary needs besides `names` others. Text is shrunk by the caller."""
+    """Shrink the tower in `config`, write the processor's files to `folder`, and return the tokens
+    that the vocabulary needs besides `names` others. Text is shrunk by the caller."""
     if base.kind == "image_text":
         return _images(config, base, folder, sizes, names)
     if base.kind == "speech":
@@ -69,7 +69,7 @@ def _load(name: str, base: Base, **changes: Any) -> Any:
 
 
 def _speech(config: Any, base: Base, folder: Path, sizes: dict[str, int]) -> None:
-    """One second at most, whatever the base's own window."""
+    """Shrink a speech model: one second at most, for any window of the base."""
     extractor = _load("AutoFeatureExtractor", base, chunk_length=1)
     extractor.save_pretrained(folder)
     config.d_model = sizes["hidden_size"]

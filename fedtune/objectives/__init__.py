@@ -1,9 +1,10 @@
-"""Objectives: one module each, a frozen dataclass whose fields are study.objective.options.
+"""Training objectives: one module each, a frozen dataclass whose fields are
+study.objective.options.
 
 A record's loss comes from its own passages alone, so that no record's loss depends on another
 (the built-in loss of a language model averages over the batch's tokens and breaks the sensitivity
 bound). What couples units in other tools (KTO's batch estimate, reward centring) is a constant.
-No module of an objective imports torch before a loss is asked for: a plan is made without it."""
+No objective's module imports torch before a loss is computed: a plan is made without it."""
 
 from __future__ import annotations
 
@@ -43,19 +44,19 @@ OBJECTIVES = Group("objectives", "objective.name", __name__, Objective)  # type:
 
 
 def names() -> list[str]:
-    """Every objective of this release."""
+    """List every objective of this release."""
     return OBJECTIVES.release()
 
 
 def resolve(table: ObjectiveTable) -> Objective:
-    """The objective that a study names, with its options and labels.
+    """Build the objective that a study names, with its options and labels.
 
     Errors: ConfigError listing what exists: the objectives, or this one's options."""
     return OBJECTIVES.build(table.name, table.options, labels=table.labels)
 
 
 def describe(table: ObjectiveTable) -> str:
-    """The objective in plain words: what it does, what it reads and what it trains.
+    """Describe the objective in plain words: what it does, what it reads and what it trains.
 
     Errors: ConfigError, as `resolve`."""
     objective = resolve(table)

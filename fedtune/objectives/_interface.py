@@ -1,4 +1,4 @@
-"""What an objective is."""
+"""Interface of a training objective."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Teacher:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective(ABC):
-    """A per-record loss, and the record format that it reads.
+    """A training objective: a per-record loss, and the record format that it reads.
 
     Subclasses are frozen dataclasses. The fields that they add are study.objective.options, typed
     by their defaults; `__post_init__` checks their range. A site is shown the first paragraph of

@@ -1,4 +1,4 @@
-"""Log-likelihoods of the labelled positions, which every objective on text is made of."""
+"""Log-likelihoods of the labelled positions, from which every objective on text is computed."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ class Likelihood(NamedTuple):
 
     @property
     def mean(self) -> torch.Tensor:
-        """Per target; 0 where there is none."""
+        """Return the mean log-likelihood per target; 0 without targets."""
         return self.total / self.targets.clamp_min(1)
 
 
 def likelihood(network: Network, batch: Batch) -> Likelihood:
-    """The head runs on labelled positions, and on as many more as fill the bucket: a gather of the
-    batch's labelled ones would have a shape that follows from all its records.
+    """Compute each passage's log-likelihood. The head runs on labelled positions, and on as many
+    more as fill the bucket: a gather of the batch's labelled ones would have a shape that follows
+    from all its records.
 
     | a passage without targets | 0.0, and no gradient |
     """
@@ -44,7 +45,7 @@ def likelihood(network: Network, batch: Batch) -> Likelihood:
 def reference(network: Network, batch: Batch) -> Likelihood:
     """Compute likelihoods under the policy at the study's start: the frozen base, adapter off.
     Never a second model, and never one that saw a record. So it is the same in every step, and is
-    computed when a record is first asked for."""
+    computed at a record's first use."""
 
     import torch
 
@@ -60,9 +61,9 @@ def reference(network: Network, batch: Batch) -> Likelihood:
 
 
 def labelled(target_ids: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Positions with a target, first in each row, (R, K), and what is there, -100 on padding; all
-    positions, as None, where most of them have one: choosing would cost more than it saves. K is
-    the same for every record of a bucket."""
+    """Select the positions with a target, first in each row, (R, K), and their targets, -100 on
+    padding; all positions, as None, where most of them have one: choosing would cost more than it
+    saves. K is the same for every record of a bucket."""
     import torch
 
     is_target = target_ids != -100

@@ -19,7 +19,8 @@ class CausalLM(Objective):
     record_format: ClassVar[RecordFormat] = "text"
 
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
-        """Mean negative log-likelihood (nats) of each record's own target tokens, (B,) fp32.
+        """Compute the mean negative log-likelihood (nats) of each record's own target tokens, (B,)
+        fp32.
 
         | a record without targets | 0.0, and no gradient |
         """

@@ -22,7 +22,7 @@ class Classify(Objective):
         return len(self.labels)
 
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
-        """Negative log-likelihood (nats) of each record's label, (B,) fp32."""
+        """Compute the negative log-likelihood (nats) of each record's label, (B,) fp32."""
         from torch.nn import functional
 
         hidden = network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)

@@ -1,4 +1,4 @@
-"""Distillation."""
+"""Knowledge distillation."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ class Distill(Objective):
 def divergence(
     network: Network, batch: Batch, temperature: float = 1.0, hard: float = 0.0
 ) -> torch.Tensor:
-    """(1 - hard) · T² · KL(teacher ‖ student) + hard · cross-entropy of each record, (B,) fp32: the
-    mean over its own targets. Next tokens beyond the teacher's likeliest are one outcome.
+    """Compute (1 - hard) · T² · KL(teacher ‖ student) + hard · cross-entropy of each record, (B,)
+    fp32: the mean over its own targets. Next tokens beyond the teacher's likeliest are one outcome.
 
     | a record without targets | 0.0, and no gradient |
     """
@@ -110,7 +110,8 @@ def _next_tokens(
     teacher_logp: torch.Tensor,
     weights: tuple[float, float],
 ) -> torch.Tensor:
-    """The loss of each position, (n,); logits over the vocabulary are formed again going back."""
+    """Compute each position's loss, (n,); the backward pass recomputes logits over the
+    vocabulary."""
     import torch
     from torch.nn import functional
     from torch.utils.checkpoint import checkpoint
@@ -137,7 +138,7 @@ def _next_tokens(
 
 
 def _with_rest(logp: torch.Tensor) -> torch.Tensor:
-    """(n, k) and, as one more outcome, all others."""
+    """Extend (n, k) by one more outcome: all others."""
     import torch
 
     others = (1 - logp.exp().sum(dim=1, keepdim=True)).clamp_min(LEAST).log()
@@ -145,5 +146,5 @@ def _with_rest(logp: torch.Tensor) -> torch.Tensor:
 
 
 def _divergence(teacher_logp: torch.Tensor, student_logp: torch.Tensor) -> torch.Tensor:
-    """KL (nats) of log-probabilities (n, k), (n,)."""
+    """Compute KL (nats) of log-probabilities (n, k), (n,)."""
     return (teacher_logp.exp() * (teacher_logp - student_logp)).sum(dim=1)

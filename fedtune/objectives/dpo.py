@@ -36,7 +36,7 @@ class DPO(Objective):
         require(is_supported, "label_smoothing", 'variant = "sigmoid", the only one that has it')
 
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
-        """The loss of each pair, (B,) fp32, from its own two passages.
+        """Compute the loss of each pair, (B,) fp32, from its own two passages.
 
         With h the log-ratio of the better completion minus that of the worse (to the reference):
         | sigmoid | -(1-s) log σ(βh) - s log σ(-βh); s = label_smoothing > 0 is conservative DPO |

@@ -1,4 +1,4 @@
-"""Learning from single judgements."""
+"""Kahneman–Tversky optimisation: learning from single judgements."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class KTO(Objective):
         require(self.reference_point >= 0, "reference_point", at_least)
 
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
-        """The loss of each judged completion, (B,) fp32, from its own passage.
+        """Compute the loss of each judged completion, (B,) fp32, from its own passage.
 
         With r the completion's log-ratio to the reference and z the reference point (nats):
         | desirable   | λ_D (1 - σ(β(r - z))) |

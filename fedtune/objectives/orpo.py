@@ -29,7 +29,7 @@ class ORPO(Objective):
         require(self.weight >= 0, "weight", "a number of at least 0")
 
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
-        """The loss of each pair, (B,) fp32, from its own two passages.
+        """Compute the loss of each pair, (B,) fp32, from its own two passages.
 
         -ℓ(better) - weight · log σ(log odds(better) - log odds(worse)), where ℓ is the
         log-likelihood per target (nats) and odds = e^ℓ / (1 - e^ℓ).

@@ -1,4 +1,4 @@
-"""A reward model."""
+"""Reward model trained on preference pairs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Reward(Objective):
         return 1
 
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
-        """The loss of each pair, (B,) fp32, from its own two passages.
+        """Compute the loss of each pair, (B,) fp32, from its own two passages.
 
         -log σ(r_better - r_worse - margin) + centring · (r_better + r_worse)²
         Both are constants of the plan: rewards are drawn towards zero pair by pair, never by the
@@ -44,6 +44,6 @@ class Reward(Objective):
 
 
 def rewards(network: Network, batch: Batch) -> torch.Tensor:
-    """The score of each passage, (R,) fp32, read off its last token."""
+    """Compute the score of each passage, (R,) fp32, at its last token."""
     hidden = network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
     return network.logits(network.pool(hidden, batch.mask))[:, 0]

@@ -1,5 +1,5 @@
-"""What the coordinator computes of public text with answers. Free of ε: neither text nor base saw
-private data."""
+"""Computations of the coordinator on public text with answers. They cost no ε: neither text nor
+base saw private data."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def output_factors(study: Study, data: CachedDataset, table: PreconditionerTable
 
 
 def trained_on(study: Study, data: CachedDataset, adapter: Arrays) -> Arrays:
-    """`adapter` after start.steps steps on all public records, each as a site without noise would
-    take it: the mean of the records' preconditioned gradients, all of one length C, times
+    """Train `adapter` for start.steps steps on all public records, each as a site's without noise:
+    the mean of the records' preconditioned gradients, all of one length C, times
     start.learning_rate; the adapter moves by M times that.
 
     Reference: Li et al. 2022, "Large language models can be strong differentially private
@@ -106,7 +106,8 @@ def _lengths(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _by_record(gradient: torch.Tensor | None, batch: Batch) -> torch.Tensor:
-    """(count, outputs, columns): a record's passages added up, what fills the block left out."""
+    """Sum gradients by record, (count, outputs, columns): its passages added, padding of the block
+    left out."""
     if gradient is None:
         raise ModelError("a trainable layer gave no per-record gradient")
     records = len(batch.index)
@@ -115,7 +116,7 @@ def _by_record(gradient: torch.Tensor | None, batch: Batch) -> torch.Tensor:
 
 
 class _Curvature:
-    """G of one layer; where it would be larger than the gradients that it is made of, those."""
+    """Second moment G of one layer; where it would be larger than its gradients, the gradients."""
 
     def __init__(self, outputs: int, columns: int, records: int) -> None:
         self._columns: list[torch.Tensor] = []
@@ -123,7 +124,7 @@ class _Curvature:
         self._moment = None if wide else torch.zeros(outputs, outputs, dtype=torch.float64)
 
     def add(self, gradients: torch.Tensor) -> None:
-        """gradients: (records, outputs, columns)."""
+        """Add gradients (records, outputs, columns)."""
         columns = gradients.transpose(0, 1).flatten(1).double().cpu()
         if self._moment is None:
             self._columns.append(columns)
@@ -138,8 +139,8 @@ class _Curvature:
 
 @torch.no_grad()
 def head_of_labels(study: Study, network: Network) -> Arrays:
-    """A head whose rows are the base's vectors of the classes' names, or of their descriptions:
-    less their mean, each scaled to start.scale. Its bias is zero.
+    """Build a head whose rows are the base's vectors of the classes' names, or of their
+    descriptions: less their mean, each scaled to start.scale. Its bias is zero.
 
     Reference: Snell et al. 2017, "Prototypical networks for few-shot learning", section 2.4."""
     table = study.start

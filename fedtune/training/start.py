@@ -1,4 +1,4 @@
-"""What a study starts from, made once at the coordinator from public things alone."""
+"""Starting point of a study, made once at the coordinator from public data alone."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from fedtune.training.public import head_of_labels, output_factors, trained_on
 
 @dataclass(frozen=True, repr=False)
 class Start:
-    """study: with base.digest, training.rounds and the digests of what is built here filled in; its
-    digest is what every site binds to. adapter: the trainable arrays of round 0. frozen: A where it
-    comes from public text (decompositions differ between machines, so it is sent), and the
-    preconditioner, if the plan has one."""
+    """A study's starting point. study: with base.digest, training.rounds and the digests of what is
+    built here filled in; its digest is what every site binds to. adapter: the trainable arrays of
+    round 0. frozen: A where it comes from public text (decompositions differ between machines, so
+    it is sent), and the preconditioner, if the plan has one."""
 
     study: Study
     adapter: Arrays
@@ -30,7 +30,7 @@ class Start:
 
 def start(study: Study) -> Start:
     """Resolve the base, fix the number of rounds, build from public text what the plan asks for: A,
-    the preconditioner, and what the adapter or head starts at.
+    the preconditioner, the initial adapter or head.
 
     Errors: ModelError, ConfigError, DataError (public text)."""
     network = build(study)
@@ -49,7 +49,8 @@ def start(study: Study) -> Start:
 
 
 def _frozen(study: Study, network: Network) -> tuple[Study, Arrays]:
-    """The plan with the digests of A and the preconditioner, and what of them is sent."""
+    """Return the plan with the digests of A and the preconditioner, and the arrays of them to
+    send."""
     if study.lora is None:
         return study, {}
     pinned = study.lora.model_copy(update={"preconditioner": None})
@@ -64,7 +65,7 @@ def _frozen(study: Study, network: Network) -> tuple[Study, Arrays]:
     factor = network.adopt(unpinned, frozen)
     pinned = pinned.model_copy(update={"a_digest": lora.digest(factor)})
     if table := study.lora.preconditioner:
-        with network.loaded(trainable=network.initial(factor)):  # who used it last does not count
+        with network.loaded(trainable=network.initial(factor)):  # independent of its last use
             outputs = output_factors(study, _public(study, network), table)
         table = table.model_copy(update={"digest": lora.digest(outputs)})
         pinned, frozen = pinned.model_copy(update={"preconditioner": table}), frozen | outputs
@@ -72,14 +73,14 @@ def _frozen(study: Study, network: Network) -> tuple[Study, Arrays]:
 
 
 def _public(study: Study, network: Network) -> CachedDataset:
-    """[public] with its answers."""
-    assert study.public is not None  # Study: required by whatever needs the answers
+    """Read [public] with its answers."""
+    assert study.public is not None  # Study: required wherever answers are needed
     text = load_dataset(study.public, study, network.tokenizer, reader=network.reader)
     return CachedDataset(network, text)
 
 
 def _started(study: Study, network: Network, adapter: Arrays) -> Arrays:
-    """What the adapter and head are before the first round."""
+    """Return the adapter and head before the first round."""
     assert study.start is not None
     if study.start.head == "labels":
         adapter = adapter | head_of_labels(study, network)

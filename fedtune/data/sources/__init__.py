@@ -1,4 +1,4 @@
-"""Sources of records: one module each, a frozen dataclass whose fields are [data.options].
+"""Data sources: one module each, a frozen dataclass whose fields are [data.options].
 
 A file's suffix says which one of this release reads it. A site may name one (data.source in its own
 site.toml): of this release, to give it options, or one that another distribution brings."""
@@ -14,6 +14,6 @@ SOURCES = Group("sources", "data.source", __name__, Source)  # type: ignore[type
 
 
 def by_suffix() -> dict[str, Source]:
-    """The source of this release for each suffix."""
+    """Map each file suffix to this release's source."""
     kinds = [SOURCES.load(name) for name in SOURCES.release()]
     return {suffix: kind() for kind in kinds for suffix in kind.suffixes}

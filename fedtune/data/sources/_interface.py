@@ -1,4 +1,4 @@
-"""What a source of records is."""
+"""Interface of a data source."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ REASONS = (
 
 @dataclass
 class Names:
-    """A dataset's path, the columns asked of it, and the column names met in all its files; of
-    these, which a message may show: a key of a few JSON records may itself be content, and so may
-    the first line of a CSV file without one."""
+    """Column names of a dataset: its path, the columns asked of it, and the column names met in all
+    its files; of these, which a message may show: a key of a few JSON records may itself be
+    content, and so may the first line of a CSV file without one."""
 
     where: Path
     keys: Keys
@@ -36,18 +36,18 @@ class Names:
     objects: int = 0
 
     def header(self, names: list[str], shown: bool = True) -> None:
-        """A file's columns. shown: whether they may be in a message."""
+        """Add a file's columns. shown: whether they may be in a message."""
         self.headers.update(names)
         if shown:
             self.shown += [name for name in names if name not in self.shown]
 
     def object(self, row: Row) -> None:
-        """The keys of one row, of a format whose files have no header."""
+        """Add the keys of one row, of a format whose files have no header."""
         self.objects += 1
         self.keys_met.update(row.keys())
 
     def require(self) -> None:
-        """Errors: DataError for a column that was asked for and no file has."""
+        """Check the requested columns. Errors: DataError for one that no file has."""
         present = self.headers | set(self.keys_met)
         absent = [(key, column) for key, column in self.keys.items() if column not in present]
         if not absent or not present:
@@ -65,12 +65,12 @@ class Names:
 
 
 class NotWellFormed(DataError):
-    """CSV whose quoting is broken: nobody knows where a record ends and the next begins."""
+    """Error of CSV with broken quoting: the boundaries of its records are unknown."""
 
 
 @dataclass(frozen=True)
 class Source(ABC):
-    """How the rows of one kind of file are read.
+    """A data source: it reads the rows of one kind of file.
 
     Subclasses are frozen dataclasses whose fields are [data.options] of site.toml. suffixes: of the
     files that it reads, in small letters."""
@@ -79,7 +79,7 @@ class Source(ABC):
 
     @abstractmethod
     def rows(self, path: Path, names: Names) -> Iterator[Row | str]:
-        """Each row of `path` as a dict by column, or why it is rejected, one of REASONS, in order.
+        """Yield each row of `path` in order, as a dict by column or as one of REASONS if rejected.
 
         It tells `names` which columns the file has (`Names.header`), and reads one row at a time:
         what is said of a row follows from that row alone. Whatever it raises makes the file one
@@ -88,7 +88,7 @@ class Source(ABC):
 
 
 def unclean(text: str) -> str:
-    """Why a string cannot be used whatever it says, or "". Lone surrogates count as not UTF-8."""
+    """Return why a string is unusable in any column, or "". Lone surrogates count as not UTF-8."""
     if "\0" in text:
         return "NUL byte"
     try:

@@ -1,4 +1,4 @@
-"""Comma-separated values."""
+"""CSV data source."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedtune.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class Csv(Source):
-    """A first line that names the columns, and a row for each further one. UTF-8."""
+    """Comma-separated values: a first line of column names, then rows. UTF-8."""
 
     suffixes = (".csv",)
 
@@ -53,7 +53,7 @@ class Csv(Source):
         try:
             yield from filter(None, reader)
         except csv.Error:
-            # After a broken quote nobody knows where the next record begins: stop, do not guess.
+            # After a broken quote the start of the next record is unknown: stop.
             raise NotWellFormed(
                 f"{where}: not well-formed CSV at line {reader.line_num}",
                 "fields with a quote, comma or newline in double quotes, and quotes inside doubled",

@@ -1,4 +1,4 @@
-"""JSON Lines."""
+"""JSON Lines data source."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Jsonl(Source):
 
 
 def _lines(handle: BinaryIO) -> Iterator[bytes]:
-    """The lines; of one above LINE bytes the beginning alone, which is above it too."""
+    """Yield the lines; of one above LINE bytes only a beginning that is above it too."""
     while line := handle.readline(LINE + 1):
         tail = line
         while len(tail) > LINE and not tail.endswith(b"\n"):
@@ -48,6 +48,6 @@ def _json_object(line: bytes) -> Row | str:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
         return "not UTF-8"
-    except Exception:  # no JSON, too deep, too large: a line of no use, whatever it is
+    except Exception:  # no JSON, too deep, too large: an unusable line
         return "not JSON"
     return value if isinstance(value, dict) else "wrong type"

@@ -1,4 +1,4 @@
-"""Parquet."""
+"""Parquet data source."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Parquet(Source):
-    """Apache Parquet; of its columns those alone that are named."""
+    """Apache Parquet; only the named columns are read."""
 
     suffixes = (".parquet",)
 
