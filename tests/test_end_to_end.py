@@ -187,6 +187,7 @@ def command(log: Path, *arguments: object) -> Iterator[subprocess.Popen[bytes]]:
                     process.wait()
 
 
+@pytest.mark.long  # test_from_nothing.py has such processes in every run
 def test_tls_processes_give_the_same_adapter_as_simulation(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +227,7 @@ def test_tls_processes_give_the_same_adapter_as_simulation(
 # ------------------------------------------------------------------------------ the real model
 
 
+@pytest.mark.long
 @pytest.mark.real
 def test_three_hospitals_teach_a_real_model(tmp_path: Path) -> None:
     """The demo's study on a third of its patients and three rounds: far above the base at ε ≤ 8,

@@ -150,6 +150,7 @@ def test_where_lower_is_better_lower_is_better(
     assert choose_base(load_study(path), 1.0, ["a", "b"]).chosen is None
 
 
+@pytest.mark.long  # the same measurements in a process each
 def test_the_command(tmp_path: Path, tiny_base: Path) -> None:
     """Two candidates and one that is none, each in a process of its own; no site file is there."""
     study = lay_out(tmp_path / "study", tiny_base)

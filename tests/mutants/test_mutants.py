@@ -42,6 +42,7 @@ def test_a_mutant_that_no_longer_applies_is_an_error() -> None:
         mutated(NOTHING, "def poisson(): ...\n" * 2)
 
 
+@pytest.mark.long
 def test_the_runner_tells_killed_from_survived_and_broken() -> None:
     quick = [m for m in MUTANTS if m.name in ("sampler-follows-a-seed", "sigma-times-0.99")]
     results = try_all([*quick, NOTHING, CRASHES], jobs=2, show=False)
