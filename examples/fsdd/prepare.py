@@ -49,6 +49,7 @@ STUDY: Table = {
     "public": {"path": "public.jsonl", "licence": "generated", "columns": COLUMNS},
     "training": {"rounds": 8, "sampling_rate": 1.0, "learning_rate": 1.5},
     "clipping": {"max_grad_norm": 1.0, "mode": "normalised"},
+    "strategy": {"weights": "equal"},
     "evaluation": {
         "path": "test.jsonl",
         "metric": METRIC,

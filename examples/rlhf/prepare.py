@@ -82,7 +82,7 @@ STUDY: Table = {
     "training": {"rounds": 4, "sampling_rate": 1.0, "learning_rate": 1.0},
     "clipping": {"max_grad_norm": 1.0, "mode": "normalised"},
     "privacy": {"epsilon": 4.0, "delta": 1e-4, "unit": "patient"},
-    "strategy": {"min_sites": 3},
+    "strategy": {"weights": "equal", "min_sites": 3},
     "evaluation": {
         "path": "pairs.jsonl",
         "metric": "loss",

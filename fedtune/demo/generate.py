@@ -249,6 +249,7 @@ unit = "patient"            # all notes of one patient together
 
 [strategy]
 name = "fedavg"
+weights = "equal"           # the hospitals are of like size; "declared" counts each patient alike
 min_sites = 3
 
 [evaluation]
