@@ -323,7 +323,8 @@ def test_the_digest_binds_it(network: Network, tiny_base: Path) -> None:
     sent = factors(network)
     table = {"rank": 6, "digest": lora_module.digest(sent)}
     plan = made(tiny_base, lora=LORA | {"preconditioner": table})
-    network.adopt(plan, sent)
+    adopted = network.adopt(plan, sent)
+    assert network.preconditioner.keys() == sent.keys() <= adopted.keys()
     for other in (bad(network, lambda w: w * 0.9), {}):
         with pytest.raises(ModelError, match="preconditioner"):
             network.adopt(plan, other)

@@ -324,14 +324,14 @@ class Network:
         factor, outputs = preconditioner.divided(received)
         if study.lora.a_init == "seed":
             factor = self.draw_factor(study.study.seed)
-        factor |= lora_module.frozen_of_plan(study.lora, factor, outputs, self.parameters())
-        factor = self._adopted.setdefault(lora_module.digest(factor), factor)
-        self.load_frozen(factor)
-        return factor
+        outputs = lora_module.frozen_of_plan(study.lora, factor, outputs, self.parameters())
+        whole = factor | outputs  # a new dict: the drawn one is known as loaded, without `outputs`
+        whole = self._adopted.setdefault(lora_module.digest(whole), whole)
+        self.load_frozen(whole)
+        return whole
 
     def initial(self, factor: Arrays) -> Arrays:
-        """Return the trainable arrays of round 0: B and head zero, so that the base is unchanged;
-        A as in `factor` where it is trained too."""
+        """Return round 0's trainable arrays: B and head zero; A as in `factor` where it trains."""
         return {n: factor.get(n, array) for n, array in self.zero().items()}
 
     def frozen_factor(self) -> Arrays:

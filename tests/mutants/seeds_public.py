@@ -52,6 +52,11 @@ MUTANTS: list[Mutant] = [
         "the second step of a round starts elsewhere than the coordinator thinks",
     ),
     one(
+        "preconditioner", "not-loaded-beside-a-drawn-a", "fedtune/models/network.py",
+        "whole = factor | outputs ", "factor |= outputs; whole = factor ",
+        T + "test_the_digest_binds_it", "a site trains without the M that its plan names",
+    ),
+    one(
         "start", "not-in-the-plan", "fedtune/training/start.py",
         'pinned = study.start.model_copy(update={"digest": lora.digest(adapter)})',
         'pinned = study.start.model_copy(update={"digest": None})',
