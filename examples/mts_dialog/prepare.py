@@ -112,7 +112,12 @@ ARMS: dict[str, Table] = {
     "epsilon-3": private(3.0, training={"learning_rate": 0.4}),
     "epsilon-1": private(1.0, training={"learning_rate": 0.1}),
     "local": private(8.0, training={"learning_rate": 0.2}),  # one site alone
-    "best-head": {"privacy": "off", "clipping": None, "training": {"learning_rate": 0.1}},
+    "best-head": {
+        "privacy": "off",
+        "clipping": None,
+        "start": None,  # without noise a head from zero ends better
+        "training": {"learning_rate": 0.1},
+    },
 }
 
 TUNING: dict[str, list[Table]] = {
