@@ -21,7 +21,8 @@ MADE_MUTANTS = (
     _one(
         26, "the-judge-sees-the-record-before", LABEL,
         "        tokenizer: Any = self.model.tokenizer\n",
-        "        asked, globals()['_before'] = globals().get('_before', '') + asked, asked\n"
+        "        earlier = globals().get('_before', '')\n"
+        "        question, globals()['_before'] = earlier + question, question\n"
         "        tokenizer: Any = self.model.tokenizer\n",
         "tests/test_label.py::test_another_units_records_change_no_byte",
         "a few-shot taken from another patient",
@@ -45,7 +46,7 @@ MADE_MUTANTS = (
     _one(
         "students", "the-students-base-hears-the-teacher", "fedtune/derive/distill.py",
         "    rows = [prompt_ids(r.prompt, table, teacher.tokenizer) for r in prompts.records]\n",
-        "    told, _ = completed(prompts.records, teacher, table, 2, 0)\n"
+        "    told, _ = complete_prompts(prompts.records, teacher, table, 2, 0)\n"
         "    asked = [r.prompt + r.completion for r in told]\n"
         "    rows = [prompt_ids(text, table, teacher.tokenizer) for text in asked]\n",
         "tests/test_distill.py::test_the_students_base_heard_no_teacher",

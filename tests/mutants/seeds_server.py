@@ -17,13 +17,13 @@ NAME_MUTANTS = (
             ('return _Claim(status, clean(record.get("reason")) or "no reason given")',
              'return _Claim(status, clean(record.get("reason")), str(record.get("name")))'),
             ("self._name_of(reply.node, claim), claim.status",
-             "said.name or self._name_of(reply.node, claim), claim.status"),
+             "claim.name or self._name_of(reply.node, claim), claim.status"),
         ),
         (NOBODY,), "one admitted site throws another out of the run",
     ),
     _one(
         "names", "the-registry-is-not-asked-for-a-name", ADMISSION,
-        "            return vouched.name\n", "            return said.name or vouched.name\n",
+        "            return vouched.name\n", "            return claim.name or vouched.name\n",
         NOBODY, "who comes first with a name has it",
     ),
     _one(
@@ -128,7 +128,7 @@ DOOR_MUTANTS = (
     ),
     _one(
         "door", "a-host-is-its-whole-address", "fedtune/flower/peers.py",
-        "ip_network((ip, 64), strict=False)", "found",
+        "ip_network((ip, 64), strict=False)", "ip",
         "tests/flower/test_gateway_handshake.py::test_a_host_is_known_by_what_it_cannot_choose",
         "one IPv6 host is 2^64 of them",
     ),
