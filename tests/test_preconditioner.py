@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from fedtune.audit import selftest
-from fedtune.config import LoraTable, Study
+from fedtune.client.policy import refusals
+from fedtune.config import Columns, LoraTable, PolicyTable, Site, SiteData, SiteTable, Study
 from fedtune.dp import clip
 from fedtune.dp.non_private import non_private_plan
 from fedtune.dp.plan import plan_for_site
@@ -330,6 +331,20 @@ def test_the_digest_binds_it(network: Network, tiny_base: Path) -> None:
             network.adopt(plan, other)
     network.adopt(made(tiny_base, lora=LORA), sent)  # a plan without one takes none
     assert network.preconditioner == {}
+
+
+def test_a_site_takes_no_plan_that_leaves_it_open(tiny_base: Path) -> None:
+    site = Site(
+        site=SiteTable(name="a", declared_size=20),
+        data=SiteData(path="a.jsonl", columns=Columns(prompt="q", completion="a")),
+        policy=PolicyTable(bases="any"),
+    )
+    words = "the plan does not pin lora.preconditioner.digest"
+    plan = made(tiny_base)
+    assert words in [str(refusal) for refusal in refusals(plan, site, None)]
+    pinned = {"rank": 6, "digest": "sha256:" + "0" * 64}
+    plan = made(tiny_base, lora=LORA | {"preconditioner": pinned})
+    assert words not in [str(refusal) for refusal in refusals(plan, site, None)]
 
 
 def test_an_eigenvalue_that_b_takes_below_the_bound_is_seen() -> None:

@@ -57,6 +57,12 @@ MUTANTS: list[Mutant] = [
         T + "test_the_digest_binds_it", "a site trains without the M that its plan names",
     ),
     one(
+        "preconditioner", "left-open-by-the-plan", "fedtune/client/policy.py",
+        "if study.lora.preconditioner and study.lora.preconditioner.digest is None:", "if False:",
+        T + "test_a_site_takes_no_plan_that_leaves_it_open",
+        "a site signs a plan that does not say with which M it trains",
+    ),
+    one(
         "start", "not-in-the-plan", "fedtune/training/start.py",
         'pinned = study.start.model_copy(update={"digest": lora.digest(adapter)})',
         'pinned = study.start.model_copy(update={"digest": None})',
