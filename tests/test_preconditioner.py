@@ -345,6 +345,13 @@ def test_a_site_takes_no_plan_that_leaves_it_open(tiny_base: Path) -> None:
     pinned = {"rank": 6, "digest": "sha256:" + "0" * 64}
     plan = made(tiny_base, lora=LORA | {"preconditioner": pinned})
     assert words not in [str(refusal) for refusal in refusals(plan, site, None)]
+    wide = made(tiny_base, lora=LORA | {"preconditioner": pinned | {"rank": 65}})
+    said = [
+        str(r)
+        for r in refusals(wide, site, None)
+        if str(r) not in map(str, refusals(plan, site, None))
+    ]
+    assert len(said) == 1 and "lora.preconditioner.rank" in said[0] and "max_rank" in said[0]
 
 
 def test_an_eigenvalue_that_b_takes_below_the_bound_is_seen() -> None:

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from fedtune.config import Study, load_study
 from fedtune.config.sites import sites_in
 from fedtune.dp.plan import plan_for_site
+from fedtune.errors import ConfigError
 from fedtune.evaluation.evaluator import Evaluator
 from fedtune.models.lora import digest
 from fedtune.models.preconditioner import divided, identity_part
@@ -114,6 +115,13 @@ def test_a_head_starts_at_the_classes_names(tiny_encoder: Path) -> None:
     other = described.adapter["head.weight"]
     assert not np.allclose(weight, other)
     assert described.study.digest != made.study.digest
+
+
+def test_labels_without_a_head_are_refused(tiny_base: Path) -> None:
+    objective = {"name": "causal_lm", "labels": ["fever", "cough"], "max_length": 16}
+    plan = classes(tiny_base, objective=objective, lora={"rank": 2, "modules": ["q_proj"]})
+    with pytest.raises(ConfigError, match="trains no head"):
+        start(plan)
 
 
 def test_what_does_not_fit_is_refused(tiny_encoder: Path) -> None:

@@ -71,8 +71,10 @@ def refusals(
         yield from _at_most("lora.rank", study.lora.rank, "max_rank", policy)
         if study.lora.a_digest is None:
             yield PolicyRefused("the plan does not pin lora.a_digest")
-        if study.lora.preconditioner and study.lora.preconditioner.digest is None:
-            yield PolicyRefused("the plan does not pin lora.preconditioner.digest")
+        if table := study.lora.preconditioner:  # its check takes time that grows with rank³
+            yield from _at_most("lora.preconditioner.rank", table.rank, "max_rank", policy)
+            if table.digest is None:
+                yield PolicyRefused("the plan does not pin lora.preconditioner.digest")
         yield from _about_rank(study.lora, site.site.lora_rank)
     yield from _about_privacy(study, site, plan)
     if may_resolve(study, policy):

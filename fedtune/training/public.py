@@ -61,10 +61,8 @@ def trained_on(study: Study, data: CachedDataset, adapter: Arrays) -> Arrays:
     learners", section 2 (public pre-training costs no ε)."""
     table = study.start
     assert table is not None
-    frozen, bound = (
-        data.network.preconditioner,
-        study.clipping.max_grad_norm if study.clipping else 1.0,
-    )
+    frozen = data.network.preconditioner
+    bound = study.clipping.max_grad_norm if study.clipping else 1.0
     for step in range(1, table.steps + 1):
         change = {name: np.zeros(array.shape) for name, array in adapter.items()}
         with data.network.loaded(trainable=adapter):
@@ -142,9 +140,14 @@ def head_of_labels(study: Study, network: Network) -> Arrays:
     """Build a head whose rows are the base's vectors of the classes' names, or of their
     descriptions: less their mean, each scaled to start.scale. Its bias is zero.
 
+    Errors: ConfigError where the objective trains no head.
     Reference: Snell et al. 2017, "Prototypical networks for few-shot learning", section 2.4."""
     table = study.start
-    assert table is not None and network.head is not None  # labels: the objective has a head
+    assert table is not None
+    if network.head is None:
+        raise ConfigError(
+            'start.head = "labels": this objective trains no head', "objective classify"
+        )
     vectors = []
     for label in study.objective.labels:
         ids = network.tokenizer(table.descriptions.get(label, label), return_tensors="pt")

@@ -58,9 +58,15 @@ MUTANTS: list[Mutant] = [
     ),
     one(
         "preconditioner", "left-open-by-the-plan", "fedtune/client/policy.py",
-        "if study.lora.preconditioner and study.lora.preconditioner.digest is None:", "if False:",
+        "if table.digest is None:", "if False:",
         T + "test_a_site_takes_no_plan_that_leaves_it_open",
         "a site signs a plan that does not say with which M it trains",
+    ),
+    one(
+        "preconditioner", "of-any-rank", "fedtune/client/policy.py",
+        '_at_most("lora.preconditioner.rank", table.rank, "max_rank", policy)', "()",
+        T + "test_a_site_takes_no_plan_that_leaves_it_open",
+        "a coordinator decides how long a site's check takes",
     ),
     one(
         "start", "not-in-the-plan", "fedtune/training/start.py",
