@@ -72,6 +72,7 @@ PHRASES = (
     "every charge is of the study's own unit", "the plan leaves training.rounds open",
     "nothing says that the teacher", "site.evaluation is not given",
     "the self-test failed", "patient column", "lora.a_digest", 'privacy = "off"', "not in the plan",
+    "lora.preconditioner.digest",
     "site.lora_rank", "its lora_rank is not one", "lora_rank changed",
     "the ledger was rolled back", "self-test", "does not know the plan",
     "it is not enrolled with this signing key, or was revoked",
