@@ -71,6 +71,8 @@ if TYPE_CHECKING:
     )
     from fedtune.evaluation.compare_bases import Fit, choose_base
     from fedtune.evaluation.generate import generate
+    from fedtune.evaluation.predict import predict
+    from fedtune.evaluation.predictions import Predictions
     from fedtune.evaluation.run import evaluate
     from fedtune.launch.simulate import simulate
     from fedtune.ledger.ledger import Ledger
@@ -119,6 +121,8 @@ _MODULES = {
     ),
     "fedtune.evaluation.compare_bases": "Fit choose_base",
     "fedtune.evaluation.generate": "generate",
+    "fedtune.evaluation.predict": "predict",
+    "fedtune.evaluation.predictions": "Predictions",
     "fedtune.evaluation.run": "evaluate",
     "fedtune.launch.simulate": "simulate",
     "fedtune.ledger.ledger": "Ledger",
@@ -160,6 +164,7 @@ __all__ = [
     "PolicyRefused",
     "PolicyTable",
     "PreconditionerTable",
+    "Predictions",
     "PrivacyTable",
     "PrivateEvaluationTable",
     "PublicTable",
@@ -199,6 +204,7 @@ __all__ = [
     "merge",
     "merge_models",
     "plan",
+    "predict",
     "purge",
     "purgeable",
     "review",

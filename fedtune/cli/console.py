@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from fedtune.config import Study
     from fedtune.dp.costs import Plan
     from fedtune.evaluation.compare_bases import Fit
+    from fedtune.evaluation.predictions import Predictions
     from fedtune.server.versions import Index
 
 LINE_SECONDS = 30.0
@@ -279,6 +281,29 @@ def evaluation_table(result: dict[str, Any]) -> Table:
         sign = "+" if key == "change" else ""
         table.add_row(label, f"{value:{sign}.4g}", f"{low:{sign}.4g} to {high:{sign}.4g}")
     return table
+
+
+def predictions_table(made: Predictions, rows: int) -> Group:
+    """The first `rows` predictions; how often each label is predicted; what was rejected."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("row", justify="right")
+    table.add_column("prediction" if made.labels else "score")
+    table.add_column("probability" if made.labels else "", justify="right")
+    shares = made.probabilities.max(axis=1, initial=0.0)
+    shown = zip(range(rows), made.predicted, shares, made.scores, made.reasons, strict=False)
+    for at, label, share, score, reason in shown:
+        if reason:
+            table.add_row(str(at + 1), Text(f"rejected: {reason}", style="dim"))
+        elif label is None:
+            table.add_row(str(at + 1), f"{score:.4f}")
+        else:
+            table.add_row(str(at + 1), Text(printable(label)), f"{share:.3f}")
+    more = f", the first {rows} above" if 0 < rows < len(made) else ""
+    lines = [f"{len(made)} records{more}"]
+    counts = Counter(label for label in made.predicted if label is not None)
+    lines += [f"{n:6} {printable(label)}" for label, n in counts.most_common()]
+    lines += [f"{n:6} rejected: {reason}" for reason, n in made.rejected.most_common()]
+    return Group(*([table] if rows else []), Text("\n".join(lines)))
 
 
 def fit_table(fit: Fit) -> Group:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,7 @@ RUN_FOLDER = Annotated[
 
 def add_to(app: typer.Typer, panel: str) -> None:
     """Register the commands on `app`."""
-    for function in (evaluate, versions, generate):
+    for function in (evaluate, predict, versions, generate):
         command(app, panel=panel)(function)
 
 
@@ -55,6 +56,75 @@ def evaluate(
         file = named_columns(data, columns) if columns else data
         result = measure(Run(run), file, metric, choices or [])
     Console().print(evaluation_table(result))
+
+
+PREDICT_OUT = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        metavar="FILE",
+        help="All predictions, a row each: .csv, .jsonl or .parquet. Without: a short table.",
+        show_default=False,
+    ),
+]
+
+
+def predict(
+    run: RUN_FOLDER,
+    data: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE",
+            help="Records: .jsonl, .csv or .parquet; .txt: one text a line. No label is read.",
+        ),
+    ],
+    out: PREDICT_OUT = None,
+    choices: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--choice",
+            metavar="TEXT",
+            help="Of a run without a head: a completion to choose from; repeat it. "
+            "Without: the study's.",
+        ),
+    ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--column",
+            metavar="KEY=NAME",
+            help="text=note: the file's name for a part; repeat it. Without: the study's.",
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="All of it as JSON, instead of the table.")
+    ] = False,
+) -> None:
+    """Predict the label of each record, or a reward's score, with a run's head or choices.
+
+    One row for each record of the file, in its order: the label, the probability of each label,
+    and the reason where a record cannot be used."""
+    from fedtune.cli.console import predictions_table
+    from fedtune.errors import ConfigError
+    from fedtune.evaluation.predictions import check_out
+
+    if out and check_out(out).resolve() == data.resolve():
+        raise ConfigError(f"{out}: holds the records", "another file", "choose another --out")
+    with Console(stderr=as_json).status("predicting"):
+        from fedtune.evaluation.predict import predict as compute
+        from fedtune.models.run import Run
+
+        file = named_columns(data, columns) if columns else data
+        made = compute(Run(run), file, choices or [])
+    if out:
+        made.write(out)
+    if as_json:
+        body = {"labels": made.labels, "rejected": made.rejected, "predictions": made.rows()}
+        typer.echo(json.dumps(body, ensure_ascii=False))
+        return
+    Console().print(predictions_table(made, 0 if out else 20))
+    if out:
+        typer.echo(f"wrote {out}: {len(made)} rows, in the order of {data}")
 
 
 def versions(

@@ -305,7 +305,7 @@ def _noise(study: Study, size: int, epsilon: float) -> float:
 def _classes(study: Study, network: Network, data: Dataset) -> tuple[Dataset, np.ndarray] | None:
     """Every record with each of its classes in turn, and the true class indices; None where the
     study has no classes."""
-    from fedtune.evaluation.evaluator import _with_choice
+    from fedtune.evaluation.choices import with_choice
 
     table = study.evaluation
     labels = range(len(study.objective.labels))
@@ -317,7 +317,7 @@ def _classes(study: Study, network: Network, data: Dataset) -> tuple[Dataset, np
     elif study.objective.name == "causal_lm" and table is not None and len(table.choices) > 1:
         ids = [network.tokenizer.encode(c, add_special_tokens=False) for c in table.choices]
         end = [network.tokenizer.eos_token_id] * study.objective.append_eos
-        candidates = [_with_choice(e, i + end) for e in data.examples for i in ids]
+        candidates = [with_choice(e, i + end) for e in data.examples for i in ids]
         true = [e.target_ids[e.target_ids != NO_TARGET].tolist() for e in data.examples]
         gold = np.array([next((k for k, i in enumerate(ids) if t == i + end), -1) for t in true])
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,9 +12,16 @@ from torch.nn import functional
 from fedtune import modalities
 from fedtune.bases.find import find_base, load_tokenizer
 from fedtune.config import EvaluationTable, Study
-from fedtune.data.dataset import NO_TARGET, Dataset, Example
+from fedtune.data.dataset import NO_TARGET, Dataset
 from fedtune.data.load import load_dataset
 from fedtune.errors import ConfigError, DataError
+from fedtune.evaluation.choices import (
+    by_record,
+    choice_ids,
+    first_logits,
+    single_tokens,
+    with_choice,
+)
 from fedtune.evaluation.metrics import Compared, Scores, _resamples
 from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
@@ -30,7 +36,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PREFERENCES = ("preference", "unpaired_preference")
-ROWS = 512  # positions whose logits over the vocabulary are held at once
 
 
 def check_evaluation(study: Study) -> None:
@@ -150,42 +155,20 @@ class Evaluator:
 
     def _tokens(self, batch: Batch, scores: Scores) -> None:
         hidden = self.network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
-        total, count, right = self._by_record(hidden, batch)
+        total, count, right = by_record(self.network, hidden, batch)
         index = batch.index.numpy()
         scores.loss[index], scores.tokens[index] = total / count, count
         scores.exact[index] = right == count
         if self._single is not None:
-            first = (batch.target_ids != NO_TARGET).int().argmax(dim=1)
-            rows = torch.arange(len(first), device=first.device)
-            logits = self.network.logits(hidden[rows, first], self._single)
+            logits = first_logits(self.network, hidden, batch, self._single)
             scores.chosen[index] = logits.argmax(dim=1).cpu().numpy()
-
-    def _by_record(
-        self, hidden: torch.Tensor, batch: Batch
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(summed loss, targets, targets that are the most likely token), each (B,).
-
-        Greedy decoding gives the completion exactly where every target is the most likely token
-        after the targets before it, so one pass over the true text suffices, without decoding."""
-        rows, at = torch.nonzero(batch.target_ids != NO_TARGET, as_tuple=True)
-        loss, hit = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.bool)
-        for i in range(0, len(rows), ROWS):
-            part = slice(i, i + ROWS)
-            target = batch.target_ids[rows[part], at[part]]
-            logits = self.network.logits(hidden[rows[part], at[part]])
-            loss[part] = functional.cross_entropy(logits, target, reduction="none")
-            hit[part] = logits.argmax(dim=1) == target
-        size, record_of = len(batch.index), rows.cpu().numpy()
-        total = np.bincount(record_of, loss.double().numpy(), size)
-        right = np.bincount(record_of, hit.double().numpy(), size)
-        return total, np.bincount(record_of, minlength=size), right
 
     def _most_likely(self, with_choices: CachedDataset) -> np.ndarray:
         """The choice of highest log-likelihood, summed over its tokens, (n,)."""
         likelihood = np.zeros(len(self) * self._choices)
         for batch in with_choices.batches(range(len(likelihood))):
             hidden = self.network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
-            likelihood[batch.index.numpy()] = -self._by_record(hidden, batch)[0]
+            likelihood[batch.index.numpy()] = -by_record(self.network, hidden, batch)[0]
         best: np.ndarray = likelihood.reshape(-1, self._choices).argmax(axis=1)
         return best
 
@@ -194,10 +177,9 @@ class Evaluator:
     def _read_choices(self, data: Dataset, choices: Sequence[str], max_length: int) -> None:
         ids, gold = _choice_tokens(self.network.tokenizer, data, choices, max_length)
         self._gold[:] = gold
-        if all(len(i) == 1 for i in ids):
-            self._single = torch.tensor([i[0] for i in ids], device=self.network.device)
-        else:
-            examples = [_with_choice(example, i) for example in data.examples for i in ids]
+        self._single = single_tokens(ids, self.network)
+        if self._single is None:
+            examples = [with_choice(example, i) for example in data.examples for i in ids]
             self._with_choices = CachedDataset(
                 self.network, Dataset(examples, data.n_units, data.rejected)
             )
@@ -209,9 +191,7 @@ def _choice_tokens(
     """The tokens of each choice, and which of them each record's completion is.
 
     Errors: ConfigError (choices that are no choices), DataError (a completion that is none)."""
-    ids = [tokenizer.encode(choice, add_special_tokens=False) for choice in choices]
-    if len({tuple(i) for i in ids}) < len(ids) or not all(ids):
-        raise ConfigError("evaluation.choices: two are the same to this base, or one is empty")
+    ids = choice_ids(tokenizer, choices)
     end, gold, cut = [tokenizer.eos_token_id], [], 0
     for example in data.examples:
         target = example.target_ids[example.target_ids != NO_TARGET].tolist()
@@ -234,15 +214,6 @@ def _choice_tokens(
     return ids, gold
 
 
-def _with_choice(example: Example, choice: list[int]) -> Example:
-    """The example's prompt, completed with `choice` in place of its own completion."""
-    prompt = example.input_ids[: int((example.target_ids != NO_TARGET).argmax()) + 1]
-    ids = np.concatenate([prompt, np.array(choice[:-1], np.int32)])
-    targets = np.full(len(ids), NO_TARGET, np.int32)
-    targets[len(prompt) - 1 :] = choice
-    return replace(example, input_ids=ids, target_ids=targets)
-
-
 def _check(table: EvaluationTable, objective: str, record_format: RecordFormat) -> None:
     classify = record_format == "label"
     if (table.metric == "preference") != (record_format in PREFERENCES) and table.metric != "loss":
@@ -260,6 +231,3 @@ def _check(table: EvaluationTable, objective: str, record_format: RecordFormat) 
             f'evaluation.metric = "{table.metric}" needs evaluation.choices',
             "the possible completions, at least two",
         )
-
-
-# ----------------------------------------------------------------------------- a finished run

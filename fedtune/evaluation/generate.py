@@ -91,7 +91,7 @@ def _not_a_language_model(folder: Path) -> ConfigError:
     return ConfigError(
         f"{folder}: this run trained a head, which writes no text",
         "a run of an objective on text, such as causal_lm or dpo",
-        f"`fedtune evaluate {folder} --data FILE` measures it",
+        f"`fedtune predict {folder} --data FILE` uses it, `fedtune evaluate` measures it",
     )
 
 

@@ -1,0 +1,263 @@
+"""Predict with a finished run: classes, the likeliest of declared choices, a reward's scores."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from fedtune.config import Columns, DataFile, Study
+from fedtune.data.dataset import Dataset, Example
+from fedtune.data.files import Rejected, rows
+from fedtune.data.load import UnitReader
+from fedtune.data.media import Folder
+from fedtune.data.records import Record, _messages, _text
+from fedtune.data.sources._interface import Names, Row, unclean
+from fedtune.errors import ConfigError, DataError
+from fedtune.evaluation.choices import (
+    by_record,
+    choice_ids,
+    first_logits,
+    single_tokens,
+    with_choice,
+)
+from fedtune.evaluation.predictions import Predictions
+from fedtune.models.adapter_files import picked
+from fedtune.models.build import build
+from fedtune.models.cache import CachedDataset
+from fedtune.models.network import Network
+from fedtune.models.run import Run
+from fedtune.objectives import resolve
+from fedtune.progress import report
+
+log = logging.getLogger("fedtune.data")
+
+Records = DataFile | Path | str | Iterable[Mapping[str, Any] | str]
+LINES = ".txt"  # one text a line, for a run with a head
+CHUNK = 1024  # records whose states are held at once
+
+
+def predict(run: Run, records: Records, choices: Sequence[str] = ()) -> Predictions:
+    """Predict the label, or a reward's score, of each record with a finished run.
+
+    Args:
+        records: a .csv, .jsonl or .parquet file, with or without its columns (else the study's), or
+            a .txt file of one text a line; or rows: dicts, texts, a DataFrame. No label is read.
+        choices: of a run without a head, the completions to choose from; without: the study's.
+
+    A trained head gives a probability to each of its classes, a reward head a score to each prompt
+    with its completion. A causal model picks the choice of highest log-likelihood, as `evaluate`
+    scores them. A record that cannot be used keeps its place, with the reason.
+
+    >>> import fedtune
+    >>> fedtune.predict(fedtune.Run("runs/none"), ["Does it hurt?"])
+    Traceback (most recent call last):
+      ...
+    fedtune.errors.InputError: ...
+
+    Errors: ConfigError (nothing to choose from), DataError, ModelError."""
+    study = run.study
+    headed = resolve(study.objective).outputs > 0
+    table = study.evaluation
+    offered = () if headed else tuple(choices) or (table.choices if table else ())
+    if len(offered) < 2 and not headed:
+        raise ConfigError(
+            f"{run.folder}: has no head, and no choices were named",
+            "a run that trained a head, or at least two choices",
+            "--choice TEXT for each, with its leading space; or `fedtune generate`, for text",
+        )
+    if headed and choices:
+        raise ConfigError(f"{run.folder}: its head has its own classes", "no --choice")
+    asked = _Asked.of(study, records, headed)
+    source = _rows(records, asked)  # checked before the model is loaded
+    predictor = _Predictor(run, asked, offered)
+    outputs: list[np.ndarray] = []
+    reasons: list[str] = []
+    for start in range(0, len(source), CHUNK):
+        chunk = source[start : start + CHUNK]
+        values, why = predictor(chunk)
+        outputs.append(values)
+        reasons += why
+        report("predicting", len(reasons), len(source))
+    return Predictions(predictor.labels, np.concatenate(outputs), tuple(reasons))
+
+
+class _Asked(NamedTuple):
+    """The columns that are read, by part of a record, and where each is named."""
+
+    columns: dict[str, str]
+    keys: dict[str, str]
+    folder: Path  # of images and recordings
+
+    @classmethod
+    def of(cls, study: Study, records: Records, headed: bool) -> _Asked:
+        """Choose the columns: the file's, else the study's, else the parts' own names."""
+        given = records.columns if isinstance(records, DataFile) else None
+        path = records.path if isinstance(records, DataFile) else records
+        table = study.evaluation
+        named = given or (table.columns if table else Columns(text="text"))
+        if not headed:
+            parts = ["messages"] if named.messages else ["prompt"]
+        elif resolve(study.objective).record_format == "label":
+            parts = ["text"] if named.text or not named.media else []
+        else:
+            parts = ["prompt", "completion"]
+        parts += [kind for kind in ("image", "audio") if getattr(named, kind)]
+        where = "--column" if given or not table else "evaluation.columns"
+        columns = {part: getattr(named, part) or part for part in parts}
+        keys = {f"{where} {part}" if given else f"{where}.{part}": c for part, c in columns.items()}
+        folder = Path(path).parent if isinstance(path, Path | str) else Path()
+        return cls(columns, keys, folder)
+
+
+def _rows(records: Records, asked: _Asked) -> list[Row | str]:
+    """Read all rows, or the reason why one is rejected. Errors: DataError."""
+    if isinstance(records, DataFile | Path | str):
+        path = records.path if isinstance(records, DataFile) else Path(records)
+        if path.is_dir():
+            raise DataError(f"{path}: a folder", "one file, so that its rows can be joined back")
+        lines = path.suffix.lower() == LINES
+        found = _lines(path, asked) if lines else list(rows(path, asked.keys))
+    else:
+        path = Path("records")
+        found = list(_listed(records, asked))
+    if not found:
+        raise DataError(f"{path}: there are no records", "at least one")
+    return found
+
+
+def _lines(path: Path, asked: _Asked) -> list[Row | str]:
+    """Read one text a line."""
+    if list(asked.columns) != ["text"]:
+        raise DataError(
+            f"{path}: lines of text, and this run reads {', '.join(asked.columns)}",
+            "a .csv, .jsonl or .parquet file",
+        )
+    try:
+        content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({type(error).__name__})") from None
+    texts = (line.decode("utf-8", "surrogateescape") for line in content.splitlines())
+    return [unclean(text) or {asked.columns["text"]: text} for text in texts]
+
+
+def _listed(records: Iterable[Any], asked: _Asked) -> Iterator[Row | str]:
+    """Read rows from memory; a text is the first column's. Errors: DataError (no such column)."""
+    names = Names(Path("records"), asked.keys)
+    if hasattr(records, "to_dict"):  # a DataFrame: its NaN is a missing value
+        frame: Any = records
+        records = frame.astype(object).where(frame.notna(), None).to_dict("records")
+    for row in records:
+        if isinstance(row, str) and len(asked.columns) == 1:
+            row = dict.fromkeys(asked.columns.values(), row)
+        if isinstance(row, Mapping):
+            names.object(dict(row))
+            yield dict(row)
+        else:
+            yield "wrong type"
+    names.require()
+
+
+class _Predictor:
+    """Scores rows by a run's model, a chunk at a time. Errors: ConfigError, ModelError."""
+
+    def __init__(self, run: Run, asked: _Asked, choices: tuple[str, ...]) -> None:
+        study, saved = run.study, run.adapter()
+        objective = resolve(study.objective)
+        self._asked, self._folder = asked, Folder(asked.folder)
+        self._network: Network = build(study)
+        if study.lora:  # the saved A is loaded, however it was initialised
+            adopted = {"a_init": "public", "a_digest": None, "preconditioner": None}
+            study = study.model_copy(update={"lora": study.lora.model_copy(update=adopted)})
+        frozen = {name: value for name, value in saved.items() if "lora_A" in name}
+        self._frozen = self._network.adopt(study, frozen)
+        trained = picked(saved, self._network.parameters(), run.folder / "adapter")
+        self._trained = trained
+        tokenizer = self._network.tokenizer
+        scores = bool(objective.outputs) and objective.record_format != "label"
+        self.labels = choices or (() if scores else study.objective.labels)
+        self._ids = choice_ids(tokenizer, choices) if choices else []
+        self._single = single_tokens(self._ids, self._network) if choices else None
+        # The prompt is cut as it would be before the longest choice, whatever is the right one.
+        sizes = [len(ids) for ids in self._ids]
+        self._longest = choices[sizes.index(max(sizes))] if choices else ""
+        self._reader = UnitReader(
+            study.objective,
+            tokenizer,
+            objective.record_format if objective.record_format == "label" else "text",
+            scored=objective.outputs > 0,
+            labelled=bool(choices),
+            reader=self._network.reader,
+        )
+
+    def __call__(self, chunk: Sequence[Row | str]) -> tuple[np.ndarray, list[str]]:
+        """Compute (n, outputs), NaN for what cannot be used, and the reasons."""
+        read = [self._example(row) for row in chunk]
+        at = [n for n, example in enumerate(read) if isinstance(example, Example)]
+        outputs = np.full((len(read), max(1, len(self.labels))), np.nan)
+        if at:
+            outputs[at] = self._score([read[n] for n in at])  # type: ignore[misc]
+        return outputs, ["" if isinstance(e, Example) else e for e in read]
+
+    def _example(self, row: Row | str) -> Example | str:
+        """Tokenise one row, or say why it cannot be used."""
+        if isinstance(row, str):
+            return row
+        try:
+            unit = self._reader([self._record(row)])
+        except Rejected as error:
+            return error.reason
+        except ConfigError:  # an extra is not installed
+            raise
+        except Exception as error:  # of a library: its message may quote the record
+            log.warning("a record cannot be read (%s)", type(error).__name__)
+            return "cannot be read"
+        return unit.examples[0] if unit.examples else unit.rejected[0]
+
+    def _record(self, row: Row) -> Record:
+        columns, media = self._asked.columns, None
+        for kind in ("image", "audio"):
+            if kind in columns:
+                media = self._folder.read(_text(row.get(columns[kind])), kind)
+        if "messages" in columns:
+            turns = _messages(row.get(columns["messages"]), labelled=False)
+            if turns[-1][0] == "assistant":  # its own answer, which is not read
+                turns = turns[:-1]
+            return Record("", messages=(*turns, ("assistant", self._longest)), media=media)
+        text = _text(row.get(columns["text"])) if "text" in columns else ""
+        prompt = _text(row.get(columns["prompt"])) if "prompt" in columns else text
+        answer = _text(row.get(columns["completion"])) if "completion" in columns else self._longest
+        return Record("", prompt, answer, media=media)
+
+    @torch.no_grad()
+    def _score(self, examples: list[Example]) -> np.ndarray:
+        network = self._network
+        one_by_one = bool(self._ids) and self._single is None
+        if one_by_one:
+            examples = [with_choice(example, ids) for example in examples for ids in self._ids]
+        width = 1 if one_by_one or not self.labels else len(self.labels)
+        outputs = np.empty((len(examples), width))
+        network.load_frozen(self._frozen)  # the network may have served another study since
+        with network.loaded(trainable=self._trained):
+            data = CachedDataset(network, Dataset(examples, len(examples), Counter()))
+            data.warm()
+            for batch in data.batches(range(len(examples))):
+                hidden = network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
+                if one_by_one:
+                    values = -by_record(network, hidden, batch)[0][:, None]
+                elif self._single is not None:
+                    values = _fp64(first_logits(network, hidden, batch, self._single))
+                else:
+                    values = _fp64(network.logits(network.pool(hidden, batch.mask)))
+                outputs[batch.index.numpy()] = values
+        return outputs.reshape(-1, len(self._ids)) if one_by_one else outputs
+
+
+def _fp64(values: torch.Tensor) -> np.ndarray:
+    array: np.ndarray = values.double().cpu().numpy()
+    return array

@@ -1,0 +1,139 @@
+"""Predictions of a run, one to a record, and the files that they are written to."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedtune.errors import ConfigError
+from fedtune.files.writing import replace
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Predictions:
+    """What a run predicts of n records, in their order; holds no record's content.
+
+    labels: the K classes or choices; empty where a head gives one score. outputs: (n, K) fp64, the
+    head's logits or the choices' log-likelihoods (nats), or (n, 1) scores; NaN where the record
+    cannot be used. reasons: why it cannot, "" where it can."""
+
+    labels: tuple[str, ...]
+    outputs: np.ndarray
+    reasons: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+    def __repr__(self) -> str:
+        of = f"of {len(self.labels)} labels" if self.labels else "scores"
+        return f"Predictions({len(self)} records, {of}, {self.rejected.total()} rejected)"
+
+    @property
+    def rejected(self) -> Counter[str]:
+        """Count the records that cannot be used, by reason."""
+        return Counter(reason for reason in self.reasons if reason)
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """Compute each label's probability, (n, K): a softmax over the outputs; NaN where the
+        record cannot be used. (n, 0) of scores."""
+        if not self.labels:
+            return np.empty((len(self), 0))
+        with np.errstate(invalid="ignore"):
+            powers = np.exp(self.outputs - self.outputs.max(axis=1, keepdims=True))
+        shares: np.ndarray = powers / powers.sum(axis=1, keepdims=True)
+        return shares
+
+    @property
+    def predicted(self) -> list[str | None]:
+        """Return each record's likeliest label, the first of equal ones; None where the record
+        cannot be used, or has a score."""
+        if not self.labels:
+            return [None] * len(self)
+        return [
+            None if reason else self.labels[int(row.argmax())]
+            for row, reason in zip(self.outputs, self.reasons, strict=True)
+        ]
+
+    @property
+    def scores(self) -> np.ndarray:
+        """Return a reward head's score of each record, (n,); NaN elsewhere."""
+        return np.full(len(self), np.nan) if self.labels else self.outputs[:, 0]
+
+    def rows(self) -> Rows:
+        """Return one flat row for each record: "row" from 1, "prediction" and "probability.LABEL",
+        or "score", and "reason"; None for what a record does not have."""
+        if not self.labels:
+            return [
+                {"row": n, "score": _number(score), "reason": reason or None}
+                for n, (score, reason) in enumerate(zip(self.scores, self.reasons, strict=True), 1)
+            ]
+        names = [f"probability.{label}" for label in self.labels]
+        return [
+            {"row": n, "prediction": label}
+            | {name: _number(share) for name, share in zip(names, shares, strict=True)}
+            | {"reason": reason or None}
+            for n, (label, shares, reason) in enumerate(
+                zip(self.predicted, self.probabilities, self.reasons, strict=True), 1
+            )
+        ]
+
+    def write(self, out: Path | str) -> Path:
+        """Write `rows` to a .csv, .jsonl or .parquet file, for this user alone (0600); what lies
+        there is replaced. Errors: ConfigError (another suffix), InfrastructureError."""
+        out = check_out(out)
+        return replace(out, WRITERS[out.suffix.lower()](self.rows()), private=True)
+
+
+def check_out(out: Path | str) -> Path:
+    """Check that predictions can be written to a file of this name. Errors: ConfigError."""
+    out = Path(out)
+    if out.suffix.lower() not in WRITERS:
+        raise ConfigError(f"{out}: unsupported suffix", ", ".join(WRITERS), "choose another --out")
+    if out.is_dir():
+        raise ConfigError(f"{out}: a folder", "a file", "choose another --out")
+    return out
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _csv(rows: Rows) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def _jsonl(rows: Rows) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def _parquet(rows: Rows) -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    kinds = {"row": pyarrow.int64(), "prediction": pyarrow.string(), "reason": pyarrow.string()}
+    schema = pyarrow.schema([(name, kinds.get(name, pyarrow.float64())) for name in rows[0]])
+    content = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), content)
+    return content.getvalue()
+
+
+WRITERS: dict[str, Callable[[Rows], bytes]] = {
+    ".csv": _csv,
+    ".jsonl": _jsonl,
+    ".parquet": _parquet,
+}
