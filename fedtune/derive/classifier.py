@@ -1,0 +1,186 @@
+"""Write a run with a head as a transformers sequence classifier, without any code of its own.
+
+transformers' classifiers pool and classify in their own way; what fedtune's head reads is written
+into their weights. Every construction is exact but for rounding, and is measured before it is kept.
+
+* An encoder's head reads √H · m / |m| of the mean m over tokens. BertForSequenceClassification
+  reads the first token through a tanh. So the states are kept twice over, [h, h], which leaves
+  every layer norm as it was; one more layer attends to all tokens alike and writes [m, -m], whose
+  layer norm is [m, -m] · √H / |m|, since its mean is zero; tanh is the identity for tiny numbers.
+* A causal base's head reads the last token, as LlamaForSequenceClassification does, but has a bias.
+  One more layer, whose MLP has biases, writes the logits, and beside them a constant so large that
+  the last norm divides by it alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedtune.models.loaded import LoadedModel
+
+State = dict[str, torch.Tensor]
+# Powers of two, so that scaling by them does not round. LOUD drowns a residual in fp32; SMALL is
+# where tanh is the identity; CONSTANT is beside logits so large that their squares vanish; GATE is
+# where SiLU and GELU are the identity.
+LOUD, SMALL, CONSTANT, GATE = 2.0**38, 2.0**-20, 2.0**20, 32.0
+# model_type: the encoder's name in the classifier, and the two layers of the classifier's head.
+ENCODERS = {
+    "bert": ("bert", "bert.pooler.dense", "classifier"),
+    "roberta": ("roberta", "classifier.dense", "classifier.out_proj"),
+    "xlm-roberta": ("roberta", "classifier.dense", "classifier.out_proj"),
+}
+
+
+def classifier_of(loaded: LoadedModel, model: Any, labels: tuple[str, ...]) -> Any:
+    """Build the sequence classifier, fp32, that computes a run's logits; None where transformers
+    has none that does. model: the base with the adapter merged in; labels: none of a reward's."""
+    assert loaded.head is not None
+    config, head = copy.deepcopy(model.config), loaded.head
+    config.id2label = dict(enumerate(labels or ("score",)))
+    config.label2id = {label: n for n, label in config.id2label.items()}
+    config.problem_type = "single_label_classification" if labels else "regression"
+    config.architectures, config.dtype = None, "float32"
+    if loaded.base.kind == "encoder":
+        if config.model_type not in ENCODERS or config.is_decoder:
+            return None
+        state = _widened(model, head)
+        config.hidden_size, config.num_attention_heads = (
+            2 * config.hidden_size,
+            2 * config.num_attention_heads,
+        )
+        config.num_hidden_layers += 1
+    elif not head.bias.any():
+        state = _prefixed(model.model, "model.") | {"score.weight": head.weight}
+    elif config.model_type == "llama" and _fits(config, head):
+        state = _with_bias(model, head)
+        config.num_hidden_layers, config.mlp_bias = config.num_hidden_layers + 1, True
+    else:
+        return None
+    return _made(config, state)
+
+
+def _made(config: Any, state: State) -> Any:
+    import transformers
+
+    auto: Any = transformers.AutoModelForSequenceClassification
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    own = {name: value.detach().clone() for name, value in state.items()}  # no storage is shared
+    model.load_state_dict(own, assign=True)
+    return model.eval()
+
+
+def _prefixed(module: nn.Module, prefix: str) -> State:
+    return {prefix + name: value for name, value in module.state_dict().items()}
+
+
+# ---------------------------------------------------------------------------------- an encoder
+
+
+def _widened(model: Any, head: nn.Linear) -> State:
+    """The encoder with its states twice over, the layer that pools, and the head."""
+    prefix, dense, last = ENCODERS[model.config.model_type]
+    state: State = {}
+    for name, value in model.state_dict().items():
+        if not name.startswith("pooler."):
+            state[f"{prefix}.{name}"] = _twice(name, value)
+    size = model.config.hidden_size
+    pooling = _pooling(size, model.config.intermediate_size, model.config.layer_norm_eps)
+    at = f"{prefix}.encoder.layer.{model.config.num_hidden_layers}"
+    state |= {f"{at}.{name}": value for name, value in pooling.items()}
+    state |= {
+        f"{dense}.weight": torch.eye(2 * size) * SMALL,
+        f"{dense}.bias": torch.zeros(2 * size),
+    }
+    unused = torch.zeros(head.out_features, size)
+    state[f"{last}.weight"] = torch.cat([head.weight / SMALL, unused], dim=1)
+    state[f"{last}.bias"] = head.bias
+    return state
+
+
+def _twice(name: str, value: torch.Tensor) -> torch.Tensor:
+    """One tensor for states that are kept twice over: what writes a state writes both halves, what
+    reads one reads the first. The second half's attention heads see nothing."""
+    if "embeddings." in name and value.ndim == 2:
+        return torch.cat([value, value], dim=1)
+    if name.endswith("intermediate.dense.bias"):
+        return value
+    if name.endswith("intermediate.dense.weight"):
+        return torch.cat([value, torch.zeros_like(value)], dim=1)
+    if "attention.self." in name:  # queries, keys and values
+        if value.ndim == 1:
+            return torch.cat([value, torch.zeros_like(value)])
+        return nn.functional.pad(value, (0, value.shape[1], 0, value.shape[0]))
+    if value.ndim == 1:  # biases and layer norms of what writes a state
+        return torch.cat([value, value])
+    if name.endswith("attention.output.dense.weight"):
+        value = torch.cat([value, torch.zeros_like(value)], dim=1)
+    return torch.cat([value, value])
+
+
+def _pooling(size: int, inner: int, eps: float) -> State:
+    """The layer that writes [m, -m] · √H / |m| at every token, m the mean over all of them."""
+    zero, none, both = torch.zeros(2 * size, 2 * size), torch.zeros(2 * size), torch.ones(2 * size)
+    one, mirrored = torch.eye(size), torch.eye(size) * LOUD
+    state = {
+        f"attention.self.{name}.{kind}": zero if kind == "weight" else none
+        for name in ("query", "key")
+        for kind in ("weight", "bias")
+    }
+    mirror = torch.cat([mirrored, -mirrored])
+    return state | {
+        "attention.self.value.weight": nn.functional.pad(one, (0, size, 0, size)),
+        "attention.self.value.bias": none,
+        "attention.output.dense.weight": nn.functional.pad(mirror, (0, size)),
+        "attention.output.dense.bias": none,
+        "attention.output.LayerNorm.weight": both,
+        "attention.output.LayerNorm.bias": none,
+        "intermediate.dense.weight": torch.zeros(inner, 2 * size),
+        "intermediate.dense.bias": torch.zeros(inner),
+        "output.dense.weight": torch.zeros(2 * size, inner),
+        "output.dense.bias": none,
+        "output.LayerNorm.weight": both * (1 + eps) ** 0.5,  # it divides by √(1 + eps)
+        "output.LayerNorm.bias": none,
+    }
+
+
+# ------------------------------------------------------------------------------- a causal base
+
+
+def _fits(config: Any, head: nn.Linear) -> bool:
+    """Whether the logits and the constant have room in the last layer."""
+    room: int = min(config.hidden_size, config.intermediate_size)
+    return head.out_features < room
+
+
+def _with_bias(model: Any, head: nn.Linear) -> State:
+    """A Llama whose last layer computes the head's logits, and whose score reads them off."""
+    config, outputs = model.config, head.out_features
+    size, inner = config.hidden_size, config.intermediate_size
+    state = _prefixed(model.model, "model.")
+    for at in range(config.num_hidden_layers):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            width = size if name == "down_proj" else inner
+            state.setdefault(f"model.layers.{at}.mlp.{name}.bias", torch.zeros(width))
+    first, last = "model.layers.0.", f"model.layers.{config.num_hidden_layers}."
+    layer = {
+        last + name.removeprefix(first): torch.zeros_like(value)
+        for name, value in state.items()
+        if name.startswith(first)
+    }
+    up, up_bias = torch.zeros(inner, size), torch.zeros(inner)
+    up[:outputs], up_bias[:outputs], up_bias[outputs] = head.weight, head.bias, CONSTANT
+    read = torch.arange(outputs + 1)
+    layer[last + "mlp.down_proj.weight"][read, read] = LOUD / GATE
+    layer[last + "mlp.gate_proj.bias"] += GATE
+    layer |= {last + "mlp.up_proj.weight": up, last + "mlp.up_proj.bias": up_bias}
+    layer[last + "input_layernorm.weight"] += 1
+    layer[last + "post_attention_layernorm.weight"] = state["model.norm.weight"]
+    score = torch.zeros(outputs, size)
+    score[read[:-1], read[:-1]] = CONSTANT / size**0.5
+    ones = torch.ones_like(state["model.norm.weight"])
+    return state | layer | {"model.norm.weight": ones, "score.weight": score}

@@ -1,0 +1,162 @@
+"""Export a run that trained a head, as a transformers folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fedtune.bases.find import Base
+from fedtune.derive.classifier import classifier_of
+from fedtune.derive.model_card import Use
+from fedtune.errors import ConfigError, ModelError
+from fedtune.models.adapter_files import AGAIN, HEAD
+from fedtune.models.loaded import LoadedModel, load
+from fedtune.models.run import Run
+
+# What a classifier is measured on before it is kept.
+TEXTS = ("No.", "The patient was seen with a cough for two weeks.", "1, 2, 3: what is it? " * 3)
+CLOSE = 1e-4  # of logits, as a share of 1 + the largest
+
+PIPELINE = """\
+```python
+from transformers import pipeline
+
+classify = pipeline("text-classification", model="THIS FOLDER")
+print(classify("A text.", truncation=True{more}))
+```
+"""
+BY_HAND = """\
+transformers has no classifier that computes what this head does, so that the head is a file beside
+the base:
+
+```python
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+folder, labels = "THIS FOLDER", {labels}
+tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
+model = AutoModel.from_pretrained(folder).eval()
+head = load_file(folder + "/head.safetensors")
+batch = tokenizer(["A text."], return_tensors="pt", padding=True, truncation=True)
+with torch.no_grad():
+    states = model(**batch).last_hidden_state
+mask = batch["attention_mask"]
+{pool}
+logits = features @ head["weight"].T + head["bias"]
+```
+"""
+MEAN = """\
+mean = (states * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+features = torch.nn.functional.normalize(mean) * mean.shape[1] ** 0.5"""
+LAST = "features = states[torch.arange(len(states)), mask.sum(dim=1) - 1]"
+WIDENED = (
+    "Its encoder is twice as wide as the base and has a layer more: so a plain BERT classifier "
+    "computes this head, which reads the mean over tokens at unit length. It takes two to three "
+    "times the base's time and memory; `fedtune predict` takes the base's."
+)
+ONE_MORE = "It has a layer more than the base, which holds the head: transformers' own has no bias."
+REWARD = (
+    "The one logit is the score of an answer. The text is the prompt{template}, the answer, and "
+    "the token {eos}."
+)
+
+
+def write_headed(run: Run, into: Path, stored: str) -> tuple[Base, Use]:
+    """Write the new folder `into`: a sequence classifier where one computes the run's logits, else
+    base and head; and say how it is used.
+
+    Guarantee: the classifier was read back, and gave the run's logits on public texts.
+    Errors: ConfigError (a base that reads more than text), ModelError, OSError."""
+    loaded = load(run.folder, dtype=torch.float32)
+    if loaded.base.kind not in ("encoder", "causal") or loaded.head is None:
+        raise ConfigError(
+            f"{run.folder}: its base reads images or recordings, which no classifier of "
+            "transformers does",
+            "a run of a text base",
+            f"`fedtune predict {run.folder} --data FILE` uses it as it is",
+        )
+    labels = _labels(run, loaded)
+    tokenizer = _tokenizer(loaded, run, bool(labels))
+    passages = [np.array(loaded.tokenizer(text)["input_ids"]) for text in TEXTS]
+    expected = torch.stack([loaded.scores(ids) for ids in passages])
+    model = loaded.model.merge_and_unload() if loaded.adapted else loaded.model
+    made = classifier_of(loaded, model, labels)
+    if made is not None:
+        made.config.pad_token_id = tokenizer.pad_token_id
+        made.save_pretrained(str(into))
+        made = _measured(into, passages, expected)
+    if made is None:
+        shutil.rmtree(into, ignore_errors=True)
+        model.save_pretrained(str(into))
+        shutil.copyfile(run.folder / "adapter" / HEAD, into / HEAD)
+        made = model
+    if stored != "float32":
+        made.to(getattr(torch, stored)).save_pretrained(str(into))
+    tokenizer.save_pretrained(str(into))
+    return loaded.base, _use(run, loaded, model, made, labels)
+
+
+def _labels(run: Run, loaded: LoadedModel) -> tuple[str, ...]:
+    """The classes; none of a reward head. Errors: ModelError where the head has another number."""
+    assert loaded.head is not None
+    labels = run.study.objective.labels
+    if loaded.head.out_features != (len(labels) or 1):
+        raise ModelError(
+            f"{run.folder}: its head has {loaded.head.out_features} outputs",
+            f"the plan's {len(labels) or 1}",
+            AGAIN,
+        )
+    return labels
+
+
+def _tokenizer(loaded: LoadedModel, run: Run, classes: bool) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with a length, and a pad token that no text ends with."""
+    tokenizer = loaded.tokenizer
+    tokenizer.model_max_length = run.study.objective.max_length
+    if not classes and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        # the classifier takes the last token that is no padding, and an answer ends with eos
+        for token in (tokenizer.unk_token, tokenizer.bos_token):
+            if token is not None and token != tokenizer.eos_token:
+                tokenizer.pad_token = token
+                break
+    return tokenizer
+
+
+def _measured(folder: Path, passages: list[np.ndarray], expected: torch.Tensor) -> Any:
+    """The classifier in `folder`, read back; None where it computes other logits."""
+    from transformers import AutoModelForSequenceClassification
+
+    made: Any = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True
+    ).eval()
+    with torch.no_grad():
+        rows = [made(torch.from_numpy(ids)[None]).logits[0] for ids in passages]
+    difference = (torch.stack(rows) - expected).abs().max()
+    return made if difference <= CLOSE * (1 + expected.abs().max()) else None
+
+
+def _use(run: Run, loaded: LoadedModel, model: Any, made: Any, labels: tuple[str, ...]) -> Use:
+    """What the card says of the folder's use."""
+    lines: list[str] = []
+    if made is model:
+        pool = MEAN if loaded.base.kind == "encoder" else LAST
+        text = BY_HAND.format(labels=json.dumps(labels, ensure_ascii=False), pool=pool)
+    else:
+        text = PIPELINE.format(more=", top_k=None" if labels else "")
+        if loaded.base.kind == "encoder":
+            lines = [WIDENED, ""]
+        elif made.config.num_hidden_layers > model.config.num_hidden_layers:
+            lines = [ONE_MORE, ""]
+    if not labels:
+        template = " in objective.template" if run.study.objective.template else ""
+        eos = loaded.tokenizer.eos_token if run.study.objective.append_eos else None
+        words = REWARD.format(template=template, eos=eos)
+        lines += [words if eos else words.replace(", and the token None", ""), ""]
+    return Use("text-classification", (*lines, *text.splitlines()))

