@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         PublicTable,
         QuantisationTable,
         ScheduleTable,
+        SelectionTable,
         Site,
         SiteData,
         SiteEvaluation,
@@ -101,9 +102,9 @@ _MODULES = {
     "fedtune.config": (
         "BaseTable ClippingTable Columns CoordinatorTable DataFile EvaluationTable "
         "LoraTable ObjectiveTable PolicyTable PreconditionerTable PrivacyTable "
-        "PrivateEvaluationTable PublicTable QuantisationTable ScheduleTable Site SiteData "
-        "SiteEvaluation SiteTable StartTable StrategyTable Study StudyTable TrainingTable "
-        "WireTable load_site load_sites load_study save"
+        "PrivateEvaluationTable PublicTable QuantisationTable ScheduleTable "
+        "SelectionTable Site SiteData SiteEvaluation SiteTable StartTable StrategyTable Study "
+        "StudyTable TrainingTable WireTable load_site load_sites load_study save"
     ),
     "fedtune.config.templates": "init",
     "fedtune.demo": "run_demo",
@@ -173,6 +174,7 @@ __all__ = [
     "RlooSettings",
     "Run",
     "ScheduleTable",
+    "SelectionTable",
     "Site",
     "SiteData",
     "SiteEvaluation",

@@ -232,13 +232,18 @@ def test_the_templates_leave_room_for_crashes(tmp_path: Path, crashes: int) -> N
 
 def test_every_commented_line_of_the_templates_is_valid_when_switched_on(tmp_path: Path) -> None:
     text = templates.STUDY
-    for line in ("# [public] ", "# path =", "# licence =", "# [public.columns]"):
+    for line in (
+        *("# [public] ", "# path =", "# licence =", "# [public.columns]"),
+        *("# [selection] ", "# patience =", "# [selection.columns]"),
+    ):
         assert line in text
         text = text.replace(line, line.removeprefix("# "))
-    text = text.replace('# prompt = "prompt"', 'prompt = "prompt"')
+    for line in ('prompt = "prompt"', 'completion = "completion"'):
+        text = text.replace(f"# {line}", line)
     text = text.replace('a_init = "seed" ', 'a_init = "public" ').replace("# choices", "choices")
     loaded = study(tmp_path, text)
     assert loaded.public and loaded.public.licence == "CC-BY-4.0"
+    assert loaded.selection and loaded.selection.patience == 3
     assert loaded.evaluation and loaded.evaluation.choices == (" yes", " no")
 
     text = templates.SITE

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from fedtune.errors import printable
 from fedtune.progress import listening
-from fedtune.report.claim import percent, rounded_up
+from fedtune.report.claim import percent, rounded_up, verdict
 
 if TYPE_CHECKING:
     from fedtune.bases.find import Row
@@ -144,14 +144,15 @@ class Watch:
 
     def _round(self, data: dict[str, Any]) -> None:
         quality, spent = data.get("quality") or {}, data.get("epsilon") or {}
+        quality = {f"sel. {n}": v for n, v in (data.get("selection") or {}).items()} or quality
         if not self._header:
             self._header = True
-            head = "".join(f"{n[:12]:>13}" for n in quality)
+            head = "".join(f"{n[:13]:>14}" for n in quality)
             self.console.print(
                 f"{'round':>7}{head}{'ε':>9}{'trained':>9}{'sent':>10}", style="bold"
             )
         done, total = int(data.get("round", 0)), int(data.get("rounds") or 0)
-        numbers = "".join(f"{_short(v):>13}" for v in quality.values())
+        numbers = "".join(f"{_short(v):>14}" for v in quality.values())
         epsilon = max(spent.values(), default=None)
         trained = data.get("participants") or []
         count = len(trained) if isinstance(trained, list | tuple | set) else int(trained)
@@ -175,6 +176,9 @@ def closing(console: Console, out: Path, report: dict[str, Any]) -> None:
     console.print()
     if metric:
         console.print(f"{metric}: {_short(before)} → [bold]{_short(after)}[/bold]", highlight=False)
+        claim = verdict(quality)
+        style = None if claim.startswith("better") else "bold yellow"
+        console.print(f"  {claim}", style=style, highlight=False, markup=False)
     for name, alone in (report.get("alone") or {}).items():
         console.print(f"  {name} alone, at the same ε: {_short(alone)}", markup=False)
     if report.get("private"):

@@ -18,7 +18,7 @@ from fedtune.config.site import (
     SiteTable,
 )
 from fedtune.config.sites import load_sites
-from fedtune.config.start import PreconditionerTable, StartTable
+from fedtune.config.start import PreconditionerTable, SelectionTable, StartTable
 from fedtune.config.study import (
     BaseTable,
     ClippingTable,
@@ -59,6 +59,7 @@ __all__ = [
     "PublicTable",
     "QuantisationTable",
     "ScheduleTable",
+    "SelectionTable",
     "Site",
     "SiteData",
     "SiteEvaluation",

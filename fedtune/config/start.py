@@ -1,4 +1,4 @@
-"""Tables of study.toml for what is made of public text before the first round."""
+"""Tables of study.toml for what the coordinator does with public records: for no ε."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedtune.config.types import Digest, Positive, Rank, Table
+from fedtune.config.types import Count, DataFile, Digest, Positive, Rank, Table
 
 
 class PreconditionerTable(Table):
@@ -28,3 +28,10 @@ class StartTable(Table):
     scale: Positive = 2.0  # length of each class's vector in the head
     descriptions: dict[str, str] = Field(default_factory=dict)  # class -> words in its name's place
     digest: Digest | None = None  # filled in when the study starts
+
+
+class SelectionTable(DataFile):
+    """Public records by which the coordinator chooses how far each round moves the adapter. None of
+    them may be in [evaluation], whose figures would then be of records that chose the adapter."""
+
+    patience: Count = 3  # rounds in a row of which no step lowers the loss; then the study ends

@@ -12,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from fedtune.config.start import PreconditionerTable, StartTable
+from fedtune.config.start import PreconditionerTable, SelectionTable, StartTable
 from fedtune.config.types import (
     BY_COUNT,
     COUNTS,
@@ -248,6 +248,7 @@ class Study(Table):
     privacy: PrivacyTable | Literal["off"]
     strategy: StrategyTable = StrategyTable()
     wire: WireTable = WireTable()
+    selection: SelectionTable | None = Field(default=None, exclude_if=lambda table: table is None)
     evaluation: EvaluationTable | None = None
     private_evaluation: PrivateEvaluationTable | None = None
     # Omitted where None, so that such plans keep their digest and older releases can read them.
@@ -287,8 +288,8 @@ class Study(Table):
     def digest(self) -> str:
         """sha256 of the plan's canonical JSON without the paths on the coordinator's machine."""
         plan = self.model_dump(mode="json")
-        for table in ("public", "evaluation"):
-            if plan[table]:
+        for table in ("public", "selection", "evaluation"):
+            if plan.get(table):
                 plan[table].pop("path")
         text = json.dumps(plan, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
@@ -387,6 +388,8 @@ class Study(Table):
                 "schedule: needs an [evaluation] table; a new adapter is released only where it "
                 "is better on those public records"
             )
+        if self.selection is not None:
+            raise ValueError("selection: not with a [schedule], which keeps the better adapter")
         if self.private_evaluation is not None:
             raise ValueError(
                 "private_evaluation: not with a [schedule]; each round would ask, and be paid for"

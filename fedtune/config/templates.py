@@ -84,6 +84,13 @@ round_timeout = 3600   # seconds
 update = "int8"        # from the sites; "float16" or "float32": two or four times the bytes
 adapter = "int8"       # to the sites; the coordinator's own stays fp32
 
+# [selection]          # public records by which the coordinator chooses the length of each step;
+# patience = 3         # learning_rate then hardly matters. None of them may be in [evaluation]
+# path = "selection.jsonl"
+# [selection.columns]
+# prompt = "prompt"
+# completion = "completion"
+
 [evaluation]           # public or released records, held out; measured at the coordinator
 path = "evaluation.jsonl"
 metric = "loss"        # or perplexity, exact_match, accuracy, f1, preference

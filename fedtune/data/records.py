@@ -8,7 +8,14 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fedtune.config import Columns, DataFile, EvaluationTable, PublicTable, SiteData
+from fedtune.config import (
+    Columns,
+    DataFile,
+    EvaluationTable,
+    PublicTable,
+    SelectionTable,
+    SiteData,
+)
 from fedtune.data.files import Rejected, rows
 from fedtune.data.media import Folder, Media
 from fedtune.data.sources import SOURCES
@@ -61,9 +68,8 @@ def content_of(record: Record) -> bytes:
 
 def table_of(file: DataFile) -> str:
     """Name the table of study.toml or site.toml that describes the file, for error messages."""
-    if isinstance(file, EvaluationTable):
-        return "evaluation"
-    return "public" if isinstance(file, PublicTable) else "data"
+    public = {PublicTable: "public", SelectionTable: "selection", EvaluationTable: "evaluation"}
+    return public.get(type(file), "data")
 
 
 def read_records(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from fedtune.evaluation.choices import (
     single_tokens,
     with_choice,
 )
-from fedtune.evaluation.metrics import Compared, Scores, _resamples
+from fedtune.evaluation.metrics import Compared, Scores, _resamples, intervals
 from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import Arrays
@@ -109,6 +109,12 @@ class Evaluator:
         ]
         pair = before.value(self.metric), after.value(self.metric)
         return Compared(*pair, float(np.mean(better)))
+
+    def gain(self, adapter: Arrays) -> dict[str, Any]:
+        """records, and change: the 95 % interval of the metric's change against the untouched base
+        (paired bootstrap over the records)."""
+        change = intervals(self.scores(None), self.scores(adapter), self.metric)["change"]
+        return {"records": len(self), "change": list(change)}
 
     @torch.no_grad()
     def scores(self, adapter: Arrays | None) -> Scores:

@@ -214,6 +214,8 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "missing": by(_name, reason_of),
     "late": by(_name, reason_of),
     "quality": by(_one_of(LOGGABLE), _number),
+    "selection": by(_one_of(LOGGABLE), _number),
+    "step": _number,
     "epsilon": by(_name, _epsilon),
     "bytes": _count,
     "bytes_up": by(_name, _count),

@@ -6,6 +6,8 @@ import math
 from statistics import NormalDist
 from typing import Any
 
+from fedtune.registry.metrics import metric as known_metric
+
 
 def best_guess(privacy: dict[str, Any]) -> float:
     """Bound an attacker's accuracy at guessing one unit's presence (a coin: 0.5).
@@ -47,6 +49,21 @@ def rounded_up(value: Any, digits: int = 3) -> str:
 def number(value: Any) -> float | None:
     """The value where it is a number, else None."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def verdict(quality: dict[str, Any]) -> str:
+    """Say in one sentence whether the trained model is better than the base, by the 95 % interval
+    of the change on the evaluation records; "" where it was not measured."""
+    metric, gain = quality.get("metric"), quality.get("gain") or {}
+    low, high = map(number, gain.get("change") or (None, None))
+    if not metric or low is None or high is None:
+        return ""
+    better = known_metric(metric).higher_is_better
+    worse = high < 0 if better else low > 0
+    improved = low > 0 if better else high < 0
+    claim = "worse than" if worse else "better than" if improved else "not told apart from"
+    interval = f"change of {metric} {low:+.3g} to {high:+.3g}, 95 % over {gain['records']} records"
+    return f"{claim} the base: {interval}"
 
 
 def strength(epsilon: Any) -> str:

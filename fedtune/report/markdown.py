@@ -13,6 +13,7 @@ from fedtune.report.claim import (
     protects,
     rounded_up,
     strength,
+    verdict,
 )
 from fedtune.report.text import cell, figure, table
 
@@ -111,7 +112,9 @@ def _quality(quality: dict[str, Any]) -> str:
         f"## Quality\n\nOn {cell(quality.get('on') or HELD_OUT)}, at the "
         "coordinator.\n\n"
         + table(["measure", *map(cell, quality.get("columns") or BEFORE_AFTER), "change"], rows)
+        + (f"\n\nThe trained model is {cell(verdict(quality))}." if verdict(quality) else "")
         + _started(quality, names)
+        + _selected(quality)
         + "\n\n![Quality and ε by round](progress.png)"
     )
 
@@ -123,6 +126,23 @@ def _started(quality: dict[str, Any], names: list[str]) -> str:
         return ""
     figures = ", ".join(f"{cell(n)} {figure(start[n])}" for n in names if n in start)
     return f"\n\nBefore the first round, from public text alone and for no ε: {figures}."
+
+
+def _selected(quality: dict[str, Any]) -> str:
+    """How far the coordinator let each round move the adapter; a paragraph, or nothing."""
+    rounds = quality.get("selection")
+    if not isinstance(rounds, list) or not rounds:
+        return ""
+    losses = [(row.get("selection") or {}).get("loss") for row in rounds]
+    rows = [
+        [figure(row.get("round")), figure(row.get("step")), figure(loss)]
+        for row, loss in zip(rounds, losses, strict=True)
+    ]
+    return (
+        "\n\nHow far each round moved the adapter was chosen on the public [selection] records; "
+        "the evaluation records chose nothing. A step of 0: no length lowered the loss.\n\n"
+        + table(["round", "step, times the update", "loss on the selection records"], rows)
+    )
 
 
 def _for_life(report: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import io
 from typing import Any
 
 from fedtune.registry.metrics import metric as known_metric
-from fedtune.report.claim import number, rounded_up
+from fedtune.report.claim import number, rounded_up, verdict
 
 INK, FAINT, GOOD, COST, ALARM = "#222222", "#b8b8b8", "#1f6feb", "#b35900", "#c00000"
 
@@ -16,18 +16,22 @@ def png(report: dict[str, Any]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    private = _private_evaluations(report)
-    public = bool((report.get("quality") or {}).get("metric")) or not private
-    panels = 1 + public + bool(private)
-    figure = Figure(figsize=(4.5 * panels, 3.6), dpi=120, layout="constrained")
+    private, quality = _private_evaluations(report), report.get("quality") or {}
+    metric = quality.get("metric")
+    public = [metric] if metric or not private else []
+    if metric not in (None, "loss") and _points(quality, "loss"):
+        public.append("loss")  # a metric may rise while the model comes apart
+    panels = 1 + len(public) + bool(private)
+    figure = Figure(figsize=(4.5 * panels, 3.8), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     *shown, right = figure.subplots(1, panels)
-    if public:
-        _quality(shown[0], report)
+    for axes, name in zip(shown, public, strict=False):
+        _quality(axes, quality, name)
     if private:
         _likelihood(shown[-1], private)
     if report.get("private"):
         _epsilon(right, report)
+        figure.suptitle(_caption(report), fontsize=9, color="#555555")
     else:
         _alarm(right)
         figure.suptitle(
@@ -41,11 +45,14 @@ def png(report: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _quality(axes: Any, report: dict[str, Any]) -> None:
-    from matplotlib.ticker import MaxNLocator
+def _caption(report: dict[str, Any]) -> str:
+    """The study's name, and whether its model is better than the base."""
+    claim = verdict(report.get("quality") or {})
+    return ": ".join(str(part).replace("$", "") for part in (report.get("study"), claim) if part)
 
-    quality = report.get("quality") or {}
-    metric = quality.get("metric")
+
+def _points(quality: dict[str, Any], metric: Any) -> list[tuple[int, float]]:
+    """(round, value) of a metric on the evaluation records; round 0 is the base alone."""
     points = [
         (row["round"], value)
         for row in quality.get("by_round") or []
@@ -55,15 +62,32 @@ def _quality(axes: Any, report: dict[str, Any]) -> None:
     start = number(before.get(metric) if isinstance(before, dict) else before)
     if start is not None and all(r > 0 for r, _ in points):
         points.insert(0, (0, start))
+    return points
+
+
+def _quality(axes: Any, quality: dict[str, Any], metric: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    points = _points(quality, metric)
     if not points:
         return _empty(axes, "Quality", "not measured")
     rounds, values = zip(*points, strict=True)
-    axes.plot(rounds, values, color=GOOD, marker="o", markersize=4, clip_on=False, zorder=3)
-    if start is not None:
-        axes.axhline(start, color=FAINT, linestyle="--", linewidth=1, zorder=1)
+    selected = [
+        (row["round"], value)
+        for row in quality.get("selection") or []
+        if (value := number((row.get("selection") or {}).get(metric))) is not None
+    ]
+    if selected:  # the evaluation records are read at the start and the end alone
+        axes.plot(*zip(*selected, strict=True), color=GOOD, alpha=0.4, label="selection records")
+        axes.plot(rounds, values, color=GOOD, marker="o", linestyle="", label="evaluation records")
+        axes.legend(frameon=False, fontsize=8)
+    else:
+        axes.plot(rounds, values, color=GOOD, marker="o", markersize=4, clip_on=False, zorder=3)
+    if rounds[0] == 0:
+        axes.axhline(values[0], color=FAINT, linestyle="--", linewidth=1, zorder=1)
         axes.annotate(
-            "base alone", (1, start), xycoords=("axes fraction", "data"), xytext=(0, -4), va="top",
-            textcoords="offset points", ha="right", color="#777777", fontsize=8,
+            "base alone", (1, values[0]), xycoords=("axes fraction", "data"), xytext=(0, -4),
+            va="top", textcoords="offset points", ha="right", color="#777777", fontsize=8,
         )  # fmt: skip
     axes.annotate(
         f"{values[-1]:.3g}", (rounds[-1], values[-1]), xytext=(0, 6), ha="right",

@@ -46,10 +46,9 @@ OnStatus = Callable[[str, str, str], None]  # site, status, reason
 def plan_message(study: Study, frozen: Arrays, key: SigningKey) -> RecordDict:
     """Build the signed plan message for sites; of the coordinator's paths only file names stay."""
     changes = {}
-    for table in (study.public, study.evaluation):
-        if table is not None:
-            which = "public" if table is study.public else "evaluation"
-            changes[which] = table.model_copy(update={"path": Path(table.path.name)})
+    for name in ("public", "selection", "evaluation"):
+        if (table := getattr(study, name)) is not None:
+            changes[name] = table.model_copy(update={"path": Path(table.path.name)})
     sent = study.model_copy(update=changes)
     signed = sign_plan(key, study.digest)
     plan = ConfigRecord(

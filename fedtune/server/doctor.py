@@ -85,7 +85,7 @@ def _plan(study: Study) -> str:
 
 
 def _files(study: Study) -> str:
-    named = {"public": study.public, "evaluation": study.evaluation}
+    named = {name: getattr(study, name) for name in ("public", "selection", "evaluation")}
     for table, file in named.items():
         if file is not None and not file.path.is_file():
             raise ConfigError(f"{file.path}: no such file", todo=f"put it there, or see [{table}]")

@@ -46,13 +46,16 @@ class Measures(Protocol):
 
     def measure(self, adapter: Arrays | None) -> dict[str, float]: ...
     def compare(self, champion: Arrays, challenger: Arrays) -> Compared: ...
+    def gain(self, adapter: Arrays) -> dict[str, Any]: ...
 
 
 def _start(study: Study) -> Started:
     from fedtune.evaluation.evaluator import check_evaluation
+    from fedtune.evaluation.selection import check_selection
     from fedtune.training.start import start
 
     check_evaluation(study)  # in seconds; A from public text takes minutes
+    check_selection(study)
     return start(study)
 
 

@@ -28,7 +28,7 @@ from fedtune.files.writing import replace
 from fedtune.models import preconditioner
 from fedtune.models.rank_slice import pad_update, rank_slice, slice_update
 from fedtune.progress import OnEvent
-from fedtune.server import store, summary
+from fedtune.server import step, store, summary
 from fedtune.server.admission import NOT_ENROLLED, Outcome, Roster, Tally, outcome, plan_message
 from fedtune.server.bound import Limits
 from fedtune.server.continuous import Continuous
@@ -113,6 +113,9 @@ class _Run:
             self.continuous = Continuous(out, progress, parts, self._event)
         elif self.study.evaluation:
             self._evaluator = parts.evaluator(self.study, progress.frozen)
+        self._selector: Measures | None = None
+        if self.study.selection:
+            self._selector = parts.evaluator(step.selecting(self.study), progress.frozen)
 
     @property
     def evaluator(self) -> Measures | None:
@@ -136,12 +139,16 @@ class _Run:
             self.continuous.begin()
         while not self._is_over:
             self._next(self.progress.round + 1)
+        if self.rounds and self.progress.round < self.rounds:
+            text = f"ended after round {self.progress.round}: no step lowers the selection loss"
+            self._event("step", text=text)
         return self._finish()
 
     @property
     def _is_over(self) -> bool:
         last = self.settings.upto if self.continuous else self.rounds
-        return last is not None and self.progress.round >= last
+        done = last is not None and self.progress.round >= last
+        return done or not step.steps_left(self.study, self.progress.history)
 
     def _next(self, number: int) -> None:
         """Run one round; with a schedule, wait for its slot, and skip a round that fails."""
@@ -285,6 +292,10 @@ class _Run:
         adapter = preconditioner.stepped(self.strategy.apply, progress.adapter, progress.frozen)
         if not all(np.isfinite(array).all() for array in adapter.values()):
             raise InfrastructureError(f"round {number}: the aggregate is not finite")
+        extra: dict[str, Any] = {}
+        if self._selector is not None:
+            chosen = step.choose(self._selector, progress.adapter, adapter, progress.history)
+            adapter, extra = chosen.adapter, {"step": chosen.factor, "selection": chosen.quality}
         progress.adapter, progress.round = adapter, number
         progress.strategy = self.strategy.state()
         entry: dict[str, Any] = {
@@ -294,7 +305,8 @@ class _Run:
             "participants": sorted(tally.participants),
             "missing": self.roster.out() | tally.missing,
             "late": dict(sorted(tally.late.items())),
-            "quality": self._measure(number),
+            **extra,
+            "quality": {},
             "epsilon": summary.epsilons(progress, self.parts),
             "bytes_up": dict(sorted(self.roster.up.items())),
             "bytes_down": dict(sorted(self.roster.down.items())),
@@ -310,6 +322,7 @@ class _Run:
         self.roster.up.clear()
         self.roster.down.clear()
         progress.history.append(entry)
+        entry["quality"] = self._measure(number)
         self._enter(Phase.KEPT)
         if self.queries.due():
             self._query()
@@ -335,9 +348,13 @@ class _Run:
         self.receipts.keep({progress.keys[name]: r for name, r in progress.receipts.items()})
 
     def _measure(self, number: int) -> dict[str, float]:
+        """Measure the adapter on [evaluation]. What chose nothing is measured when all is chosen:
+        with [selection] after the last round alone."""
         table = self.study.evaluation
-        more = self.rounds is None or number < self.rounds
-        if not table or (number % table.every and more) or (evaluator := self.evaluator) is None:
+        every = 0 if self.study.selection else table.every if table else 0
+        last = self.continuous is None and self._is_over
+        due = last or bool(every and number % every == 0)
+        if not due or (evaluator := self.evaluator) is None:
             return {}
         return evaluator.measure(self.progress.adapter)
 
@@ -357,6 +374,8 @@ class _Run:
 
     def _report(self) -> dict[str, Any]:
         report = summary.report(self.progress, self.parts)
+        if self._evaluator:
+            report["quality"]["gain"] = self._evaluator.gain(self.progress.adapter)
         if self.continuous:
             report |= {"continuous": self.continuous.report()}
             report["quality"] = {**report["quality"], "after": self.continuous.after()}

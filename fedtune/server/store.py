@@ -150,7 +150,8 @@ def load(out: Path, study: Study) -> Progress | None:
             f"this one ({study.digest[:19]}…)",
             "go back to the study it was made with, or choose another --out",
         )
-    tables = {"public": study.public, "evaluation": study.evaluation}  # files may have moved
+    names = ("public", "selection", "evaluation")
+    tables = {name: getattr(study, name) for name in names}  # files may have moved
     return Progress(
         asked=asked,
         study=study_from_json(resolved).model_copy(update=tables),

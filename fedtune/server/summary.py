@@ -226,10 +226,13 @@ def _quality(progress: Progress) -> dict[str, Any]:
         return {}
     measured = [{"round": h["round"], **h["quality"]} for h in progress.history if h["quality"]]
     started = {"start": progress.started} if progress.started else {}
+    keys = ("round", "step", "selection")
+    chosen = [{key: h[key] for key in keys} for h in progress.history if "step" in h]
     return {
         "metric": table.metric,
         "before": progress.before,
         **started,
+        **({"selection": chosen} if chosen else {}),
         "after": {k: v for k, v in measured[-1].items() if k != "round"} if measured else {},
         "by_round": measured,
     }

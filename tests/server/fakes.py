@@ -142,6 +142,24 @@ class FakeEvaluator:
     def measure(self, adapter: dict[str, np.ndarray] | None) -> dict[str, float]:
         return {"loss": 9.0 if adapter is None else float(sum(a.sum() for a in adapter.values()))}
 
+    def gain(self, adapter: dict[str, np.ndarray]) -> dict[str, Any]:
+        return {"records": 12, "change": [-1.0, 1.0]}
+
+
+@dataclass
+class Bowl:
+    """Its loss is least where every number of the adapter is `bottom`."""
+
+    bottom: float = 0.25
+    measured: int = 0
+
+    def measure(self, adapter: dict[str, np.ndarray] | None) -> dict[str, float]:
+        self.measured += 1
+        adapter = adapter or zeros()
+        return {"loss": float(sum(((a - self.bottom) ** 2).sum() for a in adapter.values()))}
+
+    gain = FakeEvaluator.gain
+
 
 def save(study: Study, adapter: Any, frozen: Any, folder: Path) -> None:
     folder.mkdir(parents=True)

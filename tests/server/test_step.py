@@ -1,0 +1,164 @@
+"""How far a round moves the adapter is chosen on public records; the evaluation chooses nothing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune.config import Columns, EvaluationTable, SelectionTable, Study
+from fedtune.errors import DataError
+from fedtune.evaluation.selection import check_selection
+from fedtune.report.claim import verdict
+from fedtune.report.markdown import markdown
+from fedtune.report.plot import png
+from fedtune.server import step
+from tests.server.fakes import Bowl, FakeEvaluator, FakeSite, make_parts, make_study
+from tests.server.rounds_kit import metrics, three
+
+COLUMNS = Columns(prompt="p", completion="c")
+SELECTION = SelectionTable(path=Path("/selection.jsonl"), columns=COLUMNS, patience=2)
+
+
+def selected(**changes: Any) -> Study:
+    table = SELECTION.model_copy(update=changes)
+    return make_study(min_sites=2).model_copy(update={"selection": table})
+
+
+class Evaluators(dict[Path, Any]):
+    """One for each file, so that it is seen who is asked for what."""
+
+    def __call__(self, study: Study, frozen: Any) -> Any:
+        assert study.evaluation is not None
+        return self.setdefault(study.evaluation.path, self.new(study.evaluation.path))
+
+    @staticmethod
+    def new(path: Path) -> Any:
+        return Bowl() if path == SELECTION.path else Counted()
+
+
+class Counted(FakeEvaluator):
+    def __init__(self) -> None:
+        self.asked: list[bool] = []
+
+    def measure(self, adapter: Any) -> dict[str, float]:
+        self.asked.append(adapter is None)
+        return super().measure(adapter)
+
+
+def test_each_round_moves_as_far_as_the_selection_records_say(trial):
+    evaluators, run = Evaluators(), trial(*three())
+    body = run.run(selected(), parts=make_parts(evaluator=evaluators))
+    lines = metrics(run)
+    losses = [line["selection"]["loss"] for line in lines]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < Bowl().measure(None)["loss"]
+    assert losses[-1] == Bowl().measure(run.adapter())["loss"]
+    assert any(line["step"] not in (0.0, 1.0) for line in lines)
+    assert [row["step"] for row in body["quality"]["selection"]] == [line["step"] for line in lines]
+    # The evaluation records are read for the base, and when everything is chosen.
+    (judge,) = (e for path, e in evaluators.items() if path != SELECTION.path)
+    assert judge.asked == [True, False]
+    assert [row["round"] for row in body["quality"]["by_round"]] == [len(lines)]
+    assert "chosen on the public [selection] records" in markdown(body) and png(body)
+
+
+@pytest.mark.parametrize("rate", [1e-3, 1.0, 1e3])
+def test_a_wrong_learning_rate_is_put_right(trial, rate):
+    """The sites' updates a thousand times too long or too short lead to the same adapter."""
+
+    def longer(update: Any) -> Any:
+        return replace(update, delta={n: a * np.float32(rate) for n, a in update.delta.items()})
+
+    sites = [FakeSite(n, script=dict.fromkeys(range(1, 9), longer)) for n in "abc"]
+    run = trial(*sites)
+    study = selected().model_copy(update={"privacy": "off"})
+    run.run(study, parts=make_parts(evaluator=Evaluators()))
+    right = trial(*three(), folder="right")
+    right.run(study, parts=make_parts(evaluator=Evaluators()))
+    got, wanted = (Bowl().measure(r.adapter())["loss"] for r in (run, right))
+    assert got == pytest.approx(wanted, rel=0.3)
+
+
+def test_it_ends_where_no_step_helps_any_more(trial):
+    """At the bottom every update is uphill: after `patience` such rounds nothing more is spent."""
+    run = trial(*three())
+
+    class Bottom(Evaluators):
+        @staticmethod
+        def new(path: Path) -> Any:
+            return Bowl(bottom=0.0) if path == SELECTION.path else Counted()
+
+    body = run.run(selected(), parts=make_parts(evaluator=Bottom()))
+    assert [line["step"] for line in metrics(run)] == [0.0, 0.0]
+    assert all(not array.any() for array in run.adapter().values())
+    assert body["quality"]["after"], "measured although the last planned round never came"
+
+
+def test_a_resumed_run_chooses_as_one_that_was_not_stopped(trial):
+    whole = trial(*three())
+    whole.run(selected(), parts=make_parts(evaluator=Evaluators()))
+    stopped = trial(*three(), folder="stopped")
+
+    def stop(kind: str, data: dict[str, Any]) -> None:
+        if kind == "round" and data["round"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run(selected(), parts=make_parts(evaluator=Evaluators()), on_event=stop)
+    stopped.run(selected(), parts=make_parts(evaluator=Evaluators()), resume=True)
+    assert [line["step"] for line in metrics(stopped)] == [line["step"] for line in metrics(whole)]
+
+
+@pytest.mark.parametrize("best", [0.0, 1e-5, 0.3, 1.0, 7.0, 2e4])
+@pytest.mark.parametrize("start", [1e-3, 1.0, 50.0])
+def test_the_search_is_within_a_factor_of_the_best(best, start):
+    calls: list[float] = []
+
+    def loss(factor: float) -> float:
+        calls.append(factor)
+        return (factor - best) ** 2
+
+    factor = step.line_search(loss, start)
+    assert factor == 0 if best == 0 else best / 2 <= factor <= best * 2
+    assert len(set(calls)) < 50
+
+
+def test_a_loss_that_is_not_finite_is_no_choice():
+    factor = step.line_search(lambda f: math.inf if f > 0.01 else 1 - f, 1.0)
+    assert 0.001 < factor <= 0.01
+
+
+def test_records_that_choose_do_not_judge(tmp_path: Path):
+    rows = ['{"p": "a", "c": "x"}', '{"p": "b", "c": "y"}', '{"p": "c", "c": "z"}']
+    files = tmp_path / "selection.jsonl", tmp_path / "evaluation.jsonl"
+    study = selected(path=files[0])
+    table = EvaluationTable(path=files[1], columns=COLUMNS)
+    study = study.model_copy(update={"evaluation": table})
+    for mine, theirs, shared in ((rows[:2], rows[2:], 0), (rows[:2], rows[1:], 1)):
+        for path, lines in zip(files, (mine, theirs), strict=True):
+            path.write_text("\n".join(lines) + "\n")
+        if not shared:
+            check_selection(study)
+            continue
+        with pytest.raises(DataError, match=r"1 records of .selection. are in .evaluation. too"):
+            check_selection(study)
+
+
+@pytest.mark.parametrize(
+    ("metric", "change", "claim"),
+    [
+        ("accuracy", [0.1, 0.3], "better than"),
+        ("accuracy", [-0.3, -0.1], "worse than"),
+        ("accuracy", [-0.1, 0.1], "not told apart from"),
+        ("loss", [0.1, 0.3], "worse than"),
+        ("loss", [-0.3, -0.1], "better than"),
+    ],
+)
+def test_the_report_says_whether_the_model_is_better(metric, change, claim):
+    quality = {"metric": metric, "gain": {"records": 40, "change": change}}
+    assert verdict(quality).startswith(claim) and "40 records" in verdict(quality)
+    assert verdict({"metric": metric}) == ""
