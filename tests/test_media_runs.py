@@ -92,6 +92,11 @@ def test_from_simulate_to_generate(study: Path) -> None:
     assert body["private"] and 7 < body["privacy"]["epsilon"] <= 8
     code, said = run("evaluate", folder, "--data", records / "data.jsonl")
     assert code == 0 and "20 records" in said, said
+    accuracy = body["quality"]["after"]["accuracy"]
+    code, said = run("predict", folder, "--data", records / "data.jsonl", "--json")
+    rows = json.loads(said)["predictions"]
+    right = [row["prediction"] == [" yes", " no"][n % 2] for n, row in enumerate(rows)]
+    assert code == 0 and sum(right) == round(20 * accuracy), said
     file = next(iter(sorted(records.glob("*.[pw][na][gv]"))))
     ask = ("--prompt", "a mass?") if file.suffix == ".png" else ()
     code, said = run("generate", folder, "--file", file, *ask, "--max-new-tokens", 3, "--plain")

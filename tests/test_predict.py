@@ -137,6 +137,27 @@ def test_a_reward_head_scores_a_prompt_with_its_completion(tmp_path: Path, tiny_
         predict(run, [{"prompt": "day 1"}])
 
 
+def test_a_chat_is_completed_with_each_choice(tmp_path: Path, tiny_base: Path) -> None:
+    turns = [[{"role": "user", "content": f"{TEXTS[n % 3]} {n}"}] for n in range(6)]
+    full = [[*t, {"role": "assistant", "content": CHOICES[n % 2]}] for n, t in enumerate(turns)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"turns": t}) + "\n" for t in full))
+    table = evaluation(tmp_path / "test.jsonl", {"messages": "turns"})
+    run = made_run(tmp_path / "run", tiny_base, YES_NO, lora=CAUSAL_LORA, evaluation=table)
+    made = predict(run, [{"turns": t} for t in turns], CHOICES)
+    np.testing.assert_array_equal(made.outputs, predict(run, table["path"], CHOICES).outputs)
+    plain = load(run.folder)
+    prompt = plain.tokenizer.apply_chat_template(
+        turns[0], add_generation_prompt=True, return_dict=False
+    )
+    expected = []
+    for choice in CHOICES:
+        ids = [*prompt, *plain.tokenizer.encode(choice, add_special_tokens=False)]
+        at = np.arange(len(prompt) - 1, len(ids) - 1)
+        logp = plain.next_tokens(np.array(ids), at)
+        expected.append(float(logp[range(len(at)), ids[len(prompt) :]].sum()))
+    np.testing.assert_allclose(made.outputs[0], expected, atol=1e-4)
+
+
 def test_the_network_is_left_as_it_was(run: fedtune.Run) -> None:
     from fedtune.models.build import build
 

@@ -64,7 +64,8 @@ WIDENED = (
 ONE_MORE = "It has a layer more than the base, which holds the head: transformers' own has no bias."
 REWARD = (
     "The one logit is the score of an answer. The text is the prompt{template}, the answer, and "
-    "the token {eos}."
+    "the token {eos}. Training made tokens of prompt and answer apart: an answer that begins a "
+    "word brings its own space, and the prompt ends without one, or the score is of other tokens."
 )
 
 

@@ -27,6 +27,7 @@ from fedtune.evaluation.choices import (
     with_choice,
 )
 from fedtune.evaluation.predictions import Predictions
+from fedtune.files import reading
 from fedtune.models.adapter_files import picked
 from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
@@ -39,6 +40,7 @@ log = logging.getLogger("fedtune.data")
 
 Records = DataFile | Path | str | Iterable[Mapping[str, Any] | str]
 LINES = ".txt"  # one text a line, for a run with a head
+LARGEST = 2**30  # bytes of such a file
 CHUNK = 1024  # records whose states are held at once
 
 
@@ -103,6 +105,8 @@ class _Asked(NamedTuple):
         named = given or (table.columns if table else Columns(text="text"))
         if not headed:
             parts = ["messages"] if named.messages else ["prompt"]
+            if named.media and named.text:  # what is said in a recording: it has no prompt
+                parts = []
         elif resolve(study.objective).record_format == "label":
             parts = ["text"] if named.text or not named.media else []
         else:
@@ -138,11 +142,9 @@ def _lines(path: Path, asked: _Asked) -> list[Row | str]:
             f"{path}: lines of text, and this run reads {', '.join(asked.columns)}",
             "a .csv, .jsonl or .parquet file",
         )
-    try:
-        content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({type(error).__name__})") from None
-    texts = (line.decode("utf-8", "surrogateescape") for line in content.splitlines())
+    content = reading.content(path, "one text a line", kind=DataError, most=LARGEST)
+    lines = content.removeprefix(b"\xef\xbb\xbf").splitlines()
+    texts = (line.decode("utf-8", "surrogateescape") for line in lines)
     return [unclean(text) or {asked.columns["text"]: text} for text in texts]
 
 

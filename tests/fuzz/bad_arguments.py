@@ -26,6 +26,9 @@ def arguments() -> Iterator[Case]:
     yield from _runs()
 
 
+CHOICES = ("--choice", " yes", "--choice", " no")
+
+
 def _paths_and_names() -> Iterator[Case]:
     long = (
         ("init", LONG), ("init", "a/" * 3000), ("models", "fetch", LONG),
@@ -36,6 +39,8 @@ def _paths_and_names() -> Iterator[Case]:
         ("export", LONG, "--out", "new"), ("generate", LONG, "--prompt", "a"),
         ("merge", RUN, LONG, "--out", "new"), ("merge", RUN, "other", "--out", LONG),
         ("evaluate", RUN, "--data", LONG), ("status", LONG), ("versions", LONG),
+        ("predict", RUN, "--data", LONG, *CHOICES), ("predict", LONG, "--data", "prompts.jsonl"),
+        ("predict", RUN, "--data", "prompts.jsonl", *CHOICES, "--out", f"{LONG}.csv"),
         ("revoke", LONG), ("revoke", ""), ("revoke", "../x"), ("revoke", "a\nb"),
         ("withdraw", SITE, "--file", LONG), ("review", LONG, "--site", SITE),
         ("audit", PLAN, "--run", LONG, "--out", "new"), ("enroll", SITE, "--out", LONG),
@@ -125,6 +130,11 @@ def _runs() -> Iterator[Case]:
     yield Case("generate: no prompt", nothing, ("generate", RUN))
     yield Case("generate: --file", nothing, ("generate", RUN, "--prompt", "a", "--file", "x.png"))
     yield Case("generate: surrogate", nothing, ("generate", RUN, "--prompt", "\udc80"))
+    yield Case("predict: no choices", nothing, ("predict", RUN, "--data", "evaluation.jsonl"))
+    yield Case("predict: over the records", nothing, ("predict", RUN, "--data", "evaluation.jsonl",
+               *CHOICES, "--out", "evaluation.jsonl"))  # fmt: skip
+    yield Case("predict: no lines for a prompt", nothing,
+               ("predict", RUN, "--data", "keys.txt", *CHOICES))  # fmt: skip
     for metric in ("accuracy", "f1", "preference"):
         yield Case(f"evaluate: {metric}", nothing,
                    ("evaluate", RUN, "--data", "evaluation.jsonl", "--metric", metric))  # fmt: skip

@@ -173,6 +173,7 @@ READ_BY: dict[str, tuple[dict[str, Damage], tuple[tuple[str, ...], ...]]] = {
         JSON,
         (
             ("evaluate", RUN, "--data", "evaluation.jsonl"),
+            ("predict", RUN, "--data", "evaluation.jsonl", "--choice", "y", "--choice", "n"),
             ("generate", RUN, "--prompt", "a"),
             ("export", RUN, "--out", "new"),
             ("merge", RUN, "other", "--out", "new"),
@@ -191,6 +192,7 @@ READ_BY: dict[str, tuple[dict[str, Damage], tuple[tuple[str, ...], ...]]] = {
         ANY,
         (
             ("evaluate", RUN, "--data", "evaluation.jsonl"),
+            ("predict", RUN, "--data", "evaluation.jsonl", "--choice", "y", "--choice", "n"),
             ("generate", RUN, "--prompt", "a"),
             ("export", RUN, "--out", "new"),
             ("merge", RUN, "other", "--out", "new"),
