@@ -11,6 +11,7 @@ from rich.console import Console
 from fedtune.cli.columns import COLUMNS, SEEDS, public_prompts
 from fedtune.cli.exit_codes import command
 from fedtune.cli.feedback import improve, label
+from fedtune.cli.study import SET, STUDY, load
 from fedtune.derive.settings import DistillSettings
 
 PANEL = "Make more of models"
@@ -246,7 +247,7 @@ def export(
 
 
 def choose_base(
-    study: Annotated[Path, typer.Argument(metavar="STUDY", help="The public plan, study.toml.")],
+    study: STUDY,
     target: Annotated[
         float, typer.Option(metavar="X", help="What the study's metric should reach.")
     ],
@@ -273,17 +274,17 @@ def choose_base(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="The same as JSON.")
     ] = None,
+    settings: SET = None,
 ) -> None:
     """Measure bases on this machine, and name the smallest that meets a target.
 
     Reads the study's public text and evaluation records; no record of a site. What it says of ε is
     a prediction from one pass: it tells hopeless from learnable, and little more."""
     from fedtune.cli.console import Watch, fit_table
-    from fedtune.config import load_study
     from fedtune.evaluation.compare_bases import choose_base as measure
     from fedtune.files.writing import replace
 
-    console, loaded = Console(), load_study(study)
+    console, loaded = Console(), load(study, settings)
     with Watch(console, "measuring bases, one process each"):
         comparison = measure(
             loaded, target, models or (), sites=sites, size=size, epsilons=epsilons or (),

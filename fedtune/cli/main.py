@@ -17,6 +17,7 @@ from fedtune.cli import derive, models, network, plugin, use_run
 from fedtune.cli import site as cli_site
 from fedtune.cli import status as cli_observe
 from fedtune.cli.exit_codes import command
+from fedtune.cli.study import SET, STUDY, load
 from fedtune.run_folder import folder_for, new_run
 
 if TYPE_CHECKING:
@@ -35,9 +36,6 @@ app = typer.Typer(
 TRY, RUN, USE = "Try it here", "Between machines", "Use a run"
 
 
-STUDY = Annotated[
-    Path, typer.Argument(metavar="STUDY", help="The public plan, study.toml.", show_default=False)
-]
 SITES = Annotated[
     list[Path] | None,
     typer.Option(
@@ -165,14 +163,14 @@ def plan(
         ),
     ] = None,
     sites: SITES = None,
+    settings: SET = None,
 ) -> None:
     """Show what a study costs before it runs: σ, ε and rounds for sites of given sizes.
 
     Reads no records: it needs the public plan and the sizes that the sites declare."""
     from fedtune.cli.console import plan_table, warn_not_private
-    from fedtune.config import load_study
 
-    loaded = load_study(study)
+    loaded = load(study, settings)
     if not loaded.private:
         return warn_not_private(_console())
     asked: list[Site | int] = [*(sizes or [])]
@@ -209,14 +207,14 @@ def simulate(
             show_default=False,
         ),
     ] = None,
+    settings: SET = None,
 ) -> None:
     """Run a whole study on this machine: every site, every round, the same code as in the field.
 
     Each site reads its own site.toml, keeps its own policy and pays from its own privacy budget."""
     from fedtune.cli.console import Watch, closing, warn_not_private
-    from fedtune.config import load_study
 
-    loaded = load_study(study)
+    loaded = load(study, settings)
     loaded_sites, folder = _sites(study, sites, more), new_run(loaded, out, resume=resume)
     if not loaded.private:
         warn_not_private(_console())
@@ -272,6 +270,7 @@ def server(
     out: SERVER_OUT = None,
     resume: RESUME = False,
     metrics_port: METRICS = None,
+    settings: SET = None,
 ) -> None:
     """Coordinate a study over mutual TLS with the sites that were admitted, before or meanwhile.
 
@@ -280,9 +279,8 @@ def server(
     Sends tensors and numbers, never code, and sees noised sums only. One port is open, and lets
     through what an admitted site may ask, nothing else."""
     from fedtune.cli.console import Watch, closing, warn_not_private
-    from fedtune.config import load_study
 
-    loaded, home = load_study(study), home or study.parent / "coordinator"
+    loaded, home = load(study, settings), home or study.parent / "coordinator"
     folder = new_run(loaded, out, resume=resume, runs=study.parent / "runs")
     if not loaded.private:
         warn_not_private(_console())

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from fedtune.cli.exit_codes import command
+from fedtune.cli.study import SET
 
 PANEL = "Between machines"
 HOME = Annotated[
@@ -193,6 +194,7 @@ def doctor(
     host: DOCTOR_HOST = None,
     port: DOCTOR_PORT = None,
     names: DOCTOR_NAMES = None,
+    settings: SET = None,
 ) -> None:
     """Look for what could go wrong on this machine, before it does; say what to do about it.
 
@@ -218,6 +220,8 @@ def doctor(
                 f"{option} is for {side}, and {file} is not {side}'s file",
                 todo=f"leave {option} out, or name the other file",
             )
+    if settings and not (coordinator or study):
+        raise ConfigError("--set: no study.toml is read", todo="name it with --study")
     if coordinator:
         from fedtune.server.doctor import Place
         from fedtune.server.doctor import examine as examine_coordinator
@@ -225,13 +229,14 @@ def doctor(
         place = Place(
             home or file.parent / "coordinator", host or "127.0.0.1", port or 8443, names or []
         )
-        findings = examine_coordinator(file, place)
+        findings = examine_coordinator(file, place, settings or ())
     else:
         from fedtune.client.doctor import examine
         from fedtune.client.review import read_plan
         from fedtune.config import load_site
 
-        findings = examine(file, read_plan(study, load_site(file)) if study else None)
+        plan = read_plan(study, load_site(file), settings or ()) if study else None
+        findings = examine(file, plan)
     bad = 0
     for finding in findings:
         mark = "[green]ok  [/green]" if finding.good else "[red]BAD [/red]"

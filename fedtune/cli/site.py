@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.padding import Padding
 
 from fedtune.cli.exit_codes import command
+from fedtune.cli.study import SET, load
 
 PANEL = "Answer for a site's data"
 SITE = Annotated[
@@ -46,6 +47,7 @@ def review(
             "until site.toml allows it.",
         ),
     ] = False,
+    settings: SET = None,
 ) -> None:
     """Say in plain words what a study would run here, what would leave, and what it costs.
 
@@ -58,7 +60,7 @@ def review(
     from fedtune.ledger.ledger import Ledger
 
     loaded = load_site(site)
-    plan = read_plan(study, loaded)
+    plan = read_plan(study, loaded, settings or ())
     book = Ledger(loaded.site.state)
     outcome = review_plan(plan, loaded, book)
     console = Console()
@@ -267,6 +269,7 @@ def audit(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where audit.json goes.")] = Path(
         "audit"
     ),
+    settings: SET = None,
 ) -> None:
     """Attack a plan on generated records: a lower bound on ε beside the ε that is claimed.
 
@@ -277,11 +280,12 @@ def audit(
 
     with Console().status("attacking"):
         from fedtune.audit import audit_study
-        from fedtune.config import load_study
         from fedtune.models.run import Run
         from fedtune.report.audit import section
 
-        result = audit_study(load_study(study), out, trials=trials, run=Run(run) if run else None)
+        result = audit_study(
+            load(study, settings), out, trials=trials, run=Run(run) if run else None
+        )
     Console().print(Markdown("\n\n".join(section(result))))
     typer.echo(f"wrote {out / 'audit.json'}" + (f" and {run / 'report.md'}" if run else ""))
     if not result["passed"]:

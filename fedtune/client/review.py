@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from fedtune.config import ScheduleTable, Site, Study, format_duration, load_stu
 from fedtune.dp.accountant import epsilon
 from fedtune.dp.plan import DpPlan, plan_for_site
 from fedtune.dp.query import query_plan
-from fedtune.errors import Refused
+from fedtune.errors import ConfigError, Refused
 from fedtune.files import reading
 from fedtune.ledger.entries import Charge
 from fedtune.ledger.ledger import Ledger
@@ -38,19 +39,25 @@ class Review:
     verdict: str
 
 
-def read_plan(path: Path, site: Site) -> Study:
+def read_plan(path: Path, site: Site, settings: Sequence[str] = ()) -> Study:
     """A plan from study.toml, or as a coordinator sent it or its run folder keeps it (JSON).
+
+    settings: of a study.toml, values in place of the file's, as of load_study.
 
     A study.toml is resolved first (the base's digest, the adapter's frozen factor, the rounds):
     only a resolved plan has the digest that a site is asked to run.
     Errors: ConfigError; ModelError where the base is not to be had; PolicyRefused where it names a
     plug-in that the site's policy does not, of which nothing is imported."""
     if path.suffix == ".json":
+        if settings:
+            raise ConfigError(
+                f"--set and {path}: a plan as it was sent is not changed", "a study.toml"
+            )
         return study_from_json(reading.text(path, "a plan as JSON, or study.toml"))
     from fedtune.models.teacher import register_teacher
     from fedtune.training.start import start
 
-    study = load_study(path, lambda study: permit_plugins(study, site))
+    study = load_study(path, lambda study: permit_plugins(study, site), settings)
     register_teacher(study)
     return start(study).study
 

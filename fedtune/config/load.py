@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -13,6 +13,7 @@ from pydantic import (
     ValidationError,
 )
 
+from fedtune.config.overrides import overridden
 from fedtune.config.site import Site
 from fedtune.config.study import Study
 from fedtune.errors import ConfigError
@@ -26,9 +27,14 @@ WORDS = {  # a pattern, as a person would say it
 }
 
 
-def load_study(path: Path | str, permit: Callable[[Study], None] = lambda study: None) -> Study:
+def load_study(
+    path: Path | str,
+    permit: Callable[[Study], None] = lambda study: None,
+    settings: Iterable[str] = (),
+) -> Study:
     """Read a study from study.toml; relative paths in it are relative to the file.
 
+    settings: values to use in place of the file's, each "KEY=VALUE" as of `--set`.
     permit: raises where the plug-ins that the study names may not be imported; by default they
     may, as for a study that the caller wrote.
 
@@ -36,9 +42,11 @@ def load_study(path: Path | str, permit: Callable[[Study], None] = lambda study:
     >>> study_file, site_file = fedtune.init("my-study")
     >>> fedtune.load_study(study_file).study.name
     'my-study'
+    >>> fedtune.load_study(study_file, settings=["training.rounds=4"]).training.rounds
+    4
 
     Errors: ConfigError naming the file and the key; what `permit` raises."""
-    study = _load(Study, Path(path))
+    study = _load(Study, Path(path), settings)
     permit(study)
     _check_modules(study, str(path))
     return study
@@ -91,13 +99,16 @@ def study_from_json(text: str) -> Study:
         raise ConfigError(line, todo="compare fedtune versions") from None
 
 
-def _load(kind: type[T], path: Path) -> T:
+def _load(kind: type[T], path: Path, settings: Iterable[str] = ()) -> T:
     expected = "a study.toml" if kind is Study else "a site.toml"
     tables = reading.toml_in(path, expected, "`fedtune init DIR` writes one", ConfigError)
+    settings = tuple(settings)
+    tables = overridden(tables, settings)
     try:
         loaded = kind.model_validate_json(json.dumps(tables, default=str))
     except ValidationError as error:
-        line = f"{path}: {_first(error, kind)}"
+        where = f"{path} with --set" if settings else str(path)
+        line = f"{where}: {_first(error, kind)}"
         raise ConfigError(line, todo="see the comments of `fedtune init`") from None
     return loaded.anchored(path.resolve().parent)
 

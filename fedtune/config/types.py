@@ -113,10 +113,11 @@ Every = Annotated[int, BeforeValidator(_every), Field(ge=1, le=31_622_400)]
 Moment = Annotated[str, AfterValidator(_moment)]
 
 
-def _merged(table: Any, changes: Any) -> Any:
+def merged(table: Any, changes: Any) -> Any:
+    """Return `changes` laid over `table`, table by table."""
     if not isinstance(changes, dict) or not isinstance(table, dict):
         return changes
-    return table | {key: _merged(table.get(key), value) for key, value in changes.items()}
+    return table | {key: merged(table.get(key), value) for key, value in changes.items()}
 
 
 def _json_value(value: Any) -> Any:
@@ -133,7 +134,7 @@ class Table(BaseModel):
         in `study.changed(training={"rounds": 3}, privacy={"epsilon": 3.0})`.
 
         Errors: pydantic.ValidationError."""
-        table = _merged(self.model_dump(mode="json"), changes)
+        table = merged(self.model_dump(mode="json"), changes)
         return type(self).model_validate_json(json.dumps(table, default=_json_value))
 
     def anchored(self, folder: Path) -> Self:

@@ -45,11 +45,11 @@ class Place(NamedTuple):
         return list(filter(None, [address.strip().rpartition(":")[0].strip("[]")]))
 
 
-def examine(path: Path, place: Place) -> Iterator[Finding]:
-    """Yield each check's finding as it ends.
+def examine(path: Path, place: Place, settings: Sequence[str] = ()) -> Iterator[Finding]:
+    """Yield each check's finding as it ends. settings: as of load_study.
 
     Errors: ConfigError where study.toml cannot be read; all else is a finding."""
-    study = load_study(path)
+    study = load_study(path, settings=settings)
     yield Finding("study file", True, f"{path}: {study.study.name}")
     yield from findings(
         [

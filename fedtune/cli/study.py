@@ -1,0 +1,31 @@
+"""What every command that reads a study.toml is given: the file, and values in its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from fedtune.config import Study
+
+STUDY = Annotated[
+    Path, typer.Argument(metavar="STUDY", help="The public plan, study.toml.", show_default=False)
+]
+SET = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A value in place of study.toml's, such as training.rounds=4; may be repeated.",
+        show_default=False,
+    ),
+]
+
+
+def load(study: Path, settings: list[str] | None) -> Study:
+    """Read the study with the values of --set. Errors: ConfigError."""
+    from fedtune.config import load_study
+
+    return load_study(study, settings=settings or ())
