@@ -216,6 +216,7 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "quality": by(_one_of(LOGGABLE), _number),
     "selection": by(_one_of(LOGGABLE), _number),
     "step": _number,
+    "keep": _number,
     "epsilon": by(_name, _epsilon),
     "bytes": _count,
     "bytes_up": by(_name, _count),

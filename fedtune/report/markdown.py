@@ -135,13 +135,15 @@ def _selected(quality: dict[str, Any]) -> str:
         return ""
     losses = [(row.get("selection") or {}).get("loss") for row in rounds]
     rows = [
-        [figure(row.get("round")), figure(row.get("step")), figure(loss)]
+        [figure(row.get("round")), figure(row.get("keep")), figure(row.get("step")), figure(loss)]
         for row, loss in zip(rounds, losses, strict=True)
     ]
     return (
         "\n\nHow far each round moved the adapter was chosen on the public [selection] records; "
         "the evaluation records chose nothing. A step of 0: no length lowered the loss.\n\n"
-        + table(["round", "step, times the update", "loss on the selection records"], rows)
+        + table(
+            ["round", "kept of the past", "step, times the update", "loss on those records"], rows
+        )
     )
 
 

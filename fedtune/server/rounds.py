@@ -64,6 +64,7 @@ def run(
         if progress is None:
             started = parts.start(study)
             progress = Progress(study.digest, started.study, started.adapter, started.frozen)
+            progress.origin = started.adapter if study.selection else {}
         strategy.load_state(progress.strategy)
         return _Run(grid, out, parts, on_event, strategy, progress).go(fresh)
     except BaseException:
@@ -294,8 +295,7 @@ class _Run:
             raise InfrastructureError(f"round {number}: the aggregate is not finite")
         extra: dict[str, Any] = {}
         if self._selector is not None:
-            chosen = step.choose(self._selector, progress.adapter, adapter, progress.history)
-            adapter, extra = chosen.adapter, {"step": chosen.factor, "selection": chosen.quality}
+            adapter, extra = step.choose(self._selector, progress, adapter)
         progress.adapter, progress.round = adapter, number
         progress.strategy = self.strategy.state()
         entry: dict[str, Any] = {

@@ -9,24 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from fedtune.config import EvaluationTable, Study
 from fedtune.flower.arrays import Arrays
 from fedtune.server.parts import Measures
+from fedtune.server.store import Progress
 
 MOST = 40  # halvings and doublings from where the search starts
-
-
-class Step(NamedTuple):
-    """factor: what the round's update was multiplied by; 0 where no factor lowered the loss.
-    quality: on the selection records, of the adapter that it leads to."""
-
-    factor: float
-    adapter: Arrays
-    quality: dict[str, float]
+SHRINK, LEAST = 2**-0.5, 0.01  # what is kept of the past is tried by these steps, down to this
+TOLERANCE = 1e-4  # of the loss: lowering it by less is no step
 
 
 def selecting(study: Study) -> Study:
@@ -40,21 +34,35 @@ def selecting(study: Study) -> Study:
 
 
 def choose(
-    evaluator: Measures, adapter: Arrays, proposed: Arrays, history: list[dict[str, Any]]
-) -> Step:
-    """Choose the best adapter on the line from `adapter` through `proposed`, the round's result
-    with a factor of 1. history: of the rounds so far; the search starts at their newest factor."""
-    measured: dict[float, dict[str, float]] = {}
+    evaluator: Measures, progress: Progress, proposed: Arrays
+) -> tuple[Arrays, dict[str, Any]]:
+    """Choose the adapter of least loss among origin + keep · (adapter - origin) + step ·
+    (proposed - adapter): first the step, then what to keep, then the step again. Returns it, with
+    keep, step, and its quality on the selection records.
 
-    def loss(factor: float) -> float:
-        if factor not in measured:
-            measured[factor] = evaluator.measure(_between(adapter, proposed, factor))
-        value = measured[factor]["loss"]
+    Less of the past and as much of the new is an average of both: it has less noise than either.
+    The search starts at the newest round's step."""
+    origin, adapter, history = progress.origin, progress.adapter, progress.history
+    measured: dict[tuple[float, float], dict[str, float]] = {}
+
+    def loss(keep: float, factor: float) -> float:
+        if (keep, factor) not in measured:
+            candidate = _combined(origin, adapter, proposed, keep, factor)
+            measured[keep, factor] = evaluator.measure(candidate)
+        value = measured[keep, factor]["loss"]
         return value if math.isfinite(value) else math.inf
 
+    keep, untouched = 1.0, loss(1.0, 0.0)
     newest = next((entry["step"] for entry in reversed(history) if entry["step"]), 1.0)
-    factor = line_search(loss, newest)
-    return Step(factor, _between(adapter, proposed, factor), measured[factor])
+    factor = line_search(lambda f: loss(1.0, f), newest)
+    while keep > LEAST and loss(keep * SHRINK, factor) < loss(keep, factor):
+        keep *= SHRINK
+    if keep < 1:
+        factor = line_search(lambda f: loss(keep, f), factor or newest)
+    if untouched - loss(keep, factor) <= TOLERANCE * abs(untouched):
+        keep, factor = 1.0, 0.0
+    chosen = _combined(origin, adapter, proposed, keep, factor)
+    return chosen, {"keep": keep, "step": factor, "selection": measured[keep, factor]}
 
 
 def line_search(loss: Callable[[float], float], start: float) -> float:
@@ -84,10 +92,15 @@ def steps_left(study: Study, history: list[dict[str, Any]]) -> bool:
     return any(entry["step"] for entry in history[-study.selection.patience :])
 
 
-def _between(adapter: Arrays, proposed: Arrays, factor: float) -> Arrays:
-    """adapter + factor · (proposed - adapter), in fp64, returned in fp32; `proposed` itself where
-    factor is 1."""
-    if factor == 1:
+def _combined(
+    origin: Arrays, adapter: Arrays, proposed: Arrays, keep: float, factor: float
+) -> Arrays:
+    """Combine in fp64, and return fp32; `proposed` itself where both are 1."""
+    if keep == factor == 1:
         return proposed
-    start = {name: array.astype(np.float64) for name, array in adapter.items()}
-    return {n: (a + factor * (proposed[n] - a)).astype(np.float32) for n, a in start.items()}
+    combined = {}
+    for name, array in adapter.items():
+        now, start = array.astype(np.float64), origin[name].astype(np.float64)
+        moved = start + keep * (now - start) + factor * (proposed[name] - now)
+        combined[name] = moved.astype(np.float32)
+    return combined

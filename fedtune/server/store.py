@@ -78,7 +78,8 @@ FOLLOWS = {
 class Progress:
     """A run between two phases.
 
-    asked: digest of the study as it was given; study: the same, resolved; round: the last one
+    asked: digest of the study as it was given; study: the same, resolved; origin: with [selection],
+    the adapter before the first round; round: the last one
     kept, with which alone adapter and strategy change; events: site -> its step log for this study
     so far; queries: the same for its answers about held-out records; keys: site -> its public
     signing key; receipts: site -> its newest receipt, sent back with the next order; history: one
@@ -90,6 +91,7 @@ class Progress:
     study: Study
     adapter: Arrays
     frozen: Arrays
+    origin: Arrays = field(default_factory=dict)
     phase: Phase = Phase.STARTED
     round: int = 0
     strategy: State = field(default_factory=dict)
@@ -113,7 +115,7 @@ def save(out: Path, progress: Progress) -> None:
     state is then intact); CheckpointError where the database is damaged."""
     folder = out / FOLDER
     groups: dict[str, dict[str, Any]] = {
-        FROZEN: {"frozen": progress.frozen},
+        FROZEN: {"frozen": progress.frozen, "origin": progress.origin},
         _arrays(progress.round): {"adapter": progress.adapter, "strategy": progress.strategy},
     }
     saved = _files(folder / DATABASE)
@@ -138,7 +140,7 @@ def load(out: Path, study: Study) -> Progress | None:
     with _sqlite_errors(path, OSError, SafetensorError, ValueError):
         run, rounds, sites = _read(path)
         _, phase, round_, asked, resolved, before, files = run
-        arrays: dict[str, Any] = {"adapter": {}, "frozen": {}, "strategy": {}}
+        arrays: dict[str, Any] = {"adapter": {}, "frozen": {}, "origin": {}, "strategy": {}}
         for name, sha256 in json.loads(files).items():
             for key, array in _get(folder / name, sha256).items():
                 group, _, inner = key.partition("/")

@@ -17,6 +17,7 @@ from fedtune.report.claim import verdict
 from fedtune.report.markdown import markdown
 from fedtune.report.plot import png
 from fedtune.server import step
+from fedtune.server.store import Progress
 from tests.server.fakes import Bowl, FakeEvaluator, FakeSite, make_parts, make_study
 from tests.server.rounds_kit import metrics, three
 
@@ -58,7 +59,8 @@ def test_each_round_moves_as_far_as_the_selection_records_say(trial):
     assert losses == sorted(losses, reverse=True) and losses[-1] < Bowl().measure(None)["loss"]
     assert losses[-1] == Bowl().measure(run.adapter())["loss"]
     assert any(line["step"] not in (0.0, 1.0) for line in lines)
-    assert [row["step"] for row in body["quality"]["selection"]] == [line["step"] for line in lines]
+    for key in ("keep", "step"):
+        assert [row[key] for row in body["quality"]["selection"]] == [line[key] for line in lines]
     # The evaluation records are read for the base, and when everything is chosen.
     (judge,) = (e for path, e in evaluators.items() if path != SELECTION.path)
     assert judge.asked == [True, False]
@@ -110,7 +112,30 @@ def test_a_resumed_run_chooses_as_one_that_was_not_stopped(trial):
     with pytest.raises(KeyboardInterrupt):
         stopped.run(selected(), parts=make_parts(evaluator=Evaluators()), on_event=stop)
     stopped.run(selected(), parts=make_parts(evaluator=Evaluators()), resume=True)
-    assert [line["step"] for line in metrics(stopped)] == [line["step"] for line in metrics(whole)]
+    steps = [[(line["keep"], line["step"]) for line in metrics(run)] for run in (stopped, whole)]
+    assert steps[0] == steps[1]
+
+
+def test_new_noise_is_averaged_with_old():
+    """Updates of one size and independent noise: their mean has less of it than the newest, or
+    than their sum; so it keeps a part of the past, and adds as much of the new."""
+    rng = np.random.default_rng(0)
+    target = {"w": np.ones(400, np.float32)}
+
+    class Near(Bowl):
+        def measure(self, adapter: Any) -> dict[str, float]:
+            return {"loss": float(((adapter["w"] - target["w"]) ** 2).mean())}
+
+    origin = {"w": np.zeros(400, np.float32)}
+    progress = Progress("", selected(), origin, {}, origin)
+    for _ in range(16):
+        update = target["w"] + rng.normal(0, 3, 400).astype(np.float32)
+        proposed = {"w": progress.adapter["w"] + update}
+        progress.adapter, chosen = step.choose(Near(), progress, proposed)
+        progress.history.append(chosen)
+    assert min(entry["keep"] for entry in progress.history) < 1
+    # The best multiple of one update alone has 0.9.
+    assert progress.history[-1]["selection"]["loss"] < 0.5
 
 
 @pytest.mark.parametrize("best", [0.0, 1e-5, 0.3, 1.0, 7.0, 2e4])
