@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fedtune.audit.contracts import check as check_plugin
     from fedtune.bases.find import Base, find_base
     from fedtune.bases.find import list_known as list_bases
+    from fedtune.client.data_report import DataReport, data_report
     from fedtune.client.purge import listing as purgeable
     from fedtune.client.purge import purge
     from fedtune.client.review import review
@@ -96,6 +97,7 @@ _MODULES = {
     "fedtune.audit": "audit_study",
     "fedtune.audit.contracts": "check_plugin=check",
     "fedtune.bases.find": "Base find_base list_bases=list_known",
+    "fedtune.client.data_report": "DataReport data_report",
     "fedtune.client.purge": "purgeable=listing purge",
     "fedtune.client.review": "review",
     "fedtune.client.withdraw": "withdraw",
@@ -149,6 +151,7 @@ __all__ = [
     "CoordinatorTable",
     "DataError",
     "DataFile",
+    "DataReport",
     "DistillSettings",
     "EvaluationTable",
     "FedtuneError",
@@ -191,6 +194,7 @@ __all__ = [
     "audit_study",
     "check_plugin",
     "choose_base",
+    "data_report",
     "distill",
     "evaluate",
     "export",

@@ -29,6 +29,7 @@ HEAVY = ("torch", "transformers", "peft", "pydantic", "flwr", "numpy", "pyarrow"
 # Of commands that are called otherwise; the others' functions have the commands' own names.
 FUNCTIONS = {
     "audit": "audit_study",
+    "data report": "data_report",
     "demo": "run_demo",
     "ledger": "Ledger",
     "models fetch": "find_base",

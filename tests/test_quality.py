@@ -337,3 +337,15 @@ def test_columns_are_checked_before_the_base_is_loaded(tmp_path: Path, tiny_base
     study = study_of(without_weights(tiny_base, tmp_path / "base"), file, "loss")
     with pytest.raises(DataError, match="no column 'prompt'"):
         Dependencies().start(study)
+
+
+def test_white_space_after_a_choice_does_not_count_unless_it_tells_two_apart(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    file = tmp_path / "eval.jsonl"
+    records(file, (" yes", " no \n"))
+    check_evaluation(study_of(tiny_base, file, "accuracy", (" yes", " no")))
+    with pytest.raises(DataError, match="12 of 24 completions are none"):
+        check_evaluation(study_of(tiny_base, file, "accuracy", (" no", " no ", " yes")))
+    with pytest.raises(DataError, match="spaces at its start included"):
+        check_evaluation(study_of(tiny_base, file, "accuracy", ("yes", "no")))

@@ -89,6 +89,9 @@ class Watch:
             self._round(data)
         elif event in ("answered", "refused", "failed"):
             self._answered(event, data)
+        elif event == "records":
+            line = " ".join(str(data.get("text")).split())
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
         elif event == "done":
             pass  # the closing lines say so
         elif event == "start":
@@ -277,6 +280,7 @@ def evaluation_table(result: dict[str, Any]) -> Table:
     metric, interval = result["metric"], result["interval"]
     left_out = sum(result["rejected"].values())
     caption = f"{result['records']:,} records" + (f", {left_out:,} left out" if left_out else "")
+    caption += f", {result['cut']:,} cut to objective.max_length" if result.get("cut") else ""
     table = Table("", metric, "95 % interval", caption=caption, caption_justify="left")
     before, after = result["before"][metric], result["after"][metric]
     rows = (("base alone", before), ("with the adapter", after), ("change", after - before))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from fedtune.cli import derive, models, network, plugin, use_run
+from fedtune.cli import data, derive, models, network, plugin, use_run
 from fedtune.cli import site as cli_site
 from fedtune.cli import status as cli_observe
 from fedtune.cli.exit_codes import command
@@ -364,6 +364,7 @@ use_run.add_to(app, USE)
 models.add_to(app, USE)
 network.add_to(app)
 cli_site.add_to(app)
+data.add_to(app)
 derive.add_to(app)
 plugin.add_to(app)
 cli_observe.add_to(app, USE)

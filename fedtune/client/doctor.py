@@ -15,11 +15,18 @@ from cryptography import x509
 from fedtune.audit import selftest
 from fedtune.bases.find import Base
 from fedtune.client.policy import base_for
+from fedtune.client.reading import (
+    by_reason,
+    declared_wrongly,
+    describe,
+    read_for_training,
+    rows_of,
+)
 from fedtune.client.review import unsigned, would_refuse
-from fedtune.client.site_checks import check_data
+from fedtune.client.site_checks import check_data, reading_of
 from fedtune.config import Site, Study, load_site
 from fedtune.data.load import LONG, text_members
-from fedtune.data.records import read_records, unit_member
+from fedtune.data.records import read_file, read_records, unit_member
 from fedtune.doctor import machine, tls
 from fedtune.doctor.machine import Finding, findings
 from fedtune.dp.plan import plan_for_site
@@ -167,13 +174,14 @@ def _secrets(site: Site) -> str:
 def _records(site: Site) -> str:
     """Compare the count of usable units with declared_size; nothing else compares the two."""
     by_patient = site.data.columns.patient is not None
-    records, rejected = read_records(site.data, unit="patient" if by_patient else "record")
-    units = len({record.unit for record in records})
-    unit = "patients" if by_patient else "records"
-    declared, left_out = site.site.declared_size, sum(rejected.values())
-    counts = f"{len(records)} usable records, {units} {unit}; declared_size = {declared}"
-    if left_out:
-        counts += "; left out: " + ", ".join(f"{n} {why}" for why, n in rejected.most_common())
+    read = read_file(site.data, unit="patient" if by_patient else "record")
+    units = len({record.unit for record in read.records})
+    unit, declared = "patients" if by_patient else "records", site.site.declared_size
+    counts = f"{len(read.records)} usable records, {units} {unit}; declared_size = {declared}"
+    if read.filtered:
+        counts += f"; {read.filtered} left out by data.filter"
+    if read.failed:
+        counts += f"; left out: {by_reason(read.rejected)}: {rows_of(read.failed)}"
     if units < 2:
         raise FedtuneError(counts, "at least 2", "without them this site sends noise alone")
     if not declared / 2 <= units <= 2 * declared:
@@ -182,7 +190,7 @@ def _records(site: Site) -> str:
             "a declared size within a factor of two",
             "declare another round figure by hand; what is declared is public",
         )
-    return counts
+    return "; ".join([counts, *declared_wrongly(units, declared, unit.removesuffix("s"))])
 
 
 def _ledger(site: Site) -> str:
@@ -235,5 +243,10 @@ def _plan(study: Study, site: Site) -> str:
 
 
 def _fits(site: Site, study: Study, base: Base) -> str:
+    """Describe what the study's own reading makes of the rows, with those that it rejects."""
     check_data(site, study, base)
-    return "usable"
+    tokenizer, reader = reading_of(base, study.base.modality)
+    ledger = Ledger(site.site.state) if traces(site.site.state) else None  # a check creates none
+    dataset = read_for_training(site.data, study, tokenizer, reader, ledger)
+    parts = [describe(dataset, study, site.site.declared_size), rows_of(dataset.counts.failed)]
+    return "; ".join(filter(None, parts))

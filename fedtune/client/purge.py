@@ -29,6 +29,7 @@ KINDS = {  # what people call it -> patterns of paths in the state folder; "*" g
     "plans that waited for a signature": ("plans/*.json",),
     "logs": ("log.jsonl", "log.jsonl.1", "rank-*.log"),
     "status": ("status.json",),
+    "counts of records": ("counts.json",),
     "what Flower's processes left": ("flower/*", "ranks/*"),
     "drafts of a process that was killed": ("*.new",),
 }

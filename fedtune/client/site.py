@@ -26,12 +26,12 @@ from fedtune.client.prepared import (
     metadata_of,
     step_summary,
 )
+from fedtune.client.reading import keep_counts, read_for_training
 from fedtune.client.review import pending
 from fedtune.client.site_checks import check_learns, check_reads, self_test
 from fedtune.config import Site, SiteData, Study, load_site
 from fedtune.data.dataset import Dataset
-from fedtune.data.load import check_columns, load_dataset
-from fedtune.data.records import unit_member
+from fedtune.data.load import check_columns
 from fedtune.dp.non_private import non_private_plan
 from fedtune.dp.plan import DpPlan, SharedPlan, StepPlan
 from fedtune.dp.query import answer
@@ -167,7 +167,8 @@ class SiteWorker:
         view = (data, network, study.objective, study.unit, study.max_records_per_unit, withdrawn)
         cached_view, cached = self._cached.get(data.name, (None, None))
         if is_open_ended or cached_view != view or cached is None:
-            dataset = self._read(study, network, data, withdrawn)
+            dataset = self._read(study, network, data)
+            keep_counts(self.site, data, study, dataset)
             self.ledger.declare(
                 data.name,
                 data.disjoint_from,
@@ -182,42 +183,24 @@ class SiteWorker:
 
     def current_dataset(self, study: Study, network: Network) -> CachedDataset:
         """Load the current training records less withdrawn patients; the ledger is only read."""
-        withdrawn = frozenset(self.ledger.withdrawn())
-        dataset = self._read(study, network, self.site.data, withdrawn)
+        dataset = self._read(study, network, self.site.data)
         return CachedDataset(network, dataset, self.site.site.cache_bytes)
 
-    def _read(self, study: Study, network: Network, data: SiteData, out: frozenset[str]) -> Dataset:
-        """Read the dataset less the units `out`. Each record is accepted or rejected by itself, so
-        one more or less, or a broken one, cannot be observed from outside; with too few units the
-        site sends noise alone. Errors: DataError where there is no file or its columns do not suit
-        the study, which no record decides."""
-        ledger = self.ledger
+    def _read(self, study: Study, network: Network, data: SiteData) -> Dataset:
+        """Read the dataset less the patients who withdrew. Each record is accepted or rejected by
+        itself, so one more or less, or a broken one, cannot be observed from outside; with too few
+        units the site sends noise alone. Errors: DataError where there is no file or its columns do
+        not suit the study, which no record decides."""
         check_columns(data, study, network.tokenizer, reader=network.reader)
         if not data.path.exists():
             raise DataError(f"{data.path}: no such file", "the site's records")
-        elsewhere = ledger.disjoint_member_test(data.name)
-
-        def is_excluded(patient: str) -> bool:
-            key = unit_member(patient)
-            return ledger.hashed(key) in out or elsewhere(key)
-
         try:
-            dataset = load_dataset(
-                data,
-                study,
-                network.tokenizer,
-                exclude_unit=is_excluded,
-                is_known_member=ledger.member_test(data.name),
-                strict=False,
-                soft_targets=teacher_for(study),
-                reader=network.reader,
+            dataset = read_for_training(
+                data, study, network.tokenizer, network.reader, self.ledger, teacher_for(study)
             )
         except DataError as error:  # a folder without a file, a path of another kind
             log.error("%s. This site takes part with noise alone until it is corrected", error)
             return Dataset([], 0, Counter())
-        if dataset.rejected:
-            counts = ", ".join(f"{n} {reason}" for reason, n in dataset.rejected.most_common())
-            log.warning("%s: records left out: %s", data.path, counts)
         if dataset.n_units < 2:
             log.error("%s: too few usable records; this site sends noise alone", data.path)
         return dataset

@@ -8,6 +8,7 @@ from fedtune import modalities
 from fedtune.audit import selftest
 from fedtune.bases.find import Base, find_base, load_tokenizer
 from fedtune.config import Site, Study
+from fedtune.data.dataset import Dataset
 from fedtune.data.load import load_dataset
 from fedtune.data.reader import Reader
 from fedtune.data.records import read_records
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def check_data(site: Site, study: Study, base: Base | None = None) -> None:
-    """Check that the site's records suit the study; only the site may know. base: by default the
-    one that the study names, for one's own studies. Errors: DataError."""
+def check_data(site: Site, study: Study, base: Base | None = None) -> Dataset:
+    """Check that the site's records suit the study, and return them as they are read; only the site
+    may know. base: by default the one that the study names, for one's own studies.
+
+    Errors: DataError."""
     base = base or find_base(site.site.base or study.base.model, study.base.digest)
     tokenizer, reader = reading_of(base, study.base.modality)
-    load_dataset(site.data, study, tokenizer, reader=reader)
+    return load_dataset(site.data, study, tokenizer, reader=reader)
 
 
 @process_cache.cached("readers")

@@ -39,6 +39,7 @@ MODULES = (
 # distribution is imported only where it is named.
 Plugins = tuple[str, ...] | Literal["release"]
 RELEASE: Literal["release"] = "release"
+Value = str | int  # that a cell may be equal to
 
 
 class SiteTable(Table):
@@ -67,12 +68,28 @@ class SiteData(DataFile):
     # The reader of the files: of this release, or an entry point fedtune.sources; None: by suffix.
     source: Name | None = None
     options: dict[str, bool | Finite | str] = Field(default_factory=dict)  # of the source
+    # Which rows take part: those that have, in each of these columns, the value or one of them.
+    filter: dict[str, Value | tuple[Value, ...]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_source(self) -> SiteData:
         if self.options and self.source is None:
             raise ValueError('options: belong to a source; name it, as in source = "csv"')
+        if any(value == () for value in self.filter.values()):
+            raise ValueError("filter: a column without a value leaves nothing")
         return self
+
+    @property
+    def kept_values(self) -> dict[str, tuple[str, ...]]:
+        """The filter's values by column, in the form in which keys are compared: "7" for 7."""
+        listed = {
+            column: value if isinstance(value, tuple) else (value,)
+            for column, value in self.filter.items()
+        }
+        return {
+            column: tuple(str(value).strip() for value in values)
+            for column, values in listed.items()
+        }
 
 
 class SiteEvaluation(SiteData):

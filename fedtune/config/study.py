@@ -7,10 +7,7 @@ import json
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from fedtune.config.start import PreconditionerTable, SelectionTable, StartTable
 from fedtune.config.types import (
@@ -122,6 +119,12 @@ class ObjectiveTable(Table):
     append_eos: bool = True  # a completion or text ends with eos, itself a target
     # of the objective itself, e.g. beta
     options: dict[str, Finite | str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> ObjectiveTable:
+        if len({label.strip() for label in self.labels}) < len(self.labels):
+            raise ValueError("labels: two are the same, white space aside")
+        return self
 
 
 class PublicTable(DataFile):

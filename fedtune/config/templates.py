@@ -53,7 +53,7 @@ name = "causal_lm"     # prompt -> completion; "classify": text -> label. Prefer
                        # "reward": a head that scores completions
 # options = { beta = 0.1 }  # of the objective itself; a wrong name lists what there is
 max_length = 256       # tokens
-overflow = "truncate"  # longer records are cut; "reject": left out and counted
+overflow = "truncate"  # longer prompts lose their start, never the answer; "reject": left out
 
 [training]             # with epsilon below, `rounds` decides how much noise each round needs
 rounds = 8
@@ -124,7 +124,8 @@ state = "state"        # the ledger of what privacy was spent, and the site's ke
 path = "data.jsonl"
 name = "records"       # the privacy budget's name: a dataset that grows keeps it
 # source = "csv"       # else by suffix; another is named here, or one to give it options:
-# options = { delimiter = ";" }
+# options = { delimiter = ";", encoding = "latin-1" }
+# filter = { ward = ["3", "4"] }   # only rows with one of these values
 # disjoint_from = ["other"]   # datasets of this site that share no patient with this one
 [data.columns]         # the column that holds each part; give one of these shapes:
 prompt = "prompt"      #   prompt + completion

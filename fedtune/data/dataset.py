@@ -39,7 +39,7 @@ class Example:
     """A tokenised record. input_ids, target_ids: as in Passage; label: index in objective.labels, 1
     or 0 of what is desirable or not, or -100; unit in 0..n_units-1; rejected: of a pair, the same
     prompt with the worse completion; media: the record's image or recording, of `tiles` tiles;
-    soft: a teacher's targets.
+    soft: a teacher's targets; cut: something of it was left out, to fit objective.max_length.
 
     The last target is not an input, since no loss reads its state."""
 
@@ -51,12 +51,38 @@ class Example:
     media: Media | None = None
     tiles: int = 1
     soft: SoftTargets | None = None
+    cut: bool = False
 
     @property
     def passages(self) -> tuple[Passage, ...]:
         """Return the record's passages: one, or the two of a pair."""
         passage = Passage(self.input_ids, self.target_ids)
         return (passage,) if self.rejected is None else (passage, self.rejected)
+
+
+class Failed(NamedTuple):
+    """A rejected row, for the site's own screen. file: its name alone, which may bear a patient's;
+    row: as a spreadsheet counts (the header is row 1), of JSONL the line, of Parquet from 1."""
+
+    file: str
+    row: int
+    reason: str
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Counts:
+    """What became of a file's rows, for the site's own eyes. filtered: left out by data.filter;
+    over_cap: usable, and over the max_records_per_unit of their patient; duplicates: records that
+    say what an earlier one said, whoever's; excluded: of units that were left out as a whole.
+
+    Guarantee: nothing that leaves the site, and nothing that trains, follows from these."""
+
+    rows: int = 0
+    filtered: int = 0
+    duplicates: int = 0
+    over_cap: int = 0
+    excluded: int = 0
+    failed: tuple[Failed, ...] = ()
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -66,13 +92,19 @@ class Dataset:
 
     keys: of each unit, as the ledger hashes it; members: what the site's ledger remembers, hashed,
     of the records that train: keys, contents, and which records of whom; content_hash: of them all,
-    in no order."""
+    in no order; counts: what became of the rows."""
 
     examples: list[Example]
     n_units: int
     rejected: Counter[str]
     members: frozenset[bytes] = frozenset()
     keys: tuple[bytes, ...] = ()
+    counts: Counts = Counts()
+
+    @property
+    def n_cut(self) -> int:
+        """Count the examples that were cut to objective.max_length."""
+        return sum(example.cut for example in self.examples)
 
     def exclude_units(self, is_excluded: Callable[[bytes], bool]) -> Dataset:
         """Return the dataset without the units whose key `is_excluded`; `members` is unchanged."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from fedtune.data.sources import Source, by_suffix
 from fedtune.data.sources._interface import REASONS, Keys, Names, NotWellFormed, Row
@@ -24,34 +25,57 @@ class Rejected(Exception):
         return str(self.args[0])
 
 
+class Place(NamedTuple):
+    """Where a row stands. file: its name alone; row: as dataset.Failed counts; 0: the whole
+    file."""
+
+    file: str
+    row: int
+
+
 def rows(
     where: Path, keys: Keys, *, strict: bool = True, source: Source | None = None
 ) -> Iterator[Row | str]:
-    """Yield each row as a dict, or the reason why it is rejected, in the order of the sorted files.
+    """Yield each row as a dict, or the reason why it is rejected, as placed_rows does."""
+    for _, row in placed_rows(where, keys, strict=strict, source=source):
+        yield row
+
+
+def placed_rows(
+    where: Path,
+    keys: Keys,
+    *,
+    strict: bool = True,
+    source: Source | None = None,
+    names: Names | None = None,
+) -> Iterator[tuple[Place, Row | str]]:
+    """Yield where each row stands, and the row as a dict or the reason why it is rejected, in the
+    order of the sorted files.
 
     strict: for a person who can correct the files before they are used. source: what reads them;
-    None: by each file's suffix.
+    None: by each file's suffix. names: filled with the columns that were met.
     Errors: DataError for a path that is missing or of another kind; if strict also for a single
     file that is unreadable, for CSV that is not well-formed, and for a column that `keys` names and
     no file has. Only `where` is named: a file inside a folder may bear a patient's name.
     Guarantee: if not strict, what is said of a row follows from that row alone, in CSV from a
     well-formed file's; a file that cannot be read is one rejected row.
     """
-    names = Names(where, keys)
+    names = names or Names(where, keys)
     readers = by_suffix() if source is None else dict.fromkeys(source.suffixes, source)
     for path in _paths(where, sorted(readers)):
+        names.begin()
         try:
-            for row in readers[path.suffix.lower()].rows(path, names):
-                yield _checked(row)
+            for number, row in enumerate(readers[path.suffix.lower()].rows(path, names), 1):
+                yield Place(path.name, names.row or number), _checked(row)
         except NotWellFormed:
             if strict:
                 raise
-            yield "not well-formed CSV"
+            yield Place(path.name, 0), "not well-formed CSV"
         except Exception as error:  # whatever one file makes a library do is that file's matter
             if strict and where.is_file():
                 data_error = error if isinstance(error, DataError) else _unreadable(where, error)
                 raise data_error from None
-            yield "unreadable file"
+            yield Place(path.name, 0), "unreadable file"
     if strict:
         names.require()
 

@@ -12,15 +12,16 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from fedtune.config import DataFile, ObjectiveTable, Study
-from fedtune.data.dataset import Dataset, Example, SoftTargets
+from fedtune.config import DataFile, EvaluationTable, ObjectiveTable, Study
+from fedtune.data.dataset import Counts, Dataset, Example, Failed, SoftTargets
 from fedtune.data.files import Rejected
 from fedtune.data.reader import Reader
 from fedtune.data.records import (
+    Read,
     Record,
     content_of,
     no_patients,
-    read_records,
+    read_file,
     table_of,
     unit_member,
 )
@@ -36,12 +37,13 @@ _PAIR = ("chosen", "rejected")
 
 
 class Unit(NamedTuple):
-    """One unit's records that train and their examples, numbered later; and the reasons why its
-    other records were rejected."""
+    """One unit's records that train and their examples, numbered later; the others with the reasons
+    why they were rejected; and how many are over the cap."""
 
     records: list[Record]
     examples: list[Example]
-    rejected: list[str]
+    rejected: list[tuple[Record, str]]
+    over_cap: int
 
 
 @dataclass(frozen=True, repr=False)
@@ -49,7 +51,7 @@ class UnitReader:
     """Turns one unit's records into examples: tokenised, capped, with soft targets.
 
     It reads one unit at a time and holds public values alone. scored: a head reads the text to its
-    end; max_records: of one unit; None: all.
+    end; max_records: of one unit; None: all; choices: answers that a prompt leaves room for.
     Guarantee: which of a unit's records train, and as what, depends on that unit's records and
     their history alone; a record on which a library fails is rejected, and no other one is."""
 
@@ -61,21 +63,24 @@ class UnitReader:
     reader: Reader | None = None
     soft_targets: Callable[[Record, Example], SoftTargets] | None = None
     max_records: int | None = None
+    choices: tuple[str, ...] = ()
 
     def __call__(
         self, records: Sequence[Record], is_kept: Callable[[Record], bool] = lambda record: False
     ) -> Unit:
         """Read the records of one unit, in the file's order. is_kept: whether this unit trained on
         a record before; the cap prefers these, then those of the smallest sha256."""
-        rejected: list[str] = []
+        rejected: list[tuple[Record, str]] = []
         examples = [(record, self._attempt(self._example, record)) for record in records]
         usable = _passed(examples, rejected)
+        over_cap = len(usable)
         if self.max_records is not None:
             usable = _capped(usable, self.max_records, is_kept)
+        over_cap -= len(usable)
         if self.soft_targets is not None:
             pairs = [(record, self._attempt(self._add_targets, record, e)) for record, e in usable]
             usable = _passed(pairs, rejected)
-        return Unit([record for record, _ in usable], [e for _, e in usable], rejected)
+        return Unit([record for record, _ in usable], [e for _, e in usable], rejected, over_cap)
 
     def _attempt(self, make: Callable[..., Example], *arguments: Any) -> Example | str:
         """Call `make`; return its example, or the reason why there is none."""
@@ -92,21 +97,29 @@ class UnitReader:
         if self.reader:
             placed, tiles = self.reader.place(record, self.objective)
             starts = self.reader.starts
-        tokens, label = _tokenise(
-            placed, self.objective, self.tokenizer, self.record_format, self.labelled, starts
+        tokenised = _tokenise(
+            placed,
+            self.objective,
+            self.tokenizer,
+            self.record_format,
+            self.labelled,
+            starts,
+            _lead(record, placed),
+            self.choices,
         )
         if self.reader:
-            for ids, _ in tokens:
+            for ids, _ in tokenised.passages:
                 self.reader.check(ids, tiles)
-        passages = [_passage(ids, targets, self.scored) for ids, targets in tokens]
+        passages = [_passage(ids, targets, self.scored) for ids, targets in tokenised.passages]
         return Example(
             input_ids=passages[0].input_ids,
             target_ids=passages[0].target_ids,
-            label=label,
+            label=tokenised.label,
             unit=0,
             rejected=passages[1] if len(passages) > 1 else None,
             media=record.media,
             tiles=tiles,
+            cut=tokenised.cut,
         )
 
     def _add_targets(self, record: Record, example: Example) -> Example:
@@ -114,11 +127,21 @@ class UnitReader:
         return replace(example, soft=self.soft_targets(record, example))
 
 
+def _lead(record: Record, placed: Record) -> str:
+    """Return what a base puts in front of the record's own text."""
+    if record.messages:
+        texts = zip(record.messages, placed.messages, strict=True)
+        own, text = next((own, text) for (role, own), (_, text) in texts if role == "user")
+    else:
+        own, text = record.prompt, placed.prompt
+    return text.removesuffix(own)
+
+
 def _passed(
-    outcomes: list[tuple[Record, Example | str]], rejected: list[str]
+    outcomes: list[tuple[Record, Example | str]], rejected: list[tuple[Record, str]]
 ) -> list[tuple[Record, Example]]:
-    """Select the usable examples; the reasons of the others are appended to `rejected`."""
-    rejected += [example for _, example in outcomes if isinstance(example, str)]
+    """Select the usable examples; the others are appended to `rejected` with their reasons."""
+    rejected += [(record, example) for record, example in outcomes if isinstance(example, str)]
     return [(record, example) for record, example in outcomes if not isinstance(example, str)]
 
 
@@ -159,27 +182,27 @@ def load_dataset(
     table = table_of(file)
     record_format = check_columns(file, study, tokenizer, labelled, reader)
     unit = study.unit if table == "data" else "record"
-    records, rejected = read_records(file, unit=unit, labelled=labelled, strict=strict)
+    read = read_file(file, unit=unit, labelled=labelled, strict=strict)
     by_unit: dict[str, list[Record]] = {}
-    for record in records:
+    for record in read.records:
         by_unit.setdefault(record.unit, []).append(record)
     cap = study.max_records_per_unit if unit == "patient" else None
     scored = resolve(study.objective).outputs > 0
+    choices = file.choices if isinstance(file, EvaluationTable) else ()
     unit_reader = UnitReader(
-        study.objective, tokenizer, record_format, scored, labelled, reader, soft_targets, cap
-    )
-    units: dict[str, Unit] = {}
-    for key, unit_records in by_unit.items():
-        if unit == "patient" and exclude_unit(key):
-            continue
-        unit_result = unit_reader(
-            unit_records, lambda record: is_known_member(_trained_member(record))
-        )
-        rejected.update(unit_result.rejected)
-        if unit_result.records:
-            units[key] = unit_result
+        study.objective, tokenizer, record_format, scored, labelled, reader, soft_targets, cap,
+        choices,
+    )  # fmt: skip
+    read_units = {
+        key: unit_reader(unit_records, lambda record: is_known_member(_trained_member(record)))
+        for key, unit_records in by_unit.items()
+        if not (unit == "patient" and exclude_unit(key))
+    }
+    units = {key: unit_result for key, unit_result in read_units.items() if unit_result.records}
+    counts = _counts(read, list(read_units.values()))
+    rejected = Counter(failed.reason for failed in counts.failed)
     if strict and not units:
-        raise _nothing_left(file.path, rejected, study.objective)
+        raise _nothing_left(file.path, rejected, study.objective, read.filtered)
     if strict and labelled and table == "data" and len(units) < 2:
         raise _one_unit(file.path, unit)
     examples = [
@@ -188,12 +211,32 @@ def load_dataset(
         for example in unit_result.examples
     ]
     if table != "data":
-        return Dataset(examples, len(units), rejected)
+        return Dataset(examples, len(units), rejected, counts=counts)
     member = unit_member if unit == "patient" else _row_member
     keys = tuple(map(member, units))
     training = [record for unit_result in units.values() for record in unit_result.records]
     members = _members(training) | (frozenset(keys) if unit == "patient" else frozenset())
-    return Dataset(examples, len(units), rejected, members, keys)
+    return Dataset(examples, len(units), rejected, members, keys, counts)
+
+
+def _counts(read: Read, units: Sequence[Unit]) -> Counts:
+    """Count what became of the rows of a file; `units`: those that were not left out."""
+    rejected = [(record.place, reason) for unit in units for record, reason in unit.rejected]
+    over_cap = sum(unit.over_cap for unit in units)
+    here = sum(len(unit.records) for unit in units) + len(rejected) + over_cap
+    return Counts(
+        rows=read.rows,
+        filtered=read.filtered,
+        duplicates=count_duplicates(read.records),
+        over_cap=over_cap,
+        excluded=len(read.records) - here,
+        failed=(*read.failed, *(Failed(*place, why) for place, why in rejected if place)),
+    )
+
+
+def count_duplicates(records: Sequence[Record]) -> int:
+    """Count the records that say what an earlier one says, whoever's they are."""
+    return len(records) - len({hashlib.sha256(content_of(record)).digest() for record in records})
 
 
 def dataset_of(
@@ -214,7 +257,7 @@ def dataset_of(
         soft_targets=soft_targets,
     )
     units = [unit_reader([record]) for record in records]
-    rejected = Counter(reason for unit in units for reason in unit.rejected)
+    rejected = Counter(reason for unit in units for _, reason in unit.rejected)
     usable = [example for unit in units for example in unit.examples]
     examples = [replace(example, unit=number) for number, example in enumerate(usable)]
     if not examples:
@@ -303,7 +346,15 @@ def _one_unit(path: Path, unit: str) -> DataError:
     )
 
 
-def _nothing_left(path: Path, rejected: Counter[str], objective: ObjectiveTable) -> DataError:
+def _nothing_left(
+    path: Path, rejected: Counter[str], objective: ObjectiveTable, filtered: int
+) -> DataError:
+    if filtered and not rejected:
+        return DataError(
+            f"{path}: data.filter leaves none of {filtered} rows",
+            "rows with its values",
+            "compare data.filter with the column; `fedtune data report` counts what is left out",
+        )
     if set(rejected) == {"unknown label"}:
         return DataError(
             f"{path}: no record has a label that objective.labels lists",
@@ -312,8 +363,9 @@ def _nothing_left(path: Path, rejected: Counter[str], objective: ObjectiveTable)
         )
     counts = ", ".join(f"{n} {reason}" for reason, n in rejected.most_common())
     todo = ""
-    if rejected["too long"]:
+    if rejected["too long"] or rejected["answer too long"]:
         todo = 'raise objective.max_length, or set objective.overflow = "truncate"'
+        todo = todo if rejected["too long"] else "raise objective.max_length"
     return DataError(f"{path}: all records are rejected ({counts})", "at least 2 usable ones", todo)
 
 
@@ -339,6 +391,3 @@ def _members(records: list[Record]) -> frozenset[bytes]:
 def text_members(record: Record) -> set[bytes]:
     """Return the record's longer texts, as members that the ledger hashes."""
     return {b"text\0" + text.encode() for text in _texts(record) if len(text) >= LONG}
-
-
-# ----------------------------------------------------------------------------- one record's tokens

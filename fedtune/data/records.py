@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,10 +17,11 @@ from fedtune.config import (
     SelectionTable,
     SiteData,
 )
-from fedtune.data.files import Rejected, rows
+from fedtune.data.dataset import Failed
+from fedtune.data.files import Place, Rejected, placed_rows
 from fedtune.data.media import Folder, Media
-from fedtune.data.sources import SOURCES
-from fedtune.data.sources._interface import Row, unclean
+from fedtune.data.sources import SOURCES, Source
+from fedtune.data.sources._interface import Names, Row, unclean
 from fedtune.errors import ConfigError, DataError
 
 TRUTH = ("true", "false", "1", "0", "yes", "no")  # a judgement: desirable or not, in turn
@@ -41,7 +43,7 @@ class Record:
     | prompt + completion + label | prompt, completion, label |
     | label alone, beside image or audio | label |
 
-    media: the file that image or audio names.
+    media: the file that image or audio names; place: where it stands, for the site's own screen.
     Guarantee: repr shows neither content nor the unit's key."""
 
     unit: str
@@ -51,6 +53,30 @@ class Record:
     label: str = ""
     messages: Messages = ()
     media: Media | None = None
+    place: Place | None = None
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Read:
+    """What a data file holds: its usable records in order, the rejected rows in order, how many
+    rows there are in all, how many of each file data.filter left out, and what its columns are
+    called."""
+
+    records: list[Record]
+    failed: list[Failed]
+    rows: int
+    filtered_in: Counter[str]
+    names: Names
+
+    @property
+    def filtered(self) -> int:
+        """Count the rows that data.filter left out."""
+        return self.filtered_in.total()
+
+    @property
+    def rejected(self) -> Counter[str]:
+        """Count the rejected rows by reason."""
+        return Counter(failed.reason for failed in self.failed)
 
 
 def unit_member(unit: str) -> bytes:
@@ -87,22 +113,38 @@ def read_records(
     Errors: DataError as `rows` has it, and if strict where the file holds no record; ConfigError
     where a site names a source that is not installed, or options that it does not have.
     Guarantee: if not strict, a record is made of its own row alone, whatever the others are."""
+    read = read_file(file, unit=unit, labelled=labelled, strict=strict)
+    return read.records, read.rejected
+
+
+def read_file(
+    file: DataFile,
+    *,
+    unit: Literal["record", "patient"] = "record",
+    labelled: bool = True,
+    strict: bool = True,
+) -> Read:
+    """Read a data file as read_records does, and keep where each row stands.
+
+    Errors, Guarantee: those of read_records."""
     table = table_of(file)
     if unit == "patient" and not file.columns.patient:
         raise no_patients(table)
-    named: dict[str, str | None] = file.columns.model_dump()
-    keys = {f"{table}.columns.{key}": column for key, column in named.items() if column}
     records: list[Record] = []
-    rejected: Counter[str] = Counter()
+    failed: list[Failed] = []
     copies: Counter[bytes] = Counter()
+    names = Names(file.path, _keys_of(file))
     folder = Folder(file.path if file.path.is_dir() else file.path.parent)
-    source = None
-    if isinstance(file, SiteData) and file.source:
-        source = SOURCES.build(file.source, file.options)
-    for row in rows(file.path, keys, strict=strict, source=source):
+    source, count, filtered_in = source_of(file), 0, Counter[str]()
+    keep = file.kept_values if isinstance(file, SiteData) else {}
+    for place, row in placed_rows(file.path, names.keys, strict=strict, source=source, names=names):
+        count += 1
         try:
             if isinstance(row, str):
                 raise Rejected(row)
+            if not _is_kept(row, keep):
+                filtered_in[place.file] += 1
+                continue
             key = _key(row.get(file.columns.patient or "")) if unit == "patient" else ""
             record = _record(row, key, file.columns, labelled)
             if column := file.columns.media:
@@ -110,20 +152,50 @@ def read_records(
                 record = replace(record, media=folder.read(_text(row.get(column)), kind))
             if unit == "record":
                 digest = hashlib.sha256(content_of(record))
-                record = replace(record, unit=f"{digest.hexdigest()} {copies[digest.digest()]}")
+                key = f"{digest.hexdigest()} {copies[digest.digest()]}"
                 copies[digest.digest()] += 1
-            records.append(record)
+            records.append(replace(record, unit=key, place=place))
         except Rejected as error:
-            rejected[error.reason] += 1
+            failed.append(Failed(*place, error.reason))
         except ConfigError:  # an extra is not installed
             raise
         except Exception:  # a library may raise anything on a bad row: reject that row alone
-            rejected["cannot be read"] += 1
-    if not records and not rejected and strict:
+            failed.append(Failed(*place, "cannot be read"))
+    if not count and strict:
         raise DataError(
             f"{file.path}: the file has no records", "at least 2", f"check {table}.path"
         )
-    return records, rejected
+    return Read(records, failed, count, filtered_in, names)
+
+
+def source_of(file: DataFile) -> Source | None:
+    """Build the source that site.toml names for a file; None: it goes by the suffix.
+
+    Errors: ConfigError where it is not installed, or does not have the options."""
+    if isinstance(file, SiteData) and file.source:
+        return SOURCES.build(file.source, file.options)
+    return None
+
+
+def _keys_of(file: DataFile) -> dict[str, str]:
+    """Map each configuration key that names a column to the column."""
+    table, named = table_of(file), file.columns.model_dump()
+    keys = {f"{table}.columns.{key}": column for key, column in named.items() if column}
+    if isinstance(file, SiteData):
+        keys |= {f"{table}.filter.{column}": column for column in file.filter}
+    return keys
+
+
+def _is_kept(row: Row, keep: Mapping[str, Sequence[str]]) -> bool:
+    """Return whether the row has one of the values that data.filter asks for, in each of its
+    columns."""
+    for column, values in keep.items():
+        try:
+            if _key(row.get(column)) not in values:
+                return False
+        except Rejected:  # no value, or none that can be compared
+            return False
+    return True
 
 
 def no_patients(table: str) -> DataError:

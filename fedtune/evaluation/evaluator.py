@@ -75,7 +75,7 @@ class Evaluator:
         plain = study.model_copy(update={"lora": lora})
         self._factor = self.network.adopt(plain, frozen or {})
         data = load_dataset(table, study, self.network.tokenizer, reader=self.network.reader)
-        self.rejected = data.rejected
+        self.rejected, self.n_cut = data.rejected, data.n_cut
         self._records = CachedDataset(self.network, data)
         self._gold = np.array([e.label if self.classify else -1 for e in data.examples])
         self._single: torch.Tensor | None = None  # the token of each choice, where each has one
@@ -199,9 +199,15 @@ def _choice_tokens(
     Errors: ConfigError (choices that are no choices), DataError (a completion that is none)."""
     ids = choice_ids(tokenizer, choices)
     end, gold, cut = [tokenizer.eos_token_id], [], 0
+    # White space after a completion or a choice does not count, unless it tells two choices apart.
+    texts = [str(tokenizer.decode(i)).rstrip() for i in ids]
+    texts = texts if len(set(texts)) == len(texts) else []
     for example in data.examples:
         target = example.target_ids[example.target_ids != NO_TARGET].tolist()
         choice_index = next((k for k, i in enumerate(ids) if target in (i, i + end)), -1)
+        if choice_index < 0 and texts:
+            said = str(tokenizer.decode(target[:-1] if target[-1:] == end else target)).rstrip()
+            choice_index = texts.index(said) if said in texts else -1
         full = len(example.input_ids) >= max_length - 1
         cut += choice_index < 0 and full and any(target == i[: len(target)] for i in ids)
         gold.append(choice_index)
@@ -209,7 +215,7 @@ def _choice_tokens(
     if unmatched:
         raise DataError(
             f"evaluation: {unmatched} of {of} completions are none of evaluation.choices",
-            "each completion exactly as one of the choices, spaces included",
+            "each completion exactly as one of the choices, spaces at its start included",
         )
     if cut:
         raise DataError(

@@ -219,7 +219,7 @@ class _Predictor:
         except Exception as error:  # of a library: its message may quote the record
             log.warning("a record cannot be read (%s)", type(error).__name__)
             return "cannot be read"
-        return unit.examples[0] if unit.examples else unit.rejected[0]
+        return unit.examples[0] if unit.examples else unit.rejected[0][1]
 
     def _record(self, row: Row) -> Record:
         columns, media = self._asked.columns, None

@@ -23,7 +23,8 @@ def evaluate(
         data: the file and its columns, or its path alone: the columns are then the study's.
         metric, choices: without them, the study's own.
 
-    Returns metric, records, rejected, before and after (measures by name), and interval: 95 %
+    Returns metric, records, rejected, cut (of the records, those of which objective.max_length left
+    something out), before and after (measures by name), and interval: 95 %
     intervals of before, after (Wilson for a share of records, else bootstrap over records) and
     change (paired bootstrap).
 
@@ -55,6 +56,7 @@ def evaluate(
         "metric": table.metric,
         "records": len(evaluator),
         "rejected": dict(evaluator.rejected),
+        "cut": evaluator.n_cut,
         "before": {name: before.value(name) for name in names},
         "after": {name: after.value(name) for name in names},
         "interval": intervals(before, after, table.metric),

@@ -18,6 +18,8 @@ from fedtune.run_folder import new_run
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
+    from fedtune.data.dataset import Dataset
+
 
 def simulate(
     study: Study,
@@ -57,7 +59,7 @@ def simulate(
     out = new_run(study, None if out is None else Path(out), resume=resume)
     register_teacher(study)
     for site in sites:  # the sites are the user's own: report errors in their files now
-        check_data(site, study)
+        _describe_records(site, study, check_data(site, study), on_event or _ignore)
     files = list(map(site_file, sites))
     common: dict[str, Any] = {"resume": resume, "on_event": on_event}
     settings = Settings(pause=1.0, clock=SimulatedClock(), upto=rounds, skip=False)
@@ -77,6 +79,18 @@ def simulate(
                 raise bad from None
             raise
     return Run(out)
+
+
+def _describe_records(site: Site, study: Study, dataset: Dataset, on_event: OnEvent) -> None:
+    """Send what becomes of a site's rows as "records", an event for this screen alone."""
+    from fedtune.client.reading import describe
+
+    name, line = site.site.name, describe(dataset, study, site.site.declared_size)
+    on_event("records", {"name": name, "text": f"{name}: {line}"})
+
+
+def _ignore(_event: str, _facts: dict[str, Any]) -> None:
+    pass
 
 
 def _bad_files(files: Sequence[Path], errors: Mapping[str, FedtuneError]) -> FedtuneError | None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from fedtune.errors import InputError, Refused
 from fedtune.observe.log import (
+    SCREEN,
     JsonLog,
     NotLoggable,
     Role,
@@ -103,13 +104,13 @@ class Observer:
 
 
 class _Tracked:
-    """A tracker as a sink: it gets what the log may hold, without steps of a progress bar."""
+    """A tracker as a sink: it gets what the log may hold, without what is for the screen alone."""
 
     def __init__(self, tracker: Tracker) -> None:
         self._tracker, self.name = tracker, type(tracker).__name__
 
     def __call__(self, event: str, data: dict[str, Any]) -> None:
-        if event != "step":
+        if event not in SCREEN:
             record = cleaned(event, data, strict=strict_here())
             self._tracker.on_event(record.pop("event"), record)
 

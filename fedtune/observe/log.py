@@ -47,7 +47,7 @@ logger = logging.getLogger("fedtune.observe")
 
 # fmt: off
 EVENTS = frozenset({
-    "start", "site", "round", "version", "done", "stopped", "step",  # a run
+    "start", "site", "round", "version", "done", "stopped", "step", "records",  # a run
     "joined", "answered", "refused", "failed", "waiting", "reconnecting",  # a site's link
     "listening", "connected", "disconnected", "admitted", "revoked", "renewed", "restarted",
 })
@@ -96,6 +96,7 @@ PHRASES = (
 )
 # fmt: on
 OTHER = "other"
+SCREEN = frozenset({"step", "records"})  # events for this machine's screen alone
 NEVER = frozenset(  # known, for the screen or the report alone
     {"text", "out", "privacy", "total", "private_quality", "log", "path", "idempotency"}
 )
@@ -260,7 +261,7 @@ def now() -> str:
 class JsonLog:
     """Appends each event to `path`, readable by this user alone; usable as `on_event`.
 
-    Steps of a progress bar ("step") are not events of the study and are left out."""
+    Events of SCREEN, steps of a progress bar among them, are left out."""
 
     def __init__(self, path: Path, *, role: Role | None = None, strict: bool | None = None) -> None:
         self.path, self._role = path, role
@@ -269,7 +270,7 @@ class JsonLog:
 
     def __call__(self, event: str, data: dict[str, Any]) -> None:
         record = cleaned(event, data, strict=self._strict)
-        if event == "step":
+        if event in SCREEN:
             return
         line = {"time": now(), **({"role": self._role} if self._role else {}), **record}
         try:

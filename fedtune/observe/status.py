@@ -27,12 +27,11 @@ from typing import Any
 
 from fedtune.errors import InputError
 from fedtune.files import reading
-from fedtune.observe.log import FIELDS, Record, Role, by, cleaned, logger, now, strict_here
+from fedtune.observe.log import FIELDS, SCREEN, Record, Role, by, cleaned, logger, now, strict_here
 
 FILE, LOCK = "status.json", "status.lock"
 LAST = 12  # events kept in the file
 ENDED = frozenset({"done", "stopped"})
-QUIET = frozenset({"step"})
 TOTALS = ("bytes_up", "bytes_down")
 # Fields taken over from any event that has them.
 CARRIED = ("study", "plan_digest", "private", "rounds", "address", "next", "champion")
@@ -52,7 +51,7 @@ class StatusFile:
 
     def __call__(self, event: str, data: dict[str, Any]) -> None:
         record = cleaned(event, data, strict=self._strict)
-        if event in QUIET:
+        if event in SCREEN:
             return
         self._status = updated(self._status, {"time": now(), **record})
         self.write()

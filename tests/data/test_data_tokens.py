@@ -187,20 +187,26 @@ def test_public_text_has_no_targets(
     assert (example.input_ids.tolist(), example.label) == ([1, 3, 2], -100)
 
 
-def test_too_long_is_rejected_or_cut_at_the_end(
+def test_too_long_is_rejected_or_the_prompt_loses_its_start(
     jsonl: Jsonl, study: MakeStudy, tokenizer: Tok
 ) -> None:
     fits, long, no_room = (
         {"p": "1234", "c": "abc"},
         {"p": "1234", "c": "abcd"},
-        {"p": "x" * 8, "c": "a"},
+        {"p": "x" * 8, "c": "abcdefgh"},
     )
     path = jsonl(fits, long, fits, no_room)
     data = load(path, PAIR, study(max_length=8), tokenizer)
     assert (len(data.examples), data.rejected) == (2, {"too long": 2})
     data = load(path, PAIR, study(max_length=8, overflow="truncate"), tokenizer)
-    assert [targets(tokenizer, e) for e in data.examples] == ["abc<eos>", "abcd", "abc<eos>"]
-    assert data.rejected == {"no target within max_length": 1}
+    assert [whole(tokenizer, e) for e in data.examples] == [
+        "1234abc<eos>",
+        "234abcd<eos>",
+        "1234abc<eos>",
+    ]
+    assert [e.cut for e in data.examples] == [False, True, False] and data.n_cut == 1
+    assert data.rejected == {"answer too long": 1}
+    assert data.counts.failed == (("data.jsonl", 4, "answer too long"),)
 
 
 @pytest.mark.parametrize("columns", [PAIR, MESSAGES])
@@ -219,26 +225,29 @@ def test_a_huge_record_is_not_tokenised(
     monkeypatch.setattr(type(tokenizer), "encode", spy)
     assert "1 too long" in str(error_of(path, columns, study(max_length=64), tokenizer))
     assert not seen
-    example = one(path, columns, study(max_length=64, overflow="truncate"), tokenizer)
-    assert len(example.input_ids) == 63
-    assert set(targets(tokenizer, example)) == {"y"}
+    plan = study(max_length=64, overflow="truncate")
+    assert "1 answer too long" in str(error_of(path, columns, plan, tokenizer))
+    example = one(jsonl({"p": huge, "c": "x"} | talk(huge, "x")), columns, plan, tokenizer)
+    assert len(example.input_ids) == 63 and example.cut
+    assert targets(tokenizer, example) == "x<eos>" and "yyyyyyyy" in whole(tokenizer, example)
+    assert "yyyyyyyy" in whole(tokenizer, one(jsonl({"t": huge}), TEXT, plan, tokenizer))
     assert max(seen) < 2 * 40 * 64
 
 
 def test_ten_thousand_tokens(
     jsonl: Jsonl, study: MakeStudy, make_tokenizer: MakeTok, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = jsonl({"p": "x", "c": "ab" * 5000})
+    path = jsonl({"t": "xab" * 5000})
     tokenizer = make_tokenizer()
     tokenizer.model_max_length = 512
     transformers_logging.enable_propagation()
     try:  # a record's length is private: the library's warning about it must not be written
-        example = one(path, PAIR, study(max_length=8192, overflow="truncate"), tokenizer)
+        example = one(path, TEXT, study(max_length=8192, overflow="truncate"), tokenizer)
     finally:
         transformers_logging.disable_propagation()
     assert len(example.input_ids) == 8191
     assert not caplog.records
-    assert "1 too long" in str(error_of(path, PAIR, study(max_length=8192), tokenizer))
+    assert "1 too long" in str(error_of(path, TEXT, study(max_length=8192), tokenizer))
 
 
 def test_a_cut_text_has_no_eos_even_where_it_has_few_tokens(
@@ -246,9 +255,9 @@ def test_a_cut_text_has_no_eos_even_where_it_has_few_tokens(
 ) -> None:
     tok = copy.deepcopy(encoder_tokenizer)
     tok.eos_token = "[SEP]"
-    path = jsonl({"p": "lion", "c": "cat" + " " * 2000 + "dog"})
-    example = one(path, PAIR, study(max_length=8, overflow="truncate"), tok)
-    assert targets(tok, example) == "cat"
+    path = jsonl({"t": "lion cat" + " " * 2000 + "dog"})
+    example = one(path, TEXT, study(max_length=8, overflow="truncate"), tok)
+    assert targets(tok, example) == "cat" and example.cut
 
 
 def test_a_long_chat_is_tokenised_no_further_than_needed(
@@ -271,16 +280,12 @@ def test_a_long_chat_is_tokenised_no_further_than_needed(
     assert len(calls) < 12
 
 
-def test_truncated_chat_and_encoder(
-    jsonl: Jsonl, study: MakeStudy, tokenizer: Tok, encoder_tokenizer: Tok
+def test_a_text_to_classify_loses_its_end(
+    jsonl: Jsonl, study: MakeStudy, encoder_tokenizer: Tok
 ) -> None:
-    start = len(tokenizer.encode("<|system|>Be kind.<eos>\n<|user|>\nHi<eos>\n<|assistant|>\n"))
-    path = jsonl(talk("Hi", "Hello", "and", "more"))
-    plan = study(max_length=start + 3, overflow="truncate")
-    assert targets(tokenizer, one(path, MESSAGES, plan, tokenizer)) == "Hel"
     path = jsonl(*[{"t": "lion " * 20, "y": "a"}] * 2)
     plan = study(name="classify", labels=["a"], max_length=8)
     assert "2 too long" in str(error_of(path, LABELLED, plan, encoder_tokenizer))
     plan = study(name="classify", labels=["a"], max_length=8, overflow="truncate")
     data = load(path, LABELLED, plan, encoder_tokenizer)
-    assert data.examples[0].input_ids.tolist() == [1, 3, 3, 3, 3, 3, 3, 2]
+    assert data.examples[0].input_ids.tolist() == [1, 3, 3, 3, 3, 3, 3, 2] and data.n_cut == 2

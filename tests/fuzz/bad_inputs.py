@@ -133,6 +133,7 @@ READ_BY: dict[str, tuple[dict[str, Damage], tuple[tuple[str, ...], ...]]] = {
             ("review", PLAN, "--site", SITE),
             ("ledger", SITE),
             ("purge", SITE),
+            ("data", "report", SITE),
             ("withdraw", SITE, "--file", "keys.txt"),
             ("label", SITE, *BASE, "--out", "new.jsonl"),
             ("status", SITE),

@@ -12,6 +12,7 @@ import torch
 from safetensors.numpy import load_file
 
 import fedtune.client.prepared
+import fedtune.client.reading
 import fedtune.client.site
 from fedtune.data.records import unit_member
 from fedtune.flower import api
@@ -244,9 +245,11 @@ def test_a_site_that_fails_for_a_record_is_caught(
     usual: Recorder, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The twin: a site that gives up where it has no records."""
-    honest = fedtune.client.site.load_dataset
+    honest = fedtune.client.reading.load_dataset
     monkeypatch.setattr(
-        fedtune.client.site, "load_dataset", lambda *a, few, **k: honest(*a, few=False, **k)
+        fedtune.client.reading,
+        "load_dataset",
+        lambda *a, strict, **k: honest(*a, strict=True, **k),
     )
     monkeypatch.setattr(fedtune.client.site, "Dataset", None)  # what it falls back on
     study = lay_out(tmp_path, tiny_base, [])

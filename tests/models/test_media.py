@@ -220,7 +220,7 @@ def test_place_holders_are_counted(folder: Path, tmp_path: Path) -> None:
     rows += [{"image": "a.png", "q": "and here?", "a": "x"}] * 2
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert read(tmp_path, network, ASK).rejected == {"image token in the text": 1}
-    with pytest.raises(DataError, match=r"no target within max_length"):
+    with pytest.raises(DataError, match=r"answer too long"):
         read(tmp_path, network, ASK, max_length=16, overflow="truncate")
     with pytest.raises(Rejected, match="too long"):
         network.reader.check([5] * 3, tiles=5)

@@ -44,8 +44,9 @@ MUTANTS = (
     ),
     one(
         32, "every-file-must-have-every-column", FILES,
-        "                yield _checked(row)\n",
-        "                yield _checked(row)\n            own = Names(where, keys)\n"
+        "                yield Place(path.name, names.row or number), _checked(row)\n",
+        "                yield Place(path.name, names.row or number), _checked(row)\n"
+        "            own = Names(where, keys)\n"
         "            list(readers[path.suffix.lower()].rows(path, own))\n"
         "            own.require()\n",
         T_FOLDER, "one patient's file switches the site to noise",
@@ -166,14 +167,15 @@ MUTANTS = (
     ),
     one(
         37, "records-go-by-their-row", RECORDS,
-        'unit=f"{digest.hexdigest()} {copies[digest.digest()]}"', "unit=str(len(records))",
+        'key = f"{digest.hexdigest()} {copies[digest.digest()]}"', "key = str(len(records))",
         "tests/data/test_data_units.py::"
         "test_a_record_is_named_by_what_it_says_and_not_by_where_it_stands",
         "one record less renames the others",
     ),
     one(
         37, "records-withdraw-by-a-patients-key", TOKENS,
-        '        if unit == "patient" and exclude_unit(key):\n', "        if exclude_unit(key):\n",
+        '        if not (unit == "patient" and exclude_unit(key))\n',
+        "        if not exclude_unit(key)\n",
         "tests/data/test_data_units.py::"
         "test_a_record_is_named_by_what_it_says_and_not_by_where_it_stands",
         "a patient who left takes a row of somebody else along",

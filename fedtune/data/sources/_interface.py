@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -18,8 +19,20 @@ SHOWN = 20  # column names in a message
 # Why a row cannot be used. No other words of a source are kept, since they may quote the row.
 REASONS = (
     *("not JSON", "not UTF-8", "NUL byte", "too long", "wrong type", "wrong column count"),
-    *("missing value", "empty text", "cannot be read"),
+    *("missing value", "empty text", "cannot be read", "not in the encoding"),
 )
+# What a column is called. A first line of such cells is shown, even where none of them is asked
+# for, if one has one of these words; without a header the first line is a record.
+COLUMN = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,39}")
+WORDS = frozenset(
+    {
+        *("text", "note", "notes", "prompt", "completion", "question", "answer", "label", "class"),
+        *("category", "target", "messages", "chosen", "rejected", "patient", "subject", "id"),
+        *("image", "audio", "file", "date", "input", "output"),
+    }
+)
+DELIMITERS = {";": "a semicolon", "\t": "a tab", "|": "a vertical bar"}
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # the byte order marks
 
 
 @dataclass
@@ -34,6 +47,22 @@ class Names:
     shown: list[str] = field(default_factory=list)
     keys_met: Counter[str] = field(default_factory=Counter)
     objects: int = 0
+    row: int = 0  # of the row that a source yields next, as a person finds it; 0: it does not say
+    hints: list[str] = field(default_factory=list)  # what may be wrong with a whole file
+
+    def begin(self) -> None:
+        """Begin another file."""
+        self.row = 0
+
+    def suspect(self, hint: str) -> None:
+        """Add what may be wrong with a whole file, in words that hold no content."""
+        if hint not in self.hints:
+            self.hints.append(hint)
+
+    @property
+    def listed(self) -> list[str]:
+        """List the column names that a message may show."""
+        return self.shown + [name for name, n in self.keys_met.items() if 2 * n >= self.objects]
 
     def header(self, names: list[str], shown: bool = True) -> None:
         """Add a file's columns. shown: whether they may be in a message."""
@@ -50,18 +79,17 @@ class Names:
         """Check the requested columns. Errors: DataError for one that no file has."""
         present = self.headers | set(self.keys_met)
         absent = [(key, column) for key, column in self.keys.items() if column not in present]
-        if not absent or not present:
+        if not absent or not (present or self.hints):
             return
         key, column = absent[0]
-        listed = self.shown + [name for name, n in self.keys_met.items() if 2 * n >= self.objects]
+        listed, hints = self.listed, "".join(f"; {hint}" for hint in self.hints)
         if listed:
             omitted = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
             expected = "one of " + ", ".join(repr(name[:40]) for name in listed[:SHOWN]) + omitted
         else:
             expected = "a first line that names the columns, separated by commas"
-        raise DataError(
-            f"{self.where}: no column {column!r}, which {key} names", expected, f"correct {key}"
-        )
+        happened = f"{self.where}: no column {column!r}, which {key} names{hints}"
+        raise DataError(happened, expected, f"correct {key}")
 
 
 class NotWellFormed(DataError):
@@ -85,6 +113,15 @@ class Source(ABC):
         what is said of a row follows from that row alone. Whatever it raises makes the file one
         that cannot be read; a DataError must name `names.where`, never `path`, which may bear a
         patient's name, and no content."""
+
+
+def is_header(cells: list[str], keys: Keys) -> bool:
+    """Return whether a file's first line may be shown: it has a column that is asked for, or looks
+    like names of columns throughout."""
+    if any(column in cells for column in keys.values()):
+        return True
+    words = {word for cell in cells for word in re.split(r"[_.-]", cell.lower())}
+    return all(COLUMN.fullmatch(cell) for cell in cells) and bool(words & WORDS)
 
 
 def unclean(text: str) -> str:

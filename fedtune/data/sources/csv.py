@@ -8,19 +8,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from fedtune.data.sources._interface import Names, NotWellFormed, Row, Source, unclean
+from fedtune.data.sources._encoding import encoding_of
+from fedtune.data.sources._interface import (
+    DELIMITERS,
+    UTF_16,
+    Names,
+    NotWellFormed,
+    Row,
+    Source,
+    is_header,
+    unclean,
+)
 from fedtune.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
 class Csv(Source):
-    """Comma-separated values: a first line of column names, then rows. UTF-8."""
+    """Comma-separated values: a first line of column names, then rows. UTF-8, unless `encoding` is
+    another of those that encoding_of allows."""
 
     suffixes = (".csv",)
 
     delimiter: str = ","
+    encoding: str = "utf-8"
 
     def __post_init__(self) -> None:
+        encoding_of(self.encoding)
         if len(self.delimiter) != 1 or self.delimiter in '"\r\n':
             raise ConfigError(
                 f"data.options.delimiter = {self.delimiter!r}", 'one character, such as ";"'
@@ -28,30 +41,62 @@ class Csv(Source):
 
     def rows(self, path: Path, names: Names) -> Iterator[Row | str]:
         csv.field_size_limit(2**31 - 1)
+        encoding = encoding_of(self.encoding)
+        # Of the header's line, which is no record.
+        if _head(path).startswith(UTF_16):
+            raise DataError(
+                f"{names.where}: the file is UTF-16",
+                "UTF-8",
+                "export it as CSV UTF-8, or: iconv -f UTF-16 -t UTF-8 FILE",
+            )
         # surrogateescape: an undecodable byte stays inside its own row, which is then rejected.
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
+        with path.open(
+            encoding="utf-8-sig" if encoding == "utf-8" else encoding,
+            errors="surrogateescape",
+            newline="",
+        ) as handle:
             lines = self._lines(handle, names.where)
-            header = [name.strip() for name in next(lines, [])]
+            number, first = next(lines, (0, []))
+            header = [name.strip() for name in first]
             if not header:
                 return
-            # Without a header the first line is a record: its cells are shown only if it is one.
-            names.header(header, shown=any(column in header for column in names.keys.values()))
-            for key, column in names.keys.items():
-                if header.count(column) > 1:
-                    raise DataError(
-                        f"{names.where}: column {column!r} ({key}) occurs twice in the header"
-                    )
-            for cells in lines:
+            self._register(header, names)
+            for number, cells in lines:
+                names.row = number
                 reason = unclean("".join(cells))
+                if reason == "not UTF-8" and encoding != "utf-8":
+                    reason = "not in the encoding"
                 if reason or len(cells) != len(header):
                     yield reason or "wrong column count"
                 else:
                     yield dict(zip(header, cells, strict=True))
 
-    def _lines(self, handle: TextIO, where: Path) -> Iterator[list[str]]:
+    def _register(self, header: list[str], names: Names) -> None:
+        """Add the file's columns, and what may be wrong with their delimiter."""
+        # Without a header the first line is a record: its cells are shown only if it is one.
+        names.header(header, shown=is_header(header, names.keys))
+        for mark, word in DELIMITERS.items():
+            if len(header) == 1 and mark != self.delimiter and mark in header[0]:
+                parts = [part.strip(' "') for part in header[0].split(mark)]
+                if is_header(parts, names.keys):
+                    names.shown = [name for name in names.shown if name != header[0]] + parts
+                toml = "\\t" if mark == "\t" else mark
+                names.suspect(
+                    f'the cells seem to be separated by {word}: in [data] source = "csv" and '
+                    f'options = {{ delimiter = "{toml}" }}'
+                )
+        for key, column in names.keys.items():
+            if header.count(column) > 1:
+                raise DataError(
+                    f"{names.where}: column {column!r} ({key}) occurs twice in the header"
+                )
+
+    def _lines(self, handle: TextIO, where: Path) -> Iterator[tuple[int, list[str]]]:
+        """Yield the rows that are not empty, each with its number, from 1, as a spreadsheet shows
+        it."""
         reader = csv.reader(handle, strict=True, delimiter=self.delimiter)
         try:
-            yield from filter(None, reader)
+            yield from ((number, cells) for number, cells in enumerate(reader, 1) if cells)
         except csv.Error:
             # After a broken quote the start of the next record is unknown: stop.
             raise NotWellFormed(
@@ -59,3 +104,8 @@ class Csv(Source):
                 "fields with a quote, comma or newline in double quotes, and quotes inside doubled",
                 "export the file again, or use .jsonl",
             ) from None
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(2)

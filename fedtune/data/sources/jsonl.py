@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from fedtune.data.sources._interface import Names, Row, Source
+from fedtune.data.sources._encoding import encoding_of
+from fedtune.data.sources._interface import UTF_16, Names, Row, Source
 
 BOM = b"\xef\xbb\xbf"
 LINE = 64 * 2**20  # bytes of one line
@@ -16,17 +17,27 @@ LINE = 64 * 2**20  # bytes of one line
 
 @dataclass(frozen=True)
 class Jsonl(Source):
-    """One JSON object a line. UTF-8."""
+    """One JSON object a line. UTF-8, unless `encoding` is another of those that encoding_of
+    allows."""
 
     suffixes = (".jsonl",)
 
+    encoding: str = "utf-8"
+
+    def __post_init__(self) -> None:
+        encoding_of(self.encoding)
+
     def rows(self, path: Path, names: Names) -> Iterator[Row | str]:
+        encoding = encoding_of(self.encoding)
         with path.open("rb") as handle:
-            for number, line in enumerate(_lines(handle)):
-                line = line.removeprefix(BOM) if number == 0 else line
+            for number, line in enumerate(_lines(handle), 1):
+                if number == 1 and line.startswith(UTF_16):
+                    names.suspect("the file seems to be UTF-16: iconv -f UTF-16 -t UTF-8 FILE")
+                line = line.removeprefix(BOM) if number == 1 else line
                 if not line.strip():
                     continue
-                row = _json_object(line) if len(line) <= LINE else "too long"
+                names.row = number
+                row = _json_object(line, encoding) if len(line) <= LINE else "too long"
                 if isinstance(row, dict):
                     names.object(row)
                 yield row
@@ -41,13 +52,13 @@ def _lines(handle: BinaryIO) -> Iterator[bytes]:
         yield line
 
 
-def _json_object(line: bytes) -> Row | str:
+def _json_object(line: bytes, encoding: str) -> Row | str:
     if b"\0" in line:
         return "NUL byte"
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json.loads(line.decode(encoding))
     except UnicodeDecodeError:
-        return "not UTF-8"
+        return "not UTF-8" if encoding == "utf-8" else "not in the encoding"
     except Exception:  # no JSON, too deep, too large: an unusable line
         return "not JSON"
     return value if isinstance(value, dict) else "wrong type"

@@ -1,0 +1,114 @@
+"""Commands on a site's own files of records."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fedtune.cli.exit_codes import command
+from fedtune.cli.site import PANEL, SITE
+from fedtune.cli.study import SET
+
+if TYPE_CHECKING:
+    from fedtune.client.data_report import DataReport
+    from fedtune.config import Site, Study
+
+data_app = typer.Typer(no_args_is_help=True, help="A site's own files: what they hold, in counts.")
+PLAN = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="STUDY",
+        help="study.toml: also tokens, and what this study would cut or leave out.",
+        show_default=False,
+    ),
+]
+HTML = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Also write one page, for this user alone (0600).", show_default=False
+    ),
+]
+DATE = Annotated[
+    str | None,
+    typer.Option(
+        metavar="COLUMN", help="A column of dates: count records by year.", show_default=False
+    ),
+]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands on `app`, under `data`."""
+    command(data_app)(report)
+    app.add_typer(data_app, name="data", rich_help_panel=PANEL)
+
+
+def report(
+    site: SITE,
+    study: PLAN = None,
+    html: HTML = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
+    date: DATE = None,
+    settings: SET = None,
+) -> None:
+    """Report on this site's records: columns, rows that cannot be used, classes, lengths,
+    duplicates, records of a patient; with --study also what it would cut, cap or reject.
+
+    Counts of private records, without noise, and no record's content: for the site alone. Nothing
+    leaves this machine."""
+    from fedtune.client.data_report import data_report
+    from fedtune.config import load_site
+    from fedtune.errors import ConfigError
+
+    if settings and study is None:
+        raise ConfigError("--set is given, and no study.toml is read", "--study STUDY with it")
+    loaded = load_site(site)
+    plan = _plan(study, loaded, settings or []) if study else None
+    found = data_report(loaded, plan, date=date)
+    if html:
+        found.save(html)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=1, ensure_ascii=False))
+        return
+    show(Console(), found)
+    if html:
+        typer.echo(f"wrote {html}: private to this site")
+
+
+def _plan(path: Path, site: Site, settings: list[str]) -> Study:
+    """Load a study.toml as it is, or a plan; neither starts it: the adapter is not needed."""
+    from fedtune.client.policy import permit_plugins
+    from fedtune.client.review import read_plan
+    from fedtune.config import load_study
+
+    if path.suffix == ".json":
+        return read_plan(path, site, settings)
+    return load_study(path, lambda study: permit_plugins(study, site), settings)
+
+
+def show(console: Console, found: DataReport) -> None:
+    """Print a data report."""
+    from fedtune.errors import printable
+
+    console.print(f"[bold]{escape(found.site)}[/bold]  {escape(found.path)}", highlight=False)
+    console.print("private to this site: exact counts of its records", style="yellow")
+    for heading, rows in found.tables():
+        table = Table(
+            title=escape(heading),
+            title_justify="left",
+            title_style="bold",
+            box=box.SIMPLE,
+            show_header=False,
+            pad_edge=False,
+        )
+        for _ in range(max(map(len, rows), default=0)):
+            table.add_column(overflow="fold")
+        for row in rows:
+            table.add_row(*(escape(printable(cell)) for cell in row))
+        console.print(table, highlight=False)
