@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from fedtune.cli import data, derive, models, network, plugin, use_run
+from fedtune.cli import init as cli_init
 from fedtune.cli import site as cli_site
 from fedtune.cli import status as cli_observe
 from fedtune.cli.exit_codes import command
@@ -130,23 +131,7 @@ def demo(out: OUT = None) -> None:
     closing(_console(), folder, done.report)
 
 
-@command(app, panel=TRY)
-def init(
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A new folder.", show_default=False)
-    ],
-) -> None:
-    """Write study.toml and site.toml, commented line by line, to start a study of your own."""
-    from fedtune.config import templates
-
-    for path in templates.init(folder):
-        typer.echo(f"wrote {path}")
-    typer.echo(
-        f"\nnext   put records into {folder}/data.jsonl and {folder}/evaluation.jsonl, each line\n"
-        '       {"prompt": "…", "completion": "…"}; then\n'
-        f"       fedtune plan {folder}/study.toml --size 200     what it costs in ε\n"
-        f"       fedtune simulate {folder}/study.toml            the whole study, on this machine"
-    )
+cli_init.add_to(app, TRY)
 
 
 @command(app, panel=TRY)
