@@ -6,14 +6,16 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import typer
 from click.testing import CliRunner
 
-from fedtune.cli.console import Watch
+from fedtune.cli import watch as watch_module
 from fedtune.cli.main import app
+from fedtune.cli.watch import Watch
 from fedtune.demo import run as demo
 from fedtune.errors import (
     ConfigError,
@@ -176,6 +178,53 @@ def test_a_pipe_gets_each_step_as_a_line_once(
         watch("waiting", {"text": "waiting for the coordinator"})
     lines = [line for line in text().split("\n") if line]
     assert lines == ["x", "reading [b]records 0%", "waiting for the coordinator"]
+
+
+def test_a_server_says_what_it_waits_for_and_when_it_will_be_done(
+    watched: tuple[Watch, Callable[[], str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch, text = watched
+    now = 1000.0
+    monkeypatch.setattr(watch_module.time, "monotonic", lambda: now)
+    with watch:
+        watch("listening", {"text": "coordinator  at [b]h:1[/b]\nconsortium   ab"})
+        watch("start", {"rounds": 5, "done": 1})
+        watch("connected", {"name": "a", "text": "a: connected"})
+        watch("planned", {"study": "s", "rounds": 5, "participants": ["a"], "planned": {"a": 1.5}})
+        watch("site", {"name": "a", "status": "trained", "round": 2})  # soon after another line
+        now += 30
+        watch("site", {"name": "b", "status": "trained", "round": 2})
+        watch("round", {"round": 2, "rounds": 5, "epsilon": {"a": 0.5}, "participants": ["a"]})
+    said = [" ".join(line.split()) for line in text().splitlines() if line.strip()]
+    assert said == [
+        "x", "coordinator at [b]h:1[/b]", "consortium ab", "a: connected",
+        "s: a take part; round 2 of 5 is next; planned: ε = 1.5",
+        "round 2: b: trained",
+        "round ε planned trained sent left", "2/5 0.5 1.5 1 0 B 2 min",
+    ]  # fmt: skip
+
+
+def test_the_demo_has_a_status_while_it_runs_and_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+
+    def demo(out: Path, on_event: Callable[..., None]) -> Any:
+        on_event("step", {"text": "inventing three hospitals"})
+        shown.append(run("status", out).output)
+        on_event("start", {"study": "demo", "rounds": 3, "done": 0})
+        shown.append(run("status", out).output)
+        on_event("done", {"out": str(out)})
+        return SimpleNamespace(report={"private": True, "privacy": {"epsilon": 1.0}})
+
+    monkeypatch.setattr("fedtune.demo.run_demo", demo)
+    found = run("demo", "--out", tmp_path / "demo")
+    assert found.exit_code == 0, found.output
+    assert found.output.startswith("preparing\ninventing three hospitals\n")
+    shown.append(run("status", tmp_path / "demo").output)
+    states = ("waiting", "running  round 0/3", "done  round 0/3")
+    assert [words in said for said, words in zip(shown, states, strict=True)] == 3 * [True]
+    assert (tmp_path / "demo" / "log.jsonl").is_file()
 
 
 def test_what_a_site_did_is_a_line_that_stays_on_a_terminal_too() -> None:

@@ -1,25 +1,21 @@
-"""What a run looks like in a terminal: one bar, one line per round, one closing block."""
+"""What commands print in a terminal: tables, and a run's closing block."""
 
 from __future__ import annotations
 
-import math
-import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from fedtune.cli.figures import short, size_text
 from fedtune.errors import printable
-from fedtune.progress import listening
 from fedtune.report.claim import percent, rounded_up, verdict
 
 if TYPE_CHECKING:
@@ -30,144 +26,11 @@ if TYPE_CHECKING:
     from fedtune.evaluation.predictions import Predictions
     from fedtune.server.versions import Index
 
-LINE_SECONDS = 30.0
 BANNER = "NOT PRIVATE: no noise is added; the adapter may reveal the records it is trained on"
 
 
 def warn_not_private(console: Console) -> None:
     console.print(Panel(BANNER, style="bold white on red", expand=False))
-
-
-class Watch:
-    """Draws the events of a run (`on_event`); use as a context manager. Where no terminal is, the
-    bar's words are lines, each once and at most every LINE_SECONDS as they go on.
-
-    hold: refusals wait for the end of the run, which may say them itself.
-    Site names and reasons come from other machines: they are shown as plain text."""
-
-    def __init__(self, console: Console, title: str, *, hold: bool = False) -> None:
-        self.console, self._header, self._title = console, False, title
-        self._hold = hold
-        self._held: list[tuple[str, str]] = []  # line, reason
-        self._last, self._at = "", 0.0  # the last plain line, and when
-        self._bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[count]}"),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-        )
-        self._task = self._bar.add_task(escape(title), total=None, count="")
-
-    def __enter__(self) -> Watch:
-        self._bar.start()
-        self._print_line(self._title)
-        self._heard = listening(self._long)
-        self._heard.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._heard.__exit__(kind, error, trace)
-        self._bar.stop()
-        self._release_held(str(error))
-
-    def _long(self, text: str, done: int, total: int) -> None:
-        self._step(text, {"done": done, "total": total})
-
-    def __call__(self, event: str, data: dict[str, Any]) -> None:
-        if event == "site":
-            self._site(data)
-        elif event == "round":
-            self._release_held("")
-            self._round(data)
-        elif event in ("answered", "refused", "failed"):
-            self._answered(event, data)
-        elif event == "records":
-            line = " ".join(str(data.get("text")).split())
-            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        elif event == "done":
-            pass  # the closing lines say so
-        elif event == "start":
-            self._bar.update(self._task, total=data.get("rounds"), completed=data.get("done", 0))
-        else:
-            self._step(event, data)
-
-    def _step(self, event: str, data: dict[str, Any]) -> None:
-        """Any other step: {"text", "done", "total"}, each optional."""
-        text = str(data.get("text") or event)
-        done, total = data.get("done"), data.get("total")
-        count = f"{done:,}/{total:,}" if done is not None and total else ""
-        self._print_line(text, f"{done / total:.0%}" if done is not None and total else "")
-        self._bar.update(
-            self._task, description=escape(text), total=total, completed=done or 0, count=count
-        )
-
-    def _site(self, data: dict[str, Any]) -> None:
-        name, status, reason = (str(data.get(k) or "") for k in ("name", "status", "reason"))
-        if reason or status in ("refused", "failed", "dropped", "missing"):
-            line = f"{name}: {status}" + (f": {reason}" if reason else "")
-            self._held.append((" ".join(line.split()), reason))
-            if not self._hold:
-                self._release_held("")
-        else:
-            self._bar.update(self._task, description=escape(f"{name}: {status}"))
-
-    def _release_held(self, error_text: str) -> None:
-        """Print the lines held back, except those whose reason `error_text` contains."""
-        held, self._held = self._held, []
-        for line, reason in dict.fromkeys(held):
-            if not (error_text and reason and reason in error_text):
-                self.console.print(line, style="yellow", markup=False, soft_wrap=True)
-
-    def _print_line(self, text: str, share: str = "") -> None:
-        """share: in per cent, since a service's log keeps no count of a site's records."""
-        if self.console.is_terminal:
-            return
-        now = time.monotonic()
-        if text != self._last or now - self._at >= LINE_SECONDS:
-            self._last, self._at = text, now
-            line = " ".join(f"{text} {share}".split())
-            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    def _answered(self, event: str, data: dict[str, Any]) -> None:
-        """What a site did: a line that stays, and the bar waits again."""
-        bad = data.get("status") in ("refused", "failed") or event != "answered"
-        line = " ".join(str(data.get("text") or event).split())
-        style = "yellow" if bad else None
-        self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
-        self._last = ""
-        self._bar.update(self._task, description="waiting for work", total=None, count="")
-
-    def _round(self, data: dict[str, Any]) -> None:
-        quality, spent = data.get("quality") or {}, data.get("epsilon") or {}
-        quality = {f"sel. {n}": v for n, v in (data.get("selection") or {}).items()} or quality
-        if not self._header:
-            self._header = True
-            head = "".join(f"{n[:13]:>14}" for n in quality)
-            self.console.print(
-                f"{'round':>7}{head}{'ε':>9}{'trained':>9}{'sent':>10}", style="bold"
-            )
-        done, total = int(data.get("round", 0)), int(data.get("rounds") or 0)
-        numbers = "".join(f"{_short(v):>14}" for v in quality.values())
-        epsilon = max(spent.values(), default=None)
-        trained = data.get("participants") or []
-        count = len(trained) if isinstance(trained, list | tuple | set) else int(trained)
-        count_of = f"{done:>3}/{total:<3}" if total else f"{done:>7}"
-        self.console.print(
-            f"{count_of}{numbers}{rounded_up(epsilon):>9}{count:>9}{_size(data.get('bytes')):>10}",
-            highlight=False,
-        )
-        shown = f"{done}/{total}" if total else f"{done}"
-        self._bar.update(
-            self._task, total=total or None, completed=done, count=shown, description="training"
-        )
 
 
 def closing(console: Console, out: Path, report: dict[str, Any]) -> None:
@@ -178,12 +41,12 @@ def closing(console: Console, out: Path, report: dict[str, Any]) -> None:
     after = after.get(metric) if isinstance(after, dict) else after
     console.print()
     if metric:
-        console.print(f"{metric}: {_short(before)} → [bold]{_short(after)}[/bold]", highlight=False)
+        console.print(f"{metric}: {short(before)} → [bold]{short(after)}[/bold]", highlight=False)
         claim = verdict(quality)
         style = None if claim.startswith("better") else "bold yellow"
         console.print(f"  {claim}", style=style, highlight=False, markup=False)
     for name, alone in (report.get("alone") or {}).items():
-        console.print(f"  {name} alone, at the same ε: {_short(alone)}", markup=False)
+        console.print(f"  {name} alone, at the same ε: {short(alone)}", markup=False)
     if report.get("private"):
         p = report["privacy"]
         console.print(
@@ -207,22 +70,6 @@ def closing(console: Console, out: Path, report: dict[str, Any]) -> None:
     for index, (line, why) in enumerate(commands):
         lines.append(f"{'' if index else 'next':<9}{line:<{wide}}   {why}")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
-
-
-def _short(value: Any) -> str:
-    """Four significant figures."""
-    if not isinstance(value, int | float):
-        return "–"
-    return f"{value:.4g}" if math.isfinite(value) else str(value)
-
-
-def _size(value: Any) -> str:
-    total = sum(value.values()) if isinstance(value, dict) else value or 0
-    for unit in ("B", "kB", "MB"):
-        if total < 1000:
-            return f"{total:.3g} {unit}"
-        total /= 1000
-    return f"{total:.3g} GB"
 
 
 def plan_table(study: Study, plan: Plan) -> Table:
@@ -268,9 +115,9 @@ def versions_table(index: Index) -> Table:
         table.add_column(head, no_wrap=True)
     for v in index.versions:
         mark = " ←" if v.number == index.champion else ""
-        other = "–" if v.champion is None else f"{_short(v.champion_value)} ({v.champion})"
+        other = "–" if v.champion is None else f"{short(v.champion_value)} ({v.champion})"
         at = v.at[:16].replace("T", " ") or "–"
-        row = (f"{v.number}{mark}", at, _short(v.value), other, _short(v.sure), v.public[:8] or "–")
+        row = (f"{v.number}{mark}", at, short(v.value), other, short(v.sure), v.public[:8] or "–")
         table.add_row(*(escape(printable(cell)) for cell in (*row, v.decision)))
     return table
 
@@ -334,11 +181,11 @@ def fit_table(fit: Fit) -> Group:
         table.add_column(head, justify="right", no_wrap=True)
     for row in fit.rows:
         if not row.failed:
-            cost = (f"{row.parameters / 1e6:,.4g} M", _size(row.memory))
+            cost = (f"{row.parameters / 1e6:,.4g} M", size_text(row.memory))
             speed = f"{row.tokens:,.0f}\n{row.step:,.0f}"
-            predictions = [_short((row.predicted or {}).get(e)) for e in epsilons]
-            wire = f"{_size(row.up)}\n{_size(row.down)}"
-            table.add_row(escape(row.model), *cost, speed, _short(row.base), *predictions, wire)
+            predictions = [short((row.predicted or {}).get(e)) for e in epsilons]
+            wire = f"{size_text(row.up)}\n{size_text(row.down)}"
+            table.add_row(escape(row.model), *cost, speed, short(row.base), *predictions, wire)
     unfit = [Text(f"{row.model}: {row.failed}", "yellow") for row in fit.rows if row.failed]
     return Group(table, *unfit)
 
@@ -353,7 +200,7 @@ def files_table(folder: Path, paths_by_kind: dict[str, list[Path]]) -> Table:
         table.add_column(head, justify="right", no_wrap=True)
     for kind, paths in paths_by_kind.items():
         size = sum(path.lstat().st_size for path in paths)
-        table.add_row(kind, f"{len(paths):,}", _size(size))
+        table.add_row(kind, f"{len(paths):,}", size_text(size))
     return table
 
 

@@ -107,7 +107,8 @@ def distill(
     out is fitted to do their work. Post-processing: it costs no ε, and the report carries over what
     the runs spent. The result looks like a run: evaluate, generate and merge take it; plain
     transformers and PEFT load it."""
-    from fedtune.cli.console import Watch, closing
+    from fedtune.cli.console import closing
+    from fedtune.cli.watch import Watch
     from fedtune.derive.distill import distill as teach
     from fedtune.models.run import Run
 
@@ -280,7 +281,8 @@ def choose_base(
 
     Reads the study's public text and evaluation records; no record of a site. What it says of ε is
     a prediction from one pass: it tells hopeless from learnable, and little more."""
-    from fedtune.cli.console import Watch, fit_table
+    from fedtune.cli.console import fit_table
+    from fedtune.cli.watch import Watch
     from fedtune.evaluation.compare_bases import choose_base as measure
     from fedtune.files.writing import replace
 

@@ -103,7 +103,7 @@ def label(
     both orders. No text leaves. Each record is seen alone, without examples of others, so a
     patient's preferences are that patient's own: name the same patient column in the DPO study.
     Withdrawn patients are left out. A run that was trained without privacy is refused."""
-    from fedtune.cli.console import Watch
+    from fedtune.cli.watch import Watch
     from fedtune.config import load_site
     from fedtune.derive.label import label as make
 
@@ -216,7 +216,8 @@ def improve(
     run's own mean on the public prompts. Training ends when the policy's
     KL from the run exceeds --max-kl; what is kept is the checkpoint below it with the highest
     KL-penalised reward, or nothing. Needs fedtune[rl]."""
-    from fedtune.cli.console import Watch, closing
+    from fedtune.cli.console import closing
+    from fedtune.cli.watch import Watch
     from fedtune.derive.improve import improve as learn
     from fedtune.models.run import Run
 

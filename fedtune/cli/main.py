@@ -116,7 +116,8 @@ def demo(out: OUT = None) -> None:
 
     The notes are generated, the base is SmolLM2-135M, and nothing leaves this machine. It ends with
     the quality before and after, the ε that was spent, and a report to read."""
-    from fedtune.cli.console import Watch, closing
+    from fedtune.cli.console import closing
+    from fedtune.cli.watch import Watch
 
     folder = out or folder_for("demo", resume=False)
     from fedtune.observe import observer
@@ -197,7 +198,8 @@ def simulate(
     """Run a whole study on this machine: every site, every round, the same code as in the field.
 
     Each site reads its own site.toml, keeps its own policy and pays from its own privacy budget."""
-    from fedtune.cli.console import Watch, closing, warn_not_private
+    from fedtune.cli.console import closing, warn_not_private
+    from fedtune.cli.watch import Watch
 
     loaded = load(study, settings)
     loaded_sites, folder = _sites(study, sites, more), new_run(loaded, out, resume=resume)
@@ -263,7 +265,8 @@ def server(
 
     Sends tensors and numbers, never code, and sees noised sums only. One port is open, and lets
     through what an admitted site may ask, nothing else."""
-    from fedtune.cli.console import Watch, closing, warn_not_private
+    from fedtune.cli.console import closing, warn_not_private
+    from fedtune.cli.watch import Watch
 
     loaded, home = load(study, settings), home or study.parent / "coordinator"
     folder = new_run(loaded, out, resume=resume, runs=study.parent / "runs")
@@ -272,7 +275,7 @@ def server(
     from fedtune.observe import observer
 
     with (
-        Watch(_console(), f"waiting for sites at {host}:{port}") as watch,
+        Watch(_console(), f"{loaded.study.name}: starting a coordinator at {host}:{port}") as watch,
         observer("coordinator", folder, then=watch, home=home, metrics_port=metrics_port) as events,
     ):
         from fedtune.launch.coordinator import serve
@@ -314,10 +317,11 @@ def client(
 ) -> None:
     """Take part as a site: train here, on this site's records, under this site's policy.
 
-    Runs until stopped, and reconnects by itself. Only clipped and noised sums leave.
+    Runs until stopped (Ctrl-C), also when a study is finished, and reconnects by itself. Only
+    clipped and noised sums leave.
 
     Under torchrun, rank 0 is the client and the other ranks share its steps."""
-    from fedtune.cli.console import Watch
+    from fedtune.cli.watch import Watch
     from fedtune.config import load_site
     from fedtune.errors import ConfigError
     from fedtune.observe import observer
@@ -330,7 +334,7 @@ def client(
 
         return follow_torchrun(path)
     with (
-        Watch(_console(), "connecting") as screen,
+        Watch(_console(), f"site {loaded.site.name}: checking its records") as screen,
         observer(
             "site", loaded.site.state, then=screen, site=site, metrics_port=metrics_port
         ) as events,

@@ -10,12 +10,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fedtune.cli.console import _short, _size
+from fedtune.cli.figures import duration, short, size_text
 from fedtune.errors import FedtuneError
 from fedtune.observe.status import Snapshot
 from fedtune.report.claim import rounded_up
 
 STYLES = {"running": "green", "done": "green", "waiting": "yellow", "stopped": "red", "gone": "red"}
+BY = {"stopped by SIGINT": "Ctrl-C", "stopped by SIGTERM": "SIGTERM"}  # of a reason
 GONE = "its process is no more; start it again (a coordinator: with --resume)"
 
 
@@ -34,7 +35,7 @@ def head(snapshot: Snapshot) -> Text:
     status, line = snapshot.status, Text()
     line.append(str(status.get("study") or status["role"]), style="bold")
     line.append("  ")
-    line.append(snapshot.state, style=STYLES.get(snapshot.state, ""))
+    line.append(_state(snapshot), style=STYLES.get(snapshot.state, ""))
     if status.get("rounds"):
         line.append(f"  round {status.get('round', 0)}/{status['rounds']}")
     elif status.get("next"):
@@ -44,32 +45,69 @@ def head(snapshot: Snapshot) -> Text:
     if status.get("private") is False:
         line.append("  NOT PRIVATE", style="bold red")
     for name, value in (status.get("quality") or {}).items():
-        line.append(f"  {name} {_short(value)}")
+        line.append(f"  {name} {short(value)}")
     if status.get("seconds") is not None:
         line.append(f"  {status['seconds']:.0f} s a round")
-    if status.get("error"):
-        line.append(f"  {status['error']}", style="red")
+        if snapshot.state == "running" and (left := _rounds_left(status)):
+            line.append(f", about {duration(left * status['seconds'])} left")
+    for key in ("error", "reason"):
+        if status.get(key) and status[key] not in BY:
+            line.append(f"  {status[key]}", style="red")
     if snapshot.state == "gone":
         line.append(f"\n{GONE}")
+    if status.get("address"):
+        coordinator = "coordinator " if status["role"] == "site" else ""
+        line.append(f"\n{coordinator}at {status['address']}")
+    if status.get("fingerprint"):
+        line.append(f", consortium {status['fingerprint']}")
     line.append(f"\n{snapshot.folder}; last told {status.get('updated', '')}", style="dim")
     return line
+
+
+def _state(snapshot: Snapshot) -> str:
+    status, state = snapshot.status, snapshot.state
+    if state == "stopped" and status.get("reason") in BY:
+        return f"stopped ({BY[status['reason']]})"
+    if state == "waiting" and status["role"] == "site" and status.get("done"):
+        return "finished; waiting for another study"
+    return state
+
+
+def _rounds_left(status: dict[str, Any]) -> int:
+    return max(int(status.get("rounds") or 0) - int(status.get("round") or 0), 0)
+
+
+def _status_of(site: dict[str, Any]) -> str:
+    told = str(site.get("status", ""))
+    if site.get("connected") is None:
+        return told
+    if not site["connected"]:
+        return ", ".join(filter(None, [told, "not connected"]))
+    return told or "connected"
+
+
+def _epsilon_of(site: dict[str, Any]) -> str:
+    """ε so far, and of the whole plan."""
+    spent, planned = site.get("epsilon"), site.get("planned")
+    told = "–" if spent is None else rounded_up(spent)
+    return told if planned is None else f"{told} of {rounded_up(planned)}"
 
 
 def sites_table(sites: dict[str, dict[str, Any]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("site", "status", "reason"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for name in ("missed", "ε", "sent", "received"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, site in sorted(sites.items()):
         table.add_row(
             Text(name),
-            Text(str(site.get("status", ""))),
+            Text(_status_of(site)),
             Text(str(site.get("reason", ""))),
             str(site.get("missed", 0)),
-            rounded_up(site["epsilon"]) if site.get("epsilon") is not None else "–",
-            _size(site.get("bytes_up")),
-            _size(site.get("bytes_down")),
+            _epsilon_of(site),
+            size_text(site.get("bytes_up")),
+            size_text(site.get("bytes_down")),
         )
     return table
 

@@ -10,6 +10,7 @@ from fedtune.client.site import SiteWorker, worker
 from fedtune.client.site_file import site_file
 from fedtune.config import Study, study_from_json
 from fedtune.dp import accountant
+from fedtune.dp.plan import plan_for_site
 from fedtune.errors import FedtuneError
 from fedtune.report.claim import rounded_up
 
@@ -17,7 +18,8 @@ DONE = ("admitted", "trained", "answered")
 
 
 def reply_facts(message: Message, reply: Message, context: Context) -> dict[str, Any]:
-    """Return a reply's study, round, status and reason, the study's ε so far, and a line of text.
+    """Return a reply's study, round, status and reason, the study's ε so far and as planned, and a
+    line of text.
 
     epsilon: of all charged rounds of the study, interrupted ones included, at the plan's δ.
     {} where the reply is not the app's."""
@@ -37,6 +39,8 @@ def reply_facts(message: Message, reply: Message, context: Context) -> dict[str,
             place = f"round {number}" + (f" of {rounds}" if rounds else "")
         if (spent := _spent(study, site)) is not None:
             facts["epsilon"] = {site.site.site.name: spent}
+            if (planned := _planned(study, site)) is not None:
+                facts["planned"] = {site.site.site.name: planned}
     facts["text"] = f"{name}: {f'{place} ' if place else ''}{_line(facts)}"
     return facts
 
@@ -74,6 +78,15 @@ def _spent(study: Study, site: SiteWorker) -> float | None:
     return accountant.epsilon([charge.event for charge in charges], study.privacy.delta)
 
 
+def _planned(study: Study, site: SiteWorker) -> float | None:
+    """Return ε of the whole plan here; in a study without a last round, of a patient's life."""
+    try:
+        plan = plan_for_site(study, site.site.site.declared_size)
+    except FedtuneError:  # the plan fits no site of this size, and the reply says so
+        return None
+    return plan.epsilon if plan.lifetime is None else plan.lifetime
+
+
 def _line(facts: dict[str, Any]) -> str:
     status: str = facts["status"]
     if status == "unprepared":
@@ -83,6 +96,8 @@ def _line(facts: dict[str, Any]) -> str:
     line = status
     for spent in facts.get("epsilon", {}).values():
         line += f"; paid so far: ε = {rounded_up(spent)}"
+    for planned in facts.get("planned", {}).values():
+        line += f" of {rounded_up(planned)} planned"
     if facts.get("round") and facts["round"] == facts.get("rounds"):
         line += "; that was the last round"
     return line

@@ -86,10 +86,12 @@ def serve(
     try:
         with alone(home / "flower", "fedtune server") as killed, interruptible():
             prepare(home, host, port, names, STOP_SECONDS if killed else 0.0)
-            rounds = run or _installed_rounds(home)
+            rounds = run or _installed_rounds(home, on_event)
             with superlink(home) as link:
                 try:
                     with study_grid(link, home) as grid, supervised_gateway(link, home, host, port):
+                        if on_event:
+                            on_event("listening", listening(study, home, called(host, port, names)))
                         return rounds(grid, study, out, resume=resume, on_event=on_event)
                 except (httpx.HTTPError, InfrastructureError) as error:
                     raise _blame(link.child, error) from None
@@ -119,9 +121,34 @@ def prepare(
     SigningKey.at(home / "signing.key")
     hosts = [] if host in EVERYWHERE else [host]
     certs.server_leaf(home, [*names, *hosts])
-    for name in [*names, *hosts][:1]:
-        address = f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
-        replace(home / "address", address.encode(), private=True)
+    if names or hosts:
+        replace(home / "address", called(host, port, names).encode(), private=True)
+
+
+def called(host: str, port: int, names: Sequence[str] = ()) -> str:
+    """Return the address by which sites connect: the first name, else where the gateway listens."""
+    name = [*names, host][0]
+    return f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
+
+
+def listening(study: Study, home: Path, address: str) -> dict[str, Any]:
+    """Describe a coordinator that has begun to listen, with what its operator does next."""
+    ca = certs.ca(home)[1].public_bytes(certs.PEM).decode()
+    fingerprint = enrol.consortium(ca, SigningKey.at(home / "signing.key").public)
+    names = sorted(enrol.registry(home))
+    least = study.strategy.min_sites
+    lines = [
+        f"coordinator  of {study.study.name}, at {address}",
+        f"consortium   {fingerprint}",
+        f"admitted     {', '.join(names) or 'nobody yet'}; the study needs {least}",
+    ]
+    if len(names) < least:
+        lines.append(
+            "next         for each site's request: fedtune admit NAME.request, beside STUDY"
+        )
+    lines.append("waiting      for sites to connect: fedtune client site.toml, there")
+    facts = {"study": study.study.name, "address": address, "fingerprint": fingerprint}
+    return {**facts, "participants": names, "text": "\n".join(lines)}
 
 
 @dataclass(frozen=True)
@@ -260,17 +287,43 @@ def _blame(link: Child, error: httpx.HTTPError | InfrastructureError) -> Infrast
 
 class Members:
     """Identifies each node's member at present: the SuperLink knows a node's key, the registry the
-    key's site. A node keeps its key, so one that has just left is still known."""
+    key's site. A node keeps its key, so one that has just left is still known.
 
-    def __init__(self, home: Path) -> None:
+    on_event: hears whom the registry and the SuperLink have gained or lost since the last call, as
+    "admitted", "revoked", "connected" and "disconnected" {name}."""
+
+    def __init__(self, home: Path, on_event: OnEvent | None = None) -> None:
         self._home, self._keys, self._asked = home, dict[int, str](), dict[str, tuple[int, int]]()
+        self._on_event, self._here = on_event, set[str]()
+        self._admitted: set[str] | None = None
         allowance.write(home, self._asked)
 
     def __call__(self, grid: Grid) -> dict[int, enrol.Member]:
-        self._keys |= api.node_keys(grid)
+        connected = api.node_keys(grid)
+        self._keys |= connected
         records = {r.node: r for r in enrol.registry(self._home).values()}
+        self._notify(
+            {record.name for record in records.values()},
+            {records[key].name for key in connected.values() if key in records},
+        )
         members = {node: records[key] for node, key in self._keys.items() if key in records}
         return {node: enrol.Member(r.name, r.signing) for node, r in members.items()}
+
+    def _notify(self, admitted: set[str], here: set[str]) -> None:
+        before = (admitted if self._admitted is None else self._admitted, self._here)
+        self._admitted, self._here = admitted, here
+        if self._on_event is None:
+            return
+        changes = (
+            ("admitted", admitted - before[0]),
+            ("revoked", before[0] - admitted),
+            ("connected", here - before[1]),
+            ("disconnected", before[1] - here),
+        )
+        told = f"{len(here)} of {len(admitted)} admitted sites are connected"
+        for event, names in changes:
+            for name in sorted(names):
+                self._on_event(event, {"name": name, "text": f"{name}: {event}; {told}"})
 
     def expect(self, grid: Grid, nodes: Iterable[int], most: int) -> None:
         """Allow these nodes, and no others, to push an answer of `most` bytes to the gateway."""
@@ -281,11 +334,11 @@ class Members:
         allowance.write(self._home, self._asked)
 
 
-def _installed_rounds(home: Path) -> Run:
+def _installed_rounds(home: Path, on_event: OnEvent | None) -> Run:
     from fedtune.server import rounds
     from fedtune.server.parts import Dependencies, Settings
 
-    members = Members(home)
+    members = Members(home, on_event)
     key, receipts = SigningKey.at(home / "signing.key"), home / "receipts.json"
     parts = Dependencies(
         enrolled=members,

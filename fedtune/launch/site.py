@@ -65,9 +65,11 @@ def join(
     without a last round, and in no others. client_app: in place of
     client.app:app. patience: seconds to go on being refused; after a crash Flower refuses a site
     for about 60 s, until the old session has expired. Events: "joined", "answered" {kind, and
-    client.reply_facts'}, "refused" {kind}, "failed" {kind, error}, "waiting" {address},
-    "connected" (again), "reconnecting" {seconds}; each has a text for people.
-    Errors: ConfigError; InfrastructureError when the coordinator goes on refusing this site."""
+    client.reply_facts'}, "refused" {kind}, "failed" {kind, error}, "waiting" {address; study, done:
+    of one that is finished}, "connected" (again), "reconnecting" {seconds}, "stopped" {reason};
+    each has a text for people.
+    Errors: ConfigError; InfrastructureError when the coordinator goes on refusing this site;
+    KeyboardInterrupt at Ctrl-C. SIGTERM ends it without an error."""
     site = load_site(site_path)
     link = forwarder_link(site, site_path)
     executor = _Executor(
@@ -75,6 +77,9 @@ def join(
     )
     executor.coordinator, executor.watch = link.answer.coordinator, watch
     bypass_proxy()
+    address = link.address
+    text = f"site {site.site.name}: connecting to the coordinator at {address}"
+    executor.notify("waiting", {"address": address, "text": text})
     state = site.site.state / "flower"
     try:
         with interruptible(), alone(state, "fedtune client"), Forwarder(link, state) as forwarder:
@@ -93,8 +98,11 @@ def join(
                 wait = BACKOFF_SECONDS[min(len(failures), len(BACKOFF_SECONDS)) - 1]
                 executor.notify("reconnecting", {"seconds": wait, "text": "connecting again"})
                 time.sleep(wait)
-    except Stopped:
-        return
+    except Stopped as stop:
+        if stop.name == "SIGINT":  # as every command takes it
+            raise KeyboardInterrupt from None
+        reason = f"stopped by {stop.name}"
+        executor.notify("stopped", {"reason": reason, "text": reason})
 
 
 class _Executor:
@@ -102,6 +110,7 @@ class _Executor:
 
     def __init__(self, site_path: Path, app: ClientApp | App, notify: OnEvent, once: bool) -> None:
         self._site_path, self._app, self.notify, self._once = site_path, app, notify, once
+        self._last: dict[str, Any] = {}  # the facts of the newest answer
         self.coordinator = ""  # the signing key that this site enrolled with
         self.watch = False  # whether it takes part in studies without a last round
         self.joined = False  # whether the coordinator accepted the last SuperNode
@@ -150,7 +159,8 @@ class _Executor:
         while node.alive and not (forwarder.refusal or forwarder.distrust):
             if not self.joined and node.has_logged(api.SUPERNODE_JOINED):
                 self.joined = True
-                self.notify("joined", {"text": "connected; waiting for work"})
+                text = f"connected to {coordinator}; waiting for a study; Ctrl-C ends"
+                self.notify("joined", {"address": coordinator, "text": text})
             if claim := runtime.acquire([api.CLIENT_APP, api.AGENT_APP]):
                 self._answer(node, address, claim)
             elif self._once and self._worked:
@@ -158,9 +168,8 @@ class _Executor:
                     return True
             elif waiting != (forwarder.away > GONE_SECONDS):
                 waiting = not waiting
-                text = f"waiting for the coordinator at {coordinator}"
                 if waiting:
-                    self.notify("waiting", {"address": coordinator, "text": text})
+                    self.notify("waiting", {"address": coordinator, **self._ended(coordinator)})
                 elif self.joined:
                     self.notify("connected", {"text": "connected again; waiting for work"})
             time.sleep(POLL_SECONDS)
@@ -186,11 +195,19 @@ class _Executor:
         except Exception as error:
             self._failed(kind, error)
             return api.error_reply(message, type(error).__name__)
-        self.notify(
-            "answered",
-            {"kind": kind, "text": f"{kind}: answered", **_reply_facts(message, reply, context)},
-        )
+        self._last = _reply_facts(message, reply, context)
+        self.notify("answered", {"kind": kind, "text": f"{kind}: answered", **self._last})
         return reply
+
+    def _ended(self, coordinator: str) -> dict[str, Any]:
+        """Describe the wait for a coordinator that is gone: its study is finished, or it failed."""
+        last = self._last
+        rounds = last.get("rounds")
+        if rounds and last.get("round") == rounds and last["status"] in ("trained", "answered"):
+            text = f"study {last['study']} is finished; waiting for another; Ctrl-C ends"
+            return {"study": last["study"], "done": rounds, "text": text}
+        text = f"the coordinator at {coordinator} is not there; waiting for it; Ctrl-C ends"
+        return {"text": text}
 
     def _failed(self, kind: str, error: Exception) -> None:
         name = type(error).__name__

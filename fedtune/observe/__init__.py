@@ -15,14 +15,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fedtune.errors import InputError, Refused
+from fedtune.errors import InfrastructureError, InputError, Refused
 from fedtune.observe.log import (
+    OTHER,
     SCREEN,
     JsonLog,
     NotLoggable,
     Role,
     cleaned,
     logger,
+    reason_of,
     strict_here,
 )
 from fedtune.observe.status import FILE, LOCK, StatusFile
@@ -93,14 +95,25 @@ class Observer:
     ) -> None:
         then, self._then = self._then, None  # the screen shows the end itself
         if kind is not None or not self._ended:
-            failed = kind is not None and kind is not KeyboardInterrupt  # which a person asked for
-            self("stopped", {"error": kind.__name__} if kind and failed else {})
+            self("stopped", _end(error))
         self._then = then
         for sink in (*self._sinks, *self._late):
             if hasattr(sink, "close"):
                 sink.close()
         if isinstance(error, Refused | InputError) and self._run is not None:
             _forget(self._run)
+
+
+def _end(error: BaseException | None) -> dict[str, Any]:
+    """Describe what ended a run: an error's class, and the phrase of its text that a log may hold;
+    of what a person stopped, the signal alone."""
+    if error is None:
+        return {}
+    if isinstance(error, KeyboardInterrupt):
+        return {"reason": "stopped by SIGINT"}
+    reason = reason_of(str(error)) if isinstance(error, Refused | InfrastructureError) else OTHER
+    told = {} if reason in ("", OTHER) else {"reason": reason}
+    return told if reason == "stopped by SIGTERM" else {"error": type(error).__name__, **told}
 
 
 class _Tracked:

@@ -47,7 +47,7 @@ logger = logging.getLogger("fedtune.observe")
 
 # fmt: off
 EVENTS = frozenset({
-    "start", "site", "round", "version", "done", "stopped", "step", "records",  # a run
+    "start", "planned", "site", "round", "version", "done", "stopped", "step", "records",  # a run
     "joined", "answered", "refused", "failed", "waiting", "reconnecting",  # a site's link
     "listening", "connected", "disconnected", "admitted", "revoked", "renewed", "restarted",
 })
@@ -219,6 +219,7 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "step": _number,
     "keep": _number,
     "epsilon": by(_name, _epsilon),
+    "planned": by(_name, _epsilon),
     "bytes": _count,
     "bytes_up": by(_name, _count),
     "bytes_down": by(_name, _count),

@@ -9,7 +9,7 @@ running one: the lock is released with the process, whatever ended it.
 | waiting  | it runs, and waits for the other side                                 |
 | running  | it runs, and works                                                    |
 | done     | the study has ended, with a report                                    |
-| stopped  | it ended before the study did; `error` names the class                |
+| stopped  | it ended before the study did; `error` names the class, `reason` why  |
 | gone     | it was killed: neither done nor stopped, and nobody holds the lock    |
 """
 
@@ -32,9 +32,19 @@ from fedtune.observe.log import FIELDS, SCREEN, Record, Role, by, cleaned, logge
 FILE, LOCK = "status.json", "status.lock"
 LAST = 12  # events kept in the file
 ENDED = frozenset({"done", "stopped"})
+LINKS = frozenset({"listening", "admitted", "revoked", "connected", "disconnected"})
 TOTALS = ("bytes_up", "bytes_down")
 # Fields taken over from any event that has them.
-CARRIED = ("study", "plan_digest", "private", "rounds", "address", "next", "champion")
+CARRIED = (
+    "study",
+    "plan_digest",
+    "private",
+    "rounds",
+    "address",
+    "fingerprint",
+    "next",
+    "champion",
+)
 
 
 class StatusFile:
@@ -98,6 +108,12 @@ def updated(status: Record, record: Record) -> Record:
     if event == "start":
         new |= {"state": "running", "round": record.get("done", 0)}
         new.pop("error", None)
+        new.pop("reason", None)
+    elif event == "planned":
+        for name, epsilon in record.get("planned", {}).items():
+            sites.setdefault(name, {})["planned"] = epsilon
+    elif event in LINKS and new["role"] == "coordinator":
+        _link(new, record)
     elif event == "site" and "site" in record:
         told = {"status": record.get("status", ""), "reason": record.get("reason", "")}
         sites.setdefault(record["site"], {}).update(told)
@@ -105,13 +121,26 @@ def updated(status: Record, record: Record) -> Record:
         new["state"] = "running"
         _round(new, record)
     elif event in ENDED:
-        new |= {"state": event, **({"error": record["error"]} if "error" in record else {})}
+        new["state"] = event
+        new |= {key: record[key] for key in ("error", "reason") if key in record}
     elif event in ("joined", "connected", "answered"):
         new["state"] = "running"
         _answer(new, record)
     elif event in ("waiting", "reconnecting"):
         new["state"] = "waiting"
+        new.pop("done", None)
+        new |= {key: record[key] for key in ("done",) if key in record}
     return new
+
+
+def _link(new: Record, record: Record) -> None:
+    """Enter at a coordinator whom its registry and its link have gained or lost."""
+    event, names = record["event"], list(record.get("participants", ()))
+    for name in [*names, record["site"]] if "site" in record else names:
+        site = new["sites"].setdefault(name, {"status": ""})
+        site["connected"] = event == "connected"
+        if event == "revoked":
+            site["status"] = event
 
 
 def _answer(new: Record, record: Record) -> None:
@@ -121,8 +150,9 @@ def _answer(new: Record, record: Record) -> None:
         name = record["site"]
         site = new["sites"].setdefault(name, {})
         site |= {key: record[key] for key in ("status", "reason") if key in record}
-        if name in record.get("epsilon", {}):
-            site["epsilon"] = record["epsilon"][name]
+        for key in ("epsilon", "planned"):
+            if name in record.get(key, {}):
+                site[key] = record[key][name]
 
 
 def _round(new: Record, record: Record) -> None:
@@ -241,7 +271,14 @@ _COUNT, _MOMENT = FIELDS["round"], FIELDS["next"]
 _WORDS = dict.fromkeys(("role", "state", "error", "event"), _word)
 _EVENT = _keys({**FIELDS, **_WORDS, "time": _MOMENT})
 _NUMBER = FIELDS["seconds"]
-_SITE = _keys({**FIELDS, **dict.fromkeys(("missed", *TOTALS), _COUNT), "epsilon": _NUMBER})
+_SITE = _keys(
+    {
+        **FIELDS,
+        **dict.fromkeys(("missed", *TOTALS), _COUNT),
+        **dict.fromkeys(("epsilon", "planned"), _NUMBER),
+        "connected": FIELDS["private"],
+    }
+)
 # What a status may hold, key by key: no more than `cleaned` let through when it was written.
 _STATUS = _keys(
     {

@@ -127,6 +127,8 @@ class _Run:
         self._event("start", study=self.study.study.name, plan_digest=self.study.digest, done=done)
         if not self._is_over:
             self._admit()
+            who = self.roster.willing()
+            self._event("planned", **summary.planned(self.progress, who, self.parts))
         plan = self.study.model_dump_json(indent=2) + "\n"
         replace(self.out / "plan.json", plan.encode())
         if fresh:

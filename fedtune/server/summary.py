@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
 import fedtune
 from fedtune.config import PrivacyTable
+from fedtune.errors import ConfigError
 from fedtune.models.rank_slice import rank_slice
 from fedtune.server.parts import Dependencies, Measures
 from fedtune.server.store import Progress
@@ -30,6 +32,25 @@ def epsilons(progress: Progress, parts: Dependencies) -> dict[str, float]:
     if progress.study.continuous and privacy.epsilon is not None:
         by_site = {name: min(spent, privacy.epsilon) for name, spent in by_site.items()}
     return by_site
+
+
+def planned(progress: Progress, names: list[str], parts: Dependencies) -> dict[str, Any]:
+    """Describe what is about to run: the study, who takes part, and at most what it costs each of
+    them in ε, at the study's δ; of a continuous study, over a patient's life."""
+    study, by_site = progress.study, dict[str, float]()
+    privacy, steps = study.privacy, study.training.local_steps
+    if isinstance(privacy, PrivacyTable) and privacy.epsilon is not None:
+        by_site = dict.fromkeys(names, privacy.epsilon)
+    elif isinstance(privacy, PrivacyTable):
+        of_size: dict[int, float] = {}
+        for size in {progress.sizes[name] for name in names}:
+            with suppress(ConfigError):  # a size that fits no plan; its updates are dropped
+                cost, k = parts.budget(study, size), study.records_per_draw
+                run = (cost.noise_multiplier, cost.sampling_rate, cost.rounds * steps, k)
+                of_size[size] = parts.epsilon([run], privacy.delta)
+        sizes = {name: progress.sizes[name] for name in names}
+        by_site = {name: of_size[size] for name, size in sizes.items() if size in of_size}
+    return {"study": study.study.name, "participants": names, "planned": by_site}
 
 
 def _epsilon(events: list[dict[str, Any]], parts: Dependencies, privacy: PrivacyTable) -> float:

@@ -13,10 +13,11 @@ import pytest
 from flwr.app import Context, Message
 from rich.console import Console
 
-from fedtune.cli.console import Watch
+from fedtune.cli.watch import Watch
 from fedtune.client.site import worker
 from fedtune.config import load_study
 from fedtune.dp.accountant import epsilon
+from fedtune.dp.plan import plan_for_site
 from fedtune.errors import FedtuneError
 from fedtune.flower import api
 from fedtune.flower.grid import InProcessGrid
@@ -24,6 +25,7 @@ from fedtune.launch.site import _Executor, _installed_app
 from fedtune.observe import observer
 from fedtune.observe.status import read_status
 from fedtune.registry import process_cache
+from fedtune.report.claim import rounded_up
 from fedtune.server import rounds
 from fedtune.server.parts import Dependencies, Settings
 from tests.guarantee.world import NAMES, lay_out, patients
@@ -31,8 +33,9 @@ from tests.guarantee.world import NAMES, lay_out, patients
 Event = Callable[[str, dict[str, Any]], None]
 
 
-def through_the_executor(study: Path, tell: Event, on_event: Event) -> None:
-    """The study, each site's answers given as `fedtune client` gives them; `tell`: the north's."""
+def through_the_executor(study: Path, tell: Event, on_event: Event) -> _Executor:
+    """The study, each site's answers given as `fedtune client` gives them; `tell`: the north's.
+    Returns the north's executor."""
     process_cache.clear("workers")
     files = {name: study.parent / f"site-{name}.toml" for name in NAMES}
     parts = Dependencies(settings=Settings(patience=0.0, pause=0.0))
@@ -49,6 +52,7 @@ def through_the_executor(study: Path, tell: Event, on_event: Event) -> None:
 
     grid = InProcessGrid(list(files.values()), app)  # type: ignore[arg-type]
     rounds.run(grid, load_study(study), study.parent / "run", parts=parts, on_event=on_event)
+    return executors[str(files["north"])]
 
 
 def _quiet(*_: Any) -> None:
@@ -64,11 +68,18 @@ def test_each_round_is_told_with_its_number_and_what_was_paid(
         Watch(console, "connecting") as watch,
         observer("site", tmp_path / "state-north", then=watch) as seen,
     ):
-        through_the_executor(study, seen, _quiet)
+        north = through_the_executor(study, seen, _quiet)
+    ended = north._ended("hub:1")  # when the coordinator has gone
+    assert ended["text"] == "study inventory is finished; waiting for another; Ctrl-C ends"
+    north._last["round"] = 2
+    assert "waiting for it" in north._ended("hub:1")["text"]
     shown = [line.rstrip() for line in console.export_text().splitlines()]
     lines = [line for line in shown if line and not line.startswith("reading records")]
     charges = worker(str(tmp_path / "site-north.toml")).ledger.charges("records")
-    assert lines[:2] == ["connecting", "inventory: admitted; paid so far: ε = 0"]
+    planned = plan_for_site(load_study(study), 20).epsilon
+    cost = f"of {rounded_up(planned)} planned"
+    assert lines[:2] == ["connecting", f"inventory: admitted; paid so far: ε = 0 {cost}"]
+    assert all(cost in line for line in lines[2:])
     assert [line.partition(";")[0] for line in lines[2:]] == [
         f"inventory: round {n} of 3 trained" for n in (1, 2, 3)
     ]
@@ -80,7 +91,9 @@ def test_each_round_is_told_with_its_number_and_what_was_paid(
     paid = [entry["epsilon"]["north"] for entry in log if entry.get("status") == "trained"]
     assert len(paid) == 3 and paid == sorted(paid)
     assert paid[-1] == pytest.approx(epsilon([c.event for c in charges], 1e-3), abs=2e-6)
-    assert read_status(tmp_path / "state-north").status["round"] == 3
+    kept = read_status(tmp_path / "state-north").status
+    assert kept["round"] == 3 and kept["sites"]["north"]["epsilon"] == paid[-1]
+    assert kept["sites"]["north"]["planned"] == pytest.approx(planned, abs=2e-6)
 
 
 def test_a_refused_site_is_told_why(tmp_path: Path, tiny_base: Path) -> None:

@@ -48,6 +48,13 @@ def test_a_consortium_from_nothing(tmp_path: Path, tiny_base: Path) -> None:
             clients.append(made.client(name, "--once"))
         assert server.wait(120) == 0, made.told()
         assert [client.wait(60) for client in clients] == [0, 0, 0], made.told()
+        told = made.log("hub").read_text()
+        for words in (
+            "north: connected; ",
+            "round 1 of 3 is next; planned: ε = ",
+            "planned  trained",
+        ):
+            assert words in told, made.told()
         body = made.report()
         assert [entry["participants"] for entry in body["rounds"]] == ROUNDS * [list(SITES)]
         assert body["private"] and 0 < body["privacy"]["epsilon"] <= 8.0

@@ -1,4 +1,5 @@
-"""Ctrl-C at `fedtune server`: as documented, a stop that a person asked for and no error."""
+"""Signs of life of a server and a client whose output is a file, and Ctrl-C at each: as
+documented, a stop that a person asked for and no error."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import signal
 from pathlib import Path
 
 from fedtune.flower.processes import free_port, reachable
-from tests.network.kit import OFF, consortium, until
+from tests.network.kit import OFF, Consortium, consortium, done, until
 
 
 def test_ctrl_c_ends_the_server_with_130_and_is_no_error(tmp_path: Path, tiny_base: Path) -> None:
@@ -15,7 +16,13 @@ def test_ctrl_c_ends_the_server_with_130_and_is_no_error(tmp_path: Path, tiny_ba
         made.lay_out(tiny_base, OFF, rounds=2)
         server = made.server()
         until(lambda: reachable("127.0.0.1", made.port), 90, made.told)
-        until(lambda: (made.hub / "coordinator" / "status.json").exists(), 30, made.told)
+        until(lambda: "waiting      for sites" in made.log("hub").read_text(), 60, made.told)
+        told = made.log("hub").read_text()
+        assert f"at 127.0.0.1:{made.port}\n" in told and "admitted     nobody yet" in told
+        made.join("north")
+        assert f"consortium   {fingerprint(made)}\n" in told
+        shown = done(made.hub, "status", "coordinator")
+        assert "waiting" in shown and f"consortium {fingerprint(made)}" in shown
         server.send_signal(signal.SIGINT)
         assert server.wait(60) == 130, made.told()
         said = made.log("hub").read_text()
@@ -23,3 +30,21 @@ def test_ctrl_c_ends_the_server_with_130_and_is_no_error(tmp_path: Path, tiny_ba
         assert "DEBUG" not in said and "Error" not in said
         status = json.loads((made.hub / "coordinator" / "status.json").read_text())
         assert status["state"] == "stopped" and "error" not in status
+        assert "stopped (Ctrl-C)" in done(made.hub, "status", "coordinator")
+        stopped_client(made)
+
+
+def fingerprint(made: Consortium) -> str:
+    text = (made.root / "north" / "site.toml").read_text()
+    return text.rpartition('fingerprint = "')[2].partition('"')[0]
+
+
+def stopped_client(made: Consortium) -> None:
+    """A client whose coordinator is not there says so in its log; Ctrl-C ends it."""
+    client, words = made.client("north"), f"connecting to the coordinator at 127.0.0.1:{made.port}"
+    until(lambda: words in made.log("north").read_text(), 60, made.told)
+    assert f"coordinator at 127.0.0.1:{made.port}" in done(made.root, "status", "north/site.toml")
+    client.send_signal(signal.SIGINT)
+    assert client.wait(30) == 130, made.told()
+    assert "stopped (Ctrl-C)" in done(made.root, "status", "north/site.toml")
+    assert "fedtune: stopped\n" in made.log("north").read_text()

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 
 from fedtune.cli.status import add_to
 from fedtune.config.sites import sites_in
-from fedtune.errors import InfrastructureError, InputError
+from fedtune.errors import InfrastructureError, InputError, PolicyRefused
 from fedtune.observe import StatusFile, observer
 from fedtune.observe import status as status_module
 from fedtune.observe.log import STRICT
@@ -47,14 +48,18 @@ def test_a_whole_study_leaves_a_log_and_a_status_without_a_word_of_a_record(
     with observer("coordinator", out, then=lambda kind, data: heard.append(kind)) as seen:
         simulate(study, sites_in(tmp_path), out, on_event=seen)
     assert [line["event"] for line in lines(out / "log.jsonl") if line["event"] != "site"] == [
-        "start", *["round"] * 3, "done",
+        "start", "planned", *["round"] * 3, "done",
     ]  # fmt: skip
     of_run = [event for event in heard if event != "records"]  # each site's, before the run
     assert of_run[0] == "start" and of_run[-1] == "done"
     kept = read_status(out)
     assert (kept.state, kept.status["round"], kept.status["rounds"]) == ("done", 3, 3)
     north = kept.status["sites"]["north"]
-    assert north["epsilon"] > 0 and north["bytes_up"] > 0 and north["status"] == "trained"
+    assert (
+        0 < north["epsilon"] <= north["planned"] + 1e-6
+        and north["bytes_up"] > 0
+        and north["status"] == "trained"
+    )
     for file in ("log.jsonl", "status.json"):
         text = (out / file).read_text()
         assert "Ackroyd" not in text and "patient-" not in text
@@ -102,6 +107,71 @@ def test_a_run_that_breaks_off_says_so(tmp_path: Path) -> None:
     assert "Ackroyd" not in (tmp_path / "run" / "status.json").read_text()
     failed = run(tmp_path / "run", "--check")
     assert failed.exit_code == 4 and "stopped" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (KeyboardInterrupt(), "stopped (Ctrl-C)"),
+        (InfrastructureError("stopped by SIGTERM before it was done"), "stopped (SIGTERM)"),
+        (PolicyRefused(f"{NOTE} policy.max_delta {NOTE}"), "PolicyRefused  policy.max_delta"),
+    ],
+)
+def test_what_stopped_a_run_is_said_and_a_persons_ctrl_c_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, shown: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    with suppress(BaseException), observer("coordinator", tmp_path, early=True) as seen:
+        seen("start", {"study": "inventory", "rounds": 8, "done": 0})
+        raise error
+    said = run(tmp_path, "--once").output
+    assert shown in said and "Ackroyd" not in (tmp_path / "status.json").read_text()
+    assert "InfrastructureError" not in said and "KeyboardInterrupt" not in said
+
+
+def test_a_coordinator_shows_its_address_who_is_connected_and_the_time_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    with observer("coordinator", tmp_path / "run", home=tmp_path) as seen:
+        where = {"address": "hub.example:8443", "fingerprint": "ab12 cd34"}
+        seen("listening", {"text": NOTE, "participants": ["north", "west"], **where})
+        said = run(tmp_path, "--once").output
+        assert "waiting" in said and said.count("not connected") == 2
+        assert "at hub.example:8443, consortium ab12 cd34" in said
+        seen("connected", {"name": "north", "text": NOTE})
+        seen("start", {"study": "inventory", "rounds": 8, "done": 0})
+        seen("planned", {"study": "inventory", "participants": ["north"],
+                         "planned": {"north": 2.0000001}})  # fmt: skip
+        seen("round", {"round": 2, "rounds": 8, "participants": ["north"], "seconds": 15.0,
+                       "epsilon": {"north": 0.5}})  # fmt: skip
+        said = run(tmp_path, "--once").output
+        assert "15 s a round, about 2 min left" in said and "0.5 of 2.001" in said
+        assert said.count("not connected") == 1
+        seen("disconnected", {"name": "north", "text": NOTE})
+        assert "trained, not connected" in run(tmp_path, "--once").output
+    assert "Ackroyd" not in (tmp_path / "run" / "status.json").read_text()
+    assert lines(tmp_path / "run" / "log.jsonl")[0]["event"] == "listening"
+
+
+def test_a_site_whose_study_is_finished_says_what_it_waits_for(tmp_path: Path) -> None:
+    with observer("site", tmp_path) as seen:
+        seen("joined", {"address": "hub.example:8443"})
+        facts = {
+            "site": "north",
+            "study": "inventory",
+            "rounds": 2,
+            "round": 2,
+            "status": "trained",
+        }
+        seen("answered", facts)
+        assert "finished" not in run(tmp_path, "--once").output
+        seen("waiting", {"address": "hub.example:8443", "study": "inventory", "done": 2})
+        said = run(tmp_path, "--once").output
+        assert "finished; waiting for another study" in said
+        assert "coordinator at hub.example:8443" in said
+        seen("waiting", {"address": "hub.example:8443"})
+        assert "finished" not in run(tmp_path, "--once").output
 
 
 CHILD = """

@@ -1,0 +1,32 @@
+"""Figures in a terminal, in the same form in every command."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def short(value: Any) -> str:
+    """Four significant figures."""
+    if not isinstance(value, int | float):
+        return "–"
+    return f"{value:.4g}" if math.isfinite(value) else str(value)
+
+
+def size_text(value: Any) -> str:
+    """Bytes in a unit that suits them; of a dict, the sum of its values."""
+    total = sum(value.values()) if isinstance(value, dict) else value or 0
+    for unit in ("B", "kB", "MB"):
+        if total < 1000:
+            return f"{total:.3g} {unit}"
+        total /= 1000
+    return f"{total:.3g} GB"
+
+
+def duration(seconds: float) -> str:
+    """A time to wait, in a unit that suits it: 90 s are "2 min"."""
+    if seconds < 60:
+        return f"{math.ceil(seconds)} s"
+    if seconds < 5400:
+        return f"{math.ceil(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h"
