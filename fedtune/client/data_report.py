@@ -206,7 +206,7 @@ class DataReport:
         rows.append(("objective.max_length", f'{fit.max_length:,}, overflow = "{fit.overflow}"'))
         if fit.lengths:
             rows.append(("tokens of a record", str(fit.lengths)))
-            what = "cut" if fit.overflow == "truncate" else "left out"
+            what = "left out" if fit.overflow == "reject" else "cut"
             rows.append(("longer than max_length", f"{fit.too_long:,}: {what}"))
         rows += [
             ("train", f"{fit.train:,} records of {fit.units:,} {self.unit}s"),

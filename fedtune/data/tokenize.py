@@ -13,10 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from fedtune.config import ObjectiveTable
 from fedtune.data.dataset import NO_TARGET, Passage
 from fedtune.data.files import Rejected
-from fedtune.data.records import (
-    Messages,
-    Record,
-)
+from fedtune.data.records import Messages, Record
 from fedtune.objectives import resolve
 from fedtune.objectives._interface import RecordFormat
 
@@ -87,6 +84,7 @@ def _tokenise(
     |                                 | the user's text is left out                            |
     | plain text, a text to classify  | the end is left out                                    |
     | an answer that does not fit     | Rejected                                               |
+    | overflow = "truncate_answer"    | the end is left out, of whatever it is                 |
     Errors: Rejected."""
     if record_format == "label":
         return _classify(record, objective, tokenizer, labelled, starts)
@@ -125,6 +123,9 @@ def _answered(
     answer and its eos are targets; all answers follow the same prompt."""
     most, truncate = objective.max_length, objective.overflow == "truncate"
     texts = [record.completion or record.label, *([record.rejected] if paired else [])]
+    if objective.overflow == "truncate_answer":
+        prompt = lead + record.prompt[len(lead) :][: CHARS * most]
+        return _beginnings(prompt, texts, objective, tokenizer)
     if any(len(text) > CHARS * most for text in texts):
         raise Rejected("answer too long" if truncate else "too long")
     answers = [_answer(text, objective, tokenizer) for text in texts]
@@ -142,6 +143,20 @@ def _answered(
     hits = [False] * len(ids)
     passages = [([*ids, *answer], [*hits, *[True] * len(answer)]) for answer in answers]
     return passages, excess > 0 or len(shown) < len(own)
+
+
+def _beginnings(
+    prompt: str, texts: list[str], objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Tokens], bool]:
+    """Tokenise a prompt and as much of each answer as fits after it: how long answers begin."""
+    most, limit = objective.max_length, CHARS * objective.max_length + len(prompt)
+    ids = [*_start(tokenizer), *_encode(_in_template(prompt, objective), tokenizer)]
+    answers = [_answer(text[:limit], objective, tokenizer) for text in texts]
+    hits = [False] * len(ids)
+    passages = [
+        ([*ids, *answer][:most], [*hits, *[True] * len(answer)][:most]) for answer in answers
+    ]
+    return passages, any(len(ids) + len(answer) > most for answer in answers)
 
 
 def _without(ids: list[int], head: int, own: int, excess: int) -> list[int]:
@@ -188,7 +203,7 @@ def _classify(
     if labelled and record.label.strip() not in labels:
         raise Rejected("unknown label")
     text, most = record.prompt or record.completion, objective.max_length
-    truncate = objective.overflow == "truncate"
+    truncate = objective.overflow != "reject"
     if len(text) > CHARS * most and not truncate:
         raise Rejected("too long")
     shown = text[: CHARS * most]
@@ -247,6 +262,8 @@ def _chat(
         return (ids, hits), False
     if objective.overflow == "reject":
         raise Rejected("too long")
+    if objective.overflow == "truncate_answer":
+        return (ids[:most], hits[:most]), True
     fit = max((end for end in ends if end <= most), default=0)
     if not any(role == "assistant" for role, _ in messages):
         fit = most

@@ -50,6 +50,19 @@ def test_the_answer_and_the_template_stay_and_the_end_of_the_text(
     assert (own + "w59 ") in WORDS and WORDS.endswith(own + "w59 ")
 
 
+@pytest.mark.parametrize("length", [12, 40])
+def test_truncate_answer_keeps_the_prompt_and_the_beginning_of_each_answer(
+    jsonl: Jsonl, study: MakeStudy, tokenizer: Tok, length: int
+) -> None:
+    plan = study(max_length=length, overflow="truncate_answer")
+    example = one(jsonl({"p": "why? ", "c": WORDS}), PAIR, plan, tokenizer)
+    text = whole(tokenizer, example)
+    assert example.cut and len(example.input_ids) == length - 1
+    assert text.removeprefix("<bos>").startswith("why? w0 ") and not text.endswith("<eos>")
+    short = one(jsonl({"p": "why? ", "c": "w0 "}), PAIR, plan, tokenizer)
+    assert not short.cut and targets(tokenizer, short) == "w0 <eos>"
+
+
 def test_twin_a_cut_at_the_end_loses_the_answer(
     jsonl: Jsonl, study: MakeStudy, tokenizer: Tok, monkeypatch: pytest.MonkeyPatch
 ) -> None:
