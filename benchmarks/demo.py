@@ -23,7 +23,8 @@ Changes = dict[str, Any]  # of a study or a site, as Table.changed takes them
 
 ARMS: dict[str, Changes] = {
     "ε = 3": {"privacy": {"epsilon": 3.0}},
-    "ε = 1": {"privacy": {"epsilon": 1.0}, "training": {"learning_rate": 10.0}},
+    "ε = 1": {"privacy": {"epsilon": 1.0}},
+    "ε = 8, steps of a fixed length": {"selection": None},
     "ε = 8, A from a seed": {"lora": {"a_init": "seed"}},
 }
 OFF: Changes = {"privacy": "off", "clipping": {"unit": "patient"}}

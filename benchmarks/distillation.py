@@ -18,16 +18,27 @@ import time
 from pathlib import Path
 
 from benchmarks import measure
-from fedtune import Columns, DistillSettings, PublicTable, Run, distill, evaluate, run_demo
-from fedtune.demo.generate import public_notes
+from fedtune import (
+    Columns,
+    DistillSettings,
+    PublicTable,
+    Run,
+    distill,
+    evaluate,
+    load_sites,
+    load_study,
+    simulate,
+)
+from fedtune.demo.generate import NINE, public_notes, write
 
 
 def teacher(out: Path, seed: int) -> Path:
-    """The demo's run, trained unless it is there."""
+    """The run of the demo's hospitals with nine desks, trained unless it is there."""
     run = out / f"teacher-{seed}"
     if not (run / "report.json").exists():
         shutil.rmtree(run, ignore_errors=True)
-        run_demo(run, seed=seed, alone=False)
+        study = load_study(write(run / "data", seed, NINE))
+        simulate(study, load_sites(run / "data" / "sites"), run)
     return run
 
 
@@ -36,7 +47,7 @@ def prompts(out: Path, run: Path, seed: int, count: int | None) -> Path:
     if count is None:
         return run / "data" / "public.jsonl"
     path = out / f"public-{seed}-{count}.jsonl"
-    rows = public_notes(random.Random(f"distillation:{seed}"), count)
+    rows = public_notes(random.Random(f"distillation:{seed}"), count, NINE)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 

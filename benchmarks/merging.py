@@ -23,6 +23,7 @@ from typing import Any
 from benchmarks import measure
 from fedtune import Run, load_sites, load_study, merge, simulate
 from fedtune.demo import write as write_demo
+from fedtune.demo.generate import NINE
 from fedtune.derive.merge import evaluator, load_parent
 from fedtune.derive.merge_methods import Method
 from fedtune.evaluation.evaluator import Evaluator
@@ -124,7 +125,7 @@ def specialists(out: Path, data: Path, seed: int) -> list[Run]:
             shutil.rmtree(folder, ignore_errors=True)
             shutil.rmtree(run, ignore_errors=True)
             first = name == DESKS
-            study = write_demo(folder, seed) if first else paragraphs(folder, data, seed)
+            study = write_demo(folder, seed, NINE) if first else paragraphs(folder, data, seed)
             simulate(load_study(study), load_sites(folder / "sites"), run)
         runs.append(Run(run))
     return runs

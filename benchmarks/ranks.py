@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks import demo, measure
 from fedtune.audit.selftest import MemoryLog
 from fedtune.config import Study
-from fedtune.demo.generate import write
+from fedtune.demo.generate import NINE, write
 from fedtune.dp.plan import plan_for_site
 from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
@@ -37,7 +37,7 @@ ARMS = {"8-8-8": (8, 8, 8), "8-4-2": (8, 4, 2), "2-2-2": (2, 2, 2)}
 
 def one_arm(seed: int, arm: str, out: Path) -> dict[str, Any]:
     """Accuracy, ε, and the mean bytes up a round, by hospital."""
-    write(out / "data", seed=seed)
+    write(out / "data", seed, NINE)
     ranks = zip(HOSPITALS, ARMS[arm], strict=True)
     at_site = {name: {"lora_rank": rank} for name, rank in ranks}
     accuracy = demo.arm(out, arm, {"lora": {"min_rank": 2}}, at_site)

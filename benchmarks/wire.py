@@ -21,7 +21,7 @@ from typing import Any
 from safetensors import safe_open
 
 from benchmarks import demo, measure
-from fedtune.demo.generate import write
+from fedtune.demo.generate import NINE, write
 
 ARMS = {
     "float32": ("float32", "float32"),  # update, adapter
@@ -33,7 +33,7 @@ ARMS = {
 
 def one_arm(seed: int, name: str, out: Path) -> dict[str, Any]:
     """Accuracy, and bytes by round and site (means) up and down, and of a plain LoRA one way."""
-    write(out / "data", seed=seed)
+    write(out / "data", seed, NINE)
     update, adapter = ARMS[name]
     changes = {"wire": {"update": update, "adapter": adapter}}
     accuracy = demo.arm(out, name, changes)

@@ -24,7 +24,7 @@ from dp_accounting.pld import PLDAccountant
 from safetensors.numpy import load_file
 
 from fedtune.config.sites import sites_in
-from fedtune.demo import write
+from fedtune.demo.generate import NINE, write
 from fedtune.errors import InputError
 from tests.simulated import simulate
 from tests.test_cli import run
@@ -232,7 +232,7 @@ def test_tls_processes_give_the_same_adapter_as_simulation(
 def test_three_hospitals_teach_a_real_model(tmp_path: Path) -> None:
     """The demo's study on a third of its patients and three rounds: far above the base at ε ≤ 8,
     and plain PEFT gives the saved adapter's logits."""
-    study = write(tmp_path, seed=3)
+    study = write(tmp_path, 3, NINE)
     for notes in (tmp_path / "sites").glob("*/notes.jsonl"):
         notes.write_text("".join(notes.read_text().splitlines(keepends=True)[:160]))
     test = tmp_path / "test.jsonl"

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from examples.write import jsonl
 from fedtune.demo import generate
-from fedtune.demo.generate import DEPARTMENTS, DESKS, HOSPITALS, OWN_SHARE, Hospital
+from fedtune.demo.generate import DESKS, HOSPITALS, NINE, OWN_SHARE, Hospital
 from fedtune.dp.accountant import calibrate
 
 LIFE = 8  # rounds that a patient's budget pays for
@@ -44,7 +44,7 @@ Rows = list[dict[str, str]]
 def write(folder: Path, seed: int = 0, patients: float = 1.0) -> Path:
     """Write it all under `folder`; returns study.toml. patients: a share of the demo's numbers."""
     rng = random.Random(seed)
-    before = dict(zip(DEPARTMENTS, rng.sample(DESKS, len(DESKS)), strict=True))
+    before = dict(zip(NINE, rng.sample(DESKS[:9], 9), strict=True))
     after = moved(before, rng)
     for hospital in HOSPITALS:
         count = round(hospital.patients * patients)
@@ -57,13 +57,13 @@ def write(folder: Path, seed: int = 0, patients: float = 1.0) -> Path:
         (site / "site.toml").write_text(text, encoding="utf-8")
     for place, desks in ((folder, before), (folder / "later", after)):
         jsonl(place / "evaluation.jsonl", _public(desks, random.Random(seed + 1)))
-    jsonl(folder / "public.jsonl", generate.public_notes(rng))
+    jsonl(folder / "public.jsonl", generate.public_notes(rng, departments=NINE))
     return _study(folder, seed)
 
 
 def moved(desks: Desks, rng: random.Random) -> Desks:
     """The same desks with MOVED departments each at the next one's."""
-    who = rng.sample(DEPARTMENTS, MOVED)
+    who = rng.sample(NINE, MOVED)
     return desks | {name: desks[who[(n + 1) % MOVED]] for n, name in enumerate(who)}
 
 
@@ -72,7 +72,7 @@ def _records(hospital: Hospital, first: int, count: int, desks: Desks, rng: rand
     rows: Rows = []
     for number in range(first, first + count):
         from_own_departments = rng.random() < OWN_SHARE
-        pool = [d for d in DEPARTMENTS if (d in hospital.own) == from_own_departments]
+        pool = [d for d in NINE if (d in hospital.own) == from_own_departments]
         rows += generate.patient_notes(hospital, number, rng.choice(pool), 1, desks, rng)
     return rows
 
@@ -82,14 +82,14 @@ def _public(desks: Desks, rng: random.Random) -> Rows:
     rows: Rows = []
     for i in range(EVALUATED):
         hospital = HOSPITALS[i % len(HOSPITALS)]
-        department = DEPARTMENTS[i // len(HOSPITALS) % len(DEPARTMENTS)]
+        department = NINE[i // len(HOSPITALS) % len(NINE)]
         rows += generate.patient_notes(hospital, 7001 + i, department, 1, desks, rng)
     return rows
 
 
 def _study(folder: Path, seed: int) -> Path:
-    choices = ", ".join(f'" {letter}"' for letter in DESKS)
-    text = generate.STUDY.format(seed=seed, choices=choices)
+    choices = ", ".join(f'" {letter}"' for letter in DESKS[:9])
+    text = generate.STUDY.format(seed=seed, choices=choices, selection="")
     sigma = calibrate(EPSILON, DELTA, 1.0, LIFE)
     changes = {
         'name = "hospitals"': 'name = "continuous"',

@@ -19,7 +19,9 @@ import random
 from pathlib import Path
 
 from examples.write import Table, jsonl, merged, toml
-from fedtune.demo.phrases import CLINIC, LIBRARY
+from fedtune.demo.generate import NINE
+from fedtune.demo.phrases import CLINIC
+from fedtune.demo.public_phrases import LIBRARY
 
 SITES = ("harbour", "lakeside", "northgate")
 PATIENTS, PAIRS, PROMPTS, EPSILON = 150, 120, 64, 4.0
@@ -130,14 +132,14 @@ def write(
     admit it."""
     draw = random.Random(seed)
     site_files = []
-    complaints = [c for words in CLINIC.values() for c in words.complaints]
+    complaints = [c for d in NINE for c in CLINIC[d].complaints]
     for name in SITES:
         rows = [_pair(complaints, draw) | {"patient": f"{name}-{n}"} for n in range(patients)]
         jsonl(out / "sites" / name / "pairs.jsonl", rows)
         site_files += [_site(out, name, kind, patients, epsilon is None) for kind in COLUMNS]
     answers = (OTHER_CALM, OTHER_RETURN, OTHER_WORSE)
     jsonl(out / "pairs.jsonl", [_pair(complaints, draw, *answers) for _ in range(PAIRS)])
-    public = [c for noticed, _ in LIBRARY.values() for c in noticed]
+    public = [c for d in NINE for c in LIBRARY[d][0]]
     complaints_asked = [public[n % len(public)] for n in range(PROMPTS)]
     more = ["", " again", " since Monday", " at night"]
     jsonl(

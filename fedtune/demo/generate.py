@@ -3,19 +3,19 @@
     study.toml                 the public plan
     sites/<name>/site.toml     one hospital's own file
     sites/<name>/notes.jsonl   {patient, note, desk}: 2 to 4 notes a patient
-    validation.jsonl           further patients, for choosing settings
+    validation.jsonl           further patients, who choose how far each round moves the adapter
     test.jsonl                 further patients, for the reported accuracy
     public.jsonl               {note}: unlabelled, for the adapter's frozen factor
 
-The task: send a note to the desk (A to I) of the department that must see the patient. Which
+The task: send a note to the desk (A to R) of the department that must see the patient. Which
 letter stands for which department is a permutation drawn from the seed, so no base model can know
-it: chance is 1 in 9, and only the hospitals' labels teach it. Each hospital sees 70 % of its
-patients in three departments of its own, so none of them can learn all nine desks well alone.
+it: chance is 1 in 18, and only the hospitals' labels teach it. Each hospital sees 70 % of its
+patients in six departments of its own, so none of them can learn all the desks well alone.
 
 A note mixes a complaint, a finding, history and drugs; about a quarter of it comes from other
 departments or is denied, so a keyword does not settle the desk. The public notes share no template
 and no phrase with the hospitals' notes: they speak of "a reader", "a leaflet" or "a lesson" and
-take their words from `phrases.LIBRARY`, everything else from `phrases.CLINIC`.
+take their words from `public_phrases.LIBRARY`, everything else from `phrases.CLINIC`.
 No real person's data is used; a patient is a number.
 """
 
@@ -27,14 +27,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from fedtune.demo.phrases import CLINIC, GENERAL, LIBRARY
+from fedtune.demo.phrases import CLINIC, GENERAL
+from fedtune.demo.public_phrases import LIBRARY
 
 DEPARTMENTS = tuple(CLINIC)
-DESKS = tuple("ABCDEFGHI")
-OWN_SHARE = 0.7  # of a hospital's patients, from its own three departments
+NINE = DEPARTMENTS[:9]  # an easier task, of some of the benchmarks
+DESKS = tuple("ABCDEFGHIJKLMNOPQR")
+OWN_SHARE = 0.7  # of a hospital's patients, from departments of its own
 STRAY_SHARE = 0.05  # of a patient's notes, about another department than the patient's own
 NOTES = (2, 2, 2, 3, 4)  # a patient has one of these numbers of notes
-VALIDATION, TEST, PUBLIC = 297, 297, 180
+VALIDATION, TEST, PUBLIC = 297, 297, 180  # at most
 
 
 class NoteParts(NamedTuple):
@@ -87,36 +89,45 @@ class Hospital(NamedTuple):
 
 
 HOSPITALS = (
-    Hospital("harbour", 240, ("heart", "lungs", "bones"), _telegraphic),
-    Hospital("lakeside", 300, ("gut", "nerves", "kidneys"), _sentences),
-    Hospital("northgate", 200, ("skin", "eyes", "mind"), _bullets),
+    Hospital(
+        "harbour", 240, ("heart", "lungs", "bones", "vessels", "blood", "sleep"), _telegraphic
+    ),
+    Hospital(
+        "lakeside",
+        300,
+        ("gut", "nerves", "kidneys", "hormones", "infections", "cancer"),
+        _sentences,
+    ),
+    Hospital("northgate", 200, ("skin", "eyes", "mind", "ears", "teeth", "allergy"), _bullets),
 )
 
 
-def write(folder: Path, seed: int = 0) -> Path:
+def write(folder: Path, seed: int = 0, departments: tuple[str, ...] = DEPARTMENTS) -> Path:
     """Write the whole example under `folder`; the path of its study.toml. The same seed writes the
     same bytes."""
-    rng = random.Random(seed)
-    desk = dict(zip(DEPARTMENTS, rng.sample(DESKS, len(DESKS)), strict=True))
+    rng, n = random.Random(seed), len(departments)
+    desk = dict(zip(departments, rng.sample(DESKS[:n], n), strict=True))
     for hospital in HOSPITALS:
         site = folder / "sites" / hospital.name
         rows: list[dict[str, str]] = []
         for number in range(1, hospital.patients + 1):
             from_own_departments = rng.random() < OWN_SHARE
-            pool = [d for d in DEPARTMENTS if (d in hospital.own) == from_own_departments]
+            pool = [d for d in departments if (d in hospital.own) == from_own_departments]
             rows += patient_notes(hospital, number, rng.choice(pool), rng.choice(NOTES), desk, rng)
         _jsonl(site / "notes.jsonl", rows)
         _text(site / "site.toml", SITE.format(name=hospital.name, patients=hospital.patients))
     for name, count, first in (("validation", VALIDATION, 5001), ("test", TEST, 7001)):
         rows = []
-        for i in range(count):  # every style meets every department equally often
+        for i in range(count - count % (len(HOSPITALS) * n)):  # all styles and desks alike
             hospital = HOSPITALS[i % len(HOSPITALS)]
-            department = DEPARTMENTS[i // len(HOSPITALS) % len(DEPARTMENTS)]
+            department = departments[i // len(HOSPITALS) % n]
             rows += patient_notes(hospital, first + i, department, 1, desk, rng)
         _jsonl(folder / f"{name}.jsonl", rows)
-    _jsonl(folder / "public.jsonl", public_notes(rng))
-    choices = ", ".join(f'" {letter}"' for letter in DESKS)
-    return _text(folder / "study.toml", STUDY.format(seed=seed, choices=choices))
+    _jsonl(folder / "public.jsonl", public_notes(rng, departments=departments))
+    choices = ", ".join(f'" {letter}"' for letter in DESKS[:n])
+    fixed = departments == NINE  # benchmarks whose figures are older than [selection]
+    text = STUDY.format(seed=seed, choices=choices, selection="" if fixed else SELECTION)
+    return _text(folder / "study.toml", text)
 
 
 def patient_notes(
@@ -127,25 +138,34 @@ def patient_notes(
     desk: dict[str, str],
     rng: random.Random,
 ) -> list[dict[str, str]]:
-    """One patient's notes: the same person and history, mostly the same department."""
+    """One patient's notes: the same person and history, mostly the same department. desk: the
+    letter of each department that there is."""
     age, woman = rng.randint(19, 91), rng.random() < 0.5
-    comorbid = rng.choice(DEPARTMENTS)
+    departments = tuple(desk)
+    comorbid = rng.choice(departments)
     rows = []
     for _ in range(notes):
         stray = notes > 1 and rng.random() < STRAY_SHARE
-        subject = rng.choice(DEPARTMENTS) if stray else department
-        note = hospital.style(_parts(age, woman, subject, comorbid, rng), rng)
+        subject = rng.choice(departments) if stray else department
+        note = hospital.style(_parts(age, woman, subject, comorbid, departments, rng), rng)
         patient = f"{hospital.name[0].upper()}{number:04d}"
         rows.append({"patient": patient, "note": note, "desk": f" {desk[subject]}"})
     return rows
 
 
-def _parts(age: int, woman: bool, subject: str, comorbid: str, rng: random.Random) -> NoteParts:
+def _parts(
+    age: int,
+    woman: bool,
+    subject: str,
+    comorbid: str,
+    departments: tuple[str, ...],
+    rng: random.Random,
+) -> NoteParts:
     """One note about `subject`: history and drugs may be the comorbidity's, what is denied is
     another department's, and in one note of five the complaint is vague or the finding missing."""
     words, other = CLINIC[subject], CLINIC[comorbid]
     vague, unseen = rng.random() < 0.1, rng.random() < 0.1
-    elsewhere = CLINIC[rng.choice([d for d in DEPARTMENTS if d != subject])]
+    elsewhere = CLINIC[rng.choice([d for d in departments if d != subject])]
     return NoteParts(
         age=age,
         woman=woman,
@@ -157,7 +177,9 @@ def _parts(age: int, woman: bool, subject: str, comorbid: str, rng: random.Rando
     )
 
 
-def public_notes(rng: random.Random, count: int = PUBLIC) -> list[dict[str, str]]:
+def public_notes(
+    rng: random.Random, count: int = PUBLIC, departments: tuple[str, ...] = DEPARTMENTS
+) -> list[dict[str, str]]:
     """Unlabelled notes in a reader's words, all departments alike."""
     frames = (
         "This leaflet explains {a} and {b}, {c} and {d}.",
@@ -168,7 +190,7 @@ def public_notes(rng: random.Random, count: int = PUBLIC) -> list[dict[str, str]
     )
     rows = []
     for i in range(count):
-        complaints, findings = LIBRARY[DEPARTMENTS[i % len(DEPARTMENTS)]]
+        complaints, findings = LIBRARY[departments[i % len(departments)]]
         (a, b), (c, d) = rng.sample(complaints, 2), rng.sample(findings, 2)
         rows.append({"note": rng.choice(frames).format(a=a, b=b, c=c, d=d)})
     return rows
@@ -200,6 +222,15 @@ patient = "patient"
 [policy]
 max_epsilon = 8.0
 max_delta = 1e-4
+"""
+
+SELECTION = """\
+[selection]                 # further patients; they choose how far a round moves the adapter
+path = "validation.jsonl"
+[selection.columns]
+prompt = "note"
+completion = "desk"
+
 """
 
 STUDY = """\
@@ -252,7 +283,7 @@ name = "fedavg"
 weights = "equal"           # the hospitals are of like size; "declared" counts each patient alike
 min_sites = 3
 
-[evaluation]
+{selection}[evaluation]
 path = "test.jsonl"
 metric = "accuracy"
 choices = [{choices}]

@@ -1,8 +1,4 @@
-"""The words that the hospital notes are made of: nine departments, all phrases invented.
-
-`CLINIC` writes the hospitals' notes (train, validation and test). `LIBRARY` writes the public
-notes, in other words and from a reader's distance: no public note shares a phrase with theirs.
-"""
+"""The words that the hospitals' notes are made of: eighteen departments, all phrases invented."""
 
 from __future__ import annotations
 
@@ -19,10 +15,10 @@ class Words(NamedTuple):
 
 
 def _words(complaints: str, findings: str, history: str, medication: str) -> Words:
-    return Words(*map(_split, (complaints, findings, history, medication)))
+    return Words(*map(split, (complaints, findings, history, medication)))
 
 
-def _split(text: str) -> tuple[str, ...]:
+def split(text: str) -> tuple[str, ...]:
     return tuple(" ".join(phrase.split()) for phrase in text.split(";"))
 
 
@@ -157,86 +153,138 @@ CLINIC: dict[str, Words] = {
         """sertraline; lithium; olanzapine; talking therapy; mirtazapine; clozapine; a mood
         diary; venlafaxine""",
     ),
+    "ears": _words(
+        """ringing in the right ear; a blocked nose for months; the room spinning in bed; a
+        hoarse voice since the choir; deaf on one side after a cold; a nosebleed that soaked
+        two towels; a lump felt when swallowing; pus from the ear; no smell since winter;
+        pressure over the cheeks; snorting blood and crusts; an ear that pops on the plane""",
+        """a perforated drum; a positive Dix-Hallpike test; nasal polyps; a deviated septum; a
+        vocal cord that does not move; fluid behind the drum; enlarged tonsils with pus; a
+        conductive loss on the audiogram; pale swollen turbinates; a bleeding point in the
+        nose; wax to the brim; a cyst of the throat""",
+        """grommets; a tonsillectomy; a hearing aid; Meniere disease; sinus surgery; a broken
+        nose; noise at the foundry; vocal nodules""",
+        """a nasal steroid spray; betahistine; ear drops; xylometazoline; a saline rinse; nasal
+        packing; cinnarizine; voice therapy""",
+    ),
+    "teeth": _words(
+        """a molar that throbs at night; bleeding when brushing; a jaw that cracks on chewing;
+        pain on ice water; a broken crown; a swollen cheek since the weekend; a loose front
+        incisor; an ulcer under the denture; bad breath that mints do not hide; a mouth that
+        opens two fingers; a chipped edge after a fall; grinding heard by the partner""",
+        """a cavity to the pulp; deep gum pockets; an abscess at the root tip; a cracked
+        cusp; an impacted wisdom molar; plaque along the margins; a dry socket; worn flat
+        biting edges; a white patch inside the cheek; a tender joint in front of the ear; loss
+        of alveolar ridge; a tooth that is dead to cold""",
+        """root canal treatment; braces; partial dentures; gum disease; two implants; wisdom
+        extractions; a bridge; a night guard""",
+        """chlorhexidine rinse; amoxicillin before scaling; fluoride paste; a bite splint;
+        clove oil; a temporary filling; lidocaine gel; a denture fixative""",
+    ),
+    "blood": _words(
+        """bruises without a knock; pale and breathless for a month; gums that ooze; periods
+        of drenching weakness; tiny red dots on the shins; craving for ice; a cut that bled
+        for an hour; fevers with each low count; tiredness since giving plasma; bone ache with
+        night chills; a beefy sore tongue; dark urine in the cold""",
+        """a haemoglobin of 68; platelets of 9; blasts on the film; a spleen at the navel; a
+        ferritin of 3; sickle cells; a prolonged clotting time; neutrophils of 0.2; a low B12;
+        a paraprotein band; target cells and microcytes; a marrow full of lymphocytes""",
+        """thalassaemia; a clotting factor deficiency; leukaemia in remission; pernicious
+        anaemia; repeated transfusions; a splenectomy; iron overload; myeloma""",
+        """iron infusions; hydroxycarbamide; folic acid; factor eight; B12 injections;
+        imatinib; an iron chelator; platelets on Monday""",
+    ),
+    "hormones": _words(
+        """thirst all day and night; shaking and sweating before lunch; weight gain round the
+        trunk; always cold since the summer; a lump in the neck that moves on swallowing; a
+        pounding heart with weight loss; milk from the breast without a baby; rings and shoes
+        too tight; purple stretch marks; collapse after missed steroid pills; sugar readings
+        above twenty; new hair on the chin""",
+        """a glucose of 26; an HbA1c of 11 percent; a suppressed TSH; a calcium of 3.1; a
+        cortisol that does not fall; a tumour of the pituitary; exophthalmos; ketones at 5; a
+        hot nodule on the thyroid scan; a low sodium with dark creases; coarse hands and jaw;
+        a parathyroid adenoma""",
+        """type 1 diabetes; Graves disease; an underactive thyroid; Addison disease; a
+        pituitary operation; gestational diabetes; polycystic ovaries; acromegaly""",
+        """insulin at bedtime; levothyroxine; metformin; carbimazole; hydrocortisone;
+        cabergoline; gliclazide; empagliflozin""",
+    ),
+    "vessels": _words(
+        """a calf that cramps after 200 metres; ropes of veins down the leg; a cold blue toe;
+        a heavy swollen thigh after the flight; fingers that turn white in frost; an ulcer
+        over the inner ankle; a pulsing mass in the belly; rest pain that eases out of bed; a
+        hard tender cord at the shin; a dusky foot since noon; aching legs by evening; a
+        wound on the heel that stays black""",
+        """absent foot pulses; an ankle index of 0.4; a clot in the femoral vein; an aorta of
+        6 centimetres; a bruit over the carotid; brown staining above the ankle; slow
+        capillary refill; reflux in the saphenous trunk; a narrowed iliac artery; a blocked
+        graft; gangrene of two toes; a dissection on the scan""",
+        """a deep vein thrombosis; vein stripping; a femoral bypass; an aneurysm repair; an
+        amputated toe; a carotid operation; Raynaud phenomenon; leg ulcers""",
+        """compression stockings; clopidogrel; heparin injections; cilostazol; rivaroxaban;
+        nifedipine for the fingers; a leg pump; sclerosing foam""",
+    ),
+    "infections": _words(
+        """fever and chills since the safari; night sweats and a positive contact; a bite that
+        turned red and hot; shaking chills after the dialysis line; diarrhoea since the
+        cruise; swollen glands after a new partner; a ring round a tick bite; yellow skin
+        after oysters; fever every third day; a rash that began after the jungle; sweats with
+        a new murmur; a needle injury at work""",
+        """malaria parasites on the smear; a positive blood culture; a CD4 count of 90; a CRP
+        of 310; ring forms; a positive interferon test; larvae in the stool; a lactate of 5;
+        resistant staphylococci on the swab; an abscess in the liver; antibodies to dengue; a
+        viral load of two million""",
+        """HIV; typhoid; hepatitis B; an infected pacemaker; Lyme disease; a removed infected
+        graft; syphilis; years in the tropics""",
+        """artesunate; vancomycin; tenofovir; isoniazid; meropenem; a rabies course;
+        praziquantel; fluconazole""",
+    ),
+    "sleep": _words(
+        """nodding off at the wheel; snoring that shakes the wall; legs that must move at
+        bedtime; knees that buckle on laughing; lying awake until four; kicking the partner
+        while dreaming; headache and dry mouth at dawn; walking the house at night; waking
+        every hour; sleeping twelve hours and never fresh; screaming after midnight; unable
+        to move on waking""",
+        """forty pauses an hour; a neck of 46 centimetres; dream sleep within two minutes; a
+        sleepiness score of 19; oxygen dips all night; periodic limb movements; a crowded
+        throat; a shifted body clock on the diary; dreams acted out on video; low orexin; a
+        broken hypnogram; carbon dioxide that climbs overnight""",
+        """obstructive apnoea; narcolepsy; years of night shifts; restless legs; a jaw
+        advancement; lifelong insomnia; sleepwalking as a teenager; jet lag as a pilot""",
+        """a pressure mask; melatonin; modafinil; pramipexole; zopiclone; sodium oxybate; a
+        mandibular splint; bright light at seven""",
+    ),
+    "allergy": _words(
+        """lips that swelled after prawns; sneezing fits every May; throat closing after a
+        wasp; streaming nose near cats; collapse after a nut bar; wheals on pressure; an itchy
+        mouth from apples; flushing after penicillin; swollen eyelids without a cause; cramps
+        and wheals after milk; itching after latex gloves; a tight throat on the dance floor""",
+        """a high tryptase; a wheal of 9 millimetres to birch; raised specific IgE; eosinophils
+        of 1.8; a low C4; a positive nut challenge; a swollen uvula; dark lines on scratching
+        the back; bee venom antibodies; a tongue twice its size; grass pollen positive; a
+        failed drug provocation""",
+        """anaphylaxis; hay fever; hereditary angioedema; a nut allergy; desensitisation to
+        wasps; mastocytosis; an immune deficiency; a reaction to contrast""",
+        """an adrenaline pen; cetirizine; pollen tablets; icatibant; omalizumab;
+        immunoglobulin drips; loratadine; ketotifen""",
+    ),
+    "cancer": _words(
+        """a hard breast lump; nausea since the last cycle; weight down by twelve kilos; pain
+        in the spine at rest; a swollen arm after surgery; numb feet from the drip; a mouth too
+        sore to eat; a node above the collarbone; hot flushes on the tablets; a shadow found by
+        chance; no strength since radiation; belly fluid again""",
+        """spiculated tissue on mammography; deposits in the liver; a rising marker; an
+        inverted nipple; a mass with necrosis; spread to the vertebrae; a positive sentinel
+        node; a grade three biopsy; a PET scan that lights up; HER2 positive; an enlarged
+        supraclavicular node; compression of the cord""",
+        """a mastectomy; chemotherapy; radiotherapy to the pelvis; a BRCA mutation; a resected
+        sarcoma; lymphoma; brachytherapy; a port""",
+        """tamoxifen; capecitabine; ondansetron; trastuzumab; cisplatin; morphine patches;
+        pembrolizumab; dexamethasone with each cycle""",
+    ),
 }
 
-GENERAL = _split(
+GENERAL = split(
     """tiredness for two weeks; poor sleep; a little weight loss; low appetite; feeling run
     down; worry about work; a recent cold; no other trouble"""
 )
-
-# What people notice, what a doctor sees: the subjects of the public notes, which carry no label.
-LIBRARY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "heart": (
-        _split("""angina during exercise; palpitations; swelling of the feet from a weak heart
-        muscle; collapse from a slow rhythm; discomfort in the chest spreading to the jaw"""),
-        _split(
-            """coronary disease; mitral valve leakage; hypertension; cardiac arrhythmia;
-            cardiomyopathy"""
-        ),
-    ),
-    "lungs": (
-        _split("""shortness of breath with wheezing; a smoker's cough; sputum and fever;
-        asthma attacks; low oxygen during exercise"""),
-        _split(
-            """emphysema; airway obstruction on spirometry; pneumonia; lung fibrosis; pleurisy"""
-        ),
-    ),
-    "gut": (
-        _split(
-            """indigestion; chronic diarrhoea; nausea and jaundice; abdominal cramps; rectal
-            bleeding"""
-        ),
-        _split("""gastritis; liver disease; an inflamed colon; gallstones; acid reflux"""),
-    ),
-    "nerves": (
-        _split(
-            """seizures; memory decline; sudden paralysis on one side; tremor; severe migraine
-            attacks"""
-        ),
-        _split(
-            """cerebral ischaemia; dementia; demyelination; a brain tumour; nerve damage in
-            the limbs"""
-        ),
-    ),
-    "bones": (
-        _split(
-            """joint pain; a sports injury; a broken arm; lower back strain; swelling of the
-            knees"""
-        ),
-        _split("""arthritis; a vertebral fracture; a ruptured tendon; bone loss; cartilage
-        wear"""),
-    ),
-    "skin": (
-        _split("""dry itching skin; a spreading rash; pimples; dark moles; nettle rash"""),
-        _split("""dermatitis; skin cancer; a fungal infection of the skin; urticaria; impetigo"""),
-    ),
-    "eyes": (
-        _split(
-            """dim eyesight; irritated watery eyes; flashes in the visual field; squinting;
-            night blindness"""
-        ),
-        _split(
-            """raised eye pressure; a clouded lens; conjunctivitis; retinal damage; an
-            inflamed cornea"""
-        ),
-    ),
-    "kidneys": (
-        _split(
-            """painful urination; blood in the urine; incontinence; frequent urination; flank
-            colic"""
-        ),
-        _split(
-            """renal failure; urinary infection; prostate disease; bladder stones; nephrotic
-            syndrome"""
-        ),
-    ),
-    "mind": (
-        _split(
-            """persistent sadness; anxiety attacks; hallucinations; compulsive rituals; mania"""
-        ),
-        _split(
-            """major depression; psychosis; post-traumatic stress; an eating disorder;
-            addiction"""
-        ),
-    ),
-}
