@@ -66,6 +66,23 @@ class DataSet:
         return [*order, *(name for name in self.rows if name not in order)]
 
 
+QUAD_ROWS = {
+    **{name: ROWS[name] for name in ("base", "local")},
+    **{f"epsilon-{e:g}": f"federated, ε = {e:g}" for e in medquad.RATES},
+    "non-private": ROWS["non-private"],
+    "best-lora": "federated, best LoRA not private",
+    **{
+        f"{name}-{e}": f"ε = {e}, {title}"
+        for e in (1, 3)
+        for name, title in {
+            "no-start": "no public start",
+            "no-preconditioner": "no preconditioner",
+            "one-record": "one record a document",
+            "rank-4": "rank 4",
+            "three-rounds": "three rounds",
+        }.items()
+    },
+}
 QUAD = DataSet(
     "medquad",
     "MedQuAD",
@@ -77,7 +94,7 @@ QUAD = DataSet(
         data / "medquad" / "train.jsonl", data / "pubmedqa" / "train.jsonl", out, seed
     ),
     medquad.TUNING,
-    ROWS | {"best-lora": "federated, best LoRA not private"},
+    QUAD_ROWS,
 )
 MTS = DataSet(
     "mts_dialog",

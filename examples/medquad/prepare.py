@@ -4,7 +4,8 @@
     sites/<source>/site.toml   one source's own file
     sites/<source>/train.jsonl {document, question, answer}: at most RECORDS a document
     open/<source>/site.toml    the same data under a policy that admits privacy = "off"
-    public.jsonl               {question, answer} of PubMedQA, for the adapter's frozen factor
+    public.jsonl               {question, answer} of PubMedQA, for the adapter's frozen factor and
+                               the preconditioner of its steps
     validation.jsonl           further documents, for choosing settings
     test.jsonl                 further documents, for the reported loss; the same for every seed
 
@@ -34,9 +35,9 @@ DOCUMENTS = {
     "NIHSeniorHealth": 39,
     "NINDS": 110,
 }
-RECORDS = 1  # of a document at a site, drawn by seed; of a held-out document the first of them
+RECORDS = 4  # of a document at a site, drawn by seed; of a held-out document the first of them
 VALIDATION, TEST = 0.10, 0.15  # of a source's documents
-PUBLIC = 64  # texts
+PUBLIC = 400  # texts
 FIRST = 0  # the seed whose test documents are everybody's
 METRIC = "loss"
 
@@ -51,11 +52,12 @@ STUDY: Table = {
         "last_layers": 3,
         "train": "B",
         "a_init": "public",
+        "preconditioner": {"rank": 64, "damping": 1.0},
     },
     "objective": {
         "name": "causal_lm",
         "max_length": 32,
-        "overflow": "truncate",
+        "overflow": "truncate_answer",
         "template": "Question: {text}\nAnswer:\n",
     },
     "public": {
@@ -63,9 +65,10 @@ STUDY: Table = {
         "licence": "MIT",
         "columns": {"prompt": "question", "completion": "answer"},
     },
-    "training": {"rounds": 3, "sampling_rate": 1.0, "learning_rate": 32.0},
+    "start": {"steps": 5, "learning_rate": 30.0},
+    "training": {"rounds": 1, "sampling_rate": 1.0, "learning_rate": 150.0},
     "clipping": {"max_grad_norm": 1.0, "mode": "normalised"},
-    "strategy": {"weights": "declared", "options": {"momentum": 0.5}},
+    "strategy": {"weights": "declared"},
     "evaluation": {
         "path": "test.jsonl",
         "metric": METRIC,
@@ -79,27 +82,47 @@ def private(epsilon: float, **tables: Any) -> Table:
     return merged({"privacy": asked}, tables)
 
 
-# Each rate is the best of TUNING on the validation documents of seed 0.
+def at(epsilon: float, rate: float, **tables: Any) -> Table:
+    return private(epsilon, **merged({"training": {"learning_rate": rate}}, tables))
+
+
+# Less one lever each: the public start, the preconditioner, all but one record of a document, …
+WITHOUT: dict[str, Table] = {
+    "no-start": {"start": None},
+    "no-preconditioner": {"lora": {"preconditioner": None}},
+    "one-record": {"privacy": {"max_records_per_unit": 1}},
+    "rank-4": {"lora": {"rank": 4, "alpha": 8.0}},
+    "three-rounds": {"training": {"rounds": 3}},
+}
+RATES = {0.5: 12.0, 1.0: 24.0, 2.0: 60.0, 3.0: 90.0, 8.0: 150.0}  # chosen on validation documents
 ARMS: dict[str, Table] = {
     "non-private": {"privacy": "off", "clipping": {"unit": "patient"}},  # as epsilon-8, σ = 0
-    "epsilon-8": private(8.0),
-    "epsilon-3": private(3.0, training={"learning_rate": 12.0}),
-    "epsilon-1": private(1.0, training={"learning_rate": 2.0}),
-    "local": private(8.0, training={"learning_rate": 4.0}),  # one site alone
+    **{f"epsilon-{epsilon:g}": at(epsilon, rate) for epsilon, rate in RATES.items()},
+    **{
+        f"{name}-{epsilon:g}": merged(at(epsilon, RATES[epsilon]), less)
+        for epsilon in (1.0, 3.0)
+        for name, less in WITHOUT.items()
+    },
+    "local": at(8.0, 20.0),  # one site alone
     "best-lora": {
         "privacy": "off",
+        "lora": {"preconditioner": None},
+        "start": None,
         # A bound that nothing reaches: it only says that the unit is the document.
         "clipping": {"max_grad_norm": 1e6, "mode": "flat", "unit": "patient"},
         "training": {"rounds": 5, "learning_rate": 100.0},
+        "strategy": {"options": {"momentum": 0.5}},
     },
 }
+for epsilon in (1.0, 3.0):  # three shorter steps
+    ARMS[f"three-rounds-{epsilon:g}"]["training"]["learning_rate"] = RATES[epsilon] / 3
 TUNING: dict[str, list[Table]] = {
     arm: [{"training": {"learning_rate": rate}} for rate in rates]
     for arm, rates in {
-        "epsilon-8": (16.0, 32.0, 64.0),
-        "epsilon-3": (6.0, 12.0, 24.0),
-        "epsilon-1": (2.0, 4.0, 8.0),
-        "local": (2.0, 4.0, 8.0),
+        "epsilon-8": (100.0, 150.0, 200.0),
+        "epsilon-3": (60.0, 90.0, 130.0),
+        "epsilon-1": (12.0, 24.0, 40.0),
+        "local": (10.0, 20.0, 40.0),
         "best-lora": (50.0, 100.0, 300.0),
     }.items()
 }
