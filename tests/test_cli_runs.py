@@ -204,24 +204,6 @@ def test_a_server_says_what_it_waits_for_and_when_it_will_be_done(
     ]  # fmt: skip
 
 
-def test_on_a_terminal_the_bar_says_what_a_server_waits_for_below_lines_that_stay() -> None:
-    from rich.console import Console
-
-    file = io.StringIO()
-    console = Console(file=file, width=100, force_terminal=True, color_system=None)
-    with Watch(console, "starting") as watch:
-        for event, data, bar in (
-            ("listening", {"text": "consortium   ab"}, "waiting for sites"),
-            ("start", {"rounds": 3, "done": 0}, "waiting for sites"),
-            ("planned", {"study": "s", "rounds": 3, "participants": ["a"]}, "training"),
-        ):
-            watch(event, data)
-            assert watch._bar.tasks[0].description == bar
-    assert (
-        "consortium   ab\n" in file.getvalue() and "s: a take part; round 1 of 3" in file.getvalue()
-    )
-
-
 def test_the_demo_has_a_status_while_it_runs_and_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

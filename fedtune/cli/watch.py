@@ -78,8 +78,6 @@ class Watch:
             pass  # the closing lines say so
         elif event == "listening" or (event in LINKS and "name" in data):
             self._stay(str(data.get("text") or event))
-            if event == "listening":
-                self._bar.update(self._task, description="waiting for sites")
         elif event == "planned":
             self._planned(data)
         elif event == "start":
@@ -145,8 +143,6 @@ class Watch:
             f"{data.get('study')}: {', '.join(names)} take part; round {self._done + 1}{of} is "
             f"next{cost}"
         )
-        total = rounds if isinstance(rounds, int) else None
-        self._bar.update(self._task, description="training", total=total, completed=self._done)
 
     def _left(self, done: int, total: int) -> str:
         """The time that the rounds to come will take, at the pace since this process began."""

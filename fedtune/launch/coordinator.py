@@ -133,8 +133,6 @@ def called(host: str, port: int, names: Sequence[str] = ()) -> str:
 
 def listening(study: Study, home: Path, address: str) -> dict[str, Any]:
     """Describe a coordinator that has begun to listen, with what its operator does next."""
-    from fedtune.server.parts import Settings
-
     ca = certs.ca(home)[1].public_bytes(certs.PEM).decode()
     fingerprint = enrol.consortium(ca, SigningKey.at(home / "signing.key").public)
     names = sorted(enrol.registry(home))
@@ -146,12 +144,9 @@ def listening(study: Study, home: Path, address: str) -> dict[str, Any]:
     ]
     if len(names) < least:
         lines.append(
-            "next         for each site: fedtune admit NAME.request, in the folder of study.toml"
+            "next         for each site's request: fedtune admit NAME.request, beside STUDY"
         )
-    lines.append(
-        f"waiting      {Settings.patience:.0f} s at most for {least} sites to connect: "
-        "fedtune client site.toml, there"
-    )
+    lines.append("waiting      for sites to connect: fedtune client site.toml, there")
     facts = {"study": study.study.name, "address": address, "fingerprint": fingerprint}
     return {**facts, "participants": names, "text": "\n".join(lines)}
 

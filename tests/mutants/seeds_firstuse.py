@@ -10,7 +10,6 @@ PURGE, REVIEW, WITHDRAW = (
     "fedtune/client/withdraw.py",
 )
 T_PURGE, T_CLI = "tests/client/test_purge.py::", "tests/test_cli_site.py::"
-T_STATUS = "tests/observe/test_status.py::"
 LEFT = T_PURGE + "test_nothing_is_left_of_a_study_but_what_the_guarantee_needs"
 
 PURGE_MUTANTS = (
@@ -59,25 +58,6 @@ DECIDING_MUTANTS = (
         'if status not in DONE:', 'if status == "failed":',
         "tests/client/test_reply_facts.py::test_a_refused_site_is_told_why",
         "the site's own screen says nothing of why it is out",
-    ),
-    _one(
-        "signs", "ctrl-c-reads-as-an-error", "fedtune/observe/__init__.py",
-        "if isinstance(error, KeyboardInterrupt):", "if isinstance(error, SystemExit):",
-        T_STATUS + "test_what_stopped_a_run_is_said_and_a_persons_ctrl_c_is_no_error",
-        "a person who stops a study reads of a failure in its status",
-    ),
-    _one(
-        "signs", "a-finished-study-waits-in-silence", "fedtune/launch/site.py",
-        'last.get("round") == rounds and', 'last.get("round") is None and',
-        "tests/client/test_reply_facts.py::"
-        "test_each_round_is_told_with_its_number_and_what_was_paid",
-        "a client waits for ever and does not say that its study is finished",
-    ),
-    _one(
-        "signs", "a-setting-is-read-and-dropped", "fedtune/config/load.py",
-        "tables = overridden(tables, settings)", "overridden(tables, settings)",
-        "tests/test_set_option.py::test_a_run_keeps_the_plan_that_was_set",
-        "a study runs with other values than it was given",
     ),
 )  # fmt: skip
 

@@ -7,6 +7,7 @@ from tests.mutants.mutant import Mutant, one
 GRADIENTS = "fedtune/training/unit_gradients.py"
 MODULE, LORA = "fedtune/models/preconditioner.py", "fedtune/models/lora.py"
 T = "tests/test_preconditioner.py::"
+S = "tests/server/test_step.py::"
 
 MUTANTS: list[Mutant] = [
     Mutant(
@@ -74,5 +75,41 @@ MUTANTS: list[Mutant] = [
         'pinned = study.start.model_copy(update={"digest": None})',
         "tests/test_public_start.py::test_it_costs_no_epsilon_and_is_bound_by_the_digest",
         "a site cannot tell what the study that it signed started at",
+    ),
+    one(
+        "selection", "the-evaluation-records-choose", "fedtune/server/step.py",
+        'update={"path": table.path, "columns": table.columns})',
+        'update={"columns": table.columns})',
+        S + "test_the_records_that_choose_are_the_selections",
+        "the figures in the report are of the records that chose the adapter",
+    ),
+    one(
+        "selection", "a-step-that-helps-nothing-is-taken", "fedtune/server/step.py",
+        "    if untouched - loss(keep, factor) <= TOLERANCE * abs(untouched):\n", "    if False:\n",
+        S + "test_a_gain_of_nothing_is_no_step",
+        "a study goes on spending where it learns no more",
+    ),
+    one(
+        "selection", "all-of-the-past-is-kept", "fedtune/server/step.py",
+        "while keep > LEAST and", "while False and",
+        S + "test_new_noise_is_averaged_with_old", "the noise of every round adds up",
+    ),
+    one(
+        "selection", "evaluated-every-round", "fedtune/server/rounds.py",
+        "every = 0 if self.study.selection else", "every =",
+        S + "test_each_round_moves_as_far_as_the_selection_records_say",
+        "the test records are read before the adapter is chosen",
+    ),
+    one(
+        "selection", "shared-records-are-no-matter", "fedtune/evaluation/selection.py",
+        "    if shared:\n", "    if False:\n",
+        S + "test_records_that_choose_do_not_judge",
+        "the same public records choose the adapter and judge it",
+    ),
+    one(
+        "preset", "epsilon-up-to-the-ceiling", "fedtune/presets/__init__.py",
+        "epsilon: float = 6.0", "epsilon: float = 8.0",
+        "tests/test_presets.py::test_it_loads_without_an_edit_and_its_public_records_are_divided",
+        "one crash of a client ends its part in the study",
     ),
 ]  # fmt: skip

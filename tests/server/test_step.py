@@ -138,6 +138,27 @@ def test_new_noise_is_averaged_with_old():
     assert progress.history[-1]["selection"]["loss"] < 0.5
 
 
+def test_the_records_that_choose_are_the_selections():
+    """Measured as the evaluation records are: the same metric and choices."""
+    study = make_study().model_copy(update={"selection": SELECTION})
+    asked, table = step.selecting(study).evaluation, study.evaluation
+    assert asked and table and asked.path == SELECTION.path and asked.columns == SELECTION.columns
+    assert (asked.metric, asked.choices) == (table.metric, table.choices)
+
+
+def test_a_gain_of_nothing_is_no_step():
+    """A hundred-thousandth of the loss is not learnt: the adapter stays as it was."""
+
+    class Flat(Bowl):
+        def measure(self, adapter: Any) -> dict[str, float]:
+            return {"loss": 1.0 - 1e-5 * float(adapter["w"][0] == 1)}
+
+    start = {"w": np.zeros(2, np.float32)}
+    progress = Progress("", selected(), start, {}, start)
+    adapter, chosen = step.choose(Flat(), progress, {"w": np.ones(2, np.float32)})
+    assert chosen["step"] == 0.0 and not adapter["w"].any()
+
+
 @pytest.mark.parametrize("best", [0.0, 1e-5, 0.3, 1.0, 7.0, 2e4])
 @pytest.mark.parametrize("start", [1e-3, 1.0, 50.0])
 def test_the_search_is_within_a_factor_of_the_best(best, start):
