@@ -99,9 +99,29 @@ def test_nobody_moves_another_whatever_the_weights(
     assert moved(network, tmp_path, others, UnitGradientEngine) < 1e-6
 
 
-def test_rows_beside_as_many_as_there_are_is_caught(network: Network, tmp_path: Path) -> None:
-    """The twin: some of them flip together."""
-    assert max(moved(network, tmp_path, n, Unbounded) for n in range(1, 10)) > 0.9
+def by_parity(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A head's product on a processor whose last digits follow from whether the number of rows is
+    odd. Not every processor's depend on the number: an AMD EPYC's only on whether it is 1."""
+    product = x @ weight.T
+    if len(weight) == 3 and len(x) % 2:
+        above = torch.nextafter(product, torch.full_like(product, torch.inf))
+        product = product + 8 * (above - product).detach()
+    return product if bias is None else product + bias
+
+
+def test_rows_beside_as_many_as_there_are_is_caught(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin: some of them flip together, by this processor's own kernel or by one that is known
+    to depend on the number of rows."""
+    most = max(moved(network, tmp_path, n, Unbounded) for n in range(1, 10))
+    if most <= 0.9:
+        monkeypatch.setattr(torch.nn.functional, "linear", by_parity)
+        most = moved(network, tmp_path, 26, Unbounded)
+        assert moved(network, tmp_path, 26, UnitGradientEngine) < 1e-6
+    assert most > 0.9
 
 
 def test_a_row_is_the_same_beside_any_others(tiny_base: Path) -> None:
