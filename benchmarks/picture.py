@@ -1,0 +1,85 @@
+"""Draw quality against ε from the results of `benchmarks.tables`, one panel a data set.
+
+    python -m benchmarks.picture --out docs/quality.png medquad=runs/medquad mts_dialog=runs/mts
+
+Each panel: mean and every seed's gain over the base at each ε; lines for the same recipe without
+noise and, if it was measured, the best one without privacy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.tables import SETS, TWIN
+from fedtune.report.plot import COST, FAINT, GOOD, INK
+
+PRIVATE = re.compile(r"epsilon-([0-9.]+)")
+BEST = ("best-lora", "best-head")
+
+
+def gains(results: dict[str, Any], metric: str) -> dict[str, list[float]]:
+    """By arm, each seed's gain over its base; of loss a fall is a gain."""
+    sign = -1 if metric == "loss" else 1
+    by_arm: dict[str, list[float]] = {}
+    for arms in results.values():
+        for name, figures in arms.items():
+            by_arm.setdefault(name, []).append(sign * (figures[metric] - arms["base"][metric]))
+    return by_arm
+
+
+def panel(axes: Any, name: str, folder: Path) -> None:
+    dataset = SETS[name]
+    by_arm = gains(json.loads((folder / "results.json").read_text()), dataset.metric)
+    points = sorted(
+        (float(match[1]), values)
+        for arm, values in by_arm.items()
+        if (match := PRIVATE.fullmatch(arm))
+    )
+    for epsilon, values in points:
+        axes.plot([epsilon] * len(values), values, "o", color=GOOD, alpha=0.35, markersize=4)
+    axes.plot([e for e, _ in points], [mean(v) for _, v in points], color=GOOD, marker="o")
+    lines = {"same recipe, no noise": by_arm.get(TWIN), "best without privacy": None}
+    for best in BEST:
+        lines["best without privacy"] = lines["best without privacy"] or by_arm.get(best)
+    for (title, values), color in zip(lines.items(), (INK, COST), strict=True):
+        if values:
+            axes.axhline(mean(values), color=color, linestyle="--", linewidth=1)
+            axes.annotate(
+                title, (0, mean(values)), xycoords=("axes fraction", "data"), xytext=(3, 3),
+                textcoords="offset points", fontsize=8, color=color,
+            )  # fmt: skip
+    axes.axhline(0, color=FAINT, linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xticks([e for e, _ in points], [f"{e:g}" for e, _ in points])
+    axes.minorticks_off()
+    axes.set_xlabel(f"ε per {dataset.unit} (δ = {dataset.delta:g})")
+    what = "fall of the loss, nats" if dataset.metric == "loss" else f"gain of {dataset.metric}"
+    axes.set_title(f"{dataset.title}: {what}", loc="left", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def main() -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sets", nargs="+", metavar="NAME=FOLDER")
+    parser.add_argument("--out", type=Path, required=True, help="a .png file")
+    args = parser.parse_args()
+    pairs = [text.partition("=")[::2] for text in args.sets]
+    figure = Figure(figsize=(4.6 * len(pairs), 3.6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, folder) in zip(
+        figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True
+    ):
+        panel(axes, name, Path(folder))
+    figure.savefig(args.out, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    main()
