@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from fedtune.cli.main import app
 from fedtune.config import load_sites, load_study
-from fedtune.errors import ConfigError, DataError
+from fedtune.errors import ConfigError, DataError, InfrastructureError
 from fedtune.evaluation.selection import check_selection
 from fedtune.presets import Records, classify, write
 
@@ -104,6 +104,24 @@ def test_a_study_is_not_written_over(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="exists"):
         write(tmp_path / "own", "classify", records(tmp_path, labels=LABELS))
     assert before == {path: path.read_bytes() for path in paths}
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch) -> None:
+    own = records(tmp_path)
+    write_text, calls = Path.write_text, 0
+
+    def full(path: Path, *given: object, **options: object) -> int:
+        nonlocal calls
+        calls += 1
+        written = write_text(path, *given, **options)  # type: ignore[arg-type]
+        if calls == 3:
+            raise OSError(28, "No space left on device")
+        return written
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(InfrastructureError, match="No space left"):
+        write(tmp_path / "own", "classify", own)
+    assert not [path for path in (tmp_path / "own").rglob("*") if path.is_file()]
 
 
 def test_the_command_writes_the_same_and_says_what_is_next(tmp_path: Path) -> None:

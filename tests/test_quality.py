@@ -339,6 +339,25 @@ def test_columns_are_checked_before_the_base_is_loaded(tmp_path: Path, tiny_base
         Dependencies().start(study)
 
 
+def test_selection_records_are_checked_before_the_base_is_loaded(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """As the evaluation records are: a completion that is no choice shows in seconds."""
+    files = tmp_path / "eval.jsonl", tmp_path / "selection.jsonl"
+    records(files[0], (" yes", " no"))
+    columns = {"prompt": "prompt", "completion": "completion"}
+    selection = {"path": str(files[1]), "columns": columns}
+    base = without_weights(tiny_base, tmp_path / "base")
+    study = study_of(base, files[0], "accuracy", (" yes", " no"), selection=selection)
+    for line, says in (
+        ('{"question": "a", "completion": " yes"}', "selection.columns.prompt"),
+        ('{"prompt": "a", "completion": " perhaps"}', "none of evaluation.choices"),
+    ):
+        files[1].write_text(f"{line}\n")
+        with pytest.raises(DataError, match=says):
+            Dependencies().start(study)
+
+
 def test_white_space_after_a_choice_does_not_count_unless_it_tells_two_apart(
     tmp_path: Path, tiny_base: Path
 ) -> None:

@@ -86,9 +86,11 @@ def write(folder: Path | str, task: str, records: Records) -> list[Path]:
         for name, text in texts.items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
             written.append(path)
+            path.write_text(text, encoding="utf-8")
     except OSError as error:
+        for path in written:
+            path.unlink(missing_ok=True)
         raise InfrastructureError(f"{folder}: cannot be written ({error.strerror})") from None
     return written
 

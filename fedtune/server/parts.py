@@ -52,10 +52,13 @@ class Measures(Protocol):
 def _start(study: Study) -> Started:
     from fedtune.evaluation.evaluator import check_evaluation
     from fedtune.evaluation.selection import check_selection
+    from fedtune.server.step import selecting
     from fedtune.training.start import start
 
     check_evaluation(study)  # in seconds; A from public text takes minutes
-    check_selection(study)
+    if study.selection:
+        check_selection(study)
+        check_evaluation(selecting(study))
     return start(study)
 
 

@@ -86,10 +86,12 @@ def line_search(loss: Callable[[float], float], start: float) -> float:
 
 
 def steps_left(study: Study, history: list[dict[str, Any]]) -> bool:
-    """Return whether one of the last selection.patience rounds lowered the loss, or fewer were."""
+    """Return whether one of the last selection.patience rounds lowered the loss, or fewer were. One
+    that did took a step, or kept less of the past."""
     if study.selection is None or len(history) < study.selection.patience:
         return True
-    return any(entry["step"] for entry in history[-study.selection.patience :])
+    newest = history[-study.selection.patience :]
+    return any(entry["step"] or entry["keep"] < 1 for entry in newest)
 
 
 def _combined(

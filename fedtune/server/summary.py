@@ -248,7 +248,7 @@ def _quality(progress: Progress) -> dict[str, Any]:
     measured = [{"round": h["round"], **h["quality"]} for h in progress.history if h["quality"]]
     started = {"start": progress.started} if progress.started else {}
     keys = ("round", "keep", "step", "selection")
-    chosen = [{key: h.get(key) for key in keys} for h in progress.history if "step" in h]
+    chosen = [{key: h[key] for key in keys} for h in progress.history if "step" in h]
     return {
         "metric": table.metric,
         "before": progress.before,

@@ -146,6 +146,15 @@ def test_the_records_that_choose_are_the_selections():
     assert (asked.metric, asked.choices) == (table.metric, table.choices)
 
 
+@pytest.mark.parametrize(
+    ("newest", "left"), [((1.0, 0.0), False), ((0.5, 0.0), True), ((1.0, 2.0), True)]
+)
+def test_a_round_that_kept_less_of_the_past_has_learnt_too(newest, left):
+    rounds = [(1.0, 0.0), newest]
+    history = [{"keep": keep, "step": factor} for keep, factor in rounds]
+    assert step.steps_left(selected(), history) is left
+
+
 def test_a_gain_of_nothing_is_no_step():
     """A hundred-thousandth of the loss is not learnt: the adapter stays as it was."""
 
