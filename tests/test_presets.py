@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from fedtune import presets
 from fedtune.cli.main import app
 from fedtune.config import load_sites, load_study
 from fedtune.errors import ConfigError, DataError, InfrastructureError
@@ -50,6 +51,7 @@ def test_it_loads_without_an_edit_and_its_public_records_are_divided(tmp_path: P
     sites = load_sites(tmp_path / "triage" / "sites")
     assert [site.site.declared_size for site in sites] == [350, 350]
     assert {site.data.path for site in sites} == {*records(tmp_path).data}
+    assert {p.stat().st_mode & 0o777 for p in paths if p.name == "site.toml"} == {0o600}
     # ε leaves room for rounds that a crash repeats; δ lets no unit out.
     assert study.privacy.epsilon < min(site.policy.max_epsilon for site in sites)
     assert study.privacy.delta <= 1 / (5 * 350) and sites[0].policy.max_delta == study.privacy.delta
@@ -108,17 +110,16 @@ def test_a_study_is_not_written_over(tmp_path: Path) -> None:
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch) -> None:
     own = records(tmp_path)
-    write_text, calls = Path.write_text, 0
+    writing, calls = presets.replace, 0
 
-    def full(path: Path, *given: object, **options: object) -> int:
+    def full(path: Path, content: bytes, *, private: bool = False) -> Path:
         nonlocal calls
         calls += 1
-        written = write_text(path, *given, **options)  # type: ignore[arg-type]
         if calls == 3:
-            raise OSError(28, "No space left on device")
-        return written
+            raise InfrastructureError(f"{path}: cannot be written (No space left on device)")
+        return writing(path, content, private=private)
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(presets, "replace", full)
     with pytest.raises(InfrastructureError, match="No space left"):
         write(tmp_path / "own", "classify", own)
     assert not [path for path in (tmp_path / "own").rglob("*") if path.is_file()]

@@ -1,7 +1,8 @@
 """Read a site's records as training does, and say at the site what became of them.
 
-Guarantee: what this says stays on the site's screen and in a file in its state folder, for its own
-user; no log, no metric, no message and no tracker gets a count of records."""
+Guarantee: what this says stays at the site: on its screen, on the process's own stderr, and in a
+file in its state folder for its own user. No event, log.jsonl, metric, message or tracker gets a
+count of records."""
 
 from __future__ import annotations
 

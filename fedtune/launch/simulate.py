@@ -59,7 +59,9 @@ def simulate(
     out = new_run(study, None if out is None else Path(out), resume=resume)
     register_teacher(study)
     for site in sites:  # the sites are the user's own: report errors in their files now
-        _describe_records(site, study, check_data(site, study), on_event or _ignore)
+        dataset = check_data(site, study)
+        if on_event:
+            _describe_records(site, study, dataset, on_event)
     files = list(map(site_file, sites))
     common: dict[str, Any] = {"resume": resume, "on_event": on_event}
     settings = Settings(pause=1.0, clock=SimulatedClock(), upto=rounds, skip=False)
@@ -87,10 +89,6 @@ def _describe_records(site: Site, study: Study, dataset: Dataset, on_event: OnEv
 
     name, line = site.site.name, describe(dataset, study, site.site.declared_size)
     on_event("records", {"name": name, "text": f"{name}: {line}"})
-
-
-def _ignore(_event: str, _facts: dict[str, Any]) -> None:
-    pass
 
 
 def _bad_files(files: Sequence[Path], errors: Mapping[str, FedtuneError]) -> FedtuneError | None:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from fedtune.data.files import rows
 from fedtune.errors import ConfigError, DataError, InfrastructureError
+from fedtune.files.writing import replace
 from fedtune.presets import classify
 
 TASKS = {"classify": classify}
@@ -81,18 +82,15 @@ def write(folder: Path | str, task: str, records: Records) -> list[Path]:
             texts[f"{name}.jsonl"] = "".join(lines)
     if records.role != "coordinator":
         texts |= _site_files(records, TASKS[task].SITE)
-    written = []
+    paths = [folder / name for name in texts]
     try:
-        for name, text in texts.items():
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            written.append(path)
-            path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        for path in written:
+        for path, text in zip(paths, texts.values(), strict=True):
+            replace(path, text.encode(), private=path.name == "site.toml")
+    except InfrastructureError:
+        for path in paths:
             path.unlink(missing_ok=True)
-        raise InfrastructureError(f"{folder}: cannot be written ({error.strerror})") from None
-    return written
+        raise
+    return paths
 
 
 def _divided(records: Records, seed: str) -> dict[str, list[dict[str, Any]]]:
