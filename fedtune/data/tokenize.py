@@ -149,14 +149,16 @@ def _beginnings(
     prompt: str, texts: list[str], objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Tokens], bool]:
     """Tokenise a prompt and as much of each answer as fits after it: how long answers begin."""
-    most, limit = objective.max_length, CHARS * objective.max_length + len(prompt)
+    most, limit = objective.max_length, CHARS * objective.max_length
     ids = [*_start(tokenizer), *_encode(_in_template(prompt, objective), tokenizer)]
-    answers = [_answer(text[:limit], objective, tokenizer) for text in texts]
-    hits = [False] * len(ids)
-    passages = [
-        ([*ids, *answer][:most], [*hits, *[True] * len(answer)][:most]) for answer in answers
-    ]
-    return passages, any(len(ids) + len(answer) > most for answer in answers)
+    passages, cut = list[Tokens](), False
+    for text in texts:
+        huge = len(text) > limit
+        answer = _encode(text[:limit], tokenizer) if huge else _answer(text, objective, tokenizer)
+        hits = [False] * len(ids) + [True] * len(answer)
+        passages.append(([*ids, *answer][:most], hits[:most]))
+        cut |= huge or len(hits) > most
+    return passages, cut
 
 
 def _without(ids: list[int], head: int, own: int, excess: int) -> list[int]:

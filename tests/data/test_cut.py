@@ -63,6 +63,19 @@ def test_truncate_answer_keeps_the_prompt_and_the_beginning_of_each_answer(
     assert not short.cut and targets(tokenizer, short) == "w0 <eos>"
 
 
+def test_an_answer_too_long_to_be_tokenised_is_cut_and_has_no_end(
+    jsonl: Jsonl, study: MakeStudy, tokenizer: Tok, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a tokenizer with tokens of fifty characters."""
+    encode = tokenize._encode
+    monkeypatch.setattr(tokenize, "_encode", lambda text, tok: encode(text[::50], tok))
+    plan = study(max_length=LENGTH, overflow="truncate_answer")
+    example = one(
+        jsonl({"p": "a", "c": "w" * (tokenize.CHARS * LENGTH + 1)}), PAIR, plan, tokenizer
+    )
+    assert example.cut and "<eos>" not in whole(tokenizer, example)
+
+
 def test_twin_a_cut_at_the_end_loses_the_answer(
     jsonl: Jsonl, study: MakeStudy, tokenizer: Tok, monkeypatch: pytest.MonkeyPatch
 ) -> None:
