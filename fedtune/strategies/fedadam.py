@@ -15,19 +15,22 @@ from fedtune.strategies._mean import RunningMean
 class FedAdam(Strategy):
     """m ← β₁m + (1-β₁)Δ; v ← β₂v + (1-β₂)Δ²; adapter ← adapter + ηm / (√v + τ).
 
-    As in the paper, no bias correction; m starts at 0 and v at τ².
-    Reference: Reddi et al. 2021, Algorithm 2 (FedAdam).
+    As in the paper, no bias correction of m and v; m starts at 0 and v at τ².
+    | η = 0 (default) | each step is as long as the round's mean update: η = ‖Δ‖ / ‖m / (√v + τ)‖ |
+    References: Reddi et al. 2021, Algorithm 2 (FedAdam); Agarwal et al. 2020, "Disentangling
+    adaptive gradient methods from learning rates" (a step's length from one method, its direction
+    from another).
     """
 
     averages: ClassVar[bool] = False
 
-    server_learning_rate: float = 0.01  # η
+    server_learning_rate: float = 0.0  # η; 0: from the updates' own length
     beta1: float = 0.9
     beta2: float = 0.99
     tau: float = 1e-3  # τ, adaptivity: the larger, the closer to plain averaging
 
     def __post_init__(self) -> None:
-        require(self.server_learning_rate > 0, "server_learning_rate", "a number above 0")
+        require(self.server_learning_rate >= 0, "server_learning_rate", "a number of at least 0")
         require(0 <= self.beta1 < 1, "beta1", "at least 0 and below 1")
         require(0 <= self.beta2 < 1, "beta2", "at least 0 and below 1")
         require(self.tau > 0, "tau", "a number above 0")
@@ -48,8 +51,9 @@ class FedAdam(Strategy):
             v = self._v.get(name, np.full_like(delta, self.tau**2))
             self._m[name] = m = self.beta1 * m + (1 - self.beta1) * delta
             self._v[name] = v = self.beta2 * v + (1 - self.beta2) * delta**2
-            step[name] = self.server_learning_rate * m / (np.sqrt(v) + self.tau)
-        return moved(adapter, step)
+            step[name] = m / (np.sqrt(v) + self.tau)
+        rate = self.server_learning_rate or _rate(mean, step)
+        return moved(adapter, {name: rate * array for name, array in step.items()})
 
     def state(self) -> State:
         first = {f"m/{name}": array for name, array in self._m.items()}
@@ -58,3 +62,14 @@ class FedAdam(Strategy):
     def load_state(self, state: State) -> None:
         groups = unflatten(state, ("m", "v"))
         self._m, self._v = groups["m"], groups["v"]
+
+
+def _rate(mean: State, direction: State) -> float:
+    """Return the η that makes a step along `direction` as long as the round's mean update."""
+    along = _length(direction)
+    return _length(mean) / along if along else 0.0
+
+
+def _length(arrays: State) -> float:
+    """Compute the Euclidean norm of all arrays together."""
+    return float(np.sqrt(sum(float((array**2).sum()) for array in arrays.values())))

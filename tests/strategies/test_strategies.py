@@ -141,6 +141,7 @@ def test_an_unknown_strategy_is_an_error_that_lists_the_known():
         ("fedadam", "beta1", 1.0),
         ("fedadam", "beta2", -0.1),
         ("fedadam", "tau", 0.0),
+        ("fedadam", "server_learning_rate", -0.1),
         ("trimmed_mean", "trim", 0.5),
         ("trimmed_mean", "trim", -0.1),
     ],
@@ -183,6 +184,29 @@ def test_fedadam_follows_its_formula():
             v[n] = 0.95 * v[n] + 0.05 * delta**2
             expected[n] += 0.1 * m[n] / (np.sqrt(v[n]) + 0.01)
     same(adapter, expected, rtol=1e-5)
+
+
+def test_fedadam_without_a_rate_steps_as_far_as_the_mean_update():
+    """Whatever the updates' scale is; its twin, a fixed rate, does not follow them."""
+
+    def norm(arrays: dict[str, np.ndarray]) -> float:
+        return float(np.sqrt(sum((a.astype(np.float64) ** 2).sum() for a in arrays.values())))
+
+    for rate, follows in ((0.0, True), (0.01, False)):
+        lengths = []
+        for scale in (1e-3, 1.0, 1e3):
+            strategy, zero = (
+                FedAdam(server_learning_rate=rate),
+                {n: a * 0 for n, a in draw(0).items()},
+            )
+            adapter = zero
+            for k in (1, 3):
+                update = {n: np.float32(scale) * a for n, a in draw(k).items()}
+                before, adapter = adapter, one_round(strategy, adapter, [update])
+            step = {n: adapter[n] - before[n] for n in adapter}
+            lengths.append(norm(step) / norm(update))
+        assert np.allclose(lengths, 1.0, rtol=1e-4) == follows
+    assert not any(a.any() for a in one_round(FedAdam(), zero, [zero]).values())
 
 
 def test_fedadam_refuses_another_strategys_state():
