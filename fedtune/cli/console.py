@@ -17,6 +17,7 @@ from rich.text import Text
 from fedtune.cli.figures import short, size_text
 from fedtune.errors import printable
 from fedtune.report.claim import percent, rounded_up, verdict
+from fedtune.report.preference import alarms, pair_lines
 
 if TYPE_CHECKING:
     from fedtune.bases.find import Row
@@ -42,9 +43,7 @@ def closing(console: Console, out: Path, report: dict[str, Any]) -> None:
     console.print()
     if metric:
         console.print(f"{metric}: {short(before)} → [bold]{short(after)}[/bold]", highlight=False)
-        claim = verdict(quality)
-        style = None if claim.startswith("better") else "bold yellow"
-        console.print(f"  {claim}", style=style, highlight=False, markup=False)
+        print_verdict(console, quality)
     for name, alone in (report.get("alone") or {}).items():
         console.print(f"  {name} alone, at the same ε: {short(alone)}", markup=False)
     if report.get("private"):
@@ -70,6 +69,17 @@ def closing(console: Console, out: Path, report: dict[str, Any]) -> None:
     for index, (line, why) in enumerate(commands):
         lines.append(f"{'' if index else 'next':<9}{line:<{wide}}   {why}")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def print_verdict(console: Console, quality: dict[str, Any]) -> None:
+    """Print whether the model is better than the base; of pairs, what else moved and warnings."""
+    for line in pair_lines(quality):
+        console.print(f"  {line}", highlight=False, markup=False)
+    claim = verdict(quality)
+    style = None if claim.startswith("better") else "bold yellow"
+    console.print(f"  {claim}", style=style, highlight=False, markup=False)
+    for alarm in alarms(quality):
+        console.print(f"  warning: {alarm}", style="bold yellow", highlight=False, markup=False)
 
 
 def plan_table(study: Study, plan: Plan) -> Table:

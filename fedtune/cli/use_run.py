@@ -47,7 +47,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure base and adapter on records of your own, with 95 % intervals."""
-    from fedtune.cli.console import evaluation_table
+    from fedtune.cli.console import evaluation_table, print_verdict
 
     with Console().status("measuring base and adapter"):
         from fedtune.evaluation.run import evaluate as measure
@@ -56,6 +56,7 @@ def evaluate(
         file = named_columns(data, columns) if columns else data
         result = measure(Run(run), file, metric, choices or [])
     Console().print(evaluation_table(result))
+    print_verdict(Console(), result)
 
 
 PREDICT_OUT = Annotated[

@@ -23,6 +23,7 @@ from fedtune.evaluation.choices import (
     with_choice,
 )
 from fedtune.evaluation.metrics import Compared, Scores, _resamples, intervals
+from fedtune.evaluation.pairs import PairScores, pair_facts, round_figures
 from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import Arrays
@@ -78,6 +79,7 @@ class Evaluator:
         self.rejected, self.n_cut = data.rejected, data.n_cut
         self._records = CachedDataset(self.network, data)
         self._gold = np.array([e.label if self.classify else -1 for e in data.examples])
+        self._untouched: Scores | None = None
         self._single: torch.Tensor | None = None  # the token of each choice, where each has one
         self._with_choices: CachedDataset | None = None  # else every record with every choice
         self._choices = len(table.choices)
@@ -98,6 +100,29 @@ class Evaluator:
         scores = self.scores(adapter)
         return {name: scores.value(name) for name in dict.fromkeys((self.metric, "loss"))}
 
+    def follow(self, adapter: Arrays | None) -> dict[str, float]:
+        """`measure`, and of pairs what shows whether the text still holds: margin, chosen_logp and
+        kl, as evaluation.pairs.pair_facts has them. Takes the base's pass too."""
+        scores = self.scores(adapter, with_kl=adapter is not None)
+        names = dict.fromkeys((str(self.metric), "loss"))
+        figures = {name: scores.value(name) for name in names}
+        if self.paired:
+            before = scores if adapter is None else self.untouched
+            figures |= round_figures(before, scores, self.beta)
+        return figures
+
+    @property
+    def untouched(self) -> Scores:
+        """Scores of the base alone, computed at first use."""
+        if self._untouched is None:
+            self._untouched = self.scores(None)
+        return self._untouched
+
+    @property
+    def beta(self) -> float:
+        """The objective's β, by which log-ratios become rewards; 1 where it has none."""
+        return float(getattr(self._objective, "beta", 1.0))
+
     def compare(self, champion: Arrays, challenger: Arrays) -> Compared:
         """Compare two adapters by a paired bootstrap over the records (Efron & Tibshirani 1993,
         chapter 16); a tie is not better. Deterministic: the resamples have a fixed seed."""
@@ -112,21 +137,34 @@ class Evaluator:
 
     def gain(self, adapter: Arrays) -> dict[str, Any]:
         """records, and change: the 95 % interval of the metric's change against the untouched base
-        (paired bootstrap over the records)."""
-        change = intervals(self.scores(None), self.scores(adapter), self.metric)["change"]
-        return {"records": len(self), "change": list(change)}
+        (paired bootstrap over the records); of pairs also evaluation.pairs.pair_facts."""
+        before, after = self.untouched, self.scores(adapter, with_kl=True)
+        change = intervals(before, after, self.metric)["change"]
+        return {"records": len(self), "change": list(change)} | self.pairs_of(before, after)
+
+    def pairs_of(self, before: Scores, after: Scores) -> dict[str, Any]:
+        """Return {"pairs": pair_facts} of two models' scores, or {} where records are no pairs."""
+        if not self.paired:
+            return {}
+        own = self._objective.record_format == "preference"
+        return {"pairs": pair_facts(before, after, self.beta, own_loss=own)}
 
     @torch.no_grad()
-    def scores(self, adapter: Arrays | None) -> Scores:
-        """Score every record with `adapter`. The network's arrays are restored afterwards."""
+    def scores(self, adapter: Arrays | None, *, with_kl: bool = False) -> Scores:
+        """Score every record with `adapter`. The network's arrays are restored afterwards.
+
+        with_kl: of pairs also the divergence from the base, for a second pass."""
         self.network.load_frozen(self._factor)  # the network may have served another study since
         trainable = self.network.zero() if adapter is None else adapter
         with self.network.loaded(trainable=trainable):
             n = len(self)
             exact, chosen = np.zeros(n, bool), np.full(n, -1)
             scores = Scores(np.zeros(n), np.ones(n), exact, chosen, self._gold, np.zeros(n))
+            scores.pairs = PairScores.empty(n) if self.paired else None
             for batch in self._records.batches(range(n)):
                 self._assess(batch, scores)
+                if scores.pairs is not None:
+                    scores.pairs.add(self.network, batch, with_kl=with_kl)
             if self._with_choices is not None:
                 scores.chosen = self._most_likely(self._with_choices)
             return scores

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedtune.registry.metrics import METRICS
+
+if TYPE_CHECKING:
+    from fedtune.evaluation.pairs import PairScores
 
 RESAMPLES = 1000
 
@@ -18,7 +22,7 @@ class Scores:
     """Per record: loss (n,) nats, mean over its targets (of a pair or a judged completion, the
     objective's loss); tokens (n,) targets; exact (n,) greedy decoding gives the completion; chosen
     (n,) and gold (n,) class indices, -1 without classes; margin (n,) by which the better completion
-    of a pair is preferred."""
+    of a pair is preferred; pairs: what else is known of pairs, None of other records."""
 
     loss: np.ndarray
     tokens: np.ndarray
@@ -26,6 +30,7 @@ class Scores:
     chosen: np.ndarray
     gold: np.ndarray
     margin: np.ndarray
+    pairs: PairScores | None = None
 
     def value(self, metric: str, rows: np.ndarray | slice = slice(None)) -> float:
         """One figure over all records, or over `rows` (a bootstrap sample)."""
@@ -78,6 +83,16 @@ def intervals(before: Scores, after: Scores, metric: str) -> dict[str, tuple[flo
         for name, scores in (("before", before), ("after", after)):
             bounds[name] = wilson(scores.value(metric), n)
     return bounds
+
+
+def mean_interval(values: np.ndarray) -> list[float]:
+    """Bound the mean of values (n,) by its 95 % bootstrap interval over the n records.
+
+    >>> mean_interval(np.array([2.0, 2.0, 2.0]))
+    [2.0, 2.0]
+    """
+    means = [float(values[rows].mean()) for rows in _resamples(len(values))]
+    return [float(bound) for bound in np.quantile(means, (0.025, 0.975))]
 
 
 def _resamples(n: int) -> list[np.ndarray]:

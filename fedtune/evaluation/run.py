@@ -12,6 +12,8 @@ from fedtune.evaluation.evaluator import Evaluator, check_evaluation
 from fedtune.evaluation.metrics import intervals
 from fedtune.models.adapter_files import picked
 from fedtune.models.run import Run
+from fedtune.report.claim import verdict
+from fedtune.report.preference import alarms
 
 
 def evaluate(
@@ -26,7 +28,9 @@ def evaluate(
     Returns metric, records, rejected, cut (of the records, those of which objective.max_length left
     something out), before and after (measures by name), and interval: 95 %
     intervals of before, after (Wilson for a share of records, else bootstrap over records) and
-    change (paired bootstrap).
+    change (paired bootstrap); gain: records and change, as in report.json, and of preference pairs
+    their loss, margin, KL and share by length (evaluation.pairs.pair_facts); verdict: whether the
+    adapter is better than the base, in a sentence; alarms: what speaks against it.
 
     Errors: ConfigError, DataError, ModelError."""
     study = run.study
@@ -49,9 +53,12 @@ def evaluate(
     study = study.model_copy(update=changes)
     check_evaluation(study)
     evaluator = Evaluator(study, frozen)
-    after = evaluator.scores(picked(saved, evaluator.network.parameters(), run.folder / "adapter"))
-    before = evaluator.scores(None)
+    trained = picked(saved, evaluator.network.parameters(), run.folder / "adapter")
+    after, before = evaluator.scores(trained, with_kl=True), evaluator.untouched
     names = tuple(dict.fromkeys((table.metric, "loss")))
+    interval, pairs = intervals(before, after, table.metric), evaluator.pairs_of(before, after)
+    gain = {"records": len(evaluator), "change": list(interval["change"])} | pairs
+    quality = {"metric": table.metric, "gain": gain}
     return {
         "metric": table.metric,
         "records": len(evaluator),
@@ -59,7 +66,10 @@ def evaluate(
         "cut": evaluator.n_cut,
         "before": {name: before.value(name) for name in names},
         "after": {name: after.value(name) for name in names},
-        "interval": intervals(before, after, table.metric),
+        "interval": interval,
+        "gain": gain,
+        "verdict": verdict(quality),
+        "alarms": alarms(quality),
     }
 
 

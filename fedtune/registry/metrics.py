@@ -30,10 +30,14 @@ METRICS: dict[str, Metric] = {
     "accuracy": Metric(higher_is_better=True, bounded=True, share=True, by_class=True),
     "f1": Metric(higher_is_better=True, bounded=True, by_class=True),
     "preference": Metric(higher_is_better=True, bounded=True, share=True),
+    # Of pairs, beside the share in order: implied-reward margin, nats per token of the better
+    # answers, nats per token from the base.
+    "margin": Metric(higher_is_better=True),
+    "chosen_logp": Metric(higher_is_better=True),
+    "kl": Metric(higher_is_better=False),
     # Of a distilled student, and of an improved policy: in their reports alone.
     "divergence": Metric(higher_is_better=False, loggable=False),
     "reward": Metric(higher_is_better=True, loggable=False),
-    "kl": Metric(higher_is_better=False, loggable=False),
     "unscored": Metric(higher_is_better=False, bounded=True, loggable=False),
 }
 OTHER = Metric(higher_is_better=True, loggable=False)  # of a report by another release

@@ -53,7 +53,11 @@ def number(value: Any) -> float | None:
 
 def verdict(quality: dict[str, Any]) -> str:
     """Say in one sentence whether the trained model is better than the base, by the 95 % interval
-    of the change on the evaluation records; "" where it was not measured."""
+    of the change on the evaluation records; "" where it was not measured.
+
+    Of a preference run that report.preference.alarms speaks against, never that it is better."""
+    from fedtune.report.preference import alarms  # which writes with this module's number
+
     metric, gain = quality.get("metric"), quality.get("gain") or {}
     low, high = map(number, gain.get("change") or (None, None))
     if not metric or low is None or high is None:
@@ -62,6 +66,8 @@ def verdict(quality: dict[str, Any]) -> str:
     worse = high < 0 if better else low > 0
     improved = low > 0 if better else high < 0
     claim = "worse than" if worse else "better than" if improved else "not told apart from"
+    if improved and alarms(quality):
+        claim = "NOT shown to be better than"
     interval = f"change of {metric} {low:+.3g} to {high:+.3g}, 95 % over {gain['records']} records"
     return f"{claim} the base: {interval}"
 

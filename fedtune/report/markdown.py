@@ -112,11 +112,21 @@ def _quality(quality: dict[str, Any]) -> str:
         f"## Quality\n\nOn {cell(quality.get('on') or HELD_OUT)}, at the "
         "coordinator.\n\n"
         + table(["measure", *map(cell, quality.get("columns") or BEFORE_AFTER), "change"], rows)
-        + (f"\n\nThe trained model is {cell(verdict(quality))}." if verdict(quality) else "")
+        + _verdict(quality)
         + _started(quality, names)
         + _selected(quality)
         + "\n\n![Quality and ε by round](progress.png)"
     )
+
+
+def _verdict(quality: dict[str, Any]) -> str:
+    """Whether the model is better than the base, and what speaks against it; or nothing."""
+    from fedtune.report.preference import alarms, section  # which writes with text's table
+
+    claim, pairs = verdict(quality), section(quality)
+    lines = [f"\n\nThe trained model is {cell(claim)}."] if claim else []
+    lines += [f"\n\n> **Warning:** {alarm}." for alarm in alarms(quality)]
+    return "".join([*lines, f"\n\n{pairs}" if pairs else ""])
 
 
 def _started(quality: dict[str, Any], names: list[str]) -> str:

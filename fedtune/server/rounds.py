@@ -358,7 +358,7 @@ class _Run:
         due = last or bool(every and number % every == 0)
         if not due or (evaluator := self.evaluator) is None:
             return {}
-        return evaluator.measure(self.progress.adapter)
+        return evaluator.follow(self.progress.adapter)
 
     def _finish(self) -> dict[str, Any]:
         if not self.continuous:  # its adapters are released already

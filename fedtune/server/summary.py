@@ -236,9 +236,9 @@ def measure_start(progress: Progress, evaluator: Measures | None) -> None:
     gives, on the evaluation set."""
     if evaluator is None:
         return
-    progress.before = evaluator.measure(None)
+    progress.before = evaluator.follow(None)
     if progress.study.start:
-        progress.started = evaluator.measure(progress.adapter)
+        progress.started = evaluator.follow(progress.adapter)
 
 
 def _quality(progress: Progress) -> dict[str, Any]:

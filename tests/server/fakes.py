@@ -142,6 +142,9 @@ class FakeEvaluator:
     def measure(self, adapter: dict[str, np.ndarray] | None) -> dict[str, float]:
         return {"loss": 9.0 if adapter is None else float(sum(a.sum() for a in adapter.values()))}
 
+    def follow(self, adapter: dict[str, np.ndarray] | None) -> dict[str, float]:
+        return self.measure(adapter)
+
     def gain(self, adapter: dict[str, np.ndarray]) -> dict[str, Any]:
         return {"records": 12, "change": [-1.0, 1.0]}
 
@@ -157,6 +160,9 @@ class Bowl:
         self.measured += 1
         adapter = adapter or zeros()
         return {"loss": float(sum(((a - self.bottom) ** 2).sum() for a in adapter.values()))}
+
+    def follow(self, adapter: dict[str, np.ndarray] | None) -> dict[str, float]:
+        return self.measure(adapter)
 
     gain = FakeEvaluator.gain
 

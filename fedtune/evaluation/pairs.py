@@ -1,0 +1,148 @@
+"""What a preference run did beside raising the share of pairs in order: loss, margin, KL, length.
+
+Everything is measured on public pairs, so that none of it costs ε."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from fedtune.evaluation.metrics import Scores, mean_interval, wilson
+from fedtune.objectives._shapes import even
+from fedtune.objectives._tokens import labelled, likelihood
+
+if TYPE_CHECKING:
+    from fedtune.objectives._interface import Batch, Network
+
+ROWS = 256  # positions whose logits over the vocabulary are held at once, of two models
+
+
+@dataclass
+class PairScores:
+    """Likelihoods and lengths of n pairs' answers, (n, 2) each: columns chosen, rejected.
+
+    lengths: tokens of prompt and answer; targets: tokens of the answer; logps: log-likelihood of
+    the answer, nats, summed over its tokens; kl: from the base, nats, summed alike. A trained head
+    has no targets, and zeros for the last two."""
+
+    lengths: np.ndarray
+    targets: np.ndarray
+    logps: np.ndarray
+    kl: np.ndarray
+
+    @classmethod
+    def empty(cls, n: int) -> PairScores:
+        """Return zeros for n pairs."""
+        return cls(*(np.zeros((n, 2)) for _ in range(4)))
+
+    @property
+    def per_token(self) -> np.ndarray:
+        """Return mean log-likelihoods of an answer's tokens, (n, 2), nats."""
+        return np.asarray(self.logps / np.maximum(self.targets, 1))
+
+    def add(self, network: Network, batch: Batch, *, with_kl: bool) -> None:
+        """Score a batch of pairs. with_kl: against the base, which takes a second pass."""
+        rows = batch.index.numpy()
+        self.lengths[rows] = _pairs(batch.mask.sum(dim=1))
+        if network.has_head:
+            return
+        policy = likelihood(network, batch)
+        self.targets[rows], self.logps[rows] = _pairs(policy.targets), _pairs(policy.total)
+        if with_kl:
+            self.kl[rows] = _pairs(divergence_from_base(network, batch))
+
+
+def _pairs(values: torch.Tensor) -> np.ndarray:
+    return np.asarray(values.double().cpu().numpy().reshape(-1, 2))
+
+
+def divergence_from_base(network: Network, batch: Batch) -> torch.Tensor:
+    """Compute KL(policy ‖ base) of the next token, summed over each passage's targets, (R,) nats.
+
+    The sum over the vocabulary is exact at each position; the positions are those of the answers in
+    the data, not of answers that the policy wrote. 0 where the adapter changes nothing."""
+    keep, targets = labelled(batch.target_ids)
+    hidden = network.hidden(batch.prefix, batch.mask, keep, batch.tower_states).flatten(0, 1)
+    with network.base_only():
+        states = network.hidden(batch.prefix, batch.mask, keep, batch.tower_states).flatten(0, 1)
+    parts = []
+    for rows, new in even(len(hidden), ROWS):
+        policy = torch.log_softmax(network.logits(hidden[rows]), dim=1)
+        with network.base_only():
+            base = torch.log_softmax(network.logits(states[rows]), dim=1)
+        parts.append((policy.exp() * (policy - base)).sum(dim=1)[-new:])
+    by_position = torch.cat(parts).view(targets.shape)
+    return torch.where(targets != -100, by_position, 0.0).sum(dim=1)
+
+
+def round_figures(before: Scores, after: Scores, beta: float) -> dict[str, float]:
+    """Return the figures of a round: margin, chosen_logp and kl, as `pair_facts` defines them.
+
+    margin alone where a head was trained."""
+    figures = {"margin": float(_margins(before, after, beta).mean())}
+    if _writes_text(after):
+        assert after.pairs is not None
+        figures["chosen_logp"] = float(after.pairs.per_token[:, 0].mean())
+        figures["kl"] = float(after.pairs.kl.sum() / after.pairs.targets.sum())
+    return figures
+
+
+def pair_facts(
+    before: Scores, after: Scores, beta: float, *, own_loss: bool = True
+) -> dict[str, Any]:
+    """Describe what training changed on n pairs, from the scores of base and adapter.
+
+    | records     | n |
+    | preference  | share of pairs in order, before, after; interval: Wilson's, of after |
+    | loss        | before, after; change: 95 % interval, paired bootstrap over pairs; own: |
+    |             | whether it is the objective's (kto: minus the chosen answer's nats per token) |
+    | margin      | mean of β · (log-ratio of chosen - log-ratio of rejected), log-ratios to the |
+    |             | base summed over tokens; of a head, score of chosen - score of rejected |
+    | in_order    | share of pairs whose margin is above 0, a tie being half of one |
+    | chosen_logp, rejected_logp | nats per token, mean over pairs; change as above |
+    | kl          | KL(policy ‖ base) of the next token, mean over the tokens of both answers |
+    | longer, shorter | pairs whose chosen answer is the longer or the shorter, and how many |
+    |             | of them are in order, before and after (None without such pairs) |"""
+    assert before.pairs is not None and after.pairs is not None
+    n, margins = len(after.loss), _margins(before, after, beta)
+    share = after.value("preference")
+    facts: dict[str, Any] = {
+        "records": n,
+        "preference": _change(before.value("preference"), share)
+        | {"interval": list(wilson(share, n))},
+        "loss": _change(before.value("loss"), after.value("loss"))
+        | {"change": mean_interval(after.loss - before.loss), "own": own_loss},
+        "margin": {"after": float(margins.mean()), "interval": mean_interval(margins)},
+        "in_order": float((margins > 0).mean() + (margins == 0).mean() / 2),
+    }
+    gap = after.pairs.lengths[:, 0] - after.pairs.lengths[:, 1]
+    for name, rows in (("longer", np.flatnonzero(gap > 0)), ("shorter", np.flatnonzero(gap < 0))):
+        shares = [s.value("preference", rows) if len(rows) else None for s in (before, after)]
+        facts[name] = {"records": len(rows), "before": shares[0], "after": shares[1]}
+    if not _writes_text(after):
+        return facts
+    facts["beta"] = beta
+    for name, column in (("chosen_logp", 0), ("rejected_logp", 1)):
+        first, last = (scores.per_token[:, column] for scores in (before.pairs, after.pairs))
+        change = {"change": mean_interval(last - first)}
+        facts[name] = _change(float(first.mean()), float(last.mean())) | change
+    return facts | {"kl": round_figures(before, after, beta)["kl"]}
+
+
+def _change(before: float, after: float) -> dict[str, Any]:
+    return {"before": before, "after": after}
+
+
+def _writes_text(scores: Scores) -> bool:
+    return scores.pairs is not None and bool(scores.pairs.targets.any())
+
+
+def _margins(before: Scores, after: Scores, beta: float) -> np.ndarray:
+    if not _writes_text(after):
+        return after.margin
+    assert before.pairs is not None and after.pairs is not None
+    ratios = after.pairs.logps - before.pairs.logps
+    return np.asarray(beta * (ratios[:, 0] - ratios[:, 1]))
