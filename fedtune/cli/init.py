@@ -19,6 +19,7 @@ class Task(StrEnum):
     """The presets of fedtune.presets.TASKS."""
 
     CLASSIFY = "classify"
+    ANSWER = "answer"
 
 
 class Role(StrEnum):
@@ -32,7 +33,10 @@ class Role(StrEnum):
 FOLDER = Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.", show_default=False)]
 TASK = Annotated[
     Task | None,
-    typer.Option(help="A measured recipe: classify, classes of texts.", show_default=False),
+    typer.Option(
+        help="A measured recipe: classify, classes of texts; answer, answers to questions.",
+        show_default=False,
+    ),
 ]
 DATA = Annotated[
     list[Path] | None,
@@ -45,13 +49,25 @@ EVALUATION = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Public records with answers: a third choose each step, the others judge.",
+        help="Public records with answers: a part chooses each step (answer: and half are learnt "
+        "from for no ε), the others judge.",
         show_default=False,
     ),
 ]
-TEXT = Annotated[str | None, typer.Option(metavar="COLUMN", help="What is read. Without it: text.")]
+PUBLIC = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Task answer: other public records to learn from, for no ε; then none of "
+        "--evaluation are.",
+        show_default=False,
+    ),
+]
+TEXT = Annotated[
+    str | None, typer.Option(metavar="COLUMN", help="What is read. Without it: text or question.")
+]
 TARGET = Annotated[
-    str | None, typer.Option(metavar="COLUMN", help="What is learnt. Without it: label.")
+    str | None, typer.Option(metavar="COLUMN", help="What is learnt. Without it: label or answer.")
 ]
 PATIENT = Annotated[
     str | None,
@@ -70,7 +86,12 @@ LABELS = Annotated[
 SIZE = Annotated[
     int, typer.Option(min=10, help="Patients (or records) of a site, as it states in public.")
 ]
-EPSILON = Annotated[float, typer.Option(min=0.01, help="ε of the whole study.")]
+EPSILON = Annotated[
+    float | None,
+    typer.Option(
+        min=0.01, help="ε of the whole study. Without it: the recipe's.", show_default=False
+    ),
+]
 WHOSE = Annotated[Role, typer.Option("--role", help="Whose files to write.")]
 
 
@@ -84,12 +105,13 @@ def init(
     task: TASK = None,
     data: DATA = None,
     evaluation: EVALUATION = None,
+    public: PUBLIC = None,
     text: TEXT = None,
     target: TARGET = None,
     patient: PATIENT = None,
     labels: LABELS = None,
     size: SIZE = 200,
-    epsilon: EPSILON = 6.0,
+    epsilon: EPSILON = None,
     role: WHOSE = Role.BOTH,
 ) -> None:
     """Write the files that start a study of your own.
@@ -101,22 +123,24 @@ def init(
     from fedtune import presets
 
     asking = sys.stdin.isatty()
-    text = text or (typer.prompt("column of the text", "text") if asking else "text")
-    target = target or (typer.prompt("column of the label", "label") if asking else "label")
+    columns = presets.TASKS[task.value].COLUMNS
+    text = text or (typer.prompt(f"column of the {columns[0]}", columns[0]) if asking else None)
+    target = target or (typer.prompt(f"column of the {columns[1]}", columns[1]) if asking else None)
     records = presets.Records(
-        prompt=text,
-        target=target,
+        prompt=text or "",
+        target=target or "",
         patient=patient,
         data=tuple(data or ()),
         evaluation=evaluation,
+        public=public,
         labels=tuple(labels or ()),
         size=size,
-        epsilon=epsilon,
+        epsilon=epsilon or 0.0,
         role=role.value,
     )
     for path in presets.write(folder, task.value, records):
         typer.echo(f"wrote {path}")
-    typer.echo(_next(folder, records))
+    typer.echo(_next(folder, records, task))
 
 
 def _templates(folder: Path) -> None:
@@ -132,7 +156,7 @@ def _templates(folder: Path) -> None:
     )
 
 
-def _next(folder: Path, records: Records) -> str:
+def _next(folder: Path, records: Records, task: Task) -> str:
     if records.role == "coordinator":
         return f"\nnext   fedtune server {folder}/study.toml   wait for sites, and train"
     if records.role == "site":
@@ -143,8 +167,11 @@ def _next(folder: Path, records: Records) -> str:
     sites = f" --sites {folder}/sites" if records.data else ""
     put = "" if records.data else f"put records into {folder}/data.jsonl; then\n       "
     run = f"runs/{folder.name}"
-    return (
-        f"\nnext   {put}fedtune simulate {folder}/study.toml{sites}   the whole study, here\n"
-        f"       fedtune predict {run} --data FILE   labels for new texts\n"
-        f"       fedtune export {run} --out {folder.name}-model   for transformers' pipeline"
-    )
+    use = {
+        Task.CLASSIFY: f"       fedtune predict {run} --data FILE   labels for new texts\n"
+        f"       fedtune export {run} --out {folder.name}-model   for transformers' pipeline",
+        Task.ANSWER: f'       fedtune generate {run} --prompt "…"   the base beside the adapter\n'
+        f"       fedtune export {run} --out {folder.name}-model   for transformers, Ollama, vLLM",
+    }
+    simulate = f"fedtune simulate {folder}/study.toml{sites}"
+    return f"\nnext   {put}{simulate}   the whole study, here\n{use[task]}"

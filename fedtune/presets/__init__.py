@@ -1,10 +1,17 @@
 """Ready-made studies, whose settings were measured, of one's own records: `fedtune init --task`.
 
 One file per task. A preset's public file is divided once: its selection records choose how far each
-round moves the adapter, its evaluation records only judge the result."""
+round moves the adapter, its evaluation records only judge the result; some tasks also learn from a
+part of it, before the first round.
+
+A task has COLUMNS, what its two columns are called if nobody says; KEYS, those that site.toml has
+for them; EPSILON; PARTS, the shares of the public records; and `study`, which composes study.toml.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import random
 import re
@@ -16,32 +23,32 @@ from typing import Any, Literal
 from fedtune.data.files import rows
 from fedtune.errors import ConfigError, DataError, InfrastructureError
 from fedtune.files.writing import replace
-from fedtune.presets import classify
+from fedtune.presets import answer, classify
 
-TASKS = {"classify": classify}
+TASKS = {"classify": classify, "answer": answer}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-SELECTION = 1 / 3  # of the public records; the others judge
-LEAST = 40  # public records: with fewer, none are spared for selection
+LEAST = 40  # public records: with fewer, all of them judge
 
 
 @dataclass(frozen=True)
 class Records:
     """One's own files and their columns, of which a preset makes a study.
 
-    data: each site's file; evaluation, public: public files, the first with answers; prompt,
-    target: the columns of what is read and of what is to be said of it; patient: that of the
-    patient, else the record is the unit; labels: the classes, else those of `evaluation`; size:
-    units at a site, as a person states it in public; role: whose files are written."""
+    data: each site's file; evaluation: a public file with answers; public: another to learn from,
+    before the first round; prompt, target: the columns of what is read and of what is to be said
+    of it, else the task's own; patient: that of the patient, else the record is the unit; labels:
+    the classes, else those of `evaluation`; size: units at a site, as a person states it in public;
+    epsilon: else the task's own; role: whose files are written."""
 
-    prompt: str = "text"
-    target: str = "label"
+    prompt: str = ""
+    target: str = ""
     patient: str | None = None
     data: tuple[Path, ...] = ()
     evaluation: Path | None = None
     public: Path | None = None
     labels: tuple[str, ...] = ()
     size: int = 200
-    epsilon: float = 6.0
+    epsilon: float = 0.0
     role: Literal["both", "coordinator", "site"] = "both"
 
     @property
@@ -73,15 +80,21 @@ def write(folder: Path | str, task: str, records: Records) -> list[Path]:
     for path in records.data:
         if not path.exists():
             raise DataError(f"{path}: no such file", "each site's file of records")
-    texts = {}
+    recipe, texts = TASKS[task], {}
+    records = dataclasses.replace(
+        records,
+        prompt=records.prompt or recipe.COLUMNS[0],
+        target=records.target or recipe.COLUMNS[1],
+        epsilon=records.epsilon or recipe.EPSILON,
+    )
     if records.role != "site":
-        public = _divided(records, folder.name)
-        texts["study.toml"] = TASKS[task].study(folder.name, records, public)
+        public = _public(records, folder.name, recipe.PARTS)
+        texts["study.toml"] = recipe.study(folder.name, records, public)
         for name, part in public.items():
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in part)
             texts[f"{name}.jsonl"] = "".join(lines)
     if records.role != "coordinator":
-        texts |= _site_files(records, TASKS[task].SITE)
+        texts |= _site_files(records, recipe.KEYS)
     paths = [folder / name for name in texts]
     try:
         for path, text in zip(paths, texts.values(), strict=True):
@@ -93,50 +106,95 @@ def write(folder: Path | str, task: str, records: Records) -> list[Path]:
     return paths
 
 
-def _divided(records: Records, seed: str) -> dict[str, list[dict[str, Any]]]:
-    """Divide the public records with answers; {} where there are none."""
+def tables(
+    what: dict[str, str], public: dict[str, list[dict[str, Any]]], columns: str, metric: str
+) -> str:
+    """Compose the tables of study.toml for the public records that there are, each commented."""
+    return "".join(
+        f'\n[{table}]{" " * (23 - len(table))}{comment}\npath = "{table}.jsonl"\n'
+        + {"evaluation": f'metric = "{metric}"\n', "public": LICENCE}.get(table, "")
+        + f"[{table}.columns]\n{columns}\n"
+        for table, comment in what.items()
+        if table in public
+    )
+
+
+def _public(
+    records: Records, seed: str, parts: dict[str, float]
+) -> dict[str, list[dict[str, Any]]]:
+    """Divide the public records with answers, all of a patient's to one part; {} where there are
+    none."""
+    public: dict[str, list[dict[str, Any]]] = {}
+    if records.public and "public" in parts:
+        public["public"] = [row for rows in _usable(records.public, records) for row in rows]
+        parts = {name: part for name, part in parts.items() if name != "public"}
     if records.evaluation is None:
-        return {}
-    keys = {"--text": records.prompt, "--target": records.target}
-    both = (records.prompt, records.target)
-    usable = [
-        {name: row[name] for name in both}
-        for row in rows(records.evaluation, keys)
-        if isinstance(row, dict) and all(str(row.get(name) or "").strip() for name in both)
-    ]
-    unique = list({json.dumps(row, sort_keys=True): row for row in usable}.values())
-    if not unique:
-        raise DataError(f"{records.evaluation}: no usable record", "public records with answers")
-    random.Random(seed).shuffle(unique)
-    count = round(SELECTION * len(unique)) if len(unique) >= LEAST else 0
-    parts = {"selection": unique[:count], "evaluation": unique[count:]}
-    return {name: part for name, part in parts.items() if part}
+        return public
+    units = _usable(records.evaluation, records, public.get("public", []))
+    random.Random(seed).shuffle(units)
+    ends = itertools.accumulate(part / sum(parts.values()) for part in parts.values())
+    total = sum(map(len, units))
+    parts = dict(zip(parts, ends, strict=True)) if total >= LEAST else {"evaluation": 1.0}
+    public |= {name: [] for name in parts}
+    taken = 0
+    for unit in units:
+        share = (taken + len(unit) / 2) / total  # where its middle lies
+        name = next((name for name, end in parts.items() if share <= end), "evaluation")
+        public[name] += unit
+        taken += len(unit)
+    return {name: part for name, part in public.items() if part}
 
 
-def _site_files(records: Records, text: str) -> dict[str, str]:
+def _usable(
+    path: Path, records: Records, but: Sequence[dict[str, Any]] = ()
+) -> list[list[dict[str, Any]]]:
+    """Read the records that have both columns, each once and none of `but`, by patient where the
+    file has that column."""
+    both = {"--text": records.prompt, "--target": records.target}
+    units: dict[Any, dict[str, dict[str, Any]]] = {}
+    seen = {json.dumps(row, sort_keys=True) for row in but}
+    for number, row in enumerate(rows(path, both)):
+        if not isinstance(row, dict):
+            continue
+        kept = {name: row.get(name) for name in both.values()}
+        key = json.dumps(kept, sort_keys=True)
+        if key in seen or not all(str(value or "").strip() for value in kept.values()):
+            continue
+        seen.add(key)
+        patient = row.get(records.patient or "")
+        units.setdefault(str(patient) if patient else number, {})[key] = kept
+    if not units:
+        raise DataError(f"{path}: no usable record", "public records with answers")
+    return [[*unit.values()] for unit in units.values()]
+
+
+def _site_files(records: Records, keys: tuple[str, str]) -> dict[str, str]:
     """Fill in a site file for each of the sites' files, by the name that it lies under."""
     if not records.data:
-        return {"site.toml": text.format(name="my-hospital", path="data.jsonl", **_of(records))}
+        return {
+            "site.toml": SITE.format(
+                name="my-hospital", path=quoted("data.jsonl"), **_of(records, keys)
+            )
+        }
     names = [re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-.") for path in records.data]
     if len({*names}) < len(names) or not all(NAME.fullmatch(name) for name in names):
         names = [f"site-{n}" for n in range(1, len(names) + 1)]
     return {
-        f"sites/{name}/site.toml": text.format(
-            name=name, path=quoted(path.absolute()), **_of(records)
+        f"sites/{name}/site.toml": SITE.format(
+            name=name, path=quoted(path.absolute()), **_of(records, keys)
         )
         for name, path in zip(names, records.data, strict=True)
     }
 
 
-def _of(records: Records) -> dict[str, Any]:
+def _of(records: Records, keys: tuple[str, str]) -> dict[str, Any]:
     patient = records.patient
     column = f"\npatient = {quoted(patient)}" if patient else '\n# patient = "patient_id"'
     return {
         "size": records.size,
         "delta": f"{records.delta:g}",
-        "prompt": quoted(records.prompt),
-        "target": quoted(records.target),
-        "patient": column,
+        "columns": f"{keys[0]} = {quoted(records.prompt)}\n{keys[1]} = {quoted(records.target)}"
+        + column,
     }
 
 
@@ -148,3 +206,21 @@ def quoted(text: object) -> str:
 def listed(texts: Sequence[str]) -> str:
     """Format a TOML list of strings, one on each line."""
     return "[\n" + "".join(f"    {quoted(text)},\n" for text in texts) + "]"
+
+
+LICENCE = 'licence = "as its owner allows"  # say which\n'
+SITE = """\
+# {name}'s own file: where its records lie and what it allows. It is never sent.
+[site]
+name = "{name}"
+declared_size = {size}                  # units, as a person states it in public; never counted
+
+[data]
+path = {path}
+[data.columns]
+{columns}
+
+[policy]
+max_epsilon = 8.0
+max_delta = {delta}
+"""

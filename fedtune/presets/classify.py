@@ -15,6 +15,10 @@ from fedtune.errors import ConfigError
 if TYPE_CHECKING:
     from fedtune.presets import Records
 
+COLUMNS = ("text", "label")
+KEYS = COLUMNS
+EPSILON = 6.0  # sites allow 8, which holds the rounds that a crash repeats
+PARTS = {"selection": 1 / 3, "evaluation": 2 / 3}  # of the public records
 ROUNDS = 20
 MOMENTUM, SELECTED = 0.9, 0.5  # where nothing chooses the step, and where selection records do
 NOISE = 0.14  # standard deviation of a weight's noise after the last round; features have length 1
@@ -37,13 +41,6 @@ def study(name: str, records: Records, public: dict[str, list[dict[str, Any]]]) 
             f"--evaluation: the label {unknown[0]!r} is none of --label", "one of them"
         )
     columns = f"text = {presets.quoted(records.prompt)}\nlabel = {presets.quoted(records.target)}"
-    tables = "".join(
-        f'\n[{table}]{" " * (23 - len(table))}{what}\npath = "{table}.jsonl"\n'
-        + ('metric = "accuracy"\n' if table == "evaluation" else "")
-        + f"[{table}.columns]\n{columns}\n"
-        for table, what in WHAT.items()
-        if table in public
-    )
     momentum = SELECTED if "selection" in public else MOMENTUM
     return STUDY.format(
         name=presets.quoted(name),
@@ -54,7 +51,7 @@ def study(name: str, records: Records, public: dict[str, list[dict[str, Any]]]) 
         delta=f"{records.delta:g}",
         unit="patient" if records.patient else "record",
         momentum=momentum,
-        tables=tables,
+        tables=presets.tables(WHAT, public, columns, "accuracy"),
     )
 
 
@@ -109,19 +106,3 @@ unit = "{unit}"
 [strategy]
 options = {{ momentum = {momentum} }}
 {tables}"""
-SITE = """\
-# {name}'s own file: where its records lie and what it allows. It is never sent.
-[site]
-name = "{name}"
-declared_size = {size}                  # units, as a person states it in public; never counted
-
-[data]
-path = {path}
-[data.columns]
-text = {prompt}
-label = {target}{patient}
-
-[policy]
-max_epsilon = 8.0
-max_delta = {delta}
-"""
