@@ -1,0 +1,97 @@
+"""`fedtune init --task answer`: a study of one's own questions and answers, without an edit."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from fedtune.config import load_sites, load_study
+from fedtune.dp.accountant import Steps, epsilon
+from fedtune.dp.plan import plan_for_site
+from fedtune.errors import ConfigError
+from fedtune.evaluation.selection import check_selection
+from fedtune.presets import Records, answer, write
+
+
+def table(path: Path, patients: int, each: int = 3, first: int = 0) -> Path:
+    """`each` questions of every patient, with commas, quotes and line breaks."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["patient", "question", "answer"])
+        for n in range(first, first + patients):
+            for m in range(each):
+                writer.writerow([f"p{n}", f'What of {n}, "{m}"?', f"It is {n}.\nAnd {m}."])
+    return path
+
+
+def records(folder: Path, **changes: object) -> Records:
+    given = {
+        "patient": "patient",
+        "data": (table(folder / "north.csv", 20), table(folder / "south.csv", 20, first=20)),
+        "evaluation": table(folder / "public.csv", 50, first=40),
+    }
+    return Records(**(given | changes))  # type: ignore[arg-type]
+
+
+def parts(folder: Path, *names: str) -> dict[str, list[str]]:
+    return {name: (folder / f"{name}.jsonl").read_text().splitlines() for name in names}
+
+
+def test_it_loads_without_an_edit(tmp_path: Path) -> None:
+    study = load_study(write(tmp_path / "own", "answer", records(tmp_path))[0])
+    assert study.public and study.selection and study.evaluation and study.lora
+    assert study.lora.a_init == "public" and study.lora.preconditioner and study.start.steps
+    check_selection(study)
+    sites = load_sites(tmp_path / "own" / "sites")
+    assert [site.site.declared_size for site in sites] == [200, 200]
+
+
+def test_no_patient_is_in_two_parts_of_the_public_records(tmp_path: Path) -> None:
+    write(tmp_path / "own", "answer", records(tmp_path))
+    divided = parts(tmp_path / "own", "public", "selection", "evaluation")
+    counts = {name: len(rows) for name, rows in divided.items()}
+    assert sum(counts.values()) == 150 and counts["public"] == pytest.approx(75, abs=3)
+    assert counts["selection"] == pytest.approx(30, abs=3)
+    patients = [
+        {json.loads(row)["question"].split()[2] for row in rows} for rows in divided.values()
+    ]
+    assert sum(map(len, patients)) == len(set().union(*patients)) == 50
+
+
+def test_other_public_records_are_learnt_from_and_none_of_them_judges(tmp_path: Path) -> None:
+    other = table(tmp_path / "other.csv", 60)  # of which ten are in public.csv too
+    own = records(tmp_path, public=other, evaluation=table(tmp_path / "p.csv", 50, first=50))
+    write(tmp_path / "own", "answer", own)
+    divided = parts(tmp_path / "own", "public", "selection", "evaluation")
+    assert len(divided["public"]) == 180
+    assert not {*divided["public"]} & {*divided["selection"], *divided["evaluation"]}
+    assert len(divided["selection"]) + len(divided["evaluation"]) == 120
+
+
+def test_too_few_public_records_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    for evaluation in (None, table(tmp_path / "few.csv", 13)):
+        with pytest.raises(ConfigError, match="too few public questions"):
+            write(tmp_path / "own", "answer", records(tmp_path, evaluation=evaluation))
+    assert not (tmp_path / "own").exists()
+
+
+@pytest.mark.parametrize("size", [50, 200, 1000])
+def test_a_round_that_a_crash_repeats_fits_under_the_ceiling(tmp_path: Path, size: int) -> None:
+    study = load_study(write(tmp_path / "own", "answer", records(tmp_path, size=size))[0])
+    policy = load_sites(tmp_path / "own" / "sites")[0].policy
+    sigma = plan_for_site(study, size).noise_multiplier
+    assert epsilon([Steps(sigma, 1.0, 1)], study.privacy.delta) <= answer.EPSILON
+    assert epsilon([Steps(sigma, 1.0, 2)], study.privacy.delta) <= policy.max_epsilon
+    assert epsilon([Steps(sigma, 1.0, 3)], study.privacy.delta) > policy.max_epsilon
+
+
+@pytest.mark.parametrize(
+    ("asked", "best"), [(0.5, 12.0), (1.0, 24.0), (2.0, 60.0), (3.0, 90.0), (8.0, 150.0)]
+)
+def test_the_step_follows_the_noise_as_medquads_best_ones_did(asked: float, best: float) -> None:
+    """Chosen on validation documents of nine sources with 784 documents together."""
+    own = Records(epsilon=asked, size=87, data=tuple(Path(str(n)) for n in range(9)))
+    assert best / 2 < answer.learning_rate(own) < best * 2
