@@ -18,6 +18,7 @@ from fedtune.cli.figures import short, size_text
 from fedtune.errors import printable
 from fedtune.report.claim import percent, rounded_up, verdict
 from fedtune.report.preference import alarms, pair_lines
+from fedtune.report.teacher import teacher_line
 
 if TYPE_CHECKING:
     from fedtune.bases.find import Row
@@ -53,6 +54,8 @@ def closing(console: Console, out: Path, report: dict[str, Any]) -> None:
             f"per {p.get('unit')}",
             highlight=False,
         )
+        if line := teacher_line(report):
+            console.print(f"  {line}", highlight=False, markup=False)
     else:
         warn_not_private(console)
     from fedtune.models.adapter_files import HEAD

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fedtune.derive import composed_epsilon
+from fedtune.dp import composed_epsilon
 from fedtune.errors import Refused
 from fedtune.models.loaded import LoadedModel
 from fedtune.models.run import Run

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.config import LoraTable, Study
-from fedtune.derive import composed_epsilon, derived_run
+from fedtune.derive import derived_run
 from fedtune.derive.merge_methods import Adapter, Method, Moments, merge
+from fedtune.dp import composed_epsilon
 from fedtune.errors import ConfigError
 from fedtune.models import lora
 from fedtune.models.adapter_files import picked, save_adapter

@@ -13,10 +13,10 @@ import fedtune
 from fedtune import report
 from fedtune.bases.digest import digest, read_json
 from fedtune.bases.find import find_base
-from fedtune.derive import composed_epsilon
 from fedtune.derive.derived_run import derived_name
 from fedtune.derive.export import TOKENIZER
 from fedtune.derive.merge_methods import Method
+from fedtune.dp import composed_epsilon
 from fedtune.errors import ConfigError, ModelError
 from fedtune.files.writing import drafted
 from fedtune.models.adapter_files import HEAD

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +22,12 @@ from fedtune.config import ObjectiveTable, Study
 from fedtune.data.dataset import NO_TARGET, Dataset, Example, SoftTargets
 from fedtune.data.records import Record
 from fedtune.data.tokenize import passage_of
-from fedtune.errors import ConfigError
-from fedtune.models.loaded import LoadedModel, load
+from fedtune.errors import ConfigError, FedtuneError
+from fedtune.models.loaded import PLAN, LoadedModel, load, verify
 from fedtune.objectives import resolve
 from fedtune.objectives._interface import Teacher
 from fedtune.registry import process_cache
+from fedtune.run_folder import read_report
 
 TeacherFunction = Callable[[Record, Example], SoftTargets]
 
@@ -64,13 +68,40 @@ def find_teacher(spec: Teacher) -> LoadedModel:
     cache under teachers/DIGEST; the plan's name for it is ignored.
 
     Errors: PolicyRefused where it is not here; ModelError."""
+    path = _folder(spec) or base_of_plan(spec.digest, None).path
+    return load(path, spec.digest, sent=True)
+
+
+def _folder(spec: Teacher) -> Path | None:
+    """Return the folder of the teacher's digest on this machine, if there is one."""
     cached = cache_dir() / "teachers" / spec.digest.removeprefix("sha256:")
     noted = known_here.noted(cache_dir(), spec.digest)
     places = [cached, *([noted[1]] if noted else [])]
-    path = next((folder for folder in places if folder.is_dir()), None)
-    if path is None:
-        path = base_of_plan(spec.digest, None).path
-    return load(path, spec.digest, sent=True)
+    return next((folder for folder in places if folder.is_dir()), None)
+
+
+def describe_teacher(study: Study) -> dict[str, Any] | None:
+    """Describe the study's teacher for a report; None without one.
+
+    Returns name, digest, kind ("base", "run", or "unknown" where it is not on this machine or its
+    folder now holds something else) and, of a run, its report (None where it has none)."""
+    spec = resolve(study.objective).teacher_spec
+    if spec is None:
+        return None
+    facts: dict[str, Any] = {"name": spec.name, "digest": spec.digest, "kind": "unknown"}
+    with suppress(FedtuneError):
+        folder = _folder(spec)
+        if folder is None:
+            base_of_plan(spec.digest, None)
+            return facts | {"kind": "base"}
+        name, digest = verify(str(folder))
+        if digest != spec.digest:
+            return facts
+        if not (folder / PLAN).is_file():
+            return facts | {"kind": "base"}
+        facts |= {"name": name, "kind": "run", "report": None}
+        facts["report"] = read_report(folder, "private")
+    return facts
 
 
 def register_teacher(study: Study) -> None:

@@ -28,6 +28,7 @@ def markdown(report: dict[str, Any]) -> str:
     from fedtune.report.audit import section  # which writes with this module's cell and table
     from fedtune.report.derived import section as derived
     from fedtune.report.merged import section as merged
+    from fedtune.report.teacher import section as teacher
 
     ran = not {"merge", "derived"} & report.keys()  # else no round was
 
@@ -38,6 +39,7 @@ def markdown(report: dict[str, Any]) -> str:
         if "merge" not in report
         else "",  # told of each parent
         *derived(report.get("derived") or {}),
+        *teacher(report),
         *merged(report.get("merge") or {}, report.get("privacy") or {}),
         _private_quality(report) if report.get("private") else "",
         _alone(report["quality"]["metric"], report["alone"]) if report.get("alone") else "",
@@ -354,7 +356,7 @@ def _base(report: dict[str, Any]) -> str:
     rows = [[cell(key), cell(base.get(key))] for key in ("name", "digest", "licence", "dtype")]
     parts.append(f"## Base model\n\n{table(['', ''], rows, numbers=False)}")
     handled = {"privacy", "quality", "base", "rounds", "sites", "audit", "absences", "wire"}
-    handled |= {"merge", "derived", "lora_ranks"}
+    handled |= {"merge", "derived", "lora_ranks", "teacher"}
     for key, value in sorted(report.items()):
         if key not in handled and isinstance(value, dict) and value:
             rows = [[cell(name), _setting(item)] for name, item in sorted(value.items())]

@@ -101,6 +101,14 @@ def _licence(study: Study) -> str:
     return find_base(study.base.model, study.base.digest).licence
 
 
+def _teacher(study: Study) -> dict[str, Any] | None:
+    if study.objective.name == "causal_lm":  # the usual case, without an import
+        return None
+    from fedtune.models.teacher import describe_teacher
+
+    return describe_teacher(study)
+
+
 def _save(study: Study, adapter: Arrays, frozen: Arrays, folder: Path) -> None:
     from fedtune.models.build import build
 
@@ -159,6 +167,7 @@ class Dependencies:
     accountant: Callable[[], str] = _accountant
     engine: Callable[[Study], str] = _engine
     licence: Callable[[Study], str] = _licence
+    teacher: Callable[[Study], dict[str, Any] | None] = _teacher
     save: Callable[[Study, Arrays, Arrays, Path], None] = _save
     load: Callable[[Path], Arrays] = _load
     fingerprint: Callable[[Path], str] = _fingerprint

@@ -13,6 +13,7 @@ from fedtune.errors import ConfigError
 from fedtune.models.rank_slice import rank_slice
 from fedtune.server.parts import Dependencies, Measures
 from fedtune.server.store import Progress
+from fedtune.server.teacher import with_teacher
 
 RELATION = "add or remove one unit"
 WARNING = 'privacy = "off": nothing was clipped for a guarantee and no noise was added'
@@ -68,7 +69,7 @@ def report(progress: Progress, parts: Dependencies) -> dict[str, Any]:
     )
     private = isinstance(study.privacy, PrivacyTable)
     extra = {"lora_ranks": _ranks(progress), "weights": _capped(progress)}
-    return {key: by_site for key, by_site in extra.items() if by_site} | {
+    body: dict[str, Any] = {key: by_site for key, by_site in extra.items() if by_site} | {
         "fedtune": fedtune.__version__,
         "study": study.study.name,
         "plan_digest": study.digest,
@@ -81,12 +82,15 @@ def report(progress: Progress, parts: Dependencies) -> dict[str, Any]:
             "licence": parts.licence(study),
             "dtype": study.base.dtype,
         },
+        "objective": {"name": study.objective.name, **study.objective.options},
         "adapter": _adapter(progress) | {"engine": parts.engine(study)},
         "wire": study.wire.model_dump(mode="json"),
         "sites": dict(sorted(progress.admission.items())),
         "absences": absences(history),
         "rounds": [{key: entry[key] for key in keys if key in entry} for entry in history],
     }
+    teacher = parts.teacher(study)
+    return with_teacher(body, teacher) if teacher else body
 
 
 def lora_ranks(history: list[dict[str, Any]]) -> dict[str, int]:

@@ -362,4 +362,8 @@ def test_a_study_distils_a_paid_teacher_into_a_student(tmp_path: Path, tiny_base
     assert set(body["sites"].values()) == {"admitted"}
     trained = load_file(tmp_path / "student" / "adapter" / "adapter_model.safetensors")
     assert any(abs(v).max() > 0 for n, v in trained.items() if "lora_B" in n)
-    assert body["privacy"]["epsilon"] <= 2.0
+    sites = body["privacy"]["sites"]  # each in both studies, and each had ε = 2 for either
+    assert all(site["own_epsilon"] <= 2.0 < site["epsilon"] < 4.0 for site in sites.values())
+    assert body["privacy"]["epsilon"] == max(site["epsilon"] for site in sites.values())
+    assert body["teacher"]["digest"] == digest and body["teacher"]["student_epsilon"] <= 2.0
+    assert "both trainings together" in (tmp_path / "student" / "report.md").read_text()

@@ -98,6 +98,12 @@ MADE_MUTANTS = (
         "what two runs spent on the same people is not added up",
     ),
     _one(
+        "parents", "the-students-teacher-was-free", "fedtune/server/teacher.py",
+        "both = composed([report, parent])", "both = composed([report])",
+        "tests/server/test_teacher.py::test_a_student_pays_for_its_teacher_too",
+        "a student claims less than what its teacher and it spent on one person",
+    ),
+    _one(
         "label", "the-judge-is-asked-in-one-order", LABEL,
         "return (self._odds(prompt, first, second) - self._odds(prompt, second, first)) / 2",
         "return self._odds(prompt, first, second)",

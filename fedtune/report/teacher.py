@@ -1,0 +1,63 @@
+"""The report's section on the teacher of a study that distils one at the sites."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedtune.report.claim import protects, rounded_up
+from fedtune.report.text import cell, figure, table
+
+
+def section(report: dict[str, Any]) -> list[str]:
+    """Return Markdown paragraphs on report["teacher"]; [] without one."""
+    teacher = report.get("teacher") or {}
+    if not teacher:
+        return []
+    rows = [
+        ["name", cell(teacher.get("name"))],
+        ["digest", f"`{cell(teacher.get('digest'))}`"],
+        *([["plan", f"`{cell(teacher['plan'])}`"]] if teacher.get("plan") else []),
+        ["its ε", rounded_up(teacher["epsilon"]) if "epsilon" in teacher else "–"],
+        ["its δ", figure(teacher.get("delta"))],
+    ]
+    text = [
+        "## Its teacher",
+        table(["", ""], rows, numbers=False),
+        f"Every target came from this teacher's predictions. {_cost(report, teacher)}",
+    ]
+    return text
+
+
+def teacher_line(report: dict[str, Any]) -> str:
+    """Say in one line, for a terminal, what the teacher cost; "" without one."""
+    teacher = report.get("teacher") or {}
+    if not teacher:
+        return ""
+    name = cell(teacher.get("name"))
+    if not teacher.get("known"):
+        return f"its teacher {name} {_why(teacher)}: ε is of this run's rounds alone"
+    if "student_epsilon" not in teacher:
+        return f"its teacher: {name}"
+    own, parent = rounded_up(teacher["student_epsilon"]), rounded_up(teacher.get("epsilon"))
+    return f"of that {own} by this run alone; its teacher {name} cost {parent} by itself"
+
+
+def _why(teacher: dict[str, Any]) -> str:
+    cost = str(teacher.get("cost"))
+    return cell(cost if cost.startswith("was ") else f"has a cost that is {cost}")
+
+
+def _cost(report: dict[str, Any], teacher: dict[str, Any]) -> str:
+    if not teacher.get("known"):
+        return (
+            f"**It {_why(teacher)}.** The ε above is of this run's own rounds: for whoever is "
+            "among the teacher's records too, what the teacher cost adds to it."
+        )
+    if "student_epsilon" not in teacher:
+        return f"It is {cell(teacher['cost'])}: no ε." if "cost" in teacher else ""
+    who = protects(str((report.get("privacy") or {}).get("unit", "record")))
+    how = "; ".join(sorted({cell(row.get("how")) for row in teacher.get("decided") or []}))
+    return (
+        f"The ε above is of both trainings together, for {who} at a site of either ({how}). This "
+        f"run's own rounds have ε = {rounded_up(teacher['student_epsilon'])}."
+    )

@@ -1,0 +1,65 @@
+"""Report the teacher of a study that distils one, and what both together cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedtune.dp.composed_epsilon import composed
+from fedtune.errors import InputError
+
+UNKNOWN = "not known on this machine"
+PUBLIC = "a base, which was trained on no record of the sites"
+NOT_PRIVATE = "was trained without privacy"
+
+
+def with_teacher(report: dict[str, Any], teacher: dict[str, Any]) -> dict[str, Any]:
+    """Add a teacher to its student's report, and to the student's ε what the teacher cost.
+
+    report: of the student's own rounds; teacher: name, digest, kind ("base", "run" or "unknown")
+    and, of a run, its report. Each site's ε is then that of both trainings, composed as `merge`
+    composes parents; own_epsilon is that of the student's rounds alone.
+    Guarantee: never less than the ε of everything that any one person took part in.
+
+    | a base                           | costs nothing more |
+    | not here, or its report does not say | the student's ε alone, and cost: not known |
+    | a run without privacy            | the student's ε alone, and cost: without privacy |"""
+    facts = {key: teacher[key] for key in ("name", "digest")}
+    if teacher["kind"] == "base":
+        return report | {"teacher": facts | {"cost": PUBLIC, "known": True}}
+    unknown = report | {"teacher": facts | {"cost": UNKNOWN, "known": False}}
+    parent = teacher.get("report")
+    if not isinstance(parent, dict):
+        return unknown
+    facts["plan"] = parent.get("plan_digest")
+    if not parent.get("private"):
+        return report | {"teacher": facts | {"cost": NOT_PRIVATE, "known": False}}
+    cost = {key: parent["privacy"].get(key) for key in ("epsilon", "delta")}
+    facts |= {"known": True, **cost}
+    if not report.get("private"):
+        return report | {"teacher": facts}
+    try:
+        both = composed([report, parent])
+    except InputError:
+        return unknown
+    own = report["privacy"]
+    facts |= {"student_epsilon": own.get("epsilon"), "decided": both["decided"]}
+    sites = dict[str, Any](both["sites"])
+    for name, site in own.get("sites", {}).items():
+        total = sites.get(name) or {}
+        spent = {key: total[key] for key in ("epsilon", "delta", "events") if key in total}
+        sites[name] = site | {"own_epsilon": site["epsilon"]} | spent
+    total = {key: both[key] for key in ("epsilon", "delta", "unit")}
+    if asked := own.get("evaluation"):
+        total["evaluation"] = asked | {"with_training": _with_queries(report, parent)}
+    return report | {"privacy": own | total | {"sites": sites}, "teacher": facts}
+
+
+def _with_queries(report: dict[str, Any], parent: dict[str, Any]) -> float:
+    """Compute the ε of whoever is among a site's held-out records and those of both trainings."""
+    own = report["privacy"]
+    rows = {
+        name: row | {"sampling_rate": 1.0, "key": own["sites"].get(name, {}).get("key")}
+        for name, row in own["evaluation"].get("sites", {}).items()
+    }
+    asked = {"privacy": own | {"sites": rows}} if rows else None
+    return float(composed([report, parent, *([asked] if asked else [])])["epsilon"])
