@@ -146,7 +146,8 @@ def versions(
 ) -> None:
     """List the versions of a study with a [schedule], and choose which one is released.
 
-    RUN/adapter is always the released one. The study may go on meanwhile."""
+    RUN/adapter is always the released one, and the report is of it: after a choice it is measured
+    on the public records. The study may go on meanwhile."""
     from fedtune.cli.console import versions_table
     from fedtune.errors import ConfigError, InputError
     from fedtune.server.versions import Versions
@@ -162,7 +163,15 @@ def versions(
         index = current
     else:
         raise InputError(f"{run}: no versions here", "a run of a study with a [schedule]")
+    reason = ""
+    if rollback is not None or unpin:
+        with Console().status("measuring the version in use on the public records"):
+            from fedtune.server.version_report import restate
+
+            reason = restate(run, index)
     Console().print(versions_table(index))
+    if reason:
+        typer.echo(f"report.md has no figure of it: {reason}", err=True)
     pinned = "; it stays until --unpin" if index.pinned else ""
     typer.echo(f"released: version {index.champion}, {run / 'adapter'}{pinned}")
 

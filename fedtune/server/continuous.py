@@ -19,6 +19,7 @@ from fedtune.errors import DataError
 from fedtune.server import schedule
 from fedtune.server.parts import Dependencies, Measures
 from fedtune.server.store import Progress
+from fedtune.server.version_report import figures, in_use
 from fedtune.server.versions import Version, Versions
 
 Emit = Callable[..., None]
@@ -102,24 +103,23 @@ class Continuous:
         """Return the report's table about the schedule and the versions."""
         index = self.versions.index()
         assert index is not None
-        released = [v.number for v in index.versions if v.decision == "released"]
         return {
             "round every": f"{format_duration(self.table.every)}, from {self.table.start}",
-            "version in use": index.champion,
-            "chosen by a person": index.pinned,
-            "versions released": released,
-            "versions kept back": index.judged - len(released),
+            **in_use(index),
             "released where surer than": self.table.confidence,
         }
 
-    def after(self) -> dict[str, float]:
-        """Return the champion's metric as last measured."""
-        index = self.versions.index()
-        last = index.versions[-1] if index else None
-        if last is None or index is None:
-            return {}
-        value = last.value if last.number == index.champion else last.champion_value
-        return {} if value is None else {last.metric: value}
+    def quality(self) -> dict[str, Any]:
+        """Compare base and champion on the public records as they are now, the same for both."""
+        evaluator, champion = self.evaluator, self.champion
+        arrays = self.parts.load(self.versions.at(champion))
+        adapter = {name: arrays[name] for name in self.progress.adapter}
+        return {
+            "before": evaluator.follow(None),
+            "after": evaluator.follow(adapter),
+            "gain": evaluator.gain(adapter),
+            **figures(champion, self._public),
+        }
 
     def _save(self, folder: Path) -> None:
         progress = self.progress

@@ -380,7 +380,7 @@ class _Run:
             report["quality"]["gain"] = self._evaluator.gain(self.progress.adapter)
         if self.continuous:
             report |= {"continuous": self.continuous.report()}
-            report["quality"] = {**report["quality"], "after": self.continuous.after()}
+            report["quality"] = {**report["quality"], **self.continuous.quality()}
         return report
 
     def _write_metrics(self) -> None:

@@ -1,0 +1,68 @@
+"""What a report says of a continuous study's versions: which is in use, and its figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fedtune import report as reports
+from fedtune.errors import FedtuneError
+from fedtune.run_folder import load_plan, read_report
+from fedtune.server.versions import Index
+
+NOT_MEASURED = "the public records; the version in use could not be measured on them"
+
+
+def figures(champion: int, public: str) -> dict[str, Any]:
+    """Return what a quality table says of its own columns and records. public: their sha256."""
+    records = f"the public records in use (sha256 {public[:8]})" if public else "the public records"
+    columns = ["base alone", f"version {champion}, in use"]
+    return {"on": records, "columns": columns, "public": public, "version": champion}
+
+
+def in_use(index: Index) -> dict[str, Any]:
+    """Return the rows of the report's "continuous" that a rollback changes."""
+    released = [v.number for v in index.versions if v.decision == "released"]
+    return {
+        "version in use": index.champion,
+        "chosen by a person": index.pinned,
+        "versions released": released,
+        "versions kept back": index.judged - len(released),
+    }
+
+
+def restate(run: Path, index: Index) -> str:
+    """Write a run's report anew after a person chose the version in use: its figures, measured with
+    the base on the public records as they are now. Without a report yet, nothing is written.
+
+    Returns "", or why it could not be measured: the report then has no figure of any version.
+    Errors: InputError where report.json is damaged; InfrastructureError (disk)."""
+    if not (run / "report.json").is_file():
+        return ""
+    body, reason = read_report(run), ""
+    before = body.get("continuous") or {}
+    quality = body.get("quality") or {}
+    body["continuous"] = before | in_use(index)
+    if quality.get("version") != index.champion:
+        quality = {key: value for key, value in quality.items() if key not in ("gain", "after")}
+        try:
+            quality |= _measured(run, index.champion)
+        except FedtuneError as error:
+            reason = str(error)
+            stale = figures(index.champion, "") | {"on": NOT_MEASURED, "version": None}
+            quality |= {"before": {}, "after": {}, **stale}
+        body["quality"] = quality
+    reports.write(run, body)
+    return reason
+
+
+def _measured(run: Path, champion: int) -> dict[str, Any]:
+    from fedtune.evaluation.run import evaluate
+    from fedtune.files.reading import fingerprint
+    from fedtune.models.run import Run
+
+    study = load_plan(run)
+    assert study.evaluation is not None  # a study with a [schedule] has one
+    result = evaluate(Run(run), study.evaluation)
+    kept = {key: result[key] for key in ("metric", "before", "after", "gain")}
+    return kept | figures(champion, fingerprint(study.evaluation.path))

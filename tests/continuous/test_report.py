@@ -1,0 +1,126 @@
+"""A continuous study's report has one public set for base and version, also after a rollback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.evaluation.run import evaluate
+from fedtune.models.run import Run
+from fedtune.server import version_report
+from fedtune.server.versions import Versions
+from tests.cli_kit import run as command
+from tests.continuous.fakes import Judge, go, loss, sites
+from tests.simulated import simulate
+from tests.test_end_to_end import lay_out
+
+PRIVACY = '{ epsilon = 8.0, noise_multiplier = 2.0, delta = 1e-3, unit = "patient" }'
+
+
+def report(run: Path) -> dict[str, Any]:
+    body: dict[str, Any] = json.loads((run / "report.json").read_text())
+    return body
+
+
+def test_base_and_version_are_compared_on_the_records_in_use(trial: Any) -> None:
+    """The public file is replaced after round 3: the base has another figure on the new one."""
+
+    class Public(Judge):
+        """What the base alone has on it follows from the file."""
+
+        def __init__(self, base: float) -> None:
+            self.base = base
+
+        def measure(self, adapter: Any) -> dict[str, float]:
+            return {"loss": self.base} if adapter is None else {"loss": loss(adapter)}
+
+    made = trial(*sites())
+    bodies = [
+        go(
+            made,
+            upto,
+            evaluator=lambda study, frozen, base=base: Public(base),
+            fingerprint=lambda path, name=name: name,
+        )
+        for upto, base, name in ((3, 9.0, "a" * 64), (6, 5.0, "b" * 64))
+    ]
+    for body, base, name in zip(bodies, (9.0, 5.0), "ab", strict=True):
+        quality = body["quality"]
+        assert quality["before"] == {"loss": base} and quality["public"] == name * 64
+        assert quality["columns"] == [
+            "base alone",
+            f"version {body['continuous']['version in use']}, in use",
+        ]
+        assert "gain" in quality
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """A study with a [schedule] of three rounds, whose later versions are all released."""
+    folder = tmp_path_factory.mktemp("continuous")
+    path = lay_out(folder, tiny_base, PRIVACY)
+    text = path.read_text().replace("rounds = 3\n", "")
+    path.write_text(text + '[schedule]\nevery = "1h"\nconfidence = 0.501\n')
+    simulate(path, sorted(folder.glob("site-*.toml")), folder / "run", rounds=3)
+    return folder
+
+
+def copied(finished: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished / "run", tmp_path / "run", symlinks=True)
+    return tmp_path / "run"
+
+
+def another(run: Path) -> int:
+    """A version that can be chosen, and is not in use."""
+    index = Versions(run).index()
+    assert index is not None
+    found = [number for number in index.rollback_targets if number != index.champion]
+    if not found:
+        pytest.fail("no version was released")
+    return found[0]
+
+
+def test_after_a_rollback_the_report_is_of_the_version_in_use(
+    finished: Path, tmp_path: Path
+) -> None:
+    run = copied(finished, tmp_path)
+    stale, number = report(run), another(run)
+    done = command("versions", run, "--rollback", number)
+    assert done.exit_code == 0, done.output
+    body = report(run)
+    assert body["continuous"]["version in use"] == number != stale["continuous"]["version in use"]
+    assert body["continuous"]["chosen by a person"] is True
+    expected = evaluate(Run(run), finished / "test.jsonl")
+    for name in ("before", "after"):
+        assert body["quality"][name] == pytest.approx(expected[name])
+    assert body["quality"]["before"] == pytest.approx(stale["quality"]["before"])
+    assert body["quality"]["after"] != pytest.approx(stale["quality"]["after"])
+    assert f"version {number}, in use" in (run / "report.md").read_text()
+    assert body["privacy"] == stale["privacy"]
+
+    command("versions", run, "--unpin")
+    assert report(run)["continuous"]["chosen by a person"] is False
+    assert report(run)["quality"] == body["quality"]
+
+
+def test_a_version_that_cannot_be_measured_has_no_figure(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rollback stands, and no other version's figure is left in its place."""
+    run = copied(finished, tmp_path)
+    number = another(run)
+    hidden = finished / "test.hidden"
+    (finished / "test.jsonl").rename(hidden)
+    try:
+        done = command("versions", run, "--rollback", number)
+    finally:
+        hidden.rename(finished / "test.jsonl")
+    assert done.exit_code == 0 and "report.md has no figure of it" in done.output
+    body = report(run)
+    assert body["continuous"]["version in use"] == number
+    assert body["quality"]["after"] == {} and "gain" not in body["quality"]
+    assert version_report.NOT_MEASURED in (run / "report.md").read_text()
