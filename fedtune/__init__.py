@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from fedtune.evaluation.predictions import Predictions
     from fedtune.evaluation.run import evaluate
     from fedtune.launch.simulate import simulate
+    from fedtune.launch.tune import Search, Trial, tune
     from fedtune.ledger.ledger import Ledger
     from fedtune.models.loaded import verify as verify_model
     from fedtune.models.run import Run
@@ -128,6 +129,7 @@ _MODULES = {
     "fedtune.evaluation.predictions": "Predictions",
     "fedtune.evaluation.run": "evaluate",
     "fedtune.launch.simulate": "simulate",
+    "fedtune.launch.tune": "Search Trial tune",
     "fedtune.ledger.ledger": "Ledger",
     "fedtune.models.loaded": "verify_model=verify",
     "fedtune.observe.status": "status=read_status",
@@ -177,6 +179,7 @@ __all__ = [
     "RlooSettings",
     "Run",
     "ScheduleTable",
+    "Search",
     "SelectionTable",
     "Site",
     "SiteData",
@@ -188,6 +191,7 @@ __all__ = [
     "Study",
     "StudyTable",
     "TrainingTable",
+    "Trial",
     "Versions",
     "WireTable",
     "__version__",
@@ -218,6 +222,7 @@ __all__ = [
     "save",
     "simulate",
     "status",
+    "tune",
     "verify_model",
     "withdraw",
 ]

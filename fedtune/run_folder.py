@@ -21,6 +21,7 @@ REPORT = {"private": bool, "study": str, "privacy": dict, "base": dict}
 REPORT |= {"base.name": str, "base.digest": str}
 BASE = "base"  # a run's own base, inside it
 RUNS = Path("runs")
+LEDGERS = "ledgers"  # of a run of declared data, inside it: each such site's ledger
 
 
 def folder_for(name: str, *, resume: bool, runs: Path = RUNS) -> Path:

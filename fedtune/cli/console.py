@@ -17,6 +17,7 @@ from rich.text import Text
 from fedtune.cli.figures import short, size_text
 from fedtune.errors import printable
 from fedtune.report.claim import percent, rounded_up, verdict
+from fedtune.report.declared import declared_line
 from fedtune.report.preference import alarms, pair_lines
 from fedtune.report.teacher import teacher_line
 
@@ -58,6 +59,8 @@ def closing(console: Console, out: Path, report: dict[str, Any]) -> None:
             console.print(f"  {line}", highlight=False, markup=False)
     else:
         warn_not_private(console)
+    if said := declared_line(report):
+        console.print(said, style="bold yellow", highlight=False, markup=False)
     from fedtune.models.adapter_files import HEAD
 
     commands = [

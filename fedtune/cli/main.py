@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from fedtune.cli import data, derive, models, network, plugin, use_run
+from fedtune.cli import data, derive, models, network, plugin, tune, use_run
 from fedtune.cli import init as cli_init
 from fedtune.cli import site as cli_site
 from fedtune.cli import status as cli_observe
@@ -220,6 +220,7 @@ def simulate(
     closing(_console(), folder, done.report)
 
 
+tune.add_to(app, TRY)
 SERVER_HOME = Annotated[
     Path | None,
     typer.Option(

@@ -78,7 +78,8 @@ def _rounds_left(status: dict[str, Any]) -> int:
 
 
 def _status_of(site: dict[str, Any]) -> str:
-    told = str(site.get("status", ""))
+    declared = f"data declared {site['declared']}" if site.get("declared") else ""
+    told = ", ".join(filter(None, [str(site.get("status", "")), declared]))
     if site.get("connected") is None:
         return told
     if not site["connected"]:

@@ -150,6 +150,8 @@ def versions(
     on the public records. The study may go on meanwhile."""
     from fedtune.cli.console import versions_table
     from fedtune.errors import ConfigError, InputError
+    from fedtune.report.declared import declared_line
+    from fedtune.run_folder import read_report
     from fedtune.server.versions import Versions
 
     if rollback is not None and unpin:
@@ -174,6 +176,8 @@ def versions(
         typer.echo(f"report.md has no figure of it: {reason}", err=True)
     pinned = "; it stays until --unpin" if index.pinned else ""
     typer.echo(f"released: version {index.champion}, {run / 'adapter'}{pinned}")
+    if (run / "report.json").is_file() and (said := declared_line(read_report(run))):
+        typer.echo(said)
 
 
 GENERATE_FILE = Annotated[

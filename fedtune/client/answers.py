@@ -47,6 +47,7 @@ def sealed(
         answer["name"] = site.site.site.name
         order = message.content.config_records["order"]
         digest, number = _plan_of(order["plan"], order_for), int(str(order["round"]))
+        site = site.of_run(digest)
         check_order(order, site.coordinator_of(digest))
         adapter = read_agreed(message.content.array_records["adapter"], site.shapes(digest))
         update = work(site, digest, number, adapter, str(order["receipt"]))

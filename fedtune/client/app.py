@@ -34,6 +34,7 @@ def prepare(message: Message, context: Context) -> Message:
         study = study_from_json(str(plan["study"]))
         if study.digest != plan["digest"]:
             raise ConfigError("the plan received is not the one it claims to be")
+        site = site.of_run(study.digest)
         coordinator = check_plan(plan, study.digest)
         if context.node_config.get("coordinator", coordinator) != coordinator:
             raise PolicyRefused("the plan is not signed by the coordinator this site enrolled with")
@@ -43,6 +44,8 @@ def prepare(message: Message, context: Context) -> Message:
         answer.update(name=admission.name, declared_size=admission.declared_size)
         if admission.lora_rank is not None:
             answer["lora_rank"] = admission.lora_rank
+        if admission.declared is not None:
+            answer["declared"] = admission.declared
         if not admission.admitted:
             answer.update(status="refused", reason=admission.reason)
 

@@ -33,6 +33,7 @@ class Admission:
     name: str
     declared_size: int
     lora_rank: int | None = None  # how many ranks it trains, where the plan lets sites choose
+    declared: str | None = None  # public or generated, where a person declared the data to be
 
 
 @dataclass(frozen=True, repr=False)

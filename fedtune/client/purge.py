@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from fedtune.client.declared import RUNS
 from fedtune.config import Site, study_from_json
 from fedtune.config.records import RECORDS
 from fedtune.errors import ConfigError, FedtuneError, InfrastructureError, InputError
@@ -30,6 +31,7 @@ KINDS = {  # what people call it -> patterns of paths in the state folder; "*" g
     "logs": ("log.jsonl", "log.jsonl.1", "rank-*.log"),
     "status": ("status.json",),
     "counts of records": ("counts.json",),
+    "ledgers of runs of declared data": (f"{RUNS}/*",),
     "what Flower's processes left": ("flower/*", "ranks/*"),
     "drafts of a process that was killed": ("*.new",),
 }
@@ -117,10 +119,12 @@ def _kind(name: str) -> str | None:
 
 
 def _walk(state: Path) -> Iterator[Path]:
-    """Yield every file; of a folder that holds a ledger (a backup), the folder alone."""
+    """Yield every file; of a folder that holds a ledger (a backup), the folder alone, unless it is
+    the ledger of a run of declared data."""
     for root, folders, files in os.walk(state):
         folder = Path(root)
-        if folder != state and DATABASE in files:
+        of_run = folder.parent == state / RUNS
+        if folder != state and DATABASE in files and not of_run:
             folders.clear()
             yield folder
             continue

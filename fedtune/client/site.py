@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from safetensors.numpy import load, save
 
 from fedtune.client import evaluation
+from fedtune.client.declared import paid_by_run, permit_declared, run_ledger
 from fedtune.client.evaluation import unit_rows
 from fedtune.client.policy import accounted, admit, base_for, order_of, planned, within_budget
 from fedtune.client.prepared import (
@@ -80,19 +81,37 @@ class SiteWorker:
 
     def __init__(self, site: Site, path: Path | None = None) -> None:
         self.site, self._path = site, path
-        self.log = StepLog(site.site.state / "steps.jsonl")
+        self.log = StepLog((site.site.ledger or site.site.state) / "steps.jsonl")
         self.ranks: Workers | None = None  # other processes that share a round's work
         self._prepared: dict[str, Prepared] = {}
         # By dataset: the view that it was loaded for, and the data.
         self._cached: dict[str, tuple[object, CachedDataset]] = {}
+        self._of_runs: dict[str, SiteWorker] = {}  # by plan, of declared data in a consortium
+
+    @cached_property
+    def home(self) -> Ledger:
+        """The site's ledger for life: its key, receipts, declarations, signatures, withdrawals."""
+        return Ledger(self.site.site.state)
 
     @cached_property
     def ledger(self) -> Ledger:
-        return Ledger(self.site.site.state)
+        """The ledger that pays: of the site's life, or of one run of declared data."""
+        return Ledger(self.site.site.ledger) if self.site.site.ledger else self.home
 
     @property
     def key(self) -> SigningKey:
-        return self.ledger.key
+        return self.home.key
+
+    def of_run(self, digest: str) -> SiteWorker:
+        """Return the worker that pays for a plan: this one, unless its data is declared and it has
+        no run's ledger yet, as in a consortium."""
+        if not self.site.data.declared or self.site.site.ledger:
+            return self
+        if digest not in self._of_runs:
+            of_run = SiteWorker(paid_by_run(self.site, run_ledger(self.site, digest)), self._path)
+            of_run.home, of_run.ranks = self.home, self.ranks
+            self._of_runs[digest] = of_run
+        return self._of_runs[digest]
 
     def prepare(self, study: Study, frozen: Arrays, coordinator: str = "") -> Admission:
         """Admit or refuse `study`; on admission, read the data and build the model.
@@ -111,7 +130,8 @@ class SiteWorker:
             return self._admission(False, str(refusal))
         lora = study.lora
         chosen = self._prepared[study.digest].lora_rank if lora and lora.min_rank else None
-        return self._admission(True, "", chosen)
+        declared = self.site.data.declared
+        return replace(self._admission(True, "", chosen), declared=declared)
 
     def _prepare_model(
         self, study: Study, plan: DpPlan | None, frozen: Arrays, coordinator: str
@@ -133,6 +153,7 @@ class SiteWorker:
         """Check the study against the site file as it is now, and return that site, so that a round
         reads it once. Errors: Refused."""
         site = self._current()
+        permit_declared(site, self.site, self.home)
         admit(study, site, plan, coordinator)
         self._signed(study, site)
         self._declare(self.site.data, study)
@@ -151,7 +172,7 @@ class SiteWorker:
         accounted(data.name, study.unit, self.ledger.unknown(data.name, study.unit))
 
     def _signed(self, study: Study, site: Site) -> None:
-        if site.policy.admission == "signed" and not self.ledger.admitted(study.digest):
+        if site.policy.admission == "signed" and not self.home.admitted(study.digest):
             log.warning("a plan waits for a signature: fedtune review %s", pending(site, study))
             raise PolicyRefused(
                 'policy.admission = "signed" and nobody at the site has signed this plan',
@@ -163,7 +184,7 @@ class SiteWorker:
         continuous study reads the files anew, and the ledger records who arrived.
 
         Errors: DataError where the columns do not suit the study, or there is no file."""
-        withdrawn, is_open_ended = frozenset(self.ledger.withdrawn()), study.continuous
+        withdrawn, is_open_ended = frozenset(self.home.withdrawn()), study.continuous
         view = (data, network, study.objective, study.unit, study.max_records_per_unit, withdrawn)
         cached_view, cached = self._cached.get(data.name, (None, None))
         if is_open_ended or cached_view != view or cached is None:
@@ -196,7 +217,7 @@ class SiteWorker:
             raise DataError(f"{data.path}: no such file", "the site's records")
         try:
             dataset = read_for_training(
-                data, study, network.tokenizer, network.reader, self.ledger, teacher_for(study)
+                data, study, network.tokenizer, network.reader, self.home, teacher_for(study)
             )
         except DataError as error:  # a folder without a file, a path of another kind
             log.error("%s. This site takes part with noise alone until it is corrected", error)
@@ -214,7 +235,7 @@ class SiteWorker:
         if round_ < 1 or not (study.continuous or round_ <= (study.training.rounds or 0)):
             raise PolicyRefused(f"round {round_} is not in the plan")
         if receipt:
-            self.ledger.accept_receipt(json.loads(receipt), prepared.coordinator)
+            self.home.accept_receipt(json.loads(receipt), prepared.coordinator)
             self.ledger.prune(digest, prepared.coordinator)
         adapter_digest = arrays_digest(adapter)
         payload = self.ledger.released(digest, round_, adapter_digest)
@@ -281,7 +302,7 @@ class SiteWorker:
         prepared = self._require(digest)
         plan = evaluation.plan_of_queries(prepared.study, round_)
         if receipt:
-            self.ledger.accept_receipt(json.loads(receipt), prepared.coordinator)
+            self.home.accept_receipt(json.loads(receipt), prepared.coordinator)
             self.ledger.prune(plan.study, prepared.coordinator)
         adapter_digest = arrays_digest(adapter)
         payload = self.ledger.released(plan.study, round_, adapter_digest)
@@ -340,7 +361,7 @@ class SiteWorker:
             receiver=prepared.coordinator,
             nonce=nonce,
             body=content_digest,
-            ledger=self.ledger.head_statement(),
+            ledger=self.home.head_statement(),
         )
         return seal(self.key, header)
 

@@ -53,6 +53,8 @@ class SiteTable(Table):
     cache_memory: NotNegative | None = None  # GiB for states at the cut; None: a quarter of it all
     # The most ranks of an adapter that this site trains in a round, where a plan has more; public.
     lora_rank: Rank | None = None
+    # The ledger of one run of declared data; `fedtune simulate` writes it into the run's own copy.
+    ledger: Place | None = None
 
     @property
     def cache_bytes(self) -> int | None:
@@ -65,6 +67,8 @@ class SiteData(DataFile):
     name: Name = "records"  # the budget's name; a dataset that grows keeps it
     disjoint_from: tuple[Name, ...] = ()  # datasets of this site that share no patient with it
     cohort: Name = "first"  # of arrival: change it when new patients are added
+    # What a person declares the records to be, before a study; None: private, paid for life.
+    declared: Literal["public", "generated"] | None = None
     # The reader of the files: of this release, or an entry point fedtune.sources; None: by suffix.
     source: Name | None = None
     options: dict[str, bool | Finite | str] = Field(default_factory=dict)  # of the source
@@ -108,6 +112,7 @@ class PolicyTable(Table):
     max_epsilon_per_study: Positive = 8.0  # at the study's own δ
     max_delta: Delta = 1e-3
     allow_privacy_off: bool = False
+    allow_declared_data: bool = False  # `fedtune client` with data that [data] declares
     admission: Literal["standing", "signed"] = "standing"  # signed: `fedtune review --sign` first
     min_noise_multiplier: NotNegative = 0.3  # σ
     min_units: Count = 10  # of site.declared_size
@@ -207,4 +212,11 @@ class Site(Table):
             )
         if self.evaluation and self.evaluation.name == self.data.name:
             raise ValueError("evaluation.name: must not be data.name; each has its own budget")
+        if self.evaluation and bool(self.evaluation.declared) != bool(self.data.declared):
+            raise ValueError(
+                "evaluation.declared: the two datasets of a site are both declared, or both "
+                "private: a run pays from one ledger"
+            )
+        if self.site.ledger and not self.data.declared:
+            raise ValueError("site.ledger: private data is paid from the ledger in site.state")
         return self

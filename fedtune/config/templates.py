@@ -127,6 +127,8 @@ name = "records"       # the privacy budget's name: a dataset that grows keeps i
 # options = { delimiter = ";", encoding = "latin-1" }
 # filter = { ward = ["3", "4"] }   # only rows with one of these values
 # disjoint_from = ["other"]   # datasets of this site that share no patient with this one
+# declared = "generated"   # or "public": no patient is in it. For rehearsals: a run of it costs
+#                      # nothing for life, is marked everywhere, and refuses what was ever private
 [data.columns]         # the column that holds each part; give one of these shapes:
 prompt = "prompt"      #   prompt + completion
 completion = "completion"
@@ -152,6 +154,7 @@ max_epsilon = 8.0      # in total: everything ever released from this dataset, p
 max_epsilon_per_study = 8.0   # above a plan's own ε: an interrupted round is paid for twice
 max_delta = 1e-3       # of a study; max_epsilon holds at twice this, below 1 / declared_size
 allow_privacy_off = false
+allow_declared_data = false   # `fedtune client` with [data] declared
 admission = "standing" # "signed": a person signs each plan first, with `fedtune review --sign`
 min_noise_multiplier = 0.3
 min_units = 10         # of declared_size

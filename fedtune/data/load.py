@@ -22,6 +22,7 @@ from fedtune.data.records import (
     content_of,
     no_patients,
     read_file,
+    record_member,
     table_of,
     unit_member,
 )
@@ -381,7 +382,7 @@ def _members(records: list[Record]) -> frozenset[bytes]:
     file stands in another column or format."""
     members = set()
     for record in records:
-        members |= {_trained_member(record), b"record\0" + content_of(record)}
+        members |= {_trained_member(record), record_member(record)}
         if record.media:
             members.add(b"media\0" + record.media.digest)
         members |= text_members(record)

@@ -92,6 +92,11 @@ def content_of(record: Record) -> bytes:
     return json.dumps(said).encode()
 
 
+def record_member(record: Record) -> bytes:
+    """Return what a record says, whoever's it is, in the form that the site's ledger hashes."""
+    return b"record\0" + content_of(record)
+
+
 def table_of(file: DataFile) -> str:
     """Name the table of study.toml or site.toml that describes the file, for error messages."""
     public = {PublicTable: "public", SelectionTable: "selection", EvaluationTable: "evaluation"}

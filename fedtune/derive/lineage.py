@@ -10,6 +10,7 @@ from fedtune.dp import composed_epsilon
 from fedtune.errors import Refused
 from fedtune.models.loaded import LoadedModel
 from fedtune.models.run import Run
+from fedtune.report.declared import declared_in
 
 
 def require_private(model: LoadedModel, role: str, accepted: Sequence[str] = ()) -> None:
@@ -50,4 +51,5 @@ def combined_lineage(parents: Sequence[dict[str, Any]]) -> dict[str, Any]:
         | {"privacy": {k: p["report"].get("privacy", {}).get(k) for k in ("epsilon", "delta")}}
         for p in parents
     ]
-    return {"private": private, "privacy": privacy, "parents": entries}
+    combined = {"private": private, "privacy": privacy, "parents": entries}
+    return combined | declared_in(list(reports.values()))

@@ -16,6 +16,7 @@ from fedtune.models import lora
 from fedtune.models.adapter_files import picked, save_adapter
 from fedtune.models.lora import Arrays
 from fedtune.models.run import Run
+from fedtune.report.declared import declared_in
 from fedtune.run_folder import check_new, new_folder, read_report
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def _report_sections(
     else:
         reports = [parent.report for parent in parents]
         privacy = composed_epsilon.composed(reports, disjoint=disjoint)
-    return {
+    return declared_in([parent.report for parent in parents]) | {
         "private": not non_private,
         "privacy": privacy,
         "base": parents[0].report["base"],

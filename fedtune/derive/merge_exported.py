@@ -21,6 +21,7 @@ from fedtune.errors import ConfigError, ModelError
 from fedtune.files.writing import drafted
 from fedtune.models.adapter_files import HEAD
 from fedtune.models.loaded import PLAN
+from fedtune.report.declared import declared_in
 from fedtune.run_folder import check_new, read_report
 
 
@@ -57,7 +58,7 @@ def merge_models(
     if not non_private:
         privacy = composed_epsilon.composed(reports, disjoint=disjoint)
     shares = list(weights) or [1.0] * len(folders)
-    merged_report: dict[str, Any] = {
+    merged_report: dict[str, Any] = declared_in(reports) | {
         "fedtune": fedtune.__version__,
         "study": derived_name(out, "merged"),
         "plan_digest": None,

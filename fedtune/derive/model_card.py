@@ -14,6 +14,7 @@ from fedtune.files import reading
 from fedtune.models.adapter_files import AGAIN
 from fedtune.models.run import Run
 from fedtune.report.claim import rounded_up
+from fedtune.report.declared import declared_line
 
 
 class Use(NamedTuple):
@@ -27,13 +28,15 @@ TEXT = Use("text-generation", ('    AutoModelForCausalLM.from_pretrained("THIS F
 
 
 def privacy_line(report: dict[str, Any]) -> str:
-    """Return one line with the report's privacy guarantee."""
+    """Return one line with the report's privacy guarantee, and who trained on no patient's data."""
+    said = declared_line(report)
+    more = f". {said}".removesuffix(".") if said else ""
     if not report.get("private"):
-        return "NOT PRIVATE: it may repeat the records that it was trained on"
+        return f"NOT PRIVATE: it may repeat the records that it was trained on{more}"
     p = report["privacy"]
     return (
         f"differentially private: ε = {rounded_up(p.get('epsilon'))}, δ = {p.get('delta')} "
-        f"for one {p.get('unit')} at any one site ({p.get('relation')})"
+        f"for one {p.get('unit')} at any one site ({p.get('relation')}){more}"
     )
 
 

@@ -13,7 +13,7 @@ from fedtune.config import Site, Study, checked, load_site, save
 from fedtune.errors import ConfigError, FedtuneError, InfrastructureError, InputError
 from fedtune.models.run import Run
 from fedtune.progress import OnEvent
-from fedtune.run_folder import new_run
+from fedtune.run_folder import LEDGERS, new_run
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -43,26 +43,47 @@ def simulate(
         rounds: of a study with a [schedule], the round to stop after; no time is waited.
 
     A site reads its file again before each round. One that was made or changed in memory is written
-    to site.toml in its state folder first.
+    to site.toml in its state folder first. A site whose data is declared public or generated pays
+    from a ledger of this run, ledgers/SITE in its folder, by a copy of its file that lies there.
 
     Errors: ConfigError where the sites cannot make up the study, DataError where a site's records
-    do not suit it, and what a run may raise: Refused, ModelError, InfrastructureError."""
+    do not suit it, PolicyRefused where declared data was ever charged as private, and what a run
+    may raise: Refused, ModelError, InfrastructureError."""
+    from fedtune.client.declared import declare
     from fedtune.client.site_checks import check_data
     from fedtune.models.teacher import register_teacher
-    from fedtune.server import rounds as server_rounds
-    from fedtune.server.parts import Dependencies, Settings
-    from fedtune.server.schedule import SimulatedClock
 
     study = checked(study)
     check(study, sites)
     check_rounds(study, rounds)
     out = new_run(study, None if out is None else Path(out), resume=resume)
+    for site in sites:  # before anything is loaded, or connected
+        declare(site)
     register_teacher(study)
     for site in sites:  # the sites are the user's own: report errors in their files now
         dataset = check_data(site, study)
         if on_event:
             _describe_records(site, study, dataset, on_event)
-    files = list(map(site_file, sites))
+    with _declared(sites, out) as paying:
+        return _run(
+            study, list(map(site_file, paying)), out, resume, on_event, engine, processes, rounds
+        )
+
+
+def _run(
+    study: Study,
+    files: list[Path],
+    out: Path,
+    resume: bool,
+    on_event: OnEvent | None,
+    engine: str,
+    processes: int,
+    rounds: int | None,
+) -> Run:
+    from fedtune.server import rounds as server_rounds
+    from fedtune.server.parts import Dependencies, Settings
+    from fedtune.server.schedule import SimulatedClock
+
     common: dict[str, Any] = {"resume": resume, "on_event": on_event}
     settings = Settings(pause=1.0, clock=SimulatedClock(), upto=rounds, skip=False)
     if engine == "ray":
@@ -81,6 +102,30 @@ def simulate(
                 raise bad from None
             raise
     return Run(out)
+
+
+@contextmanager
+def _declared(sites: Sequence[Site], out: Path) -> Iterator[list[Site]]:
+    """Provide the sites, those of declared data by a copy that pays from this run's ledger; a run
+    that never began leaves none. Errors: InfrastructureError."""
+    from fedtune.client.declared import paid_by_run
+
+    paying, new = list[Site](), not (out / "plan.json").exists()
+    try:
+        for site in sites:
+            if site.data.declared:
+                folder = out / LEDGERS / site.site.name
+                site = paid_by_run(site, folder)
+                saved = save(site, folder / "site.toml")
+                site = load_site(saved)
+            paying.append(site)
+        yield paying
+    except BaseException:
+        if new and not (out / "plan.json").exists():
+            shutil.rmtree(out / LEDGERS, ignore_errors=True)
+            with suppress(OSError):
+                out.rmdir()
+        raise
 
 
 def _describe_records(site: Site, study: Study, dataset: Dataset, on_event: OnEvent) -> None:

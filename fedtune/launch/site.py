@@ -22,6 +22,7 @@ from typing import Any
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedtune.client.declared import allow_declared, declare
 from fedtune.config import load_site
 from fedtune.errors import InfrastructureError
 from fedtune.files.writing import replace
@@ -68,9 +69,13 @@ def join(
     client.reply_facts'}, "refused" {kind}, "failed" {kind, error}, "waiting" {address; study, done:
     of one that is finished}, "connected" (again), "reconnecting" {seconds}, "stopped" {reason};
     each has a text for people.
-    Errors: ConfigError; InfrastructureError when the coordinator goes on refusing this site;
+    Data that the site declares public or generated is checked and signed for before it connects.
+    Errors: ConfigError; PolicyRefused where declared data is not allowed, or was charged as
+    private; InfrastructureError when the coordinator goes on refusing this site;
     KeyboardInterrupt at Ctrl-C. SIGTERM ends it without an error."""
     site = load_site(site_path)
+    allow_declared(site)
+    declare(site)
     link = forwarder_link(site, site_path)
     executor = _Executor(
         site_path.resolve(), client_app or _installed_app(), on_event or _ignore, once

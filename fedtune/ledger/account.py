@@ -40,6 +40,7 @@ class Account:
         self.withdrawn: set[str] = set()
         self.admitted: dict[str, str] = {}
         self.accepted: dict[str, list[Accepted]] = {}  # by dataset
+        self.not_private: dict[str, str] = {}  # dataset -> "public" or "generated"
         # Pairs of disjoint datasets -> the entry before which charges count against both.
         self.apart_since: dict[frozenset[str], int] = {}
         self.arrivals = Arrivals()
@@ -70,6 +71,8 @@ class Account:
         elif entry.kind == "accept":
             acceptance = Accepted(body["upto"], body["by"], body["why"], time)
             self.accepted.setdefault(body["dataset"], []).append(acceptance)
+        elif entry.kind == "declaration":
+            self.not_private[body["dataset"]] = body["what"]
         elif entry.kind != "open":
             raise KeyError(entry.kind)  # a kind of a newer release: it may hold a charge
 

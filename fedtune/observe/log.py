@@ -63,7 +63,9 @@ LOGGABLE = frozenset(name for name, metric in METRICS.items() if metric.loggable
 # Of a reason, the first of these that it contains is logged.
 PHRASES = (
     "policy.max_epsilon_per_study", "policy.max_epsilon", "policy.max_delta",
-    "policy.allow_privacy_off", "policy.admission", "policy.min_noise_multiplier",
+    "policy.allow_privacy_off", "policy.allow_declared_data", "charged as private",
+    "what it declares of its data", "has no such declaration", "data.declared was changed",
+    "policy.admission", "policy.min_noise_multiplier",
     "policy.min_units", "policy.max_grad_norm", "policy.max_sampling_rate", "policy.max_steps",
     "policy.max_rank", "policy.modules", "policy.objectives", "policy.strategies",
     "policy.modalities",
@@ -231,6 +233,7 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "slot": _count,
     "lora_ranks": by(_name, _count),
     "weights": by(_name, _count),
+    "declared": by(_name, _one_of(frozenset({"public", "generated"}))),
     "champion": _count,
     "promoted": _flag,
 }

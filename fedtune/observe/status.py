@@ -167,8 +167,9 @@ def _round(new: Record, record: Record) -> None:
         site.update(reason=reason, missed=site.get("missed", 0) + 1)
         if site.get("status") == "trained":
             site["status"] = "missing"
-    for name, epsilon in record.get("epsilon", {}).items():
-        sites.setdefault(name, {})["epsilon"] = epsilon
+    for key in ("epsilon", "declared"):
+        for name, value in record.get(key, {}).items():
+            sites.setdefault(name, {})[key] = value
     for key in TOTALS:
         for name, count in record.get(key, {}).items():
             site = sites.setdefault(name, {})
@@ -277,6 +278,7 @@ _SITE = _keys(
         **dict.fromkeys(("missed", *TOTALS), _COUNT),
         **dict.fromkeys(("epsilon", "planned"), _NUMBER),
         "connected": FIELDS["private"],
+        "declared": _word,
     }
 )
 # What a status may hold, key by key: no more than `cleaned` let through when it was written.

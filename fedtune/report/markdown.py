@@ -15,6 +15,7 @@ from fedtune.report.claim import (
     strength,
     verdict,
 )
+from fedtune.report.declared import declared_line
 from fedtune.report.text import cell, figure, table
 
 HELD_OUT = "the study's held-out records"
@@ -34,6 +35,7 @@ def markdown(report: dict[str, Any]) -> str:
 
     parts = [
         f"# {cell(report.get('study', 'study'))}: report",
+        f"> **Not patients' data.** {cell(said)}" if (said := declared_line(report)) else "",
         _claim(report) if report.get("private") else _banner(report),
         _quality(report.get("quality") or {})
         if "merge" not in report
@@ -356,7 +358,7 @@ def _base(report: dict[str, Any]) -> str:
     rows = [[cell(key), cell(base.get(key))] for key in ("name", "digest", "licence", "dtype")]
     parts.append(f"## Base model\n\n{table(['', ''], rows, numbers=False)}")
     handled = {"privacy", "quality", "base", "rounds", "sites", "audit", "absences", "wire"}
-    handled |= {"merge", "derived", "lora_ranks", "teacher"}
+    handled |= {"merge", "derived", "lora_ranks", "teacher", "declared"}
     for key, value in sorted(report.items()):
         if key not in handled and isinstance(value, dict) and value:
             rows = [[cell(name), _setting(item)] for name, item in sorted(value.items())]

@@ -37,6 +37,7 @@ from fedtune.wire.seal import Header, SealError, body_digest, opened, sign_plan
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 NOT_ENROLLED = "it is not enrolled with this signing key, or was revoked"
 KEY = re.compile(r"[0-9a-f]{64}")
+DECLARED = ("public", "generated")  # what a site may declare its data to be; without it, private
 MOST_UNITS = 10**10  # the largest declared size: more than there are people
 SIGMA_SLACK = 0.02  # of σ: another version of the accountant may calibrate a little differently
 REPEATS = 100  # times the plan's steps: rounds that were lost and trained again are logged too
@@ -62,7 +63,8 @@ class Roster:
     """The sites of a run and their nodes.
 
     sizes, keys: site -> declared size and public key, fixed by its first admission; lora_ranks:
-    likewise how many ranks it trains, where the plan lets sites choose; enrolled: each node's
+    likewise how many ranks it trains, where the plan lets sites choose; declared: site -> what it
+    says of its data, of DECLARED, "" where it is private; enrolled: each node's
     member at present (None: anybody); expect: called with the nodes that are asked and the bytes
     that an answer may have; refused: site -> reason, for the rest of the run; absent: sites that
     failed or did not answer, asked again each round; down, up: bytes by site.
@@ -78,6 +80,7 @@ class Roster:
     enrolled: Callable[[], Mapping[int, Member]] | None = None
     expect: Callable[[Iterable[int], int], None] = lambda nodes, most: None
     lora_ranks: dict[str, int] = field(default_factory=dict)
+    declared: dict[str, str] = field(default_factory=dict)
     nodes: dict[str, int] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
@@ -163,6 +166,7 @@ class Roster:
             self.sizes[name], self.keys[name] = claim.declared, claim.key
             if rank:
                 self.lora_ranks[name] = rank
+            self.declared[name] = claim.what
             self.nodes[name] = reply.node
         if reply.node not in earlier_nodes or status != "admitted":
             self.on_status(name, status, reason)
@@ -189,6 +193,8 @@ class Roster:
             return "its declared_size changed during the study"
         if self.keys.get(name, claim.key) != claim.key:
             return "its signing key changed during the study"
+        if self.declared.get(name, claim.what) != claim.what:
+            return "what it declares of its data changed during the study"
         if rank == 0:
             return "its lora_rank is not one that the plan allows"
         if rank and self.lora_ranks.get(name, rank) != rank:
@@ -204,6 +210,7 @@ class _Claim(NamedTuple):
     name: str = ""
     declared: int = 0
     key: str = ""
+    what: str = ""  # it declares its data to be: public or generated; "": private
 
 
 def _parse_admission(reply: Reply) -> _Claim:
@@ -224,7 +231,10 @@ def _parse_admission(reply: Reply) -> _Claim:
     keyed = isinstance(key, str) and KEY.fullmatch(key) is not None
     if not named or not keyed or type(declared) is not int or not 1 <= declared <= MOST_UNITS:
         return _Claim("failed", "its answer to the plan is malformed")
-    return _Claim("admitted", "", str(name), declared, str(key))
+    what = record.get("declared", "")
+    if what not in ("", *DECLARED):
+        return _Claim("failed", "its answer to the plan is malformed")
+    return _Claim("admitted", "", str(name), declared, str(key), str(what))
 
 
 def _lora_rank(reply: Reply, lora: LoraTable | None) -> int | None:

@@ -107,6 +107,7 @@ class _Run:
             partial(parts.enrolled, grid) if parts.enrolled else None,
             partial(parts.expect, grid),
             summary.lora_ranks(progress.history),
+            summary.declared(progress.history),
         )
         self.queries = Queries(self.progress, self.roster, self.settings.key)
         self.continuous = self._evaluator = None
@@ -307,7 +308,7 @@ class _Run:
             "participants": sorted(tally.participants),
             "missing": self.roster.out() | tally.missing,
             "late": dict(sorted(tally.late.items())),
-            **extra,
+            **(extra | summary.declarations(self.roster.declared, tally.participants)),
             "quality": {},
             "epsilon": summary.epsilons(progress, self.parts),
             "bytes_up": dict(sorted(self.roster.up.items())),

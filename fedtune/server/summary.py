@@ -69,6 +69,7 @@ def report(progress: Progress, parts: Dependencies) -> dict[str, Any]:
     )
     private = isinstance(study.privacy, PrivacyTable)
     extra = {"lora_ranks": _ranks(progress), "weights": _capped(progress)}
+    extra |= declarations(said := declared(history), [*said])
     body: dict[str, Any] = {key: by_site for key, by_site in extra.items() if by_site} | {
         "fedtune": fedtune.__version__,
         "study": study.study.name,
@@ -96,6 +97,22 @@ def report(progress: Progress, parts: Dependencies) -> dict[str, Any]:
 def lora_ranks(history: list[dict[str, Any]]) -> dict[str, int]:
     """Return site -> ranks that it trained in the rounds kept; empty where there is no choice."""
     return {name: rank for entry in history for name, rank in entry.get("lora_ranks", {}).items()}
+
+
+def declarations(by_site: dict[str, str], names: list[str]) -> dict[str, Any]:
+    """Return what those of `names` declare whose data is not private, as a round's "declared";
+    empty where all is private."""
+    declared = {name: by_site[name] for name in sorted(names) if by_site.get(name)}
+    return {"declared": declared} if declared else {}
+
+
+def declared(history: list[dict[str, Any]]) -> dict[str, str]:
+    """Return what each site that took part so far declared its data to be; "" where private."""
+    return {
+        name: entry.get("declared", {}).get(name, "")
+        for entry in history
+        for name in entry["participants"]
+    }
 
 
 def _ranks(progress: Progress) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from safetensors.numpy import load_file
 import fedtune.client.prepared
 import fedtune.client.reading
 import fedtune.client.site
+from fedtune.client.declared import declare
+from fedtune.config import load_site
 from fedtune.data.records import unit_member
 from fedtune.flower import api
 from fedtune.ledger.ledger import Ledger
@@ -141,6 +143,22 @@ def test_a_site_of_fewer_ranks_says_how_many_and_sends_narrower_arrays_and_nothi
     assert set(south_sent) == set(north)
     differ = {path for path, what in north.items() if south_sent[path] != what}
     assert differ <= {"update/values", "update/scales"}
+
+
+def test_a_site_of_declared_data_says_so_in_one_word_and_nothing_else(
+    usual: Recorder, tmp_path: Path, tiny_base: Path
+) -> None:
+    """`declared`: a word that a person typed, there only where it was."""
+    study = lay_out(tmp_path, tiny_base, patients(12))
+    south = tmp_path / "site-south.toml"
+    south.write_text(south.read_text().replace("[data]", '[data]\ndeclared = "public"'))
+    south.write_text(south.read_text().replace("[policy]", "[policy]\nallow_declared_data = true"))
+    declare(load_site(south))
+    grid = run(study)
+    assert outside(grid) == ["admission.declared: str"]
+    for one, other in zip(usual.replies, grid.replies, strict=True):
+        more = set(leaves(other)) - set(leaves(one))
+        assert {path for path, _ in more} <= {"admission.declared"}
 
 
 def test_an_added_field_is_caught(

@@ -59,6 +59,9 @@ class FakeSite:
     def site(self) -> Any:
         return SimpleNamespace(site=SimpleNamespace(name=self.name))
 
+    def of_run(self, digest: str) -> FakeSite:
+        return self
+
     def prepare(self, study: Study, frozen: dict[str, np.ndarray], coordinator: str) -> Admission:
         self.coordinator, self.base = coordinator, study.base.digest or ""
         self.encoding = study.wire.update

@@ -216,6 +216,8 @@ def test_a_site_that_enrolled_with_one_coordinator_prepares_no_other_ones_plan(t
         {"name": ""},
         {"name": 3},
         {"declared_size": 0},
+        {"declared": "Mrs Example"},
+        {"declared": True},
         {"declared_size": -5},
         {"declared_size": 1.5},
         {"declared_size": True},

@@ -1,0 +1,138 @@
+"""`fedtune tune`: search a study's settings on declared data, before a private run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fedtune.cli.exit_codes import command
+from fedtune.cli.figures import short
+from fedtune.cli.study import STUDY
+
+if TYPE_CHECKING:
+    from fedtune.launch.tune import Search, Trial
+
+SITES = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--sites",
+        metavar="PATH",
+        help="A site.toml, or a folder that holds some; may be repeated. Each declares its data "
+        "public or generated. Without it: the study's own folder.",
+    ),
+]
+TRIALS = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=1000,
+        metavar="N",
+        help="At most so many. Without it: 5 learning rates, or every combination of --set.",
+        show_default=False,
+    ),
+]
+SETTINGS = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=A,B,…",
+        help="Values to try in place of study.toml's; may be repeated. Without several values: "
+        "training.learning_rate around the plan's.",
+        show_default=False,
+    ),
+]
+RECORDS = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Public records to choose by, with [evaluation]'s columns, if there is no "
+        r"\[selection]: those of [evaluation] choose nothing.",
+        show_default=False,
+    ),
+]
+OUT = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Where the trials go. Without it: runs/NAME-tune.",
+        show_default=False,
+    ),
+]
+
+
+def add_to(app: typer.Typer, panel: str) -> None:
+    """Register the command on `app`."""
+    command(app, panel=panel, epilog="Ctrl-C is safe: the same command goes on.")(tune)
+
+
+def tune(
+    study: STUDY,
+    sites: SITES = None,
+    trials: TRIALS = None,
+    settings: SETTINGS = None,
+    records: RECORDS = None,
+    out: OUT = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The trials as JSON.")] = False,
+) -> None:
+    """Search settings on public or generated data, where a trial costs no hospital its budget.
+
+    Each trial is a run like any other, in DIR/trial-NN; finished ones are read, not run again."""
+    from fedtune.config import load_sites, load_study
+    from fedtune.launch.tune import _values
+    from fedtune.launch.tune import tune as search
+    from fedtune.run_folder import RUNS
+
+    began = time.monotonic()
+    fixed = [setting for setting in settings or () if len(_values(setting)) < 2]
+    folder = out or RUNS / f"{load_study(study, settings=fixed).study.name}-tune"
+
+    def tell(number: int, of: int, trial: Trial) -> None:
+        nonlocal began
+        seconds, began = time.monotonic() - began, time.monotonic()
+        result = f"FAILED: {trial.error}" if trial.value is None else short(trial.value)
+        line = f"trial {number}/{of}  {' '.join(trial.settings)}  {result}  ({seconds:.0f} s)"
+        typer.echo(line, err=as_json)
+
+    done = search(
+        study, load_sites(sites or study.parent), folder, settings or (), trials, records, tell
+    )
+    if as_json:
+        body = asdict(done) | {"best": asdict(done.best) if done.best else None}
+        return typer.echo(json.dumps(body, ensure_ascii=False))
+    console = Console()
+    console.print(trials_table(done))
+    if done.best:
+        words = " ".join(f"--set {shlex.quote(setting)}" for setting in done.best.settings)
+        console.print(
+            f"use  {words}\nIt was chosen on {done.records}, in one run each: [evaluation] records "
+            "chose nothing and still judge the result.\nNo claim about patients: every trial ran "
+            f"on data declared public or generated. The trials are in {folder}.",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def trials_table(search: Search) -> Table:
+    """Build the table of a search's trials, best first."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("trial", no_wrap=True)
+    table.add_column("settings", overflow="fold")
+    table.add_column(search.metric, justify="right", no_wrap=True)
+    table.add_column("ε", justify="right", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for trial in search.trials:
+        settings = escape("\n".join(trial.settings))
+        figures = (short(trial.value), short(trial.epsilon))
+        table.add_row(trial.folder, settings, *figures, escape(trial.error))
+    return table

@@ -1,0 +1,226 @@
+"""Search a study's settings on data that the sites declare public or generated: `fedtune tune`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedtune.config import Site, Study, load_study
+from fedtune.errors import ConfigError, FedtuneError, PolicyRefused
+from fedtune.files import reading
+from fedtune.files.writing import replace
+from fedtune.models.run import Run
+from fedtune.registry.metrics import metric as known_metric
+
+INDEX = "tune.json"  # in the folder of a search: which trial has which settings
+RATE = "training.learning_rate"
+POINTS, SPAN = 5, 10.0  # of the grid without --set: from the plan's rate / SPAN to times SPAN
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a search. settings: as `--set` takes them; value: the metric on the records that
+    choose, None where the run failed, with its error; epsilon: of the site that paid most."""
+
+    settings: tuple[str, ...]
+    folder: str
+    value: float | None = None
+    epsilon: float | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Search:
+    """A finished search: its trials, the best first and those that failed last.
+
+    metric: what they are sorted by; records: the records that it was measured on."""
+
+    metric: str
+    records: str
+    trials: list[Trial] = field(default_factory=list)
+
+    @property
+    def best(self) -> Trial | None:
+        """Return the best trial; None where all failed."""
+        return next((trial for trial in self.trials if trial.value is not None), None)
+
+
+def tune(
+    study: Path | str,
+    sites: Sequence[Site],
+    out: Path | str,
+    settings: Sequence[str] = (),
+    trials: int | None = None,
+    records: Path | None = None,
+    on_trial: Callable[[int, int, Trial], None] | None = None,
+) -> Search:
+    """Run a study once for each of several settings, on declared data alone, and sort the trials.
+
+    Args:
+        study: the study.toml.
+        sites: sites whose data is declared public or generated.
+        out: the folder of the search; each trial is a run in OUT/trial-NN. A search that was broken
+            off, or that gets more settings, keeps what is finished.
+        settings: "key=a,b,c"; of several such keys every combination. Without one with several
+            values, the learning rate is searched around the plan's.
+        trials: at most so many: points of the learning rate's grid, or a draw of the combinations,
+            by the study's seed.
+        records: a file to choose by, with the columns of [evaluation], for a study without
+            [selection]. The [evaluation] records choose nothing.
+        on_trial: called with a trial's number, how many there are, and the trial as it ends.
+
+    A trial that fails is listed with its error. Errors: PolicyRefused where a site's data is
+    private, or was ever charged as private; ConfigError where nothing can choose, `out` holds
+    something else, or a setting is no setting."""
+    from fedtune.client.declared import declare
+
+    loaded, out = (
+        load_study(study, settings=[s for s in settings if len(_values(s)) < 2]),
+        Path(out),
+    )
+    check_declared(sites)
+    _check_chooser(loaded, records)
+    for site in sites:
+        declare(site)
+    metric = loaded.evaluation.metric if loaded.evaluation else "loss"
+    chooser = "[selection]" if loaded.selection else str(records)
+    known = _index(out)
+    done: list[Trial] = []
+    chosen = _drawn(_grid(loaded, settings, trials), trials, loaded.study.seed)
+    for number, combination in enumerate(chosen, 1):
+        folder = known.setdefault(combination, f"trial-{len(known) + 1:02}")
+        table = {name: list(of) for of, name in known.items()}
+        replace(out / INDEX, (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode())
+        trial = _trial(Path(study), sites, out / folder, combination, records, metric)
+        done.append(trial)
+        if on_trial:
+            on_trial(number, len(chosen), trial)
+    sign = -1 if known_metric(metric).higher_is_better else 1
+    done.sort(key=lambda t: math.inf if t.value is None else sign * t.value)
+    return Search(metric, chooser, done)
+
+
+def check_declared(sites: Sequence[Site]) -> None:
+    """Check that every site's data is declared public or generated. Errors: PolicyRefused."""
+    private = [site.site.name for site in sites if not site.data.declared]
+    if private:
+        raise PolicyRefused(
+            f"the data of {', '.join(private)} is private, and a search would pay for every trial",
+            'data.declared = "public" or "generated" at every site',
+            "search on files that no patient is in, with site.toml files of their own that declare "
+            "it; then run the private study once, with what was found",
+        )
+
+
+def _check_chooser(study: Study, records: Path | None) -> None:
+    """Check that there are records to choose by. Errors: ConfigError."""
+    if study.continuous:
+        raise ConfigError("a study with a [schedule] has no last round", "training.rounds")
+    if study.selection is None and (records is None or study.evaluation is None):
+        raise ConfigError(
+            "there are no records to choose by: those of [evaluation] judge what was chosen, so "
+            "they choose nothing",
+            "[selection] in study.toml; or [evaluation], and --records FILE with its columns",
+            "set some public records apart from those of [evaluation]",
+        )
+    if study.selection and records is not None:
+        raise ConfigError("--records, and the study has [selection]", "one of the two")
+
+
+def _values(setting: str) -> list[str]:
+    """Split the value of "key=a,b" at its commas, but for those in brackets, braces and quotes."""
+    _, _, text = setting.partition("=")
+    values, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "\"'":
+            quote = letter
+        else:
+            depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and not (depth or quote):
+            values.append("")
+        else:
+            values[-1] += letter
+    return [value.strip() for value in values]
+
+
+def _grid(study: Study, settings: Sequence[str], trials: int | None) -> list[tuple[str, ...]]:
+    """List the combinations of settings; without one that has several values, a geometric grid of
+    learning rates around the plan's, the plan's first."""
+    lists = [
+        [f"{setting.partition('=')[0].strip()}={value}" for value in _values(setting)]
+        for setting in settings
+    ]
+    if all(len(values) == 1 for values in lists):
+        points = trials or POINTS
+        powers = [2 * n / (points - 1) - 1 if points > 1 else 0.0 for n in range(points)]
+        rates = [float(f"{study.training.learning_rate * SPAN**power:.3g}") for power in powers]
+        lists.append([f"{RATE}={rate:g}" for rate in rates])
+    return list(itertools.product(*lists))
+
+
+def _drawn(grid: list[tuple[str, ...]], trials: int | None, seed: int) -> list[tuple[str, ...]]:
+    if trials is None or len(grid) <= trials:
+        return grid
+    chosen = set(random.Random(seed).sample(range(len(grid)), trials))
+    return [combination for number, combination in enumerate(grid) if number in chosen]
+
+
+def _index(out: Path) -> dict[tuple[str, ...], str]:
+    """Read which trial has which settings. Errors: ConfigError where `out` is no search's."""
+    if not (out / INDEX).exists():
+        if out.exists() and any(out.iterdir()):
+            raise ConfigError(f"{out}: holds something else", "a new folder, or a search's")
+        return {}
+    table = reading.json_in(out / INDEX, "what `fedtune tune` wrote", "choose another --out")
+    return {tuple(map(str, settings)): str(name) for name, settings in table.items()}
+
+
+def _trial(
+    path: Path,
+    sites: Sequence[Site],
+    folder: Path,
+    combination: tuple[str, ...],
+    records: Path | None,
+    metric: str,
+) -> Trial:
+    """Run one trial, or read it where it is finished."""
+    from fedtune.launch.simulate import simulate
+    from fedtune.registry import process_cache
+
+    trial = Trial(combination, folder.name)
+    try:
+        study = load_study(path, settings=combination)
+        if records is not None:
+            study = study.changed(evaluation={"path": str(records.absolute())})
+        if not (folder / "report.json").is_file():
+            simulate(study, sites, folder, resume=True)
+        return _measured(trial, Run(folder), metric)
+    except FedtuneError as error:
+        return _failed(trial, error)
+    finally:
+        process_cache.clear("workers")  # a trial's sites are of no use to the next one
+
+
+def _failed(trial: Trial, error: FedtuneError) -> Trial:
+    return Trial(**(asdict(trial) | {"error": " ".join(str(error).split())}))
+
+
+def _measured(trial: Trial, run: Run, metric: str) -> Trial:
+    """Read a finished trial's value, on the records that choose."""
+    quality: dict[str, Any] = run.report.get("quality") or {}
+    after = quality.get("after") or {}
+    if rounds := quality.get("selection"):
+        after = rounds[-1].get("selection") or {}
+    value = after.get(metric)
+    epsilon = max(run.epsilon.values(), default=None)
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return Trial(trial.settings, trial.folder, None, epsilon, f"no {metric} was measured")
+    return Trial(trial.settings, trial.folder, float(value), epsilon)

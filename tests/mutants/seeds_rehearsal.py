@@ -1,0 +1,47 @@
+"""Seeded bugs in what keeps private data from being declared public."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import one
+
+DECLARED, LOAD = "fedtune/ledger/declared.py", "fedtune/data/load.py"
+TESTS = "tests/test_declared.py::"
+OTHER_NAME = TESTS + "test_records_once_charged_are_refused_under_another_name"
+
+MUTANTS = (
+    one(
+        "declared", "a-private-file-under-another-name", DECLARED,
+        "        if private:\n", "        if private == len(records) + 1:\n", OTHER_NAME,
+        "private records are trained on for nothing",
+    ),
+    one(
+        "declared", "some-private-records-are-let-through", DECLARED,
+        "        if private:\n", "        if private > 1:\n",
+        OTHER_NAME, "one patient's record among public ones is not paid for",
+    ),
+    one(
+        "declared", "a-private-name-declared-public", DECLARED,
+        "    if dataset in charged:\n", "    if not charged:\n",
+        TESTS + "test_the_same_name_is_refused_whatever_is_in_the_file",
+        "a dataset that grew is relabelled",
+    ),
+    one(
+        "declared", "hashes-of-private-records-are-not-written", LOAD,
+        "{_trained_member(record), record_member(record)}", "{_trained_member(record)}",
+        TESTS + "test_the_hash_is_of_the_whole_record",
+        "a relabelled short record is not known again",
+    ),
+    one(
+        "declared", "a-client-with-declared-data", "fedtune/client/declared.py",
+        "if site.data.declared and not site.policy.allow_declared_data:",
+        "if site.data.declared is None and not site.policy.allow_declared_data:",
+        TESTS + "test_a_client_refuses_declared_data_unless_its_policy_allows_it",
+        "a consortium's report counts invented records",
+    ),
+    one(
+        "declared", "a-site-turns-public-in-mid-study", "fedtune/server/admission.py",
+        "if self.declared.get(name, claim.what) != claim.what:", "if rank == -1:",
+        TESTS + "test_a_site_cannot_turn_public_in_the_middle_of_a_study",
+        "rounds on private records are reported as on public ones",
+    ),
+)  # fmt: skip

@@ -1,0 +1,297 @@
+"""Data declared public or generated: paid from a ledger of the run, marked, and never what was
+private."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedtune.client import declared
+from fedtune.client.declared import declare
+from fedtune.client.site import SiteWorker
+from fedtune.config import Site, load_site, load_study
+from fedtune.data.records import record_member
+from fedtune.errors import ConfigError, FedtuneError, PolicyRefused
+from fedtune.launch.simulate import simulate
+from fedtune.launch.site import join
+from fedtune.ledger.ledger import Ledger
+from tests.client.site_kit import begun, make_site, notes, trains
+
+NOTES = "the patient was seen with fever and a cough, for day"
+
+
+def paid(folder: Path, base: Path) -> Site:
+    """A site whose private records trained one round; short answers, notes of over 40 letters."""
+    notes(folder)
+    rows = [json.loads(line) for line in (folder / "notes.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["note"] = f"{NOTES} {number}"
+    write(folder / "notes.jsonl", rows)
+    site = make_site(folder, patient="who")
+    worker, made = SiteWorker(site), begun(base)
+    assert worker.prepare(made.study, made.frozen).admitted
+    trains(worker, made, 1)
+    return site
+
+
+def write(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def relabelled(site: Site, rows: list[dict[str, str]], **changes: object) -> Site:
+    path = write(site.data.path.with_name("other.jsonl"), rows)
+    data = {"path": path, "declared": "public", "name": "other"} | changes
+    return site.model_copy(update={"data": site.data.model_copy(update=data)})
+
+
+def public(count: int) -> list[dict[str, str]]:
+    return [
+        {"who": f"g{n}", "note": f"a note that nobody wrote of anybody, number {n}", "answer": "no"}
+        for n in range(count)
+    ]
+
+
+@pytest.fixture
+def site(tmp_path: Path, tiny_base: Path) -> Site:
+    return paid(tmp_path, tiny_base)
+
+
+def private_rows(site: Site) -> list[dict[str, str]]:
+    return [json.loads(line) for line in site.data.path.read_text().splitlines()]
+
+
+def test_the_same_name_is_refused_whatever_is_in_the_file(site: Site) -> None:
+    with pytest.raises(PolicyRefused, match="dataset 'records' was charged as private"):
+        declare(relabelled(site, public(12), name="records"))
+
+
+@pytest.mark.parametrize("which", ["all", "some", "one among public ones"])
+def test_records_once_charged_are_refused_under_another_name(site: Site, which: str) -> None:
+    rows = private_rows(site)
+    chosen = {"all": rows, "some": rows[3:7], "one among public ones": [*public(20), rows[5]]}
+    with pytest.raises(PolicyRefused, match="charged as private here"):
+        declare(relabelled(site, chosen[which]))
+    assert Ledger(site.site.state)._account.not_private == {}
+
+
+def test_a_record_is_known_again_under_another_patient_in_other_columns_and_by_its_patient_alone(
+    site: Site,
+) -> None:
+    row = private_rows(site)[5]
+    columns = site.data.columns
+    stranger = {**row, "who": "g99"}
+    text = columns.model_copy(update={"prompt": None, "completion": None, "text": "note"})
+    same_patient = {**public(1)[0], "who": row["who"]}
+    for changed in (
+        relabelled(site, [*public(9), stranger]),
+        relabelled(site, [*public(9), stranger], columns=text),
+        relabelled(site, [*public(9), same_patient]),
+    ):
+        with pytest.raises(PolicyRefused, match="1 of 10 records"):
+            declare(changed)
+
+
+def test_other_records_are_declared_once_by_a_signed_entry(site: Site) -> None:
+    """The twin of the refusals: what shares nothing with private records passes."""
+    other = relabelled(site, public(12))
+    before = Ledger(site.site.state).head.seq
+    declare(other)
+    declare(other)
+    ledger = Ledger(site.site.state)
+    ledger.verify()
+    assert ledger.head.seq == before + 1
+    assert ledger._account.not_private == {"other": "public"}
+
+
+def test_without_the_hashes_a_relabelled_record_would_pass(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin: a check that does not know the records again lets them through."""
+    monkeypatch.setattr(declared, "identities", lambda data: [{b"unknown"}])
+    declare(relabelled(site, private_rows(site)))
+
+
+def test_hashes_of_a_withdrawn_patient_and_after_purge_still_refuse(site: Site) -> None:
+    from fedtune.client.purge import listing, purge
+    from fedtune.data.records import unit_member
+
+    row = private_rows(site)[5]
+    Ledger(site.site.state).withdraw(unit_member(row["who"]))
+    purge(listing(site))
+    with pytest.raises(PolicyRefused, match="1 of 10 records"):
+        declare(relabelled(site, [*public(9), {**row, "who": "g99"}]))
+
+
+def test_after_a_restore_that_lost_charges_nothing_is_declared(site: Site, tmp_path: Path) -> None:
+    (site.site.state / "ledger.db").unlink()
+    Ledger.restore(site.site.state)
+    with pytest.raises(PolicyRefused, match="this ledger was restored"):
+        declare(relabelled(site, public(12)))
+
+
+def test_what_was_declared_may_become_private_and_then_stays_private(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    notes(tmp_path)
+    site = make_site(tmp_path, patient="who")
+    as_public = site.model_copy(
+        update={"data": site.data.model_copy(update={"declared": "public"})}
+    )
+    declare(as_public)
+    paid(tmp_path, tiny_base)
+    with pytest.raises(PolicyRefused, match="was charged as private here"):
+        declare(as_public)
+
+
+def test_the_hash_is_of_the_whole_record(site: Site) -> None:
+    from fedtune.data.records import read_records
+
+    records, _ = read_records(site.data, unit="patient")
+    ledger = Ledger(site.site.state)
+    assert all(ledger.holds("records", record_member(record)) for record in records)
+
+
+# ------------------------------------------------------------------------------ a whole run
+
+
+def declare_in(path: Path, what: str = "generated") -> None:
+    path.write_text(path.read_text().replace("[data]", f'[data]\ndeclared = "{what}"'))
+
+
+def test_a_run_pays_from_its_own_ledger_and_is_marked_by_site(study: Path) -> None:
+    north, south = Path("north/site.toml"), Path("south/site.toml")
+    declare_in(north)
+    sites = [load_site(north), load_site(south)]
+    run = simulate(load_study(study), sites, "runs/a")
+    assert run.report["declared"] == {"north": "generated"}
+    assert Ledger(Path("north/state")).spending() == []
+    assert len(Ledger(Path("south/state")).spending()) == 2, "the twin: private is paid for life"
+    assert len(Ledger(Path("runs/a/ledgers/north")).spending("records")) == 2
+    text = Path("runs/a/report.md").read_text()
+    assert "north trained on data that its site declared generated" in text
+    assert "south trained" not in text
+
+
+def test_a_declared_run_can_be_rehearsed_as_often_as_one_likes(study: Path) -> None:
+    for name in ("north", "south"):
+        declare_in(Path(f"{name}/site.toml"), "public")
+    sites = [load_site(f"{name}/site.toml") for name in ("north", "south")]
+    for number in range(3):  # the ceiling is one such study
+        run = simulate(load_study(study), sites, f"runs/{number}")
+    assert "no claim about patients" in Path("runs/2/report.md").read_text()
+    assert run.report["declared"] == {"north": "public", "south": "public"}
+
+
+def test_private_studies_are_refused_where_declared_ones_are_not(study: Path) -> None:
+    """The twin: the same three times on private data."""
+    from fedtune.errors import Refused
+
+    sites = [load_site(f"{name}/site.toml") for name in ("north", "south")]
+    simulate(load_study(study), sites, "runs/0")
+    with pytest.raises(Refused, match="max_epsilon"):
+        simulate(load_study(study, settings=["study.seed=5"]), sites, "runs/1")
+
+
+def test_a_run_that_is_refused_leaves_no_ledger(study: Path) -> None:
+    declare_in(Path("north/site.toml"))
+    south = Path("south/site.toml")
+    south.write_text(south.read_text().replace("max_epsilon = 8", "max_epsilon = 0.5"))
+    sites = [load_site(f"{name}/site.toml") for name in ("north", "south")]
+    with pytest.raises(Exception, match="max_epsilon"):
+        simulate(load_study(study, settings=["strategy.min_sites=2"]), sites, "runs/a")
+    assert not Path("runs/a").exists()
+
+
+def test_a_resumed_run_goes_on_in_its_own_ledger(study: Path) -> None:
+    declare_in(Path("north/site.toml"))
+    sites = [load_site("north/site.toml")]
+    one = load_study(study, settings=["strategy.min_sites=1"])
+
+    def stop(event: str, data: object) -> None:
+        if event == "round":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(one, sites, "runs/a", on_event=stop)
+    run = simulate(one, sites, "runs/a", resume=True)
+    assert len(Ledger(Path("runs/a/ledgers/north")).spending("records")) == 2
+    assert run.report["declared"] == {"north": "generated"}
+
+
+def test_a_site_cannot_turn_public_in_the_middle_of_a_study(study: Path) -> None:
+    one = load_study(study, settings=["strategy.min_sites=1"])
+    path = Path("north/site.toml")
+
+    def stop(event: str, data: object) -> None:
+        if event == "round":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(one, [load_site(path)], "runs/a", on_event=stop)
+    rows = [{"prompt": f"Invented {n}?", "completion": " no"} for n in range(12)]
+    write(path.with_name("new.jsonl"), rows)
+    path.write_text(
+        path.read_text().replace('path = "data.jsonl"', 'name = "new"\npath = "new.jsonl"')
+    )
+    declare_in(path)
+    with pytest.raises(FedtuneError) as refused:
+        simulate(one, [load_site(path)], "runs/a", resume=True)
+    assert "what it declares of its data changed" in str(refused.value)
+
+
+# --------------------------------------------------------------------------- a consortium
+
+
+def test_a_client_refuses_declared_data_unless_its_policy_allows_it(tmp_path: Path) -> None:
+    notes(tmp_path)
+    from fedtune.config import save
+
+    site = make_site(tmp_path, patient="who")
+    site = site.changed(data={"declared": "public"})
+    with pytest.raises(FedtuneError) as refused:
+        join(save(site, tmp_path / "site.toml"))
+    assert "allow_declared_data" in str(refused.value)
+    allowed = site.changed(policy={"allow_declared_data": True})
+    with pytest.raises(ConfigError, match="coordinator"):  # it goes on, and is not enrolled
+        join(save(allowed, tmp_path / "site.toml"))
+
+
+def test_a_site_of_a_consortium_pays_each_plan_from_a_ledger_of_its_own(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    from fedtune.config import save
+
+    notes(tmp_path)
+    site = make_site(tmp_path, {"allow_declared_data": True}, patient="who")
+    path = save(site.changed(data={"declared": "public"}), tmp_path / "site.toml")
+    made = begun(tiny_base)
+    worker = SiteWorker(load_site(path), path)
+    refused = worker.of_run(made.study.digest).prepare(made.study, made.frozen)
+    assert "no such declaration" in refused.reason, "checked before it joined, or not at all"
+    declare(load_site(path))
+    mine = worker.of_run(made.study.digest)
+    admission = mine.prepare(made.study, made.frozen)
+    assert admission.admitted and admission.declared == "public"
+    trains(mine, made, 1)
+    home = Ledger(tmp_path / "state")
+    assert home.spending() == [] and mine.key.public == home.key.public
+    assert len(mine.ledger.spending("records")) == 1
+    restarted = SiteWorker(load_site(path), path).of_run(made.study.digest)
+    assert len(restarted.ledger.spending("records")) == 1, "a crash forgets no round"
+    private = save(site, tmp_path / "site.toml")
+    assert "data.declared was changed" in mine.prepare(made.study, made.frozen).reason
+    own = SiteWorker(load_site(private), private)
+    assert own.of_run(made.study.digest) is own
+
+
+def test_no_plan_and_no_other_key_makes_private_data_cheap(study: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown key"):
+        load_study(study, settings=['data.declared="public"'])
+    site = Path("north/site.toml")
+    text = site.read_text()
+    site.write_text(text.replace("[data]", 'ledger = "elsewhere"\n[data]'))
+    with pytest.raises(ConfigError, match=r"private data is paid from the ledger in site\.state"):
+        load_site(site)
