@@ -163,10 +163,12 @@ def plan(
     if sites or more or not asked:
         asked += _sites(study, sites, more)
     from fedtune.dp.costs import plan as compute_costs
+    from fedtune.dp.costs import query_lines
 
     costs = compute_costs(loaded, asked)
     _console().print(plan_table(loaded, costs))
-    _console().print(costs.objective, highlight=False, markup=False)
+    for line in (costs.objective, *query_lines(loaded, len(asked))):
+        _console().print(line, highlight=False, markup=False)
 
 
 @command(app, panel=TRY, epilog="Ctrl-C is safe: the same command with --resume goes on.")

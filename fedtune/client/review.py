@@ -17,6 +17,7 @@ from fedtune.client.policy import (
 )
 from fedtune.config import ScheduleTable, Site, Study, format_duration, load_study, study_from_json
 from fedtune.dp.accountant import epsilon
+from fedtune.dp.costs import query_lines
 from fedtune.dp.plan import DpPlan, plan_for_site
 from fedtune.dp.query import query_plan
 from fedtune.errors import ConfigError, Refused
@@ -210,7 +211,8 @@ def _queries(study: Study) -> list[str]:
         "noised numbers about the held-out records (the sum of their answers' likelihoods, and how "
         f"many units there are), noise {study.private_evaluation.noise_multiplier:g} times one "
         "unit's largest share, paid from the held-out records' own budget: "
-        f"ε = {rounded_up(query_plan(study).epsilon)}."
+        f"ε = {rounded_up(query_plan(study).epsilon)}.",
+        *query_lines(study, study.strategy.min_sites),
     ]
 
 

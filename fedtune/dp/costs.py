@@ -7,9 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedtune.config import Site, Study, checked
+from fedtune.dp.calibration import with_rounds
 from fedtune.dp.plan import plan_for_site
+from fedtune.dp.query import query_plan
+from fedtune.dp.query_noise import forecast
 from fedtune.objectives import describe
-from fedtune.report.claim import best_guess
+from fedtune.report.claim import best_guess, rounded_up
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,28 @@ class Plan:
         """Return the sites as columns of equal length, as a DataFrame takes them."""
         rows = [asdict(site) for site in self.sites]
         return {name: [row[name] for row in rows] for name in SitePlan.__dataclass_fields__}
+
+
+def query_lines(study: Study, sites: int) -> list[str]:
+    """Say, a line each, what a plan's private evaluation costs and how much of its answer is noise
+    with so many sites, from public numbers; [] without one.
+
+    Errors: ConfigError where the study is not private."""
+    table = study.private_evaluation
+    if table is None:
+        return []
+    study = with_rounds(study)
+    rounds = ", ".join(map(str, study.queries))
+    at = f"at each of {sites} sites" if sites > 1 else "at one site"
+    by_size = [
+        f"{units}: {'no answer, lost in the noise' if spread is None else f'± {spread:.2g}'}"
+        for units, spread in forecast(table.noise_multiplier, sites).items()
+    ]
+    return [
+        f"private evaluation after round {rounds}: ε = {rounded_up(query_plan(study).epsilon)} on "
+        f"the held-out {study.unit}s. The answer is a probability; its noise is at most (2 sd), "
+        f"by held-out {study.unit}s {at}: {'; '.join(by_size)}."
+    ]
 
 
 def plan(study: Study, sites: Iterable[Site | int]) -> Plan:

@@ -64,6 +64,7 @@ def simulate(
         dataset = check_data(site, study)
         if on_event:
             _describe_records(site, study, dataset, on_event)
+    _describe_queries(study, len(sites), on_event)
     with _declared(sites, out) as paying:
         return _run(
             study, list(map(site_file, paying)), out, resume, on_event, engine, processes, rounds
@@ -134,6 +135,15 @@ def _describe_records(site: Site, study: Study, dataset: Dataset, on_event: OnEv
 
     name, line = site.site.name, describe(dataset, study, site.site.declared_size)
     on_event("records", {"name": name, "text": f"{name}: {line}"})
+
+
+def _describe_queries(study: Study, sites: int, on_event: OnEvent | None) -> None:
+    """Send how much of a private evaluation's answer will be noise, for this screen alone."""
+    from fedtune.dp.costs import query_lines
+
+    if on_event:
+        for line in query_lines(study, sites):
+            on_event("records", {"name": "coordinator", "text": line})
 
 
 def _bad_files(files: Sequence[Path], errors: Mapping[str, FedtuneError]) -> FedtuneError | None:

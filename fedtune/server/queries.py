@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fedtune.dp.query_noise import answer_sd
 from fedtune.flower.arrays import Arrays
 from fedtune.server.admission import Outcome, Roster, outcome
 from fedtune.server.bound import Terms
@@ -21,7 +22,6 @@ from fedtune.wire import seal
 from fedtune.wire.keys import SigningKey
 
 LIKE: Arrays = {"sums": np.zeros(2, np.float32)}
-TOO_NOISY = 4.0  # a pooled count below so many of its own standard deviations tells nothing
 
 
 class Queries:
@@ -103,10 +103,10 @@ def pooled(answers: Iterable[Outcome]) -> dict[str, float | None]:
         total += answer.update["sums"].astype(np.float64)
         variance += _variance(answer.events)
     count = float(total[1])
-    if count <= TOO_NOISY * math.sqrt(variance) or count <= 0:
+    ratio = float(total[0]) / count if count > 0 else 0.0
+    deviation = answer_sd(variance, count, ratio)
+    if deviation is None:
         return {"likelihood": None, "noise_sd": None}
-    ratio = float(total[0]) / count
-    deviation = math.sqrt(variance * (1 + ratio**2)) / count
     return {"likelihood": min(max(ratio, 0.0), 1.0), "noise_sd": deviation}
 
 
