@@ -148,7 +148,14 @@ MERGE_WEIGHTS = Annotated[
     ),
 ]
 MERGE_DENSITY = Annotated[
-    float, typer.Option(metavar="SHARE", help="ties, dare: how much of each update stays.")
+    list[float] | None,
+    typer.Option(
+        "--density",
+        metavar="SHARE",
+        help="ties, dare: how much of each update stays; repeat it for one of each run, in their "
+        "order. Without it: 0.5.",
+        show_default=False,
+    ),
 ]
 MERGE_RANK = Annotated[
     int | None,
@@ -176,7 +183,7 @@ def merge(
     out: MERGE_OUT,
     method: MERGE_METHOD = "linear",
     weights: MERGE_WEIGHTS = None,
-    density: MERGE_DENSITY = 0.5,
+    density: MERGE_DENSITY = None,
     rank: MERGE_RANK = None,
     seed: MERGE_SEED = 0,
     disjoint: MERGE_DISJOINT = False,
@@ -196,7 +203,8 @@ def merge(
     from fedtune.run_folder import read_report
 
     console, shares = Console(), numbers(weights)
-    common: dict[str, Any] = {"method": method, "weights": shares, "density": density, "seed": seed}
+    common: dict[str, Any] = {"method": method, "weights": shares, "seed": seed}
+    common |= {"density": density} if density else {}
     with console.status("merging"):
         if any(map(is_exported, runs)):
             merge_models(runs, out, disjoint=disjoint, **common)

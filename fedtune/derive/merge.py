@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.config import LoraTable, Study
 from fedtune.derive import derived_run
-from fedtune.derive.merge_methods import Adapter, Method, Moments, merge
+from fedtune.derive.merge_methods import Adapter, Method, Moments, densities_of, merge
 from fedtune.dp import composed_epsilon
 from fedtune.errors import ConfigError
 from fedtune.models import lora
@@ -61,7 +61,7 @@ def merge_runs(
     *,
     method: Method = "linear",
     weights: Sequence[float] = (),
-    density: float = 0.5,
+    density: float | Sequence[float] = 0.5,
     rank: int | None = None,
     seed: int = 0,
     disjoint: bool = False,
@@ -75,7 +75,7 @@ def merge_runs(
             ties, dare: part of each update. slerp: two, along the arc between them. regmean: least
             squares on the inputs that each parent sees of its own public text.
         weights: one for each run, or none: 1 each, for slerp equal shares.
-        density: ties, dare: the share of each update that stays.
+        density: ties, dare: the share of each update that stays; one, or one for each run.
         rank: svd, ties, dare: the merged rank.
         disjoint: the caller states that no person is in two of the runs.
         measure: evaluate base, parent and merged adapter on each parent's evaluation file, where
@@ -100,7 +100,11 @@ def merge_runs(
     # The plan describes the merged adapter's shape; the privacy cost is in the report alone.
     study = derived_run.derived_study(parents[0].study, out, "merged", lora=table)
     settings: dict[str, Any] = {"method": method, "weights": shares, "rank": merged_rank}
-    settings |= {"density": density} if method in ("ties", "dare") else {}
+    densities = densities_of(density, len(parents))
+    one = len(set(densities)) == 1
+    settings |= (
+        {"density": densities[0] if one else densities} if method in ("ties", "dare") else {}
+    )
     settings |= {"seed": seed} if method == "dare" else {}
     sections = _report_sections(parents, study, arrays, settings, disjoint)
     if measure:

@@ -15,7 +15,7 @@ from fedtune.bases.digest import digest, read_json
 from fedtune.bases.find import find_base
 from fedtune.derive.derived_run import derived_name
 from fedtune.derive.export import TOKENIZER
-from fedtune.derive.merge_methods import Method
+from fedtune.derive.merge_methods import Method, densities_of
 from fedtune.dp import composed_epsilon
 from fedtune.errors import ConfigError, ModelError
 from fedtune.files.writing import drafted
@@ -37,7 +37,7 @@ def merge_models(
     *,
     method: Method = "linear",
     weights: Sequence[float] = (),
-    density: float = 0.5,
+    density: float | Sequence[float] = 0.5,
     seed: int = 0,
     disjoint: bool = False,
 ) -> dict[str, Any]:
@@ -58,6 +58,7 @@ def merge_models(
     if not non_private:
         privacy = composed_epsilon.composed(reports, disjoint=disjoint)
     shares = list(weights) or [1.0] * len(folders)
+    densities = densities_of(density, len(folders))
     merged_report: dict[str, Any] = declared_in(reports) | {
         "fedtune": fedtune.__version__,
         "study": derived_name(out, "merged"),
@@ -74,7 +75,7 @@ def merge_models(
     }
     with drafted(out) as draft:
         try:
-            _run_mergekit(base.path, folders, draft, shares, method, density, seed)
+            _run_mergekit(base.path, folders, draft, shares, method, densities, seed)
         except (ValueError, RuntimeError, KeyError) as error:
             raise ModelError(f"mergekit cannot merge them ({type(error).__name__})") from None
         (draft / "mergekit_config.yml").unlink(missing_ok=True)  # this machine's paths
@@ -134,7 +135,7 @@ def _run_mergekit(
     out: Path,
     weights: Sequence[float],
     method: Method,
-    density: float,
+    densities: Sequence[float],
     seed: int,
 ) -> None:
     """Merge transformers folders that were fine-tuned from `base` into the folder `out`, fp32.
@@ -161,7 +162,7 @@ def _run_mergekit(
     logging.getLogger("mergekit").setLevel(logging.ERROR)
     model_entries: list[dict[str, Any]] = [
         {"model": str(model), "parameters": {"weight": weight, "density": density}}
-        for model, weight in zip(models, weights, strict=True)
+        for model, weight, density in zip(models, weights, densities, strict=True)
     ]
     settings: dict[str, Any] = {
         "merge_method": _NAMES[method],

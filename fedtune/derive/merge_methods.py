@@ -61,7 +61,7 @@ def merge(
     weights: Sequence[float],
     method: Method,
     *,
-    density: float = 0.5,
+    density: float | Sequence[float] = 0.5,
     rank: int | None = None,
     seed: int = 0,
     moments: Sequence[Moments] = (),
@@ -75,11 +75,13 @@ def merge(
     | slerp  | of two: along the arc between them, by the second's share of the weights  |
     | regmean | on each adapter's own inputs (`moments`, one dict for each) as near as    |
     |        | possible to what it does there; weights are what nearness counts; Σ rᵢ    |
+    density: one for all, or one for each adapter.
     A layer that an adapter does not have is left as the base has it: an update of zero.
     Errors: ConfigError. References: Ilharco et al. 2023 (task arithmetic); Yadav et al. 2023 (TIES,
     section 4); Yu et al. 2024 (DARE, section 3); Shoemake 1985 (slerp); Jin et al. 2023 (RegMean,
     equation 2)."""
-    _check(adapters, weights, method, density)
+    densities = densities_of(density, len(adapters))
+    _check(adapters, weights, method)
     layers = [adapter.layers() for adapter in adapters]
     ranks = [len(next(iter(layer_map.values())).a) for layer_map in layers]
     target_rank = rank or (max(ranks) if method == "svd" else sum(ranks))
@@ -93,13 +95,28 @@ def merge(
                 parts = _regmean_factors(
                     parts, weights, [layer_map.get(name) for layer_map in moments]
                 )
-            merged[name] = _layer(parts, weights, method, density, target_rank)
+            merged[name] = _layer(parts, weights, method, densities, target_rank)
     return _arrays(_fill_missing_layers(merged))
 
 
-def _check(
-    adapters: Sequence[Adapter], weights: Sequence[float], method: Method, density: float
-) -> None:
+def densities_of(density: float | Sequence[float], adapters: int) -> list[float]:
+    """Return a density for each of so many adapters. Errors: ConfigError.
+
+    >>> densities_of(0.5, 2), densities_of([0.5, 0.8], 2)
+    ([0.5, 0.5], [0.5, 0.8])
+    """
+    given = [density] if isinstance(density, int | float) else list(density)
+    if len(given) not in (1, adapters):
+        raise ConfigError(
+            f"{len(given)} densities for {adapters} adapters", "one, or one for each in their order"
+        )
+    for share in given:
+        if not 0 < share <= 1:
+            raise ConfigError(f"density = {share}", "above 0, at most 1")
+    return given * (adapters if len(given) == 1 else 1)
+
+
+def _check(adapters: Sequence[Adapter], weights: Sequence[float], method: Method) -> None:
     if len(adapters) < 2 or len(weights) != len(adapters):
         raise ConfigError(
             f"{len(adapters)} adapters and {len(weights)} weights", "two or more, one weight each"
@@ -112,8 +129,6 @@ def _check(
         )
     if method == "regmean" and min(weights) <= 0:
         raise ConfigError("regmean: weights say how much each adapter counts", "above 0")
-    if not 0 < density <= 1:
-        raise ConfigError(f"density = {density}", "above 0, at most 1")
 
 
 def _zero_update(like: Factors) -> Factors:
@@ -139,13 +154,35 @@ def _regmean_factors(
     ]
 
 
+def _pruned(part: Factors, density: float, method: Method) -> Factors:
+    """Keep a share of an update, as ties or dare does; its factors are then of full rank."""
+    from peft.utils.merge_utils import prune
+
+    update = part.scaling * (part.b.float() @ part.a.float())
+    ties = method == "ties"
+    kept = prune(update, density, "magnitude" if ties else "random", rescale=not ties)
+    if len(kept) < kept.shape[1]:
+        return Factors(kept, torch.eye(len(kept)), 1.0)
+    return Factors(torch.eye(kept.shape[1]), kept, 1.0)
+
+
 def _layer(
-    parts: Sequence[Factors], weights: Sequence[float], method: Method, density: float, rank: int
+    parts: Sequence[Factors],
+    weights: Sequence[float],
+    method: Method,
+    densities: Sequence[float],
+    rank: int,
 ) -> Factors:
     if method == "slerp":
         weights, method = _slerp_weights(parts[0], parts[1], weights[1] / sum(weights)), "linear"
     if method == "regmean":
         weights, method = [1.0] * len(parts), "linear"
+    density = densities[0]
+    if method in ("ties", "dare") and len(set(densities)) > 1:  # PEFT has one for all
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The density .* no pruning will be performed")
+            parts = [_pruned(p, d, method) for p, d in zip(parts, densities, strict=True)]
+        method, density = "ties" if method == "ties" else "svd", 1.0
     model = _peft(parts)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The density .* no pruning will be performed")

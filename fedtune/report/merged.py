@@ -26,9 +26,8 @@ def section(merge: dict[str, Any], privacy: dict[str, Any]) -> list[str]:
         for number, parent in enumerate(parents, 1)
     ]
     head = ["parent", "study", "weight", "ε", "δ", "plan", "adapter"]
-    how = ", ".join(
-        f"{name} {figure(merge[name])}" for name in ("rank", "density", "seed") if name in merge
-    )
+    shown = {name: merge[name] for name in ("rank", "density", "seed") if name in merge}
+    how = ", ".join(f"{name} {_figures(value)}" for name, value in shown.items())
     return [
         f"## Merged from {len(parents)} runs\n\nMethod {cell(merge.get('method'))} ({how}). No "
         "record was read, so nothing was spent by merging.",
@@ -36,6 +35,11 @@ def section(merge: dict[str, Any], privacy: dict[str, Any]) -> list[str]:
         *_budget(privacy),
         *_gains(merge.get("kept") or []),
     ]
+
+
+def _figures(value: Any) -> str:
+    """One figure, or one of each parent."""
+    return " and ".join(map(figure, value)) if isinstance(value, list) else figure(value)
 
 
 def _budget(privacy: dict[str, Any]) -> list[str]:

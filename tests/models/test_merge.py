@@ -160,10 +160,45 @@ def test_regmean_is_nearest_to_each_update_on_its_own_inputs() -> None:
             assert error < 0.5 * np.linalg.norm(summed - wanted) / np.linalg.norm(wanted)
 
 
+def test_each_adapter_has_a_density_of_its_own() -> None:
+    """ties and dare; its twin, one density for both, is another update."""
+    one, other = adapter(1, 4), adapter(2, 4)
+    arrays, _ = merge([one, other], [1.0, 1.0], "ties", density=[0.2, 0.9], rank=24)
+    same, _ = merge([one, other], [1.0, 1.0], "ties", density=0.2, rank=24)
+    for name, found in updates(arrays, 1.0).items():
+        trimmed = []
+        for update, share in zip(both(one, other, name), (0.2, 0.9), strict=True):
+            least = np.sort(np.abs(update).ravel())[-int(share * update.size)]
+            trimmed.append(np.where(np.abs(update) >= least, update, 0.0))
+        sign = np.sign(sum(trimmed))
+        agree = [np.where(np.sign(t) == sign, t, 0.0) for t in trimmed]
+        count = sum((np.sign(t) == sign) & (t != 0) for t in trimmed)
+        assert close(found, sum(agree) / np.maximum(count, 1))
+        assert not close(found, updates(same, 1.0)[name])
+    arrays, _ = merge([one, other], [1.0, 1.0], "dare", density=[1.0, 0.5], rank=24)
+    for name, found in updates(arrays, 1.0).items():
+        a, b = both(one, other, name)
+        possible = np.stack([a, a + 2 * b])  # the first whole, of the second a half, twice
+        assert np.abs(possible - found).min(axis=0).max() < 1e-3 * np.abs(possible).max()
+
+
+def test_one_density_for_each_is_the_same_as_one_for_all() -> None:
+    one, other = adapter(1, 4), adapter(2, 4)
+    for method in ("ties", "dare"):
+        first, second = (
+            merge([one, other], [1.0, 1.0], method, density=density, rank=24)[0]
+            for density in (0.5, [0.5, 0.5])
+        )
+        assert all(np.array_equal(first[name], second[name]) for name in first)
+    with pytest.raises(ConfigError, match="3 densities for 2 adapters"):
+        merge([one, other], [1.0, 1.0], "ties", density=[0.5, 0.5, 0.5])
+
+
 def test_density_one_is_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         merge([adapter(1, 2), adapter(2, 2)], [1.0, 1.0], "dare", density=1.0)
+        merge([adapter(1, 2), adapter(2, 2)], [1.0, 1.0], "dare", density=[1.0, 0.5])
 
 
 @pytest.mark.parametrize("method", ["linear", "svd", "ties", "dare", "slerp"])
