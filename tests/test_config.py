@@ -142,7 +142,7 @@ WRONG_SITE = [
     ("", '\n[policy]\nmax_epsilon = "8"', "policy.max_epsilon: must be a valid number"),
     ("", "\n[policy]\nallow_privacy_off = 1", "policy.allow_privacy_off: must be a valid boolean"),
     ("", '\n[policy]\nbases = ["x"]', 'policy.bases.0: must be "sha256:" and 64'),
-    ("", '\n[coordinator]\naddress = "a:1"', "coordinator.answer: key is missing"),
+    ("", '\n[coordinator]\naddress = "a"', "coordinator.address: must be host:port"),
     ("", "\n[poliy]\nmax_epsilon = 1", "poliy: unknown key (did you mean policy?)"),
 ]
 

@@ -102,6 +102,32 @@ def test_a_fingerprint_that_differs_is_refused(site: Path) -> None:
     assert not Path("coordinator").exists() and not Path("a.answer").exists()
 
 
+def test_several_are_admitted_at_once_each_by_its_fingerprint(site: Path) -> None:
+    """One that nobody heard keeps all of them out."""
+    heard = {"a": asked(site)}
+    for name in ("b", "c"):
+        heard[name] = asked(kit.site_file(site.parent.parent / name, name, 1))
+    files = [site.parent.parent / name / f"{name}.request" for name in heard]
+    words = ("admit", *files, "--address", "x:1")
+    given = [word for one in reversed(heard.values()) for word in ("--fingerprint", one)]
+    few = run(*words, *given[2:])
+    assert few.exit_code == 2 and "2 fingerprints for 3 requests" in few.stderr
+    wrong = run(*words, *given[:5], "0000 0000 0000 0000 0000")
+    assert wrong.exit_code == 3 and "a's request" in wrong.stderr
+    last = run(*words, "--fingerprint", "0000 0000 0000 0000 0000", *given[2:])
+    assert last.exit_code == 3 and "c's request" in last.stderr
+    twice = run(*words, *given[:4], *given[2:4])  # one of them heard twice is not the third
+    assert twice.exit_code == 3
+    named = run(*words, *given, "--out", "x.answer")
+    assert named.exit_code == 2 and "--out" in named.stderr
+    assert not Path("coordinator").exists() and not list(Path().glob("*.answer"))
+    done = run(*words, *given)
+    assert done.exit_code == 0, done.output
+    assert set(enrol.registry(Path("coordinator"))) == {"a", "b", "c"}
+    assert {p.name for p in Path().glob("*.answer")} == {"a.answer", "b.answer", "c.answer"}
+    assert done.output.count("consortium   ") == 1
+
+
 def test_nobody_is_admitted_without_a_person(site: Path) -> None:
     heard = asked(site)
     done = run("admit", site.parent / "a.request", "--address", "x:1")

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
+from click import testing
+from click.testing import Result
 from typer.testing import CliRunner
 
 from fedtune import presets
@@ -14,6 +16,7 @@ from fedtune.cli.main import app
 from fedtune.config import load_sites, load_study
 from fedtune.errors import ConfigError, DataError, InfrastructureError
 from fedtune.evaluation.selection import check_selection
+from fedtune.flower import enrol
 from fedtune.presets import Records, classify, write
 
 LABELS = ("heart", "lungs", "skin")
@@ -136,3 +139,89 @@ def test_the_command_writes_the_same_and_says_what_is_next(tmp_path: Path) -> No
     assert (tmp_path / "cli/study.toml").read_bytes() == written[0].read_bytes()
     lines = (tmp_path / "cli/evaluation.jsonl").read_text().splitlines()
     assert set(json.loads(lines[0])) == {"note", "desk"}
+
+
+def cli(*words: object, typed: str = "") -> Result:
+    """As on a terminal where something is typed; else in a pipe."""
+    with pytest.MonkeyPatch.context() as patch:
+        if typed:
+            patch.setattr(testing._NamedTextIOWrapper, "isatty", lambda _: True, raising=False)
+        return CliRunner().invoke(app, [str(word) for word in words], input=typed or None)
+
+
+def test_on_a_terminal_what_is_missing_is_asked_for(tmp_path: Path) -> None:
+    own = records(tmp_path)
+    at = tmp_path / "asked"
+    typed = f"note\ndesk\n350\n{own.evaluation}\n{own.data[0]}, {own.data[1]}\n"
+    done = cli("init", at, "--task", "classify", typed=typed)
+    assert done.exit_code == 0, done.output
+    assert load_study(at / "study.toml").objective.labels == tuple(sorted(LABELS))
+    assert [s.data.path for s in load_sites(at / "sites")] == sorted(own.data)
+    assert {s.site.declared_size for s in load_sites(at / "sites")} == {350}
+    hub = tmp_path / "hub"
+    done = cli("init", hub, "--task", "classify", "--role", "coordinator",
+               typed="note\ndesk\n350\n\nheart, lungs ,skin\n4\n")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    study = load_study(hub / "study.toml")
+    assert study.objective.labels == LABELS and study.strategy.min_sites == 4
+    north = tmp_path / "north"
+    done = cli("init", north, "--task", "classify", "--role", "site", typed="\n\n\n\n")
+    assert done.exit_code == 0, done.output
+    site = load_sites(north)[0]
+    assert site.site.name == "north" and site.data.path == north / "data.jsonl"
+
+
+def test_in_a_pipe_nothing_is_asked_and_what_is_missing_is_named(tmp_path: Path) -> None:
+    done = cli("init", tmp_path / "own", "--task", "classify")
+    assert done.exit_code == 2 and "the classes are not known" in done.stderr
+    assert not (tmp_path / "own").exists()
+
+
+@pytest.mark.parametrize("task", [(), ("--task", "classify", "--label", "a", "--label", "b")])
+def test_as_many_sites_are_laid_out_as_were_asked_for(
+    tmp_path: Path, task: tuple[str, ...]
+) -> None:
+    done = cli("init", tmp_path / "own", *task, "--sites", "3")
+    assert done.exit_code == 0, done.output
+    sites = load_sites(tmp_path / "own" / "sites")
+    assert [site.site.name for site in sites] == ["site-1", "site-2", "site-3"]
+    assert len({site.data.path for site in sites}) == 3
+    assert f"--sites {tmp_path / 'own'}/sites" in done.output
+    hub = cli("init", tmp_path / "hub", *task, "--sites", "3", "--role", "coordinator")
+    assert hub.exit_code == 0 and not list((tmp_path / "hub").rglob("site.toml"))
+    assert load_study(tmp_path / "hub" / "study.toml").strategy.min_sites == 3
+    one = cli("init", tmp_path / "west", *task, "--role", "site")
+    assert one.exit_code == 0 and {p.name for p in (tmp_path / "west").iterdir()} == {"site.toml"}
+    assert load_sites(tmp_path / "west")[0].site.name == "west"
+
+
+def test_a_site_begins_with_one_command(tmp_path: Path) -> None:
+    """Its file, its keys and its request; the private ones stay at it, for it alone."""
+    own = table(tmp_path / "west.csv", 30)
+    words = ("init", tmp_path / "own", "--task", "classify", "--role", "site", "--data", own)
+    done = cli(*words, "--name", "west", "--enroll")
+    assert done.exit_code == 0, done.output
+    request = enrol.read_request(tmp_path / "own" / "west.request")
+    assert request.name == "west" and request.fingerprint in done.output
+    site = load_sites(tmp_path / "own")[0]
+    assert site.data.path == own and (site.site.state / "keys" / "tls.key").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--role", "site", "--name", "a b"), "no site's name"),
+        (("--role", "site", "--name", '"]\n[policy]'), "no site's name"),
+        (("--enroll",), "is for a site"),
+        (("--role", "coordinator", "--name", "north"), "is for a site"),
+        (("--task", "classify", "--label=a", "--label=b", "--data=x", "--data=y", "--sites=3"),
+         "2 files of records for 3 sites"),
+        (("--task", "classify", "--role", "site", "--data=x", "--data=y"), "for 1 site"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named_and_nothing_is_written(
+    tmp_path: Path, words: tuple[str, ...], says: str
+) -> None:
+    done = cli("init", tmp_path / "own", *words)
+    assert done.exit_code == 2 and says in done.stderr, done.output
+    assert not (tmp_path / "own").exists()

@@ -317,8 +317,12 @@ def client(
         ),
     ] = False,
     metrics_port: METRICS = None,
+    answer: network.ANSWER = None,
+    fingerprint: network.HEARD = None,
 ) -> None:
     """Take part as a site: train here, on this site's records, under this site's policy.
+
+    The first time with --answer: what `fedtune admit` wrote. It is kept beside this site's keys.
 
     Runs until stopped (Ctrl-C), also when a study is finished, and reconnects by itself. Only
     clipped and noised sums leave.
@@ -336,6 +340,7 @@ def client(
         from fedtune.client.rank_process import follow_torchrun
 
         return follow_torchrun(path)
+    network.join(loaded, answer, fingerprint)
     with (
         Watch(_console(), f"site {loaded.site.name}: checking its records") as screen,
         observer(

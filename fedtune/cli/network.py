@@ -6,18 +6,34 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedtune.cli.exit_codes import command
 from fedtune.cli.study import SET
 
+if TYPE_CHECKING:
+    from fedtune.config import Site
+    from fedtune.flower.enrol import Request
+
 PANEL = "Between machines"
 HOME = Annotated[
     Path | None,
     typer.Option(
         "--home", metavar="DIR", help="The coordinator's home. Without it: coordinator, here."
+    ),
+]
+
+ANSWER = Annotated[
+    Path | None,
+    typer.Option("--answer", metavar="FILE", help="The coordinator's answer, to join with it."),
+]
+HEARD = Annotated[
+    str | None,
+    typer.Option(
+        metavar="F",
+        help="The consortium's, as the coordinator read it out. Without it: you are asked.",
     ),
 ]
 
@@ -47,9 +63,14 @@ def enroll(
     asks with the same keys: for a certificate that ran out while the client was off. Keys that are
     lost, stolen or due for rotation: the coordinator revokes the site, then --new-keys, then admit.
     The signing key stays: it belongs to the ledger."""
+    ask(site, out, new_keys=new_keys)
+
+
+def ask(site: Path, out: Path | None = None, *, new_keys: bool = False) -> None:
+    """Make the keys that a site lacks and write its request, as `enroll` does."""
     from fedtune.config import load_site
     from fedtune.flower import enrol
-    from fedtune.flower.forwarder import keys_folder
+    from fedtune.flower.membership import keys_folder
     from fedtune.ledger.ledger import Ledger
 
     loaded = load_site(site)
@@ -63,8 +84,8 @@ def enroll(
     typer.echo(
         f"wrote {file}: send it to the coordinator (it holds no secret)\n"
         f"fingerprint   {fingerprint}\n"
-        "next   read the fingerprint out to the coordinator over the phone; put the answer's file\n"
-        "       into [coordinator] of site.toml; then fedtune client"
+        "next   read the fingerprint out to the coordinator over the phone; then, with the answer\n"
+        f"       that comes back: fedtune client {site} --answer {loaded.site.name}.answer"
     )
 
 
@@ -83,58 +104,146 @@ def _home(told: Path | None) -> Path:
     return home
 
 
-def admit(
-    request: Annotated[
-        Path, typer.Argument(metavar="REQUEST", help="A site's request.", show_default=False)
-    ],
-    home: HOME = None,
-    fingerprint: Annotated[
-        str | None,
-        typer.Option(metavar="F", help="As the site read it out. Without it: you are asked."),
-    ] = None,
-    address: Annotated[
-        str | None,
-        typer.Option(metavar="HOST:PORT", help="Where sites connect. Without it: the server's."),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="FILE", help="The answer. Without it: NAME.answer."),
-    ] = None,
-) -> None:
-    """Admit a site whose fingerprint you heard from somebody you know; write the answer it needs.
+ADMIT_REQUESTS = Annotated[
+    list[Path],
+    typer.Argument(metavar="REQUEST…", help="Sites' requests; one or several.", show_default=False),
+]
+ADMIT_FINGERPRINTS = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--fingerprint",
+        metavar="F",
+        help="As a site read it out; once for each request. Without it: you are asked.",
+        show_default=False,
+    ),
+]
+ADMIT_ADDRESS = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="Where sites connect. Without it: the server's."),
+]
+ADMIT_OUT = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", metavar="FILE", help="The answer to a single request. Without it: NAME.answer."
+    ),
+]
 
-    The server may be running: the site can connect at once. A name that is admitted already is
-    refused with other keys: `fedtune revoke` it first (rotation, loss)."""
+
+def admit(
+    requests: ADMIT_REQUESTS,
+    home: HOME = None,
+    fingerprints: ADMIT_FINGERPRINTS = None,
+    address: ADMIT_ADDRESS = None,
+    out: ADMIT_OUT = None,
+) -> None:
+    """Admit sites whose fingerprints you heard from somebody you know; write the answers they need.
+
+    Each request's fingerprint is compared before any site is admitted. The server may be running:
+    a site can connect at once, and its answer brings the study's plan for review. A name that is
+    admitted already is refused with other keys: `fedtune revoke` it first (rotation, loss)."""
     from fedtune.errors import ConfigError
-    from fedtune.files import reading
     from fedtune.files.writing import replace
     from fedtune.flower import enrol
 
-    home, asked = _home(home), enrol.read_request(request)
-    if fingerprint is None:
-        typer.echo(f"the site {asked.name} asks to take part\nfingerprint   {asked.fingerprint}")
+    if out and len(requests) > 1:
+        raise ConfigError("--out and several requests", "one request", "leave --out out")
+    home, asked = _home(home), [enrol.read_request(path) for path in requests]
+    _compare(asked, fingerprints)
+    address = address or _address_in(home)
+    answer, plans = None, True
+    for request in asked:
+        answer = enrol.admit(home, request, address)
+        file = replace(out or Path(f"{request.name}.answer"), json.dumps(asdict(answer)).encode())
+        plans = plans and bool(answer.plan)
+        typer.echo(
+            f"admitted {request.name}\nwrote {file}: send it to the site (it holds no secret)"
+        )
+    assert answer is not None  # typer wants one request at least
+    if not plans:
+        typer.echo(
+            "no plan  the answers bring none for review: `fedtune server` has not made it as yet"
+        )
+    typer.echo(
+        f"consortium   {answer.fingerprint}\n"
+        "next   read this line out to each site, which asks for it at\n"
+        "       fedtune client site.toml --answer FILE"
+    )
+
+
+def _compare(asked: list[Request], heard: list[str] | None) -> None:
+    """Compare every request's fingerprint with what the sites read out, before any is admitted.
+
+    Errors: ConfigError where nobody did; Refused where one differs."""
+    from fedtune.errors import ConfigError, Refused
+    from fedtune.flower import enrol
+
+    if heard:
+        if len(heard) != len(asked):
+            raise ConfigError(
+                f"{len(heard)} fingerprints for {len(asked)} requests",
+                "--fingerprint once for each request",
+            )
+        if len(asked) == 1:
+            return enrol.compare(asked[0], heard[0])
+        for request in asked:
+            if not any(enrol.same(request.fingerprint, one) for one in heard):
+                raise Refused(
+                    f"the fingerprint of {request.name}'s request is {request.fingerprint}",
+                    "one of those that were read out",
+                    "somebody may have replaced the file: ask the site to send it another way",
+                )
+        return
+    for request in asked:
+        typer.echo(
+            f"the site {request.name} asks to take part\nfingerprint   {request.fingerprint}"
+        )
         if not (sys.stdin.isatty() and typer.confirm("is this what the site read out to you?")):
             raise ConfigError(
                 "not admitted: nobody compared the fingerprint",
                 "a person who heard it from the site",
                 "give it with --fingerprint",
             )
-    else:
-        enrol.compare(asked, fingerprint)
-    address_file = home / "address"
-    if address is None and not address_file.exists():
+
+
+def _address_in(home: Path) -> str:
+    """Read where sites connect from the coordinator's home. Errors: ConfigError."""
+    from fedtune.errors import ConfigError
+    from fedtune.files import reading
+
+    file = home / "address"
+    if not file.exists():
         raise ConfigError("it is not known where sites connect", todo="give --address HOST:PORT")
-    if address is None:
-        address = reading.text(
-            address_file, "where sites connect", "give --address HOST:PORT"
-        ).strip()
-    answer = enrol.admit(home, asked, address)
-    file = replace(out or Path(f"{asked.name}.answer"), json.dumps(asdict(answer)).encode())
-    typer.echo(
-        f"admitted {asked.name}\nwrote {file}: send it to the site (it holds no secret)\n"
-        f"consortium   {answer.fingerprint}\n"
-        "next   read this line out to the site, for coordinator.fingerprint in its site.toml"
-    )
+    return reading.text(file, "where sites connect", "give --address HOST:PORT").strip()
+
+
+def join(site: Site, answer: Path | None, fingerprint: str | None) -> None:
+    """Keep the coordinator's answer at this site, under the fingerprint that a person heard; None:
+    the one that is kept already.
+
+    On a terminal, and where this site has not joined this consortium before, the fingerprint is
+    asked for; it is not shown. Errors: ConfigError, Refused."""
+    from fedtune.errors import ConfigError
+    from fedtune.flower import membership
+
+    if answer is None:
+        if fingerprint is not None:
+            raise ConfigError("--fingerprint without --answer", todo="name the answer's file too")
+        return
+    if site.coordinator and site.coordinator.answer:
+        raise ConfigError(
+            f"--answer, and {site.coordinator.answer} in site.toml",
+            "one of the two",
+            "delete coordinator.answer and coordinator.fingerprint there",
+        )
+    keys, name = membership.keys_folder(site), site.site.name
+    membership.read(answer, membership.tls_key(keys), name)
+    known = membership.remembered(keys, name)
+    if fingerprint is None and known is None and sys.stdin.isatty():
+        fingerprint = typer.prompt("the consortium's fingerprint, as the coordinator read it out")
+    joined = membership.join(answer, keys, name, fingerprint)
+    typer.echo(f"joined the consortium {joined.fingerprint}, at {joined.address}")
+    if joined.plan:
+        typer.echo(f"plan   came with the answer: fedtune review {answer} --site {site.file}")
 
 
 def revoke(

@@ -37,11 +37,11 @@ from fedtune.flower.forwarder import (
     Link,
     dial,
     far_context,
-    keys_folder,
     link,
     newest,
     proxy_of,
 )
+from fedtune.flower.membership import keys_folder
 from fedtune.ledger.files import KEY, SALT, traces
 from fedtune.ledger.ledger import Ledger
 from fedtune.models.build import build

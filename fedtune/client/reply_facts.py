@@ -6,6 +6,7 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message
 
+from fedtune.client.review import pending
 from fedtune.client.site import SiteWorker, worker
 from fedtune.client.site_file import site_file
 from fedtune.config import Study, study_from_json
@@ -42,6 +43,12 @@ def reply_facts(message: Message, reply: Message, context: Context) -> dict[str,
             if (planned := _planned(study, site)) is not None:
                 facts["planned"] = {site.site.site.name: planned}
     facts["text"] = f"{name}: {f'{place} ' if place else ''}{_line(facts)}"
+    reviewed = context.node_config.get("reviewed")
+    if study is not None and reviewed not in (None, "", study.digest) and not place:
+        facts["text"] += (
+            f". This is NOT the plan that came with the coordinator's answer ({reviewed}): "
+            f"`fedtune review {pending(site.site, study)}` shows it"
+        )
     return facts
 
 

@@ -15,13 +15,22 @@ from fedtune.client.policy import (
     total_of,
     within_budget,
 )
-from fedtune.config import ScheduleTable, Site, Study, format_duration, load_study, study_from_json
+from fedtune.config import (
+    CoordinatorTable,
+    ScheduleTable,
+    Site,
+    Study,
+    format_duration,
+    load_study,
+    study_from_json,
+)
 from fedtune.dp.accountant import epsilon
 from fedtune.dp.costs import query_lines
 from fedtune.dp.plan import DpPlan, plan_for_site
 from fedtune.dp.query import query_plan
 from fedtune.errors import ConfigError, Refused
 from fedtune.files import reading
+from fedtune.flower import membership
 from fedtune.ledger.entries import Charge
 from fedtune.ledger.ledger import Ledger
 from fedtune.ledger.spending import heaviest
@@ -41,7 +50,8 @@ class Review:
 
 
 def read_plan(path: Path, site: Site, settings: Sequence[str] = ()) -> Study:
-    """A plan from study.toml, or as a coordinator sent it or its run folder keeps it (JSON).
+    """A plan from study.toml, from the coordinator's answer, or as a coordinator sent it or its run
+    folder keeps it (JSON).
 
     settings: of a study.toml, values in place of the file's, as of load_study.
 
@@ -49,11 +59,13 @@ def read_plan(path: Path, site: Site, settings: Sequence[str] = ()) -> Study:
     only a resolved plan has the digest that a site is asked to run.
     Errors: ConfigError; ModelError where the base is not to be had; PolicyRefused where it names a
     plug-in that the site's policy does not, of which nothing is imported."""
-    if path.suffix == ".json":
+    if path.suffix in (".json", ".answer"):
         if settings:
             raise ConfigError(
                 f"--set and {path}: a plan as it was sent is not changed", "a study.toml"
             )
+        if path.suffix == ".answer":
+            return _in_answer(path, site)
         return study_from_json(reading.text(path, "a plan as JSON, or study.toml"))
     from fedtune.models.teacher import register_teacher
     from fedtune.training.start import start
@@ -61,6 +73,21 @@ def read_plan(path: Path, site: Site, settings: Sequence[str] = ()) -> Study:
     study = load_study(path, lambda study: permit_plugins(study, site), settings)
     register_teacher(study)
     return start(study).study
+
+
+def _in_answer(path: Path, site: Site) -> Study:
+    """Return the plan that the coordinator's answer brings. Errors: ConfigError, Refused."""
+    keys, table = membership.keys_folder(site), site.coordinator or CoordinatorTable()
+    name, expected = site.site.name, table.fingerprint or ""
+    answer = membership.read(path, membership.tls_key(keys), name, expected)
+    study = membership.plan_of(answer, path)
+    if study is None:
+        raise ConfigError(
+            f"{path}: brings no plan",
+            "an answer of `fedtune admit` while `fedtune server` runs",
+            "ask the coordinator to admit the request again, or for study.toml",
+        )
+    return study
 
 
 def review(study: Study, site: Site, ledger: Ledger) -> Review:

@@ -133,7 +133,7 @@ class PolicyTable(Table):
 class CoordinatorTable(Table):
     """How a site reaches its coordinator, and how it authenticates it."""
 
-    answer: Place  # the coordinator's answer to `fedtune enroll`
+    answer: Place | None = None  # its answer to `fedtune enroll`; without it, as --answer kept it
     address: Address | None = None  # host:port; without it, the answer's
     fingerprint: str | None = None  # of the consortium, as the coordinator read it out
     proxy: str | None = None  # http(s)://host:port; without it, the environment's HTTPS_PROXY

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Literal
 
 from fedtune.errors import ConfigError, InfrastructureError
 
+NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # as config.types.Name
 STUDY = """\
 # study.toml: the public plan of one federated run. Everybody may know everything in it.
 # Paths are relative to this file. A key that is not known is an error, not a default.
@@ -170,8 +173,8 @@ strategies = "release" # another package brings is refused unless it is named be
 # coordinators = ["..."]  # public signing keys; without it, whoever [coordinator] lets through
 release = []           # what may leave besides noised updates: "evaluation", noised and paid for
 
-# [coordinator]        # only for `fedtune client`, between machines
-# answer = "answer.json"  # the coordinator's answer to `fedtune enroll`
+# [coordinator]        # only between machines; `fedtune client --answer FILE` needs none of it
+# answer = "answer.json"  # the coordinator's answer to `fedtune enroll`, in place of --answer
 # fingerprint = "0000 0000 0000 0000 0000"   # of the consortium, as the coordinator reads it out
 # address = "coordinator.example.org:8443"   # without it, as in the answer
 # proxy = "http://proxy.example.org:3128"    # without it, the environment's HTTPS_PROXY
@@ -179,22 +182,44 @@ release = []           # what may leave besides noised updates: "evaluation", no
 """
 
 
-def init(folder: Path | str) -> list[Path]:
-    """Write study.toml and site.toml, commented line by line, to a folder; returns both paths.
+def init(
+    folder: Path | str,
+    *,
+    role: Literal["both", "coordinator", "site"] = "both",
+    name: str = "my-hospital",
+    sites: int = 1,
+) -> list[Path]:
+    """Write study.toml and site.toml, commented line by line, to a folder; returns the paths.
+
+    role: "coordinator": study.toml alone; "site": site.toml alone, of the site `name`.
+    sites: how many take part: a coordinator's first round waits for them all; of "both", above 1,
+    there are as many site files, sites/site-1/site.toml and so on.
 
     >>> import fedtune
     >>> [path.name for path in fedtune.init("my-study")]
     ['study.toml', 'site.toml']
+    >>> [path.name for path in fedtune.init("north", role="site", name="north")]
+    ['site.toml']
 
-    Errors: ConfigError where one exists already (nothing is written), InfrastructureError."""
+    Errors: ConfigError where one exists already or the name is none (nothing is written),
+    InfrastructureError."""
     folder = Path(folder)
-    files = {folder / "study.toml": STUDY, folder / "site.toml": SITE}
+    if not re.fullmatch(NAME, name):
+        raise ConfigError(f"name {name[:80]!r}: no site's name", "letters, digits, dots, dashes")
+    files: dict[Path, str] = {}
+    if role != "site":
+        least = sites if role == "coordinator" else 1
+        files[folder / "study.toml"] = STUDY.replace("min_sites = 1 ", f"min_sites = {least} ")
+    if role != "coordinator":
+        names = {f"sites/site-{n}": f"site-{n}" for n in range(1, sites + 1)}
+        for place, own in ({".": name} if sites == 1 or role == "site" else names).items():
+            files[folder / place / "site.toml"] = SITE.replace('"my-hospital"', f'"{own}"')
     for path in files:
         if path.exists():
             raise ConfigError(f"{path} exists", "a folder without it", "choose another folder")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for path, text in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("x", encoding="utf-8") as file:
                 file.write(text)
     except OSError as error:

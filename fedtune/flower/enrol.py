@@ -3,7 +3,7 @@
     site          enroll(site.toml)         keys, and a request file: public halves alone
     phone         fingerprint(request)      read out by the site, compared by the coordinator
     coordinator   admit(home, request)      nodes/NAME.json, and an answer file
-    site          answer(file, ...)         what a client connects with
+    site          membership.py             what a client connects with
     coordinator   revoke(home, name)        from the next request on; open connections are closed
 
 A record ties a name to three keys: the node key (Flower), the TLS key (the gateway) and the signing
@@ -48,7 +48,9 @@ from fedtune.wire.keys import SigningKey, canonical, verifies
 
 EC = ec.EllipticCurvePublicKey
 FORMAT = 1  # of nodes/*.json; raised when an older release could misread a record
-MAX_BYTES = 65_536  # of a request or an answer
+MAX_BYTES = 65_536  # of a request or a record
+MAX_PLAN = 500_000  # characters of a plan in an answer
+PLAN = "plan.json"  # in the coordinator's home: the plan as it is sent
 PURPOSE = b"fedtune enrolment\0"
 FIELDS = {"name", "node", "csr", "signing"}
 SIGNATURES = {"node_signature", "signature"}
@@ -87,13 +89,18 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a site learns from the coordinator: certificates in PEM, keys in hexadecimal."""
+    """What a site learns from the coordinator: certificates in PEM, keys in hexadecimal.
+
+    plan, signature: the study's plan as JSON, for review, and the coordinator's signature of its
+    digest; "" where the coordinator had none as yet."""
 
     name: str
     address: str
     ca: str
     certificate: str
     coordinator: str
+    plan: str = ""
+    signature: str = ""
 
     @property
     def fingerprint(self) -> str:
@@ -120,39 +127,9 @@ def enroll(name: str, keys: Path, signing: SigningKey, out: Path) -> str:
     return _of_keys(name, fields["node"], tls.public_key(), signing.public)
 
 
-def answer(path: Path, tls: EC, name: str, expected: str = "") -> Answer:
-    """Read the coordinator's answer, and check that it is complete and for this name and key.
-
-    expected: the consortium's fingerprint as it was read out; "": not compared."""
-    fields = _read(path)
-    if set(fields) != set(Answer.__dataclass_fields__):
-        raise ConfigError(f"{path}: not an answer", "the file that `fedtune admit` wrote")
-    received = Answer(**fields)
-    try:
-        leaf = x509.load_pem_x509_certificate(received.certificate.encode())
-        leaf.verify_directly_issued_by(x509.load_pem_x509_certificate(received.ca.encode()))
-    except (ValueError, TypeError, InvalidSignature):
-        raise ConfigError(
-            f"{path}: its certificate is not by its CA", todo="ask the coordinator for it again"
-        ) from None
-    if received.name != name or leaf.public_key() != tls:
-        raise ConfigError(
-            f"{path}: the answer to another request",
-            f"one for the site {name} and its present keys",
-            "`fedtune enroll` writes a new request; have it admitted",
-        )
-    if expected and _normalised(expected) != _normalised(received.fingerprint):
-        raise Refused(
-            f"{path}: the consortium's fingerprint is {received.fingerprint}",
-            f"{expected}, as in coordinator.fingerprint",
-            "call the coordinator; somebody may have replaced the file",
-        )
-    return received
-
-
 def read_request(path: Path) -> Request:
     """Read and verify a request. Errors: ConfigError where a signature or a key is not valid."""
-    fields = _read(path)
+    fields = texts_in(path)
     if set(fields) != FIELDS | SIGNATURES:
         raise ConfigError(f"{path}: not a request", "the file that `fedtune enroll` wrote")
     payload = {key: fields[key] for key in sorted(FIELDS)}
@@ -181,7 +158,7 @@ def read_request(path: Path) -> Request:
 
 def compare(request: Request, fingerprint: str) -> None:
     """Errors: Refused where the fingerprint that was read out is another one."""
-    if _normalised(fingerprint) != _normalised(request.fingerprint):
+    if not same(fingerprint, request.fingerprint):
         raise Refused(
             f"the request's fingerprint is {request.fingerprint}",
             fingerprint,
@@ -213,7 +190,16 @@ def admit(home: Path, request: Request, address: str) -> Answer:
         )
     leaf = _issued(home, request.tls, request.name)
     signing = SigningKey.at(home / "signing.key").public
-    return Answer(request.name, address, pem, leaf.decode(), signing)
+    return Answer(request.name, address, pem, leaf.decode(), signing, **_plan(home))
+
+
+def _plan(home: Path) -> dict[str, str]:
+    """The running study's plan and its signature, for an answer; {} where there is none."""
+    if not (home / PLAN).exists():
+        return {}
+    kept = texts_in(home / PLAN, 2 * MAX_PLAN)
+    plan, signature = kept.get("study", ""), kept.get("signature", "")
+    return {"plan": plan, "signature": signature} if 0 < len(plan) <= MAX_PLAN else {}
 
 
 def revoke(home: Path, name: str) -> Record:
@@ -356,10 +342,10 @@ def _leaf(home: Path, name: str) -> Path:
     return home / "leaves" / f"{name}.pem"
 
 
-def _read(path: Path) -> dict[str, str]:
-    """Read a small JSON object of strings."""
+def texts_in(path: Path, most: int = MAX_BYTES) -> dict[str, str]:
+    """Read a small JSON object of strings. Errors: ConfigError."""
     expected, todo = "a file of `fedtune enroll` or `fedtune admit`", "ask for it again"
-    fields = reading.json_in(path, expected, todo, ConfigError, MAX_BYTES)
+    fields = reading.json_in(path, expected, todo, ConfigError, most)
     if not all(isinstance(value, str) for value in fields.values()):
         raise ConfigError(f"{path}: holds something else than texts", expected, todo)
     return fields
@@ -393,6 +379,11 @@ def _of_keys(name: str, node: str, tls: EC, signing: str) -> str:
 def _fingerprint(fields: dict[str, Any]) -> str:
     digits = hashlib.sha256(PURPOSE + canonical(fields)).hexdigest()[:20]
     return " ".join(digits[i : i + 4] for i in range(0, 20, 4))
+
+
+def same(one: str, other: str) -> bool:
+    """Whether two fingerprints are equal, however they are spaced and spelled."""
+    return _normalised(one) == _normalised(other)
 
 
 def _normalised(fingerprint: str) -> str:

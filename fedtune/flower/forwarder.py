@@ -35,7 +35,8 @@ from fedtune.config import CoordinatorTable, Site
 from fedtune.config.address import host_and_port
 from fedtune.errors import ConfigError, FedtuneError, InfrastructureError
 from fedtune.files.writing import replace
-from fedtune.flower import certs, enrol
+from fedtune.flower import certs, enrol, membership
+from fedtune.flower.membership import keys_folder
 
 STATUS, RENEW = "/fedtune/status", "/fedtune/renew"  # as in gateway.py
 CHUNK = 65_536
@@ -67,28 +68,23 @@ class Link:
 
 
 def link(site: Site, path: Path) -> Link:
-    """Read the link from site.toml's [coordinator] table and the answer file.
-    Errors: ConfigError, Refused."""
-    table: CoordinatorTable | None = site.coordinator
-    if table is None:
+    """Read the link from the answer that site.toml's [coordinator] table names, or that was kept
+    when the site joined. Errors: ConfigError, Refused."""
+    table, keys, name = site.coordinator or CoordinatorTable(), keys_folder(site), site.site.name
+    expected = table.fingerprint or ""
+    if table.answer is not None:
+        answer = membership.read(table.answer, membership.tls_key(keys), name, expected)
+    elif kept := membership.remembered(keys, name, expected):
+        answer = kept
+    else:
+        membership.tls_key(keys)
         raise ConfigError(
-            f"{path}: coordinator: key is missing",
-            "a [coordinator] table with the answer's file",
-            "`fedtune enroll`, and the coordinator's `fedtune admit`",
+            f"{path}: this site has no answer from a coordinator yet",
+            "what `fedtune admit` wrote there",
+            "`fedtune client SITE --answer FILE`",
         )
-    keys = keys_folder(site)
-    for name in ("node.key", "tls.key"):
-        if not (keys / name).is_file():
-            raise ConfigError(f"{keys / name}: no such file", todo="`fedtune enroll` makes it")
-    key = certs.read_key(keys / "tls.key")
-    answer = enrol.answer(table.answer, key.public_key(), site.site.name, table.fingerprint or "")
     host, port = _address(table.address or answer.address, path)
-    return Link(site.site.name, host, port, answer, keys, table.proxy, table.proxy_ca)
-
-
-def keys_folder(site: Site) -> Path:
-    """Return the folder of a site's network keys, in its state folder beside the ledger."""
-    return site.site.state / "keys"
+    return Link(name, host, port, answer, keys, table.proxy, table.proxy_ca)
 
 
 class Forwarder:

@@ -14,6 +14,7 @@ Layout of the coordinator's home (made at the first start; ca.pem and signing.ke
     server.pem          the gateway's certificate and key; renewed by itself (certs.py)
     signing.key         signs plans, orders and receipts
     address             what sites call the coordinator by; `fedtune admit` writes it into answers
+    plan.json           the study's plan as sites are sent it, and its signature; likewise
     nodes/SITE.json     the keys of every admitted site (enrol.py)
     leaves/SITE.pem     its newest certificate, for `fedtune doctor`
     flower/             state of the running SuperLink and gateway; made anew at every start
@@ -86,6 +87,7 @@ def serve(
     try:
         with alone(home / "flower", "fedtune server") as killed, interruptible():
             prepare(home, host, port, names, STOP_SECONDS if killed else 0.0)
+            (home / enrol.PLAN).unlink(missing_ok=True)  # of an earlier study
             rounds = run or _installed_rounds(home, on_event)
             with superlink(home) as link:
                 try:
@@ -343,6 +345,6 @@ def _installed_rounds(home: Path, on_event: OnEvent | None) -> Run:
     parts = Dependencies(
         enrolled=members,
         expect=members.expect,
-        settings=Settings(key=key, receipts=receipts),
+        settings=Settings(key=key, receipts=receipts, plan=home / enrol.PLAN, waits=True),
     )
     return functools.partial(rounds.run, parts=parts)

@@ -29,6 +29,7 @@ from fedtune.files.writing import replace
 from fedtune.flower import api
 from fedtune.flower.forwarder import Forwarder, Link
 from fedtune.flower.forwarder import link as forwarder_link
+from fedtune.flower.membership import reviewed
 from fedtune.flower.processes import (
     Child,
     Stopped,
@@ -81,6 +82,7 @@ def join(
         site_path.resolve(), client_app or _installed_app(), on_event or _ignore, once
     )
     executor.coordinator, executor.watch = link.answer.coordinator, watch
+    executor.reviewed = reviewed(link.answer)
     bypass_proxy()
     address = link.address
     text = f"site {site.site.name}: connecting to the coordinator at {address}"
@@ -117,6 +119,7 @@ class _Executor:
         self._site_path, self._app, self.notify, self._once = site_path, app, notify, once
         self._last: dict[str, Any] = {}  # the facts of the newest answer
         self.coordinator = ""  # the signing key that this site enrolled with
+        self.reviewed = ""  # digest of the plan that the coordinator's answer brought for review
         self.watch = False  # whether it takes part in studies without a last round
         self.joined = False  # whether the coordinator accepted the last SuperNode
         self._worked = False
@@ -194,7 +197,7 @@ class _Executor:
             return api.error_reply(message, REFUSAL)
         context.run_config = {}  # the coordinator's; the site's own file is all that counts here
         context.node_config = {"site": str(self._site_path), "coordinator": self.coordinator}
-        context.node_config["watch"] = self.watch
+        context.node_config |= {"watch": self.watch, "reviewed": self.reviewed}
         try:
             reply = self._app(message, context)
         except Exception as error:

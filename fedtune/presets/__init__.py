@@ -38,7 +38,8 @@ class Records:
     before the first round; prompt, target: the columns of what is read and of what is to be said
     of it, else the task's own; patient: that of the patient, else the record is the unit; labels:
     the classes, else those of `evaluation`; size: units at a site, as a person states it in public;
-    epsilon: else the task's own; role: whose files are written."""
+    epsilon: else the task's own; role: whose files are written; name: a single site's, for role
+    "site"; expected: how many sites take part, where no data says so."""
 
     prompt: str = ""
     target: str = ""
@@ -50,6 +51,8 @@ class Records:
     size: int = 200
     epsilon: float = 0.0
     role: Literal["both", "coordinator", "site"] = "both"
+    name: str | None = None
+    expected: int | None = None
 
     @property
     def delta(self) -> float:
@@ -58,7 +61,15 @@ class Records:
 
     @property
     def sites(self) -> int:
-        return max(1, len(self.data))
+        return self.expected or max(1, len(self.data))
+
+    @property
+    def min_sites(self) -> str:
+        """The line of study.toml's [strategy] for a coordinator, whose first round waits for all
+        sites; else nothing."""
+        if self.role != "coordinator":
+            return ""
+        return f"min_sites = {self.sites:<20} # the first round waits for all of them\n"
 
 
 def write(folder: Path | str, task: str, records: Records) -> list[Path]:
@@ -77,6 +88,7 @@ def write(folder: Path | str, task: str, records: Records) -> list[Path]:
     for name in ("study.toml", "site.toml", "sites"):
         if (folder / name).exists():
             raise ConfigError(f"{folder / name} exists", "a new folder", "choose another")
+    _check_sites(records)
     for path in records.data:
         if not path.exists():
             raise DataError(f"{path}: no such file", "each site's file of records")
@@ -168,22 +180,37 @@ def _usable(
     return [[*unit.values()] for unit in units.values()]
 
 
-def _site_files(records: Records, keys: tuple[str, str]) -> dict[str, str]:
-    """Fill in a site file for each of the sites' files, by the name that it lies under."""
-    if not records.data:
-        return {
-            "site.toml": SITE.format(
-                name="my-hospital", path=quoted("data.jsonl"), **_of(records, keys)
-            )
-        }
-    names = [re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-.") for path in records.data]
-    if len({*names}) < len(names) or not all(NAME.fullmatch(name) for name in names):
-        names = [f"site-{n}" for n in range(1, len(names) + 1)]
-    return {
-        f"sites/{name}/site.toml": SITE.format(
-            name=name, path=quoted(path.absolute()), **_of(records, keys)
+def _check_sites(records: Records) -> None:
+    """Errors: ConfigError where the number of files does not suit the number of sites, or a name is
+    none."""
+    files, expected = len(records.data), 1 if records.role == "site" else records.expected
+    if files and expected and files != expected and records.role != "coordinator":
+        raise ConfigError(
+            f"{files} files of records for {expected} site{'s' if expected > 1 else ''}",
+            "one of each site",
+            "--data once for each site, and --sites as many",
         )
-        for name, path in zip(names, records.data, strict=True)
+    if records.name is not None and not NAME.fullmatch(records.name):
+        raise ConfigError(
+            f"--name {records.name[:80]!r}: no site's name",
+            "1 to 64 letters, digits, dots, dashes or underscores",
+        )
+
+
+def _site_files(records: Records, keys: tuple[str, str]) -> dict[str, str]:
+    """Fill in a site file for each site, by the name that it lies under."""
+    if records.role == "site" or (not records.data and records.sites == 1):
+        name = records.name or "my-hospital"
+        path = records.data[0].absolute() if records.data else "data.jsonl"
+        text = SITE.format(name=name, path=quoted(path), **_of(records, keys))
+        return {"site.toml": text}
+    names = [re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-.") for path in records.data]
+    if not names or len({*names}) < len(names) or not all(NAME.fullmatch(name) for name in names):
+        names = [f"site-{n}" for n in range(1, records.sites + 1)]
+    places = [path.absolute() for path in records.data] or [Path("data.jsonl")] * len(names)
+    return {
+        f"sites/{name}/site.toml": SITE.format(name=name, path=quoted(path), **_of(records, keys))
+        for name, path in zip(names, places, strict=True)
     }
 
 

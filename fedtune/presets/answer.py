@@ -43,6 +43,7 @@ def study(name: str, records: Records, public: dict[str, list[dict[str, Any]]]) 
         unit="patient" if records.patient else "record",
         records=f"\nmax_records_per_unit = {RECORDS}" if records.patient else "",
         rate=f"{learning_rate(records):.3g}",
+        least=records.min_sites,
         tables=presets.tables(WHAT, public, columns, "loss"),
     )
 
@@ -104,5 +105,5 @@ delta = {delta}
 unit = "{unit}"{records}
 
 [strategy]
-weights = "declared"
+{least}weights = "declared"
 {tables}"""

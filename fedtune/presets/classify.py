@@ -51,6 +51,7 @@ def study(name: str, records: Records, public: dict[str, list[dict[str, Any]]]) 
         delta=f"{records.delta:g}",
         unit="patient" if records.patient else "record",
         momentum=momentum,
+        least=records.min_sites,
         tables=presets.tables(WHAT, public, columns, "accuracy"),
     )
 
@@ -104,5 +105,5 @@ delta = {delta}
 unit = "{unit}"
 
 [strategy]
-options = {{ momentum = {momentum} }}
+{least}options = {{ momentum = {momentum} }}
 {tables}"""

@@ -94,14 +94,13 @@ class _Run:
         self.limits = Limits(self.study, parts.budget)
         self.settings = parts.settings
         self.receipts = store.Receipts(self.settings.receipts)
-        own_key = (
-            self.settings.key.public
-        )  # a site accepts a receipt only from the key that signed it
+        own_key = self.settings.key.public  # a site accepts receipts from the key that signed them
         earlier = self.receipts.read().items()
         self.earlier = {k: r for k, r in earlier if r.get("coordinator") == own_key}
         receipts = progress.receipts.items()  # a resumed simulation has another key
         progress.receipts = {n: r for n, r in receipts if r.get("coordinator") == own_key}
         plan = plan_message(self.study, progress.frozen, self.settings.key)
+        store.keep_plan(self.settings.plan, plan)
         self.roster = Roster(
             *(grid, self.study, plan, progress.sizes, progress.keys, self._on_status),
             partial(parts.enrolled, grid) if parts.enrolled else None,
@@ -178,7 +177,7 @@ class _Run:
             self.roster.join()
             if len(self.roster.willing()) >= self.table.min_sites:
                 return
-            if time.monotonic() >= deadline:
+            if time.monotonic() >= deadline and (self.roster.refused or not self.settings.waits):
                 self.roster.raise_if_refused()
                 raise self.roster.too_few(InfrastructureError)
             time.sleep(min(POLL, self.settings.patience))

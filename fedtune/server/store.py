@@ -19,7 +19,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from safetensors import SafetensorError
@@ -31,6 +31,9 @@ from fedtune.errors import ConfigError, InfrastructureError, InputError
 from fedtune.files.writing import replace
 from fedtune.strategies import State
 from fedtune.wire.codec import Arrays
+
+if TYPE_CHECKING:
+    from flwr.app import RecordDict
 
 FORMAT = "fedtune-run-3"
 FOLDER, DATABASE, FROZEN = "checkpoint", "run.db", "frozen.safetensors"
@@ -187,6 +190,15 @@ def open_folder(out: Path, study: Study, *, resume: bool) -> Progress | None:
             f"{out}: cannot be made ({error.strerror})", todo="free the disk or fix the rights"
         ) from None
     return load(out, study) if resume else None
+
+
+def keep_plan(path: Path | None, message: RecordDict) -> None:
+    """Store the plan of a message for the sites (admission.plan_message) as JSON, with the
+    coordinator's signature, for `fedtune admit`; None: not stored. Errors: InfrastructureError."""
+    if path is not None:
+        plan = message.config_records["plan"]
+        text = json.dumps({"study": plan["study"], "signature": plan["signature"]})
+        replace(path, text.encode(), private=True)
 
 
 class Receipts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from fedtune.cli.watch import Watch
 from fedtune.client.site import worker
-from fedtune.config import load_study
+from fedtune.config import load_study, study_from_json
 from fedtune.dp.accountant import epsilon
 from fedtune.dp.plan import plan_for_site
 from fedtune.errors import FedtuneError
@@ -33,7 +34,9 @@ from tests.guarantee.world import NAMES, lay_out, patients
 Event = Callable[[str, dict[str, Any]], None]
 
 
-def through_the_executor(study: Path, tell: Event, on_event: Event) -> _Executor:
+def through_the_executor(
+    study: Path, tell: Event, on_event: Event, reviewed: str = ""
+) -> _Executor:
     """The study, each site's answers given as `fedtune client` gives them; `tell`: the north's.
     Returns the north's executor."""
     process_cache.clear("workers")
@@ -44,7 +47,7 @@ def through_the_executor(study: Path, tell: Event, on_event: Event) -> _Executor
         for name, path in files.items()
     }
     for each in executors.values():
-        each.coordinator = parts.settings.key.public
+        each.coordinator, each.reviewed = parts.settings.key.public, reviewed
 
     def app(message: Message, context: Context) -> Message:
         executor = executors[str(context.node_config["site"])]
@@ -120,3 +123,33 @@ def test_a_refused_site_is_told_why(tmp_path: Path, tiny_base: Path) -> None:
     assert said["round"] == 3 and said["reason"].startswith("policy.max_epsilon")
     north = read_status(tmp_path / "state-north").status["sites"]["north"]
     assert north["status"] == "refused" and north["reason"] == said["reason"]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_plan_other_than_the_reviewed_one_is_shown_as_another(
+    tmp_path: Path, tiny_base: Path, same: bool
+) -> None:
+    """And what it is can be read at the site; the plan that was reviewed says nothing."""
+    study, texts, digests = lay_out(tmp_path, tiny_base, patients(12)), list[str](), list[str]()
+
+    def tell(event: str, facts: dict[str, Any]) -> None:
+        if event == "answered":
+            texts.append(facts["text"])
+            digests.append(facts["plan_digest"])
+
+    through_the_executor(study, tell, _quiet)
+    resolved, other = digests[0], "sha256:" + "0" * 64
+    for folder in tmp_path.glob("state-*"):
+        shutil.rmtree(folder)
+    shutil.rmtree(study.parent / "run")
+    texts.clear()
+    through_the_executor(study, tell, _quiet, resolved if same else other)
+    kept = tmp_path / "state-north" / "plans"
+    if same:
+        assert not any("NOT the plan" in text for text in texts) and not kept.exists()
+        return
+    assert "NOT the plan that came with the coordinator's answer (sha256:000" in texts[0]
+    assert not any("NOT the plan" in text for text in texts[1:])  # once, when it was sent
+    (file,) = kept.iterdir()
+    assert str(file) in texts[0]
+    assert study_from_json(file.read_text()).digest == resolved

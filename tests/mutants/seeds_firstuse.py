@@ -60,5 +60,49 @@ DECIDING_MUTANTS = (
         "the site's own screen says nothing of why it is out",
     ),
 )  # fmt: skip
+MEMBERSHIP, T_MEMBERSHIP = "fedtune/flower/membership.py", "tests/flower/test_membership.py::"
+JOINING_MUTANTS = (
+    _one(
+        "joining", "an-answer-vouches-for-itself", MEMBERSHIP,
+        "    if not fingerprint or not fingerprint.strip():\n",
+        "    fingerprint = fingerprint or read(path, tls_key(keys), name).fingerprint\n"
+        "    if not fingerprint.strip():\n",
+        T_MEMBERSHIP + "test_nothing_is_kept_where_nobody_compared",
+        "a site joins whoever sent the file",
+    ),
+    _one(
+        "joining", "the-first-answer-is-for-ever", MEMBERSHIP,
+        "answer = read(path, tls_key(keys), name, fingerprint)\n",
+        "answer = read(path, tls_key(keys), name, '' if remembered(keys, name) else fingerprint)\n",
+        T_MEMBERSHIP + "test_another_consortiums_answer_is_refused_and_the_first_one_stays",
+        "a site that has joined once joins anybody",
+    ),
+    _one(
+        "joining", "anybodys-plan-is-reviewed", MEMBERSHIP,
+        "        check_plan({", "        (lambda *_: None)({",
+        T_MEMBERSHIP + "test_a_plan_that_another_key_signed_is_not_reviewed",
+        "a person signs what the coordinator never planned",
+    ),
+    _one(
+        "joining", "one-fingerprint-for-all", "fedtune/cli/network.py",
+        "        for request in asked:\n            if not any(",
+        "        for request in asked[:1]:\n            if not any(",
+        "tests/test_network_cli.py::test_several_are_admitted_at_once_each_by_its_fingerprint",
+        "a site that nobody heard is admitted with those that were",
+    ),
+    _one(
+        "joining", "another-plan-than-the-reviewed-one", "fedtune/client/reply_facts.py",
+        'reviewed not in (None, "", study.digest)', 'reviewed not in (None, "", reviewed)',
+        "tests/client/test_reply_facts.py::"
+        "test_a_plan_other_than_the_reviewed_one_is_shown_as_another",
+        "a site trains what its people never read, and nobody is told",
+    ),
+    _one(
+        "joining", "a-plan-of-an-earlier-study", "fedtune/launch/coordinator.py",
+        "            (home / enrol.PLAN).unlink(missing_ok=True)  # of an earlier study\n", "",
+        T_MEMBERSHIP + "test_the_plan_of_an_earlier_study_is_in_no_answer",
+        "a site reviews what is not run",
+    ),
+)  # fmt: skip
 
-MUTANTS = (*PURGE_MUTANTS, *DECIDING_MUTANTS)
+MUTANTS = (*PURGE_MUTANTS, *DECIDING_MUTANTS, *JOINING_MUTANTS)

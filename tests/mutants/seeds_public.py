@@ -107,8 +107,8 @@ MUTANTS: list[Mutant] = [
         "the same public records choose the adapter and judge it",
     ),
     one(
-        "preset", "epsilon-up-to-the-ceiling", "fedtune/presets/__init__.py",
-        "epsilon: float = 6.0", "epsilon: float = 8.0",
+        "preset", "epsilon-up-to-the-ceiling", "fedtune/presets/classify.py",
+        "EPSILON = 6.0", "EPSILON = 8.0",
         "tests/test_presets.py::test_it_loads_without_an_edit_and_its_public_records_are_divided",
         "one crash of a client ends its part in the study",
     ),

