@@ -64,6 +64,21 @@ def test_the_digest_survives_the_wire_and_ignores_the_coordinators_paths(tmp_pat
     assert study(tmp_path, STUDY.replace("epsilon = 8", "epsilon = 9")).digest != here.digest
 
 
+def test_a_schedule_of_the_rate_is_part_of_the_plan_and_its_default_is_not(tmp_path: Path) -> None:
+    """A plan without one keeps the digest that it had before there were schedules."""
+    plain, constant, falling = (
+        study(tmp_path, STUDY.replace("learning_rate = 1", f"learning_rate = 1{more}"))
+        for more in (
+            "",
+            '\nlearning_rate_schedule = "constant"',
+            '\nlearning_rate_schedule = "cosine"',
+        )
+    )
+    assert plain.digest == constant.digest != falling.digest
+    assert "learning_rate_schedule" not in plain.model_dump_json()
+    assert study_from_json(falling.model_dump_json()) == falling
+
+
 PRIVACY = "[privacy]\nepsilon = 8\ndelta = 1e-5\n"
 OFF = 'privacy = "off"\n' + STUDY.replace(PRIVACY, "")
 

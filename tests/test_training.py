@@ -90,6 +90,29 @@ def test_the_proximal_term_holds_the_update_back(tiny_base: Path, tmp_path: Path
     assert lengths[1] < 0.8 * lengths[0]
 
 
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_each_round_has_the_rate_of_its_schedule(
+    tiny_base: Path, tmp_path: Path, schedule: str, optimizer: str
+) -> None:
+    """One step of either optimiser is proportional to its rate; round 1 has the plan's own."""
+    settings = FAST | {"rounds": 4, "local_steps": 1, "optimizer": optimizer}
+    settings |= {"learning_rate_schedule": schedule, "weight_decay": 0.0}
+    plan = made(tiny_base, training=settings)
+    network = build(plan)
+    start = network.initial(network.draw_factor(0))
+    data = CachedDataset(network, records([1] * 8))
+    updates = [
+        local_round(plan, data, non_private_plan(plan, 8), StepLog(tmp_path / "log"), n, start)
+        for n in (1, 2, 4)
+    ]
+    expected = {"constant": (1, 1, 1), "linear": (1, 0.75, 0.25), "cosine": (1, 0.853553, 0.146447)}
+    for update, share in zip(updates, expected[schedule], strict=True):
+        for name, array in update.items():
+            np.testing.assert_allclose(array, share * updates[0][name], rtol=2e-3, atol=1e-7)
+    assert any(array.any() for array in updates[0].values())
+
+
 def test_a_head_alone_learns_to_classify(tiny_encoder: Path, tmp_path: Path) -> None:
     plan = made(
         tiny_encoder,

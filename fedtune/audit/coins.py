@@ -70,6 +70,7 @@ def one_run(
     canaries = max(2, min(canaries, sum(a.size for a in start.values()) // 2))
     training = study.training.model_copy(
         update={"optimizer": "sgd", "local_steps": 1, "weight_decay": 0.0, "proximal_mu": 0.0}
+        | {"learning_rate_schedule": "constant"}
     )
     loop = study.model_copy(update={"training": training})
     plan = plan_for_site(study, canaries)

@@ -33,9 +33,9 @@ from fedtune.config.study import (
     StrategyTable,
     Study,
     StudyTable,
-    TrainingTable,
     WireTable,
 )
+from fedtune.config.training import TrainingTable
 from fedtune.config.types import Columns, DataFile, Encoding, Table, format_duration
 from fedtune.config.write import save
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from fedtune.config.start import PreconditionerTable, SelectionTable, StartTable
+from fedtune.config.training import TrainingTable
 from fedtune.config.types import (
     BY_COUNT,
     COUNTS,
@@ -26,7 +27,6 @@ from fedtune.config.types import (
     Moment,
     Name,
     Noise,
-    NotNegative,
     Number,
     Positive,
     Rank,
@@ -132,21 +132,6 @@ class PublicTable(DataFile):
     """Public text that initialises the adapter's frozen factor. Free of ε: it is not private."""
 
     licence: str
-
-
-class TrainingTable(Table):
-    """A study's rounds, its local steps, and how its sites sample and optimise."""
-
-    rounds: Number | None = None
-    local_steps: Number = 1
-    sampling_rate: Fraction | None = None  # q: each unit joins each step with this probability
-    expected_batch: Count | None = None  # or: q = expected_batch / the site's declared size
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    learning_rate: Positive
-    weight_decay: NotNegative = 0.0
-    proximal_mu: NotNegative = 0.0  # FedProx (Li et al. 2020); post-processing
-    # How per-record gradients are computed: the fastest engine for the adapter, or always Opacus.
-    engine: Literal["auto", "opacus"] = "auto"
 
 
 class ClippingTable(Table):
@@ -375,6 +360,11 @@ class Study(Table):
         if self.training.rounds is not None:
             raise ValueError(
                 "training.rounds: a study with a [schedule] has no last round; leave it out"
+            )
+        if self.training.learning_rate_schedule != "constant":
+            raise ValueError(
+                "training.learning_rate_schedule: a study with a [schedule] has no last round by "
+                "which the rate could fall; leave it out"
             )
         if privacy.noise_multiplier is None or privacy.epsilon is None:
             raise ValueError(

@@ -65,6 +65,7 @@ sampling_rate = 1.0    # each record joins each step with this probability; 1.0 
 # expected_batch = 64  # instead of sampling_rate, for large sites: 64 / the site's declared_size
 optimizer = "sgd"
 learning_rate = 0.5    # normalised clipping bounds a step; 5 to 10 with a_init = "public"
+# learning_rate_schedule = "linear"   # or "cosine": it falls over the rounds; noise moves less late
 
 [clipping]             # what one record can move, at most
 max_grad_norm = 1.0

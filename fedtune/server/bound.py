@@ -85,7 +85,9 @@ def terms(study: Study, budget: Mechanism, declared: int) -> Terms:
 
 
 def norm_bound(study: Study, site: Terms, dimension: int, start: float) -> float:
-    """Bound ‖Δ‖ of an honest update of an adapter with norm `start` and `dimension` numbers."""
+    """Bound ‖Δ‖ of an honest update of an adapter with norm `start` and `dimension` numbers.
+
+    By the plan's learning_rate, in every round: a schedule only lowers it."""
     kind = _sgd if study.training.optimizer == "sgd" else _adamw
     bound, growth = kind(study, site, dimension, start)
     return bound * (1 + 1e-5) + growth * 2.0**-22 * (start + bound)  # rounding to fp32

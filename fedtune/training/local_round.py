@@ -45,7 +45,7 @@ def local_round(
         engine=study.training.engine,
         columns=columns,
     )
-    optimizer = _optimizer(study, engine.trained)
+    optimizer = _optimizer(study, engine.trained, round_)
     start = [t.clone() for t in engine.trained]
     for _ in range(study.training.local_steps):
         with network.recomputing(recompute and engine.name == "one-pass"):
@@ -65,10 +65,10 @@ def local_round(
     return update
 
 
-def _optimizer(study: Study, parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
+def _optimizer(study: Study, parameters: list[torch.Tensor], round_: int) -> torch.optim.Optimizer:
     t = study.training
     kind = torch.optim.SGD if t.optimizer == "sgd" else torch.optim.AdamW
-    return kind(parameters, lr=t.learning_rate, weight_decay=t.weight_decay)
+    return kind(parameters, lr=t.rate(round_), weight_decay=t.weight_decay)
 
 
 def check_trains(study: Study, network: Network, columns: slice = ALL) -> None:
