@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,25 +38,57 @@ def folder_for(name: str, *, resume: bool, runs: Path = RUNS) -> Path:
 def finished(study: Study, runs: Path = RUNS) -> Path | None:
     """Find the newest finished run of this study under `runs`, whatever digests were filled in
     when it started; None for a study without a last round."""
-    from fedtune.dp.calibration import with_rounds
-
-    if study.continuous:
-        return None
     name = study.study.name
     run_name = re.compile(re.escape(name) + r"(-\d+)?")
     candidates = [run for run in runs.glob("*") if run_name.fullmatch(run.name)]
     for run in sorted(candidates, key=lambda run: (len(run.name), run.name), reverse=True):
-        if not (run / "report.json").is_file():
-            continue
-        plan = load_plan(run)
-        base = study.base.model_copy(update={"digest": study.base.digest or plan.base.digest})
-        same = study.model_copy(update={"base": base})
-        if study.lora and plan.lora:
-            pinned = {"a_digest": study.lora.a_digest or plan.lora.a_digest}
-            same = same.model_copy(update={"lora": study.lora.model_copy(update=pinned)})
-        if with_rounds(same).digest == plan.digest:
+        if is_finished(run, study):
             return run
     return None
+
+
+def is_finished(run: Path, study: Study) -> bool:
+    """Return whether the folder holds a finished run of this study, also one that its [selection]
+    records ended early. Errors: InputError, ConfigError where its plan cannot be read."""
+    from fedtune.dp.calibration import with_rounds
+
+    if study.continuous or not (run / "report.json").is_file():
+        return False
+    plan = load_plan(run)
+    base = study.base.model_copy(update={"digest": study.base.digest or plan.base.digest})
+    same = study.model_copy(update={"base": base})
+    if study.lora and plan.lora:
+        pinned: dict[str, Any] = {"a_digest": study.lora.a_digest or plan.lora.a_digest}
+        mine, theirs = study.lora.preconditioner, plan.lora.preconditioner
+        if mine and theirs:
+            digest = mine.digest or theirs.digest
+            pinned["preconditioner"] = mine.model_copy(update={"digest": digest})
+        same = same.model_copy(update={"lora": study.lora.model_copy(update=pinned)})
+    return with_rounds(same).digest == plan.digest
+
+
+def already_done(study: Study, out: Path | None, *, resume: bool, runs: Path = RUNS) -> str:
+    """Describe the finished run that a command would start or resume, on one line; "" where there
+    is none, and it has something to do. `out`, `resume`, `runs`: as of new_run."""
+    run = out or (folder_for(study.study.name, resume=True, runs=runs) if resume else None)
+    if run is None:
+        run = finished(study, runs)
+    elif not is_finished(run, study):
+        run = None
+    if run is None:
+        return ""
+    report = read_report(run)
+    parts = [f"finished: {run}"]
+    if report.get("private"):
+        parts.append(f"ε = {report['privacy'].get('epsilon'):.4g}")
+    parts.append(f"{datetime.fromtimestamp((run / 'report.json').stat().st_mtime, UTC):%Y-%m-%d}")
+    ran = len(report.get("rounds") or ())
+    if study.selection and ran < (load_plan(run).training.rounds or 0):
+        parts.append(f"ended after round {ran}, when no step lowered the selection loss")
+    return (
+        f"{', '.join(parts)}; read {run}/report.md. --resume has nothing left to do; another run, "
+        "paid for again: --out OTHER"
+    )
 
 
 def new_run(study: Study, out: Path | None, *, resume: bool, runs: Path = RUNS) -> Path:

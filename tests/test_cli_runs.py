@@ -36,7 +36,9 @@ def test_a_study_from_simulate_to_generate(study: Path) -> None:
     assert body["private"] and body["privacy"]["epsilon"] <= 8
     assert {len(row["epsilon"]) for row in body["rounds"]} == {2}
     again = run("simulate", study, "--out", folder)
-    assert again.exit_code == 2 and "--resume" in again.stderr
+    assert again.exit_code == 0 and "finished: runs/tiny" in again.stdout
+    other = run("simulate", study, "--out", folder, "--set", "training.rounds=3")
+    assert other.exit_code == 2 and "a run is already there" in other.stderr
 
     measured = run("evaluate", folder, "--data", "evaluation.jsonl", "--metric", "loss")
     assert measured.exit_code == 0 and "12 records" in measured.output
@@ -74,9 +76,12 @@ def test_a_study_that_is_finished_is_not_run_again_by_the_same_command(study: Pa
     assert run("simulate", study).exit_code == 0
     spent = (study.parent / "north" / "state" / "ledger.head").read_bytes()
     again = run("simulate", study)
-    assert again.exit_code == 2 and "this study is finished; runs/tiny is there" in again.stderr
-    assert "ceiling" not in again.stderr and not Path("runs/tiny-2").exists()
-    assert run("server", study.name).stderr == again.stderr
+    assert again.exit_code == 0 and again.stdout.startswith("finished: runs/tiny, ε = ")
+    assert "--resume has nothing left to do" in again.stdout
+    assert "ceiling" not in again.output and not Path("runs/tiny-2").exists()
+    assert run("server", study.name).output == again.output
+    for more in (("--resume",), ("--out", "runs/tiny"), ("--out", "runs/tiny", "--resume")):
+        assert run("simulate", study, *more).output == again.output
     assert (study.parent / "north" / "state" / "ledger.head").read_bytes() == spent
     process_cache.clear("workers")  # as another process would begin
     named = run("simulate", study, "--out", "again")

@@ -255,7 +255,7 @@ def test_a_client_refuses_declared_data_unless_its_policy_allows_it(tmp_path: Pa
         join(save(site, tmp_path / "site.toml"))
     assert "allow_declared_data" in str(refused.value)
     allowed = site.changed(policy={"allow_declared_data": True})
-    with pytest.raises(ConfigError, match="coordinator"):  # it goes on, and is not enrolled
+    with pytest.raises(FedtuneError, match="fedtune enroll"):  # it goes on, and is not enrolled
         join(save(allowed, tmp_path / "site.toml"))
 
 

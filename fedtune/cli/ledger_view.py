@@ -15,10 +15,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedtune.config import PolicyTable
+from fedtune.ledger.declared import declared
 from fedtune.ledger.entries import EVERY, RULES, Cohort, Spent
 from fedtune.ledger.ledger import Ledger
 from fedtune.ledger.spending import DatasetBudget, StudyLine, budget, heaviest, study_lines
-from fedtune.report.claim import rounded_up
+from fedtune.report.claim import THREE_EPSILONS, rounded_up
 
 INFINITE = "∞ (not private)"
 
@@ -44,9 +45,8 @@ def ledger_view(
 def studies_table(lines: Sequence[StudyLine], delta: float) -> Table:
     table = Table(
         title="studies",
-        caption=f"ε of each study alone, at δ = {delta:g}. paid: rounds charged; more than rounds "
-        "where one was interrupted. A run's report has a study's ε at the study's own δ, of what "
-        "was sent. Times are UTC.",
+        caption=f"ε: what each study alone has paid, at policy.max_delta = {delta:g}; a report "
+        f"states it at the study's own δ. {THREE_EPSILONS} Times are UTC.",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -120,9 +120,16 @@ def budget_table(total: DatasetBudget) -> Table:
     table.add_column()
     full_delta, half_delta = f"at δ = {2 * total.delta:g}", f"at δ = {total.delta:g}"
     table.add_row(
-        "spent", _shown(total.epsilon), f"{full_delta}: what the ceiling holds ({total.how})"
+        "spent",
+        _shown(total.epsilon),
+        f"{full_delta}: every study, each chosen after the one before; what the ceiling holds "
+        f"({total.how})",
     )
-    table.add_row("", _shown(total.pld), f"{half_delta}, as if all had been planned at once (PLD)")
+    table.add_row(
+        "",
+        _shown(total.pld),
+        f"{half_delta}: the same rounds, had all been planned at once (PLD); no ceiling holds it",
+    )
     table.add_row("ceiling", f"{total.ceiling:g}", "policy.max_epsilon")
     table.add_row(
         "remains", _floor(total.remaining), "" if total.remaining else "nothing more runs"
@@ -168,6 +175,8 @@ def footer(ledger: Ledger, dataset: str) -> str:
     head = ledger.head
     others = [name for name in ledger.datasets if name != dataset]
     beside = f"; other datasets here: {', '.join(others)}" if others else ""
+    for name, what in declared(ledger).items():
+        beside += f"; {name} is declared {what}: its runs pay from ledgers of their own"
     text = f"{ledger.folder}: entry {head.seq}, {head.hash[:16]}, verified{beside}"
     return escape(text)
 

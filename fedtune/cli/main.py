@@ -19,7 +19,7 @@ from fedtune.cli import site as cli_site
 from fedtune.cli import status as cli_observe
 from fedtune.cli.exit_codes import command
 from fedtune.cli.study import SET, STUDY, load
-from fedtune.run_folder import folder_for, new_run
+from fedtune.run_folder import already_done, folder_for, new_run
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -204,6 +204,8 @@ def simulate(
     from fedtune.cli.watch import Watch
 
     loaded = load(study, settings)
+    if rounds is None and (done := already_done(loaded, out, resume=resume)):
+        return typer.echo(done)
     loaded_sites, folder = _sites(study, sites, more), new_run(loaded, out, resume=resume)
     if not loaded.private:
         warn_not_private(_console())
@@ -215,11 +217,11 @@ def simulate(
     ):
         from fedtune.launch.simulate import simulate as run
 
-        done = run(
+        finished = run(
             loaded, loaded_sites, folder,
             resume=resume, on_event=events, engine=engine, processes=processes, rounds=rounds,
         )  # fmt: skip
-    closing(_console(), folder, done.report)
+    closing(_console(), folder, finished.report)
 
 
 tune.add_to(app, TRY)
@@ -272,6 +274,8 @@ def server(
     from fedtune.cli.watch import Watch
 
     loaded, home = load(study, settings), home or study.parent / "coordinator"
+    if done := already_done(loaded, out, resume=resume, runs=study.parent / "runs"):
+        return typer.echo(done)
     folder = new_run(loaded, out, resume=resume, runs=study.parent / "runs")
     if not loaded.private:
         warn_not_private(_console())

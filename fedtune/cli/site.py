@@ -122,7 +122,7 @@ def ledger(
     from fedtune.ledger.ledger import Ledger
 
     loaded = load_site(site)
-    folder = loaded.site.state
+    folder = loaded.site.ledger or loaded.site.state
     if not folder.exists() and not restore:
         raise ConfigError(f"{folder}: no ledger yet", todo="it begins with the first study")
     book = Ledger.restore(folder, copy) if restore else Ledger(folder)

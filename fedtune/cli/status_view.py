@@ -13,7 +13,7 @@ from rich.text import Text
 from fedtune.cli.figures import duration, short, size_text
 from fedtune.errors import FedtuneError
 from fedtune.observe.status import Snapshot
-from fedtune.report.claim import rounded_up
+from fedtune.report.claim import THREE_EPSILONS, rounded_up
 
 STYLES = {"running": "green", "done": "green", "waiting": "yellow", "stopped": "red", "gone": "red"}
 BY = {"stopped by SIGINT": "Ctrl-C", "stopped by SIGTERM": "SIGTERM"}  # of a reason
@@ -24,7 +24,11 @@ def view(snapshot: Snapshot, budget: RenderableType | None = None) -> Group:
     """Draw a status. Values are those that read_status let through, and are shown as text."""
     parts: list[RenderableType] = [head(snapshot)]
     if snapshot.status["sites"]:
-        parts.append(sites_table(snapshot.status["sites"]))
+        sites = snapshot.status["sites"]
+        parts.append(sites_table(sites))
+        if any({"epsilon", "planned"} <= site.keys() for site in sites.values()):
+            figure = "paid" if snapshot.status["role"] == "site" else "reported"
+            parts.append(Text(f"ε: {figure} of planned. {THREE_EPSILONS}", style="dim"))
     if budget is not None:
         parts.append(budget)
     parts.append(events_table(snapshot.status["last"]))

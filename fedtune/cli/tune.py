@@ -56,7 +56,7 @@ RECORDS = Annotated[
     typer.Option(
         metavar="FILE",
         help="Public records to choose by, with [evaluation]'s columns, if there is no "
-        r"\[selection]: those of [evaluation] choose nothing.",
+        "[selection]: those of [evaluation] choose nothing.",
         show_default=False,
     ),
 ]

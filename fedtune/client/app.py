@@ -38,6 +38,9 @@ def prepare(message: Message, context: Context) -> Message:
         coordinator = check_plan(plan, study.digest)
         if context.node_config.get("coordinator", coordinator) != coordinator:
             raise PolicyRefused("the plan is not signed by the coordinator this site enrolled with")
+        if plan.get("finished") is True:
+            answer["status"] = "finished"
+            return
         check_watch(study, context.node_config.get("watch"))
         frozen = read_frozen(message.content.array_records["frozen"], study.lora)
         admission = site.prepare(study, frozen, coordinator)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from fedtune.client.budget_refusal import PLACES
 from fedtune.client.declared import RUNS
 from fedtune.config import Site, study_from_json
 from fedtune.config.records import RECORDS
@@ -31,6 +32,7 @@ KINDS = {  # what people call it -> patterns of paths in the state folder; "*" g
     "logs": ("log.jsonl", "log.jsonl.1", "rank-*.log"),
     "status": ("status.json",),
     "counts of records": ("counts.json",),
+    "where runs on this machine lie": (PLACES,),
     "ledgers of runs of declared data": (f"{RUNS}/*",),
     "what Flower's processes left": ("flower/*", "ranks/*"),
     "drafts of a process that was killed": ("*.new",),

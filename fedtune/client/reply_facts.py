@@ -6,6 +6,7 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message
 
+from fedtune.client.budget_refusal import explain
 from fedtune.client.review import pending
 from fedtune.client.site import SiteWorker, worker
 from fedtune.client.site_file import site_file
@@ -32,6 +33,7 @@ def reply_facts(message: Message, reply: Message, context: Context) -> dict[str,
     study, facts["plan_digest"] = _study(message, site)
     name, place = "a plan", ""
     if study is not None:
+        site = site.of_run(study.digest)
         name = facts["study"] = study.study.name
         rounds = study.training.rounds
         facts |= {"rounds": rounds} if rounds else {}
@@ -43,6 +45,8 @@ def reply_facts(message: Message, reply: Message, context: Context) -> dict[str,
             if (planned := _planned(study, site)) is not None:
                 facts["planned"] = {site.site.site.name: planned}
     facts["text"] = f"{name}: {f'{place} ' if place else ''}{_line(facts)}"
+    if study is not None and status == "refused" and "policy.max_epsilon" in reason:
+        facts["text"] += f". {explain(study, site.site, site.ledger)}"
     reviewed = context.node_config.get("reviewed")
     if study is not None and reviewed not in (None, "", study.digest) and not place:
         facts["text"] += (
@@ -68,7 +72,7 @@ def _study(message: Message, site: SiteWorker) -> tuple[Study | None, str | None
             study = study_from_json(str(records["plan"]["study"]))
             return study, study.digest
         digest = str(records["order"]["plan"]).removesuffix(":evaluation")
-        return site.study_of(digest), digest
+        return site.of_run(digest).study_of(digest), digest
     except (FedtuneError, KeyError):
         return None, None
 
@@ -98,6 +102,8 @@ def _line(facts: dict[str, Any]) -> str:
     status: str = facts["status"]
     if status == "unprepared":
         return "this process has yet to see it, and asked for it again"
+    if status == "finished":
+        return "finished before the plan's last round: no step lowers the loss any more"
     if status not in DONE:
         return f"{status.upper()}: {facts['reason'] or 'no reason given'}"
     line = status

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedtune.config import Site, Study, checked, load_site, save
-from fedtune.errors import ConfigError, FedtuneError, InfrastructureError, InputError
+from fedtune.errors import (
+    ConfigError,
+    FedtuneError,
+    InfrastructureError,
+    InputError,
+    Refused,
+)
 from fedtune.models.run import Run
 from fedtune.progress import OnEvent
 from fedtune.run_folder import LEDGERS, new_run
@@ -49,6 +55,7 @@ def simulate(
     Errors: ConfigError where the sites cannot make up the study, DataError where a site's records
     do not suit it, PolicyRefused where declared data was ever charged as private, and what a run
     may raise: Refused, ModelError, InfrastructureError."""
+    from fedtune.client.budget_refusal import explained, remember
     from fedtune.client.declared import declare
     from fedtune.client.site_checks import check_data
     from fedtune.models.teacher import register_teacher
@@ -65,10 +72,15 @@ def simulate(
         if on_event:
             _describe_records(site, study, dataset, on_event)
     _describe_queries(study, len(sites), on_event)
-    with _declared(sites, out) as paying:
-        return _run(
-            study, list(map(site_file, paying)), out, resume, on_event, engine, processes, rounds
-        )
+    try:
+        with _declared(sites, out) as paying:
+            files = list(map(site_file, paying))
+            return _run(study, files, out, resume, on_event, engine, processes, rounds)
+    except Refused as refusal:
+        raise explained(refusal, study, sites) from None
+    finally:
+        if (out / "plan.json").exists():
+            remember(sites, out)
 
 
 def _run(

@@ -210,8 +210,9 @@ class _Executor:
     def _ended(self, coordinator: str) -> dict[str, Any]:
         """Describe the wait for a coordinator that is gone: its study is finished, or it failed."""
         last = self._last
-        rounds = last.get("rounds")
-        if rounds and last.get("round") == rounds and last["status"] in ("trained", "answered"):
+        rounds, status = last.get("rounds"), last.get("status")
+        whole = last.get("round") == rounds and status in ("trained", "answered")
+        if rounds and (whole or status == "finished"):
             text = f"study {last['study']} is finished; waiting for another; Ctrl-C ends"
             return {"study": last["study"], "done": rounds, "text": text}
         text = f"the coordinator at {coordinator} is not there; waiting for it; Ctrl-C ends"

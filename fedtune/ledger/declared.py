@@ -67,12 +67,18 @@ def check_name(charged: Collection[str], dataset: str, what: Declared) -> None:
         )
 
 
+def declared(ledger: Ledger) -> dict[str, str]:
+    """Return what each dataset is declared to be, by name, newest declaration first to count."""
+    with ledger._store.writing():
+        return dict(ledger._account.not_private)
+
+
 def check_declared(ledger: Ledger, dataset: str, what: Declared) -> None:
     """Check that `dataset` was declared as `what`, and never charged as private since.
 
     It follows from what a person declared, never from a record. Errors: PolicyRefused."""
     check_name({spent.dataset for spent in ledger.spending()}, dataset, what)
-    if ledger._account.not_private.get(dataset) != what:
+    if declared(ledger).get(dataset) != what:
         raise PolicyRefused(
             f"data.declared = {what!r}, and this site's ledger has no such declaration",
             "a declaration that was signed before the site joined",

@@ -53,7 +53,7 @@ EVENTS = frozenset({
 })
 STATUSES = frozenset({
     "admitted", "trained", "answered", "refused", "unprepared", "failed", "dropped", "missing",
-    "late", "revoked", "joined", "connected", "disconnected", "retry", "below quorum",
+    "late", "finished", "revoked", "joined", "connected", "disconnected", "retry", "below quorum",
 })
 KINDS = frozenset({
     "query.prepare", "query.evaluate", "query", "train", "evaluate", "connection", "serverapp",

@@ -8,6 +8,14 @@ from typing import Any
 
 from fedtune.registry.metrics import metric as known_metric
 
+# Wherever two of the three stand, this sentence does.
+THREE_EPSILONS = (
+    "ε planned is what all rounds of a plan cost, ε paid what the rounds entered in a site's "
+    "ledger cost (each is entered before it trains, so an interrupted one counts), and ε reported "
+    "what the updates that arrived cost: at one δ, reported ≤ paid, and paid is above planned only "
+    "where a round was paid twice."
+)
+
 
 def best_guess(privacy: dict[str, Any]) -> float:
     """Bound an attacker's accuracy at guessing one unit's presence (a coin: 0.5).

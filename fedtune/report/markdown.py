@@ -6,6 +6,7 @@ from typing import Any
 
 from fedtune.registry.metrics import metric as known_metric
 from fedtune.report.claim import (
+    THREE_EPSILONS,
     best_guess,
     limits,
     number,
@@ -239,7 +240,8 @@ def _sites(privacy: dict[str, Any]) -> str:
         f"## Privacy by site\n\n{table(head, rows)}\n\n"
         f"Clipping: {cell(privacy.get('clipping'))}. In every step each unit's gradient is cut to "
         "length C, Gaussian noise of standard deviation σC is added to the sum, and a unit takes "
-        "part with probability q. The ε in the first line is the largest of this column."
+        "part with probability q. The ε in the first line is the largest of this column.\n\n"
+        f"These ε are reported ones. {THREE_EPSILONS}"
     )
 
 

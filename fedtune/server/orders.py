@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from flwr.app import ConfigRecord, RecordDict
 
+from fedtune.errors import FedtuneError
+from fedtune.flower import replies
 from fedtune.flower.arrays import to_record
 from fedtune.server.admission import Roster
-from fedtune.server.exchange import Reply, size
+from fedtune.server.exchange import Reply, ask, size
 from fedtune.server.store import Progress
 from fedtune.wire import codec, seal
 from fedtune.wire.keys import SigningKey
+
+TOLD_SECONDS = 10.0  # to hear that sites know that the study has ended
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,17 @@ def exchange(
             return
         roster.prepare(roster.nodes[name] for name in unprepared)
         names = [name for name in unprepared if name in roster.willing()]
+
+
+def tell_finished(roster: Roster) -> None:
+    """Tell the sites that the study has ended before the last round of its plan, so that none
+    waits for another. Who does not answer within seconds is not told; nothing depends on it."""
+    plan = ConfigRecord(dict(roster.plan.config_records["plan"]) | {"finished": True})
+    contents = dict.fromkeys(sorted(roster.nodes.values()), RecordDict({"plan": plan}))
+    roster.expect(contents, replies.WORDS)
+    with suppress(FedtuneError):
+        for _ in ask(roster.grid, "query.prepare", contents, "end", TOLD_SECONDS, replies.WORDS):
+            pass
 
 
 def _signed(key: SigningKey, order: Order, name: str, nonce: str) -> ConfigRecord:

@@ -1,8 +1,7 @@
 """Run a study: start -> admit -> (train, aggregate, measure, save, query) per round -> report.
 
 Guarantee: a round that fewer than strategy.min_sites delivered is never counted; a crash or Ctrl-C
-loses at most the round in progress, and `resume` goes on from there.
-"""
+loses at most the round in progress, and `resume` goes on from there."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ from fedtune.server import step, store, summary
 from fedtune.server.admission import NOT_ENROLLED, Outcome, Roster, Tally, outcome, plan_message
 from fedtune.server.bound import Limits
 from fedtune.server.continuous import Continuous
-from fedtune.server.orders import Answer, Order, exchange
+from fedtune.server.orders import Answer, Order, exchange, tell_finished
 from fedtune.server.parts import Dependencies, Measures
 from fedtune.server.queries import Queries
 from fedtune.server.store import Phase, Progress
@@ -145,6 +144,7 @@ class _Run:
         if self.rounds and self.progress.round < self.rounds:
             text = f"ended after round {self.progress.round}: no step lowers the selection loss"
             self._event("step", text=text)
+            tell_finished(self.roster)
         return self._finish()
 
     @property

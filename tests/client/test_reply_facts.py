@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,12 +24,16 @@ from fedtune.errors import FedtuneError
 from fedtune.flower import api
 from fedtune.flower.grid import InProcessGrid
 from fedtune.launch.site import _Executor, _installed_app
+from fedtune.models.run import Run
 from fedtune.observe import observer
 from fedtune.observe.status import read_status
 from fedtune.registry import process_cache
 from fedtune.report.claim import rounded_up
 from fedtune.server import rounds
+from fedtune.server.admission import plan_message
+from fedtune.server.orders import tell_finished
 from fedtune.server.parts import Dependencies, Settings
+from fedtune.wire.keys import SigningKey
 from tests.guarantee.world import NAMES, lay_out, patients
 
 Event = Callable[[str, dict[str, Any]], None]
@@ -97,6 +102,28 @@ def test_each_round_is_told_with_its_number_and_what_was_paid(
     kept = read_status(tmp_path / "state-north").status
     assert kept["round"] == 3 and kept["sites"]["north"]["epsilon"] == paid[-1]
     assert kept["sites"]["north"]["planned"] == pytest.approx(planned, abs=2e-6)
+
+
+def test_a_site_hears_that_a_study_ended_before_its_last_round(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    north = through_the_executor(lay_out(tmp_path, tiny_base, patients(12)), _quiet, _quiet)
+    north._last["round"], key = 2, SigningKey()
+    assert "waiting for it" in north._ended("hub:1")["text"], "not told as yet"
+
+    def app(message: Message, context: Context) -> Message:
+        return north.reply(api.CLIENT_APP, message, context)
+
+    grid = InProcessGrid([tmp_path / "site-north.toml"], app)  # type: ignore[arg-type]
+    (node,) = grid.get_node_ids()
+    north.coordinator = key.public
+    plan = plan_message(Run(tmp_path / "run").study, {}, key)
+    roster: Any = SimpleNamespace(grid=grid, plan=plan, nodes={"north": node}, expect=_quiet)
+    tell_finished(roster)
+    assert north._last["status"] == "finished"
+    assert "before the plan's last round" in north._last["text"]
+    ended = north._ended("hub:1")
+    assert ended["text"] == "study inventory is finished; waiting for another; Ctrl-C ends"
 
 
 def test_a_refused_site_is_told_why(tmp_path: Path, tiny_base: Path) -> None:

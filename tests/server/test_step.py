@@ -13,12 +13,13 @@ import pytest
 from fedtune.config import Columns, EvaluationTable, SelectionTable, Study
 from fedtune.errors import DataError
 from fedtune.evaluation.selection import check_selection
+from fedtune.flower.grid import InProcessGrid
 from fedtune.report.claim import verdict
 from fedtune.report.markdown import markdown
 from fedtune.report.plot import png
 from fedtune.server import step
 from fedtune.server.store import Progress
-from tests.server.fakes import Bowl, FakeEvaluator, FakeSite, make_parts, make_study
+from tests.server.fakes import Bowl, FakeEvaluator, FakeSite, grid_of, make_parts, make_study
 from tests.server.rounds_kit import metrics, three
 
 COLUMNS = Columns(prompt="p", completion="c")
@@ -94,7 +95,19 @@ def test_it_ends_where_no_step_helps_any_more(trial):
         def new(path: Path) -> Any:
             return Bowl(bottom=0.0) if path == SELECTION.path else Counted()
 
-    body = run.run(selected(), parts=make_parts(evaluator=Bottom()))
+    groups: list[str] = []
+
+    class Telling(InProcessGrid):
+        def create_message(
+            self, content: Any, kind: str, node: int, group: str, **more: Any
+        ) -> Any:
+            told = content.config_records.get("plan", {}).get("finished")
+            groups.extend(["told"] * bool(told))
+            return super().create_message(content, kind, node, group, **more)
+
+    grid = grid_of("abc", Telling)
+    body = run.run(selected(), parts=make_parts(evaluator=Bottom()), grid=grid)
+    assert groups == ["told"] * 3 and [site.prepared for site in run.sites] == [1, 1, 1]
     assert [line["step"] for line in metrics(run)] == [0.0, 0.0]
     assert all(not array.any() for array in run.adapter().values())
     assert body["quality"]["after"], "measured although the last planned round never came"

@@ -1,0 +1,136 @@
+"""Say at a site what a budget was spent on when it refuses a plan, and what would still fit.
+
+Guarantee: none of it leaves the site. What goes to the coordinator is the refusal's own text, which
+names a rule and public values; what other studies spent is the site's (decision 0010)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fedtune.client.policy import within_budget
+from fedtune.config import PrivacyTable, Site, Study
+from fedtune.dp.plan import plan_for_site
+from fedtune.errors import FedtuneError, Refused
+from fedtune.files.writing import replace
+from fedtune.ledger.entries import Charge
+from fedtune.ledger.files import DATABASE
+from fedtune.ledger.ledger import Ledger
+from fedtune.ledger.spending import StudyLine, budget, study_lines
+from fedtune.report.claim import rounded_up
+from fedtune.run_folder import load_plan
+
+PLACES = "runs.json"  # in the state folder: where runs of `fedtune simulate` lie, by plan
+SEARCH = 7  # halvings between nothing and what the plan asks for
+MOST = 4  # studies that are listed
+CEILINGS = ("policy.max_epsilon", "the plan's own lifetime")
+TODO = (
+    "try settings on data that no patient is in (`fedtune tune`); a higher policy.max_epsilon is "
+    "for whoever answers for the data to decide"
+)
+
+
+def remember(sites: Sequence[Site], run: Path) -> None:
+    """Note in the sites' state folders where the run of a plan lies. A disk that refuses is
+    ignored, and so is a damaged plan: this is told, and nothing depends on it."""
+    with suppress(FedtuneError, OSError):
+        digest = load_plan(run).digest
+        for site in sites:
+            places = _places(site) | {digest: str(run.absolute())}
+            replace(site.site.state / PLACES, json.dumps(places, indent=1).encode(), private=True)
+
+
+def explain(study: Study, site: Site, ledger: Ledger) -> str:
+    """Describe on one line what was spent of a site's budget, by which studies, where their runs
+    lie as far as this site knows, and what would fit; for the site's own screen."""
+    policy, name = site.policy, site.data.name
+    spent = ledger.spending(name)
+    total = budget(name, spent, policy)
+    lines = study_lines(spent, policy.max_delta, study.unit)
+    places = _places(site)
+    paid = f"ε = {rounded_up(total.epsilon)} (at δ = {2 * total.delta:g}) of {policy.max_epsilon:g}"
+    parts = [f"dataset {name!r} has paid {paid}"]
+    if lines:
+        newest = sorted(lines, key=lambda line: -line.last)
+        told = [_study(line, places) for line in newest[:MOST]]
+        more = f", and {len(lines) - MOST} more studies" if len(lines) > MOST else ""
+        parts[0] += f": for {'; '.join(told)}{more}"
+    if fitting := fits(study, site, ledger.charges(name)):
+        parts.append(f"what fits: {fitting}")
+    return ". ".join([*parts, TODO])
+
+
+def explained(refusal: Refused, study: Study, sites: Sequence[Site]) -> Refused:
+    """Return the refusal of a simulated study with what its sites' ledgers tell, all on this
+    machine; itself, where no budget refused."""
+    if not any(ceiling in str(refusal) for ceiling in CEILINGS):
+        return refusal
+    told = []
+    for site in sites:
+        if site.data.declared or not (site.site.state / DATABASE).exists():
+            continue
+        with suppress(FedtuneError):
+            ledger = Ledger(site.site.state)
+            if not _within(study, site, ledger.charges(site.data.name)):
+                told.append(f"{site.site.name}: {explain(study, site, ledger)}")
+    return type(refusal)(refusal.happened, refusal.expected, " | ".join(told)) if told else refusal
+
+
+def fits(study: Study, site: Site, charges: Sequence[Charge]) -> str:
+    """Find the largest privacy.epsilon, or where σ is given the most rounds, that keeps within the
+    budget, to about a hundredth of what the plan asks for; "" where there is none."""
+    privacy = study.privacy
+    if not isinstance(privacy, PrivacyTable) or study.continuous:
+        return ""
+    if privacy.noise_multiplier is None and privacy.epsilon is not None:
+        most = _largest(
+            privacy.epsilon,
+            lambda value: _within(study.changed(privacy={"epsilon": value}), site, charges),
+        )
+        down = math.floor(most * 100) / 100
+        return f"privacy.epsilon up to {down:g} (--set privacy.epsilon={down:g})" if down else ""
+    rounds = study.training.rounds or 0
+
+    def of_rounds(value: float) -> bool:
+        changes = {"training": {"rounds": int(value)}, "privacy": {"epsilon": None}}
+        return int(value) > 0 and _within(study.changed(**changes), site, charges)
+
+    most = int(_largest(rounds, of_rounds))
+    return f"training.rounds up to {most} (--set training.rounds={most})" if most else ""
+
+
+def _largest(asked: float, fit: Callable[[float], bool]) -> float:
+    """Search between 0 and `asked` for the largest value that fits; 0 where none was found."""
+    low, high = 0.0, float(asked)
+    for _ in range(SEARCH):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fit(middle) else (low, middle)
+    return low
+
+
+def _within(study: Study, site: Site, charges: Sequence[Charge]) -> bool:
+    try:
+        plan = plan_for_site(study, site.site.declared_size, site.policy.max_steps)
+        within_budget(site, plan, charges)
+    except (FedtuneError, ValueError):  # ValueError: a ceiling that no order of the filter meets
+        return False
+    return True
+
+
+def _study(line: StudyLine, places: dict[str, str]) -> str:
+    at = datetime.fromtimestamp(line.last, UTC).date().isoformat()
+    where = f", in {places[line.study]}" if line.study in places else ""
+    digest = line.study.removeprefix("sha256:")[:8]
+    return f"{line.name} ({digest}, {at}, ε = {rounded_up(line.epsilon)} alone{where})"
+
+
+def _places(site: Site) -> dict[str, str]:
+    try:
+        table = json.loads((site.site.state / PLACES).read_text(encoding="utf-8"))
+        return {str(key): str(value) for key, value in table.items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
