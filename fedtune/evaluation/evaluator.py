@@ -136,11 +136,17 @@ class Evaluator:
         return Compared(*pair, float(np.mean(better)))
 
     def gain(self, adapter: Arrays) -> dict[str, Any]:
-        """records, and change: the 95 % interval of the metric's change against the untouched base
-        (paired bootstrap over the records); of pairs also evaluation.pairs.pair_facts."""
+        """records; intervals: of the metric and the loss, the 95 % intervals of base, adapter and
+        change against the untouched base (paired bootstrap over the records; of a share of records
+        Wilson's); change: the metric's; of pairs also evaluation.pairs.pair_facts."""
         before, after = self.untouched, self.scores(adapter, with_kl=True)
-        change = intervals(before, after, self.metric)["change"]
-        return {"records": len(self), "change": list(change)} | self.pairs_of(before, after)
+        bounds = {
+            name: {key: list(bound) for key, bound in intervals(before, after, name).items()}
+            for name in dict.fromkeys((str(self.metric), "loss"))
+        }
+        change = bounds[str(self.metric)]["change"]
+        facts = {"records": len(self), "change": change, "intervals": bounds}
+        return facts | self.pairs_of(before, after)
 
     def pairs_of(self, before: Scores, after: Scores) -> dict[str, Any]:
         """Return {"pairs": pair_facts} of two models' scores, or {} where records are no pairs."""

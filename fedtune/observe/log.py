@@ -100,7 +100,7 @@ PHRASES = (
 OTHER = "other"
 SCREEN = frozenset({"step", "records"})  # events for this machine's screen alone
 NEVER = frozenset(  # known, for the screen or the report alone
-    {"text", "out", "privacy", "total", "private_quality", "log", "path", "idempotency"}
+    {"text", "out", "privacy", "total", "private_quality", "log", "path", "idempotency", "ended"}
 )
 ELSEWHERE = {("done", "quality")}  # the whole report's table; each round told its own
 RENAMED = {"name": "site"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedtune.registry.metrics import metric as known_metric
 from fedtune.report.claim import (
     THREE_EPSILONS,
     best_guess,
@@ -14,13 +13,10 @@ from fedtune.report.claim import (
     protects,
     rounded_up,
     strength,
-    verdict,
 )
 from fedtune.report.declared import declared_line
 from fedtune.report.text import cell, figure, table
 
-HELD_OUT = "the study's held-out records"
-BEFORE_AFTER = ("base alone", "with the adapter")
 DIRECTIONS = ("bytes_up", "bytes_down")
 MOST_COLUMNS = 6  # of sites beside each other
 
@@ -30,6 +26,8 @@ def markdown(report: dict[str, Any]) -> str:
     from fedtune.report.audit import section  # which writes with this module's cell and table
     from fedtune.report.derived import section as derived
     from fedtune.report.merged import section as merged
+    from fedtune.report.provenance import section as provenance
+    from fedtune.report.quality import section as quality
     from fedtune.report.teacher import section as teacher
 
     ran = not {"merge", "derived"} & report.keys()  # else no round was
@@ -38,7 +36,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"# {cell(report.get('study', 'study'))}: report",
         f"> **Not patients' data.** {cell(said)}" if (said := declared_line(report)) else "",
         _claim(report) if report.get("private") else _banner(report),
-        _quality(report.get("quality") or {})
+        quality(report.get("quality") or {})
         if "merge" not in report
         else "",  # told of each parent
         *derived(report.get("derived") or {}),
@@ -54,6 +52,7 @@ def markdown(report: dict[str, Any]) -> str:
         _missing(report.get("rounds") or [], report.get("sites") or {}) if ran else "",
         _absences(report.get("absences") or {}, len(report.get("rounds") or [])),
         _base(report),
+        *provenance(report),
         f"Written by fedtune {cell(report.get('fedtune', ''))}; plan "
         f"`{cell(report.get('plan_digest'))}`. The same numbers for machines: report.json.",
     ]
@@ -93,72 +92,6 @@ def _banner(report: dict[str, Any]) -> str:
         "adapter may reveal the records they were trained on, word for word. "
         "Do not give the adapter to anybody who may not read the records themselves."
         + (f"\n>\n> {cell(warning)}" if warning else "")
-    )
-
-
-def _quality(quality: dict[str, Any]) -> str:
-    metric = quality.get("metric")
-    if not metric:
-        return "## Quality\n\nNot measured: the study has no [evaluation] table."
-    before, after = quality.get("before"), quality.get("after")
-    if not isinstance(before, dict):
-        before, after = {metric: before}, {metric: after}
-    after = after if isinstance(after, dict) else {metric: after}
-    names = [metric, *sorted((set(before) | set(after)) - {metric, "round"})]
-    rows = []
-    for name in names:
-        b, a = number(before.get(name)), number(after.get(name))
-        change = "–" if b is None or a is None else f"{a - b:+.4g}"
-        arrow = "higher is better" if known_metric(name).higher_is_better else "lower is better"
-        rows.append(
-            [f"{cell(name)} ({arrow})", figure(before.get(name)), figure(after.get(name)), change]
-        )
-    return (
-        f"## Quality\n\nOn {cell(quality.get('on') or HELD_OUT)}, at the "
-        "coordinator.\n\n"
-        + table(["measure", *map(cell, quality.get("columns") or BEFORE_AFTER), "change"], rows)
-        + _verdict(quality)
-        + _started(quality, names)
-        + _selected(quality)
-        + "\n\n![Quality and ε by round](progress.png)"
-    )
-
-
-def _verdict(quality: dict[str, Any]) -> str:
-    """Whether the model is better than the base, and what speaks against it; or nothing."""
-    from fedtune.report.preference import alarms, section  # which writes with text's table
-
-    claim, pairs = verdict(quality), section(quality)
-    lines = [f"\n\nThe trained model is {cell(claim)}."] if claim else []
-    lines += [f"\n\n> **Warning:** {alarm}." for alarm in alarms(quality)]
-    return "".join([*lines, f"\n\n{pairs}" if pairs else ""])
-
-
-def _started(quality: dict[str, Any], names: list[str]) -> str:
-    """What the public start alone gives; a paragraph, or nothing."""
-    start = quality.get("start")
-    if not isinstance(start, dict):
-        return ""
-    figures = ", ".join(f"{cell(n)} {figure(start[n])}" for n in names if n in start)
-    return f"\n\nBefore the first round, from public text alone and for no ε: {figures}."
-
-
-def _selected(quality: dict[str, Any]) -> str:
-    """How far the coordinator let each round move the adapter; a paragraph, or nothing."""
-    rounds = quality.get("selection")
-    if not isinstance(rounds, list) or not rounds:
-        return ""
-    losses = [(row.get("selection") or {}).get("loss") for row in rounds]
-    rows = [
-        [figure(row.get("round")), figure(row.get("keep")), figure(row.get("step")), figure(loss)]
-        for row, loss in zip(rounds, losses, strict=True)
-    ]
-    return (
-        "\n\nHow far each round moved the adapter was chosen on the public [selection] records; "
-        "the evaluation records chose nothing. A step of 0: no length lowered the loss.\n\n"
-        + table(
-            ["round", "kept of the past", "step, times the update", "loss on those records"], rows
-        )
     )
 
 

@@ -7,7 +7,9 @@ from typing import Any
 
 from fedtune.registry.metrics import metric as known_metric
 from fedtune.report.claim import number, rounded_up, verdict
+from fedtune.report.quality import intervals
 
+ROOM = 1.18  # of the axis of rounds: the last figure stands beside its point
 INK, FAINT, GOOD, COST, ALARM = "#222222", "#b8b8b8", "#1f6feb", "#b35900", "#c00000"
 
 
@@ -83,25 +85,46 @@ def _quality(axes: Any, quality: dict[str, Any], metric: Any) -> None:
         axes.legend(frameon=False, fontsize=8)
     else:
         axes.plot(rounds, values, color=GOOD, marker="o", markersize=4, clip_on=False, zorder=3)
+    bounds = intervals(quality, metric)
+    above = values[-1] >= values[0]
     if rounds[0] == 0:
         axes.axhline(values[0], color=FAINT, linestyle="--", linewidth=1, zorder=1)
+        if "before" in bounds:
+            axes.axhspan(*bounds["before"], color=FAINT, alpha=0.25, linewidth=0, zorder=0)
         axes.annotate(
-            "base alone", (1, values[0]), xycoords=("axes fraction", "data"), xytext=(0, -4),
-            va="top", textcoords="offset points", ha="right", color="#777777", fontsize=8,
+            "base alone", (1, values[0]), xycoords=("axes fraction", "data"),
+            xytext=(0, -4 if above else 4), va="top" if above else "bottom",
+            textcoords="offset points", ha="right", color="#777777", fontsize=8,
         )  # fmt: skip
-    axes.annotate(
-        f"{values[-1]:.3g}", (rounds[-1], values[-1]), xytext=(0, 6), ha="right",
-        textcoords="offset points", color=GOOD, weight="bold",
+    low, high = bounds.get("after", (values[-1], values[-1]))
+    axes.errorbar(
+        rounds[-1], values[-1], yerr=[[max(values[-1] - low, 0)], [max(high - values[-1], 0)]],
+        color=GOOD, capsize=4, elinewidth=1.2, clip_on=False,
+    )  # fmt: skip
+    axes.annotate(  # beside the interval: a label above the last point lies on the line
+        f"{values[-1]:.3g}", (rounds[-1], values[-1]), xytext=(7, 3 if above else -3),
+        va="bottom" if above else "top", textcoords="offset points", color=GOOD, weight="bold",
+        annotation_clip=False,
     )  # fmt: skip
     about = known_metric(metric)
     lower = " (lower is better)" if not about.higher_is_better else ""
-    axes.set_title(f"{str(metric).replace('_', ' ')}{lower}", loc="left", color=INK)
+    axes.set_title(
+        f"{str(metric).replace('_', ' ')}{lower}{_count(quality)}", loc="left", color=INK
+    )
     if about.bounded:
         axes.set_ylim(0, 1.02)
     axes.margins(y=0.15)
-    axes.set_xlim(0, max(rounds[-1], 1))
+    last = max(rounds[-1], 1)
+    axes.set_xlim(0, last * ROOM)
     axes.set_xlabel("round")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ticks = MaxNLocator(integer=True).tick_values(0, last)
+    axes.set_xticks([tick for tick in ticks if 0 <= tick <= last])
+
+
+def _count(quality: dict[str, Any]) -> str:
+    """On how many records, and what the bars are; "" where it is not known."""
+    count = number((quality.get("gain") or {}).get("records"))
+    return f"\n{int(count):,} records, 95 % intervals" if count else ""
 
 
 def _private_evaluations(report: dict[str, Any]) -> list[tuple[int, float, float]]:

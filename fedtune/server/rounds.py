@@ -27,7 +27,7 @@ from fedtune.files.writing import replace
 from fedtune.models import preconditioner
 from fedtune.models.rank_slice import pad_update, rank_slice, slice_update
 from fedtune.progress import OnEvent
-from fedtune.server import step, store, summary
+from fedtune.server import provenance, step, store, summary
 from fedtune.server.admission import NOT_ENROLLED, Outcome, Roster, Tally, outcome, plan_message
 from fedtune.server.bound import Limits
 from fedtune.server.continuous import Continuous
@@ -312,7 +312,7 @@ class _Run:
             "epsilon": summary.epsilons(progress, self.parts),
             "bytes_up": dict(sorted(self.roster.up.items())),
             "bytes_down": dict(sorted(self.roster.down.items())),
-            "seconds": round(time.monotonic() - tally.started, 3),
+            **provenance.clocked(tally.started),
         }
         ranks = self.roster.lora_ranks  # empty where the plan leaves sites no choice
         if ranks:
@@ -377,7 +377,8 @@ class _Run:
     def _report(self) -> dict[str, Any]:
         report = summary.report(self.progress, self.parts)
         if self._evaluator:
-            report["quality"]["gain"] = self._evaluator.gain(self.progress.adapter)
+            judged = summary.judged(self._evaluator, self._selector, self.progress.adapter)
+            report["quality"] |= judged
         if self.continuous:
             report |= {"continuous": self.continuous.report()}
             report["quality"] = {**report["quality"], **self.continuous.quality()}

@@ -12,8 +12,10 @@ from fedtune.config import PrivacyTable
 from fedtune.errors import ConfigError
 from fedtune.models.rank_slice import rank_slice
 from fedtune.server.parts import Dependencies, Measures
+from fedtune.server.provenance import made
 from fedtune.server.store import Progress
 from fedtune.server.teacher import with_teacher
+from fedtune.wire.codec import Arrays
 
 RELATION = "add or remove one unit"
 WARNING = 'privacy = "off": nothing was clipped for a guarantee and no noise was added'
@@ -65,7 +67,7 @@ def report(progress: Progress, parts: Dependencies) -> dict[str, Any]:
     study, history = progress.study, progress.history
     keys = (
         *("round", "participants", "missing", "late", "epsilon", "private_quality"),
-        *("bytes_up", "bytes_down", "seconds"),
+        *("bytes_up", "bytes_down", "seconds", "ended"),
     )
     private = isinstance(study.privacy, PrivacyTable)
     extra = {"lora_ranks": _ranks(progress), "weights": _capped(progress)}
@@ -89,6 +91,7 @@ def report(progress: Progress, parts: Dependencies) -> dict[str, Any]:
         "sites": dict(sorted(progress.admission.items())),
         "absences": absences(history),
         "rounds": [{key: entry[key] for key in keys if key in entry} for entry in history],
+        **made(progress),
     }
     teacher = parts.teacher(study)
     return with_teacher(body, teacher) if teacher else body
@@ -250,6 +253,13 @@ def _evaluation(progress: Progress, parts: Dependencies, privacy: PrivacyTable) 
     worst = max(sites.values(), key=lambda site: site["epsilon"], default=nothing)
     both_files = max((site["with_training"] for site in sites.values()), default=0.0)
     return {**worst, "with_training": both_files, "sites": sites}
+
+
+def judged(evaluator: Measures, selector: Measures | None, adapter: Arrays) -> dict[str, Any]:
+    """Report the last adapter's gain over the base, with its intervals, and on how many records
+    each step was chosen, where it was."""
+    gain = {"gain": evaluator.gain(adapter)}
+    return gain if selector is None else gain | {"selection_records": len(selector)}
 
 
 def measure_start(progress: Progress, evaluator: Measures | None) -> None:

@@ -114,6 +114,91 @@ def test_tables_by_site_round_and_absence(tmp_path: Path) -> None:
     assert "| modules | gate_proj, up_proj |" in text
 
 
+GAIN = {
+    "records": 120,
+    "change": [0.55, 0.75],
+    "intervals": {
+        "accuracy": {"before": [0.08, 0.2], "after": [0.71, 0.85], "change": [0.55, 0.75]},
+        "loss": {"before": [2.5, 3.3], "after": [0.9, 1.3], "change": [-2.2, -1.4]},
+    },
+}
+SHOWN: dict[str, Any] = {
+    **BODY,
+    "quality": {**BODY["quality"], "gain": GAIN},
+    "ran": {
+        "began": "2026-05-04T09:30:00Z",
+        "ended": "2026-05-04T09:42:10Z",
+        "machine": {"system": "Linux 6.1, x86_64", "processor": "A Processor", "cores": 2},
+        "versions": {"fedtune": "0.1.0", "flwr": "1.22.0"},
+    },
+    "settings": {
+        "objective": "classify",
+        "strategy": "fedavg",
+        "options": {"momentum": 0.9},
+        "weights": "declared",
+        "optimizer": "sgd",
+        "learning_rate": 0.4,
+        "rounds": 8,
+        "local_steps": 1,
+    },
+    "signed": {"north": {"declared_size": 350, "key": "ab" * 32, "updates": 8}},
+}
+
+
+def test_a_report_says_when_where_with_what_and_who_signed(tmp_path: Path) -> None:
+    text = written(tmp_path, SHOWN)
+    for row in (
+        "| first round began, UTC | 2026-05-04T09:30:00Z |",
+        "| last round ended, UTC | 2026-05-04T09:42:10Z |",
+        "| system | Linux 6.1, x86_64 |",
+        "| cores | 2 |",
+        "| GPU | none |",
+        "| versions | fedtune 0.1.0, flwr 1.22.0 |",
+        "| strategy, weights | fedavg (momentum = 0.9), declared |",
+        "| optimizer, learning rate | sgd, 0.4 |",
+        "| rounds × noised steps at a site | 8 × 1 |",
+        "| north | 350 | 8 | `abababababababab…` |",
+    ):
+        assert row in text
+    assert "When and where" not in written(tmp_path, BODY)  # of a run that nobody noted it of
+
+
+def test_every_figure_has_its_interval_and_says_on_how_many_records(tmp_path: Path) -> None:
+    text = written(tmp_path, SHOWN)
+    for figures in (
+        "0.13 (0.08 to 0.2) | 0.79 (0.71 to 0.85) | +0.66 (+0.55 to +0.75) |",
+        "2.9 (2.5 to 3.3) | 1.1 (0.9 to 1.3) | -1.8 (-2.2 to -1.4) |",
+        "120 of them, at the coordinator; in brackets 95 % intervals over those records",
+        "Nothing was chosen on these records",
+    ):
+        assert figures in text
+    body = copy.deepcopy(SHOWN)
+    rounds = [{"round": 1, "keep": 1, "step": 0.5, "selection": {"loss": 1.0}}]
+    body["quality"] |= {"selection": rounds, "selection_records": 60}
+    text = written(tmp_path, body)
+    assert "was chosen on the 60 public [selection] records; the evaluation records chose" in text
+    assert "Nothing was chosen" not in text
+
+
+def test_an_interval_that_is_no_number_is_left_out(tmp_path: Path) -> None:
+    body = copy.deepcopy(SHOWN)
+    body["quality"]["gain"]["intervals"]["loss"]["after"] = [math.nan, 1.0]
+    text = written(tmp_path, body)
+    assert "2.9 (2.5 to 3.3) | 1.1 | -1.8 (-2.2 to -1.4) |" in text
+
+
+def test_the_picture_shows_the_interval(tmp_path: Path) -> None:
+    """A bar at the last figure, a band at the base's; without them the picture is another."""
+    report.write(tmp_path, SHOWN)
+    shown = imread(tmp_path / "progress.png")
+    body = copy.deepcopy(SHOWN)
+    del body["quality"]["gain"]["intervals"]
+    report.write(tmp_path, body)
+    bare = imread(tmp_path / "progress.png")
+    assert shown.shape == bare.shape
+    assert (np.abs(shown - bare).max(axis=2) > 0.05).sum() > 500
+
+
 def test_privacy_off_is_loud_everywhere(tmp_path: Path) -> None:
     text = written(tmp_path, OFF)
     assert "NOT PRIVATE" in "\n".join(text.splitlines()[:4])

@@ -148,6 +148,9 @@ class FakeEvaluator:
     def follow(self, adapter: dict[str, np.ndarray] | None) -> dict[str, float]:
         return self.measure(adapter)
 
+    def __len__(self) -> int:
+        return 10
+
     def gain(self, adapter: dict[str, np.ndarray]) -> dict[str, Any]:
         return {"records": 12, "change": [-1.0, 1.0]}
 
@@ -167,7 +170,7 @@ class Bowl:
     def follow(self, adapter: dict[str, np.ndarray] | None) -> dict[str, float]:
         return self.measure(adapter)
 
-    gain = FakeEvaluator.gain
+    gain, __len__ = FakeEvaluator.gain, FakeEvaluator.__len__
 
 
 def save(study: Study, adapter: Any, frozen: Any, folder: Path) -> None:

@@ -66,7 +66,7 @@ def test_each_round_moves_as_far_as_the_selection_records_say(trial):
     (judge,) = (e for path, e in evaluators.items() if path != SELECTION.path)
     assert judge.asked == [True, False]
     assert [row["round"] for row in body["quality"]["by_round"]] == [len(lines)]
-    assert "chosen on the public [selection] records" in markdown(body) and png(body)
+    assert "chosen on the 10 public [selection] records" in markdown(body) and png(body)
 
 
 @pytest.mark.parametrize("rate", [1e-3, 1.0, 1e3])

@@ -1,0 +1,120 @@
+"""What a report says of how a run was made: when, where, with what, and who signed.
+
+All of it is public or the coordinator's own: its clock, its machine, its packages, the plan, and
+what sites declared. Nothing here is measured at a site or sent by one for this."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from datetime import UTC, datetime, timedelta
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import fedtune
+from fedtune.server.store import Progress
+
+LIBRARIES = ("flwr", "torch", "transformers", "peft", "opacus", "dp-accounting")
+CPU = Path("/proc/cpuinfo")
+UTC_SECONDS = "%Y-%m-%dT%H:%M:%SZ"
+
+
+def clocked(started: float) -> dict[str, Any]:
+    """Return how long a round took since `started` (monotonic), and when it ended (UTC).
+
+    >>> sorted(clocked(0.0))
+    ['ended', 'seconds']
+    """
+    ended = datetime.now(UTC).strftime(UTC_SECONDS)
+    return {"seconds": round(time.monotonic() - started, 3), "ended": ended}
+
+
+def made(progress: Progress) -> dict[str, Any]:
+    """Return a report's sections "ran" (times, machine, versions), "settings" (of the plan) and
+    "signed" (by site: what it declared, its key, in how many rounds its signed update counted)."""
+    return {
+        "ran": _times(progress.history) | {"machine": machine(), "versions": versions()},
+        "settings": _settings(progress),
+        "signed": _signed(progress),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Describe this machine without its name: system, processor, cores, and the GPU, if any."""
+    facts = {
+        "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "gpu": _gpu(),
+    }
+    return {name: fact for name, fact in facts.items() if fact}
+
+
+def versions() -> dict[str, str]:
+    """List the versions of what a run's figures depend on."""
+    found = {"fedtune": fedtune.__version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = CPU.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor()
+
+
+def _gpu() -> str:
+    torch = sys.modules.get("torch")  # whoever trained here has imported it
+    if torch is None or not torch.cuda.is_available():
+        return ""
+    count = torch.cuda.device_count()
+    return f"{count} × {torch.cuda.get_device_name(0)}"
+
+
+def _times(history: list[dict[str, Any]]) -> dict[str, str]:
+    """When the first round began and the last one ended; {} of rounds that an earlier release ran.
+
+    The first round's beginning is its end less its seconds."""
+    ended = [entry["ended"] for entry in history if "ended" in entry]
+    if not ended or "ended" not in history[0]:
+        return {}
+    first = datetime.strptime(ended[0], UTC_SECONDS).replace(tzinfo=UTC)
+    began = first - timedelta(seconds=history[0]["seconds"])
+    return {"began": began.strftime(UTC_SECONDS), "ended": ended[-1]}
+
+
+def _settings(progress: Progress) -> dict[str, Any]:
+    study, training = progress.study, progress.study.training
+    facts = {
+        "objective": study.objective.name,
+        "strategy": study.strategy.name,
+        "options": dict(study.strategy.options),
+        "weights": study.strategy.weights,
+        "optimizer": training.optimizer,
+        "learning_rate": training.learning_rate,
+        "rounds": training.rounds,
+        "local_steps": training.local_steps,
+    }
+    return {name: fact for name, fact in facts.items() if fact not in (None, {})}
+
+
+def _signed(progress: Progress) -> dict[str, Any]:
+    rounds = [entry["participants"] for entry in progress.history]
+    return {
+        name: {
+            "declared_size": progress.sizes[name],
+            "key": progress.keys.get(name),
+            "updates": sum(name in participants for participants in rounds),
+        }
+        for name in sorted(progress.sizes)
+    }
