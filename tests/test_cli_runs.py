@@ -173,6 +173,28 @@ def test_events_from_sites_are_shown_as_plain_text(
     assert "1.235" in shown and "1.5 MB" in shown and "nan" in shown
 
 
+def test_each_figure_of_a_round_stands_under_its_name(
+    watched: tuple[Watch, Callable[[], str]],
+) -> None:
+    """Also where every second round is measured, and where there are more than fit a line."""
+    watch, text = watched
+    with watch:
+        for number in (1, 2, 3):
+            quality = (
+                {"preference": 0.5, "loss": 0.7, "margin": 1.0, "kl": 2.0} if number == 2 else {}
+            )
+            watch(
+                "round", {"round": number, "rounds": 3, "quality": quality, "epsilon": {"a": 1.5}}
+            )
+    lines = [line for line in text().splitlines() if "/3" in line or "round" in line]
+    first, _, second, measured, after = lines
+    assert "loss" not in first and second.split()[:4] == ["round", "preference", "loss", "ε"]
+    for name, value in (("preference", "0.5"), ("loss", "0.7"), ("ε", "1.5")):
+        end = second.index(name) + len(name)
+        assert measured[:end].endswith(value), name
+    assert after.split()[1:4] == ["–", "–", "1.5"] and max(map(len, lines)) <= 80
+
+
 def test_a_pipe_gets_each_step_as_a_line_once(
     watched: tuple[Watch, Callable[[], str]],
 ) -> None:

@@ -50,6 +50,11 @@ class Source:
     test: float = 1 / 3
     validation: float = 0.1
 
+    @property
+    def is_generated(self) -> bool:
+        """Whether the pairs are invented, so that no patient is in them."""
+        return not self.test
+
 
 def _generated(_: Path, seed: int) -> dict[str, list[Table]]:
     by_site = {}
@@ -261,7 +266,13 @@ def _site(out: Path, source: Source, name: str) -> Path:
     columns: dict[str, Any] = {**COLUMNS, "patient": "unit"}
     table: Table = {
         "site": {"name": name, "declared_size": source.declared[name]},
-        "data": {"path": "train.jsonl", "columns": columns},
+        # Invented pairs cost nobody anything: each study over them has a ledger of its own.
+        "data": {
+            "path": "train.jsonl",
+            "name": "invented" if source.is_generated else None,
+            "declared": "generated" if source.is_generated else None,
+            "columns": columns,
+        },
         "policy": {"max_epsilon": 8.0, "max_delta": source.delta},
     }
     if source.unit == "record":

@@ -16,6 +16,9 @@ from fedtune.report.claim import rounded_up
 
 LINE_SECONDS = 30.0  # between two plain lines of one step
 QUIET_SECONDS = 10.0  # without any line: then also a site's step of a round
+COLUMNS = (
+    2  # figures of a round on the screen: the metric and the loss; the rest is in metrics.jsonl
+)
 LINKS = ("admitted", "revoked", "connected", "disconnected")  # with a name: at a coordinator
 
 
@@ -27,7 +30,8 @@ class Watch:
     Site names and reasons come from other machines: they are shown as plain text."""
 
     def __init__(self, console: Console, title: str, *, hold: bool = False) -> None:
-        self.console, self._header, self._title = console, False, title
+        self.console, self._title = console, title
+        self._columns: list[str] | None = None  # of the table of rounds; None: no header yet
         self._hold = hold
         self._held: list[tuple[str, str]] = []  # line, reason
         self._last, self._at = "", 0.0  # the last plain line, and when
@@ -164,16 +168,17 @@ class Watch:
     def _round(self, data: dict[str, Any]) -> None:
         quality, spent = data.get("quality") or {}, data.get("epsilon") or {}
         quality = {f"sel. {n}": v for n, v in (data.get("selection") or {}).items()} or quality
-        if not self._header:
-            self._header = True
-            head = "".join(f"{n[:13]:>14}" for n in quality)
+        columns = list(quality)[:COLUMNS] or self._columns or []  # "–" where nothing was measured
+        if columns != self._columns:
+            self._columns = columns
+            head = "".join(f"{n[:13]:>14}" for n in columns)
             of = "planned" if self._budget is not None else ""
             self.console.print(
-                f"{'round':>7}{head}{'ε':>9}{of:>9}{'trained':>9}{'sent':>10}{'left':>9}",
+                f"{'round':>7}{head}{'ε':>9}{of:>9}{'trained':>9}{'sent':>9}{'left':>9}",
                 style="bold",
             )
         done, total = int(data.get("round", 0)), int(data.get("rounds") or 0)
-        numbers = "".join(f"{short(v):>14}" for v in quality.values())
+        numbers = "".join(f"{short(quality.get(n)):>14}" for n in columns)
         epsilon = max(spent.values(), default=None)
         budget = "" if self._budget is None else rounded_up(self._budget)
         trained = data.get("participants") or []
@@ -181,7 +186,7 @@ class Watch:
         count_of = f"{done:>3}/{total:<3}" if total else f"{done:>7}"
         self.console.print(
             f"{count_of}{numbers}{rounded_up(epsilon):>9}{budget:>9}{count:>9}"
-            f"{size_text(data.get('bytes')):>10}{self._left(done, total):>9}".rstrip(),
+            f"{size_text(data.get('bytes')):>9}{self._left(done, total):>9}".rstrip(),
             highlight=False,
         )
         self._at = time.monotonic()

@@ -1,0 +1,155 @@
+"""Every command of the examples' READMEs works where the one before it left things.
+
+| all READMEs         | what a command reads is written by one before it, or is a named data set |
+| preference, rlhf    | run in order, on a tiny base, one round each                             |
+| mts_dialog, medquad | the same, where the data set is                                          |
+| vqa_rad, fsdd       | not run: the first command makes a base from a wheel, or needs espeak-ng |
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tests.cli_kit import run as fedtune
+from tests.docs.pages import ROOT, commands, read
+from tests.examples.test_real_data import DATA, data
+
+EXAMPLES = sorted(path.parent.name for path in (ROOT / "examples").glob("*/README.md"))
+SETS = {path.name for path in DATA.glob("*")} | {"medquad", "mts_dialog", "pubmedqa"}
+SETS |= {"vqa_rad", "fsdd_speech"}
+WRITTEN = ("--out",)
+TINY = {
+    "simulate": "--set base.dtype=float32 --set training.rounds=1 --set training.local_steps=1"
+    " --set objective.max_length=480",  # the tiny base's tokens are bytes
+    "improve": "--steps 1 --eval-every 1 --batch 2 --answers 2 --new-tokens 4",
+    "label": "--new-tokens 2",
+}
+Words = list[str]
+
+
+def shell(text: str) -> list[Words]:
+    """The commands of a README's shell blocks, in order."""
+    blocks = [block for block in read(text).blocks if block.language == "sh"]
+    return [words for block in blocks for words in commands(block.text)]
+
+
+def readme(name: str) -> list[Words]:
+    return shell((ROOT / "examples" / name / "README.md").read_text(encoding="utf-8"))
+
+
+def dangling(lines: list[Words]) -> Iterator[str]:
+    """Files and folders that a command reads and that no command before it writes."""
+    written: list[str] = []
+    for words in lines:
+        new = [after for word, after in pairwise(words) if word in WRITTEN]
+        for word in words[1:]:
+            is_path = "/" in word and not word.startswith("-") and "…" not in word
+            from_a_set = word.split("/")[0] in SETS
+            known = any(word == made or word.startswith(made + "/") for made in (*written, *new))
+            if is_path and not from_a_set and not known:
+                yield word
+        written += new
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_what_a_command_reads_is_there_by_then(name: str) -> None:
+    assert readme(name) and list(dangling(readme(name))) == []
+
+
+def test_twin_a_command_before_its_time_is_found() -> None:
+    lines = shell((ROOT / "examples/preference/README.md").read_text(encoding="utf-8"))
+    assert "runs/formulary/epsilon-8.toml" in list(dangling(lines[1:]))
+
+
+class Walk:
+    """Runs commands in the current folder, as a shell would, with less to compute."""
+
+    def __init__(self, base: Path, patch: pytest.MonkeyPatch) -> None:
+        self.base, self.patch = base, patch
+
+    def __call__(self, words: Words, capture: pytest.CaptureFixture[str]) -> str:
+        words = [self._located(word) for word in words]
+        if words[:2] == ["python", "-m"]:
+            self.patch.setattr(sys, "argv", words[2:])
+            importlib.import_module(words[2]).main()
+            self._allow()
+            return capture.readouterr().out
+        assert words[0] == "fedtune", words
+        extra = shlex.split(TINY.get(words[1], ""))
+        if words[1] == "simulate":
+            extra += ["--set", f"base.model={self.base}"]
+        done = fedtune(*words[1:], *extra)
+        if words[1] == "improve" and done.exit_code == 3:  # a random base has nothing to improve
+            assert "no checkpoint with KL" in done.output
+            return str(done.output)
+        assert done.exit_code == 0, f"{shlex.join(words)}\n{done.output}"
+        return str(done.output)
+
+    def _located(self, word: str) -> str:
+        first = word.split("/")[0]
+        if first in SETS and not Path(first).exists() and (DATA / first).exists():
+            return str(DATA / word)
+        return word
+
+    def _allow(self) -> None:
+        """Let the sites take a tiny base, which is on nobody's list."""
+        for file in Path().rglob("*.toml"):
+            text = file.read_text(encoding="utf-8")
+            if "[policy]\n" in text and "bases =" not in text:
+                file.write_text(text.replace("[policy]\n", '[policy]\nbases = "any"\n'))
+
+
+@pytest.fixture
+def walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: Path) -> Walk:
+    monkeypatch.chdir(tmp_path)
+    return Walk(tiny_base, monkeypatch)
+
+
+def test_the_preference_examples_commands_in_order(
+    walk: Walk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All studies over the same sites: the invented pairs are declared so."""
+    for words in readme("preference"):
+        shown = walk(words, capsys)
+    assert "held-out loss" in shown  # of the last, `evaluate`
+    for name in ("dpo", "reward", "kto"):
+        assert "generated" in Path(f"runs/formulary-{name}/report.md").read_text()
+
+
+def test_the_rlhf_examples_commands_in_order(
+    walk: Walk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What its first command prints, in full; the README has the same, cut short."""
+    first, *abridged = readme("rlhf")
+    printed = [shlex.split(line) for line in walk(first, capsys).splitlines() if line]
+    for words in abridged:
+        kept = [word for word in words if word not in ("…", "--sites")]
+        assert any(set(kept) <= set(full) for full in printed), words
+    for words in printed:
+        walk(words, capsys)
+    assert Path("runs/rlhf/run-dpo/report.md").is_file()
+
+
+@pytest.mark.real
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["mts_dialog", "medquad"])
+def test_the_commands_over_a_real_set_in_order(
+    name: str, walk: Walk, capsys: pytest.CaptureFixture[str], tiny_encoder: Path
+) -> None:
+    for needed in (name, "pubmedqa"):
+        data(needed)
+    if name == "mts_dialog":
+        walk.base = tiny_encoder
+    for words in readme(name):
+        walk(words, capsys)
+    assert re.search(r"ε = \d", next(Path("runs").glob("*/report.md")).read_text())
+    assert os.listdir()
