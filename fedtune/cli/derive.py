@@ -99,7 +99,7 @@ def distill(
     temperature: DISTILL_TEMPERATURE = DistillSettings.temperature,
     new_tokens: DISTILL_NEW_TOKENS = DistillSettings.new_tokens,
     seed: DISTILL_SEED = DistillSettings.seed,
-) -> None:
+) -> dict[str, Any]:
     """Teach a small student what finished runs say, on public prompts, at the coordinator.
 
     The student learns the teachers' whole distribution (next tokens, or classes), not their answer
@@ -122,6 +122,7 @@ def distill(
         runs = [Run(folder) for folder in teachers]
         made = teach(runs, file, out, student=student, layers=layers, settings=settings)
     closing(console, out, made.report)
+    return made.report
 
 
 MERGE_RUNS = Annotated[
@@ -188,7 +189,7 @@ def merge(
     seed: MERGE_SEED = 0,
     disjoint: MERGE_DISJOINT = False,
     measure: MERGE_MEASURE = True,
-) -> None:
+) -> dict[str, Any]:
     """Merge the adapters of finished runs of one base into one, with a report of its own.
 
     Reads no record of a site and spends nothing. Its ε: what ran at the same site is composed, and
@@ -214,6 +215,7 @@ def merge(
     report = read_report(out)
     console.print(Markdown("\n\n".join(section(report["merge"], report["privacy"]))))
     closing(console, out, report)
+    return report
 
 
 def numbers(text: str | None) -> list[float]:
@@ -243,7 +245,7 @@ def export(
             show_default=False,
         ),
     ] = None,
-) -> None:
+) -> dict[str, Any]:
     """Make base and adapter of a run one model that other programs load.
 
     Spends nothing. The model's guarantee, its limits and the base's licence go with it."""
@@ -253,6 +255,7 @@ def export(
     with Console().status("merging base and adapter"):
         made = write(Run(run), out, to, dtype)
     typer.echo(f"wrote {made}")
+    return {"wrote": made}
 
 
 def choose_base(

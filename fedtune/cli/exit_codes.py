@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
+import json
 import math
 import os
+import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Annotated, Any, ParamSpec, TypeVar
 
+import click
 import typer
 
 from fedtune.errors import ConfigError, FedtuneError, printable
@@ -19,28 +25,48 @@ from fedtune.files import reading
 P = ParamSpec("P")
 R = TypeVar("R")
 DEBUG = "FEDTUNE_DEBUG"
+JSON = "as_json"  # the parameter of --json
+
+
+class Told(Exception):
+    """A result that is told although the command ends with an error, such as failed checks."""
+
+    def __init__(self, result: Any, error: FedtuneError) -> None:
+        self.result, self.error = result, error
+        super().__init__()
 
 
 def command(
     on: typer.Typer, name: str | None = None, *, panel: str | None = None, epilog: str | None = None
-) -> Callable[[Callable[P, R]], Callable[P, R]]:
+) -> Callable[[Callable[P, R]], Callable[P, None]]:
     """Register a command whose errors become one line on stderr and an exit code.
 
-    What none can use is refused before it runs: a path that no file has, no text, no number."""
+    What none can use is refused before it runs: a path that no file has, no text, no number.
+    A function that returns a result, rather than None, gets --json: the result as JSON is then all
+    that is on stdout, and what it prints for people goes to stderr."""
 
-    def register(function: Callable[P, R]) -> Callable[P, R]:
+    def register(function: Callable[P, R]) -> Callable[P, None]:
         @functools.wraps(function)
-        def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+            as_json = bool(kwargs.pop(JSON, False)) if adds_json else False
             if os.environ.get(DEBUG) != "1":
                 warnings.simplefilter("ignore")  # other libraries' advice to their own users
             try:
                 for name, value in kwargs.items():
                     _check(name, value)
-                return function(*args, **kwargs)
+                with contextlib.redirect_stdout(sys.stderr) if as_json else nullcontext():
+                    result = function(*args, **kwargs)
+                if as_json:
+                    _print_json(result)
+                return
             except KeyboardInterrupt:
                 code, line = 130, "stopped; continue with --resume"
                 if "resume" not in kwargs:
                     line = "stopped"
+            except Told as told:
+                if as_json:
+                    _print_json(told.result)
+                code, line = told.error.exit_code, str(told.error)
             except FedtuneError as error:
                 code, line = error.exit_code, str(error)
             except (typer.Exit, typer.Abort):
@@ -56,10 +82,43 @@ def command(
             typer.echo(f"fedtune: {printable(' '.join(line.split()))}", err=True)
             raise typer.Exit(code)
 
+        adds_json = _returns(function)
+        if adds_json:
+            _add_json(guarded, function)
         on.command(name, rich_help_panel=panel, epilog=epilog)(guarded)
         return guarded
 
     return register
+
+
+def wants_json() -> bool:
+    """Whether the command that runs was given --json."""
+    context = click.get_current_context(silent=True)
+    return bool(context and context.params.get(JSON))
+
+
+def _returns(function: Callable[..., Any]) -> bool:
+    """Whether a command has a result, and no --json of its own."""
+    hints = function.__annotations__
+    return hints.get("return") not in (None, "None") and JSON not in hints
+
+
+def _add_json(guarded: Any, function: Callable[..., Any]) -> None:
+    """Give the command the option --json beside its own."""
+    option = typer.Option("--json", help="Print the result as JSON; all else goes to stderr.")
+    hint = Annotated[bool, option]
+    own = inspect.signature(function, eval_str=True)
+    flag = inspect.Parameter(
+        JSON, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=False, annotation=hint
+    )
+    guarded.__signature__ = own.replace(parameters=[*own.parameters.values(), flag])
+    guarded.__annotations__ = function.__annotations__ | {JSON: hint}
+
+
+def _print_json(result: Any) -> None:
+    from fedtune.report import jsonable
+
+    print(json.dumps(jsonable(result), indent=1, ensure_ascii=False, allow_nan=False))
 
 
 def _check(name: str, value: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -96,7 +96,7 @@ def label(
     temperature: LABEL_TEMPERATURE = LabelSettings.temperature,
     seed: LABEL_SEED = LabelSettings.seed,
     columns: COLUMNS = None,
-) -> None:
+) -> dict[str, Any]:
     """Make preferences from this site's prompts with models on this machine (RLAIF).
 
     A generator writes two answers to each record's prompt, a judge says which is better, asked in
@@ -141,6 +141,7 @@ def label(
         typer.echo(
             f"       in study.toml\n       [objective]\n       template = {json.dumps(chosen)}"
         )
+    return about
 
 
 def _public_text(path: Path) -> str:
@@ -208,7 +209,7 @@ def improve(
     new_tokens: IMPROVE_NEW_TOKENS = RlooSettings.new_tokens,
     learning_rate: IMPROVE_LEARNING_RATE = RlooSettings.learning_rate,
     seed: IMPROVE_SEED = RlooSettings.seed,
-) -> None:
+) -> dict[str, Any]:
     """Let a run's model learn what a federated reward model likes, on public prompts (RLOO).
 
     At the coordinator, and post-processing: it reads two finished runs and public prompts, so it
@@ -232,3 +233,4 @@ def improve(
             Run(run), Run(reward), file, out, max_kl=max_kl, eval_every=eval_every, settings=how
         )
     closing(console, out, made.report)
+    return made.report

@@ -148,7 +148,7 @@ def init(
     sites: SITES = None,
     name: NAME = None,
     enroll: ENROLL = False,
-) -> None:
+) -> dict[str, Any]:
     """Write the files that start a study of your own.
 
     With --task: a recipe that was measured, for your files and their columns; on a terminal you are
@@ -184,8 +184,9 @@ def init(
     if enroll:
         from fedtune.cli.network import ask
 
-        return ask(folder / "site.toml")
+        return {"wrote": paths, **ask(folder / "site.toml")}
     typer.echo(told)
+    return {"wrote": paths}
 
 
 def _columns(

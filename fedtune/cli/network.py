@@ -6,11 +6,11 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedtune.cli.exit_codes import command
+from fedtune.cli.exit_codes import Told, command
 from fedtune.cli.study import SET
 
 if TYPE_CHECKING:
@@ -56,17 +56,17 @@ def enroll(
         bool,
         typer.Option("--new-keys", help="Put the present keys aside and make new ones."),
     ] = False,
-) -> None:
+) -> dict[str, Any]:
     """Make this site's keys, here, and a request to take part that holds public halves alone.
 
     Send the file to the coordinator, and read the fingerprint out over the phone. Run again, it
     asks with the same keys: for a certificate that ran out while the client was off. Keys that are
     lost, stolen or due for rotation: the coordinator revokes the site, then --new-keys, then admit.
     The signing key stays: it belongs to the ledger."""
-    ask(site, out, new_keys=new_keys)
+    return ask(site, out, new_keys=new_keys)
 
 
-def ask(site: Path, out: Path | None = None, *, new_keys: bool = False) -> None:
+def ask(site: Path, out: Path | None = None, *, new_keys: bool = False) -> dict[str, Any]:
     """Make the keys that a site lacks and write its request, as `enroll` does."""
     from fedtune.config import load_site
     from fedtune.flower import enrol
@@ -87,6 +87,7 @@ def ask(site: Path, out: Path | None = None, *, new_keys: bool = False) -> None:
         "next   read the fingerprint out to the coordinator over the phone; then, with the answer\n"
         f"       that comes back: fedtune client {site} --answer {loaded.site.name}.answer"
     )
+    return {"site": loaded.site.name, "request": file, "fingerprint": fingerprint}
 
 
 def _home(told: Path | None) -> Path:
@@ -135,7 +136,7 @@ def admit(
     fingerprints: ADMIT_FINGERPRINTS = None,
     address: ADMIT_ADDRESS = None,
     out: ADMIT_OUT = None,
-) -> None:
+) -> dict[str, Any]:
     """Admit sites whose fingerprints you heard from somebody you know; write the answers they need.
 
     Each request's fingerprint is compared before any site is admitted. The server may be running:
@@ -150,11 +151,11 @@ def admit(
     home, asked = _home(home), [enrol.read_request(path) for path in requests]
     _compare(asked, fingerprints)
     address = address or _address_in(home)
-    answer, plans = None, True
+    answer, plans, files = None, True, dict[str, Path]()
     for request in asked:
         answer = enrol.admit(home, request, address)
         file = replace(out or Path(f"{request.name}.answer"), json.dumps(asdict(answer)).encode())
-        plans = plans and bool(answer.plan)
+        plans, files[request.name] = plans and bool(answer.plan), file
         typer.echo(
             f"admitted {request.name}\nwrote {file}: send it to the site (it holds no secret)"
         )
@@ -168,6 +169,7 @@ def admit(
         "next   read this line out to each site, which asks for it at\n"
         "       fedtune client site.toml --answer FILE"
     )
+    return {"answers": files, "fingerprint": answer.fingerprint, "plan": plans}
 
 
 def _compare(asked: list[Request], heard: list[str] | None) -> None:
@@ -249,7 +251,7 @@ def join(site: Site, answer: Path | None, fingerprint: str | None) -> None:
 def revoke(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The site.", show_default=False)],
     home: HOME = None,
-) -> None:
+) -> dict[str, Any]:
     """End a site's part, also in the middle of a run; its connections are closed within a second.
 
     Its keys are refused for good; new ones may be admitted under the same name."""
@@ -257,6 +259,7 @@ def revoke(
 
     record = enrol.revoke(_home(home), name)
     typer.echo(f"revoked {name} at {record.revoked}; its keys are refused from now on")
+    return {"name": name, "revoked": record.revoked}
 
 
 DOCTOR_FILE = Annotated[
@@ -304,7 +307,7 @@ def doctor(
     port: DOCTOR_PORT = None,
     names: DOCTOR_NAMES = None,
     settings: SET = None,
-) -> None:
+) -> dict[str, Any]:
     """Look for what could go wrong on this machine, before it does; say what to do about it.
 
     **At a site** (site.toml): records against the declared size, ledger, keys and
@@ -346,14 +349,16 @@ def doctor(
 
         plan = read_plan(study, load_site(file), settings or ()) if study else None
         findings = examine(file, plan)
-    bad = 0
+    results = []
     for finding in findings:
+        results.append(finding)
         mark = "[green]ok  [/green]" if finding.good else "[red]BAD [/red]"
         Console().print(f"{mark} {finding.name}: {escape(finding.says)}", highlight=False)
-        bad += not finding.good
-    if bad:
+    if bad := sum(not finding.good for finding in results):
         counted = "1 check" if bad == 1 else f"{bad} checks"
-        raise ConfigError(f"{counted} failed", todo="see above, then run it again")
+        error = ConfigError(f"{counted} failed", todo="see above, then run it again")
+        raise Told({"findings": results}, error)
+    return {"findings": results}
 
 
 def _kind(file: Path) -> str:

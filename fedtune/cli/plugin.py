@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fedtune.cli.exit_codes import command
+from fedtune.cli.exit_codes import Told, command
 
 Groups = Literal["objectives", "strategies", "modalities", "sources", "trackers"]
 
@@ -66,7 +67,7 @@ def check_plugin(
     base: CHECK_PLUGIN_BASE = None,
     file: CHECK_PLUGIN_FILE = None,
     less: CHECK_PLUGIN_LESS = None,
-) -> None:
+) -> dict[str, Any]:
     """Hold a plug-in to what every one of its kind must keep, on generated records.
 
     objectives and modalities: rows equal a loop of one record, no record moves another's row, a
@@ -77,15 +78,18 @@ def check_plugin(
     from fedtune.audit.contracts import check
     from fedtune.errors import InputError, printable
 
-    console, bad = Console(), 0
+    console, bad, results = Console(), 0, list[dict[str, Any]]()
     for result in check(group, name, _options(option or []), base, file, less):
         mark = "[green]ok  [/green]" if result.passed else "[red]BAD [/red]"
         detail = printable(result.note) or f"{result.figure:.3g}, at most {result.bound:g}"
         console.print(f"{mark} {result.name}: {escape(detail)}", highlight=False, soft_wrap=True)
         bad += not result.passed
+        results.append(asdict(result))
     if bad:
         counted = "1 check fails" if bad == 1 else f"{bad} checks fail"
-        raise InputError(f"{name}: {counted}", todo="do not train with it")
+        error = InputError(f"{name}: {counted}", todo="do not train with it")
+        raise Told({"checks": results}, error)
+    return {"checks": results}
 
 
 def _options(options: list[str]) -> dict[str, Any]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import getpass
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 
-from fedtune.cli.exit_codes import command
+from fedtune.cli.exit_codes import Told, command
 from fedtune.cli.study import SET, load
 
 PANEL = "Answer for a site's data"
@@ -48,7 +49,7 @@ def review(
         ),
     ] = False,
     settings: SET = None,
-) -> None:
+) -> dict[str, Any]:
     """Say in plain words what a study would run here, what would leave, and what it costs.
 
     Reads no record. A site whose policy.admission is "signed" keeps each plan that it was sent in
@@ -81,6 +82,14 @@ def review(
             )
         book.admit(outcome.digest, getpass.getuser())
         console.print(f"\nsigned by {getpass.getuser()}: this plan, and no other, is admitted")
+    return {
+        "study": plan.study.name,
+        "digest": outcome.digest,
+        "sections": dict(outcome.sections),
+        "refusals": outcome.refusals,
+        "verdict": outcome.verdict,
+        "signed": sign,
+    }
 
 
 def ledger(
@@ -110,13 +119,13 @@ def ledger(
     reason: Annotated[
         str, typer.Option(metavar="TEXT", help="With --accept: why, for whoever reads it later.")
     ] = "",
-) -> None:
+) -> dict[str, Any]:
     """Show what was spent from this site's privacy budget, by which study, and what remains.
 
     Reads the whole ledger and checks every signature first. Rounds that an earlier release charged,
     or that were charged for another unit, are shown as not known; nothing runs on top of them until
     --accept."""
-    from fedtune.cli.ledger_view import ledger_view
+    from fedtune.cli.ledger_view import ledger_facts, ledger_view
     from fedtune.config import load_site
     from fedtune.errors import ConfigError
     from fedtune.ledger.ledger import Ledger
@@ -137,7 +146,9 @@ def ledger(
                 f"nothing of dataset {accept!r} is unknown", "a dataset with such rounds"
             )
         book.accept(accept, getpass.getuser(), reason)
-    Console().print(ledger_view(book, accept or loaded.data.name, loaded.policy, unit))
+    dataset = accept or loaded.data.name
+    Console().print(ledger_view(book, dataset, loaded.policy, unit))
+    return ledger_facts(book, dataset, loaded.policy, unit)
 
 
 def withdraw(
@@ -150,7 +161,7 @@ def withdraw(
         bool,
         typer.Option("--unseen", help="Also a key that is in no record as yet."),
     ] = False,
-) -> None:
+) -> dict[str, Any]:
     """Leave a patient who withdraws consent out of every later round.
 
     Asks for the patient's key (the value in the patient column) without showing it, so that it
@@ -164,15 +175,17 @@ def withdraw(
     from fedtune.report.claim import rounded_up
 
     loaded = load_site(site)
-    keys = _keys(file)
-    book, unknown = Ledger(loaded.site.state), 0
+    keys, results = _keys(file), list[dict[str, Any]]()
+    book, unknown, results = Ledger(loaded.site.state), 0, list[dict[str, Any]]()
     for number, key in enumerate(keys, 1):
         try:
             withdrawal = leave_out(loaded, key, book, unseen)
         except UnknownPatient as error:
             unknown += 1
+            results.append({"patient": number, "known": False})
             typer.echo(f"patient {number}: NOT KNOWN HERE: {error}")
             continue
+        results.append({"patient": number, "known": True, **asdict(withdrawal)})
         typer.echo(f"patient {number}: left out from the next round on")
         if withdrawal.in_file is None:
             typer.echo(f"  {loaded.data.path} cannot be read, so it may still hold records")
@@ -189,11 +202,13 @@ def withdraw(
                 f"ε = {rounded_up(release.epsilon)}; its adapter keeps at most that much"
             )
     if unknown:
-        raise InputError(
+        unknown_keys = InputError(
             f"{unknown} of {len(keys)} keys {'is' if unknown == 1 else 'are'} not known here and "
             "not entered",
             todo="look at them again; --unseen enters them all the same",
         )
+        raise Told({"patients": results}, unknown_keys)
+    return {"patients": results}
 
 
 def _keys(file: Path | None) -> list[str]:
@@ -228,7 +243,7 @@ def purge(
         ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
-) -> None:
+) -> dict[str, Any]:
     """Delete what this site keeps of studies beside the ledger; lists it first, and asks.
 
     Released updates, plans, logs and leftovers go; the ledger, the step log and this site's keys
@@ -246,7 +261,8 @@ def purge(
     for path in listing.unknown:
         typer.echo(f"not fedtune's, left as it is: {path}")
     if not listing.files:
-        return typer.echo("nothing to delete")
+        typer.echo("nothing to delete")
+        return {"deleted": {}, "unknown": listing.unknown}
     typer.echo(
         "the ledger, the step log and this site's keys stay; a round that is asked for again is "
         "trained, and paid for, again"
@@ -255,6 +271,7 @@ def purge(
         raise InputError("nothing was deleted", "a person who says yes", "run it with --yes")
     purger.purge(listing)
     typer.echo(f"deleted {len(listing.files)} files; the ledger is whole")
+    return {"deleted": listing.deletable, "unknown": listing.unknown}
 
 
 def audit(
@@ -270,7 +287,7 @@ def audit(
         "audit"
     ),
     settings: SET = None,
-) -> None:
+) -> dict[str, Any]:
     """Attack a plan on generated records: a lower bound on ε beside the ε that is claimed.
 
     No site's records are read. A bound above the claim means that something is broken: exit 3."""
@@ -289,4 +306,8 @@ def audit(
     Console().print(Markdown("\n\n".join(section(result))))
     typer.echo(f"wrote {out / 'audit.json'}" + (f" and {run / 'report.md'}" if run else ""))
     if not result["passed"]:
-        raise Refused("an audit contradicts the claim", todo="do not release; run `fedtune doctor`")
+        error = Refused(
+            "an audit contradicts the claim", todo="do not release; run `fedtune doctor`"
+        )
+        raise Told(result, error)
+    return result

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.live import Live
 
-from fedtune.cli.exit_codes import command
+from fedtune.cli.exit_codes import command, wants_json
 
 EVERY = 0.5  # seconds between two looks
 
@@ -35,7 +35,7 @@ def status(
         bool,
         typer.Option("--check", help="Say nothing but ok, or end with 4: for a health check."),
     ] = False,
-) -> None:
+) -> dict[str, Any]:
     """Show how a run or a site is doing, live, until it ends. Reads files; asks nobody."""
     from fedtune.errors import InfrastructureError
     from fedtune.observe.status import folder_of, read_status
@@ -45,17 +45,20 @@ def status(
     if check:
         if snapshot.state in ("gone", "stopped"):
             raise InfrastructureError(f"{folder}: {snapshot.state}", "a process that runs")
-        return typer.echo("ok")
+        typer.echo("ok")
+        return {"state": snapshot.state, **snapshot.status}
     from fedtune.cli.status_view import BudgetView, view
 
     budget = BudgetView(path) if path.suffix == ".toml" else None
     console = Console()
-    if once or not console.is_terminal:
-        return console.print(view(snapshot, budget() if budget else None))
+    if once or wants_json() or not console.is_terminal:
+        console.print(view(snapshot, budget() if budget else None))
+        return {"state": snapshot.state, **snapshot.status}
     with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
         while True:
             live.update(view(snapshot, budget() if budget else None), refresh=True)
             if snapshot.over:
-                return
+                break
             time.sleep(EVERY)
             snapshot = read_status(folder)
+    return {"state": snapshot.state, **snapshot.status}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -45,7 +46,7 @@ def evaluate(
             help="prompt=question: the file's name for a part; repeat it. Without: the study's.",
         ),
     ] = None,
-) -> None:
+) -> dict[str, Any]:
     """Measure base and adapter on records of your own, with 95 % intervals."""
     from fedtune.cli.console import evaluation_table, print_verdict
 
@@ -57,6 +58,7 @@ def evaluate(
         result = measure(Run(run), file, metric, choices or [])
     Console().print(evaluation_table(result))
     print_verdict(Console(), result)
+    return result
 
 
 PREDICT_OUT = Annotated[
@@ -143,7 +145,7 @@ def versions(
     unpin: Annotated[
         bool, typer.Option("--unpin", help="After a rollback: release better versions again.")
     ] = False,
-) -> None:
+) -> dict[str, Any]:
     """List the versions of a study with a [schedule], and choose which one is released.
 
     RUN/adapter is always the released one, and the report is of it: after a choice it is measured
@@ -178,6 +180,7 @@ def versions(
     typer.echo(f"released: version {index.champion}, {run / 'adapter'}{pinned}")
     if (run / "report.json").is_file() and (said := declared_line(read_report(run))):
         typer.echo(said)
+    return asdict(index) | {"not_measured": reason}
 
 
 GENERATE_FILE = Annotated[
@@ -200,7 +203,7 @@ def generate(
     file: GENERATE_FILE = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="At most so many.")] = 64,
     chat: GENERATE_CHAT = None,
-) -> None:
+) -> dict[str, Any]:
     """Let the base and the adapter answer the same prompt, side by side."""
     from fedtune.cli.console import side_by_side
 
@@ -210,3 +213,4 @@ def generate(
 
         before, after = write(Run(run), prompt, max_new_tokens, chat=chat, file=file)
     Console().print(side_by_side(before, after))
+    return {"base": before, "adapter": after}

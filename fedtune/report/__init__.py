@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -12,7 +13,7 @@ from fedtune.report.markdown import markdown
 from fedtune.report.plot import png
 
 BANNER = "NOT PRIVATE"
-__all__ = ["BANNER", "write"]
+__all__ = ["BANNER", "jsonable", "write"]
 
 
 def write(out: Path, report: dict[str, Any]) -> None:
@@ -21,21 +22,28 @@ def write(out: Path, report: dict[str, Any]) -> None:
 
     The JSON is canonical: keys sorted, UTF-8, numbers finite (others become "nan" or "inf").
     Errors: InfrastructureError where the folder cannot be written."""
-    jsonable = _jsonable(report)
-    if not jsonable.get("private", False):
-        jsonable["banner"] = BANNER
-    text = json.dumps(jsonable, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    body = jsonable(report)
+    if not body.get("private", False):
+        body["banner"] = BANNER
+    text = json.dumps(body, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     replace(out / "report.json", (text + "\n").encode())
-    replace(out / "report.md", markdown(jsonable).encode())
-    replace(out / "progress.png", png(jsonable))
+    replace(out / "report.md", markdown(body).encode())
+    replace(out / "progress.png", png(body))
 
 
-def _jsonable(value: Any) -> Any:
-    """The same value in JSON's own types."""
+def jsonable(value: Any) -> Any:
+    """Convert a value to JSON's own types: a number that is not finite to "nan" or "inf", a table
+    or a path to text or an object.
+
+    >>> jsonable({"a": (1, float("inf"))})
+    {'a': [1, 'inf']}
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
     if isinstance(value, dict):
-        return {str(key): _jsonable(item) for key, item in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        items = [_jsonable(item) for item in value]
+        items = [jsonable(item) for item in value]
         return sorted(items, key=str) if isinstance(value, set | frozenset) else items
     if hasattr(value, "item"):  # a NumPy or torch scalar
         value = value.item()
