@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.errors import ConfigError, InputError
 from fedtune.files import reading
+from fedtune.report.claim import rounded_up
 
 if TYPE_CHECKING:
     from fedtune.config import Study
@@ -55,16 +57,20 @@ def is_finished(run: Path, study: Study) -> bool:
     if study.continuous or not (run / "report.json").is_file():
         return False
     plan = load_plan(run)
-    base = study.base.model_copy(update={"digest": study.base.digest or plan.base.digest})
-    same = study.model_copy(update={"base": base})
-    if study.lora and plan.lora:
-        pinned: dict[str, Any] = {"a_digest": study.lora.a_digest or plan.lora.a_digest}
-        mine, theirs = study.lora.preconditioner, plan.lora.preconditioner
-        if mine and theirs:
-            digest = mine.digest or theirs.digest
-            pinned["preconditioner"] = mine.model_copy(update={"digest": digest})
-        same = same.model_copy(update={"lora": study.lora.model_copy(update=pinned)})
-    return with_rounds(same).digest == plan.digest
+    tables = _pinned(study.model_dump(mode="json"), plan.model_dump(mode="json"))
+    return with_rounds(type(study).model_validate_json(json.dumps(tables))).digest == plan.digest
+
+
+def _pinned(tables: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
+    """Fill in the digests that a plan has and its study.toml leaves open."""
+    filled = dict(tables)
+    for key, value in tables.items():
+        theirs = plan.get(key)
+        if isinstance(value, dict) and isinstance(theirs, dict):
+            filled[key] = _pinned(value, theirs)
+        elif value is None and key.endswith("digest"):
+            filled[key] = theirs
+    return filled
 
 
 def already_done(study: Study, out: Path | None, *, resume: bool, runs: Path = RUNS) -> str:
@@ -80,7 +86,7 @@ def already_done(study: Study, out: Path | None, *, resume: bool, runs: Path = R
     report = read_report(run)
     parts = [f"finished: {run}"]
     if report.get("private"):
-        parts.append(f"ε = {report['privacy'].get('epsilon'):.4g}")
+        parts.append(f"ε = {rounded_up(report['privacy'].get('epsilon'))}")
     parts.append(f"{datetime.fromtimestamp((run / 'report.json').stat().st_mtime, UTC):%Y-%m-%d}")
     ran = len(report.get("rounds") or ())
     if study.selection and ran < (load_plan(run).training.rounds or 0):

@@ -154,6 +154,21 @@ def test_the_hash_is_of_the_whole_record(site: Site) -> None:
     assert all(ledger.holds("records", record_member(record)) for record in records)
 
 
+def test_doctor_and_review_say_so_and_sign_nothing(site: Site) -> None:
+    from fedtune.client.doctor import examine
+    from fedtune.config import save
+
+    before = Ledger(site.site.state).head
+    good = save(relabelled(site, public(12)), site.data.path.with_name("good.toml"))
+    (finding,) = [found for found in examine(good) if found.name == "declared data"]
+    assert finding.good and "allow_declared_data" in finding.says
+    bad = relabelled(site, private_rows(site)[:6])
+    path = save(bad, site.data.path.with_name("bad.toml"))
+    (finding,) = [found for found in examine(path) if found.name == "declared data"]
+    assert not finding.good and "charged as private" in finding.says
+    assert Ledger(site.site.state).head == before
+
+
 # ------------------------------------------------------------------------------ a whole run
 
 
@@ -295,3 +310,32 @@ def test_no_plan_and_no_other_key_makes_private_data_cheap(study: Path, tmp_path
     site.write_text(text.replace("[data]", 'ledger = "elsewhere"\n[data]'))
     with pytest.raises(ConfigError, match=r"private data is paid from the ledger in site\.state"):
         load_site(site)
+
+
+# -------------------------------------------------------------------------------- every output
+
+
+def test_every_output_of_a_run_names_its_declared_sites(study: Path) -> None:
+    from fedtune.derive.model_card import gguf_metadata, privacy_line
+    from fedtune.report.declared import declared_in, declared_line
+    from tests.cli_kit import run
+
+    declare_in(Path("north/site.toml"))
+    shown = run("simulate", study, "--out", "runs/a").output
+    words = "north trained on data that its site declared generated"
+    report = json.loads(Path("runs/a/report.json").read_text())
+    base = type("Base", (), {"name": "tiny"})()
+    outputs = [
+        " ".join(shown.split()),
+        Path("runs/a/report.md").read_text(),
+        privacy_line(report),
+        privacy_line(report | {"private": False}),
+        gguf_metadata(report, base)["description"],
+        declared_line(declared_in([report, report])),
+    ]
+    assert all(words in text for text in outputs), outputs
+    assert "data declared generated" in run("status", "runs/a", "--once").output
+    # The twin: what no site declared is marked nowhere, nor what one of several runs had private.
+    private = {key: value for key, value in report.items() if key != "declared"}
+    assert "declared" not in privacy_line(private)
+    assert declared_in([report, private]) == {}

@@ -13,6 +13,7 @@ from fedtune.errors import ConfigError, PolicyRefused
 from fedtune.launch import tune as module
 from fedtune.launch.tune import tune
 from fedtune.ledger.ledger import Ledger
+from fedtune.registry import process_cache
 from tests.cli_kit import run
 
 
@@ -68,7 +69,9 @@ def test_records_that_judge_choose_nothing(declared: Path) -> None:
         tune(declared, sites(), "t")
 
 
-def test_a_search_runs_sorts_and_goes_on_where_it_was(declared: Path) -> None:
+def test_a_search_runs_sorts_and_goes_on_where_it_was(
+    declared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = ("--sites", ".", "--records", "choose.jsonl", "--out", "t")
     first = run("tune", declared, *options, "--set", "training.learning_rate=0.1,5")
     assert first.exit_code == 0, first.output
@@ -80,6 +83,8 @@ def test_a_search_runs_sorts_and_goes_on_where_it_was(declared: Path) -> None:
     body = json.loads(reports[0].read_text())
     assert body["quality"]["gain"]["records"] == 8, "those that choose, not the 12 that judge"
     assert body["declared"] == {"north": "generated", "south": "generated"}
+    # As in a process of its own, where nothing has run a site.
+    monkeypatch.delitem(process_cache._clear, "workers")
     again = run("tune", declared, *options, "--set", "training.learning_rate=5,0.1", "--json")
     found = json.loads(again.stdout)
     assert {trial["folder"] for trial in found["trials"]} == {"trial-01", "trial-02"}

@@ -18,6 +18,7 @@ from rich.table import Table
 from fedtune.cli.exit_codes import command
 from fedtune.cli.figures import short
 from fedtune.cli.study import STUDY
+from fedtune.report.claim import rounded_up
 
 if TYPE_CHECKING:
     from fedtune.launch.tune import Search, Trial
@@ -129,10 +130,11 @@ def trials_table(search: Search) -> Table:
     table.add_column("trial", no_wrap=True)
     table.add_column("settings", overflow="fold")
     table.add_column(search.metric, justify="right", no_wrap=True)
+    table.add_column("loss", justify="right", no_wrap=True)
     table.add_column("ε", justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
     for trial in search.trials:
         settings = escape("\n".join(trial.settings))
-        figures = (short(trial.value), short(trial.epsilon))
+        figures = (short(trial.value), short(trial.loss), rounded_up(trial.epsilon))
         table.add_row(trial.folder, settings, *figures, escape(trial.error))
     return table

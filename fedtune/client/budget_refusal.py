@@ -58,10 +58,10 @@ def explain(study: Study, site: Site, ledger: Ledger) -> str:
         newest = sorted(lines, key=lambda line: -line.last)
         told = [_study(line, places) for line in newest[:MOST]]
         more = f", and {len(lines) - MOST} more studies" if len(lines) > MOST else ""
-        parts[0] += f": for {'; '.join(told)}{more}"
+        parts[0] += f", for {', '.join(told)}{more}"
     if fitting := fits(study, site, ledger.charges(name)):
         parts.append(f"what fits: {fitting}")
-    return ". ".join([*parts, TODO])
+    return "; ".join(parts)
 
 
 def explained(refusal: Refused, study: Study, sites: Sequence[Site]) -> Refused:
@@ -77,7 +77,8 @@ def explained(refusal: Refused, study: Study, sites: Sequence[Site]) -> Refused:
             ledger = Ledger(site.site.state)
             if not _within(study, site, ledger.charges(site.data.name)):
                 told.append(f"{site.site.name}: {explain(study, site, ledger)}")
-    return type(refusal)(refusal.happened, refusal.expected, " | ".join(told)) if told else refusal
+    todo = "; ".join([*told, TODO])
+    return type(refusal)(refusal.happened, refusal.expected, todo) if told else refusal
 
 
 def fits(study: Study, site: Site, charges: Sequence[Charge]) -> str:

@@ -15,17 +15,18 @@ from fedtune.ledger.ledger import Ledger
 RUNS = "runs"  # in the state folder: a ledger for each run of declared data in a consortium
 
 
-def declare(site: Site) -> None:
+def declare(site: Site, sign: bool = True) -> None:
     """Check a site's declared datasets against its ledger for life, and sign the declarations.
 
-    Does nothing for private data. To be called before the site connects: what it answers depends on
-    records, and stays here.
+    Does nothing for private data. sign: False to check alone. To be called before the site
+    connects: what it answers depends on records, and stays here.
     Errors: PolicyRefused where one was ever charged as private; DataError where it cannot be read;
     LedgerError."""
     for data in filter(None, (site.data, site.evaluation)):
         if data.declared:
             known = identities(data)
-            ledger_entries.declare(Ledger(site.site.state), data.name, data.declared, known)
+            ledger = Ledger(site.site.state)
+            ledger_entries.declare(ledger, data.name, data.declared, known, sign)
 
 
 def paid_by_run(site: Site, ledger: Path) -> Site:

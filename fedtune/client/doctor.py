@@ -14,6 +14,7 @@ from cryptography import x509
 
 from fedtune.audit import selftest
 from fedtune.bases.find import Base
+from fedtune.client.declared import declare
 from fedtune.client.policy import base_for
 from fedtune.client.reading import (
     by_reason,
@@ -68,12 +69,25 @@ def examine(path: Path, study: Study | None = None) -> Iterator[Finding]:
             ("secrets", lambda: _secrets(site)),
         ]
     )
+    if site.data.declared:
+        yield from findings([("declared data", lambda: _declared(site))])
     if study is None:
         yield from findings([("disk", lambda: machine.disk(site.site.state, machine.FREE))])
     if site.coordinator:
         yield from _network(site, path)
     if study is not None:
         yield from _for_study(site, study)
+
+
+def _declared(site: Site) -> str:
+    """Check that no declared record was ever charged as private, as the client does at its start.
+
+    Errors: PolicyRefused."""
+    if traces(site.site.state):
+        declare(site, sign=False)
+    allowed = site.policy.allow_declared_data
+    client = "" if allowed else "; `fedtune client` refuses it (policy.allow_declared_data)"
+    return f"{site.data.declared}: a run of it pays from a ledger of its own{client}"
 
 
 def _for_study(site: Site, study: Study) -> Iterator[Finding]:

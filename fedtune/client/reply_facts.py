@@ -6,7 +6,7 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message
 
-from fedtune.client.budget_refusal import explain
+from fedtune.client.budget_refusal import TODO, explain
 from fedtune.client.review import pending
 from fedtune.client.site import SiteWorker, worker
 from fedtune.client.site_file import site_file
@@ -46,7 +46,7 @@ def reply_facts(message: Message, reply: Message, context: Context) -> dict[str,
                 facts["planned"] = {site.site.site.name: planned}
     facts["text"] = f"{name}: {f'{place} ' if place else ''}{_line(facts)}"
     if study is not None and status == "refused" and "policy.max_epsilon" in reason:
-        facts["text"] += f". {explain(study, site.site, site.ledger)}"
+        facts["text"] += f"; {explain(study, site.site, site.ledger)}; {TODO}"
     reviewed = context.node_config.get("reviewed")
     if study is not None and reviewed not in (None, "", study.digest) and not place:
         facts["text"] += (

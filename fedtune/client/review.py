@@ -97,9 +97,18 @@ def review(study: Study, site: Site, ledger: Ledger) -> Review:
     sections = [
         ("What would run", _runs(study, plan, site)),
         ("What would leave this site", _leaves(study)),
-        ("What it costs", _costs(study, site, plan, ledger)),
+        ("What it costs", [*_declared(site), *_costs(study, site, plan, ledger)]),
     ]
     return Review(study.digest, sections, refused, _verdict(study, site, plan, ledger, refused))
+
+
+def _declared(site: Site) -> list[str]:
+    if not site.data.declared:
+        return []
+    return [
+        f"Nothing for life: this site declares its data {site.data.declared}, so a run pays from a "
+        "ledger of its own. What follows is of one run."
+    ]
 
 
 def would_refuse(

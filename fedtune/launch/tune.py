@@ -26,13 +26,15 @@ POINTS, SPAN = 5, 10.0  # of the grid without --set: from the plan's rate / SPAN
 @dataclass(frozen=True)
 class Trial:
     """One run of a search. settings: as `--set` takes them; value: the metric on the records that
-    choose, None where the run failed, with its error; epsilon: of the site that paid most."""
+    choose, None where the run failed, with its error; loss: on the same records, which decides
+    between equal values; epsilon: of the site that paid most."""
 
     settings: tuple[str, ...]
     folder: str
     value: float | None = None
     epsilon: float | None = None
     error: str = ""
+    loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def tune(
         if on_trial:
             on_trial(number, len(chosen), trial)
     sign = -1 if known_metric(metric).higher_is_better else 1
-    done.sort(key=lambda t: math.inf if t.value is None else sign * t.value)
+    done.sort(key=lambda t: (math.inf, 0.0) if t.value is None else (sign * t.value, t.loss or 0.0))
     return Search(metric, chooser, done)
 
 
@@ -201,12 +203,13 @@ def _trial(
         if records is not None:
             study = study.changed(evaluation={"path": str(records.absolute())})
         if not (folder / "report.json").is_file():
-            simulate(study, sites, folder, resume=True)
+            try:
+                simulate(study, sites, folder, resume=True)
+            finally:  # a trial's sites are of no use to the next one
+                process_cache.clear("workers")
         return _measured(trial, Run(folder), metric)
     except FedtuneError as error:
         return _failed(trial, error)
-    finally:
-        process_cache.clear("workers")  # a trial's sites are of no use to the next one
 
 
 def _failed(trial: Trial, error: FedtuneError) -> Trial:
@@ -223,4 +226,6 @@ def _measured(trial: Trial, run: Run, metric: str) -> Trial:
     epsilon = max(run.epsilon.values(), default=None)
     if not isinstance(value, int | float) or not math.isfinite(value):
         return Trial(trial.settings, trial.folder, None, epsilon, f"no {metric} was measured")
-    return Trial(trial.settings, trial.folder, float(value), epsilon)
+    loss = after.get("loss")
+    loss = float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else None
+    return Trial(trial.settings, trial.folder, float(value), epsilon, loss=loss)

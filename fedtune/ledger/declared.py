@@ -27,11 +27,16 @@ TODO = (
 
 
 def declare(
-    ledger: Ledger, dataset: str, what: Declared, records: Sequence[Collection[bytes]]
+    ledger: Ledger,
+    dataset: str,
+    what: Declared,
+    records: Sequence[Collection[bytes]],
+    sign: bool = True,
 ) -> None:
     """Sign the declaration that `dataset` is public or generated; the same one again is no entry.
 
-    records: of each record, the members by which the ledger knows it again (`data.identity`).
+    records: of each record, the members by which the ledger knows it again (`data.identity`); sign:
+    False to check alone.
     Errors: PolicyRefused where the name, or any of the records, was charged as private; nothing is
     entered."""
     with ledger._store.writing() as writer:
@@ -46,7 +51,7 @@ def declare(
                 "records that no study here ever trained on as private",
                 TODO,
             )
-        if ledger._account.not_private.get(dataset) != what:
+        if sign and ledger._account.not_private.get(dataset) != what:
             writer.append("declaration", {"dataset": dataset, "what": what})
 
 

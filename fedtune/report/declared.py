@@ -14,7 +14,7 @@ def declared_line(report: Mapping[str, Any]) -> str:
 
     >>> declared_line({"declared": {"north": "public"}})
     'north trained on data that its site declared public: no claim about patients is made for it. \
-It was paid from a ledger of the run, not from a budget for life.'
+It paid from a ledger of the run, not from a budget for life.'
     """
     by_site = report.get("declared")
     if not isinstance(by_site, Mapping) or not by_site:
@@ -25,13 +25,18 @@ It was paid from a ledger of the run, not from a budget for life.'
     many = len(by_site) > 1
     whose = "their sites" if many else "its site"
     kinds = " and ".join(
-        f"{', '.join(names)} trained on data that {whose} declared {kind}"
+        f"{' and '.join(names)} trained on data that {whose} declared {kind}"
         for kind, names in groups.items()
         if names
     )
+    if many:
+        return (
+            f"{kinds}: no claim about patients is made for them. They paid from ledgers of the "
+            "run, not from budgets for life."
+        )
     return (
-        f"{kinds}: no claim about patients is made for {'them' if many else 'it'}. "
-        "It was paid from a ledger of the run, not from a budget for life."
+        f"{kinds}: no claim about patients is made for it. It paid from a ledger of the run, not "
+        "from a budget for life."
     )
 
 
