@@ -62,8 +62,8 @@ CLIP_MUTANTS = (
     ),
     _one(
         30, "a-zero-adapter-is-not-clipped", TRAINING,
-        "    optimizer = _optimizer(study, engine.trained)\n",
-        "    optimizer = _optimizer(study, engine.trained)\n"
+        "    optimizer = _optimizer(study, engine.trained, round_)\n",
+        "    optimizer = _optimizer(study, engine.trained, round_)\n"
         "    if not any(array.any() for array in adapter.values()):\n"
         '        plan = plan.__class__(**{**vars(plan), "max_grad_norm": 1e6})\n',
         "tests/traps/test_trap_30_crafted_adapter.py", "round 0 is taken to be harmless",
