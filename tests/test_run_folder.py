@@ -1,0 +1,63 @@
+"""A finished study is known again by its plan, whatever digests were pinned when it started."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedtune.config import Study, load_study
+from fedtune.dp.calibration import with_rounds
+from fedtune.run_folder import already_done, is_finished
+
+DIGEST = "sha256:" + "5d" * 32
+
+
+def finished(run: Path, plan: Study, rounds: int = 2) -> Path:
+    run.mkdir(parents=True)
+    (run / "plan.json").write_text(plan.model_dump_json())
+    body = {"private": True, "study": "tiny", "privacy": {"epsilon": 7.98761}}
+    (run / "report.json").write_text(json.dumps(body | {"rounds": [{}] * rounds}))
+    return run
+
+
+@pytest.mark.parametrize(
+    "pinned",
+    [
+        {"base": {"digest": DIGEST}},
+        {"base": {"digest": DIGEST}, "lora": {"a_digest": DIGEST}},
+        {"base": {"digest": DIGEST}, "lora": {"preconditioner": {"digest": DIGEST}}},
+    ],
+)
+def test_pinned_digests_make_no_other_study(study: Path, pinned: dict[str, object]) -> None:
+    text = study.read_text()
+    if "preconditioner" in str(pinned):
+        text = text.replace("[objective]", "[lora.preconditioner]\nrank = 2\n[objective]")
+        public = '[public]\nlicence = "own"\npath = "evaluation.jsonl"\n'
+        text = text.replace("[clipping]", f"{public}[clipping]")
+        text += '[public.columns]\nprompt = "prompt"\ncompletion = "completion"\n'
+        study.write_text(text)
+    mine = load_study(study)
+    run = finished(Path("runs/tiny"), with_rounds(mine.changed(**pinned)))
+    assert is_finished(run, mine)
+    other = load_study(study, settings=["training.learning_rate=0.3"])
+    assert not is_finished(run, other)
+    pinned_otherwise = mine.changed(base={"digest": "sha256:" + "0" * 64})
+    assert not is_finished(run, pinned_otherwise), "a base that a person pinned is another study"
+
+
+def test_what_is_done_is_said_with_an_epsilon_that_is_rounded_up(study: Path) -> None:
+    mine = load_study(study)
+    run = finished(Path("runs/tiny"), with_rounds(mine))
+    line = already_done(mine, None, resume=False)
+    assert line.startswith(f"finished: {run}, ε = 7.988, 20") and "--out OTHER" in line
+    assert already_done(mine, None, resume=True) == already_done(mine, run, resume=False) == line
+    assert already_done(mine, Path("runs/other"), resume=False) == ""
+
+
+def test_an_unfinished_run_is_not_done(study: Path) -> None:
+    mine = load_study(study)
+    run = finished(Path("runs/tiny"), with_rounds(mine))
+    (run / "report.json").unlink()
+    assert already_done(mine, None, resume=False) == already_done(mine, run, resume=True) == ""
