@@ -10,12 +10,13 @@ from examples.write import read_jsonl
 from fedtune.config import load_site, load_sites, load_study
 
 
-def test_each_pair_is_two_judgements_and_the_plan_is_dpos(tmp_path: Path) -> None:
+def test_each_pair_is_two_judgements_of_one_plan(tmp_path: Path) -> None:
     prepare.write("formulary", tmp_path, tmp_path, 0)
     plan = load_study(judged.write("formulary", tmp_path))
     dpo = load_study(tmp_path / "epsilon-8.toml")
     assert plan.objective.name == "kto" and plan.objective.options == {"beta": 0.1}
-    assert (plan.training, plan.lora, plan.privacy) == (dpo.training, dpo.lora, dpo.privacy)
+    assert (plan.training.rounds, plan.lora, plan.privacy) == (4, dpo.lora, dpo.privacy)
+    assert plan.training.learning_rate == judged.RATE
     for name, declared in prepare.SOURCES["formulary"].declared.items():
         site = load_site(tmp_path / "judged" / name / "site.toml")
         pairs = read_jsonl(tmp_path / "sites" / name / "train.jsonl")
