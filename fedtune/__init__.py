@@ -76,6 +76,8 @@ if TYPE_CHECKING:
     from fedtune.evaluation.predict import predict
     from fedtune.evaluation.predictions import Predictions
     from fedtune.evaluation.run import evaluate
+    from fedtune.evidence.verify import NotGenuine, Verified
+    from fedtune.evidence.verify import verify as verify_run
     from fedtune.launch.simulate import simulate
     from fedtune.launch.tune import Search, Trial, tune
     from fedtune.ledger.ledger import Ledger
@@ -128,6 +130,7 @@ _MODULES = {
     "fedtune.evaluation.predict": "predict",
     "fedtune.evaluation.predictions": "Predictions",
     "fedtune.evaluation.run": "evaluate",
+    "fedtune.evidence.verify": "NotGenuine Verified verify_run=verify",
     "fedtune.launch.simulate": "simulate",
     "fedtune.launch.tune": "Search Trial tune",
     "fedtune.ledger.ledger": "Ledger",
@@ -164,6 +167,7 @@ __all__ = [
     "Ledger",
     "LoraTable",
     "ModelError",
+    "NotGenuine",
     "ObjectiveTable",
     "OnEvent",
     "Plan",
@@ -192,6 +196,7 @@ __all__ = [
     "StudyTable",
     "TrainingTable",
     "Trial",
+    "Verified",
     "Versions",
     "WireTable",
     "__version__",
@@ -224,6 +229,7 @@ __all__ = [
     "status",
     "tune",
     "verify_model",
+    "verify_run",
     "withdraw",
 ]
 

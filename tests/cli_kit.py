@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+from pathlib import Path
 
 import click
 import typer
@@ -54,6 +56,22 @@ bases = "any"
 max_epsilon = {most}
 allow_privacy_off = {off}
 """
+
+
+def write_study(folder: Path, base: Path) -> Path:
+    """study.toml beside two sites' folders."""
+    rows = [
+        json.dumps({"prompt": f"Record {i}: is it so?", "completion": (" yes", " no")[i % 2]})
+        for i in range(12)
+    ]
+    for name in ("north", "south"):
+        (folder / name).mkdir()
+        (folder / name / "data.jsonl").write_text("\n".join(rows))
+        (folder / name / "site.toml").write_text(SITE.format(name=name, most=8, off="false"))
+    (folder / "evaluation.jsonl").write_text("\n".join(rows))
+    path = folder / "study.toml"
+    path.write_text(STUDY.format(base=base, privacy=PRIVACY, privacy_off=""))
+    return path
 
 
 def run(*arguments: object, on: typer.Typer = app) -> Result:

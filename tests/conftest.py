@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -182,19 +181,8 @@ def hub(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Any
 @pytest.fixture
 def study(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """study.toml beside two sites' folders; the working directory is this one."""
-    from tests.cli_kit import PRIVACY, SITE, STUDY
+    from tests.cli_kit import write_study
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
-    rows = [
-        json.dumps({"prompt": f"Record {i}: is it so?", "completion": (" yes", " no")[i % 2]})
-        for i in range(12)
-    ]
-    for name in ("north", "south"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "data.jsonl").write_text("\n".join(rows))
-        (tmp_path / name / "site.toml").write_text(SITE.format(name=name, most=8, off="false"))
-    (tmp_path / "evaluation.jsonl").write_text("\n".join(rows))
-    path = tmp_path / "study.toml"
-    path.write_text(STUDY.format(base=tiny_base, privacy=PRIVACY, privacy_off=""))
-    return path
+    return write_study(tmp_path, tiny_base)

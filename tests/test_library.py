@@ -35,6 +35,7 @@ FUNCTIONS = {
     "models fetch": "find_base",
     "models list": "list_bases",
     "models verify": "verify_model",
+    "verify": "verify_run",
     "versions": "Versions",
 }
 # Processes that talk to other machines, and what a person does for them there.

@@ -26,8 +26,9 @@ from fedtune.models.run import Run
 from fedtune.models.tiny import tiny_network
 
 TRIALS = 10_000
+AUDIT = "audit.md"  # in the folder of a run that was audited
 DATA = "generated records alone; nothing of a site was read"
-__all__ = ["TRIALS", "Exposure", "OneRun", "OneStep", "audit_study", "exposure", "one_run"]
+__all__ = ["AUDIT", "TRIALS", "Exposure", "OneRun", "OneStep", "audit_study", "exposure", "one_run"]
 __all__ += ["one_step"]
 
 
@@ -44,8 +45,7 @@ def audit_study(
         out: the folder of audit.json, which is also returned.
         trials: of the one-step audit.
         run: a finished run of the study; then σ and C are the smallest and the largest that its
-            report counted, the exposure of its adapter is added, and the audit goes into its
-            report.
+            report counted, the exposure of its adapter is added, and audit.md goes into its folder.
         declared_size: matters only where the study gives expected_batch.
 
     Costs no ε: the records are generated, and an adapter that was released is public.
@@ -76,10 +76,10 @@ def audit_study(
         audit["exposure"] = asdict(exposed) | {"exposed": exposed.exposed}
     text = json.dumps(audit, indent=2, sort_keys=True, ensure_ascii=False)
     write_file(out / "audit.json", (text + "\n").encode())
-    if run and report:
-        from fedtune.report import write
+    if run and report:  # beside its report, which is signed
+        from fedtune.report.audit import section
 
-        write(run.folder, report | {"audit": audit})
+        write_file(run.folder / AUDIT, ("\n\n".join(section(audit)) + "\n").encode())
     return audit
 
 

@@ -18,6 +18,7 @@ from fedtune.cli import data, derive, models, network, plugin, tune, use_run
 from fedtune.cli import init as cli_init
 from fedtune.cli import site as cli_site
 from fedtune.cli import status as cli_observe
+from fedtune.cli import verify as cli_verify
 from fedtune.cli.exit_codes import command
 from fedtune.cli.study import SET, STUDY, load
 from fedtune.run_folder import already_done, folder_for, new_run
@@ -370,6 +371,7 @@ def client(
 
 
 use_run.add_to(app, USE)
+cli_verify.add_to(app, USE)
 models.add_to(app, USE)
 network.add_to(app)
 cli_site.add_to(app)

@@ -178,6 +178,7 @@ def _compare(asked: list[Request], heard: list[str] | None) -> None:
     Errors: ConfigError where nobody did; Refused where one differs."""
     from fedtune.errors import ConfigError, Refused
     from fedtune.flower import enrol
+    from fedtune.wire import fingerprints
 
     if heard:
         if len(heard) != len(asked):
@@ -188,7 +189,7 @@ def _compare(asked: list[Request], heard: list[str] | None) -> None:
         if len(asked) == 1:
             return enrol.compare(asked[0], heard[0])
         for request in asked:
-            if not any(enrol.same(request.fingerprint, one) for one in heard):
+            if not any(fingerprints.equal(request.fingerprint, one) for one in heard):
                 raise Refused(
                     f"the fingerprint of {request.name}'s request is {request.fingerprint}",
                     "one of those that were read out",

@@ -281,7 +281,10 @@ def audit(
     ] = 10_000,
     run: Annotated[
         Path | None,
-        typer.Option(metavar="RUN", help="A finished run: its adapter is probed, its report kept."),
+        typer.Option(
+            metavar="RUN",
+            help="Of a finished run, which is probed too, and gets audit.md.",
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where audit.json goes.")] = Path(
         "audit"
@@ -296,7 +299,7 @@ def audit(
     from fedtune.errors import Refused
 
     with Console().status("attacking"):
-        from fedtune.audit import audit_study
+        from fedtune.audit import AUDIT, audit_study
         from fedtune.models.run import Run
         from fedtune.report.audit import section
 
@@ -304,7 +307,7 @@ def audit(
             load(study, settings), out, trials=trials, run=Run(run) if run else None
         )
     Console().print(Markdown("\n\n".join(section(result))))
-    typer.echo(f"wrote {out / 'audit.json'}" + (f" and {run / 'report.md'}" if run else ""))
+    typer.echo(f"wrote {out / 'audit.json'}" + (f" and {run / AUDIT}" if run else ""))
     if not result["passed"]:
         error = Refused(
             "an audit contradicts the claim", todo="do not release; run `fedtune doctor`"

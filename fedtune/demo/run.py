@@ -8,9 +8,11 @@ from typing import Any
 from fedtune import report
 from fedtune.config import Site, Study, load_sites, load_study
 from fedtune.demo.generate import write
+from fedtune.evidence.sign import sign_files
 from fedtune.launch.simulate import simulate
 from fedtune.models.run import Run
 from fedtune.progress import OnEvent
+from fedtune.wire.keys import SigningKey
 
 
 def run_demo(
@@ -35,13 +37,15 @@ def run_demo(
     forward("step", {"text": "inventing three hospitals"})
     study = load_study(write(out / "data", seed=seed))
     sites = load_sites(out / "data" / "sites")
-    run = simulate(study, sites, out, on_event=forward)
+    key = SigningKey()
+    run = simulate(study, sites, out, on_event=forward, key=key)
     if alone:
         accuracy = {
             site.site.name: _alone(study, site, out / "alone" / site.site.name, on_event)
             for site in sites
         }
         report.write(out, run.report | {"alone": accuracy})
+        sign_files(out, key)
     for event in done_events:
         if on_event:
             on_event(*event)

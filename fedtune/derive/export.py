@@ -11,6 +11,8 @@ from fedtune.bases.find import Base
 from fedtune.derive.gguf import Stored
 from fedtune.derive.model_card import gguf_metadata, write_card
 from fedtune.errors import ConfigError
+from fedtune.evidence.sign import carry
+from fedtune.evidence.verify import is_signed, verify
 from fedtune.files.writing import drafted
 from fedtune.models.adapter_files import ADAPTER, HEAD
 from fedtune.models.run import Run
@@ -35,14 +37,17 @@ def export(run: Run, out: Path | str, to: Kind = "hf", stored: Stored | None = N
     them. Merging is post-processing: the model's guarantee is the run's.
     Guarantee: `out` is whole or not there; a classifier's logits were compared with the run's.
 
-    Errors: InputError, ConfigError (nothing to merge; `out` exists; the format cannot hold it),
-    ModelError, InfrastructureError."""
+    Errors: NotGenuine (the run is not as it was signed), InputError, ConfigError (nothing to merge;
+    `out` exists; the format cannot hold it), ModelError, InfrastructureError."""
     stored = stored or ("float32" if to == "hf" else "float16")
     if to == "hf" and stored == "q8_0":
         raise ConfigError("--dtype q8_0: a storage of GGUF", "float32, bfloat16 or float16")
     out = Path(out)
     if out.exists():
         raise ConfigError(f"{out}: exists", "a new name", "choose another --out")
+    signed = is_signed(run.folder)
+    if signed:
+        verify(run.folder)
     report = run.report
     headed = (run.folder / "adapter" / HEAD).is_file()
     _check(run, headed, to, stored)
@@ -61,6 +66,8 @@ def export(run: Run, out: Path | str, to: Kind = "hf", stored: Stored | None = N
             with tempfile.TemporaryDirectory(dir=out.parent, prefix=".exporting-") as name:
                 base = _write_merged(run, Path(name), "float32")
                 write_gguf(Path(name), draft, stored, gguf_metadata(report, base), base.licence)
+        if signed and to == "hf":
+            carry(run.folder, draft)
     return out
 
 

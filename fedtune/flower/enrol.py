@@ -44,6 +44,8 @@ from fedtune.config.address import host_and_port
 from fedtune.errors import ConfigError, InfrastructureError, Refused
 from fedtune.files import reading, writing
 from fedtune.flower import certs
+from fedtune.wire import fingerprints
+from fedtune.wire.fingerprints import PURPOSE
 from fedtune.wire.keys import SigningKey, canonical, verifies
 
 EC = ec.EllipticCurvePublicKey
@@ -51,7 +53,6 @@ FORMAT = 1  # of nodes/*.json; raised when an older release could misread a reco
 MAX_BYTES = 65_536  # of a request or a record
 MAX_PLAN = 500_000  # characters of a plan in an answer
 PLAN = "plan.json"  # in the coordinator's home: the plan as it is sent
-PURPOSE = b"fedtune enrolment\0"
 FIELDS = {"name", "node", "csr", "signing"}
 SIGNATURES = {"node_signature", "signature"}
 
@@ -106,7 +107,7 @@ class Answer:
     def fingerprint(self) -> str:
         """Fingerprint of the consortium: the same for every site, to be compared by phone as
         well."""
-        return consortium(self.ca, self.coordinator)
+        return fingerprints.of_consortium(self.ca, self.coordinator)
 
 
 def enroll(name: str, keys: Path, signing: SigningKey, out: Path) -> str:
@@ -158,7 +159,7 @@ def read_request(path: Path) -> Request:
 
 def compare(request: Request, fingerprint: str) -> None:
     """Errors: Refused where the fingerprint that was read out is another one."""
-    if not same(fingerprint, request.fingerprint):
+    if not fingerprints.equal(fingerprint, request.fingerprint):
         raise Refused(
             f"the request's fingerprint is {request.fingerprint}",
             fingerprint,
@@ -274,11 +275,6 @@ def tls_digest(key: EC) -> str:
     return hashlib.sha256(key.public_bytes(serialization.Encoding.DER, form)).hexdigest()
 
 
-def consortium(ca: str, coordinator: str) -> str:
-    """The consortium's fingerprint: of its CA's certificate and its coordinator's signing key."""
-    return _fingerprint({"ca": ca, "coordinator": coordinator})
-
-
 def _distinct(new: Record, other: Record) -> None:
     """No key serves two names, and no revoked node or TLS key comes back."""
     taken = {"node": new.node == other.node, "TLS": new.tls == other.tls}
@@ -372,19 +368,4 @@ def _p384(key: object) -> EC:
 
 def _of_keys(name: str, node: str, tls: EC, signing: str) -> str:
     """Compute a site's fingerprint over its name and three keys; equal for each of its requests."""
-    keys = {"name": name, "node": node, "tls": tls_digest(tls), "signing": signing}
-    return _fingerprint(keys)
-
-
-def _fingerprint(fields: dict[str, Any]) -> str:
-    digits = hashlib.sha256(PURPOSE + canonical(fields)).hexdigest()[:20]
-    return " ".join(digits[i : i + 4] for i in range(0, 20, 4))
-
-
-def same(one: str, other: str) -> bool:
-    """Whether two fingerprints are equal, however they are spaced and spelled."""
-    return _normalised(one) == _normalised(other)
-
-
-def _normalised(fingerprint: str) -> str:
-    return "".join(fingerprint.split()).replace("-", "").lower()
+    return fingerprints.of_site(name, node, tls_digest(tls), signing)

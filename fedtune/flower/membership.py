@@ -32,6 +32,7 @@ from fedtune.errors import ConfigError, FedtuneError, Refused
 from fedtune.files import writing
 from fedtune.flower import certs, enrol
 from fedtune.flower.enrol import EC, Answer
+from fedtune.wire import fingerprints
 from fedtune.wire.seal import check_plan
 
 MAX_BYTES = 2**20  # of an answer
@@ -70,7 +71,7 @@ def read(path: Path, tls: EC, name: str, expected: str = "") -> Answer:
         host_and_port(received.address)
     except ValueError as error:
         raise ConfigError(f"{path}: its address {error}", todo=AGAIN) from None
-    if expected and not enrol.same(expected, received.fingerprint):
+    if expected and not fingerprints.equal(expected, received.fingerprint):
         raise Refused(
             f"{path}: the consortium's fingerprint is {received.fingerprint}",
             f"{expected[:40]}, as it was read out",

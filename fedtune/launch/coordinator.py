@@ -59,6 +59,7 @@ from fedtune.flower.processes import (
     reachable,
 )
 from fedtune.progress import OnEvent
+from fedtune.wire import fingerprints
 from fedtune.wire.keys import SigningKey
 
 Run = Callable[..., dict[str, Any]]  # fedtune.server.rounds.run, or a stand-in
@@ -135,8 +136,8 @@ def called(host: str, port: int, names: Sequence[str] = ()) -> str:
 
 def listening(study: Study, home: Path, address: str) -> dict[str, Any]:
     """Describe a coordinator that has begun to listen, with what its operator does next."""
-    ca = certs.ca(home)[1].public_bytes(certs.PEM).decode()
-    fingerprint = enrol.consortium(ca, SigningKey.at(home / "signing.key").public)
+    ca = _ca(home)
+    fingerprint = fingerprints.of_consortium(ca, SigningKey.at(home / "signing.key").public)
     names = sorted(enrol.registry(home))
     least = study.strategy.min_sites
     lines = [
@@ -336,6 +337,10 @@ class Members:
         allowance.write(self._home, self._asked)
 
 
+def _ca(home: Path) -> str:
+    return certs.ca(home)[1].public_bytes(certs.PEM).decode()
+
+
 def _installed_rounds(home: Path, on_event: OnEvent | None) -> Run:
     from fedtune.server import rounds
     from fedtune.server.parts import Dependencies, Settings
@@ -345,6 +350,16 @@ def _installed_rounds(home: Path, on_event: OnEvent | None) -> Run:
     parts = Dependencies(
         enrolled=members,
         expect=members.expect,
-        settings=Settings(key=key, receipts=receipts, plan=home / enrol.PLAN, waits=True),
+        settings=Settings(
+            key=key,
+            receipts=receipts,
+            plan=home / enrol.PLAN,
+            ca=_ca(home),
+            registry=lambda: {
+                name: {"node": record.node, "tls": record.tls}
+                for name, record in enrol.registry(home).items()
+            },
+            waits=True,
+        ),
     )
     return functools.partial(rounds.run, parts=parts)

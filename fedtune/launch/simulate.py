@@ -20,6 +20,7 @@ from fedtune.errors import (
 from fedtune.models.run import Run
 from fedtune.progress import OnEvent
 from fedtune.run_folder import LEDGERS, new_run
+from fedtune.wire.keys import SigningKey
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -37,6 +38,7 @@ def simulate(
     engine: Literal["in-process", "ray"] = "in-process",
     processes: int = 1,
     rounds: int | None = None,
+    key: SigningKey | None = None,
 ) -> Run:
     """Run a whole study on this machine, with the server, client and ledgers of a deployment.
 
@@ -47,6 +49,7 @@ def simulate(
         engine: "ray" is Flower's own simulation runtime.
         processes: how many sites train at once, in processes that share the base's weights.
         rounds: of a study with a [schedule], the round to stop after; no time is waited.
+        key: signs the run; without it one that is made for this run, and kept nowhere.
 
     A site reads its file again before each round. One that was made or changed in memory is written
     to site.toml in its state folder first. A site whose data is declared public or generated pays
@@ -74,8 +77,8 @@ def simulate(
     _describe_queries(study, len(sites), on_event)
     try:
         with _declared(sites, out) as paying:
-            files = list(map(site_file, paying))
-            return _run(study, files, out, resume, on_event, engine, processes, rounds)
+            files, own = list(map(site_file, paying)), key or SigningKey()
+            return _run(study, files, out, resume, on_event, engine, processes, rounds, own)
     except Refused as refusal:
         raise explained(refusal, study, sites) from None
     finally:
@@ -92,13 +95,14 @@ def _run(
     engine: str,
     processes: int,
     rounds: int | None,
+    key: SigningKey,
 ) -> Run:
     from fedtune.server import rounds as server_rounds
     from fedtune.server.parts import Dependencies, Settings
     from fedtune.server.schedule import SimulatedClock
 
     common: dict[str, Any] = {"resume": resume, "on_event": on_event}
-    settings = Settings(pause=1.0, clock=SimulatedClock(), upto=rounds, skip=False)
+    settings = Settings(key=key, pause=1.0, clock=SimulatedClock(), upto=rounds, skip=False)
     if engine == "ray":
         from fedtune.launch.ray import simulate_ray
 

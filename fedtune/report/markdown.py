@@ -23,7 +23,6 @@ MOST_COLUMNS = 6  # of sites beside each other
 
 def markdown(report: dict[str, Any]) -> str:
     """The whole report as Markdown. Text that came from a site is escaped and cut to one line."""
-    from fedtune.report.audit import section  # which writes with this module's cell and table
     from fedtune.report.derived import section as derived
     from fedtune.report.merged import section as merged
     from fedtune.report.provenance import section as provenance
@@ -45,7 +44,6 @@ def markdown(report: dict[str, Any]) -> str:
         _private_quality(report) if report.get("private") else "",
         _alone(report["quality"]["metric"], report["alone"]) if report.get("alone") else "",
         _sites(report.get("privacy") or {}) if report.get("private") else "",
-        *section(report.get("audit") or {}),
         _ranks(report.get("lora_ranks") or {}),
         _rounds(report.get("rounds") or []) if ran else "",
         _wire(report.get("wire") or {}, report.get("rounds") or []),
@@ -292,7 +290,7 @@ def _base(report: dict[str, Any]) -> str:
     base, parts = report.get("base") or {}, []
     rows = [[cell(key), cell(base.get(key))] for key in ("name", "digest", "licence", "dtype")]
     parts.append(f"## Base model\n\n{table(['', ''], rows, numbers=False)}")
-    handled = {"privacy", "quality", "base", "rounds", "sites", "audit", "absences", "wire"}
+    handled = {"privacy", "quality", "base", "rounds", "sites", "absences", "wire"}
     handled |= {"merge", "derived", "lora_ranks", "teacher", "declared"}
     for key, value in sorted(report.items()):
         if key not in handled and isinstance(value, dict) and value:

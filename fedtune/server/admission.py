@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import time
@@ -29,10 +28,10 @@ from fedtune.flower.arrays import (
 from fedtune.flower.enrol import Member
 from fedtune.server.bound import Terms
 from fedtune.server.exchange import Reply, ask, clean, size
-from fedtune.wire import codec
+from fedtune.wire import codec, seal, step_summary
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.protocol import OtherProtocol, check_peer, version_fields
-from fedtune.wire.seal import Header, SealError, body_digest, opened, sign_plan
+from fedtune.wire.seal import Header, SealError, sign_plan
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 NOT_ENROLLED = "it is not enrolled with this signing key, or was revoked"
@@ -251,7 +250,8 @@ def _lora_rank(reply: Reply, lora: LoraTable | None) -> int | None:
 class Tally:
     """One round in progress. failures: how often each site failed to deliver; counted: accepted
     updates by idempotency key, since a retry and a replay are both new messages; largest: a site's
-    largest weight (0: not computed yet); weights: site -> that weight, where it declared more."""
+    largest weight (0: not computed yet); weights: site -> that weight, where it declared more;
+    evidence: site -> what it signed of its update."""
 
     number: int
     participants: list[str] = field(default_factory=list)
@@ -260,6 +260,7 @@ class Tally:
     failures: Counter[str] = field(default_factory=Counter)
     started: float = field(default_factory=time.monotonic)
     counted: set[tuple[str, int, str]] = field(default_factory=set)
+    evidence: dict[str, dict[str, Any]] = field(default_factory=dict)
     largest: int = 0
     weights: dict[str, int] = field(default_factory=dict)
 
@@ -267,8 +268,9 @@ class Tally:
         """Return whether an update of (study, round, site) was counted already."""
         return (study, self.number, name) in self.counted
 
-    def count(self, study: str, name: str) -> None:
+    def count(self, study: str, name: str, evidence: dict[str, Any]) -> None:
         self.counted.add((study, self.number, name))
+        self.evidence[name] = evidence
         self.participants.append(name)
         why = self.missing.pop(name, "")
         if why and not why.startswith("unprepared"):  # it was sent the plan again, at once
@@ -285,6 +287,7 @@ class Outcome:
     update: Arrays = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
     ledger: dict[str, Any] = field(default_factory=dict)  # the site's statement of its head
+    evidence: dict[str, Any] = field(default_factory=dict)  # what it signed, without the arrays
 
 
 def outcome(
@@ -322,7 +325,7 @@ def outcome(
         reported = status if status in ("refused", "unprepared") else "failed"
         return Outcome(str(reported), clean(site.get("reason")) or "no reason given")
     try:
-        ledger = _opened(site, arrays, key, expected)
+        ledger, evidence = _opened(site, arrays, key, expected)
         agreed = codec.shapes(like)
         check_agreed(arrays, codec.layout(agreed, encoding))
         update = codec.decode(from_record(arrays), agreed)
@@ -333,16 +336,22 @@ def outcome(
         return Outcome("dropped", str(error))
     except WireError as error:
         return Outcome("dropped", clean(f"its update is not as agreed: {error}"))
-    return Outcome(done, "", update, events, ledger)
+    return Outcome(done, "", update, events, ledger, evidence)
 
 
 class _DroppedUpdate(Exception):
     """An update is dropped, for this reason."""
 
 
-def _opened(site: ConfigRecord, arrays: ArrayRecord, key: str, expected: Header) -> dict[str, Any]:
-    """Verify a sealed update and return its ledger statement. Errors: SealError."""
-    return opened(site, key, replace(expected, body=body_digest(bodies(arrays), site)))
+def _opened(
+    site: ConfigRecord, arrays: ArrayRecord, key: str, expected: Header
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Verify a sealed update; return its ledger statement, and what proves later that the site sent
+    it. Errors: SealError."""
+    digest = seal.arrays_digest(bodies(arrays))
+    ledger = seal.opened(site, key, replace(expected, body=seal.digest_of(digest, site)))
+    sealed = {name: site[name] for name in seal.OUTSIDE}
+    return ledger, sealed | {"arrays": digest, "said": seal.texts_of(site)}
 
 
 def _check_numbers(update: Arrays, longest: float) -> None:
@@ -380,21 +389,6 @@ def _check_log(events: list[dict[str, Any]], steps_before: int, terms: Terms | N
 def _events(text: Any) -> list[dict[str, Any]]:
     """Parse the site's step log summary. Errors: _DroppedUpdate."""
     try:
-        return _parsed(text)
+        return step_summary.parse(text)
     except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
         raise _DroppedUpdate("its step log is malformed") from None
-
-
-def _parsed(text: Any) -> list[dict[str, Any]]:
-    if not isinstance(text, str) or len(text) > 100_000:
-        raise ValueError("events")
-    events = []
-    for raw in json.loads(text):
-        event = {key: float(raw[key]) for key in ("sigma", "q", "max_grad_norm")}
-        finite = all(math.isfinite(value) and value > 0 for value in event.values())
-        counts = {key: raw[key] for key in ("records", "steps")}
-        counted = all(type(n) is int and 0 < n < 10**9 for n in counts.values())
-        if not finite or event["q"] > 1 or not counted:
-            raise ValueError("events")
-        events.append({**event, **counts})
-    return events

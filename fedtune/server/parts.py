@@ -141,16 +141,19 @@ def _report(out: Path, report: dict[str, Any]) -> None:
 class Settings:
     """How a coordinator runs a study. key: its signing key; receipts: file for the sites' newest
     receipts beyond one run (None: only in the run's checkpoint); plan: file for the plan as it is
-    sent (None: not stored); patience: seconds to wait at the start until strategy.min_sites sites
-    admit the plan; waits: wait for sites longer than that, as long as none has refused; pause:
-    seconds before the first retry of a round (twice that before the second, and so on); clock,
-    upto: of a continuous study, the time of day, and the round to stop after (None: until it is
-    stopped); skip: leave out a round that too few sites delivered, and continue with the next
-    slot's."""
+    sent (None: not stored); ca: the consortium's certificate (PEM; "" in a simulation); registry:
+    tells each admitted site's keys beside its signing key, as its fingerprint holds them; patience:
+    seconds to wait at the start until strategy.min_sites sites admit the plan; waits: wait for
+    sites longer than that, as long as none has refused; pause: seconds before the first retry of a
+    round (twice that before the second, and so on); clock, upto: of a continuous study, the time of
+    day, and the round to stop after (None: until it is stopped); skip: leave out a round that too
+    few sites delivered, and continue with the next slot's."""
 
     key: SigningKey = field(default_factory=SigningKey)
     receipts: Path | None = None
     plan: Path | None = None
+    ca: str = ""
+    registry: Callable[[], Mapping[str, dict[str, str]]] = dict
     patience: float = 120.0
     waits: bool = False
     pause: float = 10.0

@@ -55,6 +55,7 @@ class Queries:
         for name, answer in answers.items():
             self.progress.queries[name] = answer.events
             self.progress.receipts[name] = seal.receipt(self.key, answer.ledger)
+            entry.setdefault("query_evidence", {})[name] = answer.evidence
         pool = pooled(answers.values()) | {"sites": sorted(answers), "missing": missing}
         entry["private_quality"] = pool
         return pool

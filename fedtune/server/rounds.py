@@ -5,7 +5,6 @@ loses at most the round in progress, and `resume` goes on from there."""
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import shutil
@@ -23,6 +22,7 @@ from flwr.serverapp import Grid
 from fedtune import strategies
 from fedtune.config import Study
 from fedtune.errors import ConfigError, InfrastructureError
+from fedtune.evidence.sign import sign
 from fedtune.files.writing import replace
 from fedtune.models import preconditioner
 from fedtune.models.rank_slice import pad_update, rank_slice, slice_update
@@ -113,9 +113,8 @@ class _Run:
             self.continuous = Continuous(out, progress, parts, self._event)
         elif self.study.evaluation:
             self._evaluator = parts.evaluator(self.study, progress.frozen)
-        self._selector: Measures | None = None
-        if self.study.selection:
-            self._selector = parts.evaluator(step.selecting(self.study), progress.frozen)
+        chosen_on = step.selecting(self.study) if self.study.selection else None
+        self._selector = parts.evaluator(chosen_on, progress.frozen) if chosen_on else None
 
     @property
     def evaluator(self) -> Measures | None:
@@ -136,7 +135,7 @@ class _Run:
         if self.queries.due():  # the run broke off between a round and the query after it
             self.roster.join()
             self._query()
-        self._write_metrics()
+        store.write_metrics(self.out, self.progress.history)
         if self.continuous:
             self.continuous.begin()
         while not self._is_over:
@@ -168,7 +167,7 @@ class _Run:
             self._event("step", text=str(error))
             return
         self.continuous.judge()
-        self.parts.report(self.out, self._report())
+        self._publish()
 
     def _admit(self) -> None:
         """Wait for min_sites to admit the plan. Errors: Refused, InfrastructureError."""
@@ -269,7 +268,7 @@ class _Run:
                 result = replace_fields(result, reason=self._cap_reason(name, weight, declared))
             self.strategy.add(pad_update(result.update, adapter, columns), float(weight))
             self.progress.events[name] = result.events
-            tally.count(self.study.digest, name)
+            tally.count(self.study.digest, name, result.evidence)
         else:
             tally.failures[name] += result.status != "unprepared"
             tally.missing[name] = f"{result.status}: {result.reason}"
@@ -308,6 +307,7 @@ class _Run:
             "missing": self.roster.out() | tally.missing,
             "late": dict(sorted(tally.late.items())),
             **(extra | summary.declarations(self.roster.declared, tally.participants)),
+            "evidence": tally.evidence,
             "quality": {},
             "epsilon": summary.epsilons(progress, self.parts),
             "bytes_up": dict(sorted(self.roster.up.items())),
@@ -328,9 +328,9 @@ class _Run:
         self._enter(Phase.KEPT)
         if self.queries.due():
             self._query()
-        self._write_metrics()
+        store.write_metrics(self.out, progress.history)
         moved = sum(entry["bytes_up"].values()) + sum(entry["bytes_down"].values())
-        self._event("round", **{**entry, "bytes": moved})
+        self._event("round", **store.figures(entry), bytes=moved)
 
     def _query(self) -> None:
         """Run the newest round's private evaluation; asked again, sites resend their answers."""
@@ -367,11 +367,17 @@ class _Run:
             self.parts.save(self.study, progress.adapter, progress.frozen, draft)
             shutil.rmtree(folder, ignore_errors=True)
             draft.rename(folder)
-        report = self._report()
-        self.parts.report(self.out, report)
+        report = self._publish()
         if not self.continuous:  # it may go on
             self._enter(Phase.FINISHED)
         self._event("done", out=str(self.out), privacy=report["privacy"], quality=report["quality"])
+        return report
+
+    def _publish(self) -> dict[str, Any]:
+        """Write the report, and sign it with the adapter and what the sites signed."""
+        own, ran = self.settings, self.progress
+        self.parts.report(self.out, report := self._report())
+        sign(self.out, ran.study, own.key, own.ca, ran.keys, own.registry(), ran.history)
         return report
 
     def _report(self) -> dict[str, Any]:
@@ -383,11 +389,6 @@ class _Run:
             report |= {"continuous": self.continuous.report()}
             report["quality"] = {**report["quality"], **self.continuous.quality()}
         return report
-
-    def _write_metrics(self) -> None:
-        """Write metrics.jsonl anew: after a crash it agrees with the checkpoint again."""
-        lines = [json.dumps(entry, sort_keys=True) + "\n" for entry in self.progress.history]
-        replace(self.out / "metrics.jsonl", "".join(lines).encode())
 
     def _on_status(self, name: str, status: str, reason: str, round_: int | None = None) -> None:
         if round_ is None and status != "failed":

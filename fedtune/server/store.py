@@ -201,6 +201,20 @@ def keep_plan(path: Path | None, message: RecordDict) -> None:
         replace(path, text.encode(), private=True)
 
 
+EVIDENCE = ("evidence", "query_evidence")  # of a round: what sites signed, which is no figure
+
+
+def figures(entry: dict[str, Any]) -> dict[str, Any]:
+    """A round's entry in the history, without what the sites signed."""
+    return {key: value for key, value in entry.items() if key not in EVIDENCE}
+
+
+def write_metrics(out: Path, history: list[dict[str, Any]]) -> None:
+    """Write metrics.jsonl anew: after a crash it agrees with the checkpoint again."""
+    lines = [json.dumps(figures(entry), sort_keys=True) + "\n" for entry in history]
+    replace(out / "metrics.jsonl", "".join(lines).encode())
+
+
 class Receipts:
     """The newest receipt of each site, by its public key, beyond any one run; None: not stored.
 

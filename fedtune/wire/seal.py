@@ -43,23 +43,37 @@ class Header:
 
 
 def body_digest(arrays: Mapping[str, bytes], fields: Mapping[str, Any] | None = None) -> str:
-    """sha256 over every array's name, length and bytes, sorted by name, and over the message's
-    text fields (without the header and the signature themselves).
+    """sha256 over the arrays' digest and the message's text fields, but the header and signature:
+    who has that digest alone can check what was said beside the arrays.
 
     Errors: SealError where `fields` holds anything but short text."""
+    return digest_of(arrays_digest(arrays), fields)
+
+
+def arrays_digest(arrays: Mapping[str, bytes]) -> str:
+    """sha256 over every array's name, length and bytes, sorted by name."""
     total = hashlib.sha256()
     for name, content in sorted(arrays.items()):
         total.update(f"{len(name.encode())}:{name}:{len(content)}:".encode())
         total.update(content)
-    if fields is not None:
-        texts = {name: text for name, text in fields.items() if name not in OUTSIDE}
-        if not all(isinstance(text, str) and len(text) <= LONGEST for text in texts.values()):
-            raise SealError("what its answer says beside its arrays is malformed")
-        try:
-            total.update(b"said:" + canonical(texts))
-        except UnicodeEncodeError:
-            raise SealError("what its answer says beside its arrays is malformed") from None
     return total.hexdigest()
+
+
+def digest_of(arrays: str, fields: Mapping[str, Any] | None) -> str:
+    """The body_digest of a message whose arrays have this digest. Errors: SealError."""
+    said = None if fields is None else texts_of(fields)
+    try:
+        return hashlib.sha256(canonical({"arrays": arrays, "said": said})).hexdigest()
+    except UnicodeEncodeError:
+        raise SealError("what its answer says beside its arrays is malformed") from None
+
+
+def texts_of(fields: Mapping[str, Any]) -> dict[str, str]:
+    """The text fields that a seal covers. Errors: SealError where one is not short text."""
+    texts = {name: text for name, text in fields.items() if name not in OUTSIDE}
+    if not all(isinstance(text, str) and len(text) <= LONGEST for text in texts.values()):
+        raise SealError("what its answer says beside its arrays is malformed")
+    return texts
 
 
 def seal(key: SigningKey, header: Header) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from fedtune.cli.main import app
 from fedtune.errors import DataError, InputError
 from fedtune.files import writing
-from fedtune.server import rounds, store, versions
+from fedtune.server import store, versions
 from fedtune.server.continuous import Continuous
 from fedtune.server.schedule import SimulatedClock
 from fedtune.server.versions import Version, Versions
@@ -91,7 +91,7 @@ KILLS = [
     ("the first version's files", Versions, "_put", 1),
     ("the first index", Versions, "_write", 1),
     ("the first link", Versions, "_settle", 1),
-    ("metrics", rounds._Run, "_write_metrics", 3),
+    ("metrics", store, "write_metrics", 3),
 ]
 
 

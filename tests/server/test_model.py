@@ -247,7 +247,7 @@ def test_the_twin_that_takes_any_round_and_nonce_is_caught(
         return opened(site, key, replace(wanted, nonce=said["nonce"], round=said["round"]))
 
     world.advance(1)
-    monkeypatch.setattr("fedtune.server.admission.opened", lax)
+    monkeypatch.setattr("fedtune.wire.seal.opened", lax)
     world.network.faults[world.nodes["a"]] = "replay"
     world.advance(1)
     world.check()  # the step log shows no new step: a second line of defence

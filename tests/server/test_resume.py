@@ -53,7 +53,7 @@ PHASES = [
     ("its transaction", store, "_commit", 5),
     ("older arrays", store, "_prune", 5),
     ("a file put in place", os, "replace", 7),
-    ("metrics", rounds._Run, "_write_metrics", 3),
+    ("metrics", store, "write_metrics", 3),
     ("adapter and report", rounds._Run, "_finish", 1),
     ("the end", store, "save", 10),
 ]

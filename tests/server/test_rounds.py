@@ -30,7 +30,8 @@ def test_a_run_writes_everything_and_says_what_happened(trial):
     (planned,) = (data for kind, data in run.events if kind == "planned")
     assert planned["participants"] == ["a", "b", "c"] == list(planned["planned"])
     assert sorted(p.name for p in (run.folder / "out").iterdir()) == [
-        "adapter", "checkpoint", "metrics.jsonl", "plan.json",
+        "adapter", "checkpoint", "evidence.json", "metrics.jsonl", "plan.json",
+        "signature.json",
     ]  # fmt: skip
     assert [line["round"] for line in metrics(run)] == [1, 2, 3, 4]
     assert body["privacy"]["steps"] == 4 and body["privacy"]["sites"].keys() == {"a", "b", "c"}

@@ -75,8 +75,8 @@ def test_a_study_runs_from_files_to_report(world: Path):
     assert body["quality"]["before"]["loss"] != body["quality"]["after"]["loss"]
     names = {path.name for path in (world / "out").iterdir()}
     assert names == {
-        "adapter", "checkpoint", "metrics.jsonl", "plan.json",
-        "progress.png", "report.json", "report.md",
+        "adapter", "checkpoint", "evidence.json", "metrics.jsonl", "plan.json",
+        "progress.png", "report.json", "report.md", "signature.json",
     }  # fmt: skip
     adapter = load_file(world / "out" / "adapter" / "adapter_model.safetensors")
     moved = [np.abs(a).max() for n, a in adapter.items() if "lora_B" in n]

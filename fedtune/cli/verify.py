@@ -1,0 +1,94 @@
+"""The command that checks what a run's folder proves."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedtune.cli.exit_codes import command
+
+if TYPE_CHECKING:
+    from fedtune.evidence.verify import Verified
+
+PATH = Annotated[
+    Path,
+    typer.Argument(metavar="PATH", help="A run, or an exported model.", show_default=False),
+]
+TRUST = Annotated[
+    str,
+    typer.Option(
+        metavar="FINGERPRINT",
+        help="The consortium's, as its coordinator reads it out. Without it nobody is trusted.",
+        show_default=False,
+    ),
+]
+SITES = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--site",
+        metavar="NAME=FINGERPRINT",
+        help="A site's, as it reads it out; repeat it.",
+    ),
+]
+
+
+def add_to(app: typer.Typer, panel: str) -> None:
+    """Register the command on `app`."""
+    command(app, panel=panel)(verify)
+
+
+def verify(
+    path: PATH,
+    trust: TRUST = "",
+    sites: SITES = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For a program.")] = False,
+) -> None:
+    """Verify a run that somebody handed over: signatures, digests, and ε from the sites' step logs.
+
+    Offline, from the folder alone. Anything that was changed is named: exit 2. A folder carries its
+    own keys, so it only proves something to who knows whose they are: without --trust, or signed by
+    somebody else, exit 3."""
+    from fedtune.errors import ConfigError, Refused
+    from fedtune.evidence.verify import verify as check
+
+    pairs = dict(text.partition("=")[::2] for text in sites or ())
+    if not all(pairs.values()):
+        raise ConfigError("--site: no fingerprint", "NAME=FINGERPRINT")
+    found = check(path, trust, pairs)
+    typer.echo(json.dumps(asdict(found), ensure_ascii=False) if as_json else _lines(found))
+    if not found.trusted:
+        raise Refused(
+            "consistent, signer unknown: whoever made this folder may have made its keys too",
+            "--trust FINGERPRINT, read out by the coordinator",
+            "a simulation shows its fingerprint when it ends" if found.simulated else "",
+        )
+
+
+def _lines(found: Verified) -> str:
+    claim = "NOT PRIVATE"
+    if found.epsilon is not None:
+        claim = f"ε = {found.epsilon:.4g}, δ = {found.delta:g} per {found.unit}"
+        claim += f", from the step logs that {len(found.sites)} sites signed"
+    kind = "a simulation" if found.simulated else "the coordinator of consortium"
+    lines = [
+        f"study        {found.study}, {found.plan}",
+        f"privacy      {claim}",
+        f"signed by    {kind} {found.signer}" + (" (trusted)" if found.trusted else ""),
+        f"files        {found.files}, as they were signed; {found.updates} updates",
+    ]
+    for name, site in found.sites.items():
+        spent = f"ε = {site['epsilon']:.4g}, {site['steps']} steps" if "epsilon" in site else ""
+        keys = site["fingerprint"] or f"key {site['key'][:16]}…, not enrolled"
+        lines.append(f"site         {name}: {keys}; {spent}".rstrip("; "))
+    if found.not_signed:
+        lines.append(f"not signed   {', '.join(found.not_signed)}")
+    if found.exported:
+        lines.append(
+            "exported     from the run above; that its weights were merged from that adapter"
+        )
+        lines.append("             is not proven here: export it again to compare")
+    return "\n".join(lines)

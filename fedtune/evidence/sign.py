@@ -1,0 +1,88 @@
+"""Sign a run: what the sites signed, the figures, and the adapter, under one signature.
+
+    RUN/evidence.json    of every update that was counted: the site's seal and its step log
+    RUN/signature.json   sha256 of the folder's files, signed by the coordinator's key
+
+Both are canonical JSON, so that each content has one spelling. What a site signed is complete but
+for the arrays, of which the digest is kept: the step log is in it, the update is not."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedtune.config import Study
+from fedtune.files.writing import replace
+from fedtune.wire.keys import SigningKey, canonical
+
+EVIDENCE, SIGNATURE = "evidence.json", "signature.json"
+FORMAT = "fedtune-evidence-1"
+PURPOSE = b"fedtune run\0"
+FILES = ("plan.json", "report.json", "report.md", "progress.png", "metrics.jsonl", EVIDENCE)
+ADAPTER, VERSIONS = "adapter", "versions"  # in a study with a [schedule] the first is a link
+RUN = "run"  # in an exported model: the folder of what it was made of
+UNSIGNED = ("index.json",)  # of VERSIONS: a person may choose another version later
+
+
+def sign(
+    run: Path,
+    study: Study,
+    key: SigningKey,
+    ca: str,
+    keys: Mapping[str, str],
+    registry: Mapping[str, Mapping[str, str]],
+    history: Sequence[Mapping[str, Any]],
+) -> None:
+    """Write evidence.json and signature.json.
+
+    key, ca: the coordinator's, as the consortium's fingerprint holds them; keys: each site's public
+    signing key; registry: an admitted site's other two; history: the rounds, with what sites
+    signed. Errors: InfrastructureError."""
+    sites = {name: {**registry.get(name, {}), "signing": keys[name]} for name in sorted(keys)}
+    content = {
+        "format": FORMAT,
+        "plan": study.digest,
+        "sites": sites,
+        "updates": [*_updates(history)],
+    }
+    replace(run / EVIDENCE, canonical(content))
+    sign_files(run, key, ca)
+
+
+def sign_files(run: Path, key: SigningKey, ca: str = "") -> None:
+    """Write signature.json over the folder's files as they are now. Errors: InfrastructureError."""
+    signed = {"format": FORMAT, "ca": ca, "coordinator": key.public, "files": digests(run)}
+    signature = key.sign(PURPOSE + canonical(signed))
+    replace(run / SIGNATURE, canonical(signed | {"signature": signature}))
+
+
+def _updates(history: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    for entry in history:
+        for kind, name in (("update", "evidence"), ("answer", "query_evidence")):
+            for site, sealed in sorted((entry.get(name) or {}).items()):
+                yield {"round": entry["round"], "kind": kind, "site": site, **sealed}
+
+
+def digests(run: Path) -> dict[str, str]:
+    """Hash every file of a run that its signature covers, by its path inside it."""
+    return {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in covered(run)}
+
+
+def covered(run: Path) -> list[str]:
+    """List the files that a signature must cover: those of FILES that are there, and all of the
+    adapter, or of the versions of which it is one."""
+    inside = [run / (VERSIONS if (run / ADAPTER).is_symlink() else ADAPTER)]
+    found = [p for folder in inside for p in sorted(folder.rglob("*")) if not p.is_dir()]
+    names = [path.relative_to(run).as_posix() for path in found if path.name not in UNSIGNED]
+    return [*(name for name in FILES if (run / name).exists()), *names]
+
+
+def carry(run: Path, into: Path) -> None:
+    """Copy what is signed of a run, and its signature, to a folder inside an exported model."""
+    for name in (*covered(run), SIGNATURE):
+        target = into / RUN / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(run / name, target)

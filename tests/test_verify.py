@@ -1,0 +1,229 @@
+"""`fedtune verify`: what a run proves to who was not there, and every way to falsify it."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.errors import FedtuneError, Refused
+from fedtune.evidence import sign
+from fedtune.evidence.verify import NotGenuine, Verified, verify
+from fedtune.run_folder import load_plan
+from fedtune.wire import fingerprints
+from fedtune.wire.keys import SigningKey, canonical
+from tests.cli_kit import run as command
+from tests.cli_kit import write_study
+from tests.simulated import simulate
+
+CHANGES = 1000
+
+
+@pytest.fixture(scope="module")
+def signed(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> tuple[Path, Verified]:
+    """A run of two rounds at two sites, and what it proves."""
+    study = write_study(tmp_path_factory.mktemp("signed"), tiny_base)
+    folder, sites = (
+        study.parent / "run",
+        [study.parent / n / "site.toml" for n in ("north", "south")],
+    )
+    simulate(study, sites, folder)
+    return folder, verify(folder)
+
+
+def test_epsilon_follows_from_what_the_sites_signed(signed: tuple[Path, Verified]) -> None:
+    folder, found = signed
+    report = json.loads((folder / "report.json").read_text())
+    assert found.private and not found.trusted and found.simulated
+    assert found.epsilon == report["privacy"]["epsilon"] and found.delta == 1e-4
+    assert found.updates == 4 and {*found.sites} == {"north", "south"}
+    assert "adapter/adapter_model.safetensors" in sign.covered(folder)
+    assert verify(folder, trust=found.signer).trusted
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_changed_byte_anywhere_is_refused(signed, tmp_path: Path, seed: int) -> None:
+    """One byte of one file that is signed, or of the signature itself, and a file less or more."""
+    folder, _ = signed
+    copy = shutil.copytree(folder, tmp_path / "run")
+    rng = random.Random(seed)
+    names = [*sign.covered(folder), sign.SIGNATURE]
+    for number in range(CHANGES // 4):
+        path = copy / names[number % len(names)]
+        whole = path.read_bytes()
+        at, how = rng.randrange(len(whole)), rng.randrange(3)
+        other = bytes([rng.choice([n for n in range(256) if n != whole[at]])])
+        space = rng.choice([b" ", b"\n", b"="])
+        changed = [
+            whole[:at] + other + whole[at + 1 :],
+            whole[:at] + space + whole[at:],
+            whole[:at] + whole[at + 1 :],
+        ][how]
+        path.write_bytes(changed)
+        with pytest.raises(FedtuneError) as raised:
+            verify(copy)
+        assert path.name in str(raised.value), (path, how, at)
+        path.write_bytes(whole)
+    verify(copy)
+
+
+def test_a_file_that_is_added_or_removed_is_named(signed, tmp_path: Path) -> None:
+    folder, _ = signed
+    copy = shutil.copytree(folder, tmp_path / "run")
+    extra = copy / "adapter" / "modeling.py"
+    extra.write_text("pass")
+    with pytest.raises(NotGenuine, match=r"modeling\.py: was added"):
+        verify(copy)
+    extra.unlink()
+    (copy / "report.md").unlink()
+    with pytest.raises(NotGenuine, match=r"report\.md: is missing"):
+        verify(copy)
+    shutil.copy(folder / "report.json", copy / "report.md")
+    with pytest.raises(NotGenuine, match=r"report\.md: was changed"):
+        verify(copy)
+    shutil.copy(folder / "report.md", copy / "report.md")
+    (copy / "notes.txt").write_text("beside it")
+    assert "notes.txt" in verify(copy).not_signed
+
+
+def forged(folder: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy whose report is changed, and signed again with a key of the forger's."""
+    copy = shutil.copytree(folder, tmp_path / "forged")
+    report = json.loads((copy / "report.json").read_text())
+    change(report)
+    (copy / "report.json").write_text(json.dumps(report))
+    sign.sign_files(copy, SigningKey())
+    return copy
+
+
+def lower(report: dict[str, Any]) -> None:
+    report["privacy"]["epsilon"] = 0.5
+    for site in report["privacy"]["sites"].values():
+        site["epsilon"] = 0.5
+
+
+def test_a_report_with_another_epsilon_is_refused_whoever_signs_it(signed, tmp_path: Path) -> None:
+    with pytest.raises(NotGenuine, match=r"epsilon is 0\.5.*follows from the sites' step logs"):
+        verify(forged(signed[0], tmp_path, lower))
+
+
+def test_a_report_that_leaves_a_site_out_is_refused(signed, tmp_path: Path) -> None:
+    def less(report: dict[str, Any]) -> None:
+        del report["privacy"]["sites"]["north"]
+
+    with pytest.raises(NotGenuine, match="other sites than those that signed"):
+        verify(forged(signed[0], tmp_path, less))
+
+
+def test_a_round_that_nobody_signed_is_refused(signed, tmp_path: Path) -> None:
+    def more(report: dict[str, Any]) -> None:
+        report["rounds"].append({**report["rounds"][-1], "round": 3})
+
+    with pytest.raises(NotGenuine, match="who took part in round 3"):
+        verify(forged(signed[0], tmp_path, more))
+
+
+def test_who_replaces_every_key_is_refused_by_trust_alone(signed, tmp_path: Path) -> None:
+    """Nothing in such a folder contradicts itself: only somebody else's word tells them apart."""
+    folder, found = signed
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    content = json.loads((copy / sign.EVIDENCE).read_text())
+    keys = {name: SigningKey() for name in content["sites"]}
+    owner = SigningKey()
+    for entry in content["updates"]:
+        header = json.loads(entry["header"]) | {"receiver": owner.public}
+        text = canonical(header)
+        entry["header"] = text.decode()
+        entry["signature"] = keys[entry["site"]].sign(b"fedtune update\0" + text)
+    for name, key in keys.items():
+        content["sites"][name]["signing"] = key.public
+    (copy / sign.EVIDENCE).write_bytes(canonical(content))
+    report = json.loads((copy / "report.json").read_text())
+    for name, key in keys.items():
+        report["privacy"]["sites"][name]["key"] = key.public
+    (copy / "report.json").write_text(json.dumps(report))
+    sign.sign_files(copy, owner)
+    assert verify(copy).epsilon == found.epsilon
+    with pytest.raises(Refused, match="was signed by"):
+        verify(copy, trust=found.signer)
+
+
+def test_fewer_steps_than_were_signed_need_the_sites_key(signed, tmp_path: Path) -> None:
+    """Twin: the same folder, unless a step log is changed in it."""
+    copy = shutil.copytree(signed[0], tmp_path / "copy")
+    content = json.loads((copy / sign.EVIDENCE).read_text())
+    (copy / sign.EVIDENCE).write_bytes(canonical(content))
+    sign.sign_files(copy, SigningKey())
+    verify(copy)
+    last = content["updates"][-1]
+    events = json.loads(last["said"]["events"])
+    events[0]["sigma"] *= 4
+    last["said"]["events"] = json.dumps(events)
+    (copy / sign.EVIDENCE).write_bytes(canonical(content))
+    sign.sign_files(copy, SigningKey())
+    with pytest.raises(NotGenuine, match="sealed for another body"):
+        verify(copy)
+
+
+def test_a_consortiums_run_is_of_its_own_coordinator(signed, tmp_path: Path) -> None:
+    """Where a CA stands behind the signer, no update may be sealed for another coordinator."""
+    copy = shutil.copytree(signed[0], tmp_path / "copy")
+    key = SigningKey()
+    sign.sign_files(copy, key, "-----BEGIN CERTIFICATE-----")
+    with pytest.raises(NotGenuine, match="sealed for another coordinator"):
+        verify(copy)
+    with pytest.raises(NotGenuine):
+        verify(copy, trust=fingerprints.of_consortium("-----BEGIN CERTIFICATE-----", key.public))
+
+
+def test_a_sites_own_fingerprint_is_compared(signed, tmp_path: Path) -> None:
+    folder, _ = signed
+    with pytest.raises(Refused, match="'north' signed with keys of fingerprint unknown"):
+        verify(folder, sites={"north": "0000 0000 0000 0000 0000"})
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    content = json.loads((copy / sign.EVIDENCE).read_text())
+    content["sites"]["north"] |= {"node": "PEM", "tls": "00"}
+    (copy / sign.EVIDENCE).write_bytes(canonical(content))
+    sign.sign_files(copy, SigningKey())
+    own = fingerprints.of_site("north", "PEM", "00", content["sites"]["north"]["signing"])
+    assert verify(copy, sites={"north": own.replace(" ", "-")}).sites["north"]["fingerprint"] == own
+
+
+def test_the_command_trusts_nobody_by_itself(signed, tmp_path: Path) -> None:
+    folder, found = signed
+    unknown = command("verify", folder)
+    assert unknown.exit_code == 3 and "signer unknown" in unknown.stderr
+    assert f"ε = {found.epsilon:.4g}" in unknown.output and "2 sites signed" in unknown.output
+    known = command("verify", folder, "--trust", found.signer)
+    assert known.exit_code == 0 and "(trusted)" in known.output
+    data = json.loads(command("verify", folder, "--trust", found.signer, "--json").output)
+    assert data["epsilon"] == found.epsilon and data["trusted"] is True
+    other = command("verify", folder, "--trust", "0000 0000 0000 0000 0000")
+    assert other.exit_code == 3 and "was signed by" in other.stderr
+    forgery = command("verify", forged(folder, tmp_path, lower), "--trust", found.signer)
+    assert forgery.exit_code == 2
+    assert command("verify", tmp_path / "nothing").exit_code == 2
+
+
+def test_an_exported_model_carries_its_proof_and_a_forged_run_is_not_exported(
+    signed, tmp_path: Path
+) -> None:
+    folder, found = signed
+    assert command("export", folder, "--out", tmp_path / "model").exit_code == 0
+    carried = verify(tmp_path / "model", trust=found.signer)
+    assert carried == replace(found, trusted=True, exported=True, not_signed=())
+    bad = forged(folder, tmp_path, lower)
+    refused = command("export", bad, "--out", tmp_path / "bad")
+    assert refused.exit_code == 2 and "step logs" in refused.stderr
+    assert not (tmp_path / "bad").exists()
+
+
+def test_what_is_signed_is_the_plan_that_ran(signed) -> None:
+    folder, found = signed
+    assert load_plan(folder).digest == found.plan
