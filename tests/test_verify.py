@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -227,3 +229,38 @@ def test_an_exported_model_carries_its_proof_and_a_forged_run_is_not_exported(
 def test_what_is_signed_is_the_plan_that_ran(signed) -> None:
     folder, found = signed
     assert load_plan(folder).digest == found.plan
+
+
+def test_other_tools_come_to_the_same(signed, tmp_path: Path) -> None:
+    """The page's own lines, in a run's folder."""
+    for tool in ("jq", "xxd", "sha256sum", "openssl"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    page = (Path(__file__).parents[1] / "docs/verify.md").read_text()
+    script = page.split("```bash\n")[1].split("```")[0].replace("/tmp/", f"{tmp_path}/")
+    folder, found = signed
+
+    def lines(run: Path) -> subprocess.CompletedProcess[str]:
+        given = ["bash", "-euo", "pipefail", "-c", script]
+        return subprocess.run(given, cwd=run, capture_output=True, text=True, check=False)
+
+    said = lines(folder)
+    assert said.returncode == 0, said.stderr
+    assert "Signature Verified Successfully" in said.stdout
+    assert said.stdout.split()[-1] == found.signer.replace(" ", "")
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "report.md").write_text("ε = 0.5")
+    assert lines(copy).returncode != 0
+    shutil.copy(folder / "report.md", copy / "report.md")
+    content = json.loads((copy / sign.SIGNATURE).read_text())
+    (copy / sign.SIGNATURE).write_bytes(canonical(content | {"ca": "other"}))
+    assert lines(copy).returncode != 0
+
+
+def test_verifying_needs_no_torch(signed) -> None:
+    folder, _ = signed
+    code = (
+        "import sys; from fedtune.evidence.verify import verify; "
+        f"verify({str(folder)!r}); assert not {{'torch', 'transformers', 'flwr'}} & {{*sys.modules}}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

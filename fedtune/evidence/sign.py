@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import Study
+from fedtune.files import reading
 from fedtune.files.writing import replace
 from fedtune.wire.keys import SigningKey, canonical
 
@@ -23,6 +24,7 @@ FORMAT = "fedtune-evidence-1"
 PURPOSE = b"fedtune run\0"
 FILES = ("plan.json", "report.json", "report.md", "progress.png", "metrics.jsonl", EVIDENCE)
 ADAPTER, VERSIONS = "adapter", "versions"  # in a study with a [schedule] the first is a link
+HOME = Path("coordinator")  # beside the folder of runs, unless it was placed elsewhere
 RUN = "run"  # in an exported model: the folder of what it was made of
 UNSIGNED = ("index.json",)  # of VERSIONS: a person may choose another version later
 
@@ -57,6 +59,22 @@ def sign_files(run: Path, key: SigningKey, ca: str = "") -> None:
     signed = {"format": FORMAT, "ca": ca, "coordinator": key.public, "files": digests(run)}
     signature = key.sign(PURPOSE + canonical(signed))
     replace(run / SIGNATURE, canonical(signed | {"signature": signature}))
+
+
+def sign_again(run: Path) -> bool:
+    """Sign a run's files as they are now, if the coordinator's home beside it holds the key that
+    signed them before; return whether. A simulation's key is gone when it ends.
+
+    Errors: InputError (signature.json is damaged), InfrastructureError."""
+    path, home = run / SIGNATURE, run.absolute().parent.parent / HOME
+    if not (path.exists() and (home / "signing.key").exists()):
+        return False
+    signed = reading.json_in(path, "the file as it was signed")
+    key = SigningKey.at(home / "signing.key")
+    if key.public != signed.get("coordinator"):
+        return False
+    sign_files(run, key, str(signed.get("ca")))
+    return True
 
 
 def _updates(history: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fedtune import report as reports
 from fedtune.errors import FedtuneError
+from fedtune.evidence.sign import sign_again
 from fedtune.run_folder import load_plan, read_report
 from fedtune.server.versions import Index
 
@@ -53,6 +54,7 @@ def restate(run: Path, index: Index) -> str:
             quality |= {"before": {}, "after": {}, **stale}
         body["quality"] = quality
     reports.write(run, body)
+    sign_again(run)
     return reason
 
 
