@@ -61,17 +61,21 @@ def closing(console: Console, out: Path, report: dict[str, Any]) -> None:
         warn_not_private(console)
     if said := declared_line(report):
         console.print(said, style="bold yellow", highlight=False, markup=False)
+    from fedtune.evidence.verify import signer
     from fedtune.models.adapter_files import HEAD
 
     commands = [
+        (f'fedtune generate {out} --prompt "…"', "the base and the adapter, side by side"),
         (f"fedtune evaluate {out} --data FILE", "on records of your own"),
         ("fedtune init my-study", "a study of your own"),
     ]
-    if not (out / "adapter" / HEAD).is_file():  # a head writes no text
-        line = f'fedtune generate {out} --prompt "…"'
-        commands.insert(0, (line, "the base and the adapter, side by side"))
+    if (out / "adapter" / HEAD).is_file():  # a head writes no text
+        commands[0] = (f"fedtune predict {out} --data FILE", "classes of new records")
     wide = max(len(line) for line, _ in commands)
-    lines = [f"run      {out}", f"report   {out / 'report.md'}", ""]
+    lines = [f"run      {out}", f"report   {out / 'report.md'}"]
+    if by := signer(out):
+        lines.append(f"signed   by {by}: `fedtune verify {out}`")
+    lines.append("")
     for index, (line, why) in enumerate(commands):
         lines.append(f"{'' if index else 'next':<9}{line:<{wide}}   {why}")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

@@ -69,6 +69,8 @@ def verify(
 
 
 def _lines(found: Verified) -> str:
+    from fedtune.report.declared import declared_line
+
     claim = "NOT PRIVATE"
     if found.epsilon is not None:
         claim = f"ε = {found.epsilon:.4g}, δ = {found.delta:g} per {found.unit}"
@@ -84,6 +86,8 @@ def _lines(found: Verified) -> str:
         spent = f"ε = {site['epsilon']:.4g}, {site['steps']} steps" if "epsilon" in site else ""
         keys = site["fingerprint"] or f"key {site['key'][:16]}…, not enrolled"
         lines.append(f"site         {name}: {keys}; {spent}".rstrip("; "))
+    if line := declared_line({"declared": found.declared}):
+        lines.append(f"declared     {line}")
     if found.not_signed:
         lines.append(f"not signed   {', '.join(found.not_signed)}")
     if found.exported:

@@ -54,8 +54,9 @@ class Verified:
     signer: the consortium's fingerprint, as its coordinator reads it out; trusted: whether it is
     the one that was asked for; simulated: whether no consortium's CA stands behind it; sites: each
     one's fingerprint ("" where it never enrolled), steps and ε; epsilon: the largest of them, None
-    without privacy; not_signed: what else lies in the folder; exported: whether the run was found
-    inside an exported model, whose weights nobody signed."""
+    without privacy; not_signed: what else lies in the folder; declared: sites whose data the report
+    calls public or generated; exported: whether the run was found inside an exported model, whose
+    weights nobody signed."""
 
     study: str
     plan: str
@@ -70,6 +71,7 @@ class Verified:
     files: int = 0
     sites: dict[str, dict[str, Any]] = field(default_factory=dict)
     not_signed: tuple[str, ...] = ()
+    declared: dict[str, str] = field(default_factory=dict)
     exported: bool = False
 
 
@@ -106,10 +108,20 @@ def verify(run: Path | str, trust: str = "", sites: Mapping[str, str] | None = N
         updates=rounds,
         files=len(signed["files"]),
         not_signed=_not_signed(run),
+        declared=report.get("declared") or {},
         exported=exported,
         **_privacy(run, study, report, content["sites"], events),
     )
     return _trusted(run, verified, trust, sites or {})
+
+
+def signer(run: Path) -> str:
+    """Return the fingerprint of who says to have signed a run, unverified; "" where nobody does."""
+    try:
+        content = _canonical(run / SIGNATURE)
+        return fingerprints.of_consortium(str(content["ca"]), str(content["coordinator"]))
+    except (NotGenuine, KeyError):
+        return ""
 
 
 def is_signed(run: Path) -> bool:
@@ -164,11 +176,8 @@ def _files(run: Path, files: Mapping[str, Any]) -> None:
     for name, digest in files.items():
         if name not in present:
             _fail(run / name, "is missing", "every file that was signed")
-        with (run / name).open("rb") as file:
-            if (run / name).is_symlink() or hashlib.file_digest(
-                file, "sha256"
-            ).hexdigest() != digest:
-                _fail(run / name, "was changed after it was signed", f"sha256 {str(digest)[:16]}…")
+        if (run / name).is_symlink() or _sha256(run / name) != digest:
+            _fail(run / name, "was changed after it was signed", f"sha256 {str(digest)[:16]}…")
     link = run / ADAPTER
     if link.is_symlink() and link.resolve().parent != (run / VERSIONS).resolve():
         _fail(link, "leads elsewhere", f"one of {VERSIONS}/")
