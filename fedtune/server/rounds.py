@@ -127,8 +127,7 @@ class _Run:
             self._admit()
             who = self.roster.willing()
             self._event("planned", **summary.planned(self.progress, who, self.parts))
-        plan = self.study.model_dump_json(indent=2) + "\n"
-        replace(self.out / "plan.json", plan.encode())
+        replace(self.out / "plan.json", (self.study.model_dump_json(indent=2) + "\n").encode())
         if fresh:
             summary.measure_start(self.progress, self.evaluator)
             self._save()
@@ -383,8 +382,8 @@ class _Run:
     def _report(self) -> dict[str, Any]:
         report = summary.report(self.progress, self.parts)
         if self._evaluator:
-            judged = summary.judged(self._evaluator, self._selector, self.progress.adapter)
-            report["quality"] |= judged
+            chosen = self._selector, self.progress.adapter
+            report["quality"] |= summary.judged(self._evaluator, *chosen)
         if self.continuous:
             report |= {"continuous": self.continuous.report()}
             report["quality"] = {**report["quality"], **self.continuous.quality()}
