@@ -45,7 +45,7 @@ def verify(
     path: PATH,
     trust: TRUST = "",
     sites: SITES = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For a program.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
 ) -> None:
     """Verify a run that somebody handed over: signatures, digests, and ε from the sites' step logs.
 
