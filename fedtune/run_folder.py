@@ -73,23 +73,24 @@ def _pinned(tables: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
     return filled
 
 
-def already_done(study: Study, out: Path | None, *, resume: bool, runs: Path = RUNS) -> str:
-    """Describe the finished run that a command would start or resume, on one line; "" where there
-    is none, and it has something to do. `out`, `resume`, `runs`: as of new_run."""
+def already_done(study: Study, out: Path | None, *, resume: bool, runs: Path = RUNS) -> Path | None:
+    """Find the finished run that a command would start or resume; None where there is none, and it
+    has something to do. `out`, `resume`, `runs`: as of new_run."""
     run = out or (folder_for(study.study.name, resume=True, runs=runs) if resume else None)
     if run is None:
-        run = finished(study, runs)
-    elif not is_finished(run, study):
-        run = None
-    if run is None:
-        return ""
-    report = read_report(run)
+        return finished(study, runs)
+    return run if is_finished(run, study) else None
+
+
+def finished_line(run: Path) -> str:
+    """Describe a finished run on one line, with what is left to do. Errors: InputError."""
+    report, plan = read_report(run), load_plan(run)
     parts = [f"finished: {run}"]
     if report.get("private"):
         parts.append(f"ε = {rounded_up(report['privacy'].get('epsilon'))}")
     parts.append(f"{datetime.fromtimestamp((run / 'report.json').stat().st_mtime, UTC):%Y-%m-%d}")
     ran = len(report.get("rounds") or ())
-    if study.selection and ran < (load_plan(run).training.rounds or 0):
+    if plan.selection and ran < (plan.training.rounds or 0):
         parts.append(f"ended after round {ran}, when no step lowered the selection loss")
     return (
         f"{', '.join(parts)}; read {run}/report.md. --resume has nothing left to do; another run, "

@@ -9,7 +9,7 @@ import pytest
 
 from fedtune.config import Study, load_study
 from fedtune.dp.calibration import with_rounds
-from fedtune.run_folder import already_done, is_finished
+from fedtune.run_folder import already_done, finished_line, is_finished
 
 DIGEST = "sha256:" + "5d" * 32
 
@@ -50,14 +50,16 @@ def test_pinned_digests_make_no_other_study(study: Path, pinned: dict[str, objec
 def test_what_is_done_is_said_with_an_epsilon_that_is_rounded_up(study: Path) -> None:
     mine = load_study(study)
     run = finished(Path("runs/tiny"), with_rounds(mine))
-    line = already_done(mine, None, resume=False)
+    assert already_done(mine, None, resume=False) == run
+    line = finished_line(run)
     assert line.startswith(f"finished: {run}, ε = 7.988, 20") and "--out OTHER" in line
-    assert already_done(mine, None, resume=True) == already_done(mine, run, resume=False) == line
-    assert already_done(mine, Path("runs/other"), resume=False) == ""
+    assert already_done(mine, None, resume=True) == already_done(mine, run, resume=False) == run
+    assert already_done(mine, Path("runs/other"), resume=False) is None
 
 
 def test_an_unfinished_run_is_not_done(study: Path) -> None:
     mine = load_study(study)
     run = finished(Path("runs/tiny"), with_rounds(mine))
     (run / "report.json").unlink()
-    assert already_done(mine, None, resume=False) == already_done(mine, run, resume=True) == ""
+    assert already_done(mine, None, resume=False) is None
+    assert already_done(mine, run, resume=True) is None

@@ -55,6 +55,7 @@ def ledger_facts(
         "studies": [asdict(line) for line in study_lines(spent, policy.max_delta, unit)],
         "budget": asdict(total) | {"remaining": total.remaining},
         "not_known": ledger.unknown(dataset, unit) if unit else [],
+        "declared": declared(ledger),
         "head": {"entry": ledger.head.seq, "hash": ledger.head.hash},
     }
 

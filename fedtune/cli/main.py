@@ -21,7 +21,7 @@ from fedtune.cli import status as cli_observe
 from fedtune.cli import verify as cli_verify
 from fedtune.cli.exit_codes import command
 from fedtune.cli.study import SET, STUDY, load
-from fedtune.run_folder import already_done, folder_for, new_run
+from fedtune.run_folder import already_done, finished_line, folder_for, new_run, read_report
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -210,8 +210,8 @@ def simulate(
 
     loaded = load(study, settings)
     if rounds is None and (done := already_done(loaded, out, resume=resume)):
-        typer.echo(done)
-        return {"done": done}
+        typer.echo(finished_line(done))
+        return read_report(done)
     loaded_sites, folder = _sites(study, sites, more), new_run(loaded, out, resume=resume)
     if not loaded.private:
         warn_not_private(_console())
@@ -282,8 +282,8 @@ def server(
 
     loaded, home = load(study, settings), home or study.parent / "coordinator"
     if done := already_done(loaded, out, resume=resume, runs=study.parent / "runs"):
-        typer.echo(done)
-        return {"done": done}
+        typer.echo(finished_line(done))
+        return read_report(done)
     folder = new_run(loaded, out, resume=resume, runs=study.parent / "runs")
     if not loaded.private:
         warn_not_private(_console())

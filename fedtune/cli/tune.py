@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -83,8 +82,7 @@ def tune(
     settings: SETTINGS = None,
     records: RECORDS = None,
     out: OUT = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The trials as JSON.")] = False,
-) -> None:
+) -> dict[str, Any]:
     """Search settings on public or generated data, where a trial costs no hospital its budget.
 
     Each trial is a run like any other, in DIR/trial-NN; finished ones are read, not run again."""
@@ -102,14 +100,11 @@ def tune(
         seconds, began = time.monotonic() - began, time.monotonic()
         result = f"FAILED: {trial.error}" if trial.value is None else short(trial.value)
         line = f"trial {number}/{of}  {' '.join(trial.settings)}  {result}  ({seconds:.0f} s)"
-        typer.echo(line, err=as_json)
+        typer.echo(line)
 
     done = search(
         study, load_sites(sites or study.parent), folder, settings or (), trials, records, tell
     )
-    if as_json:
-        body = asdict(done) | {"best": asdict(done.best) if done.best else None}
-        return typer.echo(json.dumps(body, ensure_ascii=False))
     console = Console()
     console.print(trials_table(done))
     if done.best:
@@ -122,6 +117,7 @@ def tune(
             highlight=False,
             soft_wrap=True,
         )
+    return asdict(done) | {"best": asdict(done.best) if done.best else None}
 
 
 def trials_table(search: Search) -> Table:
