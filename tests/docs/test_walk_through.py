@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from fedtune.config import load_site
+from fedtune.errors import Refused
+from fedtune.evidence.verify import verify
 from fedtune.flower import membership
 from fedtune.flower.processes import free_port
 from fedtune.ledger.ledger import Ledger
@@ -26,6 +28,11 @@ def test_the_readmes_consortium_trains(tmp_path: Path, tiny_encoder: Path) -> No
         run = tmp_path / "coordinator" / "hub" / "runs" / "hub"
         report = json.loads((run / "report.json").read_text())
         assert [each["participants"] for each in report["rounds"]] == ROUNDS * [list(SITES)]
+        told = {name: walk.heard[name] for name in SITES}
+        found = verify(run, walk.heard["consortium"], told)
+        assert found.trusted and not found.simulated and found.updates == ROUNDS * len(SITES)
+        with pytest.raises(Refused, match="'north' signed with keys of"):
+            verify(run, sites=told | {"north": told["south"]})
         for name in SITES:
             walk.running[name].until(f"round {ROUNDS} of {ROUNDS} trained")
             assert "NOT the plan" not in walk.running[name].shown
