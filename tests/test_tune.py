@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from fedtune.cli.tune import trials_table
 from fedtune.config import Site, load_site
 from fedtune.errors import ConfigError, PolicyRefused
 from fedtune.launch import tune as module
-from fedtune.launch.tune import tune
+from fedtune.launch.tune import Search, Trial, ranked, tune
 from fedtune.ledger.ledger import Ledger
 from fedtune.registry import process_cache
 from tests.cli_kit import run
@@ -151,3 +154,19 @@ def test_values_are_split_at_commas_outside_brackets_and_quotes(
     setting: str, values: list[str]
 ) -> None:
     assert module._values(setting) == values
+
+
+def test_a_trial_that_destroyed_the_text_is_not_the_best() -> None:
+    """By the records that choose; the twin, a warning of other records, changes no order."""
+    fine = Trial(("a",), "trial-01", 0.7, 1.0, loss=0.6)
+    wrecked = Trial(
+        ("b",), "trial-02", 0.9, 1.0, loss=9.0, warning="the better answers lost 7 nats"
+    )
+    failed = Trial(("c",), "trial-03", error="no")
+    given = [failed, wrecked, fine]
+    assert ranked(given, "preference", warned_last=True) == [fine, wrecked, failed]
+    assert ranked(given, "preference", warned_last=False) == [wrecked, fine, failed]
+    assert ranked(given, "loss", warned_last=True) == [fine, wrecked, failed]
+    screen = io.StringIO()
+    Console(width=160, file=screen).print(trials_table(Search("preference", "x", given)))
+    assert f"warning: {lost}" in screen.getvalue()

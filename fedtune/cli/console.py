@@ -145,8 +145,8 @@ def versions_table(index: Index) -> Table:
 def evaluation_table(result: dict[str, Any]) -> Table:
     """Build the table of a run's base and adapter, with their intervals."""
     metric, interval = result["metric"], result["interval"]
-    left_out = sum(result["rejected"].values())
-    caption = f"{result['records']:,} records" + (f", {left_out:,} left out" if left_out else "")
+    reasons = [f", {n:,} left out: {why}" for why, n in sorted(result["rejected"].items()) if n]
+    caption = f"{result['records']:,} records" + "".join(reasons)
     caption += f", {result['cut']:,} cut to objective.max_length" if result.get("cut") else ""
     table = Table("", metric, "95 % interval", caption=caption, caption_justify="left")
     before, after = result["before"][metric], result["after"][metric]

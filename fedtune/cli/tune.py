@@ -132,5 +132,6 @@ def trials_table(search: Search) -> Table:
     for trial in search.trials:
         settings = escape("\n".join(trial.settings))
         figures = (short(trial.value), short(trial.loss), rounded_up(trial.epsilon))
-        table.add_row(trial.folder, settings, *figures, escape(trial.error))
+        note = trial.error or (f"warning: {trial.warning}" if trial.warning else "")
+        table.add_row(trial.folder, settings, *figures, escape(note))
     return table

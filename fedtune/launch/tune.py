@@ -17,6 +17,7 @@ from fedtune.files import reading
 from fedtune.files.writing import replace
 from fedtune.models.run import Run
 from fedtune.registry.metrics import metric as known_metric
+from fedtune.report.preference import alarms
 
 INDEX = "tune.json"  # in the folder of a search: which trial has which settings
 RATE = "training.learning_rate"
@@ -27,7 +28,8 @@ POINTS, SPAN = 5, 10.0  # of the grid without --set: from the plan's rate / SPAN
 class Trial:
     """One run of a search. settings: as `--set` takes them; value: the metric on the records that
     choose, None where the run failed, with its error; loss: on the same records, which decides
-    between equal values; epsilon: of the site that paid most."""
+    between equal values; epsilon: of the site that paid most; warning: of a preference run, what
+    speaks against it on the records of its report (report.preference.alarms)."""
 
     settings: tuple[str, ...]
     folder: str
@@ -35,6 +37,7 @@ class Trial:
     epsilon: float | None = None
     error: str = ""
     loss: float | None = None
+    warning: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,9 +106,22 @@ def tune(
         done.append(trial)
         if on_trial:
             on_trial(number, len(chosen), trial)
+    return Search(metric, chooser, ranked(done, metric, warned_last=records is not None))
+
+
+def ranked(trials: Sequence[Trial], metric: str, *, warned_last: bool) -> list[Trial]:
+    """Sort trials, the best first and those that failed last.
+
+    warned_last: one that a warning speaks against stands below all others that ran, whatever its
+    value is; only where the warning is of the records that choose."""
     sign = -1 if known_metric(metric).higher_is_better else 1
-    done.sort(key=lambda t: (math.inf, 0.0) if t.value is None else (sign * t.value, t.loss or 0.0))
-    return Search(metric, chooser, done)
+
+    def key(trial: Trial) -> tuple[bool, bool, float, float]:
+        value = 0.0 if trial.value is None else sign * trial.value
+        warned = warned_last and bool(trial.warning)
+        return trial.value is None, warned, value, trial.loss or 0.0
+
+    return sorted(trials, key=key)
 
 
 def check_declared(sites: Sequence[Site]) -> None:
@@ -228,4 +244,5 @@ def _measured(trial: Trial, run: Run, metric: str) -> Trial:
         return Trial(trial.settings, trial.folder, None, epsilon, f"no {metric} was measured")
     loss = after.get("loss")
     loss = float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else None
-    return Trial(trial.settings, trial.folder, float(value), epsilon, loss=loss)
+    warning = next(iter(alarms(quality)), "")
+    return Trial(trial.settings, trial.folder, float(value), epsilon, loss=loss, warning=warning)

@@ -88,7 +88,11 @@ def _rows(pairs: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("KL from the base, nats per token", figure(pairs["kl"])))
     for key in ("longer", "shorter"):
         split = pairs.get(key) or {}
-        text = f"{_arrow(split)} of {figure(split.get('records'))}" if split.get("records") else "–"
+        text = (
+            f"{_arrow(split)} of {figure(split.get('records'))}"
+            if split.get("records")
+            else "no such pair"
+        )
         rows.append((f"in order where the better answer is the {key}", text))
     return rows
 
