@@ -169,4 +169,4 @@ def test_a_trial_that_destroyed_the_text_is_not_the_best() -> None:
     assert ranked(given, "loss", warned_last=True) == [fine, wrecked, failed]
     screen = io.StringIO()
     Console(width=160, file=screen).print(trials_table(Search("preference", "x", given)))
-    assert f"warning: {lost}" in screen.getvalue()
+    assert f"warning: {wrecked.warning}" in screen.getvalue()
