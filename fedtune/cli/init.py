@@ -167,6 +167,8 @@ def init(
         paths = templates.init(
             folder, role=role.value, name=name or "my-hospital", sites=sites or 1
         )
+        if role is not Role.SITE:
+            paths.append(folder / templates.PUBLIC)
         told = _of_templates(folder, role, sites or 1)
     else:
         from fedtune import presets

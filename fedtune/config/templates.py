@@ -9,6 +9,8 @@ from typing import Literal
 from fedtune.errors import ConfigError, InfrastructureError
 
 NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # as config.types.Name
+PUBLIC = "public.jsonl"
+NOTES = Path(__file__).with_name("public_notes.jsonl")  # demo.generate.public_notes' first 200
 STUDY = """\
 # study.toml: the public plan of one federated run. Everybody may know everything in it.
 # Paths are relative to this file. A key that is not known is an error, not a default.
@@ -34,13 +36,13 @@ last_layers = 2        # the last 2 blocks only: all before is computed once per
 train = "B"            # "B": A stays frozen (best under noise); "AB": both
 # min_rank = 4         # sites may train fewer ranks, down to this, by their own site.lora_rank
 # variant = "rslora"   # scales by alpha/√rank; "lora", the default, by alpha/rank
-a_init = "seed"        # "public": A from the [public] text below, which learns far more under noise
+a_init = "public"      # A from the [public] text below, which learns more under noise; or "seed"
 
-# [public]             # text that never touched private data; costs no ε
-# path = "public.jsonl"
-# licence = "CC-BY-4.0"
-# [public.columns]
-# prompt = "prompt"
+[public]               # text that never touched private data; costs no ε. These 200 invented notes
+path = "public.jsonl"  # come with fedtune; public texts like the sites' own do better
+licence = "CC0-1.0"
+[public.columns]
+prompt = "prompt"      # of an objective that reads texts: text = "prompt"
 # completion = "completion"
 
 # With answers in [public], for no ε: steps that follow the curvature of public text, and an adapter
@@ -64,7 +66,7 @@ local_steps = 1        # noised steps at a site per round
 sampling_rate = 1.0    # each record joins each step with this probability; 1.0 suits small sites
 # expected_batch = 64  # instead of sampling_rate, for large sites: 64 / the site's declared_size
 optimizer = "sgd"
-learning_rate = 0.5    # normalised clipping bounds a step; 5 to 10 with a_init = "public"
+learning_rate = 0.5    # four times this can diverge at a site of 120; [selection] finds it
 # learning_rate_schedule = "linear"   # or "cosine": it falls over the rounds; noise moves less late
 
 [clipping]             # what one record can move, at most
@@ -191,6 +193,7 @@ def init(
     sites: int = 1,
 ) -> list[Path]:
     """Write study.toml and site.toml, commented line by line, to a folder; returns the paths.
+    Beside study.toml goes public.jsonl, 200 invented notes from which the adapter's A is made.
 
     role: "coordinator": study.toml alone; "site": site.toml alone, of the site `name`.
     sites: how many take part: a coordinator's first round waits for them all; of "both", above 1,
@@ -210,6 +213,7 @@ def init(
     files: dict[Path, str] = {}
     if role != "site":
         least = sites if role == "coordinator" else 1
+        files[folder / PUBLIC] = NOTES.read_text(encoding="utf-8")
         files[folder / "study.toml"] = STUDY.replace("min_sites = 1 ", f"min_sites = {least} ")
     if role != "coordinator":
         names = {f"sites/site-{n}": f"site-{n}" for n in range(1, sites + 1)}
@@ -227,4 +231,4 @@ def init(
         raise InfrastructureError(
             f"{folder}: cannot be written ({error.strerror})", todo="choose another folder"
         ) from None
-    return list(files)
+    return [path for path in files if path.name != PUBLIC]
