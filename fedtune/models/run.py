@@ -11,6 +11,7 @@ from fedtune.config import Study
 from fedtune.files import reading
 from fedtune.models.adapter_files import load_adapter
 from fedtune.models.lora import Arrays
+from fedtune.report.preference import alarms
 from fedtune.run_folder import PRINTED, load_plan, read_report
 
 
@@ -80,7 +81,8 @@ class Run:
         metric, before, after = (quality.get(key) for key in ("metric", "before", "after"))
         if not isinstance(before, dict) or not isinstance(after, dict) or metric not in after:
             return f"{name}: finished"
-        return f"{name}: {metric} {before.get(metric):.3g} → {after[metric]:.3g}"
+        warned = "; NOT shown to be better: see its report" if alarms(quality) else ""
+        return f"{name}: {metric} {before.get(metric):.3g} → {after[metric]:.3g}{warned}"
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:

@@ -72,6 +72,7 @@ def test_a_wrecked_model_is_not_announced_as_a_gain(
     assert not verdict(wrecked["quality"]).startswith("better")
     report = (out / "report.md").read_text()
     assert "**Warning:**" in report and "fedtune generate" in report
+    assert "NOT shown to be better" in Run(out)._repr_html_()
     again = evaluate(Run(out), tmp_path / "wrecked" / "test.jsonl")
     assert again["alarms"] == alarms(wrecked["quality"])
     shown = command("evaluate", out, "--data", tmp_path / "wrecked" / "test.jsonl").output
@@ -83,6 +84,7 @@ def test_a_wrecked_model_is_not_announced_as_a_gain(
     rounds = Run(out).metrics
     assert all(rounds[f"quality.{name}"][-1] == sane["quality"]["after"][name] for name in FIGURES)
     assert "Warning" not in (out / "report.md").read_text()
+    assert "NOT" not in Run(out)._repr_html_()
     assert evaluate(Run(out), tmp_path / "sane" / "test.jsonl")["alarms"] == []
 
 
