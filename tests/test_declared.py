@@ -4,6 +4,7 @@ private."""
 from __future__ import annotations
 
 import json
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from fedtune.data.records import record_member
 from fedtune.errors import ConfigError, FedtuneError, PolicyRefused
 from fedtune.launch.simulate import simulate
 from fedtune.launch.site import join
-from fedtune.ledger.ledger import Ledger
+from fedtune.ledger import declared as declared_entries
+from fedtune.ledger.ledger import Ledger, LedgerError
 from tests.client.site_kit import begun, make_site, notes, trains
 
 NOTES = "the patient was seen with fever and a cough, for day"
@@ -132,18 +134,58 @@ def test_after_a_restore_that_lost_charges_nothing_is_declared(site: Site, tmp_p
         declare(relabelled(site, public(12)))
 
 
-def test_what_was_declared_may_become_private_and_then_stays_private(
-    tmp_path: Path, tiny_base: Path
-) -> None:
+@pytest.fixture
+def tried(tmp_path: Path) -> Site:
+    """A site whose private records were declared public before anybody paid for them."""
     notes(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "notes.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["note"] = f"{NOTES} {number}"
+    write(tmp_path / "notes.jsonl", rows)
     site = make_site(tmp_path, patient="who")
-    as_public = site.model_copy(
-        update={"data": site.data.model_copy(update={"declared": "public"})}
+    public_site = site.model_copy(
+        update={"data": site.data.model_copy(update={"declared": "public", "name": "tried"})}
     )
-    declare(as_public)
-    paid(tmp_path, tiny_base)
+    declare(public_site)
+    return site
+
+
+def test_what_was_tried_for_free_is_not_private_until_a_person_accepts_it(
+    tried: Site, tmp_path: Path, tiny_base: Path
+) -> None:
+    with pytest.raises(PolicyRefused, match=r"24 of 24 records .* in no budget"):
+        declare(tried)
+    ledger = Ledger(tried.site.state)
+    ledger.verify()
+    assert declared_entries.to_accept(ledger, tried.data.name)
+    ledger.accept(tried.data.name, "an officer", "tried once, on this machine")
+    assert not declared_entries.to_accept(Ledger(tried.site.state), tried.data.name)
+    declare(tried)
+    worker, made = SiteWorker(tried), begun(tiny_base)
+    assert worker.prepare(made.study, made.frozen).admitted
+    trains(worker, made, 1)
+    data = tried.data.model_copy(update={"declared": "public"})
     with pytest.raises(PolicyRefused, match="was charged as private here"):
-        declare(as_public)
+        declare(tried.model_copy(update={"data": data}))
+
+
+def test_one_record_that_was_tried_for_free_is_enough(tried: Site) -> None:
+    """And a twin: other records, of patients with the same numbers, are private as ever."""
+    rows = private_rows(tried)
+    other = [{**row, "note": f"other words of another day {n}"} for n, row in enumerate(rows)]
+    path = write(tried.data.path.with_name("later.jsonl"), other)
+    data = tried.data.model_copy(update={"path": path})
+    declare(tried.model_copy(update={"data": data}))
+    write(path, [*other, {**rows[3], "who": "p99"}])
+    with pytest.raises(PolicyRefused, match="1 of 25 records"):
+        declare(tried.model_copy(update={"data": data}))
+
+
+def test_the_hashes_of_what_was_declared_are_signed_for(tried: Site) -> None:
+    with sqlite3.connect(tried.site.state / "ledger.db") as database:
+        assert database.execute("DELETE FROM members").rowcount
+    with pytest.raises(LedgerError, match="were edited"):
+        Ledger(tried.site.state)
 
 
 def test_the_hash_is_of_the_whole_record(site: Site) -> None:

@@ -128,6 +128,7 @@ def ledger(
     from fedtune.cli.ledger_view import ledger_facts, ledger_view
     from fedtune.config import load_site
     from fedtune.errors import ConfigError
+    from fedtune.ledger.declared import to_accept
     from fedtune.ledger.ledger import Ledger
 
     loaded = load_site(site)
@@ -141,7 +142,7 @@ def ledger(
         typer.echo(f"copied to {backup}, without this site's private key")
     unit = "patient" if loaded.data.columns.patient else "record"
     if accept is not None:
-        if not book.unknown(accept, unit):
+        if not (book.unknown(accept, unit) or to_accept(book, accept)):
             raise ConfigError(
                 f"nothing of dataset {accept!r} is unknown", "a dataset with such rounds"
             )

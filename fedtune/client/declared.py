@@ -9,7 +9,7 @@ from fedtune.config import Site
 from fedtune.data.identity import identities
 from fedtune.errors import PolicyRefused
 from fedtune.ledger import declared as ledger_entries
-from fedtune.ledger.files import outbox_prefix
+from fedtune.ledger.files import outbox_prefix, traces
 from fedtune.ledger.ledger import Ledger
 
 RUNS = "runs"  # in the state folder: a ledger for each run of declared data in a consortium
@@ -18,15 +18,18 @@ RUNS = "runs"  # in the state folder: a ledger for each run of declared data in 
 def declare(site: Site, sign: bool = True) -> None:
     """Check a site's declared datasets against its ledger for life, and sign the declarations.
 
-    Does nothing for private data. sign: False to check alone. To be called before the site
-    connects: what it answers depends on records, and stays here.
-    Errors: PolicyRefused where one was ever charged as private; DataError where it cannot be read;
-    LedgerError."""
+    Of private data it checks that none was ever declared. sign: False to check alone. To be called
+    before the site connects: what it answers depends on records, and stays here.
+    Errors: PolicyRefused where one was ever charged as private, or declared before it was private;
+    DataError where it cannot be read; LedgerError."""
     for data in filter(None, (site.data, site.evaluation)):
         if data.declared:
             known = identities(data)
             ledger = Ledger(site.site.state)
             ledger_entries.declare(ledger, data.name, data.declared, known, sign)
+        elif traces(site.site.state) and ledger_entries.declared(Ledger(site.site.state)):
+            known = identities(data, patients=False)
+            ledger_entries.check_private(Ledger(site.site.state), data.name, known)
 
 
 def paid_by_run(site: Site, ledger: Path) -> Site:

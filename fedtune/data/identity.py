@@ -24,10 +24,11 @@ def identity_of(record: Record, by_patient: bool) -> set[bytes]:
     return members
 
 
-def identities(data: SiteData) -> list[set[bytes]]:
-    """Read a site's dataset and return what identifies each usable record.
+def identities(data: SiteData, patients: bool = True) -> list[set[bytes]]:
+    """Read a site's dataset and return what identifies each usable record. patients: whose it is,
+    too.
 
     Errors: DataError, ConfigError, as `read_records` has them."""
     by_patient = data.columns.patient is not None
     read = read_file(data, unit="patient" if by_patient else "record")
-    return [identity_of(record, by_patient) for record in read.records]
+    return [identity_of(record, by_patient and patients) for record in read.records]

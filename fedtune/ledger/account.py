@@ -12,6 +12,8 @@ from fedtune.ledger.chain import Entry
 from fedtune.ledger.cohorts import Arrivals
 from fedtune.ledger.entries import EVERY, Accepted, Charge, Cohort, Spent
 
+NOT_PRIVATE = "\0"  # before the name under which a declared dataset's members are stored
+
 
 @dataclass(frozen=True)
 class Reservation:
@@ -41,6 +43,8 @@ class Account:
         self.admitted: dict[str, str] = {}
         self.accepted: dict[str, list[Accepted]] = {}  # by dataset
         self.not_private: dict[str, str] = {}  # dataset -> "public" or "generated"
+        self.not_private_members: dict[str, str] = {}  # dataset, marked -> digest of its members
+        self.not_private_since: dict[str, tuple[int, int]] = {}  # dataset -> newest entry, time
         # Pairs of disjoint datasets -> the entry before which charges count against both.
         self.apart_since: dict[frozenset[str], int] = {}
         self.arrivals = Arrivals()
@@ -73,8 +77,17 @@ class Account:
             self.accepted.setdefault(body["dataset"], []).append(acceptance)
         elif entry.kind == "declaration":
             self.not_private[body["dataset"]] = body["what"]
+            self.not_private_since[body["dataset"]] = entry.seq, time
+            if "members" in body:
+                self.not_private_members[NOT_PRIVATE + body["dataset"]] = body["members"]
         elif entry.kind != "open":
             raise KeyError(entry.kind)  # a kind of a newer release: it may hold a charge
+
+    @property
+    def members(self) -> dict[str, str]:
+        """The digest of each dataset's members, by the name that they are stored under."""
+        declared = {name: body["members"] for name, body in self.declared.items()}
+        return declared | self.not_private_members
 
     def disjoint(self, first: str, second: str) -> bool:
         """Whether the two datasets are currently declared disjoint."""

@@ -1,5 +1,7 @@
 """A site's declarations that a dataset is public or generated, as signed entries of its ledger.
 
+The hashes of declared records are kept as well, and records that were declared do not become
+private unless a person accepts it.
 Guarantee: a name that was ever charged as private can never be declared, and neither can a record
 that is in a dataset so charged, by the salted hashes that the ledger keeps of each: what it says,
 its file, its longest text, its patient. The hashes stay, also of patients who withdrew.
@@ -14,6 +16,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from fedtune.errors import PolicyRefused
+from fedtune.ledger.account import NOT_PRIVATE
 from fedtune.ledger.entries import EVERY
 
 if TYPE_CHECKING:
@@ -51,8 +54,42 @@ def declare(
                 "records that no study here ever trained on as private",
                 TODO,
             )
-        if sign and ledger._account.not_private.get(dataset) != what:
-            writer.append("declaration", {"dataset": dataset, "what": what})
+        if not sign:
+            return
+        name = NOT_PRIVATE + dataset
+        writer.add_members(name, {ledger._salted(m) for record in records for m in record})
+        entry = {"dataset": dataset, "what": what, "members": writer.members(name)}
+        was = ledger._account.not_private.get(dataset), ledger._account.members.get(name)
+        if was != (what, entry["members"]):
+            writer.append("declaration", entry)
+
+
+def check_private(ledger: Ledger, dataset: str, records: Sequence[Collection[bytes]]) -> None:
+    """Check that no private record was ever declared public or generated: such runs cost nothing
+    for life, so that a private file would be tried for free before it is paid for.
+
+    records: as in `declare`, but for whose they are: invented patients have any numbers.
+    Errors: PolicyRefused, until a person accepts it (`Ledger.accept`)."""
+    with ledger._store.writing() as writer:
+        account = ledger._account
+        accepted = max((a.upto for a in account.accepted.get(dataset, [])), default=-1)
+        names = [n for n, (entry, _) in account.not_private_since.items() if entry > accepted]
+        known = set().union(*(writer.hashes(NOT_PRIVATE + name) for name in names))
+        shared = sum(any(ledger._salted(m) in known for m in record) for record in records)
+    if shared:
+        raise PolicyRefused(
+            f"{shared} of {len(records)} records of dataset {dataset!r} were declared public or "
+            "generated here, and what was tried with them is in no budget",
+            "private records that were never declared",
+            "if they are not private, declare them again; if they are, a person decides: `fedtune "
+            f"ledger SITE --accept {dataset} --reason TEXT`",
+        )
+
+
+def to_accept(ledger: Ledger, dataset: str) -> bool:
+    """Return whether a declaration is in the ledger that nobody has accepted for `dataset`."""
+    accepted = max((a.upto for a in ledger.accepted(dataset)), default=-1)
+    return any(entry > accepted for entry, _ in ledger._account.not_private_since.values())
 
 
 def check_name(charged: Collection[str], dataset: str, what: Declared) -> None:

@@ -392,7 +392,4 @@ class Ledger:
         return content if hashlib.sha256(content).hexdigest() == sha256 else None
 
     def _check_members(self, writer: Transaction) -> None:
-        members = {
-            name: declaration["members"] for name, declaration in self._account.declared.items()
-        }
-        check_members(self.folder / DATABASE, writer, members)
+        check_members(self.folder / DATABASE, writer, self._account.members)

@@ -64,6 +64,7 @@ LOGGABLE = frozenset(name for name, metric in METRICS.items() if metric.loggable
 PHRASES = (
     "policy.max_epsilon_per_study", "policy.max_epsilon", "policy.max_delta",
     "policy.allow_privacy_off", "policy.allow_declared_data", "charged as private",
+    "were declared public or",
     "what it declares of its data", "has no such declaration", "data.declared was changed",
     "policy.admission", "policy.min_noise_multiplier",
     "policy.min_units", "policy.max_grad_norm", "policy.max_sampling_rate", "policy.max_steps",

@@ -44,4 +44,10 @@ MUTANTS = (
         TESTS + "test_a_site_cannot_turn_public_in_the_middle_of_a_study",
         "rounds on private records are reported as on public ones",
     ),
+    one(
+        "declared", "tried-for-free-then-private", DECLARED,
+        "    if shared:\n", "    if shared > len(records):\n",
+        TESTS + "test_one_record_that_was_tried_for_free_is_enough",
+        "a private file is tried for free before it is paid for",
+    ),
 )  # fmt: skip
