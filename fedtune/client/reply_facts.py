@@ -34,6 +34,8 @@ def reply_facts(message: Message, reply: Message, context: Context) -> dict[str,
     name, place = "a plan", ""
     if study is not None:
         site = site.of_run(study.digest)
+        if site.site.data.declared:
+            facts["declared"] = {site.site.site.name: site.site.data.declared}
         name = facts["study"] = study.study.name
         rounds = study.training.rounds
         facts |= {"rounds": rounds} if rounds else {}
@@ -111,6 +113,8 @@ def _line(facts: dict[str, Any]) -> str:
         line += f"; paid so far: ε = {rounded_up(spent)}"
     for planned in facts.get("planned", {}).values():
         line += f" of {rounded_up(planned)} planned"
+    for declared in facts.get("declared", {}).values():
+        line += f", from a ledger of the run: the data is declared {declared}"
     if facts.get("round") and facts["round"] == facts.get("rounds"):
         line += "; that was the last round"
     return line

@@ -150,7 +150,7 @@ def _answer(new: Record, record: Record) -> None:
         name = record["site"]
         site = new["sites"].setdefault(name, {})
         site |= {key: record[key] for key in ("status", "reason") if key in record}
-        for key in ("epsilon", "planned"):
+        for key in ("epsilon", "planned", "declared"):
             if name in record.get(key, {}):
                 site[key] = record[key][name]
 

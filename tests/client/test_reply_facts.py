@@ -16,8 +16,9 @@ from flwr.app import Context, Message
 from rich.console import Console
 
 from fedtune.cli.watch import Watch
+from fedtune.client.declared import declare
 from fedtune.client.site import worker
-from fedtune.config import load_study, study_from_json
+from fedtune.config import load_site, load_study, study_from_json
 from fedtune.dp.accountant import epsilon
 from fedtune.dp.plan import plan_for_site
 from fedtune.errors import FedtuneError
@@ -124,6 +125,26 @@ def test_a_site_hears_that_a_study_ended_before_its_last_round(
     assert "before the plan's last round" in north._last["text"]
     ended = north._ended("hub:1")
     assert ended["text"] == "study inventory is finished; waiting for another; Ctrl-C ends"
+
+
+def test_a_site_of_declared_data_reads_who_pays(tmp_path: Path, tiny_base: Path) -> None:
+    study = lay_out(tmp_path, tiny_base, patients(12))
+    path = tmp_path / "site-north.toml"
+    text = path.read_text().replace("[data]", '[data]\ndeclared = "public"')
+    path.write_text(text.replace("[policy]", "[policy]\nallow_declared_data = true"))
+    declare(load_site(path))
+    told: list[str] = []
+    with observer("site", tmp_path / "state-north") as seen:
+
+        def tell(event: str, data: dict[str, Any]) -> None:
+            told.append(str(data.get("text")))
+            seen(event, data)
+
+        through_the_executor(study, tell, _quiet)
+    assert all("from a ledger of the run: the data is declared public" in line for line in told)
+    assert len(told) == 4 and "paid so far: ε = 0 of" not in told[-1]
+    north = read_status(tmp_path / "state-north").status["sites"]["north"]
+    assert north["declared"] == "public" and north["epsilon"] > 0
 
 
 def test_a_refused_site_is_told_why(tmp_path: Path, tiny_base: Path) -> None:
