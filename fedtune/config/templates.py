@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ from fedtune.errors import ConfigError, InfrastructureError
 
 NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # as config.types.Name
 PUBLIC = "public.jsonl"
-NOTES = Path(__file__).with_name("public_notes.jsonl")  # demo.generate.public_notes' first 200
+NOTES = Path(__file__).with_name("public_notes.txt")  # demo.generate.public_notes' first 200
 STUDY = """\
 # study.toml: the public plan of one federated run. Everybody may know everything in it.
 # Paths are relative to this file. A key that is not known is an error, not a default.
@@ -213,7 +214,8 @@ def init(
     files: dict[Path, str] = {}
     if role != "site":
         least = sites if role == "coordinator" else 1
-        files[folder / PUBLIC] = NOTES.read_text(encoding="utf-8")
+        notes = NOTES.read_text(encoding="utf-8").splitlines()
+        files[folder / PUBLIC] = "".join(json.dumps({"prompt": note}) + "\n" for note in notes)
         files[folder / "study.toml"] = STUDY.replace("min_sites = 1 ", f"min_sites = {least} ")
     if role != "coordinator":
         names = {f"sites/site-{n}": f"site-{n}" for n in range(1, sites + 1)}
