@@ -71,6 +71,16 @@ def test_a_refused_run_leaves_no_folder_and_says_why_once(
     assert found.stderr.count("\n") == 1 and why in found.stderr
 
 
+def test_what_became_of_a_sites_rows_is_said_once(
+    study: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (study.parent / "north" / "data.jsonl").open("a") as file:
+        file.write('\n{"prompt": "Is it so?"}')
+    found = run("simulate", study)
+    said = " ".join((found.stdout + found.stderr + caplog.text).split())
+    assert found.exit_code == 0 and said.count("12 of 13 rows train") == 1, said
+
+
 def test_a_study_that_is_finished_is_not_run_again_by_the_same_command(study: Path) -> None:
     """What it would meet is the ceiling that the first run came up to."""
     assert run("simulate", study).exit_code == 0

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("fedtune.site")
 COUNTS = "counts.json"  # in the state folder: of each dataset, what became of its rows
 SHOWN = 20  # rejected rows that are listed
+shown: set[str] = set()  # what this process has said of a site's rows on its own screen
 FAR = 0.1  # of the declared size: a count that differs by more is said
 
 
@@ -148,4 +149,5 @@ def keep_counts(site: Site, data: SiteData, study: Study, dataset: Dataset) -> N
         log.warning("%s", error)
     if dataset.rejected or dataset.n_cut or counts.over_cap:
         line = describe(dataset, study, site.site.declared_size)
-        log.warning("%s: %s; `fedtune data report` lists the rows", data.path, line)
+        if line not in shown:
+            log.warning("%s: %s; `fedtune data report` lists the rows", data.path, line)

@@ -147,9 +147,10 @@ def _declared(sites: Sequence[Site], out: Path) -> Iterator[list[Site]]:
 
 def _describe_records(site: Site, study: Study, dataset: Dataset, on_event: OnEvent) -> None:
     """Send what becomes of a site's rows as "records", an event for this screen alone."""
-    from fedtune.client.reading import describe
+    from fedtune.client.reading import describe, shown
 
     name, line = site.site.name, describe(dataset, study, site.site.declared_size)
+    shown.add(line)
     on_event("records", {"name": name, "text": f"{name}: {line}"})
 
 
