@@ -76,7 +76,8 @@ if TYPE_CHECKING:
     from fedtune.evaluation.predict import predict
     from fedtune.evaluation.predictions import Predictions
     from fedtune.evaluation.run import evaluate
-    from fedtune.evidence.verify import NotGenuine, Verified
+    from fedtune.evidence.figures import NotGenuine
+    from fedtune.evidence.verify import Verified
     from fedtune.evidence.verify import verify as verify_run
     from fedtune.launch.simulate import simulate
     from fedtune.launch.tune import Search, Trial, tune
@@ -130,7 +131,8 @@ _MODULES = {
     "fedtune.evaluation.predict": "predict",
     "fedtune.evaluation.predictions": "Predictions",
     "fedtune.evaluation.run": "evaluate",
-    "fedtune.evidence.verify": "NotGenuine Verified verify_run=verify",
+    "fedtune.evidence.figures": "NotGenuine",
+    "fedtune.evidence.verify": "Verified verify_run=verify",
     "fedtune.launch.simulate": "simulate",
     "fedtune.launch.tune": "Search Trial tune",
     "fedtune.ledger.ledger": "Ledger",

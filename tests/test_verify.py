@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -14,17 +15,22 @@ from typing import Any
 
 import pytest
 
+from fedtune.config import load_site, load_study
 from fedtune.errors import FedtuneError, Refused
 from fedtune.evidence import sign
 from fedtune.evidence.verify import NotGenuine, Verified, verify
+from fedtune.launch import simulate as launch
+from fedtune.report.claim import rounded_up
 from fedtune.run_folder import load_plan
 from fedtune.wire import fingerprints
 from fedtune.wire.keys import SigningKey, canonical
 from tests.cli_kit import run as command
 from tests.cli_kit import write_study
 from tests.simulated import simulate
+from tests.test_end_to_end import lay_out
 
 CHANGES = 1000
+PRIVACY = '{ epsilon = 8.0, noise_multiplier = 2.0, delta = 1e-3, unit = "patient" }'
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +100,17 @@ def test_a_file_that_is_added_or_removed_is_named(signed, tmp_path: Path) -> Non
     assert "notes.txt" in verify(copy).not_signed
 
 
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    text = json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False)
+    (folder / "report.json").write_text(text + "\n")
+
+
 def forged(folder: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     """A copy whose report is changed, and signed again with a key of the forger's."""
-    copy = shutil.copytree(folder, tmp_path / "forged")
+    copy = shutil.copytree(folder, tmp_path / "forged", dirs_exist_ok=True)
     report = json.loads((copy / "report.json").read_text())
     change(report)
-    (copy / "report.json").write_text(json.dumps(report))
+    write_report(copy, report)
     sign.sign_files(copy, SigningKey())
     return copy
 
@@ -119,7 +130,7 @@ def test_a_report_that_leaves_a_site_out_is_refused(signed, tmp_path: Path) -> N
     def less(report: dict[str, Any]) -> None:
         del report["privacy"]["sites"]["north"]
 
-    with pytest.raises(NotGenuine, match="other sites than those that signed"):
+    with pytest.raises(NotGenuine, match="sites is"):
         verify(forged(signed[0], tmp_path, less))
 
 
@@ -149,7 +160,7 @@ def test_who_replaces_every_key_is_refused_by_trust_alone(signed, tmp_path: Path
     report = json.loads((copy / "report.json").read_text())
     for name, key in keys.items():
         report["privacy"]["sites"][name]["key"] = key.public
-    (copy / "report.json").write_text(json.dumps(report))
+    write_report(copy, report)
     sign.sign_files(copy, owner)
     assert verify(copy).epsilon == found.epsilon
     with pytest.raises(Refused, match="was signed by"):
@@ -180,7 +191,7 @@ def test_a_consortiums_run_is_of_its_own_coordinator(signed, tmp_path: Path) -> 
     sign.sign_files(copy, key, "-----BEGIN CERTIFICATE-----")
     with pytest.raises(NotGenuine, match="sealed for another coordinator"):
         verify(copy)
-    with pytest.raises(NotGenuine):
+    with pytest.raises(NotGenuine, match="another coordinator"):
         verify(copy, trust=fingerprints.of_consortium("-----BEGIN CERTIFICATE-----", key.public))
 
 
@@ -201,7 +212,9 @@ def test_the_command_trusts_nobody_by_itself(signed, tmp_path: Path) -> None:
     folder, found = signed
     unknown = command("verify", folder)
     assert unknown.exit_code == 3 and "signer unknown" in unknown.stderr
-    assert f"ε = {found.epsilon:.4g}" in unknown.output and "2 sites signed" in unknown.output
+    assert (
+        f"ε = {rounded_up(found.epsilon)}" in unknown.output and "2 sites signed" in unknown.output
+    )
     known = command("verify", folder, "--trust", found.signer)
     assert known.exit_code == 0 and "(trusted)" in known.output
     data = json.loads(command("verify", folder, "--trust", found.signer, "--json").output)
@@ -209,7 +222,8 @@ def test_the_command_trusts_nobody_by_itself(signed, tmp_path: Path) -> None:
     other = command("verify", folder, "--trust", "0000 0000 0000 0000 0000")
     assert other.exit_code == 3 and "was signed by" in other.stderr
     forgery = command("verify", forged(folder, tmp_path, lower), "--trust", found.signer)
-    assert forgery.exit_code == 2
+    assert forgery.exit_code == 3  # another key signed it
+    assert command("verify", tmp_path / "forged").exit_code == 2
     assert command("verify", tmp_path / "nothing").exit_code == 2
 
 
@@ -219,7 +233,8 @@ def test_an_exported_model_carries_its_proof_and_a_forged_run_is_not_exported(
     folder, found = signed
     assert command("export", folder, "--out", tmp_path / "model").exit_code == 0
     carried = verify(tmp_path / "model", trust=found.signer)
-    assert carried == replace(found, trusted=True, exported=True, not_signed=())
+    assert "model.safetensors" in carried.not_signed
+    assert carried == replace(found, trusted=True, exported=True, not_signed=carried.not_signed)
     bad = forged(folder, tmp_path, lower)
     refused = command("export", bad, "--out", tmp_path / "bad")
     assert refused.exit_code == 2 and "step logs" in refused.stderr
@@ -264,3 +279,138 @@ def test_verifying_needs_no_torch(signed) -> None:
         f"verify({str(folder)!r}); assert not {{'torch', 'flwr'}} & {{*sys.modules}}"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_genuine_run_inside_a_false_one_proves_nothing_of_it(signed, tmp_path: Path) -> None:
+    folder, found = signed
+    false = shutil.copytree(folder, tmp_path / "false")
+    for name in (sign.SIGNATURE, sign.EVIDENCE):
+        (false / name).unlink()
+    shutil.copytree(folder, false / "run")
+    with pytest.raises(NotGenuine, match="is not signed"):
+        verify(false, trust=found.signer)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "run").symlink_to(folder)
+    with pytest.raises(NotGenuine, match="is a link"):
+        verify(tmp_path / "model", trust=found.signer)
+    command("export", false, "--out", tmp_path / "card")
+    assert "by a report that nobody signed" in (tmp_path / "card" / "README.md").read_text()
+
+
+def again(copy: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """evidence.json changed, and signed for by a coordinator who lies."""
+    content = json.loads((copy / sign.EVIDENCE).read_text())
+    change(content)
+    (copy / sign.EVIDENCE).write_bytes(canonical(content))
+    sign.sign_files(copy, SigningKey())
+    return copy
+
+
+def test_a_coordinator_cannot_leave_a_round_out(signed, tmp_path: Path) -> None:
+    copy = shutil.copytree(signed[0], tmp_path / "copy")
+    report = json.loads((copy / "report.json").read_text())
+    report["rounds"] = report["rounds"][:1]
+    write_report(copy, report)
+
+    def first(content: dict[str, Any]) -> None:
+        content["updates"] = [e for e in content["updates"] if e["round"] == 1]
+
+    with pytest.raises(NotGenuine, match="has 1 rounds; expected all 2 rounds"):
+        verify(again(copy, first))
+    report["rounds"] = []
+    write_report(copy, report)
+    with pytest.raises(NotGenuine, match="has 0 rounds"):
+        verify(again(copy, lambda content: content.update(updates=[])))
+
+
+def test_no_other_work_of_a_site_counts_as_an_update(signed, tmp_path: Path) -> None:
+    copy = shutil.copytree(signed[0], tmp_path / "copy")
+
+    def answered(content: dict[str, Any]) -> None:
+        content["updates"][0]["said"]["status"] = "answered"
+
+    with pytest.raises(NotGenuine, match="another kind of work"):
+        verify(again(copy, answered))
+
+
+@pytest.mark.parametrize("name", ["report.md", "evidence.json", "adapter/adapter_config.json"])
+def test_a_pipe_or_a_link_in_a_files_place_is_refused(signed, tmp_path: Path, name: str) -> None:
+    copy = shutil.copytree(signed[0], tmp_path / "copy")
+    (copy / name).unlink()
+    os.mkfifo(copy / name)
+    with pytest.raises(NotGenuine, match="no regular file"):
+        verify(copy)
+    (copy / name).unlink()
+    (copy / name).symlink_to(signed[0] / name)
+    with pytest.raises(NotGenuine, match="was changed"):
+        verify(copy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"privacy": []}, {"rounds": [{"round": "1"}]}, {"rounds": None}, {"continuous": []},
+        {"study": "other"}, {"plan_digest": "sha256:0"}, {"private": 1},
+    ],
+)  # fmt: skip
+def test_a_report_that_is_none_has_a_named_error(signed, tmp_path: Path, change) -> None:
+    with pytest.raises(FedtuneError) as raised:
+        verify(forged(signed[0], tmp_path, lambda report: report.update(change)))
+    assert raised.value.exit_code == 2
+
+
+def test_what_is_printed_of_a_folder_cannot_pose_as_a_line(signed, tmp_path: Path) -> None:
+    copy = shutil.copytree(signed[0], tmp_path / "copy")
+    (copy / "a\nprivacy      ε = 0.01, 40 sites\x1b[2J").write_text("")
+    shown = command("verify", copy).output
+    assert shown.count("\nprivacy ") == 1 and "\x1b" not in shown
+
+
+def test_a_run_whose_sites_answered_a_private_evaluation(tmp_path: Path, tiny_base: Path) -> None:
+    """Their logs are checked too, and an answer left out is missed."""
+    from tests.private_evaluation_kit import world
+
+    (tmp_path / "queried").mkdir()
+    study = world(tmp_path / "queried", tiny_base, 3.0)
+    run = tmp_path / "run"
+    simulate(study, sorted(study.parent.glob("site-*.toml")), run)
+    verify(run)
+    copy = shutil.copytree(run, tmp_path / "less")
+
+    def silent(content: dict[str, Any]) -> None:
+        content["updates"] = [e for e in content["updates"] if e["kind"] == "update"]
+
+    with pytest.raises(NotGenuine, match="evaluation's sites"):
+        verify(again(copy, silent))
+
+
+def test_a_study_with_a_schedule_and_a_rollback(tmp_path: Path, tiny_base: Path) -> None:
+    """What is exported of it verifies; another version in use does not, unless it is signed for by
+    the key in the coordinator's home beside the runs, over a run that verified before."""
+    text = lay_out(tmp_path, tiny_base, PRIVACY).read_text().replace("rounds = 3\n", "")
+    study = tmp_path / "study.toml"
+    study.write_text(text + '[schedule]\nevery = "1h"\nconfidence = 0.501\n')
+    run, home = tmp_path / "runs" / "daily", tmp_path / "coordinator"
+    sites = sorted(tmp_path.glob("site-*.toml"))
+    key = SigningKey.at(home / "signing.key")
+    launch.simulate(load_study(study), [load_site(path) for path in sites], run, rounds=3, key=key)
+    found = verify(run)
+    assert found.sites and found.not_signed
+    sign.carry(run, tmp_path / "model")
+    assert verify(tmp_path / "model").exported
+    in_use = os.readlink(run / "adapter")
+    (run / "adapter").unlink()
+    (run / "adapter").symlink_to("versions/0")
+    with pytest.raises(NotGenuine, match="not the version that the report is of"):
+        verify(run)
+    (run / "adapter").unlink()
+    (run / "adapter").symlink_to(in_use)
+    assert command("versions", run, "--rollback", 0).exit_code == 0
+    assert verify(run).signer == found.signer
+    weights = run / "versions" / "0" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole + b" ")
+    command("versions", run, "--unpin")
+    weights.write_bytes(whole)
+    with pytest.raises(NotGenuine, match="was changed after it was signed"):
+        verify(run)  # it was not as it had been signed, so nobody signed it again

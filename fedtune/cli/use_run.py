@@ -152,6 +152,7 @@ def versions(
     on the public records. The study may go on meanwhile."""
     from fedtune.cli.console import versions_table
     from fedtune.errors import ConfigError, InputError
+    from fedtune.evidence.verify import key_of
     from fedtune.report.declared import declared_line
     from fedtune.run_folder import read_report
     from fedtune.server.versions import Versions
@@ -159,6 +160,7 @@ def versions(
     if rollback is not None and unpin:
         raise ConfigError("--rollback and --unpin", "one of the two")
     book = Versions(run)
+    signed_by = key_of(run) if rollback is not None or unpin else None
     if rollback is not None:
         index = book.roll_back(rollback)
     elif unpin:
@@ -172,7 +174,7 @@ def versions(
         with Console().status("measuring the version in use on the public records"):
             from fedtune.server.version_report import restate
 
-            reason = restate(run, index)
+            reason = restate(run, index, signed_by)
     Console().print(versions_table(index))
     if reason:
         typer.echo(f"report.md has no figure of it: {reason}", err=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedtune.cli.exit_codes import command
+from fedtune.errors import printable
 
 if TYPE_CHECKING:
     from fedtune.evidence.verify import Verified
@@ -69,12 +70,15 @@ def verify(
 
 
 def _lines(found: Verified) -> str:
+    from fedtune.report.claim import rounded_up
     from fedtune.report.declared import declared_line
 
     claim = "NOT PRIVATE"
     if found.epsilon is not None:
-        claim = f"ε = {found.epsilon:.4g}, δ = {found.delta:g} per {found.unit}"
-        claim += f", from the step logs that {len(found.sites)} sites signed"
+        claim = f"ε = {rounded_up(found.epsilon)}, δ = {found.delta:g} per {found.unit}, "
+        claim += f"from the step logs that {len(found.sites)} sites signed"
+        if found.capped:
+            claim += "; at most the plan's for one patient, whom the sites then leave out"
     kind = "a simulation" if found.simulated else "the coordinator of consortium"
     lines = [
         f"study        {found.study}, {found.plan}",
@@ -83,16 +87,16 @@ def _lines(found: Verified) -> str:
         f"files        {found.files}, as they were signed; {found.updates} updates",
     ]
     for name, site in found.sites.items():
-        spent = f"ε = {site['epsilon']:.4g}, {site['steps']} steps" if "epsilon" in site else ""
+        spent = ""
+        if "steps" in site:
+            spent = f"ε = {rounded_up(site['epsilon'])}, {site['steps']} steps"
         keys = site["fingerprint"] or f"key {site['key'][:16]}…, not enrolled"
         lines.append(f"site         {name}: {keys}; {spent}".rstrip("; "))
     if line := declared_line({"declared": found.declared}):
-        lines.append(f"declared     {line}")
+        lines.append(f"declared     by the coordinator's report: {line}")
     if found.not_signed:
         lines.append(f"not signed   {', '.join(found.not_signed)}")
     if found.exported:
-        lines.append(
-            "exported     from the run above; that its weights were merged from that adapter"
-        )
-        lines.append("             is not proven here: export it again to compare")
-    return "\n".join(lines)
+        lines.append("exported     from that run; that these weights come from its adapter is")
+        lines.append("             not proven here: export the run again, and compare")
+    return "\n".join(printable(line) for line in lines)

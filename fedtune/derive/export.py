@@ -37,6 +37,8 @@ def export(run: Run, out: Path | str, to: Kind = "hf", stored: Stored | None = N
     them. Merging is post-processing: the model's guarantee is the run's.
     Guarantee: `out` is whole or not there; a classifier's logits were compared with the run's.
 
+    A run that is signed is verified first; of any other the card says that nobody vouches for it.
+
     Errors: NotGenuine (the run is not as it was signed), InputError, ConfigError (nothing to merge;
     `out` exists; the format cannot hold it), ModelError, InfrastructureError."""
     stored = stored or ("float32" if to == "hf" else "float16")
@@ -48,6 +50,7 @@ def export(run: Run, out: Path | str, to: Kind = "hf", stored: Stored | None = N
     signed = is_signed(run.folder)
     if signed:
         verify(run.folder)
+        run = Run(run.folder)  # as it was verified, whatever was read before
     report = run.report
     headed = (run.folder / "adapter" / HEAD).is_file()
     _check(run, headed, to, stored)
@@ -65,7 +68,8 @@ def export(run: Run, out: Path | str, to: Kind = "hf", stored: Stored | None = N
 
             with tempfile.TemporaryDirectory(dir=out.parent, prefix=".exporting-") as name:
                 base = _write_merged(run, Path(name), "float32")
-                write_gguf(Path(name), draft, stored, gguf_metadata(report, base), base.licence)
+                facts = gguf_metadata(report, base, signed)
+                write_gguf(Path(name), draft, stored, facts, base.licence)
         if signed and to == "hf":
             carry(run.folder, draft)
     return out

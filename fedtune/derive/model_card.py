@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from fedtune.bases.find import Base
 from fedtune.config import Study
 from fedtune.config.known_bases import upstream_of
+from fedtune.evidence.verify import is_signed
 from fedtune.files import reading
 from fedtune.models.adapter_files import AGAIN
 from fedtune.models.run import Run
@@ -27,24 +28,27 @@ class Use(NamedTuple):
 TEXT = Use("text-generation", ('    AutoModelForCausalLM.from_pretrained("THIS FOLDER")',))
 
 
-def privacy_line(report: dict[str, Any]) -> str:
-    """Return one line with the report's privacy guarantee, and who trained on no patient's data."""
+def privacy_line(report: dict[str, Any], signed: bool = True) -> str:
+    """Return one line with the report's privacy guarantee, whether nobody signed for it, and who
+    trained on no patient's data."""
     said = declared_line(report)
     more = f". {said}".removesuffix(".") if said else ""
     if not report.get("private"):
         return f"NOT PRIVATE: it may repeat the records that it was trained on{more}"
     p = report["privacy"]
+    unsigned = "" if signed else "by a report that nobody signed, "
     return (
-        f"differentially private: ε = {rounded_up(p.get('epsilon'))}, δ = {p.get('delta')} "
+        f"{unsigned}differentially private: ε = {rounded_up(p.get('epsilon'))}, "
+        f"δ = {p.get('delta')} "
         f"for one {p.get('unit')} at any one site ({p.get('relation')}){more}"
     )
 
 
-def gguf_metadata(report: dict[str, Any], base: Base) -> dict[str, str]:
+def gguf_metadata(report: dict[str, Any], base: Base, signed: bool = True) -> dict[str, str]:
     """Return the general.* keys of a GGUF file."""
     return {
         "name": str(report.get("study")),
-        "description": f"{base.name} fine-tuned with fedtune; {privacy_line(report)}",
+        "description": f"{base.name} fine-tuned with fedtune; {privacy_line(report, signed)}",
     }
 
 
@@ -72,6 +76,7 @@ def write_card(folder: Path, run: Run, report: dict[str, Any], base: Base, use: 
     text = reading.text(run.folder / "report.md", "the report of a finished run", AGAIN)
     report_lines = text.splitlines()
     upstream = upstream_of(base.name)
+    claim = privacy_line(report, is_signed(run.folder))
     head = {
         "license": base.licence.lower() if base.licence != "unknown" else "unknown",
         "base_model": upstream.model if upstream else base.name,
@@ -84,7 +89,7 @@ def write_card(folder: Path, run: Run, report: dict[str, Any], base: Base, use: 
     lines += [
         f"# {report.get('study')}: {base.name}, fine-tuned",
         "",
-        f"Base and what was trained as one model; {privacy_line(report)}. The base's licence "
+        f"Base and what was trained as one model; {claim}. The base's licence "
         f"({base.licence}) holds for this model too.",
         *_origin(base),
         *_quantisation_note(run.study),

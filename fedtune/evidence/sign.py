@@ -9,13 +9,13 @@ for the arrays, of which the digest is kept: the step log is in it, the update i
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedtune.config import Study
-from fedtune.files import reading
 from fedtune.files.writing import replace
 from fedtune.wire.keys import SigningKey, canonical
 
@@ -24,9 +24,9 @@ FORMAT = "fedtune-evidence-1"
 PURPOSE = b"fedtune run\0"
 FILES = ("plan.json", "report.json", "report.md", "progress.png", "metrics.jsonl", EVIDENCE)
 ADAPTER, VERSIONS = "adapter", "versions"  # in a study with a [schedule] the first is a link
-HOME = Path("coordinator")  # beside the folder of runs, unless it was placed elsewhere
 RUN = "run"  # in an exported model: the folder of what it was made of
-UNSIGNED = ("index.json",)  # of VERSIONS: a person may choose another version later
+# A person may choose another version later, and a process may be about to.
+UNSIGNED = {f"{VERSIONS}/index.json", f"{VERSIONS}/lock"}
 
 
 def sign(
@@ -61,22 +61,6 @@ def sign_files(run: Path, key: SigningKey, ca: str = "") -> None:
     replace(run / SIGNATURE, canonical(signed | {"signature": signature}))
 
 
-def sign_again(run: Path) -> bool:
-    """Sign a run's files as they are now, if the coordinator's home beside it holds the key that
-    signed them before; return whether. A simulation's key is gone when it ends.
-
-    Errors: InputError (signature.json is damaged), InfrastructureError."""
-    path, home = run / SIGNATURE, run.absolute().parent.parent / HOME
-    if not (path.exists() and (home / "signing.key").exists()):
-        return False
-    signed = reading.json_in(path, "the file as it was signed")
-    key = SigningKey.at(home / "signing.key")
-    if key.public != signed.get("coordinator"):
-        return False
-    sign_files(run, key, str(signed.get("ca")))
-    return True
-
-
 def _updates(history: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     for entry in history:
         for kind, name in (("update", "evidence"), ("answer", "query_evidence")):
@@ -92,10 +76,11 @@ def digests(run: Path) -> dict[str, str]:
 def covered(run: Path) -> list[str]:
     """List the files that a signature must cover: those of FILES that are there, and all of the
     adapter, or of the versions of which it is one."""
-    inside = [run / (VERSIONS if (run / ADAPTER).is_symlink() else ADAPTER)]
-    found = [p for folder in inside for p in sorted(folder.rglob("*")) if not p.is_dir()]
-    names = [path.relative_to(run).as_posix() for path in found if path.name not in UNSIGNED]
-    return [*(name for name in FILES if (run / name).exists()), *names]
+    inside = run / (VERSIONS if (run / ADAPTER).is_symlink() else ADAPTER)
+    found = [path for path in sorted(inside.rglob("*")) if path.is_symlink() or not path.is_dir()]
+    names = [path.relative_to(run).as_posix() for path in found]
+    listed = [name for name in names if name not in UNSIGNED]
+    return [*(name for name in FILES if os.path.lexists(run / name)), *listed]
 
 
 def carry(run: Path, into: Path) -> None:
@@ -104,3 +89,5 @@ def carry(run: Path, into: Path) -> None:
         target = into / RUN / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(run / name, target)
+    if (run / ADAPTER).is_symlink():
+        (into / RUN / ADAPTER).symlink_to((run / ADAPTER).readlink())

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from fedtune.config import PrivacyTable, Study
-from fedtune.dp.accountant import Steps, epsilon
-from fedtune.errors import InputError, Refused
+from fedtune.errors import FedtuneError, Refused
+from fedtune.evidence.figures import MALFORMED, TODO, NotGenuine, fail, privacy, rounds, seals
 from fedtune.evidence.sign import (
     ADAPTER,
     EVIDENCE,
@@ -34,17 +33,11 @@ from fedtune.evidence.sign import (
 )
 from fedtune.files import reading
 from fedtune.run_folder import load_plan, read_report
-from fedtune.wire import fingerprints, seal, step_summary
-from fedtune.wire.keys import canonical, verifies
+from fedtune.wire import fingerprints
+from fedtune.wire.keys import SigningKey, canonical, verifies
 
-MALFORMED = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError)
-SAME = 1e-9  # relative: two computations of one ε
+HOME = Path("coordinator")  # beside the folder of runs, unless it was placed elsewhere
 LARGE = 1 << 28  # bytes of evidence.json
-TODO = "get the folder again from who signed it; do not use this one"
-
-
-class NotGenuine(InputError):
-    """A run's folder that contradicts its signatures."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +49,8 @@ class Verified:
     one's fingerprint ("" where it never enrolled), steps and ε; epsilon: the largest of them, None
     without privacy; not_signed: what else lies in the folder; declared: sites whose data the report
     calls public or generated; exported: whether the run was found inside an exported model, whose
-    weights nobody signed."""
+    weights nobody signed; capped: whether ε is the plan's bound for one patient, at which the sites
+    leave a patient out, and not what all steps together would give."""
 
     study: str
     plan: str
@@ -73,6 +67,7 @@ class Verified:
     not_signed: tuple[str, ...] = ()
     declared: dict[str, str] = field(default_factory=dict)
     exported: bool = False
+    capped: bool = False
 
 
 def verify(run: Path | str, trust: str = "", sites: Mapping[str, str] | None = None) -> Verified:
@@ -85,34 +80,92 @@ def verify(run: Path | str, trust: str = "", sites: Mapping[str, str] | None = N
     >>> fedtune.verify_run("runs/none")
     Traceback (most recent call last):
       ...
-    fedtune.evidence.verify.NotGenuine: ...
+    fedtune.evidence.figures.NotGenuine: ...
 
     Errors: NotGenuine (a file, a signature or a figure that does not fit), Refused (another signer
     than `trust`, or another site than `sites`), InputError, ConfigError (no run)."""
-    run = Path(run)
-    exported = (run / RUN).is_dir() and not is_signed(run)
-    run = run / RUN if exported else run
-    signed = _signature(run)
+    run, signed, exported = _opened(Path(run))
+    name = fingerprints.of_consortium(signed["ca"], signed["coordinator"])
+    if trust and not fingerprints.equal(trust, name):
+        raise Refused(
+            f"{run}: was signed by {name}",
+            trust,
+            "ask the coordinator for its consortium's fingerprint; do not use this folder",
+        )
     _files(run, signed["files"])
-    study, report = load_plan(run), read_report(run)
+    study, report = load_plan(run), _report(run)
+    _link(run, report)
     content = _canonical(run / EVIDENCE, LARGE)
-    events = _seals(run, content, study, signed["coordinator"], bool(signed["ca"]))
-    rounds = _rounds(run, content, report)
-    verified = Verified(
+    try:
+        events = seals(run, content, study, signed["coordinator"], bool(signed["ca"]))
+        updates = rounds(run, content, study, report)
+        claim = privacy(run, study, report, content["sites"], events)
+    except MALFORMED:
+        fail(run, "its report or its evidence is not what a coordinator writes")
+    found = Verified(
         study=study.study.name,
         plan=study.digest,
         private=study.private,
-        signer=fingerprints.of_consortium(signed["ca"], signed["coordinator"]),
-        trusted=False,
+        signer=name,
+        trusted=bool(trust),
         simulated=not signed["ca"],
-        updates=rounds,
+        updates=updates,
         files=len(signed["files"]),
-        not_signed=_not_signed(run),
+        not_signed=_not_signed(exported or run, run),
         declared=report.get("declared") or {},
-        exported=exported,
-        **_privacy(run, study, report, content["sites"], events),
+        exported=exported is not None,
+        **claim,
     )
-    return _trusted(run, verified, trust, sites or {})
+    _same_sites(run, found, sites or {})
+    return found
+
+
+def _opened(path: Path) -> tuple[Path, dict[str, Any], Path | None]:
+    """Find the run: `path`, or inside it where it is an exported model. Returns the run, its
+    signature, and the model's folder."""
+    inner = path / RUN
+    names = ("plan.json", ADAPTER, SIGNATURE, EVIDENCE)
+    exported = inner.is_dir() and not any(os.path.lexists(path / name) for name in names)
+    if exported and inner.is_symlink():
+        fail(inner, "is a link", "the run's own files")
+    run = inner if exported else path
+    return run, _signature(run), path if exported else None
+
+
+def _report(run: Path) -> dict[str, Any]:
+    """Read report.json, of which each content has one spelling: a name given twice has none."""
+    report = read_report(run)
+    text = json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    if reading.text(run / "report.json", "the report of a run", TODO, NotGenuine) != text:
+        fail(run / "report.json", "is not spelled as a coordinator writes it")
+    return report
+
+
+def _link(run: Path, report: dict[str, Any]) -> None:
+    """Check that the version in use is the one of which the report is."""
+    link, table = run / ADAPTER, report.get("continuous")
+    if link.is_symlink() or table is not None:
+        number = table.get("version in use") if isinstance(table, dict) else None
+        if not link.is_symlink() or os.readlink(link) != f"{VERSIONS}/{number}":
+            fail(link, "is not the version that the report is of", f"{VERSIONS}/{number}")
+
+
+def key_of(run: Path) -> tuple[SigningKey, str] | None:
+    """Return the key that signed a run, and its CA, from the coordinator's home beside the folder
+    of runs; None where the run does not verify or that home has another key.
+
+    To be called before the run is changed: what is signed again was as it had been signed.
+    Errors: InfrastructureError (the key cannot be read)."""
+    path = run.absolute().parent.parent / HOME / "signing.key"
+    if not path.exists():
+        return None
+    try:
+        verify(run)
+        signed = _signature(run)
+    except FedtuneError:
+        return None
+    key = SigningKey.at(path)
+    return (key, signed["ca"]) if key.public == signed["coordinator"] else None
 
 
 def signer(run: Path) -> str:
@@ -129,10 +182,6 @@ def is_signed(run: Path) -> bool:
     return (run / SIGNATURE).exists() or (run / EVIDENCE).exists()
 
 
-def _fail(where: Path | str, happened: str, expected: str = "") -> NoReturn:
-    raise NotGenuine(f"{where}: {happened}", expected, TODO)
-
-
 def _canonical(path: Path, most: int = reading.SMALL) -> dict[str, Any]:
     """Read JSON of which each content has one spelling."""
     data = reading.content(path, "the file as it was signed", TODO, NotGenuine, most)
@@ -141,16 +190,16 @@ def _canonical(path: Path, most: int = reading.SMALL) -> dict[str, Any]:
         if not isinstance(content, dict) or canonical(content) != data:
             raise ValueError
     except MALFORMED:
-        _fail(path, "was changed after it was signed", "canonical JSON")
+        fail(path, "was changed after it was signed", "canonical JSON")
     if content.get("format") != FORMAT:
-        _fail(path, "is of another format", FORMAT)
+        fail(path, "is of another format", FORMAT)
     return content
 
 
 def _signature(run: Path) -> dict[str, Any]:
     path = run / SIGNATURE
     if not run.is_dir():
-        _fail(run, "no such folder", "a run's folder")
+        fail(run, "no such folder", "a run's folder")
     if not path.exists():
         raise NotGenuine(
             f"{run}: is not signed",
@@ -160,10 +209,10 @@ def _signature(run: Path) -> dict[str, Any]:
     content = _canonical(path)
     kinds = {"format": str, "ca": str, "coordinator": str, "files": dict, "signature": str}
     if {name: type(value) for name, value in content.items()} != kinds:
-        _fail(path, "is not what a coordinator signs")
+        fail(path, "is not what a coordinator signs")
     signature = content.pop("signature")
     if not verifies(content["coordinator"], PURPOSE + canonical(content), signature):
-        _fail(path, "its signature does not fit", "the signature of the key that it names")
+        fail(path, "its signature does not fit", "the signature of the key that it names")
     return content
 
 
@@ -172,166 +221,31 @@ def _files(run: Path, files: Mapping[str, Any]) -> None:
     present = covered(run)
     for name in present:
         if name not in files:
-            _fail(run / name, "was added after the signature", "the files that were signed")
+            fail(run / name, "was added after the signature", "the files that were signed")
     for name, digest in files.items():
         if name not in present:
-            _fail(run / name, "is missing", "every file that was signed")
+            fail(run / name, "is missing", "every file that was signed")
         if (run / name).is_symlink() or _sha256(run / name) != digest:
-            _fail(run / name, "was changed after it was signed", f"sha256 {str(digest)[:16]}…")
-    link = run / ADAPTER
-    if link.is_symlink() and link.resolve().parent != (run / VERSIONS).resolve():
-        _fail(link, "leads elsewhere", f"one of {VERSIONS}/")
+            fail(run / name, "was changed after it was signed", f"sha256 {str(digest)[:16]}…")
     if not any(name.startswith((f"{ADAPTER}/", f"{VERSIONS}/")) for name in files):
-        _fail(run / ADAPTER, "is not signed", "an adapter")
+        fail(run / ADAPTER, "is not signed", "an adapter")
 
 
 def _sha256(path: Path) -> str:
+    reading.regular(path, "a file as it was signed", TODO, NotGenuine)  # no pipe, no folder
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _not_signed(run: Path) -> tuple[str, ...]:
+def _not_signed(folder: Path, run: Path) -> tuple[str, ...]:
+    """List what else lies in the folder of a run, or of a model that was made of it."""
     known = {name.partition("/")[0] for name in covered(run)} | {SIGNATURE, ADAPTER}
-    rest = sorted(path.name for path in run.iterdir() if path.name not in known)
-    return (*rest, *(f"{VERSIONS}/{name}" for name in UNSIGNED if (run / VERSIONS / name).exists()))
+    known = {RUN} if folder != run else known
+    rest = sorted(path.name for path in folder.iterdir() if path.name not in known)
+    return (*rest, *sorted(name for name in UNSIGNED if folder == run and (run / name).exists()))
 
 
-Events = dict[str, list[dict[str, Any]]]
-
-
-def _seals(
-    run: Path, content: dict[str, Any], study: Study, coordinator: str, enrolled: bool
-) -> dict[str, Events]:
-    """Verify what every site signed; return the newest step log of each, by kind and site."""
-    events: dict[str, Events] = {"update": {}, "answer": {}}
-    digests = {"update": study.digest, "answer": study.queries_digest}
-    if content.get("plan") != study.digest:
-        _fail(run / EVIDENCE, "is of another plan", study.digest)
-    try:
-        for entry in content["updates"]:
-            where = f"{run / EVIDENCE}, round {int(entry['round'])}, {str(entry['site'])[:64]!r}"
-            key, kind = content["sites"][entry["site"]]["signing"], entry["kind"]
-            receiver = json.loads(entry["header"])["receiver"]
-            if enrolled and receiver != coordinator:
-                _fail(where, "was sealed for another coordinator", "the one that signed the run")
-            expected = seal.Header(
-                plan=digests[kind],
-                round=entry["round"],
-                base=study.base.digest or "",
-                site=entry["site"],
-                receiver=receiver,
-                nonce=json.loads(entry["header"])["nonce"],
-                body=seal.digest_of(entry["arrays"], entry["said"]),
-                ledger={},
-            )
-            try:
-                seal.opened(entry, key, expected)
-            except seal.SealError as error:
-                _fail(where, error.happened, "what the site signed")
-            log = step_summary.parse(entry["said"]["events"]) if study.private else []
-            _grown(where, events[kind].get(entry["site"], []), log, study)
-            events[kind][entry["site"]] = log
-    except MALFORMED:
-        _fail(run / EVIDENCE, "is not what a coordinator writes")
-    return events
-
-
-def _grown(where: str, before: list[Any], now: list[Any], study: Study) -> None:
-    if study.private and sum(e["steps"] for e in now) <= sum(e["steps"] for e in before):
-        _fail(where, "its step log has no step for this round", "a longer log in every round")
-
-
-def _rounds(run: Path, content: dict[str, Any], report: dict[str, Any]) -> int:
-    """Check that who took part by the report is who signed; return the number of updates."""
-    signed: dict[Any, list[str]] = {}
-    updates = [entry for entry in content["updates"] if entry["kind"] == "update"]
-    for entry in updates:
-        signed.setdefault(entry["round"], []).append(entry["site"])
-    try:
-        said = {row["round"]: sorted(row["participants"]) for row in report["rounds"]}
-    except MALFORMED:
-        _fail(run / "report.json", "is not what a coordinator writes")
-    for number in sorted({*said, *signed}):
-        if said.get(number) != sorted(signed.get(number, [])):
-            _fail(
-                run / "report.json",
-                f"who took part in round {number} is not who signed an update of it",
-            )
-    return len(updates)
-
-
-def _privacy(
-    run: Path,
-    study: Study,
-    report: dict[str, Any],
-    keys: Mapping[str, Mapping[str, str]],
-    events: dict[str, Events],
-) -> dict[str, Any]:
-    """Compute ε from the step logs, and check that the report says the same."""
-    path = run / "report.json"
-    shown: dict[str, dict[str, Any]] = {
-        name: {"fingerprint": _site_fingerprint(name, keys[name]), "key": keys[name]["signing"]}
-        for name in sorted(events["update"])
-    }
-    if report.get("private") is not study.private:
-        _fail(
-            path, "says that it is private" if report.get("private") else "says it is not private"
-        )
-    privacy = study.privacy
-    if not isinstance(privacy, PrivacyTable):
-        return {"sites": shown}
-    said = report["privacy"]
-    spent = {name: _epsilon(log, study, privacy) for name, log in events["update"].items()}
-    _agree(path, "privacy.delta", said.get("delta"), privacy.delta)
-    if said.get("unit") != privacy.unit:
-        _fail(path, "privacy.unit is not the plan's", privacy.unit)
-    _agree(path, "privacy.epsilon", said.get("epsilon"), max(spent.values(), default=0.0))
-    if sorted(said.get("sites") or {}) != sorted(spent):
-        _fail(path, "names other sites than those that signed")
-    for name, value in spent.items():
-        site = said["sites"][name]
-        _agree(path, f"{name}'s epsilon", site.get("epsilon"), value)
-        steps = sum(event["steps"] for event in events["update"][name])
-        _agree(path, f"{name}'s steps", site.get("steps"), steps)
-        if site.get("key") != keys[name]["signing"]:
-            _fail(path, f"{name}'s key is not the one that signed")
-        shown[name] |= {"epsilon": value, "steps": steps}
-    for name, log in events["answer"].items():
-        answers = ((said.get("evaluation") or {}).get("sites") or {}).get(name) or {}
-        _agree(path, f"{name}'s evaluation", answers.get("epsilon"), _steps_epsilon(log, privacy))
-    largest = max(spent.values(), default=0.0)
-    return {"sites": shown, "epsilon": largest, "delta": privacy.delta, "unit": privacy.unit}
-
-
-def _epsilon(log: list[dict[str, Any]], study: Study, privacy: PrivacyTable) -> float:
-    spent = _steps_epsilon(log, privacy)
-    if study.continuous and privacy.epsilon is not None:  # a site then leaves the patient out
-        return min(spent, privacy.epsilon)
-    return spent
-
-
-def _steps_epsilon(log: list[dict[str, Any]], privacy: PrivacyTable) -> float:
-    steps = [Steps(e["sigma"], e["q"], e["steps"], e["records"]) for e in log]
-    return epsilon(steps, privacy.delta)
-
-
-def _agree(path: Path, what: str, said: Any, computed: float) -> None:
-    number = isinstance(said, int | float) and not isinstance(said, bool)
-    if not number or not math.isclose(said, computed, rel_tol=SAME):
-        _fail(
-            path,
-            f"{what} is {str(said)[:24]}",
-            f"{computed:.6g}, which follows from the sites' step logs",
-        )
-
-
-def _site_fingerprint(name: str, keys: Mapping[str, str]) -> str:
-    if "node" not in keys:
-        return ""
-    return fingerprints.of_site(name, keys["node"], keys["tls"], keys["signing"])
-
-
-def _trusted(run: Path, found: Verified, trust: str, sites: Mapping[str, str]) -> Verified:
+def _same_sites(run: Path, found: Verified, sites: Mapping[str, str]) -> None:
     for name, fingerprint in sites.items():
         signed = found.sites.get(name, {}).get("fingerprint", "")
         if not signed or not fingerprints.equal(signed, fingerprint):
@@ -340,12 +254,3 @@ def _trusted(run: Path, found: Verified, trust: str, sites: Mapping[str, str]) -
                 fingerprint,
                 "ask the site for the fingerprint that `fedtune enroll` showed",
             )
-    if not trust:
-        return found
-    if not fingerprints.equal(trust, found.signer):
-        raise Refused(
-            f"{run}: was signed by {found.signer}",
-            trust,
-            "ask the coordinator for its consortium's fingerprint; do not use this folder",
-        )
-    return Verified(**(found.__dict__ | {"trusted": True}))

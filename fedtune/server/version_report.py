@@ -7,9 +7,10 @@ from typing import Any
 
 from fedtune import report as reports
 from fedtune.errors import FedtuneError
-from fedtune.evidence.sign import sign_again
+from fedtune.evidence.sign import sign_files
 from fedtune.run_folder import load_plan, read_report
 from fedtune.server.versions import Index
+from fedtune.wire.keys import SigningKey
 
 NOT_MEASURED = "the public records; the version in use could not be measured on them"
 
@@ -32,10 +33,11 @@ def in_use(index: Index) -> dict[str, Any]:
     }
 
 
-def restate(run: Path, index: Index) -> str:
+def restate(run: Path, index: Index, signed_by: tuple[SigningKey, str] | None = None) -> str:
     """Write a run's report anew after a person chose the version in use: its figures, measured with
     the base on the public records as they are now. Without a report yet, nothing is written.
 
+    signed_by: the key and CA that signed it, to sign it again.
     Returns "", or why it could not be measured: the report then has no figure of any version.
     Errors: InputError where report.json is damaged; InfrastructureError (disk)."""
     if not (run / "report.json").is_file():
@@ -54,7 +56,8 @@ def restate(run: Path, index: Index) -> str:
             quality |= {"before": {}, "after": {}, **stale}
         body["quality"] = quality
     reports.write(run, body)
-    sign_again(run)
+    if signed_by:
+        sign_files(run, *signed_by)
     return reason
 
 

@@ -1,0 +1,199 @@
+"""Check what a run's report says against what its sites signed.
+
+Errors: NotGenuine; whatever malformed content raises is MALFORMED."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fedtune.config import PrivacyTable, Study
+from fedtune.dp.accountant import Steps, epsilon
+from fedtune.errors import InputError
+from fedtune.evidence.sign import EVIDENCE
+from fedtune.wire import fingerprints, seal, step_summary
+
+MALFORMED = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError)
+SAME = 1e-9  # relative: two computations of one ε
+TODO = "get the folder again from who signed it; do not use this one"
+
+
+class NotGenuine(InputError):
+    """A run's folder that contradicts its signatures."""
+
+
+def fail(where: Path | str, happened: str, expected: str = "") -> NoReturn:
+    raise NotGenuine(f"{where}: {happened}", expected, TODO)
+
+
+Events = dict[str, list[dict[str, Any]]]
+DONE = {"update": "trained", "answer": "answered"}  # what a site says of each kind of work
+
+
+def seals(
+    run: Path, content: dict[str, Any], study: Study, coordinator: str, enrolled: bool
+) -> dict[str, Events]:
+    """Verify what every site signed; return the newest step log of each, by kind and site."""
+    events: dict[str, Events] = {"update": {}, "answer": {}}
+    if content.get("plan") != study.digest:
+        fail(run / EVIDENCE, "is of another plan", study.digest)
+    keys = [site["signing"] for site in content["sites"].values()]
+    if len({*keys}) < len(keys):
+        fail(run / EVIDENCE, "has one key for two sites")
+    for entry in content["updates"]:
+        where = f"{run / EVIDENCE}, round {int(entry['round'])}, {str(entry['site'])[:64]!r}"
+        key, kind, said = content["sites"][entry["site"]]["signing"], entry["kind"], entry["said"]
+        if (said["status"], said["name"]) != (DONE[kind], entry["site"]):
+            fail(where, "is of another kind of work, or of another site", DONE[kind])
+        header = json.loads(entry["header"])
+        if enrolled and header["receiver"] != coordinator:
+            fail(where, "was sealed for another coordinator", "the one that signed the run")
+        expected = seal.Header(
+            plan=study.digest,
+            round=entry["round"],
+            base=study.base.digest or "",
+            site=entry["site"],
+            receiver=header["receiver"],
+            nonce=header["nonce"],
+            body=seal.digest_of(entry["arrays"], said),
+            ledger={},
+        )
+        try:
+            seal.opened(entry, key, expected)
+        except seal.SealError as error:
+            fail(where, error.happened, "what the site signed")
+        log = step_summary.parse(said["events"]) if study.private else []
+        if study.private and not _has_grown(events[kind].get(entry["site"], []), log):
+            fail(where, "its step log has no step for this round", "a longer log in every round")
+        events[kind][entry["site"]] = log
+    return events
+
+
+def _has_grown(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> bool:
+    """Return whether a log has all steps of an earlier one, and more."""
+
+    def counted(log: list[dict[str, Any]]) -> Counter[tuple[Any, ...]]:
+        counts: Counter[tuple[Any, ...]] = Counter()
+        for e in log:
+            counts[e["sigma"], e["q"], e["max_grad_norm"], e["records"]] += e["steps"]
+        return counts
+
+    old, new = counted(before), counted(now)
+    return old <= new and old.total() < new.total()
+
+
+def rounds(run: Path, content: dict[str, Any], study: Study, report: dict[str, Any]) -> int:
+    """Check that every round of the plan is there, and that who took part by the report is who
+    signed; return the number of updates."""
+    signed: dict[int, list[str]] = {}
+    updates = [entry for entry in content["updates"] if entry["kind"] == "update"]
+    for entry in updates:
+        signed.setdefault(entry["round"], []).append(entry["site"])
+    said = {row["round"]: sorted(row["participants"]) for row in report["rounds"]}
+    for number in sorted({*said, *signed}):
+        if said.get(number) != sorted(signed.get(number, [])):
+            fail(
+                run / "report.json",
+                f"who took part in round {number} is not who signed an update of it",
+            )
+    last = study.training.rounds
+    early = study.continuous or study.selection is not None
+    complete = last is None or len(signed) == last or (early and len(signed) < last)
+    if not signed or sorted(signed) != [*range(1, len(signed) + 1)] or not complete:
+        fail(run / EVIDENCE, f"has {len(signed)} rounds", f"all {last or ''} rounds of the plan")
+    return len(updates)
+
+
+def privacy(
+    run: Path,
+    study: Study,
+    report: dict[str, Any],
+    keys: Mapping[str, Mapping[str, str]],
+    events: dict[str, Events],
+) -> dict[str, Any]:
+    """Compute ε from the step logs, and check that the report says the same."""
+    path = run / "report.json"
+    shown: dict[str, dict[str, Any]] = {
+        name: {"fingerprint": _site_fingerprint(name, keys[name]), "key": keys[name]["signing"]}
+        for name in sorted(events["update"])
+    }
+    if report.get("private") is not study.private:
+        fail(path, "says that it is private" if report.get("private") else "says it is not private")
+    privacy = study.privacy
+    if not isinstance(privacy, PrivacyTable):
+        return {"sites": shown}
+    said = report["privacy"]
+    _equal(path, "study", report.get("study"), study.study.name)
+    _equal(path, "plan_digest", report.get("plan_digest"), study.digest)
+    spent = {name: _epsilon(log, study, privacy) for name, log in events["update"].items()}
+    for table in (said, *said["sites"].values()):
+        _agree(path, "delta", table.get("delta"), privacy.delta)
+        _equal(path, "unit", table.get("unit"), privacy.unit)
+    largest = max(spent.values())
+    _agree(path, "epsilon", said.get("epsilon"), largest)
+    _equal(path, "sites", sorted(said["sites"]), sorted(spent))
+    for name, value in spent.items():
+        site, log = said["sites"][name], events["update"][name]
+        steps = sum(event["steps"] for event in log)
+        _agree(path, f"{name}'s epsilon", site.get("epsilon"), value)
+        _agree(path, f"{name}'s steps", site.get("steps"), steps)
+        _agree(path, f"{name}'s σ", site.get("noise_multiplier"), min(e["sigma"] for e in log))
+        _equal(path, f"{name}'s key", site.get("key"), keys[name]["signing"])
+        shown[name] |= {"epsilon": value, "steps": steps}
+    _queries(path, said.get("evaluation"), events, privacy)
+    logged = max(_steps_epsilon(log, privacy) for log in events["update"].values())
+    claim = {"epsilon": largest, "delta": privacy.delta, "unit": privacy.unit}
+    return claim | {"sites": shown, "capped": logged > largest}
+
+
+def _queries(path: Path, said: Any, events: dict[str, Events], privacy: PrivacyTable) -> None:
+    """Check what the report says of private evaluation against what sites signed of it."""
+    answered, sites = events["answer"], (said or {}).get("sites", {})
+    _equal(path, "evaluation's sites", sorted(sites), sorted(answered))
+    both = dict.fromkeys(answered, 0.0)
+    for name, log in answered.items():
+        both[name] = _steps_epsilon([*events["update"].get(name, []), *log], privacy)
+        own = _steps_epsilon(log, privacy)
+        _agree(path, f"{name}'s evaluation", sites[name].get("epsilon"), own)
+        _agree(path, f"{name}'s with_training", sites[name].get("with_training"), both[name])
+    if answered:
+        most = max(_steps_epsilon(log, privacy) for log in answered.values())
+        _agree(path, "evaluation", said.get("epsilon"), most)
+        _agree(path, "with_training", said.get("with_training"), max(both.values()))
+
+
+def _epsilon(log: list[dict[str, Any]], study: Study, privacy: PrivacyTable) -> float:
+    spent = _steps_epsilon(log, privacy)
+    if study.continuous and privacy.epsilon is not None:  # a site then leaves the patient out
+        return min(spent, privacy.epsilon)
+    return spent
+
+
+def _steps_epsilon(log: list[dict[str, Any]], privacy: PrivacyTable) -> float:
+    steps = [Steps(e["sigma"], e["q"], e["steps"], e["records"]) for e in log]
+    return epsilon(steps, privacy.delta)
+
+
+def _agree(path: Path, what: str, said: Any, computed: float) -> None:
+    number = isinstance(said, int | float) and not isinstance(said, bool)
+    if not number or not math.isclose(said, computed, rel_tol=SAME):
+        fail(
+            path,
+            f"{what} is {str(said)[:24]}",
+            f"{computed:.6g}, which follows from the sites' step logs",
+        )
+
+
+def _equal(path: Path, what: str, said: Any, proven: Any) -> None:
+    if said != proven:
+        fail(path, f"{what} is {str(said)[:64]!r}", f"{proven!r}, as it was signed")
+
+
+def _site_fingerprint(name: str, keys: Mapping[str, str]) -> str:
+    if "node" not in keys:
+        return ""
+    return fingerprints.of_site(name, keys["node"], keys["tls"], keys["signing"])
