@@ -186,3 +186,11 @@ def study(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> P
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
     return write_study(tmp_path, tiny_base)
+
+
+@pytest.fixture(scope="session")
+def signed(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Any:
+    """A finished run, and what `fedtune verify` finds in it."""
+    from tests.verify_kit import make_signed
+
+    return make_signed(tmp_path_factory.mktemp("signed"), tiny_base)

@@ -12,6 +12,7 @@ from fedtune.config import load_study
 from fedtune.errors import ConfigError
 from fedtune.flower import enrol
 from fedtune.launch import coordinator
+from fedtune.wire import fingerprints
 from tests.flower import kit
 from tests.flower.test_tls import STUDY
 from tests.test_cli import run
@@ -44,7 +45,7 @@ def test_a_site_is_enrolled_admitted_revoked_and_comes_back_with_new_keys(site: 
     assert done.exit_code == 0, done.output
     answer = json.loads(Path("a.answer").read_text())
     assert answer["address"] == "hub.example:8443"
-    assert enrol.consortium(answer["ca"], answer["coordinator"]) in done.output
+    assert fingerprints.of_consortium(answer["ca"], answer["coordinator"]) in done.output
     assert asked(site) == heard  # the same keys
     assert run("revoke", "a").exit_code == 0
     assert not enrol.registry(Path("coordinator"))

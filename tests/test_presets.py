@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,11 +96,15 @@ def test_each_role_gets_its_own_files(tmp_path: Path) -> None:
         ({"labels": ("heart", "lungs")}, ConfigError, "'skin' is none of --label"),
         ({"target": "desc"}, DataError, "desc"),
         ({"data": (Path("nowhere.csv"),)}, DataError, "no such file"),
+        ({"data": ("evaluation",)}, ConfigError, "in one file"),
     ],
 )
 def test_what_is_missing_is_named_and_nothing_is_written(tmp_path, changes, error, words):
     with pytest.raises(error, match=words):
-        write(tmp_path / "own", "classify", records(tmp_path, **changes))
+        own = records(tmp_path, **changes)
+        if own.data == ("evaluation",):
+            own = replace(own, data=(own.evaluation,))
+        write(tmp_path / "own", "classify", own)
     assert not (tmp_path / "own").exists()
 
 

@@ -3,46 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedtune.config import load_site, load_study
 from fedtune.errors import FedtuneError, Refused
 from fedtune.evidence import sign
 from fedtune.evidence.verify import NotGenuine, Verified, verify
-from fedtune.launch import simulate as launch
 from fedtune.report.claim import rounded_up
 from fedtune.run_folder import load_plan
 from fedtune.wire import fingerprints
 from fedtune.wire.keys import SigningKey, canonical
 from tests.cli_kit import run as command
-from tests.cli_kit import write_study
-from tests.simulated import simulate
-from tests.test_end_to_end import lay_out
+from tests.verify_kit import forged, lower, write_report
 
 CHANGES = 1000
-PRIVACY = '{ epsilon = 8.0, noise_multiplier = 2.0, delta = 1e-3, unit = "patient" }'
-
-
-@pytest.fixture(scope="module")
-def signed(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> tuple[Path, Verified]:
-    """A run of two rounds at two sites, and what it proves."""
-    study = write_study(tmp_path_factory.mktemp("signed"), tiny_base)
-    folder, sites = (
-        study.parent / "run",
-        [study.parent / n / "site.toml" for n in ("north", "south")],
-    )
-    simulate(study, sites, folder)
-    return folder, verify(folder)
 
 
 def test_epsilon_follows_from_what_the_sites_signed(signed: tuple[Path, Verified]) -> None:
@@ -98,27 +79,6 @@ def test_a_file_that_is_added_or_removed_is_named(signed, tmp_path: Path) -> Non
     shutil.copy(folder / "report.md", copy / "report.md")
     (copy / "notes.txt").write_text("beside it")
     assert "notes.txt" in verify(copy).not_signed
-
-
-def write_report(folder: Path, report: dict[str, Any]) -> None:
-    text = json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False)
-    (folder / "report.json").write_text(text + "\n")
-
-
-def forged(folder: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """A copy whose report is changed, and signed again with a key of the forger's."""
-    copy = shutil.copytree(folder, tmp_path / "forged", dirs_exist_ok=True)
-    report = json.loads((copy / "report.json").read_text())
-    change(report)
-    write_report(copy, report)
-    sign.sign_files(copy, SigningKey())
-    return copy
-
-
-def lower(report: dict[str, Any]) -> None:
-    report["privacy"]["epsilon"] = 0.5
-    for site in report["privacy"]["sites"].values():
-        site["epsilon"] = 0.5
 
 
 def test_a_report_with_another_epsilon_is_refused_whoever_signs_it(signed, tmp_path: Path) -> None:
@@ -279,138 +239,3 @@ def test_verifying_needs_no_torch(signed) -> None:
         f"verify({str(folder)!r}); assert not {{'torch', 'flwr'}} & {{*sys.modules}}"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
-
-def test_a_genuine_run_inside_a_false_one_proves_nothing_of_it(signed, tmp_path: Path) -> None:
-    folder, found = signed
-    false = shutil.copytree(folder, tmp_path / "false")
-    for name in (sign.SIGNATURE, sign.EVIDENCE):
-        (false / name).unlink()
-    shutil.copytree(folder, false / "run")
-    with pytest.raises(NotGenuine, match="is not signed"):
-        verify(false, trust=found.signer)
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "run").symlink_to(folder)
-    with pytest.raises(NotGenuine, match="is a link"):
-        verify(tmp_path / "model", trust=found.signer)
-    command("export", false, "--out", tmp_path / "card")
-    assert "by a report that nobody signed" in (tmp_path / "card" / "README.md").read_text()
-
-
-def again(copy: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """evidence.json changed, and signed for by a coordinator who lies."""
-    content = json.loads((copy / sign.EVIDENCE).read_text())
-    change(content)
-    (copy / sign.EVIDENCE).write_bytes(canonical(content))
-    sign.sign_files(copy, SigningKey())
-    return copy
-
-
-def test_a_coordinator_cannot_leave_a_round_out(signed, tmp_path: Path) -> None:
-    copy = shutil.copytree(signed[0], tmp_path / "copy")
-    report = json.loads((copy / "report.json").read_text())
-    report["rounds"] = report["rounds"][:1]
-    write_report(copy, report)
-
-    def first(content: dict[str, Any]) -> None:
-        content["updates"] = [e for e in content["updates"] if e["round"] == 1]
-
-    with pytest.raises(NotGenuine, match="has 1 rounds; expected all 2 rounds"):
-        verify(again(copy, first))
-    report["rounds"] = []
-    write_report(copy, report)
-    with pytest.raises(NotGenuine, match="has 0 rounds"):
-        verify(again(copy, lambda content: content.update(updates=[])))
-
-
-def test_no_other_work_of_a_site_counts_as_an_update(signed, tmp_path: Path) -> None:
-    copy = shutil.copytree(signed[0], tmp_path / "copy")
-
-    def answered(content: dict[str, Any]) -> None:
-        content["updates"][0]["said"]["status"] = "answered"
-
-    with pytest.raises(NotGenuine, match="another kind of work"):
-        verify(again(copy, answered))
-
-
-@pytest.mark.parametrize("name", ["report.md", "evidence.json", "adapter/adapter_config.json"])
-def test_a_pipe_or_a_link_in_a_files_place_is_refused(signed, tmp_path: Path, name: str) -> None:
-    copy = shutil.copytree(signed[0], tmp_path / "copy")
-    (copy / name).unlink()
-    os.mkfifo(copy / name)
-    with pytest.raises(NotGenuine, match="no regular file"):
-        verify(copy)
-    (copy / name).unlink()
-    (copy / name).symlink_to(signed[0] / name)
-    with pytest.raises(NotGenuine, match="was changed"):
-        verify(copy)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"privacy": []}, {"rounds": [{"round": "1"}]}, {"rounds": None}, {"continuous": []},
-        {"study": "other"}, {"plan_digest": "sha256:0"}, {"private": 1},
-    ],
-)  # fmt: skip
-def test_a_report_that_is_none_has_a_named_error(signed, tmp_path: Path, change) -> None:
-    with pytest.raises(FedtuneError) as raised:
-        verify(forged(signed[0], tmp_path, lambda report: report.update(change)))
-    assert raised.value.exit_code == 2
-
-
-def test_what_is_printed_of_a_folder_cannot_pose_as_a_line(signed, tmp_path: Path) -> None:
-    copy = shutil.copytree(signed[0], tmp_path / "copy")
-    (copy / "a\nprivacy      ε = 0.01, 40 sites\x1b[2J").write_text("")
-    shown = command("verify", copy).output
-    assert shown.count("\nprivacy ") == 1 and "\x1b" not in shown
-
-
-def test_a_run_whose_sites_answered_a_private_evaluation(tmp_path: Path, tiny_base: Path) -> None:
-    """Their logs are checked too, and an answer left out is missed."""
-    from tests.private_evaluation_kit import world
-
-    (tmp_path / "queried").mkdir()
-    study = world(tmp_path / "queried", tiny_base, 3.0)
-    run = tmp_path / "run"
-    simulate(study, sorted(study.parent.glob("site-*.toml")), run)
-    verify(run)
-    copy = shutil.copytree(run, tmp_path / "less")
-
-    def silent(content: dict[str, Any]) -> None:
-        content["updates"] = [e for e in content["updates"] if e["kind"] == "update"]
-
-    with pytest.raises(NotGenuine, match="evaluation's sites"):
-        verify(again(copy, silent))
-
-
-def test_a_study_with_a_schedule_and_a_rollback(tmp_path: Path, tiny_base: Path) -> None:
-    """What is exported of it verifies; another version in use does not, unless it is signed for by
-    the key in the coordinator's home beside the runs, over a run that verified before."""
-    text = lay_out(tmp_path, tiny_base, PRIVACY).read_text().replace("rounds = 3\n", "")
-    study = tmp_path / "study.toml"
-    study.write_text(text + '[schedule]\nevery = "1h"\nconfidence = 0.501\n')
-    run, home = tmp_path / "runs" / "daily", tmp_path / "coordinator"
-    sites = sorted(tmp_path.glob("site-*.toml"))
-    key = SigningKey.at(home / "signing.key")
-    launch.simulate(load_study(study), [load_site(path) for path in sites], run, rounds=3, key=key)
-    found = verify(run)
-    assert found.sites and found.not_signed
-    sign.carry(run, tmp_path / "model")
-    assert verify(tmp_path / "model").exported
-    in_use = os.readlink(run / "adapter")
-    (run / "adapter").unlink()
-    (run / "adapter").symlink_to("versions/0")
-    with pytest.raises(NotGenuine, match="not the version that the report is of"):
-        verify(run)
-    (run / "adapter").unlink()
-    (run / "adapter").symlink_to(in_use)
-    assert command("versions", run, "--rollback", 0).exit_code == 0
-    assert verify(run).signer == found.signer
-    weights = run / "versions" / "0" / "adapter_model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole + b" ")
-    command("versions", run, "--unpin")
-    weights.write_bytes(whole)
-    with pytest.raises(NotGenuine, match="was changed after it was signed"):
-        verify(run)  # it was not as it had been signed, so nobody signed it again

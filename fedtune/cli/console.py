@@ -16,7 +16,7 @@ from rich.text import Text
 
 from fedtune.cli.figures import short, size_text
 from fedtune.errors import printable
-from fedtune.report.claim import percent, rounded_up, verdict
+from fedtune.report.claim import percent, rounded_up, start_line, verdict
 from fedtune.report.declared import declared_line
 from fedtune.report.preference import alarms, pair_lines
 from fedtune.report.teacher import teacher_line
@@ -45,6 +45,9 @@ def closing(console: Console, out: Path, report: dict[str, Any]) -> None:
     console.print()
     if metric:
         console.print(f"{metric}: {short(before)} → [bold]{short(after)}[/bold]", highlight=False)
+        if line := start_line(quality):
+            style = "bold yellow" if line.endswith("better") else None
+            console.print(f"  {line}", style=style, highlight=False, markup=False)
         print_verdict(console, quality)
     for name, alone in (report.get("alone") or {}).items():
         console.print(f"  {name} alone, at the same ε: {short(alone)}", markup=False)
@@ -67,14 +70,16 @@ def closing(console: Console, out: Path, report: dict[str, Any]) -> None:
     commands = [
         (f'fedtune generate {out} --prompt "…"', "the base and the adapter, side by side"),
         (f"fedtune evaluate {out} --data FILE", "on records of your own"),
-        ("fedtune init my-study", "a study of your own"),
+        (f"fedtune export {out} --out {out.name}-model", "as one model, for other programs"),
     ]
+    if report.get("study") == "demo":
+        commands[2] = ("fedtune init my-study", "a study of your own")
     if (out / "adapter" / HEAD).is_file():  # a head writes no text
         commands[0] = (f"fedtune predict {out} --data FILE", "classes of new records")
     wide = max(len(line) for line, _ in commands)
     lines = [f"run      {out}", f"report   {out / 'report.md'}"]
     if by := signer(out):
-        lines.append(f"signed   by {by}: `fedtune verify {out}`")
+        lines.append(f'signed   fedtune verify {out} --trust "{by}"')
     lines.append("")
     for index, (line, why) in enumerate(commands):
         lines.append(f"{'' if index else 'next':<9}{line:<{wide}}   {why}")

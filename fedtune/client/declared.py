@@ -9,7 +9,7 @@ from fedtune.config import Site
 from fedtune.data.identity import identities
 from fedtune.errors import PolicyRefused
 from fedtune.ledger import declared as ledger_entries
-from fedtune.ledger.files import outbox_prefix, traces
+from fedtune.ledger.files import DATABASE, outbox_prefix
 from fedtune.ledger.ledger import Ledger
 
 RUNS = "runs"  # in the state folder: a ledger for each run of declared data in a consortium
@@ -27,7 +27,9 @@ def declare(site: Site, sign: bool = True) -> None:
             known = identities(data)
             ledger = Ledger(site.site.state)
             ledger_entries.declare(ledger, data.name, data.declared, known, sign)
-        elif traces(site.site.state) and ledger_entries.declared(Ledger(site.site.state)):
+        elif (site.site.state / DATABASE).exists() and ledger_entries.declared(
+            Ledger(site.site.state)
+        ):
             known = identities(data, patients=False)
             ledger_entries.check_private(Ledger(site.site.state), data.name, known)
 

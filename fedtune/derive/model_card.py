@@ -64,6 +64,19 @@ def _quantisation_note(study: Study) -> list[str]:
     ]
 
 
+def _template(study: Study) -> list[str]:
+    """State what stands around a prompt, as in training; without it a model may say nothing."""
+    template = study.objective.template
+    if not template or study.objective.name == "classify":
+        return []
+    return [
+        "",
+        "It was trained on prompts in this template, and expects it:",
+        "",
+        *(f"    {line}" for line in template.splitlines()),
+    ]
+
+
 def _origin(base: Base) -> list[str]:
     """State where the base of a wheel comes from."""
     upstream = upstream_of(base.name)
@@ -95,6 +108,7 @@ def write_card(folder: Path, run: Run, report: dict[str, Any], base: Base, use: 
         *_quantisation_note(run.study),
         "",
         *use.lines,
+        *_template(run.study),
         "",
         *report_lines[1:],  # its own title is above
     ]

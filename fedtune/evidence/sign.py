@@ -56,7 +56,9 @@ def sign(
 
 def sign_files(run: Path, key: SigningKey, ca: str = "") -> None:
     """Write signature.json over the folder's files as they are now. Errors: InfrastructureError."""
-    signed = {"format": FORMAT, "ca": ca, "coordinator": key.public, "files": digests(run)}
+    files = digests(run)
+    sizes = {name: (run / name).stat().st_size for name in files}
+    signed = {"format": FORMAT, "ca": ca, "coordinator": key.public, "files": files, "sizes": sizes}
     signature = key.sign(PURPOSE + canonical(signed))
     replace(run / SIGNATURE, canonical(signed | {"signature": signature}))
 

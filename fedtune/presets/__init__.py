@@ -92,6 +92,11 @@ def write(folder: Path | str, task: str, records: Records) -> list[Path]:
     for path in records.data:
         if not path.exists():
             raise DataError(f"{path}: no such file", "each site's file of records")
+        if path.resolve() in {p.resolve() for p in (records.evaluation, records.public) if p}:
+            raise ConfigError(
+                f"{path}: a site's records and public ones in one file",
+                "public records that are no site's",
+            )
     recipe, texts = TASKS[task], {}
     records = dataclasses.replace(
         records,

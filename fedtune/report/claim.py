@@ -60,6 +60,25 @@ def number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
+def start_line(quality: dict[str, Any]) -> str:
+    """Say what public text alone gave before the first round, and whether the sites' records added
+    anything to it; "" where nothing was trained before.
+
+    >>> start_line({"metric": "loss", "start": {"loss": 2.25}, "after": {"loss": 2.5}})
+    "from public text alone, before the first round and for no ε: 2.25; the sites' records made \
+it no better"
+    """
+    metric = quality.get("metric")
+    start, after = (number((quality.get(key) or {}).get(metric)) for key in ("start", "after"))
+    if not metric or start is None:
+        return ""
+    line = f"from public text alone, before the first round and for no ε: {start:.4g}"
+    if after is None:
+        return line
+    added = after > start if known_metric(metric).higher_is_better else after < start
+    return line if added else f"{line}; the sites' records made it no better"
+
+
 def verdict(quality: dict[str, Any]) -> str:
     """Say in one sentence whether the trained model is better than the base, by the 95 % interval
     of the change on the evaluation records; "" where it was not measured.

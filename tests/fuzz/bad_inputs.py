@@ -120,6 +120,7 @@ READ_BY: dict[str, tuple[dict[str, Damage], tuple[tuple[str, ...], ...]]] = {
             ("review", PLAN, "--site", SITE),
             ("choose-base", PLAN, "--target", "1"),
             ("audit", PLAN, "--out", "new"),
+            ("tune", PLAN, "--out", "new"),
         ),
     ),
     SITE: (
@@ -187,8 +188,12 @@ READ_BY: dict[str, tuple[dict[str, Damage], tuple[tuple[str, ...], ...]]] = {
             ("export", RUN, "--out", "new"),
             ("merge", RUN, "other", "--no-measure", "--out", "new"),
             ("audit", PLAN, "--run", RUN, "--out", "new"),
+            ("verify", RUN),
         ),
     ),
+    "run/signature.json": (JSON, (("verify", RUN),)),
+    "run/evidence.json": (JSON, (("verify", RUN), ("export", RUN, "--out", "new"))),
+    "run/metrics.jsonl": (ANY, (("verify", RUN),)),
     "run/adapter/adapter_model.safetensors": (
         ANY,
         (

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from tests.mutants.mutant import one as _one
 
-VERIFY, T = "fedtune/evidence/verify.py", "tests/test_verify.py::"
+VERIFY, FIGURES = "fedtune/evidence/verify.py", "fedtune/evidence/figures.py"
+T, ATTACKS = "tests/test_verify.py::", "tests/test_verify_attacks.py::"
 FORGED = "a forged report passes"
 
 MUTANTS = (
     _one(
         "evidence", "a-file-is-not-hashed", VERIFY,
-        "(run / name).is_symlink() or _sha256(run / name) != digest:", "(run / name).is_symlink():",
+        " or _sha256(path) != digest:", ":",
         T + "test_a_changed_byte_anywhere_is_refused", "files are changed after the signature",
     ),
     _one(
@@ -19,29 +20,29 @@ MUTANTS = (
         T + "test_a_file_that_is_added_or_removed_is_named", "code beside the adapter's weights",
     ),
     _one(
-        "evidence", "the-reports-epsilon-is-believed", VERIFY,
+        "evidence", "the-reports-epsilon-is-believed", FIGURES,
         "not number or not math.isclose(said, computed, rel_tol=SAME):", "not number:",
         T + "test_a_report_with_another_epsilon_is_refused_whoever_signs_it", FORGED,
     ),
     _one(
-        "evidence", "a-round-without-signatures", VERIFY,
+        "evidence", "a-round-without-signatures", FIGURES,
         "if said.get(number) != sorted(signed.get(number, [])):", "if number not in said:",
         T + "test_a_round_that_nobody_signed_is_refused", "rounds are made up",
     ),
     _one(
-        "evidence", "a-step-log-of-another-body", VERIFY,
-        'body=seal.digest_of(entry["arrays"], entry["said"]),',
-        'body=json.loads(entry["header"])["body"],',
+        "evidence", "a-step-log-of-another-body", FIGURES,
+        'body=seal.digest_of(entry["arrays"], said),',
+        'body=header["body"],',
         T + "test_fewer_steps_than_were_signed_need_the_sites_key", "a log that no site signed",
     ),
     _one(
         "evidence", "whoever-signed-is-trusted", VERIFY,
-        "    if not fingerprints.equal(trust, found.signer):", "    if not trust:",
+        "    if trust and not fingerprints.equal(trust, name):", "    if trust is None:",
         T + "test_who_replaces_every_key_is_refused_by_trust_alone", "a forger's own keys",
     ),
     _one(
-        "evidence", "sealed-for-another-coordinator", VERIFY,
-        "if enrolled and receiver != coordinator:", "if not receiver:",
+        "evidence", "sealed-for-another-coordinator", FIGURES,
+        "if enrolled and header[\"receiver\"] != coordinator:", "if not coordinator:",
         T + "test_a_consortiums_run_is_of_its_own_coordinator",
         "another consortium's updates under this one's name",
     ),
@@ -50,5 +51,23 @@ MUTANTS = (
         "        verify(run.folder)\n", "        pass\n",
         T + "test_an_exported_model_carries_its_proof_and_a_forged_run_is_not_exported",
         "the model card repeats a false ε",
+    ),
+    _one(
+        "evidence", "answers-count-as-updates", FIGURES,
+        'if (said["status"], said["name"]) != (DONE[kind], entry["site"]):', "if not said:",
+        ATTACKS + "test_no_other_work_of_a_site_counts_as_an_update",
+        "the cheap log of the answers in place of the steps",
+    ),
+    _one(
+        "evidence", "a-round-is-left-out", FIGURES,
+        "    if not signed or sorted(signed) != [*range(1, len(signed) + 1)] or not complete:",
+        "    if signed is None:",
+        ATTACKS + "test_a_coordinator_cannot_leave_a_round_out", "ε of fewer rounds than ran",
+    ),
+    _one(
+        "evidence", "a-genuine-run-inside-a-false-one", VERIFY,
+        "any(os.path.lexists(path / name) for name in names)", "is_signed(path)",
+        ATTACKS + "test_a_genuine_run_inside_a_false_one_proves_nothing_of_it",
+        "another run's proof is shown for this one",
     ),
 )  # fmt: skip
