@@ -72,7 +72,7 @@ def closing(console: Console, out: Path, report: dict[str, Any]) -> None:
         (f"fedtune evaluate {out} --data FILE", "on records of your own"),
         (f"fedtune export {out} --out {out.name}-model", "as one model, for other programs"),
     ]
-    if report.get("study") == "demo":
+    if report.get("alone"):  # the demo, whose model nobody needs
         commands[2] = ("fedtune init my-study", "a study of your own")
     if (out / "adapter" / HEAD).is_file():  # a head writes no text
         commands[0] = (f"fedtune predict {out} --data FILE", "classes of new records")
