@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from fedtune import presets
 from fedtune.cli.main import app
-from fedtune.config import load_sites, load_study
+from fedtune.config import load_site, load_sites, load_study
 from fedtune.errors import ConfigError, DataError, InfrastructureError
 from fedtune.evaluation.selection import check_selection
 from fedtune.flower import enrol
@@ -230,3 +230,21 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(
     done = cli("init", tmp_path / "own", *words)
     assert done.exit_code == 2 and says in done.stderr, done.output
     assert not (tmp_path / "own").exists()
+
+
+def test_every_study_of_a_file_pays_from_one_ledger(tmp_path: Path) -> None:
+    own = records(tmp_path)
+    first, second = (
+        load_sites(write(tmp_path / name, "classify", own)[-1].parents[1]) for name in ("a", "b")
+    )
+    assert [site.site.state for site in first] == [site.site.state for site in second]
+    assert len({site.site.state for site in first}) == len(first) == 2
+    alone = write(tmp_path / "c", "classify", replace(own, role="site", data=own.data[:1]))
+    assert load_site(alone[0]).site.state in {site.site.state for site in first}
+    folder = tmp_path / "records"
+    folder.mkdir()
+    table(folder / "one.csv", 30)
+    state = load_site(
+        write(tmp_path / "d", "classify", replace(own, role="site", data=(folder,)))[0]
+    )
+    assert folder not in state.site.state.parents  # nor among the records that are read

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import random
 import re
 from collections.abc import Sequence
@@ -207,16 +208,30 @@ def _site_files(records: Records, keys: tuple[str, str]) -> dict[str, str]:
     if records.role == "site" or (not records.data and records.sites == 1):
         name = records.name or "my-hospital"
         path = records.data[0].absolute() if records.data else "data.jsonl"
-        text = SITE.format(name=name, path=quoted(path), **_of(records, keys))
+        state = _state(records.data[0]) if records.data else ""
+        text = SITE.format(name=name, path=quoted(path), state=state, **_of(records, keys))
         return {"site.toml": text}
     names = [re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-.") for path in records.data]
     if not names or len({*names}) < len(names) or not all(NAME.fullmatch(name) for name in names):
         names = [f"site-{n}" for n in range(1, records.sites + 1)]
     places = [path.absolute() for path in records.data] or [Path("data.jsonl")] * len(names)
+    states = [_state(path) for path in records.data] or [""] * len(names)
     return {
-        f"sites/{name}/site.toml": SITE.format(name=name, path=quoted(path), **_of(records, keys))
-        for name, path in zip(names, places, strict=True)
+        f"sites/{name}/site.toml": SITE.format(
+            name=name, path=quoted(path), state=state, **_of(records, keys)
+        )
+        for name, path, state in zip(names, places, states, strict=True)
     }
+
+
+def _state(data: Path) -> str:
+    """Compose the line of site.toml that keeps a site's ledger beside its records, where every
+    study of them finds it; "" where that folder cannot be written to."""
+    folder = data.absolute().parent
+    if not os.access(folder, os.W_OK):
+        return ""
+    place = folder / ".fedtune" / re.sub(r"[^A-Za-z0-9_-]+", "-", data.name).strip("-")
+    return f"\nstate = {quoted(place)}   # the ledger: every study of these records pays there"
 
 
 def _of(records: Records, keys: tuple[str, str]) -> dict[str, Any]:
@@ -245,7 +260,7 @@ SITE = """\
 # {name}'s own file: where its records lie and what it allows. It is never sent.
 [site]
 name = "{name}"
-declared_size = {size}                  # units, as a person states it in public; never counted
+declared_size = {size}               # units, as a person states it in public; never counted{state}
 
 [data]
 path = {path}
