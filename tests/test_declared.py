@@ -24,14 +24,17 @@ from tests.client.site_kit import begun, make_site, notes, trains
 NOTES = "the patient was seen with fever and a cough, for day"
 
 
-def paid(folder: Path, base: Path) -> Site:
-    """A site whose private records trained one round; short answers, notes of over 40 letters."""
+def with_long_notes(folder: Path) -> Site:
+    """A site of private records: short answers, notes of over 40 letters."""
     notes(folder)
     rows = [json.loads(line) for line in (folder / "notes.jsonl").read_text().splitlines()]
-    for number, row in enumerate(rows):
-        row["note"] = f"{NOTES} {number}"
-    write(folder / "notes.jsonl", rows)
-    site = make_site(folder, patient="who")
+    write(folder / "notes.jsonl", [r | {"note": f"{NOTES} {n}"} for n, r in enumerate(rows)])
+    return make_site(folder, patient="who")
+
+
+def paid(folder: Path, base: Path) -> Site:
+    """A site whose private records trained one round."""
+    site = with_long_notes(folder)
     worker, made = SiteWorker(site), begun(base)
     assert worker.prepare(made.study, made.frozen).admitted
     trains(worker, made, 1)
@@ -137,12 +140,7 @@ def test_after_a_restore_that_lost_charges_nothing_is_declared(site: Site, tmp_p
 @pytest.fixture
 def tried(tmp_path: Path) -> Site:
     """A site whose private records were declared public before anybody paid for them."""
-    notes(tmp_path)
-    rows = [json.loads(line) for line in (tmp_path / "notes.jsonl").read_text().splitlines()]
-    for number, row in enumerate(rows):
-        row["note"] = f"{NOTES} {number}"
-    write(tmp_path / "notes.jsonl", rows)
-    site = make_site(tmp_path, patient="who")
+    site = with_long_notes(tmp_path)
     public_site = site.model_copy(
         update={"data": site.data.model_copy(update={"declared": "public", "name": "tried"})}
     )

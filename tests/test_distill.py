@@ -24,12 +24,14 @@ from fedtune.derive.pruned_base import write_pruned_base
 from fedtune.derive.settings import DistillSettings
 from fedtune.errors import ConfigError, InputError
 from fedtune.evaluation.generate import generate
+from fedtune.evidence.sign import sign_files
 from fedtune.models.loaded import load
 from fedtune.models.network import Network
 from fedtune.models.run import Run
 from fedtune.models.teacher import soft_targets_of
 from fedtune.objectives._interface import Teacher
 from fedtune.run_folder import load_plan
+from fedtune.wire.keys import SigningKey
 from tests.dp.conftest import study
 from tests.simulated import simulate
 from tests.test_cli import run
@@ -64,6 +66,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     for name, value in arrays.items():
         arrays[name] = torch.randn(value.shape, generator=generator) * 0.5
     save_file(arrays, file, {"format": "pt"})
+    sign_files(folder / "run", SigningKey())
     return folder / "run"
 
 
@@ -172,6 +175,7 @@ def changed(run: Path, out: Path, seed: int) -> Path:
     generator = torch.Generator().manual_seed(seed)
     arrays = {n: torch.randn(v.shape, generator=generator) for n, v in load_file(file).items()}
     save_file(arrays, file, {"format": "pt"})
+    sign_files(out, SigningKey())
     return out
 
 

@@ -13,14 +13,14 @@ import pytest
 
 from fedtune.config import load_site, load_study
 from fedtune.errors import FedtuneError
-from fedtune.evidence import sign
+from fedtune.evidence import figures, sign
 from fedtune.evidence.verify import NotGenuine, verify
 from fedtune.launch import simulate as launch
 from fedtune.wire.keys import SigningKey, canonical
 from tests.cli_kit import run as command
 from tests.simulated import simulate
 from tests.test_end_to_end import lay_out
-from tests.verify_kit import forged, write_report
+from tests.verify_kit import forged, lower, write_report
 
 PRIVACY = '{ epsilon = 8.0, noise_multiplier = 2.0, delta = 1e-3, unit = "patient" }'
 
@@ -158,3 +158,32 @@ def test_a_study_with_a_schedule_and_a_rollback(tmp_path: Path, tiny_base: Path)
     weights.write_bytes(whole)
     with pytest.raises(NotGenuine, match="was changed after it was signed"):
         verify(run)  # it was not as it had been signed, so nobody signed it again
+
+
+def test_nothing_is_made_of_a_forged_run(signed, tmp_path: Path) -> None:
+    """Twin: the run as it was signed is whole, and merge finds only that both are one."""
+    folder, _ = signed
+    bad, twin = forged(folder, tmp_path, lower), shutil.copytree(folder, tmp_path / "twin")
+    for run, code, said in ((bad, 2, "from the sites' step logs"), (twin, 0, "the same adapter")):
+        assert command("models", "verify", run).exit_code == code
+        merged = command("merge", run, folder, "--no-measure", "--out", tmp_path / "merged")
+        assert merged.exit_code == 2 and said in merged.stderr, merged.stderr
+
+
+def test_a_log_keeps_every_step_that_it_had() -> None:
+    step = {"sigma": 0.5, "q": 1.0, "max_grad_norm": 1.0, "records": 1, "steps": 5}
+    louder = step | {"sigma": 50.0, "steps": 6}
+    assert figures._has_grown([step], [step | {"steps": 6}])
+    assert figures._has_grown([step], [step, louder])
+    assert not figures._has_grown([step], [louder])
+    assert not figures._has_grown([step], [step])
+
+
+def test_two_sites_have_two_keys(signed, tmp_path: Path) -> None:
+    copy = shutil.copytree(signed[0], tmp_path / "copy")
+
+    def one_key(content: dict[str, Any]) -> None:
+        content["sites"]["south"] = content["sites"]["north"]
+
+    with pytest.raises(NotGenuine, match="one key for two sites"):
+        verify(again(copy, one_key))

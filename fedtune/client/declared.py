@@ -24,14 +24,13 @@ def declare(site: Site, sign: bool = True) -> None:
     DataError where it cannot be read; LedgerError."""
     for data in filter(None, (site.data, site.evaluation)):
         if data.declared:
-            known = identities(data)
             ledger = Ledger(site.site.state)
-            ledger_entries.declare(ledger, data.name, data.declared, known, sign)
-        elif (site.site.state / DATABASE).exists() and ledger_entries.declared(
-            Ledger(site.site.state)
-        ):
-            known = identities(data, patients=False)
-            ledger_entries.check_private(Ledger(site.site.state), data.name, known)
+            ledger_entries.declare(ledger, data.name, data.declared, identities(data), sign)
+        elif (site.site.state / DATABASE).exists():
+            ledger = Ledger(site.site.state)
+            if ledger_entries.declared(ledger):  # else no record is read for this
+                known = identities(data, patients=False)
+                ledger_entries.check_private(ledger, data.name, known)
 
 
 def paid_by_run(site: Site, ledger: Path) -> Site:

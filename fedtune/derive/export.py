@@ -12,7 +12,7 @@ from fedtune.derive.gguf import Stored
 from fedtune.derive.model_card import gguf_metadata, write_card
 from fedtune.errors import ConfigError
 from fedtune.evidence.sign import carry
-from fedtune.evidence.verify import is_signed, verify
+from fedtune.evidence.verify import check_signed, is_signed
 from fedtune.files.writing import drafted
 from fedtune.models.adapter_files import ADAPTER, HEAD
 from fedtune.models.run import Run
@@ -49,7 +49,7 @@ def export(run: Run, out: Path | str, to: Kind = "hf", stored: Stored | None = N
         raise ConfigError(f"{out}: exists", "a new name", "choose another --out")
     signed = is_signed(run.folder)
     if signed:
-        verify(run.folder)
+        check_signed(run.folder)
         run = Run(run.folder)  # as it was verified, whatever was read before
     report = run.report
     headed = (run.folder / "adapter" / HEAD).is_file()

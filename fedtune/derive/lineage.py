@@ -8,6 +8,7 @@ from typing import Any
 
 from fedtune.dp import composed_epsilon
 from fedtune.errors import Refused
+from fedtune.evidence.verify import check_signed
 from fedtune.models.loaded import LoadedModel
 from fedtune.models.run import Run
 from fedtune.report.declared import declared_in
@@ -28,7 +29,9 @@ def require_private(model: LoadedModel, role: str, accepted: Sequence[str] = ())
 
 
 def parent(run: Run, model: LoadedModel, role: str) -> dict[str, Any]:
-    """Describe one parent run for the report of a derived model. Errors: InputError."""
+    """Describe one parent run for the report of a derived model. Errors: InputError, NotGenuine (it
+    is signed, and not as it was signed)."""
+    check_signed(run.folder)
     return {
         "name": run.study.study.name,
         "role": role,

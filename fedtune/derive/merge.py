@@ -12,6 +12,7 @@ from fedtune.derive import derived_run
 from fedtune.derive.merge_methods import Adapter, Method, Moments, densities_of, merge
 from fedtune.dp import composed_epsilon
 from fedtune.errors import ConfigError
+from fedtune.evidence.verify import check_signed
 from fedtune.models import lora
 from fedtune.models.adapter_files import picked, save_adapter
 from fedtune.models.lora import Arrays
@@ -45,7 +46,9 @@ class Parent:
 def load_parent(run: Run) -> Parent:
     """Load a finished run for merging.
 
-    Errors: InputError, ConfigError, ModelError where it is unfinished or has no adapter."""
+    Errors: InputError, ConfigError, ModelError where it is unfinished or has no adapter; NotGenuine
+    where it is signed, and not as it was signed."""
+    check_signed(run.folder)
     if run.study.lora is None:
         raise ConfigError(
             f"{run.folder}: trained a head and no adapter",

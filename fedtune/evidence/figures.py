@@ -122,13 +122,13 @@ def privacy(
         for name in sorted(events["update"])
     }
     if report.get("private") is not study.private:
-        fail(path, "says that it is private" if report.get("private") else "says it is not private")
+        fail(path, f"private is {str(report.get('private'))[:24]}", "what the plan says")
+    _equal(path, "study", report.get("study"), study.study.name)
+    _equal(path, "plan_digest", report.get("plan_digest"), study.digest)
     privacy = study.privacy
     if not isinstance(privacy, PrivacyTable):
         return {"sites": shown}
     said = report["privacy"]
-    _equal(path, "study", report.get("study"), study.study.name)
-    _equal(path, "plan_digest", report.get("plan_digest"), study.digest)
     spent = {name: _epsilon(log, study, privacy) for name, log in events["update"].items()}
     for table in (said, *said["sites"].values()):
         _agree(path, "delta", table.get("delta"), privacy.delta)

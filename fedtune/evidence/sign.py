@@ -56,7 +56,7 @@ def sign(
 
 def sign_files(run: Path, key: SigningKey, ca: str = "") -> None:
     """Write signature.json over the folder's files as they are now. Errors: InfrastructureError."""
-    files = digests(run)
+    files = {name: sha256(run / name) for name in covered(run)}
     sizes = {name: (run / name).stat().st_size for name in files}
     signed = {"format": FORMAT, "ca": ca, "coordinator": key.public, "files": files, "sizes": sizes}
     signature = key.sign(PURPOSE + canonical(signed))
@@ -70,9 +70,10 @@ def _updates(history: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
                 yield {"round": entry["round"], "kind": kind, "site": site, **sealed}
 
 
-def digests(run: Path) -> dict[str, str]:
-    """Hash every file of a run that its signature covers, by its path inside it."""
-    return {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in covered(run)}
+def sha256(path: Path) -> str:
+    """Hash a file, piece by piece: an adapter may be large."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def covered(run: Path) -> list[str]:

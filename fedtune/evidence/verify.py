@@ -10,7 +10,6 @@ agrees and the signer is another one than the trusted."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -30,6 +29,7 @@ from fedtune.evidence.sign import (
     UNSIGNED,
     VERSIONS,
     covered,
+    sha256,
 )
 from fedtune.files import reading
 from fedtune.run_folder import load_plan, read_report
@@ -177,6 +177,14 @@ def signer(run: Path) -> str:
         return ""
 
 
+def check_signed(run: Path) -> None:
+    """Verify a run whose folder claims to be signed; one that does not claim it is let through.
+
+    Errors: NotGenuine."""
+    if is_signed(run):
+        verify(run)
+
+
 def is_signed(run: Path) -> bool:
     """Return whether the folder claims to be signed, rightly or not."""
     return (run / SIGNATURE).exists() or (run / EVIDENCE).exists()
@@ -207,9 +215,9 @@ def _signature(run: Path) -> dict[str, Any]:
             "a model that was made of other runs is verified by those; an unfinished run: --resume",
         )
     content = _canonical(path)
-    kinds = {"format": str, "ca": str, "coordinator": str, "files": dict, "signature": str}
-    kinds |= {"sizes": dict}
-    if {name: type(value) for name, value in content.items()} != kinds:
+    kinds = dict.fromkeys(("format", "ca", "coordinator", "signature"), "str")
+    kinds |= dict.fromkeys(("files", "sizes"), "dict")
+    if {name: type(value).__name__ for name, value in content.items()} != kinds:
         fail(path, "is not what a coordinator signs")
     signature = content.pop("signature")
     if not verifies(content["coordinator"], PURPOSE + canonical(content), signature):
@@ -235,8 +243,7 @@ def _files(run: Path, files: Mapping[str, Any], sizes: Mapping[str, Any]) -> Non
 
 def _sha256(path: Path) -> str:
     reading.regular(path, "a file as it was signed", TODO, NotGenuine)  # no pipe, no folder
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path)
 
 
 def _not_signed(folder: Path, run: Path) -> tuple[str, ...]:

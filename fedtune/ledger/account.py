@@ -44,7 +44,7 @@ class Account:
         self.accepted: dict[str, list[Accepted]] = {}  # by dataset
         self.not_private: dict[str, str] = {}  # dataset -> "public" or "generated"
         self.not_private_members: dict[str, str] = {}  # dataset, marked -> digest of its members
-        self.not_private_since: dict[str, tuple[int, int]] = {}  # dataset -> newest entry, time
+        self.not_private_since: dict[str, int] = {}  # dataset -> its newest declaration's entry
         # Pairs of disjoint datasets -> the entry before which charges count against both.
         self.apart_since: dict[frozenset[str], int] = {}
         self.arrivals = Arrivals()
@@ -77,7 +77,7 @@ class Account:
             self.accepted.setdefault(body["dataset"], []).append(acceptance)
         elif entry.kind == "declaration":
             self.not_private[body["dataset"]] = body["what"]
-            self.not_private_since[body["dataset"]] = entry.seq, time
+            self.not_private_since[body["dataset"]] = entry.seq
             if "members" in body:
                 self.not_private_members[NOT_PRIVATE + body["dataset"]] = body["members"]
         elif entry.kind != "open":

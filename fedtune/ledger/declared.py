@@ -71,9 +71,7 @@ def check_private(ledger: Ledger, dataset: str, records: Sequence[Collection[byt
     records: as in `declare`, but for whose they are: invented patients have any numbers.
     Errors: PolicyRefused, until a person accepts it (`Ledger.accept`)."""
     with ledger._store.writing() as writer:
-        account = ledger._account
-        accepted = max((a.upto for a in account.accepted.get(dataset, [])), default=-1)
-        names = [n for n, (entry, _) in account.not_private_since.items() if entry > accepted]
+        names = _not_accepted(ledger, dataset)
         known = set().union(*(writer.hashes(NOT_PRIVATE + name) for name in names))
         shared = sum(any(ledger._salted(m) in known for m in record) for record in records)
     if shared:
@@ -88,8 +86,15 @@ def check_private(ledger: Ledger, dataset: str, records: Sequence[Collection[byt
 
 def to_accept(ledger: Ledger, dataset: str) -> bool:
     """Return whether a declaration is in the ledger that nobody has accepted for `dataset`."""
-    accepted = max((a.upto for a in ledger.accepted(dataset)), default=-1)
-    return any(entry > accepted for entry, _ in ledger._account.not_private_since.values())
+    with ledger._store.writing():
+        return bool(_not_accepted(ledger, dataset))
+
+
+def _not_accepted(ledger: Ledger, dataset: str) -> list[str]:
+    """List the declared datasets that nobody has accepted for `dataset` since."""
+    account = ledger._account
+    accepted = max((a.upto for a in account.accepted.get(dataset, [])), default=-1)
+    return [name for name, entry in account.not_private_since.items() if entry > accepted]
 
 
 def check_name(charged: Collection[str], dataset: str, what: Declared) -> None:

@@ -48,7 +48,7 @@ MUTANTS = (
     ),
     _one(
         "evidence", "a-forged-run-is-exported", "fedtune/derive/export.py",
-        "        verify(run.folder)\n", "        pass\n",
+        "        check_signed(run.folder)\n", "        pass\n",
         T + "test_an_exported_model_carries_its_proof_and_a_forged_run_is_not_exported",
         "the model card repeats a false ε",
     ),
@@ -69,5 +69,16 @@ MUTANTS = (
         "any(os.path.lexists(path / name) for name in names)", "is_signed(path)",
         ATTACKS + "test_a_genuine_run_inside_a_false_one_proves_nothing_of_it",
         "another run's proof is shown for this one",
+    ),
+    _one(
+        "evidence", "steps-of-less-noise-are-forgotten", FIGURES,
+        "    return old <= new and old.total() < new.total()\n",
+        "    return old.total() < new.total()\n",
+        ATTACKS + "test_a_log_keeps_every_step_that_it_had", "first steps are hidden",
+    ),
+    _one(
+        "evidence", "a-forged-run-is-whole", "fedtune/models/loaded.py",
+        "    check_signed(run)\n", "",
+        ATTACKS + "test_nothing_is_made_of_a_forged_run", "models verify calls a forged run whole",
     ),
 )  # fmt: skip
