@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -16,12 +17,24 @@ def replace(path: Path, content: bytes, *, private: bool = False) -> Path:
 
     A missing folder is made. private: file (0600) and a folder made here for this user alone.
     Errors: InfrastructureError where the write fails; the file is then unchanged."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}.new")
+    return _placed(path, content, os.replace, private)
+
+
+def create(path: Path, content: bytes, *, private: bool = False) -> Path:
+    """Write `content` to `path` as `replace` does, unless `path` exists: of several processes that
+    create one file, the first counts, and its content stays. Returns `path`.
+
+    Errors: InfrastructureError where the write fails; no file is then left."""
+    return _placed(path, content, _link, private)
+
+
+def _placed(path: Path, content: bytes, place: Callable[[Path, Path], None], private: bool) -> Path:
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.{os.getpid()}.new")
     try:
         _folder(path.parent, 0o700 if private else 0o777)
         try:
             _write(draft, content, 0o600 if private else 0o666)
-            os.replace(draft, path)
+            place(draft, path)
         except OSError:
             with suppress(OSError):
                 os.unlink(draft)
@@ -33,6 +46,12 @@ def replace(path: Path, content: bytes, *, private: bool = False) -> Path:
             todo="free the disk or fix the permissions, then run again",
         ) from None
     return path
+
+
+def _link(draft: Path, path: Path) -> None:
+    with suppress(FileExistsError):  # another process was first: its file counts
+        os.link(draft, path)
+    draft.unlink()
 
 
 def sync_folder(folder: Path) -> None:

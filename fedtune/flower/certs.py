@@ -16,9 +16,7 @@ Errors: ConfigError where a key or a CA cannot be read.
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -32,7 +30,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedtune.config.address import is_host
 from fedtune.errors import ConfigError
 from fedtune.files import reading
-from fedtune.files.writing import replace, sync_folder
+from fedtune.files.writing import create, replace
 
 CA_DAYS, LEAF_DAYS = 3650, 30
 SKEW = timedelta(minutes=5)  # a clock may be a little behind
@@ -213,20 +211,14 @@ def _make_ca(file: Path) -> None:
         .add_extension(_usage(signs_certificates=True), critical=True)
         .sign(key, hashes.SHA384())
     )
-    draft = file.with_name(f"ca.{secrets.token_hex(8)}.new")
-    replace(draft, _pem(key) + certificate.public_bytes(PEM), private=True)
-    with suppress(FileExistsError):  # another process was first: its CA counts
-        os.link(draft, file)
-    draft.unlink()
-    sync_folder(file.parent)
+    create(file, _pem(key) + certificate.public_bytes(PEM), private=True)
 
 
 def _key_at(path: Path, form: serialization.PrivateFormat) -> EC:
-    if os.path.lexists(path):
-        return read_key(path)
-    key = ec.generate_private_key(ec.SECP384R1())
-    replace(path, key.private_bytes(PEM, form, serialization.NoEncryption()), private=True)
-    return key
+    if not os.path.lexists(path):
+        key = ec.generate_private_key(ec.SECP384R1())
+        create(path, key.private_bytes(PEM, form, serialization.NoEncryption()), private=True)
+    return read_key(path)
 
 
 def _unsigned(

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from fedtune.errors import InfrastructureError
 from fedtune.files import reading
-from fedtune.files.writing import replace
+from fedtune.files.writing import create, replace
 from fedtune.wire.keys import SigningKey, canonical, verifies
 
 DATABASE, HEAD, RECEIPT, NEW = "ledger.db", "ledger.head", "ledger.receipt", "ledger.new"
@@ -177,7 +177,7 @@ def prepare(folder: Path) -> None:
 
 def salt_at(path: Path) -> bytes:
     if not os.path.lexists(path):
-        replace(path, secrets.token_bytes(32), private=True)
+        create(path, secrets.token_bytes(32), private=True)
     salt = _content(path)
     if len(salt) != 32:
         raise LedgerError(f"{path}: torn: not a salt of 32 bytes", todo=RESTORE)

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fedtune.errors import InfrastructureError
 from fedtune.files import reading
+from fedtune.files.writing import create
 
 _PUBLIC, _SIGNATURE = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{128}")
 
@@ -41,7 +42,7 @@ class SigningKey:
         be read by others."""
         try:
             if not os.path.lexists(path):
-                return cls._made(path)
+                create(path, cls()._private.private_bytes_raw(), private=True)
             key_bytes = reading.content(path, KEY, RESTORE, InfrastructureError)
             if path.stat().st_mode & 0o077:
                 raise InfrastructureError(
@@ -53,25 +54,6 @@ class SigningKey:
             raise InfrastructureError(
                 f"{path}: cannot be used as a signing key ({type(error).__name__})", KEY, RESTORE
             ) from None
-
-    @classmethod
-    def _made(cls, path: Path) -> SigningKey:
-        key = cls()
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        draft = path.with_name(f"{path.name}.{os.getpid()}.new")
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            os.write(descriptor, key._private.private_bytes_raw())
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        try:
-            os.link(draft, path)  # fails where another process was first: its key then counts
-        except FileExistsError:
-            return cls.at(path)
-        finally:
-            draft.unlink()
-        return key
 
     def sign(self, message: bytes) -> str:
         """Hexadecimal signature of `body`."""

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from fedtune.ledger.files import salt_at
 from fedtune.ledger.ledger import Ledger, LedgerError
+from fedtune.wire.keys import SigningKey
 from tests.dp.ledger_kit import CHAOS, charge, covers, run_round, total, yes
 
 
@@ -60,6 +64,23 @@ def test_threads_share_one_ledger(ledger: Ledger) -> None:
 def test_two_processes_open_a_new_folder_at_once(folder: Path) -> None:
     racing(folder, "open", 3, ceiling=0)
     assert Ledger(folder).head.seq == 0
+
+
+@pytest.mark.parametrize("make", [salt_at, SigningKey.at])
+def test_the_first_of_two_processes_makes_the_secret(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], object]
+) -> None:
+    """Both have seen that there is none; the second must take the first's and not replace it."""
+    make(folder / "secret")
+    first = (folder / "secret").read_bytes()
+    monkeypatch.setattr(os.path, "lexists", lambda _: False)
+    second = make(folder / "secret")
+    assert (folder / "secret").read_bytes() == first
+    assert (
+        second == first
+        or getattr(second, "public", None) == SigningKey.at(folder / "secret").public
+    )
+    assert [path.name for path in folder.iterdir()] == ["secret"]
 
 
 def lose(folder: Path, *names: str) -> None:
