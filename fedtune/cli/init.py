@@ -47,7 +47,8 @@ DATA = Annotated[
     list[Path] | None,
     typer.Option(
         metavar="FILE",
-        help="A site's records: .csv, .jsonl, .parquet; repeat it for more sites.",
+        help="A site's records: .csv, .jsonl, .parquet, .arrow, or a folder of them; repeat it for "
+        "more sites.",
     ),
 ]
 EVALUATION = Annotated[

@@ -33,6 +33,7 @@ from fedtune.ledger.ledger import Ledger
 from fedtune.objectives import resolve
 
 CLASSES = 50  # distinct values up to which a label column is taken to hold classes
+BINARY = (".parquet", ".arrow")
 LONGEST = 2**20  # tokens that a record is measured up to
 YEAR = re.compile(r"\s*((?:19|20)\d\d)\b")
 Table = tuple[str, list[tuple[str, ...]]]  # a heading, and rows of cells
@@ -284,7 +285,7 @@ def _files(data: SiteData, read: Read) -> list[FileFacts]:
             FileFacts(
                 name,
                 path.stat().st_size,
-                "–" if path.suffix.lower() == ".parquet" else found_encoding(path),
+                "–" if path.suffix.lower() in BINARY else found_encoding(path),
                 delimiter.get(mark, mark) if csv else "–",
                 rows[name] + failed[name] + read.filtered_in[name],
                 failed[name],

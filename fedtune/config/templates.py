@@ -128,7 +128,7 @@ state = "state"        # the ledger of what privacy was spent, and the site's ke
 #                      # of the machine's memory); what is more goes to a nameless, encrypted file
 # lora_rank = 4        # train at most so many of an adapter's ranks a round: bytes and memory
 
-[data]                 # .jsonl, .csv or .parquet, or a folder of them
+[data]                 # .jsonl, .csv, .parquet or .arrow, or a folder of them
 path = "data.jsonl"
 name = "records"       # the privacy budget's name: a dataset that grows keeps it
 # source = "csv"       # else by suffix; another is named here, or one to give it options:

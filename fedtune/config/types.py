@@ -190,7 +190,7 @@ class Columns(Table):
 
 
 class DataFile(Table):
-    """A file of records: .jsonl, .csv or .parquet (by suffix), or a folder of them."""
+    """A file of records: .jsonl, .csv, .parquet or .arrow (by suffix), or a folder of them."""
 
     path: Place
     columns: Columns

@@ -1,4 +1,4 @@
-"""Rows of a JSONL, CSV or Parquet file, or of a folder of one of them.
+"""Rows of files, of a folder of them, or of a database (data/sources).
 
 A bad row is a reason from a fixed list, never an exception. A bad file is a DataError for a person
 who can still correct it, and a reason like any other once a site takes part: no row, and no file of
@@ -8,11 +8,11 @@ chained, since its message may quote a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from fedtune.data.sources import Source, by_suffix
+from fedtune.data.sources import Collection, Source, by_suffix
 from fedtune.data.sources._interface import REASONS, Keys, Names, NotWellFormed, Row
 from fedtune.errors import DataError
 
@@ -61,8 +61,11 @@ def placed_rows(
     well-formed file's; a file that cannot be read is one rejected row.
     """
     names = names or Names(where, keys)
+    if isinstance(source, Collection):
+        yield from _collected(where, source, names, strict)
+        return
     readers = by_suffix() if source is None else dict.fromkeys(source.suffixes, source)
-    for path in _paths(where, sorted(readers)):
+    for path in _paths(where, readers):
         names.begin()
         try:
             for number, row in enumerate(readers[path.suffix.lower()].rows(path, names), 1):
@@ -80,6 +83,23 @@ def placed_rows(
         names.require()
 
 
+def _collected(
+    where: Path, source: Collection, names: Names, strict: bool
+) -> Iterator[tuple[Place, Row | str]]:
+    """Yield the rows of a place that is read as a whole, as placed_rows does."""
+    file = ""
+    try:
+        for number, (file, row) in enumerate(source.collect(where, names), 1):
+            yield Place(file, names.row or number), _checked(row)
+    except Exception as error:
+        if strict:
+            data_error = error if isinstance(error, DataError) else _unreadable(names.where, error)
+            raise data_error from None
+        yield Place(file or str(names.where), 0), "unreadable file"
+    if strict:
+        names.require()
+
+
 def _checked(row: object) -> Row | str:
     """Return a source's row or its reason; a fixed reason in place of anything else."""
     if isinstance(row, str):
@@ -87,11 +107,12 @@ def _checked(row: object) -> Row | str:
     return row if isinstance(row, dict) else "wrong type"
 
 
-def _unreadable(where: Path, error: Exception) -> DataError:
+def _unreadable(where: Path | str, error: Exception) -> DataError:
     return DataError(f"{where}: cannot be read ({type(error).__name__})")
 
 
-def _paths(where: Path, suffixes: list[str]) -> list[Path]:
+def _paths(where: Path, readers: Mapping[str, Source]) -> list[Path]:
+    suffixes = sorted(readers)
     kinds = ", ".join(suffixes)
     if where.is_file():
         if where.suffix.lower() not in suffixes:
@@ -99,6 +120,9 @@ def _paths(where: Path, suffixes: list[str]) -> list[Path]:
         return [where]
     if not where.is_dir():
         raise DataError(f"{where}: no such file", f"a file or a folder of {kinds}")
+    for reader in dict.fromkeys(readers.values()):
+        if (listed := reader.files(where)) is not None:
+            return listed
     try:
         entries = sorted(where.iterdir())
     except OSError as error:

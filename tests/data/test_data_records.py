@@ -309,7 +309,7 @@ def test_errors_of_the_file(tmp_path: Path, jsonl: Lines) -> None:
     assert "no such file" in str(error_of(tmp_path / "absent.jsonl"))
     assert "no records" in str(error_of(empty))
     assert "no data file" in str(error_of(folder))
-    assert "unsupported suffix; expected .csv, .jsonl, .parquet" in str(error_of(other))
+    assert "unsupported suffix; expected .arrow, .csv, .jsonl, .parquet" in str(error_of(other))
     assert "not a readable Parquet file" in str(error_of(broken))
     for content in ("", "t\n"):
         (tmp_path / "empty.csv").write_text(content)

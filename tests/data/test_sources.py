@@ -39,8 +39,8 @@ def dataset(path: Path, source: str | None, **options: Any) -> SiteData:
 
 
 def test_each_suffix_has_one_source() -> None:
-    assert sorted(by_suffix()) == [".csv", ".jsonl", ".parquet"]
-    assert SOURCES.release() == ["csv", "jsonl", "parquet"]
+    assert sorted(by_suffix()) == [".arrow", ".csv", ".jsonl", ".parquet"]
+    assert SOURCES.release() == ["arrow", "csv", "jsonl", "parquet"]
 
 
 def test_a_csv_file_may_have_another_delimiter(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_a_foreign_source_is_read_where_site_toml_names_it(
     install(tmp_path / "installed", monkeypatch, "odd_source", CODE, points)
     path = tmp_path / "data.odd"
     path.write_text("")
-    with pytest.raises(DataError, match=r"unsupported suffix; expected \.csv"):
+    with pytest.raises(DataError, match=r"unsupported suffix; expected \.arrow, \.csv"):
         read_records(dataset(path, None))
     assert "odd_source" not in sys.modules
     records, rejected = read_records(dataset(path, "odd", times=3.0), strict=False)
@@ -76,7 +76,7 @@ def test_a_foreign_source_is_read_where_site_toml_names_it(
     (tmp_path / "data.csv").write_text("t\nx\n")
     with pytest.raises(DataError, match=r"expected \.odd"):
         read_records(dataset(tmp_path / "data.csv", "odd"))
-    with pytest.raises(ConfigError, match="one of csv, jsonl, parquet, odd"):
+    with pytest.raises(ConfigError, match="one of arrow, csv, jsonl, parquet, odd"):
         read_records(dataset(path, "even"))
 
 

@@ -40,7 +40,10 @@ DRAWN: dict[str, dict[str, Any]] = {
 AXES: dict[str, list[Any]] = {
     "what": list(WHAT),
     "drawn": list(DRAWN),
-    "kind": ["jsonl", "csv", "parquet", "folder-jsonl", "folder-csv", "folder-parquet"],
+    "kind": [
+        *("jsonl", "csv", "parquet", "arrow"),
+        *("folder-jsonl", "folder-csv", "folder-parquet", "folder-arrow"),
+    ],
     "story": ["rounds", "studies", "continuous", "queries", "two sets", "units change"],
     "length": [
         *((48, "reject"), (16, "truncate"), (64, "reject"), (64, "truncate")),

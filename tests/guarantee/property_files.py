@@ -43,12 +43,22 @@ def _csv(rows: Sequence[Any], shared: bool) -> bytes:
 
 
 def _parquet(rows: Sequence[Any], shared: bool) -> bytes:
+    pq.write_table(_table(rows, shared), out := io.BytesIO())
+    return out.getvalue()
+
+
+def _arrow(rows: Sequence[Any], shared: bool) -> bytes:
+    table = _table(rows, shared)
+    with pa.ipc.new_stream(out := io.BytesIO(), table.schema) as writer:
+        writer.write_table(table)
+    return out.getvalue()
+
+
+def _table(rows: Sequence[Any], shared: bool) -> pa.Table:
     """Every column as text; what is no row is left out."""
     keys = _columns(rows, shared)
     good = [row for row in rows if isinstance(row, dict)]
-    table = pa.table({k: pa.array([_cell(row.get(k)) for row in good], pa.string()) for k in keys})
-    pq.write_table(table, out := io.BytesIO())
-    return out.getvalue()
+    return pa.table({k: pa.array([_cell(row.get(k)) for row in good], pa.string()) for k in keys})
 
 
 def _cell(value: Any) -> str | None:
@@ -59,7 +69,7 @@ def _cell(value: Any) -> str | None:
 
 
 EVERY = ("who", "q", "a", "b", "l", "file")
-WRITERS = {"jsonl": _jsonl, "csv": _csv, "parquet": _parquet}
+WRITERS = {"jsonl": _jsonl, "csv": _csv, "parquet": _parquet, "arrow": _arrow}
 
 
 def positions(folder: Path, kind: str, tokenizer: Path, width: int = 32) -> Path:

@@ -5,10 +5,10 @@ site.toml): of this release, to give it options, or one that another distributio
 
 from __future__ import annotations
 
-from fedtune.data.sources._interface import Names, Row, Source
+from fedtune.data.sources._interface import Collection, Names, Row, Source
 from fedtune.registry import Group
 
-__all__ = ["SOURCES", "Names", "Row", "Source", "by_suffix"]
+__all__ = ["SOURCES", "Collection", "Names", "Row", "Source", "by_suffix"]
 
 SOURCES = Group("sources", "data.source", __name__, Source)  # type: ignore[type-abstract]
 

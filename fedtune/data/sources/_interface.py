@@ -37,11 +37,11 @@ UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # the byte order marks
 
 @dataclass
 class Names:
-    """Column names of a dataset: its path, the columns asked of it, and the column names met in all
+    """Column names of a dataset: where it is, the columns asked of it, and the column names met in all
     its files; of these, which a message may show: a key of a few JSON records may itself be
     content, and so may the first line of a CSV file without one."""
 
-    where: Path
+    where: Path | str
     keys: Keys
     headers: set[str] = field(default_factory=set)
     shown: list[str] = field(default_factory=list)
@@ -105,6 +105,11 @@ class Source(ABC):
 
     suffixes: ClassVar[tuple[str, ...]]
 
+    def files(self, folder: Path) -> list[Path] | None:
+        """List which files of a folder are read, where something beside them says so; None: each
+        with one of `suffixes`. Errors: DataError."""
+        return None
+
     @abstractmethod
     def rows(self, path: Path, names: Names) -> Iterator[Row | str]:
         """Yield each row of `path` in order, as a dict by column or as one of REASONS if rejected.
@@ -113,6 +118,26 @@ class Source(ABC):
         what is said of a row follows from that row alone. Whatever it raises makes the file one
         that cannot be read; a DataError must name `names.where`, never `path`, which may bear a
         patient's name, and no content."""
+
+
+@dataclass(frozen=True)
+class Collection(Source):
+    """A source that reads a place as a whole: a database, or a folder of files that refer to each
+    other. kept: what data.filter is for a column that site.toml does not name there; patient: the
+    column that data.columns.patient must name, where there is but one."""
+
+    suffixes = ()
+    kept: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    patient: ClassVar[str] = ""
+
+    @abstractmethod
+    def collect(self, where: Path, names: Names) -> Iterator[tuple[str, Row | str]]:
+        """Yield each row, or one of REASONS, behind the name of its file or table.
+
+        What is said of a row follows from that patient's rows alone. Otherwise as `rows`."""
+
+    def rows(self, path: Path, names: Names) -> Iterator[Row | str]:
+        return (row for _, row in self.collect(path, names))
 
 
 def is_header(cells: list[str], keys: Keys) -> bool:
