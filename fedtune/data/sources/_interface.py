@@ -37,8 +37,8 @@ UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # the byte order marks
 
 @dataclass
 class Names:
-    """Column names of a dataset: where it is, the columns asked of it, and the column names met in all
-    its files; of these, which a message may show: a key of a few JSON records may itself be
+    """Column names of a dataset: where it is, the columns asked of it, and the column names met in
+    all its files; of these, which a message may show: a key of a few JSON records may itself be
     content, and so may the first line of a CSV file without one."""
 
     where: Path | str

@@ -91,7 +91,7 @@ class Csv(Source):
                     f"{names.where}: column {column!r} ({key}) occurs twice in the header"
                 )
 
-    def _lines(self, handle: TextIO, where: Path) -> Iterator[tuple[int, list[str]]]:
+    def _lines(self, handle: TextIO, where: Path | str) -> Iterator[tuple[int, list[str]]]:
         """Yield the rows that are not empty, each with its number, from 1, as a spreadsheet shows
         it."""
         reader = csv.reader(handle, strict=True, delimiter=self.delimiter)
