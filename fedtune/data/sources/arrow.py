@@ -44,7 +44,7 @@ class Arrow(Source):
         if listed is None:  # some other program's
             return None
         files = listed if isinstance(listed, list) else []
-        names = [str(one.get("filename")) if isinstance(one, dict) else "" for one in files]
+        names = [str(one.get("filename", "")) if isinstance(one, dict) else "" for one in files]
         if not names or not all(map(_plain, names)):
             raise DataError(f"{folder / STATE}: lists no data file in this folder", "its own files")
         return [folder / name for name in names]
