@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         BaseTable,
         ClippingTable,
         Columns,
+        ConsentTable,
         CoordinatorTable,
         DataFile,
         EvaluationTable,
@@ -106,7 +107,7 @@ _MODULES = {
     "fedtune.client.review": "review",
     "fedtune.client.withdraw": "withdraw",
     "fedtune.config": (
-        "BaseTable ClippingTable Columns CoordinatorTable DataFile EvaluationTable "
+        "BaseTable ClippingTable Columns ConsentTable CoordinatorTable DataFile EvaluationTable "
         "LoraTable ObjectiveTable PolicyTable PreconditionerTable PrivacyTable "
         "PrivateEvaluationTable PublicTable QuantisationTable ScheduleTable "
         "SelectionTable Site SiteData SiteEvaluation SiteTable StartTable StrategyTable Study "
@@ -155,6 +156,7 @@ __all__ = [
     "ClippingTable",
     "Columns",
     "ConfigError",
+    "ConsentTable",
     "CoordinatorTable",
     "DataError",
     "DataFile",

@@ -162,13 +162,20 @@ def withdraw(
         bool,
         typer.Option("--unseen", help="Also a key that is in no record as yet."),
     ] = False,
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RECEIPT", help="Check a receipt instead: is it this site's, and does it stand?"
+        ),
+    ] = None,
 ) -> dict[str, Any]:
     """Leave a patient who withdraws consent out of every later round.
 
     Asks for the patient's key (the value in the patient column) without showing it, so that it
-    enters no command history. Says which released adapters were trained with the patient. A key
-    that no record and no study here has is not entered, and ends with exit code 2."""
-    from fedtune.client.withdraw import UnknownPatient
+    enters no command history. Says which released adapters were trained with the patient, and
+    writes a signed receipt for each. A key that no record and no study here has is not entered,
+    and ends with exit code 2."""
+    from fedtune.client.withdraw import UnknownPatient, check_receipt
     from fedtune.client.withdraw import withdraw as leave_out
     from fedtune.config import load_site
     from fedtune.errors import InputError
@@ -176,6 +183,10 @@ def withdraw(
     from fedtune.report.claim import rounded_up
 
     loaded = load_site(site)
+    if check:
+        when = check_receipt(check, Ledger(loaded.site.state))
+        typer.echo(f"{check}: given by this site; the withdrawal of {when} stands")
+        return {"receipt": check, "time": when}
     keys, results = _keys(file), list[dict[str, Any]]()
     book, unknown, results = Ledger(loaded.site.state), 0, list[dict[str, Any]]()
     for number, key in enumerate(keys, 1):
@@ -195,6 +206,7 @@ def withdraw(
                 f"  {withdrawal.in_file} records are still in {loaded.data.path}; they are not "
                 "read into training any more, and deleting them is up to their owner"
             )
+        typer.echo(f"  receipt for the patient: {withdrawal.receipt_file}")
         if not withdrawal.trained_on:
             typer.echo("  no study was ever prepared with this patient's records")
         for release in withdrawal.releases:

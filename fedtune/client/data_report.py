@@ -19,10 +19,10 @@ from fedtune.client.policy import base_for
 from fedtune.client.reading import SHOWN, by_reason, declared_wrongly, read_for_training
 from fedtune.client.site_checks import reading_of
 from fedtune.config import Site, SiteData, Study
+from fedtune.data.consent import NO_CONSENT
 from fedtune.data.dataset import NO_TARGET, Dataset, Example, Failed
-from fedtune.data.files import placed_rows
 from fedtune.data.load import UnitReader, check_columns, count_duplicates
-from fedtune.data.records import Read, Record, read_file, source_of
+from fedtune.data.records import Read, Record, keys_of, read_file, site_rows, source_of
 from fedtune.data.sources import by_suffix
 from fedtune.data.sources._encoding import found_encoding
 from fedtune.data.sources._interface import Names
@@ -114,6 +114,7 @@ class DataReport:
     rows: int
     usable: int
     filtered: int
+    withheld: int
     duplicates: int
     units: int
     declared_size: int
@@ -178,6 +179,8 @@ class DataReport:
         ]
         if self.filtered:
             rows.append(("left out by data.filter", f"{self.filtered:,}"))
+        if self.withheld:
+            rows.append(("of patients who did not agree", f"{self.withheld:,}"))
         rows.append(("say what an earlier one says", f"{self.duplicates:,} (counted, and kept)"))
         declared = f"{self.units:,}; site.declared_size = {self.declared_size:,}"
         rows.append((f"{self.unit}s", declared))
@@ -256,6 +259,7 @@ def data_report(site: Site, study: Study | None = None, *, date: str | None = No
         rows=read.rows,
         usable=len(read.records),
         filtered=read.filtered,
+        withheld=read.withheld,
         duplicates=count_duplicates(read.records),
         units=len(by_unit),
         declared_size=site.site.declared_size,
@@ -287,7 +291,7 @@ def _files(data: SiteData, read: Read) -> list[FileFacts]:
                 path.stat().st_size,
                 "–" if path.suffix.lower() in BINARY else found_encoding(path),
                 delimiter.get(mark, mark) if csv else "–",
-                rows[name] + failed[name] + read.filtered_in[name],
+                rows[name] + failed[name] + read.filtered_in[name] + read.withheld_in[name],
                 failed[name],
             )
         )
@@ -327,12 +331,14 @@ def _characters(record: Record) -> int:
 def _years(data: SiteData, date: str) -> dict[str, int]:
     """Count the rows by the year of a column of dates."""
     counts: Counter[str] = Counter()
-    names = Names(data.path, {"--date": date})
-    rows = placed_rows(data.path, names.keys, strict=False, source=source_of(data), names=names)
-    for _, row in rows:
+    names = Names(data.path, {"--date": date} | keys_of(data))
+    for _, row in site_rows(data, names, strict=False):
+        if row is NO_CONSENT:
+            continue
         value = row.get(date) if isinstance(row, dict) else None
         match = YEAR.match(str(value))
         counts[match[1] if match else "no date"] += 1
+    names.keys = {"--date": date}
     names.require()
     return dict(sorted(counts.items()))
 

@@ -194,6 +194,8 @@ def _records(site: Site) -> str:
     counts = f"{len(read.records)} usable records, {units} {unit}; declared_size = {declared}"
     if read.filtered:
         counts += f"; {read.filtered} left out by data.filter"
+    if read.withheld:
+        counts += f"; {read.withheld} of patients who did not agree to their use"
     if read.failed:
         counts += f"; left out: {by_reason(read.rejected)}: {rows_of(read.failed)}"
     if units < 2:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fedtune.client.budget_refusal import PLACES
 from fedtune.client.declared import RUNS
+from fedtune.client.withdraw import RECEIPTS
 from fedtune.config import Site, study_from_json
 from fedtune.config.records import RECORDS
 from fedtune.errors import ConfigError, FedtuneError, InfrastructureError, InputError
@@ -41,6 +42,7 @@ OF_A_STUDY = ("updates that were released", "plans that waited for a signature")
 NEVER_DELETED = (
     "ledger.*",  # entries, anchor, receipts, and what a restore put aside
     *("site.key", "salt", "steps.jsonl"),  # steps.jsonl: a restore charges by it
+    f"{RECEIPTS}/*",  # what patients were told of their withdrawals
     *("keys/*", "keys.old-*"),  # the site's way into its consortium
     *(LOCK, "flower/lock"),
     *("site.toml", RECORDS),  # of a site that was made in memory

@@ -75,6 +75,7 @@ def describe(dataset: Dataset, study: Study, declared: int) -> str:
         parts.append(f"{dataset.n_cut:,} of them cut to objective.max_length")
     for number, what in (
         (counts.filtered, "left out by data.filter"),
+        (counts.withheld, "of patients who did not agree to their use"),
         (counts.over_cap, f"over max_records_per_unit = {study.max_records_per_unit}"),
         (counts.excluded, "of patients who withdrew or take part elsewhere"),
         (counts.duplicates, "say what an earlier row says (kept)"),
@@ -132,6 +133,7 @@ def keep_counts(site: Site, data: SiteData, study: Study, dataset: Dataset) -> N
         "cut": dataset.n_cut,
         "rejected": dict(dataset.rejected),
         "filtered": counts.filtered,
+        "withheld": counts.withheld,
         "over_cap": counts.over_cap,
         "excluded": counts.excluded,
         "duplicates": counts.duplicates,

@@ -181,13 +181,14 @@ class SiteWorker:
 
     def _data(self, study: Study, network: Network, data: SiteData) -> CachedDataset:
         """Load one dataset for `study`; studies with the same view share the states at the cut. A
-        continuous study reads the files anew, and the ledger records who arrived.
+        continuous study reads the files anew, and the ledger records who arrived. With data.consent
+        they are read anew whoever took theirs back, since what is read must not tell that.
 
         Errors: DataError where the columns do not suit the study, or there is no file."""
-        withdrawn, is_open_ended = frozenset(self.home.withdrawn()), study.continuous
+        withdrawn, anew = frozenset(self.home.withdrawn()), study.continuous or bool(data.consent)
         view = (data, network, study.objective, study.unit, study.max_records_per_unit, withdrawn)
         cached_view, cached = self._cached.get(data.name, (None, None))
-        if is_open_ended or cached_view != view or cached is None:
+        if anew or cached_view != view or cached is None:
             dataset = self._read(study, network, data)
             keep_counts(self.site, data, study, dataset)
             self.ledger.declare(
@@ -196,10 +197,10 @@ class SiteWorker:
                 dataset.content_hash,
                 dataset.members,
                 data.cohort,
-                dataset.keys if is_open_ended else None,
+                dataset.keys if study.continuous else None,
             )
             cached = CachedDataset(network, dataset, self.site.site.cache_bytes)
-            self._cached[data.name] = None if is_open_ended else view, cached
+            self._cached[data.name] = None if anew else view, cached
         return cached
 
     def current_dataset(self, study: Study, network: Network) -> CachedDataset:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from fedtune.config import Site, SiteData
 from fedtune.data.records import read_records, unit_member
 from fedtune.dp.accountant import Steps, epsilon
 from fedtune.errors import ConfigError, DataError, InputError
+from fedtune.files import reading
+from fedtune.files.writing import replace
+from fedtune.ledger.chain import Entry
 from fedtune.ledger.ledger import Ledger
+from fedtune.report.claim import rounded_up
+from fedtune.wire.keys import canonical, verifies
+
+RECEIPTS = "withdrawals"  # in the state folder: a receipt for each withdrawal
 
 
 @dataclass(frozen=True)
@@ -25,11 +36,14 @@ class Release:
 class Withdrawal:
     """in_file: records of the patient that the site's files still hold, None where they cannot be
     read; trained_on: whether the patient was ever trained on here; releases: studies whose adapters
-    may still reflect the patient."""
+    may still reflect the patient; receipt: for the patient, signed by the site, as it lies in
+    `receipt_file`."""
 
     in_file: int | None
     trained_on: bool
     releases: list[Release]
+    receipt: dict[str, Any]
+    receipt_file: Path
 
 
 class UnknownPatient(InputError):
@@ -43,7 +57,9 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
     dropped, and nothing on the wire changes: batch, noise and divisor never depended on the true
     count. What was released stays released: the adapters of `releases` were trained with the
     patient's records under the ε stated, and whoever holds them learns at most that much.
-    unseen: also for a key that is in no record as yet.
+    Each withdrawal has a receipt, signed by the site's key, in its state folder for this user
+    alone: the entry in the ledger, the releases, no key of a patient. The same key again gets the
+    receipt of its first withdrawal. unseen: also for a key that is in no record as yet.
     Errors: UnknownPatient (nothing is entered: a key with a typing error would leave the patient
     in); ConfigError where site.toml names no patient column; DataError where only the files could
     tell, and cannot be read; LedgerError."""
@@ -69,12 +85,57 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
             "type it again; --unseen enters it all the same, for a patient who has no usable "
             "record as yet",
         )
-    ledger.withdraw(key)
-    return Withdrawal(in_file, bool(datasets), _releases(site, ledger, datasets))
+    entry, releases = ledger.withdraw(key), _releases(site, ledger, datasets)
+    receipt = _receipt(site, ledger, entry, releases)
+    path = site.site.state / RECEIPTS / f"withdrawal-{entry.seq}.json"
+    replace(path, json.dumps(receipt, indent=1).encode(), private=True)
+    return Withdrawal(in_file, bool(datasets), releases, receipt, path)
+
+
+def check_receipt(path: Path, ledger: Ledger) -> str:
+    """Check that this site gave a receipt and that its withdrawal stands; returns when it was.
+
+    Errors: InputError where it is no receipt of this site, or its ledger has no such entry."""
+    receipt = reading.json_in(path, "a receipt of a withdrawal")
+    signature, unit = str(receipt.pop("signature", "")), str(receipt.get("unit"))
+    if not verifies(ledger.key.public, _signed(receipt), signature):
+        raise InputError(f"{path}: not signed by this site", "a receipt as this site gave it")
+    entry = ledger.withdrawn().get(unit)
+    if entry is None or (entry.seq, entry.hash) != (receipt["entry"], receipt["hash"]):
+        raise InputError(
+            f"{path}: this site's ledger has no such entry",
+            f"entry {receipt['entry']}",
+            "was the ledger restored from before it? Then withdraw again",
+        )
+    return str(receipt["time"])
+
+
+def _receipt(site: Site, ledger: Ledger, entry: Entry, releases: list[Release]) -> dict[str, Any]:
+    """Compose and sign what a patient may keep: it names the entry, and the patient by a salted
+    hash, which tells nobody without this site's salt who it is."""
+    receipt: dict[str, Any] = {
+        "what": "withdrawal of consent: no later round of this site reads the patient's records",
+        "site": site.site.name,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entry.body["time"])),
+        "unit": entry.body["unit"],
+        "entry": entry.seq,
+        "hash": entry.hash,
+        "releases": [
+            asdict(release) | {"epsilon": rounded_up(release.epsilon)} for release in releases
+        ],
+        "key": ledger.key.public,
+    }
+    return receipt | {"signature": ledger.key.sign(_signed(receipt))}
+
+
+def _signed(receipt: dict[str, Any]) -> bytes:
+    return b"fedtune withdrawal\0" + canonical(receipt)
 
 
 def _count(table: SiteData, patient: str) -> int:
-    records, _ = read_records(table, unit="patient")
+    """Count the patient's records, whether or not data.consent leaves them out already."""
+    everybody = table.model_copy(update={"consent": None})
+    records, _ = read_records(everybody, unit="patient")
     return sum(record.unit == patient for record in records)
 
 

@@ -61,6 +61,36 @@ class SiteTable(Table):
         return None if self.cache_memory is None else int(self.cache_memory * 2**30)
 
 
+class ConsentTable(Table):
+    """Who agreed to the use of their records. A patient of whom one row does not say yes in
+    `column`, or whose key is on the list `opt_outs`, is left out before anything is computed, and
+    again before each round. Guarantee: nobody outside the site can tell who, or how many.
+
+    opt_outs: a file of hashed keys, a line each, for this user alone (0600); hashing: how, of the
+    key as text: its sha256, sha256 of the salt before the key, or HMAC-SHA256 keyed by the salt."""
+
+    column: str | None = None
+    values: tuple[Value, ...] = ("yes",)  # that mean yes; white space around them does not count
+    opt_outs: Place | None = None
+    hashing: Literal["sha256", "salted-sha256", "hmac-sha256"] = "sha256"
+    salt_file: Place | None = None  # for this user alone (0600); white space at its ends is cut
+
+    @model_validator(mode="after")
+    def _check_combination(self) -> ConsentTable:
+        if not (self.column or self.opt_outs):
+            raise ValueError("name a column, or a file of opt_outs")
+        if not self.values:
+            raise ValueError("values: without one nobody agrees")
+        if bool(self.salt_file) != (self.hashing != "sha256"):
+            raise ValueError("salt_file: belongs to a salted hashing, which needs it")
+        return self
+
+    @property
+    def yes(self) -> frozenset[str]:
+        """The values that mean yes, in the form in which keys are compared."""
+        return frozenset(str(value).strip() for value in self.values)
+
+
 class SiteData(DataFile):
     """The site's records, as one dataset with one privacy budget."""
 
@@ -74,6 +104,7 @@ class SiteData(DataFile):
     options: dict[str, bool | Finite | str] = Field(default_factory=dict)  # of the source
     # Which rows take part: those that have, in each of these columns, the value or one of them.
     filter: dict[str, Value | tuple[Value, ...]] = Field(default_factory=dict)
+    consent: ConsentTable | None = None
 
     @model_validator(mode="after")
     def _check_source(self) -> SiteData:
@@ -81,6 +112,8 @@ class SiteData(DataFile):
             raise ValueError('options: belong to a source; name it, as in source = "csv"')
         if any(value == () for value in self.filter.values()):
             raise ValueError("filter: a column without a value leaves nothing")
+        if self.consent and self.consent.opt_outs and not self.columns.patient:
+            raise ValueError("consent.opt_outs: lists patients; name columns.patient")
         return self
 
     @property
@@ -216,6 +249,10 @@ class Site(Table):
             raise ValueError(
                 "evaluation.declared: the two datasets of a site are both declared, or both "
                 "private: a run pays from one ledger"
+            )
+        if self.evaluation and bool(self.evaluation.consent) != bool(self.data.consent):
+            raise ValueError(
+                "evaluation.consent: who is asked for consent in one dataset is asked in the other"
             )
         if self.site.ledger and not self.data.declared:
             raise ValueError("site.ledger: private data is paid from the ledger in site.state")

@@ -134,6 +134,7 @@ name = "records"       # the privacy budget's name: a dataset that grows keeps i
 # source = "csv"       # else by suffix; another is named here, or one to give it options:
 # options = { delimiter = ";", encoding = "latin-1" }
 # filter = { ward = ["3", "4"] }   # only rows with one of these values
+# consent = { column = "consent", values = ["yes"] }   # or opt_outs = "hashed-keys.txt"
 # disjoint_from = ["other"]   # datasets of this site that share no patient with this one
 # declared = "generated"   # or "public": no patient is in it. For rehearsals: a run of it costs
 #                      # nothing for life, is marked everywhere, and refuses what was ever private

@@ -72,13 +72,15 @@ class Failed(NamedTuple):
 @dataclass(frozen=True, repr=False, eq=False)
 class Counts:
     """What became of a file's rows, for the site's own eyes. filtered: left out by data.filter;
-    over_cap: usable, and over the max_records_per_unit of their patient; duplicates: records that
-    say what an earlier one said, whoever's; excluded: of units that were left out as a whole.
+    withheld: whose patients did not agree to their use; over_cap: usable, and over the
+    max_records_per_unit of their patient; duplicates: records that say what an earlier one said,
+    whoever's; excluded: of units that were left out as a whole.
 
     Guarantee: nothing that leaves the site, and nothing that trains, follows from these."""
 
     rows: int = 0
     filtered: int = 0
+    withheld: int = 0
     duplicates: int = 0
     over_cap: int = 0
     excluded: int = 0

@@ -96,8 +96,9 @@ def _collected(
             data_error = error if isinstance(error, DataError) else _unreadable(names.where, error)
             raise data_error from None
         yield Place(file or str(names.where), 0), "unreadable file"
-    if strict:
-        names.require()
+    if not strict:
+        return
+    names.require()
 
 
 def _checked(row: object) -> Row | str:

@@ -203,7 +203,7 @@ def load_dataset(
     counts = _counts(read, list(read_units.values()))
     rejected = Counter(failed.reason for failed in counts.failed)
     if strict and not units:
-        raise _nothing_left(file.path, rejected, study.objective, read.filtered)
+        raise _nothing_left(file.path, rejected, study.objective, read)
     if strict and labelled and table == "data" and len(units) < 2:
         raise _one_unit(file.path, unit)
     examples = [
@@ -228,6 +228,7 @@ def _counts(read: Read, units: Sequence[Unit]) -> Counts:
     return Counts(
         rows=read.rows,
         filtered=read.filtered,
+        withheld=read.withheld,
         duplicates=count_duplicates(read.records),
         over_cap=over_cap,
         excluded=len(read.records) - here,
@@ -348,13 +349,14 @@ def _one_unit(path: Path, unit: str) -> DataError:
 
 
 def _nothing_left(
-    path: Path, rejected: Counter[str], objective: ObjectiveTable, filtered: int
+    path: Path, rejected: Counter[str], objective: ObjectiveTable, read: Read
 ) -> DataError:
-    if filtered and not rejected:
+    if (read.filtered or read.withheld) and not rejected:
+        key = "data.consent" if read.withheld else "data.filter"
         return DataError(
-            f"{path}: data.filter leaves none of {filtered} rows",
+            f"{path}: {key} leaves none of {read.filtered + read.withheld} rows",
             "rows with its values",
-            "compare data.filter with the column; `fedtune data report` counts what is left out",
+            f"compare {key} with the column; `fedtune data report` counts what is left out",
         )
     if set(rejected) == {"unknown label"}:
         return DataError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,11 +17,13 @@ from fedtune.config import (
     SelectionTable,
     SiteData,
 )
+from fedtune.data.cells import key_of, string_of, text_of
+from fedtune.data.consent import NO_CONSENT, with_consent
 from fedtune.data.dataset import Failed
 from fedtune.data.files import Place, Rejected, placed_rows
 from fedtune.data.media import Folder, Media
 from fedtune.data.sources import SOURCES, Source
-from fedtune.data.sources._interface import Names, Row, unclean
+from fedtune.data.sources._interface import Names, Row
 from fedtune.errors import ConfigError, DataError
 
 TRUTH = ("true", "false", "1", "0", "yes", "no")  # a judgement: desirable or not, in turn
@@ -59,19 +61,25 @@ class Record:
 @dataclass(frozen=True, repr=False, eq=False)
 class Read:
     """What a data file holds: its usable records in order, the rejected rows in order, how many
-    rows there are in all, how many of each file data.filter left out, and what its columns are
-    called."""
+    rows there are in all, how many of each file data.filter left out and how many data.consent,
+    and what its columns are called."""
 
     records: list[Record]
     failed: list[Failed]
     rows: int
     filtered_in: Counter[str]
+    withheld_in: Counter[str]
     names: Names
 
     @property
     def filtered(self) -> int:
         """Count the rows that data.filter left out."""
         return self.filtered_in.total()
+
+    @property
+    def withheld(self) -> int:
+        """Count the rows whose patients did not agree to their use."""
+        return self.withheld_in.total()
 
     @property
     def rejected(self) -> Counter[str]:
@@ -138,23 +146,26 @@ def read_file(
     records: list[Record] = []
     failed: list[Failed] = []
     copies: Counter[bytes] = Counter()
-    names = Names(file.path, _keys_of(file))
+    names = Names(file.path, keys_of(file))
     folder = Folder(file.path if file.path.is_dir() else file.path.parent)
-    source, count, filtered_in = source_of(file), 0, Counter[str]()
+    count, filtered_in, withheld_in = 0, Counter[str](), Counter[str]()
     keep = file.kept_values if isinstance(file, SiteData) else {}
-    for place, row in placed_rows(file.path, names.keys, strict=strict, source=source, names=names):
+    for place, row in site_rows(file, names, strict):
         count += 1
         try:
+            if row is NO_CONSENT:
+                withheld_in[place.file] += 1
+                continue
             if isinstance(row, str):
                 raise Rejected(row)
             if not _is_kept(row, keep):
                 filtered_in[place.file] += 1
                 continue
-            key = _key(row.get(file.columns.patient or "")) if unit == "patient" else ""
+            key = key_of(row.get(file.columns.patient or "")) if unit == "patient" else ""
             record = _record(row, key, file.columns, labelled)
             if column := file.columns.media:
                 kind: Literal["image", "audio"] = "image" if file.columns.image else "audio"
-                record = replace(record, media=folder.read(_text(row.get(column)), kind))
+                record = replace(record, media=folder.read(text_of(row.get(column)), kind))
             if unit == "record":
                 digest = hashlib.sha256(content_of(record))
                 key = f"{digest.hexdigest()} {copies[digest.digest()]}"
@@ -170,7 +181,16 @@ def read_file(
         raise DataError(
             f"{file.path}: the file has no records", "at least 2", f"check {table}.path"
         )
-    return Read(records, failed, count, filtered_in, names)
+    return Read(records, failed, count, filtered_in, withheld_in, names)
+
+
+def site_rows(file: DataFile, names: Names, strict: bool) -> Iterator[tuple[Place, Row | str]]:
+    """Yield a file's rows as placed_rows does, with NO_CONSENT in place of those of a site whose
+    patients did not agree to their use.
+
+    Errors: as read_records."""
+    rows = placed_rows(file.path, names.keys, strict=strict, source=source_of(file), names=names)
+    return with_consent(rows, file) if isinstance(file, SiteData) else rows
 
 
 def source_of(file: DataFile) -> Source | None:
@@ -182,12 +202,14 @@ def source_of(file: DataFile) -> Source | None:
     return None
 
 
-def _keys_of(file: DataFile) -> dict[str, str]:
+def keys_of(file: DataFile) -> dict[str, str]:
     """Map each configuration key that names a column to the column."""
     table, named = table_of(file), file.columns.model_dump()
     keys = {f"{table}.columns.{key}": column for key, column in named.items() if column}
     if isinstance(file, SiteData):
         keys |= {f"{table}.filter.{column}": column for column in file.filter}
+        if file.consent and file.consent.column:
+            keys[f"{table}.consent.column"] = file.consent.column
     return keys
 
 
@@ -196,7 +218,7 @@ def _is_kept(row: Row, keep: Mapping[str, Sequence[str]]) -> bool:
     columns."""
     for column, values in keep.items():
         try:
-            if _key(row.get(column)) not in values:
+            if key_of(row.get(column)) not in values:
                 return False
         except Rejected:  # no value, or none that can be compared
             return False
@@ -215,57 +237,24 @@ def _record(row: Row, unit: str, columns: Columns, labelled: bool) -> Record:
     if columns.messages:
         return Record(unit, messages=_messages(row.get(columns.messages), labelled))
     if columns.prompt:
-        prompt = _text(row.get(columns.prompt))
+        prompt = text_of(row.get(columns.prompt))
         answer = row.get(columns.completion or columns.chosen or "")
         absent = answer is None or (isinstance(answer, str) and not answer.strip())
-        completion = "" if absent and not labelled else _text(answer)
+        completion = "" if absent and not labelled else text_of(answer)
         if columns.chosen and labelled:
-            return Record(unit, prompt, completion, _text(row.get(columns.rejected or "")))
+            return Record(unit, prompt, completion, text_of(row.get(columns.rejected or "")))
         desirable = _truth(row.get(columns.label)) if columns.label and labelled else ""
         return Record(unit, prompt, completion, label=desirable)
-    text = _text(row.get(columns.text)) if columns.text else ""
+    text = text_of(row.get(columns.text)) if columns.text else ""
     if not columns.label:
         return Record(unit, completion=text)
     label = row.get(columns.label)
-    return Record(unit, text, label="" if label is None and not labelled else _key(label))
-
-
-def _text(value: object) -> str:
-    """Return the string unchanged, spaces included."""
-    text = _string(value)
-    if not text.strip():
-        raise Rejected("empty text")
-    return text
-
-
-def _string(value: object) -> str:
-    if value is None:
-        raise Rejected("missing value")
-    if not isinstance(value, str):
-        raise Rejected("wrong type")
-    if reason := unclean(value):
-        raise Rejected(reason)
-    return value
-
-
-def _key(value: object) -> str:
-    """Normalise a label or a patient's key: "7", " 7", 7 and 7.0 (a nullable integer column) are
-    the same."""
-    if isinstance(value, float):
-        if value != value:
-            raise Rejected("missing value")
-        value = int(value) if value.is_integer() else value
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    key = _string(value).strip()
-    if not key:
-        raise Rejected("missing value")
-    return key
+    return Record(unit, text, label="" if label is None and not labelled else key_of(label))
 
 
 def _truth(value: object) -> str:
     """Return whether a completion is desirable, "1" or "0"."""
-    value_text = str(value).lower() if isinstance(value, bool) else _key(value).lower()
+    value_text = str(value).lower() if isinstance(value, bool) else key_of(value).lower()
     if value_text not in TRUTH:
         raise Rejected("unknown label")
     return "1" if TRUTH.index(value_text) % 2 == 0 else "0"
@@ -298,6 +287,6 @@ def _messages(value: object, labelled: bool) -> Messages:
 def _message(item: object) -> tuple[str, str]:
     if not isinstance(item, dict):
         raise Rejected("wrong type")
-    role, content = _string(item.get("role")), item.get("content")
+    role, content = string_of(item.get("role")), item.get("content")
     # An empty system message is the usual way to keep out a template's own.
-    return role, _string(content) if role == "system" else _text(content)
+    return role, string_of(content) if role == "system" else text_of(content)

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from fedtune.config import Columns, DataFile, Study
+from fedtune.data.cells import text_of
 from fedtune.data.dataset import Dataset, Example
 from fedtune.data.files import Rejected, rows
 from fedtune.data.load import UnitReader
 from fedtune.data.media import Folder
-from fedtune.data.records import Record, _messages, _text
+from fedtune.data.records import Record, _messages
 from fedtune.data.sources._interface import Names, Row, unclean
 from fedtune.errors import ConfigError, DataError
 from fedtune.evaluation.choices import (
@@ -225,15 +226,17 @@ class _Predictor:
         columns, media = self._asked.columns, None
         for kind in ("image", "audio"):
             if kind in columns:
-                media = self._folder.read(_text(row.get(columns[kind])), kind)
+                media = self._folder.read(text_of(row.get(columns[kind])), kind)
         if "messages" in columns:
             turns = _messages(row.get(columns["messages"]), labelled=False)
             if turns[-1][0] == "assistant":  # its own answer, which is not read
                 turns = turns[:-1]
             return Record("", messages=(*turns, ("assistant", self._longest)), media=media)
-        text = _text(row.get(columns["text"])) if "text" in columns else ""
-        prompt = _text(row.get(columns["prompt"])) if "prompt" in columns else text
-        answer = _text(row.get(columns["completion"])) if "completion" in columns else self._longest
+        text = text_of(row.get(columns["text"])) if "text" in columns else ""
+        prompt = text_of(row.get(columns["prompt"])) if "prompt" in columns else text
+        answer = (
+            text_of(row.get(columns["completion"])) if "completion" in columns else self._longest
+        )
         return Record("", prompt, answer, media=media)
 
     @torch.no_grad()

@@ -39,7 +39,7 @@ class Account:
         self.sent: dict[tuple[str, int, str], str] = {}  # slot -> sha256 of the newest release
         self.released: dict[tuple[str, int, str], int] = {}  # slot -> entry of that release
         self.done: set[int] = set()  # released reservations
-        self.withdrawn: set[str] = set()
+        self.withdrawn: dict[str, Entry] = {}  # hash of a unit's key -> the entry of its withdrawal
         self.admitted: dict[str, str] = {}
         self.accepted: dict[str, list[Accepted]] = {}  # by dataset
         self.not_private: dict[str, str] = {}  # dataset -> "public" or "generated"
@@ -69,7 +69,7 @@ class Account:
         elif entry.kind == "restore":
             self.restored += [(entry.seq, Charge.read(c), time) for c in body["charges"]]
         elif entry.kind == "withdraw":
-            self.withdrawn.add(body["unit"])
+            self.withdrawn[body["unit"]] = entry
         elif entry.kind == "admit":
             self.admitted[body["plan"]] = body["by"]
         elif entry.kind == "accept":

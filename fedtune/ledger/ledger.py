@@ -35,7 +35,7 @@ from typing import Any
 from fedtune.errors import Refused
 from fedtune.files.writing import replace
 from fedtune.ledger.account import Account
-from fedtune.ledger.chain import Database, Transaction, check_members, named
+from fedtune.ledger.chain import Database, Entry, Transaction, check_members, named
 from fedtune.ledger.entries import EVERY, RULES, Accepted, Charge, Cohort, Permit, Spent
 from fedtune.ledger.files import (
     DATABASE,
@@ -335,15 +335,19 @@ class Ledger:
         """Hash a unit's key with this site's salt."""
         return self._salted(unit_key).hex()
 
-    def withdraw(self, unit_key: bytes) -> None:
-        """Enter that a unit's consent was withdrawn. Charges stay, since releases stay released."""
+    def withdraw(self, unit_key: bytes) -> Entry:
+        """Enter that a unit's consent was withdrawn, once; returns that entry. Charges stay, since
+        releases stay released."""
+        unit = self.hashed(unit_key)
         with self._store.writing() as writer:
-            if self.hashed(unit_key) not in self._account.withdrawn:
-                writer.append("withdraw", {"unit": self.hashed(unit_key)})
+            if unit not in self._account.withdrawn:
+                writer.append("withdraw", {"unit": unit})
+        return self._account.withdrawn[unit]
 
-    def withdrawn(self) -> set[str]:
+    def withdrawn(self) -> dict[str, Entry]:
+        """Map the hash of each unit that withdrew to the entry of its withdrawal."""
         self._read()
-        return set(self._account.withdrawn)
+        return dict(self._account.withdrawn)
 
     def admit(self, plan_digest: str, who: str) -> None:
         """Enter that a person at the site agreed to a plan."""

@@ -47,6 +47,8 @@ def keys() -> dict[Key, str]:
     found = {("Columns", key): "–" for key in Columns.model_fields}
     for model in (Study, Site):
         for name, table in _tables(model):
+            if name == "evaluation.consent":  # as in [data]
+                continue
             twice = model is Site and name == "evaluation"
             heading = f"[{name}] of a site" if twice else f"[{name}]"
             for key, field in table.model_fields.items():

@@ -7,7 +7,16 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from tests.guarantee.property_plans import CLASSIFIES, COLUMNS, Case, Op, Place, Plan, Row
+from tests.guarantee.property_plans import (
+    CLASSIFIES,
+    COLUMNS,
+    CONSENT,
+    Case,
+    Op,
+    Place,
+    Plan,
+    Row,
+)
 
 WHAT: dict[str, dict[str, Any]] = {
     "text": {},
@@ -55,6 +64,7 @@ AXES: dict[str, list[Any]] = {
     "cap": [1, 2, 3],
     "mode": ["flat", "normalised"],
     "rank": [None, 1],
+    "consent": ["", *CONSENT],
 }
 Axes = dict[str, Any]
 ADAPTERS = (0, 1, 1, 2, 3)  # of property_world.crafted
@@ -179,7 +189,13 @@ def cases(draw: st.DrawFn, **fixed: Any) -> Case:
         template=axes["template"],
     )
     columns = COLUMNS[media or ("classify" if plan.labelled else plan.objective)]
-    place = Place(columns=columns, rank=axes["rank"], patient=plan.unit == "patient")
+    patient = plan.unit == "patient" and axes["story"] != "units change"
+    consent = (
+        axes["consent"] if patient or axes["consent"] == "column" else ""
+    )  # a list of patients
+    place = Place(
+        columns=columns, rank=axes["rank"], patient=plan.unit == "patient", consent=consent
+    )
     unit = draw(st.sampled_from(OWNERS[:4]))
     story = draw(STORIES[axes["story"]](plan, place, media, unit))
     files = story.files
@@ -194,13 +210,16 @@ def cases(draw: st.DrawFn, **fixed: Any) -> Case:
         for n, row in enumerate(every)
         if row.owner == unit
     ]
+    chosen = draw(st.sampled_from(mine)) if mine else unit
+    spans = st.sampled_from(((0, 99), (1, 99), (2, 99), (0, 1), (1, 2), (99, 99)))
     return Case(
         plans=story.plans,
         files=files,
         ops=story.ops,
-        unit=draw(st.sampled_from(mine)) if mine else unit,
+        unit=chosen,
         places=story.places,
         kinds=dict.fromkeys(files, axes["kind"]),
+        opted={owner: draw(spans) for owner in (chosen, "b", "e")},
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import hmac
 import io
 import json
 from collections.abc import Sequence
@@ -16,7 +18,15 @@ import torch
 from fedtune.models.build import build
 from fedtune.training.start import start
 from tests.conftest import tiny_bert, tiny_llama
-from tests.guarantee.property_plans import CLASSIFIES, PUBLIC, Plan
+from tests.guarantee.property_plans import (
+    CLASSIFIES,
+    OPT_OUTS,
+    PUBLIC,
+    SALT,
+    Case,
+    Plan,
+    Row,
+)
 from tests.media import llava, whisper
 
 
@@ -68,8 +78,34 @@ def _cell(value: Any) -> str | None:
     return text.encode("utf-8", "replace").decode()
 
 
-EVERY = ("who", "q", "a", "b", "l", "file")
+EVERY = ("who", "q", "a", "b", "l", "file", "agreed")
 WRITERS = {"jsonl": _jsonl, "csv": _csv, "parquet": _parquet, "arrow": _arrow}
+
+
+def agreeing(row: Row, case: Case, version: int) -> Any:
+    """A row's body with what its owner says of consent, where a site asks by a column. A line that
+    says whose it is would be that patient's no, and so is left unreadable."""
+    if all(place.consent != "column" for place in case.places):
+        return row.body
+    if isinstance(row.body, dict):
+        return row.body | {"agreed": "no" if case.has_opted_out(row.owner, version) else "yes"}
+    return "not JSON" if isinstance(row.body, str) and '"who"' in row.body else row.body
+
+
+def write_opt_outs(folder: Path, case: Case, owners: Sequence[str]) -> None:
+    """Lists of hashed keys as the places of a case ask for them, for this user alone."""
+    kinds = {place.consent for place in case.places}
+    if not kinds & {"list", "salted list"}:
+        return
+    salt = b"of the register" if "salted list" in kinds else b""
+    for name in (OPT_OUTS, SALT):
+        (folder / name).touch(mode=0o600)
+    (folder / SALT).write_bytes(salt)
+    hashed = (
+        hmac.digest(salt, o.encode(), "sha256") if salt else hashlib.sha256(o.encode()).digest()
+        for o in ("somebody", *owners)
+    )
+    (folder / OPT_OUTS).write_text("".join(each.hex() + "\n" for each in hashed))
 
 
 def positions(folder: Path, kind: str, tokenizer: Path, width: int = 32) -> Path:

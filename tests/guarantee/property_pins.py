@@ -202,6 +202,37 @@ ROW_7 = Case(
     places=(CLASSES, replace(CLASSES, patient=False)),
 )
 
+# Who opts out between rounds, while others' records come in and say what the unit's say.
+OPTS_OUT = Case(
+    plans=(Plan(**HEAD, q=0.5, rounds=4),),
+    files={
+        "records": (
+            row("a", X),
+            row("a", "fever, day 40", "n"),
+            *own("bcdef"),
+            *(row(o, X, since=1) for o in "bcdgh"),
+        )
+    },
+    ops=(
+        ("prepare", 0),
+        *rounds(0, 1, 1),
+        ("files", 1),
+        *rounds(0, 2, 2),
+        ("files", 2),
+        *rounds(0, 3, 3),
+        ("restart",),
+        ("prepare", 0),
+        *rounds(0, 4, 4),
+    ),
+    unit="a",
+    places=(replace(CLASSES, consent="column"),),
+    opted={"a": (1, 99), "c": (2, 99)},
+)
+OPT_OUTS = {
+    kind: replace(OPTS_OUT, places=(replace(CLASSES, consent=kind),))
+    for kind in ("column", "list", "salted list")
+}
+
 
 PINNED = {
     "the-cap-knew-others": THE_CAP,
@@ -219,6 +250,9 @@ PINNED = {
     "a-text-in-two-datasets": APART,
     "a-patient-in-two-datasets": BOTH,
     "patient-7-and-row-7": ROW_7,
+    "opts-out-by-a-column": OPT_OUTS["column"],
+    "opts-out-by-a-list": OPT_OUTS["list"],
+    "opts-out-by-a-salted-list": OPT_OUTS["salted list"],
 }
 
 # Nothing but ordinary notes.

@@ -153,6 +153,7 @@ class Place:
     held_apart: bool = False
     rank: int | None = None
     policy: str = ""
+    consent: str = ""  # of CONSENT
 
     def toml(self, kinds: Mapping[str, str], teachers: list[str]) -> str:
         columns = self.columns + (', patient = "who"' if self.patient else "")
@@ -160,16 +161,26 @@ class Place:
         lines += [f"lora_rank = {self.rank}"] if self.rank else []
         lines += ["[data]", f'name = "{self.data}"', f'path = "{path_of(self.data, kinds)}"']
         lines += [f"columns = {{ {columns} }}", f"disjoint_from = {json.dumps(self.apart)}"]
+        lines += [CONSENT[self.consent]]
         if self.held_out:
             lines += ["[evaluation]", f'name = "{self.held_out}"', f"columns = {{ {columns} }}"]
             lines += [f'path = "{path_of(self.held_out, kinds)}"']
             lines += [f'disjoint_from = ["{self.data}"]'] if self.held_apart else []
+            lines += [CONSENT[self.consent]]
         lines += ["[policy]", 'bases = "any"', "max_delta = 1e-4", "min_noise_multiplier = 0.0"]
         lines += ['release = ["evaluation"]', self.policy or WIDE]
         lines += [f"teachers = {json.dumps(teachers)}"]
         return "\n".join(lines) + "\n"
 
 
+OPT_OUTS, SALT = "opt-outs.txt", "salt.txt"
+CONSENT = {
+    "": "",
+    "column": 'consent = { column = "agreed" }',
+    "list": f'consent = {{ opt_outs = "{OPT_OUTS}" }}',
+    "salted list": f'consent = {{ opt_outs = "{OPT_OUTS}", hashing = "hmac-sha256", '
+    f'salt_file = "{SALT}" }}',
+}
 WIDE = "max_epsilon = 1e6\nmax_epsilon_per_study = 1e6\nmax_steps = 10000000"
 
 
@@ -191,7 +202,8 @@ class Crafted:
 @dataclass(frozen=True)
 class Case:
     """What both worlds live through. files: rows by dataset; kinds: jsonl, csv, parquet or one of
-    them in a folder of a file for each owner; unit: whom one of the worlds lacks."""
+    them in a folder of a file for each owner; unit: whom one of the worlds lacks; opted: who does
+    not agree, from one version of the files to before another."""
 
     plans: tuple[Plan, ...]
     files: Mapping[str, tuple[Row, ...]]
@@ -200,6 +212,11 @@ class Case:
     places: tuple[Place, ...] = (Place(),)
     kinds: Mapping[str, str] = field(default_factory=dict)
     processes: int = 1
+    opted: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def has_opted_out(self, owner: str, version: int) -> bool:
+        since, until = self.opted.get(owner, (99, 99))
+        return since <= version < until
 
     def here(self, version: int) -> bool:
         """Whether the unit has a row in any file of that version."""

@@ -8,8 +8,8 @@ to the last bit, and what was summed before it is seen as it was.
 | on the wire                                  | equal: statuses, reasons, counts, arrays, sizes   |
 | what the ledger charges                      | equal                                             |
 | the exact sum, where the unit is charged     | differs by at most C (k C where records are drawn)|
-| where it is not there, has withdrawn, or has | differs by nothing                                |
-| no budget left                               |                                                   |
+| where it is not there, has withdrawn or      | differs by nothing                                |
+| opted out, or has no budget left             |                                                   |
 | all that a patient moved (q = 1)             | its true ε is at most what the ledger says        |
 """
 
@@ -48,7 +48,7 @@ from fedtune.server.admission import plan_message
 from fedtune.training.start import Start
 from fedtune.wire.codec import encode
 from fedtune.wire.seal import order
-from tests.guarantee.property_files import WRITERS
+from tests.guarantee.property_files import WRITERS, agreeing, write_opt_outs
 from tests.guarantee.property_plans import COORDINATOR, Case, Crafted, Ids, Op, Row, begun, path_of
 from tests.guarantee.world import Recorder
 from tests.media import image, recording
@@ -237,6 +237,8 @@ class World:
         case, unit = self.case, unit_member(self.case.unit)
         if not case.here(self.version) or ledger.hashed(unit) in ledger.withdrawn():
             return False
+        if case.places[self.place].consent and case.has_opted_out(case.unit, self.version):
+            return False
         data = case.places[self.place].data
         spent = ledger.spending(data)
         if not spent or data not in ledger.datasets or not any(p.life for p in case.plans):
@@ -247,6 +249,9 @@ class World:
     # ------------------------------------------------------------------------------- its files
 
     def _write(self) -> None:
+        # In the world without the unit, the list of those who opted out never had it either.
+        gone = [o for o in self.case.opted if self.case.has_opted_out(o, self.version)]
+        write_opt_outs(self.folder, self.case, [o for o in gone if o != self.without])
         for data, rows in self.case.files.items():
             kept = [
                 row
@@ -271,7 +276,7 @@ class World:
     def _made(self, folder: Path, rows: list[Row]) -> list[Any]:
         found = []
         for row in rows:
-            body = row.body
+            body = agreeing(row, self.case, self.version)
             if isinstance(body, dict) and isinstance(body.get("file"), tuple):
                 kind, *rest = body["file"]
                 name = hashlib.sha256(repr(body["file"]).encode()).hexdigest()[:16]

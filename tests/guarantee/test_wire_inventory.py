@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from fedtune.models.network import Network
 from fedtune.objectives._interface import Batch
 from fedtune.objectives.causal_lm import CausalLM
 from fedtune.wire.codec import layout
+from tests.guarantee.property_plans import CONSENT, OPT_OUTS
 from tests.guarantee.world import Recorder, lay_out, leaves, patients, run
 
 FROM_THE_PLAN = {"sigma", "q", "max_grad_norm", "records", "steps"}
@@ -257,6 +259,64 @@ def test_a_withdrawal_between_rounds_is_not_seen(
 
     assert shape(run(study, between)) == shape(usual)
     assert len(Ledger(tmp_path / "state-north").withdrawn()) == 1
+
+
+def asking(folder: Path, base: Path, opted: Callable[[int], bool], how: str) -> Path:
+    """A study whose northern site asks its patients, of whom these opted out."""
+    rows = [
+        row | {"agreed": "no" if opted(int(row["who"].partition("-")[2])) else "yes"}
+        for row in patients(12)
+    ]
+    study = lay_out(folder, base, rows)
+    north = folder / "site-north.toml"
+    table = CONSENT[how]
+    north.write_text(north.read_text().replace("[policy]", f"{table}\n[policy]"))
+    keys = {row["who"] for row in rows if row["agreed"] == "no"}
+    write_list(folder, keys)
+    return study
+
+
+def write_list(folder: Path, keys: set[str]) -> None:
+    path = folder / OPT_OUTS
+    path.touch(mode=0o600)
+    lines = (hashlib.sha256(key.encode()).hexdigest() + "\n" for key in keys)
+    path.write_text("".join(lines))
+
+
+@pytest.mark.parametrize("how", ["column", "list"])
+@pytest.mark.parametrize(
+    "opted", [lambda n: False, lambda n: n == 3, lambda n: True], ids=["nobody", "one", "all"]
+)
+def test_the_wire_looks_the_same_whoever_opted_out(
+    usual: Recorder, tmp_path: Path, tiny_base: Path, opted: Callable[[int], bool], how: str
+) -> None:
+    assert shape(run(asking(tmp_path, tiny_base, opted, how))) == shape(usual)
+
+
+@pytest.mark.parametrize("then", ["one more", "gone", "open", "broken"])
+def test_the_wire_looks_the_same_whatever_becomes_of_the_list_between_rounds(
+    usual: Recorder, tmp_path: Path, tiny_base: Path, then: str
+) -> None:
+    """Where it cannot be read, nobody trains: the site sends noise alone, which looks alike."""
+    study, seen = asking(tmp_path, tiny_base, lambda n: n == 3, "list"), list[str]()
+
+    def between(kind: str) -> None:
+        if kind == "round" and not seen:
+            seen.append(kind)
+            path = tmp_path / OPT_OUTS
+            if then == "one more":
+                write_list(tmp_path, {"patient-3", "patient-4"})
+            elif then == "gone":
+                path.unlink()
+            elif then == "open":
+                path.chmod(0o644)
+            else:
+                path.write_text("patient-3\n")
+
+    assert shape(run(study, between)) == shape(usual)
+    assert seen
+    counts = json.loads((tmp_path / "state-north" / "counts.json").read_text())["records"]
+    assert counts["units"] == (10 if then == "one more" else 0)
 
 
 def test_a_site_that_fails_for_a_record_is_caught(

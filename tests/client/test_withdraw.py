@@ -1,0 +1,104 @@
+"""A receipt for every withdrawal, which its patient may keep and anybody at the site can check."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from fedtune.cli.main import app
+from fedtune.config import load_site
+from fedtune.data.records import unit_member
+from fedtune.ledger.ledger import Ledger
+from tests.guarantee.search import Finder, forms
+
+SITE = """
+[site]
+name = "north"
+declared_size = 20
+state = "state"
+[data]
+path = "data.jsonl"
+columns = { text = "q", patient = "who" }
+[data.consent]
+column = "agreed"
+"""
+KEY = "Zaphod-Beeblebrox-1979"
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"who": who, "q": "cough", "agreed": "yes"} for who in (KEY, "b", "c")]
+    rows.append({"who": "never", "q": "cough", "agreed": "no"})
+    Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("site.toml").write_text(SITE)
+    return tmp_path
+
+
+def withdraw(*options: str, keys: str = "") -> Result:
+    return CliRunner().invoke(app, ["withdraw", "site.toml", *options], input=keys)
+
+
+def receipt_of(result: Result) -> Path:
+    assert result.exit_code == 0, result.output
+    (path,) = re.findall(r"receipt for the patient: (\S+)", result.output)
+    return Path(path)
+
+
+def test_a_receipt_names_entry_and_releases_and_no_patient(world: Path) -> None:
+    path = receipt_of(withdraw(keys=f"{KEY}\n"))
+    receipt, ledger = json.loads(path.read_text()), Ledger(world / "state")
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert receipt["site"] == "north" and receipt["releases"] == []
+    assert receipt["unit"] == ledger.hashed(unit_member(KEY))
+    assert not Finder(forms(KEY)).in_folder(world / "state")
+    checked = withdraw("--check", str(path))
+    assert checked.exit_code == 0 and "stands" in checked.output
+
+
+def test_who_withdraws_twice_gets_the_same_receipt(world: Path) -> None:
+    first = receipt_of(withdraw(keys=f"{KEY}\n"))
+    before = first.read_bytes()
+    assert receipt_of(withdraw(keys=f" {KEY} \n")) == first and first.read_bytes() == before
+    assert receipt_of(withdraw(keys="b\n")) != first
+
+
+def test_who_never_agreed_is_known_and_may_withdraw_too(world: Path) -> None:
+    """Consent leaves the rows out of training; the patient is no stranger for that."""
+    assert receipt_of(withdraw(keys="never\n")).exists()
+    nobody = withdraw(keys="nobody\n")
+    assert nobody.exit_code == 2 and "NOT KNOWN HERE" in nobody.output
+    assert len(list((world / "state" / "withdrawals").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"time": "1999-01-01T00:00:00Z"}, "not signed by this site"),
+        ({"signature": "00" * 64}, "not signed by this site"),
+        ({"unit": "00"}, "not signed by this site"),
+    ],
+)
+def test_a_changed_receipt_is_none(world: Path, changes: dict[str, str], said: str) -> None:
+    path = receipt_of(withdraw(keys=f"{KEY}\n"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    checked = withdraw("--check", str(path))
+    assert checked.exit_code == 2 and said in checked.output
+
+
+def test_a_receipt_whose_entry_was_lost_is_not_taken_for_a_withdrawal(world: Path) -> None:
+    site = load_site("site.toml")
+    ledger = Ledger(site.site.state)
+    ledger.backup(world / "copy", key=True)
+    path = receipt_of(withdraw(keys=f"{KEY}\n"))
+    kept = path.rename(world / "receipt.json")
+    for file in site.site.state.glob("ledger.*"):
+        file.unlink()
+    Ledger.restore(site.site.state, world / "copy")
+    checked = withdraw("--check", str(kept))
+    assert checked.exit_code == 2 and "no such entry" in checked.output
