@@ -6,7 +6,7 @@ import getpass
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +15,9 @@ from rich.padding import Padding
 
 from fedtune.cli.exit_codes import Told, command
 from fedtune.cli.study import SET, load
+
+if TYPE_CHECKING:
+    from fedtune.client.withdraw import Withdrawal
 
 PANEL = "Answer for a site's data"
 SITE = Annotated[
@@ -180,7 +183,6 @@ def withdraw(
     from fedtune.config import load_site
     from fedtune.errors import InputError
     from fedtune.ledger.ledger import Ledger
-    from fedtune.report.claim import rounded_up
 
     loaded = load_site(site)
     if check:
@@ -199,21 +201,7 @@ def withdraw(
             continue
         results.append({"patient": number, "known": True, **asdict(withdrawal)})
         typer.echo(f"patient {number}: left out from the next round on")
-        if withdrawal.in_file is None:
-            typer.echo(f"  {loaded.data.path} cannot be read, so it may still hold records")
-        elif withdrawal.in_file:
-            typer.echo(
-                f"  {withdrawal.in_file} records are still in {loaded.data.path}; they are not "
-                "read into training any more, and deleting them is up to their owner"
-            )
-        typer.echo(f"  receipt for the patient: {withdrawal.receipt_file}")
-        if not withdrawal.trained_on:
-            typer.echo("  no study was ever prepared with this patient's records")
-        for release in withdrawal.releases:
-            typer.echo(
-                f"  {release.name} ({release.digest[7:19]}…): {release.rounds} updates were sent, "
-                f"ε = {rounded_up(release.epsilon)}; its adapter keeps at most that much"
-            )
+        _show(withdrawal, loaded.data.path)
     if unknown:
         unknown_keys = InputError(
             f"{unknown} of {len(keys)} keys {'is' if unknown == 1 else 'are'} not known here and "
@@ -222,6 +210,27 @@ def withdraw(
         )
         raise Told({"patients": results}, unknown_keys)
     return {"patients": results}
+
+
+def _show(withdrawal: Withdrawal, path: Path) -> None:
+    """Say what a withdrawal could not undo, and where its receipt lies."""
+    from fedtune.report.claim import rounded_up
+
+    if withdrawal.in_file is None:
+        typer.echo(f"  {path} cannot be read, so it may still hold records")
+    elif withdrawal.in_file:
+        typer.echo(
+            f"  {withdrawal.in_file} records are still in {path}; they are not "
+            "read into training any more, and deleting them is up to their owner"
+        )
+    typer.echo(f"  receipt for the patient: {withdrawal.receipt_file}")
+    if not withdrawal.trained_on:
+        typer.echo("  no study was ever prepared with this patient's records")
+    for release in withdrawal.releases:
+        typer.echo(
+            f"  {release.name} ({release.digest[7:19]}…): {release.rounds} updates were sent, "
+            f"ε = {rounded_up(release.epsilon)}; its adapter keeps at most that much"
+        )
 
 
 def _keys(file: Path | None) -> list[str]:

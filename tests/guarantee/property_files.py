@@ -92,8 +92,9 @@ def agreeing(row: Row, case: Case, version: int) -> Any:
     return "not JSON" if isinstance(row.body, str) and '"who"' in row.body else row.body
 
 
-def write_opt_outs(folder: Path, case: Case, owners: Sequence[str]) -> None:
+def write_opt_outs(folder: Path, case: Case, version: int, without: str | None) -> None:
     """Lists of hashed keys as the places of a case ask for them, for this user alone."""
+    owners = [o for o in case.opted if case.has_opted_out(o, version) and o != without]
     kinds = {place.consent for place in case.places}
     if not kinds & {"list", "salted list"}:
         return

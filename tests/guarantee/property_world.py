@@ -250,8 +250,7 @@ class World:
 
     def _write(self) -> None:
         # In the world without the unit, the list of those who opted out never had it either.
-        gone = [o for o in self.case.opted if self.case.has_opted_out(o, self.version)]
-        write_opt_outs(self.folder, self.case, [o for o in gone if o != self.without])
+        write_opt_outs(self.folder, self.case, self.version, self.without)
         for data, rows in self.case.files.items():
             kept = [
                 row
