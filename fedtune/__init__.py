@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from fedtune.evaluation.predict import predict
     from fedtune.evaluation.predictions import Predictions
     from fedtune.evaluation.run import evaluate
+    from fedtune.evidence.dossier.release import approve, release
     from fedtune.evidence.figures import NotGenuine
     from fedtune.evidence.verify import Verified
     from fedtune.evidence.verify import verify as verify_run
@@ -132,6 +133,7 @@ _MODULES = {
     "fedtune.evaluation.predict": "predict",
     "fedtune.evaluation.predictions": "Predictions",
     "fedtune.evaluation.run": "evaluate",
+    "fedtune.evidence.dossier.release": "approve release",
     "fedtune.evidence.figures": "NotGenuine",
     "fedtune.evidence.verify": "Verified verify_run=verify",
     "fedtune.launch.simulate": "simulate",
@@ -204,6 +206,7 @@ __all__ = [
     "Versions",
     "WireTable",
     "__version__",
+    "approve",
     "audit_study",
     "check_plugin",
     "choose_base",
@@ -226,6 +229,7 @@ __all__ = [
     "predict",
     "purge",
     "purgeable",
+    "release",
     "review",
     "run_demo",
     "save",

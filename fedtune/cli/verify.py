@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedtune.cli import release
 from fedtune.cli.exit_codes import command
 from fedtune.errors import printable
 
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 
 PATH = Annotated[
     Path,
-    typer.Argument(metavar="PATH", help="A run, or an exported model.", show_default=False),
+    typer.Argument(
+        metavar="PATH", help="A run, an exported model, or a dossier.", show_default=False
+    ),
 ]
 TRUST = Annotated[
     str,
@@ -35,20 +38,32 @@ SITES = Annotated[
         help="A site's, as it reads it out; repeat it.",
     ),
 ]
+APPROVED = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--approved",
+        metavar="FINGERPRINT",
+        help="Of a dossier: refuse it unless this approver's key signed; repeat it.",
+    ),
+]
 
 
 def add_to(app: typer.Typer, panel: str) -> None:
-    """Register the command on `app`."""
+    """Register the commands on `app`: verify, and those that package and approve what it checks."""
     command(app, panel=panel)(verify)
+    release.add_to(app, panel)
 
 
 def verify(
     path: PATH,
     trust: TRUST = "",
     sites: SITES = None,
+    approved: APPROVED = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
 ) -> None:
     """Verify a run that somebody handed over: signatures, digests, and ε from the sites' step logs.
+
+    Of a dossier also that each of its figures is the run's, and who approved it.
 
     Offline, from the folder alone. Anything that was changed is named: exit 2. A folder carries its
     own keys, so it only proves something to who knows whose they are: without --trust, or signed by
@@ -60,6 +75,7 @@ def verify(
     if not all(pairs.values()):
         raise ConfigError("--site: no fingerprint", "NAME=FINGERPRINT")
     found = check(path, trust, pairs)
+    _check_approved(path, found, approved or [])
     typer.echo(json.dumps(asdict(found), ensure_ascii=False) if as_json else _lines(found))
     if not found.trusted:
         raise Refused(
@@ -67,6 +83,28 @@ def verify(
             "--trust FINGERPRINT, read out by the coordinator",
             "a simulation shows its fingerprint when it ends" if found.simulated else "",
         )
+
+
+def _check_approved(path: Path, found: Verified, wanted: list[str]) -> None:
+    from fedtune.errors import Refused
+    from fedtune.wire.fingerprints import equal
+
+    have = [one["fingerprint"] for one in found.dossier.get("approvals", ())]
+    for fingerprint in wanted:
+        if not any(equal(fingerprint, one) for one in have):
+            raise Refused(f"{path}: nobody with the key {fingerprint} approved it", "an approval")
+
+
+def _dossier_lines(dossier: dict[str, Any]) -> list[str]:
+    lines = [f"dossier      {dossier['files']} files, as they were signed at {dossier['made']}; "]
+    lines[0] += "each of its figures is the run's"
+    for one in dossier["approvals"]:
+        site = f"; countersigned with the key of site {one['site']}" if one["site"] else ""
+        lines.append(
+            f"approved     {one['name']}, {one['role']}, {one['date']}: {one['reason']} "
+            f"(key {one['fingerprint']}{site})"
+        )
+    return lines if dossier["approvals"] else [*lines, "approved     by nobody yet"]
 
 
 def _lines(found: Verified) -> str:
@@ -92,6 +130,8 @@ def _lines(found: Verified) -> str:
             spent = f"ε = {rounded_up(site['epsilon'])}, {site['steps']} steps"
         keys = site["fingerprint"] or f"key {site['key'][:16]}…, not enrolled"
         lines.append(f"site         {name}: {keys}; {spent}".rstrip("; "))
+    if found.dossier:
+        lines += _dossier_lines(found.dossier)
     if line := declared_line({"declared": found.declared}):
         lines.append(f"declared     by the coordinator's report: {line}")
     if found.not_signed:

@@ -36,6 +36,7 @@ from fedtune.run_folder import load_plan, read_report
 from fedtune.wire import fingerprints
 from fedtune.wire.keys import SigningKey, canonical, verifies
 
+DOSSIER = ("release.json", "dossier.json", "dossier.html", "dossier.md", "dossier.pdf")
 HOME = Path("coordinator")  # beside the folder of runs, unless it was placed elsewhere
 LARGE = 1 << 28  # bytes of evidence.json
 
@@ -50,7 +51,8 @@ class Verified:
     without privacy; not_signed: what else lies in the folder; declared: sites whose data the report
     calls public or generated; exported: whether the run was found inside an exported model, whose
     weights nobody signed; capped: whether ε is the plan's bound for one patient, at which the sites
-    leave a patient out, and not what all steps together would give."""
+    leave a patient out, and not what all steps together would give; dossier: of a dossier, when it
+    was made, its files, and who approved it."""
 
     study: str
     plan: str
@@ -68,10 +70,12 @@ class Verified:
     declared: dict[str, str] = field(default_factory=dict)
     exported: bool = False
     capped: bool = False
+    dossier: dict[str, Any] = field(default_factory=dict)
 
 
 def verify(run: Path | str, trust: str = "", sites: Mapping[str, str] | None = None) -> Verified:
-    """Verify a run, or that of an exported model: every signature, every digest, ε from the logs.
+    """Verify a run, that of an exported model, or a dossier: every signature, every digest, ε from
+    the logs; of a dossier also each of its figures, and who approved it.
 
     trust: the consortium's fingerprint, as its coordinator reads it out ("": nobody is trusted, and
     the result says who signed); sites: fingerprints that sites read out, by name.
@@ -84,7 +88,16 @@ def verify(run: Path | str, trust: str = "", sites: Mapping[str, str] | None = N
 
     Errors: NotGenuine (a file, a signature or a figure that does not fit), Refused (another signer
     than `trust`, or another site than `sites`), InputError, ConfigError (no run)."""
-    run, signed, exported = _opened(Path(run))
+    if any(os.path.lexists(Path(run) / name) for name in DOSSIER):
+        from fedtune.evidence.dossier.check import check
+
+        return check(Path(run), trust, sites)
+    return verify_run(Path(run), trust, sites)
+
+
+def verify_run(run: Path, trust: str = "", sites: Mapping[str, str] | None = None) -> Verified:
+    """Verify a run, or that of an exported model; see `verify`."""
+    run, signed, exported = _opened(run)
     name = fingerprints.of_consortium(signed["ca"], signed["coordinator"])
     if trust and not fingerprints.equal(trust, name):
         raise Refused(
@@ -166,6 +179,12 @@ def key_of(run: Path) -> tuple[SigningKey, str] | None:
         return None
     key = SigningKey.at(path)
     return (key, signed["ca"]) if key.public == signed["coordinator"] else None
+
+
+def certificate_of(run: Path) -> tuple[str, str]:
+    """Return the key and the CA that a run's signature names, verified. Errors: NotGenuine."""
+    signed = _signature(run)
+    return signed["coordinator"], signed["ca"]
 
 
 def signer(run: Path) -> str:

@@ -26,6 +26,11 @@ def of_site(name: str, node: str, tls: str, signing: str) -> str:
     return _fingerprint({"name": name, "node": node, "tls": tls, "signing": signing})
 
 
+def of_approver(signing: str) -> str:
+    """Compute the fingerprint of who approves a release, over the public key (hexadecimal)."""
+    return _fingerprint({"approver": signing})
+
+
 def equal(first: str, second: str) -> bool:
     """Compare two fingerprints as people write them: in groups, with spaces or dashes."""
     return _digits(first) == _digits(second)

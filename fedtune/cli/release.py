@@ -1,0 +1,129 @@
+"""The commands that package a run for others, and approve the package."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedtune.cli.exit_codes import command
+from fedtune.cli.use_run import RUN_FOLDER
+
+if TYPE_CHECKING:
+    from fedtune.wire.keys import SigningKey
+
+NAMED = Annotated[Path, typer.Option(metavar="DIR", help="The new folder.", show_default=False)]
+
+
+def add_to(app: typer.Typer, panel: str) -> None:
+    """Register the commands on `app`."""
+    for function in (release, approve):
+        command(app, panel=panel)(function)
+
+
+def release(
+    run: RUN_FOLDER,
+    out: NAMED,
+    details: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What only people can say. Where there is no such file, it is written, to be "
+            "filled, and nothing else is done.",
+            show_default=False,
+        ),
+    ] = None,
+    home: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="The coordinator's home, whose key signs. Without it: beside the folder of runs.",
+            show_default=False,
+        ),
+    ] = None,
+) -> dict[str, Any]:
+    """Package a finished run as one signed dossier: weights, model card, privacy report, what an
+    ethics board and a data protection officer ask for, and a bill of materials.
+
+    A run that does not verify is refused. What only people can say is marked as a blank, unless
+    --details says it. `fedtune versions` chooses the version first, in a study with a schedule."""
+    from fedtune.evidence.dossier import release as dossier
+    from fedtune.evidence.dossier.content import blanks
+    from fedtune.files.writing import create
+
+    if details and not details.exists():
+        create(details, dossier.details_template().encode())
+        typer.echo(f"wrote {details}: fill it, and run the same command again")
+        return {"wrote": str(details)}
+    typed = dossier.read_details(details) if details else {}
+    made = dossier.release(run, out, details=typed, home=home)
+    blank = sum(not typed.get(block["blank"], "").strip() for block in blanks())
+    typer.echo(f"wrote {out}: {made.dossier['files']} files; read {out}/dossier.html")
+    if not made.private:
+        typer.echo("NOT PRIVATE: the model may repeat the records that it was trained on")
+    if blank:
+        typer.echo(f"{blank} blanks are for people to fill: --details FILE")
+    who = "a key made for this simulation" if made.simulated else "the consortium's coordinator"
+    typer.echo(f"signed by {who}, to be read out: {made.signer}")
+    return {"wrote": str(out), "blanks": blank, **asdict(made)}
+
+
+def approve(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DOSSIER", help="A released folder.", show_default=False)
+    ],
+    trust: Annotated[
+        str,
+        typer.Option(
+            metavar="FINGERPRINT", help="The consortium's, as its coordinator reads it out."
+        ),
+    ],
+    name: Annotated[str, typer.Option(metavar="TEXT", help="Who approves.")],
+    role: Annotated[str, typer.Option(metavar="TEXT", help="In which role.")],
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="Why; on one line.")],
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The approver's own signing key; made, for this user alone, where there is none.",
+            show_default=False,
+        ),
+    ] = None,
+    site: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="SITE",
+            help="site.toml: sign with this site's key, as it signed its updates.",
+            show_default=False,
+        ),
+    ] = None,
+) -> dict[str, Any]:
+    """Approve a dossier that was received: check it, and sign it with name, role, reason and date.
+
+    With --site the site itself countersigns. `fedtune verify` shows who approved."""
+    from fedtune.evidence.dossier.release import approve as sign
+
+    made = sign(folder, _key(key, site), trust, name=name, role=role, reason=reason)
+    mine = made.dossier["approvals"]
+    typer.echo(f"{folder}: approved; {len(mine)} approvals")
+    for one in mine:
+        typer.echo(f"  {one['name']}, {one['role']}, {one['date']}: key {one['fingerprint']}")
+    return {"approvals": mine}
+
+
+def _key(path: Path | None, site: Path | None) -> Path | SigningKey:
+    from fedtune.config import load_site
+    from fedtune.errors import ConfigError
+    from fedtune.ledger.ledger import Ledger
+
+    if (path is None) == (site is None):
+        raise ConfigError("--key or --site", "one of the two")
+    if path is not None:
+        return path
+    assert site is not None
+    loaded = load_site(site)
+    if not loaded.site.state.exists():
+        raise ConfigError(f"{site}: this site has no key yet", "a site that took part")
+    return Ledger(loaded.site.state).key

@@ -1,0 +1,85 @@
+"""Write a dossier's model card, README.md, in the format of the Hugging Face hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedtune.config.known_bases import upstream_of
+from fedtune.evidence.dossier.markdown import body
+from fedtune.report.claim import number
+from fedtune.report.text import cell
+
+SECTIONS = ("summary", "model", "privacy")
+USE = """\
+The trained weights are in run/adapter. `fedtune predict` and `fedtune generate` use the folder run
+as it is, and `fedtune export` makes one model of base and weights. {peft}
+
+`fedtune verify THIS-FOLDER --trust FINGERPRINT` checks all of this folder, offline. dossier.html
+has the rest: training-data disclosure, the annex to an impact assessment, and what each file is."""
+PEFT = (
+    'PEFT loads a low-rank adapter: `PeftModel.from_pretrained(base, "THIS-FOLDER/run/adapter")`.'
+)
+
+
+def card(content: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """Write the card of a dossier's content. found: the run's documents."""
+    head = _head(found["report.json"], lora=bool(found["plan.json"].get("lora")))
+    return f"---\n{head}\n---\n\n{card_body(content, found)}"
+
+
+def card_body(content: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """Write the card without its head, as `card` does."""
+    report, plan = found["report.json"], found["plan.json"]
+    texts = {section["id"]: section for section in content["sections"]}
+    parts = [
+        f"# {cell(report['study'])}: fine-tuned across sites",
+        USE.format(peft=PEFT if plan.get("lora") else "").rstrip(),
+    ]
+    for name in SECTIONS:
+        parts.append(f"## {texts[name]['title']}")
+        parts.append(body(texts[name]["blocks"]).rstrip())
+    return "\n\n".join(parts) + "\n"
+
+
+def _head(report: Mapping[str, Any], *, lora: bool) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    base = report["base"]
+    upstream = upstream_of(base["name"])
+    task = "text-classification" if report["objective"]["name"] == "classify" else "text-generation"
+    quality, study = report.get("quality") or {}, str(report["study"])
+    after = quality.get("after")
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type="held-out",
+            dataset_name=f"{study}: held-out records at the coordinator",
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in sorted((after if isinstance(after, dict) else {}).items())
+        if number(value) is not None and name != "round"
+    ]
+    private = "differential-privacy" if report.get("private") else "not-private"
+    licence = str(base.get("licence", "unknown"))
+    known = licence.lower() in LICENCES
+    data = ModelCardData(
+        base_model=upstream.model if upstream else _hub_id(base["name"]),
+        library_name="peft" if lora else "fedtune",
+        license=licence.lower() if known else "other",
+        license_name=None if known else licence,
+        pipeline_tag=task,
+        tags=["fedtune", "federated-learning", private],
+        model_name=study,
+        eval_results=results or None,
+    )
+    return data.to_yaml().strip()
+
+
+LICENCES = {"apache-2.0", "mit", "cc-by-4.0", "cc-by-sa-4.0", "bsd-3-clause", "llama3.2", "gemma"}
+
+
+def _hub_id(name: str) -> str | None:
+    """Return a base's name where it can be an id of the hub: no folder of this machine."""
+    return None if ":" in name or name.startswith(("/", ".")) or name.count("/") > 1 else name

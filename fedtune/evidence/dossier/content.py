@@ -1,0 +1,147 @@
+"""Build a dossier's content from the package's texts (sections/*.toml), a run and what a person
+typed.
+
+A text holds no figure of a run. A figure is a fact: a source in the run and a way to show it. What
+neither the package nor the run can say is a blank, which a person fills (details.toml).
+
+    text = "…"                       a paragraph               note = "…"     one that stands out
+    list = ["…"]                     a list                    limits = true  claim.limits
+    fact = "label", at = SOURCE      one figure of the run
+    table = "caption", head, rows    a table of the package's own words
+    table = "caption", each = SOURCE, key = "site", columns = [["ε", SOURCE, "epsilon"], …]
+                                     a row for each entry there; {key} in a SOURCE is its name
+    blank = "key", label, help       what a person fills
+    when = "private"                 of any of these: only for such runs (WHEN)"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from importlib import resources
+from typing import Any
+
+from fedtune.evidence.dossier.facts import MISSING, escaped, resolve, show
+from fedtune.report.claim import limits
+
+FORMAT = "fedtune-dossier-1"
+Block = dict[str, Any]
+Documents = Mapping[str, Any]
+
+
+def _report(found: Documents, *keys: str) -> Any:
+    value: Any = found["report.json"]
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+WHEN: dict[str, Callable[[Documents], bool]] = {
+    "private": lambda found: bool(_report(found, "private")),
+    "not private": lambda found: not _report(found, "private"),
+    "declared": lambda found: bool(_report(found, "declared")),
+    "all declared": lambda found: (
+        bool(found["evidence.json"]["sites"])
+        and {*(_report(found, "declared") or {})} >= {*found["evidence.json"]["sites"]}
+    ),
+    "patients": lambda found: _report(found, "privacy", "unit") == "patient",
+    "records": lambda found: _report(found, "privacy", "unit") == "record",
+    "continuous": lambda found: bool(_report(found, "continuous")),
+    "measured": lambda found: isinstance(_report(found, "quality", "before"), Mapping),
+    "not measured": lambda found: not isinstance(_report(found, "quality", "before"), Mapping),
+    "asked": lambda found: bool(_report(found, "privacy", "evaluation")),
+    "audited": lambda found: "audit.md" in found,
+    "not audited": lambda found: "audit.md" not in found,
+    "simulated": lambda found: bool(found.get("simulated")),
+}
+
+
+def sections() -> list[dict[str, Any]]:
+    """Load the package's texts, in their order."""
+    folder = resources.files("fedtune.evidence.dossier") / "sections"
+    files = sorted(
+        (file for file in folder.iterdir() if file.name.endswith(".toml")), key=lambda f: f.name
+    )
+    return [tomllib.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def blanks() -> Iterator[Mapping[str, str]]:
+    """Yield every blank once, in the order of the sections."""
+    seen = set[str]()
+    for section in sections():
+        for block in section["block"]:
+            if "blank" in block and block["blank"] not in seen:
+                seen.add(block["blank"])
+                yield block
+
+
+def build(found: Documents, typed: Mapping[str, str]) -> dict[str, Any]:
+    """Build the content of dossier.json. found: the run's documents; typed: what a person wrote, by
+    the blank's key."""
+    return {
+        "format": FORMAT,
+        "study": _fact(found, "report.json#/study", "plain"),
+        "run by": _fact(found, "report.json#/fedtune", "plain"),
+        "sections": [
+            {
+                "id": section["id"],
+                "title": section["title"],
+                "blocks": [*_blocks(section["block"], found, typed)],
+            }
+            for section in sections()
+        ],
+    }
+
+
+def _blocks(
+    blocks: list[Block], found: Documents, typed: Mapping[str, str]
+) -> Iterator[dict[str, Any]]:
+    for block in blocks:
+        if not all(WHEN[when](found) for when in _listed(block.get("when", []))):
+            continue
+        if "fact" in block:
+            fact = _fact(found, block["at"], block.get("show", "plain"))
+            yield {"kind": "fact", "label": block["fact"], "fact": fact}
+        elif "each" in block:
+            yield _table(block, found)
+        elif "table" in block:
+            yield {"kind": "table", **{key: block[key] for key in ("table", "head", "rows")}}
+        elif "blank" in block:
+            answer = typed.get(block["blank"], "").strip()
+            shown = {key: block[key] for key in ("blank", "label", "help")}
+            yield {"kind": "blank", **shown, "typed": answer}
+        elif "limits" in block:
+            unit = _report(found, "privacy", "unit") or "record"
+            yield {"kind": "list", "list": limits(str(unit))}
+        else:
+            kind = next(
+                kind for kind in ("heading", "text", "note", "list", "code") if kind in block
+            )
+            yield {"kind": kind, kind: block[kind]}
+
+
+def _listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def _fact(found: Documents, source: str, how: str) -> dict[str, str] | None:
+    """Look a fact up; None where the run does not have it."""
+    value = resolve(found, source)
+    if value is MISSING or value is None:
+        return None
+    return {"shown": show(value, how), "source": source, "how": how}
+
+
+def _table(block: Block, found: Documents) -> dict[str, Any]:
+    entries = resolve(found, block["each"])
+    keys = sorted(entries) if isinstance(entries, Mapping) else []
+    if isinstance(entries, list):
+        keys = [str(number) for number in range(len(entries))]
+    columns = block["columns"]
+    rows = []
+    for key in keys:
+        cells = [
+            _fact(found, source.replace("{key}", escaped(key)), how) for _, source, how in columns
+        ]
+        rows.append([key, *cells] if "key" in block else cells)
+    head = [*([block["key"]] if "key" in block else []), *(name for name, _, _ in columns)]
+    return {"kind": "table", "table": block["table"], "head": head, "rows": rows}

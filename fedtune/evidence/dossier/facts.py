@@ -1,0 +1,146 @@
+"""Facts of a run as a dossier shows them: a source, a way to show it, and nothing else.
+
+A source is a file of the run and a JSON pointer in it (RFC 6901): report.json#/privacy/epsilon.
+Whoever has the run can look each figure up, and `fedtune verify` does so for all of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedtune.config.known_bases import upstream_of
+from fedtune.files import reading
+from fedtune.report.claim import (
+    best_guess,
+    percent,
+    protects,
+    rounded_up,
+    strength,
+    verdict,
+)
+from fedtune.report.declared import declared_line
+
+DOCUMENTS = ("report.json", "plan.json", "evidence.json")
+MISSING = object()
+NUMBER = re.compile(r"[+-]?\d[\d.,]*(?:e[+-]?\d+)?")
+HIDDEN = re.compile(r"(?s)<head>.*?</head>|src=\"data:[^\"]*\"|^---\n.*?\n---\n")
+MOST = 300  # characters of a value that is text
+
+
+def documents(run: Path) -> dict[str, Any]:
+    """Read the files of a run that facts are taken from. Errors: InputError."""
+    most = reading.LARGE
+    return {name: reading.json_in(run / name, "a run's file", most=most) for name in DOCUMENTS}
+
+
+def resolve(found: Mapping[str, Any], source: str) -> Any:
+    """Look a source up in a run's documents; MISSING where the run has no such field.
+
+    >>> resolve({"report.json": {"privacy": {"epsilon": 8.0}}}, "report.json#/privacy/epsilon")
+    8.0
+    """
+    name, _, pointer = source.partition("#")
+    value: Any = found.get(name, MISSING)
+    for part in pointer.split("/")[1:]:
+        key = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(value, Mapping):
+            value = value.get(key, MISSING)
+        elif isinstance(value, list) and key.isdecimal() and int(key) < len(value):
+            value = value[int(key)]
+        else:
+            return MISSING
+    return value
+
+
+def escaped(key: str) -> str:
+    """Spell a key as a part of a JSON pointer."""
+    return key.replace("~", "~0").replace("/", "~1")
+
+
+def show(value: Any, how: str) -> str:
+    """Show a value of a run in one of the ways of SHOWN, as one line of text.
+
+    Errors: KeyError (a way that this release does not know)."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in SHOWN[how](value)).split())
+    return text if len(text) <= MOST else text[: MOST - 1] + "…"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "none"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_plain(value[key])}" for key in sorted(value)) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value)) or "none"
+    if isinstance(value, float):
+        return f"{value:.4g}" if value != int(value) else f"{value:.0f}"
+    return str(value)
+
+
+def _interval(value: Any) -> str:
+    low, high = value
+    return f"{_plain(float(low))} to {_plain(float(high))}"
+
+
+def _upstream(value: Any) -> str:
+    found = upstream_of(str(value))
+    return str(found) if found else str(value)
+
+
+SHOWN: dict[str, Callable[[Any], str]] = {
+    "plain": _plain,
+    "epsilon": rounded_up,
+    "count": lambda value: str(len(value)),
+    "names": lambda value: ", ".join(sorted(value)),
+    "date": lambda value: str(value)[:10],
+    "interval": _interval,
+    "guess": lambda value: percent(best_guess(value)),
+    "strength": strength,
+    "protects": lambda value: protects(str(value)),
+    "verdict": lambda value: verdict(value) or "not measured",
+    "declared": lambda value: declared_line({"declared": value}) or "none",
+    "upstream": _upstream,
+    "key": lambda value: f"{str(value)[:16]}…",
+}
+
+
+def facts_in(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield every fact of a dossier: the objects that have a source."""
+    pending: list[Any] = [content]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, Mapping):
+            if "source" in value:
+                yield value
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value
+
+
+def contradicted(content: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """Return the first fact of a dossier that its run does not say, as "shown (source)"; "" where
+    the run says every one."""
+    for fact in facts_in(content):
+        source, how = str(fact["source"]), str(fact.get("how"))
+        value = resolve(found, source)
+        try:
+            said = show(value, how) if value is not MISSING else None
+        except (KeyError, TypeError, ValueError, ArithmeticError):
+            said = None
+        if said is None or said != fact.get("shown"):
+            return f"{str(fact.get('shown'))[:40]} ({source[:80]})"
+    return ""
+
+
+def numbers(shown: str) -> list[str]:
+    """List the numbers that a page shows, in their order; without an HTML page's head and pictures,
+    and a card's head.
+
+    >>> numbers("ε = 7.99 for 2 sites")
+    ['7.99', '2']
+    """
+    return NUMBER.findall(HIDDEN.sub("", shown))

@@ -1,0 +1,104 @@
+"""Write a dossier as Markdown: dossier.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fedtune.report.text import cell, table
+
+TO_FILL = "TO BE FILLED BY A PERSON"
+NOT_RECORDED = "not recorded by this run"
+TYPED = "typed by a person, not checked"
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    """Write a dossier's content as Markdown; values of the run are inert text on one line."""
+    parts = [f"# Dossier of the study {cell(content['study']['shown'])}"]
+    parts.append(_contents(content))
+    for section in content["sections"]:
+        parts.append(f"## {section['title']}")
+        parts += _section(section["blocks"])
+    return "\n\n".join(parts) + "\n"
+
+
+def body(blocks: list[dict[str, Any]]) -> str:
+    """Write blocks of a section, without a heading, as Markdown."""
+    return "\n\n".join(_section(blocks)) + "\n"
+
+
+def _contents(content: Mapping[str, Any]) -> str:
+    return "\n".join(f"- [{s['title']}](#{anchor(s['title'])})" for s in content["sections"])
+
+
+def anchor(title: str) -> str:
+    """Spell a heading as the place that Markdown's readers link to."""
+    kept = "".join(c for c in title.lower() if c.isalnum() or c in " -_")
+    return kept.replace(" ", "-")
+
+
+def grouped(blocks: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Put facts that follow each other into one table: (kind, blocks)."""
+    facts: list[dict[str, Any]] = []
+    for block in blocks:
+        if block["kind"] == "fact":
+            facts.append(block)
+            continue
+        if facts:
+            yield "facts", facts
+            facts = []
+        yield block["kind"], [block]
+    if facts:
+        yield "facts", facts
+
+
+def _section(blocks: list[dict[str, Any]]) -> Iterator[str]:
+    for kind, group in grouped(blocks):
+        block = group[0]
+        if kind == "facts":
+            rows = [[b["label"], *_fact(b["fact"])] for b in group]
+            yield table(["what", "value", "source in the run"], rows, numbers=False)
+        elif kind == "heading":
+            yield f"### {block['heading']}"
+        elif kind == "text":
+            yield block["text"]
+        elif kind == "note":
+            yield f"> **{block['note']}**"
+        elif kind == "code":
+            yield "\n".join(f"    {line}" for line in block["code"].splitlines())
+        elif kind == "list":
+            yield "\n".join(f"- {item}" for item in block["list"])
+        elif kind == "blank":
+            yield _blank(block)
+        elif kind == "table" and block["rows"]:
+            rows = [[_cell(value) for value in row] for row in block["rows"]]
+            yield f"{block['table']}:\n\n{table(block['head'], rows, numbers=False)}"
+
+
+def _fact(fact: Mapping[str, str] | None) -> tuple[str, str]:
+    if fact is None:
+        return NOT_RECORDED, "–"
+    return cell(fact["shown"]), f"`{fact['source'].replace('`', '')}`"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return cell(value["shown"])
+    return NOT_RECORDED if value is None else cell(value)
+
+
+def _blank(block: Mapping[str, str]) -> str:
+    if block["typed"]:
+        said = cell_long(block["typed"])
+        return f"**{block['label']}** ({TYPED}): {said}"
+    return f"**[ ] {TO_FILL}: {block['label']}.** {block['help']}"
+
+
+def cell_long(text: str) -> str:
+    """Make a person's text inert, whatever its length."""
+    words, lines = text.split(), [""]
+    for word in words:
+        if len(lines[-1]) + len(word) > 150:
+            lines.append("")
+        lines[-1] += f" {word}"
+    return " ".join(cell(line.strip()) for line in lines)

@@ -1,0 +1,129 @@
+"""Write a dossier as one HTML file: no script, no request, readable by keyboard, screen reader and
+printer."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Mapping
+from html import escape
+from typing import Any
+
+from fedtune.evidence.dossier.markdown import NOT_RECORDED, TO_FILL, TYPED, grouped
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 1rem/1.55 system-ui, sans-serif; color: #1b1b1b; background: #fff; margin: 0; }
+header, main, footer, nav { max-width: 52rem; margin: 0 auto; padding: 0 1.25rem; }
+.skip { position: absolute; left: -100rem; }
+.skip:focus { position: static; display: inline-block; padding: .5rem; }
+a { color: #0b4f9e; }
+a:focus, [tabindex]:focus { outline: 3px solid #b35900; outline-offset: 2px; }
+h1 { line-height: 1.25; } h2 { border-top: 2px solid #444; padding-top: 1rem; margin-top: 2.5rem; }
+table { border-collapse: collapse; width: 100%; margin: 1rem 0; font-size: .95rem; }
+caption { text-align: left; font-weight: 600; padding: .25rem 0; }
+th, td { border: 1px solid #8a8a8a; padding: .35rem .5rem; text-align: left; vertical-align: top;
+  overflow-wrap: anywhere; }
+thead th { background: #eef1f4; }
+.wide { overflow-x: auto; }
+.source { font-family: ui-monospace, monospace; font-size: .8rem; color: #4a4a4a; }
+.note { border: 3px solid #9c1c1c; padding: .75rem 1rem; font-weight: 600; }
+.blank { border: 2px dashed #7a5200; background: #fff7e3; padding: .6rem 1rem; margin: 1rem 0; }
+.typed { border-left: 4px solid #555; padding: .2rem 1rem; margin: 1rem 0; white-space: pre-line; }
+pre { background: #f3f3f3; padding: .75rem; overflow-x: auto; }
+img { max-width: 100%; height: auto; }
+@media print { nav, .skip { display: none; } body { font-size: 10pt; }
+  h2, h3 { break-after: avoid; } tr, .blank, .note { break-inside: avoid; }
+  .wide { overflow: visible; } thead { display: table-header-group; } }
+"""
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+PICTURE = "Two panels, by round: quality on the held-out records, and ε spent by each site. The \
+figures are in the tables of this page and in run/report.md."
+
+
+def page(content: Mapping[str, Any], picture: bytes | None = None) -> str:
+    """Write a dossier's content as HTML. picture: the run's progress.png, put into the page."""
+    study = escape(content["study"]["shown"])
+    parts = [
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>Dossier of the study {study}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
+        '<a class="skip" href="#main">Skip to the content</a>',
+        f"<header>\n<h1>Dossier of the study {study}</h1>\n</header>",
+        f'<nav aria-label="Sections">\n<ol>\n{_links(content)}\n</ol>\n</nav>',
+        '<main id="main" tabindex="-1">',
+    ]
+    for section in content["sections"]:
+        name = escape(section["id"])
+        parts.append(f'<section aria-labelledby="{name}">')
+        parts.append(f'<h2 id="{name}">{escape(section["title"])}</h2>')
+        parts += _section(section["blocks"])
+        if section["id"] == "model" and picture:
+            data = base64.b64encode(picture).decode()
+            parts.append(f'<img alt="{escape(PICTURE)}" src="data:image/png;base64,{data}">')
+        parts.append("</section>")
+    version = escape(content["run by"]["shown"] if content["run by"] else "")
+    parts.append(f"</main>\n<footer>\n<p>The run is by fedtune {version}. The same as data: ")
+    parts.append("dossier.json.</p>\n</footer>\n</body>\n</html>")
+    return "\n".join(parts) + "\n"
+
+
+def _links(content: Mapping[str, Any]) -> str:
+    return "\n".join(
+        f'<li><a href="#{escape(s["id"])}">{escape(s["title"])}</a></li>'
+        for s in content["sections"]
+    )
+
+
+def _section(blocks: list[dict[str, Any]]) -> Iterator[str]:
+    for kind, group in grouped(blocks):
+        block = group[0]
+        if kind == "facts":
+            yield _facts(group)
+        elif kind == "heading":
+            yield f"<h3>{escape(block['heading'])}</h3>"
+        elif kind == "text":
+            yield f"<p>{escape(block['text'])}</p>"
+        elif kind == "note":
+            yield f'<p class="note">{escape(block["note"])}</p>'
+        elif kind == "code":
+            yield f'<pre tabindex="0"><code>{escape(block["code"])}</code></pre>'
+        elif kind == "list":
+            items = "".join(f"<li>{escape(item)}</li>" for item in block["list"])
+            yield f"<ul>{items}</ul>"
+        elif kind == "blank":
+            yield _blank(block)
+        elif kind == "table" and block["rows"]:
+            yield _table(block["table"], block["head"], block["rows"])
+
+
+def _facts(group: list[dict[str, Any]]) -> str:
+    rows = [[block["label"], block["fact"], (block["fact"] or {}).get("source")] for block in group]
+    return _table("Facts of the run", ["What", "Value", "Source in the run"], rows, sources=True)
+
+
+def _table(caption: str, head: list[str], rows: list[list[Any]], *, sources: bool = False) -> str:
+    names = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    lines = [f"<table><caption>{escape(caption)}</caption>", f"<thead><tr>{names}</tr></thead>"]
+    lines.append("<tbody>")
+    for first, *rest in rows:
+        cells = [f"<td>{_cell(value)}</td>" for value in rest]
+        if sources:
+            cells[-1] = f'<td class="source">{escape(rest[-1] or "–")}</td>'
+        lines.append(f'<tr><th scope="row">{_cell(first)}</th>{"".join(cells)}</tr>')
+    lines.append("</tbody></table>")
+    return '<div class="wide" role="group" tabindex="0">' + "".join(lines) + "</div>"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f'<span title="{escape(value["source"])}">{escape(value["shown"])}</span>'
+    return NOT_RECORDED if value is None else escape(str(value))
+
+
+def _blank(block: Mapping[str, str]) -> str:
+    label, help_text = escape(block["label"]), escape(block["help"])
+    if block["typed"]:
+        said = f'<div class="typed">{escape(block["typed"])}</div>'
+        return f"<p><strong>{label}</strong> ({TYPED}):</p>{said}"
+    return f'<p class="blank"><strong>☐ {TO_FILL}: {label}.</strong> {help_text}</p>'

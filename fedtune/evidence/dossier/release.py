@@ -1,0 +1,177 @@
+"""Package a finished run as a signed dossier: `fedtune release`; approve one: `fedtune approve`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedtune.errors import ConfigError, InputError, Refused
+from fedtune.evidence.dossier.card import card
+from fedtune.evidence.dossier.content import blanks, build
+from fedtune.evidence.dossier.facts import documents
+from fedtune.evidence.dossier.markdown import markdown
+from fedtune.evidence.dossier.page import page
+from fedtune.evidence.dossier.sbom import bill_of_materials
+from fedtune.evidence.dossier.seal import (
+    APPROVALS,
+    CONTENT,
+    LONGEST,
+    approval,
+    file_name,
+    read_release,
+    sign,
+)
+from fedtune.evidence.sign import RUN, carry
+from fedtune.evidence.verify import HOME, Verified, certificate_of, verify, verify_run
+from fedtune.files import reading
+from fedtune.files.writing import replace
+from fedtune.run_folder import new_folder
+from fedtune.wire.keys import SigningKey, canonical
+
+DETAILS = "a TOML file: one line for each blank, as `--details` writes it where there is none"
+AUDIT = "audit.md"
+
+
+def release(
+    run: Path | str,
+    out: Path | str,
+    *,
+    details: Mapping[str, str] | None = None,
+    home: Path | None = None,
+) -> Verified:
+    """Write a signed dossier of a finished run into a new folder; returns what it proves.
+
+    Args:
+        details: what a person typed, by the blank's key; the others stay marked as blanks.
+        home: the coordinator's, whose key signs; without it the one beside the folder of runs. A
+            simulation has none: its dossier is signed with a key that is made for it and kept
+            nowhere.
+
+    >>> import fedtune
+    >>> fedtune.release("runs/none", "dossiers/none")
+    Traceback (most recent call last):
+      ...
+    fedtune.evidence.figures.NotGenuine: ...
+
+    Guarantee: `out` is whole or not there, it verifies, and every figure in it is the run's.
+
+    Errors: NotGenuine (the run is not signed, or not as it was signed), ConfigError (`out` exists),
+    Refused (the key of who signed the run is not here), InfrastructureError."""
+    run, out = Path(run), Path(out)
+    proven = verify_run(run)
+    if proven.exported:
+        raise ConfigError(f"{run}: is an exported model", "the run itself", "release the run")
+    key, ca = _key(run, home, proven)
+    with new_folder(out) as draft:
+        carry(run, draft)
+        found = dict(documents(draft / RUN)) | {"simulated": proven.simulated}
+        if (run / AUDIT).is_file():
+            shutil.copyfile(run / AUDIT, draft / AUDIT)
+            found[AUDIT] = True
+        _write(draft, found, details or {})
+        sign(draft, key, ca)
+        verify(draft)
+    return verify(out)
+
+
+def _key(run: Path, home: Path | None, proven: Verified) -> tuple[SigningKey, str]:
+    """Errors: Refused."""
+    if proven.simulated:
+        return SigningKey(), ""
+    path = (home or run.absolute().parent.parent / HOME) / "signing.key"
+    signer, ca = certificate_of(run)
+    key = SigningKey.at(path) if path.exists() else None
+    if key is None or key.public != signer:
+        raise Refused(
+            f"{run}: was signed by {proven.signer}, whose key is not in {path.parent}",
+            "the coordinator's home",
+            "release the run where its coordinator is, or name that folder with --home",
+        )
+    return key, ca
+
+
+def _write(draft: Path, found: Mapping[str, Any], details: Mapping[str, str]) -> None:
+    content = build(found, details)
+    picture = draft / RUN / "progress.png"
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    replace(draft / CONTENT, text.encode())
+    replace(draft / "dossier.md", markdown(content).encode())
+    shown = picture.read_bytes() if picture.is_file() else None
+    replace(draft / "dossier.html", page(content, shown).encode())
+    replace(draft / "README.md", card(content, found).encode())
+    bill = json.dumps(bill_of_materials(found["report.json"]), indent=1, ensure_ascii=False)
+    replace(draft / "sbom.cdx.json", (bill + "\n").encode())
+
+
+def read_details(path: Path) -> dict[str, str]:
+    """Read what a person typed for a dossier's blanks. Errors: InputError, ConfigError."""
+    known = {block["blank"] for block in blanks()}
+    table = reading.toml_in(path, DETAILS)
+    for key, value in table.items():
+        if key not in known:
+            raise ConfigError(f"{path}: unknown key {key!r}", ", ".join(sorted(known)))
+        if not isinstance(value, str):
+            raise ConfigError(f"{path}: {key} is no text", 'a text, as in contact = "…"')
+    return table
+
+
+def details_template() -> str:
+    """Write the file of a dossier's blanks for a person to fill.
+
+    >>> "contact = " in details_template()
+    True
+    """
+    lines = [
+        "# What only people can say, for the dossier of a run: fedtune release RUN --details FILE.",
+        "# It goes into the signed dossier as it stands here. A line left empty stays a blank.",
+    ]
+    for block in blanks():
+        lines += ["", f"# {block['label']}", f"# {block['help']}", f'{block["blank"]} = ""']
+    text = "\n".join(lines) + "\n"
+    tomllib.loads(text)
+    return text
+
+
+def approve(
+    folder: Path | str,
+    key: Path | str | SigningKey,
+    trust: str,
+    *,
+    name: str,
+    role: str,
+    reason: str,
+) -> Verified:
+    """Approve a dossier as a named person, or for a site with its key; returns what it proves now.
+
+    key: the file of the approver's own key, made for this user alone where there is none; trust:
+    the consortium's fingerprint, since nobody should approve a stranger's folder.
+
+    >>> import fedtune
+    >>> who = {"name": "Ada Lund", "role": "data protection officer", "reason": "read"}
+    >>> fedtune.approve("dossiers/none", "ada.key", "0123 4567 89ab cdef 0123", **who)
+    Traceback (most recent call last):
+      ...
+    fedtune.evidence.figures.NotGenuine: ...
+
+    Errors: NotGenuine, Refused (another signer), InputError (this key approved it already),
+    ConfigError (nothing was said)."""
+    folder = Path(folder)
+    for what, said in (("name", name), ("role", role), ("reason", reason)):
+        if not said.strip() or len(said) > LONGEST or not said.isprintable():
+            raise ConfigError(
+                f"--{what}: is empty, longer than {LONGEST} characters, or not on one line",
+                "a text on one line",
+            )
+    if not verify(folder, trust).dossier:
+        raise InputError(f"{folder}: is no dossier", "a folder that `fedtune release` wrote")
+    _, digest = read_release(folder)
+    key = key if isinstance(key, SigningKey) else SigningKey.at(Path(key))
+    path = folder / APPROVALS / file_name(key.public)
+    if path.exists():
+        raise InputError(f"{path}: this key approved this release already", "one approval a key")
+    replace(path, canonical(approval(digest, key, name, role, reason)))
+    return verify(folder, trust)

@@ -1,0 +1,153 @@
+"""Sign a folder as a dossier, and read back what was signed.
+
+    release.json           sha256 and size of every file below the folder, but for approvals/; when;
+                           signed by the coordinator
+    approvals/KEY.json     somebody's signature over release.json's digest, with name, role, reason
+
+Both are canonical JSON: each content has one spelling."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedtune.evidence.figures import MALFORMED, TODO, NotGenuine, fail
+from fedtune.evidence.sign import ADAPTER, RUN, sha256
+from fedtune.files import reading
+from fedtune.files.writing import replace
+from fedtune.wire.keys import SigningKey, canonical, verifies
+
+RELEASE, APPROVALS = "release.json", "approvals"
+CONTENT = "dossier.json"
+FORMAT, APPROVAL = "fedtune-release-1", "fedtune-approval-1"
+PURPOSE, APPROVING = b"fedtune dossier\0", b"fedtune approval\0"
+MOMENT = "%Y-%m-%dT%H:%M:%SZ"
+LONGEST = 2000  # characters of what an approver says
+
+
+def now() -> str:
+    """Return this moment, UTC, to the second."""
+    return datetime.now(UTC).strftime(MOMENT)
+
+
+def covered(folder: Path) -> list[str]:
+    """List every file that a dossier's signature must cover, by its path in the folder; a link is
+    listed too. Only the run's own link to its version in use is not: the run's report names it."""
+    names = []
+    for parent, folders, files in os.walk(folder):
+        at = Path(parent).relative_to(folder)
+        if at == Path("."):
+            folders[:] = [name for name in folders if name != APPROVALS]
+        linked = [name for name in folders if (Path(parent) / name).is_symlink()]
+        names += [(at / name).as_posix() for name in (*files, *linked)]
+    return sorted({*names} - {RELEASE, f"{RUN}/{ADAPTER}" if _links(folder) else RELEASE})
+
+
+def _links(folder: Path) -> bool:
+    return (folder / RUN / ADAPTER).is_symlink()
+
+
+def sign(folder: Path, key: SigningKey, ca: str) -> None:
+    """Write release.json over the folder as it is. Errors: InfrastructureError."""
+    names = covered(folder)
+    body = {
+        "format": FORMAT,
+        "ca": ca,
+        "coordinator": key.public,
+        "made": now(),
+        "files": {name: sha256(folder / name) for name in names},
+        "sizes": {name: (folder / name).stat().st_size for name in names},
+    }
+    signature = key.sign(PURPOSE + canonical(body))
+    replace(folder / RELEASE, canonical(body | {"signature": signature}))
+
+
+def read_release(folder: Path) -> tuple[dict[str, Any], str]:
+    """Read release.json and check its signature by the key that it names; returns it, and its
+    digest. Errors: NotGenuine."""
+    kinds = dict.fromkeys(("format", "ca", "coordinator", "made", "signature"), str)
+    path = folder / RELEASE
+    body, data = _canonical(path, FORMAT, kinds | dict.fromkeys(("files", "sizes"), dict))
+    signature = body.pop("signature")
+    if not verifies(body["coordinator"], PURPOSE + canonical(body), signature):
+        fail(path, "its signature does not fit", "the signature of the key that it names")
+    return body, hashlib.sha256(data).hexdigest()
+
+
+def check_files(folder: Path, files: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
+    """Check that the folder's files are those that were signed, byte by byte, and no other.
+
+    Errors: NotGenuine."""
+    present = covered(folder)
+    for name in present:
+        if name not in files:
+            fail(folder / name, "was added after the signature", "the files that were signed")
+    for name, digest in files.items():
+        path = folder / name
+        if name not in present:
+            fail(path, "is missing", "every file that was signed")
+        if path.is_symlink():
+            fail(path, "was changed after it was signed", "a file")
+        reading.regular(path, "a file as it was signed", TODO, NotGenuine)
+        if path.stat().st_size != sizes.get(name) or sha256(path) != digest:
+            fail(path, "was changed after it was signed", f"sha256 {str(digest)[:16]}…")
+
+
+def approval(release: str, key: SigningKey, name: str, role: str, reason: str) -> dict[str, Any]:
+    """Make an approval of a release, by its digest, signed with the approver's own key."""
+    body = {
+        "format": APPROVAL,
+        "release": release,
+        "name": name,
+        "role": role,
+        "reason": reason,
+        "date": now(),
+        "key": key.public,
+    }
+    return body | {"signature": key.sign(APPROVING + canonical(body))}
+
+
+def approvals(folder: Path, release: str) -> list[dict[str, Any]]:
+    """Read and check every approval of a release. Errors: NotGenuine (one is not of this release,
+    was changed, or something else lies among them)."""
+    inside, read = folder / APPROVALS, []
+    if inside.is_symlink():
+        fail(inside, "is a link", "the approvals' own folder")
+    paths = sorted(inside.iterdir()) if inside.is_dir() else []
+    kinds = dict.fromkeys(("format", "release", "name", "role", "reason", "date", "key"), str)
+    for path in paths:
+        body, _ = _canonical(path, APPROVAL, kinds | {"signature": str})
+        signature = body.pop("signature")
+        if path.name != file_name(body["key"]):
+            fail(path, "is not named after its key", file_name(body["key"]))
+        if not verifies(body["key"], APPROVING + canonical(body), signature):
+            fail(path, "its signature does not fit", "the signature of the key that it names")
+        if body["release"] != release:
+            fail(path, "approves another release", "this one")
+        read.append(body)
+    return read
+
+
+def file_name(key: str) -> str:
+    """Return the name of the file that holds the approval by a key (hexadecimal)."""
+    return f"{key[:16]}.json"
+
+
+def _canonical(path: Path, form: str, kinds: Mapping[str, type]) -> tuple[dict[str, Any], bytes]:
+    data = reading.content(path, "the file as it was signed", TODO, NotGenuine)
+    try:
+        body = json.loads(data)
+        if not isinstance(body, dict) or canonical(body) != data:
+            raise ValueError
+    except MALFORMED:
+        fail(path, "was changed after it was signed", "canonical JSON")
+    if body.get("format") != form:
+        fail(path, "is of another format", form)
+    if {name: type(value) for name, value in body.items()} != kinds:
+        fail(path, "is not what is signed here")
+    return body, data

@@ -1,0 +1,203 @@
+"""What `fedtune release` writes: whole, honest about what a run is, and in formats others read."""
+
+from __future__ import annotations
+
+import html.parser
+import importlib.util
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.errors import ConfigError, InputError, Refused
+from fedtune.evidence.dossier import content as dossier_content
+from fedtune.evidence.dossier.facts import documents, facts_in
+from fedtune.evidence.dossier.markdown import TO_FILL, markdown
+from fedtune.evidence.dossier.page import page
+from fedtune.evidence.dossier.release import details_template, read_details, release
+from fedtune.evidence.dossier.sbom import INSTALLED, RECORDED
+from fedtune.evidence.figures import NotGenuine
+from tests.cli_kit import run as command
+from tests.dossier.conftest import CONTACT
+from tests.verify_kit import forged, lower
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_run_that_does_not_verify_has_no_dossier(signed: Any, tmp_path: Path) -> None:
+    bad, out = forged(signed[0], tmp_path, lower), tmp_path / "out"
+    with pytest.raises(NotGenuine, match="step logs"):
+        release(bad, out)
+    for name in ("signature.json", "evidence.json"):
+        (bad / name).unlink()
+    with pytest.raises(NotGenuine, match="is not signed"):
+        release(bad, out)
+    assert not out.exists() and not [*tmp_path.glob("out*")]
+
+
+def test_one_command_from_a_run_to_a_folder(signed: Any, tmp_path: Path) -> None:
+    out = tmp_path / "dossier"
+    done = command("release", signed[0], "--out", out)
+    assert done.exit_code == 0, done.output
+    assert "blanks are for people to fill" in done.output
+    names = {path.name for path in out.iterdir()} - {"dossier.pdf"}
+    assert names == {
+        *("README.md", "dossier.html", "dossier.json", "dossier.md", "release.json"),
+        *("run", "sbom.cdx.json"),
+    }
+    again = command("release", signed[0], "--out", out)
+    assert again.exit_code == 2 and "exists" in again.stderr
+
+
+def test_a_consortiums_dossier_needs_its_coordinators_key(
+    signed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    from fedtune.evidence.dossier import release as module
+
+    enrolled = replace(signed[1], simulated=False)
+    monkeypatch.setattr(module, "verify_run", lambda run: enrolled)
+    with pytest.raises(Refused, match="whose key is not in"):
+        release(signed[0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_only_people_can_say_is_a_blank_until_they_say_it(
+    released: Any, signed: Any, tmp_path: Path
+) -> None:
+    text = (released[0] / "dossier.md").read_text()
+    count = sum(1 for _ in dossier_content.blanks())
+    assert text.count(TO_FILL) >= count - 1  # one was filled; one key may stand in two places
+    assert "Data office" in text and "typed by a person, not checked" in text
+    file = tmp_path / "details.toml"
+    first = command("release", signed[0], "--out", tmp_path / "out", "--details", file)
+    assert first.exit_code == 0 and not (tmp_path / "out").exists()
+    assert {*tomllib.loads(file.read_text())} == {b["blank"] for b in dossier_content.blanks()}
+    assert read_details(file) == dict.fromkeys(tomllib.loads(details_template()), "")
+    file.write_text('contact = "x"\nno_such = "y"\n')
+    with pytest.raises(ConfigError, match="no_such"):
+        read_details(file)
+    file.write_text("contact = 7\n")
+    with pytest.raises(ConfigError, match="contact is no text"):
+        read_details(file)
+    with pytest.raises(InputError, match="no such file"):
+        read_details(tmp_path / "none.toml")
+
+
+def shown(found: dict[str, Any]) -> str:
+    return markdown(dossier_content.build(found, {}))
+
+
+def test_a_run_says_what_it_is(signed: Any) -> None:
+    found = documents(signed[0])
+    assert "NOT PRIVATE:" not in shown(found) and "A simulation" not in shown(found)
+    assert "A simulation" in shown(found | {"simulated": True})
+    report = found["report.json"]
+    open_ = report | {"private": False, "privacy": {"mode": "off"}}
+    text = shown(found | {"report.json": open_})
+    assert "NOT PRIVATE:" in text and "There is no privacy guarantee" in text
+    assert "ε, rounded up" not in text and "Updates leave a site without noise" in text
+    declared = report | {"declared": {"north": "public", "south": "generated"}}
+    text = shown(found | {"report.json": declared})
+    assert "Not patients' data" in text and "No claim about patients" in text
+    half = report | {"declared": {"north": "public"}}
+    assert "Not patients' data" not in shown(found | {"report.json": half})
+    assert "declared public" in shown(found | {"report.json": half})
+    audited = shown(found | {"audit.md": True})
+    assert "The run was audited" in audited and "No audit of this run" not in audited
+
+
+def test_no_text_claims_that_a_law_is_met() -> None:
+    texts = json.dumps(dossier_content.sections(), ensure_ascii=False).lower()
+    assert "complian" not in texts and "conforms" not in texts and "certified" not in texts
+
+
+def test_the_texts_name_tests_that_are_there() -> None:
+    satre = next(s for s in dossier_content.sections() if s["id"] == "satre")
+    named = re.findall(r"tests/[\w/.]+\.py", json.dumps(satre))
+    assert len(named) >= 9 and [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def test_the_card_is_one_of_the_hubs(released: Any) -> None:
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(released[0] / "README.md")
+    report = documents(released[0] / "run")["report.json"]
+    assert card.data.library_name == "peft" and "differential-privacy" in card.data.tags
+    values = {r.metric_type: r.metric_value for r in card.data.eval_results}
+    assert values == {k: v for k, v in report["quality"]["after"].items() if k != "round"}
+    assert "Not a medical device" in card.text and CONTACT.split("<")[0] in card.text
+
+
+def test_the_bill_of_materials_says_what_was_recorded(released: Any) -> None:
+    bill = json.loads((released[0] / "sbom.cdx.json").read_text())
+    versions = documents(released[0] / "run")["report.json"]["ran"]["versions"]
+    parts = {part["name"]: part for part in bill["components"]}
+    for name in ("torch", "flwr", "fedtune"):
+        assert parts[name]["version"] == versions[name]
+        assert parts[name]["properties"][0]["value"] == RECORDED
+    assert parts["numpy"]["properties"][0]["value"] == INSTALLED
+    refs = [part["bom-ref"] for part in bill["components"]]
+    assert len({*refs}) == len(refs) and bill["dependencies"][0]["dependsOn"] == refs
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("cyclonedx") is None, reason="cyclonedx-python-lib is not installed"
+)
+def test_the_bill_of_materials_fits_its_schema(released: Any) -> None:
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
+
+    validator = JsonStrictValidator(SchemaVersion.V1_6)
+    text = (released[0] / "sbom.cdx.json").read_text()
+    assert validator.validate_str(text) is None
+    assert validator.validate_str(text.replace('"library"', '"book"')) is not None
+
+
+class Outline(html.parser.HTMLParser):
+    """Headings, landmarks, references and tables of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.headings, self.tags, self.references = list[int](), list[str](), list[str]()
+        self.attributes: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes.append((tag, dict(attrs)))
+        if re.fullmatch(r"h\d", tag):
+            self.headings.append(int(tag[1]))
+        self.references += [v for k, v in attrs if k in ("src", "href", "action", "data") and v]
+
+
+def test_the_page_asks_for_nothing_and_is_read_without_eyes_or_mouse(released: Any) -> None:
+    text = (released[0] / "dossier.html").read_text()
+    outline = Outline()
+    outline.feed(text)
+    assert not {"script", "link", "iframe", "form", "object"} & {*outline.tags}
+    assert all(ref.startswith(("#", "data:image/png")) for ref in outline.references)
+    assert "url(" not in text and "@import" not in text
+    assert {"header", "nav", "main", "footer"} <= {*outline.tags}
+    assert outline.headings[0] == 1 and outline.headings.count(1) == 1
+    pairs = zip(outline.headings, outline.headings[1:], strict=False)
+    assert all(after <= before + 1 for before, after in pairs)
+    assert ("html", {"lang": "en"}) in outline.attributes
+    assert all(a.get("scope") for tag, a in outline.attributes if tag == "th")
+    assert all(a.get("alt") for tag, a in outline.attributes if tag == "img")
+    assert outline.tags.count("table") == outline.tags.count("caption")
+    ids = [a["id"] for _, a in outline.attributes if "id" in a]
+    assert {r[1:] for r in outline.references if r.startswith("#")} <= {*ids}
+
+
+def test_what_a_person_or_a_site_wrote_is_inert(signed: Any) -> None:
+    bad = "<script>alert(1)</script> | **x** [a](http://e.vil)"
+    found = documents(signed[0])
+    found["report.json"] |= {"study": bad}
+    content = dossier_content.build(found, {"contact": bad})
+    assert "<script>" not in page(content) and "<script>" not in markdown(content)
+    assert "[a](http" not in markdown(content)
+    assert any(fact["shown"].startswith("<script>") for fact in facts_in(content))

@@ -1,0 +1,201 @@
+"""A dossier that was changed, forged, or never the run's is refused, and by what."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.errors import FedtuneError, Refused
+from fedtune.evidence.dossier import seal
+from fedtune.evidence.dossier.facts import documents, facts_in, numbers, resolve, show
+from fedtune.evidence.figures import NotGenuine
+from fedtune.evidence.verify import verify
+from fedtune.wire.keys import SigningKey, canonical
+from tests.cli_kit import run as command
+from tests.verify_kit import forged, lower
+
+CHANGES = 1000
+
+
+def again(copy: Path) -> Path:
+    """Sign a changed dossier with a key of the forger's."""
+    seal.sign(copy, SigningKey(), "")
+    return copy
+
+
+def test_a_dossier_shows_what_its_run_proves(released: Any, signed: Any) -> None:
+    folder, found = released
+    assert found.epsilon == signed[1].epsilon and found.simulated and not found.trusted
+    assert verify(folder, trust=found.signer).trusted
+    assert found.dossier["run signed by"] == signed[1].signer
+    assert found.dossier["approvals"] == [] and found.not_signed == ()
+    assert {"run/adapter/adapter_model.safetensors", "dossier.html"} <= {*seal.covered(folder)}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_changed_byte_anywhere_is_refused(released: Any, tmp_path: Path, seed: int) -> None:
+    copy = shutil.copytree(released[0], tmp_path / "dossier")
+    digest = seal.read_release(copy)[1]
+    one = seal.approval(digest, SigningKey(), "A", "board", "read")
+    approved = f"{seal.APPROVALS}/{seal.file_name(one['key'])}"
+    (copy / seal.APPROVALS).mkdir()
+    (copy / approved).write_bytes(canonical(one))
+    rng = random.Random(seed)
+    names = [*seal.covered(copy), seal.RELEASE, approved]
+    for number in range(CHANGES // 4):
+        path = copy / names[number % len(names)]
+        whole = path.read_bytes()
+        at, how = rng.randrange(len(whole)), rng.randrange(3)
+        other = bytes([rng.choice([n for n in range(256) if n != whole[at]])])
+        space = rng.choice([b" ", b"\n", b"="])
+        changed = [
+            whole[:at] + other + whole[at + 1 :],
+            whole[:at] + space + whole[at:],
+            whole[:at] + whole[at + 1 :],
+        ][how]
+        path.write_bytes(changed)
+        with pytest.raises(FedtuneError) as raised:
+            verify(copy)
+        assert path.name in str(raised.value), (path, how, at)
+        path.write_bytes(whole)
+    verify(copy)
+
+
+def test_a_file_that_is_added_removed_or_linked_is_named(released: Any, tmp_path: Path) -> None:
+    copy = shutil.copytree(released[0], tmp_path / "dossier")
+    for name in ("notes.txt", "run/adapter/modeling.py", "run/notes.txt"):
+        (copy / name).write_text("pass")
+        with pytest.raises(NotGenuine, match=rf"{name}: was added"):
+            verify(copy)
+        (copy / name).unlink()
+    (copy / "dossier.html").rename(copy.parent / "page.html")
+    with pytest.raises(NotGenuine, match=r"dossier\.html: is missing"):
+        verify(copy)
+    (copy / "dossier.html").symlink_to(copy.parent / "page.html")
+    with pytest.raises(NotGenuine, match=r"dossier\.html: was changed"):
+        verify(copy)
+
+
+def test_who_replaces_every_key_is_refused_by_trust_alone(released: Any, tmp_path: Path) -> None:
+    folder, found = released
+    copy = again(shutil.copytree(folder, tmp_path / "dossier"))
+    assert verify(copy).epsilon == found.epsilon  # nothing in it contradicts itself
+    with pytest.raises(Refused, match="was signed by"):
+        verify(copy, trust=found.signer)
+
+
+def test_without_its_signature_a_dossier_proves_nothing(released: Any, tmp_path: Path) -> None:
+    """Twin: the run inside verifies, so that a page beside it must not pass as proven."""
+    copy = shutil.copytree(released[0], tmp_path / "dossier")
+    (copy / seal.RELEASE).unlink()
+    assert verify(copy / "run").epsilon
+    with pytest.raises(NotGenuine, match="is a dossier that is not signed"):
+        verify(copy)
+
+
+def test_a_dossier_around_a_forged_run_is_refused(
+    released: Any, signed: Any, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(released[0], tmp_path / "dossier")
+    bad = forged(signed[0], tmp_path / "other", lower)
+    shutil.copy(bad / "report.json", copy / "run" / "report.json")
+    shutil.copy(bad / "signature.json", copy / "run" / "signature.json")
+    with pytest.raises(NotGenuine, match="step logs"):
+        verify(again(copy))
+
+
+def test_a_consortiums_dossier_is_signed_by_its_runs_coordinator(
+    released: Any, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(released[0], tmp_path / "dossier")
+    seal.sign(copy, SigningKey(), "-----BEGIN CERTIFICATE-----")
+    with pytest.raises(NotGenuine, match=r"dossier/run: was signed by"):
+        verify(copy)
+
+
+def _in_json(copy: Path) -> None:
+    content = json.loads((copy / seal.CONTENT).read_text())
+    fact = next(f for f in facts_in(content) if f["source"] == "report.json#/privacy/epsilon")
+    fact["shown"] = "0.5"
+    (copy / seal.CONTENT).write_text(json.dumps(content))
+
+
+def _in(name: str) -> Callable[[Path], None]:
+    def change(copy: Path) -> None:
+        text = (copy / name).read_text()
+        epsilon = "7.988"
+        assert epsilon in text
+        (copy / name).write_text(text.replace(epsilon, "0.5"))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_in_json, _in("dossier.md"), _in("dossier.html"), _in("README.md")],
+    ids=["json", "md", "html", "card"],
+)
+def test_a_number_that_is_not_the_runs_is_refused_whoever_signs_it(
+    released: Any, tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    """Twin: the same folder, signed again as it was, verifies."""
+    copy = shutil.copytree(released[0], tmp_path / "dossier")
+    verify(again(copy))
+    change(copy)
+    with pytest.raises(NotGenuine, match=r"what the run says|other numbers than the run"):
+        verify(again(copy))
+
+
+def test_every_number_on_every_page_is_a_fact_of_the_run_or_the_packages_own(
+    released: Any,
+) -> None:
+    """What is left of a page without the package's texts and what a person typed is facts, and a
+    fact is what its source in the run says."""
+    from fedtune.evidence.dossier.content import sections
+    from fedtune.evidence.dossier.markdown import markdown
+    from fedtune.report.claim import limits
+
+    folder, _ = released
+    found, content = documents(folder / "run"), json.loads((folder / seal.CONTENT).read_text())
+    shown = [fact["shown"] for fact in facts_in(content)]
+    assert len(shown) > 40
+    for fact in facts_in(content):
+        assert show(resolve(found, fact["source"]), fact["how"]) == fact["shown"]
+    own = {*numbers(json.dumps([*sections(), limits("record")], ensure_ascii=False))}
+    own |= {*numbers(json.dumps([*found["evidence.json"]["sites"]]))} | {*numbers("room 7 & 8")}
+    allowed = own | {number for text in shown for number in numbers(text)}
+    text = (folder / "dossier.md").read_text()
+    assert numbers(text) == numbers(markdown(content))
+    links = [line for line in text.splitlines() if line.startswith("- [")]
+    rest = [line for line in text.splitlines() if line not in links]
+    assert {*numbers("\n".join(rest))} <= allowed
+
+
+def test_verifying_a_dossier_is_quick_and_needs_no_torch(released: Any) -> None:
+    code = (
+        "import sys; from fedtune.evidence.verify import verify; "
+        f"verify({str(released[0])!r}); "
+        "assert not {'torch', 'flwr', 'huggingface_hub', 'fpdf'} & {*sys.modules}"
+    )
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert time.monotonic() - began < 30  # 1 s where nothing else runs
+
+
+def test_the_command_shows_a_dossier(released: Any) -> None:
+    folder, found = released
+    known = command("verify", folder, "--trust", found.signer)
+    assert known.exit_code == 0 and "each of its figures is the run's" in known.output
+    assert "by nobody yet" in known.output
+    assert command("verify", folder).exit_code == 3
+    data = json.loads(command("verify", folder, "--trust", found.signer, "--json").output)
+    assert data["dossier"]["files"] == found.dossier["files"]
