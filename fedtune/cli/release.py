@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,7 +54,7 @@ def release(
     from fedtune.evidence.dossier.content import blanks
     from fedtune.files.writing import create
 
-    if details and not details.exists():
+    if details and not os.path.lexists(details):
         create(details, dossier.details_template().encode())
         typer.echo(f"wrote {details}: fill it, and run the same command again")
         return {"wrote": str(details)}

@@ -109,6 +109,8 @@ def _at(file: str, damage: Damage) -> Damage:
 
 
 ADMIT = ("admit", "north.request", "--address", "hub.example:8443", "--fingerprint", "00")
+WHO = ("--name", "A", "--role", "board", "--reason", "read")
+APPROVE = ("approve", "dossier", "--trust", "00", *WHO, "--key", "new.key")
 READ_BY: dict[str, tuple[dict[str, Damage], tuple[tuple[str, ...], ...]]] = {
     PLAN: (
         TOML,
@@ -193,7 +195,13 @@ READ_BY: dict[str, tuple[dict[str, Damage], tuple[tuple[str, ...], ...]]] = {
     ),
     "run/signature.json": (JSON, (("verify", RUN),)),
     "run/evidence.json": (JSON, (("verify", RUN), ("export", RUN, "--out", "new"))),
-    "run/metrics.jsonl": (ANY, (("verify", RUN),)),
+    "run/metrics.jsonl": (ANY, (("verify", RUN), ("release", RUN, "--out", "new"))),
+    "details.toml": (
+        {name: TOML[name] for name in TOML if name not in ("missing", "half", "empty")},
+        (("release", RUN, "--out", "new", "--details", "details.toml"),),
+    ),
+    "dossier/release.json": (JSON, (("verify", "dossier"), APPROVE)),
+    "dossier/dossier.json": (ANY, (("verify", "dossier"),)),
     "run/adapter/adapter_model.safetensors": (
         ANY,
         (

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from fedtune.cli.exit_codes import command
 from fedtune.cli.main import app
 from fedtune.errors import ConfigError
+from fedtune.evidence.dossier.release import details_template, release
 from fedtune.flower import enrol
 from fedtune.launch import coordinator
 from fedtune.server.versions import Version, Versions
@@ -97,6 +98,8 @@ def good(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
         Path("rubric.txt").write_text("Which is better?\n")
         simulate(Path("study.toml"), [Path("site-north.toml")], Path("run"))
         shutil.copy("run/plan.json", "plan.json")
+        release("run", "dossier")
+        Path("details.toml").write_text(details_template())
         _status(Path("run/status.json"))
         shutil.copytree("run", "other")
         adapter = Path("other/adapter/adapter_model.safetensors")
