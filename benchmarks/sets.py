@@ -105,7 +105,12 @@ MTS = DataSet(
     mts_dialog.study,
     lambda data, out, seed: mts_dialog.write(data / "mts_dialog" / "train.jsonl", out, seed),
     mts_dialog.TUNING,
-    ROWS | {"best-head": "federated, best head not private"},
+    {
+        **ROWS,
+        **{f"epsilon-{e:g}": f"federated, ε = {e:g}" for e in (0.5, 2)},
+        **{f"no-start-{e}": f"ε = {e}, the head starts at zero" for e in (1, 3)},
+        "best-head": "federated, best head not private",
+    },
 )
 
 

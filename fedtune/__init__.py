@@ -77,8 +77,9 @@ if TYPE_CHECKING:
     from fedtune.evaluation.predict import predict
     from fedtune.evaluation.predictions import Predictions
     from fedtune.evaluation.run import evaluate
+    from fedtune.evidence.audit_log import verify as verify_log
     from fedtune.evidence.dossier.release import approve, release
-    from fedtune.evidence.figures import NotGenuine
+    from fedtune.evidence.sign import NotGenuine
     from fedtune.evidence.verify import Verified
     from fedtune.evidence.verify import verify as verify_run
     from fedtune.launch.simulate import simulate
@@ -134,7 +135,8 @@ _MODULES = {
     "fedtune.evaluation.predictions": "Predictions",
     "fedtune.evaluation.run": "evaluate",
     "fedtune.evidence.dossier.release": "approve release",
-    "fedtune.evidence.figures": "NotGenuine",
+    "fedtune.evidence.audit_log": "verify_log=verify",
+    "fedtune.evidence.sign": "NotGenuine",
     "fedtune.evidence.verify": "Verified verify_run=verify",
     "fedtune.launch.simulate": "simulate",
     "fedtune.launch.tune": "Search Trial tune",
@@ -236,6 +238,7 @@ __all__ = [
     "simulate",
     "status",
     "tune",
+    "verify_log",
     "verify_model",
     "verify_run",
     "withdraw",

@@ -9,7 +9,7 @@
     │   ├── CheckpointError            a run's checkpoint (fedtune/server/store.py)
     │   ├── WireError                  arrays on the wire (flower/arrays.py)
     │   ├── SealError                  a signature on the wire (wire/seal.py)
-    │   ├── NotGenuine                 a run's folder and its signatures (evidence/figures.py)
+    │   ├── NotGenuine                 signatures of a run or of a log (evidence/sign.py)
     │   └── UnknownPatient             who withdraws is in no record here (client/withdraw.py)
     ├── Refused               exit 3   a rule said no, before data was read
     │   ├── PolicyRefused              the site's policy

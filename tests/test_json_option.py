@@ -98,6 +98,7 @@ def test_an_officers_commands(here: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ledger = said("ledger", "a/site.toml")
     assert ledger["budget"]["epsilon"] == 0 and ledger["studies"] == []
     assert said("purge", "a/site.toml")["deleted"] == {}
+    assert said("log", "a/site.toml")["entries"][0]["event"] == "enroll"
 
 
 def test_what_fails_tells_its_result_and_ends_with_its_code(here: Path) -> None:

@@ -32,6 +32,7 @@ FUNCTIONS = {
     "data report": "data_report",
     "demo": "run_demo",
     "ledger": "Ledger",
+    "log": "verify_log",
     "models fetch": "find_base",
     "models list": "list_bases",
     "models verify": "verify_model",

@@ -122,6 +122,7 @@ TUNING: dict[str, list[Table]] = {
         "epsilon-8": (100.0, 150.0, 200.0),
         "epsilon-3": (60.0, 90.0, 130.0),
         "epsilon-1": (12.0, 24.0, 40.0),
+        "no-preconditioner-3": (10.0, 20.0, 40.0),
         "local": (10.0, 20.0, 40.0),
         "best-lora": (50.0, 100.0, 300.0),
     }.items()

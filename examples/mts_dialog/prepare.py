@@ -111,6 +111,11 @@ ARMS: dict[str, Table] = {
     "epsilon-8": private(8.0),
     "epsilon-3": private(3.0, training={"learning_rate": 0.4}),
     "epsilon-1": private(1.0, training={"learning_rate": 0.1}),
+    "epsilon-2": private(2.0, training={"learning_rate": 0.4}),
+    "epsilon-0.5": private(0.5, training={"learning_rate": 0.1}),
+    # Less the public start: the head begins at zero.
+    "no-start-3": private(3.0, start=None, training={"learning_rate": 0.4}),
+    "no-start-1": private(1.0, start=None, training={"learning_rate": 0.1}),
     "local": private(8.0, training={"learning_rate": 0.2}),  # one site alone
     "best-head": {
         "privacy": "off",
@@ -126,6 +131,10 @@ TUNING: dict[str, list[Table]] = {
         "epsilon-8": (0.4, 0.8, 1.6),
         "epsilon-3": (0.3, 0.4, 0.6),
         "epsilon-1": (0.05, 0.1, 0.15),
+        "epsilon-2": (0.2, 0.4, 0.8),
+        "epsilon-0.5": (0.05, 0.1, 0.2),
+        "no-start-3": (0.2, 0.4, 0.8),
+        "no-start-1": (0.05, 0.1, 0.2),
         "local": (0.2, 0.4, 0.8),
         "best-head": (0.03, 0.1, 0.3),
     }.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,6 +145,27 @@ def versions_table(index: Index) -> Table:
         row = (f"{v.number}{mark}", at, short(v.value), other, short(v.sure), v.public[:8] or "–")
         table.add_row(*(escape(printable(cell)) for cell in (*row, v.decision)))
     return table
+
+
+def acts_table(entries: Sequence[Mapping[str, Any]]) -> Table:
+    """Build the table of an audit log's entries."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for head in ("", "time, UTC", "act", "by"):
+        table.add_column(head, no_wrap=True)
+    for head in ("rule", "facts"):
+        table.add_column(head, overflow="fold")
+    for entry in entries:
+        who = entry["login"] + (f" for {entry['person']}" if entry["person"] else "")
+        facts = ", ".join(f"{name} {_digest(value)}" for name, value in entry["facts"].items())
+        at = entry["time"][:19].replace("T", " ")
+        row = (str(entry["seq"]), at, entry["event"], who, entry["rule"], facts)
+        table.add_row(*(escape(printable(cell)) for cell in row))
+    return table
+
+
+def _digest(value: Any) -> str:
+    text = str(value)
+    return f"{text[7:19]}…" if text.startswith("sha256:") else text
 
 
 def evaluation_table(result: dict[str, Any]) -> Table:

@@ -250,10 +250,13 @@ def export(
 
     Spends nothing. The model's guarantee, its limits and the base's licence go with it."""
     from fedtune.derive.export import export as write
+    from fedtune.evidence.audit_log import coordinator_log
     from fedtune.models.run import Run
 
     with Console().status("merging base and adapter"):
         made = write(Run(run), out, to, dtype)
+    if acts := coordinator_log(run):
+        acts.add("export", f"--to {to}", run=run.absolute())
     typer.echo(f"wrote {made}")
     return {"wrote": made}
 

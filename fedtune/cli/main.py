@@ -16,6 +16,7 @@ import typer
 
 from fedtune.cli import data, derive, models, network, plugin, tune, use_run
 from fedtune.cli import init as cli_init
+from fedtune.cli import log as cli_log
 from fedtune.cli import site as cli_site
 from fedtune.cli import status as cli_observe
 from fedtune.cli import verify as cli_verify
@@ -379,6 +380,7 @@ data.add_to(app)
 derive.add_to(app)
 plugin.add_to(app)
 cli_observe.add_to(app, USE)
+cli_log.add_to(app, USE)
 
 
 @functools.cache

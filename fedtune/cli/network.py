@@ -15,6 +15,7 @@ from fedtune.cli.study import SET
 
 if TYPE_CHECKING:
     from fedtune.config import Site
+    from fedtune.evidence.audit_log import AuditLog
     from fedtune.flower.enrol import Request
 
 PANEL = "Between machines"
@@ -69,6 +70,7 @@ def enroll(
 def ask(site: Path, out: Path | None = None, *, new_keys: bool = False) -> dict[str, Any]:
     """Make the keys that a site lacks and write its request, as `enroll` does."""
     from fedtune.config import load_site
+    from fedtune.evidence.audit_log import AuditLog
     from fedtune.flower import enrol
     from fedtune.flower.membership import keys_folder
     from fedtune.ledger.ledger import Ledger
@@ -80,7 +82,10 @@ def ask(site: Path, out: Path | None = None, *, new_keys: bool = False) -> dict[
         keys.rename(old)
         typer.echo(f"put the present keys aside: {old}; delete them once the new ones are admitted")
     file = out or site.resolve().parent / f"{loaded.site.name}.request"
-    fingerprint = enrol.enroll(loaded.site.name, keys, Ledger(loaded.site.state).key, file)
+    book = Ledger(loaded.site.state)
+    fingerprint = enrol.enroll(loaded.site.name, keys, book.key, file)
+    rule = "--new-keys" if new_keys else ""
+    AuditLog(book.folder, book.key).add("enroll", rule, fingerprint=fingerprint)
     typer.echo(
         f"wrote {file}: send it to the coordinator (it holds no secret)\n"
         f"fingerprint   {fingerprint}\n"
@@ -103,6 +108,13 @@ def _home(told: Path | None) -> Path:
             "go to the folder of study.toml, or give --home DIR",
         )
     return home
+
+
+def _log(home: Path) -> AuditLog:
+    from fedtune.evidence.audit_log import AuditLog
+    from fedtune.wire.keys import SigningKey
+
+    return AuditLog(home, SigningKey.at(home / "signing.key"))
 
 
 ADMIT_REQUESTS = Annotated[
@@ -154,6 +166,7 @@ def admit(
     answer, plans, files = None, True, dict[str, Path]()
     for request in asked:
         answer = enrol.admit(home, request, address)
+        _log(home).add("admit", "--fingerprint", site=request.name, fingerprint=request.fingerprint)
         file = replace(out or Path(f"{request.name}.answer"), json.dumps(asdict(answer)).encode())
         plans, files[request.name] = plans and bool(answer.plan), file
         typer.echo(
@@ -226,7 +239,9 @@ def join(site: Site, answer: Path | None, fingerprint: str | None) -> None:
     On a terminal, and where this site has not joined this consortium before, the fingerprint is
     asked for; it is not shown. Errors: ConfigError, Refused."""
     from fedtune.errors import ConfigError
+    from fedtune.evidence.audit_log import AuditLog
     from fedtune.flower import membership
+    from fedtune.ledger.ledger import Ledger
 
     if answer is None:
         if fingerprint is not None:
@@ -244,6 +259,8 @@ def join(site: Site, answer: Path | None, fingerprint: str | None) -> None:
     if fingerprint is None and known is None and sys.stdin.isatty():
         fingerprint = typer.prompt("the consortium's fingerprint, as the coordinator read it out")
     joined = membership.join(answer, keys, name, fingerprint)
+    book = Ledger(site.site.state)
+    AuditLog(book.folder, book.key).add("join", "--answer", consortium=joined.fingerprint)
     typer.echo(f"joined the consortium {joined.fingerprint}, at {joined.address}")
     if joined.plan:
         typer.echo(f"plan   came with the answer: fedtune review {answer} --site {site.file}")
@@ -259,6 +276,7 @@ def revoke(
     from fedtune.flower import enrol
 
     record = enrol.revoke(_home(home), name)
+    _log(_home(home)).add("revoke", site=name)
     typer.echo(f"revoked {name} at {record.revoked}; its keys are refused from now on")
     return {"name": name, "revoked": record.revoked}
 

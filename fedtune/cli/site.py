@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,8 +16,10 @@ from rich.padding import Padding
 
 from fedtune.cli.exit_codes import Told, command
 from fedtune.cli.study import SET, load
+from fedtune.errors import ConfigError, printable
 
 if TYPE_CHECKING:
+    from fedtune.client.review import Review
     from fedtune.client.withdraw import Withdrawal
 
 PANEL = "Answer for a site's data"
@@ -60,31 +63,29 @@ def review(
     from fedtune.client.review import read_plan
     from fedtune.client.review import review as review_plan
     from fedtune.config import load_site
-    from fedtune.errors import PolicyRefused, printable
+    from fedtune.errors import PolicyRefused
+    from fedtune.evidence.audit_log import AuditLog, login
     from fedtune.ledger.ledger import Ledger
 
     loaded = load_site(site)
     plan = read_plan(study, loaded, settings or ())
     book = Ledger(loaded.site.state)
+    acts = AuditLog(book.folder, book.key)
     outcome = review_plan(plan, loaded, book)
-    console = Console()
-    console.print(f"[bold]{escape(plan.study.name)}[/bold]  {outcome.digest}", highlight=False)
-    for heading, lines in outcome.sections:
-        console.print(f"\n[bold]{heading}[/bold]")
-        for line in lines:
-            console.print(Padding(escape(printable(line)), (0, 0, 0, 2)), highlight=False)
-    style = "bold red" if outcome.refusals else "bold"
-    console.print(f"\n[{style}]{escape(outcome.verdict)}[/{style}]", highlight=False)
-    for line in outcome.refusals:
-        console.print(Padding(escape(printable(line)), (0, 0, 0, 2)), highlight=False)
+    _show_review(outcome, plan.study.name)
+    facts: dict[str, Any] = {"plan": outcome.digest, "study": plan.study.name}
+    facts["refusals"] = len(outcome.refusals)
     if sign:
         if outcome.refusals and not anyway:
             raise PolicyRefused(
                 "a plan that this site refuses is not signed",
                 todo="change site.toml first, or sign it with --anyway",
             )
-        book.admit(outcome.digest, getpass.getuser())
-        console.print(f"\nsigned by {getpass.getuser()}: this plan, and no other, is admitted")
+        acts.add("sign", "--anyway" if outcome.refusals else "--sign", **facts)
+        book.admit(outcome.digest, login())
+        typer.echo(f"\nsigned by {login()}: this plan, and no other, is admitted")
+    else:
+        acts.add("review", once=True, **facts)
     return {
         "study": plan.study.name,
         "digest": outcome.digest,
@@ -93,6 +94,22 @@ def review(
         "verdict": outcome.verdict,
         "signed": sign,
     }
+
+
+def _show_review(outcome: Review, name: str) -> None:
+    """Print a review: its sections, then the verdict."""
+    console, style = Console(), "bold red" if outcome.refusals else "bold"
+
+    def indented(lines: Sequence[str]) -> None:
+        for line in lines:
+            console.print(Padding(escape(printable(line)), (0, 0, 0, 2)), highlight=False)
+
+    console.print(f"[bold]{escape(name)}[/bold]  {outcome.digest}", highlight=False)
+    for heading, lines in outcome.sections:
+        console.print(f"\n[bold]{heading}[/bold]")
+        indented(lines)
+    console.print(f"\n[{style}]{escape(outcome.verdict)}[/{style}]", highlight=False)
+    indented(outcome.refusals)
 
 
 def ledger(
@@ -130,8 +147,8 @@ def ledger(
     --accept."""
     from fedtune.cli.ledger_view import ledger_facts, ledger_view
     from fedtune.config import load_site
-    from fedtune.errors import ConfigError
-    from fedtune.ledger.declared import to_accept
+    from fedtune.evidence.audit_log import AuditLog, login
+    from fedtune.ledger.declared import check_acceptable
     from fedtune.ledger.ledger import Ledger
 
     loaded = load_site(site)
@@ -139,17 +156,19 @@ def ledger(
     if not folder.exists() and not restore:
         raise ConfigError(f"{folder}: no ledger yet", todo="it begins with the first study")
     book = Ledger.restore(folder, copy) if restore else Ledger(folder)
+    acts = AuditLog(book.folder, book.key)
+    if restore:
+        acts.add("restore", "--from" if copy else "--restore")
     book.verify()
     if backup:
+        acts.add("backup", "--backup")
         book.backup(backup)
         typer.echo(f"copied to {backup}, without this site's private key")
     unit = "patient" if loaded.data.columns.patient else "record"
     if accept is not None:
-        if not (book.unknown(accept, unit) or to_accept(book, accept)):
-            raise ConfigError(
-                f"nothing of dataset {accept!r} is unknown", "a dataset with such rounds"
-            )
-        book.accept(accept, getpass.getuser(), reason)
+        check_acceptable(book, accept, unit)
+        acts.add("accept", "--accept", dataset=accept)
+        book.accept(accept, login(), reason)
     dataset = accept or loaded.data.name
     Console().print(ledger_view(book, dataset, loaded.policy, unit))
     return ledger_facts(book, dataset, loaded.policy, unit)
@@ -189,8 +208,8 @@ def withdraw(
         when = check_receipt(check, Ledger(loaded.site.state))
         typer.echo(f"{check}: given by this site; the withdrawal of {when} stands")
         return {"receipt": check, "time": when}
-    keys, results = _keys(file), list[dict[str, Any]]()
-    book, unknown, results = Ledger(loaded.site.state), 0, list[dict[str, Any]]()
+    keys, unknown, results = _keys(file), 0, list[dict[str, Any]]()
+    book = Ledger(loaded.site.state)
     for number, key in enumerate(keys, 1):
         try:
             withdrawal = leave_out(loaded, key, book, unseen)

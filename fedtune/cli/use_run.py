@@ -152,6 +152,7 @@ def versions(
     on the public records. The study may go on meanwhile."""
     from fedtune.cli.console import versions_table
     from fedtune.errors import ConfigError, InputError
+    from fedtune.evidence.audit_log import coordinator_log
     from fedtune.evidence.verify import key_of
     from fedtune.report.declared import declared_line
     from fedtune.run_folder import read_report
@@ -161,6 +162,10 @@ def versions(
         raise ConfigError("--rollback and --unpin", "one of the two")
     book = Versions(run)
     signed_by = key_of(run) if rollback is not None or unpin else None
+    acts = coordinator_log(run) if rollback is not None or unpin else None
+    if acts:
+        rule = "--unpin" if unpin else f"--rollback {rollback}"
+        acts.add("release", rule, run=run.absolute())
     if rollback is not None:
         index = book.roll_back(rollback)
     elif unpin:

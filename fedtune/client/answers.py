@@ -12,7 +12,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from fedtune.client.prepared import Unprepared, Update
 from fedtune.client.site import SiteWorker
 from fedtune.errors import FedtuneError, Refused
+from fedtune.evidence.audit_log import AuditLog
 from fedtune.flower.arrays import Arrays, bodies, read_agreed, to_record
+from fedtune.observe.log import reason_of
 from fedtune.wire.seal import SealError, body_digest, check_order
 
 log = logging.getLogger("fedtune.client")
@@ -51,6 +53,7 @@ def sealed(
         check_order(order, site.coordinator_of(digest))
         adapter = read_agreed(message.content.array_records["adapter"], site.shapes(digest))
         update = work(site, digest, number, adapter, str(order["receipt"]))
+        note(site, "release", site.site.policy.admission, plan=digest, round=number, kind=record)
         update_arrays = to_record(update.delta)
         complete = answer | {"events": json.dumps(update.events)}
         content_digest = body_digest(bodies(update_arrays), complete)
@@ -59,8 +62,30 @@ def sealed(
 
     if failure := guarded(attempt, context):
         answer["status"], answer["reason"] = failure
+        note_refusal(context, site_of, failure, kind=record)
     content = RecordDict({record: arrays, "site": ConfigRecord(dict(answer))})
     return Message(content, reply_to=message)
+
+
+def note(site: SiteWorker, event: str, rule: str, **facts: Any) -> None:
+    """Enter an act of the site's process in its audit log. Errors: InfrastructureError, with which
+    what was to be done is not done."""
+    AuditLog(site.home.folder, site.key).add(event, rule, once=True, **facts)
+
+
+def note_refusal(
+    context: Context,
+    site_of: Callable[[Context], SiteWorker],
+    failure: tuple[str, str],
+    **facts: Any,
+) -> None:
+    """Enter a refusal, with the rule that said no; the coordinator is answered in any case."""
+    status, reason = failure
+    if status == "refused":
+        try:
+            note(site_of(context), "refuse", reason_of(reason), **facts)
+        except FedtuneError as error:
+            log.warning("not in the audit log: %s", error)
 
 
 def _plan_of(named: Any, order_for: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedtune.client.answers import Work, guarded, sealed, site_errors
+from fedtune.client.answers import Work, guarded, note, note_refusal, sealed, site_errors
 from fedtune.client.policy import check_watch
 from fedtune.client.site import SiteWorker, worker
 from fedtune.client.site_file import site_file
@@ -50,10 +50,13 @@ def prepare(message: Message, context: Context) -> Message:
         if admission.declared is not None:
             answer["declared"] = admission.declared
         if not admission.admitted:
-            answer.update(status="refused", reason=admission.reason)
+            raise PolicyRefused(admission.reason)
+        rule = site.site.policy.admission
+        note(site, "admit", rule, plan=study.digest, study=study.study.name)
 
     if failure := guarded(attempt, context):
         answer["status"], answer["reason"] = failure
+        note_refusal(context, site_of, failure, kind="plan")
     answer["admitted"] = answer["status"] == "admitted"
     return Message(RecordDict({"admission": ConfigRecord(dict(answer))}), reply_to=message)
 

@@ -21,6 +21,7 @@ from fedtune.client.withdraw import RECEIPTS
 from fedtune.config import Site, study_from_json
 from fedtune.config.records import RECORDS
 from fedtune.errors import ConfigError, FedtuneError, InfrastructureError, InputError
+from fedtune.evidence.audit_log import AuditLog
 from fedtune.files.writing import sync_folder
 from fedtune.flower.processes import alone
 from fedtune.ledger.files import DATABASE, OUTBOX, outbox_prefix, traces
@@ -44,6 +45,7 @@ NEVER_DELETED = (
     *("site.key", "salt", "steps.jsonl"),  # steps.jsonl: a restore charges by it
     f"{RECEIPTS}/*",  # what patients were told of their withdrawals
     *("keys/*", "keys.old-*"),  # the site's way into its consortium
+    *("audit*.jsonl", "audit.lock"),
     *(LOCK, "flower/lock"),
     *("site.toml", RECORDS),  # of a site that was made in memory
 )
@@ -92,8 +94,12 @@ def listing(site: Site, study: str | None = None) -> Listing:
 def purge(contents: Listing) -> None:
     """Delete the listed files and the folders that become empty.
 
-    Errors: InfrastructureError where a client runs on this state, or the disk refuses."""
+    Errors: InfrastructureError where a client runs on this state, or the disk refuses; LedgerError,
+    before anything is deleted."""
     with alone(contents.state / "flower", "fedtune client"):
+        if traces(contents.state):
+            key = Ledger(contents.state).key  # not with a damaged ledger: a restore may need these
+            AuditLog(contents.state, key).add("purge", files=len(contents.files))
         try:
             for path in contents.files:
                 path.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from fedtune.config import Site, SiteData
 from fedtune.data.records import read_records, unit_member
 from fedtune.dp.accountant import Steps, epsilon
 from fedtune.errors import ConfigError, DataError, InputError
+from fedtune.evidence.audit_log import AuditLog
 from fedtune.files import reading
 from fedtune.files.writing import replace
 from fedtune.ledger.chain import Entry
@@ -86,6 +87,7 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
             "record as yet",
         )
     entry, releases = ledger.withdraw(key), _releases(site, ledger, datasets)
+    AuditLog(ledger.folder, ledger.key).add("withdraw", "--unseen" if unseen else "")
     receipt = _receipt(site, ledger, entry, releases)
     path = site.site.state / RECEIPTS / f"withdrawal-{entry.seq}.json"
     replace(path, json.dumps(receipt, indent=1).encode(), private=True)

@@ -13,17 +13,12 @@ from typing import Any, NoReturn
 
 from fedtune.config import PrivacyTable, Study
 from fedtune.dp.accountant import Steps, epsilon
-from fedtune.errors import InputError
-from fedtune.evidence.sign import EVIDENCE
+from fedtune.evidence.sign import EVIDENCE, NotGenuine
 from fedtune.wire import fingerprints, seal, step_summary
 
 MALFORMED = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError)
 SAME = 1e-9  # relative: two computations of one ε
 TODO = "get the folder again from who signed it; do not use this one"
-
-
-class NotGenuine(InputError):
-    """A run's folder that contradicts its signatures."""
 
 
 def fail(where: Path | str, happened: str, expected: str = "") -> NoReturn:

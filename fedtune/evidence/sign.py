@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import Study
+from fedtune.errors import InputError
 from fedtune.files.writing import replace
 from fedtune.wire.keys import SigningKey, canonical
 
@@ -24,9 +25,14 @@ FORMAT = "fedtune-evidence-1"
 PURPOSE = b"fedtune run\0"
 FILES = ("plan.json", "report.json", "report.md", "progress.png", "metrics.jsonl", EVIDENCE)
 ADAPTER, VERSIONS = "adapter", "versions"  # in a study with a [schedule] the first is a link
+HOME = Path("coordinator")  # beside the folder of runs, unless it was placed elsewhere
 RUN = "run"  # in an exported model: the folder of what it was made of
 # A person may choose another version later, and a process may be about to.
 UNSIGNED = {f"{VERSIONS}/index.json", f"{VERSIONS}/lock"}
+
+
+class NotGenuine(InputError):
+    """A run's folder or an audit log that contradicts its signatures."""
 
 
 def sign(

@@ -18,16 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import FedtuneError, Refused
-from fedtune.evidence.figures import MALFORMED, TODO, NotGenuine, fail, privacy, rounds, seals
+from fedtune.evidence.figures import MALFORMED, TODO, fail, privacy, rounds, seals
 from fedtune.evidence.sign import (
     ADAPTER,
     EVIDENCE,
     FORMAT,
+    HOME,
     PURPOSE,
     RUN,
     SIGNATURE,
     UNSIGNED,
     VERSIONS,
+    NotGenuine,
     covered,
     sha256,
 )
@@ -37,7 +39,6 @@ from fedtune.wire import fingerprints
 from fedtune.wire.keys import SigningKey, canonical, verifies
 
 DOSSIER = ("release.json", "dossier.json", "dossier.html", "dossier.md", "dossier.pdf")
-HOME = Path("coordinator")  # beside the folder of runs, unless it was placed elsewhere
 LARGE = 1 << 28  # bytes of evidence.json
 
 
@@ -84,7 +85,7 @@ def verify(run: Path | str, trust: str = "", sites: Mapping[str, str] | None = N
     >>> fedtune.verify_run("runs/none")
     Traceback (most recent call last):
       ...
-    fedtune.evidence.figures.NotGenuine: ...
+    fedtune.evidence.sign.NotGenuine: ...
 
     Errors: NotGenuine (a file, a signature or a figure that does not fit), Refused (another signer
     than `trust`, or another site than `sites`), InputError, ConfigError (no run)."""

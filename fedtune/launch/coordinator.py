@@ -44,6 +44,7 @@ from flwr.serverapp import Grid
 
 from fedtune.config import Study
 from fedtune.errors import ConfigError, InfrastructureError
+from fedtune.evidence.audit_log import AuditLog
 from fedtune.files.writing import replace
 from fedtune.flower import allowance, api, certs, enrol
 from fedtune.flower.processes import (
@@ -58,6 +59,7 @@ from fedtune.flower.processes import (
     own_name,
     reachable,
 )
+from fedtune.observe.log import reason_of
 from fedtune.progress import OnEvent
 from fedtune.wire import fingerprints
 from fedtune.wire.keys import SigningKey
@@ -89,12 +91,12 @@ def serve(
         with alone(home / "flower", "fedtune server") as killed, interruptible():
             prepare(home, host, port, names, STOP_SECONDS if killed else 0.0)
             (home / enrol.PLAN).unlink(missing_ok=True)  # of an earlier study
+            on_event = audited(home, on_event)
             rounds = run or _installed_rounds(home, on_event)
             with superlink(home) as link:
                 try:
                     with study_grid(link, home) as grid, supervised_gateway(link, home, host, port):
-                        if on_event:
-                            on_event("listening", listening(study, home, called(host, port, names)))
+                        on_event("listening", listening(study, home, called(host, port, names)))
                         return rounds(grid, study, out, resume=resume, on_event=on_event)
                 except (httpx.HTTPError, InfrastructureError) as error:
                     raise _blame(link.child, error) from None
@@ -335,6 +337,28 @@ class Members:
             count, _ = self._asked.get(name, (0, 0))
             self._asked[name] = (count + 1, most)
         allowance.write(self._home, self._asked)
+
+
+def audited(home: Path, on_event: OnEvent | None) -> OnEvent:
+    """Enter what a study decides in the coordinator's audit log, then hand each event on: it began
+    and ended, a site refused or its update was dropped, another version is released."""
+    acts = AuditLog(home, SigningKey.at(home / "signing.key"))
+
+    def hear(event: str, data: dict[str, Any]) -> None:
+        status = data.get("status")
+        if event == "start":
+            acts.add("start", plan=data["plan_digest"], study=data["study"], done=data["done"])
+        elif event == "site" and status in ("refused", "dropped"):
+            kind, rule = ("refuse" if status == "refused" else "drop"), reason_of(data["reason"])
+            acts.add(kind, rule, once=True, site=data["name"], round=data["round"])
+        elif event == "version" and data.get("promoted"):
+            acts.add("release", "[schedule]", version=data["champion"])
+        elif event == "done":
+            acts.add("finish", run=Path(data["out"]))
+        if on_event:
+            on_event(event, data)
+
+    return hear
 
 
 def _ca(home: Path) -> str:

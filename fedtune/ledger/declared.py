@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from fedtune.errors import PolicyRefused
+from fedtune.errors import ConfigError, PolicyRefused
 from fedtune.ledger.account import NOT_PRIVATE
 from fedtune.ledger.entries import EVERY
 
@@ -88,6 +88,14 @@ def to_accept(ledger: Ledger, dataset: str) -> bool:
     """Return whether a declaration is in the ledger that nobody has accepted for `dataset`."""
     with ledger._store.writing():
         return bool(_not_accepted(ledger, dataset))
+
+
+def check_acceptable(ledger: Ledger, dataset: str, unit: str) -> None:
+    """Check that there is something for a person to accept. Errors: ConfigError."""
+    if not (ledger.unknown(dataset, unit) or to_accept(ledger, dataset)):
+        raise ConfigError(
+            f"nothing of dataset {dataset!r} is unknown", "a dataset with such rounds"
+        )
 
 
 def _not_accepted(ledger: Ledger, dataset: str) -> list[str]:

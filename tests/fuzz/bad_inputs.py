@@ -255,6 +255,7 @@ READ_BY: dict[str, tuple[dict[str, Damage], tuple[tuple[str, ...], ...]]] = {
         (("ledger", SITE),),
     ),
     "state-north/site.key": (ANY | {"empty": _as(b"")}, (("ledger", SITE),)),
+    "state-north/audit.jsonl": (JSON, (("log", SITE),)),
     "state-north/salt": (ANY | {"empty": _as(b"")}, (("ledger", SITE),)),
 }  # fmt: skip
 MAY_PASS = frozenset({0, 2})  # shown as far as it can be read

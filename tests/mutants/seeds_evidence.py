@@ -7,6 +7,7 @@ from tests.mutants.mutant import one as _one
 VERIFY, FIGURES = "fedtune/evidence/verify.py", "fedtune/evidence/figures.py"
 T, ATTACKS = "tests/test_verify.py::", "tests/test_verify_attacks.py::"
 FORGED = "a forged report passes"
+AUDIT, T_AUDIT = "fedtune/evidence/audit_log.py", "tests/test_audit_log.py::"
 DOSSIER = "fedtune/evidence/dossier/"
 CHECKS, RELEASES = "tests/dossier/test_verify_dossier.py::", "tests/dossier/test_release.py::"
 
@@ -127,5 +128,32 @@ MUTANTS = (
         "tests/dossier/test_approve.py::"
         "test_an_approval_of_another_release_or_under_another_name_is_refused",
         "a yes to another folder counts for this one",
+    ),
+    _one(
+        "audit log", "an-entry-may-be-taken-out", AUDIT,
+        'entry["seq"] != len(entries) or entry["prev"] != prev', 'entry["seq"] < 0',
+        T_AUDIT + "test_entries_that_were_moved_are_refused", "who admitted a site is taken out",
+    ),
+    _one(
+        "audit log", "nobody-checks-who-signed", AUDIT,
+        'PURPOSE + canonical(signed), entry["signature"]):', 'b"", "") and not signed:',
+        T_AUDIT + "test_another_key_is_refused_also_with_a_whole_chain_of_its_own",
+        "a log of somebody's own making",
+    ),
+    _one(
+        "audit log", "a-variable-names-who-did-it", AUDIT,
+        "return pwd.getpwuid(os.getuid()).pw_name", 'return os.environ["LOGNAME"]',
+        T_AUDIT + "test_a_log_verifies_and_says_who_when_and_under_which_rule",
+        "a plan is signed under another's name",
+    ),
+    _one(
+        "audit log", "a-reason-in-full", "fedtune/launch/coordinator.py",
+        'reason_of(data["reason"])', 'str(data["reason"])',
+        T_AUDIT + "test_what_a_study_decides_is_entered", "what a site said is kept for years",
+    ),
+    _one(
+        "audit log", "an-update-leaves-unentered", "fedtune/client/answers.py",
+        '        note(site, "release",', '        note(site, "refuse",',
+        T_AUDIT + "test_every_act_at_a_site_is_entered", "nobody can say what left",
     ),
 )  # fmt: skip

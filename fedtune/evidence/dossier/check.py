@@ -21,8 +21,8 @@ from fedtune.evidence.dossier.seal import (
     check_files,
     read_release,
 )
-from fedtune.evidence.figures import MALFORMED, TODO, NotGenuine, fail
-from fedtune.evidence.sign import RUN
+from fedtune.evidence.figures import MALFORMED, TODO, fail
+from fedtune.evidence.sign import RUN, NotGenuine
 from fedtune.evidence.verify import Verified, verify_run
 from fedtune.files import reading
 from fedtune.wire import fingerprints

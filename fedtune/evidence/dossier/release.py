@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import ConfigError, InputError, Refused
+from fedtune.evidence.audit_log import AuditLog
 from fedtune.evidence.dossier.card import card
 from fedtune.evidence.dossier.content import blanks, build
 from fedtune.evidence.dossier.facts import documents
@@ -25,8 +26,8 @@ from fedtune.evidence.dossier.seal import (
     read_release,
     sign,
 )
-from fedtune.evidence.sign import RUN, carry
-from fedtune.evidence.verify import HOME, Verified, certificate_of, verify, verify_run
+from fedtune.evidence.sign import HOME, RUN, carry
+from fedtune.evidence.verify import Verified, certificate_of, verify, verify_run
 from fedtune.files import reading
 from fedtune.files.writing import replace
 from fedtune.run_folder import new_folder
@@ -55,7 +56,7 @@ def release(
     >>> fedtune.release("runs/none", "dossiers/none")
     Traceback (most recent call last):
       ...
-    fedtune.evidence.figures.NotGenuine: ...
+    fedtune.evidence.sign.NotGenuine: ...
 
     Guarantee: `out` is whole or not there, it verifies, and every figure in it is the run's.
 
@@ -65,7 +66,10 @@ def release(
     proven = verify_run(run)
     if proven.exported:
         raise ConfigError(f"{run}: is an exported model", "the run itself", "release the run")
+    home = home or run.absolute().parent.parent / HOME
     key, ca = _key(run, home, proven)
+    if not proven.simulated:
+        AuditLog(home, key).add("release", run=run.absolute(), dossier=out)
     with new_folder(out) as draft:
         carry(run, draft)
         found = dict(documents(draft / RUN)) | {"simulated": proven.simulated}
@@ -78,11 +82,11 @@ def release(
     return verify(out)
 
 
-def _key(run: Path, home: Path | None, proven: Verified) -> tuple[SigningKey, str]:
+def _key(run: Path, home: Path, proven: Verified) -> tuple[SigningKey, str]:
     """Errors: Refused."""
     if proven.simulated:
         return SigningKey(), ""
-    path = (home or run.absolute().parent.parent / HOME) / "signing.key"
+    path = home / "signing.key"
     signer, ca = certificate_of(run)
     key = SigningKey.at(path) if path.exists() else None
     if key is None or key.public != signer:
@@ -155,7 +159,7 @@ def approve(
     >>> fedtune.approve("dossiers/none", "ada.key", "0123 4567 89ab cdef 0123", **who)
     Traceback (most recent call last):
       ...
-    fedtune.evidence.figures.NotGenuine: ...
+    fedtune.evidence.sign.NotGenuine: ...
 
     Errors: NotGenuine, Refused (another signer), InputError (this key approved it already),
     ConfigError (nothing was said)."""

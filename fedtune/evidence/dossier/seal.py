@@ -16,8 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedtune.evidence.figures import MALFORMED, TODO, NotGenuine, fail
-from fedtune.evidence.sign import ADAPTER, RUN, sha256
+from fedtune.evidence.figures import MALFORMED, TODO, fail
+from fedtune.evidence.sign import ADAPTER, RUN, NotGenuine, sha256
 from fedtune.files import reading
 from fedtune.files.writing import replace
 from fedtune.wire.keys import SigningKey, canonical, verifies

@@ -1,0 +1,91 @@
+"""The command that shows and verifies an audit log."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedtune.cli.exit_codes import command
+
+PATH = Annotated[
+    Path,
+    typer.Argument(
+        metavar="PATH",
+        help="A site.toml, a coordinator's home, or a folder with audit.jsonl.",
+        show_default=False,
+    ),
+]
+HEAD = Annotated[
+    str,
+    typer.Option(
+        metavar="SEQ:HASH",
+        help="A head that was noted earlier: it must be in the chain.",
+        show_default=False,
+    ),
+]
+SIGNER = Annotated[
+    str,
+    typer.Option(
+        metavar="KEY",
+        help="The public key that must have signed it, for a copy without the key beside it.",
+        show_default=False,
+    ),
+]
+
+
+def add_to(app: typer.Typer, panel: str) -> None:
+    """Register the command on `app`."""
+    command(app, panel=panel)(log)
+
+
+def log(
+    path: PATH,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Print the verdict alone, not the entries.")
+    ] = False,
+    head: HEAD = "",
+    signer: SIGNER = "",
+    event: Annotated[
+        str, typer.Option(metavar="NAME", help="Show entries of this kind alone.")
+    ] = "",
+) -> dict[str, Any]:
+    """Show who did what at this site or coordinator, when, and under which rule.
+
+    Every entry is signed and names the one before it; all of them are checked first, and a log that
+    was changed ends with exit code 2. Nobody can tell from the log alone that its newest entries
+    were cut off: note the head where somebody else keeps it, and give it with --head later."""
+    from rich.console import Console
+
+    from fedtune.cli.console import acts_table
+    from fedtune.errors import InputError
+    from fedtune.evidence import audit_log
+
+    if event and event not in audit_log.EVENTS:
+        raise InputError(
+            f"--event {event[:40]}: not known", ", ".join(sorted(audit_log.EVENTS)), "choose one"
+        )
+    folder = _folder(path)
+    checked = audit_log.verify(folder, signer or audit_log.signer_at(folder), head)
+    shown = [entry for entry in checked.entries if event in ("", entry["event"])]
+    if not verify:
+        Console().print(acts_table(shown))
+    typer.echo(
+        f"{len(checked.entries)} entries, whole and signed by {checked.signer}\nhead {checked.head}"
+    )
+    return {
+        "entries": [] if verify else shown,
+        "count": len(checked.entries),
+        "signer": checked.signer,
+        "head": checked.head,
+    }
+
+
+def _folder(path: Path) -> Path:
+    """Return a site's state folder, or the folder itself. Errors: ConfigError."""
+    if path.is_dir():
+        return path
+    from fedtune.config import load_site
+
+    return load_site(path).site.state

@@ -1,0 +1,302 @@
+"""Keep a role's audit log: who did what, when and under which rule, each entry signed and chained.
+
+    audit.jsonl          in a site's state folder or the coordinator's home: one entry a line
+    audit-000000123.jsonl  an earlier file, named by its first entry; never deleted
+
+An entry is canonical JSON, so that each content has one spelling:
+
+| seq, time       | its number from 0; UTC, whole seconds                                   |
+| event           | one of EVENTS                                                           |
+| login, person   | who the system says ran it; whom $FEDTUNE_PERSON names ("" if nobody)   |
+| rule            | the policy's key, option or plan under which it was done                |
+| facts           | numbers, truth values, and names or digests: never text of a record     |
+| prev            | sha256 of the line before it; 64 zeros in the first                     |
+| signature       | by the role's signing key, over all of the above                        |
+
+Guarantee: an entry that was changed, moved, or taken out from between others is found by `verify`.
+Whoever can read the signing key can write another log, and the last entries can be cut off: note
+the head (`fedtune log` prints it) where somebody else keeps it, and compare with it later.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import pwd
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune.errors import ConfigError, InfrastructureError, InputError
+from fedtune.evidence.sign import HOME, NotGenuine
+from fedtune.files import reading
+from fedtune.files.writing import sync_folder
+from fedtune.wire.keys import SigningKey, canonical, verifies
+
+FILE, LOCK = "audit.jsonl", "audit.lock"
+KEY_FILES = ("site.key", "signing.key")  # a site's, a coordinator's
+PERSON = "FEDTUNE_PERSON"
+LIMIT = 4 * 2**20  # bytes of a file before the next is begun
+LONGEST = 4096  # bytes of an entry
+START = "0" * 64
+PURPOSE = b"fedtune audit\0"
+EVENTS = frozenset({
+    "enroll", "join", "admit", "revoke",  # membership
+    "review", "sign", "refuse", "withdraw", "accept", "restore", "backup", "purge",  # a site
+    "release",  # a site: an update; a coordinator: a version or a dossier
+    "start", "finish", "drop", "export", "approve",  # a coordinator
+})  # fmt: skip
+KEYS = {"seq", "time", "event", "login", "person", "rule", "facts", "prev", "signature"}
+TEXT = re.compile(r"[\w .:,;@/+=≤≥ε()\"'\[\]-]{0,200}")
+EARLIER = re.compile(r"audit-\d{9}\.jsonl")
+HASH = re.compile(r"[0-9a-f]{64}")
+
+
+class NotAuditable(TypeError):
+    """A fact that no audit log may hold; it names the fact, never the value."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What `verify` found: the entries, whose key signed them, and the newest one's head."""
+
+    entries: list[dict[str, Any]]
+    signer: str
+    head: str
+
+
+def login() -> str:
+    """Name the user that the operating system runs this process as; no variable changes it."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # as in a container without a password file
+        return f"uid {os.getuid()}"
+
+
+class AuditLog:
+    """Appends to the log in `folder`, which is made if there is none.
+
+    Several processes may share a folder. Example:
+
+    >>> import tempfile
+    >>> folder, key = Path(tempfile.mkdtemp()), SigningKey()
+    >>> AuditLog(folder, key).add("purge", rule="--yes", files=3)
+    0
+    >>> verify(folder, key.public).entries[0]["facts"]
+    {'files': 3}
+    """
+
+    def __init__(self, folder: Path, key: SigningKey) -> None:
+        self.folder, self._key = folder, key
+
+    def add(self, event: str, rule: str = "", *, once: bool = False, **facts: Any) -> int:
+        """Write an entry durably and return its number.
+
+        once: not where the newest entry says the same, as when a refused question is repeated.
+        A last line that a crash cut short was never acted upon: it is taken away first.
+        Errors: NotAuditable; InfrastructureError where the disk refuses: what was to be logged
+        should then not be done."""
+        said = {"event": event, "facts": _checked(event, rule, facts), "rule": rule}
+        said |= {"login": login(), "person": _person()}
+        try:
+            with _locked(self.folder):
+                last, line = _last(self.folder)
+                if once and last is not None and said == {name: last[name] for name in said}:
+                    return int(last["seq"])
+                seq = last["seq"] + 1 if last else 0
+                moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+                prev = hashlib.sha256(line).hexdigest() if last else START
+                entry = said | {"seq": seq, "time": moment, "prev": prev}
+                signature = self._key.sign(PURPOSE + canonical(entry))
+                _append(self.folder, canonical(entry | {"signature": signature}))
+                return seq
+        except OSError as error:
+            raise InfrastructureError(
+                f"{self.folder / FILE}: cannot be written ({error.strerror})",
+                "an audit log that can be written",
+                "free the disk or fix the permissions, then run again",
+            ) from None
+
+
+def coordinator_log(run: Path) -> AuditLog | None:
+    """Return the log in the coordinator's home beside the folder of runs; None where there is no
+    such home, as beside a simulation, or beside a copy that somebody was sent."""
+    home = run.absolute().parent.parent / HOME
+    key = home / "signing.key"
+    return AuditLog(home, SigningKey.at(key)) if key.exists() else None
+
+
+def verify(folder: Path, public: str, head: str = "") -> Verified:
+    """Verify all files of a log: form, numbers, chain and signatures.
+
+    public: the key that must have signed it (hexadecimal). head: "SEQ:HASH" as noted earlier, which
+    must be in the chain. Errors: NotGenuine; InputError where there is no log."""
+    names = files(folder)
+    if not names:
+        raise InputError(f"{folder}: no audit log", FILE, "it begins with the first act")
+    entries, hashes, prev = list[dict[str, Any]](), list[str](), START
+    with _locked(folder, fcntl.LOCK_SH):
+        for name in names:
+            for where, line in _lines(folder / name):
+                entry = _read(line, where)
+                if entry["seq"] != len(entries) or entry["prev"] != prev:
+                    raise NotGenuine(
+                        f"{where}: does not follow the entry before it",
+                        f"entry {len(entries)}",
+                        "an entry was changed, moved or taken out: look for a backup",
+                    )
+                signed = {key: value for key, value in entry.items() if key != "signature"}
+                if not verifies(public, PURPOSE + canonical(signed), entry["signature"]):
+                    raise NotGenuine(f"{where}: is not signed by the key {public[:16]}…")
+                prev = hashlib.sha256(line).hexdigest()
+                entries.append(entry)
+                hashes.append(prev)
+    _check_head(folder, head, hashes)
+    return Verified(entries, public, f"{len(entries) - 1}:{prev}")
+
+
+def signer_at(folder: Path) -> str:
+    """Return the public key of the role whose folder this is. Errors: ConfigError where there is no
+    key; InfrastructureError."""
+    for name in KEY_FILES:
+        if (folder / name).exists():
+            return SigningKey.at(folder / name).public
+    raise ConfigError(
+        f"{folder}: no signing key here, so nobody is known who should have signed",
+        "a site's state folder or a coordinator's home",
+        "give the public key with --signer; `fedtune log` shows it where the key is",
+    )
+
+
+def files(folder: Path) -> list[str]:
+    """List the log's files, oldest first."""
+    if not folder.is_dir():
+        return []
+    earlier = sorted(path.name for path in folder.iterdir() if EARLIER.fullmatch(path.name))
+    return [*earlier, *([FILE] if os.path.lexists(folder / FILE) else [])]
+
+
+def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield each line and where it is. Errors: NotGenuine."""
+    content = reading.content(path, "an audit log", kind=NotGenuine)
+    *lines, rest = content.split(b"\n")
+    if rest or not lines:
+        raise NotGenuine(
+            f"{path}: the last line is cut short",
+            "whole lines",
+            "after a crash the next entry takes it away: nothing was done under it",
+        )
+    for number, line in enumerate(lines, 1):
+        yield f"{path}: line {number}", line
+
+
+def _read(line: bytes, where: str) -> dict[str, Any]:
+    """Parse an entry in its one spelling. Errors: NotGenuine."""
+    try:
+        entry = json.loads(line)
+        if set(entry) == KEYS and type(entry["seq"]) is int and canonical(entry) == line:
+            return dict(entry)
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        pass
+    raise NotGenuine(f"{where}: is not an entry as fedtune writes it")
+
+
+def _check_head(folder: Path, head: str, hashes: list[str]) -> None:
+    """Check that a head that was noted earlier is in the chain. Errors: InputError, NotGenuine."""
+    if not head:
+        return
+    number, _, hash_ = head.partition(":")
+    if not number.isdecimal() or len(number) > 9 or not HASH.fullmatch(hash_):
+        raise InputError(f"{head[:80]}: no head of an audit log", "SEQ:HASH, as `fedtune log` says")
+    if int(number) >= len(hashes) or hashes[int(number)] != hash_:
+        raise NotGenuine(
+            f"{folder / FILE}: entry {number} is not the one that was noted",
+            "a log that goes on from there",
+            "it was cut off, or begun anew: look for a backup",
+        )
+
+
+def _checked(event: str, rule: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Check that nothing but names and numbers is logged. Errors: NotAuditable."""
+    if event not in EVENTS:
+        raise NotAuditable("event")
+    named = {k: _name(v) if isinstance(v, Path) else v for k, v in facts.items()}
+    for name, value in {"rule": rule, **named}.items():
+        known = isinstance(value, int | float) or (isinstance(value, str) and TEXT.fullmatch(value))
+        if not known:
+            raise NotAuditable(name)
+    return named
+
+
+def _name(path: Path) -> str:
+    """Return a file's or folder's own name, what no name should hold replaced."""
+    return "".join(c if TEXT.fullmatch(c) else "?" for c in path.name)[:200]
+
+
+def _person() -> str:
+    """Return whom $FEDTUNE_PERSON names. Errors: InputError."""
+    name = os.environ.get(PERSON, "").strip()
+    if not TEXT.fullmatch(name):
+        raise InputError(f"{PERSON}: not a name", "at most 200 letters, digits and signs")
+    return name
+
+
+@contextmanager
+def _locked(folder: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Keep other processes from writing meanwhile. Errors: OSError."""
+    if how == fcntl.LOCK_SH and not (folder / LOCK).exists():  # a copy: nobody writes to it
+        yield
+        return
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC if how == fcntl.LOCK_EX else os.O_RDONLY
+    descriptor = os.open(folder / LOCK, flags, 0o600)
+    try:
+        fcntl.flock(descriptor, how)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _last(folder: Path) -> tuple[dict[str, Any] | None, bytes]:
+    """Return the newest entry and its line; a torn line after it is cut off. Errors: NotGenuine."""
+    for name in reversed(files(folder)):
+        with open(folder / name, "r+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 2 * LONGEST))
+            tail = file.read()
+            whole = tail.rfind(b"\n") + 1
+            if whole != len(tail):
+                file.truncate(size - len(tail) + whole)
+                os.fsync(file.fileno())
+        if whole:
+            line = tail[:whole].splitlines()[-1]
+            return _read(line, f"{folder / name}: the last line"), line
+    return None, b""
+
+
+def _append(folder: Path, line: bytes) -> None:
+    """Errors: OSError, NotAuditable."""
+    if len(line) > LONGEST:
+        raise NotAuditable("all facts together")
+    path = folder / FILE
+    if path.exists() and path.stat().st_size > LIMIT:
+        first = json.loads(next(iter(_lines(path)))[1])["seq"]
+        path.rename(folder / f"audit-{first:09d}.jsonl")
+    made = not path.exists()
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    descriptor = os.open(path, flags, 0o600)
+    try:
+        content = memoryview(line + b"\n")
+        while content:
+            content = content[os.write(descriptor, content) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    if made:
+        sync_folder(folder)
