@@ -204,6 +204,7 @@ def test_a_site_begins_with_one_command(tmp_path: Path) -> None:
     """Its file, its keys and its request; the private ones stay at it, for it alone."""
     own = table(tmp_path / "west.csv", 30)
     words = ("init", tmp_path / "own", "--task", "classify", "--role", "site", "--data", own)
+    words += ("--text", "note", "--target", "desk")
     done = cli(*words, "--name", "west", "--enroll")
     assert done.exit_code == 0, done.output
     request = enrol.read_request(tmp_path / "own" / "west.request")

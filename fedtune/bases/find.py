@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "vocab.txt", "merges.txt", "README.md"]
+UNTAUGHT = "SmolLM2 with a vision tower of random features, which nobody taught to see"
 NOT_FROM_HUB = ["*/*", "consolidated*"]  # other formats of the same weights
 
 
@@ -120,7 +121,7 @@ def list_known() -> list[Row]:
             entry.licence,
             entry.digest,
             wheel.folder(name, cache_dir()).is_dir(),
-            str(entry.upstream or "unknown"),
+            str(entry.upstream or (UNTAUGHT if entry.tower else "unknown")),
         )
         for name, entry in KNOWN.items()
     ]

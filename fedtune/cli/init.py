@@ -25,6 +25,17 @@ class Task(StrEnum):
 
     CLASSIFY = "classify"
     ANSWER = "answer"
+    INSTRUCT = "instruct"
+    PREFERENCE = "preference"
+    VISION = "vision"
+    SPEECH = "speech"
+
+
+class Declared(StrEnum):
+    """What a person may say that records are, which no patient is in."""
+
+    PUBLIC = "public"
+    GENERATED = "generated"
 
 
 class Role(StrEnum):
@@ -39,7 +50,9 @@ FOLDER = Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.", sho
 TASK = Annotated[
     Task | None,
     typer.Option(
-        help="A measured recipe: classify, classes of texts; answer, answers to questions.",
+        help="A measured recipe: classify, classes of texts; answer, answers to questions; "
+        "instruct, longer responses to instructions; preference, of two answers the better; "
+        "vision, questions about images; speech, what is said in recordings.",
         show_default=False,
     ),
 ]
@@ -55,8 +68,8 @@ EVALUATION = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Public records with answers: a part chooses each step (answer: and half are learnt "
-        "from for no ε), the others judge.",
+        help="Public records with answers: a part chooses each step (but for classify half are "
+        "learnt from for no ε), the others judge.",
         show_default=False,
     ),
 ]
@@ -64,16 +77,48 @@ PUBLIC = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Task answer: other public records to learn from, for no ε; then none of "
+        help="But for classify: other public records to learn from, for no ε; then none of "
         "--evaluation are.",
         show_default=False,
     ),
 ]
 TEXT = Annotated[
-    str | None, typer.Option(metavar="COLUMN", help="What is read. Without it: text or question.")
+    str | None,
+    typer.Option(metavar="COLUMN", help="What is read. Without it: text, question, prompt …"),
 ]
 TARGET = Annotated[
-    str | None, typer.Option(metavar="COLUMN", help="What is learnt. Without it: label or answer.")
+    str | None,
+    typer.Option(
+        metavar="COLUMN", help="What is learnt. Without it: label, answer, response, chosen, text."
+    ),
+]
+REJECTED = Annotated[
+    str | None,
+    typer.Option(metavar="COLUMN", help="Task preference: the worse answer. Without it: rejected."),
+]
+MEDIA = Annotated[
+    str | None,
+    typer.Option(
+        metavar="COLUMN",
+        help="Tasks vision, speech: the path of an image or a recording, relative to its file of "
+        "records. Without it: image, audio.",
+    ),
+]
+BASE = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="The base, as base.model. Without it: the recipe's, from a wheel.",
+        show_default=False,
+    ),
+]
+DECLARED = Annotated[
+    Declared | None,
+    typer.Option(
+        help="For a rehearsal: no patient is in the sites' records. Such runs cost nothing for "
+        "life, and say so everywhere.",
+        show_default=False,
+    ),
 ]
 PATIENT = Annotated[
     str | None,
@@ -141,10 +186,14 @@ def init(
     public: PUBLIC = None,
     text: TEXT = None,
     target: TARGET = None,
+    rejected: REJECTED = None,
+    media: MEDIA = None,
     patient: PATIENT = None,
     labels: LABELS = None,
+    base: BASE = None,
     size: SIZE = None,
     epsilon: EPSILON = None,
+    declared: DECLARED = None,
     role: WHOSE = Role.BOTH,
     sites: SITES = None,
     name: NAME = None,
@@ -155,35 +204,27 @@ def init(
     With --task: a recipe that was measured, for your files and their columns; on a terminal you are
     asked for what is missing. Without: study.toml and site.toml with every key, commented line by
     line. Each role gets its own files alone."""
-    from fedtune.errors import ConfigError
+    from fedtune import presets
 
-    for option, given in (("--enroll", enroll), ("--name", name is not None)):
-        if given and role is not Role.SITE:
-            raise ConfigError(f"{option} is for a site", "--role site")
+    _check_role(role, enroll, name)
     if role is Role.SITE:
         name = name or (folder.name if re.fullmatch(ALLOWED, folder.name) else "my-hospital")
+    records = presets.Records(
+        prompt=text or "", target=target or "", rejected=rejected or "", media=media or "",
+        patient=patient, data=tuple(data or ()), evaluation=evaluation, public=public,
+        labels=tuple(labels or ()), base=base or "", epsilon=epsilon or 0.0,
+        declared=declared.value if declared else None, role=role.value, name=name, expected=sites,
+    )  # fmt: skip
     if task is None:
-        from fedtune.config import templates
-
-        paths = templates.init(
-            folder, role=role.value, name=name or "my-hospital", sites=sites or 1
-        )
-        if role is not Role.SITE:
-            paths.append(folder / templates.PUBLIC)
-        told = _of_templates(folder, role, sites or 1)
+        paths, told = _templates(folder, records, size)
     else:
-        from fedtune import presets
-
-        columns = _columns(text, target, size, presets.TASKS[task.value].COLUMNS)
-        records = presets.Records(
-            data=tuple(data or ()), evaluation=evaluation, public=public, patient=patient,
-            labels=tuple(labels or ()), epsilon=epsilon or 0.0, role=role.value, name=name,
-            expected=sites, **columns,
-        )  # fmt: skip
-        records = _complete(records, task)
-        paths, told = presets.write(folder, task.value, records), _next(folder, records, task)
+        records = _complete(_asked(records, task, size), task)
+        paths = presets.write(folder, task.value, records)
+        note = presets.unit_note(task.value, records)
+        told = f"\n{note}\n{records.delta_rule}\n{_next(folder, records, task)}"
     for path in paths:
-        typer.echo(f"wrote {path}")
+        if path.suffix in (".toml", ".jsonl"):
+            typer.echo(f"wrote {path}")
     if enroll:
         from fedtune.cli.network import ask
 
@@ -192,22 +233,55 @@ def init(
     return {"wrote": paths}
 
 
-def _columns(
-    text: str | None, target: str | None, size: int | None, names: tuple[str, str]
-) -> dict[str, Any]:
-    """What nobody gave is asked for on a terminal; elsewhere the defaults hold."""
+def _check_role(role: Role, enroll: bool, name: str | None) -> None:
+    from fedtune.errors import ConfigError
+
+    for option, given in (("--enroll", enroll), ("--name", name is not None)):
+        if given and role is not Role.SITE:
+            raise ConfigError(f"{option} is for a site", "--role site")
+
+
+def _templates(folder: Path, records: Records, size: int | None) -> tuple[list[Path], str]:
+    """Write the commented files of a study without a recipe; what was written, and what is next.
+
+    Errors: ConfigError for an option of a recipe, DataError for a column or a file that is not
+    there."""
+    from fedtune import presets
+    from fedtune.config import templates
+    from fedtune.errors import ConfigError
+
+    own = {**presets.OPTIONS, "evaluation": "--evaluation", "public": "--public"}
+    own |= {"labels": "--label", "base": "--base", "epsilon": "--epsilon"}
+    given = [option for field, option in own.items() if getattr(records, field)]
+    if given := given + ["--size"] * (size is not None):
+        raise ConfigError(
+            f"{given[0]} without --task",
+            "--task, or the value in study.toml or site.toml",
+            "without a recipe `init` writes every key with a comment, to be filled in",
+        )
+    note = presets.unit_note(None, records)
+    paths = templates.init(
+        folder, role=records.role, name=records.name or "my-hospital", sites=records.sites,
+        data=records.data, patient=records.patient, declared=records.declared,
+    )  # fmt: skip
+    if records.role != "site":
+        paths.append(folder / templates.PUBLIC)
+    return paths, f"\n{note}{_of_templates(folder, records)}"
+
+
+def _asked(records: Records, task: Task, size: int | None) -> Records:
+    """What nobody gave is asked for on a terminal; elsewhere the task's own names hold."""
+    from fedtune import presets
+
     asking = sys.stdin.isatty()
-
-    def given(value: Any, words: str, default: Any) -> Any:
-        if value is not None:
-            return value
-        return typer.prompt(words, default) if asking else default
-
-    return {
-        "prompt": given(text, f"column of the {names[0]}", names[0]),
-        "target": given(target, f"column of the {names[1]}", names[1]),
-        "size": given(size, "patients (or records) of a site, as it states in public", 200),
-    }
+    given: dict[str, Any] = {}
+    for field, (_, name) in presets.TASKS[task.value].COLUMNS.items():
+        if asking and not getattr(records, field):
+            given[field] = typer.prompt(f"column of the {name}", name)
+    if size is None:
+        words = "patients (or records) of a site, as it states in public"
+        size = typer.prompt(words, 200, type=int) if asking else 200
+    return replace(records, **given, size=size)
 
 
 def _complete(records: Records, task: Task) -> Records:
@@ -233,18 +307,19 @@ def _complete(records: Records, task: Task) -> Records:
     return replace(records, **changes)
 
 
-def _of_templates(folder: Path, role: Role, sites: int) -> str:
-    if role is Role.COORDINATOR:
+def _of_templates(folder: Path, records: Records) -> str:
+    if records.role == "coordinator":
         return (
-            f"\nnext   fedtune plan {folder}/study.toml --size 200     what it costs in ε\n"
+            f"\n\nnext   fedtune plan {folder}/study.toml --size 200     what it costs in ε\n"
             f"       fedtune server {folder}/study.toml              wait for sites, and train"
         )
-    if role is Role.SITE:
-        return _of_site(folder)
+    if records.role == "site":
+        return "\n" + _of_site(folder)
+    sites = records.sites
     place, own = ("", "") if sites == 1 else ("sites/site-*/", f" --sites {folder}/sites")
+    files = "" if records.data else f"{folder}/{place}data.jsonl and "
     return (
-        f"\nnext   put records into {folder}/{place}data.jsonl and {folder}/evaluation.jsonl, each "
-        "line\n"
+        f"\n\nnext   put records into {files}{folder}/evaluation.jsonl, each line\n"
         '       {"prompt": "…", "completion": "…"}; then\n'
         f"       fedtune plan {folder}/study.toml --size 200     what it costs in ε\n"
         f"       fedtune simulate {folder}/study.toml{own}            the whole study, on this "
@@ -272,11 +347,15 @@ def _next(folder: Path, records: Records, task: Task) -> str:
     place = f"{folder}/sites/site-*" if many else f"{folder}"
     put = "" if records.data else f"put records into {place}/data.jsonl; then\n       "
     run = f"runs/{folder.name}"
+    # Where the study has no public records, nothing says what its columns are called.
+    column = "" if records.evaluation else f' --column text="{records.prompt}"'
+    predict = f"       fedtune predict {run} --data FILE{column}   labels for new "
+    export = f"       fedtune export {run} --out {folder.name}-model   for "
+    generate = f'       fedtune generate {run} --prompt "…"   the base beside the adapter\n'
     use = {
-        Task.CLASSIFY: f"       fedtune predict {run} --data FILE   labels for new texts\n"
-        f"       fedtune export {run} --out {folder.name}-model   for transformers' pipeline",
-        Task.ANSWER: f'       fedtune generate {run} --prompt "…"   the base beside the adapter\n'
-        f"       fedtune export {run} --out {folder.name}-model   for transformers, Ollama, vLLM",
-    }
+        Task.CLASSIFY: f"{predict}texts\n{export}transformers' pipeline",
+        Task.VISION: f"{predict}questions, where the answers are a few",
+        Task.SPEECH: f"{predict}recordings, where what is said is one of a few",
+    }.get(task, f"{generate}{export}transformers, Ollama, vLLM")
     simulate = f"fedtune simulate {folder}/study.toml{sites}"
-    return f"\nnext   {put}{simulate}   the whole study, here\n{use[task]}"
+    return f"\nnext   {put}{simulate}   the whole study, here\n{use}"

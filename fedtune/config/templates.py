@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -78,7 +80,7 @@ mode = "normalised"    # or "flat"
 epsilon = 6.0          # smaller protects more and learns less; try 3 and 1. See `fedtune plan`.
                        # Leave room below the sites' ceilings: a round that a crash interrupts is
                        # paid for twice. Below the 8.0 of a new site.toml, four rounds may be
-delta = 1e-4           # below 1 / (number of records at the smallest site)
+delta = 1e-4           # at or below 1 / (5 · a site's units), as the presets' rule: to 2000 of them
 unit = "record"        # "patient": all of a patient's records together; needs a patient column
 
 [strategy]
@@ -122,7 +124,8 @@ SITE = """\
 [site]
 name = "my-hospital"
 declared_size = 200    # records (or patients) as a person states it in public; never counted
-state = "state"        # the ledger of what privacy was spent, and the site's key. Back it up
+state = "state"        # the ledger of what privacy was spent, and the site's key. Back it up. Every
+                       # study of the same file names the same place, or it is paid for twice
 # gradient_checkpointing = true  # long records, little memory: a third more time
 # cache_memory = 4.0   # GiB for what the frozen layers make of the records (without it, a quarter
 #                      # of the machine's memory); what is more goes to a nameless, encrypted file
@@ -193,13 +196,18 @@ def init(
     role: Literal["both", "coordinator", "site"] = "both",
     name: str = "my-hospital",
     sites: int = 1,
+    data: Sequence[Path] = (),
+    patient: str | None = None,
+    declared: Literal["public", "generated"] | None = None,
 ) -> list[Path]:
     """Write study.toml and site.toml, commented line by line, to a folder; returns the paths.
     Beside study.toml goes public.jsonl, 200 invented notes from which the adapter's A is made.
 
     role: "coordinator": study.toml alone; "site": site.toml alone, of the site `name`.
     sites: how many take part: a coordinator's first round waits for them all; of "both", above 1,
-    there are as many site files, sites/site-1/site.toml and so on.
+    there are as many site files, sites/site-1/site.toml and so on. data: each site's file, beside
+    which its ledger is kept; else data.jsonl in the site's folder. patient: the column that says
+    whose record it is. declared: what a person says that the records are.
 
     >>> import fedtune
     >>> [path.name for path in fedtune.init("my-study")]
@@ -217,11 +225,18 @@ def init(
         least = sites if role == "coordinator" else 1
         notes = NOTES.read_text(encoding="utf-8").splitlines()
         files[folder / PUBLIC] = "".join(json.dumps({"prompt": note}) + "\n" for note in notes)
-        files[folder / "study.toml"] = STUDY.replace("min_sites = 1 ", f"min_sites = {least} ")
+        text = STUDY.replace("min_sites = 1 ", f"min_sites = {least} ")
+        text = text.replace('unit = "record"  ', 'unit = "patient" ') if patient else text
+        files[folder / "study.toml"] = text
     if role != "coordinator":
         names = {f"sites/site-{n}": f"site-{n}" for n in range(1, sites + 1)}
-        for place, own in ({".": name} if sites == 1 or role == "site" else names).items():
-            files[folder / place / "site.toml"] = SITE.replace('"my-hospital"', f'"{own}"')
+        places = {".": name} if sites == 1 or role == "site" else names
+        files |= {
+            folder / place / "site.toml": _site(own, path, patient, declared)
+            for (place, own), path in zip(
+                places.items(), data or (None,) * len(places), strict=True
+            )
+        }
     for path in files:
         if path.exists():
             raise ConfigError(f"{path} exists", "a folder without it", "choose another folder")
@@ -235,3 +250,34 @@ def init(
             f"{folder}: cannot be written ({error.strerror})", todo="choose another folder"
         ) from None
     return [path for path in files if path.name != PUBLIC]
+
+
+def _site(name: str, data: Path | None, patient: str | None, declared: str | None) -> str:
+    text = SITE.replace('"my-hospital"', quoted(name))
+    if data:
+        text = text.replace('path = "data.jsonl"', f"path = {quoted(data.absolute())}")
+        if place := ledger_beside(data):
+            text = text.replace('state = "state" ', f"state = {quoted(place)} ", 1)
+    if patient:
+        text = text.replace('# patient = "patient_id"', f"patient = {quoted(patient)}")
+    if declared:
+        text = text.replace('# declared = "generated"', f"declared = {quoted(declared)}")
+    return text
+
+
+def ledger_beside(data: Path) -> Path | None:
+    """Return the folder beside a site's records for its ledger, where every study of them finds it;
+    None where that folder cannot be written to."""
+    folder = data.absolute().parent
+    if not os.access(folder, os.W_OK):
+        return None
+    return folder / ".fedtune" / re.sub(r"[^A-Za-z0-9_-]+", "-", data.name).strip("-")
+
+
+def quoted(text: object) -> str:
+    """Quote a TOML string.
+
+    >>> quoted('a "b"')
+    '"a \\\\"b\\\\""'
+    """
+    return json.dumps(str(text), ensure_ascii=False)

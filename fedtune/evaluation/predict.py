@@ -113,9 +113,12 @@ class _Asked(NamedTuple):
         else:
             parts = ["prompt", "completion"]
         parts += [kind for kind in ("image", "audio") if getattr(named, kind)]
-        where = "--column" if given or not table else "evaluation.columns"
+        of_study = table is not None and not given
         columns = {part: getattr(named, part) or part for part in parts}
-        keys = {f"{where} {part}" if given else f"{where}.{part}": c for part, c in columns.items()}
+        keys = {
+            f"evaluation.columns.{part}" if of_study else f"--column {part}=NAME": column
+            for part, column in columns.items()
+        }
         folder = Path(path).parent if isinstance(path, Path | str) else Path()
         return cls(columns, keys, folder)
 

