@@ -273,6 +273,18 @@ def test_what_is_no_file_of_records_says_so(run: fedtune.Run, tmp_path: Path) ->
         generate(run, "fever")
 
 
+def test_a_run_without_public_records_names_the_option_that_fits(
+    tmp_path: Path, tiny_encoder: Path
+) -> None:
+    """As `fedtune init --label` makes it: no table of the study says what a column is called."""
+    run = made_run(tmp_path / "run", tiny_encoder, CLASSIFY)
+    (tmp_path / "in.csv").write_text("note\nfever\n")
+    with pytest.raises(DataError, match=r"correct --column text=NAME"):
+        predict(run, tmp_path / "in.csv")
+    ask = ("predict", run.folder, "--data", tmp_path / "in.csv", "--column", "text=note")
+    assert command(*ask).exit_code == 0
+
+
 # -------------------------------------------------------------------------------------- the command
 
 

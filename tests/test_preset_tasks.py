@@ -99,7 +99,7 @@ def test_it_loads_without_an_edit(task: str, tmp_path: Path) -> None:
 def test_images_and_recordings_come_with_their_records(task: str, tmp_path: Path) -> None:
     study = load_study(write(tmp_path / "own", task, records(task, tmp_path))[0])
     assert study.evaluation and study.evaluation.metric == "accuracy"
-    assert set(study.evaluation.choices) == {*WORDS}
+    assert {choice.strip() for choice in study.evaluation.choices} == {*WORDS}
     column = TASKS[task].COLUMNS["media"][1]
     for part in (study.public, study.selection, study.evaluation):
         assert part
@@ -194,3 +194,9 @@ def test_an_option_of_a_recipe_needs_one(words: tuple[str, ...], tmp_path: Path)
     done = cli("init", tmp_path / "a", *words)
     assert done.exit_code == 2 and f"{words[0]} without --task" in done.stderr
     assert not (tmp_path / "a").exists()
+
+
+def test_where_labels_are_named_the_next_step_names_the_column(tmp_path: Path) -> None:
+    words = ("--task", "classify", "--label", "a", "--label", "b", "--text", "note")
+    done = cli("init", tmp_path / "a", *words)
+    assert done.exit_code == 0 and '--column text="note"' in done.output

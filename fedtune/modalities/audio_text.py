@@ -20,12 +20,14 @@ from fedtune.data.records import Record
 from fedtune.errors import ModelError
 from fedtune.modalities._interface import Modality
 
+SPACED = "\u0e00"  # Thai, and what comes after it, mostly has no spaces between words
 _START = "<|startoftranscript|>"
 
 
 class Speech:
     """Reads recordings; those longer than the base's window are rejected, or with
-    overflow = "truncate" cut."""
+    overflow = "truncate" cut. A transcript begins with a space, as all of Whisper's own do, in the
+    scripts that put spaces between words."""
 
     column: Literal["audio"] = "audio"
     starts = True
@@ -44,7 +46,10 @@ class Speech:
         samples = sound(record.media, self._rate)
         if len(samples) > self._extractor.n_samples and objective.overflow == "reject":
             raise Rejected("audio too long")
-        return replace(record, prompt=self._start), 1
+        said = record.completion
+        if said[:1].isalnum() and said[:1] < SPACED:
+            said = f" {said}"
+        return replace(record, prompt=self._start, completion=said), 1
 
     def check(self, ids: list[int], tiles: int) -> None: ...
 

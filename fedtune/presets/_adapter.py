@@ -33,7 +33,7 @@ class Recipe:
     """What is a task's own. title: the first line of study.toml; records: what its public records
     are, in words; model; lora, objective: lines of these tables; start: the step before the round;
     longest: of a round; judged: [evaluation]'s lines, None: by accuracy where the answers are few
-    that come again, else by loss."""
+    that come again, else by loss; lead: what stands before each of these."""
 
     task: str
     title: str
@@ -44,6 +44,7 @@ class Recipe:
     start: float
     longest: float = LONGEST
     judged: str | None = None
+    lead: str = ""
 
     def study(self, name: str, records: Records, public: Mapping[str, _public.Rows]) -> str:
         """Compose study.toml. Errors: ConfigError (too few public records)."""
@@ -54,7 +55,7 @@ class Recipe:
                 "nothing under differential privacy",
                 "--evaluation FILE with public records, in the columns of the sites' own",
             )
-        judged = self.judged or _public.judged_by(public, records.target)
+        judged = self.judged or _public.judged_by(public, records.target, self.lead)
         what = {
             "public": f"# public {self.records}, learnt from before the round",
             "selection": "# public records that choose how far the round moves the adapter",

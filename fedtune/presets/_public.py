@@ -80,14 +80,14 @@ def tables(what: Mapping[str, str], public: Mapping[str, Rows], columns: str, ju
     )
 
 
-def judged_by(public: Mapping[str, Rows], target: str) -> str:
+def judged_by(public: Mapping[str, Rows], target: str, lead: str) -> str:
     """Compose [evaluation]'s lines: accuracy, where the answers are a few that come again; else
-    loss."""
+    loss. lead: what the base reads before each answer."""
     answers = [str(row[target]).strip() for part in public.values() for row in part]
     choices = sorted({*answers})
     if not 2 <= len(choices) <= min(MOST_CHOICES, len(answers) // 4):
         return 'metric = "loss"\n'
-    return f'metric = "accuracy"\nchoices = [{", ".join(map(quoted, choices))}]\n'
+    return f'metric = "accuracy"\nchoices = [{", ".join(quoted(lead + choice) for choice in choices)}]\n'
 
 
 def _medium(given: Path, name: str) -> bytes:

@@ -21,5 +21,6 @@ last_layers = 1""",
 name = "causal_lm"
 max_length = 64                      # tokens of what is said
 append_eos = false""",
-    start=5.0,
+    start=15.0,
+    lead=" ",  # as Whisper writes, and reads what a record says
 ).study
