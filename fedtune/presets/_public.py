@@ -87,7 +87,8 @@ def judged_by(public: Mapping[str, Rows], target: str, lead: str) -> str:
     choices = sorted({*answers})
     if not 2 <= len(choices) <= min(MOST_CHOICES, len(answers) // 4):
         return 'metric = "loss"\n'
-    return f'metric = "accuracy"\nchoices = [{", ".join(quoted(lead + choice) for choice in choices)}]\n'
+    listed = ", ".join(quoted(lead + choice) for choice in choices)
+    return f'metric = "accuracy"\nchoices = [{listed}]\n'
 
 
 def _medium(given: Path, name: str) -> bytes:
