@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedtune.client.purge import listing as purgeable
     from fedtune.client.purge import purge
     from fedtune.client.review import review
+    from fedtune.client.sheet import Described, describe_data
     from fedtune.client.withdraw import withdraw
     from fedtune.config import (
         BaseTable,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
         load_study,
         save,
     )
+    from fedtune.config.sheet import Sheet
     from fedtune.config.templates import init
     from fedtune.demo import run_demo
     from fedtune.derive.distill import distill
@@ -107,6 +109,7 @@ _MODULES = {
     "fedtune.client.data_report": "DataReport data_report",
     "fedtune.client.purge": "purgeable=listing purge",
     "fedtune.client.review": "review",
+    "fedtune.client.sheet": "Described describe_data",
     "fedtune.client.withdraw": "withdraw",
     "fedtune.config": (
         "BaseTable ClippingTable Columns ConsentTable CoordinatorTable DataFile EvaluationTable "
@@ -115,6 +118,7 @@ _MODULES = {
         "SelectionTable Site SiteData SiteEvaluation SiteTable StartTable StrategyTable Study "
         "StudyTable TrainingTable WireTable load_site load_sites load_study save"
     ),
+    "fedtune.config.sheet": "Sheet",
     "fedtune.config.templates": "init",
     "fedtune.demo": "run_demo",
     "fedtune.derive.distill": "distill",
@@ -165,6 +169,7 @@ __all__ = [
     "DataError",
     "DataFile",
     "DataReport",
+    "Described",
     "DistillSettings",
     "EvaluationTable",
     "FedtuneError",
@@ -193,6 +198,7 @@ __all__ = [
     "ScheduleTable",
     "Search",
     "SelectionTable",
+    "Sheet",
     "Site",
     "SiteData",
     "SiteEvaluation",
@@ -213,6 +219,7 @@ __all__ = [
     "check_plugin",
     "choose_base",
     "data_report",
+    "describe_data",
     "distill",
     "evaluate",
     "export",

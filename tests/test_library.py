@@ -30,6 +30,7 @@ HEAVY = ("torch", "transformers", "peft", "pydantic", "flwr", "numpy", "pyarrow"
 FUNCTIONS = {
     "audit": "audit_study",
     "data report": "data_report",
+    "data describe": "describe_data",
     "demo": "run_demo",
     "ledger": "Ledger",
     "log": "verify_log",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -46,6 +47,7 @@ DATE = Annotated[
 def add_to(app: typer.Typer) -> None:
     """Register the commands on `app`, under `data`."""
     command(data_app)(report)
+    command(data_app)(describe)
     app.add_typer(data_app, name="data", rich_help_panel=PANEL)
 
 
@@ -79,6 +81,39 @@ def report(
     show(Console(), found)
     if html:
         typer.echo(f"wrote {html}: private to this site")
+
+
+def describe(
+    site: SITE,
+    public: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also write what a person typed, and nothing computed from records: the one sheet "
+            "that may leave, where policy.release lists it.",
+            show_default=False,
+        ),
+    ] = None,
+) -> dict[str, Any]:
+    """Write this site's data sheet (Croissant) beside its records, and attest that they are these.
+
+    What only people know is in sheet.toml beside site.toml: where there is none, it is written, to
+    be filled. Where policy.data_sheet asks for fields, `fedtune client` joins only with them, and
+    only while sheet and records are as they were attested."""
+    from fedtune.client.sheet import describe_data
+    from fedtune.config import load_site
+    from fedtune.config.sheet import FIELDS
+
+    made = describe_data(load_site(site), public)
+    if made.template:
+        typer.echo(f"wrote {made.sheet}: fill it, and run the same command again")
+        return asdict(made)
+    typer.echo(f"wrote {made.private}: private to this site, with counts and hashes")
+    if empty := [name for name in FIELDS if name not in made.held]:
+        typer.echo(f"not filled: {', '.join(empty)}")
+    if made.public:
+        typer.echo(f"wrote {made.public}: only what was typed in {made.sheet}")
+    return asdict(made)
 
 
 def _plan(path: Path, site: Site, settings: list[str]) -> Study:

@@ -24,8 +24,10 @@ from fedtune.client.reading import (
     rows_of,
 )
 from fedtune.client.review import unsigned, would_refuse
+from fedtune.client.sheet import check_attested
 from fedtune.client.site_checks import check_data, reading_of
 from fedtune.config import Site, Study, load_site
+from fedtune.config.sheet import lacking, load_sheet
 from fedtune.data.load import LONG, text_members
 from fedtune.data.records import read_file, read_records, unit_member
 from fedtune.doctor import machine, tls
@@ -71,6 +73,8 @@ def examine(path: Path, study: Study | None = None) -> Iterator[Finding]:
     )
     if site.data.declared:
         yield from findings([("declared data", lambda: _declared(site))])
+    if site.policy.data_sheet:
+        yield from findings([("data sheet", lambda: _sheet(site))])
     if study is None:
         yield from findings([("disk", lambda: machine.disk(site.site.state, machine.FREE))])
     if site.coordinator:
@@ -88,6 +92,17 @@ def _declared(site: Site) -> str:
     allowed = site.policy.allow_declared_data
     client = "" if allowed else "; `fedtune client` refuses it (policy.allow_declared_data)"
     return f"{site.data.declared}: a run of it pays from a ledger of its own{client}"
+
+
+def _sheet(site: Site) -> str:
+    """Check that the data sheet holds what the policy asks for, and is attested of these records.
+
+    Errors: PolicyRefused."""
+    lacks = lacking(load_sheet(site), site.policy.data_sheet)
+    if lacks:
+        raise PolicyRefused(f"policy.data_sheet: the data sheet lacks {', '.join(lacks)}")
+    check_attested(site)
+    return "holds what policy.data_sheet asks for; sheet and records are as they were attested"
 
 
 def _for_study(site: Site, study: Study) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from fedtune.bases.find import Base, base_of_plan
 from fedtune.config import BASES, RELEASE, LoraTable, PolicyTable, PrivacyTable, Site, Study
+from fedtune.config.sheet import lacking, load_sheet
 from fedtune.dp import accountant
 from fedtune.dp.calibration import sampling_rate
 from fedtune.dp.filter import Total, best_order, total_epsilon
@@ -35,6 +36,8 @@ def planned(study: Study, site: Site, coordinator: str = "") -> DpPlan | None:
 
     Errors: PolicyRefused."""
     admit(study, site, None, coordinator)
+    for refusal in sheet_refusals(study, site):
+        raise refusal
     if not study.private:
         return None
     try:
@@ -79,6 +82,23 @@ def refusals(
     yield from _about_privacy(study, site, plan)
     if may_resolve(study, policy):
         yield from _about_teacher(study, policy)
+
+
+def sheet_refusals(study: Study, site: Site) -> Iterator[PolicyRefused]:
+    """Yield a refusal for each field that this site's data sheet must hold and does not: of what a
+    person typed alone. Asked when the site joins, not in mid-study. Errors: ConfigError."""
+    asked = {
+        "policy.data_sheet": site.policy.data_sheet,
+        "study.data_sheet": study.study.data_sheet,
+    }
+    sheet = load_sheet(site) if any(asked.values()) else None
+    for whose, fields in asked.items():
+        for name in lacking(sheet, fields):
+            yield PolicyRefused(
+                f"{whose}: the data sheet lacks {name}",
+                "a data sheet in which a person filled it",
+                "`fedtune data describe SITE` at the site",
+            )
 
 
 def permit_plugins(study: Study, site: Site) -> None:

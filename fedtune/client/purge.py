@@ -34,6 +34,7 @@ KINDS = {  # what people call it -> patterns of paths in the state folder; "*" g
     "logs": ("log.jsonl", "log.jsonl.1", "rank-*.log"),
     "status": ("status.json",),
     "counts of records": ("counts.json",),
+    "what the data sheet attested": ("sheet.json",),
     "where runs on this machine lie": (PLACES,),
     "ledgers of runs of declared data": (f"{RUNS}/*",),
     "what Flower's processes left": ("flower/*", "ranks/*"),

@@ -12,6 +12,7 @@ from fedtune.client.policy import (
     may_resolve,
     permit_plugins,
     refusals,
+    sheet_refusals,
     total_of,
     within_budget,
 )
@@ -116,7 +117,7 @@ def would_refuse(
 ) -> list[Refused]:
     """Every rule and ceiling that says no to the plan as things stand; a missing signature is not
     among them. ledger: None where none has begun here."""
-    refused: list[Refused] = list(refusals(study, site, plan))
+    refused: list[Refused] = [*refusals(study, site, plan), *sheet_refusals(study, site)]
     name = site.data.name
     try:
         accounted(name, study.unit, ledger.unknown(name, study.unit) if ledger else [])

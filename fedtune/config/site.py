@@ -23,6 +23,7 @@ from fedtune.config.types import (
     Place,
     Positive,
     Rank,
+    SheetField,
     Source,
     Table,
 )
@@ -160,7 +161,9 @@ class PolicyTable(Table):
     bases: tuple[Digest, ...] | Literal["any"] = BASES  # "any": every base whose digest verifies
     teachers: tuple[Digest, ...] = ()  # digests that this site declares to be public
     coordinators: tuple[str, ...] = ()  # public signing keys; empty: any that passes TLS
-    release: tuple[Literal["evaluation"], ...] = ()  # besides noised updates
+    # Besides noised updates; "sheet": what a person typed in the data sheet, by hand.
+    release: tuple[Literal["evaluation", "sheet"], ...] = ()
+    data_sheet: tuple[SheetField, ...] = ()  # fields that it must hold, and records as attested
 
 
 class CoordinatorTable(Table):

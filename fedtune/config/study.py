@@ -30,6 +30,7 @@ from fedtune.config.types import (
     Number,
     Positive,
     Rank,
+    SheetField,
     Source,
     Table,
 )
@@ -42,6 +43,8 @@ class StudyTable(Table):
     name: Name
     # public: adapter initialisation and site selection; never noise, never sampling
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    # Fields that each site's data sheet must hold; omitted where empty, as [schedule] is.
+    data_sheet: tuple[SheetField, ...] = Field(default=(), exclude_if=lambda fields: not fields)
 
 
 class QuantisationTable(Table):

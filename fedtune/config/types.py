@@ -71,6 +71,25 @@ Address = Annotated[str, AfterValidator(_address)]
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Encoding = Literal["float32", "float16", "int8"]
+SheetField = Literal[  # of a site's data sheet: config/sheet.py
+    "title",
+    "description",
+    "publisher",
+    "provenance",
+    "licence",
+    "legal_basis",
+    "consent",
+    "purpose",
+    "collected_from",
+    "collected_to",
+    "language",
+    "personal_information",
+    "de_identification",
+    "attested_by",
+    "attested_on",
+    "known_biases",
+    "limitations",
+]
 COUNTS = re.compile(r"record|patient|unit|count|new|arriv|least|batch|threshold|size|after")
 BY_COUNT = (
     "rounds start by the clock alone; one that starts when enough records have arrived publishes "

@@ -14,7 +14,7 @@ import pytest
 
 from fedtune.errors import ConfigError, InputError, Refused
 from fedtune.evidence.dossier import content as dossier_content
-from fedtune.evidence.dossier.facts import documents, facts_in
+from fedtune.evidence.dossier.facts import contradicted, documents, facts_in
 from fedtune.evidence.dossier.markdown import TO_FILL, markdown
 from fedtune.evidence.dossier.page import page
 from fedtune.evidence.dossier.release import details_template, read_details, release
@@ -109,6 +109,16 @@ def test_a_run_says_what_it_is(signed: Any) -> None:
     assert "declared public" in shown(found | {"report.json": half})
     audited = shown(found | {"audit.md": True})
     assert "The run was audited" in audited and "No audit of this run" not in audited
+
+
+def test_what_is_built_is_what_the_run_says(signed: Any) -> None:
+    """Twin: another run's figures contradict it."""
+    found = documents(signed[0])
+    content = dossier_content.build(found, {})
+    assert contradicted(content, found) == ""
+    report = found["report.json"]
+    other = report | {"privacy": report["privacy"] | {"epsilon": 0.5}}
+    assert "report.json#/privacy" in contradicted(content, found | {"report.json": other})
 
 
 def test_no_text_claims_that_a_law_is_met() -> None:

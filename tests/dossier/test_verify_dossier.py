@@ -140,18 +140,23 @@ def _in(name: str) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    "change",
-    [_in_json, _in("dossier.md"), _in("dossier.html"), _in("README.md")],
+    ("name", "change"),
+    [
+        (r"dossier\.json: says 0\.5", _in_json),
+        (r"dossier\.md: shows other numbers", _in("dossier.md")),
+        (r"dossier\.html: shows other numbers", _in("dossier.html")),
+        (r"README\.md: shows other numbers", _in("README.md")),
+    ],
     ids=["json", "md", "html", "card"],
 )
 def test_a_number_that_is_not_the_runs_is_refused_whoever_signs_it(
-    released: Any, tmp_path: Path, change: Callable[[Path], None]
+    released: Any, tmp_path: Path, name: str, change: Callable[[Path], None]
 ) -> None:
     """Twin: the same folder, signed again as it was, verifies."""
     copy = shutil.copytree(released[0], tmp_path / "dossier")
     verify(again(copy))
     change(copy)
-    with pytest.raises(NotGenuine, match=r"what the run says|other numbers than the run"):
+    with pytest.raises(NotGenuine, match=name):
         verify(again(copy))
 
 

@@ -47,6 +47,7 @@ def _paths_and_names() -> Iterator[Case]:
         ("ledger", SITE, "--backup", LONG), ("ledger", SITE, "--restore", "--from", LONG),
         ("label", LONG, "--column", "prompt=q", *BASE), (*SERVE, "--home", LONG),
         ("label", "north.jsonl", "--column", "prompt=q", "--rubric", LONG, *BASE),
+        ("data", "describe", LONG), ("data", "describe", SITE, "--public", LONG),
         ("release", LONG, "--out", "new"), ("release", RUN, "--out", LONG),
         ("release", RUN, "--out", "new", "--details", LONG), ("release", RUN, "--out", RUN),
         ("approve", LONG, "--trust", "0", "--name", "a", "--role", "b", "--reason", "c",

@@ -196,6 +196,10 @@ READ_BY: dict[str, tuple[dict[str, Damage], tuple[tuple[str, ...], ...]]] = {
     "run/signature.json": (JSON, (("verify", RUN),)),
     "run/evidence.json": (JSON, (("verify", RUN), ("export", RUN, "--out", "new"))),
     "run/metrics.jsonl": (ANY, (("verify", RUN), ("release", RUN, "--out", "new"))),
+    "site-north-sheet.toml": (
+        {name: TOML[name] for name in TOML if name not in ("missing", "half", "empty", "endless")},
+        (("data", "describe", SITE),),
+    ),
     "details.toml": (
         {name: TOML[name] for name in TOML if name not in ("missing", "half", "empty")},
         (("release", RUN, "--out", "new", "--details", "details.toml"),),

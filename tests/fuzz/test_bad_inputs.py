@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from fedtune.cli.exit_codes import command
 from fedtune.cli.main import app
+from fedtune.config.sheet import template
 from fedtune.errors import ConfigError
 from fedtune.evidence.dossier.release import details_template, release
 from fedtune.flower import enrol
@@ -100,6 +101,7 @@ def good(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
         shutil.copy("run/plan.json", "plan.json")
         release("run", "dossier")
         Path("details.toml").write_text(details_template())
+        Path("site-north-sheet.toml").write_text(template())
         _status(Path("run/status.json"))
         shutil.copytree("run", "other")
         adapter = Path("other/adapter/adapter_model.safetensors")

@@ -8,8 +8,6 @@ VERIFY, FIGURES = "fedtune/evidence/verify.py", "fedtune/evidence/figures.py"
 T, ATTACKS = "tests/test_verify.py::", "tests/test_verify_attacks.py::"
 FORGED = "a forged report passes"
 AUDIT, T_AUDIT = "fedtune/evidence/audit_log.py", "tests/test_audit_log.py::"
-DOSSIER = "fedtune/evidence/dossier/"
-CHECKS, RELEASES = "tests/dossier/test_verify_dossier.py::", "tests/dossier/test_release.py::"
 
 MUTANTS = (
     _one(
@@ -83,51 +81,6 @@ MUTANTS = (
         "evidence", "a-forged-run-is-whole", "fedtune/models/loaded.py",
         "    check_signed(run)\n", "",
         ATTACKS + "test_nothing_is_made_of_a_forged_run", "models verify calls a forged run whole",
-    ),
-    _one(
-        "evidence", "a-file-of-a-dossier-is-not-covered", DOSSIER + "seal.py",
-        "        if name not in files:\n", "        if name not in files and name in RELEASE:\n",
-        CHECKS + "test_a_file_that_is_added_removed_or_linked_is_named",
-        "a page that nobody signed lies among the signed ones",
-    ),
-    _one(
-        "evidence", "a-dossier-of-an-unverified-run", DOSSIER + "check.py",
-        "    found = verify_run(folder / RUN, sites=sites)\n",
-        "    found = Verified('', '', True, name, False, True)\n",
-        CHECKS + "test_a_dossier_around_a_forged_run_is_refused", FORGED,
-    ),
-    _one(
-        "evidence", "an-unverified-run-is-released", DOSSIER + "release.py",
-        "    proven = verify_run(run)\n",
-        "    proven = Verified('', '', True, '', False, True)\n",
-        RELEASES + "test_a_run_that_does_not_verify_has_no_dossier", "a dossier of a forged report",
-    ),
-    _one(
-        "evidence", "a-number-that-is-not-the-runs", DOSSIER + "content.py",
-        '    return {"shown": show(value, how), "source": source, "how": how}\n',
-        '    text = show(value, how) if how != "epsilon" else "0.5"\n'
-        '    return {"shown": text, "source": source, "how": how}\n',
-        CHECKS + "test_every_number_on_every_page_is_a_fact_of_the_run_or_the_packages_own",
-        "a figure is written, not looked up",
-    ),
-    _one(
-        "evidence", "facts-are-not-looked-up", DOSSIER + "facts.py",
-        '        if said is None or said != fact.get("shown"):', "        if not source:",
-        CHECKS + "test_a_number_that_is_not_the_runs_is_refused_whoever_signs_it",
-        "a coordinator's own ε in a dossier that verifies",
-    ),
-    _one(
-        "evidence", "a-page-shows-what-it-likes", DOSSIER + "check.py",
-        "        if numbers(shown) != numbers(text):", "        if not shown:",
-        CHECKS + "test_a_number_that_is_not_the_runs_is_refused_whoever_signs_it",
-        "another ε on the page that people read",
-    ),
-    _one(
-        "evidence", "an-approval-of-another-release", DOSSIER + "seal.py",
-        '        if body["release"] != release:', '        if not body["release"]:',
-        "tests/dossier/test_approve.py::"
-        "test_an_approval_of_another_release_or_under_another_name_is_refused",
-        "a yes to another folder counts for this one",
     ),
     _one(
         "audit log", "an-entry-may-be-taken-out", AUDIT,

@@ -1,0 +1,70 @@
+"""Seeded bugs in a run's dossier, and in a site's data sheet."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import one as _one
+
+DOSSIER = "fedtune/evidence/dossier/"
+CHECKS, RELEASES = "tests/dossier/test_verify_dossier.py::", "tests/dossier/test_release.py::"
+FORGED = "a forged report passes"
+
+MUTANTS = (
+    _one(
+        "evidence", "a-file-of-a-dossier-is-not-covered", DOSSIER + "seal.py",
+        "        if name not in files:\n", "        if name not in files and name in RELEASE:\n",
+        CHECKS + "test_a_file_that_is_added_removed_or_linked_is_named",
+        "a page that nobody signed lies among the signed ones",
+    ),
+    _one(
+        "evidence", "a-dossier-of-an-unverified-run", DOSSIER + "check.py",
+        "    found = verify_run(folder / RUN, sites=sites)\n",
+        "    found = Verified('', '', True, name, False, True)\n",
+        CHECKS + "test_a_dossier_around_a_forged_run_is_refused", FORGED,
+    ),
+    _one(
+        "evidence", "a-number-that-is-not-the-runs", DOSSIER + "content.py",
+        '    return {"shown": show(value, how), "source": source, "how": how}\n',
+        '    text = show(value, how) if how != "epsilon" else "0.5"\n'
+        '    return {"shown": text, "source": source, "how": how}\n',
+        RELEASES + "test_what_is_built_is_what_the_run_says", "a figure is written, not looked up",
+    ),
+    _one(
+        "evidence", "facts-are-not-looked-up", DOSSIER + "facts.py",
+        '        if said is None or said != fact.get("shown"):', "        if not source:",
+        CHECKS + "test_a_number_that_is_not_the_runs_is_refused_whoever_signs_it",
+        "a coordinator's own ε in a dossier that verifies",
+    ),
+    _one(
+        "evidence", "a-page-shows-what-it-likes", DOSSIER + "check.py",
+        "        if numbers(shown) != numbers(text):", "        if not shown:",
+        CHECKS + "test_a_number_that_is_not_the_runs_is_refused_whoever_signs_it",
+        "another ε on the page that people read",
+    ),
+    _one(
+        "evidence", "an-approval-of-another-release", DOSSIER + "seal.py",
+        '        if body["release"] != release:', '        if not body["release"]:',
+        "tests/dossier/test_approve.py::"
+        "test_an_approval_of_another_release_or_under_another_name_is_refused",
+        "a yes to another folder counts for this one",
+    ),
+    _one(
+        "evidence", "a-count-in-the-public-sheet", "fedtune/client/sheet.py",
+        "        replace(public, _json(public_sheet(typed, site.site.name)))\n",
+        "        replace(public, _json(content))\n",
+        "tests/client/test_sheet.py::"
+        "test_the_public_sheet_is_what_was_typed_whatever_the_records_are",
+        "how many patients a site has leaves it",
+    ),
+    _one(
+        "evidence", "a-changed-file-joins", "fedtune/client/sheet.py",
+        "        if attested.get(what) != now:", "        if attested.get(what) is None:",
+        "tests/client/test_sheet.py::test_records_that_changed_since_keep_a_site_from_joining",
+        "records that nobody attested to are trained on",
+    ),
+    _one(
+        "evidence", "a-sheet-without-the-fields-joins", "fedtune/client/policy.py",
+        "    for refusal in sheet_refusals(study, site):\n", "    for refusal in ():\n",
+        "tests/client/test_sheet.py::test_a_site_without_the_fields_does_not_join",
+        "records without a licence or a legal basis",
+    ),
+)  # fmt: skip
