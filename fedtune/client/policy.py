@@ -35,9 +35,9 @@ def planned(study: Study, site: Site, coordinator: str = "") -> DpPlan | None:
     figures are checked first, since computing anything from unbounded ones may take for ever.
 
     Errors: PolicyRefused."""
-    admit(study, site, None, coordinator)
     for refusal in sheet_refusals(study, site):
         raise refusal
+    admit(study, site, None, coordinator)
     if not study.private:
         return None
     try:
