@@ -62,6 +62,8 @@ def release(
     made = dossier.release(run, out, details=typed, home=home)
     blank = sum(not typed.get(block["blank"], "").strip() for block in blanks())
     typer.echo(f"wrote {out}: {made.dossier['files']} files; read {out}/dossier.html")
+    if not (out / dossier.PDF).is_file():
+        typer.echo("no dossier.pdf: it needs fpdf2; pip install 'fedtune[dossier]'")
     if not made.private:
         typer.echo("NOT PRIVATE: the model may repeat the records that it was trained on")
     if blank:

@@ -22,7 +22,8 @@ h1 { line-height: 1.25; } h2 { border-top: 2px solid #444; padding-top: 1rem; ma
 table { border-collapse: collapse; width: 100%; margin: 1rem 0; font-size: .95rem; }
 caption { text-align: left; font-weight: 600; padding: .25rem 0; }
 th, td { border: 1px solid #8a8a8a; padding: .35rem .5rem; text-align: left; vertical-align: top;
-  overflow-wrap: anywhere; }
+  overflow-wrap: break-word; }
+.facts td, td:last-child { overflow-wrap: anywhere; }
 thead th { background: #eef1f4; }
 .wide { overflow-x: auto; }
 .source { font-family: ui-monospace, monospace; font-size: .8rem; color: #4a4a4a; }
@@ -83,13 +84,13 @@ def _section(blocks: list[dict[str, Any]]) -> Iterator[str]:
         elif kind == "heading":
             yield f"<h3>{escape(block['heading'])}</h3>"
         elif kind == "text":
-            yield f"<p>{escape(block['text'])}</p>"
+            yield f"<p>{_prose(block['text'])}</p>"
         elif kind == "note":
-            yield f'<p class="note">{escape(block["note"])}</p>'
+            yield f'<p class="note">{_prose(block["note"])}</p>'
         elif kind == "code":
             yield f'<pre tabindex="0"><code>{escape(block["code"])}</code></pre>'
         elif kind == "list":
-            items = "".join(f"<li>{escape(item)}</li>" for item in block["list"])
+            items = "".join(f"<li>{_prose(item)}</li>" for item in block["list"])
             yield f"<ul>{items}</ul>"
         elif kind == "blank":
             yield _blank(block)
@@ -104,7 +105,11 @@ def _facts(group: list[dict[str, Any]]) -> str:
 
 def _table(caption: str, head: list[str], rows: list[list[Any]], *, sources: bool = False) -> str:
     names = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    lines = [f"<table><caption>{escape(caption)}</caption>", f"<thead><tr>{names}</tr></thead>"]
+    kind = ' class="facts"' if sources else ""
+    lines = [
+        f"<table{kind}><caption>{escape(caption)}</caption>",
+        f"<thead><tr>{names}</tr></thead>",
+    ]
     lines.append("<tbody>")
     for first, *rest in rows:
         cells = [f"<td>{_cell(value)}</td>" for value in rest]
@@ -118,11 +123,19 @@ def _table(caption: str, head: list[str], rows: list[list[Any]], *, sources: boo
 def _cell(value: Any) -> str:
     if isinstance(value, Mapping):
         return f'<span title="{escape(value["source"])}">{escape(value["shown"])}</span>'
-    return NOT_RECORDED if value is None else escape(str(value))
+    return NOT_RECORDED if value is None else _prose(str(value))
+
+
+def _prose(text: str) -> str:
+    """Escape a text, with what stands between backticks as code."""
+    parts = escape(text).split("`")
+    if len(parts) % 2 == 0:
+        return escape(text)
+    return "".join(f"<code>{part}</code>" if n % 2 else part for n, part in enumerate(parts))
 
 
 def _blank(block: Mapping[str, str]) -> str:
-    label, help_text = escape(block["label"]), escape(block["help"])
+    label, help_text = _prose(block["label"]), _prose(block["help"])
     if block["typed"]:
         said = f'<div class="typed">{escape(block["typed"])}</div>'
         return f"<p><strong>{label}</strong> ({TYPED}):</p>{said}"

@@ -16,6 +16,7 @@ from fedtune.evidence.dossier.content import blanks, build
 from fedtune.evidence.dossier.facts import documents
 from fedtune.evidence.dossier.markdown import markdown
 from fedtune.evidence.dossier.page import page
+from fedtune.evidence.dossier.pdf import can_write, pdf
 from fedtune.evidence.dossier.sbom import bill_of_materials
 from fedtune.evidence.dossier.seal import (
     APPROVALS,
@@ -34,7 +35,7 @@ from fedtune.run_folder import new_folder
 from fedtune.wire.keys import SigningKey, canonical
 
 DETAILS = "a TOML file: one line for each blank, as `--details` writes it where there is none"
-AUDIT = "audit.md"
+AUDIT, PDF = "audit.md", "dossier.pdf"
 
 
 def release(
@@ -106,6 +107,8 @@ def _write(draft: Path, found: Mapping[str, Any], details: Mapping[str, str]) ->
     replace(draft / "dossier.md", markdown(content).encode())
     shown = picture.read_bytes() if picture.is_file() else None
     replace(draft / "dossier.html", page(content, shown).encode())
+    if can_write():
+        replace(draft / PDF, pdf(content, picture if picture.is_file() else None))
     replace(draft / "README.md", card(content, found).encode())
     bill = json.dumps(bill_of_materials(found["report.json"]), indent=1, ensure_ascii=False)
     replace(draft / "sbom.cdx.json", (bill + "\n").encode())

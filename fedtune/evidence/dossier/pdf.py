@@ -1,0 +1,190 @@
+"""Write a dossier as one printable PDF: dossier.pdf; needs fpdf2, of the extra `dossier`.
+
+Its letters are DejaVu Sans, which comes with matplotlib: ε, σ and ☐ are in no PDF reader's own."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedtune.evidence.dossier.markdown import NOT_RECORDED, TO_FILL, TYPED, grouped
+from fedtune.evidence.dossier.page import PICTURE
+
+SANS, MONO = "DejaVu", "DejaVuMono"
+FILES = {
+    (SANS, ""): "DejaVuSans.ttf",
+    (SANS, "B"): "DejaVuSans-Bold.ttf",
+    (MONO, ""): "DejaVuSansMono.ttf",
+}
+SIZES = {"title": 20, "section": 15, "heading": 11.5, "text": 9.5, "table": 8, "small": 7}
+LINES = (138, 138, 138)
+GREY, RED, AMBER = (90, 90, 90), (156, 28, 28), (122, 82, 0)
+BREAK = "\u200b"  # where a long word may be broken: after each of these characters
+BROKEN_AFTER = "/_.#-"
+LONG = 24  # letters of a word that is broken wherever it must be
+
+
+def can_write() -> bool:
+    """Return whether fpdf2 is installed."""
+    return importlib.util.find_spec("fpdf") is not None
+
+
+def pdf(content: Mapping[str, Any], picture: Path | None = None) -> bytes:
+    """Write a dossier's content as a PDF (A4). picture: the run's progress.png.
+
+    Errors: ModuleNotFoundError without fpdf2."""
+    document = _new(f"Dossier of the study {content['study']['shown']}")
+    document.set_font(SANS, "B", SIZES["title"])
+    document.multi_cell(0, 9, document.title, new_x="LMARGIN", new_y="NEXT")
+    for section in content["sections"]:
+        _heading(document, section["title"], 0)
+        for kind, group in grouped(section["blocks"]):
+            _block(document, kind, group)
+        if section["id"] == "model" and picture:
+            document.ln(2)
+            document.image(str(picture), w=document.epw, alt_text=PICTURE)
+    return bytes(document.output())
+
+
+def _new(title: str) -> Any:
+    from fpdf import FPDF
+
+    class Document(FPDF):  # type: ignore[misc]
+        def footer(self) -> None:
+            self.set_y(-12)
+            self.set_font(SANS, "", SIZES["small"])
+            self.set_text_color(*GREY)
+            self.cell(0, 6, f"{title}; page {self.page_no()} of {{nb}}", align="C")
+            self.set_text_color(0)
+
+    document = Document(format="A4")
+    document.set_auto_page_break(True, margin=18)
+    document.set_margins(18, 16, 18)
+    document.set_title(title)
+    document.set_lang("en")
+    document.set_creator("fedtune")
+    package = importlib.util.find_spec("matplotlib")
+    assert package and package.origin
+    folder = Path(package.origin).parent / "mpl-data" / "fonts" / "ttf"
+    for (family, style), name in FILES.items():
+        document.add_font(family, style, str(folder / name))
+    document.add_page()
+    return document
+
+
+def _heading(document: Any, text: str, level: int) -> None:
+    size = SIZES["heading" if level else "section"]
+    if document.will_page_break(30):
+        document.add_page()
+    document.ln(3 if level else 6)
+    document.set_font(SANS, "B", size)
+    document.start_section(text, level)
+    document.multi_cell(0, size * 0.5, text, align="L", new_x="LMARGIN", new_y="NEXT")
+    document.ln(1.5)
+
+
+def _block(document: Any, kind: str, group: list[dict[str, Any]]) -> None:
+    block = group[0]
+    if kind == "heading":
+        _heading(document, block["heading"], 1)
+    elif kind == "facts":
+        rows = [[b["label"], b["fact"], (b["fact"] or {}).get("source", "–")] for b in group]
+        _table(document, ["What", "Value", "Source in the run"], rows)
+    elif kind == "table" and block["rows"]:
+        if document.will_page_break(30):  # a caption stays with its table
+            document.add_page()
+        _text(document, block["table"], style="B")
+        _table(document, block["head"], block["rows"])
+    elif kind == "list":
+        for item in block["list"]:
+            _text(document, f"•  {item}", indent=4)
+    elif kind in DRAWN:
+        DRAWN[kind](document, block)
+
+
+def _text(document: Any, text: str, style: str = "", indent: float = 0, font: str = SANS) -> None:
+    document.set_font(font, style, SIZES["text"])
+    document.set_x(document.l_margin + indent)
+    width = document.epw - indent
+    plain = _breakable(text.replace("`", ""))
+    document.multi_cell(width, 4.8, plain, align="L", new_x="LMARGIN", new_y="NEXT")
+    document.ln(1.2)
+
+
+def _boxed(document: Any, text: str, colour: tuple[int, int, int], style: str) -> None:
+    document.set_font(SANS, style, SIZES["text"])
+    document.set_draw_color(*colour)
+    document.set_line_width(0.5)
+    document.ln(1)
+    plain = _breakable(text.replace("`", ""))
+    document.multi_cell(0, 5, plain, border=1, align="L", padding=2, new_x="LMARGIN", new_y="NEXT")
+    document.ln(2)
+    document.set_draw_color(0)
+    document.set_line_width(0.2)
+
+
+def _blank(document: Any, block: Mapping[str, str]) -> None:
+    if block["typed"]:
+        _text(document, f"{block['label']} ({TYPED}):", style="B")
+        _text(document, block["typed"], indent=4)
+        return
+    _boxed(document, f"☐ {TO_FILL}: {block['label']}. {block['help']}", AMBER, "")
+
+
+DRAWN: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {
+    "text": lambda document, block: _text(document, block["text"]),
+    "note": lambda document, block: _boxed(document, block["note"], RED, "B"),
+    "code": lambda document, block: _text(document, block["code"], indent=4, font=MONO),
+    "blank": _blank,
+}
+
+
+def _widths(document: Any, head: list[str], rows: list[list[Any]]) -> tuple[float, ...]:
+    """Give each column the width of its longest word, and share the rest by mean length."""
+    document.set_font(SANS, "B", SIZES["table"])
+    least, means = [], []
+    for n, name in enumerate(head):
+        cells = [_cell(row[n]) for row in rows]
+        words = [w for text in (name, *cells) for w in _breakable(text).replace(BREAK, " ").split()]
+        least.append(max(map(document.get_string_width, words)) + 4)
+        means.append(min(sum(map(len, cells)) / max(len(cells), 1), 60.0) + 1)
+    rest = max(document.epw - sum(least), 0.0)
+    pairs = zip(least, means, strict=True)
+    return tuple(width + rest * mean / sum(means) for width, mean in pairs)
+
+
+def _table(document: Any, head: list[str], rows: list[list[Any]]) -> None:
+    from fpdf.fonts import FontFace
+
+    widths = _widths(document, head, rows)
+    document.set_font(SANS, "", SIZES["table"])
+    style = FontFace(emphasis="BOLD", fill_color=(238, 241, 244))
+    document.set_draw_color(*LINES)
+    document.ln(0.5)
+    with document.table(
+        col_widths=widths, headings_style=style, line_height=4, padding=1, text_align="LEFT"
+    ) as table:
+        table.row([_breakable(name) for name in head])
+        for row in rows:
+            table.row([_breakable(_cell(value)) for value in row])
+    document.set_draw_color(0)
+    document.ln(2.5)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return str(value["shown"])
+    return NOT_RECORDED if value is None else str(value).replace("`", "")
+
+
+def _breakable(text: str) -> str:
+    """Let long words be broken: paths after their parts, digests anywhere."""
+    return " ".join(_word(word) if len(word) > LONG else word for word in text.split(" "))
+
+
+def _word(word: str) -> str:
+    parts = "".join(f"{c}{BREAK}" if c in BROKEN_AFTER else c for c in word).split(BREAK)
+    pieces = [part[n : n + LONG] for part in parts for n in range(0, len(part), LONG)]
+    return BREAK.join(pieces)
