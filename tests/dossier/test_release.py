@@ -6,6 +6,7 @@ import html.parser
 import importlib.util
 import json
 import re
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,21 @@ from typing import Any
 import pytest
 
 from fedtune.errors import ConfigError, InputError, Refused
+from fedtune.evidence import sign
 from fedtune.evidence.dossier import content as dossier_content
+from fedtune.evidence.dossier import openssf, seal
 from fedtune.evidence.dossier.facts import contradicted, documents, facts_in
 from fedtune.evidence.dossier.markdown import TO_FILL, markdown
 from fedtune.evidence.dossier.page import page
 from fedtune.evidence.dossier.release import details_template, read_details, release
 from fedtune.evidence.dossier.sbom import INSTALLED, RECORDED
 from fedtune.evidence.figures import NotGenuine
+from fedtune.evidence.verify import verify
+from fedtune.wire import fingerprints
+from fedtune.wire.keys import SigningKey, canonical
 from tests.cli_kit import run as command
 from tests.dossier.conftest import CONTACT
-from tests.verify_kit import forged, lower
+from tests.verify_kit import forged, lower, write_report
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,7 +49,7 @@ def test_one_command_from_a_run_to_a_folder(signed: Any, tmp_path: Path) -> None
     done = command("release", signed[0], "--out", out)
     assert done.exit_code == 0, done.output
     assert "blanks are for people to fill" in done.output
-    names = {path.name for path in out.iterdir()} - {"dossier.pdf"}
+    names = {path.name for path in out.iterdir()} - {"dossier.pdf", "model.sig", "model.pub"}
     assert names == {
         *("README.md", "dossier.html", "dossier.json", "dossier.md", "release.json"),
         *("run", "sbom.cdx.json"),
@@ -52,18 +58,47 @@ def test_one_command_from_a_run_to_a_folder(signed: Any, tmp_path: Path) -> None
     assert again.exit_code == 2 and "exists" in again.stderr
 
 
-def test_a_consortiums_dossier_needs_its_coordinators_key(
-    signed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+CA = "-----BEGIN CERTIFICATE-----"
+
+
+def consortium(folder: Path, run: Path) -> tuple[Path, SigningKey]:
+    """A run as a consortium's coordinator keeps it, signed by everybody's keys of a new home."""
+    copy = shutil.copytree(run, folder / "runs" / "study")
+    owner = SigningKey.at(folder / "coordinator" / "signing.key")
+    evidence = json.loads((copy / sign.EVIDENCE).read_text())
+    report = json.loads((copy / "report.json").read_text())
+    keys = {name: SigningKey() for name in evidence["sites"]}
+    for entry in evidence["updates"]:
+        text = canonical(json.loads(entry["header"]) | {"receiver": owner.public})
+        entry |= {"header": text.decode()}
+        entry |= {"signature": keys[entry["site"]].sign(b"fedtune update\0" + text)}
+    for name, key in keys.items():
+        evidence["sites"][name]["signing"] = key.public
+        report["privacy"]["sites"][name]["key"] = key.public
+    (copy / sign.EVIDENCE).write_bytes(canonical(evidence))
+    write_report(copy, report)
+    sign.sign_files(copy, owner, CA)
+    return copy, owner
+
+
+def test_a_consortiums_dossier_is_signed_with_its_coordinators_key(
+    signed: Any, tmp_path: Path
 ) -> None:
-    from dataclasses import replace
-
-    from fedtune.evidence.dossier import release as module
-
-    enrolled = replace(signed[1], simulated=False)
-    monkeypatch.setattr(module, "verify_run", lambda run: enrolled)
+    run, owner = consortium(tmp_path, signed[0])
+    made = release(run, tmp_path / "dossier")
+    name = fingerprints.of_consortium(CA, owner.public)
+    assert made.signer == name == made.dossier["run signed by"] and not made.simulated
+    assert "A simulation" not in (tmp_path / "dossier" / "dossier.md").read_text()
+    assert verify(tmp_path / "dossier", trust=name).trusted
+    elsewhere = shutil.copytree(run, tmp_path / "sent" / "runs" / "study")
     with pytest.raises(Refused, match="whose key is not in"):
-        release(signed[0], tmp_path / "out")
+        release(elsewhere, tmp_path / "out")
+    SigningKey.at(tmp_path / "other" / "signing.key")
+    with pytest.raises(Refused, match="whose key is not in"):
+        release(run, tmp_path / "out", home=tmp_path / "other")
     assert not (tmp_path / "out").exists()
+    again = release(elsewhere, tmp_path / "out", home=tmp_path / "coordinator")
+    assert again.signer == name
 
 
 def test_what_only_people_can_say_is_a_blank_until_they_say_it(
@@ -166,6 +201,24 @@ def test_the_bill_of_materials_fits_its_schema(released: Any) -> None:
     text = (released[0] / "sbom.cdx.json").read_text()
     assert validator.validate_str(text) is None
     assert validator.validate_str(text.replace('"library"', '"book"')) is not None
+
+
+@pytest.mark.skipif(not openssf.can_sign(), reason="model-signing is not installed")
+@pytest.mark.filterwarnings("ignore")
+def test_openssfs_tool_verifies_the_weights_by_the_key_that_the_release_names(
+    released: Any, tmp_path: Path
+) -> None:
+    from model_signing import verifying
+
+    folder = shutil.copytree(released[0], tmp_path / "dossier")
+    assert {openssf.SIGNATURE, openssf.PUBLIC} <= {*seal.read_release(folder)[0]["files"]}
+    key, signature = folder / openssf.PUBLIC, folder / openssf.SIGNATURE
+    tool = verifying.Config().use_elliptic_key_verifier(public_key=key)
+    tool.verify(folder / "run" / "adapter", signature)
+    weights = folder / "run" / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="mismatch"):
+        tool.verify(folder / "run" / "adapter", signature)
 
 
 class Outline(html.parser.HTMLParser):

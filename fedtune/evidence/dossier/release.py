@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from fedtune.errors import ConfigError, InputError, Refused
 from fedtune.evidence.audit_log import AuditLog
+from fedtune.evidence.dossier import openssf
 from fedtune.evidence.dossier.card import card
 from fedtune.evidence.dossier.content import blanks, build
 from fedtune.evidence.dossier.facts import documents
@@ -27,7 +29,7 @@ from fedtune.evidence.dossier.seal import (
     read_release,
     sign,
 )
-from fedtune.evidence.sign import HOME, RUN, carry
+from fedtune.evidence.sign import ADAPTER, HOME, RUN, carry
 from fedtune.evidence.verify import Verified, certificate_of, verify, verify_run
 from fedtune.files import reading
 from fedtune.files.writing import replace
@@ -78,6 +80,8 @@ def release(
             shutil.copyfile(run / AUDIT, draft / AUDIT)
             found[AUDIT] = True
         _write(draft, found, details or {})
+        if openssf.can_sign():
+            _sign_weights(draft, None if proven.simulated else home)
         sign(draft, key, ca)
         verify(draft)
     return verify(out)
@@ -97,6 +101,13 @@ def _key(run: Path, home: Path, proven: Verified) -> tuple[SigningKey, str]:
             "release the run where its coordinator is, or name that folder with --home",
         )
     return key, ca
+
+
+def _sign_weights(draft: Path, home: Path | None) -> None:
+    """Sign the weights in OpenSSF's format too, with a key of `home`; None: one kept nowhere."""
+    with tempfile.TemporaryDirectory() as nowhere:
+        key = (home or Path(nowhere)) / openssf.KEY
+        openssf.sign_weights(draft / RUN / ADAPTER, draft, key)
 
 
 def _write(draft: Path, found: Mapping[str, Any], details: Mapping[str, str]) -> None:
