@@ -220,7 +220,7 @@ def withdraw(
             continue
         results.append({"patient": number, "known": True, **asdict(withdrawal)})
         typer.echo(f"patient {number}: left out from the next round on")
-        _show(withdrawal, loaded.data.path)
+        _show(withdrawal, loaded.data.where)
     if unknown:
         unknown_keys = InputError(
             f"{unknown} of {len(keys)} keys {'is' if unknown == 1 else 'are'} not known here and "
@@ -231,7 +231,7 @@ def withdraw(
     return {"patients": results}
 
 
-def _show(withdrawal: Withdrawal, path: Path) -> None:
+def _show(withdrawal: Withdrawal, path: Path | str) -> None:
     """Say what a withdrawal could not undo, and where its receipt lies."""
     from fedtune.report.claim import rounded_up
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fedtune.bases.find import find_base
+from fedtune.client.data_files import COUPLED, FileFacts, files_of
 from fedtune.client.policy import base_for
 from fedtune.client.reading import SHOWN, by_reason, declared_wrongly, read_for_training
 from fedtune.client.site_checks import reading_of
@@ -22,9 +23,7 @@ from fedtune.config import Site, SiteData, Study
 from fedtune.data.consent import NO_CONSENT
 from fedtune.data.dataset import NO_TARGET, Dataset, Example, Failed
 from fedtune.data.load import UnitReader, check_columns, count_duplicates
-from fedtune.data.records import Read, Record, keys_of, read_file, site_rows, source_of
-from fedtune.data.sources import by_suffix
-from fedtune.data.sources._encoding import found_encoding
+from fedtune.data.records import Read, Record, keys_of, read_file, site_rows
 from fedtune.data.sources._interface import Names
 from fedtune.errors import DataError, FedtuneError
 from fedtune.files.writing import replace
@@ -33,7 +32,6 @@ from fedtune.ledger.ledger import Ledger
 from fedtune.objectives import resolve
 
 CLASSES = 50  # distinct values up to which a label column is taken to hold classes
-BINARY = (".parquet", ".arrow")
 LONGEST = 2**20  # tokens that a record is measured up to
 YEAR = re.compile(r"\s*((?:19|20)\d\d)\b")
 Table = tuple[str, list[tuple[str, ...]]]  # a heading, and rows of cells
@@ -61,19 +59,6 @@ class Spread:
             f"{self.least:,} at least, {self.median:,} median, {self.most_95:,} up to 95 %, "
             f"{self.largest:,} at most"
         )
-
-
-@dataclass(frozen=True)
-class FileFacts:
-    """One file of records: its name, its size in bytes, its encoding as it looks, what separates
-    its cells (CSV), and how many rows it has and how many of these failed."""
-
-    name: str
-    size: int
-    encoding: str
-    delimiter: str
-    rows: int
-    failed: int
 
 
 @dataclass(frozen=True)
@@ -246,15 +231,17 @@ def data_report(site: Site, study: Study | None = None, *, date: str | None = No
         read.names.require()
     except DataError as error:
         problem = str(error)
+    if site.data.free_query:
+        problem = f"{COUPLED}; {problem}".rstrip("; ")
     dataset, fit = _fit(site, study, read) if study else (None, None)
     failed = sorted(dataset.counts.failed if dataset else read.failed)
     by_unit = Counter(record.unit for record in read.records)
     return DataReport(
         site=site.site.name,
-        path=str(site.data.path),
+        path=str(site.data.where),
         problem=problem,
         unit=unit,
-        files=_files(site.data, read),
+        files=files_of(site.data, read),
         columns=read.names.listed,
         rows=read.rows,
         usable=len(read.records),
@@ -271,31 +258,6 @@ def data_report(site: Site, study: Study | None = None, *, date: str | None = No
         years=_years(site.data, date) if date else {},
         fit=fit,
     )
-
-
-def _files(data: SiteData, read: Read) -> list[FileFacts]:
-    """Describe each file that was read; a file of another kind is not one of them."""
-    rows = Counter(record.place.file for record in read.records if record.place)
-    failed = Counter(each.file for each in read.failed)
-    folder = data.path if data.path.is_dir() else data.path.parent
-    source = source_of(data) or by_suffix().get(".csv")
-    delimiter = {",": "comma", ";": "semicolon", "\t": "tab"}
-    mark = str(getattr(source, "delimiter", ","))
-    facts = []
-    for name in sorted({*rows, *failed} | ({data.path.name} if data.path.is_file() else set())):
-        path = folder / name
-        csv = path.suffix.lower() == ".csv"
-        facts.append(
-            FileFacts(
-                name,
-                path.stat().st_size,
-                "–" if path.suffix.lower() in BINARY else found_encoding(path),
-                delimiter.get(mark, mark) if csv else "–",
-                rows[name] + failed[name] + read.filtered_in[name] + read.withheld_in[name],
-                failed[name],
-            )
-        )
-    return facts
 
 
 def _classes(records: Sequence[Record], study: Study | None) -> dict[str, int]:
@@ -331,7 +293,7 @@ def _characters(record: Record) -> int:
 def _years(data: SiteData, date: str) -> dict[str, int]:
     """Count the rows by the year of a column of dates."""
     counts: Counter[str] = Counter()
-    names = Names(data.path, {"--date": date} | keys_of(data))
+    names = Names(data.where, {"--date": date} | keys_of(data))
     for _, row in site_rows(data, names, strict=False):
         if row is NO_CONSENT:
             continue

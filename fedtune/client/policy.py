@@ -61,6 +61,7 @@ def refusals(
     """Yield a refusal for every rule that the plan breaks, without reading any data."""
     policy, listed = site.policy, list[tuple[str, str, Sequence[str]]]()
     yield from _about_plugins(study, policy)
+    yield from _about_query(site)
     if policy.bases != "any":
         listed.append(("bases", study.base.digest or "a base without digest", policy.bases))
     if policy.coordinators:
@@ -128,6 +129,17 @@ def _about_plugins(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]
             allowed += group.release()
         if name is not None and name not in allowed:
             yield PolicyRefused(f"policy.{group.name} does not list {name!r}")
+
+
+def _about_query(site: Site) -> Iterator[PolicyRefused]:
+    """Refuse where a query or a view, which the guarantee does not cover, selects the records."""
+    free = any(table.free_query for table in (site.data, site.evaluation) if table)
+    if free and not site.policy.allow_free_query:
+        yield PolicyRefused(
+            "a query or a view selects this site's records, so that one patient may decide what "
+            "becomes of another's, and policy.allow_free_query is not set",
+            "a table, and data.filter",
+        )
 
 
 def _about_rank(lora: LoraTable, most: int | None) -> Iterator[PolicyRefused]:

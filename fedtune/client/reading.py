@@ -152,4 +152,4 @@ def keep_counts(site: Site, data: SiteData, study: Study, dataset: Dataset) -> N
     if dataset.rejected or dataset.n_cut or counts.over_cap:
         line = describe(dataset, study, site.site.declared_size)
         if line not in shown:
-            log.warning("%s: %s; `fedtune data report` lists the rows", data.path, line)
+            log.warning("%s: %s; `fedtune data report` lists the rows", data.where, line)

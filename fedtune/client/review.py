@@ -98,9 +98,19 @@ def review(study: Study, site: Site, ledger: Ledger) -> Review:
     sections = [
         ("What would run", _runs(study, plan, site)),
         ("What would leave this site", _leaves(study)),
-        ("What it costs", [*_declared(site), *_costs(study, site, plan, ledger)]),
+        ("What it costs", [*_selected(site), *_declared(site), *_costs(study, site, plan, ledger)]),
     ]
     return Review(study.digest, sections, refused, _verdict(study, site, plan, ledger, refused))
+
+
+def _selected(site: Site) -> list[str]:
+    if not any(table.free_query for table in (site.data, site.evaluation) if table):
+        return []
+    return [
+        "NOT COVERED: a query or a view selects this site's records. Where it counts, ranks, "
+        "limits or averages over several patients, one of them may decide what becomes of "
+        "another's records, and no ε below holds for that."
+    ]
 
 
 def _declared(site: Site) -> list[str]:

@@ -214,7 +214,7 @@ class SiteWorker:
         units the site sends noise alone. Errors: DataError where there is no file or its columns do
         not suit the study, which no record decides."""
         check_columns(data, study, network.tokenizer, reader=network.reader)
-        if not data.path.exists():
+        if not (data.url or data.path.exists()):
             raise DataError(f"{data.path}: no such file", "the site's records")
         try:
             dataset = read_for_training(
@@ -224,7 +224,7 @@ class SiteWorker:
             log.error("%s. This site takes part with noise alone until it is corrected", error)
             return Dataset([], 0, Counter())
         if dataset.n_units < 2:
-            log.error("%s: too few usable records; this site sends noise alone", data.path)
+            log.error("%s: too few usable records; this site sends noise alone", data.where)
         return dataset
 
     def train(self, digest: str, round_: int, adapter: Arrays, receipt: str = "") -> Update:

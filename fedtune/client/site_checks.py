@@ -45,7 +45,7 @@ def check_records(site: Site) -> None:
     records, _ = read_records(site.data, unit=unit)
     if len({record.unit for record in records}) < 2:
         raise DataError(
-            f"{site.data.path}: fewer than 2 usable {unit}s",
+            f"{site.data.where}: fewer than 2 usable {unit}s",
             f"at least 2 {unit}s",
             "add records, or check data.columns",
         )

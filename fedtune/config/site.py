@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from fedtune.config.database import Url, anchored
 from fedtune.config.known_bases import KNOWN
 from fedtune.config.types import (
     Address,
@@ -40,6 +41,7 @@ MODULES = (
 # distribution is imported only where it is named.
 Plugins = tuple[str, ...] | Literal["release"]
 RELEASE: Literal["release"] = "release"
+SQL, PASSWORD_FILE = "sql", "password_file"  # the source of a database, and its option
 Value = str | int  # that a cell may be equal to
 
 
@@ -93,8 +95,11 @@ class ConsentTable(Table):
 
 
 class SiteData(DataFile):
-    """The site's records, as one dataset with one privacy budget."""
+    """The site's records, as one dataset with one privacy budget: files at `path`, or a table of
+    the database at `url`; beside a url, `path` is the folder of images and recordings."""
 
+    path: Place = Path()
+    url: Url | None = None  # sqlite:///, duckdb:/// or postgresql://, without a password
     name: Name = "records"  # the budget's name; a dataset that grows keeps it
     disjoint_from: tuple[Name, ...] = ()  # datasets of this site that share no patient with it
     cohort: Name = "first"  # of arrival: change it when new patients are added
@@ -109,13 +114,35 @@ class SiteData(DataFile):
 
     @model_validator(mode="after")
     def _check_source(self) -> SiteData:
-        if self.options and self.source is None:
+        if self.url is None and "path" not in self.model_fields_set:
+            raise ValueError("path: key is missing")
+        if self.url and self.source not in (None, SQL):
+            raise ValueError(f'url: is read by source = "{SQL}"')
+        if self.options and self.source is None and not self.url:
             raise ValueError('options: belong to a source; name it, as in source = "csv"')
         if any(value == () for value in self.filter.values()):
             raise ValueError("filter: a column without a value leaves nothing")
         if self.consent and self.consent.opt_outs and not self.columns.patient:
             raise ValueError("consent.opt_outs: lists patients; name columns.patient")
         return self
+
+    @property
+    def where(self) -> Path | str:
+        """Where the records are, for messages at the site."""
+        return self.url or self.path
+
+    @property
+    def free_query(self) -> bool:
+        """Whether a person selects the records by what may depend on several patients."""
+        return bool(self.options.get("query") or self.options.get("view"))
+
+    def anchored(self, folder: Path) -> Self:
+        """Make every path in the table absolute, that of a database and of its password too."""
+        table, options = super().anchored(folder), dict(self.options)
+        if (secret := options.get(PASSWORD_FILE)) and isinstance(secret, str):
+            options[PASSWORD_FILE] = str(folder / secret)
+        url = anchored(self.url, folder) if self.url else None
+        return table.model_copy(update={"url": url, "options": options})
 
     @property
     def kept_values(self) -> dict[str, tuple[str, ...]]:
@@ -146,6 +173,7 @@ class PolicyTable(Table):
     max_epsilon_per_study: Positive = 8.0  # at the study's own δ
     max_delta: Delta = 1e-3
     allow_privacy_off: bool = False
+    allow_free_query: bool = False  # records selected by a query or a view: outside the guarantee
     allow_declared_data: bool = False  # `fedtune client` with data that [data] declares
     admission: Literal["standing", "signed"] = "standing"  # signed: `fedtune review --sign` first
     min_noise_multiplier: NotNegative = 0.3  # σ

@@ -132,7 +132,7 @@ state = "state"        # the ledger of what privacy was spent, and the site's ke
 # lora_rank = 4        # train at most so many of an adapter's ranks a round: bytes and memory
 
 [data]                 # .jsonl, .csv, .parquet or .arrow, or a folder of them
-path = "data.jsonl"
+path = "data.jsonl"    # or url = "postgresql://user@host/db", with options = { table = "note" }
 name = "records"       # the privacy budget's name: a dataset that grows keeps it
 # source = "csv"       # else by suffix; another is named here, or one to give it options:
 # options = { delimiter = ";", encoding = "latin-1" }
@@ -166,6 +166,7 @@ max_epsilon = 8.0      # in total: everything ever released from this dataset, p
 max_epsilon_per_study = 8.0   # above a plan's own ε: an interrupted round is paid for twice
 max_delta = 1e-3       # of a study; max_epsilon holds at twice this, below 1 / declared_size
 allow_privacy_off = false
+allow_free_query = false   # records that a query or a view selects: outside the guarantee
 allow_declared_data = false   # `fedtune client` with [data] declared
 admission = "standing" # "signed": a person signs each plan first, with `fedtune review --sign`
 min_noise_multiplier = 0.3

@@ -213,3 +213,8 @@ class DataFile(Table):
 
     path: Place
     columns: Columns
+
+    @property
+    def where(self) -> Path | str:
+        """Where the records are, for messages."""
+        return self.path

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from fedtune.files import reading
 NO_CONSENT = "no consent"  # in place of a row; none of a source's own reasons
 DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 LARGEST = 2**30  # bytes of a list: 16 million opt-outs
-OPEN = stat.S_IRWXG | stat.S_IRWXO
 
 
 def with_consent(
@@ -58,7 +56,7 @@ def opted_out(table: ConsentTable) -> Callable[[str], bool] | None:
     if table.opt_outs is None:
         return None
     listed = frozenset(_digests(table.opt_outs))
-    salt = _secret(table.salt_file, "the salt of the opt-outs").strip() if table.salt_file else b""
+    salt = reading.secret(table.salt_file, "a salt", DataError).strip() if table.salt_file else b""
 
     def digest(key: str) -> bytes:
         if table.hashing == "hmac-sha256":
@@ -69,7 +67,7 @@ def opted_out(table: ConsentTable) -> Callable[[str], bool] | None:
 
 
 def _digests(path: Path) -> Iterator[bytes]:
-    lines = _secret(path, "a list of opt-outs").splitlines()
+    lines = reading.secret(path, "a list of opt-outs", DataError, LARGEST).splitlines()
     for number, line in enumerate(lines, 1):
         text = line.decode("ascii", "replace").strip()
         if not text or text.startswith("#"):
@@ -81,18 +79,6 @@ def _digests(path: Path) -> Iterator[bytes]:
                 "hash the keys as data.consent.hashing says; nobody trains meanwhile",
             )
         yield bytes.fromhex(text)
-
-
-def _secret(path: Path, what: str) -> bytes:
-    """Read a file that is for this user alone. Errors: DataError."""
-    content = reading.content(path, what, kind=DataError, most=LARGEST)
-    if path.stat().st_mode & OPEN:
-        raise DataError(
-            f"{path}: others may read it, and short keys can be guessed from their hashes",
-            "mode 0600",
-            f"chmod 600 {path}",
-        )
-    return content
 
 
 def _agrees(row: Row, table: ConsentTable) -> bool:

@@ -203,9 +203,9 @@ def load_dataset(
     counts = _counts(read, list(read_units.values()))
     rejected = Counter(failed.reason for failed in counts.failed)
     if strict and not units:
-        raise _nothing_left(file.path, rejected, study.objective, read)
+        raise _nothing_left(file.where, rejected, study.objective, read)
     if strict and labelled and table == "data" and len(units) < 2:
-        raise _one_unit(file.path, unit)
+        raise _one_unit(file.where, unit)
     examples = [
         replace(example, unit=number)
         for number, unit_result in enumerate(units.values())
@@ -339,7 +339,7 @@ def _row_member(key: str) -> bytes:
     return b"row\0" + key.encode()
 
 
-def _one_unit(path: Path, unit: str) -> DataError:
+def _one_unit(path: Path | str, unit: str) -> DataError:
     return DataError(
         f"{path}: all usable records are one {unit}'s, which can be neither protected nor trained "
         "on",
@@ -349,7 +349,7 @@ def _one_unit(path: Path, unit: str) -> DataError:
 
 
 def _nothing_left(
-    path: Path, rejected: Counter[str], objective: ObjectiveTable, read: Read
+    path: Path | str, rejected: Counter[str], objective: ObjectiveTable, read: Read
 ) -> DataError:
     if (read.filtered or read.withheld) and not rejected:
         key = "data.consent" if read.withheld else "data.filter"

@@ -17,12 +17,13 @@ from fedtune.config import (
     SelectionTable,
     SiteData,
 )
+from fedtune.config.site import SQL
 from fedtune.data.cells import key_of, string_of, text_of
 from fedtune.data.consent import NO_CONSENT, with_consent
 from fedtune.data.dataset import Failed
 from fedtune.data.files import Place, Rejected, placed_rows
 from fedtune.data.media import Folder, Media
-from fedtune.data.sources import SOURCES, Source
+from fedtune.data.sources import SOURCES, Collection, Source
 from fedtune.data.sources._interface import Names, Row
 from fedtune.errors import ConfigError, DataError
 
@@ -146,10 +147,10 @@ def read_file(
     records: list[Record] = []
     failed: list[Failed] = []
     copies: Counter[bytes] = Counter()
-    names = Names(file.path, keys_of(file))
+    names = Names(file.where, keys_of(file))
     folder = Folder(file.path if file.path.is_dir() else file.path.parent)
     count, filtered_in, withheld_in = 0, Counter[str](), Counter[str]()
-    keep = file.kept_values if isinstance(file, SiteData) else {}
+    keep = kept_of(file)
     for place, row in site_rows(file, names, strict):
         count += 1
         try:
@@ -179,9 +180,19 @@ def read_file(
             failed.append(Failed(*place, "cannot be read"))
     if not count and strict:
         raise DataError(
-            f"{file.path}: the file has no records", "at least 2", f"check {table}.path"
+            f"{file.where}: the file has no records", "at least 2", f"check {table}.path"
         )
     return Read(records, failed, count, filtered_in, withheld_in, names)
+
+
+def kept_of(file: DataFile) -> Mapping[str, tuple[str, ...]]:
+    """Return which values of which columns data.filter asks for, with what the source asks for
+    where it does not say."""
+    if not isinstance(file, SiteData):
+        return {}
+    source = source_of(file)
+    kept = source.kept if isinstance(source, Collection) else {}
+    return {**kept, **file.kept_values}
 
 
 def site_rows(file: DataFile, names: Names, strict: bool) -> Iterator[tuple[Place, Row | str]]:
@@ -196,10 +207,21 @@ def site_rows(file: DataFile, names: Names, strict: bool) -> Iterator[tuple[Plac
 def source_of(file: DataFile) -> Source | None:
     """Build the source that site.toml names for a file; None: it goes by the suffix.
 
-    Errors: ConfigError where it is not installed, or does not have the options."""
-    if isinstance(file, SiteData) and file.source:
-        return SOURCES.build(file.source, file.options)
-    return None
+    Errors: ConfigError where it is not installed, does not have the options, or knows patients and
+    data.columns.patient does not name their column."""
+    if not isinstance(file, SiteData):
+        return None
+    if file.url:
+        return SOURCES.build(SQL, {**file.options, "url": file.url})
+    source = SOURCES.build(file.source, file.options) if file.source else None
+    if isinstance(source, Collection) and source.patient not in ("", file.columns.patient):
+        table = table_of(file)
+        raise ConfigError(
+            f"{table}.source = {file.source!r} tells patients apart, and nobody's records would be "
+            "protected together",
+            f'{table}.columns.patient = "{source.patient}"',
+        )
+    return source
 
 
 def keys_of(file: DataFile) -> dict[str, str]:
@@ -207,7 +229,7 @@ def keys_of(file: DataFile) -> dict[str, str]:
     table, named = table_of(file), file.columns.model_dump()
     keys = {f"{table}.columns.{key}": column for key, column in named.items() if column}
     if isinstance(file, SiteData):
-        keys |= {f"{table}.filter.{column}": column for column in file.filter}
+        keys |= {f"{table}.filter.{column}": column for column in kept_of(file)}
         if file.consent and file.consent.column:
             keys[f"{table}.consent.column"] = file.consent.column
     return keys

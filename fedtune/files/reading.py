@@ -65,6 +65,17 @@ def content(
     return data
 
 
+def secret(path: Path, expected: str, kind: Kind = InputError, most: int = SMALL) -> bytes:
+    """Read the bytes of a file that must be for this user alone. Errors: as above; also where
+    others may read it."""
+    data = content(path, expected, kind=kind, most=most)
+    if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise kind(
+            f"{path}: others may read it, and it is a secret", "mode 0600", f"chmod 600 {path}"
+        )
+    return data
+
+
 def text(
     path: Path, expected: str, todo: str = "", kind: Kind = InputError, most: int = SMALL
 ) -> str:

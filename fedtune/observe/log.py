@@ -63,7 +63,8 @@ LOGGABLE = frozenset(name for name, metric in METRICS.items() if metric.loggable
 # Of a reason, the first of these that it contains is logged.
 PHRASES = (
     "policy.max_epsilon_per_study", "policy.max_epsilon", "policy.max_delta",
-    "policy.allow_privacy_off", "policy.allow_declared_data", "charged as private",
+    "policy.allow_privacy_off", "policy.allow_free_query", "policy.allow_declared_data",
+    "charged as private",
     "were declared public or",
     "what it declares of its data", "has no such declaration", "data.declared was changed",
     "policy.admission", "policy.min_noise_multiplier",

@@ -40,7 +40,7 @@ def dataset(path: Path, source: str | None, **options: Any) -> SiteData:
 
 def test_each_suffix_has_one_source() -> None:
     assert sorted(by_suffix()) == [".arrow", ".csv", ".jsonl", ".parquet"]
-    assert SOURCES.release() == ["arrow", "csv", "jsonl", "parquet"]
+    assert SOURCES.release() == ["arrow", "csv", "fhir", "jsonl", "parquet", "sql"]
 
 
 def test_a_csv_file_may_have_another_delimiter(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_a_foreign_source_is_read_where_site_toml_names_it(
     (tmp_path / "data.csv").write_text("t\nx\n")
     with pytest.raises(DataError, match=r"expected \.odd"):
         read_records(dataset(tmp_path / "data.csv", "odd"))
-    with pytest.raises(ConfigError, match="one of arrow, csv, jsonl, parquet, odd"):
+    with pytest.raises(ConfigError, match="one of arrow, csv, fhir, jsonl, parquet, sql, odd"):
         read_records(dataset(path, "even"))
 
 

@@ -39,6 +39,8 @@ Key = tuple[str, str]  # the table's heading, the key
 IN_WORDS = {  # defaults too long for a table
     ("[policy]", "modules"): "every linear layer that this release knows",
     ("[policy]", "bases"): "the digests that this release pins",
+    ("[data]", "path"): "required without `url`",
+    ("[evaluation] of a site", "path"): "required without `url`",
 }
 
 

@@ -50,7 +50,7 @@ AXES: dict[str, list[Any]] = {
     "what": list(WHAT),
     "drawn": list(DRAWN),
     "kind": [
-        *("jsonl", "csv", "parquet", "arrow"),
+        *("jsonl", "csv", "parquet", "arrow", "sqlite"),
         *("folder-jsonl", "folder-csv", "folder-parquet", "folder-arrow"),
     ],
     "story": ["rounds", "studies", "continuous", "queries", "two sets", "units change"],

@@ -7,7 +7,9 @@ import hashlib
 import hmac
 import io
 import json
+import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,27 @@ def _arrow(rows: Sequence[Any], shared: bool) -> bytes:
     return out.getvalue()
 
 
+def _sqlite(rows: Sequence[Any], shared: bool) -> bytes:
+    """Cells of whatever type each row has; what is no row is left out."""
+    keys = _columns(rows, shared)
+    good = [row for row in rows if isinstance(row, dict)]
+    with closing(sqlite3.connect(":memory:")) as database:
+        names = ", ".join(f'"{key}"' for key in keys)
+        database.execute(f"CREATE TABLE rows ({names})")
+        database.executemany(
+            f"INSERT INTO rows VALUES ({', '.join('?' * len(keys))})",
+            [[_stored(row.get(key)) for key in keys] for row in good],
+        )
+        database.commit()
+        return database.serialize()
+
+
+def _stored(value: Any) -> Any:
+    if value is None or isinstance(value, int | float):
+        return value
+    return _cell(value)
+
+
 def _table(rows: Sequence[Any], shared: bool) -> pa.Table:
     """Every column as text; what is no row is left out."""
     keys = _columns(rows, shared)
@@ -79,7 +102,7 @@ def _cell(value: Any) -> str | None:
 
 
 EVERY = ("who", "q", "a", "b", "l", "file", "agreed")
-WRITERS = {"jsonl": _jsonl, "csv": _csv, "parquet": _parquet, "arrow": _arrow}
+WRITERS = {"jsonl": _jsonl, "csv": _csv, "parquet": _parquet, "arrow": _arrow, "sqlite": _sqlite}
 
 
 def agreeing(row: Row, case: Case, version: int) -> Any:

@@ -253,6 +253,8 @@ PINNED = {
     "opts-out-by-a-column": OPT_OUTS["column"],
     "opts-out-by-a-list": OPT_OUTS["list"],
     "opts-out-by-a-salted-list": OPT_OUTS["salted list"],
+    "opts-out-in-a-database": replace(OPT_OUTS["list"], kinds={"records": "sqlite"}),
+    "a-bad-cell-in-a-database": switched_off("sqlite", {"who": "a", "q": 7.5, "a": ["x"]}),
 }
 
 # Nothing but ordinary notes.

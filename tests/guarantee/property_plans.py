@@ -159,12 +159,12 @@ class Place:
         columns = self.columns + (', patient = "who"' if self.patient else "")
         lines = ["[site]", 'name = "a"', f"declared_size = {SIZE}", 'state = "state"']
         lines += [f"lora_rank = {self.rank}"] if self.rank else []
-        lines += ["[data]", f'name = "{self.data}"', f'path = "{path_of(self.data, kinds)}"']
+        lines += ["[data]", f'name = "{self.data}"', *where_of(self.data, kinds)]
         lines += [f"columns = {{ {columns} }}", f"disjoint_from = {json.dumps(self.apart)}"]
         lines += [CONSENT[self.consent]]
         if self.held_out:
             lines += ["[evaluation]", f'name = "{self.held_out}"', f"columns = {{ {columns} }}"]
-            lines += [f'path = "{path_of(self.held_out, kinds)}"']
+            lines += where_of(self.held_out, kinds)
             lines += [f'disjoint_from = ["{self.data}"]'] if self.held_apart else []
             lines += [CONSENT[self.consent]]
         lines += ["[policy]", 'bases = "any"', "max_delta = 1e-4", "min_noise_multiplier = 0.0"]
@@ -182,6 +182,14 @@ CONSENT = {
     f'salt_file = "{SALT}" }}',
 }
 WIDE = "max_epsilon = 1e6\nmax_epsilon_per_study = 1e6\nmax_steps = 10000000"
+
+
+def where_of(data: str, kinds: Mapping[str, str]) -> list[str]:
+    """The lines of site.toml that say where a dataset is."""
+    path = path_of(data, kinds)
+    if path.endswith(".sqlite"):
+        return [f'url = "sqlite:///{path}"', 'options = { table = "rows" }', f'path = "{data}"']
+    return [f'path = "{path}"']
 
 
 def path_of(data: str, kinds: Mapping[str, str]) -> str:

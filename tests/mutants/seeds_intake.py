@@ -9,6 +9,9 @@ CONSENT, RECORDS, SITE = (
     "fedtune/data/records.py",
     "fedtune/client/site.py",
 )
+SQL, DATABASES = "fedtune/data/sources/sql.py", "fedtune/data/sources/_databases.py"
+FHIR, T_FHIR = "fedtune/data/sources/fhir.py", "tests/data/test_fhir_source.py::"
+T_SQL = "tests/data/test_sql_source.py::"
 T_CONSENT, T_PROPERTY = "tests/data/test_consent.py::", "tests/guarantee/test_property.py::"
 T_PINNED = T_PROPERTY + "test_a_case_that_broke_the_guarantee_once[opts-out-by-a-"
 
@@ -44,8 +47,8 @@ MUTANTS = (
         T_PINNED + "column]", "others' rows hang on whether somebody before them opted out",
     ),
     one(
-        "consent", "a-list-for-everybody", CONSENT,
-        "if path.stat().st_mode & OPEN:", "if False:",
+        "consent", "a-list-for-everybody", "fedtune/files/reading.py",
+        "if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):", "if path.stat().st_size < 0:",
         T_CONSENT + "test_a_list_that_others_may_read_is_refused",
         "whoever may read the list guesses who opted out",
     ),
@@ -61,5 +64,56 @@ MUTANTS = (
         "if not verifies(ledger.key.public, _signed(receipt), signature):", "if not signature:",
         "tests/client/test_withdraw.py::test_a_changed_receipt_is_none",
         "a receipt that somebody wrote passes for the site's",
+    ),
+    one(
+        "intake", "a-query-without-the-policys-leave", "fedtune/client/policy.py",
+        "    if free and not site.policy.allow_free_query:\n", "    if False:\n",
+        "tests/test_intake.py::test_a_query_needs_the_policys_leave_and_review_and_report_say_so",
+        "one patient decides which records of others train, and nobody was asked",
+    ),
+    one(
+        "intake", "a-view-is-a-table", SQL,
+        "if not (is_table or self.view):", "if not columns:",
+        T_SQL + "test_a_view_is_refused_until_the_site_says_that_it_is_one",
+        "a LIMIT in a view couples patients, and site.toml shows a table",
+    ),
+    one(
+        "intake", "a-bad-cell-rejects-the-site", DATABASES,
+        "        return raw.decode()\n    except UnicodeDecodeError:\n        return UNDECODABLE\n",
+        "        return raw.decode()\n    except UnicodeDecodeError:\n        raise\n",
+        T_SQL + "test_cells_of_sqlite_each_have_a_type",
+        "one patient's cell switches the site to noise",
+    ),
+    one(
+        "intake", "a-visit-of-somebody-else", SQL,
+        "by = dict.fromkeys((self.on, patient))", "by = dict.fromkeys((self.on,))",
+        T_SQL + "test_a_row_of_another_patient_is_not_joined",
+        "whose a visit is decides which notes of others train",
+    ),
+    one(
+        "intake", "in-the-databases-order", SQL,
+        "sorted(found, key=lambda row: _order(row[1]))", "found",
+        T_SQL + "test_the_order_of_a_database_is_nobodys",
+        "a row that is gone lets the others change places",
+    ),
+    one(
+        "intake", "a-databases-own-words", DATABASES,
+        "({type(error).__name__}{code})", "({error})",
+        T_SQL + "test_what_is_not_there_is_said_without_a_cell_or_a_password",
+        "an error quotes a record",
+    ),
+    one(
+        "intake", "anybody-replaces-a-document", FHIR,
+        '"yes" if (patient, str(line.get("id"))) in replaced else "no"',
+        '"yes" if str(line.get("id")) in {n for _, n in replaced} else "no"',
+        T_FHIR + "test_a_replacement_counts_within_one_patient_alone",
+        "whether one patient is there decides which documents of another train",
+    ),
+    one(
+        "intake", "anybodys-visit-has-a-site", FHIR,
+        "known = encounters.get(key, {})",
+        "known = next((s for (_, e), s in encounters.items() if e == key[1]), {})",
+        T_FHIR + "test_a_visit_of_another_patient_says_nothing",
+        "whose a visit is decides which documents of others train",
     ),
 )  # fmt: skip

@@ -43,6 +43,16 @@ class Jsonl(Source):
                 yield row
 
 
+def json_lines(path: Path) -> Iterator[tuple[int, Row | str]]:
+    """Yield the number of each line of a file that is not empty, from 1, and its object, or why it
+    is none. Errors: OSError."""
+    with path.open("rb") as handle:
+        for number, line in enumerate(_lines(handle), 1):
+            line = line.removeprefix(BOM) if number == 1 else line
+            if line.strip():
+                yield number, _json_object(line, "utf-8") if len(line) <= LINE else "too long"
+
+
 def _lines(handle: BinaryIO) -> Iterator[bytes]:
     """Yield the lines; of one above LINE bytes only a beginning that is above it too."""
     while line := handle.readline(LINE + 1):

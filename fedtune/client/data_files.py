@@ -1,0 +1,62 @@
+"""The files and tables that a data report is about, in counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from fedtune.config import SiteData
+from fedtune.data.records import Read, source_of
+from fedtune.data.sources import by_suffix
+from fedtune.data.sources._encoding import found_encoding
+
+BINARY = (".parquet", ".arrow")
+COUPLED = "selected by a query or a view, which may couple patients: outside the guarantee"
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """One file of records: its name, its size in bytes, its encoding as it looks, what separates
+    its cells (CSV), and how many rows it has and how many of these failed. Or a
+    database's table."""
+
+    name: str
+    size: int
+    encoding: str
+    delimiter: str
+    rows: int
+    failed: int
+
+
+def files_of(data: SiteData, read: Read) -> list[FileFacts]:
+    """Describe each file that was read; a file of another kind is not one of them."""
+    rows = Counter(record.place.file for record in read.records if record.place)
+    failed = Counter(each.file for each in read.failed)
+    if data.url:
+        return _tables(rows, failed, read)
+    folder = data.path if data.path.is_dir() else data.path.parent
+    source = source_of(data) or by_suffix().get(".csv")
+    delimiter = {",": "comma", ";": "semicolon", "\t": "tab"}
+    mark = str(getattr(source, "delimiter", ","))
+    facts = []
+    for name in sorted({*rows, *failed} | ({data.path.name} if data.path.is_file() else set())):
+        path = folder / name
+        csv = path.suffix.lower() == ".csv"
+        facts.append(
+            FileFacts(
+                name,
+                path.stat().st_size,
+                "–" if path.suffix.lower() in BINARY else found_encoding(path),
+                delimiter.get(mark, mark) if csv else "–",
+                rows[name] + failed[name] + read.filtered_in[name] + read.withheld_in[name],
+                failed[name],
+            )
+        )
+    return facts
+
+
+def _tables(rows: Counter[str], failed: Counter[str], read: Read) -> list[FileFacts]:
+    """Describe a database's tables, which have neither a size here nor an encoding of their own."""
+    left_out = read.filtered_in + read.withheld_in
+    names = sorted({*rows, *failed, *left_out})
+    return [FileFacts(n, 0, "–", "–", rows[n] + failed[n] + left_out[n], failed[n]) for n in names]

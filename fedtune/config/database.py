@@ -1,0 +1,56 @@
+"""Where a site's database is: a url without a secret."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+from pydantic import AfterValidator
+
+FILES = ("sqlite", "duckdb")  # databases that are one file
+KINDS = (*FILES, "postgresql")
+SECRETS = re.compile("password|secret|token")
+
+
+def _url(value: str) -> str:
+    """Check a database's url. No message quotes it, since it may hold a password."""
+    try:
+        parts = urlsplit(value)
+        asked, password = parse_qs(parts.query), parts.password
+    except ValueError:
+        raise ValueError("must be a url, such as sqlite:///clinic.db") from None
+    if parts.scheme not in KINDS or "\0" in value:
+        raise ValueError(f"must begin with one of {', '.join(f'{kind}://' for kind in KINDS)}")
+    if password is not None or any(SECRETS.search(key.lower()) for key in asked):
+        raise ValueError(
+            "must hold no password: name a file (options.password_file), an environment variable "
+            "(options.password_env), or use PostgreSQL's own ~/.pgpass"
+        )
+    if parts.scheme in FILES and (parts.netloc or asked or not parts.path.strip("/")):
+        raise ValueError(f"must be {parts.scheme}:///FILE, or {parts.scheme}:////FOLDER/FILE")
+    if parts.fragment:
+        raise ValueError("names a table behind #; that is options.table")
+    return value
+
+
+Url = Annotated[str, AfterValidator(_url)]
+
+
+def kind_of(url: str) -> str:
+    """Return what a checked url is of: sqlite, duckdb or postgresql."""
+    return urlsplit(url).scheme
+
+
+def file_of(url: str) -> Path:
+    """Return the file of a database that is one; as in a url of three slashes it is relative."""
+    return Path(unquote(urlsplit(url).path)[1:])
+
+
+def anchored(url: str, folder: Path) -> str:
+    """Make the file of a database that is one absolute, a relative one against `folder`."""
+    kind = kind_of(url)
+    if kind not in FILES:
+        return url
+    return f"{kind}:///{quote(str(folder / file_of(url)))}"
