@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from fedtune.audit import selftest
 from fedtune.client.review import review
+from fedtune.client.sheet import records_hash
 from fedtune.client.site import SiteWorker
 from fedtune.config import load_site, load_study
 from fedtune.dp import noise
@@ -338,3 +339,20 @@ def test_three_hospitals_train_on_a_real_bulk_export(tmp_path: Path, tiny_base: 
     for name in hospitals:
         counts = json.loads((tmp_path / "fhir" / name / "counts.json").read_text())["records"]
         assert counts["units"] == 3 and counts["rows"] == 1215 and not counts["rejected"]
+
+
+def test_a_database_is_attested_by_its_rows(tmp_path: Path) -> None:
+    """Not by what lies beside site.toml, where a database's path would be."""
+    made = databases.made("sqlite", tmp_path / "database")
+    made.table("note", ("who", "q"), [("a", "cough"), ("b", "fever")])
+    (tmp_path / "site.toml").write_text(
+        f'[site]\nname = "north"\ndeclared_size = 10\n[data]\nurl = "{made.url}"\n'
+        'options = { table = "note" }\ncolumns = { text = "q", patient = "who" }\n'
+    )
+    site = load_site(tmp_path / "site.toml")
+    before = records_hash(site)
+    (tmp_path / "another.txt").write_text("lies beside it")
+    made.execute("UPDATE note SET q = q")
+    assert records_hash(site) == before
+    made.execute("UPDATE note SET q = 'rash' WHERE who = 'b'")
+    assert records_hash(site) != before

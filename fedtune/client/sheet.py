@@ -113,7 +113,7 @@ def describe_data(site: Site, public: Path | None = None) -> Described:
         f"{unit}s": len({record.unit for record in read.records}),
         "rows that are not used": read.filtered + read.withheld + len(read.failed),
     }
-    beside = site.data.path if site.data.path.exists() else path
+    beside = site.data.path if _in_files(site) else path
     out = beside.with_name(beside.name + CROISSANT)
     content = private_sheet(typed, site, counts)
     replace(out, _json(content), private=True)
@@ -167,7 +167,7 @@ def private_sheet(typed: Sheet, site: Site, counts: dict[str, int]) -> dict[str,
             "encodingFormat": MEDIA.get(file.suffix.lower(), "application/octet-stream"),
             "sha256": _sha256(file),
         }
-        for file in _files(site.data.path)
+        for file in (_files(site.data.path) if _in_files(site) else ())
     ]
     return body
 
@@ -176,7 +176,7 @@ def records_hash(site: Site) -> str:
     """Hash a site's records: its files byte by byte; of another source, every row that it gives,
     whoever agreed to its use. Errors: DataError."""
     total = hashlib.sha256()
-    if site.data.path.exists():
+    if _in_files(site):
         for file in _files(site.data.path):
             name = file.relative_to(site.data.path) if site.data.path.is_dir() else file.name
             total.update(f"{name} {_sha256(file)}\n".encode())
@@ -211,6 +211,11 @@ def check_attested(site: Site) -> None:
                 "those that somebody attested to",
                 todo,
             )
+
+
+def _in_files(site: Site) -> bool:
+    """Whether the records are files; beside a database's url, the path is that of media."""
+    return site.data.url is None and site.data.path.exists()
 
 
 def _typed_hash(typed: Sheet) -> str:
