@@ -221,6 +221,13 @@ def test_openssfs_tool_verifies_the_weights_by_the_key_that_the_release_names(
         tool.verify(folder / "run" / "adapter", signature)
 
 
+def test_no_path_of_the_coordinators_machine_is_on_a_page(released: Any) -> None:
+    name = documents(released[0] / "run")["report.json"]["base"]["name"]
+    assert Path(name).is_absolute()
+    for file in ("README.md", "dossier.html", "dossier.json", "dossier.md", "sbom.cdx.json"):
+        assert name not in (released[0] / file).read_text(), file
+
+
 class Outline(html.parser.HTMLParser):
     """Headings, landmarks, references and tables of a page."""
 

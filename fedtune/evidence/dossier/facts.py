@@ -88,7 +88,16 @@ def _interval(value: Any) -> str:
 
 def _upstream(value: Any) -> str:
     found = upstream_of(str(value))
-    return str(found) if found else str(value)
+    return str(found) if found else base_name(str(value))
+
+
+def base_name(name: str) -> str:
+    """Name a base as the plan does; a folder of the coordinator's machine is nobody's business.
+
+    >>> base_name("/home/ada/models/llama")
+    'a local folder, known by its digest'
+    """
+    return "a local folder, known by its digest" if Path(name).is_absolute() else name
 
 
 SHOWN: dict[str, Callable[[Any], str]] = {
@@ -104,6 +113,7 @@ SHOWN: dict[str, Callable[[Any], str]] = {
     "verdict": lambda value: verdict(value) or "not measured",
     "declared": lambda value: declared_line({"declared": value}) or "none",
     "upstream": _upstream,
+    "base": lambda value: base_name(str(value)),
     "key": lambda value: f"{str(value)[:16]}…",
 }
 

@@ -8,6 +8,7 @@ from importlib import metadata
 from typing import Any
 
 from fedtune.config.known_bases import upstream_of
+from fedtune.evidence.dossier.facts import base_name
 
 SCHEMA = "http://cyclonedx.org/schema/bom-1.6.schema.json"
 RECORDED, INSTALLED = "recorded-by-run", "installed-at-release"
@@ -91,7 +92,7 @@ def _base(base: Mapping[str, Any]) -> dict[str, Any]:
     component = {
         "type": "machine-learning-model",
         "bom-ref": "base",
-        "name": upstream.model if upstream else str(base["name"]),
+        "name": upstream.model if upstream else base_name(str(base["name"])),
         "properties": [*_from(RECORDED), *properties],
     }
     if base.get("licence"):
