@@ -13,6 +13,7 @@ from fedtune.cli.exit_codes import command
 from fedtune.cli.use_run import RUN_FOLDER
 
 if TYPE_CHECKING:
+    from fedtune.evidence.audit_log import AuditLog
     from fedtune.wire.keys import SigningKey
 
 NAMED = Annotated[Path, typer.Option(metavar="DIR", help="The new folder.", show_default=False)]
@@ -108,25 +109,30 @@ def approve(
     With --site the site itself countersigns. `fedtune verify` shows who approved."""
     from fedtune.evidence.dossier.release import approve as sign
 
-    made = sign(folder, _key(key, site), trust, name=name, role=role, reason=reason)
-    mine = made.dossier["approvals"]
-    typer.echo(f"{folder}: approved; {len(mine)} approvals")
-    for one in mine:
+    signed_by, log = _key(key, site)
+    made = sign(folder, signed_by, trust, name=name, role=role, reason=reason, log=log)
+    given = made.dossier["approvals"]
+    typer.echo(f"{folder}: approved; {len(given)} approvals")
+    for one in given:
         typer.echo(f"  {one['name']}, {one['role']}, {one['date']}: key {one['fingerprint']}")
-    return {"approvals": mine}
+    return {"approvals": given}
 
 
-def _key(path: Path | None, site: Path | None) -> Path | SigningKey:
+def _key(path: Path | None, site: Path | None) -> tuple[Path | SigningKey, AuditLog | None]:
+    """Find the key that approves; of a site, also its audit log."""
     from fedtune.config import load_site
     from fedtune.errors import ConfigError
+    from fedtune.evidence.audit_log import AuditLog
+    from fedtune.ledger.files import traces
     from fedtune.ledger.ledger import Ledger
 
     if (path is None) == (site is None):
         raise ConfigError("--key or --site", "one of the two")
     if path is not None:
-        return path
+        return path, None
     assert site is not None
     loaded = load_site(site)
-    if not loaded.site.state.exists():
+    if not traces(loaded.site.state):
         raise ConfigError(f"{site}: this site has no key yet", "a site that took part")
-    return Ledger(loaded.site.state).key
+    book = Ledger(loaded.site.state)
+    return book.key, AuditLog(book.folder, book.key)

@@ -22,8 +22,11 @@ from fedtune.config.sheet import Sheet, load_sheet, sheet_path, template
 from fedtune.data.files import placed_rows
 from fedtune.data.records import keys_of, read_file, source_of
 from fedtune.errors import ConfigError, DataError, PolicyRefused
+from fedtune.evidence.audit_log import AuditLog
 from fedtune.files import reading
 from fedtune.files.writing import create, replace
+from fedtune.ledger.files import traces
+from fedtune.ledger.ledger import Ledger
 
 ATTESTED = "sheet.json"  # in the state folder
 CROISSANT = ".croissant.json"
@@ -119,6 +122,9 @@ def describe_data(site: Site, public: Path | None = None) -> Described:
     replace(out, _json(content), private=True)
     if public:
         replace(public, _json(public_sheet(typed, site.site.name)))
+    if traces(site.site.state):
+        book = Ledger(site.site.state)
+        AuditLog(book.folder, book.key).add("attest", sheet=_typed_hash(typed))
     attested = {"records": records_hash(site), "sheet": _typed_hash(typed)}
     when = {"attested": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
     replace(site.site.state / ATTESTED, _json(attested | when), private=True)

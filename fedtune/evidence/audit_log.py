@@ -50,7 +50,8 @@ EVENTS = frozenset({
     "enroll", "join", "admit", "revoke",  # membership
     "review", "sign", "refuse", "withdraw", "accept", "restore", "backup", "purge",  # a site
     "release",  # a site: an update; a coordinator: a version or a dossier
-    "start", "finish", "drop", "export", "approve",  # a coordinator
+    "attest", "approve",  # a site: its data sheet; a dossier
+    "start", "finish", "drop", "export",  # a coordinator
 })  # fmt: skip
 KEYS = {"seq", "time", "event", "login", "person", "rule", "facts", "prev", "signature"}
 TEXT = re.compile(r"[\w .:,;@/+=≤≥ε()\"'\[\]-]{0,200}")

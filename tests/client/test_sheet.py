@@ -20,12 +20,16 @@ from fedtune.client.sheet import (
     private_sheet,
     public_sheet,
 )
+from fedtune.client.site import SiteWorker
 from fedtune.config import Site, Study, load_site, load_study
 from fedtune.config.sheet import FIELDS, Sheet, load_sheet, template
 from fedtune.errors import ConfigError, DataError, PolicyRefused
+from fedtune.evidence import audit_log
 from fedtune.launch.site import join
+from fedtune.ledger.ledger import Ledger
 from tests.cli_kit import run as command
 from tests.cli_kit import write_study
+from tests.client.site_kit import begun, make_site, notes, trains
 
 TYPED = {
     "title": "Dermatology notes of North",
@@ -186,6 +190,28 @@ def test_records_that_changed_since_keep_a_site_from_joining(north: Path) -> Non
     assert planned(study, site) is not None
     describe_data(site)
     check_attested(site)
+
+
+def test_no_answer_tells_that_records_changed(tmp_path: Path, tiny_base: Path) -> None:
+    """The whole worker answers a plan as if the sheet were attested, and trains."""
+    folder = tmp_path / "site"
+    notes(folder)
+    site = make_site(folder, {"data_sheet": ["licence"]}, patient="who")
+    site.site.state.mkdir()
+    (site.site.state / "sheet.toml").write_text('licence = "x"\n')
+    describe_data(site)
+    made = begun(tiny_base)
+    before = SiteWorker(site).prepare(made.study, made.frozen)
+    lines = site.data.path.read_text().splitlines()
+    site.data.path.write_text("\n".join(lines[1:]))
+    with pytest.raises(PolicyRefused, match="records: changed since"):
+        check_attested(site)
+    worker = SiteWorker(site)
+    assert worker.prepare(made.study, made.frozen) == before and before.admitted
+    trains(worker, made, 1)
+    describe_data(site)  # now that there is a ledger, who attested is in its audit log
+    log = audit_log.verify(site.site.state, Ledger(site.site.state).key.public)
+    assert "attest" in [entry["event"] for entry in log.entries]
 
 
 def test_who_asks_for_no_sheet_is_asked_for_none(north: Path) -> None:

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
+from fedtune.config import load_site
 from fedtune.errors import ConfigError, InputError, Refused
+from fedtune.evidence import audit_log
 from fedtune.evidence.dossier import seal
 from fedtune.evidence.dossier.release import approve
 from fedtune.evidence.figures import NotGenuine
 from fedtune.evidence.verify import verify
+from fedtune.ledger.ledger import Ledger
 from fedtune.wire.keys import SigningKey, canonical
 from tests.cli_kit import run as command
 
@@ -49,6 +52,10 @@ def test_a_site_countersigns_with_the_key_of_its_updates(
     assert done.exit_code == 0, done.output
     (one,) = verify(folder).dossier["approvals"]
     assert one["site"] == "north"
+    state = load_site(site).site.state
+    log = audit_log.verify(state, Ledger(state).key.public)
+    assert log.entries[-1]["event"] == "approve"
+    assert log.entries[-1]["facts"] == {"release": seal.read_release(folder)[1]}
     shown = command("verify", folder, "--trust", found.signer).output
     assert "countersigned with the key of site north" in shown
     both = command("approve", folder, "--trust", found.signer, *given, "--site", site, "--key", "k")

@@ -162,11 +162,13 @@ def approve(
     name: str,
     role: str,
     reason: str,
+    log: AuditLog | None = None,
 ) -> Verified:
     """Approve a dossier as a named person, or for a site with its key; returns what it proves now.
 
     key: the file of the approver's own key, made for this user alone where there is none; trust:
-    the consortium's fingerprint, since nobody should approve a stranger's folder.
+    the consortium's fingerprint, since nobody should approve a stranger's folder; log: a site's,
+    which enters it first.
 
     >>> import fedtune
     >>> who = {"name": "Ada Lund", "role": "data protection officer", "reason": "read"}
@@ -191,5 +193,7 @@ def approve(
     path = folder / APPROVALS / file_name(key.public)
     if path.exists():
         raise InputError(f"{path}: this key approved this release already", "one approval a key")
+    if log:
+        log.add("approve", release=digest)
     replace(path, canonical(approval(digest, key, name, role, reason)))
     return verify(folder, trust)
