@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fedtune.bases.find import Base, find_base
     from fedtune.bases.find import list_known as list_bases
     from fedtune.client.data_report import DataReport, data_report
+    from fedtune.client.data_scan import DataScan, data_scan
     from fedtune.client.purge import listing as purgeable
     from fedtune.client.purge import purge
     from fedtune.client.review import review
@@ -107,6 +108,7 @@ _MODULES = {
     "fedtune.audit.contracts": "check_plugin=check",
     "fedtune.bases.find": "Base find_base list_bases=list_known",
     "fedtune.client.data_report": "DataReport data_report",
+    "fedtune.client.data_scan": "DataScan data_scan",
     "fedtune.client.purge": "purgeable=listing purge",
     "fedtune.client.review": "review",
     "fedtune.client.sheet": "Described describe_data",
@@ -169,6 +171,7 @@ __all__ = [
     "DataError",
     "DataFile",
     "DataReport",
+    "DataScan",
     "Described",
     "DistillSettings",
     "EvaluationTable",
@@ -219,6 +222,7 @@ __all__ = [
     "check_plugin",
     "choose_base",
     "data_report",
+    "data_scan",
     "describe_data",
     "distill",
     "evaluate",

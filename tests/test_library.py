@@ -31,6 +31,7 @@ FUNCTIONS = {
     "audit": "audit_study",
     "data report": "data_report",
     "data describe": "describe_data",
+    "data scan": "data_scan",
     "demo": "run_demo",
     "ledger": "Ledger",
     "log": "verify_log",

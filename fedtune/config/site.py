@@ -10,6 +10,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from fedtune.config.database import Url, anchored
 from fedtune.config.known_bases import KNOWN
+from fedtune.config.scan import ScanTable
 from fedtune.config.types import (
     Address,
     Columns,
@@ -111,6 +112,7 @@ class SiteData(DataFile):
     # Which rows take part: those that have, in each of these columns, the value or one of them.
     filter: dict[str, Value | tuple[Value, ...]] = Field(default_factory=dict)
     consent: ConsentTable | None = None
+    scan: ScanTable | None = None  # for identifiers; None: no record is scanned
 
     @model_validator(mode="after")
     def _check_source(self) -> SiteData:

@@ -7,12 +7,11 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from fedtune.config import DataFile, EvaluationTable, ObjectiveTable, Study
+from fedtune.config import DataFile, EvaluationTable, ObjectiveTable, SiteData, Study
 from fedtune.data.dataset import Counts, Dataset, Example, Failed, SoftTargets
 from fedtune.data.files import Rejected
 from fedtune.data.reader import Reader
@@ -26,7 +25,9 @@ from fedtune.data.records import (
     table_of,
     unit_member,
 )
+from fedtune.data.scan import record_scan
 from fedtune.data.tokenize import _passage, _texts, _tokenise
+from fedtune.data.unusable import nothing_left, one_unit
 from fedtune.errors import DataError
 from fedtune.objectives import resolve
 from fedtune.objectives._interface import RecordFormat
@@ -52,7 +53,8 @@ class UnitReader:
     """Turns one unit's records into examples: tokenised, capped, with soft targets.
 
     It reads one unit at a time and holds public values alone. scored: a head reads the text to its
-    end; max_records: of one unit; None: all; choices: answers that a prompt leaves room for.
+    end; max_records: of one unit; None: all; choices: answers that a prompt leaves room for; scan:
+    what a site's [data.scan] makes of a record.
     Guarantee: which of a unit's records train, and as what, depends on that unit's records and
     their history alone; a record on which a library fails is rejected, and no other one is."""
 
@@ -65,6 +67,7 @@ class UnitReader:
     soft_targets: Callable[[Record, Example], SoftTargets] | None = None
     max_records: int | None = None
     choices: tuple[str, ...] = ()
+    scan: Callable[[Record], Record] | None = None
 
     def __call__(
         self, records: Sequence[Record], is_kept: Callable[[Record], bool] = lambda record: False
@@ -94,6 +97,7 @@ class UnitReader:
             return "cannot be read"
 
     def _example(self, record: Record) -> Example:
+        record = self.scan(record) if self.scan else record
         placed, tiles, starts = record, 1, False
         if self.reader:
             placed, tiles = self.reader.place(record, self.objective)
@@ -125,6 +129,7 @@ class UnitReader:
 
     def _add_targets(self, record: Record, example: Example) -> Example:
         assert self.soft_targets is not None
+        record = self.scan(record) if self.scan else record
         return replace(example, soft=self.soft_targets(record, example))
 
 
@@ -192,7 +197,7 @@ def load_dataset(
     choices = file.choices if isinstance(file, EvaluationTable) else ()
     unit_reader = UnitReader(
         study.objective, tokenizer, record_format, scored, labelled, reader, soft_targets, cap,
-        choices,
+        choices, record_scan(file.scan if isinstance(file, SiteData) else None),
     )  # fmt: skip
     read_units = {
         key: unit_reader(unit_records, lambda record: is_known_member(_trained_member(record)))
@@ -203,9 +208,9 @@ def load_dataset(
     counts = _counts(read, list(read_units.values()))
     rejected = Counter(failed.reason for failed in counts.failed)
     if strict and not units:
-        raise _nothing_left(file.where, rejected, study.objective, read)
+        raise nothing_left(file.where, rejected, study.objective, read)
     if strict and labelled and table == "data" and len(units) < 2:
-        raise _one_unit(file.where, unit)
+        raise one_unit(file.where, unit)
     examples = [
         replace(example, unit=number)
         for number, unit_result in enumerate(units.values())
@@ -337,39 +342,6 @@ def _check_media(file: DataFile, objective: ObjectiveTable, reader: Reader | Non
 
 def _row_member(key: str) -> bytes:
     return b"row\0" + key.encode()
-
-
-def _one_unit(path: Path | str, unit: str) -> DataError:
-    return DataError(
-        f"{path}: all usable records are one {unit}'s, which can be neither protected nor trained "
-        "on",
-        f"at least 2 {unit}s",
-        "add records, or check data.columns.patient",
-    )
-
-
-def _nothing_left(
-    path: Path | str, rejected: Counter[str], objective: ObjectiveTable, read: Read
-) -> DataError:
-    if (read.filtered or read.withheld) and not rejected:
-        key = "data.consent" if read.withheld else "data.filter"
-        return DataError(
-            f"{path}: {key} leaves none of {read.filtered + read.withheld} rows",
-            "rows with its values",
-            f"compare {key} with the column; `fedtune data report` counts what is left out",
-        )
-    if set(rejected) == {"unknown label"}:
-        return DataError(
-            f"{path}: no record has a label that objective.labels lists",
-            f"one of {', '.join(objective.labels)}",
-            "compare the label column with objective.labels",
-        )
-    counts = ", ".join(f"{n} {reason}" for reason, n in rejected.most_common())
-    todo = ""
-    if rejected["too long"] or rejected["answer too long"]:
-        todo = 'raise objective.max_length, or set objective.overflow = "truncate"'
-        todo = todo if rejected["too long"] else "raise objective.max_length"
-    return DataError(f"{path}: all records are rejected ({counts})", "at least 2 usable ones", todo)
 
 
 def _trained_member(record: Record) -> bytes:

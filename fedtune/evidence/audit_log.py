@@ -53,6 +53,7 @@ EVENTS = frozenset({
     "attest", "approve",  # a site: its data sheet; a dossier
     "start", "finish", "drop", "export",  # a coordinator
 })  # fmt: skip
+BACKUP = "look for a backup of the log"
 KEYS = {"seq", "time", "event", "login", "person", "rule", "facts", "prev", "signature"}
 TEXT = re.compile(r"[\w .:,;@/+=≤≥ε()\"'\[\]-]{0,200}")
 EARLIER = re.compile(r"audit-\d{9}\.jsonl")
@@ -150,11 +151,13 @@ def verify(folder: Path, public: str, head: str = "") -> Verified:
                     raise NotGenuine(
                         f"{where}: does not follow the entry before it",
                         f"entry {len(entries)}",
-                        "an entry was changed, moved or taken out: look for a backup",
+                        f"an entry was changed, moved or taken out: {BACKUP}",
                     )
                 signed = {key: value for key, value in entry.items() if key != "signature"}
                 if not verifies(public, PURPOSE + canonical(signed), entry["signature"]):
-                    raise NotGenuine(f"{where}: is not signed by the key {public[:16]}…")
+                    raise NotGenuine(
+                        f"{where}: is not signed by the key {public[:16]}…", todo=BACKUP
+                    )
                 prev = hashlib.sha256(line).hexdigest()
                 entries.append(entry)
                 hashes.append(prev)
@@ -205,7 +208,7 @@ def _read(line: bytes, where: str) -> dict[str, Any]:
             return dict(entry)
     except (ValueError, TypeError, AttributeError, RecursionError):
         pass
-    raise NotGenuine(f"{where}: is not an entry as fedtune writes it")
+    raise NotGenuine(f"{where}: is not an entry as fedtune writes it", "an entry", BACKUP)
 
 
 def _check_head(folder: Path, head: str, hashes: list[str]) -> None:
@@ -219,7 +222,7 @@ def _check_head(folder: Path, head: str, hashes: list[str]) -> None:
         raise NotGenuine(
             f"{folder / FILE}: entry {number} is not the one that was noted",
             "a log that goes on from there",
-            "it was cut off, or begun anew: look for a backup",
+            f"it was cut off, or begun anew: {BACKUP}",
         )
 
 

