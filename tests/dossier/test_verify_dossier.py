@@ -139,15 +139,30 @@ def _in(name: str) -> Callable[[Path], None]:
     return change
 
 
+def _written(name: str, old: str, new: str) -> Callable[[Path], None]:
+    def change(copy: Path) -> None:
+        text = (copy / name).read_text()
+        assert old in text
+        (copy / name).write_text(text.replace(old, new, 1))
+
+    return change
+
+
+FALSE_HEAD = "<main><head><p>ε = 0.5</p></head>"
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [
+        (r"dossier\.html: shows other", _written("dossier.html", "<main", FALSE_HEAD + "<main")),
+        (r"dossier\.md: shows other", _written("dossier.md", "# Dossier", "---\n0.5\n---\n# Doss")),
+        (r"README\.md: its head has other", _written("README.md", "value: ", "value: 1")),
         (r"dossier\.json: says 0\.5", _in_json),
         (r"dossier\.md: shows other numbers", _in("dossier.md")),
         (r"dossier\.html: shows other numbers", _in("dossier.html")),
         (r"README\.md: shows other numbers", _in("README.md")),
     ],
-    ids=["json", "md", "html", "card"],
+    ids=["false head", "false front", "metric", "json", "md", "html", "card"],
 )
 def test_a_number_that_is_not_the_runs_is_refused_whoever_signs_it(
     released: Any, tmp_path: Path, name: str, change: Callable[[Path], None]

@@ -67,4 +67,10 @@ MUTANTS = (
         "tests/client/test_sheet.py::test_a_site_without_the_fields_does_not_join",
         "records without a licence or a legal basis",
     ),
+    _one(
+        "evidence", "a-cards-head-is-not-read", DOSSIER + "check.py",
+        "        return card_values(shown) == sorted(measured)\n", "        return True\n",
+        CHECKS + "test_a_number_that_is_not_the_runs_is_refused_whoever_signs_it",
+        "a hub shows an accuracy that nobody measured",
+    ),
 )  # fmt: skip

@@ -58,8 +58,7 @@ def _head(report: Mapping[str, Any], *, lora: bool) -> str:
             metric_type=name,
             metric_value=value,
         )
-        for name, value in sorted((after if isinstance(after, dict) else {}).items())
-        if number(value) is not None and name != "round"
+        for name, value in sorted(measures(after if isinstance(after, dict) else {}).items())
     ]
     private = "differential-privacy" if report.get("private") else "not-private"
     licence = str(base.get("licence", "unknown"))
@@ -75,6 +74,16 @@ def _head(report: Mapping[str, Any], *, lora: bool) -> str:
         eval_results=results or None,
     )
     return data.to_yaml().strip()
+
+
+def measures(after: Mapping[str, Any]) -> dict[str, float]:
+    """Return what of a report's measures is a number, by metric.
+
+    >>> measures({"loss": 2.5, "round": 3, "kl": None})
+    {'loss': 2.5}
+    """
+    values = {name: number(value) for name, value in after.items() if name != "round"}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 LICENCES = {"apache-2.0", "mit", "cc-by-4.0", "cc-by-sa-4.0", "bsd-3-clause", "llama3.2", "gemma"}

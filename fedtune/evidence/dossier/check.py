@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import Refused
-from fedtune.evidence.dossier.card import card_body
+from fedtune.evidence.dossier.card import card_body, measures
 from fedtune.evidence.dossier.content import FORMAT
-from fedtune.evidence.dossier.facts import contradicted, documents, numbers
+from fedtune.evidence.dossier.facts import card_values, contradicted, documents, numbers
 from fedtune.evidence.dossier.markdown import markdown
 from fedtune.evidence.dossier.page import page
 from fedtune.evidence.dossier.seal import (
@@ -82,8 +82,20 @@ def _facts(folder: Path) -> None:
         fail(path, f"says {wrong}", "what the run says")
     for name, text in written.items():
         shown = reading.text(folder / name, "a dossier's page", TODO, NotGenuine, reading.LARGE)
-        if numbers(shown) != numbers(text):
+        if numbers(shown) != numbers(text) or (name == "dossier.md" and shown[:1] != "#"):
             fail(folder / name, "shows other numbers than the run has", "those of dossier.json")
+        if name == "README.md" and not _has_values(shown, found["report.json"]):
+            fail(folder / name, "its head has other results than the run", "those of report.json")
+
+
+def _has_values(shown: str, report: Mapping[str, Any]) -> bool:
+    """Return whether a card's head gives what was measured after training, and nothing else."""
+    after = (report.get("quality") or {}).get("after")
+    measured = measures(after if isinstance(after, dict) else {}).values()
+    try:
+        return card_values(shown) == sorted(measured)
+    except ValueError:
+        return False
 
 
 def _shown(body: Mapping[str, Any], by_key: Mapping[str, str]) -> dict[str, Any]:

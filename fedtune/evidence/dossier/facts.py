@@ -25,7 +25,12 @@ from fedtune.report.declared import declared_line
 DOCUMENTS = ("report.json", "plan.json", "evidence.json")
 MISSING = object()
 NUMBER = re.compile(r"[+-]?\d[\d.,]*(?:e[+-]?\d+)?")
-HIDDEN = re.compile(r"(?s)<head>.*?</head>|src=\"data:[^\"]*\"|^---\n.*?\n---\n")
+# What a page does not show: once each, so that nothing else hides behind the same words.
+HEAD = re.compile(
+    r"(?s)\A(?:<!DOCTYPE html>\n<html lang=\"en\">\n<head>.*?</head>|---\n.*?\n---\n)"
+)
+PICTURE = re.compile(r"src=\"data:image/png;base64,[A-Za-z0-9+/=]*\"")
+VALUE = re.compile(r"(?m)^ +value: (\S+)$")
 MOST = 300  # characters of a value that is text
 
 
@@ -147,10 +152,16 @@ def contradicted(content: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 
 
 def numbers(shown: str) -> list[str]:
-    """List the numbers that a page shows, in their order; without an HTML page's head and pictures,
+    """List the numbers that a page shows, in their order; without an HTML page's head and picture,
     and a card's head.
 
     >>> numbers("ε = 7.99 for 2 sites")
     ['7.99', '2']
     """
-    return NUMBER.findall(HIDDEN.sub("", shown))
+    return NUMBER.findall(PICTURE.sub("", HEAD.sub("", shown, count=1)))
+
+
+def card_values(card: str) -> list[float]:
+    """List what a card's head gives as results of its evaluation. Errors: ValueError."""
+    head = HEAD.match(card)
+    return sorted(float(value) for value in VALUE.findall(head[0] if head else ""))

@@ -115,10 +115,13 @@ def _text(document: Any, text: str, style: str = "", indent: float = 0, font: st
 
 def _boxed(document: Any, text: str, colour: tuple[int, int, int], style: str) -> None:
     document.set_font(SANS, style, SIZES["text"])
+    plain = _breakable(text.replace("`", ""))
+    lines = document.get_string_width(plain) / document.epw + 2
+    if document.will_page_break(min(5 * lines + 6, 60)):  # a box stays in one piece
+        document.add_page()
     document.set_draw_color(*colour)
     document.set_line_width(0.5)
     document.ln(1)
-    plain = _breakable(text.replace("`", ""))
     document.multi_cell(0, 5, plain, border=1, align="L", padding=2, new_x="LMARGIN", new_y="NEXT")
     document.ln(2)
     document.set_draw_color(0)
@@ -127,6 +130,8 @@ def _boxed(document: Any, text: str, colour: tuple[int, int, int], style: str) -
 
 def _blank(document: Any, block: Mapping[str, str]) -> None:
     if block["typed"]:
+        if document.will_page_break(15):
+            document.add_page()
         _text(document, f"{block['label']} ({TYPED}):", style="B")
         _text(document, block["typed"], indent=4)
         return
