@@ -36,7 +36,7 @@ MUTANTS = (
     ),
     _one(
         "evidence", "a-page-shows-what-it-likes", DOSSIER + "check.py",
-        "        if numbers(shown) != numbers(text):", "        if not shown:",
+        "        if numbers(shown) != numbers(text) or (", "        if not shown or (",
         CHECKS + "test_a_number_that_is_not_the_runs_is_refused_whoever_signs_it",
         "another ε on the page that people read",
     ),
