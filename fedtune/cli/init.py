@@ -57,11 +57,12 @@ TASK = Annotated[
     ),
 ]
 DATA = Annotated[
-    list[Path] | None,
+    list[str] | None,
     typer.Option(
         metavar="FILE",
-        help="A site's records: .csv, .jsonl, .parquet, .arrow, or a folder of them; repeat it for "
-        "more sites.",
+        help="A site's records: .csv, .jsonl, .parquet, .arrow, or a folder of them, of a Hugging "
+        "Face data set or of a FHIR bulk export; or a database, URL#TABLE. Repeat it for more "
+        "sites.",
     ),
 ]
 EVALUATION = Annotated[
@@ -205,13 +206,15 @@ def init(
     asked for what is missing. Without: study.toml and site.toml with every key, commented line by
     line. Each role gets its own files alone."""
     from fedtune import presets
+    from fedtune.config.places import place_of
 
     _check_role(role, enroll, name)
     if role is Role.SITE:
         name = name or (folder.name if re.fullmatch(ALLOWED, folder.name) else "my-hospital")
     records = presets.Records(
         prompt=text or "", target=target or "", rejected=rejected or "", media=media or "",
-        patient=patient, data=tuple(data or ()), evaluation=evaluation, public=public,
+        patient=patient, data=tuple(map(place_of, data or ())), evaluation=evaluation,
+        public=public,
         labels=tuple(labels or ()), base=base or "", epsilon=epsilon or 0.0,
         declared=declared.value if declared else None, role=role.value, name=name, expected=sites,
     )  # fmt: skip
@@ -289,6 +292,8 @@ def _complete(records: Records, task: Task) -> Records:
     role needs."""
     if not sys.stdin.isatty():
         return records
+    from fedtune.config.places import place_of
+
     changes: dict[str, Any] = {}
     if records.role != "site" and not (records.evaluation or records.labels):
         file = typer.prompt(
@@ -303,7 +308,7 @@ def _complete(records: Records, task: Task) -> Records:
     if records.role != "coordinator" and not records.data:
         whose = "this site's records, a file" if records.role == "site" else "each site's file"
         files = typer.prompt(f"{whose} (Enter: data.jsonl, later)", "", show_default=False)
-        changes["data"] = tuple(Path(name) for f in files.split(",") if (name := f.strip()))
+        changes["data"] = tuple(place_of(name) for f in files.split(",") if (name := f.strip()))
     return replace(records, **changes)
 
 

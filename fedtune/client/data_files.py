@@ -41,12 +41,12 @@ def files_of(data: SiteData, read: Read) -> list[FileFacts]:
     facts = []
     for name in sorted({*rows, *failed} | ({data.path.name} if data.path.is_file() else set())):
         path = folder / name
-        csv = path.suffix.lower() == ".csv"
+        csv, there = path.suffix.lower() == ".csv", path.is_file()
         facts.append(
             FileFacts(
                 name,
-                path.stat().st_size,
-                "–" if path.suffix.lower() in BINARY else found_encoding(path),
+                path.stat().st_size if there else 0,
+                "–" if path.suffix.lower() in BINARY or not there else found_encoding(path),
                 delimiter.get(mark, mark) if csv else "–",
                 rows[name] + failed[name] + read.filtered_in[name] + read.withheld_in[name],
                 failed[name],

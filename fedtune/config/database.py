@@ -14,8 +14,8 @@ KINDS = (*FILES, "postgresql")
 SECRETS = re.compile("password|secret|token")
 
 
-def _url(value: str) -> str:
-    """Check a database's url. No message quotes it, since it may hold a password."""
+def checked(value: str) -> str:
+    """Check a database's url. Errors: ValueError, without the url, which may hold a password."""
     try:
         parts = urlsplit(value)
         asked, password = parse_qs(parts.query), parts.password
@@ -35,7 +35,7 @@ def _url(value: str) -> str:
     return value
 
 
-Url = Annotated[str, AfterValidator(_url)]
+Url = Annotated[str, AfterValidator(checked)]
 
 
 def kind_of(url: str) -> str:

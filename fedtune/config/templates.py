@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from fedtune.config.places import WherePath, file_at, lines_of
 from fedtune.errors import ConfigError, InfrastructureError
 
 NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # as config.types.Name
@@ -197,7 +198,7 @@ def init(
     role: Literal["both", "coordinator", "site"] = "both",
     name: str = "my-hospital",
     sites: int = 1,
-    data: Sequence[Path] = (),
+    data: Sequence[WherePath] = (),
     patient: str | None = None,
     declared: Literal["public", "generated"] | None = None,
 ) -> list[Path]:
@@ -253,10 +254,10 @@ def init(
     return [path for path in files if path.name != PUBLIC]
 
 
-def _site(name: str, data: Path | None, patient: str | None, declared: str | None) -> str:
+def _site(name: str, data: WherePath | None, patient: str | None, declared: str | None) -> str:
     text = SITE.replace('"my-hospital"', quoted(name))
     if data:
-        text = text.replace('path = "data.jsonl"', f"path = {quoted(data.absolute())}")
+        text = text.replace('path = "data.jsonl"', lines_of(data))
         if place := ledger_beside(data):
             text = text.replace('state = "state" ', f"state = {quoted(place)} ", 1)
     if patient:
@@ -266,13 +267,13 @@ def _site(name: str, data: Path | None, patient: str | None, declared: str | Non
     return text
 
 
-def ledger_beside(data: Path) -> Path | None:
+def ledger_beside(data: WherePath) -> Path | None:
     """Return the folder beside a site's records for its ledger, where every study of them finds it;
-    None where that folder cannot be written to."""
-    folder = data.absolute().parent
-    if not os.access(folder, os.W_OK):
+    None where that folder cannot be written to, or where they are in a server's database."""
+    file = file_at(data)
+    if file is None or not os.access(folder := file.absolute().parent, os.W_OK):
         return None
-    return folder / ".fedtune" / re.sub(r"[^A-Za-z0-9_-]+", "-", data.name).strip("-")
+    return folder / ".fedtune" / re.sub(r"[^A-Za-z0-9_-]+", "-", file.name).strip("-")
 
 
 def quoted(text: object) -> str:

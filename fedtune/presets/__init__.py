@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from fedtune.config.places import WherePath
 from fedtune.config.templates import quoted
 from fedtune.errors import ConfigError, InfrastructureError
 from fedtune.files.writing import replace
@@ -51,21 +52,21 @@ OPTIONS = {  # of `fedtune init`, by field of Records
 class Records:
     """One's own files and their columns, of which a preset makes a study.
 
-    data: each site's file; evaluation: a public file with answers; public: another to learn from,
-    before the first round; prompt, target, rejected, media: the columns of what is read, of what is
-    to be said of it, of a worse answer, and of an image's or a recording's file, else the task's
-    own; patient: that of the patient, else the record is the unit; labels: the classes, else those
-    of `evaluation`; base: the model, else the task's; size: units at a site, as a person states it
-    in public; epsilon: else the task's own; declared: what a person says that the sites' records
-    are, for a rehearsal; role: whose files are written; name: a single site's, for role "site";
-    expected: how many sites take part, where no data says so."""
+    data: each site's file or folder, or URL#TABLE; evaluation: a public file with answers; public:
+    another to learn from, before the first round; prompt, target, rejected, media: the columns of
+    what is read, of what is to be said of it, of a worse answer, and of an image's or a recording's
+    file, else the task's own; patient: that of the patient, else the record is the unit; labels:
+    the classes, else those of `evaluation`; base: the model, else the task's; size: units at a
+    site, as a person states it in public; epsilon: else the task's own; declared: what a person
+    says that the sites' records are, for a rehearsal; role: whose files are written; name: a single
+    site's, for role "site"; expected: how many sites take part, where no data says so."""
 
     prompt: str = ""
     target: str = ""
     rejected: str = ""
     media: str = ""
     patient: str | None = None
-    data: tuple[Path, ...] = ()
+    data: tuple[WherePath, ...] = ()
     evaluation: Path | None = None
     public: Path | None = None
     labels: tuple[str, ...] = ()

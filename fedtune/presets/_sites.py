@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedtune.bases.find import find_base
+from fedtune.config.database import anchored
+from fedtune.config.places import WherePath, divided, file_at, is_bulk, lines_of, name_of
 from fedtune.config.templates import NAME, ledger_beside, quoted
 from fedtune.data.files import placed_rows
+from fedtune.data.sources import SOURCES, Source
 from fedtune.data.sources._interface import Names
 from fedtune.errors import ConfigError, DataError
 
@@ -41,7 +44,10 @@ def check(records: Records) -> None:
             f"--name {records.name[:80]!r}: no site's name",
             "1 to 64 letters, digits, dots, dashes or underscores",
         )
-    for path in records.data:
+    for place in records.data:
+        path = file_at(place)
+        if path is None:
+            continue
         if not path.exists():
             raise DataError(f"{path}: no such file", "each site's file of records")
         if path.resolve() in {p.resolve() for p in (records.evaluation, records.public) if p}:
@@ -51,13 +57,21 @@ def check(records: Records) -> None:
             )
 
 
-def columns_of(path: Path, asked: Mapping[str, str]) -> list[str]:
+def columns_of(place: WherePath, asked: Mapping[str, str]) -> list[str]:
     """List the columns of a site's file that may be shown; its rows are read and none is kept.
 
     asked: option -> the column that it names. Errors: DataError for one that the file does not
-    have, which lists those that it has; for a file that cannot be read."""
-    names = Names(path, asked)
-    for _ in placed_rows(path, asked, names=names):
+    have, which lists those that it has; for a file or a database that cannot be read."""
+    if isinstance(place, str):
+        url, table = divided(place)
+        options = {"url": anchored(url, Path.cwd()), "table": table}
+        names = Names(url, asked)
+        source: Source | None = SOURCES.build("sql", options)
+    else:
+        names = Names(place, asked)
+        source = SOURCES.build("fhir", {}) if is_bulk(place) else None
+    path = place if isinstance(place, Path) else Path()
+    for _ in placed_rows(path, asked, names=names, source=source):
         pass
     return names.listed
 
@@ -85,7 +99,7 @@ def files(records: Records, columns: str) -> dict[str, str]:
     return {
         place: SITE.format(
             name=name,
-            path=quoted(path.absolute() if path else "data.jsonl"),
+            where=lines_of(path) if path else 'path = "data.jsonl"',
             state=_state(path),
             size=records.size,
             delta=f"{records.delta:g}",
@@ -107,7 +121,7 @@ def _bases(model: str) -> str:
     return f"bases = [{quoted(found)}]   # of {quoted(model)}, which the study names\n"
 
 
-def _state(data: Path | None) -> str:
+def _state(data: WherePath | None) -> str:
     place = ledger_beside(data) if data else None
     if place is None:
         return ""
@@ -116,7 +130,7 @@ def _state(data: Path | None) -> str:
 
 def names(records: Records) -> list[str]:
     """Name the sites after their files, or site-1, site-2 ... where these are no names."""
-    found = [re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-.") for path in records.data]
+    found = [name_of(place) for place in records.data]
     if not found or len({*found}) < len(found) or not all(re.fullmatch(NAME, n) for n in found):
         return [f"site-{n}" for n in range(1, records.sites + 1)]
     return found
@@ -130,7 +144,7 @@ name = "{name}"
 declared_size = {size}               # units, as a person states it in public; never counted{state}
 
 [data]
-path = {path}{declared}
+{where}{declared}
 [data.columns]
 {columns}
 

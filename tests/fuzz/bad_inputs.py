@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.fuzz.bad_arguments import arguments
+from tests.fuzz.bad_sources import sources
 from tests.fuzz.case import (
     BASE,
     DEEP,
@@ -381,4 +382,4 @@ def bounds() -> Iterator[Case]:
 
 
 def cases() -> list[Case]:
-    return [*files(), *keys(), *bounds(), *arguments()]
+    return [*files(), *keys(), *bounds(), *sources(), *arguments()]

@@ -101,8 +101,16 @@ def _cell(value: Any) -> str | None:
     return text.encode("utf-8", "replace").decode()
 
 
+PREFIX = {"ndjson": "DocumentReference.Encounter."}  # of a file: which resources it has
 EVERY = ("who", "q", "a", "b", "l", "file", "agreed")
-WRITERS = {"jsonl": _jsonl, "csv": _csv, "parquet": _parquet, "arrow": _arrow, "sqlite": _sqlite}
+WRITERS = {
+    "jsonl": _jsonl,
+    "csv": _csv,
+    "parquet": _parquet,
+    "arrow": _arrow,
+    "sqlite": _sqlite,
+    "ndjson": _jsonl,
+}
 
 
 def agreeing(row: Row, case: Case, version: int) -> Any:

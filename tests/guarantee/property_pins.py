@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,17 @@ from torch.nn import functional
 
 from fedtune.client.site import worker
 from fedtune.models.build import build
-from tests.guarantee.property_plans import CLASSIFIES, COLUMNS, Case, Crafted, Ids, Place, Plan, Row
+from tests.guarantee.property_plans import (
+    CLASSIFIES,
+    COLUMNS,
+    FHIR,
+    Case,
+    Crafted,
+    Ids,
+    Place,
+    Plan,
+    Row,
+)
 from tests.guarantee.property_world import World
 
 X = "No acute findings. Discharged home."
@@ -234,6 +246,51 @@ OPT_OUTS = {
 }
 
 
+def visited(owner: str, number: int, site: str = "here", visit: str = "", old: str = "") -> Any:
+    """A document of a bulk export, and the encounter that it is from; old: what it replaces."""
+    visit = visit or f"visit-{owner}-{number}"
+    subject = {"reference": f"Patient/{owner}"}
+    text = base64.b64encode(f"fever, day {7 * ord(owner) + number}".encode()).decode()
+    target = {"reference": f"DocumentReference/{old}"}
+    written = {
+        "resourceType": "DocumentReference",
+        "id": f"{owner}-{number}",
+        "status": "current",
+        "subject": subject,
+        "type": {"text": "yn"[number % 2]},
+        "context": {"encounter": [{"reference": f"Encounter/{visit}"}]},
+        "content": [{"attachment": {"contentType": "text/plain", "data": text}}],
+        "relatesTo": [{"code": "replaces", "target": target}] if old else [],
+    }
+    provider = {"reference": f"Organization/{site}"}
+    been = {"resourceType": "Encounter", "id": visit, "subject": subject}
+    lines = (json.dumps(written), json.dumps(been | {"serviceProvider": provider}))
+    return tuple(Row(owner, line) for line in lines)
+
+
+# One patient's documents say that they replace everybody's, and name everybody's visits; and a
+# patient's whose visit nobody else has seen names one of that patient.
+BULK = Case(
+    plans=(Plan(**HEAD),),
+    files={
+        "records": (
+            *(line for n, o in enumerate("bcdefg") for line in visited(o, n)),
+            *(
+                line
+                for n, o in enumerate("bcdefg")
+                for line in visited("a", n, "elsewhere", f"visit-{o}-{n}", f"{o}-{n}")
+            ),
+            *visited("a", 9),
+            *visited("h", 1, visit="visit-a-9")[:1],
+            Row("a", "not JSON"),
+        )
+    },
+    ops=(("prepare", 0), *rounds(0, 1, 2)),
+    unit="a",
+    places=(Place(columns='text = "text", label = "type"', who="patient"),),
+    kinds={"records": FHIR},
+)
+
 PINNED = {
     "the-cap-knew-others": THE_CAP,
     "a-newcomer-was-there-before": ARRIVALS,
@@ -253,6 +310,7 @@ PINNED = {
     "opts-out-by-a-column": OPT_OUTS["column"],
     "opts-out-by-a-list": OPT_OUTS["list"],
     "opts-out-by-a-salted-list": OPT_OUTS["salted list"],
+    "a-bulk-export": BULK,
     "opts-out-in-a-database": replace(OPT_OUTS["list"], kinds={"records": "sqlite"}),
     "a-bad-cell-in-a-database": switched_off("sqlite", {"who": "a", "q": 7.5, "a": ["x"]}),
 }

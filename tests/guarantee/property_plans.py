@@ -154,9 +154,10 @@ class Place:
     rank: int | None = None
     policy: str = ""
     consent: str = ""  # of CONSENT
+    who: str = "who"  # the patient column
 
     def toml(self, kinds: Mapping[str, str], teachers: list[str]) -> str:
-        columns = self.columns + (', patient = "who"' if self.patient else "")
+        columns = self.columns + (f', patient = "{self.who}"' if self.patient else "")
         lines = ["[site]", 'name = "a"', f"declared_size = {SIZE}", 'state = "state"']
         lines += [f"lora_rank = {self.rank}"] if self.rank else []
         lines += ["[data]", f'name = "{self.data}"', *where_of(self.data, kinds)]
@@ -184,11 +185,16 @@ CONSENT = {
 WIDE = "max_epsilon = 1e6\nmax_epsilon_per_study = 1e6\nmax_steps = 10000000"
 
 
+FHIR = "folder-ndjson"  # a bulk export, of a file for each owner
+
+
 def where_of(data: str, kinds: Mapping[str, str]) -> list[str]:
     """The lines of site.toml that say where a dataset is."""
     path = path_of(data, kinds)
     if path.endswith(".sqlite"):
         return [f'url = "sqlite:///{path}"', 'options = { table = "rows" }', f'path = "{data}"']
+    if kinds.get(data) == FHIR:
+        return [f'path = "{path}"', 'source = "fhir"', 'filter = { site = "here" }']
     return [f'path = "{path}"']
 
 

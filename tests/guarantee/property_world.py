@@ -48,7 +48,7 @@ from fedtune.server.admission import plan_message
 from fedtune.training.start import Start
 from fedtune.wire.codec import encode
 from fedtune.wire.seal import order
-from tests.guarantee.property_files import WRITERS, agreeing, write_opt_outs
+from tests.guarantee.property_files import PREFIX, WRITERS, agreeing, write_opt_outs
 from tests.guarantee.property_plans import COORDINATOR, Case, Crafted, Ids, Op, Row, begun, path_of
 from tests.guarantee.world import Recorder
 from tests.media import image, recording
@@ -268,9 +268,9 @@ class World:
                 old.unlink()
             suffix = kind.removeprefix("folder-")
             for owner in dict.fromkeys(row.owner for row in kept):
-                mine = [row for row in kept if row.owner == owner]
-                body = WRITERS[suffix](self._made(path, mine), False)
-                (path / f"{owner}.{suffix}").write_bytes(body)
+                mine = self._made(path, [row for row in kept if row.owner == owner])
+                body = WRITERS[suffix](mine, False)
+                (path / f"{PREFIX.get(suffix, '')}{owner}.{suffix}").write_bytes(body)
 
     def _made(self, folder: Path, rows: list[Row]) -> list[Any]:
         found = []

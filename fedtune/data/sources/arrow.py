@@ -62,7 +62,10 @@ class Arrow(Source):
                     yield from rows_of(batch, columns, classes)
         except (pa.ArrowException, OSError) as error:
             kind = type(error).__name__
-            raise DataError(f"{names.where}: not a readable Arrow file ({kind})") from None
+            raise DataError(
+                f"{names.where}: not a readable Arrow file ({kind})",
+                "an Arrow file or stream, as `Dataset.save_to_disk` writes it",
+            ) from None
 
 
 def _batches(data: pa.NativeFile) -> Iterator[pa.Schema | pa.RecordBatch]:

@@ -140,7 +140,8 @@ class Sql(Collection):
 
 def _patient(names: Names) -> str:
     """Return the column that tells patients apart, "" where none is named."""
-    return next((c for key, c in names.keys.items() if key.endswith(".columns.patient")), "")
+    named = (".columns.patient", "--patient")  # in a file, or on the command line
+    return next((c for key, c in names.keys.items() if key.endswith(named)), "")
 
 
 def _require_patient(present: Sequence[str], names: Names) -> None:
