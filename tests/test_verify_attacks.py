@@ -14,6 +14,7 @@ import pytest
 from fedtune.config import load_site, load_study
 from fedtune.errors import FedtuneError
 from fedtune.evidence import figures, sign
+from fedtune.evidence.dossier.release import release
 from fedtune.evidence.verify import NotGenuine, verify
 from fedtune.launch import simulate as launch
 from fedtune.wire.keys import SigningKey, canonical
@@ -142,6 +143,12 @@ def test_a_study_with_a_schedule_and_a_rollback(tmp_path: Path, tiny_base: Path)
     assert found.sites and found.not_signed
     sign.carry(run, tmp_path / "model")
     assert verify(tmp_path / "model").exported
+    assert release(run, tmp_path / "dossier").epsilon == found.epsilon
+    link = tmp_path / "dossier" / "run" / "adapter"
+    link.unlink()
+    link.symlink_to("versions/0")
+    with pytest.raises(NotGenuine, match="not the version that the report is of"):
+        verify(tmp_path / "dossier")
     in_use = os.readlink(run / "adapter")
     (run / "adapter").unlink()
     (run / "adapter").symlink_to("versions/0")

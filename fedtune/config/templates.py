@@ -182,6 +182,7 @@ strategies = "release" # another package brings is refused unless it is named be
 # bases = ["sha256:..."]  # allowed bases; without it, those that `fedtune models list` shows
 # coordinators = ["..."]  # public signing keys; without it, whoever [coordinator] lets through
 release = []           # what may leave besides noised updates: "evaluation", noised and paid for
+# data_sheet = ["licence", "legal_basis"]  # filled in before joining: `fedtune data describe SITE`
 
 # [coordinator]        # only between machines; `fedtune client --answer FILE` needs none of it
 # answer = "answer.json"  # the coordinator's answer to `fedtune enroll`, in place of --answer
