@@ -60,7 +60,11 @@ def invented(folder: Path) -> tuple[Path, tuple[str, ...]]:
             for day in range(2):
                 text = f"Dr {name} saw the patient on 2021-03-0{day + 1}: cough, no fever."
                 documents.append(document(f"{patient}-{day}", patient, text, **at(f"e-{patient}")))
-    return exported(folder, DocumentReference=documents, Encounter=visits), ("org-alder", "org-birch", "org-cedar")
+    return exported(folder, DocumentReference=documents, Encounter=visits), (
+        "org-alder",
+        "org-birch",
+        "org-cedar",
+    )
 
 
 def site(folder: Path, name: str, export: Path, hospital: str) -> Path:
