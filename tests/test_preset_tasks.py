@@ -119,7 +119,7 @@ def test_what_is_said_in_many_ways_is_judged_by_the_loss(tmp_path: Path) -> None
     assert study.evaluation and study.evaluation.metric == "loss"
 
 
-@pytest.mark.parametrize("name", ["../north/0.png", "nowhere.png"])
+@pytest.mark.parametrize("name", ["../north/0.png", "nowhere.png", "x/../20.png"])
 def test_a_file_outside_the_folder_is_not_copied(name: str, tmp_path: Path) -> None:
     own = records("vision", tmp_path)
     with own.evaluation.open("a") as file:  # type: ignore[union-attr]

@@ -92,8 +92,9 @@ def judged_by(public: Mapping[str, Rows], target: str, lead: str) -> str:
 
 
 def _medium(given: Path, name: str) -> bytes:
-    path = (given.parent / name).resolve()
-    if not path.is_relative_to(given.parent.resolve()) or not path.is_file():
+    path, parts = (given.parent / name).resolve(), Path(name)
+    inside = path.is_relative_to(given.parent.resolve()) and not parts.is_absolute()
+    if not inside or ".." in parts.parts or not path.is_file():
         raise DataError(
             f"{given}: names an image or a recording that does not lie in its folder",
             "a path relative to the file, of a file beside or below it",
