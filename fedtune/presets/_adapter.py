@@ -31,9 +31,10 @@ PARTS = {"public": 0.5, "selection": 0.2, "evaluation": 0.3}
 @dataclass(frozen=True)
 class Recipe:
     """What is a task's own. title: the first line of study.toml; records: what its public records
-    are, in words; model; lora, objective: lines of these tables; start: the step before the round;
-    longest: of a round; judged: [evaluation]'s lines, None: by accuracy where the answers are few
-    that come again, else by loss; lead: what stands before each of these."""
+    are, in words; model; lora, objective: lines of these tables; start, steps: the length and the
+    number of the steps before the round; longest: of the round; judged: [evaluation]'s lines,
+    None: by accuracy where the answers are few that come again, else by loss; lead: what stands
+    before each of these."""
 
     task: str
     title: str
@@ -42,6 +43,7 @@ class Recipe:
     lora: str
     objective: str
     start: float
+    steps: int = 5
     longest: float = LONGEST
     judged: str | None = None
     lead: str = ""
@@ -70,6 +72,7 @@ class Recipe:
             lora=self.lora,
             objective=self.objective,
             start=self.start,
+            steps=self.steps,
             rate=f"{learning_rate(records, self.longest):.3g}",
             most=f"\nmax_records_per_unit = {RECORDS}" if records.patient else "",
             tables=_public.tables(what, public, columns, judged),
@@ -105,7 +108,7 @@ a_init = "public"                    # the frozen factor comes from [public]
 {objective}
 
 [start]                              # costs no ε
-steps = 5                            # on [public], before the round
+steps = {steps:<28} # on [public], before the round
 learning_rate = {start}
 
 [training]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedtune.presets._adapter import EPSILON, PARTS, Recipe
+from fedtune.presets.answer import LORA
 
 __all__ = ["COLUMNS", "EPSILON", "PARTS", "study"]
 COLUMNS = {
@@ -16,15 +17,12 @@ study = Recipe(
     title="Answers to questions about images",
     records="questions about images, with answers",
     model="pypi:smol-vision",
-    lora="""\
-rank = 16
-alpha = 32.0
-modules = ["down_proj"]
-last_layers = 1""",
+    lora=LORA,
     objective="""\
 name = "causal_lm"
 max_length = 128                     # tokens of an image, a question and its answer that are read
 template = "{text}\\nAnswer:\\n"
 append_eos = false""",
-    start=5.0,
+    start=30.0,
+    steps=20,
 ).study
