@@ -17,7 +17,7 @@ study = Recipe(
     objective="""\
 name = "causal_lm"
 max_length = 384                     # tokens of an instruction and its response that are read
-overflow = "truncate_answer"         # a longer response loses its end
+overflow = "truncate"                # a longer instruction loses its start; the response must fit
 template = "Instruction: {text}\\nResponse:\\n\"""",
     start=30.0,
     judged='metric = "loss"\n',

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.config import EvaluationTable, Study
+from fedtune.errors import ModelError
 from fedtune.flower.arrays import Arrays
 from fedtune.server.parts import Measures
 from fedtune.server.store import Progress
@@ -48,7 +49,12 @@ def choose(
     def loss(keep: float, factor: float) -> float:
         if (keep, factor) not in measured:
             candidate = _combined(origin, adapter, proposed, keep, factor)
-            measured[keep, factor] = evaluator.measure(candidate)
+            try:
+                measured[keep, factor] = evaluator.measure(candidate)
+            except ModelError:  # entries that no adapter may have: a shorter step has not
+                if not factor:
+                    raise
+                measured[keep, factor] = {"loss": math.inf}
         value = measured[keep, factor]["loss"]
         return value if math.isfinite(value) else math.inf
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fedtune.config import Columns, EvaluationTable, SelectionTable, Study
-from fedtune.errors import DataError
+from fedtune.errors import DataError, ModelError
 from fedtune.evaluation.selection import check_selection
 from fedtune.flower.grid import InProcessGrid
 from fedtune.report.claim import verdict
@@ -179,6 +179,26 @@ def test_a_gain_of_nothing_is_no_step():
     progress = Progress("", selected(), start, {}, start)
     adapter, chosen = step.choose(Flat(), progress, {"w": np.ones(2, np.float32)})
     assert chosen["step"] == 0.0 and not adapter["w"].any()
+
+
+class Bounded(Bowl):
+    """As a network, which loads no adapter with an entry above 1000."""
+
+    def measure(self, adapter: Any) -> dict[str, float]:
+        if adapter and max(np.abs(array).max() for array in adapter.values()) > 1000:
+            raise ModelError("an entry is larger than 1000", "an adapter that has not diverged")
+        return super().measure(adapter)
+
+
+def test_a_step_too_long_to_be_loaded_is_shortened():
+    start = {"w": np.zeros(2, np.float32)}
+    progress = Progress("", selected(), start, {}, start)
+    adapter, chosen = step.choose(Bounded(), progress, {"w": np.full(2, 3e4, np.float32)})
+    assert 0 < chosen["step"] < 1 and adapter["w"] == pytest.approx(Bowl.bottom, rel=0.9)
+    # Twin: where the adapter as it stands cannot be loaded, no step makes up for it.
+    wrong = {"w": np.full(2, 3e4, np.float32)}
+    with pytest.raises(ModelError, match="not diverged"):
+        step.choose(Bounded(), Progress("", selected(), wrong, {}, wrong), start)
 
 
 @pytest.mark.parametrize("best", [0.0, 1e-5, 0.3, 1.0, 7.0, 2e4])
