@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from tempfile import mkdtemp
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,6 +34,10 @@ def zeros() -> dict[str, np.ndarray]:
     return {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
 
 
+HOMES = mkdtemp(prefix="fedtune-fakes-")
+atexit.register(shutil.rmtree, HOMES, True)
+
+
 @dataclass
 class FakeSite:
     """Moves the adapter towards its own target. `script` may replace what a round answers:
@@ -54,10 +61,17 @@ class FakeSite:
     encoding: Encoding = "float32"
     coordinator: str = ""
     receipts: list[str] = field(default_factory=list)
+    folder: Path = field(default_factory=lambda: Path(mkdtemp(dir=HOMES)), compare=False)
+
+    @property
+    def home(self) -> Any:
+        """Where its audit log lies."""
+        return SimpleNamespace(folder=self.folder)
 
     @property
     def site(self) -> Any:
-        return SimpleNamespace(site=SimpleNamespace(name=self.name))
+        policy = SimpleNamespace(admission="standing")
+        return SimpleNamespace(site=SimpleNamespace(name=self.name), policy=policy)
 
     def of_run(self, digest: str) -> FakeSite:
         return self
