@@ -24,6 +24,7 @@ from fedtune.ledger.ledger import Ledger
 from fedtune.registry import process_cache
 from fedtune.training.start import start
 from tests import databases
+from tests.data.test_fhir_source import document, exported, replacing
 from tests.databases import Made
 from tests.guarantee.test_wire_inventory import shape, usual_of
 from tests.guarantee.world import Recorder, lay_out, patients, run
@@ -247,6 +248,34 @@ def test_the_wire_looks_the_same_whatever_becomes_of_a_database_in_mid_study(
     assert shape(run(study, between)) == shape(usual)
     counts = json.loads((tmp_path / "state-north" / "counts.json").read_text())["records"]
     assert counts["units"] == 0
+
+
+BULKS: dict[str, dict[str, list[Any]]] = {
+    "twelve": {"DocumentReference": [document(f"d{n}", str(n), f"day {n}") for n in range(12)]},
+    "nobody": {"DocumentReference": []},
+    "bad": {"DocumentReference": [document("d", "1"), "{", document("e", None), "[]"]},
+    "who replaces everybody": {
+        "DocumentReference": [
+            *(document(f"d{n}", str(n), f"day {n}") for n in range(6)),
+            *(document(f"x{n}", "x", f"day {n}", **replacing(f"d{n}")) for n in range(6)),
+        ]
+    },
+    "no folder": {},
+}
+
+
+@pytest.mark.parametrize("which", BULKS)
+def test_the_wire_looks_the_same_whatever_is_in_a_bulk_export(
+    usual: Recorder, tmp_path: Path, tiny_base: Path, which: str
+) -> None:
+    study = lay_out(tmp_path, tiny_base, patients(12))
+    exported(tmp_path / "bulk", **BULKS[which])
+    north = tmp_path / "site-north.toml"
+    text = north.read_text().replace('path = "north.jsonl"', 'path = "bulk"\nsource = "fhir"')
+    columns = 'columns = { prompt = "q", completion = "a", patient = "who" }'
+    assert columns in text
+    north.write_text(text.replace(columns, 'columns = { text = "text", patient = "patient" }'))
+    assert shape(run(study)) == shape(usual)
 
 
 def test_a_query_needs_the_policys_leave_and_review_and_report_say_so(

@@ -8,6 +8,7 @@ chained, since its message may quote a row.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,8 @@ from typing import NamedTuple
 from fedtune.data.sources import Collection, Source, by_suffix
 from fedtune.data.sources._interface import REASONS, Keys, Names, NotWellFormed, Row
 from fedtune.errors import DataError
+
+log = logging.getLogger("fedtune.data")
 
 
 class Rejected(Exception):
@@ -95,6 +98,8 @@ def _collected(
         if strict:
             data_error = error if isinstance(error, DataError) else _unreadable(names.where, error)
             raise data_error from None
+        if isinstance(error, DataError):  # which holds no content
+            log.warning("%s", error)
         yield Place(file or str(names.where), 0), "unreadable file"
     if not strict:
         return
