@@ -154,6 +154,14 @@ def test_whom_a_study_protects_is_said(tmp_path: Path) -> None:
     assert "looks like" not in done.output
 
 
+def test_a_column_that_is_read_is_nobodys_key(tmp_path: Path) -> None:
+    path = tmp_path / "n.jsonl"
+    path.write_text('{"dialogue": "a", "label": "x"}\n' * 10)
+    words = ("--task", "classify", "--text", "dialogue", "--label", "x", "--label", "y")
+    done = cli("init", tmp_path / "a", *words, f"--data={path}")
+    assert done.exit_code == 0 and "looks like" not in done.output, done.output
+
+
 @pytest.mark.parametrize("option", ["--patient", "--text", "--target"])
 def test_a_wrong_column_of_a_sites_file_is_an_error_that_lists_them(
     option: str, tmp_path: Path

@@ -178,6 +178,7 @@ def unit_note(task: str | None, records: Records) -> str:
 
     Errors: DataError for a file or a column that is not there, which lists those that are."""
     columns: list[str] = []
+    names: dict[str, str] = {}
     if records.role != "coordinator":
         names = asked(task, completed(task, records), "patient") if task else {}
         if records.patient:
@@ -185,7 +186,8 @@ def unit_note(task: str | None, records: Records) -> str:
         columns = [name for path in records.data for name in _sites.columns_of(path, names)]
     if records.patient:
         return f"protected: a patient, by {records.patient!r}: all records of one together"
-    found = _sites.looks_like_a_patients(columns)
+    # A column that is read already may be called "dialogue", and is nobody's key.
+    found = _sites.looks_like_a_patients([c for c in columns if c not in names.values()])
     hint = f"; {found!r} looks like one: --patient {quoted(found)}" if found else ""
     return (
         "protected: a record, each by itself, since no --patient names the column that says whose "
