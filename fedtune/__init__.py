@@ -10,9 +10,11 @@ from fedtune.boot import cut_off
 
 if TYPE_CHECKING:
     from fedtune.audit import audit_study
+    from fedtune.audit.attack import Attack, attack_run, attack_study
     from fedtune.audit.contracts import check as check_plugin
     from fedtune.bases.find import Base, find_base
     from fedtune.bases.find import list_known as list_bases
+    from fedtune.client.attack import SiteAttack, attack_site
     from fedtune.client.data_report import DataReport, data_report
     from fedtune.client.data_scan import DataScan, data_scan
     from fedtune.client.purge import listing as purgeable
@@ -105,8 +107,10 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 # Where each name comes from: "name=other" where it is called otherwise there.
 _MODULES = {
     "fedtune.audit": "audit_study",
+    "fedtune.audit.attack": "Attack attack_run attack_study",
     "fedtune.audit.contracts": "check_plugin=check",
     "fedtune.bases.find": "Base find_base list_bases=list_known",
+    "fedtune.client.attack": "SiteAttack attack_site",
     "fedtune.client.data_report": "DataReport data_report",
     "fedtune.client.data_scan": "DataScan data_scan",
     "fedtune.client.purge": "purgeable=listing purge",
@@ -160,6 +164,7 @@ _ORIGINS = {
 }
 
 __all__ = [
+    "Attack",
     "Base",
     "BaseTable",
     "BudgetExceeded",
@@ -203,6 +208,7 @@ __all__ = [
     "SelectionTable",
     "Sheet",
     "Site",
+    "SiteAttack",
     "SiteData",
     "SiteEvaluation",
     "SitePlan",
@@ -218,6 +224,9 @@ __all__ = [
     "WireTable",
     "__version__",
     "approve",
+    "attack_run",
+    "attack_site",
+    "attack_study",
     "audit_study",
     "check_plugin",
     "choose_base",

@@ -28,6 +28,7 @@ PRIVATE = '{ noise_multiplier = 2.0, delta = 1e-3, unit = "patient" }'
 HEAVY = ("torch", "transformers", "peft", "pydantic", "flwr", "numpy", "pyarrow", "pandas")
 # Of commands that are called otherwise; the others' functions have the commands' own names.
 FUNCTIONS = {
+    "attack": "attack_run",
     "audit": "audit_study",
     "data report": "data_report",
     "data describe": "describe_data",

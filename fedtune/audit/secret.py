@@ -80,9 +80,9 @@ def exposure(network: Network, study: Study, secrets: int = SECRETS, pool: int =
     if len(data.examples) != len(rows):
         raise DataError("the study cannot hold a generated canary of some 20 tokens")
     cached = CachedDataset(network, data)
-    trained = _bits(_losses(cached, study).reshape(secrets, pool))
+    trained = _bits(record_losses(cached, study).reshape(secrets, pool))
     with network.loaded(trainable=network.zero()):
-        base = _bits(_losses(cached, study).reshape(secrets, pool))
+        base = _bits(record_losses(cached, study).reshape(secrets, pool))
     return Exposure(
         secrets=secrets,
         pool=pool,
@@ -107,7 +107,8 @@ def _limit(secrets: int) -> float:
 
 
 @torch.no_grad()
-def _losses(cached: CachedDataset, study: Study) -> np.ndarray:
+def record_losses(cached: CachedDataset, study: Study) -> np.ndarray:
+    """Compute each record's loss in the network as it is loaded, fp64 (records,)."""
     objective = resolve(study.objective)
     if objective.teacher_spec:  # the student's loss on the record's answer, not on the teacher's
         name = "classify" if study.objective.labels else "causal_lm"

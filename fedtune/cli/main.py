@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fedtune.cli import data, derive, models, network, plugin, tune, use_run
+from fedtune.cli import attack, data, derive, models, network, plugin, tune, use_run
 from fedtune.cli import init as cli_init
 from fedtune.cli import log as cli_log
 from fedtune.cli import site as cli_site
@@ -379,8 +379,8 @@ cli_site.add_to(app)
 data.add_to(app)
 derive.add_to(app)
 plugin.add_to(app)
-cli_observe.add_to(app, USE)
-cli_log.add_to(app, USE)
+for part in (cli_observe, cli_log, attack):
+    part.add_to(app, USE)
 
 
 @functools.cache

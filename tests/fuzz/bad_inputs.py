@@ -192,6 +192,7 @@ READ_BY: dict[str, tuple[dict[str, Damage], tuple[tuple[str, ...], ...]]] = {
             ("export", RUN, "--out", "new"),
             ("merge", RUN, "other", "--no-measure", "--out", "new"),
             ("audit", PLAN, "--run", RUN, "--out", "new"),
+            ("attack", RUN, "--out", "new"),
             ("verify", RUN),
         ),
     ),

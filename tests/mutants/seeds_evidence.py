@@ -8,6 +8,7 @@ VERIFY, FIGURES = "fedtune/evidence/verify.py", "fedtune/evidence/figures.py"
 T, ATTACKS = "tests/test_verify.py::", "tests/test_verify_attacks.py::"
 FORGED = "a forged report passes"
 AUDIT, T_AUDIT = "fedtune/evidence/audit_log.py", "tests/test_audit_log.py::"
+T_ATTACK = "tests/test_attack.py::"
 
 MUTANTS = (
     _one(
@@ -108,5 +109,24 @@ MUTANTS = (
         "audit log", "an-update-leaves-unentered", "fedtune/client/answers.py",
         '        note(site, "release",', '        note(site, "refuse",',
         T_AUDIT + "test_every_act_at_a_site_is_entered", "nobody can say what left",
+    ),
+    _one(
+        "attack", "the-bound-grows-with-nothing", "fedtune/audit/membership.py",
+        "return self.auc[1] > self.auc_bound or self.tpr[1] > self.tpr_bound",
+        "return self.auc[1] > 1.0",
+        T_ATTACK + "test_a_mechanism_with_more_than_it_claims_is_caught",
+        "an attack that breaks the claim is reported as within it",
+    ),
+    _one(
+        "attack", "a-model-is-its-own-reference", "fedtune/audit/attack.py",
+        "rest = np.arange(models) != t", "rest = np.arange(models) >= 0",
+        T_ATTACK + "test_guessing_about_noise_is_guessing",
+        "a model is compared with itself, and guessing looks like an attack",
+    ),
+    _one(
+        "attack", "a-sites-result-for-everybody", "fedtune/client/attack.py",
+        "(text + \"\\n\").encode(), private=True)", "(text + \"\\n\").encode())",
+        T_ATTACK + "test_a_site_tells_its_own_from_others_where_nothing_protects_them",
+        "exact counts of private records can be read by other users",
     ),
 )  # fmt: skip

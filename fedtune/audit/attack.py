@@ -1,0 +1,215 @@
+"""Attack models as a study trains them: likelihood-ratio membership inference on canaries.
+
+Reference: Carlini et al. 2022, "Membership inference attacks from first principles", section 5."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedtune import progress
+from fedtune.audit.membership import Membership, Scores, membership
+from fedtune.audit.secret import record_losses
+from fedtune.audit.selftest import MemoryLog
+from fedtune.config import Study
+from fedtune.data.dataset import Dataset
+from fedtune.dp import accountant
+from fedtune.dp.non_private import non_private_plan
+from fedtune.dp.plan import DpPlan, StepPlan, plan_for_site
+from fedtune.dp.steplog import events
+from fedtune.errors import ConfigError
+from fedtune.files.writing import replace as write_file
+from fedtune.models.adapter_files import picked
+from fedtune.models.build import build
+from fedtune.models.cache import CachedDataset
+from fedtune.models.network import Network
+from fedtune.models.run import Run
+from fedtune.models.tiny import generated
+from fedtune.training.local_round import local_round
+
+CANARIES, MODELS = 64, 16  # guesses: their product, half of them about members
+SUCCEEDS = 0.8  # the area that the twin without noise must reach for the attack to say anything
+
+
+@dataclass(frozen=True)
+class Attack:
+    """What an attack on canaries found.
+
+    private: against models trained as the study says; twin: against the same without noise;
+    epsilon, delta: of one such model's steps."""
+
+    study: str
+    canaries: int
+    models: int
+    units: int
+    rounds: int
+    epsilon: float
+    delta: float
+    private: Membership
+    twin: Membership
+
+    @property
+    def succeeds(self) -> bool:
+        """Return whether the attack works where it must."""
+        return self.twin.auc[0] >= SUCCEEDS
+
+
+def attack_study(
+    study: Study,
+    out: Path | str | None = None,
+    *,
+    canaries: int = CANARIES,
+    models: int = MODELS,
+    units: int = 100,
+    network: Network | None = None,
+) -> Attack:
+    """Train models as the study's sites would, each with half of the canaries, and tell which.
+
+    One site of `units` generated units trains alone, so that no other site's noise hides it; the
+    attacker sees its final adapter alone, and has the other models as references. The same is done
+    without noise. Reads no record, spends no ε.
+
+    Args:
+        out: a folder for attack.json and attack.png.
+        canaries: units of one record of random tokens. Each is in half of the models.
+        models: of each kind; all but one are the attacker's references.
+
+    >>> import fedtune
+    >>> fedtune.attack_study(fedtune.load_study("no/study.toml"))
+    Traceback (most recent call last):
+      ...
+    fedtune.errors.ConfigError: ...
+
+    Errors: ConfigError (no privacy to attack), ModelError, InfrastructureError."""
+    if not study.private:
+        raise ConfigError('privacy = "off": there is no ε to attack', "a [privacy] table")
+    network = network or build(study)
+    plan = plan_for_site(study, units)
+    everybody = _units(study, network, canaries, units - canaries // 2)
+    coins = _coins(canaries, models)
+    log = MemoryLog()
+    private = _trained(study, network, plan, everybody, coins, log, plan.rounds)
+    epsilon = accountant.epsilon(events(log.lines[: plan.steps]), plan.delta)
+    clear = non_private_plan(study, units)
+    bare = _trained(study, network, clear, everybody, coins, MemoryLog(), plan.rounds)
+    result = Attack(
+        study=study.study.name,
+        canaries=canaries,
+        models=models,
+        units=units,
+        rounds=plan.rounds,
+        epsilon=epsilon,
+        delta=plan.delta,
+        private=_judged(private, coins, epsilon, plan.delta),
+        twin=_judged(bare, coins, None, plan.delta),
+    )
+    if out is not None:
+        save(result, Path(out))
+    return result
+
+
+def attack_run(run: Run, out: Path | str | None = None, **options: Any) -> Attack:
+    """Attack models as a finished run's study trains them, with the run's own frozen factor.
+
+    out, options: as of `attack_study`.
+
+    >>> import fedtune
+    >>> fedtune.attack_run(fedtune.Run("runs/none"))
+    Traceback (most recent call last):
+      ...
+    fedtune.errors.InputError: ...
+
+    Errors: as of `attack_study`, and InputError where the run is not finished."""
+    if not run.private:
+        raise ConfigError(f"{run.folder}: not private, so there is no ε to attack")
+    network = build(run.study)
+    factor = picked(run.adapter(), network.frozen_factor(), run.folder / "adapter")
+    with network.loaded(factor, network.zero()):
+        return attack_study(run.study, out, network=network, **options)
+
+
+def save(result: Attack, out: Path) -> None:
+    """Write attack.json and attack.png. Errors: InfrastructureError."""
+    from fedtune.audit.picture import curves
+
+    facts: dict[str, Any] = asdict(result) | {"succeeds": result.succeeds}
+    text = json.dumps(facts, indent=1, sort_keys=True, ensure_ascii=False)
+    write_file(out / "attack.json", (text + "\n").encode())
+    named = {"without noise": result.twin, f"ε = {result.epsilon:.3g}": result.private}
+    write_file(out / "attack.png", curves(named, result.epsilon, result.delta))
+
+
+def _coins(canaries: int, models: int) -> np.ndarray:
+    """Draw (models, canaries): each canary is in half of the models."""
+    draw = np.random.default_rng()
+    half = np.arange(models) < models // 2
+    return np.stack([draw.permutation(half) for _ in range(canaries)], axis=1)
+
+
+def _units(study: Study, network: Network, canaries: int, others: int) -> Dataset:
+    """Generate units of one draw each: the canaries first, then those that are in every model."""
+    single = generated(study, network, [1] * (canaries + others), stream=3)
+    examples = [e for e in single.examples for _ in range(study.records_per_draw)]
+    return Dataset(examples, canaries + others, Counter())
+
+
+def _trained(
+    study: Study,
+    network: Network,
+    plan: StepPlan,
+    everybody: Dataset,
+    coins: np.ndarray,
+    log: MemoryLog,
+    rounds: int,
+) -> Scores:
+    """Train a model for each row of coins; return each canary's loss in it, (models, canaries)."""
+    canaries, losses = coins.shape[1], []
+    asked = CachedDataset(network, _only(everybody, np.arange(everybody.n_units) < canaries))
+    for number, row in enumerate(coins, 1):
+        there = np.concatenate([row, np.ones(everybody.n_units - canaries, dtype=bool)])
+        data = CachedDataset(network, _only(everybody, there))
+        adapter = network.trainable()
+        with network.loaded(trainable=adapter):
+            for round_ in range(1, rounds + 1):
+                update = local_round(study, data, plan, log, round_, adapter)
+                adapter = {name: adapter[name] + update[name] for name in adapter}
+            network.load_trainable(adapter)
+            by_unit = record_losses(asked, study).reshape(canaries, -1).mean(axis=1)
+            losses.append(by_unit)
+        what = "models with noise" if isinstance(plan, DpPlan) else "models without noise"
+        progress.report(what, number, len(coins))
+    return np.array(losses)
+
+
+def _only(everybody: Dataset, there: np.ndarray) -> Dataset:
+    index = np.cumsum(there) - 1
+    examples = [replace(e, unit=int(index[e.unit])) for e in everybody.examples if there[e.unit]]
+    return Dataset(examples, int(there.sum()), Counter())
+
+
+def _judged(losses: Scores, coins: np.ndarray, epsilon: float | None, delta: float) -> Membership:
+    """Score each canary in each model by the other models' losses, and judge the scores."""
+    scores = ratios(losses, coins)
+    inside = np.array([scores[coins[:, c], c] for c in range(coins.shape[1])])
+    outside = np.array([scores[~coins[:, c], c] for c in range(coins.shape[1])])
+    return membership(inside, outside, epsilon, delta)
+
+
+def ratios(losses: Scores, coins: np.ndarray) -> Scores:
+    """Compute each log likelihood ratio of "in" to "out", (models, canaries): Gaussians around the
+    means of the other models with and without the canary, of one variance."""
+    models = len(losses)
+    scores = np.empty_like(losses)
+    for t in range(models):
+        rest = np.arange(models) != t
+        inside = np.where(coins & rest[:, None], losses, np.nan)
+        outside = np.where(~coins & rest[:, None], losses, np.nan)
+        mean_in, mean_out = np.nanmean(inside, axis=0), np.nanmean(outside, axis=0)
+        spread = np.nanmean([np.nanvar(inside, axis=0), np.nanvar(outside, axis=0)]) + 1e-12
+        scores[t] = ((losses[t] - mean_out) ** 2 - (losses[t] - mean_in) ** 2) / (2 * spread)
+    return scores

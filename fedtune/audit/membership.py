@@ -1,0 +1,109 @@
+"""Membership inference: how well scores tell members from others, beside what ε allows.
+
+A score says how likely it is that a unit was trained on. ROC, the area under it, and the share of
+members that are found where 1 % of the others are taken for members, with intervals over units.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+Scores = npt.NDArray[np.float64]
+FALSE_ALARMS = 0.01  # of the others, at which the found share of members is stated
+RESAMPLES = 1000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Membership:
+    """auc, tpr: (estimate, low, high), 95 % over units; tpr: of members, at 1 % false alarms;
+    auc_bound, tpr_bound: the most that (ε, δ) allows; curve: (false alarms, members found)."""
+
+    members: int
+    others: int
+    auc: tuple[float, float, float]
+    tpr: tuple[float, float, float]
+    auc_bound: float
+    tpr_bound: float
+    curve: list[tuple[float, float]] = field(repr=False, default_factory=list)
+
+    @property
+    def contradicts(self) -> bool:
+        """Return whether even the lower end of an interval is beyond what ε allows."""
+        return self.auc[1] > self.auc_bound or self.tpr[1] > self.tpr_bound
+
+
+def membership(
+    inside: Scores, outside: Scores, epsilon: float | None, delta: float, seed: int = 0
+) -> Membership:
+    """Judge scores of members and of others, one row a unit: (units, guesses about each).
+
+    epsilon: None where nothing is claimed. The intervals are of a bootstrap over units, since the
+    guesses about one unit are not independent. Ties count half.
+
+    >>> import numpy as np
+    >>> told = membership(np.full((20, 1), 2.0), np.full((20, 1), 1.0), 1.0, 1e-5)
+    >>> told.auc[0], told.contradicts
+    (1.0, True)
+    """
+    draw = np.random.default_rng(seed)
+    resampled = []
+    for _ in range(RESAMPLES):
+        rows_in = inside[draw.integers(len(inside), size=len(inside))]
+        rows_out = outside[draw.integers(len(outside), size=len(outside))]
+        resampled.append((auc(rows_in, rows_out), found(rows_in, rows_out)))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(np.array(resampled), [tail, 1 - tail], axis=0)
+    bound = None if epsilon is None else (epsilon, delta)
+    return Membership(
+        members=inside.size,
+        others=outside.size,
+        auc=(auc(inside, outside), float(low[0]), float(high[0])),
+        tpr=(found(inside, outside), float(low[1]), float(high[1])),
+        auc_bound=auc_bound(*bound) if bound else 1.0,
+        tpr_bound=tpr_bound(FALSE_ALARMS, *bound) if bound else 1.0,
+        curve=roc(inside, outside),
+    )
+
+
+def auc(inside: Scores, outside: Scores) -> float:
+    """Compute the share of pairs in which the member has the higher score."""
+    others = np.sort(outside.ravel())
+    below = np.searchsorted(others, inside.ravel(), side="left")
+    upto = np.searchsorted(others, inside.ravel(), side="right")
+    return float((below + upto).mean() / 2 / others.size)
+
+
+def found(inside: Scores, outside: Scores, alarms: float = FALSE_ALARMS) -> float:
+    """Compute the share of members above the threshold that at most `alarms` of the others pass."""
+    others = np.sort(outside.ravel())
+    threshold = others[-1 - math.floor(alarms * others.size)]
+    return float((inside.ravel() > threshold).mean())
+
+
+def roc(inside: Scores, outside: Scores) -> list[tuple[float, float]]:
+    """Compute the curve's points, from (0, 0) to (1, 1)."""
+    thresholds = np.unique(np.concatenate([inside.ravel(), outside.ravel()]))[::-1]
+    others, members = np.sort(outside.ravel()), np.sort(inside.ravel())
+    alarms = 1 - np.searchsorted(others, thresholds, side="left") / others.size
+    hits = 1 - np.searchsorted(members, thresholds, side="left") / members.size
+    points = [(0.0, 0.0), *zip(alarms.tolist(), hits.tolist(), strict=True)]
+    return [*points[:: max(1, len(points) // 500)], (1.0, 1.0)]
+
+
+def tpr_bound(alarms: float, epsilon: float, delta: float) -> float:
+    """Compute the most members that (ε, δ) lets anybody find at so many false alarms.
+
+    Reference: Kairouz, Oh & Viswanath 2015, theorem 2.1."""
+    grown = math.inf if epsilon > 500 else math.exp(epsilon) * alarms + delta
+    return min(1.0, grown, 1 - math.exp(-epsilon) * (1 - delta - alarms))
+
+
+def auc_bound(epsilon: float, delta: float) -> float:
+    """Compute the largest area under a curve that stays within tpr_bound."""
+    grid = np.concatenate([[0.0], np.logspace(-8, 0, 4001)])
+    return float(np.trapezoid([tpr_bound(a, epsilon, delta) for a in grid], grid))

@@ -1,0 +1,133 @@
+"""The command that attacks a finished run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fedtune.cli.exit_codes import Told, command
+
+if TYPE_CHECKING:
+    from fedtune.audit.attack import Attack
+    from fedtune.audit.membership import Membership
+    from fedtune.client.attack import SiteAttack
+
+RUN = Annotated[
+    Path, typer.Argument(metavar="RUN", help="The folder of a finished run.", show_default=False)
+]
+SITE = Annotated[
+    Path | None,
+    typer.Option(
+        "--site",
+        metavar="SITE",
+        help="At a site: its site.toml. Its own records are the members.",
+        show_default=False,
+    ),
+]
+HELD_OUT = Annotated[
+    Path | None,
+    typer.Option(
+        "--held-out",
+        metavar="FILE",
+        help="At a site: records like its own that no site trained on. Without it: [evaluation].",
+        show_default=False,
+    ),
+]
+REFERENCES = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--reference",
+        metavar="RUN",
+        help="At a site: a run of the same adapter that did not see its records; repeat it.",
+        show_default=False,
+    ),
+]
+OUT = Annotated[
+    Path, typer.Option("--out", metavar="DIR", help="Where attack.json and attack.png go.")
+]
+CANARIES = Annotated[
+    int, typer.Option(min=10, max=10_000, metavar="N", help="Without --site: canary units.")
+]
+MODELS = Annotated[
+    int, typer.Option(min=4, max=1000, metavar="N", help="Without --site: models of each kind.")
+]
+UNITS = Annotated[
+    int, typer.Option(min=20, metavar="N", help="Without --site: units that a model sees.")
+]
+
+
+def add_to(app: typer.Typer, panel: str) -> None:
+    """Register the command on `app`."""
+    command(app, panel=panel)(attack)
+
+
+def attack(
+    run: RUN,
+    site: SITE = None,
+    held_out: HELD_OUT = None,
+    references: REFERENCES = None,
+    out: OUT = Path("attack"),
+    canaries: CANARIES = 64,
+    models: MODELS = 16,
+    units: UNITS = 100,
+) -> dict[str, Any]:
+    """Try to tell who was trained on, and say how well it went beside what ε allows.
+
+    **At a site** (--site): its own units against held-out ones, in this run. The result counts
+    private records exactly, and stays here.
+
+    **Anywhere**: trains models on generated records as the run's sites did, each with half of the
+    canaries, and the same without noise, where the attack must succeed. Reads no record; no ε.
+
+    A result beyond what ε allows means that something is broken: exit 3."""
+    from fedtune.cli.watch import Watch
+    from fedtune.errors import ConfigError, Refused
+    from fedtune.models.run import Run
+
+    if site is None and (held_out or references):
+        raise ConfigError("--held-out and --reference are for a site", "--site SITE with them")
+    loaded = Run(run)
+    result: SiteAttack | Attack
+    with Watch(Console(), "attacking"):
+        if site is not None:
+            from fedtune.client.attack import attack_site
+            from fedtune.config import load_site
+
+            others = [Run(folder) for folder in references or ()]
+            result = attack_site(loaded, load_site(site), held_out, references=others, out=out)
+            judged = [("members of this site", result.membership)]
+        else:
+            from fedtune.audit.attack import attack_run
+
+            result = attack_run(loaded, out, canaries=canaries, models=models, units=units)
+            judged = [("canaries, with noise", result.private), ("without noise", result.twin)]
+    for name, found in judged:
+        typer.echo(f"{name}: {_line(found)}")
+    typer.echo(f"wrote {out / 'attack.json'} and {out / 'attack.png'}")
+    if site is not None:
+        typer.echo("private to this site: it follows from its records")
+    elif not result.succeeds:  # type: ignore[union-attr]
+        typer.echo(
+            "too weak: the attack does not succeed without noise either, so that it says nothing "
+            "of the noise; give it more --models, or a longer study"
+        )
+    if any(found.contradicts for _, found in judged):
+        error = Refused(
+            "the attack finds more than ε allows", todo="do not release; run `fedtune doctor`"
+        )
+        raise Told(asdict(result), error)
+    return asdict(result)
+
+
+def _line(found: Membership) -> str:
+    def shown(three: tuple[float, float, float]) -> str:
+        return f"{three[0]:.3f} ({three[1]:.3f} to {three[2]:.3f})"
+
+    return (
+        f"area under the curve {shown(found.auc)}, ε allows {found.auc_bound:.3f}; at 1 % false "
+        f"alarms it finds {shown(found.tpr)}, ε allows {found.tpr_bound:.3f}"
+    )

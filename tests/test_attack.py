@@ -1,0 +1,253 @@
+"""Membership inference on what a study trains, and what ε lets anybody find."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedtune.audit.attack import Attack, attack_run, attack_study, ratios
+from fedtune.audit.membership import auc, auc_bound, found, membership, roc, tpr_bound
+from fedtune.client.attack import attack_site
+from fedtune.config import Site, Study, load_site, load_study
+from fedtune.errors import ConfigError, DataError
+from fedtune.models.run import Run
+from tests.cli_kit import run as command
+from tests.simulated import simulate
+
+DRAW = np.random.default_rng(0)
+
+# ------------------------------------------------------------------------- the figures
+
+
+def column(*values: float) -> np.ndarray:
+    return np.array([[value] for value in values], dtype=float)
+
+
+def test_the_area_and_the_share_that_is_found() -> None:
+    assert auc(column(3, 2), column(1, 0)) == 1.0
+    assert auc(column(1, 1), column(1, 1)) == 0.5
+    assert auc(column(2, 0), column(1)) == 0.5
+    others = column(*range(100))
+    assert found(column(99, 98.5, 98, 200), others) == 0.75  # above the highest but one
+    assert found(column(98), others) == 0.0
+    points = roc(column(3, 1), column(2, 0))
+    assert points[0] == (0.0, 0.0) and points[-1] == (1.0, 1.0)
+    assert points == sorted(points)
+
+
+def test_guessing_is_called_guessing_and_stays_within_any_epsilon() -> None:
+    told = membership(DRAW.normal(size=(400, 1)), DRAW.normal(size=(400, 1)), 0.1, 1e-6)
+    low, high = told.auc[1:]
+    assert low < 0.5 < high and not told.contradicts
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 1.0, 3.0])
+def test_the_bound_is_that_of_randomised_response(epsilon: float) -> None:
+    """Who says the truth with e^ε / (1 + e^ε) is exactly ε-DP, and on the bound at one point."""
+    truth = math.exp(epsilon) / (1 + math.exp(epsilon))
+    alarms = 1 - truth
+    assert tpr_bound(alarms, epsilon, 0.0) == pytest.approx(truth)
+    assert auc_bound(epsilon, 0.0) == pytest.approx(truth, abs=1e-3)
+    assert auc_bound(0.0, 0.0) == pytest.approx(0.5, abs=1e-3)
+    assert auc_bound(50.0, 1e-5) == pytest.approx(1.0, abs=1e-3) and tpr_bound(0.0, 9, 1e-3) == 1e-3
+
+
+def test_a_mechanism_with_more_than_it_claims_is_caught() -> None:
+    """The twin: randomised response of ε = 3 that claims 0.5."""
+    truth = math.exp(3) / (1 + math.exp(3))
+    inside = (DRAW.random((600, 1)) < truth).astype(float)
+    outside = (DRAW.random((600, 1)) >= truth).astype(float)
+    assert membership(inside, outside, 0.5, 0.0).contradicts
+    assert not membership(inside, outside, 3.0, 0.0).contradicts
+
+
+def test_a_ratio_is_high_where_the_model_saw_it() -> None:
+    coins = np.array([[True, False], [True, False], [False, True], [False, True]])
+    losses = np.where(coins, 1.0, 2.0) + DRAW.normal(size=(4, 2)) * 0.01
+    scores = ratios(losses, coins)
+    assert scores[coins].min() > scores[~coins].max()
+
+
+def test_guessing_about_noise_is_guessing() -> None:
+    """Losses that do not depend on who was there: no score may."""
+    half = np.arange(8) < 4
+    coins = np.stack([DRAW.permutation(half) for _ in range(200)], axis=1)
+    scores = ratios(DRAW.normal(size=(8, 200)), coins)
+    assert abs(auc(scores[coins], scores[~coins]) - 0.5) < 0.06
+
+
+# ------------------------------------------------------------------------- anywhere
+
+
+def tables(base: Path, **changes: Any) -> Study:
+    fields: dict[str, Any] = {
+        "study": {"name": "attacked"},
+        "base": {"model": str(base), "dtype": "float32"},
+        "lora": {"rank": 4, "last_layers": 2},
+        "objective": {"name": "causal_lm", "max_length": 32},
+        "training": {"rounds": 12, "sampling_rate": 1.0, "learning_rate": 2.0},
+        "clipping": {"max_grad_norm": 1.0},
+        "privacy": {"epsilon": 1.0, "delta": 1e-3, "unit": "record"},
+    }
+    return Study.model_validate_json(json.dumps(fields | changes))
+
+
+@pytest.fixture(scope="module")
+def attacked(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Attack, Path]:
+    out = tmp_path_factory.mktemp("attack")
+    study = tables(tiny_base)
+    return attack_study(study, out, canaries=24, models=8, units=30), out
+
+
+def test_without_noise_the_attack_succeeds_and_with_noise_epsilon_bounds_it(
+    attacked: tuple[Attack, Path],
+) -> None:
+    result, out = attacked
+    assert result.succeeds and result.twin.auc[1] > 0.8
+    assert not result.private.contradicts and result.private.auc[1] < result.private.auc_bound
+    assert 0.9 < result.epsilon <= 1.0 and result.twin.auc_bound == 1.0
+    facts = json.loads((out / "attack.json").read_text())
+    assert facts["twin"]["auc"][0] == result.twin.auc[0]
+    assert (out / "attack.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_loop_that_forgets_its_noise_is_caught(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin: noise is logged and not added."""
+    from fedtune.dp import noise
+
+    monkeypatch.setattr(
+        noise, "gaussian_on_grid", lambda size, *_: torch.zeros(size, dtype=torch.int64)
+    )
+    result = attack_study(tables(tiny_base), canaries=24, models=8, units=30)
+    assert result.private.contradicts
+
+
+def test_a_study_without_privacy_has_nothing_to_attack(tiny_base: Path) -> None:
+    with pytest.raises(ConfigError, match="no ε to attack"):
+        attack_study(tables(tiny_base, privacy="off", clipping=None))
+
+
+def test_a_finished_run_is_attacked_with_its_own_factor(signed: Any, tmp_path: Path) -> None:
+    folder, _ = signed
+    result = attack_run(Run(folder), tmp_path / "x", canaries=10, models=4, units=20)
+    assert result.study == "tiny" and not result.private.contradicts
+    done = command(
+        *("attack", folder, "--out", tmp_path / "y"),
+        *("--canaries", 10, "--models", 4, "--units", 20),
+    )
+    assert done.exit_code == 0, done.output
+    assert "canaries, with noise: area under the curve" in done.output
+    assert "ε allows" in done.output
+
+
+# ------------------------------------------------------------------------- at a site
+
+
+STUDY = """
+privacy = "off"
+[study]
+name = "by-heart"
+[base]
+model = "{base}"
+dtype = "float32"
+[lora]
+rank = 4
+last_layers = 2
+[objective]
+name = "causal_lm"
+max_length = 64
+[training]
+rounds = 30
+sampling_rate = 1.0
+learning_rate = 4.0
+[clipping]
+max_grad_norm = 1.0
+unit = "record"
+"""
+SITE = """
+[site]
+name = "{name}"
+declared_size = 16
+[data]
+path = "data.jsonl"
+[data.columns]
+prompt = "text"
+completion = "answer"
+[policy]
+bases = "any"
+allow_privacy_off = true
+"""
+
+
+@pytest.fixture(scope="module")
+def learnt_by_heart(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without privacy that learnt random letters, and other letters."""
+    folder = tmp_path_factory.mktemp("by-heart")
+    (folder / "study.toml").write_text(STUDY.format(base=tiny_base))
+    for number, name in enumerate(("north", "south")):
+        (folder / name).mkdir()
+        (folder / name / "site.toml").write_text(SITE.format(name=name))
+        rows(folder / name / "data.jsonl", number, 12)
+    rows(folder / "others.jsonl", 9, 24)
+    sites = [folder / name / "site.toml" for name in ("north", "south")]
+    simulate(folder / "study.toml", sites, folder / "run")
+    return folder
+
+
+def rows(path: Path, seed: int, number: int) -> None:
+    draw = np.random.default_rng(seed)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    lines = [
+        {"text": f"Ward {n}:", "answer": " " + "".join(draw.choice(letters, 20))}
+        for n in range(number)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_site_tells_its_own_from_others_where_nothing_protects_them(
+    learnt_by_heart: Path, tmp_path: Path
+) -> None:
+    site = load_site(learnt_by_heart / "north" / "site.toml")
+    found_ = attack_site(
+        Run(learnt_by_heart / "run"), site, learnt_by_heart / "others.jsonl", out=tmp_path / "out"
+    )
+    assert found_.membership.auc[0] > 0.8 and found_.epsilon is None
+    assert (tmp_path / "out" / "attack.json").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "out" / "attack.png").stat().st_mode & 0o777 == 0o600
+    assert not list((learnt_by_heart / "run").glob("attack*"))
+
+
+def test_the_command_at_a_site(
+    learnt_by_heart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    site = learnt_by_heart / "north" / "site.toml"
+    nothing = command("attack", learnt_by_heart / "run", "--site", site)
+    assert nothing.exit_code == 2 and "--held-out" in nothing.stderr
+    done = command(
+        *("attack", learnt_by_heart / "run", "--site", site),
+        *("--held-out", learnt_by_heart / "others.jsonl", "--json"),
+    )
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["membership"]["members"] == 12
+    assert "private to this site" in done.stderr and "Ward" not in done.output
+    alone = command("attack", learnt_by_heart / "run", "--held-out", "others.jsonl")
+    assert alone.exit_code == 2 and "--site" in alone.stderr
+    public = command("attack", learnt_by_heart / "run")
+    assert public.exit_code == 2 and "no ε to attack" in public.stderr
+
+
+def test_too_few_say_nothing(learnt_by_heart: Path, tmp_path: Path) -> None:
+    rows(tmp_path / "few.jsonl", 900, 5)
+    site: Site = load_site(learnt_by_heart / "north" / "site.toml")
+    with pytest.raises(DataError, match="at least 10"):
+        attack_site(Run(learnt_by_heart / "run"), site, tmp_path / "few.jsonl")
+    assert load_study(learnt_by_heart / "study.toml").study.name == "by-heart"
