@@ -25,6 +25,8 @@ from fedtune.ledger.ledger import Ledger
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from fedtune.models.cache import CachedDataset
+
 log = logging.getLogger("fedtune.site")
 COUNTS = "counts.json"  # in the state folder: of each dataset, what became of its rows
 SHOWN = 20  # rejected rows that are listed
@@ -64,6 +66,13 @@ def read_for_training(
         soft_targets=soft_targets,
         reader=reader,
     )
+
+
+def without_withdrawn(cached: CachedDataset, ledger: Ledger) -> CachedDataset:
+    """Return what was read less the patients who withdrew since; the same object where none did."""
+    withdrawn, dataset = ledger.withdrawn(), cached.dataset
+    left = dataset.exclude_units(lambda key: ledger.hashed(key) in withdrawn)
+    return cached if left.n_units == dataset.n_units else cached.of(left)
 
 
 def describe(dataset: Dataset, study: Study, declared: int) -> str:

@@ -27,7 +27,7 @@ from fedtune.client.prepared import (
     metadata_of,
     step_summary,
 )
-from fedtune.client.reading import keep_counts, read_for_training
+from fedtune.client.reading import keep_counts, read_for_training, without_withdrawn
 from fedtune.client.review import pending
 from fedtune.client.site_checks import check_learns, check_reads, self_test
 from fedtune.config import Site, SiteData, Study, load_site
@@ -181,12 +181,12 @@ class SiteWorker:
 
     def _data(self, study: Study, network: Network, data: SiteData) -> CachedDataset:
         """Load one dataset for `study`; studies with the same view share the states at the cut. A
-        continuous study reads the files anew, and the ledger records who arrived. With data.consent
-        they are read anew whoever took theirs back, since what is read must not tell that.
+        continuous study and data.consent read the files anew each round; else who withdrew is taken
+        out of what was read, since rows that came meanwhile would tell of the withdrawal.
 
         Errors: DataError where the columns do not suit the study, or there is no file."""
-        withdrawn, anew = frozenset(self.home.withdrawn()), study.continuous or bool(data.consent)
-        view = (data, network, study.objective, study.unit, study.max_records_per_unit, withdrawn)
+        anew = study.continuous or bool(data.consent)
+        view = (data, network, study.objective, study.unit, study.max_records_per_unit)
         cached_view, cached = self._cached.get(data.name, (None, None))
         if anew or cached_view != view or cached is None:
             dataset = self._read(study, network, data)
@@ -201,6 +201,8 @@ class SiteWorker:
             )
             cached = CachedDataset(network, dataset, self.site.site.cache_bytes)
             self._cached[data.name] = None if anew else view, cached
+        elif (left := without_withdrawn(cached, self.home)) is not cached:
+            self._cached[data.name] = view, (cached := left)
         return cached
 
     def current_dataset(self, study: Study, network: Network) -> CachedDataset:
@@ -209,10 +211,9 @@ class SiteWorker:
         return CachedDataset(network, dataset, self.site.site.cache_bytes)
 
     def _read(self, study: Study, network: Network, data: SiteData) -> Dataset:
-        """Read the dataset less the patients who withdrew. Each record is accepted or rejected by
-        itself, so one more or less, or a broken one, cannot be observed from outside; with too few
-        units the site sends noise alone. Errors: DataError where there is no file or its columns do
-        not suit the study, which no record decides."""
+        """Read the dataset less the patients who withdrew. One record more or less, or a broken
+        one, cannot be observed from outside; with too few units the site sends noise alone. Errors:
+        DataError (no file, or columns that do not suit the study), which no record decides."""
         check_columns(data, study, network.tokenizer, reader=network.reader)
         if not (data.url or data.path.exists()):
             raise DataError(f"{data.path}: no such file", "the site's records")
@@ -281,7 +282,7 @@ class SiteWorker:
         remaining = data.dataset.exclude_units(lambda key: arrival(key) in spent)
         if remaining.n_units < min(2, data.dataset.n_units):
             log.error("fewer than 2 units have budget left; see `fedtune ledger`")
-        cached = CachedDataset(data.network, remaining, self.site.site.cache_bytes)
+        cached = data.of(remaining)
         self._cached[self._dataset] = None, cached  # drops the states of those left out
         return cached
 
@@ -368,8 +369,7 @@ class SiteWorker:
 
     def shapes(self, digest: str) -> Shapes:
         """Return the shapes of the adapter's tensors, by name. Errors: Unprepared."""
-        parameters = self._require(digest).network.parameters()
-        return {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        return {n: tuple(p.shape) for n, p in self._require(digest).network.parameters().items()}
 
     def study_of(self, digest: str) -> Study:
         """Return the plan with this digest. Errors: Unprepared."""

@@ -86,6 +86,10 @@ class CachedDataset:
         self._logps = torch.full((len(dataset.examples), self._n_passages), torch.nan)
         self._buckets = [self._bucket(record) for record in range(len(dataset.examples))]
 
+    def of(self, dataset: Dataset) -> CachedDataset:
+        """Return another dataset over the same network, within the same memory."""
+        return CachedDataset(self.network, dataset, self._memory)
+
     def _positions_to_keep(self, passage: Passage) -> npt.NDArray[np.int64]:
         if self.network.pooled:
             return np.zeros(1, dtype=np.int64)

@@ -26,6 +26,7 @@ from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import digest as arrays_digest
 from fedtune.models.prefix_store import PREFIX_STORE
 from fedtune.registry import process_cache
+from fedtune.training.data_parallel import fingerprint
 from fedtune.training.local_round import local_round
 from fedtune.wire.codec import layout, shapes
 from fedtune.wire.keys import SigningKey
@@ -206,6 +207,35 @@ def test_a_withdrawn_patient_is_in_no_later_round(
     assert "stranger" not in str(raised.value) and len(worker.ledger.withdrawn()) == 1
     never = withdraw(worker.site, "stranger", worker.ledger, unseen=True)
     assert (never.trained_on, never.in_file, never.releases) == (False, 0, [])
+
+
+def test_a_withdrawal_lets_nobody_elses_new_rows_in(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that grew in mid-study is read at the next study, whoever withdraws meanwhile: else
+    the other patients' records would tell of the withdrawal. The twin is the site without her."""
+    made, read = begun(tiny_base), dict[str, str]()
+    for name in ("withdraws", "never there"):
+        path = notes(tmp_path / name)
+        if name == "never there":
+            rows = [line for line in path.read_text().splitlines() if '"p4"' not in line]
+            path.write_text("".join(line + "\n" for line in rows))
+        worker = SiteWorker(make_site(tmp_path / name, patient="who"))
+        worker.prepare(made.study, made.frozen)
+        trains(worker, made, 1)
+        with path.open("a") as file:
+            file.write(json.dumps({"who": "p99", "note": "came later", "answer": "no"}) + "\n")
+        if name == "withdraws":
+            withdraw(worker.site, "p4", worker.ledger)
+
+        def spy(study: Study, data: CachedDataset, *rest: Any, name: str = name) -> Any:
+            read[name] = fingerprint(data.dataset)
+            return local_round(study, data, *rest)
+
+        monkeypatch.setattr("fedtune.client.site.local_round", spy)
+        trains(worker, made, 2)
+        monkeypatch.undo()
+    assert read["withdraws"] == read["never there"]
 
 
 @pytest.mark.parametrize("memory", [None, 0.0])

@@ -180,4 +180,11 @@ MUTANTS = (
         "test_a_record_is_named_by_what_it_says_and_not_by_where_it_stands",
         "a patient who left takes a row of somebody else along",
     ),
+    one(
+        36, "a-withdrawal-reads-the-files-anew", "fedtune/client/site.py",
+        "if anew or cached_view != view or cached is None:",
+        "if anew or cached is None or without_withdrawn(cached, self.home) is not cached:",
+        "tests/client/test_site.py::test_a_withdrawal_lets_nobody_elses_new_rows_in",
+        "rows that came meanwhile tell that somebody withdrew",
+    ),
 )  # fmt: skip
