@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedtune.audit import membership as module
 from fedtune.audit.attack import Attack, attack_run, attack_study, ratios
 from fedtune.audit.membership import auc, auc_bound, found, membership, roc, tpr_bound
 from fedtune.client.attack import attack_site
@@ -45,6 +46,32 @@ def test_guessing_is_called_guessing_and_stays_within_any_epsilon() -> None:
     told = membership(DRAW.normal(size=(400, 1)), DRAW.normal(size=(400, 1)), 0.1, 1e-6)
     low, high = told.auc[1:]
     assert low < 0.5 < high and not told.contradicts
+
+
+@pytest.mark.parametrize("others", [10, 50])
+@pytest.mark.parametrize("guesses", [1, 4])
+def test_few_held_out_units_are_no_false_alarm(
+    others: int, guesses: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Members and others of one distribution, several guesses about a unit being one: the threshold
+    that 1 % of so few others pass is passed by about 1 / (others + 1) of everybody."""
+    monkeypatch.setattr(module, "RESAMPLES", 60)
+    draw, alarms = np.random.default_rng(others), 0
+    for seed in range(200):
+        inside, outside = draw.normal(size=(300, 1)), draw.normal(size=(others, 1))
+        same = (np.repeat(scores, guesses, axis=1) for scores in (inside, outside))
+        alarms += membership(*same, 0.5, 1e-5, seed).contradicts
+    assert alarms <= 10  # 5 %
+
+
+def test_a_share_of_members_beyond_epsilon_is_caught_where_the_area_is_not() -> None:
+    """A tenth of the members stand out, which an ε of 1 allows to no 1 % of false alarms."""
+    draw = np.random.default_rng(5)
+    inside, outside = draw.normal(size=(2000, 1)), draw.normal(size=(2000, 1))
+    inside[:200] += 20
+    told = membership(inside, outside, 1.0, 1e-5)
+    assert told.auc[1] < told.auc_bound and told.contradicts
+    assert told.tpr_bound < told.surely_allowed < told.surely_found < told.tpr[0]
 
 
 @pytest.mark.parametrize("epsilon", [0.5, 1.0, 3.0])

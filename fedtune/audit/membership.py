@@ -2,6 +2,10 @@
 
 A score says how likely it is that a unit was trained on. ROC, the area under it, and the share of
 members that are found where 1 % of the others are taken for members, with intervals over units.
+
+The threshold of 1 % is itself estimated from n others: the k-th highest of them, which the others
+pass with a probability that is Beta(k, n + 1 - k) and not 1 %: with 10 others about 9 %. What is
+held against ε is thus the bound at the upper end of that probability.
 """
 
 from __future__ import annotations
@@ -11,17 +15,24 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import beta  # type: ignore[import-untyped]
 
 Scores = npt.NDArray[np.float64]
 FALSE_ALARMS = 0.01  # of the others, at which the found share of members is stated
 RESAMPLES = 1000
 CONFIDENCE = 0.95
+SIDE = 0.0125  # of each of the two ends that are compared for the share found: 2.5 % in all
 
 
 @dataclass(frozen=True)
 class Membership:
     """auc, tpr: (estimate, low, high), 95 % over units; tpr: of members, at 1 % false alarms;
-    auc_bound, tpr_bound: the most that (ε, δ) allows; curve: (false alarms, members found)."""
+    auc_bound, tpr_bound: the most that (ε, δ) allows; curve: (false alarms, members found).
+
+    alarms: the upper end (98.75 %) of the false alarms that the threshold really has, estimated as
+    it is from few others; surely_found: the lower end (Clopper-Pearson, 98.75 %) of the members
+    found; surely_allowed: the most that (ε, δ) allows at `alarms`. Both ends count units, of which
+    several guesses are one."""
 
     members: int
     others: int
@@ -29,12 +40,15 @@ class Membership:
     tpr: tuple[float, float, float]
     auc_bound: float
     tpr_bound: float
+    alarms: float
+    surely_found: float
+    surely_allowed: float
     curve: list[tuple[float, float]] = field(repr=False, default_factory=list)
 
     @property
     def contradicts(self) -> bool:
         """Return whether even the lower end of an interval is beyond what ε allows."""
-        return self.auc[1] > self.auc_bound or self.tpr[1] > self.tpr_bound
+        return self.auc[1] > self.auc_bound or self.surely_found > self.surely_allowed
 
 
 def membership(
@@ -59,6 +73,7 @@ def membership(
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(np.array(resampled), [tail, 1 - tail], axis=0)
     bound = None if epsilon is None else (epsilon, delta)
+    alarms = most_alarms(len(outside))
     return Membership(
         members=inside.size,
         others=outside.size,
@@ -66,6 +81,9 @@ def membership(
         tpr=(found(inside, outside), float(low[1]), float(high[1])),
         auc_bound=auc_bound(*bound) if bound else 1.0,
         tpr_bound=tpr_bound(FALSE_ALARMS, *bound) if bound else 1.0,
+        alarms=alarms,
+        surely_found=least_found(found(inside, outside), len(inside)),
+        surely_allowed=tpr_bound(alarms, *bound) if bound else 1.0,
         curve=roc(inside, outside),
     )
 
@@ -83,6 +101,22 @@ def found(inside: Scores, outside: Scores, alarms: float = FALSE_ALARMS) -> floa
     others = np.sort(outside.ravel())
     threshold = others[-1 - math.floor(alarms * others.size)]
     return float((inside.ravel() > threshold).mean())
+
+
+def most_alarms(others: int) -> float:
+    """Compute the upper end of the false alarms of a threshold of 1 % that is taken from so many.
+
+    >>> round(most_alarms(10), 2), round(most_alarms(10_000), 3)
+    (0.35, 0.012)
+    """
+    passed = math.floor(FALSE_ALARMS * others) + 1
+    return float(beta.ppf(1 - SIDE, passed, others + 1 - passed))
+
+
+def least_found(share: float, members: int) -> float:
+    """Compute the lower end of the members found, of so many units (Clopper and Pearson 1934)."""
+    hits = math.floor(share * members + 1e-9)
+    return float(beta.ppf(SIDE, hits, members - hits + 1)) if hits else 0.0
 
 
 def roc(inside: Scores, outside: Scores) -> list[tuple[float, float]]:

@@ -129,5 +129,7 @@ def _line(found: Membership) -> str:
 
     return (
         f"area under the curve {shown(found.auc)}, ε allows {found.auc_bound:.3f}; at 1 % false "
-        f"alarms it finds {shown(found.tpr)}, ε allows {found.tpr_bound:.3f}"
+        f"alarms it finds {shown(found.tpr)}, ε allows {found.tpr_bound:.3f}; judged: at least "
+        f"{found.surely_found:.3f}, where ε allows {found.surely_allowed:.3f} at up to "
+        f"{found.alarms:.1%} false alarms"
     )

@@ -112,7 +112,7 @@ MUTANTS = (
     ),
     _one(
         "attack", "the-bound-grows-with-nothing", "fedtune/audit/membership.py",
-        "return self.auc[1] > self.auc_bound or self.tpr[1] > self.tpr_bound",
+        "return self.auc[1] > self.auc_bound or self.surely_found > self.surely_allowed",
         "return self.auc[1] > 1.0",
         T_ATTACK + "test_a_mechanism_with_more_than_it_claims_is_caught",
         "an attack that breaks the claim is reported as within it",
