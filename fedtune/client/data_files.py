@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass
 
@@ -41,7 +42,7 @@ def files_of(data: SiteData, read: Read) -> list[FileFacts]:
     facts = []
     for name in sorted({*rows, *failed} | ({data.path.name} if data.path.is_file() else set())):
         path = folder / name
-        csv, there = path.suffix.lower() == ".csv", path.is_file()
+        csv, there = path.suffix.lower() == ".csv", os.path.isfile(path)
         facts.append(
             FileFacts(
                 name,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -185,7 +186,7 @@ def records_hash(site: Site) -> str:
     if _in_files(site):
         for file in _files(site.data.path):
             name = file.relative_to(site.data.path) if site.data.path.is_dir() else file.name
-            total.update(f"{name} {_sha256(file)}\n".encode())
+            total.update(os.fsencode(name) + f" {_sha256(file)}\n".encode())
         return total.hexdigest()
     data = site.data
     for _, row in placed_rows(data.path, keys_of(data), strict=True, source=source_of(data)):
@@ -231,7 +232,9 @@ def _typed_hash(typed: Sheet) -> str:
 def _files(path: Path) -> Iterator[Path]:
     """Yield the files of the records, sorted; not what describe_data wrote among them."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
-    yield from (file for file in files if file.is_file() and not file.name.endswith(CROISSANT))
+    yield from (
+        file for file in files if os.path.isfile(file) and not file.name.endswith(CROISSANT)
+    )
 
 
 def _sha256(path: Path) -> str:

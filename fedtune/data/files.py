@@ -9,6 +9,7 @@ chained, since its message may quote a row.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -78,7 +79,7 @@ def placed_rows(
                 raise
             yield Place(path.name, 0), "not well-formed CSV"
         except Exception as error:  # whatever one file makes a library do is that file's matter
-            if strict and where.is_file():
+            if strict and os.path.isfile(where):
                 data_error = error if isinstance(error, DataError) else _unreadable(where, error)
                 raise data_error from None
             yield Place(path.name, 0), "unreadable file"
@@ -120,11 +121,11 @@ def _unreadable(where: Path | str, error: Exception) -> DataError:
 def _paths(where: Path, readers: Mapping[str, Source]) -> list[Path]:
     suffixes = sorted(readers)
     kinds = ", ".join(suffixes)
-    if where.is_file():
+    if os.path.isfile(where):
         if where.suffix.lower() not in suffixes:
             raise DataError(f"{where}: unsupported suffix", kinds, "convert the file")
         return [where]
-    if not where.is_dir():
+    if not os.path.isdir(where):
         raise DataError(f"{where}: no such file", f"a file or a folder of {kinds}")
     for reader in dict.fromkeys(readers.values()):
         if (listed := reader.files(where)) is not None:
@@ -133,8 +134,10 @@ def _paths(where: Path, readers: Mapping[str, Source]) -> list[Path]:
         entries = sorted(where.iterdir())
     except OSError as error:
         raise _unreadable(where, error) from None
-    files = [
-        p for p in entries if p.suffix.lower() in suffixes and p.name[0] != "." and p.is_file()
+    files = [  # os.path.isfile: Path.is_file raises for some links, and the others are read
+        p
+        for p in entries
+        if p.suffix.lower() in suffixes and p.name[0] != "." and os.path.isfile(p)
     ]
     if not files:
         raise DataError(f"{where}: the folder has no data file", f"files of one of {kinds}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,13 +152,13 @@ def _files(where: Path, resource: str) -> list[Path]:
         raise DataError(
             f"{where}: no file of {resource}", f"its name in a file's, as {resource}.000{SUFFIX}"
         )
-    return [path for path in found if path.is_file()]
+    return [path for path in found if os.path.isfile(path)]
 
 
 def _resources(where: Path, resource: str) -> Iterator[Any]:
     """Yield the resources of one kind beside the documents; what cannot be read is nobody's."""
     for path in sorted(where.iterdir()):
-        if path.suffix == SUFFIX and resource in path.name and path.is_file():
+        if path.suffix == SUFFIX and resource in path.name and os.path.isfile(path):
             yield from _lines(path, resource)
 
 
