@@ -11,13 +11,18 @@ import numpy as np
 import pytest
 import torch
 
+from fedtune.audit import attack
 from fedtune.audit import membership as module
 from fedtune.audit.attack import Attack, attack_run, attack_study, ratios
 from fedtune.audit.membership import auc, auc_bound, found, membership, roc, tpr_bound
 from fedtune.client.attack import attack_site
 from fedtune.config import Site, Study, load_site, load_study
 from fedtune.errors import ConfigError, DataError
+from fedtune.models import preconditioner
+from fedtune.models.build import build
+from fedtune.models.lora import Arrays
 from fedtune.models.run import Run
+from fedtune.training.start import start
 from tests.cli_kit import run as command
 from tests.simulated import simulate
 
@@ -109,6 +114,14 @@ def test_guessing_about_noise_is_guessing() -> None:
     assert abs(auc(scores[coins], scores[~coins]) - 0.5) < 0.06
 
 
+def test_a_models_own_side_does_not_tell_it() -> None:
+    """It has one reference less there, and a mean of fewer is further from any loss."""
+    half = np.arange(8) < 4
+    coins = np.stack([DRAW.permutation(half) for _ in range(3000)], axis=1)
+    scores = ratios(DRAW.normal(size=(8, 3000)), coins)
+    assert abs(auc(scores[coins], scores[~coins]) - 0.5) < 0.012  # 3 standard errors
+
+
 # ------------------------------------------------------------------------- anywhere
 
 
@@ -162,13 +175,78 @@ def test_a_study_without_privacy_has_nothing_to_attack(tiny_base: Path) -> None:
         attack_study(tables(tiny_base, privacy="off", clipping=None))
 
 
-def test_a_finished_run_is_attacked_with_its_own_factor(signed: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options", [{"canaries": 30, "units": 29}, {"canaries": 0}, {"models": 7}], ids=str
+)
+def test_what_cannot_say_anything_is_refused_first(
+    tiny_base: Path, options: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attack, "build", None)
+    with pytest.raises(ConfigError, match="expected at least"):
+        attack_study(tables(tiny_base), **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def public(tiny_base: Path, tmp_path: Path) -> Study:
+    """A study that starts from public text and moves as its coordinator's strategy says."""
+    rows = [{"q": f"cough week {n}", "a": "yn"[n % 2]} for n in range(12)]
+    (tmp_path / "public.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"prompt": "q", "completion": "a"}
+    given = {"path": str(tmp_path / "public.jsonl"), "licence": "CC0", "columns": columns}
+    lora = {"rank": 4, "last_layers": 2, "train": "AB", "preconditioner": {"rank": 12}}
+    return tables(
+        tiny_base,
+        lora=lora,
+        public=given,
+        start={"steps": 2, "learning_rate": 5.0},
+        training={"rounds": 3, "sampling_rate": 1.0, "learning_rate": 0.5},
+        strategy={"options": {"momentum": 0.5, "server_learning_rate": 2.0}},
+    )
+
+
+def test_models_start_and_step_as_the_studys_do(
+    public: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, seen = start(public), list[tuple[Arrays, Arrays]]()
+    real, network = attack.local_round, build(public)
+
+    def spy(*args: Any) -> Arrays:
+        assert network.preconditioner.keys() == preconditioner.divided(made.frozen)[1].keys()
+        seen.append((args[5], real(*args)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(attack, "local_round", spy)
+    before = {name: array + 1 for name, array in network.zero().items()}
+    network.load_trainable(before)  # what another use of the network left there
+    attack_study(made.study, canaries=10, models=8, units=20)
+    assert all(np.array_equal(network.trainable()[n], a) for n, a in before.items())
+    assert len(seen) == 2 * 8 * 3
+    _, factors = preconditioner.divided(made.frozen)
+    for first in range(0, len(seen), 3):
+        (at, one), (second, two), (third, _) = seen[first : first + 3]
+        assert all(np.allclose(at[n], made.adapter[n], atol=1e-4) for n in at)
+        step = {n: 2.0 * one[n].astype(np.float64) for n in one}
+        expected = preconditioner.moved(at, step, factors)
+        assert all(np.allclose(second[n], expected[n], atol=1e-6) for n in at)
+        step = {n: 2.0 * (0.5 * one[n].astype(np.float64) + two[n]) for n in one}
+        expected = preconditioner.moved(second, step, factors)
+        assert all(np.allclose(third[n], expected[n], atol=1e-6) for n in at)
+
+
+def test_without_the_public_text_nothing_is_attacked(public: Study) -> None:
+    assert public.public and public.public.path
+    public.public.path.unlink()
+    with pytest.raises(ConfigError, match="public text, which cannot be read here"):
+        attack_study(public)
+
+
+def test_a_finished_run_is_attacked_from_where_it_started(signed: Any, tmp_path: Path) -> None:
     folder, _ = signed
-    result = attack_run(Run(folder), tmp_path / "x", canaries=10, models=4, units=20)
+    result = attack_run(Run(folder), tmp_path / "x", canaries=10, models=8, units=20)
     assert result.study == "tiny" and not result.private.contradicts
     done = command(
         *("attack", folder, "--out", tmp_path / "y"),
-        *("--canaries", 10, "--models", 4, "--units", 20),
+        *("--canaries", 10, "--models", 8, "--units", 20),
     )
     assert done.exit_code == 0, done.output
     assert "canaries, with noise: area under the curve" in done.output

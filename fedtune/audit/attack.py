@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fedtune import progress
+from fedtune import progress, strategies
 from fedtune.audit.membership import Membership, Scores, membership
 from fedtune.audit.secret import record_losses
 from fedtune.audit.selftest import MemoryLog
@@ -22,17 +22,19 @@ from fedtune.dp import accountant
 from fedtune.dp.non_private import non_private_plan
 from fedtune.dp.plan import DpPlan, StepPlan, plan_for_site
 from fedtune.dp.steplog import events
-from fedtune.errors import ConfigError
+from fedtune.errors import ConfigError, DataError
 from fedtune.files.writing import replace as write_file
-from fedtune.models.adapter_files import picked
+from fedtune.models import preconditioner
 from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.models.run import Run
 from fedtune.models.tiny import generated
 from fedtune.training.local_round import local_round
+from fedtune.training.start import Start, start
 
 CANARIES, MODELS = 64, 16  # guesses: their product, half of them about members
+LEAST = 8  # models: with fewer there are not three references with a canary and three without
 SUCCEEDS = 0.8  # the area that the twin without noise must reach for the attack to say anything
 
 
@@ -41,7 +43,8 @@ class Attack:
     """What an attack on canaries found.
 
     private: against models trained as the study says; twin: against the same without noise;
-    epsilon, delta: of one such model's steps."""
+    epsilon, delta: of one such model's steps, at a site of `units` units; left_out: tables of the
+    study that no model here was trained with."""
 
     study: str
     canaries: int
@@ -52,6 +55,7 @@ class Attack:
     delta: float
     private: Membership
     twin: Membership
+    left_out: tuple[str, ...] = ()
 
     @property
     def succeeds(self) -> bool:
@@ -66,18 +70,19 @@ def attack_study(
     canaries: int = CANARIES,
     models: int = MODELS,
     units: int = 100,
-    network: Network | None = None,
 ) -> Attack:
     """Train models as the study's sites would, each with half of the canaries, and tell which.
 
     One site of `units` generated units trains alone, so that no other site's noise hides it; the
     attacker sees its final adapter alone, and has the other models as references. The same is done
-    without noise. Reads no record, spends no ε.
+    without noise. Starts as the study does, [public] text included, and steps as its coordinator
+    does. Reads no private record, spends no ε.
 
     Args:
         out: a folder for attack.json and attack.png.
         canaries: units of one record of random tokens. Each is in half of the models.
-        models: of each kind; all but one are the attacker's references.
+        models: of each kind, at least 8; all but one are the attacker's references.
+        units: that a model sees, at least as many as canaries; ε is that of a site of so many.
 
     >>> import fedtune
     >>> fedtune.attack_study(fedtune.load_study("no/study.toml"))
@@ -85,18 +90,21 @@ def attack_study(
       ...
     fedtune.errors.ConfigError: ...
 
-    Errors: ConfigError (no privacy to attack), ModelError, InfrastructureError."""
-    if not study.private:
-        raise ConfigError('privacy = "off": there is no ε to attack', "a [privacy] table")
-    network = network or build(study)
-    plan = plan_for_site(study, units)
-    everybody = _units(study, network, canaries, units - canaries // 2)
-    coins = _coins(canaries, models)
-    log = MemoryLog()
-    private = _trained(study, network, plan, everybody, coins, log, plan.rounds)
-    epsilon = accountant.epsilon(events(log.lines[: plan.steps]), plan.delta)
-    clear = non_private_plan(study, units)
-    bare = _trained(study, network, clear, everybody, coins, MemoryLog(), plan.rounds)
+    Errors: ConfigError (no privacy to attack; too few models or units; the study's public text is
+    not here), ModelError, InfrastructureError."""
+    _check(study, canaries, models, units)
+    network = build(study)
+    with network.loaded(network.frozen_factor() | network.preconditioner):  # restored afterwards
+        begun = _begun(study)
+        study = begun.study
+        plan = plan_for_site(study, units)
+        everybody = _units(study, network, canaries, units - canaries // 2)
+        coins = _coins(canaries, models)
+        log = MemoryLog()
+        private = _trained(begun, network, plan, everybody, coins, log, plan.rounds)
+        epsilon = accountant.epsilon(events(log.lines[: plan.steps]), plan.delta)
+        clear = non_private_plan(study, units)
+        bare = _trained(begun, network, clear, everybody, coins, MemoryLog(), plan.rounds)
     result = Attack(
         study=study.study.name,
         canaries=canaries,
@@ -107,6 +115,7 @@ def attack_study(
         delta=plan.delta,
         private=_judged(private, coins, epsilon, plan.delta),
         twin=_judged(bare, coins, None, plan.delta),
+        left_out=("selection",) if study.selection else (),
     )
     if out is not None:
         save(result, Path(out))
@@ -114,7 +123,7 @@ def attack_study(
 
 
 def attack_run(run: Run, out: Path | str | None = None, **options: Any) -> Attack:
-    """Attack models as a finished run's study trains them, with the run's own frozen factor.
+    """Attack models as a finished run's study trains them, from where it started.
 
     out, options: as of `attack_study`.
 
@@ -127,10 +136,41 @@ def attack_run(run: Run, out: Path | str | None = None, **options: Any) -> Attac
     Errors: as of `attack_study`, and InputError where the run is not finished."""
     if not run.private:
         raise ConfigError(f"{run.folder}: not private, so there is no ε to attack")
-    network = build(run.study)
-    factor = picked(run.adapter(), network.frozen_factor(), run.folder / "adapter")
-    with network.loaded(factor, network.zero()):
-        return attack_study(run.study, out, network=network, **options)
+    return attack_study(run.study, out, **options)
+
+
+def _check(study: Study, canaries: int, models: int, units: int) -> None:
+    """Errors: ConfigError."""
+    if not study.private:
+        raise ConfigError('privacy = "off": there is no ε to attack', "a [privacy] table")
+    if models < LEAST:
+        raise ConfigError(f"{models} models of each kind", f"at least {LEAST}")
+    if not 1 <= canaries <= units:
+        raise ConfigError(
+            f"{canaries} canaries among {units} units",
+            "at least one, and as many units as canaries: each model sees half of the canaries",
+        )
+
+
+def _begun(study: Study) -> Start:
+    """Build the starting point anew, whatever digests a finished run's plan has: public text gives
+    the same one to rounding, and another machine another one. Errors: ConfigError, ModelError."""
+    open_again: dict[str, Any] = {}
+    if study.lora:
+        table = study.lora.preconditioner
+        again = table and table.model_copy(update={"digest": None})
+        factor = {"a_digest": None, "preconditioner": again}
+        open_again["lora"] = study.lora.model_copy(update=factor)
+    if study.start:
+        open_again["start"] = study.start.model_copy(update={"digest": None})
+    try:
+        return start(study.model_copy(update=open_again))
+    except DataError as error:
+        raise ConfigError(
+            f"the study starts from public text, which cannot be read here: {error}",
+            "the files of [public], as at the coordinator",
+            "attack it where they are",
+        ) from None
 
 
 def save(result: Attack, out: Path) -> None:
@@ -159,7 +199,7 @@ def _units(study: Study, network: Network, canaries: int, others: int) -> Datase
 
 
 def _trained(
-    study: Study,
+    begun: Start,
     network: Network,
     plan: StepPlan,
     everybody: Dataset,
@@ -168,16 +208,16 @@ def _trained(
     rounds: int,
 ) -> Scores:
     """Train a model for each row of coins; return each canary's loss in it, (models, canaries)."""
-    canaries, losses = coins.shape[1], []
+    study, canaries, losses = begun.study, coins.shape[1], []
     asked = CachedDataset(network, _only(everybody, np.arange(everybody.n_units) < canaries))
     for number, row in enumerate(coins, 1):
         there = np.concatenate([row, np.ones(everybody.n_units - canaries, dtype=bool)])
         data = CachedDataset(network, _only(everybody, there))
-        adapter = network.trainable()
+        adapter, server = begun.adapter, strategies.build(study)
         with network.loaded(trainable=adapter):
             for round_ in range(1, rounds + 1):
-                update = local_round(study, data, plan, log, round_, adapter)
-                adapter = {name: adapter[name] + update[name] for name in adapter}
+                server.add(local_round(study, data, plan, log, round_, adapter), 1.0)
+                adapter = preconditioner.stepped(server.apply, adapter, begun.frozen)
             network.load_trainable(adapter)
             by_unit = record_losses(asked, study).reshape(canaries, -1).mean(axis=1)
             losses.append(by_unit)
@@ -202,14 +242,25 @@ def _judged(losses: Scores, coins: np.ndarray, epsilon: float | None, delta: flo
 
 def ratios(losses: Scores, coins: np.ndarray) -> Scores:
     """Compute each log likelihood ratio of "in" to "out", (models, canaries): Gaussians around the
-    means of the other models with and without the canary, of one variance."""
-    models = len(losses)
-    scores = np.empty_like(losses)
-    for t in range(models):
-        rest = np.arange(models) != t
-        inside = np.where(coins & rest[:, None], losses, np.nan)
-        outside = np.where(~coins & rest[:, None], losses, np.nan)
+    means of the other models with and without the canary, of one variance.
+
+    Of both kinds equally many, drawn at random: a mean of fewer is further from any loss, and a
+    model's own side has one reference less, so that its scores would tell it without a leak."""
+    draw, scores = np.random.default_rng(), np.empty_like(losses)
+    for t in range(len(losses)):
+        there, absent = coins.copy(), ~coins
+        there[t] = absent[t] = False
+        kept = np.minimum(there.sum(axis=0), absent.sum(axis=0))
+        inside, outside = (
+            np.where(_drawn(kind, kept, draw), losses, np.nan) for kind in (there, absent)
+        )
         mean_in, mean_out = np.nanmean(inside, axis=0), np.nanmean(outside, axis=0)
         spread = np.nanmean([np.nanvar(inside, axis=0), np.nanvar(outside, axis=0)]) + 1e-12
         scores[t] = ((losses[t] - mean_out) ** 2 - (losses[t] - mean_in) ** 2) / (2 * spread)
     return scores
+
+
+def _drawn(mask: np.ndarray, kept: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    """Draw kept[c] of the models that mask (models, canaries) has in column c."""
+    order = np.where(mask, draw.random(mask.shape), np.inf)
+    return mask & (order.argsort(axis=0).argsort(axis=0) < kept)

@@ -53,7 +53,7 @@ CANARIES = Annotated[
     int, typer.Option(min=10, max=10_000, metavar="N", help="Without --site: canary units.")
 ]
 MODELS = Annotated[
-    int, typer.Option(min=4, max=1000, metavar="N", help="Without --site: models of each kind.")
+    int, typer.Option(min=8, max=1000, metavar="N", help="Without --site: models of each kind.")
 ]
 UNITS = Annotated[
     int, typer.Option(min=20, metavar="N", help="Without --site: units that a model sees.")
