@@ -363,7 +363,7 @@ def _broken(plugin: Source, copied: Path) -> float:
     for prefix in (None, b"", draw.bytes(4096), b'"'):
         copied.write_bytes(b"" if prefix is None else prefix + SECRET.encode())
         results = list(rows(copied, {}, strict=False, source=plugin))
-        messages = [row for row in results if type(row) is str]
+        messages = [row for row in results if isinstance(row, str)]
         try:
             list(rows(copied, {}, strict=True, source=plugin))
         except DataError as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 from fedtune.config import ConsentTable, SiteData
 from fedtune.data.cells import key_of
 from fedtune.data.files import Place, Rejected
-from fedtune.data.sources._interface import Row
+from fedtune.data.sources._interface import BadCell, Row
 from fedtune.errors import DataError
 from fedtune.files import reading
 
@@ -30,6 +30,7 @@ def with_consent(
 
     | one row of a patient does not say yes        | all of that patient's rows are left out   |
     | a missing value, or one that is none         | is no yes                                 |
+    | a row that cannot be used for a bad cell     | speaks with its other cells               |
     | no patient column                            | each row speaks for itself                |
     | a list of opt-outs, and a row without a key  | left out: nobody can tell whose it is     |
     Errors: DataError where the list or its salt cannot be read, or others may read it."""
@@ -39,8 +40,9 @@ def with_consent(
         return
     has_opted_out = opted_out(table)
     placed = list(rows)  # a later row may take back what an earlier one gave
-    said = [_agrees(row, table) if isinstance(row, dict) else True for _, row in placed]
-    keys = [_key_in(row, data.columns.patient) for _, row in placed]
+    cells = [_cells_of(row) for _, row in placed]
+    said = [row is None or _agrees(row, table) for row in cells]
+    keys = [_key_in(row, data.columns.patient) for row in cells]
     refused = {key for key, yes in zip(keys, said, strict=True) if key and not yes}
     for (place, row), key, yes in zip(placed, keys, said, strict=True):
         withheld = not yes or key in refused
@@ -90,9 +92,14 @@ def _agrees(row: Row, table: ConsentTable) -> bool:
         return False
 
 
-def _key_in(row: Row | str, column: str | None) -> str:
+def _cells_of(row: Row | str) -> Row | None:
+    """Return the cells of a row that can be read; None where it has none, not even whose it is."""
+    return row.cells if isinstance(row, BadCell) else row if isinstance(row, dict) else None
+
+
+def _key_in(row: Row | None, column: str | None) -> str:
     """Return whose row it is, "" where nobody can tell."""
     try:
-        return key_of(row.get(column)) if isinstance(row, dict) and column else ""
+        return key_of(row.get(column)) if row and column else ""
     except Rejected:
         return ""

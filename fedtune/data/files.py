@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedtune.data.sources import Collection, Source, by_suffix
-from fedtune.data.sources._interface import REASONS, Keys, Names, NotWellFormed, Row
+from fedtune.data.sources._interface import (
+    REASONS,
+    BadCell,
+    Keys,
+    Names,
+    NotWellFormed,
+    Row,
+)
 from fedtune.errors import DataError
 
 log = logging.getLogger("fedtune.data")
@@ -110,7 +117,11 @@ def _collected(
 def _checked(row: object) -> Row | str:
     """Return a source's row or its reason; a fixed reason in place of anything else."""
     if isinstance(row, str):
-        return row if row in REASONS else "cannot be read"
+        if row in REASONS:
+            return row
+        return (
+            BadCell("cannot be read", row.cells) if isinstance(row, BadCell) else "cannot be read"
+        )
     return row if isinstance(row, dict) else "wrong type"
 
 

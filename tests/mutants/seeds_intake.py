@@ -12,6 +12,7 @@ CONSENT, RECORDS, SITE = (
 SQL, DATABASES = "fedtune/data/sources/sql.py", "fedtune/data/sources/_databases.py"
 FHIR, T_FHIR = "fedtune/data/sources/fhir.py", "tests/data/test_fhir_source.py::"
 T_SQL = "tests/data/test_sql_source.py::"
+T_NEAR = "tests/data/test_neighbours.py::"
 T_CONSENT, T_PROPERTY = "tests/data/test_consent.py::", "tests/guarantee/test_property.py::"
 T_PINNED = T_PROPERTY + "test_a_case_that_broke_the_guarantee_once[opts-out-by-a-"
 
@@ -58,6 +59,18 @@ MUTANTS = (
         "withheld = withheld or bool(key and has_opted_out(key))",
         T_CONSENT + "test_who_is_on_a_list_of_hashed_keys_is_left_out",
         "a record that may be anybody's is used where patients opted out",
+    ),
+    one(
+        "consent", "a-no-beside-a-bad-cell", CONSENT,
+        "return row.cells if isinstance(row, BadCell) else row if", "return row if",
+        T_NEAR + "test_a_no_is_heard_though_another_cell_of_its_row_is_bad",
+        "a patient's no is not heard where a cell beside it is bad",
+    ),
+    one(
+        "intake", "a-link-fails-the-site", "fedtune/data/files.py",
+        "and os.path.isfile(p)", "and p.is_file()",
+        T_NEAR + "test_a_link_that_cannot_be_followed_is_one_file",
+        "one patient's file fails the site",
     ),
     one(
         "consent", "a-receipt-for-anybody", "fedtune/client/withdraw.py",

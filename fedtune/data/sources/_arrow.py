@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from fedtune.data.sources._interface import Names, Row
+from fedtune.data.sources._interface import BadCell, Names, Row
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,16 +25,17 @@ def rows_of(
     """Yield each row of a batch, or why it cannot be used."""
     cells = {name: batch.column(name) for name in columns}
     for index in range(batch.num_rows):
-        try:
-            row = {name: column[index].as_py() for name, column in cells.items()}
-            for name, labels in (classes or {}).items():
-                if row.get(name) is not None:
-                    row[name] = _class(labels, row[name])
-            yield row
-        except UnicodeDecodeError:
-            yield "not UTF-8"
-        except Exception:  # a value that Python has no type for: a date in the year 300,000
-            yield "wrong type"
+        row, reason = dict[str, object](), ""
+        for name, column in cells.items():
+            try:
+                value = column[index].as_py()
+                labels = (classes or {}).get(name)
+                row[name] = value if labels is None or value is None else _class(labels, value)
+            except UnicodeDecodeError:
+                reason = reason or "not UTF-8"
+            except Exception:  # a value that Python has no type for: a date in the year 300,000
+                reason = reason or "wrong type"
+        yield BadCell(reason, row) if reason else row
 
 
 def _class(labels: Sequence[str], number: int) -> str | None:

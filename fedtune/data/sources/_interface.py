@@ -35,6 +35,18 @@ DELIMITERS = {";": "a semicolon", "\t": "a tab", "|": "a vertical bar"}
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # the byte order marks
 
 
+class BadCell(str):
+    """Why a row cannot be used, with the cells that can be read: a patient's no is heard whatever
+    else stands beside it."""
+
+    cells: Row
+
+    def __new__(cls, reason: str, cells: Row) -> BadCell:
+        made = super().__new__(cls, reason)
+        made.cells = cells
+        return made
+
+
 @dataclass
 class Names:
     """Column names of a dataset: where it is, the columns asked of it, and the column names met in
@@ -112,7 +124,8 @@ class Source(ABC):
 
     @abstractmethod
     def rows(self, path: Path, names: Names) -> Iterator[Row | str]:
-        """Yield each row of `path` in order, as a dict by column or as one of REASONS if rejected.
+        """Yield each row of `path` in order, as a dict by column, or as one of REASONS if rejected,
+        a BadCell where some of its cells can be read.
 
         It tells `names` which columns the file has (`Names.header`), and reads one row at a time:
         what is said of a row follows from that row alone. Whatever it raises makes the file one

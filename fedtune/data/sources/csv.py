@@ -12,6 +12,7 @@ from fedtune.data.sources._encoding import encoding_of
 from fedtune.data.sources._interface import (
     DELIMITERS,
     UTF_16,
+    BadCell,
     Names,
     NotWellFormed,
     Row,
@@ -67,7 +68,8 @@ class Csv(Source):
                 if reason == "not UTF-8" and encoding != "utf-8":
                     reason = "not in the encoding"
                 if reason or len(cells) != len(header):
-                    yield reason or "wrong column count"
+                    found: Row = dict(zip(header, cells, strict=False))
+                    yield BadCell(reason or "wrong column count", found)
                 else:
                     yield dict(zip(header, cells, strict=True))
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fedtune.data.sources._interface import Collection, Names, Row
+from fedtune.data.sources._interface import BadCell, Collection, Names, Row
 from fedtune.data.sources.jsonl import json_lines
 from fedtune.errors import ConfigError, DataError
 
@@ -21,6 +21,7 @@ COLUMNS = (
     *("code", "clinical_status", "verification_status"),
 )
 SUFFIX = ".ndjson"
+ODD = (TypeError, ValueError, AttributeError, KeyError, RecursionError)  # of a resource's form
 Key = tuple[str, str]  # a patient, and the id of a resource that is that patient's
 
 
@@ -59,7 +60,13 @@ class Fhir(Collection):
                 for number, line in json_lines(path):
                     names.row = number
                     if isinstance(line, str):
-                        yield path.name, line
+                        cells = line.cells if isinstance(line, BadCell) else {}
+                        if cells.get("resourceType") == self.resource and _patient(cells):
+                            row = self._row(cells, encounters, conditions, replaced)
+                            read = row.cells if isinstance(row, BadCell) else row
+                            yield path.name, BadCell(line, read)
+                        else:
+                            yield path.name, str(line)
                     elif line.get("resourceType") == self.resource:
                         yield path.name, self._row(line, encounters, conditions, replaced)
             except OSError:  # one file is nothing to the others
@@ -72,12 +79,17 @@ class Fhir(Collection):
         encounters: dict[Key, dict[str, str]],
         conditions: dict[Key, list[str]],
         replaced: set[Key],
-    ) -> Row | str:
+    ) -> Row | BadCell:
         """Return a resource as a row, or why it cannot be used."""
         try:
             return self._cells(line, encounters, conditions, replaced)
-        except (TypeError, ValueError, AttributeError, KeyError, RecursionError):
-            return "wrong type"
+        except ODD:
+            pass
+        try:
+            rest = self._cells({**line, "content": None}, encounters, conditions, replaced)
+        except ODD:
+            rest = {"patient": _patient(line) or None}
+        return BadCell("wrong type", rest)
 
     def _cells(
         self,
@@ -183,7 +195,7 @@ def _encounters(where: Path) -> dict[Key, dict[str, str]]:
                 "site": _reference(provider, "Organization"),
                 "site_name": str(provider.get("display", "")),
             }
-        except (TypeError, ValueError, AttributeError, KeyError, RecursionError):
+        except ODD:
             continue
         if key[0] and (key not in found or sorted(site.items()) < sorted(found[key].items())):
             found[key] = site
@@ -198,7 +210,7 @@ def _conditions(where: Path) -> dict[Key, list[str]]:
             key = _patient(line), _reference(line.get("encounter"), "Encounter")
             said = _said(_table(line.get("code")))
             in_error = _condition_status(line) != "current"
-        except (TypeError, ValueError, AttributeError, KeyError, RecursionError):
+        except ODD:
             continue
         if all(key) and said and not in_error:
             found.setdefault(key, []).append(said)
@@ -220,7 +232,7 @@ def _replaced(files: list[Path]) -> set[Key]:
                     if each.get("code") == "replaces"
                 }
                 patient, own = _patient(line), str(line.get("id"))
-            except (TypeError, ValueError, AttributeError, KeyError, RecursionError):
+            except ODD:
                 continue
             found |= {(patient, target) for target in targets - {own, ""} if patient}
     return found

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fedtune.data.sources._encoding import encoding_of
-from fedtune.data.sources._interface import UTF_16, Names, Row, Source
+from fedtune.data.sources._interface import UTF_16, BadCell, Names, Row, Source
 
 BOM = b"\xef\xbb\xbf"
 LINE = 64 * 2**20  # bytes of one line
@@ -64,11 +64,22 @@ def _lines(handle: BinaryIO) -> Iterator[bytes]:
 
 def _json_object(line: bytes, encoding: str) -> Row | str:
     if b"\0" in line:
-        return "NUL byte"
+        return _bad_cell("NUL byte", line, encoding)
     try:
         value = json.loads(line.decode(encoding))
     except UnicodeDecodeError:
-        return "not UTF-8" if encoding == "utf-8" else "not in the encoding"
+        reason = "not UTF-8" if encoding == "utf-8" else "not in the encoding"
+        return _bad_cell(reason, line, encoding)
     except Exception:  # no JSON, too deep, too large: an unusable line
         return "not JSON"
     return value if isinstance(value, dict) else "wrong type"
+
+
+def _bad_cell(reason: str, line: bytes, encoding: str) -> str:
+    """Return why a line cannot be used, with its cells, where it is an object but for bytes in some
+    of them."""
+    try:
+        value = json.loads(line.decode(encoding, "surrogateescape"), strict=False)
+    except Exception:
+        return reason
+    return BadCell(reason, value) if isinstance(value, dict) else reason

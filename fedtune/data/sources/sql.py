@@ -16,7 +16,7 @@ from fedtune.data.sources._databases import (
     installed,
     quoted,
 )
-from fedtune.data.sources._interface import Collection, Names, Row
+from fedtune.data.sources._interface import BadCell, Collection, Names, Row
 from fedtune.errors import ConfigError, DataError
 from fedtune.files import reading
 
@@ -157,10 +157,10 @@ def _require_patient(present: Sequence[str], names: Names) -> None:
 
 def _row(columns: Sequence[str], cells: Sequence[Cell]) -> Row | str:
     """Return a row as a dict, or why one of its cells cannot be used."""
-    for cell in cells:
-        if isinstance(cell, Unusable):
-            return cell.reason
-    return dict(zip(columns, cells, strict=True))
+    by_column = dict(zip(columns, cells, strict=True))
+    row: Row = {name: c for name, c in by_column.items() if not isinstance(c, Unusable)}
+    reason = next((cell.reason for cell in cells if isinstance(cell, Unusable)), "")
+    return BadCell(reason, row) if reason else row
 
 
 def _order(cells: Sequence[Cell]) -> list[tuple[int, str]]:
