@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from fedtune.config import Columns, SiteData
 from fedtune.data.records import read_records
+from fedtune.data.sources._arrow import rows_of
 from fedtune.errors import DataError
 
 COLUMNS = Columns(text="note", label="desk", patient="who")
@@ -96,6 +98,48 @@ def test_text_that_is_not_utf_8_rejects_its_row_alone(tmp_path: Path) -> None:
         writer.write_batch(batch)
     records, rejected = read(tmp_path / "x.arrow")
     assert [r[0] for r in records] == ["1", "3"] and rejected == {"not UTF-8": 1}
+
+
+@pytest.mark.parametrize("offsets", [(0, 200, 20, 30), (0, 15, 10, 30), (0, 10, 20, 10**9)])
+def test_a_damaged_offset_gives_no_cell_another_ones_text(
+    tmp_path: Path, offsets: tuple[int, ...]
+) -> None:
+    """Nor memory beyond the file."""
+    where = tmp_path / "x.arrow"
+    texts = ("AAAA first", SECRET[:10], "third note")
+    table = pa.Table.from_pylist([note(n, 0, t) for n, t in enumerate(texts)], schema=SCHEMA)
+    with pa.ipc.new_stream(where, SCHEMA) as writer:
+        writer.write_table(table)
+    whole, good = where.read_bytes(), struct.pack("<4i", 0, 10, 20, 30)
+    assert whole.count(good) == 1 and len(read(where)[0]) == 3
+    where.write_bytes(whole.replace(good, struct.pack("<4i", *offsets)))
+    with pytest.raises(DataError, match="not a readable Arrow file") as caught:
+        read(where)
+    assert SECRET[:4] not in str(caught.value)
+    records, rejected = read_records(
+        SiteData(path=where, columns=COLUMNS), unit="patient", strict=False
+    )
+    assert not records and rejected == {"unreadable file": 1}
+
+
+def test_dictionaries_and_nested_cells_are_checked_too() -> None:
+    """And text that is not UTF-8 stays its own row's matter there."""
+    cells = pa.array([b"a", b"\xff", b"c"])
+    strings = pa.Array.from_buffers(pa.string(), 3, cells.buffers())
+    indices = pa.array([0, 1, 2])
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), strings)
+    for column in (
+        pa.DictionaryArray.from_arrays(indices, strings),
+        lists,
+        pa.StructArray.from_arrays([strings], ["x"]),
+    ):
+        found = list(rows_of(pa.RecordBatch.from_arrays([column], names=["note"]), ["note"]))
+        assert [isinstance(row, dict) for row in found] == [True, False, True]
+    outside = pa.DictionaryArray.from_arrays(pa.array([0, 7]), pa.array(["a"]), safe=False)
+    bent = pa.ListArray.from_arrays(pa.array([0, 3, 1, 3], pa.int32()), strings)
+    for column in (outside, bent):
+        with pytest.raises(pa.ArrowInvalid):
+            next(rows_of(pa.RecordBatch.from_arrays([column], names=["note"]), ["note"]))
 
 
 def test_files_and_streams_and_folders_of_them_are_read(tmp_path: Path) -> None:
