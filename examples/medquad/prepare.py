@@ -116,13 +116,14 @@ ARMS: dict[str, Table] = {
 }
 for epsilon in (1.0, 3.0):  # three shorter steps
     ARMS[f"three-rounds-{epsilon:g}"]["training"]["learning_rate"] = RATES[epsilon] / 3
+ARMS["no-preconditioner-3"]["training"]["learning_rate"] = 20.0  # its own; 90 is too long for it
 TUNING: dict[str, list[Table]] = {
     arm: [{"training": {"learning_rate": rate}} for rate in rates]
     for arm, rates in {
         "epsilon-8": (100.0, 150.0, 200.0),
         "epsilon-3": (60.0, 90.0, 130.0),
         "epsilon-1": (12.0, 24.0, 40.0),
-        "no-preconditioner-3": (10.0, 20.0, 40.0),
+        "no-preconditioner-3": (5.0, 10.0, 20.0, 40.0),
         "local": (10.0, 20.0, 40.0),
         "best-lora": (50.0, 100.0, 300.0),
     }.items()
