@@ -155,6 +155,7 @@ class Place:
     policy: str = ""
     consent: str = ""  # of CONSENT
     who: str = "who"  # the patient column
+    scan: str = ""  # an action of [data.scan]
 
     def toml(self, kinds: Mapping[str, str], teachers: list[str]) -> str:
         columns = self.columns + (f', patient = "{self.who}"' if self.patient else "")
@@ -162,12 +163,13 @@ class Place:
         lines += [f"lora_rank = {self.rank}"] if self.rank else []
         lines += ["[data]", f'name = "{self.data}"', *where_of(self.data, kinds)]
         lines += [f"columns = {{ {columns} }}", f"disjoint_from = {json.dumps(self.apart)}"]
-        lines += [CONSENT[self.consent]]
+        scan = f'scan = {{ action = "{self.scan}" }}' if self.scan else ""
+        lines += [CONSENT[self.consent], scan]
         if self.held_out:
             lines += ["[evaluation]", f'name = "{self.held_out}"', f"columns = {{ {columns} }}"]
             lines += where_of(self.held_out, kinds)
             lines += [f'disjoint_from = ["{self.data}"]'] if self.held_apart else []
-            lines += [CONSENT[self.consent]]
+            lines += [CONSENT[self.consent], scan]
         lines += ["[policy]", 'bases = "any"', "max_delta = 1e-4", "min_noise_multiplier = 0.0"]
         lines += ['release = ["evaluation"]', self.policy or WIDE]
         lines += [f"teachers = {json.dumps(teachers)}"]
