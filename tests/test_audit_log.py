@@ -157,10 +157,34 @@ def test_threads_share_one_log(folder: Path) -> None:
 
 def test_a_question_that_is_repeated_is_entered_once(folder: Path) -> None:
     acts = AuditLog(folder, KEY)
-    first = [acts.add("refuse", "policy.max_rank", once=True, kind="plan") for _ in range(3)]
+    first = [acts.add("refuse", "policy.max_rank", once=1, kind="plan") for _ in range(3)]
     assert first == [6, 6, 6]
-    assert acts.add("refuse", "policy.max_epsilon", once=True, kind="plan") == 7
-    assert acts.add("refuse", "policy.max_rank", once=True, kind="plan") == 8
+    assert acts.add("refuse", "policy.max_epsilon", once=1, kind="plan") == 7
+    assert acts.add("refuse", "policy.max_rank", once=1, kind="plan") == 8
+    for _ in range(20):  # two questions in turn
+        assert acts.add("refuse", "policy.max_epsilon", once=16, kind="plan") == 7
+        assert acts.add("refuse", "policy.max_rank", once=16, kind="plan") == 8
+
+
+def test_links_and_long_rubbish_are_not_followed(folder: Path, tmp_path: Path) -> None:
+    acts, other = AuditLog(folder, KEY), tmp_path / "other"
+    other.write_bytes(b"somebody else's\nhalf")
+    (folder / FILE).rename(folder / "kept")
+    (folder / FILE).symlink_to(other)
+    with pytest.raises(InfrastructureError):
+        acts.add("purge", files=1)
+    assert other.read_bytes() == b"somebody else's\nhalf"
+    (folder / FILE).unlink()
+    (folder / FILE).write_bytes(b"\0" * 9000)
+    with pytest.raises(NotGenuine, match="does not end with an entry"):
+        acts.add("purge", files=1)
+    (folder / FILE).unlink()
+    (folder / "kept").rename(folder / FILE)
+    (folder / audit_log.LOCK).unlink()
+    (folder / audit_log.LOCK).symlink_to(tmp_path / "made")
+    with pytest.raises(InfrastructureError):
+        acts.add("purge", files=1)
+    assert not (tmp_path / "made").exists()
 
 
 # ------------------------------------------------------------------------- what it may hold

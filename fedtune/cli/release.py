@@ -52,6 +52,7 @@ def release(
     A run that does not verify is refused. What only people can say is marked as a blank, unless
     --details says it. `fedtune versions` chooses the version first, in a study with a schedule."""
     from fedtune.evidence.dossier import release as dossier
+    from fedtune.evidence.dossier import seal
     from fedtune.evidence.dossier.content import blanks
     from fedtune.files.writing import create
 
@@ -63,7 +64,7 @@ def release(
     made = dossier.release(run, out, details=typed, home=home)
     blank = sum(not typed.get(block["blank"], "").strip() for block in blanks())
     typer.echo(f"wrote {out}: {made.dossier['files']} files; read {out}/dossier.html")
-    if not (out / dossier.PDF).is_file():
+    if not (out / seal.PDF).is_file():
         typer.echo("no dossier.pdf: it needs fpdf2; pip install 'fedtune[dossier]'")
     if not made.private:
         typer.echo("NOT PRIVATE: the model may repeat the records that it was trained on")

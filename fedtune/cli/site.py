@@ -85,7 +85,7 @@ def review(
         book.admit(outcome.digest, login())
         typer.echo(f"\nsigned by {login()}: this plan, and no other, is admitted")
     else:
-        acts.add("review", once=True, **facts)
+        acts.add("review", once=1, **facts)
     return {
         "study": plan.study.name,
         "digest": outcome.digest,

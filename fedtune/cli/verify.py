@@ -97,13 +97,15 @@ def _check_approved(path: Path, found: Verified, wanted: list[str]) -> None:
 
 def _dossier_lines(dossier: dict[str, Any]) -> list[str]:
     lines = [f"dossier      {dossier['files']} files, as they were signed at {dossier['made']}; "]
-    lines[0] += "each of its figures is the run's"
+    if dossier["word by word"]:
+        lines[0] += "as fedtune writes them of this run"
+    else:
+        lines[0] += f"by fedtune {dossier['made by']}, another release: figures compared, not words"
     for one in dossier["approvals"]:
-        site = f"; countersigned with the key of site {one['site']}" if one["site"] else ""
-        lines.append(
-            f"approved     {one['name']}, {one['role']}, {one['date']}: {one['reason']} "
-            f"(key {one['fingerprint']}{site})"
-        )
+        site = f", the key of site {one['site']}" if one["site"] else ""
+        said = (one["name"], one["role"], one["reason"])
+        quoted = ", ".join(f'"{" ".join(text.split())}"' for text in said)
+        lines.append(f"approved     by key {one['fingerprint']}{site}, {one['date']}: {quoted}")
     return lines if dossier["approvals"] else [*lines, "approved     by nobody yet"]
 
 

@@ -21,6 +21,7 @@ log = logging.getLogger("fedtune.client")
 site_errors: dict[
     str, FedtuneError
 ] = {}  # by site file, for this process alone; `simulate` shows it
+REPEATS = 16  # of the newest acts in the audit log: what one of them says is not entered again
 INTERNAL = "internal error"  # what is sent; the site's own log has the class
 Work = Callable[[SiteWorker, str, int, Arrays, str], Update]
 
@@ -70,7 +71,7 @@ def sealed(
 def note(site: SiteWorker, event: str, rule: str, **facts: Any) -> None:
     """Enter an act of the site's process in its audit log. Errors: InfrastructureError, with which
     what was to be done is not done."""
-    AuditLog(site.home.folder, site.key).add(event, rule, once=True, **facts)
+    AuditLog(site.home.folder, site.key).add(event, rule, once=REPEATS, **facts)
 
 
 def note_refusal(

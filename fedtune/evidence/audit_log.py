@@ -44,6 +44,7 @@ KEY_FILES = ("site.key", "signing.key")  # a site's, a coordinator's
 PERSON = "FEDTUNE_PERSON"
 LIMIT = 4 * 2**20  # bytes of a file before the next is begun
 LONGEST = 4096  # bytes of an entry
+RECENT = 4 * LONGEST  # bytes at the end of the log that are looked at before an entry is added
 START = "0" * 64
 PURPOSE = b"fedtune audit\0"
 EVENTS = frozenset({
@@ -97,10 +98,11 @@ class AuditLog:
     def __init__(self, folder: Path, key: SigningKey) -> None:
         self.folder, self._key = folder, key
 
-    def add(self, event: str, rule: str = "", *, once: bool = False, **facts: Any) -> int:
+    def add(self, event: str, rule: str = "", *, once: int = 0, **facts: Any) -> int:
         """Write an entry durably and return its number.
 
-        once: not where the newest entry says the same, as when a refused question is repeated.
+        once: not where one of so many of the newest entries says the same, as when a coordinator
+        repeats what was refused.
         A last line that a crash cut short was never acted upon: it is taken away first.
         Errors: NotAuditable; InfrastructureError where the disk refuses: what was to be logged
         should then not be done."""
@@ -108,12 +110,14 @@ class AuditLog:
         said |= {"login": login(), "person": _person()}
         try:
             with _locked(self.folder):
-                last, line = _last(self.folder)
-                if once and last is not None and said == {name: last[name] for name in said}:
-                    return int(last["seq"])
-                seq = last["seq"] + 1 if last else 0
+                newest = _newest(self.folder)
+                for entry, _ in reversed(newest[-once:] if once else []):
+                    if said == {name: entry[name] for name in said}:
+                        return int(entry["seq"])
+                last, line = newest[-1] if newest else ({"seq": -1}, b"")
+                seq = last["seq"] + 1
                 moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-                prev = hashlib.sha256(line).hexdigest() if last else START
+                prev = hashlib.sha256(line).hexdigest() if newest else START
                 entry = said | {"seq": seq, "time": moment, "prev": prev}
                 signature = self._key.sign(PURPOSE + canonical(entry))
                 _append(self.folder, canonical(entry | {"signature": signature}))
@@ -139,28 +143,26 @@ def verify(folder: Path, public: str, head: str = "") -> Verified:
 
     public: the key that must have signed it (hexadecimal). head: "SEQ:HASH" as noted earlier, which
     must be in the chain. Errors: NotGenuine; InputError where there is no log."""
-    names = files(folder)
-    if not names:
-        raise InputError(f"{folder}: no audit log", FILE, "it begins with the first act")
     entries, hashes, prev = list[dict[str, Any]](), list[str](), START
-    with _locked(folder, fcntl.LOCK_SH):
-        for name in names:
-            for where, line in _lines(folder / name):
-                entry = _read(line, where)
-                if entry["seq"] != len(entries) or entry["prev"] != prev:
-                    raise NotGenuine(
-                        f"{where}: does not follow the entry before it",
-                        f"entry {len(entries)}",
-                        f"an entry was changed, moved or taken out: {BACKUP}",
-                    )
-                signed = {key: value for key, value in entry.items() if key != "signature"}
-                if not verifies(public, PURPOSE + canonical(signed), entry["signature"]):
-                    raise NotGenuine(
-                        f"{where}: is not signed by the key {public[:16]}…", todo=BACKUP
-                    )
-                prev = hashlib.sha256(line).hexdigest()
-                entries.append(entry)
-                hashes.append(prev)
+    with _locked(folder, fcntl.LOCK_SH):  # while it is read alone: nothing leaves meanwhile
+        contents = [(folder / name, _content(folder / name)) for name in files(folder)]
+    if not contents:
+        raise InputError(f"{folder}: no audit log", FILE, "it begins with the first act")
+    for path, content in contents:
+        for where, line in _lines(path, content):
+            entry = _read(line, where)
+            if entry["seq"] != len(entries) or entry["prev"] != prev:
+                raise NotGenuine(
+                    f"{where}: does not follow the entry before it",
+                    f"entry {len(entries)}",
+                    f"an entry was changed, moved or taken out: {BACKUP}",
+                )
+            signed = {key: value for key, value in entry.items() if key != "signature"}
+            if not verifies(public, PURPOSE + canonical(signed), entry["signature"]):
+                raise NotGenuine(f"{where}: is not signed by the key {public[:16]}…", todo=BACKUP)
+            prev = hashlib.sha256(line).hexdigest()
+            entries.append(entry)
+            hashes.append(prev)
     _check_head(folder, head, hashes)
     return Verified(entries, public, f"{len(entries) - 1}:{prev}")
 
@@ -186,9 +188,12 @@ def files(folder: Path) -> list[str]:
     return [*earlier, *([FILE] if os.path.lexists(folder / FILE) else [])]
 
 
-def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+def _content(path: Path) -> bytes:
+    return reading.content(path, "an audit log", kind=NotGenuine)
+
+
+def _lines(path: Path, content: bytes) -> Iterator[tuple[str, bytes]]:
     """Yield each line and where it is. Errors: NotGenuine."""
-    content = reading.content(path, "an audit log", kind=NotGenuine)
     *lines, rest = content.split(b"\n")
     if rest or not lines:
         raise NotGenuine(
@@ -258,7 +263,8 @@ def _locked(folder: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
         yield
         return
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC if how == fcntl.LOCK_EX else os.O_RDONLY
+    flags = os.O_RDWR | os.O_CREAT if how == fcntl.LOCK_EX else os.O_RDONLY
+    flags |= os.O_CLOEXEC | os.O_NOFOLLOW
     descriptor = os.open(folder / LOCK, flags, 0o600)
     try:
         fcntl.flock(descriptor, how)
@@ -267,21 +273,28 @@ def _locked(folder: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _last(folder: Path) -> tuple[dict[str, Any] | None, bytes]:
-    """Return the newest entry and its line; a torn line after it is cut off. Errors: NotGenuine."""
+def _newest(folder: Path) -> list[tuple[dict[str, Any], bytes]]:
+    """Return the newest entries and their lines, oldest first; a torn line after them is cut off.
+
+    Errors: NotGenuine; OSError, also where the file is a link."""
     for name in reversed(files(folder)):
-        with open(folder / name, "r+b") as file:
+        path = folder / name
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "r+b") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 2 * LONGEST))
+            file.seek(max(0, size - RECENT))
             tail = file.read()
             whole = tail.rfind(b"\n") + 1
+            if not whole and size > LONGEST:
+                raise NotGenuine(f"{path}: does not end with an entry", "an entry", BACKUP)
             if whole != len(tail):
                 file.truncate(size - len(tail) + whole)
                 os.fsync(file.fileno())
         if whole:
-            line = tail[:whole].splitlines()[-1]
-            return _read(line, f"{folder / name}: the last line"), line
-    return None, b""
+            lines = tail[:whole].splitlines()
+            lines = lines if len(tail) == size else lines[1:]  # the first may be a part of one
+            return [(_read(line, f"{path}: near its end"), line) for line in lines]
+    return []
 
 
 def _append(folder: Path, line: bytes) -> None:
@@ -290,7 +303,7 @@ def _append(folder: Path, line: bytes) -> None:
         raise NotAuditable("all facts together")
     path = folder / FILE
     if path.exists() and path.stat().st_size > LIMIT:
-        first = json.loads(next(iter(_lines(path)))[1])["seq"]
+        first = json.loads(next(iter(_lines(path, _content(path))))[1])["seq"]
         path.rename(folder / f"audit-{first:09d}.jsonl")
     made = not path.exists()
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW

@@ -350,7 +350,7 @@ def audited(home: Path, on_event: OnEvent | None) -> OnEvent:
             acts.add("start", plan=data["plan_digest"], study=data["study"], done=data["done"])
         elif event == "site" and status in ("refused", "dropped"):
             kind, rule = ("refuse" if status == "refused" else "drop"), reason_of(data["reason"])
-            acts.add(kind, rule, once=True, site=data["name"], round=data["round"])
+            acts.add(kind, rule, once=16, site=data["name"], round=data["round"])
         elif event == "version" and data.get("promoted"):
             acts.add("release", "[schedule]", version=data["champion"])
         elif event == "done":

@@ -16,7 +16,9 @@ import pytest
 
 from fedtune.errors import FedtuneError, Refused
 from fedtune.evidence.dossier import seal
+from fedtune.evidence.dossier.content import dumped
 from fedtune.evidence.dossier.facts import documents, facts_in, numbers, resolve, show
+from fedtune.evidence.dossier.markdown import markdown
 from fedtune.evidence.figures import NotGenuine
 from fedtune.evidence.verify import verify
 from fedtune.wire.keys import SigningKey, canonical
@@ -148,21 +150,47 @@ def _written(name: str, old: str, new: str) -> Callable[[Path], None]:
     return change
 
 
+def _without_limits(copy: Path) -> None:
+    """The content without what speaks against it, and pages that follow from it."""
+    content = json.loads((copy / seal.CONTENT).read_text())
+    for section in content["sections"]:
+        section["blocks"] = [b for b in section["blocks"] if b["kind"] not in ("note", "list")]
+    (copy / seal.CONTENT).write_text(dumped(content))
+    (copy / "dossier.md").write_text(markdown(content))
+
+
+def _added(copy: Path) -> None:
+    (copy / "summary.html").write_text("<p>ε = 0.5</p>")
+
+
+HIDING = '<style>main{display:none}body::after{content:"ε = 0.5"}</style>'
+SCRIPT = "<script>document.body.textContent = 'safe'</script>"
 FALSE_HEAD = "<main><head><p>ε = 0.5</p></head>"
 
 
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        (r"dossier\.html: shows other", _written("dossier.html", "<main", FALSE_HEAD + "<main")),
-        (r"dossier\.md: shows other", _written("dossier.md", "# Dossier", "---\n0.5\n---\n# Doss")),
-        (r"README\.md: its head has other", _written("README.md", "value: ", "value: 1")),
+        (r"dossier\.html: is not what", _written("dossier.html", "<main", FALSE_HEAD + "<main")),
+        (r"dossier\.md: is not what", _written("dossier.md", "# Dossier", "---\n0.5\n---\n# Doss")),
+        (r"README\.md: is not what", _written("README.md", "value: ", "value: 1")),
         (r"dossier\.json: says 0\.5", _in_json),
-        (r"dossier\.md: shows other numbers", _in("dossier.md")),
-        (r"dossier\.html: shows other numbers", _in("dossier.html")),
-        (r"README\.md: shows other numbers", _in("README.md")),
+        (r"dossier\.md: is not what", _in("dossier.md")),
+        (r"dossier\.html: is not what", _in("dossier.html")),
+        (r"README\.md: is not what", _in("README.md")),
+        (r"dossier\.json: is not what", _without_limits),
+        (r"dossier\.html: is not what", _written("dossier.html", "</head>", HIDING + "</head>")),
+        (r"dossier\.html: is not what", _written("dossier.html", "<main", SCRIPT + "<main")),
+        (
+            r"README\.md: is not what",
+            _written("README.md", "---\n", "---\nregulatory: class IIa\n"),
+        ),
+        (r"summary\.html: is no file of a dossier", _added),
     ],
-    ids=["false head", "false front", "metric", "json", "md", "html", "card"],
+    ids=[
+        *("false head", "false front", "metric", "json", "md", "html", "card"),
+        *("limits", "style", "script", "claim", "page"),
+    ],
 )
 def test_a_number_that_is_not_the_runs_is_refused_whoever_signs_it(
     released: Any, tmp_path: Path, name: str, change: Callable[[Path], None]
@@ -181,7 +209,6 @@ def test_every_number_on_every_page_is_a_fact_of_the_run_or_the_packages_own(
     """What is left of a page without the package's texts and what a person typed is facts, and a
     fact is what its source in the run says."""
     from fedtune.evidence.dossier.content import sections
-    from fedtune.evidence.dossier.markdown import markdown
     from fedtune.report.claim import limits
 
     folder, _ = released
@@ -214,8 +241,24 @@ def test_verifying_a_dossier_is_quick_and_needs_no_torch(released: Any) -> None:
 def test_the_command_shows_a_dossier(released: Any) -> None:
     folder, found = released
     known = command("verify", folder, "--trust", found.signer)
-    assert known.exit_code == 0 and "each of its figures is the run's" in known.output
+    assert known.exit_code == 0 and "as fedtune writes them of this run" in known.output
     assert "by nobody yet" in known.output
     assert command("verify", folder).exit_code == 3
     data = json.loads(command("verify", folder, "--trust", found.signer, "--json").output)
     assert data["dossier"]["files"] == found.dossier["files"]
+
+
+def test_a_dossier_of_another_release_says_that_its_words_were_not_compared(
+    released: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its words are that release's; its figures are looked up all the same."""
+    copy = shutil.copytree(released[0], tmp_path / "dossier")
+    monkeypatch.setattr(seal, "__version__", "9.9")
+    page = copy / "dossier.md"
+    page.write_text(page.read_text().replace("# Dossier", "# Another title", 1))
+    found = verify(again(copy))
+    assert found.dossier["made by"] == "9.9" and not found.dossier["word by word"]
+    assert "figures compared, not words" in command("verify", copy).stdout
+    _in("dossier.md")(copy)
+    with pytest.raises(NotGenuine, match=r"dossier\.md: is not what"):
+        verify(again(copy))

@@ -43,37 +43,35 @@ def card_body(content: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 
 
 def _head(report: Mapping[str, Any], *, lora: bool) -> str:
-    from huggingface_hub import EvalResult, ModelCardData
+    """Write the fields of the hub's model cards, always in one spelling, so that `verify` can
+    compare them."""
+    import yaml  # type: ignore[import-untyped]
 
     base = report["base"]
     upstream = upstream_of(base["name"])
     task = "text-classification" if report["objective"]["name"] == "classify" else "text-generation"
     quality, study = report.get("quality") or {}, str(report["study"])
     after = quality.get("after")
-    results = [
-        EvalResult(
-            task_type=task,
-            dataset_type="held-out",
-            dataset_name=f"{study}: held-out records at the coordinator",
-            metric_type=name,
-            metric_value=value,
-        )
-        for name, value in sorted(measures(after if isinstance(after, dict) else {}).items())
-    ]
+    measured = measures(after if isinstance(after, dict) else {})
+    result = {
+        "task": {"type": task},
+        "dataset": {"name": f"{study}: held-out records at the coordinator", "type": "held-out"},
+        "metrics": [{"type": name, "value": value} for name, value in sorted(measured.items())],
+    }
     private = "differential-privacy" if report.get("private") else "not-private"
     licence = str(base.get("licence", "unknown"))
     known = licence.lower() in LICENCES
-    data = ModelCardData(
-        base_model=upstream.model if upstream else _hub_id(base["name"]),
-        library_name="peft" if lora else "fedtune",
-        license=licence.lower() if known else "other",
-        license_name=None if known else licence,
-        pipeline_tag=task,
-        tags=["fedtune", "federated-learning", private],
-        model_name=study,
-        eval_results=results or None,
-    )
-    return data.to_yaml().strip()
+    fields = {
+        "base_model": upstream.model if upstream else _hub_id(base["name"]),
+        "library_name": "peft" if lora else "fedtune",
+        "license": licence.lower() if known else "other",
+        "license_name": None if known else licence,
+        "pipeline_tag": task,
+        "tags": ["fedtune", "federated-learning", private],
+        "model-index": [{"name": study, "results": [result]}] if measured else None,
+    }
+    given = {name: value for name, value in fields.items() if value is not None}
+    return str(yaml.safe_dump(given, sort_keys=False, allow_unicode=True, width=1000)).strip()
 
 
 def measures(after: Mapping[str, Any]) -> dict[str, float]:

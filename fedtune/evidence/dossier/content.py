@@ -15,6 +15,7 @@ neither the package nor the run can say is a blank, which a person fills (detail
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
@@ -90,6 +91,11 @@ def build(found: Documents, typed: Mapping[str, str]) -> dict[str, Any]:
             for section in sections()
         ],
     }
+
+
+def dumped(content: Mapping[str, Any]) -> str:
+    """Spell dossier.json's content."""
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def _blocks(

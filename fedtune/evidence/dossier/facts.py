@@ -30,7 +30,6 @@ HEAD = re.compile(
     r"(?s)\A(?:<!DOCTYPE html>\n<html lang=\"en\">\n<head>.*?</head>|---\n.*?\n---\n)"
 )
 PICTURE = re.compile(r"src=\"data:image/png;base64,[A-Za-z0-9+/=]*\"")
-VALUE = re.compile(r"(?m)^ +value: (\S+)$")
 MOST = 300  # characters of a value that is text
 
 
@@ -159,9 +158,3 @@ def numbers(shown: str) -> list[str]:
     ['7.99', '2']
     """
     return NUMBER.findall(PICTURE.sub("", HEAD.sub("", shown, count=1)))
-
-
-def card_values(card: str) -> list[float]:
-    """List what a card's head gives as results of its evaluation. Errors: ValueError."""
-    head = HEAD.match(card)
-    return sorted(float(value) for value in VALUE.findall(head[0] if head else ""))

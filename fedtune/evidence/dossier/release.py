@@ -14,7 +14,7 @@ from fedtune.errors import ConfigError, InputError, Refused
 from fedtune.evidence.audit_log import AuditLog
 from fedtune.evidence.dossier import openssf
 from fedtune.evidence.dossier.card import card
-from fedtune.evidence.dossier.content import blanks, build
+from fedtune.evidence.dossier.content import blanks, build, dumped
 from fedtune.evidence.dossier.facts import documents
 from fedtune.evidence.dossier.markdown import markdown
 from fedtune.evidence.dossier.page import page
@@ -22,8 +22,10 @@ from fedtune.evidence.dossier.pdf import can_write, pdf
 from fedtune.evidence.dossier.sbom import bill_of_materials
 from fedtune.evidence.dossier.seal import (
     APPROVALS,
+    AUDIT,
     CONTENT,
     LONGEST,
+    PDF,
     approval,
     file_name,
     read_release,
@@ -37,7 +39,6 @@ from fedtune.run_folder import new_folder
 from fedtune.wire.keys import SigningKey, canonical
 
 DETAILS = "a TOML file: one line for each blank, as `--details` writes it where there is none"
-AUDIT, PDF = "audit.md", "dossier.pdf"
 
 
 def release(
@@ -113,8 +114,7 @@ def _sign_weights(draft: Path, home: Path | None) -> None:
 def _write(draft: Path, found: Mapping[str, Any], details: Mapping[str, str]) -> None:
     content = build(found, details)
     picture = draft / RUN / "progress.png"
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    replace(draft / CONTENT, text.encode())
+    replace(draft / CONTENT, dumped(content).encode())
     replace(draft / "dossier.md", markdown(content).encode())
     shown = picture.read_bytes() if picture.is_file() else None
     replace(draft / "dossier.html", page(content, shown).encode())

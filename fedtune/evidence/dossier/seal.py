@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fedtune import __version__
 from fedtune.evidence.figures import MALFORMED, TODO, fail
 from fedtune.evidence.sign import ADAPTER, RUN, NotGenuine, sha256
 from fedtune.files import reading
@@ -23,7 +24,12 @@ from fedtune.files.writing import replace
 from fedtune.wire.keys import SigningKey, canonical, verifies
 
 RELEASE, APPROVALS = "release.json", "approvals"
-CONTENT = "dossier.json"
+CONTENT, AUDIT, PDF = "dossier.json", "audit.md", "dossier.pdf"
+# What a dossier may have beside the run's folder.
+FILES = {
+    *(CONTENT, AUDIT, PDF, "dossier.md", "dossier.html", "README.md", "sbom.cdx.json"),
+    *("model.sig", "model.pub"),
+}
 FORMAT, APPROVAL = "fedtune-release-1", "fedtune-approval-1"
 PURPOSE, APPROVING = b"fedtune dossier\0", b"fedtune approval\0"
 MOMENT = "%Y-%m-%dT%H:%M:%SZ"
@@ -60,6 +66,7 @@ def sign(folder: Path, key: SigningKey, ca: str) -> None:
         "ca": ca,
         "coordinator": key.public,
         "made": now(),
+        "fedtune": __version__,
         "files": {name: sha256(folder / name) for name in names},
         "sizes": {name: (folder / name).stat().st_size for name in names},
     }
@@ -70,7 +77,7 @@ def sign(folder: Path, key: SigningKey, ca: str) -> None:
 def read_release(folder: Path) -> tuple[dict[str, Any], str]:
     """Read release.json and check its signature by the key that it names; returns it, and its
     digest. Errors: NotGenuine."""
-    kinds = dict.fromkeys(("format", "ca", "coordinator", "made", "signature"), str)
+    kinds = dict.fromkeys(("format", "ca", "coordinator", "made", "fedtune", "signature"), str)
     path = folder / RELEASE
     body, data = _canonical(path, FORMAT, kinds | dict.fromkeys(("files", "sizes"), dict))
     signature = body.pop("signature")
@@ -87,6 +94,8 @@ def check_files(folder: Path, files: Mapping[str, Any], sizes: Mapping[str, Any]
     for name in present:
         if name not in files:
             fail(folder / name, "was added after the signature", "the files that were signed")
+        if name not in FILES and not name.startswith(f"{RUN}/"):
+            fail(folder / name, "is no file of a dossier", "those that `fedtune release` writes")
     for name, digest in files.items():
         path = folder / name
         if name not in present:
