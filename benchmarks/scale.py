@@ -11,12 +11,15 @@ sites × megabytes more."""
 from __future__ import annotations
 
 import argparse
+import atexit
 import itertools
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from tempfile import mkdtemp
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -35,6 +38,9 @@ from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import Header, seal
 
 MARKS = (0, 1, 10, 100, 200, 500, 1_000, 2_000, 5_000, 10_000)
+MEMORY = Path("/dev/shm")
+ACTS = Path(mkdtemp(prefix="fedtune-scale-", dir=MEMORY if MEMORY.is_dir() else None))
+atexit.register(shutil.rmtree, ACTS, True)
 SIGMA, RATE, SIZE = 1.5, 0.25, 200
 
 
@@ -43,7 +49,9 @@ class Site:
 
     def __init__(self, name: str, update: dict[str, np.ndarray]) -> None:
         self.name, self.update, self.key = name, update, SigningKey()
-        self.site = SimpleNamespace(site=SimpleNamespace(name=name))
+        policy = SimpleNamespace(admission="standing")
+        self.site = SimpleNamespace(site=SimpleNamespace(name=name), policy=policy)
+        self.home = SimpleNamespace(folder=ACTS)  # one audit log for all: a site has its own
         self.coordinator = ""
 
     def prepare(self, study: Study, frozen: Any, coordinator: str) -> Admission:

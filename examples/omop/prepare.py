@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import sqlite3
-import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -72,5 +72,11 @@ def _fill(database: sqlite3.Connection, care_site: int) -> None:
             )
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    write(parser.parse_args().out)
+
+
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    main()

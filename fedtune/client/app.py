@@ -56,7 +56,8 @@ def prepare(message: Message, context: Context) -> Message:
 
     if failure := guarded(attempt, context):
         answer["status"], answer["reason"] = failure
-        note_refusal(context, site_of, failure, kind="plan")
+        if answer["key"]:  # before it, there may be no ledger here, and none is made for a refusal
+            note_refusal(context, site_of, failure, kind="plan")
     answer["admitted"] = answer["status"] == "admitted"
     return Message(RecordDict({"admission": ConfigRecord(dict(answer))}), reply_to=message)
 

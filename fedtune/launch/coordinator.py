@@ -91,13 +91,14 @@ def serve(
         with alone(home / "flower", "fedtune server") as killed, interruptible():
             prepare(home, host, port, names, STOP_SECONDS if killed else 0.0)
             (home / enrol.PLAN).unlink(missing_ok=True)  # of an earlier study
-            on_event = audited(home, on_event)
+            heard = audited(home, on_event)
             rounds = run or _installed_rounds(home, on_event)
             with superlink(home) as link:
                 try:
                     with study_grid(link, home) as grid, supervised_gateway(link, home, host, port):
-                        on_event("listening", listening(study, home, called(host, port, names)))
-                        return rounds(grid, study, out, resume=resume, on_event=on_event)
+                        if on_event:
+                            on_event("listening", listening(study, home, called(host, port, names)))
+                        return rounds(grid, study, out, resume=resume, on_event=heard)
                 except (httpx.HTTPError, InfrastructureError) as error:
                     raise _blame(link.child, error) from None
     except Stopped as stop:

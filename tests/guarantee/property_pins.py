@@ -14,7 +14,6 @@ import torch
 from torch.nn import functional
 
 from fedtune.client.site import worker
-from fedtune.data import scan_engine
 from fedtune.models.build import build
 from tests.guarantee.property_plans import (
     CLASSIFIES,
@@ -292,39 +291,7 @@ BULK = Case(
     kinds={"records": FHIR},
 )
 
-# Notes with identifiers, the unit's and others', and the same note of two patients.
-NAMED = "Dr Adeyemi rang 617-555-0142 on 4 March 2021."
-SCANNED = {
-    f"scanned-to-{action}": Case(
-        plans=(Plan(**HEAD, q=0.5, rounds=3),),
-        files={
-            "records": (
-                row("a", NAMED),
-                row("a", X, "n"),
-                row("a", "MRN 4471902, fever", since=1),
-                *own("bcdef"),
-                row("b", NAMED, "n"),
-                row("c", "Seen by Dr Adeyemi.", since=1),
-            )
-        },
-        ops=(
-            ("prepare", 0),
-            *rounds(0, 1, 1),
-            ("files", 1),
-            ("restart",),
-            ("prepare", 0),
-            *rounds(0, 2, 3),
-        ),
-        unit="a",
-        places=(replace(CLASSES, scan=action),),
-    )
-    for action in ("redact", "leave_out")
-    if not scan_engine.missing()
-}
-
-
 PINNED = {
-    **SCANNED,
     "the-cap-knew-others": THE_CAP,
     "a-newcomer-was-there-before": ARRIVALS,
     "a-file-of-ones-own-jsonl": OFF["jsonl"],

@@ -24,6 +24,7 @@ from tests.guarantee import property_pins as pins
 from tests.guarantee.property_cases import STORIES, cases
 from tests.guarantee.property_files import bases_of
 from tests.guarantee.property_plans import Case
+from tests.guarantee.property_scan import SCANNED
 from tests.guarantee.property_world import check
 
 EXAMPLES = 10  # of each story in the short form; FEDTUNE_PROPERTY_EXAMPLES in the long one
@@ -41,9 +42,9 @@ def bases(
     return bases_of(tmp_path_factory.mktemp("property"), tiny_base, tiny_encoder)
 
 
-@pytest.mark.parametrize("name", pins.PINNED)
+@pytest.mark.parametrize("name", [*pins.PINNED, *SCANNED])
 def test_a_case_that_broke_the_guarantee_once(name: str, bases: dict[str, Path]) -> None:
-    check(pins.PINNED[name], bases)
+    check((pins.PINNED | SCANNED)[name], bases)
 
 
 @pytest.mark.parametrize("largest", [lora.LARGEST, float("inf")])

@@ -55,7 +55,7 @@ class Killed(BaseException):
 class UnitSite(FakeSite):
     """Sends its unit vector once per round. trained: what it really did, as (round, adapter)."""
 
-    home: Path = Path()
+    state: Path = Path()
     crash: str = ""  # where the next round dies: reserving, training, released
     refuses: bool = False
     trained: list[int] = field(default_factory=list)
@@ -69,7 +69,7 @@ class UnitSite(FakeSite):
         """A new process: the ledger is read again, the plan is gone."""
         self.known = self.open = False
         with suppress(LedgerError):  # a rolled-back one that already knows that it is
-            self.ledger = Ledger(self.home)
+            self.ledger = Ledger(self.state)
             self.key = self.ledger.key
             self.ledger.declare("records", [], "h", [b"1", b"2"])
             self.open = True
@@ -193,7 +193,7 @@ class World:
 
     def __init__(self, home: Path) -> None:
         self.home, self.study = home, study()
-        self.sites = {name: UnitSite(name, home=home / name) for name in NAMES}
+        self.sites = {name: UnitSite(name, state=home / name) for name in NAMES}
         self.key = SigningKey()
         self.network = Network(NAMES)
         self.nodes = dict(zip(NAMES, self.network._contexts, strict=True))
