@@ -185,5 +185,7 @@ def scan(site: SITE, rows: ROWS = False) -> dict[str, Any]:
         kinds = ", ".join(f"{kind} {n}" for kind, n in row.kinds.items())
         typer.echo(f"{printable(row.file)}, row {row.row}: {kinds}")
     typer.echo(f"{len(found.rows):,} of {found.records:,} records hold what the scan looks for")
+    if found.failed:
+        typer.echo(f"{found.failed:,} rows cannot be read or scanned: nothing is said of them")
     typer.echo(ACTIONS[found.action])
     return found.as_dict()

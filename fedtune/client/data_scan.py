@@ -4,15 +4,19 @@ Guarantee: rows, kinds and counts alone, never a piece of a text; all of it stay
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedtune.config import Site, SiteData
 from fedtune.config.scan import KINDS, ScanTable
-from fedtune.data.records import read_file
-from fedtune.data.scan import Scanner, texts_of
+from fedtune.data.files import Rejected
+from fedtune.data.records import Record, read_file
+from fedtune.data.scan import Scanner, check_length, engine, texts_of
 from fedtune.progress import report
+
+log = logging.getLogger("fedtune.data")
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class ScannedRow:
 @dataclass(frozen=True)
 class DataScan:
     """What a scan found. action: of [data.scan], "" without that table; records: that were read;
-    failed: rows that cannot be read at all; rows: those with findings."""
+    failed: rows that cannot be read or scanned at all; rows: those with findings."""
 
     site: str
     action: str
@@ -69,11 +73,25 @@ def data_scan(site: Site) -> DataScan:
     table = data.scan or ScanTable(action="warn")
     scanner = Scanner(table.kinds, table.threshold)
     read = read_file(data, unit="patient" if data.columns.patient else "record", labelled=False)
-    rows = []
+    engine()  # a missing model is an error of the site, not of a record
+    rows, failed = [], len(read.failed)
     for number, record in enumerate(read.records, 1):
-        kinds = Counter(f.kind for text in texts_of(record) for f in scanner(text))
+        kinds = _kinds(scanner, record)
+        failed += kinds is None
         if kinds and record.place:
             rows.append(ScannedRow(*record.place, dict(kinds)))
         report("scanning", number, len(read.records))
     action = data.scan.action if data.scan else ""
-    return DataScan(site.site.name, action, len(read.records), len(read.failed), rows)
+    return DataScan(site.site.name, action, len(read.records), failed, rows)
+
+
+def _kinds(scanner: Scanner, record: Record) -> Counter[str] | None:
+    """Count a record's findings by kind; None where it cannot be scanned."""
+    try:
+        check_length(record)
+        return Counter(f.kind for text in texts_of(record) for f in scanner(text))
+    except Rejected as error:
+        log.warning("a record cannot be scanned (%s)", error.reason)
+    except Exception as error:  # of a library: its message may quote the record
+        log.warning("a record cannot be scanned (%s)", type(error).__name__)
+    return None

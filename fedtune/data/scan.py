@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from presidio_analyzer import AnalyzerEngine
 
 FOUND = "an identifier was found"  # the reason of a record that is left out
+TOO_LONG = "too long to scan"  # the reason of a record of more than MOST characters
+MOST = 50_000  # characters of a record's texts: the scan's time grows faster than a text
 REMEMBERED = 100_000  # texts whose findings are kept, by hash: a study reads its records repeatedly
 _engine = threading.Lock()
 _engines: dict[str, AnalyzerEngine] = process_cache.register("scanners", {})
@@ -52,19 +55,24 @@ class Scanner:
 
     def __call__(self, text: str) -> list[Finding]:
         """Find identifiers; where two overlap, the one with the higher score, then the longer."""
-        best = list[Finding]()
+        best = list[Finding]()  # by start; no two overlap, so that a hit has two neighbours
         hits = [f for f in _scan(text) if f.kind in self.kinds and f.score >= self.threshold]
         for hit in sorted(hits, key=lambda f: (-f.score, f.start - f.end, f.start)):
-            if all(hit.end <= other.start or hit.start >= other.end for other in best):
-                best.append(hit)
-        return sorted(best, key=lambda f: f.start)
+            at = bisect_left(best, hit.start, key=_start)
+            after = at == len(best) or hit.end <= best[at].start
+            if after and (at == 0 or best[at - 1].end <= hit.start):
+                best.insert(at, hit)
+        return best
 
     def redacted(self, text: str) -> str:
         """Replace each finding by its kind, as in "[name]"; overlapping ones as a whole."""
         hits = [f for f in _scan(text) if f.kind in self.kinds and f.score >= self.threshold]
-        chosen, parts, at = self(text), list[str](), 0
+        chosen, parts, at, next_ = self(text), list[str](), 0, 0
         for start, end in _merged(hits):
-            kind = max((f for f in chosen if f.start < end and f.end > start), key=_score).kind
+            first = next_  # the chosen ones are hits, so that each lies in one of the spans
+            while next_ < len(chosen) and chosen[next_].start < end:
+                next_ += 1
+            kind = max(chosen[first:next_], key=_score).kind
             parts += [text[at:start], f"[{kind}]"]
             at = end
         return "".join([*parts, text[at:]])
@@ -72,6 +80,10 @@ class Scanner:
 
 def _score(finding: Finding) -> float:
     return finding.score
+
+
+def _start(finding: Finding) -> int:
+    return finding.start
 
 
 def _merged(findings: Iterable[Finding]) -> list[tuple[int, int]]:
@@ -91,17 +103,25 @@ def texts_of(record: Record) -> list[str]:
     return [t for t in (record.prompt, record.completion, record.rejected, *said) if t]
 
 
+def check_length(record: Record) -> None:
+    """Check that the scan takes a record of this length. Errors: Rejected."""
+    if sum(map(len, texts_of(record))) > MOST:
+        raise Rejected(TOO_LONG)
+
+
 def record_scan(table: ScanTable | None) -> Callable[[Record], Record] | None:
     """Return what a site's [data.scan] makes of one record; None where it asks for nothing.
 
     redact: the record with its identifiers replaced; leave_out: raises Rejected where there is
-    one; warn: the record as it is (`fedtune data scan` and `data report` count)."""
+    one; warn: the record as it is (`fedtune data scan` and `data report` count). Both raise
+    Rejected for a record of more than MOST characters."""
     if table is None or table.action == "warn":
         return None
     scanner = Scanner(table.kinds, table.threshold)
     engine()  # a missing model is an error of the site, not of its first record
 
     def scan(record: Record) -> Record:
+        check_length(record)
         if table.action == "leave_out":
             if any(map(scanner, texts_of(record))):
                 raise Rejected(FOUND)

@@ -2,6 +2,10 @@
 
 presidio's recognisers of e-mail addresses and web addresses are not used: they ask tldextract,
 which fetches the public suffix list from the internet when it is first called.
+
+presidio gives a pattern up after 60 s by the clock, and goes on without what it would have found:
+on a busy machine a name would train. That is turned off; records of bounded length are scanned to
+the end.
 """
 
 from __future__ import annotations
@@ -118,9 +122,11 @@ def make() -> AnalyzerEngine:
             f"{package} is not installed", "fedtune[scan]", "pip install 'fedtune[scan]'"
         )
     import spacy
-    from presidio_analyzer import AnalyzerEngine, RecognizerRegistry
+    from presidio_analyzer import AnalyzerEngine, RecognizerRegistry, pattern_recognizer
     from presidio_analyzer.nlp_engine import NerModelConfiguration, SpacyNlpEngine
 
+    timed: Any = pattern_recognizer
+    timed.REGEX_TIMEOUT_SECONDS = None  # read at each call
     with tempfile.TemporaryDirectory(prefix="fedtune-scan-") as folder:
         nlp = spacy.load(_unpacked(_wheel(), Path(folder)), exclude=["parser", "senter"])
     mapping = {"PERSON": "name", "GPE": "place", "LOC": "place", "FAC": "place"}

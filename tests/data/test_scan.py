@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from fedtune.bases import wheel
+from fedtune.client import data_scan
 from fedtune.config import Columns, SiteData, Study
 from fedtune.config.scan import KINDS, ScanTable
 from fedtune.data import scan, scan_engine
@@ -104,6 +107,72 @@ def test_overlapping_findings_go_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> 
     assert Scanner(threshold=0.1).redacted("0123456789abcdef") == "01[address]9a[date]cdef"
 
 
+def test_what_is_chosen_is_what_comparing_all_with_all_chooses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    draw = random.Random(0)
+    for _ in range(200):
+        starts = [draw.randrange(40) for _ in range(12)]
+        found = tuple(
+            Finding(draw.choice(("name", "date")), at, at + draw.randint(1, 6), draw.random())
+            for at in starts
+        )
+        monkeypatch.setattr(scan, "_scan", lambda text, found=found: found)
+        best = list[Finding]()
+        for hit in sorted(found, key=lambda f: (-f.score, f.start - f.end, f.start)):
+            if all(hit.end <= other.start or hit.start >= other.end for other in best):
+                best.append(hit)
+        assert Scanner(threshold=0)("x" * 50) == sorted(best, key=lambda f: f.start)
+
+
+def test_many_findings_take_no_more_than_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = tuple(Finding("ip", 3 * n, 3 * n + 2, 0.9) for n in range(8000))
+    monkeypatch.setattr(scan, "_scan", lambda text: found)
+    began = time.process_time()
+    assert Scanner().redacted("ab " * 8000) == "[ip] " * 8000
+    assert time.process_time() - began < 1  # all with all: 9 s
+
+
+@pytest.mark.parametrize("action", ["redact", "leave_out"])
+def test_a_record_that_is_too_long_is_left_out_unscanned_and_alone(
+    action: str,
+    jsonl: Callable[..., Path],
+    study: Callable[..., Study],
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lengths = list[int]()
+    monkeypatch.setattr(scan, "engine", lambda: None)
+    monkeypatch.setattr(scan, "_scan", lambda text: lengths.append(len(text)) or ())
+    texts = {"a": "x" * (scan.MOST - 2), "b": KEPT, "c": "x" * (scan.MOST - 3)}  # beside "yes"
+    read = data(jsonl(*rows(texts)), action, study({"unit": "patient"}), tokenizer)
+    assert read.rejected["too long to scan"] == 1
+    assert max(lengths) == scan.MOST - 3  # scanned; what the study's max_length says is another's
+    assert KEPT in " ".join(texts_in(read, tokenizer))
+
+
+@installed
+def test_no_pattern_is_given_up_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """presidio goes on without a pattern that took too long on a busy machine."""
+
+    class Slow:
+        def __init__(self, real: Any) -> None:
+            self.real = real
+
+        def finditer(self, text: str, timeout: float | None = None) -> Any:
+            if timeout is not None:
+                raise TimeoutError
+            return self.real.finditer(text)
+
+    assert Scanner()(TEXTS["mrn"])  # every pattern is compiled
+    for recogniser in scan.engine().registry.recognizers:
+        for pattern in getattr(recogniser, "patterns", ()):
+            monkeypatch.setattr(pattern, "compiled_regex", Slow(pattern.compiled_regex))
+    process_cache.clear("scanned")
+    for kind in {*KINDS} - {"place"}:
+        assert kind in {finding.kind for finding in Scanner()(TEXTS[kind])}
+
+
 @installed
 def test_no_text_and_no_lookup_leaves_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """presidio's own recogniser of e-mail addresses fetches a list from the internet."""
@@ -121,8 +190,6 @@ def test_no_text_and_no_lookup_leaves_the_machine(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("length", [20_000])
 def test_a_long_text_takes_no_more_than_seconds(length: int) -> None:
     """Each pattern alone, on text that it nearly matches: its work grows with the length."""
-    import time
-
     import regex
 
     for kind, patterns in scan_engine.PATTERNS.items():
@@ -268,6 +335,29 @@ def test_the_command_counts_and_shows_no_text(
     for text in (shown.output, told.stdout):
         for secret in ("Adeyemi", "0142", "4471902", "March"):
             assert secret not in text
+
+
+def test_the_command_counts_what_it_cannot_scan_and_goes_on(
+    jsonl: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(text: str) -> tuple[Finding, ...]:
+        assert len(text) <= scan.MOST
+        if "Adeyemi" in text:
+            raise ValueError(text)
+        return (Finding("mrn", 0, 3, 0.9),) if "MRN" in text else ()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(scan, "_scan", fails)
+    monkeypatch.setattr(data_scan, "engine", lambda: None)
+    texts = {"a": PLANTED, "b": "x" * scan.MOST, "c": KEPT, "d": TEXTS["mrn"]}
+    jsonl(*rows(texts), name="notes.jsonl")
+    (tmp_path / "site.toml").write_text(SITE)
+    shown = run("data", "scan", "site.toml", "--rows")
+    assert shown.exit_code == 0, shown.output
+    assert "2 rows cannot be read or scanned" in shown.output and "row 4: mrn 1" in shown.output
+    assert "Adeyemi" not in shown.output + shown.stderr
+    told = run("data", "scan", "site.toml", "--json")
+    assert json.loads(told.stdout)["failed"] == 2 and "Adeyemi" not in told.stderr
 
 
 def test_the_command_says_what_to_install(
