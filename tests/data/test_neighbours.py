@@ -4,8 +4,11 @@ heard."""
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +161,97 @@ def test_a_row_without_an_owner_speaks_for_nobody(tmp_path: Path) -> None:
     path.write_bytes(b"who,note,ok\np7,first,yes\n\xff,second,no\n")
     data = SiteData(path=path, columns=COLUMNS, consent=ConsentTable(column="ok"))
     assert units(read(data)) == ["p7"]
+
+
+# --------------------------------------------------------------------- keys and joins of databases
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    yield from databases.serving()
+
+
+@pytest.fixture(params=["sqlite", "duckdb", "postgresql"])
+def made(request: pytest.FixtureRequest, tmp_path: Path) -> databases.Made:
+    if why := databases.missing(request.param):
+        pytest.skip(why)
+    server = request.getfixturevalue("server") if request.param == "postgresql" else None
+    return databases.made(request.param, tmp_path, server)
+
+
+def table(made: databases.Made, name: str = "n", **more: Any) -> SiteData:
+    fields = {"url": made.url, "columns": COLUMNS, "options": {"table": name}} | more
+    return SiteData.model_validate(fields)
+
+
+KEYS = {  # of a column's type: what is written there, and the key that files have for it
+    "sqlite": {"": (10**16, 1e16), "numeric": ("7", "7.00")},
+    "duckdb": {"decimal(9,3)": ("7", "7.000"), "double": ("7", "7.0")},
+    "postgresql": {
+        "numeric": ("7", "7.0", "7.00"),
+        "double precision": ("1e16", "10000000000000000"),
+    },
+}
+
+
+def test_equal_numbers_are_one_patient(made: databases.Made) -> None:
+    for at, (kind, written) in enumerate(KEYS[made.kind].items()):
+        made.execute(f"CREATE TABLE n{at} (who {kind}, note text)")
+        for key in written:
+            made.execute(f"INSERT INTO n{at} VALUES ({key}, 'cough')")
+        key = str(int(float(written[0])))
+        assert units(read(table(made, f"n{at}"))) == [key] * len(written)
+        opted = made_list(Path(tempfile.mkdtemp()), key)
+        assert units(read(table(made, f"n{at}", consent={"opt_outs": opted}))) == []
+
+
+def made_list(folder: Path, key: str) -> Path:
+    path = folder / "opt-outs"
+    path.touch(mode=0o600)
+    path.write_text(hashlib.sha256(key.encode()).hexdigest() + "\n")
+    return path
+
+
+def test_a_key_that_is_no_whole_number_is_its_digits(made: databases.Made) -> None:
+    kind = {"sqlite": "real", "duckdb": "decimal(9,3)"}.get(made.kind, "numeric")
+    made.execute(f"CREATE TABLE n (who {kind}, note text)")
+    made.execute("INSERT INTO n VALUES (7.50, 'cough'), (-0.125, 'rash'), (1200, 'fever')")
+    assert sorted(units(read(table(made)))) == ["-0.125", "1200", "7.5"]
+
+
+FOLDED = {"sqlite": "text COLLATE NOCASE", "duckdb": "varchar COLLATE NOCASE"}
+
+
+def test_another_patient_is_not_joined_whatever_the_database_calls_equal(
+    made: databases.Made,
+) -> None:
+    kind = FOLDED.get(made.kind, "text COLLATE ci")
+    if made.kind == "postgresql":
+        rule = "provider = icu, locale = 'und-u-ks-level2', deterministic = false"
+        made.execute(f"CREATE COLLATION ci ({rule})")
+    made.execute(f"CREATE TABLE n (who {kind}, note text)")
+    made.execute(f"CREATE TABLE p (who {kind}, ward text)")
+    made.execute("INSERT INTO n VALUES ('ab', 'of ab'), ('AB', 'of AB'), (' c', 'of c')")
+    made.execute("INSERT INTO p VALUES ('ab', 'south'), ('AB', 'north'), ('c', 'north')")
+    join = {"table": "n", "join": "p", "on": "who"}
+    found = read(table(made, options=join, filter={"ward": "north"}))
+    assert sorted(units(found)) == ["AB", "c"] and found.filtered == 1
+
+
+def test_numbers_are_joined_as_keys_are(made: databases.Made) -> None:
+    kind = {"sqlite": "real", "duckdb": "double"}.get(made.kind, "numeric")
+    made.execute(f"CREATE TABLE n (who {kind}, note text)")
+    made.execute("CREATE TABLE p (who text, ward text)")
+    made.execute("INSERT INTO n VALUES (7.0, 'of 7'), (8.0, 'of 8')")
+    made.execute("INSERT INTO p VALUES ('7', 'north'), ('8', 'south')")
+    join = {"table": "n", "join": "p", "on": "who"}
+    assert units(read(table(made, options=join, filter={"ward": "north"}))) == ["7"]
+
+
+def test_a_table_whose_name_hides_a_view_is_not_read(tmp_path: Path) -> None:
+    made = databases.made("sqlite", tmp_path)
+    made.execute('CREATE TABLE "main.n" (who, note)')
+    made.table("raw", ("who", "note"), [("a", "cough"), ("b", "rash")])
+    made.execute("CREATE VIEW n AS SELECT * FROM raw LIMIT 1")
+    for name in ("n", "main.n"):
+        assert read(table(made, name)).rejected == {"unreadable file": 1}

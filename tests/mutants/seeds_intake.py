@@ -104,6 +104,12 @@ MUTANTS = (
         "whose a visit is decides which notes of others train",
     ),
     one(
+        "intake", "a-databases-own-equality", SQL,
+        "usable = [cell.strip() for", "usable = [cell.strip().lower() for",
+        T_NEAR + "test_another_patient_is_not_joined_whatever_the_database_calls_equal[sqlite]",
+        "a ward of another patient's decides which notes train",
+    ),
+    one(
         "intake", "in-the-databases-order", SQL,
         "sorted(found, key=lambda row: _order(row[1]))", "found",
         T_SQL + "test_the_order_of_a_database_is_nobodys",

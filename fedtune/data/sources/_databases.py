@@ -14,6 +14,7 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from decimal import Context, Decimal, InvalidOperation
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
     import psycopg
 
 BATCH = 1000  # rows
+EXACT = Context(prec=20_000)  # more digits than a numeric has behind its point
 CONNECT = 30  # seconds
-WHOLE = re.compile(r"(-?\d+)\.0+")
+DIGITS = 400  # of a number that is written out; DOUBLE has 309
+FLOAT, DECIMAL = "float", "decimal"  # a column's kind of number; "": none that is written twice
 DRIVERS = {"postgresql": "psycopg", "duckdb": "duckdb"}
 LOCKED = {  # of DuckDB: a file is read, and nothing else
     "enable_external_access": "false",
@@ -55,11 +58,32 @@ class Database(Protocol):
 
     def columns_of_query(self, query: str) -> list[str]: ...
 
+    def numbers(self, text: str) -> list[str]:
+        """List of what kind of number each column of a statement is: FLOAT, DECIMAL or ""."""
+
     def as_text(self, cell: str) -> str:
         """Return the expression of a cell as text."""
 
     def read(self, text: str, width: int) -> Iterator[Sequence[Cell]]:
         """Yield the rows of a statement that reads `width` columns."""
+
+
+def number_text(cell: Cell, kind: str) -> Cell:
+    """Return a number's text so that equal ones are one key, as in files: 7, 7.0 and 7.00."""
+    if not kind or not isinstance(cell, str):
+        return cell
+    try:
+        value = float(cell) if kind == FLOAT else Decimal(cell)
+    except (ValueError, InvalidOperation):
+        return cell
+    if value != value:
+        return None
+    exact = Decimal(value)
+    if not exact.is_finite() or abs(exact.adjusted()) > DIGITS:
+        return cell
+    if value == int(value):
+        return str(int(value))
+    return repr(value) if isinstance(value, float) else f"{value.normalize(EXACT):f}"
 
 
 def quoted(*names: str) -> str:
@@ -117,22 +141,27 @@ class _Sqlite:
     connection: sqlite3.Connection
 
     def describe(self, table: str) -> tuple[list[str], bool]:
+        schema, _, name = table.rpartition(".")  # as quoted() has it when it is read
         made = self.connection.execute(
             "SELECT type, sql FROM sqlite_master WHERE name = ? AND type IN ('table', 'view')",
-            (table,),
+            (name,),
         ).fetchone()
-        if made is None:
+        if made is None or schema not in ("", "main"):
             return [], False
         ordinary = made[0] == "table" and not re.match(r"\s*CREATE\s+VIRTUAL", str(made[1]), re.I)
-        columns = self.connection.execute(f"PRAGMA table_xinfo({quoted(table)})")
+        columns = self.connection.execute(f"PRAGMA table_xinfo({quoted(name)})")
         return [str(column[1]) for column in columns], ordinary
 
     def columns_of_query(self, query: str) -> list[str]:
         found = self.connection.execute(f"SELECT * FROM ({query}) AS t LIMIT 0")
         return [str(column[0]) for column in found.description]
 
+    def numbers(self, text: str) -> list[str]:
+        # A column's cells may each be of another type; _plain sees which.
+        return [""] * len(self.connection.execute(f"{text} LIMIT 0").description)
+
     def as_text(self, cell: str) -> str:
-        return cell  # a column's cells may each be of another type
+        return cell
 
     def read(self, text: str, width: int) -> Iterator[Sequence[Cell]]:
         for row in self.connection.execute(text):
@@ -151,13 +180,8 @@ def _plain(cell: Any) -> Cell:
     if cell is None or isinstance(cell, str | Unusable):
         return cell
     if isinstance(cell, int | float):
-        return _number(repr(cell))
+        return number_text(repr(cell), FLOAT if isinstance(cell, float) else "")
     return Unusable("wrong type")
-
-
-def _number(text: str) -> str:
-    whole = WHOLE.fullmatch(text)
-    return whole[1] if whole else text
 
 
 def _file(url: str) -> Path:
@@ -203,13 +227,13 @@ class _Duckdb:
         found = self.connection.execute(f"SELECT * FROM ({query}) AS t LIMIT 0")
         return [str(column[0]) for column in found.description or []]
 
+    def numbers(self, text: str) -> list[str]:
+        found = self.connection.execute(f"DESCRIBE {text}").fetchall()
+        kinds = {"DOUBLE": FLOAT, "FLOAT": FLOAT, "DECIMAL": DECIMAL}
+        return [kinds.get(str(row[1]).partition("(")[0], "") for row in found]
+
     def as_text(self, cell: str) -> str:
-        # Of a whole number in a column of DOUBLE its digits alone, as any other source has it.
-        return (
-            f"CASE WHEN typeof({cell}) IN ('DOUBLE', 'FLOAT') "
-            f"THEN regexp_replace(CAST({cell} AS VARCHAR), '^(-?[0-9]+)\\.0$', '\\1') "
-            f"ELSE CAST({cell} AS VARCHAR) END"
-        )
+        return f"CAST({cell} AS VARCHAR)"
 
     def read(self, text: str, width: int) -> Iterator[Sequence[Cell]]:
         found = self.connection.execute(text)
@@ -260,6 +284,11 @@ class _Postgresql:
         found = self.connection.execute(f"SELECT * FROM ({query}) AS t LIMIT 0".encode())
         return [column.name for column in found.description or []]
 
+    def numbers(self, text: str) -> list[str]:
+        found = self.connection.execute(f"{text} LIMIT 0".encode()).description or []
+        kinds = {700: FLOAT, 701: FLOAT, 1700: DECIMAL}  # OIDs of float4, float8, numeric
+        return [kinds.get(column.type_code, "") for column in found]
+
     def as_text(self, cell: str) -> str:
         return f"CAST({cell} AS text)"
 
@@ -275,6 +304,7 @@ class _Postgresql:
             cursor.execute(body)
             for row in cursor:
                 yield [_decoded(cell, codec) for cell in row]
+        self.connection.execute("SET LOCAL client_encoding = 'UTF8'")  # as it was
 
 
 def _decoded(cell: Any, codec: str) -> Cell:

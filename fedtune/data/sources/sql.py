@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +14,10 @@ from fedtune.data.sources._databases import (
     Unusable,
     connected,
     installed,
+    number_text,
     quoted,
 )
-from fedtune.data.sources._interface import BadCell, Collection, Names, Row
+from fedtune.data.sources._interface import BadCell, Collection, Names, Row, unclean
 from fedtune.errors import ConfigError, DataError
 from fedtune.files import reading
 
@@ -27,6 +28,9 @@ PATIENTS = frozenset(
         *("subject", "subject_id", "subjectid", "mrn", "nhs_number", "patient_key", "person_key"),
     }
 )
+
+
+Cells = tuple[Cell, ...]
 
 
 @dataclass(frozen=True)
@@ -63,37 +67,40 @@ class Sql(Collection):
 
     def collect(self, where: Path, names: Names) -> Iterator[tuple[str, Row | str]]:
         with connected(self.url, self._password(), names.where) as database:
-            text, columns = self._statement(database, names)
-            found = list(enumerate(database.read(text, len(columns)), 1)) if columns else []
+            columns, rows = self._read(database, names)
+            found = list(enumerate(rows, 1))
         # By what it holds: rows that are alike may change places.
         for number, cells in sorted(found, key=lambda row: _order(row[1])):
             names.row = number
             yield self.table or "query", _row(columns, cells)
 
-    def _statement(self, database: Database, names: Names) -> tuple[str, list[str]]:
-        """Compose the one statement that reads; returns it, and the columns that it reads.
-
-        Errors: DataError."""
+    def _read(self, database: Database, names: Names) -> tuple[list[str], list[Cells]]:
+        """Read the columns that are asked for; returns them, and the rows. Errors: DataError."""
         asked = sorted(set(names.keys.values()))
         if self.query:
-            present = database.columns_of_query(self.query)
-            own, source = present, f"({self.query}) AS t"
+            own, other = database.columns_of_query(self.query), []
+            source = f"({self.query}) AS t"
         else:
             own = self._described(database, self.table, names)
             other = self._described(database, self.join, names) if self.join else []
-            present = list(dict.fromkeys([*own, *other]))
-            source = f"{quoted(*self.table.split('.'))} AS t"
-            if self.join:
-                source += self._joined(own, other, names)
+            source = _source(self.table)
+        present = list(dict.fromkeys([*own, *other]))
         names.header(present)
         _require_patient(present, names)
-        columns = [column for column in asked if column in present]
-        cells = (f"{'t' if column in own else 'j'}.{quoted(column)}" for column in columns)
-        return f"SELECT {', '.join(map(database.as_text, cells))} FROM {source}", columns
+        by = self._by(own, other, names) if self.join else []
+        columns = [column for column in asked if column in own]
+        more = [column for column in asked if column in other and column not in own]
+        if not columns + more:
+            return [], []
+        rows = list(_texts(database, source, [*by, *columns]))
+        if self.join:
+            beside = _texts(database, _source(self.join), [*by, *more])
+            rows = list(_joined(rows, beside, len(by), len(more)))
+        return columns + more, rows
 
-    def _joined(self, own: list[str], other: list[str], names: Names) -> str:
-        """Compose the join of another table's rows, of the same patient alone: whose row it is may
-        else decide what becomes of another's. Errors: DataError."""
+    def _by(self, own: list[str], other: list[str], names: Names) -> list[str]:
+        """List the columns by which another table's rows are joined, the patient's among them:
+        whose row it is may else decide what becomes of another's. Errors: DataError."""
         patient = _patient(names)
         if not (self.on in own and self.on in other):
             raise DataError(f"{names.where}: data.options.on is no column of both tables")
@@ -104,8 +111,7 @@ class Sql(Collection):
                 "join by that column, or leave the other table out",
             )
         by = dict.fromkeys((self.on, patient))
-        same = " AND ".join(f"t.{quoted(column)} = j.{quoted(column)}" for column in by)
-        return f" LEFT JOIN {quoted(*self.join.split('.'))} AS j ON {same}"
+        return list(by)
 
     def _described(self, database: Database, table: str, names: Names) -> list[str]:
         columns, is_table = database.describe(table)
@@ -136,6 +142,39 @@ class Sql(Collection):
             return secret.decode().strip()
         except UnicodeDecodeError:
             raise DataError(f"{self.password_file}: is not UTF-8") from None
+
+
+def _source(table: str) -> str:
+    return f"{quoted(*table.split('.'))} AS t"
+
+
+def _texts(database: Database, source: str, columns: Sequence[str]) -> Iterator[Cells]:
+    """Yield the cells of some columns as text; equal numbers of a column are equal texts."""
+    cells = [f"t.{quoted(column)}" for column in columns]
+    kinds = database.numbers(f"SELECT {', '.join(cells)} FROM {source}")
+    text = f"SELECT {', '.join(map(database.as_text, cells))} FROM {source}"
+    for row in database.read(text, len(columns)):
+        yield tuple(number_text(cell, kind) for cell, kind in zip(row, kinds, strict=True))
+
+
+def _joined(rows: Sequence[Cells], beside: Iterable[Cells], by: int, more: int) -> Iterator[Cells]:
+    """Yield each row with the cells of those that have the same first `by` cells; one alone with
+    none. Not by the database's own =, to which "AB" and "ab" may be one patient."""
+
+    def key(row: Cells) -> tuple[str, ...] | None:
+        usable = [cell.strip() for cell in row[:by] if isinstance(cell, str) and not unclean(cell)]
+        return tuple(usable) if len(usable) == by and all(usable) else None
+
+    keys = [key(row) for row in rows]
+    wanted = set(keys) - {None}
+    found: dict[tuple[str, ...] | None, list[Cells]] = {}
+    for row in beside:
+        if (one := key(row)) in wanted:
+            found.setdefault(one, []).append(row[by:])
+    alone: list[Cells] = [(None,) * more]
+    for row, one in zip(rows, keys, strict=True):
+        for cells in found.get(one, alone):
+            yield (*row[by:], *cells)
 
 
 def _patient(names: Names) -> str:
