@@ -188,7 +188,8 @@ def _about_teacher(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]
 
 def _about_privacy(study: Study, site: Site, plan: DpPlan | None) -> Iterator[PolicyRefused]:
     policy, size = site.policy, site.site.declared_size
-    if site.data.columns.patient and study.unit == "record":
+    tables = [table for table in (site.data, site.evaluation) if table]
+    if study.unit == "record" and any(table.columns.patient for table in tables):
         yield PolicyRefused(
             "this site names a patient column and the study protects single records",
             'privacy.unit = "patient"',

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedtune.client.policy import refusals
 from fedtune.client.prepared import Unprepared
 from fedtune.client.site import SiteWorker
 from fedtune.client.site import worker as site_worker
-from fedtune.config import Study
+from fedtune.config import Site, Study
 from fedtune.data.records import unit_member
 from fedtune.errors import BudgetExceeded, ConfigError, DataError, ModelError
 from fedtune.ledger.entries import RULES, Charge
@@ -268,3 +269,19 @@ def test_a_withdrawn_patients_key_is_no_records(tmp_path: Path, tiny_base: Path)
     worker.prepare(made.study, made.frozen)
     network = build(made.study)
     assert worker.current_dataset(made.study, network).dataset.n_units == 24
+
+
+@pytest.mark.parametrize("table", ["data", "evaluation"])
+def test_where_either_file_names_patients_single_records_are_no_unit(
+    tiny_base: Path, tmp_path: Path, table: str
+) -> None:
+    """Consent is a patient's: one row would decide what becomes of that patient's other records."""
+    privacy = {"epsilon": 6.0, "delta": 1e-4, "unit": "record"}
+    study, site = begun(tiny_base, privacy=privacy).study, make_site(tmp_path)
+    plain = site.data.model_copy(update={"path": tmp_path / "held-out.jsonl"})
+    of_patients = plain.columns.model_copy(update={"patient": "who"})
+    body = site.model_dump() | {"evaluation": {"path": plain.path, "columns": plain.columns}}
+    body[table] |= {"columns": of_patients.model_dump()}
+    named = Site.model_validate(body, strict=False)
+    said = [str(refusal) for refusal in refusals(study, named, None)]
+    assert any("this site names a patient column" in text for text in said)
