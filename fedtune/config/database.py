@@ -12,18 +12,25 @@ from pydantic import AfterValidator
 FILES = ("sqlite", "duckdb")  # databases that are one file
 KINDS = (*FILES, "postgresql")
 SECRETS = re.compile("password|secret|token")
+USER = re.compile(r"[\w.~%-]*")
 
 
 def checked(value: str) -> str:
     """Check a database's url. Errors: ValueError, without the url, which may hold a password."""
     try:
         parts = urlsplit(value)
-        asked, password = parse_qs(parts.query), parts.password
+        asked, password = parse_qs(parts.query, keep_blank_values=True), parts.password
     except ValueError:
         raise ValueError("must be a url, such as sqlite:///clinic.db") from None
-    if parts.scheme not in KINDS or "\0" in value:
+    if parts.scheme not in KINDS or "\0" in value or not value.startswith(f"{parts.scheme}://"):
         raise ValueError(f"must begin with one of {', '.join(f'{kind}://' for kind in KINDS)}")
-    if password is not None or any(SECRETS.search(key.lower()) for key in asked):
+    # libpq takes what is before the last @ for a user and a password, with ? and # in them too.
+    before = value.partition("//")[2].rpartition("@")[0] if parts.scheme not in FILES else ""
+    if (
+        password is not None
+        or not USER.fullmatch(before)
+        or any(SECRETS.search(key.lower()) for key in asked)
+    ):
         raise ValueError(
             "must hold no password: name a file (options.password_file), an environment variable "
             "(options.password_env), or use PostgreSQL's own ~/.pgpass"
@@ -41,6 +48,15 @@ Url = Annotated[str, AfterValidator(checked)]
 def kind_of(url: str) -> str:
     """Return what a checked url is of: sqlite, duckdb or postgresql."""
     return urlsplit(url).scheme
+
+
+def shown(url: str) -> str:
+    """Return a checked url for messages: without its user, and without what is behind a question
+    mark."""
+    parts = urlsplit(url)
+    if parts.scheme in FILES:
+        return url
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def file_of(url: str) -> Path:

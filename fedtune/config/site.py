@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from fedtune.config.database import Url, anchored
+from fedtune.config.database import Url, anchored, shown
 from fedtune.config.known_bases import KNOWN
 from fedtune.config.scan import ScanTable
 from fedtune.config.types import (
@@ -43,6 +44,7 @@ MODULES = (
 Plugins = tuple[str, ...] | Literal["release"]
 RELEASE: Literal["release"] = "release"
 SQL, PASSWORD_FILE = "sql", "password_file"  # the source of a database, and its option
+A_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # as a path has it: of two slashes one
 Value = str | int  # that a cell may be equal to
 
 
@@ -118,6 +120,8 @@ class SiteData(DataFile):
     def _check_source(self) -> SiteData:
         if self.url is None and "path" not in self.model_fields_set:
             raise ValueError("path: key is missing")
+        if A_URL.match(str(self.path)):  # which is not repeated: it may hold a password
+            raise ValueError("path: is a url; name it as url, without a password")
         if self.url and self.source not in (None, SQL):
             raise ValueError(f'url: is read by source = "{SQL}"')
         if self.options and self.source is None and not self.url:
@@ -131,7 +135,7 @@ class SiteData(DataFile):
     @property
     def where(self) -> Path | str:
         """Where the records are, for messages at the site."""
-        return self.url or self.path
+        return shown(self.url) if self.url else self.path
 
     @property
     def free_query(self) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedtune.bases.find import find_base
-from fedtune.config.database import anchored
+from fedtune.config.database import anchored, shown
 from fedtune.config.places import WherePath, divided, file_at, is_bulk, lines_of, name_of
 from fedtune.config.templates import NAME, ledger_beside, quoted
 from fedtune.data.files import placed_rows
@@ -65,7 +65,7 @@ def columns_of(place: WherePath, asked: Mapping[str, str]) -> list[str]:
     if isinstance(place, str):
         url, table = divided(place)
         options = {"url": anchored(url, Path.cwd()), "table": table}
-        names = Names(url, asked)
+        names = Names(shown(url), asked)
         source: Source | None = SOURCES.build("sql", options)
     else:
         names = Names(place, asked)

@@ -243,6 +243,11 @@ def test_a_password_comes_from_a_file_or_the_environment(
         (f"{SECRET}.csv", "must begin with one of"),
         (f"sqlite://{SECRET}/db", "must be sqlite:///FILE"),
         ("duckdb:///", "must be duckdb:///FILE"),
+        (f"postgresql://a:{SECRET}?b@h/db", "must hold no password"),
+        (f"postgresql://a:{SECRET}#b@h/db", "must hold no password"),
+        (f"postgresql://a:{SECRET}/b@h/db", "must hold no password"),
+        (f"postgresql://h/db?password&{SECRET}", "must hold no password"),
+        (f"postgresql:a:{SECRET}@h", "must begin with one of"),
         (f"sqlite:///{SECRET}#note", "options.table"),
         (f"postgresql://[{SECRET}", "must be a url"),
     ],
@@ -258,6 +263,45 @@ def test_a_url_with_a_secret_is_refused_and_not_repeated(
     with pytest.raises(ConfigError, match=said) as caught:
         load_site(site)
     assert SECRET not in str(caught.value)
+
+
+def test_no_message_has_what_may_be_a_secret(tmp_path: Path) -> None:
+    if why := databases.missing("postgresql"):
+        pytest.skip(why)
+    url = f"postgresql://{SECRET}@/db?host={tmp_path}/{SECRET}"
+    absent = Made("postgresql", url)
+    for options in ({}, {"password_env": SECRET}):
+        with pytest.raises(DataError) as caught:
+            read(absent, options=options)
+        assert SECRET not in str(caught.value)
+    assert data(absent).where == "postgresql:///db"
+    with pytest.raises(ValidationError, match="path: is a url"):
+        SiteData(path=Path(f"postgresql://a:{SECRET}@h/db"), columns=COLUMNS)
+
+
+def test_a_query_writes_nothing_though_it_ends_the_transaction(server: str, tmp_path: Path) -> None:
+    from fedtune.data.sources._databases import connected
+
+    made = databases.made("postgresql", tmp_path, server)
+    made.table("note", NOTE, ROWS)
+    trick = "SELECT 1) AS t LIMIT 0; COMMIT; DELETE FROM note; SELECT * FROM (SELECT 1"
+    with pytest.raises(ConfigError, match="semicolon"):
+        read(made, options={"table": "", "query": trick})
+    with (
+        pytest.raises(DataError, match="cannot be read"),
+        connected(made.url, None, "here") as database,
+    ):
+        database.columns_of_query(trick)
+    assert read(made).rows == len(ROWS)
+
+
+def test_row_level_security_counts_as_a_view(server: str, tmp_path: Path) -> None:
+    made = databases.made("postgresql", tmp_path, server)
+    made.table("note", NOTE, ROWS)
+    made.execute("ALTER TABLE note ENABLE ROW LEVEL SECURITY")
+    with pytest.raises(DataError, match="no ordinary table"):
+        read(made)
+    assert read(made, options={"view": True}).rows == len(ROWS)
 
 
 def test_the_file_of_a_database_is_relative_to_site_toml(

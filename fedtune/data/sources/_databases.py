@@ -257,6 +257,9 @@ def _postgresql(url: str, password: str | None) -> Iterator[Database]:
         client_encoding="UTF8",
         **secret,
     ) as connection:
+        # The session too, should a statement end the transaction.
+        connection.execute("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY")
+        connection.commit()
         connection.read_only = True
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         yield _Postgresql(connection)
@@ -270,7 +273,8 @@ class _Postgresql:
     def describe(self, table: str) -> tuple[list[str], bool]:
         schema, _, name = table.rpartition(".")
         found = self.connection.execute(
-            "SELECT a.attname, c.relkind::text FROM pg_catalog.pg_class c "
+            "SELECT a.attname, c.relkind IN ('r', 'p') AND NOT c.relrowsecurity "
+            "FROM pg_catalog.pg_class c "
             "JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace "
             "JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid "
             "WHERE c.relname = %s AND a.attnum > 0 AND NOT a.attisdropped "
@@ -278,7 +282,8 @@ class _Postgresql:
             "ELSE n.nspname = %s END ORDER BY a.attnum",
             (name, schema, schema),
         ).fetchall()
-        return [column for column, _ in found], all(kind in "rp" for _, kind in found)
+        # A policy of row security may look at other rows, as a view may.
+        return [column for column, _ in found], all(ordinary for _, ordinary in found)
 
     def columns_of_query(self, query: str) -> list[str]:
         found = self.connection.execute(f"SELECT * FROM ({query}) AS t LIMIT 0".encode())

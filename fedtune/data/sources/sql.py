@@ -59,6 +59,8 @@ class Sql(Collection):
             raise ConfigError(
                 "data.options.join of a database", "table, join and on, the column of both tables"
             )
+        if ";" in self.query:
+            raise ConfigError("data.options.query has a semicolon", "one SELECT, without one")
         if self.password_file and self.password_env:
             raise ConfigError("data.options has two passwords", "password_file or password_env")
         if kind_of(self.url) not in KINDS:
@@ -132,7 +134,8 @@ class Sql(Collection):
             password = os.environ.get(self.password_env)
             if not password:
                 raise DataError(
-                    f"data.options.password_env = {self.password_env!r}: not in the environment"
+                    "data.options.password_env: names nothing that is in the environment",
+                    "the name of a variable, not the password",
                 )
             return password
         if not self.password_file:
