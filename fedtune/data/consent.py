@@ -58,7 +58,8 @@ def opted_out(table: ConsentTable) -> Callable[[str], bool] | None:
     if table.opt_outs is None:
         return None
     listed = frozenset(_digests(table.opt_outs))
-    salt = reading.secret(table.salt_file, "a salt", DataError).strip() if table.salt_file else b""
+    salt = reading.secret(table.salt_file, "a salt", DataError) if table.salt_file else b""
+    salt = salt.removesuffix(b"\n").removesuffix(b"\r")  # an editor's; all else may be the salt's
 
     def digest(key: str) -> bytes:
         if table.hashing == "hmac-sha256":

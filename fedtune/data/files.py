@@ -79,6 +79,8 @@ def placed_rows(
     for path in _paths(where, readers):
         names.begin()
         try:
+            if not os.path.isfile(path):  # a pipe, which would be waited for
+                raise OSError
             for number, row in enumerate(readers[path.suffix.lower()].rows(path, names), 1):
                 yield Place(path.name, names.row or number), _checked(row)
         except NotWellFormed:

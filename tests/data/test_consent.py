@@ -152,3 +152,13 @@ def test_nobody_else_changes(tmp_path: Path) -> None:
 
     assert of_others(opted) == of_others(agreed) == of_others(absent)
     assert ConsentTable(column="x").yes == {"yes"}
+
+
+def test_a_salt_is_its_bytes_but_for_a_final_newline(tmp_path: Path) -> None:
+    salt = bytes(range(100, 131)) + b" "
+    path = listed(tmp_path, hmac.new(salt, b"7", "sha256").hexdigest())
+    for end in (b"", b"\n", b"\r\n"):
+        file = listed(tmp_path, name="salt")
+        file.write_bytes(salt + end)
+        consent = {"opt_outs": path, "hashing": "hmac-sha256", "salt_file": file}
+        assert left(read(tmp_path, [row(7, "a1"), row(8, "b1")], consent=consent)) == ["b1"]

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -255,3 +256,28 @@ def test_a_table_whose_name_hides_a_view_is_not_read(tmp_path: Path) -> None:
     made.execute("CREATE VIEW n AS SELECT * FROM raw LIMIT 1")
     for name in ("n", "main.n"):
         assert read(table(made, name)).rejected == {"unreadable file": 1}
+
+
+# --------------------------------------------------------------------------------- broken files
+
+
+def test_who_says_no_behind_a_broken_quote_is_not_used(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    data = SiteData(path=tmp_path, columns=COLUMNS, consent=ConsentTable(column="ok"))
+    (tmp_path / "b.csv").write_text("who,note,ok\nb,cough,yes\n")
+    path.write_text('who,note,ok\np7,first,yes\np5,"a "quoted" word,yes\np7,second,no\n')
+    found = read(data)
+    assert units(found) == ["b"] and found.rejected == {"not well-formed CSV": 1}
+
+
+def test_a_pipe_among_a_data_sets_files_is_not_waited_for(tmp_path: Path) -> None:
+    listed = [{"filename": "data-0.arrow"}]
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": listed}))
+    os.mkfifo(tmp_path / "data-0.arrow")
+    writer = threading.Timer(5, lambda: (tmp_path / "data-0.arrow").write_bytes(b""))
+    writer.daemon = True
+    writer.start()  # else code that waits would wait for ever
+    found = read(SiteData(path=tmp_path, columns=COLUMNS))
+    assert writer.is_alive(), "a pipe was waited for"
+    writer.cancel()
+    assert found.rejected == {"unreadable file": 1}

@@ -62,7 +62,9 @@ class Csv(Source):
             if not header:
                 return
             self._register(header, names)
-            for number, cells in lines:
+            # All of them, before the first is given: where a quote is broken, what stands behind it
+            # is not read, and a no may be among it.
+            for number, cells in list(lines):
                 names.row = number
                 reason = unclean("".join(cells))
                 if reason == "not UTF-8" and encoding != "utf-8":
