@@ -53,7 +53,7 @@ MUTANTS = (
     ),
     one(
         32, "one-broken-file-breaks-all", FILES,
-        "            if strict and where.is_file():\n", "            if True:\n",
+        "            if strict and os.path.isfile(where):\n", "            if True:\n",
         T_FOLDER, "the same for a file that cannot be read",
     ),
     one(
