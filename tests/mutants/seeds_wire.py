@@ -54,7 +54,8 @@ WIRE_MUTANTS = (
     ),
     _one(
         23, "records-where-there-are-patients", POLICY,
-        'if study.unit == "record" and any(table.columns.patient for table in tables):', "if False:",
+        'if study.unit == "record" and any(table.columns.patient for table in tables):',
+        "if False:",
         "tests/traps/test_trap_12_peft_options.py::"
         "test_records_are_not_enough_where_there_are_patients",
         "ε of a record read as a patient's",
