@@ -240,9 +240,14 @@ OPTS_OUT = Case(
     places=(replace(CLASSES, consent="column"),),
     opted={"a": (1, 99), "c": (2, 99)},
 )
+# With q = 1 nobody's round passes by chance, as one in which the unit is not drawn.
 OPT_OUTS = {
-    kind: replace(OPTS_OUT, places=(replace(CLASSES, consent=kind),))
-    for kind in ("column", "list", "salted list")
+    kind: replace(
+        OPTS_OUT,
+        places=(replace(CLASSES, consent=kind),),
+        plans=(replace(OPTS_OUT.plans[0], q=q),),
+    )
+    for kind, q in (("column", 0.5), ("list", 1.0), ("salted list", 0.5))
 }
 
 
