@@ -15,8 +15,9 @@ from fedtune.audit import attack
 from fedtune.audit import membership as module
 from fedtune.audit.attack import Attack, attack_run, attack_study, ratios
 from fedtune.audit.membership import auc, auc_bound, found, membership, roc, tpr_bound
-from fedtune.client.attack import attack_site
+from fedtune.client.attack import _held_out, attack_site
 from fedtune.config import Site, Study, load_site, load_study
+from fedtune.data.records import read_records
 from fedtune.errors import ConfigError, DataError
 from fedtune.models import preconditioner
 from fedtune.models.build import build
@@ -348,6 +349,20 @@ def test_the_command_at_a_site(
     assert alone.exit_code == 2 and "--site" in alone.stderr
     public = command("attack", learnt_by_heart / "run")
     assert public.exit_code == 2 and "no ε to attack" in public.stderr
+
+
+def test_a_sites_database_is_compared_with_a_file(tmp_path: Path) -> None:
+    """The file is read as a file: the database's table and source are none of it."""
+    rows(tmp_path / "others.jsonl", 7, 3)
+    (tmp_path / "site.toml").write_text(
+        SITE.format(name="north").replace(
+            'path = "data.jsonl"', 'url = "sqlite:///clinic.db"\nsource = "sql"'
+        )
+        + '[data.options]\ntable = "notes"\n'
+    )
+    held_out = _held_out(load_site(tmp_path / "site.toml"), tmp_path / "others.jsonl")
+    records, _ = read_records(held_out, unit="record")
+    assert len(records) == 3
 
 
 def test_too_few_say_nothing(learnt_by_heart: Path, tmp_path: Path) -> None:

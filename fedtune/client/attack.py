@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -105,7 +106,10 @@ def attack_site(
 def _held_out(site: Site, path: Path | str | None) -> SiteData:
     """Errors: ConfigError."""
     if path is not None:
-        return site.data.model_copy(update={"path": Path(path), "url": None, "name": "held-out"})
+        changes: dict[str, Any] = {"path": Path(path), "url": None, "name": "held-out"}
+        if site.data.url:  # a database's source and table are none of a file's
+            changes |= {"source": None, "options": {}}
+        return site.data.model_copy(update=changes)
     if site.evaluation is None:
         raise ConfigError(
             "no held-out records",
@@ -138,7 +142,7 @@ def _scores(network: Network, data: Dataset, run: Run, references: Sequence[Run]
         progress.report("losses of the references", number, 1 + len(references))
     fall = np.mean(others, axis=0) - losses(run)
     units = np.array([example.unit for example in data.examples])
-    return np.array([[fall[units == unit].mean()] for unit in range(data.n_units)])
+    return (np.bincount(units, fall) / np.bincount(units))[:, None]
 
 
 def _save(result: SiteAttack, out: Path) -> None:

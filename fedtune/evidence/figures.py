@@ -14,7 +14,9 @@ from typing import Any, NoReturn
 from fedtune.config import PrivacyTable, Study
 from fedtune.dp.accountant import Steps, epsilon
 from fedtune.evidence.sign import EVIDENCE, NotGenuine
+from fedtune.files import reading
 from fedtune.wire import fingerprints, seal, step_summary
+from fedtune.wire.keys import canonical
 
 MALFORMED = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError)
 SAME = 1e-9  # relative: two computations of one ε
@@ -23,6 +25,22 @@ TODO = "get the folder again from who signed it; do not use this one"
 
 def fail(where: Path | str, happened: str, expected: str = "") -> NoReturn:
     raise NotGenuine(f"{where}: {happened}", expected, TODO)
+
+
+def signed_json(path: Path, form: str, most: int = reading.SMALL) -> tuple[dict[str, Any], bytes]:
+    """Read JSON of this format, of which each content has one spelling; returns it, and its bytes.
+
+    Errors: NotGenuine."""
+    data = reading.content(path, "the file as it was signed", TODO, NotGenuine, most)
+    try:
+        content = json.loads(data)
+        if not isinstance(content, dict) or canonical(content) != data:
+            raise ValueError
+    except MALFORMED:
+        fail(path, "was changed after it was signed", "canonical JSON")
+    if content.get("format") != form:
+        fail(path, "is of another format", form)
+    return content, data
 
 
 Events = dict[str, list[dict[str, Any]]]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import FedtuneError, Refused
-from fedtune.evidence.figures import MALFORMED, TODO, fail, privacy, rounds, seals
+from fedtune.evidence.figures import MALFORMED, TODO, fail, privacy, rounds, seals, signed_json
 from fedtune.evidence.sign import (
     ADAPTER,
     EVIDENCE,
@@ -109,7 +109,7 @@ def verify_run(run: Path, trust: str = "", sites: Mapping[str, str] | None = Non
     _files(run, signed["files"], signed["sizes"])
     study, report = load_plan(run), _report(run)
     _link(run, report)
-    content = _canonical(run / EVIDENCE, LARGE)
+    content = signed_json(run / EVIDENCE, FORMAT, LARGE)[0]
     try:
         events = seals(run, content, study, signed["coordinator"], bool(signed["ca"]))
         updates = rounds(run, content, study, report)
@@ -191,7 +191,7 @@ def certificate_of(run: Path) -> tuple[str, str]:
 def signer(run: Path) -> str:
     """Return the fingerprint of who says to have signed a run, unverified; "" where nobody does."""
     try:
-        content = _canonical(run / SIGNATURE)
+        content = signed_json(run / SIGNATURE, FORMAT)[0]
         return fingerprints.of_consortium(str(content["ca"]), str(content["coordinator"]))
     except (NotGenuine, KeyError):
         return ""
@@ -210,20 +210,6 @@ def is_signed(run: Path) -> bool:
     return (run / SIGNATURE).exists() or (run / EVIDENCE).exists()
 
 
-def _canonical(path: Path, most: int = reading.SMALL) -> dict[str, Any]:
-    """Read JSON of which each content has one spelling."""
-    data = reading.content(path, "the file as it was signed", TODO, NotGenuine, most)
-    try:
-        content = json.loads(data)
-        if not isinstance(content, dict) or canonical(content) != data:
-            raise ValueError
-    except MALFORMED:
-        fail(path, "was changed after it was signed", "canonical JSON")
-    if content.get("format") != FORMAT:
-        fail(path, "is of another format", FORMAT)
-    return content
-
-
 def _signature(run: Path) -> dict[str, Any]:
     path = run / SIGNATURE
     if not run.is_dir():
@@ -234,7 +220,7 @@ def _signature(run: Path) -> dict[str, Any]:
             f"{SIGNATURE}, which a coordinator writes when a run ends",
             "a model that was made of other runs is verified by those; an unfinished run: --resume",
         )
-    content = _canonical(path)
+    content, _ = signed_json(path, FORMAT)
     kinds = dict.fromkeys(("format", "ca", "coordinator", "signature"), "str")
     kinds |= dict.fromkeys(("files", "sizes"), "dict")
     if {name: type(value).__name__ for name, value in content.items()} != kinds:

@@ -9,7 +9,6 @@ Both are canonical JSON: each content has one spelling."""
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune import __version__
-from fedtune.evidence.figures import MALFORMED, TODO, fail
+from fedtune.evidence.figures import TODO, fail, signed_json
 from fedtune.evidence.sign import ADAPTER, RUN, NotGenuine, sha256
 from fedtune.files import reading
 from fedtune.files.writing import replace
@@ -79,7 +78,7 @@ def read_release(folder: Path) -> tuple[dict[str, Any], str]:
     digest. Errors: NotGenuine."""
     kinds = dict.fromkeys(("format", "ca", "coordinator", "made", "fedtune", "signature"), str)
     path = folder / RELEASE
-    body, data = _canonical(path, FORMAT, kinds | dict.fromkeys(("files", "sizes"), dict))
+    body, data = _read(path, FORMAT, kinds | dict.fromkeys(("files", "sizes"), dict))
     signature = body.pop("signature")
     if not verifies(body["coordinator"], PURPOSE + canonical(body), signature):
         fail(path, "its signature does not fit", "the signature of the key that it names")
@@ -130,7 +129,7 @@ def approvals(folder: Path, release: str) -> list[dict[str, Any]]:
     paths = sorted(inside.iterdir()) if inside.is_dir() else []
     kinds = dict.fromkeys(("format", "release", "name", "role", "reason", "date", "key"), str)
     for path in paths:
-        body, _ = _canonical(path, APPROVAL, kinds | {"signature": str})
+        body, _ = _read(path, APPROVAL, kinds | {"signature": str})
         signature = body.pop("signature")
         if path.name != file_name(body["key"]):
             fail(path, "is not named after its key", file_name(body["key"]))
@@ -147,16 +146,9 @@ def file_name(key: str) -> str:
     return f"{key[:16]}.json"
 
 
-def _canonical(path: Path, form: str, kinds: Mapping[str, type]) -> tuple[dict[str, Any], bytes]:
-    data = reading.content(path, "the file as it was signed", TODO, NotGenuine)
-    try:
-        body = json.loads(data)
-        if not isinstance(body, dict) or canonical(body) != data:
-            raise ValueError
-    except MALFORMED:
-        fail(path, "was changed after it was signed", "canonical JSON")
-    if body.get("format") != form:
-        fail(path, "is of another format", form)
+def _read(path: Path, form: str, kinds: Mapping[str, type]) -> tuple[dict[str, Any], bytes]:
+    """Read what was signed, with exactly these fields. Errors: NotGenuine."""
+    body, data = signed_json(path, form)
     if {name: type(value) for name, value in body.items()} != kinds:
         fail(path, "is not what is signed here")
     return body, data
