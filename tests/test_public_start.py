@@ -17,6 +17,7 @@ from fedtune.errors import ConfigError
 from fedtune.evaluation.evaluator import Evaluator
 from fedtune.models.lora import digest
 from fedtune.models.preconditioner import divided, identity_part
+from fedtune.report.claim import compared
 from fedtune.run_folder import load_plan
 from fedtune.server import store
 from fedtune.training.start import start
@@ -59,8 +60,14 @@ def test_a_whole_run_with_both(laid_out: Path, tmp_path: Path) -> None:
     saved = load_file(out / "adapter" / "adapter_model.safetensors")
     assert {name.split(".")[-2] for name in saved} == {"lora_A", "lora_B"}  # plain LoRA
     # The saved adapter, in an evaluator that knows no preconditioner, is what was measured.
-    after = Evaluator(progress.study, progress.frozen).measure(progress.adapter)
-    assert after == pytest.approx(quality["after"])
+    evaluator = Evaluator(progress.study, progress.frozen)
+    assert evaluator.measure(progress.adapter) == pytest.approx(quality["after"])
+    # What the sites' records added is judged against the start, not against the base.
+    low, high = quality["gain"]["over_start"]
+    assert low <= quality["after"]["loss"] - quality["start"]["loss"] <= high
+    assert [low, high] != pytest.approx(quality["gain"]["change"], abs=1e-6)
+    assert evaluator.measure(progress.origin) == pytest.approx(quality["start"])
+    assert compared("loss", [low, high])[1] in (out / "report.md").read_text()
 
 
 def test_it_costs_no_epsilon_and_is_bound_by_the_digest(laid_out: Path) -> None:

@@ -46,7 +46,7 @@ def closing(console: Console, out: Path, report: dict[str, Any]) -> None:
     if metric:
         console.print(f"{metric}: {short(before)} → [bold]{short(after)}[/bold]", highlight=False)
         if line := start_line(quality):
-            style = "bold yellow" if line.endswith("better") else None
+            style = None if "better than" in line else "bold yellow"
             console.print(f"  {line}", style=style, highlight=False, markup=False)
         print_verdict(console, quality)
     for name, alone in (report.get("alone") or {}).items():

@@ -39,7 +39,8 @@ class Told(Exception):
 def command(
     on: typer.Typer, name: str | None = None, *, panel: str | None = None, epilog: str | None = None
 ) -> Callable[[Callable[P, R]], Callable[P, None]]:
-    """Register a command whose errors become one line on stderr and an exit code.
+    """Register a command whose errors become one line on stderr, with their notes below it, and an
+    exit code.
 
     What none can use is refused before it runs: a path that no file has, no text, no number.
     A function that returns a result, rather than None, gets --json: the result as JSON is then all
@@ -48,7 +49,7 @@ def command(
     def register(function: Callable[P, R]) -> Callable[P, None]:
         @functools.wraps(function)
         def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
-            as_json = bool(kwargs.pop(JSON, False)) if adds_json else False
+            as_json, notes = bool(kwargs.pop(JSON, False)) if adds_json else False, list[str]()
             if os.environ.get(DEBUG) != "1":
                 warnings.simplefilter("ignore")  # other libraries' advice to their own users
             try:
@@ -69,6 +70,7 @@ def command(
                 code, line = told.error.exit_code, str(told.error)
             except FedtuneError as error:
                 code, line = error.exit_code, str(error)
+                notes = getattr(error, "__notes__", notes)
             except (typer.Exit, typer.Abort):
                 raise
             except Exception as error:  # a traceback may hold record content: off by default
@@ -80,6 +82,8 @@ def command(
                     "traceback, and mind that a traceback may show records"
                 )
             typer.echo(f"fedtune: {printable(' '.join(line.split()))}", err=True)
+            for note in notes:
+                typer.echo(printable(note), err=True)
             raise typer.Exit(code)
 
         adds_json = _returns(function)

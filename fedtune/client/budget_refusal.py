@@ -29,8 +29,8 @@ SEARCH = 7  # halvings between nothing and what the plan asks for
 MOST = 4  # studies that are listed
 CEILINGS = ("policy.max_epsilon", "the plan's own lifetime")
 TODO = (
-    "try settings on data that no patient is in (`fedtune tune`); a higher policy.max_epsilon is "
-    "for whoever answers for the data to decide"
+    "take what fits, or try settings on data that no patient is in (`fedtune tune`); a higher "
+    "policy.max_epsilon is for whoever answers for the data to decide"
 )
 
 
@@ -44,41 +44,44 @@ def remember(sites: Sequence[Site], run: Path) -> None:
             replace(site.site.state / PLACES, json.dumps(places, indent=1).encode(), private=True)
 
 
-def explain(study: Study, site: Site, ledger: Ledger) -> str:
-    """Describe on one line what was spent of a site's budget, by which studies, where their runs
-    lie as far as this site knows, and what would fit; for the site's own screen."""
+def explain(study: Study, site: Site, ledger: Ledger) -> list[str]:
+    """Describe what was spent of a site's budget, then a line for each study that spent it with
+    where its run lies, as far as this site knows, then what would fit; for the site's own screen.
+    """
     policy, name = site.policy, site.data.name
     spent = ledger.spending(name)
     total = budget(name, spent, policy)
     lines = study_lines(spent, policy.max_delta, study.unit)
     places = _places(site)
     paid = f"ε = {rounded_up(total.epsilon)} (at δ = {2 * total.delta:g}) of {policy.max_epsilon:g}"
-    parts = [f"dataset {name!r} has paid {paid}"]
-    if lines:
-        newest = sorted(lines, key=lambda line: -line.last)
-        told = [_study(line, places) for line in newest[:MOST]]
-        more = f", and {len(lines) - MOST} more studies" if len(lines) > MOST else ""
-        parts[0] += f", for {', '.join(told)}{more}"
-    if fitting := fits(study, site, ledger.charges(name)):
-        parts.append(f"what fits: {fitting}")
-    return "; ".join(parts)
+    newest = sorted(lines, key=lambda line: -line.last)
+    told = [f"dataset {name!r} has paid {paid}", *(_study(line, places) for line in newest[:MOST])]
+    if len(lines) > MOST:
+        told.append(f"and {len(lines) - MOST} more studies (`fedtune ledger`)")
+    fitting = fits(study, site, ledger.charges(name))
+    return [*told, f"what fits: {fitting or 'nothing of this study'}"]
 
 
 def explained(refusal: Refused, study: Study, sites: Sequence[Site]) -> Refused:
-    """Return the refusal of a simulated study with what its sites' ledgers tell, all on this
-    machine; itself, where no budget refused."""
+    """Return the refusal of a simulated study with notes of what its sites' ledgers tell, all on
+    this machine; itself, where no budget refused."""
     if not any(ceiling in str(refusal) for ceiling in CEILINGS):
         return refusal
-    told = []
+    told: list[str] = []
     for site in sites:
         if site.data.declared or not (site.site.state / DATABASE).exists():
             continue
         with suppress(FedtuneError):
             ledger = Ledger(site.site.state)
             if not _within(study, site, ledger.charges(site.data.name)):
-                told.append(f"{site.site.name}: {explain(study, site, ledger)}")
-    todo = "; ".join([*told, TODO])
-    return type(refusal)(refusal.happened, refusal.expected, todo) if told else refusal
+                paid, *more = explain(study, site, ledger)
+                told += [f"  {site.site.name}: {paid}", *(f"    {line}" for line in more)]
+    if not told:
+        return refusal
+    fuller = type(refusal)(refusal.happened, refusal.expected, TODO)
+    for line in told:
+        fuller.add_note(line)
+    return fuller
 
 
 def fits(study: Study, site: Site, charges: Sequence[Charge]) -> str:
@@ -126,7 +129,7 @@ def _study(line: StudyLine, places: dict[str, str]) -> str:
     at = datetime.fromtimestamp(line.last, UTC).date().isoformat()
     where = f", in {places[line.study]}" if line.study in places else ""
     digest = line.study.removeprefix("sha256:")[:8]
-    return f"{line.name} ({digest}, {at}, ε = {rounded_up(line.epsilon)} alone{where})"
+    return f"{line.name} ({digest}, {at}): ε = {rounded_up(line.epsilon)} alone{where}"
 
 
 def _places(site: Site) -> dict[str, str]:

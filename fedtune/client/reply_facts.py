@@ -48,7 +48,7 @@ def reply_facts(message: Message, reply: Message, context: Context) -> dict[str,
                 facts["planned"] = {site.site.site.name: planned}
     facts["text"] = f"{name}: {f'{place} ' if place else ''}{_line(facts)}"
     if study is not None and status == "refused" and "policy.max_epsilon" in reason:
-        facts["text"] += f"; {explain(study, site.site, site.ledger)}; {TODO}"
+        facts["text"] += f"; {'; '.join(explain(study, site.site, site.ledger))}; {TODO}"
     reviewed = context.node_config.get("reviewed")
     if study is not None and reviewed not in (None, "", study.digest) and not place:
         facts["text"] += (

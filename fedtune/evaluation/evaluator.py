@@ -135,10 +135,11 @@ class Evaluator:
         pair = before.value(self.metric), after.value(self.metric)
         return Compared(*pair, float(np.mean(better)))
 
-    def gain(self, adapter: Arrays) -> dict[str, Any]:
+    def gain(self, adapter: Arrays, start: Arrays | None = None) -> dict[str, Any]:
         """records; intervals: of the metric and the loss, the 95 % intervals of base, adapter and
         change against the untouched base (paired bootstrap over the records; of a share of records
-        Wilson's); change: the metric's; of pairs also evaluation.pairs.pair_facts."""
+        Wilson's); change: the metric's; over_start: the metric's change against `start`, the
+        adapter that public text alone gives; of pairs also evaluation.pairs.pair_facts."""
         before, after = self.untouched, self.scores(adapter, with_kl=True)
         bounds = {
             name: {key: list(bound) for key, bound in intervals(before, after, name).items()}
@@ -146,6 +147,9 @@ class Evaluator:
         }
         change = bounds[str(self.metric)]["change"]
         facts = {"records": len(self), "change": change, "intervals": bounds}
+        if start is not None:
+            over = intervals(self.scores(start), after, str(self.metric))["change"]
+            facts["over_start"] = list(over)
         return facts | self.pairs_of(before, after)
 
     def pairs_of(self, before: Scores, after: Scores) -> dict[str, Any]:

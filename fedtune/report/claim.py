@@ -61,22 +61,38 @@ def number(value: Any) -> float | None:
 
 
 def start_line(quality: dict[str, Any]) -> str:
-    """Say what public text alone gave before the first round, and whether the sites' records added
-    anything to it; "" where nothing was trained before.
+    """Say what public text alone gave before the first round, and what the sites' records added to
+    it, by the 95 % interval of the change; "" where nothing was trained before.
 
-    >>> start_line({"metric": "loss", "start": {"loss": 2.25}, "after": {"loss": 2.5}})
-    "from public text alone, before the first round and for no ε: 2.25; the sites' records made \
-it no better"
+    >>> gain = {"records": 60, "over_start": [-0.5, 0.25]}
+    >>> start_line({"metric": "loss", "start": {"loss": 2.25}, "gain": gain})
+    "from public text alone, before the first round and for no ε: 2.25; with the sites' records \
+not told apart from it: change of loss -0.5 to +0.25"
     """
     metric = quality.get("metric")
-    start, after = (number((quality.get(key) or {}).get(metric)) for key in ("start", "after"))
+    start = number((quality.get("start") or {}).get(metric))
     if not metric or start is None:
         return ""
     line = f"from public text alone, before the first round and for no ε: {start:.4g}"
-    if after is None:
-        return line
-    added = after > start if known_metric(metric).higher_is_better else after < start
-    return line if added else f"{line}; the sites' records made it no better"
+    told = compared(metric, (quality.get("gain") or {}).get("over_start"))
+    return f"{line}; with the sites' records {told[0]} it: {told[1]}" if told else line
+
+
+def compared(metric: str, change: Any) -> tuple[str, str] | None:
+    """Judge a metric's change by its 95 % interval: how the later model compares, and the interval
+    in words; None where there is none.
+
+    >>> compared("accuracy", [0.25, 0.5])
+    ('better than', 'change of accuracy +0.25 to +0.5')
+    """
+    low, high = map(number, change or (None, None))
+    if low is None or high is None:
+        return None
+    better = known_metric(metric).higher_is_better
+    worse = high < 0 if better else low > 0
+    improved = low > 0 if better else high < 0
+    claim = "worse than" if worse else "better than" if improved else "not told apart from"
+    return claim, f"change of {metric} {low:+.3g} to {high:+.3g}"
 
 
 def verdict(quality: dict[str, Any]) -> str:
@@ -87,17 +103,13 @@ def verdict(quality: dict[str, Any]) -> str:
     from fedtune.report.preference import alarms  # which writes with this module's number
 
     metric, gain = quality.get("metric"), quality.get("gain") or {}
-    low, high = map(number, gain.get("change") or (None, None))
-    if not metric or low is None or high is None:
+    told = compared(metric, gain.get("change")) if metric else None
+    if told is None:
         return ""
-    better = known_metric(metric).higher_is_better
-    worse = high < 0 if better else low > 0
-    improved = low > 0 if better else high < 0
-    claim = "worse than" if worse else "better than" if improved else "not told apart from"
-    if improved and alarms(quality):
+    claim, interval = told
+    if claim == "better than" and alarms(quality):
         claim = "NOT shown to be better than"
-    interval = f"change of {metric} {low:+.3g} to {high:+.3g}, 95 % over {gain['records']} records"
-    return f"{claim} the base: {interval}"
+    return f"{claim} the base: {interval}, 95 % over {gain['records']} records"
 
 
 def strength(epsilon: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedtune.registry.metrics import metric as known_metric
-from fedtune.report.claim import number, start_line, verdict
+from fedtune.report.claim import compared, number, verdict
 from fedtune.report.text import cell, figure, table
 
 HELD_OUT = "the study's held-out records"
@@ -87,7 +87,8 @@ def _started(quality: dict[str, Any], names: list[str]) -> str:
     if not isinstance(start, dict):
         return ""
     figures = ", ".join(f"{cell(n)} {figure(start[n])}" for n in names if n in start)
-    added = " The sites' records made it no better." if "no better" in start_line(quality) else ""
+    told = compared(str(quality.get("metric")), (quality.get("gain") or {}).get("over_start"))
+    added = f" With the sites' records the model is {told[0]} that: {told[1]}." if told else ""
     return f"\n\nBefore the first round, from public text alone and for no ε: {figures}.{added}"
 
 

@@ -118,8 +118,10 @@ class Roster:
 
     def too_few(self, kind: type[FedtuneError]) -> FedtuneError:
         """Build the error that lists the missing sites with their reasons."""
-        out = self.out()
-        reasons = "; ".join(f"{name}: {why}" for name, why in out.items())
+        out, alike = self.out(), dict[str, list[str]]()
+        for name, why in out.items():
+            alike.setdefault(why, []).append(name)
+        reasons = "; ".join(f"{', '.join(names)}: {why}" for why, names in alike.items())
         return kind(
             f"{len(self.willing())} sites take part" + (f" ({reasons})" if out else ""),
             f"at least strategy.min_sites = {self.study.strategy.min_sites}",

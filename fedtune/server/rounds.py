@@ -63,7 +63,7 @@ def run(
         if progress is None:
             started = parts.start(study)
             progress = Progress(study.digest, started.study, started.adapter, started.frozen)
-            progress.origin = started.adapter if study.selection else {}
+            progress.origin = started.adapter if study.selection or study.start else {}
         strategy.load_state(progress.strategy)
         return _Run(grid, out, parts, on_event, strategy, progress).go(fresh)
     except BaseException:
@@ -382,8 +382,7 @@ class _Run:
     def _report(self) -> dict[str, Any]:
         report = summary.report(self.progress, self.parts)
         if self._evaluator:
-            chosen = self._selector, self.progress.adapter
-            report["quality"] |= summary.judged(self._evaluator, *chosen)
+            report["quality"] |= summary.judged(self.progress, self._evaluator, self._selector)
         if self.continuous:
             report |= {"continuous": self.continuous.report()}
             report["quality"] = {**report["quality"], **self.continuous.quality()}

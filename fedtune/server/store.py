@@ -81,13 +81,13 @@ FOLLOWS = {
 class Progress:
     """A run between two phases.
 
-    asked: digest of the study as it was given; study: the same, resolved; origin: with [selection],
-    the adapter before the first round; round: the last one
-    kept, with which alone adapter and strategy change; events: site -> its step log for this study
-    so far; queries: the same for its answers about held-out records; keys: site -> its public
-    signing key; receipts: site -> its newest receipt, sent back with the next order; history: one
-    entry per round kept; before, started: quality of the base, and of what public text makes of it
-    before the first round.
+    asked: digest of the study as it was given; study: the same, resolved; origin: with [selection]
+    or a public start, the adapter before the first round; round: the last one kept, with which
+    alone adapter and strategy change; events: site -> its step log for this study so far; queries:
+    the same for its answers about held-out records; keys: site -> its public signing key; receipts:
+    site -> its newest receipt, sent back with the next order; history: one entry per round kept;
+    before, started: quality of the base, and of what public text makes of it before the first
+    round.
     Guarantee: everything in it is public or was noised at a site before it was sent."""
 
     asked: str

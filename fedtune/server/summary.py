@@ -15,7 +15,6 @@ from fedtune.server.parts import Dependencies, Measures
 from fedtune.server.provenance import made
 from fedtune.server.store import Progress
 from fedtune.server.teacher import with_teacher
-from fedtune.wire.codec import Arrays
 
 RELATION = "add or remove one unit"
 WARNING = 'privacy = "off": nothing was clipped for a guarantee and no noise was added'
@@ -255,10 +254,11 @@ def _evaluation(progress: Progress, parts: Dependencies, privacy: PrivacyTable) 
     return {**worst, "with_training": both_files, "sites": sites}
 
 
-def judged(evaluator: Measures, selector: Measures | None, adapter: Arrays) -> dict[str, Any]:
-    """Report the last adapter's gain over the base, with its intervals, and on how many records
-    each step was chosen, where it was."""
-    gain = {"gain": evaluator.gain(adapter)}
+def judged(progress: Progress, evaluator: Measures, selector: Measures | None) -> dict[str, Any]:
+    """Report the last adapter's gain over the base and over the public start, with intervals, and
+    on how many records each step was chosen, where it was."""
+    start = progress.origin if progress.study.start and progress.origin else None
+    gain = {"gain": evaluator.gain(progress.adapter, start)}
     return gain if selector is None else gain | {"selection_records": len(selector)}
 
 

@@ -30,11 +30,11 @@ def sites() -> list[Site]:
 def test_a_refusal_says_by_what_where_and_what_fits(spent: Path) -> None:
     site = load_site("north/site.toml")
     again = load_study(spent, settings=["privacy.epsilon=7"])
-    text = explain(again, site, Ledger(site.site.state))
-    paid = r"dataset 'records' has paid ε = [\d.]+ \(at δ = 0.002\) of 8, for tiny \([0-9a-f]{8}, "
-    assert re.search(paid, text)
-    assert f"in {Path('runs/first').absolute()}" in text
-    (most,) = re.findall(r"--set privacy\.epsilon=([\d.]+)", text)
+    paid, by, fitting = explain(again, site, Ledger(site.site.state))
+    assert re.fullmatch(r"dataset 'records' has paid ε = [\d.]+ \(at δ = 0.002\) of 8", paid)
+    assert re.match(r"tiny \([0-9a-f]{8}, [\d-]{10}\): ε = [\d.]+ alone, in ", by)
+    assert by.endswith(f"in {Path('runs/first').absolute()}")
+    (most,) = re.findall(r"--set privacy\.epsilon=([\d.]+)", fitting)
     more = load_study(spent, settings=[f"privacy.epsilon={float(most) + 0.1}"])
     assert 0 < float(most) < 7 and not _within(
         more, site, Ledger(site.site.state).charges("records")
@@ -49,12 +49,17 @@ def test_the_commands_refusal_has_it_and_the_message_to_the_coordinator_has_not(
 ) -> None:
     refused = run("simulate", spent, "--set", "training.learning_rate=0.7", "--out", "other")
     assert refused.exit_code == 3
-    assert "has paid ε = " in refused.stderr and "runs/first" in refused.stderr
-    assert refused.stderr.count("`fedtune tune`") == 1
+    line, *notes = refused.stderr.splitlines()
+    assert len(line) < 500 and "has paid" not in line  # the rule, and what to do
+    assert line.count("`fedtune tune`") == 1
+    told = "\n".join(notes)
+    for name in ("north", "south"):
+        assert re.search(rf"^  {name}: dataset 'records' has paid ε = ", told, re.MULTILINE)
+    assert len(re.findall(r"^    tiny \(.*runs/first$", told, re.MULTILINE)) == 2
     for log in (Path("other/log.jsonl"), Path("north/state/log.jsonl")):
         assert not log.exists() or "has paid" not in log.read_text()
-    sent = re.search(r"north: (.*?); south: ", refused.stderr)
-    assert sent and "has paid" not in sent[1] and "first" not in sent[1]
+    sent = re.search(r"\(north, south: (refused: .*)\)", line)
+    assert sent and "first" not in sent[1]
 
 
 def test_where_sigma_is_given_rounds_are_searched(study: Path) -> None:
@@ -69,14 +74,18 @@ def test_where_sigma_is_given_rounds_are_searched(study: Path) -> None:
 def test_nothing_fits_where_nothing_is_left(study: Path) -> None:
     path = Path("north/site.toml")
     path.write_text(path.read_text().replace("max_epsilon = 8", "max_epsilon = 0.001"))
-    assert fits(load_study(study), load_site(path), []) == ""
+    site = load_site(path)
+    assert fits(load_study(study), site, []) == ""
+    assert explain(load_study(study), site, Ledger(site.site.state))[-1].endswith(
+        "nothing of this study"
+    )
 
 
 def test_a_damaged_note_of_places_is_no_error(spent: Path) -> None:
     site = load_site("north/site.toml")
     assert list(json.loads((site.site.state / PLACES).read_text()).values())
     (site.site.state / PLACES).write_text("[")
-    assert "has paid" in explain(load_study(spent), site, Ledger(site.site.state))
+    assert "has paid" in explain(load_study(spent), site, Ledger(site.site.state))[0]
 
 
 def test_a_refusal_that_no_budget_made_is_as_it_was(study: Path) -> None:

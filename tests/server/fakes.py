@@ -165,7 +165,7 @@ class FakeEvaluator:
     def __len__(self) -> int:
         return 10
 
-    def gain(self, adapter: dict[str, np.ndarray]) -> dict[str, Any]:
+    def gain(self, adapter: dict[str, np.ndarray], start: Any = None) -> dict[str, Any]:
         return {"records": 12, "change": [-1.0, 1.0]}
 
 
