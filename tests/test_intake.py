@@ -294,6 +294,7 @@ def test_a_query_needs_the_policys_leave_and_review_and_report_say_so(
     assert SiteWorker(site).prepare(begun.study, begun.frozen).admitted
     sections = dict(review(begun.study, site, Ledger(site.site.state)).sections)
     assert any("NOT COVERED" in line for line in sections["What it costs"])
+    assert "that a query or a view selects" in " ".join(sections["What would leave this site"])
     shown = command("data", "report", "site-north.toml")
     assert shown.exit_code == 0 and "outside the guarantee" in shown.output, shown.output
 

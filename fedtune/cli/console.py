@@ -17,7 +17,7 @@ from rich.text import Text
 from fedtune.cli.figures import short, size_text
 from fedtune.errors import printable
 from fedtune.report.claim import percent, rounded_up, start_line, verdict
-from fedtune.report.declared import declared_line
+from fedtune.report.declared import site_lines
 from fedtune.report.preference import alarms, pair_lines
 from fedtune.report.teacher import teacher_line
 
@@ -62,7 +62,7 @@ def closing(console: Console, out: Path, report: dict[str, Any]) -> None:
             console.print(f"  {line}", highlight=False, markup=False)
     else:
         warn_not_private(console)
-    if said := declared_line(report):
+    if said := site_lines(report):
         console.print(said, style="bold yellow", highlight=False, markup=False)
     from fedtune.evidence.verify import signer
     from fedtune.models.adapter_files import HEAD

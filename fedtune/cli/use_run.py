@@ -154,7 +154,7 @@ def versions(
     from fedtune.errors import ConfigError, InputError
     from fedtune.evidence.audit_log import coordinator_log
     from fedtune.evidence.verify import key_of
-    from fedtune.report.declared import declared_line
+    from fedtune.report.declared import site_lines
     from fedtune.run_folder import read_report
     from fedtune.server.versions import Versions
 
@@ -185,7 +185,7 @@ def versions(
         typer.echo(f"report.md has no figure of it: {reason}", err=True)
     pinned = "; it stays until --unpin" if index.pinned else ""
     typer.echo(f"released: version {index.champion}, {run / 'adapter'}{pinned}")
-    if (run / "report.json").is_file() and (said := declared_line(read_report(run))):
+    if (run / "report.json").is_file() and (said := site_lines(read_report(run))):
         typer.echo(said)
     return asdict(index) | {"not_measured": reason}
 

@@ -111,7 +111,7 @@ def _dossier_lines(dossier: dict[str, Any]) -> list[str]:
 
 def _lines(found: Verified) -> str:
     from fedtune.report.claim import rounded_up
-    from fedtune.report.declared import declared_line
+    from fedtune.report.declared import declared_line, free_query_line
 
     claim = "NOT PRIVATE"
     if found.epsilon is not None:
@@ -136,6 +136,8 @@ def _lines(found: Verified) -> str:
         lines += _dossier_lines(found.dossier)
     if line := declared_line({"declared": found.declared}):
         lines.append(f"declared     by the coordinator's report: {line}")
+    if line := free_query_line({"free_query": [*found.free_query]}):
+        lines.append(f"NOT COVERED  by the coordinator's report: {line}")
     if found.not_signed:
         lines.append(f"not signed   {', '.join(found.not_signed)}")
     if found.exported:

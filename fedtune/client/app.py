@@ -49,6 +49,8 @@ def prepare(message: Message, context: Context) -> Message:
             answer["lora_rank"] = admission.lora_rank
         if admission.declared is not None:
             answer["declared"] = admission.declared
+        if admission.free_query:
+            answer["free_query"] = True
         if not admission.admitted:
             raise PolicyRefused(admission.reason)
         rule = site.site.policy.admission

@@ -62,6 +62,18 @@ def permit_declared(current: Site, loaded: Site, home: Ledger) -> None:
             ledger_entries.check_declared(home, data.name, data.declared)
 
 
+def as_stated(current: Site, loaded: Site) -> Site:
+    """Return the site file as it is now. Errors: PolicyRefused where a query or a view selects its
+    records since the site joined, of which the coordinator was told nothing."""
+    if current.free_query and not loaded.free_query:
+        raise PolicyRefused(
+            "a query or a view selects records since this site joined",
+            "what the site stated when it joined",
+            "stop this site and start it again; then the coordinator is told",
+        )
+    return current
+
+
 def allow_declared(site: Site) -> None:
     """Refuse declared data in a consortium unless the site's policy allows it.
 

@@ -133,8 +133,7 @@ def _about_plugins(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]
 
 def _about_query(site: Site) -> Iterator[PolicyRefused]:
     """Refuse where a query or a view, which the guarantee does not cover, selects the records."""
-    free = any(table.free_query for table in (site.data, site.evaluation) if table)
-    if free and not site.policy.allow_free_query:
+    if site.free_query and not site.policy.allow_free_query:
         yield PolicyRefused(
             "a query or a view selects this site's records, so that one patient may decide what "
             "becomes of another's, and policy.allow_free_query is not set",

@@ -34,6 +34,7 @@ class Admission:
     declared_size: int
     lora_rank: int | None = None  # how many ranks it trains, where the plan lets sites choose
     declared: str | None = None  # public or generated, where a person declared the data to be
+    free_query: bool = False  # a query or a view selects the records: outside the guarantee
 
 
 @dataclass(frozen=True, repr=False)

@@ -97,14 +97,14 @@ def review(study: Study, site: Site, ledger: Ledger) -> Review:
     refused = [str(refusal) for refusal in would_refuse(study, site, plan, ledger)]
     sections = [
         ("What would run", _runs(study, plan, site)),
-        ("What would leave this site", _leaves(study)),
+        ("What would leave this site", _leaves(study, site)),
         ("What it costs", [*_selected(site), *_declared(site), *_costs(study, site, plan, ledger)]),
     ]
     return Review(study.digest, sections, refused, _verdict(study, site, plan, ledger, refused))
 
 
 def _selected(site: Site) -> list[str]:
-    if not any(table.free_query for table in (site.data, site.evaluation) if table):
+    if not site.free_query:
         return []
     return [
         "NOT COVERED: a query or a view selects this site's records. Where it counts, ranks, "
@@ -235,14 +235,17 @@ def _objective(study: Study, site: Site) -> list[str]:
     return lines
 
 
-def _leaves(study: Study) -> list[str]:
+def _leaves(study: Study, site: Site) -> list[str]:
     what = "one noised update of the adapter" if study.private else "one update, WITHOUT noise"
+    facts = ["this site's name", "its declared size", "its public signing key"]
+    facts += ["how many ranks it trains"] if study.lora and study.lora.min_rank else []
+    facts += [f"that its data is declared {site.data.declared}"] if site.data.declared else []
+    facts += ["that a query or a view selects its records"] if site.free_query else []
     lines = [
         f"Each round: {what}, signed, with the noise, clipping and sampling figures that the plan "
         "already names, and the head of this site's ledger (a hash).",
         *_queries(study),
-        "Once: this site's name, its declared size, its public signing key"
-        + (" and how many ranks it trains." if study.lora and study.lora.min_rank else "."),
+        f"Once: {', '.join(facts)}.",
         "On refusal: the rule that said no. On an error: the kind of error, not its words.",
         "Never without noise: records, counts, losses, gradients.",
         "Never at all: timings, or who was sampled.",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from safetensors.numpy import load, save
 
 from fedtune.client import evaluation
-from fedtune.client.declared import paid_by_run, permit_declared, run_ledger
+from fedtune.client.declared import as_stated, paid_by_run, permit_declared, run_ledger
 from fedtune.client.evaluation import unit_rows
 from fedtune.client.policy import accounted, admit, base_for, order_of, planned, within_budget
 from fedtune.client.prepared import (
@@ -130,8 +130,8 @@ class SiteWorker:
             return self._admission(False, str(refusal))
         lora = study.lora
         chosen = self._prepared[study.digest].lora_rank if lora and lora.min_rank else None
-        declared = self.site.data.declared
-        return replace(self._admission(True, "", chosen), declared=declared)
+        stated = {"declared": self.site.data.declared, "free_query": self.site.free_query}
+        return replace(self._admission(True, "", chosen), **stated)
 
     def _prepare_model(
         self, study: Study, plan: DpPlan | None, frozen: Arrays, coordinator: str
@@ -386,7 +386,7 @@ class SiteWorker:
 
     def _current(self) -> Site:
         """Load the site file as it is now: a tightened policy applies from the next round."""
-        return self.site if self._path is None else load_site(self._path)
+        return as_stated(load_site(self._path), self.site) if self._path else self.site
 
     @property
     def _dataset(self) -> str:

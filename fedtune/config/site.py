@@ -264,6 +264,12 @@ class Site(Table):
         return made
 
     @property
+    def free_query(self) -> bool:
+        """Whether a query or a view selects the records, trained on or held out: then one patient
+        may decide what becomes of another's, which no ε covers."""
+        return any(table.free_query for table in (self.data, self.evaluation) if table)
+
+    @property
     def file(self) -> Path | None:
         """The site.toml that it was loaded from, which may have changed since."""
         return self._file

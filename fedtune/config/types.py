@@ -146,7 +146,12 @@ def _json_value(value: Any) -> Any:
 class Table(BaseModel):
     """A TOML table: frozen, strict, and closed to unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        hide_input_in_errors=True,  # a url may have a password in it
+    )
 
     def changed(self, **changes: Any) -> Self:
         """Copy with some values changed, and validate the copy: a dict changes a nested table, as

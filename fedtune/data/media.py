@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from fedtune.data.files import Rejected
 from fedtune.errors import ConfigError
+from fedtune.files import reading
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -82,7 +83,7 @@ def load(path: Path, kind: Kind) -> Media:
     """Read the file at `path`, and decode it once to check that this is possible. Errors: as
     Folder.read."""
     try:
-        with path.open("rb") as file:
+        with reading.opened(path) as file:
             content = file.read(BYTES + 1)
     except OSError:
         raise Rejected(f"unreadable {kind}") from None

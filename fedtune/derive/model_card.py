@@ -15,7 +15,7 @@ from fedtune.files import reading
 from fedtune.models.adapter_files import AGAIN
 from fedtune.models.run import Run
 from fedtune.report.claim import rounded_up
-from fedtune.report.declared import declared_line
+from fedtune.report.declared import site_lines
 
 
 class Use(NamedTuple):
@@ -29,9 +29,9 @@ TEXT = Use("text-generation", ('    AutoModelForCausalLM.from_pretrained("THIS F
 
 
 def privacy_line(report: dict[str, Any], signed: bool = True) -> str:
-    """Return one line with the report's privacy guarantee, whether nobody signed for it, and who
-    trained on no patient's data."""
-    said = declared_line(report)
+    """Return one line with the report's privacy guarantee, whether nobody signed for it, and which
+    sites trained on what it does not cover, or on no patient's data."""
+    said = site_lines(report)
     more = f". {said}".removesuffix(".") if said else ""
     if not report.get("private"):
         return f"NOT PRIVATE: it may repeat the records that it was trained on{more}"

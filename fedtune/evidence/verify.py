@@ -50,10 +50,11 @@ class Verified:
     the one that was asked for; simulated: whether no consortium's CA stands behind it; sites: each
     one's fingerprint ("" where it never enrolled), steps and ε; epsilon: the largest of them, None
     without privacy; not_signed: what else lies in the folder; declared: sites whose data the report
-    calls public or generated; exported: whether the run was found inside an exported model, whose
-    weights nobody signed; capped: whether ε is the plan's bound for one patient, at which the sites
-    leave a patient out, and not what all steps together would give; dossier: of a dossier, when it
-    was made, its files, and who approved it."""
+    calls public or generated; free_query: sites of which it says that a query or a view selects the
+    records, which ε does not cover; exported: whether the run was found inside an exported model,
+    whose weights nobody signed; capped: whether ε is the plan's bound for one patient, at which the
+    sites leave a patient out, and not what all steps together would give; dossier: of a dossier,
+    when it was made, its files, and who approved it."""
 
     study: str
     plan: str
@@ -69,6 +70,7 @@ class Verified:
     sites: dict[str, dict[str, Any]] = field(default_factory=dict)
     not_signed: tuple[str, ...] = ()
     declared: dict[str, str] = field(default_factory=dict)
+    free_query: tuple[str, ...] = ()
     exported: bool = False
     capped: bool = False
     dossier: dict[str, Any] = field(default_factory=dict)
@@ -127,6 +129,7 @@ def verify_run(run: Path, trust: str = "", sites: Mapping[str, str] | None = Non
         files=len(signed["files"]),
         not_signed=_not_signed(exported or run, run),
         declared=report.get("declared") or {},
+        free_query=tuple(report.get("free_query") or ()),
         exported=exported is not None,
         **claim,
     )

@@ -10,7 +10,9 @@ Errors: `kind`, an InputError unless the caller names a subclass; it holds the p
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -41,6 +43,16 @@ def unusable(path: str | Path) -> str:
     if len(name) > PATH or any(len(part) > NAME for part in name.split(b"/")):
         return "longer than a path can be"
     return ""
+
+
+class NotRegular(OSError):
+    """What has the name of a file is a folder, a pipe, a device or a socket."""
+
+
+def opened(path: Path) -> io.BufferedReader:
+    """Open a regular file for reading, without waiting for whatever else may have its name by now,
+    as a pipe without a writer. Errors: OSError, of which NotRegular."""
+    return open(_descriptor(path), "rb")
 
 
 def regular(path: Path, expected: str, todo: str = "", kind: Kind = InputError) -> Path:
@@ -166,21 +178,29 @@ def _table(
 
 
 def _opened(path: Path, expected: str, todo: str, kind: Kind) -> int:
-    """A descriptor of a regular file. O_NONBLOCK: a pipe without a writer is opened at once."""
+    """A descriptor of a regular file. Errors: as above."""
     if why := unusable(path):
         raise kind(f"{str(path)[:80]}: {why}", expected, todo)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return _descriptor(path)
     except FileNotFoundError:
         raise kind(f"{path}: no such file", expected, todo) from None
+    except NotRegular as error:
+        raise kind(f"{path}: is {error.strerror}", expected, todo) from None
     except OSError as error:
         raise kind(f"{path}: cannot be read ({error.strerror})", expected, todo) from None
+
+
+def _descriptor(path: Path) -> int:
+    """Open what is there, and look at that: the name may mean something else a moment later.
+
+    O_NONBLOCK: a pipe without a writer is opened at once. Errors: OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
         return descriptor
     os.close(descriptor)
-    file_kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
-    raise kind(f"{path}: is {file_kind}", expected, todo)
+    raise NotRegular(errno.EINVAL, "a folder" if stat.S_ISDIR(mode) else "no regular file")
 
 
 def fingerprint(path: Path) -> str:

@@ -63,7 +63,8 @@ LOGGABLE = frozenset(name for name, metric in METRICS.items() if metric.loggable
 # Of a reason, the first of these that it contains is logged.
 PHRASES = (
     "policy.max_epsilon_per_study", "policy.max_epsilon", "policy.max_delta",
-    "policy.allow_privacy_off", "policy.allow_free_query", "policy.allow_declared_data",
+    "policy.allow_privacy_off", "policy.allow_free_query", "selects records since",
+    "policy.allow_declared_data",
     "charged as private",
     "were declared public or",
     "what it declares of its data", "has no such declaration", "data.declared was changed",
@@ -218,6 +219,7 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "kind": _one_of(KINDS),
     "error": _exception,
     "participants": _names,
+    "free_query": _names,
     "missing": by(_name, reason_of),
     "late": by(_name, reason_of),
     "quality": by(_one_of(LOGGABLE), _number),

@@ -1,4 +1,5 @@
-"""Say in every output of a run which sites trained on data that no patient is in."""
+"""Say in every output of a run which sites trained on data that no patient is in, and which on
+records that its ε does not cover."""
 
 from __future__ import annotations
 
@@ -40,14 +41,39 @@ It paid from a ledger of the run, not from a budget for life.'
     )
 
 
+def free_query_line(report: Mapping[str, Any]) -> str:
+    """Name the sites whose records a query or a view selected, and what that means for ε; "" where
+    there is none.
+
+    >>> free_query_line({"free_query": ["north"]})
+    'A query or a view selected the records of north: what it couples between patients, as by \
+counting, ranking or averaging, is not covered by ε.'
+    """
+    names = report.get("free_query")
+    if not isinstance(names, list) or not names:
+        return ""
+    return (
+        f"A query or a view selected the records of {' and '.join(map(str, names))}: what it "
+        "couples between patients, as by counting, ranking or averaging, is not covered by ε."
+    )
+
+
+def site_lines(report: Mapping[str, Any]) -> str:
+    """Join both sentences about sites' records; "" where there is nothing to say."""
+    return " ".join(filter(None, [free_query_line(report), declared_line(report)]))
+
+
 def declared_in(reports: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the "declared" section of what is made of several runs: a site that trained on private
-    data in one of them is not in it. {} where none is left."""
+    """Return the sections "declared" and "free_query" of what is made of several runs, where they
+    are not empty: a site that trained on private data in one of them is not in the first, one that
+    used a query in one of them is in the second."""
     declared: dict[str, str] = {}
-    private: set[str] = set()
+    private, uncovered = set[str](), set[str]()
     for report in reports:
+        uncovered |= {*report.get("free_query", ())}
         said = report.get("declared") or {}
         private |= set((report.get("privacy") or {}).get("sites") or {}) - set(said)
         declared |= said
     left = {name: what for name, what in sorted(declared.items()) if name not in private}
-    return {"declared": left} if left else {}
+    sections = {"declared": left, "free_query": sorted(uncovered)}
+    return {name: section for name, section in sections.items() if section}

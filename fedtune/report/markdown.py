@@ -14,7 +14,7 @@ from fedtune.report.claim import (
     rounded_up,
     strength,
 )
-from fedtune.report.declared import declared_line
+from fedtune.report.declared import declared_line, free_query_line
 from fedtune.report.text import cell, figure, table
 
 DIRECTIONS = ("bytes_up", "bytes_down")
@@ -34,6 +34,7 @@ def markdown(report: dict[str, Any]) -> str:
     parts = [
         f"# {cell(report.get('study', 'study'))}: report",
         f"> **Not patients' data.** {cell(said)}" if (said := declared_line(report)) else "",
+        f"> **Not covered.** {cell(said)}" if (said := free_query_line(report)) else "",
         _claim(report) if report.get("private") else _banner(report),
         quality(report.get("quality") or {})
         if "merge" not in report

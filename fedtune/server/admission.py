@@ -63,10 +63,11 @@ class Roster:
 
     sizes, keys: site -> declared size and public key, fixed by its first admission; lora_ranks:
     likewise how many ranks it trains, where the plan lets sites choose; declared: site -> what it
-    says of its data, of DECLARED, "" where it is private; enrolled: each node's
-    member at present (None: anybody); expect: called with the nodes that are asked and the bytes
-    that an answer may have; refused: site -> reason, for the rest of the run; absent: sites that
-    failed or did not answer, asked again each round; down, up: bytes by site.
+    says of its data, of DECLARED, "" where it is private; free_query: sites of which a query or a
+    view selects the records; enrolled: each node's member at present (None: anybody); expect:
+    called with the nodes that are asked and the bytes that an answer may have; refused: site ->
+    reason, for the rest of the run; absent: sites that failed or did not answer, asked again each
+    round; down, up: bytes by site.
 
     Guarantee: a node's reply changes nothing for any site but its own."""
 
@@ -80,6 +81,7 @@ class Roster:
     expect: Callable[[Iterable[int], int], None] = lambda nodes, most: None
     lora_ranks: dict[str, int] = field(default_factory=dict)
     declared: dict[str, str] = field(default_factory=dict)
+    free_query: set[str] = field(default_factory=set)  # in any round: it takes nothing back
     nodes: dict[str, int] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
@@ -168,6 +170,7 @@ class Roster:
             if rank:
                 self.lora_ranks[name] = rank
             self.declared[name] = claim.what
+            self.free_query |= {name} if claim.free_query else set()
             self.nodes[name] = reply.node
         if reply.node not in earlier_nodes or status != "admitted":
             self.on_status(name, status, reason)
@@ -212,6 +215,7 @@ class _Claim(NamedTuple):
     declared: int = 0
     key: str = ""
     what: str = ""  # it declares its data to be: public or generated; "": private
+    free_query: bool = False
 
 
 def _parse_admission(reply: Reply) -> _Claim:
@@ -232,10 +236,10 @@ def _parse_admission(reply: Reply) -> _Claim:
     keyed = isinstance(key, str) and KEY.fullmatch(key) is not None
     if not named or not keyed or type(declared) is not int or not 1 <= declared <= MOST_UNITS:
         return _Claim("failed", "its answer to the plan is malformed")
-    what = record.get("declared", "")
-    if what not in ("", *DECLARED):
+    what, free = record.get("declared", ""), record.get("free_query", False)
+    if what not in ("", *DECLARED) or type(free) is not bool:
         return _Claim("failed", "its answer to the plan is malformed")
-    return _Claim("admitted", "", str(name), declared, str(key), str(what))
+    return _Claim("admitted", "", str(name), declared, str(key), str(what), free)
 
 
 def _lora_rank(reply: Reply, lora: LoraTable | None) -> int | None:

@@ -105,7 +105,7 @@ class _Run:
             partial(parts.enrolled, grid) if parts.enrolled else None,
             partial(parts.expect, grid),
             summary.lora_ranks(progress.history),
-            summary.declared(progress.history),
+            *summary.stated(progress.history),
         )
         self.queries = Queries(self.progress, self.roster, self.settings.key)
         self.continuous = self._evaluator = None
@@ -289,7 +289,7 @@ class _Run:
 
     def _keep(self, tally: Tally) -> None:
         """Apply the round's mean update, measure the adapter and save the checkpoint."""
-        progress, number = self.progress, tally.number
+        progress, number, roster = self.progress, tally.number, self.roster
         adapter = preconditioner.stepped(self.strategy.apply, progress.adapter, progress.frozen)
         if not all(np.isfinite(array).all() for array in adapter.values()):
             raise InfrastructureError(f"round {number}: the aggregate is not finite")
@@ -303,25 +303,25 @@ class _Run:
             "rounds": self.rounds,
             "private": self.study.private,
             "participants": sorted(tally.participants),
-            "missing": self.roster.out() | tally.missing,
+            "missing": roster.out() | tally.missing,
             "late": dict(sorted(tally.late.items())),
-            **(extra | summary.declarations(self.roster.declared, tally.participants)),
+            **(extra | summary.statements(roster.declared, roster.free_query, tally.participants)),
             "evidence": tally.evidence,
             "quality": {},
             "epsilon": summary.epsilons(progress, self.parts),
-            "bytes_up": dict(sorted(self.roster.up.items())),
-            "bytes_down": dict(sorted(self.roster.down.items())),
+            "bytes_up": dict(sorted(roster.up.items())),
+            "bytes_down": dict(sorted(roster.down.items())),
             **provenance.clocked(tally.started),
         }
-        ranks = self.roster.lora_ranks  # empty where the plan leaves sites no choice
+        ranks = roster.lora_ranks  # empty where the plan leaves sites no choice
         if ranks:
             entry["lora_ranks"] = {name: ranks[name] for name in sorted(tally.participants)}
         if tally.weights:
             entry["weights"] = dict(sorted(tally.weights.items()))
         if self.continuous:
             entry["slot"] = self.continuous.slot
-        self.roster.up.clear()
-        self.roster.down.clear()
+        roster.up.clear()
+        roster.down.clear()
         progress.history.append(entry)
         entry["quality"] = self._measure(number)
         self._enter(Phase.KEPT)

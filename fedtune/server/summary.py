@@ -70,7 +70,8 @@ def report(progress: Progress, parts: Dependencies) -> dict[str, Any]:
     )
     private = isinstance(study.privacy, PrivacyTable)
     extra = {"lora_ranks": _ranks(progress), "weights": _capped(progress)}
-    extra |= declarations(said := declared(history), [*said])
+    declared, free_query = stated(history)
+    extra |= statements(declared, free_query, [*declared])
     body: dict[str, Any] = {key: by_site for key, by_site in extra.items() if by_site} | {
         "fedtune": fedtune.__version__,
         "study": study.study.name,
@@ -101,20 +102,25 @@ def lora_ranks(history: list[dict[str, Any]]) -> dict[str, int]:
     return {name: rank for entry in history for name, rank in entry.get("lora_ranks", {}).items()}
 
 
-def declarations(by_site: dict[str, str], names: list[str]) -> dict[str, Any]:
-    """Return what those of `names` declare whose data is not private, as a round's "declared";
-    empty where all is private."""
-    declared = {name: by_site[name] for name in sorted(names) if by_site.get(name)}
-    return {"declared": declared} if declared else {}
+def statements(declared: dict[str, str], free_query: set[str], names: list[str]) -> dict[str, Any]:
+    """Return what those of `names` state of their data, as a round's "declared" and "free_query":
+    whose is not private, and whose is selected by a query or a view; empty where there is none."""
+    found = {
+        "declared": {name: declared[name] for name in sorted(names) if declared.get(name)},
+        "free_query": sorted(free_query.intersection(names)),
+    }
+    return {key: sites for key, sites in found.items() if sites}
 
 
-def declared(history: list[dict[str, Any]]) -> dict[str, str]:
-    """Return what each site that took part so far declared its data to be; "" where private."""
-    return {
+def stated(history: list[dict[str, Any]]) -> tuple[dict[str, str], set[str]]:
+    """Return what each site that took part so far declared its data to be, "" where private; and
+    which of them had a query or a view select its records, in any round."""
+    declared = {
         name: entry.get("declared", {}).get(name, "")
         for entry in history
         for name in entry["participants"]
     }
+    return declared, {name for entry in history for name in entry.get("free_query", ())}
 
 
 def _ranks(progress: Progress) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import pytest
 
 from fedtune.client import sheet
 from fedtune.config import Columns, ConsentTable, SiteData, load_site
+from fedtune.data import media
+from fedtune.data.files import Rejected
 from fedtune.data.records import Read, read_file
 from tests import databases
 from tests.data.test_fhir_source import document
@@ -270,14 +273,41 @@ def test_who_says_no_behind_a_broken_quote_is_not_used(tmp_path: Path) -> None:
     assert units(found) == ["b"] and found.rejected == {"not well-formed CSV": 1}
 
 
-def test_a_pipe_among_a_data_sets_files_is_not_waited_for(tmp_path: Path) -> None:
-    listed = [{"filename": "data-0.arrow"}]
-    (tmp_path / "state.json").write_text(json.dumps({"_data_files": listed}))
-    os.mkfifo(tmp_path / "data-0.arrow")
-    writer = threading.Timer(5, lambda: (tmp_path / "data-0.arrow").write_bytes(b""))
+@contextmanager
+def not_waited_for(pipe: Path) -> Iterator[None]:
+    os.mkfifo(pipe)
+    writer = threading.Timer(5, lambda: pipe.write_bytes(b""))
     writer.daemon = True
     writer.start()  # else code that waits would wait for ever
-    found = read(SiteData(path=tmp_path, columns=COLUMNS))
+    yield
     assert writer.is_alive(), "a pipe was waited for"
     writer.cancel()
-    assert found.rejected == {"unreadable file": 1}
+
+
+@pytest.mark.parametrize("swapped", [False, True], ids=["there", "swapped in"])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet", "arrow", "ndjson"])
+def test_a_pipe_among_the_files_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, swapped: bool
+) -> None:
+    """Nor one that takes a file's place after it was looked at."""
+    listed = [{"filename": "data-0.arrow"}]
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": listed}))
+    fhir = suffix == "ndjson"
+    name = f"{'DocumentReference.' if fhir else ''}data-0.{suffix}"
+    if suffix != "arrow":
+        (tmp_path / "state.json").unlink()
+    (tmp_path / name.replace("0", "1")).touch()
+    data = SiteData(path=tmp_path, columns=COLUMNS)
+    if fhir:
+        columns = Columns(text="text", patient="patient")
+        data = SiteData(path=tmp_path, columns=columns, source="fhir")
+    with not_waited_for(tmp_path / name):
+        if swapped:
+            monkeypatch.setattr(os.path, "isfile", lambda path: not os.path.isdir(path))
+        found = read(data)
+    assert found.records == [] and set(found.rejected) <= {"unreadable file"}
+
+
+def test_a_pipe_that_takes_a_pictures_place_is_not_waited_for(tmp_path: Path) -> None:
+    with not_waited_for(tmp_path / "a.png"), pytest.raises(Rejected, match="unreadable image"):
+        media.load(tmp_path / "a.png", "image")

@@ -263,6 +263,9 @@ def test_a_url_with_a_secret_is_refused_and_not_repeated(
     with pytest.raises(ConfigError, match=said) as caught:
         load_site(site)
     assert SECRET not in str(caught.value)
+    with pytest.raises(ValidationError) as made:
+        SiteData(url=url, columns=Columns(text="t"))
+    assert SECRET not in str(made.value)
 
 
 def test_no_message_has_what_may_be_a_secret(tmp_path: Path) -> None:

@@ -73,6 +73,18 @@ MUTANTS = (
         "one patient's file fails the site",
     ),
     one(
+        "intake", "a-pipe-is-waited-for", "fedtune/files/reading.py",
+        "os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC", "os.O_RDONLY | os.O_CLOEXEC",
+        T_NEAR + "test_a_pipe_that_takes_a_pictures_place_is_not_waited_for",
+        "a pipe in a file's place holds the site's round for ever",
+    ),
+    one(
+        "intake", "a-password-in-a-message", "fedtune/config/types.py",
+        "        hide_input_in_errors=True,", "        hide_input_in_errors=False,",
+        T_SQL + "test_a_url_with_a_secret_is_refused_and_not_repeated",
+        "a notebook shows the password of a hospital's database",
+    ),
+    one(
         "consent", "a-receipt-for-anybody", "fedtune/client/withdraw.py",
         "if not verifies(ledger.key.public, _signed(receipt), signature):", "if not signature:",
         "tests/client/test_withdraw.py::test_a_changed_receipt_is_none",
@@ -80,9 +92,22 @@ MUTANTS = (
     ),
     one(
         "intake", "a-query-without-the-policys-leave", "fedtune/client/policy.py",
-        "    if free and not site.policy.allow_free_query:\n", "    if False:\n",
+        "    if site.free_query and not site.policy.allow_free_query:\n", "    if False:\n",
         "tests/test_intake.py::test_a_query_needs_the_policys_leave_and_review_and_report_say_so",
         "one patient decides which records of others train, and nobody was asked",
+    ),
+    one(
+        "intake", "a-query-that-nobody-hears-of", "fedtune/client/app.py",
+        "        if admission.free_query:\n", "        if False:\n",
+        "tests/test_free_query.py"
+        "::test_a_site_with_a_query_says_so_in_one_word_and_every_output_of_the_run_does",
+        "a report claims an ε that does not hold for what the query couples",
+    ),
+    one(
+        "intake", "a-query-in-mid-study", "fedtune/client/declared.py",
+        "    if current.free_query and not loaded.free_query:\n", "    if False:\n",
+        "tests/test_free_query.py::test_a_query_that_comes_in_mid_study_waits_for_a_restart",
+        "the coordinator was told of a table, and a query selects what is held out",
     ),
     one(
         "intake", "a-view-is-a-table", SQL,

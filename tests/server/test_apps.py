@@ -218,6 +218,8 @@ def test_a_site_that_enrolled_with_one_coordinator_prepares_no_other_ones_plan(t
         {"declared_size": 0},
         {"declared": "Mrs Example"},
         {"declared": True},
+        {"free_query": "yes"},
+        {"free_query": 1},
         {"declared_size": -5},
         {"declared_size": 1.5},
         {"declared_size": True},

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedtune.data.sources._interface import UTF_16
 from fedtune.errors import ConfigError
+from fedtune.files import reading
 
 ASCII = "".join(map(chr, range(128)))
 
@@ -42,7 +43,7 @@ def encoding_of(name: str) -> str:
 def found_encoding(path: Path) -> str:
     """Describe a text file's encoding as its bytes show it. Errors: OSError."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    with path.open("rb") as file:
+    with reading.opened(path) as file:
         head = file.read(3)
         if head.startswith(UTF_16):
             return "UTF-16"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,14 +54,15 @@ class Arrow(Source):
         import pyarrow as pa
 
         try:
-            with pa.memory_map(str(path)) as data:
-                batches = _batches(data)
+            with reading.opened(path) as file:
+                pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                batches = _batches(pa.BufferReader(pages))
                 schema = next(batches)
                 columns = asked(schema.names, names)
                 classes = _classes(schema, columns)
                 for batch in batches:
                     yield from rows_of(batch, columns, classes)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: an empty file
             kind = type(error).__name__
             raise DataError(
                 f"{names.where}: not a readable Arrow file ({kind})",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from fedtune.data.sources._interface import (
     unclean,
 )
 from fedtune.errors import ConfigError, DataError
+from fedtune.files import reading
 
 
 @dataclass(frozen=True)
@@ -43,19 +45,21 @@ class Csv(Source):
     def rows(self, path: Path, names: Names) -> Iterator[Row | str]:
         csv.field_size_limit(2**31 - 1)
         encoding = encoding_of(self.encoding)
-        # Of the header's line, which is no record.
-        if _head(path).startswith(UTF_16):
-            raise DataError(
-                f"{names.where}: the file is UTF-16",
-                "UTF-8",
-                "export it as CSV UTF-8, or: iconv -f UTF-16 -t UTF-8 FILE",
+        with reading.opened(path) as file:
+            # Of the header's line, which is no record.
+            if file.peek(2).startswith(UTF_16):
+                raise DataError(
+                    f"{names.where}: the file is UTF-16",
+                    "UTF-8",
+                    "export it as CSV UTF-8, or: iconv -f UTF-16 -t UTF-8 FILE",
+                )
+            # surrogateescape: an undecodable byte stays inside its own row, which is then rejected.
+            handle = io.TextIOWrapper(
+                file,
+                encoding="utf-8-sig" if encoding == "utf-8" else encoding,
+                errors="surrogateescape",
+                newline="",
             )
-        # surrogateescape: an undecodable byte stays inside its own row, which is then rejected.
-        with path.open(
-            encoding="utf-8-sig" if encoding == "utf-8" else encoding,
-            errors="surrogateescape",
-            newline="",
-        ) as handle:
             lines = self._lines(handle, names.where)
             number, first = next(lines, (0, []))
             header = [name.strip() for name in first]
@@ -108,8 +112,3 @@ class Csv(Source):
                 "fields with a quote, comma or newline in double quotes, and quotes inside doubled",
                 "export the file again, or use .jsonl",
             ) from None
-
-
-def _head(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(2)

@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 from fedtune.data.sources._encoding import encoding_of
 from fedtune.data.sources._interface import UTF_16, BadCell, Names, Row, Source
+from fedtune.files import reading
 
 BOM = b"\xef\xbb\xbf"
 LINE = 64 * 2**20  # bytes of one line
@@ -29,7 +30,7 @@ class Jsonl(Source):
 
     def rows(self, path: Path, names: Names) -> Iterator[Row | str]:
         encoding = encoding_of(self.encoding)
-        with path.open("rb") as handle:
+        with reading.opened(path) as handle:
             for number, line in enumerate(_lines(handle), 1):
                 if number == 1 and line.startswith(UTF_16):
                     names.suspect("the file seems to be UTF-16: iconv -f UTF-16 -t UTF-8 FILE")
@@ -46,7 +47,7 @@ class Jsonl(Source):
 def json_lines(path: Path) -> Iterator[tuple[int, Row | str]]:
     """Yield the number of each line of a file that is not empty, from 1, and its object, or why it
     is none. Errors: OSError."""
-    with path.open("rb") as handle:
+    with reading.opened(path) as handle:
         for number, line in enumerate(_lines(handle), 1):
             line = line.removeprefix(BOM) if number == 1 else line
             if line.strip():

@@ -9,6 +9,7 @@ from pathlib import Path
 from fedtune.data.sources._arrow import asked, rows_of
 from fedtune.data.sources._interface import Names, Row, Source
 from fedtune.errors import DataError
+from fedtune.files import reading
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Parquet(Source):
         import pyarrow.parquet as pq
 
         try:
-            with pq.ParquetFile(path) as source:
+            with reading.opened(path) as file, pq.ParquetFile(file) as source:
                 columns = asked(source.schema_arrow.names, names)
                 for batch in source.iter_batches(batch_size=1024, columns=columns):
                     yield from rows_of(batch, batch.schema.names)

@@ -44,6 +44,7 @@ WHEN: dict[str, Callable[[Documents], bool]] = {
         bool(found["evidence.json"]["sites"])
         and {*(_report(found, "declared") or {})} >= {*found["evidence.json"]["sites"]}
     ),
+    "free query": lambda found: bool(_report(found, "free_query")),
     "patients": lambda found: _report(found, "privacy", "unit") == "patient",
     "records": lambda found: _report(found, "privacy", "unit") == "record",
     "continuous": lambda found: bool(_report(found, "continuous")),
