@@ -3,18 +3,21 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
+TORCH  := 2.13.0# as in the Dockerfiles; the locks hold everything else, with hashes
 
 .DEFAULT_GOAL := help
 
-.PHONY: help install demo test lint audit chaos fuzz mutants bench clean
+.PHONY: help install demo test lint audit chaos fuzz mutants bench lock dist clean-room sbom vulnerabilities clean
 
 help: ## this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml locks/dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement locks/dev.txt
+	$(BIN)/python -m pip install --quiet torch==$(TORCH)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 install: $(READY) ## create .venv and install fedtune with its development tools
@@ -44,8 +47,29 @@ mutants: $(READY) ## seed a bug for each way DP breaks silently; the tests must 
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants.run --jobs 2
 
 bench: $(READY) ## time and memory beside plain PEFT, trl and Opacus: an hour (BENCH=--quick: minutes)
-	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python -m benchmarks $(BENCH)
+
+LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-annotate --no-emit-package torch --custom-compile-command 'make lock' $(UPGRADE)
+
+lock: ## renew locks/ after a change of pyproject.toml (UPGRADE=--upgrade: with newer releases)
+	$(LOCK) pyproject.toml --extra dev --output-file locks/dev.txt
+	$(LOCK) pyproject.toml --extra metrics --constraint locks/dev.txt --output-file locks/run.txt
+	echo hatchling | $(LOCK) - --constraint locks/dev.txt --output-file locks/build.txt
+
+dist: $(READY) ## the wheel and the source archive in dist/, the same bytes each time
+	$(BIN)/python -m hatchling build
+
+clean-room: dist ## install the wheel into an empty environment, and run every command in an empty folder
+	$(BIN)/python -m tests.clean_room --wheel dist/*.whl --keep build/clean-room
+
+sbom: clean-room ## dist/fedtune.cdx.json: all that the wheel brings, as CycloneDX, with licences
+	$(BIN)/cyclonedx-py environment build/clean-room/bin/python --pyproject pyproject.toml \
+		--mc-type library --output-reproducible --output-file dist/fedtune.cdx.json
+
+vulnerabilities: $(READY) ## known vulnerabilities of what locks/ holds; asks the package index
+	$(BIN)/pip-audit --progress-spinner off --disable-pip --require-hashes \
+		--requirement locks/run.txt --requirement locks/dev.txt
 
 clean: ## remove the virtual environment and caches; runs stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist

@@ -247,7 +247,7 @@ def test_the_demo_has_a_status_while_it_runs_and_after(
 ) -> None:
     shown: list[str] = []
 
-    def demo(out: Path, on_event: Callable[..., None]) -> Any:
+    def demo(out: Path, on_event: Callable[..., None], quick: bool) -> Any:
         on_event("step", {"text": "inventing three hospitals"})
         shown.append(run("status", out).output)
         on_event("start", {"study": "demo", "rounds": 3, "done": 0})

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fedtune.cli import attack, data, derive, models, network, plugin, tune, use_run
+from fedtune.cli import attack, data, demo, derive, models, network, plugin, tune, use_run
 from fedtune.cli import init as cli_init
 from fedtune.cli import log as cli_log
 from fedtune.cli import site as cli_site
@@ -22,7 +22,7 @@ from fedtune.cli import status as cli_observe
 from fedtune.cli import verify as cli_verify
 from fedtune.cli.exit_codes import command
 from fedtune.cli.study import SET, STUDY, load
-from fedtune.run_folder import already_done, finished_line, folder_for, new_run, read_report
+from fedtune.run_folder import already_done, finished_line, new_run, read_report
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -113,29 +113,7 @@ def _root(
     pass
 
 
-@command(app, panel=TRY)
-def demo(out: OUT = None) -> dict[str, Any]:
-    """Three invented hospitals train one private adapter, here, in a few minutes.
-
-    The notes are generated, the base is SmolLM2-135M, and nothing leaves this machine. It ends with
-    the quality before and after, the ε that was spent, and a report to read."""
-    from fedtune.cli.console import closing
-    from fedtune.cli.watch import Watch
-
-    folder = out or folder_for("demo", resume=False)
-    from fedtune.observe import observer
-
-    with (
-        Watch(_console(), "preparing") as watch,
-        observer("coordinator", folder, then=watch, early=True) as events,
-    ):
-        from fedtune.demo import run_demo
-
-        done = run_demo(folder, events)
-    closing(_console(), folder, done.report)
-    return done.report
-
-
+demo.add_to(app, TRY)
 cli_init.add_to(app, TRY)
 
 

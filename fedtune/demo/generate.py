@@ -102,23 +102,31 @@ HOSPITALS = (
 )
 
 
-def write(folder: Path, seed: int = 0, departments: tuple[str, ...] = DEPARTMENTS) -> Path:
+def write(
+    folder: Path,
+    seed: int = 0,
+    departments: tuple[str, ...] = DEPARTMENTS,
+    *,
+    share: float = 1.0,
+    rounds: int = 8,
+) -> Path:
     """Write the whole example under `folder`; the path of its study.toml. The same seed writes the
-    same bytes."""
+    same bytes. share: of the patients, at each hospital and in the files that judge."""
     rng, n = random.Random(seed), len(departments)
     desk = dict(zip(departments, rng.sample(DESKS[:n], n), strict=True))
     for hospital in HOSPITALS:
         site = folder / "sites" / hospital.name
         rows: list[dict[str, str]] = []
-        for number in range(1, hospital.patients + 1):
+        patients = round(share * hospital.patients)
+        for number in range(1, patients + 1):
             from_own_departments = rng.random() < OWN_SHARE
             pool = [d for d in departments if (d in hospital.own) == from_own_departments]
             rows += patient_notes(hospital, number, rng.choice(pool), rng.choice(NOTES), desk, rng)
         _jsonl(site / "notes.jsonl", rows)
-        _text(site / "site.toml", SITE.format(name=hospital.name, patients=hospital.patients))
+        _text(site / "site.toml", SITE.format(name=hospital.name, patients=patients))
     for name, count, first in (("validation", VALIDATION, 5001), ("test", TEST, 7001)):
-        rows = []
-        for i in range(count - count % (len(HOSPITALS) * n)):  # all styles and desks alike
+        rows, judges = [], round(share * count)
+        for i in range(judges - judges % (len(HOSPITALS) * n)):  # all styles and desks alike
             hospital = HOSPITALS[i % len(HOSPITALS)]
             department = departments[i // len(HOSPITALS) % n]
             rows += patient_notes(hospital, first + i, department, 1, desk, rng)
@@ -126,7 +134,8 @@ def write(folder: Path, seed: int = 0, departments: tuple[str, ...] = DEPARTMENT
     _jsonl(folder / "public.jsonl", public_notes(rng, departments=departments))
     choices = ", ".join(f'" {letter}"' for letter in DESKS[:n])
     fixed = departments == NINE  # benchmarks whose figures are older than [selection]
-    text = STUDY.format(seed=seed, choices=choices, selection="" if fixed else SELECTION)
+    selection = "" if fixed else SELECTION
+    text = STUDY.format(seed=seed, choices=choices, selection=selection, rounds=rounds)
     return _text(folder / "study.toml", text)
 
 
@@ -264,7 +273,7 @@ licence = "CC0-1.0"
 prompt = "note"
 
 [training]
-rounds = 8
+rounds = {rounds}
 sampling_rate = 1.0         # every patient in every step
 optimizer = "sgd"
 learning_rate = 20.0

@@ -1,6 +1,6 @@
 """What there is to document, read from the code: keys, commands, flags, errors and metrics.
 
-python -m tests.docs.reference     # writes docs/reference.md"""
+python -m tests.docs.reference     # writes docs/reference.md and docs/fedtune.1"""
 
 from __future__ import annotations
 
@@ -199,4 +199,7 @@ def _words(text: str | None, paragraphs: int = 9) -> str:
 
 
 if __name__ == "__main__":
+    from tests.docs import man
+
     PAGE.write_text(page(), encoding="utf-8")
+    man.PAGE.write_text(man.page(), encoding="utf-8")

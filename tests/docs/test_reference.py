@@ -12,7 +12,7 @@ import fedtune
 from fedtune.ledger.ledger import Ledger
 from fedtune.observe.metrics import Metrics
 from fedtune.registry.metrics import METRICS
-from tests.docs import reference
+from tests.docs import man, reference
 from tests.observe.test_metrics import SITE
 
 CONFIGURATION = (reference.ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
@@ -71,6 +71,17 @@ def test_twin_a_wrong_default_or_a_missing_key_is_found(line: str, instead: str)
 def test_the_page_is_what_the_code_says() -> None:
     written = reference.PAGE.read_text(encoding="utf-8")
     assert written == reference.page(), "run python -m tests.docs.reference"
+
+
+def test_the_manual_page_is_what_the_code_says_and_names_every_command() -> None:
+    written = man.PAGE.read_text(encoding="utf-8")
+    assert written == man.page(), "run python -m tests.docs.reference"
+    plain = written.replace("\\-", "-")
+    for name, command in reference.commands():
+        assert f".SS {name}" in plain
+        for parameter in reference.parameters(command):
+            assert isinstance(parameter, click.Argument) or parameter.opts[0] in plain
+    assert man.escaped(".start") != ".start"  # a line of text is no request of roff's
 
 
 def test_every_command_flag_and_error_says_what_it_is() -> None:

