@@ -1,4 +1,10 @@
-"""Account for adaptively chosen studies with a Rényi privacy filter.
+"""Account for adaptively chosen studies with privacy filters.
+
+Steps that take every unit (q = 1) are Gaussian mechanisms, and a filter that adds up the squares
+of their shifts k/σ costs no more than had all been planned at once (Smith & Thakurta 2022): whoever
+chooses what is next, by whatever was seen, is left with the same Gaussian as what remains of the
+budget. Sampled steps have no such filter; beside them all steps are bounded by their Rényi
+divergence.
 
 Why one order, and why before any result: a filter adds up ρ_i(α), where event i may have been
 chosen because of earlier outputs, and the sum is a bound only if α is a constant of the proof. The
@@ -143,18 +149,23 @@ def total_epsilon(events: Sequence[Steps], order: float, delta: float) -> Total:
     """Compute ε at 2 · `delta` of all `events`, which may have been chosen adaptively.
 
     One kind of step (σ, q, k), however often: composed exactly (PLD) at `delta`, since stopping a
-    fixed composition early is post-processing. Several kinds: a Rényi filter at the one `order`
-    that was fixed with the dataset's first charge, at `delta`. Which of the two applies may itself
-    depend on results; the events of the two cases are disjoint, so their δ add: hence 2 · `delta`.
+    fixed composition early is post-processing. Several kinds that all take every unit (q = 1):
+    exactly too, by the filter for Gaussian DP. Else a Rényi filter at the one order that was fixed
+    with the dataset's first charge, at `delta`. The first step, which no result led to, says which
+    exact case there can be; whether it is left for the Rényi filter may depend on results. The
+    events of the two are disjoint, so their δ add: hence 2 · `delta`.
 
     | no events                        | 0 |
     | a study without privacy (σ = 0)  | infinity |
     Guarantee: while this stays below a ceiling E at every charge, all that was released is
     (E, 2 · delta)-DP, whatever the choice of studies depended on.
     Reference: Feldman & Zrnic 2021, "Individual privacy accounting via a Rényi filter", section 4;
-    Rogers et al. 2016 for filters."""
+    Smith & Thakurta 2022, "Fully adaptive composition for Gaussian differential privacy"; Rogers et
+    al. 2016 for filters."""
     if any(event.noise_multiplier == 0 for event in events):
         return Total(math.inf, "a study without privacy")
     if len({event._replace(steps=0) for event in events}) <= 1:
         return Total(accountant.epsilon(events, delta), "PLD")
+    if all(event.sampling_rate == 1 for event in events):
+        return Total(accountant.epsilon(events, delta), "Gaussian filter, exact")
     return Total(filtered_epsilon(events, order, delta), f"Rényi filter, order {order:g}")

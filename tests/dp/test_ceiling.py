@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import numpy as np
 import pytest
+from scipy.stats import norm
 
 from fedtune.dp.accountant import Steps, epsilon
 from fedtune.dp.filter import best_order, filtered_epsilon, total_epsilon
@@ -29,6 +32,54 @@ def test_two_kinds_are_filtered_at_the_order_given_and_cost_no_less_than_pld() -
     # The twin: taking the best of several orders each time would look cheaper.
     cheapest = min(filtered_epsilon([ONE, OTHER], o, DELTA) for o in (1.5, 2.0, 4.0, 8.0, order))
     assert total_epsilon([ONE, OTHER], 64.0, DELTA).epsilon > cheapest
+
+
+def test_several_kinds_that_take_every_unit_are_one_gaussian() -> None:
+    events = [OTHER, Steps(3.0, 1.0, 2), Steps(9.0, 1.0, 40, records=4)]
+    total = total_epsilon(events, 2.0, DELTA)
+    assert total.epsilon == epsilon(events, DELTA) < filtered_epsilon(events, 2.0, DELTA)
+    assert "Gaussian" in total.how
+    assert "order" in total_epsilon([*events, ONE], 2.0, DELTA).how  # one that samples is enough
+
+
+def spent_by(admits: Callable[[list[Steps]], bool], ceiling: float) -> float:
+    """δ at ε = `ceiling` of who takes a first step, looks at its privacy loss, and then takes all
+    that `admits` still allows: in one step, in four, or, where the loss is large already, nothing.
+
+    Exact up to the sum over the first loss: given it, what is left is one Gaussian."""
+    first, delta = Steps(1.6, 1.0, 1), 0.0
+    assert admits([first])
+    shifts = {0: 0.0}
+    for steps in (1, 4):
+        admitted = (s for s in np.arange(0.2, 20, 0.01) if admits([first, Steps(s, 1.0, steps)]))
+        shifts[steps] = math.sqrt(steps) / next(admitted)
+    mu, width = 1 / first.noise_multiplier, 1e-3
+    for z in np.arange(-9, 9, width):
+        seen = mu * z + mu**2 / 2
+        shift = shifts[0 if seen > 0.6 * ceiling else 1 if seen > 0 else 4]
+        delta += width * norm.pdf(z) * beyond(ceiling - seen, shift)
+    return delta
+
+
+def beyond(loss: float, mu: float) -> float:
+    """The hockey-stick divergence at e^loss of a Gaussian that is moved by mu."""
+    if mu == 0:
+        return max(0.0, 1 - math.exp(loss))
+    return float(norm.cdf(mu / 2 - loss / mu) - math.exp(loss) * norm.cdf(-mu / 2 - loss / mu))
+
+
+def test_whoever_chooses_by_what_was_seen_stays_below_the_ceiling() -> None:
+    ceiling = 4.0
+    spent = spent_by(lambda events: total_epsilon(events, 2.0, DELTA).epsilon <= ceiling, ceiling)
+    assert 0.1 * DELTA < spent <= DELTA * (1 + 1e-4)
+
+
+def test_twin_a_rule_that_looks_at_each_study_alone_is_caught() -> None:
+    ceiling = 4.0
+    spent = spent_by(
+        lambda events: all(epsilon([event], DELTA) <= ceiling for event in events), ceiling
+    )
+    assert spent > 2 * DELTA
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,9 @@ GRADIENTS = "fedtune/training/unit_gradients.py"
 MODULE, LORA = "fedtune/models/preconditioner.py", "fedtune/models/lora.py"
 T = "tests/test_preconditioner.py::"
 S = "tests/server/test_step.py::"
+PUBLIC, RECIPE, ANSWER = (
+    "fedtune/presets/_public.py", "fedtune/presets/_adapter.py", "tests/test_preset_answer.py::"
+)  # fmt: skip
 
 MUTANTS: list[Mutant] = [
     Mutant(
@@ -95,6 +98,12 @@ MUTANTS: list[Mutant] = [
         S + "test_new_noise_is_averaged_with_old", "the noise of every round adds up",
     ),
     one(
+        "selection", "a-loss-that-rises-is-a-step", "fedtune/server/step.py",
+        "return start * 2.0**best if at(best) < untouched else 0.0", "return start * 2.0**best",
+        S + "test_the_search_is_within_a_factor_of_the_best",
+        "the newest round is kept where an earlier one was better",
+    ),
+    one(
         "selection", "evaluated-every-round", "fedtune/server/rounds.py",
         "every = 0 if self.study.selection else", "every =",
         S + "test_each_round_moves_as_far_as_the_selection_records_say",
@@ -111,5 +120,43 @@ MUTANTS: list[Mutant] = [
         "EPSILON = 6.0", "EPSILON = 8.0",
         "tests/test_presets.py::test_it_loads_without_an_edit_and_its_public_records_are_divided",
         "one crash of a client ends its part in the study",
+    ),
+    one(
+        "preset", "no-room-for-a-repeated-round", RECIPE,
+        "EPSILON = 5.0", "EPSILON = 7.0",
+        ANSWER + "test_a_round_that_a_crash_repeats_fits_under_the_ceiling",
+        "one crash of a client ends its part in the study",
+    ),
+    one(
+        "preset", "a-patient-in-two-parts", PUBLIC,
+        "units.setdefault(str(whose) if whose else number, {})", "units.setdefault(number, {})",
+        ANSWER + "test_no_patient_is_in_two_parts_of_the_public_records",
+        "what a patient's one record taught is judged on another",
+    ),
+    one(
+        "preset", "what-chose-judges-too", PUBLIC,
+        "        public[name] += unit\n",
+        '        public[name] += unit\n        if name == "selection":\n'
+        '            public["evaluation"] += unit\n',
+        "tests/test_presets.py::test_it_loads_without_an_edit_and_its_public_records_are_divided",
+        "the same public records choose the step and judge it",
+    ),
+    one(
+        "preset", "what-was-learnt-from-judges-too", PUBLIC,
+        "seen = {json.dumps(row, sort_keys=True) for row in but}", "seen = set[str]()",
+        ANSWER + "test_other_public_records_are_learnt_from_and_none_of_them_judges",
+        "a public record that taught the start is among those that judge",
+    ),
+    one(
+        "preset", "a-step-for-any-noise", RECIPE,
+        "return min(longest, NOISE / noise)", "return longest",
+        ANSWER + "test_the_step_follows_the_noise_as_medquads_best_ones_did",
+        "a round at a small ε moves the adapter by noise alone",
+    ),
+    one(
+        "start", "the-gain-is-of-both", "fedtune/evaluation/evaluator.py",
+        "intervals(self.scores(start), after,", "intervals(before, after,",
+        "tests/test_public_start.py::test_a_whole_run_with_both",
+        "what public text gave is called a gain of the sites' records",
     ),
 ]  # fmt: skip

@@ -166,6 +166,12 @@ GUARANTEE_MUTANTS = (
         "studies chosen after results are added up as if all had been planned",
     ),
     _one(
+        "filter", "sampled-steps-as-gaussians", "fedtune/dp/filter.py",
+        "if all(event.sampling_rate == 1 for", "if any(event.sampling_rate == 1 for",
+        "tests/dp/test_ceiling.py::test_several_kinds_that_take_every_unit_are_one_gaussian",
+        "the exact filter is used where it is proven for none",
+    ),
+    _one(
         "ledger", "a-round-is-trained-again", "fedtune/ledger/ledger.py",
         "        if sha256 is None or not path.exists():", "        if True:",
         SITES + "test_a_round_asked_for_again_is_sent_again_and_not_paid_again",
