@@ -18,6 +18,7 @@ import torch
 from fedtune.bases.find import find_base
 from fedtune.config import Study
 from fedtune.data.dataset import NO_TARGET, Dataset, Example, Passage
+from fedtune.dp import shared_noise
 from fedtune.dp.clip import Chunk
 from fedtune.dp.plan import DpPlan, plan_for_site
 from fedtune.dp.steplog import Step, StepLog
@@ -326,11 +327,12 @@ def _noise(bench: _Bench) -> float:
     ]
     logged = {(s.noise_multiplier, s.sampling_rate, s.max_grad_norm) for s in log.lines}
     if len(log.lines) != DRAWS or logged != {
-        (plan.noise_multiplier, plan.sampling_rate, plan.max_grad_norm)
+        (plan.own_noise, plan.sampling_rate, plan.max_grad_norm)
     }:
         raise RuntimeError("a noised step and its line in the log disagree")
-    std = plan.noise_multiplier * plan.max_grad_norm
-    grid = 2.0 ** math.floor(math.log2(std * 2.0**-20))
+    std = plan.own_noise * plan.max_grad_norm
+    fine = 2.0 ** math.floor(math.log2(std * 2.0**-20))
+    grid = fine if plan.sites == 1 else shared_noise.grid(std, plan.max_grad_norm, COORDINATES)
     # The step's own sensitivity: C and what rounding to the grid can add.
     std *= 1 + math.sqrt(COORDINATES) * grid / 2 / plan.max_grad_norm
     square = sum(float(np.vdot(z, z.astype(np.float64))) for z in noises)

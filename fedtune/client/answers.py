@@ -9,7 +9,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
-from fedtune.client.prepared import Unprepared, Update
+from fedtune.client.prepared import Unprepared, Update, Void
 from fedtune.client.site import SiteWorker
 from fedtune.errors import FedtuneError, Refused
 from fedtune.evidence.audit_log import AuditLog
@@ -23,7 +23,7 @@ site_errors: dict[
 ] = {}  # by site file, for this process alone; `simulate` shows it
 REPEATS = 16  # of the newest acts in the audit log: what one of them says is not entered again
 INTERNAL = "internal error"  # what is sent; the site's own log has the class
-Work = Callable[[SiteWorker, str, int, Arrays, str], Update]
+Work = Callable[[SiteWorker, str, Message], Update]
 
 
 def sealed(
@@ -52,11 +52,10 @@ def sealed(
         digest, number = _plan_of(order["plan"], order_for), int(str(order["round"]))
         site = site.of_run(digest)
         check_order(order, site.coordinator_of(digest))
-        adapter = read_agreed(message.content.array_records["adapter"], site.shapes(digest))
-        update = work(site, digest, number, adapter, str(order["receipt"]))
+        update = work(site, digest, message)
         note(site, "release", site.site.policy.admission, plan=digest, round=number, kind=record)
         update_arrays = to_record(update.delta)
-        complete = answer | {"events": json.dumps(update.events)}
+        complete = answer | {"events": json.dumps(update.events), **update.said}
         content_digest = body_digest(bodies(update_arrays), complete)
         answer.update(complete, **site.sealed(digest, number, str(order["nonce"]), content_digest))
         arrays = update_arrays
@@ -66,6 +65,17 @@ def sealed(
         note_refusal(context, site_of, failure, kind=record)
     content = RecordDict({record: arrays, "site": ConfigRecord(dict(answer))})
     return Message(content, reply_to=message)
+
+
+def order_of(message: Message) -> tuple[int, str]:
+    """Return the round and the receipt of an order."""
+    order = message.content.config_records["order"]
+    return int(str(order["round"])), str(order["receipt"])
+
+
+def adapter_of(site: SiteWorker, digest: str, message: Message) -> Arrays:
+    """Decode the adapter that came with an order. Errors: Unprepared, WireError."""
+    return read_agreed(message.content.array_records["adapter"], site.shapes(digest))
 
 
 def note(site: SiteWorker, event: str, rule: str, **facts: Any) -> None:
@@ -105,6 +115,8 @@ def guarded(attempt: Callable[[], None], context: Context) -> tuple[str, str] | 
         attempt()
     except Unprepared as error:
         return "unprepared", str(error)
+    except Void as error:
+        return "void", str(error)
     except Refused as error:
         return "refused", str(error)
     except FedtuneError as error:

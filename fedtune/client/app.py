@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import json
+
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedtune.client.answers import Work, guarded, note, note_refusal, sealed, site_errors
-from fedtune.client.policy import check_watch
+from fedtune.client import secure_round
+from fedtune.client.answers import (
+    adapter_of,
+    guarded,
+    note,
+    note_refusal,
+    order_of,
+    sealed,
+    site_errors,
+)
+from fedtune.client.prepared import Update
 from fedtune.client.site import SiteWorker, worker
+from fedtune.client.site_checks import check_watch
 from fedtune.client.site_file import site_file
 from fedtune.config import study_from_json
 from fedtune.errors import ConfigError, PolicyRefused
 from fedtune.flower.arrays import read_frozen
+from fedtune.flower.grid import PEERS
 from fedtune.wire.protocol import check_peer, version_fields
 from fedtune.wire.seal import check_plan
 
@@ -67,18 +80,57 @@ def prepare(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train one round as ordered and return the sealed update."""
-    work: Work = lambda site, *order: site.train(*order)  # noqa: E731
+
+    def work(site: SiteWorker, digest: str, message: Message) -> Update:
+        round_, receipt = order_of(message)
+        return site.train(digest, round_, adapter_of(site, digest, message), receipt)
+
     return sealed(message, context, site_of, work, record="update", done="trained")
+
+
+@app.train("ready")
+def ready(message: Message, context: Context) -> Message:
+    """Draw a noised sum for an attempt at a round, and return the sealed statement of it."""
+
+    def work(site: SiteWorker, digest: str, message: Message) -> Update:
+        order, (round_, receipt) = message.content.config_records["order"], order_of(message)
+        asked = json.loads(str(message.content.config_records["set"]["asked"]))
+        adapter = adapter_of(site, digest, message)
+        attempt = int(str(order["attempt"]))
+        return secure_round.ready(site, digest, round_, attempt, adapter, receipt, list(asked))
+
+    kind = {"record": "ready", "done": "ready", "order_for": ":ready"}
+    return sealed(message, context, site_of, work, **kind)
+
+
+@app.train("masked")
+def masked(message: Message, context: Context) -> Message:
+    """Return the sealed, masked words of this site's draw for the set that came with the order."""
+
+    def work(site: SiteWorker, digest: str, message: Message) -> Update:
+        order, (round_, receipt) = message.content.config_records["order"], order_of(message)
+        statements = str(message.content.config_records["set"]["statements"])
+        attempt = int(str(order["attempt"]))
+        return secure_round.masked(site, digest, round_, attempt, statements, receipt)
+
+    kind = {"record": "update", "done": "masked", "order_for": ":masked"}
+    return sealed(message, context, site_of, work, **kind)
 
 
 @app.query("evaluate")
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate the adapter on the site's held-out records; return the noised, sealed answer."""
-    work: Work = lambda site, *order: site.evaluate(*order)  # noqa: E731
+
+    def work(site: SiteWorker, digest: str, message: Message) -> Update:
+        round_, receipt = order_of(message)
+        return site.evaluate(digest, round_, adapter_of(site, digest, message), receipt)
+
     kind = {"record": "answer", "done": "answered", "order_for": ":evaluation"}
     return sealed(message, context, site_of, work, **kind)
 
 
 def site_of(context: Context) -> SiteWorker:
     """Return the worker of this node's site file. Errors: ConfigError."""
-    return worker(site_file(context))
+    site = worker(site_file(context))
+    site.peers = tuple(str(context.node_config.get(PEERS, "")).split())
+    return site

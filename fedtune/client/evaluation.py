@@ -3,22 +3,31 @@ release it, and the held-out records' budget pays, less what the study's trainin
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
+from safetensors.numpy import save
 
 from fedtune.client.policy import admit, order_of, within_budget
+from fedtune.client.prepared import Prepared, step_summary
 from fedtune.config import Site, SiteEvaluation, Study
 from fedtune.dp import accountant
 from fedtune.dp.plan import DpPlan
-from fedtune.dp.query import query_plan
+from fedtune.dp.query import answer, query_plan
 from fedtune.errors import BudgetExceeded, FedtuneError, PolicyRefused
 from fedtune.ledger.entries import Charge
 from fedtune.models.cache import CachedDataset
+from fedtune.models.lora import Arrays, digest
 from fedtune.objectives import resolve
 from fedtune.objectives._interface import Objective
+from fedtune.wire.codec import encode
+
+if TYPE_CHECKING:
+    from fedtune.client.site import SiteWorker
 
 log = logging.getLogger("fedtune.site")
 
@@ -28,6 +37,33 @@ def plan_of_queries(study: Study, round_: int) -> DpPlan:
     if round_ not in study.queries:
         raise PolicyRefused(f"a query after round {round_} is not in the plan")
     return query_plan(study)
+
+
+def answered(
+    site: SiteWorker, prepared: Prepared, plan: DpPlan, round_: int, adapter: Arrays
+) -> bytes:
+    """Evaluate `adapter` on the held-out records with noise; returns what is sent, as it stands in
+    the ledger. Errors: as SiteWorker.evaluate."""
+    study, current, training = prepared.study, site.current(), prepared.private
+    assert training is not None  # a study with queries is private
+    held_out = check_release(study, current, plan, prepared.coordinator)
+    site.require_signature(study, current)
+    site.declare(held_out, study)
+    data = site.data_for(study, prepared.network, held_out)
+    charges = site.ledger.charges(held_out.name)
+    charge = charge_of(study, plan, current, round_, charges)
+
+    def permit(charges: list[Charge]) -> None:
+        check_budget(current, study, training, plan, charges)
+
+    prepared.network.load_trainable(adapter)  # before the charge: a refused one costs nothing
+    reserved = site.ledger.reserve(held_out.name, charge, digest(adapter), permit)
+    prepared.network.load_frozen(prepared.frozen)
+    sums = answer(plan, unit_rows(study, data), site.log, round_)
+    events = step_summary(site.log.steps(plan.study))
+    payload = save(encode({"sums": sums.numpy()}, "float32"), {"events": json.dumps(events)})
+    site.ledger.release(reserved, payload)
+    return payload
 
 
 def check_release(study: Study, site: Site, plan: DpPlan, coordinator: str) -> SiteEvaluation:
@@ -84,7 +120,7 @@ def charge_of(
         study=plan.study,
         name=study.study.name + (" (evaluation)" if queries else ""),
         round=round_,
-        noise_multiplier=plan.noise_multiplier,
+        noise_multiplier=plan.own_noise,
         sampling_rate=plan.sampling_rate,
         steps=plan.local_steps,
         records=plan.records,
@@ -92,6 +128,8 @@ def charge_of(
         unit=plan.unit,
         cohort=site.evaluation.cohort,
         order=order_of(site, plan, charges),
+        sites=plan.sites,
+        colluding=plan.colluding,
     )
 
 

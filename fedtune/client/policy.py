@@ -8,12 +8,22 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from fedtune.bases.find import Base, base_of_plan
-from fedtune.config import BASES, RELEASE, LoraTable, PolicyTable, PrivacyTable, Site, Study
+from fedtune.config import (
+    BASES,
+    RELEASE,
+    LoraTable,
+    PolicyTable,
+    PrivacyTable,
+    Site,
+    Study,
+    noise_shares,
+)
 from fedtune.config.sheet import lacking, load_sheet
 from fedtune.dp import accountant
 from fedtune.dp.calibration import sampling_rate
 from fedtune.dp.filter import Total, best_order, total_epsilon
 from fedtune.dp.plan import DpPlan, plan_for_site
+from fedtune.dp.shared_noise import own_sigma
 from fedtune.errors import BudgetExceeded, ConfigError, PolicyRefused
 from fedtune.ledger.entries import Charge, Spent
 from fedtune.modalities import MODALITIES
@@ -62,6 +72,7 @@ def refusals(
     policy, listed = site.policy, list[tuple[str, str, Sequence[str]]]()
     yield from _about_plugins(study, policy)
     yield from _about_query(site)
+    yield from _about_peers(study, policy)
     if policy.bases != "any":
         listed.append(("bases", study.base.digest or "a base without digest", policy.bases))
     if policy.coordinators:
@@ -141,6 +152,20 @@ def _about_query(site: Site) -> Iterator[PolicyRefused]:
         )
 
 
+def _about_peers(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]:
+    """Refuse to share noise with sites that nobody here compared fingerprints with: a coordinator
+    could enrol them itself, and then knows their noise."""
+    least = study.strategy.min_sites
+    if study.secure_aggregation and len({*policy.peers}) < least - 1:
+        yield PolicyRefused(
+            f"policy.peers lists {len({*policy.peers})} sites, and the plan shares one dose of "
+            f"noise among {least}",
+            f"the signing keys of at least {least - 1} other sites",
+            "`fedtune review` shows each peer's fingerprint: compare it with that hospital, then "
+            "list its key",
+        )
+
+
 def _about_rank(lora: LoraTable, most: int | None) -> Iterator[PolicyRefused]:
     """Refuse where the site trains fewer LoRA ranks than the plan's minimum."""
     rank = lora.rank_at(most)
@@ -202,6 +227,8 @@ def _about_privacy(study: Study, site: Site, plan: DpPlan | None) -> Iterator[Po
         return
     stated = plan or _stated_figures(study, size)
     sigma = stated.noise_multiplier
+    if sigma is not None:
+        sigma = own_sigma(sigma, noise_shares(study))  # what this site itself adds
     if sigma is not None and sigma < policy.min_noise_multiplier:
         yield PolicyRefused(
             f"noise_multiplier {sigma} is below policy.min_noise_multiplier "
@@ -271,25 +298,6 @@ def _at_most(name: str, value: float, rule: str, policy: PolicyTable) -> Iterato
         yield PolicyRefused(f"{name} {value:g} is above policy.{rule} {most:g}")
 
 
-def check_watch(study: Study, watch: object) -> None:
-    """Refuse a continuous study unless the client runs with --watch, and any other where it does.
-
-    watch: whether `fedtune client` was started with --watch; None: nobody was asked (simulation).
-    Errors: PolicyRefused."""
-    if watch is None or bool(watch) == study.continuous:
-        return
-    if watch:
-        raise PolicyRefused(
-            "this site runs with --watch and the plan has no [schedule]",
-            "a study without a last round",
-            "start `fedtune client` without --watch for studies with a number of rounds",
-        )
-    raise PolicyRefused(
-        "the plan has a [schedule] and no last round, and this site does not run with --watch",
-        todo="`fedtune review` says what it means; then `fedtune client SITE --watch`",
-    )
-
-
 def accounted(dataset: str, unit: str, unknown: Sequence[Spent]) -> None:
     """Refuse to add charges to a dataset with charges of unknown cost that nobody signed for.
 
@@ -341,11 +349,30 @@ def within_budget(
             f"at most ε = {policy.max_epsilon} in total",
             "`fedtune ledger` at the site shows what was spent; lower epsilon or rounds",
         )
+    if plan.sites == 1 and all(charge.sites == 1 for charge in charges):
+        return
+    if fallback_of(site, plan, charges, ahead).epsilon > policy.max_fallback_epsilon:
+        raise BudgetExceeded(
+            "the study would take this dataset past policy.max_fallback_epsilon, the ε that holds "
+            "even if secure aggregation does not",
+            f"at most ε = {policy.max_fallback_epsilon} in total",
+            "lower epsilon: shared by several sites it stays below what each would spend alone",
+        )
 
 
 def total_of(site: Site, plan: DpPlan, charges: Sequence[Charge], ahead: int) -> Total:
-    """Compute the dataset's total ε with `ahead` more steps of `plan`, at 2 · policy.max_delta."""
+    """Compute the dataset's total ε with `ahead` more steps of `plan`, at 2 · policy.max_delta;
+    under the assumption of secure aggregation, where studies have it."""
     events = [charge.event for charge in charges] + (plan.events(ahead) if ahead else [])
+    return total_epsilon(events, order_of(site, plan, charges), site.policy.max_delta)
+
+
+def fallback_of(site: Site, plan: DpPlan, charges: Sequence[Charge], ahead: int) -> Total:
+    """Compute the same if nothing but this site's own noise holds.
+
+    A filter of its own: its order too was fixed with the first charge, before any result."""
+    events = [charge.fallback for charge in charges]
+    events += plan.fallback_events(ahead) if ahead else []
     return total_epsilon(events, order_of(site, plan, charges), site.policy.max_delta)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from safetensors.numpy import load
@@ -24,6 +24,10 @@ class Unprepared(Refused):
     """This site does not know the plan (it was restarted, or joined late): send it again."""
 
 
+class Void(Refused):
+    """This attempt at a round is over for this site; another is a new draw of noise."""
+
+
 @dataclass(frozen=True)
 class Admission:
     """A site's answer to a plan. Every field is public."""
@@ -40,10 +44,11 @@ class Admission:
 @dataclass(frozen=True, repr=False)
 class Update:
     """delta: trained minus received adapter, in the plan's encoding; events: the steps that this
-    study ran here so far."""
+    study ran here so far; said: text that is sealed with them."""
 
     delta: Encoded
     events: list[dict[str, float | int]]
+    said: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, repr=False)

@@ -10,13 +10,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors.numpy import load, save
 
 from fedtune.client import evaluation
 from fedtune.client.declared import as_stated, paid_by_run, permit_declared, run_ledger
-from fedtune.client.evaluation import unit_rows
 from fedtune.client.policy import accounted, admit, base_for, order_of, planned, within_budget
 from fedtune.client.prepared import (
     Admission,
@@ -35,7 +34,6 @@ from fedtune.data.dataset import Dataset
 from fedtune.data.load import check_columns
 from fedtune.dp.non_private import non_private_plan
 from fedtune.dp.plan import DpPlan, SharedPlan, StepPlan
-from fedtune.dp.query import answer
 from fedtune.dp.steplog import StepLog
 from fedtune.errors import DataError, PolicyRefused, Refused
 from fedtune.ledger.entries import Charge
@@ -83,6 +81,7 @@ class SiteWorker:
         self.site, self._path = site, path
         self.log = StepLog((site.site.ledger or site.site.state) / "steps.jsonl")
         self.ranks: Workers | None = None  # other processes that share a round's work
+        self.peers: tuple[str, ...] = ()  # keys of all sites, where this machine simulates them
         self._prepared: dict[str, Prepared] = {}
         # By dataset: the view that it was loaded for, and the data.
         self._cached: dict[str, tuple[object, CachedDataset]] = {}
@@ -109,7 +108,7 @@ class SiteWorker:
             return self
         if digest not in self._of_runs:
             of_run = SiteWorker(paid_by_run(self.site, run_ledger(self.site, digest)), self._path)
-            of_run.home, of_run.ranks = self.home, self.ranks
+            of_run.home, of_run.ranks, of_run.peers = self.home, self.ranks, self.peers
             self._of_runs[digest] = of_run
         return self._of_runs[digest]
 
@@ -118,7 +117,7 @@ class SiteWorker:
 
         Errors: DataError, ModelError: the site cannot take part (details stay local)."""
         try:
-            plan = planned(study, self._current(), coordinator)
+            plan = planned(study, self.current(), coordinator)
             self._permit(study, plan, coordinator)
             prepared = self._prepared.get(study.digest)
             if prepared is None:
@@ -143,7 +142,7 @@ class SiteWorker:
             self_test(study, network, self._size, rank)
         frozen = network.adopt(study, frozen)
         check_learns(study, network, rank)
-        self._data(study, network, self.site.data)  # not stored here: somebody may withdraw
+        self.data_for(study, network, self.site.data)  # not stored here: somebody may withdraw
         ran = plan or non_private_plan(study, self._size)
         return Prepared(study, network, ran, frozen, coordinator, rank)
 
@@ -152,11 +151,11 @@ class SiteWorker:
     ) -> Site:
         """Check the study against the site file as it is now, and return that site, so that a round
         reads it once. Errors: Refused."""
-        site = self._current()
+        site = self.current()
         permit_declared(site, self.site, self.home)
         admit(study, site, plan, coordinator)
-        self._signed(study, site)
-        self._declare(self.site.data, study)
+        self.require_signature(study, site)
+        self.declare(self.site.data, study)
         charges = self.ledger.charges(self._dataset)
         if study.continuous:  # a unit that arrives now must have budget to take part
             charges = self.ledger.newcomer(self._dataset)
@@ -164,14 +163,14 @@ class SiteWorker:
         within_budget(site, plan, charges, at_least)
         return site
 
-    def _declare(self, data: SiteData, study: Study) -> None:
+    def declare(self, data: SiteData, study: Study) -> None:
         """Enter the site's declarations about a dataset before its charges are read.
 
         Errors: BudgetExceeded where the cost of earlier rounds on it is not known."""
         self.ledger.declare(data.name, data.disjoint_from, cohort=data.cohort)
         accounted(data.name, study.unit, self.ledger.unknown(data.name, study.unit))
 
-    def _signed(self, study: Study, site: Site) -> None:
+    def require_signature(self, study: Study, site: Site) -> None:
         if site.policy.admission == "signed" and not self.home.admitted(study.digest):
             log.warning("a plan waits for a signature: fedtune review %s", pending(site, study))
             raise PolicyRefused(
@@ -179,7 +178,7 @@ class SiteWorker:
                 todo="ask the site to run `fedtune review`",
             )
 
-    def _data(self, study: Study, network: Network, data: SiteData) -> CachedDataset:
+    def data_for(self, study: Study, network: Network, data: SiteData) -> CachedDataset:
         """Load one dataset for `study`; studies with the same view share the states at the cut. A
         continuous study and data.consent read the files anew each round; else who withdrew is taken
         out of what was read, since rows that came meanwhile would tell of the withdrawal.
@@ -232,13 +231,8 @@ class SiteWorker:
         """Train one local round from this adapter, or return its stored update if it was trained.
 
         Errors: Unprepared, BudgetExceeded, PolicyRefused, ModelError, LedgerError."""
-        prepared = self._require(digest)
-        study = prepared.study
-        if round_ < 1 or not (study.continuous or round_ <= (study.training.rounds or 0)):
-            raise PolicyRefused(f"round {round_} is not in the plan")
-        if receipt:
-            self.home.accept_receipt(json.loads(receipt), prepared.coordinator)
-            self.ledger.prune(digest, prepared.coordinator)
+        if (prepared := self.begin(digest, round_, receipt)).study.secure_aggregation:
+            raise PolicyRefused("the plan opens the sum of all sites alone, never one update")
         adapter_digest = arrays_digest(adapter)
         payload = self.ledger.released(digest, round_, adapter_digest)
         if payload is None:
@@ -247,33 +241,60 @@ class SiteWorker:
             check_waiting_update(prepared, round_, adapter, payload)
         return Update(load(payload), json.loads(metadata_of(payload)["events"]))
 
-    def _trained(self, prepared: Prepared, round_: int, adapter: Arrays, digest: str) -> bytes:
+    def begin(self, digest: str, round_: int, receipt: str) -> Prepared:
+        """Check that a round is one of the plan's, and take in the coordinator's receipt.
+
+        Errors: Unprepared, PolicyRefused, LedgerError."""
+        prepared = self._require(digest)
+        study = prepared.study
+        if round_ < 1 or not (study.continuous or round_ <= (study.training.rounds or 0)):
+            raise PolicyRefused(f"round {round_} is not in the plan")
+        if receipt:
+            self.home.accept_receipt(json.loads(receipt), prepared.coordinator)
+            self.ledger.prune(digest, prepared.coordinator)
+        return prepared
+
+    def reserve(
+        self, prepared: Prepared, round_: int, adapter: Arrays, slot: str
+    ) -> tuple[CachedDataset, int]:
+        """Charge a round in the ledger, for what is released under `slot`; returns the records that
+        take part and the reservation.
+
+        Errors: as `train`; nothing is charged then."""
         study, plan = prepared.study, prepared.private
         steps = study.training.local_steps
         site = self._permit(study, plan, prepared.coordinator, steps)
         prepared.network.load_trainable(adapter)  # before the charge: a refused one costs nothing
-        data = self._data(study, prepared.network, self.site.data)  # somebody may have withdrawn
+        data = self.data_for(study, prepared.network, self.site.data)  # somebody may have withdrawn
         charge = self._charge(study, plan, site, round_)
 
         def permit(charges: list[Charge]) -> None:
             within_budget(site, plan, charges, steps)
 
         if study.continuous:
-            reserved, spent = self.ledger.reserve_for(self._dataset, charge, digest, permit)
+            reserved, spent = self.ledger.reserve_for(self._dataset, charge, slot, permit)
             data = self._with_budget_left(data, spent)
         else:
-            reserved = self.ledger.reserve(self._dataset, charge, digest, permit)
+            reserved = self.ledger.reserve(self._dataset, charge, slot, permit)
         prepared.network.load_frozen(prepared.frozen)
+        return data, reserved
+
+    def _trained(self, prepared: Prepared, round_: int, adapter: Arrays, digest: str) -> bytes:
+        study, plan = prepared.study, prepared.private
+        data, reserved = self.reserve(prepared, round_, adapter, digest)
         recompute = self.site.site.gradient_checkpointing
         columns = rank_slice(study.lora, prepared.lora_rank, round_)
-        with self._step_plan(prepared, data, columns) as ran:
+        with self.step_plan(prepared, data, columns) as ran:
             delta = local_round(study, data, ran, self.log, round_, adapter, recompute, columns)
-        events = step_summary(self.log.steps(study.digest)) if plan else []
         sent = encode(delta, study.wire.update)  # after the noise, before the ledger
-        payload = save(sent, {"events": json.dumps(events)})
+        payload = save(sent, {"events": json.dumps(self.events(prepared))})
         if plan:  # an update without noise is not stored; ordered again, it is trained again
             self.ledger.release(reserved, payload)
         return payload
+
+    def events(self, prepared: Prepared) -> list[dict[str, Any]]:
+        """Summarise the noised steps that a study ran here so far; [] without privacy."""
+        return step_summary(self.log.steps(prepared.study.digest)) if prepared.private else []
 
     def _with_budget_left(self, data: CachedDataset, spent: frozenset[int]) -> CachedDataset:
         """Leave out the cohorts `spent`, whose lifetime budget is used up. This cannot be observed
@@ -287,7 +308,7 @@ class SiteWorker:
         return cached
 
     @contextmanager
-    def _step_plan(
+    def step_plan(
         self, prepared: Prepared, data: CachedDataset, columns: slice
     ) -> Iterator[StepPlan]:
         """Provide the round's step plan, shared with this site's other processes if it has any."""
@@ -309,32 +330,8 @@ class SiteWorker:
         adapter_digest = arrays_digest(adapter)
         payload = self.ledger.released(plan.study, round_, adapter_digest)
         if payload is None:
-            payload = self._answered(prepared, plan, round_, adapter, adapter_digest)
+            payload = evaluation.answered(self, prepared, plan, round_, adapter)
         return Update(load(payload), json.loads(metadata_of(payload)["events"]))
-
-    def _answered(
-        self, prepared: Prepared, plan: DpPlan, round_: int, adapter: Arrays, digest: str
-    ) -> bytes:
-        study, site, training = prepared.study, self._current(), prepared.private
-        assert training is not None  # a study with queries is private
-        held_out = evaluation.check_release(study, site, plan, prepared.coordinator)
-        self._signed(study, site)
-        self._declare(held_out, study)
-        data = self._data(study, prepared.network, held_out)
-        charges = self.ledger.charges(held_out.name)
-        charge = evaluation.charge_of(study, plan, site, round_, charges)
-
-        def permit(charges: list[Charge]) -> None:
-            evaluation.check_budget(site, study, training, plan, charges)
-
-        prepared.network.load_trainable(adapter)  # before the charge: a refused one costs nothing
-        reserved = self.ledger.reserve(held_out.name, charge, digest, permit)
-        prepared.network.load_frozen(prepared.frozen)
-        sums = answer(plan, unit_rows(study, data), self.log, round_)
-        events = step_summary(self.log.steps(plan.study))
-        payload = save(encode({"sums": sums.numpy()}, "float32"), {"events": json.dumps(events)})
-        self.ledger.release(reserved, payload)
-        return payload
 
     def _charge(self, study: Study, plan: DpPlan | None, site: Site, round_: int) -> Charge:
         charges = self.ledger.charges(self._dataset)
@@ -342,7 +339,7 @@ class SiteWorker:
             study=study.digest,
             name=study.study.name,
             round=round_,
-            noise_multiplier=plan.noise_multiplier if plan else 0.0,
+            noise_multiplier=plan.own_noise if plan else 0.0,
             sampling_rate=plan.sampling_rate if plan else 1.0,
             steps=study.training.local_steps,
             records=plan.records if plan else 1,
@@ -350,6 +347,8 @@ class SiteWorker:
             unit=study.unit,
             cohort=self.site.data.cohort,
             order=order_of(site, plan, charges) if plan else 2.0,
+            sites=plan.sites if plan else 1,
+            colluding=plan.colluding if plan else 0,
         )
 
     def sealed(self, digest: str, round_: int, nonce: str, content_digest: str) -> dict[str, str]:
@@ -384,9 +383,10 @@ class SiteWorker:
             raise Unprepared("this site does not know the plan", todo="send it again")
         return prepared
 
-    def _current(self) -> Site:
+    def current(self) -> Site:
         """Load the site file as it is now: a tightened policy applies from the next round."""
-        return as_stated(load_site(self._path), self.site) if self._path else self.site
+        site = as_stated(load_site(self._path), self.site) if self._path else self.site
+        return site if site.policy.peers else site.with_peers(self.peers)
 
     @property
     def _dataset(self) -> str:

@@ -86,3 +86,22 @@ def check_learns(study: Study, network: Network, lora_rank: int | None) -> None:
     if kind not in _trains:
         check_trains(study, network, rank_slice(study.lora, lora_rank, 1))
         _trains.add(kind)
+
+
+def check_watch(study: Study, watch: object) -> None:
+    """Refuse a continuous study unless the client runs with --watch, and any other where it does.
+
+    watch: whether `fedtune client` was started with --watch; None: nobody was asked (simulation).
+    Errors: PolicyRefused."""
+    if watch is None or bool(watch) == study.continuous:
+        return
+    if watch:
+        raise PolicyRefused(
+            "this site runs with --watch and the plan has no [schedule]",
+            "a study without a last round",
+            "start `fedtune client` without --watch for studies with a number of rounds",
+        )
+    raise PolicyRefused(
+        "the plan has a [schedule] and no last round, and this site does not run with --watch",
+        todo="`fedtune review` says what it means; then `fedtune client SITE --watch`",
+    )

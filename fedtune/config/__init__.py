@@ -6,6 +6,7 @@ sites choose, `site.lora_rank`, which a person typed.
 """
 
 from fedtune.config.load import checked, load_site, load_study, study_from_json
+from fedtune.config.secure import SecureAggregationTable, noise_shares
 from fedtune.config.site import (
     BASES,
     MODULES,
@@ -61,6 +62,7 @@ __all__ = [
     "PublicTable",
     "QuantisationTable",
     "ScheduleTable",
+    "SecureAggregationTable",
     "SelectionTable",
     "Site",
     "SiteData",
@@ -78,6 +80,7 @@ __all__ = [
     "load_site",
     "load_sites",
     "load_study",
+    "noise_shares",
     "save",
     "study_from_json",
 ]

@@ -25,6 +25,7 @@ from fedtune.config.types import (
     NotNegative,
     Place,
     Positive,
+    PublicKey,
     Rank,
     SheetField,
     Source,
@@ -177,6 +178,7 @@ class PolicyTable(Table):
 
     max_epsilon: Positive = 8.0  # in total, at max_delta: everything ever released, plus the study
     max_epsilon_per_study: Positive = 8.0  # at the study's own δ
+    max_fallback_epsilon: Positive = 8.0  # in total, if secure aggregation did not hold
     max_delta: Delta = 1e-3
     allow_privacy_off: bool = False
     allow_free_query: bool = False  # records selected by a query or a view: outside the guarantee
@@ -195,6 +197,9 @@ class PolicyTable(Table):
     bases: tuple[Digest, ...] | Literal["any"] = BASES  # "any": every base whose digest verifies
     teachers: tuple[Digest, ...] = ()  # digests that this site declares to be public
     coordinators: tuple[str, ...] = ()  # public signing keys; empty: any that passes TLS
+    # Public signing keys of the sites that share one dose of noise with this one, each compared by
+    # its fingerprint with the hospital that holds it; empty: no plan with [secure_aggregation].
+    peers: tuple[PublicKey, ...] = ()
     # Besides noised updates; "sheet": what a person typed in the data sheet, by hand.
     release: tuple[Literal["evaluation", "sheet"], ...] = ()
     data_sheet: tuple[SheetField, ...] = ()  # fields that it must hold, and records as attested
@@ -273,6 +278,11 @@ class Site(Table):
     def file(self) -> Path | None:
         """The site.toml that it was loaded from, which may have changed since."""
         return self._file
+
+    def with_peers(self, keys: tuple[str, ...]) -> Self:
+        """Return a copy whose policy pins these signing keys of peers."""
+        policy = self.policy.model_copy(update={"peers": keys})
+        return self.model_copy(update={"policy": policy})
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Site) and self.__dict__ == other.__dict__

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from fedtune.config.secure import SecureAggregationTable, check_secure
 from fedtune.config.start import PreconditionerTable, SelectionTable, StartTable
 from fedtune.config.training import TrainingTable
 from fedtune.config.types import (
@@ -240,6 +241,9 @@ class Study(Table):
     privacy: PrivacyTable | Literal["off"]
     strategy: StrategyTable = StrategyTable()
     wire: WireTable = WireTable()
+    secure_aggregation: SecureAggregationTable | None = Field(
+        default=None, exclude_if=lambda table: table is None
+    )
     selection: SelectionTable | None = Field(default=None, exclude_if=lambda table: table is None)
     evaluation: EvaluationTable | None = None
     private_evaluation: PrivateEvaluationTable | None = None
@@ -307,6 +311,7 @@ class Study(Table):
         if self.lora and self.lora.a_init == "public" and not self.public:
             raise ValueError('lora.a_init = "public" needs a [public] table')
         self._check_public_start()
+        check_secure(self)
         if self.continuous:
             self._check_continuous()
         if isinstance(self.privacy, str):

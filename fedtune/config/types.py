@@ -69,6 +69,7 @@ Place = Annotated[Path, BeforeValidator(_place)]
 Source = Annotated[str, BeforeValidator(_file)]  # of a model: a folder, or a name
 Address = Annotated[str, AfterValidator(_address)]
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # Ed25519, hexadecimal
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Encoding = Literal["float32", "float16", "int8"]
 SheetField = Literal[  # of a site's data sheet: config/sheet.py

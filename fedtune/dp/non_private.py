@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from fedtune.config import ClippingTable, Study
-from fedtune.dp import clip, sampling
+from fedtune.dp import clip, sampling, shared_noise
 from fedtune.dp.calibration import sampling_rate
 from fedtune.dp.plan import RowGradients
 from fedtune.dp.steplog import StepLog
@@ -37,6 +37,25 @@ class NonPrivatePlan:
                 rows = clip.clip(rows, c.max_grad_norm, c.mode, c.gamma)
             total += rows.sum(dim=0, dtype=torch.float64).cpu()
         return (total / self.divisor).float()
+
+    def noised_sum(
+        self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
+    ) -> torch.Tensor:
+        """Compute the un-noised clipped sum in multiples of `grid_at`, int64. No guarantee."""
+        c, total = self.clipping, torch.zeros(dimension, dtype=torch.int64)
+        assert c is not None  # Study: secure aggregation needs a bound
+        sampled = sampling.poisson(n_rows, self.sampling_rate)
+        for chunk in gradients(sampled) if sampled else ():
+            clip.add_clipped(
+                total, chunk, self.grid_at(dimension), c.max_grad_norm, c.mode, c.gamma
+            )
+        return total
+
+    def grid_at(self, dimension: int) -> float:
+        """The unit of a sum without noise, as with a noise of C."""
+        assert self.clipping is not None
+        norm = self.clipping.max_grad_norm
+        return shared_noise.grid(norm, norm, dimension)
 
 
 def non_private_plan(study: Study, declared_size: int) -> NonPrivatePlan:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from fedtune.config import Study
-from fedtune.dp import accountant, clip, noise, sampling
+from fedtune.dp import accountant, clip, noise, sampling, shared_noise
 from fedtune.dp.accountant import Steps
 from fedtune.dp.calibration import resolve
 from fedtune.dp.clip import Chunk
@@ -33,6 +33,10 @@ class StepPlan(Protocol):
         self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
     ) -> torch.Tensor: ...
 
+    def noised_sum(
+        self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
+    ) -> torch.Tensor: ...
+
 
 @dataclass(frozen=True)
 class DpPlan:
@@ -42,7 +46,8 @@ class DpPlan:
     steps: over all rounds; divisor: the constant expected batch q · k · declared size, never the
     true count; records: k, the most rows of one unit (1 where units are drawn); lifetime: where the
     study has no last round, the ε that no unit goes past, and rounds and steps are then the most
-    that one unit takes part in.
+    that one unit takes part in; sites, colluding: with secure aggregation n and t. This site then
+    adds σ/√(n - t), and (σ, ε) are of the sum that anybody opens, in which n - t honest sites did.
     Guarantee: each call of `step` is one Gaussian mechanism on the add-or-remove-one-unit relation,
     Poisson-subsampled with (σ, q) where k = 1, and the mixture over Binomial(k, q) rows of a unit
     else; its line is in the log before its result is returned.
@@ -64,6 +69,8 @@ class DpPlan:
     records: int = 1
     relation: clip.Relation = RELATION
     lifetime: float | None = None
+    sites: int = 1
+    colluding: int = 0
 
     @property
     def steps(self) -> int:
@@ -75,7 +82,17 @@ class DpPlan:
         return accountant.epsilon(self.events(self.steps), self.delta)
 
     def events(self, steps: int) -> list[Steps]:
-        return [Steps(self.noise_multiplier, self.sampling_rate, steps, self.records)]
+        sigma = shared_noise.joint_sigma(self.own_noise, self.sites - self.colluding)
+        return [Steps(sigma, self.sampling_rate, steps, self.records)]
+
+    @property
+    def own_noise(self) -> float:
+        """σ of the noise that this site adds, in multiples of C."""
+        return shared_noise.own_sigma(self.noise_multiplier, self.sites - self.colluding)
+
+    def fallback_events(self, steps: int) -> list[Steps]:
+        """The steps as they hold if nothing but this site's own noise does."""
+        return [Steps(self.own_noise, self.sampling_rate, steps, self.records)]
 
     def step(
         self,
@@ -93,52 +110,82 @@ class DpPlan:
         that sum some of the rows; sampling and noise happen in this process alone, once.
         Errors: RuntimeError when a row is missing or doubled: nothing is released then.
         """
+        total = self._drawn_sum(n_rows, dimension, gradients, team)
+        return self._add_noise(total, log, round_)
+
+    def noised_sum(
+        self,
+        n_rows: int,
+        dimension: int,
+        gradients: RowGradients,
+        log: StepLog,
+        round_: int,
+        team: Team | None = None,
+    ) -> torch.Tensor:
+        """Run one step as `step` does; the noised sum in multiples of `grid_at(dimension)`, int64.
+
+        Guarantee: of one site alone (own_noise, q); of a sum over `sites` such sites, of which
+        `colluding` reveal theirs, (noise_multiplier, q)."""
+        return self._noised(self._drawn_sum(n_rows, dimension, gradients, team), log, round_)
+
+    def _drawn_sum(
+        self, n_rows: int, dimension: int, gradients: RowGradients, team: Team | None
+    ) -> torch.Tensor:
         sampled = sampling.poisson(n_rows, self.sampling_rate)
         if team is None:
-            total = self.clipped_sum(sampled, dimension, gradients)
-        else:
-            partial = lambda rows: self.clipped_sum(rows, dimension, gradients)  # noqa: E731
-            total = team.total(sampled, dimension, partial)
-        return self._add_noise(total, log, round_)
+            return self.clipped_sum(sampled, dimension, gradients)
+        partial = lambda rows: self.clipped_sum(rows, dimension, gradients)  # noqa: E731
+        return team.total(sampled, dimension, partial)
 
     @property
     def grid(self) -> float:
-        """The unit of the integer sum, in gradient units."""
+        """The unit of a lone site's integer sum, in gradient units."""
         return clip.grid_for(self.noise_multiplier * self.max_grad_norm)
+
+    def grid_at(self, dimension: int) -> float:
+        """The unit of the integer sum of `dimension` numbers, in gradient units."""
+        if self.sites == 1:
+            return self.grid
+        return shared_noise.grid(self.own_noise * self.max_grad_norm, self.max_grad_norm, dimension)
 
     def clipped_sum(
         self, sampled: list[int], dimension: int, gradients: RowGradients
     ) -> torch.Tensor:
-        """Sum the clipped rows in multiples of `grid`, int64 (dimension,). Not noised.
+        """Sum the clipped rows in multiples of the grid, int64 (dimension,). Not noised.
 
         Errors: RuntimeError as in `step`."""
         import torch
 
         total = torch.zeros(dimension, dtype=torch.int64)
-        returned: list[int] = []
+        grid, returned = self.grid_at(dimension), list[int]()
         for chunk in gradients(sampled) if sampled else ():
             returned += chunk.rows
-            clip.add_clipped(total, chunk, self.grid, self.max_grad_norm, self.clipping, self.gamma)
+            clip.add_clipped(total, chunk, grid, self.max_grad_norm, self.clipping, self.gamma)
         if sorted(returned) != sorted(sampled):
             raise RuntimeError("the gradient engine did not return each sampled row once")
         return total
 
     def _add_noise(self, total: torch.Tensor, log: StepLog, round_: int) -> torch.Tensor:
-        grid = self.grid
+        noised = self._noised(total, log, round_)
+        return (noised.double() * (self.grid_at(len(total)) / self.divisor)).float()
+
+    def _noised(self, total: torch.Tensor, log: StepLog, round_: int) -> torch.Tensor:
+        """Log the step, then add the noise to the integer sum, in place."""
+        grid = self.grid_at(len(total))
         bound = clip.sensitivity(self.max_grad_norm, len(total), grid, relation=self.relation)
         log.append(
             Step(
                 study=self.study,
                 round=round_,
-                noise_multiplier=self.noise_multiplier,
+                noise_multiplier=self.own_noise,
                 sampling_rate=self.sampling_rate,
                 max_grad_norm=self.max_grad_norm,
                 unit=self.unit,
                 records=self.records,
             )
         )
-        total += noise.gaussian_on_grid(len(total), self.noise_multiplier * bound, grid)
-        return (total.double() * (grid / self.divisor)).float()
+        total += noise.gaussian_on_grid(len(total), self.own_noise * bound, grid)
+        return total
 
 
 @dataclass(frozen=True)
@@ -155,6 +202,12 @@ class SharedPlan:
         Team.total."""
         return self.plan.step(n_rows, dimension, gradients, log, round_, self.team)
 
+    def noised_sum(
+        self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
+    ) -> torch.Tensor:
+        """Run DpPlan.noised_sum with workers. Errors: also those of Team.total."""
+        return self.plan.noised_sum(n_rows, dimension, gradients, log, round_, self.team)
+
 
 def plan_for_site(study: Study, declared_size: int, most: int | None = None) -> DpPlan:
     """Build the plan of a site with `declared_size` units (public), of at most `most` steps.
@@ -162,7 +215,7 @@ def plan_for_site(study: Study, declared_size: int, most: int | None = None) -> 
     Errors: ConfigError where the study is not private, nothing fits the budget, or more steps do
     than `most`."""
     calibration = resolve(study, declared_size, most)
-    privacy, clipping = study.privacy, study.clipping
+    privacy, clipping, secure = study.privacy, study.clipping, study.secure_aggregation
     assert not isinstance(privacy, str) and clipping is not None  # checked by resolve and Study
     return DpPlan(
         study=study.digest,
@@ -178,6 +231,8 @@ def plan_for_site(study: Study, declared_size: int, most: int | None = None) -> 
         divisor=calibration.sampling_rate * study.records_per_draw * declared_size,
         records=study.records_per_draw,
         lifetime=privacy.epsilon if study.continuous else None,
+        sites=study.strategy.min_sites if secure else 1,
+        colluding=secure.colluding if secure else 0,
     )
 
 

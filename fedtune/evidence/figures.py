@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fedtune.config import PrivacyTable, Study
+from fedtune.config import PrivacyTable, Study, noise_shares
 from fedtune.dp.accountant import Steps, epsilon
+from fedtune.dp.shared_noise import joint_sigma
 from fedtune.evidence.sign import EVIDENCE, NotGenuine
 from fedtune.files import reading
 from fedtune.wire import fingerprints, seal, step_summary
@@ -44,7 +45,8 @@ def signed_json(path: Path, form: str, most: int = reading.SMALL) -> tuple[dict[
 
 
 Events = dict[str, list[dict[str, Any]]]
-DONE = {"update": "trained", "answer": "answered"}  # what a site says of each kind of work
+# What a site says of each kind of work, without and with secure aggregation.
+DONE = {"update": ("trained", "masked"), "answer": ("answered", "answered")}
 
 
 def seals(
@@ -60,8 +62,9 @@ def seals(
     for entry in content["updates"]:
         where = f"{run / EVIDENCE}, round {int(entry['round'])}, {str(entry['site'])[:64]!r}"
         key, kind, said = content["sites"][entry["site"]]["signing"], entry["kind"], entry["said"]
-        if (said["status"], said["name"]) != (DONE[kind], entry["site"]):
-            fail(where, "is of another kind of work, or of another site", DONE[kind])
+        done = DONE[kind][bool(study.secure_aggregation)]
+        if (said["status"], said["name"]) != (done, entry["site"]):
+            fail(where, "is of another kind of work, or of another site", done)
         header = json.loads(entry["header"])
         if enrolled and header["receiver"] != coordinator:
             fail(where, "was sealed for another coordinator", "the one that signed the run")
@@ -154,13 +157,37 @@ def privacy(
         steps = sum(event["steps"] for event in log)
         _agree(path, f"{name}'s epsilon", site.get("epsilon"), value)
         _agree(path, f"{name}'s steps", site.get("steps"), steps)
-        _agree(path, f"{name}'s σ", site.get("noise_multiplier"), min(e["sigma"] for e in log))
+        own = min(e["sigma"] for e in log)
+        sigma = joint_sigma(own, noise_shares(study))
+        _agree(path, f"{name}'s σ", site.get("noise_multiplier"), sigma)
+        _fallback(path, name, site.get("secure_aggregation"), study, privacy, log)
         _equal(path, f"{name}'s key", site.get("key"), keys[name]["signing"])
         shown[name] |= {"epsilon": value, "steps": steps}
     _queries(path, said.get("evaluation"), events, privacy)
-    logged = max(_steps_epsilon(log, privacy) for log in events["update"].values())
+    shares = noise_shares(study)
+    logged = max(_steps_epsilon(log, privacy, shares) for log in events["update"].values())
     claim = {"epsilon": largest, "delta": privacy.delta, "unit": privacy.unit}
     return claim | {"sites": shown, "capped": logged > largest}
+
+
+def _fallback(
+    path: Path,
+    name: str,
+    said: Any,
+    study: Study,
+    privacy: PrivacyTable,
+    log: list[dict[str, Any]],
+) -> None:
+    """Check what the report says holds if secure aggregation does not."""
+    if (table := study.secure_aggregation) is None:
+        return _equal(path, f"{name}'s secure_aggregation", said, None)
+    rule = f"{name}'s secure_aggregation"
+    _equal(path, rule, said.get("sites"), study.strategy.min_sites)
+    _equal(path, rule, said.get("colluding"), table.colluding)
+    own = min(e["sigma"] for e in log)
+    _agree(path, f"{name}'s own σ", said.get("own_noise_multiplier"), own)
+    fallback = _steps_epsilon(log, privacy)
+    _agree(path, f"{name}'s fallback ε", said.get("fallback_epsilon"), fallback)
 
 
 def _queries(path: Path, said: Any, events: dict[str, Events], privacy: PrivacyTable) -> None:
@@ -180,14 +207,15 @@ def _queries(path: Path, said: Any, events: dict[str, Events], privacy: PrivacyT
 
 
 def _epsilon(log: list[dict[str, Any]], study: Study, privacy: PrivacyTable) -> float:
-    spent = _steps_epsilon(log, privacy)
+    spent = _steps_epsilon(log, privacy, noise_shares(study))
     if study.continuous and privacy.epsilon is not None:  # a site then leaves the patient out
         return min(spent, privacy.epsilon)
     return spent
 
 
-def _steps_epsilon(log: list[dict[str, Any]], privacy: PrivacyTable) -> float:
-    steps = [Steps(e["sigma"], e["q"], e["steps"], e["records"]) for e in log]
+def _steps_epsilon(log: list[dict[str, Any]], privacy: PrivacyTable, shares: int = 1) -> float:
+    """Compute ε of a site's steps, on whose sum `shares` sites' noise is."""
+    steps = [Steps(joint_sigma(e["sigma"], shares), e["q"], e["steps"], e["records"]) for e in log]
     return epsilon(steps, privacy.delta)
 
 

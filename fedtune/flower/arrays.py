@@ -40,19 +40,20 @@ MATRICES, LONGEST_NAME, WIDEST = 10_000, 512, 1 << 20  # of a frozen factor
 _MAGIC = b"\x93NUMPY\x01\x00"
 _START = len(_MAGIC) + 2  # then the header's length, little-endian
 _LONGEST_HEADER = 512  # bytes; NumPy pads to a multiple of 64
-_TYPES = {"float32": "<f4", "float16": "<f2", "int8": "|i1"}  # by name: as .npy bodies spell them
+# By name: as .npy bodies spell them.
+_TYPES = {"float32": "<f4", "float16": "<f2", "int8": "|i1", "uint32": "<u4", "uint64": "<u8"}
 # What NumPy writes for a C-ordered array of these types and at most 8 axes, and nothing else.
 # NumPy's own reader evaluates a header as a Python literal, which a crafted one can make fail in
 # many ways.
 _HEADER = re.compile(
-    rb"\{'descr': '(<f4|<f2|\|i1)', 'fortran_order': False, 'shape': "
+    rb"\{'descr': '(<f4|<f2|\|i1|<u4|<u8)\', 'fortran_order': False, 'shape': "
     rb"\(((?:[0-9]{1,12}, ?){0,8}[0-9]{0,12})\), \} *\n"
 )
 
 
 def to_record(arrays: Mapping[str, npt.NDArray[Any]]) -> ArrayRecord:
-    """Encode arrays by name as little-endian NumPy .npy bodies; what is neither fp16 nor int8
-    becomes fp32."""
+    """Encode arrays by name as little-endian NumPy .npy bodies; what is neither fp16, int8
+    nor words becomes fp32."""
     return ArrayRecord({n: Array(_wire_array(a)) for n, a in sorted(arrays.items())})
 
 

@@ -19,6 +19,7 @@ from fedtune.flower import api
 from fedtune.flower.enrol import Member
 
 RUN_ID = 1
+PEERS = "peers"  # in a simulated node's config: the signing keys of all sites on this machine
 
 
 class InProcessGrid(Grid):
@@ -35,9 +36,10 @@ class InProcessGrid(Grid):
         sites: Sequence[Path],
         app: ClientApp,
         name_of: Callable[[Path], str] = lambda path: load_site(path).site.name,
+        peers: str = "",
     ) -> None:
         self._app, self._name_of = app, name_of
-        self._contexts = contexts_of(dict(enumerate(sites, api.SUPERLINK_NODE_ID + 1)))
+        self._contexts = contexts_of(dict(enumerate(sites, api.SUPERLINK_NODE_ID + 1)), peers)
         self._waiting: dict[str, bytes] = {}
         self._numbers = itertools.count(1)
         self._run = api.Run.create_empty(RUN_ID)
@@ -116,10 +118,10 @@ class InProcessGrid(Grid):
         return reply
 
 
-def contexts_of(sites: Mapping[int, Path]) -> dict[int, Context]:
+def contexts_of(sites: Mapping[int, Path], peers: str = "") -> dict[int, Context]:
     """Build a node's context for each site file, by its number."""
     return {
-        number: Context(RUN_ID, number, {"site": str(path)}, RecordDict(), {})
+        number: Context(RUN_ID, number, {"site": str(path), PEERS: peers}, RecordDict(), {})
         for number, path in sites.items()
     }
 

@@ -40,13 +40,13 @@ class ProcessGrid(InProcessGrid):
     Guarantee: at most one reply is held here, one more in each process. A process that ends is the
     failure of the site that it was working for; the next message to its sites starts a new one."""
 
-    def __init__(self, sites: Sequence[Path], processes: int, logs: Path) -> None:
+    def __init__(self, sites: Sequence[Path], processes: int, logs: Path, peers: str = "") -> None:
         super().__init__(sites, app)
         self.site_errors: dict[str, FedtuneError] = {}
         parts: list[Sites] = [{} for _ in range(min(processes, len(sites)))]
         for at, (node, context) in enumerate(self._contexts.items()):
             parts[at % len(parts)][node] = str(context.node_config["site"])
-        self._workers = [_Worker(n, part, len(parts), logs) for n, part in enumerate(parts)]
+        self._workers = [_Worker(n, part, len(parts), logs, peers) for n, part in enumerate(parts)]
         self._of = {node: worker for worker in self._workers for node in worker.sites}
         self._replies: dict[str, bytes] = {}
 
@@ -121,7 +121,8 @@ class ProcessGrid(InProcessGrid):
 class _Worker:
     """One process and its sites; started with its first message."""
 
-    def __init__(self, number: int, sites: Sites, processes: int, logs: Path) -> None:
+    def __init__(self, number: int, sites: Sites, processes: int, logs: Path, peers: str) -> None:
+        self._peers = peers
         self._number, self.sites, self._processes, self._logs = number, sites, processes, logs
         self._child: Child | None = None
         self.connection: Connection | None = None
@@ -142,7 +143,7 @@ class _Worker:
             keep = [theirs.fileno()]
             self._child = Child("sites", options, home=self._logs, log=log, keep=keep)
         self.connection = Connection(ours.detach())
-        self.connection.send_bytes(json.dumps(self.sites).encode())
+        self.connection.send_bytes(json.dumps([self.sites, self._peers]).encode())
         return self.connection
 
     def stop(self) -> None:
@@ -169,11 +170,12 @@ def main(options: list[str]) -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
     descriptor, number, processes = map(int, options)
     connection = Connection(descriptor)
-    sites = {int(node): Path(path) for node, path in json.loads(connection.recv_bytes()).items()}
+    listed, peers = json.loads(connection.recv_bytes())
+    sites = {int(node): Path(path) for node, path in listed.items()}
     from fedtune.training.data_parallel import share_machine
 
     share_machine(number, processes)
-    contexts = contexts_of(sites)
+    contexts = contexts_of(sites, peers)
     with suppress(EOFError, OSError):
         while True:
             reply = answer(app, contexts, connection.recv_bytes())

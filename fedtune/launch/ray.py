@@ -14,6 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedtune.config import Study
 from fedtune.errors import FedtuneError, InfrastructureError
+from fedtune.flower.grid import PEERS
 from fedtune.server import rounds
 from fedtune.server.parts import Dependencies
 
@@ -36,6 +37,7 @@ def simulate_ray(
     on_event: Callable[[str, dict[str, Any]], None] | None = None,
     parts: Dependencies | None = None,
     processes: int = 1,
+    peers: str = "",
 ) -> dict[str, Any]:
     """Simulate in Flower's own runtime; each of `processes` Ray workers keeps its own copy of the
     base in memory.
@@ -60,7 +62,7 @@ def simulate_ray(
         except FedtuneError as error:
             result["error"] = error
 
-    client = site_app([str(path.resolve()) for path in sites])
+    client = site_app([str(path.resolve()) for path in sites], peers)
     try:
         run_simulation(server, client, len(sites), backend_config=_backend(processes))
     except Exception as error:
@@ -71,7 +73,7 @@ def simulate_ray(
     return report
 
 
-def site_app(sites: list[str]) -> ClientApp:
+def site_app(sites: list[str], peers: str = "") -> ClientApp:
     """Wrap the installed ClientApp so that each partition has its site file.
 
     Ray hands a site's messages to any worker, so the plan is kept in the node's own context and
@@ -81,35 +83,36 @@ def site_app(sites: list[str]) -> ClientApp:
     @app.query("prepare")
     def prepare(message: Message, context: Context) -> Message:
         context.state.update(message.content)
-        return _answer(message, context, sites)
+        return _answer(message, context, sites, peers)
 
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        return _prepared(message, context, sites)
+    def work(message: Message, context: Context) -> Message:
+        return _prepared(message, context, sites, peers)
 
-    @app.query("evaluate")
-    def evaluate(message: Message, context: Context) -> Message:
-        return _prepared(message, context, sites)
+    app.train()(work)
+    app.train("ready")(work)
+    app.train("masked")(work)
+    app.query("evaluate")(work)
 
     return app
 
 
-def _prepared(message: Message, context: Context, sites: list[str]) -> Message:
+def _prepared(message: Message, context: Context, sites: list[str], peers: str) -> Message:
     """Return the site's answer, after sending the plan to a worker that does not know it."""
-    reply = _answer(message, context, sites)
+    reply = _answer(message, context, sites, peers)
     status = reply.content.config_records["site"]["status"]
     if status == "unprepared" and "plan" in context.state:
         from fedtune.client.app import prepare as prepare_here
 
         prepare_here(Message(context.state, reply_to=message), context)
-        reply = _answer(message, context, sites)
+        reply = _answer(message, context, sites, peers)
     return reply
 
 
-def _answer(message: Message, context: Context, sites: list[str]) -> Message:
+def _answer(message: Message, context: Context, sites: list[str], peers: str) -> Message:
     from fedtune.client.app import app as installed
 
     context.node_config["site"] = sites[int(context.node_config["partition-id"])]
+    context.node_config[PEERS] = peers
     return installed(message, context)
 
 

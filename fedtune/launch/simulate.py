@@ -78,7 +78,8 @@ def simulate(
     try:
         with _declared(sites, out) as paying:
             files, own = list(map(site_file, paying)), key or SigningKey()
-            return _run(study, files, out, resume, on_event, engine, processes, rounds, own)
+            run = (study, files, out, resume, on_event, engine, processes, rounds, own)
+            return _run(*run, _peers(study, sites))
     except Refused as refusal:
         raise explained(refusal, study, sites) from None
     finally:
@@ -96,6 +97,7 @@ def _run(
     processes: int,
     rounds: int | None,
     key: SigningKey,
+    peers: str,
 ) -> Run:
     from fedtune.server import rounds as server_rounds
     from fedtune.server.parts import Dependencies, Settings
@@ -107,11 +109,11 @@ def _run(
         from fedtune.launch.ray import simulate_ray
 
         common["parts"] = Dependencies(settings=settings)
-        simulate_ray(study, files, out, processes=processes, **common)
+        simulate_ray(study, files, out, processes=processes, peers=peers, **common)
         return Run(out)
     # In this process a site that fails now fails again: no waiting for sites, no pauses.
     at_once = Dependencies(settings=replace(settings, patience=0.0, pause=0.0))
-    with _grid(files, processes, out) as (grid, site_errors):
+    with _grid(files, processes, out, peers) as (grid, site_errors):
         try:
             server_rounds.run(grid, study, out, parts=at_once, **common)
         except InfrastructureError:
@@ -119,6 +121,16 @@ def _run(
                 raise bad from None
             raise
     return Run(out)
+
+
+def _peers(study: Study, sites: Sequence[Site]) -> str:
+    """Return the sites' signing keys, which pin each other in a simulation: all of them are made on
+    this machine. A site whose policy.peers names keys goes by these alone."""
+    if study.secure_aggregation is None:
+        return ""
+    from fedtune.ledger.ledger import Ledger
+
+    return " ".join(Ledger(site.site.state).key.public for site in sites)
 
 
 @contextmanager
@@ -194,7 +206,7 @@ def check_rounds(study: Study, rounds: int | None) -> None:
 
 @contextmanager
 def _grid(
-    files: list[Path], processes: int, out: Path
+    files: list[Path], processes: int, out: Path, peers: str
 ) -> Iterator[tuple[Grid, dict[str, FedtuneError]]]:
     """Provide the sites' grid and its table of their errors by site file."""
     from fedtune.client.site import drop_if_changed
@@ -206,7 +218,7 @@ def _grid(
 
         logs = out / "processes"
         try:
-            with ProcessGrid(files, processes, logs) as pool:
+            with ProcessGrid(files, processes, logs, peers) as pool:
                 yield pool, pool.site_errors
         except FedtuneError:
             if not (out / "plan.json").exists():  # a run that never began leaves nothing
@@ -217,7 +229,7 @@ def _grid(
         from fedtune.flower.grid import InProcessGrid
 
         site_errors.clear()
-        yield InProcessGrid(files, app), site_errors
+        yield InProcessGrid(files, app, peers=peers), site_errors
 
 
 def check(study: Study, sites: Sequence[Site]) -> None:

@@ -45,8 +45,9 @@ from fedtune.progress import OnEvent
 log = logging.getLogger("fedtune.client")
 
 App = Callable[[Message, Context], Message]
-ANSWERED = ("query.prepare", "train", "query.evaluate")  # the kinds of message that a site answers
-REFUSAL = "this site answers query.prepare, train and query.evaluate, no more"
+# The kinds of message that a site answers.
+ANSWERED = ("query.prepare", "train", "train.ready", "train.masked", "query.evaluate")
+REFUSAL = f"this site answers {', '.join(ANSWERED)}, no more"
 POLL_SECONDS = 0.2  # between two polls for a task, on loopback
 GONE_SECONDS = 6.0  # a coordinator that cannot be reached for so long is not there
 LONG_SECONDS = 30.0  # a SuperNode that lasted so long was waiting, not failing

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedtune.dp.accountant import Steps
+from fedtune.dp.shared_noise import joint_sigma
 
 EVERY = "*"  # the dataset of a charge that counts against all of them
 
@@ -22,9 +23,11 @@ Permit = Callable[[list["Charge"]], None]
 class Charge:
     """One round's noised steps, as reserved. Every value is public: it follows from the plan.
 
-    noise_multiplier: σ in multiples of C, 0.0 without privacy; sampling_rate: q; records: k, rows
-    of one unit in a step; order: the Rényi order of the site's filter when this was charged; rules:
-    RULES of the release that charged."""
+    noise_multiplier: σ that this site adds, in multiples of C, 0.0 without privacy; sampling_rate:
+    q; records: k, rows of one unit in a step; order: the Rényi order of the site's filter when this
+    was charged; rules: RULES of the release that charged; sites, colluding: with secure
+    aggregation n and t, so that under its assumption the noise of n - t sites is on what anybody
+    opens."""
 
     study: str  # plan digest
     name: str
@@ -38,11 +41,20 @@ class Charge:
     cohort: str
     order: float = 2.0
     rules: int = RULES
+    sites: int = 1
+    colluding: int = 0
 
     @classmethod
     def read(cls, fields: Mapping[str, Any]) -> Charge:
         """Read a charge from a ledger entry; one without rules predates them: version 1."""
         return cls(**{"rules": 1, **fields})
+
+    def fields(self) -> dict[str, Any]:
+        """Return what a ledger entry holds; without secure aggregation as ever."""
+        fields = asdict(self)
+        if self.sites == 1:
+            del fields["sites"], fields["colluding"]
+        return fields
 
     def is_known_for(self, unit: str) -> bool:
         """Whether its ε holds for one `unit`: not where it is of another unit, or where the
@@ -51,6 +63,14 @@ class Charge:
 
     @property
     def event(self) -> Steps:
+        """The charge as the accountant composes it: under the assumption of secure aggregation,
+        where there is one."""
+        sigma = joint_sigma(self.noise_multiplier, self.sites - self.colluding)
+        return self.fallback._replace(noise_multiplier=sigma)
+
+    @property
+    def fallback(self) -> Steps:
+        """The charge if nothing but this site's own noise holds."""
         return Steps(self.noise_multiplier, self.sampling_rate, self.steps, self.records)
 
 

@@ -28,7 +28,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +225,7 @@ class Ledger:
                 if entries not in asked:
                     asked.append(entries)
                     permit([s.charge for s in spent])
-            entry = {"dataset": dataset, "charge": asdict(charge), "adapter": adapter}
+            entry = {"dataset": dataset, "charge": charge.fields(), "adapter": adapter}
             return writer.append("reserve", entry)
 
     def reserve_for(
@@ -252,7 +251,7 @@ class Ledger:
                     permit(cohort.charges)
                 except Refused:
                     out.add(cohort.arrival)
-            entry = {"dataset": dataset, "charge": asdict(charge), "adapter": adapter}
+            entry = {"dataset": dataset, "charge": charge.fields(), "adapter": adapter}
             return writer.append("reserve", {**entry, "out": sorted(out)}), frozenset(out)
 
     def release(self, reservation: int, update: bytes) -> None:

@@ -248,7 +248,7 @@ def _restore_body(
         "lost": lost,
         "settled": [[*head] for head in unknown],
         "dataset": EVERY,
-        "charges": [vars(charge) for charge in charges],
+        "charges": [charge.fields() for charge in charges],
     }
 
 

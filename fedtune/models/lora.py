@@ -5,7 +5,6 @@ are half as large, and noise never multiplies noise (Sun et al. 2024, section 3)
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 import warnings
@@ -22,6 +21,7 @@ from fedtune.config import LoraTable
 from fedtune.config.known_bases import upstream_of
 from fedtune.errors import ConfigError, ModelError
 from fedtune.models import preconditioner
+from fedtune.wire.codec import digest as digest
 
 Arrays = dict[str, np.ndarray]
 
@@ -123,16 +123,6 @@ def draw(factor: Mapping[str, torch.nn.Parameter], seed: int) -> Arrays:
         bound = 1 / math.sqrt(shape[1])
         arrays[name] = torch.empty(shape).uniform_(-bound, bound, generator=generator).numpy()
     return arrays
-
-
-def digest(arrays: Mapping[str, np.ndarray]) -> str:
-    """Compute the sha256 over names, shapes and fp32 bytes, in name order."""
-    sha256 = hashlib.sha256()
-    for name in sorted(arrays):
-        value = np.ascontiguousarray(arrays[name], dtype=np.float32)
-        sha256.update(f"{name} {value.shape}\n".encode())
-        sha256.update(value.data)
-    return "sha256:" + sha256.hexdigest()
 
 
 def frozen_of_plan(

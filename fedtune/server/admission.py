@@ -17,14 +17,7 @@ from flwr.serverapp import Grid
 from fedtune.config import Encoding, LoraTable, Study
 from fedtune.errors import FedtuneError, Refused
 from fedtune.flower import replies
-from fedtune.flower.arrays import (
-    Arrays,
-    WireError,
-    bodies,
-    check_agreed,
-    from_record,
-    to_record,
-)
+from fedtune.flower.arrays import Arrays, WireError, bodies, check_agreed, from_record, to_record
 from fedtune.flower.enrol import Member
 from fedtune.server.bound import Terms
 from fedtune.server.exchange import Reply, ask, clean, size
@@ -91,6 +84,11 @@ class Roster:
 
     def __post_init__(self) -> None:
         self.named: Callable[[], Mapping[int, Member]] = getattr(self.grid, "members", None) or dict
+
+    def clear_bytes(self) -> None:
+        """Count bytes anew."""
+        self.up.clear()
+        self.down.clear()
 
     def willing(self) -> list[str]:
         """Return the admitted sites that have not refused since, by name."""
@@ -285,8 +283,8 @@ class Tally:
 
 @dataclass(frozen=True, repr=False)
 class Outcome:
-    """A site's validated reply to an order. status: trained, answered, refused, unprepared, failed
-    or dropped."""
+    """A site's validated reply to an order. status: trained, ready, masked, answered, refused,
+    unprepared, void, failed or dropped."""
 
     status: str
     reason: str = ""
@@ -309,6 +307,7 @@ def outcome(
     encoding: Encoding = "float32",
     terms: Terms | None = None,
     longest: float = math.inf,
+    read: Callable[[ArrayRecord], Arrays] | None = None,
 ) -> Outcome:
     """Validate a reply to an order to train, or to another (`record`, `done`: its names). In this
     order, each with its own reason:
@@ -318,7 +317,8 @@ def outcome(
     | the numbers | of that type by their own header; finite, as are the scales; a norm of |
     |             | at most `longest`, by as much more as `encoding` may add to it         |
     | the log     | noised with the `terms` that the plan sets, and a step for this update |
-    """
+
+    read: checks and decodes the arrays in place of the second and third; raises WireError."""
     if reply.content is None:
         return Outcome(reply.status, reply.reason)
     site, arrays = reply.content.get("site"), reply.content.get(record)
@@ -328,14 +328,11 @@ def outcome(
         return Outcome("failed", "its answer holds more than was asked for")
     status = site.get("status")
     if status != done:
-        reported = status if status in ("refused", "unprepared") else "failed"
+        reported = status if status in ("refused", "unprepared", "void") else "failed"
         return Outcome(str(reported), clean(site.get("reason")) or "no reason given")
     try:
         ledger, evidence = _opened(site, arrays, key, expected)
-        agreed = codec.shapes(like)
-        check_agreed(arrays, codec.layout(agreed, encoding))
-        update = codec.decode(from_record(arrays), agreed)
-        _check_numbers(update, longest * codec.GROWTH[encoding])
+        update = read(arrays) if read else _numbers(arrays, like, encoding, longest)
         events = _events(site.get("events")) if private else []
         _check_log(events, steps_before, terms)
     except (_DroppedUpdate, SealError) as error:
@@ -358,6 +355,15 @@ def _opened(
     ledger = seal.opened(site, key, replace(expected, body=seal.digest_of(digest, site)))
     sealed = {name: site[name] for name in seal.OUTSIDE}
     return ledger, sealed | {"arrays": digest, "said": seal.texts_of(site)}
+
+
+def _numbers(arrays: ArrayRecord, like: Arrays, encoding: Encoding, longest: float) -> Arrays:
+    """Decode an update of the shapes of `like`. Errors: WireError, _DroppedUpdate."""
+    agreed = codec.shapes(like)
+    check_agreed(arrays, codec.layout(agreed, encoding))
+    update = codec.decode(from_record(arrays), agreed)
+    _check_numbers(update, longest * codec.GROWTH[encoding])
+    return update
 
 
 def _check_numbers(update: Arrays, longest: float) -> None:

@@ -39,7 +39,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fedtune.config import Study
+from fedtune.config import Study, noise_shares
+from fedtune.dp.shared_noise import own_sigma
 
 FAILURE = 1e-12
 ROWS = 2  # times the declared size; beyond it `fedtune doctor` asks for another declaration
@@ -76,7 +77,7 @@ def terms(study: Study, budget: Mechanism, declared: int) -> Terms:
     k = study.records_per_draw
     return Terms(
         sampling_rate=budget.sampling_rate,
-        noise_multiplier=budget.noise_multiplier,
+        noise_multiplier=own_sigma(budget.noise_multiplier, noise_shares(study)),
         max_grad_norm=study.clipping.max_grad_norm,
         records=k,
         divisor=budget.sampling_rate * k * declared,
@@ -149,6 +150,13 @@ class Limits:
     def __init__(self, study: Study, budget: Callable[[Study, int], Mechanism]) -> None:
         self._study, self._budget = study, budget
         self._terms: dict[int, Terms] = {}  # by declared size
+        self._mechanisms: dict[int, Mechanism] = {}
+
+    def mechanism(self, declared: int) -> Mechanism:
+        """Return the mechanism of a site of this declared size. Errors: ConfigError."""
+        if declared not in self._mechanisms:
+            self._mechanisms[declared] = self._budget(self._study, declared)
+        return self._mechanisms[declared]
 
     def of(self, declared: int, dimension: int, start: float, done: int | None) -> dict[str, Any]:
         """Return the limits on an update of `dimension` numbers of an adapter with norm `start`,
@@ -159,9 +167,7 @@ class Limits:
         if not self._study.private:
             return {}
         if declared not in self._terms:
-            self._terms[declared] = terms(
-                self._study, self._budget(self._study, declared), declared
-            )
+            self._terms[declared] = terms(self._study, self.mechanism(declared), declared)
         site = self._terms[declared]
         if done is not None:
             site = replace(site, steps=(done + 1) * self._study.training.local_steps)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from flwr.app import ConfigRecord, RecordDict
@@ -27,7 +27,8 @@ TOLD_SECONDS = 10.0  # to hear that sites know that the study has ended
 class Order:
     """kind: of message; plan: digest under which the site enters the work; round; group: of the
     messages; receipt: a site's name to the receipt that goes with its order; arrays: bytes of
-    arrays that an answer may have."""
+    arrays that an answer may have; attempt: at the round, 0 where there is one; said: further
+    records of the message; adapter: whether the newest adapter goes with it."""
 
     kind: str
     plan: str
@@ -35,6 +36,9 @@ class Order:
     group: str
     receipt: Callable[[str], dict[str, Any] | None]
     arrays: int = 0
+    attempt: int = 0
+    said: Mapping[str, ConfigRecord] = field(default_factory=dict)
+    adapter: bool = True
 
 
 class Answer(NamedTuple):
@@ -54,23 +58,24 @@ def exchange(
     order: Order,
     take: Callable[[Answer], str],
 ) -> None:
-    """Send `order` with the newest adapter to `names` and hand each reply to `take`, which returns
+    """Send `order` and the newest adapter to `names` and hand each reply to `take`, which returns
     its status. Sites that were "unprepared" get the plan again and are asked once more.
 
     Errors: InfrastructureError where the grid fails."""
-    adapter = to_record(codec.encode(progress.adapter, progress.study.wire.adapter))
-    shared = size(RecordDict({"adapter": adapter}))
+    shared = RecordDict(dict(order.said))
+    if order.adapter:
+        shared["adapter"] = to_record(codec.encode(progress.adapter, progress.study.wire.adapter))
+    shared_bytes = size(shared)
     for last in (False, True):
         nonce, named = secrets.token_hex(16), {roster.nodes[name]: name for name in names}
         orders = {node: _signed(key, order, name, nonce) for node, name in named.items()}
         contents = {
-            node: RecordDict({"order": record, "adapter": adapter})
-            for node, record in orders.items()
+            node: RecordDict({"order": record, **shared}) for node, record in orders.items()
         }
         unprepared = []
         for reply in roster.ask(order.kind, contents, order.group, order.arrays):
             name = named[reply.node]
-            sent = shared + size(RecordDict({"order": orders[reply.node]}))
+            sent = shared_bytes + size(RecordDict({"order": orders[reply.node]}))
             expected = _header(progress, key, order.round, name, nonce)
             if take(Answer(name, reply, expected, sent)) == "unprepared":
                 unprepared.append(name)
@@ -94,7 +99,7 @@ def tell_finished(roster: Roster) -> None:
 def _signed(key: SigningKey, order: Order, name: str, nonce: str) -> ConfigRecord:
     receipt = order.receipt(name)
     text = json.dumps(receipt) if receipt else ""
-    return ConfigRecord(seal.order(key, order.plan, order.round, nonce, text))
+    return ConfigRecord(seal.order(key, order.plan, order.round, nonce, text, order.attempt))
 
 
 def _header(progress: Progress, key: SigningKey, round_: int, name: str, nonce: str) -> seal.Header:

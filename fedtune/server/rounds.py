@@ -27,7 +27,7 @@ from fedtune.files.writing import replace
 from fedtune.models import preconditioner
 from fedtune.models.rank_slice import pad_update, rank_slice, slice_update
 from fedtune.progress import OnEvent
-from fedtune.server import provenance, step, store, summary
+from fedtune.server import provenance, secure_round, step, store, summary
 from fedtune.server.admission import NOT_ENROLLED, Outcome, Roster, Tally, outcome, plan_message
 from fedtune.server.bound import Limits
 from fedtune.server.continuous import Continuous
@@ -108,6 +108,8 @@ class _Run:
             *summary.stated(progress.history),
         )
         self.queries = Queries(self.progress, self.roster, self.settings.key)
+        own = (self.settings, self.limits, strategy, self._receipt, self._save, self._on_status)
+        self.train = secure_round.of(progress, self.roster, *own) or self._train
         self.continuous = self._evaluator = None
         if self.study.continuous:
             self.continuous = Continuous(out, progress, parts, self._event)
@@ -125,8 +127,7 @@ class _Run:
         self._event("start", study=self.study.study.name, plan_digest=self.study.digest, done=done)
         if not self._is_over:
             self._admit()
-            who = self.roster.willing()
-            self._event("planned", **summary.planned(self.progress, who, self.parts))
+            self._event("planned", **summary.planned(self.progress, self.roster, self.parts))
         replace(self.out / "plan.json", (self.study.model_dump_json(indent=2) + "\n").encode())
         if fresh:
             summary.measure_start(self.progress, self.evaluator)
@@ -192,7 +193,7 @@ class _Run:
                 continue  # nobody spends budget on a round that cannot count
             if self.progress.phase is not Phase.ASKED:
                 self._enter(Phase.ASKED)
-            self._train(self._choose(tally), tally)
+            self.train(self._choose(tally), tally)
             if len(tally.participants) >= least:
                 return self._keep(tally)
         self.roster.raise_if_refused()
@@ -313,15 +314,13 @@ class _Run:
             "bytes_down": dict(sorted(roster.down.items())),
             **provenance.clocked(tally.started),
         }
-        ranks = roster.lora_ranks  # empty where the plan leaves sites no choice
-        if ranks:
+        if ranks := roster.lora_ranks:  # empty where the plan leaves sites no choice
             entry["lora_ranks"] = {name: ranks[name] for name in sorted(tally.participants)}
         if tally.weights:
             entry["weights"] = dict(sorted(tally.weights.items()))
         if self.continuous:
             entry["slot"] = self.continuous.slot
-        roster.up.clear()
-        roster.down.clear()
+        roster.clear_bytes()
         progress.history.append(entry)
         entry["quality"] = self._measure(number)
         self._enter(Phase.KEPT)

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 import fedtune
-from fedtune.config import PrivacyTable
+from fedtune.config import PrivacyTable, noise_shares
+from fedtune.dp.shared_noise import joint_sigma
 from fedtune.errors import ConfigError
 from fedtune.models.rank_slice import rank_slice
+from fedtune.server.admission import Roster
 from fedtune.server.parts import Dependencies, Measures
 from fedtune.server.provenance import made
 from fedtune.server.store import Progress
@@ -28,18 +30,20 @@ def epsilons(progress: Progress, parts: Dependencies) -> dict[str, float]:
     privacy = progress.study.privacy
     if isinstance(privacy, str):
         return {}
+    shares = noise_shares(progress.study)
     by_site = {
-        name: _epsilon(events, parts, privacy) for name, events in sorted(progress.events.items())
+        name: _epsilon(events, parts, privacy, shares)
+        for name, events in sorted(progress.events.items())
     }
     if progress.study.continuous and privacy.epsilon is not None:
         by_site = {name: min(spent, privacy.epsilon) for name, spent in by_site.items()}
     return by_site
 
 
-def planned(progress: Progress, names: list[str], parts: Dependencies) -> dict[str, Any]:
+def planned(progress: Progress, roster: Roster, parts: Dependencies) -> dict[str, Any]:
     """Describe what is about to run: the study, who takes part, and at most what it costs each of
     them in ε, at the study's δ; of a continuous study, over a patient's life."""
-    study, by_site = progress.study, dict[str, float]()
+    study, by_site, names = progress.study, dict[str, float](), roster.willing()
     privacy, steps = study.privacy, study.training.local_steps
     if isinstance(privacy, PrivacyTable) and privacy.epsilon is not None:
         by_site = dict.fromkeys(names, privacy.epsilon)
@@ -55,10 +59,12 @@ def planned(progress: Progress, names: list[str], parts: Dependencies) -> dict[s
     return {"study": study.study.name, "participants": names, "planned": by_site}
 
 
-def _epsilon(events: list[dict[str, Any]], parts: Dependencies, privacy: PrivacyTable) -> float:
-    return parts.epsilon(
-        [(e["sigma"], e["q"], e["steps"], e["records"]) for e in events], privacy.delta
-    )
+def _epsilon(
+    events: list[dict[str, Any]], parts: Dependencies, privacy: PrivacyTable, shares: int = 1
+) -> float:
+    """Compute ε of a site's steps, on whose sum `shares` sites' noise is."""
+    steps = [(joint_sigma(e["sigma"], shares), e["q"], e["steps"], e["records"]) for e in events]
+    return parts.epsilon(steps, privacy.delta)
 
 
 def report(progress: Progress, parts: Dependencies) -> dict[str, Any]:
@@ -217,14 +223,22 @@ def _privacy(progress: Progress, parts: Dependencies) -> dict[str, Any]:
     sites = {}
     for name, epsilon in epsilons(progress, parts).items():
         events = progress.events[name]
+        own = min(e["sigma"] for e in events)
         sites[name] = common | {
             "epsilon": epsilon,
-            "noise_multiplier": min(e["sigma"] for e in events),
+            "noise_multiplier": joint_sigma(own, noise_shares(study)),
             "max_grad_norm": max(e["max_grad_norm"] for e in events),
             "sampling_rate": max(e["q"] for e in events),
             "steps": sum(e["steps"] for e in events),
             "key": progress.keys.get(name),
         }
+        if table := study.secure_aggregation:
+            sites[name]["secure_aggregation"] = {
+                "sites": study.strategy.min_sites,
+                "colluding": table.colluding,
+                "own_noise_multiplier": own,
+                "fallback_epsilon": _epsilon(events, parts, study.privacy),
+            }
     worst = max(
         sites.values(), key=lambda site: site["epsilon"], default={**common, "epsilon": 0.0}
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from fedtune.config import Study
@@ -63,6 +65,31 @@ def local_round(
     update = {name: (now - before).cpu().numpy() for name, now, before in changes}
     network.load_trainable(adapter)
     return update
+
+
+def local_sum(
+    study: Study,
+    data: CachedDataset,
+    plan: StepPlan,
+    log: StepLog,
+    round_: int,
+    adapter: Arrays,
+    recompute: bool = False,
+) -> npt.NDArray[np.int64]:
+    """Compute a site's part of a round whose sum alone is opened: its noised sum of clipped rows in
+    multiples of the plan's grid, int64 (d,), the tensors end to end in name order as on the wire.
+
+    The optimiser runs at the coordinator, on the mean of all sites."""
+    network = data.network
+    network.load_trainable(adapter)
+    objective, unit = resolve(study.objective), study.sampling_unit
+    name = study.training.engine
+    engine = UnitGradientEngine(data, objective, sampling_unit=unit, engine=name)
+    with network.recomputing(recompute and engine.name == "one-pass"):
+        total = plan.noised_sum(engine.n_rows, engine.dimension, engine, log, round_)
+    parts = torch.split(total, [t.numel() for t in engine.trained])
+    by_name = dict(zip(network.parameters(), parts, strict=True))
+    return np.concatenate([by_name[key].numpy() for key in sorted(by_name)])
 
 
 def _optimizer(study: Study, parameters: list[torch.Tensor], round_: int) -> torch.optim.Optimizer:

@@ -22,6 +22,7 @@ not finite, which `decode` refuses. Post-processing of noised updates: no ε.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -64,6 +65,16 @@ class Form(NamedTuple):
 
 def shapes(arrays: Mapping[str, npt.NDArray[Any]]) -> Shapes:
     return {name: array.shape for name, array in arrays.items()}
+
+
+def digest(arrays: Mapping[str, npt.NDArray[Any]]) -> str:
+    """Compute the sha256 over names, shapes and fp32 bytes, in name order."""
+    sha256 = hashlib.sha256()
+    for name in sorted(arrays):
+        value = np.ascontiguousarray(arrays[name], dtype=np.float32)
+        sha256.update(f"{name} {value.shape}\n".encode())
+        sha256.update(value.data)
+    return "sha256:" + sha256.hexdigest()
 
 
 def length(arrays: Arrays) -> float:

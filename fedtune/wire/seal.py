@@ -114,15 +114,19 @@ def opened(sealed: Mapping[str, Any], public: str, expected: Header) -> dict[str
     return ledger
 
 
-def order(key: SigningKey, plan: str, round_: int, nonce: str, receipt: str) -> dict[str, Any]:
-    """Sign the coordinator's request for one round."""
+def order(
+    key: SigningKey, plan: str, round_: int, nonce: str, receipt: str, attempt: int = 0
+) -> dict[str, Any]:
+    """Sign the coordinator's request for one round; attempt: at it, where there may be several."""
     fields = {"plan": plan, "round": round_, "nonce": nonce, "receipt": receipt}
+    fields |= {"attempt": attempt} if attempt else {}
     return fields | {"signature": key.sign(b"fedtune order\0" + canonical(fields))}
 
 
 def check_order(message: Mapping[str, Any], public: str) -> None:
     """Verify an order. Errors: SealError where it is not by the coordinator that sent the plan."""
     fields = {name: message.get(name) for name in ("plan", "round", "nonce", "receipt")}
+    fields |= {"attempt": message["attempt"]} if "attempt" in message else {}
     signed = b"fedtune order\0" + canonical(fields)
     if not verifies(public, signed, str(message.get("signature"))):
         raise SealError("the order is not signed by the coordinator that sent the plan")

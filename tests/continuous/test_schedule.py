@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.client.policy import check_watch
+from fedtune.client.site_checks import check_watch
 from fedtune.config import ScheduleTable, Study, format_duration, load_study
 from fedtune.errors import ConfigError, InfrastructureError, PolicyRefused
 from fedtune.launch.simulate import check_rounds

@@ -1,0 +1,149 @@
+"""A site's part of a round whose sum alone is opened: ready, then masked once.
+
+    ready    reserve → noised sum and a masking key, on disk → a signed statement
+    masked   check the set → masked words into the ledger's outbox → key destroyed → words
+
+Both answer again with the same bytes, after a restart too: docs/secure-aggregation.md."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import TYPE_CHECKING
+
+from safetensors.numpy import load, save
+
+from fedtune.client.prepared import Prepared, Update, Void, metadata_of
+from fedtune.dp.shared_noise import bits_of
+from fedtune.errors import PolicyRefused
+from fedtune.models.lora import Arrays
+from fedtune.models.lora import digest as arrays_digest
+from fedtune.models.rank_slice import ALL
+from fedtune.secagg import draw as draws
+from fedtune.secagg import masks
+from fedtune.secagg.draw import Waiting
+from fedtune.secagg.statement import (
+    Draw,
+    Ready,
+    StatementError,
+    check_pinned,
+    check_set,
+    parse,
+    parse_set,
+    set_digest,
+)
+from fedtune.training.local_round import local_sum
+from fedtune.wire.codec import VALUES
+
+if TYPE_CHECKING:
+    from fedtune.client.site import SiteWorker
+
+log = logging.getLogger("fedtune.site")
+
+
+def ready(
+    site: SiteWorker,
+    digest: str,
+    round_: int,
+    attempt: int,
+    adapter: Arrays,
+    receipt: str,
+    asked: list[str],
+) -> Update:
+    """Draw this site's noised sum for an attempt at a round, and state that it is ready; or return
+    the statement of the draw that was made for it.
+
+    asked: signing keys of the sites that are asked, so that a round for which too few of them are
+    pinned here costs nothing.
+    Errors: Unprepared, Void, BudgetExceeded, PolicyRefused, ModelError, LedgerError."""
+    prepared = _prepared(site, digest, round_, attempt, receipt)
+    draw = Draw(digest, round_, attempt, arrays_digest(adapter))
+    if (answered := site.ledger.released(digest, round_, draw.label)) is not None:
+        return _stated(metadata_of(answered)["ready"], metadata_of(answered)["events"])
+    waiting = draws.load_waiting(site.ledger.folder, draw)
+    if waiting is None:
+        _check_asked(site, prepared, asked)
+        waiting = _drawn(site, prepared, draw, adapter)
+    return _stated(waiting.ready.text(), waiting.events)
+
+
+def masked(
+    site: SiteWorker, digest: str, round_: int, attempt: int, statements: str, receipt: str
+) -> Update:
+    """Mask this site's draw for a set of sites and return the words; asked again for the same set,
+    the same bytes.
+
+    Guarantee: the words leave for one set only, by the ledger's entry under its write lock; and for
+    none that lacks strategy.min_sites sites pinned here.
+    Errors: Unprepared, Void (the attempt is over for this site), PolicyRefused, LedgerError."""
+    prepared = _prepared(site, digest, round_, attempt, receipt)
+    study = prepared.study
+    try:
+        asked = parse_set(statements)
+        mine = next((r for r in asked if r.signing == site.key.public), None)
+        if mine is None:
+            raise StatementError("the set of ready sites does not hold this site")
+        label, chosen = mine.draw.label, set_digest(asked)
+        answered = site.ledger.released(digest, round_, label)
+        if answered is not None:
+            if metadata_of(answered)["set"] != chosen:
+                raise StatementError("this draw was masked for another set of sites")
+            return _words(answered)
+        draw = Draw(digest, round_, attempt, mine.draw.adapter)
+        waiting = draws.load_waiting(site.ledger.folder, draw)
+        if waiting is None:
+            raise StatementError("this site has no draw of this attempt")
+        check_set(asked, waiting.ready, site.current().policy.peers, study.strategy.min_sites)
+        sigma = prepared.private.noise_multiplier if prepared.private else None
+        bits = bits_of(study, sigma, [r.size for r in asked], len(waiting.total))
+        words = masks.mask(waiting.total, waiting.key, waiting.ready, asked, bits)
+    except StatementError as error:
+        log.warning("attempt %s of round %s: %s", attempt, round_, error)
+        raise Void(error.happened, error.expected, error.todo) from None
+    facts = {"events": waiting.events, "ready": waiting.ready.text(), "set": chosen}
+    payload = save({VALUES: words}, facts)
+    site.ledger.release(waiting.reservation, payload)
+    draws.destroy(site.ledger.folder, digest, (round_, attempt))
+    return _words(payload)
+
+
+def _prepared(site: SiteWorker, digest: str, round_: int, attempt: int, receipt: str) -> Prepared:
+    prepared = site.begin(digest, round_, receipt)
+    if prepared.study.secure_aggregation is None:
+        raise PolicyRefused("the plan has no [secure_aggregation]")
+    if not 1 <= attempt <= 10**6:
+        raise PolicyRefused(f"attempt {attempt} is not one of a round")
+    return prepared
+
+
+def _check_asked(site: SiteWorker, prepared: Prepared, asked: list[str]) -> None:
+    pinned, least = site.current().policy.peers, prepared.study.strategy.min_sites
+    try:
+        check_pinned(asked, site.key.public, pinned, least)
+    except StatementError as error:
+        raise Void(error.happened, error.expected, error.todo) from None
+
+
+def _drawn(site: SiteWorker, prepared: Prepared, draw: Draw, adapter: Arrays) -> Waiting:
+    """Charge a draw, compute its noised sum and put it on disk with its key."""
+    study = prepared.study
+    data, reserved = site.reserve(prepared, draw.round, adapter, draw.label)
+    recompute = site.site.site.gradient_checkpointing
+    with site.step_plan(prepared, data, ALL) as plan:
+        total = local_sum(study, data, plan, site.log, draw.round, adapter, recompute)
+    key, (name, size) = masks.new_key(), (site.site.site.name, site.site.site.declared_size)
+    stated = Ready(draw, name, size, site.key.public, masks.public_of(key)).signed(site.key)
+    waiting = Waiting(total, key, stated, reserved, json.dumps(site.events(prepared)))
+    draws.store(site.ledger.folder, waiting)
+    # What the coordinator gave up: its keys go, so that nothing masks those draws any more.
+    draws.destroy(site.ledger.folder, draw.plan, (draw.round, draw.attempt - 1))
+    return waiting
+
+
+def _stated(text: str, events: str) -> Update:
+    return Update({}, json.loads(events), {"ready": parse(text).text()})
+
+
+def _words(payload: bytes) -> Update:
+    facts = metadata_of(payload)
+    return Update(load(payload), json.loads(facts["events"]), {"set": facts["set"]})

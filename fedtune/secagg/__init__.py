@@ -1,0 +1,9 @@
+"""Secure aggregation: keys, statements and masks by which only a round's sum can be opened.
+
+    statement.py   what a ready site signs, and the checks of the set that a round is opened for
+    masks.py       pairwise masks: X25519, HKDF, AES-CTR, and how they cancel in the sum
+    draw.py        a site's noised sum and its key, on disk until it was masked once
+    opened.py      the coordinator's side: add up masked words, open the sum
+
+Nothing here reads a record; nothing here knows Flower.
+"""

@@ -1,0 +1,344 @@
+"""The coordinator's part of a round whose sum alone is opened.
+
+    ready    every site draws its noised sum and says so; then the set of sites is fixed
+    masked   each of the set sends words that open in the sum alone
+    open     all of them in: the optimiser's step, on the mean gradient of all units
+
+With one of the set missing for good nothing is opened, and the next attempt is a new draw that
+every site pays for again. Which set an attempt was fixed for is saved before anybody is told."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import ArrayRecord, ConfigRecord
+
+from fedtune.config import Study
+from fedtune.dp.shared_noise import bits_of, grid_of
+from fedtune.errors import InfrastructureError
+from fedtune.flower.arrays import Arrays, check_agreed, from_record
+from fedtune.secagg.masks import dtype_of
+from fedtune.secagg.opened import MaskedSum
+from fedtune.secagg.statement import Draw, StatementError, parse, set_digest, set_text
+from fedtune.server.admission import NOT_ENROLLED, Outcome, Roster, Tally, outcome
+from fedtune.server.bound import Limits, Terms, norm_bound
+from fedtune.server.orders import Answer, Order, exchange
+from fedtune.server.parts import Settings
+from fedtune.server.store import Progress
+from fedtune.strategies import Strategy
+from fedtune.wire import codec, seal
+from fedtune.wire.codec import VALUES, Form
+
+REPEATS = 3  # times that the sites of a set are asked again before their attempt is void
+ROUNDING = 1.01  # of the norm bound: rows and noise are rounded to the grid of the sum
+ADAM_EPSILON = 1e-8  # torch.optim.AdamW's
+OnStatus = Callable[[str, str, str, int], None]
+
+
+@dataclass
+class SecureRound:
+    """Runs a study's rounds; `advance` moves the current one as far as the sites allow.
+
+    progress.attempt holds what a restart needs: {round, number, statements, closed}."""
+
+    progress: Progress
+    roster: Roster
+    settings: Settings
+    limits: Limits
+    strategy: Strategy
+    receipt: Callable[[str], dict[str, Any] | None]
+    save: Callable[[], None]
+    on_status: OnStatus
+    _sum: MaskedSum | None = None
+
+    @property
+    def study(self) -> Study:
+        return self.progress.study
+
+    def advance(self, names: list[str], tally: Tally) -> None:
+        """Ask `names` for their part of the round; those that take part are counted in `tally` when
+        the sum was opened, and not before."""
+        attempt, least = self._attempt(tally.number), self.study.strategy.min_sites
+        if not attempt["closed"]:
+            self._collect([n for n in names if n not in attempt["statements"]], tally)
+            if len(attempt["statements"]) < least:
+                return
+            attempt["closed"] = True
+            self.save()
+        self._open(tally)
+
+    def _attempt(self, number: int) -> dict[str, Any]:
+        """Return the state of the current attempt at round `number`."""
+        attempt = self.progress.attempt
+        if attempt.get("round") != number:
+            self._begin(number, 1)
+        return self.progress.attempt
+
+    def _begin(self, round_: int, number: int) -> None:
+        self._sum = None
+        self.progress.attempt = {"round": round_, "number": number, "statements": {}}
+        self.progress.attempt["closed"] = False
+
+    # ------------------------------------------------------------------------------------ ready
+
+    def _collect(self, names: list[str], tally: Tally) -> None:
+        """Ask for statements, and keep those that are of this draw."""
+        attempt, progress = self.progress.attempt, self.progress
+        asked = [progress.keys[name] for name in {*names, *attempt["statements"]}]
+        record = ConfigRecord({"asked": json.dumps(sorted(asked))})
+        order = self._order("ready", tally.number, {"set": record}, adapter=True)
+        draw = Draw(self.study.digest, tally.number, attempt["number"], self._adapter_digest())
+        exchange(*self._parties(), names, order, partial(self._take_ready, tally, draw))
+
+    def _take_ready(self, tally: Tally, draw: Draw, answer: Answer) -> str:
+        read = partial(_agreed, {})
+        result = self._checked(answer, read, record="ready", done="ready")
+        statements = self.progress.attempt["statements"]
+        if result.status == "ready":
+            result = self._stated(answer.name, draw, result)
+        if result.status == "ready":
+            statements[answer.name] = result.evidence["said"]["ready"]
+            self.progress.receipts[answer.name] = seal.receipt(self.settings.key, result.ledger)
+            tally.missing.pop(answer.name, None)
+        return self._told(tally, answer, result)
+
+    def _stated(self, name: str, draw: Draw, result: Outcome) -> Outcome:
+        """Check that a site's statement is about this draw, and says of it what it was admitted
+        with."""
+        try:
+            ready = parse(result.evidence["said"].get("ready"))
+        except StatementError as error:
+            return Outcome("dropped", error.happened)
+        expected = (draw, name, self.progress.sizes[name], self.progress.keys[name])
+        if (ready.draw, ready.site, ready.size, ready.signing) != expected:
+            return Outcome("dropped", "its statement is about another draw, or another site")
+        return result
+
+    # ----------------------------------------------------------------------------------- masked
+
+    def _open(self, tally: Tally) -> None:
+        """Ask the attempt's set for its words until all are in, and open their sum; or give the
+        attempt up."""
+        attempt = self.progress.attempt
+        statements = [parse(text) for text in attempt["statements"].values()]
+        words = self._sum = self._sum or MaskedSum(statements, self._dimension, self._bits())
+        evidence: dict[str, Outcome] = {}
+        record = ConfigRecord({"statements": set_text(statements)})
+        nbytes = self._dimension * words.bits // 8
+        order = self._order("masked", tally.number, {"set": record}, arrays=nbytes)
+        for repeat in range(1 + REPEATS):
+            if repeat:
+                time.sleep(self.settings.pause * repeat)
+                self.roster.join()
+            reachable = [name for name in words.missing if name in self.roster.willing()]
+            take = partial(self._take_words, tally, words, evidence, set_digest(statements))
+            exchange(*self._parties(), reachable, order, take)
+            if not words.missing:
+                return self._apply(tally, words, evidence)
+            if self._is_void(tally, words.missing):
+                break
+        for name in words.missing:
+            tally.failures[name] += 1
+            tally.missing.setdefault(name, "failed: it did not send its masked words")
+        self._begin(tally.number, attempt["number"] + 1)
+        self.save()
+
+    def _is_void(self, tally: Tally, names: list[str]) -> bool:
+        """Return whether one of `names` said that it will not answer this attempt."""
+        told = [tally.missing.get(name, "") for name in names]
+        return any(why.startswith(("void", "refused", "dropped")) for why in told)
+
+    def _take_words(
+        self,
+        tally: Tally,
+        words: MaskedSum,
+        evidence: dict[str, Outcome],
+        chosen: str,
+        answer: Answer,
+    ) -> str:
+        name = answer.name
+        if name not in words.missing:
+            self.on_status(name, "dropped", "its words are counted already", tally.number)
+            return "dropped"
+        form = Form(np.dtype(dtype_of(words.bits)).name, (self._dimension,))
+        read = partial(_agreed, {VALUES: form})
+        result = self._checked(answer, read, record="update", done="masked")
+        if result.status == "masked" and result.evidence["said"].get("set") != chosen:
+            result = Outcome("dropped", "its words are masked for another set of sites")
+        if result.status == "masked":
+            words.add(name, result.update[VALUES])
+            evidence[name] = replace(result, update={})
+            self.progress.receipts[name] = seal.receipt(self.settings.key, result.ledger)
+            tally.missing.pop(name, None)
+        return self._told(tally, answer, result)
+
+    # -------------------------------------------------------------------------------------- open
+
+    def _apply(self, tally: Tally, words: MaskedSum, evidence: dict[str, Outcome]) -> None:
+        """Take the optimiser's step on the opened sum, and count the sites of the set."""
+        sites = {name: self.progress.sizes[name] for name in words.statements}
+        total = words.open()
+        if np.abs(total).max(initial=0) >= 2 ** (words.bits - 2):
+            self._poisoned(tally.number, "is outside the range of its words")
+        rate, sigma = self._mechanism()
+        divisor = rate * self.study.records_per_draw * sum(sites.values())
+        flat = total.astype(np.float64) * (grid_of(self.study, sigma, self._dimension) / divisor)
+        update = stepped(self.study, self._split(flat), self.progress.adapter, tally.number)
+        if codec.length(update) > self._longest(len(sites), rate, sigma, divisor):
+            self._poisoned(tally.number, "is longer than the plan's noise and clipping allow")
+        self.strategy.add(update, 1.0)
+        self._begin(tally.number, self.progress.attempt["number"])
+        for name, result in sorted(evidence.items()):
+            self.progress.events[name] = result.events
+            tally.count(self.study.digest, name, result.evidence)
+            self.on_status(name, "trained", "", tally.number)
+
+    def _longest(self, sites: int, rate: float, sigma: float | None, divisor: float) -> float:
+        """Bound the norm of an honest step: the noise of all sites, and all units' rows."""
+        clipping = self.study.clipping
+        if sigma is None or clipping is None:
+            return math.inf
+        own = self.limits.of(max(self.progress.sizes.values()), self._dimension, 0.0, None)["terms"]
+        joint = Terms(
+            sampling_rate=rate,
+            noise_multiplier=own.noise_multiplier * math.sqrt(sites),
+            max_grad_norm=clipping.max_grad_norm,
+            records=self.study.records_per_draw,
+            divisor=divisor,
+            steps=own.steps,
+        )
+        start = codec.length(self.progress.adapter)
+        return ROUNDING * norm_bound(self.study, joint, self._dimension, start)
+
+    def _poisoned(self, number: int, what: str) -> None:
+        raise InfrastructureError(
+            f"round {number}: the sum of the sites' updates {what}; one of them sent something "
+            "else, and which one cannot be told",
+            "sums of updates as the plan makes them",
+            "ask each site for its version and its log; nothing of this round was kept",
+        )
+
+    # ------------------------------------------------------------------------------------ helpers
+
+    def _checked(
+        self, answer: Answer, read: Callable[[ArrayRecord], Arrays], *, record: str, done: str
+    ) -> Outcome:
+        """Validate a reply: its seal, its arrays and its log."""
+        name, reply, events = answer.name, answer.reply, self.progress.events
+        self.roster.down[name] += answer.sent
+        self.roster.up[name] += reply.size
+        before = sum(event["steps"] for event in events.get(name, []))
+        key, size = self.progress.keys.get(name, ""), self.progress.sizes[name]
+        terms = self.limits.of(size, self._dimension, 0.0, None).get("terms")
+        expected = answer.expected
+        kind: dict[str, Any] = {"record": record, "done": done, "terms": terms, "read": read}
+        result = outcome(reply, {}, self.study.private, before, key, expected, **kind)
+        if result.status == done and self.roster.is_stranger(reply.node, name):
+            return Outcome("refused", NOT_ENROLLED)
+        return result
+
+    def _told(self, tally: Tally, answer: Answer, result: Outcome) -> str:
+        """Note what became of a reply."""
+        name = answer.name
+        if result.status not in ("ready", "masked"):
+            tally.failures[name] += result.status != "unprepared"
+            tally.missing[name] = f"{result.status}: {result.reason}"
+            if result.status == "refused":
+                self.roster.refused[name] = result.reason
+        self.on_status(name, result.status, result.reason, tally.number)
+        return result.status
+
+    def _order(
+        self,
+        kind: str,
+        number: int,
+        said: dict[str, ConfigRecord],
+        *,
+        adapter: bool = False,
+        arrays: int = 0,
+    ) -> Order:
+        attempt = self.progress.attempt["number"]
+        return Order(
+            kind=f"train.{kind}",
+            plan=f"{self.study.digest}:{kind}",
+            round=number,
+            group=f"{number} {kind} {attempt}",
+            receipt=self.receipt,
+            arrays=arrays,
+            attempt=attempt,
+            said=said,
+            adapter=adapter,
+        )
+
+    def _parties(self) -> tuple[Progress, Roster, Any]:
+        return self.progress, self.roster, self.settings.key
+
+    @property
+    def _dimension(self) -> int:
+        return sum(array.size for array in self.progress.adapter.values())
+
+    def _adapter_digest(self) -> str:
+        """Hash the adapter as the sites decode it."""
+        adapter = self.progress.adapter
+        sent = codec.encode(adapter, self.study.wire.adapter)
+        return codec.digest(codec.decode(sent, codec.shapes(adapter)))
+
+    def _mechanism(self) -> tuple[float, float | None]:
+        """Return q and the sum's σ, None without privacy; the same for every size."""
+        rate = self.study.training.sampling_rate
+        assert rate is not None  # Study: with [secure_aggregation]
+        if not self.study.private:
+            return rate, None
+        return rate, self.limits.mechanism(max(self.progress.sizes.values())).noise_multiplier
+
+    def _bits(self) -> int:
+        sizes = [self.progress.sizes[name] for name in self.progress.attempt["statements"]]
+        return bits_of(self.study, self._mechanism()[1], sizes, self._dimension)
+
+    def _split(self, flat: npt.NDArray[np.float64]) -> dict[str, npt.NDArray[np.float64]]:
+        """Cut the mean gradient into the adapter's tensors, in name order."""
+        parts, at = {}, 0
+        for name, shape in sorted(codec.shapes(self.progress.adapter).items()):
+            size = math.prod(shape)
+            parts[name] = flat[at : at + size].reshape(shape)
+            at += size
+        return parts
+
+
+def _agreed(forms: dict[str, Form], arrays: ArrayRecord) -> Arrays:
+    check_agreed(arrays, forms)
+    return from_record(arrays)
+
+
+def stepped(
+    study: Study,
+    gradient: dict[str, npt.NDArray[np.float64]],
+    adapter: Arrays,
+    round_: int,
+) -> Arrays:
+    """Take one step of the plan's optimiser from `adapter`, as a site that starts it afresh each
+    round does; returns the change, fp32.
+
+    | sgd   | -η (g + λw)                                                           |
+    | adamw | -η (g / (|g| + 10⁻⁸) + λw): AdamW's first step (Loshchilov & Hutter 2019) |"""
+    t = study.training
+    update = {}
+    for name, g in gradient.items():
+        direction = g if t.optimizer == "sgd" else g / (np.abs(g) + ADAM_EPSILON)
+        decay = t.weight_decay * adapter[name].astype(np.float64)
+        update[name] = (-t.rate(round_) * (direction + decay)).astype(np.float32)
+    return update
+
+
+def of(progress: Progress, *parties: Any) -> Callable[[list[str], Tally], None] | None:
+    """Return SecureRound.advance for a study with [secure_aggregation]; None for another."""
+    secure = progress.study.secure_aggregation
+    return SecureRound(progress, *parties).advance if secure else None
