@@ -129,8 +129,8 @@ class SiteWorker:
             return self._admission(False, str(refusal))
         lora = study.lora
         chosen = self._prepared[study.digest].lora_rank if lora and lora.min_rank else None
-        stated = {"declared": self.site.data.declared, "free_query": self.site.free_query}
-        return replace(self._admission(True, "", chosen), **stated)
+        declared, free = self.site.data.declared, self.site.free_query
+        return replace(self._admission(True, "", chosen), declared=declared, free_query=free)
 
     def _prepare_model(
         self, study: Study, plan: DpPlan | None, frozen: Arrays, coordinator: str

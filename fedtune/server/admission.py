@@ -85,11 +85,6 @@ class Roster:
     def __post_init__(self) -> None:
         self.named: Callable[[], Mapping[int, Member]] = getattr(self.grid, "members", None) or dict
 
-    def clear_bytes(self) -> None:
-        """Count bytes anew."""
-        self.up.clear()
-        self.down.clear()
-
     def willing(self) -> list[str]:
         """Return the admitted sites that have not refused since, by name."""
         return sorted(set(self.nodes) - set(self.refused))
@@ -283,8 +278,7 @@ class Tally:
 
 @dataclass(frozen=True, repr=False)
 class Outcome:
-    """A site's validated reply to an order. status: trained, ready, masked, answered, refused,
-    unprepared, void, failed or dropped."""
+    """A site's validated reply. status: trained, ready, masked, answered, or why it is none."""
 
     status: str
     reason: str = ""

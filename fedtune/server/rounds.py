@@ -320,7 +320,8 @@ class _Run:
             entry["weights"] = dict(sorted(tally.weights.items()))
         if self.continuous:
             entry["slot"] = self.continuous.slot
-        roster.clear_bytes()
+        roster.up.clear()
+        roster.down.clear()
         progress.history.append(entry)
         entry["quality"] = self._measure(number)
         self._enter(Phase.KEPT)
