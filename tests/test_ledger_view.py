@@ -90,7 +90,9 @@ def test_a_study_without_privacy_leaves_nothing(ledger: Ledger) -> None:
 def test_two_kinds_of_steps_are_held_by_the_filter(ledger: Ledger) -> None:
     pytest.importorskip("fedtune.dp.filter")
     reserve(ledger, charge(1))
+    assert "planned at once" not in printed(ledger, PolicyTable())  # one ε, where there is one
     reserve(ledger, charge(1, "sha256:" + "ab" * 32, sigma=2.0))
+    assert "planned at once" in printed(ledger, PolicyTable())
     found = budget("notes", ledger.spending("notes"), PolicyTable())
     assert "filter" in found.how and found.epsilon >= found.pld > 0
     assert len(study_lines(ledger.spending("notes"), 1e-3)) == 2

@@ -143,11 +143,13 @@ def budget_table(total: DatasetBudget) -> Table:
         f"{full_delta}: every study, each chosen after the one before; what the ceiling holds "
         f"({total.how})",
     )
-    table.add_row(
-        "",
-        _shown(total.pld),
-        f"{half_delta}: the same rounds, had all been planned at once (PLD); no ceiling holds it",
-    )
+    if total.pld != total.epsilon:  # where the filter costs something
+        table.add_row(
+            "",
+            _shown(total.pld),
+            f"{half_delta}: the same rounds, had all been planned at once (PLD); no ceiling holds "
+            "it",
+        )
     table.add_row("ceiling", f"{total.ceiling:g}", "policy.max_epsilon")
     table.add_row(
         "remains", _floor(total.remaining), "" if total.remaining else "nothing more runs"
