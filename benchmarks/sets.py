@@ -66,10 +66,16 @@ class DataSet:
         return [*order, *(name for name in self.rows if name not in order)]
 
 
+SHARED_ROWS = {
+    f"shared-{colluding}-{epsilon:g}": f"one dose of noise, t = {colluding}, ε = {epsilon:g}"
+    for colluding in (1, 2)
+    for epsilon in (0.5, 1.0, 2.0, 3.0, 8.0)
+}
 QUAD_ROWS = {
     **{name: ROWS[name] for name in ("base", "local")},
     **{f"epsilon-{e:g}": f"federated, ε = {e:g}" for e in medquad.RATES},
     "non-private": ROWS["non-private"],
+    **SHARED_ROWS,
     "best-lora": "federated, best LoRA not private",
     **{
         f"{name}-{e}": f"ε = {e}, {title}"
@@ -109,6 +115,7 @@ MTS = DataSet(
         **ROWS,
         **{f"epsilon-{e:g}": f"federated, ε = {e:g}" for e in (0.5, 2)},
         **{f"no-start-{e}": f"ε = {e}, the head starts at zero" for e in (1, 3)},
+        **SHARED_ROWS,
         "best-head": "federated, best head not private",
     },
 )

@@ -95,6 +95,8 @@ WITHOUT: dict[str, Table] = {
     "three-rounds": {"training": {"rounds": 3}},
 }
 RATES = {0.5: 12.0, 1.0: 24.0, 2.0: 60.0, 3.0: 90.0, 8.0: 150.0}  # chosen on validation documents
+# The same where nine sites share one dose of noise: less noise, longer steps.
+SHARED = {0.5: 50.0, 1.0: 100.0, 2.0: 140.0, 3.0: 150.0, 8.0: 200.0}
 ARMS: dict[str, Table] = {
     "non-private": {"privacy": "off", "clipping": {"unit": "patient"}},  # as epsilon-8, σ = 0
     **{f"epsilon-{epsilon:g}": at(epsilon, rate) for epsilon, rate in RATES.items()},
@@ -102,6 +104,17 @@ ARMS: dict[str, Table] = {
         f"{name}-{epsilon:g}": merged(at(epsilon, RATES[epsilon]), less)
         for epsilon in (1.0, 3.0)
         for name, less in WITHOUT.items()
+    },
+    **{
+        f"shared-{colluding}-{epsilon:g}": merged(
+            at(epsilon, rate),
+            {
+                "strategy": {"min_sites": len(DOCUMENTS)},
+                "secure_aggregation": {"colluding": colluding},
+            },
+        )
+        for colluding in (1, 2)
+        for epsilon, rate in SHARED.items()
     },
     "local": at(8.0, 20.0),  # one site alone
     "best-lora": {
@@ -124,6 +137,9 @@ TUNING: dict[str, list[Table]] = {
         "epsilon-3": (60.0, 90.0, 130.0),
         "epsilon-1": (12.0, 24.0, 40.0),
         "no-preconditioner-3": (5.0, 10.0, 20.0, 40.0),
+        "shared-1-1": (60.0, 100.0, 150.0),
+        "shared-1-3": (100.0, 150.0, 200.0, 300.0),
+        "shared-1-8": (150.0, 200.0, 300.0),
         "local": (10.0, 20.0, 40.0),
         "best-lora": (50.0, 100.0, 300.0),
     }.items()

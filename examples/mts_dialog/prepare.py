@@ -105,6 +105,8 @@ def private(epsilon: float, **tables: Any) -> Table:
     return merged({"privacy": asked}, tables)
 
 
+# Where five sites share one dose of noise: less noise, longer steps.
+SHARED = {0.5: 0.2, 1.0: 0.4, 2.0: 0.6, 3.0: 0.8, 8.0: 0.8}
 # Each rate is the best of TUNING on the validation records.
 ARMS: dict[str, Table] = {
     "non-private": {"privacy": "off", "clipping": {"unit": "record"}},  # as epsilon-8, σ = 0
@@ -116,6 +118,16 @@ ARMS: dict[str, Table] = {
     # Less the public start: the head begins at zero.
     "no-start-3": private(3.0, start=None, training={"learning_rate": 0.4}),
     "no-start-1": private(1.0, start=None, training={"learning_rate": 0.1}),
+    **{
+        f"shared-{colluding}-{epsilon:g}": private(
+            epsilon,
+            training={"learning_rate": rate},
+            strategy={"min_sites": len(SITES)},
+            secure_aggregation={"colluding": colluding},
+        )
+        for colluding in (1, 2)
+        for epsilon, rate in SHARED.items()
+    },
     "local": private(8.0, training={"learning_rate": 0.2}),  # one site alone
     "best-head": {
         "privacy": "off",
@@ -135,6 +147,9 @@ TUNING: dict[str, list[Table]] = {
         "epsilon-0.5": (0.05, 0.1, 0.2),
         "no-start-3": (0.2, 0.4, 0.8),
         "no-start-1": (0.05, 0.1, 0.2),
+        "shared-1-1": (0.2, 0.4, 0.6),
+        "shared-1-3": (0.4, 0.6, 0.8, 1.2),
+        "shared-1-8": (0.6, 0.8, 1.2),
         "local": (0.2, 0.4, 0.8),
         "best-head": (0.03, 0.1, 0.3),
     }.items()
