@@ -14,10 +14,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fedtune.cli.figures import short, size_text
 from fedtune.errors import printable
 from fedtune.report.claim import percent, rounded_up, start_line, verdict
 from fedtune.report.declared import site_lines
+from fedtune.report.figures import short, size_text
 from fedtune.report.preference import alarms, pair_lines
 from fedtune.report.teacher import teacher_line
 

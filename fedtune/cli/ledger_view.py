@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any
 
 from rich import box
 from rich.console import Group
@@ -21,7 +19,7 @@ from fedtune.ledger.declared import declared
 from fedtune.ledger.entries import EVERY, RULES, Cohort, Spent
 from fedtune.ledger.ledger import Ledger
 from fedtune.ledger.spending import DatasetBudget, StudyLine, budget, heaviest, study_lines
-from fedtune.report.claim import THREE_EPSILONS, rounded_up
+from fedtune.report.claim import THREE_EPSILONS, rounded_down, rounded_up
 
 INFINITE = "∞ (not private)"
 
@@ -42,22 +40,6 @@ def ledger_view(
     parts += not_known(ledger, dataset, spent, unit or (spent[0].charge.unit if spent else ""))
     parts.append(footer(ledger, dataset))
     return Group(*parts)
-
-
-def ledger_facts(
-    ledger: Ledger, dataset: str, policy: PolicyTable, unit: str | None = None
-) -> dict[str, Any]:
-    """Return what `ledger_view` shows of a dataset: studies, budget, the ledger's head."""
-    spent, cohorts = ledger.spending(dataset), ledger.cohorts(dataset)
-    total = heaviest(dataset, cohorts, policy)
-    return {
-        "dataset": dataset,
-        "studies": [asdict(line) for line in study_lines(spent, policy.max_delta, unit)],
-        "budget": asdict(total) | {"remaining": total.remaining},
-        "not_known": ledger.unknown(dataset, unit) if unit else [],
-        "declared": declared(ledger),
-        "head": {"entry": ledger.head.seq, "hash": ledger.head.hash},
-    }
 
 
 def studies_table(lines: Sequence[StudyLine], delta: float) -> Table:
@@ -152,7 +134,7 @@ def budget_table(total: DatasetBudget) -> Table:
         )
     table.add_row("ceiling", f"{total.ceiling:g}", "policy.max_epsilon")
     table.add_row(
-        "remains", _floor(total.remaining), "" if total.remaining else "nothing more runs"
+        "remains", rounded_down(total.remaining), "" if total.remaining else "nothing more runs"
     )
     return table
 
@@ -203,10 +185,6 @@ def footer(ledger: Ledger, dataset: str) -> str:
 
 def _shown(epsilon: float) -> str:
     return rounded_up(epsilon) if math.isfinite(epsilon) else INFINITE
-
-
-def _floor(value: float) -> str:
-    return f"{math.floor(value * 1000) / 1000:g}"
 
 
 def _span(ends: tuple[float, float]) -> str:

@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fedtune.cli import attack, data, demo, derive, models, network, plugin, tune, use_run
+from fedtune.cli import (
+    attack,
+    dashboard,
+    data,
+    demo,
+    derive,
+    models,
+    network,
+    plugin,
+    tune,
+    use_run,
+)
 from fedtune.cli import init as cli_init
 from fedtune.cli import log as cli_log
 from fedtune.cli import site as cli_site
@@ -357,7 +368,7 @@ cli_site.add_to(app)
 data.add_to(app)
 derive.add_to(app)
 plugin.add_to(app)
-for part in (cli_observe, cli_log, attack):
+for part in (cli_observe, dashboard, cli_log, attack):
     part.add_to(app, USE)
 
 

@@ -142,14 +142,14 @@ def ledger(
 ) -> dict[str, Any]:
     """Show what was spent from this site's privacy budget, by which study, and what remains.
 
-    Reads the whole ledger and checks every signature first. Rounds that an earlier release charged,
-    or that were charged for another unit, are shown as not known; nothing runs on top of them until
-    --accept."""
-    from fedtune.cli.ledger_view import ledger_facts, ledger_view
+    Reads the whole ledger and checks every signature first. Rounds of an earlier release or another
+    unit are shown as not known; nothing runs on top of them until --accept."""
+    from fedtune.cli.ledger_view import ledger_view
     from fedtune.config import load_site
     from fedtune.evidence.audit_log import AuditLog, login
     from fedtune.ledger.declared import check_acceptable
     from fedtune.ledger.ledger import Ledger
+    from fedtune.ledger.spending import facts
 
     loaded = load_site(site)
     folder = loaded.site.ledger or loaded.site.state
@@ -171,7 +171,7 @@ def ledger(
         book.accept(accept, login(), reason)
     dataset = accept or loaded.data.name
     Console().print(ledger_view(book, dataset, loaded.policy, unit))
-    return ledger_facts(book, dataset, loaded.policy, unit)
+    return facts(book, dataset, loaded.policy, unit)
 
 
 def withdraw(

@@ -10,14 +10,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fedtune.cli.figures import duration, short, size_text
 from fedtune.errors import FedtuneError
-from fedtune.observe.status import Snapshot
+from fedtune.observe.status import BY, GONE, Snapshot, standing
 from fedtune.report.claim import THREE_EPSILONS, rounded_up
+from fedtune.report.figures import duration, short, size_text
 
 STYLES = {"running": "green", "done": "green", "waiting": "yellow", "stopped": "red", "gone": "red"}
-BY = {"stopped by SIGINT": "Ctrl-C", "stopped by SIGTERM": "SIGTERM"}  # of a reason
-GONE = "its process is no more; start it again (a coordinator: with --resume)"
 
 
 def view(snapshot: Snapshot, budget: RenderableType | None = None) -> Group:
@@ -39,7 +37,7 @@ def head(snapshot: Snapshot) -> Text:
     status, line = snapshot.status, Text()
     line.append(str(status.get("study") or status["role"]), style="bold")
     line.append("  ")
-    line.append(_state(snapshot), style=STYLES.get(snapshot.state, ""))
+    line.append(snapshot.words, style=STYLES.get(snapshot.state, ""))
     if status.get("rounds"):
         line.append(f"  round {status.get('round', 0)}/{status['rounds']}")
     elif status.get("next"):
@@ -52,8 +50,8 @@ def head(snapshot: Snapshot) -> Text:
         line.append(f"  {name} {short(value)}")
     if status.get("seconds") is not None:
         line.append(f"  {status['seconds']:.0f} s a round")
-        if snapshot.state == "running" and (left := _rounds_left(status)):
-            line.append(f", about {duration(left * status['seconds'])} left")
+        if left := snapshot.seconds_left:
+            line.append(f", about {duration(left)} left")
     for key in ("error", "reason"):
         if status.get(key) and status[key] not in BY:
             line.append(f"  {status[key]}", style="red")
@@ -66,29 +64,6 @@ def head(snapshot: Snapshot) -> Text:
         line.append(f", consortium {status['fingerprint']}")
     line.append(f"\n{snapshot.folder}; last told {status.get('updated', '')}", style="dim")
     return line
-
-
-def _state(snapshot: Snapshot) -> str:
-    status, state = snapshot.status, snapshot.state
-    if state == "stopped" and status.get("reason") in BY:
-        return f"stopped ({BY[status['reason']]})"
-    if state == "waiting" and status["role"] == "site" and status.get("done"):
-        return "finished; waiting for another study"
-    return state
-
-
-def _rounds_left(status: dict[str, Any]) -> int:
-    return max(int(status.get("rounds") or 0) - int(status.get("round") or 0), 0)
-
-
-def _status_of(site: dict[str, Any]) -> str:
-    declared = f"data declared {site['declared']}" if site.get("declared") else ""
-    told = ", ".join(filter(None, [str(site.get("status", "")), declared]))
-    if site.get("connected") is None:
-        return told
-    if not site["connected"]:
-        return ", ".join(filter(None, [told, "not connected"]))
-    return told or "connected"
 
 
 def _epsilon_of(site: dict[str, Any]) -> str:
@@ -107,7 +82,7 @@ def sites_table(sites: dict[str, dict[str, Any]]) -> Table:
     for name, site in sorted(sites.items()):
         table.add_row(
             Text(name),
-            Text(_status_of(site)),
+            Text(standing(site)),
             Text(str(site.get("reason", ""))),
             str(site.get("missed", 0)),
             _epsilon_of(site),

@@ -15,9 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedtune.cli.exit_codes import command
-from fedtune.cli.figures import short
 from fedtune.cli.study import STUDY
 from fedtune.report.claim import rounded_up
+from fedtune.report.figures import short
 
 if TYPE_CHECKING:
     from fedtune.launch.tune import Search, Trial

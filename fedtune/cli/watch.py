@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from fedtune.cli.figures import duration, short, size_text
 from fedtune.progress import listening
 from fedtune.report.claim import rounded_up
+from fedtune.report.figures import duration, short, size_text
 
 LINE_SECONDS = 30.0  # between two plain lines of one step
 QUIET_SECONDS = 10.0  # without any line: then also a site's step of a round

@@ -21,6 +21,7 @@ from fedtune.data.records import Record, unit_member
 from fedtune.errors import InfrastructureError
 from fedtune.files.writing import replace
 from fedtune.ledger.ledger import Ledger
+from fedtune.observe.status import COUNTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from fedtune.models.cache import CachedDataset
 
 log = logging.getLogger("fedtune.site")
-COUNTS = "counts.json"  # in the state folder: of each dataset, what became of its rows
 SHOWN = 20  # rejected rows that are listed
 shown: set[str] = set()  # what this process has said of a site's rows on its own screen
 FAR = 0.1  # of the declared size: a count that differs by more is said

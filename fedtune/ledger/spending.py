@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from fedtune.config import PolicyTable
 from fedtune.dp import accountant
 from fedtune.dp.accountant import Steps
 from fedtune.dp.filter import total_epsilon
+from fedtune.ledger.declared import declared
 from fedtune.ledger.entries import Cohort, Spent
+from fedtune.ledger.ledger import Ledger
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,23 @@ def study_lines(spent: Sequence[Spent], delta: float, unit: str | None = None) -
     for entry in spent:
         groups.setdefault((entry.charge.study, entry.dataset), []).append(entry)
     return [_line(group, delta, unit) for group in groups.values()]
+
+
+def facts(
+    ledger: Ledger, dataset: str, policy: PolicyTable, unit: str | None = None
+) -> dict[str, Any]:
+    """Return what `fedtune ledger` shows of a dataset: studies, budget, the ledger's head. unit: of
+    whom the site's file names the records."""
+    spent, cohorts = ledger.spending(dataset), ledger.cohorts(dataset)
+    total = heaviest(dataset, cohorts, policy)
+    return {
+        "dataset": dataset,
+        "studies": [asdict(line) for line in study_lines(spent, policy.max_delta, unit)],
+        "budget": asdict(total) | {"remaining": total.remaining},
+        "not_known": ledger.unknown(dataset, unit) if unit else [],
+        "declared": declared(ledger),
+        "head": {"entry": ledger.head.seq, "hash": ledger.head.hash},
+    }
 
 
 def _line(group: Sequence[Spent], delta: float, unit: str | None) -> StudyLine:

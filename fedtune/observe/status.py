@@ -30,8 +30,11 @@ from fedtune.files import reading
 from fedtune.observe.log import FIELDS, SCREEN, Record, Role, by, cleaned, logger, now, strict_here
 
 FILE, LOCK = "status.json", "status.lock"
+COUNTS = "counts.json"  # at a site: of each dataset, what became of its rows (client/reading.py)
 LAST = 12  # events kept in the file
 ENDED = frozenset({"done", "stopped"})
+BY = {"stopped by SIGINT": "Ctrl-C", "stopped by SIGTERM": "SIGTERM"}  # of a reason
+GONE = "its process is no more; start it again (a coordinator: with --resume)"
 LINKS = frozenset({"listening", "admitted", "revoked", "connected", "disconnected"})
 TOTALS = ("bytes_up", "bytes_down")
 # Fields taken over from any event that has them.
@@ -201,6 +204,34 @@ class Snapshot:
     @property
     def over(self) -> bool:
         return self.state in ENDED or self.state == "gone"
+
+    @property
+    def words(self) -> str:
+        """Describe the state, with who stopped it, or what it waits for."""
+        if self.state == "stopped" and self.status.get("reason") in BY:
+            return f"stopped ({BY[self.status['reason']]})"
+        if self.state == "waiting" and self.status["role"] == "site" and self.status.get("done"):
+            return "finished; waiting for another study"
+        return self.state
+
+    @property
+    def seconds_left(self) -> float:
+        """Estimate the time that the rounds to come take, at the last one's pace; 0: not known."""
+        status = self.status
+        left = int(status.get("rounds") or 0) - int(status.get("round") or 0)
+        running = self.state == "running" and left > 0
+        return left * float(status.get("seconds") or 0) if running else 0.0
+
+
+def standing(site: Record) -> str:
+    """Describe a site's place in a study: what it did, what its data is declared, its link."""
+    declared = f"data declared {site['declared']}" if site.get("declared") else ""
+    told = ", ".join(filter(None, [str(site.get("status", "")), declared]))
+    if site.get("connected") is None:
+        return told
+    if not site["connected"]:
+        return ", ".join(filter(None, [told, "not connected"]))
+    return told or "connected"
 
 
 def folder_of(path: Path) -> Path:

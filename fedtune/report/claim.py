@@ -55,6 +55,13 @@ def rounded_up(value: Any, digits: int = 3) -> str:
     return f"{up:.{digits}f}".rstrip("0").rstrip(".")
 
 
+def rounded_down(value: float, digits: int = 3) -> str:
+    """Format what remains of a budget rounded down, so that the figure is never above the true
+    one."""
+    scale = 10**digits
+    return f"{math.floor(value * scale) / scale:g}"
+
+
 def number(value: Any) -> float | None:
     """The value where it is a number, else None."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -142,6 +142,7 @@ READ_BY: dict[str, tuple[dict[str, Damage], tuple[tuple[str, ...], ...]]] = {
             ("withdraw", SITE, "--file", "keys.txt"),
             ("label", SITE, *BASE, "--out", "new.jsonl"),
             ("status", SITE),
+            ("dashboard", SITE),
         ),
     ),
     "plan.json": (JSON, (("review", "plan.json", "--site", SITE),)),

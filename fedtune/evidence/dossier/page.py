@@ -54,6 +54,16 @@ def page(content: Mapping[str, Any], picture: bytes | None = None) -> str:
         f'<nav aria-label="Sections">\n<ol>\n{_links(content)}\n</ol>\n</nav>',
         '<main id="main" tabindex="-1">',
     ]
+    parts.append(sections(content, picture))
+    version = escape(content["run by"]["shown"] if content["run by"] else "")
+    parts.append(f"</main>\n<footer>\n<p>The run is by fedtune {version}. The same as data: ")
+    parts.append("dossier.json.</p>\n</footer>\n</body>\n</html>")
+    return "\n".join(parts) + "\n"
+
+
+def sections(content: Mapping[str, Any], picture: bytes | None = None) -> str:
+    """Write a dossier's sections as HTML, to stand in a page; every text of it is inert."""
+    parts = []
     for section in content["sections"]:
         name = escape(section["id"])
         parts.append(f'<section aria-labelledby="{name}">')
@@ -63,10 +73,7 @@ def page(content: Mapping[str, Any], picture: bytes | None = None) -> str:
             data = base64.b64encode(picture).decode()
             parts.append(f'<img alt="{escape(PICTURE)}" src="data:image/png;base64,{data}">')
         parts.append("</section>")
-    version = escape(content["run by"]["shown"] if content["run by"] else "")
-    parts.append(f"</main>\n<footer>\n<p>The run is by fedtune {version}. The same as data: ")
-    parts.append("dossier.json.</p>\n</footer>\n</body>\n</html>")
-    return "\n".join(parts) + "\n"
+    return "\n".join(parts)
 
 
 def _links(content: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Figures in a terminal, in the same form in every command."""
+"""Figures for people, in the same form in every command and on every page."""
 
 from __future__ import annotations
 

@@ -1,0 +1,52 @@
+"""Tell what a path is, and which page shows it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fedtune.dashboard.pages import Page
+from fedtune.dashboard.pages.coordinator import CoordinatorPage
+from fedtune.dashboard.pages.release import ReleasePage
+from fedtune.dashboard.pages.run import RunPage
+from fedtune.dashboard.pages.runs import HOME, RUN, RunsPage, runs_in
+from fedtune.dashboard.pages.site import SitePage
+from fedtune.errors import InputError
+from fedtune.files import reading
+
+EXPECTED = "a run, a folder of runs, a coordinator's home, a site.toml or its folder, a dossier"
+
+
+def page_of(path: Path, trust: str = "") -> Page:
+    """Build the page of whatever lies at `path`. trust: the consortium's fingerprint, for a dossier
+    and a run.
+
+    | site.toml, or a folder with one              | a site           |
+    | a folder with release.json or dossier.json   | a dossier        |
+    | a folder with signing.key or nodes/          | a coordinator    |
+    | a folder with plan.json, or a status of a run | a run           |
+    | a folder with such folders in it             | a folder of runs |
+    Errors: InputError for anything else; ConfigError for a site.toml that is none."""
+    if why := reading.unusable(path):
+        raise InputError(f"{str(path)[:80]}: {why}", EXPECTED)
+    if not path.exists():
+        raise InputError(f"{path}: not there", EXPECTED, "look again")
+    if path.is_file() and path.suffix == ".toml":
+        return SitePage(path)
+
+    def has(*names: str) -> bool:
+        return any(os.path.lexists(path / name) for name in names)
+
+    if has("site.toml"):
+        return SitePage(path / "site.toml")
+    if has("release.json", "dossier.json"):
+        return ReleasePage(path, trust)
+    if has(*HOME):
+        return CoordinatorPage(path, trust)
+    if has(*RUN):
+        return RunPage(path, trust)
+    if path.is_dir() and any(True for _ in runs_in(path)):
+        return RunsPage(path, trust)
+    raise InputError(
+        f"{path}: nothing to show there", EXPECTED, "name the folder that a run printed"
+    )

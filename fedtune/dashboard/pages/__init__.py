@@ -1,0 +1,67 @@
+"""What a page is: files that it watches, what its template shows, its curves."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+
+class Page(ABC):
+    """A page of one path. Its template is templates/KIND.html, and KIND_PART.html a part of it that
+    is fetched again whenever one of `files` changed."""
+
+    kind: ClassVar[str]
+    parts: ClassVar[tuple[str, ...]] = ("top", "bottom", "rounds")
+    slow: ClassVar[tuple[str, ...]] = ()  # functions of work.py whose results the page fetches
+
+    def __init__(self, path: Path, trust: str = "") -> None:
+        self.path, self.trust = path, trust
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """The page's name, as a person knows it."""
+
+    @abstractmethod
+    def files(self) -> Iterable[Path]:
+        """List the files that are watched; some may not be there."""
+
+    @abstractmethod
+    def shown(self) -> dict[str, Any]:
+        """Read what the template shows, in milliseconds. Errors: FedtuneError."""
+
+    def series(self) -> dict[str, Any] | None:
+        """Read the curves by round; None where the page has none."""
+        return None
+
+    def read_rounds(self) -> None:  # noqa: B027 - a page without rounds has none to read
+        """Read on what the page knows of its rounds: seconds, the first time of a large study."""
+
+    def child(self, name: str) -> Page | None:
+        """Return the page of a run inside this one; None where there is no such run."""
+        return None
+
+    def slow_files(self) -> Iterable[Path]:
+        """List the files that the functions of `slow` read."""
+        return ()
+
+    @staticmethod
+    def signature(files: Iterable[Path]) -> str:
+        """Say which state these files are in: it changes when one of them does."""
+        marks = []
+        for path in files:
+            try:
+                about = path.stat()
+            except OSError:
+                continue
+            marks.append(f"{path.name}:{about.st_mtime_ns}:{about.st_size}:{about.st_ino}")
+        return "|".join(marks)
+
+
+class Notice(dict[str, str]):
+    """One alarm: `level` is "bad" or "warn"; `text` what is the matter and what to do."""
+
+    def __init__(self, level: str, text: str) -> None:
+        super().__init__(level=level, text=text)

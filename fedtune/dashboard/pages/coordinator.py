@@ -1,0 +1,129 @@
+"""A coordinator: its consortium's members and certificates, and the run that it serves."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fedtune.dashboard.pages import Notice, Page
+from fedtune.dashboard.pages.run import NOTHING, RunPage, alarms, sites_of
+from fedtune.dashboard.pages.runs import runs_in
+from fedtune.errors import FedtuneError
+from fedtune.flower import certs, enrol
+from fedtune.observe.status import FILE, GONE, LOCK, Snapshot, read_status
+from fedtune.run_folder import RUNS
+
+SOON_DAYS = 7  # a certificate that has no more is an alarm; they renew at two thirds of 30 days
+
+
+class CoordinatorPage(Page):
+    """A coordinator's home; see `Page`. Its run is found beside it, or in runs/ beside it."""
+
+    kind = "coordinator"
+    slow = ("acts",)
+
+    def __init__(self, path: Path, trust: str = "") -> None:
+        super().__init__(path, trust)
+        self._run: RunPage | None = None
+
+    @property
+    def title(self) -> str:
+        return str(self._status().get("study") or self.path.resolve().name)
+
+    def files(self) -> Iterable[Path]:
+        names = (FILE, LOCK, "nodes", "leaves", "audit.jsonl")
+        run = self.run()
+        return [*(self.path / name for name in names), *(run.files() if run else ())]
+
+    def slow_files(self) -> Iterable[Path]:
+        return [self.path / "audit.jsonl"]
+
+    def run(self) -> RunPage | None:
+        """Find the newest run of the study that this home serves."""
+        digest, beside = self._status().get("plan_digest"), self.path.resolve().parent
+        runs = [run for folder in (beside, beside / RUNS) for run in runs_in(folder)]
+        of_study = [
+            run for run in runs if run != self.path.resolve() and _digest(run) == digest is not None
+        ]
+        newest = max(of_study, key=lambda run: run.stat().st_mtime, default=None)
+        if newest is not None and (self._run is None or self._run.path != newest):
+            self._run = RunPage(newest, self.trust)
+        return self._run
+
+    def child(self, name: str) -> Page | None:
+        run = self.run()
+        return run if run and run.title == name else None
+
+    def series(self) -> dict[str, Any] | None:
+        run = self.run()
+        return run.series() if run else None
+
+    def read_rounds(self) -> None:
+        if run := self.run():
+            run.read_rounds()
+
+    def shown(self) -> dict[str, Any]:
+        snapshot, run = self._snapshot(), self.run()
+        shown = run.shown() if run else {}
+        report = shown.get("report") or NOTHING
+        members, notices = self._members(sites_of(snapshot, report))
+        notices += shown.get("notices") or alarms(snapshot, report, sites_of(snapshot, report))
+        home = shlex.quote(str(self.path))
+        commands = [
+            {"does": "Admit sites, by the fingerprint that each reads out",
+             "line": f"fedtune admit *.request --home {home}"},
+            {"does": "Go on after a stop",
+             "line": f"fedtune server study.toml --home {home} --resume"},
+            {"does": "End a site's part, also in the middle of a run",
+             "line": f"fedtune revoke NAME --home {home}"},
+        ]  # fmt: skip
+        if shown.get("plan", {}).get("schedule") and run:
+            line = f"fedtune versions {shlex.quote(str(run.path))} --rollback N"
+            commands.append({"does": "Put an earlier version into use", "line": line})
+        return {
+            "notices": notices,
+            "gone": GONE,
+            **{k: v for k, v in shown.items() if k not in ("commands", "notices", "snapshot")},
+            "snapshot": snapshot,
+            "status": snapshot.status if snapshot else NOTHING,
+            "members": members,
+            "commands": commands,
+            "run_path": run.path if run else None,
+        }
+
+    def _members(self, sites: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Notice]]:
+        """Every admitted and revoked site, with its certificate's days."""
+        rows, notices = {site["name"]: {**site, "days": None} for site in sites}, list[Notice]()
+        empty = sites_of(None, {"privacy": {"sites": {"": {}}}})[0]
+        for name, record in enrol.registry(self.path).items():
+            leaf, row = None, rows.setdefault(name, {**empty, "name": name, "days": None})
+            with suppress(FedtuneError):
+                leaf = enrol.leaf_of(self.path, record)
+            row["admitted"] = record.admitted
+            if leaf is not None:
+                row["days"] = (leaf.not_valid_after_utc - certs.now()).days
+                if row["days"] < SOON_DAYS:
+                    text = f"{name}: its certificate ends in {row['days']} days"
+                    notices.append(Notice("bad" if row["days"] < 0 else "warn", text))
+        for record in enrol.revoked(self.path):
+            row = rows.setdefault(record.name, {**empty, "name": record.name, "days": None})
+            row["revoked"] = record.revoked
+        return [rows[name] for name in sorted(rows)], notices
+
+    def _snapshot(self) -> Snapshot | None:
+        with suppress(FedtuneError):
+            return read_status(self.path)
+        return None
+
+    def _status(self) -> dict[str, Any]:
+        snapshot = self._snapshot()
+        return snapshot.status if snapshot else {}
+
+
+def _digest(run: Path) -> str | None:
+    with suppress(FedtuneError):
+        return read_status(run).status.get("plan_digest")
+    return None

@@ -1,0 +1,55 @@
+"""A dossier: whether it verifies, by whom it is signed, and all that it says."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fedtune.dashboard.pages import Notice, Page
+from fedtune.errors import FedtuneError
+from fedtune.evidence.dossier.page import sections
+from fedtune.files import reading
+
+CONTENT = "dossier.json"
+
+
+class ReleasePage(Page):
+    """A dossier's folder; see `Page`."""
+
+    kind = "release"
+    parts = ("top",)
+    slow = ("verified",)
+
+    @property
+    def title(self) -> str:
+        return self.path.resolve().name
+
+    def files(self) -> Iterable[Path]:
+        return [self.path / name for name in ("release.json", CONTENT, "approvals")]
+
+    def slow_files(self) -> Iterable[Path]:
+        return self.files()
+
+    def shown(self) -> dict[str, Any]:
+        path, content, body = shlex.quote(str(self.path)), dict[str, Any](), ""
+        notices: list[Notice] = []
+        try:
+            content = reading.json_in(
+                self.path / CONTENT, "the dossier's content", most=reading.LARGE
+            )
+            body = sections(content)
+        except (FedtuneError, KeyError, TypeError, AttributeError, ValueError):
+            notices.append(Notice("bad", f"{CONTENT} cannot be read: this is no dossier as signed"))
+        trust = shlex.quote(self.trust or "FINGERPRINT")
+        return {
+            "content": content,
+            "contents": [(s["id"], s["title"]) for s in content["sections"]] if body else [],
+            "body": body,
+            "notices": notices,
+            "status": {},
+            "commands": [
+                {"does": "The same in a terminal", "line": f"fedtune verify {path} --trust {trust}"}
+            ],
+        }

@@ -1,0 +1,278 @@
+"""A run: how far, how good, what it cost whom; while it trains and when it is finished."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fedtune.dashboard.pages import Notice, Page
+from fedtune.errors import FedtuneError, InputError
+from fedtune.observe.log import LOGGABLE, reason_of
+from fedtune.observe.rounds import Rounds
+from fedtune.observe.status import FILE, GONE, LOCK, Snapshot, read_status, standing
+from fedtune.registry.metrics import metric as known_metric
+from fedtune.report.claim import (
+    THREE_EPSILONS,
+    best_guess,
+    number,
+    percent,
+    protects,
+    strength,
+    verdict,
+)
+from fedtune.report.preference import alarms as preference_alarms
+from fedtune.report.quality import intervals
+from fedtune.run_folder import load_plan, read_report
+
+NOTHING: dict[str, Any] = {}
+
+
+class RunPage(Page):
+    """A run's folder; see `Page`."""
+
+    kind = "run"
+    slow = ("verified", "versions")
+
+    def __init__(self, path: Path, trust: str = "") -> None:
+        super().__init__(path, trust)
+        self.rounds, self._reading = Rounds(path), threading.Lock()
+
+    @property
+    def title(self) -> str:
+        return self.path.resolve().name
+
+    def files(self) -> Iterable[Path]:
+        names = (FILE, LOCK, "metrics.jsonl", "report.json", "plan.json", "versions/index.json")
+        return [self.path / name for name in names]
+
+    def slow_files(self) -> Iterable[Path]:
+        names = ("report.json", "signature.json", "evidence.json", "versions/index.json")
+        return [self.path / name for name in names]
+
+    def shown(self) -> dict[str, Any]:
+        snapshot: Snapshot | None = None
+        report, notices = NOTHING, list[Notice]()
+        with suppress(FedtuneError):
+            snapshot = read_status(self.path)
+        if (self.path / "report.json").exists():
+            try:
+                report = read_report(self.path)
+            except InputError as error:
+                notices.append(Notice("warn", str(error)))
+        plan = self._plan()
+        quality = _quality(snapshot, report, plan)
+        sites = sites_of(snapshot, report)
+        privacy = _privacy(sites, report, plan)
+        notices += alarms(snapshot, report, sites)
+        return {
+            "snapshot": snapshot,
+            "status": snapshot.status if snapshot else NOTHING,
+            "report": report,
+            "plan": plan,
+            "quality": quality,
+            "privacy": privacy,
+            "sites": sites,
+            "notices": notices,
+            "newest": list(self.rounds.newest)[::-1],
+            "count": len(self.rounds),
+            "bytes": {
+                way: sum(site[f"bytes_{way}"] or 0 for site in sites) for way in ("up", "down")
+            },
+            "facts": _facts(plan, report),
+            "commands": self._commands(snapshot, report),
+            "three_epsilons": THREE_EPSILONS,
+            "gone": GONE,
+        }
+
+    def series(self) -> dict[str, Any]:
+        """Read the rounds: one number a round for each curve; null where it was not measured."""
+        self.read_rounds()
+        rounds, shown = self.rounds, self.shown()
+        quality = {name: _plain(values) for name, values in rounds.quality.items()}
+        metric = shown["quality"].get("metric")
+        epsilon = {name: _plain(values) for name, values in rounds.epsilon.items()}
+        if not epsilon and len(rounds):
+            epsilon = {"largest": _plain(rounds.largest), "smallest": _plain(rounds.smallest)}
+        return {
+            "rounds": list(rounds.number),
+            "metric": metric,
+            "quality": quality,
+            "selection": {name: _plain(values) for name, values in rounds.selection.items()},
+            "base": shown["quality"].get("base") or {},
+            "intervals": shown["quality"].get("intervals") or {},
+            "bounded": [name for name in quality if known_metric(name).bounded],
+            "epsilon": epsilon,
+            "planned": shown["privacy"].get("planned"),
+        }
+
+    def read_rounds(self) -> None:
+        with self._reading:
+            self.rounds.refresh()
+
+    def _plan(self) -> dict[str, Any]:
+        with suppress(FedtuneError):
+            return load_plan(self.path).model_dump(mode="json")
+        return {}
+
+    def _commands(self, snapshot: Snapshot | None, report: dict[str, Any]) -> list[dict[str, str]]:
+        run = shlex.quote(str(self.path))
+        if report:
+            out = shlex.quote(f"{self.title}-model")
+            return [
+                {"does": "Prove its ε from what the sites signed", "line": f"fedtune verify {run}"},
+                {
+                    "does": "Write a model for transformers",
+                    "line": f"fedtune export {run} --out {out}",
+                },
+                {
+                    "does": "Write a dossier for an ethics board",
+                    "line": f"fedtune release {run} --out {shlex.quote(self.title + '-dossier')}",
+                },
+            ]
+        if snapshot and snapshot.state in ("stopped", "gone"):
+            line = f"fedtune server study.toml --out {run} --resume"
+            return [{"does": "Go on after its last whole round", "line": line}]
+        return [{"does": "The same in a terminal", "line": f"fedtune status {run}"}]
+
+
+def sites_of(snapshot: Snapshot | None, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Join what the status and the report say of each site, by name."""
+    by_status = snapshot.status["sites"] if snapshot else {}
+    by_report = (report.get("privacy") or {}).get("sites") or {}
+    absences = report.get("absences") or {}
+    rows = []
+    for name in sorted(by_status.keys() | by_report.keys()):
+        status, told = by_status.get(name, {}), by_report.get(name, {})
+        spent, planned = told.get("epsilon", status.get("epsilon")), status.get("planned")
+        rows.append(
+            {
+                "name": name,
+                "standing": standing(status),
+                "reason": reason_of(str(status.get("reason") or "")),
+                "connected": status.get("connected"),
+                "missed": status.get("missed", (absences.get(name) or {}).get("rounds", 0)),
+                "epsilon": number(spent),
+                "planned": number(planned),
+                "sigma": number(told.get("noise_multiplier")),
+                "rate": number(told.get("sampling_rate")),
+                "steps": number(told.get("steps")),
+                "bytes_up": status.get("bytes_up"),
+                "bytes_down": status.get("bytes_down"),
+            }
+        )
+    return rows
+
+
+def alarms(
+    snapshot: Snapshot | None, report: dict[str, Any], sites: list[dict[str, Any]]
+) -> list[Notice]:
+    """List what somebody should look at, worst first."""
+    found, quality = [], report.get("quality") or {}
+    if report.get("private") is False or (snapshot and snapshot.status.get("private") is False):
+        found.append(
+            Notice("bad", "NOT PRIVATE: no noise was added; the adapter may reveal records")
+        )
+    if verdict(quality).startswith("worse"):
+        found.append(Notice("bad", f"The trained model is {verdict(quality)}"))
+    found += [Notice("warn", alarm) for alarm in preference_alarms(quality)]
+    if snapshot and snapshot.state == "gone":
+        found.append(Notice("bad", f"Killed: {GONE}"))
+    elif snapshot and snapshot.state == "stopped":
+        why = ", ".join(filter(None, (snapshot.status.get(k) for k in ("error", "reason"))))
+        found.append(
+            Notice("bad", f"Stopped before the study was done: {why or 'no reason given'}")
+        )
+    for site in sites:
+        if site["reason"].startswith("policy.max_epsilon"):
+            found.append(Notice("bad", f"{site['name']} is out of budget ({site['reason']})"))
+        elif "refused" in site["standing"]:
+            found.append(Notice("warn", f"{site['name']} refused the plan ({site['reason']})"))
+        elif "clock" in site["reason"] or "certificate" in site["reason"]:
+            found.append(Notice("bad", f"{site['name']}: {site['reason']}"))
+        if site["epsilon"] and site["planned"] and site["epsilon"] > site["planned"] + 1e-6:
+            found.append(Notice("warn", f"{site['name']} reported more ε than was planned"))
+    return found
+
+
+def _quality(
+    snapshot: Snapshot | None, report: dict[str, Any], plan: dict[str, Any]
+) -> dict[str, Any]:
+    """The study's metric before and after, with intervals; while it runs, the newest round's."""
+    quality = report.get("quality") or {}
+    metric = quality.get("metric") or (plan.get("evaluation") or {}).get("metric")
+    if metric is None:
+        return {}
+    before, after = quality.get("before"), quality.get("after")
+    before = before if isinstance(before, dict) else {metric: before}
+    after = after if isinstance(after, dict) else {metric: after}
+    newest = (snapshot.status.get("quality") if snapshot else None) or {}
+    after = after if report else newest
+    names = [name for name in dict.fromkeys([metric, *after, *before]) if name in LOGGABLE]
+    rows = [
+        {
+            "name": name,
+            "before": number(before.get(name)),
+            "after": number(after.get(name)),
+            "better": "higher" if known_metric(name).higher_is_better else "lower",
+            "intervals": intervals(quality, name),
+        }
+        for name in names
+    ]
+    return {
+        "metric": metric,
+        "rows": rows,
+        "verdict": verdict(quality),
+        "improved": verdict(quality).startswith("better"),
+        "records": (quality.get("gain") or {}).get("records"),
+        "base": {row["name"]: row["before"] for row in rows if row["before"] is not None},
+        "intervals": {row["name"]: row["intervals"] for row in rows},
+    }
+
+
+def _privacy(
+    sites: list[dict[str, Any]], report: dict[str, Any], plan: dict[str, Any]
+) -> dict[str, Any]:
+    """The largest ε of any site so far, of what is planned, and what that means."""
+    table = plan.get("privacy")
+    told = report.get("privacy") or {}
+    if table == "off" or report.get("private") is False:
+        return {"off": True}
+    table = table if isinstance(table, dict) else {}
+    spent = [site["epsilon"] for site in sites if site["epsilon"] is not None]
+    planned = [site["planned"] for site in sites if site["planned"] is not None]
+    unit = told.get("unit") or table.get("unit") or "record"
+    epsilon = number(told.get("epsilon")) if told else max(spent, default=None)
+    return {
+        "epsilon": epsilon,
+        "planned": max(planned, default=number(table.get("epsilon"))),
+        "delta": told.get("delta", table.get("delta")),
+        "unit": unit,
+        "protects": protects(unit),
+        "strength": strength(epsilon),
+        "guess": percent(best_guess(told)) if told else "",
+    }
+
+
+def _facts(plan: dict[str, Any], report: dict[str, Any]) -> list[tuple[str, str]]:
+    """What ran, as label and value: of the plan and the report's public tables."""
+    base = report.get("base") or plan.get("base") or {}
+    adapter = plan.get("lora") or {}
+    pairs = [
+        ("Study", (plan.get("study") or {}).get("name") or report.get("study")),
+        ("Plan", report.get("plan_digest")),
+        ("Base", base.get("name") or base.get("model")),
+        ("Objective", (plan.get("objective") or {}).get("name")),
+        ("Strategy", (plan.get("strategy") or {}).get("name")),
+        ("LoRA rank", adapter.get("rank")),
+        ("fedtune", report.get("fedtune")),
+    ]
+    return [(label, str(value)) for label, value in pairs if value]
+
+
+def _plain(values: Iterable[float]) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in values]

@@ -1,0 +1,54 @@
+"""A folder of runs: what each reached, and at which ε."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fedtune.dashboard.pages import Page
+from fedtune.dashboard.pages.run import RunPage
+
+HOME, RUN = ("signing.key", "nodes"), ("plan.json", "status.json")  # what such a folder has
+MOST = 500  # runs in a table
+
+
+def runs_in(folder: Path) -> Iterator[Path]:
+    """Find the runs in a folder, by name; a coordinator's home is none, though it has a plan."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        is_home = any((path / name).exists() for name in HOME)
+        if not is_home and any((path / name).is_file() for name in RUN):
+            yield path
+
+
+class RunsPage(Page):
+    """A folder of runs; see `Page`."""
+
+    kind = "runs"
+    parts = ("top",)
+
+    def __init__(self, path: Path, trust: str = "") -> None:
+        super().__init__(path, trust)
+        self._pages: dict[str, RunPage] = {}
+
+    @property
+    def title(self) -> str:
+        return self.path.resolve().name
+
+    def files(self) -> Iterable[Path]:
+        for run in runs_in(self.path):
+            yield from (run / name for name in ("status.json", "status.lock", "report.json"))
+
+    def shown(self) -> dict[str, Any]:
+        pages = [self._page(run.name) for run in [*runs_in(self.path)][:MOST]]
+        return {"runs": [{"name": page.title, **page.shown()} for page in pages if page]}
+
+    def child(self, name: str) -> Page | None:
+        return self._page(name)
+
+    def _page(self, name: str) -> RunPage | None:
+        if name not in self._pages:
+            if name not in {run.name for run in runs_in(self.path)}:
+                return None  # also what would lead out of the folder
+            self._pages[name] = RunPage(self.path / name, self.trust)
+        return self._pages[name]

@@ -1,0 +1,114 @@
+"""A site: its budget, the plans that wait for its officer, what it refused, what its data was."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fedtune.config import Site, load_site
+from fedtune.dashboard.pages import Notice, Page
+from fedtune.data.sources._interface import REASONS
+from fedtune.errors import FedtuneError
+from fedtune.files import reading
+from fedtune.observe.log import MOMENT, NAME
+from fedtune.observe.status import COUNTS, FILE, GONE, LOCK, read_status
+
+
+class SitePage(Page):
+    """A site.toml; see `Page`. Nothing of it is for anybody outside the site."""
+
+    kind = "site"
+    parts = ("top", "bottom")
+    slow = ("budget", "plans", "acts")
+
+    @property
+    def title(self) -> str:
+        return self._site().site.name
+
+    def files(self) -> Iterable[Path]:
+        site = self._site()
+        names = (FILE, LOCK, COUNTS)
+        return [*(site.site.state / name for name in names), *self.slow_files()]
+
+    def slow_files(self) -> Iterable[Path]:
+        site = self._site()
+        ledger = site.site.ledger or site.site.state
+        names = ("ledger.db", "ledger.db-wal", "ledger.head")
+        others = [site.site.state / name for name in ("plans", "audit.jsonl")]
+        return [self.path, *others, *(ledger / name for name in names)]
+
+    def shown(self) -> dict[str, Any]:
+        site, snapshot, notices = self._site(), None, list[Notice]()
+        with suppress(FedtuneError):
+            snapshot = read_status(site.site.state)
+        if snapshot and snapshot.state == "gone":
+            notices.append(Notice("bad", f"Killed: {GONE}"))
+        path = shlex.quote(str(self.path))
+        return {
+            "site": site,
+            "policy": _policy(site),
+            "snapshot": snapshot,
+            "status": snapshot.status if snapshot else {},
+            "counts": _counts(site.site.state / COUNTS),
+            "notices": notices,
+            "commands": [
+                {"does": "Every charge, checked", "line": f"fedtune ledger {path}"},
+                {"does": "Who did what here, checked", "line": f"fedtune log {path} --verify"},
+                {"does": "The rows that were left out", "line": f"fedtune data report {path}"},
+                {"does": "Take part", "line": f"fedtune client {path}"},
+            ],
+        }
+
+    def _site(self) -> Site:
+        return load_site(self.path)
+
+
+def _policy(site: Site) -> list[tuple[str, str]]:
+    """What the site's policy says, as label and value."""
+    policy = site.policy
+    return [
+        ("policy.max_epsilon", f"{policy.max_epsilon:g}"),
+        ("policy.max_delta", f"{policy.max_delta:g}"),
+        ("policy.max_epsilon_per_study", f"{policy.max_epsilon_per_study:g}"),
+        ("policy.admission", str(policy.admission)),
+        ("policy.min_noise_multiplier", f"{policy.min_noise_multiplier:g}"),
+        ("policy.max_sampling_rate", f"{policy.max_sampling_rate:g}"),
+        ("site.declared_size", f"{site.site.declared_size:,}"),
+        ("unit", "patient" if site.data.columns.patient else "record"),
+    ]
+
+
+def _counts(path: Path) -> list[dict[str, Any]]:
+    """What became of each dataset's rows when it was last read; counts and fixed words alone."""
+    if not path.exists():
+        return []
+    with suppress(FedtuneError):
+        tables = reading.json_in(path, "the counts of a reading")
+        return [
+            _count(name, facts)
+            for name, facts in tables.items()
+            if NAME.fullmatch(name) and isinstance(facts, dict)
+        ]
+    return []
+
+
+def _count(name: str, facts: dict[str, Any]) -> dict[str, Any]:
+    rejected = facts.get("rejected")
+    pairs = rejected.items() if isinstance(rejected, dict) else ()
+    counted = {why: n for why, n in pairs if _is_count(n)}
+    known = {why: n for why, n in counted.items() if why in REASONS}
+    other = sum(counted.values()) - sum(known.values())
+    return {
+        **{key: value for key, value in facts.items() if _is_count(value)},
+        "dataset": name,
+        "unit": "patient" if facts.get("unit") == "patient" else "record",
+        "time": str(facts.get("time")) if MOMENT.fullmatch(str(facts.get("time"))) else "",
+        "rejected": known | ({"for another reason": other} if other else {}),
+    }
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,293 @@
+"""Serve a page on loopback: the token, the headers, live events, and work in child processes.
+
+| no token, a wrong one                          | 401, and nothing else                        |
+| the Host of another name than this machine's   | 421: a foreign page may have rebound its name |
+| any method but GET and HEAD                    | 405                                          |
+| a path that is no page                         | 404                                          |
+Guarantee: no header lets another origin read an answer, and the policy of every answer lets the
+page load from this server alone. The token is random, in the printed address once and in a cookie
+of this browser afterwards (HttpOnly, SameSite=Strict).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator
+from http.cookies import SimpleCookie
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs
+
+import uvicorn
+from jinja2 import Environment, FileSystemLoader
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fedtune import __version__
+from fedtune.dashboard import work
+from fedtune.dashboard.pages import Page
+from fedtune.errors import FedtuneError, InfrastructureError
+from fedtune.observe.log import reason_of
+from fedtune.report.claim import rounded_down, rounded_up
+from fedtune.report.figures import duration, short, size_text
+
+HERE = Path(__file__).parent
+HOST, NAMES = "127.0.0.1", {"127.0.0.1", "localhost", "[::1]"}
+LOOK_SECONDS = 0.5  # between two looks at a page's files
+REST_SECONDS = 15.0  # before a slow figure is computed anew, however often its files change
+PING_SECONDS = 15.0
+POLICY = "; ".join(
+    [
+        "default-src 'none'",
+        *(f"{kind}-src 'self'" for kind in ("script", "style", "img", "connect", "font")),
+        *(f"{kind} 'none'" for kind in ("base-uri", "form-action", "frame-ancestors")),
+    ]
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), microphone=(), geolocation=()",
+}
+
+
+class Guard:
+    """Answers what has no token, another Host or another method; adds the headers to the rest."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app, self._token = app, token
+        self._cookie = f"fedtune-{secrets.token_hex(4)}"  # cookies are shared among ports
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                own = [(k.encode(), v.encode()) for k, v in HEADERS.items()]
+                kept = [pair for pair in message["headers"] if pair[0].decode() not in HEADERS]
+                message = {**message, "headers": [*kept, *own]}
+            await send(message)
+
+        response = self._refusal(scope) or self._admission(scope)
+        await (response or self._app)(scope, receive, with_headers)
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        headers = {
+            key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]
+        }
+        host = headers.get("host", "")
+        name = host[: host.rfind("]") + 1] if host.startswith("[") else host.partition(":")[0]
+        if name.lower() not in NAMES:
+            return Response("this server answers to 127.0.0.1 and localhost alone\n", 421)
+        if scope["method"] not in ("GET", "HEAD"):
+            return Response("pages are only read\n", 405, {"allow": "GET, HEAD"})
+        return None
+
+    def _admission(self, scope: Scope) -> Response | None:
+        """None where the browser's cookie is the token; with the token in the address, the cookie
+        and the same address without it."""
+        sent = SimpleCookie()
+        for key, value in scope["headers"]:
+            if key == b"cookie":
+                sent.load(value.decode("latin-1"))
+        if (morsel := sent.get(self._cookie)) and self._is_token(morsel.value):
+            return None
+        given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
+        if not self._is_token(given):
+            text = "401: open the address that `fedtune dashboard` printed, with its token\n"
+            return Response(text, 401, media_type="text/plain")
+        response = Response(status_code=303, headers={"location": scope["path"]})
+        response.set_cookie(self._cookie, self._token, httponly=True, samesite="strict")
+        return response
+
+    def _is_token(self, value: str) -> bool:
+        return secrets.compare_digest(value.encode("utf-8", "replace"), self._token.encode())
+
+
+class _Result(NamedTuple):
+    signature: str
+    at: float
+    value: dict[str, Any]
+
+
+class Views:
+    """The routes of one page and of the runs inside it."""
+
+    def __init__(self, page: Page) -> None:
+        self._page, self._locks = page, dict[str, asyncio.Lock]()
+        self._results: dict[str, _Result] = {}
+        self._templates = Environment(
+            loader=FileSystemLoader(HERE / "templates"),
+            autoescape=True,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        filters = {"epsilon": rounded_up, "short": short, "bytes": size_text, "reason": reason_of}
+        self._templates.filters |= {
+            **filters,
+            "duration": duration,
+            "moment": _moment,
+            "floor3": rounded_down,
+        }
+        self._templates.globals |= {"version": __version__}
+
+    def routes(self) -> list[Route | Mount]:
+        parts: list[Route | Mount] = []
+        for prefix in ("", "/runs/{name}"):
+            parts += [
+                Route(f"{prefix}/", self.page),
+                Route(f"{prefix}/live/{{part}}", self.live),
+                Route(f"{prefix}/series", self.series),
+                Route(f"{prefix}/slow/{{what}}", self.slow),
+                Route(f"{prefix}/events", self.events),
+            ]
+        return [*parts, Mount("/static", StaticFiles(directory=HERE / "static"))]
+
+    async def page(self, request: Request) -> Response:
+        return await self._rendered(request, "")
+
+    async def live(self, request: Request) -> Response:
+        part = request.path_params["part"]
+        if part not in self._of(request).parts:
+            raise HTTPException(404)
+        return await self._rendered(request, f"_{part}")
+
+    async def series(self, request: Request) -> Response:
+        found = await run_in_threadpool(self._of(request).series)
+        return JSONResponse(found)
+
+    async def slow(self, request: Request) -> Response:
+        """Show what a child process computes; anew only where the page's files have changed."""
+        page, what = self._of(request), request.path_params["what"]
+        if what not in page.slow:
+            raise HTTPException(404)
+        key = f"{page.path} {what}"
+        async with self._locks.setdefault(key, asyncio.Lock()):
+            known, signature = self._results.get(key), page.signature(page.slow_files())
+            rests = known is not None and time.monotonic() - known.at < REST_SECONDS
+            if known is None or (known.signature != signature and not rests):
+                value = await worked(what, page)
+                known = self._results[key] = _Result(signature, time.monotonic(), value)
+        template = self._templates.get_template(f"slow_{what}.html")
+        return HTMLResponse(template.render(found=known.value, page=page))
+
+    async def events(self, request: Request) -> Response:
+        return StreamingResponse(self._changes(self._of(request)), media_type="text/event-stream")
+
+    async def _changes(self, page: Page) -> AsyncIterator[str]:
+        """Yield "change" or "slow" whenever the page's files changed, until the browser leaves."""
+
+        def state() -> tuple[str, str]:
+            return page.signature(page.files()), page.signature(page.slow_files())
+
+        before, told = await run_in_threadpool(state), time.monotonic()
+        yield "retry: 1000\n\n"
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            now = await run_in_threadpool(state)
+            kinds = ("change", "slow")
+            changed = [kind for kind, a, b in zip(kinds, before, now, strict=True) if a != b]
+            if not changed and time.monotonic() - told < PING_SECONDS:
+                continue
+            before, told = now, time.monotonic()
+            yield "".join(f"event: {kind}\ndata: files\n\n" for kind in changed) or ": here\n\n"
+
+    async def _rendered(self, request: Request, part: str) -> Response:
+        page = self._of(request)
+        template = self._templates.get_template(f"{page.kind}{part}.html")
+
+        def render() -> str:
+            if part == "_rounds":
+                page.read_rounds()
+            above = self._page.title if page is not self._page else ""
+            return template.render(page=page, above=above, **page.shown())
+
+        return HTMLResponse(await run_in_threadpool(render))
+
+    def _of(self, request: Request) -> Page:
+        name = request.path_params.get("name")
+        page = self._page if name is None else self._page.child(name)
+        if page is None:
+            raise HTTPException(404)
+        return page
+
+
+async def worked(what: str, page: Page) -> dict[str, Any]:
+    """Run a function of work.py on a page's path, in a child process of its own."""
+    words = (sys.executable, "-m", work.__name__, what, str(page.path), page.trust)
+    child = await asyncio.create_subprocess_exec(
+        *words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+    )
+    try:
+        printed, _ = await child.communicate()
+        found: dict[str, Any] = json.loads(printed)
+        return found
+    except ValueError:
+        return {"error": "it could not be computed; the command in a terminal says why"}
+    finally:
+        if child.returncode is None:
+            child.kill()
+
+
+def app_of(page: Page, token: str) -> Starlette:
+    """Build the application of one page."""
+
+    async def failed(_: Request, error: Exception) -> Response:
+        return Response(f"{error}\n", 500, media_type="text/plain")
+
+    handlers: dict[Any, Any] = {FedtuneError: failed}
+    middleware = [Middleware(Guard, token=token)]
+    return Starlette(
+        routes=Views(page).routes(), middleware=middleware, exception_handlers=handlers
+    )
+
+
+def serve(page: Page, port: int = 0, say: Any = print) -> None:
+    """Serve a page on loopback until Ctrl-C. say: told its address, with the token.
+
+    Errors: InfrastructureError where the port is taken."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((HOST, port))
+    except OSError as error:
+        listener.close()
+        raise InfrastructureError(
+            f"port {port} of {HOST} cannot be opened ({error.strerror})",
+            todo="choose another with --port",
+        ) from None
+    token = secrets.token_urlsafe(24)
+    config = uvicorn.Config(
+        app_of(page, token),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        ws="none",
+        timeout_graceful_shutdown=1,
+    )
+    threading.Thread(target=page.read_rounds, daemon=True).start()
+    say(f"http://{HOST}:{listener.getsockname()[1]}/?token={token}")
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _moment(text: str) -> str:
+    """A UTC moment as people read it."""
+    return str(text).replace("T", " ").replace("Z", " UTC")

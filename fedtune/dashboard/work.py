@@ -1,0 +1,109 @@
+"""What takes seconds and scipy, in a child process: `python -m fedtune.dashboard.work WHAT PATH`.
+
+The accountant's libraries take 100 MB, which a server that mostly waits need not keep; and a
+ledger's locks are held by the child alone, as long as one `fedtune ledger` holds them. It prints
+the result as JSON, or {"error": …}, and enters nothing: who looks at a page has reviewed no plan.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fedtune.errors import FedtuneError
+
+LATEST = 60  # acts of an audit log that a page shows
+
+
+def budget(site_path: Path, _: str) -> dict[str, Any]:
+    """What `fedtune ledger` shows: studies, the total, what remains."""
+    from fedtune.config import load_site
+    from fedtune.ledger.ledger import Ledger
+    from fedtune.ledger.spending import facts
+
+    site = load_site(site_path)
+    folder = site.site.ledger or site.site.state
+    if not (folder / "ledger.db").exists():  # a look begins none
+        return {"none": True, "ceiling": site.policy.max_epsilon}
+    unit = "patient" if site.data.columns.patient else "record"
+    return facts(Ledger(folder), site.data.name, site.policy, unit)
+
+
+def plans(site_path: Path, _: str) -> dict[str, Any]:
+    """What `fedtune review` shows of each plan that waits for a signature here."""
+    from fedtune.client.review import read_plan, review, unsigned
+    from fedtune.config import load_site
+    from fedtune.ledger.ledger import Ledger
+
+    site = load_site(site_path)
+    if not (site.site.state / "ledger.db").exists():
+        return {"plans": []}
+    ledger, found = Ledger(site.site.state), []
+    for path in sorted((site.site.state / "plans").glob("*.json")):
+        study = read_plan(path, site)
+        if unsigned(study, site, ledger):
+            result = asdict(review(study, site, ledger))
+            found.append({"study": study.study.name, "path": str(path), **result})
+    return {"plans": found}
+
+
+def acts(path: Path, _: str) -> dict[str, Any]:
+    """What `fedtune log` shows: the newest entries, once all are verified."""
+    from fedtune.config import load_site
+    from fedtune.evidence import audit_log
+
+    folder = path if path.is_dir() else load_site(path).site.state
+    if not (folder / audit_log.FILE).exists():
+        return {"entries": [], "count": 0}
+    checked = audit_log.verify(folder, audit_log.signer_at(folder))
+    entries = checked.entries[: -LATEST - 1 : -1]
+    refused = [entry for entry in checked.entries[::-1] if entry["event"] == "refuse"][:LATEST]
+    return {
+        "entries": entries,
+        "refusals": refused,
+        "count": len(checked.entries),
+        "signer": checked.signer,
+        "head": checked.head,
+    }
+
+
+def verified(path: Path, trust: str) -> dict[str, Any]:
+    """What `fedtune verify` shows."""
+    from fedtune.evidence.sign import SIGNATURE
+    from fedtune.evidence.verify import verify
+
+    if not any((path / name).exists() for name in (SIGNATURE, "release.json")):
+        return {"unsigned": True}
+    return asdict(verify(path, trust))
+
+
+def versions(path: Path, _: str) -> dict[str, Any]:
+    """What `fedtune versions` shows: champion and challengers."""
+    from fedtune.server.versions import Versions
+
+    index = Versions(path).index()
+    return asdict(index) if index else {}
+
+
+KINDS: dict[str, Callable[[Path, str], dict[str, Any]]] = {
+    function.__name__: function for function in (budget, plans, acts, verified, versions)
+}
+
+
+def main(words: list[str]) -> None:
+    from fedtune.report import jsonable
+
+    what, path, trust = words
+    try:
+        result = KINDS[what](Path(path), trust)
+    except FedtuneError as error:
+        result = {"error": str(error)}
+    print(json.dumps(jsonable(result), allow_nan=False))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,181 @@
+"""The pages in a browser: live, local, readable by all, and with the report's figures."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from fedtune.observe import StatusFile
+from fedtune.report.claim import rounded_up
+from fedtune.report.figures import short
+from tests.dashboard.conftest import Serve
+
+AXE = Path(os.environ.get("FEDTUNE_AXE", "node_modules/axe-core/axe.min.js"))
+RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+PENDING = ("Reading and checking", "Verifying every")
+needs_axe = pytest.mark.skipif(
+    not AXE.is_file(), reason=f"axe-core is not here: {AXE} (FEDTUNE_AXE)"
+)
+
+
+class Visit:
+    """A browser's visit: what it asked for, and what it complained of."""
+
+    def __init__(self, browser: Any, address: str, **options: Any) -> None:
+        self.context = browser.new_context(**options)
+        self.page, self.asked, self.complaints = self.context.new_page(), list[str](), list[str]()
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("console", self._console)
+        self.page.goto(address)
+        self.until(lambda: not any(word in self.text() for word in PENDING), 120)
+
+    def _console(self, message: Any) -> None:
+        if message.type in ("error", "warning"):
+            self.complaints.append(message.text)
+
+    def text(self) -> str:
+        return str(self.page.evaluate("document.body.innerText"))
+
+    def figures(self) -> dict[str, str]:
+        found = "[...document.querySelectorAll('[data-figure]')]"
+        return dict(self.page.evaluate(f"{found}.map(e => [e.dataset.figure, e.innerText])"))
+
+    def until(self, true: Any, seconds: float) -> None:
+        for _ in range(int(seconds * 10)):
+            if true():
+                return
+            self.page.wait_for_timeout(100)
+        raise AssertionError(f"not in {seconds} s: {self.complaints} {self.text()[:2000]}")
+
+
+@pytest.fixture
+def places(tried: Path, released: Path) -> list[Path]:
+    return [tried / "runs" / "tried", tried / "runs", tried / "north" / "site.toml", released]
+
+
+def test_the_figures_are_the_reports_to_the_last_digit_shown(
+    browser: Any, serve: Serve, tried: Path
+) -> None:
+    run = tried / "runs" / "tried"
+    report = json.loads((run / "report.json").read_text())
+    visit, metric = Visit(browser, serve(run)), report["quality"]["metric"]
+    found = visit.figures()
+    assert found["epsilon"] == rounded_up(report["privacy"]["epsilon"])
+    assert found["after"] == short(report["quality"]["after"][metric])
+    for name, site in report["privacy"]["sites"].items():
+        assert found[f"epsilon-{name}"] == rounded_up(site["epsilon"])
+    visit.until(lambda: visit.page.evaluate("document.documentElement.dataset.drawn") == "2", 10)
+    label = visit.page.get_attribute('[data-chart="epsilon"] .plot', "aria-label")
+    last = report["rounds"][-1]["epsilon"]["north"]
+    assert f"{float(f'{last:.4g}'):g}" in label
+
+
+def test_no_request_leaves_and_nothing_is_complained_of(
+    browser: Any, serve: Serve, places: list[Path]
+) -> None:
+    """Twin: a script from elsewhere, put into a page, is refused by the policy and reported."""
+    for place in places:
+        address = serve(place)
+        visit = Visit(browser, address)
+        here = urlsplit(address).netloc
+        assert visit.asked and {urlsplit(url).netloc for url in visit.asked} == {here}
+        assert visit.complaints == []
+        assert "token" not in visit.page.url
+    visit.page.evaluate(
+        "document.head.append(Object.assign(document.createElement('script'), "
+        "{src: 'https://example.org/x.js'}))"
+    )
+    visit.page.wait_for_timeout(500)
+    assert any("Content Security Policy" in text for text in visit.complaints)
+
+
+@needs_axe
+def test_axe_finds_nothing_and_would(browser: Any, serve: Serve, places: list[Path]) -> None:
+    """Twin: the same page with an image that nobody describes."""
+    check = f"axe.run(document, {{runOnly: {json.dumps(RULES)}}})"
+    check += ".then(r => r.violations.map(v => v.id))"
+    for place in places:
+        for scheme in ("light", "dark"):
+            visit = Visit(browser, serve(place), color_scheme=scheme)
+            visit.page.evaluate(AXE.read_text(encoding="utf-8"))
+            assert visit.page.evaluate(check) == [], (place, scheme)
+    visit.page.evaluate("document.querySelector('main').append(document.createElement('img'))")
+    assert "image-alt" in visit.page.evaluate(check)
+
+
+def test_a_narrow_screen_has_the_whole_page(browser: Any, serve: Serve, places: list[Path]) -> None:
+    for place in places:
+        visit = Visit(browser, serve(place), viewport={"width": 360, "height": 740})
+        over = visit.page.evaluate("document.documentElement.scrollWidth - innerWidth")
+        assert over <= 0, (place, over)
+
+
+def test_the_keyboard_reaches_everything_that_acts(browser: Any, serve: Serve, tried: Path) -> None:
+    visit = Visit(browser, serve(tried / "runs" / "tried"))
+    visit.page.keyboard.press("Tab")
+    assert visit.page.evaluate("document.activeElement.className") == "skip"
+    reached = set()
+    for _ in range(40):
+        visit.page.keyboard.press("Tab")
+        reached.add(
+            visit.page.evaluate(
+                "document.activeElement.getAttribute('aria-label') || document.activeElement.id"
+            )
+        )
+    assert "Dark or light" in reached and any(name.startswith("Copy:") for name in reached if name)
+    visit.page.focus("#theme")
+    visit.page.keyboard.press("Enter")
+    assert visit.page.evaluate("document.documentElement.dataset.theme") == "dark"
+
+
+class Live:
+    """A run that somebody else writes, round by round."""
+
+    def __init__(self, run: Path) -> None:
+        self.run, self.lines = run, list[str]()
+        self.status = StatusFile(run)
+        self.status("start", {"study": "gait", "done": 0, "rounds": 9, "private": True})
+
+    def round(self, number: int) -> None:
+        spent = {"north": number / 2, "south": number / 4}
+        entry: dict[str, Any] = {"round": number, "seconds": 2.0, "epsilon": spent}
+        entry |= {"participants": ["north", "south"], "missing": {}}
+        entry |= {"quality": {"loss": 3 - number / 10}}
+        self.lines.append(json.dumps(entry) + "\n")
+        draft = self.run / "draft"
+        draft.write_text("".join(self.lines))
+        draft.replace(self.run / "metrics.jsonl")
+        self.status("round", entry)
+
+
+def test_a_live_study_moves_without_a_reload(browser: Any, serve: Serve, tmp_path: Path) -> None:
+    live = Live(tmp_path / "run")
+    live.round(1)
+    visit = Visit(browser, serve(live.run))
+    visit.page.evaluate("window.sameDocument = true")
+    visit.until(lambda: visit.figures().get("round") == "1", 10)
+    visit.until(lambda: "live" in visit.page.inner_text("#link"), 10)
+    drawn = "document.documentElement.dataset.drawn"
+    for number in (2, 3):
+        live.round(number)
+        visit.until(lambda n=number: visit.figures().get("round") == str(n), 20)
+        assert visit.figures()["epsilon-north"] == rounded_up(number / 2)
+        visit.until(lambda n=number: visit.page.evaluate(drawn) == str(n), 20)
+    assert visit.page.evaluate("window.sameDocument") is True
+    live.status.close()
+    visit.until(lambda: "Killed" in visit.text() or "gone" in visit.text(), 20)
+
+
+def test_a_wrong_token_sees_401(browser: Any, serve: Serve, tmp_path: Path) -> None:
+    live = Live(tmp_path / "run")
+    address = serve(live.run).partition("?")[0]
+    page = browser.new_context().new_page()
+    for query in ("", "?token=wrong"):
+        assert page.goto(address + query).status == 401
+        assert "gait" not in page.content()

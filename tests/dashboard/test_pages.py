@@ -1,0 +1,169 @@
+"""What a page says is what the files say, and of free text nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from fedtune.cli.main import app
+from fedtune.dashboard.kinds import page_of
+from fedtune.dashboard.server import app_of
+from fedtune.errors import InputError
+from fedtune.observe import StatusFile
+from fedtune.report.claim import rounded_up
+from fedtune.report.figures import short
+from tests.cli_kit import tree
+
+TOKEN = "t"
+SECRET = "Zaphod-Beeblebrox-1979 was seen on ward 4"
+
+
+def shown(path: Path, under: str = "") -> str:
+    browser = TestClient(app_of(page_of(path), TOKEN), base_url="http://127.0.0.1")
+    browser.get(f"/?token={TOKEN}")
+    return browser.get(f"/{under}").text
+
+
+def figures(page: str) -> dict[str, str]:
+    return dict(re.findall(r'data-figure="([^"]+)">\s*([^<]*?)\s*<', page))
+
+
+def test_a_path_is_what_it_holds(tried: Path, released: Path, tmp_path: Path) -> None:
+    kinds = {
+        tried / "runs" / "tried": "run",
+        tried / "runs": "runs",
+        tried / "north": "site",
+        tried / "north" / "site.toml": "site",
+        released: "release",
+    }
+    assert {path: page_of(path).kind for path in kinds} == kinds
+    (tmp_path / "home" / "nodes").mkdir(parents=True)
+    (tmp_path / "home" / "plan.json").write_text("{}")  # of a coordinator, as it is sent
+    assert page_of(tmp_path / "home").kind == "coordinator"
+    file = tmp_path / "home" / "plan.json"
+    for path in (tmp_path, file, tmp_path / "none", tried / "evaluation.jsonl"):
+        with pytest.raises(InputError):
+            page_of(path)
+
+
+def test_the_figures_of_a_run_are_its_reports(tried: Path) -> None:
+    run = tried / "runs" / "tried"
+    report = json.loads((run / "report.json").read_text())
+    found, metric = figures(shown(run)), report["quality"]["metric"]
+    assert found["epsilon"] == rounded_up(report["privacy"]["epsilon"])
+    assert found["before"] == short(report["quality"]["before"][metric])
+    assert found["after"] == short(report["quality"]["after"][metric])
+    assert found["round"] == str(len(report["rounds"]))
+    for name, site in report["privacy"]["sites"].items():
+        assert found[f"epsilon-{name}"] == rounded_up(site["epsilon"])
+    of_runs = figures(shown(tried / "runs"))
+    assert of_runs["epsilon-tried"] == found["epsilon"] and of_runs["after-tried"] == found["after"]
+
+
+def test_the_curves_are_the_metrics_to_the_last_bit(tried: Path) -> None:
+    run = tried / "runs" / "tried"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    series = json.loads(shown(run, "series"))
+    assert series["rounds"] == [row["round"] for row in rows]
+    for name, values in series["quality"].items():
+        assert values == [row["quality"].get(name) for row in rows]
+    for name, values in series["epsilon"].items():
+        assert values == [row["epsilon"][name] for row in rows]
+
+
+def planted(tried: Path, tmp_path: Path) -> Path:
+    """A copy in which every field of every file says the secret, where a file can hold it."""
+    copy = shutil.copytree(tried, tmp_path / "copy")
+    run, state = copy / "runs" / "tried", copy / "north" / "state"
+    for path in (run / "status.json", state / "status.json"):
+        status = json.loads(path.read_text()) if path.exists() else {}
+        if status:
+            status["reason"] = SECRET
+            status["sites"]["north"]["reason"] = SECRET
+            status["last"].append({"event": "site", "reason": f"policy.max_epsilon {SECRET}"})
+            path.write_text(json.dumps(status))
+    report = json.loads((run / "report.json").read_text())
+    report["sites"]["north"] = report["quality"]["on"] = SECRET
+    report["absences"] = {"north": {"rounds": 1, "reasons": {SECRET: 1}}}
+    report["quality"]["examples"] = [SECRET]
+    report["quality"]["after"][SECRET] = 1.0
+    (run / "report.json").write_text(json.dumps(report))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows[-1]["missing"] = {"south": SECRET}
+    rows[-1]["quality"][SECRET] = 1.0
+    rows[-1]["text"] = SECRET
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counts = json.loads((state / "counts.json").read_text())
+    (facts,) = counts.values()
+    facts["rejected"] = {SECRET: 3}
+    facts["study"] = facts["unit"] = facts["time"] = facts["note"] = SECRET
+    counts[SECRET] = facts
+    (state / "counts.json").write_text(json.dumps(counts))
+    return copy
+
+
+def test_free_text_in_any_file_is_on_no_page(tried: Path, tmp_path: Path) -> None:
+    """Twin: the same files, shown with the filter of reasons broken, say it."""
+    copy = planted(tried, tmp_path)
+    for path in (copy / "runs" / "tried", copy / "runs", copy / "north" / "site.toml"):
+        page = shown(path)
+        assert SECRET not in page and "Zaphod" not in page, path
+    for part in ("series", "live/rounds"):
+        assert "Zaphod" not in shown(copy / "runs" / "tried", part)
+    assert "3 for another reason" in shown(copy / "north" / "site.toml")
+
+
+def test_the_twin_says_it(tried: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedtune.observe.log import FIELDS
+
+    copy = planted(tried, tmp_path)
+    monkeypatch.setitem(FIELDS, "missing", lambda value: value)
+    assert SECRET in shown(copy / "runs" / "tried", "live/rounds")
+
+
+def test_what_is_the_matter_is_said_first(tmp_path: Path) -> None:
+    status = StatusFile(tmp_path / "run")
+    status("start", {"study": "gait", "done": 0, "rounds": 4, "private": True})
+    refused = {"name": "north", "status": "refused", "round": 1}
+    status("site", {**refused, "reason": "policy.max_epsilon: no room"})
+    status("site", {"name": "south", "status": "refused", "reason": "policy.admission", "round": 1})
+    status.close()  # as if killed
+    page = shown(tmp_path / "run")
+    assert "north is out of budget (policy.max_epsilon)" in page
+    assert "south refused the plan (policy.admission)" in page
+    assert "Killed: its process is no more" in page
+    assert page.index("Killed") < page.index("Taking part")
+
+
+def test_markup_in_a_name_is_text(tmp_path: Path) -> None:
+    run = tmp_path / "<script>alert(1)</script>"
+    status = StatusFile(run)
+    status("start", {"done": 0, "rounds": 4})
+    status.close()
+    assert "<script>alert" not in shown(run) and "&lt;script&gt;" in shown(run)
+
+
+def lines_of(page: Any) -> list[str]:
+    return [command["line"] for command in page.shown()["commands"]]
+
+
+def test_every_line_to_copy_is_a_command(tried: Path, released: Path, tmp_path: Path) -> None:
+    (tmp_path / "home" / "nodes").mkdir(parents=True)
+    paths = (tried / "runs" / "tried", tried / "north", released, tmp_path / "home")
+    lines = [line for path in paths for line in lines_of(page_of(path))]
+    assert len(lines) >= 10
+    for line in lines:
+        name, *words = shlex.split(line)[1:]
+        assert shlex.split(line)[0] == "fedtune"
+        command = tree(app).commands[name]  # type: ignore[attr-defined]
+        if hasattr(command, "commands"):
+            command = command.commands[words.pop(0)]
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= known, line

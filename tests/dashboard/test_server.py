@@ -1,0 +1,175 @@
+"""Who may read a page, what a page may load, and that looking changes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from fedtune.dashboard import server
+from fedtune.dashboard.kinds import page_of
+from fedtune.dashboard.server import HERE, POLICY, app_of, serve
+from fedtune.errors import InfrastructureError
+from fedtune.observe import StatusFile
+from fedtune.observe.status import read_status
+
+TOKEN = "a-token-of-this-test"
+LICENSES = HERE / "static" / "LICENSES.md"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    status = StatusFile(tmp_path / "run")
+    status("start", {"study": "gait", "done": 0, "rounds": 4})
+    status.close()
+    return tmp_path / "run"
+
+
+def client(path: Path, host: str = "127.0.0.1:8000") -> TestClient:
+    return TestClient(app_of(page_of(path), TOKEN), base_url=f"http://{host}")
+
+
+PATHS = ("/", "/live/top", "/series", "/events", "/slow/verified", "/static/dashboard.css", "/none")
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("query", ["", "?token=", "?token=wrong", f"?token={TOKEN}x"])
+def test_without_the_token_there_is_401_and_nothing_else(run: Path, path: str, query: str) -> None:
+    answer = client(run).get(path + query)
+    assert answer.status_code == 401 and "gait" not in answer.text
+    assert "set-cookie" not in answer.headers
+
+
+def test_a_wrong_cookie_is_401_and_the_right_token_becomes_one(run: Path) -> None:
+    browser = client(run)
+    answer = browser.get(f"/?token={TOKEN}", follow_redirects=False)
+    assert (answer.status_code, answer.headers["location"]) == (303, "/")
+    cookie = answer.headers["set-cookie"]
+    assert "HttpOnly" in cookie and "SameSite=strict" in cookie
+    assert browser.get("/").status_code == 200
+    name = cookie.partition("=")[0]
+    assert client(run).get("/", headers={"cookie": f"{name}=wrong"}).status_code == 401
+
+
+@pytest.mark.parametrize("host", ["attacker.example", "127.0.0.1.attacker.example", "[::2]:80", ""])
+def test_a_name_that_was_rebound_to_this_machine_is_no_way_in(run: Path, host: str) -> None:
+    """A page of another name may send the browser here under its own name; the token too."""
+    answer = client(run).get(f"/?token={TOKEN}", headers={"host": host})
+    assert answer.status_code == 421 and "set-cookie" not in answer.headers
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
+def test_a_page_is_only_read(run: Path, method: str) -> None:
+    assert client(run).request(method, f"/?token={TOKEN}").status_code == 405
+
+
+def test_every_answer_may_load_from_here_alone(run: Path) -> None:
+    browser = client(run)
+    for path in (f"/?token={TOKEN}", "/", "/static/htmx.min.js", "/none"):
+        headers = browser.get(path, follow_redirects=False).headers
+        assert headers["content-security-policy"] == POLICY
+        assert headers["cache-control"] == "no-store"
+        assert headers["x-content-type-options"] == "nosniff"
+        assert "access-control-allow-origin" not in headers
+    assert "unsafe" not in POLICY and "http" not in POLICY
+
+
+def test_no_template_or_file_of_ours_names_another_machine() -> None:
+    scripts = [HERE / "static" / name for name in ("dashboard.js", "dashboard.css", "theme.js")]
+    for path in [*HERE.glob("templates/*.html"), *scripts]:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"(?:src|href)=\"(?:https?:)?//", text), path
+        if path.suffix == ".html":
+            assert not re.search(r"<style|\sstyle=|\son\w+=|<script>", text), path
+
+
+def test_what_is_anothers_is_as_it_was_published() -> None:
+    rows = re.findall(r"^\| (\S+\.(?:js|css)) \| ([0-9a-f]{64}) \|$", LICENSES.read_text(), re.M)
+    assert len(rows) == 4
+    for name, digest in rows:
+        assert hashlib.sha256((HERE / "static" / name).read_bytes()).hexdigest() == digest
+    ours = {"dashboard.css", "dashboard.js", "theme.js", "mark.svg", "LICENSES.md"}
+    assert {path.name for path in (HERE / "static").iterdir()} == ours | {name for name, _ in rows}
+
+
+def test_a_path_out_of_the_folder_is_none(run: Path) -> None:
+    browser = client(run.parent)
+    assert browser.get(f"/?token={TOKEN}").status_code == 200
+    assert browser.get("/runs/run/").status_code == 200
+    for path in ("/runs/%2e%2e/", "/runs/..%2f..%2fetc/", "/static/../server.py", "/runs/none/"):
+        assert browser.get(path).status_code == 404, path
+
+
+def test_a_taken_port_is_an_error_with_what_to_do(run: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(InfrastructureError, match="--port"):
+            serve(page_of(run), taken.getsockname()[1])
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    passing = ("-wal", "-shm")  # SQLite's own, of whoever has the ledger open
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in paths
+        if not path.name.endswith(passing)
+    }
+
+
+def looked_at(browser: TestClient, page: Any) -> str:
+    """Every answer that a browser gets of a page, joined."""
+    lives, slow = (f"live/{part}" for part in page.parts), (f"slow/{what}" for what in page.slow)
+    parts = [browser.get(f"/?token={TOKEN}").text]
+    for path in (*lives, "series", *slow):
+        answer = browser.get(f"/{path}")
+        assert answer.status_code == 200, (path, answer.text)
+        parts.append(answer.text)
+    return "\n".join(parts)
+
+
+def test_looking_changes_no_file_and_nothing_of_a_record_is_shown(
+    tried: Path, released: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The records of that study all read "Record N: is it so?"; the study is not over for it."""
+    root = str(Path(__file__).parents[2])
+    monkeypatch.setenv("PYTHONPATH", root)
+    before = files_of(tried) | files_of(released)
+    shown = {}
+    for path in (tried / "runs" / "tried", tried / "runs", tried / "north" / "site.toml", released):
+        page = page_of(path)
+        browser = TestClient(app_of(page, TOKEN), base_url="http://127.0.0.1")
+        shown[page.kind] = looked_at(browser, page)
+    assert files_of(tried) | files_of(released) == before
+    assert set(shown) == {"run", "runs", "site", "release"}
+    assert all("is it so" not in text for text in shown.values())
+    assert "spent of 8 for life" in shown["site"] and "entries, whole and signed" in shown["site"]
+    assert "Consistent, signer unknown" in shown["run"] and "Consistent" in shown["release"]
+    assert read_status(tried / "runs" / "tried").state == "done"
+
+
+def test_a_slow_figure_is_computed_once_until_its_files_change(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    async def counted(what: str, page: Any) -> dict[str, Any]:
+        calls.append(what)
+        return {"unsigned": True}
+
+    monkeypatch.setattr(server, "worked", counted)
+    monkeypatch.setattr(server, "REST_SECONDS", 0.0)
+    browser = client(run)
+    browser.get(f"/?token={TOKEN}")
+    for _ in range(3):
+        assert browser.get("/slow/verified").status_code == 200
+    assert len(calls) == 1
+    (run / "evidence.json").write_text("{}")
+    browser.get("/slow/verified")
+    assert len(calls) == 2
