@@ -78,7 +78,7 @@ def test_too_few_public_records_are_refused_before_anything_is_written(tmp_path:
     assert not (tmp_path / "own").exists()
 
 
-@pytest.mark.parametrize("size", [50, 200, 1000])
+@pytest.mark.parametrize("size", [10, 50, 200, 1000])
 def test_a_round_that_a_crash_repeats_fits_under_the_ceiling(tmp_path: Path, size: int) -> None:
     study = load_study(write(tmp_path / "own", "answer", records(tmp_path, size=size))[0])
     policy = load_sites(tmp_path / "own" / "sites")[0].policy

@@ -123,7 +123,7 @@ MUTANTS: list[Mutant] = [
     ),
     one(
         "preset", "no-room-for-a-repeated-round", RECIPE,
-        "EPSILON = 5.0", "EPSILON = 7.0",
+        "EPSILON = 4.9", "EPSILON = 5.0",
         ANSWER + "test_a_round_that_a_crash_repeats_fits_under_the_ceiling",
         "one crash of a client ends its part in the study",
     ),
