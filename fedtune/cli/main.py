@@ -32,7 +32,7 @@ from fedtune.cli import site as cli_site
 from fedtune.cli import status as cli_observe
 from fedtune.cli import verify as cli_verify
 from fedtune.cli.exit_codes import command
-from fedtune.cli.study import SET, STUDY, load
+from fedtune.cli.study import SET, STUDY, TRACKER, load
 from fedtune.run_folder import already_done, finished_line, new_run, read_report
 
 if TYPE_CHECKING:
@@ -191,6 +191,7 @@ def simulate(
         ),
     ] = None,
     settings: SET = None,
+    tracker: TRACKER = None,
 ) -> dict[str, Any]:
     """Run a whole study on this machine: every site, every round, the same code as in the field.
 
@@ -206,10 +207,11 @@ def simulate(
     if not loaded.private:
         warn_not_private(_console())
     from fedtune.observe import observer
+    from fedtune.observe.trackers import build
 
     with (
         Watch(_console(), "preparing", hold=True) as watch,
-        observer("coordinator", folder, then=watch) as events,
+        observer("coordinator", folder, then=watch, trackers=build(tracker or ())) as events,
     ):
         from fedtune.launch.simulate import simulate as run
 
@@ -260,6 +262,7 @@ def server(
     resume: RESUME = False,
     metrics_port: METRICS = None,
     settings: SET = None,
+    tracker: TRACKER = None,
 ) -> dict[str, Any]:
     """Coordinate a study over mutual TLS with the sites that were admitted, before or meanwhile.
 
@@ -278,10 +281,17 @@ def server(
     if not loaded.private:
         warn_not_private(_console())
     from fedtune.observe import observer
+    from fedtune.observe.trackers import build
 
     with (
         Watch(_console(), f"{loaded.study.name}: starting a coordinator at {host}:{port}") as watch,
-        observer("coordinator", folder, then=watch, home=home, metrics_port=metrics_port) as events,
+        observer(
+            *("coordinator", folder),
+            then=watch,
+            home=home,
+            metrics_port=metrics_port,
+            trackers=build(tracker or ()),
+        ) as events,
     ):
         from fedtune.launch.coordinator import serve
 

@@ -35,9 +35,23 @@ def status(
         bool,
         typer.Option("--check", help="Say nothing but ok, or end with 4: for a health check."),
     ] = False,
+    metrics: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write a run's rounds so far to a .csv or .parquet file, one row a round.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> dict[str, Any]:
     """Show how a run or a site is doing, live, until it ends. Reads files; asks nobody."""
     from fedtune.errors import InfrastructureError
+
+    if metrics:
+        from fedtune.models.run import Run
+
+        typer.echo(f"wrote {Run(path).write_metrics(metrics)}")
+        once = True
     from fedtune.observe.status import folder_of, read_status
 
     folder = folder_of(path)

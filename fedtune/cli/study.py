@@ -13,6 +13,16 @@ if TYPE_CHECKING:
 STUDY = Annotated[
     Path, typer.Argument(metavar="STUDY", help="The public plan, study.toml.", show_default=False)
 ]
+TRACKER = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tracker",
+        metavar="NAME",
+        help="tensorboard, mlflow or wandb (offline): also tell it each round's figures, as "
+        "NAME or NAME:OPTION=VALUE; repeat it.",
+        show_default=False,
+    ),
+]
 SET = Annotated[
     list[str] | None,
     typer.Option(

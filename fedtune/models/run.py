@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from functools import cached_property
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from fedtune.config import Study
+from fedtune.errors import ConfigError
 from fedtune.files import reading
+from fedtune.files.writing import replace
 from fedtune.models.adapter_files import load_adapter
 from fedtune.models.lora import Arrays
 from fedtune.report.preference import alarms
@@ -65,6 +68,26 @@ class Run:
         rows = [*map(_flat, reading.json_lines_in(path, "the metrics of a run", PRINTED))]
         names = dict.fromkeys(name for row in rows for name in row)
         return {name: [row.get(name) for row in rows] for name in names}
+
+    def write_metrics(self, out: Path | str) -> Path:
+        """Write `metrics` to a .csv or .parquet file, one row a round; what lies there is replaced.
+
+        Errors: ConfigError (another suffix), InputError, InfrastructureError."""
+        import pyarrow
+        import pyarrow.csv
+        import pyarrow.parquet
+
+        writers = {".csv": pyarrow.csv.write_csv, ".parquet": pyarrow.parquet.write_table}
+        out = Path(out)
+        if out.suffix.lower() not in writers:
+            raise ConfigError(f"{out}: unsupported suffix", ", ".join(writers), "choose another")
+        columns = {
+            name: [" ".join(map(str, v)) if isinstance(v, list) else v for v in values]
+            for name, values in self.metrics.items()
+        }
+        content = io.BytesIO()
+        writers[out.suffix.lower()](pyarrow.table(columns), content)
+        return replace(out, content.getvalue())
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"

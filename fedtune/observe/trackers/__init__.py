@@ -1,10 +1,28 @@
-"""Trackers: frozen dataclasses that are told the events of a run. This release brings none."""
+"""Trackers: frozen dataclasses that are told the events of a run, one file each."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from fedtune.errors import ConfigError
 from fedtune.observe.trackers._interface import Tracker
 from fedtune.registry import Group
 
-__all__ = ["TRACKERS", "Tracker"]
+__all__ = ["TRACKERS", "Tracker", "build"]
 
 TRACKERS = Group("trackers", "tracker.name", __name__, Tracker)  # type: ignore[type-abstract]
+
+
+def build(words: Sequence[str]) -> list[Tracker]:
+    """Build the trackers that a command line names, each as NAME or NAME:OPTION=VALUE,….
+
+    Errors: ConfigError for a name, an option or a package that is not there."""
+    return [_built(word) for word in words]
+
+
+def _built(word: str) -> Tracker:
+    name, _, rest = word.partition(":")
+    options = dict(pair.partition("=")[::2] for pair in rest.split(",") if pair)
+    if not all(options.values()):
+        raise ConfigError(f"--tracker {word[:80]}: no value", "NAME or NAME:OPTION=VALUE")
+    return TRACKERS.build(name, options)

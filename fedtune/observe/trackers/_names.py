@@ -1,0 +1,47 @@
+"""What trackers call a round's figures: the names that trl's trainers log, where they log the same.
+
+| ours                      | tracked as                                              |
+| quality.loss, .accuracy … | eval/loss, eval/accuracy …                              |
+| quality.preference, margin | eval/rewards/accuracies, eval/rewards/margins, as DPO's |
+| selection.loss            | selection/loss                                          |
+| ε of a site, the largest  | epsilon/NAME, epsilon                                   |
+| bytes, sites, time        | bytes/up, bytes/down, participants, missing, seconds    |
+The step is the round, as in Flower's results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+TRL = {"preference": "rewards/accuracies", "margin": "rewards/margins"}
+
+
+def figures(data: Mapping[str, Any]) -> dict[str, float]:
+    """Return a round's numbers by tracked name; those that are not finite are left out.
+
+    >>> figures({"round": 2, "quality": {"loss": 1.5}, "epsilon": {"north": 0.5, "south": None}})
+    {'eval/loss': 1.5, 'epsilon/north': 0.5}
+    """
+    found: dict[str, Any] = {}
+    for table, prefix in (("quality", "eval"), ("selection", "selection")):
+        for name, value in (data.get(table) or {}).items():
+            found[f"{prefix}/{TRL.get(name, name)}"] = value
+    spent = data.get("epsilon") or {}
+    found |= {f"epsilon/{name}": value for name, value in spent.items()}
+    if spent and None not in spent.values():
+        found["epsilon"] = max(spent.values())
+    for way in ("up", "down"):
+        if moved := data.get(f"bytes_{way}"):
+            found[f"bytes/{way}"] = sum(moved.values())
+    for name in ("participants", "missing"):
+        if name in data:
+            found[name] = len(data[name])
+    found["seconds"] = data.get("seconds")
+    return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def about(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run's start says of it: study, plan, rounds, whether it is private."""
+    keys = ("study", "plan_digest", "rounds", "private")
+    return {key: data[key] for key in keys if key in data}
