@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.errors import ConfigError, InputError
 from fedtune.files import reading
+from fedtune.files.writing import replace
 from fedtune.report.claim import rounded_up
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ REPORT = {"private": bool, "study": str, "privacy": dict, "base": dict}
 REPORT |= {"base.name": str, "base.digest": str}
 BASE = "base"  # a run's own base, inside it
 RUNS = Path("runs")
+FILED = ("public", "selection", "evaluation")  # tables of a plan that name a coordinator's file
+PLACES = Path("checkpoint") / "places.json"  # in a run: where those files are; not signed
 LEDGERS = "ledgers"  # of a run of declared data, inside it: each such site's ledger
 
 
@@ -113,6 +116,40 @@ def new_run(study: Study, out: Path | None, *, resume: bool, runs: Path = RUNS) 
     return out or folder_for(study.study.name, resume=resume, runs=runs)
 
 
+def without_places(study: Study) -> Study:
+    """Copy a plan with the names alone of the files on the coordinator's machine."""
+    tables = {name: getattr(study, name) for name in FILED}
+    changes = {
+        name: table.model_copy(update={"path": Path(table.path.name)})
+        for name, table in tables.items()
+        if table is not None
+    }
+    return study.model_copy(update=changes)
+
+
+def write_plan(run: Path, study: Study) -> None:
+    """Write a run's plan.json, which its signature covers and which others read, and apart from it
+    where the plan's files are on this machine. Errors: InfrastructureError."""
+    tables = {name: getattr(study, name) for name in FILED}
+    places = {name: str(table.path.absolute()) for name, table in tables.items() if table}
+    if places:
+        replace(run / PLACES, json.dumps(places, indent=1).encode())
+    replace(run / "plan.json", (without_places(study).model_dump_json(indent=2) + "\n").encode())
+
+
+def _with_places(study: Study, run: Path) -> Study:
+    """Copy a run's plan with where its files are: as noted on this machine, else in the run's own
+    folder, where none is."""
+    tables = {name: getattr(study, name) for name in FILED}
+    bare = [name for name, table in tables.items() if table and not table.path.is_absolute()]
+    noted = {}
+    if bare and (run / PLACES).exists():
+        noted = reading.json_in(run / PLACES, "where a plan's files are", PRINTED)
+    paths = {name: Path(str(noted.get(name) or run / tables[name].path)) for name in bare}
+    changes = {name: tables[name].model_copy(update={"path": paths[name]}) for name in bare}
+    return study.model_copy(update=changes)
+
+
 def load_plan(run: Path) -> Study:
     """Load the study of a run. Errors: InputError, ConfigError."""
     from fedtune.config import study_from_json
@@ -122,7 +159,7 @@ def load_plan(run: Path) -> Study:
         raise InputError(f"{run}: not a run folder", "plan.json in it", PRINTED)
     text = reading.text(path, "the plan of a run", PRINTED)
     try:
-        study = study_from_json(text)
+        study = _with_places(study_from_json(text), run)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error.happened}", "the plan of a run", PRINTED) from None
     if study.base.model == BASE and (run / BASE).is_dir():

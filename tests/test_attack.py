@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 
 from fedtune.audit import attack
 from fedtune.audit import membership as module
-from fedtune.audit.attack import Attack, attack_run, attack_study, ratios
+from fedtune.audit.attack import Attack, Secrets, attack_run, attack_study, ratios
 from fedtune.audit.membership import auc, auc_bound, found, membership, roc, tpr_bound
+from fedtune.audit.secret import Exposure, most_exposed, most_extracted
 from fedtune.client.attack import _held_out, attack_site
 from fedtune.config import Site, Study, load_site, load_study
 from fedtune.data.records import read_records
@@ -131,7 +133,7 @@ def tables(base: Path, **changes: Any) -> Study:
         "study": {"name": "attacked"},
         "base": {"model": str(base), "dtype": "float32"},
         "lora": {"rank": 4, "last_layers": 2},
-        "objective": {"name": "causal_lm", "max_length": 32},
+        "objective": {"name": "causal_lm", "max_length": 64},
         "training": {"rounds": 12, "sampling_rate": 1.0, "learning_rate": 2.0},
         "clipping": {"max_grad_norm": 1.0},
         "privacy": {"epsilon": 1.0, "delta": 1e-3, "unit": "record"},
@@ -156,6 +158,26 @@ def test_without_noise_the_attack_succeeds_and_with_noise_epsilon_bounds_it(
     facts = json.loads((out / "attack.json").read_text())
     assert facts["twin"]["auc"][0] == result.twin.auc[0]
     assert (out / "attack.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_tells_more_of_planted_secrets_without_noise(attacked: tuple[Attack, Path]) -> None:
+    found = attacked[0].secrets
+    assert found is not None and not found.contradicts
+    assert found.twin.mean > max(found.twin.base, found.private.mean) + 0.5
+    assert found.private.mean < found.allowed < 7 and found.extractable < 2e-3
+
+
+def test_secrets_beyond_epsilon_are_caught() -> None:
+    """The twin of both bounds: exposed and written, where ε allows neither."""
+    known = Exposure(8, 128, mean=7.0, highest=7.0, base=1.4, chance=1.4, limit=3.5, extracted=0)
+    assert known.chance < most_exposed(known, 0.0, 0.0) <= known.limit  # of guessing
+    for epsilon, delta, written, caught in (
+        *((1.0, 1e-5, 0, True), (8.0, 1e-5, 0, False)),  # ε = 8 allows all 7 bits,
+        *((8.0, 1e-6, 1, True), (8.0, 1e-3, 1, False)),  # and no number to be written
+    ):
+        found = replace(known, extracted=written)
+        bounds = most_exposed(found, epsilon, delta), most_extracted(epsilon, delta)
+        assert Secrets(found, found, *bounds).contradicts == caught
 
 
 def test_a_loop_that_forgets_its_noise_is_caught(
@@ -251,7 +273,7 @@ def test_a_finished_run_is_attacked_from_where_it_started(signed: Any, tmp_path:
     )
     assert done.exit_code == 0, done.output
     assert "canaries, with noise: area under the curve" in done.output
-    assert "ε allows" in done.output
+    assert "ε allows" in done.output and "planted secrets: exposure" in done.output
 
 
 # ------------------------------------------------------------------------- at a site

@@ -9,7 +9,16 @@ import pytest
 
 from fedtune.config import Study, load_study
 from fedtune.dp.calibration import with_rounds
-from fedtune.run_folder import already_done, finished_line, is_finished
+from fedtune.run_folder import (
+    FILED,
+    PLACES,
+    already_done,
+    finished_line,
+    is_finished,
+    load_plan,
+    write_plan,
+)
+from tests.server.fakes import make_study
 
 DIGEST = "sha256:" + "5d" * 32
 
@@ -63,3 +72,20 @@ def test_an_unfinished_run_is_not_done(study: Path) -> None:
     (run / "report.json").unlink()
     assert already_done(mine, None, resume=False) is None
     assert already_done(mine, run, resume=True) is None
+
+
+def test_a_plan_that_others_read_names_no_folder_of_this_machine(tmp_path: Path) -> None:
+    run, columns = tmp_path / "run", {"prompt": "q", "completion": "a"}
+    files = {name: {"path": str(tmp_path / f"{name}.csv"), "columns": columns} for name in FILED}
+    files["public"] |= {"licence": "CC0"}
+    study = make_study().changed(**files, training={"rounds": 1})
+    write_plan(run, study)
+    assert str(tmp_path) not in (run / "plan.json").read_text()
+    loaded = load_plan(run)
+    assert loaded == study and loaded.digest == study.digest
+    (run / PLACES).unlink()  # as in a copy for somebody else: no file of theirs is taken for it
+    elsewhere = load_plan(run)
+    assert elsewhere.digest == study.digest
+    assert elsewhere.public and elsewhere.public.path == run / "public.csv"
+    (run / "plan.json").write_text(study.model_dump_json())  # of an earlier release
+    assert load_plan(run) == study

@@ -1,6 +1,8 @@
-"""Attack models as a study trains them: likelihood-ratio membership inference on canaries.
+"""Attack models as a study trains them: likelihood-ratio membership inference on canaries, and the
+exposure and extraction of planted secrets.
 
-Reference: Carlini et al. 2022, "Membership inference attacks from first principles", section 5."""
+Reference: Carlini et al. 2022, "Membership inference attacks from first principles", section 5;
+Carlini et al. 2019, "The secret sharer", section 4.2."""
 
 from __future__ import annotations
 
@@ -14,10 +16,20 @@ import numpy as np
 
 from fedtune import progress, strategies
 from fedtune.audit.membership import Membership, Scores, membership
-from fedtune.audit.secret import record_losses
+from fedtune.audit.secret import (
+    CONFIDENCE,
+    SECRETS,
+    Exposure,
+    as_dataset,
+    exposure,
+    most_exposed,
+    most_extracted,
+    planted,
+    record_losses,
+)
 from fedtune.audit.selftest import MemoryLog
 from fedtune.config import Study
-from fedtune.data.dataset import Dataset
+from fedtune.data.dataset import Dataset, Example
 from fedtune.dp import accountant
 from fedtune.dp.non_private import non_private_plan
 from fedtune.dp.plan import DpPlan, StepPlan, plan_for_site
@@ -30,6 +42,7 @@ from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.models.run import Run
 from fedtune.models.tiny import generated
+from fedtune.objectives import resolve
 from fedtune.training.local_round import local_round
 from fedtune.training.start import Start, start
 
@@ -39,12 +52,35 @@ SUCCEEDS = 0.8  # the area that the twin without noise must reach for the attack
 
 
 @dataclass(frozen=True)
+class Secrets:
+    """What was found of secrets, 8-digit numbers that stand in one unit each.
+
+    private, twin: their exposure in a model as the study trains it, and in one without noise;
+    allowed: the most bits that its mean may have under (ε, δ), but with 0.1 %; extractable: the
+    most chance that (ε, δ) leaves of writing one of them."""
+
+    private: Exposure
+    twin: Exposure
+    allowed: float
+    extractable: float
+
+    @property
+    def contradicts(self) -> bool:
+        """Return whether more was found than ε allows, but with 0.1 %."""
+        chance = self.private.secrets * self.extractable
+        return self.private.mean > self.allowed or bool(
+            self.private.extracted and chance < 1 - CONFIDENCE
+        )
+
+
+@dataclass(frozen=True)
 class Attack:
     """What an attack on canaries found.
 
     private: against models trained as the study says; twin: against the same without noise;
-    epsilon, delta: of one such model's steps, at a site of `units` units; left_out: tables of the
-    study that no model here was trained with."""
+    epsilon, delta: of one such model's steps, at a site of `units` units; secrets: None of a study
+    whose model writes no text, or reads more than text; left_out: tables of the study that no model
+    here was trained with."""
 
     study: str
     canaries: int
@@ -55,6 +91,7 @@ class Attack:
     delta: float
     private: Membership
     twin: Membership
+    secrets: Secrets | None = None
     left_out: tuple[str, ...] = ()
 
     @property
@@ -71,7 +108,8 @@ def attack_study(
     models: int = MODELS,
     units: int = 100,
 ) -> Attack:
-    """Train models as the study's sites would, each with half of the canaries, and tell which.
+    """Train models as the study's sites would, each with half of the canaries, and tell which; of
+    a study on text also what a model gives away of secrets that were planted among its units.
 
     One site of `units` generated units trains alone, so that no other site's noise hides it; the
     attacker sees its final adapter alone, and has the other models as references. The same is done
@@ -98,13 +136,13 @@ def attack_study(
         begun = _begun(study)
         study = begun.study
         plan = plan_for_site(study, units)
-        everybody = _units(study, network, canaries, units - canaries // 2)
+        everybody, secrets = _units(study, network, canaries, units - canaries // 2)
         coins = _coins(canaries, models)
+        world = _World(begun, network, everybody, coins, secrets, plan.rounds)
         log = MemoryLog()
-        private = _trained(begun, network, plan, everybody, coins, log, plan.rounds)
+        private, exposed = world.trained(plan, log)
         epsilon = accountant.epsilon(events(log.lines[: plan.steps]), plan.delta)
-        clear = non_private_plan(study, units)
-        bare = _trained(begun, network, clear, everybody, coins, MemoryLog(), plan.rounds)
+        bare, bare_exposed = world.trained(non_private_plan(study, units), MemoryLog())
     result = Attack(
         study=study.study.name,
         canaries=canaries,
@@ -115,6 +153,7 @@ def attack_study(
         delta=plan.delta,
         private=_judged(private, coins, epsilon, plan.delta),
         twin=_judged(bare, coins, None, plan.delta),
+        secrets=_given_away(exposed, bare_exposed, epsilon, plan.delta),
         left_out=("selection",) if study.selection else (),
     )
     if out is not None:
@@ -191,39 +230,72 @@ def _coins(canaries: int, models: int) -> np.ndarray:
     return np.stack([draw.permutation(half) for _ in range(canaries)], axis=1)
 
 
-def _units(study: Study, network: Network, canaries: int, others: int) -> Dataset:
-    """Generate units of one draw each: the canaries first, then those that are in every model."""
-    single = generated(study, network, [1] * (canaries + others), stream=3)
-    examples = [e for e in single.examples for _ in range(study.records_per_draw)]
-    return Dataset(examples, canaries + others, Counter())
+def _units(study: Study, network: Network, canaries: int, others: int) -> tuple[Dataset, int]:
+    """Generate units of one draw each: the canaries first, then those that are in every model, of
+    which the last hold a secret each. Returns how many do too."""
+    secrets = _planted(study, network, min(SECRETS, others))
+    random = generated(study, network, [1] * (canaries + others - len(secrets)), stream=3).examples
+    units = [replace(e, unit=unit) for unit, e in enumerate([*random, *secrets])]
+    examples = [e for e in units for _ in range(study.records_per_draw)]
+    return Dataset(examples, canaries + others, Counter()), len(secrets)
 
 
-def _trained(
-    begun: Start,
-    network: Network,
-    plan: StepPlan,
-    everybody: Dataset,
-    coins: np.ndarray,
-    log: MemoryLog,
-    rounds: int,
-) -> Scores:
-    """Train a model for each row of coins; return each canary's loss in it, (models, canaries)."""
-    study, canaries, losses = begun.study, coins.shape[1], []
-    asked = CachedDataset(network, _only(everybody, np.arange(everybody.n_units) < canaries))
-    for number, row in enumerate(coins, 1):
-        there = np.concatenate([row, np.ones(everybody.n_units - canaries, dtype=bool)])
-        data = CachedDataset(network, _only(everybody, there))
-        adapter, server = begun.adapter, strategies.build(study)
-        with network.loaded(trainable=adapter):
-            for round_ in range(1, rounds + 1):
-                server.add(local_round(study, data, plan, log, round_, adapter), 1.0)
-                adapter = preconditioner.stepped(server.apply, adapter, begun.frozen)
-            network.load_trainable(adapter)
-            by_unit = record_losses(asked, study).reshape(canaries, -1).mean(axis=1)
-            losses.append(by_unit)
-        what = "models with noise" if isinstance(plan, DpPlan) else "models without noise"
-        progress.report(what, number, len(coins))
-    return np.array(losses)
+def _planted(study: Study, network: Network, secrets: int) -> list[Example]:
+    """Generate a secret a unit; none where the study's model writes no text, or the study cannot
+    hold one."""
+    objective = resolve(study.objective)
+    writes = objective.record_format in ("text", "preference") and not objective.teacher_spec
+    if not writes or network.reader.column:
+        return []
+    try:
+        return list(as_dataset(planted(study, secrets), network, study).examples)
+    except DataError:
+        return []
+
+
+def _given_away(
+    private: Exposure | None, twin: Exposure | None, epsilon: float, delta: float
+) -> Secrets | None:
+    if private is None or twin is None:
+        return None
+    allowed = most_exposed(private, epsilon, delta)
+    return Secrets(private, twin, allowed, most_extracted(epsilon, delta))
+
+
+@dataclass(frozen=True)
+class _World:
+    """What every model of an attack shares: where it starts, who may be in it (coins: a row a
+    model), how many of them hold a secret."""
+
+    begun: Start
+    network: Network
+    everybody: Dataset
+    coins: np.ndarray
+    secrets: int
+    rounds: int
+
+    def trained(self, plan: StepPlan, log: MemoryLog) -> tuple[Scores, Exposure | None]:
+        """Train a model for each row of coins; return each canary's loss in it, (models, canaries),
+        and the secrets' exposure in the first of them."""
+        network, study, canaries = self.network, self.begun.study, self.coins.shape[1]
+        units, losses, exposed = self.everybody.n_units, [], None
+        asked = CachedDataset(network, _only(self.everybody, np.arange(units) < canaries))
+        for number, row in enumerate(self.coins, 1):
+            there = np.concatenate([row, np.ones(units - canaries, dtype=bool)])
+            data = CachedDataset(network, _only(self.everybody, there))
+            adapter, server = self.begun.adapter, strategies.build(study)
+            with network.loaded(trainable=adapter):
+                for round_ in range(1, self.rounds + 1):
+                    server.add(local_round(study, data, plan, log, round_, adapter), 1.0)
+                    adapter = preconditioner.stepped(server.apply, adapter, self.begun.frozen)
+                network.load_trainable(adapter)
+                by_unit = record_losses(asked, study).reshape(canaries, -1).mean(axis=1)
+                losses.append(by_unit)
+                if self.secrets and exposed is None:
+                    exposed = exposure(network, study, self.secrets)
+            what = "models with noise" if isinstance(plan, DpPlan) else "models without noise"
+            progress.report(what, number, len(self.coins))
+        return np.array(losses), exposed
 
 
 def _only(everybody: Dataset, there: np.ndarray) -> Dataset:

@@ -1,4 +1,4 @@
-"""Measure the exposure of generated secrets in a released adapter."""
+"""Measure the exposure of generated secrets in an adapter, and how many it gives away."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ import torch
 from scipy.special import gammaincinv  # type: ignore[import-untyped]
 
 from fedtune.config import Columns, EvaluationTable, Study
+from fedtune.data.dataset import Dataset
 from fedtune.data.load import load_dataset
 from fedtune.errors import DataError
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.objectives import resolve
-from fedtune.objectives._tokens import likelihood
+from fedtune.objectives._tokens import labelled, likelihood
 
 # Fixed before anything is measured.
 SECRETS, POOL = 8, 128  # secrets; each is ranked among so many, itself included: at most 7 bits
 CONFIDENCE = 0.999
 DIGITS = 8
+SPACE = 9 * 10 ** (DIGITS - 1)  # numbers that a secret may be
 COLUMNS = {  # of the canaries that are ranked
     "text": ("prompt", "completion"),
     "label": ("text", "label"),
@@ -36,7 +38,9 @@ COLUMNS = {  # of the canaries that are ranked
 class Exposure:
     """Bits by which the secrets rank above chance: log2 POOL minus log2 of a secret's rank by loss,
     1 being the lowest. mean, highest: with the adapter; base: the mean without it; chance: the mean
-    that a model without any knowledge gives; limit: chance stays below it with 99.9 %."""
+    that a model without any knowledge gives; limit: chance stays below it with 99.9 %; extracted:
+    secrets that the adapter writes by itself, token by token, after what stands before them; None
+    of a classifier, which writes nothing."""
 
     secrets: int
     pool: int
@@ -45,6 +49,7 @@ class Exposure:
     base: float
     chance: float
     limit: float
+    extracted: int | None = None
 
     @property
     def exposed(self) -> bool:
@@ -58,15 +63,10 @@ def planted(study: Study, secrets: int = SECRETS) -> list[dict[str, str]]:
     return [_row(study, at, number) for at, number in enumerate(_numbers(study, secrets, 1)[:, 0])]
 
 
-def exposure(network: Network, study: Study, secrets: int = SECRETS, pool: int = POOL) -> Exposure:
-    """Rank each planted secret by its loss in `network` among random secrets of the same form, and
-    return their exposure.
+def as_dataset(rows: list[dict[str, str]], network: Network, study: Study) -> Dataset:
+    """Load generated rows, as of `planted`, for the study's base.
 
-    | the secrets were not planted | the mean is that of chance |
-    Errors: DataError where the study's tokenizer or length cannot hold such a record.
-    Reference: Carlini et al. 2019, "The secret sharer", section 4.2."""
-    numbers = _numbers(study, secrets, pool)
-    rows = [_row(study, at, number) for at in range(secrets) for number in numbers[at]]
+    Errors: DataError where the study's tokenizer or length cannot hold such a record."""
     columns = Columns(**{name: name for name in COLUMNS[resolve(study.objective).record_format]})
     with tempfile.TemporaryDirectory(prefix="fedtune-canaries-") as folder:
         path = Path(folder) / "canaries.jsonl"
@@ -79,7 +79,19 @@ def exposure(network: Network, study: Study, secrets: int = SECRETS, pool: int =
         )
     if len(data.examples) != len(rows):
         raise DataError("the study cannot hold a generated canary of some 20 tokens")
-    cached = CachedDataset(network, data)
+    return data
+
+
+def exposure(network: Network, study: Study, secrets: int = SECRETS, pool: int = POOL) -> Exposure:
+    """Rank each planted secret by its loss in `network` among random secrets of the same form, and
+    return their exposure, and how many of them it writes by itself.
+
+    | the secrets were not planted | the mean is that of chance |
+    Errors: DataError where the study's tokenizer or length cannot hold such a record.
+    Reference: Carlini et al. 2019, "The secret sharer", section 4.2."""
+    numbers = _numbers(study, secrets, pool)
+    rows = [_row(study, at, number) for at in range(secrets) for number in numbers[at]]
+    cached = CachedDataset(network, as_dataset(rows, network, study))
     trained = _bits(record_losses(cached, study).reshape(secrets, pool))
     with network.loaded(trainable=network.zero()):
         base = _bits(record_losses(cached, study).reshape(secrets, pool))
@@ -91,7 +103,33 @@ def exposure(network: Network, study: Study, secrets: int = SECRETS, pool: int =
         base=float(base.mean()),
         chance=float(np.mean([math.log2(pool / rank) for rank in range(1, pool + 1)])),
         limit=_limit(secrets),
+        extracted=_extracted(network, study, rows[::pool]),
     )
+
+
+def most_exposed(found: Exposure, epsilon: float, delta: float) -> float:
+    """Compute the mean exposure that (ε, δ) allows, but with 0.1 %.
+
+    Without its record a secret's rank is uniform, so with it the rank is at most r with at most
+    e^ε · r / pool + δ, whatever the other secrets' are."""
+    ranks = np.arange(1, found.pool + 1)
+    reached = np.minimum(1.0, math.exp(min(epsilon, 100.0)) * ranks / found.pool + delta)
+    reached[-1] = 1.0
+    share = np.diff(reached, prepend=0.0)
+    draws = np.random.default_rng(0).choice(
+        np.log2(found.pool / ranks), size=(100_000, found.secrets), p=share
+    )
+    return float(np.quantile(draws.mean(axis=1), CONFIDENCE))
+
+
+def most_extracted(epsilon: float, delta: float) -> float:
+    """Bound the chance that one secret is extracted, by (ε, δ): who has not seen it guesses one of
+    the numbers that it may be.
+
+    >>> round(most_extracted(8.0, 1e-5), 6)
+    4.3e-05
+    """
+    return float(min(1.0, math.exp(min(epsilon, 100.0)) / SPACE + delta))
 
 
 def _bits(losses: np.ndarray) -> np.ndarray:
@@ -104,6 +142,29 @@ def _limit(secrets: int) -> float:
     """Bound the mean exposure that chance gives: rank/pool is stochastically at least uniform, so
     bits are at most exponential with mean 1/ln 2, and their sum at most a gamma variable."""
     return float(gammaincinv(secrets, CONFIDENCE)) / secrets / math.log(2)
+
+
+@torch.no_grad()
+def _extracted(network: Network, study: Study, rows: list[dict[str, str]]) -> int | None:
+    """Count the rows whose completion the network writes greedily after their prompt: it does, if
+    and only if each token of it is the likeliest after those before it. Whether it then stops does
+    not matter. None of a classifier."""
+    objective = resolve(study.objective)
+    if objective.record_format == "label":
+        return None
+    cached, eos = (
+        CachedDataset(network, as_dataset(rows, network, study)),
+        network.tokenizer.eos_token_id,
+    )
+    written = np.zeros(len(rows), dtype=bool)
+    for batch in cached.batches(range(len(rows))):
+        keep, targets = labelled(batch.target_ids)
+        hidden = network.hidden(batch.prefix, batch.mask, keep, batch.tower_states)
+        likeliest = network.logits(hidden.flatten(0, 1)).argmax(dim=-1).view(targets.shape)
+        ends = (targets == -100) | (targets == eos)
+        right = ((likeliest == targets) | ends).all(dim=1)
+        written[batch.index.numpy()] = right.view(len(batch.index), -1)[:, 0].cpu().numpy()
+    return int(written.sum())
 
 
 @torch.no_grad()

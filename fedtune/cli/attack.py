@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,7 @@ from rich.console import Console
 from fedtune.cli.exit_codes import Told, command
 
 if TYPE_CHECKING:
-    from fedtune.audit.attack import Attack
+    from fedtune.audit.attack import Attack, Secrets
     from fedtune.audit.membership import Membership
     from fedtune.client.attack import SiteAttack
 
@@ -81,7 +82,8 @@ def attack(
     private records exactly, and stays here.
 
     **Anywhere**: trains models on generated records as the run's sites did, each with half of the
-    canaries, and the same without noise, where the attack must succeed. Reads no record; no ε.
+    canaries, and the same without noise, where the attack must succeed; of a study on text also
+    how much a model tells of planted secrets, and whether it writes them. Reads no record; no ε.
 
     A result beyond what ε allows means that something is broken: exit 3."""
     from fedtune.cli.watch import Watch
@@ -107,6 +109,9 @@ def attack(
             judged = [("canaries, with noise", result.private), ("without noise", result.twin)]
     for name, found in judged:
         typer.echo(f"{name}: {_line(found)}")
+    if secrets := getattr(result, "secrets", None):
+        typer.echo(f"planted secrets: {_secrets_line(secrets)}")
+        judged.append(("secrets", secrets))
     typer.echo(f"wrote {out / 'attack.json'} and {out / 'attack.png'}")
     if site is not None:
         typer.echo("private to this site: it follows from its records")
@@ -121,6 +126,17 @@ def attack(
         )
         raise Told(asdict(result), error)
     return asdict(result)
+
+
+def _secrets_line(found: Secrets) -> str:
+    private, twin = found.private, found.twin
+    bits = math.log2(private.pool)
+    return (
+        f"exposure {private.mean:.2f} of {bits:.0f} bits (chance {private.chance:.2f}, ε allows "
+        f"{found.allowed:.2f}), without noise {twin.mean:.2f}; written by the model: "
+        f"{private.extracted} of {private.secrets} (ε allows each with {found.extractable:.2g}), "
+        f"without noise {twin.extracted}"
+    )
 
 
 def _line(found: Membership) -> str:

@@ -229,7 +229,9 @@ def numbers(text: str | None) -> list[float]:
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder of a finished run, or its dossier.")
+    ],
     out: Annotated[
         Path, typer.Option("--out", metavar="PATH", help="The new folder, or .gguf file.")
     ],
@@ -248,13 +250,16 @@ def export(
 ) -> dict[str, Any]:
     """Make base and adapter of a run one model that other programs load.
 
-    Spends nothing. The model's guarantee, its limits and the base's licence go with it."""
+    Spends nothing. The model's guarantee, its limits and the base's licence go with it, and a
+    dossier with all that it holds."""
     from fedtune.derive.export import export as write
     from fedtune.evidence.audit_log import coordinator_log
+    from fedtune.evidence.dossier.seal import RELEASE
+    from fedtune.evidence.sign import RUN
     from fedtune.models.run import Run
 
     with Console().status("merging base and adapter"):
-        made = write(Run(run), out, to, dtype)
+        made = write(Run(run / RUN if (run / RELEASE).is_file() else run), out, to, dtype)
     if acts := coordinator_log(run):
         acts.add("export", f"--to {to}", run=run.absolute())
     typer.echo(f"wrote {made}")

@@ -35,6 +35,17 @@ SIGNER = Annotated[
 ]
 
 
+RUN = Annotated[
+    Path | None,
+    typer.Option(
+        "--run",
+        metavar="PATH",
+        help="A run or dossier of which this site signed updates: they hold the log's head.",
+        show_default=False,
+    ),
+]
+
+
 def add_to(app: typer.Typer, panel: str) -> None:
     """Register the command on `app`."""
     command(app, panel=panel)(log)
@@ -46,6 +57,7 @@ def log(
         bool, typer.Option("--verify", help="Print the verdict alone, not the entries.")
     ] = False,
     head: HEAD = "",
+    run: RUN = None,
     signer: SIGNER = "",
     event: Annotated[
         str, typer.Option(metavar="NAME", help="Show entries of this kind alone.")
@@ -55,18 +67,25 @@ def log(
 
     Every entry is signed and names the one before it; all of them are checked first, and a log that
     was changed ends with exit code 2. Nobody can tell from the log alone that its newest entries
-    were cut off: note the head where somebody else keeps it, and give it with --head later."""
+    were cut off. A site's log is compared with what its own updates in a run say of it (--run),
+    wherever that run is kept; any log with a head that somebody noted (--head)."""
     from rich.console import Console
 
     from fedtune.cli.console import acts_table
-    from fedtune.errors import InputError
+    from fedtune.errors import ConfigError, InputError
     from fedtune.evidence import audit_log
 
+    if run is not None and head:
+        raise ConfigError("--head and --run", "one of the two")
     if event and event not in audit_log.EVENTS:
         raise InputError(
             f"--event {event[:40]}: not known", ", ".join(sorted(audit_log.EVENTS)), "choose one"
         )
     folder = _folder(path)
+    if run is not None:
+        from fedtune.client.noted import noted_in
+
+        head = noted_in(run, folder)
     checked = audit_log.verify(folder, signer or audit_log.signer_at(folder), head)
     shown = [entry for entry in checked.entries if event in ("", entry["event"])]
     if not verify:

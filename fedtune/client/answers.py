@@ -9,10 +9,11 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
+from fedtune.client.noted import acts
 from fedtune.client.prepared import Unprepared, Update, Void
 from fedtune.client.site import SiteWorker
 from fedtune.errors import FedtuneError, Refused
-from fedtune.evidence.audit_log import AuditLog
+from fedtune.evidence.audit_log import REPEATS
 from fedtune.flower.arrays import Arrays, bodies, read_agreed, to_record
 from fedtune.observe.log import reason_of
 from fedtune.wire.seal import SealError, body_digest, check_order
@@ -21,7 +22,6 @@ log = logging.getLogger("fedtune.client")
 site_errors: dict[
     str, FedtuneError
 ] = {}  # by site file, for this process alone; `simulate` shows it
-REPEATS = 16  # of the newest acts in the audit log: what one of them says is not entered again
 INTERNAL = "internal error"  # what is sent; the site's own log has the class
 Work = Callable[[SiteWorker, str, Message], Update]
 
@@ -81,7 +81,7 @@ def adapter_of(site: SiteWorker, digest: str, message: Message) -> Arrays:
 def note(site: SiteWorker, event: str, rule: str, **facts: Any) -> None:
     """Enter an act of the site's process in its audit log. Errors: InfrastructureError, with which
     what was to be done is not done."""
-    AuditLog(site.home.folder, site.key).add(event, rule, once=REPEATS, **facts)
+    acts(site).add(event, rule, once=REPEATS, **facts)
 
 
 def note_refusal(

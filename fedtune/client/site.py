@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.numpy import load, save
 
-from fedtune.client import evaluation
+from fedtune.client import evaluation, noted
 from fedtune.client.declared import as_stated, paid_by_run, permit_declared, run_ledger
 from fedtune.client.policy import accounted, admit, base_for, order_of, planned, within_budget
 from fedtune.client.prepared import (
@@ -249,9 +249,7 @@ class SiteWorker:
         study = prepared.study
         if round_ < 1 or not (study.continuous or round_ <= (study.training.rounds or 0)):
             raise PolicyRefused(f"round {round_} is not in the plan")
-        if receipt:
-            self.home.accept_receipt(json.loads(receipt), prepared.coordinator)
-            self.ledger.prune(digest, prepared.coordinator)
+        noted.accept(self, receipt, digest, prepared.coordinator)
         return prepared
 
     def reserve(
@@ -324,9 +322,7 @@ class SiteWorker:
         Errors: as `train`."""
         prepared = self._require(digest)
         plan = evaluation.plan_of_queries(prepared.study, round_)
-        if receipt:
-            self.home.accept_receipt(json.loads(receipt), prepared.coordinator)
-            self.ledger.prune(plan.study, prepared.coordinator)
+        noted.accept(self, receipt, plan.study, prepared.coordinator)
         adapter_digest = arrays_digest(adapter)
         payload = self.ledger.released(plan.study, round_, adapter_digest)
         if payload is None:
@@ -362,7 +358,7 @@ class SiteWorker:
             receiver=prepared.coordinator,
             nonce=nonce,
             body=content_digest,
-            ledger=self.home.head_statement(),
+            ledger=self.home.head_statement(noted.acts(self).head),
         )
         return seal(self.key, header)
 

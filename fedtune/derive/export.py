@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from fedtune.bases.find import Base
 from fedtune.derive.gguf import Stored
-from fedtune.derive.model_card import gguf_metadata, write_card
+from fedtune.derive.model_card import DOSSIER, gguf_metadata, write_card
 from fedtune.errors import ConfigError
+from fedtune.evidence.dossier.seal import around
 from fedtune.evidence.sign import carry
 from fedtune.evidence.verify import check_signed, is_signed
 from fedtune.files.writing import drafted
@@ -38,6 +39,7 @@ def export(run: Run, out: Path | str, to: Kind = "hf", stored: Stored | None = N
     Guarantee: `out` is whole or not there; a classifier's logits were compared with the run's.
 
     A run that is signed is verified first; of any other the card says that nobody vouches for it.
+    Of a run that lies in a dossier the dossier is verified, and goes into the folder with it.
 
     Errors: NotGenuine (the run is not as it was signed), InputError, ConfigError (nothing to merge;
     `out` exists; the format cannot hold it), ModelError, InfrastructureError."""
@@ -47,9 +49,9 @@ def export(run: Run, out: Path | str, to: Kind = "hf", stored: Stored | None = N
     out = Path(out)
     if out.exists():
         raise ConfigError(f"{out}: exists", "a new name", "choose another --out")
-    signed = is_signed(run.folder)
+    signed, dossier = is_signed(run.folder), around(run.folder)
     if signed:
-        check_signed(run.folder)
+        check_signed(dossier or run.folder)
         run = Run(run.folder)  # as it was verified, whatever was read before
     report = run.report
     headed = (run.folder / "adapter" / HEAD).is_file()
@@ -72,6 +74,8 @@ def export(run: Run, out: Path | str, to: Kind = "hf", stored: Stored | None = N
                 write_gguf(Path(name), draft, stored, facts, base.licence)
         if signed and to == "hf":
             carry(run.folder, draft)
+        if dossier and to == "hf":
+            shutil.copytree(dossier, draft / DOSSIER, symlinks=True)
     return out
 
 

@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 from fedtune.bases.find import Base
 from fedtune.config import Study
 from fedtune.config.known_bases import upstream_of
+from fedtune.evidence.dossier.seal import around
 from fedtune.evidence.verify import is_signed
 from fedtune.files import reading
 from fedtune.models.adapter_files import AGAIN
 from fedtune.models.run import Run
 from fedtune.report.claim import rounded_up
 from fedtune.report.declared import site_lines
+
+DOSSIER = "dossier"  # in an exported model: the dossier that its run lay in
 
 
 class Use(NamedTuple):
@@ -77,6 +80,17 @@ def _template(study: Study) -> list[str]:
     ]
 
 
+def _dossier(run: Run) -> list[str]:
+    """State where the run's dossier is, where it goes with the model."""
+    if around(run.folder) is None:
+        return []
+    return [
+        "",
+        f"What it was trained on, what its guarantee covers and who approved it: {DOSSIER}/. "
+        f"`fedtune verify {DOSSIER} --trust FINGERPRINT` checks it, offline.",
+    ]
+
+
 def _origin(base: Base) -> list[str]:
     """State where the base of a wheel comes from."""
     upstream = upstream_of(base.name)
@@ -106,6 +120,7 @@ def write_card(folder: Path, run: Run, report: dict[str, Any], base: Base, use: 
         f"({base.licence}) holds for this model too.",
         *_origin(base),
         *_quantisation_note(run.study),
+        *_dossier(run),
         "",
         *use.lines,
         *_template(run.study),

@@ -14,8 +14,9 @@ An entry is canonical JSON, so that each content has one spelling:
 | signature       | by the role's signing key, over all of the above                        |
 
 Guarantee: an entry that was changed, moved, or taken out from between others is found by `verify`.
-Whoever can read the signing key can write another log, and the last entries can be cut off: note
-the head (`fedtune log` prints it) where somebody else keeps it, and compare with it later.
+Whoever can read the signing key can write another log, and the last entries can be cut off: that
+shows where somebody else keeps the head. A coordinator keeps a site's, sealed, with every update
+that it counted; anybody else can note what `fedtune log` prints.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import pwd
 import re
@@ -39,18 +41,21 @@ from fedtune.files import reading
 from fedtune.files.writing import sync_folder
 from fedtune.wire.keys import SigningKey, canonical, verifies
 
+log = logging.getLogger("fedtune.audit")
 FILE, LOCK = "audit.jsonl", "audit.lock"
 KEY_FILES = ("site.key", "signing.key")  # a site's, a coordinator's
 PERSON = "FEDTUNE_PERSON"
 LIMIT = 4 * 2**20  # bytes of a file before the next is begun
 LONGEST = 4096  # bytes of an entry
 RECENT = 4 * LONGEST  # bytes at the end of the log that are looked at before an entry is added
+REPEATS = 16  # of the newest acts: what one of them says is not entered again
 START = "0" * 64
 PURPOSE = b"fedtune audit\0"
 EVENTS = frozenset({
     "enroll", "join", "admit", "revoke",  # membership
     "review", "sign", "refuse", "withdraw", "accept", "restore", "backup", "purge",  # a site
     "release",  # a site: an update; a coordinator: a version or a dossier
+    "cut",  # a site: a receipt names an entry that this log lacks
     "attest", "approve",  # a site: its data sheet; a dossier
     "start", "finish", "drop", "export",  # a coordinator
 })  # fmt: skip
@@ -128,6 +133,28 @@ class AuditLog:
                 "an audit log that can be written",
                 "free the disk or fix the permissions, then run again",
             ) from None
+
+    @property
+    def head(self) -> str:
+        """The newest entry, as "SEQ:HASH"; "" where there is none. Errors: InfrastructureError."""
+        try:
+            with _locked(self.folder):
+                newest = _newest(self.folder)[-1:]
+        except OSError as error:
+            raise InfrastructureError(f"{self.folder / FILE}: {error.strerror}") from None
+        return "".join(f"{e['seq']}:{hashlib.sha256(line).hexdigest()}" for e, line in newest)
+
+    def check(self, head: str) -> None:
+        """Enter that this log lacks the entry that was noted outside as `head`, where it does: it
+        was cut off. What is done under it goes on, since the ledger has a check of its own."""
+        if not head:
+            return
+        with _locked(self.folder):
+            held = _holds(self.folder, head)
+        if not held:
+            seq = int(head.partition(":")[0])
+            log.error("%s: entry %d is not the one that was noted", self.folder / FILE, seq)
+            self.add("cut", "receipt", once=REPEATS, entry=seq)
 
 
 def coordinator_log(run: Path) -> AuditLog | None:
@@ -229,6 +256,18 @@ def _check_head(folder: Path, head: str, hashes: list[str]) -> None:
             "a log that goes on from there",
             f"it was cut off, or begun anew: {BACKUP}",
         )
+
+
+def _holds(folder: Path, head: str) -> bool:
+    """Return whether the log has the entry `head`, without checking the others."""
+    number, _, expected = head.partition(":")
+    for name in reversed(files(folder)):
+        lines = _content(folder / name).split(b"\n")[:-1]
+        first = int(_read(lines[0], f"{folder / name}: line 1")["seq"]) if lines else 0
+        if lines and first <= int(number):
+            at = int(number) - first
+            return at < len(lines) and hashlib.sha256(lines[at]).hexdigest() == expected
+    return False
 
 
 def _checked(event: str, rule: str, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -201,10 +201,10 @@ def signer(run: Path) -> str:
 
 
 def check_signed(run: Path) -> None:
-    """Verify a run whose folder claims to be signed; one that does not claim it is let through.
+    """Verify a run or a dossier that claims to be signed; what does not claim it is let through.
 
     Errors: NotGenuine."""
-    if is_signed(run):
+    if is_signed(run) or (run / DOSSIER[0]).exists():
         verify(run)
 
 

@@ -56,22 +56,24 @@ def head_in(statement: Any, public: str) -> Head | None:
     return None
 
 
-def sealed_token(key: SigningKey, statement: dict[str, Any]) -> str:
+def sealed_token(key: SigningKey, statement: dict[str, Any], audit: str = "") -> str:
     """Encrypt a head statement so that this site alone can read it; of constant length (hex).
 
+    audit: the head of the site's audit log too, so that who keeps the token, unread, keeps both.
     In clear its sequence number would reveal to the coordinator that the data changed, or that a
     patient withdrew. AES-256-GCM under a key derived from the site's own."""
-    text = f"{statement['seq']:012d}{statement['hash']}{statement['signature']}".encode()
+    text = f"{statement['seq']:012d}{statement['hash']}{statement['signature']}{audit:>80}".encode()
     nonce = os.urandom(12)
     return (nonce + AESGCM(key.derive("ledger token")).encrypt(nonce, text, None)).hex()
 
 
 def opened_token(key: SigningKey, token: object) -> dict[str, Any]:
-    """The statement in a token; {} where it is not one of this site's."""
+    """The statement in a token, and the audit log's head; {} where it is not one of this site's."""
     try:
         raw = bytes.fromhex(str(token))
         text = AESGCM(key.derive("ledger token")).decrypt(raw[:12], raw[12:], None).decode()
-        return {"seq": int(text[:12]), "hash": text[12:76], "signature": text[76:]}
+        statement = {"seq": int(text[:12]), "hash": text[12:76], "signature": text[76:204]}
+        return statement | {"audit": text[204:].strip()}
     except (ValueError, InvalidTag):
         return {}
 

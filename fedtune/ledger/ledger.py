@@ -279,12 +279,13 @@ class Ledger:
         self._read()
         return self._released_bytes((study, round_, adapter))
 
-    def head_statement(self) -> dict[str, Any]:
-        """{token}: the newest entry, signed, for the coordinator to countersign; opaque to it."""
-        return {"token": sealed_token(self.key, self._store.statement(self._read()))}
+    def head_statement(self, audit: str = "") -> dict[str, Any]:
+        """{token}: the newest entry and the audit log's head, to countersign unread."""
+        return {"token": sealed_token(self.key, self._store.statement(self._read()), audit)}
 
-    def accept_receipt(self, receipt: Mapping[str, Any], coordinator_public: str) -> None:
-        """Check a countersigned head against this ledger, and keep it if it is the newest.
+    def accept_receipt(self, receipt: Mapping[str, Any], coordinator_public: str) -> str:
+        """Check a countersigned head against this ledger, and keep it if it is the newest. Returns
+        the audit log's head in it, "" where it holds none.
 
         Errors: LedgerError where it is not a receipt of this site by that coordinator (ignored),
         or where the ledger lacks the entry: it was rolled back, and reserves nothing from now on,
@@ -301,8 +302,7 @@ class Ledger:
             raise LedgerError(
                 "the coordinator's receipt is not one for this site's ledger",
                 expected="a head that this site signed, countersigned by the coordinator",
-                todo="run the round again; if it comes back, the coordinator is not the one "
-                "that sent the plan",
+                todo="run the round again; else this is not the coordinator that sent the plan",
             )
         with self._store.writing() as writer:
             receipts = self._store.check_receipts(writer.sql)
@@ -311,6 +311,7 @@ class Ledger:
             if after != receipts:
                 replace(self.folder / RECEIPT, after.packed, private=True)
             self._store.check_receipts(writer.sql)  # as every transaction does from now on
+        return str(statement["audit"])
 
     def prune(self, study: str, coordinator_public: str) -> None:
         """Remove the bytes of every round of `study` before the newest that the coordinator gave a

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
@@ -19,6 +18,7 @@ from fedtune.errors import FedtuneError, Refused
 from fedtune.flower import replies
 from fedtune.flower.arrays import Arrays, WireError, bodies, check_agreed, from_record, to_record
 from fedtune.flower.enrol import Member
+from fedtune.run_folder import without_places
 from fedtune.server.bound import Terms
 from fedtune.server.exchange import Reply, ask, clean, size
 from fedtune.wire import codec, seal, step_summary
@@ -38,15 +38,8 @@ OnStatus = Callable[[str, str, str], None]  # site, status, reason
 
 def plan_message(study: Study, frozen: Arrays, key: SigningKey) -> RecordDict:
     """Build the signed plan message for sites; of the coordinator's paths only file names stay."""
-    changes = {}
-    for name in ("public", "selection", "evaluation"):
-        if (table := getattr(study, name)) is not None:
-            changes[name] = table.model_copy(update={"path": Path(table.path.name)})
-    sent = study.model_copy(update=changes)
-    signed = sign_plan(key, study.digest)
-    plan = ConfigRecord(
-        {"study": sent.model_dump_json(), "digest": study.digest, **signed, **version_fields()}
-    )
+    sent, signed = without_places(study).model_dump_json(), sign_plan(key, study.digest)
+    plan = ConfigRecord({"study": sent, "digest": study.digest, **signed, **version_fields()})
     return RecordDict({"plan": plan, "frozen": to_record(frozen)})
 
 

@@ -23,10 +23,10 @@ from fedtune import strategies
 from fedtune.config import Study
 from fedtune.errors import ConfigError, InfrastructureError
 from fedtune.evidence.sign import sign
-from fedtune.files.writing import replace
 from fedtune.models import preconditioner
 from fedtune.models.rank_slice import pad_update, rank_slice, slice_update
 from fedtune.progress import OnEvent
+from fedtune.run_folder import write_plan
 from fedtune.server import provenance, secure_round, step, store, summary
 from fedtune.server.admission import NOT_ENROLLED, Outcome, Roster, Tally, outcome, plan_message
 from fedtune.server.bound import Limits
@@ -128,7 +128,7 @@ class _Run:
         if not self._is_over:
             self._admit()
             self._event("planned", **summary.planned(self.progress, self.roster, self.parts))
-        replace(self.out / "plan.json", (self.study.model_dump_json(indent=2) + "\n").encode())
+        write_plan(self.out, self.study)
         if fresh:
             summary.measure_start(self.progress, self.evaluator)
             self._save()

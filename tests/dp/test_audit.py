@@ -208,7 +208,7 @@ def test_secrets_that_were_not_trained_on_have_exposure_by_chance(
     network: Network, tiny_base: Path
 ) -> None:
     found = secret.exposure(network, of(tiny_base))
-    assert not found.exposed
+    assert not found.exposed and found.extracted == 0
     assert found.mean == pytest.approx(found.base)
     assert found.chance == pytest.approx(1.4, abs=0.1)
 
@@ -233,7 +233,7 @@ def test_a_memorised_secret_is_exposed(network: Network, tiny_base: Path, tmp_pa
         optimizer.zero_grad()
     before = network.trainable()
     found = secret.exposure(network, made, secrets=3)
-    assert found.exposed
+    assert found.exposed and found.extracted == 3
     assert found.mean > 6 > found.base
     assert all((before[n] == a).all() for n, a in network.trainable().items())
 
@@ -250,7 +250,8 @@ def test_a_classifier_has_exposure_too(tiny_encoder: Path) -> None:
     objective = {"name": "classify", "labels": ["yes", "no"]}
     made = of(tiny_encoder, lora=None, objective=objective)
     network = Network(find_base(str(tiny_encoder)), torch.float32, None, labels=2)
-    assert not secret.exposure(network, made, secrets=3, pool=16).exposed
+    found = secret.exposure(network, made, secrets=3, pool=16)
+    assert not found.exposed and found.extracted is None
 
 
 @pytest.mark.long

@@ -277,14 +277,16 @@ def test_a_receipt_that_is_not_this_sites_is_refused_and_forgotten(used: Ledger)
     ):
         with pytest.raises(LedgerError, match="not one for this site"):
             used.accept_receipt(bad, coordinator.public)
-    used.accept_receipt(good, coordinator.public)
+    assert used.accept_receipt(good, coordinator.public) == ""
+    noted = receipt(coordinator, used.head_statement("41:" + "a" * 64))
+    assert used.accept_receipt(noted, coordinator.public) == "41:" + "a" * 64
     used.reserve("notes", charge(6), "adapter 6", yes)
 
 
 def test_a_head_statement_tells_the_coordinator_nothing(used: Ledger) -> None:
     one, same = used.head_statement(), used.head_statement()
     used.withdraw(b"somebody")
-    after = used.head_statement()
+    after = used.head_statement("41:" + "a" * 64)
     assert set(one) == {"token"} and len({str(x) for x in (one, same, after)}) == 3
     assert len({len(x["token"]) for x in (one, same, after)}) == 1
     assert used.head.hash not in str(after)

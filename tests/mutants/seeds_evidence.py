@@ -8,6 +8,7 @@ VERIFY, FIGURES = "fedtune/evidence/verify.py", "fedtune/evidence/figures.py"
 T, ATTACKS = "tests/test_verify.py::", "tests/test_verify_attacks.py::"
 FORGED = "a forged report passes"
 AUDIT, T_AUDIT = "fedtune/evidence/audit_log.py", "tests/test_audit_log.py::"
+T_CUT = "tests/test_audit_log_cut.py::"
 T_ATTACK = "tests/test_attack.py::"
 
 MUTANTS = (
@@ -109,6 +110,32 @@ MUTANTS = (
         "audit log", "an-update-leaves-unentered", "fedtune/client/answers.py",
         '        note(site, "release",', '        note(site, "refuse",',
         T_AUDIT + "test_every_act_at_a_site_is_entered", "nobody can say what left",
+    ),
+    _one(
+        "audit log", "a-token-without-the-log", "fedtune/client/site.py",
+        "self.home.head_statement(noted.acts(self).head)", "self.home.head_statement()",
+        T_CUT + "test_entries_that_were_cut_off_are_found_by_any_run_that_the_site_took_part_in",
+        "what was cut off the log is missed by nobody",
+    ),
+    _one(
+        "audit log", "a-receipt-is-not-compared", AUDIT,
+        "        if not held:\n", "        if False:\n",
+        T_CUT + "test_a_log_that_was_cut_off_in_mid_study_says_so_and_the_study_goes_on",
+        "a log that was cut off goes on as if it were whole",
+    ),
+    _one(
+        "attack", "half-a-secret-counts", "fedtune/audit/secret.py",
+        "right = ((likeliest == targets) | ends).all(dim=1)",
+        "right = ((likeliest == targets) | ends).any(dim=1)",
+        "tests/dp/test_audit.py"
+        "::test_secrets_that_were_not_trained_on_have_exposure_by_chance",
+        "a guessed digit is reported as a secret that leaked",
+    ),
+    _one(
+        "attack", "secrets-are-held-against-nothing", "fedtune/audit/attack.py",
+        "return self.private.mean > self.allowed or bool(", "return bool(",
+        T_ATTACK + "test_secrets_beyond_epsilon_are_caught",
+        "secrets that leak beyond ε are reported as within it",
     ),
     _one(
         "attack", "the-bound-grows-with-nothing", "fedtune/audit/membership.py",

@@ -32,10 +32,10 @@ from fedtune.evidence.dossier.seal import (
     sign,
 )
 from fedtune.evidence.sign import ADAPTER, HOME, RUN, carry
-from fedtune.evidence.verify import Verified, certificate_of, verify, verify_run
+from fedtune.evidence.verify import Verified, certificate_of, is_signed, verify, verify_run
 from fedtune.files import reading
 from fedtune.files.writing import replace
-from fedtune.run_folder import new_folder
+from fedtune.run_folder import new_folder, read_report
 from fedtune.wire.keys import SigningKey, canonical
 
 DETAILS = "a TOML file: one line for each blank, as `--details` writes it where there is none"
@@ -64,9 +64,11 @@ def release(
 
     Guarantee: `out` is whole or not there, it verifies, and every figure in it is the run's.
 
-    Errors: NotGenuine (the run is not signed, or not as it was signed), ConfigError (`out` exists),
+    Errors: NotGenuine (the run is not signed, or not as it was signed), ConfigError (`out` exists;
+    the run was made of others),
     Refused (the key of who signed the run is not here), InfrastructureError."""
     run, out = Path(run), Path(out)
+    _refuse_derived(run)
     proven = verify_run(run)
     if proven.exported:
         raise ConfigError(f"{run}: is an exported model", "the run itself", "release the run")
@@ -86,6 +88,23 @@ def release(
         sign(draft, key, ca)
         verify(draft)
     return verify(out)
+
+
+def _refuse_derived(run: Path) -> None:
+    """Refuse a run that was made of other runs, and say which. Errors: ConfigError."""
+    if is_signed(run) or not (run / "report.json").is_file():
+        return
+    report = read_report(run)
+    made = report.get("merge") or report.get("derived") or {}
+    parents = made.get("parents") or []
+    names = [str(parent.get("study") or parent.get("name")) for parent in parents]
+    if names:
+        raise ConfigError(
+            f"{run}: was made of other runs ({', '.join(names)}), and no site signed it",
+            "a run whose updates its sites signed",
+            "release each of those runs; what they cost each site together is in "
+            f"{run / 'report.md'}, which goes with their dossiers",
+        )
 
 
 def _key(run: Path, home: Path, proven: Verified) -> tuple[SigningKey, str]:

@@ -35,6 +35,12 @@ MOMENT = "%Y-%m-%dT%H:%M:%SZ"
 LONGEST = 2000  # characters of what an approver says
 
 
+def around(run: Path) -> Path | None:
+    """Return the dossier that a run lies in; None where it lies in none."""
+    folder = run.absolute().parent
+    return folder if run.name == RUN and (folder / RELEASE).is_file() else None
+
+
 def now() -> str:
     """Return this moment, UTC, to the second."""
     return datetime.now(UTC).strftime(MOMENT)
