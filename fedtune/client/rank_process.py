@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from fedtune.client.policy import base_for
+from fedtune.client.reading import without_withdrawn
 from fedtune.client.site import SiteWorker, worker
 from fedtune.config import Study, load_site, study_from_json
 from fedtune.dp.plan import ClippedSum, Team, plan_for_site
@@ -173,9 +174,10 @@ def follow(group: Group, site: SiteWorker) -> NoReturn:
         header, tensors = group.receive()
         if header["do"] == "prepare":
             statuses = torch.zeros(group.size, dtype=torch.int64)
-            prepared = None  # frees the old before the new is read
             try:
-                prepared = _StudyAtRank(site, header, tensors)
+                if prepared is None or not prepared.serves(header, tensors):
+                    prepared = None  # frees the old before the new is read
+                    prepared = _StudyAtRank(site, header, tensors)
                 statuses[group.rank] = SAME if prepared.records == header["records"] else OTHER
             except Exception as error:
                 log.error("this rank cannot prepare the study: %s", _describe_error(error))
@@ -191,6 +193,12 @@ def follow(group: Group, site: SiteWorker) -> NoReturn:
                 log.error("this rank did not add up its rows: %s", _describe_error(error))
 
 
+def _asked(header: dict[str, Any], frozen: list[torch.Tensor]) -> tuple[str, ...]:
+    """Return what rank 0 asks to be prepared, but for the records."""
+    factor = {name: array.numpy() for name, array in zip(header["names"], frozen, strict=True)}
+    return header["study"], header["dtype"], arrays_digest(factor)
+
+
 class _StudyAtRank:
     """One study at one rank: network, records, engine and the plan's own clipping."""
 
@@ -204,17 +212,26 @@ class _StudyAtRank:
         self.network = build(measured, base_for(study, site.site))
         arrays = {n: t.numpy() for n, t in zip(header["names"], frozen, strict=True)}
         self.network.load_frozen(arrays)
-        data = site.current_dataset(study, self.network)
-        self.records = fingerprint(data.dataset)
-        engine_arguments = (
-            data,
-            resolve(study.objective),
-            study.sampling_unit,
-            study.training.engine,
-        )
-        self._engine_of = partial(UnitGradientEngine, *engine_arguments)
+        self._home, self._prepared_for = site.home, _asked(header, frozen)
+        self._objective = resolve(study.objective), study.sampling_unit, study.training.engine
+        self._take(site.current_dataset(study, self.network))
         self._plan = plan_for_site(study, site.site.site.declared_size)
         self._checkpointing = site.site.site.gradient_checkpointing
+
+    def serves(self, header: dict[str, Any], frozen: list[torch.Tensor]) -> bool:
+        """Take what was read before, less whoever withdrew since, and return whether rank 0 asks
+        for it: it does not read its files anew for a withdrawal, and rows that came to them
+        meanwhile must not tell of one by ending the round."""
+        left = without_withdrawn(self._data, self._home)
+        same = self._prepared_for == _asked(header, frozen)
+        if same and fingerprint(left.dataset) == header["records"]:
+            self._take(left)
+            return True
+        return False
+
+    def _take(self, data: CachedDataset) -> None:
+        self._data, self.records = data, fingerprint(data.dataset)
+        self._engine_of = partial(UnitGradientEngine, data, *self._objective)
 
     def summing_with(self, flat: torch.Tensor, columns: slice) -> ClippedSum:
         """Return a function that sums rows' clipped gradients at the parameters `flat`, all in

@@ -149,7 +149,7 @@ def test_ranks_that_read_other_records_are_refused(
     worker.prepare(made.study, made.frozen)
     notes_file = path.with_name("notes.jsonl")
     prepared = worker._prepared[made.study.digest]
-    data = worker._data(made.study, prepared.network, worker.site.data)
+    data = worker.data_for(made.study, prepared.network, worker.site.data)
     before = fingerprint(data.dataset)
     lines = notes_file.read_text().splitlines()
     changed = json.loads(lines[3]) | {"note": "something else altogether"}
@@ -161,6 +161,28 @@ def test_ranks_that_read_other_records_are_refused(
     ):
         pass
     assert worker.log.steps() == []
+
+
+def test_a_withdrawal_from_a_file_that_grew_ends_no_round(
+    worker: SiteWorker, path: Path, tiny_base: Path
+) -> None:
+    """Nor do the rows that came meanwhile take part: rank 0 did not read them."""
+    made = two_steps(tiny_base)
+    worker.prepare(made.study, made.frozen)
+    worker.train(made.study.digest, 1, made.adapter)
+    grown = path.with_name("notes.jsonl")
+    lines = grown.read_text().splitlines()
+    more = json.loads(lines[0]) | {"who": "somebody new", "note": "came later"}
+    grown.write_text("\n".join([*lines, json.dumps(more)]) + "\n")
+    before = worker.data_for(
+        made.study, worker._prepared[made.study.digest].network, worker.site.data
+    )
+    leaving = str(json.loads(lines[0])["who"])
+    withdraw(worker.site, leaving, worker.ledger)
+    worker.train(made.study.digest, 2, made.adapter)
+    after = worker.data_for(made.study, before.network, worker.site.data)
+    assert after.dataset.n_units == before.dataset.n_units - 1
+    assert {step.round for step in worker.log.steps()} == {1, 2}
 
 
 def test_the_order_of_records_is_part_of_what_must_agree(path: Path, tiny_base: Path) -> None:

@@ -51,7 +51,7 @@ MUTANTS = (
     ),
     _one(
         "evidence", "a-forged-run-is-exported", "fedtune/derive/export.py",
-        "        check_signed(run.folder)\n", "        pass\n",
+        "        check_signed(dossier or run.folder)\n", "        pass\n",
         T + "test_an_exported_model_carries_its_proof_and_a_forged_run_is_not_exported",
         "the model card repeats a false ε",
     ),

@@ -14,6 +14,13 @@ T_BOOT = "tests/flower/test_boot.py::"
 # fmt: off
 MUTANTS = (
     one(
+        "ranks", "a-withdrawal-reads-a-grown-file", "fedtune/client/rank_process.py",
+        '        if same and fingerprint(left.dataset) == header["records"]:\n',
+        "        if False:\n",
+        "tests/client/test_ranks.py::test_a_withdrawal_from_a_file_that_grew_ends_no_round",
+        "a round that fails tells the coordinator that a patient withdrew",
+    ),
+    one(
         "costs", "a-plan-is-computed-before-the-rules", "fedtune/client/policy.py",
         "    admit(study, site, None, coordinator)\n    if not study.private:\n",
         "    if not study.private:\n", COSTLY,
