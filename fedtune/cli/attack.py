@@ -136,6 +136,7 @@ def _secrets_line(found: Secrets) -> str:
         f"{found.allowed:.2f}), without noise {twin.mean:.2f}; written by the model: "
         f"{private.extracted} of {private.secrets} (ε allows each with {found.extractable:.2g}), "
         f"without noise {twin.extracted}"
+        + ("" if twin.exposed else "; too weak: without noise they are not exposed either")
     )
 
 
