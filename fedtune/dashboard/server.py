@@ -283,6 +283,7 @@ def serve(page: Page, port: int = 0, say: Any = print) -> None:
         ws="none",
         timeout_graceful_shutdown=1,
     )
+    sys.setswitchinterval(0.001)  # a page does not wait for rounds that are still being read
     threading.Thread(target=page.read_rounds, daemon=True).start()
     say(f"http://{HOST}:{listener.getsockname()[1]}/?token={token}")
     uvicorn.Server(config).run(sockets=[listener])

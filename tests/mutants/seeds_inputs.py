@@ -9,6 +9,7 @@ T_READING, T_CLI = "tests/test_reading.py::", "tests/test_cli.py::"
 WAITS = T_READING + "test_whatever_waits_or_never_ends_is_refused_at_once"
 T_NAME = T_READING + "test_a_derived_run_has_a_name_that_opens_again"
 T_SCAN = "tests/data/test_scan.py::"
+PAGES, T_PAGES = "fedtune/dashboard/server.py", "tests/dashboard/test_server.py::"
 
 MUTANTS = (
     _one(
@@ -101,5 +102,24 @@ MUTANTS = (
         "scan", "another-model-is-loaded", "fedtune/data/scan_engine.py",
         "                verify(fetched, SHA256)\n", "",
         T_SCAN + "test_another_model_is_not_loaded", "weights from whoever runs the mirror",
+    ),
+    _one(
+        "inputs", "a-page-takes-any-token", PAGES,
+        'return secrets.compare_digest(value.encode("utf-8", "replace"), self._token.encode())',
+        "return bool(value)",
+        T_PAGES + "test_without_the_token_there_is_401_and_nothing_else",
+        "everybody on the machine reads a site's page",
+    ),
+    _one(
+        "inputs", "a-page-answers-to-any-name", PAGES,
+        "if name.lower() not in NAMES:", "if not name:",
+        T_PAGES + "test_a_name_that_was_rebound_to_this_machine_is_no_way_in",
+        "a foreign page in the same browser reaches the server under its own name",
+    ),
+    _one(
+        "inputs", "a-page-shows-a-reason-as-it-came", "fedtune/observe/rounds.py",
+        'FIELDS["missing"](entry.get("missing") or {})', '(entry.get("missing") or {})',
+        "tests/dashboard/test_pages.py::test_free_text_in_any_file_is_on_no_page",
+        "what another machine wrote as its reason stands on the page",
     ),
 )  # fmt: skip
