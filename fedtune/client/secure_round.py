@@ -88,6 +88,8 @@ def masked(
         if answered is not None:
             if metadata_of(answered)["set"] != chosen:
                 raise StatementError("this draw was masked for another set of sites")
+            # Where a crash came between the entry and this, the key is still there.
+            draws.destroy(site.ledger.folder, digest, (round_, mine.draw.attempt))
             return _words(answered)
         draw = Draw(digest, round_, attempt, mine.draw.adapter)
         waiting = draws.load_waiting(site.ledger.folder, draw)

@@ -1,13 +1,15 @@
 """A site's noised sum and the masking key of its draw, on disk until they were masked once.
 
-    STATE/draws/PLAN-ROUND-ATTEMPT-ADAPTER.bin    0600: noised sum, key, statement
+    STATE/draws/PLAN-ROUND-ATTEMPT-ADAPTER.bin    0600: a sha256, then noised sum, key, statement
 
 The masked words then are in the ledger's outbox, and this file, key and all, is removed: nothing
 can mask the draw for another set."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from fedtune.secagg.statement import Draw, Ready, StatementError, parse
 
 FOLDER = "draws"
 _CHARACTERS = 24  # of a digest in a file's name
+_NAMED = re.compile(r"[0-9a-f]+-([0-9]+)-([0-9]+)-")
+_SUM = hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,17 +48,19 @@ def store(folder: Path, waiting: Waiting) -> None:
         "reservation": str(waiting.reservation),
         "events": waiting.events,
     }
-    replace(
-        _path(folder, waiting.ready.draw), save({"total": waiting.total}, metadata), private=True
-    )
+    content = save({"total": waiting.total}, metadata)
+    checked = hashlib.sha256(content).digest() + content  # one changed bit would be a wrong sum
+    replace(_path(folder, waiting.ready.draw), checked, private=True)
 
 
 def load_waiting(folder: Path, draw: Draw) -> Waiting | None:
     """Read the draw that waits for its set; None where there is none, or it is damaged: the draw is
     then lost, and another attempt is a new one."""
-    path = _path(folder, draw)
     try:
-        content = path.read_bytes()
+        stored = _path(folder, draw).read_bytes()
+        content = stored[_SUM:]
+        if hashlib.sha256(content).digest() != stored[:_SUM]:
+            return None
         length = int.from_bytes(content[:8], "little")
         fields = json.loads(content[8 : 8 + length])["__metadata__"]
         ready = parse(fields["ready"])
@@ -73,13 +79,13 @@ def load_waiting(folder: Path, draw: Draw) -> Waiting | None:
 
 def destroy(folder: Path, plan: str, before: tuple[int, int]) -> None:
     """Remove the plan's draws of (round, attempt) up to `before`, with their keys: those that were
-    masked, and those of attempts that the coordinator gave up."""
+    masked, those of attempts that the coordinator gave up, and what a crash left half written."""
     places = folder / FOLDER
     if not places.is_dir():
         return
-    for path in places.glob(f"{_short(plan)}-*.bin"):
-        _, round_, attempt, _ = path.stem.split("-")
-        if (int(round_), int(attempt)) <= before:
+    for path in places.glob(f"{_short(plan)}-*.bin*"):
+        named = _NAMED.match(path.name)
+        if named and (int(named[1]), int(named[2])) <= before:
             path.unlink(missing_ok=True)
     sync_folder(places)
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -186,7 +186,7 @@ class SecureRound:
         """Take the optimiser's step on the opened sum, and count the sites of the set."""
         sites = {name: self.progress.sizes[name] for name in words.statements}
         total = words.open()
-        if np.abs(total).max(initial=0) >= 2 ** (words.bits - 2):
+        if np.abs(total.astype(np.float64)).max(initial=0) >= 2 ** (words.bits - 2):
             self._poisoned(tally.number, "is outside the range of its words")
         rate, sigma = self._mechanism()
         divisor = rate * self.study.records_per_draw * sum(sites.values())
@@ -218,7 +218,9 @@ class SecureRound:
         start = codec.length(self.progress.adapter)
         return ROUNDING * norm_bound(self.study, joint, self._dimension, start)
 
-    def _poisoned(self, number: int, what: str) -> None:
+    def _poisoned(self, number: int, what: str) -> NoReturn:
+        self._begin(number, self.progress.attempt["number"] + 1)  # or --resume would open it again
+        self.save()
         raise InfrastructureError(
             f"round {number}: the sum of the sites' updates {what}; one of them sent something "
             "else, and which one cannot be told",
