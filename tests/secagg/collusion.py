@@ -1,0 +1,152 @@
+"""Audit the sum that a coordinator opens, as somebody sees it who holds some of the sites too.
+
+    python -m tests.secagg.collusion --out docs/collusion.png [--trials 20000]
+
+Draws the ε that such an attack shows against how many of five sites it holds, beside what the
+ledger says: under the assumption, up to `colluding`, and the fallback, whoever colludes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedtune.audit.bounds import gaussian_epsilon, gaussian_mu
+from fedtune.audit.gaussian import CEILING, CONFIDENCE
+from fedtune.audit.selftest import HUGE, MemoryLog
+from fedtune.dp import accountant
+from fedtune.dp.clip import Chunk
+from fedtune.dp.plan import DpPlan
+from fedtune.secagg import masks
+from fedtune.secagg.opened import MaskedSum
+from fedtune.secagg.statement import Draw, Ready
+from fedtune.wire.keys import SigningKey
+from tests.dp.conftest import make_plan
+
+DIMENSION, TRIALS = 8, 10_000
+DIGEST = "sha256:" + "0" * 64
+
+
+@dataclass(frozen=True)
+class Audit:
+    """claimed, fallback: ε of one step as charged; audited, ceiling: its lower bound at 95 % and
+    99.9 %, for who holds the coordinator and `held` sites."""
+
+    held: int
+    claimed: float
+    fallback: float
+    audited: float
+    ceiling: float
+
+
+def audit(plan: DpPlan, held: int, trials: int = TRIALS, opens: bool = True) -> Audit:
+    """Attack `trials` sums with a canary at the first site, and as many without.
+
+    The canary is one unit, longer than C, that the attacker knows but for whether it is there; it
+    knows the sums of the `held` sites, and takes them off what was opened. opens: False: it has
+    one masked message of the first site alone. Sums, noise and masks are the shipped ones; the
+    threshold is half of C, fixed before a trial is run."""
+    plan = replace(plan, sampling_rate=1.0, divisor=1.0)
+    toward = np.zeros(DIMENSION)
+    toward[0] = 1.0
+    seen = []
+    for present in (False, True):
+        totals = [_sums(plan, present and site == 0, toward, trials) for site in range(plan.sites)]
+        words = _masked(totals)
+        if opens:
+            known = sum(totals[plan.sites - held :], np.zeros_like(totals[0]))
+            left = words.open() - known
+        else:
+            left = words.open() - _masked_first(totals)
+        seen.append(left.reshape(trials, DIMENSION) @ toward * plan.grid_at(DIMENSION))
+    middle = plan.max_grad_norm / 2
+    alarms, misses = int((seen[0] > middle).sum()), int((seen[1] <= middle).sum())
+
+    def bound(confidence: float) -> float:
+        return gaussian_epsilon(gaussian_mu(alarms, misses, trials, confidence), plan.delta)
+
+    return Audit(
+        held=held,
+        claimed=accountant.epsilon(plan.events(1), plan.delta),
+        fallback=accountant.epsilon(plan.fallback_events(1), plan.delta),
+        audited=bound(CONFIDENCE),
+        ceiling=bound(CEILING),
+    )
+
+
+def _sums(plan: DpPlan, canary: bool, toward: np.ndarray, trials: int) -> np.ndarray:
+    """One site's noised sums, end to end, int64 (trials · d,)."""
+    row = torch.from_numpy(HUGE * plan.max_grad_norm * toward).float()[None]
+
+    def gradients(drawn: list[int]) -> Iterator[Chunk]:
+        yield Chunk(drawn, [row.clone()])
+
+    log = MemoryLog()
+    each = (plan.noised_sum(int(canary), DIMENSION, gradients, log, 1) for _ in range(trials))
+    return np.concatenate([total.numpy() for total in each])
+
+
+def _parties(count: int) -> tuple[list, list[Ready]]:
+    keys, said = [masks.new_key() for _ in range(count)], []
+    for number, key in enumerate(keys):
+        signing, public = SigningKey(), masks.public_of(key)
+        ready = Ready(Draw(DIGEST, 1, 1, DIGEST), f"s{number}", 9, signing.public, public)
+        said.append(ready.signed(signing))
+    return keys, said
+
+
+def _masked(totals: list[np.ndarray]) -> MaskedSum:
+    keys, said = _parties(len(totals))
+    words = MaskedSum(said, len(totals[0]), 32)
+    for total, key, mine in zip(totals, keys, said, strict=True):
+        words.add(mine.site, masks.mask(total, key, mine, said, 32))
+    return words
+
+
+def _masked_first(totals: list[np.ndarray]) -> np.ndarray:
+    """What the other sites sent: taken off the sum, one masked message is left."""
+    keys, said = _parties(len(totals))
+    sent = [masks.mask(t, k, m, said, 32) for t, k, m in zip(totals, keys, said, strict=True)]
+    return masks.centred(sum(sent[1:], np.zeros_like(sent[0])))
+
+
+def draw(out: Path, trials: int) -> list[Audit]:
+    from matplotlib.figure import Figure
+
+    from fedtune.report.plot import COST, FAINT, GOOD, INK
+
+    found = [audit(plan_of(5, 2), held, trials) for held in range(5)]
+    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.axvspan(-0.3, 2.5, color=GOOD, alpha=0.07, linewidth=0)
+    axes.axhline(found[0].claimed, color=GOOD, linestyle="--", linewidth=1)
+    axes.axhline(found[0].fallback, color=COST, linestyle="--", linewidth=1)
+    for text, level, color in (
+        ("charged, if at most two sites collude", found[0].claimed, GOOD),
+        ("charged as the fallback, whoever colludes", found[0].fallback, COST),
+    ):
+        axes.annotate(text, (-0.25, level), (0, 4), textcoords="offset points", color=color)
+    axes.plot([a.held for a in found], [a.audited for a in found], "o-", color=INK)
+    axes.set(xlabel="sites that the coordinator holds, of five", xlim=(-0.3, 4.3), ylim=(0, None))
+    axes.set_ylabel("ε that the attack shows (95 %)")
+    axes.set_xticks(range(5))
+    axes.grid(color=FAINT, linewidth=0.5, alpha=0.5)
+    figure.savefig(out, dpi=130, metadata={"Software": None})
+    return found
+
+
+def plan_of(sites: int, colluding: int, sigma: float = 1.2) -> DpPlan:
+    return make_plan(noise_multiplier=sigma, sites=sites, colluding=colluding)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--trials", type=int, default=20_000)
+    given = parser.parse_args()
+    for line in draw(given.out, given.trials):
+        print(line)

@@ -1,0 +1,342 @@
+"""A consortium for the model-based test of secure aggregation: the shipped rounds, messages, site
+workers and ledgers over a network that misbehaves; of a site's work the gradients alone are made
+up, as one unit vector for each site.
+
+Written down beside it, and compared: every draw (by its masking key), every set that a draw's words
+left for, every sum that was opened."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from flwr.app import ConfigRecord, Message
+
+import fedtune.client.app
+from fedtune.client import policy, secure_round
+from fedtune.client.prepared import Update
+from fedtune.config import Study, load_site
+from fedtune.dp.shared_noise import grid_of
+from fedtune.errors import FedtuneError
+from fedtune.flower.arrays import to_record
+from fedtune.flower.grid import InProcessGrid
+from fedtune.ledger.ledger import Ledger
+from fedtune.secagg.draw import FOLDER, Waiting
+from fedtune.secagg.opened import MaskedSum
+from fedtune.secagg.statement import Ready, parse, parse_set, set_digest
+from fedtune.server import exchange, rounds, store
+from fedtune.server.admission import plan_message
+from fedtune.wire import codec, seal
+from fedtune.wire.keys import SigningKey
+from tests.secagg.network import Killed, Network
+from tests.secagg.unit_sites import (
+    COLLUDING,
+    DIMENSION,
+    LEAST,
+    NAMES,
+    NORM,
+    PINNED,
+    RATE,
+    ROUNDS,
+    SIGMA,
+    SITE,
+    SIZES,
+    UnitWorker,
+    lied,
+    study,
+)
+from tests.server.fakes import make_parts
+
+# Real ledgers wait for the disk at every entry.
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+EPSILON, TOTAL = policy.accountant.epsilon, policy.total_epsilon
+
+
+@dataclass
+class Drawn:
+    """A draw as it was put on disk, and the sets that its words left for, with their bytes."""
+
+    site: str
+    waiting: Waiting
+    private: str
+    left: dict[str, bytes] = field(default_factory=dict)
+    opened: set[frozenset[str]] = field(default_factory=set)
+
+
+class World:
+    """One study from its first round to its last, through whatever happens in between."""
+
+    def __init__(self, home: Path, **strategy: Any) -> None:
+        self.home, self.study, self.key = home, study(**strategy), SigningKey()
+        self.keys = {name: Ledger(home / name).key.public for name in NAMES}
+        for name in NAMES:
+            peers = [self.keys[n] for n in PINNED if n != name]
+            text = SITE.format(name=name, size=SIZES[name], peers=json.dumps(peers))
+            (home / f"{name}.toml").write_text(text)
+        self.sites: dict[str, UnitWorker] = {}
+        for name in NAMES:
+            self.restart(name)
+        self.network = Network(self.saw)
+        self.nodes = dict(zip(NAMES, self.network._contexts, strict=True))
+        self.draws: dict[str, Drawn] = {}  # by public masking key
+        self.statements: list[Ready] = []  # all that left a site
+        self.sums: dict[int, np.ndarray] = {}  # by round, the newest that was opened
+        self.told: list[tuple[str, str, str]] = []  # of each reply: site, status, reason
+        self.units = dict.fromkeys(NAMES, 1)  # how many unit vectors a site sums
+        self.noisy, self.garbled = dict.fromkeys(NAMES, True), False
+        self.clock, self.finished = 0.0, False
+        self.error: BaseException | None = None
+
+    def restart(self, name: str) -> None:
+        path = self.home / f"{name}.toml"
+        self.sites[name] = UnitWorker(load_site(path), path)
+
+    def advance(self, upto: int = ROUNDS, kill_at: int = 0) -> None:
+        """Start the coordinator, and kill it after `upto` rounds more, or at a message."""
+        done = 0
+
+        def on_event(kind: str, data: dict[str, Any]) -> None:
+            nonlocal done
+            if kind == "site":
+                self.told.append((data["name"], data["status"], data["reason"]))
+            done += kind == "round"
+            if kind == "round" and done == upto and data["round"] < ROUNDS:
+                raise Killed
+
+        start = SimpleNamespace(study=self.study, frozen={})
+        start.adapter = {"u": np.zeros(DIMENSION, np.float32)}
+        parts = make_parts(start=lambda _: start, key=self.key)
+        self.network.messages, self.network.kill_at, self.error = 0, kill_at, None
+        with self.at_work():
+            try:
+                rounds.run(
+                    *(self.network, self.study, self.home / "out"),
+                    **{"resume": True, "parts": parts, "on_event": on_event},
+                )
+                self.finished = True
+            except (Killed, FedtuneError) as error:
+                self.error = error
+        self.network._waiting.clear()  # a new coordinator is a new run at Flower
+        self.network.kill_at = 0
+
+    def heal(self) -> None:
+        self.network.faults.clear()
+        self.network.away.clear()
+        for site in self.sites.values():
+            site.crash = site.lie = ""
+
+    def progress(self) -> store.Progress | None:
+        return store.load(self.home / "out", self.study)
+
+    # --------------------------------------------------------------------- a lying coordinator
+
+    def prepare(self, name: str) -> None:
+        with self.at_work():
+            node, content = self.nodes[name], plan_message(self.study, {}, self.key)
+            message = self.network.create_message(content, "query.prepare", node, "x")
+            (identity,) = InProcessGrid.push_messages(self.network, [message])
+            (reply,) = InProcessGrid.pull_messages(self.network, [identity])
+            assert reply.content["admission"]["admitted"], reply.content["admission"]
+
+    def readied(
+        self, *names: str, round_: int = 1, attempt: int = 1, value: float = 0.0
+    ) -> list[Ready]:
+        """Have sites draw, and return their statements."""
+        for name in names:
+            assert self.ask_ready(name, round_, attempt, value) == "ready"
+        return self.statements[-len(names) :]
+
+    def order(self, kind: str, round_: int, attempt: int, **records: Any) -> dict[str, Any]:
+        plan = f"{self.study.digest}:{kind}"
+        signed = seal.order(self.key, plan, round_, "nonce", "", attempt)
+        return {"order": ConfigRecord(signed), **records}
+
+    def ask_words(
+        self, name: str, statements: list[Ready], draw: Any = None, text: str | None = None
+    ) -> str:
+        draw = draw or statements[0].draw
+        sent = json.dumps([r.text() for r in statements]) if text is None else text
+        said = ConfigRecord({"statements": sent})
+        with self.at_work():
+            records = self.order("masked", draw.round, draw.attempt, set=said)
+            return self.network.tell(name, "train.masked", records)
+
+    def ask_ready(self, name: str, round_: int, attempt: int, value: float = 0.0) -> str:
+        adapter = {"u": np.full(DIMENSION, value, np.float32)}
+        said = ConfigRecord({"asked": json.dumps(sorted(self.keys.values()))})
+        record = to_record(codec.encode(adapter, "float32"))
+        with self.at_work():
+            records = self.order("ready", round_, attempt, set=said, adapter=record)
+            return self.network.tell(name, "train.ready", records)
+
+    def redeliver(self, name: str, back: int) -> None:
+        """An old order of the honest coordinator comes once more; the answer goes nowhere."""
+        if kept := self.network.orders[self.nodes[name]]:
+            with self.at_work():
+                self.network._answer(kept[-1 - back % len(kept)])
+
+    # ------------------------------------------------------------------------------- the truth
+
+    def drew(self, site: str, waiting: Waiting) -> None:
+        private = waiting.key.private_bytes_raw().hex()
+        copied = Waiting(waiting.total.copy(), *_rest(waiting))
+        self.draws[waiting.ready.masking] = Drawn(site, copied, private)
+
+    def saw(self, name: str, asked: Message, reply: Message) -> None:
+        """What leaves a site, wherever it goes."""
+        if reply.has_error() or "site" not in reply.content:
+            return
+        said, kind = reply.content["site"], asked.metadata.message_type
+        if said["status"] == "ready":
+            ready = parse(said["ready"])
+            assert ready.masking in self.draws, "it says ready, and nothing was drawn"
+            self.statements.append(ready)
+            return
+        if said["status"] != "masked" or said["set"] == "a lie":
+            return
+        assert kind == "train.masked"
+        statements = parse_set(asked.content["set"]["statements"])
+        (mine,) = (r for r in statements if r.signing == self.keys[name])
+        drawn = self.draws[mine.masking]
+        drawn.left[set_digest(statements)] = b"".join(
+            bytes(array.data) for array in reply.content["update"].values()
+        )
+        assert len(drawn.left) == 1, "one draw, two sets"
+        honest = {r.signing for r in statements} & {self.keys[n] for n in (*PINNED, name)}
+        assert len(honest) >= LEAST, "too few of the set are pinned"
+        assert {r.draw for r in statements} == {mine.draw}, "statements about another draw"
+        kept = (self.home / name / FOLDER).glob("*")
+        assert not any(drawn.private.encode() in path.read_bytes() for path in kept), "key kept"
+
+    def opened(self, statements: dict[str, Ready], total: np.ndarray) -> None:
+        keys = frozenset(ready.masking for ready in statements.values())
+        exact = sum(self.draws[key].waiting.total for key in keys)
+        assert self.garbled or (total == exact).all(), "a wrong sum was opened"
+        for key in keys:
+            self.draws[key].opened.add(keys)
+            assert len(self.draws[key].opened) == 1, "two sums of one draw"
+        self.sums[next(iter(statements.values())).draw.round] = total
+
+    def check(self) -> None:
+        """Every draw that left is paid for, once each; the adapter is what was opened."""
+        for name in NAMES:
+            spent = {s.seq: s for s in self.sites[name].ledger.spending()}
+            mine = [d for d in self.draws.values() if d.site == name]
+            assert len({d.waiting.reservation for d in mine}) == len(mine), "one charge, two draws"
+            for drawn in mine:
+                paid, plan = spent[drawn.waiting.reservation], drawn.waiting.ready.draw
+                charge = paid.charge
+                assert (paid.adapter, charge.round) == (plan.label, plan.round)
+                assert (charge.sites, charge.colluding) == (LEAST, COLLUDING)
+                assert charge.event.noise_multiplier <= SIGMA * (1 + 1e-12)
+                assert charge.fallback.noise_multiplier < SIGMA / 1.41
+        kept = self.progress()
+        if kept is None:
+            return
+        assert [h["round"] for h in kept.history] == list(range(1, kept.round + 1))
+        expected = np.zeros(DIMENSION)
+        for entry in kept.history:
+            names = entry["participants"]
+            assert len(set(names) & {*PINNED}) >= LEAST
+            step = grid_of(self.study, SIGMA, DIMENSION) / sum(SIZES[n] for n in names)
+            expected -= RATE * step * self.sums[entry["round"]]
+        np.testing.assert_allclose(kept.adapter["u"], expected, rtol=1e-4, atol=1e-5)
+        assert kept.round == ROUNDS or not self.finished
+
+    # ------------------------------------------------------------------------------ the machine
+
+    def local_sum(self, study: Study, data: Any, plan: Any, log: Any, round_: int, *_: Any) -> Any:
+        """A site's noised sum of its unit vectors, by the plan's own noise."""
+        data.site.die("training")
+        name, unit = data.site.site.site.name, round(NORM / plan.grid_at(DIMENSION))
+        vector = torch.zeros(DIMENSION, dtype=torch.int64)
+        vector[NAMES.index(name)] = unit * self.units[name]
+        noised = plan._noised(vector.clone(), log, round_)
+        return (noised if self.noisy[name] else vector).numpy()
+
+    def at_work(self) -> ExitStack:
+        """Sites by name, a clock that sleeps without waiting, gradients made up, notes taken."""
+        stack = ExitStack()
+        real_store, real_destroy = secure_round.draws.store, secure_round.draws.destroy
+        real_mask, real_open = secure_round.masks.mask, MaskedSum.open
+        real = {"ready": secure_round.ready, "masked": secure_round.masked}
+        at_work: list[UnitWorker] = []
+
+        def kept(folder: Path, waiting: Waiting) -> None:
+            self.drew(folder.name, waiting)
+            real_store(folder, waiting)
+            at_work[-1].die("stored")
+
+        def masked(*given: Any) -> Any:
+            at_work[-1].die("masking")
+            return real_mask(*given)
+
+        def destroyed(*given: Any) -> None:
+            at_work[-1].die("released")
+            real_destroy(*given)
+
+        def done_by(what: str, site: UnitWorker, *given: Any) -> Update:
+            at_work.append(site)
+            try:
+                site.die("reserving")
+                self.garbled |= what == "masked" and site.lie == "garbled words"
+                return lied(site, what, real[what](site, *given))
+            except RuntimeError:
+                self.restart(site.site.site.name)
+                raise
+            finally:
+                at_work.pop()
+
+        def opened(this: MaskedSum) -> Any:
+            total = real_open(this)
+            self.opened(this.statements, total)
+            return total
+
+        def slept(seconds: float) -> None:
+            self.clock += seconds
+
+        clock = SimpleNamespace(monotonic=lambda: self.clock, sleep=slept, time=time.time)
+        for where, name, what in (
+            (fedtune.client.app, "worker", self.sites.__getitem__),
+            (secure_round, "local_sum", self.local_sum),
+            (secure_round.draws, "store", kept),
+            (secure_round.draws, "destroy", destroyed),
+            (secure_round.masks, "mask", masked),
+            (secure_round, "ready", lambda *a: done_by("ready", *a)),
+            (secure_round, "masked", lambda *a: done_by("masked", *a)),
+            (MaskedSum, "open", opened),
+            (exchange, "time", clock),
+            (policy.accountant, "epsilon", remembered(_epsilon)),
+            (policy, "total_epsilon", remembered(_total)),
+        ):
+            stack.enter_context(patch.object(where, name, what))
+        return stack
+
+
+def _rest(waiting: Waiting) -> tuple[Any, ...]:
+    return waiting.key, waiting.ready, waiting.reservation, waiting.events
+
+
+@cache
+def _epsilon(events: tuple[Any, ...], delta: float) -> float:
+    return EPSILON(list(events), delta)
+
+
+@cache
+def _total(events: tuple[Any, ...], order: float, delta: float) -> Any:
+    return TOTAL(list(events), order, delta)
+
+
+def remembered(known: Any) -> Any:
+    """The same charges come again in each sequence, and composing them takes its time."""
+    return lambda events, *rest: known(tuple(events), *rest)
