@@ -1,12 +1,12 @@
 """Measure the coordinator's memory, which must not grow with the sites: a thousand, 10 MB each.
 
-    python -m benchmarks.scale [--sites 1000] [--megabytes 10]
+    python -m benchmarks.scale [--sites 1000] [--megabytes 10] [--secure]
 
 One private round over the in-process grid: real Flower messages, real seals, updates encoded as a
 plan has them by default, every check of fedtune/server/admission.py, the streamed mean of FedAvg, a
 checkpoint. Only the sites' training is left out. What is printed is the memory of the whole process
 (resident, from /proc/self/statm), sites included; a coordinator that held every update would need
-sites × megabytes more."""
+sites × megabytes more. --secure: the sites mask an integer sum, and the coordinator opens it."""
 
 from __future__ import annotations
 
@@ -28,12 +28,17 @@ import numpy as np
 from flwr.app import Message
 
 import fedtune.client.app
+from fedtune.client import secure_round
 from fedtune.client.prepared import Admission, Update
 from fedtune.config import Study
+from fedtune.dp.shared_noise import joint_sigma
 from fedtune.flower.grid import InProcessGrid
+from fedtune.secagg import masks
+from fedtune.secagg.statement import Draw, Ready, parse_set, set_digest
 from fedtune.server import rounds
 from fedtune.server.parts import Dependencies, Settings
-from fedtune.wire.codec import Shapes, encode, shapes
+from fedtune.wire import codec
+from fedtune.wire.codec import VALUES, Shapes, encode, shapes
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import Header, seal
 
@@ -42,6 +47,7 @@ MEMORY = Path("/dev/shm")
 ACTS = Path(mkdtemp(prefix="fedtune-scale-", dir=MEMORY if MEMORY.is_dir() else None))
 atexit.register(shutil.rmtree, ACTS, True)
 SIGMA, RATE, SIZE = 1.5, 0.25, 200
+EVENT = {"sigma": SIGMA, "q": RATE, "max_grad_norm": 1.0, "records": 1, "steps": 1}
 
 
 class Site:
@@ -62,8 +68,20 @@ class Site:
         return self.coordinator
 
     def train(self, digest: str, round_: int, adapter: Any, receipt: str) -> Update:
-        event = {"sigma": SIGMA, "q": RATE, "max_grad_norm": 1.0, "records": 1, "steps": round_}
-        return Update(encode(self.update, study(1).wire.update), [event])
+        return Update(encode(self.update, study(1).wire.update), [EVENT])
+
+    def ready(self, digest: str, round_: int, attempt: int, adapter: Any, *_: Any) -> Update:
+        draw = Draw(digest, round_, attempt, codec.digest(adapter))
+        self.masking = masks.new_key()
+        public = masks.public_of(self.masking)
+        self.statement = Ready(draw, self.name, SIZE, self.key.public, public).signed(self.key)
+        return Update({}, [EVENT], {"ready": self.statement.text()})
+
+    def masked(self, digest: str, round_: int, attempt: int, text: str, receipt: str) -> Update:
+        statements = parse_set(text)
+        total = np.ones(sum(array.size for array in self.update.values()), np.int64)
+        words = masks.mask(total, self.masking, self.statement, statements, 32)
+        return Update({VALUES: words}, [EVENT], {"set": set_digest(statements)})
 
     def of_run(self, digest: str) -> Site:
         return self
@@ -97,15 +115,18 @@ class SharedGrid(InProcessGrid):
                 yield from super().pull_messages(super().push_messages([order]))
 
 
-def study(sites: int) -> Study:
+def study(sites: int, secure: bool = False) -> Study:
+    tables: dict[str, Any] = {"secure_aggregation": {}} if secure else {}
+    sigma = joint_sigma(SIGMA, sites - 1) if secure else SIGMA
     return Study.model_validate(
-        {
+        tables
+        | {
             "study": {"name": "scale"},
             "base": {"model": "none"},
             "objective": {"name": "causal_lm"},
             "training": {"rounds": 1, "sampling_rate": RATE, "learning_rate": 1.0},
             "clipping": {},
-            "privacy": {"noise_multiplier": SIGMA, "delta": 1e-5},
+            "privacy": {"noise_multiplier": sigma, "delta": 1e-5},
             "strategy": {"min_sites": sites},
         }
     )
@@ -117,7 +138,7 @@ def resident() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def measure(sites: int, megabytes: float) -> dict[int, float]:
+def measure(sites: int, megabytes: float, secure: bool = False) -> dict[int, float]:
     """MiB after so many sites have been taken in."""
     number = int(megabytes * 1e6 / 4 / 4)
     shape = {f"layer.{k}": (number,) for k in range(4)}
@@ -130,13 +151,13 @@ def measure(sites: int, megabytes: float) -> dict[int, float]:
 
     def on_event(kind: str, data: dict[str, Any]) -> None:
         nonlocal taken
-        taken += kind == "site" and data["status"] == "trained"
+        taken += kind == "site" and data["status"] == ("masked" if secure else "trained")
         if taken in MARKS and taken not in memory_by_sites:
             memory_by_sites[taken] = resident()
             print(f"{taken:>6} sites  {memory_by_sites[taken]:8.1f} MiB", flush=True)
 
     start = SimpleNamespace(
-        study=study(sites),
+        study=study(sites, secure),
         frozen={},
         adapter={n: np.zeros(s, np.float32) for n, s in shape.items()},
     )
@@ -150,6 +171,8 @@ def measure(sites: int, megabytes: float) -> dict[int, float]:
     with (
         tempfile.TemporaryDirectory() as folder,
         patch.object(fedtune.client.app, "worker", by_name.__getitem__),
+        patch.object(secure_round, "ready", Site.ready),
+        patch.object(secure_round, "masked", Site.masked),
     ):
         rounds.run(grid, start.study, Path(folder) / "out", parts=parts, on_event=on_event)
     return memory_by_sites
@@ -159,9 +182,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--sites", type=int, default=1_000)
     parser.add_argument("--megabytes", type=float, default=10.0)
+    parser.add_argument("--secure", action="store_true", help="with secure aggregation")
     chosen = parser.parse_args()
     began = time.monotonic()
-    memory_by_sites = measure(chosen.sites, chosen.megabytes)
+    memory_by_sites = measure(chosen.sites, chosen.megabytes, chosen.secure)
     grown = (
         max(memory_by_sites.values())
         - memory_by_sites[min(k for k in memory_by_sites if k >= min(10, chosen.sites))]

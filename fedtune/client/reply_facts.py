@@ -16,7 +16,7 @@ from fedtune.dp.plan import plan_for_site
 from fedtune.errors import FedtuneError
 from fedtune.report.claim import rounded_up
 
-DONE = ("admitted", "trained", "answered")
+DONE = ("admitted", "trained", "ready", "masked", "answered")
 
 
 def reply_facts(message: Message, reply: Message, context: Context) -> dict[str, Any]:

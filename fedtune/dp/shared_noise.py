@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 
 from fedtune.config import Study, noise_shares
+from fedtune.errors import ConfigError
 
 FINEST = 16  # the grid is at most 2⁻¹⁶ of a site's own noise
 SLACK = 0.005  # of C: what rounding to the grid may add to one row's norm
@@ -79,7 +80,7 @@ def word_bits(
     >>> word_bits([40_000, 40_000, 20_000], 1, 1.0, 1.0, 2.0**-16)
     64
 
-    Errors: ValueError where not even 64 bits do."""
+    Errors: ConfigError where not even 64 bits do."""
     largest = 0.0
     for size in units:
         reach = ROWS * size * rows * (max_grad_norm + step) + TAIL * noise_std + step
@@ -87,4 +88,8 @@ def word_bits(
     for bits in WORDS:
         if largest < 2.0 ** (bits - 2):
             return bits
-    raise ValueError("the sites' sizes need words of more than 64 bits")
+    raise ConfigError(
+        "the sites' declared sizes need words of more than 64 bits",
+        "sizes of which the largest possible sum fits",
+        "ask the site that declares by far the most",
+    )

@@ -52,11 +52,12 @@ EVENTS = frozenset({
     "listening", "connected", "disconnected", "admitted", "revoked", "renewed", "restarted",
 })
 STATUSES = frozenset({
-    "admitted", "trained", "answered", "refused", "unprepared", "failed", "dropped", "missing",
+    "admitted", "trained", "answered", "refused", "unprepared", "void", "failed", "dropped",
+    "missing", "ready", "masked",
     "late", "finished", "revoked", "joined", "connected", "disconnected", "retry", "below quorum",
 })
 KINDS = frozenset({
-    "query.prepare", "query.evaluate", "query", "train", "evaluate", "connection", "serverapp",
+    "query.prepare", "query.evaluate", "query", "train", "train.ready", "train.masked", "evaluate", "connection", "serverapp",
     "superlink", "supernode", "gateway", "forwarder",
 })
 LOGGABLE = frozenset(name for name, metric in METRICS.items() if metric.loggable)

@@ -109,7 +109,8 @@ class _Run:
         )
         self.queries = Queries(self.progress, self.roster, self.settings.key)
         own = (self.settings, self.limits, strategy, self._receipt, self._save, self._on_status)
-        self.train = secure_round.of(progress, self.roster, *own) or self._train
+        secure = secure_round.of(progress, self.roster, *own, self._weight_cap)
+        self.train = secure or self._train
         self.continuous = self._evaluator = None
         if self.study.continuous:
             self.continuous = Continuous(out, progress, parts, self._event)

@@ -57,6 +57,7 @@ class SecureRound:
     receipt: Callable[[str], dict[str, Any] | None]
     save: Callable[[], None]
     on_status: OnStatus
+    weight_cap: Callable[[Tally], int]
     _sum: MaskedSum | None = None
 
     @property
@@ -184,8 +185,7 @@ class SecureRound:
 
     def _apply(self, tally: Tally, words: MaskedSum, evidence: dict[str, Outcome]) -> None:
         """Take the optimiser's step on the opened sum, and count the sites of the set."""
-        sites = {name: self.progress.sizes[name] for name in words.statements}
-        total = words.open()
+        sites, total = self._weights(tally, list(words.statements)), words.open()
         if np.abs(total.astype(np.float64)).max(initial=0) >= 2 ** (words.bits - 2):
             self._poisoned(tally.number, "is outside the range of its words")
         rate, sigma = self._mechanism()
@@ -200,6 +200,13 @@ class SecureRound:
             self.progress.events[name] = result.events
             tally.count(self.study.digest, name, result.evidence)
             self.on_status(name, "trained", "", tally.number)
+
+    def _weights(self, tally: Tally, names: list[str]) -> dict[str, int]:
+        """Return the units that each site counts as in the mean: as declared, but no more than a
+        multiple of the median, so that no declaration shrinks everybody's step to nothing."""
+        sizes, most = self.progress.sizes, self.weight_cap(tally)
+        tally.weights |= {name: most for name in names if sizes[name] > most}
+        return {name: min(sizes[name], most) for name in names}
 
     def _longest(self, sites: int, rate: float, sigma: float | None, divisor: float) -> float:
         """Bound the norm of an honest step: the noise of all sites, and all units' rows."""
