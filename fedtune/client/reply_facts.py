@@ -73,7 +73,7 @@ def _study(message: Message, site: SiteWorker) -> tuple[Study | None, str | None
         if "plan" in records:
             study = study_from_json(str(records["plan"]["study"]))
             return study, study.digest
-        digest = str(records["order"]["plan"]).removesuffix(":evaluation")
+        digest = ":".join(str(records["order"]["plan"]).split(":")[:2])  # less the kind of work
         return site.of_run(digest).study_of(digest), digest
     except (FedtuneError, KeyError):
         return None, None

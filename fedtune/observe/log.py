@@ -57,8 +57,8 @@ STATUSES = frozenset({
     "late", "finished", "revoked", "joined", "connected", "disconnected", "retry", "below quorum",
 })
 KINDS = frozenset({
-    "query.prepare", "query.evaluate", "query", "train", "train.ready", "train.masked", "evaluate", "connection", "serverapp",
-    "superlink", "supernode", "gateway", "forwarder",
+    "query.prepare", "query.evaluate", "query", "train", "train.ready", "train.masked",
+    "evaluate", "connection", "serverapp", "superlink", "supernode", "gateway", "forwarder",
 })
 LOGGABLE = frozenset(name for name, metric in METRICS.items() if metric.loggable)
 # Of a reason, the first of these that it contains is logged.
