@@ -104,11 +104,11 @@ def lay_out(world: Path) -> None:
     (world / "keys.txt").write_text("p1\n")
     for name, plan in (("study", STUDY), ("tried", DECLARED), ("liked", PREFERENCES)):
         (world / f"{name}.toml").write_text(plan)
-    scan = "[data.scan]\n"
+    scan = '[data.scan]\naction = "redact"\n'
     sites = (
         ("north", "north", ASKED, scan, ""),
         ("south", "south", ASKED, "", ""),
-        ("open", "open", ASKED, "", "allow_declared = true"),
+        ("open", "open", ASKED, "", "allow_declared_data = true"),
         ("pairs", "pairs", LIKED, "", ""),
     )
     for name, data, columns, more, policy in sites:
@@ -147,6 +147,7 @@ BETWEEN_MACHINES = """
 heard() { python -c 'import json, sys; print(json.load(open(sys.argv[1]))["fingerprint"])' $1; }
 fedtune server study.toml --port 18443 --home coordinator --out run > server.log 2>&1 &
 server=$!
+trap 'kill $server 2> /dev/null || true' EXIT
 until [ -s coordinator/address ]; do kill -0 $server; sleep 0.2; done
 fedtune enroll north.toml --json > enrolled.json
 fedtune admit north.request --home coordinator --fingerprint "$(heard enrolled.json)" \\
@@ -184,6 +185,8 @@ AFTER: tuple[tuple[str, ...], ...] = (
     ("label", "north.toml", "--generator", "./base", "--new-tokens", "4", "--out", "new.jsonl"),
     ("attack", "run", "--models", "4", "--canaries", "8", "--units", "20", "--out", "attacked"),
     ("release", "run", "--out", "dossier", "--home", "coordinator"),
+    ("backup", "study.toml", "--out", "run", "--to", "hub.backup"),
+    ("restore", "hub.backup", "--to", "again"),
     ("ledger", "north.toml"),
     ("log", "north.toml"),
     ("withdraw", "north.toml", "--file", "keys.txt"),

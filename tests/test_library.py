@@ -43,7 +43,17 @@ FUNCTIONS = {
     "versions": "Versions",
 }
 # Processes that talk to other machines, and what a person does for them there.
-BETWEEN_MACHINES = {"admit", "client", "dashboard", "doctor", "enroll", "revoke", "server"}
+BETWEEN_MACHINES = {
+    "admit",
+    "backup",
+    "client",
+    "dashboard",
+    "doctor",
+    "enroll",
+    "restore",
+    "revoke",
+    "server",
+}
 
 
 def test_exported_members_are_sorted_and_there() -> None:

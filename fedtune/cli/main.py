@@ -16,6 +16,7 @@ import typer
 
 from fedtune.cli import (
     attack,
+    backup,
     dashboard,
     data,
     demo,
@@ -374,6 +375,7 @@ use_run.add_to(app, USE)
 cli_verify.add_to(app, USE)
 models.add_to(app, USE)
 network.add_to(app)
+backup.add_to(app)
 cli_site.add_to(app)
 data.add_to(app)
 derive.add_to(app)

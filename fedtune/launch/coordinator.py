@@ -8,7 +8,7 @@ The rounds run in this process, from the installed package. The app bundle that 
 run holds a pyproject.toml and no code, so there is nothing in it that a site could run. A gateway
 that ends is started again; without its SuperLink the study stops, and --resume goes on.
 
-Layout of the coordinator's home (made at the first start; ca.pem and signing.key want a backup):
+Layout of the coordinator's home (made at the first start; `fedtune backup` copies it):
 
     ca.pem              the consortium's CA; stays the same for its whole life
     server.pem          the gateway's certificate and key; renewed by itself (certs.py)
@@ -61,6 +61,7 @@ from fedtune.flower.processes import (
 )
 from fedtune.observe.log import reason_of
 from fedtune.progress import OnEvent
+from fedtune.server.backup import refuse_second
 from fedtune.wire import fingerprints
 from fedtune.wire.keys import SigningKey
 
@@ -87,6 +88,7 @@ def serve(
     certificate). run: in place of server/rounds.py's. Errors: ConfigError; InfrastructureError when
     the SuperLink ends, nothing can listen, or SIGTERM stops the study; KeyboardInterrupt."""
     bypass_proxy()
+    refuse_second(home)
     try:
         with alone(home / "flower", "fedtune server") as killed, interruptible():
             prepare(home, host, port, names, STOP_SECONDS if killed else 0.0)

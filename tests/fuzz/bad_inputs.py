@@ -124,7 +124,12 @@ READ_BY: dict[str, tuple[dict[str, Damage], tuple[tuple[str, ...], ...]]] = {
             ("choose-base", PLAN, "--target", "1"),
             ("audit", PLAN, "--out", "new"),
             ("tune", PLAN, "--out", "new"),
+            ("backup", PLAN, "--to", "new.backup"),
         ),
+    ),
+    "hub.backup": (
+        ANY | {"empty": _as(b"")},
+        (("restore", "hub.backup", "--to", "new"),),
     ),
     SITE: (
         TOML,

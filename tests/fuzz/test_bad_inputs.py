@@ -18,11 +18,13 @@ from safetensors.numpy import load_file, save_file
 
 from fedtune.cli.exit_codes import command
 from fedtune.cli.main import app
+from fedtune.config import load_study
 from fedtune.config.sheet import template
 from fedtune.errors import ConfigError
 from fedtune.evidence.dossier.release import details_template, release
 from fedtune.flower import enrol
 from fedtune.launch import coordinator
+from fedtune.server.backup import backup
 from fedtune.server.versions import Version, Versions
 from tests.flower import kit
 from tests.fuzz import bad_inputs
@@ -115,6 +117,8 @@ def good(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
             if name == "south":
                 enrol.admit(Path("coordinator"), request, "hub.example:8443")
         shutil.copy("asked/north/request", "north.request")
+        backup(load_study(Path("study.toml")), Path("study.toml"), Path("coordinator"),
+               Path("run"), Path("hub.backup"))  # fmt: skip
         shutil.rmtree("asked")
     return world
 

@@ -1,0 +1,263 @@
+"""Back up a coordinator while it runs, as one file, and restore it on another machine.
+
+    manifest.json        format, study, when, and sha256 of every file below
+    study.toml           the plan, and the public files that it names beside itself
+    coordinator/         the home: CA, keys, registry, audit log; nothing of a running SuperLink
+    runs/NAME/           the run, as of one moment between two transactions of its checkpoint
+
+Guarantee: the run's files are those of one state that a crash could have left, so `--resume` goes
+on from it. What sites were charged since stays charged at the sites, whatever a coordinator
+forgets; a round that they trained already is asked for again.
+A backup holds the consortium's private keys: 0600, and to be kept as they are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import json
+import os
+import sqlite3
+import tarfile
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature
+
+from fedtune.config import Study
+from fedtune.config.address import host_and_port
+from fedtune.doctor import tls
+from fedtune.errors import InfrastructureError, InputError
+from fedtune.files import reading
+from fedtune.files.writing import drafted, replace
+from fedtune.flower import certs
+from fedtune.flower.processes import private_folder
+from fedtune.server.store import DATABASE, FOLDER
+from fedtune.server.versions import FOLDER as VERSIONS
+from fedtune.server.versions import INDEX, LINK
+
+FORMAT = "fedtune-backup-1"
+MANIFEST, PLAN, HOME, RESTORED = "manifest.json", "study.toml", "coordinator", "restored.json"
+NOT_KEPT = {"flower", "status.json", "status.lock", "lock", "audit.lock"}
+TRIES, PAUSE = 30, 0.5
+LONGEST = 2**34  # bytes of one file in a backup, at most
+TODO = "name a file that `fedtune backup` wrote, or an older one of them"
+Files = dict[str, bytes]
+
+
+def backup(study: Study, plan: Path, home: Path, run: Path | None, to: Path) -> dict[str, Any]:
+    """Write the coordinator's state to `to`, a new file that only its owner can read.
+
+    plan: study.toml; run: its folder, None where there is none yet. Returns the manifest.
+    Errors: ConfigError where the home has no CA; InputError where `to` exists;
+    InfrastructureError where it cannot be written, or the run does not hold still."""
+    if os.path.lexists(to):
+        raise InputError(f"{to}: exists", "a new file", "choose another with --to")
+    home_with_ca(home)
+    files = _public(study, plan) | _home(home)
+    links: dict[str, str] = {}
+    if run is not None and run.is_dir():
+        kept, link = _at_rest(run)
+        files |= {f"runs/{run.name}/{name}": content for name, content in kept.items()}
+        links = {f"runs/{run.name}/{LINK}": link} if link else {}
+    manifest = {
+        "format": FORMAT,
+        "study": study.study.name,
+        "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        "links": links,
+    }
+    content = json.dumps(manifest, indent=1, sort_keys=True).encode()
+    with drafted(to) as draft, open(draft, "xb", opener=_private) as sink:
+        with tarfile.open(fileobj=sink, mode="w") as archive:
+            for name, body in ({MANIFEST: content} | files).items():
+                entry = tarfile.TarInfo(name)
+                entry.size, entry.mode = len(body), 0o600
+                archive.addfile(entry, io.BytesIO(body))
+        sink.flush()
+        os.fsync(sink.fileno())
+    return manifest
+
+
+def restore(file: Path, into: Path) -> dict[str, Any]:
+    """Lay out a backup in `into`, a new folder: study.toml, coordinator/ and runs/ beside it.
+
+    Every file is checked before any is written. Returns the manifest.
+    Errors: InputError where it is no whole backup, or `into` exists; InfrastructureError."""
+    if os.path.lexists(into):
+        raise InputError(f"{into}: exists", "a new folder", "choose another with --to")
+    manifest, files = _read(file)
+    with drafted(into) as draft:
+        private_folder(draft)
+        for name, content in files.items():
+            replace(draft / name, content, private=True)
+        for name, target in manifest["links"].items():
+            os.symlink(target, draft / name)
+        mark = {name: manifest[name] for name in ("study", "at")}
+        replace(draft / HOME / RESTORED, json.dumps(mark).encode(), private=True)
+    return manifest
+
+
+def refuse_second(home: Path) -> None:
+    """Refuse to start from a restored home while the coordinator that it was copied from, or one
+    restored from the same backup, answers at the consortium's address.
+
+    A coordinator that cannot be reached from here, or is called otherwise, is not noticed.
+    Errors: InfrastructureError."""
+    if not (home / RESTORED).exists() or not (home / "address").is_file():
+        return
+    address = reading.text(home / "address", "where sites connect", "give it with --name").strip()
+    try:
+        host, port = host_and_port(address)
+        leaf = tls.presented(
+            lambda context: asyncio.open_connection(host, port, ssl=context), address
+        )
+        leaf.verify_directly_issued_by(certs.ca(home)[1])
+    except (ValueError, TypeError, InvalidSignature, InfrastructureError):
+        return  # nobody is there, or somebody else
+    raise InfrastructureError(
+        f"another coordinator of this consortium answers at {address}",
+        "one coordinator at a time",
+        "stop it, also where it was only cut off; then start this one again",
+    )
+
+
+def home_with_ca(home: Path) -> Path:
+    """Return the home, if it has a CA: none is made by a backup. Errors: InputError."""
+    if not (home / "ca.pem").is_file():
+        raise InputError(
+            f"{home}: no coordinator's home",
+            "ca.pem in it, as `fedtune server` makes it",
+            "name the home with --home",
+        )
+    return home
+
+
+def _public(study: Study, plan: Path) -> Files:
+    """study.toml, and the files that it names in its own folder."""
+    named = [t.path for t in (study.evaluation, study.selection, study.public) if t]
+    folder = plan.resolve().parent
+    inside = [path.resolve() for path in named if path.resolve().is_relative_to(folder)]
+    files = {str(p.relative_to(folder)): p.read_bytes() for p in inside if p.is_file()}
+    return {PLAN: plan.read_bytes()} | files
+
+
+def _home(home: Path) -> Files:
+    return {f"{HOME}/{name}": content for name, content in _tree(home)}
+
+
+def _tree(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """Every regular file but drafts, locks and a running process's own; of a log whole lines."""
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if NOT_KEPT & set(parts) or path.suffix == ".new" or not path.is_file():
+            continue
+        if any(parent.is_symlink() for parent in [path, *path.parents][: len(parts)]):
+            continue
+        content = path.read_bytes()
+        if path.suffix == ".jsonl":
+            content = content[: content.rfind(b"\n") + 1]
+        yield str(PurePosixPath(*parts)), content
+
+
+def _at_rest(run: Path) -> tuple[Files, str]:
+    """Read the run's files of one state: the checkpoint's arrays are those that its database names,
+    and no transaction came between. Also where the released adapter's link points; "": no link.
+
+    Errors: InfrastructureError."""
+    database = run / FOLDER / DATABASE
+    for _ in range(TRIES):
+        before = _snapshot(database)
+        link = os.readlink(run / LINK) if (run / LINK).is_symlink() else ""
+        try:
+            index = {p: p.read_bytes() for p in [run / VERSIONS / INDEX] if p.is_file()}
+            files = {
+                name: content
+                for name, content in _tree(run)
+                if not name.startswith(f"{FOLDER}/") or name.endswith(".safetensors")
+            }
+        except FileNotFoundError:  # a round was kept meanwhile, and an older one removed
+            index, files = {}, {}
+        if files and before == _snapshot(database) and _whole(files, before):
+            # An index that is older than the folders it names is one that a crash leaves.
+            files |= {str(p.relative_to(run)): content for p, content in index.items()}
+            return files | ({f"{FOLDER}/{DATABASE}": before} if before else {}), link
+        time.sleep(PAUSE)
+    raise InfrastructureError(
+        f"{run}: changed each of {TRIES} times that it was read",
+        "a moment between two rounds",
+        "try again later",
+    )
+
+
+def _snapshot(database: Path) -> bytes:
+    """Copy the database as of its last transaction; b"" where there is none."""
+    if not database.exists():
+        return b""
+    try:
+        with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=30)) as sql:
+            return sql.serialize()
+    except sqlite3.Error:
+        raise InfrastructureError(
+            f"{database}: cannot be read", todo="free the disk, or fix the rights"
+        ) from None
+
+
+def _whole(files: Files, database: bytes) -> bool:
+    """Whether the arrays that the database names are there, by sha256."""
+    if not database:
+        return True
+    with closing(sqlite3.connect(":memory:")) as sql:
+        sql.deserialize(database)
+        ((named,),) = sql.execute("SELECT files FROM run")
+    return all(
+        hashlib.sha256(files.get(f"{FOLDER}/{name}", b"")).hexdigest() == sha256
+        for name, sha256 in json.loads(named).items()
+    )
+
+
+def _read(file: Path) -> tuple[dict[str, Any], Files]:
+    """Read and check a backup. Errors: InputError."""
+    expected = "a whole backup of a coordinator"
+    reading.regular(file, expected, TODO)
+    try:
+        with tarfile.open(file, mode="r:") as archive:
+            files: Files = {}
+            for entry in archive:
+                if not entry.isfile() or entry.size > LONGEST or not _plain(entry.name):
+                    raise ValueError
+                body = archive.extractfile(entry)
+                files[entry.name] = body.read() if body else b""
+        manifest = json.loads(files.pop(MANIFEST))
+        if manifest["format"] != FORMAT:
+            raise InputError(
+                f"{file}: of another release (format {str(manifest['format'])[:40]})",
+                FORMAT,
+                "restore it with the release that wrote it",
+            )
+        sums = {name: hashlib.sha256(body).hexdigest() for name, body in files.items()}
+        links = manifest["links"]
+        if sums != manifest["files"] or not {PLAN, f"{HOME}/ca.pem"} <= set(files):
+            raise ValueError
+        for name, target in links.items():
+            if not _plain(name) or not _plain(target) or name in files:
+                raise ValueError
+        {name: str(manifest[name]) for name in ("study", "at")}
+    except (tarfile.TarError, ValueError, KeyError, TypeError, AttributeError, EOFError, OSError,
+            RecursionError, OverflowError):  # fmt: skip
+        raise InputError(f"{file}: damaged, or no backup", expected, TODO) from None
+    return manifest, files
+
+
+def _plain(name: str) -> bool:
+    """Whether a name stays in the folder that it is put into."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
