@@ -51,7 +51,7 @@ def world(folder: Path) -> Path:
 
 def once(command: tuple[str, ...], folder: Path) -> Cost:
     """Run `command` in `folder`. Errors: RuntimeError where it fails."""
-    arguments = [sys.executable, "-m", "fedtune.cli.main", *command]
+    arguments = [sys.executable, "-m", "fedtune", *command]
     with tempfile.TemporaryFile() as output:
         child = subprocess.Popen(arguments, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
         _, status, used = os.wait4(child.pid, 0)

@@ -108,7 +108,7 @@ def test_python_m_fedtune_and_its_completions(tmp_path: Path) -> None:
         'echo "${COMPREPLY[@]}"'
     )
     path = f"{tmp_path}:{os.environ['PATH']}"
-    for typed, offered in (("pur", {"purge"}), ("re", {"release", "review", "revoke"})):
+    for typed, offered in (("pur", {"purge"}), ("rev", {"review", "revoke"})):
         done = subprocess.run(
             ["bash", "-c", script, "bash", typed],
             env=environment | {"PATH": path}, capture_output=True, text=True,

@@ -395,7 +395,3 @@ def _sites(study: Path, *groups: list[Path] | None) -> list[Site]:
     from fedtune.config import load_sites
 
     return load_sites([path for paths in groups for path in paths or ()] or study.parent)
-
-
-if __name__ == "__main__":
-    main()
