@@ -2,8 +2,9 @@
 
     python -m benchmarks.picture --out docs/quality.png medquad=runs/medquad mts_dialog=runs/mts
 
-Each panel: mean and every seed's gain over the base at each ε; lines for the same recipe without
-noise and, if it was measured, the best one without privacy.
+Each panel: mean and every seed's gain over the base at each ε, with each site's own noise and with
+one dose for all; lines for the same recipe without noise and, if it was measured, the best one
+without privacy.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ from typing import Any
 from benchmarks.tables import SETS, TWIN
 from fedtune.report.plot import COST, FAINT, GOOD, INK
 
-PRIVATE = re.compile(r"epsilon-([0-9.]+)")
+SHARED = "#7b4fa3"
+
+SERIES = {
+    "each site's own noise": (re.compile(r"epsilon-([0-9.]+)"), GOOD),
+    "one dose of noise for all (t = 1)": (re.compile(r"shared-1-([0-9.]+)"), SHARED),
+}
 BEST = ("best-lora", "best-head")
 
 
@@ -35,14 +41,19 @@ def gains(results: dict[str, Any], metric: str) -> dict[str, list[float]]:
 def panel(axes: Any, name: str, folder: Path) -> None:
     dataset = SETS[name]
     by_arm = gains(json.loads((folder / "results.json").read_text()), dataset.metric)
-    points = sorted(
-        (float(match[1]), values)
-        for arm, values in by_arm.items()
-        if (match := PRIVATE.fullmatch(arm))
-    )
-    for epsilon, values in points:
-        axes.plot([epsilon] * len(values), values, "o", color=GOOD, alpha=0.35, markersize=4)
-    axes.plot([e for e, _ in points], [mean(v) for _, v in points], color=GOOD, marker="o")
+    ticks = set[float]()
+    for title, (pattern, color) in SERIES.items():
+        points = sorted(
+            (float(match[1]), values)
+            for arm, values in by_arm.items()
+            if (match := pattern.fullmatch(arm))
+        )
+        for epsilon, values in points:
+            axes.plot([epsilon] * len(values), values, "o", color=color, alpha=0.35, markersize=4)
+        middle = [mean(values) for _, values in points]
+        axes.plot([e for e, _ in points], middle, color=color, marker="o", label=title)
+        ticks |= {e for e, _ in points}
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
     lines = {"same recipe, no noise": by_arm.get(TWIN), "best without privacy": None}
     for best in BEST:
         lines["best without privacy"] = lines["best without privacy"] or by_arm.get(best)
@@ -55,7 +66,7 @@ def panel(axes: Any, name: str, folder: Path) -> None:
             )  # fmt: skip
     axes.axhline(0, color=FAINT, linewidth=1)
     axes.set_xscale("log")
-    axes.set_xticks([e for e, _ in points], [f"{e:g}" for e, _ in points])
+    axes.set_xticks(sorted(ticks), [f"{e:g}" for e in sorted(ticks)])
     axes.minorticks_off()
     axes.set_xlabel(f"ε per {dataset.unit} (δ = {dataset.delta:g})")
     what = "fall of the loss, nats" if dataset.metric == "loss" else f"gain of {dataset.metric}"
