@@ -2,7 +2,7 @@
 
     python -m benchmarks.masked [--sites 3 10] [--records 64] [--out runs/masked]
 
-The same study with and without [secure_aggregation], in turns: SmolLM2, adapters on every block, one
+The same study with and without it, in turns: SmolLM2, adapters on every block, all sites in one
 process, so that the sites' masks are made one after another and not at once as in a consortium. A
 round's seconds are the report's; the first round of each run, which loads the model, is left out.
 The coordinator's memory: python -m benchmarks.scale --sites 100 --secure."""
