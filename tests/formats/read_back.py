@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ def site(path: Path) -> dict[str, Any]:
         "head": list(ledger.head),
         "datasets": ledger.datasets,
         "charges": [
-            {"seq": s.seq, "kind": s.kind, "released": s.released, **asdict(s.charge)}
+            {"seq": s.seq, "kind": s.kind, "released": s.released, **s.charge.fields()}
             for s in spent
         ],
         "epsilon": budget(dataset, spent, here.policy).epsilon,
