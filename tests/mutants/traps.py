@@ -331,8 +331,7 @@ TRAPS = (
         "Where sites add shares of the noise and only the total is protected, the same update in "
         "two sets of participants gives one site's share away by subtraction.",
         "Each total is noised as planned.",
-        "Every site adds the whole noise of its own claim before anything leaves; no guarantee "
-        "rests on what the coordinator adds up.",
-        no_mutant="there is no secure aggregation here, and so no share of noise to leave out",
+        "A draw is masked for one set, by an entry in the site's ledger, and its key is then gone; "
+        "another attempt is another draw, with new noise, and is paid for.",
     ),
 )  # fmt: skip

@@ -222,7 +222,6 @@ def test_a_ceiling_for_the_fallback_holds(world: World) -> None:
     path.write_text(path.read_text().replace("fallback_epsilon = 1e9", "fallback_epsilon = 3"))
     alone = plan_for_site(world.study, SIZES["a"])
     assert alone.epsilon < 3, "under the assumption the study fits"
-    path.write_text(path.read_text().replace("max_epsilon = 1e9", "max_epsilon = 3"))
     assert world.ask_ready("a", 1, 1) == "refused"
     assert charges(world, "a") == 0
 

@@ -1,0 +1,133 @@
+"""Seeded bugs of secure aggregation: who is in a set, what is masked how often, what it costs."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import Mutant
+from tests.mutants.mutant import one as _one
+from tests.mutants.places import PLAN, POLICY, SITE
+
+STATEMENT, MASKS = "fedtune/secagg/statement.py", "fedtune/secagg/masks.py"
+DRAWS, AT_SITE = "fedtune/secagg/draw.py", "fedtune/client/secure_round.py"
+AT_COORDINATOR, ENTRIES = "fedtune/server/secure_round.py", "fedtune/ledger/entries.py"
+T_ATTACKS, T_MASKS = "tests/secagg/test_attacks.py::", "tests/secagg/test_masks.py::"
+EARLIER = T_ATTACKS + "test_a_statement_of_an_earlier_attempt_is_of_another_draw"
+SYBILS = T_ATTACKS + "test_sybils_of_the_coordinator_count_for_nothing"
+AREA = "shared noise"
+
+MUTANTS: tuple[Mutant, ...] = (
+    _one(
+        AREA, "whoever-is-in-the-set-counts", STATEMENT,
+        "known = len({*signing} & {*pinned, own})", "known = len({*signing})",
+        SYBILS, "|P| in place of min_sites: the coordinator enrols sites of its own",
+    ),
+    _one(
+        AREA, "no-pin-is-asked-for", STATEMENT, "    if known < at_least:", "    if known < 0:",
+        T_ATTACKS + "test_too_few_pinned_sites_are_refused_before_anything_is_charged",
+        "one site alone among strangers",
+    ),
+    _one(
+        AREA, "an-attempt-has-no-name", STATEMENT,
+        'return f"{self.adapter}:{self.attempt}"', "return self.adapter",
+        EARLIER, "the second attempt is the first one's draw",
+    ),
+    _one(
+        AREA, "a-statement-of-any-draw-will-do", STATEMENT,
+        "if any(ready.draw != mine.draw for ready in statements):", "if False:",
+        EARLIER, "a replayed ready",
+    ),
+    _one(
+        AREA, "a-name-may-be-in-the-set-twice", STATEMENT,
+        "if len({getattr(ready, what) for ready in statements}) < len(statements):", "if False:",
+        T_ATTACKS + "test_whoever_is_in_the_set_twice_voids_it", "one site, two masks",
+    ),
+    _one(
+        AREA, "colluders-share-the-noise", PLAN,
+        "return shared_noise.own_sigma(self.noise_multiplier, self.sites - self.colluding)",
+        "return shared_noise.own_sigma(self.noise_multiplier, self.sites)",
+        T_ATTACKS + "test_a_site_that_adds_no_noise_is_noticed_by_nobody_and_t_counts_it",
+        "σ/√n without t",
+    ),
+    _one(
+        38, "sent-again-for-another-set", AT_SITE,
+        'if metadata_of(answered)["set"] != chosen:', "if False:",
+        T_ATTACKS + "test_a_site_whose_message_is_dropped_is_not_told_apart_by_asking_again",
+        "one draw in two sums",
+    ),
+    _one(
+        AREA, "the-key-outlives-a-crash", AT_SITE,
+        "            draws.destroy(site.ledger.folder, digest, (round_, mine.draw.attempt))\n", "",
+        T_ATTACKS + "test_a_crash_before_the_key_was_destroyed_is_made_good",
+        "what was sent can be unmasked later",
+    ),
+    _one(
+        AREA, "the-key-is-kept", DRAWS, "            path.unlink(missing_ok=True)\n",
+        "            pass\n",
+        T_ATTACKS + "test_a_restart_between_ready_and_masked_draws_nothing_anew",
+        "what was sent can be unmasked later",
+    ),
+    _one(
+        AREA, "a-changed-draw-is-masked", DRAWS,
+        "if hashlib.sha256(content).digest() != stored[:_SUM]:", "if False:",
+        "tests/fuzz/test_secagg.py::test_a_damaged_draw_is_lost_and_never_another",
+        "a wrong sum, and nobody sees it",
+    ),
+    _one(
+        AREA, "one-key-for-all-draws", MASKS, "return X25519PrivateKey.generate()",
+        "return X25519PrivateKey.from_private_bytes(bytes(range(32)))",
+        EARLIER, "the same mask on two sums",
+    ),
+    _one(
+        AREA, "a-site-clamps", MASKS, "words = total.astype(np.uint64)",
+        "words = np.clip(total, -(2**31), 2**31 - 1).astype(np.uint64)",
+        T_MASKS + "test_a_sum_beyond_the_words_wraps_and_is_not_clamped",
+        "an answer about one site's sum with its own noise alone",
+    ),
+    _one(
+        AREA, "a-point-of-low-order-is-taken", MASKS,
+        'raise StatementError("a masking key of the set gives no secret") from None',
+        "return bytes(32)",
+        T_ATTACKS + "test_a_point_of_low_order_gives_no_mask", "a mask that everybody knows",
+    ),
+    _one(
+        AREA, "a-mask-knows-no-set", MASKS, "salt=bytes.fromhex(digest)", "salt=None",
+        T_MASKS + "test_a_set_with_another_member_has_other_masks", "masks of two sets cancel",
+    ),
+    _one(
+        AREA, "the-mask-ends-early", MASKS, "_keystream(derived, len(words), bits)",
+        "_keystream(derived, min(len(words), _CHUNK), bits)",
+        T_MASKS + "test_one_message_and_all_but_one_are_uniform[zero-32]",
+        "the rest of the sum is there to read",
+    ),
+    _one(
+        AREA, "the-fallback-costs-nothing", ENTRIES,
+        "return Steps(self.noise_multiplier, self.sampling_rate, self.steps, self.records)",
+        "sigma = joint_sigma(self.noise_multiplier, self.sites - self.colluding)\n"
+        "        return Steps(sigma, self.sampling_rate, self.steps, self.records)",
+        "tests/secagg/test_model.py::test_nothing_happens", "what holds if aggregation breaks",
+    ),
+    _one(
+        AREA, "the-fallback-has-no-ceiling", POLICY,
+        "if fallback_of(site, plan, charges, ahead).epsilon > policy.max_fallback_epsilon:",
+        "if False:", T_ATTACKS + "test_a_ceiling_for_the_fallback_holds", "a rule nobody applies",
+    ),
+    _one(
+        AREA, "one-site-may-be-asked-alone", SITE,
+        "(prepared := self.begin(digest, round_, receipt)).study.secure_aggregation:",
+        "(prepared := self.begin(digest, round_, receipt)).study.secure_aggregation == 1:",
+        T_ATTACKS + "test_no_update_of_one_site_is_sent_in_such_a_study",
+        "one site's update, with a share of the noise",
+    ),
+    _one(
+        AREA, "the-coordinator-takes-any-statement", AT_COORDINATOR,
+        "if (ready.draw, ready.site, ready.size, ready.signing) != expected:", "if False:",
+        T_ATTACKS + "test_the_coordinator_takes_no_statement_but_of_this_draw",
+        "one liar voids every attempt",
+    ),
+    _one(
+        AREA, "a-spoiled-sum-is-opened-again", AT_COORDINATOR,
+        '        self._begin(number, self.progress.attempt["number"] + 1)'
+        "  # or --resume would open it again\n        self.save()\n", "",
+        T_ATTACKS + "test_garbled_words_stop_the_run_and_the_next_attempt_is_a_new_draw",
+        "the run can never go on",
+    ),
+)  # fmt: skip
