@@ -111,13 +111,15 @@ def plan_table(study: Study, plan: Plan) -> Table:
         pad_edge=False,
     )
     table.add_column("site")
+    whatever = ("whatever happens",) if study.secure_aggregation else ()
     rounds = "rounds at most" if study.continuous else "rounds"  # of one patient
-    for head in (f"{unit}s", rounds, "steps", "q", "batch", "noise σ", "ε", "risk"):
+    for head in (f"{unit}s", rounds, "steps", "q", "batch", "noise σ", "ε", "risk", *whatever):
         table.add_column(head, justify="right", no_wrap=True)
     for row in plan.sites:
         numbers = (f"{row.declared_size:,}", str(row.rounds), str(row.steps))
         noise = (f"{row.sampling_rate:.3g}", f"{row.batch:.4g}", f"{row.noise_multiplier:.4g}")
-        costs = (rounded_up(row.epsilon), percent(row.risk))
+        costs = [rounded_up(row.epsilon), percent(row.risk)]
+        costs += [f"ε = {rounded_up(row.fallback_epsilon)}"] if whatever else []
         table.add_row(escape(row.site), *numbers, *noise, *costs)
     return table
 

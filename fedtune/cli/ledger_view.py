@@ -55,7 +55,9 @@ def studies_table(lines: Sequence[StudyLine], delta: float) -> Table:
     )
     table.add_column("study, last charged", min_width=20, overflow="fold")
     table.add_column("dataset", min_width=7, overflow="fold")
-    for head in ("rounds", "paid", "sent", "steps", "σ", "q", "ε"):
+    shared = any(line.fallback is not None for line in lines)
+    whatever = ("whatever\nhappens",) if shared else ()
+    for head in ("rounds", "paid", "sent", "steps", "σ", "q", "ε", *whatever):
         table.add_column(head, justify="right", no_wrap=True)
     for line in lines:
         table.add_row(
@@ -68,8 +70,16 @@ def studies_table(lines: Sequence[StudyLine], delta: float) -> Table:
             _span(line.sigma),
             _span(line.rate),
             _shown(line.epsilon) if line.known else "not known",
+            *([_whatever(line)] if shared else []),
         )
     return table
+
+
+def _whatever(line: StudyLine) -> str:
+    """ε by this site's own noise alone: where a study shares noise with nobody, its ε."""
+    if not line.known:
+        return "not known"
+    return _shown(line.epsilon if line.fallback is None else line.fallback)
 
 
 def cohorts_table(
@@ -136,6 +146,12 @@ def budget_table(total: DatasetBudget) -> Table:
     table.add_row(
         "remains", rounded_down(total.remaining), "" if total.remaining else "nothing more runs"
     )
+    if total.fallback is not None and total.fallback_remaining is not None:
+        whatever = "whatever becomes of secure aggregation, by this site's own noise alone"
+        table.add_row("whatever happens", _shown(total.fallback), f"{full_delta}: {whatever}")
+        table.add_row("ceiling", f"{total.fallback_ceiling:g}", "policy.max_fallback_epsilon")
+        none = "" if total.fallback_remaining else "nothing more runs"
+        table.add_row("remains", rounded_down(total.fallback_remaining), none)
     return table
 
 

@@ -158,11 +158,12 @@ def plan(
     if sites or more or not asked:
         asked += _sites(study, sites, more)
     from fedtune.dp.costs import plan as compute_costs
-    from fedtune.dp.costs import query_lines
+    from fedtune.dp.costs import query_lines, shared_lines
 
     costs = compute_costs(loaded, asked)
     _console().print(plan_table(loaded, costs))
-    for line in (costs.objective, *query_lines(loaded, len(asked))):
+    shared = shared_lines(loaded, [site.declared_size for site in costs.sites])
+    for line in (costs.objective, *query_lines(loaded, len(asked)), *shared):
         _console().print(line, highlight=False, markup=False)
     return {"private": True, **asdict(costs)}
 

@@ -74,6 +74,7 @@ def ask(site: Path, out: Path | None = None, *, new_keys: bool = False) -> dict[
     from fedtune.flower import enrol
     from fedtune.flower.membership import keys_folder
     from fedtune.ledger.ledger import Ledger
+    from fedtune.wire import fingerprints
 
     loaded = load_site(site)
     keys = keys_folder(loaded)
@@ -84,15 +85,19 @@ def ask(site: Path, out: Path | None = None, *, new_keys: bool = False) -> dict[
     file = out or site.resolve().parent / f"{loaded.site.name}.request"
     book = Ledger(loaded.site.state)
     fingerprint = enrol.enroll(loaded.site.name, keys, book.key, file)
+    peer = fingerprints.of_peer(book.key.public)
     rule = "--new-keys" if new_keys else ""
     AuditLog(book.folder, book.key).add("enroll", rule, fingerprint=fingerprint)
     typer.echo(
         f"wrote {file}: send it to the coordinator (it holds no secret)\n"
         f"fingerprint   {fingerprint}\n"
+        f"to peers      {book.key.public}, fingerprint {peer}\n"
+        "              (for a plan with [secure_aggregation]: each lists it in policy.peers)\n"
         "next   read the fingerprint out to the coordinator over the phone; then, with the answer\n"
         f"       that comes back: fedtune client {site} --answer {loaded.site.name}.answer"
     )
-    return {"site": loaded.site.name, "request": file, "fingerprint": fingerprint}
+    own = {"key": book.key.public, "peer fingerprint": peer}
+    return {"site": loaded.site.name, "request": file, "fingerprint": fingerprint, **own}
 
 
 def _home(told: Path | None) -> Path:

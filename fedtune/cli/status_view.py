@@ -67,10 +67,11 @@ def head(snapshot: Snapshot) -> Text:
 
 
 def _epsilon_of(site: dict[str, Any]) -> str:
-    """ε so far, and of the whole plan."""
-    spent, planned = site.get("epsilon"), site.get("planned")
+    """ε so far, and of the whole plan; with secure aggregation also by the site's own noise."""
+    spent, planned, fallback = (site.get(key) for key in ("epsilon", "planned", "fallback"))
     told = "–" if spent is None else rounded_up(spent)
-    return told if planned is None else f"{told} of {rounded_up(planned)}"
+    told += "" if planned is None else f" of {rounded_up(planned)}"
+    return told if fallback is None else f"{told}\n{rounded_up(fallback)} whatever happens"
 
 
 def sites_table(sites: dict[str, dict[str, Any]]) -> Table:

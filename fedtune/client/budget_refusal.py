@@ -27,7 +27,7 @@ from fedtune.run_folder import load_plan
 PLACES = "runs.json"  # in the state folder: where runs of `fedtune simulate` lie, by plan
 SEARCH = 7  # halvings between nothing and what the plan asks for
 MOST = 4  # studies that are listed
-CEILINGS = ("policy.max_epsilon", "the plan's own lifetime")
+CEILINGS = ("policy.max_epsilon", "policy.max_fallback_epsilon", "the plan's own lifetime")
 TODO = (
     "take what fits, or try settings on data that no patient is in (`fedtune tune`); a higher "
     "policy.max_epsilon is for whoever answers for the data to decide"
@@ -54,6 +54,8 @@ def explain(study: Study, site: Site, ledger: Ledger) -> list[str]:
     lines = study_lines(spent, policy.max_delta, study.unit)
     places = _places(site)
     paid = f"ε = {rounded_up(total.epsilon)} (at δ = {2 * total.delta:g}) of {policy.max_epsilon:g}"
+    if total.fallback is not None:
+        paid += f"; whatever happens ε = {rounded_up(total.fallback)} of {total.fallback_ceiling:g}"
     newest = sorted(lines, key=lambda line: -line.last)
     told = [f"dataset {name!r} has paid {paid}", *(_study(line, places) for line in newest[:MOST])]
     if len(lines) > MOST:
@@ -129,7 +131,8 @@ def _study(line: StudyLine, places: dict[str, str]) -> str:
     at = datetime.fromtimestamp(line.last, UTC).date().isoformat()
     where = f", in {places[line.study]}" if line.study in places else ""
     digest = line.study.removeprefix("sha256:")[:8]
-    return f"{line.name} ({digest}, {at}): ε = {rounded_up(line.epsilon)} alone{where}"
+    whatever = f" ({rounded_up(line.fallback)} whatever happens)" if line.fallback else ""
+    return f"{line.name} ({digest}, {at}): ε = {rounded_up(line.epsilon)}{whatever} alone{where}"
 
 
 def _places(site: Site) -> dict[str, str]:

@@ -3,7 +3,8 @@
 Deleted: what KINDS lists. Never: what NEVER_DELETED lists, which the ledger, the guarantee and the
 site's enrolment need; nor files that fedtune did not write, which are listed for a person.
 Guarantee: the ledger and its charges are unchanged. A deleted update cannot be sent again: if its
-round is ordered again, it is trained and charged again.
+round is ordered again, it is trained and charged again; a draw that was not masked yet goes with
+its masking key, and its attempt at the round is void.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from fedtune.flower.processes import alone
 from fedtune.ledger.files import DATABASE, OUTBOX, outbox_prefix, traces
 from fedtune.ledger.ledger import Ledger
 from fedtune.observe.status import LOCK
+from fedtune.secagg.draw import FOLDER as DRAWS
 
 KINDS = {  # what people call it -> patterns of paths in the state folder; "*" goes into folders too
     "updates that were released": (f"{OUTBOX}/*.bin",),
+    "draws that were not masked, with their keys": (f"{DRAWS}/*.bin",),
     "plans that waited for a signature": ("plans/*.json",),
     "logs": ("log.jsonl", "log.jsonl.1", "rank-*.log"),
     "status": ("status.json",),
@@ -40,7 +43,7 @@ KINDS = {  # what people call it -> patterns of paths in the state folder; "*" g
     "what Flower's processes left": ("flower/*", "ranks/*"),
     "drafts of a process that was killed": ("*.new",),
 }
-OF_A_STUDY = ("updates that were released", "plans that waited for a signature")
+OF_A_STUDY = tuple(KINDS)[:3]
 NEVER_DELETED = (
     "ledger.*",  # entries, anchor, receipts, and what a restore put aside
     *("site.key", "salt", "steps.jsonl"),  # steps.jsonl: a restore charges by it
@@ -84,7 +87,7 @@ def listing(site: Site, study: str | None = None) -> Listing:
         elif kind and not _being_written(path):
             contents.deletable.setdefault(kind, []).append(path)
     if study is not None:
-        contents.studies = _studies(site, contents.deletable.get(OF_A_STUDY[1], []), study)
+        contents.studies = _studies(site, contents.deletable.get(OF_A_STUDY[-1], []), study)
         contents.unknown = []
         files = contents.deletable
         of_study = {kind: _of(files.get(kind, []), contents.studies) for kind in OF_A_STUDY}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from flwr.app import ConfigRecord, Context, Message
 
-from fedtune.client.budget_refusal import TODO, explain
+from fedtune.client.budget_refusal import CEILINGS, TODO, explain
 from fedtune.client.review import pending
 from fedtune.client.site import SiteWorker, worker
 from fedtune.client.site_file import site_file
@@ -23,7 +23,8 @@ def reply_facts(message: Message, reply: Message, context: Context) -> dict[str,
     """Return a reply's study, round, status and reason, the study's ε so far and as planned, and a
     line of text.
 
-    epsilon: of all charged rounds of the study, interrupted ones included, at the plan's δ.
+    epsilon: of all charged rounds of the study, interrupted ones included, at the plan's δ;
+    fallback: with secure aggregation the same by this site's own noise alone.
     {} where the reply is not the app's."""
     record = _status_record(reply)
     if record is None:
@@ -43,11 +44,14 @@ def reply_facts(message: Message, reply: Message, context: Context) -> dict[str,
             facts["round"] = number
             place = f"round {number}" + (f" of {rounds}" if rounds else "")
         if (spent := _spent(study, site)) is not None:
-            facts["epsilon"] = {site.site.site.name: spent}
+            facts["epsilon"] = {site.site.site.name: spent.epsilon}
+            if spent.fallback is not None:
+                facts["fallback"] = {site.site.site.name: spent.fallback}
             if (planned := _planned(study, site)) is not None:
                 facts["planned"] = {site.site.site.name: planned}
     facts["text"] = f"{name}: {f'{place} ' if place else ''}{_line(facts)}"
-    if study is not None and status == "refused" and "policy.max_epsilon" in reason:
+    refused = status == "refused" and any(ceiling in reason for ceiling in CEILINGS[:2])
+    if study is not None and refused:
         facts["text"] += f"; {'; '.join(explain(study, site.site, site.ledger))}; {TODO}"
     reviewed = context.node_config.get("reviewed")
     if study is not None and reviewed not in (None, "", study.digest) and not place:
@@ -84,11 +88,19 @@ def _round(message: Message) -> int | None:
     return int(str(order["round"])) if order else None
 
 
-def _spent(study: Study, site: SiteWorker) -> float | None:
+class _Spent(NamedTuple):
+    epsilon: float
+    fallback: float | None
+
+
+def _spent(study: Study, site: SiteWorker) -> _Spent | None:
     charges = [c for c in site.ledger.charges(site.site.data.name) if c.study == study.digest]
     if isinstance(study.privacy, str) or not all(c.noise_multiplier for c in charges):
         return None
-    return accountant.epsilon([charge.event for charge in charges], study.privacy.delta)
+    delta, fallback = study.privacy.delta, None
+    if study.secure_aggregation:
+        fallback = accountant.epsilon([charge.fallback for charge in charges], delta)
+    return _Spent(accountant.epsilon([charge.event for charge in charges], delta), fallback)
 
 
 def _planned(study: Study, site: SiteWorker) -> float | None:
@@ -113,8 +125,11 @@ def _line(facts: dict[str, Any]) -> str:
         line += f"; paid so far: ε = {rounded_up(spent)}"
     for planned in facts.get("planned", {}).values():
         line += f" of {rounded_up(planned)} planned"
+    for fallback in facts.get("fallback", {}).values():
+        line += f", {rounded_up(fallback)} whatever happens"
     for declared in facts.get("declared", {}).values():
         line += f", from a ledger of the run: the data is declared {declared}"
-    if facts.get("round") and facts["round"] == facts.get("rounds"):
+    last = facts.get("round") and facts["round"] == facts.get("rounds")
+    if last and status != "ready":
         line += "; that was the last round"
     return line

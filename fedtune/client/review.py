@@ -9,6 +9,7 @@ from pathlib import Path
 from fedtune import __version__
 from fedtune.client.policy import (
     accounted,
+    fallback_of,
     may_resolve,
     permit_plugins,
     refusals,
@@ -26,7 +27,7 @@ from fedtune.config import (
     study_from_json,
 )
 from fedtune.dp.accountant import epsilon
-from fedtune.dp.costs import query_lines
+from fedtune.dp.costs import query_lines, shared_lines
 from fedtune.dp.plan import DpPlan, plan_for_site
 from fedtune.dp.query import query_plan
 from fedtune.errors import ConfigError, Refused
@@ -36,7 +37,8 @@ from fedtune.ledger.entries import Charge
 from fedtune.ledger.ledger import Ledger
 from fedtune.ledger.spending import heaviest
 from fedtune.objectives import describe, resolve
-from fedtune.report.claim import best_guess, percent, protects, rounded_up, strength
+from fedtune.report.claim import assumption, best_guess, percent, protects, rounded_up, strength
+from fedtune.wire import fingerprints
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,29 @@ def review(study: Study, site: Site, ledger: Ledger) -> Review:
     sections = [
         ("What would run", _runs(study, plan, site)),
         ("What would leave this site", _leaves(study, site)),
+        *(
+            [("Who shares the noise", _peers(plan, site, ledger))]
+            if plan and plan.sites > 1
+            else []
+        ),
         ("What it costs", [*_selected(site), *_declared(site), *_costs(study, site, plan, ledger)]),
     ]
     return Review(study.digest, sections, refused, _verdict(study, site, plan, ledger, refused))
+
+
+def _peers(plan: DpPlan, site: Site, ledger: Ledger) -> list[str]:
+    """Show this site's key and its peers', with the fingerprints that people compare."""
+    own = ledger.key.public
+    pinned = [key for key in dict.fromkeys(site.policy.peers) if key != own]
+    return [
+        f"{plan.sites} sites share one dose of noise, and ε holds if "
+        f"{assumption(plan.sites, plan.colluding)}.",
+        f"This site: {own}, fingerprint {fingerprints.of_peer(own)}.",
+        *(f"Peer: {key}, fingerprint {fingerprints.of_peer(key)}." for key in pinned),
+        *([] if pinned else ["Peers: none; each sends you the key that its own review shows."]),
+        "Compare each fingerprint by phone with the hospital that holds the key: a key that nobody "
+        "compared may be the coordinator's own, which then knows that noise.",
+    ]
 
 
 def _selected(site: Site) -> list[str]:
@@ -202,7 +224,7 @@ def _runs(study: Study, plan: DpPlan | None, site: Site) -> list[str]:
     return [
         *lines,
         f"In each step {sampled}; each {drawn}'s influence is clipped to {plan.max_grad_norm:g}, "
-        f"and noise of {plan.noise_multiplier:g} times that is added before anything is kept.",
+        f"and noise of {plan.own_noise:g} times that is added before anything is kept.",
     ]
 
 
@@ -241,6 +263,11 @@ def _leaves(study: Study, site: Site) -> list[str]:
     facts += ["how many ranks it trains"] if study.lora and study.lora.min_rank else []
     facts += [f"that its data is declared {site.data.declared}"] if site.data.declared else []
     facts += ["that a query or a view selects its records"] if site.free_query else []
+    if study.secure_aggregation:
+        what = f"a statement that it is ready, then {what} as masked words, of which nobody opens "
+        what += "more than all sites' sum"
+        if not study.private:
+            what += " (WITHOUT noise)"
     lines = [
         f"Each round: {what}, signed, with the noise, clipping and sampling figures that the plan "
         "already names, and the head of this site's ledger (a hash).",
@@ -293,6 +320,22 @@ def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> lis
         f"Dataset {site.data.name!r} in total, at δ = {2 * policy.max_delta:g}: "
         f"ε = {rounded_up(before.epsilon)} so far, {rounded_up(after.epsilon)} with this study "
         f"({after.how}); the policy's ceiling is {policy.max_epsilon:g}.",
+        *_whatever(site, plan, charges),
+        *shared_lines(study, [site.site.declared_size]),
+    ]
+
+
+def _whatever(site: Site, plan: DpPlan, charges: list[Charge]) -> list[str]:
+    """Of a plan, or a dataset, with secure aggregation: the total that holds without it."""
+    if plan.sites == 1 and all(charge.sites == 1 for charge in charges):
+        return []
+    before = fallback_of(site, plan, charges, ahead=0)
+    after = fallback_of(site, plan, charges, ahead=_ahead(plan, charges))
+    return [
+        f"The same whatever happens, by this site's own noise alone: ε = "
+        f"{rounded_up(before.epsilon)} so far, {rounded_up(after.epsilon)} with this study "
+        f"({after.how}); the ceiling, policy.max_fallback_epsilon, is "
+        f"{site.policy.max_fallback_epsilon:g}.",
     ]
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedtune.config import Site, Study, checked
+from fedtune.dp import accountant
+from fedtune.dp.accountant import Steps
 from fedtune.dp.calibration import with_rounds
-from fedtune.dp.plan import plan_for_site
+from fedtune.dp.plan import DpPlan, plan_for_site
 from fedtune.dp.query import query_plan
 from fedtune.dp.query_noise import forecast
+from fedtune.dp.shared_noise import FINEST, WORDS, most_numbers
+from fedtune.errors import ConfigError
 from fedtune.objectives import describe
-from fedtune.report.claim import best_guess, rounded_up
+from fedtune.report.claim import assumption, best_guess, rounded_up
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,9 @@ class SitePlan:
     """One site's rounds, steps and noise, and their ε.
 
     sampling_rate: q; batch: the expected batch, q · declared size; noise_multiplier: σ; risk: the
-    highest accuracy with which an attacker who knows all other records guesses a unit's presence.
+    highest accuracy with which an attacker who knows all other records guesses a unit's presence;
+    with [secure_aggregation], fallback_epsilon: what holds by own_noise_multiplier, the σ that this
+    site adds itself, alone. It is also the ε of a study without it that learns as well.
 
     >>> import fedtune
     >>> study_file, site_file = fedtune.init("my-study")
@@ -39,6 +45,8 @@ class SitePlan:
     epsilon: float
     delta: float
     risk: float
+    own_noise_multiplier: float | None = None
+    fallback_epsilon: float | None = None
 
 
 @dataclass(frozen=True)
@@ -102,12 +110,11 @@ def plan(study: Study, sites: Iterable[Site | int]) -> Plan:
         ("any", site) if isinstance(site, int) else (site.site.name, site.site.declared_size)
         for site in sites
     ]
-    costs = tuple(_of_site(study, name, size) for name, size in named)
+    costs = tuple(_of_site(plan_for_site(study, size), name, size) for name, size in named)
     return Plan(study.study.name, study.unit, describe(study.objective), costs)
 
 
-def _of_site(study: Study, name: str, size: int) -> SitePlan:
-    site_plan = plan_for_site(study, size)
+def _of_site(site_plan: DpPlan, name: str, size: int) -> SitePlan:
     facts: dict[str, Any] = {
         "epsilon": site_plan.epsilon,
         "delta": site_plan.delta,
@@ -116,6 +123,79 @@ def _of_site(study: Study, name: str, size: int) -> SitePlan:
         "steps": site_plan.steps,
     }
     risk = best_guess(facts)
+    if site_plan.sites > 1:
+        facts |= {
+            "own_noise_multiplier": site_plan.own_noise,
+            "fallback_epsilon": site_plan.fallback_epsilon,
+        }
     return SitePlan(
         name, size, rounds=site_plan.rounds, batch=site_plan.divisor, risk=risk, **facts
+    )
+
+
+def shared_lines(study: Study, sizes: Sequence[int]) -> list[str]:
+    """Say, a line each, on what ε rests in a study with [secure_aggregation], what holds without
+    it, what is gained, and how wide its words are for sites of these declared sizes; [] without.
+
+    Errors: ConfigError where nothing fits its budget."""
+    if study.secure_aggregation is None or not study.private:
+        return []
+    of_site = plan_for_site(study, max(sizes))
+    n, t = of_site.sites, of_site.colluding
+    claimed, whatever = rounded_up(of_site.epsilon), rounded_up(of_site.fallback_epsilon)
+    return [
+        f"secure aggregation: ε = {claimed} holds if {assumption(n, t)}: what anybody opens then "
+        f"has the noise of {n - t} honest sites.",
+        f"Whatever happens, ε = {whatever} holds: by the noise that each site adds itself, "
+        f"σ = {of_site.own_noise:.4g}. Attempts at a round that come to nothing are paid in both.",
+        f"It learns as if ε = {whatever} without secure aggregation, where each of {n} equal sites "
+        "adds all the noise of its ε.",
+        *_at_one(study, of_site, max(sizes)),
+        f"A patient of two of the sites has ε = {rounded_up(_of_two(of_site, shared=True))} (each "
+        "site's own noise at this σ: "
+        f"{rounded_up(_of_two(of_site, shared=False))}): both records move one sum, against one "
+        "dose of noise.",
+        _words(study, of_site, sizes),
+    ]
+
+
+def _at_one(study: Study, of_site: DpPlan, size: int) -> list[str]:
+    """Offer ε = 1 where more is planned; nothing where no σ gives it."""
+    if of_site.epsilon <= 1 or study.training.rounds is None:
+        return []
+    try:
+        first = plan_for_site(
+            study.changed(privacy={"epsilon": 1.0, "noise_multiplier": None}), size
+        )
+    except (ConfigError, ValueError):
+        return []
+    whatever = rounded_up(first.fallback_epsilon)
+    return [
+        f"Try ε = 1 first (--set privacy.epsilon=1): shared by {first.sites} it learns as if "
+        f"ε = {whatever}, and {whatever} is all that is at stake whatever happens."
+    ]
+
+
+def _of_two(of_site: DpPlan, *, shared: bool) -> float:
+    """Compute ε of a unit with records at two sites: twice the rows in one sum, each drawn by
+    itself, or the same mechanism twice."""
+    (steps,) = of_site.events(of_site.steps)
+    twice: Steps = (
+        steps._replace(records=2 * steps.records)
+        if shared
+        else steps._replace(steps=2 * steps.steps)
+    )
+    return accountant.epsilon([twice], of_site.delta)
+
+
+def _words(study: Study, of_site: DpPlan, sizes: Sequence[int]) -> str:
+    listed = [*sizes, *[max(sizes)] * (of_site.sites - len(sizes))]
+    most = most_numbers(study, of_site.noise_multiplier, listed)
+    narrow, wide = WORDS
+    words = f"words of {wide} bits"
+    if most:
+        words = f"words of {narrow} bits for an adapter of up to {most:,} numbers, else of {wide}"
+    return (
+        f"A site sends {words} (sites of {', '.join(f'{size:,}' for size in listed[:6])}"
+        f"{', …' if len(listed) > 6 else ''}), on a grid of at most 2^-{FINEST} of its own noise."
     )

@@ -90,6 +90,11 @@ class DpPlan:
         """σ of the noise that this site adds, in multiples of C."""
         return shared_noise.own_sigma(self.noise_multiplier, self.sites - self.colluding)
 
+    @property
+    def fallback_epsilon(self) -> float:
+        """ε of the whole plan if nothing but this site's own noise holds."""
+        return accountant.epsilon(self.fallback_events(self.steps), self.delta)
+
     def fallback_events(self, steps: int) -> list[Steps]:
         """The steps as they hold if nothing but this site's own noise does."""
         return [Steps(self.own_noise, self.sampling_rate, steps, self.records)]

@@ -6,7 +6,8 @@ Each figure follows from the plan and from sizes that people declared."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 
 from fedtune.config import Study, noise_shares
 from fedtune.errors import ConfigError
@@ -15,6 +16,7 @@ FINEST = 16  # the grid is at most 2⁻¹⁶ of a site's own noise
 SLACK = 0.005  # of C: what rounding to the grid may add to one row's norm
 TAIL = 8.5  # standard deviations at which a site's noise ends: dp/noise.py
 WORDS = (32, 64)  # bits
+LARGEST = 2**34  # numbers of an adapter
 ROWS = 2  # times the declared size that a site may hold before a sum could wrap
 
 
@@ -65,6 +67,13 @@ def bits_of(study: Study, sigma: float | None, sizes: Iterable[int], dimension: 
     step = grid_of(study, sigma, dimension)
     std = own_sigma(noise, noise_shares(study)) * norm
     return word_bits(sizes, study.records_per_draw, norm, std, step)
+
+
+def most_numbers(study: Study, sigma: float | None, sizes: Sequence[int]) -> int:
+    """Return the most numbers of an adapter whose sum over sites of these declared sizes fits the
+    narrower words: the grid gets finer with each; 0 where there is none."""
+    numbers = range(1, LARGEST)
+    return bisect_right(numbers, WORDS[0], key=lambda d: bits_of(study, sigma, sizes, d))
 
 
 def word_bits(

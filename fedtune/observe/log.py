@@ -63,7 +63,8 @@ KINDS = frozenset({
 LOGGABLE = frozenset(name for name, metric in METRICS.items() if metric.loggable)
 # Of a reason, the first of these that it contains is logged.
 PHRASES = (
-    "policy.max_epsilon_per_study", "policy.max_epsilon", "policy.max_delta",
+    "policy.max_epsilon_per_study", "policy.max_epsilon", "policy.max_fallback_epsilon",
+    "policy.max_delta", "policy.peers",
     "policy.allow_privacy_off", "policy.allow_free_query", "selects records since",
     "policy.allow_declared_data",
     "charged as private",
@@ -100,6 +101,10 @@ PHRASES = (
     "certificate has expired", "certificate is not yet valid", "certificate", "revoked",
     "rate limit", "too large", "counted already", "replay", "past the deadline", "quorum",
     "no more than a multiple of the median",
+    "are pinned here", "the set of ready sites", "a statement of a ready site",
+    "masked for another set", "no draw of this attempt", "its statement is about another draw",
+    "it did not send its masked words", "the plan has no [secure_aggregation]",
+    "opens the sum of all sites alone", "is not one of a round",
     "stopped by SIGTERM", "stopped by SIGINT", "no reason given",
 )
 # fmt: on
@@ -229,6 +234,7 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "keep": _number,
     "epsilon": by(_name, _epsilon),
     "planned": by(_name, _epsilon),
+    "fallback": by(_name, _epsilon),
     "bytes": _count,
     "bytes_up": by(_name, _count),
     "bytes_down": by(_name, _count),

@@ -153,7 +153,7 @@ def _answer(new: Record, record: Record) -> None:
         name = record["site"]
         site = new["sites"].setdefault(name, {})
         site |= {key: record[key] for key in ("status", "reason") if key in record}
-        for key in ("epsilon", "planned", "declared"):
+        for key in ("epsilon", "planned", "fallback", "declared"):
             if name in record.get(key, {}):
                 site[key] = record[key][name]
 
@@ -307,7 +307,7 @@ _SITE = _keys(
     {
         **FIELDS,
         **dict.fromkeys(("missed", *TOTALS), _COUNT),
-        **dict.fromkeys(("epsilon", "planned"), _NUMBER),
+        **dict.fromkeys(("epsilon", "planned", "fallback"), _NUMBER),
         "connected": FIELDS["private"],
         "declared": _word,
     }

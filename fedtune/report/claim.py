@@ -17,6 +17,60 @@ THREE_EPSILONS = (
 )
 
 
+def assumption(sites: int, colluding: int) -> str:
+    """State what the ε of sites that share one dose of noise rests on, to follow "if".
+
+    >>> assumption(5, 2)
+    'at most 2 of the 5 sites that share the noise collude with the coordinator'
+    """
+    verb = "colludes" if colluding == 1 else "collude"
+    return f"at most {colluding} of the {sites} sites that share the noise {verb} with the \
+coordinator"
+
+
+def assumptions(site: dict[str, Any]) -> str:
+    """State what the ε of one site's "privacy", or the largest of a report's, rests on; of a run
+    that was made of others, what each of them did; "" where nothing but its own noise."""
+    table = site.get("secure_aggregation")
+    if not table:
+        return ""
+    pairs = table.get("assumptions") or [[table["sites"], table["colluding"]]]
+    return " and ".join(assumption(int(sites), int(colluding)) for sites, colluding in pairs)
+
+
+def fallback(privacy: dict[str, Any]) -> dict[str, Any] | None:
+    """Return a report's "privacy" as it holds whatever becomes of secure aggregation: that of the
+    site whose own noise alone gives the largest ε; None where the run had none.
+
+    >>> table = {"sites": 3, "colluding": 1, "own_noise_multiplier": 2.0, "fallback_epsilon": 1.5}
+    >>> fallback({"epsilon": 1.0, "secure_aggregation": table})["epsilon"]
+    1.5
+    """
+    sites = list(privacy.get("sites", {}).values()) or [privacy]
+    held = [_own_noise(site) for site in sites if site.get("secure_aggregation")]
+    return max(held, key=lambda site: float(site["epsilon"]), default=None)
+
+
+def _own_noise(site: dict[str, Any]) -> dict[str, Any]:
+    table = site["secure_aggregation"]
+    figures = {"epsilon": table["fallback_epsilon"]}
+    if "own_noise_multiplier" in table:
+        figures["noise_multiplier"] = table["own_noise_multiplier"]
+    return site | figures
+
+
+def shared_line(privacy: dict[str, Any]) -> str:
+    """Say in one line on what a report's ε rests and what holds without it; "" where the run had
+    no secure aggregation."""
+    whatever = fallback(privacy)
+    if whatever is None:
+        return ""
+    return (
+        f"if {assumptions(whatever)}; whatever happens, by each site's own noise alone: "
+        f"ε = {rounded_up(whatever['epsilon'])}"
+    )
+
+
 def best_guess(privacy: dict[str, Any]) -> float:
     """Bound an attacker's accuracy at guessing one unit's presence (a coin: 0.5).
 

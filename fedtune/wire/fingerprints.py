@@ -1,4 +1,4 @@
-"""Fingerprints that people read to each other: of a site, and of a consortium.
+"""Fingerprints that people read to each other: of a site, a site's peer, and a consortium.
 
 Guarantee: other keys or another name have another fingerprint: 80 bits of SHA-256, against a second
 preimage.
@@ -24,6 +24,16 @@ def of_site(name: str, node: str, tls: str, signing: str) -> str:
     """Compute a site's fingerprint over its name and three keys: node (PEM), tls (sha256 of the
     public key), signing (hexadecimal). Equal for each of its requests."""
     return _fingerprint({"name": name, "node": node, "tls": tls, "signing": signing})
+
+
+def of_peer(signing: str) -> str:
+    """Compute the fingerprint of a site as its peers pin it, over its public signing key
+    (hexadecimal) alone: who shares noise with it compares that key, whatever it is called.
+
+    >>> of_peer("00" * 32)
+    '88d8 ab30 924b 8a69 eae4'
+    """
+    return _fingerprint({"peer": signing})
 
 
 def of_approver(signing: str) -> str:

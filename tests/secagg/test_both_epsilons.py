@@ -1,0 +1,208 @@
+"""Of a study whose sites share noise, every place that shows ε shows two: the one that holds under
+the assumption, and the one that holds whatever happens."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fedtune.cli.ledger_view import ledger_facts, ledger_view
+from fedtune.client.budget_refusal import explain
+from fedtune.client.policy import total_of, within_budget
+from fedtune.client.review import review
+from fedtune.config import Study
+from fedtune.config.site import PolicyTable
+from fedtune.dp import accountant, costs
+from fedtune.dp.accountant import Steps
+from fedtune.dp.plan import plan_for_site
+from fedtune.dp.shared_noise import bits_of, most_numbers
+from fedtune.errors import BudgetExceeded
+from fedtune.ledger.entries import Charge
+from fedtune.ledger.ledger import Ledger
+from fedtune.ledger.spending import budget, study_lines
+from fedtune.report.claim import rounded_up
+from fedtune.wire import fingerprints
+from tests.secagg.world import lay_out
+
+KEYS = ("aa" * 32, "bb" * 32)
+
+
+@pytest.fixture
+def study(tmp_path: Path, tiny_base: Path) -> Study:
+    return lay_out(tmp_path, tiny_base, epsilon=3.0)[0]
+
+
+def charge(study: Study, round_: int = 1, attempt: int = 1, **changes: Any) -> Charge:
+    plan = plan_for_site(study, 20)
+    made = Charge(
+        study.digest, "shared", round_, plan.own_noise, plan.sampling_rate, 1, plan.records,
+        plan.max_grad_norm, plan.unit, "first", sites=plan.sites, colluding=plan.colluding,
+    )  # fmt: skip
+    return replace(made, **changes)
+
+
+def spend(ledger: Ledger, *charges: Charge) -> None:
+    ledger.declare("records", [], "sha256:0", [b"ann"])
+    for number, one in enumerate(charges):
+        ledger.reserve("records", one, f"a:{number}", lambda charges: None)
+
+
+# ------------------------------------------------------------------------------------------ plan
+
+
+def test_a_plan_shows_both_the_assumption_and_what_is_gained(study: Study) -> None:
+    plan = costs.plan(study, [400])
+    (site,) = plan.sites
+    assert site.fallback_epsilon is not None and site.own_noise_multiplier is not None
+    alone = study.changed(privacy={"epsilon": site.fallback_epsilon}).model_copy(
+        update={"secure_aggregation": None}
+    )
+    # what a study of own noise must spend for as noisy a mean of equal sites
+    assert plan_for_site(alone, 400).noise_multiplier == pytest.approx(
+        site.own_noise_multiplier, rel=1e-3
+    )
+    text = "\n".join(costs.shared_lines(study, [400]))
+    whatever = rounded_up(site.fallback_epsilon)
+    assert "at most 1 of the 3 sites that share the noise colludes with the coordinator" in text
+    assert f"learns as if ε = {whatever} without" in text
+    assert f"Whatever happens, ε = {whatever} holds" in text
+    assert "--set privacy.epsilon=1" in text and "A patient of two of the sites" in text
+
+
+def test_at_a_delta_of_a_thousandth_epsilon_one_shared_by_nine_is_three_and_a_half(
+    study: Study,
+) -> None:
+    nine = study.changed(
+        strategy={"min_sites": 9}, privacy={"epsilon": 1.0}, training={"rounds": 1}
+    )
+    assert plan_for_site(nine, 400).fallback_epsilon == pytest.approx(3.5, abs=0.1)
+    assert not any("--set privacy.epsilon=1" in line for line in costs.shared_lines(nine, [400]))
+
+
+def test_a_study_of_own_noise_says_nothing_of_it(study: Study) -> None:
+    own = study.model_copy(update={"secure_aggregation": None})
+    (site,) = costs.plan(own, [400]).sites
+    assert (site.fallback_epsilon, site.own_noise_multiplier) == (None, None)
+    assert costs.shared_lines(own, [400]) == []
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.25])
+def test_a_patient_of_two_sites_does_worse_than_adding_up(
+    tmp_path: Path, tiny_base: Path, rate: float
+) -> None:
+    study = lay_out(tmp_path, tiny_base, epsilon=3.0, rate=rate)[0]
+    study = study.changed(privacy={"epsilon": None, "noise_multiplier": 2.0})
+    plan = plan_for_site(study, 400)
+    shared, own = costs._of_two(plan, shared=True), costs._of_two(plan, shared=False)
+    assert shared > own > plan.epsilon
+    if rate == 1:  # both sites' rows in one sum: twice the sensitivity
+        half = Steps(plan.noise_multiplier / 2, 1.0, plan.steps, 1)
+        assert shared == pytest.approx(accountant.epsilon([half], plan.delta), rel=1e-3)
+
+
+def test_words_are_as_narrow_as_the_adapter_lets_them_be(study: Study) -> None:
+    sigma, sizes = plan_for_site(study, 400).noise_multiplier, [400, 400, 400]
+    most = most_numbers(study, sigma, sizes)
+    assert (bits_of(study, sigma, sizes, most), bits_of(study, sigma, sizes, most + 1)) == (32, 64)
+    assert most_numbers(study, sigma, [10**7] * 3) == 0
+
+
+# ---------------------------------------------------------------------------------------- review
+
+
+def test_an_officer_sees_both_totals_and_every_fingerprint_to_compare(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    study, (site, *_) = lay_out(tmp_path, tiny_base, epsilon=3.0)
+    site, ledger = site.with_peers(KEYS), Ledger(site.site.state)
+    shown = review(study, site, ledger)
+    text = "\n".join(line for _, lines in shown.sections for line in lines)
+    for key in (ledger.key.public, *KEYS):
+        assert f"{key}, fingerprint {fingerprints.of_peer(key)}" in text
+    plan = plan_for_site(study, site.site.declared_size)
+    assert f"ε = 0 so far, {rounded_up(plan.fallback_epsilon)} with this study" in text
+    assert "policy.max_fallback_epsilon, is 100" in text and "masked words" in text
+    assert f"noise of {plan.own_noise:g} times that" in text
+    lacking = review(study, site.with_peers(KEYS[:1]), ledger)
+    assert any("policy.peers lists 1 sites" in refusal for refusal in lacking.refusals)
+
+
+def test_a_fingerprint_is_of_the_key_and_of_its_purpose() -> None:
+    first, second = map(fingerprints.of_peer, KEYS)
+    assert first != second and not fingerprints.equal(first, fingerprints.of_approver(KEYS[0]))
+    assert fingerprints.equal(first, first.replace(" ", "-").upper())
+
+
+# ------------------------------------------------------------------------- ledger and the ceiling
+
+
+def test_the_ledger_shows_both_totals_and_void_attempts_in_both(
+    tmp_path: Path, study: Study
+) -> None:
+    ledger = Ledger(tmp_path / "state")
+    spend(ledger, charge(study), charge(study), charge(study, 2))  # round 1 twice: one was void
+    (line,) = study_lines(ledger.spending("records"), 1e-3)
+    plan = plan_for_site(study, 20)
+    assert (line.rounds, line.charged) == (2, 3)
+    assert line.epsilon == pytest.approx(accountant.epsilon(plan.events(3), 1e-3))
+    assert line.fallback == pytest.approx(accountant.epsilon(plan.fallback_events(3), 1e-3))
+    policy = PolicyTable(max_epsilon=7.0, max_fallback_epsilon=20.0)
+    facts = ledger_facts(ledger, "records", policy)["budget"]
+    assert facts["fallback"] > facts["epsilon"] > 3
+    assert facts["fallback_remaining"] == pytest.approx(20.0 - facts["fallback"])
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(ledger_view(ledger, "records", policy))
+    text = console.export_text()
+    assert rounded_up(facts["fallback"]) in text and "policy.max_fallback_epsilon" in text
+    json.dumps(facts)
+
+
+def test_a_ledger_of_own_noise_has_one_total(tmp_path: Path, study: Study) -> None:
+    ledger = Ledger(tmp_path / "state")
+    spend(ledger, charge(study, sites=1, colluding=0))
+    total = budget("records", ledger.spending("records"), PolicyTable())
+    assert (total.fallback, total.fallback_remaining) == (None, None)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(ledger_view(ledger, "records", PolicyTable()))
+    assert "whatever" not in console.export_text()
+
+
+def test_own_noise_counts_alike_in_both_totals(tmp_path: Path, study: Study) -> None:
+    ledger = Ledger(tmp_path / "state")
+    own = replace(charge(study, sites=1, colluding=0), study="sha256:" + "1" * 64)
+    spend(ledger, own, charge(study))
+    total = budget("records", ledger.spending("records"), PolicyTable())
+    events = [own.fallback, charge(study).fallback]
+    assert total.fallback == pytest.approx(accountant.epsilon(events, 1e-3))
+
+
+def refused(folder: Path, base: Path, ceiling: float) -> str:
+    study, (site, *_) = lay_out(folder, base, epsilon=3.0)
+    policy = site.policy.model_copy(update={"max_fallback_epsilon": ceiling})
+    site = site.model_copy(update={"policy": policy})
+    plan = plan_for_site(study, site.site.declared_size)
+    ledger = Ledger(site.site.state)
+    try:
+        within_budget(site, plan, [])
+    except BudgetExceeded as error:
+        spend(ledger, charge(study))
+        return f"{error} | {'; '.join(explain(study, site, ledger))}"
+    return ""
+
+
+def test_a_budget_for_the_worst_refuses_and_says_what_fits(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = refused(tmp_path, tiny_base, 4.0)
+    assert "policy.max_fallback_epsilon" in said and "whatever happens ε = " in said
+    assert "what fits: privacy.epsilon up to" in said
+    assert refused(tmp_path / "wide", tiny_base, 5.0) == ""
+    # Twin: whoever takes the assumption's total for the worst one refuses nothing.
+    monkeypatch.setattr("fedtune.client.policy.fallback_of", total_of)
+    assert refused(tmp_path / "twin", tiny_base, 4.0) == ""
