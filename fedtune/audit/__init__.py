@@ -24,6 +24,7 @@ from fedtune.models.adapter_files import picked
 from fedtune.models.build import build
 from fedtune.models.run import Run
 from fedtune.models.tiny import tiny_network
+from fedtune.report.claim import assumption
 
 TRIALS = 10_000
 AUDIT = "audit.md"  # in the folder of a run that was audited
@@ -62,15 +63,19 @@ def audit_study(
         plan = _as_it_ran(plan, report)
     network = tiny_network(study, find_base(study.base.model, study.base.digest))
     step_audit, run_audit = one_step(plan, trials), one_run(study, network, coins.CANARIES)
+    alone = one_step(_alone(plan), trials) if plan.sites > 1 else None
     audit: dict[str, Any] = {
         "fedtune": __version__,
         "study": study.study.name,
         "data": DATA,
-        "passed": step_audit.passed and run_audit.passed,
+        "passed": all(audit.passed for audit in (step_audit, run_audit, alone) if audit),
         "one_step": asdict(step_audit) | {"passed": step_audit.passed, "weak": step_audit.weak},
         "one_run": asdict(run_audit) | {"passed": run_audit.passed},
         "exposure": None,
     }
+    if alone:
+        audit["assumption"] = assumption(plan.sites, plan.colluding)
+        audit["one_step_alone"] = asdict(alone) | {"passed": alone.passed, "weak": alone.weak}
     if run and report:
         exposed = _exposure(run)
         audit["exposure"] = asdict(exposed) | {"exposed": exposed.exposed}
@@ -99,6 +104,11 @@ def _as_it_ran(plan: DpPlan, report: dict[str, Any]) -> DpPlan:
         noise_multiplier=min(sigmas, default=plan.noise_multiplier),
         max_grad_norm=max(norms, default=plan.max_grad_norm),
     )
+
+
+def _alone(plan: DpPlan) -> DpPlan:
+    """Return the plan of a site whose own noised sum somebody opened."""
+    return replace(plan, noise_multiplier=plan.own_noise, sites=1, colluding=0)
 
 
 def _exposure(run: Run) -> Exposure:

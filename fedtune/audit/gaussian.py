@@ -12,7 +12,7 @@ from fedtune.audit.bounds import gaussian_epsilon, gaussian_mu
 from fedtune.audit.selftest import HUGE, MemoryLog
 from fedtune.dp import accountant
 from fedtune.dp.clip import Chunk
-from fedtune.dp.plan import DpPlan
+from fedtune.dp.plan import DpPlan, RowGradients
 
 # Fixed before anything is measured.
 CONFIDENCE = 0.95  # of the bound that is reported
@@ -114,6 +114,19 @@ def _projections(plan: DpPlan, rows: torch.Tensor, toward: torch.Tensor, trials:
 
     log, projections = MemoryLog(), np.empty(trials)
     for trial in range(trials):
-        noised = plan.step(len(rows), rows.shape[1], gradients, log, 1)
+        noised = _opened(plan, len(rows), rows.shape[1], gradients, log)
         projections[trial] = float(noised.double() @ toward)
     return projections
+
+
+def _opened(
+    plan: DpPlan, n_rows: int, dimension: int, gradients: RowGradients, log: MemoryLog
+) -> torch.Tensor:
+    """Run one step as an attacker sees it: of sites that share noise, the sum of the honest ones,
+    of which all but one have no record."""
+    if plan.sites == 1:
+        return plan.step(n_rows, dimension, gradients, log, 1)
+    total = plan.noised_sum(n_rows, dimension, gradients, log, 1)
+    for _ in range(plan.sites - plan.colluding - 1):
+        total += plan.noised_sum(0, dimension, gradients, log, 1)
+    return total.double() * plan.grid_at(dimension)

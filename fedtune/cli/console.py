@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtune.errors import printable
-from fedtune.report.claim import percent, rounded_up, start_line, verdict
+from fedtune.report.claim import percent, rounded_up, shared_line, start_line, verdict
 from fedtune.report.declared import site_lines
 from fedtune.report.figures import short, size_text
 from fedtune.report.preference import alarms, pair_lines
@@ -58,6 +58,8 @@ def closing(console: Console, out: Path, report: dict[str, Any]) -> None:
             f"per {p.get('unit')}",
             highlight=False,
         )
+        if line := shared_line(p):
+            console.print(f"  {line}", highlight=False, markup=False)
         if line := teacher_line(report):
             console.print(f"  {line}", highlight=False, markup=False)
     else:

@@ -119,6 +119,9 @@ def _lines(found: Verified) -> str:
         claim += f"from the step logs that {len(found.sites)} sites signed"
         if found.capped:
             claim += "; at most the plan's for one patient, whom the sites then leave out"
+        if found.fallback is not None:
+            claim += f";\n             if {found.assumption}; whatever happens, "
+            claim += f"ε = {rounded_up(found.fallback)}"
     kind = "a simulation" if found.simulated else "the coordinator of consortium"
     lines = [
         f"study        {found.study}, {found.plan}",

@@ -15,7 +15,7 @@ from fedtune.evidence.verify import is_signed
 from fedtune.files import reading
 from fedtune.models.adapter_files import AGAIN
 from fedtune.models.run import Run
-from fedtune.report.claim import rounded_up
+from fedtune.report.claim import rounded_up, shared_line
 from fedtune.report.declared import site_lines
 
 DOSSIER = "dossier"  # in an exported model: the dossier that its run lay in
@@ -40,6 +40,8 @@ def privacy_line(report: dict[str, Any], signed: bool = True) -> str:
         return f"NOT PRIVATE: it may repeat the records that it was trained on{more}"
     p = report["privacy"]
     unsigned = "" if signed else "by a report that nobody signed, "
+    if shared := shared_line(p):
+        more = f", {shared}{more}"
     return (
         f"{unsigned}differentially private: ε = {rounded_up(p.get('epsilon'))}, "
         f"δ = {p.get('delta')} "

@@ -16,6 +16,7 @@ from fedtune.dp.accountant import Steps, epsilon
 from fedtune.dp.shared_noise import joint_sigma
 from fedtune.evidence.sign import EVIDENCE, NotGenuine
 from fedtune.files import reading
+from fedtune.report.claim import assumption
 from fedtune.wire import fingerprints, seal, step_summary
 from fedtune.wire.keys import canonical
 
@@ -163,10 +164,16 @@ def privacy(
         _fallback(path, name, site.get("secure_aggregation"), study, privacy, log)
         _equal(path, f"{name}'s key", site.get("key"), keys[name]["signing"])
         shown[name] |= {"epsilon": value, "steps": steps}
+    worst = events["update"][max(spent, key=lambda name: spent[name])]
+    _fallback(path, "the run", said.get("secure_aggregation"), study, privacy, worst)
     _queries(path, said.get("evaluation"), events, privacy)
     shares = noise_shares(study)
     logged = max(_steps_epsilon(log, privacy, shares) for log in events["update"].values())
     claim = {"epsilon": largest, "delta": privacy.delta, "unit": privacy.unit}
+    if table := study.secure_aggregation:
+        claim["assumption"] = assumption(study.strategy.min_sites, table.colluding)
+        logs = events["update"].values()
+        claim["fallback"] = max(_steps_epsilon(log, privacy) for log in logs)
     return claim | {"sites": shown, "capped": logged > largest}
 
 

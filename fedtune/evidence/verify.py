@@ -49,12 +49,13 @@ class Verified:
     signer: the consortium's fingerprint, as its coordinator reads it out; trusted: whether it is
     the one that was asked for; simulated: whether no consortium's CA stands behind it; sites: each
     one's fingerprint ("" where it never enrolled), steps and ε; epsilon: the largest of them, None
-    without privacy; not_signed: what else lies in the folder; declared: sites whose data the report
-    calls public or generated; free_query: sites of which it says that a query or a view selects the
-    records, which ε does not cover; exported: whether the run was found inside an exported model,
-    whose weights nobody signed; capped: whether ε is the plan's bound for one patient, at which the
-    sites leave a patient out, and not what all steps together would give; dossier: of a dossier,
-    when it was made, its files, and who approved it."""
+    without privacy; fallback, assumption: with secure aggregation, the ε of each site's own noise
+    alone, and on what the other rests; not_signed: what else lies in the folder; declared: sites
+    whose data the report calls public or generated; free_query: sites of which it says that a query
+    or a view selects the records, which ε does not cover; exported: whether the run was found
+    inside an exported model, whose weights nobody signed; capped: whether ε is the plan's bound for
+    one patient, at which the sites leave a patient out, and not what all steps together would give;
+    dossier: of a dossier, when it was made, its files, and who approved it."""
 
     study: str
     plan: str
@@ -63,6 +64,8 @@ class Verified:
     trusted: bool
     simulated: bool
     epsilon: float | None = None
+    fallback: float | None = None
+    assumption: str = ""
     delta: float | None = None
     unit: str = ""
     updates: int = 0

@@ -92,7 +92,8 @@ def facts(
     return {
         "dataset": dataset,
         "studies": [asdict(line) for line in study_lines(spent, policy.max_delta, unit)],
-        "budget": asdict(total) | {"remaining": total.remaining},
+        "budget": asdict(total)
+        | {"remaining": total.remaining, "fallback_remaining": total.fallback_remaining},
         "not_known": ledger.unknown(dataset, unit) if unit else [],
         "declared": declared(ledger),
         "head": {"entry": ledger.head.seq, "hash": ledger.head.hash},

@@ -29,7 +29,11 @@ def section(audit: dict[str, Any]) -> list[str]:
     ]
 
 
-_AUDITS = {"one_step": "one step, a worst-case unit", "one_run": "one training run, coin by coin"}
+_AUDITS = {
+    "one_step": "one step, a worst-case unit",
+    "one_step_alone": "the same, one site's own noise alone",
+    "one_run": "one training run, coin by coin",
+}
 
 
 def _row(name: str, result: dict[str, Any]) -> list[str]:
@@ -49,6 +53,13 @@ def _notes(audit: dict[str, Any]) -> list[str]:
             f"{cell(step.get('assumption'))}. Its ε is compared with that of one step, not of the "
             "run. A verdict of “too weak” means that less than 80 % of a claim of at least 3 was "
             "found, so that the step is not the one described."
+        )
+    if audit.get("assumption"):
+        notes.append(
+            "The sites share one dose of noise. The first row is of the sum that is opened, and "
+            f"its ε holds if {cell(audit['assumption'])}: the attacker has taken out what those "
+            "know. The second is of a single site's update, as if all others colluded; so is the "
+            "run that is attacked coin by coin."
         )
     if one_run := audit.get("one_run"):
         notes.append(

@@ -188,13 +188,21 @@ def protects(unit: str) -> str:
     return "all records of one patient" if unit == "patient" else f"one {unit}"
 
 
-def limits(unit: str) -> list[str]:
-    """List what the guarantee does not cover, for every report."""
+def limits(unit: str, shared: bool = False) -> list[str]:
+    """List what the guarantee does not cover, for every report. shared: of a run whose sites shared
+    noise."""
+    several = "one patient at several hospitals: the ε of each adds up."
+    if shared:
+        several = (
+            "one patient at several hospitals: over studies the ε of each adds up, and in this run "
+            "it is worse, since all of the patient's records move one sum against one dose of "
+            "noise."
+        )
     common = [
         "What is true of the population. If these records show that a drug helps, the model may "
         "say so, and would have said so without any one of them.",
-        "The same records in other studies, or one patient at several hospitals: the ε of each "
-        "adds up. Each site's step log keeps its own count.",
+        f"The same records in other studies, or {several} Each site's step log keeps its own "
+        "count.",
         "The base model, the public text and the held-out records that the coordinator evaluates "
         "on. They are taken to be public or released.",
         "Choices that people made after looking at private records, such as tuning settings on "

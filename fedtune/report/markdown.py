@@ -6,7 +6,9 @@ from typing import Any
 
 from fedtune.report.claim import (
     THREE_EPSILONS,
+    assumptions,
     best_guess,
+    fallback,
     limits,
     number,
     percent,
@@ -64,10 +66,11 @@ def _claim(report: dict[str, Any]) -> str:
     epsilon, delta = rounded_up(p.get("epsilon")), figure(p.get("delta"))
     who = f"{protects(unit)} at any one site"
     guess = percent(best_guess(p))
-    not_covered = "\n".join(f"- {line}" for line in limits(unit))
+    not_covered = "\n".join(f"- {line}" for line in limits(unit, fallback(p) is not None))
     return (
         f"**This run is differentially private with ε = {epsilon} and δ = {delta} for {who} "
         f"(neighbouring data sets: {cell(p.get('relation'))}).**\n\n"
+        f"{_shared(p)}"
         "## What it means\n\n"
         f"Somebody holds the updates that left the sites, the adapter, or text that it wrote, and "
         f"asks whether {protects(unit)} took part. Even an attacker who knows every other record "
@@ -80,6 +83,21 @@ def _claim(report: dict[str, Any]) -> str:
         "adds the noise, not from the plan. δ is the probability set aside for outcomes that the "
         "bound on ε does not describe.\n\n"
         f"## What it does not cover\n\n{not_covered}"
+    )
+
+
+def _shared(privacy: dict[str, Any]) -> str:
+    """What ε rests on where sites shared noise, and what holds without it; or nothing."""
+    whatever = fallback(privacy)
+    if whatever is None:
+        return ""
+    return (
+        f"**It holds if {assumptions(whatever)}.** The sites shared one dose of noise and masked "
+        "what they sent, so that nobody opened more than a round's sum. **Whatever happens, "
+        f"ε = {rounded_up(whatever['epsilon'])} holds**, by the noise that each site added itself: "
+        "an attacker to whom every site's own update was opened is right at most "
+        f"{percent(best_guess(whatever | {'sites': {}}))} of the time. Attempts at a round that "
+        "came to nothing count in both.\n\n"
     )
 
 
@@ -153,10 +171,12 @@ def _alone(metric: str, alone: dict[str, float]) -> str:
 
 
 def _sites(privacy: dict[str, Any]) -> str:
+    shared = fallback(privacy) is not None
     rows = [
         [
             cell(name),
             rounded_up(site.get("epsilon")),
+            *([_whatever(site)] if shared else []),
             figure(site.get("delta", privacy.get("delta"))),
             figure(site.get("noise_multiplier")),
             figure(site.get("max_grad_norm")),
@@ -168,6 +188,7 @@ def _sites(privacy: dict[str, Any]) -> str:
     if not rows:
         return ""
     head = ["site", "ε", "δ", "noise σ (× C)", "clipping C", "sampling q", "noised steps"]
+    head[2:2] = ["ε whatever happens"] if shared else []
     return (
         f"## Privacy by site\n\n{table(head, rows)}\n\n"
         f"Clipping: {cell(privacy.get('clipping'))}. In every step each unit's gradient is cut to "
@@ -175,6 +196,11 @@ def _sites(privacy: dict[str, Any]) -> str:
         "part with probability q. The ε in the first line is the largest of this column.\n\n"
         f"These ε are reported ones. {THREE_EPSILONS}"
     )
+
+
+def _whatever(site: dict[str, Any]) -> str:
+    table = site.get("secure_aggregation") or {"fallback_epsilon": site.get("epsilon")}
+    return rounded_up(table["fallback_epsilon"])
 
 
 def _ranks(ranks: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import io
 from typing import Any
 
 from fedtune.registry.metrics import metric as known_metric
-from fedtune.report.claim import number, rounded_up, verdict
+from fedtune.report.claim import fallback, number, rounded_up, verdict
 from fedtune.report.quality import intervals
 
 ROOM = 1.18  # of the axis of rounds: the last figure stands beside its point
@@ -176,7 +176,7 @@ def _epsilon(axes: Any, report: dict[str, Any]) -> None:
                   alpha=0.35 if len(by_site) > 1 else 1.0)  # fmt: skip
     last = max(points[-1][0] for points in by_site.values())
     axes.annotate(
-        f"ε = {rounded_up(final)}", (last, final), xytext=(0, 6), ha="right",
+        f"ε = {rounded_up(final)}{_whatever(privacy)}", (last, final), xytext=(0, 6), ha="right",
         textcoords="offset points", color=COST, weight="bold",
     )  # fmt: skip
     sites = f", {len(by_site)} sites" if len(by_site) > 1 else ""
@@ -185,6 +185,11 @@ def _epsilon(axes: Any, report: dict[str, Any]) -> None:
     axes.set_ylim(0, final * 1.2)
     axes.set_xlabel("round")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _whatever(privacy: dict[str, Any]) -> str:
+    held = fallback(privacy)
+    return "" if held is None else f", {rounded_up(held['epsilon'])} whatever happens"
 
 
 def _alarm(axes: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,34 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from fedtune.audit import _alone
+from fedtune.audit.gaussian import one_step
+from fedtune.cli.console import closing
 from fedtune.cli.ledger_view import ledger_facts, ledger_view
+from fedtune.cli.verify import _lines
 from fedtune.client.budget_refusal import explain
 from fedtune.client.policy import total_of, within_budget
 from fedtune.client.review import review
 from fedtune.config import Study
 from fedtune.config.site import PolicyTable
+from fedtune.derive.model_card import privacy_line
 from fedtune.dp import accountant, costs
 from fedtune.dp.accountant import Steps
+from fedtune.dp.composed_epsilon import composed
 from fedtune.dp.plan import plan_for_site
 from fedtune.dp.shared_noise import bits_of, most_numbers
 from fedtune.errors import BudgetExceeded
+from fedtune.evidence.dossier.content import build
+from fedtune.evidence.dossier.facts import documents
+from fedtune.evidence.figures import privacy, seals
+from fedtune.evidence.sign import NotGenuine
+from fedtune.evidence.verify import verify
+from fedtune.launch.simulate import simulate
 from fedtune.ledger.entries import Charge
 from fedtune.ledger.ledger import Ledger
 from fedtune.ledger.spending import budget, study_lines
-from fedtune.report.claim import rounded_up
+from fedtune.report.claim import fallback, rounded_up, shared_line
+from fedtune.run_folder import load_plan
 from fedtune.wire import fingerprints
 from tests.secagg.world import lay_out
 
@@ -206,3 +220,104 @@ def test_a_budget_for_the_worst_refuses_and_says_what_fits(
     # Twin: whoever takes the assumption's total for the worst one refuses nothing.
     monkeypatch.setattr("fedtune.client.policy.fallback_of", total_of)
     assert refused(tmp_path / "twin", tiny_base, 4.0) == ""
+
+
+# ------------------------------------------------------------------------ what a run says of itself
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """A run of three sites at ε = 3."""
+    folder = tmp_path_factory.mktemp("ran")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        study, sites = lay_out(folder, tiny_base, epsilon=3.0, rounds=1)
+        simulate(study, sites, folder / "run")
+    return folder / "run"
+
+
+def whatever_of(run: Path) -> tuple[dict[str, Any], str]:
+    report = json.loads((run / "report.json").read_text())
+    held = fallback(report["privacy"])
+    assert held is not None and held["epsilon"] > report["privacy"]["epsilon"]
+    return report, f"ε = {rounded_up(held['epsilon'])}"
+
+
+def test_report_card_closing_line_and_proof_show_both(ran: Path) -> None:
+    report, whatever = whatever_of(ran)
+    assumed = "at most 1 of the 3 sites that share the noise colludes with the coordinator"
+    text = (ran / "report.md").read_text()
+    assert f"It holds if {assumed}" in text and f"{whatever} holds" in text
+    assert "worse, since all of the patient's records move one sum" in text
+    card = privacy_line(report)
+    assert assumed in card and whatever in card
+    console = Console(width=200, record=True, file=io.StringIO())
+    closing(console, ran, report)
+    shown = console.export_text()
+    assert assumed in shown and whatever in shown
+    found = verify(ran)
+    assert found.assumption == assumed and f"ε = {rounded_up(found.fallback)}" == whatever
+    proof = " ".join(_lines(found).split())
+    assert assumed in proof and whatever in proof
+
+
+def test_a_report_that_understates_the_worst_is_not_genuine(ran: Path, tmp_path: Path) -> None:
+    report, _ = whatever_of(ran)
+    study, content = load_plan(ran), json.loads((ran / "evidence.json").read_text())
+    events = seals(ran, content, study, "", False)
+    proven = privacy(ran, study, report, content["sites"], events)
+    assert proven["fallback"] == fallback(report["privacy"])["epsilon"]  # type: ignore[index]
+    for table in (report["privacy"], report["privacy"]["sites"]["north"]):
+        honest = dict(table["secure_aggregation"])
+        for lie in ({"fallback_epsilon": 1.0}, {"sites": 9}, {"colluding": 2}):
+            table["secure_aggregation"] = honest | lie
+            with pytest.raises(NotGenuine):
+                privacy(ran, study, report, content["sites"], events)
+        table["secure_aggregation"] = honest
+
+
+def test_a_dossier_shows_both_with_their_sources(ran: Path) -> None:
+    _, whatever = whatever_of(ran)
+    facts = {one["label"]: one["fact"] for one in blocks(documents(ran)) if one["kind"] == "fact"}
+    held = facts["ε whatever happens, by each site's own noise alone, rounded up"]
+    assert f"ε = {held['shown']}" == whatever and held["source"] == "report.json#/privacy"
+    assert facts["that ε holds if"]["shown"].startswith("at most 1 of the 3 sites")
+
+
+def blocks(found: dict[str, Any]) -> list[dict[str, Any]]:
+    return [block for section in build(found, {})["sections"] for block in section["blocks"]]
+
+
+def test_of_a_merged_run_both_are_composed(ran: Path) -> None:
+    report, _ = whatever_of(ran)
+    plain = json.loads(json.dumps(report))
+    for table in (plain["privacy"], *plain["privacy"]["sites"].values()):
+        del table["secure_aggregation"]
+    for parents, pairs in (([report, report], [[3, 1]]), ([report, plain], [[3, 1]])):
+        both = composed(parents)
+        site = both["sites"]["north"]
+        delta, claimed = both["delta"], report["privacy"]["noise_multiplier"]
+        own = report["privacy"]["sites"]["north"]["secure_aggregation"]["own_noise_multiplier"]
+        second = own if parents[1] is report else claimed
+        expected = accountant.epsilon([Steps(own, 1.0, 1), Steps(second, 1.0, 1)], delta)
+        assert site["secure_aggregation"]["assumptions"] == pairs
+        assert site["secure_aggregation"]["fallback_epsilon"] == pytest.approx(expected)
+        assert site["epsilon"] == pytest.approx(accountant.epsilon([Steps(claimed, 1.0, 2)], delta))
+        again = composed([both | {"privacy": both}, plain])  # of a run that was merged itself
+        assert again["secure_aggregation"]["fallback_epsilon"] > expected
+        assert shared_line(both).startswith("if at most 1 of the 3 sites")
+    assert "secure_aggregation" not in composed([plain, plain])
+
+
+# ------------------------------------------------------------------------------------------ audit
+
+
+def test_an_audit_of_the_opened_sum_and_of_one_site_alone(study: Study) -> None:
+    plan = plan_for_site(study.changed(training={"rounds": 1}), 100)
+    opened, alone = one_step(plan, 2000), one_step(_alone(plan), 2000)
+    assert opened.passed and alone.passed
+    assert opened.claimed < alone.claimed == pytest.approx(plan.fallback_epsilon)
+    assert opened.audited > 0.7 * opened.claimed and alone.audited > opened.claimed
+    # Twin: sites that divide their noise by all n, as if nobody colluded, do not hold the claim.
+    broken = replace(plan, noise_multiplier=plan.noise_multiplier * math.sqrt(2 / 3))
+    assert one_step(broken, 8000).ceiling > opened.claimed

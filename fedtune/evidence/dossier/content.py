@@ -22,7 +22,7 @@ from importlib import resources
 from typing import Any
 
 from fedtune.evidence.dossier.facts import MISSING, escaped, resolve, show
-from fedtune.report.claim import limits
+from fedtune.report.claim import fallback, limits
 
 FORMAT = "fedtune-dossier-1"
 Block = dict[str, Any]
@@ -51,6 +51,7 @@ WHEN: dict[str, Callable[[Documents], bool]] = {
     "measured": lambda found: isinstance(_report(found, "quality", "before"), Mapping),
     "not measured": lambda found: not isinstance(_report(found, "quality", "before"), Mapping),
     "asked": lambda found: bool(_report(found, "privacy", "evaluation")),
+    "shared": lambda found: fallback(_report(found, "privacy") or {}) is not None,
     "audited": lambda found: "audit.md" in found,
     "not audited": lambda found: "audit.md" not in found,
     "simulated": lambda found: bool(found.get("simulated")),
@@ -118,7 +119,7 @@ def _blocks(
             yield {"kind": "blank", **shown, "typed": answer}
         elif "limits" in block:
             unit = _report(found, "privacy", "unit") or "record"
-            yield {"kind": "list", "list": limits(str(unit))}
+            yield {"kind": "list", "list": limits(str(unit), WHEN["shared"](found))}
         else:
             kind = next(
                 kind for kind in ("heading", "text", "note", "list", "code") if kind in block

@@ -13,7 +13,9 @@ from typing import Any
 from fedtune.config.known_bases import upstream_of
 from fedtune.files import reading
 from fedtune.report.claim import (
+    assumptions,
     best_guess,
+    fallback,
     percent,
     protects,
     rounded_up,
@@ -113,6 +115,8 @@ SHOWN: dict[str, Callable[[Any], str]] = {
     "interval": _interval,
     "guess": lambda value: percent(best_guess(value)),
     "strength": strength,
+    "assumptions": lambda value: assumptions(fallback(value) or {}) or "nothing",
+    "fallback": lambda value: rounded_up((fallback(value) or value)["epsilon"]),
     "protects": lambda value: protects(str(value)),
     "verdict": lambda value: verdict(value) or "not measured",
     "declared": lambda value: declared_line({"declared": value}) or "none",
