@@ -32,9 +32,9 @@ def assumptions(site: dict[str, Any]) -> str:
     """State what the ε of one site's "privacy", or the largest of a report's, rests on; of a run
     that was made of others, what each of them did; "" where nothing but its own noise."""
     table = site.get("secure_aggregation")
-    if not table:
+    if not isinstance(table, dict):
         return ""
-    pairs = table.get("assumptions") or [[table["sites"], table["colluding"]]]
+    pairs = table.get("assumptions") or [[table.get("sites") or 0, table.get("colluding") or 0]]
     return " and ".join(assumption(int(sites), int(colluding)) for sites, colluding in pairs)
 
 
@@ -47,13 +47,14 @@ def fallback(privacy: dict[str, Any]) -> dict[str, Any] | None:
     1.5
     """
     sites = list(privacy.get("sites", {}).values()) or [privacy]
-    held = [_own_noise(site) for site in sites if site.get("secure_aggregation")]
+    held = [_own_noise(site) for site in sites if isinstance(site.get("secure_aggregation"), dict)]
     return max(held, key=lambda site: float(site["epsilon"]), default=None)
 
 
 def _own_noise(site: dict[str, Any]) -> dict[str, Any]:
     table = site["secure_aggregation"]
-    figures = {"epsilon": table["fallback_epsilon"]}
+    told = number(table.get("fallback_epsilon"))
+    figures = {"epsilon": math.inf if told is None else told}  # a table that does not say: nothing
     if "own_noise_multiplier" in table:
         figures["noise_multiplier"] = table["own_noise_multiplier"]
     return site | figures

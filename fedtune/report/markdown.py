@@ -200,7 +200,7 @@ def _sites(privacy: dict[str, Any]) -> str:
 
 def _whatever(site: dict[str, Any]) -> str:
     table = site.get("secure_aggregation") or {"fallback_epsilon": site.get("epsilon")}
-    return rounded_up(table["fallback_epsilon"])
+    return rounded_up(table.get("fallback_epsilon"))
 
 
 def _ranks(ranks: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from rich.console import Console
 from fedtune.audit import _alone
 from fedtune.audit.gaussian import one_step
 from fedtune.cli.console import closing
-from fedtune.cli.ledger_view import ledger_facts, ledger_view
+from fedtune.cli.ledger_view import ledger_view
 from fedtune.cli.verify import _lines
 from fedtune.client.budget_refusal import explain
 from fedtune.client.policy import total_of, within_budget
@@ -38,7 +38,7 @@ from fedtune.evidence.verify import verify
 from fedtune.launch.simulate import simulate
 from fedtune.ledger.entries import Charge
 from fedtune.ledger.ledger import Ledger
-from fedtune.ledger.spending import budget, study_lines
+from fedtune.ledger.spending import budget, facts, study_lines
 from fedtune.report.claim import fallback, rounded_up, shared_line
 from fedtune.run_folder import load_plan
 from fedtune.wire import fingerprints
@@ -167,14 +167,14 @@ def test_the_ledger_shows_both_totals_and_void_attempts_in_both(
     assert line.epsilon == pytest.approx(accountant.epsilon(plan.events(3), 1e-3))
     assert line.fallback == pytest.approx(accountant.epsilon(plan.fallback_events(3), 1e-3))
     policy = PolicyTable(max_epsilon=7.0, max_fallback_epsilon=20.0)
-    facts = ledger_facts(ledger, "records", policy)["budget"]
-    assert facts["fallback"] > facts["epsilon"] > 3
-    assert facts["fallback_remaining"] == pytest.approx(20.0 - facts["fallback"])
+    total = facts(ledger, "records", policy)["budget"]
+    assert total["fallback"] > total["epsilon"] > 3
+    assert total["fallback_remaining"] == pytest.approx(20.0 - total["fallback"])
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(ledger_view(ledger, "records", policy))
     text = console.export_text()
-    assert rounded_up(facts["fallback"]) in text and "policy.max_fallback_epsilon" in text
-    json.dumps(facts)
+    assert rounded_up(total["fallback"]) in text and "policy.max_fallback_epsilon" in text
+    json.dumps(total)
 
 
 def test_a_ledger_of_own_noise_has_one_total(tmp_path: Path, study: Study) -> None:
@@ -278,10 +278,10 @@ def test_a_report_that_understates_the_worst_is_not_genuine(ran: Path, tmp_path:
 
 def test_a_dossier_shows_both_with_their_sources(ran: Path) -> None:
     _, whatever = whatever_of(ran)
-    facts = {one["label"]: one["fact"] for one in blocks(documents(ran)) if one["kind"] == "fact"}
-    held = facts["ε whatever happens, by each site's own noise alone, rounded up"]
+    shown = {one["label"]: one["fact"] for one in blocks(documents(ran)) if one["kind"] == "fact"}
+    held = shown["ε whatever happens, by each site's own noise alone, rounded up"]
     assert f"ε = {held['shown']}" == whatever and held["source"] == "report.json#/privacy"
-    assert facts["that ε holds if"]["shown"].startswith("at most 1 of the 3 sites")
+    assert shown["that ε holds if"]["shown"].startswith("at most 1 of the 3 sites")
 
 
 def blocks(found: dict[str, Any]) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from fedtune.report.claim import (
     number,
     percent,
     protects,
+    shared_line,
     strength,
     verdict,
 )
@@ -255,6 +256,7 @@ def _privacy(
         "protects": protects(unit),
         "strength": strength(epsilon),
         "guess": percent(best_guess(told)) if told else "",
+        "shared": shared_line(told),
     }
 
 

@@ -71,6 +71,7 @@ def _policy(site: Site) -> list[tuple[str, str]]:
     policy = site.policy
     return [
         ("policy.max_epsilon", f"{policy.max_epsilon:g}"),
+        ("policy.max_fallback_epsilon", f"{policy.max_fallback_epsilon:g}"),
         ("policy.max_delta", f"{policy.max_delta:g}"),
         ("policy.max_epsilon_per_study", f"{policy.max_epsilon_per_study:g}"),
         ("policy.admission", str(policy.admission)),
