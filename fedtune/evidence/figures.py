@@ -169,7 +169,7 @@ def privacy(
     _queries(path, said.get("evaluation"), events, privacy)
     shares = noise_shares(study)
     logged = max(_steps_epsilon(log, privacy, shares) for log in events["update"].values())
-    claim = {"epsilon": largest, "delta": privacy.delta, "unit": privacy.unit}
+    claim: dict[str, Any] = {"epsilon": largest, "delta": privacy.delta, "unit": privacy.unit}
     if table := study.secure_aggregation:
         claim["assumption"] = assumption(study.strategy.min_sites, table.colluding)
         logs = events["update"].values()

@@ -320,4 +320,4 @@ def test_an_audit_of_the_opened_sum_and_of_one_site_alone(study: Study) -> None:
     assert opened.audited > 0.7 * opened.claimed and alone.audited > opened.claimed
     # Twin: sites that divide their noise by all n, as if nobody colluded, do not hold the claim.
     broken = replace(plan, noise_multiplier=plan.noise_multiplier * math.sqrt(2 / 3))
-    assert one_step(broken, 8000).ceiling > opened.claimed
+    assert one_step(broken, 3000).ceiling > opened.claimed

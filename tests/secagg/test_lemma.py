@@ -21,7 +21,7 @@ def summed(s: float, m: int, reach: int) -> np.ndarray:
     law = one
     for _ in range(m - 1):
         law = np.convolve(law, one, mode="same")
-    return law
+    return np.asarray(law)
 
 
 def smoothed(s: float, m: int, reach: int) -> np.ndarray:
