@@ -7,7 +7,7 @@ TORCH  := 2.13.0# as in the Dockerfiles; the locks hold everything else, with ha
 
 .DEFAULT_GOAL := help
 
-.PHONY: help install demo test lint audit chaos fuzz mutants bench lock dist clean-room sbom vulnerabilities clean
+.PHONY: help install demo test lint audit chaos fuzz mutants bench lock dist clean-room sbom vulnerabilities containers clean
 
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -70,6 +70,9 @@ sbom: clean-room ## dist/fedtune.cdx.json: all that the wheel brings, as Cyclone
 vulnerabilities: $(READY) ## known vulnerabilities of what locks/ holds; asks the package index
 	$(BIN)/pip-audit --progress-spinner off --disable-pip --require-hashes \
 		--requirement locks/run.txt --requirement locks/dev.txt
+
+containers: $(READY) ## build the images and run docker-compose.yml, with Debian's buildah and podman; as root
+	$(BIN)/python -m tests.containers
 
 clean: ## remove the virtual environment and caches; runs stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist

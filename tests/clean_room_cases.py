@@ -106,7 +106,8 @@ def lay_out(world: Path) -> None:
         (world / f"{name}.toml").write_text(plan)
     scan = '[data.scan]\naction = "redact"\n'
     sites = (
-        ("north", "north", ASKED, scan, ""),
+        ("north", "north", ASKED, "", ""),
+        ("scanned", "north", ASKED, scan, ""),
         ("south", "south", ASKED, "", ""),
         ("open", "open", ASKED, "", "allow_declared_data = true"),
         ("pairs", "pairs", LIKED, "", ""),
@@ -136,8 +137,10 @@ def run_all(room: Room, world: Path) -> set[str]:
         fedtune(*words)
     heard = json.loads((world / "admitted.json").read_text())["fingerprint"]
     who = ("--name", "A. Reader", "--role", "board", "--reason", "read", "--key", "reader.key")
+    fedtune("verify", "run", "--trust", heard)
     fedtune("approve", "dossier", "--trust", heard, *who)
     fedtune("improve", "run", "--reward", "liked", *PROMPTS, "--out", "better", code=2)  # an extra
+    fedtune("data", "scan", "scanned.toml", code=2)  # an extra
     fedtune("versions", "run", code=2)  # a study without a schedule has none
     return ran
 
@@ -162,7 +165,6 @@ BEFORE: tuple[tuple[str, ...], ...] = (
     ("models", "verify", "base"),
     ("check-plugin", "fedavg", "--group", "strategies"),
     ("plan", "study.toml", "--size", "20"),
-    ("data", "scan", "north.toml"),
     ("data", "report", "north.toml"),
     ("data", "describe", "north.toml"),
     ("review", "study.toml", "--site", "north.toml"),
@@ -174,7 +176,6 @@ BEFORE: tuple[tuple[str, ...], ...] = (
 )
 AFTER: tuple[tuple[str, ...], ...] = (
     ("status", "run", "--once"),
-    ("verify", "run"),
     ("doctor", "study.toml"),
     ("evaluate", "run", "--data", "evaluation.jsonl"),
     ("predict", "run", "--data", "evaluation.jsonl", "--choice", "y", "--choice", "n"),

@@ -1,0 +1,331 @@
+"""docker-compose.yml as it is, under podman-compose: enrol, train, kill, upgrade; nothing gets out.
+
+What is changed of the example is its plan and policies: a tiny base, σ = 0, six rounds. An address
+that nobody answers, on an interface of this test's, stands for the world outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+import fedtune
+from tests.containers.images import IMAGES
+from tests.containers.machine import Machine
+from tests.network.kit import records
+
+SITES = ("north", "south", "west")
+OWNER = 10001
+ROUNDS = 6
+OUTSIDE, LINK, FAR, TABLE = "10.253.0.2", "fedtune-out", "fedtune-far", "fedtune_watch"
+ADAPTER = "adapter/adapter_model.safetensors"
+NEXT = "9.9.9"
+KNOCK = """
+import socket, sys
+try:
+    socket.create_connection((sys.argv[1], int(sys.argv[2])), 3).close()
+    print("reached")
+except OSError as error:
+    print(error.errno)
+"""
+CONFINED = {"Uid": f"{OWNER}", "CapEff": "0" * 16, "CapBnd": "0" * 16, "NoNewPrivs": "1"}
+
+
+def checks(machine: Machine) -> Iterator[str]:
+    """A line for each check that held. Errors: AssertionError."""
+    base = lay_out(machine)
+    calm = undisturbed(machine, base)
+    with outside(), cleared(machine):
+        enrol(machine)
+        machine.timed("compose up", "podman-compose", "up", "-d", "--no-build")
+        with watched(machine) as escaped:
+            until(lambda: rounds(machine) >= 1, 900, machine)
+            yield from confined(machine)
+            yield from killed(machine)
+            yield from upgraded(machine)
+            until(lambda: not running(machine, "coordinator"), 1800, machine)
+            code = state(machine, "coordinator")["ExitCode"]
+            assert code == 0, f"the coordinator ended with {code}"
+            assert escaped() == 0, f"{escaped()} packets left the internal networks"
+            yield f"{ROUNDS} rounds; the coordinator ended and stayed down; 0 packets left"
+        yield twin_of_the_watch(machine)
+        found = load_file(machine.tree / "deploy/runs/study" / ADAPTER)
+        assert set(found) == set(calm)
+        off = max(float(np.abs(found[n] - calm[n]).max()) for n in calm)
+        moved = max(float(np.abs(calm[n]).max()) for n in calm if "lora_B" in n)
+        assert off <= 1e-6 < 1e-4 < moved, (off, moved)
+        yield f"the adapter is that of `simulate`, to {off:.0e} (it moved by {moved:.2g})"
+
+
+def lay_out(machine: Machine) -> Path:
+    """Records, a plan and policies in the tree's deploy/, and the base in the volume."""
+    from tests.conftest import tiny_llama
+
+    deploy = machine.tree / "deploy"
+    for name in ("coordinator", "runs", *(f"{s}/{d}" for s in SITES for d in ("post", "state"))):
+        (deploy / name).mkdir()
+        os.chown(deploy / name, OWNER, OWNER)
+    for seed, name in enumerate(SITES):
+        (deploy / name / "data").mkdir()
+        records(deploy / name / "data" / "data.jsonl", seed)
+        site = deploy / name / "site.toml"
+        policy = '[policy]\nbases = "any"\nallow_privacy_off = true\n'
+        text = site.read_text().replace("[policy]\n", policy)
+        site.write_text(text.replace("[site]\n", '[site]\nbase = "/models/tiny"\n'))
+    study = deploy / "study" / "study.toml"
+    text = 'privacy = "off"\n' + study.read_text()
+    for pattern, new in (
+        (r"model = .*\ndigest = .*", 'model = "/models/tiny"\ndtype = "float32"'),
+        (r"rank = 16\nalpha = 32", "rank = 4\nalpha = 8"),
+        (r"max_length = 256", "max_length = 64"),
+        (r"rounds = 8", f"rounds = {ROUNDS}"),
+        (r"\[privacy\]\n.*\n.*\n", ""),
+        (r"round_timeout = 3600", "round_timeout = 120"),
+    ):
+        text, times = re.subn(pattern, new, text)
+        assert times == 1, pattern
+    study.write_text(text)
+    base = tiny_llama(machine.folder / "tiny")
+    machine.podman("volume", "rm", "--force", "fedtune_models")
+    machine.podman("volume", "create", "fedtune_models")
+    volume = Path(machine.inspect("volume", "fedtune_models")["Mountpoint"])
+    shutil.copytree(base, volume / "tiny", copy_function=shutil.copyfile)  # for all to read
+    return base
+
+
+def undisturbed(machine: Machine, base: Path) -> dict[str, np.ndarray]:
+    """The adapter that `simulate` makes of the same plan and records, here."""
+    from tests.simulated import simulate
+
+    calm = machine.folder / "calm"
+    shutil.rmtree(calm, ignore_errors=True)
+    calm.mkdir()
+    deploy = machine.tree / "deploy"
+    text = (deploy / "study/study.toml").read_text().replace("/models/tiny", str(base))
+    (calm / "study.toml").write_text(text)
+    for name in SITES:
+        shutil.copytree(deploy / name / "data", calm / name / "data")
+        text = (deploy / name / "site.toml").read_text().split("[coordinator]")[0]
+        (calm / name / "site.toml").write_text(text.replace("/models/tiny", str(base)))
+    simulate(calm / "study.toml", [calm / n / "site.toml" for n in SITES], calm / "run")
+    return load_file(calm / "run" / ADAPTER)
+
+
+def enrol(machine: Machine) -> None:
+    """As deploy/README.md says: each site asks, the coordinator admits it by its fingerprint."""
+    once = ("--profile", "enrol", "run", "--rm", "-T")
+    for name in SITES:
+        told = machine.compose(*once, f"enrol-{name}")
+        (heard,) = re.findall(r"fingerprint +((?:[0-9a-f]{4} ?){5})", told)
+        post = f"/post/{name}"
+        machine.compose(*once, "admit", f"{post}/{name}.request", "--out", f"{post}/answer",
+                        "--fingerprint", heard.strip())  # fmt: skip
+        site = machine.tree / "deploy" / name
+        asked = json.loads((site / "post" / "answer").read_text())
+        assert asked["address"] == "coordinator:8443"
+        with (site / "site.toml").open("a") as file:
+            file.write(f'fingerprint = "{_consortium(machine)}"\n')
+
+
+def _consortium(machine: Machine) -> str:
+    from fedtune.wire import fingerprints
+
+    answers = (machine.tree / "deploy").glob("*/post/answer")
+    answer = json.loads(next(answers).read_text())
+    return fingerprints.of_consortium(answer["ca"], answer["coordinator"])
+
+
+def confined(machine: Machine) -> Iterator[str]:
+    """What a program in a running container can do: nothing but its work."""
+    for service in ("coordinator", *SITES):
+        name = container(machine, service)
+        status = machine.podman("exec", name, "cat", "/proc/1/status")
+        found = dict(re.findall(r"^(\w+):\t(\S+)", status, re.MULTILINE))
+        assert {key: found[key] for key in CONFINED} == CONFINED, (service, found)
+        refused = machine.podman("exec", name, "touch", "/opt/fedtune/x", fails=True)
+        assert "Read-only file system" in refused, refused
+        machine.podman("healthcheck", "run", name)
+    yield "uid 10001, no capability, no new privilege, a read-only root; health checks pass"
+    for service, key in (
+        ("north", "/site/state/keys/node.key"),
+        ("coordinator", "/coordinator/signing.key"),
+    ):
+        write = f"open({key!r}, 'ab')"
+        refused = machine.podman(
+            "exec", container(machine, service), "python", "-c", write, fails=True
+        )
+        assert "Read-only file system" in refused or "Permission denied" in refused, refused
+    yield "secrets are there, and cannot be replaced from inside"
+    other = address(machine, "south")
+    for to, port in ((OUTSIDE, 443), (other, 8443)):
+        told = knock(machine, container(machine, "north"), to, port)
+        assert told != "reached", f"north reached {to}"
+    assert knock(machine, container(machine, "north"), "coordinator", 8443) == "reached"
+    yield "a site reaches the coordinator's port, no other site, and nothing outside"
+
+
+def killed(machine: Machine) -> Iterator[str]:
+    """SIGKILL to the first process of a container: its restart policy brings it back."""
+    for service in ("north", "coordinator"):
+        yield f"{service} was killed after round {_killed(machine, service)}, and went on"
+
+
+def _killed(machine: Machine, service: str) -> int:
+    at, begun = rounds(machine), state(machine, service)["StartedAt"]
+    os.kill(state(machine, service)["Pid"], signal.SIGKILL)
+
+    def again() -> bool:
+        now = state(machine, service)
+        return bool(now["Running"] and now["StartedAt"] != begun)
+
+    until(again, 120, machine)
+    until(lambda: rounds(machine) > at or not running(machine, "coordinator"), 900, machine)
+    return at
+
+
+def upgraded(machine: Machine) -> Iterator[str]:
+    """The next release's images, in the middle of the study."""
+    at = rounds(machine)
+    assert at < ROUNDS, "the study was over before the upgrade"
+    machine.podman("pause", container(machine, "coordinator"))
+    here = fedtune.__version__
+    for file in ("fedtune/__init__.py", "pyproject.toml"):
+        path = machine.tree / file
+        path.write_text(path.read_text().replace(f'"{here}"', f'"{NEXT}"', 1))
+    for image, dockerfile in IMAGES.items():
+        machine.build(image, dockerfile, what=f"build {image}, next release")
+    machine.podman("unpause", container(machine, "coordinator"))
+    machine.timed("compose up, next release", "podman-compose", "up", "-d", "--no-build",
+                  "--force-recreate")  # fmt: skip
+    for service in ("coordinator", "north"):
+        said = machine.podman("exec", container(machine, service), "fedtune", "--version")
+        assert said.strip() == f"fedtune {NEXT}", said
+    yield f"all went on from the images of release {NEXT} after round {at}"
+
+
+# ------------------------------------------------------------------------------------ watching
+
+
+@contextmanager
+def outside() -> Iterator[None]:
+    """A cable of our own, at whose far end nobody answers."""
+    _ip("link", "del", LINK, fails=True)
+    _ip("link", "add", LINK, "type", "veth", "peer", "name", FAR)
+    try:
+        _ip("addr", "add", "10.253.0.1/24", "dev", LINK)
+        for end in (LINK, FAR):
+            _ip("link", "set", end, "up")
+        yield
+    finally:
+        _ip("link", "del", LINK)
+
+
+@contextmanager
+def watched(machine: Machine) -> Iterator[Callable[[], int]]:
+    """Count packets that go from a site's network to any other interface of this machine."""
+    bridges = [machine.inspect("network", f"fedtune_{name}")["network_interface"] for name in SITES]
+    with _counted(bridges) as count:
+        yield count
+
+
+@contextmanager
+def _counted(bridges: list[str]) -> Iterator[Callable[[], int]]:
+    rules = "".join(f'iifname "{bridge}" oifname != "{bridge}" counter\n' for bridge in bridges)
+    hook = "type filter hook forward priority -300;"
+    table = f"table inet {TABLE} {{\nchain out {{\n{hook}\n{rules}}}\n}}\n"
+    subprocess.run(["nft", "-f", "-"], input=table, text=True, check=True)
+
+    def count() -> int:
+        words = ["nft", "--json", "list", "table", "inet", TABLE]
+        told = json.loads(subprocess.run(words, capture_output=True, check=True).stdout)
+        found = [e for item in told["nftables"] if "rule" in item for e in item["rule"]["expr"]]
+        return sum(e["counter"]["packets"] for e in found if "counter" in e)
+
+    try:
+        yield count
+    finally:
+        subprocess.run(["nft", "delete", "table", "inet", TABLE], check=True)
+
+
+def twin_of_the_watch(machine: Machine) -> str:
+    """The same knock from a network that is not internal: it is counted."""
+    machine.podman("network", "create", "fedtune-open")
+    try:
+        bridge = machine.inspect("network", "fedtune-open")["network_interface"]
+        with _counted([bridge]) as count:
+            words = ("run", "--rm", "--network", "fedtune-open", "--entrypoint", "python")
+            machine.podman(*words, "fedtune-site", "-c", KNOCK, OUTSIDE, "443")
+            assert count() > 0, "the watch sees nothing"
+            return f"the twin, a network that is not internal: {count()} packets were counted"
+    finally:
+        machine.podman("network", "rm", "--force", "fedtune-open")
+
+
+def _ip(*words: str, fails: bool = False) -> None:
+    subprocess.run(["ip", *words], check=not fails, capture_output=True)
+
+
+# ---------------------------------------------------------------------------------- containers
+
+
+@contextmanager
+def cleared(machine: Machine) -> Iterator[None]:
+    """Nothing of an earlier run before, nothing of this one after."""
+    with suppress(AssertionError):
+        machine.compose("down")
+    try:
+        yield
+    finally:
+        with suppress(AssertionError):
+            machine.compose("down")
+
+
+def container(machine: Machine, service: str) -> str:
+    label = f"label=io.podman.compose.service={service}"
+    names = machine.podman("ps", "--all", "--filter", label, "--format", "{{.Names}}").split()
+    assert len(names) == 1, (service, names)
+    return names[0]
+
+
+def state(machine: Machine, service: str) -> dict[str, Any]:
+    found: dict[str, Any] = machine.inspect("container", container(machine, service))["State"]
+    return found
+
+
+def running(machine: Machine, service: str) -> bool:
+    return bool(state(machine, service)["Running"])
+
+
+def address(machine: Machine, service: str) -> str:
+    found = machine.inspect("container", container(machine, service))
+    return str(next(iter(found["NetworkSettings"]["Networks"].values()))["IPAddress"])
+
+
+def knock(machine: Machine, name: str, host: str, port: int) -> str:
+    return machine.podman("exec", name, "python", "-c", KNOCK, host, port).strip()
+
+
+def rounds(machine: Machine) -> int:
+    path = machine.tree / "deploy/runs/study/metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def until(true: Callable[[], Any], seconds: float, machine: Machine) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > deadline:
+            logs = [machine.podman("logs", "--tail", "15", container(machine, s))
+                    for s in ("coordinator", *SITES)]  # fmt: skip
+            raise AssertionError("it did not happen in time\n" + "\n---\n".join(logs))
+        time.sleep(0.5)
