@@ -68,7 +68,7 @@ sbom: clean-room ## dist/fedtune.cdx.json: all that the wheel brings, as Cyclone
 		--mc-type library --output-reproducible --output-file dist/fedtune.cdx.json
 
 vulnerabilities: $(READY) ## known vulnerabilities of what locks/ holds; asks the package index
-	$(BIN)/pip-audit --progress-spinner off --disable-pip --require-hashes \
+	$(BIN)/pip-audit --strict --progress-spinner off --disable-pip --require-hashes \
 		--requirement locks/run.txt --requirement locks/dev.txt
 
 containers: $(READY) ## build the images and run docker-compose.yml, with Debian's buildah and podman; as root

@@ -292,7 +292,7 @@ def cleared(machine: Machine) -> Iterator[None]:
 
 
 def container(machine: Machine, service: str) -> str:
-    label = f"label=io.podman.compose.service={service}"
+    label = f"label=com.docker.compose.service={service}"
     names = machine.podman("ps", "--all", "--filter", label, "--format", "{{.Names}}").split()
     assert len(names) == 1, (service, names)
     return names[0]
