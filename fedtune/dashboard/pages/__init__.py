@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
+from fedtune.observe.status import LOCK, held
+
 
 class Page(ABC):
     """A page of one path. Its template is templates/KIND.html, and KIND_PART.html a part of it that
@@ -49,7 +51,8 @@ class Page(ABC):
 
     @staticmethod
     def signature(files: Iterable[Path]) -> str:
-        """Say which state these files are in: it changes when one of them does."""
+        """Say which state these files are in: it changes when one of them does, or when the process
+        that holds a lock among them has ended."""
         marks = []
         for path in files:
             try:
@@ -57,6 +60,8 @@ class Page(ABC):
             except OSError:
                 continue
             marks.append(f"{path.name}:{about.st_mtime_ns}:{about.st_size}:{about.st_ino}")
+            if path.name == LOCK:
+                marks.append(str(held(path)))
         return "|".join(marks)
 
 
