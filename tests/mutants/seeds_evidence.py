@@ -57,7 +57,7 @@ MUTANTS = (
     ),
     _one(
         "evidence", "answers-count-as-updates", FIGURES,
-        'if (said["status"], said["name"]) != (DONE[kind], entry["site"]):', "if not said:",
+        'if (said["status"], said["name"]) != (done, entry["site"]):', "if not said:",
         ATTACKS + "test_no_other_work_of_a_site_counts_as_an_update",
         "the cheap log of the answers in place of the steps",
     ),

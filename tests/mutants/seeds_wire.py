@@ -47,9 +47,9 @@ WIRE_MUTANTS = (
     ),
     _one(
         25, "choice-of-sites-as-amplification", SUMMARY,
-        'name: _epsilon(events, parts, privacy) for',
+        "name: _epsilon(events, parts, privacy, shares)",
         'name: _epsilon([e | {"q": e["q"] * progress.study.strategy.fraction} for e in events], '
-        'parts, privacy) for',
+        "parts, privacy, shares)",
         "tests/traps/test_trap_22_weights.py", "the coordinator's draw is public",
     ),
     _one(
@@ -118,7 +118,7 @@ ENCODING_MUTANTS = (
     ),
     _one(
         "wire", "any-encoding-will-do", "fedtune/server/admission.py",
-        "        check_agreed(arrays, codec.layout(agreed, encoding))\n", "",
+        "    check_agreed(arrays, codec.layout(agreed, encoding))\n", "",
         T_LIES + "test_a_lie_is_dropped_with_its_own_reason",
         "arrays are read before they are compared with the plan",
     ),
