@@ -28,7 +28,8 @@ MUTANTS: tuple[Mutant, ...] = (
     _one(
         AREA, "an-attempt-has-no-name", STATEMENT,
         'return f"{self.adapter}:{self.attempt}"', "return self.adapter",
-        EARLIER, "the second attempt is the first one's draw",
+        T_ATTACKS + "test_an_attempt_that_was_masked_is_no_answer_to_the_next",
+        "the second attempt is the first one's draw",
     ),
     _one(
         AREA, "a-statement-of-any-draw-will-do", STATEMENT,

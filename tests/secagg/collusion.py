@@ -8,7 +8,7 @@ ledger says: under the assumption, up to `colluding`, and the fallback, whoever 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,39 +43,41 @@ class Audit:
     ceiling: float
 
 
-def audit(plan: DpPlan, held: int, trials: int = TRIALS, opens: bool = True) -> Audit:
-    """Attack `trials` sums with a canary at the first site, and as many without.
+def audits(
+    plan: DpPlan, held: Sequence[int], trials: int = TRIALS, opens: bool = True
+) -> list[Audit]:
+    """Attack `trials` sums with a canary at the first site, and as many without; for each number of
+    sites that the coordinator holds, the same sums.
 
     The canary is one unit, longer than C, that the attacker knows but for whether it is there; it
-    knows the sums of the `held` sites, and takes them off what was opened. opens: False: it has
-    one masked message of the first site alone. Sums, noise and masks are the shipped ones; the
+    knows the sums of the sites that it holds, and takes them off what was opened. opens: False: it
+    has one masked message of the first site alone. Sums, noise and masks are the shipped ones; the
     threshold is half of C, fixed before a trial is run."""
     plan = replace(plan, sampling_rate=1.0, divisor=1.0)
     toward = np.zeros(DIMENSION)
     toward[0] = 1.0
-    seen = []
+    drawn = []
     for present in (False, True):
         totals = [_sums(plan, present and site == 0, toward, trials) for site in range(plan.sites)]
-        words = _masked(totals)
-        if opens:
-            known = sum(totals[plan.sites - held :], np.zeros_like(totals[0]))
-            left = words.open() - known
-        else:
-            left = words.open() - _masked_first(totals)
-        seen.append(left.reshape(trials, DIMENSION) @ toward * plan.grid_at(DIMENSION))
-    middle = plan.max_grad_norm / 2
-    alarms, misses = int((seen[0] > middle).sum()), int((seen[1] <= middle).sum())
+        drawn.append((totals, _masked(totals).open() if opens else _first_message(totals)))
 
-    def bound(confidence: float) -> float:
-        return gaussian_epsilon(gaussian_mu(alarms, misses, trials, confidence), plan.delta)
+    def project(totals: list[np.ndarray], opened: np.ndarray, number: int) -> np.ndarray:
+        left = opened - sum(totals[plan.sites - number :], np.zeros_like(opened))
+        return left.reshape(trials, DIMENSION) @ toward * plan.grid_at(DIMENSION)
 
-    return Audit(
-        held=held,
-        claimed=accountant.epsilon(plan.events(1), plan.delta),
-        fallback=accountant.epsilon(plan.fallback_events(1), plan.delta),
-        audited=bound(CONFIDENCE),
-        ceiling=bound(CEILING),
-    )
+    found = []
+    for number in held:
+        absent, there = (project(*each, number) for each in drawn)
+        middle = plan.max_grad_norm / 2
+        wrong = int((absent > middle).sum()), int((there <= middle).sum())
+        bound = [
+            gaussian_epsilon(gaussian_mu(*wrong, trials, confidence), plan.delta)
+            for confidence in (CONFIDENCE, CEILING)
+        ]
+        claimed = accountant.epsilon(plan.events(1), plan.delta)
+        fallback = accountant.epsilon(plan.fallback_events(1), plan.delta)
+        found.append(Audit(number, claimed, fallback, *bound))
+    return found
 
 
 def _sums(plan: DpPlan, canary: bool, toward: np.ndarray, trials: int) -> np.ndarray:
@@ -107,19 +109,16 @@ def _masked(totals: list[np.ndarray]) -> MaskedSum:
     return words
 
 
-def _masked_first(totals: list[np.ndarray]) -> np.ndarray:
-    """What the other sites sent: taken off the sum, one masked message is left."""
+def _first_message(totals: list[np.ndarray]) -> np.ndarray:
     keys, said = _parties(len(totals))
-    sent = [masks.mask(t, k, m, said, 32) for t, k, m in zip(totals, keys, said, strict=True)]
-    return masks.centred(sum(sent[1:], np.zeros_like(sent[0])))
+    return masks.centred(masks.mask(totals[0], keys[0], said[0], said, 32))
 
 
-def draw(out: Path, trials: int) -> list[Audit]:
+def draw(out: Path, found: list[Audit]) -> None:
     from matplotlib.figure import Figure
 
     from fedtune.report.plot import COST, FAINT, GOOD, INK
 
-    found = [audit(plan_of(5, 2), held, trials) for held in range(5)]
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.axvspan(-0.3, 2.5, color=GOOD, alpha=0.07, linewidth=0)
@@ -131,12 +130,11 @@ def draw(out: Path, trials: int) -> list[Audit]:
     ):
         axes.annotate(text, (-0.25, level), (0, 4), textcoords="offset points", color=color)
     axes.plot([a.held for a in found], [a.audited for a in found], "o-", color=INK)
-    axes.set(xlabel="sites that the coordinator holds, of five", xlim=(-0.3, 4.3), ylim=(0, None))
+    axes.set(xlabel="sites that the coordinator holds, of five", xlim=(-0.3, 4.3), ylim=(0, 7.5))
     axes.set_ylabel("ε that the attack shows (95 %)")
     axes.set_xticks(range(5))
     axes.grid(color=FAINT, linewidth=0.5, alpha=0.5)
     figure.savefig(out, dpi=130, metadata={"Software": None})
-    return found
 
 
 def plan_of(sites: int, colluding: int, sigma: float = 1.2) -> DpPlan:
@@ -148,5 +146,6 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--trials", type=int, default=20_000)
     given = parser.parse_args()
-    for line in draw(given.out, given.trials):
-        print(line)
+    measured = audits(plan_of(5, 2), range(5), given.trials)
+    draw(given.out, measured)
+    print(*measured, sep="\n")

@@ -135,6 +135,14 @@ def test_a_statement_of_an_earlier_attempt_is_of_another_draw(world: World) -> N
     world.check()
 
 
+def test_an_attempt_that_was_masked_is_no_answer_to_the_next(world: World) -> None:
+    said = world.readied("a", "b", "c")
+    assert world.ask_words("a", said) == "masked"
+    (again,) = world.readied("a", attempt=2)
+    assert again.masking != said[0].masking and again.draw.attempt == 2
+    assert charges(world, "a") == 2
+
+
 def test_sites_with_different_adapters_are_in_no_set_together(world: World) -> None:
     a, b, c = world.readied("a", "b", "c")
     (d,) = world.readied("d", value=0.5)

@@ -7,43 +7,55 @@ import pytest
 
 from fedtune.dp import plan as plan_module
 from fedtune.dp import shared_noise
-from tests.secagg.collusion import audit, plan_of
+from tests.secagg.collusion import Audit, audits, plan_of
 
 
-@pytest.mark.parametrize(
-    ("sites", "colluding"), [(3, 1), pytest.param(5, 2, marks=pytest.mark.long)]
-)
-def test_with_t_sites_the_claim_holds_and_is_tight(sites: int, colluding: int) -> None:
+@pytest.fixture(scope="module")
+def three() -> list[Audit]:
+    """Of three sites, of which one may collude: with none, one and two of them held."""
+    return audits(plan_of(3, 1), range(3))
+
+
+def holds_and_is_tight(found: Audit) -> None:
     """As for one step alone: 4.65 standard deviations to a false alarm, more to weakness."""
-    found = audit(plan_of(sites, colluding), colluding)
     assert found.claimed >= 3
     assert 0.8 * found.claimed <= found.audited
     assert found.ceiling <= found.claimed
 
 
-def test_one_site_more_and_the_claim_is_broken_but_not_the_fallback() -> None:
+def test_with_t_sites_the_claim_holds_and_is_tight(three: list[Audit]) -> None:
+    holds_and_is_tight(three[1])
+
+
+@pytest.mark.long
+def test_with_two_of_five_the_claim_holds_and_is_tight() -> None:
+    (found,) = audits(plan_of(5, 2), [2])
+    holds_and_is_tight(found)
+
+
+def test_one_site_more_and_the_claim_is_broken_but_not_the_fallback(three: list[Audit]) -> None:
     """Two of three: all others. 7 standard deviations above the claim."""
-    found = audit(plan_of(3, 1), held=2)
+    found = three[2]
     assert found.ceiling > found.claimed
     assert 0.8 * found.fallback <= found.audited
     assert found.ceiling <= found.fallback
 
 
-def test_without_colluders_there_is_more_noise_than_charged() -> None:
-    found = audit(plan_of(3, 1), held=0, trials=4_000)
-    assert found.ceiling < 0.9 * found.claimed
+def test_without_colluders_there_is_more_noise_than_charged(three: list[Audit]) -> None:
+    assert three[0].ceiling < 0.9 * three[0].claimed
 
 
 def test_a_masked_message_alone_tells_nothing() -> None:
-    found = audit(plan_of(3, 1), held=0, trials=2_000, opens=False)
+    (found,) = audits(plan_of(3, 1), [0], trials=2_000, opens=False)
     assert found.ceiling == 0.0
 
 
-def test_the_twin_that_shares_among_all_sites_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_twin_that_shares_among_all_sites_is_caught(
+    three: list[Audit], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """σ/√n: each site counts on the noise of those that collude."""
     honest = shared_noise.own_sigma
     shared = property(lambda plan: honest(plan.noise_multiplier, plan.sites))
-    claimed = audit(plan_of(3, 1), 0, trials=10).claimed
     monkeypatch.setattr(plan_module.DpPlan, "own_noise", shared)
-    found = audit(plan_of(3, 1), held=1)
-    assert found.ceiling > claimed
+    (found,) = audits(plan_of(3, 1), [1])
+    assert found.ceiling > three[1].claimed
