@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,9 +78,10 @@ def load_waiting(folder: Path, draw: Draw) -> Waiting | None:
         return None
 
 
-def destroy(folder: Path, plan: str, before: tuple[int, int]) -> None:
+def destroy(folder: Path, plan: str, before: tuple[float, float] = (math.inf, 0)) -> None:
     """Remove the plan's draws of (round, attempt) up to `before`, with their keys: those that were
-    masked, those of attempts that the coordinator gave up, and what a crash left half written."""
+    masked, those of attempts that the coordinator gave up, and what a crash left half written; all
+    draws of the plan where no round is named."""
     places = folder / FOLDER
     if not places.is_dir():
         return

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from fedtune.secagg.statement import Ready, StatementError, set_digest
+from fedtune.secagg.statement import Ready, set_digest
 
 _CHUNK = 2**18  # words of a keystream in work at once
 Words = npt.NDArray[Any]  # uint32 or uint64
@@ -51,14 +51,13 @@ def mask(
     Guarantee: without the words of every other site of the set, or their keys, the result is
     computationally indistinguishable from uniform words. The sum is reduced modulo 2ᵇ and never
     clamped, checked or rejected: whatever a site said about its noised sum would be an answer with
-    its own noise alone behind it. `key` must be used for one set only.
-    Errors: StatementError where a masking key of the set is no point of the curve."""
+    its own noise alone behind it. `key` must be used for one set only."""
     words = total.astype(np.uint64).astype(dtype_of(bits))  # modulo 2⁶⁴, then modulo 2ᵇ
     digest = set_digest(statements)
     for other in statements:
         if other == mine:
             continue
-        secret = _shared(key, other.masking)
+        secret = key.exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(other.masking)))
         sign = 1 if mine.masking < other.masking else -1
         info = b"fedtune mask\0" + "".join(sorted((mine.masking, other.masking))).encode()
         derived = HKDF(hashes.SHA256(), 32, salt=bytes.fromhex(digest), info=info).derive(secret)
@@ -68,13 +67,6 @@ def mask(
             part += stream if sign > 0 else (0 - stream).astype(words.dtype)
             at += len(stream)
     return words
-
-
-def _shared(key: X25519PrivateKey, public: str) -> bytes:
-    try:
-        return key.exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(public)))
-    except ValueError:  # a point of low order: the secret would be known to everybody
-        raise StatementError("a masking key of the set gives no secret") from None
 
 
 def _keystream(key: bytes, size: int, bits: int) -> Iterator[Words]:

@@ -9,6 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+
 from fedtune.errors import InputError
 from fedtune.wire.keys import SigningKey, canonical, verifies
 
@@ -19,6 +21,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _KEY, _DIGEST = re.compile(r"[0-9a-f]{64}"), re.compile(r"sha256:[0-9a-f]{64}")
 _SIGNATURE = re.compile(r"[0-9a-f]{128}")
 _MOST_UNITS = 10**10
+_ANY = X25519PrivateKey.from_private_bytes(bytes(32))
 
 
 class StatementError(InputError):
@@ -81,7 +84,7 @@ def _flat(ready: Ready) -> dict[str, Any]:
 
 def parse(text: Any) -> Ready:
     """Parse and verify a statement. Errors: StatementError where it is malformed, spelled another
-    way, or not signed by the key that it names."""
+    way, not signed by the key that it names, or names a masking key that gives no secret."""
     try:
         if not isinstance(text, str) or len(text) > LONGEST:
             raise ValueError
@@ -96,7 +99,19 @@ def parse(text: Any) -> Ready:
         raise StatementError("a statement of a ready site is malformed") from None
     if not verifies(ready.signing, PURPOSE + canonical(ready.fields), ready.signature):
         raise StatementError("a statement of a ready site is not signed by the key that it names")
+    if not _gives_a_secret(ready.masking):
+        raise StatementError("a masking key of a ready site gives no secret")
     return ready
+
+
+def _gives_a_secret(masking: str) -> bool:
+    """Return whether a masking key is no point of low order: with such a one any other key makes
+    the secret zero, which everybody knows, so that one key tells it of all."""
+    try:
+        _ANY.exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(masking)))
+    except ValueError:
+        return False
+    return True
 
 
 def _check_fields(ready: Ready) -> None:

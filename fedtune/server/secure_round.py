@@ -153,9 +153,10 @@ class SecureRound:
         self.save()
 
     def _is_void(self, tally: Tally, names: list[str]) -> bool:
-        """Return whether one of `names` said that it will not answer this attempt."""
+        """Return whether one of `names` said that it will not answer this attempt. A reply that was
+        dropped says nothing: it may be an old one, and what the site sends next the right one."""
         told = [tally.missing.get(name, "") for name in names]
-        return any(why.startswith(("void", "refused", "dropped")) for why in told)
+        return any(why.startswith(("void", "refused")) for why in told)
 
     def _take_words(
         self,

@@ -143,7 +143,7 @@ def coordinator(forge: Forge) -> tuple[SecureRound, Any, Any]:
     )
     roster = SimpleNamespace(down=Counter(), up=Counter(), refused={}, is_stranger=lambda *_: False)
     limits = SimpleNamespace(of=lambda *_: {"terms": None})
-    parts = (SimpleNamespace(key=KEY), limits, None, None, lambda: None, lambda *_: None)
+    parts = (SimpleNamespace(key=KEY), limits, None, None, lambda: None, lambda *_: None, None)
     secure = SecureRound(progress, roster, *parts)  # type: ignore[arg-type]
     draw = Draw(DIGEST, 1, 1, DIGEST)
     ready = Ready(draw, "a", 10, forge.key.public, masks.public_of(masks.new_key()))

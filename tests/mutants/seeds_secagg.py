@@ -84,10 +84,10 @@ MUTANTS: tuple[Mutant, ...] = (
         "an answer about one site's sum with its own noise alone",
     ),
     _one(
-        AREA, "a-point-of-low-order-is-taken", MASKS,
-        'raise StatementError("a masking key of the set gives no secret") from None',
-        "return bytes(32)",
-        T_ATTACKS + "test_a_point_of_low_order_gives_no_mask", "a mask that everybody knows",
+        AREA, "a-point-of-low-order-is-taken", STATEMENT,
+        "    if not _gives_a_secret(ready.masking):", "    if False:",
+        T_ATTACKS + "test_a_masking_key_of_low_order_costs_nobody_an_attempt",
+        "one liar voids every attempt",
     ),
     _one(
         AREA, "a-mask-knows-no-set", MASKS, "salt=bytes.fromhex(digest)", "salt=None",
@@ -123,6 +123,16 @@ MUTANTS: tuple[Mutant, ...] = (
         "if (ready.draw, ready.site, ready.size, ready.signing) != expected:", "if False:",
         T_ATTACKS + "test_the_coordinator_takes_no_statement_but_of_this_draw",
         "one liar voids every attempt",
+    ),
+    _one(
+        AREA, "an-old-message-voids-an-attempt", AT_COORDINATOR,
+        'startswith(("void", "refused"))', 'startswith(("void", "refused", "dropped"))',
+        T_ATTACKS + "test_a_reply_that_is_dropped_is_asked_for_again", "every site pays again",
+    ),
+    _one(
+        AREA, "a-study-ends-and-its-keys-stay", "fedtune/client/app.py",
+        "            draws.destroy(site.ledger.folder, study.digest)  #", "            #",
+        T_ATTACKS + "test_a_finished_study_leaves_no_key", "what was given up can be masked",
     ),
     _one(
         AREA, "a-spoiled-sum-is-opened-again", AT_COORDINATOR,

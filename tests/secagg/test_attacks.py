@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ from fedtune.secagg import draw as draws
 from fedtune.secagg import masks
 from fedtune.secagg.masks import centred
 from fedtune.secagg.statement import Ready, set_digest
+from fedtune.server.admission import plan_message
+from fedtune.server.orders import tell_finished
 from fedtune.wire.keys import SigningKey
 from tests.secagg.model import World
-from tests.secagg.unit_sites import LEAST, NAMES, PINNED, SIGMA, SIZES, study
+from tests.secagg.unit_sites import DRAW_LIES, LEAST, NAMES, PINNED, SIGMA, SIZES, study
 
 Patch = pytest.MonkeyPatch
 
@@ -160,6 +163,15 @@ def test_a_point_of_low_order_gives_no_mask(world: World, point: str) -> None:
     assert world.ask_words("a", [a, b, c]) == "masked"
 
 
+def test_a_masking_key_of_low_order_costs_nobody_an_attempt(world: World) -> None:
+    """The coordinator refuses it at ready; in the set it would void every attempt."""
+    world.sites["d"].lie = "a key of low order"
+    world.advance(1)
+    assert ("d", "dropped", "a masking key of a ready site gives no secret") in world.told
+    assert world.progress().history[0]["participants"] == ["a", "b", "c", "s"]
+    assert [charges(world, n) for n in "abc"] == [1, 1, 1]
+
+
 @pytest.mark.parametrize("what", ["site", "signing", "masking"])
 def test_whoever_is_in_the_set_twice_voids_it(world: World, what: str) -> None:
     a, b, c, d = world.readied(*PINNED)
@@ -237,7 +249,38 @@ def test_a_ceiling_for_the_fallback_holds(world: World) -> None:
 # ------------------------------------------------------------------------------ lying sites
 
 
-@pytest.mark.parametrize("lie", ["another draw", "another size", "another name"])
+@pytest.mark.parametrize("how", ["replay", "another set", "short words"])
+def test_a_reply_that_is_dropped_is_asked_for_again(world: World, how: str) -> None:
+    """Such as an old message that came once more: what the site says next is in the sum."""
+    world.advance(1)
+    if how == "replay":
+        world.network.faults[world.nodes["a"], "train.masked"] = how
+    else:
+        world.sites["a"].lie = how
+    world.told.clear()
+    world.advance(1)
+    assert [s for n, s, _ in world.told if n == "a"][-4:] == [
+        "ready",
+        "dropped",
+        "masked",
+        "trained",
+    ]
+    assert [charges(world, n) for n in NAMES] == [2] * len(NAMES)
+    world.check()
+
+
+def test_a_finished_study_leaves_no_key(world: World) -> None:
+    """Of an attempt that was given up, and that no later draw followed."""
+    said = world.readied("a", "b", "c")
+    roster: Any = SimpleNamespace(nodes=world.nodes, grid=world.network, expect=lambda *_: None)
+    roster.plan = plan_message(world.study, {}, world.key)
+    with world.at_work():
+        tell_finished(roster)
+    assert not [*(world.home / "a" / draws.FOLDER).iterdir()]
+    assert world.ask_words("a", said) == "void" and charges(world, "a") == 1
+
+
+@pytest.mark.parametrize("lie", DRAW_LIES)
 def test_the_coordinator_takes_no_statement_but_of_this_draw(world: World, lie: str) -> None:
     world.sites["a"].lie = lie
     world.advance(1)

@@ -8,18 +8,20 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from flwr.app import Message
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from fedtune.secagg.draw import FOLDER
 from tests.secagg.model import MEMORY, World
-from tests.secagg.unit_sites import NAMES, PINNED, ROUNDS
+from tests.secagg.unit_sites import DRAW_LIES, NAMES, PINNED, ROUNDS
 
 names = st.sampled_from(NAMES)
 KINDS = ("train.ready", "train.masked")
 FAULTS = ("request", "response", "twice", "replay", "garbage", "late")
 CRASHES = ("reserving", "training", "stored", "masking", "released")
-LIES = ("another draw", "another size", "another name", "another set", "short words")
+LIES = (*DRAW_LIES, "a key of low order", "another set", "short words")
 
 
 class Consortium(RuleBasedStateMachine):
@@ -154,10 +156,18 @@ def test_a_site_that_crashes_pays_for_what_it_drew_and_the_study_goes_on(fresh: 
     ends(fresh)
 
 
-def test_a_site_that_leaves_between_ready_and_masked_costs_everybody_a_draw(fresh: World):
+def test_a_site_that_loses_its_draw_costs_everybody_another(fresh: World):
     for name in ("d", "s"):
         fresh.network.away.add(fresh.nodes[name])
-    fresh.sites["a"].lie = "another set"
+    lost = list[Path]()
+
+    def saw(name: str, asked: Message, reply: Message) -> None:
+        World.saw(fresh, name, asked, reply)
+        for path in [] if lost else (fresh.home / "a" / FOLDER).glob("*.bin"):
+            lost.append(path)
+            path.unlink()
+
+    fresh.network.saw = saw
     fresh.advance(1)
     assert [len(fresh.sites[n].ledger.spending()) for n in PINNED[:3]] == [2, 2, 2]
     assert len(fresh.draws) == 6 and sum(bool(d.opened) for d in fresh.draws.values()) == 3

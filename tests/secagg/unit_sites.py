@@ -17,6 +17,7 @@ PINNED = NAMES[:4]  # pin each other; s is enrolled by the coordinator and pinne
 LEAST, COLLUDING, SIGMA, NORM, RATE = 3, 1, 2.0, 0.5, 1.0
 SIZES = {name: 10 + n for n, name in enumerate(NAMES)}
 DIMENSION, ROUNDS = 8, 3
+DRAW_LIES = ("another draw", "another size", "another name")  # of a statement
 SITE = """
 [site]
 name = "{name}"
@@ -83,12 +84,13 @@ class UnitWorker(SiteWorker):
 def lied(site: UnitWorker, what: str, told: Update) -> Update:
     """Replace what a site says, once."""
     kind, site.lie = site.lie, ""
-    if what == "ready" and kind in ("another draw", "another size", "another name"):
+    if what == "ready" and kind in (*DRAW_LIES, "a key of low order"):
         ready = parse(told.said["ready"])
         fields = {"draw": ready.draw, "site": ready.site, "size": ready.size}
         fields |= {"signing": ready.signing, "masking": ready.masking}
         other = type(ready.draw)(**{**vars(ready.draw), "attempt": ready.draw.attempt + 1})
-        changes = {"another draw": {"draw": other}, "another size": {"size": 1}}
+        changes: dict[str, dict[str, Any]] = {"another draw": {"draw": other}}
+        changes |= {"another size": {"size": 1}, "a key of low order": {"masking": "00" * 32}}
         fields |= changes.get(kind, {"site": "b" if ready.site == "a" else "a"})
         return Update({}, told.events, {"ready": Ready(**fields).signed(site.key).text()})
     if what == "masked" and kind == "another set":
