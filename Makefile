@@ -7,7 +7,7 @@ TORCH  := 2.13.0# as in the Dockerfiles; the locks hold everything else, with ha
 
 .DEFAULT_GOAL := help
 
-.PHONY: help install demo test lint audit chaos fuzz mutants bench lock dist clean-room sbom vulnerabilities containers clean
+.PHONY: help install demo test lint docs audit chaos fuzz mutants bench lock dist clean-room sbom vulnerabilities containers clean
 
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -33,6 +33,10 @@ lint: $(READY) ## style, types and import contracts alone
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+docs: $(READY) ## the documentation site in build/site; asks no other host when it is read
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m tests.docs.site
 
 audit: $(READY) ## attack the guarantee at length: audits of ε, sensitivity, variance
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests --ignore tests/dp/test_ledger_chaos.py --ignore tests/dp/test_ledger.py --ignore tests/fuzz --ignore tests/server/test_model.py --ignore tests/network
