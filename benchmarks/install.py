@@ -53,26 +53,21 @@ def main() -> None:
     parser.add_argument("extras", nargs="*", default=extras)
     parser.add_argument("--wheel", default=str(ROOT))
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        core = Path(folder) / "core"
-        subprocess.run([*UV, "venv", "--quiet", str(core)], check=True)
-        torch = install(core, "torch")
-        rows = [("torch", packages(core), megabytes(core), torch)]
-        seconds = install(core, given.wheel)
-        rows.append(("fedtune", packages(core) - rows[0][1], megabytes(core) - rows[0][2], seconds))
-        for extra in given.extras:
-            place = Path(folder) / extra
-            subprocess.run([*UV, "venv", "--quiet", str(place)], check=True)
-            install(place, given.wheel)
-            before = packages(place), megabytes(place)
-            seconds = install(place, f"{given.wheel}[{extra}]")
-            rows.append(
-                (f"[{extra}]", packages(place) - before[0], megabytes(place) - before[1], seconds)
-            )
-            shutil.rmtree(place)
     print("| what | packages | MB | s |\n|---|---|---|---|")
-    for name, count, size, seconds in rows:
-        print(f"| `{name}` | {count} | {size:,.0f} | {seconds:.0f} |", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for extra in ("", *given.extras):
+            place = Path(folder) / (extra or "core")
+            subprocess.run([*UV, "venv", "--quiet", str(place)], check=True)
+            steps = {"torch": "torch", "fedtune": given.wheel}
+            if extra:
+                steps = {"": given.wheel, f"[{extra}]": f"{given.wheel}[{extra}]"}
+            for name, what in steps.items():
+                before, size = packages(place), megabytes(place)
+                seconds = install(place, what)
+                count, size = packages(place) - before, megabytes(place) - size
+                if name:
+                    print(f"| `{name}` | {count} | {size:,.0f} | {seconds:.0f} |", flush=True)
+            shutil.rmtree(place)
 
 
 if __name__ == "__main__":

@@ -42,22 +42,22 @@ class Room:
             "COLUMNS": "160",
         }
 
-    def run(self, what: str, *words: object, cwd: Path, code: int = 0) -> str:
+    def run(self, what: str, *words: object, cwd: Path, code: int = 0, says: str = "") -> str:
+        """Run a command; what it printed. Wrong: another exit code, or no `says` in its words."""
         start = time.monotonic()
         done = subprocess.run(
             [*self.prefix, *map(str, words)],
             cwd=cwd, env=self.environment, capture_output=True, text=True, stdin=subprocess.DEVNULL,
         )  # fmt: skip
-        wrong = (
-            "" if done.returncode == code else f"exit code {done.returncode}: {done.stderr[-800:]}"
-        )
+        right = done.returncode == code and says in done.stdout + done.stderr
+        wrong = "" if right else f"exit code {done.returncode}: {done.stderr[-800:]}"
         self.results.append((what, time.monotonic() - start, wrong))
         print(f"{self.results[-1][1]:7.1f} s  {what}  {wrong}", flush=True)
         return done.stdout
 
-    def fedtune(self, *words: object, cwd: Path, code: int = 0) -> str:
-        return self.run(f"fedtune {' '.join(map(str, words))}"[:100], "fedtune", *words, cwd=cwd,
-                        code=code)  # fmt: skip
+    def fedtune(self, *words: object, cwd: Path, code: int = 0, says: str = "") -> str:
+        what = f"fedtune {' '.join(map(str, words))}"[:100]
+        return self.run(what, "fedtune", *words, cwd=cwd, code=code, says=says)
 
     def install(self, wheel: Path, *extras: str) -> None:
         """Make the environment, and install the wheel with what it asks for: wheels alone."""
@@ -67,16 +67,8 @@ class Room:
         asked = f"{wheel}[{','.join(extras)}]" if extras else str(wheel)
         self.run(
             "pip install",
-            *(
-                self.bin / "python",
-                "-m",
-                "pip",
-                "install",
-                "--quiet",
-                "--only-binary",
-                ":all:",
-                asked,
-            ),
+            *(self.bin / "python", "-m", "pip", "install", "--quiet"),
+            *("--only-binary", ":all:", asked),
             cwd=self.folder,
         )
         self.run("pip check", self.bin / "python", "-m", "pip", "check", cwd=self.folder)

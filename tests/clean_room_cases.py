@@ -123,25 +123,28 @@ def lay_out(world: Path) -> None:
 
 def run_all(room: Room, world: Path) -> set[str]:
     """Run one case of each command; the commands that ran."""
-    ran = {"demo", "models fetch", "server", "enroll", "admit", "client"}
+    ran = {"demo", "models fetch", "server", "enroll", "admit", "client", "dashboard"}
 
-    def fedtune(*words: str, code: int = 0) -> str:
+    def fedtune(*words: str, code: int = 0, says: str = "") -> str:
         first = words[0]
         ran.add(f"{first} {words[1]}" if first in ("data", "models") else first)
-        return room.fedtune(*words, cwd=world, code=code)
+        return room.fedtune(*words, cwd=world, code=code, says=says)
 
     for words in BEFORE:
         fedtune(*words)
     room.run("server, enroll, admit, client", "sh", "-ec", BETWEEN_MACHINES, cwd=world)
+    room.run("dashboard", "sh", "-ec", LOOKED_AT, cwd=world)
     for words in AFTER:
         fedtune(*words)
     heard = json.loads((world / "admitted.json").read_text())["fingerprint"]
     who = ("--name", "A. Reader", "--role", "board", "--reason", "read", "--key", "reader.key")
     fedtune("verify", "run", "--trust", heard)
     fedtune("approve", "dossier", "--trust", heard, *who)
-    fedtune("improve", "run", "--reward", "liked", *PROMPTS, "--out", "better", code=2)  # an extra
-    fedtune("data", "scan", "scanned.toml", code=2)  # an extra
-    fedtune("versions", "run", code=2)  # a study without a schedule has none
+    extra = "pip install 'fedtune[{}]'"
+    made = ("improve", "run", "--reward", "liked", *PROMPTS, "--out", "better")
+    fedtune(*made, code=2, says=extra.format("rl"))
+    fedtune("data", "scan", "scanned.toml", code=2, says=extra.format("scan"))
+    fedtune("versions", "run", code=2, says="a run of a study with a [schedule]")
     return ran
 
 
@@ -158,6 +161,16 @@ fedtune admit north.request --home coordinator --fingerprint "$(heard enrolled.j
 fedtune client north.toml --once --answer north.answer \\
     --fingerprint "$(heard admitted.json)" > client.log 2>&1
 wait $server
+"""
+LOOKED_AT = """
+fedtune dashboard run > dashboard.log &
+trap 'kill $!' EXIT
+until grep -q token= dashboard.log; do kill -0 $!; sleep 0.2; done
+python -c '
+import re, urllib.request as web
+address = re.search("http://[^ ]+", open("dashboard.log").read()).group()
+page = web.build_opener(web.HTTPCookieProcessor()).open(address).read().decode()
+assert "<html" in page and "tiny" in page, page'
 """
 BEFORE: tuple[tuple[str, ...], ...] = (
     ("init", "mine"),
@@ -182,9 +195,9 @@ AFTER: tuple[tuple[str, ...], ...] = (
     ("generate", "run", "--prompt", "fever"),
     ("export", "run", "--out", "exported"),
     ("merge", "run", "other", "--out", "merged"),
-    ("distill", "run", "--layers", "2", *PROMPTS, "--epochs", "1", "--out", "student"),
+    ("distill", "run", "--layers", "2", *PROMPTS, "--new-tokens", "8", "--out", "student"),
     ("label", "north.toml", "--generator", "./base", "--new-tokens", "4", "--out", "new.jsonl"),
-    ("attack", "run", "--models", "4", "--canaries", "8", "--units", "20", "--out", "attacked"),
+    ("attack", "run", "--models", "8", "--canaries", "10", "--units", "20", "--out", "attacked"),
     ("release", "run", "--out", "dossier", "--home", "coordinator"),
     ("backup", "study.toml", "--out", "run", "--to", "hub.backup"),
     ("restore", "hub.backup", "--to", "again"),

@@ -127,7 +127,7 @@ def enrol(machine: Machine) -> None:
     once = ("--profile", "enrol", "run", "--rm", "-T")
     for name in SITES:
         told = machine.compose(*once, f"enrol-{name}")
-        (heard,) = re.findall(r"fingerprint +((?:[0-9a-f]{4} ?){5})", told)
+        (heard,) = re.findall(r"fingerprint {2,}((?:[0-9a-f]{4} ?){5})", told)
         post = f"/post/{name}"
         machine.compose(*once, "admit", f"{post}/{name}.request", "--out", f"{post}/answer",
                         "--fingerprint", heard.strip())  # fmt: skip

@@ -45,11 +45,10 @@ runroot = "{0}/run"
 
 
 class Machine:
-    """The containers of one folder. steps: (what, seconds) of all that took a while."""
+    """The containers of one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.tree = folder, folder / "tree"
-        self.steps: list[tuple[str, float]] = []
         folder.mkdir(parents=True, exist_ok=True)
         driver = "overlay" if _overlays(folder) else "vfs"  # vfs copies an image for every layer
         (folder / "containers.conf").write_text(CONTAINERS_CONF)
@@ -83,8 +82,7 @@ class Machine:
     def timed(self, what: str, *words: object) -> str:
         start = time.monotonic()
         said = self.run(*words)
-        self.steps.append((what, time.monotonic() - start))
-        print(f"{self.steps[-1][1]:7.1f} s  {what}", flush=True)
+        print(f"{time.monotonic() - start:7.1f} s  {what}", flush=True)
         return said
 
     def podman(self, *words: object, fails: bool = False) -> str:
