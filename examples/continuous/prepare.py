@@ -89,7 +89,7 @@ def _public(desks: Desks, rng: random.Random) -> Rows:
 
 def _study(folder: Path, seed: int) -> Path:
     choices = ", ".join(f'" {letter}"' for letter in DESKS[:9])
-    text = generate.STUDY.format(seed=seed, choices=choices, selection="")
+    text = generate.STUDY.format(seed=seed, choices=choices, selection="", rounds=8)
     sigma = calibrate(EPSILON, DELTA, 1.0, LIFE)
     changes = {
         'name = "hospitals"': 'name = "continuous"',
