@@ -62,6 +62,37 @@ def test_every_page_is_one_click_from_the_index() -> None:
     assert pages - linked - {"docs/mutants.md"} == set()  # written by `make mutants`, for engineers
 
 
+# What newcomers looked for and did not find: a word of the page that answers it, one click away.
+SOUGHT = {
+    "presets that learn": ("docs/own-records.md", "--task"),
+    "trying without spending a budget": ("docs/rehearsal.md", "fedtune tune"),
+    "answers that are cut off": ("docs/own-records.md", "overflow"),
+    "a classifier to use": ("docs/serving.md", "fedtune predict"),
+    "three sites on one machine": ("README.md", "--sites"),
+    "is this run what it says": ("docs/verify.md", "fedtune verify"),
+    "what is in my files": ("docs/intake.md", "fedtune data report"),
+    "every key": ("docs/configuration.md", "append_eos"),
+    "an officer's file": ("docs/release.md", "fedtune approve"),
+    "from Python, a notebook": ("docs/library.md", "notebook"),
+    "trackers": ("docs/observability.md", "mlflow"),
+    "a page in a browser": ("docs/dashboard.md", "fedtune dashboard"),
+    "three hospitals, step by step": ("docs/consortium.md", "fedtune admit"),
+    "a withdrawal and its receipt": ("docs/intake.md", "fedtune withdraw"),
+    "systems, memory": ("README.md", "1.56 GB of memory"),
+    "a security contact": ("SECURITY.md", "report"),
+    "a glossary": ("docs/glossary.md", "unit"),
+    "what to do after a bad first run": ("docs/faq.md", "learned nothing"),
+}
+
+
+@pytest.mark.parametrize("task", SOUGHT)
+def test_what_newcomers_sought_is_one_click_away(task: str) -> None:
+    page, words = SOUGHT[task]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert page == "README.md" or page in {t.partition("#")[0] for t in LINK.findall(readme)}
+    assert words in (ROOT / page).read_text(encoding="utf-8")
+
+
 def test_twin_a_link_that_leads_nowhere_stops_the_build(tmp_path: Path) -> None:
     pytest.importorskip("zensical", reason="zensical is in the docs extra (make docs)")
     page = tmp_path / "build" / "pages" / "docs" / "faq.md"
