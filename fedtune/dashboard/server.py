@@ -36,7 +36,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fedtune import __version__
+from fedtune import __version__, boot
 from fedtune.dashboard import work
 from fedtune.dashboard.pages import Page
 from fedtune.errors import FedtuneError, InfrastructureError
@@ -231,9 +231,12 @@ class Views:
 
 async def worked(what: str, page: Page) -> dict[str, Any]:
     """Run a function of work.py on a page's path, in a child process of its own."""
-    words = (sys.executable, "-m", work.__name__, what, str(page.path), page.trust)
+    words = boot.command(work.__name__, what, str(page.path), page.trust)
     child = await asyncio.create_subprocess_exec(
-        *words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+        *words,
+        env=boot.environment(),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
     )
     try:
         printed, _ = await child.communicate()
