@@ -14,7 +14,7 @@ from fedtune.client.prepared import Unprepared, Update, Void
 from fedtune.client.site import SiteWorker
 from fedtune.errors import FedtuneError, Refused
 from fedtune.evidence.audit_log import REPEATS
-from fedtune.flower.arrays import Arrays, bodies, read_agreed, to_record
+from fedtune.flower.arrays import bodies, to_record
 from fedtune.observe.log import reason_of
 from fedtune.wire.seal import SealError, body_digest, check_order
 
@@ -65,17 +65,6 @@ def sealed(
         note_refusal(context, site_of, failure, kind=record)
     content = RecordDict({record: arrays, "site": ConfigRecord(dict(answer))})
     return Message(content, reply_to=message)
-
-
-def order_of(message: Message) -> tuple[int, str]:
-    """Return the round and the receipt of an order."""
-    order = message.content.config_records["order"]
-    return int(str(order["round"])), str(order["receipt"])
-
-
-def adapter_of(site: SiteWorker, digest: str, message: Message) -> Arrays:
-    """Decode the adapter that came with an order. Errors: Unprepared, WireError."""
-    return read_agreed(message.content.array_records["adapter"], site.shapes(digest))
 
 
 def note(site: SiteWorker, event: str, rule: str, **facts: Any) -> None:

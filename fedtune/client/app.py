@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedtune.client import secure_round
-from fedtune.client.answers import (
-    adapter_of,
-    guarded,
-    note,
-    note_refusal,
-    order_of,
-    sealed,
-    site_errors,
-)
-from fedtune.client.prepared import Update
+from fedtune.client import work
+from fedtune.client.answers import guarded, note, note_refusal, sealed, site_errors
 from fedtune.client.site import SiteWorker, worker
 from fedtune.client.site_checks import check_watch
 from fedtune.client.site_file import site_file
@@ -40,6 +29,7 @@ def prepare(message: Message, context: Context) -> Message:
     answer |= {"reason": "", **version_fields()}
 
     def attempt() -> None:
+        nonlocal answer
         site = site_of(context)
         answer["name"] = site.site.site.name
         plan = message.content.config_records["plan"]
@@ -59,13 +49,7 @@ def prepare(message: Message, context: Context) -> Message:
         check_watch(study, context.node_config.get("watch"))
         frozen = read_frozen(message.content.array_records["frozen"], study.lora)
         admission = site.prepare(study, frozen, coordinator)
-        answer.update(name=admission.name, declared_size=admission.declared_size)
-        if admission.lora_rank is not None:
-            answer["lora_rank"] = admission.lora_rank
-        if admission.declared is not None:
-            answer["declared"] = admission.declared
-        if admission.free_query:
-            answer["free_query"] = True
+        answer |= admission.fields()
         if not admission.admitted:
             raise PolicyRefused(admission.reason)
         rule = site.site.policy.admission
@@ -82,57 +66,33 @@ def prepare(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train one round as ordered and return the sealed update."""
-
-    def work(site: SiteWorker, digest: str, message: Message) -> Update:
-        round_, receipt = order_of(message)
-        return site.train(digest, round_, adapter_of(site, digest, message), receipt)
-
-    return sealed(message, context, site_of, work, record="update", done="trained")
+    return sealed(message, context, site_of, work.train, record="update", done="trained")
 
 
 @app.train("ready")
 def ready(message: Message, context: Context) -> Message:
     """Draw a noised sum for an attempt at a round, and return the sealed statement of it."""
-
-    def work(site: SiteWorker, digest: str, message: Message) -> Update:
-        order, (round_, receipt) = message.content.config_records["order"], order_of(message)
-        asked = json.loads(str(message.content.config_records["set"]["asked"]))
-        adapter = adapter_of(site, digest, message)
-        attempt = int(str(order["attempt"]))
-        return secure_round.ready(site, digest, round_, attempt, adapter, receipt, list(asked))
-
     kind = {"record": "ready", "done": "ready", "order_for": ":ready"}
-    return sealed(message, context, site_of, work, **kind)
+    return sealed(message, context, site_of, work.ready, **kind)
 
 
 @app.train("masked")
 def masked(message: Message, context: Context) -> Message:
     """Return the sealed, masked words of this site's draw for the set that came with the order."""
-
-    def work(site: SiteWorker, digest: str, message: Message) -> Update:
-        order, (round_, receipt) = message.content.config_records["order"], order_of(message)
-        statements = str(message.content.config_records["set"]["statements"])
-        attempt = int(str(order["attempt"]))
-        return secure_round.masked(site, digest, round_, attempt, statements, receipt)
-
     kind = {"record": "update", "done": "masked", "order_for": ":masked"}
-    return sealed(message, context, site_of, work, **kind)
+    return sealed(message, context, site_of, work.masked, **kind)
 
 
 @app.query("evaluate")
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate the adapter on the site's held-out records; return the noised, sealed answer."""
-
-    def work(site: SiteWorker, digest: str, message: Message) -> Update:
-        round_, receipt = order_of(message)
-        return site.evaluate(digest, round_, adapter_of(site, digest, message), receipt)
-
     kind = {"record": "answer", "done": "answered", "order_for": ":evaluation"}
-    return sealed(message, context, site_of, work, **kind)
+    return sealed(message, context, site_of, work.evaluate, **kind)
 
 
 def site_of(context: Context) -> SiteWorker:
     """Return the worker of this node's site file. Errors: ConfigError."""
     site = worker(site_file(context))
-    site.peers = tuple(str(context.node_config.get(PEERS, "")).split())
+    if PEERS in context.node_config:  # in a simulation alone
+        site.peers = tuple(str(context.node_config[PEERS]).split())
     return site

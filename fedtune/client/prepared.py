@@ -40,6 +40,13 @@ class Admission:
     declared: str | None = None  # public or generated, where a person declared the data to be
     free_query: bool = False  # a query or a view selects the records: outside the guarantee
 
+    def fields(self) -> dict[str, str | int]:
+        """Return what the answer states beside its status; of what is not the rule, nothing."""
+        fields: dict[str, str | int] = {"name": self.name, "declared_size": self.declared_size}
+        fields |= {} if self.lora_rank is None else {"lora_rank": self.lora_rank}
+        fields |= {} if self.declared is None else {"declared": self.declared}
+        return fields | ({"free_query": True} if self.free_query else {})
+
 
 @dataclass(frozen=True, repr=False)
 class Update:

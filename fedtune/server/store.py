@@ -29,6 +29,7 @@ from safetensors.numpy import save as to_bytes
 from fedtune.config import Study, study_from_json
 from fedtune.errors import ConfigError, InfrastructureError, InputError
 from fedtune.files.writing import replace
+from fedtune.run_folder import PLACES
 from fedtune.strategies import State
 from fedtune.wire.codec import Arrays
 
@@ -135,7 +136,7 @@ def load(out: Path, study: Study) -> Progress | None:
     folder = out / FOLDER
     path = folder / DATABASE
     if not path.exists():
-        first = {FROZEN, _arrays(0)}  # what a crash within the first save leaves
+        first = {FROZEN, _arrays(0), PLACES.name}  # what a crash within the first save leaves
         if folder.exists() and any(
             p.name not in first and p.suffix != ".new" for p in folder.iterdir()
         ):
