@@ -9,6 +9,7 @@
     │   ├── CheckpointError            a run's checkpoint (fedtune/server/store.py)
     │   ├── WireError                  arrays on the wire (flower/arrays.py)
     │   ├── SealError                  a signature on the wire (wire/seal.py)
+    │   ├── StatementError             what ready sites signed (secagg/statement.py)
     │   ├── NotGenuine                 signatures of a run or of a log (evidence/sign.py)
     │   └── UnknownPatient             who withdraws is in no record here (client/withdraw.py)
     ├── Refused               exit 3   a rule said no, before data was read
@@ -16,6 +17,7 @@
     │   ├── BudgetExceeded             the privacy budget
     │   ├── SelfTestFailed             the guarantee does not hold here (audit/selftest.py)
     │   ├── Unprepared                 the site does not know the plan (fedtune/client/site.py)
+    │   ├── Void                       an attempt at a round is over (client/prepared.py)
     │   └── OtherProtocol              the other side is of another release (wire/protocol.py)
     ├── InfrastructureError   exit 4   network, disk, another process
     │   ├── LedgerError                the privacy ledger (ledger/files.py)
