@@ -330,6 +330,7 @@ ORDINARY = Case(
     unit="a",
     places=(CLASSES,),
 )
+SHARED = replace(ORDINARY, plans=(Plan(**HEAD, shared=True),))
 GROWING = replace(
     ORDINARY,
     files={

@@ -16,6 +16,7 @@ from fedtune.training.start import Start, start
 from fedtune.wire.keys import SigningKey
 
 COORDINATOR = SigningKey()
+PEERS = (SigningKey(), SigningKey())  # with which noise is shared, where a plan says so
 SIZE = 12  # declared
 PUBLIC = "public"  # among the bases: a file of public text
 CLASSIFIES = "classifier"  # a base: a run that learnt the labels
@@ -59,6 +60,7 @@ class Plan:
     rate: float = 0.1
     asked: float = 4.0  # σ of a query
     teacher: str | None = None  # of distill: a base, or a run that classifies
+    shared: bool = False  # one dose of noise for three sites, of which one may collude
     public: bool = False  # a preconditioner, and an adapter that starts trained
 
     @property
@@ -107,6 +109,9 @@ class Plan:
             body["evaluation"] = {"path": "public.jsonl", "columns": columns}
         else:
             training["rounds"] = self.rounds
+        if self.shared:
+            body["secure_aggregation"] = {"colluding": 1}
+            body["strategy"] = {"min_sites": 1 + len(PEERS)}
         if self.queries:
             body["private_evaluation"] = {"noise_multiplier": self.asked, "every": 1}
         return Study.model_validate(body, strict=False)
@@ -172,7 +177,8 @@ class Place:
             lines += [CONSENT[self.consent], scan]
         lines += ["[policy]", 'bases = "any"', "max_delta = 1e-4", "min_noise_multiplier = 0.0"]
         lines += ['release = ["evaluation"]', self.policy or WIDE]
-        lines += [f"teachers = {json.dumps(teachers)}"]
+        lines += [f"teachers = {json.dumps(teachers)}", "max_fallback_epsilon = 1e6"]
+        lines += [f"peers = {json.dumps([peer.public for peer in PEERS])}"]
         return "\n".join(lines) + "\n"
 
 

@@ -3,14 +3,18 @@
 Both worlds get the same messages, as bytes, and their files change alike. Noise and coins are
 coupled, the only parts that are replaced: a row's coin hangs on its own name, and a step's noise
 takes the sum of either world to one common point. So everything after the noise must be the same
-to the last bit, and what was summed before it is seen as it was.
+to the last bit, and what was summed before it is seen as it was. Where noise is shared, the
+noise is the same in both worlds and the noised sums are not: no answer but words that open in the
+sum of all sites may depend on them.
 
 | on the wire                                  | equal: statuses, reasons, counts, arrays, sizes   |
 | what the ledger charges                      | equal                                             |
+| words, opened with those of two peers        | the sum that was noised, whatever it is           |
 | the exact sum, where the unit is charged     | differs by at most C (k C where records are drawn)|
 | where it is not there, has withdrawn or      | differs by nothing                                |
 | opted out, or has no budget left             |                                                   |
-| all that a patient moved (q = 1)             | its true ε is at most what the ledger says        |
+| all that a patient moved (q = 1)             | its true ε is at most what the ledger says, under |
+|                                              | the assumption of shared noise and without it     |
 """
 
 from __future__ import annotations
@@ -22,54 +26,51 @@ import logging
 import math
 import os
 import tempfile
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from PIL import Image
 
 from fedtune.audit.bounds import gaussian_epsilon
-from fedtune.audit.selftest import MemoryLog
 from fedtune.client.rank_process import team
 from fedtune.data.records import unit_member
-from fedtune.dp import noise, sampling
 from fedtune.dp.filter import total_epsilon
-from fedtune.dp.plan import DpPlan
-from fedtune.flower.arrays import bodies, to_record
+from fedtune.flower.arrays import to_record
+from fedtune.ledger.files import OUTBOX
 from fedtune.ledger.ledger import Ledger
 from fedtune.registry import process_cache
+from fedtune.secagg.draw import FOLDER as DRAWS
+from fedtune.secagg.statement import parse, set_text
 from fedtune.server.admission import plan_message
 from fedtune.training.start import Start
 from fedtune.wire.codec import encode
 from fedtune.wire.seal import order
+from tests.guarantee.property_coupling import Coupling, Sum
 from tests.guarantee.property_files import PREFIX, WRITERS, agreeing, write_opt_outs
-from tests.guarantee.property_plans import COORDINATOR, Case, Crafted, Ids, Op, Row, begun, path_of
+from tests.guarantee.property_plans import (
+    COORDINATOR,
+    PEERS,
+    Case,
+    Crafted,
+    Ids,
+    Op,
+    Row,
+    begun,
+    path_of,
+)
+from tests.guarantee.property_wire import facts, opened, set_with
 from tests.guarantee.world import Recorder
 from tests.media import image, recording
 
 SHM = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # no disk waits for each reservation
-ELSEWHERE = ("key", "signature")  # of the site's own key, and other ones in either world
 WOBBLE = 1e-6  # of C: room for a last bit of another row's fp32
 
 
 """("prepare", plan) ("train", plan, round, adapter) ("query", plan, round) ("files", version)
 ("withdraw", key) ("restart",) ("place", number); plan: its number in the case; adapter: a number"""
-
-
-@dataclass(frozen=True, repr=False, eq=False)
-class Sum:
-    """What one step added up before its noise, in multiples of `grid`."""
-
-    plan: DpPlan
-    round: int
-    total: torch.Tensor
-    std: float  # of the noise, in gradient units
 
 
 @dataclass(frozen=True, repr=False)
@@ -81,82 +82,6 @@ class Seen:
     charged: dict[str, list[dict[str, Any]]]
     sums: list[Sum]
     unit_pays: bool
-
-
-# ------------------------------------------------------------------------------ coins and noise
-
-
-class Coupling:
-    """Stands in for coins and noise of the site's own steps, never of the self-test's."""
-
-    def __init__(self) -> None:
-        self.sums: list[Sum] = []
-        self._names: list[bytes] | None = None
-        self._summed: tuple[DpPlan, int, torch.Tensor] | None = None
-
-    def of(self, plan: DpPlan, round_: int, name: bytes) -> np.random.Generator:
-        """The same for one name in both worlds, and for others another."""
-        key = f"{plan.study} {round_} {len(self.sums)} ".encode() + name
-        return np.random.default_rng(list(hashlib.sha256(key).digest()))
-
-    @contextlib.contextmanager
-    def at_work(self) -> Iterator[None]:
-        honest_step, honest_add = DpPlan.step, DpPlan._add_noise
-        honest_coins, honest_noise = sampling.poisson, noise.gaussian_on_grid
-
-        def step(plan: DpPlan, n: int, d: int, rows: Any, log: Any, round_: int, *team: Any) -> Any:
-            if not isinstance(log, MemoryLog):
-                self._names, self._plan = names(plan, rows, n), (plan, round_)
-            try:
-                return honest_step(plan, n, d, rows, log, round_, *team)
-            finally:
-                self._names = None
-
-        def poisson(n: int, q: float) -> list[int]:
-            if self._names is None or q == 1.0:
-                return honest_coins(n, q)
-            coins = (self.of(*self._plan, name).random() for name in self._names)
-            return [row for row, coin in enumerate(coins) if coin < q]
-
-        def add(plan: DpPlan, total: torch.Tensor, log: Any, round_: int) -> torch.Tensor:
-            if not isinstance(log, MemoryLog):
-                self._summed = plan, round_, total.clone()
-            return honest_add(plan, total, log, round_)
-
-        def gaussian(d: int, std: float, grid: float) -> torch.Tensor:
-            if self._summed is None:
-                return honest_noise(d, std, grid)
-            (plan, round_, total), self._summed = self._summed, None
-            draw = self.of(plan, round_, b"noise").normal(size=d) * (std / grid)
-            self.sums.append(Sum(plan, round_, total, std))
-            return torch.from_numpy(np.rint(draw).astype(np.int64)) - total
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(DpPlan, "step", step)
-            patch.setattr(DpPlan, "_add_noise", add)
-            patch.setattr(sampling, "poisson", poisson)
-            patch.setattr(noise, "gaussian_on_grid", gaussian)
-            yield
-
-
-def names(plan: DpPlan, engine: Any, n: int) -> list[bytes]:
-    """Each row by its unit's key and, where it is a record, what the record says; of equal ones
-    the first, the second and so on."""
-    if not hasattr(engine, "data"):  # a query, in which all take part
-        return [b"" for _ in range(n)]
-    dataset, found = engine.data.dataset, []
-    several: Counter[bytes] = Counter()
-    for members in engine._members:
-        examples = [dataset.examples[i] for i in members]
-        parts = [dataset.keys[examples[0].unit]] if plan.unit == "patient" else []
-        if plan.unit == "record" or plan.records > 1:
-            for e in examples:
-                ids = [p.input_ids.tobytes() + p.target_ids.tobytes() for p in e.passages]
-                parts += [*ids, str(e.label).encode(), e.media.digest if e.media else b""]
-        name = hashlib.sha256(b"\0".join(parts)).digest()
-        several[name] += 1
-        found.append(name + str(several[name]).encode())
-    return found
 
 
 # ------------------------------------------------------------------------------------ one world
@@ -202,8 +127,12 @@ class World:
             self.place = rest[0]
             process_cache.clear("workers")
         else:
-            reply, size = self.ask(kind, *rest)
-            said = facts(reply) | {"bytes": size}
+            shared = kind == "train" and self.begun[rest[0]].study.secure_aggregation
+            told = self._share(*rest) if shared else [self.ask(kind, *rest)]
+            for number, (reply, size) in enumerate(told):
+                said |= {f"{number}: {k}": v for k, v in facts(reply).items()}
+                said[f"{number}: bytes"] = size
+            said["files"] = self._files()
         ledger = self.ledger
         charged = {
             name: [asdict(charge) for charge in ledger.charges(name)] for name in ledger.datasets
@@ -227,6 +156,37 @@ class World:
                 }
             )
             name = "train" if kind == "train" else "query.evaluate"
+        return self._sent(name, content)
+
+    def _share(self, plan: int, round_: int, adapter: int | Crafted) -> list[tuple[Message, int]]:
+        """The site's part of a round whose sum alone is opened: ready, then masked."""
+        made = self.begun[plan]
+        sent = to_record(encode(crafted(made, adapter), made.study.wire.adapter))
+
+        def ask(kind: str, said: dict[str, str], **more: ArrayRecord) -> tuple[Message, int]:
+            signed = order(COORDINATOR, f"{made.study.digest}:{kind}", round_, "0" * 32, "", 1)
+            records = {"order": ConfigRecord(signed), "set": ConfigRecord(said), **more}
+            return self._sent(f"train.{kind}", RecordDict(records))
+
+        keys = [self.ledger.key.public, *(peer.public for peer in PEERS)]
+        first, size = ask("ready", {"asked": json.dumps(keys)}, adapter=sent)
+        if first.has_error() or first.content["site"]["status"] != "ready":
+            return [(first, size)]
+        mine = parse(first.content["site"]["ready"])
+        peers = set_with(mine)
+        second, more = ask("masked", {"statements": set_text([mine, *peers])})
+        if not second.has_error() and second.content["site"]["status"] == "masked":
+            total = np.sort(opened(second, mine, peers))
+            whole = any(np.array_equal(total, noised) for noised in self.coupling.noised)
+            assert whole, f"round {round_}: another sum is opened than the one that was noised"
+        return [(first, size), (second, more)]
+
+    def _files(self) -> list[tuple[str, int]]:
+        """The draws and answers that wait on disk, with their sizes."""
+        folders = (self.folder / "state" / name for name in (DRAWS, OUTBOX))
+        return sorted((p.name, p.stat().st_size) for folder in folders for p in folder.glob("*"))
+
+    def _sent(self, name: str, content: RecordDict) -> tuple[Message, int]:
         grid = Recorder([self.folder / f"site-{self.place}.toml"])
         (node,) = grid.get_node_ids()
         (reply,) = grid.send_and_receive([grid.create_message(content, name, node, "1")])
@@ -306,28 +266,6 @@ def crafted(made: Start, adapter: int | Crafted) -> dict[str, np.ndarray]:
     }
 
 
-def facts(reply: Message) -> dict[str, Any]:
-    """All that an observer of the wire sees, but for keys, signatures and the ledger's token."""
-    if reply.has_error():
-        return {"error": f"{reply.error.code} {reply.error.reason}"}
-    found: dict[str, Any] = {"type": reply.metadata.message_type}
-    for name, record in reply.content.items():
-        if isinstance(record, ArrayRecord):
-            for key, array in record.items():
-                found[f"{name}/{key}"] = f"{array.dtype} {tuple(array.shape)}"
-            found |= {f"{name}/{key} bytes": body for key, body in bodies(record).items()}
-        elif isinstance(record, ConfigRecord):
-            for key, value in record.items():
-                found[f"{name}.{key}"] = value if key not in ELSEWHERE else len(str(value))
-        else:
-            found[name] = type(record).__name__
-    if header := found.get("site.header"):
-        header = json.loads(header)
-        header["ledger"]["token"] = len(header["ledger"]["token"])
-        found["site.header"] = header
-    return found
-
-
 # ----------------------------------------------------------------------------- the two compared
 
 
@@ -342,21 +280,23 @@ def check(case: Case, bases: Ids) -> list[tuple[list[Seen], list[Seen]]]:
             with tempfile.TemporaryDirectory(dir=SHM, prefix="fedtune-property-") as folder:
                 world = World(Path(folder), case, bases, without)
                 seen = world.live()
-                worlds.append((world, seen, claims(world.ledger)))
+                said = [claims(world.ledger, what) for what in ("event", "fallback")]
+                worlds.append((seen, said))
     finally:
         logging.disable(logging.NOTSET)
         process_cache.clear("workers")
-    (_, with_it, claimed), (_, without_it, _) = worlds
-    moved = 0.0
+    (with_it, claimed), (without_it, _) = worlds
+    moved = [0.0, 0.0]  # in standard deviations, squared: of the honest sites' noise, of its own
     for one, other in zip(with_it, without_it, strict=True):
         same_on_the_wire(one, other)
         assert one.charged == other.charged, f"{one.op}: the unit is seen in what is charged"
         assert len(one.sums) == len(other.sums), f"{one.op}: another number of steps"
         for a, b in zip(one.sums, other.sums, strict=True):
-            moved += compared(case, one, a, b) ** 2
-    if claimed:
-        true = gaussian_epsilon(math.sqrt(moved), 2e-4)
-        assert true <= max(claimed) * (1 + 1e-6), f"ε {true:.3g}, and the ledger says {claimed}"
+            alone = compared(case, one, a, b) ** 2
+            moved = [moved[0] + alone / (a.plan.sites - a.plan.colluding), moved[1] + alone]
+    for squared, claim in zip(moved, claimed, strict=True):
+        true = gaussian_epsilon(math.sqrt(squared), 2e-4)
+        assert true <= max(claim, default=math.inf) * (1 + 1e-6), f"ε {true:.3g}, not {claim}"
     return [(with_it, without_it)]
 
 
@@ -373,8 +313,9 @@ def compared(case: Case, seen: Seen, a: Sum, b: Sum) -> float:
     """How far the sum moved, in standard deviations of its noise (0 where some are not drawn).
     Errors: AssertionError where it moved too far."""
     assert (a.plan, a.std, len(a.total)) == (b.plan, b.std, len(b.total)), "another mechanism"
-    plan, grid = a.plan, a.plan.grid
-    assert a.std >= plan.noise_multiplier * plan.max_grad_norm, "less noise than the plan says"
+    plan, grid = a.plan, a.plan.grid_at(len(a.total))
+    assert a.std >= plan.own_noise * plan.max_grad_norm, "less noise than the plan says"
+    assert plan.own_noise >= plan.noise_multiplier / math.sqrt(plan.sites - plan.colluding)
     assert plan.divisor == b.plan.divisor
     distance = float((a.total - b.total).double().norm()) * grid
     rows = plan.records if plan.unit == "patient" else max(1, case.rows)
@@ -389,12 +330,13 @@ def compared(case: Case, seen: Seen, a: Sum, b: Sum) -> float:
     return distance / a.std if plan.sampling_rate == 1.0 else 0.0
 
 
-def claims(ledger: Ledger) -> list[float]:
-    """What the ledger says of a patient of each dataset, at twice the policy's δ."""
+def claims(ledger: Ledger, what: str) -> list[float]:
+    """What the ledger says of a patient of each dataset, at twice the policy's δ; what: "event", or
+    "fallback" if secure aggregation does not hold."""
     found = []
     for name in ledger.datasets:
         charges = ledger.charges(name)
         if any(charge.unit == "patient" for charge in charges):
-            events = [charge.event for charge in charges]
+            events = [getattr(charge, what) for charge in charges]
             found.append(total_epsilon(events, charges[0].order, 1e-4).epsilon)
     return found

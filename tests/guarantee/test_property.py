@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
@@ -15,11 +17,15 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 import fedtune.client.prepared
 import fedtune.client.site
 from fedtune.audit import selftest
+from fedtune.client import secure_round
 from fedtune.client.site import SiteWorker
 from fedtune.config import Study
 from fedtune.data.dataset import Dataset
 from fedtune.dp.plan import DpPlan
 from fedtune.models import lora
+from fedtune.secagg import draw as draws
+from fedtune.secagg import masks
+from fedtune.secagg.statement import Ready
 from tests.guarantee import property_pins as pins
 from tests.guarantee.property_cases import STORIES, cases
 from tests.guarantee.property_files import bases_of
@@ -154,6 +160,52 @@ def clips_at_twice(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(DpPlan, "clipped_sum", lambda *a: 2 * honest(*a))
 
 
+def clamps(patch: pytest.MonkeyPatch) -> None:
+    """Masks its own noised sum within a range that most are in: an answer about that sum."""
+    honest = masks.mask
+
+    def mask(total: Any, *rest: Any) -> Any:
+        return honest(np.clip(total, -(2**17), 2**17), *rest)
+
+    patch.setattr(masks, "mask", mask)
+
+
+def masks_nothing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(masks, "mask", lambda total, *_: total.astype("<u4"))
+
+
+def says_its_true_size(patch: pytest.MonkeyPatch) -> None:
+    """In its statement; the coordinator fixes the width of a word by it."""
+    honest, seen = secure_round.local_sum, [0]
+
+    def local_sum(study: Study, data: Any, *rest: Any) -> Any:
+        seen.append(data.dataset.n_units)
+        return honest(study, data, *rest)
+
+    patch.setattr(secure_round, "local_sum", local_sum)
+    patch.setattr(
+        secure_round, "Ready", lambda draw, name, _, *rest: Ready(draw, name, seen[-1], *rest)
+    )
+
+
+def says_how_long_its_sum_is(patch: pytest.MonkeyPatch) -> None:
+    """Of its noised sum, which is no secret where a site adds all the noise itself; here it is."""
+    honest = draws.store
+
+    def store(folder: Path, waiting: Any) -> None:
+        norm = {"norm": float(np.linalg.norm(waiting.total))}
+        honest(folder, replace(waiting, events=json.dumps([*json.loads(waiting.events), norm])))
+
+    patch.setattr(draws, "store", store)
+
+
+SHARING = {
+    clamps: "another sum is opened",
+    masks_nothing: "not masked",
+    says_its_true_size: "on the wire",
+    says_how_long_its_sum_is: "on the wire",
+    clips_at_twice: "the sum moved",
+}
 LEAKS = {
     by_the_true_count: "on the wire",
     says_how_many: "on the wire",
@@ -173,3 +225,15 @@ def test_a_worker_that_leaks_is_caught(
     leak(monkeypatch)
     with pytest.raises(AssertionError, match=LEAKS[leak]):
         check(pins.ORDINARY, bases)
+
+
+@pytest.mark.parametrize("leak", SHARING, ids=lambda leak: leak.__name__)
+def test_a_worker_that_shares_noise_and_leaks_is_caught(
+    leak: Callable[[pytest.MonkeyPatch], None],
+    bases: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check(pins.SHARED, bases)
+    leak(monkeypatch)
+    with pytest.raises(AssertionError, match=SHARING[leak]):
+        check(pins.SHARED, bases)

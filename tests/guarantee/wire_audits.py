@@ -32,9 +32,10 @@ from fedtune.dp.plan import DpPlan
 from fedtune.flower.arrays import from_record
 from fedtune.registry import process_cache
 from fedtune.wire.codec import decode
+from tests.guarantee.property_coupling import Sum
 from tests.guarantee.property_files import made_bases
 from tests.guarantee.property_plans import COLUMNS, Case, Crafted, Ids, Place, Plan, Row
-from tests.guarantee.property_world import SHM, Sum, World
+from tests.guarantee.property_world import SHM, World
 
 EPSILON, DELTA, CLIP = 8.0, 1e-4, 1e-3
 ROUNDS = 2000  # a side

@@ -1,0 +1,79 @@
+"""What an observer of the wire sees of a site; and the peers of one that shares noise, played here.
+
+Nobody's words can be opened without those of the others, so two peers mask zeros: what is opened
+then is the site's own noised sum."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from flwr.app import ArrayRecord, ConfigRecord, Message
+
+from fedtune.flower.arrays import bodies
+from fedtune.secagg.masks import mask, public_of
+from fedtune.secagg.opened import MaskedSum
+from fedtune.secagg.statement import Ready, parse
+from tests.guarantee.property_plans import PEERS, SIZE
+
+ELSEWHERE = ("key", "signature", "set")  # of keys that are other ones in either world
+UNIFORM = 7.0  # standard deviations of a count of fair bits: passed once in 10¹² answers
+
+
+def facts(reply: Message) -> dict[str, Any]:
+    """All that an observer of the wire sees, but for keys, signatures, the ledger's token and
+    masked words, which are other ones each time: of these the size."""
+    if reply.has_error():
+        return {"error": f"{reply.error.code} {reply.error.reason}"}
+    found: dict[str, Any] = {"type": reply.metadata.message_type}
+    masked = found["type"] == "train.masked"
+    for name, record in reply.content.items():
+        if isinstance(record, ArrayRecord):
+            for key, array in record.items():
+                found[f"{name}/{key}"] = f"{array.dtype} {tuple(array.shape)}"
+            for key, body in bodies(record).items():
+                found[f"{name}/{key} bytes"] = len(body) if masked else body
+        elif isinstance(record, ConfigRecord):
+            for key, value in record.items():
+                found[f"{name}.{key}"] = value if key not in ELSEWHERE else len(str(value))
+        else:
+            found[name] = type(record).__name__
+    if header := found.get("site.header"):
+        header = json.loads(header)
+        header["ledger"]["token"] = len(header["ledger"]["token"])
+        if found["type"] in ("train.ready", "train.masked"):
+            header["body"] = len(header["body"])
+        found["site.header"] = header
+    if text := found.get("site.ready"):
+        ready = parse(text)
+        found["site.ready"] = (ready.draw, ready.site, ready.size, len(text))
+    return found
+
+
+def set_with(mine: Ready) -> dict[Ready, X25519PrivateKey]:
+    """The peers' statements about the draw of `mine`, whenever they are asked, and their keys."""
+    found = {}
+    for number, peer in enumerate(PEERS):
+        seed = hashlib.sha256(f"{number} {mine.draw}".encode()).digest()
+        key = X25519PrivateKey.from_private_bytes(seed)
+        stated = Ready(mine.draw, f"peer-{number}", SIZE, peer.public, public_of(key))
+        found[stated.signed(peer)] = key
+    return found
+
+
+def opened(reply: Message, mine: Ready, peers: dict[Ready, X25519PrivateKey]) -> np.ndarray:
+    """What the words of `reply` open to. Errors: AssertionError where they are not uniform."""
+    words = reply.content["update"]["values"].numpy()
+    bits = 8 * words.dtype.itemsize
+    changes = words ^ (words << words.dtype.type(1))  # of neighbouring bits: a small number has few
+    ones, fair = int(np.unpackbits(changes.view(np.uint8)).sum()), words.size * bits
+    assert abs(ones - fair / 2) <= UNIFORM * fair**0.5 / 2, "words that are not masked"
+    total = MaskedSum(statements := [mine, *peers], words.size, bits)
+    total.add(mine.site, words)
+    for peer, key in peers.items():
+        zeros = np.zeros(words.size, np.int64)
+        total.add(peer.site, mask(zeros, key, peer, statements, bits))
+    return total.open()
