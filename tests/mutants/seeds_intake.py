@@ -97,8 +97,8 @@ MUTANTS = (
         "one patient decides which records of others train, and nobody was asked",
     ),
     one(
-        "intake", "a-query-that-nobody-hears-of", "fedtune/client/app.py",
-        "        if admission.free_query:\n", "        if False:\n",
+        "intake", "a-query-that-nobody-hears-of", "fedtune/client/prepared.py",
+        '({"free_query": True} if self.free_query else {})', "{}",
         "tests/test_free_query.py"
         "::test_a_site_with_a_query_says_so_in_one_word_and_every_output_of_the_run_does",
         "a report claims an ε that does not hold for what the query couples",
