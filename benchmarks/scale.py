@@ -31,7 +31,7 @@ import fedtune.client.app
 from fedtune.client import secure_round
 from fedtune.client.prepared import Admission, Update
 from fedtune.config import Study
-from fedtune.dp.shared_noise import joint_sigma
+from fedtune.dp.shared_noise import joint_sigma, own_sigma
 from fedtune.flower.grid import InProcessGrid
 from fedtune.secagg import masks
 from fedtune.secagg.statement import Draw, Ready, parse_set, set_digest
@@ -52,6 +52,8 @@ EVENT = {"sigma": SIGMA, "q": RATE, "max_grad_norm": 1.0, "records": 1, "steps":
 
 class Site:
     """Answers as a site does: one fixed noised update, sealed with its own key."""
+
+    noise = SIGMA
 
     def __init__(self, name: str, update: dict[str, np.ndarray]) -> None:
         self.name, self.update, self.key = name, update, SigningKey()
@@ -74,7 +76,8 @@ class Site:
         draw = Draw(digest, round_, attempt, codec.digest(adapter))
         self.masking = masks.new_key()
         public = masks.public_of(self.masking)
-        self.statement = Ready(draw, self.name, SIZE, self.key.public, public).signed(self.key)
+        ready = Ready(draw, self.name, SIZE, self.key.public, public, self.noise)
+        self.statement = ready.signed(self.key)
         return Update({}, [EVENT], {"ready": self.statement.text()})
 
     def masked(self, digest: str, round_: int, attempt: int, text: str, receipt: str) -> Update:
@@ -145,6 +148,8 @@ def measure(sites: int, megabytes: float, secure: bool = False) -> dict[int, flo
     rng = np.random.default_rng(0)
     scale = SIGMA / (RATE * SIZE)
     update = {n: (scale * rng.standard_normal(s)).astype(np.float32) for n, s in shape.items()}
+    if secure:
+        Site.noise = own_sigma(joint_sigma(SIGMA, sites - 1), sites - 1)
     by_name = {f"site-{k:05d}": Site(f"site-{k:05d}", update) for k in range(sites)}
     memory_by_sites: dict[int, float] = {}
     taken = 0

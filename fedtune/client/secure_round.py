@@ -134,7 +134,8 @@ def _drawn(site: SiteWorker, prepared: Prepared, draw: Draw, adapter: Arrays) ->
     with site.step_plan(prepared, data, ALL) as plan:
         total = local_sum(study, data, plan, site.log, draw.round, adapter, recompute)
     key, (name, size) = masks.new_key(), (site.site.site.name, site.site.site.declared_size)
-    stated = Ready(draw, name, size, site.key.public, masks.public_of(key)).signed(site.key)
+    noise = prepared.private.own_noise if prepared.private else 0.0
+    stated = Ready(draw, name, size, site.key.public, masks.public_of(key), noise).signed(site.key)
     waiting = Waiting(total, key, stated, reserved, json.dumps(site.events(prepared)))
     draws.store(site.ledger.folder, waiting)
     # What the coordinator gave up: its keys go, so that nothing masks those draws any more.

@@ -382,7 +382,7 @@ class SiteWorker:
     def current(self) -> Site:
         """Load the site file as it is now: a tightened policy applies from the next round."""
         site = as_stated(load_site(self._path), self.site) if self._path else self.site
-        return site if site.policy.peers else site.with_peers(self.peers)
+        return site.with_peers(self.peers) if self.peers and not site.policy.peers else site
 
     @property
     def _dataset(self) -> str:

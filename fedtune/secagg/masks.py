@@ -58,13 +58,13 @@ def mask(
         if other == mine:
             continue
         secret = key.exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(other.masking)))
-        sign = 1 if mine.masking < other.masking else -1
+        add = np.add if mine.masking < other.masking else np.subtract
         info = b"fedtune mask\0" + "".join(sorted((mine.masking, other.masking))).encode()
         derived = HKDF(hashes.SHA256(), 32, salt=bytes.fromhex(digest), info=info).derive(secret)
         at = 0
         for stream in _keystream(derived, len(words), bits):
             part = words[at : at + len(stream)]
-            part += stream if sign > 0 else (0 - stream).astype(words.dtype)
+            add(part, stream, out=part)
             at += len(stream)
     return words
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -49,13 +50,15 @@ class Ready:
     """A site's signed statement that its noised sum for `draw` is complete.
 
     site, size: name and declared size; signing: its public signing key; masking: the X25519 key
-    (hexadecimal) that it made for this draw alone."""
+    (hexadecimal) that it made for this draw alone; noise: σ that it added itself, in multiples of
+    C, 0 without privacy. All public: σ follows from the plan, and the grid of the sum from σ."""
 
     draw: Draw
     site: str
     size: int
     signing: str
     masking: str
+    noise: float = 0.0
     signature: str = ""
 
     @property
@@ -64,22 +67,18 @@ class Ready:
             **asdict(self.draw),
             "site": self.site,
             "size": self.size,
+            "noise": self.noise,
             "signing": self.signing,
             "masking": self.masking,
         }
 
     def signed(self, key: SigningKey) -> Ready:
         """Return this statement with its signature by `key`."""
-        message = PURPOSE + canonical(self.fields)
-        return Ready(**{**_flat(self), "draw": self.draw, "signature": key.sign(message)})
+        return replace(self, signature=key.sign(PURPOSE + canonical(self.fields)))
 
     def text(self) -> str:
         """Encode the statement as canonical JSON."""
         return canonical({**self.fields, "signature": self.signature}).decode()
-
-
-def _flat(ready: Ready) -> dict[str, Any]:
-    return {name: getattr(ready, name) for name in ("site", "size", "signing", "masking")}
 
 
 def parse(text: Any) -> Ready:
@@ -129,6 +128,8 @@ def _check_fields(ready: Ready) -> None:
     numbers = (ready.draw.round, ready.draw.attempt, ready.size)
     if not all(type(number) is int and 1 <= number <= _MOST_UNITS for number in numbers):
         raise ValueError
+    if type(ready.noise) is not float or not 0 <= ready.noise < math.inf:
+        raise ValueError
 
 
 def parse_set(text: Any) -> list[Ready]:
@@ -164,6 +165,8 @@ def check_set(
 
     | its own statement         | is in it, as it was signed                                     |
     | plan, round, attempt and adapter | of every statement are this site's own                  |
+    | noise                     | of every statement is this site's own: ε counts on it, and with |
+    |                           | another the grid would be another, and the sum none             |
     | names, signing and masking keys | each occurs once                                         |
     | pinned signing keys       | with its own, at least `at_least`; others count for nothing    |
     Errors: StatementError, which names the rule."""
@@ -171,6 +174,12 @@ def check_set(
         raise StatementError("the set of ready sites does not hold this site's own statement")
     if any(ready.draw != mine.draw for ready in statements):
         raise StatementError("the set of ready sites holds a statement about another draw")
+    if any(ready.noise != mine.noise for ready in statements):
+        raise StatementError(
+            "a site of the set adds another noise than this one",
+            "the same at every site: it follows from the plan",
+            "compare the releases of fedtune that the sites run",
+        )
     for what in ("site", "signing", "masking"):
         if len({getattr(ready, what) for ready in statements}) < len(statements):
             raise StatementError(f"the set of ready sites has one {what} key or name twice")
@@ -188,7 +197,3 @@ def check_pinned(
             f"at least strategy.min_sites = {at_least}",
             "compare the peers' fingerprints, then list their keys in policy.peers",
         )
-
-
-def statements_by_site(statements: Sequence[Ready]) -> Mapping[str, Ready]:
-    return {ready.site: ready for ready in statements}

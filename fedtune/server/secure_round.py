@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecord
 
-from fedtune.config import Study
-from fedtune.dp.shared_noise import bits_of, grid_of
+from fedtune.config import Study, noise_shares
+from fedtune.dp.shared_noise import bits_of, grid_of, own_sigma
 from fedtune.errors import InfrastructureError
 from fedtune.flower.arrays import Arrays, check_agreed, from_record
 from fedtune.secagg.masks import dtype_of
@@ -121,6 +121,10 @@ class SecureRound:
         expected = (draw, name, self.progress.sizes[name], self.progress.keys[name])
         if (ready.draw, ready.site, ready.size, ready.signing) != expected:
             return Outcome("dropped", "its statement is about another draw, or another site")
+        sigma = self._mechanism()[1]
+        own = 0.0 if sigma is None else own_sigma(sigma, noise_shares(self.study))
+        if ready.noise != own:  # the grid follows from it
+            return Outcome("dropped", "it adds another noise than the plan's: compare the releases")
         return result
 
     # ----------------------------------------------------------------------------------- masked

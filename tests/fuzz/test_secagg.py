@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
+from fedtune.config import noise_shares
+from fedtune.dp.shared_noise import own_sigma
 from fedtune.flower.arrays import bodies
 from fedtune.secagg import draw as draws
 from fedtune.secagg import masks
@@ -142,11 +144,14 @@ def coordinator(forge: Forge) -> tuple[SecureRound, Any, Any]:
         **{"receipts": {}, "attempt": {"round": 1, "number": 1, "statements": {}}},
     )
     roster = SimpleNamespace(down=Counter(), up=Counter(), refused={}, is_stranger=lambda *_: False)
-    limits = SimpleNamespace(of=lambda *_: {"terms": None})
+    sigma = made.privacy.noise_multiplier  # type: ignore[union-attr]
+    mechanism = SimpleNamespace(noise_multiplier=sigma)
+    limits = SimpleNamespace(of=lambda *_: {"terms": None}, mechanism=lambda _: mechanism)
     parts = (SimpleNamespace(key=KEY), limits, None, None, lambda: None, lambda *_: None, None)
     secure = SecureRound(progress, roster, *parts)  # type: ignore[arg-type]
     draw = Draw(DIGEST, 1, 1, DIGEST)
-    ready = Ready(draw, "a", 10, forge.key.public, masks.public_of(masks.new_key()))
+    own = own_sigma(sigma, noise_shares(made))
+    ready = Ready(draw, "a", 10, forge.key.public, masks.public_of(masks.new_key()), own)
     ready = ready.signed(forge.key)
     words = MaskedSum([ready], DIMENSION, 32)
     return secure, (ready, draw), words

@@ -49,7 +49,7 @@ def facts(reply: Message) -> dict[str, Any]:
         found["site.header"] = header
     if text := found.get("site.ready"):
         ready = parse(text)
-        found["site.ready"] = (ready.draw, ready.site, ready.size, len(text))
+        found["site.ready"] = (ready.draw, ready.site, ready.size, ready.noise, len(text))
     return found
 
 
@@ -59,7 +59,8 @@ def set_with(mine: Ready) -> dict[Ready, X25519PrivateKey]:
     for number, peer in enumerate(PEERS):
         seed = hashlib.sha256(f"{number} {mine.draw}".encode()).digest()
         key = X25519PrivateKey.from_private_bytes(seed)
-        stated = Ready(mine.draw, f"peer-{number}", SIZE, peer.public, public_of(key))
+        own = (SIZE, peer.public, public_of(key), mine.noise)
+        stated = Ready(mine.draw, f"peer-{number}", *own)
         found[stated.signed(peer)] = key
     return found
 

@@ -37,6 +37,12 @@ MUTANTS: tuple[Mutant, ...] = (
         EARLIER, "a replayed ready",
     ),
     _one(
+        AREA, "a-peer-adds-what-it-likes", STATEMENT,
+        "if any(ready.noise != mine.noise for ready in statements):", "if False:",
+        T_ATTACKS + "test_a_peer_of_other_noise_is_no_part_of_the_sum",
+        "ε of noise that nobody added",
+    ),
+    _one(
         AREA, "a-name-may-be-in-the-set-twice", STATEMENT,
         "if len({getattr(ready, what) for ready in statements}) < len(statements):", "if False:",
         T_ATTACKS + "test_whoever_is_in_the_set_twice_voids_it", "one site, two masks",

@@ -126,6 +126,15 @@ def test_a_forged_statement_is_nobodys(world: World, how: str) -> None:
     assert world.ask_words("a", [a, b, c]) == "masked"
 
 
+def test_a_peer_of_other_noise_is_no_part_of_the_sum(world: World) -> None:
+    """Its share is not what ε counts on, and its grid another: a release that calibrates σ
+    otherwise."""
+    a, b, c = world.readied("a", "b", "c")
+    less = replace(c, noise=c.noise * (1 - 1e-12), signature="").signed(world.sites["c"].key)
+    assert world.ask_words("a", [a, b, less]) == "void"
+    assert world.ask_words("a", [a, b, c]) == "masked"
+
+
 def test_a_statement_of_an_earlier_attempt_is_of_another_draw(world: World) -> None:
     old = world.readied("a", "b", "c")
     new = world.readied("a", "b", "c", attempt=2)
@@ -285,6 +294,14 @@ def test_the_coordinator_takes_no_statement_but_of_this_draw(world: World, lie: 
     world.sites["a"].lie = lie
     world.advance(1)
     assert ("a", "dropped", "its statement is about another draw, or another site") in world.told
+    world.check()
+    assert "a" not in world.progress().history[0]["participants"]
+
+
+def test_the_coordinator_takes_no_statement_of_other_noise(world: World) -> None:
+    world.sites["a"].lie = "another noise"
+    world.advance(1)
+    assert any(told[:2] == ("a", "dropped") and "another noise" in told[2] for told in world.told)
     world.check()
     assert "a" not in world.progress().history[0]["participants"]
 

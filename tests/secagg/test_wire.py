@@ -25,7 +25,8 @@ from tests.guarantee.test_wire_inventory import ALLOWED, FROM_THE_PLAN, HEADER
 from tests.guarantee.world import leaves
 from tests.secagg.world import lay_out
 
-READY = {"plan", "round", "attempt", "adapter", "site", "size", "signing", "masking", "signature"}
+READY = {"plan", "round", "attempt", "adapter", "site", "size", "signing", "masking", "noise"}
+READY |= {"signature"}
 MORE = {
     "train.ready": {"site.ready": "str"},
     "train.masked": {"site.set": "str"},
@@ -115,7 +116,7 @@ def shape(grid: Recorder) -> list[Any]:
 
 
 def said(ready: Ready) -> tuple[Any, ...]:
-    return ready.draw.round, ready.draw.attempt, ready.site, ready.size
+    return ready.draw.round, ready.draw.attempt, ready.site, ready.size, ready.noise
 
 
 def patients(count: int) -> list[Any]:

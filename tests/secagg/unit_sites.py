@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from fedtune.client.prepared import Prepared, Update
 from fedtune.client.site import SiteWorker
 from fedtune.config import Study
-from fedtune.secagg.statement import Ready, parse
+from fedtune.secagg.statement import parse
 
 NAMES = ("a", "b", "c", "d", "s")
 PINNED = NAMES[:4]  # pin each other; s is enrolled by the coordinator and pinned by nobody
@@ -18,6 +19,7 @@ LEAST, COLLUDING, SIGMA, NORM, RATE = 3, 1, 2.0, 0.5, 1.0
 SIZES = {name: 10 + n for n, name in enumerate(NAMES)}
 DIMENSION, ROUNDS = 8, 3
 DRAW_LIES = ("another draw", "another size", "another name")  # of a statement
+READY_LIES = (*DRAW_LIES, "another noise", "a key of low order")
 SITE = """
 [site]
 name = "{name}"
@@ -84,15 +86,15 @@ class UnitWorker(SiteWorker):
 def lied(site: UnitWorker, what: str, told: Update) -> Update:
     """Replace what a site says, once."""
     kind, site.lie = site.lie, ""
-    if what == "ready" and kind in (*DRAW_LIES, "a key of low order"):
+    if what == "ready" and kind in READY_LIES:
         ready = parse(told.said["ready"])
-        fields = {"draw": ready.draw, "site": ready.site, "size": ready.size}
-        fields |= {"signing": ready.signing, "masking": ready.masking}
         other = type(ready.draw)(**{**vars(ready.draw), "attempt": ready.draw.attempt + 1})
         changes: dict[str, dict[str, Any]] = {"another draw": {"draw": other}}
         changes |= {"another size": {"size": 1}, "a key of low order": {"masking": "00" * 32}}
-        fields |= changes.get(kind, {"site": "b" if ready.site == "a" else "a"})
-        return Update({}, told.events, {"ready": Ready(**fields).signed(site.key).text()})
+        changes |= {"another noise": {"noise": ready.noise / 2}}
+        changed = changes.get(kind, {"site": "b" if ready.site == "a" else "a"})
+        lie = replace(ready, **changed).signed(site.key)
+        return Update({}, told.events, {"ready": lie.text()})
     if what == "masked" and kind == "another set":
         return Update(told.delta, told.events, {"set": "a lie"})
     if what == "masked" and kind == "short words":
