@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from flwr.app import Message
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from fedtune.secagg.draw import FOLDER
 from tests.secagg.model import MEMORY, World
 from tests.secagg.unit_sites import NAMES, PINNED, READY_LIES, ROUNDS
+from tests.server.test_model import limits
 
 names = st.sampled_from(NAMES)
 KINDS = ("train.ready", "train.masked")
@@ -98,13 +98,6 @@ class Consortium(RuleBasedStateMachine):
             ends(self.world)
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def limits(examples: int, steps: int) -> settings:
-    return settings(
-        max_examples=examples, stateful_step_count=steps, derandomize=True, deadline=None,
-        database=None, suppress_health_check=list(HealthCheck), print_blob=False,
-    )  # fmt: skip
 
 
 TestConsortium = Consortium.TestCase
