@@ -31,7 +31,7 @@ import fedtune.client.app
 from fedtune.client import secure_round
 from fedtune.client.prepared import Admission, Update
 from fedtune.config import Study
-from fedtune.dp.shared_noise import joint_sigma, own_sigma
+from fedtune.dp.shared_noise import bits_of, joint_sigma, own_sigma
 from fedtune.flower.grid import InProcessGrid
 from fedtune.secagg import masks
 from fedtune.secagg.statement import Draw, Ready, parse_set, set_digest
@@ -83,7 +83,10 @@ class Site:
     def masked(self, digest: str, round_: int, attempt: int, text: str, receipt: str) -> Update:
         statements = parse_set(text)
         total = np.ones(sum(array.size for array in self.update.values()), np.int64)
-        words = masks.mask(total, self.masking, self.statement, statements, 32)
+        sigma = joint_sigma(SIGMA, len(statements) - 1)
+        plan = study(len(statements), secure=True)
+        bits = bits_of(plan, sigma, [ready.size for ready in statements], len(total))
+        words = masks.mask(total, self.masking, self.statement, statements, bits)
         return Update({VALUES: words}, [EVENT], {"set": set_digest(statements)})
 
     def of_run(self, digest: str) -> Site:
