@@ -172,6 +172,16 @@ ENROLL = Annotated[
     bool,
     typer.Option("--enroll", help="With --role site: also make its keys and request, as enroll."),
 ]
+SERVE = Annotated[
+    str | None,
+    typer.Option(
+        "--serve",
+        metavar="NAME",
+        help="With --role coordinator and --task: start at once, as server does, for sites that "
+        "call this machine NAME or NAME:PORT (8443).",
+        show_default=False,
+    ),
+]
 
 
 def add_to(app: typer.Typer, panel: str) -> None:
@@ -199,6 +209,7 @@ def init(
     sites: SITES = None,
     name: NAME = None,
     enroll: ENROLL = False,
+    serve: SERVE = None,
 ) -> dict[str, Any]:
     """Write the files that start a study of your own.
 
@@ -206,9 +217,11 @@ def init(
     asked for what is missing. Without: study.toml and site.toml with every key, commented line by
     line. Each role gets its own files alone."""
     from fedtune import presets
+    from fedtune.cli import server
     from fedtune.config.places import place_of
 
-    _check_role(role, enroll, name)
+    _check(role, enroll, name, serve, task is not None)
+    address = server.address(serve) if serve is not None else None
     if role is Role.SITE:
         name = name or (folder.name if re.fullmatch(ALLOWED, folder.name) else "my-hospital")
     records = presets.Records(
@@ -224,7 +237,8 @@ def init(
         records = _complete(_asked(records, task, size), task)
         paths = presets.write(folder, task.value, records)
         note = presets.unit_note(task.value, records)
-        told = f"\n{note}\n{records.delta_rule}\n{_next(folder, records, task)}"
+        told = f"\n{note}\n{records.delta_rule}"
+        told += "" if address else f"\n{_next(folder, records, task)}"
     for path in paths:
         if path.suffix in (".toml", ".jsonl"):
             typer.echo(f"wrote {path}")
@@ -233,15 +247,17 @@ def init(
 
         return {"wrote": paths, **ask(folder / "site.toml")}
     typer.echo(told)
-    return {"wrote": paths}
+    return server.start(folder / "study.toml", *address) if address else {"wrote": paths}
 
 
-def _check_role(role: Role, enroll: bool, name: str | None) -> None:
+def _check(role: Role, enroll: bool, name: str | None, serve: str | None, recipe: bool) -> None:
     from fedtune.errors import ConfigError
 
     for option, given in (("--enroll", enroll), ("--name", name is not None)):
         if given and role is not Role.SITE:
             raise ConfigError(f"{option} is for a site", "--role site")
+    if serve is not None and not (role is Role.COORDINATOR and recipe):
+        raise ConfigError("--serve is for a coordinator with a recipe", "--role coordinator --task")
 
 
 def _templates(folder: Path, records: Records, size: int | None) -> tuple[list[Path], str]:

@@ -24,6 +24,7 @@ from fedtune.cli import (
     models,
     network,
     plugin,
+    server,
     tune,
     use_run,
 )
@@ -33,7 +34,7 @@ from fedtune.cli import site as cli_site
 from fedtune.cli import status as cli_observe
 from fedtune.cli import verify as cli_verify
 from fedtune.cli.exit_codes import command
-from fedtune.cli.study import SET, STUDY, TRACKER, load
+from fedtune.cli.study import METRICS, RESUME, SET, STUDY, TRACKER, load
 from fedtune.run_folder import already_done, finished_line, new_run, read_report
 
 if TYPE_CHECKING:
@@ -72,20 +73,6 @@ MORE = Annotated[
 OUT = Annotated[
     Path | None,
     typer.Option("--out", metavar="DIR", help="Where the run goes. Without it: runs/NAME."),
-]
-METRICS = Annotated[
-    int | None,
-    typer.Option(
-        "--metrics-port",
-        min=1,
-        max=65535,
-        metavar="N",
-        help="Prometheus metrics on 127.0.0.1:N.",
-        show_default=False,
-    ),
-]
-RESUME = Annotated[
-    bool, typer.Option("--resume", help="Continue the run in --out after its last whole round.")
 ]
 
 
@@ -226,89 +213,7 @@ def simulate(
 
 
 tune.add_to(app, TRY)
-SERVER_HOME = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR",
-        help="Certificates and admitted sites; made at the first start. "
-        "Without it: coordinator, beside STUDY.",
-    ),
-]
-SERVER_HOST = Annotated[
-    str,
-    typer.Option(metavar="ADDRESS", help="Where to listen; 127.0.0.1: this machine alone."),
-]
-SERVER_NAMES = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--name",
-        metavar="NAME",
-        help="A name or address that sites call this machine by; repeatable.",
-        show_default=False,
-    ),
-]
-SERVER_OUT = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="Where the run goes. Without it: runs/NAME, beside STUDY."),
-]
-
-
-@command(app, panel=RUN, epilog="Ctrl-C is safe: the same command with --resume goes on.")
-def server(
-    study: STUDY,
-    home: SERVER_HOME = None,
-    host: SERVER_HOST = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, metavar="N", help="The port.")] = 8443,
-    names: SERVER_NAMES = None,
-    out: SERVER_OUT = None,
-    resume: RESUME = False,
-    metrics_port: METRICS = None,
-    settings: SET = None,
-    tracker: TRACKER = None,
-) -> dict[str, Any]:
-    """Coordinate a study over mutual TLS with the sites that were admitted, before or meanwhile.
-
-    A study with a [schedule] has a round at each of its times, until this is stopped.
-
-    Sends tensors and numbers, never code, and sees noised sums only. One port is open, and lets
-    through what an admitted site may ask, nothing else."""
-    from fedtune.cli.console import closing, warn_not_private
-    from fedtune.cli.watch import Watch
-
-    loaded, home = load(study, settings), home or study.parent / "coordinator"
-    if done := already_done(loaded, out, resume=resume, runs=study.parent / "runs"):
-        typer.echo(finished_line(done))
-        return read_report(done)
-    folder = new_run(loaded, out, resume=resume, runs=study.parent / "runs")
-    if not loaded.private:
-        warn_not_private(_console())
-    from fedtune.observe import observer
-    from fedtune.observe.trackers import build
-
-    with (
-        Watch(_console(), f"{loaded.study.name}: starting a coordinator at {host}:{port}") as watch,
-        observer(
-            *("coordinator", folder),
-            then=watch,
-            home=home,
-            metrics_port=metrics_port,
-            trackers=build(tracker or ()),
-        ) as events,
-    ):
-        from fedtune.launch.coordinator import serve
-
-        report = serve(
-            loaded,
-            folder,
-            host=host,
-            port=port,
-            names=names or [],
-            home=home,
-            resume=resume,
-            on_event=events,
-        )
-    closing(_console(), folder, report)
-    return report
+server.add_to(app, RUN)
 
 
 @command(app, panel=RUN)

@@ -23,6 +23,20 @@ TRACKER = Annotated[
         show_default=False,
     ),
 ]
+METRICS = Annotated[
+    int | None,
+    typer.Option(
+        "--metrics-port",
+        min=1,
+        max=65535,
+        metavar="N",
+        help="Prometheus metrics on 127.0.0.1:N.",
+        show_default=False,
+    ),
+]
+RESUME = Annotated[
+    bool, typer.Option("--resume", help="Continue the run in --out after its last whole round.")
+]
 SET = Annotated[
     list[str] | None,
     typer.Option(

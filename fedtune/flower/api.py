@@ -73,6 +73,8 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 
+from fedtune.flower.polling import Poll
+
 __all__ = [
     "AGENT_APP",
     "CLIENT_APP",
@@ -114,7 +116,8 @@ SUPERNODE_REFUSED = "Failed to initialize the connection to the SuperLink"
 # Seconds between a node's signed timestamp and the SuperLink's clock, from and to.
 CLOCK_WINDOW = (-SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE)
 CONTROL_HEADER = "x-fedtune-control"
-LOOK_SECONDS = 1.0  # between an idle SuperNode's polls for work; Flower's default is 3
+LOOK_SECONDS = (0.1, 1.0)  # between an idle SuperNode's polls for work; Flower's default is 3
+REPLY_SECONDS = (0.02, 0.5)  # between its looks for an answer in its own memory; Flower's: 0.5
 OUTAGE_SECONDS = 600.0  # how long a SuperLink or a SuperNode may go without answering
 
 
@@ -178,14 +181,22 @@ def _control_key(secret: bytes) -> str:
 
 
 class _Impatient:
-    """The module `time` with shorter sleeps: a round waits for the site that polls last."""
+    """The module `time` with other sleeps: a round waits for the site that polls last.
+
+    Flower sleeps 3 s where there is no work, and shorter where an answer is not there yet."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+        self._poll = Poll(*LOOK_SECONDS)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(time, name)
 
-    @staticmethod
-    def sleep(seconds: float) -> None:
-        time.sleep(min(seconds, LOOK_SECONDS))
+    def sleep(self, seconds: float) -> None:
+        if seconds != self._last:  # another wait than before
+            self._last = seconds
+            self._poll = Poll(*(LOOK_SECONDS if seconds > 1 else REPLY_SECONDS))
+        self._poll.pause()
 
 
 Push = Callable[[Any, PushObjectRequest], PushObjectResponse]

@@ -31,6 +31,7 @@ from fedtune.flower import api
 from fedtune.flower.forwarder import Forwarder, Link
 from fedtune.flower.forwarder import link as forwarder_link
 from fedtune.flower.membership import reviewed
+from fedtune.flower.polling import Poll
 from fedtune.flower.processes import (
     Child,
     Stopped,
@@ -48,7 +49,7 @@ App = Callable[[Message, Context], Message]
 # The kinds of message that a site answers.
 ANSWERED = ("query.prepare", "train", "train.ready", "train.masked", "query.evaluate")
 REFUSAL = f"this site answers {', '.join(ANSWERED)}, no more"
-POLL_SECONDS = 0.2  # between two polls for a task, on loopback
+POLL_SECONDS = (0.05, 0.5)  # between two polls for a task, on loopback
 GONE_SECONDS = 6.0  # a coordinator that cannot be reached for so long is not there
 LONG_SECONDS = 30.0  # a SuperNode that lasted so long was waiting, not failing
 BACKOFF_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0)
@@ -168,6 +169,7 @@ class _Executor:
         """Answer tasks until the SuperNode ends or the gateway refuses this site (False), or `once`
         is fulfilled (True)."""
         coordinator, waiting = forwarder.link.address, False
+        poll = Poll(*POLL_SECONDS)
         while node.alive and not (forwarder.refusal or forwarder.distrust):
             if not self.joined and node.has_logged(api.SUPERNODE_JOINED):
                 self.joined = True
@@ -175,6 +177,7 @@ class _Executor:
                 self.notify("joined", {"address": coordinator, "text": text})
             if claim := runtime.acquire([api.CLIENT_APP, api.AGENT_APP]):
                 self._answer(node, address, claim)
+                poll.again()
             elif self._once and self._worked:
                 if forwarder.away > GONE_SECONDS:
                     return True
@@ -184,7 +187,7 @@ class _Executor:
                     self.notify("waiting", {"address": coordinator, **self._ended(coordinator)})
                 elif self.joined:
                     self.notify("connected", {"text": "connected again; waiting for work"})
-            time.sleep(POLL_SECONDS)
+            poll.pause()
         return False
 
     def _answer(self, node: Child, address: str, claim: api.Claim) -> None:

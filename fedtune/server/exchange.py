@@ -14,12 +14,13 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from fedtune.errors import FedtuneError, InfrastructureError
 from fedtune.flower import api, replies
+from fedtune.flower.polling import Poll
 
 UNREADABLE = (  # what reading a hostile message may raise; a lost connection is none of these
     *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError),
     *(RecursionError, NotImplementedError, struct.error, DecodeError),
 )
-LONGEST_PAUSE = 1.0  # seconds between polls
+POLL_SECONDS = (0.05, 1.0)  # between two looks for answers
 CLASS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,79}")
 ERROR_TEXT = {
     api.ErrorCode.LOAD_CLIENT_APP_EXCEPTION: "the site could not load its app",
@@ -79,7 +80,7 @@ def ask(
 
 
 def _collect(waiting: dict[int, replies.Answer], most: int, deadline: float) -> Iterator[Reply]:
-    pause = 0.05
+    poll = Poll(*POLL_SECONDS)
     while waiting:
         count = len(waiting)
         for node in list(waiting):
@@ -88,10 +89,9 @@ def _collect(waiting: dict[int, replies.Answer], most: int, deadline: float) -> 
                 del waiting[node]
                 yield reply
         if len(waiting) < count:
-            pause = 0.05
-        elif time.monotonic() < deadline:
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+            continue
+        if time.monotonic() < deadline:
+            poll.pause()
         else:
             for node, answer in waiting.items():
                 answer.drop()  # what has arrived of it

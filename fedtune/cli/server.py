@@ -1,0 +1,122 @@
+"""The coordinator's command: wait for sites, and train with them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedtune.cli.exit_codes import command
+from fedtune.cli.study import METRICS, RESUME, SET, STUDY, TRACKER, load
+from fedtune.errors import ConfigError
+from fedtune.run_folder import already_done, finished_line, new_run, read_report
+
+HOME = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Certificates and admitted sites; made at the first start. "
+        "Without it: coordinator, beside STUDY.",
+    ),
+]
+HOST = Annotated[
+    str,
+    typer.Option(metavar="ADDRESS", help="Where to listen; 127.0.0.1: this machine alone."),
+]
+NAMES = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--name",
+        metavar="NAME",
+        help="A name or address that sites call this machine by; repeatable.",
+        show_default=False,
+    ),
+]
+OUT = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Where the run goes. Without it: runs/NAME, beside STUDY."),
+]
+
+
+def add_to(app: typer.Typer, panel: str) -> None:
+    """Register the command on `app`."""
+    told = "Ctrl-C is safe: the same command with --resume goes on."
+    command(app, panel=panel, epilog=told)(server)
+
+
+def server(
+    study: STUDY,
+    home: HOME = None,
+    host: HOST = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, metavar="N", help="The port.")] = 8443,
+    names: NAMES = None,
+    out: OUT = None,
+    resume: RESUME = False,
+    metrics_port: METRICS = None,
+    settings: SET = None,
+    tracker: TRACKER = None,
+) -> dict[str, Any]:
+    """Coordinate a study over mutual TLS with the sites that were admitted, before or meanwhile.
+
+    A study with a [schedule] has a round at each of its times, until this is stopped.
+
+    Sends tensors and numbers, never code, and sees noised sums only. One port is open, and lets
+    through what an admitted site may ask, nothing else."""
+    from rich.console import Console
+
+    from fedtune.cli.console import closing, warn_not_private
+    from fedtune.cli.watch import Watch
+
+    console = Console()
+    loaded, home = load(study, settings), home or study.parent / "coordinator"
+    if done := already_done(loaded, out, resume=resume, runs=study.parent / "runs"):
+        typer.echo(finished_line(done))
+        return read_report(done)
+    folder = new_run(loaded, out, resume=resume, runs=study.parent / "runs")
+    if not loaded.private:
+        warn_not_private(console)
+    from fedtune.observe import observer
+    from fedtune.observe.trackers import build
+
+    with (
+        Watch(console, f"{loaded.study.name}: starting a coordinator at {host}:{port}") as watch,
+        observer(
+            *("coordinator", folder),
+            then=watch,
+            home=home,
+            metrics_port=metrics_port,
+            trackers=build(tracker or ()),
+        ) as events,
+    ):
+        from fedtune.launch.coordinator import serve
+
+        report = serve(
+            loaded,
+            folder,
+            host=host,
+            port=port,
+            names=names or [],
+            home=home,
+            resume=resume,
+            on_event=events,
+        )
+    closing(console, folder, report)
+    return report
+
+
+def address(told: str) -> tuple[str, int]:
+    """NAME or NAME:PORT of --serve. Errors: ConfigError."""
+    found = re.fullmatch(r"([A-Za-z0-9.-]{1,253})(?::([0-9]{1,5}))?", told)
+    if not found or not 1 <= int(port := found[2] or "8443") <= 65535:
+        raise ConfigError("--serve: no address", "NAME or NAME:PORT, as sites call this machine")
+    return found[1], int(port)
+
+
+def start(study: Path, name: str, port: int) -> dict[str, Any]:
+    """Start as `init --serve` does: for every machine that calls this one `name`."""
+    host = "127.0.0.1" if name in ("127.0.0.1", "localhost") else "0.0.0.0"
+    words = f"--host {host} --port {port} --name {name}"
+    typer.echo(f"\nafter a stop   fedtune server {study} {words} --resume\n")
+    return server(study, host=host, port=port, names=[name])
