@@ -9,7 +9,6 @@ from __future__ import annotations
 import hmac
 import logging
 import sys
-import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -73,7 +72,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 
-from fedtune.flower.polling import Poll
+from fedtune.flower.polling import Impatient
 
 __all__ = [
     "AGENT_APP",
@@ -116,8 +115,6 @@ SUPERNODE_REFUSED = "Failed to initialize the connection to the SuperLink"
 # Seconds between a node's signed timestamp and the SuperLink's clock, from and to.
 CLOCK_WINDOW = (-SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE)
 CONTROL_HEADER = "x-fedtune-control"
-LOOK_SECONDS = (0.1, 1.0)  # between an idle SuperNode's polls for work; Flower's default is 3
-REPLY_SECONDS = (0.02, 0.5)  # between its looks for an answer in its own memory; Flower's: 0.5
 OUTAGE_SECONDS = 600.0  # how long a SuperLink or a SuperNode may go without answering
 
 
@@ -137,7 +134,7 @@ def run_program(name: Literal["superlink", "supernode"]) -> None:
         from flwr.supernode.cli import flower_supernode
         from flwr.supernode.fleet_http_client import FleetHttpClient
 
-        start_client_internal.time = _Impatient()  # type: ignore[attr-defined, assignment]
+        start_client_internal.time = Impatient()  # type: ignore[attr-defined, assignment]
         push = resumable(FleetHttpClient.PushObject)
         FleetHttpClient.PushObject = push  # type: ignore[method-assign, assignment]
         flower_supernode()
@@ -178,25 +175,6 @@ class _Key:
 
 def _control_key(secret: bytes) -> str:
     return hmac.digest(secret, b"fedtune control", "sha256").hex()
-
-
-class _Impatient:
-    """The module `time` with other sleeps: a round waits for the site that polls last.
-
-    Flower sleeps 3 s where there is no work, and shorter where an answer is not there yet."""
-
-    def __init__(self) -> None:
-        self._last = 0.0
-        self._poll = Poll(*LOOK_SECONDS)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(time, name)
-
-    def sleep(self, seconds: float) -> None:
-        if seconds != self._last:  # another wait than before
-            self._last = seconds
-            self._poll = Poll(*(LOOK_SECONDS if seconds > 1 else REPLY_SECONDS))
-        self._poll.pause()
 
 
 Push = Callable[[Any, PushObjectRequest], PushObjectResponse]
