@@ -77,6 +77,7 @@ if TYPE_CHECKING:
         PolicyRefused,
         Refused,
     )
+    from fedtune.evaluation.answers import answers
     from fedtune.evaluation.compare_bases import Fit, choose_base
     from fedtune.evaluation.generate import generate
     from fedtune.evaluation.predict import predict
@@ -139,6 +140,7 @@ _MODULES = {
         "BudgetExceeded ConfigError DataError FedtuneError InfrastructureError InputError "
         "ModelError PolicyRefused Refused"
     ),
+    "fedtune.evaluation.answers": "answers",
     "fedtune.evaluation.compare_bases": "Fit choose_base",
     "fedtune.evaluation.generate": "generate",
     "fedtune.evaluation.predict": "predict",
@@ -223,6 +225,7 @@ __all__ = [
     "Versions",
     "WireTable",
     "__version__",
+    "answers",
     "approve",
     "attack_run",
     "attack_site",

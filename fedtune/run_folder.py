@@ -27,6 +27,7 @@ BASE = "base"  # a run's own base, inside it
 RUNS = Path("runs")
 FILED = ("public", "selection", "evaluation")  # tables of a plan that name a coordinator's file
 PLACES = Path("checkpoint") / "places.json"  # in a run: where those files are; not signed
+ANSWERS = "answers.json"  # in a run: base and adapter on the same public prompts; not signed
 LEDGERS = "ledgers"  # of a run of declared data, inside it: each such site's ledger
 
 

@@ -193,6 +193,7 @@ AFTER: tuple[tuple[str, ...], ...] = (
     ("evaluate", "run", "--data", "evaluation.jsonl"),
     ("predict", "run", "--data", "evaluation.jsonl", "--choice", "y", "--choice", "n"),
     ("generate", "run", "--prompt", "fever"),
+    ("answers", "run", "--count", "2"),
     ("export", "run", "--out", "exported"),
     ("merge", "run", "other", "--out", "merged"),
     ("distill", "run", "--layers", "2", *PROMPTS, "--new-tokens", "8", "--out", "student"),

@@ -260,6 +260,21 @@ def side_by_side(before: str, after: str) -> Table:
     return table
 
 
+def answers_table(found: dict[str, Any]) -> Table:
+    """Each prompt with both answers, and the probability of a label."""
+
+    def text(answer: dict[str, Any]) -> Text:
+        share = answer.get("probability")
+        said = "all equally likely" if answer["answer"] is None else printable(answer["answer"])
+        return Text(said if share is None else f"{said} ({share:.2f})")
+
+    table = Table("prompt", "expected", "base alone", "with the adapter", show_lines=True)
+    for one in found["answers"]:
+        prompt, expected = Text(printable(one["prompt"])), Text(printable(one["expected"]))
+        table.add_row(prompt, expected, text(one["base"]), text(one["adapter"]))
+    return table
+
+
 def models_lines(rows: Sequence[Row]) -> str:
     """Each base on three lines, so that its digest can be copied whole."""
     return "\n".join(

@@ -21,7 +21,7 @@ RUN_FOLDER = Annotated[
 
 def add_to(app: typer.Typer, panel: str) -> None:
     """Register the commands on `app`."""
-    for function in (evaluate, predict, versions, generate):
+    for function in (evaluate, predict, versions, generate, answers):
         command(app, panel=panel)(function)
 
 
@@ -221,3 +221,25 @@ def generate(
         before, after = write(Run(run), prompt, max_new_tokens, chat=chat, file=file)
     Console().print(side_by_side(before, after))
     return {"base": before, "adapter": after}
+
+
+def answers(
+    run: RUN_FOLDER,
+    count: Annotated[int, typer.Option(min=1, max=20, metavar="N", help="So many prompts.")] = 4,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Of text: at most so many.")
+    ] = 64,
+) -> dict[str, Any]:
+    """Let the base and the adapter answer a few of the study's own public prompts.
+
+    The prompts are rows of [evaluation], spread evenly over the file. Prompts and answers are
+    kept in RUN/answers.json, which the dashboard shows; no export and no release takes it along."""
+    from fedtune.cli.console import answers_table
+
+    with Console().status("answering"):
+        from fedtune.evaluation.answers import answers as answer
+        from fedtune.models.run import Run
+
+        found = answer(Run(run), count, max_new_tokens=max_new_tokens)
+    Console().print(answers_table(found))
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,41 +37,73 @@ def generate(
     Returns both texts. The model is loaded by PEFT, as any user of the adapter would load it.
 
     Errors: ConfigError (no language model), ModelError."""
-    import torch
+    return Writer(run)(prompt, max_new_tokens, chat=chat, file=file)
 
-    from fedtune import modalities
-    from fedtune.bases.architecture import inputs as media_inputs
-    from fedtune.bases.find import find_base, load_backbone, load_tokenizer
-    from fedtune.models.loaded import adapted, room
 
-    study = run.study
-    base = find_base(study.base.model, study.base.digest)
-    if base.kind == "encoder" or resolve(study.objective).outputs:
-        raise _not_a_language_model(run.folder)
-    tokenizer: Any = load_tokenizer(base)
-    reader = modalities.reader(base, tokenizer, study.base.modality)
-    media, prompt = _media_and_prompt(reader, file, prompt, study.objective)
-    backbone: Any = load_backbone(base, torch.float32)
-    if study.base.quantisation:
-        from fedtune.bases.quantise import rounded
+class Writer:
+    """A run's base and adapter, loaded at the first prompt, which answer one after another.
 
-        rounded(backbone, study.base.quantisation, getattr(torch, study.base.dtype))
-    model = adapted(backbone, run.folder / "adapter")
-    if chat is None:
-        chat = study.evaluation is None or bool(study.evaluation.columns.messages)
-    inputs = _tokens(tokenizer, prompt, study.objective, chat, reader)
-    _check_room(inputs["input_ids"].shape[1], max_new_tokens, room(backbone))
-    if media is not None:
-        inputs |= media_inputs(backbone, base.kind, media, inputs["input_ids"])
-    start = "input_ids"
-    if base.kind == "speech":  # text goes to the decoder, sound to the encoder
-        start = "decoder_input_ids"
-        inputs = {"input_features": inputs["input_features"], start: inputs["input_ids"]}
+    Errors, of the constructor and of a call: as `generate`'s."""
 
-    with torch.no_grad():
-        after = _completion(model, tokenizer, inputs, start, max_new_tokens)
-        with model.disable_adapter():
-            return _completion(model, tokenizer, inputs, start, max_new_tokens), after
+    def __init__(self, run: Run) -> None:
+        from fedtune import modalities
+        from fedtune.bases.find import find_base, load_tokenizer
+
+        self._run, study = run, run.study
+        self._base = base = find_base(study.base.model, study.base.digest)
+        if base.kind == "encoder" or resolve(study.objective).outputs:
+            raise _not_a_language_model(run.folder)
+        self._tokenizer: Any = load_tokenizer(base)
+        self._reader = modalities.reader(base, self._tokenizer, study.base.modality)
+
+    def __call__(
+        self,
+        prompt: str,
+        max_new_tokens: int,
+        *,
+        chat: bool | None = None,
+        file: Path | None = None,
+    ) -> tuple[str, str]:
+        """Return the texts of base and adapter; the arguments are `generate`'s."""
+        import torch
+
+        from fedtune.bases.architecture import inputs as media_inputs
+        from fedtune.models.loaded import room
+
+        study = self._run.study
+        media, prompt = _media_and_prompt(self._reader, file, prompt, study.objective)
+        backbone, model = self._models
+        if chat is None:
+            chat = study.evaluation is None or bool(study.evaluation.columns.messages)
+        inputs = _tokens(self._tokenizer, prompt, study.objective, chat, self._reader)
+        _check_room(inputs["input_ids"].shape[1], max_new_tokens, room(backbone))
+        if media is not None:
+            inputs |= media_inputs(backbone, self._base.kind, media, inputs["input_ids"])
+        start = "input_ids"
+        if self._base.kind == "speech":  # text goes to the decoder, sound to the encoder
+            start = "decoder_input_ids"
+            inputs = {"input_features": inputs["input_features"], start: inputs["input_ids"]}
+        asked = (self._tokenizer, inputs, start, max_new_tokens)
+        with torch.no_grad():
+            after = _completion(model, *asked)
+            with model.disable_adapter():
+                return _completion(model, *asked), after
+
+    @cached_property
+    def _models(self) -> tuple[Any, Any]:
+        """Load the base, and the base with the adapter."""
+        import torch
+
+        from fedtune.bases.find import load_backbone
+        from fedtune.models.loaded import adapted
+
+        stored = self._run.study.base
+        backbone: Any = load_backbone(self._base, torch.float32)
+        if stored.quantisation:
+            from fedtune.bases.quantise import rounded
+
+            rounded(backbone, stored.quantisation, getattr(torch, stored.dtype))
+        return backbone, adapted(backbone, self._run.folder / "adapter")
 
 
 def _completion(

@@ -45,13 +45,17 @@ LARGEST = 2**30  # bytes of such a file
 CHUNK = 1024  # records whose states are held at once
 
 
-def predict(run: Run, records: Records, choices: Sequence[str] = ()) -> Predictions:
+def predict(
+    run: Run, records: Records, choices: Sequence[str] = (), *, base_alone: bool = False
+) -> Predictions:
     """Predict the label, or a reward's score, of each record with a finished run.
 
     Args:
         records: a .csv, .jsonl or .parquet file, with or without its columns (else the study's), or
             a .txt file of one text a line; or rows: dicts, texts, a DataFrame. No label is read.
         choices: of a run without a head, the completions to choose from; without: the study's.
+        base_alone: predict without the adapter; a head is then as it was before training, at zero,
+            and each class as likely as any other.
 
     A trained head gives a probability to each of its classes, a reward head a score to each prompt
     with its completion. A causal model picks the choice of highest log-likelihood, as `evaluate`
@@ -78,7 +82,7 @@ def predict(run: Run, records: Records, choices: Sequence[str] = ()) -> Predicti
         raise ConfigError(f"{run.folder}: its head has its own classes", "no --choice")
     asked = _Asked.of(study, records, headed)
     source = _rows(records, asked)  # checked before the model is loaded
-    predictor = _Predictor(run, asked, offered)
+    predictor = _Predictor(run, asked, offered, base_alone)
     outputs: list[np.ndarray] = []
     reasons: list[str] = []
     for start in range(0, len(source), CHUNK):
@@ -172,7 +176,7 @@ def _listed(records: Iterable[Any], asked: _Asked) -> Iterator[Row | str]:
 class _Predictor:
     """Scores rows by a run's model, a chunk at a time. Errors: ConfigError, ModelError."""
 
-    def __init__(self, run: Run, asked: _Asked, choices: tuple[str, ...]) -> None:
+    def __init__(self, run: Run, asked: _Asked, choices: tuple[str, ...], base_alone: bool) -> None:
         study, saved = run.study, run.adapter()
         objective = resolve(study.objective)
         self._asked, self._folder = asked, Folder(asked.folder)
@@ -183,7 +187,7 @@ class _Predictor:
         frozen = {name: value for name, value in saved.items() if "lora_A" in name}
         self._frozen = self._network.adopt(study, frozen)
         trained = picked(saved, self._network.parameters(), run.folder / "adapter")
-        self._trained = trained
+        self._trained = self._network.zero() if base_alone else trained
         tokenizer = self._network.tokenizer
         scores = bool(objective.outputs) and objective.record_format != "label"
         self.labels = choices or (() if scores else study.objective.labels)

@@ -19,6 +19,7 @@ from fedtune.errors import InputError
 from fedtune.observe import StatusFile
 from fedtune.report.claim import rounded_up
 from fedtune.report.figures import short
+from fedtune.run_folder import ANSWERS
 from tests.cli_kit import tree
 
 TOKEN = "t"
@@ -167,3 +168,61 @@ def test_every_line_to_copy_is_a_command(tried: Path, released: Path, tmp_path: 
             command = command.commands[words.pop(0)]
         known = {option for parameter in command.params for option in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= known, line
+
+
+MARKUP = "<script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}"
+
+
+def answered(tried: Path, tmp_path: Path, **changes: Any) -> Path:
+    """A copy of the run with answers of base and adapter, as `fedtune answers` keeps them."""
+    run = shutil.copytree(tried / "runs" / "tried", tmp_path / "answered")
+    base, adapter = {"answer": "no", "probability": 0.25}, {"answer": "yes", "probability": 0.9994}
+    row = {"row": 1, "prompt": "Does it hurt?", "expected": "yes", "base": base, "adapter": adapter}
+    found = {"format": "fedtune-answers-1", "kind": "label", "made": "2026-11-27T04:31:22Z"}
+    found |= {"version": "", "answers": [row | changes]}
+    (run / ANSWERS).write_text(json.dumps(found))
+    return run
+
+
+def test_base_and_adapter_are_shown_on_the_same_prompts(tried: Path, tmp_path: Path) -> None:
+    page = shown(answered(tried, tmp_path))
+    for text in ("Does it hurt?", "2026-11-27 04:31:22 UTC", "probability 0.999", "as expected"):
+        assert text in page, text
+    assert page.index("base alone") < page.index("with the adapter")
+    assert page.count("not as expected") == 1
+    without = shown(tried / "runs" / "tried")
+    assert "Before and after, on" not in without and "fedtune answers" in without
+    assert "fedtune answers" not in page
+
+
+@pytest.mark.parametrize("field", ["prompt", "expected", "base"])
+def test_markup_in_a_public_record_is_text(field: str, tried: Path, tmp_path: Path) -> None:
+    value: Any = {"answer": MARKUP} if field == "base" else MARKUP
+    page = shown(answered(tried, tmp_path, **{field: value}))
+    assert "<script>alert" not in page and "<img" not in page.partition("<main")[2]
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page and "{{ 7*7 }}" in page
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompt": 7, "base": [], "adapter": None, "expected": {}},
+        {"base": {"answer": 3, "probability": float("nan")}},
+        {"adapter": {"answer": "yes", "probability": 1e9}},
+        {"prompt": "long " * 10_000},
+    ],
+)
+def test_answers_of_another_form_break_no_page(
+    changes: dict[str, Any], tried: Path, tmp_path: Path
+) -> None:
+    page = shown(answered(tried, tmp_path, **changes))
+    assert "Before and after" in page and len(page) < 60_000
+
+
+def test_answers_of_another_version_are_not_shown(tried: Path, tmp_path: Path) -> None:
+    run = answered(tried, tmp_path)
+    (run / "adapter").rename(run / "versions-3")
+    (run / "adapter").symlink_to("versions-3")
+    assert "Does it hurt?" not in shown(run)
+    (run / ANSWERS).write_text("not JSON")
+    assert "Before and after" in shown(run)

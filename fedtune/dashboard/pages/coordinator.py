@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.dashboard.pages import Notice, Page
-from fedtune.dashboard.pages.run import NOTHING, RunPage, alarms, sites_of
+from fedtune.dashboard.pages.run import NOTHING, RunPage, alarms, ask, sites_of
 from fedtune.dashboard.pages.runs import runs_in
 from fedtune.errors import FedtuneError
 from fedtune.flower import certs, enrol
@@ -23,6 +23,7 @@ class CoordinatorPage(Page):
     """A coordinator's home; see `Page`. Its run is found beside it, or in runs/ beside it."""
 
     kind = "coordinator"
+    parts = RunPage.parts
     slow = ("acts",)
 
     def __init__(self, path: Path, trust: str = "") -> None:
@@ -80,6 +81,8 @@ class CoordinatorPage(Page):
             {"does": "End a site's part, also in the middle of a run",
              "line": f"fedtune revoke NAME --home {home}"},
         ]  # fmt: skip
+        if run and report:
+            commands += ask(run.path, shown["plan"])
         if shown.get("plan", {}).get("schedule") and run:
             line = f"fedtune versions {shlex.quote(str(run.path))} --rollback N"
             commands.append({"does": "Put an earlier version into use", "line": line})

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.dashboard.pages import Notice, Page
+from fedtune.dashboard.pages.answers import answers_in
 from fedtune.errors import FedtuneError, InputError
 from fedtune.observe.log import LOGGABLE, reason_of
 from fedtune.observe.rounds import Rounds
@@ -28,7 +29,7 @@ from fedtune.report.claim import (
 )
 from fedtune.report.preference import alarms as preference_alarms
 from fedtune.report.quality import intervals
-from fedtune.run_folder import load_plan, read_report
+from fedtune.run_folder import ANSWERS, load_plan, read_report
 
 NOTHING: dict[str, Any] = {}
 
@@ -37,6 +38,7 @@ class RunPage(Page):
     """A run's folder; see `Page`."""
 
     kind = "run"
+    parts = (*Page.parts, "answers")
     slow = ("verified", "versions")
 
     def __init__(self, path: Path, trust: str = "") -> None:
@@ -48,7 +50,8 @@ class RunPage(Page):
         return self.path.resolve().name
 
     def files(self) -> Iterable[Path]:
-        names = (FILE, LOCK, "metrics.jsonl", "report.json", "plan.json", "versions/index.json")
+        names = (FILE, LOCK, "metrics.jsonl", "report.json", "plan.json", ANSWERS)
+        names += ("versions/index.json",)
         return [self.path / name for name in names]
 
     def slow_files(self) -> Iterable[Path]:
@@ -84,8 +87,9 @@ class RunPage(Page):
             "bytes": {
                 way: sum(site[f"bytes_{way}"] or 0 for site in sites) for way in ("up", "down")
             },
+            "answers": answers_in(self.path),
             "facts": _facts(plan, report),
-            "commands": self._commands(snapshot, report),
+            "commands": self._commands(snapshot, report, plan),
             "three_epsilons": THREE_EPSILONS,
             "gone": GONE,
         }
@@ -120,11 +124,14 @@ class RunPage(Page):
             return load_plan(self.path).model_dump(mode="json")
         return {}
 
-    def _commands(self, snapshot: Snapshot | None, report: dict[str, Any]) -> list[dict[str, str]]:
+    def _commands(
+        self, snapshot: Snapshot | None, report: dict[str, Any], plan: dict[str, Any]
+    ) -> list[dict[str, str]]:
         run = shlex.quote(str(self.path))
         if report:
             out = shlex.quote(f"{self.title}-model")
             return [
+                *ask(self.path, plan),
                 {"does": "Prove its ε from what the sites signed", "line": f"fedtune verify {run}"},
                 {
                     "does": "Write a model for transformers",
@@ -139,6 +146,14 @@ class RunPage(Page):
             line = f"fedtune server study.toml --out {run} --resume"
             return [{"does": "Go on after its last whole round", "line": line}]
         return [{"does": "The same in a terminal", "line": f"fedtune status {run}"}]
+
+
+def ask(run: Path, plan: dict[str, Any]) -> list[dict[str, str]]:
+    """Offer the line that asks base and adapter the same prompts, until somebody did."""
+    if not plan.get("evaluation") or (run / ANSWERS).exists():
+        return []
+    line = f"fedtune answers {shlex.quote(str(run))}"
+    return [{"does": "Ask base and model the same prompts, shown here", "line": line}]
 
 
 def sites_of(snapshot: Snapshot | None, report: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,0 +1,57 @@
+"""What a page shows of a run's answers.json: texts of public records, nothing of another form."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from fedtune.errors import FedtuneError
+from fedtune.files import reading
+from fedtune.observe.log import MOMENT
+from fedtune.report.claim import number
+from fedtune.run_folder import ANSWERS
+
+MOST, LONGEST = 20, 1500  # prompts, and characters of a text
+
+
+def answers_in(run: Path) -> dict[str, Any]:
+    """Read what base and adapter answered; {} where nobody asked them yet, or where the adapter is
+    another version's by now."""
+    path = run / ANSWERS
+    if not path.exists():
+        return {}
+    try:
+        found = reading.json_in(path, "answers of base and adapter")
+    except FedtuneError as error:
+        return {"error": str(error)}
+    link, rows = run / "adapter", found.get("answers")
+    version = os.readlink(link) if link.is_symlink() else ""
+    if found.get("version") != version or not isinstance(rows, list):
+        return {}
+    made = str(found.get("made"))
+    return {
+        "made": made if MOMENT.fullmatch(made) else "",
+        "rows": [_row(row) for row in rows[:MOST] if isinstance(row, dict)],
+    }
+
+
+def _row(row: dict[str, Any]) -> dict[str, Any]:
+    expected = _text(row.get("expected"))
+    sides = {name: _answer(row.get(name), expected) for name in ("base", "adapter")}
+    return {"prompt": _text(row.get("prompt")), "expected": expected, **sides}
+
+
+def _answer(side: Any, expected: str) -> dict[str, Any]:
+    """Read one model's answer. share: a label's probability; right: whether the label is the
+    expected one; None where there is none."""
+    side = side if isinstance(side, dict) else {}
+    text, share = _text(side.get("answer")), number(side.get("probability"))
+    share = share if share is not None and 0 <= share <= 1 else None
+    right = text == expected if share is not None and expected and text else None
+    return {"text": text, "share": share, "right": right}
+
+
+def _text(value: Any) -> str:
+    text = value if isinstance(value, str) else ""
+    return text if len(text) <= LONGEST else text[:LONGEST] + " …"

@@ -1,0 +1,151 @@
+"""What the base alone and a run's adapter answer to a few of the study's own public prompts.
+
+    RUN/answers.json    the prompts, the expected answers, and both models' answers
+
+For people to read, on the run's page or in a terminal. It holds text of [evaluation] records, which
+a plan declares public; so it stays in the run's folder: no signature covers it, and neither
+`export` nor `release` takes it along.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+from fedtune.config import Columns, DataFile
+from fedtune.data.cells import key_of, text_of
+from fedtune.data.files import Rejected, rows
+from fedtune.data.records import _messages
+from fedtune.data.sources._interface import Row
+from fedtune.errors import ConfigError, DataError
+from fedtune.evaluation.generate import Writer
+from fedtune.evaluation.predict import predict
+from fedtune.evaluation.predictions import Predictions
+from fedtune.files.writing import replace
+from fedtune.models.run import Run
+from fedtune.objectives import resolve
+from fedtune.progress import report
+from fedtune.run_folder import ANSWERS
+
+COUNT, NEW_TOKENS = 4, 64
+FORMAT = "fedtune-answers-1"
+
+
+class Asked(NamedTuple):
+    """One prompt: its row in the file, from 1; its text; the expected answer, "" where none is."""
+
+    row: int
+    prompt: str
+    expected: str
+    record: Row
+
+
+def answers(run: Run, count: int = COUNT, *, max_new_tokens: int = NEW_TOKENS) -> dict[str, Any]:
+    """Answer `count` of the study's [evaluation] prompts with the base and with the run's adapter.
+
+    The rows are spread evenly over the file, before anything is answered. A study with labels or
+    choices answers with the likeliest one and its probability, any other with greedy text of at
+    most `max_new_tokens`. Both are kept in the run's answers.json, which its page shows.
+
+    >>> import fedtune
+    >>> fedtune.answers(fedtune.Run("runs/none"))
+    Traceback (most recent call last):
+      ...
+    fedtune.errors.InputError: ...
+
+    Errors: ConfigError (no [evaluation] records, or none with a prompt in words), DataError,
+    ModelError, InfrastructureError (disk)."""
+    study = run.study
+    if (table := study.evaluation) is None:
+        raise ConfigError(f"{run.folder}: its study has no [evaluation] records", "some")
+    objective = resolve(study.objective)
+    labelled = objective.record_format == "label"
+    if table.columns.media or (objective.outputs and not labelled):
+        raise ConfigError(
+            f"{run.folder}: is not asked in words, or answers with a score",
+            "a run of text that answers with text, or with one of its labels or choices",
+            f"`fedtune predict {run.folder} --data FILE` shows what it makes of records",
+        )
+    asked = chosen(DataFile(path=table.path, columns=table.columns), count)
+    if labelled or len(table.choices) > 1:
+        kind, pairs = "label", _labels(run, asked)
+    else:
+        kind, pairs = "text", _texts(run, asked, max_new_tokens)
+    link = run.folder / "adapter"
+    found = {
+        "format": FORMAT,
+        "kind": kind,
+        "made": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+        "version": os.readlink(link) if link.is_symlink() else "",
+        "answers": [
+            {"row": one.row, "prompt": one.prompt, "expected": one.expected}
+            | {"base": base, "adapter": adapter}
+            for one, (base, adapter) in zip(asked, pairs, strict=True)
+        ],
+    }
+    content = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    replace(run.folder / ANSWERS, content.encode(), private=True)
+    return found
+
+
+def chosen(file: DataFile, count: int) -> list[Asked]:
+    """Choose rows of the file that have a prompt, spread evenly. Errors: DataError."""
+    columns = file.columns
+    parts = {part: getattr(columns, part) for part in ("messages", "prompt", "text")}
+    keys = {f"evaluation.columns.{part}": str(name) for part, name in parts.items() if name}
+    usable = list(_usable(columns, list(rows(file.path, keys))))
+    if not usable:
+        raise DataError(f"{file.path}: no row has a prompt of one turn", "at least one")
+    count = min(count, len(usable))
+    return [usable[n * len(usable) // count] for n in range(count)]
+
+
+def _usable(columns: Columns, found: Sequence[Row | str]) -> Iterator[Asked]:
+    for number, row in enumerate(found, 1):
+        if not isinstance(row, str):
+            try:
+                yield Asked(number, *_words(columns, row), row)
+            except Rejected:
+                continue
+
+
+def _words(columns: Columns, row: Row) -> tuple[str, str]:
+    """Return a record's prompt and its expected answer. Errors: Rejected."""
+    if columns.messages:
+        turns = _messages(row.get(columns.messages), labelled=False)
+        if [role for role, _ in turns] not in (["user"], ["user", "assistant"]):
+            raise Rejected("bad message roles")
+        return turns[0][1], turns[1][1] if len(turns) > 1 else ""
+    prompt = text_of(row.get(columns.prompt or columns.text or ""))
+    if columns.label and columns.text:
+        return prompt, key_of(row.get(columns.label))
+    answer = columns.completion or columns.chosen
+    return prompt, text_of(row.get(answer)).strip() if answer else ""
+
+
+def _labels(run: Run, asked: list[Asked]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    records = [one.record for one in asked]
+    base, adapter = (predict(run, records, base_alone=alone) for alone in (True, False))
+    return zip(_likeliest(base), _likeliest(adapter), strict=True)
+
+
+def _likeliest(made: Predictions) -> Iterator[dict[str, Any]]:
+    """Return each record's likeliest label with its probability; of equal ones none is."""
+    for label, shares in zip(made.predicted, made.probabilities, strict=True):
+        most = float(shares.max()) if label is not None else None
+        tied = most is not None and int((shares == most).sum()) > 1
+        yield {"answer": None if tied or label is None else label.strip(), "probability": most}
+
+
+def _texts(
+    run: Run, asked: list[Asked], max_new_tokens: int
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    writer, made = Writer(run), []
+    for number, one in enumerate(asked, 1):
+        base, adapter = writer(one.prompt, max_new_tokens)
+        made.append(({"answer": base}, {"answer": adapter}))
+        report("answering", number, len(asked))
+    return made
