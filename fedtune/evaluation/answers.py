@@ -30,6 +30,7 @@ from fedtune.objectives import resolve
 from fedtune.progress import report
 from fedtune.run_folder import ANSWERS
 
+Pair = tuple[dict[str, Any], dict[str, Any]]  # the answers of base and adapter
 COUNT, NEW_TOKENS = 4, 64
 FORMAT = "fedtune-answers-1"
 
@@ -126,10 +127,10 @@ def _words(columns: Columns, row: Row) -> tuple[str, str]:
     return prompt, text_of(row.get(answer)).strip() if answer else ""
 
 
-def _labels(run: Run, asked: list[Asked]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def _labels(run: Run, asked: list[Asked]) -> list[Pair]:
     records = [one.record for one in asked]
     base, adapter = (predict(run, records, base_alone=alone) for alone in (True, False))
-    return zip(_likeliest(base), _likeliest(adapter), strict=True)
+    return list(zip(_likeliest(base), _likeliest(adapter), strict=True))
 
 
 def _likeliest(made: Predictions) -> Iterator[dict[str, Any]]:
@@ -140,9 +141,7 @@ def _likeliest(made: Predictions) -> Iterator[dict[str, Any]]:
         yield {"answer": None if tied or label is None else label.strip(), "probability": most}
 
 
-def _texts(
-    run: Run, asked: list[Asked], max_new_tokens: int
-) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def _texts(run: Run, asked: list[Asked], max_new_tokens: int) -> list[Pair]:
     writer, made = Writer(run), []
     for number, one in enumerate(asked, 1):
         base, adapter = writer(one.prompt, max_new_tokens)

@@ -14,6 +14,7 @@ from fedtune.observe import StatusFile
 from fedtune.report.claim import rounded_up
 from fedtune.report.figures import short
 from tests.dashboard.conftest import Serve
+from tests.dashboard.test_pages import MARKUP, answered
 
 AXE = Path(os.environ.get("FEDTUNE_AXE", "node_modules/axe-core/axe.min.js"))
 RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
@@ -55,8 +56,15 @@ class Visit:
 
 
 @pytest.fixture
-def places(tried: Path, released: Path) -> list[Path]:
-    return [tried / "runs" / "tried", tried / "runs", tried / "north" / "site.toml", released]
+def places(tried: Path, released: Path, tmp_path: Path) -> list[Path]:
+    asked = answered(tried, tmp_path, prompt=f"Does it hurt? {MARKUP}")
+    return [
+        tried / "runs" / "tried",
+        tried / "runs",
+        tried / "north" / "site.toml",
+        released,
+        asked,
+    ]
 
 
 def test_the_figures_are_the_reports_to_the_last_digit_shown(
@@ -87,6 +95,7 @@ def test_no_request_leaves_and_nothing_is_complained_of(
         assert visit.asked and {urlsplit(url).netloc for url in visit.asked} == {here}
         assert visit.complaints == []
         assert "token" not in visit.page.url
+    assert MARKUP in visit.text() and visit.page.query_selector("main img") is None
     visit.page.evaluate(
         "document.head.append(Object.assign(document.createElement('script'), "
         "{src: 'https://example.org/x.js'}))"

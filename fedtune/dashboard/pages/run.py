@@ -50,9 +50,8 @@ class RunPage(Page):
         return self.path.resolve().name
 
     def files(self) -> Iterable[Path]:
-        names = (FILE, LOCK, "metrics.jsonl", "report.json", "plan.json", ANSWERS)
-        names += ("versions/index.json",)
-        return [self.path / name for name in names]
+        names = [FILE, LOCK, "metrics.jsonl", "report.json", "plan.json", ANSWERS]
+        return [self.path / name for name in (*names, "versions/index.json")]
 
     def slow_files(self) -> Iterable[Path]:
         names = ("report.json", "signature.json", "evidence.json", "versions/index.json")
