@@ -27,7 +27,7 @@ from fedtune.files.writing import sync_folder
 from fedtune.flower.processes import alone
 from fedtune.ledger.files import DATABASE, OUTBOX, outbox_prefix, traces
 from fedtune.ledger.ledger import Ledger
-from fedtune.observe.status import LOCK
+from fedtune.observe.status import LOCK, LOSSES
 from fedtune.secagg.draw import FOLDER as DRAWS
 
 KINDS = {  # what people call it -> patterns of paths in the state folder; "*" goes into folders too
@@ -37,6 +37,7 @@ KINDS = {  # what people call it -> patterns of paths in the state folder; "*" g
     "logs": ("log.jsonl", "log.jsonl.1", "rank-*.log"),
     "status": ("status.json",),
     "counts of records": ("counts.json",),
+    "training losses by round": (LOSSES,),
     "what the data sheet attested": ("sheet.json",),
     "where runs on this machine lie": (PLACES,),
     "ledgers of runs of declared data": (f"{RUNS}/*",),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from safetensors.numpy import load, save
 
+from fedtune.client.own_loss import kept
 from fedtune.client.prepared import Prepared, Update, Void, metadata_of
 from fedtune.dp.shared_noise import bits_of
 from fedtune.errors import PolicyRefused
@@ -131,8 +132,9 @@ def _drawn(site: SiteWorker, prepared: Prepared, draw: Draw, adapter: Arrays) ->
     study = prepared.study
     data, reserved = site.reserve(prepared, draw.round, adapter, draw.label)
     recompute = site.site.site.gradient_checkpointing
-    with site.step_plan(prepared, data, ALL) as plan:
-        total = local_sum(study, data, plan, site.log, draw.round, adapter, recompute)
+    with site.step_plan(prepared, data, ALL) as plan, kept(site.site, study, draw.round) as own:
+        given = (study, data, plan, site.log, draw.round, adapter, recompute)
+        total = local_sum(*given, own)
     key, (name, size) = masks.new_key(), (site.site.site.name, site.site.site.declared_size)
     noise = prepared.private.own_noise if prepared.private else 0.0
     stated = Ready(draw, name, size, site.key.public, masks.public_of(key), noise).signed(site.key)

@@ -16,6 +16,7 @@ from safetensors.numpy import load, save
 
 from fedtune.client import evaluation, noted
 from fedtune.client.declared import as_stated, paid_by_run, permit_declared, run_ledger
+from fedtune.client.own_loss import kept
 from fedtune.client.policy import accounted, admit, base_for, order_of, planned, within_budget
 from fedtune.client.prepared import (
     Admission,
@@ -282,8 +283,9 @@ class SiteWorker:
         data, reserved = self.reserve(prepared, round_, adapter, digest)
         recompute = self.site.site.gradient_checkpointing
         columns = rank_slice(study.lora, prepared.lora_rank, round_)
-        with self.step_plan(prepared, data, columns) as ran:
-            delta = local_round(study, data, ran, self.log, round_, adapter, recompute, columns)
+        with self.step_plan(prepared, data, columns) as ran, kept(self.site, study, round_) as own:
+            given = (study, data, ran, self.log, round_, adapter, recompute, columns)
+            delta = local_round(*given, own)
         sent = encode(delta, study.wire.update)  # after the noise, before the ledger
         payload = save(sent, {"events": json.dumps(self.events(prepared))})
         if plan:  # an update without noise is not stored; ordered again, it is trained again

@@ -16,6 +16,7 @@ from fedtune.models.network import Network
 from fedtune.models.random_records import random_records
 from fedtune.models.rank_slice import ALL
 from fedtune.objectives import resolve
+from fedtune.training.round_loss import RoundLoss
 from fedtune.training.unit_gradients import UnitGradientEngine
 
 
@@ -28,12 +29,14 @@ def local_round(
     adapter: Arrays,
     recompute: bool = False,
     columns: slice = ALL,
+    losses: RoundLoss | None = None,
 ) -> Arrays:
     """Train `local_steps` steps from `adapter`; returns trained minus `adapter`, fp32 by name; of
     a B with a public preconditioner M that change before M, on which the noise is the same in every
     direction.
     recompute: activation checkpointing; ignored with Opacus' hooks, which cannot do it. columns:
-    the only columns of each B that are trained and returned.
+    the only columns of each B that are trained and returned. losses: gets the records' losses,
+    which are private and no part of the result.
 
     Only the noised mean gradient reaches the optimiser, so momentum, decay and the proximal term
     (Li et al. 2020) are post-processing. The optimiser starts afresh each round: a round
@@ -46,6 +49,7 @@ def local_round(
         sampling_unit=study.sampling_unit,
         engine=study.training.engine,
         columns=columns,
+        losses=losses,
     )
     optimizer = _optimizer(study, engine.trained, round_)
     start = [t.clone() for t in engine.trained]
@@ -75,6 +79,7 @@ def local_sum(
     round_: int,
     adapter: Arrays,
     recompute: bool = False,
+    losses: RoundLoss | None = None,
 ) -> npt.NDArray[np.int64]:
     """Compute a site's part of a round whose sum alone is opened: its noised sum of clipped rows in
     multiples of the plan's grid, int64 (d,), the tensors end to end in name order as on the wire.
@@ -84,7 +89,7 @@ def local_sum(
     network.load_trainable(adapter)
     objective, unit = resolve(study.objective), study.sampling_unit
     name = study.training.engine
-    engine = UnitGradientEngine(data, objective, sampling_unit=unit, engine=name)
+    engine = UnitGradientEngine(data, objective, unit, name, losses=losses)
     with network.recomputing(recompute and engine.name == "one-pass"):
         total = plan.noised_sum(engine.n_rows, engine.dimension, engine, log, round_)
     parts = torch.split(total, [t.numel() for t in engine.trained])

@@ -17,6 +17,7 @@ from fedtune.models.preconditioner import identity_part, name_for
 from fedtune.models.rank_slice import ALL, trained_slice
 from fedtune.objectives._interface import Batch, Objective
 from fedtune.training import engines
+from fedtune.training.round_loss import RoundLoss
 
 log = logging.getLogger("fedtune.dp")
 _CHUNK_BYTES = 128 * 2**20  # fp32 gradients held at once
@@ -61,6 +62,7 @@ class UnitGradientEngine:
     """Computes the gradients of rows. sampling_unit "unit": a row is a unit: a record, or a patient
     with the mean over that patient's records (clipped once, later); "record": a row is one record.
     (Charles et al. 2024, user-level and example-level sampling.) columns: of each B these alone.
+    losses: gets the losses that the gradients are of, for the site alone.
 
     trained: what a step updates, in the update's order: views into the network's parameters; of a B
     with a public preconditioner M the change to it before M, zero at first, whose gradient is M g.
@@ -78,8 +80,9 @@ class UnitGradientEngine:
         sampling_unit: Literal["unit", "record"] = "unit",
         engine: engines.EngineName = "auto",
         columns: slice = ALL,
+        losses: RoundLoss | None = None,
     ) -> None:
-        self.data, self.objective = data, objective
+        self.data, self.objective, self._losses = data, objective, losses
         named = data.network.parameters()
         self.parameters = list(named.values())
         views = [trained_slice(name, p.detach(), columns) for name, p in named.items()]
@@ -190,7 +193,8 @@ class UnitGradientEngine:
         any norm is taken. The number of tiles is declared by batch and network, never inferred
         from a gradient's shape."""
         flat, n_records, n_passages = [], len(batch.index), len(batch.mask)
-        gradients = self._engine(self.objective.losses(self.data.network, batch))
+        losses = self.objective.losses(self.data.network, batch)
+        gradients = self._engine(losses)
         layers = zip(self.parameters, self.trained, gradients, self._factors, strict=True)
         for parameter, trained, gradient, factor in layers:
             tiles = batch.tiles if self.data.network.has_row_per_tile(parameter) else 1
@@ -209,6 +213,8 @@ class UnitGradientEngine:
                 factor(per_record.view(n_records, *trained.shape))
             per_record[batch.count :].zero_()
             flat.append(per_record[: batch.count])
+        if self._losses is not None:
+            self._losses.add(losses[: batch.count])
         return flat
 
 

@@ -226,3 +226,33 @@ def test_answers_of_another_version_are_not_shown(tried: Path, tmp_path: Path) -
     assert "Does it hurt?" not in shown(run)
     (run / ANSWERS).write_text("not JSON")
     assert "Before and after" in shown(run)
+
+
+def test_a_site_sees_its_own_loss_and_nobody_else_does(tried: Path) -> None:
+    site, run = tried / "north" / "site.toml", tried / "runs" / "tried"
+    text = (tried / "north" / "state" / "losses.jsonl").read_text()
+    kept = [json.loads(line) for line in text.splitlines()]
+    (own,) = json.loads(shown(site, "series"))["own"]
+    assert own["study"] == "tiny" and own["rounds"] == [row["round"] for row in kept] == [1, 2]
+    assert own["losses"] == [row["loss"] for row in kept]
+    page = shown(site)
+    assert "Private: not protected by ε; never leaves this machine" in page
+    assert "never leaves this machine" not in shown(run)
+    assert "own" not in json.loads(shown(run, "series"))
+
+
+def test_lines_that_fedtune_did_not_write_draw_nothing(tried: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tried, tmp_path / "copy")
+    path = copy / "north" / "state" / "losses.jsonl"
+    good = path.read_text()
+    row = json.loads(good.splitlines()[0])
+    bad = [row | {"study": SECRET}, row | {"plan": MARKUP}, row | {"round": "1"}, [], "x", None]
+    path.write_text("".join(json.dumps(one) + "\n" for one in bad) + "{torn\n" + good)
+    own = json.loads(shown(copy / "north", "series"))["own"]
+    assert own == json.loads(shown(tried / "north", "series"))["own"]
+    again = [row | {"loss": 9.0}, row | {"plan": "sha256:" + "0" * 64, "loss": float("nan")}]
+    path.write_text(good + "".join(json.dumps(one) + "\n" for one in again))
+    newest, older = json.loads(shown(copy / "north", "series"))["own"]
+    assert newest["losses"] == [None] and older["losses"][0] == 9.0
+    path.unlink()
+    assert json.loads(shown(copy / "north", "series"))["own"] == []

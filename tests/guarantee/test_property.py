@@ -26,6 +26,7 @@ from fedtune.models import lora
 from fedtune.secagg import draw as draws
 from fedtune.secagg import masks
 from fedtune.secagg.statement import Ready
+from fedtune.training.round_loss import RoundLoss
 from tests.guarantee import property_pins as pins
 from tests.guarantee.property_cases import STORIES, cases
 from tests.guarantee.property_files import bases_of
@@ -130,6 +131,17 @@ def says_how_many(patch: pytest.MonkeyPatch) -> None:
     )
 
 
+def says_its_loss(patch: pytest.MonkeyPatch) -> None:
+    """Names the loss that it keeps for itself among what it ran."""
+    honest, kept = fedtune.client.prepared.step_summary, list[Any]()
+    mean = RoundLoss.mean.fget
+    assert mean
+    patch.setattr(RoundLoss, "mean", property(lambda self: kept.append(mean(self)) or kept[-1]))
+    patch.setattr(
+        fedtune.client.site, "step_summary", lambda s: [e | {"loss": kept[-1]} for e in honest(s)]
+    )
+
+
 def drops_one_more(patch: pytest.MonkeyPatch) -> None:
     """Where there are an odd number of units, the last one is left out."""
     honest = SiteWorker._read
@@ -209,6 +221,7 @@ SHARING = {
 LEAKS = {
     by_the_true_count: "on the wire",
     says_how_many: "on the wire",
+    says_its_loss: "on the wire",
     drops_one_more: "the sum moved",
     gives_up: "on the wire",
     clips_at_twice: "the sum moved",

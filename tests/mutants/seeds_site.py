@@ -25,6 +25,22 @@ T_ALONE = (
 
 MUTANTS = (
     one(
+        21, "a-site-logs-its-own-loss", "fedtune/client/own_loss.py",
+        "    with suppress(OSError):\n",
+        "    import logging\n"
+        "    logging.getLogger('fedtune.site').warning('loss %s', losses.mean)\n"
+        "    with suppress(OSError):\n",
+        "tests/guarantee/test_own_loss.py::test_it_is_in_nothing_that_leaves",
+        "a loss without noise lies in a log, which others read and keep",
+    ),
+    one(
+        33, "a-full-disk-at-the-own-loss-ends-the-round", "fedtune/client/own_loss.py",
+        "    with suppress(OSError):\n", "    if True:\n",
+        "tests/guarantee/test_own_loss.py::"
+        "test_whatever_becomes_of_the_file_the_wire_is_the_same",
+        "a round that trained fails for a file that nobody needs",
+    ),
+    one(
         31, "patients-share-the-caps-memory", TOKENS,
         'return b"kept\\0" + unit_hash + content_of(record)',
         'return b"kept\\0" + content_of(record)',

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 import shlex
 from collections.abc import Iterable
 from contextlib import suppress
@@ -14,7 +17,11 @@ from fedtune.data.sources._interface import REASONS
 from fedtune.errors import FedtuneError
 from fedtune.files import reading
 from fedtune.observe.log import MOMENT, NAME
-from fedtune.observe.status import COUNTS, FILE, GONE, LOCK, read_status
+from fedtune.observe.status import COUNTS, FILE, GONE, LOCK, LOSSES, read_status
+from fedtune.report.claim import number
+
+STUDIES = 4  # of whose losses there are curves
+PLAN = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 class SitePage(Page):
@@ -30,7 +37,7 @@ class SitePage(Page):
 
     def files(self) -> Iterable[Path]:
         site = self._site()
-        names = (FILE, LOCK, COUNTS)
+        names = (FILE, LOCK, COUNTS, LOSSES)
         return [*(site.site.state / name for name in names), *self.slow_files()]
 
     def slow_files(self) -> Iterable[Path]:
@@ -61,6 +68,10 @@ class SitePage(Page):
                 {"does": "Take part", "line": f"fedtune client {path}"},
             ],
         }
+
+    def series(self) -> dict[str, Any]:
+        """Read the site's own training loss by round, of each of its newest studies."""
+        return {"own": _losses(self._site().site.state / LOSSES)}
 
     def _site(self) -> Site:
         return load_site(self.path)
@@ -94,6 +105,30 @@ def _counts(path: Path) -> list[dict[str, Any]]:
             if NAME.fullmatch(name) and isinstance(facts, dict)
         ]
     return []
+
+
+def _losses(path: Path) -> list[dict[str, Any]]:
+    """The losses of the newest STUDIES studies, the newest first: of a round that was trained twice
+    the later one's, and of a line that is none of fedtune's nothing."""
+    studies: dict[str, dict[str, Any]] = {}
+    lines: list[str] = []
+    with suppress(OSError, FedtuneError):
+        lines = reading.text(path, "losses by round", most=reading.LARGE).splitlines()
+    for line in lines:
+        with suppress(ValueError, TypeError, KeyError):
+            row = json.loads(line)
+            plan, name, round_ = row["plan"], row["study"], row["round"]
+            if PLAN.fullmatch(plan) and NAME.fullmatch(name) and _is_count(round_):
+                study = studies.pop(plan, {"study": name, "losses": {}})
+                loss = number(row["loss"])
+                study["losses"][round_] = loss if loss is None or math.isfinite(loss) else None
+                studies[plan] = study
+    newest = list(studies.values())[: -STUDIES - 1 : -1]
+    return [
+        {"study": one["study"], "rounds": sorted(one["losses"]),
+         "losses": [one["losses"][n] for n in sorted(one["losses"])]}
+        for one in newest
+    ]  # fmt: skip
 
 
 def _count(name: str, facts: dict[str, Any]) -> dict[str, Any]:

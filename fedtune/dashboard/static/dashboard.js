@@ -62,15 +62,34 @@
 
   function draw() {
     if (!series) return;
-    const { metric } = series;
     wanted.clear();
+    if (series.own) own(); else run();
+    for (const panel of document.querySelectorAll("[data-chart]")) panel.hidden = !wanted.has(panel.dataset.chart);
+    for (const [key, plotted] of wanted) show(key, ...plotted); // once every panel has its width
+    root.dataset.drawn = String((series.rounds ?? series.own[0]?.rounds ?? []).length);
+  }
+
+  function run() {
+    const { metric } = series;
     const names = new Set([...Object.keys(series.quality), ...Object.keys(series.selection), ...Object.keys(series.base)]);
     quality("quality", metric && names.has(metric) ? metric : null);
     quality("loss", metric !== "loss" && names.has("loss") ? "loss" : null);
     epsilon();
-    for (const panel of document.querySelectorAll("[data-chart]")) panel.hidden = !wanted.has(panel.dataset.chart);
-    for (const [key, plotted] of wanted) show(key, ...plotted); // once every panel has its width
-    root.dataset.drawn = String(series.rounds.length);
+  }
+
+  /** A site's own training loss: one line for each of its newest studies. */
+  function own() {
+    const rounds = [...new Set(series.own.flatMap((one) => one.rounds))].sort((a, b) => a - b);
+    if (!rounds.length) return;
+    const lines = series.own.map((one, at) => ({
+      label: one.study, stroke: css(`--site-${at}`), width: 2, spanGaps: true,
+      points: { show: rounds.length < 40, size: 5 },
+    }));
+    const columns = series.own.map((one) => {
+      const by = new Map(one.rounds.map((round, at) => [round, one.losses[at]]));
+      return rounds.map((round) => by.get(round) ?? null);
+    });
+    wanted.set("own", ["Mean loss of the records that each round drew here", [rounds, ...columns], lines, {}]);
   }
 
   function quality(key, name) {
