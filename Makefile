@@ -50,7 +50,7 @@ fuzz: $(READY) ## a million hostile messages to either side
 mutants: $(READY) ## seed a bug for each way DP breaks silently; the tests must catch every one
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants.run --jobs 2
 
-bench: $(READY) ## time and memory beside plain PEFT, trl and Opacus: an hour (BENCH=--quick: minutes)
+bench: $(READY) ## time and memory beside plain PEFT, trl and Opacus: over an hour (BENCH="--quick": ten minutes; "--resume")
 	$(BIN)/python -m benchmarks $(BENCH)
 
 LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \

@@ -220,7 +220,9 @@ def machine(dtype: str, device: str = "cpu") -> str:
 def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder to write")
     parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
-    parser.add_argument("--quick", action="store_true", help="minutes: shows that it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="minutes: fewer repetitions and records"
+    )
 
 
 def start(chosen: argparse.Namespace) -> None:

@@ -99,6 +99,7 @@ def run(settings: list[Setting], names: list[str], rounds: int) -> Table:
     table = Table("steps", f"A step, medians of {rounds} paired steps (range)")
     for setting in settings:
         table_rows = rows(setting, names, rounds)
+        print(f"{setting.base}, {setting.train}, {setting.weights}: measured", flush=True)
         table.rows += table_rows
         table.bounds += bounds(setting, table_rows)
     first = settings[0]
@@ -155,7 +156,7 @@ def main() -> None:
     if chosen.memory:
         memory(Setting(**json.loads(chosen.setting)), chosen.memory)
         return
-    table = run(settings_of(chosen), chosen.variants, 3 if chosen.quick else chosen.rounds)
+    table = run(settings_of(chosen), chosen.variants, 4 if chosen.quick else chosen.rounds)
     table.save(chosen.out)
     print(table.markdown())
 
