@@ -1,6 +1,9 @@
 """Draw quality against ε from the results of `benchmarks.tables`, one panel a data set.
 
-    python -m benchmarks.picture --out docs/quality.png medquad=runs/medquad mts_dialog=runs/mts
+    python -m benchmarks.picture --out docs/quality.png
+    python -m benchmarks.picture --out mine.png medquad=runs/medquad mts_dialog=runs/mts
+
+Without names: docs/measured/NAME.json, which are the results.json that docs/quality.md shows.
 
 Each panel: mean and every seed's gain over the base at each ε, with each site's own noise and with
 one dose for all; lines for the same recipe without noise and, if it was measured, the best one
@@ -26,6 +29,7 @@ SERIES = {
     "one dose of noise for all (t = 1)": (re.compile(r"shared-1-([0-9.]+)"), SHARED),
 }
 BEST = ("best-lora", "best-head")
+MEASURED = Path(__file__).parents[1] / "docs" / "measured"
 
 
 def gains(results: dict[str, Any], metric: str) -> dict[str, list[float]]:
@@ -38,9 +42,10 @@ def gains(results: dict[str, Any], metric: str) -> dict[str, list[float]]:
     return by_arm
 
 
-def panel(axes: Any, name: str, folder: Path) -> None:
+def panel(axes: Any, name: str, place: Path) -> None:
     dataset = SETS[name]
-    by_arm = gains(json.loads((folder / "results.json").read_text()), dataset.metric)
+    file = place / "results.json" if place.is_dir() else place
+    by_arm = gains(json.loads(file.read_text(encoding="utf-8")), dataset.metric)
     ticks = set[float]()
     for title, (pattern, color) in SERIES.items():
         points = sorted(
@@ -79,7 +84,8 @@ def main() -> None:
     from matplotlib.figure import Figure
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sets", nargs="+", metavar="NAME=FOLDER")
+    kept = [f"{file.stem}={file}" for file in sorted(MEASURED.glob("*.json"))]
+    parser.add_argument("sets", nargs="*", metavar="NAME=FOLDER", default=kept)
     parser.add_argument("--out", type=Path, required=True, help="a .png file")
     args = parser.parse_args()
     pairs = [text.partition("=")[::2] for text in args.sets]

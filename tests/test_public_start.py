@@ -17,9 +17,11 @@ from fedtune.errors import ConfigError
 from fedtune.evaluation.evaluator import Evaluator
 from fedtune.models.lora import digest
 from fedtune.models.preconditioner import divided, identity_part
+from fedtune.registry import process_cache
 from fedtune.report.claim import compared
 from fedtune.run_folder import load_plan
 from fedtune.server import store
+from fedtune.training import start as start_module
 from fedtune.training.start import start
 from tests.dp.conftest import study
 from tests.simulated import simulate
@@ -138,3 +140,80 @@ def test_what_does_not_fit_is_refused(tiny_encoder: Path) -> None:
         classes(tiny_encoder, start={"head": "labels", "descriptions": {"none": "x"}})
     with pytest.raises(ValueError, match="labels"):
         classes(tiny_encoder, objective={"name": "causal_lm"}, start={"head": "labels"})
+
+
+# --------------------------------------------------------------------- computed once in a process
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of what is computed from public text, as it is."""
+    process_cache.clear("made from public text")
+    calls: list[str] = []
+
+    def watched(name: str) -> Any:
+        real = getattr(start_module, name)
+
+        def call(*arguments: Any) -> Any:
+            calls.append(name)
+            return real(*arguments)
+
+        return call
+
+    for name in ("public_factor", "output_factors", "trained_on"):
+        monkeypatch.setattr(start_module, name, watched(name))
+    return calls
+
+
+def test_it_is_computed_once_for_plans_that_differ_in_what_comes_later(
+    laid_out: Path, made: list[str]
+) -> None:
+    given = load_study(laid_out).changed(lora={"a_init": "public"})
+    first = start(given)
+    assert made == ["public_factor", "output_factors", "trained_on"]
+    later = given.changed(
+        training={"learning_rate": 0.01, "rounds": 5}, privacy={"epsilon": 1.0},
+        strategy={"min_sites": 2}, wire={"update": "float32"}, study={"name": "another"},
+    )  # fmt: skip
+    again = start(later)
+    assert len(made) == 3
+    assert digest(again.adapter) == digest(first.adapter)
+    assert digest(again.frozen) == digest(first.frozen)
+    assert again.study.lora and first.study.lora
+    assert again.study.lora.preconditioner == first.study.lora.preconditioner
+    for arrays in (again.adapter, again.frozen):
+        for array in arrays.values():
+            array += 1.0  # whoever changes its own leaves the others'
+    assert digest(start(given).adapter) == digest(first.adapter)
+
+
+@pytest.mark.parametrize(
+    ("changes", "anew"),
+    [
+        ({"start": {"steps": 3}}, ["trained_on"]),
+        ({"clipping": {"max_grad_norm": 0.25}}, ["trained_on"]),
+        ({"lora": {"preconditioner": {"damping": 0.5}}}, ["output_factors", "trained_on"]),
+        ({"lora": {"alpha": 3.0}}, ["public_factor", "output_factors", "trained_on"]),
+        ({"study": {"seed": 5}}, ["public_factor", "output_factors", "trained_on"]),
+        ({"objective": {"max_length": 24}}, ["public_factor", "output_factors", "trained_on"]),
+    ],
+)
+def test_what_it_depends_on_computes_it_anew(
+    laid_out: Path, made: list[str], changes: dict[str, Any], anew: list[str]
+) -> None:
+    given = load_study(laid_out).changed(lora={"a_init": "public"})
+    start(given)
+    made.clear()
+    start(given.changed(**changes))
+    assert made == anew
+
+
+def test_other_public_text_computes_it_anew(
+    laid_out: Path, tmp_path: Path, made: list[str]
+) -> None:
+    start(load_study(laid_out))
+    rows = [{"q": f"cough week {n}", "a": "ny"[n % 2]} for n in range(12)]
+    (tmp_path / "public.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made.clear()
+    start(load_study(laid_out))
+    assert "output_factors" in made and "trained_on" in made

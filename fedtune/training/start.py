@@ -1,10 +1,21 @@
-"""Starting point of a study, made once at the coordinator from public data alone."""
+"""Starting point of a study, made once at the coordinator from public data alone.
+
+What is computed from public text takes as long as several passes of the base over it. A process
+keeps it: the trials of `fedtune tune`, and arms of a benchmark, differ in tables that have no say
+in it."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fedtune.config import Study
+import numpy as np
+
+from fedtune.config import Study, TrainingTable
+from fedtune.data.dataset import Dataset
 from fedtune.data.load import load_dataset
 from fedtune.dp.calibration import with_rounds
 from fedtune.models import lora
@@ -13,7 +24,21 @@ from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import Arrays
 from fedtune.models.network import Network
 from fedtune.models.public_factor import public_factor
+from fedtune.registry import process_cache
 from fedtune.training.public import head_of_labels, output_factors, trained_on
+
+_kept: dict[str, Arrays] = process_cache.register("made from public text", {})
+_MOST = 6  # arrays that a process keeps: three of a study, and of another
+# No say in what is made from public text: what is private, and what happens from round 1 on.
+_LATER = ("strategy", "wire", "evaluation", "selection", "secure_aggregation", "schedule")
+_APART = {
+    "study": {"name", "data_sheet"},
+    "privacy": {"epsilon", "delta", "noise_multiplier"},
+    "private_evaluation": True,
+    **dict.fromkeys(_LATER, True),
+}
+_FACTOR = ("clipping", "start", "preconditioner")  # of these A knows nothing
+_OUTPUTS = ("clipping", "start")
 
 
 @dataclass(frozen=True, repr=False)
@@ -38,17 +63,21 @@ def start(study: Study) -> Start:
     study = with_rounds(study)
     base = study.base.model_copy(update={"digest": network.base.digest})
     study = study.model_copy(update={"base": base})
-    study, frozen = _frozen(study, network)
+    # One data set for both: its states are computed once.
+    answered = functools.cache(functools.partial(_public, study, network))
+    study, frozen = _frozen(study, network, answered)
     factor = network.adopt(study, frozen)
     adapter = network.initial(factor)
     if study.start:
-        adapter = _started(study, network, adapter)
+        adapter = _started(study, network, adapter, answered)
         pinned = study.start.model_copy(update={"digest": lora.digest(adapter)})
         study = study.model_copy(update={"start": pinned})
     return Start(study, adapter, frozen)
 
 
-def _frozen(study: Study, network: Network) -> tuple[Study, Arrays]:
+def _frozen(
+    study: Study, network: Network, answered: Callable[[], CachedDataset]
+) -> tuple[Study, Arrays]:
     """Return the plan with the digests of A and the preconditioner, and the arrays of them to
     send."""
     if study.lora is None:
@@ -61,12 +90,16 @@ def _frozen(study: Study, network: Network) -> tuple[Study, Arrays]:
         text = load_dataset(
             study.public, study, network.tokenizer, labelled=False, reader=network.reader
         )
-        frozen = public_factor(network, text, pinned.rank)
+        rank = pinned.rank
+        frozen = _once(study, text, _FACTOR, lambda: public_factor(network, text, rank))
     factor = network.adopt(unpinned, frozen)
     pinned = pinned.model_copy(update={"a_digest": lora.digest(factor)})
     if table := study.lora.preconditioner:
-        with network.loaded(trainable=network.initial(factor)):  # independent of its last use
-            outputs = output_factors(study, _public(study, network), table)
+        data, initial = answered(), network.initial(factor)
+        with network.loaded(trainable=initial):  # independent of its last use
+            outputs = _once(
+                study, data.dataset, _OUTPUTS, lambda: output_factors(study, data, table)
+            )
         table = table.model_copy(update={"digest": lora.digest(outputs)})
         pinned, frozen = pinned.model_copy(update={"preconditioner": table}), frozen | outputs
     return study.model_copy(update={"lora": pinned}), frozen
@@ -79,11 +112,49 @@ def _public(study: Study, network: Network) -> CachedDataset:
     return CachedDataset(network, text)
 
 
-def _started(study: Study, network: Network, adapter: Arrays) -> Arrays:
+def _started(
+    study: Study, network: Network, adapter: Arrays, answered: Callable[[], CachedDataset]
+) -> Arrays:
     """Return the adapter and head before the first round."""
     assert study.start is not None
     if study.start.head == "labels":
         adapter = adapter | head_of_labels(study, network)
     if study.start.steps:
-        adapter = trained_on(study, _public(study, network), adapter)
+        data, initial = answered(), adapter
+        adapter = _once(study, data.dataset, (), lambda: trained_on(study, data, initial))
     return adapter
+
+
+def _once(
+    study: Study, text: Dataset, without: Sequence[str], make: Callable[[], Arrays]
+) -> Arrays:
+    """Return what `make` computes from public text, or what it did for such a plan and the same
+    text; without: tables that have no say in it either."""
+    key = _key(study, text, without)
+    if key not in _kept:
+        _kept[key] = make()
+        for old in [*_kept][:-_MOST]:
+            del _kept[old]
+    return {name: array.copy() for name, array in _kept[key].items()}
+
+
+def _key(study: Study, text: Dataset, without: Sequence[str]) -> str:
+    """Digest what the computation may depend on: the plan without the tables that come later, and
+    the text as the base reads it."""
+    apart = _APART | {"training": {name for name in TrainingTable.model_fields if name != "engine"}}
+    plan = study.model_dump(mode="json", exclude=apart)
+    if plan.get("lora"):
+        # Filled in on the way, from what this is part of.
+        plan["lora"] = {k: v for k, v in plan["lora"].items() if k != "a_digest"}
+    for name in without:
+        plan.pop(name, None)
+        (plan.get("lora") or {}).pop(name, None)
+    digest = hashlib.sha256(json.dumps([without, plan], sort_keys=True).encode())
+    for example in text.examples:
+        digest.update(repr((example.label, len(example.passages))).encode())
+        digest.update(example.media.digest if example.media else b"")
+        for passage in example.passages:
+            for ids in (passage.input_ids, passage.target_ids):
+                digest.update(f"{len(ids)};".encode())
+                digest.update(np.asarray(ids, dtype=np.int64).tobytes())
+    return digest.hexdigest()
