@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,8 +12,10 @@ from typing import Any
 import pytest
 
 from fedtune.evidence.dossier.release import release
+from tests.browser import browser
 from tests.test_cli import run as command
 
+__all__ = ["browser"]
 Serve = Callable[..., str]
 
 
@@ -65,17 +66,3 @@ def serve() -> Iterator[Serve]:
         process.wait(20)
         assert process.stdout
         process.stdout.close()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    binary = shutil.which("chromium") or shutil.which("google-chrome")
-    if binary is None:
-        pytest.skip("no chromium is installed")
-    driver = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is not installed (fedtune[browser])"
-    )
-    with driver.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=binary, args=["--no-sandbox"])
-        yield started
-        started.close()

@@ -1,0 +1,110 @@
+"""The documentation site in a browser: search finds, no request leaves, everybody can read it."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.browser import AXE, RULES, Visit, needs_axe
+
+SEEN = ("index.html", "docs/tutorial.html", "docs/rescue.html", "docs/reference.html")
+SEARCHED = {  # what somebody types -> the page that is among what is found
+    "withdraw": "docs/intake.html",
+    "trimmed_mean": "docs/strategies.html",
+    "a site out of budget": "docs/rescue.html",
+    "GPU": "docs/gpu.html",
+}
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def address(site: Path) -> Iterator[str]:
+    handler = functools.partial(Quiet, directory=str(site))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("words", SEARCHED)
+def test_search_finds_the_page(words: str, browser: Any, address: str) -> None:
+    """Twin: what no page says is not found."""
+    visit = Visit(browser, f"{address}/index.html")
+    visit.page.keyboard.press("/")
+    visit.page.keyboard.type(words)
+    links = visit.page.locator("a[href*='.html']").locator("visible=true")
+    hits = "a => a.map(e => e.href)"
+
+    def found() -> bool:
+        return any(SEARCHED[words] in href for href in links.evaluate_all(hits))
+
+    before = visit.page.get_by_text("results").first
+    before.wait_for(timeout=10_000)
+    visit.until(found, 10)
+    visit.page.keyboard.press("Control+a")
+    visit.page.keyboard.type("xyzzyplugh")
+    visit.page.get_by_text("No results").first.wait_for(timeout=10_000)
+
+
+def test_no_request_leaves_from_any_page(browser: Any, site: Path, address: str) -> None:
+    """Twin: a page that asks for a script elsewhere is found."""
+    context = browser.new_context()
+    page, asked = context.new_page(), list[str]()
+    context.route(
+        "**/*", lambda route: route.continue_() if _here(route, address) else route.abort()
+    )
+    page.on("request", lambda request: asked.append(request.url))
+    for path in sorted(site.rglob("*.html")):
+        page.goto(f"{address}/{path.relative_to(site)}", wait_until="domcontentloaded")
+    elsewhere = {urlsplit(url).netloc for url in asked} - {urlsplit(address).netloc, ""}
+    assert elsewhere == set() and len(asked) > len(list(site.rglob("*.html")))
+    page.evaluate(
+        "document.head.append(Object.assign(document.createElement('script'), "
+        "{src: 'https://example.org/x.js'}))"
+    )
+    page.wait_for_timeout(300)
+    assert "example.org" in {urlsplit(url).netloc for url in asked}
+    context.close()
+
+
+def _here(route: Any, address: str) -> bool:
+    return str(route.request.url).startswith((address, "data:", "blob:"))
+
+
+@needs_axe
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious_and_would(scheme: Any, browser: Any, address: str) -> None:
+    """Twin: the same page with an image that nobody describes."""
+    check = f"axe.run(document, {{runOnly: {json.dumps(RULES)}}}).then(r => r.violations"
+    check += ".filter(v => ['serious', 'critical'].includes(v.impact)).map(v => v.id))"
+    for name in SEEN:
+        visit = Visit(browser, f"{address}/{name}", color_scheme=scheme)
+        visit.page.evaluate(AXE.read_text(encoding="utf-8"))
+        assert visit.page.evaluate(check) == [], name
+    visit.page.evaluate("document.querySelector('main').append(document.createElement('img'))")
+    assert "image-alt" in visit.page.evaluate(check)
+
+
+def test_a_narrow_screen_has_every_page(browser: Any, site: Path, address: str) -> None:
+    page = browser.new_context(viewport={"width": 360, "height": 740}).new_page()
+    wide = {}
+    for path in sorted(site.rglob("docs/*.html")):
+        page.goto(f"{address}/{path.relative_to(site)}", wait_until="domcontentloaded")
+        over = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+        if over > 0:
+            wide[path.name] = over
+    assert wide == {}

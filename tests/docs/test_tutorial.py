@@ -1,0 +1,58 @@
+"""The tutorial from its first command in the clone to a model in use, line by line as it stands."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.docs.pages import ROOT, read
+from tests.network.kit import FEDTUNE, environment
+
+TUTORIAL = ROOT / "docs" / "tutorial.md"
+
+
+def shell(folder: Path, lines: str) -> str:
+    """Run a block's lines in one shell, which stops at the first that fails; what they print."""
+    command = folder / "bin" / "fedtune"
+    if not command.exists():
+        command.parent.mkdir()
+        words = f"exec {FEDTUNE[0]} -c '{FEDTUNE[2]}' \"$@\""
+        command.write_text(f"#!/bin/sh\n{words}\n")
+        command.chmod(0o755)
+    own = environment()
+    path = f"{command.parent}:{Path(sys.executable).parent}:{own['PATH']}"
+    done = subprocess.run(
+        ["bash", "-ec", lines], cwd=folder, text=True, capture_output=True, check=False,
+        env=own | {"PATH": path, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, f"{lines}\n{done.stdout}{done.stderr}"
+    return done.stdout + done.stderr
+
+
+@pytest.mark.real
+def test_every_line_of_the_tutorial_works(tmp_path: Path) -> None:
+    blocks = [b for b in read(TUTORIAL.read_text(encoding="utf-8")).blocks if not b.why]
+    shown = [shell(tmp_path, block.text) for block in blocks if block.language == "sh"]
+    report = json.loads((tmp_path / "runs" / "desks" / "report.json").read_text())
+    quality = report["quality"]
+    assert quality["after"]["accuracy"] > quality["before"]["accuracy"]
+    assert report["privacy"]["epsilon"] <= 6.0
+    assert len((tmp_path / "labels.csv").read_text().splitlines()) == 3
+    assert (tmp_path / "runs" / "desks" / "answers.json").is_file()
+    assert re.search(r"'label': '[A-R]'", "".join(shown))
+
+
+def test_twin_a_line_that_fails_stops_the_tutorial(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="No such option"):
+        shell(tmp_path, "fedtune plan study.toml --sizes 80\ntrue")
+
+
+def test_what_is_not_run_is_what_needs_another_machine_or_a_person() -> None:
+    blocks = read(TUTORIAL.read_text(encoding="utf-8")).blocks
+    unrun = [block.text for block in blocks if block.why and block.language == "sh"]
+    assert len(unrun) == 2 and "make install" in unrun[0] and "fedtune dashboard" in unrun[1]
