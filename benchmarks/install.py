@@ -39,10 +39,12 @@ def megabytes(place: Path) -> float:
 
 
 def install(place: Path, *what: str) -> float:
-    """Install with uv, which links from its cache where it can; the seconds that it took."""
+    """Install with uv, which links from its cache where it can; the seconds that it took.
+
+    From elsewhere than the repository: there uv reads what pyproject.toml says of torch."""
     start = time.monotonic()
     words = [*UV, "pip", "install", "--quiet", "--python", str(place / "bin/python"), *what]
-    subprocess.run(words, check=True)
+    subprocess.run(words, check=True, cwd=place)
     return time.monotonic() - start
 
 
@@ -51,16 +53,17 @@ def main() -> None:
     extras = [e for e in project["optional-dependencies"] if e not in ("dev", "bench")]
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("extras", nargs="*", default=extras)
-    parser.add_argument("--wheel", default=str(ROOT))
+    parser.add_argument("--wheel", type=Path, default=ROOT)
     given = parser.parse_args()
+    wheel = str(given.wheel.resolve())
     print("| what | packages | MB | s |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for extra in ("", *given.extras):
             place = Path(folder) / (extra or "core")
             subprocess.run([*UV, "venv", "--quiet", str(place)], check=True)
-            steps = {"torch": "torch", "fedtune": given.wheel}
+            steps = {"torch": "torch", "fedtune": wheel}
             if extra:
-                steps = {"": given.wheel, f"[{extra}]": f"{given.wheel}[{extra}]"}
+                steps = {"": wheel, f"[{extra}]": f"{wheel}[{extra}]"}
             for name, what in steps.items():
                 before, size = packages(place), megabytes(place)
                 seconds = install(place, what)

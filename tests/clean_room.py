@@ -75,10 +75,13 @@ class Room:
 
     def close(self) -> None:
         """From here on without any network, where the machine allows it."""
-        words = ["unshare", "--net"]
-        if subprocess.run([*words, "true"], capture_output=True).returncode == 0:
-            # Loopback is up: a coordinator and its sites talk over it.
-            self.prefix = [*words, "sh", "-c", 'ip link set lo up; exec "$@"', "sh"]
+        # Loopback is up: a coordinator and its sites talk over it.
+        inside = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+        tried = subprocess.run(
+            ["sh", "-c", '"$@"', "sh", *inside, "true"], env=self.environment, capture_output=True
+        )  # through a shell, which says so where there is no `unshare`
+        if tried.returncode == 0:
+            self.prefix = inside
         else:
             print("no network namespaces here: the network stays", flush=True)
 

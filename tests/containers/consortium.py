@@ -1,7 +1,7 @@
 """docker-compose.yml as it is, under podman-compose: enrol, train, kill, upgrade; nothing gets out.
 
-What is changed of the example is its plan and policies: a tiny base, σ = 0, six rounds. An address
-that nobody answers, on an interface of this test's, stands for the world outside."""
+What is changed of the example is its plan and policies: a tiny base, σ = 0. An address that nobody
+answers, on an interface of this test's, stands for the world outside, and so does a name."""
 
 from __future__ import annotations
 
@@ -27,10 +27,13 @@ from tests.network.kit import records
 
 SITES = ("north", "south", "west")
 OWNER = 10001
-ROUNDS = 6
+ROUNDS = 8
 OUTSIDE, LINK, FAR, TABLE = "10.253.0.2", "fedtune-out", "fedtune-far", "fedtune_watch"
+LABEL = "fedtune-outside"  # 16 bytes with its length, which nft compares at once
+ASKED = f"{LABEL}.example.org"  # nobody else on this machine looks it up
 ADAPTER = "adapter/adapter_model.safetensors"
 NEXT = "9.9.9"
+NONE_LEFT = {"forwarded": 0, "looked_up": 0}
 KNOCK = """
 import socket, sys
 try:
@@ -57,7 +60,7 @@ def checks(machine: Machine) -> Iterator[str]:
             until(lambda: not running(machine, "coordinator"), 1800, machine)
             code = state(machine, "coordinator")["ExitCode"]
             assert code == 0, f"the coordinator ended with {code}"
-            assert escaped() == 0, f"{escaped()} packets left the internal networks"
+            assert escaped() == NONE_LEFT, f"left the internal networks: {escaped()}"
             yield f"{ROUNDS} rounds; the coordinator ended and stayed down; 0 packets left"
         yield twin_of_the_watch(machine)
         found = load_file(machine.tree / "deploy/runs/study" / ADAPTER)
@@ -89,7 +92,7 @@ def lay_out(machine: Machine) -> Path:
         (r"model = .*\ndigest = .*", 'model = "/models/tiny"\ndtype = "float32"'),
         (r"rank = 16\nalpha = 32", "rank = 4\nalpha = 8"),
         (r"max_length = 256", "max_length = 64"),
-        (r"rounds = 8", f"rounds = {ROUNDS}"),
+        (r"rounds = \d+", f"rounds = {ROUNDS}"),
         (r"\[privacy\]\n.*\n.*\n", ""),
         (r"round_timeout = 3600", "round_timeout = 120"),
     ):
@@ -168,9 +171,12 @@ def confined(machine: Machine) -> Iterator[str]:
         assert "Read-only file system" in refused or "Permission denied" in refused, refused
     yield "secrets are there, and cannot be replaced from inside"
     other = address(machine, "south")
-    for to, port in ((OUTSIDE, 443), (other, 8443)):
-        told = knock(machine, container(machine, "north"), to, port)
-        assert told != "reached", f"north reached {to}"
+    for service, to, port in (
+        *((name, place, 443) for name in ("north", "coordinator") for place in (OUTSIDE, ASKED)),
+        ("north", other, 8443),
+    ):
+        told = knock(machine, container(machine, service), to, port)
+        assert told != "reached", f"{service} reached {to}"
     assert knock(machine, container(machine, "north"), "coordinator", 8443) == "reached"
     yield "a site reaches the coordinator's port, no other site, and nothing outside"
 
@@ -232,25 +238,33 @@ def outside() -> Iterator[None]:
 
 
 @contextmanager
-def watched(machine: Machine) -> Iterator[Callable[[], int]]:
-    """Count packets that go from a site's network to any other interface of this machine."""
+def watched(machine: Machine) -> Iterator[Callable[[], dict[str, int]]]:
+    """Count packets that go from a site's network to any other interface of this machine, and
+    look-ups of ASKED that the networks' name server passes on."""
     bridges = [machine.inspect("network", f"fedtune_{name}")["network_interface"] for name in SITES]
     with _counted(bridges) as count:
         yield count
 
 
 @contextmanager
-def _counted(bridges: list[str]) -> Iterator[Callable[[], int]]:
-    rules = "".join(f'iifname "{bridge}" oifname != "{bridge}" counter\n' for bridge in bridges)
-    hook = "type filter hook forward priority -300;"
-    table = f"table inet {TABLE} {{\nchain out {{\n{hook}\n{rules}}}\n}}\n"
-    subprocess.run(["nft", "-f", "-"], input=table, text=True, check=True)
+def _counted(bridges: list[str]) -> Iterator[Callable[[], dict[str, int]]]:
+    name = bytes([len(LABEL)]) + LABEL.encode()
+    lines = [f"table inet {TABLE} {{"]
+    lines += ["chain forwarded {", "type filter hook forward priority -300;"]
+    lines += [f'iifname "{bridge}" oifname != "{bridge}" counter' for bridge in bridges]
+    # Where a query's first name stands: behind 8 bytes of UDP and 12 of DNS.
+    lines += ["}", "chain looked_up {", "type filter hook output priority -300;"]
+    lines += [f"udp dport 53 @th,160,128 0x{name.hex()} counter", "}", "}", ""]
+    subprocess.run(["nft", "-f", "-"], input="\n".join(lines), text=True, check=True)
 
-    def count() -> int:
+    def count() -> dict[str, int]:
         words = ["nft", "--json", "list", "table", "inet", TABLE]
         told = json.loads(subprocess.run(words, capture_output=True, check=True).stdout)
-        found = [e for item in told["nftables"] if "rule" in item for e in item["rule"]["expr"]]
-        return sum(e["counter"]["packets"] for e in found if "counter" in e)
+        found = dict(NONE_LEFT)
+        for rule in (item["rule"] for item in told["nftables"] if "rule" in item):
+            packets = (e["counter"]["packets"] for e in rule["expr"] if "counter" in e)
+            found[rule["chain"]] += sum(packets)
+        return found
 
     try:
         yield count
@@ -259,15 +273,20 @@ def _counted(bridges: list[str]) -> Iterator[Callable[[], int]]:
 
 
 def twin_of_the_watch(machine: Machine) -> str:
-    """The same knock from a network that is not internal: it is counted."""
+    """The same knocks from a network that is not internal: they are counted."""
     machine.podman("network", "create", "fedtune-open")
     try:
         bridge = machine.inspect("network", "fedtune-open")["network_interface"]
         with _counted([bridge]) as count:
             words = ("run", "--rm", "--network", "fedtune-open", "--entrypoint", "python")
-            machine.podman(*words, "fedtune-site", "-c", KNOCK, OUTSIDE, "443")
-            assert count() > 0, "the watch sees nothing"
-            return f"the twin, a network that is not internal: {count()} packets were counted"
+            for place in (OUTSIDE, ASKED):
+                machine.podman(*words, "fedtune-site", "-c", KNOCK, place, "443")
+            found = count()
+            assert all(found.values()), f"the watch sees nothing: {found}"
+            return (
+                f"the twin, a network that is not internal: {found['forwarded']} packets and "
+                f"{found['looked_up']} look-ups were counted"
+            )
     finally:
         machine.podman("network", "rm", "--force", "fedtune-open")
 
@@ -282,13 +301,17 @@ def _ip(*words: str, fails: bool = False) -> None:
 @contextmanager
 def cleared(machine: Machine) -> Iterator[None]:
     """Nothing of an earlier run before, nothing of this one after."""
-    with suppress(AssertionError):
-        machine.compose("down")
+    _clear(machine)
     try:
         yield
     finally:
-        with suppress(AssertionError):
-            machine.compose("down")
+        _clear(machine)
+
+
+def _clear(machine: Machine) -> None:
+    machine.podman("rm", "--force", "--all", "--time", "0")  # a paused one cannot be stopped
+    with suppress(AssertionError):
+        machine.compose("down")
 
 
 def container(machine: Machine, service: str) -> str:

@@ -53,7 +53,10 @@ class Machine:
         driver = "overlay" if _overlays(folder) else "vfs"  # vfs copies an image for every layer
         (folder / "containers.conf").write_text(CONTAINERS_CONF)
         (folder / "storage.conf").write_text(STORAGE_CONF.format(folder, driver))
-        (folder / "pip.conf").write_text(f"[global]\ncert = {CERTIFICATES}/ca-certificates.crt\n")
+        self.links = _find_links()
+        pip = ["[global]", f"cert = {CERTIFICATES}/ca-certificates.crt"]
+        pip += [f"find-links = {where}" for where in self.links]
+        (folder / "pip.conf").write_text("\n".join(pip) + "\n")
         self.environment = {
             **os.environ,
             "CONTAINERS_CONF": str(folder / "containers.conf"),
@@ -137,17 +140,9 @@ class Machine:
 
     def build(self, image: str, dockerfile: str, *more: str, what: str = "") -> None:
         """Build one of the shipped Dockerfiles as it is, with its build arguments alone."""
-        mounts = [f"{CERTIFICATES}:{CERTIFICATES}:ro", f"{self.folder}/pip.conf:/etc/pip.conf:ro"]
-        links = (
-            self.run(sys.executable, "-m", "pip", "config", "get", "global.find-links")
-            if _has_links()
-            else ""
-        )
-        if links.strip():
-            mounts.append(f"{links.strip()}:{links.strip()}:ro")
-            with (self.folder / "pip.conf").open("a") as file:
-                file.write(f"find-links = {links.strip()}\n")
-        volumes = [word for mount in mounts for word in ("-v", mount)]
+        mounts = [CERTIFICATES, *self.links]
+        volumes = [word for m in mounts for word in ("-v", f"{m}:{m}:ro")]
+        volumes += ["-v", f"{self.folder}/pip.conf:/etc/pip.conf:ro"]
         self.timed(
             what or f"build {image}",
             *("buildah", "bud", "--isolation", "chroot", "--layers", "--format", "docker"),
@@ -176,11 +171,11 @@ def _overlays(folder: Path) -> bool:
     return works
 
 
-def _has_links() -> bool:
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "config", "get", "global.find-links"], capture_output=True
-    )
-    return done.returncode == 0
+def _find_links() -> list[str]:
+    """The folder of wheels that this machine's pip looks into, where it has one."""
+    words = [sys.executable, "-m", "pip", "config", "get", "global.find-links"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    return done.stdout.split()
 
 
 def _mirror() -> str:
