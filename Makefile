@@ -71,9 +71,11 @@ sbom: clean-room ## dist/fedtune.cdx.json: all that the wheel brings, as Cyclone
 	$(BIN)/cyclonedx-py environment build/clean-room/bin/python --pyproject pyproject.toml \
 		--mc-type library --output-reproducible --output-file dist/fedtune.cdx.json
 
-vulnerabilities: $(READY) ## known vulnerabilities of what locks/ holds; asks the package index
+vulnerabilities: $(READY) ## known vulnerabilities of what locks/ holds, and of torch; asks the package index
 	$(BIN)/pip-audit --strict --progress-spinner off --disable-pip --require-hashes \
 		--requirement locks/run.txt --requirement locks/dev.txt
+	echo torch==$(TORCH) | $(BIN)/pip-audit --strict --progress-spinner off --disable-pip --no-deps \
+		--requirement /dev/stdin
 
 containers: $(READY) ## build the images and run docker-compose.yml, with Debian's buildah and podman; as root
 	$(BIN)/python -m tests.containers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -123,17 +124,21 @@ def lay_out(world: Path) -> None:
 
 def run_all(room: Room, world: Path) -> set[str]:
     """Run one case of each command; the commands that ran."""
-    ran = {"demo", "models fetch", "server", "enroll", "admit", "client", "dashboard"}
+    ran = {"models fetch", "server", "enroll", "admit", "client", "dashboard"}
 
     def fedtune(*words: str, code: int = 0, says: str = "") -> str:
         first = words[0]
         ran.add(f"{first} {words[1]}" if first in ("data", "models") else first)
         return room.fedtune(*words, cwd=world, code=code, says=says)
 
-    for words in BEFORE:
-        fedtune(*words)
+    def two_at_a_time(cases: tuple[tuple[str, ...], ...]) -> None:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda words: fedtune(*words), cases))
+
+    two_at_a_time(BEFORE)
     room.run("server, enroll, admit, client", "sh", "-ec", BETWEEN_MACHINES, cwd=world)
     room.run("dashboard", "sh", "-ec", LOOKED_AT, cwd=world)
+    two_at_a_time(OF_A_RUN)
     for words in AFTER:
         fedtune(*words)
     heard = json.loads((world / "admitted.json").read_text())["fingerprint"]
@@ -172,7 +177,8 @@ address = re.search("http://[^ ]+", open("dashboard.log").read()).group()
 page = web.build_opener(web.HTTPCookieProcessor()).open(address).read().decode()
 assert "<html" in page and "tiny" in page, page'
 """
-BEFORE: tuple[tuple[str, ...], ...] = (
+BEFORE: tuple[tuple[str, ...], ...] = (  # none of them needs another
+    ("demo", "--quick", "--out", "demo"),
     ("init", "mine"),
     ("models", "list"),
     ("models", "verify", "base"),
@@ -187,7 +193,7 @@ BEFORE: tuple[tuple[str, ...], ...] = (
     ("simulate", "study.toml", "south.toml", "--out", "other"),
     ("simulate", "liked.toml", "pairs.toml", "--out", "liked"),
 )
-AFTER: tuple[tuple[str, ...], ...] = (
+OF_A_RUN: tuple[tuple[str, ...], ...] = (  # likewise
     ("status", "run", "--once"),
     ("doctor", "study.toml"),
     ("evaluate", "run", "--data", "evaluation.jsonl"),
@@ -199,6 +205,8 @@ AFTER: tuple[tuple[str, ...], ...] = (
     ("distill", "run", "--layers", "2", *PROMPTS, "--new-tokens", "8", "--out", "student"),
     ("label", "north.toml", "--generator", "./base", "--new-tokens", "4", "--out", "new.jsonl"),
     ("attack", "run", "--models", "8", "--canaries", "10", "--units", "20", "--out", "attacked"),
+)
+AFTER: tuple[tuple[str, ...], ...] = (  # one after another: they change what the next reads
     ("release", "run", "--out", "dossier", "--home", "coordinator"),
     ("backup", "study.toml", "--out", "run", "--to", "hub.backup"),
     ("restore", "hub.backup", "--to", "again"),

@@ -84,7 +84,8 @@ def test_the_wheel_holds_the_package_with_its_data_and_nothing_else(
         "fedtune", f"{at}.dist-info", f"{at}.data"
     }  # fmt: skip
     assert f"{at}.data/data/share/man/man1/fedtune.1" in names
-    assert f"{at}.dist-info/licenses/LICENSE" in names
+    for name in ("LICENSE", "fedtune/dashboard/static/LICENSES.md"):
+        assert f"{at}.dist-info/licenses/{name}" in names
     source = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "fedtune").rglob("*")
