@@ -98,9 +98,7 @@ def summary(out: Path) -> str:
     return "\n".join([*lines, "", f"{counts}.", "", *bodies])
 
 
-def measured(
-    todo: list[Part], out: Path, quick: bool, common: list[str], head: str
-) -> list[str]:
+def measured(todo: list[Part], out: Path, quick: bool, common: list[str], head: str) -> list[str]:
     """Run each part and write all.md after it; returns those that did not finish.
 
     KeyboardInterrupt passes, after what is whole was written."""
