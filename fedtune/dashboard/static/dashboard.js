@@ -58,6 +58,7 @@
   }
 
   const short = (value) => value == null ? "–" : String(Number(value.toPrecision(4)));
+  const above = (value) => value == null ? "–" : String(Math.ceil(value * 1000 - 1e-6) / 1000); // never less than was spent
   const named = (text) => text.charAt(0).toUpperCase() + text.slice(1).replaceAll("_", " ");
 
   function draw() {
@@ -119,7 +120,7 @@
     if (!names.length) return;
     const lines = names.map((name, at) => ({
       label: name, stroke: css(`--site-${at % 6}`), width: 2, dash: at >= 6 ? [6, 4] : undefined,
-      points: { show: series.rounds.length < 40, size: 5 },
+      points: { show: series.rounds.length < 40, size: 5 }, said: above,
     }));
     const data = [[0, ...series.rounds], ...names.map((name) => [0, ...series.epsilon[name]])];
     wanted.set("epsilon", ["ε reported, by site", data, lines, { marks: { planned: series.planned }, fromZero: true }]);
@@ -209,7 +210,7 @@
       if (value === null && lines.length > 1 && self.cursor.idx === null) return;
       const entry = document.createElement("span"), key = document.createElement("i");
       key.style.background = one.stroke;
-      entry.append(key, `${one.label} ${short(value)}`);
+      entry.append(key, `${one.label} ${(one.said ?? short)(value)}`);
       legend.append(entry);
     });
   }
@@ -217,7 +218,8 @@
   function described(title, data, lines, marks) {
     const parts = lines.map((one, index) => {
       const values = data[index + 1].filter((value) => value !== null);
-      return `${one.label} from ${short(values[0])} to ${short(values.at(-1))}`;
+      const said = one.said ?? short;
+      return `${one.label} from ${said(values[0])} to ${said(values.at(-1))}`;
     });
     const base = marks.base === undefined || marks.base === null ? "" : `; base alone ${short(marks.base)}`;
     return `${title} over ${data[0].at(-1)} rounds: ${parts.join("; ")}${base}`;
