@@ -34,10 +34,19 @@ def shell(folder: Path, lines: str) -> str:
     return done.stdout + done.stderr
 
 
+def typed(lines: str, shown: str) -> str:
+    """The lines as a reader types them, with the fingerprint that the reader's own run showed."""
+    own = re.findall(r"verify runs/desks --trust (\"[0-9a-f ]+\")", shown)
+    return re.sub(r"--trust \"[0-9a-f ]+\"", f"--trust {own[-1]}", lines) if own else lines
+
+
 @pytest.mark.real
 def test_every_line_of_the_tutorial_works(tmp_path: Path) -> None:
     blocks = [b for b in read(TUTORIAL.read_text(encoding="utf-8")).blocks if not b.why]
-    shown = [shell(tmp_path, block.text) for block in blocks if block.language == "sh"]
+    shown = list[str]()
+    for block in blocks:
+        if block.language == "sh":
+            shown.append(shell(tmp_path, typed(block.text, "".join(shown))))
     report = json.loads((tmp_path / "runs" / "desks" / "report.json").read_text())
     quality = report["quality"]
     assert quality["after"]["accuracy"] > quality["before"]["accuracy"]
