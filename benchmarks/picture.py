@@ -3,7 +3,8 @@
     python -m benchmarks.picture --out docs/quality.png
     python -m benchmarks.picture --out mine.png medquad=runs/medquad mts_dialog=runs/mts
 
-Without names: docs/measured/NAME.json, which are the results.json that docs/quality.md shows.
+Without names: docs/measured/NAME.json, which are the results.json that docs/quality.md shows. Prints
+the same figures as tables, as they stand there.
 
 Each panel: mean and every seed's gain over the base at each ε, with each site's own noise and with
 one dose for all; lines for the same recipe without noise and, if it was measured, the best one
@@ -19,6 +20,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks.measure import mean_sd
 from benchmarks.tables import SETS, TWIN
 from fedtune.report.plot import COST, FAINT, GOOD, INK
 
@@ -27,6 +29,11 @@ SHARED = "#7b4fa3"
 SERIES = {
     "each site's own noise": (re.compile(r"epsilon-([0-9.]+)"), GOOD),
     "one dose of noise for all (t = 1)": (re.compile(r"shared-1-([0-9.]+)"), SHARED),
+}
+COLUMNS = {
+    "each site's own noise": "epsilon-",
+    "one dose, t = 1": "shared-1-",
+    "one dose, t = 2": "shared-2-",
 }
 BEST = ("best-lora", "best-head")
 MEASURED = Path(__file__).parents[1] / "docs" / "measured"
@@ -42,10 +49,50 @@ def gains(results: dict[str, Any], metric: str) -> dict[str, list[float]]:
     return by_arm
 
 
+def read(place: Path) -> dict[str, Any]:
+    file = place / "results.json" if place.is_dir() else place
+    results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return results
+
+
+def by_epsilon(name: str, results: dict[str, Any]) -> str:
+    """A Markdown table of one set: a row for each ε, mean ± sd over the seeds of the fall of the
+    loss, else of the metric itself, and the ε whatever happens where sites share their noise."""
+    metric = SETS[name].metric
+    values = gains(results, metric)
+    if metric != "loss":
+        arms = {arm for by_arm in results.values() for arm in by_arm}
+        values = {a: [r[a][metric] for r in results.values() if a in r] for a in arms}
+    what = "fall of the loss, nats" if metric == "loss" else metric
+    head = ["ε"]
+    for title, prefix in COLUMNS.items():
+        head += [title, *(["ε whatever happens"] if prefix.startswith("shared") else [])]
+    lines = [f"{SETS[name].title}, {what}:", "", _line(head), "|---" * len(head) + "|"]
+    for epsilon in sorted({float(a[8:]) for a in values if a.startswith("epsilon-")}):
+        cells = [f"{epsilon:g}"]
+        for prefix in COLUMNS.values():
+            arm = f"{prefix}{epsilon:g}"
+            cells.append(mean_sd(values[arm]) if arm in values else "–")
+            if prefix.startswith("shared"):
+                fallback = [r[arm]["fallback"] for r in results.values() if arm in r]
+                cells.append(f"{max(fallback):.2f}" if fallback else "–")
+        lines.append(_line(cells))
+    for title, arms_of in (("no noise, same recipe", (TWIN,)), ("best without privacy", BEST)):
+        lines += [
+            _line([title, mean_sd(values[arm]), *([""] * (len(head) - 2))])
+            for arm in arms_of
+            if arm in values
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
 def panel(axes: Any, name: str, place: Path) -> None:
     dataset = SETS[name]
-    file = place / "results.json" if place.is_dir() else place
-    by_arm = gains(json.loads(file.read_text(encoding="utf-8")), dataset.metric)
+    by_arm = gains(read(place), dataset.metric)
     ticks = set[float]()
     for title, (pattern, color) in SERIES.items():
         points = sorted(
@@ -95,6 +142,7 @@ def main() -> None:
         figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True
     ):
         panel(axes, name, Path(folder))
+        print(by_epsilon(name, read(Path(folder))))
     figure.savefig(args.out, metadata={"Software": None})
 
 
