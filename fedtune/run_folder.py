@@ -117,6 +117,20 @@ def new_run(study: Study, out: Path | None, *, resume: bool, runs: Path = RUNS) 
     return out or folder_for(study.study.name, resume=resume, runs=runs)
 
 
+def beginning(study: Study, run: Path, *, resume: bool, runs: Path = RUNS) -> str:
+    """Say on one line which run goes on, or that another one of this study is not finished; ""
+    where there is nothing to say. run, resume, runs: as of new_run."""
+    if resume:
+        return f"going on with {run}" if run.exists() else ""
+    last = folder_for(study.study.name, resume=True, runs=runs)
+    if last == run or not (last / "checkpoint").is_dir() or (last / "report.json").exists():
+        return ""
+    return (
+        f"{last} is not finished: --resume goes on with it. This is another run, in {run}; what "
+        "sites paid for the first stays paid"
+    )
+
+
 def without_places(study: Study) -> Study:
     """Copy a plan with the names alone of the files on the coordinator's machine."""
     tables = {name: getattr(study, name) for name in FILED}

@@ -16,12 +16,14 @@ from click.testing import CliRunner
 from fedtune.cli import watch as watch_module
 from fedtune.cli.main import app
 from fedtune.cli.watch import Watch
+from fedtune.config import load_study
 from fedtune.demo import run as demo
 from fedtune.errors import (
     ConfigError,
 )
 from fedtune.launch import simulate
 from fedtune.registry import process_cache
+from fedtune.run_folder import beginning
 from tests.cli_kit import SITE, STUDY, run, tree
 
 
@@ -80,6 +82,16 @@ def test_what_became_of_a_sites_rows_is_said_once(
     found = run("simulate", study)
     said = " ".join((found.stdout + found.stderr + caplog.text).split())
     assert found.exit_code == 0 and said.count("12 of 13 rows train") == 1, said
+
+
+def test_a_run_that_is_not_finished_is_named_where_another_begins(study: Path) -> None:
+    (Path("runs/tiny") / "checkpoint").mkdir(parents=True)  # as Ctrl-C leaves it
+    found = run("simulate", study)
+    assert found.stdout.startswith("runs/tiny is not finished: --resume goes on with it."), found
+    assert "another run, in runs/tiny-2" in found.stdout and Path("runs/tiny-2").is_dir()
+    told = beginning(load_study(study), Path("runs/tiny-2"), resume=True)
+    assert told == "going on with runs/tiny-2"
+    assert beginning(load_study(study), Path("runs/tiny-3"), resume=False) == ""  # tiny-2 is done
 
 
 def test_a_study_that_is_finished_is_not_run_again_by_the_same_command(study: Path) -> None:
@@ -253,7 +265,8 @@ def test_the_demo_has_a_status_while_it_runs_and_after(
         on_event("start", {"study": "demo", "rounds": 3, "done": 0})
         shown.append(run("status", out).output)
         on_event("done", {"out": str(out)})
-        return SimpleNamespace(report={"private": True, "privacy": {"epsilon": 1.0}})
+        made = {"private": True, "privacy": {"epsilon": 1.0}, "alone": {"harbour": 0.4}}
+        return SimpleNamespace(report=made)
 
     monkeypatch.setattr("fedtune.demo.run_demo", demo)
     found = run("demo", "--out", tmp_path / "demo")

@@ -95,7 +95,7 @@ def test_from_simulate_to_generate(study: Path) -> None:
     accuracy = body["quality"]["after"]["accuracy"]
     code, said = run("predict", folder, "--data", records / "data.jsonl", "--json")
     rows = json.loads(said)["predictions"]
-    right = [row["prediction"] == [" yes", " no"][n % 2] for n, row in enumerate(rows)]
+    right = [row["prediction"] == ["yes", "no"][n % 2] for n, row in enumerate(rows)]
     assert code == 0 and sum(right) == round(20 * accuracy), said
     file = next(iter(sorted(records.glob("*.[pw][na][gv]"))))
     ask = ("--prompt", "a mass?") if file.suffix == ".png" else ()

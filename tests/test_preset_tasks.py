@@ -11,6 +11,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from fedtune.cli.console import uses_of
 from fedtune.cli.main import app
 from fedtune.config import load_site, load_sites, load_study
 from fedtune.dp.plan import plan_for_site
@@ -79,6 +80,11 @@ def test_a_tiny_run_of_it_trains(
     report = simulate(paths[0], [p for p in paths if p.name == "site.toml"], tmp_path / "run")
     assert report["privacy"]["epsilon"] <= TASKS[task].EPSILON
     assert len(report["rounds"]) == 1 and report["quality"]["selection"]
+    # What is offered next works for such a run.
+    offered = [line.split()[1] for line, _ in uses_of(tmp_path / "run")]
+    assert study.evaluation
+    text = ["predict" if study.evaluation.choices else "generate", "evaluate"]
+    assert offered == (text if task in ("vision", "speech") else [*text, "export"])
 
 
 @pytest.mark.parametrize("task", ADAPTED)

@@ -213,6 +213,35 @@ def test_a_site_begins_with_one_command(tmp_path: Path) -> None:
     assert site.data.path == own and (site.site.state / "keys" / "tls.key").is_file()
 
 
+def test_what_is_lost_of_public_records_is_said(tmp_path: Path) -> None:
+    """Rows in another encoding, and a class that only they have; each row once."""
+    public = table(tmp_path / "public.csv", 60)
+    text = public.read_text().replace("lungs", "Füße")
+    public.write_bytes((text + '7,"note 7, ""quoted""\nsecond line",lungs\n').encode("latin-1"))
+    words = ("--task", "classify", "--text", "note", "--target", "desk", "--evaluation", public)
+    done = cli("init", tmp_path / "own", *words, "--role", "coordinator", "--sites", "2")
+    assert done.exit_code == 0, done.output
+    assert "public: 41 of 61 records of public.csv; left out: 20 not UTF-8" in done.output
+    assert "classes: 3 (heart, lungs, skin)" in done.output
+
+
+@pytest.mark.parametrize("content", ["", "id,note,desk\n"])
+def test_a_site_file_without_records_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "empty.csv").write_text(content)
+    words = ("--task", "classify", "--label=a", "--label=b", "--text", "note", "--target", "desk")
+    done = cli("init", tmp_path / "own", *words, "--data", tmp_path / "empty.csv")
+    assert done.exit_code == 2 and "empty.csv: no records" in done.stderr, done.output
+    assert not (tmp_path / "own").exists()
+
+
+def test_a_site_is_told_whom_the_study_protects(tmp_path: Path) -> None:
+    words = ("--task", "classify", "--role", "site", "--text", "note", "--target", "desk")
+    own = table(tmp_path / "west.csv", 30)
+    done = cli("init", tmp_path / "west", *words, "--data", own, "--enroll")
+    assert "protected: a record, each by itself" in done.output
+    assert done.output.index("protected") < done.output.index("fingerprint")
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 BANNER = "NOT PRIVATE: no noise is added; the adapter may reveal the records it is trained on"
 
 
+SIDE_BY_SIDE, OWN_RECORDS = "the base and the adapter, side by side", "on records of your own"
+
+
 def warn_not_private(console: Console) -> None:
     console.print(Panel(BANNER, style="bold white on red", expand=False))
 
@@ -67,17 +70,15 @@ def closing(console: Console, out: Path, report: dict[str, Any]) -> None:
     if said := site_lines(report):
         console.print(said, style="bold yellow", highlight=False, markup=False)
     from fedtune.evidence.verify import signer
-    from fedtune.models.adapter_files import HEAD
 
-    commands = [
-        (f'fedtune generate {out} --prompt "…"', "the base and the adapter, side by side"),
-        (f"fedtune evaluate {out} --data FILE", "on records of your own"),
-        (f"fedtune export {out} --out {out.name}-model", "as one model, for other programs"),
-    ]
     if report.get("alone"):  # the demo, whose model nobody needs
-        commands[2] = ("fedtune init my-study", "a study of your own")
-    if (out / "adapter" / HEAD).is_file():  # a head writes no text
-        commands[0] = (f"fedtune predict {out} --data FILE", "classes of new records")
+        commands = [
+            (f'fedtune generate {out} --prompt "…"', SIDE_BY_SIDE),
+            (f"fedtune evaluate {out} --data FILE", OWN_RECORDS),
+            ("fedtune init my-study", "a study of your own"),
+        ]
+    else:
+        commands = uses_of(out)
     wide = max(len(line) for line, _ in commands)
     lines = [f"run      {out}", f"report   {out / 'report.md'}"]
     if by := signer(out):
@@ -86,6 +87,29 @@ def closing(console: Console, out: Path, report: dict[str, Any]) -> None:
     for index, (line, why) in enumerate(commands):
         lines.append(f"{'' if index else 'next':<9}{line:<{wide}}   {why}")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def uses_of(out: Path) -> list[tuple[str, str]]:
+    """The commands that this run's model can be used with, and what each is for."""
+    from fedtune.models.adapter_files import HEAD
+    from fedtune.run_folder import load_plan
+
+    plan, headed = load_plan(out), (out / "adapter" / HEAD).is_file()
+    told = next((table.columns for table in (plan.evaluation, plan.public) if table), None)
+    media, choices = told and told.media, plan.evaluation and plan.evaluation.choices
+    prompt = " ".join(
+        ["--file PATH"] * bool(media) + ['--prompt "…"'] * (not (told and told.audio))
+    )
+    commands = [
+        (f"fedtune predict {out} --data FILE", "classes of new records")
+        if headed or choices  # a head writes no text
+        else (f"fedtune generate {out} {prompt}", SIDE_BY_SIDE),
+        (f"fedtune evaluate {out} --data FILE", OWN_RECORDS),
+    ]
+    if headed or not media:  # no format of others holds a base of media and its adapter as one
+        why = "as one model, for other programs"
+        commands.append((f"fedtune export {out} --out {out.name}-model", why))
+    return commands
 
 
 def print_verdict(console: Console, quality: dict[str, Any]) -> None:

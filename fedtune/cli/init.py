@@ -232,22 +232,24 @@ def init(
         declared=declared.value if declared else None, role=role.value, name=name, expected=sites,
     )  # fmt: skip
     if task is None:
-        paths, told = _templates(folder, records, size)
+        paths, told, following = _templates(folder, records, size)
     else:
         records = _complete(_asked(records, task, size), task)
         paths = presets.write(folder, task.value, records)
-        note = presets.unit_note(task.value, records)
-        told = f"\n{note}\n{records.delta_rule}"
-        told += "" if address else f"\n{_next(folder, records, task)}"
-    for path in paths:
-        if path.suffix in (".toml", ".jsonl"):
-            typer.echo(f"wrote {path}")
+        notes = (presets.public_note(task.value, records), presets.unit_note(task.value, records))
+        told, following = f"{''.join(notes)}\n{records.delta_rule}", _next(folder, records, task)
+    for path in (path for path in paths if path.suffix in (".toml", ".jsonl")):
+        typer.echo(f"wrote {path}")
+    typer.echo(f"\n{told}")
     if enroll:
         from fedtune.cli.network import ask
 
+        typer.echo()
         return {"wrote": paths, **ask(folder / "site.toml")}
-    typer.echo(told)
-    return server.start(folder / "study.toml", *address) if address else {"wrote": paths}
+    if address:
+        return server.start(folder / "study.toml", *address)
+    typer.echo(following)
+    return {"wrote": paths}
 
 
 def _check(role: Role, enroll: bool, name: str | None, serve: str | None, recipe: bool) -> None:
@@ -260,7 +262,7 @@ def _check(role: Role, enroll: bool, name: str | None, serve: str | None, recipe
         raise ConfigError("--serve is for a coordinator with a recipe", "--role coordinator --task")
 
 
-def _templates(folder: Path, records: Records, size: int | None) -> tuple[list[Path], str]:
+def _templates(folder: Path, records: Records, size: int | None) -> tuple[list[Path], str, str]:
     """Write the commented files of a study without a recipe; what was written, and what is next.
 
     Errors: ConfigError for an option of a recipe, DataError for a column or a file that is not
@@ -285,7 +287,7 @@ def _templates(folder: Path, records: Records, size: int | None) -> tuple[list[P
     )  # fmt: skip
     if records.role != "site":
         paths.append(folder / templates.PUBLIC)
-    return paths, f"\n{note}{_of_templates(folder, records)}"
+    return paths, note, _of_templates(folder, records)
 
 
 def _asked(records: Records, task: Task, size: int | None) -> Records:
@@ -331,16 +333,16 @@ def _complete(records: Records, task: Task) -> Records:
 def _of_templates(folder: Path, records: Records) -> str:
     if records.role == "coordinator":
         return (
-            f"\n\nnext   fedtune plan {folder}/study.toml --size 200     what it costs in ε\n"
+            f"\nnext   fedtune plan {folder}/study.toml --size 200     what it costs in ε\n"
             f"       fedtune server {folder}/study.toml              wait for sites, and train"
         )
     if records.role == "site":
-        return "\n" + _of_site(folder)
+        return _of_site(folder)
     sites = records.sites
     place, own = ("", "") if sites == 1 else ("sites/site-*/", f" --sites {folder}/sites")
     files = "" if records.data else f"{folder}/{place}data.jsonl and "
     return (
-        f"\n\nnext   put records into {files}{folder}/evaluation.jsonl, each line\n"
+        f"\nnext   put records into {files}{folder}/evaluation.jsonl, each line\n"
         '       {"prompt": "…", "completion": "…"}; then\n'
         f"       fedtune plan {folder}/study.toml --size 200     what it costs in ε\n"
         f"       fedtune simulate {folder}/study.toml{own}            the whole study, on this "

@@ -35,7 +35,8 @@ from fedtune.cli import status as cli_observe
 from fedtune.cli import verify as cli_verify
 from fedtune.cli.exit_codes import command
 from fedtune.cli.study import METRICS, RESUME, SET, STUDY, TRACKER, load
-from fedtune.run_folder import already_done, finished_line, new_run, read_report
+from fedtune.errors import ConfigError
+from fedtune.run_folder import already_done, beginning, finished_line, new_run, read_report
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -143,7 +144,12 @@ def plan(
         return {"study": loaded.study.name, "private": False}
     asked: list[Site | int] = [*(sizes or [])]
     if sites or more or not asked:
-        asked += _sites(study, sites, more)
+        try:
+            asked += _sites(study, sites, more)
+        except ConfigError as error:
+            if not (sites or more):
+                error.add_note("Without any: --size N, a site's patients or records, prices it.")
+            raise
     from fedtune.dp.costs import plan as compute_costs
     from fedtune.dp.costs import query_lines, shared_lines
 
@@ -193,6 +199,8 @@ def simulate(
         typer.echo(finished_line(done))
         return read_report(done)
     loaded_sites, folder = _sites(study, sites, more), new_run(loaded, out, resume=resume)
+    if line := beginning(loaded, folder, resume=resume):
+        typer.echo(line)
     if not loaded.private:
         warn_not_private(_console())
     from fedtune.observe import observer

@@ -11,7 +11,7 @@ import typer
 from fedtune.cli.exit_codes import command
 from fedtune.cli.study import METRICS, RESUME, SET, STUDY, TRACKER, load
 from fedtune.errors import ConfigError
-from fedtune.run_folder import already_done, finished_line, new_run, read_report
+from fedtune.run_folder import already_done, beginning, finished_line, new_run, read_report
 
 HOME = Annotated[
     Path | None,
@@ -75,6 +75,8 @@ def server(
         typer.echo(finished_line(done))
         return read_report(done)
     folder = new_run(loaded, out, resume=resume, runs=study.parent / "runs")
+    if line := beginning(loaded, folder, resume=resume, runs=study.parent / "runs"):
+        typer.echo(line)
     if not loaded.private:
         warn_not_private(console)
     from fedtune.observe import observer

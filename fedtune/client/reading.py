@@ -92,9 +92,19 @@ def describe(dataset: Dataset, study: Study, declared: int) -> str:
         if number:
             parts.append(f"{number:,} {what}")
     if dataset.rejected:
-        parts.append(f"rejected: {by_reason(dataset.rejected)}")
+        parts.append(f"rejected: {by_reason(dataset.rejected)}{_remedy(dataset.rejected)}")
     parts += declared_wrongly(dataset.n_units, declared, unit)
     return "; ".join(parts)
+
+
+def _remedy(rejected: Counter[str]) -> str:
+    """What a person may do about the reason that is fedtune's to name."""
+    remedies = {
+        "unknown label": "labels that the plan does not name",
+        "not UTF-8": '[data] encoding = "latin-1", or another, reads it',
+    }
+    told = [remedies[reason] for reason in rejected if reason in remedies]
+    return f" ({'; '.join(told)})" if told else ""
 
 
 def by_reason(rejected: Counter[str]) -> str:

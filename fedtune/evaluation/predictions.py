@@ -78,9 +78,10 @@ class Predictions:
                 {"row": n, "score": _number(score), "reason": reason or None}
                 for n, (score, reason) in enumerate(zip(self.scores, self.reasons, strict=True), 1)
             ]
-        names = [f"probability.{label}" for label in self.labels]
+        # A choice begins with what the base reads before it, such as a space.
+        names = [f"probability.{label.strip()}" for label in self.labels]
         return [
-            {"row": n, "prediction": label}
+            {"row": n, "prediction": label and label.strip()}
             | {name: _number(share) for name, share in zip(names, shares, strict=True)}
             | {"reason": reason or None}
             for n, (label, shares, reason) in enumerate(

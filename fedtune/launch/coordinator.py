@@ -152,7 +152,8 @@ def listening(study: Study, home: Path, address: str) -> dict[str, Any]:
     ]
     if len(names) < least:
         lines.append(
-            "next         for each site's request: fedtune admit NAME.request, beside STUDY"
+            f"next         the sites' requests, once they are here: fedtune admit *.request "
+            f"--home {home}"
         )
     lines.append("waiting      for sites to connect: fedtune client site.toml, there")
     facts = {"study": study.study.name, "address": address, "fingerprint": fingerprint}

@@ -195,6 +195,20 @@ def unit_note(task: str | None, records: Records) -> str:
     )
 
 
+def public_note(task: str, records: Records) -> str:
+    """Say how many of the public records can be used and why others cannot, and for classes which
+    there are; "" where there are no public records, or none of this role's."""
+    if records.role == "site":
+        return ""
+    records = completed(task, records)
+    lines = [
+        _public.note(file, asked(task, records), records.target if task == "classify" else None)
+        for file in (records.evaluation, records.public)
+        if file
+    ]
+    return "".join(f"{line}\n" for line in lines)
+
+
 def listed(texts: Sequence[str]) -> str:
     """Format a TOML list of strings, one on each line."""
     return "[\n" + "".join(f"    {quoted(text)},\n" for text in texts) + "]"

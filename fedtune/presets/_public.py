@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.config.templates import quoted
 from fedtune.data.files import rows
-from fedtune.errors import DataError
+from fedtune.errors import DataError, printable
 
 if TYPE_CHECKING:
     from fedtune.presets import Records
@@ -47,6 +48,35 @@ def divided(
         public[name] += unit
         taken += len(unit)
     return {name: part for name, part in public.items() if part}
+
+
+def note(path: Path, asked: Mapping[str, str], target: str | None) -> str:
+    """Say how many of a public file's rows can be used, and why others cannot. target: the column
+    of the classes, which are named too."""
+    reasons, kept = Counter[str](), dict[str, str]()
+    for row in rows(path, asked):
+        values = [row.get(name) for name in asked.values()] if isinstance(row, dict) else []
+        key = json.dumps(values)
+        if not isinstance(row, dict):
+            reasons[row] += 1
+        elif not all(str(value or "").strip() for value in values):
+            reasons["a cell is empty"] += 1
+        elif key in kept:
+            reasons["the same as an earlier one"] += 1
+        else:
+            kept[key] = str(row[target]).strip() if target else ""
+    total = len(kept) + reasons.total()
+    line = f"public: {len(kept):,} of {total:,} records of {path.name}"
+    if reasons:
+        why = ", ".join(f"{number:,} {reason}" for reason, number in reasons.most_common())
+        line += f"; left out: {why}"
+    if target:
+        classes = sorted({*kept.values()})
+        shown = ", ".join(map(printable, classes[:MOST_CHOICES])) + (
+            " …" if len(classes) > MOST_CHOICES else ""
+        )
+        line += f"\nclasses: {len(classes)} ({shown})"
+    return line
 
 
 def files(records: Records, public: Mapping[str, Rows]) -> dict[str, bytes]:

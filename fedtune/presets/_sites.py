@@ -71,8 +71,8 @@ def columns_of(place: WherePath, asked: Mapping[str, str]) -> list[str]:
         names = Names(place, asked)
         source = SOURCES.build("fhir", {}) if is_bulk(place) else None
     path = place if isinstance(place, Path) else Path()
-    for _ in placed_rows(path, asked, names=names, source=source):
-        pass
+    if not sum(1 for _ in placed_rows(path, asked, names=names, source=source)):
+        raise DataError(f"{names.where}: no records", "a file of records", "choose another --data")
     return names.listed
 
 

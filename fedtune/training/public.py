@@ -66,7 +66,9 @@ def trained_on(study: Study, data: CachedDataset, adapter: Arrays) -> Arrays:
     for step in range(1, table.steps + 1):
         change = {name: np.zeros(array.shape) for name, array in adapter.items()}
         with data.network.loaded(trainable=adapter):
-            for gradients in _gradients(study, data, f"training on public text, step {step}"):
+            for gradients in _gradients(
+                study, data, f"training on public text, step {step} of {table.steps}"
+            ):
                 rows = {
                     n: multiplied(g.double().cpu().numpy(), n, frozen) for n, g in gradients.items()
                 }
