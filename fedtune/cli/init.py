@@ -222,13 +222,12 @@ def init(
 
     _check(role, enroll, name, serve, task is not None)
     address = server.address(serve) if serve is not None else None
-    if role is Role.SITE:
-        name = name or (folder.name if re.fullmatch(ALLOWED, folder.name) else "my-hospital")
+    if role is Role.SITE and not name:
+        name = folder.name if re.fullmatch(ALLOWED, folder.name) else "my-hospital"
     records = presets.Records(
         prompt=text or "", target=target or "", rejected=rejected or "", media=media or "",
         patient=patient, data=tuple(map(place_of, data or ())), evaluation=evaluation,
-        public=public,
-        labels=tuple(labels or ()), base=base or "", epsilon=epsilon or 0.0,
+        public=public, labels=tuple(labels or ()), base=base or "", epsilon=epsilon or 0.0,
         declared=declared.value if declared else None, role=role.value, name=name, expected=sites,
     )  # fmt: skip
     if task is None:
@@ -236,8 +235,8 @@ def init(
     else:
         records = _complete(_asked(records, task, size), task)
         paths = presets.write(folder, task.value, records)
-        notes = (presets.public_note(task.value, records), presets.unit_note(task.value, records))
-        told, following = f"{''.join(notes)}\n{records.delta_rule}", _next(folder, records, task)
+        told = presets.public_note(task.value, records) + presets.unit_note(task.value, records)
+        told, following = f"{told}\n{records.delta_rule}", _next(folder, records, task)
     for path in (path for path in paths if path.suffix in (".toml", ".jsonl")):
         typer.echo(f"wrote {path}")
     typer.echo(f"\n{told}")

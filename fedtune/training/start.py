@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, ParamSpec
 
 import numpy as np
 
@@ -27,11 +28,12 @@ from fedtune.models.public_factor import public_factor
 from fedtune.registry import process_cache
 from fedtune.training.public import head_of_labels, output_factors, trained_on
 
+P = ParamSpec("P")
 _kept: dict[str, Arrays] = process_cache.register("made from public text", {})
 _MOST = 6  # arrays that a process keeps: three of a study, and of another
 # No say in what is made from public text: what is private, and what happens from round 1 on.
 _LATER = ("strategy", "wire", "evaluation", "selection", "secure_aggregation", "schedule")
-_APART = {
+_APART: dict[str, Any] = {
     "study": {"name", "data_sheet"},
     "privacy": {"epsilon", "delta", "noise_multiplier"},
     "private_evaluation": True,
@@ -90,16 +92,13 @@ def _frozen(
         text = load_dataset(
             study.public, study, network.tokenizer, labelled=False, reader=network.reader
         )
-        rank = pinned.rank
-        frozen = _once(study, text, _FACTOR, lambda: public_factor(network, text, rank))
+        frozen = _once(study, text, _FACTOR, public_factor, network, text, pinned.rank)
     factor = network.adopt(unpinned, frozen)
     pinned = pinned.model_copy(update={"a_digest": lora.digest(factor)})
     if table := study.lora.preconditioner:
-        data, initial = answered(), network.initial(factor)
-        with network.loaded(trainable=initial):  # independent of its last use
-            outputs = _once(
-                study, data.dataset, _OUTPUTS, lambda: output_factors(study, data, table)
-            )
+        data = answered()
+        with network.loaded(trainable=network.initial(factor)):  # independent of its last use
+            outputs = _once(study, data.dataset, _OUTPUTS, output_factors, study, data, table)
         table = table.model_copy(update={"digest": lora.digest(outputs)})
         pinned, frozen = pinned.model_copy(update={"preconditioner": table}), frozen | outputs
     return study.model_copy(update={"lora": pinned}), frozen
@@ -120,19 +119,24 @@ def _started(
     if study.start.head == "labels":
         adapter = adapter | head_of_labels(study, network)
     if study.start.steps:
-        data, initial = answered(), adapter
-        adapter = _once(study, data.dataset, (), lambda: trained_on(study, data, initial))
+        data = answered()
+        adapter = _once(study, data.dataset, (), trained_on, study, data, adapter)
     return adapter
 
 
 def _once(
-    study: Study, text: Dataset, without: Sequence[str], make: Callable[[], Arrays]
+    study: Study,
+    text: Dataset,
+    without: Sequence[str],
+    make: Callable[P, Arrays],
+    *args: P.args,
+    **kwargs: P.kwargs,
 ) -> Arrays:
     """Return what `make` computes from public text, or what it did for such a plan and the same
     text; without: tables that have no say in it either."""
     key = _key(study, text, without)
     if key not in _kept:
-        _kept[key] = make()
+        _kept[key] = make(*args, **kwargs)
         for old in [*_kept][:-_MOST]:
             del _kept[old]
     return {name: array.copy() for name, array in _kept[key].items()}
@@ -141,7 +145,9 @@ def _once(
 def _key(study: Study, text: Dataset, without: Sequence[str]) -> str:
     """Digest what the computation may depend on: the plan without the tables that come later, and
     the text as the base reads it."""
-    apart = _APART | {"training": {name for name in TrainingTable.model_fields if name != "engine"}}
+    apart: dict[str, Any] = _APART | {
+        "training": {name for name in TrainingTable.model_fields if name != "engine"}
+    }
     plan = study.model_dump(mode="json", exclude=apart)
     if plan.get("lora"):
         # Filled in on the way, from what this is part of.
