@@ -270,6 +270,7 @@ def serve(page: Page, port: int = 0, say: Any = print) -> None:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((HOST, port))
+        listener.listen()  # whoever opens the address at once is not refused
     except OSError as error:
         listener.close()
         raise InfrastructureError(
