@@ -3,8 +3,8 @@
     python -m benchmarks.picture --out docs/quality.png
     python -m benchmarks.picture --out mine.png medquad=runs/medquad mts_dialog=runs/mts
 
-Without names: docs/measured/NAME.json, which are the results.json that docs/quality.md shows. Prints
-the same figures as tables, as they stand there.
+Without names: docs/measured/NAME.json, which are the results.json that docs/quality.md shows.
+Prints the same figures as tables, as they stand there.
 
 Each panel: mean and every seed's gain over the base at each ε, with each site's own noise and with
 one dose for all; lines for the same recipe without noise and, if it was measured, the best one
