@@ -62,6 +62,7 @@ lock: ## renew locks/ after a change of pyproject.toml (UPGRADE=--upgrade: with 
 	echo hatchling | $(LOCK) - --constraint locks/dev.txt --output-file locks/build.txt
 
 dist: $(READY) ## the wheel and the source archive in dist/, the same bytes each time
+	rm -f dist/*.whl dist/*.tar.gz
 	$(BIN)/python -m hatchling build
 
 clean-room: dist ## install the wheel into an empty environment, and run every command in an empty folder

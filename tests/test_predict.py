@@ -17,6 +17,7 @@ import fedtune
 from fedtune.errors import ConfigError, DataError
 from fedtune.evaluation.generate import generate
 from fedtune.evaluation.predict import predict
+from fedtune.evaluation.predictions import Predictions
 from fedtune.evaluation.run import evaluate
 from fedtune.models.loaded import load
 from tests.cli_kit import run as command
@@ -192,6 +193,14 @@ def test_rejected_records_keep_their_place(run: fedtune.Run, tmp_path: Path) -> 
     assert rows[1]["prediction"] is None and rows[1]["probability.cough"] is None
     assert rows[1]["reason"] == "empty text" and rows[0]["reason"] is None
     assert "word" not in repr(made) and "7 records" in repr(made)
+
+
+def test_a_choice_is_told_without_its_space_unless_two_would_be_one() -> None:
+    outputs = np.array([[0.0, 1.0]])
+    made = Predictions((" yes", " no"), outputs, ("",)).rows()[0]
+    assert made["prediction"] == "no" and {"probability.yes", "probability.no"} < made.keys()
+    made = Predictions((" yes", "yes"), outputs, ("",)).rows()[0]
+    assert made["prediction"] == "yes" and {"probability. yes", "probability.yes"} < made.keys()
 
 
 def test_every_format_is_read_and_written(run: fedtune.Run, tmp_path: Path) -> None:

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 BANNER = "NOT PRIVATE: no noise is added; the adapter may reveal the records it is trained on"
 
-
 SIDE_BY_SIDE, OWN_RECORDS = "the base and the adapter, side by side", "on records of your own"
 
 
@@ -90,7 +89,7 @@ def closing(console: Console, out: Path, report: dict[str, Any]) -> None:
 
 
 def uses_of(out: Path) -> list[tuple[str, str]]:
-    """The commands that this run's model can be used with, and what each is for."""
+    """List the commands that this run's model can be used with, and what each is for."""
     from fedtune.models.adapter_files import HEAD
     from fedtune.run_folder import load_plan
 

@@ -27,7 +27,10 @@ def kept(site: Site, study: Study, round_: int) -> Iterator[RoundLoss]:
     yield losses
     with suppress(OSError):
         site.site.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        # A pipe in its place is refused, not waited for.
+        flags = (
+            os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        )
         opened = os.open(site.site.state / LOSSES, flags, 0o600)
         try:
             os.write(opened, line(study, round_, losses.mean).encode())

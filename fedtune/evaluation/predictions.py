@@ -39,6 +39,13 @@ class Predictions:
         return f"Predictions({len(self)} records, {of}, {self.rejected.total()} rejected)"
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Return the labels as people read them: a choice begins with what stands between it and
+        the prompt, such as a space, which is left out where all of them still differ."""
+        names = tuple(label.strip() for label in self.labels)
+        return names if len({*names}) == len(names) else self.labels
+
+    @property
     def rejected(self) -> Counter[str]:
         """Count the records that cannot be used, by reason."""
         return Counter(reason for reason in self.reasons if reason)
@@ -78,11 +85,13 @@ class Predictions:
                 {"row": n, "score": _number(score), "reason": reason or None}
                 for n, (score, reason) in enumerate(zip(self.scores, self.reasons, strict=True), 1)
             ]
-        # A choice begins with what the base reads before it, such as a space.
-        names = [f"probability.{label.strip()}" for label in self.labels]
+        told = dict(zip(self.labels, self.names, strict=True))
         return [
-            {"row": n, "prediction": label and label.strip()}
-            | {name: _number(share) for name, share in zip(names, shares, strict=True)}
+            {"row": n, "prediction": None if label is None else told[label]}
+            | {
+                f"probability.{name}": _number(share)
+                for name, share in zip(self.names, shares, strict=True)
+            }
             | {"reason": reason or None}
             for n, (label, shares, reason) in enumerate(
                 zip(self.predicted, self.probabilities, self.reasons, strict=True), 1

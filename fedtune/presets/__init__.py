@@ -201,12 +201,8 @@ def public_note(task: str, records: Records) -> str:
     if records.role == "site":
         return ""
     records = completed(task, records)
-    lines = [
-        _public.note(file, asked(task, records), records.target if task == "classify" else None)
-        for file in (records.evaluation, records.public)
-        if file
-    ]
-    return "".join(f"{line}\n" for line in lines)
+    target = records.target if task == "classify" else None
+    return "".join(f"{line}\n" for line in _public.notes(records, asked(task, records), target))
 
 
 def listed(texts: Sequence[str]) -> str:

@@ -30,12 +30,12 @@ def divided(
     none. asked: option -> the column that it names."""
     public: dict[str, Rows] = {}
     if records.public and "public" in parts:
-        found = _usable(records.public, records.patient, asked)
+        found, _ = _usable(records.public, records.patient, asked)
         public["public"] = [row for unit in found for row in unit]
         parts = {name: part for name, part in parts.items() if name != "public"}
     if records.evaluation is None:
         return public
-    units = _usable(records.evaluation, records.patient, asked, public.get("public", []))
+    units, _ = _usable(records.evaluation, records.patient, asked, public.get("public", []))
     random.Random(seed).shuffle(units)
     ends = itertools.accumulate(part / sum(parts.values()) for part in parts.values())
     total = sum(map(len, units))
@@ -50,33 +50,25 @@ def divided(
     return {name: part for name, part in public.items() if part}
 
 
-def note(path: Path, asked: Mapping[str, str], target: str | None) -> str:
-    """Say how many of a public file's rows can be used, and why others cannot. target: the column
-    of the classes, which are named too."""
-    reasons, kept = Counter[str](), dict[str, str]()
-    for row in rows(path, asked):
-        values = [row.get(name) for name in asked.values()] if isinstance(row, dict) else []
-        key = json.dumps(values)
-        if not isinstance(row, dict):
-            reasons[row] += 1
-        elif not all(str(value or "").strip() for value in values):
-            reasons["a cell is empty"] += 1
-        elif key in kept:
-            reasons["the same as an earlier one"] += 1
-        else:
-            kept[key] = str(row[target]).strip() if target else ""
-    total = len(kept) + reasons.total()
-    line = f"public: {len(kept):,} of {total:,} records of {path.name}"
-    if reasons:
-        why = ", ".join(f"{number:,} {reason}" for reason, number in reasons.most_common())
-        line += f"; left out: {why}"
-    if target:
-        classes = sorted({*kept.values()})
-        shown = ", ".join(map(printable, classes[:MOST_CHOICES])) + (
-            " …" if len(classes) > MOST_CHOICES else ""
-        )
-        line += f"\nclasses: {len(classes)} ({shown})"
-    return line
+def notes(records: Records, asked: Mapping[str, str], target: str | None) -> list[str]:
+    """Say of each public file how many of its rows can be used, and why others cannot. target: the
+    column of the classes, which are named too."""
+    lines, known = list[str](), Rows()
+    for path in (records.public, records.evaluation):
+        if path is None:
+            continue
+        units, left_out = _usable(path, records.patient, asked, known)
+        known = [row for unit in units for row in unit]
+        total = len(known) + left_out.total()
+        reasons = [f"{number:,} {reason}" for reason, number in left_out.most_common()]
+        why = f"; left out: {', '.join(reasons)}" if reasons else ""
+        lines.append(f"public: {len(known):,} of {total:,} records of {path.name}{why}")
+        if target:
+            classes = sorted({str(row[target]).strip() for row in known})
+            shown = [*map(printable, classes[:MOST_CHOICES])]
+            shown += ["…"] if len(classes) > MOST_CHOICES else []
+            lines.append(f"classes: {len(classes)} ({', '.join(shown)})")
+    return lines
 
 
 def files(records: Records, public: Mapping[str, Rows]) -> dict[str, bytes]:
@@ -134,21 +126,26 @@ def _medium(given: Path, name: str) -> bytes:
 
 def _usable(
     path: Path, patient: str | None, asked: Mapping[str, str], but: Sequence[dict[str, Any]] = ()
-) -> list[Rows]:
+) -> tuple[list[Rows], Counter[str]]:
     """Read the records that have all columns, each once and none of `but`, by patient where the
-    file has that column."""
+    file has that column; and count the rows that are left out, by reason."""
     units: dict[Any, dict[str, dict[str, Any]]] = {}
+    left_out = Counter[str]()
     seen = {json.dumps(row, sort_keys=True) for row in but}
     for number, row in enumerate(rows(path, asked)):
         if not isinstance(row, dict):
+            left_out[row] += 1
             continue
         kept = {name: row.get(name) for name in asked.values()}
         key = json.dumps(kept, sort_keys=True)
-        if key in seen or not all(str(value or "").strip() for value in kept.values()):
-            continue
-        seen.add(key)
-        whose = row.get(patient or "")
-        units.setdefault(str(whose) if whose else number, {})[key] = kept
+        if not all(str(value or "").strip() for value in kept.values()):
+            left_out["a cell is empty"] += 1
+        elif key in seen:
+            left_out["the same as an earlier one"] += 1
+        else:
+            seen.add(key)
+            whose = row.get(patient or "")
+            units.setdefault(str(whose) if whose else number, {})[key] = kept
     if not units:
         raise DataError(f"{path}: no usable record", "public records with answers")
-    return [[*unit.values()] for unit in units.values()]
+    return [[*unit.values()] for unit in units.values()], left_out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -170,7 +171,7 @@ def test_it_is_in_nothing_that_leaves(
     assert told == (expected.get(leak, {"metrics"}) if leak else set())
 
 
-@pytest.mark.parametrize("trouble", ["a folder in its place", "a link", "NaN", "nobody"])
+@pytest.mark.parametrize("trouble", ["a folder in its place", "a link", "a pipe", "NaN", "nobody"])
 def test_whatever_becomes_of_the_file_the_wire_is_the_same(
     trouble: str, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,10 +183,12 @@ def test_whatever_becomes_of_the_file_the_wire_is_the_same(
         (state / LOSSES).mkdir()
     elif trouble == "a link":
         (state / LOSSES).symlink_to(tmp_path / "elsewhere")
+    elif trouble == "a pipe":  # waited for, it would stop the round
+        os.mkfifo(state / LOSSES)
     elif trouble == "NaN":
         honest = CausalLM().losses
         monkeypatch.setattr(CausalLM, "losses", staticmethod(lambda n, b: honest(n, b) * torch.nan))
-        monkeypatch.setattr("fedtune.client.site.check_learns", lambda *_: None, raising=False)
+        monkeypatch.setattr(fedtune.client.site, "check_learns", lambda *_: None)
     try:
         seen = shape(run(study))
     except InfrastructureError as error:
