@@ -7,7 +7,8 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from benchmarks.diagrams import PICTURES, STYLE, Picture
+from fedtune.evidence.dossier.diagrams import PICTURES
+from fedtune.evidence.dossier.drawing import STYLE, Picture
 from tests.docs.pages import ROOT
 
 IMAGES = ROOT / "docs" / "images"

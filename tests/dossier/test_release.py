@@ -16,7 +16,8 @@ import pytest
 from fedtune.errors import ConfigError, InputError, Refused
 from fedtune.evidence import sign
 from fedtune.evidence.dossier import content as dossier_content
-from fedtune.evidence.dossier import openssf, seal
+from fedtune.evidence.dossier import openssf, pictures, seal
+from fedtune.evidence.dossier.diagrams import PICTURES
 from fedtune.evidence.dossier.facts import contradicted, documents, facts_in
 from fedtune.evidence.dossier.markdown import TO_FILL, markdown
 from fedtune.evidence.dossier.page import page
@@ -52,7 +53,7 @@ def test_one_command_from_a_run_to_a_folder(signed: Any, tmp_path: Path) -> None
     names = {path.name for path in out.iterdir()} - {"dossier.pdf", "model.sig", "model.pub"}
     assert names == {
         *("README.md", "dossier.html", "dossier.json", "dossier.md", "release.json"),
-        *("run", "sbom.cdx.json"),
+        *("run", "sbom.cdx.json", "pictures"),
     }
     again = command("release", signed[0], "--out", out)
     assert again.exit_code == 2 and "exists" in again.stderr
@@ -144,6 +145,45 @@ def test_a_run_says_what_it_is(signed: Any) -> None:
     assert "declared public" in shown(found | {"report.json": half})
     audited = shown(found | {"audit.md": True})
     assert "The run was audited" in audited and "No audit of this run" not in audited
+
+
+def test_a_run_has_the_pictures_that_are_true_of_it(signed: Any) -> None:
+    found = documents(signed[0])
+
+    def names() -> set[str]:
+        drawn = pictures.files(dossier_content.build(found, {}))
+        return {Path(name).stem for name in drawn}
+
+    own = {"data-line", "trust", "quality"}
+    assert names() == own | {"round"}
+    table = {"sites": 3, "colluding": 1, "fallback_epsilon": 9.5, "own_noise_multiplier": 0.9}
+    for site in found["report.json"]["privacy"]["sites"].values():
+        site["secure_aggregation"] = table
+    assert names() == own | {"masked-round"}
+    del found["report.json"]["quality"]["by_round"]
+    assert names() == {"data-line", "trust", "masked-round"}
+    found["report.json"]["private"] = False
+    assert names() == set()
+
+
+@pytest.mark.parametrize("unit", ["record", "patient"])
+def test_a_picture_speaks_of_the_unit_that_is_protected(unit: str) -> None:
+    other = {"record": "patient", "patient": "record"}[unit]
+    drawn = PICTURES["data-line"](unit).svg()
+    assert f"one per {unit}<" in drawn and f"one per {other}<" not in drawn
+
+
+def test_the_curve_is_the_reports_by_round(signed: Any) -> None:
+    report = documents(signed[0])["report.json"]
+    content = dossier_content.build(documents(signed[0]), {})
+    blocks = [b for section in content["sections"] for b in section["blocks"]]
+    points = next(b for b in blocks if b["kind"] == "curve")["points"]
+    metric = report["quality"]["metric"]
+    for (spent, reached), row, measured in zip(
+        points, report["rounds"], report["quality"]["by_round"], strict=True
+    ):
+        assert float(spent["shown"]) >= max(row["epsilon"].values()) > float(spent["shown"]) - 1e-3
+        assert float(reached["shown"]) == pytest.approx(measured[metric], rel=1e-3)
 
 
 def test_what_is_built_is_what_the_run_says(signed: Any) -> None:
@@ -249,7 +289,7 @@ def test_the_page_asks_for_nothing_and_is_read_without_eyes_or_mouse(released: A
     outline = Outline()
     outline.feed(text)
     assert not {"script", "link", "iframe", "form", "object"} & {*outline.tags}
-    assert all(ref.startswith(("#", "data:image/png")) for ref in outline.references)
+    assert all(ref.startswith(("#", "data:image/svg+xml;base64,")) for ref in outline.references)
     assert "url(" not in text and "@import" not in text
     assert {"header", "nav", "main", "footer"} <= {*outline.tags}
     assert outline.headings[0] == 1 and outline.headings.count(1) == 1

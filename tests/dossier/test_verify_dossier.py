@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,19 @@ def _added(copy: Path) -> None:
     (copy / "summary.html").write_text("<p>ε = 0.5</p>")
 
 
+def _picture_in_the_page(copy: Path) -> None:
+    """The curve of a better run, where the page has this one's."""
+    page, file = copy / "dossier.html", copy / "pictures" / "quality.svg"
+    text, drawn = page.read_text(), file.read_text()
+    old, new = (b64encode(svg.encode()).decode() for svg in (drawn, drawn.replace("base", "best")))
+    assert text.count(old) == 1 and new != old
+    page.write_text(text.replace(old, new))
+
+
+def _picture_of_no_page(copy: Path) -> None:
+    shutil.copy(copy / "pictures" / "trust.svg", copy / "pictures" / "masked-round.svg")
+
+
 HIDING = '<style>main{display:none}body::after{content:"ε = 0.5"}</style>'
 SCRIPT = "<script>document.body.textContent = 'safe'</script>"
 FALSE_HEAD = "<main><head><p>ε = 0.5</p></head>"
@@ -185,11 +199,16 @@ FALSE_HEAD = "<main><head><p>ε = 0.5</p></head>"
             r"README\.md: is not what",
             _written("README.md", "---\n", "---\nregulatory: class IIa\n"),
         ),
+        (r"trust\.svg: is not what", _written("pictures/trust.svg", "ε holds", "ε is 0")),
+        (r"quality\.svg: is not what", _written("pictures/quality.svg", "base alone", "before")),
+        (r"dossier\.html: is not what", _picture_in_the_page),
+        (r"masked-round\.svg: is a picture that no page shows", _picture_of_no_page),
         (r"summary\.html: is no file of a dossier", _added),
     ],
     ids=[
         *("false head", "false front", "metric", "json", "md", "html", "card"),
-        *("limits", "style", "script", "claim", "page"),
+        *("limits", "style", "script", "claim", "picture", "curve", "shown picture"),
+        *("spare picture", "page"),
     ],
 )
 def test_a_number_that_is_not_the_runs_is_refused_whoever_signs_it(

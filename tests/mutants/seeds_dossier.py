@@ -41,6 +41,12 @@ MUTANTS = (
         "another ε on the page that people read",
     ),
     _one(
+        "evidence", "a-picture-shows-what-it-likes", DOSSIER + "check.py",
+        "(written | (drawings if same_release else {})).items()", "written.items()",
+        CHECKS + "test_a_number_that_is_not_the_runs_is_refused_whoever_signs_it",
+        "another curve in the folder that people read",
+    ),
+    _one(
         "evidence", "an-approval-of-another-release", DOSSIER + "seal.py",
         '        if body["release"] != release:', '        if not body["release"]:',
         "tests/dossier/test_approve.py::"

@@ -39,7 +39,7 @@ class ReleasePage(Page):
             content = reading.json_in(
                 self.path / CONTENT, "the dossier's content", most=reading.LARGE
             )
-            body = sections(content)
+            body = sections(content, pictures=False)
         except (FedtuneError, KeyError, TypeError, AttributeError, ValueError):
             notices.append(Notice("bad", f"{CONTENT} cannot be read: this is no dossier as signed"))
         trust = shlex.quote(self.trust or "FINGERPRINT")

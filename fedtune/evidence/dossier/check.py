@@ -9,6 +9,7 @@ from typing import Any
 
 from fedtune import __version__
 from fedtune.errors import Refused
+from fedtune.evidence.dossier import pictures
 from fedtune.evidence.dossier.card import card
 from fedtune.evidence.dossier.content import FORMAT, build, dumped
 from fedtune.evidence.dossier.facts import contradicted, documents, numbers
@@ -71,7 +72,7 @@ def _pages(folder: Path, signed: Mapping[str, Any]) -> None:
     """Check every figure against the run, and every page against what this release writes of it.
 
     A dossier of another release is compared by its numbers alone, and `check` says so."""
-    path = folder / CONTENT
+    path, same_release = folder / CONTENT, signed["fedtune"] == __version__
     text = reading.text(path, "the dossier's content", TODO, NotGenuine, reading.LARGE)
     content = reading.json_in(path, "the dossier's content", TODO, NotGenuine)
     if content.get("format") != FORMAT:
@@ -80,7 +81,7 @@ def _pages(folder: Path, signed: Mapping[str, Any]) -> None:
     try:
         if wrong := contradicted(content, found):
             fail(path, f"says {wrong}", "what the run says")
-        if signed["fedtune"] == __version__:
+        if same_release:
             found |= {"simulated": not signed["ca"]}
             found |= {AUDIT: True} if (folder / AUDIT).is_file() else {}
             content = build(found, _typed(content))
@@ -88,14 +89,17 @@ def _pages(folder: Path, signed: Mapping[str, Any]) -> None:
                 fail(path, "is not what fedtune writes of this run", "release the run again")
         written = {
             "dossier.md": markdown(content),
-            "dossier.html": page(content, _picture(folder)),
+            "dossier.html": page(content),
             "README.md": card(content, found),
         }
+        drawings = pictures.files(content)
     except MALFORMED:
         fail(path, "is not what a coordinator writes")
-    for name, expected in written.items():
+    for name in signed["files"]:
+        if name in pictures.FILES and name not in drawings:
+            fail(folder / name, "is a picture that no page shows", "those of the pages")
+    for name, expected in (written | (drawings if same_release else {})).items():
         shown = reading.text(folder / name, "a dossier's page", TODO, NotGenuine, reading.LARGE)
-        same_release = signed["fedtune"] == __version__
         same = shown == expected if same_release else numbers(shown) == numbers(expected)
         if not same:
             fail(folder / name, "is not what fedtune writes of this run", "release the run again")
@@ -105,11 +109,6 @@ def _typed(content: Mapping[str, Any]) -> dict[str, str]:
     """Return what a person typed for the blanks, as the dossier has it."""
     blocks = [block for section in content["sections"] for block in section["blocks"]]
     return {str(b["blank"]): str(b["typed"]) for b in blocks if b["kind"] == "blank"}
-
-
-def _picture(folder: Path) -> bytes | None:
-    path = folder / RUN / "progress.png"
-    return path.read_bytes() if path.is_file() else None
 
 
 def _shown(body: Mapping[str, Any], by_key: Mapping[str, str]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ neither the package nor the run can say is a blank, which a person fills (detail
 
     text = "…"                       a paragraph               note = "…"     one that stands out
     list = ["…"]                     a list                    limits = true  claim.limits
+    picture = "name", alt, caption   one of diagrams.py
+    curve = "caption"                the metric by ε, or by round where there is no ε
     fact = "label", at = SOURCE      one figure of the run
     table = "caption", head, rows    a table of the package's own words
     table = "caption", each = SOURCE, key = "site", columns = [["ε", SOURCE, "epsilon"], …]
@@ -19,9 +21,11 @@ import json
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
+from math import isfinite
 from typing import Any
 
 from fedtune.evidence.dossier.facts import MISSING, escaped, resolve, show
+from fedtune.registry.metrics import METRICS
 from fedtune.report.claim import fallback, limits
 
 FORMAT = "fedtune-dossier-1"
@@ -50,6 +54,7 @@ WHEN: dict[str, Callable[[Documents], bool]] = {
     "continuous": lambda found: bool(_report(found, "continuous")),
     "measured": lambda found: isinstance(_report(found, "quality", "before"), Mapping),
     "not measured": lambda found: not isinstance(_report(found, "quality", "before"), Mapping),
+    "own noise": lambda found: WHEN["private"](found) and not WHEN["shared"](found),
     "asked": lambda found: bool(_report(found, "privacy", "evaluation")),
     "shared": lambda found: fallback(_report(found, "privacy") or {}) is not None,
     "audited": lambda found: "audit.md" in found,
@@ -117,6 +122,12 @@ def _blocks(
             answer = typed.get(block["blank"], "").strip()
             shown = {key: block[key] for key in ("blank", "label", "help")}
             yield {"kind": "blank", **shown, "typed": answer}
+        elif "picture" in block:
+            unit = str(_report(found, "privacy", "unit") or "record")
+            shown = {key: block[key] for key in ("picture", "alt", "caption")}
+            yield {"kind": "picture", **shown, "unit": unit}
+        elif "curve" in block:
+            yield from _curve(block["curve"], found)
         elif "limits" in block:
             unit = _report(found, "privacy", "unit") or "record"
             yield {"kind": "list", "list": limits(str(unit), WHEN["shared"](found))}
@@ -125,6 +136,37 @@ def _blocks(
                 kind for kind in ("heading", "text", "note", "list", "code") if kind in block
             )
             yield {"kind": kind, kind: block[kind]}
+
+
+def _curve(caption: str, found: Documents) -> Iterator[dict[str, Any]]:
+    """Yield the metric round by round, as far as the report has it; nothing where that is no
+    curve."""
+    quality, rounds = _report(found, "quality") or {}, _report(found, "rounds") or []
+    metric, private = quality.get("metric"), WHEN["private"](found)
+    name = escaped(str(metric))
+    places = {row["round"]: place for place, row in enumerate(rounds)}
+    points = []
+    for place, row in enumerate(quality.get("by_round") or []):
+        if (at := places.get(row["round"])) is None:
+            continue
+        spent = (f"report.json#/rounds/{at}/epsilon", "largest")
+        across = spent if private else (f"report.json#/rounds/{at}/round", "plain")
+        value = (f"report.json#/quality/by_round/{place}/{name}", "plain")
+        point = [_fact(found, *across), _fact(found, *value)]
+        if all(fact and isfinite(float(fact["shown"])) for fact in point):
+            points.append(point)
+    base = _fact(found, f"report.json#/quality/before/{name}", "plain")
+    bounds = f"report.json#/quality/gain/intervals/{name}/after"
+    if metric in METRICS and base and points:
+        yield {
+            "kind": "curve",
+            "curve": caption,
+            "across": "ε of the site that spent most until then" if private else "round",
+            "metric": _fact(found, "report.json#/quality/metric", "plain"),
+            "base": base,
+            "points": points,
+            "interval": [_fact(found, f"{bounds}/{edge}", "plain") for edge in (0, 1)],
+        }
 
 
 def _listed(value: str | list[str]) -> list[str]:

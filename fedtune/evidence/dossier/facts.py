@@ -27,11 +27,12 @@ from fedtune.report.declared import declared_line
 DOCUMENTS = ("report.json", "plan.json", "evidence.json")
 MISSING = object()
 NUMBER = re.compile(r"[+-]?\d[\d.,]*(?:e[+-]?\d+)?")
-# What a page does not show: once each, so that nothing else hides behind the same words.
+# What a page does not show as text: its head, so that nothing else hides behind the same words, and
+# pictures.
 HEAD = re.compile(
     r"(?s)\A(?:<!DOCTYPE html>\n<html lang=\"en\">\n<head>.*?</head>|---\n.*?\n---\n)"
 )
-PICTURE = re.compile(r"src=\"data:image/png;base64,[A-Za-z0-9+/=]*\"")
+PICTURE = re.compile(r"src=\"data:image/(?:png|svg\+xml);base64,[A-Za-z0-9+/=]*\"")
 MOST = 300  # characters of a value that is text
 
 
@@ -109,6 +110,7 @@ def base_name(name: str) -> str:
 SHOWN: dict[str, Callable[[Any], str]] = {
     "plain": _plain,
     "epsilon": rounded_up,
+    "largest": lambda value: rounded_up(max(value.values())),  # of one figure a site
     "count": lambda value: str(len(value)),
     "names": lambda value: ", ".join(sorted(value)),
     "date": lambda value: str(value)[:10],
@@ -155,7 +157,7 @@ def contradicted(content: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 
 
 def numbers(shown: str) -> list[str]:
-    """List the numbers that a page shows, in their order; without an HTML page's head and picture,
+    """List the numbers that a page shows, in their order; without an HTML page's head and pictures,
     and a card's head.
 
     >>> numbers("ε = 7.99 for 2 sites")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fedtune.evidence.dossier.pictures import drawn
 from fedtune.report.text import cell, table
 
 TO_FILL = "TO BE FILLED BY A PERSON"
@@ -70,6 +71,10 @@ def _section(blocks: list[dict[str, Any]]) -> Iterator[str]:
             yield "\n".join(f"- {item}" for item in block["list"])
         elif kind == "blank":
             yield _blank(block)
+        elif kind in ("picture", "curve"):
+            found = drawn(block)
+            yield f"![{cell_long(found.alt)}]({found.file})"
+            yield f"*{block.get('caption') or block['curve']}*"
         elif kind == "table" and block["rows"]:
             rows = [[_cell(value) for value in row] for row in block["rows"]]
             yield f"{block['table']}:\n\n{table(block['head'], rows, numbers=False)}"

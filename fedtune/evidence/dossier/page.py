@@ -9,6 +9,7 @@ from html import escape
 from typing import Any
 
 from fedtune.evidence.dossier.markdown import NOT_RECORDED, TO_FILL, TYPED, grouped
+from fedtune.evidence.dossier.pictures import drawn
 
 STYLE = """
 :root { color-scheme: light; }
@@ -31,18 +32,18 @@ thead th { background: #eef1f4; }
 .blank { border: 2px dashed #7a5200; background: #fff7e3; padding: .6rem 1rem; margin: 1rem 0; }
 .typed { border-left: 4px solid #555; padding: .2rem 1rem; margin: 1rem 0; white-space: pre-line; }
 pre { background: #f3f3f3; padding: .75rem; overflow-x: auto; }
-img { max-width: 100%; height: auto; }
+figure { margin: 1.25rem 0; } figcaption { font-size: .9rem; color: #4a4a4a; }
+img { width: 100%; min-width: 44rem; height: auto; }
 @media print { nav, .skip { display: none; } body { font-size: 10pt; }
   h2, h3 { break-after: avoid; } tr, .blank, .note { break-inside: avoid; }
-  .wide { overflow: visible; } thead { display: table-header-group; } }
+  .wide { overflow: visible; } img { min-width: 0; }
+  figure { break-inside: avoid; } thead { display: table-header-group; } }
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-PICTURE = "Two panels, by round: quality on the held-out records, and ε spent by each site. The \
-figures are in the tables of this page and in run/report.md."
 
 
-def page(content: Mapping[str, Any], picture: bytes | None = None) -> str:
-    """Write a dossier's content as HTML. picture: the run's progress.png, put into the page."""
+def page(content: Mapping[str, Any]) -> str:
+    """Write a dossier's content as HTML, its pictures in it."""
     study = escape(content["study"]["shown"])
     parts = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -54,24 +55,25 @@ def page(content: Mapping[str, Any], picture: bytes | None = None) -> str:
         f'<nav aria-label="Sections">\n<ol>\n{_links(content)}\n</ol>\n</nav>',
         '<main id="main" tabindex="-1">',
     ]
-    parts.append(sections(content, picture))
+    parts.append(sections(content))
     version = escape(content["run by"]["shown"] if content["run by"] else "")
     parts.append(f"</main>\n<footer>\n<p>The run is by fedtune {version}. The same as data: ")
     parts.append("dossier.json.</p>\n</footer>\n</body>\n</html>")
     return "\n".join(parts) + "\n"
 
 
-def sections(content: Mapping[str, Any], picture: bytes | None = None) -> str:
-    """Write a dossier's sections as HTML, to stand in a page; every text of it is inert."""
+def sections(content: Mapping[str, Any], *, pictures: bool = True) -> str:
+    """Write a dossier's sections as HTML, to stand in a page; every text of it is inert. pictures:
+    whether the page may show them."""
     parts = []
     for section in content["sections"]:
         name = escape(section["id"])
         parts.append(f'<section aria-labelledby="{name}">')
         parts.append(f'<h2 id="{name}">{escape(section["title"])}</h2>')
-        parts += _section(section["blocks"])
-        if section["id"] == "model" and picture:
-            data = base64.b64encode(picture).decode()
-            parts.append(f'<img alt="{escape(PICTURE)}" src="data:image/png;base64,{data}">')
+        blocks = section["blocks"]
+        parts += _section(
+            blocks if pictures else [b for b in blocks if b["kind"] not in ("picture", "curve")]
+        )
         parts.append("</section>")
     return "\n".join(parts)
 
@@ -101,6 +103,8 @@ def _section(blocks: list[dict[str, Any]]) -> Iterator[str]:
             yield f"<ul>{items}</ul>"
         elif kind == "blank":
             yield _blank(block)
+        elif kind in ("picture", "curve"):
+            yield _picture(block)
         elif kind == "table" and block["rows"]:
             yield _table(block["table"], block["head"], block["rows"])
 
@@ -125,6 +129,15 @@ def _table(caption: str, head: list[str], rows: list[list[Any]], *, sources: boo
         lines.append(f'<tr><th scope="row">{_cell(first)}</th>{"".join(cells)}</tr>')
     lines.append("</tbody></table>")
     return '<div class="wide" role="group" tabindex="0">' + "".join(lines) + "</div>"
+
+
+def _picture(block: Mapping[str, Any]) -> str:
+    found = drawn(block)
+    data = base64.b64encode(found.svg().encode()).decode()
+    shown = f'<img alt="{escape(found.alt)}" src="data:image/svg+xml;base64,{data}">'
+    caption = _prose(block.get("caption") or block["curve"])
+    scrolls = f'<div class="wide" role="group" tabindex="0">{shown}</div>'
+    return f"<figure>{scrolls}<figcaption>{caption}</figcaption></figure>"
 
 
 def _cell(value: Any) -> str:

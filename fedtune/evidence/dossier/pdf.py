@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.evidence.dossier.markdown import NOT_RECORDED, TO_FILL, TYPED, grouped
-from fedtune.evidence.dossier.page import PICTURE
+from fedtune.evidence.dossier.pdf_picture import draw
+from fedtune.evidence.dossier.pictures import drawn
 
 SANS, MONO = "DejaVu", "DejaVuMono"
 FILES = {
@@ -31,8 +32,8 @@ def can_write() -> bool:
     return importlib.util.find_spec("fpdf") is not None
 
 
-def pdf(content: Mapping[str, Any], picture: Path | None = None) -> bytes:
-    """Write a dossier's content as a PDF (A4). picture: the run's progress.png.
+def pdf(content: Mapping[str, Any]) -> bytes:
+    """Write a dossier's content as a PDF (A4), its pictures in it.
 
     Errors: ModuleNotFoundError without fpdf2."""
     document = _new(f"Dossier of the study {content['study']['shown']}")
@@ -42,9 +43,6 @@ def pdf(content: Mapping[str, Any], picture: Path | None = None) -> bytes:
         _heading(document, section["title"], 0)
         for kind, group in grouped(section["blocks"]):
             _block(document, kind, group)
-        if section["id"] == "model" and picture:
-            document.ln(2)
-            document.image(str(picture), w=document.epw, alt_text=PICTURE)
     return bytes(document.output())
 
 
@@ -76,7 +74,7 @@ def _new(title: str) -> Any:
 
 def _heading(document: Any, text: str, level: int) -> None:
     size = SIZES["heading" if level else "section"]
-    if document.will_page_break(30):
+    if document.will_page_break(45):  # a heading stays with what follows it
         document.add_page()
     document.ln(3 if level else 6)
     document.set_font(SANS, "B", size)
@@ -104,8 +102,15 @@ def _block(document: Any, kind: str, group: list[dict[str, Any]]) -> None:
         DRAWN[kind](document, block)
 
 
-def _text(document: Any, text: str, style: str = "", indent: float = 0, font: str = SANS) -> None:
-    document.set_font(font, style, SIZES["text"])
+def _text(
+    document: Any,
+    text: str,
+    style: str = "",
+    indent: float = 0,
+    font: str = SANS,
+    size: str = "text",
+) -> None:
+    document.set_font(font, style, SIZES[size])
     document.set_x(document.l_margin + indent)
     width = document.epw - indent
     plain = _breakable(text.replace("`", ""))
@@ -138,11 +143,20 @@ def _blank(document: Any, block: Mapping[str, str]) -> None:
     _boxed(document, f"☐ {TO_FILL}: {block['label']}. {block['help']}", AMBER, "")
 
 
+def _picture(document: Any, block: Mapping[str, Any]) -> None:
+    document.ln(1)
+    draw(document, drawn(block).picture, SANS)
+    document.ln(1)
+    _text(document, block.get("caption") or block["curve"], size="small")
+
+
 DRAWN: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {
     "text": lambda document, block: _text(document, block["text"]),
     "note": lambda document, block: _boxed(document, block["note"], RED, "B"),
     "code": lambda document, block: _text(document, block["code"], indent=4, font=MONO),
     "blank": _blank,
+    "picture": _picture,
+    "curve": _picture,
 }
 
 

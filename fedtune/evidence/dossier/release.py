@@ -12,7 +12,7 @@ from typing import Any
 
 from fedtune.errors import ConfigError, InputError, Refused
 from fedtune.evidence.audit_log import AuditLog
-from fedtune.evidence.dossier import openssf
+from fedtune.evidence.dossier import openssf, pictures
 from fedtune.evidence.dossier.card import card
 from fedtune.evidence.dossier.content import blanks, build, dumped
 from fedtune.evidence.dossier.facts import documents
@@ -132,13 +132,14 @@ def _sign_weights(draft: Path, home: Path | None) -> None:
 
 def _write(draft: Path, found: Mapping[str, Any], details: Mapping[str, str]) -> None:
     content = build(found, details)
-    picture = draft / RUN / "progress.png"
     replace(draft / CONTENT, dumped(content).encode())
     replace(draft / "dossier.md", markdown(content).encode())
-    shown = picture.read_bytes() if picture.is_file() else None
-    replace(draft / "dossier.html", page(content, shown).encode())
+    replace(draft / "dossier.html", page(content).encode())
+    (draft / pictures.FOLDER).mkdir(exist_ok=True)
+    for name, picture in pictures.files(content).items():
+        replace(draft / name, picture.encode())
     if can_write():
-        replace(draft / PDF, pdf(content, picture if picture.is_file() else None))
+        replace(draft / PDF, pdf(content))
     replace(draft / "README.md", card(content, found).encode())
     bill = json.dumps(bill_of_materials(found["report.json"]), indent=1, ensure_ascii=False)
     replace(draft / "sbom.cdx.json", (bill + "\n").encode())

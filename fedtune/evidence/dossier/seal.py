@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune import __version__
+from fedtune.evidence.dossier import pictures
 from fedtune.evidence.figures import TODO, fail, signed_json
 from fedtune.evidence.sign import ADAPTER, RUN, NotGenuine, sha256
 from fedtune.files import reading
@@ -27,7 +28,7 @@ CONTENT, AUDIT, PDF = "dossier.json", "audit.md", "dossier.pdf"
 # What a dossier may have beside the run's folder.
 FILES = {
     *(CONTENT, AUDIT, PDF, "dossier.md", "dossier.html", "README.md", "sbom.cdx.json"),
-    *("model.sig", "model.pub"),
+    *("model.sig", "model.pub", *pictures.FILES),
 }
 FORMAT, APPROVAL = "fedtune-release-1", "fedtune-approval-1"
 PURPOSE, APPROVING = b"fedtune dossier\0", b"fedtune approval\0"

@@ -1,0 +1,76 @@
+"""Draw a run's quality against what was spent for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from fedtune.evidence.dossier.drawing import Picture
+from fedtune.registry.metrics import metric as known_metric
+
+WIDTH, HEIGHT = 920, 330
+LEFT, RIGHT, TOP, BOTTOM = 90.0, 800.0, 52.0, 274.0
+TICKS = 5
+POINT = 7  # pixels: a side of the square of a point
+
+
+def curve(
+    metric: str,
+    points: Sequence[tuple[float, float]],
+    across: str,
+    interval: tuple[float, float] | None = None,
+) -> Picture:
+    """Draw points (across, value of the metric), the first of them the base alone. across: what the
+    horizontal axis shows; interval: 95 %, of the last value.
+
+    Errors: ValueError (fewer than two points, or one that is no number)."""
+    values, about = [value for _, value in points], known_metric(metric)
+    shown = [*values, *(interval or ()), *((0.0, 1.0) if about.bounded else ())]
+    if len(points) < 2 or not all(map(math.isfinite, [*shown, *(x for x, _ in points)])):
+        raise ValueError("a curve needs two points of numbers")
+    page = Picture(WIDTH, HEIGHT, f"{metric} by {across}")
+    better = "higher" if about.higher_is_better else "lower"
+    bar = "; the bar is the 95 % interval of the last" if interval else ""
+    page.text(LEFT, 28, f"{metric} ({better} is better){bar}", "bold")
+    flat, up = _ticks(0.0, max(x for x, _ in points)), _ticks(min(shown), max(shown))
+
+    def at(x: float, value: float) -> tuple[float, float]:
+        share = (value - up[0]) / (up[-1] - up[0])
+        return LEFT + (RIGHT - LEFT) * x / flat[-1], BOTTOM - (BOTTOM - TOP) * share
+
+    page.line(LEFT, BOTTOM, RIGHT, BOTTOM, "arrow")
+    page.line(LEFT, TOP, LEFT, BOTTOM, "arrow")
+    for tick in flat:
+        page.text(at(tick, up[0])[0], BOTTOM + 20, f"{tick:g}", "soft", "middle")
+    for tick in up:
+        page.text(LEFT - 10, at(0, tick)[1] + 4, f"{tick:g}", "soft", "end")
+    page.text((LEFT + RIGHT) / 2, BOTTOM + 44, across, "", "middle")
+    base = at(*points[0])[1]
+    page.dashes(LEFT, base, RIGHT, base)
+    page.text(RIGHT + 8, base + 4, "base alone", "soft")
+    places = [at(*point) for point in points]
+    for before, after in pairwise(places):
+        page.line(*before, *after, "leaves")
+    for x, y in places:
+        page.box(x - POINT / 2, y - POINT / 2, POINT, POINT, "out")
+    x, y = places[-1]
+    if interval:
+        page.line(x, at(0, interval[0])[1], x, at(0, interval[1])[1], "leaves")
+    nearby = abs(y - base) < 16
+    beside = base + (20 if y >= base else -12) if nearby else y + 4
+    page.text(x + 8, beside, f"{values[-1]:.3g}", "bold bad")
+    return page
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Return some five round numbers from at most `low` to at least `high`.
+
+    >>> _ticks(0.0, 7.994)
+    [0.0, 2.0, 4.0, 6.0, 8.0]
+    """
+    span = (high - low) or abs(high) or 1.0
+    power = 10.0 ** math.floor(math.log10(span / TICKS))
+    step = next(n * power for n in (1, 2, 2.5, 5, 10) if n * power >= span / TICKS)
+    first, last = math.floor(low / step), max(math.ceil(high / step), math.floor(low / step) + 1)
+    return [round(n * step, 12) for n in range(first, last + 1)]

@@ -1,0 +1,157 @@
+"""Draw pictures of boxes, lines and texts, as shapes and as SVG.
+
+SVG by hand, so that the files are small, the same bytes each time, and follow the reader's light or
+dark colours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from xml.sax.saxutils import escape
+
+LIGHT = """
+svg { --paper: #ffffff; --ink: #1f2328; --soft: #59636e; --line: #8c959f; --fill: #f3f5f8;
+  --home: #e6f4ea; --home-line: #246b3a; --out: #fff3e0; --out-line: #964800; --key: #1f5fbf }
+"""
+DARK = """\
+@media (prefers-color-scheme: dark) { svg { --paper: #12161c; --ink: #e6edf3; --soft: #a3adb8;
+  --line: #69737e; --fill: #1d232b; --home: #16301f; --home-line: #57b573; --out: #38260f;
+  --out-line: #f0a04b; --key: #7fb2ff } }
+"""
+RULES = """\
+text { font-family: system-ui, "DejaVu Sans", sans-serif; fill: var(--ink) }
+.soft { fill: var(--soft) } .key { fill: var(--key) } .bad { fill: var(--out-line) }
+.good { fill: var(--home-line) } .bold { font-weight: 600 }
+.box { fill: var(--fill); stroke: var(--line) }
+.home { fill: var(--home); stroke: var(--home-line) }
+.out { fill: var(--out); stroke: var(--out-line) } .arrow { stroke: var(--soft); fill: none }
+.leaves { stroke: var(--out-line); fill: none } .paper { fill: var(--paper) }
+"""
+STYLE = LIGHT + DARK + RULES
+HEADS = "".join(
+    f'<marker id="{name}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" '
+    f'markerUnits="userSpaceOnUse" orient="auto"><path d="M0 0L8 4L0 8z" fill="var({color})"/>'
+    "</marker>"
+    for name, color in (("arrow", "--soft"), ("leaves", "--out-line"))
+)
+SIZE, STEP, CHARACTER = 12, 17, 0.54  # of a text: size, from line to line, mean width by size
+
+
+@dataclass(frozen=True)
+class Text:
+    """room: how wide it may be; kind: classes of RULES."""
+
+    x: float
+    y: float
+    line: str
+    kind: str
+    anchor: str
+    size: int
+    room: float
+
+    def svg(self) -> str:
+        return (
+            f'<text x="{self.x:g}" y="{self.y:g}" class="{self.kind}" '
+            f'text-anchor="{self.anchor}" font-size="{self.size}">{escape(self.line)}</text>'
+        )
+
+
+@dataclass(frozen=True)
+class Box:
+    x: float
+    y: float
+    wide: float
+    high: float
+    kind: str
+
+    def svg(self) -> str:
+        return (
+            f'<rect class="{self.kind}" x="{self.x:g}" y="{self.y:g}" width="{self.wide:g}" '
+            f'height="{self.high:g}" rx="6"/>'
+        )
+
+
+@dataclass(frozen=True)
+class Line:
+    """kind: "arrow" or "leaves", as RULES colour it; end: "head", "dashes", or "" (plain)."""
+
+    x: float
+    y: float
+    to_x: float
+    to_y: float
+    kind: str
+    end: str
+
+    def svg(self) -> str:
+        path = f'<path class="{self.kind}" d="M{self.x:g} {self.y:g}L{self.to_x:g} {self.to_y:g}" '
+        ends = {
+            "head": f'stroke-width="1.6" marker-end="url(#{self.kind})"/>',
+            "dashes": 'stroke-dasharray="4 4"/>',
+            "": 'stroke-width="1.6"/>',
+        }
+        return path + ends[self.end]
+
+
+class Picture:
+    """A picture in the making; all places are in pixels from the upper left corner."""
+
+    def __init__(self, width: int, height: int, title: str) -> None:
+        self.width, self.height, self.title = width, height, title
+        self.shapes: list[Text | Box | Line] = []
+
+    def text(
+        self,
+        x: float,
+        y: float,
+        line: str,
+        kind: str = "",
+        anchor: str = "start",
+        size: int = SIZE,
+        room: float | None = None,
+    ) -> None:
+        """room: how wide the line may be; without it, up to the picture's edges."""
+        wide = len(line) * size * CHARACTER
+        edges = {"start": self.width - x, "middle": 2 * min(x, self.width - x), "end": x}
+        most = room or edges[anchor]
+        if wide > most:
+            raise ValueError(f"{line!r} is {wide:.0f} wide; expected at most {most:g}")
+        self.shapes.append(Text(x, y, line, kind, anchor, size, most))
+
+    def box(self, x: float, y: float, wide: float, high: float, kind: str, *lines: str) -> None:
+        """A box with lines in its middle, the first one bold."""
+        self.shapes.append(Box(x, y, wide, high, kind))
+        top = y + (high - STEP * len(lines)) / 2 + SIZE
+        for number, line in enumerate(lines):
+            weight = "" if number else "bold"
+            at = top + STEP * number
+            size = SIZE - 1 if number else SIZE
+            self.text(x + wide / 2, at, line, weight, "middle", size, wide - 4)
+
+    def card(self, x: float, y: float, wide: float, high: float, kind: str, head: str) -> None:
+        """A box with its heading at the upper left, for what is put inside later."""
+        self.box(x, y, wide, high, kind)
+        self.text(x + 12, y + 22, head, "bold", room=wide - 18)
+
+    def list(self, x: float, y: float, room: float, lines: Iterable[str], kind: str = "") -> None:
+        for number, line in enumerate(lines):
+            self.text(x, y + STEP * number, line, kind, room=room)
+
+    def arrow(self, x: float, y: float, to_x: float, to_y: float, kind: str = "arrow") -> None:
+        self.shapes.append(Line(x, y, to_x, to_y, kind, "head"))
+
+    def dashes(self, x: float, y: float, to_x: float, to_y: float) -> None:
+        self.shapes.append(Line(x, y, to_x, to_y, "arrow", "dashes"))
+
+    def line(self, x: float, y: float, to_x: float, to_y: float, kind: str) -> None:
+        self.shapes.append(Line(x, y, to_x, to_y, kind, ""))
+
+    def svg(self, style: str = STYLE) -> str:
+        """Write the picture as a file. style: STYLE, or LIGHT + RULES for a page that is light
+        whatever its reader prefers."""
+        head = [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" '
+            f'width="{self.width}" height="{self.height}" role="img">',
+            f"<title>{escape(self.title)}</title><style>{style}</style><defs>{HEADS}</defs>",
+            f'<rect class="paper" width="{self.width}" height="{self.height}" rx="8"/>',
+        ]
+        return "\n".join([*head, *(shape.svg() for shape in self.shapes), "</svg>\n"])

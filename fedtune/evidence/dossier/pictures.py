@@ -1,0 +1,56 @@
+"""The pictures of a dossier: those that explain, and the run's own, drawn from its content alone.
+
+`fedtune verify` draws each again, so that none can show what the run does not say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from fedtune.evidence.dossier.curve import curve
+from fedtune.evidence.dossier.diagrams import PICTURES
+from fedtune.evidence.dossier.drawing import LIGHT, RULES, Picture
+
+FOLDER, CURVE = "pictures", "quality"
+FILES = {f"{FOLDER}/{name}.svg" for name in (*PICTURES, CURVE)}
+
+
+class Drawn(NamedTuple):
+    """alt: the picture in words; file: its path in the dossier."""
+
+    picture: Picture
+    alt: str
+    file: str
+
+    def svg(self) -> str:
+        """Write the picture in light colours, as the pages and their paper are."""
+        return self.picture.svg(LIGHT + RULES)
+
+
+def drawn(block: Mapping[str, Any]) -> Drawn:
+    """Draw a block of a dossier's content whose kind is "picture" or "curve".
+
+    Errors: KeyError (a picture that this release does not know), ValueError."""
+    if block["kind"] == "picture":
+        name = block["picture"]
+        return Drawn(PICTURES[name](block["unit"]), block["alt"], f"{FOLDER}/{name}.svg")
+    shown = [[cell["shown"] for cell in point] for point in block["points"]]
+    across, metric = block["across"], block["metric"]["shown"]
+    edges = [float(edge["shown"]) for edge in block["interval"] if edge]
+    interval = (edges[0], edges[1]) if len(edges) == 2 else None
+    places = [(0.0, float(block["base"]["shown"]))] + [(float(x), float(y)) for x, y in shown]
+    alt = (
+        f"A curve of {metric} by {across}: {block['base']['shown']} for the base alone, then "
+        f"{'; '.join(f'{y} at {x}' for x, y in shown)}"
+    )
+    return Drawn(curve(metric, places, across, interval), alt, f"{FOLDER}/{CURVE}.svg")
+
+
+def files(content: Mapping[str, Any]) -> dict[str, str]:
+    """Draw every picture of a dossier's content, by its path in the dossier."""
+    return {one.file: one.svg() for one in map(drawn, _blocks(content))}
+
+
+def _blocks(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    for section in content["sections"]:
+        yield from (b for b in section["blocks"] if b["kind"] in ("picture", "curve"))
