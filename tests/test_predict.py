@@ -314,3 +314,53 @@ def test_the_command(run: fedtune.Run, tmp_path: Path, monkeypatch: pytest.Monke
     for out in ("in.csv", "out.xlsx"):
         assert command(*ask, "--out", tmp_path / out).exit_code == 2
     assert (tmp_path / "in.csv").read_text().startswith("text\nfever")
+
+
+def test_columns_of_the_file_go_with_the_predictions(run: fedtune.Run, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"note": TEXTS[0], "id": "0012", "visit": 3, "mixed": 1},
+        {"note": " ", "id": "0013", "visit": 4, "mixed": "a"},  # rejected; its key is still there
+        {"note": TEXTS[1], "id": None, "visit": 2**63, "mixed": 2.5},
+    ]
+    file, frame = tmp_path / "new.jsonl", pandas.DataFrame(rows[:2])
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    frame.to_csv(tmp_path / "new.csv", index=False)
+    made = predict(run, file, ids=["id", "visit", "mixed", "id"])
+    names = ["row", "id", "visit", "mixed", "prediction"]
+    assert [list(row)[:5] for row in made.rows()] == 3 * [names]
+    assert made.carried["id"] == ("0012", "0013", None) and made.reasons[1] == "empty text"
+    assert made.carried["visit"] == ("3", "4", str(2**63)), "no format holds it as a number"
+    assert made.carried["mixed"] == ("1", "a", "2.5")
+    alone = predict(run, file)
+    assert alone.reasons == made.reasons and np.array_equal(
+        alone.outputs, made.outputs, equal_nan=True
+    )
+    read = pyarrow.parquet.read_table(made.write(tmp_path / "out.parquet")).to_pylist()
+    assert [row["id"] for row in read] == ["0012", "0013", None]
+    framed = predict(run, frame, ids=["visit"]).write(tmp_path / "framed.parquet")
+    assert pyarrow.parquet.read_table(framed).column("visit").to_pylist() == [3, 4]
+
+    out, asked = tmp_path / "out.csv", (run.folder, "--data", tmp_path / "new.csv", "--id", "id")
+    found = command("predict", *asked, "--out", out)
+    assert found.exit_code == 0, found.stderr
+    with out.open(newline="") as lines:
+        assert [row["id"] for row in csv.DictReader(lines)] == ["0012", "0013"]
+    table = command("predict", *asked)
+    assert "0012" in table.stdout and "id" in table.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "said"),
+    [
+        ("new.jsonl", "mrn", "no column 'mrn', which --id mrn names; expected one of 'note', 'id'"),
+        ("new.jsonl", "reason", "--id reason: the predictions have a column of this name"),
+        ("new.jsonl", "probability.a", "the predictions have a column of this name"),
+        ("new.txt", "id", "lines of text, and this run reads text, --id id"),
+    ],
+)
+def test_a_column_that_cannot_go_with_them_is_named(
+    run: fedtune.Run, tmp_path: Path, name: str, column: str, said: str
+) -> None:
+    (tmp_path / name).write_text(json.dumps({"note": "a", "id": 1}) + "\n")
+    found = command("predict", run.folder, "--data", tmp_path / name, "--id", column)
+    assert found.exit_code == 2 and said in found.stderr, found.stderr

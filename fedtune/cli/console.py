@@ -215,17 +215,21 @@ def predictions_table(made: Predictions, rows: int) -> Group:
     """The first `rows` predictions; how often each label is predicted; what was rejected."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("row", justify="right")
+    for name in made.carried:
+        table.add_column(escape(printable(name)))
     table.add_column("prediction" if made.labels else "score")
     table.add_column("probability" if made.labels else "", justify="right")
     shares = made.probabilities.max(axis=1, initial=0.0)
     shown = zip(range(rows), made.predicted, shares, made.scores, made.reasons, strict=False)
     for at, label, share, score, reason in shown:
+        cells = (column[at] for column in made.carried.values())
+        head = (str(at + 1), *(Text(printable("" if c is None else str(c))) for c in cells))
         if reason:
-            table.add_row(str(at + 1), Text(f"rejected: {reason}", style="dim"))
+            table.add_row(*head, Text(f"rejected: {reason}", style="dim"))
         elif label is None:
-            table.add_row(str(at + 1), f"{score:.4f}")
+            table.add_row(*head, f"{score:.4f}")
         else:
-            table.add_row(str(at + 1), Text(printable(label)), f"{share:.3f}")
+            table.add_row(*head, Text(printable(label)), f"{share:.3f}")
     more = f", the first {rows} above" if 0 < rows < len(made) else ""
     lines = [f"{len(made)} records{more}"]
     counts = Counter(label for label in made.predicted if label is not None)

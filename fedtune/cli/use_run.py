@@ -72,6 +72,17 @@ PREDICT_OUT = Annotated[
 ]
 
 
+PREDICT_IDS = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--id",
+        metavar="COLUMN",
+        help="A column of the file that goes with each prediction, such as a key to join them by; "
+        "repeat it.",
+    ),
+]
+
+
 def predict(
     run: RUN_FOLDER,
     data: Annotated[
@@ -99,14 +110,15 @@ def predict(
             help="text=note: the file's name for a part; repeat it. Without: the study's.",
         ),
     ] = None,
+    ids: PREDICT_IDS = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="All of it as JSON, instead of the table.")
     ] = False,
 ) -> None:
     """Predict the label of each record, or a reward's score, with a run's head or choices.
 
-    One row for each record of the file, in its order: the label, the probability of each label,
-    and the reason where a record cannot be used."""
+    One row for each record of the file, in its order: its number, the columns named by --id, the
+    label, the probability of each label, and the reason where a record cannot be used."""
     from fedtune.cli.console import predictions_table
     from fedtune.errors import ConfigError
     from fedtune.evaluation.predictions import check_out
@@ -118,7 +130,7 @@ def predict(
         from fedtune.models.run import Run
 
         file = named_columns(data, columns) if columns else data
-        made = compute(Run(run), file, choices or [])
+        made = compute(Run(run), file, choices or [], ids=ids or [])
     if out:
         made.write(out)
     if as_json:

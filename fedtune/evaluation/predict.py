@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from fedtune.data.files import Rejected, rows
 from fedtune.data.load import UnitReader
 from fedtune.data.media import Folder
 from fedtune.data.records import Record, _messages
-from fedtune.data.sources._interface import Names, Row, unclean
+from fedtune.data.sources._interface import BadCell, Names, Row, unclean
 from fedtune.errors import ConfigError, DataError
 from fedtune.evaluation.choices import (
     by_record,
@@ -27,7 +28,7 @@ from fedtune.evaluation.choices import (
     single_tokens,
     with_choice,
 )
-from fedtune.evaluation.predictions import Predictions
+from fedtune.evaluation.predictions import Carried, Predictions, check_ids
 from fedtune.files import reading
 from fedtune.models.adapter_files import picked
 from fedtune.models.build import build
@@ -46,7 +47,12 @@ CHUNK = 1024  # records whose states are held at once
 
 
 def predict(
-    run: Run, records: Records, choices: Sequence[str] = (), *, base_alone: bool = False
+    run: Run,
+    records: Records,
+    choices: Sequence[str] = (),
+    *,
+    base_alone: bool = False,
+    ids: Sequence[str] = (),
 ) -> Predictions:
     """Predict the label, or a reward's score, of each record with a finished run.
 
@@ -56,6 +62,7 @@ def predict(
         choices: of a run without a head, the completions to choose from; without: the study's.
         base_alone: predict without the adapter; a head is then as it was before training, at zero,
             and each class as likely as any other.
+        ids: columns of the records that go with their predictions, such as a key to join them by.
 
     A trained head gives a probability to each of its classes, a reward head a score to each prompt
     with its completion. A causal model picks the choice of highest log-likelihood, as `evaluate`
@@ -67,7 +74,8 @@ def predict(
       ...
     fedtune.errors.InputError: ...
 
-    Errors: ConfigError (nothing to choose from), DataError, ModelError."""
+    Errors: ConfigError (nothing to choose from, ids that the result has already), DataError,
+    ModelError."""
     study = run.study
     headed = resolve(study.objective).outputs > 0
     table = study.evaluation
@@ -80,7 +88,9 @@ def predict(
         )
     if headed and choices:
         raise ConfigError(f"{run.folder}: its head has its own classes", "no --choice")
-    asked = _Asked.of(study, records, headed)
+    ids = tuple(dict.fromkeys(ids))
+    check_ids(ids)
+    asked = _Asked.of(study, records, headed, ids)
     source = _rows(records, asked)  # checked before the model is loaded
     predictor = _Predictor(run, asked, offered, base_alone)
     outputs: list[np.ndarray] = []
@@ -91,7 +101,27 @@ def predict(
         outputs.append(values)
         reasons += why
         report("predicting", len(reasons), len(source))
-    return Predictions(predictor.labels, np.concatenate(outputs), tuple(reasons))
+    carried = {name: _column(source, name) for name in ids}
+    return Predictions(predictor.labels, np.concatenate(outputs), tuple(reasons), carried)
+
+
+def _column(source: Sequence[Row | str], name: str) -> tuple[Carried, ...]:
+    """Return a column's cells, all of one type that every format holds, else as texts; None for one
+    that is missing or cannot be read."""
+    cells: list[Carried] = []
+    for row in source:
+        row = row.cells if isinstance(row, BadCell) else row
+        value = row.get(name) if isinstance(row, dict) else None
+        if isinstance(value, float) and not math.isfinite(value):
+            value = None
+        if value is not None and not isinstance(value, bool | int | float):
+            value = None if unclean(text := str(value)) else text
+        cells.append(value)
+    kinds = {type(cell) for cell in cells if cell is not None}
+    large = any(isinstance(cell, int) and abs(cell) >= 2**63 for cell in cells)
+    if len(kinds) > 1 or large:
+        cells = [None if cell is None else str(cell) for cell in cells]
+    return tuple(cells)
 
 
 class _Asked(NamedTuple):
@@ -102,8 +132,9 @@ class _Asked(NamedTuple):
     folder: Path  # of images and recordings
 
     @classmethod
-    def of(cls, study: Study, records: Records, headed: bool) -> _Asked:
-        """Choose the columns: the file's, else the study's, else the parts' own names."""
+    def of(cls, study: Study, records: Records, headed: bool, ids: Sequence[str]) -> _Asked:
+        """Choose the columns: the file's, else the study's, else the parts' own names. ids: further
+        ones that the records must have."""
         given = records.columns if isinstance(records, DataFile) else None
         path = records.path if isinstance(records, DataFile) else records
         table = study.evaluation
@@ -123,6 +154,7 @@ class _Asked(NamedTuple):
             f"evaluation.columns.{part}" if of_study else f"--column {part}=NAME": column
             for part, column in columns.items()
         }
+        keys |= {f"--id {column}": column for column in ids}
         folder = Path(path).parent if isinstance(path, Path | str) else Path()
         return cls(columns, keys, folder)
 
@@ -145,9 +177,10 @@ def _rows(records: Records, asked: _Asked) -> list[Row | str]:
 
 def _lines(path: Path, asked: _Asked) -> list[Row | str]:
     """Read one text a line."""
-    if list(asked.columns) != ["text"]:
+    if list(asked.columns) != ["text"] or len(asked.keys) > 1:
+        more = [key for key, column in asked.keys.items() if column not in asked.columns.values()]
         raise DataError(
-            f"{path}: lines of text, and this run reads {', '.join(asked.columns)}",
+            f"{path}: lines of text, and this run reads {', '.join([*asked.columns, *more])}",
             "a .csv, .jsonl or .parquet file",
         )
     content = reading.content(path, "one text a line", kind=DataError, most=LARGEST)

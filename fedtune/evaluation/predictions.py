@@ -6,8 +6,8 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,24 @@ from fedtune.errors import ConfigError
 from fedtune.files.writing import replace
 
 Rows = list[dict[str, Any]]
+Carried = str | int | float | None  # a cell of the records that goes with its prediction
+SHARE = "probability."  # before the label, in the name of a column
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Predictions:
-    """What a run predicts of n records, in their order; holds no record's content.
+    """What a run predicts of n records, in their order; of their content it holds the columns
+    alone that were asked for.
 
     labels: the K classes or choices; empty where a head gives one score. outputs: (n, K) fp64, the
     head's logits or the choices' log-likelihoods (nats), or (n, 1) scores; NaN where the record
-    cannot be used. reasons: why it cannot, "" where it can."""
+    cannot be used. reasons: why it cannot, "" where it can. carried: columns of the records that go
+    with them, (n,) each."""
 
     labels: tuple[str, ...]
     outputs: np.ndarray
     reasons: tuple[str, ...]
+    carried: Mapping[str, tuple[Carried, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.reasons)
@@ -78,25 +83,22 @@ class Predictions:
         return np.full(len(self), np.nan) if self.labels else self.outputs[:, 0]
 
     def rows(self) -> Rows:
-        """Return one flat row for each record: "row" from 1, "prediction" and "probability.LABEL",
-        or "score", and "reason"; None for what a record does not have."""
-        if not self.labels:
-            return [
-                {"row": n, "score": _number(score), "reason": reason or None}
-                for n, (score, reason) in enumerate(zip(self.scores, self.reasons, strict=True), 1)
-            ]
+        """Return one flat row for each record: "row" from 1, the carried columns, "prediction" and
+        "probability.LABEL", or "score", and "reason"; None for what a record does not have."""
         told = dict(zip(self.labels, self.names, strict=True))
-        return [
-            {"row": n, "prediction": None if label is None else told[label]}
-            | {
-                f"probability.{name}": _number(share)
-                for name, share in zip(self.names, shares, strict=True)
-            }
-            | {"reason": reason or None}
-            for n, (label, shares, reason) in enumerate(
-                zip(self.predicted, self.probabilities, self.reasons, strict=True), 1
-            )
-        ]
+        values = zip(self.predicted, self.probabilities, self.scores, self.reasons, strict=True)
+        rows: Rows = []
+        for n, (label, shares, score, reason) in enumerate(values, 1):
+            row: dict[str, Any] = {"row": n}
+            row |= {name: cells[n - 1] for name, cells in self.carried.items()}
+            if self.labels:
+                row["prediction"] = None if label is None else told[label]
+                parts = zip(self.names, shares, strict=True)
+                row |= {f"{SHARE}{name}": _number(share) for name, share in parts}
+            else:
+                row["score"] = _number(score)
+            rows.append(row | {"reason": reason or None})
+        return rows
 
     def write(self, out: Path | str) -> Path:
         """Write `rows` to a .csv, .jsonl or .parquet file, for this user alone (0600); what lies
@@ -113,6 +115,17 @@ def check_out(out: Path | str) -> Path:
     if out.is_dir():
         raise ConfigError(f"{out}: a folder", "a file", "choose another --out")
     return out
+
+
+def check_ids(columns: Sequence[str]) -> None:
+    """Check that columns of the records can stand beside what is predicted. Errors: ConfigError."""
+    for column in columns:
+        if column in ("row", "prediction", "score", "reason") or column.startswith(SHARE):
+            raise ConfigError(
+                f"--id {column}: the predictions have a column of this name",
+                "another column of the records",
+                "rename it in the file",
+            )
 
 
 def _number(value: float) -> float | None:
@@ -136,7 +149,12 @@ def _parquet(rows: Rows) -> bytes:
     import pyarrow.parquet
 
     kinds = {"row": pyarrow.int64(), "prediction": pyarrow.string(), "reason": pyarrow.string()}
-    schema = pyarrow.schema([(name, kinds.get(name, pyarrow.float64())) for name in rows[0]])
+    for name in rows[0]:
+        if name == "score" or name.startswith(SHARE):
+            kinds[name] = pyarrow.float64()  # where all are None too
+        elif name not in kinds:
+            kinds[name] = pyarrow.array([row[name] for row in rows]).type
+    schema = pyarrow.schema([(name, kinds[name]) for name in rows[0]])
     content = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), content)
     return content.getvalue()
