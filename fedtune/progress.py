@@ -11,13 +11,25 @@ OnEvent = Callable[[str, dict[str, Any]], None]  # what happened, and its public
 Listener = Callable[[str, int, int], None]  # what, done, total
 
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+_stages: ContextVar[tuple[str, ...]] = ContextVar("stages", default=())
 
 
 def report(text: str, done: int, total: int) -> None:
     """Notify the listener, if there is one, of counts of work, never of content; they go to this
     machine's screen alone."""
     if listener := _listener.get():
-        listener(text, done, total)
+        stages = ", ".join(_stages.get())
+        listener(f"{stages}: {text}" if stages else text, done, total)
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Begin what is reported in the block with `name`, after the stages around it."""
+    token = _stages.set((*_stages.get(), name))
+    try:
+        yield
+    finally:
+        _stages.reset(token)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import pytest
 import typer
 from click.testing import CliRunner
 
+from fedtune import progress
 from fedtune.cli import watch as watch_module
 from fedtune.cli.main import app
 from fedtune.cli.watch import Watch
@@ -236,22 +237,54 @@ def test_a_server_says_what_it_waits_for_and_when_it_will_be_done(
     watch, text = watched
     now = 1000.0
     monkeypatch.setattr(watch_module.time, "monotonic", lambda: now)
+    ended = {"rounds": 5, "epsilon": {"a": 0.5}, "participants": ["a"]}
     with watch:
         watch("listening", {"text": "coordinator  at [b]h:1[/b]\nconsortium   ab"})
         watch("start", {"rounds": 5, "done": 1})
         watch("connected", {"name": "a", "text": "a: connected"})
         watch("planned", {"study": "s", "rounds": 5, "participants": ["a"], "planned": {"a": 1.5}})
+        now += 900  # the base is measured, which no round does again
+        watch("begin", {"round": 2})
+        watch("site", {"name": "a", "status": "trained", "round": 2})
         watch("site", {"name": "a", "status": "trained", "round": 2})  # soon after another line
         now += 30
         watch("site", {"name": "b", "status": "trained", "round": 2})
-        watch("round", {"round": 2, "rounds": 5, "epsilon": {"a": 0.5}, "participants": ["a"]})
+        watch("round", {"round": 2, **ended})
+        for number in (3, 4):  # which have no records to read through the frozen layers
+            watch("begin", {"round": number})
+            now += 5
+            watch("round", {"round": number, **ended})
     said = [" ".join(line.split()) for line in text().splitlines() if line.strip()]
     assert said == [
         "x", "coordinator at [b]h:1[/b]", "consortium ab", "a: connected",
         "s: a take part; round 2 of 5 is next; planned: ε = 1.5",
-        "round 2: b: trained",
+        "round 2: a: trained", "round 2: b: trained",
         "round ε planned trained sent left", "2/5 0.5 1.5 1 0 B 2 min",
+        "3/5 0.5 1.5 1 0 B 10 s", "4/5 0.5 1.5 1 0 B 5 s",
     ]  # fmt: skip
+
+
+def test_a_long_step_says_what_it_is_part_of_and_when_it_ends(
+    watched: tuple[Watch, Callable[[], str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a pipe where no line came for a while, so that rounds of seconds have their rows alone."""
+    watch, text = watched
+    now = 1000.0
+    monkeypatch.setattr(watch_module.time, "monotonic", lambda: now)
+    with watch:
+        with progress.stage("site 1 of 3"), progress.stage("north, round 1"):
+            for done in range(1, 21):
+                progress.report("training", 5 * done, 100)
+                now += 6
+        progress.report("measuring", 1, 2)
+    assert [line for line in text().splitlines() if line.strip()] == [
+        "x",
+        "site 1 of 3, north, round 1: training 15%, 2 min left",
+        "site 1 of 3, north, round 1: training 40%, 2 min left",
+        "site 1 of 3, north, round 1: training 65%, 42 s left",
+        "site 1 of 3, north, round 1: training 90%, 12 s left",
+        "measuring 50%",
+    ]
 
 
 def test_the_demo_has_a_status_while_it_runs_and_after(

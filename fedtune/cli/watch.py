@@ -35,7 +35,10 @@ class Watch:
         self._hold = hold
         self._held: list[tuple[str, str]] = []  # line, reason
         self._last, self._at = "", 0.0  # the last plain line, and when
-        self._done, self._began = 0, 0.0  # the rounds before this process, and when it went on
+        self._done, self._began = 0, 0.0  # the rounds before those timed; when these began, else 0
+        self._first = True  # whether the first round here is yet to end
+        self._step_at = ("", 0, 0.0)  # a long step, what was done of it when it was heard of, when
+        self._lines: dict[str, float] = {}  # when each long step was last a plain line
         self._budget: float | None = None  # ε of the whole plan
         self._bar = Progress(
             SpinnerColumn(),
@@ -66,7 +69,22 @@ class Watch:
         self._release_held(str(error))
 
     def _long(self, text: str, done: int, total: int) -> None:
-        self._step(text, {"done": done, "total": total})
+        """A report of a long step: in a pipe a line where there was none for QUIET_SECONDS."""
+        now = time.monotonic()
+        if text != self._step_at[0] or done < self._step_at[1]:
+            self._step_at = (text, done, now)
+        _, first, began = self._step_at
+        left = ""
+        if now - began >= QUIET_SECONDS and first < done < total:  # long enough for a pace
+            left = f", {duration((now - began) / (done - first) * (total - done))} left"
+        said = max(self._at + QUIET_SECONDS, self._lines.get(text, -LINE_SECONDS) + LINE_SECONDS)
+        if now >= said:
+            self._lines[text] = now
+            self._print_line(text, f"{done / total:.0%}{left}")
+        self._bar.update(
+            self._task, description=escape(text), total=total, completed=done,
+            count=f"{done:,}/{total:,}{left}",
+        )  # fmt: skip
 
     def __call__(self, event: str, data: dict[str, Any]) -> None:
         if event == "site":
@@ -84,8 +102,10 @@ class Watch:
             self._stay(str(data.get("text") or event))
         elif event == "planned":
             self._planned(data)
+        elif event == "begin":
+            self._began = self._began or time.monotonic()
         elif event == "start":
-            self._done = int(data.get("done") or 0)
+            self._done, self._began, self._first = int(data.get("done") or 0), 0.0, True
             self._bar.update(self._task, total=data.get("rounds"), completed=self._done)
         else:
             self._step(event, data)
@@ -140,7 +160,7 @@ class Watch:
         """Say who takes part, which round is next, and what the plan costs."""
         rounds, names = data.get("rounds"), [str(name) for name in data.get("participants") or ()]
         budget = max((data.get("planned") or {}).values(), default=None)
-        self._budget, self._began = budget, time.monotonic()
+        self._budget = budget
         of = f" of {rounds}" if rounds else ""
         cost = "" if budget is None else f"; planned: ε = {rounded_up(budget)}"
         self._stay(
@@ -149,11 +169,16 @@ class Watch:
         )
 
     def _left(self, done: int, total: int) -> str:
-        """The time that the rounds to come will take, at the pace since this process began."""
-        ran = done - self._done
+        """The time that the rounds to come will take, as long as those timed did on average. The
+        first round here reads the records through the frozen layers and those after it do not: it
+        counts until there is a second."""
+        now, ran = time.monotonic(), done - self._done
         if not total or ran < 1 or done >= total or not self._began:
             return ""
-        return duration((time.monotonic() - self._began) / ran * (total - done))
+        pace = (now - self._began) / ran
+        if self._first:
+            self._done, self._began, self._first = done, now, False
+        return duration(pace * (total - done))
 
     def _answered(self, event: str, data: dict[str, Any]) -> None:
         """What a site did: a line that stays, and the bar waits again."""

@@ -16,6 +16,7 @@ from fedtune.errors import FedtuneError, Refused
 from fedtune.evidence.audit_log import REPEATS
 from fedtune.flower.arrays import bodies, to_record
 from fedtune.observe.log import reason_of
+from fedtune.progress import stage
 from fedtune.wire.seal import SealError, body_digest, check_order
 
 log = logging.getLogger("fedtune.client")
@@ -52,7 +53,8 @@ def sealed(
         digest, number = _plan_of(order["plan"], order_for), int(str(order["round"]))
         site = site.of_run(digest)
         check_order(order, site.coordinator_of(digest))
-        update = work(site, digest, message)
+        with stage(f"{answer['name']}, round {number}"):
+            update = work(site, digest, message)
         note(site, "release", site.site.policy.admission, plan=digest, round=number, kind=record)
         update_arrays = to_record(update.delta)
         complete = answer | {"events": json.dumps(update.events), **update.said}

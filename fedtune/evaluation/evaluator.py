@@ -31,6 +31,7 @@ from fedtune.models.network import Network
 from fedtune.objectives import resolve
 from fedtune.objectives._interface import Batch, RecordFormat
 from fedtune.objectives._tokens import likelihood
+from fedtune.progress import report
 from fedtune.registry.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -171,8 +172,10 @@ class Evaluator:
             exact, chosen = np.zeros(n, bool), np.full(n, -1)
             scores = Scores(np.zeros(n), np.ones(n), exact, chosen, self._gold, np.zeros(n))
             scores.pairs = PairScores.empty(n) if self.paired else None
+            done = 0
             for batch in self._records.batches(range(n)):
                 self._assess(batch, scores)
+                report("measuring on public records", done := done + batch.count, n)
                 if scores.pairs is not None:
                     scores.pairs.add(self.network, batch, with_kl=with_kl)
             if self._with_choices is not None:

@@ -20,6 +20,7 @@ from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import Arrays
 from fedtune.models.network import Network
 from fedtune.objectives._interface import Batch
+from fedtune.progress import report
 
 _MAX_POSITIONS = 8192  # per layer; enough for principal components of a few thousand dimensions
 
@@ -47,9 +48,11 @@ def _inputs(network: Network, dataset: Dataset) -> dict[str, torch.Tensor]:
     """Collect each adapted layer's inputs (positions, inputs) fp32, by name of its A."""
     data, inputs = CachedDataset(network, dataset), dict[str, list[torch.Tensor]]()
     with _recording(network, inputs) as position:
-        for batch in data.batches(range(len(dataset.examples))):
+        done, total = 0, len(dataset.examples)
+        for batch in data.batches(range(total)):
             position.batch = batch
             network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
+            report("reading public text", done := done + batch.count, total)
     return {name: torch.cat(parts)[:_MAX_POSITIONS].cpu() for name, parts in inputs.items()}
 
 

@@ -47,7 +47,8 @@ logger = logging.getLogger("fedtune.observe")
 
 # fmt: off
 EVENTS = frozenset({
-    "start", "planned", "site", "round", "version", "done", "stopped", "step", "records",  # a run
+    "start", "planned", "begin", "site", "round", "version", "done", "stopped", "step",  # a run
+    "records",
     "joined", "answered", "refused", "failed", "waiting", "reconnecting",  # a site's link
     "listening", "connected", "disconnected", "admitted", "revoked", "renewed", "restarted",
 })
@@ -109,7 +110,7 @@ PHRASES = (
 )
 # fmt: on
 OTHER = "other"
-SCREEN = frozenset({"step", "records"})  # events for this machine's screen alone
+SCREEN = frozenset({"begin", "step", "records"})  # events for this machine's screen alone
 NEVER = frozenset(  # known, for the screen or the report alone
     {"text", "out", "privacy", "total", "private_quality", "log", "path", "idempotency", "ended"}
 )

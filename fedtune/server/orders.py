@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from flwr.app import ConfigRecord, RecordDict
 from fedtune.errors import FedtuneError
 from fedtune.flower import replies
 from fedtune.flower.arrays import to_record
+from fedtune.progress import stage
 from fedtune.server.admission import Roster
 from fedtune.server.exchange import Reply, ask, size
 from fedtune.server.store import Progress
@@ -73,7 +75,8 @@ def exchange(
             node: RecordDict({"order": record, **shared}) for node, record in orders.items()
         }
         unprepared = []
-        for reply in roster.ask(order.kind, contents, order.group, order.arrays):
+        answers = roster.ask(order.kind, contents, order.group, order.arrays)
+        for reply in _counted(answers, len(contents)):
             name = named[reply.node]
             sent = shared_bytes + size(RecordDict({"order": orders[reply.node]}))
             expected = _header(progress, key, order.round, name, nonce)
@@ -83,6 +86,16 @@ def exchange(
             return
         roster.prepare(roster.nodes[name] for name in unprepared)
         names = [name for name in unprepared if name in roster.willing()]
+
+
+def _counted(answers: Iterator[Reply], sites: int) -> Iterator[Reply]:
+    """Yield the answers; where a site works in this process, what it reports says which it is."""
+    for number in itertools.count(1):
+        with stage(f"site {number} of {sites}"):
+            reply = next(answers, None)
+        if reply is None:
+            return
+        yield reply
 
 
 def tell_finished(roster: Roster) -> None:

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from fedtune.config import Study
 from fedtune.flower.arrays import Arrays
 from fedtune.flower.enrol import Member
+from fedtune.progress import stage
 from fedtune.server.bound import Mechanism
 from fedtune.server.schedule import Clock, SystemClock
 from fedtune.wire.keys import SigningKey
@@ -61,7 +62,8 @@ def _start(study: Study) -> Started:
     if study.selection:
         check_selection(study)
         check_evaluation(selecting(study))
-    return start(study)
+    with stage("before the rounds"):
+        return start(study)
 
 
 def _evaluator(study: Study, frozen: Arrays) -> Measures:

@@ -183,8 +183,8 @@ class _Run:
             time.sleep(min(POLL, self.settings.patience))
 
     def _round(self, number: int) -> None:
-        tally = Tally(number)
-        least = self.table.min_sites
+        self._event("begin", round=number)
+        tally, least = Tally(number), self.table.min_sites
         for attempt in range(1 + RETRIES):
             if attempt:
                 time.sleep(self.settings.pause * attempt)

@@ -16,6 +16,7 @@ import numpy as np
 from fedtune.config import EvaluationTable, Study
 from fedtune.errors import ModelError
 from fedtune.flower.arrays import Arrays
+from fedtune.progress import stage
 from fedtune.server.parts import Measures
 from fedtune.server.store import Progress
 
@@ -50,7 +51,8 @@ def choose(
         if (keep, factor) not in measured:
             candidate = _combined(origin, adapter, proposed, keep, factor)
             try:
-                measured[keep, factor] = evaluator.measure(candidate)
+                with stage(f"choosing the step, length {len(measured) + 1}"):
+                    measured[keep, factor] = evaluator.measure(candidate)
             except ModelError:  # entries that no adapter may have: a shorter step has not
                 if not factor:
                     raise

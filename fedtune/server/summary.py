@@ -12,6 +12,7 @@ from fedtune.config import PrivacyTable, noise_shares
 from fedtune.dp.shared_noise import joint_sigma
 from fedtune.errors import ConfigError
 from fedtune.models.rank_slice import rank_slice
+from fedtune.progress import stage
 from fedtune.server.admission import Roster
 from fedtune.server.parts import Dependencies, Measures
 from fedtune.server.provenance import made
@@ -287,9 +288,10 @@ def measure_start(progress: Progress, evaluator: Measures | None) -> None:
     gives, on the evaluation set."""
     if evaluator is None:
         return
-    progress.before = evaluator.follow(None)
-    if progress.study.start:
-        progress.started = evaluator.follow(progress.adapter)
+    with stage("before the rounds"):
+        progress.before = evaluator.follow(None)
+        if progress.study.start:
+            progress.started = evaluator.follow(progress.adapter)
 
 
 def _quality(progress: Progress) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from fedtune.config import Study
-from fedtune.dp.plan import StepPlan
+from fedtune.dp.clip import Chunk
+from fedtune.dp.plan import RowGradients, StepPlan
 from fedtune.dp.steplog import StepLog
 from fedtune.errors import ModelError
 from fedtune.models.cache import CachedDataset
@@ -16,6 +19,7 @@ from fedtune.models.network import Network
 from fedtune.models.random_records import random_records
 from fedtune.models.rank_slice import ALL
 from fedtune.objectives import resolve
+from fedtune.progress import report
 from fedtune.training.round_loss import RoundLoss
 from fedtune.training.unit_gradients import UnitGradientEngine
 
@@ -53,9 +57,10 @@ def local_round(
     )
     optimizer = _optimizer(study, engine.trained, round_)
     start = [t.clone() for t in engine.trained]
-    for _ in range(study.training.local_steps):
+    for step in range(study.training.local_steps):
+        rows = _reported(engine, step, study.training.local_steps)
         with network.recomputing(recompute and engine.name == "one-pass"):
-            noised = plan.step(engine.n_rows, engine.dimension, engine, log, round_)
+            noised = plan.step(engine.n_rows, engine.dimension, rows, log, round_)
         gradients = torch.split(noised, [t.numel() for t in engine.trained])
         for parameter, gradient, initial in zip(engine.trained, gradients, start, strict=True):
             proximal = study.training.proximal_mu * (parameter - initial)
@@ -91,10 +96,25 @@ def local_sum(
     name = study.training.engine
     engine = UnitGradientEngine(data, objective, unit, name, losses=losses)
     with network.recomputing(recompute and engine.name == "one-pass"):
-        total = plan.noised_sum(engine.n_rows, engine.dimension, engine, log, round_)
+        rows = _reported(engine, 0, 1)
+        total = plan.noised_sum(engine.n_rows, engine.dimension, rows, log, round_)
     parts = torch.split(total, [t.numel() for t in engine.trained])
     by_name = dict(zip(network.parameters(), parts, strict=True))
     return np.concatenate([by_name[key].numpy() for key in sorted(by_name)])
+
+
+def _reported(gradients: RowGradients, step: int, steps: int) -> RowGradients:
+    """Report on this machine's screen how much of a round is done, in per cent of a step: how many
+    rows were drawn is shown nowhere."""
+
+    def rows_reported(rows: list[int]) -> Iterator[Chunk]:
+        done = 0
+        for chunk in gradients(rows):
+            yield chunk
+            done += len(chunk.rows)
+            report("training", 100 * step + 100 * done // len(rows), 100 * steps)
+
+    return rows_reported
 
 
 def _optimizer(study: Study, parameters: list[torch.Tensor], round_: int) -> torch.optim.Optimizer:

@@ -63,12 +63,11 @@ def trained_on(study: Study, data: CachedDataset, adapter: Arrays) -> Arrays:
     assert table is not None
     frozen = data.network.preconditioner
     bound = study.clipping.max_grad_norm if study.clipping else 1.0
-    for step in range(1, table.steps + 1):
+    for step in range(table.steps):
         change = {name: np.zeros(array.shape) for name, array in adapter.items()}
         with data.network.loaded(trainable=adapter):
-            for gradients in _gradients(
-                study, data, f"training on public text, step {step} of {table.steps}"
-            ):
+            label = "training on public text"
+            for gradients in _gradients(study, data, label, step, table.steps):
                 rows = {
                     n: multiplied(g.double().cpu().numpy(), n, frozen) for n, g in gradients.items()
                 }
@@ -80,8 +79,12 @@ def trained_on(study: Study, data: CachedDataset, adapter: Arrays) -> Arrays:
     return {name: np.clip(array, -LARGEST, LARGEST) for name, array in adapter.items()}
 
 
-def _gradients(study: Study, data: CachedDataset, label: str) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the gradients of some public records by parameter, (records, …), until all are done."""
+def _gradients(
+    study: Study, data: CachedDataset, label: str, before: int = 0, passes: int = 1
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the gradients of some public records by parameter, (records, …), until all are done.
+
+    label: what is reported, of `passes` over the records, of which this one has `before` it."""
     network, objective = data.network, resolve(study.objective)
     named = network.parameters()
     if any(network.has_row_per_tile(parameter) for parameter in named.values()):
@@ -97,7 +100,7 @@ def _gradients(study: Study, data: CachedDataset, label: str) -> Iterator[dict[s
                 for name, gradient in zip(named, gradients, strict=True)
             }
             done += batch.count
-            report(label, done, total)
+            report(label, before * total + done, passes * total)
 
 
 def _lengths(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -244,4 +244,4 @@ def test_simulate_says_what_trains_on_the_screen_alone(tmp_path: Path, tiny_base
     assert [event for event, _ in seen].index("records") < first
     for path in out.rglob("*"):
         assert path.is_dir() or b"rows train" not in path.read_bytes()
-    assert {"records", "step"} == SCREEN and "records" not in LOGGABLE
+    assert {"begin", "records", "step"} == SCREEN and "records" not in LOGGABLE

@@ -26,7 +26,7 @@ def test_a_run_writes_everything_and_says_what_happened(trial):
     body = run.run(parts=make_parts(report=lambda out, b: reports.append(b)))
     assert reports == [body]
     kinds = [kind for kind, _ in run.events if kind != "site"]
-    assert kinds == ["start", "planned", *["round"] * 4, "done"]
+    assert kinds == ["start", "planned", *["begin", "round"] * 4, "done"]
     (planned,) = (data for kind, data in run.events if kind == "planned")
     assert planned["participants"] == ["a", "b", "c"] == list(planned["planned"])
     assert sorted(p.name for p in (run.folder / "out").iterdir()) == [
