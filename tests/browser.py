@@ -12,6 +12,8 @@ import pytest
 
 AXE = Path(os.environ.get("FEDTUNE_AXE", "node_modules/axe-core/axe.min.js"))
 RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+# In a container /dev/shm may be too small for a page, whose process then ends.
+ARGUMENTS = ["--no-sandbox", "--disable-dev-shm-usage"]
 PENDING = ("Reading and checking", "Verifying every")
 needs_axe = pytest.mark.skipif(
     not AXE.is_file(), reason=f"axe-core is not here: {AXE} (FEDTUNE_AXE)"
@@ -27,7 +29,7 @@ def browser() -> Iterator[Any]:
         "playwright.sync_api", reason="playwright is not installed (fedtune[browser])"
     )
     with driver.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=binary, args=["--no-sandbox"])
+        started = playwright.chromium.launch(executable_path=binary, args=ARGUMENTS)
         yield started
         started.close()
 

@@ -61,7 +61,6 @@ def test_it_passes_on_a_language_model(tiny_base: Path, case: str) -> None:
     results = selftest.run(of(tiny_base, **CASES[case]))
     assert [r.name for r in results] == ["parity", "isolation", "sensitivity", "noise"]
     assert all(r.passed for r in results), results
-    assert sum(r.seconds for r in results) < 10
 
 
 @pytest.mark.parametrize("lora", [None, {"modules": ["query", "value"]}])
