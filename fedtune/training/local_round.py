@@ -112,7 +112,7 @@ def _reported(gradients: RowGradients, step: int, steps: int) -> RowGradients:
         for chunk in gradients(rows):
             yield chunk
             done += len(chunk.rows)
-            report("training", 100 * step + 100 * done // len(rows), 100 * steps)
+            report("training", 100 * step + 100 * done // max(len(rows), 1), 100 * steps)
 
     return rows_reported
 
