@@ -46,7 +46,7 @@ PARTS = (
     Part("epoch", ("epoch",), (20, 2)),
     Part("federation", ("aggregation", "federation"), (15, 1.5)),
     Part("deployed", ("deployed",), (3, 1)),
-    Part("masked", ("masked",), (8, 1)),
+    Part("masked", ("masked",), (10, 1)),
 )
 
 

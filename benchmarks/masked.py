@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     measure.add_common(parser)
     parser.add_argument("--sites", type=int, nargs="+", default=[3, 10])
-    parser.add_argument("--records", type=int, default=64, help="of each site")
+    parser.add_argument("--records", type=int, default=8, help="of each site")
     parser.add_argument("--turns", type=int, default=2)
     chosen = parser.parse_args()
     measure.start(chosen)

@@ -102,6 +102,13 @@ QUAD = DataSet(
     medquad.TUNING,
     QUAD_ROWS,
 )
+QUAD_128 = replace(
+    QUAD,
+    name="medquad-128",
+    title="MedQuAD, 128 tokens",
+    study=lambda arm, seed: merged(medquad.study(arm, seed), {"objective": {"max_length": 128}}),
+    rows={name: ROWS[name] for name in ROWS if name != "local"},
+)
 MTS = DataSet(
     "mts_dialog",
     "MTS-Dialog",

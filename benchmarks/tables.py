@@ -21,7 +21,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.measure import at_least, mean_sd
-from benchmarks.sets import FSDD, MTS, PREFERENCE, QUAD, VQA, DataSet
+from benchmarks.sets import FSDD, MTS, PREFERENCE, QUAD, QUAD_128, VQA, DataSet
 from examples.write import Table, merged, toml
 from fedtune import Site, Study, load_site, load_study, simulate
 from fedtune.config import noise_shares
@@ -33,7 +33,7 @@ from fedtune.models import lora
 from fedtune.models.adapter_files import load_adapter
 from fedtune.registry import process_cache
 
-SETS = {each.name: each for each in (QUAD, MTS, VQA, FSDD, *PREFERENCE)}
+SETS = {each.name: each for each in (QUAD, QUAD_128, MTS, VQA, FSDD, *PREFERENCE)}
 TWIN, LOCAL = "non-private", "local"
 
 

@@ -144,6 +144,11 @@ TUNING: dict[str, list[Table]] = {
         "best-lora": (50.0, 100.0, 300.0),
     }.items()
 }
+TUNING["epsilon-3"] += [
+    {"lora": {"modules": ["gate_proj", "up_proj", "down_proj"]}},
+    {"lora": {"last_layers": 6}},
+    {"lora": {"rank": 32, "alpha": 64.0}},
+]
 
 
 def study(arm: str, seed: int, evaluation: str | None = "test.jsonl") -> Table:
