@@ -223,7 +223,7 @@ def predictions_table(made: Predictions, rows: int) -> Group:
     shown = zip(range(rows), made.predicted, shares, made.scores, made.reasons, strict=False)
     for at, label, share, score, reason in shown:
         cells = (column[at] for column in made.carried.values())
-        head = (str(at + 1), *(Text(printable("" if c is None else str(c))) for c in cells))
+        head = [Text(str(at + 1)), *(Text(printable("" if c is None else str(c))) for c in cells)]
         if reason:
             table.add_row(*head, Text(f"rejected: {reason}", style="dim"))
         elif label is None:
