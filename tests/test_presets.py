@@ -282,3 +282,40 @@ def test_every_study_of_a_file_pays_from_one_ledger(tmp_path: Path) -> None:
         write(tmp_path / "d", "classify", replace(own, role="site", data=(folder,)))[0]
     )
     assert folder not in state.site.state.parents  # nor among the records that are read
+
+
+def test_classes_that_the_study_has_not_are_said_at_once(tmp_path: Path) -> None:
+    """On the screen of whoever has the records; in no file that is written."""
+    own = records(tmp_path)
+    with own.data[0].open("a", encoding="utf-8") as file:
+        file.write("30,a,Eyes\n31,b, eyes \n32,c,eyes\n33,d,\n34,e,lungs \n")
+    line = "north.csv: 3 of 35 records are of a class that the study has not, and will be left out"
+    columns = ["--text=note", "--target=desk"]
+
+    def said(name: str, *more: object) -> str:
+        asked = ["init", str(tmp_path / name), "--task=classify", *columns, *map(str, more)]
+        found = CliRunner().invoke(app, asked)
+        assert found.exit_code == 0, found.output
+        return found.output
+
+    files = [f"--data={path}" for path in own.data]
+    both = said("both", *files, f"--evaluation={own.evaluation}")
+    assert f"{line}: eyes 2, Eyes 1\n" in both and both.count("of a class that") == 1
+    written = [path for path in (tmp_path / "both").rglob("*") if path.is_file()]
+    assert written and all(b"eyes" not in path.read_bytes().lower() for path in written)
+    labels = [f"--label={label}" for label in (*LABELS, "eyes", "Eyes")]
+    assert "of a class" not in said("named", *files, *labels)
+    assert "eyes" not in said("hub", *labels[:3], "--role=coordinator")
+    site = said("site", files[0], "--role=site")
+    assert (
+        "north.csv: 35 records of 5 classes: lungs 11, heart 10, skin 10, eyes 2, Eyes 1;" in site
+    )
+    assert line in said("told", files[0], "--role=site", *labels[:3])
+
+
+def test_a_column_of_texts_in_the_place_of_classes_is_not_shown(tmp_path: Path) -> None:
+    given = records(tmp_path, prompt="desk", target="note", role="site", name="a")
+    given = replace(given, data=given.data[:1], evaluation=None)
+    note = presets.classes_note("classify", given)
+    assert "30 records of 30 classes: is 'note' the column of the classes?" in note
+    assert "quoted" not in note

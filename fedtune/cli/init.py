@@ -235,7 +235,7 @@ def init(
     else:
         records = _complete(_asked(records, task, size), task)
         paths = presets.write(folder, task.value, records)
-        told = presets.public_note(task.value, records) + presets.unit_note(task.value, records)
+        told = presets.notes(task.value, records)
         told, following = f"{told}\n{records.delta_rule}", _next(folder, records, task)
     for path in (path for path in paths if path.suffix in (".toml", ".jsonl")):
         typer.echo(f"wrote {path}")

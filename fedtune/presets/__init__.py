@@ -205,6 +205,24 @@ def public_note(task: str, records: Records) -> str:
     return "".join(f"{line}\n" for line in _public.notes(records, asked(task, records), target))
 
 
+def classes_note(task: str, records: Records) -> str:
+    """Say which classes of the sites' own files the study has not; "" for other tasks, and where
+    there are none. A site alone, which does not know them, is told its own.
+
+    Errors: as `unit_note`."""
+    if task != "classify" or records.role == "coordinator":
+        return ""
+    records = completed(task, records)
+    columns, known = asked(task, records), _public.classes(records, asked(task, records))
+    notes = [_sites.classes_note(path, columns, records.target, known) for path in records.data]
+    return "".join(f"{note}\n" for note in notes if note)
+
+
+def notes(task: str, records: Records) -> str:
+    """Say what was found in the files of a recipe's study, and whom it protects."""
+    return public_note(task, records) + classes_note(task, records) + unit_note(task, records)
+
+
 def listed(texts: Sequence[str]) -> str:
     """Format a TOML list of strings, one on each line."""
     return "[\n" + "".join(f"    {quoted(text)},\n" for text in texts) + "]"

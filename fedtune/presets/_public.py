@@ -71,6 +71,14 @@ def notes(records: Records, asked: Mapping[str, str], target: str | None) -> lis
     return lines
 
 
+def classes(records: Records, asked: Mapping[str, str]) -> set[str]:
+    """Return the classes that the study has: those that were named, else the public file's."""
+    if records.labels or records.evaluation is None:
+        return {*records.labels}
+    units, _ = _usable(records.evaluation, records.patient, asked)
+    return {str(row[records.target]).strip() for unit in units for row in unit}
+
+
 def files(records: Records, public: Mapping[str, Rows]) -> dict[str, bytes]:
     """Compose each part's file, and beside it its images or recordings under the part's name.
 

@@ -4,7 +4,9 @@ of its columns."""
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,10 +14,12 @@ from fedtune.bases.find import find_base
 from fedtune.config.database import anchored, shown
 from fedtune.config.places import WherePath, divided, file_at, is_bulk, lines_of, name_of
 from fedtune.config.templates import NAME, ledger_beside, quoted
-from fedtune.data.files import placed_rows
+from fedtune.data.cells import key_of
+from fedtune.data.files import Rejected, placed_rows
 from fedtune.data.sources import SOURCES, Source
 from fedtune.data.sources._interface import Names
-from fedtune.errors import ConfigError, DataError
+from fedtune.errors import ConfigError, DataError, printable
+from fedtune.presets._public import MOST_CHOICES
 
 if TYPE_CHECKING:
     from fedtune.presets import Records
@@ -62,6 +66,44 @@ def columns_of(place: WherePath, asked: Mapping[str, str]) -> list[str]:
 
     asked: option -> the column that it names. Errors: DataError for one that the file does not
     have, which lists those that it has; for a file or a database that cannot be read."""
+    path, names, source = _opened(place, asked)
+    if not sum(1 for _ in placed_rows(path, asked, names=names, source=source)):
+        raise DataError(f"{names.where}: no records", "a file of records", "choose another --data")
+    return names.listed
+
+
+def classes_note(place: WherePath, asked: Mapping[str, str], target: str, known: set[str]) -> str:
+    """Say how many of a site's records are of which class that is none of `known`, since they train
+    nothing; "" where there are none. known: empty where nobody said: then all classes are listed.
+
+    For the screen of whoever has the records: the counts are theirs."""
+    path, names, source = _opened(place, asked)
+    counts, total = Counter[str](), 0
+    for _, row in placed_rows(path, asked, names=names, source=source):
+        total += 1
+        with suppress(Rejected):
+            counts[key_of(row.get(target) if isinstance(row, dict) else None)] += 1
+    strange = Counter({label: n for label, n in counts.items() if label not in known})
+    if not strange:
+        return ""
+    shown = ", ".join(f"{printable(c)[:40]} {n:,}" for c, n in strange.most_common(MOST_CHOICES))
+    if len(strange) > MOST_CHOICES:
+        texts = 2 * len(strange) > total  # of a column of texts, which are not for a screen
+        shown = f"is {target!r} the column of the classes?" if texts else f"{shown} …"
+    where = names.where.name if isinstance(names.where, Path) else names.where
+    if not known:
+        return (
+            f"{where}: {total:,} records of {len(strange)} classes: {shown}; those that the study "
+            "has not will be left out: compare them with the coordinator's"
+        )
+    are = "is" if strange.total() == 1 else "are"
+    return (
+        f"{where}: {strange.total():,} of {total:,} records {are} of a class that the study has "
+        f"not, and will be left out: {shown}"
+    )
+
+
+def _opened(place: WherePath, asked: Mapping[str, str]) -> tuple[Path, Names, Source | None]:
     if isinstance(place, str):
         url, table = divided(place)
         options = {"url": anchored(url, Path.cwd()), "table": table}
@@ -70,10 +112,7 @@ def columns_of(place: WherePath, asked: Mapping[str, str]) -> list[str]:
     else:
         names = Names(place, asked)
         source = SOURCES.build("fhir", {}) if is_bulk(place) else None
-    path = place if isinstance(place, Path) else Path()
-    if not sum(1 for _ in placed_rows(path, asked, names=names, source=source)):
-        raise DataError(f"{names.where}: no records", "a file of records", "choose another --data")
-    return names.listed
+    return place if isinstance(place, Path) else Path(), names, source
 
 
 def looks_like_a_patients(columns: list[str]) -> str | None:
