@@ -10,12 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import typer
-from click.testing import CliRunner
 
 from fedtune import progress
 from fedtune.cli import watch as watch_module
-from fedtune.cli.main import app
 from fedtune.cli.watch import Watch
 from fedtune.config import load_study
 from fedtune.demo import run as demo
@@ -25,7 +22,7 @@ from fedtune.errors import (
 from fedtune.launch import simulate
 from fedtune.registry import process_cache
 from fedtune.run_folder import beginning
-from tests.cli_kit import SITE, STUDY, run, tree
+from tests.cli_kit import SITE, STUDY, run
 
 
 def test_a_study_from_simulate_to_generate(study: Path) -> None:
@@ -332,45 +329,6 @@ def test_the_version_is_one() -> None:
 
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     assert project["version"] == fedtune.__version__
-
-
-def _raw(help_: str | None) -> list[str]:
-    """The words of a help text as they are written, without the marks of emphasis."""
-    return (help_ or "").replace("**", "").replace("`", "").split()
-
-
-def _holes(app_: typer.Typer, *path: str) -> list[str]:
-    """Words of a command's help, or of an option's, that its screen does not show, in order."""
-    found: list[str] = []
-    command = tree(app_)
-    for name in path:
-        command = command.commands[name]  # type: ignore[attr-defined]
-    shown = CliRunner().invoke(tree(app_), [*path, "--help"], env={"COLUMNS": "400"}).output
-    flat = " ".join(shown.replace("│", " ").split())
-    texts = [command.help, getattr(command, "epilog", None)]
-    texts += [getattr(each, "help", None) for each in command.params]
-    found += [text for text in texts if " ".join(_raw(text)) not in flat]
-    for name in getattr(command, "commands", {}):
-        found += _holes(app_, *path, name)
-    return [str(text) for text in found]
-
-
-def test_no_help_has_a_hole() -> None:
-    """Rich takes [word] for a style and drops it."""
-    assert _holes(app) == []
-
-
-def test_a_hole_in_a_help_is_seen() -> None:
-    made = typer.Typer(rich_markup_mode="rich")
-
-    @made.callback()
-    def root() -> None: ...
-
-    @made.command()
-    def one() -> None:
-        """A study with a [schedule], and more."""
-
-    assert _holes(made) == ["A study with a [schedule], and more."]
 
 
 @pytest.mark.parametrize(

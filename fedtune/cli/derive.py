@@ -137,9 +137,10 @@ MERGE_OUT = Annotated[
 MERGE_METHOD = Annotated[
     Literal["linear", "svd", "ties", "dare", "slerp", "regmean"],
     typer.Option(
+        metavar="METHOD",
         help="linear: the updates add up, exactly. svd: the same at a smaller rank. "
         "ties, dare: part of each update. slerp: two, along the arc between them. regmean: "
-        "each acts on what its own public text looks like."
+        "each acts on what its own public text looks like.",
     ),
 ]
 MERGE_WEIGHTS = Annotated[
@@ -242,8 +243,9 @@ def export(
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16", "q8_0"] | None,
         typer.Option(
-            help="How weights are stored. Without it: float32 (hf), float16 (gguf). "
-            "q8_0: gguf alone.",
+            metavar="DTYPE",
+            help="How weights are stored: float32, float16, bfloat16 or q8_0 (gguf alone). Without "
+            "it: float32 (hf), float16 (gguf).",
             show_default=False,
         ),
     ] = None,

@@ -50,9 +50,11 @@ FOLDER = Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.", sho
 TASK = Annotated[
     Task | None,
     typer.Option(
-        help="A measured recipe: classify, classes of texts; answer, answers to questions; "
-        "instruct, longer responses to instructions; preference, of two answers the better; "
-        "vision, questions about images; speech, what is said in recordings.",
+        metavar="TASK",  # the names are below: click's list of them is wider than its column
+        help="A measured recipe, one of  \nclassify: classes of texts;  \n"
+        "answer: answers to questions;  \ninstruct: longer responses to instructions;  \n"
+        "preference: of two answers the better;  \nvision: questions about images;  \n"
+        "speech: what is said in recordings.",
         show_default=False,
     ),
 ]

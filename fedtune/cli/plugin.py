@@ -24,7 +24,14 @@ CHECK_PLUGIN_NAME = Annotated[
     str,
     typer.Argument(metavar="NAME", help="Of this release, or an entry point that is installed."),
 ]
-CHECK_PLUGIN_GROUP = Annotated[Groups, typer.Option(help="What it is: the group is fedtune.GROUP.")]
+CHECK_PLUGIN_GROUP = Annotated[
+    Groups,
+    typer.Option(
+        metavar="GROUP",
+        help="objectives, strategies, modalities, sources or trackers: its entry point's group is "
+        "fedtune.GROUP.",
+    ),
+]
 CHECK_PLUGIN_OPTION = Annotated[
     list[str] | None,
     typer.Option(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
@@ -30,7 +30,11 @@ def evaluate(
     data: Annotated[Path, typer.Option(metavar="FILE", help="Records: .jsonl, .csv or .parquet.")],
     metric: Annotated[
         MetricName | None,
-        typer.Option(help="Without it: the study's own.", show_default=False),
+        typer.Option(
+            metavar="METRIC",
+            help=f"One of {', '.join(get_args(MetricName))}. Without it: the study's own.",
+            show_default=False,
+        ),
     ] = None,
     choices: Annotated[
         list[str] | None,

@@ -79,7 +79,7 @@ MUTANTS = (
     _one(
         "inputs", "help-is-markup", "fedtune/cli/main.py",
         'rich_markup_mode="markdown"', 'rich_markup_mode="rich"',
-        "tests/test_cli_runs.py::test_no_help_has_a_hole", "[schedule] and [rl] are lost",
+        "tests/test_cli_help.py::test_no_help_has_a_hole", "[schedule] and [rl] are lost",
     ),
     _one(
         "scan", "a-text-trains-as-it-is", "fedtune/data/load.py",
