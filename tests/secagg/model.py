@@ -28,6 +28,7 @@ from fedtune.client.prepared import Update
 from fedtune.config import Study, load_site
 from fedtune.dp.shared_noise import grid_of
 from fedtune.errors import FedtuneError
+from fedtune.flower import polling
 from fedtune.flower.arrays import to_record
 from fedtune.flower.grid import InProcessGrid
 from fedtune.ledger.ledger import Ledger
@@ -320,6 +321,7 @@ class World:
             (secure_round, "masked", lambda *a: done_by("masked", *a)),
             (MaskedSum, "open", opened),
             (exchange, "time", clock),
+            (polling, "time", clock),
             (policy.accountant, "epsilon", remembered(_epsilon)),
             (policy, "total_epsilon", remembered(_total)),
         ):
