@@ -59,7 +59,10 @@ from flwr.supercore.inflatable.inflatable_object import (
     iterate_object_tree,
 )
 from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry as inflatable
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.inflatable.inflatable_utils import (
+    inflate_object_from_contents,
+    pull_and_inflate_object_from_tree,
+)
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -70,7 +73,7 @@ from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.run import Run
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
+from flwr.supernode.runtime import run_clientapp
 
 from fedtune.flower.polling import Impatient
 
@@ -116,6 +119,10 @@ SUPERNODE_REFUSED = "Failed to initialize the connection to the SuperLink"
 CLOCK_WINDOW = (-SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE)
 CONTROL_HEADER = "x-fedtune-control"
 OUTAGE_SECONDS = 600.0  # how long a SuperLink or a SuperNode may go without answering
+# A task is handed out before its message's parts are here; Flower looks again after 1, 2 s.
+_soon: Any = {"initial_backoff": 0.02, "backoff_cap": 0.5, "max_tries_per_object": None}
+_pull = partial(pull_and_inflate_object_from_tree, **_soon)
+run_clientapp.pull_and_inflate_object_from_tree = _pull  # type: ignore[attr-defined]
 
 
 def run_program(name: Literal["superlink", "supernode"]) -> None:
@@ -316,12 +323,12 @@ class ClientTask:
 
     def pull(self) -> tuple[Message, Context]:
         """Return the message to answer and its context. Errors: httpx.HTTPError."""
-        message, self._context, _, _ = pull_task_input(self._client)
+        message, self._context, _, _ = run_clientapp.pull_task_input(self._client)
         return message, self._context
 
     def push(self, reply: Message) -> None:
         """Hand the reply to the SuperNode. Errors: httpx.HTTPError."""
-        push_message(self._client, reply, self._context)
+        run_clientapp.push_message(self._client, reply, self._context)
         self._status = SubStatus.COMPLETED
 
     def __enter__(self) -> ClientTask:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-LOOK_SECONDS = (0.1, 1.0)  # between an idle SuperNode's polls for work; Flower's default is 3
+LOOK_SECONDS = (0.25, 1.0)  # between an idle SuperNode's polls for work; Flower's default is 3
 REPLY_SECONDS = (0.02, 0.5)  # between its looks for an answer in its own memory; Flower's: 0.5
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from collections.abc import Collection
 from typing import Any
 
 from flwr.app import Message
@@ -35,6 +36,24 @@ class Lost(Exception):
     """Error of a lost part of an answer: its upload was given up."""
 
 
+def announce(answers: Collection[Answer]) -> None:
+    """Ask the SuperLink, in one call for all, which of the answers have arrived or are about to.
+    An answer of sites in this process or Ray's needs no announcement."""
+    unknown = {answer._asked: answer for answer in answers if not answer._root}
+    grid: Any = next((answer._grid for answer in unknown.values()), None)
+    if not _remote(grid):
+        return
+    reply = grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=list(unknown)))
+    for message, tree in zip(reply.messages_list, reply.message_object_trees, strict=True):
+        if answer := unknown.get(message.metadata.reply_to_message_id):
+            answer._root, answer._tree = message.metadata.message_id, tree
+
+
+def _remote(grid: Any) -> bool:
+    """Return whether a SuperLink is asked: not sites in this process, or Ray's."""
+    return getattr(grid, "_runtime_client", None) is not None
+
+
 class Answer:
     """The answer to one message, part by part from the SuperLink.
 
@@ -44,18 +63,22 @@ class Answer:
 
     def __init__(self, grid: Grid, asked: str, most: int) -> None:
         self._grid, self._asked, self._most = grid, asked, most
-        self._root, self._parts, self._pending, self._received = "", list[str](), deque[str](), 0
+        self._root, self._received = "", 0
+        self._tree: Any = None  # of its parts, as announced
+        self._parts, self._pending = list[str](), deque[str]()
 
     def take(self) -> Message | None:
-        """Return the message once it has arrived. Errors: TooLong, Lost; whatever a crafted message
-        makes Flower's reader raise."""
-        if getattr(self._grid, "_runtime_client", None) is None:  # sites in this process, or Ray's
+        """Return the message once it has arrived, which `announce` says first.
+
+        Errors: TooLong, Lost; whatever a crafted message makes Flower's reader raise."""
+        if not _remote(self._grid):
             messages = self._grid.pull_messages([self._asked])
             return next(
                 (m for m in messages if m.metadata.reply_to_message_id == self._asked), None
             )
-        if not self._root and not self._announced():
+        if not self._root:
             return None
+        self._note_parts()
         contents = self._contents()
         if contents is None:
             return None
@@ -80,21 +103,15 @@ class Answer:
     def _link(self) -> Any:  # Flower's HttpGrid, whose module brings a web server along
         return self._grid
 
-    def _announced(self) -> bool:
-        """Return whether an answer was announced, and note its parts."""
-        request = PullAppMessagesRequest(message_ids=[self._asked])
-        reply = self._link._runtime_client.PullMessages(request)
-        for message, tree in zip(reply.messages_list, reply.message_object_trees, strict=True):
-            if message.metadata.reply_to_message_id == self._asked:
-                self._root = message.metadata.message_id
-                self._parts = list(dict.fromkeys(t.object_id for t in iterate_object_tree(tree)))
-                self._pending = deque(self._parts)
+    def _note_parts(self) -> None:
+        if self._tree is not None:
+            parts = dict.fromkeys(t.object_id for t in iterate_object_tree(self._tree))
+            self._parts, self._pending, self._tree = list(parts), deque(parts), None
         if len(self._parts) > PARTS + self._most // PART:
             raise TooLong
-        return bool(self._root)
 
     def _contents(self) -> dict[str, bytes] | None:
-        """Fetch every part; None where one is still missing. No part is fetched more than twice."""
+        """Fetch every part; None where one is still missing. None is fetched more than twice."""
         contents, missing = dict[str, bytes](), 0
         for _ in range(len(self._pending)):
             part = self._pending.popleft()

@@ -20,7 +20,7 @@ UNREADABLE = (  # what reading a hostile message may raise; a lost connection is
     *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError),
     *(RecursionError, NotImplementedError, struct.error, DecodeError),
 )
-POLL_SECONDS = (0.05, 1.0)  # between two looks for answers
+POLL_SECONDS = (0.1, 1.0)  # between two looks for answers
 CLASS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,79}")
 ERROR_TEXT = {
     api.ErrorCode.LOAD_CLIENT_APP_EXCEPTION: "the site could not load its app",
@@ -83,6 +83,7 @@ def _collect(waiting: dict[int, replies.Answer], most: int, deadline: float) -> 
     poll = Poll(*POLL_SECONDS)
     while waiting:
         count = len(waiting)
+        replies.announce(waiting.values())
         for node in list(waiting):
             reply = _pulled(node, waiting[node], most)
             if reply is not None:

@@ -185,11 +185,13 @@ class SuperLink:
         self.lost: set[str] = set()
         self.pulled: Counter[str] = Counter()
         self.deleted: list[str] = []
+        self.asked: list[list[str]] = []
         self.node, self.run, self._runtime_client = Node(node_id=1), SimpleNamespace(run_id=1), self
 
     def PullMessages(self, request: Any) -> Any:
-        (asked,) = request.message_ids
-        here = [n for n, m in enumerate(self.protos) if m.metadata.reply_to_message_id == asked]
+        self.asked.append(list(request.message_ids))
+        asked = self.asked[-1]
+        here = [n for n, m in enumerate(self.protos) if m.metadata.reply_to_message_id in asked]
         return PullAppMessagesResponse(
             messages_list=[self.protos[n] for n in here],
             message_object_trees=[self.trees[n] for n in here],
@@ -223,10 +225,16 @@ def noise(size: int) -> np.ndarray:
 MIB = 1 << 20
 
 
+def looked(answer: replies.Answer) -> Message | None:
+    """What one look for the answer brings."""
+    replies.announce([answer])
+    return answer.take()
+
+
 def ended(answer: replies.Answer) -> type[Exception] | None:
     """How a look for the answer fails."""
     try:
-        answer.take()
+        looked(answer)
     except Exception as error:
         return type(error)
     return None
@@ -238,9 +246,9 @@ def test_an_answer_is_there_when_its_last_part_is(monkeypatch):
     answer = replies.Answer(link, "1", 21 * MIB)
     for missing in [set(link.objects), {last}, {last}]:
         link.coming = missing
-        assert answer.take() is None
+        assert looked(answer) is None
     link.coming = set()
-    message = answer.take()
+    message = looked(answer)
     assert message is not None and message.content["update"]["a"].numpy().size == 20 * MIB
     others = {name: count for name, count in link.pulled.items() if name != last}
     assert max(others.values()) == 3  # not there, there, and there with the others
@@ -292,6 +300,7 @@ def test_who_never_finishes_holds_nobody_up_and_is_deleted_at_the_deadline() -> 
     assert first.node == 2 and first.content is not None
     assert (last.node, last.reason) == (1, "no answer in time")
     assert link.deleted == [quick.metadata.message_id, stuck.metadata.message_id]
+    assert link.asked == [["1", "2"]]  # one call for all, and none for what is announced
 
 
 def test_a_lost_part_is_its_senders_failure() -> None:
