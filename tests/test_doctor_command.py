@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from fedtune import progress
+from fedtune.audit import selftest
+from fedtune.cli import doctor as cli_doctor
 from fedtune.config import load_study
 from fedtune.doctor import machine
 from fedtune.models.build import build
@@ -72,3 +78,39 @@ def test_what_base_and_adapter_take_is_counted_from_the_files(hub: Hub, tiny_bas
     assert found.base == 4 * plain
     layers = network.model.config.num_hidden_layers
     assert study.lora and found.adapter * study.lora.last_layers == 4 * lora * layers
+
+
+def test_a_check_that_takes_long_is_named_while_it_runs(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a pipe: the line comes before the finding, and a quick check has none."""
+    hub.patch.chdir(hub.root)
+    shown: list[float] = []
+
+    def slow(*_: object) -> str:
+        deadline = time.monotonic() + 20
+        while "checking: records" not in said.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        shown.append(deadline - time.monotonic())
+        return "counted"
+
+    said = io.StringIO()
+    console = Console(file=said, width=200)
+    monkeypatch.setattr(cli_doctor, "Console", lambda: console)
+    monkeypatch.setattr(cli_doctor, "SLOW_SECONDS", 0.5)
+    monkeypatch.setattr("fedtune.client.doctor._records", slow)
+    monkeypatch.setattr(machine, "versions", lambda: "these")
+    run("doctor", hub.site)
+    lines = said.getvalue().splitlines()
+    assert lines[0] == f"checking {hub.site}" and shown[0] > 0
+    assert lines.index("     checking: records …") + 1 == lines.index("ok   records: counted")
+    assert "     checking: versions …" not in lines
+
+
+def test_the_self_test_says_which_oracle_runs(hub: Hub) -> None:
+    heard: list[tuple[str, int, int]] = []
+    study = load_study(hub.study)
+    with progress.listening(lambda *told: heard.append(told)):
+        results = selftest.run(study, build(study))
+    named = [told for told in heard if told[0] in {f"self-test: {r.name}" for r in results}]
+    assert named == [(f"self-test: {r.name}", n, 4) for n, r in enumerate(results)]

@@ -155,3 +155,24 @@ def test_revoking_nobody_names_who_there_is(site: Path) -> None:
 def test_the_help_says_how_keys_are_rotated() -> None:
     said = " ".join(run("enroll", "--help").output.split())
     assert "rotation" in said and "--new-keys" in said and "revokes the site" in said
+
+
+def test_each_fingerprint_says_whose_it_is_and_what_to_do_with_it(site: Path) -> None:
+    enrolled = run("enroll", site).output
+    heard = FINGERPRINT.findall(enrolled)[0]
+    request = site.parent / "a.request"
+    shown = run("admit", request, "--address", "x:1").output
+    admitted = run("admit", request, "--fingerprint", heard, "--address", "x:1").output
+    answer = json.loads(Path("a.answer").read_text())
+    consortium = fingerprints.of_consortium(answer["ca"], answer["coordinator"])
+
+    def said_below(text: str, line: str) -> str:
+        lines = text.splitlines()
+        return lines[lines.index(line) + 1].strip()
+
+    ours, phone = "this is OURS: read it out to", "over the phone"
+    assert said_below(enrolled, f"fingerprint   {heard}") == f"{ours} the coordinator {phone}"
+    theirs = "this is THEIRS, as the file has it: compare it with what a reads out to you"
+    assert said_below(shown, f"fingerprint   {heard}") == theirs
+    assert said_below(admitted, f"consortium   {consortium}") == f"{ours} each site {phone}"
+    assert enrolled.index("only for a plan with [secure_aggregation]") < enrolled.index("to peers")

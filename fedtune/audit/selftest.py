@@ -31,6 +31,7 @@ from fedtune.models.rank_slice import trained_slice
 from fedtune.models.teacher import with_random_targets
 from fedtune.models.tiny import generated, tiny_columns, tiny_network
 from fedtune.objectives import resolve
+from fedtune.progress import report, stage
 from fedtune.training.unit_gradients import UnitGradientEngine
 
 SIZES = (1, 3, 2, 1, 4, 2)  # records of each generated patient
@@ -127,7 +128,12 @@ def run(
         "sensitivity": _sensitivity,
         "noise": _noise,
     }
-    return [timed(name, bounds[name], partial(run, bench)) for name, run in oracles.items()]
+    results = []
+    for number, (name, run) in enumerate(oracles.items()):
+        with stage("self-test"):
+            report(name, number, len(oracles))
+            results.append(timed(name, bounds[name], partial(run, bench)))
+    return results
 
 
 def timed(name: str, bound: float, measure: Callable[[], float]) -> Result:

@@ -21,6 +21,7 @@ from fedtune.cli import (
     data,
     demo,
     derive,
+    doctor,
     models,
     network,
     plugin,
@@ -289,6 +290,7 @@ use_run.add_to(app, USE)
 cli_verify.add_to(app, USE)
 models.add_to(app, USE)
 network.add_to(app)
+doctor.add_to(app, RUN)
 backup.add_to(app)
 cli_site.add_to(app)
 data.add_to(app)

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedtune.cli.exit_codes import Told, command
-from fedtune.cli.study import SET
+from fedtune.cli.exit_codes import command
 
 if TYPE_CHECKING:
     from fedtune.config import Site
@@ -34,14 +33,14 @@ HEARD = Annotated[
     str | None,
     typer.Option(
         metavar="F",
-        help="The consortium's, as the coordinator read it out. Without it: you are asked.",
+        help="The coordinator's, as it was read out to you. Without it: you are asked.",
     ),
 ]
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands on `app`."""
-    for function in (enroll, admit, revoke, doctor):
+    for function in (enroll, admit, revoke):
         command(app, panel=PANEL)(function)
 
 
@@ -91,10 +90,12 @@ def ask(site: Path, out: Path | None = None, *, new_keys: bool = False) -> dict[
     typer.echo(
         f"wrote {file}: send it to the coordinator (it holds no secret)\n"
         f"fingerprint   {fingerprint}\n"
+        "              this is OURS: read it out to the coordinator over the phone\n"
+        "next   the answer comes back, and the coordinator reads its own fingerprint out to you:\n"
+        f"       fedtune client {site} --answer {loaded.site.name}.answer asks for it, to compare\n"
+        "only for a plan with [secure_aggregation], to the other sites, not to the coordinator:\n"
         f"to peers      {book.key.public}, fingerprint {peer}\n"
-        "              (for a plan with [secure_aggregation]: each lists it in policy.peers)\n"
-        "next   read the fingerprint out to the coordinator over the phone; then, with the answer\n"
-        f"       that comes back: fedtune client {site} --answer {loaded.site.name}.answer"
+        "              (each lists the key in policy.peers)"
     )
     own = {"key": book.key.public, "peer fingerprint": peer}
     return {"site": loaded.site.name, "request": file, "fingerprint": fingerprint, **own}
@@ -184,8 +185,8 @@ def admit(
         )
     typer.echo(
         f"consortium   {answer.fingerprint}\n"
-        "next   read this line out to each site, which asks for it at\n"
-        "       fedtune client site.toml --answer FILE"
+        "             this is OURS: read it out to each site over the phone\n"
+        "next   each site is asked for it, to compare, at fedtune client site.toml --answer FILE"
     )
     return {"answers": files, "fingerprint": answer.fingerprint, "plan": plans}
 
@@ -216,9 +217,11 @@ def _compare(asked: list[Request], heard: list[str] | None) -> None:
         return
     for request in asked:
         typer.echo(
-            f"the site {request.name} asks to take part\nfingerprint   {request.fingerprint}"
+            f"the site {request.name} asks to take part\nfingerprint   {request.fingerprint}\n"
+            f"              this is THEIRS, as the file has it: compare it with what "
+            f"{request.name} reads out to you"
         )
-        if not (sys.stdin.isatty() and typer.confirm("is this what the site read out to you?")):
+        if not (sys.stdin.isatty() and typer.confirm("is it the same, all of it?")):
             raise ConfigError(
                 "not admitted: nobody compared the fingerprint",
                 "a person who heard it from the site",
@@ -262,7 +265,7 @@ def join(site: Site, answer: Path | None, fingerprint: str | None) -> None:
     membership.read(answer, membership.tls_key(keys), name)
     known = membership.remembered(keys, name)
     if fingerprint is None and known is None and sys.stdin.isatty():
-        fingerprint = typer.prompt("the consortium's fingerprint, as the coordinator read it out")
+        fingerprint = typer.prompt("the coordinator's fingerprint, as it was read out to you")
     joined = membership.join(answer, keys, name, fingerprint)
     book = Ledger(site.site.state)
     AuditLog(book.folder, book.key).add("join", "--answer", consortium=joined.fingerprint)
@@ -284,115 +287,3 @@ def revoke(
     _log(_home(home)).add("revoke", site=name)
     typer.echo(f"revoked {name} at {record.revoked}; its keys are refused from now on")
     return {"name": name, "revoked": record.revoked}
-
-
-DOCTOR_FILE = Annotated[
-    Path,
-    typer.Argument(metavar="FILE", help="A site's site.toml, or the coordinator's study.toml."),
-]
-DOCTOR_STUDY = Annotated[
-    Path | None,
-    typer.Option(
-        "--study",
-        metavar="STUDY",
-        help="Site: also base, plan, records for it, and the self-test of the guarantee.",
-    ),
-]
-DOCTOR_HOME = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR", help="Coordinator: its home. Without it: coordinator, beside FILE."
-    ),
-]
-DOCTOR_HOST = Annotated[
-    str | None,
-    typer.Option(metavar="ADDRESS", help="Coordinator: where it listens. As of `server`."),
-]
-DOCTOR_PORT = Annotated[
-    int | None,
-    typer.Option(min=1, max=65535, metavar="N", help="Coordinator: the port. As of `server`."),
-]
-DOCTOR_NAMES = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--name",
-        metavar="NAME",
-        help="Coordinator: what sites call it by. Without it: what answers say.",
-        show_default=False,
-    ),
-]
-
-
-def doctor(
-    file: DOCTOR_FILE,
-    study: DOCTOR_STUDY = None,
-    home: DOCTOR_HOME = None,
-    host: DOCTOR_HOST = None,
-    port: DOCTOR_PORT = None,
-    names: DOCTOR_NAMES = None,
-    settings: SET = None,
-) -> dict[str, Any]:
-    """Look for what could go wrong on this machine, before it does; say what to do about it.
-
-    **At a site** (site.toml): records against the declared size, ledger, keys and
-    certificate, the way to the coordinator, its names and its clock; with --study also the base,
-    memory, the plan under the policy, and the self-test.
-
-    **At the coordinator** (study.toml): plan, base, CA and certificate, names, clock, the
-    port, and the registry of sites. Give it the options that `fedtune server` gets.
-
-    Both: versions, disk, memory, who can read the secrets. No record leaves this machine."""
-    from rich.console import Console
-    from rich.markup import escape
-
-    from fedtune.errors import ConfigError
-
-    options = {"--study": study, "--home": home, "--host": host, "--port": port, "--name": names}
-    coordinator = _kind(file) == "study"
-    for option, value in options.items():
-        if value is not None and (option == "--study") == coordinator:
-            side = "a site" if option == "--study" else "the coordinator"
-            raise ConfigError(
-                f"{option} is for {side}, and {file} is not {side}'s file",
-                todo=f"leave {option} out, or name the other file",
-            )
-    if settings and not (coordinator or study):
-        raise ConfigError("--set: no study.toml is read", todo="name it with --study")
-    if coordinator:
-        from fedtune.server.doctor import Place
-        from fedtune.server.doctor import examine as examine_coordinator
-
-        place = Place(
-            home or file.parent / "coordinator", host or "127.0.0.1", port or 8443, names or []
-        )
-        findings = examine_coordinator(file, place, settings or ())
-    else:
-        from fedtune.client.doctor import examine
-        from fedtune.client.review import read_plan
-        from fedtune.config import load_site
-
-        plan = read_plan(study, load_site(file), settings or ()) if study else None
-        findings = examine(file, plan)
-    results = []
-    for finding in findings:
-        results.append(finding)
-        mark = "[green]ok  [/green]" if finding.good else "[red]BAD [/red]"
-        Console().print(f"{mark} {finding.name}: {escape(finding.says)}", highlight=False)
-    if bad := sum(not finding.good for finding in results):
-        counted = "1 check" if bad == 1 else f"{bad} checks"
-        error = ConfigError(f"{counted} failed", todo="see above, then run it again")
-        raise Told({"findings": results}, error)
-    return {"findings": results}
-
-
-def _kind(file: Path) -> str:
-    """ "site" or "study", by the file's tables. Errors: ConfigError."""
-    from fedtune.errors import ConfigError
-    from fedtune.files import reading
-
-    expected, todo = "a site.toml or a study.toml", "`fedtune init DIR` writes one of each"
-    tables = reading.toml_in(file, expected, todo, ConfigError)
-    for kind in ("site", "study"):
-        if kind in tables:
-            return kind
-    raise ConfigError(f"{file}: neither a site.toml nor a study.toml", "a [site] or [study] table")

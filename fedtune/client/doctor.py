@@ -48,6 +48,7 @@ from fedtune.flower.membership import keys_folder
 from fedtune.ledger.files import KEY, SALT, traces
 from fedtune.ledger.ledger import Ledger
 from fedtune.models.build import build
+from fedtune.progress import report
 from fedtune.wire.protocol import check_peer
 
 RENEW = (
@@ -106,6 +107,7 @@ def _sheet(site: Site) -> str:
 
 
 def _for_study(site: Site, study: Study) -> Iterator[Finding]:
+    report("checking: base", 0, 1)
     try:
         base = base_for(study, site)
         need = machine.need(study, base.path)
@@ -122,6 +124,7 @@ def _for_study(site: Site, study: Study) -> Iterator[Finding]:
             ("records for the plan", lambda: _fits(site, study, base)),
         ]
     )
+    report("loading the base", 0, 1)
     try:
         network = build(study, base)
     except FedtuneError as error:
@@ -135,6 +138,7 @@ def _for_study(site: Site, study: Study) -> Iterator[Finding]:
 
 def _network(site: Site, path: Path) -> Iterator[Finding]:
     """Check enrolment, both certificates and the client's connection to the gateway."""
+    report("checking: coordinator", 0, 1)
     try:
         site_link = link(site, path)
         answer = site_link.answer

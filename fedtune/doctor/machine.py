@@ -24,6 +24,7 @@ from fedtune.bases.digest import weights
 from fedtune.bases.find import verify
 from fedtune.config import Study
 from fedtune.errors import ConfigError, FedtuneError, InfrastructureError, ModelError
+from fedtune.progress import report
 from fedtune.wire.protocol import PROTOCOL
 
 SHOWN = ("flwr", "torch", "transformers", "peft", "opacus")
@@ -47,6 +48,7 @@ class Finding:
 def findings(checks: Iterable[tuple[str, Check]]) -> Iterator[Finding]:
     """Run the checks and yield each one's finding as it ends."""
     for name, check in checks:
+        report(f"checking: {name}", 0, 1)
         try:
             yield Finding(name, True, check())
         except FedtuneError as error:

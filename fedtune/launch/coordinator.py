@@ -148,6 +148,7 @@ def listening(study: Study, home: Path, address: str) -> dict[str, Any]:
     lines = [
         f"coordinator  of {study.study.name}, at {address}",
         f"consortium   {fingerprint}",
+        "             this is OURS: read it out to each site over the phone",
         f"admitted     {', '.join(names) or 'nobody yet'}; the study needs {least}",
     ]
     if len(names) < least:

@@ -142,7 +142,7 @@ class WalkThrough:
         _wait_for(self.root / machine / words[-1] / "plan.json", self.running.get(machine))
         admit = self._terminal(machine, words)
         for number in range(1, len(SITES) + 1):
-            admit.until("is this what the site read out to you?", times=number)
+            admit.until("is it the same, all of it?", times=number)
             name = re.findall(r"the site (\S+) asks", admit.shown)[-1]
             same = FINGERPRINT.findall(admit.shown)[-1] == self.heard[name]
             admit.type("y" if same else "n")
@@ -153,7 +153,7 @@ class WalkThrough:
     def _client(self, machine: str, words: list[str]) -> None:
         client = self._terminal(machine, words)
         self.running[machine] = client
-        client.until("the consortium's fingerprint")
+        client.until("the coordinator's fingerprint")
         client.type(self.heard["consortium"])
         client.until("joined the consortium")
 

@@ -1,0 +1,173 @@
+"""The command that looks for what could go wrong on this machine."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from fedtune.cli.exit_codes import Told, command
+from fedtune.cli.study import SET
+from fedtune.errors import ConfigError
+from fedtune.progress import listening
+
+SLOW_SECONDS = 5.0  # without a finding, before a pipe is told which check runs
+
+
+def add_to(app: typer.Typer, panel: str) -> None:
+    """Register the command on `app`."""
+    command(app, panel=panel)(doctor)
+
+
+DOCTOR_FILE = Annotated[
+    Path,
+    typer.Argument(metavar="FILE", help="A site's site.toml, or the coordinator's study.toml."),
+]
+DOCTOR_STUDY = Annotated[
+    Path | None,
+    typer.Option(
+        "--study",
+        metavar="STUDY",
+        help="Site: also base, plan, records for it, and the self-test of the guarantee.",
+    ),
+]
+DOCTOR_HOME = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="Coordinator: its home. Without it: coordinator, beside FILE."
+    ),
+]
+DOCTOR_HOST = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Coordinator: where it listens. As of `server`."),
+]
+DOCTOR_PORT = Annotated[
+    int | None,
+    typer.Option(min=1, max=65535, metavar="N", help="Coordinator: the port. As of `server`."),
+]
+DOCTOR_NAMES = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--name",
+        metavar="NAME",
+        help="Coordinator: what sites call it by. Without it: what answers say.",
+        show_default=False,
+    ),
+]
+
+
+def doctor(
+    file: DOCTOR_FILE,
+    study: DOCTOR_STUDY = None,
+    home: DOCTOR_HOME = None,
+    host: DOCTOR_HOST = None,
+    port: DOCTOR_PORT = None,
+    names: DOCTOR_NAMES = None,
+    settings: SET = None,
+) -> dict[str, Any]:
+    """Look for what could go wrong on this machine, before it does; say what to do about it.
+
+    **At a site** (site.toml): records against the declared size, ledger, keys and
+    certificate, the way to the coordinator, its names and its clock; with --study also the base,
+    memory, the plan under the policy, and the self-test.
+
+    **At the coordinator** (study.toml): plan, base, CA and certificate, names, clock, the
+    port, and the registry of sites. Give it the options that `fedtune server` gets.
+
+    Both: versions, disk, memory, who can read the secrets. No record leaves this machine."""
+    options = {"--study": study, "--home": home, "--host": host, "--port": port, "--name": names}
+    coordinator = _kind(file) == "study"
+    for option, value in options.items():
+        if value is not None and (option == "--study") == coordinator:
+            side = "a site" if option == "--study" else "the coordinator"
+            raise ConfigError(
+                f"{option} is for {side}, and {file} is not {side}'s file",
+                todo=f"leave {option} out, or name the other file",
+            )
+    if settings and not (coordinator or study):
+        raise ConfigError("--set: no study.toml is read", todo="name it with --study")
+    console = Console()
+    console.print(f"checking {file}", markup=False, highlight=False, soft_wrap=True)
+    if coordinator:
+        from fedtune.server.doctor import Place
+        from fedtune.server.doctor import examine as examine_coordinator
+
+        place = Place(
+            home or file.parent / "coordinator", host or "127.0.0.1", port or 8443, names or []
+        )
+        findings = examine_coordinator(file, place, settings or ())
+    else:
+        from fedtune.client.doctor import examine
+        from fedtune.client.review import read_plan
+        from fedtune.config import load_site
+
+        plan = read_plan(study, load_site(file), settings or ()) if study else None
+        findings = examine(file, plan)
+    results = []
+    with Checking(console) as checking:
+        for finding in findings:
+            checking.ended()
+            results.append(finding)
+            mark = "[green]ok  [/green]" if finding.good else "[red]BAD [/red]"
+            console.print(f"{mark} {finding.name}: {escape(finding.says)}", highlight=False)
+    if bad := sum(not finding.good for finding in results):
+        counted = "1 check" if bad == 1 else f"{bad} checks"
+        error = ConfigError(f"{counted} failed", todo="see above, then run it again")
+        raise Told({"findings": results}, error)
+    return {"findings": results}
+
+
+class Checking:
+    """Shows which check runs, as it reports itself: on a terminal always, elsewhere as a line where
+    there was none for SLOW_SECONDS."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._text = console, ""
+        self._status = console.status("")
+        self._timer: threading.Timer | None = None
+
+    def __enter__(self) -> Checking:
+        self._listening = listening(self._hear)
+        self._listening.__enter__()
+        self._status.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.ended()
+        self._status.stop()
+        self._listening.__exit__(None, None, None)
+
+    def ended(self) -> None:
+        """A check has ended: nothing is to be said of it any more."""
+        if self._timer:
+            self._timer.cancel()
+        self._timer = None
+
+    def _hear(self, text: str, done: int, total: int) -> None:
+        if text != self._text:
+            self._text = text
+            self._status.update(escape(text))
+        if not (self._console.is_terminal or (self._timer and self._timer.is_alive())):
+            self._timer = threading.Timer(SLOW_SECONDS, self._print)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _print(self) -> None:
+        line = f"     {self._text} …"
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _kind(file: Path) -> str:
+    """ "site" or "study", by the file's tables. Errors: ConfigError."""
+    from fedtune.files import reading
+
+    expected, todo = "a site.toml or a study.toml", "`fedtune init DIR` writes one of each"
+    tables = reading.toml_in(file, expected, todo, ConfigError)
+    for kind in ("site", "study"):
+        if kind in tables:
+            return kind
+    raise ConfigError(f"{file}: neither a site.toml nor a study.toml", "a [site] or [study] table")
