@@ -13,7 +13,7 @@ from rich.markup import escape
 from fedtune.cli.exit_codes import Told, command
 from fedtune.cli.study import SET
 from fedtune.errors import ConfigError
-from fedtune.progress import listening
+from fedtune.progress import listening, report
 
 SLOW_SECONDS = 5.0  # without a finding, before a pipe is told which check runs
 
@@ -92,23 +92,24 @@ def doctor(
         raise ConfigError("--set: no study.toml is read", todo="name it with --study")
     console = Console()
     console.print(f"checking {file}", markup=False, highlight=False, soft_wrap=True)
-    if coordinator:
-        from fedtune.server.doctor import Place
-        from fedtune.server.doctor import examine as examine_coordinator
-
-        place = Place(
-            home or file.parent / "coordinator", host or "127.0.0.1", port or 8443, names or []
-        )
-        findings = examine_coordinator(file, place, settings or ())
-    else:
-        from fedtune.client.doctor import examine
-        from fedtune.client.review import read_plan
-        from fedtune.config import load_site
-
-        plan = read_plan(study, load_site(file), settings or ()) if study else None
-        findings = examine(file, plan)
     results = []
     with Checking(console) as checking:
+        report("loading the libraries", 0, 1)
+        if coordinator:
+            from fedtune.server.doctor import Place
+            from fedtune.server.doctor import examine as examine_coordinator
+
+            place = Place(
+                home or file.parent / "coordinator", host or "127.0.0.1", port or 8443, names or []
+            )
+            findings = examine_coordinator(file, place, settings or ())
+        else:
+            from fedtune.client.doctor import examine
+            from fedtune.client.review import read_plan
+            from fedtune.config import load_site
+
+            plan = read_plan(study, load_site(file), settings or ()) if study else None
+            findings = examine(file, plan)
         for finding in findings:
             checking.ended()
             results.append(finding)
