@@ -139,9 +139,9 @@ MODEL_MUTANTS = (
         20, "stops-where-the-private-loss-rises", TRAINING,
         (
             (
-                "    for _ in range(study.training.local_steps):\n",
+                "    for step in range(study.training.local_steps):\n",
                 "    best = _mean_loss(data, study)\n"
-                "    for _ in range(study.training.local_steps):\n",
+                "    for step in range(study.training.local_steps):\n",
             ),
             (
                 "        optimizer.zero_grad()\n",
