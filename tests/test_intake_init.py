@@ -79,7 +79,8 @@ def test_a_database_that_tells_patients_apart_asks_for_their_column() -> None:
              "--data", "sqlite:///clinic/clinic.db#note")  # fmt: skip
     refused = run(*asked)
     assert refused.exit_code == 2 and "person_id" in refused.output
-    assert run(*asked, "--patient", "person_id").exit_code == 0
+    made = run(*asked, "--patient", "person_id")
+    assert made.exit_code == 0, made.output
 
 
 def test_a_bulk_export_and_a_data_set_on_disk() -> None:

@@ -213,7 +213,8 @@ def classes_note(task: str, records: Records) -> str:
     if task != "classify" or records.role == "coordinator":
         return ""
     records = completed(task, records)
-    columns, known = asked(task, records), _public.classes(records, asked(task, records))
+    columns = asked(task, records, "patient")
+    known = _public.classes(records, asked(task, records))
     notes = [_sites.classes_note(path, columns, records.target, known) for path in records.data]
     return "".join(f"{note}\n" for note in notes if note)
 
