@@ -59,10 +59,26 @@ def _closed(data: Path, _: int) -> Rows:
     return [r for r in rows if r["answer_type"] == "CLOSED" and r["answer"] in ("yes", "no")]
 
 
+def _aci(data: Path, _: int) -> Rows:
+    """ACI-Bench's notes section by section, without the headings, which say which it is."""
+    rows = []
+    for note in read_jsonl(data / "aci_bench" / "train.jsonl"):
+        for section, text in note["sections"].items():
+            lines = (line for line in text.splitlines() if not line.isupper())
+            if text := " ".join(" ".join(lines).split()):
+                about = {"patient_id": note["patient_id"], "site": note["site"]}
+                rows.append(about | {"text": text, "section": section})
+    return rows
+
+
 STRANGERS = {
     "mts_sections": Stranger(
         "classify", _file("mts_dialog"), (366, 401), ".csv",
         {"prompt": "dialogue", "target": "section"},
+    ),
+    "aci_sections": Stranger(
+        "classify", _aci, (40, 43), ".parquet", {"prompt": "text", "target": "section"},
+        unit="patient_id", by_site="site",
     ),
     "medquad": Stranger(
         "answer", _file("medquad"), (100, 150), ".jsonl",

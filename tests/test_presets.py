@@ -48,9 +48,10 @@ def test_it_loads_without_an_edit_and_its_public_records_are_divided(tmp_path: P
     paths = write(tmp_path / "triage", "classify", records(tmp_path))
     study = load_study(paths[0])
     assert study.objective.labels == tuple(sorted(LABELS)) and study.study.name == "triage"
-    assert study.selection and study.evaluation
-    counts = [len(t.path.read_text().splitlines()) for t in (study.selection, study.evaluation)]
-    assert counts == [30, 60]
+    assert study.public and study.selection and study.evaluation
+    tables = (study.public, study.selection, study.evaluation)
+    assert [len(t.path.read_text().splitlines()) for t in tables] == [36, 18, 36]
+    assert study.start and study.start.head == "public"
     check_selection(study)
     sites = load_sites(tmp_path / "triage" / "sites")
     assert [site.site.declared_size for site in sites] == [350, 350]
@@ -78,12 +79,13 @@ def test_few_public_records_all_judge(tmp_path: Path) -> None:
     few = records(tmp_path, evaluation=table(tmp_path / "few.csv", 12))
     study = load_study(write(tmp_path / "own", "classify", few)[0])
     assert study.selection is None and study.evaluation
+    assert study.start and study.start.head == "labels"  # nothing to learn from
     assert dict(study.strategy.options) == {"momentum": classify.MOMENTUM}
 
 
 def test_each_role_gets_its_own_files(tmp_path: Path) -> None:
-    for role, names in (("coordinator", {"study.toml", "selection.jsonl", "evaluation.jsonl"}),
-                        ("site", {"site.toml"})):  # fmt: skip
+    public = {"public.jsonl", "selection.jsonl", "evaluation.jsonl"}
+    for role, names in (("coordinator", {"study.toml", *public}), ("site", {"site.toml"})):
         asked = records(tmp_path, role=role, data=())
         paths = write(tmp_path / role, "classify", asked)
         assert {path.name for path in paths} == names

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from fedtune.config import Study, load_study
@@ -15,12 +16,14 @@ from fedtune.config.sites import sites_in
 from fedtune.dp.plan import plan_for_site
 from fedtune.errors import ConfigError
 from fedtune.evaluation.evaluator import Evaluator
+from fedtune.models.build import build
 from fedtune.models.lora import digest
 from fedtune.models.preconditioner import divided, identity_part
 from fedtune.registry import process_cache
 from fedtune.report.claim import compared
 from fedtune.run_folder import load_plan
 from fedtune.server import store
+from fedtune.training import public as public_module
 from fedtune.training import start as start_module
 from fedtune.training.start import start
 from tests.dp.conftest import study
@@ -126,6 +129,57 @@ def test_a_head_starts_at_the_classes_names(tiny_encoder: Path) -> None:
     assert described.study.digest != made.study.digest
 
 
+TEXTS = ("hot since monday", "coughs at night", "hot and cold", "coughs")
+ASKED = [0, 1, 0, 1]  # of TEXTS; nobody has a rash
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> dict[str, Any]:
+    names = ["fever", "cough", "rash"]
+    rows = [{"t": t, "l": names[n]} for t, n in zip(TEXTS, ASKED, strict=True)]
+    path = tmp_path / "labelled.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"path": str(path), "licence": "CC0", "columns": {"text": "t", "label": "l"}}
+
+
+def test_a_head_starts_at_the_optimum_of_a_regression_on_public_records(
+    tiny_encoder: Path, labelled: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gradient is zero there, by torch, from what a network makes of the texts one by one."""
+    monkeypatch.setattr(public_module, "PENALTY", 0.01)
+    process_cache.clear("made from public text")
+    named = start(classes(tiny_encoder))
+    table = {"head": "public", "scale": 5.0}
+    made = start(classes(tiny_encoder, public=labelled, start=table))
+    network = build(made.study)
+    vectors = []
+    for text in TEXTS:
+        ids = network.tokenizer(text, return_tensors="pt")["input_ids"]
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        vectors.append(network.pool(network.hidden(network.prefix(ids, mask), mask), mask)[0])
+    x = torch.stack(vectors).detach().double()
+    length = float(x.square().sum(dim=1).mean().sqrt())
+
+    def slope(arrays: Any) -> float:
+        now = {n: torch.from_numpy(a).double().requires_grad_() for n, a in arrays.items()}
+        logits = x / length @ now["head.weight"].T + now["head.bias"]
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(ASKED))
+        for name, moved in now.items():
+            loss = loss + 0.005 * (moved - torch.from_numpy(named.adapter[name])).square().sum()
+        loss.backward()
+        return max(float(p.grad.abs().max()) for p in now.values() if p.grad is not None)
+
+    unit = made.adapter | {"head.weight": made.adapter["head.weight"] * length}
+    assert slope(unit) < 1e-4 < 1e-2 < slope(named.adapter)
+    assert made.study.start and made.study.start.digest == digest(made.adapter)
+    # A large penalty leaves the head where it was.
+    monkeypatch.setattr(public_module, "PENALTY", 1e6)
+    process_cache.clear("made from public text")
+    held = start(classes(tiny_encoder, public=labelled, start=table))
+    near = held.adapter["head.weight"] * length
+    assert np.allclose(near, named.adapter["head.weight"], atol=1e-4)
+
+
 def test_labels_without_a_head_are_refused(tiny_base: Path) -> None:
     objective = {"name": "causal_lm", "labels": ["fever", "cough"], "max_length": 16}
     plan = classes(tiny_base, objective=objective, lora={"rank": 2, "modules": ["q_proj"]})
@@ -140,6 +194,8 @@ def test_what_does_not_fit_is_refused(tiny_encoder: Path) -> None:
         classes(tiny_encoder, start={"head": "labels", "descriptions": {"none": "x"}})
     with pytest.raises(ValueError, match="labels"):
         classes(tiny_encoder, objective={"name": "causal_lm"}, start={"head": "labels"})
+    with pytest.raises(ValueError, match=r"\[public\] table, texts with labels"):
+        classes(tiny_encoder, start={"head": "public"})
 
 
 # --------------------------------------------------------------------- computed once in a process

@@ -71,8 +71,8 @@ EVALUATION = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Public records with answers: a part chooses each step (but for classify half are "
-        "learnt from for no ε), the others judge.",
+        help="Public records with answers: a part is learnt from for no ε, a fifth chooses each "
+        "step, the others judge.",
         show_default=False,
     ),
 ]
@@ -80,8 +80,7 @@ PUBLIC = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="But for classify: other public records to learn from, for no ε; then none of "
-        "--evaluation are.",
+        help="Other public records to learn from, for no ε; then none of --evaluation are.",
         show_default=False,
     ),
 ]

@@ -23,8 +23,9 @@ class StartTable(Table):
     # Steps on all of [public] with its answers, each as a site without noise would take it.
     steps: Annotated[int, Field(ge=0, le=10_000)] = 0
     learning_rate: Positive = 1.0  # of these steps; as training.learning_rate
-    # A head starts at zero, or at what the base makes of the classes' names (or descriptions).
-    head: Literal["zero", "labels"] = "zero"
+    # A head starts at zero, at what the base makes of the classes' names (or descriptions), or at
+    # the logistic regression on [public], which is drawn there.
+    head: Literal["zero", "labels", "public"] = "zero"
     scale: Positive = 2.0  # length of each class's vector in the head
     descriptions: dict[str, str] = Field(default_factory=dict)  # class -> words in its name's place
     digest: Digest | None = None  # filled in when the study starts

@@ -347,8 +347,10 @@ class Study(Table):
         start = self.start or StartTable()
         if start.steps and not self.public:
             raise ValueError("start.steps: needs a [public] table, text with answers")
-        if start.head == "labels" and not self.objective.labels:
-            raise ValueError('start.head = "labels": needs objective.labels')
+        if start.head != "zero" and not self.objective.labels:
+            raise ValueError(f'start.head = "{start.head}": needs objective.labels')
+        if start.head == "public" and not self.public:
+            raise ValueError('start.head = "public": needs a [public] table, texts with labels')
         if unknown := sorted(set(start.descriptions) - set(self.objective.labels)):
             raise ValueError(f"start.descriptions: {unknown[0]!r} is none of objective.labels")
         if self.lora and self.lora.preconditioner:

@@ -3,11 +3,14 @@ base saw private data."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.optimize import minimize  # type: ignore[import-untyped]
+from scipy.special import logsumexp  # type: ignore[import-untyped]
 
 from fedtune.config import PreconditionerTable, Study
 from fedtune.errors import ConfigError, ModelError
@@ -27,6 +30,9 @@ from fedtune.progress import report
 from fedtune.training import engines
 
 _CHUNK_BYTES = 128 * 2**20  # fp32 gradients held at once
+# Of a head's regression on vectors of length 1. Of 0.003 to 0.0001 the middle two do
+# as well as any on MTS-Dialog and ACI-Bench, with 30 to 50 % of the public records.
+PENALTY = 3e-4
 
 
 def output_factors(study: Study, data: CachedDataset, table: PreconditionerTable) -> Arrays:
@@ -151,7 +157,7 @@ def head_of_labels(study: Study, network: Network) -> Arrays:
     assert table is not None
     if network.head is None:
         raise ConfigError(
-            'start.head = "labels": this objective trains no head', "objective classify"
+            f'start.head = "{table.head}": this objective trains no head', "objective classify"
         )
     vectors = []
     for label in study.objective.labels:
@@ -165,3 +171,41 @@ def head_of_labels(study: Study, network: Network) -> Arrays:
     rows = rows * (table.scale / rows.norm(dim=1, keepdim=True).clamp_min(1e-12))
     weight = rows.float().numpy()
     return {"head.weight": weight, "head.bias": np.zeros(len(weight), np.float32)}
+
+
+@torch.no_grad()
+def head_fitted(data: CachedDataset, adapter: Arrays) -> Arrays:
+    """Fit the head of `adapter` to all public records with their labels: multinomial logistic
+    regression on the base's vectors. What is minimised is the mean loss, in nats, and half of
+    PENALTY times the squared distance from the head that is given, weights and biases alike: what
+    no record speaks of stays as it was. For it vectors are divided by their length (root mean
+    square), and the head that is given is one for such vectors. In fp64; there is one optimum.
+
+    Reference: Böhning 1992, "Multinomial logistic regression algorithm", section 2."""
+    network, total = data.network, len(data.dataset.examples)
+    vectors, labels = [], []
+    with network.loaded(trainable=adapter):
+        for batch in data.batches(range(total)):
+            hidden = network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
+            vectors.append(network.pool(hidden, batch.mask).double().cpu().numpy())
+            labels.append(batch.label.cpu().numpy())
+    given = np.concatenate([adapter["head.weight"], adapter["head.bias"][:, None]], axis=1)
+    x = np.concatenate(vectors)
+    length = math.sqrt((x**2).sum(axis=1).mean())
+    x = np.concatenate([x / length, np.ones((total, 1))], axis=1)
+    wanted = np.eye(len(given))[np.concatenate(labels)]
+
+    def loss(flat: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
+        moved_by = flat.reshape(given.shape) - given
+        scores = x @ flat.reshape(given.shape).T
+        normal = logsumexp(scores, axis=1, keepdims=True)
+        value = float((normal[:, 0] - (scores * wanted).sum(axis=1)).mean())
+        slope = (np.exp(scores - normal) - wanted).T @ x / total + PENALTY * moved_by
+        return value + PENALTY * float((moved_by**2).sum()) / 2, slope.ravel()
+
+    found = minimize(loss, given.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 1000})
+    fitted = found.x.reshape(given.shape)
+    head = {"head.weight": fitted[:, :-1] / length, "head.bias": fitted[:, -1]}
+    return adapter | {
+        name: np.clip(array, -LARGEST, LARGEST).astype(np.float32) for name, array in head.items()
+    }

@@ -26,7 +26,12 @@ from fedtune.models.lora import Arrays
 from fedtune.models.network import Network
 from fedtune.models.public_factor import public_factor
 from fedtune.registry import process_cache
-from fedtune.training.public import head_of_labels, output_factors, trained_on
+from fedtune.training.public import (
+    head_fitted,
+    head_of_labels,
+    output_factors,
+    trained_on,
+)
 
 P = ParamSpec("P")
 _kept: dict[str, Arrays] = process_cache.register("made from public text", {})
@@ -41,6 +46,7 @@ _APART: dict[str, Any] = {
 }
 _FACTOR = ("clipping", "start", "preconditioner")  # of these A knows nothing
 _OUTPUTS = ("clipping", "start")
+_HEAD = ("clipping",)
 
 
 @dataclass(frozen=True, repr=False)
@@ -116,8 +122,11 @@ def _started(
 ) -> Arrays:
     """Return the adapter and head before the first round."""
     assert study.start is not None
-    if study.start.head == "labels":
+    if study.start.head != "zero":
         adapter = adapter | head_of_labels(study, network)
+    if study.start.head == "public":
+        data = answered()
+        adapter = _once(study, data.dataset, _HEAD, head_fitted, data, adapter)
     if study.start.steps:
         data = answered()
         adapter = _once(study, data.dataset, (), trained_on, study, data, adapter)
