@@ -256,7 +256,7 @@ def test_a_server_says_what_it_waits_for_and_when_it_will_be_done(
         "x", "coordinator at [b]h:1[/b]", "consortium ab", "a: connected",
         "s: a take part; round 2 of 5 is next; planned: ε = 1.5",
         "round 2: a: trained", "round 2: b: trained",
-        "round ε planned trained sent left", "2/5 0.5 1.5 1 0 B 2 min",
+        "round ε planned trained sent left", "2/5 0.5 1.5 1 0 B < 2 min",
         "3/5 0.5 1.5 1 0 B 10 s", "4/5 0.5 1.5 1 0 B 5 s",
     ]  # fmt: skip
 

@@ -170,15 +170,16 @@ class Watch:
 
     def _left(self, done: int, total: int) -> str:
         """The time that the rounds to come will take, as long as those timed did on average. The
-        first round here reads the records through the frozen layers and those after it do not: it
-        counts until there is a second."""
+        first round here reads the records through the frozen layers and those after it do not: what
+        follows from it alone is a bound."""
         now, ran = time.monotonic(), done - self._done
         if not total or ran < 1 or done >= total or not self._began:
             return ""
-        pace = (now - self._began) / ran
+        left = duration((now - self._began) / ran * (total - done))
         if self._first:
             self._done, self._began, self._first = done, now, False
-        return duration(pace * (total - done))
+            return f"< {left}"
+        return left
 
     def _answered(self, event: str, data: dict[str, Any]) -> None:
         """What a site did: a line that stays, and the bar waits again."""
