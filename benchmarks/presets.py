@@ -4,8 +4,9 @@
     python -m benchmarks.presets --data DATA --sets vqa_rad --off --out runs/presets
 
 Each set is written as CSV, JSON Lines or Parquet, as somebody would have it; a seed draws which
-units are whose, and which are public. `--off` runs the same plan without noise as well. Writes
-OUT/results.json and OUT/table.md after every run; what is in results.json is not run again.
+units are whose, and which are public. `--off` runs the same plan without noise in its place,
+`--pooled` a classifier's best head on all records together, not private. Writes OUT/results.json
+and OUT/table.md after every run; what is in results.json is not run again.
 """
 
 from __future__ import annotations
@@ -18,18 +19,27 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pandas as pd
 
 from examples.preference import formulary
-from examples.write import Table, read_jsonl
+from examples.write import Table, jsonl, read_jsonl
 from fedtune import load_sites, load_study, simulate
 from fedtune.config import Study
+from fedtune.evaluation.evaluator import Evaluator
 from fedtune.presets import Records, write
+from fedtune.registry import process_cache
+from fedtune.server.step import selecting
+from fedtune.training import public as public_start
+from fedtune.training.start import start
 
 SITES = 3
+ARMS = ("preset", "off", "pooled")
+PENALTIES = (1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
 Rows = list[Table]
 
 
@@ -178,6 +188,38 @@ def run(name: str, data: Path, seed: int, out: Path, off: bool) -> Table:
             if key in quality} | {"minutes": minutes}  # fmt: skip
 
 
+def pooled(name: str, data: Path, seed: int, out: Path) -> Table:
+    """The head's regression on the records of all sites and the public ones, whose penalty the
+    selection records choose: what the same encoder gives without sites and privacy."""
+    started = time.monotonic()
+    folder = prepared(name, data, seed, out)
+    study, files = load_study(folder / "study.toml"), [*out.glob("site-*/records*")]
+    assert study.public and study.selection and study.evaluation
+    columns = [STRANGERS[name].columns[key] for key in ("prompt", "target")]
+    rows = [row for path in (*files, study.public.path) for row in read_rows(path)]
+    rows = [row for row in rows if str(row[columns[1]]).strip() in study.objective.labels]
+    every = jsonl(out / "every.jsonl", ({key: row[key] for key in columns} for row in rows))
+    study = study.changed(public={"path": every})
+    heads = []
+    for penalty in PENALTIES:
+        process_cache.clear("made from public text")
+        with patch.object(public_start, "PENALTY", penalty):
+            head = start(study).adapter
+        heads.append((Evaluator(selecting(study), {}).measure(head)["loss"], penalty, head))
+    _, penalty, head = min(heads, key=lambda each: each[0])
+    after = Evaluator(study, {}).measure(head)
+    counted = {"gain": {"records": len(read_jsonl(study.evaluation.path))}}
+    minutes = round((time.monotonic() - started) / 60, 1)
+    return {"metric": "accuracy", "after": after, "penalty": penalty, "minutes": minutes} | counted
+
+
+def read_rows(path: Path) -> Rows:
+    if path.suffix == ".jsonl":
+        return read_jsonl(path)
+    read = pd.read_parquet if path.suffix == ".parquet" else partial(pd.read_csv, dtype=str)
+    return [dict(row) for row in read(path).to_dict("records")]
+
+
 def without_noise(study: Study) -> Study:
     assert study.clipping and not isinstance(study.privacy, str)
     unit = study.privacy.unit
@@ -189,7 +231,7 @@ def table(results: dict[str, dict[str, Table]]) -> str:
     lines = ["| set | arm | metric | base | start | after | n | change from the start | min |",
              "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for name, runs in results.items():
-        for arm in ("preset", "off"):
+        for arm in ARMS:
             mine = [row for key, row in sorted(runs.items()) if key.startswith(arm)]
             for metric in dict.fromkeys([mine[0]["metric"], "loss"] if mine else []):
                 base, start, after = (
@@ -213,7 +255,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the folder of data sets")
     parser.add_argument("--sets", nargs="+", choices=list(STRANGERS), default=list(STRANGERS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--off", action="store_true", help="the plans without noise")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--off", action="store_true", help="the plans without noise")
+    other.add_argument("--pooled", action="store_true", help="all records together, not private")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -221,10 +265,11 @@ def main() -> None:
     results: dict[str, dict[str, Table]] = json.loads(file.read_text()) if file.exists() else {}
     for name in args.sets:
         for seed in args.seeds:
-            arm = f"{'off' if args.off else 'preset'}-{seed}"
+            arm = f"{'off' if args.off else 'pooled' if args.pooled else 'preset'}-{seed}"
             if arm in results.setdefault(name, {}):
                 continue
-            row = run(name, args.data, seed, args.out.resolve() / f"{name}-{arm}", args.off)
+            given = (name, args.data, seed, args.out.resolve() / f"{name}-{arm}")
+            row = pooled(*given) if args.pooled else run(*given, args.off)
             results[name][arm] = row
             print(f"{name}, {arm}: {json.dumps(row)}", flush=True)
             file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
