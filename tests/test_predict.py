@@ -244,6 +244,9 @@ def test_a_row_that_no_file_format_allows_keeps_its_place(run: fedtune.Run, tmp_
     assert predict(run, tmp_path / "in.jsonl").reasons == ("", "not JSON", "")
     (tmp_path / "in.csv").write_text("note,x\nfever,1\ncough\nnone,2\n")
     assert predict(run, tmp_path / "in.csv").reasons == ("", "wrong column count", "")
+    (tmp_path / "in.csv").write_bytes('"note";"x"\r\n"fièvre";"2"\r\n'.encode("latin-1"))
+    made = predict(run, tmp_path / "in.csv")
+    assert made.reasons == ("",) and made.labels == predict(run, ["fièvre"]).labels
 
 
 def test_many_records_are_read_in_parts(run: fedtune.Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,9 @@ from typer.testing import CliRunner
 from fedtune import presets
 from fedtune.cli.main import app
 from fedtune.config import load_site, load_sites, load_study
+from fedtune.data.files import rows as data_rows
+from fedtune.data.records import source_of
+from fedtune.data.sources.csv import Csv, guessed
 from fedtune.errors import ConfigError, DataError, InfrastructureError
 from fedtune.evaluation.selection import check_selection
 from fedtune.flower import enrol
@@ -73,6 +76,31 @@ def test_the_step_follows_the_noise_as_the_measured_ones_did(epsilon, sites, siz
 
 def test_with_hardly_any_noise_the_step_has_an_end():
     assert classify.learning_rate(Records(epsilon=8.0, size=10**6), 0.9) == classify.LONGEST
+
+
+def test_a_spreadsheet_of_semicolons_needs_no_word(tmp_path: Path) -> None:
+    """Both a site's file and the public one, as they are written in much of Europe."""
+    rows = [f'"{n}";"Ödem {n}, ""links""";"{LABELS[n % 3]}"\r\n' for n in range(90)]
+    head = '"id";"note";"desk"\r\n'
+    (tmp_path / "nord.csv").write_bytes((head + "".join(rows[:45])).encode("cp1252"))
+    (tmp_path / "offen.csv").write_bytes(("\ufeff" + head + "".join(rows[45:])).encode())
+    given = records(tmp_path, data=(tmp_path / "nord.csv",))
+    given = replace(given, evaluation=tmp_path / "offen.csv")
+    told = presets.notes("classify", given)
+    assert "nord.csv: read as CSV with a semicolon between cells and cp1252\n" in told
+    assert "offen.csv: read as CSV with a semicolon between cells\n" in told
+    assert "public: 45 of 45 records" in told
+    write(tmp_path / "own", "classify", given)
+    site = load_site(*(tmp_path / "own").rglob("site.toml"))
+    assert site.data.source == "csv"
+    assert site.data.options == {"delimiter": ";", "encoding": "cp1252"}
+    found = [*data_rows(site.data.path, {}, source=source_of(site.data))]
+    assert len(found) == 45 and found[0] == {"id": "0", "note": 'Ödem 0, "links"', "desk": "heart"}
+    # As usual: no option, and nothing is said.
+    assert "read as CSV" not in presets.notes("classify", records(tmp_path))
+    assert guessed(table(tmp_path / "usual.csv", 3), ["note"]) is None
+    assert guessed(tmp_path / "none.csv", ["note"]) is None
+    assert guessed(tmp_path / "nord.csv", ["another"]) == Csv(encoding="cp1252")
 
 
 def test_few_public_records_all_judge(tmp_path: Path) -> None:
@@ -219,12 +247,17 @@ def test_what_is_lost_of_public_records_is_said(tmp_path: Path) -> None:
     """Rows in another encoding, and a class that only they have; each row once."""
     public = table(tmp_path / "public.csv", 60)
     text = public.read_text().replace("lungs", "Füße")
-    public.write_bytes((text + '7,"note 7, ""quoted""\nsecond line",lungs\n').encode("latin-1"))
+    western = (text + '7,"note 7, ""quoted""\nsecond line",lungs\n').encode("latin-1")
+    public.write_bytes(western + "8,größer,heart\n".encode())  # of two encodings
     words = ("--task", "classify", "--text", "note", "--target", "desk", "--evaluation", public)
     done = cli("init", tmp_path / "own", *words, "--role", "coordinator", "--sites", "2")
     assert done.exit_code == 0, done.output
-    assert "public: 41 of 61 records of public.csv; left out: 20 not UTF-8" in done.output
+    assert "public: 42 of 62 records of public.csv; left out: 20 not UTF-8" in done.output
     assert "classes: 3 (heart, lungs, skin)" in done.output
+    public.write_bytes(western)
+    done = cli("init", tmp_path / "all", *words, "--role", "coordinator", "--sites", "2")
+    assert "public: 61 of 61 records of public.csv" in done.output
+    assert "classes: 4 (Füße, heart, lungs, skin)" in done.output
 
 
 @pytest.mark.parametrize("content", ["", "id,note,desk\n"])

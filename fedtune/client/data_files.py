@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 from fedtune.config import SiteData
 from fedtune.data.records import Read, source_of
@@ -47,13 +48,19 @@ def files_of(data: SiteData, read: Read) -> list[FileFacts]:
             FileFacts(
                 name,
                 path.stat().st_size if there else 0,
-                "–" if path.suffix.lower() in BINARY or not there else found_encoding(path),
+                "–" if path.suffix.lower() in BINARY or not there else _encoding(path, source),
                 delimiter.get(mark, mark) if csv else "–",
                 rows[name] + failed[name] + read.filtered_in[name] + read.withheld_in[name],
                 failed[name],
             )
         )
     return facts
+
+
+def _encoding(path: Path, source: object) -> str:
+    """Describe a file's encoding as its bytes show it, and where it is read by another, that."""
+    found, asked = found_encoding(path), str(getattr(source, "encoding", "utf-8"))
+    return f"{found}, read as {asked}" if found.startswith("not") and asked != "utf-8" else found
 
 
 def _tables(rows: Counter[str], failed: Counter[str], read: Read) -> list[FileFacts]:

@@ -19,6 +19,7 @@ from fedtune.data.files import Rejected, rows
 from fedtune.data.load import UnitReader
 from fedtune.data.media import Folder
 from fedtune.data.records import Record, _messages
+from fedtune.data.sources import csv
 from fedtune.data.sources._interface import BadCell, Names, Row, unclean
 from fedtune.errors import ConfigError, DataError
 from fedtune.evaluation.choices import (
@@ -166,7 +167,8 @@ def _rows(records: Records, asked: _Asked) -> list[Row | str]:
         if path.is_dir():
             raise DataError(f"{path}: a folder", "one file, so that its rows can be joined back")
         lines = path.suffix.lower() == LINES
-        found = _lines(path, asked) if lines else list(rows(path, asked.keys))
+        source = csv.guessed(path, asked.keys.values())
+        found = _lines(path, asked) if lines else list(rows(path, asked.keys, source=source))
     else:
         path = Path("records")
         found = list(_listed(records, asked))

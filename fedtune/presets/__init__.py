@@ -24,6 +24,7 @@ from fedtune.files.writing import replace
 from fedtune.presets import (
     _public,
     _sites,
+    _written,
     answer,
     classify,
     instruct,
@@ -127,7 +128,7 @@ def write(folder: Path | str, task: str, records: Records) -> list[Path]:
         contents["study.toml"] = recipe.study(folder.name, records, public).encode()
         contents |= _public.files(records, public)
     if records.role != "coordinator":
-        texts = _sites.files(records, column_lines(task, records))
+        texts = _sites.files(records, column_lines(task, records), asked(task, records, "patient"))
         contents |= {name: text.encode() for name, text in texts.items()}
     paths = [folder / name for name in contents]
     try:
@@ -221,7 +222,13 @@ def classes_note(task: str, records: Records) -> str:
 
 def notes(task: str, records: Records) -> str:
     """Say what was found in the files of a recipe's study, and whom it protects."""
-    return public_note(task, records) + classes_note(task, records) + unit_note(task, records)
+    given = completed(task, records)
+    own = given.data if given.role != "coordinator" else ()
+    public = (given.evaluation, given.public) if given.role != "site" else ()
+    places = [place for place in (*own, *public) if place]
+    ways = "".join(_written.note(place, asked(task, given)) for place in places)
+    found = public_note(task, records) + classes_note(task, records)
+    return ways + found + unit_note(task, records)
 
 
 def listed(texts: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune.config.templates import quoted
 from fedtune.data.files import rows
 from fedtune.errors import DataError, printable
+from fedtune.presets import _written
 
 if TYPE_CHECKING:
     from fedtune.presets import Records
@@ -140,7 +141,7 @@ def _usable(
     units: dict[Any, dict[str, dict[str, Any]]] = {}
     left_out = Counter[str]()
     seen = {json.dumps(row, sort_keys=True) for row in but}
-    for number, row in enumerate(rows(path, asked)):
+    for number, row in enumerate(rows(path, asked, source=_written.source(path, asked))):
         if not isinstance(row, dict):
             left_out[row] += 1
             continue

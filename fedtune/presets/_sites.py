@@ -19,6 +19,7 @@ from fedtune.data.files import Rejected, placed_rows
 from fedtune.data.sources import SOURCES, Source
 from fedtune.data.sources._interface import Names
 from fedtune.errors import ConfigError, DataError, printable
+from fedtune.presets import _written
 from fedtune.presets._public import MOST_CHOICES
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def _opened(place: WherePath, asked: Mapping[str, str]) -> tuple[Path, Names, So
         source: Source | None = SOURCES.build("sql", options)
     else:
         names = Names(place, asked)
-        source = SOURCES.build("fhir", {}) if is_bulk(place) else None
+        source = SOURCES.build("fhir", {}) if is_bulk(place) else _written.source(place, asked)
     return place if isinstance(place, Path) else Path(), names, source
 
 
@@ -128,8 +129,9 @@ def looks_like_a_patients(columns: list[str]) -> str | None:
     return None
 
 
-def files(records: Records, columns: str) -> dict[str, str]:
-    """Fill in a site file for each site, by the name that it lies under. columns: its lines."""
+def files(records: Records, columns: str, asked: Mapping[str, str]) -> dict[str, str]:
+    """Fill in a site file for each site, by the name that it lies under. columns: its lines;
+    asked: option -> the column that it names."""
     if records.role == "site" or (not records.data and records.sites == 1):
         places = {"site.toml": records.name or "my-hospital"}
     else:
@@ -138,7 +140,7 @@ def files(records: Records, columns: str) -> dict[str, str]:
     return {
         place: SITE.format(
             name=name,
-            where=lines_of(path) if path else 'path = "data.jsonl"',
+            where=lines_of(path) + _written.lines(path, asked) if path else 'path = "data.jsonl"',
             state=_state(path),
             size=records.size,
             delta=f"{records.delta:g}",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import codecs
 import importlib
+import re
+from functools import partial
 from pathlib import Path
 
 from fedtune.data.sources._interface import UTF_16
@@ -38,6 +40,22 @@ def encoding_of(name: str) -> str:
         "utf-8, or an encoding of one byte a character, such as latin-1 or cp1252",
         "convert other files, as in: iconv -f UTF-16 -t UTF-8 FILE",
     )
+
+
+_BEYOND_ASCII = re.compile("[\x80-\ud7ff\ue000-\U0010ffff]")
+
+
+def all_of_a_byte(path: Path) -> bool:
+    """Whether the text is not UTF-8, and no character of it is UTF-8 of several bytes: then each of
+    its bytes is a character. Errors: OSError."""
+    if found_encoding(path) != "not UTF-8":
+        return False
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    with reading.opened(path) as file:
+        return not any(
+            _BEYOND_ASCII.search(decoder.decode(chunk))
+            for chunk in iter(partial(file.read, 2**20), b"")
+        )
 
 
 def found_encoding(path: Path) -> str:

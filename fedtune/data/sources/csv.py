@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from fedtune.data.sources._encoding import encoding_of
+from fedtune.data.sources._encoding import all_of_a_byte, encoding_of
 from fedtune.data.sources._interface import (
     DELIMITERS,
     UTF_16,
@@ -110,5 +110,45 @@ class Csv(Source):
             raise NotWellFormed(
                 f"{where}: not well-formed CSV at line {reader.line_num}",
                 "fields with a quote, comma or newline in double quotes, and quotes inside doubled",
-                "export the file again, or use .jsonl",
+                "export the file again, or use .jsonl; where another character than "
+                f'{self.delimiter!r} separates the cells, in [data] source = "csv" and options = '
+                '{ delimiter = ";" }',
             ) from None
+
+
+LINE = 2**16  # bytes of a header at most
+WESTERN = "cp1252"  # what a spreadsheet in western Europe writes that is not UTF-8
+
+
+def guessed(path: Path, wanted: Iterable[str]) -> Csv | None:
+    """Guess how a CSV is written: the delimiter by the names that its header must have, the
+    encoding by its bytes. None where it is written as usual, and for whatever is no CSV.
+
+    For a person with a file of their own, such as the one whose site.toml then says it: a
+    spreadsheet in much of Europe separates cells by semicolons. While a site takes part nothing is
+    guessed.
+
+    >>> from pathlib import Path
+    >>> file = Path("nord.csv")
+    >>> _ = file.write_bytes("Befund;Fach\\nÖdem;Innere\\n".encode("latin-1"))
+    >>> guessed(file, ["Befund", "Fach"])
+    Csv(delimiter=';', encoding='cp1252')
+    """
+    if path.suffix.lower() not in Csv.suffixes:
+        return None
+    encoding, decoding = "utf-8", "utf-8-sig"
+    try:
+        if all_of_a_byte(path):
+            encoding = decoding = WESTERN
+        with reading.opened(path) as file:
+            line = file.readline(LINE).decode(decoding, "replace")
+    except OSError:  # whoever reads it says so
+        return None
+    for mark in (",", *DELIMITERS):
+        header = next(csv.reader([line], delimiter=mark), [])
+        if {*wanted} <= {name.strip() for name in header}:
+            break
+    else:
+        mark = ","
+    found = Csv(delimiter=mark, encoding=encoding)
+    return found if found != Csv() else None

@@ -1,0 +1,38 @@
+"""How a person's CSV is written, guessed once for their own site.toml."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fedtune.config.places import WherePath, file_at
+from fedtune.config.templates import quoted
+from fedtune.data.sources._interface import DELIMITERS
+from fedtune.data.sources.csv import Csv, guessed
+
+Asked = Mapping[str, str]  # option -> the column that it names
+
+
+def source(place: WherePath, asked: Asked) -> Csv | None:
+    """Guess what reads a file that is no CSV of commas in UTF-8; None for the others."""
+    path = file_at(place)
+    return guessed(path, asked.values()) if path else None
+
+
+def lines(place: WherePath, asked: Asked) -> str:
+    """Compose the lines of [data] that say so."""
+    told = ", ".join(f"{key} = {quoted(value)}" for key, value in _options(place, asked).items())
+    return f'\nsource = "csv"\noptions = {{ {told} }}' if told else ""
+
+
+def note(place: WherePath, asked: Asked) -> str:
+    """Say so on a screen; "" for the usual way."""
+    path, options = file_at(place), _options(place, asked)
+    told = [f"{DELIMITERS[options['delimiter']]} between cells"] if "delimiter" in options else []
+    told += [options["encoding"]] if "encoding" in options else []
+    return f"{path.name}: read as CSV with {' and '.join(told)}\n" if path and told else ""
+
+
+def _options(place: WherePath, asked: Asked) -> dict[str, str]:
+    found, usual = source(place, asked) or Csv(), Csv()
+    options = {"delimiter": found.delimiter, "encoding": found.encoding}
+    return {key: value for key, value in options.items() if value != getattr(usual, key)}
