@@ -12,7 +12,7 @@ from fedtune.config import load_sites, load_study
 from fedtune.dp.accountant import Steps, epsilon
 from fedtune.dp.plan import plan_for_site
 from fedtune.errors import ConfigError
-from fedtune.evaluation.selection import check_selection
+from fedtune.evaluation.selection import check_apart
 from fedtune.presets import Records, answer, write
 
 
@@ -44,7 +44,7 @@ def test_it_loads_without_an_edit(tmp_path: Path) -> None:
     study = load_study(write(tmp_path / "own", "answer", records(tmp_path))[0])
     assert study.public and study.selection and study.evaluation and study.lora
     assert study.lora.a_init == "public" and study.lora.preconditioner and study.start.steps
-    check_selection(study)
+    check_apart(study)
     sites = load_sites(tmp_path / "own" / "sites")
     assert [site.site.declared_size for site in sites] == [200, 200]
 

@@ -16,7 +16,7 @@ from fedtune.cli.main import app
 from fedtune.config import load_site, load_sites, load_study
 from fedtune.dp.plan import plan_for_site
 from fedtune.errors import ConfigError, DataError
-from fedtune.evaluation.selection import check_selection
+from fedtune.evaluation.selection import check_apart
 from fedtune.presets import TASKS, Records, write
 from tests import media
 from tests.simulated import simulate
@@ -75,7 +75,7 @@ def test_a_tiny_run_of_it_trains(
     own = records(task, tmp_path, base=str(base(task)))
     paths = write(tmp_path / "own", task, own)
     study = load_study(paths[0])
-    check_selection(study)
+    check_apart(study)
     monkeypatch.chdir(tmp_path)
     report = simulate(paths[0], [p for p in paths if p.name == "site.toml"], tmp_path / "run")
     assert report["privacy"]["epsilon"] <= TASKS[task].EPSILON

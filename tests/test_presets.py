@@ -19,7 +19,7 @@ from fedtune.data.files import rows as data_rows
 from fedtune.data.records import source_of
 from fedtune.data.sources.csv import Csv, guessed
 from fedtune.errors import ConfigError, DataError, InfrastructureError
-from fedtune.evaluation.selection import check_selection
+from fedtune.evaluation.selection import check_apart
 from fedtune.flower import enrol
 from fedtune.presets import Records, classify, write
 
@@ -55,7 +55,7 @@ def test_it_loads_without_an_edit_and_its_public_records_are_divided(tmp_path: P
     tables = (study.public, study.selection, study.evaluation)
     assert [len(t.path.read_text().splitlines()) for t in tables] == [36, 18, 36]
     assert study.start and study.start.head == "public"
-    check_selection(study)
+    check_apart(study)
     sites = load_sites(tmp_path / "triage" / "sites")
     assert [site.site.declared_size for site in sites] == [350, 350]
     assert {site.data.path for site in sites} == {*records(tmp_path).data}

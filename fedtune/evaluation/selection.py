@@ -1,26 +1,39 @@
-"""Check that the records that choose a run's adapter are not those that its figures are of."""
+"""Check that the records that teach or choose a run's adapter are not those that its figures are
+of."""
 
 from __future__ import annotations
+
+import itertools
 
 from fedtune.config import Study
 from fedtune.data.records import content_of, read_records
 from fedtune.errors import DataError
 
 
-def check_selection(study: Study) -> None:
-    """Check that [selection] shares no record with [evaluation].
+def check_apart(study: Study) -> None:
+    """Check that no two of [public], as far as it is learnt from with its answers ([start]),
+    [selection] and [evaluation] share a record.
 
-    Errors: DataError where it does, or where a file cannot be read."""
-    if study.selection is None or study.evaluation is None:
+    Errors: DataError where they do, or where a file cannot be read."""
+    taught = study.start and (study.start.steps or study.start.head == "public")
+    files = {
+        "public": study.public if taught else None,
+        "selection": study.selection,
+        "evaluation": study.evaluation,
+    }
+    given = {name: file for name, file in files.items() if file is not None}
+    if len(given) < 2:
         return
-    contents = []
-    for file in (study.selection, study.evaluation):
+    contents = {}
+    for name, file in given.items():
         records, _ = read_records(file, unit="record", labelled=True, strict=True)
-        contents.append({content_of(record) for record in records})
-    shared = len(contents[0] & contents[1])
-    if shared:
-        raise DataError(
-            f"{shared} records of [selection] are in [evaluation] too",
-            "two files that share no record",
-            "move them out of one of the two: what chose the adapter cannot also judge it",
-        )
+        contents[name] = {content_of(record) for record in records}
+    for first, second in itertools.combinations(contents, 2):
+        if shared := len(contents[first] & contents[second]):
+            did = "taught" if first == "public" else "chose"
+            then = "judge it" if second == "evaluation" else "choose its steps"
+            raise DataError(
+                f"{shared} records of [{first}] are in [{second}] too",
+                "files that share no record",
+                f"move them out of one of the two: what {did} the adapter cannot also {then}",
+            )

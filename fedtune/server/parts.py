@@ -54,13 +54,13 @@ class Measures(Protocol):
 
 def _start(study: Study) -> Started:
     from fedtune.evaluation.evaluator import check_evaluation
-    from fedtune.evaluation.selection import check_selection
+    from fedtune.evaluation.selection import check_apart
     from fedtune.server.step import selecting
     from fedtune.training.start import start
 
     check_evaluation(study)  # in seconds; A from public text takes minutes
+    check_apart(study)
     if study.selection:
-        check_selection(study)
         check_evaluation(selecting(study))
     with stage("before the rounds"):
         return start(study)

@@ -10,9 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.config import Columns, EvaluationTable, SelectionTable, Study
+from fedtune.config import (
+    Columns,
+    EvaluationTable,
+    PublicTable,
+    SelectionTable,
+    StartTable,
+    Study,
+)
 from fedtune.errors import DataError, ModelError
-from fedtune.evaluation.selection import check_selection
+from fedtune.evaluation.selection import check_apart
 from fedtune.flower.grid import InProcessGrid
 from fedtune.report.claim import verdict
 from fedtune.report.markdown import markdown
@@ -230,10 +237,29 @@ def test_records_that_choose_do_not_judge(tmp_path: Path):
         for path, lines in zip(files, (mine, theirs), strict=True):
             path.write_text("\n".join(lines) + "\n")
         if not shared:
-            check_selection(study)
+            check_apart(study)
             continue
         with pytest.raises(DataError, match=r"1 records of .selection. are in .evaluation. too"):
-            check_selection(study)
+            check_apart(study)
+
+
+@pytest.mark.parametrize("shared", ["selection", "evaluation"])
+def test_records_that_teach_neither_choose_nor_judge(tmp_path: Path, shared: str):
+    """Where [public] makes the adapter's frozen factor alone, its answers are not learnt."""
+    for name in ("public", "selection", "evaluation"):
+        rows = [f'{{"p": "{name} {k}", "c": "x"}}\n' for k in range(3)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+    with (tmp_path / f"{shared}.jsonl").open("a") as file:
+        file.write('{"p": "public 1", "c": "x"}\n')
+    tables = {
+        "public": PublicTable(path=tmp_path / "public.jsonl", columns=COLUMNS, licence="CC0"),
+        "evaluation": EvaluationTable(path=tmp_path / "evaluation.jsonl", columns=COLUMNS),
+    }
+    study = selected(path=tmp_path / "selection.jsonl").model_copy(update=tables)
+    check_apart(study)
+    for start in (StartTable(steps=1), StartTable(head="public")):
+        with pytest.raises(DataError, match=rf"1 records of .public. are in .{shared}. too"):
+            check_apart(study.model_copy(update={"start": start}))
 
 
 @pytest.mark.parametrize(
