@@ -111,9 +111,22 @@ MUTANTS: list[Mutant] = [
     ),
     one(
         "selection", "shared-records-are-no-matter", "fedtune/evaluation/selection.py",
-        "    if shared:\n", "    if False:\n",
+        "if shared := len(contents[first] & contents[second]):", "if shared := 0:",
         S + "test_records_that_choose_do_not_judge",
         "the same public records choose the adapter and judge it",
+    ),
+    one(
+        "start", "what-is-learnt-judges-too", "fedtune/evaluation/selection.py",
+        '"public": study.public if taught else None,', '"public": None,',
+        S + "test_records_that_teach_neither_choose_nor_judge",
+        "a head that was fitted to the evaluation records is judged by them",
+    ),
+    one(
+        "start", "the-head-forgets-the-public-records", "fedtune/training/start.py",
+        'if study.start.head == "public":', "if False:",
+        "tests/test_public_start.py"
+        "::test_a_head_starts_at_the_optimum_of_a_regression_on_public_records",
+        "small sites pay for what public records could have taught for nothing",
     ),
     one(
         "preset", "epsilon-up-to-the-ceiling", "fedtune/presets/classify.py",
