@@ -182,17 +182,16 @@ def head_fitted(data: CachedDataset, adapter: Arrays) -> Arrays:
     square), and the head that is given is one for such vectors. In fp64; there is one optimum.
 
     Reference: Böhning 1992, "Multinomial logistic regression algorithm", section 2."""
-    network, total = data.network, len(data.dataset.examples)
-    vectors, labels = [], []
+    network, vectors, labels = data.network, [], []
     with network.loaded(trainable=adapter):
-        for batch in data.batches(range(total)):
+        for batch in data.batches(range(len(data.dataset.examples))):
             hidden = network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
             vectors.append(network.pool(hidden, batch.mask).double().cpu().numpy())
             labels.append(batch.label.cpu().numpy())
     given = np.concatenate([adapter["head.weight"], adapter["head.bias"][:, None]], axis=1)
     x = np.concatenate(vectors)
     length = math.sqrt((x**2).sum(axis=1).mean())
-    x = np.concatenate([x / length, np.ones((total, 1))], axis=1)
+    x = np.concatenate([x / length, np.ones((len(x), 1))], axis=1)
     wanted = np.eye(len(given))[np.concatenate(labels)]
 
     def loss(flat: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
@@ -200,7 +199,7 @@ def head_fitted(data: CachedDataset, adapter: Arrays) -> Arrays:
         scores = x @ flat.reshape(given.shape).T
         normal = logsumexp(scores, axis=1, keepdims=True)
         value = float((normal[:, 0] - (scores * wanted).sum(axis=1)).mean())
-        slope = (np.exp(scores - normal) - wanted).T @ x / total + PENALTY * moved_by
+        slope = (np.exp(scores - normal) - wanted).T @ x / len(x) + PENALTY * moved_by
         return value + PENALTY * float((moved_by**2).sum()) / 2, slope.ravel()
 
     found = minimize(loss, given.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 1000})
