@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -46,7 +47,12 @@ def run(monkeypatch: pytest.MonkeyPatch, out: Path, *words: str) -> int:
 def test_what_was_measured_is_kept_when_it_is_stopped(
     tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    assert run(monkeypatch, tmp_path) == 130
+    # What a shell starts in the background ignores Ctrl-C, and so do its children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert run(monkeypatch, tmp_path) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     told = capfd.readouterr().out
     assert "[1/2] steps" in told and "--resume measures the rest" in told
     partial = (tmp_path / "all.md").read_text()
