@@ -25,6 +25,7 @@ from fedtune.data.files import Place, Rejected, placed_rows
 from fedtune.data.media import Folder, Media
 from fedtune.data.sources import SOURCES, Collection, Source
 from fedtune.data.sources._interface import Names, Row
+from fedtune.data.sources.csv import guessed
 from fedtune.errors import ConfigError, DataError
 
 TRUTH = ("true", "false", "1", "0", "yes", "no")  # a judgement: desirable or not, in turn
@@ -205,12 +206,14 @@ def site_rows(file: DataFile, names: Names, strict: bool) -> Iterator[tuple[Plac
 
 
 def source_of(file: DataFile) -> Source | None:
-    """Build the source that site.toml names for a file; None: it goes by the suffix.
+    """Build the source that site.toml names for a file; None: it goes by the suffix. How a public
+    CSV is written is guessed; a site's never, where one row would have a say in how others are
+    read.
 
     Errors: ConfigError where it is not installed, does not have the options, or knows patients and
     data.columns.patient does not name their column."""
     if not isinstance(file, SiteData):
-        return None
+        return guessed(file.path, keys_of(file).values())
     if file.url:
         return SOURCES.build(SQL, {**file.options, "url": file.url})
     source = SOURCES.build(file.source, file.options) if file.source else None

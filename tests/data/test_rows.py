@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedtune.config import Columns, SiteData, load_site
+from fedtune.config import Columns, DataFile, SiteData, load_site
 from fedtune.data.load import load_dataset
 from fedtune.data.records import read_file, read_records
 from fedtune.data.sources._encoding import encoding_of
@@ -86,6 +86,17 @@ def test_another_delimiter_is_suspected_and_its_columns_are_listed(
         f'options = {{ delimiter = {toml} }}\n[data.columns]\ntext = "t"\n'
     )
     assert [r.completion for r in read_records(load_site(site).data)[0]] == [SECRET]
+
+
+def test_how_a_public_csv_is_written_is_guessed_and_a_sites_never(tmp_path: Path) -> None:
+    """At a site one row's bytes would have a say in how every other is read."""
+    path = tmp_path / "data.csv"
+    for mark, name in ((";", "cp1252"), ("\t", "utf-8"), (",", "latin-1")):
+        path.write_bytes(f"t{mark}u\r\né{mark}1\r\nplain{mark}2\r\n".encode(name))
+        public = DataFile(path=path, columns=Columns(text="t"))
+        assert [r.completion for r in read_records(public)[0]] == ["é", "plain"]
+        records, _ = read_records(dataset(path), strict=False)
+        assert [r.completion for r in records] == (["plain"] if mark == "," else [])
 
 
 def test_the_columns_that_were_found_are_listed_unless_they_may_be_a_record(

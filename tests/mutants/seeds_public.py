@@ -116,6 +116,14 @@ MUTANTS: list[Mutant] = [
         "the same public records choose the adapter and judge it",
     ),
     one(
+        "csv", "a-site-guesses-how-its-file-is-written", "fedtune/data/records.py",
+        "source = SOURCES.build(file.source, file.options) if file.source else None",
+        "source = SOURCES.build(file.source, file.options) if file.source else "
+        "guessed(file.path, keys_of(file).values())",
+        "tests/data/test_rows.py::test_how_a_public_csv_is_written_is_guessed_and_a_sites_never",
+        "one patient's accent changes how every other patient's text is read",
+    ),
+    one(
         "start", "what-is-learnt-judges-too", "fedtune/evaluation/selection.py",
         '"public": study.public if taught else None,', '"public": None,',
         S + "test_records_that_teach_neither_choose_nor_judge",
