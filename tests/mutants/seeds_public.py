@@ -117,9 +117,10 @@ MUTANTS: list[Mutant] = [
     ),
     one(
         "csv", "a-site-guesses-how-its-file-is-written", "fedtune/data/records.py",
-        "source = SOURCES.build(file.source, file.options) if file.source else None",
-        "source = SOURCES.build(file.source, file.options) if file.source else "
-        "guessed(file.path, keys_of(file).values())",
+        "    if not isinstance(file, SiteData):\n"
+        "        return guessed(file.path, keys_of(file).values())",
+        "    if not getattr(file, 'source', '') and not getattr(file, 'url', ''):\n"
+        "        return guessed(file.path, filter(None, file.columns.model_dump().values()))",
         "tests/data/test_rows.py::test_how_a_public_csv_is_written_is_guessed_and_a_sites_never",
         "one patient's accent changes how every other patient's text is read",
     ),
