@@ -13,6 +13,7 @@ from fedtune.config import Columns, DataFile, SiteData, load_site
 from fedtune.data.load import load_dataset
 from fedtune.data.records import read_file, read_records
 from fedtune.data.sources._encoding import encoding_of
+from fedtune.data.sources.csv import Csv, guessed
 from fedtune.errors import ConfigError, DataError
 from tests.data.data_tokens_kit import LABELLED, SECRET, Jsonl, MakeStudy, Tok
 
@@ -97,6 +98,11 @@ def test_how_a_public_csv_is_written_is_guessed_and_a_sites_never(tmp_path: Path
         assert [r.completion for r in read_records(public)[0]] == ["é", "plain"]
         records, _ = read_records(dataset(path), strict=False)
         assert [r.completion for r in records] == (["plain"] if mark == "," else [])
+    for content in (b"t;u\ra;1\r", b'"t\n";u\n', b"\0", b'"', b""):  # no error but the reader's own
+        path.write_bytes(content)
+        assert guessed(path, ["t"]) in (Csv(delimiter=";"), None)
+    path.write_bytes(b"t;u\ra;1\r")  # lines as an old Mac ends them
+    assert [r.completion for r in read_records(public)[0]] == ["a"]
 
 
 def test_the_columns_that_were_found_are_listed_unless_they_may_be_a_record(

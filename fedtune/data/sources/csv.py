@@ -144,11 +144,16 @@ def guessed(path: Path, wanted: Iterable[str]) -> Csv | None:
             line = file.readline(LINE).decode(decoding, "replace")
     except OSError:  # whoever reads it says so
         return None
-    for mark in (",", *DELIMITERS):
-        header = next(csv.reader([line], delimiter=mark), [])
-        if {*wanted} <= {name.strip() for name in header}:
-            break
-    else:
-        mark = ","
-    found = Csv(delimiter=mark, encoding=encoding)
+    names = {*wanted}
+    marks = (mark for mark in (",", *DELIMITERS) if names <= {*_header(line, mark)})
+    found = Csv(delimiter=next(marks, ","), encoding=encoding)
     return found if found != Csv() else None
+
+
+def _header(text: str, mark: str) -> list[str]:
+    """Split the first row of a text; [] where it is none, as whoever reads the file will say."""
+    try:
+        first = next(csv.reader(io.StringIO(text, newline=""), delimiter=mark), [])
+    except csv.Error:
+        return []
+    return [name.strip() for name in first]
