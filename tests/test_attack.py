@@ -132,7 +132,9 @@ def tables(base: Path, **changes: Any) -> Study:
     fields: dict[str, Any] = {
         "study": {"name": "attacked"},
         "base": {"model": str(base), "dtype": "float32"},
-        "lora": {"rank": 4, "last_layers": 2},
+        # Wide enough that every canary stands out without noise (areas of 25 draws: .99 to 1.00; at
+        # rank 4 in two layers: .84 to .95, so that a draw now and then missed what is asserted).
+        "lora": {"rank": 16, "last_layers": 4},
         "objective": {"name": "causal_lm", "max_length": 64},
         "training": {"rounds": 12, "sampling_rate": 1.0, "learning_rate": 2.0},
         "clipping": {"max_grad_norm": 1.0},
@@ -152,7 +154,7 @@ def test_without_noise_the_attack_succeeds_and_with_noise_epsilon_bounds_it(
     attacked: tuple[Attack, Path],
 ) -> None:
     result, out = attacked
-    assert result.succeeds and result.twin.auc[1] > 0.8
+    assert result.succeeds and result.twin.auc[1] > 0.9
     assert not result.private.contradicts and result.private.auc[1] < result.private.auc_bound
     assert 0.9 < result.epsilon <= 1.0 and result.twin.auc_bound == 1.0
     facts = json.loads((out / "attack.json").read_text())
@@ -163,8 +165,8 @@ def test_without_noise_the_attack_succeeds_and_with_noise_epsilon_bounds_it(
 def test_a_model_tells_more_of_planted_secrets_without_noise(attacked: tuple[Attack, Path]) -> None:
     found = attacked[0].secrets
     assert found is not None and not found.contradicts
-    # One model's mean of eight secrets is random by half a bit (without noise by the coins: 2.6 to
-    # 3.2, the base 2.0), so the private one is held to ε's bound alone.
+    # One model's mean of eight secrets is random by half a bit (without noise by the coins: 2.7 to
+    # 3.4, the base 2.0), so the private one is held to ε's bound alone.
     assert found.twin.mean > found.twin.base
     assert found.private.mean < found.allowed < 7 and found.extractable < 2e-3
 
