@@ -30,6 +30,7 @@ from flwr.common.serde import (
     fab_to_proto,
     message_from_proto,
     message_to_proto,
+    recorddict_from_proto,
     recorddict_to_proto,
     run_from_proto,
 )
@@ -41,6 +42,7 @@ from flwr.proto.message_pb2 import (
     PushObjectResponse,
 )
 from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
     PullAppMessagesRequest,
@@ -90,6 +92,7 @@ __all__ = [
     "ConfirmMessageReceivedRequest",
     "ErrorCode",
     "ProtoMessage",
+    "ProtoRecordDict",
     "PullAppMessagesRequest",
     "PullObjectRequest",
     "Run",
@@ -104,6 +107,7 @@ __all__ = [
     "message_from_proto",
     "message_to_proto",
     "node_keys",
+    "recorddict_from_proto",
     "recorddict_to_proto",
     "register",
     "resumable",

@@ -20,6 +20,7 @@ from fedtune.flower.api import (
     inflate_object_from_contents,
     iterate_object_tree,
 )
+from fedtune.flower.packing import unpack
 
 WORDS = 1 << 20  # bytes of a message beside its arrays' numbers, at most
 
@@ -41,7 +42,7 @@ def announce(answers: Collection[Answer]) -> None:
     An answer of sites in this process or Ray's needs no announcement."""
     unknown = {answer._asked: answer for answer in answers if not answer._root}
     grid: Any = next((answer._grid for answer in unknown.values()), None)
-    if not _remote(grid):
+    if not remote(grid):
         return
     reply = grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=list(unknown)))
     for message, tree in zip(reply.messages_list, reply.message_object_trees, strict=True):
@@ -49,7 +50,7 @@ def announce(answers: Collection[Answer]) -> None:
             answer._root, answer._tree = message.metadata.message_id, tree
 
 
-def _remote(grid: Any) -> bool:
+def remote(grid: Any) -> bool:
     """Return whether a SuperLink is asked: not sites in this process, or Ray's."""
     return getattr(grid, "_runtime_client", None) is not None
 
@@ -71,7 +72,7 @@ class Answer:
         """Return the message once it has arrived, which `announce` says first.
 
         Errors: TooLong, Lost; whatever a crafted message makes Flower's reader raise."""
-        if not _remote(self._grid):
+        if not remote(self._grid):
             messages = self._grid.pull_messages([self._asked])
             return next(
                 (m for m in messages if m.metadata.reply_to_message_id == self._asked), None
@@ -88,7 +89,7 @@ class Answer:
         if not isinstance(message, Message):
             raise TypeError("not a message")
         message.metadata.__dict__["_message_id"] = self._root
-        return message
+        return unpack(message)
 
     def drop(self) -> None:
         """Delete the announced answer at the SuperLink."""

@@ -31,6 +31,7 @@ from fedtune.flower import api
 from fedtune.flower.forwarder import Forwarder, Link
 from fedtune.flower.forwarder import link as forwarder_link
 from fedtune.flower.membership import reviewed
+from fedtune.flower.packing import pack, unpack
 from fedtune.flower.polling import Poll
 from fedtune.flower.processes import (
     Child,
@@ -193,7 +194,7 @@ class _Executor:
     def _answer(self, node: Child, address: str, claim: api.Claim) -> None:
         with api.ClientTask(address, claim, give_up=lambda: not node.alive) as task:
             message, context = task.pull()
-            task.push(self.reply(claim.kind, message, context))
+            task.push(pack(self.reply(claim.kind, message, context)))
         self._worked = True
 
     def reply(self, task_kind: str, message: Message, context: Context) -> Message:
@@ -206,7 +207,7 @@ class _Executor:
         context.node_config = {"site": str(self._site_path), "coordinator": self.coordinator}
         context.node_config |= {"watch": self.watch, "reviewed": self.reviewed}
         try:
-            reply = self._app(message, context)
+            reply = self._app(unpack(message), context)
         except Exception as error:
             self._failed(kind, error)
             return api.error_reply(message, type(error).__name__)

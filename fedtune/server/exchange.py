@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from fedtune.errors import FedtuneError, InfrastructureError
 from fedtune.flower import api, replies
+from fedtune.flower.packing import pack
 from fedtune.flower.polling import Poll
 
 UNREADABLE = (  # what reading a hostile message may raise; a lost connection is none of these
@@ -64,6 +65,8 @@ def ask(
         waiting: dict[int, replies.Answer] = {}
         for node, content in contents.items():
             message = grid.create_message(content, kind, node, group, ttl=timeout)
+            if replies.remote(grid):
+                pack(message)
             for pushed in grid.push_messages([message]):
                 if pushed:
                     waiting[node] = replies.Answer(grid, str(pushed), most)

@@ -24,6 +24,7 @@ from fedtune.config import Study, load_site
 from fedtune.errors import FedtuneError
 from fedtune.flower import api
 from fedtune.flower.arrays import from_record, to_record
+from fedtune.flower.packing import unpack
 from fedtune.launch import coordinator
 from fedtune.launch.site import join
 
@@ -82,7 +83,7 @@ def answers(grid: Grid, waiting: list[str]) -> list[tuple[int, Message]]:
     while waiting:
         for message in grid.pull_messages(waiting):
             waiting.remove(message.metadata.reply_to_message_id)
-            replies.append((message.metadata.src_node_id, message))
+            replies.append((message.metadata.src_node_id, unpack(message)))
         time.sleep(0.05)
     return replies
 
