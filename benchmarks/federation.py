@@ -87,7 +87,7 @@ def prepare(folder: Path, sites: int, records: int, lora: str) -> tuple[Path, li
     return toml(folder / "study.toml", tables, "generated"), files
 
 
-def simulation(sites: int, records: int, lora: str) -> dict[str, Any]:
+def simulation(sites: int, records: int, lora: str, rounds_: int) -> dict[str, Any]:
     """In a fresh process: MiB of the base, seconds until the rounds begin, and for each round its
     seconds, those of them in local_round, and the peak in MiB."""
     training = 0.0
@@ -106,8 +106,9 @@ def simulation(sites: int, records: int, lora: str) -> dict[str, Any]:
         tempfile.TemporaryDirectory() as name,
         patch.object(fedtune.client.site, "local_round", timed),
     ):
-        study, files = prepare(Path(name), sites, records, lora)
-        build(load_study(study))  # the one base; simulated sites share it
+        file, files = prepare(Path(name), sites, records, lora)
+        study = load_study(file).changed(training={"rounds": rounds_})
+        build(study)  # the one base; simulated sites share it
         loaded = measure.reset_peak()
         began = last = time.perf_counter()
 
@@ -120,23 +121,25 @@ def simulation(sites: int, records: int, lora: str) -> dict[str, Any]:
             rounds[-1]["resident"] = measure.reset_peak()
             training, last = 0.0, time.perf_counter()
 
-        simulate(load_study(study), [*map(load_site, files)], Path(name) / "out", on_event=on_event)
+        simulate(study, [*map(load_site, files)], Path(name) / "out", on_event=on_event)
         first = rounds[0]
         # All before the first training belongs to no round; what a round costs is seen from 2 on.
         before = first["wall"] - median(entry["wall"] for entry in rounds[1:])
     return {"base": loaded, "before": before, "rounds": rounds, "took": time.perf_counter() - began}
 
 
-def simulations(sizes: list[int], records: int, patients: int, many: int) -> Table:
-    """records: of a small site of the first study; patients: of one of the demo's size; many: of a
-    site of the second study."""
-    table = Table("federation", f"Simulated rounds, all sites on one base, {ROUNDS} rounds")
-    shares = [(min(sizes), records), (HOSPITALS, patients)]
+def simulations(
+    sizes: list[int], records: int, patients: int, many: int, rounds: int = ROUNDS
+) -> Table:
+    """records: of a small site of the first study (0: none is measured); patients: of one of the
+    demo's size; many: of a site of the second study."""
+    table = Table("federation", f"Simulated rounds, all sites on one base, {rounds} rounds")
+    shares = [(n, r) for n, r in ((min(sizes), records), (HOSPITALS, patients)) if r]
     settings = [(*share, SHARE) for share in shares] + [(n, many, SCALE) for n in sizes]
     results = {}
     for number, patients_each, lora in settings:
-        arguments = json.dumps({"sites": number, "records": patients_each, "lora": lora})
-        result = measure.fresh("benchmarks.federation", "--one", arguments)
+        arguments = {"sites": number, "records": patients_each, "lora": lora, "rounds_": rounds}
+        result = measure.fresh("benchmarks.federation", "--one", json.dumps(arguments))
         results[number, patients_each, lora] = result
         print(f"{number} sites of {patients_each}, {lora}: {result['took']:.0f} s", flush=True)
         table.rows.append(_row(number, patients_each, lora, result))
@@ -145,6 +148,9 @@ def simulations(sizes: list[int], records: int, patients: int, many: int) -> Tab
         outside = median(1 - entry["training"] / entry["wall"] for entry in later)
         name = f"round, outside training, {number} sites of {patients_each} patients"
         table.bounds.append(Bound(name, 100 * outside, 1.0, unit=" %"))
+    if not records:
+        name = f"round, outside training, {min(sizes)} small sites"
+        table.bounds.append(Bound(name, None, 1.0, unit=" %"))
     for number in sizes:
         result = results[number, many, SCALE]
         peaks = [entry["peak"] for entry in result["rounds"]]
@@ -276,11 +282,13 @@ def main() -> None:
     if chosen.sum:
         measure.answer(aggregation(**json.loads(chosen.sum)))
         return
-    if chosen.quick:
-        chosen.sites, chosen.records, chosen.patients, chosen.updates = [10], 8, 40, 200
+    rounds = ROUNDS
+    if chosen.quick:  # small sites would have to be smaller still, and their share means nothing
+        chosen.sites, chosen.records, chosen.patients = [10], 0, 40
+        chosen.updates, rounds = 100, 3
     for table in (
         sums(chosen.updates, chosen.megabytes),
-        simulations(sorted(chosen.sites), chosen.records, chosen.patients, chosen.many),
+        simulations(sorted(chosen.sites), chosen.records, chosen.patients, chosen.many, rounds),
     ):
         table.save(chosen.out)
         print(table.markdown(), flush=True)

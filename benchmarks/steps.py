@@ -153,10 +153,12 @@ def main() -> None:
     parser.add_argument("--setting", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     measure.start(chosen)
+    if chosen.quick:
+        chosen.records, chosen.rounds = 4, 4
     if chosen.memory:
         memory(Setting(**json.loads(chosen.setting)), chosen.memory)
         return
-    table = run(settings_of(chosen), chosen.variants, 4 if chosen.quick else chosen.rounds)
+    table = run(settings_of(chosen), chosen.variants, chosen.rounds)
     table.save(chosen.out)
     print(table.markdown())
 
