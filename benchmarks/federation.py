@@ -284,7 +284,7 @@ def main() -> None:
         return
     rounds = ROUNDS
     if chosen.quick:  # small sites would have to be smaller still, and their share means nothing
-        chosen.sites, chosen.records, chosen.patients = [10], 0, 40
+        chosen.sites, chosen.records, chosen.patients = [10], 0, 32
         chosen.updates, rounds = 100, 3
     for table in (
         sums(chosen.updates, chosen.megabytes),

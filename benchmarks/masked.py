@@ -75,7 +75,7 @@ def main() -> None:
     chosen = parser.parse_args()
     measure.start(chosen)
     if chosen.quick:
-        chosen.sites, chosen.records, chosen.turns = [3], 4, 1
+        chosen.sites, chosen.records, chosen.turns = [3], 8, 1
     table = Table("masked", "A masked round beside a plain one, all sites in one process")
     for sites in chosen.sites:
         table.rows.append(row(sites, chosen.records, chosen.turns))
