@@ -5,7 +5,7 @@
 DATA is the folder of data sets; without it the table that needs MedQuAD is listed as not run. Each
 table is written to OUT as Markdown and JSON when it is whole; OUT/all.md is written after each, and
 begins with the machine and the bounds, met or not. Stopped, it keeps what it has: --resume measures
-the rest. --quick: the same bases and sites, fewer repetitions and records."""
+the rest. --quick: the same bases, fewer sites, repetitions and records."""
 
 from __future__ import annotations
 
