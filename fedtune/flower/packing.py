@@ -26,12 +26,20 @@ NEVER = "query.prepare"
 
 def pack(message: Message) -> Message:
     """Pack the content of a short message, in place."""
-    if message.has_content() and message.metadata.message_type != NEVER:
+    if message.metadata.message_type != NEVER and message.has_content() and _is_short(message):
         proto = api.recorddict_to_proto(message.content)
         if proto.ByteSize() <= MOST:
             record = ConfigRecord({PACKED: proto.SerializeToString(deterministic=True)})
             message.content = RecordDict({PACKED: record})
     return message
+
+
+def _is_short(message: Message) -> bool:
+    """Return whether its arrays fit, before a large one is copied to learn the exact size."""
+    arrays = (
+        array for record in message.content.array_records.values() for array in record.values()
+    )
+    return sum(len(array.data) for array in arrays) <= MOST
 
 
 def unpack(message: Message) -> Message:

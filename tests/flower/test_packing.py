@@ -55,7 +55,11 @@ def test_the_same_records_are_the_same_bytes() -> None:
     assert one == two
 
 
-def test_a_long_message_travels_in_chunks() -> None:
+def test_a_long_message_travels_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is not copied to learn that it is long."""
+    close = RecordDict({"order": ConfigRecord({"text": "x" * MOST})})
+    assert pack(message(close)).content == close
+    monkeypatch.setattr(api, "recorddict_to_proto", None)
     long = {"values": np.zeros(MOST, np.int8)}
     sent = pack(message(order(long)))
     assert sent.content == order(long) and MOST < replies.WORDS  # what a packed one counts as
