@@ -61,6 +61,7 @@ def main() -> None:
         ):
             if chosen.quick and privacy == OFF:  # as the private one, within a tenth
                 table.bounds.append(Bound(f"deployed round, {title}", None, limit, unit=" s"))
+                table.save(chosen.out)
                 continue
             took, sent = seconds(base, privacy, rounds)
             later = median(took[1:])

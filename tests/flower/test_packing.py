@@ -125,6 +125,35 @@ class Link:
         raise OSError
 
 
+def test_a_sites_answer_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its app sees of a packed order, and returns, is not."""
+    answered: list[Message] = []
+
+    class Task:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def __enter__(self) -> Task:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def pull(self) -> tuple[Message, Context]:
+            return pack(message(order())), Context(1, 2, {}, RecordDict(), {})
+
+        def push(self, reply: Message) -> None:
+            answered.append(reply)
+
+    def app(asked: Message, _: Context) -> Message:
+        assert asked.content == order()
+        return Message(asked.content, reply_to=asked)
+
+    monkeypatch.setattr(api, "ClientTask", Task)
+    executor = _Executor(Path("site.toml"), app, lambda *_: None, once=False)  # type: ignore[arg-type]
+    executor._answer(None, "", api.Claim(api.CLIENT_APP, ""))  # type: ignore[arg-type]
+    (reply,) = answered
+    assert list(reply.content) == [PACKED] and unpack(reply).content == order()
+
+
 def test_what_a_coordinator_sends_through_a_superlink_is_packed() -> None:
     pushed: list[Message] = []
     with pytest.raises(InfrastructureError):
