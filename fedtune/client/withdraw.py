@@ -21,6 +21,7 @@ from fedtune.report.claim import rounded_up
 from fedtune.wire.keys import canonical, verifies
 
 RECEIPTS = "withdrawals"  # in the state folder: a receipt for each withdrawal
+_DIGITS = 16  # of the patient's salted hash in a receipt's file name
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,11 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
     count. What was released stays released: the adapters of `releases` were trained with the
     patient's records under the ε stated, and whoever holds them learns at most that much.
     Each withdrawal has a receipt, signed by the site's key, in its state folder for this user
-    alone: the entry in the ledger, the releases, no key of a patient. The same key again gets the
-    receipt of its first withdrawal. unseen: also for a key that is in no record as yet.
+    alone: the time, the releases, no key of a patient. The same key again gets the receipt of its
+    first withdrawal. unseen: also for a key that is in no record as yet.
+    Guarantee: a receipt, and its file's name, follow from the patient's own withdrawal and from
+    what was released; nothing in them counts the ledger's entries, of which each withdrawal and
+    each change of the records is one.
     Errors: UnknownPatient (nothing is entered: a key with a typing error would leave the patient
     in); ConfigError where site.toml names no patient column; DataError where only the files could
     tell, and cannot be read; LedgerError."""
@@ -89,7 +93,7 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
     entry, releases = ledger.withdraw(key), _releases(site, ledger, datasets)
     AuditLog(ledger.folder, ledger.key).add("withdraw", "--unseen" if unseen else "")
     receipt = _receipt(site, ledger, entry, releases)
-    path = site.site.state / RECEIPTS / f"withdrawal-{entry.seq}.json"
+    path = site.site.state / RECEIPTS / f"withdrawal-{entry.body['unit'][:_DIGITS]}.json"
     replace(path, json.dumps(receipt, indent=1).encode(), private=True)
     return Withdrawal(in_file, bool(datasets), releases, receipt, path)
 
@@ -97,37 +101,41 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
 def check_receipt(path: Path, ledger: Ledger) -> str:
     """Check that this site gave a receipt and that its withdrawal stands; returns when it was.
 
+    A unit withdraws once, so hash and time name the entry. Receipts of earlier releases, which name
+    it by its number too, are checked in the same way.
     Errors: InputError where it is no receipt of this site, or its ledger has no such entry."""
     receipt = reading.json_in(path, "a receipt of a withdrawal")
-    signature, unit = str(receipt.pop("signature", "")), str(receipt.get("unit"))
+    signature = str(receipt.pop("signature", ""))
     if not verifies(ledger.key.public, _signed(receipt), signature):
         raise InputError(f"{path}: not signed by this site", "a receipt as this site gave it")
-    entry = ledger.withdrawn().get(unit)
-    if entry is None or (entry.seq, entry.hash) != (receipt["entry"], receipt["hash"]):
+    entry = ledger.withdrawn().get(receipt["unit"])
+    if entry is None or _time_of(entry) != receipt["time"]:
         raise InputError(
             f"{path}: this site's ledger has no such entry",
-            f"entry {receipt['entry']}",
+            f"the withdrawal of {receipt['time']}",
             "was the ledger restored from before it? Then withdraw again",
         )
     return str(receipt["time"])
 
 
 def _receipt(site: Site, ledger: Ledger, entry: Entry, releases: list[Release]) -> dict[str, Any]:
-    """Compose and sign what a patient may keep: it names the entry, and the patient by a salted
-    hash, which tells nobody without this site's salt who it is."""
+    """Compose and sign what a patient may keep: it names the patient by a salted hash, which tells
+    nobody without this site's salt who it is."""
     receipt: dict[str, Any] = {
         "what": "withdrawal of consent: no later round of this site reads the patient's records",
         "site": site.site.name,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entry.body["time"])),
+        "time": _time_of(entry),
         "unit": entry.body["unit"],
-        "entry": entry.seq,
-        "hash": entry.hash,
         "releases": [
             asdict(release) | {"epsilon": rounded_up(release.epsilon)} for release in releases
         ],
         "key": ledger.key.public,
     }
     return receipt | {"signature": ledger.key.sign(_signed(receipt))}
+
+
+def _time_of(entry: Entry) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entry.body["time"]))
 
 
 def _signed(receipt: dict[str, Any]) -> bytes:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
 from fedtune.cli.main import app
+from fedtune.client import withdraw as withdrawals
 from fedtune.config import load_site
 from fedtune.data.records import unit_member
 from fedtune.ledger.ledger import Ledger
+from fedtune.wire.keys import canonical
 from tests.guarantee.search import Finder, forms
 
 SITE = """
@@ -59,6 +63,69 @@ def test_a_receipt_names_entry_and_releases_and_no_patient(world: Path) -> None:
     assert not Finder(forms(KEY)).in_folder(world / "state")
     checked = withdraw("--check", str(path))
     assert checked.exit_code == 0 and "stands" in checked.output
+
+
+TELLS_APART = ("time", "unit", "signature")
+
+
+def receipts_with_and_without_another(world: Path) -> list[list[Any]]:
+    """The receipts of `b` and `c`, without what tells two patients apart, from one site in two
+    worlds: in the first nobody else withdraws, in the second somebody does between them."""
+    site, seen = load_site("site.toml"), list[list[Any]]()
+    Ledger(site.site.state).declare(site.data.name, [])
+    shutil.copytree(site.site.state, world / "before")  # one key and one salt
+    for between in ((), (KEY,)):
+        shutil.rmtree(site.site.state)
+        shutil.copytree(world / "before", site.site.state)
+        receipts = [receipt_of(withdraw(keys="b\n"))]
+        for other in between:
+            withdraw(keys=f"{other}\n")
+        receipts.append(receipt_of(withdraw(keys="c\n")))
+        kept = list[Any]()
+        for path in receipts:
+            fields = json.loads(path.read_text())
+            name = path.name.replace(fields["unit"][:16], "")
+            kept.append((name, {k: v for k, v in fields.items() if k not in TELLS_APART}))
+        seen.append(kept)
+    return seen
+
+
+def test_two_patients_learn_nothing_from_their_receipts_of_who_else_withdrew(world: Path) -> None:
+    alone, with_another = receipts_with_and_without_another(world)
+    assert alone[0] == alone[1] == with_another[0] == with_another[1]
+
+
+def test_the_twin_whose_receipt_names_the_entry_is_caught(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(withdrawals, "_receipt", with_entry)
+    with pytest.raises(AssertionError):
+        test_two_patients_learn_nothing_from_their_receipts_of_who_else_withdrew(world)
+
+
+RECEIPT = withdrawals._receipt
+
+
+def with_entry(site: Any, ledger: Ledger, entry: Any, releases: Any) -> dict[str, Any]:
+    """A receipt as earlier releases gave it: the ledger's entry and its hash in clear."""
+    receipt = RECEIPT(site, ledger, entry, releases)
+    del receipt["signature"]
+    receipt |= {"entry": entry.seq, "hash": entry.hash}
+    return receipt | {"signature": ledger.key.sign(b"fedtune withdrawal\0" + canonical(receipt))}
+
+
+def test_a_receipt_of_an_earlier_release_is_still_checked(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(withdrawals, "_receipt", with_entry)
+    path = receipt_of(withdraw(keys=f"{KEY}\n"))
+    monkeypatch.undo()
+    monkeypatch.chdir(world)
+    assert {"entry", "hash"} <= json.loads(path.read_text()).keys()
+    checked = withdraw("--check", str(path))
+    assert checked.exit_code == 0 and "stands" in checked.output
+    path.write_text(path.read_text().replace('"entry": ', '"entry": 1'))
+    assert withdraw("--check", str(path)).exit_code == 2
 
 
 def test_who_withdraws_twice_gets_the_same_receipt(world: Path) -> None:

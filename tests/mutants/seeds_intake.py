@@ -91,6 +91,14 @@ MUTANTS = (
         "a receipt that somebody wrote passes for the site's",
     ),
     one(
+        "consent", "a-receipt-counts-withdrawals", "fedtune/client/withdraw.py",
+        '        "unit": entry.body["unit"],\n',
+        '        "unit": entry.body["unit"],\n        "entry": entry.seq,\n',
+        "tests/client/test_withdraw.py::"
+        "test_two_patients_learn_nothing_from_their_receipts_of_who_else_withdrew",
+        "two patients who compare their receipts count the others'",
+    ),
+    one(
         "intake", "a-query-without-the-policys-leave", "fedtune/client/policy.py",
         "    if site.free_query and not site.policy.allow_free_query:\n", "    if False:\n",
         "tests/test_intake.py::test_a_query_needs_the_policys_leave_and_review_and_report_say_so",
