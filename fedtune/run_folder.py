@@ -29,6 +29,18 @@ FILED = ("public", "selection", "evaluation")  # tables of a plan that name a co
 PLACES = Path("checkpoint") / "places.json"  # in a run: where those files are; not signed
 ANSWERS = "answers.json"  # in a run: base and adapter on the same public prompts; not signed
 LEDGERS = "ledgers"  # of a run of declared data, inside it: each such site's ledger
+ADAPTER, HEAD = "adapter", "head.safetensors"  # what a run trained; in it, its head
+
+
+def has_head(run: Path) -> bool:
+    """Return whether a finished run trained a head, whatever its objective."""
+    return (run / ADAPTER / HEAD).is_file()
+
+
+def pipeline_tag(run: Path) -> str:
+    """Return the hub's name for what a finished run's model does: one with a head gives labels or a
+    score, any other writes text."""
+    return "text-classification" if has_head(run) else "text-generation"
 
 
 def folder_for(name: str, *, resume: bool, runs: Path = RUNS) -> Path:

@@ -225,6 +225,7 @@ def strategy(made: Callable[[], Strategy]) -> Iterator[Result]:
 
     | no update | the adapter stays as it was, and so does the state, at first and later |
     | identical updates | move the adapter by that update, where the strategy averages |
+    | weighted mean | moves the adapter by a constant times itself, where the strategy says so |
     | order of arrival | does not matter: one rounding of fp32, 10⁻¹² of the fp64 state |
     | inputs | are left as they were |
     | names, shapes and type | stay |
@@ -233,6 +234,8 @@ def strategy(made: Callable[[], Strategy]) -> Iterator[Result]:
     yield timed("no update", 0, lambda: _no_update(made))
     if made().averages:
         yield timed("identical updates", ROUNDING, lambda: _identical(made))
+    if made().is_mean:
+        yield timed("weighted mean", ROUNDING, lambda: _mean(made))
     yield timed("order of arrival", ROUNDING, lambda: _order(made))
     yield timed("inputs", 0, lambda: _inputs(made))
     yield timed("names, shapes and type", 0, lambda: _forms(made))
@@ -276,6 +279,17 @@ def _identical(made: Callable[[], Strategy]) -> float:
         adapter, update = _arrays(seed), _arrays(seed + 1)
         moved = _round(made(), adapter, [update] * count)
         worst = max(worst, _apart(moved, {n: adapter[n] + update[n] for n in adapter}))
+    return worst
+
+
+def _mean(made: Callable[[], Strategy]) -> float:
+    """Compare the step of two updates with the weighted mean of the steps of each alone."""
+    worst = 0.0
+    for seed in range(5):
+        adapter, updates = _arrays(seed), [_arrays(seed + 1), _arrays(seed + 2)]
+        first, second = (_round(made(), adapter, [update]) for update in updates)
+        mean = {name: (first[name] + 2 * second[name].astype(float)) / 3 for name in adapter}
+        worst = max(worst, _apart(_round(made(), adapter, updates), mean))
     return worst
 
 

@@ -90,10 +90,9 @@ def closing(console: Console, out: Path, report: dict[str, Any]) -> None:
 
 def uses_of(out: Path) -> list[tuple[str, str]]:
     """List the commands that this run's model can be used with, and what each is for."""
-    from fedtune.models.adapter_files import HEAD
-    from fedtune.run_folder import load_plan
+    from fedtune.run_folder import has_head, load_plan
 
-    plan, headed = load_plan(out), (out / "adapter" / HEAD).is_file()
+    plan, headed = load_plan(out), has_head(out)
     told = next((table.columns for table in (plan.evaluation, plan.public) if table), None)
     media, choices = told and told.media, plan.evaluation and plan.evaluation.choices
     prompt = " ".join(

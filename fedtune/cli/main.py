@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -86,22 +85,8 @@ def _version(show: bool) -> None:
         raise typer.Exit
 
 
-RENAMED = {
-    ("fit", ""): "fedtune choose-base",
-    ("improve", "--leash"): "--max-kl",
-    ("improve", "--beta"): "--kl-coef",
-    ("improve", "--every"): "--eval-every",
-}
-
-
 def main() -> None:
     """The `fedtune` command."""
-    first, *others = [*sys.argv[1:], ""]
-    for word in ("", *(word.partition("=")[0] for word in others)):
-        if new := RENAMED.get((first, word)):
-            old = word or f"fedtune {first}"
-            typer.echo(f"fedtune: {old} has a new name; to do: use {new}", err=True)
-            raise SystemExit(2)
     app(prog_name="fedtune")
 
 

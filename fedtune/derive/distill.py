@@ -103,7 +103,7 @@ def distill(
 def _first_study(teachers: Sequence[Run]) -> Study:
     study = teachers[0].study
     objective = resolve(study.objective)
-    if objective.record_format == "preference" and objective.outputs:
+    if objective.scores:
         raise ConfigError(
             f"{teachers[0].folder}: a reward model teaches no answers", "a model that answers"
         )

@@ -15,8 +15,9 @@ from fedtune.evidence.dossier.seal import around
 from fedtune.evidence.sign import carry
 from fedtune.evidence.verify import check_signed, is_signed
 from fedtune.files.writing import drafted
-from fedtune.models.adapter_files import ADAPTER, HEAD
+from fedtune.models.adapter_files import ADAPTER
 from fedtune.models.run import Run
+from fedtune.run_folder import has_head
 
 Kind = Literal["hf", "gguf"]
 # Copied from the base as they are, so that text becomes the same tokens.
@@ -54,7 +55,7 @@ def export(run: Run, out: Path | str, to: Kind = "hf", stored: Stored | None = N
         check_signed(dossier or run.folder)
         run = Run(run.folder)  # as it was verified, whatever was read before
     report = run.report
-    headed = (run.folder / "adapter" / HEAD).is_file()
+    headed = has_head(run.folder)
     _check(run, headed, to, stored)
     with drafted(out) as draft:
         if headed:

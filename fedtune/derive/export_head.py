@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from fedtune.bases.find import Base
 from fedtune.derive.classifier import classifier_of
-from fedtune.derive.model_card import Use
 from fedtune.errors import ConfigError, ModelError
-from fedtune.models.adapter_files import AGAIN, HEAD
+from fedtune.models.adapter_files import AGAIN
 from fedtune.models.loaded import LoadedModel, load
 from fedtune.models.run import Run
+from fedtune.run_folder import HEAD
 
 # What a classifier is measured on before it is kept.
 TEXTS = ("No.", "The patient was seen with a cough for two weeks.", "1, 2, 3: what is it? " * 3)
@@ -69,7 +69,7 @@ REWARD = (
 )
 
 
-def write_headed(run: Run, into: Path, stored: str) -> tuple[Base, Use]:
+def write_headed(run: Run, into: Path, stored: str) -> tuple[Base, list[str]]:
     """Write the new folder `into`: a sequence classifier where one computes the run's logits, else
     base and head; and say how it is used.
 
@@ -143,7 +143,9 @@ def _measured(folder: Path, passages: list[np.ndarray], expected: torch.Tensor) 
     return made if difference <= CLOSE * (1 + expected.abs().max()) else None
 
 
-def _use(run: Run, loaded: LoadedModel, model: Any, made: Any, labels: tuple[str, ...]) -> Use:
+def _use(
+    run: Run, loaded: LoadedModel, model: Any, made: Any, labels: tuple[str, ...]
+) -> list[str]:
     """What the card says of the folder's use."""
     lines: list[str] = []
     if made is model:
@@ -160,4 +162,4 @@ def _use(run: Run, loaded: LoadedModel, model: Any, made: Any, labels: tuple[str
         eos = loaded.tokenizer.eos_token if run.study.objective.append_eos else None
         words = REWARD.format(template=template, eos=eos)
         lines += [words if eos else words.replace(", and the token None", ""), ""]
-    return Use("text-classification", (*lines, *text.splitlines()))
+    return [*lines, *text.splitlines()]

@@ -140,7 +140,7 @@ def _no_better_checkpoint(max_kl: float, settings: RlooSettings) -> Refused:
 def _check(policy: LoadedModel, judge: LoadedModel, run: Run, reward_run: Run) -> Study:
     if not policy.adapted or resolve(run.study.objective).outputs:
         raise ConfigError(f"{run.folder}: no run that writes", "a finished run with an adapter")
-    if judge.study is None or judge.study.objective.name != "reward":
+    if judge.study is None or not resolve(judge.study.objective).scores:
         raise ConfigError(
             f"{reward_run.folder}: no reward model", "a finished run of objective reward"
         )

@@ -19,10 +19,9 @@ from fedtune.derive.merge_methods import Method, densities_of
 from fedtune.dp import composed_epsilon
 from fedtune.errors import ConfigError, ModelError
 from fedtune.files.writing import drafted
-from fedtune.models.adapter_files import HEAD
 from fedtune.models.loaded import PLAN
 from fedtune.report.declared import declared_in
-from fedtune.run_folder import check_new, read_report
+from fedtune.run_folder import HEAD, check_new, read_report
 
 
 def is_exported(folder: Path) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fedtune.bases.find import Base
 from fedtune.config import Study
@@ -15,20 +16,15 @@ from fedtune.evidence.verify import is_signed
 from fedtune.files import reading
 from fedtune.models.adapter_files import AGAIN
 from fedtune.models.run import Run
+from fedtune.objectives import resolve
 from fedtune.report.claim import rounded_up, shared_line
 from fedtune.report.declared import site_lines
+from fedtune.run_folder import pipeline_tag
 
 DOSSIER = "dossier"  # in an exported model: the dossier that its run lay in
 
 
-class Use(NamedTuple):
-    """How a model is loaded: pipeline_tag: the hub's name of its task; lines: of the card."""
-
-    pipeline_tag: str
-    lines: tuple[str, ...]
-
-
-TEXT = Use("text-generation", ('    AutoModelForCausalLM.from_pretrained("THIS FOLDER")',))
+TEXT = ('    AutoModelForCausalLM.from_pretrained("THIS FOLDER")',)  # how it is loaded
 
 
 def privacy_line(report: dict[str, Any], signed: bool = True) -> str:
@@ -72,7 +68,7 @@ def _quantisation_note(study: Study) -> list[str]:
 def _template(study: Study) -> list[str]:
     """State what stands around a prompt, as in training; without it a model may say nothing."""
     template = study.objective.template
-    if not template or study.objective.name == "classify":
+    if not template or resolve(study.objective).record_format == "label":
         return []
     return [
         "",
@@ -99,9 +95,11 @@ def _origin(base: Base) -> list[str]:
     return [] if upstream is None else ["", f"Base: {base.name}, which is {upstream}."]
 
 
-def write_card(folder: Path, run: Run, report: dict[str, Any], base: Base, use: Use = TEXT) -> None:
+def write_card(
+    folder: Path, run: Run, report: dict[str, Any], base: Base, use: Sequence[str] = TEXT
+) -> None:
     """Write README.md, with what hubs read, how to load it, and the run's report; report.json; and
-    the run's figure. Errors: InputError, OSError."""
+    the run's figure. use: the lines that say how to load it. Errors: InputError, OSError."""
     text = reading.text(run.folder / "report.md", "the report of a finished run", AGAIN)
     report_lines = text.splitlines()
     upstream = upstream_of(base.name)
@@ -110,7 +108,7 @@ def write_card(folder: Path, run: Run, report: dict[str, Any], base: Base, use: 
         "license": base.licence.lower() if base.licence != "unknown" else "unknown",
         "base_model": upstream.model if upstream else base.name,
         "library_name": "transformers",
-        "pipeline_tag": use.pipeline_tag,
+        "pipeline_tag": pipeline_tag(run.folder),
         "tags": ["fedtune", "federated-learning"]
         + (["differential-privacy"] if report.get("private") else ["not-private"]),
     }
@@ -124,7 +122,7 @@ def write_card(folder: Path, run: Run, report: dict[str, Any], base: Base, use: 
         *_quantisation_note(run.study),
         *_dossier(run),
         "",
-        *use.lines,
+        *use,
         *_template(run.study),
         "",
         *report_lines[1:],  # its own title is above

@@ -29,6 +29,7 @@ from fedtune.derive.settings import RUBRIC, LabelSettings
 from fedtune.errors import ConfigError, DataError, InputError
 from fedtune.files.writing import replace
 from fedtune.models.loaded import LoadedModel, load
+from fedtune.objectives import resolve
 from fedtune.progress import report
 
 ABOUT = ".about.json"
@@ -94,12 +95,12 @@ class RewardJudge:
 
 
 def load_judge(source: str, digest: str | None = None, rubric: str = RUBRIC) -> Judge:
-    """Load a judge: a reward run judges by its score, any other model by its verdict.
+    """Load a judge: a run whose head gives a score judges by it, any other model by its verdict.
 
     Errors: ConfigError, ModelError, Refused (a run without privacy)."""
     model = load(source, digest)
     require_private(model, "judge")
-    if model.study is not None and model.study.objective.name == "reward":
+    if model.study is not None and resolve(model.study.objective).scores:
         return RewardJudge(model)
     return VerdictJudge(_require_writer(model, "judge"), rubric)
 

@@ -25,6 +25,7 @@ from fedtune.data.dataset import NO_TARGET, Dataset, Example
 from fedtune.errors import ConfigError, FedtuneError
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
+from fedtune.objectives import Objective, resolve
 from fedtune.progress import OnEvent, report, told
 from fedtune.registry.metrics import METRICS
 
@@ -173,7 +174,6 @@ def measure(study: Study, sites: int, size: int, epsilons: Sequence[float]) -> R
     """Measure one candidate in this process. Errors: ModelError, ConfigError, DataError."""
     from fedtune.data.load import load_dataset
     from fedtune.evaluation.evaluator import Evaluator
-    from fedtune.objectives import resolve
     from fedtune.training.start import start
     from fedtune.wire.codec import layout, shapes
 
@@ -239,7 +239,6 @@ def _predicted(
     class whose gradient has the largest inner product with v; averaged over both halves. A rough
     guide: it separated hopeless from learnable settings, and predicted 0.49 where a run reached
     0.77."""
-    from fedtune.objectives import resolve
     from fedtune.training.unit_gradients import UnitGradientEngine
 
     objective, table = resolve(study.objective), study.evaluation
@@ -249,7 +248,7 @@ def _predicted(
     began = time.perf_counter()
     sums = [_clipped(engine, half, study) for half in halves]
     rate = n / (time.perf_counter() - began)
-    classes = _classes(study, network, data.dataset)
+    classes = _classes(study, objective, network, data.dataset)
     if classes is None or table is None or table.metric != "accuracy" or not epsilons:
         return rate, None
     candidates, gold = classes
@@ -302,19 +301,23 @@ def _noise(study: Study, size: int, epsilon: float) -> float:
     return plan.noise_multiplier / (plan.sampling_rate * math.sqrt(plan.steps))
 
 
-def _classes(study: Study, network: Network, data: Dataset) -> tuple[Dataset, np.ndarray] | None:
+def _classes(
+    study: Study, objective: Objective, network: Network, data: Dataset
+) -> tuple[Dataset, np.ndarray] | None:
     """Every record with each of its classes in turn, and the true class indices; None where the
-    study has no classes."""
+    study has no classes, or a teacher would have to be asked of each."""
     from fedtune.evaluation.choices import with_choice
 
     table = study.evaluation
     labels = range(len(study.objective.labels))
-    if study.objective.name == "classify" and labels:
+    if objective.teacher_spec is not None:
+        return None
+    if objective.record_format == "label" and labels:
         candidates = [
             Example(e.input_ids, e.target_ids, k, e.unit) for e in data.examples for k in labels
         ]
         gold = np.array([e.label for e in data.examples])
-    elif study.objective.name == "causal_lm" and table is not None and len(table.choices) > 1:
+    elif objective.record_format == "text" and table is not None and len(table.choices) > 1:
         ids = [network.tokenizer.encode(c, add_special_tokens=False) for c in table.choices]
         end = [network.tokenizer.eos_token_id] * study.objective.append_eos
         candidates = [with_choice(e, i + end) for e in data.examples for i in ids]

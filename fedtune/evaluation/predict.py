@@ -224,8 +224,7 @@ class _Predictor:
         trained = picked(saved, self._network.parameters(), run.folder / "adapter")
         self._trained = self._network.zero() if base_alone else trained
         tokenizer = self._network.tokenizer
-        scores = bool(objective.outputs) and objective.record_format != "label"
-        self.labels = choices or (() if scores else study.objective.labels)
+        self.labels = choices or (() if objective.scores else study.objective.labels)
         self._ids = choice_ids(tokenizer, choices) if choices else []
         self._single = single_tokens(self._ids, self._network) if choices else None
         # The prompt is cut as it would be before the longest choice, whatever is the right one.

@@ -20,7 +20,6 @@ from typing import Any
 from fedtune.errors import FedtuneError, Refused
 from fedtune.evidence.figures import MALFORMED, TODO, fail, privacy, rounds, seals, signed_json
 from fedtune.evidence.sign import (
-    ADAPTER,
     EVIDENCE,
     FORMAT,
     HOME,
@@ -34,7 +33,7 @@ from fedtune.evidence.sign import (
     sha256,
 )
 from fedtune.files import reading
-from fedtune.run_folder import load_plan, read_report
+from fedtune.run_folder import ADAPTER, load_plan, read_report
 from fedtune.wire import fingerprints
 from fedtune.wire.keys import SigningKey, canonical, verifies
 

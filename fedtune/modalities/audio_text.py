@@ -19,6 +19,7 @@ from fedtune.data.media import Media, sound
 from fedtune.data.records import Record
 from fedtune.errors import ModelError
 from fedtune.modalities._interface import Modality
+from fedtune.objectives import resolve
 
 SPACED = "\u0e00"  # Thai, and what comes after it, mostly has no spaces between words
 _START = "<|startoftranscript|>"
@@ -41,7 +42,7 @@ class Speech:
     def place(self, record: Record, objective: ObjectiveTable) -> tuple[Record, int]:
         if record.media is None:
             raise Rejected("missing value")
-        if record.prompt and objective.name != "classify":
+        if record.prompt and resolve(objective).record_format != "label":
             raise Rejected("a speech base takes no prompt")
         samples = sound(record.media, self._rate)
         if len(samples) > self._extractor.n_samples and objective.overflow == "reject":

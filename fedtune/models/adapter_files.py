@@ -11,8 +11,8 @@ from fedtune.errors import ModelError
 from fedtune.files import reading
 from fedtune.files.writing import replace
 from fedtune.models.lora import Arrays, name_base
+from fedtune.run_folder import HEAD
 
-HEAD = "head.safetensors"
 ADAPTER = "adapter_model.safetensors"  # PEFT's own name
 AGAIN = "copy the run's folder again"
 

@@ -36,11 +36,11 @@ from fedtune.config import LoraTable, QuantisationTable, Study
 from fedtune.errors import ConfigError
 from fedtune.models import lora as lora_module
 from fedtune.models import preconditioner
-from fedtune.models.adapter_files import HEAD
 from fedtune.models.lora import Arrays, load_into
 from fedtune.models.loss import head_loss
 from fedtune.models.prefix_store import HiddenStates
 from fedtune.models.split import Split, cut
+from fedtune.run_folder import HEAD
 
 
 class Network:

@@ -122,6 +122,11 @@ class Objective(ABC):
         return 0
 
     @property
+    def scores(self) -> bool:
+        """Whether the trained head gives a text a score, rather than one of the labels."""
+        return self.outputs > 0 and self.record_format != "label"
+
+    @property
     def teacher_spec(self) -> Teacher | None:
         """The teacher whose soft targets each record carries."""
         return None

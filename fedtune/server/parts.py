@@ -105,7 +105,9 @@ def _licence(study: Study) -> str:
 
 
 def _teacher(study: Study) -> dict[str, Any] | None:
-    if study.objective.name == "causal_lm":  # the usual case, without an import
+    from fedtune.objectives import resolve
+
+    if resolve(study.objective).teacher_spec is None:  # the usual case, without an import
         return None
     from fedtune.models.teacher import describe_teacher
 

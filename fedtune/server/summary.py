@@ -18,6 +18,7 @@ from fedtune.server.parts import Dependencies, Measures
 from fedtune.server.provenance import made
 from fedtune.server.store import Progress
 from fedtune.server.teacher import with_teacher
+from fedtune.strategies import STRATEGIES
 
 RELATION = "add or remove one unit"
 WARNING = 'privacy = "off": nothing was clipped for a guarantee and no noise was added'
@@ -133,7 +134,7 @@ def stated(history: list[dict[str, Any]]) -> tuple[dict[str, str], set[str]]:
 def _ranks(progress: Progress) -> dict[str, Any]:
     """Report where sites trained fewer ranks: ranks by site, and for each range of B's columns, of
     all rounds, the share of the mean's weight that trained them and the noise relative to every
-    site training them (None: no noise, AdamW, or a strategy other than fedavg).
+    site training them (None: no noise, AdamW, or a strategy that takes no mean).
 
     The divisor is all sites' weight, so the signal falls with the share, and noise by less."""
     study, history, ranks = progress.study, progress.history, lora_ranks(progress.history)
@@ -152,7 +153,9 @@ def _ranks(progress: Progress) -> dict[str, Any]:
             noise[columns] += (part * _noise(progress, name)) ** 2
             most += (part * _noise(progress, name)) ** 2
     is_known = (
-        study.private and study.training.optimizer == "sgd" and study.strategy.name == "fedavg"
+        study.private
+        and study.training.optimizer == "sgd"
+        and STRATEGIES.load(study.strategy.name).is_mean
     )
     rows: list[dict[str, Any]] = []
     for column, pair in enumerate(zip(share, np.sqrt(noise / most), strict=True), 1):

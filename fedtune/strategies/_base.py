@@ -29,6 +29,8 @@ class Strategy(ABC):
     """
 
     averages: ClassVar[bool] = True  # n identical updates move the adapter by exactly that update
+    # What updates add is a constant times their weighted mean, and so is what their noise adds.
+    is_mean: ClassVar[bool] = False
 
     def check(self, study: Study) -> None:  # noqa: B027 - a hook that most leave empty
         """Errors: ConfigError where the rest of the study does not fit this strategy."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedtune.strategies._base import Arrays, State, Strategy, moved, require
 from fedtune.strategies._mean import RunningMean
@@ -14,6 +15,8 @@ class FedAvg(Strategy):
 
     References: McMahan et al. 2017, Algorithm 1; Hsu et al. 2019 (FedAvgM), section 4.3.
     """
+
+    is_mean: ClassVar[bool] = True
 
     server_learning_rate: float = 1.0  # η
     momentum: float = 0.0  # β

@@ -73,4 +73,11 @@ MUTANTS = (
         "tests/client/test_sheet.py::test_a_site_without_the_fields_does_not_join",
         "records without a licence or a legal basis",
     ),
+    _one(
+        "evidence", "a-model-with-a-head-writes-text", "fedtune/run_folder.py",
+        "    return (run / ADAPTER / HEAD).is_file()\n",
+        "    return bool(load_plan(run).objective.labels)\n",
+        "tests/dossier/test_card.py::test_both_cards_say_whether_the_model_writes_text",
+        "a board reads that a reward model, or a plug-in's, is a text generator",
+    ),
 )  # fmt: skip

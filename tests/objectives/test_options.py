@@ -18,7 +18,7 @@ from tests.dp.conftest import study
 from tests.objectives.test_contract import every
 
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
-    "unknown objective": ("ppo", {}, "one of causal_lm, classify, distill, dpo, kto, orpo, reward"),
+    "unknown objective": ("ppo", {}, "one of " + ", ".join(objectives.names())),
     "unknown option": ("dpo", {"bet": 1.0}, "one of beta, label_smoothing, variant"),
     "no options": ("causal_lm", {"beta": 1.0}, "no options"),
     "a word for a number": ("kto", {"beta": "much"}, "such as 0.1"),

@@ -41,7 +41,6 @@ class Broken(Tracker):
 def test_each_of_the_release_says_which_package_it_needs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert TRACKERS.release() == ["mlflow", "tensorboard", "wandb"]
     for name in TRACKERS.release():
         for module in ("tensorboard", "torch.utils.tensorboard", "mlflow", "wandb"):
             monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed

@@ -16,6 +16,7 @@ from fedtune.observe.log import cleaned
 from fedtune.report.markdown import markdown
 from fedtune.server.bound import norm_bound, terms
 from fedtune.wire.codec import Shapes, decode, encode
+from tests.plugins import install
 from tests.server.fakes import FakeSite, make_parts, make_study
 
 B, HEAD = "layer.lora_B.default.weight", "head.weight"
@@ -171,6 +172,30 @@ def test_the_report_says_who_trained_what_and_how_noisy_it_is(trial):
     text = markdown(body)
     assert "## Ranks by site" in text and "in turn: a 8, b 4, c 2." in text
     assert "| 1–8 | 0.5833 | 0.7638 | 1.309 |" in text
+
+
+MEAN = """
+from dataclasses import dataclass
+from fedtune.strategies import Strategy
+from fedtune.strategies.fedavg import FedAvg
+
+@dataclass
+class Mean(FedAvg):
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("strategy", "known"), [("fedavg", True), ("plugged", True), ("fedadam", False)]
+)
+def test_the_noise_is_known_of_every_strategy_that_takes_the_mean(
+    trial, tmp_path, monkeypatch, strategy, known
+):
+    points = {"fedtune.strategies": {"plugged": "plugged_mean:Mean"}}
+    install(tmp_path / "installed", monkeypatch, "plugged_mean", MEAN, points)
+    body = trial(Ranked("a", 8), Ranked("b", 4)).run(study(name=strategy), parts=parts())
+    (band,) = body["lora_ranks"]["columns"]
+    assert band["noise"] == (pytest.approx(0.75**0.5) if known else None)
 
 
 def test_ranks_that_nobody_got_to_are_told(trial):

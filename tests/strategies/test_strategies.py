@@ -56,38 +56,41 @@ def study(**changes) -> Study:
 
 @EVERY
 def test_a_strategy_keeps_every_contract(name):
-    options = {"momentum": 0.9} if name in ("fedavg", "fedprox") else {}
+    kind = STRATEGIES.load(name)
+    options = {"momentum": 0.9} if hasattr(kind, "momentum") else {}
     for given in ({}, options):
         results = list(contracts.strategy(lambda given=given: STRATEGIES.build(name, given)))
-        averages = STRATEGIES.load(name).averages
-        assert len(results) == 5 + averages
+        assert len(results) == 5 + kind.averages + kind.is_mean
         assert [r for r in results if not r.passed] == []
 
 
 class Broken(Strategy):
-    """A mean of the updates that breaks one contract at a time."""
+    """A weighted mean of the updates that breaks one contract at a time."""
+
+    is_mean = True
 
     def __init__(self, how):
         self.how, self.updates, self.kept = how, [], {}
 
     def add(self, update, weight):
-        self.updates.append(update)
+        self.updates.append((update, 1.0 if self.how == "weights are ignored" else weight))
         if self.how == "an update is changed":
             update["layer.B"] += 1.0
 
     def apply(self, adapter):
-        updates, count = self.updates, len(self.updates)
+        updates = self.updates
         self.updates = [] if self.how != "updates stay" else updates
-        if not count:
+        if not updates:
             return {n: a + 1e-3 for n, a in adapter.items()} if self.how == "drifts" else adapter
         if self.how == "the last one counts":
-            updates, count = updates[-1:], 1
-        step = {n: sum(u[n].astype(np.float64) for u in updates) / count for n in adapter}
+            updates = updates[-1:]
+        total = sum(weight for _, weight in updates)
+        step = {n: sum(w * u[n].astype(np.float64) for u, w in updates) / total for n in adapter}
         if self.how == "momentum is not kept":
             step = {n: step[n] + 0.5 * self.kept.get(n, 0.0) for n in step}
             self.kept = step
         if self.how == "adds up":
-            step = {n: s * count for n, s in step.items()}
+            step = {n: s * total for n, s in step.items()}
         moved = {n: a + step[n] for n, a in adapter.items()}
         return moved if self.how == "fp64" else {n: a.astype(np.float32) for n, a in moved.items()}
 
@@ -99,6 +102,7 @@ class Broken(Strategy):
         ("drifts", {"no update"}),
         ("updates stay", {"no update", "state"}),
         ("adds up", {"identical updates"}),
+        ("weights are ignored", {"weighted mean"}),
         ("the last one counts", {"order of arrival"}),
         ("an update is changed", {"inputs"}),
         ("fp64", {"names, shapes and type"}),
@@ -125,7 +129,7 @@ def test_an_unknown_option_is_an_error_that_lists_the_known(name):
 
 
 def test_an_unknown_strategy_is_an_error_that_lists_the_known():
-    with pytest.raises(ConfigError, match="fedadam, fedavg, fedprox, trimmed_mean"):
+    with pytest.raises(ConfigError, match=", ".join(names())):
         STRATEGIES.load("fedmagic")
     for sly in ("_base", "__init__", "os", "fedavg.FedAvg", ""):
         with pytest.raises(ConfigError):

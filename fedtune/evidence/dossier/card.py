@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fedtune.config.known_bases import upstream_of
 from fedtune.evidence.dossier.markdown import body
 from fedtune.report.claim import number
 from fedtune.report.text import cell
+from fedtune.run_folder import pipeline_tag
 
 SECTIONS = ("summary", "model", "privacy")
 USE = """\
@@ -22,9 +24,10 @@ PEFT = (
 )
 
 
-def card(content: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """Write the card of a dossier's content. found: the run's documents."""
-    head = _head(found["report.json"], lora=bool(found["plan.json"].get("lora")))
+def card(content: Mapping[str, Any], found: Mapping[str, Any], run: Path) -> str:
+    """Write the card of a dossier's content. run: the run's folder; found: its documents."""
+    lora = bool(found["plan.json"].get("lora"))
+    head = _head(found["report.json"], task=pipeline_tag(run), lora=lora)
     return f"---\n{head}\n---\n\n{card_body(content, found)}"
 
 
@@ -42,14 +45,13 @@ def card_body(content: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _head(report: Mapping[str, Any], *, lora: bool) -> str:
+def _head(report: Mapping[str, Any], *, task: str, lora: bool) -> str:
     """Write the fields of the hub's model cards, always in one spelling, so that `verify` can
     compare them."""
     import yaml  # type: ignore[import-untyped]
 
     base = report["base"]
     upstream = upstream_of(base["name"])
-    task = "text-classification" if report["objective"]["name"] == "classify" else "text-generation"
     quality, study = report.get("quality") or {}, str(report["study"])
     after = quality.get("after")
     measured = measures(after if isinstance(after, dict) else {})

@@ -90,7 +90,7 @@ def _pages(folder: Path, signed: Mapping[str, Any]) -> None:
         written = {
             "dossier.md": markdown(content),
             "dossier.html": page(content),
-            "README.md": card(content, found),
+            "README.md": card(content, found, folder / RUN),
         }
         drawings = pictures.files(content)
     except MALFORMED:

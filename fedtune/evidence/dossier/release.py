@@ -31,11 +31,11 @@ from fedtune.evidence.dossier.seal import (
     read_release,
     sign,
 )
-from fedtune.evidence.sign import ADAPTER, HOME, RUN, carry
+from fedtune.evidence.sign import HOME, RUN, carry
 from fedtune.evidence.verify import Verified, certificate_of, is_signed, verify, verify_run
 from fedtune.files import reading
 from fedtune.files.writing import replace
-from fedtune.run_folder import new_folder, read_report
+from fedtune.run_folder import ADAPTER, new_folder, read_report
 from fedtune.wire.keys import SigningKey, canonical
 
 DETAILS = "a TOML file: one line for each blank, as `--details` writes it where there is none"
@@ -140,7 +140,7 @@ def _write(draft: Path, found: Mapping[str, Any], details: Mapping[str, str]) ->
         replace(draft / name, picture.encode())
     if can_write():
         replace(draft / PDF, pdf(content))
-    replace(draft / "README.md", card(content, found).encode())
+    replace(draft / "README.md", card(content, found, draft / RUN).encode())
     bill = json.dumps(bill_of_materials(found["report.json"]), indent=1, ensure_ascii=False)
     replace(draft / "sbom.cdx.json", (bill + "\n").encode())
 

@@ -18,9 +18,10 @@ from typing import Any
 from fedtune import __version__
 from fedtune.evidence.dossier import pictures
 from fedtune.evidence.figures import TODO, fail, signed_json
-from fedtune.evidence.sign import ADAPTER, RUN, NotGenuine, sha256
+from fedtune.evidence.sign import RUN, NotGenuine, sha256
 from fedtune.files import reading
 from fedtune.files.writing import replace
+from fedtune.run_folder import ADAPTER
 from fedtune.wire.keys import SigningKey, canonical, verifies
 
 RELEASE, APPROVALS = "release.json", "approvals"
