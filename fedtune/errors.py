@@ -22,7 +22,7 @@
     ├── InfrastructureError   exit 4   network, disk, another process
     │   ├── LedgerError                the privacy ledger (ledger/files.py)
     │   │   └── NewerLedger            written by a newer release (ledger/files.py)
-    │   ├── Altered                    what the site keeps of its records (models/prefix_store.py)
+    │   ├── Unavailable                states that the store lacks (models/prefix_store.py)
     │   └── TooFew                     strategy.min_sites are not there (fedtune/server/rounds.py)
     └── AccountantsDisagree   exit 4   two computations of ε contradict each other
 
@@ -35,6 +35,13 @@ from __future__ import annotations
 def printable(text: str) -> str:
     """Replace control characters, so that a terminal shows text without interpreting it."""
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def describe(error: BaseException) -> str:
+    """Describe an error for the log of the machine where it happened: its class, and the message of
+    a FedtuneError alone, since a library's may quote a record."""
+    message = f": {error}" if isinstance(error, FedtuneError) else ""
+    return type(error).__name__ + message
 
 
 class FedtuneError(Exception):

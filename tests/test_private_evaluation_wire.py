@@ -172,7 +172,7 @@ BAD = {
     "not finite": (sums(math.nan, 2.0), "dropped"),
     "less noise than the plan's": (sums(sigma=1.0), "dropped"),
     "no new step": (sums(steps=0), "dropped"),
-    "an error": (RuntimeError("patient 7"), "failed: internal error"),
+    "an error": (RuntimeError("patient 7"), "failed: the site's own log says why"),
     "a refusal": (PolicyRefused("rule"), "refused: rule"),
 }
 

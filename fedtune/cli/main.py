@@ -244,12 +244,9 @@ def client(
     Under torchrun, rank 0 is the client and the other ranks share its steps."""
     from fedtune.cli.watch import Watch
     from fedtune.config import load_site
-    from fedtune.errors import ConfigError
     from fedtune.observe import observer
 
     loaded, path = load_site(site), site.resolve()
-    if watch and (processes > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1):
-        raise ConfigError("--watch and several processes", "one of the two", "not together as yet")
     if os.environ.get("RANK", "0") != "0":
         from fedtune.client.rank_process import follow_torchrun
 

@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from fedtune.client.noted import acts
 from fedtune.client.prepared import Unprepared, Update, Void
 from fedtune.client.site import SiteWorker
-from fedtune.errors import FedtuneError, Refused
+from fedtune.errors import FedtuneError, Refused, describe
 from fedtune.evidence.audit_log import REPEATS
 from fedtune.flower.arrays import bodies, to_record
 from fedtune.observe.log import reason_of
@@ -23,7 +23,9 @@ log = logging.getLogger("fedtune.client")
 site_errors: dict[
     str, FedtuneError
 ] = {}  # by site file, for this process alone; `simulate` shows it
-INTERNAL = "internal error"  # what is sent; the site's own log has the class
+# What is sent of a failure, whatever it was: its class would be an answer about the records, or
+# about the room that they leave on this machine. The site's own log says what happened.
+FAILED = "the site's own log says why"
 Work = Callable[[SiteWorker, str, Message], Update]
 
 
@@ -100,8 +102,9 @@ def _plan_of(named: Any, order_for: str) -> str:
 def guarded(attempt: Callable[[], None], context: Context) -> tuple[str, str] | None:
     """Run `attempt` and return the status and reason of its failure, None if it succeeded.
 
-    Guarantee: only a refusal's text leaves the site (rules and public values); of a FedtuneError
-    its class, of any other exception that there was one: a library's error may quote a record."""
+    Guarantee: only a refusal's text leaves the site (rules and public values); of any other failure
+    that there was one. Once a record was read, a round does not fail by what it holds: what cannot
+    be summed is a step of noise alone (DpPlan.step), and is charged."""
     try:
         attempt()
     except Unprepared as error:
@@ -112,9 +115,9 @@ def guarded(attempt: Callable[[], None], context: Context) -> tuple[str, str] | 
         return "refused", str(error)
     except FedtuneError as error:
         site_errors[str(context.node_config.get("site"))] = error
-        log.warning("%s: %s", type(error).__name__, error)  # stays at the site
-        return "failed", type(error).__name__
+        log.warning("%s", describe(error))  # stays at the site
+        return "failed", FAILED
     except Exception as error:
-        log.warning("%s", type(error).__name__)
-        return "failed", INTERNAL
+        log.warning("%s", describe(error))
+        return "failed", FAILED
     return None

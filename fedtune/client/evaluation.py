@@ -18,10 +18,11 @@ from fedtune.config import Site, SiteEvaluation, Study
 from fedtune.dp import accountant
 from fedtune.dp.plan import DpPlan
 from fedtune.dp.query import answer, query_plan
-from fedtune.errors import BudgetExceeded, FedtuneError, PolicyRefused
+from fedtune.errors import BudgetExceeded, PolicyRefused, describe
 from fedtune.ledger.entries import Charge
 from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import Arrays, digest
+from fedtune.models.prefix_store import make_room_after
 from fedtune.objectives import resolve
 from fedtune.objectives._interface import Objective
 from fedtune.wire.codec import encode
@@ -49,7 +50,7 @@ def answered(
     held_out = check_release(study, current, plan, prepared.coordinator)
     site.require_signature(study, current)
     site.declare(held_out, study)
-    data = site.data_for(study, prepared.network, held_out)
+    data = site.data_in_study(study, prepared.network, held_out)
     charges = site.ledger.charges(held_out.name)
     charge = charge_of(study, plan, current, round_, charges)
 
@@ -59,7 +60,7 @@ def answered(
     prepared.network.load_trainable(adapter)  # before the charge: a refused one costs nothing
     reserved = site.ledger.reserve(held_out.name, charge, digest(adapter), permit)
     prepared.network.load_frozen(prepared.frozen)
-    sums = answer(plan, unit_rows(study, data), site.log, round_)
+    sums = answer(plan, _rows_or_none(study, data), site.log, round_)
     events = step_summary(site.log.steps(plan.study))
     payload = save(encode({"sums": sums.numpy()}, "float32"), {"events": json.dumps(events)})
     site.ledger.release(reserved, payload)
@@ -133,6 +134,16 @@ def charge_of(
     )
 
 
+def _rows_or_none(study: Study, data: CachedDataset) -> torch.Tensor:
+    """Compute `unit_rows`; no rows where that fails, whatever the cause: the answer is then noise
+    alone, since an error would tell of the records."""
+    try:
+        return unit_rows(study, data)
+    except Exception as error:
+        log.error("the adapter was not evaluated (%s): the answer is noise", describe(error))
+        return torch.zeros(0, 2, dtype=torch.float64)
+
+
 @torch.no_grad()
 def unit_rows(study: Study, data: CachedDataset) -> torch.Tensor:
     """Compute (score, 1) for each unit with the loaded adapter, fp64 (units, 2). Un-noised."""
@@ -149,8 +160,8 @@ def unit_rows(study: Study, data: CachedDataset) -> torch.Tensor:
 def _losses(
     objective: Objective, data: CachedDataset, records: Sequence[int]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield indices of some of `records` with their losses, fp64; NaN for a record that makes a
-    library raise, which affects its unit alone. Errors: FedtuneError, which no record decides."""
+    """Yield indices of some of `records` with their losses, fp64; NaN for a record whose loss
+    cannot be computed, which affects its unit alone."""
     pending = dict.fromkeys(records)
     try:
         for batch in data.blocks(records):
@@ -160,10 +171,9 @@ def _losses(
                 del pending[record]
             yield index, losses
         return
-    except FedtuneError:
-        raise
-    except Exception as error:  # its text may quote a record
-        log.error("held-out records failed (%s)", type(error).__name__)
+    except Exception as error:
+        log.error("held-out records failed (%s)", describe(error))
+        make_room_after(error)
     for record in pending:
         if len(records) > 1:
             yield from _losses(objective, data, [record])

@@ -1,8 +1,12 @@
 """Data-parallel processes of a site: each clips and sums a share of every step's rows.
 
-    rank 0   the client: talks to Flower, keeps the ledger, draws, adds noise, writes the log
-    rank n   reads the same site.toml and the same records; receives the plan, the adapter and the
-             rows from rank 0, and returns an integer sum
+    rank 0   the client: talks to Flower, keeps the ledger, reads the records, draws, adds noise,
+             writes the log
+    rank n   receives the plan, the records, the adapter and the rows from rank 0, and returns an
+             integer sum; opens neither the records' files nor the ledger
+
+Where the other ranks cannot serve, whatever the cause, rank 0 sums all rows itself: the same sum,
+later. No failure of theirs changes what the coordinator gets.
 
 `fedtune client SITE --processes N` starts them itself; under torchrun they are there already."""
 
@@ -13,9 +17,9 @@ import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,11 +27,11 @@ import numpy as np
 import torch
 
 from fedtune.client.policy import base_for
-from fedtune.client.reading import without_withdrawn
-from fedtune.client.site import SiteWorker, worker
-from fedtune.config import Study, load_site, study_from_json
+from fedtune.client.site import worker
+from fedtune.config import Site, Study, load_site, study_from_json
+from fedtune.data.dataset import Dataset
 from fedtune.dp.plan import ClippedSum, Team, plan_for_site
-from fedtune.errors import FedtuneError, InfrastructureError
+from fedtune.errors import InfrastructureError, describe
 from fedtune.files.writing import replace
 from fedtune.flower.processes import Child
 from fedtune.models.build import build
@@ -38,12 +42,12 @@ from fedtune.models.network import Network
 from fedtune.models.prefix_store import PREFIX_STORE
 from fedtune.models.rank_slice import ALL
 from fedtune.objectives import resolve
-from fedtune.training.data_parallel import Group, fingerprint, share_machine, sum_over_workers
+from fedtune.training.data_parallel import Group, share_machine, sum_over_workers
+from fedtune.training.shared_records import fingerprint, pack_records, unpack_records
 from fedtune.training.unit_gradients import UnitGradientEngine
 
 log = logging.getLogger("fedtune.site")
 TIMEOUT = 1800.0  # seconds that rank 0 waits for the others in one exchange
-SAME, OTHER = 1, 2  # a rank's records against rank 0's; 0: it could not read them
 
 
 class Workers:
@@ -59,30 +63,49 @@ class Workers:
         self._timeout = timeout
         self._open = ExitStack()
         self._group: Group | None = None
-        self._agreed: tuple[str, ...] = ()  # the study, factor and records that all have prepared
+        self._prepared: tuple[str, ...] = ()  # the study and the factor that all ranks hold
+        self._records = ""  # the fingerprint of the records that they hold
         self.children: list[Child] = []
 
     @contextmanager
     def running(
         self, study: Study, data: CachedDataset, frozen: Arrays, columns: slice = ALL
-    ) -> Iterator[Team]:
+    ) -> Iterator[Team | None]:
         """Provide the team for one round of `study`, all ranks with the same plan, factor and
-        records. columns: as in local_round.
-
-        Errors: InfrastructureError where a rank fails, ends, does not answer in time, or reads
-        other records than this process. Any error ends the team."""
+        records; None where the others cannot serve, and this process does the round alone.
+        columns: as in local_round. Any error in the block ends the team."""
         try:
-            group = self._group = self._group or self._started()
-            self._agree(group, study, data, frozen)
-            yield _Lead(group, data.network, columns)
+            yield self._team(study, data, frozen, columns)
         except BaseException:
             self.close()
             raise
 
+    def _team(
+        self, study: Study, data: CachedDataset, frozen: Arrays, columns: slice
+    ) -> Team | None:
+        try:
+            group = self._group = self._group or self._started()
+            self._prepare(group, study, str(data.network.dtype), frozen)
+            self._hand_out(group, data.dataset)
+        except Exception as error:
+            self.give_up(error)
+            return None
+        return _Lead(self, group, data.network, columns)
+
+    def give_up(self, error: Exception) -> None:
+        """End a team that cannot serve, and say so at this site; the next round starts another."""
+        log.error(
+            "the other processes of this site do not share the round (%s): this one does all of "
+            "it, which takes longer; read rank-*.log in the site's state folder",
+            describe(error),
+        )
+        self.close()
+
     def close(self) -> None:
         """End the other ranks by closing their connections."""
         self._open.close()
-        self._group, self._agreed, self.children = None, (), []
+        self._group, self._prepared, self._records = None, (), ""
+        self.children = []
 
     def __enter__(self) -> Workers:
         return self
@@ -123,136 +146,143 @@ class Workers:
         self._open.callback(_rendezvous_file(self._site).unlink, missing_ok=True)
         return Group(0, self.size, self._timeout, socket_path)
 
-    def _agree(self, group: Group, study: Study, data: CachedDataset, frozen: Arrays) -> None:
-        """Have every rank prepare `study`, unless it has. Errors: InfrastructureError."""
-        records, factor = fingerprint(data.dataset), arrays_digest(frozen)
-        if self._agreed == (study.digest, factor, records):
+    def _prepare(self, group: Group, study: Study, dtype: str, frozen: Arrays) -> None:
+        """Have every rank build the network of `study`, unless it has. Errors:
+        InfrastructureError."""
+        wanted = study.digest, arrays_digest(frozen)
+        if self._prepared == wanted:
             return
-        dtype = str(data.network.dtype).removeprefix("torch.")
+        self._prepared, self._records = (), ""
         names = sorted(frozen)
-        header = {"do": "prepare", "study": study.model_dump_json(), "dtype": dtype}
+        header = {"do": "prepare", "study": study.model_dump_json(), "names": names}
         arrays = [torch.from_numpy(np.asarray(frozen[name], np.float32)) for name in names]
-        group.send({**header, "records": records, "names": names}, arrays)
-        statuses = group.reduce_sum(torch.zeros(self.size, dtype=torch.int64))[1:].tolist()
-        for rank, status in enumerate(statuses, 1):
-            if status != SAME:
-                raise InfrastructureError(
-                    f"rank {rank} of this site "
-                    + ("reads other records" if status == OTHER else "could not prepare the study"),
-                    "the records of rank 0",
-                    f"see that its files do not change while it trains; read rank-{rank}.log",
-                )
-        self._agreed = (study.digest, factor, records)
+        group.send({**header, "dtype": dtype.removeprefix("torch.")}, arrays)
+        self._check_all_did(group, "prepare the study")
+        self._prepared = wanted
+
+    def _hand_out(self, group: Group, dataset: Dataset) -> None:
+        """Send every rank the records as this process read them, unless it has them. Errors:
+        InfrastructureError."""
+        records = fingerprint(dataset)
+        if self._records == records:
+            return
+        self._records = ""
+        header, tensors = pack_records(dataset)
+        group.send({"do": "records", "records": header}, tensors)
+        self._check_all_did(group, "take the records")
+        self._records = records
+
+    def _check_all_did(self, group: Group, what: str) -> None:
+        done = group.reduce_sum(torch.zeros(self.size, dtype=torch.int64))[1:].tolist()
+        for rank, did in enumerate(done, 1):
+            if not did:
+                raise InfrastructureError(f"rank {rank} of this site could not {what}")
 
 
 class _Lead:
     """fedtune.dp.plan.Team, at rank 0."""
 
-    def __init__(self, group: Group, network: Network, columns: slice) -> None:
-        self._group, self._network = group, network
+    def __init__(self, workers: Workers, group: Group, network: Network, columns: slice) -> None:
+        self._workers, self._group, self._network = workers, group, network
         self._columns = [columns.start, columns.stop]
 
     def total(self, sampled: list[int], dimension: int, clipped_sum: ClippedSum) -> torch.Tensor:
+        """Sum the clipped rows over all processes; in this one alone where another fails."""
         parameters = self._network.parameters().values()
         flat = torch.cat([p.detach().flatten().cpu() for p in parameters])
         rows = torch.tensor(sampled, dtype=torch.int64)
         header = {"do": "add", "dimension": dimension, "columns": self._columns}
-        self._group.send(header, [flat, rows])
-        return sum_over_workers(self._group, sampled, dimension, clipped_sum)
+        try:
+            self._group.send(header, [flat, rows])
+            return sum_over_workers(self._group, sampled, dimension, clipped_sum)
+        except InfrastructureError as error:
+            self._workers.give_up(error)
+            return clipped_sum(sampled)
 
 
 # ------------------------------------------------------------------------------ the other ranks
 
 
-def follow(group: Group, site: SiteWorker) -> NoReturn:
+def follow(group: Group, site: Site) -> NoReturn:
     """Serve rank 0's requests until InfrastructureError says that it has ended.
 
-    Guarantee: charges nothing, draws nothing, adds no noise, writes no step log; of the ledger it
-    reads who has withdrawn and which records are known."""
+    Guarantee: opens neither the records' files nor the ledger, charges nothing, draws nothing, adds
+    no noise, writes no step log."""
     prepared: _StudyAtRank | None = None
     while True:
         header, tensors = group.receive()
-        if header["do"] == "prepare":
-            statuses = torch.zeros(group.size, dtype=torch.int64)
-            try:
-                if prepared is None or not prepared.serves(header, tensors):
-                    prepared = None  # frees the old before the new is read
-                    prepared = _StudyAtRank(site, header, tensors)
-                statuses[group.rank] = SAME if prepared.records == header["records"] else OTHER
-            except Exception as error:
-                log.error("this rank cannot prepare the study: %s", _describe_error(error))
-            group.reduce_sum(statuses)
-        elif prepared is not None:
-            flat, rows = tensors
-            try:
-                clipped_sum = prepared.summing_with(flat, slice(*header["columns"]))
-                sum_over_workers(group, rows.tolist(), header["dimension"], clipped_sum)
-            except InfrastructureError:
-                raise
-            except Exception as error:  # rank 0 notices that the rows are missing
-                log.error("this rank did not add up its rows: %s", _describe_error(error))
+        if header["do"] == "add":
+            if prepared is not None:
+                _add(group, prepared, header, tensors)
+            continue
+        done = torch.zeros(group.size, dtype=torch.int64)
+        try:
+            if header["do"] == "prepare":
+                prepared = None  # frees the old before the new is built
+                prepared = _StudyAtRank(site, header, tensors)
+            elif prepared is not None:
+                prepared.take(unpack_records(header["records"], tensors))
+            done[group.rank] = 1
+        except Exception as error:
+            log.error("this rank cannot serve: %s", describe(error))
+        group.reduce_sum(done)
 
 
-def _asked(header: dict[str, Any], frozen: list[torch.Tensor]) -> tuple[str, ...]:
-    """Return what rank 0 asks to be prepared, but for the records."""
-    factor = {name: array.numpy() for name, array in zip(header["names"], frozen, strict=True)}
-    return header["study"], header["dtype"], arrays_digest(factor)
+def _add(
+    group: Group, prepared: _StudyAtRank, header: dict[str, Any], tensors: list[torch.Tensor]
+) -> None:
+    """Sum this rank's share of a step. Errors: InfrastructureError where rank 0 has ended."""
+    flat, rows = tensors
+    try:
+        clipped_sum = prepared.summing_with(flat, slice(*header["columns"]))
+        sum_over_workers(group, rows.tolist(), header["dimension"], clipped_sum)
+    except InfrastructureError:
+        raise
+    except Exception as error:  # rank 0 notices that the rows are missing
+        log.error("this rank did not add up its rows: %s", describe(error))
 
 
 class _StudyAtRank:
     """One study at one rank: network, records, engine and the plan's own clipping."""
 
-    def __init__(
-        self, site: SiteWorker, header: dict[str, Any], frozen: list[torch.Tensor]
-    ) -> None:
+    def __init__(self, site: Site, header: dict[str, Any], frozen: list[torch.Tensor]) -> None:
         study = study_from_json(header["study"])
         base = study.base.model_copy(update={"dtype": header["dtype"]})
         # rank 0's dtype: where the study leaves it open, each process would measure its own.
         measured = study.model_copy(update={"base": base})
-        self.network = build(measured, base_for(study, site.site))
-        arrays = {n: t.numpy() for n, t in zip(header["names"], frozen, strict=True)}
-        self.network.load_frozen(arrays)
-        self._home, self._prepared_for = site.home, _asked(header, frozen)
-        self._objective = resolve(study.objective), study.sampling_unit, study.training.engine
-        self._take(site.current_dataset(study, self.network))
-        self._plan = plan_for_site(study, site.site.site.declared_size)
-        self._checkpointing = site.site.site.gradient_checkpointing
+        self.network = build(measured, base_for(study, site))
+        self.network.load_frozen(
+            {name: array.numpy() for name, array in zip(header["names"], frozen, strict=True)}
+        )
+        self._plan = plan_for_site(study, site.site.declared_size)
+        self._study, self._site = study, site.site
+        self._data = CachedDataset(self.network, Dataset([], 0, Counter()))
 
-    def serves(self, header: dict[str, Any], frozen: list[torch.Tensor]) -> bool:
-        """Take what was read before, less whoever withdrew since, and return whether rank 0 asks
-        for it: it does not read its files anew for a withdrawal, and rows that came to them
-        meanwhile must not tell of one by ending the round."""
-        left = without_withdrawn(self._data, self._home)
-        same = self._prepared_for == _asked(header, frozen)
-        if same and fingerprint(left.dataset) == header["records"]:
-            self._take(left)
-            return True
-        return False
-
-    def _take(self, data: CachedDataset) -> None:
-        self._data, self.records = data, fingerprint(data.dataset)
-        self._engine_of = partial(UnitGradientEngine, data, *self._objective)
+    def take(self, dataset: Dataset) -> None:
+        """Train on these records from now on; states of records that are in it no more go."""
+        self._data = CachedDataset(self.network, dataset, self._site.cache_bytes)
 
     def summing_with(self, flat: torch.Tensor, columns: slice) -> ClippedSum:
         """Return a function that sums rows' clipped gradients at the parameters `flat`, all in
         order, where these columns of each B are trained."""
 
         def clipped_sum(rows: list[int]) -> torch.Tensor:
-            engine = self._engine_of(columns)
+            engine = UnitGradientEngine(
+                self._data,
+                resolve(self._study.objective),
+                sampling_unit=self._study.sampling_unit,
+                engine=self._study.training.engine,
+                columns=columns,
+            )
             pieces = torch.split(flat, [p.numel() for p in engine.parameters])
             with torch.no_grad():
                 for parameter, piece in zip(engine.parameters, pieces, strict=True):
                     parameter.copy_(piece.view_as(parameter))
-            with self.network.recomputing(self._checkpointing and engine.name == "one-pass"):
+            recompute = self._site.gradient_checkpointing and engine.name == "one-pass"
+            with self.network.recomputing(recompute):
                 return self._plan.clipped_sum(rows, engine.dimension, engine)
 
         return clipped_sum
-
-
-def _describe_error(error: Exception) -> str:
-    """Name the error's class, with the message of a FedtuneError alone: it quotes no record."""
-    message = f": {error}" if isinstance(error, FedtuneError) else ""
-    return type(error).__name__ + message
 
 
 def _rendezvous_file(site: Path) -> Path:
@@ -277,10 +307,10 @@ def follow_torchrun(site: Path) -> None:
 
 def _follow(site: Path, rank: int, size: int, socket_path: Path | None) -> None:
     share_machine(rank, size)
-    site_worker = SiteWorker(load_site(site), site)
+    loaded = load_site(site)
     group = Group(rank, size, None, socket_path or _await_rank_0(site))
     try:
-        follow(group, site_worker)
+        follow(group, loaded)
     except InfrastructureError as error:
         log.info("%s", error)  # rank 0 has ended, and so does this process
     finally:

@@ -36,9 +36,9 @@ from fedtune.data.load import check_columns
 from fedtune.dp.non_private import non_private_plan
 from fedtune.dp.plan import DpPlan, SharedPlan, StepPlan
 from fedtune.dp.steplog import StepLog
-from fedtune.errors import DataError, PolicyRefused, Refused
+from fedtune.errors import DataError, PolicyRefused, Refused, describe
 from fedtune.ledger.entries import Charge
-from fedtune.ledger.ledger import Ledger
+from fedtune.ledger.ledger import Ledger, LedgerError
 from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import Arrays
@@ -205,10 +205,22 @@ class SiteWorker:
             self._cached[data.name] = view, (cached := left)
         return cached
 
-    def current_dataset(self, study: Study, network: Network) -> CachedDataset:
-        """Load the current training records less withdrawn patients; the ledger is only read."""
-        dataset = self._read(study, network, self.site.data)
-        return CachedDataset(network, dataset, self.site.site.cache_bytes)
+    def data_in_study(self, study: Study, network: Network, data: SiteData) -> CachedDataset:
+        """Load a dataset as `data_for` does, in a study that this site takes part in; no records
+        where they cannot be read now, whatever the cause: the round is then noise alone, and
+        charged. Errors: LedgerError, without which nothing can be charged."""
+        try:
+            return self.data_for(study, network, data)
+        except LedgerError:
+            raise
+        except Exception as error:
+            log.error(
+                "%s: the records cannot be read (%s); this site takes part with noise alone until "
+                "they can",
+                data.where,
+                describe(error),
+            )
+            return CachedDataset(network, Dataset([], 0, Counter()))
 
     def _read(self, study: Study, network: Network, data: SiteData) -> Dataset:
         """Read the dataset less the patients who withdrew. One record more or less, or a broken
@@ -264,7 +276,7 @@ class SiteWorker:
         steps = study.training.local_steps
         site = self._permit(study, plan, prepared.coordinator, steps)
         prepared.network.load_trainable(adapter)  # before the charge: a refused one costs nothing
-        data = self.data_for(study, prepared.network, self.site.data)  # somebody may have withdrawn
+        data = self.data_in_study(study, prepared.network, self.site.data)
         charge = self._charge(study, plan, site, round_)
 
         def permit(charges: list[Charge]) -> None:
@@ -316,7 +328,7 @@ class SiteWorker:
             yield prepared.plan
         else:
             with self.ranks.running(prepared.study, data, prepared.frozen, columns) as team:
-                yield SharedPlan(prepared.private, team)
+                yield SharedPlan(prepared.private, team) if team else prepared.plan
 
     def evaluate(self, digest: str, round_: int, adapter: Arrays, receipt: str = "") -> Update:
         """Evaluate `adapter` on the held-out records with noise, or return the stored answer.

@@ -5,6 +5,7 @@ computes ε and runs the step."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -15,10 +16,12 @@ from fedtune.dp.accountant import Steps
 from fedtune.dp.calibration import resolve
 from fedtune.dp.clip import Chunk
 from fedtune.dp.steplog import Step, StepLog
+from fedtune.errors import describe
 
 if TYPE_CHECKING:
     import torch
 
+_log = logging.getLogger("fedtune.dp")
 RELATION: clip.Relation = "add or remove one unit"
 
 # The gradients of the sampled rows, some at a time, in any order. A row is a unit or, where records
@@ -50,7 +53,8 @@ class DpPlan:
     adds σ/√(n - t), and (σ, ε) are of the sum that anybody opens, in which n - t honest sites did.
     Guarantee: each call of `step` is one Gaussian mechanism on the add-or-remove-one-unit relation,
     Poisson-subsampled with (σ, q) where k = 1, and the mixture over Binomial(k, q) rows of a unit
-    else; its line is in the log before its result is returned.
+    else; its line is in the log before its result is returned. A sum that cannot be computed, for
+    whatever reason, is a sum of nothing: the step is noise alone, and costs what it would have.
     Reference: Charles et al. 2024, "Fine-tuning large language models with user-level differential
     privacy", algorithms 1 (records drawn: sensitivity kC) and 2 (units drawn: sensitivity C).
     """
@@ -111,9 +115,10 @@ class DpPlan:
         """Run one DP-SGD step: a noised mean gradient, fp32 (dimension,), of `n_rows` rows.
 
         `gradients` is called once with the sampled rows and yields each of them exactly once; its
-        tensors are zeroed after use. An empty sample is a noise-only step. team: other processes
-        that sum some of the rows; sampling and noise happen in this process alone, once.
-        Errors: RuntimeError when a row is missing or doubled: nothing is released then.
+        tensors are zeroed after use. An empty sample is a noise-only step, and so is one whose rows
+        cannot be summed, or of which one is missing or doubled: why is in this machine's own log,
+        since an error would tell the coordinator of the records. team: other processes that sum
+        some of the rows; sampling and noise happen in this process alone, once.
         """
         total = self._drawn_sum(n_rows, dimension, gradients, team)
         return self._add_noise(total, log, round_)
@@ -136,11 +141,19 @@ class DpPlan:
     def _drawn_sum(
         self, n_rows: int, dimension: int, gradients: RowGradients, team: Team | None
     ) -> torch.Tensor:
+        import torch
+
         sampled = sampling.poisson(n_rows, self.sampling_rate)
-        if team is None:
-            return self.clipped_sum(sampled, dimension, gradients)
-        partial = lambda rows: self.clipped_sum(rows, dimension, gradients)  # noqa: E731
-        return team.total(sampled, dimension, partial)
+        try:
+            if team is None:
+                return self.clipped_sum(sampled, dimension, gradients)
+            partial = lambda rows: self.clipped_sum(rows, dimension, gradients)  # noqa: E731
+            return team.total(sampled, dimension, partial)
+        except Exception as error:
+            _log.error(
+                "the rows of a step were not summed (%s): it is noise alone", describe(error)
+            )
+            return torch.zeros(dimension, dtype=torch.int64)
 
     @property
     def grid(self) -> float:
@@ -158,7 +171,7 @@ class DpPlan:
     ) -> torch.Tensor:
         """Sum the clipped rows in multiples of the grid, int64 (dimension,). Not noised.
 
-        Errors: RuntimeError as in `step`."""
+        Errors: RuntimeError when a row is missing or doubled; those of `gradients`."""
         import torch
 
         total = torch.zeros(dimension, dtype=torch.int64)
@@ -203,14 +216,13 @@ class SharedPlan:
     def step(
         self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
     ) -> torch.Tensor:
-        """Run one DP-SGD step as DpPlan.step does, with workers. Errors: also those of
-        Team.total."""
+        """Run one DP-SGD step as DpPlan.step does, with workers."""
         return self.plan.step(n_rows, dimension, gradients, log, round_, self.team)
 
     def noised_sum(
         self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
     ) -> torch.Tensor:
-        """Run DpPlan.noised_sum with workers. Errors: also those of Team.total."""
+        """Run DpPlan.noised_sum with workers."""
         return self.plan.noised_sum(n_rows, dimension, gradients, log, round_, self.team)
 
 

@@ -19,9 +19,14 @@ import torch
 
 from fedtune.data.dataset import Dataset, Passage
 from fedtune.data.media import Media
-from fedtune.errors import FedtuneError
 from fedtune.models.network import Network
-from fedtune.models.prefix_store import PREFIX_STORE, Altered, HiddenStates
+from fedtune.models.prefix_store import (
+    PREFIX_STORE,
+    Altered,
+    HiddenStates,
+    Unavailable,
+    make_room_after,
+)
 from fedtune.objectives._interface import Batch
 from fedtune.objectives._shapes import padded_length
 from fedtune.progress import report
@@ -126,7 +131,7 @@ class CachedDataset:
         return max(1, PREFIX_POSITIONS[self.network.device.type] // positions)
 
     def warm(self) -> None:
-        """Fill the cache now, reporting progress by records. Errors: InfrastructureError (disk)."""
+        """Fill the cache now, reporting progress by records."""
         if not self.network.cached:
             return
         self._states = [self.network.states.get(name) for name in self._names]
@@ -148,22 +153,24 @@ class CachedDataset:
         fails again when it is read."""
         try:
             self._compute(rows)
-        except FedtuneError:
-            raise
         except Exception as error:  # its words may quote a record
             log.error("a record cannot be read by the base (%s)", type(error).__name__)
+            make_room_after(error)
             for row in rows if len(rows) > 1 else ():
                 self._compute_or_skip([row])
 
-    def _compute(self, rows: list[int]) -> None:
-        """Compute and store the states of passages of one bucket, at most a block."""
+    def _compute(self, rows: list[int]) -> list[torch.Tensor]:
+        """Compute the states of passages of one bucket, at most a block; store and return them."""
         filled = _fill_block(rows, self._prefix_block(self._prefix_bucket(rows[0])))
         hidden = self.network.prefix(*self._tokens(filled), self._encode_media(filled))
         states = hidden.cpu()  # none stay in a GPU's memory
+        computed = []
         for row, index in enumerate(rows):
             name, positions = self._names[index], torch.from_numpy(self._positions[index])
-            state = PREFIX_STORE.keep(states[row, positions], name, self._memory)
+            computed.append(states[row, positions])
+            state = PREFIX_STORE.keep(computed[-1], name, self._memory)
             self.network.states[name] = self._states[index] = state
+        return computed
 
     def batches(self, indices: Indices, token_budget: int = 4096) -> Iterator[Batch]:
         """Yield the records `indices`, each once, in micro-batches of one bucket and at most
@@ -258,25 +265,29 @@ class CachedDataset:
         files = [self.dataset.examples[row // self._n_passages].media for row in rows]
         if files[0] is None:
             return None
-        states = []
+        states: dict[bytes, torch.Tensor] = {}
         for file in files:
             assert file is not None  # every record of a multimodal base has one
-            name = hashlib.sha256(b"seen" + file.digest).digest()
-            stored = self._tower_states.get(name) or self.network.states.get(name)
-            if stored is None:
-                encoded = self.network.encode_media(self.network.reader.tensor(file)).cpu()
-                stored = self.network.states[name] = PREFIX_STORE.keep(encoded, name, self._memory)
-            self._tower_states[name] = stored
-            states.append(self._intact(stored, name, file))
-        return torch.stack(states).to(self.network.device)
+            if file.digest not in states:
+                states[file.digest] = self._tower_states_of(file)
+        return torch.stack([states[f.digest] for f in files if f]).to(self.network.device)
 
-    def _intact(self, stored: HiddenStates, name: bytes, file: Media) -> torch.Tensor:
-        try:
-            return stored.read()
-        except Altered as error:
-            log.warning("%s; they are computed again. Check this machine's disk", error)
-            del self._tower_states[name]
-            return self.network.encode_media(self.network.reader.tensor(file)).cpu()
+    def _tower_states_of(self, file: Media) -> torch.Tensor:
+        """Read the tower's states of a file; compute and store them where the store lacks them."""
+        name = hashlib.sha256(b"seen" + file.digest).digest()
+        stored = self._tower_states.get(name) or self.network.states.get(name)
+        if stored is not None:
+            try:
+                states = stored.read()
+            except Unavailable as error:
+                _warn_if_altered(error)
+            else:
+                self._tower_states[name] = stored
+                return states
+        states = self.network.encode_media(self.network.reader.tensor(file)).cpu()
+        stored = PREFIX_STORE.keep(states, name, self._memory)
+        self.network.states[name] = self._tower_states[name] = stored
+        return states
 
     def _rows(self, records: Indices) -> list[int]:
         """Return the rows (passages) of `records`."""
@@ -292,23 +303,29 @@ class CachedDataset:
             if tower_states is None:
                 tower_states = self._encode_media(rows)
             return self.network.prefix(*self._tokens(rows, length), tower_states)
-        states = [self._read(index) for index in rows]
+        states = self._read(rows)
         padded = torch.zeros(len(rows), length, states[0].shape[-1], dtype=states[0].dtype)
         for row, state in enumerate(states):
             padded[row, : len(state)] = state
         return padded
 
-    def _read(self, index: int) -> torch.Tensor:
-        """Read one passage's states; recompute them where the file was altered."""
-        state = self._states[index]
-        if state is None:
-            raise RuntimeError("a record that the base could not read")
-        try:
-            return state.read()
-        except Altered as error:
-            log.warning("%s; they are computed again. Check this machine's disk", error)
-            self._compute([index])
-            return self._read(index)
+    def _read(self, rows: list[int]) -> list[torch.Tensor]:
+        """Read the states of passages; those that the store has lost are computed again, in blocks
+        of the same shapes as the first time."""
+        read: dict[int, torch.Tensor] = {}
+        lost: list[int] = []
+        for index in dict.fromkeys(rows):  # a block may be filled with its first record
+            state = self._states[index]
+            if state is None:
+                raise RuntimeError("a record that the base could not read")
+            try:
+                read[index] = state.read()
+            except Unavailable as error:
+                _warn_if_altered(error)
+                lost.append(index)
+        for _, block in _group_by_bucket(lost, self._prefix_bucket, self._prefix_block):
+            read |= zip(block, self._compute(block), strict=True)
+        return [read[index] for index in rows]
 
     def _tokens(self, rows: list[int], length: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Pad passages of one bucket to token ids and mask (rows, length)."""
@@ -346,6 +363,11 @@ def _limit_threads(limit: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _warn_if_altered(error: Unavailable) -> None:
+    if isinstance(error, Altered):
+        log.warning("%s; they are computed again. Check this machine's disk", error)
 
 
 def _fill_block(indices: list[int], size: int) -> list[int]:

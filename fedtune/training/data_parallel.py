@@ -9,7 +9,6 @@ ports that every account of the machine can connect to, without authentication.)
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import socket
@@ -22,7 +21,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from fedtune.data.dataset import Dataset
 from fedtune.dp.plan import ClippedSum
 from fedtune.errors import InfrastructureError
 from fedtune.models.prefix_store import PREFIX_STORE
@@ -227,19 +225,6 @@ def _as_infrastructure_error() -> Iterator[None]:
             "every process that was started",
             "read the team's logs in the site's state folder; the next round starts them anew",
         ) from error
-
-
-def fingerprint(dataset: Dataset) -> str:
-    """Hash every record as it trains, in order (sha256): processes with equal fingerprints mean
-    the same record by the same row."""
-    total = hashlib.sha256()
-    for example in dataset.examples:
-        media = example.media.digest.hex() if example.media else ""
-        total.update(f"{example.unit} {example.label} {media} ".encode())
-        for passage in example.passages:
-            parts = (passage.input_ids.tobytes(), passage.target_ids.tobytes())
-            total.update(f"{len(parts[0])} ".encode() + b"".join(parts))
-    return total.hexdigest()
 
 
 def share_machine(index: int, processes: int) -> None:

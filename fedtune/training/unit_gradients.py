@@ -9,11 +9,12 @@ from typing import Literal, NamedTuple
 import torch
 
 from fedtune.dp.clip import Chunk
-from fedtune.errors import FedtuneError, ModelError
+from fedtune.errors import ModelError, describe
 from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import LARGEST
 from fedtune.models.network import Network
 from fedtune.models.preconditioner import identity_part, name_for
+from fedtune.models.prefix_store import make_room_after
 from fedtune.models.rank_slice import ALL, trained_slice
 from fedtune.objectives._interface import Batch, Objective
 from fedtune.training import engines
@@ -116,9 +117,8 @@ class UnitGradientEngine:
     def __call__(self, rows: list[int]) -> Iterator[Chunk]:
         """Yield the gradients of `rows`, each once, in whatever order and chunks are quickest.
 
-        A row whose records make a library raise is zero, as is one that is not finite; other rows
-        are unaffected. Errors: FedtuneError (a disk, a layer that is not watched), which does not
-        depend on any record."""
+        A row that cannot be computed, for whatever reason, is zero, as is one that is not finite;
+        other rows are unaffected."""
         pending = dict.fromkeys(rows)
         try:
             for chunk in self._chunks(rows):
@@ -126,10 +126,9 @@ class UnitGradientEngine:
                     del pending[row]
                 yield chunk
             return
-        except FedtuneError:
-            raise
-        except Exception as error:  # its words may quote a record
-            log.error("rows of a block failed (%s); retrying one by one", type(error).__name__)
+        except Exception as error:
+            log.error("rows of a block failed (%s); retrying one by one", describe(error))
+            make_room_after(error)
         for row in pending:
             yield self._single_row(row)
 
@@ -142,10 +141,8 @@ class UnitGradientEngine:
         try:
             (chunk,) = self._chunks([row])
             return chunk
-        except FedtuneError:
-            raise
         except Exception as error:
-            log.error("a unit's gradient failed (%s); it takes no part", type(error).__name__)
+            log.error("a unit's gradient failed (%s); it takes no part", describe(error))
             return Chunk([row], [t.new_zeros(1, t.numel()) for t in self.trained])
 
     def _chunks(self, rows: list[int]) -> Iterator[Chunk]:

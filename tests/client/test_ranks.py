@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +24,11 @@ from fedtune.client.site import worker as worker_of
 from fedtune.client.withdraw import withdraw
 from fedtune.config import load_site
 from fedtune.config.sites import sites_in
-from fedtune.data.dataset import Dataset, Example, Passage
+from fedtune.data.dataset import Dataset, Example, Passage, SoftTargets
+from fedtune.data.media import Media
 from fedtune.dp import noise
-from fedtune.errors import InfrastructureError
 from fedtune.flower.processes import free_port
-from fedtune.training.data_parallel import fingerprint
+from fedtune.training.shared_records import fingerprint, pack_records, unpack_records
 from fedtune.training.start import Start
 from fedtune.wire.codec import VALUES
 from tests.client.test_site import begun, notes
@@ -124,49 +126,81 @@ def test_two_processes_train_as_few_ranks_as_their_site(
     assert np.linalg.norm(sums[0] - sums[1]) < 1e-4 * np.linalg.norm(sums[0]) > 0
 
 
-def test_a_rank_that_dies_costs_the_round_and_the_next_has_a_new_one(
-    worker: SiteWorker, tiny_base: Path
+def without_noise(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(noise, "gaussian_on_grid", lambda d, std, grid: torch.zeros(d).long())
+
+
+def test_a_rank_that_dies_costs_time_alone_and_the_next_round_has_a_new_one(
+    worker: SiteWorker, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, ranks = two_steps(tiny_base), worker.ranks
+    """Rank 0 sums all rows itself: the update and the charge are those of a round without ranks."""
+    made, ranks, site = two_steps(tiny_base), worker.ranks, site_in(tmp_path / "alone")
     assert ranks is not None
-    worker.prepare(made.study, made.frozen)
+    alone = SiteWorker(load_site(site), site)
+    for each in (worker, alone):
+        each.prepare(made.study, made.frozen)
+    without_noise(monkeypatch)
     worker.train(made.study.digest, 1, made.adapter)
     (child,) = ranks.children
     os.kill(child.pid, signal.SIGKILL)
-    with pytest.raises(InfrastructureError, match="is gone or does not answer"):
-        worker.train(made.study.digest, 2, made.adapter)
-    assert {step.round for step in worker.log.steps()} == {1}, "nothing of the step was released"
+    update, expected = (
+        vector(each.train(made.study.digest, 2, made.adapter).delta) for each in (worker, alone)
+    )
+    assert np.linalg.norm(update - expected) < 1e-4 * np.linalg.norm(expected) > 0
+    assert ranks.children == []
     assert [charge.round for charge in worker.ledger.charges("records")] == [1, 2]
-    worker.train(made.study.digest, 2, made.adapter)
-    assert [charge.round for charge in worker.ledger.charges("records")] == [1, 2, 2]
+    worker.train(made.study.digest, 3, made.adapter)
+    assert [child.alive for child in ranks.children] == [True]
+    assert [charge.round for charge in worker.ledger.charges("records")] == [1, 2, 3]
 
 
-def test_ranks_that_read_other_records_are_refused(
-    worker: SiteWorker, path: Path, tiny_base: Path
+def test_ranks_that_cannot_be_started_cost_time_alone(
+    worker: SiteWorker, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file changes between rank 0's reading and the other's."""
+    def fails(_: Workers) -> None:
+        raise OSError(28, "No space left on device")
+
     made = two_steps(tiny_base)
     worker.prepare(made.study, made.frozen)
+    monkeypatch.setattr(Workers, "_spawned", fails)
+    assert np.isfinite(vector(worker.train(made.study.digest, 1, made.adapter).delta)).all()
+    assert [charge.round for charge in worker.ledger.charges("records")] == [1]
+
+
+@pytest.mark.parametrize("when", ["before the first round", "after it"])
+def test_ranks_train_on_what_rank_0_read(
+    worker: SiteWorker,
+    path: Path,
+    tmp_path: Path,
+    tiny_base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    when: str,
+) -> None:
+    """Whatever the files hold by then: records are read once, by the process with the ledger."""
+    made, site = two_steps(tiny_base), site_in(tmp_path / "alone")
+    alone = SiteWorker(load_site(site), site)
+    for each in (worker, alone):
+        each.prepare(made.study, made.frozen)
+    without_noise(monkeypatch)
+    if when == "after it":
+        worker.train(made.study.digest, 1, made.adapter)
     notes_file = path.with_name("notes.jsonl")
-    prepared = worker._prepared[made.study.digest]
-    data = worker.data_for(made.study, prepared.network, worker.site.data)
-    before = fingerprint(data.dataset)
     lines = notes_file.read_text().splitlines()
+    more = json.loads(lines[0]) | {"who": "somebody new", "note": "came later"}
     changed = json.loads(lines[3]) | {"note": "something else altogether"}
-    notes_file.write_text("\n".join([*lines[:3], json.dumps(changed), *lines[4:]]) + "\n")
-    assert fingerprint(worker.current_dataset(made.study, data.network).dataset) != before
-    with (
-        pytest.raises(InfrastructureError, match="rank 1 of this site reads other records"),
-        worker.ranks.running(made.study, data, prepared.frozen),  # type: ignore[union-attr]
-    ):
-        pass
-    assert worker.log.steps() == []
+    new = [*lines[:3], json.dumps(changed), *lines[4:], json.dumps(more)]
+    notes_file.write_text("\n".join(new) + "\n")
+    update, expected = (
+        vector(each.train(made.study.digest, 2, made.adapter).delta) for each in (worker, alone)
+    )
+    assert np.linalg.norm(update - expected) < 1e-4 * np.linalg.norm(expected) > 0
+    assert worker.ranks is not None and len(worker.ranks.children) == 1
 
 
-def test_a_withdrawal_from_a_file_that_grew_ends_no_round(
+def test_a_withdrawal_from_a_file_that_grew_reaches_the_ranks(
     worker: SiteWorker, path: Path, tiny_base: Path
 ) -> None:
-    """Nor do the rows that came meanwhile take part: rank 0 did not read them."""
+    """The rows that came meanwhile take no part: rank 0 did not read them."""
     made = two_steps(tiny_base)
     worker.prepare(made.study, made.frozen)
     worker.train(made.study.digest, 1, made.adapter)
@@ -182,21 +216,61 @@ def test_a_withdrawal_from_a_file_that_grew_ends_no_round(
     worker.train(made.study.digest, 2, made.adapter)
     after = worker.data_for(made.study, before.network, worker.site.data)
     assert after.dataset.n_units == before.dataset.n_units - 1
-    assert {step.round for step in worker.log.steps()} == {1, 2}
+    assert worker.ranks is not None
+    assert worker.ranks._records == fingerprint(after.dataset) != fingerprint(before.dataset)
 
 
-def test_the_order_of_records_is_part_of_what_must_agree(path: Path, tiny_base: Path) -> None:
+def of_every_kind() -> list[Dataset]:
+    """Datasets with whatever a record may hold; the keys are those of nobody."""
+    draw = np.random.default_rng(0)
+
+    def passage(length: int) -> Passage:
+        ids = draw.integers(0, 300, length, dtype=np.int32)
+        return Passage(ids, np.where(ids % 3 == 0, ids, -100).astype(np.int32))
+
+    def example(length: int, unit: int, **more: object) -> Example:
+        return Example(*passage(length), label=unit % 2, unit=unit, **more)  # type: ignore[arg-type]
+
+    def soft(length: int) -> SoftTargets:
+        return SoftTargets(
+            draw.integers(0, 300, (length, 4), dtype=np.int32),
+            draw.normal(size=(length, 4)).astype(np.float32),
+        )
+
+    bodies = (b"one image", b"another")
+    images = [Media("image", body, hashlib.sha256(body).digest()) for body in bodies]
+    kinds = [
+        [],
+        [example(3, 0), example(9, 1), example(1, 1)],
+        [example(4, 0, rejected=passage(7)), example(2, 1, rejected=passage(5))],
+        [example(4, 0, soft=soft(3)), example(4, 1, soft=soft(1))],
+        [example(3, at, media=images[at % 2], tiles=at + 1) for at in range(2)],
+    ]
+    keys = (b"patient-one", b"patient-two")
+    return [Dataset(one, min(len(one), 2), Counter(), keys=keys[: len(one)]) for one in kinds]
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_the_other_processes_get_each_record_as_it_trains_and_no_key(at: int) -> None:
+    dataset = of_every_kind()[at]
+    header, tensors = pack_records(dataset)
+    content = json.dumps(header).encode() + b"".join(t.numpy().tobytes() for t in tensors)
+    assert b"patient" not in content
+    again = unpack_records(json.loads(json.dumps(header)), tensors)
+    assert fingerprint(again) == fingerprint(dataset)
+    assert (again.n_units, again.by_unit) == (dataset.n_units, dataset.by_unit)
+    for one, other in zip(again.examples, dataset.examples, strict=True):
+        assert [p.input_ids.dtype for p in one.passages] == [np.int32] * len(other.passages)
+        assert (one.media is None) == (other.media is None)
+        if one.media and other.media:
+            assert (one.media.kind, one.media.body) == (other.media.kind, other.media.body)
+
+
+def test_the_order_of_records_is_part_of_what_must_agree() -> None:
     """Rows are numbers: the same records in another order would be other rows."""
-    made = two_steps(tiny_base)
-    worker = SiteWorker(load_site(path), path)
-    worker.prepare(made.study, made.frozen)
-    network = worker._prepared[made.study.digest].network
-    first = worker.current_dataset(made.study, network).dataset
-    notes_file = path.with_name("notes.jsonl")
-    notes_file.write_text("\n".join(reversed(notes_file.read_text().splitlines())) + "\n")
-    second = worker.current_dataset(made.study, network).dataset
-    assert first.content_hash == second.content_hash
-    assert fingerprint(first) != fingerprint(second)
+    for dataset in of_every_kind()[1:]:
+        backwards = replace(dataset, examples=dataset.examples[::-1])
+        assert fingerprint(dataset) != fingerprint(backwards)
 
 
 @pytest.mark.long  # three processes; by default: two that the site starts itself

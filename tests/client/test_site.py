@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fedtune.client.prepared import Unprepared
 from fedtune.client.review import read_plan, review
 from fedtune.client.site import SiteWorker
 from fedtune.client.withdraw import UnknownPatient, withdraw
 from fedtune.config import Study
+from fedtune.config.site import ConsentTable
 from fedtune.dp import noise
 from fedtune.dp.accountant import Steps, epsilon
 from fedtune.dp.filter import best_order
@@ -26,8 +28,8 @@ from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import digest as arrays_digest
 from fedtune.models.prefix_store import PREFIX_STORE
 from fedtune.registry import process_cache
-from fedtune.training.data_parallel import fingerprint
 from fedtune.training.local_round import local_round
+from fedtune.training.shared_records import fingerprint
 from fedtune.wire.codec import layout, shapes
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.seal import receipt
@@ -56,6 +58,27 @@ def test_more_rounds_than_planned_are_refused(worker: SiteWorker, tiny_base: Pat
         with pytest.raises(PolicyRefused, match="not in the plan"):
             trains(worker, made, round_)
     assert worker.log.steps() == []
+
+
+def test_a_round_whose_records_are_gone_is_noise_alone_and_charged(
+    tmp_path: Path,
+    tiny_base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whatever becomes of the records in mid-study, the coordinator gets an update."""
+    monkeypatch.setattr(noise, "gaussian_on_grid", lambda d, *_: torch.zeros(d).long())
+    notes(tmp_path)
+    site = make_site(tmp_path)
+    (tmp_path / "no").write_text("")
+    data = site.data.model_copy(update={"consent": ConsentTable(opt_outs=(tmp_path / "no",))})
+    worker, made = SiteWorker(site.model_copy(update={"data": data})), begun(tiny_base)
+    assert worker.prepare(made.study, made.frozen).admitted
+    assert any(array.any() for array in trains(worker, made, 1).values())
+    site.data.path.unlink()
+    assert not any(array.any() for array in trains(worker, made, 2).values())
+    assert "noise alone until" in caplog.text
+    assert [charge.round for charge in worker.ledger.charges("records")] == [1, 2]
 
 
 def test_a_round_asked_for_again_is_sent_again_and_not_paid_again(

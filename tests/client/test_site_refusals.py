@@ -268,7 +268,7 @@ def test_a_withdrawn_patients_key_is_no_records(tmp_path: Path, tiny_base: Path)
     made = begun(tiny_base, privacy={"epsilon": 4.0, "delta": 1e-4})
     worker.prepare(made.study, made.frozen)
     network = build(made.study)
-    assert worker.current_dataset(made.study, network).dataset.n_units == 24
+    assert worker.data_for(made.study, network, worker.site.data).dataset.n_units == 24
 
 
 @pytest.mark.parametrize("table", ["data", "evaluation"])

@@ -127,12 +127,6 @@ def test_the_report_says_what_epsilon_is_of(trial: Any) -> None:
     assert "no last round" not in markdown(fixed)
 
 
-def test_watch_and_processes_are_refused_together(world: Path) -> None:
-    site = str(world / "site-north.toml")
-    said = CliRunner().invoke(app, ["client", site, "--watch", "--processes", "2"])
-    assert said.exit_code == 2 and "--watch and several processes" in said.output
-
-
 def test_simulate_needs_an_end(world: Path) -> None:
     said = CliRunner().invoke(
         app, ["simulate", str(world / "study.toml"), "--out", str(world / "x")]

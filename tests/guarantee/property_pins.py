@@ -389,6 +389,7 @@ def pooled(bases: Ids, case: Case) -> torch.Tensor:
         world = World(Path(folder), case, bases, None)
         study = world.begun[0].study
         network = build(study)
-        data = worker(str(world.folder / "site-0.toml")).current_dataset(study, network)
+        site = worker(str(world.folder / "site-0.toml"))
+        data = site.data_for(study, network, site.site.data)
         (batch,) = data.batches(range(len(data.dataset.examples)))
         return batch.prefix[batch.index.argsort(), 0].float()

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from fedtune.data.dataset import Dataset
-from fedtune.errors import InfrastructureError
 from fedtune.models import prefix_store
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.models.prefix_store import PREFIX_STORE, Altered, PrefixStore
+from fedtune.objectives._interface import Batch
+from fedtune.objectives.causal_lm import CausalLM
+from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import records
 from tests.models.states_kit import EVERYTHING, NOTHING, gradients, without_a_cache
 
@@ -213,11 +217,92 @@ def test_a_fork_writes_into_a_file_of_its_own() -> None:
     assert (float(mine.read().sum()), float(second.read().sum())) == (6.0, 18.0)
 
 
-def test_a_folder_that_cannot_be_written_is_said_in_words(
-    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def refusing_after(room: int, patch: pytest.MonkeyPatch) -> None:
+    """Let the disk take `room` bytes of states and no more."""
+    written, honest = 0, os.pwrite
+
+    def pwrite(number: int, block: bytes, at: int) -> int:
+        nonlocal written
+        if written + len(block) > room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written += len(block)
+        return honest(number, block, at)
+
+    patch.setattr(prefix_store.os, "pwrite", pwrite)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_a_full_disk_costs_time_and_changes_no_gradient(
+    network: Network,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    share: float,
 ) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path / "file"))
+    """How many records it takes follows from the length of them all."""
+    dataset = records([1, 3, 2, 1, 8, 5])
+    held = gradients(network, inside := CachedDataset(network, dataset, EVERYTHING))
+    size = PREFIX_STORE.in_memory
+    del inside
+    refusing_after(int(share * size), monkeypatch)
+    full = CachedDataset(network, dataset, NOTHING)
+    for one, two in zip(held, gradients(network, full), strict=True):
+        assert torch.equal(one, two)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1 and "No space left" in said[0] and "cache_memory" in said[0]
+
+
+@pytest.mark.parametrize("how", ["no folder", "too little is left for others"])
+def test_a_file_that_cannot_be_made_or_may_not_grow(
+    network: Network,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    how: str,
+) -> None:
+    dataset = records([1, 3])
+    held = gradients(network, CachedDataset(network, dataset, EVERYTHING))
     monkeypatch.setattr(PREFIX_STORE, "_file", None)
-    with pytest.raises(InfrastructureError, match=r"cache_memory"):
-        CachedDataset(network, records([1]), NOTHING).warm()
+    if how == "no folder":
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path / "file"))
+    else:
+        monkeypatch.setattr(prefix_store, "LEAST_FREE", 2**60)
+    for one, two in zip(
+        held, gradients(network, CachedDataset(network, dataset, NOTHING)), strict=True
+    ):
+        assert torch.equal(one, two)
+    assert PREFIX_STORE.on_disk == 0 and "cache_memory" in caplog.text
+
+
+def test_memory_that_runs_out_is_taken_from_the_states(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that did not fit beside them are computed when they are gone, and equal to the bit."""
+    dataset = records([1, 3, 2])
+    data = CachedDataset(network, dataset, EVERYTHING)
+    engine, rows = UnitGradientEngine(data, CausalLM()), range(dataset.n_units)
+    held, honest = engine.matrix(rows), CachedDataset._batch
+
+    def short(self: CachedDataset, *given: Any) -> Batch:
+        if PREFIX_STORE.in_memory:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return honest(self, *given)
+
+    assert PREFIX_STORE.in_memory > 0
+    monkeypatch.setattr(CachedDataset, "_batch", short)
+    assert torch.equal(engine.matrix(rows), held)
+    assert PREFIX_STORE.in_memory == 0 and float(held.abs().max()) > 0
+
+
+@pytest.mark.parametrize(
+    "error, ran_out",
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("shapes cannot be multiplied"), False),
+        (ValueError("allocate memory"), False),
+    ],
+)
+def test_what_says_that_memory_ran_out(error: Exception, ran_out: bool) -> None:
+    assert prefix_store.is_out_of_memory(error) is ran_out

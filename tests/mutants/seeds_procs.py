@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from tests.mutants.mutant import one
+from tests.mutants.places import GRADIENTS, PLAN, SITE, SITES, STATES, T_STATES
 
+RANKS, T_RANKS = "fedtune/client/rank_process.py", "tests/client/test_ranks.py::"
 T_COSTS = "tests/client/test_costs.py::"
 COSTLY = T_COSTS + "test_a_costly_plan_is_refused_before_anything_is_computed"
 
@@ -14,11 +16,42 @@ T_BOOT = "tests/flower/test_boot.py::"
 # fmt: off
 MUTANTS = (
     one(
-        "ranks", "a-withdrawal-reads-a-grown-file", "fedtune/client/rank_process.py",
-        '        if same and fingerprint(left.dataset) == header["records"]:\n',
-        "        if False:\n",
-        "tests/client/test_ranks.py::test_a_withdrawal_from_a_file_that_grew_ends_no_round",
-        "a round that fails tells the coordinator that a patient withdrew",
+        "ranks", "a-rank-that-dies-costs-the-rows", RANKS,
+        "            self._workers.give_up(error)\n            return clipped_sum(sampled)\n",
+        "            raise\n",
+        T_RANKS + "test_a_rank_that_dies_costs_time_alone_and_the_next_round_has_a_new_one",
+        "what ends a process, as records that do not fit into its memory, is seen in the update",
+    ),
+    one(
+        "ranks", "ranks-keep-the-first-records", RANKS,
+        "        if self._records == records:\n", "        if self._records:\n",
+        T_RANKS + "test_a_withdrawal_from_a_file_that_grew_reaches_the_ranks",
+        "a patient who withdrew trains on in another process",
+    ),
+    one(
+        "resources", "a-full-disk-ends-the-pass", STATES,
+        "            return _Nothing()\n", "            raise\n",
+        T_STATES + "test_a_full_disk_costs_time_and_changes_no_gradient",
+        "whether the disk is full follows from the length of all records",
+    ),
+    one(
+        "resources", "memory-that-ran-out-stays-full", GRADIENTS,
+        "            make_room_after(error)\n", "",
+        T_STATES + "test_memory_that_runs_out_is_taken_from_the_states",
+        "whether a row is computed depends on how many records were read before it",
+    ),
+    one(
+        "resources", "a-step-that-fails-fails-the-round", PLAN,
+        "            return torch.zeros(dimension, dtype=torch.int64)\n", "            raise\n",
+        "tests/dp/test_team.py::test_what_fails_here_is_noise_alone_and_the_team_goes_on",
+        "an exception that a record caused reaches the wire as a status",
+    ),
+    one(
+        "resources", "records-that-cannot-be-read-fail-the-round", SITE,
+        "            return CachedDataset(network, Dataset([], 0, Counter()))\n",
+        "            raise\n",
+        SITES + "test_a_round_whose_records_are_gone_is_noise_alone_and_charged",
+        "in mid-study the site answers a state of its files",
     ),
     one(
         "costs", "a-plan-is-computed-before-the-rules", "fedtune/client/policy.py",

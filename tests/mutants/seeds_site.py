@@ -99,8 +99,8 @@ MUTANTS = (
         T_LENGTH, "the longest record is told by an error",
     ),
     one(
-        33, "the-kind-of-an-internal-error-leaves", ANSWERS,
-        'return "failed", INTERNAL', 'return "failed", type(error).__name__',
+        33, "the-kind-of-an-error-leaves", ANSWERS,
+        'return "failed", FAILED', 'return "failed", type(error).__name__',
         "tests/server/test_apps.py::test_only_a_refusals_words_leave_the_site",
         "what a library raises may follow from a record",
     ),

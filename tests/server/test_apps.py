@@ -13,6 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 import fedtune.client.app
+from fedtune.client.answers import FAILED
 from fedtune.client.prepared import Unprepared
 from fedtune.errors import BudgetExceeded, ConfigError, ModelError, Refused
 from fedtune.flower.arrays import bodies, to_record
@@ -82,9 +83,9 @@ def test_train_gives_update_status_and_step_log_and_nothing_else(trial):
             "ε would be 9; expected at most 8",
         ),
         (Unprepared("not known"), "unprepared", "not known"),
-        (ModelError("/home/ward/base is altered"), "failed", "ModelError"),
-        (ValueError("Mrs Example, born 1.1.1950"), "failed", "internal error"),
-        (MemoryError(), "failed", "internal error"),
+        (ModelError("/home/ward/base is altered"), "failed", FAILED),
+        (ValueError("Mrs Example, born 1.1.1950"), "failed", FAILED),
+        (MemoryError(), "failed", FAILED),
     ],
 )
 def test_only_a_refusals_words_leave_the_site(trial, error, status, reason):
@@ -98,7 +99,7 @@ def test_a_plan_that_is_not_what_it_claims_to_be_is_not_prepared(trial):
     run = trial(FakeSite("a"))
     message = plan_message(STUDY, {}, SigningKey())
     message["plan"]["digest"] = "sha256:" + "0" * 64
-    assert query("query.prepare", message)["admission"]["reason"] == "ConfigError"
+    assert query("query.prepare", message)["admission"]["reason"] == FAILED
     message["plan"]["study"] = "{"
     assert query("query.prepare", message)["admission"]["admitted"] is False
     assert run.sites[0].prepared == 0

@@ -188,7 +188,7 @@ def test_a_failing_site_is_missing_and_its_words_stay_at_home(trial, caplog):
     secret = "Mrs Example, born 1.1.1950"
     run = trial(FakeSite("a"), FakeSite("b"), FakeSite("c", script={2: RuntimeError(secret)}))
     body = run.run()
-    assert body["rounds"][1]["missing"] == {"c": "failed: internal error"}
+    assert body["rounds"][1]["missing"] == {"c": "failed: the site's own log says why"}
     assert body["rounds"][2]["missing"] == {}
     everything = json.dumps(body) + json.dumps(run.events) + caplog.text
     everything += "".join(
@@ -201,7 +201,7 @@ def test_a_site_that_cannot_prepare_fails_by_class_alone(trial):
     error = DataError("row 7 of /home/ward/notes.csv is broken")
     run = trial(FakeSite("a"), FakeSite("b"), FakeSite("c", prepare_error=error))
     body = run.run()
-    assert body["rounds"][0]["missing"] == {"c": "failed: DataError"}
+    assert body["rounds"][0]["missing"] == {"c": "failed: the site's own log says why"}
     assert "ward" not in json.dumps(run.events)
 
 
@@ -210,7 +210,7 @@ def test_too_few_replies_are_retried_and_nobody_trains_twice(trial):
     run = trial(*sites)
     body = run.run()
     assert [entry["late"] for entry in body["rounds"]] == [
-        {"b": "failed: internal error"},
+        {"b": "failed: the site's own log says why"},
         {},
         {},
         {},
@@ -224,7 +224,7 @@ def test_a_round_without_enough_replies_is_never_a_success(trial):
     broken = {n: OSError() for n in range(2, 9)}
     run = trial(FakeSite("a"), FakeSite("b", script=broken))
     with pytest.raises(
-        InfrastructureError, match=r"round 2: 1 sites delivered .*b: failed: internal"
+        InfrastructureError, match=r"round 2: 1 sites delivered .*b: failed: the site's own log"
     ):
         run.run()
     assert len(metrics(run)) == 1

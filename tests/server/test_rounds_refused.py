@@ -39,7 +39,7 @@ def test_absence_is_not_refusal(trial):
         trial(FakeSite("a")).run()
     assert caught.value.exit_code == 4
     absent = [FakeSite("a"), FakeSite("b", refusal="no"), FakeSite("c", prepare_error=OSError())]
-    with pytest.raises(InfrastructureError, match=r"c: failed: internal error"):
+    with pytest.raises(InfrastructureError, match=r"c: failed: the site's own log says why"):
         trial(*absent, folder="other").run()
 
 
@@ -153,7 +153,7 @@ def test_the_report_says_who_was_missing_how_long_and_why(trial):
     body = run.run()
     absent = body["absences"]["c"]
     assert absent["rounds"] == absent["longest_rounds"] == 2
-    assert absent["reasons"] == {"failed: internal error": 2}
+    assert absent["reasons"] == {"failed: the site's own log says why": 2}
     lines = metrics(run)
     assert absent["longest_seconds"] == round(lines[1]["seconds"] + lines[2]["seconds"], 3)
     assert list(body["absences"]) == ["c"]
