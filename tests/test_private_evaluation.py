@@ -14,6 +14,7 @@ from flwr.app import ConfigRecord, RecordDict
 from matplotlib.image import imread
 
 import fedtune.client.app
+from fedtune.client.answers import FAILED
 from fedtune.client.site import SiteWorker
 from fedtune.config import EvaluationTable, Study, load_site, load_study
 from fedtune.data.records import unit_member
@@ -259,7 +260,7 @@ def test_an_order_to_train_is_no_order_to_answer(trial: Callable[..., Trial]) ->
     trial(site)
     site.prepare(make_study(), {}, key.public)
     assert asks(order(key, "sha256:0:evaluation", 2, "", ""))["status"] == "answered"
-    assert asks(order(key, "sha256:0", 2, "", ""))["reason"] == "SealError"
+    assert asks(order(key, "sha256:0", 2, "", ""))["reason"] == FAILED
     renamed = order(key, "sha256:0", 2, "", "") | {"plan": "sha256:0:evaluation"}
-    assert asks(renamed)["reason"] == "SealError"
+    assert asks(renamed)["reason"] == FAILED
     assert site.asked == [2]

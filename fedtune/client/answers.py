@@ -113,11 +113,9 @@ def guarded(attempt: Callable[[], None], context: Context) -> tuple[str, str] | 
         return "void", str(error)
     except Refused as error:
         return "refused", str(error)
-    except FedtuneError as error:
-        site_errors[str(context.node_config.get("site"))] = error
-        log.warning("%s", describe(error))  # stays at the site
-        return "failed", FAILED
     except Exception as error:
-        log.warning("%s", describe(error))
+        if isinstance(error, FedtuneError):
+            site_errors[str(context.node_config.get("site"))] = error
+        log.warning("%s", describe(error))  # stays at the site
         return "failed", FAILED
     return None

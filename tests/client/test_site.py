@@ -70,8 +70,8 @@ def test_a_round_whose_records_are_gone_is_noise_alone_and_charged(
     monkeypatch.setattr(noise, "gaussian_on_grid", lambda d, *_: torch.zeros(d).long())
     notes(tmp_path)
     site = make_site(tmp_path)
-    (tmp_path / "no").write_text("")
-    data = site.data.model_copy(update={"consent": ConsentTable(opt_outs=(tmp_path / "no",))})
+    (tmp_path / "no").touch(0o600)
+    data = site.data.model_copy(update={"consent": ConsentTable(opt_outs=tmp_path / "no")})
     worker, made = SiteWorker(site.model_copy(update={"data": data})), begun(tiny_base)
     assert worker.prepare(made.study, made.frozen).admitted
     assert any(array.any() for array in trains(worker, made, 1).values())

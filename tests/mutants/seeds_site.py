@@ -120,7 +120,7 @@ MUTANTS = (
     one(
         33, "a-rows-error-is-the-steps", "fedtune/training/unit_gradients.py",
         '            log.error("a unit\'s gradient failed (%s); it takes no part", '
-        "type(error).__name__)\n            return Chunk",
+        "describe(error))\n            return Chunk",
         "            raise\n            return Chunk",
         T_ERRORS + "test_a_record_that_raises_costs_its_own_unit",
         "one record fails the round",

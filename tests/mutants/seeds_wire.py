@@ -28,7 +28,7 @@ WIRE_MUTANTS = (
         "one more field",
     ),
     _one(
-        21, "an-errors-words-leave", ANSWERS, 'return "failed", type(error).__name__',
+        21, "an-errors-words-leave", ANSWERS, 'return "failed", FAILED',
         'return "failed", str(error)',
         "tests/server/test_apps.py::test_only_a_refusals_words_leave_the_site",
         "a record's text in an exception",

@@ -309,8 +309,8 @@ def test_an_order_by_another_coordinator_or_a_plan_without_signature_is_not_foll
     site = known()
     trial(site)
     reply = query("train", order(key=SigningKey()))
-    assert (reply["site"]["status"], reply["site"]["reason"]) == ("failed", "SealError")
+    assert (reply["site"]["status"], reply["site"]["reason"]) == ("failed", FAILED)
     message = plan_message(STUDY, {}, SigningKey())
     message["plan"]["coordinator"] = SigningKey().public
-    assert query("query.prepare", message)["admission"]["reason"] == "SealError"
+    assert query("query.prepare", message)["admission"]["reason"] == FAILED
     assert site.calls == [] and site.prepared == 0
