@@ -6,6 +6,7 @@
     │   ├── DataError                  the site's records
     │   │   └── NotWellFormed          CSV with broken quoting (data/sources)
     │   ├── ModelError                 the base model or the adapter
+    │   │   └── NoRowGradient          a layer without one (training/unit_gradients.py)
     │   ├── CheckpointError            a run's checkpoint (fedtune/server/store.py)
     │   ├── WireError                  arrays on the wire (flower/arrays.py)
     │   ├── SealError                  a signature on the wire (wire/seal.py)

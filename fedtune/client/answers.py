@@ -104,7 +104,7 @@ def guarded(attempt: Callable[[], None], context: Context) -> tuple[str, str] | 
 
     Guarantee: only a refusal's text leaves the site (rules and public values); of any other failure
     that there was one. Once a record was read, a round does not fail by what it holds: what cannot
-    be summed is a step of noise alone (DpPlan.step), and is charged."""
+    be summed is a step of noise alone (dp.plan.SitePlan), and is charged."""
     try:
         attempt()
     except Unprepared as error:

@@ -34,7 +34,7 @@ from fedtune.config import Site, SiteData, Study, load_site
 from fedtune.data.dataset import Dataset
 from fedtune.data.load import check_columns
 from fedtune.dp.non_private import non_private_plan
-from fedtune.dp.plan import DpPlan, SharedPlan, StepPlan
+from fedtune.dp.plan import DpPlan, SitePlan, StepPlan
 from fedtune.dp.steplog import StepLog
 from fedtune.errors import DataError, PolicyRefused, Refused, describe
 from fedtune.ledger.entries import Charge
@@ -324,11 +324,13 @@ class SiteWorker:
         self, prepared: Prepared, data: CachedDataset, columns: slice
     ) -> Iterator[StepPlan]:
         """Provide the round's step plan, shared with this site's other processes if it has any."""
-        if self.ranks is None or prepared.private is None:
+        if prepared.private is None:
             yield prepared.plan
+        elif self.ranks is None:
+            yield SitePlan(prepared.private)
         else:
             with self.ranks.running(prepared.study, data, prepared.frozen, columns) as team:
-                yield SharedPlan(prepared.private, team) if team else prepared.plan
+                yield SitePlan(prepared.private, team)
 
     def evaluate(self, digest: str, round_: int, adapter: Arrays, receipt: str = "") -> Update:
         """Evaluate `adapter` on the held-out records with noise, or return the stored answer.

@@ -53,8 +53,7 @@ class DpPlan:
     adds σ/√(n - t), and (σ, ε) are of the sum that anybody opens, in which n - t honest sites did.
     Guarantee: each call of `step` is one Gaussian mechanism on the add-or-remove-one-unit relation,
     Poisson-subsampled with (σ, q) where k = 1, and the mixture over Binomial(k, q) rows of a unit
-    else; its line is in the log before its result is returned. A sum that cannot be computed, for
-    whatever reason, is a sum of nothing: the step is noise alone, and costs what it would have.
+    else; its line is in the log before its result is returned.
     Reference: Charles et al. 2024, "Fine-tuning large language models with user-level differential
     privacy", algorithms 1 (records drawn: sensitivity kC) and 2 (units drawn: sensitivity C).
     """
@@ -115,10 +114,9 @@ class DpPlan:
         """Run one DP-SGD step: a noised mean gradient, fp32 (dimension,), of `n_rows` rows.
 
         `gradients` is called once with the sampled rows and yields each of them exactly once; its
-        tensors are zeroed after use. An empty sample is a noise-only step, and so is one whose rows
-        cannot be summed, or of which one is missing or doubled: why is in this machine's own log,
-        since an error would tell the coordinator of the records. team: other processes that sum
-        some of the rows; sampling and noise happen in this process alone, once.
+        tensors are zeroed after use. An empty sample is a noise-only step. team: other processes
+        that sum some of the rows; sampling and noise happen in this process alone, once.
+        Errors: RuntimeError when a row is missing or doubled: nothing is released then.
         """
         total = self._drawn_sum(n_rows, dimension, gradients, team)
         return self._add_noise(total, log, round_)
@@ -141,19 +139,11 @@ class DpPlan:
     def _drawn_sum(
         self, n_rows: int, dimension: int, gradients: RowGradients, team: Team | None
     ) -> torch.Tensor:
-        import torch
-
         sampled = sampling.poisson(n_rows, self.sampling_rate)
-        try:
-            if team is None:
-                return self.clipped_sum(sampled, dimension, gradients)
-            partial = lambda rows: self.clipped_sum(rows, dimension, gradients)  # noqa: E731
-            return team.total(sampled, dimension, partial)
-        except Exception as error:
-            _log.error(
-                "the rows of a step were not summed (%s): it is noise alone", describe(error)
-            )
-            return torch.zeros(dimension, dtype=torch.int64)
+        if team is None:
+            return self.clipped_sum(sampled, dimension, gradients)
+        partial = lambda rows: self.clipped_sum(rows, dimension, gradients)  # noqa: E731
+        return team.total(sampled, dimension, partial)
 
     @property
     def grid(self) -> float:
@@ -171,7 +161,7 @@ class DpPlan:
     ) -> torch.Tensor:
         """Sum the clipped rows in multiples of the grid, int64 (dimension,). Not noised.
 
-        Errors: RuntimeError when a row is missing or doubled; those of `gradients`."""
+        Errors: RuntimeError as in `step`."""
         import torch
 
         total = torch.zeros(dimension, dtype=torch.int64)
@@ -207,23 +197,41 @@ class DpPlan:
 
 
 @dataclass(frozen=True)
-class SharedPlan:
-    """A private plan whose rows several processes sum."""
+class SitePlan:
+    """A private plan as a site's round runs it. team: other processes that sum some of the rows.
+
+    Guarantee: a sum that cannot be computed, for whatever reason, is a sum of nothing: the step is
+    noise alone and costs what it would have, since an error would be an answer about the records.
+    What went wrong is in this machine's own log."""
 
     plan: DpPlan
-    team: Team
+    team: Team | None = None
 
     def step(
         self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
     ) -> torch.Tensor:
-        """Run one DP-SGD step as DpPlan.step does, with workers."""
-        return self.plan.step(n_rows, dimension, gradients, log, round_, self.team)
+        """Run one DP-SGD step as DpPlan.step does."""
+        return self.plan.step(n_rows, dimension, gradients, log, round_, self)
 
     def noised_sum(
         self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
     ) -> torch.Tensor:
-        """Run DpPlan.noised_sum with workers."""
-        return self.plan.noised_sum(n_rows, dimension, gradients, log, round_, self.team)
+        """Run one step as DpPlan.noised_sum does."""
+        return self.plan.noised_sum(n_rows, dimension, gradients, log, round_, self)
+
+    def total(self, sampled: list[int], dimension: int, clipped_sum: ClippedSum) -> torch.Tensor:
+        """Sum the clipped rows, int64 (dimension,): zeros where that fails."""
+        import torch
+
+        try:
+            if self.team is None:
+                return clipped_sum(sampled)
+            return self.team.total(sampled, dimension, clipped_sum)
+        except Exception as error:
+            _log.error(
+                "the rows of a step were not summed (%s): it is noise alone", describe(error)
+            )
+            return torch.zeros(dimension, dtype=torch.int64)
 
 
 def plan_for_site(study: Study, declared_size: int, most: int | None = None) -> DpPlan:

@@ -59,6 +59,11 @@ def _factor(network: Network, name: str, parameter: torch.Tensor) -> _Factor | N
     return _Factor(identity_part(array), torch.from_numpy(array).to(parameter)[None])
 
 
+class NoRowGradient(ModelError):
+    """A trainable layer whose gradient is not one for each record: found on generated records,
+    before any is read."""
+
+
 class UnitGradientEngine:
     """Computes the gradients of rows. sampling_unit "unit": a row is a unit: a record, or a patient
     with the mean over that patient's records (clipped once, later); "record": a row is one record.
@@ -118,7 +123,7 @@ class UnitGradientEngine:
         """Yield the gradients of `rows`, each once, in whatever order and chunks are quickest.
 
         A row that cannot be computed, for whatever reason, is zero, as is one that is not finite;
-        other rows are unaffected."""
+        other rows are unaffected. Errors: NoRowGradient, which the network's layers decide."""
         pending = dict.fromkeys(rows)
         try:
             for chunk in self._chunks(rows):
@@ -126,6 +131,8 @@ class UnitGradientEngine:
                     del pending[row]
                 yield chunk
             return
+        except NoRowGradient:
+            raise
         except Exception as error:
             log.error("rows of a block failed (%s); retrying one by one", describe(error))
             make_room_after(error)
@@ -141,6 +148,8 @@ class UnitGradientEngine:
         try:
             (chunk,) = self._chunks([row])
             return chunk
+        except NoRowGradient:
+            raise
         except Exception as error:
             log.error("a unit's gradient failed (%s); it takes no part", describe(error))
             return Chunk([row], [t.new_zeros(1, t.numel()) for t in self.trained])
@@ -197,7 +206,7 @@ class UnitGradientEngine:
             tiles = batch.tiles if self.data.network.has_row_per_tile(parameter) else 1
             expected_lengths = (n_records, n_passages) if tiles == 1 else (n_passages * tiles,)
             if gradient is None or gradient.shape[0] not in expected_lengths:
-                raise ModelError("a trainable layer gave no per-record gradient")
+                raise NoRowGradient("a trainable layer gave no per-record gradient")
             gradient = _slice_columns(gradient, trained.shape[-1], self._columns)
             if gradient.shape[0] == n_records:
                 per_record = gradient.flatten(1)

@@ -67,13 +67,16 @@ def test_a_round_whose_records_are_gone_is_noise_alone_and_charged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Whatever becomes of the records in mid-study, the coordinator gets an update."""
-    monkeypatch.setattr(noise, "gaussian_on_grid", lambda d, *_: torch.zeros(d).long())
     notes(tmp_path)
-    site = make_site(tmp_path)
+    site = make_site(tmp_path, patient="who")
     (tmp_path / "no").touch(0o600)
     data = site.data.model_copy(update={"consent": ConsentTable(opt_outs=tmp_path / "no")})
-    worker, made = SiteWorker(site.model_copy(update={"data": data})), begun(tiny_base)
+    worker, made = (
+        SiteWorker(site.model_copy(update={"data": data})),
+        begun(tiny_base, wire={"update": "float32"}),
+    )
     assert worker.prepare(made.study, made.frozen).admitted
+    monkeypatch.setattr(noise, "gaussian_on_grid", lambda d, *_: torch.zeros(d).long())
     assert any(array.any() for array in trains(worker, made, 1).values())
     site.data.path.unlink()
     assert not any(array.any() for array in trains(worker, made, 2).values())

@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from fedtune.client.evaluation import unit_rows
-from fedtune.errors import InfrastructureError
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.objectives._interface import Batch
 from fedtune.objectives.causal_lm import CausalLM
 from fedtune.training.engines import EngineName
-from fedtune.training.unit_gradients import UnitGradientEngine
+from fedtune.training.unit_gradients import NoRowGradient, UnitGradientEngine
 from tests.dp.conftest import records, study
 
 SIZES, BAD = [1, 3, 1, 1, 2, 1], 2  # records of each unit; of which one record is bad
@@ -105,6 +104,6 @@ def test_a_held_out_record_that_raises_costs_its_own_unit(
     assert not torch.isfinite(found[BAD]).all()  # and so is nothing, not even one unit
 
 
-def test_what_no_record_decides_is_still_an_error(data: CachedDataset) -> None:
-    with pytest.raises(InfrastructureError):
-        rows(data, Raises(first(data, BAD), InfrastructureError), "auto")
+def test_what_the_layers_decide_is_still_an_error(data: CachedDataset) -> None:
+    with pytest.raises(NoRowGradient):
+        rows(data, Raises(first(data, BAD), NoRowGradient), "auto")

@@ -12,7 +12,7 @@ import torch
 
 from fedtune.dp import accountant, noise
 from fedtune.dp.clip import Chunk
-from fedtune.dp.plan import plan_for_site
+from fedtune.dp.plan import SitePlan, plan_for_site
 from fedtune.dp.steplog import StepLog, events
 from fedtune.errors import ConfigError, InfrastructureError
 from tests.dp.conftest import make_plan, study
@@ -68,6 +68,34 @@ def test_a_missing_or_doubled_unit_releases_nothing(tmp_path: Path, given: list[
 
     with pytest.raises(RuntimeError, match="each sampled row once"):
         make_plan().step(4, D, wrong, StepLog(tmp_path / "log"), 1)
+
+
+@pytest.mark.parametrize("how", ["here", "in the team", "a row is missing"])
+def test_a_sites_step_whose_rows_cannot_be_summed_is_noise_alone(
+    tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The twin is the plan itself, whose error would be an answer to the site's coordinator."""
+
+    def gradients(rows: list[int]) -> Iterator[Chunk]:
+        if how == "here":
+            raise ZeroDivisionError("Mrs Example")
+        yield Chunk(rows[how == "a row is missing" :], [torch.ones(len(rows), D)])
+
+    class Failing:
+        def total(self, *_: object) -> torch.Tensor:
+            raise InfrastructureError("a rank is gone")
+
+    team, log = Failing() if how == "in the team" else None, StepLog(tmp_path / "log")
+    plan = make_plan(noise_multiplier=1e-6, divisor=4.0)
+    given = (4, D, gradients, log, 1)
+    with pytest.raises((ZeroDivisionError, InfrastructureError, RuntimeError)):
+        plan.step(*given, team)
+    assert log.steps() == []
+    found = SitePlan(plan, team).step(*given)
+    assert 0 < float(found.abs().max()) < 1e-5
+    assert float(SitePlan(plan, team).noised_sum(*given).abs().max()) * plan.grid < 1e-4
+    assert len(log.steps()) == 2
+    assert "noise alone" in caplog.text and "Example" not in caplog.text
 
 
 def test_gradients_are_wiped(tmp_path: Path) -> None:

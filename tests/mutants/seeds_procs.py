@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.mutants.mutant import one
-from tests.mutants.places import GRADIENTS, PLAN, SITE, SITES, STATES, T_STATES
+from tests.mutants.places import GRADIENTS, PLAN, SITE, SITES, STATES, T_PLAN, T_STATES
 
 RANKS, T_RANKS = "fedtune/client/rank_process.py", "tests/client/test_ranks.py::"
 T_COSTS = "tests/client/test_costs.py::"
@@ -43,7 +43,7 @@ MUTANTS = (
     one(
         "resources", "a-step-that-fails-fails-the-round", PLAN,
         "            return torch.zeros(dimension, dtype=torch.int64)\n", "            raise\n",
-        "tests/dp/test_team.py::test_what_fails_here_is_noise_alone_and_the_team_goes_on",
+        T_PLAN + "test_a_sites_step_whose_rows_cannot_be_summed_is_noise_alone",
         "an exception that a record caused reaches the wire as a status",
     ),
     one(
