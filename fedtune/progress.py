@@ -5,21 +5,50 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 OnEvent = Callable[[str, dict[str, Any]], None]  # what happened, and its public facts
-Listener = Callable[[str, int, int], None]  # what, done, total
+OnWork = Callable[[int, int], None]  # done, total
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a long step has done of its work. done, total: in any unit that takes equally long each
+    time, so that the time left follows from the time taken; total is at least 1. once: the rounds
+    after this one do not repeat it."""
+
+    text: str
+    done: int
+    total: int
+    once: bool = False
+
+    @property
+    def share(self) -> float:
+        return self.done / self.total
+
+
+Listener = Callable[[Step], None]
 
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 _stages: ContextVar[tuple[str, ...]] = ContextVar("stages", default=())
 
 
-def report(text: str, done: int, total: int) -> None:
+def report(text: str, done: int, total: int, *, once: bool = False) -> None:
     """Notify the listener, if there is one, of counts of work, never of content; they go to this
-    machine's screen alone."""
+    machine's screen alone. done, total, once: as of Step."""
     if listener := _listener.get():
         stages = ", ".join(_stages.get())
-        listener(f"{stages}: {text}" if stages else text, done, total)
+        listener(Step(f"{stages}: {text}" if stages else text, done, total, once))
+
+
+def reporter(text: str, before: int = 0, passes: int = 1) -> OnWork:
+    """Return what reports the work of one of `passes` equal passes, of which `before` are done."""
+
+    def on_work(done: int, total: int) -> None:
+        report(text, before * total + done, passes * total)
+
+    return on_work
 
 
 @contextmanager
@@ -50,8 +79,8 @@ def told(on_event: OnEvent | None) -> Iterator[None]:
         return
     notify = on_event
 
-    def listener(text: str, done: int, total: int) -> None:
-        notify("step", {"text": text, "done": done, "total": total})
+    def listener(step: Step) -> None:
+        notify("step", {"text": step.text, "done": step.done, "total": step.total})
 
     with listening(listener):
         yield

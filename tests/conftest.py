@@ -144,7 +144,9 @@ def together(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from fedtune.models.cache import CachedDataset
 
-    def blocks(self: CachedDataset, indices: list[int], most: int | None = None) -> Any:
+    def blocks(
+        self: CachedDataset, indices: list[int], most: Any = None, on_work: Any = None
+    ) -> Any:
         return self.batches(indices)
 
     monkeypatch.setattr(CachedDataset, "blocks", blocks)

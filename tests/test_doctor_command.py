@@ -108,9 +108,10 @@ def test_a_check_that_takes_long_is_named_while_it_runs(
 
 
 def test_the_self_test_says_which_oracle_runs(hub: Hub) -> None:
-    heard: list[tuple[str, int, int]] = []
+    heard: list[progress.Step] = []
     study = load_study(hub.study)
-    with progress.listening(lambda *told: heard.append(told)):
+    with progress.listening(heard.append):
         results = selftest.run(study, build(study))
-    named = [told for told in heard if told[0] in {f"self-test: {r.name}" for r in results}]
-    assert named == [(f"self-test: {r.name}", n, 4) for n, r in enumerate(results)]
+    names = [f"self-test: {result.name}" for result in results]
+    named = [step for step in heard if step.text in names]
+    assert named == [progress.Step(name, number, 4) for number, name in enumerate(names)]

@@ -13,7 +13,7 @@ from rich.markup import escape
 from fedtune.cli.exit_codes import Told, command
 from fedtune.cli.study import SET
 from fedtune.errors import ConfigError
-from fedtune.progress import listening, report
+from fedtune.progress import Step, listening, report
 
 SLOW_SECONDS = 5.0  # without a finding, before a pipe is told which check runs
 
@@ -148,10 +148,10 @@ class Checking:
             self._timer.cancel()
         self._timer = None
 
-    def _hear(self, text: str, done: int, total: int) -> None:
-        if text != self._text:
-            self._text = text
-            self._status.update(escape(text))
+    def _hear(self, step: Step) -> None:
+        if step.text != self._text:
+            self._text = step.text
+            self._status.update(escape(step.text))
         if not (self._console.is_terminal or (self._timer and self._timer.is_alive())):
             self._timer = threading.Timer(SLOW_SECONDS, self._print)
             self._timer.daemon = True

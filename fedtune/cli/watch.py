@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -10,7 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from fedtune.progress import listening
+from fedtune.cli.pace import RoundsPace, StepPace
+from fedtune.progress import Step, listening
 from fedtune.report.claim import rounded_up
 from fedtune.report.figures import duration, short, size_text
 
@@ -20,6 +22,15 @@ COLUMNS = (
     2  # figures of a round on the screen: the metric and the loss; the rest is in metrics.jsonl
 )
 LINKS = ("admitted", "revoked", "connected", "disconnected")  # with a name: at a coordinator
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A column of the table of rounds and what a round has in it."""
+
+    head: str
+    text: str
+    width: int = 9
 
 
 class Watch:
@@ -35,9 +46,8 @@ class Watch:
         self._hold = hold
         self._held: list[tuple[str, str]] = []  # line, reason
         self._last, self._at = "", 0.0  # the last plain line, and when
-        self._done, self._began = 0, 0.0  # the rounds before those timed; when these began, else 0
-        self._first = True  # whether the first round here is yet to end
-        self._step_at = ("", 0, 0.0)  # a long step, what was done of it when it was heard of, when
+        self._done = 0  # rounds before this command's first
+        self._rounds, self._step = RoundsPace(), StepPace()
         self._lines: dict[str, float] = {}  # when each long step was last a plain line
         self._budget: float | None = None  # ε of the whole plan
         self._bar = Progress(
@@ -68,23 +78,19 @@ class Watch:
         self._bar.stop()
         self._release_held(str(error))
 
-    def _long(self, text: str, done: int, total: int) -> None:
+    def _long(self, step: Step) -> None:
         """A report of a long step: in a pipe a line where there was none for QUIET_SECONDS."""
-        now = time.monotonic()
-        if text != self._step_at[0] or done < self._step_at[1]:
-            self._step_at = (text, done, now)
-        _, first, began = self._step_at
-        left = ""
-        if now - began >= QUIET_SECONDS and first < done < total:  # long enough for a pace
-            left = f", {duration((now - began) / (done - first) * (total - done))} left"
+        now, text = time.monotonic(), step.text
+        self._rounds.hear(step, now)
+        seconds = self._step.left(step, now)
+        share = f"{step.share:.0%}" + (f", {duration(seconds)} left" if seconds else "")
         said = max(self._at + QUIET_SECONDS, self._lines.get(text, -LINE_SECONDS) + LINE_SECONDS)
         if now >= said:
             self._lines[text] = now
-            self._print_line(text, f"{done / total:.0%}{left}")
+            self._print_line(text, share)
         self._bar.update(
-            self._task, description=escape(text), total=total, completed=done,
-            count=f"{done:,}/{total:,}{left}",
-        )  # fmt: skip
+            self._task, description=escape(text), total=step.total, completed=step.done, count=share
+        )
 
     def __call__(self, event: str, data: dict[str, Any]) -> None:
         if event == "site":
@@ -103,14 +109,14 @@ class Watch:
         elif event == "planned":
             self._planned(data)
         elif event == "begin":
-            self._began = self._began or time.monotonic()
+            self._rounds.begin(time.monotonic())
         elif event == "start":
-            self._done, self._began, self._first = int(data.get("done") or 0), 0.0, True
+            self._done, self._rounds = int(data.get("done") or 0), RoundsPace()
             self._bar.update(self._task, total=data.get("rounds"), completed=self._done)
         else:
-            self._step(event, data)
+            self._other(event, data)
 
-    def _step(self, event: str, data: dict[str, Any]) -> None:
+    def _other(self, event: str, data: dict[str, Any]) -> None:
         """Any other step: {"text", "done", "total"}, each optional."""
         text = str(data.get("text") or event)
         done, total = data.get("done"), data.get("total")
@@ -168,18 +174,12 @@ class Watch:
             f"next{cost}"
         )
 
-    def _left(self, done: int, total: int) -> str:
-        """The time that the rounds to come will take, as long as those timed did on average. The
-        first round here reads the records through the frozen layers and those after it do not: what
-        follows from it alone is a bound."""
-        now, ran = time.monotonic(), done - self._done
-        if not total or ran < 1 or done >= total or not self._began:
-            return ""
-        left = duration((now - self._began) / ran * (total - done))
-        if self._first:
-            self._done, self._began, self._first = done, now, False
-            return f"< {left}"
-        return left
+    def _left(self, left: int, data: dict[str, Any]) -> str:
+        """The time that the rounds to come will take, at most: public records that choose each
+        step may end the study before its last round."""
+        seconds = self._rounds.ended(left, time.monotonic())
+        bound = "≤ " if data.get("selection") else ""
+        return f"{bound}{duration(seconds)}" if seconds else ""
 
     def _answered(self, event: str, data: dict[str, Any]) -> None:
         """What a site did: a line that stays, and the bar waits again."""
@@ -195,26 +195,30 @@ class Watch:
         quality, spent = data.get("quality") or {}, data.get("epsilon") or {}
         quality = {f"sel. {n}": v for n, v in (data.get("selection") or {}).items()} or quality
         columns = list(quality)[:COLUMNS] or self._columns or []  # "–" where nothing was measured
-        if columns != self._columns:
-            self._columns = columns
-            head = "".join(f"{n[:13]:>14}" for n in columns)
-            of = "planned" if self._budget is not None else ""
-            self.console.print(
-                f"{'round':>7}{head}{'ε':>9}{of:>9}{'trained':>9}{'sent':>9}{'left':>9}",
-                style="bold",
-            )
         done, total = int(data.get("round", 0)), int(data.get("rounds") or 0)
-        numbers = "".join(f"{short(quality.get(n)):>14}" for n in columns)
-        epsilon = max(spent.values(), default=None)
-        budget = "" if self._budget is None else rounded_up(self._budget)
+        left = self._left(max(0, total - done), data)
         trained = data.get("participants") or []
         count = len(trained) if isinstance(trained, list | tuple | set) else int(trained)
-        count_of = f"{done:>3}/{total:<3}" if total else f"{done:>7}"
-        self.console.print(
-            f"{count_of}{numbers}{rounded_up(epsilon):>9}{budget:>9}{count:>9}"
-            f"{size_text(data.get('bytes')):>9}{self._left(done, total):>9}".rstrip(),
-            highlight=False,
-        )
+        budget = "" if self._budget is None else rounded_up(self._budget)
+        cells = [Cell("round", f"{done:>3}/{total:<3}" if total else str(done), 7)]
+        cells += [Cell(name[:13], short(quality.get(name)), 14) for name in columns]
+        cells += [
+            Cell("ε", rounded_up(max(spent.values(), default=None))),
+            Cell("planned" if budget else "", budget),
+            Cell("trained", str(count)),
+            Cell("sent", size_text(data.get("bytes"))),
+            Cell("left", left),
+        ]
+        # Where the screen is narrow, what is in metrics.jsonl too gives way, never ε.
+        for name in ("sent", "trained", "", "planned", *(name[:13] for name in columns[:0:-1])):
+            if sum(cell.width for cell in cells) > self.console.width:
+                cells = [cell for cell in cells if cell.head != name]
+        if columns != self._columns:
+            self._columns = columns
+            head = "".join(f"{cell.head:>{cell.width}}" for cell in cells)
+            self.console.print(head, style="bold")
+        row = "".join(f"{cell.text:>{cell.width}}" for cell in cells)
+        self.console.print(row.rstrip(), highlight=False)
         self._at = time.monotonic()
         shown = f"{done}/{total}" if total else f"{done}"
         self._bar.update(

@@ -31,7 +31,7 @@ from fedtune.models.network import Network
 from fedtune.objectives import resolve
 from fedtune.objectives._interface import Batch, RecordFormat
 from fedtune.objectives._tokens import likelihood
-from fedtune.progress import report
+from fedtune.progress import reporter
 from fedtune.registry.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -172,10 +172,9 @@ class Evaluator:
             exact, chosen = np.zeros(n, bool), np.full(n, -1)
             scores = Scores(np.zeros(n), np.ones(n), exact, chosen, self._gold, np.zeros(n))
             scores.pairs = PairScores.empty(n) if self.paired else None
-            done = 0
-            for batch in self._records.batches(range(n)):
+            measuring = reporter("measuring on public records")
+            for batch in self._records.batches(range(n), on_work=measuring):
                 self._assess(batch, scores)
-                report("measuring on public records", done := done + batch.count, n)
                 if scores.pairs is not None:
                     scores.pairs.add(self.network, batch, with_kl=with_kl)
             if self._with_choices is not None:
@@ -223,7 +222,8 @@ class Evaluator:
     def _most_likely(self, with_choices: CachedDataset) -> np.ndarray:
         """The choice of highest log-likelihood, summed over its tokens, (n,)."""
         likelihood = np.zeros(len(self) * self._choices)
-        for batch in with_choices.batches(range(len(likelihood))):
+        comparing = reporter("comparing the choices on public records")
+        for batch in with_choices.batches(range(len(likelihood)), on_work=comparing):
             hidden = self.network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
             likelihood[batch.index.numpy()] = -by_record(self.network, hidden, batch)[0]
         best: np.ndarray = likelihood.reshape(-1, self._choices).argmax(axis=1)

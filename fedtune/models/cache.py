@@ -29,7 +29,7 @@ from fedtune.models.prefix_store import (
 )
 from fedtune.objectives._interface import Batch
 from fedtune.objectives._shapes import padded_length
-from fedtune.progress import report
+from fedtune.progress import OnWork, report
 
 log = logging.getLogger("fedtune.models")
 
@@ -138,11 +138,19 @@ class CachedDataset:
         missing = (row for row, state in enumerate(self._states) if state is None)
         # One answer may be in several pairs: equal passages are computed once.
         new = list({self._names[row]: row for row in missing}.values())
-        done = 0
-        for _, rows in _group_by_bucket(new, self._prefix_bucket, self._prefix_block):
+        groups = list(_group_by_bucket(new, self._prefix_bucket, self._prefix_block))
+        # A block takes as long as its positions, however many of its rows are records.
+        work = [
+            self._prefix_block(bucket) * (bucket.length + self.network.frames(bucket.tiles))
+            for bucket, _ in groups
+        ]
+        done, total, label = 0, sum(work), "reading records once through the frozen layers"
+        if total:
+            report(label, done, total, once=True)
+        for (_, rows), positions in zip(groups, work, strict=True):
             self._compute_or_skip(rows)
-            done += len(rows)
-            report("reading records once through the frozen layers", done, len(new))
+            done += positions
+            report(label, done, total, once=True)
         self._states = [self.network.states.get(name) for name in self._names]
         self._failed = {row for row, state in enumerate(self._states) if state is None}
         if not self.network.reads_tower:
@@ -172,23 +180,54 @@ class CachedDataset:
             self.network.states[name] = self._states[index] = state
         return computed
 
-    def batches(self, indices: Indices, token_budget: int = 4096) -> Iterator[Batch]:
+    def batches(
+        self, indices: Indices, token_budget: int = 4096, on_work: OnWork | None = None
+    ) -> Iterator[Batch]:
         """Yield the records `indices`, each once, in micro-batches of one bucket and at most
         `token_budget` positions (always at least one record). For public or local results: their
-        last digits depend on the batch."""
+        last digits depend on the batch. on_work: hears how much of all is done, each time that the
+        next is requested."""
         self._ensure_warm(indices)
 
         def size(bucket: Bucket) -> int:
             return max(1, token_budget // self._positions_per_record(bucket))
 
-        for bucket, records in _group_by_bucket(indices, self._buckets.__getitem__, size):
+        groups = list(_group_by_bucket(indices, self._buckets.__getitem__, size))
+        done, total = 0, sum(self._work(bucket, len(records)) for bucket, records in groups)
+        for bucket, records in groups:
             yield self._batch(bucket, records, len(records))
+            done += self._work(bucket, len(records))
+            if on_work:
+                on_work(done, total)
 
-    def blocks(self, indices: Indices, limit: int | None = None) -> Iterator[Batch]:
+    def blocks(
+        self, indices: Indices, limit: int | None = None, on_work: OnWork | None = None
+    ) -> Iterator[Batch]:
         """Yield micro-batches of a fixed shape, blocks: always as many records of a bucket, at most
         `limit`, filled up with the first. For whatever is summed over units and noised; at most
-        THREADS threads work on a block of several records, until the next is requested."""
+        THREADS threads work on a block of several records, until the next is requested. on_work: as
+        of `batches`."""
         self._ensure_warm(indices)
+        groups = self._block_groups(indices, limit)
+        done, total = 0, sum(self._work(bucket, size) for bucket, size, _ in groups)
+        for bucket, size, records in groups:
+            filled = _fill_block(records, size)
+            with _limit_threads(None if len(filled) == 1 else THREADS):
+                yield self._batch(bucket, filled, len(records))
+            done += self._work(bucket, size)
+            if on_work:
+                on_work(done, total)
+
+    def work_of_blocks(self, indices: Indices, limit: int | None = None) -> int:
+        """Return the total that `on_work` of `blocks` hears for these records."""
+        return sum(
+            self._work(bucket, size) for bucket, size, _ in self._block_groups(indices, limit)
+        )
+
+    def _block_groups(
+        self, indices: Indices, limit: int | None
+    ) -> list[tuple[Bucket, int, list[int]]]:
+        """Group `indices` into blocks: the bucket, how many records its blocks have, and which."""
 
         def size(bucket: Bucket) -> int:
             budget = (
@@ -201,10 +240,16 @@ class CachedDataset:
                 count = 1  # for few rows and labels, results depend on a row's place
             return min(count, limit or count)
 
-        for bucket, records in _group_by_bucket(indices, self._buckets.__getitem__, size):
-            filled = _fill_block(records, size(bucket))
-            with _limit_threads(None if len(filled) == 1 else THREADS):
-                yield self._batch(bucket, filled, len(records))
+        groups = _group_by_bucket(indices, self._buckets.__getitem__, size)
+        return [(bucket, size(bucket), records) for bucket, records in groups]
+
+    def _work(self, bucket: Bucket, records: int) -> int:
+        """Count the products of a pass of so many records of a bucket above the cut: the time that
+        it takes follows from them, and so does that of a gradient. Only ratios matter."""
+        of_position, of_target = self.network.products
+        positions = self._positions_per_record(bucket)
+        targets = self._n_passages * bucket.targets
+        return records * (1 + positions * of_position + targets * of_target)
 
     @property
     def _one_record_per_block(self) -> bool:

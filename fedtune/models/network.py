@@ -160,6 +160,14 @@ class Network:
             holder["head"] = self.head
         return holder
 
+    @cached_property
+    def products(self) -> tuple[int, int]:
+        """Count the multiplications that one position takes in the layers above the cut, and one
+        target in the base's own head: how long a pass takes follows from both."""
+        above = 0 if self.pooled else _weights(self._split.tail if self._split else self._backbone)
+        scored = self.head is None and self._lm_head is not None
+        return above, self.hidden_size * self.vocabulary if scored else 0
+
     @torch.no_grad()
     def encode_media(self, tensor: torch.Tensor) -> torch.Tensor:
         """Run the frozen tower on one file's tensor: (tiles, P, W)."""
@@ -398,3 +406,10 @@ class Network:
         if self.head is not None:
             tensors = {n: p.detach().contiguous() for n, p in self.head.named_parameters()}
             save_file(tensors, folder / HEAD, {"base": json.dumps(self.base.name)})
+
+
+def _weights(part: nn.Module) -> int:
+    """Count the weights of a part's linear layers, whose parameters are fewer where they are stored
+    in few bits."""
+    layers = (module for module in part.modules() if isinstance(module, nn.Linear))
+    return sum(layer.in_features * layer.out_features for layer in layers)

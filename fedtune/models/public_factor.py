@@ -20,7 +20,7 @@ from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import Arrays
 from fedtune.models.network import Network
 from fedtune.objectives._interface import Batch
-from fedtune.progress import report
+from fedtune.progress import report, reporter
 
 _MAX_POSITIONS = 8192  # per layer; enough for principal components of a few thousand dimensions
 
@@ -33,7 +33,11 @@ def public_factor(network: Network, dataset: Dataset, rank: int) -> Arrays:
     Errors: ConfigError when the public text has too few positions for this rank."""
     with network.base_only():
         inputs = _inputs(network, dataset)
-    return {name: _rows(inputs[name], rank) for name in network.frozen_factor()}
+    factor, names = Arrays(), list(network.frozen_factor())
+    for number, name in enumerate(names):
+        report("computing the adapter's frozen factor", number, len(names))
+        factor[name] = _rows(inputs[name], rank)
+    return factor
 
 
 def moments(network: Network, dataset: Dataset) -> dict[str, torch.Tensor]:
@@ -48,11 +52,10 @@ def _inputs(network: Network, dataset: Dataset) -> dict[str, torch.Tensor]:
     """Collect each adapted layer's inputs (positions, inputs) fp32, by name of its A."""
     data, inputs = CachedDataset(network, dataset), dict[str, list[torch.Tensor]]()
     with _recording(network, inputs) as position:
-        done, total = 0, len(dataset.examples)
-        for batch in data.batches(range(total)):
+        everyone = range(len(dataset.examples))
+        for batch in data.batches(everyone, on_work=reporter("reading public text")):
             position.batch = batch
             network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
-            report("reading public text", done := done + batch.count, total)
     return {name: torch.cat(parts)[:_MAX_POSITIONS].cpu() for name, parts in inputs.items()}
 
 

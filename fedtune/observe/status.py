@@ -110,9 +110,10 @@ def updated(status: Record, record: Record) -> Record:
     new |= {key: record[key] for key in CARRIED if key in record}
     new["last"] = [*status["last"], _brief(record)][-LAST:]
     if event == "start":
-        new |= {"state": "running", "round": record.get("done", 0)}
-        new.pop("error", None)
-        new.pop("reason", None)
+        done = record.get("done", 0)
+        new |= {"state": "running", "round": done, "first_round": done + 1}
+        for key in ("error", "reason", "seconds"):
+            new.pop(key, None)
     elif event == "planned":
         for name, epsilon in record.get("planned", {}).items():
             sites.setdefault(name, {})["planned"] = epsilon
@@ -160,9 +161,12 @@ def _answer(new: Record, record: Record) -> None:
 
 
 def _round(new: Record, record: Record) -> None:
-    for key in ("round", "seconds", "quality", "participants", "missing"):
+    for key in ("round", "quality", "participants", "missing"):
         if key in record:
             new[key] = record[key]
+    # The first round also reads the records through the frozen layers: it is no pace.
+    if "seconds" in record and record.get("round") != new.get("first_round"):
+        new["seconds"] = record["seconds"]
     sites = new["sites"]
     for name in record.get("participants", ()):
         sites.setdefault(name, {}).update(status="trained", reason="")
@@ -217,7 +221,8 @@ class Snapshot:
 
     @property
     def seconds_left(self) -> float:
-        """Estimate the time that the rounds to come take, at the last one's pace; 0: not known."""
+        """Estimate the time that the rounds to come take, at the last one's pace; 0: not known, as
+        after the first one."""
         status = self.status
         left = int(status.get("rounds") or 0) - int(status.get("round") or 0)
         running = self.state == "running" and left > 0
@@ -319,7 +324,7 @@ _STATUS = _keys(
         **FIELDS,
         **_WORDS,
         **dict.fromkeys(("started", "updated"), _MOMENT),
-        "pid": _COUNT,
+        **dict.fromkeys(("pid", "first_round"), _COUNT),
         "quality": by(_word, lambda value: None if value is None else _NUMBER(value)),
         "sites": by(FIELDS["site"], _SITE),
         "last": _list(_EVENT),

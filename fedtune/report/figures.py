@@ -24,9 +24,9 @@ def size_text(value: Any) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time to wait, in a unit that suits it: 90 s are "2 min"."""
-    if seconds < 60:
+    """A time to wait, in a unit that suits it and to a quarter of itself: 90 s, 2 min, 1.5 h."""
+    if seconds < 100:
         return f"{math.ceil(seconds)} s"
     if seconds < 5400:
-        return f"{math.ceil(seconds / 60)} min"
+        return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"

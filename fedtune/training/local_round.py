@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from fedtune.config import Study
-from fedtune.dp.clip import Chunk
 from fedtune.dp.plan import RowGradients, StepPlan
 from fedtune.dp.steplog import StepLog
 from fedtune.errors import ModelError
@@ -103,18 +102,14 @@ def local_sum(
     return np.concatenate([by_name[key].numpy() for key in sorted(by_name)])
 
 
-def _reported(gradients: RowGradients, step: int, steps: int) -> RowGradients:
+def _reported(engine: UnitGradientEngine, step: int, steps: int) -> RowGradients:
     """Report on this machine's screen how much of a round is done, in per cent of a step: how many
     rows were drawn is shown nowhere."""
 
-    def rows_reported(rows: list[int]) -> Iterator[Chunk]:
-        done = 0
-        for chunk in gradients(rows):
-            yield chunk
-            done += len(chunk.rows)
-            report("training", 100 * step + 100 * done // max(len(rows), 1), 100 * steps)
+    def on_work(done: int, total: int) -> None:
+        report("training", 100 * step + 100 * done // total, 100 * steps)
 
-    return rows_reported
+    return partial(engine, on_work=on_work)
 
 
 def _optimizer(study: Study, parameters: list[torch.Tensor], round_: int) -> torch.optim.Optimizer:

@@ -26,7 +26,7 @@ from fedtune.models.preconditioner import (
 )
 from fedtune.objectives import resolve
 from fedtune.objectives._interface import Batch
-from fedtune.progress import report
+from fedtune.progress import report, reporter
 from fedtune.training import engines
 
 _CHUNK_BYTES = 128 * 2**20  # fp32 gradients held at once
@@ -52,10 +52,11 @@ def output_factors(study: Study, data: CachedDataset, table: PreconditionerTable
         lengths = _lengths(gradients)
         for name, curvature in curvatures.items():
             curvature.add(gradients[name] / lengths[:, None, None])
-    return {
-        name_for(name): curvature.factor(table.rank, table.damping)
-        for name, curvature in curvatures.items()
-    }
+    factors = Arrays()
+    for number, (name, curvature) in enumerate(curvatures.items()):
+        report("computing the preconditioner", number, len(curvatures))
+        factors[name_for(name)] = curvature.factor(table.rank, table.damping)
+    return factors
 
 
 def trained_on(study: Study, data: CachedDataset, adapter: Arrays) -> Arrays:
@@ -96,17 +97,15 @@ def _gradients(
     if any(network.has_row_per_tile(parameter) for parameter in named.values()):
         raise ConfigError("a public start", "an adapter on the text's layers alone")
     engine = engines.choose(study.training.engine, network.trained, list(named.values()))
-    rows, done = max(1, _CHUNK_BYTES // (4 * sum(p.numel() for p in named.values()))), 0
-    total = len(data.dataset.examples)
+    rows = max(1, _CHUNK_BYTES // (4 * sum(p.numel() for p in named.values())))
+    everyone = range(len(data.dataset.examples))
     with engine.watching():
-        for batch in data.blocks(range(total), rows):
+        for batch in data.blocks(everyone, rows, reporter(label, before, passes)):
             gradients = engine(objective.losses(network, batch))
             yield {
                 name: _by_record(gradient, batch)
                 for name, gradient in zip(named, gradients, strict=True)
             }
-            done += batch.count
-            report(label, before * total + done, passes * total)
 
 
 def _lengths(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -17,6 +17,7 @@ from fedtune.models.preconditioner import identity_part, name_for
 from fedtune.models.prefix_store import make_room_after
 from fedtune.models.rank_slice import ALL, trained_slice
 from fedtune.objectives._interface import Batch, Objective
+from fedtune.progress import OnWork
 from fedtune.training import engines
 from fedtune.training.round_loss import RoundLoss
 
@@ -119,14 +120,15 @@ class UnitGradientEngine:
         """Number of rows to sample from: as private as the data."""
         return len(self._members)
 
-    def __call__(self, rows: list[int]) -> Iterator[Chunk]:
+    def __call__(self, rows: list[int], on_work: OnWork | None = None) -> Iterator[Chunk]:
         """Yield the gradients of `rows`, each once, in whatever order and chunks are quickest.
+        on_work: hears how much of the work is done, block by block.
 
         A row that cannot be computed, for whatever reason, is zero, as is one that is not finite;
         other rows are unaffected. Errors: NoRowGradient, which the network's layers decide."""
         pending = dict.fromkeys(rows)
         try:
-            for chunk in self._chunks(rows):
+            for chunk in self._chunks(rows, on_work):
                 for row in chunk.rows:
                     del pending[row]
                 yield chunk
@@ -146,7 +148,7 @@ class UnitGradientEngine:
 
     def _single_row(self, row: int) -> Chunk:
         try:
-            (chunk,) = self._chunks([row])
+            (chunk,) = self._chunks([row], None)
             return chunk
         except NoRowGradient:
             raise
@@ -154,13 +156,25 @@ class UnitGradientEngine:
             log.error("a unit's gradient failed (%s); it takes no part", describe(error))
             return Chunk([row], [t.new_zeros(1, t.numel()) for t in self.trained])
 
-    def _chunks(self, rows: list[int]) -> Iterator[Chunk]:
+    def _chunks(self, rows: list[int], on_work: OnWork | None) -> Iterator[Chunk]:
         single = [row for row in rows if len(self._members[row]) == 1]
         several = [row for row in rows if len(self._members[row]) > 1]
+        parts = [several[at : at + self._max_rows] for at in range(0, len(several), self._max_rows)]
+        work = [
+            self.data.work_of_blocks(
+                [i for row in part for i in self._members[row]], self._max_rows
+            )
+            for part in (single, *parts)
+        ]
+
+        def heard(part: int) -> OnWork:
+            before, total = sum(work[:part]), sum(work)
+            return lambda done, _: on_work(before + done, total) if on_work else None
+
         with self._engine.watching():
-            yield from self._single_records(single)
-            for start in range(0, len(several), self._max_rows):
-                yield self._means(several[start : start + self._max_rows])
+            yield from self._single_records(single, heard(0))
+            for number, part in enumerate(parts, 1):
+                yield self._means(part, heard(number))
 
     def matrix(self, rows: Sequence[int]) -> torch.Tensor:
         """Compute the gradients of `rows` as one tensor (rows, d), in their order: for tests and
@@ -172,19 +186,19 @@ class UnitGradientEngine:
             chunk.wipe()
         return matrix
 
-    def _single_records(self, rows: list[int]) -> Iterator[Chunk]:
+    def _single_records(self, rows: list[int], on_work: OnWork) -> Iterator[Chunk]:
         """Yield rows of one record each: every micro-batch is a chunk."""
         row_of = {self._members[row][0]: row for row in rows}
-        for batch in self.data.blocks(list(row_of), self._max_rows):
+        for batch in self.data.blocks(list(row_of), self._max_rows, on_work):
             indices = batch.index[: batch.count].tolist()
             yield Chunk([row_of[i] for i in indices], self._per_record(batch))
 
-    def _means(self, rows: list[int]) -> Chunk:
+    def _means(self, rows: list[int], on_work: OnWork) -> Chunk:
         """Average the gradients of rows with several records over micro-batches."""
         positions = {i: position for position, row in enumerate(rows) for i in self._members[row]}
         weights = {i: 1.0 / len(self._members[row]) for row in rows for i in self._members[row]}
         means = [t.new_zeros(len(rows), t.numel()) for t in self.trained]
-        for batch in self.data.blocks(list(positions), self._max_rows):
+        for batch in self.data.blocks(list(positions), self._max_rows, on_work):
             indices = batch.index[: batch.count].tolist()
             for mean, gradients in zip(means, self._per_record(batch), strict=True):
                 # One by one: an atomic addition, as index_add_ is on a GPU, has no order.

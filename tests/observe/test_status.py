@@ -143,10 +143,13 @@ def test_a_coordinator_shows_its_address_who_is_connected_and_the_time_left(
         seen("start", {"study": "inventory", "rounds": 8, "done": 0})
         seen("planned", {"study": "inventory", "participants": ["north"],
                          "planned": {"north": 2.0000001}})  # fmt: skip
+        seen("round", {"round": 1, "rounds": 8, "participants": ["north"], "seconds": 90.0})
+        said = run(tmp_path, "--once").output
+        assert "round 1/8" in said and "left" not in said  # it read the records, once
         seen("round", {"round": 2, "rounds": 8, "participants": ["north"], "seconds": 15.0,
                        "epsilon": {"north": 0.5}})  # fmt: skip
         said = run(tmp_path, "--once").output
-        assert "15 s a round, about 2 min left" in said and "0.5 of 2.001" in said
+        assert "15 s a round, about 90 s left" in said and "0.5 of 2.001" in said
         assert said.count("not connected") == 1
         seen("disconnected", {"name": "north", "text": NOTE})
         assert "trained, not connected" in run(tmp_path, "--once").output

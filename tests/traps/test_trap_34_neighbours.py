@@ -25,6 +25,7 @@ from fedtune.models.lora import LARGEST
 from fedtune.models.network import Network
 from fedtune.objectives._interface import Batch
 from fedtune.objectives.classify import Classify
+from fedtune.progress import OnWork
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import make_plan
 from tests.traps import neighbour_rows
@@ -60,11 +61,13 @@ def crafted(network: Network, others: int) -> tuple[Dataset, torch.Tensor, torch
 class Unbounded(UnitGradientEngine):
     """With micro-batches of as many records as there are: what the engine was."""
 
-    def __call__(self, rows: list[int]) -> Iterator[Chunk]:
+    def __call__(self, rows: list[int], on_work: OnWork | None = None) -> Iterator[Chunk]:
         self.data.blocks = self._as_they_come  # type: ignore[method-assign]
         return super().__call__(rows)
 
-    def _as_they_come(self, indices: list[int], most: int | None = None) -> Iterator[Batch]:
+    def _as_they_come(
+        self, indices: list[int], most: int | None = None, on_work: OnWork | None = None
+    ) -> Iterator[Batch]:
         return self.data.batches(indices)
 
 

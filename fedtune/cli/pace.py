@@ -1,0 +1,62 @@
+"""Estimate the time that the rest of a step, or of a study's rounds, will take."""
+
+from __future__ import annotations
+
+from fedtune.progress import Step
+
+SOONEST = 10.0  # seconds of a step before its pace is known
+
+
+class StepPace:
+    """The pace of the step that is reported: what it did of its work since it was first heard of,
+    and in what time."""
+
+    def __init__(self) -> None:
+        self._text, self._first, self._done, self._began = "", 0, 0, 0.0
+
+    def left(self, step: Step, now: float) -> float | None:
+        """Return the seconds that the rest of `step` takes at its pace so far; None while that is
+        not known, and where nothing is left. now: seconds on any clock."""
+        if step.text != self._text or step.done < self._done:
+            self._text, self._first, self._began = step.text, step.done, now
+        self._done = step.done
+        worked, seconds = step.done - self._first, now - self._began
+        if seconds < SOONEST or worked <= 0 or step.done >= step.total:
+            return None
+        return seconds / worked * (step.total - step.done)
+
+
+class RoundsPace:
+    """The pace of a study's rounds. The first one here also reads records through the frozen
+    layers, which those after it find read: what it does once does not count."""
+
+    def __init__(self) -> None:
+        self._began: float | None = None  # of the rounds timed
+        self._timed, self._known = 0, False  # known: what is done once is past, or was heard of
+        self._once, self._once_since = 0.0, 0.0  # seconds of it, and since when it goes on
+
+    def begin(self, now: float) -> None:
+        """A round begins; the time between two rounds is the later one's."""
+        if self._began is None:
+            self._began = now
+
+    def hear(self, step: Step, now: float) -> None:
+        """Take in a report of a long step."""
+        if not step.once or self._began is None:
+            return
+        if step.done == 0:
+            self._once_since = now
+        elif step.done == step.total:
+            self._once, self._known = self._once + now - self._once_since, True
+
+    def ended(self, left: int, now: float) -> float | None:
+        """A round ends. Return the seconds that the `left` rounds to come take, as long as those
+        timed took on average; None where none is left, and after the first one alone unless what it
+        did once was heard of, as it is where the sites work in this process."""
+        if self._began is None:
+            return None
+        if not self._known:
+            self._began, self._known = now, True
+            return None
+        self._timed += 1
+        return (now - self._began - self._once) / self._timed * left or None
