@@ -72,8 +72,9 @@ def test_other_public_records_are_learnt_from_and_none_of_them_judges(tmp_path: 
 
 
 def test_too_few_public_records_are_refused_before_anything_is_written(tmp_path: Path) -> None:
-    for evaluation in (None, table(tmp_path / "few.csv", 13)):
-        with pytest.raises(ConfigError, match="too few public questions"):
+    few = table(tmp_path / "few.csv", 13)
+    for evaluation, found in ((None, "none"), (few, "39")):
+        with pytest.raises(ConfigError, match=f"too few public questions with answers: {found}"):
             write(tmp_path / "own", "answer", records(tmp_path, evaluation=evaluation))
     assert not (tmp_path / "own").exists()
 

@@ -8,10 +8,11 @@ import inspect
 import json
 import math
 import os
+import select
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
@@ -26,6 +27,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 DEBUG = "FEDTUNE_DEBUG"
 JSON = "as_json"  # the parameter of --json
+NOT_READ = 141  # 128 + SIGPIPE: as a shell shows it of any program whose output nobody reads
 
 
 class Told(Exception):
@@ -59,6 +61,7 @@ def command(
                     result = function(*args, **kwargs)
                 if as_json:
                     _print_json(result)
+                sys.stdout.flush()
                 return
             except KeyboardInterrupt:
                 code, line = 130, "stopped; continue with --resume"
@@ -74,6 +77,8 @@ def command(
             except (typer.Exit, typer.Abort):
                 raise
             except Exception as error:  # a traceback may hold record content: off by default
+                if isinstance(error, BrokenPipeError) and _is_unread():
+                    raise
                 if os.environ.get(DEBUG) == "1":
                     traceback.print_exc()
                 code = 4
@@ -93,6 +98,30 @@ def command(
         return guarded
 
     return register
+
+
+@contextlib.contextmanager
+def quiet_if_unread() -> Iterator[None]:
+    """End a command with NOT_READ, without a word, where nobody reads what it prints, as behind
+    `| head`: click and rich end it with 1 for that."""
+    try:
+        yield
+    except SystemExit as error:
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)  # for what Python still flushes at its end
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
+        raise SystemExit(NOT_READ) from None
+
+
+def _is_unread() -> bool:
+    """Return whether nobody is left to read the output, or the messages."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # no descriptor
+            poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def wants_json() -> bool:

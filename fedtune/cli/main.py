@@ -1,7 +1,8 @@
 """The command line: every command parses, calls one function, and maps errors to exit codes.
 
 Exit codes: 0 done · 2 bad input or configuration · 3 refused by a policy or a
-budget · 4 infrastructure, or a fault of fedtune's · 130 stopped by Ctrl-C."""
+budget · 4 infrastructure, or a fault of fedtune's · 130 stopped by Ctrl-C · 141 nobody reads the
+output."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from fedtune.cli import (
     demo,
     derive,
     doctor,
+    log_lines,
     models,
     network,
     plugin,
@@ -33,7 +35,7 @@ from fedtune.cli import log as cli_log
 from fedtune.cli import site as cli_site
 from fedtune.cli import status as cli_observe
 from fedtune.cli import verify as cli_verify
-from fedtune.cli.exit_codes import command
+from fedtune.cli.exit_codes import command, quiet_if_unread
 from fedtune.cli.study import METRICS, RESUME, SET, STUDY, TRACKER, load
 from fedtune.errors import ConfigError
 from fedtune.run_folder import already_done, beginning, finished_line, new_run, read_report
@@ -87,7 +89,9 @@ def _version(show: bool) -> None:
 
 def main() -> None:
     """The `fedtune` command."""
-    app(prog_name="fedtune")
+    log_lines.use_one_style()
+    with quiet_if_unread():
+        app(prog_name="fedtune")
 
 
 @app.callback()

@@ -26,6 +26,11 @@ from fedtune.data.sources._interface import (
 from fedtune.errors import DataError
 
 log = logging.getLogger("fedtune.data")
+SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers")
+SPREADSHEET = (
+    'open it and save it under another name as "CSV UTF-8 (comma delimited)", in LibreOffice as '
+    '"Text CSV" with the character set UTF-8; one table of it, whose first row names the columns'
+)
 
 
 class Rejected(Exception):
@@ -136,7 +141,8 @@ def _paths(where: Path, readers: Mapping[str, Source]) -> list[Path]:
     kinds = ", ".join(suffixes)
     if os.path.isfile(where):
         if where.suffix.lower() not in suffixes:
-            raise DataError(f"{where}: unsupported suffix", kinds, "convert the file")
+            todo = SPREADSHEET if where.suffix.lower() in SPREADSHEETS else "convert the file"
+            raise DataError(f"{where}: unsupported suffix", kinds, todo)
         return [where]
     if not os.path.isdir(where):
         raise DataError(f"{where}: no such file", f"a file or a folder of {kinds}")

@@ -18,6 +18,7 @@ from fedtune.files.writing import replace
 
 Rows = list[dict[str, Any]]
 Carried = str | int | float | None  # a cell of the records that goes with its prediction
+DIGITS = 6  # significant, of what people read and other programs join; fp32 has hardly more
 SHARE = "probability."  # before the label, in the name of a column
 
 
@@ -84,7 +85,8 @@ class Predictions:
 
     def rows(self) -> Rows:
         """Return one flat row for each record: "row" from 1, the carried columns, "prediction" and
-        "probability.LABEL", or "score", and "reason"; None for what a record does not have."""
+        "probability.LABEL", or "score", and "reason"; None for what a record does not have. Numbers
+        to DIGITS figures."""
         told = dict(zip(self.labels, self.names, strict=True))
         values = zip(self.predicted, self.probabilities, self.scores, self.reasons, strict=True)
         rows: Rows = []
@@ -129,7 +131,7 @@ def check_ids(columns: Sequence[str]) -> None:
 
 
 def _number(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
+    return None if np.isnan(value) else float(f"{value:.{DIGITS}g}")
 
 
 def _csv(rows: Rows) -> bytes:

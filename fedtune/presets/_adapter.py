@@ -51,8 +51,9 @@ class Recipe:
     def study(self, name: str, records: Records, public: Mapping[str, _public.Rows]) -> str:
         """Compose study.toml. Errors: ConfigError (too few public records)."""
         if "public" not in public:
+            found = sum(map(len, public.values()))
             raise ConfigError(
-                f"there are too few public {self.records}",
+                f"there are too few public {self.records}: {found or 'none'}",
                 f"at least {_public.LEAST} of them: without them a small model learns next to "
                 "nothing under differential privacy",
                 "--evaluation FILE with public records, in the columns of the sites' own",

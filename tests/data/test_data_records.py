@@ -311,6 +311,7 @@ def test_errors_of_the_file(tmp_path: Path, jsonl: Lines) -> None:
     assert "no records" in str(error_of(empty))
     assert "no data file" in str(error_of(folder))
     assert "unsupported suffix; expected .arrow, .csv, .jsonl, .parquet" in str(error_of(other))
+    assert "CSV UTF-8" in str(error_of(other))  # what a person does about it
     assert "not a readable Parquet file" in str(error_of(broken))
     for content in ("", "t\n"):
         (tmp_path / "empty.csv").write_text(content)

@@ -20,7 +20,8 @@ fedtune \- fine\-tune a language model across hospitals without moving a record
 .SH COMMANDS"""
 TAIL = r""".SH EXIT STATUS
 0: done. 2: bad input or configuration. 3: refused by a policy or a budget.
-4: infrastructure, or a fault of fedtune's. 130: stopped by Ctrl\-C.
+4: infrastructure, or a fault of fedtune's. 130: stopped by Ctrl\-C. 141: nobody reads
+the output.
 .SH ENVIRONMENT
 .TP
 .B FEDTUNE_CACHE

@@ -159,10 +159,11 @@ def _exported() -> str:
 
 
 def _codes() -> str:
-    said = "0: done; 130: stopped by Ctrl-C. Every error says what happened, what was expected and"
+    said = "0: done; 130: stopped by Ctrl-C; 141: nobody reads the output. Every error says what"
     rows = [f"| `{e.__name__}` | {e.exit_code} | {_words(e.__doc__, 1)} |" for e in errors()]
     table = ["| error | exit code | meaning |", "|---|---|---|"]
-    return "\n".join([said, "what to do.", "", *table, *rows, ""])
+    more = "happened, what was expected and what to do."
+    return "\n".join([said, more, "", *table, *rows, ""])
 
 
 def summary(value: Any) -> str:

@@ -1,0 +1,22 @@
+"""Warnings of a command's libraries, written as its errors are."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from fedtune.errors import printable
+
+
+class _Stderr(logging.Handler):
+    """Writes to what stderr is at the time, which a progress bar replaces while it is drawn."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        name = record.name.partition(".")[0]
+        print(f"{name}: {printable(record.getMessage())}", file=sys.stderr)
+
+
+def use_one_style() -> None:
+    """Write warnings as lines that begin with whose they are, whatever library is loaded later:
+    opacus sets a format with dates for all of a process, unless there is one."""
+    logging.basicConfig(handlers=[_Stderr()], level=logging.WARNING)
