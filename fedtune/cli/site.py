@@ -287,9 +287,9 @@ def purge(
 ) -> dict[str, Any]:
     """Delete what this site keeps of studies beside the ledger; lists it first, and asks.
 
-    Released updates, draws that were not masked, plans, logs and leftovers go; the ledger, the step
-    log and this site's keys stay. A round whose update is gone is trained, and paid for, again if
-    it is asked for again, so do it after a study."""
+    Released updates, plans, logs and leftovers go; the ledger, the step log and this site's keys
+    stay. A round whose update is gone is trained, and paid for, again if it is asked for again, so
+    do it after a study."""
     from fedtune.cli.console import files_table
     from fedtune.client import purge as purger
     from fedtune.config import load_site

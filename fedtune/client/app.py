@@ -14,7 +14,6 @@ from fedtune.config import study_from_json
 from fedtune.errors import ConfigError, PolicyRefused
 from fedtune.flower.arrays import read_frozen
 from fedtune.flower.grid import PEERS
-from fedtune.secagg import draw as draws
 from fedtune.wire.protocol import check_peer, version_fields
 from fedtune.wire.seal import check_plan
 
@@ -44,7 +43,7 @@ def prepare(message: Message, context: Context) -> Message:
             raise PolicyRefused("the plan is not signed by the coordinator this site enrolled with")
         if plan.get("finished") is True:
             answer["status"] = "finished"
-            draws.destroy(site.ledger.folder, study.digest)  # of attempts that were given up
+            site.draws.destroy(study.digest)  # of attempts that were given up
             return
         check_watch(study, context.node_config.get("watch"))
         frozen = read_frozen(message.content.array_records["frozen"], study.lora)

@@ -3,8 +3,7 @@
 Deleted: what KINDS lists. Never: what NEVER_DELETED lists, which the ledger, the guarantee and the
 site's enrolment need; nor files that fedtune did not write, which are listed for a person.
 Guarantee: the ledger and its charges are unchanged. A deleted update cannot be sent again: if its
-round is ordered again, it is trained and charged again; a draw that was not masked yet goes with
-its masking key, and its attempt at the round is void.
+round is ordered again, it is trained and charged again.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from fedtune.secagg.draw import FOLDER as DRAWS
 
 KINDS = {  # what people call it -> patterns of paths in the state folder; "*" goes into folders too
     "updates that were released": (f"{OUTBOX}/*.bin",),
-    "draws that were not masked, with their keys": (f"{DRAWS}/*.bin",),
+    "draws that an earlier release kept, with their keys": (f"{DRAWS}/*.bin",),
     "plans that waited for a signature": ("plans/*.json",),
     "logs": ("log.jsonl", "log.jsonl.1", "rank-*.log"),
     "status": ("status.json",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from fedtune.dp.accountant import epsilon
 from fedtune.dp.costs import query_lines, shared_lines
 from fedtune.dp.plan import DpPlan, plan_for_site
 from fedtune.dp.query import query_plan
-from fedtune.errors import ConfigError, Refused
+from fedtune.errors import BudgetExceeded, ConfigError, Refused
 from fedtune.files import reading
 from fedtune.flower import membership
 from fedtune.ledger.entries import Charge
@@ -336,6 +337,30 @@ def _whatever(site: Site, plan: DpPlan, charges: list[Charge]) -> list[str]:
         f"{rounded_up(before.epsilon)} so far, {rounded_up(after.epsilon)} with this study "
         f"({after.how}); the ceiling, policy.max_fallback_epsilon, is "
         f"{site.policy.max_fallback_epsilon:g}.",
+        *_room_for_attempts(site, plan, charges),
+    ]
+
+
+def _room_for_attempts(site: Site, plan: DpPlan, charges: list[Charge]) -> list[str]:
+    """Say how many attempts that come to nothing the site's ceilings leave room for; at most as
+    many as the plan has rounds, since nobody plans for more."""
+    ahead = _ahead(plan, charges)
+    if plan.sites == 1 or not ahead:
+        return []
+
+    def fits(more: int) -> bool:
+        try:
+            within_budget(site, plan, charges, at_least=ahead + more * plan.local_steps)
+        except BudgetExceeded:
+            return False
+        return True
+
+    room = bisect_left(range(1, plan.rounds + 1), True, key=lambda more: not fits(more))
+    at_least = "at least " if room == plan.rounds else ""
+    return [
+        f"The ceilings leave room for {at_least}{room} attempt{'s' * (room != 1)} at a round that "
+        f"come{'s' * (room == 1)} to nothing, beside the plan's {plan.rounds} rounds; past that "
+        "this site refuses what is left of the study."
     ]
 
 

@@ -1,9 +1,10 @@
 """A site's part of a round whose sum alone is opened: ready, then masked once.
 
-    ready    reserve → noised sum and a masking key, on disk → a signed statement
+    ready    reserve → noised sum and a masking key, in memory → a signed statement
     masked   check the set → masked words into the ledger's outbox → key destroyed → words
 
-Both answer again with the same bytes, after a restart too: docs/secure-aggregation.md."""
+Both answer again with the same bytes: what was masked after a restart too, what waits for its set
+until this process ends. The attempt is void then: docs/secure-aggregation.md."""
 
 from __future__ import annotations
 
@@ -20,7 +21,6 @@ from fedtune.errors import PolicyRefused
 from fedtune.models.lora import Arrays
 from fedtune.models.lora import digest as arrays_digest
 from fedtune.models.rank_slice import ALL
-from fedtune.secagg import draw as draws
 from fedtune.secagg import masks
 from fedtune.secagg.draw import Waiting
 from fedtune.secagg.statement import (
@@ -61,7 +61,7 @@ def ready(
     draw = Draw(digest, round_, attempt, arrays_digest(adapter))
     if (answered := site.ledger.released(digest, round_, draw.label)) is not None:
         return _stated(metadata_of(answered)["ready"], metadata_of(answered)["events"])
-    waiting = draws.load_waiting(site.ledger.folder, draw)
+    waiting = site.draws.find(draw)
     if waiting is None:
         _check_asked(site, prepared, asked)
         waiting = _drawn(site, prepared, draw, adapter)
@@ -78,36 +78,41 @@ def masked(
     none that lacks strategy.min_sites sites pinned here.
     Errors: Unprepared, Void (the attempt is over for this site), PolicyRefused, LedgerError."""
     prepared = _prepared(site, digest, round_, attempt, receipt)
-    study = prepared.study
     try:
         asked = parse_set(statements)
         mine = next((r for r in asked if r.signing == site.key.public), None)
         if mine is None:
             raise StatementError("the set of ready sites does not hold this site")
-        label, chosen = mine.draw.label, set_digest(asked)
-        answered = site.ledger.released(digest, round_, label)
-        if answered is not None:
-            if metadata_of(answered)["set"] != chosen:
-                raise StatementError("this draw was masked for another set of sites")
-            # Where a crash came between the entry and this, the key is still there.
-            draws.destroy(site.ledger.folder, digest, (round_, mine.draw.attempt))
-            return _words(answered)
         draw = Draw(digest, round_, attempt, mine.draw.adapter)
-        waiting = draws.load_waiting(site.ledger.folder, draw)
-        if waiting is None:
-            raise StatementError("this site has no draw of this attempt")
-        check_set(asked, waiting.ready, site.current().policy.peers, study.strategy.min_sites)
-        sigma = prepared.private.noise_multiplier if prepared.private else None
-        bits = bits_of(study, sigma, [r.size for r in asked], len(waiting.total))
-        words = masks.mask(waiting.total, waiting.key, waiting.ready, asked, bits)
+        answered = site.ledger.released(digest, round_, draw.label)
+        if answered is None:
+            answered = _mask(site, prepared, draw, asked)
+        if metadata_of(answered)["set"] != set_digest(asked):
+            raise StatementError("this draw was masked for another set of sites")
     except StatementError as error:
         log.warning("attempt %s of round %s: %s", attempt, round_, error)
         raise Void(error.happened, error.expected, error.todo) from None
-    facts = {"events": waiting.events, "ready": waiting.ready.text(), "set": chosen}
+    site.draws.destroy(digest, (round_, attempt))
+    return _words(answered)
+
+
+def _mask(site: SiteWorker, prepared: Prepared, draw: Draw, asked: list[Ready]) -> bytes:
+    """Mask the draw that waits, and put the words into the ledger's outbox. Errors: StatementError
+    where the set is not one to mask for, or this process has no such draw; LedgerError."""
+    waiting, study = site.draws.find(draw), prepared.study
+    if waiting is None:
+        raise StatementError(
+            "this site has no draw of this attempt",
+            "an attempt that was not given up, at a site that did not restart since it was ready",
+        )
+    check_set(asked, waiting.ready, site.current().policy.peers, study.strategy.min_sites)
+    sigma = prepared.private.noise_multiplier if prepared.private else None
+    bits = bits_of(study, sigma, [r.size for r in asked], len(waiting.total))
+    words = masks.mask(waiting.total, waiting.key, waiting.ready, asked, bits)
+    facts = {"events": waiting.events, "ready": waiting.ready.text(), "set": set_digest(asked)}
     payload = save({VALUES: words}, facts)
     site.ledger.release(waiting.reservation, payload)
-    draws.destroy(site.ledger.folder, digest, (round_, attempt))
-    return _words(payload)
+    return payload
 
 
 def _prepared(site: SiteWorker, digest: str, round_: int, attempt: int, receipt: str) -> Prepared:
@@ -128,7 +133,7 @@ def _check_asked(site: SiteWorker, prepared: Prepared, asked: list[str]) -> None
 
 
 def _drawn(site: SiteWorker, prepared: Prepared, draw: Draw, adapter: Arrays) -> Waiting:
-    """Charge a draw, compute its noised sum and put it on disk with its key."""
+    """Charge a draw, compute its noised sum, and keep it with its key until its set is fixed."""
     study = prepared.study
     data, reserved = site.reserve(prepared, draw.round, adapter, draw.label)
     recompute = site.site.site.gradient_checkpointing
@@ -139,9 +144,9 @@ def _drawn(site: SiteWorker, prepared: Prepared, draw: Draw, adapter: Arrays) ->
     noise = prepared.private.own_noise if prepared.private else 0.0
     stated = Ready(draw, name, size, site.key.public, masks.public_of(key), noise).signed(site.key)
     waiting = Waiting(total, key, stated, reserved, json.dumps(site.events(prepared)))
-    draws.store(site.ledger.folder, waiting)
+    site.draws.keep(waiting)
     # What the coordinator gave up: its keys go, so that nothing masks those draws any more.
-    draws.destroy(site.ledger.folder, draw.plan, (draw.round, draw.attempt - 1))
+    site.draws.destroy(draw.plan, (draw.round, draw.attempt - 1))
     return waiting
 
 

@@ -47,6 +47,7 @@ from fedtune.models.network import Network
 from fedtune.models.rank_slice import rank_slice
 from fedtune.models.teacher import teacher_for
 from fedtune.registry import process_cache
+from fedtune.secagg.draw import Draws, remove_stored
 from fedtune.training.local_round import local_round
 from fedtune.wire.codec import Shapes, encode
 from fedtune.wire.keys import SigningKey
@@ -82,6 +83,7 @@ class SiteWorker:
         self.site, self._path = site, path
         self.log = StepLog((site.site.ledger or site.site.state) / "steps.jsonl")
         self.ranks: Workers | None = None  # other processes that share a round's work
+        self.draws = Draws()  # of this process: they wait for their set of sites
         self.peers: tuple[str, ...] = ()  # keys of all sites, where this machine simulates them
         self._prepared: dict[str, Prepared] = {}
         # By dataset: the view that it was loaded for, and the data.
@@ -96,7 +98,9 @@ class SiteWorker:
     @cached_property
     def ledger(self) -> Ledger:
         """The ledger that pays: of the site's life, or of one run of declared data."""
-        return Ledger(self.site.site.ledger) if self.site.site.ledger else self.home
+        ledger = Ledger(self.site.site.ledger) if self.site.site.ledger else self.home
+        remove_stored(ledger.folder)
+        return ledger
 
     @property
     def key(self) -> SigningKey:

@@ -147,7 +147,8 @@ def shared_lines(study: Study, sizes: Sequence[int]) -> list[str]:
         f"secure aggregation: ε = {claimed} holds if {assumption(n, t)}: what anybody opens then "
         f"has the noise of {n - t} honest sites.",
         f"Whatever happens, ε = {whatever} holds: by the noise that each site adds itself, "
-        f"σ = {of_site.own_noise:.4g}. Attempts at a round that come to nothing are paid in both.",
+        f"σ = {of_site.own_noise:.4g}.",
+        _attempts(of_site),
         f"It learns as if ε = {whatever} without secure aggregation, where each of {n} equal sites "
         "adds all the noise of its ε.",
         *_at_one(study, of_site, max(sizes)),
@@ -174,6 +175,21 @@ def _at_one(study: Study, of_site: DpPlan, size: int) -> list[str]:
         f"Try ε = 1 first (--set privacy.epsilon=1): shared by {first.sites} it learns as if "
         f"ε = {whatever}, and {whatever} is all that is at stake whatever happens."
     ]
+
+
+def _attempts(of_site: DpPlan) -> str:
+    """Say what an attempt at a round costs that comes to nothing, and two of them, in both ε."""
+    costs = []
+    for more in (1, 2):
+        steps = of_site.steps + more * of_site.local_steps
+        claimed = accountant.epsilon(of_site.events(steps), of_site.delta)
+        whatever = accountant.epsilon(of_site.fallback_events(steps), of_site.delta)
+        costs.append(f"ε = {rounded_up(claimed)} and {rounded_up(whatever)} whatever happens")
+    return (
+        "An attempt at a round comes to nothing where a site restarts between its two messages, "
+        "leaves, or is not heard; the next one is drawn and paid anew. "
+        f"With one such attempt {costs[0]}; with two {costs[1]}."
+    )
 
 
 def _of_two(of_site: DpPlan, *, shared: bool) -> float:

@@ -66,6 +66,7 @@ def simulate(
     study = checked(study)
     check(study, sites)
     check_rounds(study, rounds)
+    _check_engine(study, engine, processes)
     out = new_run(study, None if out is None else Path(out), resume=resume)
     for site in sites:  # before anything is loaded, or connected
         declare(site)
@@ -201,6 +202,18 @@ def check_rounds(study: Study, rounds: int | None) -> None:
     if rounds is not None and not study.continuous:
         raise ConfigError(
             "--rounds is for studies with a [schedule]", "training.rounds in study.toml"
+        )
+
+
+def _check_engine(study: Study, engine: str, processes: int) -> None:
+    """Check that a site's messages reach the process that keeps its draws: Ray hands them to any of
+    its workers. Errors: ConfigError."""
+    if study.secure_aggregation and engine == "ray" and processes > 1:
+        raise ConfigError(
+            f"[secure_aggregation] under Ray with {processes} processes: a ready site keeps "
+            "its draw in the memory of one process, and Ray asks any of them for the masked words",
+            "one process under Ray, or the in-process engine, which keeps each site in one process",
+            f"leave --engine ray out: --processes {processes} alone trains as many sites at once",
         )
 
 

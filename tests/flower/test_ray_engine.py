@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from fedtune.errors import InfrastructureError
+from fedtune.errors import ConfigError, InfrastructureError
 from fedtune.flower.arrays import to_record
 from fedtune.flower.grid import InProcessGrid
 from fedtune.launch import ray
+from fedtune.launch.simulate import simulate
 from fedtune.server.admission import plan_message
 from fedtune.wire import seal
 from fedtune.wire.codec import encode
 from fedtune.wire.keys import SigningKey
+from tests.secagg.world import lay_out
 from tests.server.fakes import FakeSite, make_study, trial, zeros
 
 __all__ = ["trial"]
@@ -46,3 +48,14 @@ def test_a_worker_that_does_not_know_the_plan_gets_it_from_the_sites_context(tri
     )
     assert reply["site"]["status"] == "trained"
     assert run.sites[1].prepared == 2 and run.sites[0].prepared == 0
+
+
+def test_a_draw_waits_in_one_worker_so_several_are_refused(tmp_path, tiny_base, monkeypatch):
+    """Before anything is loaded: any other worker would answer that it has no such draw."""
+    study, sites = lay_out(tmp_path, tiny_base)
+    with pytest.raises(ConfigError, match="under Ray with 2 processes"):
+        simulate(study, sites, tmp_path / "run", engine="ray", processes=2)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InfrastructureError, match="ray engine is not installed"):
+        simulate(study, sites, tmp_path / "run", engine="ray", processes=1)

@@ -1,10 +1,8 @@
-"""Statements, sets, replies and draws on disk as nobody sends or leaves them: each is refused or
-lost, in order, and nothing that was drawn is masked wrongly."""
+"""Statements, sets and replies as nobody sends them: each is refused in order."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,9 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from fedtune.config import noise_shares
 from fedtune.dp.shared_noise import own_sigma
 from fedtune.flower.arrays import bodies
-from fedtune.secagg import draw as draws
 from fedtune.secagg import masks
-from fedtune.secagg.draw import Waiting
 from fedtune.secagg.statement import Draw, Ready, StatementError, parse, parse_set, set_text
 from fedtune.server.admission import Tally
 from fedtune.server.exchange import Reply
@@ -85,46 +81,6 @@ def test_no_statement_or_set_ends_in_anything_but_a_refusal() -> None:
 @pytest.mark.long
 def test_many_statements_and_sets() -> None:
     read_nonsense(LONG, 2)
-
-
-# ----------------------------------------------------------------------------- draws on disk
-
-
-def waiting(draw: Draw) -> Waiting:
-    ready = Ready(draw, "a", 10, KEY.public, "")
-    key = masks.new_key()
-    ready = Ready(draw, "a", 10, KEY.public, masks.public_of(key)).signed(KEY)
-    return Waiting(np.arange(DIMENSION, dtype=np.int64), key, ready, 7, "[]")
-
-
-def test_a_damaged_draw_is_lost_and_never_another(tmp_path: Path) -> None:
-    """Every bit of it, every length, and whatever else lies in its place."""
-    kept = waiting(Draw(DIGEST, 1, 1, DIGEST))
-    draws.store(tmp_path, kept)
-    (path,) = (tmp_path / draws.FOLDER).iterdir()
-    whole = path.read_bytes()
-    again = draws.load_waiting(tmp_path, kept.ready.draw)
-    assert again is not None and (again.total == kept.total).all() and again.ready == kept.ready
-    for at in range(len(whole)):
-        body = bytearray(whole)
-        body[at] ^= 1 << (at % 8)
-        for damaged in (bytes(body), whole[:at]):
-            path.write_bytes(damaged)
-            assert draws.load_waiting(tmp_path, kept.ready.draw) is None, at
-    for other in (b"[" * 100_000, whole + b"\0", whole[32:]):
-        path.write_bytes(other)
-        assert draws.load_waiting(tmp_path, kept.ready.draw) is None
-    path.unlink()
-    path.mkdir()
-    assert draws.load_waiting(tmp_path, kept.ready.draw) is None
-
-
-def test_a_draw_in_anothers_place_is_not_taken_for_it(tmp_path: Path) -> None:
-    for attempt in (1, 2):
-        draws.store(tmp_path, waiting(Draw(DIGEST, 1, attempt, DIGEST)))
-    first, second = sorted((tmp_path / draws.FOLDER).iterdir())
-    second.write_bytes(first.read_bytes())
-    assert draws.load_waiting(tmp_path, Draw(DIGEST, 1, 2, DIGEST)) is None
 
 
 # ---------------------------------------------------------------------- the coordinator's readers

@@ -23,8 +23,8 @@ from fedtune.config import Study
 from fedtune.data.dataset import Dataset
 from fedtune.dp.plan import DpPlan
 from fedtune.models import lora
-from fedtune.secagg import draw as draws
 from fedtune.secagg import masks
+from fedtune.secagg.draw import Draws
 from fedtune.secagg.statement import Ready
 from fedtune.training.round_loss import RoundLoss
 from tests.guarantee import property_pins as pins
@@ -202,13 +202,13 @@ def says_its_true_size(patch: pytest.MonkeyPatch) -> None:
 
 def says_how_long_its_sum_is(patch: pytest.MonkeyPatch) -> None:
     """Of its noised sum, which is no secret where a site adds all the noise itself; here it is."""
-    honest = draws.store
+    honest = Draws.keep
 
-    def store(folder: Path, waiting: Any) -> None:
+    def keep(draws: Draws, waiting: Any) -> None:
         norm = {"norm": float(np.linalg.norm(waiting.total))}
-        honest(folder, replace(waiting, events=json.dumps([*json.loads(waiting.events), norm])))
+        honest(draws, replace(waiting, events=json.dumps([*json.loads(waiting.events), norm])))
 
-    patch.setattr(draws, "store", store)
+    patch.setattr(Draws, "keep", keep)
 
 
 SHARING = {

@@ -56,27 +56,42 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _one(
         38, "sent-again-for-another-set", AT_SITE,
-        'if metadata_of(answered)["set"] != chosen:', "if False:",
+        'if metadata_of(answered)["set"] != set_digest(asked):', "if False:",
         T_ATTACKS + "test_a_site_whose_message_is_dropped_is_not_told_apart_by_asking_again",
         "one draw in two sums",
     ),
     _one(
-        AREA, "the-key-outlives-a-crash", AT_SITE,
-        "            draws.destroy(site.ledger.folder, digest, (round_, mine.draw.attempt))\n", "",
-        T_ATTACKS + "test_a_crash_before_the_key_was_destroyed_is_made_good",
+        AREA, "the-key-is-kept", DRAWS, "                del self._waiting[draw]\n",
+        "                pass\n",
+        T_ATTACKS + "test_ready_and_masked_answer_again_with_the_same_bytes",
         "what was sent can be unmasked later",
     ),
     _one(
-        AREA, "the-key-is-kept", DRAWS, "            path.unlink(missing_ok=True)\n",
+        AREA, "a-draw-is-written-down", AT_SITE, "    site.draws.keep(waiting)\n",
+        "    site.draws.keep(waiting)\n"
+        "    secret = key.private_bytes_raw() + total.tobytes()\n"
+        '    (site.ledger.folder / "draw").write_bytes(secret)\n',
+        T_ATTACKS + "test_a_folder_put_back_masks_no_draw_a_second_time",
+        "a snapshot of the folder brings one draw back for another set",
+    ),
+    _one(
+        AREA, "old-draws-stay-on-disk", DRAWS, "            path.unlink(missing_ok=True)\n",
         "            pass\n",
-        T_ATTACKS + "test_a_restart_between_ready_and_masked_draws_nothing_anew",
-        "what was sent can be unmasked later",
+        T_ATTACKS + "test_draws_that_an_earlier_release_kept_on_disk_are_removed",
+        "the keys that an earlier release wrote outlive the upgrade",
     ),
     _one(
-        AREA, "a-changed-draw-is-masked", DRAWS,
-        "if hashlib.sha256(content).digest() != stored[:_SUM]:", "if False:",
-        "tests/fuzz/test_secagg.py::test_a_damaged_draw_is_lost_and_never_another",
-        "a wrong sum, and nobody sees it",
+        AREA, "any-worker-has-the-draw", "fedtune/launch/simulate.py",
+        'if study.secure_aggregation and engine == "ray" and processes > 1:', "if False:",
+        "tests/flower/test_ray_engine.py::test_a_draw_waits_in_one_worker_so_several_are_refused",
+        "each attempt is void, and paid",
+    ),
+    _one(
+        AREA, "a-void-attempt-costs-nothing", "fedtune/dp/costs.py",
+        "steps = of_site.steps + more * of_site.local_steps", "steps = of_site.steps",
+        "tests/secagg/test_both_epsilons.py::"
+        "test_a_plan_says_what_attempts_that_come_to_nothing_cost",
+        "a plan promises what a restart breaks",
     ),
     _one(
         AREA, "one-key-for-all-draws", MASKS, "return X25519PrivateKey.generate()",
@@ -137,7 +152,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _one(
         AREA, "a-study-ends-and-its-keys-stay", "fedtune/client/app.py",
-        "            draws.destroy(site.ledger.folder, study.digest)  #", "            #",
+        "            site.draws.destroy(study.digest)  #", "            #",
         T_ATTACKS + "test_a_finished_study_leaves_no_key", "what was given up can be masked",
     ),
     _one(

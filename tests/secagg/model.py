@@ -3,15 +3,18 @@ workers and ledgers over a network that misbehaves; of a site's work the gradien
 up, as one unit vector for each site.
 
 Written down beside it, and compared: every draw (by its masking key), every set that a draw's words
-left for, every sum that was opened."""
+left for, every sum that was opened. Of a site whose folder was put back to an earlier copy, the
+draws of which its ledger lost the charge are left out of what is compared with the ledger, and of
+nothing else."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,8 +34,8 @@ from fedtune.errors import FedtuneError
 from fedtune.flower import polling
 from fedtune.flower.arrays import to_record
 from fedtune.flower.grid import InProcessGrid
-from fedtune.ledger.ledger import Ledger
-from fedtune.secagg.draw import FOLDER, Waiting
+from fedtune.ledger.ledger import Ledger, LedgerError
+from fedtune.secagg.draw import Draws, Waiting
 from fedtune.secagg.opened import MaskedSum
 from fedtune.secagg.statement import Ready, StatementError, parse, parse_set, set_digest
 from fedtune.server import exchange, rounds, store
@@ -65,11 +68,11 @@ EPSILON, TOTAL = policy.accountant.epsilon, policy.total_epsilon
 
 @dataclass
 class Drawn:
-    """A draw as it was put on disk, and the sets that its words left for, with their bytes."""
+    """A draw as it was made, and the sets that its words left for, with their bytes. lost: its
+    charge was, with a folder that was put back."""
 
-    site: str
     waiting: Waiting
-    private: str
+    lost: bool = False
     left: dict[str, bytes] = field(default_factory=dict)
     opened: set[frozenset[str]] = field(default_factory=set)
 
@@ -94,6 +97,7 @@ class World:
         self.sums: dict[int, np.ndarray] = {}  # by round, the newest that was opened
         self.told: list[tuple[str, str, str]] = []  # of each reply: site, status, reason
         self.units = dict.fromkeys(NAMES, 1)  # how many unit vectors a site sums
+        self.put_back_sites: set[str] = set()
         self.noisy, self.garbled = dict.fromkeys(NAMES, True), False
         self.clock, self.finished = 0.0, False
         self.error: BaseException | None = None
@@ -101,6 +105,32 @@ class World:
     def restart(self, name: str) -> None:
         path = self.home / f"{name}.toml"
         self.sites[name] = UnitWorker(load_site(path), path)
+
+    def copy(self, name: str) -> None:
+        """Keep a copy of a site's folder, as a snapshot or a backup of its volume is one."""
+        shutil.rmtree(self._copy_of(name), ignore_errors=True)
+        shutil.copytree(self.home / name, self._copy_of(name))
+
+    def put_back(self, name: str, *, running: bool = False) -> None:
+        """Put the copy in the place of a site's folder, of which nothing is left. running: the
+        site's process goes on, in place of another one."""
+        if not self._copy_of(name).exists():
+            return
+        shutil.rmtree(self.home / name)
+        shutil.copytree(self._copy_of(name), self.home / name)
+        self.put_back_sites.add(name)
+        if not running:
+            self.restart(name)
+        here = {(s.seq, s.adapter) for s in Ledger(self.home / name).spending()}
+        for drawn in self.of_site(name):
+            draw = drawn.waiting.ready.draw
+            drawn.lost |= (drawn.waiting.reservation, draw.label) not in here
+
+    def _copy_of(self, name: str) -> Path:
+        return self.home / "copies" / name
+
+    def of_site(self, name: str) -> list[Drawn]:
+        return [drawn for drawn in self.draws.values() if drawn.waiting.ready.site == name]
 
     def advance(self, upto: int = ROUNDS, kill_at: int = 0) -> None:
         """Start the coordinator, and kill it after `upto` rounds more, or at a message."""
@@ -188,10 +218,16 @@ class World:
 
     # ------------------------------------------------------------------------------- the truth
 
-    def drew(self, site: str, waiting: Waiting) -> None:
-        private = waiting.key.private_bytes_raw().hex()
-        copied = Waiting(waiting.total.copy(), *_rest(waiting))
-        self.draws[waiting.ready.masking] = Drawn(site, copied, private)
+    def drew(self, waiting: Waiting) -> None:
+        self.draws[waiting.ready.masking] = Drawn(replace(waiting, total=waiting.total.copy()))
+
+    def check_memory_alone(self, drawn: Drawn) -> None:
+        """Neither a draw's key nor its sum is in any file of its site."""
+        private = drawn.waiting.key.private_bytes_raw()
+        secrets = (private, private.hex().encode(), drawn.waiting.total.tobytes())
+        for path in (self.home / drawn.waiting.ready.site).rglob("*"):
+            content = path.read_bytes() if path.is_file() else b""
+            assert not any(secret in content for secret in secrets), f"key on disk: {path.name}"
 
     def saw(self, name: str, asked: Message, reply: Message) -> None:
         """What leaves a site, wherever it goes."""
@@ -204,6 +240,7 @@ class World:
             except StatementError:  # a lie that nobody takes
                 return
             assert ready.masking in self.draws, "it says ready, and nothing was drawn"
+            self.check_memory_alone(self.draws[ready.masking])
             self.statements.append(ready)
             return
         if said["status"] != "masked" or said["set"] == "a lie":
@@ -219,8 +256,8 @@ class World:
         honest = {r.signing for r in statements} & {self.keys[n] for n in (*PINNED, name)}
         assert len(honest) >= LEAST, "too few of the set are pinned"
         assert {r.draw for r in statements} == {mine.draw}, "statements about another draw"
-        kept = (self.home / name / FOLDER).glob("*")
-        assert not any(drawn.private.encode() in path.read_bytes() for path in kept), "key kept"
+        assert self.sites[name].draws.find(mine.draw) is None, "key kept"
+        self.check_memory_alone(drawn)
 
     def opened(self, statements: dict[str, Ready], total: np.ndarray) -> None:
         keys = frozenset(ready.masking for ready in statements.values())
@@ -234,8 +271,12 @@ class World:
     def check(self) -> None:
         """Every draw that left is paid for, once each; the adapter is what was opened."""
         for name in NAMES:
-            spent = {s.seq: s for s in self.sites[name].ledger.spending()}
-            mine = [d for d in self.draws.values() if d.site == name]
+            try:
+                spent = {s.seq: s for s in self.sites[name].ledger.spending()}
+            except LedgerError:  # until it is restored, it charges and draws nothing
+                assert name in self.put_back_sites
+                continue
+            mine = [drawn for drawn in self.of_site(name) if not drawn.lost]
             assert len({d.waiting.reservation for d in mine}) == len(mine), "one charge, two draws"
             for drawn in mine:
                 paid, plan = spent[drawn.waiting.reservation], drawn.waiting.ready.draw
@@ -271,15 +312,15 @@ class World:
     def at_work(self) -> ExitStack:
         """Sites by name, a clock that sleeps without waiting, gradients made up, notes taken."""
         stack = ExitStack()
-        real_store, real_destroy = secure_round.draws.store, secure_round.draws.destroy
+        real_keep, real_destroy = Draws.keep, Draws.destroy
         real_mask, real_open = secure_round.masks.mask, MaskedSum.open
         real = {"ready": secure_round.ready, "masked": secure_round.masked}
         at_work: list[UnitWorker] = []
 
-        def kept(folder: Path, waiting: Waiting) -> None:
-            self.drew(folder.name, waiting)
-            real_store(folder, waiting)
-            at_work[-1].die("stored")
+        def kept(draws: Draws, waiting: Waiting) -> None:
+            self.drew(waiting)
+            real_keep(draws, waiting)
+            at_work[-1].die("drawn")
 
         def masked(*given: Any) -> Any:
             at_work[-1].die("masking")
@@ -314,8 +355,8 @@ class World:
         for where, name, what in (
             (fedtune.client.app, "worker", self.sites.__getitem__),
             (secure_round, "local_sum", self.local_sum),
-            (secure_round.draws, "store", kept),
-            (secure_round.draws, "destroy", destroyed),
+            (Draws, "keep", kept),
+            (Draws, "destroy", destroyed),
             (secure_round.masks, "mask", masked),
             (secure_round, "ready", lambda *a: done_by("ready", *a)),
             (secure_round, "masked", lambda *a: done_by("masked", *a)),
@@ -327,10 +368,6 @@ class World:
         ):
             stack.enter_context(patch.object(where, name, what))
         return stack
-
-
-def _rest(waiting: Waiting) -> tuple[Any, ...]:
-    return waiting.key, waiting.ready, waiting.reservation, waiting.events
 
 
 @cache

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from fedtune.dp.plan import plan_for_site
-from fedtune.secagg import draw as draws
-from fedtune.secagg import masks
+from fedtune.secagg import draw, masks
 from fedtune.secagg.masks import centred
 from fedtune.secagg.statement import Ready, set_digest
 from fedtune.server.admission import plan_message
@@ -70,34 +69,70 @@ def test_a_restart_does_not_forget_the_set(world: World, first: int) -> None:
     assert world.ask_words("a", said[: 7 - first]) == "void"
 
 
-def test_a_restart_between_ready_and_masked_draws_nothing_anew(world: World) -> None:
+def test_ready_and_masked_answer_again_with_the_same_bytes(world: World) -> None:
     said = world.readied(*PINNED)
-    world.restart("a")
-    assert world.ask_words("a", said) == "unprepared"
-    world.prepare("a")
     assert world.readied("a") == said[:1]
-    assert world.ask_words("a", said) == "masked"
+    assert world.ask_words("a", said) == world.ask_words("a", said) == "masked"
     assert world.readied("a") == said[:1], "still the same statement, from what was sent"
     assert charges(world, "a") == 1
     world.check()
 
 
-def test_a_crash_before_the_key_was_destroyed_is_made_good(world: World) -> None:
+def test_a_restart_between_ready_and_masked_voids_the_attempt(world: World) -> None:
+    """The key was in the memory of the process that ended; what comes next is another draw, with
+    another key and paid for, in the same attempt or in the next."""
+    said = world.readied(*PINNED)
+    world.restart("a")
+    assert world.ask_words("a", said) == "unprepared"
+    world.prepare("a")
+    assert world.ask_words("a", said) == "void" and charges(world, "a") == 1
+    (again,) = world.readied("a")
+    assert again.draw == said[0].draw and again.masking != said[0].masking
+    assert charges(world, "a") == 2
+    assert world.ask_words("a", said) == "void", "the first draw is gone"
+    assert world.ask_words("a", [again, *said[1:]]) == "masked"
+    world.check()
+
+
+def test_a_folder_put_back_masks_no_draw_a_second_time(world: World) -> None:
+    """A snapshot of the site's folder, ledger, anchor and key included, from between ready and
+    masked: nothing in it could tell that the draw was masked since."""
+    said = world.readied(*PINNED)
+    world.copy("a")
+    assert world.ask_words("a", said) == "masked"
+    world.put_back("a")
+    world.prepare("a")
+    assert world.ask_words("a", said[:3]) == "void"
+    assert world.ask_words("a", said) == "void"
+    world.check()
+
+
+def test_a_folder_put_back_under_a_running_client_is_noticed(world: World) -> None:
+    """It remembers the head that it wrote: no draw, whether the order brings a receipt or none."""
+    world.copy("a")
+    world.readied("a")
+    world.put_back("a", running=True)
+    drawn = len(world.draws)
+    assert world.ask_ready("a", 1, 2) == "failed"
+    assert len(world.draws) == drawn
+
+
+def test_a_crash_after_the_words_were_stored_is_made_good(world: World) -> None:
     said = world.readied(*PINNED)
     world.sites["a"].crash = "released"
     assert world.ask_words("a", said) == "failed"
     world.prepare("a")
-    assert world.ask_words("a", said) == "masked"  # World.saw: and no file holds its key
-    assert not list((world.home / "a" / draws.FOLDER).iterdir())
+    assert world.ask_words("a", said) == "masked"
 
 
-def test_what_a_crash_left_half_written_goes_with_the_next_draw(world: World) -> None:
-    world.readied("a")
-    (path,) = (world.home / "a" / draws.FOLDER).iterdir()
-    path.rename(path.with_name(path.name + ".0a1b.7.new"))
-    (path.parent / "notes.bin").write_text("somebody else's")
-    world.readied("a", attempt=2)
-    assert sorted(p.name[-4:] for p in path.parent.iterdir()) == [".bin", ".bin"]
+def test_draws_that_an_earlier_release_kept_on_disk_are_removed(world: World) -> None:
+    places = world.home / "a" / draw.FOLDER
+    places.mkdir()
+    for name in ("0a1b-1-1-0a1b.bin", "0a1b-1-2-0a1b.bin.0a1b.7.new", "notes.bin"):
+        (places / name).write_text("a key")
+    world.restart("a")
+    world.prepare("a")
+    assert [path.name for path in places.iterdir()] == ["notes.bin"], "somebody else's"
 
 
 # --------------------------------------------------------------------------- who is in the set
@@ -285,7 +320,7 @@ def test_a_finished_study_leaves_no_key(world: World) -> None:
     roster.plan = plan_message(world.study, {}, world.key)
     with world.at_work():
         tell_finished(roster)
-    assert not [*(world.home / "a" / draws.FOLDER).iterdir()]
+    assert world.sites["a"].draws.find(said[0].draw) is None
     assert world.ask_words("a", said) == "void" and charges(world, "a") == 1
 
 

@@ -89,6 +89,28 @@ def test_a_plan_shows_both_the_assumption_and_what_is_gained(study: Study) -> No
     assert "--set privacy.epsilon=1" in text and "A patient of two of the sites" in text
 
 
+def test_a_plan_says_what_attempts_that_come_to_nothing_cost(study: Study) -> None:
+    """As much as the same rounds and so many more, by the same noise."""
+    plan, told = plan_for_site(study, 400), "\n".join(costs.shared_lines(study, [400]))
+    for more, words in ((1, "one such attempt"), (2, "two")):
+        longer = replace(plan, rounds=plan.rounds + more)
+        claimed, whatever = rounded_up(longer.epsilon), rounded_up(longer.fallback_epsilon)
+        assert f"ith {words} ε = {claimed} and {whatever} whatever happens" in told
+
+
+@pytest.mark.parametrize(("ceiling", "room"), [(1.0, "0 attempts"), (1.2, "1 attempt ")])
+def test_an_officer_sees_for_how_many_attempts_there_is_room(
+    tmp_path: Path, tiny_base: Path, ceiling: float, room: str
+) -> None:
+    """The ceiling, in multiples of what the plan costs; one round more of two costs a quarter."""
+    study, (site, *_) = lay_out(tmp_path, tiny_base, epsilon=3.0)
+    most = plan_for_site(study, site.site.declared_size).fallback_epsilon * ceiling
+    site = site.with_peers(KEYS).changed(policy={"max_fallback_epsilon": most * 1.1})
+    shown = review(study, site, Ledger(site.site.state))
+    text = "\n".join(line for _, lines in shown.sections for line in lines)
+    assert f"The ceilings leave room for {room}" in text and "2 rounds" in text
+
+
 def test_at_a_delta_of_a_thousandth_epsilon_one_shared_by_nine_is_three_and_a_half(
     study: Study,
 ) -> None:

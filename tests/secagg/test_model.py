@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from flwr.app import Message
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from fedtune.secagg.draw import FOLDER
 from tests.secagg.model import MEMORY, World
 from tests.secagg.unit_sites import NAMES, PINNED, READY_LIES, ROUNDS
 from tests.server.test_model import limits
@@ -20,7 +20,7 @@ from tests.server.test_model import limits
 names = st.sampled_from(NAMES)
 KINDS = ("train.ready", "train.masked")
 FAULTS = ("request", "response", "twice", "replay", "garbage", "late")
-CRASHES = ("reserving", "training", "stored", "masking", "released")
+CRASHES = ("reserving", "training", "drawn", "masking", "released")
 LIES = (*READY_LIES, "another set", "short words")
 
 
@@ -51,6 +51,17 @@ class Consortium(RuleBasedStateMachine):
     @rule(name=names)
     def restart_a_site(self, name: str) -> None:
         self.world.restart(name)
+
+    @rule(name=names)
+    def copy_a_folder(self, name: str) -> None:
+        self.world.copy(name)
+
+    @rule(name=names)
+    def put_a_folder_back(self, name: str) -> None:
+        """Of one site in a sequence: it fails from then on until it is restored, and the others
+        have to end the study."""
+        if self.world.put_back_sites <= {name}:
+            self.world.put_back(name)
 
     @rule(name=names, lie=st.sampled_from(LIES))
     def lie(self, name: str, lie: str) -> None:
@@ -149,19 +160,43 @@ def test_a_site_that_crashes_pays_for_what_it_drew_and_the_study_goes_on(fresh: 
     ends(fresh)
 
 
-def test_a_site_that_loses_its_draw_costs_everybody_another(fresh: World):
+def test_a_site_that_restarts_between_ready_and_masked_costs_everybody_another(fresh: World):
     for name in ("d", "s"):
         fresh.network.away.add(fresh.nodes[name])
-    lost = list[Path]()
-
-    def saw(name: str, asked: Message, reply: Message) -> None:
-        World.saw(fresh, name, asked, reply)
-        for path in [] if lost else (fresh.home / "a" / FOLDER).glob("*.bin"):
-            lost.append(path)
-            path.unlink()
-
-    fresh.network.saw = saw
+    fresh.network.saw = restarts_once(fresh, "a", "ready")
     fresh.advance(1)
+    assert ("a", "void") in {told[:2] for told in fresh.told}
     assert [len(fresh.sites[n].ledger.spending()) for n in PINNED[:3]] == [2, 2, 2]
     assert len(fresh.draws) == 6 and sum(bool(d.opened) for d in fresh.draws.values()) == 3
+    ends(fresh)
+
+
+def test_a_site_that_restarts_after_masked_costs_nothing(fresh: World):
+    fresh.network.saw = restarts_once(fresh, "a", "masked")
+    fresh.advance()
+    assert fresh.finished and len(fresh.draws) == ROUNDS * len(NAMES)
+    fresh.check()
+
+
+def restarts_once(world: World, name: str, after: str) -> Callable[[str, Message, Message], None]:
+    """What the network tells of each reply, after which a site restarts once."""
+    restarted = list[str]()
+
+    def saw(site: str, asked: Message, reply: Message) -> None:
+        World.saw(world, site, asked, reply)
+        said = {} if reply.has_error() else reply.content.get("site", {})
+        if site == name and said.get("status") == after and not restarted:
+            restarted.append(site)
+            world.restart(site)
+
+    return saw
+
+
+def test_a_folder_put_back_is_noticed_by_the_receipt_and_the_others_go_on(fresh: World):
+    fresh.advance(1)
+    fresh.copy("a")
+    fresh.advance(1)
+    fresh.put_back("a")
+    fresh.advance()
+    assert ("a", "failed", "LedgerError") in fresh.told
     ends(fresh)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedtune.client import secure_round
 from fedtune.dp.accountant import Steps
 from fedtune.ledger.entries import Charge
 from fedtune.ledger.ledger import Ledger
-from fedtune.secagg import draw as draws
 from fedtune.secagg import masks, statement
+from fedtune.secagg.draw import Draws, Waiting
 from fedtune.secagg.statement import Draw
 from tests.secagg.model import World
+from tests.secagg.test_attacks import (
+    test_a_folder_put_back_masks_no_draw_a_second_time as put_back,
+)
 from tests.secagg.test_attacks import (
     test_a_statement_of_an_earlier_attempt_is_of_another_draw as earlier_attempt,
 )
@@ -28,7 +35,7 @@ from tests.secagg.test_attacks import (
 from tests.secagg.test_masks import (
     test_a_sum_beyond_the_words_wraps_and_is_not_clamped as wraps,
 )
-from tests.secagg.unit_sites import PINNED, SIGMA
+from tests.secagg.unit_sites import PINNED, SIGMA, UnitWorker
 
 Patch = pytest.MonkeyPatch
 
@@ -66,7 +73,7 @@ def test_the_twin_that_masks_again_for_another_set_is_caught(
 ) -> None:
     monkeypatch.setattr(Ledger, "released", lambda *_: None)
     monkeypatch.setattr(Ledger, "release", lambda *_: None)
-    monkeypatch.setattr(draws, "destroy", lambda *_: None)
+    monkeypatch.setattr(Draws, "destroy", lambda *_: None)
     said = world.readied(*PINNED)
     world.network.saw = _without_the_key(world.saw)
     world.ask_words("a", said)
@@ -75,7 +82,7 @@ def test_the_twin_that_masks_again_for_another_set_is_caught(
 
 
 def _without_the_key(real: Any) -> Any:
-    """World.saw, but for what it finds of keys on disk."""
+    """World.saw, but for what it finds of keys that were kept."""
 
     def saw(*given: Any) -> None:
         try:
@@ -88,10 +95,66 @@ def _without_the_key(real: Any) -> Any:
 
 
 def test_the_twin_that_keeps_the_key_is_caught(world: World, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(draws, "destroy", lambda *_: None)
+    monkeypatch.setattr(Draws, "destroy", lambda *_: None)
     said = world.readied("a", "b", "c")
     with pytest.raises(AssertionError, match="key kept"):
         world.ask_words("a", said)
+
+
+class Stored(Draws):
+    """The twin that keeps its draws in the site's folder, until they were masked."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.file = folder / "draw"
+
+    def keep(self, waiting: Waiting) -> None:
+        fields = {"key": waiting.key.private_bytes_raw().hex(), "total": waiting.total.tolist()}
+        fields |= {"ready": waiting.ready.text(), "events": waiting.events}
+        self.file.write_text(json.dumps([waiting.reservation, fields]))
+        super().keep(waiting)
+
+    def find(self, draw: Draw) -> Waiting | None:
+        if super().find(draw) is None and self.file.exists():
+            reservation, fields = json.loads(self.file.read_text())
+            key = X25519PrivateKey.from_private_bytes(bytes.fromhex(fields["key"]))
+            total, ready = np.array(fields["total"]), statement.parse(fields["ready"])
+            stored = Waiting(total, key, ready, reservation, fields["events"])
+            self._waiting[ready.draw] = stored
+        return super().find(draw)
+
+    def destroy(self, plan: str, before: tuple[float, float] = (math.inf, 0)) -> None:
+        super().destroy(plan, before)
+        if not self._waiting:
+            self.file.unlink(missing_ok=True)
+
+
+def keeps_draws_on_disk(world: World, monkeypatch: Patch) -> None:
+    real = UnitWorker.__init__
+
+    def made(site: UnitWorker, *given: Any) -> None:
+        real(site, *given)
+        site.draws = Stored(site.site.site.state)
+
+    monkeypatch.setattr(UnitWorker, "__init__", made)
+    for name in PINNED:
+        world.restart(name)
+        world.prepare(name)
+
+
+def test_the_twin_that_keeps_draws_on_disk_is_caught(world: World, monkeypatch: Patch) -> None:
+    keeps_draws_on_disk(world, monkeypatch)
+    with pytest.raises(AssertionError, match="key on disk"):
+        world.readied("a")
+
+
+def test_the_twin_that_keeps_draws_on_disk_masks_one_for_two_sets(
+    world: World, monkeypatch: Patch
+) -> None:
+    keeps_draws_on_disk(world, monkeypatch)
+    monkeypatch.setattr(World, "check_memory_alone", lambda *_: None)
+    with pytest.raises(AssertionError, match="one draw, two sets"):
+        put_back(world)
 
 
 def test_the_twin_with_one_key_for_all_draws_is_caught(world: World, monkeypatch: Patch) -> None:
