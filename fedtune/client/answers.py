@@ -55,13 +55,15 @@ def sealed(
         digest, number = _plan_of(order["plan"], order_for), int(str(order["round"]))
         site = site.of_run(digest)
         check_order(order, site.coordinator_of(digest))
-        with stage(f"{answer['name']}, round {number}"):
-            update = work(site, digest, message)
-        note(site, "release", site.site.policy.admission, plan=digest, round=number, kind=record)
-        update_arrays = to_record(update.delta)
-        complete = answer | {"events": json.dumps(update.events), **update.said}
-        content_digest = body_digest(bodies(update_arrays), complete)
-        answer.update(complete, **site.sealed(digest, number, str(order["nonce"]), content_digest))
+        rule, nonce = site.site.policy.admission, str(order["nonce"])
+        with site.room_to_answer():
+            with stage(f"{answer['name']}, round {number}"):
+                update = work(site, digest, message)
+            note(site, "release", rule, plan=digest, round=number, kind=record)
+            update_arrays = to_record(update.delta)
+            complete = answer | {"events": json.dumps(update.events), **update.said}
+            content_digest = body_digest(bodies(update_arrays), complete)
+            answer.update(complete, **site.sealed(digest, number, nonce, content_digest))
         arrays = update_arrays
 
     if failure := guarded(attempt, context):

@@ -47,12 +47,13 @@ def prepare(message: Message, context: Context) -> Message:
             return
         check_watch(study, context.node_config.get("watch"))
         frozen = read_frozen(message.content.array_records["frozen"], study.lora)
-        admission = site.prepare(study, frozen, coordinator)
-        answer |= admission.fields()
-        if not admission.admitted:
-            raise PolicyRefused(admission.reason)
-        rule = site.site.policy.admission
-        note(site, "admit", rule, plan=study.digest, study=study.study.name)
+        with site.room_to_answer():
+            admission = site.prepare(study, frozen, coordinator)
+            answer |= admission.fields()
+            if not admission.admitted:
+                raise PolicyRefused(admission.reason)
+            rule = site.site.policy.admission
+            note(site, "admit", rule, plan=study.digest, study=study.study.name)
 
     if failure := guarded(attempt, context):
         answer["status"], answer["reason"] = failure

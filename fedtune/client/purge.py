@@ -22,6 +22,7 @@ from fedtune.config import Site, study_from_json
 from fedtune.config.records import RECORDS
 from fedtune.errors import ConfigError, FedtuneError, InfrastructureError, InputError
 from fedtune.evidence.audit_log import AuditLog
+from fedtune.files.room import ROOM
 from fedtune.files.writing import sync_folder
 from fedtune.flower.processes import alone
 from fedtune.ledger.files import DATABASE, OUTBOX, outbox_prefix, traces
@@ -40,6 +41,7 @@ KINDS = {  # what people call it -> patterns of paths in the state folder; "*" g
     "what the data sheet attested": ("sheet.json",),
     "where runs on this machine lie": (PLACES,),
     "ledgers of runs of declared data": (f"{RUNS}/*",),
+    "room for the ledger": (ROOM,),
     "what Flower's processes left": ("flower/*", "ranks/*"),
     "drafts of a process that was killed": ("*.new",),
 }

@@ -6,7 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,7 @@ from fedtune.dp.non_private import non_private_plan
 from fedtune.dp.plan import DpPlan, SitePlan, StepPlan
 from fedtune.dp.steplog import StepLog
 from fedtune.errors import DataError, PolicyRefused, Refused, describe
+from fedtune.files.room import bytes_for, room_to_write
 from fedtune.ledger.entries import Charge
 from fedtune.ledger.ledger import Ledger, LedgerError
 from fedtune.models.build import build
@@ -105,6 +106,11 @@ class SiteWorker:
     @property
     def key(self) -> SigningKey:
         return self.home.key
+
+    def room_to_answer(self) -> AbstractContextManager[None]:
+        """Have room on the state folder's disk for what an order writes there, whatever else fills
+        it, and however many records the ledger remembers."""
+        return room_to_write(self.site.site.state, bytes_for(self._size))
 
     def of_run(self, digest: str) -> SiteWorker:
         """Return the worker that pays for a plan: this one, unless its data is declared and it has

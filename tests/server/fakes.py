@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from tempfile import mkdtemp
@@ -75,6 +76,9 @@ class FakeSite:
 
     def of_run(self, digest: str) -> FakeSite:
         return self
+
+    def room_to_answer(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def prepare(self, study: Study, frozen: dict[str, np.ndarray], coordinator: str) -> Admission:
         self.coordinator, self.base = coordinator, study.base.digest or ""
