@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import stat
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +97,52 @@ def test_what_is_drafted_is_not_in_place_before_it_is_whole(tmp_path):
         (draft / "part").write_text("whole")
         assert not out.exists()
     assert (out / "part").read_text() == "whole" and [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """A disk that takes no byte of any file beyond `size`, as a full one: a write is cut short."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("room", [0, 1, 3, 4])
+def test_a_line_that_the_disk_cut_short_gives_way_to_the_next(tmp_path, room):
+    path = tmp_path / "new" / "lines"
+    writing.append_line(path, b"one")
+    with files_of_at_most(path.stat().st_size + room), pytest.raises(OSError):
+        writing.append_line(path, b"four")
+    assert path.read_bytes() == b"one\n" + b"four\n"[:room]
+    writing.append_line(path, b"five")
+    assert path.read_bytes() == b"one\nfive\n"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_short_write_that_counts_as_whole_is_caught(tmp_path, monkeypatch):
+    """The twin: what follows is on the torn line."""
+    monkeypatch.setattr(writing, "_write_all", os.write)
+    path = tmp_path / "lines"
+    with files_of_at_most(2):
+        writing.append_line(path, b"four")  # nobody is told
+    assert path.read_bytes() == b"fo"
+
+
+def test_drafts_of_processes_that_were_killed_are_removed(tmp_path):
+    """Also of an earlier process with this one's number, as in a container; a live one's stays."""
+    with subprocess.Popen(["true"]) as over:
+        over.wait()
+    gone, own, alive = over.pid, os.getpid(), os.getppid()
+    (tmp_path / "in").mkdir()
+    left = [f"a.0f1e2d3c.{gone}.new", f"in/a.0f1e2d3c.{own}.new", f"status.json.{gone}.new"]
+    kept = [f"a.0f1e2d3c.{alive}.new", "adapter.new", "ledger.new", f"a.{gone}.newer"]
+    for name in (*left, *kept):
+        (tmp_path / name).touch()
+    (tmp_path / f"link.{gone}.new").symlink_to(tmp_path / "adapter.new")
+    writing.remove_drafts(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["in", *kept])
+    assert not list((tmp_path / "in").iterdir())
+    writing.remove_drafts(tmp_path / "none")

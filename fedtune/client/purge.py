@@ -9,7 +9,6 @@ round is ordered again, it is trained and charged again.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -23,7 +22,7 @@ from fedtune.config.records import RECORDS
 from fedtune.errors import ConfigError, FedtuneError, InfrastructureError, InputError
 from fedtune.evidence.audit_log import AuditLog
 from fedtune.files.room import ROOM
-from fedtune.files.writing import sync_folder
+from fedtune.files.writing import DRAFT, is_abandoned, sync_folder
 from fedtune.flower.processes import alone
 from fedtune.ledger.files import DATABASE, OUTBOX, outbox_prefix, traces
 from fedtune.ledger.ledger import Ledger
@@ -55,7 +54,6 @@ NEVER_DELETED = (
     *(LOCK, "flower/lock"),
     *("site.toml", RECORDS),  # of a site that was made in memory
 )
-DRAFT = re.compile(r"\.(\d+)\.new")
 
 
 @dataclass
@@ -86,7 +84,7 @@ def listing(site: Site, study: str | None = None) -> Listing:
         kind = _kind(path.relative_to(state).as_posix())
         if path.is_symlink() or kind is None:
             contents.unknown.append(path)
-        elif kind and not _being_written(path):
+        elif kind and (is_abandoned(path) or not DRAFT.search(path.name)):
             contents.deletable.setdefault(kind, []).append(path)
     if study is not None:
         contents.studies = _studies(site, contents.deletable.get(OF_A_STUDY[-1], []), study)
@@ -146,19 +144,6 @@ def _walk(state: Path) -> Iterator[Path]:
             continue
         links = [name for name in folders if (folder / name).is_symlink()]
         yield from (folder / name for name in sorted([*files, *links]))
-
-
-def _being_written(path: Path) -> bool:
-    """Return whether a running process is still writing this draft."""
-    draft = DRAFT.search(path.name)
-    try:
-        if draft:
-            os.kill(int(draft[1]), 0)
-        return draft is not None
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
 
 
 def _remove_empty(folder: Path, top: Path) -> None:

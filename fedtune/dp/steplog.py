@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedtune.dp.accountant import Steps
 from fedtune.errors import InfrastructureError
+from fedtune.files.writing import append_line
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,9 @@ class Step:
 
 
 class StepLog:
-    """A JSONL file of `Step`. Guarantee: a line is on disk before its noised sum exists anywhere
-    else, so a crash can only over-report what was spent.
+    """A JSONL file of `Step`. Guarantee: a line is whole and on disk before its noised sum exists
+    anywhere else, so a crash can only over-report what was spent. What a crash or a full disk left
+    of a line after the last newline is no step: none ran, and the next line takes its place.
 
     Errors: InfrastructureError when the file cannot be written or a line cannot be read."""
 
@@ -36,15 +37,9 @@ class StepLog:
         self.path = path
 
     def append(self, step: Step) -> None:
-        line = json.dumps(asdict(step), sort_keys=True) + "\n"
+        line = json.dumps(asdict(step), sort_keys=True)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-            try:
-                os.write(descriptor, line.encode())
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            append_line(self.path, line.encode())
         except OSError as error:
             raise InfrastructureError(
                 f"{self.path}: the step log cannot be written ({error.strerror})",
@@ -56,7 +51,8 @@ class StepLog:
         if not self.path.exists():
             return []
         steps = []
-        for number, line in enumerate(self.path.read_text().splitlines(), 1):
+        whole = self.path.read_text().rpartition("\n")[0]
+        for number, line in enumerate(whole.splitlines(), 1):
             try:
                 steps.append(Step(**json.loads(line)))
             except (ValueError, TypeError):

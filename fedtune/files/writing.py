@@ -1,8 +1,13 @@
-"""Atomic writes: a file is replaced as a whole or unchanged, a new one complete or absent."""
+"""Atomic writes: a file is replaced as a whole or unchanged, a new one complete or absent.
+
+A draft is called NAME.PID.new, after the process that writes it. One that was killed leaves its
+draft; what works in the folder next removes it (`remove_drafts`)."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedtune.errors import InfrastructureError
+
+DRAFT = re.compile(r"\.([0-9]+)\.new\Z")
 
 
 def replace(path: Path, content: bytes, *, private: bool = False) -> Path:
@@ -54,6 +61,27 @@ def _link(draft: Path, path: Path) -> None:
     draft.unlink()
 
 
+def append_line(path: Path, line: bytes) -> None:
+    """Append `line` and a newline durably to `path`, which is made for this user alone, and its
+    folder with it. What a crash or a full disk left after the last newline is cut off first.
+
+    Errors: OSError; the line is then no whole one, and the next call cuts it off."""
+    made = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # what another process is writing is not torn
+        whole = os.lseek(descriptor, 0, os.SEEK_END)
+        while whole and os.pread(descriptor, 1, whole - 1) != b"\n":
+            whole -= 1
+        os.ftruncate(descriptor, whole)
+        _write_all(descriptor, line + b"\n")
+    finally:
+        os.close(descriptor)
+    if made:
+        sync_folder(path.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the folder's directory entries durable (fsync). Errors: OSError."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -74,12 +102,17 @@ def _folder(path: Path, mode: int) -> None:
 def _write(path: Path, content: bytes, mode: int) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     try:
-        view = memoryview(content)
-        while view:
-            view = view[os.write(descriptor, view) :]
-        os.fsync(descriptor)
+        _write_all(descriptor, content)
     finally:
         os.close(descriptor)
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    """Write all of `content`, and have it on disk. Errors: OSError."""
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view) :]
+    os.fsync(descriptor)
 
 
 @contextmanager
@@ -102,3 +135,29 @@ def drafted(out: Path) -> Iterator[Path]:
             shutil.rmtree(draft, ignore_errors=True)
         else:
             draft.unlink(missing_ok=True)
+
+
+def is_abandoned(draft: Path) -> bool:
+    """Return whether `draft` is named as one, of a process that does not run, or of this one."""
+    named = DRAFT.search(draft.name)
+    try:
+        if named and int(named[1]) != os.getpid():  # in a container both may be process 1
+            os.kill(int(named[1]), 0)
+            return False
+        return named is not None
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+
+
+def remove_drafts(folder: Path) -> None:
+    """Remove the drafts that processes which were killed left in `folder` and what lies in it.
+
+    For a process that begins to work there, before it writes: a draft in this process's own name is
+    of an earlier one with the same number. What cannot be removed stays, and does no harm."""
+    for root, _, files in os.walk(folder):
+        for path in (Path(root) / name for name in files):
+            if is_abandoned(path):
+                with suppress(OSError):
+                    path.unlink()

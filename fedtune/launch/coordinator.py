@@ -45,7 +45,7 @@ from flwr.serverapp import Grid
 from fedtune.config import Study
 from fedtune.errors import ConfigError, InfrastructureError
 from fedtune.evidence.audit_log import AuditLog
-from fedtune.files.writing import replace
+from fedtune.files.writing import remove_drafts, replace
 from fedtune.flower import allowance, api, certs, enrol
 from fedtune.flower.processes import (
     EVERYWHERE,
@@ -91,6 +91,8 @@ def serve(
     refuse_second(home)
     try:
         with alone(home / "flower", "fedtune server") as killed, interruptible():
+            for folder in (home, out):
+                remove_drafts(folder)
             prepare(home, host, port, names, STOP_SECONDS if killed else 0.0)
             (home / enrol.PLAN).unlink(missing_ok=True)  # of an earlier study
             heard = audited(home, on_event)

@@ -17,6 +17,7 @@ from fedtune.errors import (
     InputError,
     Refused,
 )
+from fedtune.files.writing import remove_drafts
 from fedtune.models.run import Run
 from fedtune.progress import OnEvent
 from fedtune.run_folder import LEDGERS, new_run
@@ -68,6 +69,8 @@ def simulate(
     check_rounds(study, rounds)
     _check_engine(study, engine, processes)
     out = new_run(study, None if out is None else Path(out), resume=resume)
+    for folder in (out, *(site.site.state for site in sites)):
+        remove_drafts(folder)
     for site in sites:  # before anything is loaded, or connected
         declare(site)
     register_teacher(study)

@@ -26,7 +26,7 @@ from fedtune.client.declared import allow_declared, declare
 from fedtune.client.sheet import check_attested
 from fedtune.config import load_site
 from fedtune.errors import InfrastructureError
-from fedtune.files.writing import replace
+from fedtune.files.writing import remove_drafts, replace
 from fedtune.flower import api
 from fedtune.flower.forwarder import Forwarder, Link
 from fedtune.flower.forwarder import link as forwarder_link
@@ -95,22 +95,10 @@ def join(
     executor.notify("waiting", {"address": address, "text": text})
     state = site.site.state / "flower"
     try:
-        with interruptible(), alone(state, "fedtune client"), Forwarder(link, state) as forwarder:
-            failures: list[float] = []  # when, since the last success or long wait
-            while True:
-                began = time.monotonic()
-                problem = executor.run_supernode(state, forwarder)
-                if problem is None:
-                    return
-                ended = time.monotonic()
-                if executor.joined or ended - began > LONG_SECONDS:
-                    failures = []
-                failures.append(ended)
-                if not executor.joined and ended - failures[0] > patience:
-                    raise problem
-                wait = BACKOFF_SECONDS[min(len(failures), len(BACKOFF_SECONDS)) - 1]
-                executor.notify("reconnecting", {"seconds": wait, "text": "connecting again"})
-                time.sleep(wait)
+        with interruptible(), alone(state, "fedtune client"):
+            remove_drafts(site.site.state)
+            with Forwarder(link, state) as forwarder:
+                executor.run_supernodes(state, forwarder, patience)
     except Stopped as stop:
         if stop.name == "SIGINT":  # as every command takes it
             raise KeyboardInterrupt from None
@@ -129,6 +117,25 @@ class _Executor:
         self.watch = False  # whether it takes part in studies without a last round
         self.joined = False  # whether the coordinator accepted the last SuperNode
         self._worked = False
+
+    def run_supernodes(self, state: Path, forwarder: Forwarder, patience: float) -> None:
+        """Run one SuperNode after another until `once` is fulfilled. Errors: InfrastructureError
+        when the coordinator goes on refusing this site for `patience` seconds."""
+        failures: list[float] = []  # when, since the last success or long wait
+        while True:
+            began = time.monotonic()
+            problem = self.run_supernode(state, forwarder)
+            if problem is None:
+                return
+            ended = time.monotonic()
+            if self.joined or ended - began > LONG_SECONDS:
+                failures = []
+            failures.append(ended)
+            if not self.joined and ended - failures[0] > patience:
+                raise problem
+            wait = BACKOFF_SECONDS[min(len(failures), len(BACKOFF_SECONDS)) - 1]
+            self.notify("reconnecting", {"seconds": wait, "text": "connecting again"})
+            time.sleep(wait)
 
     def run_supernode(self, state: Path, forwarder: Forwarder) -> InfrastructureError | None:
         """Run one SuperNode until it ends and return the reason; None: `once` is fulfilled."""

@@ -1,0 +1,48 @@
+"""The step log on a disk that fills up: a line is whole before its step runs, or is no step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedtune.dp.steplog import Step, StepLog
+from fedtune.errors import InfrastructureError
+from tests.test_files import files_of_at_most
+
+
+def step(round_: int) -> Step:
+    return Step(
+        study="sha256:0",
+        round=round_,
+        noise_multiplier=1.0,
+        sampling_rate=0.5,
+        max_grad_norm=1.0,
+        unit="record",
+    )
+
+
+@pytest.mark.parametrize("room", [0, 1, 40, -1])
+def test_a_full_disk_stops_the_step_and_leaves_no_half_of_it(tmp_path: Path, room: int) -> None:
+    """room: bytes of the second line that the disk takes; -1: all but the newline."""
+    log = StepLog(tmp_path / "steps.jsonl")
+    log.append(step(1))
+    line = log.path.stat().st_size
+    with (
+        files_of_at_most(line + room % line),
+        pytest.raises(InfrastructureError, match="no step runs without its line"),
+    ):
+        log.append(step(2))
+    assert log.path.stat().st_size == line + room % line
+    assert log.steps() == [step(1)]  # as after a crash: what is torn never ran
+    log.append(step(3))
+    assert log.steps() == [step(1), step(3)]
+    assert len(log.path.read_text().splitlines()) == 2
+
+
+def test_a_line_that_is_no_step_is_an_error(tmp_path: Path) -> None:
+    log = StepLog(tmp_path / "steps.jsonl")
+    log.append(step(1))
+    log.path.write_text("{}\n" + log.path.read_text())
+    with pytest.raises(InfrastructureError, match="line 1 is not a step"):
+        log.steps()
