@@ -106,7 +106,11 @@ def check_receipt(path: Path, ledger: Ledger) -> str:
     Errors: InputError where it is no receipt of this site, or its ledger has no such entry."""
     receipt = reading.json_in(path, "a receipt of a withdrawal")
     signature = str(receipt.pop("signature", ""))
-    if not verifies(ledger.key.public, _signed(receipt), signature):
+    try:
+        genuine = verifies(ledger.key.public, _signed(receipt), signature)
+    except ValueError:  # NaN or Infinity, which nothing that is signed has
+        genuine = False
+    if not genuine:
         raise InputError(f"{path}: not signed by this site", "a receipt as this site gave it")
     entry = ledger.withdrawn().get(receipt["unit"])
     if entry is None or _time_of(entry) != receipt["time"]:

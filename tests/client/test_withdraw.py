@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 import re
 import shutil
 from pathlib import Path
@@ -16,6 +18,7 @@ from fedtune.cli.main import app
 from fedtune.client import withdraw as withdrawals
 from fedtune.config import load_site
 from fedtune.data.records import unit_member
+from fedtune.errors import InputError
 from fedtune.ledger.ledger import Ledger
 from fedtune.wire.keys import canonical
 from tests.guarantee.search import Finder, forms
@@ -169,3 +172,32 @@ def test_a_receipt_whose_entry_was_lost_is_not_taken_for_a_withdrawal(world: Pat
     Ledger.restore(site.site.state, world / "copy")
     checked = withdraw("--check", str(kept))
     assert checked.exit_code == 2 and "no such entry" in checked.output
+
+
+WRONG: tuple[Any, ...] = (None, [], {}, 5, -1.5, 10**400, "", "x" * 100_000, "\0", [[[[]]]])
+WRONG += (math.nan, math.inf, {"a": [math.nan]})  # as Python writes them; no JSON, and unsigned
+
+
+def test_no_changed_receipt_is_taken_for_one(world: Path) -> None:
+    """Every field with every wrong value, every field left out, and 200 damaged files."""
+    path = receipt_of(withdraw(keys=f"{KEY}\n"))
+    whole, ledger = path.read_bytes(), Ledger(world / "state")
+    fields, draw = json.loads(whole), random.Random(1)
+    texts = [json.dumps({k: v for k, v in fields.items() if k != left}) for left in fields]
+    for name in (*fields, "new"):
+        texts += [json.dumps(fields | {name: w}) for w in WRONG if fields.get(name) != w]
+    for text in (*map(str.encode, texts), *(damaged(whole, draw) for _ in range(200))):
+        path.write_bytes(text)
+        with pytest.raises(InputError):
+            withdrawals.check_receipt(path, ledger)
+    path.write_bytes(whole)
+    assert withdrawals.check_receipt(path, ledger) == fields["time"]
+
+
+def damaged(content: bytes, draw: random.Random) -> bytes:
+    """The content with one byte changed, or a part gone, from where is no space between words."""
+    start = draw.choice([at for at, byte in enumerate(content) if byte not in b" \n"])
+    before, byte = content[:start], content[start]
+    if draw.random() < 0.5:
+        return before + bytes([byte ^ draw.randrange(1, 128)]) + content[start + 1 :]
+    return before + content[start + draw.randrange(1, 30) :]

@@ -125,6 +125,28 @@ def test_a_list_that_cannot_be_read_trains_nobody_and_quotes_no_line(tmp_path: P
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbf" + sha256("a").encode(),  # as an editor on Windows saves it
+        sha256("a").encode("utf-16"),
+        sha256("a").encode() + b"," + sha256("b").encode(),
+        sha256("a").encode()[:-1],  # cut off, as by a full disk
+        sha256("a").encode() + b"\0",
+        b'"' + sha256("a").encode() + b'"',
+        b"sha256:" + sha256("a").encode(),
+        sha256("a").encode() + b"\r" + b"Zaphod",
+        b"\xff\xfe",
+    ],
+)
+def test_of_a_damaged_list_no_line_is_left_out(tmp_path: Path, content: bytes) -> None:
+    """Who is on a line that cannot be read would else be trained on."""
+    path = listed(tmp_path)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"line \d: no sha256 of a key"):
+        read(tmp_path, [row("a")], consent={"opt_outs": path})
+
+
+@pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"consent": {}}, "name a column"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -107,6 +108,32 @@ def test_a_second_client_on_a_state_folder_says_so(tmp_path: Path) -> None:
             join(site, client_app=lambda *_: _never(), patience=0.0)
     finally:
         first.kill()
+
+
+def test_a_start_removes_what_a_killed_process_left_half_written(
+    home: Path, study: Path, tmp_path: Path
+) -> None:
+    """Each start ends at once, at what stands in its way, and that is after it has looked."""
+    site = kit.site_file(tmp_path / "a", "a", free_port())
+    kit.join_up(home, site, free_port())
+    first = Holder(home / "flower", "fedtune server")
+    state, run = tmp_path / "a" / "state", tmp_path / "run"
+    (state / "flower" / "loopback.crt").mkdir(parents=True)
+    run.mkdir()
+    left = [folder / f"x.json.0f1e2d3c.{first.pid}.new" for folder in (home, run, state / "keys")]
+    for draft in left:
+        draft.touch()
+    with pytest.raises(InfrastructureError, match="another fedtune server"):
+        serve(study, run, port=free_port(), home=home, run=_never)
+    assert all(draft.exists() for draft in left)
+    first.kill()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InfrastructureError, match="is taken"):
+            serve(study, run, port=port, home=home, run=_never)
+    with pytest.raises(InfrastructureError, match=r"loopback.crt: cannot be written"):
+        join(site, client_app=lambda *_: _never())
+    assert not any(draft.exists() for draft in left)
 
 
 PARENT = """

@@ -86,7 +86,8 @@ MUTANTS = (
     ),
     one(
         "consent", "a-receipt-for-anybody", "fedtune/client/withdraw.py",
-        "if not verifies(ledger.key.public, _signed(receipt), signature):", "if not signature:",
+        "genuine = verifies(ledger.key.public, _signed(receipt), signature)",
+        "genuine = bool(_signed(receipt))",
         "tests/client/test_withdraw.py::test_a_changed_receipt_is_none",
         "a receipt that somebody wrote passes for the site's",
     ),

@@ -13,8 +13,38 @@ T_ELSEWHERE = "tests/client/test_from_elsewhere.py::"
 T_PLUGINS = "tests/client/test_plugins.py::"
 T_BOOT = "tests/flower/test_boot.py::"
 
+WRITING = "fedtune/files/writing.py"
+
 # fmt: off
 MUTANTS = (
+    one(
+        "full disk", "a-line-that-was-cut-short-counts", WRITING,
+        "    view = memoryview(content)\n    while view:\n"
+        "        view = view[os.write(descriptor, view) :]\n",
+        "    os.write(descriptor, content)\n",
+        "tests/dp/test_steplog.py::test_a_full_disk_stops_the_step_and_leaves_no_half_of_it",
+        "a noised step runs whose line is not whole, and no later answer can be made",
+    ),
+    one(
+        "full disk", "the-next-line-goes-on-a-torn-one", WRITING,
+        "        os.ftruncate(descriptor, whole)\n", "",
+        "tests/test_files.py::test_a_line_that_the_disk_cut_short_gives_way_to_the_next",
+        "the step log cannot be read any more, and the site's budget cannot be stated",
+    ),
+    one(
+        "drafts", "the-drafts-of-the-living-go", WRITING,
+        "            os.kill(int(named[1]), 0)\n            return False\n",
+        "            return True\n",
+        "tests/test_files.py::test_drafts_of_processes_that_were_killed_are_removed",
+        "a start takes from another process what it is about to put in place",
+    ),
+    one(
+        "drafts", "a-client-leaves-drafts", "fedtune/launch/site.py",
+        "            remove_drafts(site.site.state)\n", "",
+        "tests/flower/test_alone.py::"
+        "test_a_start_removes_what_a_killed_process_left_half_written",
+        "copies of updates and keys stay in the state folder after kill -9",
+    ),
     one(
         "ranks", "a-rank-that-dies-costs-the-rows", RANKS,
         "            self._workers.give_up(error)\n            return clipped_sum(sampled)\n",

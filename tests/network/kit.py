@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.dp.steplog import StepLog
+from fedtune.ledger.files import KEY
 from fedtune.ledger.ledger import Ledger
+from fedtune.wire.keys import SigningKey
 from tests.test_cli import run as in_process
 
 MAIN = "from fedtune.cli.main import main; main()"
@@ -65,7 +67,9 @@ bases = "any"
 allow_privacy_off = true
 max_epsilon = 50.0
 max_epsilon_per_study = 50.0
+max_fallback_epsilon = 100.0
 """
+SECURE = "[secure_aggregation]\ncolluding = 1\n"
 
 
 def until(true: Callable[[], Any], seconds: float, tell: Callable[[], str] = str) -> None:
@@ -167,14 +171,19 @@ class Consortium:
         self.packages, self.broken = dict[str, Path](), dict[str, str]()
         self.hub.mkdir(parents=True, exist_ok=True)
         self.running: list[subprocess.Popen[bytes]] = []
+        self.is_secure = False  # whether the sums of all sites alone are opened
+        self.fingerprint = ""  # the consortium's, once a site has joined
         for name in SITES:
             (root / name).mkdir()
 
-    def lay_out(self, base: Path | str, privacy: str, rounds: int, **strategy: float) -> None:
-        """The files of a small study on generated records."""
+    def lay_out(
+        self, base: Path | str, privacy: str, rounds: int, *, tables: str = "", **strategy: float
+    ) -> None:
+        """The files of a small study on generated records. tables: more of study.toml."""
         asks = {"min_sites": len(SITES), "round_timeout": 60} | strategy
         text = STUDY.format(privacy=privacy, base=base, rounds=rounds, **asks)
-        (self.hub / "study.toml").write_text(text)
+        (self.hub / "study.toml").write_text(text + tables)
+        self.is_secure = tables == SECURE
         for seed, name in enumerate(SITES):
             (self.root / name / "site.toml").write_text(SITE.format(name=name))
             records(self.root / name / "data.jsonl", seed)
@@ -202,9 +211,18 @@ class Consortium:
         shutil.copy(folder / f"{name}.request", self.hub)
         text = done(self.hub, "admit", f"{name}.request", "--fingerprint", heard)
         shutil.copy(self.hub / f"{name}.answer", folder)
+        self.fingerprint = said(text, "consortium   ")
         with (folder / "site.toml").open("a") as file:
             file.write(f'\n[coordinator]\nanswer = "{name}.answer"\n')
-            file.write(f'fingerprint = "{said(text, "consortium   ")}"\n')
+            file.write(f'fingerprint = "{self.fingerprint}"\n')
+
+    def pin_peers(self) -> None:
+        """Write each site's key, once they are made, into policy.peers of the others."""
+        keys = {name: SigningKey.at(self.root / name / "state" / KEY).public for name in SITES}
+        for name in SITES:
+            path, peers = self.root / name / "site.toml", [k for n, k in keys.items() if n != name]
+            text = path.read_text()
+            path.write_text(text.replace("[policy]\n", f"[policy]\npeers = {json.dumps(peers)}\n"))
 
     def client(self, name: str, *more: str) -> subprocess.Popen[bytes]:
         return self._started(name, self.root / name, "client", "site.toml", *more)

@@ -1,81 +1,144 @@
 """kill -9 at random moments of any process of a study, each started again as a supervisor would.
 
 Victims: the server, its SuperLink and gateway, and each site's client and SuperNode. `make chaos`
-runs these; FEDTUNE_KILLS says how many kills (without it: 100, in ten rounds). The twins break what
-is checked, and die once, before a round is kept.
+runs these; FEDTUNE_KILLS says how many kills (without it: 100, in ten rounds), FEDTUNE_SEED which
+(without it: others each time; the first line says the seed). The twins break what is checked, and
+die once, before a round is kept.
 """
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 import random
+import secrets
+import shutil
 import signal
+import sqlite3
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from fedtune.dp.steplog import StepLog
+from fedtune.errors import FedtuneError
+from fedtune.evidence.sign import EVIDENCE
 from fedtune.flower.processes import free_port
-from tests.network.kit import OFF, PRIVATE, SITES, Consortium, children, consortium, end, until
+from fedtune.ledger.files import DATABASE
+from fedtune.ledger.ledger import Ledger
+from fedtune.wire.keys import canonical
+from tests.network import remains
+from tests.network.kit import (
+    OFF,
+    PRIVATE,
+    SECURE,
+    SITES,
+    Consortium,
+    children,
+    consortium,
+    end,
+    until,
+)
 from tests.simulated import simulate
 
 ADAPTER = "adapter/adapter_model.safetensors"
+STUCK = 900.0  # seconds without a kill and without a round kept: far more than any wait takes
 Victim = tuple[str, str]  # the machine, and the program there ("": what the supervisor started)
 COORDINATOR: tuple[Victim, ...] = (("hub", ""), ("hub", "superlink"), ("hub", "gateway"))
 ANY = (*COORDINATOR, *((site, program) for site in SITES for program in ("", "supernode")))
 
 
 class Campaign:
-    """A study under kills, at most `kills` / `rounds` of them for every round that it has kept."""
+    """A study under kills, about as many of them in each of its rounds.
 
-    def __init__(self, made: Consortium, rounds: int, kills: int, victims: tuple[Victim, ...]):
+    seed: of the victims, and of the moments as seconds between what happens; tell: hears of the
+    seed and of each kill in a line."""
+
+    def __init__(
+        self,
+        made: Consortium,
+        rounds: int,
+        kills: int,
+        victims: tuple[Victim, ...],
+        *,
+        seed: int = 0,
+        tell: Callable[[str], None] = str,
+    ) -> None:
         self.made, self.rounds, self.kills, self.victims = made, rounds, kills, victims
-        self.draw = random.Random()  # no seed: other moments each time; `struck` tells which
+        self.seed, self.draw, self.tell = seed, random.Random(seed), tell
         self.struck: Counter[Victim] = Counter()
         self.restarts: Counter[str] = Counter()
 
-    def run(self, seconds: float) -> None:
-        """Until the server has finished. Errors: AssertionError where that takes too long."""
-        made = self.made
-        machines = {"hub": made.server()}
-        until(made.listens, 60, made.told)
-        for name in SITES:
-            made.join(name)
-            machines[name] = made.client(name)
-        deadline = time.monotonic() + seconds
+    def run(self) -> None:
+        """Until the server has finished. Errors: AssertionError where nothing happens for long."""
+        made, began = self.made, time.monotonic()
+        self.tell(f"\n[{self.kills} kills by FEDTUNE_SEED={self.seed}]")
+        machines = self._started()
+        last, progress = time.monotonic(), (0, 0)
         while machines["hub"].poll() != 0:
-            assert time.monotonic() < deadline, f"{self.told()}\n{made.told()}"
+            if progress != (progress := (self.struck.total(), made.rounds())):
+                last = time.monotonic()
+            assert time.monotonic() < last + STUCK, f"it hangs: {self.told()}\n{made.told()}"
             for name, process in machines.items():
                 if process.poll() is not None:
                     time.sleep(1.0)
                     self.restarts[name] += 1
                     again = made.server("--resume") if name == "hub" else made.client(name)
                     machines[name] = again
-            due = self.kills * min(made.rounds() + 1, self.rounds) // self.rounds
-            if self.struck.total() < due:
-                time.sleep(self.draw.uniform(0.1, 3.0))
+            if self.struck.total() < self.due:
+                # Some meet a start, and some a round in which all work.
+                time.sleep(self.draw.random() * self.draw.choice((1.0, 4.0, 16.0)))
                 machine, program = victim = self.draw.choice(self.victims)
-                self.strike(victim, machines[machine], program)
+                if self.strike(victim, machines[machine], program):
+                    self.tell(f"[{time.monotonic() - began:5.0f} s  {self.told(victim)}]")
             time.sleep(0.1)
         for process in machines.values():
             end(process)
+        charges = {name: len(made.spending(name)) for name in SITES}
+        self.tell(f"[{time.monotonic() - began:5.0f} s  {self.told()}; charges {charges}]")
 
-    def strike(self, victim: Victim, started: subprocess.Popen[bytes], program: str) -> None:
-        """Kill what we started, or the named child of it; nothing, and not counted, where that is
-        not running."""
+    @property
+    def due(self) -> int:
+        """How many kills may have been by now: all of them before the last round begins."""
+        until_last = max(self.rounds - 1, 1)
+        return self.kills * min(self.made.rounds() + 1, until_last) // until_last
+
+    def _started(self) -> dict[str, subprocess.Popen[bytes]]:
+        made = self.made
+        machines = {"hub": made.server()}
+        until(made.listens, STUCK, made.told)
+        for name in SITES:
+            made.join(name)
+        if made.is_secure:
+            made.pin_peers()
+        return machines | {name: made.client(name) for name in SITES}
+
+    def strike(self, victim: Victim, started: subprocess.Popen[bytes], program: str) -> bool:
+        """Kill what we started, or the named child of it, and return True; nothing, and not
+        counted, where that is not running."""
         with suppress(ProcessLookupError, KeyError):
             if started.poll() is None:
                 pid = children(started.pid)[program] if program else started.pid
                 os.kill(pid, signal.SIGKILL)
                 self.struck[victim] += 1
+                return True
+        return False
 
-    def told(self) -> str:
+    def told(self, victim: Victim | None = None) -> str:
+        """Describe the kills so far, or the newest of them."""
+        if victim:
+            struck = " ".join(filter(None, victim))
+            kept = f"{self.made.rounds()} of {self.rounds} rounds kept"
+            return f"kill {self.struck.total():3} of {self.kills}: {struck:15} {kept}"
         hits = {" ".join(filter(None, v)): n for v, n in sorted(self.struck.items())}
         kept = f"{self.made.rounds()} of {self.rounds} rounds kept"
         return f"{self.struck.total()} kills {hits}; started again {dict(self.restarts)}; {kept}"
@@ -85,13 +148,15 @@ class Campaign:
         everybody = self.rounds * [list(SITES)]
         took_part = [entry["participants"] for entry in self.made.report()["rounds"]]
         assert took_part == everybody, f"a round is not whole: {self.told()}"
+        remains.check(self.made, private)
         for name in SITES:
             self.check_charges(name, private)
 
     def check_charges(self, name: str, private: bool) -> None:
         """Each round is charged; with noise, every step that ran is, and a round once more at most
         for each time that the site's own client was killed. (Without noise a site keeps no update,
-        and trains and notes a round again as often as it is asked.)"""
+        and trains and notes a round again as often as it is asked. Where the sum alone is opened, a
+        draw that one site lost is one more for all.)"""
         spent, whole = self.made.spending(name), set(range(1, self.rounds + 1))
         counted = [each for each in spent if each.released or not private]
         told = f"{name}; {self.told()}"
@@ -101,7 +166,8 @@ class Campaign:
             for each in spent:
                 paid[each.charge.round] += each.charge.steps
             assert not self.made.noised(name) - paid, f"under-charged: {told}"
-            assert len(spent) <= self.rounds + self.struck[name, ""], f"over-charged: {told}"
+            most = self.rounds + self.struck[name, ""]
+            assert self.made.is_secure or len(spent) <= most, f"over-charged: {told}"
 
 
 def undisturbed(folder: Path, base: Path, rounds: int) -> dict[str, np.ndarray]:
@@ -130,34 +196,86 @@ def test_kills_at_the_coordinator_change_nothing(
     with consortium(tmp_path / "struck", "127.0.0.1", free_port()) as made:
         made.lay_out(tiny_base, OFF, rounds, round_timeout=20)
         campaign = Campaign(made, rounds, kills, COORDINATOR)
-        campaign.run(150)
+        campaign.run()
         assert campaign.struck.total() >= 1, campaign.told()
         campaign.check(private=False)
         same_adapter(made, calm)
 
 
+CASES = {"off": (OFF, ""), "private": (PRIVATE, ""), "secure": (PRIVATE, SECURE)}
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("privacy", [OFF, PRIVATE], ids=["off", "private"])
+@pytest.mark.parametrize("case", CASES)
 def test_kills_of_any_process(
     tmp_path: Path,
     tiny_base: Path,
-    privacy: str,
+    case: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """σ = 0: the adapter of an undisturbed run. σ > 0: nobody is charged too much or too little."""
+    """σ = 0: the adapter of an undisturbed run. σ > 0, also where the sum of all sites alone is
+    opened: nobody is charged too little."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     rounds, kills = 10, int(os.environ.get("FEDTUNE_KILLS", "100"))
+    seed = int(os.environ.get("FEDTUNE_SEED", "0")) or secrets.randbelow(10**6) + 1
+    privacy, tables = CASES[case]
     with consortium(tmp_path / "struck", "127.0.0.1", free_port()) as made:
-        made.lay_out(tiny_base, privacy, rounds, round_timeout=20)
-        label = "σ = 0" if privacy == OFF else "σ > 0"
-        campaign, began = Campaign(made, rounds, kills, ANY), time.monotonic()
-        campaign.run(300 + 60 * kills)
+        made.lay_out(tiny_base, privacy, rounds, tables=tables, round_timeout=20)
+        tell = partial(print, flush=True)
+        campaign = Campaign(made, rounds, kills, ANY, seed=seed, tell=tell)
         with capsys.disabled():
-            print(f"\n[{label}: {campaign.told()}; {time.monotonic() - began:.0f} s]")
+            campaign.run()
         campaign.check(private=privacy != OFF)
         if privacy == OFF:
             same_adapter(made, undisturbed(tmp_path / "calm", tiny_base, rounds))
+
+
+def spoilt(made: Consortium, to: Path, spoil: Callable[[Consortium], object]) -> Consortium:
+    """A copy of a consortium's folders, and in it one thing that is not as it was."""
+    other = copy.copy(made)
+    other.root, other.hub = shutil.copytree(made.root, to), to / made.hub.name
+    spoil(other)
+    return other
+
+
+def one_step_more(made: Consortium) -> None:
+    log = StepLog(made.root / "east" / "state" / "steps.jsonl")
+    log.append(log.steps()[-1])
+
+
+def one_update_less(made: Consortium) -> None:
+    body = json.loads((made.run / EVIDENCE).read_text())
+    del body["updates"][0]
+    (made.run / EVIDENCE).write_bytes(canonical(body))
+
+
+def one_charge_more(made: Consortium) -> None:
+    """Of another round, and released: an update that the coordinator lost."""
+    ledger = Ledger(made.root / "east" / "state")
+    charge = replace(ledger.charges("records")[-1], round=9)
+    ledger.release(ledger.reserve("records", charge, "adapter", lambda _: None), b"update")
+
+
+def an_older_ledger(made: Consortium) -> None:
+    with closing(sqlite3.connect(made.root / "east" / "state" / DATABASE)) as connection:
+        connection.execute("DELETE FROM entries WHERE seq = (SELECT max(seq) FROM entries)")
+        connection.commit()
+
+
+def a_shorter_audit_log(made: Consortium) -> None:
+    path = made.root / "east" / "state" / "audit.jsonl"
+    path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
+
+
+SPOILT: dict[str, Callable[[Consortium], object]] = {
+    "drafts were left": lambda made: (made.run / "report.json.0f1e2d3c.1.new").touch(),
+    "east signed 3 steps, and ran 4": one_step_more,
+    "was changed after it was signed": one_update_less,
+    "what east sent is not what the run has": one_charge_more,
+    "rolled back": an_older_ledger,
+    "entry .* is not the one that was noted": a_shorter_audit_log,
+}
 
 
 def gone(pids: Iterable[int]) -> bool:
@@ -200,8 +318,16 @@ def test_what_is_killed_leaves_no_process_and_starts_again(tmp_path: Path, tiny_
         until(lambda: gone(left.values()), 30, made.told)
         assert server.wait(300) == 0, made.told()
         campaign.check(private=True)
-        # the twin: a process that stays is seen
+        # the twins: a process that stays is seen, and whatever else is not as it was
         assert not gone([os.getpid()])
+        with subprocess.Popen(["sleep", "100"], cwd=made.root) as left_over:
+            with pytest.raises(AssertionError, match=r"processes were left: .*sleep 100"):
+                remains.check_processes(made.root, 0.5)
+            left_over.kill()
+        for number, (error, spoil) in enumerate(SPOILT.items()):
+            with pytest.raises((AssertionError, FedtuneError), match=error):
+                remains.check(spoilt(made, tmp_path / f"spoilt-{number}", spoil), private=True)
+        remains.check(spoilt(made, tmp_path / "whole", lambda _: None), private=True)
 
 
 # --------------------------------------------------------------------------------------- twins
@@ -262,7 +388,7 @@ def died(folder: Path, base: Path, privacy: str, **broken: str) -> Iterator[Camp
         made.lay_out(base, privacy, 3, round_timeout=60)
         made.broken = {"hub": DIES} | broken
         campaign = Campaign(made, 3, 0, ())
-        campaign.run(600)
+        campaign.run()
         assert campaign.restarts["hub"] >= 1 and (made.hub / "died").exists(), campaign.told()
         yield campaign
 

@@ -20,9 +20,9 @@ def test_ctrl_c_ends_the_server_with_130_and_is_no_error(tmp_path: Path, tiny_ba
         told = made.log("hub").read_text()
         assert f"at 127.0.0.1:{made.port}\n" in told and "admitted     nobody yet" in told
         made.join("north")
-        assert f"consortium   {fingerprint(made)}\n" in told
+        assert f"consortium   {made.fingerprint}\n" in told
         shown = done(made.hub, "status", "coordinator")
-        assert "waiting" in shown and f"consortium {fingerprint(made)}" in shown
+        assert "waiting" in shown and f"consortium {made.fingerprint}" in shown
         server.send_signal(signal.SIGINT)
         assert server.wait(60) == 130, made.told()
         said = made.log("hub").read_text()
@@ -32,11 +32,6 @@ def test_ctrl_c_ends_the_server_with_130_and_is_no_error(tmp_path: Path, tiny_ba
         assert status["state"] == "stopped" and "error" not in status
         assert "stopped (Ctrl-C)" in done(made.hub, "status", "coordinator")
         stopped_client(made)
-
-
-def fingerprint(made: Consortium) -> str:
-    text = (made.root / "north" / "site.toml").read_text()
-    return text.rpartition('fingerprint = "')[2].partition('"')[0]
 
 
 def stopped_client(made: Consortium) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +96,10 @@ def test_a_simulation_that_was_stopped_is_resumed_by_a_new_process(world: Path):
     with pytest.raises(KeyboardInterrupt):
         simulate(world / "study.toml", sites, world / "out", on_event=stop)
     process_cache.clear("workers")  # the sites' state is all that a new process finds
+    for folder in (world / "out", world / "state-a"):
+        (folder / f"half.{os.getpid()}.new").touch()
     body = simulate(world / "study.toml", sites, world / "out", resume=True)
+    assert not list(world.rglob("*.new"))
     assert [entry["participants"] for entry in body["rounds"]] == [["a", "b"]] * 2
     assert all(site["steps"] == 2 for site in body["privacy"]["sites"].values())
 
