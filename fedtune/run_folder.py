@@ -23,6 +23,7 @@ PRINTED = "name the folder that a run printed; if it is damaged, copy it again"
 # What is read of a report, an outer key before its inner ones.
 REPORT = {"private": bool, "study": str, "privacy": dict, "base": dict}
 REPORT |= {"base.name": str, "base.digest": str}
+SIGNATURE = "signature.json"  # the last file that a run writes: what has it is whole
 BASE = "base"  # a run's own base, inside it
 RUNS = Path("runs")
 FILED = ("public", "selection", "evaluation")  # tables of a plan that name a coordinator's file
@@ -70,7 +71,7 @@ def is_finished(run: Path, study: Study) -> bool:
     records ended early. Errors: InputError, ConfigError where its plan cannot be read."""
     from fedtune.dp.calibration import with_rounds
 
-    if study.continuous or not (run / "report.json").is_file():
+    if study.continuous or not (run / SIGNATURE).is_file():
         return False
     plan = load_plan(run)
     tables = _pinned(study.model_dump(mode="json"), plan.model_dump(mode="json"))
@@ -135,7 +136,7 @@ def beginning(study: Study, run: Path, *, resume: bool, runs: Path = RUNS) -> st
     if resume:
         return f"going on with {run}" if run.exists() else ""
     last = folder_for(study.study.name, resume=True, runs=runs)
-    if last == run or not (last / "checkpoint").is_dir() or (last / "report.json").exists():
+    if last == run or not (last / "checkpoint").is_dir() or (last / SIGNATURE).exists():
         return ""
     return (
         f"{last} is not finished: --resume goes on with it. This is another run, in {run}; what "

@@ -12,6 +12,7 @@ from fedtune.dp.calibration import with_rounds
 from fedtune.run_folder import (
     FILED,
     PLACES,
+    SIGNATURE,
     already_done,
     finished_line,
     is_finished,
@@ -28,6 +29,7 @@ def finished(run: Path, plan: Study, rounds: int = 2) -> Path:
     (run / "plan.json").write_text(plan.model_dump_json())
     body = {"private": True, "study": "tiny", "privacy": {"epsilon": 7.98761}}
     (run / "report.json").write_text(json.dumps(body | {"rounds": [{}] * rounds}))
+    (run / SIGNATURE).touch()
     return run
 
 
@@ -67,9 +69,10 @@ def test_what_is_done_is_said_with_an_epsilon_that_is_rounded_up(study: Path) ->
 
 
 def test_an_unfinished_run_is_not_done(study: Path) -> None:
+    """Also one that a crash or a full disk ended after its report: only --resume signs it."""
     mine = load_study(study)
     run = finished(Path("runs/tiny"), with_rounds(mine))
-    (run / "report.json").unlink()
+    (run / SIGNATURE).unlink()
     assert already_done(mine, None, resume=False) is None
     assert already_done(mine, run, resume=True) is None
 

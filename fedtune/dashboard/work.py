@@ -73,8 +73,8 @@ def acts(path: Path, _: str) -> dict[str, Any]:
 
 def verified(path: Path, trust: str) -> dict[str, Any]:
     """What `fedtune verify` shows."""
-    from fedtune.evidence.sign import SIGNATURE
     from fedtune.evidence.verify import verify
+    from fedtune.run_folder import SIGNATURE
 
     if not any((path / name).exists() for name in (SIGNATURE, "release.json")):
         return {"unsigned": True}

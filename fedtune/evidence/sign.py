@@ -18,10 +18,10 @@ from typing import Any
 from fedtune.config import Study
 from fedtune.errors import InputError
 from fedtune.files.writing import replace
-from fedtune.run_folder import ADAPTER
+from fedtune.run_folder import ADAPTER, SIGNATURE
 from fedtune.wire.keys import SigningKey, canonical
 
-EVIDENCE, SIGNATURE = "evidence.json", "signature.json"
+EVIDENCE = "evidence.json"
 FORMAT = "fedtune-evidence-1"
 PURPOSE = b"fedtune run\0"
 FILES = ("plan.json", "report.json", "report.md", "progress.png", "metrics.jsonl", EVIDENCE)

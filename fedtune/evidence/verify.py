@@ -25,7 +25,6 @@ from fedtune.evidence.sign import (
     HOME,
     PURPOSE,
     RUN,
-    SIGNATURE,
     UNSIGNED,
     VERSIONS,
     NotGenuine,
@@ -33,7 +32,7 @@ from fedtune.evidence.sign import (
     sha256,
 )
 from fedtune.files import reading
-from fedtune.run_folder import ADAPTER, load_plan, read_report
+from fedtune.run_folder import ADAPTER, SIGNATURE, load_plan, read_report
 from fedtune.wire import fingerprints
 from fedtune.wire.keys import SigningKey, canonical, verifies
 

@@ -134,7 +134,8 @@ def drafted(out: Path) -> Iterator[Path]:
         if draft.is_dir():
             shutil.rmtree(draft, ignore_errors=True)
         else:
-            draft.unlink(missing_ok=True)
+            with suppress(OSError):  # not there, or on a disk that refuses this too
+                draft.unlink()
 
 
 def is_abandoned(draft: Path) -> bool:

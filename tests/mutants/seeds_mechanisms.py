@@ -21,7 +21,6 @@ from tests.mutants.places import (
     REPORTED,
     SAMPLING,
     SEEN,
-    STEPLOG,
     STREAM,
     T_ACCOUNTANT,
     T_CHUNKS,
@@ -260,8 +259,8 @@ BUDGET_MUTANTS = (
         "trained again without room for it",
     ),
     _one(
-        "log", "the-log-is-overwritten", STEPLOG, "os.O_WRONLY | os.O_APPEND | os.O_CREAT",
-        "os.O_WRONLY | os.O_TRUNC | os.O_CREAT",
+        "log", "the-log-is-overwritten", "fedtune/files/writing.py",
+        "os.O_RDWR | os.O_APPEND | os.O_CREAT", "os.O_RDWR | os.O_TRUNC | os.O_CREAT",
         T_PLAN + "test_epsilon_of_the_log_is_epsilon_of_the_plan", "only the last step is charged",
     ),
 )  # fmt: skip
