@@ -115,7 +115,6 @@ WRITES = [
     "enroll {site} --out {elsewhere}/north.request",
     "simulate {study} {site} {other} --out {run}-2",
     "export {run} --out {run}-export",
-    "revoke north --home {home}",
 ]
 
 
@@ -132,7 +131,6 @@ def test_a_disk_that_nobody_can_write_to_is_named(
         "site": site,
         "other": other,
         "state": site.parent / "state",
-        "home": world.study.parent,
         "elsewhere": tmp_path,
     }
     with small.read_only():
