@@ -303,10 +303,10 @@ class World:
     def local_sum(self, study: Study, data: Any, plan: Any, log: Any, round_: int, *_: Any) -> Any:
         """A site's noised sum of its unit vectors, by the plan's own noise."""
         data.site.die("training")
-        name, unit = data.site.site.site.name, round(NORM / plan.grid_at(DIMENSION))
+        name, unit = data.site.site.site.name, round(NORM / plan.plan.grid_at(DIMENSION))
         vector = torch.zeros(DIMENSION, dtype=torch.int64)
         vector[NAMES.index(name)] = unit * self.units[name]
-        noised = plan._noised(vector.clone(), log, round_)
+        noised = plan.plan._noised(vector.clone(), log, round_)
         return (noised if self.noisy[name] else vector).numpy()
 
     def at_work(self) -> ExitStack:

@@ -198,5 +198,5 @@ def test_a_folder_put_back_is_noticed_by_the_receipt_and_the_others_go_on(fresh:
     fresh.advance(1)
     fresh.put_back("a")
     fresh.advance()
-    assert ("a", "failed", "LedgerError") in fresh.told
+    assert ("a", "failed") in {told[:2] for told in fresh.told}
     ends(fresh)
