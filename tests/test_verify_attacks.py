@@ -21,7 +21,7 @@ from fedtune.wire.keys import SigningKey, canonical
 from tests.cli_kit import run as command
 from tests.simulated import simulate
 from tests.test_end_to_end import lay_out
-from tests.verify_kit import forged, lower, write_report
+from tests.verify_kit import forged, lower, of_own_keys, write_report
 
 PRIVACY = '{ epsilon = 8.0, noise_multiplier = 2.0, delta = 1e-3, unit = "patient" }'
 
@@ -184,6 +184,54 @@ def test_a_log_keeps_every_step_that_it_had() -> None:
     assert figures._has_grown([step], [step, louder])
     assert not figures._has_grown([step], [louder])
     assert not figures._has_grown([step], [step])
+
+
+STEP = {"q": 1.0, "max_grad_norm": 1.0, "records": 1, "steps": 1}
+LAVISH = {"epsilon": None, "noise_multiplier": 0.3}
+COSTLY: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
+    "a million rows of one unit": ([STEP | {"q": 0.1, "records": 10**6}], {}, "another rate"),
+    "rows that the plan has not": ([STEP | {"records": 10**6}], {}, "other noise"),
+    "more steps than the plan": ([STEP | {"steps": 10**8}], {}, "far more steps"),
+    "sixty kinds": ([STEP | {"sigma": 1 + n / 10_000} for n in range(60)], {}, "more kinds"),
+    "sixty rates": (
+        [STEP | {"q": 0.1 * (1 + n * 1e-12)} for n in range(60)],
+        {"training": {"sampling_rate": 0.1}},
+        "more kinds",
+    ),
+    "a plan of as many steps": (
+        [STEP | {"q": 1e-6, "sigma": 1e-3, "steps": 10**8}],
+        {
+            "training": {"sampling_rate": 1e-6, "local_steps": 10**6},
+            "privacy": LAVISH | {"noise_multiplier": 1e-3},
+        },
+        "too many steps to account for",
+    ),
+    "a plan of as much ε": (
+        [STEP | {"q": 0.1, "sigma": 0.3, "steps": 10**6}],
+        {"training": {"sampling_rate": 0.1, "local_steps": 10**6}, "privacy": LAVISH},
+        "steps cost ε",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", COSTLY)
+def test_a_log_that_would_take_the_accountant_hours_is_refused_before(
+    signed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """Whoever makes every key himself signs for whatever steps he likes. Twin: with the steps that
+    the plan has, the same forger comes as far as the accountant, and fails there."""
+    log, tables, said = COSTLY[case]
+    log = [{"sigma": 1.0} | event for event in log]
+
+    def asked(*_: Any) -> float:
+        raise AssertionError("the accountant was asked")
+
+    monkeypatch.setattr(figures, "epsilon", asked)
+    with pytest.raises(NotGenuine, match=said) as raised:
+        verify(of_own_keys(signed[0], tmp_path, log, tables))
+    assert raised.value.exit_code == 2
+    with pytest.raises(AssertionError, match="the accountant was asked"):
+        verify(of_own_keys(signed[0], tmp_path, [STEP | {"sigma": 1.0}]))
 
 
 def test_two_sites_have_two_keys(signed, tmp_path: Path) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fedtune.evidence import sign
 from fedtune.evidence.verify import Verified, verify
-from fedtune.wire.keys import SigningKey
+from fedtune.run_folder import load_plan, write_plan
+from fedtune.wire import seal
+from fedtune.wire.keys import SigningKey, canonical
 from tests.cli_kit import write_study
 from tests.simulated import simulate
 
@@ -41,3 +44,37 @@ def lower(report: dict[str, Any]) -> None:
     report["privacy"]["epsilon"] = 0.5
     for site in report["privacy"]["sites"].values():
         site["epsilon"] = 0.5
+
+
+def of_own_keys(
+    folder: Path,
+    tmp_path: Path,
+    log: list[dict[str, Any]],
+    tables: dict[str, Any] | None = None,
+) -> Path:
+    """A run of one round whose sites, plan and coordinator are a forger's own: every signature in
+    it fits, and each site's step log says `log`. tables: changes to the plan."""
+    copy = shutil.copytree(folder, tmp_path / "own", dirs_exist_ok=True)
+    plan = load_plan(copy)
+    study = plan.changed(**(tables or {})).changed(training={"rounds": 1})
+    write_plan(copy, study)
+    content = json.loads((copy / sign.EVIDENCE).read_text())
+    keys = {name: SigningKey() for name in content["sites"]}
+    for name, site in content["sites"].items():
+        site["signing"] = keys[name].public
+    content["plan"] = study.digest
+    content["updates"] = [e for e in content["updates"] if e["round"] == 1]
+    for entry in content["updates"]:
+        entry["said"]["events"] = json.dumps(log)
+        header = seal.Header(**json.loads(entry["header"]))
+        body = seal.digest_of(entry["arrays"], entry["said"])
+        header = replace(header, plan=study.digest, base=study.base.digest or "", body=body)
+        entry |= seal.seal(keys[entry["site"]], header)
+    (copy / sign.EVIDENCE).write_bytes(canonical(content))
+    report = json.loads((copy / "report.json").read_text())
+    report |= {"rounds": report["rounds"][:1], "plan_digest": study.digest}
+    for name, site in report["privacy"]["sites"].items():
+        site |= {"key": keys[name].public, "steps": sum(event["steps"] for event in log)}
+    write_report(copy, report)
+    sign.sign_files(copy, SigningKey())
+    return copy

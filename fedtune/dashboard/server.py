@@ -4,6 +4,7 @@
 | the Host of another name than this machine's   | 421: a foreign page may have rebound its name |
 | any method but GET and HEAD                    | 405                                          |
 | a path that is no page                         | 404                                          |
+| a connection without a request                 | closed: see connections.py                   |
 Guarantee: no header lets another origin read an answer, and the policy of every answer lets the
 page load from this server alone. The token is random, in the printed address once and in a cookie
 of this browser afterwards (HttpOnly, SameSite=Strict).
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import secrets
 import socket
 import sys
@@ -38,6 +40,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedtune import __version__, boot
 from fedtune.dashboard import work
+from fedtune.dashboard.connections import Prompt
 from fedtune.dashboard.pages import Page
 from fedtune.errors import FedtuneError, InfrastructureError
 from fedtune.observe.log import reason_of
@@ -45,9 +48,11 @@ from fedtune.report.claim import rounded_down, rounded_up
 from fedtune.report.figures import duration, short, size_text
 
 HERE = Path(__file__).parent
-HOST, NAMES = "127.0.0.1", {"127.0.0.1", "localhost", "[::1]"}
+HOST = "127.0.0.1"
+NAMES = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d+)?", re.IGNORECASE)
 LOOK_SECONDS = 0.5  # between two looks at a page's files
 REST_SECONDS = 15.0  # before a slow figure is computed anew, however often its files change
+WORK_SECONDS = 300.0  # for one slow figure: a folder from a stranger may ask for any amount
 PING_SECONDS = 15.0
 POLICY = "; ".join(
     [
@@ -65,6 +70,9 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), microphone=(), geolocation=()",
 }
+
+
+LAST = {"connection": "close"}  # of who may not read: no connection is held open for them
 
 
 class Guard:
@@ -92,12 +100,10 @@ class Guard:
         headers = {
             key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]
         }
-        host = headers.get("host", "")
-        name = host[: host.rfind("]") + 1] if host.startswith("[") else host.partition(":")[0]
-        if name.lower() not in NAMES:
-            return Response("this server answers to 127.0.0.1 and localhost alone\n", 421)
+        if not NAMES.fullmatch(headers.get("host", "")):
+            return Response("this server answers to 127.0.0.1 and localhost alone\n", 421, LAST)
         if scope["method"] not in ("GET", "HEAD"):
-            return Response("pages are only read\n", 405, {"allow": "GET, HEAD"})
+            return Response("pages are only read\n", 405, {"allow": "GET, HEAD"} | LAST)
         return None
 
     def _admission(self, scope: Scope) -> Response | None:
@@ -112,8 +118,9 @@ class Guard:
         given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
         if not self._is_token(given):
             text = "401: open the address that `fedtune dashboard` printed, with its token\n"
-            return Response(text, 401, media_type="text/plain")
-        response = Response(status_code=303, headers={"location": scope["path"]})
+            return Response(text, 401, LAST, media_type="text/plain")
+        here = "/" + scope["path"].lstrip("/")  # "//name/" would be another server
+        response = Response(status_code=303, headers={"location": here})
         response.set_cookie(self._cookie, self._token, httponly=True, samesite="strict")
         return response
 
@@ -239,14 +246,20 @@ async def worked(what: str, page: Page) -> dict[str, Any]:
         stderr=asyncio.subprocess.DEVNULL,
     )
     try:
-        printed, _ = await child.communicate()
+        async with asyncio.timeout(WORK_SECONDS):
+            printed, _ = await child.communicate()
         found: dict[str, Any] = json.loads(printed)
         return found
+    except TimeoutError:
+        return {
+            "error": f"it takes more than {WORK_SECONDS:g} s; the command in a terminal goes on"
+        }
     except ValueError:
         return {"error": "it could not be computed; the command in a terminal says why"}
     finally:
         if child.returncode is None:
             child.kill()
+            await child.wait()
 
 
 def app_of(page: Page, token: str) -> Starlette:
@@ -280,6 +293,7 @@ def serve(page: Page, port: int = 0, say: Any = print) -> None:
     token = secrets.token_urlsafe(24)
     config = uvicorn.Config(
         app_of(page, token),
+        http=Prompt,
         log_level="warning",
         access_log=False,
         server_header=False,

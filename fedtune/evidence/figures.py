@@ -12,16 +12,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fedtune.config import PrivacyTable, Study, noise_shares
-from fedtune.dp.accountant import Steps, epsilon
-from fedtune.dp.shared_noise import joint_sigma
+from fedtune.dp.accountant import Steps, at_least, epsilon
+from fedtune.dp.shared_noise import joint_sigma, own_sigma
 from fedtune.evidence.sign import EVIDENCE, NotGenuine
 from fedtune.files import reading
 from fedtune.report.claim import assumption
 from fedtune.wire import fingerprints, seal, step_summary
 from fedtune.wire.keys import canonical
+from fedtune.wire.step_summary import Agreed
 
 MALFORMED = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError)
 SAME = 1e-9  # relative: two computations of one ε
+# Of one site. Beyond these no run has a use, and the accountant takes minutes to days: a folder
+# from a stranger may claim anything.
+MOST_STEPS, MOST_EPSILON = 10**6, 1000.0
 TODO = "get the folder again from who signed it; do not use this one"
 
 
@@ -145,36 +149,95 @@ def privacy(
     privacy = study.privacy
     if not isinstance(privacy, PrivacyTable):
         return {"sites": shown}
+    _logs(run, study, privacy, len(report["rounds"]), events)
     said = report["privacy"]
-    spent = {name: _epsilon(log, study, privacy) for name, log in events["update"].items()}
+    _equal(path, "sites", sorted(said["sites"]), sorted(events["update"]))
     for table in (said, *said["sites"].values()):
         _agree(path, "delta", table.get("delta"), privacy.delta)
         _equal(path, "unit", table.get("unit"), privacy.unit)
-    largest = max(spent.values())
-    _agree(path, "epsilon", said.get("epsilon"), largest)
-    _equal(path, "sites", sorted(said["sites"]), sorted(spent))
-    for name, value in spent.items():
-        site, log = said["sites"][name], events["update"][name]
+    spent, capped = dict[str, float](), False
+    for name, log in events["update"].items():
+        site = said["sites"][name]
         steps = sum(event["steps"] for event in log)
-        _agree(path, f"{name}'s epsilon", site.get("epsilon"), value)
         _agree(path, f"{name}'s steps", site.get("steps"), steps)
+        value, beyond = _epsilon(log, study, privacy)
+        spent[name], capped = value, capped or beyond
+        _agree(path, f"{name}'s epsilon", site.get("epsilon"), value)
         own = min(e["sigma"] for e in log)
         sigma = joint_sigma(own, noise_shares(study))
         _agree(path, f"{name}'s σ", site.get("noise_multiplier"), sigma)
         _fallback(path, name, site.get("secure_aggregation"), study, privacy, log)
         _equal(path, f"{name}'s key", site.get("key"), keys[name]["signing"])
         shown[name] |= {"epsilon": value, "steps": steps}
+    largest = max(spent.values())
+    _agree(path, "epsilon", said.get("epsilon"), largest)
     worst = events["update"][max(spent, key=lambda name: spent[name])]
     _fallback(path, "the run", said.get("secure_aggregation"), study, privacy, worst)
     _queries(path, said.get("evaluation"), events, privacy)
-    shares = noise_shares(study)
-    logged = max(_steps_epsilon(log, privacy, shares) for log in events["update"].values())
     claim: dict[str, Any] = {"epsilon": largest, "delta": privacy.delta, "unit": privacy.unit}
     if table := study.secure_aggregation:
         claim["assumption"] = assumption(study.strategy.min_sites, table.colluding)
         logs = events["update"].values()
         claim["fallback"] = max(_steps_epsilon(log, privacy) for log in logs)
-    return claim | {"sites": shown, "capped": logged > largest}
+    return claim | {"sites": shown, "capped": capped}
+
+
+def _logs(
+    run: Path, study: Study, privacy: PrivacyTable, rounds: int, events: dict[str, Events]
+) -> None:
+    """Check that every step log is one of this plan, before ε is computed of any."""
+    training, table, clipping = study.training, study.private_evaluation, study.clipping
+    shares = noise_shares(study)
+    for name, log in events["update"].items():
+        rate, sigma = log[0]["q"], log[0]["sigma"]  # where they follow from the site's size and ε
+        if not _is_rate(study, rate):
+            fail(run / EVIDENCE, f"{name[:64]!r}: its step log shows another rate than the plan's")
+        if privacy.noise_multiplier is not None:
+            sigma = own_sigma(privacy.noise_multiplier, shares)
+        assert clipping is not None  # Study: a private study clips
+        agreed = Agreed(
+            sampling_rate=rate,
+            noise_multiplier=sigma,
+            max_grad_norm=clipping.max_grad_norm,
+            records=study.records_per_draw,
+            steps=(training.rounds or rounds) * training.local_steps,
+        )
+        _log(run, name, log, agreed)
+        if _least(log, privacy, shares) <= _cap(study, privacy):
+            _computable(run, name, log, _least(log, privacy))  # its own noise: the fallback too
+    for name, log in events["answer"].items():
+        agreed = Agreed(
+            sampling_rate=1.0,
+            noise_multiplier=table.noise_multiplier if table else math.nan,
+            max_grad_norm=math.sqrt(2),
+            records=1,
+            steps=len(study.queries),
+        )
+        _log(run, name, log, agreed)
+        _computable(run, name, log, _least(log, privacy))
+
+
+def _is_rate(study: Study, rate: float) -> bool:
+    """Return whether a site of some size samples at this rate by the plan."""
+    if study.training.sampling_rate is not None:
+        return math.isclose(rate, study.training.sampling_rate, rel_tol=SAME)
+    assert study.training.expected_batch is not None  # Study: exactly one given
+    size = max(1, round(study.training.expected_batch / rate))
+    return math.isclose(rate, min(1.0, study.training.expected_batch / size), rel_tol=SAME)
+
+
+def _log(run: Path, name: str, log: list[dict[str, Any]], agreed: Agreed) -> None:
+    if why := step_summary.objection(log, agreed):
+        fail(f"{run / EVIDENCE}, {name[:64]!r}", why)
+
+
+def _computable(run: Path, name: str, log: list[dict[str, Any]], least: float) -> None:
+    """Refuse a log whose ε the accountant would compute for minutes. least: ε or less."""
+    where, sampled = f"{run / EVIDENCE}, {name[:64]!r}", any(e["q"] < 1 for e in log)
+    if sampled and sum(e["steps"] for e in log) > MOST_STEPS:
+        fail(where, "its step log has too many steps to account for", f"at most {MOST_STEPS:,}")
+    if sampled and least > MOST_EPSILON:
+        fail(where, f"its steps cost ε = {least:.3g} or more", f"at most {MOST_EPSILON:g}")
 
 
 def _fallback(
@@ -213,17 +276,32 @@ def _queries(path: Path, said: Any, events: dict[str, Events], privacy: PrivacyT
         _agree(path, "with_training", said.get("with_training"), max(both.values()))
 
 
-def _epsilon(log: list[dict[str, Any]], study: Study, privacy: PrivacyTable) -> float:
-    spent = _steps_epsilon(log, privacy, noise_shares(study))
-    if study.continuous and privacy.epsilon is not None:  # a site then leaves the patient out
-        return min(spent, privacy.epsilon)
-    return spent
+def _cap(study: Study, privacy: PrivacyTable) -> float:
+    """Return the ε at which a site leaves a patient out, whatever its log says."""
+    return privacy.epsilon if study.continuous and privacy.epsilon is not None else math.inf
+
+
+def _epsilon(log: list[dict[str, Any]], study: Study, privacy: PrivacyTable) -> tuple[float, bool]:
+    """Compute the ε of one unit of a site, and whether it is less than all of the log costs."""
+    cap, shares = _cap(study, privacy), noise_shares(study)
+    if _least(log, privacy, shares) > cap:
+        return cap, True
+    spent = _steps_epsilon(log, privacy, shares)
+    return min(spent, cap), spent > cap
+
+
+def _least(log: list[dict[str, Any]], privacy: PrivacyTable, shares: int = 1) -> float:
+    """Bound ε of a site's steps from below, in no time that grows with it."""
+    return max(at_least(step, privacy.delta) for step in _steps(log, shares))
 
 
 def _steps_epsilon(log: list[dict[str, Any]], privacy: PrivacyTable, shares: int = 1) -> float:
     """Compute ε of a site's steps, on whose sum `shares` sites' noise is."""
-    steps = [Steps(joint_sigma(e["sigma"], shares), e["q"], e["steps"], e["records"]) for e in log]
-    return epsilon(steps, privacy.delta)
+    return epsilon(_steps(log, shares), privacy.delta)
+
+
+def _steps(log: list[dict[str, Any]], shares: int) -> list[Steps]:
+    return [Steps(joint_sigma(e["sigma"], shares), e["q"], e["steps"], e["records"]) for e in log]
 
 
 def _agree(path: Path, what: str, said: Any, computed: float) -> None:

@@ -31,8 +31,6 @@ NOT_ENROLLED = "it is not enrolled with this signing key, or was revoked"
 KEY = re.compile(r"[0-9a-f]{64}")
 DECLARED = ("public", "generated")  # what a site may declare its data to be; without it, private
 MOST_UNITS = 10**10  # the largest declared size: more than there are people
-SIGMA_SLACK = 0.02  # of σ: another version of the accountant may calibrate a little differently
-REPEATS = 100  # times the plan's steps: rounds that were lost and trained again are logged too
 OnStatus = Callable[[str, str, str], None]  # site, status, reason
 
 
@@ -369,20 +367,10 @@ def _check_log(events: list[dict[str, Any]], steps_before: int, terms: Terms | N
     """Check that the log is of this plan and shows a new step. Errors: _DroppedUpdate."""
     if terms is None:
         return
-    for event in events:
-        same = (
-            math.isclose(event["q"], terms.sampling_rate, rel_tol=1e-9)
-            and math.isclose(event["max_grad_norm"], terms.max_grad_norm, rel_tol=1e-9)
-            and event["records"] == terms.records
-        )
-        ratio = event["sigma"] / terms.noise_multiplier
-        if not same or not 1 - SIGMA_SLACK <= ratio <= 1 + SIGMA_SLACK:
-            raise _DroppedUpdate("its step log shows other noise than the plan's")
-    steps = sum(event["steps"] for event in events)
-    if steps <= steps_before:
+    if why := step_summary.objection(events, terms):
+        raise _DroppedUpdate(why)
+    if sum(event["steps"] for event in events) <= steps_before:
         raise _DroppedUpdate("its step log shows no new noised step for this update")
-    if steps > REPEATS * terms.steps:
-        raise _DroppedUpdate("its step log shows far more steps than the plan has")
 
 
 def _events(text: Any) -> list[dict[str, Any]]:

@@ -41,6 +41,7 @@ import numpy as np
 
 from fedtune.config import Study, noise_shares
 from fedtune.dp.shared_noise import own_sigma
+from fedtune.wire.step_summary import Agreed
 
 FAILURE = 1e-12
 ROWS = 2  # times the declared size; beyond it `fedtune doctor` asks for another declaration
@@ -60,15 +61,10 @@ class Mechanism(Protocol):
 
 
 @dataclass(frozen=True)
-class Terms:
+class Terms(Agreed):
     """The plan's requirements for one site's noised steps. divisor: q · k · declared size."""
 
-    sampling_rate: float
-    noise_multiplier: float
-    max_grad_norm: float
-    records: int
     divisor: float
-    steps: int
 
 
 def terms(study: Study, budget: Mechanism, declared: int) -> Terms:

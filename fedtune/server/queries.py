@@ -89,7 +89,14 @@ class Queries:
         if table is None:
             return None
         steps = len(self.study.queries)
-        return Terms(1.0, table.noise_multiplier, math.sqrt(2), 1, 1.0, steps)
+        return Terms(
+            sampling_rate=1.0,
+            noise_multiplier=table.noise_multiplier,
+            max_grad_norm=math.sqrt(2),
+            records=1,
+            steps=steps,
+            divisor=1.0,
+        )
 
 
 def pooled(answers: Iterable[Outcome]) -> dict[str, float | None]:

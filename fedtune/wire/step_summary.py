@@ -1,10 +1,28 @@
-"""A site's summary of its step log, as it crosses the wire."""
+"""A site's summary of its step log, as it crosses the wire, and what a plan lets it say."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+SIGMA_SLACK = 0.02  # of σ: another version of the accountant may calibrate a little differently
+REPEATS = 100  # times the plan's steps: rounds that were lost and trained again are logged too
+KINDS = 4  # of steps in one log: a plan has one, and releases in mid-study may differ in σ
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What a plan sets for a site's noised steps. noise_multiplier: of the noise that the site
+    itself adds; records: k, rows of one unit in a step; steps: of the whole plan."""
+
+    sampling_rate: float
+    noise_multiplier: float
+    max_grad_norm: float
+    records: int
+    steps: int
 
 
 def parse(text: Any) -> list[dict[str, Any]]:
@@ -24,3 +42,22 @@ def parse(text: Any) -> list[dict[str, Any]]:
             raise ValueError("events")
         events.append({**event, **counts})
     return events
+
+
+def objection(log: Sequence[Mapping[str, Any]], agreed: Agreed) -> str:
+    """Say why a step log is not of this plan; "" where it is. Computes no ε, and takes no time that
+    grows with what a log claims."""
+    for event in log:
+        same = (
+            math.isclose(event["q"], agreed.sampling_rate, rel_tol=1e-9)
+            and math.isclose(event["max_grad_norm"], agreed.max_grad_norm, rel_tol=1e-9)
+            and event["records"] == agreed.records
+        )
+        ratio = event["sigma"] / agreed.noise_multiplier
+        if not same or not 1 - SIGMA_SLACK <= ratio <= 1 + SIGMA_SLACK:
+            return "its step log shows other noise than the plan's"
+    if len({(event["sigma"], event["q"]) for event in log}) > KINDS:
+        return "its step log shows more kinds of steps than a plan has"
+    if sum(event["steps"] for event in log) > REPEATS * agreed.steps:
+        return "its step log shows far more steps than the plan has"
+    return ""

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import queue
 import re
 import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
+import uvicorn
 from starlette.testclient import TestClient
 
-from fedtune.dashboard import server
+from fedtune.dashboard import connections, server
 from fedtune.dashboard.kinds import page_of
 from fedtune.dashboard.server import HERE, POLICY, app_of, serve
 from fedtune.errors import InfrastructureError
@@ -56,11 +63,20 @@ def test_a_wrong_cookie_is_401_and_the_right_token_becomes_one(run: Path) -> Non
     assert client(run).get("/", headers={"cookie": f"{name}=wrong"}).status_code == 401
 
 
-@pytest.mark.parametrize("host", ["attacker.example", "127.0.0.1.attacker.example", "[::2]:80", ""])
+REBOUND = ("attacker.example", "127.0.0.1.attacker.example", "[::1].attacker.example")
+FOREIGN = (*REBOUND, "[::1]attacker", "[::1]:80.attacker", "localhost:80:90", "[::2]:80", "")
+
+
+@pytest.mark.parametrize("host", FOREIGN)
 def test_a_name_that_was_rebound_to_this_machine_is_no_way_in(run: Path, host: str) -> None:
     """A page of another name may send the browser here under its own name; the token too."""
     answer = client(run).get(f"/?token={TOKEN}", headers={"host": host})
     assert answer.status_code == 421 and "set-cookie" not in answer.headers
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8000", "[::1]:80", "127.0.0.1"])
+def test_a_name_of_this_machine_is_one(run: Path, host: str) -> None:
+    assert client(run).get("/", headers={"host": host}).status_code == 401
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
@@ -152,6 +168,91 @@ def test_looking_changes_no_file_and_nothing_of_a_record_is_shown(
     assert "spent of 8 for life" in shown["site"] and "entries, whole and signed" in shown["site"]
     assert "Consistent, signer unknown" in shown["run"] and "Consistent" in shown["release"]
     assert read_status(tried / "runs" / "tried").state == "done"
+
+
+def test_a_figure_that_takes_for_ever_is_given_up_and_its_process_ends(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder from a stranger may ask the accountant for hours of work."""
+    pid = tmp_path / "pid"
+    slow = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(9999)"
+    monkeypatch.setattr(server.boot, "command", lambda *_: [sys.executable, "-c", slow])
+    monkeypatch.setattr(server, "WORK_SECONDS", 5.0)
+    browser = client(run)
+    browser.get(f"/?token={TOKEN}")
+    assert "takes more than 5 s" in browser.get("/slow/verified").text
+    if pid.exists():  # it had begun
+        assert not Path(f"/proc/{pid.read_text()}").exists()
+
+
+@pytest.fixture
+def address(run: Path) -> Iterator[tuple[str, int, str]]:
+    """Host, port and token of a page that is served in this process."""
+    told: queue.Queue[str] = queue.Queue()
+    ends: list[uvicorn.Server] = []
+
+    class Ending(uvicorn.Server):
+        def __init__(self, config: uvicorn.Config) -> None:
+            super().__init__(config)
+            ends.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server.uvicorn, "Server", Ending)
+        thread = threading.Thread(target=serve, args=(page_of(run),), kwargs={"say": told.put})
+        thread.start()
+        url = urlsplit(told.get(timeout=60))
+        assert url.hostname and url.port
+        yield url.hostname, url.port, url.query
+        ends[0].should_exit = True
+        thread.join(60)
+
+
+def asked_of(place: tuple[str, int], query: str, path: str = "/") -> bytes:
+    with socket.create_connection(place, timeout=60) as door:
+        door.sendall(f"GET {path}?{query} HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n".encode())
+        return door.recv(1024)
+
+
+def test_the_address_without_its_token_is_on_this_server(address: tuple[str, int, str]) -> None:
+    host, port, query = address
+    for path in ("//evil.example/", "///evil.example/"):
+        answer = asked_of((host, port), query, path)
+        assert b" 303 " in answer and b"location: /evil.example/\r\n" in answer
+
+
+def test_who_only_connects_keeps_nobody_out(address: tuple[str, int, str]) -> None:
+    """The oldest of the silent connections give way."""
+    host, port, query = address
+    with ExitStack() as stack:
+        silent = [
+            stack.enter_context(socket.create_connection((host, port), timeout=60))
+            for _ in range(connections.SILENT + 20)
+        ]
+        assert all(door.recv(1) == b"" for door in silent[:20])
+        assert b"303" in asked_of((host, port), query)
+        assert b"401" in asked_of((host, port), "token=wrong")
+
+
+def test_a_request_that_never_ends_is_closed(
+    address: tuple[str, int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "FIRST_SECONDS", 0.2)
+    host, port, _ = address
+    with socket.create_connection((host, port), timeout=60) as door:
+        door.sendall(b"GET / HTTP/1.1\r\nhost: local")
+        assert door.recv(1) == b""
+
+
+def test_who_has_no_token_holds_no_connection(address: tuple[str, int, str]) -> None:
+    host, port, _ = address
+    for line in (b"GET / HTTP/1.1\r\nhost: localhost", b"POST / HTTP/1.1\r\nhost: localhost",
+                 b"GET / HTTP/1.1\r\nhost: elsewhere"):  # fmt: skip
+        with socket.create_connection((host, port), timeout=60) as door:
+            door.sendall(line + b"\r\n\r\n")
+            answer = b""
+            while part := door.recv(1024):
+                answer += part
+            assert b"connection: close" in answer.lower()
 
 
 def test_a_slow_figure_is_computed_once_until_its_files_change(

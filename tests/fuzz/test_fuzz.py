@@ -31,7 +31,7 @@ from tests.server.fakes import EVENT, SHAPES, FakeSite, make_study, zeros
 STUDY = make_study()
 COORDINATOR = SigningKey()
 WANTED = seal.Header(STUDY.digest, 1, "", "a", COORDINATOR.public, "nonce", "", {})
-TERMS = Terms(EVENT["q"], EVENT["sigma"], 1.0, 1, 25.0, 4)
+TERMS = Terms(EVENT["q"], EVENT["sigma"], 1.0, 1, steps=4, divisor=25.0)
 OUTCOMES = {"trained", "refused", "unprepared", "failed", "dropped"}
 ENCODINGS: tuple[Encoding, ...] = ("float32", "float16", "int8")
 SHORT, LONG = 20_000, 1_000_000

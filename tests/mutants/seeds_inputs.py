@@ -112,7 +112,7 @@ MUTANTS = (
     ),
     _one(
         "inputs", "a-page-answers-to-any-name", PAGES,
-        "if name.lower() not in NAMES:", "if not name:",
+        'if not NAMES.fullmatch(headers.get("host", "")):', 'if not headers.get("host"):',
         T_PAGES + "test_a_name_that_was_rebound_to_this_machine_is_no_way_in",
         "a foreign page in the same browser reaches the server under its own name",
     ),

@@ -28,7 +28,7 @@ KEY, COORDINATOR = SigningKey(), SigningKey()
 
 
 WANTED = seal.Header(STUDY.digest, 3, "sha256:b", "a", COORDINATOR.public, "nonce-1", "", {})
-TERMS = Terms(EVENT["q"], EVENT["sigma"], 1.0, 1, 25.0, 4)
+TERMS = Terms(EVENT["q"], EVENT["sigma"], 1.0, 1, steps=4, divisor=25.0)
 EVENTS = '[{"sigma":1.5,"q":0.25,"max_grad_norm":1.0,"records":1,"steps":1}]'
 ENCODINGS: tuple[Encoding, ...] = ("float32", "float16", "int8")
 SPELLED = {"float32": "<f4", "float16": "<f2", "int8": "|i1"}

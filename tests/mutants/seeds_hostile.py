@@ -1,0 +1,67 @@
+"""Seeded bugs in what a stranger's folder, file or connection may cost."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import one as _one
+
+FIGURES = "fedtune/evidence/figures.py"
+PAGES, CONNECTIONS = "fedtune/dashboard/server.py", "fedtune/dashboard/connections.py"
+T_PAGES = "tests/dashboard/test_server.py::"
+HOURS = (
+    "tests/test_verify_attacks.py::"
+    "test_a_log_that_would_take_the_accountant_hours_is_refused_before"
+)
+
+MUTANTS = (
+    _one(
+        "hostile", "a-log-is-not-compared-with-its-plan", FIGURES,
+        "if why := step_summary.objection(log, agreed):\n", "if why := '':\n",
+        HOURS, "verify computes ε of whatever a stranger signed",
+    ),
+    _one(
+        "hostile", "any-number-of-kinds-of-steps", "fedtune/wire/step_summary.py",
+        'len({(event["sigma"], event["q"]) for event in log}) > KINDS', "not log",
+        HOURS, "a thousand distributions to compose, each for seconds",
+    ),
+    _one(
+        "hostile", "any-number-of-steps-is-accounted", FIGURES,
+        'if sampled and sum(e["steps"] for e in log) > MOST_STEPS:', "if not log:",
+        HOURS, "a plan of a stranger's own keeps verify busy",
+    ),
+    _one(
+        "hostile", "an-absurd-epsilon-is-computed", FIGURES,
+        "if sampled and least > MOST_EPSILON:", "if not log:",
+        HOURS, "minutes for a figure that guarantees nothing",
+    ),
+    _one(
+        "hostile", "a-page-waits-for-ever", PAGES,
+        "asyncio.timeout(WORK_SECONDS)", "asyncio.timeout(9 * WORK_SECONDS)",
+        T_PAGES + "test_a_figure_that_takes_for_ever_is_given_up_and_its_process_ends",
+        "a stranger's folder keeps a processor and a page busy",
+    ),
+    _one(
+        "hostile", "the-end-of-a-host-is-not-read", PAGES,
+        'if not NAMES.fullmatch(headers.get("host", "")):',
+        'if not NAMES.match(headers.get("host", "")):',
+        T_PAGES + "test_a_name_that_was_rebound_to_this_machine_is_no_way_in",
+        "[::1].attacker.example is taken for this machine",
+    ),
+    _one(
+        "hostile", "the-token-sends-elsewhere", PAGES,
+        'here = "/" + scope["path"].lstrip("/")', 'here = scope["path"]',
+        T_PAGES + "test_the_address_without_its_token_is_on_this_server",
+        "the address with the token leads to another server",
+    ),
+    _one(
+        "hostile", "silent-connections-stay", CONNECTIONS,
+        "        if len(self._silent) > SILENT:\n", "        if len(self._silent) > 9 * SILENT:\n",
+        T_PAGES + "test_who_only_connects_keeps_nobody_out",
+        "anybody on the machine takes every file that the page may open",
+    ),
+    _one(
+        "hostile", "who-has-no-token-stays", PAGES,
+        'LAST = {"connection": "close"}', "LAST: dict[str, str] = {}",
+        T_PAGES + "test_who_has_no_token_holds_no_connection",
+        "a connection is held open by who may not read",
+    ),
+)  # fmt: skip
