@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,7 +17,10 @@ from fedtune.derive.derived_run import derived_study
 from fedtune.errors import ConfigError, InputError, ModelError
 from fedtune.files import reading
 from fedtune.flower import certs
+from tests.limits import cpu_limit
 from tests.server.fakes import make_study
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_a_regular_file_is_read_whole_up_to_the_bound(tmp_path: Path) -> None:
@@ -73,13 +80,82 @@ def test_depth_is_counted_exactly() -> None:
     assert reading.is_sound(inside) and not reading.is_sound([inside])
 
 
-def test_a_key_of_very_many_parts_costs_no_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["a", '"a"', "'a . b'", "a-b "])
+def test_a_key_of_very_many_parts_costs_no_time(tmp_path: Path, part: str) -> None:
+    """Twin: a key of fewer is one; and dots in a text are no parts."""
     path = tmp_path / "a.toml"
-    path.write_text(".".join(["a"] * 100_000) + " = 1")
-    with pytest.raises(InputError, match="nested too deep"):
-        reading.toml_in(path, "x")
+    for parts in (reading.DEPTH + 1, 100_000):
+        path.write_text(".".join([part] * parts) + " = 1")
+        with pytest.raises(InputError, match="nested too deep"):
+            reading.toml_in(path, "x")
     path.write_text('t = "' + "One. Two words. " * 500 + '"\na.b."c.d".e = 1')
     assert reading.toml_in(path, "x")["a"]["b"]["c.d"]["e"] == 1
+    key = ".".join([part] * (reading.DEPTH - 1))
+    path.write_text(f'x = "{"." * 500}"\n{key} = 1')
+    assert "x" in reading.toml_in(path, "x")
+
+
+@pytest.mark.parametrize("line", ['a = "{}"', "# {}", '"{}" = 1', "a = '{} . {}'"])
+@pytest.mark.parametrize("word", ["a" * 400_000, "-" * 400_000, "a." * 99 + " ", "'\"" * 100_000])
+def test_a_long_word_in_a_table_costs_no_time(tmp_path: Path, line: str, word: str) -> None:
+    """A plan comes from somebody else."""
+    path = tmp_path / "a.toml"
+    path.write_text(line.format(word, word))
+    with cpu_limit(20), suppress(InputError):
+        reading.toml_in(path, "x")
+
+
+SEARCHES = ("search", "sub", "split", "findall", "finditer")
+
+
+def patterns() -> Iterator[tuple[str, re.Pattern[str], bool]]:
+    """Every regular expression of ours on text, and whether it is looked for at any place."""
+    for path in sorted((ROOT / "fedtune").rglob("*.py")):
+        source, name = path.read_text(encoding="utf-8"), path.relative_to(ROOT)
+        searched = set(re.findall(rf"([A-Z_]+)\.(?:{'|'.join(SEARCHES)})\(", source))
+        tree = ast.parse(source)
+        names = {
+            id(node.value): ast.unparse(node.targets[0])
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Assign)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("re."):
+                first, called = (node.args or [None])[0], ast.unparse(node.func)[3:]
+                if isinstance(first, ast.Constant) and isinstance(first.value, str):
+                    anywhere = called in SEARCHES or names.get(id(node)) in searched
+                    yield f"{name}:{node.lineno}", re.compile(first.value), anywhere
+    yield "reading", reading._KEY, True
+
+
+def test_no_pattern_takes_a_time_that_explodes() -> None:
+    """Twin: one that reads a word again from each of its letters, and one that may cut it anywhere,
+    are seen."""
+    every = list(patterns())
+    assert len(every) > 40
+    assert sum(anywhere for _, _, anywhere in every) > 10
+    for name, pattern, anywhere in every:
+        assert is_linear(pattern, anywhere), name
+    assert not is_linear(re.compile(r"(?:\w+\.){3}"))
+    assert not is_linear(re.compile(r"[0-9A-F]{1,4}([ :-]?[0-9A-F]{1,4}){0,31}"))
+
+
+UNITS = ("a", "A", "0", "-", ".", " ", "\n", "a.", "a ", "0,", '"', "'", "[", "{% ", "_", "/", "%")
+
+
+def is_linear(pattern: re.Pattern[str], anywhere: bool = True) -> bool:
+    """Return whether a pattern is soon done with long runs of one thing, whatever ends them."""
+    try:
+        with cpu_limit(3):
+            for unit in UNITS:
+                for end in ("", "!", "\n"):
+                    pattern.fullmatch(unit * 40 + end)
+                    pattern.match(unit * 40_000 + end)
+                    if anywhere:
+                        pattern.search(unit * 40_000 + end)
+    except AssertionError:
+        return False
+    return True
 
 
 def test_an_address_is_a_host_and_a_port() -> None:

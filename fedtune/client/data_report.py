@@ -33,7 +33,7 @@ from fedtune.objectives import resolve
 
 CLASSES = 50  # distinct values up to which a label column is taken to hold classes
 LONGEST = 2**20  # tokens that a record is measured up to
-YEAR = re.compile(r"\s*((?:19|20)\d\d)\b")
+YEAR = re.compile(r"(?:19|20)\d\d\b")
 Table = tuple[str, list[tuple[str, ...]]]  # a heading, and rows of cells
 
 
@@ -298,8 +298,8 @@ def _years(data: SiteData, date: str) -> dict[str, int]:
         if row is NO_CONSENT:
             continue
         value = row.get(date) if isinstance(row, dict) else None
-        match = YEAR.match(str(value))
-        counts[match[1] if match else "no date"] += 1
+        match = YEAR.match(str(value).lstrip())
+        counts[match[0] if match else "no date"] += 1
     names.keys = {"--date": date}
     names.require()
     return dict(sorted(counts.items()))

@@ -23,13 +23,17 @@ from typing import Any
 
 from fedtune.errors import FedtuneError, InputError
 
-SMALL = 16 * 2**20  # bytes: of plans, keys, reports
+SMALL = 16 * 2**20  # bytes: of keys, reports
+TABLES = 2**20  # of a TOML file: a person wrote it, and each MiB takes a second
 LARGE = 2**28  # of a model's JSON files: a tokenizer's has tens of megabytes
 DEPTH = 100  # no file of ours nests deeper than ten
 NAME, PATH = 255, 4095  # bytes that a name and a path may have
 Kind = type[FedtuneError]
-_PART = r"""(?:[\w-]+|"[^"\n]*"|'[^'\n]*')"""
-_DOTTED = re.compile(rf"{_PART}(?:[ \t]*\.[ \t]*{_PART}){{{DEPTH}}}")  # a key of very many parts
+# A TOML key, whole, with a group where it has very many parts. Possessive: each character is read
+# once, however long a word or a key is.
+_PART = r"""(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')"""
+_NEXT = rf"(?:[ \t]*+\.[ \t]*+{_PART})"
+_KEY = re.compile(rf"{_PART}{_NEXT}{{0,{DEPTH - 1}}}+({_NEXT})?")
 
 
 def unusable(path: str | Path) -> str:
@@ -121,7 +125,7 @@ def json_lines_in(path: Path, expected: str, todo: str = "") -> list[dict[str, A
 
 def toml_in(path: Path, expected: str, todo: str = "", kind: Kind = InputError) -> dict[str, Any]:
     """Read the TOML tables in the file. Errors: as above."""
-    return _table(path, _toml, "TOML", expected, todo, kind, SMALL)
+    return _table(path, _toml, "TOML", expected, todo, kind, TABLES)
 
 
 def is_sound(parsed: Any) -> bool:
@@ -153,8 +157,8 @@ def _encodes(value: str) -> bool:
 
 
 def _toml(source: str) -> Any:
-    if _DOTTED.search(source):  # tomllib takes a time that is quadratic in a key's parts
-        raise RecursionError
+    if any(key[1] for key in _KEY.finditer(source)):
+        raise RecursionError  # tomllib takes a time that is quadratic in a key's parts
     return tomllib.loads(source)
 
 

@@ -39,7 +39,7 @@ MANY = 10_000  # sites in one event, at most
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}|node \d{1,20}")
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}(:evaluation)?")
 ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]{2,45}\]|[A-Za-z0-9._-]{1,253}):\d{1,5}")
-HEX = re.compile(r"[0-9A-Fa-f]{1,4}([ :-]?[0-9A-Fa-f]{1,4}){0,31}")
+HEX = re.compile(r"[0-9A-Fa-f](?:[ :-]?[0-9A-Fa-f]){0,127}")
 KEY = re.compile(r"[a-z_]{1,40}")
 MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 

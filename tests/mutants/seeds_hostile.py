@@ -6,7 +6,7 @@ from tests.mutants.mutant import one as _one
 
 FIGURES = "fedtune/evidence/figures.py"
 PAGES, CONNECTIONS = "fedtune/dashboard/server.py", "fedtune/dashboard/connections.py"
-T_PAGES = "tests/dashboard/test_server.py::"
+T_PAGES, T_READING = "tests/dashboard/test_server.py::", "tests/test_reading.py::"
 HOURS = (
     "tests/test_verify_attacks.py::"
     "test_a_log_that_would_take_the_accountant_hours_is_refused_before"
@@ -63,5 +63,23 @@ MUTANTS = (
         'LAST = {"connection": "close"}', "LAST: dict[str, str] = {}",
         T_PAGES + "test_who_has_no_token_holds_no_connection",
         "a connection is held open by who may not read",
+    ),
+    _one(
+        "hostile", "a-word-is-read-from-each-letter", "fedtune/files/reading.py",
+        "(?:[\\w-]++|", "(?:[\\w-]+|",
+        T_READING + "test_no_pattern_takes_a_time_that_explodes",
+        "a plan with one long word keeps review and server busy for minutes",
+    ),
+    _one(
+        "hostile", "a-key-of-any-length", "fedtune/files/reading.py",
+        "    if any(key[1] for key in _KEY.finditer(source)):\n", "    if not source:\n",
+        T_READING + "test_a_key_of_very_many_parts_costs_no_time",
+        "tomllib takes a time that is quadratic in a key's parts",
+    ),
+    _one(
+        "hostile", "a-fingerprint-may-be-cut-anywhere", "fedtune/observe/log.py",
+        '[0-9A-Fa-f](?:[ :-]?[0-9A-Fa-f]){0,127}', '[0-9A-Fa-f]{1,4}([ :-]?[0-9A-Fa-f]{1,4}){0,31}',
+        T_READING + "test_no_pattern_takes_a_time_that_explodes",
+        "forty digits and a letter take hours to compare",
     ),
 )  # fmt: skip

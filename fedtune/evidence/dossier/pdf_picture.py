@@ -10,7 +10,7 @@ from fedtune.evidence.dossier.drawing import LIGHT, Box, Line, Picture, Text
 
 COLOURS = {
     name: tuple(int(colour[at : at + 2], 16) for at in (1, 3, 5))
-    for name, colour in re.findall(r"--([a-z-]+): (#[0-9a-f]{6})", LIGHT)
+    for name, colour in re.findall(r"(?<![a-z-])--([a-z-]+): (#[0-9a-f]{6})", LIGHT)
 }
 GROUNDS = {"box": ("fill", "line"), "home": ("home", "home-line"), "out": ("out", "out-line")}
 INKS = {"soft": "soft", "key": "key", "bad": "out-line", "good": "home-line"}
