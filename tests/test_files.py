@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
 import stat
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedtune.errors import InfrastructureError
+from fedtune.errors import InfrastructureError, InputError
 from fedtune.files import writing
 
 CALLS = ("open", "write", "fsync", "close", "replace")
@@ -71,6 +72,42 @@ def test_who_can_read_it(tmp_path, private, file, folder):
         os.umask(before)
     found: list[Path] = [path, path.parent]
     assert [stat.S_IMODE(p.stat().st_mode) for p in found] == [file, folder]
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    """An administrator who names a device as output would have it no more. Twin: a file is."""
+    (tmp_path / "kept").write_bytes(b"kept")
+    (tmp_path / "link").symlink_to("kept")
+    (tmp_path / "nowhere").symlink_to("none")
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        before = {path.name: path.lstat().st_mode for path in tmp_path.iterdir()}
+        for name in ("link", "nowhere", "pipe", "socket"):
+            for write in (writing.replace, writing.create):
+                with pytest.raises(InfrastructureError, match="a link, a pipe or a device"):
+                    write(tmp_path / name, b"new")
+            with (
+                pytest.raises(InfrastructureError, match="a link, a pipe or a device"),
+                writing.drafted(tmp_path / name) as draft,
+            ):
+                draft.write_bytes(b"new")
+        assert {path.name: path.lstat().st_mode for path in tmp_path.iterdir()} == before
+    assert writing.replace(tmp_path / "kept", b"new").read_bytes() == b"new"
+
+
+def test_a_file_that_a_person_names_is_replaced_by_its_own_kind_alone(tmp_path: Path) -> None:
+    for name, may in (("a.html", True), ("a.HTML", True), ("study.toml", False), ("key", False)):
+        path = tmp_path / name
+        assert writing.check_replaceable(path, ".html") == path  # a new one has any name
+        path.write_bytes(b"old")
+        with nullcontext() if may else pytest.raises(InputError, match="that ends in"):
+            writing.check_replaceable(path, ".html")
+    (tmp_path / "link.html").symlink_to("a.html")
+    (tmp_path / "folder.html").mkdir()
+    for name in ("link.html", "folder.html"):
+        with pytest.raises(InputError, match="exists"):
+            writing.check_replaceable(tmp_path / name, ".html")
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

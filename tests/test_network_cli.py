@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -54,6 +55,31 @@ def test_a_site_is_enrolled_admitted_revoked_and_comes_back_with_new_keys(site: 
     fresh = asked(site, "--new-keys")
     assert fresh != heard and (site.parent / "state" / "keys.old-1" / "node.key").is_file()
     assert run("admit", request, "--fingerprint", fresh, *at).exit_code == 0
+
+
+def test_neither_a_request_nor_an_answer_replaces_anything_else(site: Path) -> None:
+    """Nor are keys put aside, or a site admitted, before it is refused. Twin: an earlier request
+    and an earlier answer are replaced."""
+    here, heard = site.parent, asked(site)
+    kept = {"study.toml": here.parent / "study.toml", "key": here / "state" / "site.key"}
+    (here / "link").symlink_to("a.request")
+    os.mkfifo(here / "pipe")
+    taken = [*kept.values(), here / "link", here / "pipe", here, site]
+    keys = (here / "state" / "keys" / "node.key").read_bytes()
+    before = {path: path.read_bytes() for path in (*kept.values(), site)}
+    admit = ("admit", here / "a.request", "--fingerprint", heard, "--address", "hub.example:8443")
+    for out in (*taken, here / "a.request"):
+        done = run(*admit, "--out", out)
+        assert done.exit_code == 2 and "exists, and is no answer" in done.stderr, done.stderr
+    assert not Path("coordinator").exists()
+    assert run(*admit).exit_code == 0
+    for out in (*taken, Path("a.answer")):
+        done = run("enroll", site, "--new-keys", "--out", out)
+        assert done.exit_code == 2 and "exists, and is no request" in done.stderr, done.stderr
+    assert {path: path.read_bytes() for path in before} == before
+    assert (here / "state" / "keys" / "node.key").read_bytes() == keys
+    assert (here / "pipe").is_fifo() and (here / "link").is_symlink()
+    assert asked(site) == heard and run(*admit).exit_code == 0
 
 
 def test_no_second_home_is_made_by_being_in_another_folder(

@@ -78,10 +78,13 @@ def report(
     from fedtune.client.data_report import data_report
     from fedtune.config import load_site
     from fedtune.errors import ConfigError
+    from fedtune.files.writing import check_replaceable
 
     if settings and study is None:
         raise ConfigError("--set is given, and no study.toml is read", "--study STUDY with it")
     loaded = load_site(site)
+    if html:
+        check_replaceable(html, ".html", ".htm")
     plan = _plan(study, loaded, settings or []) if study else None
     found = data_report(loaded, plan, date=date)
     if html:

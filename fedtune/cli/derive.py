@@ -305,9 +305,11 @@ def choose_base(
     from fedtune.cli.console import fit_table
     from fedtune.cli.watch import Watch
     from fedtune.evaluation.compare_bases import choose_base as measure
-    from fedtune.files.writing import replace
+    from fedtune.files.writing import check_replaceable, replace
 
     console, loaded = Console(), load(study, settings)
+    if json_file:
+        check_replaceable(json_file, ".json")
     with Watch(console, "measuring bases, one process each"):
         comparison = measure(
             loaded, target, models or (), sites=sites, size=size, epsilons=epsilons or (),

@@ -77,11 +77,12 @@ def ask(site: Path, out: Path | None = None, *, new_keys: bool = False) -> dict[
 
     loaded = load_site(site)
     keys = keys_folder(loaded)
+    file = out or site.resolve().parent / f"{loaded.site.name}.request"
+    enrol.check_out(file, enrol.REQUEST, "request")  # before keys are put aside
     if new_keys and keys.exists():
         old = next(p for n in range(1, 1000) if not (p := Path(f"{keys}.old-{n}")).exists())
         keys.rename(old)
         typer.echo(f"put the present keys aside: {old}; delete them once the new ones are admitted")
-    file = out or site.resolve().parent / f"{loaded.site.name}.request"
     book = Ledger(loaded.site.state)
     fingerprint = enrol.enroll(loaded.site.name, keys, book.key, file)
     peer = fingerprints.of_peer(book.key.public)
@@ -167,14 +168,17 @@ def admit(
     if out and len(requests) > 1:
         raise ConfigError("--out and several requests", "one request", "leave --out out")
     home, asked = _home(home), [enrol.read_request(path) for path in requests]
+    files = {request.name: out or Path(f"{request.name}.answer") for request in asked}
+    for file in files.values():
+        enrol.check_out(file, enrol.ANSWER, "answer")
     _compare(asked, fingerprints)
     address = address or _address_in(home)
-    answer, plans, files = None, True, dict[str, Path]()
+    answer, plans = None, True
     for request in asked:
         answer = enrol.admit(home, request, address)
         _log(home).add("admit", "--fingerprint", site=request.name, fingerprint=request.fingerprint)
-        file = replace(out or Path(f"{request.name}.answer"), json.dumps(asdict(answer)).encode())
-        plans, files[request.name] = plans and bool(answer.plan), file
+        file = replace(files[request.name], json.dumps(asdict(answer)).encode())
+        plans = plans and bool(answer.plan)
         typer.echo(
             f"admitted {request.name}\nwrote {file}: send it to the site (it holds no secret)"
         )

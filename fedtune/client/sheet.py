@@ -22,10 +22,10 @@ from fedtune.config import Site
 from fedtune.config.sheet import Sheet, load_sheet, sheet_path, template
 from fedtune.data.files import placed_rows
 from fedtune.data.records import keys_of, read_file, source_of
-from fedtune.errors import ConfigError, DataError, PolicyRefused
+from fedtune.errors import DataError, PolicyRefused
 from fedtune.evidence.audit_log import AuditLog
 from fedtune.files import reading
-from fedtune.files.writing import create, replace
+from fedtune.files.writing import check_replaceable, create, replace
 from fedtune.ledger.files import traces
 from fedtune.ledger.ledger import Ledger
 
@@ -105,8 +105,8 @@ def describe_data(site: Site, public: Path | None = None) -> Described:
         raise PolicyRefused(
             'policy.release does not list "sheet"', todo="the site decides what may leave it"
         )
-    if public and public.is_symlink():
-        raise ConfigError(f"{public}: is a link", "a file")
+    if public:
+        check_replaceable(public, ".json")
     if typed is None:
         create(path, template().encode(), private=True)
         return Described(path, True)

@@ -27,7 +27,7 @@ from fedtune.data.tokenize import passage_of, prompt_ids
 from fedtune.derive.lineage import require_private
 from fedtune.derive.settings import RUBRIC, LabelSettings
 from fedtune.errors import ConfigError, DataError, InputError
-from fedtune.files.writing import replace
+from fedtune.files.writing import check_replaceable, replace
 from fedtune.models.loaded import LoadedModel, load
 from fedtune.objectives import resolve
 from fedtune.progress import report
@@ -149,6 +149,11 @@ def write_preferences(
         raise ConfigError("the file names no prompt", f"{table}.columns.prompt, or --column prompt")
     if out.suffix != ".jsonl":
         raise InputError(f"{out}: unsupported suffix", ".jsonl")
+    check_replaceable(out, ".jsonl")
+    if out.exists() and file.path and out.samefile(file.path):
+        raise InputError(
+            f"{out}: is the file of the records", "another file", "choose another --out"
+        )
     patients = bool(columns.patient)
     unit = "patient" if patients else "record"
     records, rejected = read_records(file, unit="patient" if patients else "record", labelled=False)

@@ -1,7 +1,9 @@
 """Atomic writes: a file is replaced as a whole or unchanged, a new one complete or absent.
 
 A draft is called NAME.PID.new, after the process that writes it. One that was killed leaves its
-draft; what works in the folder next removes it (`remove_drafts`)."""
+draft; what works in the folder next removes it (`remove_drafts`).
+
+Guarantee: nothing but a regular file is replaced: no link, no pipe, no device."""
 
 from __future__ import annotations
 
@@ -10,11 +12,12 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fedtune.errors import InfrastructureError
+from fedtune.errors import InfrastructureError, InputError
 
 DRAFT = re.compile(r"\.([0-9]+)\.new\Z")
 
@@ -35,7 +38,21 @@ def create(path: Path, content: bytes, *, private: bool = False) -> Path:
     return _placed(path, content, _link, private)
 
 
+def check_replaceable(path: Path, *suffixes: str) -> Path:
+    """Check that a file that a person named to be written is new, or one of its own kind by its
+    name, which may be replaced; returns it. Errors: InputError."""
+    its_kind = path.suffix.lower() in suffixes and path.is_file() and not path.is_symlink()
+    if os.path.lexists(path) and not its_kind:
+        raise InputError(
+            f"{path}: exists, and is not what would replace it",
+            f"a new file, or one that ends in {' or '.join(suffixes)}",
+            "choose another",
+        )
+    return path
+
+
 def _placed(path: Path, content: bytes, place: Callable[[Path, Path], None], private: bool) -> Path:
+    _check_regular(path)
     draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.{os.getpid()}.new")
     try:
         _folder(path.parent, 0o700 if private else 0o777)
@@ -53,6 +70,20 @@ def _placed(path: Path, content: bytes, place: Callable[[Path, Path], None], pri
             todo="free the disk or fix the permissions, then run again",
         ) from None
     return path
+
+
+def _check_regular(path: Path) -> None:
+    """Check that no link, pipe or device has the name. Errors: InfrastructureError."""
+    try:
+        mode = os.lstat(path).st_mode
+    except (OSError, ValueError):  # none has it, or writing says what is wrong
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise InfrastructureError(
+            f"{path}: cannot be written (it is a link, a pipe or a device)",
+            "a new file, or a regular one",
+            "choose another name, or remove what is there",
+        )
 
 
 def _link(draft: Path, path: Path) -> None:
@@ -119,6 +150,7 @@ def _write_all(descriptor: int, content: bytes) -> None:
 def drafted(out: Path) -> Iterator[Path]:
     """Yield a path beside `out`, for a file or a folder, that is renamed to it on success and
     removed on an exception. Errors: InfrastructureError."""
+    _check_regular(out)
     draft = out.with_name(f"{out.name}.{os.getpid()}.new")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -55,6 +55,8 @@ MAX_PLAN = 500_000  # characters of a plan in an answer
 PLAN = "plan.json"  # in the coordinator's home: the plan as it is sent
 FIELDS = {"name", "node", "csr", "signing"}
 SIGNATURES = {"node_signature", "signature"}
+REQUEST = FIELDS | SIGNATURES
+ANSWER = {"name", "address", "ca", "certificate", "coordinator"}  # and its plan, if there is one
 
 
 class Member(NamedTuple):
@@ -128,10 +130,27 @@ def enroll(name: str, keys: Path, signing: SigningKey, out: Path) -> str:
     return _of_keys(name, fields["node"], tls.public_key(), signing.public)
 
 
+def check_out(out: Path, fields: Set[str], what: str) -> None:
+    """Check that a file to be written is new, or an earlier one of the same kind, with these
+    fields. Errors: ConfigError."""
+    if not os.path.lexists(out):
+        return
+    try:
+        same = not out.is_symlink() and fields <= set(texts_in(out, reading.SMALL))
+    except ConfigError:
+        same = False
+    if not same:
+        raise ConfigError(
+            f"{out}: exists, and is no {what}",
+            f"a new file, or an earlier {what}, which is replaced",
+            "choose another with --out",
+        )
+
+
 def read_request(path: Path) -> Request:
     """Read and verify a request. Errors: ConfigError where a signature or a key is not valid."""
     fields = texts_in(path)
-    if set(fields) != FIELDS | SIGNATURES:
+    if set(fields) != REQUEST:
         raise ConfigError(f"{path}: not a request", "the file that `fedtune enroll` wrote")
     payload = {key: fields[key] for key in sorted(FIELDS)}
     try:

@@ -82,4 +82,17 @@ MUTANTS = (
         T_READING + "test_no_pattern_takes_a_time_that_explodes",
         "forty digits and a letter take hours to compare",
     ),
+    _one(
+        "hostile", "a-device-is-replaced", "fedtune/files/writing.py",
+        "if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):", "if stat.S_ISSOCK(mode):",
+        "tests/test_files.py::test_what_is_no_file_is_not_replaced",
+        "an administrator who writes to /dev/null has none any more",
+    ),
+    _one(
+        "hostile", "a-request-replaces-anything", "fedtune/flower/enrol.py",
+        "        same = not out.is_symlink() and fields <= set(texts_in(out, reading.SMALL))\n",
+        "        same = True\n",
+        "tests/test_network_cli.py::test_neither_a_request_nor_an_answer_replaces_anything_else",
+        "a mistyped --out takes the ledger's key",
+    ),
 )  # fmt: skip
