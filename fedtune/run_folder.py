@@ -6,13 +6,13 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.errors import ConfigError, InputError
-from fedtune.files import reading
+from fedtune.errors import ConfigError, InfrastructureError, InputError
+from fedtune.files import locks, reading
 from fedtune.files.writing import replace
 from fedtune.report.claim import rounded_up
 
@@ -29,6 +29,7 @@ RUNS = Path("runs")
 FILED = ("public", "selection", "evaluation")  # tables of a plan that name a coordinator's file
 PLACES = Path("checkpoint") / "places.json"  # in a run: where those files are; not signed
 ANSWERS = "answers.json"  # in a run: base and adapter on the same public prompts; not signed
+LOCK = "lock"  # in a run, for as long as a process trains into it
 LEDGERS = "ledgers"  # of a run of declared data, inside it: each such site's ledger
 ADAPTER, HEAD = "adapter", "head.safetensors"  # what a run trained; in it, its head
 
@@ -142,6 +143,26 @@ def beginning(study: Study, run: Path, *, resume: bool, runs: Path = RUNS) -> st
         f"{last} is not finished: --resume goes on with it. This is another run, in {run}; what "
         "sites paid for the first stays paid"
     )
+
+
+@contextmanager
+def hold_run(run: Path) -> Iterator[None]:
+    """Let this process alone train into a run's folder, made here if it is missing; one in which
+    nothing was written goes again. Errors: InfrastructureError, naming who trains there."""
+    made = [path for path in (run, *run.parents) if not path.exists()]
+    try:
+        run.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise InfrastructureError(
+            f"{run}: cannot be made ({error.strerror})", todo="free the disk or fix the rights"
+        ) from None
+    try:
+        with locks.hold_alone(run / LOCK, "run", run):
+            yield
+    finally:
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
 
 
 def without_places(study: Study) -> Study:

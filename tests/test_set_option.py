@@ -38,7 +38,8 @@ def test_a_value_has_the_type_that_it_has_in_a_file(setting: str, value: Any) ->
 @pytest.mark.parametrize(
     "setting",
     ["training.rounds", "=4", "a..b=1", "a b=1", "a.b=", "a.b=[1", 'a.b=1\nprivacy="off"',
-     "a.b=two words", "a.b=" + "[" * 100_000],
+     "a.b=two words", "a.b=" + "[" * 100_000, "a.b=" + "1" * 5000,
+     ".".join("a" * 5000) + "=1", "a.b={" + ".".join("a" * 5000) + "=1}"],
 )  # fmt: skip
 def test_what_is_no_setting_is_refused(setting: str) -> None:
     with pytest.raises(ConfigError, match="--set"):

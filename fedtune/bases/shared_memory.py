@@ -7,7 +7,6 @@ weights are written once, beside the cache of bases, and mapped from there."""
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import logging
 import os
 from collections.abc import Iterator
@@ -18,6 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+
+from fedtune.errors import InfrastructureError
+from fedtune.files import locks
 
 log = logging.getLogger("fedtune.models")
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -38,10 +40,9 @@ def alone(path: Path) -> Iterator[None]:
     """Run the block in one process of this machine at a time, so that not all hold a copy while
     they convert; without a lock where nothing can be written beside `path`."""
     with ExitStack() as held:
-        with suppress(OSError):
+        with suppress(OSError, InfrastructureError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = held.enter_context(open(path.with_suffix(".lock"), "wb"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            held.enter_context(locks.hold(path.with_suffix(".lock")))
         yield
 
 

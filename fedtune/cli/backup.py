@@ -43,10 +43,11 @@ def backup(
 
     loaded, home = load_study(study), home_with_ca(home or study.parent / "coordinator")
     run = out or folder_for(loaded.study.name, resume=True, runs=study.parent / "runs")
+    begun = out is not None or run.is_dir()
     AuditLog(home, SigningKey.at(home / "signing.key")).add("backup", "--to")
-    manifest = write(loaded, study, home, run if run.is_dir() else None, to)
+    manifest = write(loaded, study, home, run if begun else None, to)
     typer.echo(f"wrote {to}: {len(manifest['files'])} files, with private keys")
-    if not run.is_dir():
+    if not begun:
         typer.echo("run  none yet")
     return {"file": to, "at": manifest["at"], "files": sorted(manifest["files"])}
 

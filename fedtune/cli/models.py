@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from fedtune.cli.exit_codes import command
 
@@ -36,7 +37,7 @@ def fetch(
     ],
 ) -> dict[str, Any]:
     """Fetch a base, verify it, and print its digest."""
-    with Console().status(f"fetching {model}"):
+    with Console().status(escape(f"fetching {model}")):
         from fedtune.bases.find import find_base
         from fedtune.config.known_bases import upstream_of
 
@@ -55,7 +56,7 @@ def verify(
 ) -> dict[str, Any]:
     """Hash a base, or a run's base and adapter, again; fetches nothing. The digest goes into
     study.toml."""
-    with Console().status(f"verifying {model}"):
+    with Console().status(escape(f"verifying {model}")):
         from fedtune.models.loaded import verify as check
 
         name, digest = check(model)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from fedtune.config import Site, Study
+from fedtune.files import writing
 from fedtune.observe.status import LOSSES
 from fedtune.training.round_loss import RoundLoss
 
@@ -27,11 +28,7 @@ def kept(site: Site, study: Study, round_: int) -> Iterator[RoundLoss]:
     yield losses
     with suppress(OSError):
         site.site.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # A pipe in its place is refused, not waited for.
-        flags = (
-            os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        )
-        opened = os.open(site.site.state / LOSSES, flags, 0o600)
+        opened = writing.open_own(site.site.state / LOSSES, os.O_WRONLY | os.O_APPEND)
         try:
             os.write(opened, line(study, round_, losses.mean).encode())
         finally:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fedtune.config.types import merged
 from fedtune.errors import ConfigError
+from fedtune.files.reading import tables
 
-KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){0,9}")  # no key has more parts than four
 WORD = re.compile(r"[A-Za-z_/~.][^\s\"'\[\]{}=#,]*")  # a string that needs no quotes
 
 
@@ -40,8 +40,8 @@ def overridden(tables: Mapping[str, Any], settings: Iterable[str]) -> dict[str, 
 
 def _value(setting: str, text: str) -> Any:
     try:
-        parsed = tomllib.loads(f"value = {text}")
-    except (tomllib.TOMLDecodeError, RecursionError):
+        parsed = tables(f"value = {text}")
+    except (ValueError, RecursionError):  # also a number of thousands of digits
         parsed = {"value": text} if WORD.fullmatch(text) else {}
     if set(parsed) != {"value"}:  # also where a line end would begin another key
         raise ConfigError(

@@ -21,7 +21,6 @@ that it counted; anybody else can note what `fedtune log` prints.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -37,8 +36,7 @@ from typing import Any
 
 from fedtune.errors import ConfigError, InfrastructureError, InputError
 from fedtune.evidence.sign import HOME, NotGenuine
-from fedtune.files import reading
-from fedtune.files.writing import sync_folder
+from fedtune.files import locks, reading, writing
 from fedtune.wire.keys import SigningKey, canonical, verifies
 
 log = logging.getLogger("fedtune.audit")
@@ -171,8 +169,11 @@ def verify(folder: Path, public: str, head: str = "") -> Verified:
     public: the key that must have signed it (hexadecimal). head: "SEQ:HASH" as noted earlier, which
     must be in the chain. Errors: NotGenuine; InputError where there is no log."""
     entries, hashes, prev = list[dict[str, Any]](), list[str](), START
-    with _locked(folder, fcntl.LOCK_SH):  # while it is read alone: nothing leaves meanwhile
-        contents = [(folder / name, _content(folder / name)) for name in files(folder)]
+    try:
+        with _locked(folder, shared=True):  # while it is read alone: nothing leaves meanwhile
+            contents = [(folder / name, _content(folder / name)) for name in files(folder)]
+    except InfrastructureError as error:  # what is there was handed over
+        raise InputError(error.happened, error.expected, error.todo) from None
     if not contents:
         raise InputError(f"{folder}: no audit log", FILE, "it begins with the first act")
     for path, content in contents:
@@ -296,20 +297,14 @@ def _person() -> str:
 
 
 @contextmanager
-def _locked(folder: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """Keep other processes from writing meanwhile. Errors: OSError."""
-    if how == fcntl.LOCK_SH and not (folder / LOCK).exists():  # a copy: nobody writes to it
+def _locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Keep other processes from writing meanwhile. Errors: InfrastructureError; OSError."""
+    if shared and not (folder / LOCK).exists():  # a copy: nobody writes to it
         yield
         return
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    flags = os.O_RDWR | os.O_CREAT if how == fcntl.LOCK_EX else os.O_RDONLY
-    flags |= os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = os.open(folder / LOCK, flags, 0o600)
-    try:
-        fcntl.flock(descriptor, how)
+    with locks.hold(folder / LOCK, shared=shared):
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _newest(folder: Path) -> list[tuple[dict[str, Any], bytes]]:
@@ -318,7 +313,7 @@ def _newest(folder: Path) -> list[tuple[dict[str, Any], bytes]]:
     Errors: NotGenuine; OSError, also where the file is a link."""
     for name in reversed(files(folder)):
         path = folder / name
-        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = reading.descriptor(path, os.O_RDWR | os.O_NOFOLLOW)
         with open(descriptor, "r+b") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - RECENT))
@@ -345,8 +340,7 @@ def _append(folder: Path, line: bytes) -> None:
         first = json.loads(next(iter(_lines(path, _content(path))))[1])["seq"]
         path.rename(folder / f"audit-{first:09d}.jsonl")
     made = not path.exists()
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = os.open(path, flags, 0o600)
+    descriptor = writing.open_own(path, os.O_WRONLY | os.O_APPEND)
     try:
         content = memoryview(line + b"\n")
         while content:
@@ -355,4 +349,4 @@ def _append(folder: Path, line: bytes) -> None:
     finally:
         os.close(descriptor)
     if made:
-        sync_folder(folder)
+        writing.sync_folder(folder)

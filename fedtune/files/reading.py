@@ -56,7 +56,19 @@ class NotRegular(OSError):
 def opened(path: Path) -> io.BufferedReader:
     """Open a regular file for reading, without waiting for whatever else may have its name by now,
     as a pipe without a writer. Errors: OSError, of which NotRegular."""
-    return open(_descriptor(path), "rb")
+    return open(descriptor(path), "rb")
+
+
+def descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Open what is there, and look at that: the name may mean something else a moment later.
+
+    O_NONBLOCK: a pipe without a writer is opened at once. Errors: OSError, of which NotRegular."""
+    number = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    mode = os.fstat(number).st_mode
+    if stat.S_ISREG(mode):
+        return number
+    os.close(number)
+    raise NotRegular(errno.EINVAL, "a folder" if stat.S_ISDIR(mode) else "no regular file")
 
 
 def regular(path: Path, expected: str, todo: str = "", kind: Kind = InputError) -> Path:
@@ -125,7 +137,14 @@ def json_lines_in(path: Path, expected: str, todo: str = "") -> list[dict[str, A
 
 def toml_in(path: Path, expected: str, todo: str = "", kind: Kind = InputError) -> dict[str, Any]:
     """Read the TOML tables in the file. Errors: as above."""
-    return _table(path, _toml, "TOML", expected, todo, kind, TABLES)
+    return _table(path, tables, "TOML", expected, todo, kind, TABLES)
+
+
+def tables(source: str) -> dict[str, Any]:
+    """Parse TOML. Errors: ValueError, RecursionError; no time that explodes with what is in it."""
+    if any(key[1] for key in _KEY.finditer(source)):
+        raise RecursionError  # tomllib takes a time that is quadratic in a key's parts
+    return tomllib.loads(source)
 
 
 def is_sound(parsed: Any) -> bool:
@@ -156,12 +175,6 @@ def _encodes(value: str) -> bool:
     return True
 
 
-def _toml(source: str) -> Any:
-    if any(key[1] for key in _KEY.finditer(source)):
-        raise RecursionError  # tomllib takes a time that is quadratic in a key's parts
-    return tomllib.loads(source)
-
-
 def _table(
     path: Path, parse: Any, form: str, expected: str, todo: str, kind: Kind, most: int
 ) -> dict[str, Any]:
@@ -186,25 +199,13 @@ def _opened(path: Path, expected: str, todo: str, kind: Kind) -> int:
     if why := unusable(path):
         raise kind(f"{str(path)[:80]}: {why}", expected, todo)
     try:
-        return _descriptor(path)
+        return descriptor(path)
     except FileNotFoundError:
         raise kind(f"{path}: no such file", expected, todo) from None
     except NotRegular as error:
         raise kind(f"{path}: is {error.strerror}", expected, todo) from None
     except OSError as error:
         raise kind(f"{path}: cannot be read ({error.strerror})", expected, todo) from None
-
-
-def _descriptor(path: Path) -> int:
-    """Open what is there, and look at that: the name may mean something else a moment later.
-
-    O_NONBLOCK: a pipe without a writer is opened at once. Errors: OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    mode = os.fstat(descriptor).st_mode
-    if stat.S_ISREG(mode):
-        return descriptor
-    os.close(descriptor)
-    raise NotRegular(errno.EINVAL, "a folder" if stat.S_ISDIR(mode) else "no regular file")
 
 
 def fingerprint(path: Path) -> str:

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedtune.errors import InfrastructureError, InputError
+from fedtune.files.reading import descriptor
 
 DRAFT = re.compile(r"\.([0-9]+)\.new\Z")
 
@@ -49,6 +50,12 @@ def check_replaceable(path: Path, *suffixes: str) -> Path:
             "choose another",
         )
     return path
+
+
+def open_own(path: Path, flags: int) -> int:
+    """Open a file of one's own to add to it or to lock it, made if it is missing, for this user
+    alone (0600). Errors: OSError where a link, a pipe or a device is in its place."""
+    return descriptor(path, flags | os.O_CREAT | os.O_NOFOLLOW)
 
 
 def _placed(path: Path, content: bytes, place: Callable[[Path, Path], None], private: bool) -> Path:
@@ -99,7 +106,7 @@ def append_line(path: Path, line: bytes) -> None:
     Errors: OSError; the line is then no whole one, and the next call cuts it off."""
     made = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = open_own(path, os.O_RDWR | os.O_APPEND)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)  # what another process is writing is not torn
         whole = os.lseek(descriptor, 0, os.SEEK_END)

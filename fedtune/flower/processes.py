@@ -7,7 +7,6 @@ then stops its children in order.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import socket
@@ -24,6 +23,7 @@ from typing import Literal
 
 from fedtune import boot
 from fedtune.errors import InfrastructureError
+from fedtune.files import locks
 from fedtune.flower import api
 
 QUIET = {
@@ -170,43 +170,12 @@ def alone(folder: Path, who: str) -> Iterator[bool]:
     goes with the process, whatever ends it. Yields whether the last one that held it was killed.
 
     Errors: InfrastructureError naming the process that holds it, or where the disk refuses."""
-    try:
+    lock = folder / "lock"
+    with locks.mapping_errors(lock):
         private_folder(folder.parent)
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        lock = os.open(private_folder(folder) / "lock", flags, 0o600)
-        try:
-            killed = _take(lock, folder.parent, who)
-        except BaseException:
-            os.close(lock)
-            raise
-    except OSError as error:
-        raise InfrastructureError(
-            f"{folder / 'lock'}: cannot be written ({error.strerror})",
-            todo="free the disk or fix the permissions, then run again",
-        ) from None
-    try:
+        private_folder(folder)
+    with locks.hold_alone(lock, who, folder.parent) as killed:
         yield killed
-    finally:
-        os.ftruncate(lock, 0)
-        os.close(lock)
-
-
-def _take(lock: int, folder: Path, who: str) -> bool:
-    """Lock the open file and write this process's number into it; returns whether the last one
-    that held it was killed. Errors: InfrastructureError where another process holds it; OSError."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(lock, 20, 0).decode(errors="replace").strip() or "unknown"
-        raise InfrastructureError(
-            f"another {who} (process {holder}) uses {folder}",
-            "one at a time",
-            "end that one first, or give this one a folder of its own",
-        ) from None
-    killed = bool(os.pread(lock, 1, 0))
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, str(os.getpid()).encode(), 0)
-    return killed
 
 
 def private_folder(path: Path) -> Path:

@@ -61,6 +61,7 @@ from fedtune.flower.processes import (
 )
 from fedtune.observe.log import reason_of
 from fedtune.progress import OnEvent
+from fedtune.run_folder import hold_run
 from fedtune.server.backup import refuse_second
 from fedtune.wire import fingerprints
 from fedtune.wire.keys import SigningKey
@@ -90,7 +91,11 @@ def serve(
     bypass_proxy()
     refuse_second(home)
     try:
-        with alone(home / "flower", "fedtune server") as killed, interruptible():
+        with (
+            alone(home / "flower", "fedtune server") as killed,
+            hold_run(out),
+            interruptible(),
+        ):
             for folder in (home, out):
                 remove_drafts(folder)
             prepare(home, host, port, names, STOP_SECONDS if killed else 0.0)

@@ -20,7 +20,7 @@ from fedtune.errors import (
 from fedtune.files.writing import remove_drafts
 from fedtune.models.run import Run
 from fedtune.progress import OnEvent
-from fedtune.run_folder import LEDGERS, new_run
+from fedtune.run_folder import LEDGERS, hold_run, new_run
 from fedtune.wire.keys import SigningKey
 
 if TYPE_CHECKING:
@@ -69,26 +69,27 @@ def simulate(
     check_rounds(study, rounds)
     _check_engine(study, engine, processes)
     out = new_run(study, None if out is None else Path(out), resume=resume)
-    for folder in (out, *(site.site.state for site in sites)):
-        remove_drafts(folder)
-    for site in sites:  # before anything is loaded, or connected
-        declare(site)
-    register_teacher(study)
-    for site in sites:  # the sites are the user's own: report errors in their files now
-        dataset = check_data(site, study)
-        if on_event:
-            _describe_records(site, study, dataset, on_event)
-    _describe_queries(study, len(sites), on_event)
-    try:
-        with _declared(sites, out) as paying:
-            files, own = list(map(site_file, paying)), key or SigningKey()
-            run = (study, files, out, resume, on_event, engine, processes, rounds, own)
-            return _run(*run, _peers(study, sites))
-    except Refused as refusal:
-        raise explained(refusal, study, sites) from None
-    finally:
-        if (out / "plan.json").exists():
-            remember(sites, out)
+    with hold_run(out):
+        for folder in (out, *(site.site.state for site in sites)):
+            remove_drafts(folder)
+        for site in sites:  # before anything is loaded, or connected
+            declare(site)
+        register_teacher(study)
+        for site in sites:  # the sites are the user's own: report errors in their files now
+            dataset = check_data(site, study)
+            if on_event:
+                _describe_records(site, study, dataset, on_event)
+        _describe_queries(study, len(sites), on_event)
+        try:
+            with _declared(sites, out) as paying:
+                files, own = list(map(site_file, paying)), key or SigningKey()
+                run = (study, files, out, resume, on_event, engine, processes, rounds, own)
+                return _run(*run, _peers(study, sites))
+        except Refused as refusal:
+            raise explained(refusal, study, sites) from None
+        finally:
+            if (out / "plan.json").exists():
+                remember(sites, out)
 
 
 def _run(

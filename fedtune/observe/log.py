@@ -28,6 +28,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
+from fedtune.files import writing
 from fedtune.registry.metrics import METRICS
 
 Role = Literal["coordinator", "site"]
@@ -304,7 +305,7 @@ class JsonLog:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if self.path.exists() and self.path.stat().st_size > LIMIT:
             self.path.replace(self.path.with_name(self.path.name + ".1"))
-        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        file = writing.open_own(self.path, os.O_WRONLY | os.O_APPEND)
         try:
             os.write(file, line.encode())
         finally:

@@ -1,7 +1,7 @@
 """The status file of a run or a site: written at each event, read by `fedtune status`.
 
     status.json   what `cleaned` let through of the events so far, replaced atomically
-    status.lock   locked for as long as the process that writes it lives
+    status.lock   locked for as long as the process that writes it lives; another writes none
 
 Guarantee: a reader never sees a partial file, and never takes a process that was killed for a
 running one: the lock is released with the process, whatever ended it.
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import InputError
-from fedtune.files import reading
+from fedtune.files import reading, writing
 from fedtune.observe.log import FIELDS, SCREEN, Record, Role, by, cleaned, logger, now, strict_here
 
 FILE, LOCK = "status.json", "status.lock"
@@ -76,10 +76,10 @@ class StatusFile:
         text = json.dumps({**self._status, "updated": now()}, allow_nan=False).encode()
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._hold()
-            with open(draft, "wb", opener=_private) as file:
-                file.write(text)
-            draft.replace(self.folder / FILE)
+            if self._holds():
+                with open(draft, "wb", opener=_private) as file:
+                    file.write(text)
+                draft.replace(self.folder / FILE)
         except OSError as error:
             with suppress(OSError):
                 draft.unlink(missing_ok=True)
@@ -87,11 +87,17 @@ class StatusFile:
                 logger.warning("%s: %s; no status is kept", self.folder, error.strerror)
             self._warned = True
 
-    def _hold(self) -> None:
+    def _holds(self) -> bool:
+        """Take the lock, or return whether another live process has it: the status is its own."""
         if self._lock is None:
-            self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            with suppress(BlockingIOError):  # another live process of this role holds it
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = writing.open_own(self.folder / LOCK, os.O_RDWR)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(lock)
+                return False
+            self._lock = lock
+        return True
 
     def close(self) -> None:
         if self._lock is not None:
@@ -335,7 +341,7 @@ _STATUS = _keys(
 def held(path: Path) -> bool:
     """Return whether a live process holds the lock."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        file = reading.descriptor(path)
     except OSError:
         return False
     try:

@@ -32,11 +32,12 @@ from fedtune.config import Study
 from fedtune.config.address import host_and_port
 from fedtune.doctor import tls
 from fedtune.errors import InfrastructureError, InputError
+from fedtune.evidence.audit_log import TEXT
 from fedtune.files import reading
 from fedtune.files.writing import drafted, replace
 from fedtune.flower import certs
 from fedtune.flower.processes import private_folder
-from fedtune.server.store import DATABASE, FOLDER
+from fedtune.server.store import DATABASE, FOLDER, sqlite_errors
 from fedtune.server.versions import FOLDER as VERSIONS
 from fedtune.server.versions import INDEX, LINK
 
@@ -44,7 +45,6 @@ FORMAT = "fedtune-backup-1"
 MANIFEST, PLAN, HOME, RESTORED = "manifest.json", "study.toml", "coordinator", "restored.json"
 NOT_KEPT = {"flower", "status.json", "status.lock", "lock", "audit.lock"}
 TRIES, PAUSE = 30, 0.5
-LONGEST = 2**34  # bytes of one file in a backup, at most
 TODO = "name a file that `fedtune backup` wrote, or an older one of them"
 Files = dict[str, bytes]
 
@@ -53,14 +53,16 @@ def backup(study: Study, plan: Path, home: Path, run: Path | None, to: Path) -> 
     """Write the coordinator's state to `to`, a new file that only its owner can read.
 
     plan: study.toml; run: its folder, None where there is none yet. Returns the manifest.
-    Errors: ConfigError where the home has no CA; InputError where `to` exists;
-    InfrastructureError where it cannot be written, or the run does not hold still."""
+    Errors: InputError where `to` exists, the home has no CA, or `run` is no run; ConfigError where
+    the CA is not readable; CheckpointError where the run is not; InfrastructureError where the
+    backup cannot be written, or the run does not hold still."""
     if os.path.lexists(to):
         raise InputError(f"{to}: exists", "a new file", "choose another with --to")
     home_with_ca(home)
     files = _public(study, plan) | _home(home)
     links: dict[str, str] = {}
-    if run is not None and run.is_dir():
+    if run is not None:
+        _check_run(run)
         kept, link = _at_rest(run)
         files |= {f"runs/{run.name}/{name}": content for name, content in kept.items()}
         links = {f"runs/{run.name}/{LINK}": link} if link else {}
@@ -126,14 +128,26 @@ def refuse_second(home: Path) -> None:
     )
 
 
+def _check_run(run: Path) -> None:
+    """Check that the folder is a run's. Errors: InputError."""
+    if not any(os.path.lexists(run / name) for name in (FOLDER, "plan.json", "status.json")):
+        raise InputError(
+            f"{run}: not a run folder",
+            "the folder of a run that has begun",
+            "name it with --out; without --out it is the last runs/NAME beside study.toml",
+        )
+
+
 def home_with_ca(home: Path) -> Path:
-    """Return the home, if it has a CA: none is made by a backup. Errors: InputError."""
+    """Return the home, if it has a CA: none is made by a backup, and one that nobody can read is
+    no backup. Errors: InputError, ConfigError."""
     if not (home / "ca.pem").is_file():
         raise InputError(
             f"{home}: no coordinator's home",
             "ca.pem in it, as `fedtune server` makes it",
             "name the home with --home",
         )
+    certs.ca(home)
     return home
 
 
@@ -182,7 +196,7 @@ def _at_rest(run: Path) -> tuple[Files, str]:
             }
         except FileNotFoundError:  # a round was kept meanwhile, and an older one removed
             index, files = {}, {}
-        if files and before == _snapshot(database) and _whole(files, before):
+        if files and before == _snapshot(database) and _whole(database, files, before):
             # An index that is older than the folders it names is one that a crash leaves.
             files |= {str(p.relative_to(run)): content for p, content in index.items()}
             return files | ({f"{FOLDER}/{DATABASE}": before} if before else {}), link
@@ -195,40 +209,51 @@ def _at_rest(run: Path) -> tuple[Files, str]:
 
 
 def _snapshot(database: Path) -> bytes:
-    """Copy the database as of its last transaction; b"" where there is none."""
-    if not database.exists():
+    """Copy the database as of its last transaction; b"" where there is none.
+
+    Errors: CheckpointError where it is damaged."""
+    if not os.path.lexists(database):
         return b""
-    try:
-        with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=30)) as sql:
-            return sql.serialize()
-    except sqlite3.Error:
-        raise InfrastructureError(
-            f"{database}: cannot be read", todo="free the disk, or fix the rights"
-        ) from None
+    reading.regular(database, "a run's checkpoint", "restore it from a copy")
+    where = f"file:{database}?mode=ro"
+    with (
+        sqlite_errors(database, ValueError),
+        closing(sqlite3.connect(where, uri=True, timeout=30)) as sql,
+    ):
+        if not (copy := sql.serialize()):
+            raise ValueError
+        return copy
 
 
-def _whole(files: Files, database: bytes) -> bool:
-    """Whether the arrays that the database names are there, by sha256."""
+def _whole(path: Path, files: Files, database: bytes) -> bool:
+    """Return whether the arrays that the database names are there, by sha256.
+
+    Errors: CheckpointError where it is no checkpoint's."""
     if not database:
         return True
-    with closing(sqlite3.connect(":memory:")) as sql:
-        sql.deserialize(database)
-        ((named,),) = sql.execute("SELECT files FROM run")
-    return all(
-        hashlib.sha256(files.get(f"{FOLDER}/{name}", b"")).hexdigest() == sha256
-        for name, sha256 in json.loads(named).items()
-    )
+    with sqlite_errors(path, ValueError, TypeError, AttributeError):
+        with closing(sqlite3.connect(":memory:")) as sql:
+            sql.deserialize(database)
+            ((text,),) = sql.execute("SELECT files FROM run")
+        named = json.loads(text)
+        return all(
+            hashlib.sha256(files.get(f"{FOLDER}/{name}", b"")).hexdigest() == sha256
+            for name, sha256 in named.items()
+        )
 
 
 def _read(file: Path) -> tuple[dict[str, Any], Files]:
     """Read and check a backup. Errors: InputError."""
     expected = "a whole backup of a coordinator"
-    reading.regular(file, expected, TODO)
+    size, total = reading.regular(file, expected, TODO).stat().st_size, 0
     try:
         with tarfile.open(file, mode="r:") as archive:
             files: Files = {}
             for entry in archive:
-                if not entry.isfile() or entry.size > LONGEST or not _plain(entry.name):
+                total += entry.size
+                if not entry.isfile() or entry.sparse is not None or not _plain(entry.name):
+                    raise ValueError
+                if total > size:  # a file of holes would be longer here than there
                     raise ValueError
                 body = archive.extractfile(entry)
                 files[entry.name] = body.read() if body else b""
@@ -244,9 +269,13 @@ def _read(file: Path) -> tuple[dict[str, Any], Files]:
         if sums != manifest["files"] or not {PLAN, f"{HOME}/ca.pem"} <= set(files):
             raise ValueError
         for name, target in links.items():
+            beside = f"{PurePosixPath(name).parent}/"
             if not _plain(name) or not _plain(target) or name in files:
                 raise ValueError
-        {name: str(manifest[name]) for name in ("study", "at")}
+            if not any(file.startswith(beside) for file in files):
+                raise ValueError
+        if not all(manifest[key] and TEXT.fullmatch(manifest[key]) for key in ("study", "at")):
+            raise ValueError
     except (tarfile.TarError, ValueError, KeyError, TypeError, AttributeError, EOFError, OSError,
             RecursionError, OverflowError):  # fmt: skip
         raise InputError(f"{file}: damaged, or no backup", expected, TODO) from None
@@ -254,8 +283,10 @@ def _read(file: Path) -> tuple[dict[str, Any], Files]:
 
 
 def _plain(name: str) -> bool:
-    """Whether a name stays in the folder that it is put into."""
+    """Whether a name stays in the folder that it is put into, and a file can have it."""
     path = PurePosixPath(name)
+    if reading.unusable(name) or not name.isprintable():
+        return False
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 

@@ -142,7 +142,7 @@ def load(out: Path, study: Study) -> Progress | None:
         ):
             _damaged(path)
         return None
-    with _sqlite_errors(path, OSError, SafetensorError, ValueError):
+    with sqlite_errors(path, OSError, SafetensorError, ValueError):
         run, rounds, sites = _read(path)
         _, phase, round_, asked, resolved, before, files = run
         arrays: dict[str, Any] = {"adapter": {}, "frozen": {}, "origin": {}, "strategy": {}}
@@ -289,7 +289,7 @@ def _commit(path: Path, rows: Rows) -> None:
             _fill(sql, rows)
             replace(path, sql.serialize())
         return
-    with _sqlite_errors(path), closing(connect(path)) as sql:
+    with sqlite_errors(path), closing(connect(path)) as sql:
         sql.execute("BEGIN IMMEDIATE")
         _fill(sql, rows)
         sql.execute("COMMIT")
@@ -340,7 +340,7 @@ def _files(path: Path) -> dict[str, str]:
     """Read file -> sha256 of the last transaction; {} before the first."""
     if not path.exists():
         return {}
-    with _sqlite_errors(path, ValueError, TypeError), closing(connect(path)) as sql:
+    with sqlite_errors(path, ValueError, TypeError), closing(connect(path)) as sql:
         ((files,),) = sql.execute("SELECT files FROM run")
         digests: dict[str, str] = json.loads(files)
         return digests
@@ -375,7 +375,7 @@ def _prune(folder: Path, files: dict[str, str]) -> None:
 
 
 @contextmanager
-def _sqlite_errors(path: Path, *damage: type[Exception]) -> Iterator[None]:
+def sqlite_errors(path: Path, *damage: type[Exception]) -> Iterator[None]:
     """Map sqlite's errors to ours; `damage`: further exceptions that mean a damaged file."""
     try:
         yield

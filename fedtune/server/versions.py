@@ -11,7 +11,6 @@ crash. A version that was kept back has no folder at all.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -24,7 +23,7 @@ from typing import Literal
 from pydantic import TypeAdapter
 
 from fedtune.errors import InputError
-from fedtune.files import reading, writing
+from fedtune.files import locks, reading, writing
 from fedtune.server.store import CheckpointError
 
 FORMAT = "fedtune-versions-1"
@@ -162,12 +161,8 @@ class Versions:
         if not self.out.is_dir():
             self._require_index()
         self.folder.mkdir(exist_ok=True)
-        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with locks.hold(self.folder / "lock"):
             yield
-        finally:
-            os.close(descriptor)
 
     def _put(self, number: int, save: Callable[[Path], None]) -> None:
         """Write the version's folder durably, and put it in place complete."""

@@ -94,7 +94,6 @@ def test_nothing_is_left_of_a_study_but_what_the_guarantee_needs(site: Path) -> 
         "salt",
         "steps.jsonl",
         "status.lock",
-        "lock",
         "audit.jsonl",
         "audit.lock",
     } | (left & {"ledger.receipt"})

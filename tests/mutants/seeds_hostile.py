@@ -7,6 +7,7 @@ from tests.mutants.mutant import one as _one
 FIGURES = "fedtune/evidence/figures.py"
 PAGES, CONNECTIONS = "fedtune/dashboard/server.py", "fedtune/dashboard/connections.py"
 T_PAGES, T_READING = "tests/dashboard/test_server.py::", "tests/test_reading.py::"
+T_LOCKS, T_BACKUP = "tests/test_locks.py::", "tests/server/test_backup.py::"
 HOURS = (
     "tests/test_verify_attacks.py::"
     "test_a_log_that_would_take_the_accountant_hours_is_refused_before"
@@ -94,5 +95,55 @@ MUTANTS = (
         "        same = True\n",
         "tests/test_network_cli.py::test_neither_a_request_nor_an_answer_replaces_anything_else",
         "a mistyped --out takes the ledger's key",
+    ),
+    _one(
+        "hostile", "two-train-into-one-run", "fedtune/run_folder.py",
+        "        with locks.hold_alone(run / LOCK, \"run\", run):\n", "        if True:\n",
+        T_LOCKS + "test_two_processes_do_not_train_into_one_run",
+        "two processes write one checkpoint",
+    ),
+    _one(
+        "hostile", "anothers-status-is-written-over", "fedtune/observe/status.py",
+        "            if self._holds():\n", "            if self._holds() or True:\n",
+        T_LOCKS + "test_the_status_of_a_running_process_is_its_own",
+        "a command that was refused says that the running one has stopped",
+    ),
+    _one(
+        "hostile", "a-pipe-as-a-lock-is-waited-for", "fedtune/files/locks.py",
+        "            descriptor = reading.descriptor(path, os.O_RDONLY | os.O_NOFOLLOW)\n",
+        "            descriptor = os.open(path, os.O_RDONLY)\n",
+        T_LOCKS + "test_log_with_a_pipe_as_its_lock_says_so", "`fedtune log` never ends",
+    ),
+    _one(
+        "hostile", "a-backup-without-its-run", "fedtune/server/backup.py",
+        "        _check_run(run)\n", "",
+        T_BACKUP + "test_a_backup_of_what_is_no_run_or_no_ca_is_none",
+        "a mistyped --out is noticed when the backup is needed",
+    ),
+    _one(
+        "hostile", "a-backup-whose-ca-nobody-can-read", "fedtune/server/backup.py",
+        "    certs.ca(home)\n    return home\n", "    return home\n",
+        T_BACKUP + "test_a_backup_of_what_is_no_run_or_no_ca_is_none", "a backup restores nothing",
+    ),
+    _one(
+        "hostile", "holes-are-read", "fedtune/server/backup.py",
+        "entry.sparse is not None or not _plain(entry.name):\n"
+        "                    raise ValueError\n                if total > size:",
+        "not _plain(entry.name):\n"
+        "                    raise ValueError\n                if total < 0:",
+        T_BACKUP + "test_a_file_of_holes_is_not_read", "a small backup fills the memory",
+    ),
+    _one(
+        "hostile", "a-manifest-of-any-words", "fedtune/server/backup.py",
+        'if not all(manifest[key] and TEXT.fullmatch(manifest[key]) for key in ("study", "at")):',
+        'if not all(str(manifest[key]) for key in ("study", "at")):',
+        T_BACKUP + "test_a_manifest_that_no_backup_has_is_refused",
+        "restore lays out a folder, then ends with an error of its own",
+    ),
+    _one(
+        "hostile", "a-setting-of-any-number-of-digits", "fedtune/config/overrides.py",
+        "except (ValueError, RecursionError):", "except (UnicodeError, RecursionError):",
+        "tests/test_set_option.py::test_what_is_no_setting_is_refused",
+        "an internal error where a sentence is promised",
     ),
 )  # fmt: skip

@@ -74,7 +74,7 @@ MUTANTS = (
     ),
     one(
         "intake", "a-pipe-is-waited-for", "fedtune/files/reading.py",
-        "os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC", "os.O_RDONLY | os.O_CLOEXEC",
+        "flags | os.O_NONBLOCK | os.O_CLOEXEC", "flags | os.O_CLOEXEC",
         T_NEAR + "test_a_pipe_that_takes_a_pictures_place_is_not_waited_for",
         "a pipe in a file's place holds the site's round for ever",
     ),

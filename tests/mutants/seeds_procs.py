@@ -167,7 +167,7 @@ MUTANTS = (
         "any distribution's module of a standard name runs in its place",
     ),
     one(
-        "processes", "a-second-server-on-the-home", "fedtune/flower/processes.py",
+        "processes", "a-second-server-on-the-home", "fedtune/files/locks.py",
         "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB",
         "tests/flower/test_alone.py::test_a_second_server_on_a_home_says_so_and_touches_nothing",
         "the second server deletes the state of the first, which dies",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
 import ssl
 import stat
 import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from fedtune.launch import coordinator
 from fedtune.server import backup as module
 from fedtune.server import store
 from fedtune.server.backup import backup, refuse_second, restore
+from tests.limits import memory_limit, wall_limit
 from tests.test_cli import run as command
 
 STUDY = """
@@ -82,7 +86,8 @@ def kept(out: Path, progress: store.Progress, number: int) -> None:
 
 def taken(hub: Path, name: str) -> Path:
     plan, to = hub / "study.toml", hub.parent / name
-    backup(load_study(plan), plan, hub / "coordinator", hub / "runs" / "small", to)
+    run = hub / "runs" / "small"
+    backup(load_study(plan), plan, hub / "coordinator", run if run.exists() else None, to)
     return to
 
 
@@ -180,9 +185,7 @@ def test_no_file_leaves_the_folder_that_a_backup_is_restored_to(
     hub: Path, tmp_path: Path, name: str
 ) -> None:
     begun(hub)
-    good = taken(hub, "good")
-    with tarfile.open(good) as archive:
-        files = {e.name: archive.extractfile(e).read() for e in archive}  # type: ignore[union-attr]
+    files = unpacked(taken(hub, "good"))
     manifest = json.loads(files["manifest.json"])
     manifest["links"] = {"runs/small/adapter": name}
     for bodies in (
@@ -191,15 +194,117 @@ def test_no_file_leaves_the_folder_that_a_backup_is_restored_to(
         {key: body for key, body in files.items() if key != "coordinator/ca.pem"},
         files | {"study.toml": b"another"},
     ):
-        bad = tmp_path / "bad"
-        with tarfile.open(bad, "w") as archive:
-            for key, body in bodies.items():
-                entry = tarfile.TarInfo(key)
-                entry.size = len(body)
-                archive.addfile(entry, io.BytesIO(body))
-        with pytest.raises(InputError, match="damaged, or no backup"):
-            restore(bad, tmp_path / "new")
+        refused(packed(bodies, tmp_path / "bad"), tmp_path / "new")
+
+
+def unpacked(file: Path) -> dict[str, bytes]:
+    with tarfile.open(file) as archive:
+        return {e.name: archive.extractfile(e).read() for e in archive}  # type: ignore[union-attr]
+
+
+def packed(bodies: dict[str, bytes], to: Path) -> Path:
+    with tarfile.open(to, "w") as archive:
+        for key, body in bodies.items():
+            entry = tarfile.TarInfo(key)
+            entry.size = len(body)
+            archive.addfile(entry, io.BytesIO(body))
+    return to
+
+
+def refused(bad: Path, into: Path) -> None:
+    done = command("restore", bad, "--to", into)
+    assert done.exit_code == 2 and "damaged, or no backup" in done.stderr, done.stderr
+    assert not into.exists()
+
+
+STRANGE: dict[str, Any] = {
+    "study": ["a\x1b[31m", "a\0", "a\nb", [1], 5, None, "a" * 500, "\ud800"],
+    "at": ["\x07", {"a": 1}, ""],
+    "links": [
+        {"runs/small/adapter": "a\0b"},
+        {"runs/small/adapter": "\ud800"},
+        {"runs/small/\udfff": "versions/0"},
+        {"runs/small/adapter": "\x1b[31m"},
+        {"runs/small/adapter": 5},
+        {"runs/none/adapter": "versions/0"},
+        {"study.toml/adapter": "versions/0"},
+        ["runs/small/adapter"],
+    ],
+    "files": [[], {"study.toml": 5}],
+    "format": [5, None, "\x1b[31m"],
+}
+
+
+@pytest.mark.parametrize("key", STRANGE)
+def test_a_manifest_that_no_backup_has_is_refused(hub: Path, tmp_path: Path, key: str) -> None:
+    begun(hub)
+    files = unpacked(taken(hub, "good"))
+    manifest = json.loads(files["manifest.json"])
+    for value in STRANGE[key]:
+        body = json.dumps(manifest | {key: value}).encode()
+        bad = packed(files | {"manifest.json": body}, tmp_path / "bad")
+        done = command("restore", bad, "--to", tmp_path / "new")
+        assert done.exit_code == 2 and "\x1b" not in done.stderr, (value, done.stderr)
         assert not (tmp_path / "new").exists()
+
+
+def test_a_file_of_holes_is_not_read(hub: Path, tmp_path: Path) -> None:
+    """GNU tar writes what is empty as its length alone: 7 GiB of it are a few bytes in a backup."""
+    begun(hub)
+    files = unpacked(taken(hub, "good"))
+    bad = packed(files, tmp_path / "bad")
+    holes = tarfile.TarInfo("runs/small/holes")
+    holes.type, holes.size = tarfile.GNUTYPE_SPARSE, 512
+    header = bytearray(holes.tobuf(tarfile.GNU_FORMAT))
+    header[386:398], header[398:410] = b"%011o\0" % (7 * 2**30 - 512), b"%011o\0" % 512
+    header[483:495] = b"%011o\0" % (7 * 2**30)
+    header[148:156] = b"        "
+    header[148:156] = b"%06o\0 " % sum(header)
+    end = sum(512 + -(-len(body) // 512) * 512 for body in files.values())
+    bad.write_bytes(bad.read_bytes()[:end] + bytes(header) + b"x" * 512 + b"\0" * 1024)
+    with tarfile.open(bad) as archive:
+        found = [entry for entry in archive if entry.sparse is not None]
+    assert [entry.size for entry in found] == [7 * 2**30]
+    with memory_limit(2**30):
+        refused(bad, tmp_path / "new")
+
+
+def test_a_backup_of_what_is_no_run_or_no_ca_is_none(hub: Path, tmp_path: Path) -> None:
+    """Twins: the run by its right name, and a coordinator that has none yet."""
+    begun(hub)
+    (hub / "empty").mkdir()
+    plan, to = hub / "study.toml", tmp_path / "one"
+    for out in ("runs/smal", "study.toml", "empty", "coordinator"):
+        done = command("backup", plan, "--to", to, "--out", hub / out)
+        assert done.exit_code == 2 and "not a run folder" in done.stderr, done.stderr
+        assert not to.exists()
+    assert command("backup", plan, "--to", to, "--out", hub / "runs/small").exit_code == 0
+    for body in (b"", b"junk", (hub / "coordinator" / "server.pem").read_bytes()[:200]):
+        whole = (hub / "coordinator" / "ca.pem").read_bytes()
+        (hub / "coordinator" / "ca.pem").write_bytes(body)
+        done = command("backup", plan, "--to", tmp_path / "two")
+        assert done.exit_code == 2 and "ca.pem" in done.stderr, done.stderr
+        (hub / "coordinator" / "ca.pem").write_bytes(whole)
+    shutil.rmtree(hub / "runs")
+    done = command("backup", plan, "--to", tmp_path / "three")
+    assert done.exit_code == 0 and "run  none yet" in done.output
+
+
+@pytest.mark.parametrize("body", [b"", b"junk" * 999, None])
+def test_a_checkpoint_that_is_none_is_not_backed_up(
+    hub: Path, tmp_path: Path, body: bytes | None
+) -> None:
+    out, _ = begun(hub)
+    database = out / "checkpoint" / "run.db"
+    database.unlink()
+    if body is None:
+        os.mkfifo(database)
+    else:
+        database.write_bytes(body)
+    with wall_limit(60):
+        done = command("backup", hub / "study.toml", "--to", tmp_path / "one")
+    assert done.exit_code == 2 and "run.db" in done.stderr, done.stderr
+    assert not (tmp_path / "one").exists()
 
 
 @pytest.fixture
