@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from flwr.app import RecordDict
 
 FORMAT = "fedtune-run-3"
+BUSY = 60.0  # seconds to wait for another process, as for a ledger
 FOLDER, DATABASE, FROZEN = "checkpoint", "run.db", "frozen.safetensors"
 PRAGMAS = ("synchronous = EXTRA", "trusted_schema = OFF")  # EXTRA: as in ledger/chain.py
 PER_SITE = ("sizes", "keys", "receipts", "events", "queries", "admission")
@@ -256,7 +257,7 @@ class Receipts:
 
 def connect(path: Path) -> sqlite3.Connection:
     """Open a connection that commits durably, by hand (no implicit transactions)."""
-    connection = sqlite3.connect(path, isolation_level=None)
+    connection = sqlite3.connect(path, timeout=BUSY, isolation_level=None)
     for pragma in PRAGMAS:
         connection.execute(f"PRAGMA {pragma}")
     return connection

@@ -18,20 +18,28 @@ from tests.network.kit import PRIVATE, SITES, Consortium, consortium, done, end,
 OTHER = "9.9.9"
 
 
-def release(folder: Path, protocol: int = PROTOCOL) -> Path:
-    """The packages as release OTHER would install them."""
+def copied(folder: Path, edits: dict[str, dict[str, str]]) -> Path:
+    """A copy of the packages with some texts replaced, by file."""
     here = Path(fedtune.__file__).parents[1]
     for name in ("fedtune", "server", "client"):
         skip = shutil.ignore_patterns("__pycache__")
         shutil.copytree(here / name, folder / name, ignore=skip)
-    edits = {
-        "fedtune/__init__.py": (f'"{fedtune.__version__}"', f'"{OTHER}"'),
-        "fedtune/wire/protocol.py": (f"PROTOCOL = {PROTOCOL}\n", f"PROTOCOL = {protocol}\n"),
-    }
-    for file, (old, new) in edits.items():
+    for file, changes in edits.items():
         text = (folder / file).read_text()
-        assert text.count(old) == 1, file
-        (folder / file).write_text(text.replace(old, new))
+        for old, new in changes.items():
+            assert text.count(old) == 1, file
+            text = text.replace(old, new)
+        (folder / file).write_text(text)
+    return folder
+
+
+def release(folder: Path, protocol: int = PROTOCOL) -> Path:
+    """The packages as release OTHER would install them."""
+    edits = {
+        "fedtune/__init__.py": {f'"{fedtune.__version__}"': f'"{OTHER}"'},
+        "fedtune/wire/protocol.py": {f"PROTOCOL = {PROTOCOL}\n": f"PROTOCOL = {protocol}\n"},
+    }
+    copied(folder, edits)
     assert done(folder, "--version", packages=folder).strip() == f"fedtune {OTHER}"
     return folder
 
@@ -72,19 +80,20 @@ def test_either_side_is_upgraded_in_the_middle_of_a_study(tmp_path: Path, tiny_b
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("protocol", [PROTOCOL + 1, PROTOCOL - 1])
 def test_a_coordinator_of_another_protocol_is_told_so_and_spends_nothing(
-    tmp_path: Path, tiny_base: Path
+    tmp_path: Path, tiny_base: Path, protocol: int
 ) -> None:
     with consortium(tmp_path / "run", "127.0.0.1", free_port()) as made:
         made.lay_out(tiny_base, PRIVATE, 3, round_timeout=60)
-        made.packages["hub"] = release(tmp_path / "other", PROTOCOL + 1)
+        made.packages["hub"] = release(tmp_path / "other", protocol)
         server = made.server()
         all_join(made)
         assert server.wait(400) == Refused.exit_code, made.told()
         for process in made.running:
             end(process)
         said = made.log("hub").read_text().replace("\n", " ")
-        theirs = f"protocol {PROTOCOL + 1} (fedtune {OTHER})"
+        theirs = f"protocol {protocol} (fedtune {OTHER})"
         assert f"the coordinator speaks {theirs}, this site protocol {PROTOCOL} " in said
         for name in SITES:
             assert theirs in made.log(name).read_text().replace("\n", " "), made.told()
