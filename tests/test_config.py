@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -202,6 +203,41 @@ def test_a_missing_or_unreadable_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="is not UTF-8"):
         load_study(tmp_path / "latin.toml")
+
+
+LISTS: dict[str, Any] = {
+    "lora.modules": [f"m{n}" for n in range(1001)],
+    "objective.labels": [f"l{n}" for n in range(1001)],
+    "objective.options": {f"o{n}": 1.0 for n in range(1001)},
+    "strategy.options": {f"o{n}": 1.0 for n in range(1001)},
+    "study.data_sheet": ["title"] * 1001,
+    "start.descriptions": {f"l{n}": "x" for n in range(1001)},
+}
+
+
+@pytest.mark.parametrize("key", LISTS)
+def test_no_list_of_a_plan_is_longer_than_anybody_needs(tmp_path: Path, key: str) -> None:
+    """A plan comes from somebody else. Twin: one entry fewer is another matter."""
+    table, _, name = key.partition(".")
+    (tmp_path / "study.toml").write_text(STUDY)
+    study = json.loads(load_study(tmp_path / "study.toml").model_dump_json())
+    whole = LISTS[key]
+    fewer = whole[1:] if isinstance(whole, list) else dict(list(whole.items())[1:])
+    for entries in (whole, fewer):
+        study[table] = (study.get(table) or {}) | {name: entries}
+        try:
+            study_from_json(json.dumps(study))
+            said = ""
+        except ConfigError as error:
+            said = str(error)
+        assert ("at most 1000 items" in said) == (len(entries) > 1000), said
+
+
+def test_a_key_of_any_length_is_said_shortly(tmp_path: Path) -> None:
+    (tmp_path / "study.toml").write_text(STUDY + "\n[" + "a" * 500_000 + "]\n")
+    with pytest.raises(ConfigError, match="a: unknown key") as raised:
+        load_study(tmp_path / "study.toml")
+    assert len(str(raised.value)) < 1000
 
 
 def test_a_hostile_plan_from_the_wire_is_refused() -> None:

@@ -98,9 +98,11 @@ def _check_approved(path: Path, found: Verified, wanted: list[str]) -> None:
 def _dossier_lines(dossier: dict[str, Any]) -> list[str]:
     lines = [f"dossier      {dossier['files']} files, as they were signed at {dossier['made']}; "]
     if dossier["word by word"]:
-        lines[0] += "as fedtune writes them of this run"
+        lines[0] += "its pages as fedtune writes them of this run"
     else:
         lines[0] += f"by fedtune {dossier['made by']}, another release: figures compared, not words"
+    if dossier["its word"]:
+        lines.append(f"not compared {', '.join(dossier['its word'])}: the coordinator's word alone")
     for one in dossier["approvals"]:
         site = f", the key of site {one['site']}" if one["site"] else ""
         said = (one["name"], one["role"], one["reason"])

@@ -242,7 +242,7 @@ def data_report(site: Site, study: Study | None = None, *, date: str | None = No
         problem=problem,
         unit=unit,
         files=files_of(site.data, read),
-        columns=read.names.listed,
+        columns=read.names.shown + read.names.common,
         rows=read.rows,
         usable=len(read.records),
         filtered=read.filtered,

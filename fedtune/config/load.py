@@ -19,6 +19,7 @@ from fedtune.config.study import Study
 from fedtune.errors import ConfigError
 from fedtune.files import reading
 
+MOST_KEY = 80  # characters of a key that a message shows
 T = TypeVar("T", Study, Site)
 WORDS = {  # a pattern, as a person would say it
     r"^sha256:[0-9a-f]{64}$": 'must be "sha256:" and 64 hexadecimal digits',
@@ -130,13 +131,13 @@ def _first(error: ValidationError, kind: type[BaseModel]) -> str:
     first = problems[0]
     alternatives = ("PrivacyTable", "tuple[")  # of a union: no key of the file
     steps = [str(s) for s in first["loc"] if not str(s).startswith(alternatives)]
-    key = ".".join(steps)
+    key = ".".join(steps)[:MOST_KEY]
     message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     message = message.replace("a valid array", "a list").replace("an object", "a table")
     if first["type"] == "missing":
         message = "key is missing"
     elif first["type"] == "extra_forbidden":
-        message = "unknown key" + _nearest(kind, steps)
+        message = "unknown key" + (_nearest(kind, steps) if len(key) < MOST_KEY else "")
     elif first["type"] == "string_pattern_mismatch":
         message = WORDS.get(first["ctx"]["pattern"], message)
     elif key == "privacy":

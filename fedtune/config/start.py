@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedtune.config.types import Count, DataFile, Digest, Positive, Rank, Table
+from fedtune.config.types import MOST_NAMES, Count, DataFile, Digest, Positive, Rank, Table
 
 
 class PreconditionerTable(Table):
@@ -27,7 +27,8 @@ class StartTable(Table):
     # the logistic regression on [public], which is drawn there.
     head: Literal["zero", "labels", "public"] = "zero"
     scale: Positive = 2.0  # length of each class's vector in the head
-    descriptions: dict[str, str] = Field(default_factory=dict)  # class -> words in its name's place
+    # class -> words in its name's place
+    descriptions: dict[str, str] = Field(default_factory=dict, max_length=MOST_NAMES)
     digest: Digest | None = None  # filled in when the study starts
 
 

@@ -15,6 +15,7 @@ from fedtune.config.training import TrainingTable
 from fedtune.config.types import (
     BY_COUNT,
     COUNTS,
+    MOST_NAMES,
     MOST_ROWS,
     Count,
     DataFile,
@@ -27,6 +28,7 @@ from fedtune.config.types import (
     Layers,
     Moment,
     Name,
+    Names,
     Noise,
     Number,
     Positive,
@@ -45,7 +47,9 @@ class StudyTable(Table):
     # public: adapter initialisation and site selection; never noise, never sampling
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     # Fields that each site's data sheet must hold; omitted where empty, as [schedule] is.
-    data_sheet: tuple[SheetField, ...] = Field(default=(), exclude_if=lambda fields: not fields)
+    data_sheet: tuple[SheetField, ...] = Field(
+        default=(), max_length=MOST_NAMES, exclude_if=lambda fields: not fields
+    )
 
 
 class QuantisationTable(Table):
@@ -79,7 +83,7 @@ class LoraTable(Table):
 
     rank: Rank = 8
     alpha: Positive = 16.0
-    modules: tuple[str, ...] = ("q_proj", "v_proj")
+    modules: Names = ("q_proj", "v_proj")
     last_layers: Layers | None = None  # adapters in the last k blocks only; None: all blocks
     train: Literal["B", "AB"] = "B"  # "B": A frozen (FFA-LoRA, Sun et al. 2024)
     variant: Literal["lora", "rslora"] = "lora"  # rslora: alpha/√rank (Kalajdzievski 2023)
@@ -117,13 +121,13 @@ class ObjectiveTable(Table):
 
     name: str  # of this release, or of an entry point fedtune.objectives
     max_length: Annotated[int, Field(ge=8, le=8192)] = 256
-    labels: tuple[str, ...] = ()  # classify: the public list of classes
+    labels: Names = ()  # classify: the public list of classes
     template: str | None = None  # "… {text}" wrapped round a prompt; public
     # Of a record longer than max_length; truncate: the prompt, truncate_answer: the answer's end.
     overflow: Literal["reject", "truncate", "truncate_answer"] = "reject"
     append_eos: bool = True  # a completion or text ends with eos, itself a target
     # of the objective itself, e.g. beta
-    options: dict[str, Finite | str] = Field(default_factory=dict)
+    options: dict[str, Finite | str] = Field(default_factory=dict, max_length=MOST_NAMES)
 
     @model_validator(mode="after")
     def _check_labels(self) -> ObjectiveTable:
@@ -170,14 +174,14 @@ class StrategyTable(Table):
     min_sites: Number = 1  # below it the round is retried, then the study stops
     round_timeout: Annotated[Positive, Field(le=31_622_400)] = 3600.0  # seconds
     # of the strategy itself, e.g. server_learning_rate
-    options: dict[str, Finite] = Field(default_factory=dict)
+    options: dict[str, Finite] = Field(default_factory=dict, max_length=MOST_NAMES)
 
 
 class EvaluationTable(DataFile):
     """Public or released held-out records, evaluated at the coordinator after each round."""
 
     metric: MetricName = "loss"
-    choices: tuple[str, ...] = ()  # accuracy by log-likelihood over these completions
+    choices: Names = ()  # accuracy by log-likelihood over these completions
     every: Count = 1
 
 

@@ -56,6 +56,8 @@ Rank = Annotated[int, Field(ge=1, le=8192)]
 Layers = Annotated[int, Field(ge=1, le=10_000)]
 Number = Annotated[int, Field(ge=1, le=10**6)]  # a count of repetitions at a site
 Noise = Annotated[float, Field(gt=0), _between(1e-3, 1e6)]  # σ; the accountant's range
+MOST_NAMES = 1000  # in one list of a plan, which somebody else wrote
+Names = Annotated[tuple[str, ...], Field(max_length=MOST_NAMES)]
 MOST_ROWS = 1000  # of one unit in a step: the accountant's work grows with it
 
 

@@ -70,7 +70,7 @@ def columns_of(place: WherePath, asked: Mapping[str, str]) -> list[str]:
     path, names, source = _opened(place, asked)
     if not sum(1 for _ in placed_rows(path, asked, names=names, source=source)):
         raise DataError(f"{names.where}: no records", "a file of records", "choose another --data")
-    return names.listed
+    return names.shown + names.common
 
 
 def classes_note(place: WherePath, asked: Mapping[str, str], target: str, known: set[str]) -> str:

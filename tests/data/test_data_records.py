@@ -340,7 +340,17 @@ def test_what_may_be_a_record_is_not_listed_as_a_column(tmp_path: Path, jsonl: L
     headerless.write_text(f"{SECRET},yes\nother,no\n")
     assert "a first line that names the columns" in str(error_of(headerless))
     by_name = jsonl({SECRET: "x", "n": 1}, {"n": 1, "m": 2}, {"n": 2})
-    assert "expected one of 'n'" in str(error_of(by_name))
+    assert "not shown: it may itself be content" in str(error_of(by_name))
+    twin = jsonl(*[{f"{SECRET} {n}": "x", "n": 1, "Anna Bell": 2, "größe": 3} for n in range(9)])
+    assert "expected one of 'n', 'größe';" in str(error_of(twin))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 40])
+def test_a_key_that_is_a_patients_is_in_no_message(jsonl: Lines, count: int) -> None:
+    """A site that keeps its records by patient: each key is somebody's name."""
+    rows = [{f"Anna_{n}": "a note", "Bell, Tom": "another"} for n in range(count)]
+    said = str(error_of(jsonl(*rows)))
+    assert "Anna" not in said and "Bell" not in said and "no column" in said
 
 
 def test_an_absent_patient_column_is_named(jsonl: Lines) -> None:

@@ -267,6 +267,22 @@ def test_the_command_shows_a_dossier(released: Any) -> None:
     assert data["dossier"]["files"] == found.dossier["files"]
 
 
+def test_what_is_the_signers_word_alone_is_named(released: Any, tmp_path: Path) -> None:
+    """A trusted signer may put a PDF of his own making there: the output does not vouch for it. Of
+    a page that is compared, another one is refused."""
+    folder, found = released
+    named = {"dossier.pdf", "sbom.cdx.json", "audit.md", "model.sig"}
+    signed = {*found.dossier["its word"]}
+    assert {"dossier.pdf", "sbom.cdx.json"} <= signed <= named
+    copy = shutil.copytree(folder, tmp_path / "dossier")
+    (copy / "dossier.pdf").write_bytes(b"%PDF-1.7 /OpenAction << /S /JavaScript >>")
+    (copy / "sbom.cdx.json").write_text("{}")
+    shown = command("verify", again(copy)).stdout
+    line = next(line for line in shown.splitlines() if line.startswith("not compared "))
+    assert "dossier.pdf" in line and "sbom.cdx.json" in line and "word alone" in line
+    assert "dossier.md" not in line and "run/" not in line
+
+
 def test_a_dossier_of_another_release_says_that_its_words_were_not_compared(
     released: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

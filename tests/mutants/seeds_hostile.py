@@ -146,4 +146,23 @@ MUTANTS = (
         "tests/test_set_option.py::test_what_is_no_setting_is_refused",
         "an internal error where a sentence is promised",
     ),
+    _one(
+        "hostile", "a-list-of-any-length-in-a-plan", "fedtune/config/types.py",
+        "Names = Annotated[tuple[str, ...], Field(max_length=MOST_NAMES)]",
+        "Names = Annotated[tuple[str, ...], Field()]",
+        "tests/test_config.py::test_no_list_of_a_plan_is_longer_than_anybody_needs",
+        "a plan of 300,000 classes keeps a site busy for minutes",
+    ),
+    _one(
+        "hostile", "a-key-of-few-records-is-a-column", "fedtune/data/sources/_interface.py",
+        "self.objects < FEW and not is_header(common, self.keys)", "self.objects < 1",
+        "tests/data/test_data_records.py::test_a_key_that_is_a_patients_is_in_no_message",
+        "a patient's name stands in an error of doctor",
+    ),
+    _one(
+        "hostile", "the-signers-word-is-vouched-for", "fedtune/evidence/dossier/check.py",
+        '"its word": [name for name in outside if name not in compared],', '"its word": [],',
+        "tests/dossier/test_verify_dossier.py::test_what_is_the_signers_word_alone_is_named",
+        "a PDF of anybody's making reads as checked",
+    ),
 )  # fmt: skip

@@ -16,6 +16,7 @@ Row = dict[str, object]
 Keys = Mapping[str, str]  # a configuration key, "data.columns.text", to the column that it names
 
 SHOWN = 20  # column names in a message
+FEW = 5  # records of a file; of fewer a key in half of them may be a patient's own
 # Why a row cannot be used. No other words of a source are kept, since they may quote the row.
 REASONS = (
     *("not JSON", "not UTF-8", "NUL byte", "too long", "wrong type", "wrong column count"),
@@ -24,6 +25,7 @@ REASONS = (
 # What a column is called. A first line of such cells is shown, even where none of them is asked
 # for, if one has one of these words; without a header the first line is a record.
 COLUMN = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,39}")
+KEY = re.compile(r"[^\W\d][\w.-]{0,39}")  # of a JSON record, in any language
 WORDS = frozenset(
     {
         *("text", "note", "notes", "prompt", "completion", "question", "answer", "label", "class"),
@@ -73,8 +75,18 @@ class Names:
 
     @property
     def listed(self) -> list[str]:
-        """List the column names that a message may show."""
-        return self.shown + [name for name, n in self.keys_met.items() if 2 * n >= self.objects]
+        """List the column names that a message may show: those of a header, and keys of half of
+        several records, or beside one that is asked for, that have no space in them: one with a
+        space may be a person's name."""
+        common = self.common
+        if self.objects < FEW and not is_header(common, self.keys):
+            common = []
+        return self.shown + [name for name in common if KEY.fullmatch(name)]
+
+    @property
+    def common(self) -> list[str]:
+        """List the keys that half of the records have: for whoever has the records."""
+        return [name for name, n in self.keys_met.items() if 2 * n >= self.objects]
 
     def header(self, names: list[str], shown: bool = True) -> None:
         """Add a file's columns. shown: whether they may be in a message."""
@@ -98,6 +110,8 @@ class Names:
         if listed:
             omitted = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
             expected = "one of " + ", ".join(repr(name[:40]) for name in listed[:SHOWN]) + omitted
+        elif self.keys_met:
+            expected = "a key that the records have (not shown: it may itself be content)"
         else:
             expected = "a first line that names the columns, separated by commas"
         happened = f"{self.where}: no column {column!r}, which {key} names{hints}"

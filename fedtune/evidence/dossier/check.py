@@ -52,7 +52,8 @@ def check(folder: Path, trust: str = "", sites: Mapping[str, str] | None = None)
         fail(folder / RUN, f"was signed by {found.signer}", f"{name}, who signed the dossier")
     if not signed["ca"] and not found.simulated:
         fail(folder / RELEASE, "is signed as a simulation's", "the run's own coordinator")
-    _pages(folder, signed)
+    compared = _pages(folder, signed)
+    outside = [name for name in signed["files"] if not name.startswith(f"{RUN}/")]
     by_key = {site["key"]: site_name for site_name, site in found.sites.items()}
     approved = [_shown(body, by_key) for body in approvals(folder, digest)]
     dossier = {
@@ -60,6 +61,7 @@ def check(folder: Path, trust: str = "", sites: Mapping[str, str] | None = None)
         "made": signed["made"],
         "made by": signed["fedtune"],
         "word by word": signed["fedtune"] == __version__,
+        "its word": [name for name in outside if name not in compared],
         "run signed by": found.signer,
         "approvals": approved,
     }
@@ -68,8 +70,9 @@ def check(folder: Path, trust: str = "", sites: Mapping[str, str] | None = None)
     return replace(found, signer=name, trusted=bool(trust), dossier=dossier, not_signed=tuple(rest))
 
 
-def _pages(folder: Path, signed: Mapping[str, Any]) -> None:
-    """Check every figure against the run, and every page against what this release writes of it.
+def _pages(folder: Path, signed: Mapping[str, Any]) -> list[str]:
+    """Check every figure against the run, and every page against what this release writes of it;
+    return the names of what was checked.
 
     A dossier of another release is compared by its numbers alone, and `check` says so."""
     path, same_release = folder / CONTENT, signed["fedtune"] == __version__
@@ -98,11 +101,13 @@ def _pages(folder: Path, signed: Mapping[str, Any]) -> None:
     for name in signed["files"]:
         if name in pictures.FILES and name not in drawings:
             fail(folder / name, "is a picture that no page shows", "those of the pages")
-    for name, expected in (written | (drawings if same_release else {})).items():
+    compared = written | (drawings if same_release else {})
+    for name, expected in compared.items():
         shown = reading.text(folder / name, "a dossier's page", TODO, NotGenuine, reading.LARGE)
         same = shown == expected if same_release else numbers(shown) == numbers(expected)
         if not same:
             fail(folder / name, "is not what fedtune writes of this run", "release the run again")
+    return [CONTENT, *compared]
 
 
 def _typed(content: Mapping[str, Any]) -> dict[str, str]:
