@@ -42,7 +42,7 @@ MUTANTS = (
     ),
     _one(
         "evidence", "a-picture-shows-what-it-likes", DOSSIER + "check.py",
-        "(written | (drawings if same_release else {})).items()", "written.items()",
+        "written | (drawings if same_release else {})", "written",
         CHECKS + "test_a_number_that_is_not_the_runs_is_refused_whoever_signs_it",
         "another curve in the folder that people read",
     ),
